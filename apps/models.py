@@ -1,0 +1,35 @@
+"""A model by name: embedded, a folder, or on the hub."""
+
+from pathlib import Path
+from typing import Any
+
+from steer.assets import MODELS
+from steer.choices import nearest
+from steer.errors import InputError
+
+
+def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
+    """A diffusers pipeline: the name of an embedded model, a folder in diffusers' format, or ORGANISATION/NAME.
+
+    device  where to run; by default the GPU if there is one
+    dtype   float32, float16 or bfloat16; by default as stored
+
+    Raises InputError where there is no such model. Code that a model folder may hold is never run.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    source: str | Path = MODELS.get(model, Path(model))
+    if not Path(source).is_dir():
+        if model.count("/") != 1 or model.startswith((".", "/")):
+            raise InputError(f"unknown model {model!r}: use {nearest(model, MODELS)}, a folder, or ORGANISATION/NAME")
+        source = model
+    elif not (Path(source) / "model_index.json").exists():
+        raise InputError(f"model {model!r}: no model_index.json in this folder; is it in diffusers' format?")
+    options = {"torch_dtype": getattr(torch, dtype)} if dtype else {}
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"model {model!r} cannot be loaded: {reason}") from error
+    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

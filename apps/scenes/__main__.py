@@ -1,0 +1,74 @@
+"""python -m steer.apps.scenes STAGE: how the embedded model in assets/ was made."""
+
+import argparse
+import logging
+from pathlib import Path
+
+STAGES = {
+    "autoencoder": "train the autoencoder and whiten its latents",
+    "denoiser": "train the denoiser and its text encoder on those latents",
+    "check": "share of fresh scenes that pass after the autoencoder",
+    "export": "write the finished pipeline to --model, UNet and autoencoder in half precision",
+    "prompts": "write the held-out and the tuning prompts to --prompts",
+}
+
+
+def main() -> None:
+    """Reads the stage and its options, and runs it."""
+    stages = "; ".join(f"{name}: {about}" for name, about in STAGES.items())
+    parser = argparse.ArgumentParser(prog="python -m steer.apps.scenes", description=stages)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="folder of checkpoints and logs")
+    parser.add_argument("--steps", type=int, help="optimiser steps in all; an interrupted run goes on where it stopped")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
+    parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    {"autoencoder": _autoencoder, "denoiser": _denoiser, "check": _check, "export": _export, "prompts": _prompts}[
+        options.stage
+    ](options)
+
+
+def _autoencoder(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.autoencoder import autoencoder_accuracy, train_autoencoder
+
+    vae = train_autoencoder(options.out / "autoencoder", options.steps or 2500, options.device)
+    print(f"{autoencoder_accuracy(vae):.2%} of fresh scenes pass after the autoencoder")
+
+
+def _denoiser(options: argparse.Namespace) -> None:
+    from diffusers import AutoencoderKL
+
+    from steer.apps.scenes.denoiser import train_denoiser
+
+    vae = AutoencoderKL.from_pretrained(options.out / "autoencoder" / "vae").to(options.device).eval()
+    train_denoiser(options.out / "denoiser", vae, options.steps or 6000, options.device)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from diffusers import AutoencoderKL
+
+    from steer.apps.scenes.autoencoder import autoencoder_accuracy
+
+    vae = AutoencoderKL.from_pretrained(options.model / "vae").to(options.device).eval()
+    print(f"{autoencoder_accuracy(vae):.2%} of fresh scenes pass after the autoencoder")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(options.out / "denoiser" / "pipeline")
+    pipe.unet.half()
+    pipe.vae.half()
+    pipe.save_pretrained(options.model)
+
+
+def _prompts(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.lists import write_prompt_lists
+
+    write_prompt_lists(options.prompts)
+
+
+if __name__ == "__main__":
+    main()

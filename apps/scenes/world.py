@@ -1,0 +1,144 @@
+"""Scenes at random, and the combinations that training never sees."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from steer.rewards.scene_language import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest
+from steer.rewards.scene_shapes import coverage
+
+SIZE = 64
+GAP = 3.0  # pixels of background between two objects
+SMALLEST_RADIUS = 8.0  # pixels
+HELD_OUT_SALT = 188  # one that holds out combinations of every task that has any
+TRIES = 16  # spots tried for one object
+COLOUR_NAMES = tuple(COLOURS)
+TASKS = {
+    "single_object": 0.04,
+    "two_object": 0.08,
+    "counting": 0.22,
+    "colors": 0.12,
+    "position": 0.28,
+    "color_attr": 0.26,
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: centre and radius in pixels."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn (`things`) and how it is described (`request`)."""
+
+    request: SceneRequest
+    things: tuple[Thing, ...]
+
+    @property
+    def prompt(self) -> str:
+        return str(self.request)
+
+
+@cache
+def is_held_out(request: SceneRequest) -> bool:
+    """One combination in eight, chosen by a hash of its canonical wording, is kept for evaluation."""
+    if request.task == "single_object":
+        return False
+    return hashlib.sha256(f"{HELD_OUT_SALT}{request.canonical}".encode()).digest()[0] % 8 == 0
+
+
+def random_request(rng: np.random.Generator, task: str) -> SceneRequest:
+    """A request of one task, all combinations equally likely."""
+    first, second = rng.choice(SHAPES, 2, replace=False)
+    colours = [str(colour) for colour in rng.choice(list(COLOURS), 2, replace=False)]
+    count = int(rng.integers(2, 5))
+    plain, coloured = (None, None), (colours[0], colours[1])
+    c1, c2 = coloured if task in ("colors", "color_attr") else plain
+    if task in ("counting", "position") and rng.random() < 0.6:
+        c1, c2 = coloured
+    if task in ("single_object", "colors", "counting"):
+        return SceneRequest((Phrase(count if task == "counting" else 1, c1, str(first)),))
+    relation = str(rng.choice(list(RELATIONS))) if task == "position" else None
+    return SceneRequest((Phrase(1, c1, str(first)), Phrase(1, c2, str(second))), relation)
+
+
+def true_requests(things: tuple[Thing, ...]) -> list[SceneRequest]:
+    """Every description, canonical, that holds of a scene of one kind or of two single objects."""
+    first, last = things[0], things[-1]
+    if first.shape == last.shape:
+        colours = {thing.colour for thing in things}
+        named = [None, *colours] if len(colours) == 1 else [None]
+        return [SceneRequest((Phrase(len(things), colour, first.shape),)) for colour in named]
+    dx, dy = first.x - last.x, first.y - last.y
+    relation = ("right of" if dx > 0 else "left of") if abs(dx) > abs(dy) else ("below" if dy > 0 else "above")
+    plain = (Phrase(1, None, first.shape), Phrase(1, None, last.shape))
+    coloured = (Phrase(1, first.colour, first.shape), Phrase(1, last.colour, last.shape))
+    return [
+        SceneRequest(phrases, joined).canonical for phrases in (plain, coloured) for joined in (None, relation)
+    ]
+
+
+def _apart(a: Thing, b: Thing) -> bool:
+    return max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
+
+
+def _place(rng: np.random.Generator, request: SceneRequest) -> tuple[Thing, ...] | None:
+    """Objects one after the other at random, or None where one finds no room or the relation does not come out."""
+    wanted = [phrase for phrase in request.phrases for _ in range(phrase.count)]
+    largest = 13.0 if len(wanted) <= 2 else 9.5
+    things: list[Thing] = []
+    for phrase in wanted:
+        radius = rng.uniform(SMALLEST_RADIUS, largest)
+        colour = phrase.colour or COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]
+        spots = (radius + 1 + rng.random((TRIES, 2)) * (SIZE - 2 * radius - 2)).tolist()
+        candidates = (Thing(colour, phrase.shape, x, y, radius) for x, y in spots)
+        free = next((thing for thing in candidates if all(_apart(thing, other) for other in things)), None)
+        if free is None:
+            return None
+        things.append(free)
+    if request.relation:
+        sx, sy = RELATIONS[request.relation]
+        dx, dy = things[0].x - things[1].x, things[0].y - things[1].y
+        if dx * sx + dy * sy < 1.5 * (abs(dx * sy) + abs(dy * sx)):
+            return None
+    return tuple(things)
+
+
+def random_scene(rng: np.random.Generator, request: SceneRequest | None = None) -> Scene:
+    """A scene for `request`, or a training scene: of a random task, and no true description of it is held out."""
+    if request is not None:
+        while (things := _place(rng, request)) is None:
+            continue
+        return Scene(request, things)
+    while True:
+        wanted = random_request(rng, str(rng.choice(list(TASKS), p=list(TASKS.values()))))
+        plain = tuple(replace(phrase, colour=None) for phrase in wanted.phrases)
+        if any(map(is_held_out, (wanted, SceneRequest(plain), SceneRequest(plain, wanted.relation)))):
+            continue
+        for _ in range(TRIES):
+            things = _place(rng, wanted)
+            if things and not any(map(is_held_out, true_requests(things))):
+                return Scene(wanted, things)
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """Paints a scene: (SIZE, SIZE, 3) uint8, on light grey, colours and grey slightly varied."""
+    image = np.full((SIZE, SIZE, 3), rng.uniform(0.86, 0.98), np.float32)
+    for thing in scene.things:
+        colour = np.clip(np.array(COLOURS[thing.colour]) + rng.uniform(-0.03, 0.03, 3), 0, 1)
+        left, top = int(thing.x - thing.radius) - 1, int(thing.y - thing.radius) - 1
+        side = int(2 * thing.radius) + 4
+        alpha = coverage(thing.shape, side, thing.x - left, thing.y - top, thing.radius)[..., None]
+        box = image[max(top, 0) : top + side, max(left, 0) : left + side]
+        alpha = alpha[max(-top, 0) :, max(-left, 0) :][: box.shape[0], : box.shape[1]]
+        box += alpha * (colour.astype(np.float32) - box)
+    return (image * 255).round().astype(np.uint8)

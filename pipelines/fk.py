@@ -1,0 +1,174 @@
+"""Feynman–Kac steering of a diffusers pipeline (arXiv 2501.06848)."""
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.choices import choose
+from steer.errors import InputError
+from steer.feynman_kac import FeynmanKac
+from steer.particles import Particles
+from steer.pipelines.method import SteeringMethod
+from steer.pipelines.output import Evaluation, SteeringOutput
+from steer.pipelines.population import Population, check_output_type
+from steer.potentials import POTENTIALS, TEMPERINGS, Potential, Tempering
+from steer.resampling import RESAMPLERS, Resampler
+from steer.seam import Answer, CannotSteer, Event
+from steer.transition import can_redraw, copies_part
+
+DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # where rewards are read, as shares of the run
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an observer is told after a solver step: number `step` of `total`; where rewards were read, the evaluation
+    and the images (B·K, 3, H, W) of x̂0 that they were read from."""
+
+    step: int
+    total: int
+    evaluation: Evaluation | None = None
+    previews: Tensor | None = None
+
+
+class FKSteeringPipeline(SteeringMethod):
+    """Particles that are weighed by the reward of x̂0 on their way, and resampled.
+
+        pipe = StableDiffusionPipeline.from_pretrained(...)
+        steer = FKSteeringPipeline(pipe, reward="scene-soft")
+        out = steer("a red circle left of a blue star", num_particles=4, lam=10.0)
+        out.images[0], out.rewards[0, 0]
+    """
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_particles: int = 4,
+        lam: float = 10.0,
+        potential: str | Potential = "difference",
+        resampler: str | Resampler = "systematic",
+        tempering: str | Tempering = "constant",
+        resample_steps: Iterable[int] | None = None,
+        ess_threshold: float = 0.5,
+        eta: float | None = None,
+        chunk_size: int = 8,
+        reward_prompt: str | Sequence[str] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+        output_type: str = "pil",
+        **call: Any,
+    ) -> SteeringOutput:
+        """Steers one call; every other argument goes to the pipeline's own `__call__`.
+
+        prompt          one, or several: each has particles of its own
+        num_particles   K, in place of num_images_per_prompt
+        lam             λ: the result is drawn from p(x0) exp(λ r(x0)); 0 gives the pipeline's own batch
+        potential       difference, max, sum, now, or a function of a path's rewards
+        resampler       systematic, stratified, residual, ssp, multinomial, or a function
+        tempering       of λ along the run: constant, geometric, ess, or a function
+        resample_steps  solver steps, from 0, at which rewards are read; by default at 40, 55, 70 and 85 % of the run
+        ess_threshold   resample when ESS < threshold · K (adaptive); 1: at every one of those steps (scheduled)
+        eta             noise η of every step, 0..1. By default the solver's own; a resampled step is
+                        drawn anew from the Gaussian kernel with η = 1, so that copies part
+        chunk_size      images decoded and scored at a time
+        reward_prompt   what the reward reads instead of the prompt (needed with prompt_embeds)
+        on_step         an observer of every solver step; what it raises ends the run
+        output_type     pil, np, pt or latent
+
+        Raises InputError for arguments that do not fit, CannotSteer (an InputError) for a pipeline or scheduler that
+        cannot be steered, RewardError (an InputError) for a reward that breaks its contract.
+        """
+        if not 0 < ess_threshold <= 1:
+            raise InputError(f"ess_threshold must be above 0 and at most 1, got {ess_threshold}")
+        check_output_type(output_type)
+        if num_particles > 1 and lam != 0:
+            check_copies_part(self.pipe.scheduler)
+        algorithm = FeynmanKac(
+            lam,
+            choose("potential", potential, POTENTIALS),
+            choose("resampler", resampler, RESAMPLERS),
+            choose("tempering", tempering, TEMPERINGS),
+            ess_threshold,
+        )
+        call, kernel_eta = route_eta(self.pipe, call, eta)
+        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        run = _Run(algorithm, population, kernel_eta, resample_steps, on_step)
+        images = population.sample(run.on_event)
+        rewards = population.score(images)
+        particles = algorithm.finish(run.particles, rewards)
+        return population.output(images, rewards, particles, run.history, output_type)
+
+
+class _Run:
+    """The particles of one call, and what happens to them at each solver step."""
+
+    def __init__(
+        self,
+        algorithm: FeynmanKac,
+        population: Population,
+        eta: float | None,
+        steps: Iterable[int] | None,
+        observer: Callable[[StepReport], None] | None,
+    ) -> None:
+        self.algorithm, self.population, self.eta, self.observer = algorithm, population, eta, observer
+        self.steps = None if steps is None else frozenset(steps)
+        self.particles = Particles.start(population.groups, population.size)
+        self.history: list[Evaluation] = []
+
+    def on_event(self, event: Event) -> Answer:
+        """One solver step: weigh the particles by r(x̂0), resample them, move them on."""
+        if event.k not in self._steps_of(event.total):
+            self._tell(StepReport(event.k, event.total))
+            return None, self._moved(event, None)
+        previews = self.population.preview(event.x0())
+        rewards = self.population.score(previews)
+        weighed = self.algorithm.weigh(self.particles, rewards, event.k / event.total)
+        self.particles, ancestors = self.algorithm.select(weighed, self.population.rng)
+        stay = torch.arange(self.population.size).expand_as(rewards)
+        evaluation = Evaluation(
+            event.k, rewards, weighed.path.strengths[-1], weighed.ess, stay if ancestors is None else ancestors
+        )
+        self.history.append(evaluation)
+        self._tell(StepReport(event.k, event.total, evaluation, previews))
+        rows = None if ancestors is None else self.population.rows(ancestors).to(event.x.device)
+        return rows, self._moved(event, rows)
+
+    def _moved(self, event: Event, rows: Tensor | None) -> Tensor | None:
+        """Where the particles go on from, each copy with noise of its own; None: where the solver took them."""
+        if self.eta is None and (rows is None or not can_redraw(event.scheduler)):
+            return None
+        # A deterministic step cannot part copies: there η = 0 becomes 1.
+        eta = (self.eta or 0.0) if rows is None else (self.eta or 1.0)
+        return event.kernel(eta, rows).sample(self.population.rng)
+
+    def _steps_of(self, total: int) -> frozenset[int]:
+        """The steps at which rewards are read; never the last, which the finished images decide."""
+        if self.steps is None:
+            self.steps = frozenset(round(share * total) for share in DEFAULT_STEPS)
+        return self.steps - {total - 1}
+
+    def _tell(self, report: StepReport) -> None:
+        if self.observer:
+            self.observer(report)
+
+
+def check_copies_part(scheduler: Any) -> None:
+    """Raises CannotSteer for a deterministic solver without a Gaussian kernel: resampled copies would stay one."""
+    if not copies_part(scheduler):
+        raise CannotSteer(
+            f"{type(scheduler).__name__} is deterministic and has no Gaussian kernel: resampled particles would never "
+            "part. Use another one, for example pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
+        )
+
+
+def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[str, Any], float | None]:
+    """η goes to the pipeline where it and its solver know η themselves (DDIM); elsewhere the Gaussian kernel takes it."""
+    if eta is None:
+        return call, None
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta must be from 0 to 1, got {eta}")
+    knows = all("eta" in inspect.signature(f).parameters for f in (type(pipe).__call__, pipe.scheduler.step))
+    return (call | {"eta": eta}, None) if knows else (call, eta)

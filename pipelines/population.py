@@ -1,0 +1,170 @@
+"""B prompts × K particles as one call of a diffusers pipeline: what every steering method runs on."""
+
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Generator, Tensor
+
+from steer.errors import InputError
+from steer.particles import Particles
+from steer.pipelines.output import Cost, Evaluation, SteeringOutput
+from steer.preview import Preview, first_output
+from steer.reward import Reward, score
+from steer.seam import Answer, Event, steered
+
+IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+VIDEO_FRAMES = 8  # of a video that a reward sees, evenly spaced
+OWN_SEED = 0x5EED  # keeps a method's own random numbers apart from the pipeline's
+
+
+class Population:
+    """One call of `pipe` with K particles for each prompt: samples, scores and counts what that costs."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        reward: Reward,
+        prompt: str | Sequence[str] | None,
+        size: int,
+        call: Mapping[str, Any],
+        reward_prompt: str | Sequence[str] | None = None,
+        chunk_size: int = 8,
+    ) -> None:
+        """`call`: arguments for `pipe.__call__`. Raises InputError where they do not fit it or each other."""
+        if size < 1:
+            raise InputError(f"num_particles must be at least 1, got {size}")
+        if chunk_size < 1:
+            raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.pipe, self.reward, self.size, self.chunk_size = pipe, reward, size, chunk_size
+        self.call = _bound_call(pipe, prompt, size, call)
+        read = prompt if reward_prompt is None else reward_prompt
+        read_by_prompt = [read] if isinstance(read, str) else list(read or [""] * _embedded_prompts(call))
+        self.groups = len(read_by_prompt)
+        self.prompts = [text for text in read_by_prompt for _ in range(size)]
+        self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
+        self.latents = torch.empty(0)
+        self._preview = Preview(pipe, self.call, chunk_size)
+        self._nfe = self._decodes = self._reward_calls = 0
+        self._started = time.monotonic()
+
+    def sample(self, on_event: Callable[[Event], Answer | None]) -> Tensor:
+        """Runs the pipeline under the seam; returns the finished images (B·K, 3, H, W) in [0, 1]."""
+
+        def watch(event: Event) -> Answer:
+            self._nfe += event.calls * len(event.x)
+            answer = on_event(event) or (None, None)
+            if event.k + 1 == event.total:
+                ancestors, latents = answer
+                moved = event.prev if ancestors is None else event.prev[ancestors]
+                self.latents = moved if latents is None else latents
+            return answer
+
+        with steered(self.pipe, watch, rows=len(self.prompts)) as view:
+            images = first_output(view(**self.call, output_type="pt"))
+        self._decodes += len(images)
+        return images
+
+    def preview(self, x0: Tensor) -> Tensor:
+        """The images (B·K, 3, H, W) that x̂0 stands for."""
+        self._decodes += len(x0)
+        return self._preview(x0)
+
+    @torch.no_grad()
+    def score(self, images: Tensor) -> Tensor:
+        """Rewards (B, K) of images (B·K, 3, H, W), or of the evenly spaced frames of videos (B·K, F, 3, H, W), averaged."""
+        self._reward_calls += len(images)
+        if images.dim() == 5:
+            frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
+            return torch.stack([self._score(images[:, frame]) for frame in frames]).mean(0)
+        return self._score(images)
+
+    def _score(self, images: Tensor) -> Tensor:
+        starts = range(0, len(images), self.chunk_size)
+        parts = [slice(start, start + self.chunk_size) for start in starts]
+        scores = [score(self.reward, images[part].float().clamp(0, 1), self.prompts[part]) for part in parts]
+        return torch.cat(scores).view(self.groups, self.size)
+
+    def rows(self, ancestors: Tensor) -> Tensor:
+        """Ancestors (B, K) inside each group → rows (B·K,) of the batch."""
+        return (ancestors + torch.arange(self.groups)[:, None] * self.size).flatten()
+
+    def output(
+        self,
+        images: Tensor,
+        rewards: Tensor,
+        particles: Particles,
+        history: Sequence[Evaluation] = (),
+        output_type: str = "pil",
+    ) -> SteeringOutput:
+        """Everything, best reward first within each prompt."""
+        order = rewards.sort(dim=1, descending=True, stable=True).indices
+        rows = self.rows(order)
+        latents = self.latents[rows.to(self.latents.device)]
+        seconds = time.monotonic() - self._started
+        return SteeringOutput(
+            images=latents if output_type == "latent" else as_type(images[rows.to(images.device)], output_type),
+            rewards=rewards.gather(1, order),
+            log_weights=particles.log_weights.gather(1, order),
+            log_normaliser=particles.log_evidence,
+            latents=latents,
+            order=order,
+            history=tuple(history),
+            cost=Cost(self._nfe, self._decodes, self._reward_calls, seconds),
+        )
+
+
+def as_type(images: Tensor, output_type: str) -> Any:
+    """Images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] as diffusers' "pil", "np" or "pt"."""
+    if output_type == "pt":
+        return images
+    if images.dim() == 5:
+        return [as_type(video, output_type) for video in images]
+    arrays = VaeImageProcessor.pt_to_numpy(images)
+    return arrays if output_type == "np" else VaeImageProcessor.numpy_to_pil(arrays)
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises InputError before any work is done."""
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+
+
+def _bound_call(
+    pipe: Any, prompt: str | Sequence[str] | None, size: int, call: Mapping[str, Any]
+) -> dict[str, Any]:
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    unknown = [name for name in call if name not in accepted]
+    if unknown:
+        raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
+    if taken := [name for name in (*IMAGES_PER_PROMPT, "batch_size", "return_dict") if name in call]:
+        raise InputError(f"{taken[0]} is the steering pipeline's own: say num_particles")
+    bound = dict(call)
+    count = next((name for name in IMAGES_PER_PROMPT if name in accepted), None)
+    if count:
+        bound[count] = size
+    elif "batch_size" in accepted:
+        bound["batch_size"] = size
+    elif prompt is not None:
+        prompt = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(size)]
+    if prompt is not None and "prompt" in accepted:
+        bound["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+    return bound
+
+
+def _embedded_prompts(call: Mapping[str, Any]) -> int:
+    embeds = call.get("prompt_embeds")
+    return 1 if embeds is None else len(embeds)
+
+
+def _derived_seed(generator: Generator | Sequence[Generator] | None) -> int:
+    """A seed that follows from the user's, and uses up none of the pipeline's random numbers."""
+    if generator is None:
+        with torch.random.fork_rng(devices=[]):
+            return int(torch.randint(2**62, ()).item())
+    first = generator if isinstance(generator, Generator) else generator[0]
+    return first.initial_seed() ^ OWN_SEED

@@ -1,0 +1,48 @@
+"""Colour and brightness: rewards that are differentiable and need no weights."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import ImageColor
+from torch import Tensor
+
+from steer.reward import RewardError
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+class ColourMatch:
+    """Mean over the pixels of 1 − distance/√3 to one colour, 0..1. The colour is a CSS name or #RRGGBB."""
+
+    differentiable = True
+
+    def __init__(self, colour: str) -> None:
+        try:
+            rgb = ImageColor.getrgb(colour)[:3]
+        except ValueError as error:
+            raise RewardError(f"colour:{colour}: unknown colour; use a CSS name like red, or #RRGGBB") from error
+        self.name = f"colour:{colour}"
+        self._target = torch.tensor(rgb).float().view(3, 1, 1) / 255
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        # The tiny offset keeps the gradient finite where a pixel has the colour exactly.
+        squared = ((images.float() - self._target.to(images.device)) ** 2).sum(1)
+        return 1 - ((squared + 1e-12) / 3).sqrt().mean((1, 2))
+
+
+class Brightness:
+    """Mean luma, 0..1; with a target in 0..1, one minus the distance of the mean luma from it."""
+
+    differentiable = True
+
+    def __init__(self, target: str | float | None = None) -> None:
+        try:
+            self._target = None if target is None else float(target)
+        except ValueError as error:
+            raise RewardError(f"brightness:{target}: the target is a number from 0 to 1") from error
+        self.name = "brightness" if target is None else f"brightness:{target}"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        weights = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
+        luma = (images.float() * weights).sum(1).mean((1, 2))
+        return luma if self._target is None else 1 - (luma - self._target).abs()

@@ -1,0 +1,56 @@
+"""Feynman–Kac steering, apart from any model: weights and ancestors from rewards (arXiv 2501.06848, Algorithm 1)."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Generator, Tensor
+
+from steer.particles import Particles
+from steer.potentials import Moment, Potential, Tempering, constant, difference
+from steer.resampling import Resampler, systematic
+
+EQUAL = 1 - 1e-6  # weights whose ESS exceeds this share of K count as equal: they are never resampled
+
+
+@dataclass(frozen=True)
+class FeynmanKac:
+    """Draws from p(x0) exp(λ r(x0)), given the rewards of particles on their way.
+
+    lam            λ, the strength at the end
+    potential      path of rewards → log G_j
+    resampler      log-weights (B, K) → ancestors (B, K)
+    tempering      where the run stands → λ_j
+    ess_threshold  resample a group when its ESS < threshold · K; 1 resamples at every evaluation
+    """
+
+    lam: float = 10.0
+    potential: Potential = difference
+    resampler: Resampler = systematic
+    tempering: Tempering = constant
+    ess_threshold: float = 0.5
+
+    def weigh(self, particles: Particles, rewards: Tensor, progress: float) -> Particles:
+        """Multiplies the weights by G_j, from rewards (B, K) of x̂0 after the share `progress` of the run."""
+
+        def weighed(strength: Tensor) -> Particles:
+            path = particles.path.append(rewards, strength)
+            return replace(particles, path=path).reweight(self.potential(path))
+
+        strengths, size = particles.path.strengths, rewards.shape[1]
+        previous = strengths[-1] if len(strengths) else torch.zeros(len(rewards), 1)
+        moment = Moment(progress, self.lam, previous, lambda strength: weighed(strength).ess / size)
+        return weighed(self.tempering(moment))
+
+    def select(self, particles: Particles, generator: Generator) -> tuple[Particles, Tensor | None]:
+        """Resamples the groups whose ESS is low. Returns the particles and their ancestors (B, K), None where all stay."""
+        groups, size = particles.log_weights.shape
+        low = particles.ess < size * min(self.ess_threshold, EQUAL)
+        if not low.any():
+            return particles, None
+        drawn = self.resampler(particles.log_weights, generator)
+        ancestors = torch.where(low[:, None], drawn, torch.arange(size).expand(groups, size))
+        return particles.resample(ancestors, low), ancestors
+
+    def finish(self, particles: Particles, rewards: Tensor) -> Particles:
+        """The terminal factor, log G_end = λ r(x0) − Σ_j log G_j, from the rewards (B, K) of the finished images."""
+        return particles.reweight(self.lam * rewards - particles.log_potentials)

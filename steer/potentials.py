@@ -1,0 +1,103 @@
+"""Potentials G_j of Feynman–Kac steering (arXiv 2501.06848, section 3) and the strength λ_j of the reward along the run.
+
+With q_j = λ_j r_j for the rewards r_1 … r_J of a path at its evaluated steps, and q_0 = 0. Whatever the potential,
+the engine ends with log G_end = λ r(x0) − Σ_j log G_j, so that the product over a path is exp(λ r(x0)).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PathRewards:
+    """What each particle's path has met: rewards r_j (J, B, K) and strengths λ_j (J, B, 1)."""
+
+    rewards: Tensor
+    strengths: Tensor
+
+    @classmethod
+    def empty(cls, groups: int, size: int) -> "PathRewards":
+        return cls(torch.zeros(0, groups, size), torch.zeros(0, groups, 1))
+
+    def append(self, rewards: Tensor, strength: Tensor) -> "PathRewards":
+        """Adds an evaluation: rewards (B, K), strength (B, 1)."""
+        return PathRewards(
+            torch.cat([self.rewards, rewards[None]]), torch.cat([self.strengths, strength[None]])
+        )
+
+    def follow(self, ancestors: Tensor) -> "PathRewards":
+        """The paths of the ancestors (B, K)."""
+        return PathRewards(self.rewards.gather(2, ancestors.expand_as(self.rewards)), self.strengths)
+
+
+Potential = Callable[[PathRewards], Tensor]
+
+
+def difference(path: PathRewards) -> Tensor:
+    """log G_j = q_j − q_{j−1}."""
+    q = path.strengths * path.rewards
+    return q[-1] - q[-2] if len(q) > 1 else q[-1]
+
+
+def maximum(path: PathRewards) -> Tensor:
+    """log G_j = λ_j max_{i≤j} r_i: the maximum starts from the first reward, which may be negative."""
+    return path.strengths[-1] * path.rewards.amax(0)
+
+
+def total(path: PathRewards) -> Tensor:
+    """log G_j = λ_j Σ_{i≤j} r_i."""
+    return path.strengths[-1] * path.rewards.sum(0)
+
+
+def now(path: PathRewards) -> Tensor:
+    """log G_j = q_j."""
+    return path.strengths[-1] * path.rewards[-1]
+
+
+POTENTIALS: dict[str, Potential] = {"difference": difference, "max": maximum, "sum": total, "now": now}
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where the run stands when a strength is chosen.
+
+    progress   solver steps done, 0..1
+    lam        the strength to end with
+    previous   λ_{j−1} (B, 1), zero before the first evaluation
+    ess_at     λ (B, 1) → the ESS as a share of K (B,) that choosing it would leave
+    """
+
+    progress: float
+    lam: float
+    previous: Tensor
+    ess_at: Callable[[Tensor], Tensor]
+
+
+Tempering = Callable[[Moment], Tensor]
+
+
+def constant(moment: Moment) -> Tensor:
+    """λ_j = λ."""
+    return torch.full_like(moment.previous, moment.lam)
+
+
+def geometric(moment: Moment) -> Tensor:
+    """λ_j = λ min((1+γ)^i − 1, 1) after i of T steps, with γ = 2^(1/T) − 1 so that it reaches λ at the end (after DAS)."""
+    return torch.full_like(moment.previous, moment.lam * min(2**moment.progress - 1, 1.0))
+
+
+def ess_targeted(moment: Moment, target: float = 0.5, halvings: int = 40) -> Tensor:
+    """The λ_j nearest to λ, from λ_{j−1} on, that leaves an ESS of at least `target`·K: by bisection, per group."""
+    low, high = moment.previous, torch.full_like(moment.previous, moment.lam)
+    reached = moment.ess_at(high)[:, None] >= target
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        enough = moment.ess_at(middle)[:, None] >= target
+        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
+    return torch.where(reached, torch.full_like(low, moment.lam), low)
+
+
+TEMPERINGS: dict[str, Tempering] = {"constant": constant, "geometric": geometric, "ess": ess_targeted}

@@ -1,0 +1,126 @@
+"""x̂0 → image, by the pipeline's own tail: no code for any model family.
+
+The pipeline is called once more, for two steps, with a denoiser that says nothing and a seam that puts x̂0
+in place of the latents; what comes out is what the pipeline would make of x̂0.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.seam import Event, steered
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+CONTROLNETS = ("controlnet",)
+# What the user asked of the run but not of its tail.
+NOT_FOR_THE_TAIL = (
+    "callback",
+    "callback_steps",
+    "callback_on_step_end",
+    "callback_on_step_end_tensor_inputs",
+    "timesteps",
+    "sigmas",
+    "generator",
+    "latents",
+    "output_type",
+    "return_dict",
+    "num_inference_steps",
+)
+
+
+class _StandIn:
+    """Passes for a module in everything but what its call returns."""
+
+    def __init__(self, target: Any, call: Callable[..., Any]) -> None:
+        self.__dict__.update(_target=target, _call=call)
+
+    @property
+    def __class__(self) -> type:
+        return type(self._target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
+def _silent_denoiser(denoiser: Any) -> _StandIn:
+    channels = getattr(denoiser.config, "out_channels", None)
+
+    def zeros(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        shape = (len(x), channels or x.shape[1], *x.shape[2:]) if x.dim() > 3 else x.shape
+        return (x.new_zeros(shape),)
+
+    return _StandIn(denoiser, zeros)
+
+
+def _silent_controlnet(controlnet: Any) -> _StandIn:
+    return _StandIn(controlnet, lambda *args, **kwargs: ([], None))
+
+
+def _in_chunks(decode: Callable[..., Any], chunk: int) -> Callable[..., Any]:
+    """A VAE's decode, a few images at a time."""
+
+    def chunked(z: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+        kwargs["return_dict"] = False
+        return (torch.cat([decode(part, *args, **kwargs)[0] for part in z.split(chunk)]),)
+
+    return chunked
+
+
+def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The first answer of a function that is always asked the same."""
+    answers: list[Any] = []
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        if not answers:
+            answers.append(function(*args, **kwargs))
+        return answers[0]
+
+    return remember
+
+
+class Preview:
+    """Decodes latents of a call of `pipe`: `preview(x0)` takes (N, …) like the call's latents, gives (N, 3, H, W) in [0, 1].
+
+    `call` are the arguments of the user's own call. `chunk`: images decoded at a time. The tail has its own random numbers, no safety
+    checker (which would blacken images), no callbacks and no progress bar; text is encoded once.
+    """
+
+    def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8) -> None:
+        self._call = {name: value for name, value in call.items() if name not in NOT_FOR_THE_TAIL}
+        # Image-to-image runs only the last `strength` of its steps: enough of them that one is left.
+        self._call["num_inference_steps"] = max(2, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
+        self._tail = tail = copy.copy(pipe)
+        changed: dict[str, Any] = {"safety_checker": None, "maybe_free_model_hooks": lambda: None}
+        changed["_progress_bar_config"] = {"disable": True}
+        for silence, names in ((_silent_denoiser, DENOISERS), (_silent_controlnet, CONTROLNETS)):
+            changed |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
+        if hasattr(pipe, "encode_prompt"):
+            changed["encode_prompt"] = _remembered(pipe.encode_prompt)
+        if getattr(pipe, "vae", None) is not None:
+            changed["vae"] = copy.copy(pipe.vae)
+            vars(changed["vae"])["decode"] = _in_chunks(pipe.vae.decode, chunk)
+        vars(tail).update(changed)
+
+    @torch.no_grad()
+    def __call__(self, x0: Tensor) -> Tensor:
+        def put_x0(event: Event) -> tuple[None, Tensor]:
+            return None, x0.to(event.prev)
+
+        with steered(self._tail, put_x0, rows=len(x0)) as view:
+            output = view(**self._call, generator=torch.Generator().manual_seed(0), output_type="pt")
+        return first_output(output)
+
+
+def first_output(output: Any) -> Tensor:
+    """The images of a pipeline's output, whatever its fields are called: float (N, 3, H, W), or (N, F, 3, H, W) of a video."""
+    if isinstance(output, tuple):
+        return output[0]
+    return next(iter(output.values())) if isinstance(output, Mapping) else output.images

@@ -1,0 +1,141 @@
+"""Noise levels and x̂0 of every verified diffusers scheduler, in the frame of the latents that its `step` receives.
+
+One forward marginal for all of them: x_t = α_t x0 + σ_t ε.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+
+Scheduler = Any  # diffusers' schedulers share no base class that has `step`
+
+VERIFIED = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        "DDIM",
+        "DDPM",
+        "PNDM",
+        "LCM",
+        "TCD",
+        "EulerDiscrete",
+        "EulerAncestralDiscrete",
+        "LMSDiscrete",
+        "HeunDiscrete",
+        "KDPM2Discrete",
+        "KDPM2AncestralDiscrete",
+        "DPMSolverSDE",
+        "DPMSolverMultistep",
+        "DPMSolverSinglestep",
+        "UniPCMultistep",
+        "DEISMultistep",
+        "SASolver",
+        "FlowMatchEulerDiscrete",
+        "FlowMatchHeunDiscrete",
+        "FlowMatchLCM",
+    )
+)
+
+
+class Level(NamedTuple):
+    """α and σ of x = α x0 + σ ε: float64 scalars."""
+
+    alpha: Tensor
+    sigma: Tensor
+
+
+def check_verified(scheduler: Scheduler) -> None:
+    """Raises InputError unless the levels and x̂0 of this scheduler were checked against diffusers."""
+    name = type(scheduler).__name__
+    if not VERIFIED & {cls.__name__ for cls in type(scheduler).__mro__}:
+        raise InputError(
+            f"{name} is not a verified scheduler: its noise levels are unknown here. Use one of "
+            f"{', '.join(sorted(VERIFIED))}, for example "
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
+        )
+    if scheduler.config.get("invert_sigmas"):
+        raise InputError(f"{name} with invert_sigmas runs from image to noise: it cannot be steered")
+
+
+def prediction_type(scheduler: Scheduler) -> str:
+    """What the denoiser predicts: epsilon, v_prediction, sample or flow_prediction."""
+    if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
+        return "flow_prediction"
+    return str(scheduler.config.get("prediction_type", "epsilon"))
+
+
+def level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
+    """α and σ at a timestep, or at a position in `scheduler.sigmas` where the scheduler keeps them.
+
+    A negative timestep stands for the end of the run.
+    """
+    if getattr(scheduler, "sigmas", None) is None:
+        cumulative = (
+            scheduler.alphas_cumprod[int(timestep)]
+            if timestep >= 0
+            else torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0))
+        ).double()
+        return Level(cumulative.sqrt(), (1 - cumulative).sqrt())
+    sigma = torch.as_tensor(scheduler.sigmas[index])
+    if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
+        alpha, sigma = map(torch.as_tensor, scheduler._sigma_to_alpha_sigma_t(sigma))
+    elif prediction_type(scheduler) == "flow_prediction":
+        alpha = 1 - sigma
+    else:
+        alpha = torch.ones_like(sigma)
+    return Level(alpha.double(), sigma.double())
+
+
+def predict_x0(scheduler: Scheduler, model_output: Tensor, timestep: Any, sample: Tensor, index: int) -> Tensor:
+    """x̂0 (fp32, shaped like `sample`) from what the denoiser said, clipped as the scheduler's configuration asks.
+
+    Raises InputError for a prediction type that has no rule.
+    """
+    kind, output, x = prediction_type(scheduler), model_output.float(), sample.float()
+    alpha, sigma = (value.to(x) for value in level(scheduler, timestep, index))
+    if output.shape[1] == 2 * x.shape[1]:  # a learned variance rides along
+        output = output[:, : x.shape[1]]
+    if kind == "epsilon":
+        x0 = (x - sigma * output) / alpha
+    elif kind in ("sample", "original_sample"):
+        x0 = output
+    elif kind == "flow_prediction":
+        x0 = (x - sigma * output) / (alpha + sigma)
+    elif kind == "v_prediction":
+        # In a frame with α² + σ² ≠ 1 (Euler's) the model saw x/r, and v is that of the scaled x.
+        r = (alpha**2 + sigma**2).sqrt()
+        x0 = (alpha * x / r - sigma * output) / r
+    else:
+        raise InputError(f"{type(scheduler).__name__}: no rule for x̂0 from prediction_type {kind!r}")
+    return _clip(scheduler, x0)
+
+
+def _clip(scheduler: Scheduler, x0: Tensor) -> Tensor:
+    if scheduler.config.get("thresholding"):
+        return scheduler._threshold_sample(x0)
+    if scheduler.config.get("clip_sample") and "TCD" not in type(scheduler).__name__:
+        limit = scheduler.config.clip_sample_range
+        return x0.clamp(-limit, limit)
+    return x0
+
+
+def in_the_middle(scheduler: Scheduler) -> bool:
+    """True between the model calls of one transition (Heun, KDPM2, DPMSolverSDE, PNDM's warm-up)."""
+    if hasattr(scheduler, "state_in_first_order"):
+        return not scheduler.state_in_first_order and scheduler.step_index < len(scheduler.timesteps)
+    if not hasattr(scheduler, "prk_timesteps"):
+        return False
+    if not scheduler.config.skip_prk_steps and scheduler.counter <= len(scheduler.prk_timesteps):
+        return scheduler.counter % 4 != 0
+    return scheduler.counter == 1
+
+
+def transitions_left(scheduler: Scheduler, timestep: Any) -> int:
+    """How many transitions a run makes from `timestep` on, this one included."""
+    timesteps = torch.as_tensor(scheduler.timesteps).tolist()
+    rest = timesteps[timesteps.index(float(timestep)) :]
+    if hasattr(scheduler, "prk_timesteps"):
+        return len(dict.fromkeys(rest))
+    return (len(rest) + 1) // 2 if getattr(scheduler, "order", 1) == 2 else len(rest)

@@ -1,0 +1,98 @@
+"""The Gaussian transition p(x_s | x_t) that every first-order solver shares."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+from steer.schedule import Level, Scheduler, level
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(mean, std² I): mean (N, …) fp32; std a scalar tensor, 0 where the step is deterministic."""
+
+    mean: Tensor
+    std: Tensor
+
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        """A draw shaped like the mean; the noise comes from the generator's own device."""
+        device = generator.device if generator else self.mean.device
+        noise = torch.randn(self.mean.shape, generator=generator, device=device)
+        return self.mean + self.std * noise.to(self.mean.device)
+
+    def log_prob(self, x: Tensor, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
+        """log N(x; mean, std² I) in nats (N,), summed or averaged over the elements of a sample.
+
+        Raises InputError where std = 0: a deterministic step has no density.
+        """
+        if not self.std > 0:
+            raise InputError("this step is deterministic (τ = 0): it has no log-probability. Use η > 0")
+        z = (x.float() - self.mean) / self.std
+        terms = (-0.5 * z**2 - self.std.log() - 0.5 * math.log(2 * math.pi)).flatten(1)
+        return terms.sum(1) if reduce == "sum" else terms.mean(1)
+
+    def kl(self, other: "Gaussian") -> Tensor:
+        """KL(self ‖ other) in nats (N,), for two steps of equal τ: ‖μ − μ'‖² / 2τ²."""
+        if not (self.std > 0 and torch.isclose(self.std, other.std)):
+            raise InputError(f"KL in closed form needs two steps of one τ > 0, got {self.std:g} and {other.std:g}")
+        return ((self.mean - other.mean) ** 2).flatten(1).sum(1) / (2 * self.std**2)
+
+
+def gaussian_transition(x: Tensor, x0: Tensor, before: Level, after: Level, eta: float) -> Gaussian:
+    """p(x_s | x_t) given x̂0. The DDPM posterior at η = 1, DDIM's step at any η, Euler's ancestral one in its frame.
+
+    τ = η (σ_s/σ_t) √(σ_t² − (α_t/α_s)² σ_s²),  mean = α_s x̂0 + √(σ_s² − τ²) ε̂,  ε̂ = (x_t − α_t x̂0)/σ_t
+    (DDIM, arXiv 2010.02502, eq. 12 and 16). `eta` in [0, 1].
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = before, after
+    tau = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0).sqrt()
+    rest = (sigma_s**2 - tau**2).clamp(min=0).sqrt()
+    x, x0 = x.float(), x0.float()
+    epsilon = (x - alpha_t.to(x) * x0) / sigma_t.to(x)
+    return Gaussian(alpha_s.to(x) * x0 + rest.to(x) * epsilon, tau.to(x))
+
+
+def has_gaussian_kernel(scheduler: Scheduler) -> bool:
+    """False for solvers that spend several model calls on one transition."""
+    return getattr(scheduler, "order", 1) == 1 and not hasattr(scheduler, "prk_timesteps")
+
+
+# Consistency models and samplers with inner stages draw noise of their own at every transition.
+_CONSISTENCY = {"LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"}
+_STOCHASTIC_STAGES = {"KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"}
+
+
+def can_redraw(scheduler: Scheduler) -> bool:
+    """Whether a transition of this solver may be drawn anew from the Gaussian kernel."""
+    return has_gaussian_kernel(scheduler) and type(scheduler).__name__ not in _CONSISTENCY
+
+
+def copies_part(scheduler: Scheduler) -> bool:
+    """Whether two particles in one place ever part again: by a redrawn step, or by the solver's own noise."""
+    return can_redraw(scheduler) or type(scheduler).__name__ in _CONSISTENCY | _STOCHASTIC_STAGES
+
+
+def step_levels(scheduler: Scheduler, timestep: Any, index: int) -> tuple[Level, Level]:
+    """(α, σ) before and after the transition that `scheduler.step` makes at a timestep.
+
+    Raises InputError where the solver has no Gaussian kernel.
+    """
+    if not has_gaussian_kernel(scheduler):
+        raise InputError(
+            f"{type(scheduler).__name__} spends several model calls on one transition: it has no Gaussian kernel. "
+            "Use a first-order or multistep scheduler, for example DDIMScheduler.from_config(pipe.scheduler.config)"
+        )
+    before = level(scheduler, timestep, index)
+    if getattr(scheduler, "sigmas", None) is not None:
+        return before, level(scheduler, timestep, index + 1)
+    if hasattr(scheduler, "previous_timestep"):  # DDPM
+        following = scheduler.previous_timestep(timestep)
+    elif hasattr(scheduler, "step_index"):  # LCM, TCD
+        following = scheduler.timesteps[index + 1] if index + 1 < len(scheduler.timesteps) else -1
+    else:  # DDIM
+        following = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    return before, level(scheduler, following, index)
