@@ -18,7 +18,11 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     """
     import torch
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     source: str | Path = MODELS.get(model, Path(model))
     if not Path(source).is_dir():
         if model.count("/") != 1 or model.startswith((".", "/")):

@@ -1,6 +1,5 @@
 """Feynman–Kac steering of a diffusers pipeline (arXiv 2501.06848)."""
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from steer.choices import choose
 from steer.errors import InputError
 from steer.feynman_kac import FeynmanKac
 from steer.particles import Particles
-from steer.pipelines.method import SteeringMethod
+from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import Evaluation, SteeringOutput
 from steer.pipelines.population import Population, check_output_type
 from steer.potentials import POTENTIALS, TEMPERINGS, Potential, Tempering
@@ -162,13 +161,3 @@ def check_copies_part(scheduler: Any) -> None:
             f"{type(scheduler).__name__} is deterministic and has no Gaussian kernel: resampled particles would never "
             "part. Use another one, for example pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
         )
-
-
-def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[str, Any], float | None]:
-    """η goes to the pipeline where it and its solver know η themselves (DDIM); elsewhere the Gaussian kernel takes it."""
-    if eta is None:
-        return call, None
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta must be from 0 to 1, got {eta}")
-    knows = all("eta" in inspect.signature(f).parameters for f in (type(pipe).__call__, pipe.scheduler.step))
-    return (call | {"eta": eta}, None) if knows else (call, eta)

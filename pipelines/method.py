@@ -1,10 +1,12 @@
-"""What the steering pipelines share: a diffusers pipeline and a reward."""
+"""What the steering pipelines share: a diffusers pipeline, a reward, and where η goes."""
 
+import inspect
 from os import PathLike
 from typing import Any, Self
 
 from diffusers import DiffusionPipeline
 
+from steer.errors import InputError
 from steer.reward import load_reward
 
 
@@ -25,3 +27,13 @@ class SteeringMethod:
         """Moves the diffusers pipeline, as its own `to` does."""
         self.pipe.to(*args, **kwargs)
         return self
+
+
+def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[str, Any], float | None]:
+    """η goes to the pipeline where it and its solver know η themselves (DDIM); elsewhere the Gaussian kernel takes it."""
+    if eta is None:
+        return call, None
+    if not 0 <= eta <= 1:
+        raise InputError(f"eta must be from 0 to 1, got {eta}")
+    knows = all("eta" in inspect.signature(f).parameters for f in (type(pipe).__call__, pipe.scheduler.step))
+    return (call | {"eta": eta}, None) if knows else (call, eta)

@@ -1,8 +1,9 @@
 """What every steering pipeline returns."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -51,6 +52,20 @@ class SteeringOutput:
     order: Tensor
     history: tuple[Evaluation, ...]
     cost: Cost
+
+    def in_slot_order(self) -> "SteeringOutput":
+        """The same with images as the pipeline made them, not sorted by reward."""
+        slots = self.order.argsort(1)
+        groups, size = slots.shape
+        rows = (slots + torch.arange(groups)[:, None] * size).flatten().tolist()
+        return replace(
+            self,
+            images=[self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows],
+            rewards=self.rewards.gather(1, slots),
+            log_weights=self.log_weights.gather(1, slots),
+            latents=self.latents[rows],
+            order=torch.arange(size).expand(groups, size),
+        )
 
     @property
     def ess(self) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -87,7 +88,7 @@ def load_reward(reward: Any) -> Reward:
     """A Reward from a Reward, a function (images, prompts) → (N,), or a specification.
 
     A specification is NAME, or NAME:ARGUMENT where the reward takes one. NAME is looked up among the built-in
-    rewards, then the entry points `steer.rewards`, then as package.module:attribute.
+    rewards, then the entry points `steer.rewards`, then as module:attribute.
     Raises RewardError with the nearest names where there is none.
     """
     if not isinstance(reward, str):
@@ -108,7 +109,7 @@ def _find(name: str, argument: str) -> Any:
     for point in entry_points(group="steer.rewards"):
         if point.name == name:
             return _make(point.load(), name, argument)
-    if argument and "." in name:
+    if argument and ("." in name or (name.isidentifier() and find_spec(name))):
         return _attribute(f"{name}:{argument}")
     return None
 

@@ -85,7 +85,7 @@ def latents_and_tokens(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenize
             latents.append(encode(vae, images))
             tokens.append(token_ids(tokenizer, prompts))
             logger.info("encoded %d of %d scenes", first + PART, SCENES)
-        save_file({"latents": torch.cat(latents), "tokens": torch.cat(tokens)}, path)
+        save_file({"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens)}, path)
     data = load_file(path)
     return data["latents"], data["tokens"]
 

@@ -1,0 +1,38 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: sample test lint types unit format clean
+
+sample: $(INSTALLED)  ## the main job: base against steered images for three prompts
+	$(BIN)/steer sample "a red circle left of a blue star" "three green triangles" "a yellow square and a purple cross" \
+		--steps 25 --particles 4 --out out/sample
+	@echo "look at out/sample/grid.png and out/sample/ancestry.png"
+
+test: lint types unit  ## everything that needs no browser
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(INSTALLED)  ## on the built wheel, where every name resolves
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --no-deps --target build/types build/wheel/*.whl
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p steer
+
+unit: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build out *.egg-info

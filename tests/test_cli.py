@@ -1,0 +1,225 @@
+"""The command line on the embedded model: what it writes, how it goes on, and what it refuses."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from steer.apps import cli
+
+FAST = ["--steps", "4", "--particles", "3", "--seed", "7"]
+Steer = Callable[..., tuple[int, str, str]]
+
+REWARD = '''
+from pathlib import Path
+import torch
+
+def fails_on_stars(images, prompts):
+    if "star" in prompts[0] and not Path(__file__).with_name("mended").exists():
+        raise RuntimeError("stars are too bright")
+    return images.mean((1, 2, 3))
+
+def not_a_number(images, prompts):
+    return torch.full((len(images),), float("nan"))
+
+def wrong_shape(images, prompts):
+    return torch.zeros(len(images) + 1)
+'''
+
+
+@pytest.fixture
+def steer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Steer:
+    """Runs the command in this process: (exit code, stdout, stderr)."""
+    (tmp_path / "own_rewards.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["steer", *map(str, words)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("0*/*.png"))
+    }
+
+
+def test_sample_writes_images_grid_tree_and_report(steer: Steer, tmp_path: Path) -> None:
+    code, out, _ = steer("sample", "a red circle", "a star above a cross", *FAST, "--lam", 40, "--out", tmp_path / "o")
+    assert code == 0 and "2 prompts" in out
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert report["model"] == "scenes" and report["method"] == "fk" and report["settings"]["lam"] == 40
+    assert set(report["cost"]) == {"nfe", "decodes", "reward_calls", "seconds"}
+    assert [entry["prompt"] for entry in report["prompts"]] == ["a red circle", "a star above a cross"]
+    for entry in report["prompts"]:
+        assert entry["rewards"] == sorted(entry["rewards"], reverse=True)
+        assert len(entry["images"]) == len(entry["log_weights"]) == len(entry["base"]["images"]) == 3
+        assert len(entry["ess"]) == len(entry["ancestors"]) == len(entry["steps"])
+        for name in (*entry["images"], *entry["base"]["images"]):
+            assert Image.open(tmp_path / "o" / name).size == (64, 64)
+    assert report["cost"]["nfe"] == 2 * 4 * 3
+    assert all(Image.open(tmp_path / "o" / name).width > 400 for name in ("grid.png", "ancestry.png"))
+
+
+def test_the_same_seed_gives_the_same_bytes_in_another_process(steer: Steer, tmp_path: Path) -> None:
+    words = ["sample", "two blue stars", *FAST, "--lam", "60", "--ess-threshold", "1"]
+    assert steer(*words, "--out", tmp_path / "here")[0] == 0
+    other = [sys.executable, "-m", "steer.apps.cli", *words, "--out", str(tmp_path / "there")]
+    subprocess.run(other, check=True, capture_output=True)
+    assert digest(tmp_path / "here") == digest(tmp_path / "there") != {}
+
+
+@pytest.mark.parametrize("method", ["base", "best-of-n"])
+def test_the_controls_have_the_same_report(steer: Steer, tmp_path: Path, method: str) -> None:
+    assert steer("sample", "a red circle", *FAST, "--method", method, "--out", tmp_path)[0] == 0
+    entry = json.loads((tmp_path / "report.json").read_text())["prompts"][0]
+    plain = entry["rewards"] if method == "base" else entry["base"]["rewards"]
+    assert sorted(plain, reverse=True) == sorted(entry["rewards"], reverse=True)
+    assert entry["ancestors"] == [] and (method == "base" or entry["rewards"] == sorted(plain, reverse=True))
+
+
+def test_a_reward_that_raises_leaves_finished_prompts_and_the_same_command_goes_on(
+    steer: Steer, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a circle\na star\na cross\n")
+    words = ["sample", "--prompts", prompts, *FAST, "--reward", "own_rewards:fails_on_stars", "--out", tmp_path / "o"]
+    code, _, err = steer(*words)
+    assert code == 2 and "fails_on_stars" in err and "stars are too bright" in err
+    assert [e["prompt"] for e in json.loads((tmp_path / "o/report.json").read_text())["prompts"]] == ["a circle"]
+    first = digest(tmp_path / "o")
+    times = {name: (tmp_path / "o" / name).stat().st_mtime_ns for name in first if name.startswith("000")}
+    (tmp_path / "mended").touch()
+    assert steer(*words)[0] == 0
+    assert len(json.loads((tmp_path / "o/report.json").read_text())["prompts"]) == 3
+    assert all((tmp_path / "o" / name).stat().st_mtime_ns == time for name, time in times.items())
+    assert len(times) == 6
+
+
+def test_a_folder_of_other_settings_or_prompts_is_left_alone(steer: Steer, tmp_path: Path) -> None:
+    assert steer("sample", "a circle", *FAST, "--out", tmp_path, "--no-compare")[0] == 0
+    code, _, err = steer("sample", "a circle", *FAST, "--out", tmp_path, "--no-compare", "--lam", 3)
+    assert code == 2 and "lam 10.0, not 3.0" in err
+    code, _, err = steer("sample", "a star", *FAST, "--out", tmp_path, "--no-compare")
+    assert code == 2 and "other prompts" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reward", "scen"], "unknown reward 'scen': did you mean scene"),
+        (["--model", "scnes"], "unknown model 'scnes': use scenes"),
+        (["--model", "."], "no model_index.json"),
+        (["--potential", "dif"], "unknown potential 'dif': did you mean difference"),
+        (["--resampler", "sys"], "unknown resampler 'sys': did you mean"),
+        (["--method", "fkk"], "unknown method 'fkk': did you mean fk"),
+        (["--tempering", "no"], "unknown tempering"),
+        (["--particles", "0"], "--particles must be at least 1, got 0"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--ess-threshold", "2"], "--ess-threshold"),
+        (["--eta", "2", "--steps", "2"], "eta must be from 0 to 1"),
+        (["--lam", "x"], "'x' is not a valid float"),
+        (["--reward", "own_rewards:not_a_number", "--steps", "3"], "'not_a_number' returned nan"),
+        (["--reward", "own_rewards:wrong_shape", "--steps", "3"], "must return a tensor of shape"),
+    ],
+)
+def test_bad_options_are_one_line_and_exit_code_2(
+    steer: Steer, tmp_path: Path, words: list[str], message: str
+) -> None:
+    code, _, err = steer("sample", "a circle", "--out", tmp_path / "o", *words)
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("steer: ") and message in last and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.txt", "\n \n", "no prompts in this file"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "line 2: not JSON"),
+        ("p.jsonl", '{"text": "a"}\n', 'line 1: expected an object with a text under "prompt"'),
+        ("p.tsv", "Name\tNote\na\tb\n", 'line 1: expected a column named "prompt"'),
+        ("p.tsv", "Note\tPrompt\nonly one\n", "line 2: no column 2"),
+        ("p.csv", "a", "prompts are read from"),
+        ("p.txt", b"\xff\xfe\xff", "not UTF-8"),
+        ("p.txt", None, "cannot read the prompt file"),
+    ],
+)
+def test_a_bad_prompt_file_is_named_with_its_line(
+    steer: Steer, tmp_path: Path, name: str, content: str | bytes | None, message: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    code, _, err = steer("sample", "--prompts", path, "--out", tmp_path / "o")
+    assert code == 2 and err.startswith(f"steer: {path}") and message in err and len(err.splitlines()) == 1
+
+
+def test_prompts_from_every_format(tmp_path: Path) -> None:
+    from steer.apps.prompts import read_prompts
+
+    (tmp_path / "a.txt").write_text("\ufeffa circle\n\n a star \n", encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text('{"tag": "x", "prompt": "a circle"}\n\n{"prompt": "a star"}\n')
+    (tmp_path / "a.tsv").write_text("Prompt\tCategory\na circle\tx\na star\ty\n")
+    assert all(read_prompts(tmp_path / f"a.{kind}") == ["a circle", "a star"] for kind in ("txt", "jsonl", "tsv"))
+
+
+def test_prompts_come_from_one_place(steer: Steer, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a circle\n")
+    assert "one of the two" in steer("sample", "--out", tmp_path)[2]
+    assert "one of the two" in steer("sample", "a", "--prompts", tmp_path / "p.txt", "--out", tmp_path)[2]
+    assert "a prompt is empty" in steer("sample", "  ", "--out", tmp_path)[2]
+
+
+def test_an_unwritable_folder_is_refused(steer: Steer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    code, _, err = steer("sample", "a circle", *FAST, "--out", tmp_path / "file" / "o")
+    assert code == 2 and "cannot write there" in err
+
+
+def test_a_scheduler_that_cannot_be_steered_is_refused(steer: Steer, tmp_path: Path) -> None:
+    from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
+
+    from steer.assets import MODELS
+
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "heun")
+    code, _, err = steer("sample", "a circle", *FAST, "--model", tmp_path / "heun", "--out", tmp_path / "o")
+    assert code == 2 and "HeunDiscreteScheduler is deterministic" in err and "DDIMScheduler" in err
+
+
+def test_score_prints_json(steer: Steer, tmp_path: Path) -> None:
+    Image.new("RGBA", (8, 8), (255, 0, 0, 255)).save(tmp_path / "red.png")
+    Image.new("L", (20, 10), 0).save(tmp_path / "black.jpg")
+    code, out, _ = steer("score", tmp_path / "red.png", tmp_path / "black.jpg", "--prompt", "a", "--reward", "brightness")
+    scores = json.loads(out)["scores"]
+    assert code == 0 and [round(row["score"], 3) for row in scores] == [0.299, 0.0]
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n truncated"])
+def test_an_unreadable_image_is_named(steer: Steer, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.png").write_bytes(content)
+    code, _, err = steer("score", tmp_path / "x.png", "--prompt", "a", "--reward", "jpeg")
+    assert code == 2 and err.startswith(f"steer: {tmp_path / 'x.png'}") and len(err.splitlines()) == 1
+
+
+def test_rewards_are_listed_and_help_answers_without_torch(steer: Steer) -> None:
+    code, out, _ = steer("rewards")
+    assert code == 0 and "scene-soft" in out and "jpeg" in out
+    script = "import sys; sys.argv = ['steer', '--help']\nimport steer.apps.cli as c\nc.main()\nassert 'torch' not in sys.modules"
+    assert "sample" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

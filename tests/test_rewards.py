@@ -1,0 +1,140 @@
+"""Rewards that need no weights, the contract that each call is held to, and finding rewards by name."""
+
+import io
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from steer.reward import Reward, RewardError, load_reward, reward_names, score
+from steer.rewards import REWARDS
+
+PROMPTS = ["a red circle", "two stars"]
+IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_every_built_in_reward_keeps_the_contract(name: str) -> None:
+    reward = load_reward(f"{name}:red" if name == "colour" else name)
+    assert isinstance(reward, Reward)
+    assert reward.name.split(":")[0] == name
+    images = IMAGES.clone().requires_grad_(reward.differentiable)
+    scores = score(reward, images, PROMPTS)
+    assert scores.shape == (2,) and scores.dtype == torch.float32
+    assert scores.requires_grad == reward.differentiable
+    one_by_one = torch.cat([score(reward, IMAGES[k : k + 1], PROMPTS[k : k + 1]) for k in range(2)])
+    assert torch.allclose(scores.detach(), one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in REWARDS if name in ("colour", "brightness")])
+def test_gradients_match_finite_differences(name: str) -> None:
+    reward = load_reward("colour:#336699" if name == "colour" else "brightness:0.2")
+    pixels = IMAGES[:1, :, :3, :3].clone().requires_grad_()
+    score(reward, pixels, PROMPTS[:1]).sum().backward()
+    assert pixels.grad is not None
+    step = torch.zeros_like(pixels)
+    step[0, 1, 2, 0] = 2e-3
+    with torch.no_grad():
+        slope = (score(reward, pixels + step, PROMPTS[:1]) - score(reward, pixels - step, PROMPTS[:1])) / 4e-3
+    assert slope.item() == pytest.approx(pixels.grad[0, 1, 2, 0].item(), rel=1e-2)
+
+
+def test_jpeg_is_the_size_that_pillow_writes() -> None:
+    pixels = (IMAGES[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=95)
+    kilobytes = buffer.getbuffer().nbytes / 1000
+    assert score(load_reward("jpeg"), IMAGES[:1], [""]).item() == pytest.approx(-kilobytes)
+    assert score(load_reward("jpeg-incompressible"), IMAGES[:1], [""]).item() == pytest.approx(kilobytes)
+
+
+def test_colour_and_brightness_by_hand() -> None:
+    red = torch.zeros(1, 3, 4, 4)
+    red[:, 0] = 1
+    assert score(load_reward("colour:red"), red, [""]).item() == pytest.approx(1, abs=1e-5)
+    assert score(load_reward("colour:cyan"), red, [""]).item() == pytest.approx(0, abs=1e-5)
+    assert score(load_reward("brightness"), red, [""]).item() == pytest.approx(0.299)
+    assert score(load_reward("brightness:0.3"), red, [""]).item() == pytest.approx(0.999)
+
+
+def returning(value: object) -> Reward:
+    class Fixed:
+        name, differentiable = "fixed", False
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            if isinstance(value, Exception):
+                raise value
+            return value  # type: ignore[return-value]
+
+    return Fixed()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.tensor([0.1, torch.nan]), "returned nan for image 1, prompt 'two stars'"),
+        (torch.tensor([torch.inf, 0.0]), "returned inf for image 0"),
+        (torch.zeros(3), r"shape \(2,\), got \(3,\)"),
+        (torch.zeros(2, 1), r"shape \(2,\), got \(2, 1\)"),
+        ([0.0, 1.0], r"shape \(2,\), got list"),
+        (torch.tensor([1, 2]), "must return floats, got torch.int64"),
+        (KeyError("no such label"), "failed: KeyError: 'no such label'"),
+    ],
+)
+def test_a_broken_contract_is_an_error_that_names_the_reward(value: object, message: str) -> None:
+    with pytest.raises(RewardError, match=f"'fixed'.*{message}"):
+        score(returning(value), IMAGES, PROMPTS)
+
+
+def test_half_precision_scores_become_fp32() -> None:
+    assert score(returning(torch.ones(2, dtype=torch.float16)), IMAGES, PROMPTS).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("scen", "unknown reward 'scen': did you mean scene"),
+        ("", "unknown reward ''"),
+        ("colour", "'colour' needs an argument"),
+        ("colour:nosuch", "unknown colour"),
+        ("brightness:much", "number from 0 to 1"),
+        ("jpeg:3", "'jpeg' takes no argument, got '3'"),
+        ("no.such.module:thing", "cannot load reward 'no.such.module:thing'"),
+        ("math:pi", "a name, got float"),
+        ("os.path:sep", "a name, got str"),
+        (3.5, "a name, got float"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_refused_in_one_line(spec: object, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        load_reward(spec)
+
+
+def test_functions_classes_and_paths_are_rewards() -> None:
+    def mean(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean((1, 2, 3))
+
+    by_path = load_reward("steer.rewards.jpeg:JpegCompressibility")
+    assert load_reward(mean).name == "mean"
+    assert torch.equal(score(load_reward(mean), IMAGES, PROMPTS), IMAGES.mean((1, 2, 3)))
+    assert load_reward(type(by_path)).name == by_path.name == "jpeg"
+
+
+def test_a_plugin_is_found_by_its_entry_point(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "darkness.py").write_text("def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n\ndef make():\n    return dark\n")
+    info = tmp_path / "darkness-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: darkness\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[steer.rewards]\ndarkness = darkness:make\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "darkness" in reward_names()
+    assert torch.equal(score(load_reward("darkness"), IMAGES, PROMPTS), -IMAGES.mean((1, 2, 3)))
+
+
+def test_looking_for_rewards_imports_none_of_them() -> None:
+    code = "import sys, steer.reward; steer.reward.reward_names(); print([m for m in sys.modules if m.startswith('steer.rewards.')])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,0 +1,151 @@
+"""The scene reward against scenes that are drawn, and the language against itself."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from steer.apps.scenes.autoencoder import FRESH
+from steer.apps.scenes.lists import HELD_OUT, TUNING
+from steer.apps.scenes.training import batch_at, training_scenes
+from steer.apps.scenes.world import TASKS, is_held_out, random_request, random_scene, true_requests
+from steer.assets import PROMPTS
+from steer.reward import RewardError
+from steer.rewards.scene import SceneReward, objects, requirements
+from steer.rewards.scene_language import COLOURS, SHAPES, Phrase, SceneRequest, parse
+from steer.rewards.scene_soft import SceneSoftReward
+
+requests = st.builds(
+    lambda seed, task: random_request(np.random.default_rng(seed), task), st.integers(0, 2**32), st.sampled_from([*TASKS])
+)
+
+
+@given(request=requests)
+@settings(max_examples=300, deadline=None)
+def test_parse_is_the_inverse_of_print(request: SceneRequest) -> None:
+    assert parse(str(request)) == request
+    assert parse(f" A photo of {request}. ") == request
+    assert request.canonical.canonical == request.canonical
+
+
+@pytest.mark.parametrize(
+    ("prompt", "task"),
+    [
+        ("a circle", "single_object"),
+        ("a circle and a star", "two_object"),
+        ("three crosses", "counting"),
+        ("a red circle", "colors"),
+        ("a circle to the left of a star", "position"),
+        ("a red circle and a blue star", "color_attr"),
+    ],
+)
+def test_each_task_of_geneval_has_its_wording(prompt: str, task: str) -> None:
+    assert parse(prompt).task == task
+
+
+@pytest.mark.parametrize("prompt", ["", "a dog", "a red", "five circles", "a circle and a circle", "a circle and a star and a cross"])
+def test_what_the_language_lacks_is_refused_with_an_example(prompt: str) -> None:
+    with pytest.raises(RewardError, match="three red circles"):
+        parse(prompt)
+
+
+@pytest.fixture(scope="module")
+def fresh() -> tuple[torch.Tensor, list[str]]:
+    images, prompts = training_scenes(2000, first=FRESH)
+    return images.float() / 255, prompts
+
+
+def test_the_exact_reward_accepts_fresh_scenes_and_refuses_wrong_captions(fresh: tuple[torch.Tensor, list[str]]) -> None:
+    images, prompts = fresh
+    assert (SceneReward()(images, prompts) == 1).float().mean() >= 0.995
+    scenes = [random_scene(np.random.default_rng(FRESH + k)) for k in range(len(prompts))]
+    others = prompts[1:] + prompts[:1]
+    wrong = [k for k, scene in enumerate(scenes) if parse(others[k]).canonical not in true_requests(scene.things)]
+    accepted = SceneReward()(images[wrong], [others[k] for k in wrong]) == 1
+    assert len(wrong) > 1500 and accepted.float().mean() <= 0.01
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wrong"),
+    [
+        ("a red circle left of a blue star", "a red circle right of a blue star"),
+        ("a red circle left of a blue star", "a blue circle left of a red star"),
+        ("three green crosses", "two green crosses"),
+        ("three green crosses", "three red crosses"),
+        ("a yellow square", "a yellow circle"),
+    ],
+)
+def test_one_swapped_word_costs_both_rewards(prompt: str, wrong: str) -> None:
+    from steer.apps.scenes.world import draw
+
+    rng = np.random.default_rng(0)
+    pictures = np.stack([draw(random_scene(rng, parse(prompt)), rng) for _ in range(8)])
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255
+    for reward in (SceneReward(), SceneSoftReward()):
+        assert (reward(images, [prompt] * 8) > reward(images, [wrong] * 8)).all()
+
+
+def test_the_fraction_counts_requirements() -> None:
+    image = np.full((64, 64, 3), 0.95)
+    image[10:26, 10:26] = COLOURS["red"]
+    found = objects(image)
+    assert [(thing.colour, thing.shape) for thing in found] == [("red", "square")]
+    both = SceneRequest((Phrase(1, "red", "square"), Phrase(1, "blue", "star")), "left of")
+    assert requirements(both, found) == [False, True, True, False, False, False]
+
+
+def test_the_exact_reward_reads_larger_images_too(fresh: tuple[torch.Tensor, list[str]]) -> None:
+    images, prompts = fresh
+    large = torch.nn.functional.interpolate(images[:200], scale_factor=4, mode="bilinear")
+    assert (SceneReward()(large, prompts[:200]) == 1).float().mean() > 0.97
+
+
+def test_the_soft_reward_still_tells_blurry_scenes_apart(fresh: tuple[torch.Tensor, list[str]]) -> None:
+    images, prompts = fresh[0][:300], fresh[1][:300]
+    others = prompts[1:] + prompts[:1]
+    for blur, told in ((1, 0.93), (4, 0.88), (8, 0.7)):
+        blurry = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(images, blur), size=64, mode="bilinear")
+        right, wrong = (SceneSoftReward()(blurry, texts) for texts in (prompts, others))
+        assert ((right >= 0) & (right <= 1)).all()
+        assert (right > wrong).float().mean() > told
+
+
+def test_the_soft_reward_has_gradients_of_its_pixels() -> None:
+    images, prompts = training_scenes(4)
+    pixels = (images.double() / 255).requires_grad_()
+    SceneSoftReward()(pixels, prompts).sum().backward()
+    assert pixels.grad is not None
+    direction = torch.sign(pixels.grad)
+    step = 1e-3 * direction
+    with torch.no_grad():
+        higher, lower = (SceneSoftReward()((pixels + sign * step), prompts).sum() for sign in (1, -1))
+    assert higher > lower
+
+
+def test_training_scenes_are_their_numbers_and_hold_nothing_back_wrongly() -> None:
+    images, prompts = training_scenes(20, first=40)
+    again, texts = training_scenes(5, first=50)
+    assert torch.equal(images[10:15], again) and prompts[10:15] == texts
+    for number in range(400):
+        scene = random_scene(np.random.default_rng(number))
+        assert not is_held_out(scene.request)
+        assert not any(map(is_held_out, true_requests(scene.things)))
+
+
+def test_batches_of_an_epoch_cover_it() -> None:
+    rows = torch.cat([batch_at(step, 10, 100) for step in range(20, 30)])
+    assert rows.sort().values.tolist() == list(range(100))
+
+
+def test_prompt_lists_are_fixed_and_disjoint_and_reach_every_task() -> None:
+    from steer.apps.prompts import read_prompts
+
+    held_out, tuning = (read_prompts(PROMPTS[name]) for name in ("scenes-heldout", "scenes-tuning"))
+    assert len(held_out) >= 200 and len(set(held_out)) == len(held_out)
+    assert all(is_held_out(parse(prompt)) for prompt in held_out)
+    assert not any(is_held_out(parse(prompt)) for prompt in tuning)
+    assert {parse(prompt).task for prompt in held_out} == set(HELD_OUT)
+    assert {parse(prompt).task for prompt in tuning} == set(TUNING) == set(TASKS)
+    assert not {parse(p).canonical for p in held_out} & {parse(p).canonical for p in tuning}
+    assert len(COLOURS) * len(SHAPES) == 30
