@@ -41,11 +41,11 @@ class Population:
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
         self.pipe, self.reward, self.size, self.chunk_size = pipe, reward, size, chunk_size
-        self.call = _bound_call(pipe, prompt, size, call)
         read = prompt if reward_prompt is None else reward_prompt
         read_by_prompt = [read] if isinstance(read, str) else list(read or [""] * _embedded_prompts(call))
         self.groups = len(read_by_prompt)
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
+        self.call = _bound_call(pipe, prompt, self.groups, size, call)
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.latents = torch.empty(0)
         self._preview = Preview(pipe, self.call, chunk_size)
@@ -135,7 +135,7 @@ def check_output_type(output_type: str) -> None:
 
 
 def _bound_call(
-    pipe: Any, prompt: str | Sequence[str] | None, size: int, call: Mapping[str, Any]
+    pipe: Any, prompt: str | Sequence[str] | None, groups: int, size: int, call: Mapping[str, Any]
 ) -> dict[str, Any]:
     accepted = inspect.signature(type(pipe).__call__).parameters
     unknown = [name for name in call if name not in accepted]
@@ -148,7 +148,7 @@ def _bound_call(
     if count:
         bound[count] = size
     elif "batch_size" in accepted:
-        bound["batch_size"] = size
+        bound["batch_size"] = groups * size
     elif prompt is not None:
         prompt = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(size)]
     if prompt is not None and "prompt" in accepted:

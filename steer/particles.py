@@ -51,9 +51,7 @@ class Particles:
 
     def reweight(self, log_g: Tensor) -> "Particles":
         """Multiplies the weights by a potential: log w += log G."""
-        return replace(
-            self, log_weights=self.log_weights + log_g, log_potentials=self.log_potentials + log_g
-        )
+        return replace(self, log_weights=self.log_weights + log_g, log_potentials=self.log_potentials + log_g)
 
     def resample(self, ancestors: Tensor, groups: Tensor) -> "Particles":
         """Follows `ancestors` (B, K) in the groups where `groups` (B,) is true: their weights become equal, their mean

@@ -24,9 +24,7 @@ class PathRewards:
 
     def append(self, rewards: Tensor, strength: Tensor) -> "PathRewards":
         """Adds an evaluation: rewards (B, K), strength (B, 1)."""
-        return PathRewards(
-            torch.cat([self.rewards, rewards[None]]), torch.cat([self.strengths, strength[None]])
-        )
+        return PathRewards(torch.cat([self.rewards, rewards[None]]), torch.cat([self.strengths, strength[None]]))
 
     def follow(self, ancestors: Tensor) -> "PathRewards":
         """The paths of the ancestors (B, K)."""

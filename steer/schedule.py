@@ -129,13 +129,20 @@ def in_the_middle(scheduler: Scheduler) -> bool:
         return False
     if not scheduler.config.skip_prk_steps and scheduler.counter <= len(scheduler.prk_timesteps):
         return scheduler.counter % 4 != 0
-    return scheduler.counter == 1
+    return scheduler.counter == 1 and len(scheduler.timesteps) > 1
 
 
-def transitions_left(scheduler: Scheduler, timestep: Any) -> int:
-    """How many transitions a run makes from `timestep` on, this one included."""
+def total_transitions(scheduler: Scheduler, first: Any, latest: Any) -> int:
+    """How many transitions a run makes whose first one is just complete, by calls at timesteps `first` to `latest`."""
     timesteps = torch.as_tensor(scheduler.timesteps).tolist()
-    rest = timesteps[timesteps.index(float(timestep)) :]
+    first, latest = float(first), float(latest)
     if hasattr(scheduler, "prk_timesteps"):
-        return len(dict.fromkeys(rest))
-    return (len(rest) + 1) // 2 if getattr(scheduler, "order", 1) == 2 else len(rest)
+        if warm_up := len(scheduler.prk_timesteps):  # four calls each, and then one
+            return warm_up // 4 + len(timesteps) - warm_up
+        # One timestep is there twice. A run of image-to-image may start at either, or after them, and the
+        # scheduler spends two calls on its first transition wherever that is.
+        again = first == latest and timesteps.count(first) > 1
+        return len(timesteps) - timesteps.index(latest) - again
+    begin = getattr(scheduler, "begin_index", None)
+    rest = len(timesteps) - (timesteps.index(first) if begin is None else begin)
+    return (rest + 1) // 2 if getattr(scheduler, "order", 1) == 2 else rest

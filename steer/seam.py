@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from steer.errors import InputError
-from steer.schedule import Scheduler, check_verified, in_the_middle, predict_x0, transitions_left
+from steer.schedule import Scheduler, check_verified, in_the_middle, predict_x0, total_transitions
 from steer.transition import Gaussian, gaussian_transition, step_levels
 
 
@@ -34,13 +34,13 @@ class Event:
     """
 
     k: int
-    total: int
     t: Any
     x: Tensor
     scheduler: Scheduler
     index: int
     _predict: Callable[[], Tensor] = field(repr=False)
     prev: Tensor = field(init=False)
+    total: int = field(init=False)
     calls: int = 1
 
     @functools.cached_property
@@ -103,19 +103,18 @@ class _Tracker:
         """One call of the scheduler's step: makes it, reports it once its transition is complete, applies the answer."""
         x, t, output = arguments["sample"], arguments["timestep"], arguments["model_output"]
         self._check(arguments)
-        if not self.total:
-            self.total = transitions_left(scheduler, t)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             out = tuple(plain_step(scheduler, **arguments, return_dict=False))
         index = (getattr(scheduler, "step_index", None) or 0) - 1
         if self.event is None:
             predict = functools.partial(predict_x0, scheduler, output, t, x, index)
-            self.event = Event(self.transitions, self.total, t, x, scheduler, index, predict)
+            self.event = Event(self.transitions, t, x, scheduler, index, predict)
         else:
             self.event.calls += 1
         if not in_the_middle(scheduler):
             event, self.event, self.transitions = self.event, None, self.transitions + 1
-            event.prev = out[0]
+            self.total = self.total or total_transitions(scheduler, event.t, t)
+            event.prev, event.total = out[0], self.total
             out = self._apply(self.on_step(event) or (None, None), scheduler, out)
         self.last = out[0]
         return out

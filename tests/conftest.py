@@ -30,6 +30,8 @@ from diffusers import (
     WanPipeline,
     WanTransformer3DModel,
 )
+from schedulers import BETAS
+from steer.apps.scenes.tokenizer import build_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
@@ -42,8 +44,6 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
-
-from steer.apps.scenes.tokenizer import build_tokenizer
 
 PROMPT = "a red circle left of a blue star"
 T5_WIDTH = 32
@@ -118,7 +118,7 @@ def unet(**config: Any) -> UNet2DConditionModel:
 
 
 def noise_levels() -> DDIMScheduler:
-    return DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    return DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1)
 
 
 def stable_diffusion_parts() -> dict[str, Any]:
@@ -289,15 +289,16 @@ def call_kwargs(name: str, images: int = 3, steps: int = 4) -> dict[str, Any]:
         side = 16 if name == "wan" else 8
         call |= {"height": side, "width": side}
     if name in ("sd3", "flux", "pixart", "wan"):
-        call["max_sequence_length"] = 8
+        call["max_sequence_length"] = 10
     if name == "pixart":
         call |= {"clean_caption": False, "use_resolution_binning": False}
     if name == "wan":
         call["num_frames"] = 3
-    if name in ("img2img", "controlnet"):
-        call["image"] = torch.linspace(0, 1, 3 * 8 * 8).view(1, 3, 8, 8)
+    picture = torch.linspace(0, 1, 3 * 8 * 8).view(1, 3, 8, 8)
     if name == "img2img":
-        call["strength"] = 0.8
+        call |= {"image": picture.repeat(images, 1, 1, 1), "strength": 0.8}
+    if name == "controlnet":
+        call["image"] = picture
     return call
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
 from steer.apps import cli
 
 FAST = ["--steps", "4", "--particles", "3", "--seed", "7"]
 Steer = Callable[..., tuple[int, str, str]]
 
-REWARD = '''
+REWARD = """
 from pathlib import Path
 import torch
 
@@ -29,7 +28,7 @@ def not_a_number(images, prompts):
 
 def wrong_shape(images, prompts):
     return torch.zeros(len(images) + 1)
-'''
+"""
 
 
 @pytest.fixture
@@ -138,9 +137,7 @@ def test_a_folder_of_other_settings_or_prompts_is_left_alone(steer: Steer, tmp_p
         (["--reward", "own_rewards:wrong_shape", "--steps", "3"], "must return a tensor of shape"),
     ],
 )
-def test_bad_options_are_one_line_and_exit_code_2(
-    steer: Steer, tmp_path: Path, words: list[str], message: str
-) -> None:
+def test_bad_options_are_one_line_and_exit_code_2(steer: Steer, tmp_path: Path, words: list[str], message: str) -> None:
     code, _, err = steer("sample", "a circle", "--out", tmp_path / "o", *words)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("steer: ") and message in last and "Traceback" not in err
@@ -193,7 +190,6 @@ def test_an_unwritable_folder_is_refused(steer: Steer, tmp_path: Path) -> None:
 
 def test_a_scheduler_that_cannot_be_steered_is_refused(steer: Steer, tmp_path: Path) -> None:
     from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
-
     from steer.assets import MODELS
 
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
@@ -206,7 +202,9 @@ def test_a_scheduler_that_cannot_be_steered_is_refused(steer: Steer, tmp_path: P
 def test_score_prints_json(steer: Steer, tmp_path: Path) -> None:
     Image.new("RGBA", (8, 8), (255, 0, 0, 255)).save(tmp_path / "red.png")
     Image.new("L", (20, 10), 0).save(tmp_path / "black.jpg")
-    code, out, _ = steer("score", tmp_path / "red.png", tmp_path / "black.jpg", "--prompt", "a", "--reward", "brightness")
+    code, out, _ = steer(
+        "score", tmp_path / "red.png", tmp_path / "black.jpg", "--prompt", "a", "--reward", "brightness"
+    )
     scores = json.loads(out)["scores"]
     assert code == 0 and [round(row["score"], 3) for row in scores] == [0.299, 0.0]
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import pytest
 import torch
 from PIL import Image
+from steer.rewards import REWARDS
 from torch import Tensor
 
 from steer.reward import Reward, RewardError, load_reward, reward_names, score
-from steer.rewards import REWARDS
 
 PROMPTS = ["a red circle", "two stars"]
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -125,7 +125,9 @@ def test_functions_classes_and_paths_are_rewards() -> None:
 
 
 def test_a_plugin_is_found_by_its_entry_point(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    (tmp_path / "darkness.py").write_text("def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n\ndef make():\n    return dark\n")
+    (tmp_path / "darkness.py").write_text(
+        "def dark(images, prompts):\n    return -images.mean((1, 2, 3))\n\ndef make():\n    return dark\n"
+    )
     info = tmp_path / "darkness-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: darkness\nVersion: 1.0\n")
@@ -137,4 +139,6 @@ def test_a_plugin_is_found_by_its_entry_point(tmp_path, monkeypatch: pytest.Monk
 
 def test_looking_for_rewards_imports_none_of_them() -> None:
     code = "import sys, steer.reward; steer.reward.reward_names(); print([m for m in sys.modules if m.startswith('steer.rewards.')])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

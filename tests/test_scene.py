@@ -5,19 +5,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from steer.apps.scenes.autoencoder import FRESH
 from steer.apps.scenes.lists import HELD_OUT, TUNING
 from steer.apps.scenes.training import batch_at, training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request, random_scene, true_requests
 from steer.assets import PROMPTS
-from steer.reward import RewardError
 from steer.rewards.scene import SceneReward, objects, requirements
 from steer.rewards.scene_language import COLOURS, SHAPES, Phrase, SceneRequest, parse
 from steer.rewards.scene_soft import SceneSoftReward
 
+from steer.reward import RewardError
+
 requests = st.builds(
-    lambda seed, task: random_request(np.random.default_rng(seed), task), st.integers(0, 2**32), st.sampled_from([*TASKS])
+    lambda seed, task: random_request(np.random.default_rng(seed), task),
+    st.integers(0, 2**32),
+    st.sampled_from([*TASKS]),
 )
 
 
@@ -44,7 +46,9 @@ def test_each_task_of_geneval_has_its_wording(prompt: str, task: str) -> None:
     assert parse(prompt).task == task
 
 
-@pytest.mark.parametrize("prompt", ["", "a dog", "a red", "five circles", "a circle and a circle", "a circle and a star and a cross"])
+@pytest.mark.parametrize(
+    "prompt", ["", "a dog", "a red", "five circles", "a circle and a circle", "a circle and a star and a cross"]
+)
 def test_what_the_language_lacks_is_refused_with_an_example(prompt: str) -> None:
     with pytest.raises(RewardError, match="three red circles"):
         parse(prompt)
@@ -56,7 +60,9 @@ def fresh() -> tuple[torch.Tensor, list[str]]:
     return images.float() / 255, prompts
 
 
-def test_the_exact_reward_accepts_fresh_scenes_and_refuses_wrong_captions(fresh: tuple[torch.Tensor, list[str]]) -> None:
+def test_the_exact_reward_accepts_fresh_scenes_and_refuses_wrong_captions(
+    fresh: tuple[torch.Tensor, list[str]],
+) -> None:
     images, prompts = fresh
     assert (SceneReward()(images, prompts) == 1).float().mean() >= 0.995
     scenes = [random_scene(np.random.default_rng(FRESH + k)) for k in range(len(prompts))]

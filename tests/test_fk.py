@@ -1,0 +1,296 @@
+"""FKSteeringPipeline and BestOfNPipeline on tiny real pipelines of every family, and on one whose answer is known."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import PIPELINES, call_kwargs, with_scheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
+from gaussian import GaussianPipeline
+from torch import Generator, Tensor
+
+from steer.errors import InputError
+from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, StepReport
+from steer.pipelines.output import SteeringOutput
+from steer.pipelines.population import IMAGES_PER_PROMPT
+from steer.potentials import POTENTIALS
+from steer.resampling import RESAMPLERS
+from steer.reward import RewardError
+from steer.seam import CannotSteer
+
+K = 3
+
+
+def seeded(seed: int = 0) -> Generator:
+    return Generator().manual_seed(seed)
+
+
+def steer_kwargs(name: str, steps: int = 5) -> dict[str, Any]:
+    """A cheap call without the count of images, which num_particles replaces."""
+    return {key: value for key, value in call_kwargs(name, K, steps).items() if key not in IMAGES_PER_PROMPT}
+
+
+def plain_images(pipe: Any, name: str, seed: int = 0) -> Tensor:
+    output = pipe(**call_kwargs(name, K, 5), generator=seeded(seed), output_type="pt")
+    return output.frames if name == "wan" else output.images
+
+
+def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
+
+
+def in_slots(out: SteeringOutput) -> Tensor:
+    return out.in_slot_order().images
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize(("lam", "particles"), [(0.0, K), (10.0, 1)], ids=["lambda 0", "one particle"])
+def test_without_steering_the_bytes_are_the_pipelines_own(
+    pipe_of: Callable[[str], Any], name: str, lam: float, particles: int
+) -> None:
+    pipe, call = pipe_of(name), steer_kwargs(name)
+    count = next(key for key in IMAGES_PER_PROMPT if key in call_kwargs(name))
+    if name == "img2img":
+        call["image"] = call["image"][:particles]
+    plain = pipe(**(call | {count: particles}), generator=seeded(), output_type="pt")
+    out = FKSteeringPipeline(pipe, redness)(
+        num_particles=particles, lam=lam, ess_threshold=1.0, generator=seeded(), output_type="pt", **call
+    )
+    assert torch.equal(in_slots(out), plain.frames if name == "wan" else plain.images)
+    assert out.history and all((ess == particles).all() for ess in out.ess)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_family_is_steered(pipe_of: Callable[[str], Any], name: str) -> None:
+    pipe, call = pipe_of(name), steer_kwargs(name)
+    scheduler = pipe.scheduler
+    options = {"num_particles": K, "lam": 3000.0, "resample_steps": [1, 2, 3], "ess_threshold": 1.0}
+    out = FKSteeringPipeline(pipe, redness)(**options, generator=seeded(3), output_type="pt", **call)
+    again = FKSteeringPipeline(pipe, redness)(**options, generator=seeded(3), output_type="pt", **call)
+    assert torch.equal(out.images, again.images) and all(map(torch.equal, out.ancestors, again.ancestors))
+    assert [evaluation.step for evaluation in out.history] == [s for s in (1, 2, 3) if s < out.cost.nfe // K - 1]
+    assert any((ancestors != torch.arange(K)).any() for ancestors in out.ancestors)
+    assert (out.rewards.diff(dim=1) <= 0).all()
+    frames = out.images if out.images.dim() == 4 else out.images[:, 0]
+    assert all(not torch.equal(frames[i], frames[j]) for i in range(K) for j in range(i))  # copies have parted
+    assert pipe.scheduler is scheduler and type(scheduler).__module__.startswith("diffusers")
+
+
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_several_prompts_keep_their_own_particles(pipe_of: Callable[[str], Any], name: str) -> None:
+    call = steer_kwargs(name) | {"prompt": ["a red circle", "a blue star"]}
+    seen: list[list[str]] = []
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.append(list(prompts))
+        return redness(images, prompts)
+
+    out = FKSteeringPipeline(pipe_of(name), reward)(
+        num_particles=K, lam=2000.0, ess_threshold=1.0, chunk_size=6, generator=seeded(), output_type="pt", **call
+    )
+    assert out.rewards.shape == (2, K) and len(out.images) == 2 * K
+    assert all(prompts == ["a red circle"] * K + ["a blue star"] * K for prompts in seen)
+    assert torch.allclose(redness(out.images, []).view(2, K), out.rewards, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDPMScheduler, LCMScheduler]
+)
+def test_copies_part_under_deterministic_and_stochastic_solvers(pipe_of: Callable[[str], Any], scheduler: type) -> None:
+    pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
+    call = steer_kwargs("sd", steps=6)
+    out = FKSteeringPipeline(pipe, redness)(
+        num_particles=K, lam=1e5, resample_steps=[2], ess_threshold=1.0, generator=seeded(), output_type="pt", **call
+    )
+    assert len(set(out.ancestors[0][0].tolist())) == 1  # all from one particle …
+    assert all(not torch.equal(out.latents[i], out.latents[j]) for i in range(K) for j in range(i))  # … and parted
+
+
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])
+def test_deterministic_solvers_without_a_kernel_are_refused(pipe_of: Callable[[str], Any], scheduler: type) -> None:
+    pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
+    with pytest.raises(CannotSteer, match=f"{scheduler.__name__} is deterministic and has no Gaussian kernel"):
+        FKSteeringPipeline(pipe, redness)(num_particles=K, **steer_kwargs("sd"))
+    BestOfNPipeline(pipe, redness)(num_particles=K, **steer_kwargs("sd"))
+
+
+def test_eta_is_ddims_own_where_the_pipeline_knows_it(pipe_of: Callable[[str], Any]) -> None:
+    pipe, call = pipe_of("sd"), steer_kwargs("sd")
+    plain = pipe(**call, num_images_per_prompt=K, eta=1.0, generator=seeded(), output_type="pt").images
+    for method in (BestOfNPipeline(pipe, redness), FKSteeringPipeline(pipe, redness)):
+        options = {"lam": 0.0} if isinstance(method, FKSteeringPipeline) else {}
+        out = method(num_particles=K, eta=1.0, generator=seeded(), output_type="pt", **options, **call)
+        assert torch.equal(in_slots(out), plain)
+
+
+def test_eta_is_the_gaussian_kernel_elsewhere(pipe_of: Callable[[str], Any]) -> None:
+    pipe, call = pipe_of("flux"), steer_kwargs("flux")
+    run = BestOfNPipeline(pipe, redness)
+    outs = [run(num_particles=2, eta=eta, generator=seeded(), output_type="pt", **call) for eta in (None, 0.0, 1.0)]
+    own, still, noisy = (in_slots(out) for out in outs)
+    assert torch.allclose(own, still, atol=1e-4) and not torch.allclose(own, noisy, atol=1e-2)
+
+
+@pytest.mark.parametrize("potential", POTENTIALS)
+@pytest.mark.parametrize("resampler", ["systematic", "ssp"])
+def test_a_steered_gaussian_is_the_tilted_gaussian(potential: str, resampler: str) -> None:
+    """r = Σ over the 3 elements of x, so p exp(λ r) has the mean m + λ v and Z = exp(3 (λ m + λ² v / 2))."""
+    lam, steps, groups, size = 3.0, 8, 1200, 4
+    pipe = GaussianPipeline(mean=0.5, std=0.1)
+    mean, std = pipe.distribution(steps, eta=1.0)
+    estimates, shifts = [], []
+    for seed in range(groups // 100):
+        out = FKSteeringPipeline(pipe, lambda images, prompts: images.sum((1, 2, 3)))(
+            num_particles=size,
+            reward_prompt=[""] * 100,
+            **{"lam": lam, "potential": potential, "resampler": resampler, "ess_threshold": 0.9},
+            resample_steps=[3, 5],
+            eta=1.0,
+            num_inference_steps=steps,
+            chunk_size=400,
+            generator=seeded(seed),
+            output_type="pt",
+        )
+        estimates.append(out.log_normaliser.double().exp())
+        values = out.images.double().sum((1, 2, 3)).view(100, size)
+        shifts.append((out.log_weights.double().softmax(1) * (values - 3 * (mean + lam * std**2))).sum(1))
+    z, shift = torch.cat(estimates), torch.cat(shifts)
+    truth = math.exp(3 * (lam * mean + lam**2 * std**2 / 2))
+    assert abs(z.mean() - truth) <= 4 * z.std() / groups**0.5
+    pooled = z * shift
+    assert abs(pooled.mean()) <= 4 * pooled.std() / groups**0.5
+
+
+def test_the_observer_sees_every_step_and_can_end_the_run(pipe_of: Callable[[str], Any]) -> None:
+    steer, call = FKSteeringPipeline(pipe_of("sd"), redness), steer_kwargs("sd")
+    reports: list[StepReport] = []
+    steer(num_particles=K, resample_steps=[2], on_step=reports.append, generator=seeded(), **call)
+    assert [report.step for report in reports] == [0, 1, 2, 3, 4] and {report.total for report in reports} == {5}
+    assert [report.step for report in reports if report.evaluation] == [2]
+    assert reports[2].previews is not None and reports[2].previews.shape == (K, 3, 8, 8)
+
+    class Enough(Exception):
+        pass
+
+    def stop(report: StepReport) -> None:
+        if report.step == 1:
+            raise Enough
+
+    with pytest.raises(Enough):
+        steer(num_particles=K, on_step=stop, generator=seeded(), **call)
+
+
+def test_cost_counts_what_was_done(pipe_of: Callable[[str], Any]) -> None:
+    out = FKSteeringPipeline(pipe_of("sd"), redness)(
+        num_particles=K, resample_steps=[1, 3], generator=seeded(), **steer_kwargs("sd")
+    )
+    assert (out.cost.nfe, out.cost.decodes, out.cost.reward_calls) == (5 * K, 3 * K, 3 * K)
+    assert out.cost.seconds > 0
+
+
+@pytest.mark.parametrize("output_type", ["pil", "np", "pt", "latent"])
+def test_output_types_are_diffusers_own(pipe_of: Callable[[str], Any], output_type: str) -> None:
+    pipe, call = pipe_of("sd"), steer_kwargs("sd")
+    plain = pipe(**call, num_images_per_prompt=K, generator=seeded(), output_type=output_type).images
+    out = FKSteeringPipeline(pipe, redness)(
+        num_particles=K, lam=0.0, generator=seeded(), output_type=output_type, **call
+    )
+    pairs = zip(out.in_slot_order().images, plain, strict=True)
+    assert all(np.array_equal(np.asarray(ours), np.asarray(theirs)) for ours, theirs in pairs)
+
+
+def test_a_video_is_scored_by_its_frames(pipe_of: Callable[[str], Any]) -> None:
+    out = BestOfNPipeline(pipe_of("wan"), redness)(
+        num_particles=2, generator=seeded(), output_type="pt", **steer_kwargs("wan")
+    )
+    by_hand = redness(out.images.flatten(0, 1).clamp(0, 1), []).view(2, -1).mean(1)
+    assert torch.allclose(out.rewards[0], by_hand, atol=1e-6)
+
+
+def test_prompt_embeddings_need_words_only_for_the_reward(pipe_of: Callable[[str], Any]) -> None:
+    pipe, call = pipe_of("sd"), steer_kwargs("sd")
+    embeds, negative = pipe.encode_prompt(call.pop("prompt"), "cpu", 1, True)
+    seen: set[str] = set()
+
+    def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.update(prompts)
+        return redness(images, prompts)
+
+    out = FKSteeringPipeline(pipe, reward)(
+        num_particles=2,
+        prompt_embeds=embeds,
+        negative_prompt_embeds=negative,
+        reward_prompt="a red circle",
+        generator=seeded(),
+        **call,
+    )
+    assert len(out.images) == 2 and seen == {"a red circle"}
+
+
+def test_the_users_callback_still_runs(pipe_of: Callable[[str], Any]) -> None:
+    steps: list[int] = []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        steps.append(step)
+        return tensors
+
+    FKSteeringPipeline(pipe_of("sd"), redness)(
+        num_particles=2, callback_on_step_end=callback, generator=seeded(), **steer_kwargs("sd")
+    )
+    assert steps == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_particles": 0}, "num_particles must be at least 1"),
+        ({"potential": "diff"}, "unknown potential 'diff': did you mean difference"),
+        ({"resampler": "nope"}, "unknown resampler"),
+        ({"tempering": "geo"}, "unknown tempering 'geo'"),
+        ({"ess_threshold": 0}, "ess_threshold"),
+        ({"eta": -1.0}, "eta must be from 0 to 1"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"output_type": "jpg"}, "output_type must be one of"),
+        ({"num_images_per_prompt": 3}, "say num_particles"),
+        ({"stepz": 3}, "takes no argument 'stepz'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(
+    pipe_of: Callable[[str], Any], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        FKSteeringPipeline(pipe_of("sd"), redness)(**(steer_kwargs("sd") | options))
+
+
+def test_a_broken_reward_ends_the_run_by_name(pipe_of: Callable[[str], Any]) -> None:
+    def broken(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.full((len(images),), torch.nan)
+
+    with pytest.raises(RewardError, match="'broken' returned nan"):
+        FKSteeringPipeline(pipe_of("sd"), broken)(num_particles=2, generator=seeded(), **steer_kwargs("sd"))
+
+
+def test_schemes_and_potentials_may_be_functions(pipe_of: Callable[[str], Any]) -> None:
+    run = FKSteeringPipeline(pipe_of("sd"), redness)
+    options = {"num_particles": K, "lam": 500.0, "ess_threshold": 1.0, "output_type": "pt"} | steer_kwargs("sd")
+    by_name = run(potential="max", resampler="ssp", generator=seeded(), **options)
+    by_function = run(potential=POTENTIALS["max"], resampler=RESAMPLERS["ssp"], generator=seeded(), **options)
+    assert torch.equal(by_name.images, by_function.images)
+
+
+def test_from_pretrained_loads_a_folder(tmp_path: Any, pipe_of: Callable[[str], Any]) -> None:
+    pipe_of("sd").save_pretrained(tmp_path)
+    steer = FKSteeringPipeline.from_pretrained(tmp_path, redness).to("cpu")
+    steer.pipe.set_progress_bar_config(disable=True)
+    assert len(steer(num_particles=2, generator=seeded(), **steer_kwargs("sd")).images) == 2
