@@ -37,9 +37,7 @@ def steer() -> None:
 @click.option("--compare/--no-compare", default=True, help="Also make the base images, for grid.png.")
 @click.option("--device", help="Where to run; by default the GPU if there is one.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="By default as stored.")
-def sample(
-    prompt: tuple[str, ...], prompt_file: Path | None, out: Path, device: str | None, **settings: Any
-) -> None:
+def sample(prompt: tuple[str, ...], prompt_file: Path | None, out: Path, device: str | None, **settings: Any) -> None:
     """Steers PROMPT… or the prompts of a file: images (best first), grid.png, ancestry.png and report.json."""
     from steer.apps.prompts import read_prompts
 

@@ -23,6 +23,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    check_device(device)
     source: str | Path = MODELS.get(model, Path(model))
     if not Path(source).is_dir():
         if model.count("/") != 1 or model.startswith((".", "/")):
@@ -37,3 +38,13 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {model!r} cannot be loaded: {reason}") from error
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def check_device(device: str | None) -> None:
+    """Raises InputError for a device that there is not."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

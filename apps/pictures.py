@@ -27,7 +27,10 @@ def draw_grid(report: Report, out: Path) -> Path:
     for row, (entry, base) in enumerate(zip(entries, bases, strict=True)):
         top = height - 0.75 - 1.75 * row
         figure.text(0.15 / width, (top - 0.02) / height, _shown(entry["prompt"]), size=9, va="top", color=INK)
-        cells = [*zip(base["images"], base["rewards"], strict=True)], [*zip(entry["images"], entry["rewards"], strict=True)]
+        cells = (
+            [*zip(base["images"], base["rewards"], strict=True)],
+            [*zip(entry["images"], entry["rewards"], strict=True)],
+        )
         for images, start in zip(cells, (0.15, 0.15 + 1.35 * left + gap), strict=True):
             for column, (name, reward) in enumerate(images):
                 place = ((start + 1.35 * column) / width, (top - 1.45) / height, 1.2 / width, 1.2 / height)
@@ -37,7 +40,14 @@ def draw_grid(report: Report, out: Path) -> Path:
     x = (0.15 + 1.35 * left + gap) / width
     title = f"{report['method']}, best first" if report["method"] != "base" else "base"
     figure.text(x, 1 - 0.2 / height, title, size=11, weight="bold", va="top", color=INK)
-    figure.text(0.15 / width, 1 - 0.42 / height, f"below each image: {report['settings']['reward']}", size=8, va="top", color=INK)
+    figure.text(
+        0.15 / width,
+        1 - 0.42 / height,
+        f"below each image: {report['settings']['reward']}",
+        size=8,
+        va="top",
+        color=INK,
+    )
     figure.savefig(out / "grid.png")
     return out / "grid.png"
 
@@ -73,29 +83,40 @@ def draw_ancestry(report: Report, out: Path) -> Path:
 def _tree(axes: Axes, entry: dict[str, Any], out: Path) -> None:
     columns = [*entry["step_rewards"], _in_slots(entry["rewards"], entry["order"])]
     size, last = len(entry["rewards"]), len(columns) - 1
-    alive = set(range(size))
-    for column in range(last - 1, -1, -1):
-        ancestors = entry["ancestors"][column]
-        for slot, parent in enumerate(ancestors):
-            kept = slot in alive
-            axes.plot([column, column + 1], [parent, slot], color=INK if kept else FAINT, lw=1.6 if kept else 1, zorder=1)
-        alive = {ancestors[slot] for slot in alive}
-    values = np.array(columns)
+    _lines(axes, entry["ancestors"], size)
+    shade = {"cmap": SHADE, "vmin": np.min(columns), "vmax": np.max(columns)}
     for column, rewards in enumerate(columns):
-        axes.scatter([column] * size, range(size), c=rewards, cmap=SHADE, vmin=values.min(), vmax=values.max(), s=46, zorder=2, edgecolors=INK, linewidths=0.6)
+        axes.scatter([column] * size, range(size), c=rewards, s=46, zorder=2, edgecolors=INK, linewidths=0.6, **shade)
         if column < last:
             for slot, reward in enumerate(rewards):
-                axes.annotate(f"{reward:.2g}", (column, slot), (0, 7), textcoords="offset points", size=6.5, ha="center", color=INK)
+                _label(axes, f"{reward:.2g}", (column, slot), (0, 7), size=6.5, ha="center")
     for rank, slot in enumerate(entry["order"]):
-        image = OffsetImage(np.asarray(Image.open(out / entry["images"][rank]).convert("RGB").resize((64, 64))), zoom=0.42)
-        axes.add_artist(AnnotationBbox(image, (last, slot), (26, 0), boxcoords="offset points", frameon=False))
-        axes.annotate(f"{entry['rewards'][rank]:.3g}", (last, slot), (46, 0), textcoords="offset points", size=8, va="center", color=INK, weight="bold" if rank == 0 else "normal")
+        picture = Image.open(out / entry["images"][rank]).convert("RGB").resize((64, 64))
+        thumbnail = OffsetImage(np.asarray(picture), zoom=0.42)
+        axes.add_artist(AnnotationBbox(thumbnail, (last, slot), (26, 0), boxcoords="offset points", frameon=False))
+        weight = "bold" if rank == 0 else "normal"
+        _label(axes, f"{entry['rewards'][rank]:.3g}", (last, slot), (46, 0), size=8, va="center", weight=weight)
+    steps = [f"step {step}\nESS {ess:.1f}" for step, ess in zip(entry["steps"], entry["ess"], strict=True)]
     axes.set_title(_shown(entry["prompt"]), size=9, loc="left", color=INK)
-    axes.set_xticks(range(last + 1), [*(f"step {step}\nESS {ess:.1f}" for step, ess in zip(entry["steps"], entry["ess"], strict=True)), "end"], size=8)
+    axes.set_xticks(range(last + 1), [*steps, "end"], size=8)
     axes.set_yticks([])
     axes.set_xlim(-0.25, last + 0.75)
     axes.set_ylim(size - 0.4, -0.7)
     axes.spines[:].set_visible(False)
+
+
+def _lines(axes: Axes, ancestors: list[list[int]], size: int) -> None:
+    """From each particle to where it goes on, from the end backwards: what leads to an image is dark."""
+    alive = set(range(size))
+    for column in range(len(ancestors) - 1, -1, -1):
+        for slot, parent in enumerate(ancestors[column]):
+            color, width = (INK, 1.6) if slot in alive else (FAINT, 1.0)
+            axes.plot([column, column + 1], [parent, slot], color=color, lw=width, zorder=1)
+        alive = {ancestors[column][slot] for slot in alive}
+
+
+def _label(axes: Axes, text: str, place: tuple[int, int], offset: tuple[int, int], **style: Any) -> None:
+    axes.annotate(text, place, offset, textcoords="offset points", color=INK, **style)
 
 
 def _in_slots(rewards: list[float], order: list[int]) -> list[float]:

@@ -161,7 +161,9 @@ def _slug(prompt: str) -> str:
 
 
 def _total_cost(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    return {name: sum(entry["cost"][name] for entry in entries) for name in ("nfe", "decodes", "reward_calls", "seconds")}
+    return {
+        name: sum(entry["cost"][name] for entry in entries) for name in ("nfe", "decodes", "reward_calls", "seconds")
+    }
 
 
 def _opened(out: Path, prompts: Sequence[str], settings: SampleSettings) -> Report:
@@ -176,10 +178,10 @@ def _opened(out: Path, prompts: Sequence[str], settings: SampleSettings) -> Repo
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
     except json.JSONDecodeError as error:
         raise InputError(f"{path} is not a report of steer ({error}); choose another --out") from error
-    fresh = {"model": settings.model, "method": settings.method, "settings": asdict(settings), "prompts": [], "cost": {}}
     if old is None:
-        return fresh | {"cost": _total_cost([])}
-    for name, value in fresh["settings"].items():
+        given = {"model": settings.model, "method": settings.method, "settings": asdict(settings)}
+        return given | {"prompts": [], "cost": _total_cost([])}
+    for name, value in asdict(settings).items():
         if old.get("settings", {}).get(name) != value:
             there = old.get("settings", {}).get(name)
             raise InputError(f"--out {out} holds a run with {name} {there!r}, not {value!r}; choose another --out")

@@ -36,10 +36,10 @@ class StepReport:
 class FKSteeringPipeline(SteeringMethod):
     """Particles that are weighed by the reward of x̂0 on their way, and resampled.
 
-        pipe = StableDiffusionPipeline.from_pretrained(...)
-        steer = FKSteeringPipeline(pipe, reward="scene-soft")
-        out = steer("a red circle left of a blue star", num_particles=4, lam=10.0)
-        out.images[0], out.rewards[0, 0]
+    pipe = StableDiffusionPipeline.from_pretrained(...)
+    steer = FKSteeringPipeline(pipe, reward="scene-soft")
+    out = steer("a red circle left of a blue star", num_particles=4, lam=40.0)
+    out.images[0], out.rewards[0, 0]
     """
 
     def __call__(
@@ -70,8 +70,8 @@ class FKSteeringPipeline(SteeringMethod):
         tempering       of λ along the run: constant, geometric, ess, or a function
         resample_steps  solver steps, from 0, at which rewards are read; by default at 40, 55, 70 and 85 % of the run
         ess_threshold   resample when ESS < threshold · K (adaptive); 1: at every one of those steps (scheduled)
-        eta             noise η of every step, 0..1. By default the solver's own; a resampled step is
-                        drawn anew from the Gaussian kernel with η = 1, so that copies part
+        eta             noise η of every step, 0..1. By default the solver's own; the copies that resampling makes
+                        take one step of the Gaussian kernel with η = 1, so that they part
         chunk_size      images decoded and scored at a time
         reward_prompt   what the reward reads instead of the prompt (needed with prompt_embeds)
         on_step         an observer of every solver step; what it raises ends the run
@@ -94,7 +94,8 @@ class FKSteeringPipeline(SteeringMethod):
         )
         call, kernel_eta = route_eta(self.pipe, call, eta)
         population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        run = _Run(algorithm, population, kernel_eta, resample_steps, on_step)
+        # A step without noise would not part copies: for them η = 0 becomes 1.
+        run = _Run(algorithm, population, kernel_eta, eta or 1.0, resample_steps, on_step)
         images = population.sample(run.on_event)
         rewards = population.score(images)
         particles = algorithm.finish(run.particles, rewards)
@@ -109,10 +110,12 @@ class _Run:
         algorithm: FeynmanKac,
         population: Population,
         eta: float | None,
+        copy_eta: float,
         steps: Iterable[int] | None,
         observer: Callable[[StepReport], None] | None,
     ) -> None:
-        self.algorithm, self.population, self.eta, self.observer = algorithm, population, eta, observer
+        self.algorithm, self.population, self.observer = algorithm, population, observer
+        self.eta, self.copy_eta = eta, copy_eta  # of every step, None: the solver's own; of a copy's first step
         self.steps = None if steps is None else frozenset(steps)
         self.particles = Particles.start(population.groups, population.size)
         self.history: list[Evaluation] = []
@@ -136,12 +139,17 @@ class _Run:
         return rows, self._moved(event, rows)
 
     def _moved(self, event: Event, rows: Tensor | None) -> Tensor | None:
-        """Where the particles go on from, each copy with noise of its own; None: where the solver took them."""
-        if self.eta is None and (rows is None or not can_redraw(event.scheduler)):
-            return None
-        # A deterministic step cannot part copies: there η = 0 becomes 1.
-        eta = (self.eta or 0.0) if rows is None else (self.eta or 1.0)
-        return event.kernel(eta, rows).sample(self.population.rng)
+        """Where the slots go on from (None: where the solver took them). The first child of a particle goes its
+        parent's way, each further one is drawn anew, so that copies part under deterministic solvers too."""
+        taken = None if self.eta is None else event.kernel(self.eta).sample(self.population.rng)
+        if rows is None:
+            return taken
+        moved = (event.prev if taken is None else taken)[rows]
+        copies = repeated(rows)
+        if not (can_redraw(event.scheduler) and copies.any()):
+            return None if taken is None else moved
+        moved[copies] = event.kernel(self.copy_eta, rows[copies]).sample(self.population.rng).to(moved.dtype)
+        return moved
 
     def _steps_of(self, total: int) -> frozenset[int]:
         """The steps at which rewards are read; never the last, which the finished images decide."""
@@ -152,6 +160,11 @@ class _Run:
     def _tell(self, report: StepReport) -> None:
         if self.observer:
             self.observer(report)
+
+
+def repeated(rows: Tensor) -> Tensor:
+    """(N,) true where a row number has come before."""
+    return torch.stack([(rows[:place] == row).any() for place, row in enumerate(rows)])
 
 
 def check_copies_part(scheduler: Any) -> None:

@@ -30,7 +30,7 @@ class SteeringMethod:
 
 
 def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[str, Any], float | None]:
-    """η goes to the pipeline where it and its solver know η themselves (DDIM); elsewhere the Gaussian kernel takes it."""
+    """η goes to the pipeline where it and its solver know η (DDIM); elsewhere the Gaussian kernel takes it."""
     if eta is None:
         return call, None
     if not 0 <= eta <= 1:

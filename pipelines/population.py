@@ -76,7 +76,7 @@ class Population:
 
     @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:
-        """Rewards (B, K) of images (B·K, 3, H, W), or of the evenly spaced frames of videos (B·K, F, 3, H, W), averaged."""
+        """Rewards (B, K) of images (B·K, 3, H, W); of videos (B·K, F, 3, H, W) the mean over evenly spaced frames."""
         self._reward_calls += len(images)
         if images.dim() == 5:
             frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()

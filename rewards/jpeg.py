@@ -11,7 +11,7 @@ QUALITY = 95
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """Sizes (N,) in kB (1,000 bytes) of images (N, 3, H, W) in [0, 1] as JPEGs of quality 95 (DDPO, arXiv 2305.13301)."""
+    """Sizes (N,) in kB (1,000 bytes) of images (N, 3, H, W) as JPEGs of quality 95 (DDPO, arXiv 2305.13301)."""
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     sizes = []
     for picture in pixels:

@@ -13,10 +13,12 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from steer.rewards.scene_language import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest, parse
+from steer.rewards.scene_language import COLOURS, RELATIONS, SHAPES, SceneRequest, parse
 from steer.rewards.scene_shapes import coverage
 
-FOREGROUND = 0.35  # distance in RGB from the background at which a pixel belongs to an object: under half of any colour's
+FOREGROUND = (
+    0.35  # distance in RGB from the background at which a pixel belongs to an object: under half of any colour's
+)
 SMALLEST = 0.008  # of the image's area: smaller specks are no objects
 TEMPLATE = 32  # pixels per side at which outlines are compared
 SIMILAR = 0.72  # intersection over union that makes an outline a shape
@@ -84,7 +86,7 @@ def objects(image: np.ndarray) -> list[Object]:
 
 
 def requirements(request: SceneRequest, found: Sequence[Object]) -> list[bool]:
-    """What the request asks for, one truth value each: the number of objects, and of each kind, its colour, the relation."""
+    """What the request asks for, one truth value each: how many objects, of each kind, of which colour, and where."""
     kinds = [[thing for thing in found if thing.shape == phrase.shape] for phrase in request.phrases]
     holds = [len(found) == sum(phrase.count for phrase in request.phrases)]
     for phrase, kind in zip(request.phrases, kinds, strict=True):

@@ -1,11 +1,11 @@
 """The small language of scenes: what a prompt asks for, in GenEval's six tasks.
 
-    single_object   a circle
-    two_object      a circle and a star
-    counting        three circles, three red circles
-    colors          a red circle
-    position        a circle left of a star, a red circle above a blue star
-    color_attr      a red circle and a blue star
+single_object   a circle
+two_object      a circle and a star
+counting        three circles, three red circles
+colors          a red circle
+position        a circle left of a star, a red circle above a blue star
+color_attr      a red circle and a blue star
 """
 
 import re

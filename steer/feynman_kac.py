@@ -42,7 +42,7 @@ class FeynmanKac:
         return weighed(self.tempering(moment))
 
     def select(self, particles: Particles, generator: Generator) -> tuple[Particles, Tensor | None]:
-        """Resamples the groups whose ESS is low. Returns the particles and their ancestors (B, K), None where all stay."""
+        """Resamples the groups whose ESS is low: the particles and their ancestors (B, K), None where all stay."""
         groups, size = particles.log_weights.shape
         low = particles.ess < size * min(self.ess_threshold, EQUAL)
         if not low.any():

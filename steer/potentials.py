@@ -1,4 +1,4 @@
-"""Potentials G_j of Feynman–Kac steering (arXiv 2501.06848, section 3) and the strength λ_j of the reward along the run.
+"""Potentials G_j of Feynman–Kac steering (arXiv 2501.06848, section 3), and the strength λ_j along the run.
 
 With q_j = λ_j r_j for the rewards r_1 … r_J of a path at its evaluated steps, and q_0 = 0. Whatever the potential,
 the engine ends with log G_end = λ r(x0) − Σ_j log G_j, so that the product over a path is exp(λ r(x0)).
@@ -83,7 +83,7 @@ def constant(moment: Moment) -> Tensor:
 
 
 def geometric(moment: Moment) -> Tensor:
-    """λ_j = λ min((1+γ)^i − 1, 1) after i of T steps, with γ = 2^(1/T) − 1 so that it reaches λ at the end (after DAS)."""
+    """λ_j = λ min((1+γ)^i − 1, 1) after i of T steps; γ = 2^(1/T) − 1, so that it reaches λ at the end (after DAS)."""
     return torch.full_like(moment.previous, moment.lam * min(2**moment.progress - 1, 1.0))
 
 

@@ -1,6 +1,6 @@
 """x̂0 → image, by the pipeline's own tail: no code for any model family.
 
-The pipeline is called once more, for two steps, with a denoiser that says nothing and a seam that puts x̂0
+The pipeline is called once more, for a few steps, with a denoiser that says nothing and a seam that puts x̂0
 in place of the latents; what comes out is what the pipeline would make of x̂0.
 """
 
@@ -16,6 +16,7 @@ from steer.seam import Event, steered
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CONTROLNETS = ("controlnet",)
+FEWEST_STEPS = 4  # PNDM with its Runge-Kutta warm-up takes no fewer
 # What the user asked of the run but not of its tail.
 NOT_FOR_THE_TAIL = (
     "callback",
@@ -38,7 +39,7 @@ class _StandIn:
     def __init__(self, target: Any, call: Callable[..., Any]) -> None:
         self.__dict__.update(_target=target, _call=call)
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         return type(self._target)
 
@@ -53,7 +54,7 @@ def _silent_denoiser(denoiser: Any) -> _StandIn:
     channels = getattr(denoiser.config, "out_channels", None)
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        x: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
         shape = (len(x), channels or x.shape[1], *x.shape[2:]) if x.dim() > 3 else x.shape
         return (x.new_zeros(shape),)
 
@@ -87,16 +88,17 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Preview:
-    """Decodes latents of a call of `pipe`: `preview(x0)` takes (N, …) like the call's latents, gives (N, 3, H, W) in [0, 1].
+    """Decodes latents of a call of `pipe`: x̂0 (N, …), shaped like that call's latents, to (N, 3, H, W) in [0, 1].
 
-    `call` are the arguments of the user's own call. `chunk`: images decoded at a time. The tail has its own random numbers, no safety
-    checker (which would blacken images), no callbacks and no progress bar; text is encoded once.
+    `call` are the arguments of the user's own call. `chunk`: images decoded at a time. The tail has its own
+    random numbers, no safety checker (which would blacken images), no callbacks and no progress bar; text is
+    encoded once.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8) -> None:
         self._call = {name: value for name, value in call.items() if name not in NOT_FOR_THE_TAIL}
         # Image-to-image runs only the last `strength` of its steps: enough of them that one is left.
-        self._call["num_inference_steps"] = max(2, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
+        self._call["num_inference_steps"] = max(FEWEST_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
         self._tail = tail = copy.copy(pipe)
         changed: dict[str, Any] = {"safety_checker": None, "maybe_free_model_hooks": lambda: None}
         changed["_progress_bar_config"] = {"disable": True}
@@ -120,7 +122,7 @@ class Preview:
 
 
 def first_output(output: Any) -> Tensor:
-    """The images of a pipeline's output, whatever its fields are called: float (N, 3, H, W), or (N, F, 3, H, W) of a video."""
+    """The images of a pipeline's output, whatever its fields are called: (N, 3, H, W), of a video (N, F, 3, H, W)."""
     if isinstance(output, tuple):
         return output[0]
     return next(iter(output.values())) if isinstance(output, Mapping) else output.images

@@ -75,7 +75,7 @@ def residual(log_weights: Tensor, generator: Generator) -> Tensor:
 
 
 def ssp(log_weights: Tensor, generator: Generator) -> Tensor:
-    """Srinivasan sampling process (Gerber, Chopin and Whiteley 2019): ⌊K w⌋ or ⌈K w⌉ offspring, negatively associated."""
+    """Srinivasan sampling process (Gerber, Chopin and Whiteley 2019): ⌊K w⌋ or ⌈K w⌉ offspring."""
     weights = _weights(log_weights)
     groups, size = weights.shape
     draws = _uniform((groups, size), generator).tolist()
@@ -90,10 +90,7 @@ def _ssp_counts(expected: list[float], draws: list[float]) -> Tensor:
     for j in range(1, len(expected)):
         up = min(fractions[j], 1 - fractions[i])  # i may rise by this
         down = min(fractions[i], 1 - fractions[j])  # or fall by this
-        if up + down > 0 and draws[j] * (up + down) < down:
-            i_gains = up
-        else:
-            i_gains = -down
+        i_gains = up if draws[j] * (up + down) < down else -down  # up with probability down / (up + down)
         fractions[i] += i_gains
         fractions[j] -= i_gains
         if fractions[i] > 1 - 1e-9:

@@ -3,6 +3,7 @@
 One forward marginal for all of them: x_t = α_t x0 + σ_t ε.
 """
 
+from collections.abc import Set
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +40,9 @@ VERIFIED = frozenset(
 )
 
 
+FLOW_MATCHING = frozenset(name for name in VERIFIED if name.startswith("FlowMatch"))
+
+
 class Level(NamedTuple):
     """α and σ of x = α x0 + σ ε: float64 scalars."""
 
@@ -46,10 +50,15 @@ class Level(NamedTuple):
     sigma: Tensor
 
 
+def descends_from(scheduler: Scheduler, names: Set[str]) -> bool:
+    """Whether a scheduler is of one of these diffusers classes, or of a user's subclass of one."""
+    return any(cls.__name__ in names for cls in type(scheduler).__mro__)
+
+
 def check_verified(scheduler: Scheduler) -> None:
     """Raises InputError unless the levels and x̂0 of this scheduler were checked against diffusers."""
     name = type(scheduler).__name__
-    if not VERIFIED & {cls.__name__ for cls in type(scheduler).__mro__}:
+    if not descends_from(scheduler, VERIFIED):
         raise InputError(
             f"{name} is not a verified scheduler: its noise levels are unknown here. Use one of "
             f"{', '.join(sorted(VERIFIED))}, for example "
@@ -61,7 +70,7 @@ def check_verified(scheduler: Scheduler) -> None:
 
 def prediction_type(scheduler: Scheduler) -> str:
     """What the denoiser predicts: epsilon, v_prediction, sample or flow_prediction."""
-    if "FlowMatch" in type(scheduler).__name__ or scheduler.config.get("use_flow_sigmas"):
+    if descends_from(scheduler, FLOW_MATCHING) or scheduler.config.get("use_flow_sigmas"):
         return "flow_prediction"
     return str(scheduler.config.get("prediction_type", "epsilon"))
 
@@ -115,7 +124,7 @@ def predict_x0(scheduler: Scheduler, model_output: Tensor, timestep: Any, sample
 def _clip(scheduler: Scheduler, x0: Tensor) -> Tensor:
     if scheduler.config.get("thresholding"):
         return scheduler._threshold_sample(x0)
-    if scheduler.config.get("clip_sample") and "TCD" not in type(scheduler).__name__:
+    if scheduler.config.get("clip_sample") and not descends_from(scheduler, {"TCDScheduler"}):
         limit = scheduler.config.clip_sample_range
         return x0.clamp(-limit, limit)
     return x0

@@ -1,4 +1,4 @@
-"""The seam: watch, replace or resample the solver steps of any diffusers pipeline, through a view that leaves it untouched."""
+"""The seam: watch, replace or resample the solver steps of any diffusers pipeline, and leave it untouched."""
 
 import copy
 import functools
@@ -99,8 +99,8 @@ class _Tracker:
     event: Event | None = None
     copied: bool = False
 
-    def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], arguments: dict[str, Any]) -> tuple:
-        """One call of the scheduler's step: makes it, reports it once its transition is complete, applies the answer."""
+    def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """One call of the scheduler's step: makes it, reports it once its transition is over, applies the answer."""
         x, t, output = arguments["sample"], arguments["timestep"], arguments["model_output"]
         self._check(arguments)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
@@ -131,14 +131,17 @@ class _Tracker:
                 "it cannot be steered"
             )
 
-    def _apply(self, answer: Answer, scheduler: Scheduler, out: tuple) -> tuple:
+    def _apply(self, answer: Answer, scheduler: Scheduler, out: tuple[Any, ...]) -> tuple[Any, ...]:
         ancestors, next_latents = answer
         if ancestors is not None:
             self._check_resampling()
-            for name, value in vars(scheduler).items():
-                vars(scheduler)[name] = _reindexed(value, ancestors, out[0])
+            for name, value in scheduler.__dict__.items():
+                scheduler.__dict__[name] = _reindexed(value, ancestors, out[0])
             out = _reindexed(out, ancestors, out[0])
-        return out if next_latents is None else (next_latents.to(out[0].dtype), *out[1:])
+        if next_latents is None:
+            return out
+        _start_from_here(scheduler)
+        return next_latents.to(out[0].dtype), *out[1:]
 
     def _check_resampling(self) -> None:
         if self.copied:
@@ -159,6 +162,14 @@ def _reindexed(value: Any, ancestors: Tensor, like: Tensor) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_reindexed(item, ancestors, like) for item in value)
     return value
+
+
+def _start_from_here(scheduler: Scheduler) -> None:
+    """Keeps solvers that go back to latents of an earlier step from passing over new ones."""
+    if hasattr(scheduler, "last_sample"):  # the corrector of UniPC and SASolver
+        scheduler.last_sample = None
+    if hasattr(scheduler, "order_list"):  # DPMSolverSinglestep, amid its two or three steps from one place
+        scheduler.model_outputs = [None] * len(scheduler.model_outputs)
 
 
 def _watched(base: Scheduler, tracker: _Tracker) -> Scheduler:

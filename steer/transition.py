@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.schedule import Level, Scheduler, level
+from steer.schedule import Level, Scheduler, descends_from, level
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ _STOCHASTIC_STAGES = {"KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"
 
 def can_redraw(scheduler: Scheduler) -> bool:
     """Whether a transition of this solver may be drawn anew from the Gaussian kernel."""
-    return has_gaussian_kernel(scheduler) and type(scheduler).__name__ not in _CONSISTENCY
+    return has_gaussian_kernel(scheduler) and not descends_from(scheduler, _CONSISTENCY)
 
 
 def copies_part(scheduler: Scheduler) -> bool:
     """Whether two particles in one place ever part again: by a redrawn step, or by the solver's own noise."""
-    return can_redraw(scheduler) or type(scheduler).__name__ in _CONSISTENCY | _STOCHASTIC_STAGES
+    return can_redraw(scheduler) or descends_from(scheduler, _CONSISTENCY | _STOCHASTIC_STAGES)
 
 
 def step_levels(scheduler: Scheduler, timestep: Any, index: int) -> tuple[Level, Level]:

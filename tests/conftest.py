@@ -31,7 +31,6 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from schedulers import BETAS
-from steer.apps.scenes.tokenizer import build_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPTextConfig,
@@ -44,6 +43,8 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+
+from steer.apps.scenes.tokenizer import build_tokenizer
 
 PROMPT = "a red circle left of a blue star"
 T5_WIDTH = 32

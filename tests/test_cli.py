@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+
 from steer.apps import cli
 
 FAST = ["--steps", "4", "--particles", "3", "--seed", "7"]
@@ -132,6 +133,7 @@ def test_a_folder_of_other_settings_or_prompts_is_left_alone(steer: Steer, tmp_p
         (["--steps", "0"], "--steps must be at least 1"),
         (["--ess-threshold", "2"], "--ess-threshold"),
         (["--eta", "2", "--steps", "2"], "eta must be from 0 to 1"),
+        (["--device", "warp"], "--device 'warp' cannot be used"),
         (["--lam", "x"], "'x' is not a valid float"),
         (["--reward", "own_rewards:not_a_number", "--steps", "3"], "'not_a_number' returned nan"),
         (["--reward", "own_rewards:wrong_shape", "--steps", "3"], "must return a tensor of shape"),
@@ -190,6 +192,7 @@ def test_an_unwritable_folder_is_refused(steer: Steer, tmp_path: Path) -> None:
 
 def test_a_scheduler_that_cannot_be_steered_is_refused(steer: Steer, tmp_path: Path) -> None:
     from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
+
     from steer.assets import MODELS
 
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
@@ -219,5 +222,10 @@ def test_an_unreadable_image_is_named(steer: Steer, tmp_path: Path, content: byt
 def test_rewards_are_listed_and_help_answers_without_torch(steer: Steer) -> None:
     code, out, _ = steer("rewards")
     assert code == 0 and "scene-soft" in out and "jpeg" in out
-    script = "import sys; sys.argv = ['steer', '--help']\nimport steer.apps.cli as c\nc.main()\nassert 'torch' not in sys.modules"
+    script = (
+        "import sys; sys.argv = ['steer', '--help']\n"
+        "import steer.apps.cli as c\n"
+        "c.main()\n"
+        "assert 'torch' not in sys.modules"
+    )
     assert "sample" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout

@@ -191,7 +191,7 @@ def test_mistake_6_prompts_of_one_batch_keep_their_particles_and_the_global_rng_
     rewards = torch.tensor([[0.0, 9.0], [0.0, 1.0]])
     before = torch.get_rng_state()
     algorithm, generator = FeynmanKac(10.0, ess_threshold=1.0), torch.Generator().manual_seed(0)
-    particles, ancestors = algorithm.select(algorithm.weigh(Particles.start(2, 2), rewards, 0.5), generator)
+    _, ancestors = algorithm.select(algorithm.weigh(Particles.start(2, 2), rewards, 0.5), generator)
     flat = (10 * rewards).flatten().softmax(0) * 4  # what resampling the whole batch would expect
     assert flat[2:].sum() < 1e-6
     assert ancestors is not None and ((ancestors >= 0) & (ancestors < 2)).all()

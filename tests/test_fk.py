@@ -113,8 +113,11 @@ def test_copies_part_under_deterministic_and_stochastic_solvers(pipe_of: Callabl
     out = FKSteeringPipeline(pipe, redness)(
         num_particles=K, lam=1e5, resample_steps=[2], ess_threshold=1.0, generator=seeded(), output_type="pt", **call
     )
-    assert len(set(out.ancestors[0][0].tolist())) == 1  # all from one particle …
+    (parent,) = set(out.ancestors[0][0].tolist())  # all from one particle …
     assert all(not torch.equal(out.latents[i], out.latents[j]) for i in range(K) for j in range(i))  # … and parted
+    plain = pipe(**call, num_images_per_prompt=K, generator=seeded(), output_type="latent").images
+    if scheduler not in (DDPMScheduler, LCMScheduler):  # … but the first, which goes on as if nothing had happened
+        assert torch.equal(out.in_slot_order().latents[0], plain[parent])
 
 
 @pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])

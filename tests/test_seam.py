@@ -136,6 +136,31 @@ def test_the_multistep_history_follows_its_particles() -> None:
     torch.testing.assert_close(copied, run(pipe, "sd")[:1].expand_as(copied), atol=1e-5, rtol=0)
 
 
+SINGLE_MEMORY = {  # of solvers that look back at one place only
+    "DPMSolverMultistep": {"solver_order": 1},
+    "DPMSolverSinglestep": {},
+    "UniPCMultistep": {"solver_order": 1},
+    "SASolver": {"predictor_order": 1, "corrector_order": 1},
+    "EulerDiscrete": {},
+    "DDIM": {},
+    "HeunDiscrete": {},
+    "KDPM2Discrete": {},
+}
+
+
+@pytest.mark.parametrize("scheduler", SINGLE_MEMORY)
+@pytest.mark.parametrize("at", range(STEPS - 1))
+def test_what_came_before_new_latents_is_forgotten(scheduler: str, at: int) -> None:
+    """A corrector, or a solver that takes several steps from one place, would go back behind them."""
+
+    def restart(event: Event) -> tuple[None, Tensor] | None:
+        latents = torch.randn(event.x.shape, generator=torch.Generator().manual_seed(7))
+        return (None, latents) if event.k == at else None
+
+    pipe = sd(scheduler, **SINGLE_MEMORY[scheduler])
+    assert torch.equal(watch(pipe, "sd", restart, seed=0), watch(pipe, "sd", restart, seed=1))
+
+
 @pytest.mark.parametrize(
     ("scheduler", "call"), [("DDPM", {}), ("EulerAncestralDiscrete", {}), ("DDIM", {"eta": 1.0}), ("LCM", {})]
 )

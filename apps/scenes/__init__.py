@@ -1,0 +1,1 @@
+"""The embedded model: the scenes it is trained on, and its training."""

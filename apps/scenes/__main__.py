@@ -1,6 +1,7 @@
 """python -m steer.apps.scenes STAGE: how the embedded model in assets/ was made."""
 
 import argparse
+import json
 import logging
 from pathlib import Path
 
@@ -9,6 +10,7 @@ STAGES = {
     "denoiser": "train the denoiser and its text encoder on those latents",
     "check": "share of fresh scenes that pass after the autoencoder",
     "export": "write the finished pipeline to --model, UNet and autoencoder in half precision",
+    "evaluate": "compare base, best-of-N and steering on a prompt list by the exact scene reward, as JSON in --json",
     "prompts": "write the held-out and the tuning prompts to --prompts",
 }
 
@@ -23,11 +25,20 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
+    parser.add_argument("--list", default="scenes-heldout", help="prompt list of `evaluate`")
+    parser.add_argument("--particles", type=int, default=4, help="K of `evaluate`")
+    parser.add_argument("--json", type=Path, default=Path("runs/scenes/evaluate.json"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    {"autoencoder": _autoencoder, "denoiser": _denoiser, "check": _check, "export": _export, "prompts": _prompts}[
-        options.stage
-    ](options)
+    stages_by_name = {
+        "autoencoder": _autoencoder,
+        "denoiser": _denoiser,
+        "check": _check,
+        "export": _export,
+        "evaluate": _evaluate,
+        "prompts": _prompts,
+    }
+    stages_by_name[options.stage](options)
 
 
 def _autoencoder(options: argparse.Namespace) -> None:
@@ -62,6 +73,18 @@ def _export(options: argparse.Namespace) -> None:
     pipe.unet.half()
     pipe.vae.half()
     pipe.save_pretrained(options.model)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from steer.apps.prompts import read_prompts
+    from steer.apps.scenes.evaluate import CALL, STEERING, compare
+    from steer.assets import PROMPTS
+
+    prompts = read_prompts(PROMPTS[options.list])
+    result = compare(str(options.model), prompts, "scene-soft", options.particles, STEERING, CALL)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
 
 
 def _prompts(options: argparse.Namespace) -> None:

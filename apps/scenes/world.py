@@ -82,9 +82,7 @@ def true_requests(things: tuple[Thing, ...]) -> list[SceneRequest]:
     relation = ("right of" if dx > 0 else "left of") if abs(dx) > abs(dy) else ("below" if dy > 0 else "above")
     plain = (Phrase(1, None, first.shape), Phrase(1, None, last.shape))
     coloured = (Phrase(1, first.colour, first.shape), Phrase(1, last.colour, last.shape))
-    return [
-        SceneRequest(phrases, joined).canonical for phrases in (plain, coloured) for joined in (None, relation)
-    ]
+    return [SceneRequest(phrases, joined).canonical for phrases in (plain, coloured) for joined in (None, relation)]
 
 
 def _apart(a: Thing, b: Thing) -> bool:

@@ -1,0 +1,140 @@
+"""The structure of the project: layers, packages, promises of the front page."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# Which of the others each floor may import.
+MAY_IMPORT = {
+    "steer": set(),
+    "rewards": {"steer"},
+    "pipelines": {"steer"},
+    "assets": set(),
+    "apps": {"steer", "rewards", "pipelines", "assets"},
+}
+FLOORS = {"pipelines", "rewards", "apps", "assets"}
+SOURCES = sorted(path for floor in MAY_IMPORT for path in (ROOT / floor).rglob("*.py"))
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+    return found
+
+
+def floor_of(module: str) -> str | None:
+    parts = module.split(".")
+    if parts[0] != "steer":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in FLOORS else "steer"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0]
+    others = {floor for module in imported_modules(path) if (floor := floor_of(module)) and floor != own}
+    assert others <= MAY_IMPORT[own], f"{path.name} reaches up or across: {others - MAY_IMPORT[own]}"
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    names = {
+        ".".join(("steer", *path.relative_to(ROOT).with_suffix("").parts)).replace("steer.steer", "steer"): path
+        for path in SOURCES
+    }
+    names = {name.removesuffix(".__init__"): path for name, path in names.items()}
+    edges = {name: {module for module in imported_modules(path) if module in names} for name, path in names.items()}
+    done: set[str] = set()
+
+    def visit(name: str, above: tuple[str, ...]) -> None:
+        assert name not in above, " → ".join((*above, name))
+        if name not in done:
+            for target in edges[name] - {name}:
+                visit(target, (*above, name))
+            done.add(name)
+
+    for name in names:
+        visit(name, ())
+
+
+def test_packages_are_the_folders_that_hold_code() -> None:
+    folders = {path.parent.relative_to(ROOT) for path in SOURCES}
+    listed = PROJECT["tool"]["setuptools"]["packages"]
+    assert {
+        ".".join(folder.parts if folder.parts[0] == "steer" else ("steer", *folder.parts)) for folder in folders
+    } == set(listed)
+
+
+def test_the_model_and_the_prompts_are_in_the_wheel_and_small() -> None:
+    files = [path for path in (ROOT / "assets" / "scenes").rglob("*") if path.is_file()]
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["steer.assets"]
+    packed = {path for pattern in patterns for path in (ROOT / "assets").glob(pattern) if path.is_file()}
+    assert set(files) <= packed
+    assert sum(path.stat().st_size for path in files) <= 25e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+
+
+def test_import_and_help_need_no_torch() -> None:
+    code = "import sys, steer, steer.apps.cli; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_a_checkout_that_is_not_installed_imports(tmp_path: Path) -> None:
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import steer, steer.rewards, steer.assets, steer.apps.cli, steer.pipelines.output\n"
+        "from pathlib import Path\n"
+        f"assert Path(steer.rewards.__file__).is_relative_to({str(ROOT)!r})"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_rooms_not_halls(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 250
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if isinstance(node.body[0], ast.Expr) else node.body
+            assert not body or (body[-1].end_lineno or 0) - body[0].lineno < 40, f"{path.name}: {node.name} is long"
+
+
+def test_no_untrusted_file_can_run_code() -> None:
+    for path in SOURCES:
+        text = path.read_text()
+        assert not re.search(
+            r"weights_only\s*=\s*False|trust_remote_code|import pickle|allow_pickle|yaml\.load\(", text
+        ), path
+        assert all("weights_only=True" in call for call in re.findall(r"torch\.load\([^)]*\)", text)), path
+
+
+def snippets() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL), start=1):
+            found.append((f"{page.name}-{number}", code))
+    return found
+
+
+@pytest.mark.parametrize("code", [code for _, code in snippets()], ids=[name for name, _ in snippets()])
+def test_snippets_of_the_documentation_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,252 @@
+"""The Gaussian transition against diffusers' own steps and torch.distributions."""
+
+import math
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from gaussian import GaussianPipeline
+from schedulers import BETAS, DIFFUSION, FLOW, build
+from torch import Tensor
+from torch.distributions import Independent, Normal, kl_divergence
+
+from steer.errors import InputError
+from steer.schedule import Level, level, predict_x0
+from steer.transition import (
+    Gaussian,
+    can_redraw,
+    copies_part,
+    gaussian_transition,
+    has_gaussian_kernel,
+    step_levels,
+)
+
+SHAPE = (2, 4, 3, 3)
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+
+
+def noise(seed: int) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def position(scheduler: Any) -> int:
+    return (getattr(scheduler, "step_index", None) or 0) - 1
+
+
+def kernel(scheduler: Any, output: Tensor, t: Any, x: Tensor, eta: float) -> Gaussian:
+    """Of the step that the scheduler has just made."""
+    x0 = predict_x0(scheduler, output, t, x, position(scheduler))
+    return gaussian_transition(x, x0, *step_levels(scheduler, t, position(scheduler)), eta)
+
+
+@pytest.mark.parametrize("steps", [7, 1000])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_ddim_has_this_mean_and_this_noise(eta: float, clip: bool, steps: int) -> None:
+    scheduler = build("DDIM", **BETAS, clip_sample=clip)
+    scheduler.set_timesteps(steps)
+    ones = torch.ones(SHAPE)
+    for t in scheduler.timesteps[:: max(1, steps // 7)]:
+        x, output = noise(int(t)), noise(int(t) + 1)
+        # use_clipped_model_output: ε̂ is taken after the clipping of x̂0
+        step = {"eta": eta, "use_clipped_model_output": True}
+        still = scheduler.step(output, t, x, **step, variance_noise=0 * ones).prev_sample
+        shifted = scheduler.step(output, t, x, **step, variance_noise=ones).prev_sample
+        ours = kernel(scheduler, output, t, x, eta)
+        torch.testing.assert_close(ours.mean, still, **CLOSE)
+        torch.testing.assert_close(ours.std * ones, shifted - still, **CLOSE)
+
+
+def test_ddpm_has_this_mean_and_this_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = build("DDPM", **BETAS, clip_sample=False, variance_type="fixed_small")
+    scheduler.set_timesteps(9)
+    for t in scheduler.timesteps:
+        x, output = noise(int(t)), noise(int(t) + 1)
+        ours = kernel(scheduler, output, t, x, 1.0)
+        still, shifted = (step_with_noise(monkeypatch, scheduler, output, t, x, value) for value in (0.0, 1.0))
+        torch.testing.assert_close(ours.mean, still, **CLOSE)
+        # diffusers keeps the variance above 1e-20 and draws nothing at t = 0
+        torch.testing.assert_close(ours.std * torch.ones(SHAPE), shifted - still, **CLOSE)
+
+
+def step_with_noise(
+    monkeypatch: pytest.MonkeyPatch, scheduler: Any, output: Tensor, t: Any, x: Tensor, value: float
+) -> Tensor:
+    """One step of a scheduler whose standard normal draws are all `value`."""
+    module = __import__(type(scheduler).__module__, fromlist=["randn_tensor"])
+    monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: torch.full(tuple(shape), value))
+    if hasattr(scheduler, "_step_index"):
+        scheduler._step_index = None
+    return scheduler.step(output, t, x).prev_sample
+
+
+def test_ddpm_is_the_posterior_of_the_forward_process() -> None:
+    """q(x_s | x_t, x0) of one adjacent step, by hand (arXiv 2006.11239, eq. 7)."""
+    scheduler = build("DDPM", **BETAS)
+    t = 500
+    beta, cumulative, before = scheduler.betas[t], scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[t - 1]
+    x, x0 = noise(0), noise(1)
+    mean = before.sqrt() * beta / (1 - cumulative) * x0 + (1 - beta).sqrt() * (1 - before) / (1 - cumulative) * x
+    std = ((1 - before) / (1 - cumulative) * beta).sqrt()
+    ours = gaussian_transition(x, x0, level(scheduler, t, -1), level(scheduler, t - 1, -1), 1.0)
+    torch.testing.assert_close(ours.mean, mean, **CLOSE)
+    torch.testing.assert_close(ours.std, std, **CLOSE)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_euler_ancestral_has_this_mean_and_this_noise(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    scheduler = build("EulerAncestralDiscrete", **BETAS, prediction_type=kind)
+    scheduler.set_timesteps(7)
+    for t in scheduler.timesteps:
+        x, output = 5 * noise(int(t)), noise(int(t) + 1)
+        scheduler.is_scale_input_called = True
+        still, shifted = (step_with_noise(monkeypatch, scheduler, output, t, x, value) for value in (0.0, 1.0))
+        ours = kernel(scheduler, output, t, x, 1.0)
+        torch.testing.assert_close(ours.mean, still, **CLOSE)
+        torch.testing.assert_close(ours.std * torch.ones(SHAPE), shifted - still, **CLOSE)
+
+
+def test_sde_dpmsolver_has_this_mean_and_this_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = build("DPMSolverMultistep", **BETAS, algorithm_type="sde-dpmsolver++", solver_order=1)
+    scheduler.set_timesteps(7)
+    for t in scheduler.timesteps:
+        x, output = noise(int(t)), noise(int(t) + 1)
+        still, shifted = (step_with_noise(monkeypatch, scheduler, output, t, x, value) for value in (0.0, 1.0))
+        ours = kernel(scheduler, output, t, x, 1.0)
+        torch.testing.assert_close(ours.mean, still, **CLOSE)
+        torch.testing.assert_close(ours.std * torch.ones(SHAPE), shifted - still, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        *(build("EulerDiscrete", **BETAS, prediction_type=kind) for kind in ("epsilon", "v_prediction", "sample")),
+        build("DPMSolverMultistep", **BETAS, solver_order=1),
+        build("DPMSolverSinglestep", **BETAS, solver_order=1),
+        build("UniPCMultistep", **BETAS, solver_order=1, disable_corrector=list(range(20))),
+        FLOW["FlowMatchEulerDiscrete"](),
+        FLOW["DPMSolverMultistep"](solver_order=1),
+    ],
+    ids=lambda scheduler: f"{type(scheduler).__name__}-{scheduler.config.get('prediction_type', 'flow')}",
+)
+def test_a_noiseless_first_order_solver_takes_the_mean_at_eta_0(scheduler: Any) -> None:
+    scheduler.set_timesteps(7)
+    x = noise(0) * getattr(scheduler, "init_noise_sigma", 1.0)
+    for k, t in enumerate(scheduler.timesteps):
+        output = noise(k + 1)
+        scheduler.is_scale_input_called = True
+        following = scheduler.step(output, t, x).prev_sample
+        ours = kernel(scheduler, output, t, x, 0.0)
+        torch.testing.assert_close(ours.mean, following, **CLOSE)
+        assert ours.std == 0
+        x = following
+
+
+@pytest.mark.parametrize("name", ["LCM", "TCD"])
+def test_a_consistency_model_goes_to_the_next_timestep_of_its_own(name: str) -> None:
+    scheduler = build(name, **BETAS)
+    scheduler.set_timesteps(4)
+    for k, t in enumerate(scheduler.timesteps):
+        scheduler.step(noise(k), t, noise(k + 1))
+        before, after = step_levels(scheduler, t, position(scheduler))
+        following = scheduler.timesteps[k + 1] if k + 1 < len(scheduler.timesteps) else -1
+        assert before == level(scheduler, t, k) and after == level(scheduler, following, k)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+def test_the_marginal_after_the_transition_is_that_of_the_forward_process(eta: float) -> None:
+    """Σ over ε of p(x_s | x_t, x0) is N(α_s x0, σ_s²), whatever η: what DDIM is built on."""
+    before, after = (Level(torch.tensor(a).double().sqrt(), torch.tensor(1 - a).double().sqrt()) for a in (0.3, 0.6))
+    x0 = torch.full((40_000, 1), 0.7)
+    x = before.alpha.float() * x0 + before.sigma.float() * torch.randn(x0.shape, generator=seeded(0))
+    samples = gaussian_transition(x, x0, before, after, eta).sample(seeded(1))
+    error = float(after.sigma) / math.sqrt(len(x0))
+    assert abs(samples.mean() - float(after.alpha) * 0.7) < 4 * error
+    assert abs(samples.std() - float(after.sigma)) < 4 * error
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_gaussian_pipeline_draws_from_what_it_says(eta: float) -> None:
+    count = 30_000
+    pipe = GaussianPipeline(mean=0.4, std=0.3)
+    mean, std = pipe.distribution(8, eta)
+    images = pipe(batch_size=count, num_inference_steps=8, eta=eta, generator=seeded(0)).images
+    error = std / math.sqrt(images.numel())
+    assert abs(images.mean() - mean) < 4 * error and abs(images.std() - std) < 4 * error
+    assert mean == pytest.approx(0.4, abs=0.01)
+
+
+def test_log_prob_is_that_of_independent_normals() -> None:
+    ours = Gaussian(noise(0), torch.tensor(0.3))
+    terms = Normal(ours.mean, ours.std).log_prob(noise(1)).flatten(1)
+    torch.testing.assert_close(ours.log_prob(noise(1)), terms.sum(1))
+    torch.testing.assert_close(ours.log_prob(noise(1), reduce="mean"), terms.mean(1))
+
+
+def test_log_prob_is_taken_in_fp32_and_carries_gradients_to_the_mean() -> None:
+    mean = noise(0).requires_grad_()
+    value = Gaussian(mean, torch.tensor(0.5)).log_prob(noise(1).half())
+    assert value.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(value.sum(), mean)
+    torch.testing.assert_close(gradient, (noise(1).half().float() - mean.detach()) / 0.25)
+
+
+def test_kl_is_that_of_independent_normals() -> None:
+    std = torch.tensor(0.3)
+    first, second = Gaussian(noise(0), std), Gaussian(noise(1), std)
+    independent = (Independent(Normal(each.mean, std), 3) for each in (first, second))
+    torch.testing.assert_close(first.kl(second), kl_divergence(*independent))
+    assert (first.kl(first) == 0).all()
+
+
+def test_a_deterministic_step_has_no_density() -> None:
+    certain = Gaussian(noise(0), torch.tensor(0.0))
+    with pytest.raises(InputError, match=r"deterministic \(τ = 0\): it has no log-probability. Use η > 0"):
+        certain.log_prob(noise(0))
+    with pytest.raises(InputError, match="KL in closed form needs two steps of one τ > 0"):
+        certain.kl(certain)
+
+
+def test_kl_of_unequal_noise_is_refused() -> None:
+    with pytest.raises(InputError, match=r"needs two steps of one τ > 0, got 0\.3 and 0\.4"):
+        Gaussian(noise(0), torch.tensor(0.3)).kl(Gaussian(noise(0), torch.tensor(0.4)))
+
+
+def test_draws_have_the_mean_and_the_standard_deviation() -> None:
+    samples = Gaussian(torch.full((50_000,), 2.0), torch.tensor(0.5)).sample(seeded(0))
+    error = 0.5 / math.sqrt(len(samples))
+    assert abs(samples.mean() - 2) < 4 * error and abs(samples.std() - 0.5) < 4 * error
+
+
+def test_draws_follow_the_generator() -> None:
+    gaussian = Gaussian(noise(0), torch.tensor(0.5))
+    assert torch.equal(gaussian.sample(seeded(3)), gaussian.sample(seeded(3)))
+    assert not torch.equal(gaussian.sample(seeded(3)), gaussian.sample(seeded(4)))
+
+
+@pytest.mark.parametrize("name", ["HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "PNDM"])
+def test_a_solver_of_several_calls_has_no_kernel(name: str) -> None:
+    scheduler = DIFFUSION[name]()
+    scheduler.set_timesteps(4)
+    assert not has_gaussian_kernel(scheduler) and not can_redraw(scheduler)
+    with pytest.raises(InputError, match=f"{name}Scheduler spends several model calls.*DDIMScheduler.from_config"):
+        step_levels(scheduler, scheduler.timesteps[0], 0)
+
+
+def test_which_solvers_part_copies() -> None:
+    parting = {name for name, make in (DIFFUSION | FLOW).items() if copies_part(make())}
+    together = {"PNDM", "PNDM-warm-up", "HeunDiscrete", "KDPM2Discrete", "FlowMatchHeunDiscrete"}
+    assert parting == set(DIFFUSION | FLOW) - together
+
+
+@pytest.mark.parametrize("name", ["LCM", "TCD", "FlowMatchLCM"])
+def test_a_consistency_model_is_not_redrawn_nor_is_a_subclass_of_one(name: str) -> None:
+    base = getattr(diffusers, f"{name}Scheduler")
+    mine = type("Mine", (base,), {})
+    assert not can_redraw(base()) and not can_redraw(mine())
+    assert copies_part(base()) and copies_part(mine())
