@@ -32,11 +32,15 @@ def steer() -> None:
 @click.option("--tempering", default="constant", help="Of λ along the run: constant, geometric or ess.")
 @click.option("--ess-threshold", default=0.5, help="Resample when ESS is below this share of K; 1: always.")
 @click.option("--eta", type=float, help="Noise of every step, 0 to 1; by default the solver's own.")
-@click.option("--seed", default=0, help="The same for each prompt.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="The same for each prompt.")
 @click.option("--out", default=Path("out"), type=click.Path(path_type=Path), help="Output folder; a run there goes on.")
 @click.option("--compare/--no-compare", default=True, help="Also make the base images, for grid.png.")
 @click.option("--device", help="Where to run; by default the GPU if there is one.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="By default as stored.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="By default float32 on the CPU, bfloat16 elsewhere.",
+)
 def sample(prompt: tuple[str, ...], prompt_file: Path | None, out: Path, device: str | None, **settings: Any) -> None:
     """Steers PROMPT… or the prompts of a file: images (best first), grid.png, ancestry.png and report.json."""
     from steer.apps.prompts import read_prompts
@@ -46,6 +50,7 @@ def sample(prompt: tuple[str, ...], prompt_file: Path | None, out: Path, device:
     prompts = read_prompts(prompt_file) if prompt_file else [text.strip() for text in prompt]
     if not all(prompts):
         raise InputError("a prompt is empty")
+    _look_here_for(settings["reward"])
     from steer.apps.sample import SampleSettings
     from steer.apps.sample import sample as run
 
@@ -68,6 +73,7 @@ def score(images: tuple[Path, ...], prompt: str, reward: str) -> None:
     from steer.reward import load_reward
     from steer.reward import score as score_images
 
+    _look_here_for(reward)
     loaded = load_reward(reward)
     scores = [score_images(loaded, read_image(path)[None], [prompt])[0].item() for path in images]
     rows = [{"image": str(path), "score": value} for path, value in zip(images, scores, strict=True)]
@@ -85,13 +91,21 @@ def rewards() -> None:
         click.echo(f"{name:{width}}  {about}")
 
 
+def _look_here_for(reward: str) -> None:
+    """Lets --reward my_file:function find the user's own file; for built-in names the folder stays out of reach."""
+    from steer.rewards import REWARDS
+
+    name, found, _ = reward.partition(":")
+    if found and name not in REWARDS:
+        sys.path.append(str(Path.cwd()))
+
+
 def main() -> None:
     """Runs the command; what the user can put right is one line on stderr and exit code 2."""
-    sys.path.append(str(Path.cwd()))  # so that --reward my_file:function finds the user's own
     try:
         steer(standalone_mode=False)
     except click.exceptions.Abort:
-        click.echo("steer: interrupted; finished prompts are kept, the same command goes on", err=True)
+        click.echo("steer: interrupted; what was finished is kept, the same command goes on", err=True)
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())

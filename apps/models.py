@@ -12,13 +12,14 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     """A diffusers pipeline: the name of an embedded model, a folder in diffusers' format, or ORGANISATION/NAME.
 
     device  where to run; by default the GPU if there is one
-    dtype   float32, float16 or bfloat16; by default as stored
+    dtype   float32, float16 or bfloat16; by default float32 on the CPU and bfloat16 elsewhere
 
     Raises InputError where there is no such model. Code that a model folder may hold is never run.
     """
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
+    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
@@ -31,13 +32,14 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
         source = model
     elif not (Path(source) / "model_index.json").exists():
         raise InputError(f"model {model!r}: no model_index.json in this folder; is it in diffusers' format?")
-    options = {"torch_dtype": getattr(torch, dtype)} if dtype else {}
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    number = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=number)
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {model!r} cannot be loaded: {reason}") from error
-    return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipe.to(device)
 
 
 def check_device(device: str | None) -> None:

@@ -1,6 +1,5 @@
 """Prompt files as people have them: text, JSON lines, tables."""
 
-import csv
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -29,17 +28,17 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def _text(path: Path, content: str) -> list[str]:
-    return content.splitlines()
+    return _lines(content)
 
 
 def _json_lines(path: Path, content: str) -> list[str]:
     prompts = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(_lines(content), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(prompt, str):
@@ -49,7 +48,7 @@ def _json_lines(path: Path, content: str) -> list[str]:
 
 
 def _table(path: Path, content: str) -> list[str]:
-    rows = list(csv.reader(content.splitlines(), delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = [line.split("\t") if line.strip() else [] for line in _lines(content)]
     header = [name.strip().lower() for name in rows[0]] if rows else []
     if "prompt" not in header:
         raise InputError(f'{path}, line 1: expected a column named "prompt"')
@@ -58,3 +57,8 @@ def _table(path: Path, content: str) -> list[str]:
         if row and len(row) <= column:
             raise InputError(f"{path}, line {number}: no column {column + 1}")
     return [row[column] for row in rows[1:] if row]
+
+
+def _lines(content: str) -> list[str]:
+    """Lines that end as files end them; other separators of Unicode may stand inside a prompt."""
+    return content.replace("\r\n", "\n").split("\n")

@@ -1,6 +1,7 @@
 """The job behind `steer sample`: prompts in, a folder of images and a report out; it goes on where it stopped."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -56,6 +57,9 @@ class SampleSettings:
             raise InputError(f"--steps must be at least 1, got {self.steps}")
         if not 0 < self.ess_threshold <= 1:
             raise InputError(f"--ess-threshold must be above 0 and at most 1, got {self.ess_threshold}")
+        for name, number in (("--lam", self.lam), ("--guidance", self.guidance)):
+            if number is not None and not math.isfinite(number):
+                raise InputError(f"{name} must be a finite number, got {number}")
 
     @property
     def call(self) -> dict[str, Any]:
@@ -77,19 +81,30 @@ def sample(prompts: Sequence[str], settings: SampleSettings, out: Path, device: 
     settings.check()
     reward = load_reward(settings.reward)
     report = _opened(out, prompts, settings)
-    done = len(report["prompts"])
-    if done < len(prompts):
+    entries = report["prompts"]
+    todo = [n for n in range(len(prompts)) if n >= len(entries) or not _whole(entries[n], out)]
+    if todo:
         pipe = load_pipeline(settings.model, device, settings.dtype)
         pipe.set_progress_bar_config(leave=False, desc="denoising", disable=None)
-        bar = tqdm(prompts[done:], desc=settings.method, unit="prompt", initial=done, total=len(prompts), disable=None)
-        for prompt in bar:
-            folder = out / f"{len(report['prompts']):03d}-{_slug(prompt)}"
-            report["prompts"].append(_sampled(pipe, reward, prompt, settings, folder))
-            report["cost"] = _total_cost(report["prompts"])
+        done = len(prompts) - len(todo)
+        for n in tqdm(todo, desc=settings.method, unit="prompt", initial=done, total=len(prompts), disable=None):
+            entries[n : n + 1] = [_finished(pipe, reward, prompts[n], settings, out / f"{n:03d}-{_slug(prompts[n])}")]
+            report["cost"] = _total_cost(entries)
             _save(report, out)
     draw_grid(report, out)
     draw_ancestry(report, out)
     return report
+
+
+def _finished(pipe: Any, reward: Reward, prompt: str, settings: SampleSettings, folder: Path) -> dict[str, Any]:
+    """One prompt's entry. What diffusers refuses, memory or the disk end as an InputError that names the prompt."""
+    try:
+        return _sampled(pipe, reward, prompt, settings, folder)
+    except InputError:
+        raise
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise InputError(f"prompt {prompt!r}: {reason} (finished prompts are kept)") from error
 
 
 def _fk(pipe: Any, reward: Reward, prompt: str, settings: SampleSettings, call: dict[str, Any]) -> SteeringOutput:
@@ -149,6 +164,8 @@ def _sampled(pipe: Any, reward: Reward, prompt: str, settings: SampleSettings, f
 
 def _write_images(images: Sequence[Image.Image], folder: Path, prefix: str) -> list[str]:
     """Saves images in order; their names from the output folder on."""
+    if not all(isinstance(image, Image.Image) for image in images):
+        raise InputError("this model makes videos: call steer.pipelines from Python, `steer sample` writes images")
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{prefix}{number:02d}.png" for number in range(len(images))]
     for name, image in zip(names, images, strict=True):
@@ -168,27 +185,34 @@ def _total_cost(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 def _opened(out: Path, prompts: Sequence[str], settings: SampleSettings) -> Report:
     """The report in `out` as far as it got, or a new one. Raises InputError where the folder cannot take this run."""
+    path = out / "report.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        path = out / "report.json"
         _save_text("", out / ".writable")
         (out / ".writable").unlink()
         old = json.loads(path.read_text()) if path.exists() else None
     except OSError as error:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise InputError(f"{path} is not a report of steer ({error}); choose another --out") from error
-    if old is None:
+    if not path.exists():
         given = {"model": settings.model, "method": settings.method, "settings": asdict(settings)}
         return given | {"prompts": [], "cost": _total_cost([])}
+    if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
+        raise InputError(f"{path} is not a report of steer; choose another --out")
     for name, value in asdict(settings).items():
-        if old.get("settings", {}).get(name) != value:
-            there = old.get("settings", {}).get(name)
+        if (there := old["settings"].get(name)) != value:
             raise InputError(f"--out {out} holds a run with {name} {there!r}, not {value!r}; choose another --out")
-    if (there := [entry["prompt"] for entry in old["prompts"]]) != list(prompts[: len(there)]):
+    before = [entry.get("prompt") if isinstance(entry, dict) else None for entry in old["prompts"]]
+    if before != list(prompts[: len(before)]):
         raise InputError(f"--out {out} holds a run of other prompts; choose another --out")
-    whole = [all((out / name).exists() for name in entry["images"]) for entry in old["prompts"]]
-    return old | {"prompts": old["prompts"][: whole.index(False)] if False in whole else old["prompts"]}
+    return old
+
+
+def _whole(entry: dict[str, Any], out: Path) -> bool:
+    """Whether all images of an entry are there, inside the output folder."""
+    names = [*entry.get("images", [None]), *entry.get("base", {}).get("images", [])]
+    return all(isinstance(name, str) and ".." not in name and (out / name).is_file() for name in names)
 
 
 def _save(report: Report, out: Path) -> None:

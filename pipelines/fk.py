@@ -80,8 +80,6 @@ class FKSteeringPipeline(SteeringMethod):
         Raises InputError for arguments that do not fit, CannotSteer (an InputError) for a pipeline or scheduler that
         cannot be steered, RewardError (an InputError) for a reward that breaks its contract.
         """
-        if not 0 < ess_threshold <= 1:
-            raise InputError(f"ess_threshold must be above 0 and at most 1, got {ess_threshold}")
         check_output_type(output_type)
         if num_particles > 1 and lam != 0:
             check_copies_part(self.pipe.scheduler)
@@ -122,7 +120,7 @@ class _Run:
 
     def on_event(self, event: Event) -> Answer:
         """One solver step: weigh the particles by r(x̂0), resample them, move them on."""
-        if event.k not in self._steps_of(event.total):
+        if not self._reads_at(event):
             self._tell(StepReport(event.k, event.total))
             return None, self._moved(event, None)
         previews = self.population.preview(event.x0())
@@ -151,15 +149,27 @@ class _Run:
         moved[copies] = event.kernel(self.copy_eta, rows[copies]).sample(self.population.rng).to(moved.dtype)
         return moved
 
-    def _steps_of(self, total: int) -> frozenset[int]:
-        """The steps at which rewards are read; never the last, which the finished images decide."""
-        if self.steps is None:
-            self.steps = frozenset(round(share * total) for share in DEFAULT_STEPS)
-        return self.steps - {total - 1}
+    def _reads_at(self, event: Event) -> bool:
+        """Whether rewards are read at this step. Settled at the first: copies need a noisy step after them to part."""
+        if event.k == 0:
+            last = event.total - (2 if can_redraw(event.scheduler) else 3)
+            self.steps = evaluated_steps(self.steps, event.total, last)
+            if not self.steps and self.population.size > 1 and self.algorithm.lam != 0:
+                raise CannotSteer(f"a run of {event.total} steps has none to resample at: use best-of-N, or more steps")
+        return event.k in (self.steps or ())
 
     def _tell(self, report: StepReport) -> None:
         if self.observer:
             self.observer(report)
+
+
+def evaluated_steps(asked: frozenset[int] | None, total: int, last: int) -> frozenset[int]:
+    """The steps asked for, or the default shares of a run of `total`; none after `last`. Raises InputError."""
+    if asked is None:
+        return frozenset(step for share in DEFAULT_STEPS if (step := min(round(share * total), last)) >= 0)
+    if wrong := sorted(step for step in asked if not 0 <= step <= last):
+        raise InputError(f"resample_steps: {wrong[0]} is not from 0 to {last}, in a run of {total} steps")
+    return asked
 
 
 def repeated(rows: Tensor) -> Tensor:

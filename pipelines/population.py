@@ -1,5 +1,6 @@
 """B prompts × K particles as one call of a diffusers pipeline: what every steering method runs on."""
 
+import hashlib
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,14 +13,13 @@ from torch import Generator, Tensor
 from steer.errors import InputError
 from steer.particles import Particles
 from steer.pipelines.output import Cost, Evaluation, SteeringOutput
-from steer.preview import Preview, first_output
+from steer.preview import Preview, accepted_only, first_output
 from steer.reward import Reward, score
 from steer.seam import Answer, Event, steered
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 VIDEO_FRAMES = 8  # of a video that a reward sees, evenly spaced
-OWN_SEED = 0x5EED  # keeps a method's own random numbers apart from the pipeline's
 
 
 class Population:
@@ -57,15 +57,13 @@ class Population:
 
         def watch(event: Event) -> Answer:
             self._nfe += event.calls * len(event.x)
-            answer = on_event(event) or (None, None)
-            if event.k + 1 == event.total:
-                ancestors, latents = answer
-                moved = event.prev if ancestors is None else event.prev[ancestors]
-                self.latents = moved if latents is None else latents
-            return answer
+            ancestors, latents = on_event(event) or (None, None)
+            moved = event.prev if ancestors is None else event.prev[ancestors]
+            self.latents = moved if latents is None else latents.to(moved.dtype)
+            return ancestors, latents
 
         with steered(self.pipe, watch, rows=len(self.prompts)) as view:
-            images = first_output(view(**self.call, output_type="pt"))
+            images = first_output(view(**accepted_only(self.pipe, self.call | {"output_type": "pt"})))
         self._decodes += len(images)
         return images
 
@@ -77,7 +75,6 @@ class Population:
     @torch.no_grad()
     def score(self, images: Tensor) -> Tensor:
         """Rewards (B, K) of images (B·K, 3, H, W); of videos (B·K, F, 3, H, W) the mean over evenly spaced frames."""
-        self._reward_calls += len(images)
         if images.dim() == 5:
             frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
             return torch.stack([self._score(images[:, frame]) for frame in frames]).mean(0)
@@ -86,6 +83,7 @@ class Population:
     def _score(self, images: Tensor) -> Tensor:
         starts = range(0, len(images), self.chunk_size)
         parts = [slice(start, start + self.chunk_size) for start in starts]
+        self._reward_calls += len(images)
         scores = [score(self.reward, images[part].float().clamp(0, 1), self.prompts[part]) for part in parts]
         return torch.cat(scores).view(self.groups, self.size)
 
@@ -143,6 +141,11 @@ def _bound_call(
         raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
     if taken := [name for name in (*IMAGES_PER_PROMPT, "batch_size", "return_dict") if name in call]:
         raise InputError(f"{taken[0]} is the steering pipeline's own: say num_particles")
+    several = isinstance(call.get("image"), list | tuple) or getattr(call.get("image"), "ndim", 0) == 4
+    if groups > 1 and several and "strength" in accepted:
+        raise InputError(
+            "several images and several prompts in one call: diffusers pairs them wrongly; one prompt a call"
+        )
     bound = dict(call)
     count = next((name for name in IMAGES_PER_PROMPT if name in accepted), None)
     if count:
@@ -162,9 +165,14 @@ def _embedded_prompts(call: Mapping[str, Any]) -> int:
 
 
 def _derived_seed(generator: Generator | Sequence[Generator] | None) -> int:
-    """A seed that follows from the user's, and uses up none of the pipeline's random numbers."""
-    if generator is None:
-        with torch.random.fork_rng(devices=[]):
-            return int(torch.randint(2**62, ()).item())
-    first = generator if isinstance(generator, Generator) else generator[0]
-    return first.initial_seed() ^ OWN_SEED
+    """A seed that follows from the state of the pipeline's random numbers, and uses up none of them."""
+    given = [] if generator is None else [generator] if isinstance(generator, Generator) else list(generator)
+    states = [one.get_state() for one in given] or [torch.get_rng_state(), *_gpu_states()]
+    digest = hashlib.sha256(b"steer")
+    for state in states:
+        digest.update(state.cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7], "big")
+
+
+def _gpu_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

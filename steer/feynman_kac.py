@@ -1,10 +1,12 @@
 """Feynman–Kac steering, apart from any model: weights and ancestors from rewards (arXiv 2501.06848, Algorithm 1)."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
 
+from steer.errors import InputError
 from steer.particles import Particles
 from steer.potentials import Moment, Potential, Tempering, constant, difference
 from steer.resampling import Resampler, systematic
@@ -28,6 +30,12 @@ class FeynmanKac:
     resampler: Resampler = systematic
     tempering: Tempering = constant
     ess_threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.lam):
+            raise InputError(f"lam must be a finite number, got {self.lam}")
+        if not 0 < self.ess_threshold <= 1:
+            raise InputError(f"ess_threshold must be above 0 and at most 1, got {self.ess_threshold}")
 
     def weigh(self, particles: Particles, rewards: Tensor, progress: float) -> Particles:
         """Multiplies the weights by G_j, from rewards (B, K) of x̂0 after the share `progress` of the run."""

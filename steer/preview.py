@@ -5,11 +5,14 @@ in place of the latents; what comes out is what the pipeline would make of x̂0.
 """
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 from steer.seam import Event, steered
@@ -30,6 +33,8 @@ NOT_FOR_THE_TAIL = (
     "output_type",
     "return_dict",
     "num_inference_steps",
+    "denoising_end",
+    "guess_mode",
 )
 
 
@@ -50,13 +55,21 @@ class _StandIn:
         return self._call(*args, **kwargs)
 
 
+class _Output(tuple[Tensor, ...]):
+    """What a model returns, for callers that take `[0]` and for those that take `.sample`."""
+
+    @property
+    def sample(self) -> Tensor:
+        return self[0]
+
+
 def _silent_denoiser(denoiser: Any) -> _StandIn:
-    channels = getattr(denoiser.config, "out_channels", None)
+    channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
         shape = (len(x), channels or x.shape[1], *x.shape[2:]) if x.dim() > 3 else x.shape
-        return (x.new_zeros(shape),)
+        return _Output([x.new_zeros(shape)])
 
     return _StandIn(denoiser, zeros)
 
@@ -68,9 +81,9 @@ def _silent_controlnet(controlnet: Any) -> _StandIn:
 def _in_chunks(decode: Callable[..., Any], chunk: int) -> Callable[..., Any]:
     """A VAE's decode, a few images at a time."""
 
-    def chunked(z: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    def chunked(z: Tensor, *args: Any, **kwargs: Any) -> _Output:
         kwargs["return_dict"] = False
-        return (torch.cat([decode(part, *args, **kwargs)[0] for part in z.split(chunk)]),)
+        return _Output([torch.cat([decode(part, *args, **kwargs)[0] for part in z.split(chunk)])])
 
     return chunked
 
@@ -116,13 +129,28 @@ class Preview:
         def put_x0(event: Event) -> tuple[None, Tensor]:
             return None, x0.to(event.prev)
 
+        own = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
         with steered(self._tail, put_x0, rows=len(x0)) as view:
-            output = view(**self._call, generator=torch.Generator().manual_seed(0), output_type="pt")
+            output = view(**accepted_only(self._tail, self._call | own))
         return first_output(output)
 
 
+def accepted_only(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+    """Those arguments that the pipeline's `__call__` knows."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    return {name: value for name, value in call.items() if name in parameters}
+
+
 def first_output(output: Any) -> Tensor:
-    """The images of a pipeline's output, whatever its fields are called: (N, 3, H, W), of a video (N, F, 3, H, W)."""
+    """The images of a pipeline's output, whatever its fields are called: (N, 3, H, W), of a video (N, F, 3, H, W).
+
+    Pipelines that know no "pt" give arrays (N, H, W, 3) or PIL images.
+    """
     if isinstance(output, tuple):
-        return output[0]
-    return next(iter(output.values())) if isinstance(output, Mapping) else output.images
+        images = output[0]
+    else:
+        images = next(iter(output.values())) if isinstance(output, Mapping) else output.images
+    if torch.is_tensor(images):
+        return images
+    arrays = images if isinstance(images, np.ndarray) else VaeImageProcessor.pil_to_numpy(images)
+    return VaeImageProcessor.numpy_to_pt(arrays)

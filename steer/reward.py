@@ -1,5 +1,6 @@
 """What a reward is, how one is found by name, and the contract that every call is held to."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -108,30 +109,44 @@ def _find(name: str, argument: str) -> Any:
         return _make(_attribute(built_in[name][0]), name, argument)
     for point in entry_points(group="steer.rewards"):
         if point.name == name:
-            return _make(point.load(), name, argument)
-    if argument and ("." in name or (name.isidentifier() and find_spec(name))):
+            return _make(_attribute(point.value), name, argument)
+    if argument and ("." in name or (name.isidentifier() and _is_module(name))):
         return _attribute(f"{name}:{argument}")
     return None
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # __main__ has none
+        return False
 
 
 def _attribute(path: str) -> Any:
     module, _, attribute = path.partition(":")
     try:
         return getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f"cannot load reward {path!r}: {error}") from error
+    except Exception as error:  # foreign code: whatever its import raises
+        raise RewardError(f"cannot load reward {path!r}: {type(error).__name__}: {error}") from error
 
 
 def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
+    given = (argument,) if argument else ()
     try:
-        return factory(argument) if argument else factory()
+        inspect.signature(factory).bind(*given)
     except TypeError as error:
         wrong = f"takes no argument, got {argument!r}" if argument else "needs an argument, NAME:ARGUMENT"
-        raise RewardError(f"reward {name!r} {wrong} ({error})") from error
+        raise RewardError(f"reward {name!r} {wrong}") from error
+    try:
+        return factory(*given)
+    except RewardError:
+        raise
+    except Exception as error:  # foreign code: whatever its construction raises
+        raise RewardError(f"reward {name!r} cannot be made: {type(error).__name__}: {error}") from error
 
 
 def _as_reward(found: Any) -> Reward:
-    made = found() if isinstance(found, type) else found
+    made = _make(found, found.__name__, "") if isinstance(found, type) else found
     if isinstance(made, Reward):
         return made
     if callable(made):

@@ -82,10 +82,14 @@ def level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
     """
     if getattr(scheduler, "sigmas", None) is None:
         cumulative = (
-            scheduler.alphas_cumprod[int(timestep)]
-            if timestep >= 0
-            else torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0))
-        ).double()
+            (
+                scheduler.alphas_cumprod[int(timestep)]
+                if timestep >= 0
+                else torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0))
+            )
+            .cpu()
+            .double()
+        )
         return Level(cumulative.sqrt(), (1 - cumulative).sqrt())
     sigma = torch.as_tensor(scheduler.sigmas[index])
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
@@ -94,7 +98,7 @@ def level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
         alpha = 1 - sigma
     else:
         alpha = torch.ones_like(sigma)
-    return Level(alpha.double(), sigma.double())
+    return Level(alpha.cpu().double(), sigma.cpu().double())  # not every device has float64
 
 
 def predict_x0(scheduler: Scheduler, model_output: Tensor, timestep: Any, sample: Tensor, index: int) -> Tensor:

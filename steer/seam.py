@@ -125,7 +125,7 @@ class _Tracker:
             raise CannotSteer("per-token timesteps have no single noise level: this pipeline cannot be steered")
         if self.rows and len(x) != self.rows:
             raise CannotSteer(f"the scheduler was given {len(x)} rows for {self.rows} particles")
-        if self.last is not None and x is not self.last and not torch.equal(x, self.last):
+        if self.last is not None and x is not self.last and not _same(x, self.last):
             raise CannotSteer(
                 f"{type(self.pipe).__name__} edits its latents between the steps (inpainting, or a callback): "
                 "it cannot be steered"
@@ -141,7 +141,9 @@ class _Tracker:
         if next_latents is None:
             return out
         _start_from_here(scheduler)
-        return next_latents.to(out[0].dtype), *out[1:]
+        latents = next_latents.to(out[0].dtype)
+        # At the end x̂0 is the latents themselves, and some pipelines decode that output of the step.
+        return latents, *([latents] if self.transitions == self.total else out[1:2]), *out[2:]
 
     def _check_resampling(self) -> None:
         if self.copied:
@@ -152,6 +154,10 @@ class _Tracker:
         denoiser = getattr(self.pipe, "transformer", None) or getattr(self.pipe, "unet", None)
         if getattr(denoiser, "is_cache_enabled", False):
             raise CannotSteer("disable the feature cache of the denoiser: its state per sample cannot be resampled")
+
+
+def _same(x: Tensor, last: Tensor) -> bool:
+    return x.shape == last.shape and torch.equal(x, last.to(x))
 
 
 def _reindexed(value: Any, ancestors: Tensor, like: Tensor) -> Any:
@@ -191,7 +197,8 @@ def _watched(base: Scheduler, tracker: _Tracker) -> Scheduler:
         out = tracker.step(self, cls.step, arguments)
         if not return_dict:
             return out
-        return SimpleNamespace(prev_sample=out[0], pred_original_sample=out[1] if len(out) > 1 else None)
+        x0 = out[1] if len(out) > 1 else None
+        return SimpleNamespace(prev_sample=out[0], pred_original_sample=x0, denoised=x0)
 
     def deepcopy(self: Scheduler, memo: dict[int, Any]) -> Scheduler:
         """A pipeline that copies its scheduler gets a plain one."""

@@ -36,6 +36,7 @@ def wrong_shape(images, prompts):
 def steer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Steer:
     """Runs the command in this process: (exit code, stdout, stderr)."""
     (tmp_path / "own_rewards.py").write_text(REWARD)
+    (tmp_path / "broken_module.py").write_text("def x(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
 
@@ -53,10 +54,8 @@ def steer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 
 
 def digest(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("0*/*.png"))
-    }
+    files = sorted(folder.rglob("0*/*.png"))
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_sample_writes_images_grid_tree_and_report(steer: Steer, tmp_path: Path) -> None:
@@ -117,6 +116,21 @@ def test_a_folder_of_other_settings_or_prompts_is_left_alone(steer: Steer, tmp_p
     assert code == 2 and "lam 10.0, not 3.0" in err
     code, _, err = steer("sample", "a star", *FAST, "--out", tmp_path, "--no-compare")
     assert code == 2 and "other prompts" in err
+    (tmp_path / "report.json").write_text("[]")
+    code, _, err = steer("sample", "a circle", *FAST, "--out", tmp_path, "--no-compare")
+    assert code == 2 and "not a report of steer" in err
+
+
+def test_only_a_prompt_whose_images_are_missing_is_made_again(steer: Steer, tmp_path: Path) -> None:
+    words = ["sample", "a circle", "a star", "a cross", *FAST, "--out", tmp_path]
+    assert steer(*words)[0] == 0
+    before = digest(tmp_path)
+    times = {name: (tmp_path / name).stat().st_mtime_ns for name in before}
+    (tmp_path / "001-a-star" / "base-01.png").unlink()
+    assert steer(*words)[0] == 0
+    assert digest(tmp_path) == before
+    again = {name.split("/")[0] for name in before if (tmp_path / name).stat().st_mtime_ns != times[name]}
+    assert again == {"001-a-star"}
 
 
 @pytest.mark.parametrize(
@@ -133,6 +147,10 @@ def test_a_folder_of_other_settings_or_prompts_is_left_alone(steer: Steer, tmp_p
         (["--steps", "0"], "--steps must be at least 1"),
         (["--ess-threshold", "2"], "--ess-threshold"),
         (["--eta", "2", "--steps", "2"], "eta must be from 0 to 1"),
+        (["--lam", "nan"], "--lam must be a finite number"),
+        (["--steps", "2000"], "prompt 'a circle': "),
+        (["--seed", "99999999999999999999"], "--seed"),
+        (["--reward", "broken_module:x"], "cannot load reward 'broken_module:x': SyntaxError"),
         (["--device", "warp"], "--device 'warp' cannot be used"),
         (["--lam", "x"], "'x' is not a valid float"),
         (["--reward", "own_rewards:not_a_number", "--steps", "3"], "'not_a_number' returned nan"),
@@ -172,7 +190,7 @@ def test_prompts_from_every_format(tmp_path: Path) -> None:
     from steer.apps.prompts import read_prompts
 
     (tmp_path / "a.txt").write_text("\ufeffa circle\n\n a star \n", encoding="utf-8")
-    (tmp_path / "a.jsonl").write_text('{"tag": "x", "prompt": "a circle"}\n\n{"prompt": "a star"}\n')
+    (tmp_path / "a.jsonl").write_text('{"tag": "x\u2028", "prompt": "a circle"}\r\n\n{"prompt": "a star"}\n')
     (tmp_path / "a.tsv").write_text("Prompt\tCategory\na circle\tx\na star\ty\n")
     assert all(read_prompts(tmp_path / f"a.{kind}") == ["a circle", "a star"] for kind in ("txt", "jsonl", "tsv"))
 

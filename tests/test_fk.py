@@ -10,12 +10,15 @@ import torch
 from conftest import PIPELINES, call_kwargs, with_scheduler
 from diffusers import (
     DDIMScheduler,
+    DDPMPipeline,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
     LCMScheduler,
     PNDMScheduler,
+    UNet2DModel,
 )
 from gaussian import GaussianPipeline
 from torch import Generator, Tensor
@@ -75,11 +78,11 @@ def test_without_steering_the_bytes_are_the_pipelines_own(
 def test_every_family_is_steered(pipe_of: Callable[[str], Any], name: str) -> None:
     pipe, call = pipe_of(name), steer_kwargs(name)
     scheduler = pipe.scheduler
-    options = {"num_particles": K, "lam": 3000.0, "resample_steps": [1, 2, 3], "ess_threshold": 1.0}
+    options = {"num_particles": K, "lam": 3000.0, "resample_steps": [0, 1, 2], "ess_threshold": 1.0}
     out = FKSteeringPipeline(pipe, redness)(**options, generator=seeded(3), output_type="pt", **call)
     again = FKSteeringPipeline(pipe, redness)(**options, generator=seeded(3), output_type="pt", **call)
     assert torch.equal(out.images, again.images) and all(map(torch.equal, out.ancestors, again.ancestors))
-    assert [evaluation.step for evaluation in out.history] == [s for s in (1, 2, 3) if s < out.cost.nfe // K - 1]
+    assert [evaluation.step for evaluation in out.history] == [0, 1, 2]
     assert any((ancestors != torch.arange(K)).any() for ancestors in out.ancestors)
     assert (out.rewards.diff(dim=1) <= 0).all()
     frames = out.images if out.images.dim() == 4 else out.images[:, 0]
@@ -126,6 +129,84 @@ def test_deterministic_solvers_without_a_kernel_are_refused(pipe_of: Callable[[s
     with pytest.raises(CannotSteer, match=f"{scheduler.__name__} is deterministic and has no Gaussian kernel"):
         FKSteeringPipeline(pipe, redness)(num_particles=K, **steer_kwargs("sd"))
     BestOfNPipeline(pipe, redness)(num_particles=K, **steer_kwargs("sd"))
+
+
+@pytest.mark.parametrize("steps", [3, 4, 6, 8])
+@pytest.mark.parametrize("scheduler", [LCMScheduler, KDPM2AncestralDiscreteScheduler, EulerDiscreteScheduler])
+def test_copies_part_at_the_last_step_that_is_read_too(
+    pipe_of: Callable[[str], Any], scheduler: type, steps: int
+) -> None:
+    pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
+    out = FKSteeringPipeline(pipe, redness)(
+        num_particles=K, lam=1e5, ess_threshold=1.0, generator=seeded(), output_type="pt", **steer_kwargs("sd", steps)
+    )
+    assert out.history
+    assert all(not torch.equal(out.latents[i], out.latents[j]) for i in range(K) for j in range(i))
+
+
+@pytest.mark.parametrize("asked", [[4], [-1], [100]])
+def test_steps_at_which_nothing_could_be_steered_are_refused(pipe_of: Callable[[str], Any], asked: list[int]) -> None:
+    with pytest.raises(InputError, match="is not from 0 to 3, in a run of 5 steps"):
+        FKSteeringPipeline(pipe_of("sd"), redness)(resample_steps=asked, **steer_kwargs("sd"))
+    with pytest.raises(CannotSteer, match="a run of 1 steps has none to resample at"):
+        FKSteeringPipeline(pipe_of("flux"), redness)(**steer_kwargs("flux", steps=1))
+
+
+def test_a_generator_that_goes_on_gives_new_random_numbers_to_steering_too(pipe_of: Callable[[str], Any]) -> None:
+    run, generator = FKSteeringPipeline(pipe_of("flux"), redness), seeded()
+    options = {"num_particles": K, "lam": 0.0, "eta": 1.0, "output_type": "pt"} | steer_kwargs("flux")
+    latents = torch.randn(K, 4, 16, generator=seeded(5))
+    first, second = (run(generator=generator, latents=latents, **options) for _ in range(2))
+    assert torch.equal(first.images, second.images)  # with latents given, nothing was drawn from it …
+    generator.manual_seed(1)
+    assert not torch.equal(run(generator=generator, latents=latents, **options).images, first.images)
+
+
+def test_several_images_and_several_prompts_are_refused_where_diffusers_mixes_them(
+    pipe_of: Callable[[str], Any],
+) -> None:
+    call = steer_kwargs("img2img") | {"prompt": ["a red circle", "a blue star"]}
+    with pytest.raises(InputError, match="one prompt a call"):
+        FKSteeringPipeline(pipe_of("img2img"), redness)(num_particles=2, **call)
+
+
+def test_a_stop_through_diffusers_own_interrupt_still_returns_images(pipe_of: Callable[[str], Any]) -> None:
+    def interrupt(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= 2
+        return tensors
+
+    out = FKSteeringPipeline(pipe_of("sd"), redness)(
+        num_particles=2, callback_on_step_end=interrupt, generator=seeded(), **steer_kwargs("sd")
+    )
+    assert len(out.images) == 2 and out.cost.nfe == 3 * 2
+
+
+def test_guess_mode_of_a_controlnet_is_steered(pipe_of: Callable[[str], Any]) -> None:
+    call = steer_kwargs("controlnet") | {"guess_mode": True}
+    assert (
+        len(FKSteeringPipeline(pipe_of("controlnet"), redness)(num_particles=2, generator=seeded(), **call).images) == 2
+    )
+
+
+def test_a_hand_written_pipeline_is_steered() -> None:
+    """DDPMPipeline takes `.sample` of its model, knows no "pt", and no prompt."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        8,
+        3,
+        3,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+    )
+    pipe = DDPMPipeline(unet, DDPMScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    out = FKSteeringPipeline(pipe, redness)(num_particles=3, lam=500.0, num_inference_steps=5, generator=seeded())
+    plain = pipe(batch_size=3, num_inference_steps=5, generator=seeded(), output_type="np").images
+    base = BestOfNPipeline(pipe, redness)(num_particles=3, num_inference_steps=5, generator=seeded(), output_type="np")
+    assert out.history and np.allclose(base.in_slot_order().images, plain, atol=1e-6)
 
 
 def test_eta_is_ddims_own_where_the_pipeline_knows_it(pipe_of: Callable[[str], Any]) -> None:
