@@ -38,7 +38,7 @@ class FKSteeringPipeline(SteeringMethod):
 
     pipe = StableDiffusionPipeline.from_pretrained(...)
     steer = FKSteeringPipeline(pipe, reward="scene-soft")
-    out = steer("a red circle left of a blue star", num_particles=4, lam=40.0)
+    out = steer("a red circle left of a blue star", num_particles=4, lam=25.0)
     out.images[0], out.rewards[0, 0]
     """
 

@@ -5,20 +5,13 @@ import json
 import logging
 from pathlib import Path
 
-STAGES = {
-    "autoencoder": "train the autoencoder and whiten its latents",
-    "denoiser": "train the denoiser and its text encoder on those latents",
-    "check": "share of fresh scenes that pass after the autoencoder",
-    "export": "write the finished pipeline to --model, UNet and autoencoder in half precision",
-    "evaluate": "compare base, best-of-N and steering on a prompt list by the exact scene reward, as JSON in --json",
-    "prompts": "write the held-out and the tuning prompts to --prompts",
-}
-
 
 def main() -> None:
     """Reads the stage and its options, and runs it."""
-    stages = "; ".join(f"{name}: {about}" for name, about in STAGES.items())
-    parser = argparse.ArgumentParser(prog="python -m steer.apps.scenes", description=stages)
+    parser = argparse.ArgumentParser(
+        prog="python -m steer.apps.scenes",
+        description="; ".join(f"{name}: {about}" for name, (_, about) in STAGES.items()),
+    )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="folder of checkpoints and logs")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; an interrupted run goes on where it stopped")
@@ -30,15 +23,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("runs/scenes/evaluate.json"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    stages_by_name = {
-        "autoencoder": _autoencoder,
-        "denoiser": _denoiser,
-        "check": _check,
-        "export": _export,
-        "evaluate": _evaluate,
-        "prompts": _prompts,
-    }
-    stages_by_name[options.stage](options)
+    run, _ = STAGES[options.stage]
+    run(options)
 
 
 def _autoencoder(options: argparse.Namespace) -> None:
@@ -54,7 +40,7 @@ def _denoiser(options: argparse.Namespace) -> None:
     from steer.apps.scenes.denoiser import train_denoiser
 
     vae = AutoencoderKL.from_pretrained(options.out / "autoencoder" / "vae").to(options.device).eval()
-    train_denoiser(options.out / "denoiser", vae, options.steps or 6000, options.device)
+    train_denoiser(options.out / "denoiser", vae, options.steps or 3300, options.device)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -92,6 +78,15 @@ def _prompts(options: argparse.Namespace) -> None:
 
     write_prompt_lists(options.prompts)
 
+
+STAGES = {
+    "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
+    "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
+    "check": (_check, "share of fresh scenes that pass after the autoencoder"),
+    "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
+    "evaluate": (_evaluate, "base, best-of-N and steering on --list, judged by the exact scene reward, to --json"),
+    "prompts": (_prompts, "write the held-out and the tuning prompts to --prompts"),
+}
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,6 @@
 """The denoiser of scenes and its text encoder, trained together on the autoencoder's latents."""
 
+import hashlib
 import logging
 from pathlib import Path
 
@@ -76,8 +77,9 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
 
 
 def latents_and_tokens(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
-    """Every training scene as latents (N, 8, 8, 8) and tokens (N, LENGTH): encoded once, kept in the folder."""
-    path = folder / "latents.safetensors"
+    """Every training scene as latents (N, 8, 8, 8) and tokens (N, LENGTH): encoded once for each autoencoder."""
+    weights = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in vae.parameters())
+    path = folder / f"latents-{hashlib.sha256(weights).hexdigest()[:8]}.safetensors"
     if not path.exists():
         latents, tokens = [], []
         for first in range(0, SCENES, PART):
@@ -85,7 +87,9 @@ def latents_and_tokens(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenize
             latents.append(encode(vae, images))
             tokens.append(token_ids(tokenizer, prompts))
             logger.info("encoded %d of %d scenes", first + PART, SCENES)
-        save_file({"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens)}, path)
+        staged = path.with_suffix(".new")
+        save_file({"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens)}, staged)
+        staged.replace(path)
     data = load_file(path)
     return data["latents"], data["tokens"]
 

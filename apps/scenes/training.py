@@ -72,7 +72,7 @@ class Run:
         optimiser = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4, betas=(0.9, 0.98))
         schedule = get_cosine_schedule_with_warmup(optimiser, 100, self.steps)
         stateful = [*modules, optimiser, schedule, *([after] if after else [])]
-        first = self._load(stateful)
+        first = self._load(stateful, parameters[0].device)
         started, losses = time.monotonic(), []
         for step in range(first, self.steps):
             loss = loss_at(step)
@@ -91,11 +91,11 @@ class Run:
             if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
                 self._save(step + 1, stateful)
 
-    def _load(self, stateful: list[Stateful]) -> int:
+    def _load(self, stateful: list[Stateful], device: torch.device) -> int:
         path = self.folder / "state.pt"
         if not path.exists():
             return 0
-        saved = torch.load(path, weights_only=True, map_location="cpu")
+        saved = torch.load(path, weights_only=True, map_location=device)
         for target, state in zip(stateful, saved["states"], strict=True):
             target.load_state_dict(state)
         logger.info("resumed %s at step %d", self.folder, saved["step"])
