@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 
 from steer.apps.scenes.autoencoder import autoencoder_accuracy, encode, new_autoencoder, reconstruct, to_model, whiten
 from steer.apps.scenes.denoiser import new_denoiser, new_scheduler, token_ids
-from steer.apps.scenes.evaluate import compare, interval
+from steer.apps.scenes.evaluate import agreement, compare, foresight, interval
 from steer.apps.scenes.tokenizer import WORDS, build_tokenizer
 from steer.apps.scenes.training import Run, training_scenes
 from steer.assets import MODELS
@@ -119,3 +119,13 @@ def test_the_comparison_runs_and_its_interval_holds_the_mean() -> None:
     assert result["prompts"] == 2 and result["fk"]["cost"]["nfe"] == result["best_of_n"]["cost"]["nfe"] == 2 * 2 * 3
     mean, low, high = interval(torch.tensor([0.0, 1.0, 1.0, 1.0]))
     assert low <= mean <= high and mean == 0.75
+
+
+def test_agreement_counts_pairs_by_hand() -> None:
+    truth, guess = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.2, 0.9]])
+    assert agreement(guess, truth) == 0.5 and agreement(truth, truth) == 1.0 and agreement(-truth, truth) == 0.0
+
+
+def test_the_end_foretells_itself_best() -> None:
+    result = foresight("scenes", ["a red star", "two circles"], "scene-soft", 3, [0, 4], {"num_inference_steps": 6})
+    assert len(result["order"]) == 2 and result["order"][1] >= 0.5

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -67,9 +68,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     from steer.assets import PROMPTS
 
     prompts = read_prompts(PROMPTS[options.list])
-    result = compare(str(options.model), prompts, "scene-soft", options.particles, STEERING, CALL)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(result, indent=1) + "\n")
+    _report(compare(str(options.model), prompts, "scene-soft", options.particles, STEERING, CALL), options.json)
+
+
+def _foresight(options: argparse.Namespace) -> None:
+    from steer.apps.prompts import read_prompts
+    from steer.apps.scenes.evaluate import CALL, foresight
+    from steer.assets import PROMPTS
+
+    prompts, steps = read_prompts(PROMPTS[options.list]), range(2, 20, 3)
+    _report(foresight(str(options.model), prompts, "scene-soft", options.particles, steps, CALL), options.json)
+
+
+def _report(result: dict[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
 
 
@@ -85,6 +98,7 @@ STAGES = {
     "check": (_check, "share of fresh scenes that pass after the autoencoder"),
     "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
     "evaluate": (_evaluate, "base, best-of-N and steering on --list, judged by the exact scene reward, to --json"),
+    "foresight": (_foresight, "how well the reward of x̂0 at each step foretells the end, to --json"),
     "prompts": (_prompts, "write the held-out and the tuning prompts to --prompts"),
 }
 

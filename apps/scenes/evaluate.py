@@ -52,8 +52,8 @@ def compare(
     """Exact accuracy of all methods on the same prompts and seeds, at equal evaluations and at equal seconds.
 
     `size` is K; `steering` are further options of FKSteeringPipeline; `call` goes to all methods. Accuracies are
-    [mean, low, high] over prompts: of the best image by `reward`, of all K images, and of any (what the exact reward,
-    as the judge of the finished images, would have picked).
+    [mean, low, high] over prompts: of the best image by `reward`, of all K images, and of any (what the exact
+    reward, as the judge of the finished images, would have picked).
     """
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
@@ -84,3 +84,41 @@ def compare(
         "fk_minus_best_of_n": interval(steered[:, 0] - plain[:, 0]),
         "fk_minus_best_of_n_equal_seconds": interval(steered[:, 0] - wider[:, 0]),
     }
+
+
+def foresight(
+    model: str, prompts: Sequence[str], reward: str, size: int, steps: Sequence[int], call: dict[str, Any]
+) -> dict[str, Any]:
+    """How well the reward of x̂0 at each step foretells the end, among unsteered images of one prompt.
+
+    For each step: `order`, the share of pairs that the finished images' rewards rank the same way, and `right`, the
+    share of pairs of a right and a wrong finished image (by the exact reward) in which the right one leads; its last
+    number is for the finished images themselves. 0.5 is chance.
+    """
+    pipe = load_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    watching = FKSteeringPipeline(pipe, reward)
+    early, final, right = [], [], []
+    for start in tqdm(range(0, len(prompts), TOGETHER), desc="foresight", leave=False, disable=None):
+        some = list(prompts[start : start + TOGETHER])
+        options = {"num_particles": size, "lam": 0.0, "resample_steps": steps, "output_type": "pt", **call}
+        out = watching(some, generator=torch.Generator().manual_seed(start), **options).in_slot_order()
+        read = [prompt for prompt in some for _ in range(size)]
+        early.append(torch.stack([evaluation.rewards for evaluation in out.history]))
+        final.append(out.rewards)
+        right.append((SceneReward()(out.images, read) == 1).float().view(-1, size))
+    guesses = torch.cat(early, 1)
+    return {
+        "prompts": len(prompts),
+        "steps": list(steps),
+        "order": [round(agreement(guess, torch.cat(final)), 3) for guess in guesses],
+        "right": [round(agreement(guess, torch.cat(right)), 3) for guess in (*guesses, torch.cat(final))],
+    }
+
+
+def agreement(guess: Tensor, truth: Tensor) -> float:
+    """Of the pairs in a row of (P, K) that `truth` tells apart, the share that `guess` ranks alike; ties count half."""
+    apart = (truth[:, :, None] - truth[:, None]).sign()
+    ranked = (guess[:, :, None] - guess[:, None]).sign()
+    pairs = apart > 0
+    return ((ranked[pairs] + 1) / 2).mean().item()
