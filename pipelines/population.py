@@ -1,5 +1,6 @@
 """B prompts × K particles as one call of a diffusers pipeline: what every steering method runs on."""
 
+import functools
 import hashlib
 import inspect
 import time
@@ -48,7 +49,6 @@ class Population:
         self.call = _bound_call(pipe, prompt, self.groups, size, call)
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.latents = torch.empty(0)
-        self._preview = Preview(pipe, self.call, chunk_size)
         self._nfe = self._decodes = self._reward_calls = 0
         self._started = time.monotonic()
 
@@ -66,6 +66,10 @@ class Population:
             images = first_output(view(**accepted_only(self.pipe, self.call | {"output_type": "pt"})))
         self._decodes += len(images)
         return images
+
+    @functools.cached_property
+    def _preview(self) -> Preview:
+        return Preview(self.pipe, self.call, self.chunk_size)
 
     def preview(self, x0: Tensor) -> Tensor:
         """The images (B·K, 3, H, W) that x̂0 stands for."""

@@ -26,6 +26,12 @@ def interval(values: Tensor) -> list[float]:
     return [round(number, 4) for number in (values.mean().item(), low, high)]
 
 
+def exactly_right(out: SteeringOutput, prompts: Sequence[str]) -> Tensor:
+    """1 for every image (P, K) that meets all of its prompt's requirements, else 0."""
+    read = [prompt for prompt in prompts for _ in range(out.rewards.shape[1])]
+    return (SceneReward()(out.images, read) == 1).float().view_as(out.rewards)
+
+
 class Judge:
     """Runs one method over all prompts: exact correctness of every image (P, K), best first, and the cost."""
 
@@ -38,9 +44,7 @@ class Judge:
             prompts = list(self.prompts[start : start + TOGETHER])
             generator = torch.Generator().manual_seed(start)
             out: SteeringOutput = method(prompts, generator=generator, output_type="pt", **self.call, **options)
-            size = out.rewards.shape[1]
-            read = [prompt for prompt in prompts for _ in range(size)]
-            right.append((SceneReward()(out.images, read) == 1).float().view(-1, size))
+            right.append(exactly_right(out, prompts))
             outputs.append(out)
         costs = {field: sum(getattr(out.cost, field) for out in outputs) for field in ("nfe", "decodes", "seconds")}
         return torch.cat(right), costs
@@ -103,10 +107,9 @@ def foresight(
         some = list(prompts[start : start + TOGETHER])
         options = {"num_particles": size, "lam": 0.0, "resample_steps": steps, "output_type": "pt", **call}
         out = watching(some, generator=torch.Generator().manual_seed(start), **options).in_slot_order()
-        read = [prompt for prompt in some for _ in range(size)]
         early.append(torch.stack([evaluation.rewards for evaluation in out.history]))
         final.append(out.rewards)
-        right.append((SceneReward()(out.images, read) == 1).float().view(-1, size))
+        right.append(exactly_right(out, some))
     guesses = torch.cat(early, 1)
     return {
         "prompts": len(prompts),
