@@ -1,40 +1,33 @@
-"""What a reward is, how one is found by name, and the contract that every call is held to."""
+"""Finding a reward: by name, by module, as a sum of others, as a folder. What one is, is told by `steer.contract`."""
 
 import inspect
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from steer.choices import nearest
-from steer.errors import InputError
+from steer.contract import Composite, Reward, RewardError, score, score_parts, with_timeout
+
+__all__ = [
+    "Composite",
+    "Reward",
+    "RewardError",
+    "load_reward",
+    "make_reward",
+    "reward_names",
+    "score",
+    "score_parts",
+    "takes_number",
+    "with_timeout",
+]
 
 BUILT_IN = "steer.rewards"  # the package whose REWARDS table names the built-in ones
-
-
-class RewardError(InputError):
-    """A reward that is not there, or that broke its contract."""
-
-
-@runtime_checkable
-class Reward(Protocol):
-    """Scores images; higher is better.
-
-    `__call__(images, prompts)` takes images (N, 3, H, W) in [0, 1] and one prompt per image and returns
-    (N,) fp32. `differentiable` says whether gradients flow back to the images.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def differentiable(self) -> bool: ...
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+READER = "steer.rewards.expression"  # reads what is more than one name: sums, functions, files
 
 
 class _Named:
@@ -50,31 +43,6 @@ class _Named:
         return self._function(images, prompts)
 
 
-def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Calls a reward and checks what it returns: (N,) floats, all finite; on the CPU in fp32, gradients kept.
-
-    Raises RewardError, which names the reward, where it raises or breaks the contract.
-    """
-    try:
-        scores = reward(images, prompts)
-    except RewardError:
-        raise
-    except Exception as error:  # foreign code: whatever it raises is reported as the reward's failure
-        raise RewardError(f"reward {reward.name!r} failed: {type(error).__name__}: {error}") from error
-    if not torch.is_tensor(scores) or tuple(scores.shape) != (len(prompts),):
-        got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
-        raise RewardError(f"reward {reward.name!r} must return a tensor of shape ({len(prompts)},), got {got}")
-    if not scores.is_floating_point():
-        raise RewardError(f"reward {reward.name!r} must return floats, got {scores.dtype}")
-    if not scores.isfinite().all():
-        row = int((~scores.isfinite()).nonzero()[0])
-        raise RewardError(
-            f"reward {reward.name!r} returned {scores[row].item()} for image {row}, prompt {prompts[row]!r}: "
-            "rewards must be finite"
-        )
-    return scores.float().cpu()
-
-
 def reward_names() -> dict[str, str]:
     """Every reward that has a name, built in or from entry points `steer.rewards`: name → one line about it.
 
@@ -88,31 +56,44 @@ def reward_names() -> dict[str, str]:
 def load_reward(reward: Any) -> Reward:
     """A Reward from a Reward, a function (images, prompts) → (N,), or a specification.
 
-    A specification is NAME, or NAME:ARGUMENT where the reward takes one. NAME is looked up among the built-in
-    rewards, then the entry points `steer.rewards`, then as module:attribute.
+    A specification is NAME or NAME:ARGUMENT, a weighted sum of them ("hpsv2.1:5 + imagereward:1"), a function of
+    them ("min(a, b)"), the path of a learned reward's folder or of a YAML file, or a mapping as such a file holds:
+    see `steer.rewards.expression`.
     Raises RewardError with the nearest names where there is none.
     """
-    if not isinstance(reward, str):
-        return _as_reward(reward)
-    name, _, argument = reward.strip().partition(":")
-    found = _find(name, argument)
-    if found is None:
-        near = nearest(name, reward_names())
-        raise RewardError(f"unknown reward {reward!r}: did you mean {near}? `steer rewards` lists them")
-    return _as_reward(found)
+    if isinstance(reward, str):
+        return import_module(READER).read(reward)
+    if isinstance(reward, Mapping):
+        return import_module(READER).read_mapping(reward)
+    return _as_reward(reward)
 
 
-def _find(name: str, argument: str) -> Any:
-    """The reward that a specification means, made; None where there is none."""
+def make_reward(atom: str) -> Reward:
+    """The reward of one NAME[:ARGUMENT][,option=value…].
+
+    NAME is looked up among the built-in rewards, then the entry points `steer.rewards`, then as module:attribute.
+    """
+    name, _, argument = atom.strip().partition(":")
+    factory = _factory(name)
+    if factory is not None:
+        return _as_reward(_make(factory, name, argument))
+    if argument and ("." in name or (name.isidentifier() and _is_module(name))):
+        return _as_reward(_attribute(f"{name}:{argument}"))
+    near = nearest(name, reward_names())
+    raise RewardError(f"unknown reward {atom!r}: did you mean {near}? `steer rewards` lists them")
+
+
+def takes_number(name: str) -> bool:
+    """Whether a number after NAME: is the reward's own argument (it says `takes_number = True`), not a weight."""
+    return bool(getattr(_factory(name), "takes_number", False))
+
+
+def _factory(name: str) -> Any:
+    """What makes the reward of a name; None where nothing does."""
     built_in = import_module(BUILT_IN).REWARDS
     if name in built_in:
-        return _make(_attribute(built_in[name][0]), name, argument)
-    for point in entry_points(group="steer.rewards"):
-        if point.name == name:
-            return _make(_attribute(point.value), name, argument)
-    if argument and ("." in name or (name.isidentifier() and _is_module(name))):
-        return _attribute(f"{name}:{argument}")
-    return None
+        return _attribute(built_in[name][0])
+    return next((_attribute(point.value) for point in entry_points(group="steer.rewards") if point.name == name), None)
 
 
 def _is_module(name: str) -> bool:
@@ -131,18 +112,27 @@ def _attribute(path: str) -> Any:
 
 
 def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
-    given = (argument,) if argument else ()
+    given, options = _arguments(argument)
     try:
-        inspect.signature(factory).bind(*given)
+        inspect.signature(factory).bind(*given, **options)
     except TypeError as error:
-        wrong = f"takes no argument, got {argument!r}" if argument else "needs an argument, NAME:ARGUMENT"
+        wrong = f"cannot take {argument!r} ({error})" if options else None
+        wrong = wrong or (f"takes no argument, got {argument!r}" if given else "needs an argument, NAME:ARGUMENT")
         raise RewardError(f"reward {name!r} {wrong}") from error
     try:
-        return factory(*given)
+        return factory(*given, **options)
     except RewardError:
         raise
     except Exception as error:  # foreign code: whatever its construction raises
         raise RewardError(f"reward {name!r} cannot be made: {type(error).__name__}: {error}") from error
+
+
+def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What stands behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma parts only before option=."""
+    first, *rest = re.split(r",(?=[a-z_]+=)", argument)
+    named = [first, *rest] if re.match(r"[a-z_]+=", first) else rest
+    given = () if first in named or not first else (first,)
+    return given, dict(option.split("=", 1) for option in named)
 
 
 def _as_reward(found: Any) -> Reward:

@@ -1,0 +1,52 @@
+"""Bounded memory: images in micro-batches, prompts encoded once."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+REMEMBERED = 4096  # prompts
+
+
+def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int) -> Callable[..., Tensor]:
+    """The same function of (images, prompts), called with at most `size` images at a time.
+
+    Where gradients are asked for, each micro-batch is computed once more on the way back instead of being kept:
+    memory is that of one micro-batch then, too.
+    """
+
+    def batched(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        parts = []
+        for start in range(0, len(images), size):
+            some, texts = images[start : start + size], list(prompts[start : start + size])
+            if torch.is_grad_enabled() and some.requires_grad and len(images) > size:
+                parts.append(checkpoint(score, some, texts, use_reentrant=False))
+            else:
+                parts.append(score(some, texts))
+        return torch.cat(parts)
+
+    return batched
+
+
+class PromptCache:
+    """Text features by prompt: `encode` sees each prompt once; the least recently used are forgotten."""
+
+    def __init__(self, encode: Callable[[list[str]], Tensor], size: int = REMEMBERED) -> None:
+        self._encode, self._size = encode, size
+        self._known: OrderedDict[str, Tensor] = OrderedDict()
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """(N, …): the features of each prompt."""
+        wanted = list(dict.fromkeys(prompts))
+        if new := [prompt for prompt in wanted if prompt not in self._known]:
+            # Tensors made in inference mode could take no part in gradients later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._known.update(zip(new, self._encode(new), strict=True))
+        for prompt in wanted:
+            self._known.move_to_end(prompt)
+        features = torch.stack([self._known[prompt] for prompt in prompts])
+        while len(self._known) > self._size:
+            self._known.popitem(last=False)
+        return features

@@ -1,0 +1,139 @@
+"""What a reward is, and the contract that every call is held to."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+
+
+class RewardError(InputError):
+    """A reward that is not there, or that broke its contract."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores images; higher is better.
+
+    `__call__(images, prompts)` takes images (N, 3, H, W) in [0, 1] and one prompt per image and returns
+    (N,) fp32. `differentiable` says whether gradients flow back to the images.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+@runtime_checkable
+class Composite(Reward, Protocol):
+    """A reward made of others: `parts` are their scores, each (N,), by name; `total` makes its own score of them."""
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]: ...
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor: ...
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Calls a reward and checks what it returns: (N,) floats, all finite; on the CPU in fp32, gradients kept.
+
+    Raises RewardError, which names the reward, where it raises or breaks the contract.
+    """
+    return _checked(reward.name, prompts, _called(reward.name, lambda: reward(images, prompts)))
+
+
+def score_parts(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    """The score, as `score` gives it, and those of its parts by name; a reward without parts has none."""
+    if not isinstance(reward, Composite):
+        return score(reward, images, prompts), {}
+    parts = _called(reward.name, lambda: reward.parts(images, prompts))
+    total = _called(reward.name, lambda: reward.total(parts, prompts))
+    return _checked(reward.name, prompts, total), dict(parts)
+
+
+def _called(name: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except RewardError:
+        raise
+    except Exception as error:  # foreign code: whatever it raises is reported as the reward's failure
+        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
+
+
+def _checked(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
+    if not torch.is_tensor(scores) or tuple(scores.shape) != (len(prompts),):
+        got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+        raise RewardError(f"reward {name!r} must return a tensor of shape ({len(prompts)},), got {got}")
+    if not scores.is_floating_point():
+        raise RewardError(f"reward {name!r} must return floats, got {scores.dtype}")
+    if not scores.isfinite().all():
+        row = int((~scores.isfinite()).nonzero()[0])
+        raise RewardError(
+            f"reward {name!r} returned {scores[row].item()} for image {row}, prompt {prompts[row]!r}: "
+            "rewards must be finite"
+        )
+    return scores.float().cpu()
+
+
+class Timed:
+    """A reward whose calls may take at most so many seconds.
+
+    Each call runs in a thread of its own. Python cannot end a thread: one that hangs is left behind, and ends
+    with the process. Raises RewardError, which names the reward, where the time is up.
+    """
+
+    def __init__(self, reward: Reward, seconds: float) -> None:
+        if not seconds > 0:
+            raise RewardError(f"the timeout of reward {reward.name!r} must be above 0 seconds, got {seconds}")
+        self.name, self.differentiable = reward.name, reward.differentiable
+        self._reward, self._seconds = reward, seconds
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._in_time(lambda: self._reward(images, prompts))
+
+    def _in_time(self, call: Callable[[], Any]) -> Any:
+        outcome: dict[str, Any] = {}
+        gradients = torch.is_grad_enabled()  # a new thread would start with gradients on
+
+        def run() -> None:
+            try:
+                with torch.set_grad_enabled(gradients):
+                    outcome["value"] = call()
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                outcome["error"] = error
+
+        thread = threading.Thread(target=run, name=f"reward {self.name}", daemon=True)
+        thread.start()
+        thread.join(self._seconds)
+        if thread.is_alive():
+            raise RewardError(f"reward {self.name!r} took longer than its {self._seconds:g} s: give it more, or mend it")
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["value"]
+
+
+class TimedComposite(Timed):
+    """The same for a reward made of others, which go on being reported one by one."""
+
+    def __init__(self, reward: Composite, seconds: float) -> None:
+        super().__init__(reward, seconds)
+        self._composite = reward
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        return self._in_time(lambda: self._composite.parts(images, prompts))
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        return self._composite.total(parts, prompts)
+
+
+def with_timeout(reward: Reward, seconds: float | None) -> Reward:
+    """The reward with a limit in seconds on every call; None: no limit."""
+    if seconds is None:
+        return reward
+    return TimedComposite(reward, seconds) if isinstance(reward, Composite) else Timed(reward, seconds)
