@@ -69,7 +69,7 @@ def sample(prompt: tuple[str, ...], prompt_file: Path | None, out: Path, device:
 @click.option("--reward", required=True, help="NAME or NAME:ARGUMENT; `steer rewards` lists them.")
 def score(images: tuple[Path, ...], prompt: str, reward: str) -> None:
     """Scores IMAGEs and prints JSON."""
-    from steer.apps.images import read_image
+    from steer.images import read_image
     from steer.reward import load_reward
     from steer.reward import score as score_images
 

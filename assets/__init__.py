@@ -1,7 +1,9 @@
-"""What comes with the project: the embedded models and prompt lists."""
+"""What comes with the project: the embedded models and rewards, and prompt lists."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 MODELS = {"scenes": ROOT / "scenes"}
+CLIPS = {"scenes": ROOT / "clip-scenes"}
+REWARDS = {kind: {"scenes": ROOT / f"{kind}-scenes"} for kind in ("preference", "aesthetic")}
 PROMPTS = {name: ROOT / "prompts" / f"{name}.jsonl" for name in ("scenes-heldout", "scenes-tuning")}

@@ -3,6 +3,24 @@
 REWARDS: dict[str, tuple[str, str]] = {
     "scene": ("steer.rewards.scene:SceneReward", "share of the prompt's requirements that a scene meets, exact, 0..1"),
     "scene-soft": ("steer.rewards.scene_soft:SceneSoftReward", "the same by template matching: graded, differentiable"),
+    "clip": ("steer.rewards.clip:clip", "clip:MODEL, cosine of image and prompt by any CLIP; clip:scenes is embedded"),
+    "pickscore": ("steer.rewards.clip:pickscore", "PickScore v1: what people pick, logit-scaled, about 15..25"),
+    "hpsv2": ("steer.rewards.clip:hpsv2", "Human Preference Score v2, cosine, about 0.2..0.35"),
+    "hpsv2.1": ("steer.rewards.clip:hpsv21", "Human Preference Score v2.1, cosine, about 0.2..0.35"),
+    "imagereward": ("steer.rewards.imagereward:ImageReward", "ImageReward v1.0: human preference, standardised"),
+    "aesthetic": (
+        "steer.rewards.aesthetic:aesthetic",
+        "LAION's aesthetic v2, about 1..10; aesthetic:v1 and others, aesthetic:scenes is embedded",
+    ),
+    "preference": (
+        "steer.rewards.learned:Preference",
+        "preference:scenes or :FOLDER, a reward learned by `steer rewards train`, standardised",
+    ),
+    "classifier": (
+        "steer.rewards.classifier:Classifier",
+        "classifier:LABEL, log-probability of an ImageNet class, nats",
+    ),
+    "ocr": ("steer.rewards.ocr:Ocr", "how well the image says the prompt's quoted words, 0..1"),
     "jpeg": ("steer.rewards.jpeg:JpegCompressibility", "minus the size as a JPEG of quality 95, in kB: plain pictures"),
     "jpeg-incompressible": ("steer.rewards.jpeg:JpegIncompressibility", "the size as a JPEG in kB: busy pictures"),
     "colour": (

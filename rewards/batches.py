@@ -7,21 +7,29 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from steer.reward import RewardError
+
 REMEMBERED = 4096  # prompts
 
 
-def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int) -> Callable[..., Tensor]:
+def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int | str) -> Callable[..., Tensor]:
     """The same function of (images, prompts), called with at most `size` images at a time.
+
+    Raises RewardError for a size (the option micro_batch=N) that is no whole number from 1 on.
 
     Where gradients are asked for, each micro-batch is computed once more on the way back instead of being kept:
     memory is that of one micro-batch then, too.
     """
 
+    if not str(size).isdecimal() or int(size) < 1:
+        raise RewardError(f"micro_batch={size}: use a whole number above 0")
+    most = int(size)
+
     def batched(images: Tensor, prompts: Sequence[str]) -> Tensor:
         parts = []
-        for start in range(0, len(images), size):
-            some, texts = images[start : start + size], list(prompts[start : start + size])
-            if torch.is_grad_enabled() and some.requires_grad and len(images) > size:
+        for start in range(0, len(images), most):
+            some, texts = images[start : start + most], list(prompts[start : start + most])
+            if torch.is_grad_enabled() and some.requires_grad and len(images) > most:
                 parts.append(checkpoint(score, some, texts, use_reentrant=False))
             else:
                 parts.append(score(some, texts))

@@ -34,6 +34,7 @@ class Brightness:
     """Mean luma, 0..1; with a target in 0..1, one minus the distance of the mean luma from it."""
 
     differentiable = True
+    takes_number = True  # brightness:0.3 is a target, not a weight
 
     def __init__(self, target: str | float | None = None) -> None:
         try:

@@ -15,10 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
+from steer.choices import nearest
 from steer.reward import RewardError
 
 State = Mapping[str, Tensor]
 SHOWN = 4  # keys named in a message
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_NETWORK = "without a network set HF_HUB_OFFLINE=1 (or --offline) once it is in the cache, or name a file: path=…"
 
 
@@ -83,8 +85,11 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise RewardError(f"{path}: cannot be read, is it whole? ({reason[:120]})") from error
-    if not isinstance(loaded, dict) or not all(torch.is_tensor(value) for value in loaded.values()):
+    if not isinstance(loaded, dict):
         raise RewardError(f"{path}: expected a table of named tensors, got {type(loaded).__name__}")
+    for key, value in loaded.items():
+        if not (isinstance(key, str) and torch.is_tensor(value)):
+            raise RewardError(f"{path}: expected a table of named tensors, found {type(value).__name__} under {key!r}")
     return loaded
 
 
@@ -121,3 +126,11 @@ def load_weights(module: nn.Module, state: State, what: str, unused: Iterable[st
 def _some(keys: list[str]) -> str:
     more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
     return ", ".join(keys[:SHOWN]) + more
+
+
+def cast(module: nn.Module, dtype: str | None) -> nn.Module:
+    """The module frozen, ready to evaluate, its weights in a dtype by name (None: as they are). Raises RewardError."""
+    if dtype is not None and dtype not in DTYPES:
+        raise RewardError(f"dtype={dtype}: use {nearest(dtype, DTYPES)}")
+    module.eval().requires_grad_(False)
+    return module if dtype is None else module.to(DTYPES[dtype])

@@ -45,6 +45,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
 
     Raises RewardError, which names the reward, where it raises or breaks the contract.
     """
+    _paired(images, prompts)
     return _checked(reward.name, prompts, _called(reward.name, lambda: reward(images, prompts)))
 
 
@@ -52,9 +53,15 @@ def score_parts(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple
     """The score, as `score` gives it, and those of its parts by name; a reward without parts has none."""
     if not isinstance(reward, Composite):
         return score(reward, images, prompts), {}
+    _paired(images, prompts)
     parts = _called(reward.name, lambda: reward.parts(images, prompts))
     total = _called(reward.name, lambda: reward.total(parts, prompts))
     return _checked(reward.name, prompts, total), dict(parts)
+
+
+def _paired(images: Tensor, prompts: Sequence[str]) -> None:
+    if len(images) != len(prompts):
+        raise RewardError(f"a reward takes one prompt an image, got {len(prompts)} prompts and {len(images)} images")
 
 
 def _called(name: str, call: Callable[[], Any]) -> Any:
@@ -112,7 +119,9 @@ class Timed:
         thread.start()
         thread.join(self._seconds)
         if thread.is_alive():
-            raise RewardError(f"reward {self.name!r} took longer than its {self._seconds:g} s: give it more, or mend it")
+            raise RewardError(
+                f"reward {self.name!r} took longer than its {self._seconds:g} s: give it more, or mend it"
+            )
         if "error" in outcome:
             raise outcome["error"]
         return outcome["value"]

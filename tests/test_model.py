@@ -11,9 +11,10 @@ from steer.apps.scenes.autoencoder import autoencoder_accuracy, encode, new_auto
 from steer.apps.scenes.denoiser import new_denoiser, new_scheduler, token_ids
 from steer.apps.scenes.evaluate import agreement, compare, foresight, interval
 from steer.apps.scenes.tokenizer import WORDS, build_tokenizer
-from steer.apps.scenes.training import Run, training_scenes
+from steer.apps.scenes.training import training_scenes
 from steer.assets import MODELS
 from steer.rewards.scene import SceneReward
+from steer.training import Run
 
 EASY = ["a circle", "a red square", "a blue star", "a black cross", "two green circles", "a yellow triangle"]
 

@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from steer.apps.scenes.autoencoder import FRESH
 from steer.apps.scenes.lists import HELD_OUT, TUNING
-from steer.apps.scenes.training import batch_at, training_scenes
+from steer.apps.scenes.training import training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request, random_scene, true_requests
 from steer.assets import PROMPTS
 from steer.reward import RewardError
 from steer.rewards.scene import SceneReward, objects, requirements
 from steer.rewards.scene_language import COLOURS, SHAPES, Phrase, SceneRequest, parse
 from steer.rewards.scene_soft import SceneSoftReward
+from steer.training import batch_at
 
 requests = st.builds(
     lambda seed, task: random_request(np.random.default_rng(seed), task),

@@ -6,8 +6,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from steer.apps.scenes.training import Run, batch_at, training_scenes
+from steer.apps.scenes.training import training_scenes
 from steer.rewards.scene import SceneReward
+from steer.training import Run, batch_at
 
 CHANNELS = 8
 BATCH = 16

@@ -13,7 +13,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from steer.apps.scenes.autoencoder import CHANNELS, encode
 from steer.apps.scenes.tokenizer import LENGTH, build_tokenizer
-from steer.apps.scenes.training import Run, batch_at, training_scenes
+from steer.apps.scenes.training import training_scenes
+from steer.training import Run, batch_at
 
 logger = logging.getLogger(__name__)
 

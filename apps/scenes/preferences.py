@@ -1,6 +1,7 @@
 """What the learned rewards of scenes are trained on: images of the embedded model, labelled by noisy gold."""
 
 import io
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
+from steer.apps.scenes.tokenizer import LENGTH, build_tokenizer
+from steer.apps.scenes.training import training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request
 from steer.pipelines import BestOfNPipeline
 
@@ -76,3 +79,23 @@ def sample_prompts(folder: Path, model: str, count: int) -> Iterator[Path]:
             write_rows(rows, path)
             logger.info("%s: gold %.3f", path, np.mean([row["gold"] for row in rows]))
         yield path
+
+
+def new_clip_folder(folder: Path) -> None:
+    """Writes the configuration of the CLIP of scenes and its tokenizer, without weights, in open_clip's format."""
+    tokenizer = build_tokenizer(folder)
+    for name in ("vocab.json", "merges.txt"):  # tokenizer.json holds both
+        (folder / name).unlink(missing_ok=True)
+    vision = {"image_size": 64, "patch_size": 8, "width": 128, "layers": 4, "head_width": 32}
+    text = {"context_length": LENGTH, "vocab_size": len(tokenizer), "width": 128, "heads": 4, "layers": 2}
+    model = {"embed_dim": 128, "vision_cfg": vision, "text_cfg": text | {"hf_tokenizer_name": "scenes"}}
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    config = {"model_cfg": model, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def write_captions(path: Path, count: int) -> None:
+    """`count` drawn scenes and their prompts; scene n is number n of the denoiser's training."""
+    images, prompts = training_scenes(count)
+    pictures = [png(Image.fromarray(image)) for image in images.permute(0, 2, 3, 1).numpy()]
+    write_rows([{"image": i, "prompt": p} for i, p in zip(pictures, prompts, strict=True)], path)

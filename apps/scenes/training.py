@@ -1,36 +1,10 @@
-"""What both trainings share: scenes by number, a resumable loop, a log that can be plotted."""
-
-import json
-import logging
-import os
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+"""The scenes that both trainings draw, by number."""
 
 import numpy as np
 import torch
-from diffusers.optimization import get_cosine_schedule_with_warmup
-from torch import Tensor, nn
+from torch import Tensor
 
 from steer.apps.scenes.world import draw, random_scene
-
-logger = logging.getLogger(__name__)
-
-
-class Stateful(Protocol):
-    """Anything that is saved with the run."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
-
-
-class After(Stateful, Protocol):
-    """Something to do once a step, like a running average of the weights."""
-
-    def step(self, parameters: Iterable[nn.Parameter]) -> None: ...
 
 
 def training_scenes(count: int, first: int = 0) -> tuple[Tensor, list[str]]:
@@ -45,70 +19,3 @@ def training_scenes(count: int, first: int = 0) -> tuple[Tensor, list[str]]:
         images.append(draw(scene, rng))
         prompts.append(scene.prompt)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), prompts
-
-
-def batch_at(step: int, size: int, count: int) -> Tensor:
-    """Row numbers of the batch at one step: epochs in an order that depends on the epoch's number alone."""
-    per_epoch = count // size
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(step // per_epoch))
-    start = step % per_epoch * size
-    return order[start : start + size]
-
-
-@dataclass
-class Run:
-    """A folder with `state.pt` (written whole, then renamed), `log.jsonl`, and how far the run should go."""
-
-    folder: Path
-    steps: int
-    learning_rate: float
-    log_every: int = 50
-    save_every: int = 200
-
-    def train(self, modules: Iterable[nn.Module], loss_at: Callable[[int], Tensor], after: After | None = None) -> None:
-        """Minimises `loss_at(step)` from the last saved step on; `after` is called once a step (for averages)."""
-        modules = list(modules)
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        optimiser = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4, betas=(0.9, 0.98))
-        schedule = get_cosine_schedule_with_warmup(optimiser, 100, self.steps)
-        stateful = [*modules, optimiser, schedule, *([after] if after else [])]
-        first = self._load(stateful, parameters[0].device)
-        started, losses = time.monotonic(), []
-        for step in range(first, self.steps):
-            loss = loss_at(step)
-            optimiser.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimiser.step()
-            schedule.step()
-            if after:
-                after.step(parameters)
-            losses.append(loss.item())
-            if (step + 1) % self.log_every == 0:
-                seconds = (time.monotonic() - started) / (step + 1 - first)
-                self._log({"step": step + 1, "loss": float(np.mean(losses)), "seconds_per_step": round(seconds, 3)})
-                losses.clear()
-            if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
-                self._save(step + 1, stateful)
-
-    def _load(self, stateful: list[Stateful], device: torch.device) -> int:
-        path = self.folder / "state.pt"
-        if not path.exists():
-            return 0
-        saved = torch.load(path, weights_only=True, map_location=device)
-        for target, state in zip(stateful, saved["states"], strict=True):
-            target.load_state_dict(state)
-        logger.info("resumed %s at step %d", self.folder, saved["step"])
-        return saved["step"]
-
-    def _save(self, step: int, stateful: list[Stateful]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staged = self.folder / "state.pt.new"
-        torch.save({"step": step, "states": [target.state_dict() for target in stateful]}, staged)
-        os.replace(staged, self.folder / "state.pt")
-
-    def _log(self, record: dict[str, float]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        logger.info("%s", record)

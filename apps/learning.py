@@ -1,0 +1,54 @@
+"""The job behind `steer rewards train`: a file of preferences in, a reward's folder and a picture of its training out."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from steer.apps.pictures import FAINT, INK
+from steer.rewards.clip_backbone import clip_folder
+from steer.rewards.learn import Recipe, train_reward
+from steer.rewards.learn_clip import train_clip
+from steer.rewards.pairs import read_captions, read_pairs
+
+CONTRASTIVE = "contrastive"
+
+
+def learn(data: Path, recipe: Recipe, out: Path, work: Path, device: str) -> dict[str, Any]:
+    """Trains, writes the folder `out` and the picture `work`/training.png, and returns the report."""
+    if recipe.objective == CONTRASTIVE:
+        report = train_clip(read_captions(data), clip_folder(recipe.backbone), out, work, recipe, device)
+    else:
+        report = train_reward(read_pairs(data), recipe, out, work, device)
+    draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
+    (work / "report.json").write_text(json.dumps(report | {"recipe": asdict(recipe)}, indent=1) + "\n")
+    return report
+
+
+def draw_training(work: Path, bins: list[list[float]], path: Path) -> None:
+    """The loss of every member over the steps and, where there are held-out choices, how well they were foretold."""
+    figure = Figure(figsize=(9 if bins else 5, 3.6), dpi=120, layout="constrained")
+    axes = figure.subplots(1, 2 if bins else 1, squeeze=False)[0]
+    for log in sorted(work.glob("**/log.jsonl")):
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        axes[0].plot([r["step"] for r in records], [r["loss"] for r in records], lw=1.3, label=log.parent.name)
+    axes[0].set(xlabel="step", ylabel="loss", title="training")
+    axes[0].legend(frameon=False, fontsize=8)
+    if bins:
+        _reliability(axes[1], bins)
+    for each in axes:
+        each.spines[["top", "right"]].set_visible(False)
+        each.spines[["left", "bottom"]].set_color(FAINT)
+    figure.savefig(path)
+
+
+def _reliability(axes: Axes, bins: list[list[float]]) -> None:
+    """Predicted against observed share of choices; on the diagonal the reward's odds are right."""
+    predicted, observed, counts = zip(*bins, strict=True)
+    axes.plot([0, 1], [0, 1], color=FAINT, lw=1)
+    axes.scatter(predicted, observed, s=[4 + 160 * count / max(counts) for count in counts], color=INK)
+    axes.set(xlabel="probability that a is chosen, predicted", ylabel="share observed", title="held-out pairs")
+    axes.set(xlim=(0, 1), ylim=(0, 1))

@@ -1,0 +1,155 @@
+"""LAION's aesthetic predictors: how much people like a picture, whatever it shows.
+
+v2  L2-normalised CLIP ViT-L/14 image embedding (768) → MLP 768-1024-128-64-16-1, trained on ratings 1..10
+v1  the same embedding of ViT-L/14, B/32 or B/16 → one linear layer
+Source: LAION-AI/aesthetic-predictor and christophschuhmann/improved-aesthetic-predictor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from steer.choices import nearest
+from steer.reward import RewardError
+from steer.rewards.batches import in_micro_batches
+from steer.rewards.clip import MICRO_BATCH
+from steer.rewards.clip_backbone import DEFAULT_CLIP, Backbone, load_backbone
+from steer.rewards.learned import LearnedAesthetic
+from steer.rewards.weights import State, WebFile, cast, load_weights, read_checkpoint
+
+RAW = "https://raw.githubusercontent.com"
+V2 = f"{RAW}/christophschuhmann/improved-aesthetic-predictor/6934dd81792f086e613a121dbce43082cb8be85e"
+V1 = f"{RAW}/LAION-AI/aesthetic-predictor/6d122adad522ab246644d9dc1c6d7a3810ee255f"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A published head and the CLIP that it stands on (of OpenAI, both versions)."""
+
+    head: WebFile
+    backbone: str
+
+
+PREDICTORS = {
+    "v2": Predictor(
+        WebFile(
+            f"{V2}/sac%2Blogos%2Bava1-l14-linearMSE.pth",
+            "21dd590f3ccdc646f0d53120778b296013b096a035a2718c9cb0d511bff0f1e0",
+        ),
+        DEFAULT_CLIP,
+    ),
+    "v2-relu": Predictor(
+        WebFile(
+            f"{V2}/ava%2Blogos-l14-reluMSE.pth", "0af3254c651d55b7ea851429c20f26ec880bb0169805a4df85b814bd7966f3e4"
+        ),
+        DEFAULT_CLIP,
+    ),
+    "v1": Predictor(
+        WebFile(f"{V1}/sa_0_4_vit_l_14_linear.pth", "2cd4e60f4f24ae3bcd57b847b13c1f3ba27edc28cc1a7f9ce74ee9f421243cba"),
+        DEFAULT_CLIP,
+    ),
+    "v1-b32": Predictor(
+        WebFile(f"{V1}/sa_0_4_vit_b_32_linear.pth", "c7b14cead230694acc7b9447974d3cad78003c72da032e402a303b6c2429e85f"),
+        "openai/clip-vit-base-patch32",
+    ),
+    "v1-b16": Predictor(
+        WebFile(f"{V1}/sa_0_4_vit_b_16_linear.pth", "8ad3923d7ecf019df20ecd2ab5542a3075fbba0278d239c0371345f3d7fcbde0"),
+        "openai/clip-vit-base-patch16",
+    ),
+}
+# Where the linear layers stand in the two published layouts: with dropout between, or with ReLU and dropout.
+LINEAR_LAYOUT = (0, 2, 4, 6, 7)
+RELU_LAYOUT = (0, 3, 6, 9, 11)
+
+
+class Mlp(nn.Module):
+    """The head of v2 in either layout; dropout, which does nothing when scoring, is left out but counted."""
+
+    def __init__(self, state: State, places: Sequence[int]) -> None:
+        super().__init__()
+        relu = tuple(places) == RELU_LAYOUT
+        layers: list[nn.Module] = [nn.Identity() for _ in range(places[-1] + 1)]
+        for place in places:
+            out, width = state[f"layers.{place}.weight"].shape
+            layers[place] = nn.Linear(width, out)
+            # The last hidden layer's ReLU is there, its dropout is not: every layer but the last is followed by one.
+            if relu and place != places[-1]:
+                layers[place + 1] = nn.ReLU()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        return self.layers(embedding)
+
+
+def head_of(state: State, what: str) -> nn.Module:
+    """The head that a checkpoint holds: v2's MLP in either layout, or v1's linear layer. Raises RewardError."""
+    keys = set(state)
+    layouts = {_keys(places): places for places in (LINEAR_LAYOUT, RELU_LAYOUT)}
+    if frozenset(keys) in layouts and all(state[key].dim() == 2 for key in keys if key.endswith("weight")):
+        head: nn.Module = Mlp(state, layouts[frozenset(keys)])
+    elif keys == {"weight", "bias"} and state["weight"].dim() == 2:
+        head = nn.Linear(state["weight"].shape[1], 1)
+    else:
+        shown = ", ".join(sorted(keys)[:4])
+        raise RewardError(f"{what}: not an aesthetic head in a published layout (keys: {shown} …)")
+    load_weights(head, state, what)
+    return head
+
+
+def _keys(places: Sequence[int]) -> frozenset[str]:
+    return frozenset(f"layers.{place}.{part}" for place in places for part in ("weight", "bias"))
+
+
+class Aesthetic:
+    """The head's output, about 1..10; the prompt plays no part."""
+
+    differentiable = True
+
+    def __init__(
+        self, name: str, backbone: Backbone, head: nn.Module, micro_batch: str | int, dtype: str | None
+    ) -> None:
+        self.name = name
+        self.backbone, self.head = backbone, head
+        cast(backbone, dtype)
+        cast(head, None)
+        self._batched = in_micro_batches(self._score, micro_batch)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.backbone.to(images.device)
+        self.head.to(images.device)
+        return self._batched(images, prompts)
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.head(self.backbone.images(images))[:, 0]
+
+
+def aesthetic(
+    version: str = "v2",
+    *,
+    path: str | None = None,
+    backbone: str | None = None,
+    micro_batch: str | int = MICRO_BATCH,
+    dtype: str | None = None,
+) -> Aesthetic | LearnedAesthetic:
+    """An aesthetic predictor: v2 (default), v2-relu, v1, v1-b32, v1-b16, or the embedded scenes.
+
+    path      a local head in one of the published layouts
+    backbone  the CLIP it stands on, where it is not the published one
+    """
+    if version in LearnedAesthetic.embedded:
+        return LearnedAesthetic(version, micro_batch=micro_batch, dtype=dtype)
+    if version not in PREDICTORS:
+        known = nearest(version, [*PREDICTORS, *LearnedAesthetic.embedded])
+        raise RewardError(f"aesthetic:{version}: unknown version, did you mean {known}?")
+    published = PREDICTORS[version]
+    state = read_checkpoint(path) if path else read_checkpoint(published.head.fetch(), published.head.sha256)
+    head = head_of(state, path or f"aesthetic:{version}")
+    base = load_backbone(backbone or published.backbone)
+    width = next(head.parameters()).shape[1]
+    if base.width != width:
+        raise RewardError(
+            f"aesthetic: the head reads {width} numbers, this CLIP gives {base.width}: backbone=… names another"
+        )
+    name = "aesthetic" if version == "v2" else f"aesthetic:{version}"
+    return Aesthetic(name, base, head, micro_batch, dtype)

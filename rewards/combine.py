@@ -1,0 +1,118 @@
+"""Rewards made of rewards: sums, worst cases, products of constraints, each itself a Reward that reports its parts.
+
+combine({"hpsv2.1": 5, "imagereward": 1})                       Σ w_m r_m
+Combined([a, b], aggregate=worst)                               min_m r_m
+Product([Constraint(a, ">", 0.3), Constraint(b, ">", 0.5)])     Π_m σ((r_m − c_m) / temperature)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.reward import Reward, RewardError, load_reward, score_parts
+from steer.rewards.aggregate import Aggregate, total
+
+SHARPNESS = 0.05  # temperature of a constraint, in the reward's own unit
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward and its weight."""
+
+    reward: Reward
+    weight: float = 1.0
+
+
+def part_scores(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    """The scores (N,) of each reward and, below NAME/, of its own parts; each held to the contract."""
+    found: dict[str, Tensor] = {}
+    for name, reward in zip(_names(rewards), rewards, strict=True):
+        found[name], inner = score_parts(reward, images, prompts)
+        found.update({f"{name}/{part}": scores for part, scores in inner.items()})
+    return found
+
+
+def _names(rewards: Sequence[Reward]) -> list[str]:
+    """The rewards' names; where one comes twice, with its number behind it."""
+    names = [reward.name for reward in rewards]
+    return [f"{name}#{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
+
+
+class Combined:
+    """An aggregate of weighted rewards: by default their sum, Σ w_m r_m. Gradients flow where all parts allow it."""
+
+    def __init__(self, parts: Sequence[Part], aggregate: Aggregate = total, name: str | None = None) -> None:
+        if not parts:
+            raise RewardError("a combination needs at least one reward")
+        self._parts, self._aggregate = tuple(parts), aggregate
+        self._rewards = [part.reward for part in parts]
+        self.name = name or " + ".join(f"{part.reward.name}:{part.weight:g}" for part in parts)
+        self.differentiable = all(reward.differentiable for reward in self._rewards)
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Each part's own scores (N,), unweighted."""
+        return part_scores(self._rewards, images, prompts)
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """The aggregate (N,) of the weighted parts."""
+        names = _names(self._rewards)
+        weighted = [part.weight * parts[name] for name, part in zip(names, self._parts, strict=True)]
+        return self._aggregate(torch.stack(weighted))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.total(self.parts(images, prompts), prompts)
+
+
+def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate = total) -> Combined:
+    """Σ w_m r_m, or another aggregate, of rewards given with their weights, or of a list of them (weights 1).
+
+    Each is whatever `load_reward` takes.
+    """
+    weighted = rewards.items() if isinstance(rewards, Mapping) else [(reward, 1.0) for reward in rewards]
+    return Combined([Part(load_reward(reward), float(weight)) for reward, weight in weighted], aggregate)
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """reward > bound (or <), softly: σ(±(r − bound) / temperature), 0..1, ½ at the bound."""
+
+    reward: Reward
+    sign: str
+    bound: float
+    temperature: float = field(default=SHARPNESS)
+
+    def __str__(self) -> str:
+        return f"{self.reward.name} {self.sign} {self.bound:g}"
+
+    def degree(self, scores: Tensor) -> Tensor:
+        """How well scores (N,) meet it: (N,) in 0..1."""
+        direction = {">": 1.0, "<": -1.0}[self.sign]
+        return torch.sigmoid(direction * (scores - self.bound) / self.temperature)
+
+
+class Product:
+    """Π_m of the degrees, 0..1, to which constraints hold: near 1 only where all do (constrained reward, 2310.04373)."""
+
+    def __init__(self, constraints: Sequence[Constraint]) -> None:
+        if not constraints:
+            raise RewardError("a product needs at least one constraint, like product(hpsv2.1 > 0.25)")
+        self._constraints = tuple(constraints)
+        self._rewards = [constraint.reward for constraint in constraints]
+        self.name = f"product({', '.join(map(str, constraints))})"
+        self.differentiable = all(reward.differentiable for reward in self._rewards)
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Each constrained reward's own scores (N,)."""
+        return part_scores(self._rewards, images, prompts)
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """The product (N,) of the degrees."""
+        names = _names(self._rewards)
+        degrees = [c.degree(parts[name]) for name, c in zip(names, self._constraints, strict=True)]
+        return torch.stack(degrees).prod(0)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.total(self.parts(images, prompts), prompts)

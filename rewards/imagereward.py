@@ -1,0 +1,221 @@
+"""ImageReward: how well people would like a picture as the answer to its prompt (arXiv 2304.05977)."""
+
+import re
+from collections.abc import Sequence
+from math import isqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+from steer.reward import RewardError
+from steer.rewards.batches import PromptCache, in_micro_batches
+from steer.rewards.preprocess import normalise, resize_and_crop
+from steer.rewards.weights import HubFile, State, cast, load_weights, read_checkpoint
+
+WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
+VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt", "86b5e0934494bd15c9632b12f734a8a67f723594")
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, as published with the weights
+TOKENS = 35  # per prompt: shorter ones are padded, longer ones cut
+HEAD = 64  # width of an attention head in both towers
+
+VISION, TEXT, SCORER = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
+LINEAR = (0, 2, 4, 6, 7)  # places of the scorer's linear layers
+# Of BLIP's contrastive training, and a table that counts from 0: the published file carries them, no score needs them.
+UNNEEDED = ("blip.vision_proj.", "blip.text_proj.", f"{TEXT}embeddings.position_ids")
+# From the published names of the visual encoder, which are timm's, to those of transformers.
+RENAMED = (
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.(\d+)\.norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"^blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
+    (r"^blocks\.(\d+)\.attn\.", r"encoder.layers.\1.self_attn."),
+    (r"^blocks\.", "encoder.layers."),
+)
+
+
+class ImageReward:
+    """Score standardised by the published mean and deviation: 0 is average, most pictures lie in −2..2.
+
+    Images of any size, seen as their middle square (224 px officially); the first 35 tokens of a prompt count.
+    Differentiable. The model follows the images from device to device; scores are fp32 on theirs.
+
+    path         a checkpoint in the layout of the published ImageReward.pt, of any size; None: that one, fetched
+    tokenizer    a folder with BERT's vocab.txt or tokenizer.json; None: bert-base-uncased, fetched
+    micro_batch  images in memory at a time; changes no score
+    dtype        float32 (None), float16 or bfloat16: of the two towers; the scorer on top stays in fp32
+    Raises RewardError where a file cannot be fetched or read, or does not fit, and on other options.
+    """
+
+    name = "imagereward"
+    differentiable = True
+
+    def __init__(
+        self,
+        *,
+        path: str | None = None,
+        tokenizer: str | None = None,
+        micro_batch: int | str = 16,
+        dtype: str | None = None,
+    ) -> None:
+        self._standardised = in_micro_batches(self._score, micro_batch)
+        file = Path(path) if path is not None else WEIGHTS.fetch()
+        self._network = _load(file)
+        cast(self._network, None)
+        cast(self._network.blip, dtype)
+        self._tokenizer = _tokenizer(tokenizer, self._network.vocabulary)
+        self._tokens = PromptCache(self._tokenize)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._standardised(images, prompts).float()
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """(N,) in the scorer's dtype."""
+        self._network.to(images.device)
+        # Pixels are resized in fp32 at least, even those of a half-precision decoder.
+        wide = images.to(torch.promote_types(images.dtype, torch.float32))
+        ids, mask = self._tokens(prompts).to(images.device).unbind(1)
+        raw = self._network(normalise(resize_and_crop(wide, self._network.side)), ids, mask)
+        return (raw - MEAN) / STD
+
+    def _tokenize(self, prompts: list[str]) -> Tensor:
+        """(N, 2, 35): token ids, and 1 where there is a token, 0 where there is padding."""
+        tokens = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+        return torch.stack([tokens.input_ids, tokens.attention_mask], 1)
+
+
+class _Network(nn.Module):
+    """BLIP's two towers and the scorer, under the names that the published file gives them."""
+
+    def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig, sizes: Sequence[int]) -> None:
+        super().__init__()
+        self.side: int = vision.image_size
+        self.vocabulary: int = text.vocab_size
+        self.blip = nn.ModuleDict(
+            {"visual_encoder": BlipVisionModel(vision), "text_encoder": BlipTextModel(text, add_pooling_layer=False)}
+        )
+        # Where the published scorer has dropouts, which do nothing once trained. It has no activations.
+        layers: list[nn.Module] = [nn.Identity() for _ in range(LINEAR[-1] + 1)]
+        for place, before, after in zip(LINEAR, sizes, sizes[1:], strict=False):
+            layers[place] = nn.Linear(before, after)
+        self.mlp = nn.ModuleDict({"layers": nn.Sequential(*layers)})
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """(N,) raw scores of pixels (N, 3, side, side) and of token ids and their mask, each (N, 35)."""
+        seen = self.blip["visual_encoder"](pixels).last_hidden_state
+        # Every word looks at every other one and at the whole picture: an encoder, though the config says decoder.
+        read = self.blip["text_encoder"](ids, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False)
+        first = read.last_hidden_state[:, 0]
+        scorer = self.mlp["layers"]
+        return scorer(first.to(next(scorer.parameters()).dtype))[:, 0]
+
+
+def _load(path: Path) -> _Network:
+    """The network of a checkpoint, its dimensions read off the shapes in it. Raises RewardError."""
+    what = f"imagereward ({path})"
+    state = read_checkpoint(path)
+    vision = _vision_config(state, what)
+    text = _text_config(state, what, vision.hidden_size)
+    sizes = [text.hidden_size, *(_shape(state, f"{SCORER}{k}.weight", 2, what)[0] for k in LINEAR[:-1]), 1]
+    # Without memory of its own at first: nothing is initialised in vain, and no random number is drawn.
+    with torch.device("meta"):
+        network = _Network(vision, text, sizes)
+    network.to_empty(device="cpu")
+    load_weights(network, {_renamed(key): tensor for key, tensor in state.items()}, what, UNNEEDED)
+    # The one table that is in no state: it counts from 0.
+    embeddings: Any = network.blip["text_encoder"].embeddings
+    embeddings.position_ids = torch.arange(text.max_position_embeddings)[None]
+    return network
+
+
+def _renamed(key: str) -> str:
+    if not key.startswith(VISION):
+        return key
+    name = key.removeprefix(VISION)
+    for published, ours in RENAMED:
+        name, found = re.subn(published, ours, name)
+        if found:
+            break
+    return VISION + name
+
+
+def _vision_config(state: State, what: str) -> BlipVisionConfig:
+    width, _, patch, _ = _shape(state, f"{VISION}patch_embed.proj.weight", 4, what)
+    patches = _shape(state, f"{VISION}pos_embed", 3, what)[1] - 1
+    return BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=_shape(state, f"{VISION}blocks.0.mlp.fc1.weight", 2, what)[0],
+        num_hidden_layers=_layers(state, f"{VISION}blocks."),
+        num_attention_heads=_heads(width, what),
+        image_size=patch * isqrt(max(patches, 0)),
+        patch_size=patch,
+        layer_norm_eps=1e-6,
+    )
+
+
+def _text_config(state: State, what: str, seen: int) -> BlipTextConfig:
+    """The text tower's; `seen` is the width of what it looks at, the visual tower's."""
+    vocabulary, width = _shape(state, f"{TEXT}embeddings.word_embeddings.weight", 2, what)
+    positions = _shape(state, f"{TEXT}embeddings.position_embeddings.weight", 2, what)[0]
+    if positions < TOKENS:
+        raise RewardError(f"{what}: its text encoder takes {positions} tokens, ImageReward's takes {TOKENS} or more")
+    return BlipTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        encoder_hidden_size=seen,
+        intermediate_size=_shape(state, f"{TEXT}encoder.layer.0.intermediate.dense.weight", 2, what)[0],
+        num_hidden_layers=_layers(state, f"{TEXT}encoder.layer."),
+        num_attention_heads=_heads(width, what),
+        max_position_embeddings=positions,
+        layer_norm_eps=1e-12,
+        is_decoder=True,  # gives every layer its cross-attention
+        # Unused here, and warned of where a vocabulary is too small to hold them.
+        bos_token_id=None,
+        sep_token_id=None,
+    )
+
+
+def _shape(state: State, key: str, dimensions: int, what: str) -> torch.Size:
+    if key not in state or state[key].dim() != dimensions:
+        got = f"is of shape {tuple(state[key].shape)}" if key in state else "is missing"
+        raise RewardError(f"{what}: not an ImageReward checkpoint: {key} {got}, expected {dimensions} dimensions")
+    return state[key].shape
+
+
+def _layers(state: State, prefix: str) -> int:
+    """How many layers there are; counted, so that one stray key cannot ask for a thousand of them."""
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _heads(width: int, what: str) -> int:
+    if width < HEAD or width % HEAD:
+        raise RewardError(f"{what}: not an ImageReward checkpoint: an encoder is {width} wide, no multiple of {HEAD}")
+    return width // HEAD
+
+
+def _tokenizer(folder: str | None, vocabulary: int) -> Any:
+    """BERT's, with the two tokens that BLIP added. Raises RewardError where it is not that of the checkpoint."""
+    # One file, then a local folder: given the repository's name and no network, transformers 5 retries for minutes
+    # and then returns a tokenizer of five tokens without a word.
+    place = Path(folder) if folder is not None else _vocabulary()
+    if not any((place / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+        raise RewardError(f"imagereward:tokenizer={folder}: name a folder with BERT's vocab.txt or tokenizer.json")
+    tokenizer = BertTokenizer.from_pretrained(place, local_files_only=True)
+    tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
+    if len(tokenizer) != vocabulary:
+        raise RewardError(
+            f"imagereward: the tokenizer in {place} has {len(tokenizer)} tokens, the checkpoint {vocabulary}: "
+            "name the folder of the one it was trained with, tokenizer=…"
+        )
+    return tokenizer
+
+
+def _vocabulary() -> Path:
+    try:
+        return VOCABULARY.fetch().parent
+    except RewardError as error:
+        raise RewardError(f"{error}, and its tokenizer by tokenizer=FOLDER") from error

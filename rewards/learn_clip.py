@@ -1,0 +1,88 @@
+"""Training a small CLIP from images and captions: what learned rewards stand on where no published one fits."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from steer.reward import RewardError
+from steer.rewards.clip_backbone import CONFIG, Backbone, open_clip_folder
+from steer.rewards.learned import copy_configuration
+from steer.rewards.objectives import contrastive
+from steer.rewards.pairs import Captions, load_images, split_by_prompt
+from steer.rewards.preprocess import resize_and_crop
+from steer.training import Run, batch_at
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "open_clip_model.safetensors"
+LARGEST_SCALE = 100.0  # as CLIP's training clips it
+CHOICES = 32  # captions to pick the right one from, in the report
+
+
+def train_clip(
+    captions: Captions,
+    folder: Path,
+    out: Path,
+    work: Path,
+    steps: int,
+    batch: int,
+    learning_rate: float,
+    held_out: float,
+) -> dict[str, Any]:
+    """Trains a CLIP of the configuration in `folder` from its weights there, or afresh where it has none.
+
+    Writes a folder that open_clip, and `clip:FOLDER`, load, and returns a report: how often a held-out image's own
+    caption is picked from 32 different ones. An interrupted run in `work` goes on.
+    """
+    if not (folder / CONFIG).is_file():
+        raise RewardError(f"--backbone {folder}: no {CONFIG} there; contrastive training needs an open_clip folder")
+    torch.manual_seed(0)
+    backbone = open_clip_folder(folder, weights=(folder / WEIGHTS).is_file())
+    rows, held = split_by_prompt(captions.prompts, held_out)
+
+    def loss_at(step: int) -> Tensor:
+        backbone.train()
+        chosen = [rows[k] for k in batch_at(step, batch, len(rows)).tolist()]
+        prompts = [captions.prompts[row] for row in chosen]
+        scale = backbone.logit_scale.clamp(max=LARGEST_SCALE)
+        return contrastive(_images(backbone, captions, chosen), backbone.texts(prompts), scale, prompts)
+
+    Run(work, steps, learning_rate, warmup=min(200, steps // 10)).train([backbone], loss_at)
+    backbone.eval()
+    report = {"captions": len(rows), "held_out": len(held), "steps": steps, "batch": batch}
+    report["picked_of_32"] = round(picked(backbone, captions, held), 4)
+    copy_configuration(folder, out)
+    _save(backbone.model, out / WEIGHTS)
+    logger.info("%s", report)
+    return report
+
+
+def _images(backbone: Backbone, captions: Captions, rows: list[int]) -> Tensor:
+    def fit(image: Tensor) -> Tensor:
+        return resize_and_crop(image, backbone.size)
+
+    pixels = load_images([captions.images[row] for row in rows], fit)
+    return backbone.images(pixels.to(next(backbone.parameters()).device))
+
+
+def _save(model: nn.Module, path: Path) -> None:
+    save_file({key: value.detach().cpu().half().contiguous() for key, value in model.state_dict().items()}, path)
+
+
+@torch.no_grad()
+def picked(backbone: Backbone, captions: Captions, rows: list[int]) -> float:
+    """Share of images whose own caption is nearest among 32 different ones, its own included."""
+    first = {captions.prompts[row]: row for row in rows}  # one image a caption
+    names = list(first)
+    usable = len(names) // CHOICES * CHOICES
+    if not usable:
+        return float("nan")
+    images = torch.cat([_images(backbone, captions, [first[name] for name in names[k : k + 64]]) for k in
+                        range(0, usable, 64)])[:usable]  # fmt: skip
+    texts = backbone.texts(names[:usable])
+    groups = (images.view(-1, CHOICES, images.shape[1]) @ texts.view(-1, CHOICES, texts.shape[1]).mT).argmax(-1)
+    return (groups == torch.arange(CHOICES, device=groups.device)).float().mean().item()

@@ -1,0 +1,212 @@
+"""Rewards that `steer rewards train` made: a folder with reward.json and the weights of one or several members."""
+
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from steer.assets import REWARDS
+from steer.choices import choose
+from steer.reward import RewardError
+from steer.rewards.aggregate import AGGREGATES
+from steer.rewards.batches import PromptCache, in_micro_batches
+from steer.rewards.clip_backbone import CONFIG, Backbone, load_backbone, open_clip_folder
+from steer.rewards.weights import cast, load_weights, read_checkpoint
+
+CARD = "reward.json"
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+HIDDEN = 128
+
+
+class Similarity(nn.Module):
+    """exp(t) · cos(image, text), the form of PickScore (arXiv 2305.01569); needs a backbone that is trained too."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return self.log_scale.exp() * (image * text).sum(-1)
+
+
+class ImageHead(nn.Module):
+    """An MLP of the image alone, as aesthetic predictors are."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        return self.layers(image * math.sqrt(image.shape[-1]))[:, 0]
+
+
+class PairHead(nn.Module):
+    """An MLP of image, text and their product."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3 * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        # Features of unit length have entries of about 1/√D: brought to about 1 for the layers.
+        image, text = (features * math.sqrt(features.shape[-1]) for features in (image, text))
+        return self.layers(torch.cat([image, text, image * text], -1))[:, 0]
+
+
+HEADS: dict[str, type[nn.Module]] = {"similarity": Similarity, "image": ImageHead, "pair": PairHead}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What reward.json says: how the members are built, and how each one's raw score becomes (raw − mean)/std."""
+
+    head: str
+    backbone: str  # a name for `load_backbone`, or "." for the folder's own
+    width: int
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
+    report: dict[str, Any]
+    format: int = 1
+
+
+class Learned:
+    """A learned reward. Score: the members' own, each standardised over its held-out images, aggregated.
+
+    folder     of `steer rewards train`, or a name in `embedded`
+    aggregate  mean, min, mean-std or quantile of the members
+    member     one of them alone
+    dtype      float32, float16 or bfloat16: what the backbones compute in
+
+    Raises RewardError where the folder does not hold a learned reward that is whole.
+    """
+
+    differentiable = True
+    embedded: Mapping[str, Path] = {}
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        aggregate: str = "mean",
+        member: str | int | None = None,
+        micro_batch: str | int = 64,
+        dtype: str | None = None,
+    ) -> None:
+        path = self.embedded.get(folder, Path(folder))
+        card = read_card(path)
+        self.name = path.name if member is None else f"{path.name}[{member}]"
+        self._aggregate = choose("aggregate", aggregate, AGGREGATES)
+        wanted = range(len(card.means)) if member is None else [_member(member, len(card.means), path)]
+        own = card.backbone == "."
+        self._backbones = [_backbone(path, card) for _ in (wanted if own else wanted[:1])]
+        self._heads = [HEADS[card.head](card.width) for _ in wanted]
+        for place, number in enumerate(wanted):
+            _fill(path / f"member-{number}.safetensors", self._heads[place], self._backbones[place] if own else None)
+        for module in (*self._backbones, *self._heads):
+            cast(module, dtype if isinstance(module, Backbone) else None)
+        self._centre = torch.tensor([card.means[number] for number in wanted])[:, None]
+        self._spread = torch.tensor([card.stds[number] for number in wanted])[:, None]
+        self._texts = [PromptCache(backbone.texts) for backbone in self._backbones]
+        self._members = in_micro_batches(self._score, micro_batch)
+
+    def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Scores (M, N) of every member, standardised."""
+        for module in (*self._backbones, *self._heads):
+            module.to(images.device)
+        return self._members(images, prompts).T
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        image = [backbone.images(images) for backbone in self._backbones]
+        text = [known(prompts).to(images.device) for known in self._texts]
+        shared = len(self._backbones) == 1
+        raw = [head(image[0 if shared else k], text[0 if shared else k]) for k, head in enumerate(self._heads)]
+        scores = torch.stack(raw)
+        return ((scores - self._centre.to(scores)) / self._spread.to(scores)).T
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Each member's scores (N,)."""
+        return {f"{self.name}[{k}]": row for k, row in enumerate(self.members(images, prompts))}
+
+    def total(self, parts: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """The aggregate (N,) of the members' scores."""
+        return self._aggregate(torch.stack(list(parts.values())))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._aggregate(self.members(images, prompts))
+
+
+class Preference(Learned):
+    """preference:scenes, learned from noisy choices between images of scenes; or preference:FOLDER."""
+
+    embedded = REWARDS["preference"]
+
+
+class LearnedAesthetic(Learned):
+    """aesthetic:scenes, learned from noisy choices that look at the composition alone."""
+
+    embedded = REWARDS["aesthetic"]
+
+
+def is_learned(folder: Path) -> bool:
+    """Whether a folder looks like a learned reward."""
+    return (folder / CARD).is_file()
+
+
+def read_card(folder: Path) -> Card:
+    """The folder's reward.json. Raises RewardError where it is missing or says what cannot be."""
+    try:
+        found = json.loads((folder / CARD).read_text())
+        card = Card(**found)
+        card = Card(**{**asdict(card), "means": tuple(card.means), "stds": tuple(card.stds)})
+        numbers = [float(number) for number in (*card.means, *card.stds)]
+        sound = card.format == 1 and card.head in HEADS and isinstance(card.backbone, str) and card.width > 0
+        sound = sound and len(card.means) == len(card.stds) > 0 and all(map(math.isfinite, numbers))
+    except FileNotFoundError as error:
+        raise RewardError(f"{folder}: no {CARD} there; give a folder of `steer rewards train`, or scenes") from error
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise RewardError(f"{folder / CARD}: cannot be read ({str(error)[:80]})") from error
+    if not sound or min(card.stds) <= 0:
+        raise RewardError(f"{folder / CARD}: not the card of a learned reward of this version")
+    return card
+
+
+def _member(member: str | int, count: int, path: Path) -> int:
+    if not str(member).isdecimal() or int(member) >= count:
+        raise RewardError(f"{path}: member={member} is not one of its {count} members, 0 to {count - 1}")
+    return int(member)
+
+
+def _backbone(folder: Path, card: Card) -> Backbone:
+    return open_clip_folder(folder, weights=False) if card.backbone == "." else load_backbone(card.backbone)
+
+
+def _fill(path: Path, head: nn.Module, backbone: Backbone | None) -> None:
+    state = read_checkpoint(path)
+    net = nn.ModuleDict({"head": head} | ({"backbone": backbone} if backbone else {}))
+    load_weights(net, {key: value.float() for key, value in state.items()}, str(path))
+
+
+def save_learned(folder: Path, card: Card, heads: Sequence[nn.Module], backbones: Sequence[Backbone]) -> None:
+    """Writes a learned reward; the members' backbones, in half precision, where each has its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, head in enumerate(heads):
+        net = nn.ModuleDict({"head": head} | ({"backbone": backbones[number]} if backbones else {}))
+        state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+        halved = {key: value.half() if key.startswith("backbone") else value for key, value in state.items()}
+        save_file(halved, folder / f"member-{number}.safetensors")
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=1) + "\n")
+
+
+def copy_configuration(source: Path, folder: Path) -> None:
+    """Copies the configuration and the tokenizer of an open_clip folder, without its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (CONFIG, *TOKENIZER):
+        if (source / name).is_file() and source.resolve() != folder.resolve():
+            shutil.copyfile(source / name, folder / name)

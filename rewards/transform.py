@@ -1,0 +1,137 @@
+"""A reward on another scale: standardised over the base model's samples, or as log σ above a prompt's reference."""
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from steer.reward import Reward, RewardError, score_parts
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a reward gives on the base model's samples: mean and standard deviation over all of them, and the
+    mean over the images of each prompt."""
+
+    mean: float
+    std: float
+    count: int
+    prompts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scales by the reward's name, and what they were measured on."""
+
+    scales: Mapping[str, Scale]
+    source: Mapping[str, object]
+
+    def scale(self, name: str) -> Scale:
+        """Raises RewardError where the reward was not calibrated."""
+        if name not in self.scales:
+            known = ", ".join(self.scales)
+            raise RewardError(
+                f"reward {name!r} is not in this calibration ({known}): `steer rewards calibrate` adds it"
+            )
+        return self.scales[name]
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record = {"source": dict(self.source), "scales": {name: asdict(scale) for name, scale in self.scales.items()}}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Of a file that `steer rewards calibrate` wrote. Raises RewardError where it is not one."""
+    try:
+        record = json.loads(path.read_text())
+        scales = {str(name): Scale(**scale) for name, scale in record["scales"].items()}
+        sound = all(math.isfinite(scale.mean) and scale.std > 0 for scale in scales.values())
+    except OSError as error:
+        raise RewardError(f"{path}: cannot read the calibration ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise RewardError(f"{path}: not a calibration of `steer rewards calibrate` ({str(error)[:60]})") from error
+    if not sound:
+        raise RewardError(f"{path}: a calibrated reward has no finite mean or no spread")
+    return Calibration(scales, record.get("source", {}))
+
+
+def measured(scores: Tensor, prompts: Sequence[str]) -> Scale:
+    """The scale of scores (N,), one prompt each. Raises RewardError where they are all the same."""
+    values = scores.double()
+    std = values.std().item() if len(values) > 1 else 0.0
+    if not std > 0:
+        raise RewardError("a reward that gives every sample the same score cannot be calibrated")
+    rows = {prompt: [k for k, text in enumerate(prompts) if text == prompt] for prompt in dict.fromkeys(prompts)}
+    return Scale(values.mean().item(), std, len(values), {p: values[some].mean().item() for p, some in rows.items()})
+
+
+class _Transformed(ABC):
+    """A reward seen through a function of its scores; its own scores stay visible as a part."""
+
+    def __init__(self, reward: Reward, name: str) -> None:
+        self._reward = reward
+        self.name, self.differentiable = name, reward.differentiable
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The reward's own scores (N,), and its parts'."""
+        scores, inner = score_parts(self._reward, images, prompts)
+        return {self._reward.name: scores} | {f"{self._reward.name}/{name}": part for name, part in inner.items()}
+
+    @abstractmethod
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """The transformed scores (N,)."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.total(self.parts(images, prompts), prompts)
+
+
+class Standardised(_Transformed):
+    """(r − mean) / std over the base model's samples: rewards of any unit on one scale."""
+
+    def __init__(self, reward: Reward, scale: Scale) -> None:
+        super().__init__(reward, f"z({reward.name})")
+        self._scale = scale
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """(N,), in standard deviations."""
+        return (parts[self._reward.name] - self._scale.mean) / self._scale.std
+
+
+class LogSigmoid(_Transformed):
+    """log σ((r − r_ref(prompt)) / temperature), below 0: beyond the reference there is little more to win.
+
+    A sum of these says "good on all" (arXiv 2402.00742, equations 3 and 6): an image that fails one reward cannot
+    buy it back with another.
+
+    reference    one number, or one for each prompt
+    temperature  in the reward's unit
+    """
+
+    def __init__(self, reward: Reward, reference: float | Mapping[str, float], temperature: float = 1.0) -> None:
+        super().__init__(reward, f"logsigmoid({reward.name})")
+        if not temperature > 0:
+            raise RewardError(f"{self.name}: the temperature must be above 0, got {temperature}")
+        self._reference, self._temperature = reference, temperature
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """(N,), nats. Raises RewardError for a prompt that has no reference."""
+        scores = parts[self._reward.name]
+        reference = torch.tensor([self._of(prompt) for prompt in prompts], dtype=scores.dtype, device=scores.device)
+        return F.logsigmoid((scores - reference) / self._temperature)
+
+    def _of(self, prompt: str) -> float:
+        if not isinstance(self._reference, Mapping):
+            return self._reference
+        if prompt not in self._reference:
+            raise RewardError(
+                f"{self.name}: no reference for the prompt {prompt!r}: calibrate with it, or give one number for all"
+            )
+        return self._reference[prompt]
