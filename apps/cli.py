@@ -1,6 +1,7 @@
 """The `steer` command. Heavy imports wait inside the commands, so that `steer --help` answers at once."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,22 @@ from typing import Any
 import click
 
 from steer import __version__
+from steer.apps.rewards_cli import rewards
 from steer.errors import InputError
+
+SPEC = "NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards` lists names."
+TIMEOUT = click.option("--reward-timeout", type=float, help="Seconds that one call of the reward may take.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="steer")
-def steer() -> None:
+@click.option(
+    "--offline", is_flag=True, help="Use no network: models and rewards come from folders and the hub's cache."
+)
+def steer(offline: bool) -> None:
     """Better images from a diffusion model and a reward."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is first imported, after this
 
 
 @steer.command()
@@ -22,7 +32,8 @@ def steer() -> None:
 @click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File of prompts: .txt, .jsonl, .tsv.")
 @click.option("--model", default="scenes", help="Embedded model, folder, or ORGANISATION/NAME.")
 @click.option("--method", default="fk", help="fk, best-of-n or base.")
-@click.option("--reward", default="scene-soft", help="NAME or NAME:ARGUMENT; `steer rewards` lists them.")
+@click.option("--reward", default="scene-soft", help=SPEC)
+@TIMEOUT
 @click.option("--particles", default=4, help="K, images for each prompt.")
 @click.option("--steps", type=int, help="Solver steps; by default the pipeline's own number.")
 @click.option("--guidance", type=float, help="Guidance scale; by default the pipeline's own.")
@@ -41,7 +52,14 @@ def steer() -> None:
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="By default float32 on the CPU, bfloat16 elsewhere.",
 )
-def sample(prompt: tuple[str, ...], prompt_file: Path | None, out: Path, device: str | None, **settings: Any) -> None:
+def sample(
+    prompt: tuple[str, ...],
+    prompt_file: Path | None,
+    out: Path,
+    device: str | None,
+    reward_timeout: float | None,
+    **settings: Any,
+) -> None:
     """Steers PROMPT… or the prompts of a file: images (best first), grid.png, ancestry.png and report.json."""
     from steer.apps.prompts import read_prompts
 
@@ -50,11 +68,10 @@ def sample(prompt: tuple[str, ...], prompt_file: Path | None, out: Path, device:
     prompts = read_prompts(prompt_file) if prompt_file else [text.strip() for text in prompt]
     if not all(prompts):
         raise InputError("a prompt is empty")
-    _look_here_for(settings["reward"])
     from steer.apps.sample import SampleSettings
     from steer.apps.sample import sample as run
 
-    report = run(prompts, SampleSettings(**settings), out, device)
+    report = run(prompts, SampleSettings(**settings), out, device, reward_timeout)
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]
     click.echo(
@@ -66,38 +83,24 @@ def sample(prompt: tuple[str, ...], prompt_file: Path | None, out: Path, device:
 @steer.command()
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
 @click.option("--prompt", required=True, help="What the images were asked to show.")
-@click.option("--reward", required=True, help="NAME or NAME:ARGUMENT; `steer rewards` lists them.")
-def score(images: tuple[Path, ...], prompt: str, reward: str) -> None:
-    """Scores IMAGEs and prints JSON."""
+@click.option("--reward", required=True, help=SPEC)
+@TIMEOUT
+def score(images: tuple[Path, ...], prompt: str, reward: str, reward_timeout: float | None) -> None:
+    """Scores IMAGEs and prints JSON, every part of a composed reward too."""
+    from steer.apps.specs import reward_here
     from steer.images import read_image
-    from steer.reward import load_reward
-    from steer.reward import score as score_images
+    from steer.reward import score_parts
 
-    _look_here_for(reward)
-    loaded = load_reward(reward)
-    scores = [score_images(loaded, read_image(path)[None], [prompt])[0].item() for path in images]
-    rows = [{"image": str(path), "score": value} for path, value in zip(images, scores, strict=True)]
+    loaded = reward_here(reward, reward_timeout)
+    rows = []
+    for path in images:
+        total, parts = score_parts(loaded, read_image(path)[None], [prompt])
+        told = {"parts": {name: value.item() for name, value in parts.items()}} if parts else {}
+        rows.append({"image": str(path), "score": total.item()} | told)
     click.echo(json.dumps({"reward": reward, "prompt": prompt, "scores": rows}, indent=1))
 
 
-@steer.command()
-def rewards() -> None:
-    """Lists the rewards that have a name."""
-    from steer.reward import reward_names
-
-    names = reward_names()
-    width = max(map(len, names))
-    for name, about in sorted(names.items()):
-        click.echo(f"{name:{width}}  {about}")
-
-
-def _look_here_for(reward: str) -> None:
-    """Lets --reward my_file:function find the user's own file; for built-in names the folder stays out of reach."""
-    from steer.rewards import REWARDS
-
-    name, found, _ = reward.partition(":")
-    if found and name not in REWARDS:
-        sys.path.append(str(Path.cwd()))
+steer.add_command(rewards)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The job behind `steer rewards train`: a file of preferences in, a reward's folder and a picture of its training out."""
+"""The job behind `steer rewards train`: preferences in, a reward's folder and a picture of its training out."""
 
 import json
 from dataclasses import asdict
@@ -26,6 +26,14 @@ def learn(data: Path, recipe: Recipe, out: Path, work: Path, device: str) -> dic
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
     (work / "report.json").write_text(json.dumps(report | {"recipe": asdict(recipe)}, indent=1) + "\n")
     return report
+
+
+def summary(report: dict[str, Any]) -> str:
+    """One line about a report."""
+    if "ensemble" not in report:
+        return f"own caption picked from 32 in {report['picked_of_32']:.1%} of held-out images"
+    told, pairs = report["ensemble"], report["pairs"]["held_out"]
+    return f"accuracy {told['accuracy']:.3f}, calibration error {told['ece']:.3f} on {pairs} held-out pairs"
 
 
 def draw_training(work: Path, bins: list[list[float]], path: Path) -> None:

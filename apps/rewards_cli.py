@@ -1,6 +1,8 @@
 """`steer rewards …`: list, look at, calibrate and train rewards. Heavy imports wait inside the commands."""
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,10 +14,10 @@ PROMPT = click.option("--prompt", help="What all images were asked to show, wher
 @click.group(invoke_without_command=True)
 @click.pass_context
 def rewards(context: click.Context) -> None:
-    """Lists the rewards that have a name; with a command, looks at rewards, calibrates or trains them."""
-    from steer.reward import reward_names
-
+    """Lists the rewards that have a name; with a command: looks at rewards, calibrates them, trains one."""
     if context.invoked_subcommand is None:
+        from steer.reward import reward_names
+
         names = reward_names()
         width = max(map(len, names))
         for name, about in sorted(names.items()):
@@ -26,14 +28,106 @@ def rewards(context: click.Context) -> None:
 @click.argument("reward")
 @IMAGES
 @PROMPT
-def check(reward: str, images: Path, prompt: str | None) -> None:
-    """Tests REWARD on images: contract, determinism, batches, gradient, speed. Exit code 1 where one fails."""
-    from steer.apps.rewards_report import images_with_prompts, read_alike, render_findings
+@click.option("--most", default=8, type=click.IntRange(1), help="Images of one size that it is tested on.")
+def check(reward: str, images: Path, prompt: str | None, most: int) -> None:
+    """Tests REWARD: contract, determinism, batches, gradients, speed. Exit code 1 where a test fails."""
+    from steer.apps.image_folders import images_with_prompts
+    from steer.apps.rewards_report import batch_of_files, render_findings
+    from steer.apps.specs import reward_here
     from steer.rewards.checks import check_reward
 
     paths, prompts = images_with_prompts(images, prompt)
-    batch, texts = read_alike(paths, prompts, 8)
-    findings = check_reward(_load(reward), batch, texts)
+    findings = check_reward(reward_here(reward), *batch_of_files(paths, prompts, most))
     click.echo(render_findings(findings))
     if any(finding.passed is False for finding in findings):
         raise SystemExit(1)
+
+
+@rewards.command()
+@click.argument("first")
+@click.argument("second")
+@IMAGES
+@PROMPT
+@click.option("--out", default=Path("scatter.png"), type=FOLDER, help="The picture.")
+def compare(first: str, second: str, images: Path, prompt: str | None, out: Path) -> None:
+    """How much two rewards agree on images: rank correlations, STARC distance, and a scatter plot."""
+    from steer.apps.image_folders import images_with_prompts
+    from steer.apps.rewards_report import draw_scatter, render_agreement, score_all
+    from steer.apps.specs import reward_here
+    from steer.rewards.agreement import compare as agreement_of
+
+    paths, prompts = images_with_prompts(images, prompt)
+    one, two = (score_all(reward_here(spec), paths, prompts) for spec in (first, second))
+    agreement = agreement_of(one, two, prompts)
+    draw_scatter(first, one, second, two, prompts, agreement, out)
+    click.echo(f"{render_agreement(agreement)}\n→ {out}")
+
+
+@rewards.command()
+@click.argument("reward")
+@IMAGES
+@PROMPT
+def contrast(reward: str, images: Path, prompt: str | None) -> None:
+    """How often REWARD prefers an image's prompt to one with a colour, count or relation changed."""
+    from steer.apps.image_folders import images_with_prompts
+    from steer.apps.rewards_report import consistency_of_files, render_consistency
+    from steer.apps.specs import reward_here
+    from steer.errors import InputError
+
+    found = consistency_of_files(reward_here(reward), *images_with_prompts(images, prompt))
+    if not found:
+        raise InputError(f"--images {images}: no prompt names a colour, a count or a relation that could be changed")
+    click.echo(render_consistency(found))
+
+
+@rewards.command()
+@click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
+@IMAGES
+@PROMPT
+@click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; rewards already in it stay.")
+def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: Path) -> None:
+    """Measures each REWARD's mean and spread, over all and per prompt, on images of `steer sample --method base`."""
+    from steer.apps.image_folders import images_with_prompts
+    from steer.apps.rewards_report import score_all
+    from steer.apps.specs import reward_here
+    from steer.rewards.transform import Calibration, measured, read_calibration
+
+    paths, prompts = images_with_prompts(images, prompt)
+    scales = dict(read_calibration(out).scales) if out.exists() else {}
+    for reward in map(reward_here, rewards_):
+        scales[reward.name] = scale = measured(score_all(reward, paths, prompts), prompts)
+        click.echo(f"{reward.name}: mean {scale.mean:.4g}, std {scale.std:.4g} over {scale.count} images")
+        Calibration(scales, {"images": images.name, "count": len(paths)}).save(out)
+
+
+@rewards.command()
+@click.argument("data", type=FOLDER)
+@click.option("--out", required=True, type=FOLDER, help="The reward's folder; `--reward FOLDER` loads it.")
+@click.option("--work", type=FOLDER, help="Checkpoints and logs; the same command goes on there.  [default: runs/OUT]")
+@click.option("--backbone", default="scenes", help="A CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, a folder.")
+@click.option("--head", default="pair", help="similarity, image or pair.")
+@click.option(
+    "--objective", default="bradley-terry", help="bradley-terry, scaled-bradley-terry, regression, or contrastive."
+)
+@click.option("--whole", is_flag=True, help="Train the CLIP too, not the head alone.")
+@click.option("--members", default=1, help="An ensemble of so many, each with its own seed and sample of the pairs.")
+@click.option("--steps", default=500)
+@click.option("--batch", default=64)
+@click.option("--learning-rate", default=1e-3)
+@click.option("--smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
+@click.option("--flip", default=0.0, help="Share of the labels that is taken to be wrong, 0 to 0.5.")
+@click.option("--held-out", default=0.1, help="Share of the prompts that the report is measured on.")
+@click.option("--seed", default=0)
+@click.option("--device", default="cpu")
+def train(data: Path, out: Path, work: Path | None, device: str, **recipe: Any) -> None:
+    """Trains a reward from DATA, a .jsonl or .parquet file of choices between two images of a prompt."""
+    from steer.apps.learning import learn, summary
+    from steer.apps.models import check_device
+    from steer.rewards.learn import Recipe
+
+    check_device(device)
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    report = learn(
+        data, Recipe(**{name: recipe[name] for name in fields}), out, work or Path("runs") / out.name, device
+    )
+    click.echo(f"{summary(report)} → {out}")

@@ -15,12 +15,13 @@ from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
 from steer.apps.pictures import draw_ancestry, draw_grid
+from steer.apps.specs import reward_here
 from steer.choices import choose
 from steer.errors import InputError
 from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, SteeringOutput
 from steer.potentials import POTENTIALS, TEMPERINGS
 from steer.resampling import RESAMPLERS
-from steer.reward import Reward, load_reward
+from steer.reward import Reward
 
 Report = dict[str, Any]
 
@@ -72,14 +73,20 @@ class SampleSettings:
         }
 
 
-def sample(prompts: Sequence[str], settings: SampleSettings, out: Path, device: str | None = None) -> Report:
+def sample(
+    prompts: Sequence[str],
+    settings: SampleSettings,
+    out: Path,
+    device: str | None = None,
+    reward_timeout: float | None = None,
+) -> Report:
     """Steers every prompt, writes images, grid.png, ancestry.png and report.json to `out`, and returns the report.
 
     After each prompt the report on disk is whole; the same call again does only what is missing. Each prompt
     has the same seed, so that its images do not depend on its place in the list.
     """
     settings.check()
-    reward = load_reward(settings.reward)
+    reward = reward_here(settings.reward, reward_timeout)
     report = _opened(out, prompts, settings)
     entries = report["prompts"]
     todo = [n for n in range(len(prompts)) if n >= len(entries) or not _whole(entries[n], out)]
@@ -146,6 +153,7 @@ def _sampled(pipe: Any, reward: Reward, prompt: str, settings: SampleSettings, f
         "prompt": prompt,
         "images": _write_images(output.images, folder, ""),
         "rewards": output.rewards[0].tolist(),
+        "parts": {name: scores[0].tolist() for name, scores in output.parts.items()},
         "log_weights": output.log_weights[0].tolist(),
         "log_normaliser": output.log_normaliser[0].item(),
         "ess": [value[0].item() for value in output.ess],

@@ -33,5 +33,5 @@ class BestOfNPipeline(SteeringMethod):
             return None if kernel_eta is None else (None, event.kernel(kernel_eta).sample(population.rng))
 
         images = population.sample(on_event)
-        rewards = population.score(images)
-        return population.output(images, rewards, Particles.start(*rewards.shape), output_type=output_type)
+        rewards, parts = population.score(images)
+        return population.output(images, rewards, parts, Particles.start(*rewards.shape), output_type=output_type)

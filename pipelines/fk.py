@@ -95,9 +95,9 @@ class FKSteeringPipeline(SteeringMethod):
         # A step without noise would not part copies: for them η = 0 becomes 1.
         run = _Run(algorithm, population, kernel_eta, eta or 1.0, resample_steps, on_step)
         images = population.sample(run.on_event)
-        rewards = population.score(images)
+        rewards, parts = population.score(images)
         particles = algorithm.finish(run.particles, rewards)
-        return population.output(images, rewards, particles, run.history, output_type)
+        return population.output(images, rewards, parts, particles, run.history, output_type)
 
 
 class _Run:
@@ -124,7 +124,7 @@ class _Run:
             self._tell(StepReport(event.k, event.total))
             return None, self._moved(event, None)
         previews = self.population.preview(event.x0())
-        rewards = self.population.score(previews)
+        rewards, _ = self.population.score(previews)
         weighed = self.algorithm.weigh(self.particles, rewards, event.k / event.total)
         self.particles, ancestors = self.algorithm.select(weighed, self.population.rng)
         stay = torch.arange(self.population.size).expand_as(rewards)

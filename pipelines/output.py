@@ -1,5 +1,6 @@
 """What every steering pipeline returns."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,6 +37,7 @@ class SteeringOutput:
 
     images          B·K of them, prompt after prompt, in the requested output type
     rewards         (B, K) of the finished images
+    parts           of a reward made of others: the scores (B, K) of each, by name
     log_weights     (B, K) unnormalised; their softmax weighs the images as draws from p(x0) exp(λ r(x0))
     log_normaliser  (B,)   log of the estimate of E_p[exp(λ r(x0))]
     latents         (B·K, …) final latents
@@ -46,6 +48,7 @@ class SteeringOutput:
 
     images: Any
     rewards: Tensor
+    parts: Mapping[str, Tensor]
     log_weights: Tensor
     log_normaliser: Tensor
     latents: Tensor
@@ -62,6 +65,7 @@ class SteeringOutput:
             self,
             images=[self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows],
             rewards=self.rewards.gather(1, slots),
+            parts={name: scores.gather(1, slots) for name, scores in self.parts.items()},
             log_weights=self.log_weights.gather(1, slots),
             latents=self.latents[rows],
             order=torch.arange(size).expand(groups, size),

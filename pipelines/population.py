@@ -15,7 +15,7 @@ from steer.errors import InputError
 from steer.particles import Particles
 from steer.pipelines.output import Cost, Evaluation, SteeringOutput
 from steer.preview import Preview, accepted_only, first_output
-from steer.reward import Reward, score
+from steer.reward import Reward, score_parts
 from steer.seam import Answer, Event, steered
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -77,19 +77,26 @@ class Population:
         return self._preview(x0)
 
     @torch.no_grad()
-    def score(self, images: Tensor) -> Tensor:
-        """Rewards (B, K) of images (B·K, 3, H, W); of videos (B·K, F, 3, H, W) the mean over evenly spaced frames."""
-        if images.dim() == 5:
-            frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
-            return torch.stack([self._score(images[:, frame]) for frame in frames]).mean(0)
-        return self._score(images)
+    def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards (B, K) of images (B·K, 3, H, W), and those of the reward's parts where it has any.
 
-    def _score(self, images: Tensor) -> Tensor:
+        Of videos (B·K, F, 3, H, W) the mean over evenly spaced frames.
+        """
+        if images.dim() == 4:
+            return self._score(images)
+        frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
+        scored = [self._score(images[:, frame]) for frame in frames]
+        rewards, parts = zip(*scored, strict=True)
+        return torch.stack(rewards).mean(0), {name: torch.stack([p[name] for p in parts]).mean(0) for name in parts[0]}
+
+    def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         starts = range(0, len(images), self.chunk_size)
-        parts = [slice(start, start + self.chunk_size) for start in starts]
+        chunks = [slice(start, start + self.chunk_size) for start in starts]
         self._reward_calls += len(images)
-        scores = [score(self.reward, images[part].float().clamp(0, 1), self.prompts[part]) for part in parts]
-        return torch.cat(scores).view(self.groups, self.size)
+        scored = [score_parts(self.reward, images[c].float().clamp(0, 1), self.prompts[c]) for c in chunks]
+        rewards, parts = zip(*scored, strict=True)
+        shape = self.groups, self.size
+        return torch.cat(rewards).view(shape), {n: torch.cat([p[n] for p in parts]).view(shape) for n in parts[0]}
 
     def rows(self, ancestors: Tensor) -> Tensor:
         """Ancestors (B, K) inside each group → rows (B·K,) of the batch."""
@@ -99,6 +106,7 @@ class Population:
         self,
         images: Tensor,
         rewards: Tensor,
+        parts: Mapping[str, Tensor],
         particles: Particles,
         history: Sequence[Evaluation] = (),
         output_type: str = "pil",
@@ -111,6 +119,7 @@ class Population:
         return SteeringOutput(
             images=latents if output_type == "latent" else as_type(images[rows.to(images.device)], output_type),
             rewards=rewards.gather(1, order),
+            parts={name: scores.gather(1, order) for name, scores in parts.items()},
             log_weights=particles.log_weights.gather(1, order),
             log_normaliser=particles.log_evidence,
             latents=latents,

@@ -94,7 +94,7 @@ class Constraint:
 
 
 class Product:
-    """Π_m of the degrees, 0..1, to which constraints hold: near 1 only where all do (constrained reward, 2310.04373)."""
+    """Π_m of the degrees, 0..1, to which constraints hold: near 1 only where all do."""
 
     def __init__(self, constraints: Sequence[Constraint]) -> None:
         if not constraints:

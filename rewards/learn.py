@@ -90,7 +90,7 @@ def train_reward(pairs: Pairs, recipe: Recipe, out: Path, work: Path, device: st
     The report holds the held-out accuracy and calibration of every member and of their mean.
     """
     recipe.check()
-    _same_run(work, recipe, pairs)
+    claim(work, recipe, len(pairs))
     training_rows, held_rows = split_by_prompt(pairs.prompts, recipe.held_out, recipe.seed)
     training, held = pairs.take(training_rows), pairs.take(held_rows or training_rows)
     backbone = load_backbone(recipe.backbone).to(device)
@@ -113,9 +113,9 @@ def train_reward(pairs: Pairs, recipe: Recipe, out: Path, work: Path, device: st
     return card.report
 
 
-def _same_run(work: Path, recipe: Recipe, pairs: Pairs) -> None:
+def claim(work: Path, recipe: Recipe, rows: int) -> None:
     """Notes in `work` what is trained there. Raises RewardError where that is something else already."""
-    told = json.dumps(asdict(recipe) | {"pairs": len(pairs)}, indent=1)
+    told = json.dumps(asdict(recipe) | {"rows": rows}, indent=1)
     note = work / "recipe.json"
     if note.exists() and note.read_text() != told:
         raise RewardError(f"--work {work} holds a run with other settings or pairs; choose another, or remove it")

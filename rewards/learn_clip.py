@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steer.reward import RewardError
 from steer.rewards.clip_backbone import CONFIG, Backbone, open_clip_folder
+from steer.rewards.learn import Recipe, claim
 from steer.rewards.learned import copy_configuration
 from steer.rewards.objectives import contrastive
 from steer.rewards.pairs import Captions, load_images, split_by_prompt
@@ -21,17 +22,11 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "open_clip_model.safetensors"
 LARGEST_SCALE = 100.0  # as CLIP's training clips it
 CHOICES = 32  # captions to pick the right one from, in the report
+MOST = 2000  # images in the report
 
 
 def train_clip(
-    captions: Captions,
-    folder: Path,
-    out: Path,
-    work: Path,
-    steps: int,
-    batch: int,
-    learning_rate: float,
-    held_out: float,
+    captions: Captions, folder: Path, out: Path, work: Path, recipe: Recipe, device: str = "cpu"
 ) -> dict[str, Any]:
     """Trains a CLIP of the configuration in `folder` from its weights there, or afresh where it has none.
 
@@ -40,21 +35,24 @@ def train_clip(
     """
     if not (folder / CONFIG).is_file():
         raise RewardError(f"--backbone {folder}: no {CONFIG} there; contrastive training needs an open_clip folder")
-    torch.manual_seed(0)
-    backbone = open_clip_folder(folder, weights=(folder / WEIGHTS).is_file())
-    rows, held = split_by_prompt(captions.prompts, held_out)
+    claim(work, recipe, len(captions.prompts))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        backbone = open_clip_folder(folder, weights=(folder / WEIGHTS).is_file()).to(device)
+    rows, held = split_by_prompt(captions.prompts, recipe.held_out, recipe.seed)
 
     def loss_at(step: int) -> Tensor:
         backbone.train()
-        chosen = [rows[k] for k in batch_at(step, batch, len(rows)).tolist()]
+        chosen = [rows[k] for k in batch_at(step, recipe.batch, len(rows), recipe.seed).tolist()]
         prompts = [captions.prompts[row] for row in chosen]
         scale = backbone.logit_scale.clamp(max=LARGEST_SCALE)
         return contrastive(_images(backbone, captions, chosen), backbone.texts(prompts), scale, prompts)
 
-    Run(work, steps, learning_rate, warmup=min(200, steps // 10)).train([backbone], loss_at)
+    warmup = min(200, recipe.steps // 10)
+    Run(work, recipe.steps, recipe.learning_rate, warmup=warmup).train([backbone], loss_at)
     backbone.eval()
-    report = {"captions": len(rows), "held_out": len(held), "steps": steps, "batch": batch}
-    report["picked_of_32"] = round(picked(backbone, captions, held), 4)
+    share = round(picked(backbone, captions, held), 4)
+    report = {"captions": {"trained": len(rows), "held_out": len(held)}, "picked_of_32": share}
     copy_configuration(folder, out)
     _save(backbone.model, out / WEIGHTS)
     logger.info("%s", report)
@@ -75,14 +73,15 @@ def _save(model: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def picked(backbone: Backbone, captions: Captions, rows: list[int]) -> float:
-    """Share of images whose own caption is nearest among 32 different ones, its own included."""
-    first = {captions.prompts[row]: row for row in rows}  # one image a caption
-    names = list(first)
-    usable = len(names) // CHOICES * CHOICES
-    if not usable:
+    """Share of images whose own caption is nearest among 32 different ones, its own included; at most 2,000 images."""
+    names = list(dict.fromkeys(captions.prompts[row] for row in rows))
+    if len(names) < CHOICES:
         return float("nan")
-    images = torch.cat([_images(backbone, captions, [first[name] for name in names[k : k + 64]]) for k in
-                        range(0, usable, 64)])[:usable]  # fmt: skip
-    texts = backbone.texts(names[:usable])
-    groups = (images.view(-1, CHOICES, images.shape[1]) @ texts.view(-1, CHOICES, texts.shape[1]).mT).argmax(-1)
-    return (groups == torch.arange(CHOICES, device=groups.device)).float().mean().item()
+    texts = dict(zip(names, backbone.texts(names), strict=True))
+    right = []
+    for row in rows[:MOST]:
+        own = names.index(captions.prompts[row])
+        others = [names[(own + k) % len(names)] for k in range(CHOICES)]
+        similarity = torch.stack([texts[name] for name in others]) @ _images(backbone, captions, [row])[0]
+        right.append(similarity.argmax().item() == 0)
+    return sum(right) / len(right)

@@ -27,7 +27,7 @@ Objective = Callable[[Tensor, Choices], Tensor]
 
 
 def bradley_terry(difference: Tensor, choices: Choices) -> Tensor:
-    """−[c log σ(Δ) + (1 − c) log σ(−Δ)], the mean over pairs (Bradley and Terry 1952; ImageReward, arXiv 2304.05977)."""
+    """−[c log σ(Δ) + (1 − c) log σ(−Δ)], the mean over pairs (Bradley and Terry 1952; arXiv 2304.05977)."""
     return F.binary_cross_entropy_with_logits(difference, choices.choice)
 
 

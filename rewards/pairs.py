@@ -142,12 +142,12 @@ def _number(
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:
-    """A batch (N, 3, size, size) of images of any sizes, each brought to one by `fit` (1, 3, H, W) → (1, 3, size, size)."""
+    """A batch (N, 3, size, size) of images of any sizes; `fit` brings each, as (1, 3, H, W), to (1, 3, size, size)."""
     return torch.cat([fit(read_image(source)[None]) for source in sources])
 
 
 def split_by_prompt(prompts: Sequence[str], share: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows held out: all rows of a prompt are on one side, about `share` of the prompts held out."""
+    """Rows to train on and rows held out: about `share` of the prompts, each with all of its rows on one side."""
     names = sorted(set(prompts))
     random.Random(seed).shuffle(names)
     count = min(max(round(share * len(names)), 1), len(names) - 1) if share > 0 and len(names) > 1 else 0

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
+from steer.apps.image_folders import images_with_prompts
 from steer.apps.rewards_report import (
     consistency_of_files,
     draw_scatter,
-    images_with_prompts,
     render_consistency,
     render_findings,
     score_all,

@@ -22,8 +22,8 @@ from steer.pipelines import BestOfNPipeline
 
 logger = logging.getLogger(__name__)
 
-TOGETHER = 8  # prompts in one call
-PART = 160  # prompts in one file
+TOGETHER = 32  # images in one call, where a prompt has no more
+PART = 640  # images in one file
 EACH = 4  # images of a prompt
 CALL = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
@@ -55,22 +55,22 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
     staged.replace(path)
 
 
-def sample_prompts(folder: Path, model: str, count: int) -> Iterator[Path]:
-    """Four images of each of `count` prompts and their exact rewards, part by part; parts that are there stay."""
+def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) -> Iterator[Path]:
+    """`each` images of every prompt and their exact rewards, in files of 640; files that are there stay."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     best = BestOfNPipeline(pipe, "scene")
-    prompts = trained_prompts(count)
-    for first in tqdm(range(0, count, PART), desc="samples", unit="part", disable=None):
+    part, together = max(PART // each, 1), max(TOGETHER // each, 1)
+    for first in tqdm(range(0, len(prompts), part), desc="samples", unit="file", disable=None):
         path = folder / f"{first:05d}.parquet"
         if not path.exists():
             rows: list[Row] = []
-            for start in range(first, min(first + PART, count), TOGETHER):
-                some = prompts[start : min(start + TOGETHER, count)]
+            for start in range(first, min(first + part, len(prompts)), together):
+                some = list(prompts[start : min(start + together, first + part)])
                 generator = torch.Generator().manual_seed(start)
-                out = best(some, num_particles=EACH, generator=generator, **CALL)
-                texts = [prompt for prompt in some for _ in range(EACH)]
+                out = best(some, num_particles=each, generator=generator, **CALL).in_slot_order()
+                texts = [prompt for prompt in some for _ in range(each)]
                 gold = out.rewards.flatten().tolist()
                 rows += [
                     {"prompt": prompt, "image": png(image), "gold": value}
