@@ -44,7 +44,8 @@ def draw_training(work: Path, bins: list[list[float]], path: Path) -> None:
         records = [json.loads(line) for line in log.read_text().splitlines()]
         axes[0].plot([r["step"] for r in records], [r["loss"] for r in records], lw=1.3, label=log.parent.name)
     axes[0].set(xlabel="step", ylabel="loss", title="training")
-    axes[0].legend(frameon=False, fontsize=8)
+    if len(axes[0].lines) > 1:
+        axes[0].legend(frameon=False, fontsize=8)
     if bins:
         _reliability(axes[1], bins)
     for each in axes:

@@ -72,7 +72,8 @@ class Backbone(nn.Module):
     @property
     def logit_scale(self) -> Tensor:
         """exp of the learned log temperature; about 100 for published models."""
-        return _wide(self.model.logit_scale).exp()
+        scale: Any = self.model.logit_scale
+        return _wide(scale).exp()
 
     def images(self, images: Tensor, preprocess: Preprocess = resize_and_crop) -> Tensor:
         """(N, D), of unit length, at least fp32; differentiable."""

@@ -15,7 +15,7 @@ from steer.reward import RewardError
 from steer.rewards.calibration_curve import Judgement, judged
 from steer.rewards.clip_backbone import CONFIG, Backbone, clip_folder, load_backbone
 from steer.rewards.learned import HEADS, Card, copy_configuration, save_learned
-from steer.rewards.objectives import OBJECTIVES, flipped, smoothed
+from steer.rewards.objectives import OBJECTIVES, Choices, Objective, flipped, smoothed
 from steer.rewards.pairs import Pairs, load_images, split_by_prompt
 from steer.rewards.preprocess import resize_and_crop
 from steer.training import Run, batch_at
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 CHUNK = 64  # images whose features are computed at a time, outside training
 Features = tuple[Tensor, Tensor, Tensor]  # of image a, of image b, of the prompt: (N, D) each
+Encode = Callable[[Tensor], Features]  # of row numbers
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,7 @@ class Recipe:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises RewardError for a name or number that cannot be, before anything is read."""
-        choose("head", self.head, HEADS)
-        choose("objective", self.objective, OBJECTIVES)
-        if self.head == "similarity" and not self.whole:
-            raise RewardError("--head similarity has nothing to train but a scale: add --whole, or take --head pair")
+        """Raises RewardError for a number that cannot be, before anything is read."""
         for name in ("members", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise RewardError(f"--{name} must be at least 1, got {getattr(self, name)}")
@@ -90,6 +87,10 @@ def train_reward(pairs: Pairs, recipe: Recipe, out: Path, work: Path, device: st
     The report holds the held-out accuracy and calibration of every member and of their mean.
     """
     recipe.check()
+    choose("head", recipe.head, HEADS)
+    objective = choose("objective", recipe.objective, OBJECTIVES)
+    if recipe.head == "similarity" and not recipe.whole:
+        raise RewardError("--head similarity has nothing to train but a scale: add --whole, or take --head pair")
     claim(work, recipe, len(pairs))
     training_rows, held_rows = split_by_prompt(pairs.prompts, recipe.held_out, recipe.seed)
     training, held = pairs.take(training_rows), pairs.take(held_rows or training_rows)
@@ -100,7 +101,9 @@ def train_reward(pairs: Pairs, recipe: Recipe, out: Path, work: Path, device: st
     for number in range(recipe.members):
         own = load_backbone(recipe.backbone).to(device) if recipe.whole else backbone
         member = Member(recipe, own, width, recipe.seed + number).to(device)
-        _fit(member, training, recipe, work / f"member-{number}", recipe.seed + number, frozen and frozen[0])
+        encode = _known(frozen[0], device) if frozen else _encoded(own, training)
+        choices = training.choices.to(device)
+        _fit(member, encode, choices, objective, recipe, work / f"member-{number}", recipe.seed + number)
         outputs.append(_raw(member, frozen[1] if frozen else features_of(own, held)))
         members.append(member)
         logger.info("member %d: %s", number, judged(outputs[-1], held.choices).summary)
@@ -148,27 +151,31 @@ def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
     return a, b, text
 
 
-def _fit(member: Member, pairs: Pairs, recipe: Recipe, folder: Path, seed: int, frozen: Features | None) -> None:
+def _known(features: Features, device: str) -> Encode:
+    """Features of some rows of those that were computed before."""
+    a, b, text = (part.to(device) for part in features)
+    return lambda rows: (a[rows], b[rows], text[rows])
+
+
+def _encoded(backbone: Backbone, pairs: Pairs) -> Encode:
+    """Features of some rows, computed with gradients."""
+    return lambda rows: _encode(backbone, pairs, rows)
+
+
+def _fit(
+    member: Member, encode: Encode, choices: Choices, objective: Objective, recipe: Recipe, folder: Path, seed: int
+) -> None:
     """Minimises the objective over a bootstrap sample of the pairs (all of them where there is one member)."""
-    count = len(pairs)
+    count = len(choices.choice)
     sample = torch.arange(count)
     if recipe.members > 1:
         sample = torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
-    objective = OBJECTIVES[recipe.objective]
-    device = next(member.parameters()).device
-    encode: Callable[[Tensor], Features]
-    if frozen is not None:
-        encode = lambda rows: (frozen[0][rows].to(device), frozen[1][rows].to(device), frozen[2][rows].to(device))  # noqa: E731
-    else:
-        assert member.backbone is not None
-        whole = member.backbone
-        encode = lambda rows: _encode(whole, pairs, rows)  # noqa: E731
 
     def loss_at(step: int) -> Tensor:
         member.train()
         rows = sample[batch_at(step, recipe.batch, count, seed)]
-        choices = smoothed(pairs.choices[rows], recipe.smoothing)
-        return objective(flipped(member.difference(encode(rows)), recipe.flip), choices.to(device))
+        difference = flipped(member.difference(encode(rows)), recipe.flip)
+        return objective(difference, smoothed(choices[rows], recipe.smoothing))
 
     warmup = min(100, recipe.steps // 10)
     Run(folder, recipe.steps, recipe.learning_rate, warmup=warmup).train([member], loss_at)

@@ -35,6 +35,7 @@ def train_clip(
     """
     if not (folder / CONFIG).is_file():
         raise RewardError(f"--backbone {folder}: no {CONFIG} there; contrastive training needs an open_clip folder")
+    recipe.check()
     claim(work, recipe, len(captions.prompts))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)

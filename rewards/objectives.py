@@ -22,6 +22,10 @@ class Choices:
     def __getitem__(self, rows: Tensor) -> "Choices":
         return Choices(self.choice[rows], self.strength[rows])
 
+    def to(self, device: str) -> "Choices":
+        """The same on a device."""
+        return Choices(self.choice.to(device), self.strength.to(device))
+
 
 Objective = Callable[[Tensor, Choices], Tensor]
 

@@ -42,8 +42,8 @@ class Pairs:
 
     def take(self, rows: Sequence[int]) -> "Pairs":
         """Some of the pairs."""
-        a, b, prompts = (tuple(column[row] for row in rows) for column in (self.a, self.b, self.prompts))
-        return Pairs(a, b, prompts, self.choices[torch.tensor(rows, dtype=torch.long)])
+        a, b = (tuple(column[row] for row in rows) for column in (self.a, self.b))
+        return Pairs(a, b, tuple(self.prompts[row] for row in rows), self.choices[torch.tensor(rows, dtype=torch.long)])
 
 
 def read_rows(path: Path) -> list[Row]:

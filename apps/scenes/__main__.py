@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import random
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of `evaluate`")
     parser.add_argument("--particles", type=int, default=4, help="K of `evaluate`")
+    parser.add_argument("--reward", default="scene-soft", help="what steers in `evaluate` and `foresight`")
+    parser.add_argument("--lam", type=float, help="λ of `evaluate`; by default the one tuned for scene-soft")
     parser.add_argument("--json", type=Path, default=Path("runs/scenes/evaluate.json"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -68,7 +71,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     from steer.assets import PROMPTS
 
     prompts = read_prompts(PROMPTS[options.list])
-    _report(compare(str(options.model), prompts, "scene-soft", options.particles, STEERING, CALL), options.json)
+    steering = STEERING | ({"lam": options.lam} if options.lam is not None else {})
+    _report(compare(str(options.model), prompts, options.reward, options.particles, steering, CALL), options.json)
 
 
 def _foresight(options: argparse.Namespace) -> None:
@@ -77,7 +81,41 @@ def _foresight(options: argparse.Namespace) -> None:
     from steer.assets import PROMPTS
 
     prompts, steps = read_prompts(PROMPTS[options.list]), range(2, 20, 3)
-    _report(foresight(str(options.model), prompts, "scene-soft", options.particles, steps, CALL), options.json)
+    _report(foresight(str(options.model), prompts, options.reward, options.particles, steps, CALL), options.json)
+
+
+def _captions(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.preferences import new_clip_folder, write_captions
+
+    new_clip_folder(options.out / "clip-new")
+    write_captions(options.out / "captions.parquet", 40_000)
+
+
+def _pairs(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.annotators import write_pairs
+    from steer.apps.scenes.preferences import EACH, sample_prompts, trained_prompts
+
+    folder = options.out / "samples"
+    list(sample_prompts(folder, str(options.model), trained_prompts(1760), EACH))
+    print(json.dumps(write_pairs(folder, options.out)))
+
+
+def _many(options: argparse.Namespace) -> None:
+    from steer.apps.prompts import read_prompts
+    from steer.apps.scenes.preferences import sample_prompts
+    from steer.assets import PROMPTS
+
+    prompts = read_prompts(PROMPTS[options.list])
+    random.Random(0).shuffle(prompts)
+    list(sample_prompts(options.out / "many", str(options.model), prompts[:40], 256))
+
+
+def _curves(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.overoptimise import PROXIES, curves, draw_curves
+
+    found = curves(options.out / "many", PROXIES)
+    _report(found, options.json)
+    draw_curves(found, options.json.with_suffix(".png"))
 
 
 def _report(result: dict[str, Any], path: Path) -> None:
@@ -99,6 +137,10 @@ STAGES = {
     "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
     "evaluate": (_evaluate, "base, best-of-N and steering on --list, judged by the exact scene reward, to --json"),
     "foresight": (_foresight, "how well the reward of x̂0 at each step foretells the end, to --json"),
+    "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
+    "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
+    "many": (_many, "sample 256 images of 40 prompts of --list"),
+    "curves": (_curves, "best-of-n of those on several proxies, judged by the exact reward, to --json and a picture"),
     "prompts": (_prompts, "write the held-out and the tuning prompts to --prompts"),
 }
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 TOGETHER = 32  # images in one call, where a prompt has no more
 PART = 640  # images in one file
 EACH = 4  # images of a prompt
-CALL = {"num_inference_steps": 20, "guidance_scale": 4.0}
+CALL: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
 Row = dict[str, Any]
 
