@@ -4,53 +4,13 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import Steer
 from PIL import Image
 
-from steer.apps import cli
-
 FAST = ["--steps", "4", "--particles", "3", "--seed", "7"]
-Steer = Callable[..., tuple[int, str, str]]
-
-REWARD = """
-from pathlib import Path
-import torch
-
-def fails_on_stars(images, prompts):
-    if "star" in prompts[0] and not Path(__file__).with_name("mended").exists():
-        raise RuntimeError("stars are too bright")
-    return images.mean((1, 2, 3))
-
-def not_a_number(images, prompts):
-    return torch.full((len(images),), float("nan"))
-
-def wrong_shape(images, prompts):
-    return torch.zeros(len(images) + 1)
-"""
-
-
-@pytest.fixture
-def steer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Steer:
-    """Runs the command in this process: (exit code, stdout, stderr)."""
-    (tmp_path / "own_rewards.py").write_text(REWARD)
-    (tmp_path / "broken_module.py").write_text("def x(:\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["steer", *map(str, words)])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def digest(folder: Path) -> dict[str, str]:

@@ -28,7 +28,9 @@ def composition(image: np.ndarray) -> float:
     covered = np.linalg.norm(image - np.median(border, axis=0), axis=-1) > FOREGROUND
     if not covered.any():
         return -1.0
-    middle = np.array([np.mean(places) / side for places, side in zip(np.nonzero(covered), covered.shape, strict=True)])
+    middle = np.array(
+        [(np.mean(places) + 0.5) / side for places, side in zip(np.nonzero(covered), covered.shape, strict=True)]
+    )
     return float(covered.mean() - 2 * np.linalg.norm(middle - 0.5))
 
 

@@ -1,5 +1,6 @@
 """Where a proxy and the truth part: best-of-n on one proxy, judged by the exact reward, as n grows."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ COLOURS = ("#832db6", "#e76300", "#3f90da", "#a96b59", "#94a4a2")
 
 def kl_of_best_of_n(n: int) -> float:
     """An upper bound of the KL from the base model, nats: log n − (n − 1)/n (arXiv 2204.05862, 2401.01879)."""
-    return float(torch.log(torch.tensor(float(n)))) - (n - 1) / n
+    return math.log(n) - (n - 1) / n
 
 
 def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
@@ -47,9 +48,9 @@ def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
 
 
 def _log_choose(n: Tensor, k: int) -> Tensor:
-    """log C(n, k); where n < k a number that nobody reads."""
+    """log C(n, k), fp64; where n < k a number that nobody reads."""
     n = n.double().clamp(min=k)
-    return torch.lgamma(n + 1) - torch.lgamma(torch.tensor(k + 1.0)) - torch.lgamma(n - k + 1)
+    return torch.lgamma(n + 1) - math.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
 def curves(folder: Path, proxies: Mapping[str, str]) -> dict[str, Any]:

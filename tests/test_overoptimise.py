@@ -1,0 +1,57 @@
+"""Best-of-n from one sample, and the annotators of scenes, against hand-made truths."""
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+
+from steer.apps.scenes.annotators import choose, composition, pairs_of
+from steer.apps.scenes.overoptimise import expected_best, kl_of_best_of_n
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
+def test_expected_best_is_the_mean_over_all_subsets(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    proxy, value = (torch.randn(2, 6, generator=generator) for _ in range(2))
+    for row in range(2):
+        picked = [value[row, max(some, key=lambda k: proxy[row, k].item())] for some in combinations(range(6), n)]
+        assert expected_best(proxy, value, n)[row].item() == pytest.approx(np.mean(picked), abs=1e-6)
+
+
+def test_one_of_one_is_the_mean_and_one_of_all_the_best() -> None:
+    proxy = torch.randn(3, 256, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(expected_best(proxy, proxy, 1), proxy.double().mean(1))
+    assert torch.allclose(expected_best(proxy, proxy, 256), proxy.double().amax(1))
+
+
+def test_kl_of_best_of_n() -> None:
+    assert kl_of_best_of_n(1) == 0
+    assert kl_of_best_of_n(4) == pytest.approx(np.log(4) - 0.75)
+
+
+def test_annotators_choose_by_bradley_and_terry() -> None:
+    rng = np.random.default_rng(0)
+    choices = [choose(0.5, 0.2, 0.15, rng) for _ in range(4000)]
+    assert choices.count("a") / 4000 == pytest.approx(1 / (1 + np.exp(-2)), abs=0.02)
+    assert choose(0.5, 0.5, 0.15, rng) == "tie"
+
+
+def test_pairs_stay_within_one_prompt() -> None:
+    samples = [{"prompt": prompt, "image": f"{prompt}{k}".encode()} for prompt in "xy" for k in range(4)]
+    pairs = pairs_of(samples, [0.0, 0.1, 0.2, 0.3] * 2, 0.1, np.random.default_rng(0))
+    assert len(pairs) == 2 * 6
+    assert all(pair["image_a"][:1] == pair["image_b"][:1] == pair["prompt"].encode() for pair in pairs)
+    assert sorted({round(pair["strength"], 6) for pair in pairs}) == [0.1, 0.2, 0.3]
+
+
+def test_composition_likes_large_and_central() -> None:
+    def square(x: int, y: int, half: int) -> np.ndarray:
+        image = np.ones((64, 64, 3), np.float32)
+        image[y - half : y + half, x - half : x + half] = (0.9, 0.1, 0.1)
+        return image
+
+    central, aside, small = (composition(square(*place)) for place in ((32, 32, 12), (14, 14, 12), (32, 32, 6)))
+    assert central > small > aside
+    assert central == pytest.approx(24 * 24 / 64**2, abs=0.02)
+    assert composition(np.ones((64, 64, 3), np.float32)) == -1

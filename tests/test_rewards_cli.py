@@ -1,0 +1,124 @@
+"""`steer rewards …` as a user types it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Steer
+from PIL import Image
+
+from steer.apps.scenes.world import draw, random_scene
+from steer.rewards.transform import read_calibration
+
+
+@pytest.fixture
+def scenes(tmp_path: Path) -> Path:
+    """A folder of twelve drawn scenes and their prompts."""
+    folder, lines = tmp_path / "drawn", []
+    folder.mkdir()
+    for number in range(12):
+        rng = np.random.default_rng(number)
+        scene = random_scene(rng)
+        Image.fromarray(draw(scene, rng)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "prompt": scene.prompt}))
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+def test_without_a_command_it_lists_them(steer: Steer) -> None:
+    code, out, _ = steer("rewards")
+    assert code == 0
+    assert {"imagereward", "hpsv2.1", "scene-soft"} <= {line.split()[0] for line in out.splitlines()}
+
+
+def test_check_passes_a_good_reward_and_fails_a_bad_one(steer: Steer, scenes: Path) -> None:
+    code, out, _ = steer("rewards", "check", "scene-soft", "--images", scenes)
+    assert code == 0 and "gradient" in out and "FAILED" not in out
+    code, out, _ = steer("rewards", "check", "own_rewards:not_a_number", "--images", scenes)
+    assert code == 1 and "returned nan" in out
+
+
+def test_compare_tells_how_alike_they_are_and_draws_it(steer: Steer, scenes: Path, tmp_path: Path) -> None:
+    code, out, _ = steer("rewards", "compare", "jpeg", "jpeg:2", "--images", scenes, "--out", tmp_path / "same.png")
+    assert code == 0 and "Spearman" in out and "1.000" in out
+    assert Image.open(tmp_path / "same.png").width > 400
+
+
+def test_contrast_tells_whether_the_prompt_is_read(steer: Steer, scenes: Path) -> None:
+    code, out, _ = steer("rewards", "contrast", "scene", "--images", scenes)
+    assert code == 0 and out.splitlines()[-1].split()[:2] == ["all", "100.0%"]
+    code, _, err = steer("rewards", "contrast", "jpeg", "--images", scenes, "--prompt", "a thing")
+    assert code == 2 and "prompts.jsonl" in err
+
+
+def test_calibrate_measures_what_z_needs(steer: Steer, scenes: Path, tmp_path: Path) -> None:
+    file = tmp_path / "calibration.json"
+    assert steer("rewards", "calibrate", "brightness", "--images", scenes, "--out", file)[0] == 0
+    assert steer("rewards", "calibrate", "jpeg", "--images", scenes, "--out", file)[0] == 0
+    assert set(read_calibration(file).scales) == {"brightness", "jpeg"}
+    images = [scenes / f"{number}.png" for number in range(12)]
+    code, out, _ = steer("score", *images, "--prompt", "a star", "--reward", f"z(brightness, from={file})")
+    scores = [row["score"] for row in json.loads(out)["scores"]]
+    assert code == 0 and np.mean(scores) == pytest.approx(0, abs=1e-5) and np.std(scores, ddof=1) == pytest.approx(1)
+
+
+def test_train_makes_a_folder_that_scores(steer: Steer, scenes: Path, tmp_path: Path) -> None:
+    rows = [
+        {"image_a": f"{a}.png", "image_b": f"{b}.png", "prompt": f"scene {a % 3}", "choice": "a" if a < b else "b"}
+        for a in range(12)
+        for b in range(12)
+        if a != b
+    ]
+    data = scenes / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    out, work = tmp_path / "earlier", tmp_path / "work"
+    code, told, err = steer("rewards", "train", data, "--out", out, "--work", work, "--steps", 40, "--members", 2)
+    assert code == 0, err
+    assert "accuracy" in told and Image.open(work / "training.png").width > 400
+    code, scored, _ = steer("score", scenes / "0.png", "--prompt", "a star", "--reward", out)
+    assert code == 0 and len(json.loads(scored)["scores"][0]["parts"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["check", "scene-soft", "--images", "nowhere"], "nowhere: not a folder of images"),
+        (["check", "nosuch", "--images", "{scenes}"], "unknown reward 'nosuch'"),
+        (["train", "nowhere.jsonl", "--out", "r"], "nowhere.jsonl: no such file of pairs"),
+        (["train", "{scenes}/0.png", "--out", "r"], "0.png: pairs are read from .jsonl and .parquet files"),
+        (["train", "{scenes}/prompts.jsonl", "--out", "r"], "row 1: 'image_a' is neither an image file"),
+        (["train", "x.jsonl", "--out", "r", "--device", "nosuch"], "--device 'nosuch' cannot be used"),
+        (["calibrate", "colour:red", "--images", "{scenes}", "--out", "{scenes}/0.png"], "not a calibration"),
+    ],
+)
+def test_bad_input_is_one_line(
+    steer: Steer, scenes: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = steer("rewards", *(word.format(scenes=scenes) for word in words))
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_reward_that_hangs_ends_the_run_and_finished_prompts_stay(steer: Steer, tmp_path: Path) -> None:
+    (tmp_path / "own_hanging.py").write_text(
+        "import time\n\n\ndef hangs_on_stars(images, prompts):\n"
+        "    time.sleep(30 * ('star' in prompts[0]))\n    return images.mean((1, 2, 3))\n"
+    )
+    words = ["a circle", "a star", "--steps", 4, "--particles", 2, "--method", "best-of-n"]
+    limit = ["--reward", "own_hanging:hangs_on_stars", "--reward-timeout", 2]
+    code, _, err = steer("sample", *words, *limit, "--out", tmp_path / "out")
+    assert code == 2 and "'hangs_on_stars' took longer than its 2 s" in err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [entry["prompt"] for entry in report["prompts"]] == ["a circle"]
+    assert (tmp_path / "out" / report["prompts"][0]["images"][0]).is_file()
+
+
+def test_a_report_tells_every_part(steer: Steer, tmp_path: Path) -> None:
+    words = ["a circle", "--steps", 4, "--particles", 3, "--reward", "brightness + colour:red:2"]
+    assert steer("sample", *words, "--out", tmp_path / "out")[0] == 0
+    entry = json.loads((tmp_path / "out" / "report.json").read_text())["prompts"][0]
+    total = np.array(entry["parts"]["brightness"]) + 2 * np.array(entry["parts"]["colour:red"])
+    assert np.allclose(total, entry["rewards"], atol=1e-5) and entry["rewards"] == sorted(
+        entry["rewards"], reverse=True
+    )
