@@ -5,9 +5,10 @@ v1  the same embedding of ViT-L/14, B/32 or B/16 → one linear layer
 Source: LAION-AI/aesthetic-predictor and christophschuhmann/improved-aesthetic-predictor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from steer.choices import nearest
@@ -16,7 +17,7 @@ from steer.rewards.batches import in_micro_batches
 from steer.rewards.clip import MICRO_BATCH
 from steer.rewards.clip_backbone import DEFAULT_CLIP, Backbone, load_backbone
 from steer.rewards.learned import LearnedAesthetic
-from steer.rewards.weights import State, WebFile, cast, load_weights, read_checkpoint
+from steer.rewards.weights import State, WebFile, cast, check_dtype, follow, load_weights, read_checkpoint
 
 RAW = "https://raw.githubusercontent.com"
 V2 = f"{RAW}/christophschuhmann/improved-aesthetic-predictor/6934dd81792f086e613a121dbce43082cb8be85e"
@@ -66,15 +67,12 @@ RELU_LAYOUT = (0, 3, 6, 9, 11)
 class Mlp(nn.Module):
     """The head of v2 in either layout; dropout, which does nothing when scoring, is left out but counted."""
 
-    def __init__(self, state: State, places: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], places: Sequence[int]) -> None:
         super().__init__()
-        relu = tuple(places) == RELU_LAYOUT
         layers: list[nn.Module] = [nn.Identity() for _ in range(places[-1] + 1)]
-        for place in places:
-            out, width = state[f"layers.{place}.weight"].shape
-            layers[place] = nn.Linear(width, out)
-            # The last hidden layer's ReLU is there, its dropout is not: every layer but the last is followed by one.
-            if relu and place != places[-1]:
+        for place, before, after in zip(places, widths, [*widths[1:], 1], strict=True):
+            layers[place] = nn.Linear(before, after)
+            if tuple(places) == RELU_LAYOUT and place != places[-1]:
                 layers[place + 1] = nn.ReLU()
         self.layers = nn.Sequential(*layers)
 
@@ -84,15 +82,16 @@ class Mlp(nn.Module):
 
 def head_of(state: State, what: str) -> nn.Module:
     """The head that a checkpoint holds: v2's MLP in either layout, or v1's linear layer. Raises RewardError."""
-    keys = set(state)
     layouts = {_keys(places): places for places in (LINEAR_LAYOUT, RELU_LAYOUT)}
-    if frozenset(keys) in layouts and all(state[key].dim() == 2 for key in keys if key.endswith("weight")):
-        head: nn.Module = Mlp(state, layouts[frozenset(keys)])
-    elif keys == {"weight", "bias"} and state["weight"].dim() == 2:
-        head = nn.Linear(state["weight"].shape[1], 1)
-    else:
-        shown = ", ".join(sorted(keys)[:4])
-        raise RewardError(f"{what}: not an aesthetic head in a published layout (keys: {shown} …)")
+    matrices = all(tensor.dim() == 2 for key, tensor in state.items() if key.endswith("weight"))
+    with torch.random.fork_rng(devices=[]):  # no random number is drawn for what is filled at once
+        if matrices and (places := layouts.get(frozenset(state))):
+            head: nn.Module = Mlp([state[f"layers.{place}.weight"].shape[1] for place in places], places)
+        elif matrices and state.keys() == {"weight", "bias"}:
+            head = nn.Linear(state["weight"].shape[1], 1)
+        else:
+            shown = ", ".join(sorted(state)[:4])
+            raise RewardError(f"{what}: not an aesthetic head in a published layout (keys: {shown} …)")
     load_weights(head, state, what)
     return head
 
@@ -102,22 +101,25 @@ def _keys(places: Sequence[int]) -> frozenset[str]:
 
 
 class Aesthetic:
-    """The head's output, about 1..10; the prompt plays no part."""
+    """The head's output, about 1..10; the prompt plays no part.
+
+    `load` makes the CLIP and the head, once the options are known to be good; dtype is the CLIP's alone.
+    """
 
     differentiable = True
 
     def __init__(
-        self, name: str, backbone: Backbone, head: nn.Module, micro_batch: str | int, dtype: str | None
+        self, name: str, load: Callable[[], tuple[Backbone, nn.Module]], micro_batch: str | int, dtype: str | None
     ) -> None:
         self.name = name
-        self.backbone, self.head = backbone, head
-        cast(backbone, dtype)
-        cast(head, None)
         self._batched = in_micro_batches(self._score, micro_batch)
+        check_dtype(dtype)
+        self.backbone, self.head = load()
+        cast(self.backbone, dtype)
+        cast(self.head, None)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.backbone.to(images.device)
-        self.head.to(images.device)
+        follow(images, self.backbone, self.head)
         return self._batched(images, prompts)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -138,18 +140,23 @@ def aesthetic(
     backbone  the CLIP it stands on, where it is not the published one
     """
     if version in LearnedAesthetic.embedded:
+        if path or backbone:
+            raise RewardError(f"aesthetic:{version} is whole: it takes neither path nor backbone")
         return LearnedAesthetic(version, micro_batch=micro_batch, dtype=dtype)
     if version not in PREDICTORS:
         known = nearest(version, [*PREDICTORS, *LearnedAesthetic.embedded])
         raise RewardError(f"aesthetic:{version}: unknown version, did you mean {known}?")
     published = PREDICTORS[version]
-    state = read_checkpoint(path) if path else read_checkpoint(published.head.fetch(), published.head.sha256)
-    head = head_of(state, path or f"aesthetic:{version}")
-    base = load_backbone(backbone or published.backbone)
-    width = next(head.parameters()).shape[1]
-    if base.width != width:
-        raise RewardError(
-            f"aesthetic: the head reads {width} numbers, this CLIP gives {base.width}: backbone=… names another"
-        )
-    name = "aesthetic" if version == "v2" else f"aesthetic:{version}"
-    return Aesthetic(name, base, head, micro_batch, dtype)
+
+    def load() -> tuple[Backbone, nn.Module]:
+        file = path or published.head.fetch()
+        head = head_of(read_checkpoint(file), f"aesthetic: {file}")
+        clip = load_backbone(backbone or published.backbone)
+        width = next(head.parameters()).shape[1]
+        if clip.width != width:
+            raise RewardError(
+                f"aesthetic: the head reads {width} numbers, this CLIP gives {clip.width}: backbone=… names another"
+            )
+        return clip, head
+
+    return Aesthetic("aesthetic" if version == "v2" else f"aesthetic:{version}", load, micro_batch, dtype)

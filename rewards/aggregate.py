@@ -1,9 +1,15 @@
 """Several rewards as one number: pure functions of scores (M, N), M rewards of N images, that return (N,)."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from steer.contract import RewardError
 
 Aggregate = Callable[[Tensor], Tensor]
 
@@ -42,3 +48,25 @@ AGGREGATES: dict[str, Aggregate] = {
     "mean-std": mean_minus_std,
     "quantile": quantile,
 }
+OPTIONS: dict[str, tuple[str, ...]] = {"mean-std": ("lam",), "quantile": ("q",)}
+
+
+def aggregate(name: str, options: Mapping[str, Any], where: str) -> Aggregate:
+    """One of them with its options. Raises RewardError, which begins with `where`, for options that cannot be."""
+    allowed = OPTIONS.get(name, ())
+    for option, value in options.items():
+        if option not in allowed:
+            raise RewardError(f"{where}: {name} takes {' and '.join(allowed) or 'no options'}, not {option!r}")
+        if not is_number(value) or (option == "q" and not 0 <= value <= 1):
+            raise RewardError(
+                f"{where}: {option} must be a {'number from 0 to 1' if option == 'q' else 'finite number'}"
+            )
+    return partial(AGGREGATES[name], **{option: float(value) for option, value in options.items()})
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one real number, finite as a float."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False

@@ -39,7 +39,10 @@ def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int
 
 
 class PromptCache:
-    """Text features by prompt: `encode` sees each prompt once; the least recently used are forgotten."""
+    """Text features by prompt: `encode` sees each prompt once; the least recently used are forgotten.
+
+    They are kept, and returned, on the CPU: the model may have moved from one device to another meanwhile.
+    """
 
     def __init__(self, encode: Callable[[list[str]], Tensor], size: int = REMEMBERED) -> None:
         self._encode, self._size = encode, size
@@ -51,7 +54,9 @@ class PromptCache:
         if new := [prompt for prompt in wanted if prompt not in self._known]:
             # Tensors made in inference mode could take no part in gradients later.
             with torch.inference_mode(False), torch.no_grad():
-                self._known.update(zip(new, self._encode(new), strict=True))
+                # Copies: a row of a larger tensor would keep all of it in memory.
+                rows = [row.clone() for row in self._encode(new).cpu()]
+            self._known.update(zip(new, rows, strict=True))
         for prompt in wanted:
             self._known.move_to_end(prompt)
         features = torch.stack([self._known[prompt] for prompt in prompts])

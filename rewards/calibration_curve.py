@@ -16,7 +16,7 @@ BINS = 10
 class Judgement:
     """Of pairs that training did not see.
 
-    accuracy  share of decided pairs (no ties) in which the chosen image has the higher reward
+    accuracy  share of decided pairs (no ties) in which the chosen image has the higher reward; equal rewards: half
     log_loss  mean −log of the probability given to the choice, nats; ln 2 = .693 is a coin's
     ece       expected calibration error: mean over pairs of |predicted − observed| share, in bins of 0.1
     bins      (predicted, observed, pairs) of each bin of the probability σ(Δ) that a is chosen
@@ -36,7 +36,7 @@ def judged(raw: Sequence[Tensor], choices: Choices) -> Judgement:
     """raw: rewards (N,) of the images a and of the images b, in nats."""
     difference, chosen = raw[0] - raw[1], choices.choice
     decided = chosen != 0.5
-    right = ((difference > 0) == (chosen > 0.5)).float() - 0.5 * (difference == 0)
+    right = torch.where(difference == 0, 0.5, ((difference > 0) == (chosen > 0.5)).float())
     loss = F.binary_cross_entropy_with_logits(difference, chosen)
     bins = _bins(torch.sigmoid(difference), chosen)
     ece = sum(count * abs(predicted - observed) for predicted, observed, count in bins) / max(len(chosen), 1)

@@ -8,8 +8,9 @@ micro_batch=N     images at a time   preprocess=crop|pad             CLIP's own,
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 
-import open_clip
 from torch import Tensor
 
 from steer.choices import choose
@@ -20,15 +21,13 @@ from steer.rewards.clip_backbone import (
     LAION_H,
     PICKSCORE,
     Backbone,
-    clip_folder,
     load_backbone,
-    open_clip_backbone,
-    open_clip_folder,
+    open_clip_architecture,
 )
-from steer.rewards.preprocess import PREPROCESS, Preprocess
-from steer.rewards.weights import HubFile, cast, load_weights, read_checkpoint
+from steer.rewards.preprocess import PREPROCESS
+from steer.rewards.weights import HubFile, cast, check_dtype, follow, load_weights, read_checkpoint
 
-Unit = Callable[[Tensor, Tensor], Tensor]
+Unit = Callable[[Tensor, float], Tensor]
 
 MICRO_BATCH = 16
 HPS_REVISION = "697403c78157020a1ae59d23f111aa58ced35b0a"
@@ -43,17 +42,17 @@ HPS = {
 }
 
 
-def cosine(similarity: Tensor, logit_scale: Tensor) -> Tensor:
+def cosine(similarity: Tensor, logit_scale: float) -> Tensor:
     """cos(image, text), −1..1; of published models about 0.1..0.4."""
     return similarity
 
 
-def logit(similarity: Tensor, logit_scale: Tensor) -> Tensor:
+def logit(similarity: Tensor, logit_scale: float) -> Tensor:
     """exp(t) cos(image, text): what the CLIP was trained on, about 100 times the cosine."""
     return logit_scale * similarity
 
 
-def clipscore(similarity: Tensor, logit_scale: Tensor) -> Tensor:
+def clipscore(similarity: Tensor, logit_scale: float) -> Tensor:
     """100 max(cos(image, text), 0), 0..100 (CLIPScore, arXiv 2104.08718, in the scale that is usual now)."""
     return 100 * similarity.clamp(min=0)
 
@@ -62,34 +61,40 @@ UNITS: dict[str, Unit] = {"cosine": cosine, "logit": logit, "clipscore": clipsco
 
 
 class ClipReward:
-    """Similarity of image and prompt by a CLIP: (N,) in one of the units above, at least fp32."""
+    """Similarity of image and prompt by a CLIP: (N,) in one of the units above, at least fp32.
+
+    `load` makes the CLIP, once the options are known to be good. The published temperature is kept in full
+    precision whatever the dtype: half of it would move all scores by up to 2 %.
+    """
 
     differentiable = True
 
     def __init__(
         self,
         name: str,
-        backbone: Backbone,
-        unit: Unit,
-        preprocess: Preprocess,
+        load: Callable[[], Backbone],
+        unit: str,
+        preprocess: str,
         micro_batch: str | int,
         dtype: str | None,
     ) -> None:
         self.name = name
-        self.backbone = backbone
-        cast(backbone, dtype)
-        self._unit, self._preprocess = unit, preprocess
-        self._texts = PromptCache(backbone.texts)
+        self._unit, self._preprocess = choose("unit", unit, UNITS), choose("preprocess", preprocess, PREPROCESS)
         self._batched = in_micro_batches(self._score, micro_batch)
+        check_dtype(dtype)
+        self.backbone = load()
+        self._logit_scale = self.backbone.logit_scale.item()
+        cast(self.backbone, dtype)
+        self._texts = PromptCache(self.backbone.texts)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        self.backbone.to(images.device)
+        follow(images, self.backbone)
         return self._batched(images, prompts)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image = self.backbone.images(images, self._preprocess)
         similarity = (image * self._texts(prompts).to(image.device)).sum(-1)
-        return self._unit(similarity, self.backbone.logit_scale)
+        return self._unit(similarity, self._logit_scale)
 
 
 def clip(
@@ -104,10 +109,8 @@ def clip(
 
     unit  cosine (default), logit or clipscore
     """
-    backbone = load_backbone(model)
     name = "clip" if model == DEFAULT_CLIP else f"clip:{model}"
-    options = choose("unit", unit, UNITS), choose("preprocess", preprocess, PREPROCESS), micro_batch
-    return ClipReward(name, backbone, *options, dtype)
+    return ClipReward(name, partial(load_backbone, model), unit, preprocess, micro_batch, dtype)
 
 
 def pickscore(
@@ -117,20 +120,24 @@ def pickscore(
 
     path  a local folder as CLIPModel.save_pretrained writes it, with its tokenizer
     """
+    if path and not Path(path).is_dir():
+        raise RewardError(f"pickscore:path={path}: no such folder")
     # The published repository has no tokenizer of its own: it is that of the CLIP that it was tuned from.
-    backbone = load_backbone(path or PICKSCORE, None if path else LAION_H)
-    options = choose("unit", unit, UNITS), PREPROCESS["crop"], micro_batch
-    return ClipReward("pickscore", backbone, *options, dtype)
+    load = partial(load_backbone, path or PICKSCORE, None if path else LAION_H)
+    return ClipReward("pickscore", load, unit, "crop", micro_batch, dtype)
 
 
 def _hps(
     name: str, path: str | None, model: str, preprocess: str, micro_batch: str | int, dtype: str | None
 ) -> ClipReward:
-    tensors = read_checkpoint(path) if path else read_checkpoint(HPS[name].fetch(), HPS[name].sha256)
-    backbone = _open_clip_architecture(model)
-    load_weights(backbone.model, tensors, f"{name}: {path or HPS[name].filename}")
-    options = UNITS["cosine"], choose("preprocess", preprocess, PREPROCESS), micro_batch
-    return ClipReward(name, backbone, *options, dtype)
+    def load() -> Backbone:
+        file = path or HPS[name].fetch()
+        tensors = read_checkpoint(file)
+        backbone = open_clip_architecture(model)
+        load_weights(backbone.model, tensors, f"{name}: {file}")
+        return backbone
+
+    return ClipReward(name, load, "cosine", preprocess, micro_batch, dtype)
 
 
 def hpsv2(
@@ -160,12 +167,3 @@ def hpsv21(
 ) -> ClipReward:
     """Human Preference Score v2.1: as `hpsv2`, from a local HPS_v2.1_compressed.pt or the hub's."""
     return _hps("hpsv2.1", path, model, preprocess, micro_batch, dtype)
-
-
-def _open_clip_architecture(model: str) -> Backbone:
-    """An open_clip model without weights, by name or by the folder of its configuration."""
-    if clip_folder(model).is_dir():
-        return open_clip_folder(clip_folder(model), weights=False)
-    if model not in open_clip.list_models():
-        raise RewardError(f"model={model}: not an architecture of open_clip, nor a folder with its configuration")
-    return open_clip_backbone(open_clip.create_model(model), open_clip.get_tokenizer(model))

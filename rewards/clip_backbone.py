@@ -9,17 +9,15 @@ from typing import Any
 
 import open_clip
 import torch
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoTokenizer, CLIPModel
+from transformers import CLIPModel, CLIPTokenizer
 
 from steer.assets import CLIPS
 from steer.choices import nearest
 from steer.reward import RewardError
 from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalise, resize_and_crop
-from steer.rewards.weights import NO_NETWORK
+from steer.rewards.weights import NO_NETWORK, in_a_line, must_fit
 
 CONFIG = "open_clip_config.json"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -30,8 +28,8 @@ REVISIONS = {
     LAION_H: "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
     PICKSCORE: "a4e4367c6dfa7288a00c550414478f865b875800",
 }
-# What loading a folder or a hub repository may raise: files that are missing, broken or of another model.
-LOADING = (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError, HFValidationError)
+# A tokenizer may lack this share of a model's rows, which some round up.
+SPARE = 0.1
 
 
 class Backbone(nn.Module):
@@ -101,10 +99,8 @@ def open_clip_backbone(model: nn.Module, tokenizer: Callable[[list[str]], Tensor
 
 
 def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
-    """Of a CLIPModel of transformers and its tokenizer. Raises ValueError where they do not belong together."""
-    known, wanted = len(tokenizer), model.config.text_config.vocab_size
-    if known != wanted:  # what transformers makes of a tokenizer whose files it did not find has a handful of words
-        raise ValueError(f"its tokenizer knows {known} tokens, the model {wanted}; are the tokenizer's files there?")
+    """Of a CLIPModel of transformers and its tokenizer. Raises RewardError where they do not belong together."""
+    _must_know(len(tokenizer), model.config.text_config.vocab_size)
     length = model.config.text_config.max_position_embeddings
 
     def tokenize(prompts: list[str]) -> Tensor:
@@ -121,26 +117,36 @@ def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
     )
 
 
+def _must_know(known: int, wanted: int) -> None:
+    """Raises RewardError for a tokenizer of `known` tokens where a model was trained on `wanted`.
+
+    What transformers makes of a tokenizer whose files it does not find knows a handful, and says nothing.
+    """
+    if not (1 - SPARE) * wanted <= known <= wanted:
+        raise RewardError(f"its tokenizer knows {known} tokens, the model {wanted}; are the tokenizer's files there?")
+
+
 def load_backbone(name: str, tokenizer: str | None = None) -> Backbone:
     """A CLIP by name: embedded, ARCHITECTURE/TAG of open_clip, ORGANISATION/NAME on the hub, a folder of either maker.
 
     tokenizer  another repository or folder to take a transformers tokenizer from
-    Repositories in REVISIONS come at that revision, others at their newest.
+    Repositories in REVISIONS come at that revision, others at their newest. A folder of transformers is taken to
+    expect OpenAI's mean and deviation of pixels; one of open_clip tells its own. Weights come in fp32.
     Raises RewardError, one line that names it, where it cannot be loaded. No code of a folder is run.
     """
     architecture, _, tag = name.partition("/")
     folder = clip_folder(name)
-    try:
-        if (folder / CONFIG).is_file():
-            return open_clip_folder(folder)
-        if architecture in open_clip.list_models() and not Path(name).is_dir():
+    if (folder / CONFIG).is_file():
+        return open_clip_folder(folder)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():  # transformers would take its default one for it
+            raise RewardError(f"CLIP {name!r} has neither {CONFIG} nor config.json")
+        with _loading(f"CLIP {name!r}"):
+            return _of_transformers(name, tokenizer)
+    with _loading(f"CLIP {name!r}", NO_NETWORK):
+        if architecture in open_clip.list_models():
             return _published(architecture, tag)
-        model = CLIPModel.from_pretrained(name, revision=REVISIONS.get(name))
-        read = AutoTokenizer.from_pretrained(tokenizer or name, revision=REVISIONS.get(tokenizer or name))
-        return transformers_backbone(model, read)
-    except LOADING as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise RewardError(f"CLIP {name!r} cannot be loaded: {reason[:160]}; {NO_NETWORK}") from error
+        return _of_transformers(name, tokenizer)
 
 
 def clip_folder(name: str) -> Path:
@@ -148,39 +154,87 @@ def clip_folder(name: str) -> Path:
     return CLIPS.get(name, Path(name))
 
 
-def _published(architecture: str, tag: str) -> Backbone:
-    tags = open_clip.list_pretrained_tags_by_model(architecture)
-    if tag not in tags:
-        near = nearest(tag, tags)
-        raise RewardError(f"CLIP {architecture!r} has no weights {tag!r}: write {architecture}/TAG, TAG being {near}")
-    with _quiet():
-        model = open_clip.create_model(architecture, pretrained=tag)
-    return open_clip_backbone(model, open_clip.get_tokenizer(architecture))
-
-
 def open_clip_folder(folder: Path, weights: bool = True) -> Backbone:
     """A folder in open_clip's own format: open_clip_config.json, the tokenizer's files, open_clip_model.safetensors.
 
     weights  False: a fresh model of that configuration
+    Raises RewardError, one line that names the folder. No code of it is run.
     """
-    config = json.loads((folder / CONFIG).read_text())["model_cfg"]
-    # These options would reach a loader that may run a repository's code.
-    if config["text_cfg"].get("tokenizer_kwargs") or config["text_cfg"].get("hf_model_name"):
-        raise RewardError(
-            f"{folder / CONFIG}: tokenizer_kwargs and hf_model_name are not read from a folder; remove them"
-        )
-    name = f"local-dir:{folder}"
-    with _quiet():
+    with _loading(f"CLIP {str(folder)!r}"):
+        config = json.loads((folder / CONFIG).read_text())["model_cfg"]
+        _must_be_plain(folder, config)
+        name = f"local-dir:{folder}"
+        tokenizer: Any = open_clip.get_tokenizer(name)
+        known = len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
+        _must_know(known, config["text_cfg"].get("vocab_size", open_clip.CLIPTextCfg.vocab_size))
         model = open_clip.create_model(name, load_weights=weights, require_pretrained=weights)
-        return open_clip_backbone(model, open_clip.get_tokenizer(name))
+        return open_clip_backbone(model, tokenizer)
+
+
+def open_clip_architecture(name: str) -> Backbone:
+    """A fresh open_clip model, by the name of its architecture or the folder of its configuration."""
+    folder = clip_folder(name)
+    if folder.is_dir():
+        return open_clip_folder(folder, weights=False)
+    if name not in open_clip.list_models():
+        raise RewardError(f"model={name}: not an architecture of open_clip, nor a folder with its configuration")
+    with _loading(f"CLIP {name!r}", NO_NETWORK):
+        return open_clip_backbone(open_clip.create_model(name), open_clip.get_tokenizer(name))
+
+
+def _published(architecture: str, tag: str) -> Backbone:
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags:
+        near = nearest(tag, tags)
+        raise RewardError(f"no weights {tag!r} are published: write {architecture}/TAG, TAG being {near}")
+    # open_clip only warns where an architecture has another GELU than the weights were trained with.
+    quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
+    model = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
+    return open_clip_backbone(model, open_clip.get_tokenizer(architecture))
+
+
+def _of_transformers(name: str, tokenizer: str | None) -> Backbone:
+    # transformers only warns of keys that are missing, and draws them; a configuration could ask for any attention.
+    model, told = CLIPModel.from_pretrained(
+        name,
+        revision=REVISIONS.get(name),
+        local_files_only=Path(name).is_dir(),
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    other_shape = {key for key, *_ in told["mismatched_keys"]}
+    complaints = {"missing": told["missing_keys"], "unexpected": told["unexpected_keys"]}
+    must_fit(f"CLIP {name!r}", complaints | {"of another shape": other_shape})
+    source = tokenizer or name
+    read = CLIPTokenizer.from_pretrained(source, revision=REVISIONS.get(source), local_files_only=Path(source).is_dir())
+    return transformers_backbone(model, read)
+
+
+def _must_be_plain(folder: Path, config: dict[str, Any]) -> None:
+    """Raises RewardError where a folder asks for a loader that may run code, or for files from elsewhere."""
+    asked = [key for key in ("tokenizer_kwargs", "hf_model_name") if config["text_cfg"].get(key)]
+    asked += ["timm_model_name"] if ":" in str(config["vision_cfg"].get("timm_model_name")) else []
+    for file in (folder / "tokenizer_config.json", folder / "config.json"):
+        if file.is_file() and "auto_map" in json.loads(file.read_text()):
+            asked.append("auto_map")
+    if asked:
+        raise RewardError(f"CLIP {str(folder)!r}: {' and '.join(asked)} are not read from a folder; remove them")
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """open_clip tells the root logger about every step, and warns of what was asked for."""
+def _loading(what: str, remedy: str = "") -> Iterator[None]:
+    """Loading by other libraries: without their log, without drawing random numbers, with errors in one line."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)  # open_clip tells the root logger about every step
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except RewardError as error:
+        raise RewardError(str(error) if what in str(error) else f"{what}: {error}") from error
+    except Exception as error:  # two libraries and a stranger's files: there is no list of what they raise
+        told = f"{what} cannot be loaded: {in_a_line(error)}"
+        raise RewardError(f"{told}; {remedy}" if remedy else told) from error
     finally:
         logging.disable(before)

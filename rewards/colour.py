@@ -41,6 +41,8 @@ class Brightness:
             self._target = None if target is None else float(target)
         except ValueError as error:
             raise RewardError(f"brightness:{target}: the target is a number from 0 to 1") from error
+        if self._target is not None and not 0 <= self._target <= 1:  # nan, too, is not
+            raise RewardError(f"brightness:{target}: the target is a number from 0 to 1")
         self.name = "brightness" if target is None else f"brightness:{target}"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -6,24 +6,32 @@ Product([Constraint(a, ">", 0.3), Constraint(b, ">", 0.5)])     Π_m σ((r_m −
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.reward import Reward, RewardError, load_reward, score_parts
-from steer.rewards.aggregate import Aggregate, total
+from steer.rewards.aggregate import Aggregate, is_number, total
 
+SIGNS = {">": 1.0, "<": -1.0}
 SHARPNESS = 0.05  # temperature of a constraint, in the reward's own unit
 
 
 @dataclass(frozen=True)
 class Part:
-    """One reward and its weight."""
+    """One reward and its weight. Raises RewardError for a weight that is no finite number."""
 
     reward: Reward
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not is_number(self.weight):
+            raise RewardError(f"the weight of reward {self.reward.name!r} must be a finite number, got {self.weight!r}")
+
+    def __str__(self) -> str:
+        return self.reward.name if self.weight == 1 else f"{self.reward.name}:{self.weight:g}"
 
 
 def part_scores(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -49,7 +57,7 @@ class Combined:
             raise RewardError("a combination needs at least one reward")
         self._parts, self._aggregate = tuple(parts), aggregate
         self._rewards = [part.reward for part in parts]
-        self.name = name or " + ".join(f"{part.reward.name}:{part.weight:g}" for part in parts)
+        self.name = name or " + ".join(map(str, parts))
         self.differentiable = all(reward.differentiable for reward in self._rewards)
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -59,7 +67,7 @@ class Combined:
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The aggregate (N,) of the weighted parts."""
         names = _names(self._rewards)
-        weighted = [part.weight * parts[name] for name, part in zip(names, self._parts, strict=True)]
+        weighted = [float(part.weight) * parts[name] for name, part in zip(names, self._parts, strict=True)]
         return self._aggregate(torch.stack(weighted))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -72,25 +80,35 @@ def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate =
     Each is whatever `load_reward` takes.
     """
     weighted = rewards.items() if isinstance(rewards, Mapping) else [(reward, 1.0) for reward in rewards]
-    return Combined([Part(load_reward(reward), float(weight)) for reward, weight in weighted], aggregate)
+    return Combined([Part(load_reward(reward), weight) for reward, weight in weighted], aggregate)
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """reward > bound (or <), softly: σ(±(r − bound) / temperature), 0..1, ½ at the bound."""
+    """reward > bound (or <), softly: σ(±(r − bound) / temperature), 0..1, ½ at the bound.
+
+    Raises RewardError for another sign, for a bound or a temperature that cannot be.
+    """
 
     reward: Reward
     sign: str
     bound: float
-    temperature: float = field(default=SHARPNESS)
+    temperature: float = SHARPNESS
+
+    def __post_init__(self) -> None:
+        sound = self.sign in SIGNS and is_number(self.bound) and is_number(self.temperature) and self.temperature > 0
+        if not sound:
+            raise RewardError(
+                f"constraint {self.reward.name} {self.sign} {self.bound}, temperature {self.temperature}: "
+                "write > or <, a finite bound, a temperature above 0"
+            )
 
     def __str__(self) -> str:
         return f"{self.reward.name} {self.sign} {self.bound:g}"
 
     def degree(self, scores: Tensor) -> Tensor:
         """How well scores (N,) meet it: (N,) in 0..1."""
-        direction = {">": 1.0, "<": -1.0}[self.sign]
-        return torch.sigmoid(direction * (scores - self.bound) / self.temperature)
+        return torch.sigmoid(SIGNS[self.sign] * (scores - self.bound) / self.temperature)
 
 
 class Product:

@@ -54,7 +54,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def smoothed(choices: Choices, share: float) -> Choices:
-    """Label smoothing: c ↦ (1 − 2ε) c + ε, for ε in 0..½ (conservative DPO's labels, arXiv 2305.18290, footnote)."""
+    """Label smoothing: c ↦ (1 − 2ε) c + ε, for ε in 0..½ (as conservative DPO, Mitchell 2023)."""
     return Choices((1 - 2 * share) * choices.choice + share, choices.strength)
 
 
@@ -65,8 +65,9 @@ def flipped(difference: Tensor, share: float) -> Tensor:
     """
     if share == 0:
         return difference
-    chosen = torch.sigmoid(difference) * (1 - 2 * share) + share
-    return torch.logit(chosen)
+    # Of both, the odds: ((1 − ε) e^Δ + ε) / (ε e^Δ + 1 − ε), in logarithms, which do not round σ to 1.
+    wrong, right = difference.new_tensor([share, 1 - share]).log()
+    return torch.logaddexp(right + difference, wrong) - torch.logaddexp(wrong + difference, right)
 
 
 def contrastive(images: Tensor, texts: Tensor, scale: Tensor, prompts: Sequence[str]) -> Tensor:

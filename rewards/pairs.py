@@ -1,11 +1,12 @@
 """Preferences as files: JSON lines or parquet, one row a pair of images of a prompt and which was chosen."""
 
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from steer.rewards.objectives import Choices
 Row = dict[str, Any]
 Source = Path | bytes  # an image file, or the bytes of one
 WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
+LARGEST = 1e6  # strength
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,11 @@ def read_rows(path: Path) -> list[Row]:
 
 def _json_lines(path: Path) -> list[Row]:
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RewardError(f"{path}: cannot be read as lines of text ({str(error)[:80]})") from error
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -101,8 +107,7 @@ def read_pairs(path: Path) -> Pairs:
         for n, row in enumerate(rows, start=1)
     ]
     choice = [_choice(path, n, row) for n, row in enumerate(rows, start=1)]
-    strength = [_number(path, n, row, "strength", row.get("strength"), 0.0, float("inf"), 1.0) for n, row in
-                enumerate(rows, start=1)]  # fmt: skip
+    strength = [_strength(path, n, row) for n, row in enumerate(rows, start=1)]
     a, b, prompts = zip(*read, strict=True)
     return Pairs(a, b, prompts, Choices(torch.tensor(choice), torch.tensor(strength)))
 
@@ -113,7 +118,7 @@ def _image(path: Path, number: int, row: Row, column: str) -> Source:
     value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if isinstance(value, bytes):
         return value
-    if isinstance(value, str) and (path.parent / value).is_file():
+    if isinstance(value, str) and os.path.isfile(path.parent / value):  # False, too, for what can be no name
         return path.parent / value
     raise RewardError(f"{path}, row {number}: {column!r} is neither an image file that is there nor its bytes")
 
@@ -128,17 +133,22 @@ def _choice(path: Path, number: int, row: Row) -> float:
     value = row.get("choice")
     if isinstance(value, str) and value in WORDS:
         return WORDS[value]
-    return _number(path, number, row, "choice (a, b, tie)", value, 0.0, 1.0, None)
+    if _is_number(value) and 0 <= value <= 1:
+        return float(value)
+    raise RewardError(f"{path}, row {number}: choice must be a, b, tie or a number from 0 to 1, got {value!r:.40}")
 
 
-def _number(
-    path: Path, number: int, row: Row, what: str, value: Any, low: float, high: float, default: float | None
-) -> float:
-    if value is None and default is not None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise RewardError(f"{path}, row {number}: {what} must be a number from {low:g} to {high:g}, got {value!r}")
-    return float(value)
+def _strength(path: Path, number: int, row: Row) -> float:
+    value = row.get("strength")
+    if value is None:
+        return 1.0
+    if _is_number(value) and 0 <= value <= LARGEST:
+        return float(value)
+    raise RewardError(f"{path}, row {number}: strength must be a number from 0 to {LARGEST:g}, got {value!r:.40}")
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:

@@ -32,7 +32,12 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
 
 
 def resize_and_pad(images: Tensor, size: int) -> Tensor:
-    """HPSv2's: the longer side to `size`, bicubic, black bars to a square. It works on tensors: nothing is clamped."""
+    """HPSv2's: the longer side to `size`, bicubic, black bars to a square. It works on tensors: nothing is clamped.
+
+    As torchvision resizes tensors from version 0.17 on: with antialiasing; the official code asks for none or any.
+    Where the longer side is `size` already, the official code forgets the bars, and its model then cannot take
+    the picture; here it gets them.
+    """
     height, width = images.shape[-2:]
     scale = size / max(height, width)
     scaled = (round(height * scale), round(width * scale))

@@ -53,24 +53,25 @@ def read_calibration(path: Path) -> Calibration:
     try:
         record = json.loads(path.read_text())
         scales = {str(name): Scale(**scale) for name, scale in record["scales"].items()}
-        sound = all(math.isfinite(scale.mean) and scale.std > 0 for scale in scales.values())
+        numbers = [n for scale in scales.values() for n in (scale.mean, scale.std, *scale.prompts.values())]
+        sound = all(math.isfinite(n) for n in numbers) and all(scale.std > 0 for scale in scales.values())
     except OSError as error:
         raise RewardError(f"{path}: cannot read the calibration ({error.strerror})") from error
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise RewardError(f"{path}: not a calibration of `steer rewards calibrate` ({str(error)[:60]})") from error
     if not sound:
-        raise RewardError(f"{path}: a calibrated reward has no finite mean or no spread")
+        raise RewardError(f"{path}: a reward in this calibration has numbers that are not finite, or no spread")
     return Calibration(scales, record.get("source", {}))
 
 
 def measured(scores: Tensor, prompts: Sequence[str]) -> Scale:
     """The scale of scores (N,), one prompt each. Raises RewardError where they are all the same."""
     values = scores.double()
-    std = values.std().item() if len(values) > 1 else 0.0
-    if not std > 0:
+    if not len(values) or bool((values == values[0]).all()):
         raise RewardError("a reward that gives every sample the same score cannot be calibrated")
     rows = {prompt: [k for k, text in enumerate(prompts) if text == prompt] for prompt in dict.fromkeys(prompts)}
-    return Scale(values.mean().item(), std, len(values), {p: values[some].mean().item() for p, some in rows.items()})
+    means = {prompt: values[some].mean().item() for prompt, some in rows.items()}
+    return Scale(values.mean().item(), values.std().item(), len(values), means)
 
 
 class _Transformed(ABC):
@@ -117,8 +118,8 @@ class LogSigmoid(_Transformed):
 
     def __init__(self, reward: Reward, reference: float | Mapping[str, float], temperature: float = 1.0) -> None:
         super().__init__(reward, f"logsigmoid({reward.name})")
-        if not temperature > 0:
-            raise RewardError(f"{self.name}: the temperature must be above 0, got {temperature}")
+        if not 0 < temperature < math.inf:
+            raise RewardError(f"{self.name}: the temperature must be a number above 0, got {temperature}")
         self._reference, self._temperature = reference, temperature
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:

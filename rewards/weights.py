@@ -1,16 +1,13 @@
 """Checkpoints from outside: fetched at a pinned revision, verified, read without running anything in them."""
 
 import hashlib
-import zipfile
 from _pickle import UnpicklingError  # the error's name only: nothing is unpickled but tensors
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
@@ -20,6 +17,7 @@ from steer.reward import RewardError
 
 State = Mapping[str, Tensor]
 SHOWN = 4  # keys named in a message
+SAID = 160  # characters of another library's message
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_NETWORK = "without a network set HF_HUB_OFFLINE=1 (or --offline) once it is in the cache, or name a file: path=…"
 
@@ -34,12 +32,18 @@ class HubFile:
     sha256: str | None = None
 
     def fetch(self) -> Path:
-        """Its place in the hub's cache, downloaded (with a progress bar) if it is not there. Raises RewardError."""
+        """Its place in the hub's cache, downloaded (with a progress bar) if it is not there, and verified.
+
+        Raises RewardError.
+        """
         try:
-            return Path(hf_hub_download(self.repo, self.filename, revision=self.revision))
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise RewardError(f"cannot fetch {self.filename} of {self.repo}: {reason}; {NO_NETWORK}") from error
+            path = Path(hf_hub_download(self.repo, self.filename, revision=self.revision))
+        except Exception as error:  # the hub's errors and those of every network library below it
+            raise RewardError(
+                f"cannot fetch {self.filename} of {self.repo}: {in_a_line(error)}; {NO_NETWORK}"
+            ) from error
+        verify(path, self.sha256)
+        return path
 
 
 @dataclass(frozen=True)
@@ -50,41 +54,53 @@ class WebFile:
     sha256: str
 
     def fetch(self) -> Path:
-        """Its place in torch's hub cache, downloaded and verified if it is not there. Raises RewardError."""
+        """Its place in torch's hub cache, downloaded if it is not there, and verified. Raises RewardError."""
         path = Path(get_dir()) / "checkpoints" / f"{self.sha256[:16]}-{self.url.rsplit('/', 1)[1]}"
         if not path.exists():
+            if constants.HF_HUB_OFFLINE:
+                raise RewardError(f"offline, and {self.url} is not in the cache: download it, name the file: path=…")
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 download_url_to_file(self.url, str(path), hash_prefix=self.sha256)
-            except (OSError, RuntimeError) as error:
-                raise RewardError(f"cannot fetch {self.url}: {error}; or name a file: path=…") from error
+            except Exception as error:  # whatever a network may do, and a file that is not the expected one
+                raise RewardError(f"cannot fetch {self.url}: {in_a_line(error)}; or name a file: path=…") from error
+        verify(path, self.sha256)
         return path
 
 
-def sha256_of(path: Path) -> str:
-    """The file's sha256, in hexadecimal."""
+def in_a_line(error: Exception) -> str:
+    """What an error of another library says, on one line of bounded length."""
+    return " ".join(str(error).split())[:SAID] or type(error).__name__
+
+
+def verify(path: Path, sha256: str | None) -> None:
+    """Raises RewardError where the file's sha256 is another; None: not checked."""
+    if sha256 is None:
+        return
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise RewardError(f"{path}: sha256 is {found[:12]}…, expected {sha256[:12]}…: remove it, download it again")
 
 
 def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The tensors of a .safetensors or torch file, on the CPU. A file that holds code is refused, not run.
 
-    sha256  refused when the file has another; None: not checked
+    sha256  refused when the file has another (`fetch` has checked it already); None: not checked
     Raises RewardError, one line that names the file and what is wrong with it.
     """
     path = Path(path)
     if not path.is_file():
         raise RewardError(f"{path}: no such checkpoint")
-    if sha256 and (found := sha256_of(path)) != sha256:
-        raise RewardError(f"{path}: sha256 is {found[:12]}…, expected {sha256[:12]}…: download it again")
+    verify(path, sha256)
     try:
         loaded = _tensors(path)
     except UnpicklingError as error:
-        raise RewardError(f"{path}: refused, it holds more than tensors and could run code when read") from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        raise RewardError(f"{path}: cannot be read, is it whole? ({reason[:120]})") from error
+        raise RewardError(
+            f"{path}: refused, it is no checkpoint of tensors alone: broken, or with code that would run when read"
+        ) from error
+    except Exception as error:  # a broken file may raise nearly anything on its way through the readers
+        raise RewardError(f"{path}: cannot be read, is it whole? ({in_a_line(error)})") from error
     if not isinstance(loaded, dict):
         raise RewardError(f"{path}: expected a table of named tensors, got {type(loaded).__name__}")
     for key, value in loaded.items():
@@ -111,16 +127,19 @@ def load_weights(module: nn.Module, state: State, what: str, unused: Iterable[st
     given = {key: tensor for key, tensor in state.items() if not (skipped and key.startswith(skipped))}
     wanted = module.state_dict()
     complaints = {
-        "missing": sorted(wanted.keys() - given.keys()),
-        "unexpected": sorted(given.keys() - wanted.keys()),
-        "of another shape": sorted(
-            key for key in wanted.keys() & given.keys() if wanted[key].shape != given[key].shape
-        ),
+        "missing": wanted.keys() - given.keys(),
+        "unexpected": given.keys() - wanted.keys(),
+        "of another shape": {key for key in wanted.keys() & given.keys() if wanted[key].shape != given[key].shape},
     }
-    if any(complaints.values()):
-        told = "; ".join(f"{kind}: {_some(keys)}" for kind, keys in complaints.items() if keys)
-        raise RewardError(f"{what}: the checkpoint does not fit this model ({told})")
+    must_fit(what, complaints)
     module.load_state_dict(given)
+
+
+def must_fit(what: str, complaints: Mapping[str, Collection[str]]) -> None:
+    """Raises RewardError that names `what` and the keys, where there are any: {"missing": keys, …}."""
+    told = "; ".join(f"{kind}: {_some(sorted(keys))}" for kind, keys in complaints.items() if keys)
+    if told:
+        raise RewardError(f"{what}: the checkpoint does not fit this model ({told})")
 
 
 def _some(keys: list[str]) -> str:
@@ -128,9 +147,24 @@ def _some(keys: list[str]) -> str:
     return ", ".join(keys[:SHOWN]) + more
 
 
-def cast(module: nn.Module, dtype: str | None) -> nn.Module:
-    """The module frozen, ready to evaluate, its weights in a dtype by name (None: as they are). Raises RewardError."""
+def check_dtype(dtype: str | None) -> None:
+    """Raises RewardError for the option dtype=… that names none; None is one."""
     if dtype is not None and dtype not in DTYPES:
         raise RewardError(f"dtype={dtype}: use {nearest(dtype, DTYPES)}")
+
+
+def cast(module: nn.Module, dtype: str | None) -> nn.Module:
+    """The module frozen, ready to evaluate, its weights in a dtype by name (None: as they are). Raises RewardError."""
+    check_dtype(dtype)
     module.eval().requires_grad_(False)
     return module if dtype is None else module.to(DTYPES[dtype])
+
+
+def follow(images: Tensor, *modules: nn.Module) -> None:
+    """Moves modules to the device of the images.
+
+    In torch.inference_mode, too, their weights stay such that gradients can pass through them later.
+    """
+    with torch.inference_mode(False):
+        for module in modules:
+            module.to(images.device)

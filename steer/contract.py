@@ -54,12 +54,15 @@ def score_parts(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple
     if not isinstance(reward, Composite):
         return score(reward, images, prompts), {}
     _paired(images, prompts)
-    parts = _called(reward.name, lambda: reward.parts(images, prompts))
+    found = _called(reward.name, lambda: dict(reward.parts(images, prompts)))
+    parts = {name: _checked(f"{reward.name}/{name}", prompts, scores) for name, scores in found.items()}
     total = _called(reward.name, lambda: reward.total(parts, prompts))
-    return _checked(reward.name, prompts, total), dict(parts)
+    return _checked(reward.name, prompts, total), parts
 
 
 def _paired(images: Tensor, prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str):
+        raise RewardError(f"a reward takes a list of prompts, one an image, got one text: {prompts[:40]!r}")
     if len(images) != len(prompts):
         raise RewardError(f"a reward takes one prompt an image, got {len(prompts)} prompts and {len(images)} images")
 
@@ -70,7 +73,8 @@ def _called(name: str, call: Callable[[], Any]) -> Any:
     except RewardError:
         raise
     except Exception as error:  # foreign code: whatever it raises is reported as the reward's failure
-        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {error}") from error
+        told = " ".join(str(error).split())
+        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {told}") from error
 
 
 def _checked(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
@@ -79,13 +83,14 @@ def _checked(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
         raise RewardError(f"reward {name!r} must return a tensor of shape ({len(prompts)},), got {got}")
     if not scores.is_floating_point():
         raise RewardError(f"reward {name!r} must return floats, got {scores.dtype}")
-    if not scores.isfinite().all():
-        row = int((~scores.isfinite()).nonzero()[0])
+    single = scores.float()  # where a large fp64 number becomes infinite
+    if not single.isfinite().all():
+        row = int((~single.isfinite()).nonzero()[0])
         raise RewardError(
             f"reward {name!r} returned {scores[row].item()} for image {row}, prompt {prompts[row]!r}: "
-            "rewards must be finite"
+            "rewards must be finite in fp32"
         )
-    return scores.float().cpu()
+    return single.cpu()
 
 
 class Timed:
@@ -106,18 +111,19 @@ class Timed:
 
     def _in_time(self, call: Callable[[], Any]) -> Any:
         outcome: dict[str, Any] = {}
-        gradients = torch.is_grad_enabled()  # a new thread would start with gradients on
+        # A new thread would start with gradients on, and not in inference mode.
+        gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
         def run() -> None:
             try:
-                with torch.set_grad_enabled(gradients):
+                with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
                     outcome["value"] = call()
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 outcome["error"] = error
 
         thread = threading.Thread(target=run, name=f"reward {self.name}", daemon=True)
         thread.start()
-        thread.join(self._seconds)
+        thread.join(min(self._seconds, threading.TIMEOUT_MAX))
         if thread.is_alive():
             raise RewardError(
                 f"reward {self.name!r} took longer than its {self._seconds:g} s: give it more, or mend it"
@@ -138,7 +144,7 @@ class TimedComposite(Timed):
         return self._in_time(lambda: self._composite.parts(images, prompts))
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        return self._composite.total(parts, prompts)
+        return self._in_time(lambda: self._composite.total(parts, prompts))
 
 
 def with_timeout(reward: Reward, seconds: float | None) -> Reward:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -61,8 +62,8 @@ def load_reward(reward: Any) -> Reward:
     see `steer.rewards.expression`.
     Raises RewardError with the nearest names where there is none.
     """
-    if isinstance(reward, str):
-        return import_module(READER).read(reward)
+    if isinstance(reward, str | Path):
+        return import_module(READER).read(str(reward))
     if isinstance(reward, Mapping):
         return import_module(READER).read_mapping(reward)
     return _as_reward(reward)
@@ -115,6 +116,8 @@ def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
     given, options = _arguments(argument)
     try:
         inspect.signature(factory).bind(*given, **options)
+    except ValueError as error:  # what is written in C may not tell
+        raise RewardError(f"reward {name!r} cannot be made: {error}") from error
     except TypeError as error:
         wrong = f"cannot take {argument!r} ({error})" if options else None
         wrong = wrong or (f"takes no argument, got {argument!r}" if given else "needs an argument, NAME:ARGUMENT")

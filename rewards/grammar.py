@@ -1,0 +1,66 @@
+"""The grammar of `steer.rewards.expression`: a text in its pieces. Nothing here knows a reward."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from steer.contract import RewardError
+from steer.rewards.aggregate import is_number
+
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+PLUS, COMMA = r"\s\+\s", r",\s"  # between terms, between arguments
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of rewards as it was written: its rewards or constraints, its options, its weight."""
+
+    function: str
+    arguments: tuple[str, ...]
+    options: Mapping[str, str]
+    weight: float
+
+    def number(self, option: str, default: float) -> float:
+        """An option as a number. Raises RewardError where it is none."""
+        given = self.options.get(option)
+        if given is None:
+            return default
+        if not re.fullmatch(NUMBER, given) or not is_number(float(given)):
+            raise RewardError(f"{self.function}(…): {option} must be a finite number, got {given!r:.80}")
+        return float(given)
+
+
+def read_call(text: str) -> Call | None:
+    """Of "function(A, B, option=value):WEIGHT"; None where a text is something else."""
+    if not (written := re.fullmatch(rf"([a-z-]+)\((.*)\)(?::({NUMBER}))?", text, re.DOTALL)):
+        return None
+    function, inside, weight = written[1], split(written[2], COMMA), float(written[3] or 1)
+    options = [piece.split("=", 1) for piece in inside if re.match(r"[a-z]+=", piece)]
+    if len(dict(options)) < len(options):
+        raise RewardError(f"{function}(…): an option is given twice")
+    arguments = tuple(piece for piece in inside if not re.match(r"[a-z]+=", piece))
+    if not all(arguments):
+        raise RewardError(f"{function}(…) needs at least one reward, and none that is empty")
+    return Call(function, arguments, dict(options), weight)
+
+
+def read_constraint(text: str) -> tuple[str, str, float]:
+    """Of "REWARD > NUMBER": its three parts. Raises RewardError where a text is something else."""
+    if not (written := re.fullmatch(rf"(.+?)\s*([<>])\s*({NUMBER})", text, re.DOTALL)):
+        raise RewardError(f"product(…): {text!r:.80} is no constraint; write REWARD > NUMBER or REWARD < NUMBER")
+    return written[1], written[2], float(written[3])
+
+
+def split(text: str, separator: str) -> list[str]:
+    """Parts of a text at a separator (a pattern) that stands in no parentheses."""
+    parts, depth, start = [], 0, 0
+    for found in re.finditer(rf"\(|\)|{separator}", text):
+        depth += {"(": 1, ")": -1}.get(found[0], 0)
+        if depth < 0:
+            break
+        if depth == 0 and found[0] not in "()":
+            parts.append(text[start : found.start()])
+            start = found.end()
+    if depth != 0:
+        raise RewardError(f"reward {text!r:.80}: a parenthesis is not closed, or never opened")
+    return [part.strip() for part in (*parts, text[start:])]

@@ -1,0 +1,259 @@
+"""What learned rewards minimise and how they are judged: closed forms, plain loops, expected minimisers."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from steer.rewards.calibration_curve import BINS, judged
+from steer.rewards.objectives import (
+    OBJECTIVES,
+    Choices,
+    Objective,
+    bradley_terry,
+    contrastive,
+    flipped,
+    regression,
+    scaled_bradley_terry,
+    smoothed,
+)
+
+DELTA = [-2.0, -0.5, 0.0, 1.0, 3.0]
+CHOICE = [1.0, 0.0, 0.5, 0.75, 1.0]
+STRENGTH = [1.0, 2.0, 0.5, 0.0, 3.0]
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+def choices(choice: list[float], strength: list[float] | None = None) -> Choices:
+    return Choices(
+        torch.tensor(choice, dtype=torch.float64), torch.tensor(strength or [1.0] * len(choice), dtype=torch.float64)
+    )
+
+
+def loss_and_slope(objective: Objective, of: Choices, delta: list[float]) -> tuple[float, list[float]]:
+    """The loss, and its gradient by each Δ times their number (losses are means)."""
+    difference = torch.tensor(delta, dtype=torch.float64, requires_grad=True)
+    loss = objective(difference, of)
+    (slope,) = torch.autograd.grad(loss, difference)
+    return loss.item(), (slope * len(delta)).tolist()
+
+
+def by_hand(delta: float, choice: float) -> float:
+    return -(choice * math.log(sigmoid(delta)) + (1 - choice) * math.log(sigmoid(-delta)))
+
+
+def test_bradley_terry_in_closed_form() -> None:
+    loss, slope = loss_and_slope(bradley_terry, choices(CHOICE, STRENGTH), DELTA)
+    pairs = list(zip(DELTA, CHOICE, strict=True))
+    assert loss == pytest.approx(sum(by_hand(d, c) for d, c in pairs) / 5)
+    assert slope == pytest.approx([-(c - sigmoid(d)) for d, c in pairs])
+    assert loss_and_slope(bradley_terry, choices([1.0]), [0.0])[0] == pytest.approx(math.log(2))
+    assert loss_and_slope(bradley_terry, choices([1.0]), [math.log(3)])[0] == pytest.approx(math.log(4 / 3))
+
+
+def test_scaled_bradley_terry_weighs_each_pair_by_its_strength() -> None:
+    loss, slope = loss_and_slope(scaled_bradley_terry, choices(CHOICE, STRENGTH), DELTA)
+    rows = list(zip(DELTA, CHOICE, STRENGTH, strict=True))
+    assert loss == pytest.approx(sum(s * by_hand(d, c) for d, c, s in rows) / 5)
+    assert slope == pytest.approx([-s * (c - sigmoid(d)) for d, c, s in rows])
+    plain = choices(CHOICE)
+    (loss, slope), (expected, expected_slope) = (
+        loss_and_slope(objective, plain, DELTA) for objective in (scaled_bradley_terry, bradley_terry)
+    )
+    assert loss == pytest.approx(expected) and slope == pytest.approx(expected_slope)
+
+
+def test_regression_is_of_the_signed_strength() -> None:
+    loss, slope = loss_and_slope(regression, choices(CHOICE, STRENGTH), DELTA)
+    # Targets s (2c − 1): 1, −2, 0, 0, 3.
+    off = [-3.0, 1.5, 0.0, 1.0, 0.0]
+    assert loss == pytest.approx(sum(x * x for x in off) / 5)
+    assert slope == pytest.approx([2 * x for x in off])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+def test_it_does_not_matter_which_image_is_a(objective: Objective) -> None:
+    loss, slope = loss_and_slope(objective, choices(CHOICE, STRENGTH), DELTA)
+    turned = choices([1 - c for c in CHOICE], STRENGTH)
+    other, other_slope = loss_and_slope(objective, turned, [-d for d in DELTA])
+    assert loss == pytest.approx(other) and slope == pytest.approx([-s for s in other_slope])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("far", [30.0, 90.0, 1e4])
+def test_losses_are_finite_for_any_difference(objective: Objective, far: float) -> None:
+    difference = torch.tensor([far, -far], requires_grad=True)
+    loss = objective(flipped(difference, 0.1), Choices(torch.tensor([0.0, 1.0]), torch.ones(2)))
+    (slope,) = torch.autograd.grad(loss, difference)
+    assert loss.isfinite() and slope.isfinite().all()
+
+
+def minimiser(loss: Callable[[Tensor], Tensor]) -> float:
+    """By bisection on the slope of a convex, or at least one-valleyed, loss of one number."""
+    low, high = -20.0, 20.0
+    for _ in range(80):
+        middle = torch.tensor([(low + high) / 2], dtype=torch.float64, requires_grad=True)
+        (slope,) = torch.autograd.grad(loss(middle), middle)
+        low, high = (low, middle.item()) if slope.item() > 0 else (middle.item(), high)
+    return (low + high) / 2
+
+
+@given(share=st.floats(0, 0.49))
+def test_smoothing_is_the_mean_over_labels_of_which_a_share_is_turned(share: float) -> None:
+    found = smoothed(choices(CHOICE, STRENGTH), share)
+    assert found.choice.tolist() == pytest.approx([(1 - share) * c + share * (1 - c) for c in CHOICE])
+    assert found.strength.tolist() == STRENGTH
+    loss, _ = loss_and_slope(bradley_terry, found, DELTA)
+    plain, _ = loss_and_slope(bradley_terry, choices(CHOICE), DELTA)
+    turned, _ = loss_and_slope(bradley_terry, choices([1 - c for c in CHOICE]), DELTA)
+    assert loss == pytest.approx((1 - share) * plain + share * turned)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.3])
+def test_smoothing_bounds_the_difference(share: float) -> None:
+    """Of a choice that is sure, −[(1−ε) log σ(Δ) + ε log σ(−Δ)] is least at Δ = log((1−ε)/ε)."""
+    found = minimiser(lambda difference: bradley_terry(difference, smoothed(choices([1.0]), share)))
+    assert found == pytest.approx(math.log((1 - share) / share), abs=1e-6)
+
+
+@given(delta=st.floats(-8, 8), share=st.floats(1e-3, 0.49))
+def test_flipping_is_what_wrong_labels_do_to_a_probability(delta: float, share: float) -> None:
+    difference = torch.tensor([delta, -delta], dtype=torch.float64)
+    seen = torch.sigmoid(flipped(difference, share))
+    assert seen[0].item() == pytest.approx((1 - share) * sigmoid(delta) + share * sigmoid(-delta))
+    assert seen.sum().item() == pytest.approx(1)
+    assert torch.equal(flipped(difference, 0.0), difference)
+    assert torch.autograd.gradcheck(lambda x: flipped(x, share), (difference.requires_grad_(),))
+
+
+def test_flipping_saturates_at_the_share_and_keeps_single_precision() -> None:
+    for share in (1e-9, 1e-3, 0.2):
+        difference = torch.tensor([-100.0, -20.0, 0.0, 20.0, 100.0], requires_grad=True)
+        seen = flipped(difference, share)
+        bound = math.log((1 - share) / share)
+        assert seen[-1].item() == pytest.approx(bound, rel=1e-5) == -seen[0].item()
+        exact = flipped(difference.detach().double(), share)
+        assert torch.allclose(seen.double(), exact, rtol=1e-5)
+        (slope,) = torch.autograd.grad(seen.sum(), difference)
+        assert slope.isfinite().all() and (slope >= 0).all()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.2, 0.4])
+@pytest.mark.parametrize("clean", [-2.0, -0.3, 0.0, 1.5])
+def test_trained_through_flips_the_difference_stays_the_clean_one(share: float, clean: float) -> None:
+    """Labels are drawn with σ(clean), a share ε of them then turned: the expected loss is least at Δ = clean.
+
+    Without the correction it is least at the log-odds of the noisy labels, nearer 0.
+    """
+    noisy = (1 - share) * sigmoid(clean) + share * sigmoid(-clean)
+    seen = choices([noisy])  # the loss is linear in the choice: its mean over labels is the loss at their mean
+    corrected = minimiser(lambda difference: bradley_terry(flipped(difference, share), seen))
+    assert corrected == pytest.approx(clean, abs=1e-6)
+    plain = minimiser(lambda difference: bradley_terry(difference, seen))
+    assert plain == pytest.approx(math.log(noisy / (1 - noisy)), abs=1e-6)
+    assert abs(plain) < abs(clean) or clean == 0
+
+
+def features(count: int, seed: int) -> Tensor:
+    drawn = torch.randn(count, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(drawn, dim=1)
+
+
+def plain_contrastive(images: Tensor, texts: Tensor, scale: float, prompts: list[str]) -> float:
+    """The definition, row by row."""
+    loss = 0.0
+    for k, prompt in enumerate(prompts):
+        rivals = [k, *(j for j, other in enumerate(prompts) if other != prompt)]
+        by_text = [math.exp(scale * float(images[k] @ texts[j])) for j in rivals]
+        by_image = [math.exp(scale * float(images[j] @ texts[k])) for j in rivals]
+        loss -= math.log(by_text[0] / sum(by_text)) + math.log(by_image[0] / sum(by_image))
+    return loss / (2 * len(prompts))
+
+
+@pytest.mark.parametrize("prompts", ["abcdef", "aabcca", "aaaaab", "a"])
+def test_the_contrastive_loss_is_the_plain_double_loop(prompts: str) -> None:
+    images, texts = features(len(prompts), 0), features(len(prompts), 1)
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    found = contrastive(images, texts, scale, list(prompts))
+    assert found.item() == pytest.approx(plain_contrastive(images, texts, 3.0, list(prompts)))
+    assert contrastive(texts, images, scale, list(prompts)).item() == pytest.approx(found.item())
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(2)).tolist()
+    turned = contrastive(images[order], texts[order], scale, [prompts[k] for k in order])
+    assert turned.item() == pytest.approx(found.item())
+
+
+def test_equal_prompts_are_no_rivals() -> None:
+    images, scale = features(3, 0), torch.tensor(10.0, dtype=torch.float64)
+    assert contrastive(images, features(3, 1), scale, ["a"] * 3).item() == pytest.approx(0)
+    # The same image and text twice: with the mask no worse than alone, without it at least log 2 of loss.
+    twice = torch.cat([images[:1], images[:1]])
+    assert contrastive(twice, twice, scale, ["a", "a"]).item() == pytest.approx(0)
+    assert contrastive(twice, twice, scale, ["a", "b"]).item() == pytest.approx(math.log(2))
+
+
+def test_slopes_of_the_contrastive_loss_pass_the_mask() -> None:
+    prompts = list("aabca")
+    given_features = (features(5, 0).requires_grad_(), features(5, 1).requires_grad_())
+    scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda image, text, factor: contrastive(image, text, factor, prompts), (*given_features, scale)
+    )
+
+
+def test_the_judgement_by_hand() -> None:
+    # Δ: 2, −1, 0, 0, 0.5, −3; chosen: a right, a wrong, a tied, b tied, a tie that counts for nothing, b right.
+    a = torch.tensor([2.0, 0.0, 1.0, 1.0, 0.5, 0.0], dtype=torch.float64)
+    b = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 3.0], dtype=torch.float64)
+    choice = [1.0, 1.0, 1.0, 0.0, 0.5, 0.0]
+    found = judged([a, b], choices(choice))
+    assert found.accuracy == pytest.approx((1 + 0 + 0.5 + 0.5 + 1) / 5)
+    deltas = [2.0, -1.0, 0.0, 0.0, 0.5, -3.0]
+    assert found.log_loss == pytest.approx(sum(by_hand(d, c) for d, c in zip(deltas, choice, strict=True)) / 6)
+    # σ: .881 .269 .5 .5 .622 .047, in the bins 8, 2, 5, 5, 6, 0.
+    expected = [
+        (sigmoid(-3), 0.0, 1),
+        (sigmoid(-1), 1.0, 1),
+        (0.5, 0.5, 2),
+        (sigmoid(0.5), 0.5, 1),
+        (sigmoid(2), 1.0, 1),
+    ]
+    assert found.bins == tuple(pytest.approx(row) for row in expected)
+    assert found.ece == pytest.approx(sum(n * abs(p - o) for p, o, n in expected) / 6)
+    assert found.summary == f"accuracy 0.600, log loss {found.log_loss:.3f}, calibration error {found.ece:.3f}"
+
+
+@pytest.mark.parametrize("chosen", [0.0, 1.0])
+def test_equal_rewards_are_half_right_whichever_is_chosen(chosen: float) -> None:
+    ones = torch.ones(3, dtype=torch.float64)
+    found = judged([ones, ones], choices([chosen] * 3))
+    assert found.accuracy == 0.5 and found.log_loss == pytest.approx(math.log(2))
+    assert judged([ones, ones], choices([0.5] * 3)).accuracy == 0.5
+    assert judged([ones, ones], choices([0.5] * 3)).ece == 0
+
+
+def test_what_is_sure_falls_in_the_last_bin() -> None:
+    found = judged([torch.tensor([500.0, -500.0]), torch.zeros(2)], Choices(torch.tensor([1.0, 0.0]), torch.ones(2)))
+    assert found.bins == ((0.0, 0.0, 1), (1.0, 1.0, 1)) and found.ece == 0 and found.accuracy == 1
+
+
+def test_calibration_error_tells_the_honest_from_the_overconfident() -> None:
+    generator = torch.Generator().manual_seed(0)
+    delta = 2 * torch.randn(50_000, dtype=torch.float64, generator=generator)
+    chosen = (torch.rand(len(delta), dtype=torch.float64, generator=generator) < torch.sigmoid(delta)).double()
+    drawn = Choices(chosen, torch.ones_like(chosen))
+    zero = torch.zeros_like(delta)
+    honest, bold, shy = (judged([factor * delta, zero], drawn) for factor in (1, 3, 1 / 3))
+    assert honest.ece < 0.01 < 0.08 < min(bold.ece, shy.ece)
+    assert honest.log_loss < min(bold.log_loss, shy.log_loss)
+    assert honest.accuracy == bold.accuracy == shy.accuracy  # the order is the same
+    assert sum(count for _, _, count in honest.bins) == len(delta) and len(honest.bins) == BINS
+    # Over the pairs, what is right with probability σ(|Δ|):
+    assert honest.accuracy == pytest.approx(torch.sigmoid(delta.abs()).mean().item(), abs=0.01)

@@ -1,0 +1,262 @@
+"""Preferences as files: what is read, that a bad row is named, that no prompt is on both sides of a split."""
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pyarrow import parquet
+from torch import Tensor
+
+from steer.errors import InputError
+from steer.reward import RewardError
+from steer.rewards.pairs import load_images, read_captions, read_pairs, read_rows, split_by_prompt
+from steer.rewards.preprocess import resize_and_crop
+
+SHADES = {"dark.png": 51, "light.png": 204}
+
+
+def encoded(shade: int, size: tuple[int, int] = (4, 4)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (shade, 0, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with images in images/."""
+    (tmp_path / "images").mkdir()
+    for name, shade in SHADES.items():
+        (tmp_path / "images" / name).write_bytes(encoded(shade))
+    return tmp_path
+
+
+GOOD = {"image_a": "images/dark.png", "image_b": "images/light.png", "prompt": "x", "choice": "b"}
+
+
+def lines(folder: Path, *rows: Any) -> Path:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def table(folder: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path = folder / "pairs.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    return path
+
+
+def shades(sources: Sequence[Path | bytes]) -> list[int]:
+    images = load_images(sources, lambda image: resize_and_crop(image, 2))
+    return [round(255 * value) for value in images[:, 0].mean((1, 2)).tolist()]
+
+
+def test_lines_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        GOOD,
+        GOOD | {"choice": "a", "strength": 2},
+        "",
+        GOOD | {"choice": "tie", "strength": 0, "prompt": "größer ½"},
+        GOOD | {"choice": 0.8, "strength": None, "more": [1]},
+        GOOD | {"choice": 1, "image_b": str(folder / "images" / "dark.png")},
+        "   ",
+    ]
+    path = lines(folder, *rows)
+    monkeypatch.chdir(folder / "images")  # paths are told from the file on, wherever one stands
+    found = read_pairs(path)
+    assert len(found) == 5
+    assert found.choices.choice.tolist() == pytest.approx([0, 1, 0.5, 0.8, 1])
+    assert found.choices.strength.tolist() == [1, 2, 0, 1, 1]
+    assert found.choices.choice.dtype == found.choices.strength.dtype == torch.float32
+    assert found.prompts == ("x", "x", "größer ½", "x", "x")
+    assert shades(found.a) == [51] * 5 and shades(found.b) == [204] * 4 + [51]
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        {"image_a": "images/dark.png", "image_b": "images/light.png"},
+        {"image_a": encoded(51), "image_b": encoded(204)},
+        {
+            "image_a": {"bytes": encoded(51), "path": "gone.png"},
+            "image_b": {"bytes": None, "path": "images/light.png"},
+        },
+    ],
+    ids=["paths", "bytes", "structs"],
+)
+def test_parquet_by_hand(folder: Path, held: dict[str, Any]) -> None:
+    rows = [
+        held | {"prompt": "x", "choice": 1.0, "strength": 3},
+        held | {"prompt": "y", "choice": 0.5, "strength": None},
+    ]
+    found = read_pairs(table(folder, rows))
+    assert shades(found.a) == [51, 51] and shades(found.b) == [204, 204]
+    assert found.choices.choice.tolist() == [1, 0.5] and found.choices.strength.tolist() == [3, 1]
+    words = read_pairs(table(folder, [held | {"prompt": "x", "choice": word} for word in ("a", "b", "tie")]))
+    assert words.choices.choice.tolist() == [1, 0, 0.5]
+
+
+def test_captions_are_rows_too(folder: Path) -> None:
+    rows = [{"image": "images/light.png", "prompt": "x"}, {"image": "images/dark.png", "prompt": ""}]
+    for path in (lines(folder, *rows), table(folder, rows)):
+        found = read_captions(path)
+        assert shades(found.images) == [204, 51] and found.prompts == ("x", "")
+    with pytest.raises(RewardError, match=r"pairs\.jsonl, row 2: expected a text under \"prompt\""):
+        read_captions(lines(folder, rows[0], {"image": "images/dark.png"}))
+    with pytest.raises(RewardError, match=r"pairs\.jsonl, row 1: 'image' is neither"):
+        read_captions(lines(folder, GOOD))
+
+
+def without(key: str) -> dict[str, Any]:
+    return {name: value for name, value in GOOD.items() if name != key}
+
+
+NO_IMAGE = "is neither an image file that is there nor its bytes"
+BAD_CHOICE = "choice must be a, b, tie or a number from 0 to 1, got "
+BAD_STRENGTH = "strength must be a number from 0 to 1e+06, got "
+BAD_ROWS = [
+    (without("image_a"), f"row 2: 'image_a' {NO_IMAGE}"),
+    (without("image_b"), f"row 2: 'image_b' {NO_IMAGE}"),
+    (GOOD | {"image_a": "images/gone.png"}, f"row 2: 'image_a' {NO_IMAGE}"),
+    (GOOD | {"image_a": "images"}, f"row 2: 'image_a' {NO_IMAGE}"),
+    (GOOD | {"image_a": ""}, f"row 2: 'image_a' {NO_IMAGE}"),
+    (GOOD | {"image_a": "x" * 5000}, f"row 2: 'image_a' {NO_IMAGE}"),
+    (GOOD | {"image_a": "a\0b"}, f"row 2: 'image_a' {NO_IMAGE}"),
+    (GOOD | {"image_b": {"bytes": None, "path": None}}, f"row 2: 'image_b' {NO_IMAGE}"),
+    (GOOD | {"image_b": {"path": "gone.png"}}, f"row 2: 'image_b' {NO_IMAGE}"),
+    (without("prompt"), 'row 2: expected a text under "prompt"'),
+    (GOOD | {"prompt": 3}, 'row 2: expected a text under "prompt"'),
+    (without("choice"), f"row 2: {BAD_CHOICE}None"),
+    (GOOD | {"choice": "A"}, f"row 2: {BAD_CHOICE}'A'"),
+    (GOOD | {"choice": 1.5}, f"row 2: {BAD_CHOICE}1.5"),
+    (GOOD | {"choice": -1}, f"row 2: {BAD_CHOICE}-1"),
+    (GOOD | {"choice": True}, f"row 2: {BAD_CHOICE}True"),
+    (GOOD | {"choice": "much\nmore " * 99}, f"row 2: {BAD_CHOICE}'much"),
+    (GOOD | {"strength": -0.5}, f"row 2: {BAD_STRENGTH}-0.5"),
+    (GOOD | {"strength": "strong"}, f"row 2: {BAD_STRENGTH}'strong'"),
+    (GOOD | {"strength": True}, f"row 2: {BAD_STRENGTH}True"),
+    (GOOD | {"strength": 1e30}, f"row 2: {BAD_STRENGTH}1e+30"),
+]
+BAD_LINES = [
+    (GOOD | {"image_a": 3}, f"row 2: 'image_a' {NO_IMAGE}"),
+    (GOOD | {"image_a": ["images/dark.png"]}, f"row 2: 'image_a' {NO_IMAGE}"),
+    (GOOD | {"choice": ["a"]}, f"row 2: {BAD_CHOICE}['a']"),
+    (GOOD | {"choice": math.nan}, f"row 2: {BAD_CHOICE}nan"),
+    (GOOD | {"strength": math.inf}, f"row 2: {BAD_STRENGTH}inf"),
+    (GOOD | {"strength": 10**400}, f"row 2: {BAD_STRENGTH}1000"),
+    ("{", "line 2: not JSON"),
+    ("[" * 100_000, "line 2: not JSON"),
+    ('{"a": ' + "9" * 5000 + "}", "line 2: not JSON"),
+    ("[1]", "line 2: expected an object"),
+    ("3", "line 2: expected an object"),
+]
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(RewardError) as raised:
+        read_pairs(path)
+    told = str(raised.value)
+    assert told.startswith(str(path)) and message in told
+    assert "\n" not in told and len(told) < len(str(path)) + 200
+
+
+@pytest.mark.parametrize(("row", "message"), [*BAD_ROWS, *BAD_LINES], ids=lambda value: str(value)[-40:])
+def test_a_bad_row_of_lines_is_named(folder: Path, row: Any, message: str) -> None:
+    refused(lines(folder, GOOD, row, GOOD), message)
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_ROWS, ids=lambda value: str(value)[-40:])
+def test_a_bad_row_of_parquet_is_named(folder: Path, row: dict[str, Any], message: str) -> None:
+    # Alone, as a column has one type.
+    refused(table(folder, [row]), message.replace("row 2", "row 1"))
+
+
+def test_a_row_of_parquet_is_named_by_its_number(folder: Path) -> None:
+    refused(table(folder, [GOOD, GOOD, GOOD | {"choice": "c"}]), f"row 3: {BAD_CHOICE}'c'")
+    refused(table(folder, [GOOD, without("image_b")]), f"row 2: 'image_b' {NO_IMAGE}")
+
+
+def test_files_that_are_none_are_named(folder: Path) -> None:
+    refused(folder / "pairs.csv", "pairs are read from .jsonl and .parquet files")
+    refused(folder / "pairs", "pairs are read from .jsonl and .parquet files")
+    refused(folder / "gone.jsonl", "no such file of pairs")
+    (folder / "folder.parquet").mkdir()
+    refused(folder / "folder.parquet", "no such file of pairs")
+    refused(lines(folder, "", " "), "no rows in this file")
+    refused(table(folder, []), "no rows in this file")
+    (folder / "pairs.parquet").write_bytes(b"PAR1 no, not at all PAR1")
+    refused(folder / "pairs.parquet", "not a parquet file that can be read")
+    (folder / "pairs.jsonl").write_bytes(b"\xff\xfe\x00")
+    refused(folder / "pairs.jsonl", "cannot be read as lines of text")
+    assert read_rows(lines(folder, {"a": 1}).rename(folder / "PAIRS.JSONL")) == [{"a": 1}]
+
+
+def test_broken_images_are_named_when_they_are_loaded(folder: Path) -> None:
+    (folder / "images" / "broken.png").write_bytes(b"no image")
+    found = read_pairs(lines(folder, GOOD | {"image_a": "images/broken.png"}))
+    with pytest.raises(InputError, match=r"images/broken\.png: not an image that can be read"):
+        load_images(found.a, lambda image: image)
+    found = read_pairs(table(folder, [GOOD | {"image_a": b"no image"}]))
+    with pytest.raises(InputError, match="an image of 8 bytes: not an image that can be read"):
+        load_images(found.a, lambda image: image)
+
+
+def test_images_of_any_size_become_one_batch(folder: Path) -> None:
+    sizes = [(4, 4), (9, 3), (1, 1), (2, 30)]
+    seen: list[tuple[int, ...]] = []
+
+    def fit(image: Tensor) -> Tensor:
+        seen.append(tuple(image.shape))
+        return resize_and_crop(image, 5)
+
+    batch = load_images([encoded(51 * (k + 1), size) for k, size in enumerate(sizes)], fit)
+    assert seen == [(1, 3, height, width) for width, height in sizes]
+    assert batch.shape == (4, 3, 5, 5)
+    expected = torch.tensor([0.2, 0.4, 0.6, 0.8])[:, None, None].expand(4, 5, 5)
+    assert torch.allclose(batch[:, 0], expected, atol=1e-5)
+
+
+def test_some_of_the_pairs_stay_together(folder: Path) -> None:
+    rows = [GOOD | {"choice": choice, "strength": k, "prompt": f"p{k}"} for k, choice in enumerate(["a", "b", "tie"])]
+    rows[1] |= {"image_a": "images/light.png", "image_b": "images/dark.png"}
+    found = read_pairs(lines(folder, *rows)).take([2, 1, 1])
+    assert found.prompts == ("p2", "p1", "p1") and len(found) == 3
+    assert found.choices.choice.tolist() == [0.5, 0, 0] and found.choices.strength.tolist() == [2, 1, 1]
+    assert shades(found.a) == [51, 204, 204] and shades(found.b) == [204, 51, 51]
+    assert len(found.take([])) == 0
+
+
+@given(
+    prompts=st.lists(st.sampled_from([f"p{k}" for k in range(12)]), max_size=40),
+    share=st.floats(0, 0.99),
+    seed=st.integers(0, 5),
+)
+def test_no_prompt_is_on_both_sides(prompts: list[str], share: float, seed: int) -> None:
+    training, held = split_by_prompt(prompts, share, seed)
+    assert sorted(training + held) == list(range(len(prompts)))
+    assert training == sorted(training) and held == sorted(held)
+    trained, kept = ({prompts[row] for row in rows} for rows in (training, held))
+    assert not trained & kept
+    count = len(set(prompts))
+    if count > 1 and share > 0:
+        assert 1 <= len(kept) < count and abs(len(kept) - share * count) <= 1
+    else:
+        assert not held
+    assert (training, held) == split_by_prompt(prompts, share, seed)
+    # The sides of prompts do not hang on how often or in what order they come.
+    again, again_held = split_by_prompt([*prompts[::-1], *prompts], share, seed)
+    assert len(again) == 2 * len(training) and len(again_held) == 2 * len(held)
+
+
+def test_another_seed_holds_out_other_prompts() -> None:
+    prompts = [f"p{k}" for k in range(100)]
+    one, other = (split_by_prompt(prompts, 0.2, seed)[1] for seed in (0, 1))
+    assert len(one) == len(other) == 20 and one != other
