@@ -110,6 +110,7 @@ def clip(
     unit  cosine (default), logit or clipscore
     """
     name = "clip" if model == DEFAULT_CLIP else f"clip:{model}"
+    name = named(name, unit=(unit, "cosine"), preprocess=(preprocess, "crop"))
     return ClipReward(name, partial(load_backbone, model), unit, preprocess, micro_batch, dtype)
 
 
@@ -124,23 +125,11 @@ def pickscore(
         raise RewardError(f"pickscore:path={path}: no such folder")
     # The published repository has no tokenizer of its own: it is that of the CLIP that it was tuned from.
     load = partial(load_backbone, path or PICKSCORE, None if path else LAION_H)
-    return ClipReward("pickscore", load, unit, "crop", micro_batch, dtype)
+    return ClipReward(named("pickscore", unit=(unit, "logit")), load, unit, "crop", micro_batch, dtype)
 
 
-def _hps(
-    name: str, path: str | None, model: str, preprocess: str, micro_batch: str | int, dtype: str | None
-) -> ClipReward:
-    def load() -> Backbone:
-        file = path or HPS[name].fetch()
-        tensors = read_checkpoint(file)
-        backbone = open_clip_architecture(model)
-        load_weights(backbone.model, tensors, f"{name}: {file}")
-        return backbone
-
-    return ClipReward(name, load, "cosine", preprocess, micro_batch, dtype)
-
-
-def hpsv2(
+def hps(
+    version: str,
     *,
     path: str | None = None,
     model: str = "ViT-H-14",
@@ -148,22 +137,31 @@ def hpsv2(
     micro_batch: str | int = MICRO_BATCH,
     dtype: str | None = None,
 ) -> ClipReward:
-    """Human Preference Score v2 (arXiv 2306.09341): the cosine, about 0.2..0.35.
+    """Human Preference Score v2 or v2.1 (arXiv 2306.09341): the cosine, about 0.2..0.35.
 
-    path        a local HPS_v2_compressed.pt
+    path        a local checkpoint in place of the hub's HPS_v2_compressed.pt or HPS_v2.1_compressed.pt
     model       its architecture, a name or folder of open_clip
     preprocess  pad: the official one, the whole picture with black bars; crop: CLIP's own, as ReNO has it
     """
-    return _hps("hpsv2", path, model, preprocess, micro_batch, dtype)
+
+    def load() -> Backbone:
+        file = path or HPS[version].fetch()
+        tensors = read_checkpoint(file)
+        backbone = open_clip_architecture(model)
+        load_weights(backbone.model, tensors, f"{version}: {file}")
+        return backbone
+
+    name = named(version, preprocess=(preprocess, "pad"))
+    return ClipReward(name, load, "cosine", preprocess, micro_batch, dtype)
 
 
-def hpsv21(
-    *,
-    path: str | None = None,
-    model: str = "ViT-H-14",
-    preprocess: str = "pad",
-    micro_batch: str | int = MICRO_BATCH,
-    dtype: str | None = None,
-) -> ClipReward:
-    """Human Preference Score v2.1: as `hpsv2`, from a local HPS_v2.1_compressed.pt or the hub's."""
-    return _hps("hpsv2.1", path, model, preprocess, micro_batch, dtype)
+hpsv2 = partial(hps, "hpsv2")
+hpsv21 = partial(hps, "hpsv2.1")
+
+
+def named(name: str, **options: tuple[str, str]) -> str:
+    """A reward's name with the options that change its scores, where they are not the usual: (given, usual) each.
+
+    Calibrations and parts go by name: two scales must not share one.
+    """
+    return ",".join([name, *(f"{option}={given}" for option, (given, usual) in options.items() if given != usual)])

@@ -23,6 +23,7 @@ from steer.rewards.weights import cast, load_weights, read_checkpoint
 CARD = "reward.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 HIDDEN = 128
+WIDEST = 65_536  # features; a card that asks for more asks for all memory
 
 
 class Similarity(nn.Module):
@@ -101,9 +102,14 @@ class Learned:
     ) -> None:
         path = self.embedded.get(folder, Path(folder))
         card = read_card(path)
-        self.name = path.name if member is None else f"{path.name}[{member}]"
         self._aggregate = choose("aggregate", aggregate, AGGREGATES)
-        wanted = range(len(card.means)) if member is None else [_member(member, len(card.means), path)]
+        self._folder = path.name
+        self.name = path.name if aggregate == "mean" else f"{aggregate}({path.name})"
+        wanted = range(len(card.means))
+        if member is not None:
+            wanted = _member(member, len(card.means), path)
+            self.name = f"{path.name}[{member}]"
+        self._numbers = wanted
         own = card.backbone == "."
         self._backbones = [_backbone(path, card) for _ in (wanted if own else wanted[:1])]
         self._heads = [HEADS[card.head](card.width) for _ in wanted]
@@ -132,7 +138,8 @@ class Learned:
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each member's scores (N,)."""
-        return {f"{self.name}[{k}]": row for k, row in enumerate(self.members(images, prompts))}
+        rows = self.members(images, prompts)
+        return {f"{self._folder}[{number}]": row for number, row in zip(self._numbers, rows, strict=True)}
 
     def total(self, parts: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The aggregate (N,) of the members' scores."""
@@ -166,7 +173,7 @@ def read_card(folder: Path) -> Card:
         card = Card(**found)
         card = Card(**{**asdict(card), "means": tuple(card.means), "stds": tuple(card.stds)})
         numbers = [float(number) for number in (*card.means, *card.stds)]
-        sound = card.format == 1 and card.head in HEADS and isinstance(card.backbone, str) and card.width > 0
+        sound = card.format == 1 and card.head in HEADS and isinstance(card.backbone, str) and 0 < card.width <= WIDEST
         sound = sound and len(card.means) == len(card.stds) > 0 and all(map(math.isfinite, numbers))
     except FileNotFoundError as error:
         raise RewardError(f"{folder}: no {CARD} there; give a folder of `steer rewards train`, or scenes") from error
@@ -177,10 +184,10 @@ def read_card(folder: Path) -> Card:
     return card
 
 
-def _member(member: str | int, count: int, path: Path) -> int:
+def _member(member: str | int, count: int, path: Path) -> range:
     if not str(member).isdecimal() or int(member) >= count:
         raise RewardError(f"{path}: member={member} is not one of its {count} members, 0 to {count - 1}")
-    return int(member)
+    return range(int(member), int(member) + 1)
 
 
 def _backbone(folder: Path, card: Card) -> Backbone:

@@ -311,7 +311,15 @@ def test_units_are_the_published_ones(tiny: Path, spec: str, plain: Callable[[Pa
 
 def test_a_reward_has_the_name_that_it_was_asked_for_by(tiny: Path, make: Make) -> None:
     assert isinstance(make(), Reward) and make().differentiable
-    assert make().name in ("pickscore", "hpsv2", "hpsv2.1", *(f"clip:{tiny / name}" for name in ("open_clip", "new")))
+    name, *options = make().name.split(",")
+    assert name in ("pickscore", "hpsv2", "hpsv2.1", *(f"clip:{tiny / name}" for name in ("open_clip", "new")))
+    assert options in ([], ["preprocess=crop"])
+
+
+def test_two_scales_have_two_names(tiny: Path) -> None:
+    folder = tiny / "open_clip"
+    names = {load_reward(f"clip:{folder}{more}").name for more in ("", ",unit=logit", ",preprocess=pad,unit=clipscore")}
+    assert names == {f"clip:{folder}{more}" for more in ("", ",unit=logit", ",unit=clipscore,preprocess=pad")}
 
 
 SIZES = [(32, 32), (32, 75), (224, 224), (225, 223), (300, 191), (97, 613), (31, 33), (7, 19), (512, 512)]

@@ -124,7 +124,7 @@ def test_members_differ_and_are_aggregated(recipe: Recipe, pairs: Pairs, tmp_pat
     ):
         total, parts = score_parts(Learned(str(tmp_path / "r"), aggregate=name), images, prompts)
         assert torch.allclose(total, expected, atol=1e-5)
-        assert len(parts) == 3
+        assert list(parts) == ["r[0]", "r[1]", "r[2]"]
     alone = score(load_reward(f"preference:{tmp_path / 'r'},member=1"), images, prompts)
     assert torch.allclose(alone, members[1], atol=1e-5)
 
@@ -213,6 +213,7 @@ def test_another_run_in_the_same_folder_is_refused(recipe: Recipe, pairs: Pairs,
         (lambda folder: change(folder, head="torch.load"), "not the card of a learned reward"),
         (lambda folder: change(folder, stds=[0.0]), "not the card of a learned reward"),
         (lambda folder: change(folder, means=[float("nan")]), "not the card of a learned reward"),
+        (lambda folder: change(folder, width=10**12), "not the card of a learned reward"),
         (lambda folder: change(folder, width=3), "does not fit this model"),
         (lambda folder: (folder / "member-0.safetensors").unlink(), "no such checkpoint"),
         (lambda folder: (folder / "member-0.safetensors").write_bytes(b"\0" * 40), "cannot be read, is it whole"),

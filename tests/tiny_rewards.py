@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,15 +27,23 @@ WEIGHTS = "open_clip_model.safetensors"
 LINEAR, RELU = (0, 2, 4, 6, 7), (0, 3, 6, 9, 11)  # where the two published heads have their layers
 
 
-def shaken(model: nn.Module, seed: int = 0) -> nn.Module:
+@contextmanager
+def seeded(seed: int = 0) -> Iterator[None]:
+    """The same random numbers every time; those outside are left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@torch.no_grad()
+def shaken(model: nn.Module) -> nn.Module:
     """Weights that make a difference: fresh norms and biases are ones and zeros, fresh attention looks everywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
+    for parameter in model.parameters():
+        parameter.add_(0.15 * torch.randn_like(parameter))
     return model
 
 
+@seeded()
 def tiny_open_clip(folder: Path, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Path:
     """A folder of open_clip: configuration, tokenizer, weights."""
     new_clip_folder(folder)
@@ -49,6 +58,7 @@ def tiny_open_clip(folder: Path, mean: Sequence[float] = CLIP_MEAN, std: Sequenc
     return folder
 
 
+@seeded()
 def tiny_transformers(folder: Path, activation: str = "quick_gelu", old: bool = False) -> Path:
     """A folder as CLIPModel.save_pretrained writes it, with its tokenizer.
 
@@ -73,21 +83,22 @@ def tiny_transformers(folder: Path, activation: str = "quick_gelu", old: bool = 
     return folder
 
 
+@seeded(1)
 def tiny_hps(path: Path, folder: Path) -> Path:
     """A checkpoint as HPSv2's are published, of the architecture in an open_clip folder."""
     model = open_clip.create_model(f"local-dir:{folder}", load_weights=False)
-    torch.save({"epoch": 1, "state_dict": shaken(model, seed=1).state_dict()}, path)
+    torch.save({"epoch": 1, "state_dict": shaken(model).state_dict()}, path)
     return path
 
 
+@seeded()
 def aesthetic_head(places: Sequence[int] = LINEAR, width: int = SPACE) -> State:
     """A head of version 2, in one of its two layouts."""
-    generator = torch.Generator().manual_seed(0)
     widths = (width, 24, 20, 12, 8, 1)
     state = {}
     for place, (before, after) in zip(places, pairwise(widths), strict=True):
-        state[f"layers.{place}.weight"] = torch.randn(after, before, generator=generator) * (2 / before) ** 0.5
-        state[f"layers.{place}.bias"] = 0.2 * torch.randn(after, generator=generator)
+        state[f"layers.{place}.weight"] = torch.randn(after, before) * (2 / before) ** 0.5
+        state[f"layers.{place}.bias"] = 0.2 * torch.randn(after)
     return state
 
 
@@ -99,6 +110,7 @@ def tiny_imagereward(folder: Path) -> str:
     return f"imagereward:path={folder / 'ImageReward.pt'},tokenizer={folder}"
 
 
+@seeded()
 def tiny_learned(folder: Path, clip: Path) -> Path:
     """A learned reward of one member with its own backbone."""
     copy_configuration(clip, folder)
