@@ -116,6 +116,7 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
 @click.option("--learning-rate", default=1e-3)
 @click.option("--smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
 @click.option("--flip", default=0.0, help="Share of the labels that is taken to be wrong, 0 to 0.5.")
+@click.option("--centre", default=0.0, help="Pulls each prompt's rewards to a mean of 0; for ensembles 0.01 to 0.1.")
 @click.option("--held-out", default=0.1, help="Share of the prompts that the report is measured on.")
 @click.option("--seed", default=0)
 @click.option("--device", default="cpu")

@@ -15,7 +15,7 @@ from steer.reward import RewardError
 from steer.rewards.calibration_curve import Judgement, judged
 from steer.rewards.clip_backbone import CONFIG, Backbone, clip_folder, load_backbone
 from steer.rewards.learned import HEADS, Card, copy_configuration, save_learned
-from steer.rewards.objectives import OBJECTIVES, Choices, Objective, flipped, smoothed
+from steer.rewards.objectives import OBJECTIVES, Choices, Objective, centred, flipped, smoothed
 from steer.rewards.pairs import Pairs, load_images, split_by_prompt
 from steer.rewards.preprocess import resize_and_crop
 from steer.training import Run, batch_at
@@ -37,6 +37,7 @@ class Recipe:
     whole      train the CLIP too, not the head alone
     members    how many, each with its own seed and its own bootstrap sample of the pairs
     smoothing  ε of the labels, 0..½;  flip: share of labels taken to be wrong, 0..½
+    centre     η of `centred`, ≥ 0: what makes members comparable that are aggregated
     held_out   share of the prompts that accuracy and calibration are measured on
     """
 
@@ -50,6 +51,7 @@ class Recipe:
     learning_rate: float = 1e-3
     smoothing: float = 0.0
     flip: float = 0.0
+    centre: float = 0.0
     held_out: float = 0.1
     seed: int = 0
 
@@ -61,6 +63,8 @@ class Recipe:
         for name in ("smoothing", "flip"):
             if not 0 <= getattr(self, name) < 0.5:
                 raise RewardError(f"--{name} must be from 0 to below 0.5, got {getattr(self, name)}")
+        if not 0 <= self.centre < float("inf"):
+            raise RewardError(f"--centre must be a number from 0 on, got {self.centre}")
         if not 0 <= self.held_out < 1:
             raise RewardError(f"--held-out must be from 0 to below 1, got {self.held_out}")
 
@@ -75,10 +79,10 @@ class Member(nn.Module):
             self.head = HEADS[recipe.head](width)
         self.backbone = backbone if recipe.whole else None
 
-    def difference(self, features: Features) -> Tensor:
-        """Δ = r(a) − r(b), raw: (N,)."""
+    def rewards(self, features: Features) -> tuple[Tensor, Tensor]:
+        """r(a) and r(b), raw: (N,) each."""
         a, b, text = features
-        return self.head(a, text) - self.head(b, text)
+        return self.head(a, text), self.head(b, text)
 
 
 def train_reward(pairs: Pairs, recipe: Recipe, out: Path, work: Path, device: str = "cpu") -> dict[str, Any]:
@@ -174,8 +178,9 @@ def _fit(
     def loss_at(step: int) -> Tensor:
         member.train()
         rows = sample[batch_at(step, recipe.batch, count, seed)]
-        difference = flipped(member.difference(encode(rows)), recipe.flip)
-        return objective(difference, smoothed(choices[rows], recipe.smoothing))
+        a, b = member.rewards(encode(rows))
+        loss = objective(flipped(a - b, recipe.flip), smoothed(choices[rows], recipe.smoothing))
+        return loss + recipe.centre * centred(a, b)
 
     warmup = min(100, recipe.steps // 10)
     Run(folder, recipe.steps, recipe.learning_rate, warmup=warmup).train([member], loss_at)
@@ -185,8 +190,9 @@ def _fit(
 @torch.no_grad()
 def _raw(member: Member, features: Features) -> list[Tensor]:
     """Raw rewards of the images a and of the images b."""
-    a, b, text = (part.to(next(member.parameters()).device) for part in features)
-    return [member.head(a, text).cpu(), member.head(b, text).cpu()]
+    device = next(member.parameters()).device
+    a, b = member.rewards((features[0].to(device), features[1].to(device), features[2].to(device)))
+    return [a.cpu(), b.cpu()]
 
 
 def _card(recipe: Recipe, width: int, outputs: Sequence[list[Tensor]], report: dict[str, Any]) -> Card:

@@ -70,6 +70,16 @@ def flipped(difference: Tensor, share: float) -> Tensor:
     return torch.logaddexp(right + difference, wrong) - torch.logaddexp(wrong + difference, right)
 
 
+def centred(a: Tensor, b: Tensor) -> Tensor:
+    """(r(a) + r(b))², the mean over pairs: pulls the rewards of every prompt towards a mean of 0.
+
+    Choices tell rewards up to a shift for each prompt only, and each member of an ensemble learns a shift of its own.
+    A mean over members does not mind; the worst of them would be, whatever the image, the one that is shifted down
+    (arXiv 2312.09244, section 2).
+    """
+    return ((a + b) ** 2).mean()
+
+
 def contrastive(images: Tensor, texts: Tensor, scale: Tensor, prompts: Sequence[str]) -> Tensor:
     """CLIP's symmetric loss (arXiv 2103.00020, figure 3) on features (N, D) of unit length.
 

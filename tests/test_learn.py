@@ -129,6 +129,18 @@ def test_members_differ_and_are_aggregated(recipe: Recipe, pairs: Pairs, tmp_pat
     assert torch.allclose(alone, members[1], atol=1e-5)
 
 
+def test_centred_members_agree_on_where_zero_is(recipe: Recipe, pairs: Pairs, tmp_path: Path) -> None:
+    """With the shift penalised, raw rewards of every prompt have a mean near 0: near that of all images."""
+    raw = []
+    for centre in (0.0, 1.0):
+        train_reward(
+            pairs, replace(recipe, head="pair", centre=centre), tmp_path / f"{centre}", tmp_path / f"w{centre}"
+        )
+        card = json.loads((tmp_path / f"{centre}" / "reward.json").read_text())
+        raw.append(abs(card["means"][0]) / card["stds"][0])
+    assert raw[1] < 0.3 and raw[1] < raw[0]
+
+
 def test_a_training_that_was_stopped_goes_on_to_the_same_reward(
     recipe: Recipe, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +193,7 @@ def test_scores_depend_neither_on_batch_nor_on_order(recipe: Recipe, pairs: Pair
         ({"objective": "bradley"}, "unknown objective 'bradley'"),
         ({"head": "similarity"}, "add --whole"),
         ({"members": 0}, "--members must be at least 1"),
+        ({"centre": -1.0}, "--centre must be a number from 0 on"),
         ({"flip": 0.5}, "--flip must be from 0 to below 0.5"),
         ({"held_out": 1.0}, "--held-out must be from 0"),
         ({"backbone": "no/such"}, "CLIP 'no/such' cannot be loaded"),

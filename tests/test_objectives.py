@@ -16,6 +16,7 @@ from steer.rewards.objectives import (
     Choices,
     Objective,
     bradley_terry,
+    centred,
     contrastive,
     flipped,
     regression,
@@ -257,3 +258,10 @@ def test_calibration_error_tells_the_honest_from_the_overconfident() -> None:
     assert sum(count for _, _, count in honest.bins) == len(delta) and len(honest.bins) == BINS
     # Over the pairs, what is right with probability σ(|Δ|):
     assert honest.accuracy == pytest.approx(torch.sigmoid(delta.abs()).mean().item(), abs=0.01)
+
+
+def test_centring_minds_the_shift_and_not_the_difference() -> None:
+    a, b = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 2.0])
+    assert centred(a, b).item() == pytest.approx((16 + 0) / 2)
+    middle = (a + b) / 2
+    assert centred(a - middle, b - middle).item() == 0

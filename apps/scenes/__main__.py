@@ -22,7 +22,9 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of `evaluate`")
     parser.add_argument("--particles", type=int, default=4, help="K of `evaluate`")
-    parser.add_argument("--reward", default="scene-soft", help="what steers in `evaluate` and `foresight`")
+    parser.add_argument(
+        "--reward", default="scene-soft", help="what steers in `evaluate` and `foresight`; the ensemble of `curves`"
+    )
     parser.add_argument("--lam", type=float, help="λ of `evaluate`; by default the one tuned for scene-soft")
     parser.add_argument("--json", type=Path, default=Path("runs/scenes/evaluate.json"))
     options = parser.parse_args()
@@ -111,9 +113,9 @@ def _many(options: argparse.Namespace) -> None:
 
 
 def _curves(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.overoptimise import PROXIES, curves, draw_curves
+    from steer.apps.scenes.overoptimise import curves, draw_curves
 
-    found = curves(options.out / "many", PROXIES)
+    found = curves(options.out / "many", options.reward)
     _report(found, options.json)
     draw_curves(found, options.json.with_suffix(".png"))
 
@@ -140,7 +142,10 @@ STAGES = {
     "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
     "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
     "many": (_many, "sample 256 images of 40 prompts of --list"),
-    "curves": (_curves, "best-of-n of those on several proxies, judged by the exact reward, to --json and a picture"),
+    "curves": (
+        _curves,
+        "best-of-n of those by --reward and its members, judged by the exact reward, to --json and a picture",
+    ),
     "prompts": (_prompts, "write the held-out and the tuning prompts to --prompts"),
 }
 

@@ -1,7 +1,7 @@
 """Where a proxy and the truth part: best-of-n on one proxy, judged by the exact reward, as n grows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,12 @@ from tqdm.auto import tqdm
 from steer.apps.pictures import FAINT, INK
 from steer.apps.scenes.evaluate import interval
 from steer.images import read_image
-from steer.reward import load_reward, score
+from steer.reward import load_reward, score_parts
+from steer.rewards.aggregate import mean, mean_minus_std, worst
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BATCH = 256
-PROXIES = {
-    "one member": "preference:scenes,member=0",
-    "mean of 4": "preference:scenes",
-    "worst of 4": "preference:scenes,aggregate=min",
-    "mean − std of 4": "preference:scenes,aggregate=mean-std",
-    "clip:scenes": "clip:scenes",
-}
+OTHERS = ("preference:scenes", "clip:scenes")
 COLOURS = ("#832db6", "#e76300", "#3f90da", "#a96b59", "#94a4a2")
 
 
@@ -53,58 +48,70 @@ def _log_choose(n: Tensor, k: int) -> Tensor:
     return torch.lgamma(n + 1) - math.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
-def curves(folder: Path, proxies: Mapping[str, str]) -> dict[str, Any]:
+def curves(folder: Path, ensemble: str, others: Sequence[str] = OTHERS) -> dict[str, Any]:
     """For every proxy and n: its own standardised score and the exact reward of the image that it picks, [mean, low,
-    high] over prompts. The samples are files of `python -m steer.apps.scenes many`."""
+    high] over prompts. "one member" is the mean over the members of what each would pick alone.
+
+    folder    files of `python -m steer.apps.scenes many`
+    ensemble  a learned reward of several members
+    """
     rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     gold = torch.tensor([row["gold"] for row in rows]).view(len(prompts), -1)
-    found: dict[str, Any] = {"prompts": len(prompts), "images": gold.shape[1], "n": list(SIZES), "proxies": {}}
-    found["kl"] = [round(kl_of_best_of_n(n), 3) for n in SIZES]
-    for name, spec in {"gold": "", **proxies}.items():
-        proxy = _scores(spec, rows).view_as(gold) if spec else gold
-        standard = (proxy - proxy.mean()) / proxy.std()
-        right = (gold == 1).float()
-        found["proxies"][name] = {
-            "reward": spec or "scene",
-            "proxy": [interval(expected_best(proxy, standard, n).float()) for n in SIZES],
-            "gold": [interval(expected_best(proxy, gold, n).float()) for n in SIZES],
-            "right": [interval(expected_best(proxy, right, n).float()) for n in SIZES],
-        }
-    return found
+    members = torch.stack([*_scores(ensemble, rows)[1].values()])
+    proxies = {
+        "picked by the exact reward": [gold],
+        "one member": [*members],
+        f"mean of {len(members)}": [mean(members)],
+        f"worst of {len(members)}": [worst(members)],
+        f"mean − std of {len(members)}": [mean_minus_std(members)],
+        **{spec: [_scores(spec, rows)[0]] for spec in others},
+    }
+    return {
+        "prompts": len(prompts),
+        "images": gold.shape[1],
+        "ensemble": ensemble,
+        "n": list(SIZES),
+        "kl": [round(kl_of_best_of_n(n), 3) for n in SIZES],
+        "proxies": {name: _curve([proxy.view_as(gold) for proxy in some], gold) for name, some in proxies.items()},
+    }
+
+
+def _curve(proxies: Sequence[Tensor], gold: Tensor) -> dict[str, list[list[float]]]:
+    """What proxies (P, M) of one kind, on average, say of their picks, and what is true of them."""
+    own = [(proxy - proxy.mean()) / proxy.std() for proxy in proxies]
+    values = {"proxy": own, "gold": [gold] * len(own), "right": [(gold == 1).float()] * len(own)}
+    return {
+        field: [
+            interval(torch.stack([expected_best(p, v, n) for p, v in zip(proxies, some, strict=True)]).mean(0).float())
+            for n in SIZES
+        ]
+        for field, some in values.items()
+    }
 
 
 @torch.no_grad()
-def _scores(spec: str, rows: Sequence[dict[str, Any]]) -> Tensor:
-    reward, scores = load_reward(spec), []
+def _scores(spec: str, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of a reward and of its parts, (N,) each."""
+    reward, scored = load_reward(spec), []
     for start in tqdm(range(0, len(rows), BATCH), desc=spec, leave=False, disable=None):
         some = rows[start : start + BATCH]
         images = torch.stack([read_image(row["image"]) for row in some])
-        scores.append(score(reward, images, [row["prompt"] for row in some]))
-    return torch.cat(scores)
+        scored.append(score_parts(reward, images, [row["prompt"] for row in some]))
+    totals, parts = zip(*scored, strict=True)
+    return torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
 def draw_curves(found: dict[str, Any], path: Path) -> None:
     """Left what each proxy says of the image that it picks, right what the exact reward says."""
-    figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10.5, 4.3), dpi=120, layout="constrained")
+    oracle, *proxies = found["proxies"]
     titles = {"proxy": "what the proxy says (its own standard deviations)", "gold": "what is true (exact reward)"}
     for axes, (field, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
-        proxies = [name for name in found["proxies"] if not (field == "proxy" and name == "gold")]
-        for name in proxies:
-            colour = INK if name == "gold" else COLOURS[[p for p in found["proxies"] if p != "gold"].index(name)]
-            mean, low, high = zip(*found["proxies"][name][field], strict=True)
-            label = "picked by the exact reward" if name == "gold" else name
-            axes.plot(
-                found["n"],
-                mean,
-                color=colour,
-                lw=1.6,
-                ls=":" if name == "gold" else "-",
-                marker="o",
-                ms=3.5,
-                label=label,
-            )
-            axes.fill_between(found["n"], low, high, color=colour, alpha=0.08, lw=0)
+        for name, colour in zip(proxies, COLOURS, strict=True):
+            mean_, low, high = zip(*found["proxies"][name][field], strict=True)
+            axes.plot(found["n"], mean_, color=colour, lw=1.7, marker="o", ms=3.5, label=name)
+            axes.fill_between(found["n"], low, high, color=colour, alpha=0.07, lw=0)
         axes.set_xscale("log", base=2)
         axes.set_xticks(found["n"], [str(n) for n in found["n"]])
         axes.set_xlabel("n of best-of-n", color=INK)
@@ -112,5 +119,7 @@ def draw_curves(found: dict[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT)
         axes.grid(color=FAINT, alpha=0.3)
+    best = [value for value, _, _ in found["proxies"][oracle]["gold"]]
+    figure.axes[1].plot(found["n"], best, color=INK, lw=1.2, ls=":", label=oracle)
     figure.axes[1].legend(frameon=False, fontsize=8)
     figure.savefig(path)
