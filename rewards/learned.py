@@ -18,7 +18,7 @@ from steer.reward import RewardError
 from steer.rewards.aggregate import AGGREGATES
 from steer.rewards.batches import PromptCache, in_micro_batches
 from steer.rewards.clip_backbone import CONFIG, Backbone, load_backbone, open_clip_folder
-from steer.rewards.weights import cast, load_weights, read_checkpoint
+from steer.rewards.weights import cast, follow, load_weights, read_checkpoint
 
 CARD = "reward.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -124,8 +124,7 @@ class Learned:
 
     def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (M, N) of every member, standardised."""
-        for module in (*self._backbones, *self._heads):
-            module.to(images.device)
+        follow(images, *self._backbones, *self._heads)
         return self._members(images, prompts).T
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
