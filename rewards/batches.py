@@ -52,13 +52,13 @@ class PromptCache:
         """(N, …): the features of each prompt."""
         wanted = list(dict.fromkeys(prompts))
         if new := [prompt for prompt in wanted if prompt not in self._known]:
-            # Tensors made in inference mode could take no part in gradients later.
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 # Copies: a row of a larger tensor would keep all of it in memory.
                 rows = [row.clone() for row in self._encode(new).cpu()]
             self._known.update(zip(new, rows, strict=True))
         for prompt in wanted:
             self._known.move_to_end(prompt)
+        # A new tensor: those made in inference mode can take no part in gradients.
         features = torch.stack([self._known[prompt] for prompt in prompts])
         while len(self._known) > self._size:
             self._known.popitem(last=False)

@@ -13,7 +13,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from steer.reward import RewardError
 from steer.rewards.batches import PromptCache, in_micro_batches
 from steer.rewards.preprocess import normalise, resize_and_crop
-from steer.rewards.weights import HubFile, State, cast, load_weights, read_checkpoint
+from steer.rewards.weights import HubFile, State, cast, follow, load_weights, read_checkpoint
 
 WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
 VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt", "86b5e0934494bd15c9632b12f734a8a67f723594")
@@ -75,7 +75,7 @@ class ImageReward:
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(N,) in the scorer's dtype."""
-        self._network.to(images.device)
+        follow(images, self._network)
         # Pixels are resized in fp32 at least, even those of a half-precision decoder.
         wide = images.to(torch.promote_types(images.dtype, torch.float32))
         ids, mask = self._tokens(prompts).to(images.device).unbind(1)

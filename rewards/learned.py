@@ -112,7 +112,8 @@ class Learned:
         self._numbers = wanted
         own = card.backbone == "."
         self._backbones = [_backbone(path, card) for _ in (wanted if own else wanted[:1])]
-        self._heads = [HEADS[card.head](card.width) for _ in wanted]
+        with torch.random.fork_rng(devices=[]):  # no random number is drawn for what is filled at once
+            self._heads = [HEADS[card.head](card.width) for _ in wanted]
         for place, number in enumerate(wanted):
             _fill(path / f"member-{number}.safetensors", self._heads[place], self._backbones[place] if own else None)
         for module in (*self._backbones, *self._heads):

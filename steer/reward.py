@@ -13,6 +13,7 @@ from torch import Tensor
 
 from steer.choices import nearest
 from steer.contract import Composite, Reward, RewardError, score, score_parts, with_timeout
+from steer.errors import InputError
 
 __all__ = [
     "Composite",
@@ -126,6 +127,8 @@ def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
         return factory(*given, **options)
     except RewardError:
         raise
+    except InputError as error:
+        raise RewardError(f"reward {name!r}: {error}") from error
     except Exception as error:  # foreign code: whatever its construction raises
         raise RewardError(f"reward {name!r} cannot be made: {type(error).__name__}: {error}") from error
 

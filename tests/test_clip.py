@@ -30,6 +30,7 @@ from tiny_rewards import (
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, pad, resize
+from transformers import CLIPModel
 
 from steer.apps.scenes.tokenizer import LENGTH
 from steer.contract import Reward, score
@@ -387,6 +388,17 @@ def test_the_temperature_is_not_rounded(tiny: Path, dtype: str) -> None:
     spec = f"clip:{tiny / 'open_clip'},dtype={dtype},unit="
     cosine, logit = (score(load_reward(spec + unit), squares(), PROMPTS) for unit in ("cosine", "logit"))
     assert torch.allclose(logit, of_open_clip(tiny, "open_clip").scale * cosine, rtol=1e-5, atol=0)
+
+
+def test_weights_saved_in_half_precision_compute_in_fp32(tiny: Path, tmp_path: Path) -> None:
+    CLIPModel.from_pretrained(tiny / "new", dtype=torch.float16).save_pretrained(
+        copied(tiny / "new", tmp_path / "half")
+    )
+    reward = load_reward(f"clip:{tmp_path / 'half'}")
+    assert isinstance(reward, ClipReward) and reward.backbone.dtype == torch.float32
+    assert allclose(
+        score(reward, squares(), PROMPTS), score(load_reward(f"clip:{tiny / 'new'}"), squares(), PROMPTS), 0.003
+    )
 
 
 @pytest.mark.parametrize(("height", "width"), [(SIDE, SIDE), (37, 45)])

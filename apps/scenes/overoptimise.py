@@ -20,7 +20,7 @@ from steer.rewards.aggregate import mean, mean_minus_std, worst
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 BATCH = 256
 OTHERS = ("preference:scenes", "clip:scenes")
-COLOURS = ("#832db6", "#e76300", "#3f90da", "#a96b59", "#94a4a2")
+COLOURS = ("#832db6", "#e76300", "#3f90da", "#a96b59", "#bd1f01", "#94a4a2")
 
 
 def kl_of_best_of_n(n: int) -> float:
@@ -74,6 +74,25 @@ def curves(folder: Path, ensemble: str, others: Sequence[str] = OTHERS) -> dict[
         "n": list(SIZES),
         "kl": [round(kl_of_best_of_n(n), 3) for n in SIZES],
         "proxies": {name: _curve([proxy.view_as(gold) for proxy in some], gold) for name, some in proxies.items()},
+        "against_one_member": {
+            name: [interval((_picked(some, gold, n) - _picked(proxies["one member"], gold, n)).float()) for n in SIZES]
+            for name, some in proxies.items()
+        },
+        "members": _disagreement(members.view(-1, *gold.shape)),
+    }
+
+
+def _picked(proxies: Sequence[Tensor], gold: Tensor, n: int) -> Tensor:
+    """The exact reward (P,) of what proxies of one kind pick, on average."""
+    return torch.stack([expected_best(proxy.view_as(gold), gold, n) for proxy in proxies]).mean(0)
+
+
+def _disagreement(members: Tensor) -> dict[str, float]:
+    """Of members' scores (K, P, M): by how much they differ about a prompt, and about an image beside that."""
+    prompts = members.mean(2, keepdim=True)
+    return {
+        "std_of_prompt_means": round(prompts.std(0).mean().item(), 3),
+        "std_within_prompts": round((members - prompts).std(0).mean().item(), 3),
     }
 
 
@@ -121,5 +140,5 @@ def draw_curves(found: dict[str, Any], path: Path) -> None:
         axes.grid(color=FAINT, alpha=0.3)
     best = [value for value, _, _ in found["proxies"][oracle]["gold"]]
     figure.axes[1].plot(found["n"], best, color=INK, lw=1.2, ls=":", label=oracle)
-    figure.axes[1].legend(frameon=False, fontsize=8)
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer that knows every byte, with one token for each word of the scenes."""
+"""A CLIP tokenizer that knows every byte and, in one token or a few, the words of the scenes."""
 
 import json
 from pathlib import Path
