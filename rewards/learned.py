@@ -89,6 +89,7 @@ class Learned:
     """
 
     differentiable = True
+    kind = ""
     embedded: Mapping[str, Path] = {}
 
     def __init__(
@@ -103,12 +104,12 @@ class Learned:
         path = self.embedded.get(folder, Path(folder))
         card = read_card(path)
         self._aggregate = choose("aggregate", aggregate, AGGREGATES)
-        self._folder = path.name
-        self.name = path.name if aggregate == "mean" else f"{aggregate}({path.name})"
+        self._known_as = f"{self.kind}:{folder}" if folder in self.embedded else path.name
+        self.name = self._known_as if aggregate == "mean" else f"{aggregate}({self._known_as})"
         wanted = range(len(card.means))
         if member is not None:
             wanted = _member(member, len(card.means), path)
-            self.name = f"{path.name}[{member}]"
+            self.name = f"{self._known_as}[{member}]"
         self._numbers = wanted
         own = card.backbone == "."
         self._backbones = [_backbone(path, card) for _ in (wanted if own else wanted[:1])]
@@ -139,7 +140,7 @@ class Learned:
     def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each member's scores (N,)."""
         rows = self.members(images, prompts)
-        return {f"{self._folder}[{number}]": row for number, row in zip(self._numbers, rows, strict=True)}
+        return {f"{self._known_as}[{number}]": row for number, row in zip(self._numbers, rows, strict=True)}
 
     def total(self, parts: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The aggregate (N,) of the members' scores."""
@@ -152,13 +153,15 @@ class Learned:
 class Preference(Learned):
     """preference:scenes, learned from noisy choices between images of scenes; or preference:FOLDER."""
 
-    embedded = REWARDS["preference"]
+    kind = "preference"
+    embedded = REWARDS[kind]
 
 
 class LearnedAesthetic(Learned):
     """aesthetic:scenes, learned from noisy choices that look at the composition alone."""
 
-    embedded = REWARDS["aesthetic"]
+    kind = "aesthetic"
+    embedded = REWARDS[kind]
 
 
 def is_learned(folder: Path) -> bool:

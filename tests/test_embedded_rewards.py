@@ -34,7 +34,7 @@ def scenes() -> tuple[Tensor, list[str]]:
 def test_gradients_reach_the_pixels(spec: str, scenes: tuple[Tensor, list[str]]) -> None:
     images = scenes[0][:2].clone().requires_grad_()
     reward = load_reward(spec)
-    assert reward.differentiable
+    assert reward.differentiable and reward.name == spec
     score(reward, images, scenes[1][:2]).sum().backward()
     assert images.grad is not None and images.grad.abs().amax((1, 2, 3)).min() > 0
 
@@ -69,7 +69,7 @@ def test_the_preference_reward_prefers_the_right_scene(scenes: tuple[Tensor, lis
 def test_an_ensemble_is_its_members(scenes: tuple[Tensor, list[str]]) -> None:
     images, prompts = scenes[0][:8], scenes[1][:8]
     worst, parts = score_parts(load_reward("preference:scenes,aggregate=min"), images, prompts)
-    assert len(parts) == 4
+    assert list(parts) == [f"preference:scenes[{k}]" for k in range(4)]
     assert torch.allclose(worst, torch.stack(list(parts.values())).amin(0))
     assert (score(load_reward("preference:scenes"), images, prompts) > worst).all()
 
