@@ -32,8 +32,9 @@ def summary(report: dict[str, Any]) -> str:
     """One line about a report."""
     if "ensemble" not in report:
         return f"own caption picked from 32 in {report['picked_of_32']:.1%} of held-out images"
-    told, pairs = report["ensemble"], report["pairs"]["held_out"]
-    return f"accuracy {told['accuracy']:.3f}, calibration error {told['ece']:.3f} on {pairs} held-out pairs"
+    told, held = report["ensemble"], report["pairs"]["held_out"]
+    pairs = f"{held} held-out pairs" if held else "the training pairs themselves"
+    return f"accuracy {told['accuracy']:.3f}, calibration error {told['ece']:.3f} on {pairs}"
 
 
 def draw_training(work: Path, bins: list[list[float]], path: Path) -> None:

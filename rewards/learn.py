@@ -88,7 +88,8 @@ class Member(nn.Module):
 def train_reward(pairs: Pairs, recipe: Recipe, out: Path, work: Path, device: str = "cpu") -> dict[str, Any]:
     """Trains on pairs, writes the reward to `out`, and returns its report; an interrupted run in `work` goes on.
 
-    The report holds the held-out accuracy and calibration of every member and of their mean.
+    The report holds the held-out accuracy and calibration of every member and of their mean; with nothing held out,
+    those on the training pairs.
     """
     recipe.check()
     choose("head", recipe.head, HEADS)

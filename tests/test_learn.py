@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from steer.apps.learning import learn
+from steer.apps.learning import learn, summary
 from steer.apps.scenes.tokenizer import LENGTH, build_tokenizer
 from steer.errors import InputError
 from steer.reward import RewardError, load_reward, score, score_parts
@@ -108,6 +108,12 @@ def test_what_people_choose_is_learned(
     assert reward.name == "light" and reward.differentiable
     dark, light = (score(reward, grey(level), ["a red circle"]) for level in (0.1, 0.8))
     assert light > dark
+
+
+def test_with_nothing_held_out_the_summary_says_so(recipe: Recipe, pairs: Pairs, tmp_path: Path) -> None:
+    report = train_reward(pairs, replace(recipe, held_out=0.0, steps=2), tmp_path / "r", tmp_path / "work")
+    assert report["pairs"] == {"trained": len(pairs), "held_out": 0}
+    assert summary(report).endswith("on the training pairs themselves")
 
 
 def test_members_differ_and_are_aggregated(recipe: Recipe, pairs: Pairs, tmp_path: Path) -> None:
