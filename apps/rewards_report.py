@@ -61,8 +61,10 @@ def batch_of_files(paths: Sequence[Path], prompts: Sequence[str], most: int) -> 
     images: list[Tensor] = []
     texts: list[str] = []
     for path, prompt in zip(paths, prompts, strict=True):
+        if len(images) == most:
+            break
         image = read_image(path)
-        if len(images) < most and (not images or image.shape == images[0].shape):
+        if not images or image.shape == images[0].shape:
             images.append(image)
             texts.append(prompt)
     return torch.stack(images), texts

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def aggregate(name: str, options: Mapping[str, Any], where: str) -> Aggregate:
     return partial(AGGREGATES[name], **{option: float(value) for option, value in options.items()})
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether it is one real number, finite as a float."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -16,7 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from steer.assets import CLIPS
 from steer.choices import nearest
 from steer.reward import RewardError
-from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalise, resize_and_crop
+from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalise, resize_and_crop, wide
 from steer.rewards.weights import NO_NETWORK, in_a_line, must_fit
 
 CONFIG = "open_clip_config.json"
@@ -71,22 +71,17 @@ class Backbone(nn.Module):
     def logit_scale(self) -> Tensor:
         """exp of the learned log temperature; about 100 for published models."""
         scale: Any = self.model.logit_scale
-        return _wide(scale).exp()
+        return wide(scale).exp()
 
     def images(self, images: Tensor, preprocess: Preprocess = resize_and_crop) -> Tensor:
         """(N, D), of unit length, at least fp32; differentiable."""
-        pixels = normalise(preprocess(_wide(images), self.size), self.mean, self.std)
-        return F.normalize(_wide(self._image(pixels.to(self.dtype))), dim=-1)
+        pixels = normalise(preprocess(wide(images), self.size), self.mean, self.std)
+        return F.normalize(wide(self._image(pixels.to(self.dtype))), dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """(N, D), of unit length, at least fp32."""
         ids = self._tokenize(list(prompts)).to(next(self.model.parameters()).device)
-        return F.normalize(_wide(self._text(ids)), dim=-1)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """At least fp32; fp64 stays."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return F.normalize(wide(self._text(ids)), dim=-1)
 
 
 def open_clip_backbone(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> Backbone:

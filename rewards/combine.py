@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.reward import Reward, RewardError, load_reward, score_parts
+from steer.reward import Reward, RewardError, load_reward
 from steer.rewards.aggregate import Aggregate, is_number, total
+from steer.rewards.composed import Composed
 
 SIGNS = {">": 1.0, "<": -1.0}
 SHARPNESS = 0.05  # temperature of a constraint, in the reward's own unit
@@ -34,44 +35,19 @@ class Part:
         return self.reward.name if self.weight == 1 else f"{self.reward.name}:{self.weight:g}"
 
 
-def part_scores(rewards: Sequence[Reward], images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-    """The scores (N,) of each reward and, below NAME/, of its own parts; each held to the contract."""
-    found: dict[str, Tensor] = {}
-    for name, reward in zip(_names(rewards), rewards, strict=True):
-        found[name], inner = score_parts(reward, images, prompts)
-        found.update({f"{name}/{part}": scores for part, scores in inner.items()})
-    return found
-
-
-def _names(rewards: Sequence[Reward]) -> list[str]:
-    """The rewards' names; where one comes twice, with its number behind it."""
-    names = [reward.name for reward in rewards]
-    return [f"{name}#{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
-
-
-class Combined:
-    """An aggregate of weighted rewards: by default their sum, Σ w_m r_m. Gradients flow where all parts allow it."""
+class Combined(Composed):
+    """An aggregate of weighted rewards: by default their sum, Σ w_m r_m."""
 
     def __init__(self, parts: Sequence[Part], aggregate: Aggregate = total, name: str | None = None) -> None:
         if not parts:
             raise RewardError("a combination needs at least one reward")
-        self._parts, self._aggregate = tuple(parts), aggregate
-        self._rewards = [part.reward for part in parts]
-        self.name = name or " + ".join(map(str, parts))
-        self.differentiable = all(reward.differentiable for reward in self._rewards)
-
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Each part's own scores (N,), unweighted."""
-        return part_scores(self._rewards, images, prompts)
+        super().__init__([part.reward for part in parts], name or " + ".join(map(str, parts)))
+        self._weights, self._aggregate = [float(part.weight) for part in parts], aggregate
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The aggregate (N,) of the weighted parts."""
-        names = _names(self._rewards)
-        weighted = [float(part.weight) * parts[name] for name, part in zip(names, self._parts, strict=True)]
+        weighted = [weight * parts[name] for name, weight in zip(self._names, self._weights, strict=True)]
         return self._aggregate(torch.stack(weighted))
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.total(self.parts(images, prompts), prompts)
 
 
 def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate = total) -> Combined:
@@ -111,26 +87,16 @@ class Constraint:
         return torch.sigmoid(SIGNS[self.sign] * (scores - self.bound) / self.temperature)
 
 
-class Product:
+class Product(Composed):
     """Π_m of the degrees, 0..1, to which constraints hold: near 1 only where all do."""
 
     def __init__(self, constraints: Sequence[Constraint]) -> None:
         if not constraints:
             raise RewardError("a product needs at least one constraint, like product(hpsv2.1 > 0.25)")
+        super().__init__([c.reward for c in constraints], f"product({', '.join(map(str, constraints))})")
         self._constraints = tuple(constraints)
-        self._rewards = [constraint.reward for constraint in constraints]
-        self.name = f"product({', '.join(map(str, constraints))})"
-        self.differentiable = all(reward.differentiable for reward in self._rewards)
-
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Each constrained reward's own scores (N,)."""
-        return part_scores(self._rewards, images, prompts)
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The product (N,) of the degrees."""
-        names = _names(self._rewards)
-        degrees = [c.degree(parts[name]) for name, c in zip(names, self._constraints, strict=True)]
+        degrees = [c.degree(parts[name]) for name, c in zip(self._names, self._constraints, strict=True)]
         return torch.stack(degrees).prod(0)
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.total(self.parts(images, prompts), prompts)

@@ -12,7 +12,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from steer.reward import RewardError
 from steer.rewards.batches import PromptCache, in_micro_batches
-from steer.rewards.preprocess import normalise, resize_and_crop
+from steer.rewards.preprocess import normalise, resize_and_crop, wide
 from steer.rewards.weights import HubFile, State, cast, follow, load_weights, read_checkpoint
 
 WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
@@ -76,10 +76,8 @@ class ImageReward:
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(N,) in the scorer's dtype."""
         follow(images, self._network)
-        # Pixels are resized in fp32 at least, even those of a half-precision decoder.
-        wide = images.to(torch.promote_types(images.dtype, torch.float32))
         ids, mask = self._tokens(prompts).to(images.device).unbind(1)
-        raw = self._network(normalise(resize_and_crop(wide, self._network.side)), ids, mask)
+        raw = self._network(normalise(resize_and_crop(wide(images), self._network.side)), ids, mask)
         return (raw - MEAN) / STD
 
     def _tokenize(self, prompts: list[str]) -> Tensor:

@@ -16,7 +16,7 @@ from steer.rewards.calibration_curve import Judgement, judged
 from steer.rewards.clip_backbone import CONFIG, Backbone, clip_folder, load_backbone
 from steer.rewards.learned import HEADS, Card, copy_configuration, save_learned
 from steer.rewards.objectives import OBJECTIVES, Choices, Objective, centred, flipped, smoothed
-from steer.rewards.pairs import Pairs, load_images, split_by_prompt
+from steer.rewards.pairs import Pairs, Source, load_images, split_by_prompt
 from steer.rewards.preprocess import resize_and_crop
 from steer.training import Run, batch_at
 
@@ -141,16 +141,16 @@ def features_of(backbone: Backbone, pairs: Pairs) -> Features:
     return a, b, text
 
 
+def image_features(backbone: Backbone, sources: Sequence[Source]) -> Tensor:
+    """Of image files or their bytes, of any sizes: (N, D), on the backbone's device."""
+    images = load_images(sources, lambda image: resize_and_crop(image, backbone.size))
+    return backbone.images(images.to(next(backbone.parameters()).device))
+
+
 def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
     """Features of some pairs; each distinct prompt is encoded once."""
     chosen = pairs.take(rows.tolist())
-    device = next(backbone.parameters()).device
-
-    def fit(image: Tensor) -> Tensor:
-        return resize_and_crop(image, backbone.size)
-
-    images = load_images([*chosen.a, *chosen.b], fit).to(device)
-    a, b = backbone.images(images).chunk(2)
+    a, b = image_features(backbone, [*chosen.a, *chosen.b]).chunk(2)
     prompts = list(dict.fromkeys(chosen.prompts))
     text = backbone.texts(prompts)[[prompts.index(prompt) for prompt in chosen.prompts]]
     return a, b, text

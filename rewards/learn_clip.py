@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from steer.reward import RewardError
 from steer.rewards.clip_backbone import CONFIG, Backbone, open_clip_folder
-from steer.rewards.learn import Recipe, claim
+from steer.rewards.learn import Recipe, claim, image_features
 from steer.rewards.learned import copy_configuration
 from steer.rewards.objectives import contrastive
-from steer.rewards.pairs import Captions, load_images, split_by_prompt
-from steer.rewards.preprocess import resize_and_crop
+from steer.rewards.pairs import Captions, split_by_prompt
 from steer.training import Run, batch_at
 
 logger = logging.getLogger(__name__)
@@ -47,7 +46,8 @@ def train_clip(
         chosen = [rows[k] for k in batch_at(step, recipe.batch, len(rows), recipe.seed).tolist()]
         prompts = [captions.prompts[row] for row in chosen]
         scale = backbone.logit_scale.clamp(max=LARGEST_SCALE)
-        return contrastive(_images(backbone, captions, chosen), backbone.texts(prompts), scale, prompts)
+        features = image_features(backbone, [captions.images[row] for row in chosen])
+        return contrastive(features, backbone.texts(prompts), scale, prompts)
 
     warmup = min(200, recipe.steps // 10)
     Run(work, recipe.steps, recipe.learning_rate, warmup=warmup).train([backbone], loss_at)
@@ -58,14 +58,6 @@ def train_clip(
     _save(backbone.model, out / WEIGHTS)
     logger.info("%s", report)
     return report
-
-
-def _images(backbone: Backbone, captions: Captions, rows: list[int]) -> Tensor:
-    def fit(image: Tensor) -> Tensor:
-        return resize_and_crop(image, backbone.size)
-
-    pixels = load_images([captions.images[row] for row in rows], fit)
-    return backbone.images(pixels.to(next(backbone.parameters()).device))
 
 
 def _save(model: nn.Module, path: Path) -> None:
@@ -83,6 +75,6 @@ def picked(backbone: Backbone, captions: Captions, rows: list[int]) -> float:
     for row in rows[:MOST]:
         own = names.index(captions.prompts[row])
         others = [names[(own + k) % len(names)] for k in range(CHOICES)]
-        similarity = torch.stack([texts[name] for name in others]) @ _images(backbone, captions, [row])[0]
+        similarity = torch.stack([texts[name] for name in others]) @ image_features(backbone, [captions.images[row]])[0]
         right.append(similarity.argmax().item() == 0)
     return sum(right) / len(right)

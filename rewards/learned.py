@@ -164,11 +164,6 @@ class LearnedAesthetic(Learned):
     embedded = REWARDS[kind]
 
 
-def is_learned(folder: Path) -> bool:
-    """Whether a folder looks like a learned reward."""
-    return (folder / CARD).is_file()
-
-
 def read_card(folder: Path) -> Card:
     """The folder's reward.json. Raises RewardError where it is missing or says what cannot be."""
     try:

@@ -6,13 +6,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.images import read_image
 from steer.reward import RewardError
+from steer.rewards.aggregate import is_number
 from steer.rewards.objectives import Choices
 
 Row = dict[str, Any]
@@ -133,7 +134,7 @@ def _choice(path: Path, number: int, row: Row) -> float:
     value = row.get("choice")
     if isinstance(value, str) and value in WORDS:
         return WORDS[value]
-    if _is_number(value) and 0 <= value <= 1:
+    if is_number(value) and 0 <= value <= 1:
         return float(value)
     raise RewardError(f"{path}, row {number}: choice must be a, b, tie or a number from 0 to 1, got {value!r:.40}")
 
@@ -142,13 +143,9 @@ def _strength(path: Path, number: int, row: Row) -> float:
     value = row.get("strength")
     if value is None:
         return 1.0
-    if _is_number(value) and 0 <= value <= LARGEST:
+    if is_number(value) and 0 <= value <= LARGEST:
         return float(value)
     raise RewardError(f"{path}, row {number}: strength must be a number from 0 to {LARGEST:g}, got {value!r:.40}")
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:

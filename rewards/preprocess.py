@@ -16,6 +16,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+def wide(tensor: Tensor) -> Tensor:
+    """At least fp32, in which pixels are resized and features compared; fp64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """CLIP's own: the shorter side to `size`, bicubic, then the middle square.
 

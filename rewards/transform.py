@@ -2,7 +2,6 @@
 
 import json
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from steer.reward import Reward, RewardError, score_parts
+from steer.reward import Reward, RewardError
+from steer.rewards.composed import Composed
 
 
 @dataclass(frozen=True)
@@ -74,39 +74,19 @@ def measured(scores: Tensor, prompts: Sequence[str]) -> Scale:
     return Scale(values.mean().item(), values.std().item(), len(values), means)
 
 
-class _Transformed(ABC):
-    """A reward seen through a function of its scores; its own scores stay visible as a part."""
-
-    def __init__(self, reward: Reward, name: str) -> None:
-        self._reward = reward
-        self.name, self.differentiable = name, reward.differentiable
-
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The reward's own scores (N,), and its parts'."""
-        scores, inner = score_parts(self._reward, images, prompts)
-        return {self._reward.name: scores} | {f"{self._reward.name}/{name}": part for name, part in inner.items()}
-
-    @abstractmethod
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """The transformed scores (N,)."""
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.total(self.parts(images, prompts), prompts)
-
-
-class Standardised(_Transformed):
+class Standardised(Composed):
     """(r − mean) / std over the base model's samples: rewards of any unit on one scale."""
 
     def __init__(self, reward: Reward, scale: Scale) -> None:
-        super().__init__(reward, f"z({reward.name})")
+        super().__init__([reward], f"z({reward.name})")
         self._scale = scale
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """(N,), in standard deviations."""
-        return (parts[self._reward.name] - self._scale.mean) / self._scale.std
+        return (parts[self._names[0]] - self._scale.mean) / self._scale.std
 
 
-class LogSigmoid(_Transformed):
+class LogSigmoid(Composed):
     """log σ((r − r_ref(prompt)) / temperature), below 0: beyond the reference there is little more to win.
 
     A sum of these says "good on all" (arXiv 2402.00742, equations 3 and 6): an image that fails one reward cannot
@@ -117,14 +97,14 @@ class LogSigmoid(_Transformed):
     """
 
     def __init__(self, reward: Reward, reference: float | Mapping[str, float], temperature: float = 1.0) -> None:
-        super().__init__(reward, f"logsigmoid({reward.name})")
+        super().__init__([reward], f"logsigmoid({reward.name})")
         if not 0 < temperature < math.inf:
             raise RewardError(f"{self.name}: the temperature must be a number above 0, got {temperature}")
         self._reference, self._temperature = reference, temperature
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """(N,), nats. Raises RewardError for a prompt that has no reference."""
-        scores = parts[self._reward.name]
+        scores = parts[self._names[0]]
         reference = torch.tensor([self._of(prompt) for prompt in prompts], dtype=scores.dtype, device=scores.device)
         return F.logsigmoid((scores - reference) / self._temperature)
 

@@ -103,7 +103,7 @@ def test_bad_input_is_one_line(
 def test_a_reward_that_hangs_ends_the_run_and_finished_prompts_stay(steer: Steer, tmp_path: Path) -> None:
     (tmp_path / "own_hanging.py").write_text(
         "import time\n\n\ndef hangs_on_stars(images, prompts):\n"
-        "    time.sleep(30 * ('star' in prompts[0]))\n    return images.mean((1, 2, 3))\n"
+        "    time.sleep(6 * ('star' in prompts[0]))\n    return images.mean((1, 2, 3))\n"
     )
     words = ["a circle", "a star", "--steps", 4, "--particles", 2, "--method", "best-of-n"]
     limit = ["--reward", "own_hanging:hangs_on_stars", "--reward-timeout", 2]

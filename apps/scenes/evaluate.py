@@ -15,7 +15,7 @@ TOGETHER = 8  # prompts in one call
 RESAMPLES = 10_000  # of the bootstrap
 # Chosen on scenes-tuning, never on the held-out prompts.
 STEERING = {"lam": 25.0}
-CALL = {"num_inference_steps": 20, "guidance_scale": 4.0}
+CALL: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
 
 def interval(values: Tensor) -> list[float]:

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
+from steer.apps.scenes.evaluate import CALL
 from steer.apps.scenes.tokenizer import LENGTH, build_tokenizer
 from steer.apps.scenes.training import training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 TOGETHER = 32  # images in one call, where a prompt has no more
 PART = 640  # images in one file
 EACH = 4  # images of a prompt
-CALL: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
 Row = dict[str, Any]
 
