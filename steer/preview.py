@@ -88,7 +88,7 @@ def _in_chunks(decode: Callable[..., Any], chunk: int) -> Callable[..., Any]:
     return chunked
 
 
-def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
+def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
     """The first answer of a function that is always asked the same."""
     answers: list[Any] = []
 
@@ -105,7 +105,7 @@ class Preview:
 
     `call` are the arguments of the user's own call. `chunk`: images decoded at a time. The tail has its own
     random numbers, no safety checker (which would blacken images), no callbacks and no progress bar; text is
-    encoded once.
+    encoded once. Of a `differentiable` pipeline, x̂0 with a graph gives images with a graph.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8) -> None:
@@ -118,19 +118,19 @@ class Preview:
         for silence, names in ((_silent_denoiser, DENOISERS), (_silent_controlnet, CONTROLNETS)):
             changed |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
         if hasattr(pipe, "encode_prompt"):
-            changed["encode_prompt"] = _remembered(pipe.encode_prompt)
+            changed["encode_prompt"] = remembered(pipe.encode_prompt)
         if getattr(pipe, "vae", None) is not None:
             changed["vae"] = copy.copy(pipe.vae)
             vars(changed["vae"])["decode"] = _in_chunks(pipe.vae.decode, chunk)
         vars(tail).update(changed)
 
-    @torch.no_grad()
     def __call__(self, x0: Tensor) -> Tensor:
         def put_x0(event: Event) -> tuple[None, Tensor]:
             return None, x0.to(event.prev)
 
         own = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
-        with steered(self._tail, put_x0, rows=len(x0)) as view:
+        recording = torch.is_grad_enabled() and x0.requires_grad
+        with torch.set_grad_enabled(recording), steered(self._tail, put_x0, rows=len(x0)) as view:
             output = view(**accepted_only(self._tail, self._call | own))
         return first_output(output)
 

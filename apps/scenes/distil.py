@@ -1,0 +1,133 @@
+"""scenes-turbo: the denoiser of scenes distilled to few steps, by matching distributions (DMD2, arXiv 2405.14867)."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Generator, Tensor
+from torch.nn import functional as F
+
+from steer.apps.scenes.denoiser import token_ids
+from steer.apps.scenes.preferences import trained_prompts
+from steer.training import Run
+
+PROMPTS = 20_000
+BATCH = 32
+GUIDANCE = 4.0  # of the teacher: what it is at its best with, and what the student has built in
+STARTS = (999, 759, 499, 259)  # timesteps that LCMScheduler visits in 1, 2 and 4 steps
+SHARES = (0.4, 0.2, 0.2, 0.2)  # how often each is trained
+FAKE_STEPS = 2  # of the fake score, for one of the generator
+EARLIEST, LATEST = 20, 980  # timesteps at which distributions are compared
+GUIDANCE_WIDTH = 32  # of an embedding of the guidance scale that says nothing: guidance is built in
+
+
+def noised(scheduler: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x_t = α_t x0 + σ_t ε, channels last."""
+    mixed: Tensor = scheduler.add_noise(x0, noise, t)
+    return mixed.contiguous(memory_format=torch.channels_last)
+
+
+def denoised(unet: UNet2DConditionModel, scheduler: Any, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
+    """x̂0 = α_t x_t − σ_t v̂."""
+    square = scheduler.alphas_cumprod.to(x_t)[t].view(-1, 1, 1, 1)
+    v = unet(x_t, t, text, return_dict=False)[0]
+    return square.sqrt() * x_t - (1 - square).sqrt() * v
+
+
+@dataclass
+class Distillation:
+    """A student G, what it learns from, and the score of its own images, which is learned beside it.
+
+    texts  (P, L, C) features of the prompts; nothing  (1, L, C) those of no prompt
+    """
+
+    teacher: UNet2DConditionModel
+    student: UNet2DConditionModel
+    fake: UNet2DConditionModel
+    scheduler: Any
+    texts: Tensor
+    nothing: Tensor
+
+    def loss_at(self, step: int) -> Tensor:
+        """One step of the student, then FAKE_STEPS of the fake score; a batch depends on its number alone."""
+        rng = Generator().manual_seed(step)
+        text = self.texts[torch.randint(len(self.texts), (BATCH,), generator=rng)]
+        if step % (1 + FAKE_STEPS) == 0:
+            return self.matching_loss(self.images(text, rng), text, rng)
+        with torch.no_grad():
+            x0 = self.images(text, rng)
+        return self.denoising_loss(x0, text, rng)
+
+    def images(self, text: Tensor, rng: Generator) -> Tensor:
+        """x0 (N, …) by the student, in one step from noise or from its own noised images."""
+        x_t = self._noise(rng)
+        t = torch.tensor(STARTS)[torch.multinomial(torch.tensor(SHARES), BATCH, replacement=True, generator=rng)]
+        with torch.no_grad():
+            first = denoised(self.student, self.scheduler, x_t, torch.full_like(t, STARTS[0]), text)
+            again = noised(self.scheduler, first, self._noise(rng), t)
+        x_t = torch.where((t == STARTS[0]).view(-1, 1, 1, 1), x_t, again)
+        return denoised(self.student, self.scheduler, x_t, t, text)
+
+    def matching_loss(self, x0: Tensor, text: Tensor, rng: Generator) -> Tensor:
+        """A loss whose gradient at x0 is (x̂0_fake − x̂0_real) / mean|x0 − x̂0_real|: that of KL(G ‖ teacher) (eq. 3)."""
+        t = torch.randint(EARLIEST, LATEST, (BATCH,), generator=rng)
+        with torch.no_grad():
+            x_t = noised(self.scheduler, x0, self._noise(rng), t)
+            fake = denoised(self.fake, self.scheduler, x_t, t, text)
+            blind = denoised(self.teacher, self.scheduler, x_t, t, self.nothing.expand_as(text))
+            real = blind + GUIDANCE * (denoised(self.teacher, self.scheduler, x_t, t, text) - blind)
+            scale = (x0 - real).abs().mean((1, 2, 3), keepdim=True)
+            target = x0 - (fake - real) / scale
+        return 0.5 * F.mse_loss(x0, target)
+
+    def denoising_loss(self, x0: Tensor, text: Tensor, rng: Generator) -> Tensor:
+        """‖v − v̂_fake‖² on the student's images: the fake score learns theirs."""
+        t, noise = torch.randint(0, 1000, (BATCH,), generator=rng), self._noise(rng)
+        predicted = self.fake(noised(self.scheduler, x0, noise, t), t, text, return_dict=False)[0]
+        return F.mse_loss(predicted, self.scheduler.get_velocity(x0, noise, t))
+
+    def _noise(self, rng: Generator) -> Tensor:
+        size, channels = self.student.config.sample_size, self.student.config.in_channels
+        noise = torch.randn(BATCH, channels, size, size, generator=rng)
+        return noise.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def text_features(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
+    """(P, L, C), each prompt encoded once."""
+    return torch.cat(
+        [pipe.text_encoder(token_ids(pipe.tokenizer, prompts[n : n + 500]))[0] for n in range(0, len(prompts), 500)]
+    )
+
+
+def distil(folder: Path, model: str | Path, steps: int, learning_rate: float = 2e-4) -> None:
+    """Distils `model`; the pipeline that folder/pipeline holds has the averaged weights and an LCMScheduler."""
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    teacher = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
+    student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    texts = text_features(pipe, list(dict.fromkeys(trained_prompts(PROMPTS))))
+    nothing = text_features(pipe, [""])
+    distillation = Distillation(teacher, student, fake, pipe.scheduler, texts, nothing)
+    modules = torch.nn.ModuleList([student, fake])
+    average = EMAModel(modules.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    Run(folder, steps, learning_rate).train([modules], distillation.loss_at, after=average)
+    average.copy_to(modules.parameters())
+    assemble_turbo(pipe, student).save_pretrained(folder / "pipeline")
+
+
+def assemble_turbo(pipe: StableDiffusionPipeline, student: UNet2DConditionModel) -> StableDiffusionPipeline:
+    """The teacher's pipeline with the student and LCMScheduler in it.
+
+    The student takes an embedding of the guidance scale, as LCMs do, that is multiplied by zero: diffusers then
+    runs it without classifier-free guidance whatever the scale.
+    """
+    unet = UNet2DConditionModel.from_config({**student.config, "time_cond_proj_dim": GUIDANCE_WIDTH})
+    deaf = {"time_embedding.cond_proj.weight": torch.zeros_like(unet.time_embedding.cond_proj.weight)}
+    unet.load_state_dict(student.state_dict() | deaf)
+    turbo = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
+    turbo.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return turbo

@@ -1,0 +1,91 @@
+"""Gradients through a whole diffusers pipeline: from its latents to its images, the pipeline itself left as it is."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
+
+
+def differentiable(pipe: Any, checkpointing: bool = True) -> Any:
+    """A twin of a diffusers pipeline whose call builds a graph: gradients flow from `latents=` to `output_type="pt"`.
+
+    The twin's models share the weights of the pipeline's own, which ask for no gradients there; neither the models nor
+    their flags are changed. No safety checker looks on: it cannot be differentiated.
+
+    checkpointing  keep no activations: a denoiser call and the decoding are each computed once more on the way back,
+                   block by block where the model can. Memory is then that of one block, and grows with the number of
+                   solver steps by one set of latents each.
+    """
+    cls = type(pipe)
+    twin = copy.copy(pipe)
+    twin.__class__ = type(cls.__name__, (cls,), {"__call__": _recorded(cls.__call__), "__module__": cls.__module__})
+    models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
+    models = dict(zip(models, _frozen_twins(models.values()), strict=True))
+    if models.get("vae") is not None:
+        _decode_in_its_own_precision(models["vae"])
+    if checkpointing:
+        _checkpoint(models)
+    own = {"safety_checker": None, "maybe_free_model_hooks": lambda: None}
+    vars(twin).update(models | {name: value for name, value in own.items() if hasattr(pipe, name)})
+    return twin
+
+
+def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A pipeline's `__call__` without the no_grad that diffusers puts around it."""
+    return inspect.unwrap(call)
+
+
+def _frozen_twins(models: Iterable[nn.Module]) -> list[nn.Module]:
+    """Copies of the modules on the same weights and buffers, without gradients for them.
+
+    One memo for all: hooks of one model may hold another.
+    """
+    memo: dict[int, Any] = {}
+    for model in (models := list(models)):
+        memo |= {id(buffer): buffer for buffer in model.buffers()}
+        memo |= {id(p): _frozen(p) for p in model.parameters()}
+    return [copy.deepcopy(model, memo) for model in models]
+
+
+def _frozen(parameter: nn.Parameter) -> nn.Parameter:
+    # Parameters of other classes are quantised: they have no gradients to switch off, and would lose their class.
+    return nn.Parameter(parameter.detach(), requires_grad=False) if type(parameter) is nn.Parameter else parameter
+
+
+def _decode_in_its_own_precision(vae: Any) -> None:
+    """Some pipelines switch a half-precision VAE to fp32 for the call and back: that would break the way back."""
+    if getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16:
+        vae.to(torch.float32)
+    decode = vae.decode
+
+    def decoded(z: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return decode(z.to(vae.dtype), *args, **kwargs)
+
+    vae.decode = decoded
+
+
+def _checkpoint(models: dict[str, Any]) -> None:
+    for name in models.keys() & {*DENOISERS, "vae"}:
+        model, entry = models[name], "decode" if name == "vae" else "forward"
+        if getattr(model, "_supports_gradient_checkpointing", False):
+            model.enable_gradient_checkpointing()
+        setattr(model, entry, _recomputed(getattr(model, entry)))
+
+
+def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function; where a graph is built it keeps nothing but its inputs."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    return call
