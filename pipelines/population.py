@@ -52,8 +52,12 @@ class Population:
         self._nfe = self._decodes = self._reward_calls = 0
         self._started = time.monotonic()
 
-    def sample(self, on_event: Callable[[Event], Answer | None]) -> Tensor:
-        """Runs the pipeline under the seam; returns the finished images (B·K, 3, H, W) in [0, 1]."""
+    def sample(self, on_event: Callable[[Event], Answer | None], pipe: Any = None, **given: Any) -> Tensor:
+        """Runs the pipeline, or a twin of it, under the seam; returns the finished images (B·K, 3, H, W) in [0, 1].
+
+        given  arguments of the pipeline's call in place of the user's own
+        """
+        pipe = self.pipe if pipe is None else pipe
 
         def watch(event: Event) -> Answer:
             self._nfe += event.calls * len(event.x)
@@ -62,8 +66,8 @@ class Population:
             self.latents = moved if latents is None else latents.to(moved.dtype)
             return ancestors, latents
 
-        with steered(self.pipe, watch, rows=len(self.prompts)) as view:
-            images = first_output(view(**accepted_only(self.pipe, self.call | {"output_type": "pt"})))
+        with steered(pipe, watch, rows=len(self.prompts)) as view:
+            images = first_output(view(**accepted_only(pipe, self.call | given | {"output_type": "pt"})))
         self._decodes += len(images)
         return images
 
@@ -76,17 +80,16 @@ class Population:
         self._decodes += len(x0)
         return self._preview(x0)
 
-    @torch.no_grad()
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards (B, K) of images (B·K, 3, H, W), and those of the reward's parts where it has any.
 
-        Of videos (B·K, F, 3, H, W) the mean over evenly spaced frames.
+        Of videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
         """
-        if images.dim() == 4:
-            return self._score(images)
-        frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
-        scored = [self._score(images[:, frame]) for frame in frames]
-        rewards, parts = zip(*scored, strict=True)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            if images.dim() == 4:
+                return self._score(images)
+            frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
+            rewards, parts = zip(*(self._score(images[:, frame]) for frame in frames), strict=True)
         return torch.stack(rewards).mean(0), {name: torch.stack([p[name] for p in parts]).mean(0) for name in parts[0]}
 
     def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -17,7 +17,7 @@ def differentiable(pipe: Any, checkpointing: bool = True) -> Any:
     """A twin of a diffusers pipeline whose call builds a graph: gradients flow from `latents=` to `output_type="pt"`.
 
     The twin's models share the weights of the pipeline's own, which ask for no gradients there; neither the models nor
-    their flags are changed. No safety checker looks on: it cannot be differentiated.
+    their flags are changed. A safety checker takes no images with a graph: set the twin's to None, and check later.
 
     checkpointing  keep no activations: a denoiser call and the decoding are each computed once more on the way back,
                    block by block where the model can. Memory is then that of one block, and grows with the number of
@@ -32,8 +32,7 @@ def differentiable(pipe: Any, checkpointing: bool = True) -> Any:
         _decode_in_its_own_precision(models["vae"])
     if checkpointing:
         _checkpoint(models)
-    own = {"safety_checker": None, "maybe_free_model_hooks": lambda: None}
-    vars(twin).update(models | {name: value for name, value in own.items() if hasattr(pipe, name)})
+    vars(twin).update(models, maybe_free_model_hooks=lambda: None)
     return twin
 
 
