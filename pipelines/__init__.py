@@ -2,6 +2,17 @@
 
 from steer.pipelines.best_of_n import BestOfNPipeline
 from steer.pipelines.fk import FKSteeringPipeline, StepReport
-from steer.pipelines.output import Cost, Evaluation, SteeringOutput
+from steer.pipelines.output import Cost, Evaluation, Iteration, Start, SteeringOutput
+from steer.pipelines.reno import ReNOPipeline
 
-__all__ = ["BestOfNPipeline", "Cost", "Evaluation", "FKSteeringPipeline", "SteeringOutput", "StepReport"]
+__all__ = [
+    "BestOfNPipeline",
+    "Cost",
+    "Evaluation",
+    "FKSteeringPipeline",
+    "Iteration",
+    "ReNOPipeline",
+    "Start",
+    "SteeringOutput",
+    "StepReport",
+]

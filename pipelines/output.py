@@ -1,22 +1,24 @@
 """What every steering pipeline returns."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 
 @dataclass(frozen=True)
 class Cost:
     """What a call spent. nfe: denoiser evaluations, one per particle and model call (a guided pair counts once);
-    decodes: images decoded, previews included; reward_calls: images scored; seconds: wall clock."""
+    decodes: images decoded, previews included; reward_calls: images scored; seconds: wall clock; gradients: images
+    differentiated (about two more evaluations of everything for each, three where activations are recomputed)."""
 
     nfe: int
     decodes: int
     reward_calls: int
     seconds: float
+    gradients: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,36 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Iteration:
+    """One iteration of a noise optimisation, number `number` of `total`, by slot: rewards (B, K) and those of their
+    parts, ‖ε‖/√D (B, K), the best rewards (B, K) so far; for observers also the images (B·K, 3, H, W)."""
+
+    number: int
+    total: int
+    rewards: Tensor
+    parts: Mapping[str, Tensor]
+    norms: Tensor
+    best: Tensor
+    images: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where images came from: noise (B·K, …) in the model's dtype, and a seed for each of what the solver adds."""
+
+    noise: Tensor
+    seeds: tuple[int, ...]
+
+    def arguments(self) -> dict[str, Any]:
+        """For the pipeline's own call, which then makes these images again: `latents` and `generator`."""
+        return {"latents": self.noise, "generator": [Generator().manual_seed(seed) for seed in self.seeds]}
+
+    def rows(self, rows: Sequence[int]) -> "Start":
+        """Those of some images."""
+        return Start(self.noise[list(rows)], tuple(self.seeds[row] for row in rows))
+
+
+@dataclass(frozen=True)
 class SteeringOutput:
     """Images and what is known of them, best first within each of B prompts of K particles.
 
@@ -44,6 +76,9 @@ class SteeringOutput:
     order           (B, K) the slot of the run that each image comes from
     history         one Evaluation per evaluated step, in slots of that step
     cost            evaluations and seconds
+    start           of an optimised noise: that noise, in the order of the images
+    trace           of an optimised noise: its iterations, by slot
+    stopped         why a run ended before its time, with the best so far; else None
     """
 
     images: Any
@@ -55,6 +90,9 @@ class SteeringOutput:
     order: Tensor
     history: tuple[Evaluation, ...]
     cost: Cost
+    start: Start | None = None
+    trace: tuple[Iteration, ...] = ()
+    stopped: str | None = None
 
     def in_slot_order(self) -> "SteeringOutput":
         """The same with images as the pipeline made them, not sorted by reward."""
@@ -69,6 +107,7 @@ class SteeringOutput:
             log_weights=self.log_weights.gather(1, slots),
             latents=self.latents[rows],
             order=torch.arange(size).expand(groups, size),
+            start=self.start and self.start.rows(rows),
         )
 
     @property

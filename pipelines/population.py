@@ -48,8 +48,9 @@ class Population:
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
         self.call = _bound_call(pipe, prompt, self.groups, size, call)
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
+        self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
         self.latents = torch.empty(0)
-        self._nfe = self._decodes = self._reward_calls = 0
+        self._nfe = self._decodes = self._reward_calls = self._gradients = 0
         self._started = time.monotonic()
 
     def sample(self, on_event: Callable[[Event], Answer | None], pipe: Any = None, **given: Any) -> Tensor:
@@ -128,8 +129,12 @@ class Population:
             latents=latents,
             order=order,
             history=tuple(history),
-            cost=Cost(self._nfe, self._decodes, self._reward_calls, seconds),
+            cost=Cost(self._nfe, self._decodes, self._reward_calls, seconds, self._gradients),
         )
+
+    def count_gradients(self, images: int) -> None:
+        """Tells the cost of so many images differentiated."""
+        self._gradients += images
 
 
 def as_type(images: Tensor, output_type: str) -> Any:
@@ -180,11 +185,18 @@ def _embedded_prompts(call: Mapping[str, Any]) -> int:
     return 1 if embeds is None else len(embeds)
 
 
-def _derived_seed(generator: Generator | Sequence[Generator] | None) -> int:
+def _row_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> list[int]:
+    """A seed for every row of the batch: of its own generator, where each has one."""
+    if isinstance(generator, Sequence) and len(generator) == rows:
+        return [_derived_seed(one, b"rows") for one in generator]
+    return [_derived_seed(generator, b"rows") + row for row in range(rows)]
+
+
+def _derived_seed(generator: Generator | Sequence[Generator] | None, salt: bytes = b"steer") -> int:
     """A seed that follows from the state of the pipeline's random numbers, and uses up none of them."""
     given = [] if generator is None else [generator] if isinstance(generator, Generator) else list(generator)
     states = [one.get_state() for one in given] or [torch.get_rng_state(), *_gpu_states()]
-    digest = hashlib.sha256(b"steer")
+    digest = hashlib.sha256(salt)
     for state in states:
         digest.update(state.cpu().numpy().tobytes())
     return int.from_bytes(digest.digest()[:7], "big")

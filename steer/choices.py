@@ -1,12 +1,12 @@
 """Options by name, with the nearest names where there is none."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 from steer.errors import InputError
 
-Option = TypeVar("Option", bound=Callable[..., Any])
+Option = TypeVar("Option")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -16,7 +16,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def choose(kind: str, option: str | Option, table: Mapping[str, Option]) -> Option:
-    """An option by name, or the function itself. Raises InputError that names the nearest ones."""
+    """An option by name, or the option itself. Raises InputError that names the nearest ones."""
     if not isinstance(option, str):
         return option
     if option not in table:

@@ -1,0 +1,108 @@
+"""G: from starting noise to finished images, by one whole run of a pipeline; the same noise gives the same images."""
+
+import copy
+import functools
+import hashlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from steer.differentiable import differentiable
+from steer.pipelines.population import Population
+from steer.preview import remembered
+from steer.seam import CannotSteer, Event
+
+
+class NoiseToImage:
+    """The run of a population as a function of its noise ε (B·K, …), standard normal and fp32.
+
+    start  the noise that the pipeline itself would have drawn, or the user's `latents`
+    seeds  one for every row: of the noise that a stochastic solver adds on the way, which stays as it is
+    Text is encoded once. Raises CannotSteer for a pipeline that takes no `latents`.
+    """
+
+    def __init__(self, population: Population) -> None:
+        if "latents" not in inspect.signature(type(population.pipe).__call__).parameters:
+            raise CannotSteer(f"{type(population.pipe).__name__} takes no latents: its noise cannot be optimised")
+        self.population, self.seeds = population, population.seeds
+        self.start = self._first_noise()
+
+    def about(self) -> dict[str, Any]:
+        """What the images depend on beside the noise, as plain values."""
+        population = self.population
+        plain = {name: value for name, value in population.call.items() if isinstance(value, str | int | float | list)}
+        return {
+            "pipeline": type(population.pipe).__name__,
+            "model": str(getattr(population.pipe.config, "_name_or_path", "")),
+            "reward": population.reward.name,
+            "prompts": population.prompts,
+            "call": {name: value for name, value in plain.items() if name != "generator"},
+            "start": hashlib.sha256(self.start.cpu().numpy().tobytes()).hexdigest(),
+        }
+
+    def __call__(self, noise: Tensor) -> Tensor:
+        """Images (B·K, 3, H, W) as the user's own pipeline makes them."""
+        return self._run(noise, self.population.pipe)
+
+    def quickly(self, noise: Tensor) -> Tensor:
+        """The same, with text encoded once, no safety checker and no progress bar."""
+        return self._run(noise, self._plain)
+
+    def with_graph(self, noise: Tensor, checkpointing: bool) -> Tensor:
+        """The same, differentiable with respect to the noise."""
+        with torch.enable_grad():
+            return self._run(noise, self._twin(checkpointing))
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        return _quiet(self.population.pipe)
+
+    @functools.cache  # noqa: B019 - lives as long as the call that it serves
+    def _twin(self, checkpointing: bool) -> Any:
+        return differentiable(self._plain, checkpointing)
+
+    def _run(self, noise: Tensor, pipe: Any) -> Tensor:
+        generators = [Generator().manual_seed(seed) for seed in self.seeds]
+        latents = noise.to(self.dtype)
+        return self.population.sample(lambda event: None, pipe, latents=latents, generator=generators)
+
+    def _first_noise(self) -> Tensor:
+        """What the first step of a run starts from, without the scheduler's scale; that run ends there."""
+
+        def stop(event: Event) -> None:
+            raise _Started(event)
+
+        try:
+            self.population.sample(stop, self._plain)
+        except _Started as started:
+            event: Event = started.args[0]
+        self.dtype = event.x.dtype
+        return event.x.float() / float(getattr(event.scheduler, "init_noise_sigma", 1.0))
+
+
+class _Started(Exception):
+    """Carries the first step of a run out of it."""
+
+
+def _quiet(pipe: Any) -> Any:
+    """A copy of a pipeline for many runs of one call: no safety checker, no progress bar, text encoded once."""
+    quiet = copy.copy(pipe)
+    changed: dict[str, Any] = {"safety_checker": None, "_progress_bar_config": {"disable": True}}
+    if hasattr(pipe, "encode_prompt"):
+        changed["encode_prompt"] = remembered(torch.no_grad()(pipe.encode_prompt))
+    vars(quiet).update(changed)
+    return quiet
+
+
+def drawn(seeds: Sequence[int], like: Tensor, streams: Sequence[str]) -> Tensor:
+    """Standard normal numbers shaped like (N, …), each row from its own seed and the name of its stream."""
+    mixed = [_mixed(seed, stream) for seed, stream in zip(seeds, streams, strict=True)]
+    rows = [torch.randn(like.shape[1:], generator=Generator().manual_seed(seed)) for seed in mixed]
+    return torch.stack(rows).to(like)
+
+
+def _mixed(seed: int, stream: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {stream}".encode()).digest()[:7], "big")

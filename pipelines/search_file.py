@@ -1,0 +1,69 @@
+"""A noise optimisation on disk: all of it after every iteration, whole or not at all; safetensors, no code."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from steer.errors import InputError
+from steer.noise import Search
+from steer.pipelines.output import Iteration
+
+SERIES = ("rewards", "norms", "best")
+
+
+class SearchFile:
+    """`path`, or nothing at all where it is None; `about` says which run it may belong to."""
+
+    def __init__(self, path: str | Path | None, about: dict[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.about = json.dumps(about, sort_keys=True, default=str)
+
+    def save(self, search: Search, trace: Sequence[Iteration]) -> None:
+        """After an iteration: `search` stands where the next one begins."""
+        if self.path is None:
+            return
+        series = {name: torch.stack([getattr(one, name) for one in trace]) for name in SERIES}
+        parts = {f"parts/{name}": torch.stack([one.parts[name] for one in trace]) for name in trace[-1].parts}
+        tensors = {f"search/{name}": value for name, value in search.tensors().items()} | series | parts
+        staged = self.path.with_name(self.path.name + ".new")
+        staged.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, staged, self._told())
+        os.replace(staged, self.path)
+
+    def load(self, device: torch.device, total: int) -> tuple[Search, list[Iteration]] | None:
+        """What was saved, for a run of `total` iterations; None where nothing was.
+
+        Raises InputError for the file of another run.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                told, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{self.path} cannot be read as a saved search ({error}); delete it to begin anew"
+            ) from error
+        if told != self._told():
+            raise InputError(f"{self.path} belongs to another run; delete it, or name another file")
+        saved = {name.removeprefix("search/"): value for name, value in tensors.items() if name.startswith("search/")}
+        parts = {name.removeprefix("parts/"): value for name, value in tensors.items() if name.startswith("parts/")}
+        trace = [
+            Iteration(
+                number=number,
+                total=total,
+                parts={name: values[number] for name, values in parts.items()},
+                **{name: tensors[name][number] for name in SERIES},
+            )
+            for number in range(len(tensors["rewards"]))
+        ]
+        return Search.from_tensors(saved, device), trace
+
+    def _told(self) -> dict[str, str]:
+        return {"steer": "noise search", "about": self.about}

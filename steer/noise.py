@@ -1,0 +1,171 @@
+"""Optimising noise ε so that the image G(ε) scores higher (ReNO, arXiv 2406.04312), apart from any model.
+
+max_ε  Σ_m w_m r_m(G(ε)) + w_reg · log p(‖ε‖)
+log p(‖ε‖) = (D − 1) log‖ε‖ − ½‖ε‖² + const, the χ distribution of D degrees of freedom
+
+Every row of a batch is a search of its own: gradients are clipped, rows stop and start again, one by one.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+
+Slots = Mapping[str, Tensor]  # what an update rule remembers: tensors of N rows, zero at a row's start
+
+
+def norms(noise: Tensor) -> Tensor:
+    """‖ε‖/√D of each row (N,), fp32: near 1 for what a model was trained on."""
+    flat = noise.float().flatten(1)
+    return flat.norm(dim=1) / flat.shape[1] ** 0.5
+
+
+def prior_gradient(noise: Tensor) -> Tensor:
+    """∇ log p(‖ε‖) = ((D − 1)/‖ε‖² − 1) ε, shaped like the noise, fp32; it vanishes at ‖ε‖ = √(D − 1)."""
+    flat = noise.float().flatten(1)
+    square = (flat**2).sum(1, keepdim=True)
+    return (((flat.shape[1] - 1) / square - 1) * flat).view_as(noise)
+
+
+def clipped(gradient: Tensor, longest: float) -> Tensor:
+    """The gradient of each row, shortened to a norm of at most `longest` (as torch's clip_grad_norm_ does it)."""
+    length = gradient.flatten(1).norm(dim=1)
+    factor = (longest / (length + 1e-6)).clamp(max=1)
+    return gradient * factor.view(-1, *[1] * (gradient.dim() - 1))
+
+
+class Optimiser(Protocol):
+    """An update rule, a dataclass: the step Δε (N, …) uphill along a gradient, and what it remembers after it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def lr(self) -> float: ...
+
+    def start(self, noise: Tensor) -> Slots: ...
+
+    def step(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Slots]: ...
+
+
+@dataclass(frozen=True)
+class Nesterov:
+    """v ← μ v + g,  Δε = lr (g + μ v): gradient ascent with Nesterov momentum, in torch's form."""
+
+    lr: float = 5.0
+    momentum: float = 0.9
+
+    def start(self, noise: Tensor) -> Slots:
+        return {"velocity": torch.zeros_like(noise)}
+
+    def step(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        velocity = self.momentum * slots["velocity"] + gradient
+        return self.lr * (gradient + self.momentum * velocity), {"velocity": velocity}
+
+
+@dataclass(frozen=True)
+class Adam:
+    """m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,  Δε = lr m̂ / (√v̂ + δ) (arXiv 1412.6980)."""
+
+    lr: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    delta: float = 1e-8
+
+    def start(self, noise: Tensor) -> Slots:
+        return {"first": torch.zeros_like(noise), "second": torch.zeros_like(noise), "count": torch.zeros(len(noise))}
+
+    def step(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        b1, b2 = self.betas
+        first = b1 * slots["first"] + (1 - b1) * gradient
+        second = b2 * slots["second"] + (1 - b2) * gradient**2
+        count = slots["count"] + 1
+        n = count.to(gradient).view(-1, *[1] * (gradient.dim() - 1))
+        rate = self.lr / (1 - b1**n)
+        step = rate * first / ((second / (1 - b2**n)).sqrt() + self.delta)
+        return step, {"first": first, "second": second, "count": count}
+
+
+OPTIMISERS: dict[str, Optimiser] = {"sgd": Nesterov(), "adam": Adam()}
+
+
+@dataclass(frozen=True)
+class Search:
+    """N searches at once, immutable.
+
+    noise         (N, …) fp32, where they stand
+    slots         what the update rule remembers
+    best_noise    (N, …) of the best iterate so far, over all starts; best_rewards (N,) its reward
+    peak          (N,) best reward of the present start, since `stale` (N,) iterations
+    starts        (N,) how often each has started
+    finished      (N,) true where a search moves no more
+    """
+
+    noise: Tensor
+    slots: Slots
+    best_noise: Tensor
+    best_rewards: Tensor
+    peak: Tensor
+    stale: Tensor
+    starts: Tensor
+    finished: Tensor
+
+    @classmethod
+    def start(cls, noise: Tensor, optimiser: Optimiser) -> "Search":
+        """From noise (N, …), nothing seen."""
+        noise, rows = noise.detach().float(), len(noise)
+        lowest, zero = torch.full((rows,), -torch.inf), torch.zeros(rows, dtype=torch.int64)
+        return cls(noise, optimiser.start(noise), noise, lowest, lowest, zero, zero + 1, zero.bool())
+
+    def record(self, rewards: Tensor) -> "Search":
+        """Keeps the best: `rewards` (N,) are those of the present noise."""
+        better, higher = rewards > self.best_rewards, rewards > self.peak
+        return replace(
+            self,
+            best_noise=torch.where(_over(better, self.noise), self.noise, self.best_noise),
+            best_rewards=torch.where(better, rewards, self.best_rewards),
+            peak=torch.where(higher, rewards, self.peak),
+            stale=torch.where(higher, 0, self.stale + 1),
+        )
+
+    def ascend(self, gradient: Tensor, optimiser: Optimiser) -> "Search":
+        """One step uphill of those that are not finished."""
+        step, slots = optimiser.step(gradient, self.slots)
+        return replace(self, noise=self.noise + step * _over(~self.finished, step), slots=slots)
+
+    def retire(self, rows: Tensor) -> "Search":
+        """The searches in `rows` (N,) move no more."""
+        return replace(self, finished=self.finished | rows)
+
+    def restart(self, rows: Tensor, fresh: Tensor) -> "Search":
+        """The searches in `rows` (N,) go on from `fresh` (N, …), their best iterates kept."""
+        return replace(
+            self,
+            noise=torch.where(_over(rows, fresh), fresh, self.noise),
+            slots={name: torch.where(_over(rows, slot), 0.0, slot) for name, slot in self.slots.items()},
+            peak=torch.where(rows, -torch.inf, self.peak),
+            stale=torch.where(rows, 0, self.stale),
+            starts=self.starts + rows,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, to be saved."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "slots"}
+        return plain | {f"slots.{name}": slot for name, slot in self.slots.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Search":
+        """What `tensors` gave, the noise on `device`. Raises InputError where something is missing."""
+        placed = {name: value.to(device) if value.dim() > 1 else value for name, value in tensors.items()}
+        slots = {name.removeprefix("slots."): value for name, value in placed.items() if name.startswith("slots.")}
+        known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name != "slots"}
+        if missing := [name for name, value in known.items() if value is None]:
+            raise InputError(f"a saved search lacks {missing[0]}")
+        return cls(**known, slots=slots)
+
+
+def _over(rows: Tensor, like: Tensor) -> Tensor:
+    """(N,) bools that broadcast over (N, …)."""
+    return rows.to(like.device).view(-1, *[1] * (like.dim() - 1))
