@@ -2,6 +2,7 @@
 
 from steer.pipelines.best_of_n import BestOfNPipeline
 from steer.pipelines.fk import FKSteeringPipeline, StepReport
+from steer.pipelines.noise_search import NoiseSearchPipeline
 from steer.pipelines.output import Cost, Evaluation, Iteration, Start, SteeringOutput
 from steer.pipelines.reno import ReNOPipeline
 
@@ -11,6 +12,7 @@ __all__ = [
     "Evaluation",
     "FKSteeringPipeline",
     "Iteration",
+    "NoiseSearchPipeline",
     "ReNOPipeline",
     "Start",
     "SteeringOutput",

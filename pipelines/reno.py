@@ -1,28 +1,22 @@
 """ReNO: the starting noise of a pipeline, optimised by the gradient of a reward (arXiv 2406.04312)."""
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from steer.choices import choose
 from steer.errors import InputError
-from steer.noise import OPTIMISERS, Optimiser, Search, clipped, norms, prior_gradient
-from steer.particles import Particles
+from steer.noise import OPTIMISERS, Optimiser, Search, clipped, prior_gradient
 from steer.pipelines.method import SteeringMethod
-from steer.pipelines.noise_gradient import GRADIENTS, Estimate, NoiseGradient, check_differentiable
+from steer.pipelines.noise_gradient import GRADIENTS, NoiseGradient, check_differentiable
+from steer.pipelines.noise_run import Moved, NoiseRun
 from steer.pipelines.noise_to_image import NoiseToImage, drawn
-from steer.pipelines.output import Iteration, Start, SteeringOutput
+from steer.pipelines.output import Iteration, SteeringOutput
 from steer.pipelines.population import Population, check_output_type
-from steer.pipelines.search_file import SearchFile
 from steer.preview import accepted_only
-from steer.reward import RewardError
-
-logger = logging.getLogger(__name__)
 
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}  # how one-step models are called
 
@@ -89,15 +83,12 @@ class ReNOPipeline(SteeringMethod):
             patience,
             restarts,
         )
-        if iterations < 1:
-            raise InputError(f"iterations must be at least 1, got {iterations}")
         check_differentiable(self.reward, ascent.gradient)
         call = accepted_only(self.pipe, ONE_STEP) | call
         population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
         chain = NoiseToImage(population)
-        file = SearchFile(state_file, {"ascent": str(ascent), **chain.about()})
-        run = _Run(ascent, chain, file, on_iteration, iterations)
-        run.until_done(self.pipe.progress_bar)
+        search = Search.start(chain.start, ascent.optimiser)
+        run = NoiseRun(chain, ascent, search, iterations, state_file, on_iteration)
         return run.output(output_type)
 
 
@@ -123,7 +114,17 @@ class Ascent:
         if self.restarts < 0 or (self.restarts and self.patience is None):
             raise InputError(f"restarts must be at least 0, and need a patience, got {self.restarts}")
 
-    def ascended(self, search: Search, gradient: Tensor, seeds: Sequence[int]) -> Search:
+    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> Moved:
+        """Rewards and gradient at the present noise, the best kept, a step."""
+        seen = self.gradient(chain, search.noise, number)
+        recorded = search.record(seen.rewards.flatten())
+        if not seen.gradient.isfinite().all():
+            stopped = f"the gradient of reward {chain.population.reward.name!r} is not finite at iteration {number}"
+            return Moved(seen.images, seen.rewards, seen.parts, search.noise, recorded, stopped)
+        moved = self._ascended(recorded, seen.gradient, chain.seeds)
+        return Moved(seen.images, seen.rewards, seen.parts, search.noise, moved)
+
+    def _ascended(self, search: Search, gradient: Tensor, seeds: Sequence[int]) -> Search:
         """ε ← ε + a step along ∇ [Σ_m w_m r_m(G(ε)) + w_reg log p(‖ε‖)]; searches out of patience begin anew."""
         uphill = gradient + self.regularisation * prior_gradient(search.noise)
         search = search.ascend(clipped(uphill, self.max_grad_norm), self.optimiser)
@@ -133,73 +134,3 @@ class Ascent:
         again = tired & (search.starts <= self.restarts)
         streams = [f"start {number}" for number in search.starts.tolist()]
         return search.retire(tired & ~again).restart(again, drawn(seeds, search.noise, streams))
-
-
-@dataclass
-class _Run:
-    """All searches of one call, from iteration to iteration."""
-
-    ascent: Ascent
-    chain: NoiseToImage
-    file: SearchFile
-    observer: Callable[[Iteration], bool | None] | None
-    iterations: int
-    stopped: str | None = None
-    trace: list[Iteration] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        saved = self.file.load(self.chain.start.device, self.iterations)
-        self.search, self.trace = saved or (Search.start(self.chain.start, self.ascent.optimiser), [])
-
-    def until_done(self, bar: Callable[..., Any]) -> None:
-        """Iterates until the last iteration, the end of all searches, an observer's word or a failure."""
-        for number in bar(range(len(self.trace), self.iterations)):
-            if self.search.finished.all() or self.stopped or not self._iterate(number):
-                break
-        if self.stopped:
-            logger.warning("%s; the best so far is returned", self.stopped)
-
-    def _iterate(self, number: int) -> bool:
-        """One iteration: images, rewards and gradient at the present noise, the best kept, a step. False: no more."""
-        estimate = self._estimate(number)
-        if estimate is None:
-            return False
-        seen = self._report(number, estimate)
-        self.search = self.search.record(estimate.rewards.flatten())
-        self.trace.append(replace(seen, best=self.search.best_rewards.view_as(seen.rewards)))
-        if not estimate.gradient.isfinite().all():
-            name = self.chain.population.reward.name
-            self.stopped = f"the gradient of reward {name!r} is not finite at iteration {number}"
-            return False
-        self.search = self.ascent.ascended(self.search, estimate.gradient, self.chain.seeds)
-        self.file.save(self.search, self.trace)
-        return not (self.observer and self.observer(replace(self.trace[-1], images=estimate.images)))
-
-    def _estimate(self, number: int) -> Estimate | None:
-        try:
-            return self.ascent.gradient(self.chain, self.search.noise, number)
-        except RewardError as error:
-            if number == 0:
-                raise
-            self.stopped = f"{error} (iteration {number})"
-            return None
-
-    def _report(self, number: int, estimate: Estimate) -> Iteration:
-        lengths = norms(self.search.noise).cpu().view_as(estimate.rewards)
-        return Iteration(number, self.iterations, estimate.rewards, estimate.parts, lengths, estimate.rewards)
-
-    def output(self, output_type: str) -> SteeringOutput:
-        """The best iterate of each search, drawn once more without a graph."""
-        population, noise = self.chain.population, self.search.best_noise.to(self.chain.dtype)
-        images = self.chain(noise)
-        rewards, parts = self._scores_of_the_best() if self.stopped else population.score(images)
-        out = population.output(images, rewards, parts, Particles.start(*rewards.shape), output_type=output_type)
-        start = Start(noise, tuple(self.chain.seeds)).rows(population.rows(out.order).tolist())
-        return replace(out, start=start, trace=tuple(self.trace), stopped=self.stopped)
-
-    def _scores_of_the_best(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """As they were in the trace: a reward that failed is not asked again."""
-        at = torch.stack([one.rewards for one in self.trace]).argmax(0, keepdim=True)
-        names = self.trace[0].parts
-        parts = {name: torch.stack([one.parts[name] for one in self.trace]).gather(0, at)[0] for name in names}
-        return self.trace[-1].best, parts

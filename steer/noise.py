@@ -24,6 +24,11 @@ def norms(noise: Tensor) -> Tensor:
     return flat.norm(dim=1) / flat.shape[1] ** 0.5
 
 
+def neighbour(noise: Tensor, u: Tensor, distance: float) -> Tensor:
+    """√(1 − d²) ε + d u, for u ~ N(0, I): as long as noise is, wherever ε is; d = 1 is new noise."""
+    return (1 - distance**2) ** 0.5 * noise + distance * u
+
+
 def prior_gradient(noise: Tensor) -> Tensor:
     """∇ log p(‖ε‖) = ((D − 1)/‖ε‖² − 1) ε, shaped like the noise, fp32; it vanishes at ‖ε‖ = √(D − 1)."""
     flat = noise.float().flatten(1)
@@ -113,11 +118,12 @@ class Search:
     finished: Tensor
 
     @classmethod
-    def start(cls, noise: Tensor, optimiser: Optimiser) -> "Search":
-        """From noise (N, …), nothing seen."""
+    def start(cls, noise: Tensor, optimiser: Optimiser | None = None) -> "Search":
+        """From noise (N, …), nothing seen; without an update rule nothing is remembered beside it."""
         noise, rows = noise.detach().float(), len(noise)
         lowest, zero = torch.full((rows,), -torch.inf), torch.zeros(rows, dtype=torch.int64)
-        return cls(noise, optimiser.start(noise), noise, lowest, lowest, zero, zero + 1, zero.bool())
+        slots = optimiser.start(noise) if optimiser else {}
+        return cls(noise, slots, noise, lowest, lowest, zero, zero + 1, zero.bool())
 
     def record(self, rewards: Tensor) -> "Search":
         """Keeps the best: `rewards` (N,) are those of the present noise."""
