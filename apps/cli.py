@@ -31,21 +31,32 @@ def steer(offline: bool) -> None:
 @click.argument("prompt", nargs=-1)
 @click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File of prompts: .txt, .jsonl, .tsv.")
 @click.option("--model", default="scenes", help="Embedded model, folder, or ORGANISATION/NAME.")
-@click.option("--method", default="fk", help="fk, best-of-n or base.")
+@click.option("--method", default="fk", help="fk, best-of-n, base, reno or noise-search.")
 @click.option("--reward", default="scene-soft", help=SPEC)
 @TIMEOUT
-@click.option("--particles", default=4, help="K, images for each prompt.")
-@click.option("--steps", type=int, help="Solver steps; by default the pipeline's own number.")
-@click.option("--guidance", type=float, help="Guidance scale; by default the pipeline's own.")
-@click.option("--lam", default=10.0, help="Strength of the reward, λ.")
-@click.option("--potential", default="difference", help="difference, max, sum or now.")
-@click.option("--resampler", default="systematic", help="systematic, stratified, residual, ssp or multinomial.")
-@click.option("--tempering", default="constant", help="Of λ along the run: constant, geometric or ess.")
-@click.option("--ess-threshold", default=0.5, help="Resample when ESS is below this share of K; 1: always.")
+@click.option("--particles", "--seeds", "particles", default=4, help="K, images for each prompt.")
+@click.option("--steps", type=int, help="Solver steps; by default the pipeline's own number, for reno 1.")
+@click.option("--guidance", type=float, help="Guidance scale; by default the pipeline's own, for reno 0.")
+@click.option("--lam", default=10.0, help="fk: strength of the reward, λ.")
+@click.option("--potential", default="difference", help="fk: difference, max, sum or now.")
+@click.option("--resampler", default="systematic", help="fk: systematic, stratified, residual, ssp or multinomial.")
+@click.option("--tempering", default="constant", help="fk: of λ along the run: constant, geometric or ess.")
+@click.option("--ess-threshold", default=0.5, help="fk: resample when ESS is below this share of K; 1: always.")
+@click.option("--reward-guidance", default=0.0, help="fk: how far steps lean along the reward's gradient, γ; 1 is DAS.")
+@click.option("--iterations", default=50, help="reno, noise-search: how often images are made and scored.")
+@click.option("--optimiser", default="sgd", help="reno: sgd or adam.")
+@click.option("--lr", type=float, help="reno: learning rate; by default the optimiser's own, sgd 5, adam 0.05.")
+@click.option("--regularisation", default=0.01, help="reno: weight of log p(‖ε‖), which keeps the noise noise.")
+@click.option("--gradient", default="backprop", help="reno: backprop, or zero-order for any reward.")
+@click.option("--patience", type=int, help="reno: iterations without a better reward that end a search.")
+@click.option("--restarts", default=0, help="reno: how often a search begins anew when patience is out.")
+@click.option("--neighbours", default=4, help="noise-search: images of each seed in an iteration.")
+@click.option("--distance", default=0.5, help="noise-search: from a noise to its neighbours, up to 1.")
 @click.option("--eta", type=float, help="Noise of every step, 0 to 1; by default the solver's own.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="The same for each prompt.")
 @click.option("--out", default=Path("out"), type=click.Path(path_type=Path), help="Output folder; a run there goes on.")
 @click.option("--compare/--no-compare", default=True, help="Also make the base images, for grid.png.")
+@click.option("--animation", is_flag=True, help="reno, noise-search: also progress.gif for each prompt.")
 @click.option("--device", help="Where to run; by default the GPU if there is one.")
 @click.option(
     "--dtype",
@@ -58,9 +69,14 @@ def sample(
     out: Path,
     device: str | None,
     reward_timeout: float | None,
+    animation: bool,
     **settings: Any,
 ) -> None:
-    """Steers PROMPT… or the prompts of a file: images (best first), grid.png, ancestry.png and report.json."""
+    """Steers PROMPT… or the prompts of a file: images (best first), grid.png, report.json; ancestry.png of particles,
+    progress.png of noise that was optimised.
+
+    Where help begins with the name of a method, the option is for that method alone.
+    """
     from steer.apps.prompts import read_prompts
 
     if bool(prompt) == bool(prompt_file):
@@ -71,7 +87,7 @@ def sample(
     from steer.apps.sample import SampleSettings
     from steer.apps.sample import sample as run
 
-    report = run(prompts, SampleSettings(**settings), out, device, reward_timeout)
+    report = run(prompts, SampleSettings(**settings), out, device, reward_timeout, animation)
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]
     click.echo(

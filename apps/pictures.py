@@ -26,7 +26,7 @@ def draw_grid(report: Report, out: Path) -> Path:
     width, height = figure.get_size_inches()
     for row, (entry, base) in enumerate(zip(entries, bases, strict=True)):
         top = height - 0.75 - 1.75 * row
-        figure.text(0.15 / width, (top - 0.02) / height, _shown(entry["prompt"]), size=9, va="top", color=INK)
+        figure.text(0.15 / width, (top - 0.02) / height, shown(entry["prompt"]), size=9, va="top", color=INK)
         cells = (
             [*zip(base["images"], base["rewards"], strict=True)],
             [*zip(entry["images"], entry["rewards"], strict=True)],
@@ -52,7 +52,7 @@ def draw_grid(report: Report, out: Path) -> Path:
     return out / "grid.png"
 
 
-def _shown(prompt: str, length: int = 70) -> str:
+def shown(prompt: str, length: int = 70) -> str:
     """A prompt as plain text for matplotlib, which would read $…$ as mathematics."""
     return (prompt if len(prompt) <= length else prompt[: length - 1] + "…").replace("$", r"\$")
 
@@ -97,7 +97,7 @@ def _tree(axes: Axes, entry: dict[str, Any], out: Path) -> None:
         weight = "bold" if rank == 0 else "normal"
         _label(axes, f"{entry['rewards'][rank]:.3g}", (last, slot), (46, 0), size=8, va="center", weight=weight)
     steps = [f"step {step}\nESS {ess:.1f}" for step, ess in zip(entry["steps"], entry["ess"], strict=True)]
-    axes.set_title(_shown(entry["prompt"]), size=9, loc="left", color=INK)
+    axes.set_title(shown(entry["prompt"]), size=9, loc="left", color=INK)
     axes.set_xticks(range(last + 1), [*steps, "end"], size=8)
     axes.set_yticks([])
     axes.set_xlim(-0.25, last + 0.75)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-MODELS = {"scenes": ROOT / "scenes"}
+MODELS = {name: ROOT / name for name in ("scenes", "scenes-turbo")}
 CLIPS = {"scenes": ROOT / "clip-scenes"}
 REWARDS = {kind: {"scenes": ROOT / f"{kind}-scenes"} for kind in ("preference", "aesthetic")}
 PROMPTS = {name: ROOT / "prompts" / f"{name}.jsonl" for name in ("scenes-heldout", "scenes-tuning")}

@@ -1,36 +1,22 @@
 """Feynman–Kac steering of a diffusers pipeline (arXiv 2501.06848)."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from steer.choices import choose
-from steer.errors import InputError
+from steer.differentiable import differentiable
 from steer.feynman_kac import FeynmanKac
-from steer.particles import Particles
+from steer.pipelines.fk_run import Run, StepReport
+from steer.pipelines.guided import GuidedRun, check_guidable
 from steer.pipelines.method import SteeringMethod, route_eta
-from steer.pipelines.output import Evaluation, SteeringOutput
+from steer.pipelines.output import SteeringOutput
 from steer.pipelines.population import Population, check_output_type
 from steer.potentials import POTENTIALS, TEMPERINGS, Potential, Tempering
 from steer.resampling import RESAMPLERS, Resampler
-from steer.seam import Answer, CannotSteer, Event
-from steer.transition import can_redraw, copies_part
+from steer.seam import CannotSteer
+from steer.transition import copies_part
 
-DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # where rewards are read, as shares of the run
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What an observer is told after a solver step: number `step` of `total`; where rewards were read, the evaluation
-    and the images (B·K, 3, H, W) of x̂0 that they were read from."""
-
-    step: int
-    total: int
-    evaluation: Evaluation | None = None
-    previews: Tensor | None = None
+__all__ = ["FKSteeringPipeline", "StepReport"]
 
 
 class FKSteeringPipeline(SteeringMethod):
@@ -53,6 +39,7 @@ class FKSteeringPipeline(SteeringMethod):
         tempering: str | Tempering = "constant",
         resample_steps: Iterable[int] | None = None,
         ess_threshold: float = 0.5,
+        reward_guidance: float = 0.0,
         eta: float | None = None,
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
@@ -68,10 +55,14 @@ class FKSteeringPipeline(SteeringMethod):
         potential       difference, max, sum, now, or a function of a path's rewards
         resampler       systematic, stratified, residual, ssp, multinomial, or a function
         tempering       of λ along the run: constant, geometric, ess, or a function
-        resample_steps  solver steps, from 0, at which rewards are read; by default at 40, 55, 70 and 85 % of the run
+        resample_steps  solver steps, from 0, at which rewards are read; by default at 40, 55, 70 and 85 % of the run,
+                        with reward_guidance at all of them from 1 on
         ess_threshold   resample when ESS < threshold · K (adaptive); 1: at every one of those steps (scheduled)
+        reward_guidance γ: where rewards are read, steps lean by γ τ² λ_j ∇r(x̂0), and the weights pay for it; 1 is
+                        DAS. The reward must be differentiable
         eta             noise η of every step, 0..1. By default the solver's own; the copies that resampling makes
-                        take one step of the Gaussian kernel with η = 1, so that they part
+                        take one step of the Gaussian kernel with η = 1, so that they part. With reward_guidance all
+                        steps are that kernel's, by default with η = 1
         chunk_size      images decoded and scored at a time
         reward_prompt   what the reward reads instead of the prompt (needed with prompt_embeds)
         on_step         an observer of every solver step; what it raises ends the run
@@ -81,8 +72,6 @@ class FKSteeringPipeline(SteeringMethod):
         cannot be steered, RewardError (an InputError) for a reward that breaks its contract.
         """
         check_output_type(output_type)
-        if num_particles > 1 and lam != 0:
-            check_copies_part(self.pipe.scheduler)
         algorithm = FeynmanKac(
             lam,
             choose("potential", potential, POTENTIALS),
@@ -90,91 +79,23 @@ class FKSteeringPipeline(SteeringMethod):
             choose("tempering", tempering, TEMPERINGS),
             ess_threshold,
         )
-        call, kernel_eta = route_eta(self.pipe, call, eta)
-        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        # A step without noise would not part copies: for them η = 0 becomes 1.
-        run = _Run(algorithm, population, kernel_eta, eta or 1.0, resample_steps, on_step)
-        images = population.sample(run.on_event)
+        if reward_guidance != 0:
+            noise = 1.0 if eta is None else eta
+            check_guidable(self.pipe.scheduler, self.reward, reward_guidance, noise)
+            pipe = differentiable(self.pipe)
+            population = Population(pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+            run: Run = GuidedRun(algorithm, population, reward_guidance, noise, resample_steps, on_step)
+        else:
+            if num_particles > 1 and lam != 0:
+                check_copies_part(self.pipe.scheduler)
+            call, kernel_eta = route_eta(self.pipe, call, eta)
+            population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+            # A step without noise would not part copies: for them η = 0 becomes 1.
+            run = Run(algorithm, population, kernel_eta, eta or 1.0, resample_steps, on_step)
+        images = run.sample()
         rewards, parts = population.score(images)
         particles = algorithm.finish(run.particles, rewards)
         return population.output(images, rewards, parts, particles, run.history, output_type)
-
-
-class _Run:
-    """The particles of one call, and what happens to them at each solver step."""
-
-    def __init__(
-        self,
-        algorithm: FeynmanKac,
-        population: Population,
-        eta: float | None,
-        copy_eta: float,
-        steps: Iterable[int] | None,
-        observer: Callable[[StepReport], None] | None,
-    ) -> None:
-        self.algorithm, self.population, self.observer = algorithm, population, observer
-        self.eta, self.copy_eta = eta, copy_eta  # of every step, None: the solver's own; of a copy's first step
-        self.steps = None if steps is None else frozenset(steps)
-        self.particles = Particles.start(population.groups, population.size)
-        self.history: list[Evaluation] = []
-
-    def on_event(self, event: Event) -> Answer:
-        """One solver step: weigh the particles by r(x̂0), resample them, move them on."""
-        if not self._reads_at(event):
-            self._tell(StepReport(event.k, event.total))
-            return None, self._moved(event, None)
-        previews = self.population.preview(event.x0())
-        rewards, _ = self.population.score(previews)
-        weighed = self.algorithm.weigh(self.particles, rewards, event.k / event.total)
-        self.particles, ancestors = self.algorithm.select(weighed, self.population.rng)
-        stay = torch.arange(self.population.size).expand_as(rewards)
-        evaluation = Evaluation(
-            event.k, rewards, weighed.path.strengths[-1], weighed.ess, stay if ancestors is None else ancestors
-        )
-        self.history.append(evaluation)
-        self._tell(StepReport(event.k, event.total, evaluation, previews))
-        rows = None if ancestors is None else self.population.rows(ancestors).to(event.x.device)
-        return rows, self._moved(event, rows)
-
-    def _moved(self, event: Event, rows: Tensor | None) -> Tensor | None:
-        """Where the slots go on from (None: where the solver took them). The first child of a particle goes its
-        parent's way, each further one is drawn anew, so that copies part under deterministic solvers too."""
-        taken = None if self.eta is None else event.kernel(self.eta).sample(self.population.rng)
-        if rows is None:
-            return taken
-        moved = (event.prev if taken is None else taken)[rows]
-        copies = repeated(rows)
-        if not (can_redraw(event.scheduler) and copies.any()):
-            return None if taken is None else moved
-        moved[copies] = event.kernel(self.copy_eta, rows[copies]).sample(self.population.rng).to(moved.dtype)
-        return moved
-
-    def _reads_at(self, event: Event) -> bool:
-        """Whether rewards are read at this step. Settled at the first: copies need a noisy step after them to part."""
-        if event.k == 0:
-            last = event.total - (2 if can_redraw(event.scheduler) else 3)
-            self.steps = evaluated_steps(self.steps, event.total, last)
-            if not self.steps and self.population.size > 1 and self.algorithm.lam != 0:
-                raise CannotSteer(f"a run of {event.total} steps has none to resample at: use best-of-N, or more steps")
-        return event.k in (self.steps or ())
-
-    def _tell(self, report: StepReport) -> None:
-        if self.observer:
-            self.observer(report)
-
-
-def evaluated_steps(asked: frozenset[int] | None, total: int, last: int) -> frozenset[int]:
-    """The steps asked for, or the default shares of a run of `total`; none after `last`. Raises InputError."""
-    if asked is None:
-        return frozenset(step for share in DEFAULT_STEPS if (step := min(round(share * total), last)) >= 0)
-    if wrong := sorted(step for step in asked if not 0 <= step <= last):
-        raise InputError(f"resample_steps: {wrong[0]} is not from 0 to {last}, in a run of {total} steps")
-    return asked
-
-
-def repeated(rows: Tensor) -> Tensor:
-    """(N,) true where a row number has come before."""
-    return torch.stack([(rows[:place] == row).any() for place, row in enumerate(rows)])
 
 
 def check_copies_part(scheduler: Any) -> None:

@@ -1,7 +1,7 @@
 """The gradient of the reward with respect to the noise: exact, through the whole chain, or estimated from values."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -38,12 +38,12 @@ class Backprop:
     In fp16 the loss is multiplied by a power of two, as large as leaves the gradient finite: small ones would be 0.
     """
 
-    checkpointing: bool = True
+    checkpointing: bool = field(default=True, repr=False)  # changes no number: not told of a saved search
 
     def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
-        scale = HALF_SCALE if chain.dtype == torch.float16 else 1.0
+        scale, least = (HALF_SCALE, LEAST_SCALE) if chain.in_fp16 else (1.0, 1.0)
         estimate = self._scaled(chain, noise, scale)
-        while not estimate.gradient.isfinite().all() and LEAST_SCALE < scale != 1:
+        while not estimate.gradient.isfinite().all() and scale > least:
             scale /= 16
             estimate = self._scaled(chain, noise, scale)
         return estimate
@@ -53,10 +53,11 @@ class Backprop:
         with torch.enable_grad():
             images = chain.with_graph(leaf, self.checkpointing)
             rewards, parts = chain.population.score(images)
-            if not rewards.requires_grad:
-                raise _not_differentiable(chain.population.reward.name)
             # Every reward depends on its own row alone: the gradient of the sum holds that of each.
-            (gradient,) = torch.autograd.grad(rewards.sum() * scale, leaf)
+            total = rewards.sum() * scale
+            (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True) if total.requires_grad else (None,)
+        if gradient is None:
+            raise _not_differentiable(chain.population.reward.name)
         chain.population.count_gradients(len(noise))
         return Estimate(
             images.detach(), rewards.detach(), {n: p.detach() for n, p in parts.items()}, gradient.float() / scale

@@ -4,11 +4,12 @@ import copy
 import functools
 import hashlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from steer.differentiable import differentiable
 from steer.pipelines.population import Population
@@ -28,19 +29,23 @@ class NoiseToImage:
         if "latents" not in inspect.signature(type(population.pipe).__call__).parameters:
             raise CannotSteer(f"{type(population.pipe).__name__} takes no latents: its noise cannot be optimised")
         self.population, self.seeds = population, population.seeds
+        self._twins: dict[bool, Any] = {}
         self.start = self._first_noise()
 
     def about(self) -> dict[str, Any]:
         """What the images depend on beside the noise, as plain values."""
-        population = self.population
-        plain = {name: value for name, value in population.call.items() if isinstance(value, str | int | float | list)}
+        population, pipe = self.population, self.population.pipe
+        call = {name: value for name, value in population.call.items() if name not in ("generator", "latents")}
         return {
-            "pipeline": type(population.pipe).__name__,
-            "model": str(getattr(population.pipe.config, "_name_or_path", "")),
+            "pipeline": type(pipe).__name__,
+            "model": str(getattr(pipe.config, "_name_or_path", "")),
+            "scheduler": pipe.scheduler.to_json_string(),
             "reward": population.reward.name,
             "prompts": population.prompts,
-            "call": {name: value for name, value in plain.items() if name != "generator"},
-            "start": hashlib.sha256(self.start.cpu().numpy().tobytes()).hexdigest(),
+            "call": _plain_values(call),
+            "start": _plain_values(self.start),
+            "dtype": str(self.dtype),
+            "seeds": self.seeds,
         }
 
     def __call__(self, noise: Tensor) -> Tensor:
@@ -57,12 +62,19 @@ class NoiseToImage:
             return self._run(noise, self._twin(checkpointing))
 
     @functools.cached_property
+    def in_fp16(self) -> bool:
+        """Whether any model computes in fp16, where small gradients are 0; latents need not tell (Wan's are fp32)."""
+        models = [model for model in self.population.pipe.components.values() if isinstance(model, nn.Module)]
+        return any(weight.dtype == torch.float16 for model in models for weight in model.parameters())
+
+    @functools.cached_property
     def _plain(self) -> Any:
         return _quiet(self.population.pipe)
 
-    @functools.cache  # noqa: B019 - lives as long as the call that it serves
     def _twin(self, checkpointing: bool) -> Any:
-        return differentiable(self._plain, checkpointing)
+        if checkpointing not in self._twins:
+            self._twins[checkpointing] = differentiable(self._plain, checkpointing)
+        return self._twins[checkpointing]
 
     def _run(self, noise: Tensor, pipe: Any) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in self.seeds]
@@ -81,6 +93,22 @@ class NoiseToImage:
             event: Event = started.args[0]
         self.dtype = event.x.dtype
         return event.x.float() / float(getattr(event.scheduler, "init_noise_sigma", 1.0))
+
+
+def _plain_values(value: Any) -> Any:
+    """An argument to be written down: pictures and tensors become a hash of what they hold."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): _plain_values(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_values(one) for one in value]
+    if isinstance(value, Tensor):
+        value = value.detach().float().cpu()
+    if not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
+        return type(value).__name__
+    array = np.ascontiguousarray(value)
+    return [list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
 
 
 class _Started(Exception):

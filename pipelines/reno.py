@@ -67,11 +67,12 @@ class ReNOPipeline(SteeringMethod):
         restarts        how often it may do that
         state_file      saved after every iteration; a call that finds its own goes on from there
         on_iteration    an observer; true from it ends the run
-        chunk_size, reward_prompt, output_type   as in `FKSteeringPipeline`
+        chunk_size      images scored at a time
+        reward_prompt, output_type   as in `FKSteeringPipeline`
 
         The best iterate of each search is returned, drawn again by the plain pipeline: `out.start` makes it anew. A
-        reward or gradient that fails or is not finite after the first iteration ends the run with the best so far,
-        and `out.stopped` says why. Raises InputError and its kinds as `FKSteeringPipeline` does.
+        gradient that is not finite, or a reward that fails after the first iteration, ends the run with the best so
+        far, and `out.stopped` says why. Raises InputError and its kinds as `FKSteeringPipeline` does.
         """
         check_output_type(output_type)
         rule = choose("optimiser", optimiser, OPTIMISERS)
@@ -118,19 +119,21 @@ class Ascent:
         """Rewards and gradient at the present noise, the best kept, a step."""
         seen = self.gradient(chain, search.noise, number)
         recorded = search.record(seen.rewards.flatten())
-        if not seen.gradient.isfinite().all():
+        uphill = seen.gradient + self.regularisation * prior_gradient(search.noise)
+        if not uphill.isfinite().all():
             stopped = f"the gradient of reward {chain.population.reward.name!r} is not finite at iteration {number}"
             return Moved(seen.images, seen.rewards, seen.parts, search.noise, recorded, stopped)
-        moved = self._ascended(recorded, seen.gradient, chain.seeds)
+        moved = self._ascended(recorded, uphill, chain.seeds)
         return Moved(seen.images, seen.rewards, seen.parts, search.noise, moved)
 
-    def _ascended(self, search: Search, gradient: Tensor, seeds: Sequence[int]) -> Search:
+    def _ascended(self, search: Search, uphill: Tensor, seeds: Sequence[int]) -> Search:
         """ε ← ε + a step along ∇ [Σ_m w_m r_m(G(ε)) + w_reg log p(‖ε‖)]; searches out of patience begin anew."""
-        uphill = gradient + self.regularisation * prior_gradient(search.noise)
-        search = search.ascend(clipped(uphill, self.max_grad_norm), self.optimiser)
+        step = clipped(uphill, self.max_grad_norm)
         if self.patience is None:
-            return search
+            return search.ascend(step, self.optimiser)
         tired = (search.stale >= self.patience) & ~search.finished
         again = tired & (search.starts <= self.restarts)
         streams = [f"start {number}" for number in search.starts.tolist()]
-        return search.retire(tired & ~again).restart(again, drawn(seeds, search.noise, streams))
+        # Retired before the step: where the rest of a batch goes on, a finished row is seen again as it was.
+        moved = search.retire(tired & ~again).ascend(step, self.optimiser)
+        return moved.restart(again, drawn(seeds, search.noise, streams))

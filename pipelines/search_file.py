@@ -51,7 +51,9 @@ class SearchFile:
                 f"{self.path} cannot be read as a saved search ({error}); delete it to begin anew"
             ) from error
         if told != self._told():
-            raise InputError(f"{self.path} belongs to another run; delete it, or name another file")
+            raise InputError(f"{self.path} belongs to another run; delete it, or call with its settings")
+        if missing := sorted({*SERIES} - tensors.keys()):
+            raise InputError(f"{self.path} lacks {missing[0]}; delete it to begin anew")
         saved = {name.removeprefix("search/"): value for name, value in tensors.items() if name.startswith("search/")}
         parts = {name.removeprefix("parts/"): value for name, value in tensors.items() if name.startswith("parts/")}
         trace = [

@@ -53,6 +53,13 @@ class Particles:
         """Multiplies the weights by a potential: log w += log G."""
         return replace(self, log_weights=self.log_weights + log_g, log_potentials=self.log_potentials + log_g)
 
+    def correct(self, log_ratio: Tensor) -> "Particles":
+        """Pays for steps drawn from q instead of p: log w += log p − log q (B, K).
+
+        No potential of the reward: it stays out of Σ log G, which the terminal factor takes back.
+        """
+        return replace(self, log_weights=self.log_weights + log_ratio)
+
     def resample(self, ancestors: Tensor, groups: Tensor) -> "Particles":
         """Follows `ancestors` (B, K) in the groups where `groups` (B,) is true: their weights become equal, their mean
         goes into log Ẑ, and the history of each path goes with its particle. Other groups keep theirs."""

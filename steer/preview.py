@@ -19,6 +19,7 @@ from steer.seam import Event, steered
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CONTROLNETS = ("controlnet",)
+MARKS = ("safety_checker", "watermark")  # what is done to finished images only
 FEWEST_STEPS = 4  # PNDM with its Runge-Kutta warm-up takes no fewer
 # What the user asked of the run but not of its tail.
 NOT_FOR_THE_TAIL = (
@@ -104,8 +105,8 @@ class Preview:
     """Decodes latents of a call of `pipe`: x̂0 (N, …), shaped like that call's latents, to (N, 3, H, W) in [0, 1].
 
     `call` are the arguments of the user's own call. `chunk`: images decoded at a time. The tail has its own
-    random numbers, no safety checker (which would blacken images), no callbacks and no progress bar; text is
-    encoded once. Of a `differentiable` pipeline, x̂0 with a graph gives images with a graph.
+    random numbers, no safety checker (which would blacken images), no watermark, no callbacks and no progress bar;
+    text is encoded once. Of a `differentiable` pipeline, x̂0 with a graph gives images with a graph.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8) -> None:
@@ -113,7 +114,7 @@ class Preview:
         # Image-to-image runs only the last `strength` of its steps: enough of them that one is left.
         self._call["num_inference_steps"] = max(FEWEST_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
         self._tail = tail = copy.copy(pipe)
-        changed: dict[str, Any] = {"safety_checker": None, "maybe_free_model_hooks": lambda: None}
+        changed: dict[str, Any] = dict.fromkeys(MARKS) | {"maybe_free_model_hooks": lambda: None}
         changed["_progress_bar_config"] = {"disable": True}
         for silence, names in ((_silent_denoiser, DENOISERS), (_silent_controlnet, CONTROLNETS)):
             changed |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}

@@ -19,10 +19,13 @@ class Gaussian:
     std: Tensor
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
-        """A draw shaped like the mean; the noise comes from the generator's own device."""
+        """A draw shaped like the mean."""
+        return self.mean + self.std * self.noise(generator)
+
+    def noise(self, generator: torch.Generator | None) -> Tensor:
+        """Standard normal numbers shaped like the mean; they come from the generator's own device."""
         device = generator.device if generator else self.mean.device
-        noise = torch.randn(self.mean.shape, generator=generator, device=device)
-        return self.mean + self.std * noise.to(self.mean.device)
+        return torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean.device)
 
     def log_prob(self, x: Tensor, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
         """log N(x; mean, std² I) in nats (N,), summed or averaged over the elements of a sample.

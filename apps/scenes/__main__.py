@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
+    parser.add_argument("--trained", default="denoiser", help="what `export` takes from --out: denoiser or turbo")
+    parser.add_argument("--count", type=int, default=104, help="prompts of `reno`")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of `evaluate`")
     parser.add_argument("--particles", type=int, default=4, help="K of `evaluate`")
     parser.add_argument(
@@ -61,7 +63,7 @@ def _check(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from diffusers import StableDiffusionPipeline
 
-    pipe = StableDiffusionPipeline.from_pretrained(options.out / "denoiser" / "pipeline")
+    pipe = StableDiffusionPipeline.from_pretrained(options.out / options.trained / "pipeline")
     pipe.unet.half()
     pipe.vae.half()
     pipe.save_pretrained(options.model)
@@ -120,6 +122,29 @@ def _curves(options: argparse.Namespace) -> None:
     draw_curves(found, options.json.with_suffix(".png"))
 
 
+def _turbo(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.distil import distil
+
+    distil(options.out / "turbo", options.model, options.steps or 5600)
+
+
+def _reno(options: argparse.Namespace) -> None:
+    from steer.apps.prompts import read_prompts
+    from steer.apps.scenes.noise_study import draw_study, shuffled, study
+    from steer.assets import PROMPTS
+
+    prompts = shuffled(read_prompts(PROMPTS[options.list]), options.count)
+    found = study("scenes-turbo", "scenes", options.reward, prompts)
+    _report(found, options.json)
+    draw_study(found, options.json.with_suffix(".png"))
+
+
+def _reno_cost(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.noise_cost import costs
+
+    _report(costs("scenes", "scenes-turbo"), options.json)
+
+
 def _report(result: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -146,6 +171,9 @@ STAGES = {
         _curves,
         "best-of-n of those by --reward and its members, judged by the exact reward, to --json and a picture",
     ),
+    "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
+    "reno": (_reno, "noise optimisation and its controls on prompts of --list, to --json and a picture"),
+    "reno-cost": (_reno_cost, "memory and time of noise optimisation, to --json"),
     "prompts": (_prompts, "write the held-out and the tuning prompts to --prompts"),
 }
 

@@ -20,7 +20,7 @@ BATCH = 32
 GUIDANCE = 4.0  # of the teacher: what it is at its best with, and what the student has built in
 STARTS = (999, 759, 499, 259)  # timesteps that LCMScheduler visits in 1, 2 and 4 steps
 SHARES = (0.4, 0.2, 0.2, 0.2)  # how often each is trained
-FAKE_STEPS = 2  # of the fake score, for one of the generator
+FAKE_STEPS = 1  # of the fake score, for one of the student
 EARLIEST, LATEST = 20, 980  # timesteps at which distributions are compared
 GUIDANCE_WIDTH = 32  # of an embedding of the guidance scale that says nothing: guidance is built in
 

@@ -1,0 +1,131 @@
+"""One run of Feynman–Kac steering: what happens to the particles at each solver step."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+from steer.feynman_kac import FeynmanKac
+from steer.particles import Particles
+from steer.pipelines.output import Evaluation
+from steer.pipelines.population import Population
+from steer.seam import Answer, CannotSteer, Event
+from steer.transition import can_redraw
+
+DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # where rewards are read, as shares of the run
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an observer is told after a solver step: number `step` of `total`; where rewards were read, the evaluation
+    and the images (B·K, 3, H, W) of x̂0 that they were read from."""
+
+    step: int
+    total: int
+    evaluation: Evaluation | None = None
+    previews: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What x̂0 promises at one step: images (B·K, 3, H, W), rewards (B, K) and, in a guided run, ∇r (B·K, …)."""
+
+    previews: Tensor
+    rewards: Tensor
+    gradient: Tensor | None = None
+
+
+class Run:
+    """The particles of one call, and what happens to them at each solver step."""
+
+    first = 0  # the first step at which rewards may be read
+
+    def __init__(
+        self,
+        algorithm: FeynmanKac,
+        population: Population,
+        eta: float | None,
+        copy_eta: float,
+        steps: Iterable[int] | None,
+        observer: Callable[[StepReport], None] | None,
+    ) -> None:
+        self.algorithm, self.population, self.observer = algorithm, population, observer
+        self.eta, self.copy_eta = eta, copy_eta  # of every step, None: the solver's own; of a copy's first step
+        self.steps = None if steps is None else frozenset(steps)
+        self.particles = Particles.start(population.groups, population.size)
+        self.history: list[Evaluation] = []
+
+    def sample(self) -> Tensor:
+        """Runs the pipeline to its end: the finished images (B·K, 3, H, W)."""
+        return self.population.sample(self.on_event)
+
+    def on_event(self, event: Event) -> Answer:
+        """One solver step: weigh the particles by r(x̂0), resample them, move them on."""
+        if not self._reads_at(event):
+            self._tell(StepReport(event.k, event.total))
+            return None, self._moved(event, None, None)
+        reading = self._read(event)
+        weighed = self.algorithm.weigh(self.particles, reading.rewards, event.k / event.total)
+        self.particles, ancestors = self.algorithm.select(weighed, self.population.rng)
+        stay = torch.arange(self.population.size).expand_as(reading.rewards)
+        evaluation = Evaluation(
+            event.k, reading.rewards, weighed.path.strengths[-1], weighed.ess, stay if ancestors is None else ancestors
+        )
+        self.history.append(evaluation)
+        self._tell(StepReport(event.k, event.total, evaluation, reading.previews))
+        rows = None if ancestors is None else self.population.rows(ancestors).to(event.x.device)
+        return rows, self._moved(event, rows, reading)
+
+    def _read(self, event: Event) -> Reading:
+        previews = self.population.preview(event.x0())
+        rewards, _ = self.population.score(previews)
+        return Reading(previews, rewards)
+
+    def _moved(self, event: Event, rows: Tensor | None, reading: Reading | None) -> Tensor | None:
+        """Where the slots go on from (None: where the solver took them). The first child of a particle goes its
+        parent's way, each further one is drawn anew, so that copies part under deterministic solvers too."""
+        taken = None if self.eta is None else event.kernel(self.eta).sample(self.population.rng)
+        if rows is None:
+            return taken
+        moved = (event.prev if taken is None else taken)[rows]
+        copies = repeated(rows)
+        if not (can_redraw(event.scheduler) and copies.any()):
+            return None if taken is None else moved
+        moved[copies] = event.kernel(self.copy_eta, rows[copies]).sample(self.population.rng).to(moved.dtype)
+        return moved
+
+    def _reads_at(self, event: Event) -> bool:
+        """Whether rewards are read at this step. Settled at the first: copies need a noisy step after them to part."""
+        if event.k == 0:
+            last = event.total - (2 if can_redraw(event.scheduler) else 3)
+            self.steps = self._evaluated_steps(event.total, last)
+            if not self.steps and self._needs_steps():
+                raise CannotSteer(f"a run of {event.total} steps has none to resample at: use best-of-N, or more steps")
+        return event.k in (self.steps or ())
+
+    def _evaluated_steps(self, total: int, last: int) -> frozenset[int]:
+        """The steps asked for, or the default ones of a run of `total`; none after `last`. Raises InputError."""
+        if self.steps is None:
+            return frozenset(step for asked in self._default_steps(total) if (step := min(asked, last)) >= self.first)
+        if wrong := sorted(step for step in self.steps if not self.first <= step <= last):
+            raise InputError(
+                f"resample_steps: {wrong[0]} is not from {self.first} to {last}, in a run of {total} steps"
+            )
+        return self.steps
+
+    def _default_steps(self, total: int) -> Iterable[int]:
+        return (round(share * total) for share in DEFAULT_STEPS)
+
+    def _needs_steps(self) -> bool:
+        return self.population.size > 1 and self.algorithm.lam != 0
+
+    def _tell(self, report: StepReport) -> None:
+        if self.observer:
+            self.observer(report)
+
+
+def repeated(rows: Tensor) -> Tensor:
+    """(N,) true where a row number has come before."""
+    return torch.stack([(rows[:place] == row).any() for place, row in enumerate(rows)])

@@ -1,0 +1,362 @@
+"""Noise optimisation on the command line: what it writes, how it goes on inside a prompt, and what it refuses."""
+
+import json
+import logging
+import sys
+from dataclasses import MISSING, asdict, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Steer
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from torch import Generator
+
+from steer.apps import cli, methods
+from steer.apps.animation import Frames
+from steer.apps.methods import METHODS, Job, SampleSettings
+from steer.apps.progress import draw_progress
+from steer.assets import MODELS
+from steer.pipelines import Iteration
+
+RENO = ["--method", "reno", "--seeds", "2", "--seed", "7", "--lr", "1"]
+OWN = """
+from pathlib import Path
+import torch
+
+HERE = Path(__file__).parent
+
+class Warm:
+    name, differentiable, fails = "warm", True, 0
+
+    def __init__(self):
+        self.left = 0 if (HERE / "mended").exists() else self.fails
+
+    def __call__(self, images, prompts):
+        with (HERE / "calls").open("a") as file:
+            file.write(prompts[0] + "\\n")
+        self.left -= 1
+        if self.left == 0:
+            return self.fail(images)
+        return (images[:, 0] - images[:, 2]).mean((1, 2)) + images.std((1, 2, 3))
+
+class Interrupted(Warm):
+    fails = 4
+
+    def fail(self, images):
+        raise KeyboardInterrupt
+
+class Broken(Warm):
+    fails = 3
+
+    def fail(self, images):
+        return images.sum((1, 2, 3)) * float("nan")
+"""
+SETTINGS = SampleSettings(
+    model="scenes",
+    method="reno",
+    reward="scene-soft",
+    particles=3,
+    steps=None,
+    guidance=None,
+    lam=10.0,
+    potential="difference",
+    resampler="systematic",
+    tempering="constant",
+    ess_threshold=0.5,
+    eta=None,
+    seed=0,
+    compare=True,
+    dtype=None,
+)
+
+
+@pytest.fixture
+def own(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of rewards that tells its calls, beside the command's own; the folder of both."""
+    (tmp_path / "noisy_rewards.py").write_text(OWN)
+    monkeypatch.delitem(sys.modules, "noisy_rewards", raising=False)
+    return tmp_path
+
+
+def entries_of(out: Path) -> list[dict[str, Any]]:
+    return json.loads((out / "report.json").read_text())["prompts"]
+
+
+def written(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("0*/*"))}
+
+
+def test_reno_writes_what_makes_its_images_again(steer: Steer, tmp_path: Path) -> None:
+    code, out, _ = steer("sample", "a red circle", *RENO, "--iterations", "3", "--out", tmp_path)
+    assert code == 0 and "1 prompts" in out
+    (entry,), folder = entries_of(tmp_path), tmp_path / "000-a-red-circle"
+    assert {path.name for path in tmp_path.glob("*.*")} >= {"grid.png", "progress.png", "report.json"}
+    assert not (tmp_path / "ancestry.png").exists() and Image.open(tmp_path / "progress.png").width > 800
+    assert {path.name for path in folder.iterdir()} == {
+        *("00.png", "01.png", "base-00.png", "base-01.png", "noise.safetensors")
+    }
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+    pipe.set_progress_bar_config(disable=True)
+    with safe_open(folder / "noise.safetensors", "pt") as file:
+        noise, told = file.get_tensor("noise"), json.loads(file.metadata()["start"])
+    assert told["seeds"] == entry["seeds"] and len(set(entry["seeds"])) == 2
+    assert told["call"] == {"num_inference_steps": 1, "guidance_scale": 0.0}
+    seeds = [Generator().manual_seed(seed) for seed in entry["seeds"]]
+    call = told["call"] | {"num_images_per_prompt": 2, "latents": noise, "generator": seeds}
+    for name, again in zip(entry["images"], pipe(told["prompt"], **call).images, strict=True):
+        assert Image.open(tmp_path / name).tobytes() == again.tobytes()
+
+
+def test_the_base_is_where_reno_starts_from(steer: Steer, tmp_path: Path) -> None:
+    reward = "scene-soft + brightness:0.1"
+    words = [
+        "sample",
+        "a star",
+        *RENO,
+        "--iterations",
+        "4",
+        "--reward",
+        reward,
+        "--lr",
+        "40",
+    ]  # too far: not all is better
+    assert steer(*words, "--out", tmp_path)[0] == 0
+    (entry,) = entries_of(tmp_path)
+    trace = entry["trace"]
+    assert entry["base"]["rewards"] == pytest.approx(trace["rewards"][0], abs=1e-5)
+    assert {len(trace[name]) for name in ("rewards", "norms", "best")} == {4} and entry["stopped"] is None
+    assert all(len(row) == 2 for rows in (trace["rewards"], *trace["parts"].values()) for row in rows)
+    assert set(trace["parts"]) == set(entry["parts"]) and len(trace["parts"]) == 2
+    best = [[max(column) for column in zip(*trace["rewards"][: n + 1], strict=True)] for n in range(4)]
+    assert trace["best"] == best != trace["rewards"]
+    assert entry["rewards"] == pytest.approx([best[3][slot] for slot in entry["order"]], abs=1e-5)
+    assert max(entry["rewards"]) > max(entry["base"]["rewards"])
+    assert all(abs(norm - 1) < 0.3 for row in trace["norms"] for norm in row)
+    # A batch of two is seen four times; the last word is the plain pipeline's.
+    assert (entry["cost"]["gradients"], entry["cost"]["reward_calls"]) == (4 * 2, 4 * 2 + 2)
+
+
+def test_noise_search_needs_no_gradient(steer: Steer, tmp_path: Path) -> None:
+    words = ["--method", "noise-search", "--steps", "2", "--iterations", "3", "--neighbours", "2", "--reward", "jpeg"]
+    assert steer("sample", "a star", *words, "--seeds", "2", "--out", tmp_path, "--no-compare")[0] == 0
+    (entry,) = entries_of(tmp_path)
+    assert len(entry["trace"]["best"]) == 3 and "base" not in entry and (tmp_path / "progress.png").exists()
+    assert (entry["cost"]["gradients"], entry["cost"]["reward_calls"]) == (0, 2 * (1 + 2 + 2) + 2)
+
+
+def test_a_reward_without_gradients_is_refused_before_the_model_is_loaded(steer: Steer, tmp_path: Path) -> None:
+    words = ["sample", "a star", "--model", "nowhere", "--reward", "jpeg", "--out", tmp_path / "o"]
+    code, _, err = steer(*words, "--method", "reno")
+    assert code == 2 and "'jpeg' is not differentiable" in err and "--gradient zero-order" in err
+    assert len(err.splitlines()) == 1 and not (tmp_path / "o").exists()
+    code, _, err = steer(*words, "--reward-guidance", "1")
+    assert code == 2 and "'jpeg' is not differentiable" in err and "--reward-guidance 0" in err
+    assert "unknown model" in steer(*words, "--method", "reno", "--gradient", "zero-order")[2]
+    assert "unknown model" in steer(*words)[2]
+
+
+def test_zero_order_gradients_climb_any_reward(steer: Steer, tmp_path: Path) -> None:
+    words = ["--method", "reno", "--gradient", "zero-order", "--seeds", "1", "--iterations", "2", "--reward", "jpeg"]
+    assert steer("sample", "a star", *words, "--out", tmp_path, "--no-compare")[0] == 0
+    (entry,) = entries_of(tmp_path)
+    assert entry["cost"]["gradients"] == 0 and entry["cost"]["reward_calls"] == 2 * 17 + 1
+
+
+def test_interrupted_inside_a_prompt_the_same_command_goes_on_there(steer: Steer, own: Path) -> None:
+    words = ["sample", "a star", "a circle", *RENO, "--iterations", "5", "--animation"]
+    assert steer(*words, "--reward", "noisy_rewards:Warm", "--out", own / "whole")[0] == 0
+    whole_calls = (own / "calls").read_text().splitlines()
+    (own / "calls").unlink()
+    out = own / "o"
+    code, _, err = steer(*words, "--reward", "noisy_rewards:Interrupted", "--out", out)
+    assert code == 130 and "the same command goes on" in err and not (out / "report.json").exists()
+    assert (out / "000-a-star" / "search.safetensors").exists()
+    code, _, err = steer(*words, "--lr", "2", "--reward", "noisy_rewards:Interrupted", "--out", out)
+    assert code == 2 and "000-a-star/search.safetensors belongs to another run" in err and len(err.splitlines()) == 1
+    (own / "mended").touch()
+    assert steer(*words, "--reward", "noisy_rewards:Interrupted", "--out", out)[0] == 0
+    assert written(out) == written(own / "whole")
+    assert "000-a-star/progress.gif" in written(out) and "000-a-star/search.safetensors" not in written(out)
+    assert not (out / "000-a-star" / "frames").exists()
+    for resumed, whole in zip(entries_of(out), entries_of(own / "whole"), strict=True):
+        assert resumed | {"cost": 0} == whole | {"cost": 0}
+    assert len((own / "calls").read_text().splitlines()) == len(whole_calls) + 1  # the call that was interrupted
+
+
+def test_a_run_that_ends_before_its_time_keeps_its_best(steer: Steer, own: Path) -> None:
+    words = ["sample", "a star", "a circle", *RENO, "--iterations", "4", "--reward", "noisy_rewards:Broken"]
+    code, _, err = steer(*words, "--out", own / "o")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "prompt 'a star'" in err and "'warm' returned nan" in err and "best images so far are kept" in err
+    (entry,) = entries_of(own / "o")
+    assert "iteration 2" in entry["stopped"] and len(entry["trace"]["rewards"]) == 2
+    assert {"00.png", "base-01.png", "noise.safetensors"} <= {path.name for path in (own / "o/000-a-star").iterdir()}
+    assert (own / "o/progress.png").exists() and not (own / "o/000-a-star/search.safetensors").exists()
+    # Without a handler of ours, Python itself would print the pipeline's warning beside the line.
+    assert any(isinstance(one, logging.NullHandler) for one in logging.getLogger("steer.pipelines").handlers)
+    before = (own / "o/000-a-star/00.png").stat().st_mtime_ns
+    (own / "mended").touch()
+    assert steer(*words, "--out", own / "o")[0] == 0
+    assert [one["prompt"] for one in entries_of(own / "o")] == ["a star", "a circle"]
+    assert (own / "o/000-a-star/00.png").stat().st_mtime_ns == before
+
+
+def test_a_prompt_without_its_noise_is_made_again(steer: Steer, tmp_path: Path) -> None:
+    words = ["sample", "a star", *RENO, "--iterations", "2", "--no-compare", "--out", tmp_path]
+    assert steer(*words)[0] == 0
+    noise = tmp_path / "000-a-star" / "noise.safetensors"
+    before = noise.read_bytes()
+    noise.unlink()
+    assert steer(*words)[0] == 0 and noise.read_bytes() == before
+
+
+def test_a_report_of_an_older_version_is_continued(steer: Steer, tmp_path: Path) -> None:
+    words = ["sample", "a star", "a circle", "--method", "base", "--steps", "2", "--particles", "1", "--out", tmp_path]
+    assert steer(*words)[0] == 0
+    path = tmp_path / "report.json"
+    report = json.loads(path.read_text())
+    for name in [one.name for one in fields(SampleSettings) if one.default is not MISSING]:
+        del report["settings"][name]
+    del report["prompts"][0]["cost"]["gradients"], report["cost"]["gradients"], report["prompts"][1]
+    path.write_text(json.dumps(report))
+    code, _, err = steer(*words, "--iterations", "3")
+    assert code == 2 and "holds a run with iterations 50, not 3" in err
+    assert steer(*words)[0] == 0
+    report = json.loads(path.read_text())
+    assert len(report["prompts"]) == 2 and report["cost"]["gradients"] == 0 and report["settings"]["optimiser"] == "sgd"
+
+
+def test_the_defaults_of_the_command_are_those_of_older_reports() -> None:
+    said = {option.name: option.default for option in cli.sample.params}
+    for one in fields(SampleSettings):
+        if one.default is not MISSING:
+            assert one.name in said and (said[one.name] == one.default or one.default is None), one.name
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optimiser", "adm"], "unknown optimiser 'adm': did you mean adam"),
+        (["--gradient", "backprob"], "unknown gradient 'backprob': did you mean backprop"),
+        (["--method", "renno"], "unknown method 'renno': did you mean reno"),
+        (["--iterations", "0"], "--iterations must be at least 1, got 0"),
+        (["--seeds", "0"], "--particles must be at least 1, got 0"),
+        (["--lr", "0"], "--lr must be above 0 and finite, got 0.0"),
+        (["--lr", "nan"], "--lr must be above 0 and finite, got nan"),
+        (["--regularisation", "-1"], "--regularisation must be at least 0"),
+        (["--patience", "0"], "--patience must be at least 1, got 0"),
+        (["--restarts", "-1"], "--restarts must be at least 0"),
+        (["--restarts", "2"], "--restarts must be at least 0, and need a patience, got 2"),
+        (["--neighbours", "0"], "--neighbours must be at least 1, got 0"),
+        (["--distance", "0"], "--distance must be above 0 and at most 1, got 0.0"),
+        (["--distance", "1.5"], "--distance must be above 0 and at most 1"),
+        (["--eta", "-1"], "--eta must be from 0 to 1, got -1.0"),
+        (["--reward-guidance", "-1"], "--reward-guidance must be at least 0 and finite, got -1.0"),
+        (["--reward-guidance", "inf"], "--reward-guidance must be at least 0 and finite, got inf"),
+        (["--method", "fk", "--animation"], "--animation shows iterations, and --method fk has none"),
+    ],
+)
+def test_options_are_checked_before_the_model(steer: Steer, tmp_path: Path, words: list[str], message: str) -> None:
+    code, _, err = steer("sample", "a", "--model", "nowhere", "--method", "reno", "--out", tmp_path / "o", *words)
+    assert code == 2 and err.startswith("steer: ") and message in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "o").exists()
+
+
+class Told(Exception):
+    """Carries the arguments of a method's pipeline out of it."""
+
+
+class OfTwoArguments:
+    """A pipeline as far as its signature."""
+
+    def __call__(self, prompt: str, num_inference_steps: int = 9, guidance_scale: float = 7.5) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("method", "pipeline", "own_words"),
+    [
+        (
+            "reno",
+            "ReNOPipeline",
+            ("iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"),
+        ),
+        ("noise-search", "NoiseSearchPipeline", ("iterations", "neighbours", "distance")),
+        (
+            "fk",
+            "FKSteeringPipeline",
+            ("lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance"),
+        ),
+    ],
+)
+def test_every_option_reaches_its_pipeline(
+    monkeypatch: pytest.MonkeyPatch, method: str, pipeline: str, own_words: tuple[str, ...]
+) -> None:
+    given = dict.fromkeys([*own_words, "particles", "steps", "eta"]) | {"method": method, "seed": 5}
+    given |= {name: object() for name, value in given.items() if value is None}
+    job = Job(OfTwoArguments(), METHODS, "a star", SampleSettings(**asdict(SETTINGS) | given), Path("x"))
+
+    def tell(self: Any, *words: Any, **named: Any) -> None:
+        raise Told(words, named)
+
+    monkeypatch.setattr(getattr(methods, pipeline), "__init__", lambda self, pipe, reward: None)
+    monkeypatch.setattr(getattr(methods, pipeline), "__call__", tell)
+    with pytest.raises(Told) as told:
+        METHODS[method].run(job)
+    (prompt,), named = told.value.args
+    assert prompt == "a star" and {name: named[name] for name in own_words} == {name: given[name] for name in own_words}
+    assert named["num_particles"] is given["particles"] and named["num_inference_steps"] is given["steps"]
+    assert named["eta"] is given["eta"] and named["generator"].initial_seed() == 5
+    assert named.get("guidance_scale", "its own") == (0.0 if method == "reno" else "its own")
+    assert method == "fk" or named["state_file"] == Path("x")
+
+
+def test_steps_of_fk_lean_along_the_gradient(steer: Steer, tmp_path: Path) -> None:
+    words = ["sample", "a red circle", "--steps", "3", "--particles", "2", "--eta", "1", "--no-compare"]
+    assert steer(*words, "--reward-guidance", "1", "--out", tmp_path / "o")[0] == 0
+    (entry,) = entries_of(tmp_path / "o")
+    assert entry["cost"]["gradients"] > 0 and (tmp_path / "o" / "ancestry.png").exists()
+
+
+def seen(number: int, side: int = 8) -> Iteration:
+    """Two slots: the left one red, the right one blue, darker from iteration to iteration."""
+    images = torch.zeros(2, 3, side, side)
+    images[0, 0] = images[1, 2] = 1 - number / 10
+    row = torch.tensor([[0.25, 0.5 + number]])
+    return Iteration(number, 3, row, {}, row, row, images)
+
+
+@pytest.mark.parametrize(("side", "shown"), [(8, 256), (200, 400), (2000, 512)])
+def test_the_animation_shows_the_best_seed(tmp_path: Path, side: int, shown: int) -> None:
+    frames = Frames(tmp_path / "frames")
+    for number in range(3):
+        frames.keep(seen(number, side))
+    assert all(Image.open(path).height <= 512 for path in (tmp_path / "frames").iterdir())
+    (tmp_path / "frames" / "00001.png").unlink()  # that a crash took
+    entry = {"order": [1, 0], "rewards": [2.5, 0.25], "trace": {"rewards": [[0.25, 0.5 + n] for n in range(3)]}}
+    frames.write(entry, Image.new("RGB", (side, side), (0, 0, 77)), tmp_path / "progress.gif")
+    film = Image.open(tmp_path / "progress.gif")
+    blues, times = [], []
+    for place in range(getattr(film, "n_frames", 1)):
+        film.seek(place)
+        assert film.convert("RGB").getpixel((2, 2))[:2] == (0, 0)
+        blues.append(film.convert("RGB").getpixel((2, 2))[2])
+        times.append(film.info["duration"])
+    assert film.width == shown and shown < film.height < shown + 40
+    assert blues == pytest.approx([255, 204, 77], abs=2) and times == [120, 120, 2000] and film.info["loop"] == 0
+
+
+@pytest.mark.parametrize(("prompts", "lengths"), [(1, [1]), (1, [5]), (6, [3, 5]), (7, [3, 5]), (30, [1, 4])])
+def test_progress_is_drawn_for_one_prompt_and_for_many(tmp_path: Path, prompts: int, lengths: list[int]) -> None:
+    entries = []
+    for number in range(prompts):
+        rows = [[0.1 * step, 0.2 * step] for step in range(lengths[number % len(lengths)])]
+        trace = {"rewards": rows, "best": rows, "norms": [[1.01, 0.99]] * len(rows)}
+        entries.append({"prompt": "costs $5 and $6", "order": [1, 0], "trace": trace})
+    draw_progress({"method": "reno", "settings": {"reward": "x", "particles": 2}, "prompts": entries}, tmp_path)
+    picture = Image.open(tmp_path / "progress.png").convert("RGB")
+    coloured = sum(max(pixel) - min(pixel) > 60 for pixel in picture.getdata())
+    assert picture.width == 1200 and coloured > 150

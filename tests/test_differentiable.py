@@ -1,0 +1,189 @@
+"""Gradients through whole pipelines against finite differences, and what the way back costs."""
+
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import PIPELINES, cached_pipe, call_kwargs
+from soft_rewards import Soft, images_of, in_precision, likeness, models_of, own_kwargs, pattern, seeded
+from torch import Tensor, nn
+
+from steer.differentiable import differentiable
+from steer.pipelines import Iteration, ReNOPipeline
+from steer.pipelines.noise_to_image import NoiseToImage
+from steer.seam import steered
+
+FAMILIES = [name for name in PIPELINES if name != "img2img"]
+FLOW = ("sd3", "flux", "wan")  # their solver computes in fp32
+ATTENTION = "up_blocks.1.attentions.0.transformer_blocks.0"
+BLOCKS = {
+    "sd": [("unet", "down_blocks.0.resnets.0"), ("unet", ATTENTION), ("vae", "decoder.up_blocks.1")],
+    "controlnet": [("controlnet", "down_blocks.0.resnets.0"), ("unet", "up_blocks.0.resnets.0")],
+    "sd3": [("transformer", "transformer_blocks.0"), ("vae", "decoder.up_blocks.0")],
+    "flux": [("transformer", "transformer_blocks.0"), ("transformer", "single_transformer_blocks.0")],
+    "pixart": [("transformer", "transformer_blocks.0")],
+}
+
+
+def first_latents(pipe: Any, call: dict[str, Any]) -> Tensor:
+    """What a run starts from, standard normal."""
+    seen: list[Tensor] = []
+    with steered(pipe, lambda event: seen.append(event.x)) as view:
+        images_of(view, **call, generator=seeded())
+    return seen[0] / float(getattr(pipe.scheduler, "init_noise_sigma", 1.0))
+
+
+def images_from(pipe: Any, call: dict[str, Any], latents: Tensor) -> Tensor:
+    with steered(pipe, lambda event: None) as view:
+        return images_of(view, **call, latents=latents, generator=seeded())
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_are_finite_differences(name: str, steps: int) -> None:
+    pipe, call = in_precision(cached_pipe(name), torch.float64), call_kwargs(name, 2, steps)
+    if name == "wan":  # away from the bounds at which its decoder clamps
+        pipe.vae.decoder.conv_out.weight.data *= 0.2
+    latents = first_latents(pipe, call).double()
+    gradients = []
+    for checkpointing in (False, True):
+        images = images_from(differentiable(pipe, checkpointing), call, leaf := latents.clone().requires_grad_())
+        gradients += torch.autograd.grad((images * pattern(images)).sum(), leaf)
+    assert torch.equal(*gradients)
+    direction = torch.randn(latents.shape, generator=seeded(4), dtype=torch.float64)
+    step = 1e-3 if name in FLOW else 1e-4
+    ahead, behind = (images_from(pipe, call, latents + side * step * direction) for side in (1, -1))
+    slopes = ((ahead - behind) * pattern(ahead)).flatten(1).sum(1) / (2 * step)
+    by_hand = (gradients[0] * direction).flatten(1).sum(1)
+    assert by_hand.abs().min() > 1e-2 and not ahead.requires_grad
+    torch.testing.assert_close(by_hand, slopes.double(), rtol=2e-3 if name in FLOW else 1e-5, atol=1e-5)
+
+
+def everything_about(module: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, part in module.named_modules():
+        plain = {key: value for key, value in vars(part).items() if not key.startswith("_") and key != "training"}
+        found[name] = (part.training, set(vars(part)), plain, type(part).forward, type(part))
+    return found
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "controlnet", "flux", "wan"])
+def test_the_users_models_are_left_as_they_are(name: str) -> None:
+    pipe, call = in_precision(cached_pipe(name)), call_kwargs(name, 2, 2)
+    latents = first_latents(pipe, call)
+    models, attributes = models_of(pipe), dict(vars(pipe))
+    next(iter(models["vae"].parameters())).requires_grad_(False)
+    before = {key: everything_about(model) for key, model in models.items()}
+    asked = {key: [p.requires_grad for p in model.parameters()] for key, model in models.items()}
+    weights = {key: [p.clone() for p in model.parameters()] for key, model in models.items()}
+    images = images_from(differentiable(pipe), call, leaf := latents.clone().requires_grad_())
+    images.sum().backward()
+    assert leaf.grad is not None and leaf.grad.abs().sum() > 0
+    assert vars(pipe).keys() == attributes.keys() and all(vars(pipe)[key] is attributes[key] for key in attributes)
+    for key, model in models.items():
+        assert everything_about(model) == before[key]
+        assert [p.requires_grad for p in model.parameters()] == asked[key]
+        assert all(p.grad is None and p.grad_fn is None for p in model.parameters())
+        assert all(map(torch.equal, model.parameters(), weights[key]))
+    assert not any(getattr(part, "gradient_checkpointing", False) for m in models.values() for part in m.modules())
+
+
+def test_a_twin_shares_the_weights_and_asks_nothing_of_them() -> None:
+    pipe = cached_pipe("sdxl")
+    twin = differentiable(pipe)
+    for name, model in models_of(pipe).items():
+        theirs = list(getattr(twin, name).parameters())
+        assert [p.data_ptr() for p in model.parameters()] == [p.data_ptr() for p in theirs]
+        assert not any(p.requires_grad for p in theirs) and all(p.requires_grad for p in model.parameters())
+        assert not getattr(twin, name).training
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_every_block_runs_again_on_the_way_back(name: str) -> None:
+    """Once to give its model's inner activations back, once for its own."""
+    pipe, call = in_precision(cached_pipe(name)), call_kwargs(name, 2, 2) | {"guidance_scale": 1.0}
+    counts: dict[str, int] = {}
+
+    def counter(place: str) -> Callable[..., None]:
+        def count(*_: Any) -> None:
+            counts[place] = counts.get(place, 0) + 1
+
+        return count
+
+    for part, path in BLOCKS[name]:
+        getattr(pipe, part).get_submodule(path).register_forward_pre_hook(counter(f"{part}.{path}"))
+    latents, back = first_latents(pipe, call), []
+    for checkpointing in (True, False):
+        images = images_from(differentiable(pipe, checkpointing), call, latents.clone().requires_grad_())
+        counts.clear()
+        images.sum().backward()
+        back.append(dict(counts))
+    runs = {"vae": 1}  # a denoiser runs at both steps
+    assert back[0] == {f"{part}.{path}": 2 * runs.get(part, 2) for part, path in BLOCKS[name]}
+    assert back[1] == {}
+
+
+def kept(name: str, steps: int, checkpointing: bool) -> tuple[int, int]:
+    """Bytes that a graph keeps for the way back beside weights; bytes of the latents."""
+    pipe, call = cached_pipe(name), call_kwargs(name, 2, steps) | {"guidance_scale": 1.0}
+    weights = {p.untyped_storage().data_ptr() for model in models_of(pipe).values() for p in model.parameters()}
+    found: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)  # so that no address is used twice
+        return tensor
+
+    latents = first_latents(pipe, call).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        images_from(differentiable(pipe, checkpointing), call, latents)
+    return sum(found.values()), latents.nbytes
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart"])
+def test_checkpoints_keep_little_and_grow_by_latents(name: str) -> None:
+    (one, latents), (five, _) = kept(name, 1, True), kept(name, 5, True)
+    all_of_one, all_of_five = kept(name, 1, False)[0], kept(name, 5, False)[0]
+    assert one < all_of_one / 10 and five < all_of_five / 20
+    assert (five - one) / 4 <= 1.5 * latents < (all_of_five - all_of_one) / 4 / 10
+
+
+def live_bytes() -> int:
+    gc.collect()
+    storages = [found.untyped_storage() for found in gc.get_objects() if issubclass(type(found), Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_memory_does_not_grow_with_iterations() -> None:
+    live: list[int] = []
+
+    def watch(iteration: Iteration) -> None:
+        assert iteration.images is not None and not iteration.images.requires_grad
+        assert not iteration.rewards.requires_grad and not iteration.best.requires_grad
+        if iteration.number in (2, 9):
+            live.append(live_bytes())
+
+    ReNOPipeline(cached_pipe("sd3"), Soft(likeness))(
+        num_particles=2, iterations=10, on_iteration=watch, **own_kwargs("sd3")
+    )
+    assert live[1] - live[0] <= 7 * 2 * 4 * 4  # the trace: four numbers an image; its latents alone are 256 bytes
+
+
+def test_nothing_of_a_run_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Any]] = []
+    plain = NoiseToImage.__init__
+
+    def remember(self: Any, *args: Any) -> None:
+        made.append(weakref.ref(self))
+        plain(self, *args)
+
+    monkeypatch.setattr(NoiseToImage, "__init__", remember)
+    ReNOPipeline(cached_pipe("sd3"), Soft(likeness))(iterations=1, **own_kwargs("sd3"))
+    gc.collect()
+    assert [one() for one in made] == [None]

@@ -1,0 +1,219 @@
+"""How a run of ReNO is refused, ends and is watched."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from conftest import cached_pipe
+from gaussian import GaussianPipeline
+from soft_rewards import Function, Soft, Sum, images_of, likeness, own_kwargs, redness, seeded
+from torch import Tensor, nn
+
+from steer.errors import InputError
+from steer.noise import Adam
+from steer.pipelines import Iteration, NoiseSearchPipeline, ReNOPipeline, SteeringOutput
+from steer.pipelines.noise_gradient import ZeroOrder
+from steer.reward import RewardError
+from steer.seam import CannotSteer
+
+REWARD = Soft(likeness)
+
+
+def run(reward: Any = REWARD, name: str = "sd3", method: Any = ReNOPipeline, **options: Any) -> SteeringOutput:
+    call = own_kwargs(name) | {"num_particles": 2, "iterations": 5, "generator": seeded(1), "output_type": "pt"}
+    return method(cached_pipe(name), reward)(**call | options)
+
+
+def from_call(number: int, then: Function, first: Function = likeness) -> Function:
+    """One function, and from its call `number` on another."""
+    calls: list[int] = []
+
+    def function(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        calls.append(len(calls))
+        return (first if calls[-1] < number else then)(images, prompts)
+
+    return function
+
+
+def nowhere(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return likeness(images, prompts) * math.nan
+
+
+def failing(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    raise RuntimeError("out of words")
+
+
+def with_a_root_of_zero(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Finite, its gradient is not: √ has no slope at 0, though no value is taken there."""
+    zero = 0 * images.sum((1, 2, 3))
+    return likeness(images, prompts) + torch.where(zero > 0, zero.sqrt(), zero)
+
+
+def same_traces(left: Sequence[Iteration], right: Sequence[Iteration]) -> bool:
+    names = ("rewards", "norms", "best")
+    assert [(one.number, one.total, one.parts.keys()) for one in left] == [
+        (one.number, one.total, one.parts.keys()) for one in right
+    ]
+    pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(left, right, strict=True) for name in names]
+    pairs += [(a.parts[name], b.parts[name]) for a, b in zip(left, right, strict=True) for name in a.parts]
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+class Head(nn.Module):
+    """Weights that ask for gradients, on images that give none."""
+
+    differentiable, name = True, "head"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return likeness(images.detach(), prompts) * self.weight
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [redness, Soft(lambda images, prompts: likeness(images, prompts).detach()), Head()],
+    ids=["says so", "detached", "of weights alone"],
+)
+def test_rewards_without_gradients_are_refused_by_the_name_of_the_remedy(reward: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"is not differentiable: use the zero-order estimator .*--gradient zero-order"
+    ):
+        run(reward)
+    assert run(reward, gradient="zero-order", iterations=1).trace
+
+
+@pytest.mark.parametrize("function", [nowhere, failing])
+def test_a_reward_that_fails_at_once_raises(function: Function) -> None:
+    with pytest.raises(RewardError, match="reward 'soft'"):
+        run(Soft(function))
+
+
+def test_pipelines_without_latents_are_refused() -> None:
+    with pytest.raises(CannotSteer, match="StableDiffusionImg2ImgPipeline takes no latents"):
+        run(name="img2img")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "lr must be above 0 and finite, got 0.0"),
+        ({"lr": math.nan}, "lr must be above 0"),
+        ({"lr": math.inf}, "lr must be above 0"),
+        ({"optimiser": Adam(-1.0)}, "lr must be above 0"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be above 0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm must be above 0"),
+        ({"iterations": 0}, "iterations must be at least 1, got 0"),
+        ({"patience": 0}, "patience must be at least 1, got 0"),
+        ({"restarts": -1}, "restarts must be at least 0"),
+        ({"restarts": 1}, "need a patience"),
+        ({"regularisation": -0.1}, "regularisation must be at least 0"),
+        ({"regularisation": math.nan}, "regularisation must be at least 0"),
+        ({"regularisation": math.inf}, "regularisation must be at least 0"),
+        ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent, got 'jpg'"),
+        ({"optimiser": "adma"}, "unknown optimiser 'adma': did you mean adam"),
+        ({"gradient": "backprob"}, "unknown gradient 'backprob': did you mean backprop"),
+        ({"num_particles": 0}, "num_particles must be at least 1"),
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"num_images_per_prompt": 2}, "say num_particles"),
+        ({"stepz": 3}, "takes no argument 'stepz'"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(options: dict[str, Any], message: str) -> None:
+    def never(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        raise AssertionError("nothing is scored before")
+
+    with pytest.raises(InputError, match=message):
+        run(Soft(never), **options)
+
+
+@pytest.mark.parametrize("options", [{"directions": 0}, {"distance": 0.0}, {"distance": math.nan}])
+def test_zero_order_numbers_that_do_not_fit_are_named(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="directions must be at least 1 and distance above 0"):
+        ZeroOrder(**options)
+
+
+@pytest.mark.parametrize(
+    ("then", "message", "seen"),
+    [
+        (nowhere, r"reward 'sum/like' returned nan .*\(iteration 3\)", 3),
+        (failing, r"reward 'sum' failed: RuntimeError: out of words \(iteration 3\)", 3),
+        (with_a_root_of_zero, "the gradient of reward 'sum' is not finite at iteration 3", 4),
+    ],
+)
+def test_a_later_failure_ends_with_the_best_so_far(then: Function, message: str, seen: int) -> None:
+    def falling(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return -likeness(images, prompts).detach() + likeness(images, prompts) * 1e-3
+
+    good, told = run(Sum(like=falling, red=redness)), []
+    reward = Sum(like=from_call(3, then, falling), red=redness)
+    out = run(reward, on_iteration=told.append)
+    assert out.stopped is not None and torch.equal(torch.tensor(len(out.trace)), torch.tensor(seen))
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(out.stopped)
+    assert good.stopped is None and same_traces(out.trace[:3], good.trace[:3]) and len(told) == 3
+    out = out.in_slot_order()
+    torch.testing.assert_close(out.rewards, torch.stack([one.rewards for one in out.trace]).amax(0))
+    asked = [own_kwargs("sd3")["prompt"]] * 2
+    if seen == 3:
+        for name, function in {"like": falling, "red": redness}.items():
+            torch.testing.assert_close(out.parts[name][0], function(out.images, asked), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.parts["like"] + out.parts["red"], out.rewards)
+    again = images_of(cached_pipe("sd3"), **own_kwargs("sd3"), num_images_per_prompt=2, **out.start.arguments())
+    assert torch.equal(again, out.images)
+
+
+def test_a_search_of_neighbours_that_fails_tells_the_parts_of_its_best() -> None:
+    reward = Sum(like=from_call(9, failing), red=redness)
+    out = run(reward, method=NoiseSearchPipeline, neighbours=4, generator=seeded(4))
+    assert out.stopped is not None and len(out.trace) == 3
+    asked = [own_kwargs("sd3")["prompt"]] * 2
+    torch.testing.assert_close(out.rewards[0], likeness(out.images, asked) + redness(out.images, asked))
+    torch.testing.assert_close(out.parts["red"][0], redness(out.images, asked))
+
+
+@pytest.mark.parametrize("restarts", [0, 2])
+def test_patience_ends_a_search_or_begins_it_anew(restarts: int) -> None:
+    pipe = GaussianPipeline()
+    heights = [1.0, 3.0, 2.0, 3.0, 0.0, 0.5, 0.5, 0.0, 4.0, 0.0, 0.0, 9.0]  # twice none better: 3, 7, 10
+
+    def scripted(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        height = heights[len(seen)]
+        seen.append(images.detach())
+        return 0 * images.sum((1, 2, 3)) + height
+
+    seen: list[Tensor] = []
+    options = {"patience": 2, "restarts": restarts, "regularisation": 0.0}  # nothing moves it but new noise
+    out = ReNOPipeline(pipe, Soft(scripted))(
+        iterations=15, generator=seeded(3), num_inference_steps=5, output_type="pt", **options
+    )
+    assert len(out.trace) == [4, None, 11][restarts]
+    assert out.trace[-1].best.item() == [3.0, None, 4.0][restarts]
+    torch.testing.assert_close(out.images, seen[[1, None, 8][restarts]])
+    jumps = [place for place, (a, b) in enumerate(pairwise(seen[: len(out.trace)])) if not torch.equal(a, b)]
+    assert jumps == [[], None, [3, 7]][restarts]
+
+
+def test_the_observer_sees_every_iteration_and_can_end_the_run() -> None:
+    seen: list[Iteration] = []
+
+    def watch(iteration: Iteration) -> bool:
+        seen.append(iteration)
+        return iteration.number == 2
+
+    reward = Sum(like=likeness, red=redness)
+    out = run(reward, on_iteration=watch)
+    assert [(one.number, one.total) for one in seen] == [(0, 5), (1, 5), (2, 5)] and out.stopped is None
+    assert same_traces(seen, out.trace) and all(one.images is None for one in out.trace)
+    asked = [own_kwargs("sd3")["prompt"]] * 2
+    for one in seen:
+        assert one.images is not None and one.images.shape == (2, 3, 8, 8) and one.norms.shape == (1, 2)
+        torch.testing.assert_close(one.parts["red"][0], redness(one.images, asked))
+        torch.testing.assert_close(one.rewards[0], likeness(one.images, asked) + redness(one.images, asked))
+    assert same_traces(out.trace, [replace(one, total=5) for one in run(reward, iterations=3).trace])

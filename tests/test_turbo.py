@@ -1,0 +1,145 @@
+"""The one-step model: how it was distilled, and as a user meets it; the study of ReNO on it."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LCMScheduler, StableDiffusionPipeline
+from torch import Generator
+
+from steer.apps.scenes import distil
+from steer.apps.scenes.distil import STARTS, Distillation, assemble_turbo, denoised, noised, text_features
+from steer.apps.scenes.noise_cost import batch_ratio, measure
+from steer.apps.scenes.noise_study import SEEDS, draw_study, shuffled, study
+from steer.assets import MODELS
+from steer.rewards.scene import SceneReward
+
+EASY = ["a circle", "a red square", "a blue star", "a black cross", "a purple star", "a yellow triangle"]
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def turbo() -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes-turbo"])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def distillation(monkeypatch: pytest.MonkeyPatch) -> Distillation:
+    monkeypatch.setattr(distil, "BATCH", BATCH)
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+    teacher = pipe.unet.requires_grad_(False)
+    student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
+    with torch.no_grad():  # as after some training: a fake score that differs from the teacher's
+        fake.conv_out.weight.mul_(1.1)
+    texts, nothing = text_features(pipe, ["a circle", "two red stars"]), text_features(pipe, [""])
+    return Distillation(teacher, student, fake, pipe.scheduler, texts, nothing)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_easy_prompts_mostly_come_out_right(turbo: StableDiffusionPipeline, steps: int) -> None:
+    call = {"num_images_per_prompt": 8, "num_inference_steps": steps, "output_type": "pt"}
+    images = turbo(EASY, generator=Generator().manual_seed(0), **call).images
+    right = SceneReward()(images, [prompt for prompt in EASY for _ in range(8)]) == 1
+    assert right.float().mean() >= 0.4
+
+
+def test_guidance_is_built_in(turbo: StableDiffusionPipeline) -> None:
+    def image(scale: float) -> torch.Tensor:
+        rng = Generator().manual_seed(0)
+        return turbo("a star", num_inference_steps=1, guidance_scale=scale, generator=rng, output_type="pt").images
+
+    assert torch.equal(image(0.0), image(9.0))
+
+
+def test_the_student_is_trained_where_its_scheduler_goes(turbo: StableDiffusionPipeline) -> None:
+    assert isinstance(turbo.scheduler, LCMScheduler)
+    visited = set()
+    for steps in (1, 2, 4):
+        turbo.scheduler.set_timesteps(steps)
+        visited |= set(turbo.scheduler.timesteps.tolist())
+    assert visited == set(STARTS) and sum(distil.SHARES) == 1
+
+
+def test_x0_is_what_diffusers_makes_of_it(distillation: Distillation) -> None:
+    scheduler, rng = distillation.scheduler, Generator().manual_seed(0)
+    x = torch.randn(1, 8, 8, 8, generator=rng)
+    scheduler.set_timesteps(1000)
+    with torch.no_grad():
+        v = distillation.teacher(x, 400, distillation.texts[:1], return_dict=False)[0]
+        x0 = denoised(distillation.teacher, scheduler, x, torch.tensor([400]), distillation.texts[:1])
+    assert torch.allclose(x0, scheduler.step(v, 400, x).pred_original_sample, atol=1e-4)
+
+
+def test_the_gradient_of_the_matching_loss_is_the_difference_of_the_two_scores(distillation: Distillation) -> None:
+    x0 = torch.randn(BATCH, 8, 8, 8, generator=Generator().manual_seed(1)).requires_grad_(True)
+    text = distillation.texts[torch.tensor([0, 1, 0, 1])]
+    distillation.matching_loss(x0, text, Generator().manual_seed(2)).backward()
+    rng = Generator().manual_seed(2)
+    t = torch.randint(distil.EARLIEST, distil.LATEST, (BATCH,), generator=rng)
+    with torch.no_grad():
+        x_t = noised(distillation.scheduler, x0, torch.randn(x0.shape, generator=rng), t)
+        by = {
+            name: denoised(unet, distillation.scheduler, x_t, t, said)
+            for name, unet, said in (
+                ("fake", distillation.fake, text),
+                ("told", distillation.teacher, text),
+                ("blind", distillation.teacher, distillation.nothing.expand_as(text)),
+            )
+        }
+        real = by["blind"] + 4.0 * (by["told"] - by["blind"])
+        expected = (by["fake"] - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True) / x0.numel()
+    assert torch.allclose(x0.grad, expected, rtol=1e-3, atol=1e-7)
+
+
+def test_a_step_trains_the_student_or_the_fake_score_and_no_other(distillation: Distillation) -> None:
+    for step, (moves, stays) in enumerate([("student", "fake"), ("fake", "student")]):
+        for unet in (distillation.student, distillation.fake):
+            unet.zero_grad()
+        distillation.loss_at(step).backward()
+        assert all(p.grad is None for p in getattr(distillation, stays).parameters())
+        assert any(p.grad is not None and p.grad.any() for p in getattr(distillation, moves).parameters())
+
+
+def test_a_distillation_runs_and_its_pipeline_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distil, "BATCH", 2)
+    monkeypatch.setattr(distil, "PROMPTS", 4)
+    distil.distil(tmp_path, MODELS["scenes"], steps=2)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipe("a circle", num_inference_steps=1, output_type="pt").images.shape == (1, 3, 64, 64)
+    assert json.loads((tmp_path / "pipeline/scheduler/scheduler_config.json").read_text())["_class_name"] == (
+        "LCMScheduler"
+    )
+
+
+def test_the_student_says_in_the_pipeline_what_it_said_in_training(distillation: Distillation) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+    turbo = assemble_turbo(pipe, distillation.fake)
+    x, text = torch.randn(1, 8, 8, 8, generator=Generator().manual_seed(0)), distillation.texts[:1]
+    with torch.no_grad():
+        said = turbo.unet(x, 999, text, timestep_cond=torch.randn(1, distil.GUIDANCE_WIDTH), return_dict=False)[0]
+        assert torch.equal(said, distillation.fake(x, 999, text, return_dict=False)[0])
+
+
+def test_the_study_runs_and_its_picture_is_drawn(tmp_path: Path) -> None:
+    found: dict[str, Any] = study("scenes-turbo", "scenes", "scene-soft", ["a circle", "a red star"], few=True)
+    methods = found["methods"]
+    assert [row["evaluations"] for row in methods["ReNO"]] == [1, 5]
+    assert methods["ReNO"][1]["proxy"][0] >= methods["ReNO"][0]["proxy"][0]
+    assert [row["evaluations"] for row in methods["zero-order search"]] == [1, 9]
+    # The first iterate of both is the noise that the pipeline itself draws.
+    assert methods["ReNO"][0]["proxy"] == methods["zero-order search"][0]["proxy"]
+    assert found["seeds"] == SEEDS and found["prompts"] == 2
+    draw_study(found, tmp_path / "study.png")
+    assert (tmp_path / "study.png").stat().st_size > 10_000
+    assert shuffled(["a", "b", "c"], 2) == shuffled(["a", "b", "c"], 2)
+
+
+def test_costs_are_measured() -> None:
+    memory, seconds = measure("scenes-turbo", checkpointing=True, steps=1, iterations=1)
+    assert memory >= 0 and seconds > 0
+    assert set(batch_ratio("scenes-turbo", iterations=1)) == {"batch", "single", "ratio"}
