@@ -82,7 +82,7 @@ class FKSteeringPipeline(SteeringMethod):
         if reward_guidance != 0:
             noise = 1.0 if eta is None else eta
             check_guidable(self.pipe.scheduler, self.reward, reward_guidance, noise)
-            pipe = differentiable(self.pipe)
+            pipe = differentiable(self.pipe, one_call=True)
             population = Population(pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
             run: Run = GuidedRun(algorithm, population, reward_guidance, noise, resample_steps, on_step)
         else:

@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from steer.differentiable import computes_in_fp16, own_gradients
 from steer.errors import InputError
 from steer.feynman_kac import FeynmanKac
 from steer.pipelines.fk_run import Reading, Run, StepReport
-from steer.pipelines.noise_gradient import HALF_SCALE, LEAST_SCALE
 from steer.pipelines.population import Population
 from steer.proposal import draw_guided
 from steer.reward import Reward, RewardError
@@ -86,30 +86,6 @@ class GuidedRun(Run):
 
     def _needs_steps(self) -> bool:
         return self.algorithm.lam != 0
-
-
-def own_gradients(rewards: Tensor, x: Tensor, half: bool) -> Tensor | None:
-    """∇ r_i of every particle with respect to its own x_i, (N, …) in fp32; None where no reward depends on x.
-
-    half  where fp16 computes, rewards are multiplied by a power of two, as large as leaves the gradients finite:
-          small ones would be 0
-    """
-    scale, least = (HALF_SCALE, LEAST_SCALE) if half else (1.0, 1.0)
-    while rewards.requires_grad:
-        # Every reward depends on its own row alone: the gradient of the sum holds that of each.
-        (gradient,) = torch.autograd.grad(rewards.sum() * scale, x, retain_graph=half, allow_unused=True)
-        if gradient is None:
-            break
-        if gradient.isfinite().all() or scale <= least:
-            return gradient.float() / scale
-        scale /= 16
-    return None
-
-
-def computes_in_fp16(pipe: Any) -> bool:
-    """Whether any of a pipeline's models does. (Its latents need not tell: some keep them in fp32.)"""
-    models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
-    return any(parameter.dtype == torch.float16 for model in models for parameter in model.parameters())
 
 
 def check_guidable(scheduler: Any, reward: Reward, guidance: float, eta: float) -> None:

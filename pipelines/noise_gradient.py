@@ -7,11 +7,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from steer.differentiable import own_gradients
 from steer.errors import InputError
 from steer.pipelines.noise_to_image import NoiseToImage, drawn
-
-HALF_SCALE = 2.0**16  # of the loss, where activations are fp16
-LEAST_SCALE = 2.0**-8
 
 
 @dataclass(frozen=True)
@@ -35,33 +33,20 @@ class Backprop:
     """∇_ε r(G(ε)) by automatic differentiation. Raises InputError for a reward that lets no gradients through.
 
     checkpointing  recompute activations on the way back instead of keeping them
-    In fp16 the loss is multiplied by a power of two, as large as leaves the gradient finite: small ones would be 0.
     """
 
     checkpointing: bool = field(default=True, repr=False)  # changes no number: not told of a saved search
 
     def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
-        scale, least = (HALF_SCALE, LEAST_SCALE) if chain.in_fp16 else (1.0, 1.0)
-        estimate = self._scaled(chain, noise, scale)
-        while not estimate.gradient.isfinite().all() and scale > least:
-            scale /= 16
-            estimate = self._scaled(chain, noise, scale)
-        return estimate
-
-    def _scaled(self, chain: NoiseToImage, noise: Tensor, scale: float) -> Estimate:
         leaf = noise.detach().requires_grad_(True)
         with torch.enable_grad():
             images = chain.with_graph(leaf, self.checkpointing)
             rewards, parts = chain.population.score(images)
-            # Every reward depends on its own row alone: the gradient of the sum holds that of each.
-            total = rewards.sum() * scale
-            (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True) if total.requires_grad else (None,)
+            gradient = own_gradients(rewards, leaf, chain.in_fp16)
         if gradient is None:
             raise _not_differentiable(chain.population.reward.name)
         chain.population.count_gradients(len(noise))
-        return Estimate(
-            images.detach(), rewards.detach(), {n: p.detach() for n, p in parts.items()}, gradient.float() / scale
-        )
+        return Estimate(images.detach(), rewards.detach(), {n: p.detach() for n, p in parts.items()}, gradient)
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from steer.differentiable import differentiable
+from steer.differentiable import computes_in_fp16, differentiable
 from steer.pipelines.population import Population
-from steer.preview import remembered
+from steer.preview import MARKS, remembered
 from steer.seam import CannotSteer, Event
 
 
@@ -29,6 +29,7 @@ class NoiseToImage:
         if "latents" not in inspect.signature(type(population.pipe).__call__).parameters:
             raise CannotSteer(f"{type(population.pipe).__name__} takes no latents: its noise cannot be optimised")
         self.population, self.seeds = population, population.seeds
+        self.in_fp16 = computes_in_fp16(population.pipe)
         self._twins: dict[bool, Any] = {}
         self.start = self._first_noise()
 
@@ -53,7 +54,7 @@ class NoiseToImage:
         return self._run(noise, self.population.pipe)
 
     def quickly(self, noise: Tensor) -> Tensor:
-        """The same, with text encoded once, no safety checker and no progress bar."""
+        """The same, with text encoded once, no safety checker, watermark or progress bar."""
         return self._run(noise, self._plain)
 
     def with_graph(self, noise: Tensor, checkpointing: bool) -> Tensor:
@@ -62,18 +63,13 @@ class NoiseToImage:
             return self._run(noise, self._twin(checkpointing))
 
     @functools.cached_property
-    def in_fp16(self) -> bool:
-        """Whether any model computes in fp16, where small gradients are 0; latents need not tell (Wan's are fp32)."""
-        models = [model for model in self.population.pipe.components.values() if isinstance(model, nn.Module)]
-        return any(weight.dtype == torch.float16 for model in models for weight in model.parameters())
-
-    @functools.cached_property
     def _plain(self) -> Any:
         return _quiet(self.population.pipe)
 
     def _twin(self, checkpointing: bool) -> Any:
         if checkpointing not in self._twins:
-            self._twins[checkpointing] = differentiable(self._plain, checkpointing)
+            one_call = self.population.call.get("num_inference_steps") == 1
+            self._twins[checkpointing] = differentiable(self._plain, checkpointing, one_call)
         return self._twins[checkpointing]
 
     def _run(self, noise: Tensor, pipe: Any) -> Tensor:
@@ -116,9 +112,9 @@ class _Started(Exception):
 
 
 def _quiet(pipe: Any) -> Any:
-    """A copy of a pipeline for many runs of one call: no safety checker, no progress bar, text encoded once."""
+    """A copy of a pipeline for many runs of one call: text encoded once, no safety checker, watermark or bar."""
     quiet = copy.copy(pipe)
-    changed: dict[str, Any] = {"safety_checker": None, "_progress_bar_config": {"disable": True}}
+    changed: dict[str, Any] = dict.fromkeys(MARKS) | {"_progress_bar_config": {"disable": True}}
     if hasattr(pipe, "encode_prompt"):
         changed["encode_prompt"] = remembered(torch.no_grad()(pipe.encode_prompt))
     vars(quiet).update(changed)

@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
+HALF_SCALE = 2.0**16  # of the loss, where activations are fp16
+LEAST_SCALE = 2.0**-8
 
 
-def differentiable(pipe: Any, checkpointing: bool = True) -> Any:
+def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False) -> Any:
     """A twin of a diffusers pipeline whose call builds a graph: gradients flow from `latents=` to `output_type="pt"`.
 
     The twin's models share the weights of the pipeline's own, which ask for no gradients there; neither the models nor
     their flags are changed. A safety checker takes no images with a graph: set the twin's to None, and check later.
 
-    checkpointing  keep no activations: a denoiser call and the decoding are each computed once more on the way back,
-                   block by block where the model can. Memory is then that of one block, and grows with the number of
-                   solver steps by one set of latents each.
+    checkpointing  keep no activations: denoiser calls are each computed once more on the way back, and so are their
+                   blocks and the decoder's. Memory is then that of one block, and grows with the number of solver
+                   steps by one set of latents each
+    one_call       the graph holds one denoiser call: its blocks alone are computed once more
     """
     cls = type(pipe)
     twin = copy.copy(pipe)
@@ -31,7 +34,7 @@ def differentiable(pipe: Any, checkpointing: bool = True) -> Any:
     if models.get("vae") is not None:
         _decode_in_its_own_precision(models["vae"])
     if checkpointing:
-        _checkpoint(models)
+        _checkpoint(models, one_call)
     vars(twin).update(models, maybe_free_model_hooks=lambda: None)
     return twin
 
@@ -70,12 +73,14 @@ def _decode_in_its_own_precision(vae: Any) -> None:
     vae.decode = decoded
 
 
-def _checkpoint(models: dict[str, Any]) -> None:
+def _checkpoint(models: dict[str, Any], one_call: bool) -> None:
     for name in models.keys() & {*DENOISERS, "vae"}:
         model, entry = models[name], "decode" if name == "vae" else "forward"
-        if getattr(model, "_supports_gradient_checkpointing", False):
+        by_block = getattr(model, "_supports_gradient_checkpointing", False)
+        if by_block:
             model.enable_gradient_checkpointing()
-        setattr(model, entry, _recomputed(getattr(model, entry)))
+        if not (by_block and one_call):
+            setattr(model, entry, _recomputed(getattr(model, entry)))
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,3 +93,27 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
         return checkpoint(function, *args, use_reentrant=False, **kwargs)
 
     return call
+
+
+def own_gradients(rewards: Tensor, x: Tensor, half: bool) -> Tensor | None:
+    """∇ r_i of every particle with respect to its own x_i, (N, …) in fp32; None where no reward depends on x.
+
+    half  where fp16 computes, rewards are multiplied by a power of two, as large as leaves the gradients finite:
+          small ones would be 0
+    """
+    scale, least = (HALF_SCALE, LEAST_SCALE) if half else (1.0, 1.0)
+    while rewards.requires_grad:
+        # Every reward depends on its own row alone: the gradient of the sum holds that of each.
+        (gradient,) = torch.autograd.grad(rewards.sum() * scale, x, retain_graph=half, allow_unused=True)
+        if gradient is None:
+            break
+        if gradient.isfinite().all() or scale <= least:
+            return gradient.float() / scale
+        scale /= 16
+    return None
+
+
+def computes_in_fp16(pipe: Any) -> bool:
+    """Whether any of a pipeline's models does. (Its latents need not tell: some keep them in fp32.)"""
+    models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
+    return any(parameter.dtype == torch.float16 for model in models for parameter in model.parameters())

@@ -103,7 +103,7 @@ def test_a_twin_shares_the_weights_and_asks_nothing_of_them() -> None:
 
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_block_runs_again_on_the_way_back(name: str) -> None:
-    """Once to give its model's inner activations back, once for its own."""
+    """Once to give its model's inner activations back, once for its own; of one call, the latter alone."""
     pipe, call = in_precision(cached_pipe(name)), call_kwargs(name, 2, 2) | {"guidance_scale": 1.0}
     counts: dict[str, int] = {}
 
@@ -116,14 +116,15 @@ def test_every_block_runs_again_on_the_way_back(name: str) -> None:
     for part, path in BLOCKS[name]:
         getattr(pipe, part).get_submodule(path).register_forward_pre_hook(counter(f"{part}.{path}"))
     latents, back = first_latents(pipe, call), []
-    for checkpointing in (True, False):
-        images = images_from(differentiable(pipe, checkpointing), call, latents.clone().requires_grad_())
+    for flags in ((True, False), (True, True), (False, False)):
+        images = images_from(differentiable(pipe, *flags), call, latents.clone().requires_grad_())
         counts.clear()
         images.sum().backward()
         back.append(dict(counts))
-    runs = {"vae": 1}  # a denoiser runs at both steps
-    assert back[0] == {f"{part}.{path}": 2 * runs.get(part, 2) for part, path in BLOCKS[name]}
-    assert back[1] == {}
+    blocks = {f"{part}.{path}": part for part, path in BLOCKS[name]}  # a denoiser's run at both steps
+    assert back[0] == {block: 2 if part == "vae" else 4 for block, part in blocks.items()}
+    assert back[1] == {block: 1 if part == "vae" else 2 for block, part in blocks.items()}
+    assert back[2] == {}
 
 
 def kept(name: str, steps: int, checkpointing: bool) -> tuple[int, int]:

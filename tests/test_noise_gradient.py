@@ -1,7 +1,6 @@
 """The two gradients of the reward: estimated ones against exact ones, and exact ones in half precision."""
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from gaussian import GaussianPipeline
 from soft_rewards import Function, Soft, images_of, in_precision, likeness, own_kwargs, redness, seeded
 from torch import Tensor
 
+from steer.differentiable import HALF_SCALE
 from steer.pipelines import ReNOPipeline
 from steer.pipelines.noise_gradient import Backprop, Estimate, ZeroOrder
 from steer.pipelines.noise_to_image import NoiseToImage
@@ -146,37 +146,35 @@ def test_gradients_in_half_precision_are_those_of_fp32(name: str, dtype: torch.d
     assert difference.max() < (0.02 if dtype == torch.float16 else 0.2)
 
 
+def scaled_gradient(chain: NoiseToImage, scale: float) -> Tensor:
+    leaf = chain.start.clone().requires_grad_()
+    with torch.enable_grad():
+        rewards, _ = chain.population.score(chain.with_graph(leaf, True))
+    return torch.autograd.grad(rewards.sum() * scale, leaf)[0]
+
+
 @pytest.mark.parametrize("factor", [1e-7, 1e4])
 @pytest.mark.parametrize("name", ["sdxl", "flux", "wan"])
 def test_gradients_too_small_or_too_large_for_fp16_are_right(name: str, factor: float) -> None:
     half, single, chain = estimates(name, torch.float16, times(factor))
     torch.testing.assert_close(half.gradient / factor, single.gradient / factor, rtol=0.05, atol=2e-3)
     if factor < 1:
-        assert (Backprop()._scaled(chain, chain.start, 1.0).gradient == 0).float().mean() > 0.5
+        assert (scaled_gradient(chain, 1.0) == 0).float().mean() > 0.5
     else:
-        assert not Backprop()._scaled(chain, chain.start, 2.0**16).gradient.isfinite().all()
+        assert not scaled_gradient(chain, HALF_SCALE).isfinite().all()
 
 
-def test_a_scale_that_is_lost_is_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An overflow in one iteration leaves the next one its full scale."""
-    scales: list[float] = []
-    plain = Backprop._scaled
+def test_a_scale_that_is_too_large_costs_no_second_image() -> None:
+    """The graph is gone through again with a smaller one; nothing is made or scored anew."""
+    asked: list[int] = []
 
-    def told(self: Backprop, chain: NoiseToImage, noise: Tensor, scale: float) -> Estimate:
-        scales.append(scale)
-        return plain(self, chain, noise, scale)
+    def counted(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        asked.append(len(images))
+        return 1e4 * likeness(images, prompts)
 
-    monkeypatch.setattr(Backprop, "_scaled", told)
-    factors = iter([1e4] * 20)
-    _, _, chain = estimates(
-        "flux", torch.float16, lambda images, prompts: next(factors, 1.0) * likeness(images, prompts)
-    )
-    assert scales[0] == 1.0 and scales[1] == 2.0**16 and scales[-1] < 2.0**16
-    assert [a / b for a, b in pairwise(scales[1:])] == [16.0] * (len(scales) - 2)
-    scales.clear()
-    for _ in factors:
-        pass
-    assert Backprop()(chain, chain.start, 1).gradient.isfinite().all() and scales == [2.0**16]
+    half, _, chain = estimates("flux", torch.float16, counted)
+    assert half.gradient.isfinite().all() and not scaled_gradient(chain, HALF_SCALE).isfinite().all()
+    assert asked == [2] * 3  # fp32, fp16, and the line above
 
 
 @pytest.mark.parametrize("dtype", HALF)
