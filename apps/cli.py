@@ -1,6 +1,7 @@
 """The `steer` command. Heavy imports wait inside the commands, so that `steer --help` answers at once."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -31,7 +32,9 @@ def steer(offline: bool) -> None:
 @click.argument("prompt", nargs=-1)
 @click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File of prompts: .txt, .jsonl, .tsv.")
 @click.option("--model", default="scenes", help="Embedded model, folder, or ORGANISATION/NAME.")
-@click.option("--method", default="fk", help="fk, best-of-n, base, reno or noise-search.")
+@click.option(
+    "--method", default="fk", help="fk, best-of-n, base, reno (for one-step models, like scenes-turbo) or noise-search."
+)
 @click.option("--reward", default="scene-soft", help=SPEC)
 @TIMEOUT
 @click.option("--particles", "--seeds", "particles", default=4, help="K, images for each prompt.")
@@ -121,6 +124,8 @@ steer.add_command(rewards)
 
 def main() -> None:
     """Runs the command; what the user can put right is one line on stderr and exit code 2."""
+    # A run that ended before its time ends in such a line too: the pipelines' own warning would say it twice.
+    logging.getLogger("steer.pipelines").addHandler(logging.NullHandler())
     try:
         steer(standalone_mode=False)
     except click.exceptions.Abort:

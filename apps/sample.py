@@ -1,7 +1,6 @@
 """The job behind `steer sample`: prompts in, a folder of images and a report out; it goes on where it stopped."""
 
 import json
-import logging
 import os
 import re
 import shutil
@@ -28,8 +27,6 @@ __all__ = ["SampleSettings", "sample"]
 
 Report = dict[str, Any]
 Entry = dict[str, Any]
-# What the pipelines warn of, a run that ended before its time, `_stop_with` says in one line.
-logging.getLogger("steer.pipelines").addHandler(logging.NullHandler())
 SEARCH, FRAMES = "search.safetensors", "frames"  # of a prompt that is not finished
 
 
@@ -54,7 +51,7 @@ def sample(
     METHODS[settings.method].check(settings, reward)
     report = _opened(out, prompts, settings)
     entries = report["prompts"]
-    todo = [n for n in range(len(prompts)) if n >= len(entries) or not _whole(entries[n], out)]
+    todo = [n for n in range(len(prompts)) if n >= len(entries) or not _whole(entries[n], out, animation)]
     if todo:
         pipe = load_pipeline(settings.model, device, settings.dtype)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
@@ -207,10 +204,11 @@ def _opened(out: Path, prompts: Sequence[str], settings: SampleSettings) -> Repo
     return old | {"settings": asdict(settings)}
 
 
-def _whole(entry: Entry, out: Path) -> bool:
-    """Whether all images of an entry are there, and the noise they came from, inside the output folder."""
+def _whole(entry: Entry, out: Path, animation: bool) -> bool:
+    """Whether all files of an entry are there, inside the output folder."""
     names = [*entry.get("images", [None]), *entry.get("base", {}).get("images", [])]
     names += [entry["noise"]] if "noise" in entry else []
+    names += [entry.get("animation")] if animation else []
     return all(isinstance(name, str) and ".." not in name and (out / name).is_file() for name in names)
 
 

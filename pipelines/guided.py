@@ -43,10 +43,7 @@ class GuidedRun(Run):
     def sample(self) -> Tensor:
         """Runs the pipeline to its end: the finished images (B·K, 3, H, W)."""
         with torch.enable_grad():
-            images = super().sample()
-        # A run that was interrupted ends at latents that a gradient was to be taken at.
-        self.population.latents = self.population.latents.detach()
-        return images.detach()
+            return super().sample().detach()
 
     def _read(self, event: Event) -> Reading:
         previews = self.population.preview(event.x0())

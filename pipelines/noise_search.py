@@ -40,7 +40,8 @@ class NoiseSearchPipeline(SteeringMethod):
         neighbours  images made in each iteration, of every search
         distance    d of √(1 − d²) ε + d u, above 0 and at most 1; 1 is best-of-N
 
-        The first iteration looks at ε itself. All else is as in `ReNOPipeline`.
+        The first iteration looks at ε itself. All else is as in `ReNOPipeline`, but for the steps and the guidance: by
+        default they are the pipeline's own.
         """
         check_output_type(output_type)
         move = Neighbours(neighbours, distance)

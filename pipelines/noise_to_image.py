@@ -4,7 +4,8 @@ import copy
 import functools
 import hashlib
 import inspect
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Generator, Tensor
 
 from steer.differentiable import computes_in_fp16, differentiable
 from steer.pipelines.population import Population
-from steer.preview import MARKS, remembered
+from steer.preview import MARKS
 from steer.seam import CannotSteer, Event
 
 
@@ -31,7 +32,7 @@ class NoiseToImage:
         self.population, self.seeds = population, population.seeds
         self.in_fp16 = computes_in_fp16(population.pipe)
         self._twins: dict[bool, Any] = {}
-        self.start = self._first_noise()
+        self.start, self.dtype = self._first_noise()
 
     def about(self) -> dict[str, Any]:
         """What the images depend on beside the noise, as plain values."""
@@ -58,9 +59,15 @@ class NoiseToImage:
         return self._run(noise, self._plain)
 
     def with_graph(self, noise: Tensor, checkpointing: bool) -> Tensor:
-        """The same, differentiable with respect to the noise."""
-        with torch.enable_grad():
-            return self._run(noise, self._twin(checkpointing))
+        """The same, differentiable with respect to the noise. Raises CannotSteer where no gradients come through."""
+        images = self._run(noise, self._twin(checkpointing))
+        if not images.requires_grad:
+            name = type(self.population.pipe).__name__
+            raise CannotSteer(
+                f"{name} lets no gradients through: use the zero-order estimator "
+                "(gradient='zero-order', on the command line --gradient zero-order)"
+            )
+        return images
 
     @functools.cached_property
     def _plain(self) -> Any:
@@ -77,18 +84,17 @@ class NoiseToImage:
         latents = noise.to(self.dtype)
         return self.population.sample(lambda event: None, pipe, latents=latents, generator=generators)
 
-    def _first_noise(self) -> Tensor:
-        """What the first step of a run starts from, without the scheduler's scale; that run ends there."""
+    def _first_noise(self) -> tuple[Tensor, torch.dtype]:
+        """What the first step of a run starts from, without the scheduler's scale, in fp32, and its dtype."""
 
         def stop(event: Event) -> None:
             raise _Started(event)
 
         try:
             self.population.sample(stop, self._plain)
-        except _Started as started:
+        except _Started as started:  # the run ends there
             event: Event = started.args[0]
-        self.dtype = event.x.dtype
-        return event.x.float() / float(getattr(event.scheduler, "init_noise_sigma", 1.0))
+        return event.x.float() / float(getattr(event.scheduler, "init_noise_sigma", 1.0)), event.x.dtype
 
 
 def _plain_values(value: Any) -> Any:
@@ -116,9 +122,22 @@ def _quiet(pipe: Any) -> Any:
     quiet = copy.copy(pipe)
     changed: dict[str, Any] = dict.fromkeys(MARKS) | {"_progress_bar_config": {"disable": True}}
     if hasattr(pipe, "encode_prompt"):
-        changed["encode_prompt"] = remembered(torch.no_grad()(pipe.encode_prompt))
+        changed["encode_prompt"] = _once_each(torch.no_grad()(pipe.encode_prompt))
     vars(quiet).update(changed)
     return quiet
+
+
+def _once_each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, called once for each of its arguments: some pipelines encode a negative prompt apart."""
+    answers: dict[str, Any] = {}
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        asked = json.dumps(_plain_values([args, kwargs]))
+        if asked not in answers:
+            answers[asked] = function(*args, **kwargs)
+        return answers[asked]
+
+    return remember
 
 
 def drawn(seeds: Sequence[int], like: Tensor, streams: Sequence[str]) -> Tensor:

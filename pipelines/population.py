@@ -64,7 +64,7 @@ class Population:
             self._nfe += event.calls * len(event.x)
             ancestors, latents = on_event(event) or (None, None)
             moved = event.prev if ancestors is None else event.prev[ancestors]
-            self.latents = moved if latents is None else latents.to(moved.dtype)
+            self.latents = (moved if latents is None else latents.to(moved.dtype)).detach()
             return ancestors, latents
 
         with steered(pipe, watch, rows=len(self.prompts)) as view:

@@ -58,21 +58,21 @@ class ReNOPipeline(SteeringMethod):
         num_particles   K, seeds for each prompt; every image is a search of its own
         iterations      evaluations of the reward for each
         optimiser       sgd (Nesterov), adam, or an object of `steer.noise`
-        lr              learning rate; by default 5 (sgd), 0.05 (adam). 5 was published for noise of D = 16,384 numbers:
-                        where there are fewer, try √(D/16,384) of it
+        lr              learning rate; by default 5 (sgd, published for noise of 16,384 numbers), 0.05 (adam)
         regularisation  weight of log p(‖ε‖), which keeps the noise as long as noise is
         max_grad_norm   the gradient of each image is clipped to it
         gradient        backprop, zero-order (for any reward), or an object of `steer.pipelines.noise_gradient`
         patience        iterations without a better reward after which a search ends, or starts again from new noise
         restarts        how often it may do that
-        state_file      saved after every iteration; a call that finds its own goes on from there
+        state_file      saved after every iteration; a call with the same settings, and a generator of the same seed,
+                        goes on from there
         on_iteration    an observer; true from it ends the run
         chunk_size      images scored at a time
         reward_prompt, output_type   as in `FKSteeringPipeline`
 
         The best iterate of each search is returned, drawn again by the plain pipeline: `out.start` makes it anew. A
-        gradient that is not finite, or a reward that fails after the first iteration, ends the run with the best so
-        far, and `out.stopped` says why. Raises InputError and its kinds as `FKSteeringPipeline` does.
+        gradient that is not finite, or a reward that fails after the first iteration, ends all searches with the best
+        so far, and `out.stopped` says why. Raises InputError and its kinds as `FKSteeringPipeline` does.
         """
         check_output_type(output_type)
         rule = choose("optimiser", optimiser, OPTIMISERS)
@@ -120,8 +120,10 @@ class Ascent:
         seen = self.gradient(chain, search.noise, number)
         recorded = search.record(seen.rewards.flatten())
         uphill = seen.gradient + self.regularisation * prior_gradient(search.noise)
-        if not uphill.isfinite().all():
-            stopped = f"the gradient of reward {chain.population.reward.name!r} is not finite at iteration {number}"
+        if (broken := ~uphill.flatten(1).isfinite().all(1)).any():
+            prompt = chain.population.prompts[int(broken.nonzero()[0])]
+            name = chain.population.reward.name
+            stopped = f"the gradient of reward {name!r} is not finite at iteration {number}, prompt {prompt!r}"
             return Moved(seen.images, seen.rewards, seen.parts, search.noise, recorded, stopped)
         moved = self._ascended(recorded, uphill, chain.seeds)
         return Moved(seen.images, seen.rewards, seen.parts, search.noise, moved)

@@ -22,7 +22,7 @@ class SearchFile:
 
     def __init__(self, path: str | Path | None, about: dict[str, Any]) -> None:
         self.path = None if path is None else Path(path)
-        self.about = json.dumps(about, sort_keys=True, default=str)
+        self.about = json.dumps(about, sort_keys=True)
 
     def save(self, search: Search, trace: Sequence[Iteration]) -> None:
         """After an iteration: `search` stands where the next one begins."""
@@ -51,9 +51,11 @@ class SearchFile:
                 f"{self.path} cannot be read as a saved search ({error}); delete it to begin anew"
             ) from error
         if told != self._told():
-            raise InputError(f"{self.path} belongs to another run; delete it, or call with its settings")
+            raise InputError(f"{self.path} belongs to another run; delete it, or call with its settings and seed")
         if missing := sorted({*SERIES} - tensors.keys()):
             raise InputError(f"{self.path} lacks {missing[0]}; delete it to begin anew")
+        if (held := len(tensors["rewards"])) > total:
+            raise InputError(f"{self.path} holds {held} iterations, more than the {total} asked for; ask for {held}")
         saved = {name.removeprefix("search/"): value for name, value in tensors.items() if name.startswith("search/")}
         parts = {name.removeprefix("parts/"): value for name, value in tensors.items() if name.startswith("parts/")}
         trace = [

@@ -41,6 +41,8 @@ class Combined(Composed):
     def __init__(self, parts: Sequence[Part], aggregate: Aggregate = total, name: str | None = None) -> None:
         if not parts:
             raise RewardError("a combination needs at least one reward")
+        if name is None and aggregate is not total:
+            name = f"{getattr(aggregate, '__name__', aggregate)}({', '.join(map(str, parts))})"
         super().__init__([part.reward for part in parts], name or " + ".join(map(str, parts)))
         self._weights, self._aggregate = [float(part.weight) for part in parts], aggregate
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
-HALF_SCALE = 2.0**16  # of the loss, where activations are fp16
-LEAST_SCALE = 2.0**-8
+HALF_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # of the loss, where activations are fp16
 
 
 def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False) -> Any:
@@ -101,16 +100,14 @@ def own_gradients(rewards: Tensor, x: Tensor, half: bool) -> Tensor | None:
     half  where fp16 computes, rewards are multiplied by a power of two, as large as leaves the gradients finite:
           small ones would be 0
     """
-    scale, least = (HALF_SCALE, LEAST_SCALE) if half else (1.0, 1.0)
-    while rewards.requires_grad:
+    for scale in HALF_SCALES if half else (1.0,):
+        if not rewards.requires_grad:
+            return None
         # Every reward depends on its own row alone: the gradient of the sum holds that of each.
         (gradient,) = torch.autograd.grad(rewards.sum() * scale, x, retain_graph=half, allow_unused=True)
-        if gradient is None:
+        if gradient is None or gradient.isfinite().all():
             break
-        if gradient.isfinite().all() or scale <= least:
-            return gradient.float() / scale
-        scale /= 16
-    return None
+    return None if gradient is None else gradient.float() / scale
 
 
 def computes_in_fp16(pipe: Any) -> bool:

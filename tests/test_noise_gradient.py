@@ -10,7 +10,7 @@ from gaussian import GaussianPipeline
 from soft_rewards import Function, Soft, images_of, in_precision, likeness, own_kwargs, redness, seeded
 from torch import Tensor
 
-from steer.differentiable import HALF_SCALE
+from steer.differentiable import HALF_SCALES
 from steer.pipelines import ReNOPipeline
 from steer.pipelines.noise_gradient import Backprop, Estimate, ZeroOrder
 from steer.pipelines.noise_to_image import NoiseToImage
@@ -161,7 +161,7 @@ def test_gradients_too_small_or_too_large_for_fp16_are_right(name: str, factor: 
     if factor < 1:
         assert (scaled_gradient(chain, 1.0) == 0).float().mean() > 0.5
     else:
-        assert not scaled_gradient(chain, HALF_SCALE).isfinite().all()
+        assert not scaled_gradient(chain, HALF_SCALES[0]).isfinite().all()
 
 
 def test_a_scale_that_is_too_large_costs_no_second_image() -> None:
@@ -173,7 +173,7 @@ def test_a_scale_that_is_too_large_costs_no_second_image() -> None:
         return 1e4 * likeness(images, prompts)
 
     half, _, chain = estimates("flux", torch.float16, counted)
-    assert half.gradient.isfinite().all() and not scaled_gradient(chain, HALF_SCALE).isfinite().all()
+    assert half.gradient.isfinite().all() and not scaled_gradient(chain, HALF_SCALES[0]).isfinite().all()
     assert asked == [2] * 3  # fp32, fp16, and the line above
 
 

@@ -1,9 +1,12 @@
 """How a run of ReNO is refused, ends and is watched."""
 
+import copy
+import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +19,9 @@ from torch import Tensor, nn
 from steer.errors import InputError
 from steer.noise import Adam
 from steer.pipelines import Iteration, NoiseSearchPipeline, ReNOPipeline, SteeringOutput
-from steer.pipelines.noise_gradient import ZeroOrder
+from steer.pipelines.noise_gradient import Backprop, ZeroOrder
+from steer.pipelines.noise_to_image import NoiseToImage
+from steer.pipelines.population import Population
 from steer.reward import RewardError
 from steer.seam import CannotSteer
 
@@ -217,3 +222,39 @@ def test_the_observer_sees_every_iteration_and_can_end_the_run() -> None:
         torch.testing.assert_close(one.parts["red"][0], redness(one.images, asked))
         torch.testing.assert_close(one.rewards[0], likeness(one.images, asked) + redness(one.images, asked))
     assert same_traces(out.trace, [replace(one, total=5) for one in run(reward, iterations=3).trace])
+
+
+def chain_of(name: str, **options: Any) -> NoiseToImage:
+    call = own_kwargs(name) | {"generator": seeded()} | options
+    return NoiseToImage(Population(cached_pipe(name), REWARD, call.pop("prompt"), 2, call))
+
+
+def test_a_negative_prompt_is_not_taken_for_the_prompt() -> None:
+    """Flux encodes it in a call of its own."""
+    chain = chain_of("flux", negative_prompt="blue", true_cfg_scale=4.0)
+    assert torch.equal(chain(chain.start), chain.quickly(chain.start))
+
+
+def test_a_pipeline_that_lets_no_gradients_through_is_named() -> None:
+    plain = type(pipe := copy.copy(cached_pipe("sd")))
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return plain.__call__(self, *args, **kwargs)
+
+    call.__signature__ = inspect.signature(plain.__call__)  # type: ignore[attr-defined]
+    pipe.__class__ = type("Deaf", (plain,), {"__call__": call})
+    with pytest.raises(CannotSteer, match=r"Deaf lets no gradients through.*zero-order"):
+        ReNOPipeline(pipe, REWARD)(iterations=1, generator=seeded(), **own_kwargs("sd"))
+
+
+def test_fewer_iterations_than_a_file_holds_are_refused(tmp_path: Path) -> None:
+    call = own_kwargs("sd") | {"state_file": tmp_path / "state", "output_type": "pt"}
+    ReNOPipeline(cached_pipe("sd"), REWARD)(iterations=3, generator=seeded(), **call)
+    with pytest.raises(InputError, match="holds 3 iterations, more than the 2"):
+        ReNOPipeline(cached_pipe("sd"), REWARD)(iterations=2, generator=seeded(), **call)
+
+
+def test_nothing_of_a_graph_outlives_its_iteration() -> None:
+    chain = chain_of("sd")
+    Backprop()(chain, chain.start, 0)
+    assert chain.population.latents.grad_fn is None

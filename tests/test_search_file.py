@@ -92,7 +92,7 @@ def test_a_control_image_is_known_again_whatever_holds_it(tmp_path: Path) -> Non
 )
 def test_the_file_of_another_run_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     run(state_file=tmp_path / "state", iterations=1)
-    with pytest.raises(InputError, match=r"state belongs to another run; delete it, or call with its settings"):
+    with pytest.raises(InputError, match="state belongs to another run; delete it, or call with its settings"):
         run(state_file=tmp_path / "state", **options)
 
 

@@ -21,13 +21,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
     parser.add_argument("--trained", default="denoiser", help="what `export` takes from --out: denoiser or turbo")
-    parser.add_argument("--count", type=int, default=104, help="prompts of `reno`")
+    parser.add_argument("--count", type=int, help="prompts of --list, drawn from it; by default all")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of `evaluate`")
     parser.add_argument("--particles", type=int, default=4, help="K of `evaluate`")
     parser.add_argument(
         "--reward", default="scene-soft", help="what steers in `evaluate` and `foresight`; the ensemble of `curves`"
     )
     parser.add_argument("--lam", type=float, help="λ of `evaluate`; by default the one tuned for scene-soft")
+    parser.add_argument("--reward-guidance", type=float, help="γ of `evaluate`: steps that lean along the gradient")
+    parser.add_argument("--eta", type=float, help="η of the steering in `evaluate`; by default the solver's own")
     parser.add_argument("--json", type=Path, default=Path("runs/scenes/evaluate.json"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -69,22 +71,30 @@ def _export(options: argparse.Namespace) -> None:
     pipe.save_pretrained(options.model)
 
 
-def _evaluate(options: argparse.Namespace) -> None:
+def _prompts_of(options: argparse.Namespace) -> list[str]:
+    """Those of --list, or --count of them after a shuffle that is always the same."""
     from steer.apps.prompts import read_prompts
-    from steer.apps.scenes.evaluate import CALL, STEERING, compare
     from steer.assets import PROMPTS
 
     prompts = read_prompts(PROMPTS[options.list])
-    steering = STEERING | ({"lam": options.lam} if options.lam is not None else {})
+    if options.count is not None:
+        random.Random(0).shuffle(prompts)
+    return prompts[: options.count]
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.evaluate import CALL, STEERING, compare
+
+    prompts = _prompts_of(options)
+    asked = {name: getattr(options, name) for name in ("lam", "reward_guidance", "eta")}
+    steering = STEERING | {name: value for name, value in asked.items() if value is not None}
     _report(compare(str(options.model), prompts, options.reward, options.particles, steering, CALL), options.json)
 
 
 def _foresight(options: argparse.Namespace) -> None:
-    from steer.apps.prompts import read_prompts
     from steer.apps.scenes.evaluate import CALL, foresight
-    from steer.assets import PROMPTS
 
-    prompts, steps = read_prompts(PROMPTS[options.list]), range(2, 20, 3)
+    prompts, steps = _prompts_of(options), range(2, 20, 3)
     _report(foresight(str(options.model), prompts, options.reward, options.particles, steps, CALL), options.json)
 
 
@@ -105,13 +115,10 @@ def _pairs(options: argparse.Namespace) -> None:
 
 
 def _many(options: argparse.Namespace) -> None:
-    from steer.apps.prompts import read_prompts
     from steer.apps.scenes.preferences import sample_prompts
-    from steer.assets import PROMPTS
 
-    prompts = read_prompts(PROMPTS[options.list])
-    random.Random(0).shuffle(prompts)
-    list(sample_prompts(options.out / "many", str(options.model), prompts[:40], 256))
+    options.count = options.count or 40
+    list(sample_prompts(options.out / "many", str(options.model), _prompts_of(options), 256))
 
 
 def _curves(options: argparse.Namespace) -> None:
@@ -125,18 +132,21 @@ def _curves(options: argparse.Namespace) -> None:
 def _turbo(options: argparse.Namespace) -> None:
     from steer.apps.scenes.distil import distil
 
-    distil(options.out / "turbo", options.model, options.steps or 5600)
+    distil(options.out / "turbo", options.model, options.steps or 10_000)
 
 
 def _reno(options: argparse.Namespace) -> None:
-    from steer.apps.prompts import read_prompts
-    from steer.apps.scenes.noise_study import draw_study, shuffled, study
-    from steer.assets import PROMPTS
+    from steer.apps.scenes.noise_study import draw_study, study
 
-    prompts = shuffled(read_prompts(PROMPTS[options.list]), options.count)
-    found = study("scenes-turbo", "scenes", options.reward, prompts)
+    found = study("scenes-turbo", "scenes", options.reward, _prompts_of(options))
     _report(found, options.json)
     draw_study(found, options.json.with_suffix(".png"))
+
+
+def _reno_then(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.noise_then import second_stage
+
+    _report(second_stage("scenes-turbo", "scenes", options.reward, _prompts_of(options)), options.json)
 
 
 def _reno_cost(options: argparse.Namespace) -> None:
@@ -166,13 +176,14 @@ STAGES = {
     "foresight": (_foresight, "how well the reward of x̂0 at each step foretells the end, to --json"),
     "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
     "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
-    "many": (_many, "sample 256 images of 40 prompts of --list"),
+    "many": (_many, "sample 256 images of 40 prompts of --list, or of --count"),
     "curves": (
         _curves,
         "best-of-n of those by --reward and its members, judged by the exact reward, to --json and a picture",
     ),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "reno": (_reno, "noise optimisation and its controls on prompts of --list, to --json and a picture"),
+    "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, on prompts of --list, to --json"),
     "reno-cost": (_reno_cost, "memory and time of noise optimisation, to --json"),
     "prompts": (_prompts, "write the held-out and the tuning prompts to --prompts"),
 }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from steer.apps.models import load_pipeline
-from steer.apps.scenes.noise_study import RENO, shuffled
+from steer.apps.scenes.noise_study import RENO
 from steer.apps.scenes.preferences import trained_prompts
 from steer.pipelines import ReNOPipeline
 from steer.pipelines.noise_gradient import Backprop
@@ -32,7 +32,7 @@ def measure(model: str, checkpointing: bool, steps: int, iterations: int) -> tup
     pipe("a circle", num_inference_steps=1)
     before, started = _peak(), time.monotonic()
     ReNOPipeline(pipe, REWARD)(
-        shuffled(trained_prompts(PROMPTS), PROMPTS),
+        trained_prompts(PROMPTS),
         num_particles=SEEDS,
         iterations=iterations,
         gradient=Backprop(checkpointing),
@@ -64,7 +64,7 @@ def costs(model: str, turbo: str) -> dict[str, Any]:
 
 def batch_ratio(model: str, iterations: int = 10) -> dict[str, float]:
     """Seconds of eight prompts in one batch and one after the other, in turns, the better of three each."""
-    pipe, prompts = load_pipeline(model), shuffled(trained_prompts(PROMPTS), PROMPTS)
+    pipe, prompts = load_pipeline(model), trained_prompts(PROMPTS)
     pipe.set_progress_bar_config(disable=True)
     reno, options = ReNOPipeline(pipe, REWARD), {"iterations": iterations, **RENO}
     together, single = [], []
