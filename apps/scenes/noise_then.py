@@ -29,17 +29,11 @@ def second_stage(turbo: str, base: str, reward: str, prompts: Sequence[str]) -> 
     right: dict[str, list[Tensor]] = {}
     for start in tqdm(range(0, len(prompts), TOGETHER), desc="then", leave=False, disable=None):
         some = list(prompts[start : start + TOGETHER])
-
-        def keep(name: str, method: Any, some: list[str] = some, seed: int = start, **call: Any) -> Any:
-            options = {"num_particles": SIZE, "output_type": "pt", "generator": Generator().manual_seed(seed)}
-            out = method(some, **options, **call)
-            right.setdefault(name, []).append(exactly_right(out, some))
-            return out
-
-        out = keep("ReNO", first, iterations=ITERATIONS, gradient=KEPT, **RENO).in_slot_order()
-        for kind, noise in (("random", {}), ("optimised", {"latents": out.start.noise})):
-            keep(f"base, {kind}", plain, **noise, **CALL)
-            keep(f"fk, {kind}", steered, **noise, **STEERING, **CALL)
+        climb = {"iterations": ITERATIONS, "gradient": KEPT, **RENO}
+        noise = {"latents": _judged(right, "ReNO", first, some, start, climb).in_slot_order().start.noise}
+        for kind, given in (("random", {}), ("optimised", noise)):
+            _judged(right, f"base, {kind}", plain, some, start, given | CALL)
+            _judged(right, f"fk, {kind}", steered, some, start, given | STEERING | CALL)
     found = {name: torch.cat(rows) for name, rows in right.items()}
     return {
         "prompts": len(prompts),
@@ -51,3 +45,12 @@ def second_stage(turbo: str, base: str, reward: str, prompts: Sequence[str]) -> 
             for new, old in [(found[f"{name}, optimised"], found[f"{name}, random"])]
         },
     }
+
+
+def _judged(
+    right: dict[str, list[Tensor]], name: str, method: Any, prompts: list[str], seed: int, call: dict[str, Any]
+) -> Any:
+    """What a method makes of some prompts; which images are right goes to `right[name]`."""
+    out = method(prompts, num_particles=SIZE, output_type="pt", generator=Generator().manual_seed(seed), **call)
+    right.setdefault(name, []).append(exactly_right(out, prompts))
+    return out
