@@ -3,6 +3,7 @@
 import copy
 import inspect
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -159,9 +160,7 @@ def test_a_later_failure_ends_with_the_best_so_far(then: Function, message: str,
     good, told = run(Sum(like=falling, red=redness)), []
     reward = Sum(like=from_call(3, then, falling), red=redness)
     out = run(reward, on_iteration=told.append)
-    assert out.stopped is not None and torch.equal(torch.tensor(len(out.trace)), torch.tensor(seen))
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(out.stopped)
+    assert out.stopped is not None and re.search(message, out.stopped) and len(out.trace) == seen
     assert good.stopped is None and same_traces(out.trace[:3], good.trace[:3]) and len(told) == 3
     out = out.in_slot_order()
     torch.testing.assert_close(out.rewards, torch.stack([one.rewards for one in out.trace]).amax(0))

@@ -12,7 +12,7 @@ from torch import Generator
 
 from steer.apps.scenes import distil, noise_cost, noise_then
 from steer.apps.scenes.distil import STARTS, Distillation, assemble_turbo, denoised, noised, text_features
-from steer.apps.scenes.noise_cost import batch_ratio, measure
+from steer.apps.scenes.noise_cost import batch_ratio
 from steer.apps.scenes.noise_study import SEEDS, draw_study, study
 from steer.apps.scenes.noise_then import second_stage
 from steer.assets import MODELS
@@ -29,24 +29,30 @@ def turbo() -> StableDiffusionPipeline:
     return pipe
 
 
+@pytest.fixture(scope="module")
+def scenes() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+
+
 @pytest.fixture
-def distillation(monkeypatch: pytest.MonkeyPatch) -> Distillation:
+def distillation(scenes: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> Distillation:
     monkeypatch.setattr(distil, "BATCH", BATCH)
-    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
-    teacher = pipe.unet.requires_grad_(False)
+    teacher = scenes.unet.requires_grad_(False)
     student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
     with torch.no_grad():  # as after some training: a fake score that differs from the teacher's
         fake.conv_out.weight.mul_(1.1)
-    texts, nothing = text_features(pipe, ["a circle", "two red stars"]), text_features(pipe, [""])
-    return Distillation(teacher, student, fake, pipe.scheduler, texts, nothing)
+    texts, nothing = text_features(scenes, ["a circle", "two red stars"]), text_features(scenes, [""])
+    return Distillation(teacher, student, fake, scenes.scheduler, texts, nothing)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 4])
-def test_easy_prompts_mostly_come_out_right(turbo: StableDiffusionPipeline, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "least"), [(1, 0.4), (2, 0.55), (4, 0.65)])
+def test_easy_prompts_come_out_right_more_often_with_more_steps(
+    turbo: StableDiffusionPipeline, steps: int, least: float
+) -> None:
     call = {"num_images_per_prompt": 8, "num_inference_steps": steps, "output_type": "pt"}
     images = turbo(EASY, generator=Generator().manual_seed(0), **call).images
     right = SceneReward()(images, [prompt for prompt in EASY for _ in range(8)]) == 1
-    assert right.float().mean() >= 0.4
+    assert right.float().mean() >= least
 
 
 def test_guidance_is_built_in(turbo: StableDiffusionPipeline) -> None:
@@ -117,9 +123,10 @@ def test_a_distillation_runs_and_its_pipeline_loads(tmp_path: Path, monkeypatch:
     )
 
 
-def test_the_student_says_in_the_pipeline_what_it_said_in_training(distillation: Distillation) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
-    turbo = assemble_turbo(pipe, distillation.fake)
+def test_the_student_says_in_the_pipeline_what_it_said_in_training(
+    scenes: StableDiffusionPipeline, distillation: Distillation
+) -> None:
+    turbo = assemble_turbo(scenes, distillation.fake)
     x, text = torch.randn(1, 8, 8, 8, generator=Generator().manual_seed(0)), distillation.texts[:1]
     with torch.no_grad():
         said = turbo.unet(x, 999, text, timestep_cond=torch.randn(1, distil.GUIDANCE_WIDTH), return_dict=False)[0]
@@ -149,8 +156,7 @@ def test_the_second_stage_starts_from_the_optimised_noise(monkeypatch: pytest.Mo
     assert found["gain"]["base"]["all"][0] == pytest.approx(gain, abs=1e-3)
 
 
-def test_costs_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_compared_with_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_cost, "PROMPTS", 2)
-    memory, seconds = measure("scenes-turbo", checkpointing=True, steps=1, iterations=1)
-    assert memory >= 0 and seconds > 0
-    assert set(batch_ratio("scenes-turbo", iterations=1)) == {"batch", "single", "ratio"}
+    found = batch_ratio("scenes-turbo", iterations=1)
+    assert found["ratio"] == pytest.approx(found["single"] / found["batch"], rel=0.3)
