@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+from steer.apps.pictures import INK
 from steer.pipelines import Iteration
 from steer.pipelines.population import as_type
 
@@ -14,7 +15,6 @@ LARGEST = 512  # pixels of a side; more would only make the file heavy
 SMALLEST = 256  # smaller images are enlarged, or their caption would not fit
 CAPTION = 26  # pixels
 SECONDS, LAST = 0.12, 2.0  # that a frame stays, and the last one
-INK = "#222222"
 
 
 class Frames:

@@ -10,6 +10,7 @@ from torch import Tensor
 from steer.differentiable import own_gradients
 from steer.errors import InputError
 from steer.pipelines.noise_to_image import NoiseToImage, drawn
+from steer.reward import Reward
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,10 @@ class ZeroOrder:
 GRADIENTS: dict[str, NoiseGradient] = {"backprop": Backprop(), "zero-order": ZeroOrder()}
 
 
-def check_differentiable(reward: object, gradient: NoiseGradient) -> None:
+def check_differentiable(reward: Reward, gradient: NoiseGradient) -> None:
     """Raises InputError where gradients are asked of a reward that says it has none."""
-    if isinstance(gradient, Backprop) and not getattr(reward, "differentiable", False):
-        raise _not_differentiable(getattr(reward, "name", repr(reward)))
+    if isinstance(gradient, Backprop) and not reward.differentiable:
+        raise _not_differentiable(reward.name)
 
 
 def _not_differentiable(name: str) -> InputError:

@@ -40,7 +40,7 @@ class Move(Protocol):
 
 
 class NoiseRun:
-    """Iterates until the last iteration, the end of all searches, an observer's word or a failure.
+    """A run to the last iteration, the end of all searches, an observer's word or a failure.
 
     A reward that fails in the first iteration raises its RewardError; later the best so far is kept. Raises
     InputError for a number of iterations below 1, and for the state file of another run.
@@ -61,11 +61,6 @@ class NoiseRun:
         self.file = SearchFile(state_file, {"move": str(move), **chain.about()})
         self.search, self.trace = self.file.load(chain.start.device, iterations) or (search, [])
         self.stopped: str | None = None
-        for number in chain.population.pipe.progress_bar(range(len(self.trace), iterations)):
-            if self.search.finished.all() or self._iterate(number):
-                break
-        if self.stopped:
-            logger.warning("%s; the best so far is returned", self.stopped)
 
     def _iterate(self, number: int) -> bool:
         """One iteration; true where the run ends with it."""
@@ -85,8 +80,14 @@ class NoiseRun:
         return bool(self.observer and self.observer(replace(self.trace[-1], images=moved.images)))
 
     def output(self, output_type: str) -> SteeringOutput:
-        """The best iterate of each search, drawn once more by the plain pipeline."""
-        population, noise = self.chain.population, self.search.best_noise.to(self.chain.dtype)
+        """Iterates to the end; the best iterate of each search, drawn once more by the plain pipeline."""
+        population = self.chain.population
+        for number in population.pipe.progress_bar(range(len(self.trace), self.iterations)):
+            if self.search.finished.all() or self._iterate(number):
+                break
+        if self.stopped:
+            logger.warning("%s; the best so far is returned", self.stopped)
+        noise = self.search.best_noise.to(self.chain.dtype)
         images = self.chain(noise)
         rewards, parts = self._scores_of_the_best() if self.stopped else population.score(images)
         out = population.output(images, rewards, parts, Particles.start(*rewards.shape), output_type=output_type)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-DENOISERS = ("unet", "transformer", "transformer_2", "controlnet")
+from steer.preview import CONTROLNETS, DENOISERS
+
 HALF_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # of the loss, where activations are fp16
 
 
@@ -73,7 +74,7 @@ def _decode_in_its_own_precision(vae: Any) -> None:
 
 
 def _checkpoint(models: dict[str, Any], one_call: bool) -> None:
-    for name in models.keys() & {*DENOISERS, "vae"}:
+    for name in models.keys() & {*DENOISERS, *CONTROLNETS, "vae"}:
         model, entry = models[name], "decode" if name == "vae" else "forward"
         by_block = getattr(model, "_supports_gradient_checkpointing", False)
         if by_block:
