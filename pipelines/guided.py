@@ -37,7 +37,7 @@ class GuidedRun(Run):
         observer: Callable[[StepReport], None] | None,
     ) -> None:
         super().__init__(algorithm, population, eta, eta, steps, observer)
-        self.guidance, self.kernel_eta = guidance, eta
+        self.guidance = guidance
         self.half = computes_in_fp16(population.pipe)
 
     def sample(self) -> Tensor:
@@ -63,7 +63,7 @@ class GuidedRun(Run):
 
     @torch.no_grad()
     def _moved(self, event: Event, rows: Tensor | None, reading: Reading | None) -> Tensor:
-        kernel = event.kernel(self.kernel_eta, rows)
+        kernel = event.kernel(self.copy_eta, rows)  # which is that of every step
         if reading is None or reading.gradient is None:
             moved = kernel.sample(self.population.rng)
         else:

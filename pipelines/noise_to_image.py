@@ -1,20 +1,17 @@
 """G: from starting noise to finished images, by one whole run of a pipeline; the same noise gives the same images."""
 
-import copy
 import functools
 import hashlib
 import inspect
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from steer.differentiable import computes_in_fp16, differentiable
 from steer.pipelines.population import Population
-from steer.preview import MARKS
+from steer.quiet import plain_values, quiet
 from steer.seam import CannotSteer, Event
 
 
@@ -44,8 +41,8 @@ class NoiseToImage:
             "scheduler": pipe.scheduler.to_json_string(),
             "reward": population.reward.name,
             "prompts": population.prompts,
-            "call": _plain_values(call),
-            "start": _plain_values(self.start),
+            "call": plain_values(call),
+            "start": plain_values(self.start),
             "dtype": str(self.dtype),
             "seeds": self.seeds,
         }
@@ -71,7 +68,7 @@ class NoiseToImage:
 
     @functools.cached_property
     def _plain(self) -> Any:
-        return _quiet(self.population.pipe)
+        return quiet(self.population.pipe)
 
     def _twin(self, checkpointing: bool) -> Any:
         if checkpointing not in self._twins:
@@ -97,47 +94,8 @@ class NoiseToImage:
         return event.x.float() / float(getattr(event.scheduler, "init_noise_sigma", 1.0)), event.x.dtype
 
 
-def _plain_values(value: Any) -> Any:
-    """An argument to be written down: pictures and tensors become a hash of what they hold."""
-    if value is None or isinstance(value, str | int | float):
-        return value
-    if isinstance(value, Mapping):
-        return {str(name): _plain_values(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_values(one) for one in value]
-    if isinstance(value, Tensor):
-        value = value.detach().float().cpu()
-    if not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
-        return type(value).__name__
-    array = np.ascontiguousarray(value)
-    return [list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
-
-
 class _Started(Exception):
     """Carries the first step of a run out of it."""
-
-
-def _quiet(pipe: Any) -> Any:
-    """A copy of a pipeline for many runs of one call: text encoded once, no safety checker, watermark or bar."""
-    quiet = copy.copy(pipe)
-    changed: dict[str, Any] = dict.fromkeys(MARKS) | {"_progress_bar_config": {"disable": True}}
-    if hasattr(pipe, "encode_prompt"):
-        changed["encode_prompt"] = _once_each(torch.no_grad()(pipe.encode_prompt))
-    vars(quiet).update(changed)
-    return quiet
-
-
-def _once_each(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, called once for each of its arguments: some pipelines encode a negative prompt apart."""
-    answers: dict[str, Any] = {}
-
-    def remember(*args: Any, **kwargs: Any) -> Any:
-        asked = json.dumps(_plain_values([args, kwargs]))
-        if asked not in answers:
-            answers[asked] = function(*args, **kwargs)
-        return answers[asked]
-
-    return remember
 
 
 def drawn(seeds: Sequence[int], like: Tensor, streams: Sequence[str]) -> Tensor:

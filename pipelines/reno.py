@@ -120,13 +120,18 @@ class Ascent:
         seen = self.gradient(chain, search.noise, number)
         recorded = search.record(seen.rewards.flatten())
         uphill = seen.gradient + self.regularisation * prior_gradient(search.noise)
-        if (broken := ~uphill.flatten(1).isfinite().all(1)).any():
-            prompt = chain.population.prompts[int(broken.nonzero()[0])]
-            name = chain.population.reward.name
-            stopped = f"the gradient of reward {name!r} is not finite at iteration {number}, prompt {prompt!r}"
-            return Moved(seen.images, seen.rewards, seen.parts, search.noise, recorded, stopped)
-        moved = self._ascended(recorded, uphill, chain.seeds)
-        return Moved(seen.images, seen.rewards, seen.parts, search.noise, moved)
+        stopped, moved = self._broken(chain, uphill, number), recorded
+        if stopped is None:
+            moved = self._ascended(recorded, uphill, chain.seeds)
+        return Moved(seen.images, seen.rewards, seen.parts, search.noise, moved, stopped)
+
+    def _broken(self, chain: NoiseToImage, uphill: Tensor, number: int) -> str | None:
+        """Which gradient is not finite, if any."""
+        rows = (~uphill.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
+        if not rows:
+            return None
+        name, prompt = chain.population.reward.name, chain.population.prompts[rows[0]]
+        return f"the gradient of reward {name!r} is not finite at iteration {number}, prompt {prompt!r}"
 
     def _ascended(self, search: Search, uphill: Tensor, seeds: Sequence[int]) -> Search:
         """ε ← ε + a step along ∇ [Σ_m w_m r_m(G(ε)) + w_reg log p(‖ε‖)]; searches out of patience begin anew."""

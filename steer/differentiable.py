@@ -28,7 +28,8 @@ def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False
     """
     cls = type(pipe)
     twin = copy.copy(pipe)
-    twin.__class__ = type(cls.__name__, (cls,), {"__call__": _recorded(cls.__call__), "__module__": cls.__module__})
+    recorded = inspect.unwrap(cls.__call__)  # without the no_grad that diffusers puts around it
+    twin.__class__ = type(cls.__name__, (cls,), {"__call__": recorded, "__module__": cls.__module__})
     models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
     models = dict(zip(models, _frozen_twins(models.values()), strict=True))
     if models.get("vae") is not None:
@@ -37,11 +38,6 @@ def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False
         _checkpoint(models, one_call)
     vars(twin).update(models, maybe_free_model_hooks=lambda: None)
     return twin
-
-
-def _recorded(call: Callable[..., Any]) -> Callable[..., Any]:
-    """A pipeline's `__call__` without the no_grad that diffusers puts around it."""
-    return inspect.unwrap(call)
 
 
 def _frozen_twins(models: Iterable[nn.Module]) -> list[nn.Module]:
@@ -101,9 +97,9 @@ def own_gradients(rewards: Tensor, x: Tensor, half: bool) -> Tensor | None:
     half  where fp16 computes, rewards are multiplied by a power of two, as large as leaves the gradients finite:
           small ones would be 0
     """
+    if not rewards.requires_grad:
+        return None
     for scale in HALF_SCALES if half else (1.0,):
-        if not rewards.requires_grad:
-            return None
         # Every reward depends on its own row alone: the gradient of the sum holds that of each.
         (gradient,) = torch.autograd.grad(rewards.sum() * scale, x, retain_graph=half, allow_unused=True)
         if gradient is None or gradient.isfinite().all():

@@ -15,11 +15,11 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
+from steer.quiet import quiet
 from steer.seam import Event, steered
 
 DENOISERS = ("unet", "transformer", "transformer_2")
 CONTROLNETS = ("controlnet",)
-MARKS = ("safety_checker", "watermark")  # what is done to finished images only
 FEWEST_STEPS = 4  # PNDM with its Runge-Kutta warm-up takes no fewer
 # What the user asked of the run but not of its tail.
 NOT_FOR_THE_TAIL = (
@@ -89,18 +89,6 @@ def _in_chunks(decode: Callable[..., Any], chunk: int) -> Callable[..., Any]:
     return chunked
 
 
-def remembered(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The first answer of a function that is always asked the same."""
-    answers: list[Any] = []
-
-    def remember(*args: Any, **kwargs: Any) -> Any:
-        if not answers:
-            answers.append(function(*args, **kwargs))
-        return answers[0]
-
-    return remember
-
-
 class Preview:
     """Decodes latents of a call of `pipe`: x̂0 (N, …), shaped like that call's latents, to (N, 3, H, W) in [0, 1].
 
@@ -113,17 +101,14 @@ class Preview:
         self._call = {name: value for name, value in call.items() if name not in NOT_FOR_THE_TAIL}
         # Image-to-image runs only the last `strength` of its steps: enough of them that one is left.
         self._call["num_inference_steps"] = max(FEWEST_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
-        self._tail = tail = copy.copy(pipe)
-        changed: dict[str, Any] = dict.fromkeys(MARKS) | {"maybe_free_model_hooks": lambda: None}
-        changed["_progress_bar_config"] = {"disable": True}
+        self._tail = quiet(pipe)
+        changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None}
         for silence, names in ((_silent_denoiser, DENOISERS), (_silent_controlnet, CONTROLNETS)):
             changed |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
-        if hasattr(pipe, "encode_prompt"):
-            changed["encode_prompt"] = remembered(pipe.encode_prompt)
         if getattr(pipe, "vae", None) is not None:
             changed["vae"] = copy.copy(pipe.vae)
             vars(changed["vae"])["decode"] = _in_chunks(pipe.vae.decode, chunk)
-        vars(tail).update(changed)
+        vars(self._tail).update(changed)
 
     def __call__(self, x0: Tensor) -> Tensor:
         def put_x0(event: Event) -> tuple[None, Tensor]:
