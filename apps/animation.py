@@ -1,6 +1,5 @@
 """A noise optimisation as a short film: its images as they come, kept small on disk until the prompt is finished."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 from steer.apps.pictures import INK
 from steer.pipelines import Iteration
 from steer.pipelines.population import as_type
+from steer.staged import staged
 
 LARGEST = 512  # pixels of a side; more would only make the file heavy
 SMALLEST = 256  # smaller images are enlarged, or their caption would not fit
@@ -37,10 +37,8 @@ class Frames:
         row = Image.new("RGB", (width * len(images), height))
         for slot, image in enumerate(images):
             row.paste(image, (width * slot, 0))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(iteration.number)
-        row.save(path.with_suffix(".new"), format="PNG")
-        os.replace(path.with_suffix(".new"), path)
+        with staged(self._path(iteration.number)) as new:
+            row.save(new, format="PNG")
 
     def write(self, entry: Mapping[str, Any], best: Image.Image, path: Path) -> None:
         """Writes the animation of the seed that ended best; its last frame is the image that it ended with."""

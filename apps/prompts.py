@@ -1,64 +1,150 @@
-"""Prompt files as people have them: text, JSON lines, tables."""
+"""Prompts as people have them: text, JSON lines, tables; embedded lists; data sets of the hub."""
 
 import json
-from collections.abc import Callable
+import os
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from steer.apps.hub_files import data_files, in_a_line, some
+from steer.assets import PROMPTS
+from steer.choices import nearest
 from steer.errors import InputError
 
+COLUMN = "prompt"
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, in order: .txt (one a line), .jsonl (key "prompt") or .tsv (column "prompt").
 
-    Raises InputError that names the file, and the line where there is one.
+def find_prompts(source: str, column: str | None = None) -> list[str]:
+    """Prompts by the name of an embedded list, from a file (`read_prompts`), or from a data set of the hub.
+
+    source  a name in `steer.assets.PROMPTS`; a file; ORGANISATION/NAME or ORGANISATION/NAME:SPLIT (by default train;
+            with a configuration, or another folder of the data set, FOLDER/SPLIT). A file that is there comes first.
+    column  of a table, a key of JSON lines: as in `read_prompts`
+    Raises InputError. With HF_HUB_OFFLINE=1 data sets come from the hub's cache.
     """
-    readers: dict[str, Callable[[Path, str], list[str]]] = {".txt": _text, ".jsonl": _json_lines, ".tsv": _table}
-    if path.suffix.lower() not in readers:
-        raise InputError(f"{path}: prompts are read from {', '.join(readers)} files")
+    if source in PROMPTS:
+        return read_prompts(PROMPTS[source], column)
+    path, named = Path(source), re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", source)
+    if os.path.isfile(source) or path.suffix.lower() in READERS:
+        return read_prompts(path, column)
+    if os.path.isdir(source):
+        hub = f" (or a split of the data set of the hub, {source}:train)" if named else ""
+        raise InputError(f"{source}: a folder; name a file in it{hub}")
+    if not named:
+        raise InputError(
+            f"unknown prompts {source!r:.80}: use {nearest(source, PROMPTS)}, a file that is there "
+            f"({', '.join(READERS)}), or a data set of the hub, ORGANISATION/NAME[:SPLIT]"
+        )
+    files = data_files(named[1], named[2] or "train", tuple(reversed(READERS)))
+    if not (prompts := [prompt for path in files for prompt in _read(path, column)]):
+        raise InputError(f"data set {source!r}: no prompts in {some([path.name for path in files])}")
+    return prompts
+
+
+def read_prompts(path: Path, column: str | None = None) -> list[str]:
+    """The prompts of a file, in order: .txt (one a line), .jsonl, .tsv or .parquet; empty ones are left out.
+
+    column  key or column that holds them, in small letters or large; by default "prompt"
+    Raises InputError that names the file, and the line or row where there is one.
+    """
+    if not (prompts := _read(path, column)):
+        raise InputError(f"{path}: no prompts in this file")
+    return prompts
+
+
+def _read(path: Path, column: str | None) -> list[str]:
+    if path.suffix.lower() not in READERS:
+        raise InputError(f"{path}: prompts are read from {', '.join(READERS)} files")
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        prompts = READERS[path.suffix.lower()](path, column)
     except OSError as error:
-        raise InputError(f"{path}: cannot read the prompt file ({error.strerror})") from error
+        raise InputError(f"{path}: cannot read the prompt file ({error.strerror or in_a_line(error)})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    prompts = [prompt.strip() for prompt in readers[path.suffix.lower()](path, content)]
-    if not any(prompts):
-        raise InputError(f"{path}: no prompts in this file")
-    return [prompt for prompt in prompts if prompt]
+    return [stripped for prompt in prompts if (stripped := prompt.strip())]
 
 
-def _text(path: Path, content: str) -> list[str]:
-    return _lines(content)
+def _text(path: Path, column: str | None) -> list[str]:
+    if column is not None:
+        raise InputError(f"{path}: a .txt file has no columns, leave out column {column!r}")
+    return _lines(path)
 
 
-def _json_lines(path: Path, content: str) -> list[str]:
+def _json_lines(path: Path, column: str | None) -> list[str]:
     prompts = []
-    for number, line in enumerate(_lines(content), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-        prompt = record.get("prompt") if isinstance(record, dict) else None
-        if not isinstance(prompt, str):
-            raise InputError(f'{path}, line {number}: expected an object with a text under "prompt"')
-        prompts.append(prompt)
+        names = list(record) if isinstance(record, dict) else []
+        key = _chosen(names, column)
+        if key is None or not isinstance(record[key], str):
+            got = f", got {_kind(record[key])}" if key is not None else _others(names)
+            raise InputError(f'{path}, line {number}: expected an object with a text under "{column or COLUMN}"{got}')
+        prompts.append(record[key])
     return prompts
 
 
-def _table(path: Path, content: str) -> list[str]:
-    rows = [line.split("\t") if line.strip() else [] for line in _lines(content)]
-    header = [name.strip().lower() for name in rows[0]] if rows else []
-    if "prompt" not in header:
-        raise InputError(f'{path}, line 1: expected a column named "prompt"')
-    column = header.index("prompt")
+def _table(path: Path, column: str | None) -> list[str]:
+    rows = [line.split("\t") if line.strip() else [] for line in _lines(path)]
+    header = [name.strip() for name in rows[0]]
+    name = _chosen(header, column)
+    if name is None:
+        raise InputError(f'{path}, line 1: expected a column named "{column or COLUMN}"{_others(header)}')
+    place = header.index(name)
     for number, row in enumerate(rows[1:], start=2):
-        if row and len(row) <= column:
-            raise InputError(f"{path}, line {number}: no column {column + 1}")
-    return [row[column] for row in rows[1:] if row]
+        if row and len(row) <= place:
+            raise InputError(f"{path}, line {number}: no column {place + 1}")
+    return [row[place] for row in rows[1:] if row]
 
 
-def _lines(content: str) -> list[str]:
+def _parquet(path: Path, column: str | None) -> list[str]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: parquet needs pyarrow: pip install 'steer-diffusion[train]'") from error
+    try:
+        with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
+            names = file.schema_arrow.names
+            name = _chosen(names, column)
+            # The one column alone: tables of the hub often hold images beside it.
+            values = [] if name is None else file.read(columns=[name]).column(0).to_pylist()
+    except pyarrow.ArrowKeyError as error:
+        raise InputError(f"{path}: not a parquet file that can be read ({in_a_line(error)})") from error
+    if name is None:
+        raise InputError(f'{path}: expected a column named "{column or COLUMN}"{_others(names)}')
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, str):
+            raise InputError(f'{path}, row {number}: expected a text under "{name}", got {_kind(value)}')
+    return values
+
+
+READERS: dict[str, Callable[[Path, str | None], list[str]]] = {
+    ".txt": _text,
+    ".jsonl": _json_lines,
+    ".tsv": _table,
+    ".parquet": _parquet,
+}
+
+
+def _lines(path: Path) -> list[str]:
     """Lines that end as files end them; other separators of Unicode may stand inside a prompt."""
-    return content.replace("\r\n", "\n").split("\n")
+    return path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
+
+
+def _chosen(names: Sequence[str], column: str | None) -> str | None:
+    wanted = column or COLUMN
+    alike = (name for name in names if name.strip().lower() == wanted.lower())
+    return wanted if wanted in names else next(alike, None)
+
+
+def _others(names: Sequence[str]) -> str:
+    return f"; choose the column, there are {some(names)}" if any(names) else ""
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__

@@ -1,7 +1,6 @@
 """The job behind `steer sample`: prompts in, a folder of images and a report out; it goes on where it stopped."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from steer.apps.progress import draw_progress
 from steer.apps.specs import reward_here
 from steer.errors import InputError
 from steer.pipelines import Cost, Iteration, SteeringOutput
+from steer.staged import write_text
 
 __all__ = ["SampleSettings", "sample"]
 
@@ -182,7 +182,7 @@ def _opened(out: Path, prompts: Sequence[str], settings: SampleSettings) -> Repo
     path = out / "report.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _save_text("", out / ".writable")
+        write_text(out / ".writable", "")
         (out / ".writable").unlink()
         old = json.loads(path.read_text()) if path.exists() else None
     except OSError as error:
@@ -213,14 +213,4 @@ def _whole(entry: Entry, out: Path, animation: bool) -> bool:
 
 
 def _save(report: Report, out: Path) -> None:
-    _save_text(json.dumps(report, indent=1), out / "report.json")
-
-
-def _save_text(text: str, path: Path) -> None:
-    """All of the file or, after a crash, all of the one before."""
-    staged = path.with_name(path.name + ".new")
-    with staged.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staged, path)
+    write_text(out / "report.json", json.dumps(report, indent=1))

@@ -6,4 +6,4 @@ ROOT = Path(__file__).resolve().parent
 MODELS = {name: ROOT / name for name in ("scenes", "scenes-turbo")}
 CLIPS = {"scenes": ROOT / "clip-scenes"}
 REWARDS = {kind: {"scenes": ROOT / f"{kind}-scenes"} for kind in ("preference", "aesthetic")}
-PROMPTS = {name: ROOT / "prompts" / f"{name}.jsonl" for name in ("scenes-heldout", "scenes-tuning")}
+PROMPTS = {name: ROOT / "prompts" / f"{name}.jsonl" for name in ("scenes-heldout", "scenes-tuning", "scenes-training")}

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from steer.differentiable import own_gradients
 from steer.errors import InputError
-from steer.pipelines.noise_to_image import NoiseToImage, drawn
+from steer.pipelines.noise_to_image import NoiseToImage
 from steer.reward import Reward
+from steer.seeds import drawn
 
 
 @dataclass(frozen=True)

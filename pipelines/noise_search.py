@@ -12,9 +12,10 @@ from steer.errors import InputError
 from steer.noise import Search, neighbour
 from steer.pipelines.method import SteeringMethod
 from steer.pipelines.noise_run import Moved, NoiseRun
-from steer.pipelines.noise_to_image import NoiseToImage, drawn
+from steer.pipelines.noise_to_image import NoiseToImage
 from steer.pipelines.output import Iteration, SteeringOutput
 from steer.pipelines.population import Population, check_output_type
+from steer.seeds import drawn
 
 
 class NoiseSearchPipeline(SteeringMethod):

@@ -1,9 +1,7 @@
 """G: from starting noise to finished images, by one whole run of a pipeline; the same noise gives the same images."""
 
 import functools
-import hashlib
 import inspect
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -96,14 +94,3 @@ class NoiseToImage:
 
 class _Started(Exception):
     """Carries the first step of a run out of it."""
-
-
-def drawn(seeds: Sequence[int], like: Tensor, streams: Sequence[str]) -> Tensor:
-    """Standard normal numbers shaped like (N, …), each row from its own seed and the name of its stream."""
-    mixed = [_mixed(seed, stream) for seed, stream in zip(seeds, streams, strict=True)]
-    rows = [torch.randn(like.shape[1:], generator=Generator().manual_seed(seed)) for seed in mixed]
-    return torch.stack(rows).to(like)
-
-
-def _mixed(seed: int, stream: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {stream}".encode()).digest()[:7], "big")

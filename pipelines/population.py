@@ -14,13 +14,13 @@ from torch import Generator, Tensor
 from steer.errors import InputError
 from steer.particles import Particles
 from steer.pipelines.output import Cost, Evaluation, SteeringOutput
+from steer.pipelines.scoring import over_frames
 from steer.preview import Preview, accepted_only, first_output
 from steer.reward import Reward, score_parts
 from steer.seam import Answer, Event, steered
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-VIDEO_FRAMES = 8  # of a video that a reward sees, evenly spaced
 
 
 class Population:
@@ -87,11 +87,7 @@ class Population:
         Of videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            if images.dim() == 4:
-                return self._score(images)
-            frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
-            rewards, parts = zip(*(self._score(images[:, frame]) for frame in frames), strict=True)
-        return torch.stack(rewards).mean(0), {name: torch.stack([p[name] for p in parts]).mean(0) for name in parts[0]}
+            return over_frames(images, self._score)
 
     def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         starts = range(0, len(images), self.chunk_size)

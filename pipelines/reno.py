@@ -13,10 +13,11 @@ from steer.noise import OPTIMISERS, Optimiser, Search, clipped, prior_gradient
 from steer.pipelines.method import SteeringMethod
 from steer.pipelines.noise_gradient import GRADIENTS, NoiseGradient, check_differentiable
 from steer.pipelines.noise_run import Moved, NoiseRun
-from steer.pipelines.noise_to_image import NoiseToImage, drawn
+from steer.pipelines.noise_to_image import NoiseToImage
 from steer.pipelines.output import Iteration, SteeringOutput
 from steer.pipelines.population import Population, check_output_type
 from steer.preview import accepted_only
+from steer.seeds import drawn
 
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}  # how one-step models are called
 

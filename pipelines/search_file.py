@@ -1,7 +1,6 @@
 """A noise optimisation on disk: all of it after every iteration, whole or not at all; safetensors, no code."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from steer.errors import InputError
 from steer.noise import Search
 from steer.pipelines.output import Iteration
+from steer.staged import staged
 
 SERIES = ("rewards", "norms", "best")
 
@@ -31,10 +31,8 @@ class SearchFile:
         series = {name: torch.stack([getattr(one, name) for one in trace]) for name in SERIES}
         parts = {f"parts/{name}": torch.stack([one.parts[name] for one in trace]) for name in trace[-1].parts}
         tensors = {f"search/{name}": value for name, value in search.tensors().items()} | series | parts
-        staged = self.path.with_name(self.path.name + ".new")
-        staged.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, staged, self._told())
-        os.replace(staged, self.path)
+        with staged(self.path) as new:
+            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new, self._told())
 
     def load(self, device: torch.device, total: int) -> tuple[Search, list[Iteration]] | None:
         """What was saved, for a run of `total` iterations; None where nothing was.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from steer.preview import CONTROLNETS, DENOISERS
+from steer.stand_in import CONTROLNETS, DENOISERS
 
 HALF_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # of the loss, where activations are fp16
 
@@ -26,17 +26,24 @@ def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False
                    steps by one set of latents each
     one_call       the graph holds one denoiser call: its blocks alone are computed once more
     """
-    cls = type(pipe)
-    twin = copy.copy(pipe)
-    recorded = inspect.unwrap(cls.__call__)  # without the no_grad that diffusers puts around it
-    twin.__class__ = type(cls.__name__, (cls,), {"__call__": recorded, "__module__": cls.__module__})
+    twin = recording(pipe)
     models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
     models = dict(zip(models, _frozen_twins(models.values()), strict=True))
     if models.get("vae") is not None:
         _decode_in_its_own_precision(models["vae"])
     if checkpointing:
         _checkpoint(models, one_call)
-    vars(twin).update(models, maybe_free_model_hooks=lambda: None)
+    vars(twin).update(models)
+    return twin
+
+
+def recording(pipe: Any) -> Any:
+    """A copy of a pipeline, with the same models, whose call builds a graph where gradients are on."""
+    cls = type(pipe)
+    twin = copy.copy(pipe)
+    recorded = inspect.unwrap(cls.__call__)  # without the no_grad that diffusers puts around it
+    twin.__class__ = type(cls.__name__, (cls,), {"__call__": recorded, "__module__": cls.__module__})
+    vars(twin)["maybe_free_model_hooks"] = lambda: None
     return twin
 
 

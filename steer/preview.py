@@ -17,9 +17,8 @@ from torch import Tensor
 
 from steer.quiet import quiet
 from steer.seam import Event, steered
+from steer.stand_in import CONTROLNETS, DENOISERS, Output, silent_controlnet, silent_denoiser
 
-DENOISERS = ("unet", "transformer", "transformer_2")
-CONTROLNETS = ("controlnet",)
 FEWEST_STEPS = 4  # PNDM with its Runge-Kutta warm-up takes no fewer
 # What the user asked of the run but not of its tail.
 NOT_FOR_THE_TAIL = (
@@ -39,52 +38,12 @@ NOT_FOR_THE_TAIL = (
 )
 
 
-class _StandIn:
-    """Passes for a module in everything but what its call returns."""
-
-    def __init__(self, target: Any, call: Callable[..., Any]) -> None:
-        self.__dict__.update(_target=target, _call=call)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self._target)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._target, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
-
-
-class _Output(tuple[Tensor, ...]):
-    """What a model returns, for callers that take `[0]` and for those that take `.sample`."""
-
-    @property
-    def sample(self) -> Tensor:
-        return self[0]
-
-
-def _silent_denoiser(denoiser: Any) -> _StandIn:
-    channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
-
-    def zeros(*args: Any, **kwargs: Any) -> Any:
-        x: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        shape = (len(x), channels or x.shape[1], *x.shape[2:]) if x.dim() > 3 else x.shape
-        return _Output([x.new_zeros(shape)])
-
-    return _StandIn(denoiser, zeros)
-
-
-def _silent_controlnet(controlnet: Any) -> _StandIn:
-    return _StandIn(controlnet, lambda *args, **kwargs: ([], None))
-
-
 def _in_chunks(decode: Callable[..., Any], chunk: int) -> Callable[..., Any]:
     """A VAE's decode, a few images at a time."""
 
-    def chunked(z: Tensor, *args: Any, **kwargs: Any) -> _Output:
+    def chunked(z: Tensor, *args: Any, **kwargs: Any) -> Output:
         kwargs["return_dict"] = False
-        return _Output([torch.cat([decode(part, *args, **kwargs)[0] for part in z.split(chunk)])])
+        return Output([torch.cat([decode(part, *args, **kwargs)[0] for part in z.split(chunk)])])
 
     return chunked
 
@@ -103,7 +62,7 @@ class Preview:
         self._call["num_inference_steps"] = max(FEWEST_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
         self._tail = quiet(pipe)
         changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None}
-        for silence, names in ((_silent_denoiser, DENOISERS), (_silent_controlnet, CONTROLNETS)):
+        for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
             changed |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
         if getattr(pipe, "vae", None) is not None:
             changed["vae"] = copy.copy(pipe.vae)

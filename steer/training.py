@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import torch
 from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from steer.staged import staged
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +91,8 @@ class Run:
         return saved["step"]
 
     def _save(self, step: int, stateful: list[Stateful]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        staged = self.folder / "state.pt.new"
-        torch.save({"step": step, "states": [target.state_dict() for target in stateful]}, staged)
-        os.replace(staged, self.folder / "state.pt")
+        with staged(self.folder / "state.pt") as new:
+            torch.save({"step": step, "states": [target.state_dict() for target in stateful]}, new)
 
     def _log(self, record: dict[str, float]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,11 @@
 """The scene reward against scenes that are drawn, and the language against itself."""
 
+import json
+from collections import Counter
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.apps.scenes.autoencoder import FRESH
-from steer.apps.scenes.lists import HELD_OUT, TUNING
+from steer.apps.scenes.lists import HELD_OUT, LISTS, TRAINING, TUNING, implied, write_prompt_lists
 from steer.apps.scenes.training import training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request, random_scene, true_requests
 from steer.assets import PROMPTS
 from steer.reward import RewardError
 from steer.rewards.scene import SceneReward, objects, requirements
-from steer.rewards.scene_language import COLOURS, SHAPES, Phrase, SceneRequest, parse
+from steer.rewards.scene_language import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest, parse
 from steer.rewards.scene_soft import SceneSoftReward
 from steer.training import batch_at
 
@@ -157,3 +163,73 @@ def test_prompt_lists_are_fixed_and_disjoint_and_reach_every_task() -> None:
     assert {parse(prompt).task for prompt in tuning} == set(TUNING) == set(TASKS)
     assert not {parse(p).canonical for p in held_out} & {parse(p).canonical for p in tuning}
     assert len(COLOURS) * len(SHAPES) == 30
+
+
+def test_prompt_lists_are_what_their_function_writes(tmp_path: Path) -> None:
+    write_prompt_lists(tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == set(LISTS) == set(PROMPTS)
+    for name, path in PROMPTS.items():
+        assert path.read_bytes() == (tmp_path / f"{name}.jsonl").read_bytes()
+
+
+def listed(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in PROMPTS[name].read_text().splitlines()]
+
+
+def test_training_prompts_are_tagged_and_balanced_as_far_as_there_are_others() -> None:
+    records = listed("scenes-training")
+    assert all(str(parse(record["prompt"])) == record["prompt"] for record in records)
+    assert all(parse(record["prompt"]).task == record["tag"] for record in records)
+    assert len({record["prompt"] for record in records}) == len(records) == 599
+    tags = Counter(record["tag"] for record in records)
+    assert tags == TRAINING and list(tags) == list(TASKS) and tags["position"] == tags["color_attr"]
+    large = [parse(r["prompt"]) for r in records if r["tag"] in ("position", "color_attr")]
+    for words, share in ((RELATIONS, 0.5 / 4), (SHAPES, 2 / 5), (COLOURS, 2 / 6)):
+        for word in words:  # each about as often as each other
+            assert 0.6 * share < sum(word in str(request) for request in large) / len(large) < 1.5 * share
+
+
+def everything() -> set[SceneRequest]:
+    """All that the language can ask with up to four of a kind, or with two kinds both coloured or both not."""
+    ones = {
+        SceneRequest((Phrase(count, colour, shape),))
+        for count in (1, 2, 3, 4)
+        for colour in (None, *COLOURS)
+        for shape in SHAPES
+    }
+    pairs = [(None, None), *permutations(COLOURS, 2)]
+    twos = {
+        SceneRequest((Phrase(1, first, a), Phrase(1, second, b)), relation)
+        for a, b in permutations(SHAPES, 2)
+        for first, second in pairs
+        for relation in (None, *RELATIONS)
+    }
+    return ones | twos
+
+
+def test_training_prompts_share_nothing_with_the_other_lists_nor_with_what_is_held_out() -> None:
+    held_out, tuning, training = ([parse(record["prompt"]) for record in listed(name)] for name in LISTS)
+    # What a request holds true in every scene of it, found another way: its words, left out where they can be.
+    for request in training:
+        uncoloured = parse(" ".join(word for word in str(request).split() if word not in COLOURS))
+        parts = [request, uncoloured, *(replace(part, relation=None) for part in (request, uncoloured))]
+        assert not any(map(is_held_out, parts))
+    assert not {r.canonical for r in training} & {r.canonical for r in held_out}
+    assert not set(training) & set(tuning)
+    others = {r.canonical for r in tuning if r.task != "two_object"}
+    assert not others & {r.canonical for r in training}
+    # Of the small tasks nothing is left out that could be in.
+    rest = {
+        r for r in everything() - set(tuning) if not any(map(is_held_out, implied(r))) and r.canonical not in others
+    }
+    for task in ("single_object", "two_object", "counting", "colors"):
+        assert {r for r in rest if r.task == task} == {r for r in training if r.task == task}
+
+
+def test_every_training_prompt_can_be_drawn_and_its_scene_has_the_full_exact_reward() -> None:
+    from steer.apps.scenes.world import draw
+
+    prompts, rng = [record["prompt"] for record in listed("scenes-training")], np.random.default_rng(0)
+    pictures = np.stack([draw(random_scene(rng, parse(prompt)), rng) for prompt in prompts])
+    rewards = SceneReward()(torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, prompts)
+    assert torch.isfinite(rewards).all() and (rewards == 1).float().mean() >= 0.995

@@ -20,6 +20,7 @@ from steer.apps.scenes.tokenizer import LENGTH, build_tokenizer
 from steer.apps.scenes.training import training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request
 from steer.pipelines import BestOfNPipeline
+from steer.staged import staged
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,8 @@ def png(image: Image.Image) -> bytes:
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Writes a parquet file, whole or not at all."""
-    staged = path.with_suffix(".new")
-    pq.write_table(pa.Table.from_pylist(list(rows)), staged)
-    staged.replace(path)
+    with staged(path) as new:
+        pq.write_table(pa.Table.from_pylist(list(rows)), new)
 
 
 def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) -> Iterator[Path]:

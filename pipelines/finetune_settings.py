@@ -1,0 +1,121 @@
+"""The numbers of a finetuning run, whatever the method."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from steer.errors import InputError
+from steer.trainable import ATTENTION
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+COUNTS = (
+    "max_steps",
+    "prompts_per_step",
+    "samples_per_prompt",
+    "steps_per_round",
+    "passes",
+    "micro_batch",
+    "num_inference_steps",
+    "eval_every",
+    "eval_samples",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """One update learns from `prompts_per_step` prompts × `samples_per_prompt` samples.
+
+    max_steps            updates in all
+    seed                 of everything that is random
+    prompts_per_step     B
+    samples_per_prompt   K
+    steps_per_round      updates whose samples are drawn together, by one policy
+    passes               how often a round's samples are gone over
+    micro_batch          rows in one call of the denoiser; the gradients of an update's micro-batches are added up
+    num_inference_steps  solver steps, in training and in evaluation
+    guidance_scale       the same in both; by default the pipeline's own
+    eta                  η of every step, above 0 and at most 1
+    timestep_fraction    share of the steps that an update learns from; the denoiser is called for no others
+    storage              dtype of stored latents
+    call                 further arguments of the pipeline's call
+    lora_rank            of the adapter; 0 trains all of the denoiser
+    lora_alpha           by default the rank
+    lora_targets         ends of the names of the layers with an adapter
+    gradient_checkpointing  recompute the denoiser's blocks on the way back
+    mixed_precision      no, fp16 or bf16, as accelerate has them
+    learning_rate        of AdamW, reached after `warmup_steps`
+    max_grad_norm        longer gradients are shortened to it
+    ema_decay            of an average of the weights, which is evaluated and exported in their place; 0: none
+    kl_weight, kl_target, kl_budget  see `steer.guards.KLControl`; nats of whole trajectories
+    chi_square_weight    of `steer.guards.chi_square`
+    eval_every           updates between evaluations, which are also made before the first and after the last
+    eval_samples         images of each held-out prompt
+    patience             see `steer.guards.HoldOutWatch`
+    checkpoint_every     updates between checkpoints
+    keep_checkpoints     the newest ones; the best by the held-out reward stays as well
+    log_with             names of trackers, as accelerate knows them: tensorboard, wandb, trackio …
+    """
+
+    max_steps: int = 100
+    seed: int = 0
+    prompts_per_step: int = 8
+    samples_per_prompt: int = 4
+    steps_per_round: int = 1
+    passes: int = 1
+    micro_batch: int = 16
+    num_inference_steps: int = 20
+    guidance_scale: float | None = None
+    eta: float = 1.0
+    timestep_fraction: float = 1.0
+    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    call: Mapping[str, Any] = field(default_factory=dict)
+    lora_rank: int = 16
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ATTENTION
+    gradient_checkpointing: bool = False
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    weight_decay: float = 1e-4
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.0
+    kl_weight: float = 0.0
+    kl_target: float | None = None
+    kl_budget: float | None = None
+    chi_square_weight: float = 0.0
+    eval_every: int = 20
+    eval_samples: int = 1
+    patience: int = 0
+    checkpoint_every: int = 20
+    keep_checkpoints: int = 2
+    log_with: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("lora_rank", "warmup_steps", "weight_decay", "patience", "chi_square_weight", "seed"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("eta", "timestep_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
+            raise InputError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What the pipeline is called with, the same for every row."""
+        said = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return dict(self.call) | {name: value for name, value in said.items() if value is not None}

@@ -1,0 +1,75 @@
+"""Evaluation on held-out prompts at fixed seeds: the trained reward, rewards kept apart from it, and diversity."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from steer.pipelines.finetune_settings import FinetuneSettings
+from steer.pipelines.samples import BeforeEach, draw, rows_of, sampler_of
+from steer.pipelines.scoring import over_frames
+from steer.reward import Reward, score_parts
+
+RESAMPLES = 10_000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """After `step` updates, of P prompts × K: rewards (P, K) by name, the trained one first; diversity, the mean
+    distance between two samples of a prompt (root mean square of the pixels' differences, 0..1; 0 for K = 1);
+    the images (P·K, 3, H, W)."""
+
+    step: int
+    prompts: tuple[str, ...]
+    rewards: Mapping[str, Tensor]
+    diversity: float
+    images: Tensor
+
+    def means(self) -> tuple[float, float]:
+        """Of the trained reward and the first held-out one, or the trained one again where there is no other."""
+        found = [values.mean().item() for values in self.rewards.values()]
+        return found[0], found[1] if len(found) > 1 else found[0]
+
+    def record(self) -> dict[str, Any]:
+        """As plain values: of every reward [mean, low, high], a 95 % bootstrap interval over the prompts."""
+        told = {f"eval/{name}": interval(values.mean(1)) for name, values in self.rewards.items()}
+        return {"step": self.step, **told, "eval/diversity": self.diversity}
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The prompts and rewards of all evaluations of a run."""
+
+    prompts: Sequence[str]
+    trained: Reward
+    held_out: Sequence[Reward]
+
+    def take(self, pipe: Any, settings: FinetuneSettings, step: int, prepared: Any, before: BeforeEach) -> Evaluated:
+        """The same prompts and seeds at every step."""
+        rows = rows_of(self.prompts, settings.eval_samples, settings.seed, "evaluation", shared_start=False)
+        sampler, size = sampler_of(pipe, settings, prepared), settings.eval_samples
+        drew = draw(sampler, self.trained, rows, size, settings.micro_batch, before)
+        rewards = {self.trained.name: drew.rewards}
+        parts = list(zip(drew.images.split(settings.micro_batch), rows.split(settings.micro_batch), strict=True))
+        for reward in self.held_out:
+            found = [over_frames(some, partial(score_parts, reward, prompts=part.prompts))[0] for some, part in parts]
+            rewards[reward.name] = torch.cat(found).view(-1, size).detach()
+        return Evaluated(step, drew.prompts, rewards, diversity(drew.images, size), drew.images)
+
+
+def diversity(images: Tensor, samples: int) -> float:
+    """Mean distance (root mean square over pixels) between two different samples of one prompt; 0 for one sample."""
+    flat = images.flatten(1).view(-1, samples, images[0].numel())
+    distances = torch.stack([torch.cdist(group, group) for group in flat]) / flat.shape[2] ** 0.5
+    return (distances.sum((1, 2)) / max(samples * (samples - 1), 1)).mean().item()
+
+
+def interval(values: Tensor) -> list[float]:
+    """Mean of (N,) values and its 95 % bootstrap interval over them."""
+    generator = Generator().manual_seed(0)
+    rows = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return [values.mean().item(), low, high]

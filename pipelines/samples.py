@@ -1,0 +1,79 @@
+"""Samples for finetuning: which prompts and random numbers, drawn by the policy as it is, and scored."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from steer.pipelines.finetune_settings import DTYPES, FinetuneSettings
+from steer.pipelines.scoring import over_frames
+from steer.reward import Reward, score_parts
+from steer.seeds import derived_seed
+from steer.trajectory import Rows, Sampler, Trajectories
+
+BeforeEach = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Samples of B prompts × K, in chunks: rewards (B, K), those of the reward's parts, and the chunks' images."""
+
+    prompts: tuple[str, ...]
+    chunks: tuple[Trajectories, ...]
+    rewards: Tensor
+    parts: dict[str, Tensor]
+    images: Tensor
+
+
+def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
+    """`count` prompts from a position on, in a stream that goes over all of them in one new order after another."""
+    found = []
+    for place in range(position, position + count):
+        turn, index = divmod(place, len(prompts))
+        generator = Generator().manual_seed(derived_seed(seed, f"order {turn}"))
+        found.append(prompts[int(torch.randperm(len(prompts), generator=generator)[index])])
+    return tuple(found)
+
+
+def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_start: bool) -> Rows:
+    """K rows for each prompt; with `shared_start` they begin at one x_T, and only the noise on the way differs."""
+    places = [(place, k) for place in range(len(prompts)) for k in range(samples)]
+    starts = [derived_seed(seed, f"{name} start {place} {0 if shared_start else k}") for place, k in places]
+    noises = [derived_seed(seed, f"{name} noise {place} {k}") for place, k in places]
+    return Rows(tuple(prompts[place] for place, _ in places), tuple(starts), tuple(noises))
+
+
+def draw(sampler: Sampler, reward: Reward, rows: Rows, samples: int, chunk: int, before_each: BeforeEach) -> Scored:
+    """Draws the rows, `chunk` at a time, and scores their images."""
+    chunks, images = [], []
+    for some in rows.split(chunk):
+        before_each()
+        drew, made = sampler.rollout(some)
+        chunks.append(drew)
+        images.append(made.cpu())
+    pairs = zip(images, chunks, strict=True)
+    scores = [over_frames(made, partial(score_parts, reward, prompts=drew.rows.prompts)) for made, drew in pairs]
+    rewards, parts = zip(*scores, strict=True)
+    return Scored(
+        prompts=rows.prompts[::samples],
+        chunks=tuple(chunks),
+        rewards=torch.cat(rewards).view(-1, samples).detach(),
+        parts={name: torch.cat([told[name] for told in parts]).view(-1, samples).detach() for name in parts[0]},
+        images=torch.cat(images),
+    )
+
+
+def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int, ...]:
+    """A share of the steps 0 … total − 1, at least one, ascending."""
+    generator = Generator().manual_seed(derived_seed(seed, f"{name} steps"))
+    count = max(1, math.ceil(fraction * total - 1e-9))
+    return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
+
+
+def sampler_of(pipe: Any, settings: FinetuneSettings, prepared: Any = None) -> Sampler:
+    """A new sampler: what it remembers of texts lasts for one round."""
+    return Sampler(pipe, settings.arguments, settings.eta, DTYPES[settings.storage], prepared)

@@ -1,0 +1,117 @@
+"""The gradient of any loss of a trajectory's log-probabilities, in the memory of one denoiser call.
+
+L depends on the weights θ through ℓ = log pθ(x_s | x_t) (B, K, T) alone. By the chain rule
+
+    ∇θ L = Σ_{b,k,t} c_bkt ∇θ ℓ_bkt,   c = ∂L/∂ℓ
+
+so pass 1 takes ℓ without a graph and differentiates L there, and pass 2 goes over the steps one at a time and sends
+back c_t · ℓ_t. Penalties are sums over steps of something that the step's own kernel tells: they join in pass 2.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steer.losses import LogProbs, Loss, Metrics
+from steer.trajectory import Sampler, Trajectories, log_probs
+from steer.transition import Gaussian
+
+Penalty = Callable[[Gaussian, Gaussian], Tensor]  # (pθ, p_ref) of one step → (N,)
+Backward = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the reference policy says of S chosen steps: means (N, S, …) fp32, τ (S,), log-probs (N, S) in nats."""
+
+    means: Tensor
+    deviations: Tensor
+    log_probs: Tensor
+
+    def kernel(self, column: int, like: Tensor) -> Gaussian:
+        """Its p(x_s | x_t) at one of those steps."""
+        return Gaussian(self.means[:, column].to(like.device), self.deviations[column].to(like.device))
+
+
+def reference_of(sampler: Sampler, stored: Trajectories, steps: Sequence[int]) -> Reference:
+    """By today's weights: call it where these are the reference's."""
+    told: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
+        told.append((kernel.mean.cpu(), kernel.std.cpu(), kernel.log_prob(x_s).cpu()))
+
+    sampler.replay(stored, keep, steps)
+    means, deviations, log_probs = zip(*told, strict=True)
+    return Reference(torch.stack(means, 1), torch.stack(deviations), torch.stack(log_probs, 1))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B prompts × K samples, prompt after prompt, in chunks of rows that go through the denoiser together.
+
+    steps    the stochastic steps to learn from, ascending: S of all T
+    rewards  (B, K), or (B, K, M) where a loss takes several
+    """
+
+    chunks: Sequence[Trajectories]
+    references: Sequence[Reference]
+    steps: Sequence[int]
+    rewards: Tensor
+
+    def matrix(self, values: Sequence[Tensor]) -> Tensor:
+        """(N, S) of each chunk as one (B, K, S)."""
+        return torch.cat(list(values)).view(*self.rewards.shape[:2], len(self.steps))
+
+
+def two_pass_gradient(
+    sampler: Sampler,
+    batch: Batch,
+    loss: Loss,
+    *,
+    penalties: Mapping[Penalty, float] | None = None,
+    unchanged: bool = False,
+    backward: Backward = Tensor.backward,
+    before_each: Callable[[], None] = lambda: None,
+) -> tuple[float, Metrics]:
+    """Adds ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
+
+    Returns L, and its metrics with `kl`: KL(pθ ‖ p_ref) in nats of whole trajectories, their mean.
+
+    penalties    with their weights w_p; where S < T their sum is scaled up
+    unchanged    the weights are those that drew the batch: pass 1 is not needed
+    backward     what is called on each step's scalar (a scaler may come between)
+    before_each  called before each chunk of rows
+    """
+    steps = list(batch.steps)
+    old = [chunk.log_probs[:, steps] for chunk in batch.chunks]
+    new = old
+    if not unchanged:  # pass 1
+        new = []
+        for chunk in batch.chunks:
+            before_each()
+            new.append(log_probs(sampler, chunk, steps)[:, steps])
+    leaf = batch.matrix(new).clone().requires_grad_(True)
+    reference = batch.matrix([told.log_probs for told in batch.references])
+    value, metrics = loss(LogProbs(leaf, batch.matrix(old), reference, batch.chunks[0].elements), batch.rewards)
+    (c,) = torch.autograd.grad(value, leaf)
+
+    shares = c.flatten(0, 1).split([len(chunk.rows) for chunk in batch.chunks])
+    per_sample = batch.chunks[0].log_probs.shape[1] / len(steps) / c[..., 0].numel()
+    divergence = 0.0
+    for chunk, told, share in zip(batch.chunks, batch.references, shares, strict=True):  # pass 2
+        before_each()
+
+        def back(t: int, p: Gaussian, x_s: Tensor, share: Tensor = share, told: Reference = told) -> None:
+            nonlocal divergence
+            column = steps.index(t)
+            other = told.kernel(column, p.mean)
+            total = (share[:, column].to(p.mean.device) * p.log_prob(x_s)).sum()
+            for penalty, weight in (penalties or {}).items():
+                total = total + weight * per_sample * penalty(p, other).sum()
+            divergence += per_sample * p.kl(other).sum().item()
+            backward(total)
+
+        sampler.replay(chunk, back, steps, grad=True)
+    return value.item(), metrics | {"kl": divergence}

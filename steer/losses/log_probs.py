@@ -1,0 +1,112 @@
+"""What every finetuning loss sees: log-probabilities of steps, and the rewards of the images they led to.
+
+With T stochastic steps (τ > 0) from noise to an image, sample k of prompt b, policy π and reference π_ref:
+
+r̂_t = log π(x_s | x_t) − log π_ref(x_s | x_t)
+r̂   = Σ_t r̂_t = log π(τ)/π_ref(τ), the implicit reward of a whole trajectory (DPO, arXiv 2305.18290)
+
+A loss is a function of the matrices (B, K, T) and (B, K) alone: it never sees a model.
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+
+Metrics = dict[str, float]
+Unit = Literal["nat", "element"]
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """log p(x_s | x_t) of the T stochastic steps of K samples for each of B prompts.
+
+    new        (B, K, T) fp32, nats summed over a sample's elements: of the policy being trained; may require grad
+    old        (B, K, T) of the policy that drew the samples, a constant
+    reference  (B, K, T) of the reference policy, a constant
+    elements   D ≥ 1, how many elements a sample has
+
+    Raises InputError where the shapes differ or hold no step.
+    """
+
+    new: Tensor
+    old: Tensor
+    reference: Tensor
+    elements: int
+
+    def __post_init__(self) -> None:
+        shapes = [tuple(tensor.shape) for tensor in (self.new, self.old, self.reference)]
+        if len(set(shapes)) > 1 or len(shapes[0]) != 3 or 0 in shapes[0]:
+            raise InputError(
+                f"log-probabilities (new, old, reference) of shapes {shapes} must all be one (prompts, samples, steps)"
+            )
+        demand(self.elements >= 1, "elements", self.elements, "at least 1")
+
+    def per(self, unit: Unit) -> "LogProbs":
+        """In nats, as they are, or divided by D: averaged over the elements, as DDPO's and D3PO's β and ε assume."""
+        scale = 1 / self.elements if unit == "element" else 1.0
+        return replace(self, new=self.new * scale, old=self.old * scale, reference=self.reference * scale)
+
+    def implicit_rewards(self) -> Tensor:
+        """r̂_t = new − reference (B, K, T), differentiable w.r.t. `new` alone."""
+        return self.new - self.reference.detach()
+
+
+class Loss(Protocol):
+    """What finetuning minimises: a frozen dataclass of its hyperparameters, called once an update.
+
+    whole_trajectory: it ties all steps of a sample together, so that it cannot do with some of them.
+    """
+
+    whole_trajectory: ClassVar[bool]
+
+    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
+        """The loss, a scalar differentiable w.r.t. `log_probs.new` alone, and what to log, plain numbers.
+
+        rewards: (B, K), the higher the better; what else a loss takes, it says. Raises InputError where they don't fit.
+        """
+        ...
+
+
+def demand(fits: bool, name: str, value: object, allowed: str) -> None:
+    """Raises InputError, with the field, its value and what is allowed, unless the value fits."""
+    if not fits:
+        raise InputError(f"{name} {value!r} must be {allowed}")
+
+
+def demand_unit(unit: str) -> None:
+    """Raises InputError unless it is a unit of log-probabilities."""
+    demand(unit in get_args(Unit), "unit", unit, "nat or element")
+
+
+def checked_rewards(log_probs: LogProbs, rewards: Tensor, group: int = 1, several: bool = False) -> Tensor:
+    """The rewards, where and as precise as the log-probabilities are.
+
+    rewards   (B, K), or with `several` also (B, K, M)
+    group     how many samples per prompt the loss needs
+
+    Raises InputError for another shape, too few samples, or a reward that is not finite.
+    """
+    prompts, samples = log_probs.new.shape[:2]
+    if rewards.shape[:2] != (prompts, samples) or rewards.dim() not in ((2, 3) if several else (2,)):
+        rest = " or (prompts, samples, rewards)" if several else ""
+        raise InputError(
+            f"rewards of shape {tuple(rewards.shape)} must be (prompts, samples) = ({prompts}, {samples}){rest}"
+        )
+    if samples < group:
+        raise InputError(f"samples_per_prompt {samples} must be at least {group}: this loss compares samples")
+    if count := int((~rewards.isfinite()).sum()):
+        raise InputError(f"rewards must be finite, {count} of {rewards.numel()} are not: mend or drop these samples")
+    return rewards.detach().to(log_probs.new)
+
+
+def accuracy(implicit: Tensor, better: Tensor) -> float:
+    """The share of pairs (0..1) that implicit rewards r̂ (B, K) rank as the rewards do, ties half; NaN without a pair.
+
+    better: (B, K, K) true where the first of two samples of a prompt has the higher reward.
+    """
+    difference = (implicit[:, :, None] - implicit[:, None, :]).detach()[better]
+    return float((difference.sign() / 2 + 0.5).mean()) if len(difference) else torch.nan

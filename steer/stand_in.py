@@ -1,0 +1,51 @@
+"""Modules that pass for a pipeline's own in everything but what their call does."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+CONTROLNETS = ("controlnet",)
+
+
+class StandIn:
+    """Passes for a module in everything but what its call returns."""
+
+    def __init__(self, target: Any, call: Callable[..., Any]) -> None:
+        self.__dict__.update(_target=target, _call=call)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self._target)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
+class Output(tuple[Tensor, ...]):
+    """What a model returns, for callers that take `[0]` and for those that take `.sample`."""
+
+    @property
+    def sample(self) -> Tensor:
+        return self[0]
+
+
+def silent_denoiser(denoiser: Any) -> StandIn:
+    """Passes for a denoiser that predicts nothing: zeros, at no cost."""
+    channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
+
+    def zeros(*args: Any, **kwargs: Any) -> Any:
+        x: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+        shape = (len(x), channels or x.shape[1], *x.shape[2:]) if x.dim() > 3 else x.shape
+        return Output([x.new_zeros(shape)])
+
+    return StandIn(denoiser, zeros)
+
+
+def silent_controlnet(controlnet: Any) -> StandIn:
+    """Passes for a ControlNet that adds nothing."""
+    return StandIn(controlnet, lambda *args, **kwargs: ([], None))

@@ -1,0 +1,155 @@
+"""What is trained of a denoiser, a LoRA or all of it; and the reference, which is the denoiser without that."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from steer.errors import InputError
+from steer.stand_in import DENOISERS
+
+ADAPTER = "steer"  # the LoRA's name among a user's own
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Trainable(Protocol):
+    """Trained parameters, in a fixed order, by name."""
+
+    denoiser: Any
+    parameters: dict[str, nn.Parameter]
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the pipeline is the one that training began with."""
+        ...
+
+    def export(self, folder: Path) -> Path:
+        """Writes the weights in the form that diffusers reads, and returns where."""
+        ...
+
+
+def denoiser_of(pipe: Any) -> tuple[str, Any]:
+    """The denoiser that is trained, and the name of the pipeline's component."""
+    found = next((name for name in DENOISERS if getattr(pipe, name, None) is not None), None)
+    if found is None:
+        raise InputError(f"{type(pipe).__name__} has no unet and no transformer: it cannot be finetuned")
+    return found, getattr(pipe, found)
+
+
+def _freeze(pipe: Any) -> None:
+    for model in pipe.components.values():
+        if isinstance(model, nn.Module):
+            model.requires_grad_(False).eval()
+
+
+class LoRA:
+    """A low-rank adapter in the denoiser, W + (α/r) B A; a user's own LoRAs stay on, and belong to the reference.
+
+    rank     r, at least 1
+    alpha    by default the rank
+    targets  ends of the names of the linear layers it goes into
+    seed     of A; B begins at 0, so that training begins at the reference
+    """
+
+    def __init__(
+        self, pipe: Any, rank: int = 16, alpha: float | None = None, targets: Sequence[str] = ATTENTION, seed: int = 0
+    ) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        if rank < 1:
+            raise InputError(f"the rank of a LoRA must be at least 1, got {rank}")
+        self.pipe, (self.name, self.denoiser) = pipe, denoiser_of(pipe)
+        if ADAPTER in getattr(self.denoiser, "peft_config", {}):
+            raise InputError(f"this pipeline has a LoRA named {ADAPTER!r} already: load the pipeline anew")
+        self.config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets))
+        own = self._active()
+        _freeze(pipe)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                inject_adapter_in_model(self.config, self.denoiser, ADAPTER)
+            except ValueError as error:
+                raise InputError(f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}") from error
+        self.layers = [layer for layer in self._tuned() if ADAPTER in layer.lora_A]
+        for layer in self._tuned():
+            layer.set_adapter([*own, ADAPTER])
+        _freeze(pipe)
+        self.parameters = {
+            name: parameter for name, parameter in self.denoiser.named_parameters() if f".{ADAPTER}." in name
+        }
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.float()  # a half-precision denoiser learns in fp32
+            parameter.requires_grad_(True)
+
+    def _tuned(self) -> list[Any]:
+        from peft.tuners.lora import LoraLayer
+
+        return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
+
+    def _active(self) -> list[str]:
+        return sorted({name for layer in self._tuned() for name in layer.active_adapters})
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The adapter's share is multiplied by 0; nothing else changes."""
+        for layer in self.layers:
+            layer.set_scale(ADAPTER, 0.0)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.set_scale(ADAPTER, 1.0)
+
+    def export(self, folder: Path) -> Path:
+        """`folder` for `pipe.load_lora_weights(folder)`; where the pipeline knows no LoRAs, for peft."""
+        from peft import get_peft_model_state_dict
+
+        folder.mkdir(parents=True, exist_ok=True)
+        state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        if hasattr(self.pipe, "save_lora_weights"):
+            metadata = {f"{self.name}_lora_adapter_metadata": self.config.to_dict()}
+            self.pipe.save_lora_weights(folder, **{f"{self.name}_lora_layers": state}, **metadata)
+            return folder / "pytorch_lora_weights.safetensors"
+        from safetensors.torch import save_file
+
+        self.config.save_pretrained(folder)
+        save_file(
+            {name: value.contiguous().cpu() for name, value in state.items()}, folder / "adapter_model.safetensors"
+        )
+        return folder / "adapter_model.safetensors"
+
+
+class Full:
+    """All of the denoiser. The weights that it began with are kept on the CPU, and put in for the reference."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, (self.name, self.denoiser) = pipe, denoiser_of(pipe)
+        _freeze(pipe)
+        self.denoiser.requires_grad_(True)
+        self.parameters = dict(self.denoiser.named_parameters())
+        if half := [name for name, p in self.parameters.items() if p.dtype != torch.float32]:
+            raise InputError(
+                f"full finetuning needs weights in float32, {half[0]} is {self.parameters[half[0]].dtype}: load the "
+                "model with dtype float32 (and mixed_precision bf16 to save memory), or train a LoRA"
+            )
+        self._initial = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        trained = {name: p.data for name, p in self.parameters.items()}
+        self._put({name: value.to(trained[name].device) for name, value in self._initial.items()})
+        try:
+            yield
+        finally:
+            self._put(trained)
+
+    def _put(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data = values[name]
+
+    def export(self, folder: Path) -> Path:
+        """The denoiser's folder, for `from_pretrained`."""
+        self.denoiser.save_pretrained(folder / self.name)
+        return folder / self.name

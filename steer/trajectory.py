@@ -1,0 +1,181 @@
+"""Rollouts of a diffusers pipeline: drawn step by step from Gaussian kernels, stored, and replayed with gradients.
+
+Every step is p(x_s | x_t) of `steer.transition` with one η; a replay puts the stored x_s in place of what the solver
+made, so that each step can be differentiated, and forgotten, by itself.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from steer.differentiable import recording
+from steer.errors import InputError
+from steer.preview import accepted_only, first_output
+from steer.quiet import quiet
+from steer.seam import Event, steered
+from steer.seeds import drawn
+from steer.stand_in import CONTROLNETS, DENOISERS, StandIn, silent_controlnet, silent_denoiser
+from steer.transition import Gaussian, can_redraw
+
+AtStep = Callable[[int, Gaussian, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What N trajectories follow from: a prompt, a seed of x_T and a seed of the noise on the way for each."""
+
+    prompts: tuple[str, ...]
+    starts: tuple[int, ...]
+    noises: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def split(self, size: int) -> list["Rows"]:
+        """Runs of at most `size` rows, in order."""
+        cuts = [slice(first, first + size) for first in range(0, len(self), size)]
+        return [Rows(self.prompts[cut], self.starts[cut], self.noises[cut]) for cut in cuts]
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """N rollouts, on the CPU.
+
+    latents    (N, S, …) after each of the S transitions, in the storage dtype
+    stochastic the T transitions of them that have a density (τ > 0)
+    log_probs  (N, T) fp32, nats: log p(x_s | x_t) of the policy that drew them
+    """
+
+    rows: Rows
+    latents: Tensor
+    stochastic: tuple[int, ...]
+    log_probs: Tensor
+
+    @property
+    def elements(self) -> int:
+        """D, the number of latent elements of a sample."""
+        return self.latents[0, 0].numel()
+
+
+class Sampler:
+    """Draws and replays trajectories of a pipeline, whose weights it reads and never copies; text is encoded once.
+
+    call     arguments of the pipeline's own call, for every row the same; prompts and random numbers come with the rows
+    eta      η of every step, above 0 and at most 1
+    storage  dtype in which latents are kept
+    prepared the trained denoiser as accelerate wraps it, to be called in place of the pipeline's own
+
+    Raises InputError for a scheduler without a Gaussian kernel.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        eta: float = 1.0,
+        storage: torch.dtype = torch.float32,
+        prepared: Callable[..., Any] | None = None,
+    ) -> None:
+        if not 0 < eta <= 1:
+            raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
+        if not can_redraw(pipe.scheduler):
+            raise InputError(
+                f"{type(pipe.scheduler).__name__} has no Gaussian kernel: finetuning needs one. Use for example "
+                "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
+            )
+        self.eta, self.storage, self._call = eta, storage, dict(call)
+        self._gate = _Gate()
+        self._pipe = recording(quiet(pipe))
+        vars(self._pipe).update(self._gate.around(pipe, prepared))
+
+    def rollout(self, rows: Rows) -> tuple[Trajectories, Tensor]:
+        """Draws the rows as one batch; also their finished images (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
+
+        x_s is rounded through model and storage dtype before its density is taken, so that a replay finds the same.
+        """
+        latents, log_probs, stochastic = [], [], []
+
+        def draw(event: Event) -> tuple[None, Tensor] | None:
+            kernel = event.kernel(self.eta)
+            x_s = event.prev
+            if noisy := bool(kernel.std > 0):
+                stochastic.append(event.k)
+                z = drawn(rows.noises, kernel.mean, [f"step {event.k}"] * len(rows))
+                x_s = (kernel.mean + kernel.std * z).to(event.prev.dtype).to(self.storage).to(event.prev.dtype)
+                log_probs.append(kernel.log_prob(x_s).cpu())
+            latents.append(x_s.to(self.storage).cpu())
+            return (None, x_s) if noisy else None
+
+        with torch.no_grad():
+            images = self._run(rows, draw, "pt")
+        if not stochastic:
+            raise InputError("no step of this run has noise: there is nothing to learn from. Use more steps")
+        drew = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
+        return drew, images.float().clamp(0, 1)
+
+    def replay(self, stored: Trajectories, at: AtStep, only: Collection[int] | None = None, grad: bool = False) -> None:
+        """Calls `at(t, kernel, x_s)` for each stochastic step t = 0 … T − 1: p(· | x_t) by today's weights, and x_s.
+
+        The kernel's mean (N, …) has a graph where `grad` is on; what of it is not kept is freed before the next step.
+
+        only  of these steps t; for others the denoiser is not called
+        """
+        wanted = {k: t for t, k in enumerate(stored.stochastic) if only is None or t in only}
+
+        def force(event: Event) -> tuple[None, Tensor]:
+            x_s = stored.latents[:, event.k].to(event.prev)
+            if event.k in wanted:
+                at(wanted[event.k], event.kernel(self.eta), x_s)
+            self._gate.open = event.k + 1 in wanted
+            return None, x_s
+
+        self._gate.open = 0 in wanted
+        try:
+            with torch.set_grad_enabled(grad):
+                self._run(stored.rows, force, "latent")
+        finally:
+            self._gate.open = True
+
+    def _run(self, rows: Rows, on_step: Callable[[Event], Any], output_type: str) -> Tensor:
+        generators = [Generator().manual_seed(seed) for seed in rows.starts]
+        per_row = {name: [text] * len(rows) for name, text in self._call.items() if _is_text(name, text)}
+        given = {"prompt": list(rows.prompts), "generator": generators, "output_type": output_type}
+        with steered(self._pipe, on_step, rows=len(rows), grad=False) as view:
+            return first_output(view(**accepted_only(self._pipe, self._call | per_row | given)))
+
+
+def _is_text(name: str, value: Any) -> bool:
+    return name.startswith("negative_prompt") and isinstance(value, str)
+
+
+class _Gate:
+    """Lets the calls of a pipeline's denoisers through while it is open; else they predict nothing, at no cost."""
+
+    def __init__(self) -> None:
+        self.open = True
+
+    def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, StandIn]:
+        found, trained = {}, next((name for name in DENOISERS if getattr(pipe, name, None) is not None), None)
+        for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
+            for name in names:
+                if (module := getattr(pipe, name, None)) is not None:
+                    call = prepared if prepared is not None and name == trained else module
+                    found[name] = StandIn(module, self._guarded(call, silence(module)))
+        return found
+
+    def _guarded(self, call: Callable[..., Any], silent: StandIn) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (call if self.open else silent)(*args, **kwargs)
+
+
+def log_probs(sampler: Sampler, stored: Trajectories, only: Collection[int] | None = None) -> Tensor:
+    """log p(x_s | x_t) (N, T) of stored steps by today's weights, without a graph; steps left out are 0."""
+    found = torch.zeros_like(stored.log_probs)
+
+    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
+        found[:, t] = kernel.log_prob(x_s).cpu()
+
+    sampler.replay(stored, keep, only)
+    return found
