@@ -1,58 +1,24 @@
 """Finetuning methods: a diffusers pipeline whose denoiser learns from a reward."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
-
-from torch import Tensor
+from typing import Any
 
 from steer.engine import Backward, Batch, Penalty, two_pass_gradient
 from steer.errors import InputError
 from steer.losses import Loss, Metrics
+from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Record
+from steer.pipelines.finetune_run import FinetuneRun
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.held_out import Evaluated, Exam
-from steer.pipelines.method import SteeringMethod
 from steer.pipelines.rounds import OnlineSamples
-from steer.pipelines.samples import Scored
 from steer.reward import load_reward
 from steer.trajectory import Sampler
 
-Record = dict[str, Any]
 
-
-@dataclass(frozen=True)
-class FinetuneResult:
-    """How a training ended.
-
-    step         updates made
-    stopped      why it ended before its time, else None
-    weights      where the exported weights are: those of the end, or the best ones where a guard stopped it
-    best_step    updates of the best evaluation by the held-out reward (`best/`); None without evaluations
-    records      one for every update
-    evaluations  one for every evaluation
-    """
-
-    step: int
-    stopped: str | None
-    weights: Path | None
-    best_step: int | None
-    records: tuple[Record, ...]
-    evaluations: tuple[Record, ...]
-
-
-class FinetuningPipeline(SteeringMethod):
-    """A method that trains `pipe`'s denoiser on `reward`; afterwards `pipe` is the trained one.
-
-    loss          of log-probabilities and the signal that `signal` makes of rewards
-    shared_start  whether the samples of one prompt begin at one x_T
-    """
-
-    shared_start: ClassVar[bool] = False
-
-    def __init__(self, pipe: Any, reward: Any, loss: Loss) -> None:
-        super().__init__(pipe, reward)
-        self.loss = loss
+class FinetuningPipeline(FinetuningMethod):
+    """A method that trains `pipe`'s denoiser on `reward`; afterwards `pipe` is the trained one."""
 
     def train(
         self,
@@ -79,8 +45,6 @@ class FinetuningPipeline(SteeringMethod):
 
         Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for what does not fit, before anything is drawn.
         """
-        from steer.pipelines.finetune_run import FinetuneRun
-
         settings = settings or FinetuneSettings()
         if not prompts or not all(prompts):
             raise InputError("prompts: at least one is needed, and none may be empty")
@@ -88,12 +52,19 @@ class FinetuningPipeline(SteeringMethod):
         source = OnlineSamples(tuple(prompts), self.reward, self.signal, self.shared_start, settings)
         exam = Exam(tuple(eval_prompts), self.reward, tuple(load_reward(reward) for reward in eval_rewards))
         run = FinetuneRun(self, source, exam, settings, Path(output_dir), dict(about or {}))
-        run.open(resume)
-        return run.train(on_update or (lambda record: None), on_evaluation or (lambda evaluated: None))
+        return run.train(resume, on_update or (lambda record: None), on_evaluation or (lambda evaluated: None))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the diffusers pipeline itself."""
         return self.pipe(*args, **kwargs)
+
+
+class LossPipeline(FinetuningPipeline):
+    """A method that is a loss of log-probabilities and of the signal that `signal` makes of rewards."""
+
+    def __init__(self, pipe: Any, reward: Any, loss: Loss) -> None:
+        super().__init__(pipe, reward)
+        self.loss = loss
 
     def check(self, settings: FinetuneSettings) -> None:
         """Raises InputError for settings that this method can do nothing with."""
@@ -107,10 +78,6 @@ class FinetuningPipeline(SteeringMethod):
                 f"samples_per_prompt must be at least 2, got {settings.samples_per_prompt}: "
                 f"{type(self).__name__} compares the samples of a prompt"
             )
-
-    def signal(self, scored: Scored) -> Tensor:
-        """What the loss is told of the samples: by default their rewards (B, K)."""
-        return scored.rewards
 
     def gradient(
         self,
@@ -133,12 +100,4 @@ class FinetuningPipeline(SteeringMethod):
         )
 
     def about(self) -> dict[str, Any]:
-        """What makes this method, as plain values."""
-        return {"method": type(self).__name__, "reward": self.reward.name, "loss": asdict(self.loss)}  # type: ignore[call-overload]
-
-    def state(self) -> dict[str, Any]:
-        """What the method itself remembers from round to round, as plain values."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state` told."""
+        return super().about() | {"loss": asdict(self.loss)}  # type: ignore[call-overload]

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,28 @@ from tqdm.auto import tqdm
 
 from steer.engine import Penalty
 from steer.guards import HoldOutWatch, KLControl, check_replay, chi_square, kl
-from steer.pipelines.finetune import FinetuneResult, FinetuningPipeline, Record
+from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Record
 from steer.pipelines.finetune_settings import FinetuneSettings
-from steer.pipelines.finetune_state import RunFolder
+from steer.pipelines.finetune_state import RunFolder, RunState
 from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.rounds import Round, Source
 from steer.pipelines.samples import sampler_of
 from steer.pipelines.stopping import Stopped, StopRequest, stop_request
-from steer.trainable import Full, LoRA, Trainable
+from steer.quiet import plain_values
+from steer.trainable import Full, LoRA, Trainable, denoiser_of
+from steer.trajectory import Sampler
+
+INTERRUPTED = "interrupted"
+# What a run that goes on may have otherwise than before.
+FREE = {"max_steps", "eval_every", "patience", "checkpoint_every", "keep_checkpoints", "log_with", "kl_budget"}
 
 
 class FinetuneRun:
-    """Everything that changes while a method trains; `RunFolder` writes it down and reads it back."""
+    """One training of one method, in one folder."""
 
     def __init__(
         self,
-        method: FinetuningPipeline,
+        method: FinetuningMethod,
         source: Source,
         exam: Exam,
         settings: FinetuneSettings,
@@ -37,151 +44,152 @@ class FinetuneRun:
         about: dict[str, Any],
     ) -> None:
         self.method, self.source, self.exam, self.settings = method, source, exam, settings
-        self.folder = RunFolder(folder, about)
-        pipe = method.pipe
-        self.trainable: Trainable = (
-            LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
-            if settings.lora_rank
-            else Full(pipe)
-        )
-        if settings.gradient_checkpointing:
-            self.trainable.denoiser.enable_gradient_checkpointing()
-        self.parameters = list(self.trainable.parameters.values())
+        self.folder = RunFolder(folder, self._identity(), about, settings.keep_checkpoints)
         self.accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
             log_with=list(settings.log_with) or None,
             project_dir=folder,
-            cpu=pipe.device.type == "cpu",
+            cpu=method.pipe.device.type == "cpu",
         )
-        optimiser = torch.optim.AdamW(self.parameters, settings.learning_rate, weight_decay=settings.weight_decay)
-        self.schedule = get_constant_schedule_with_warmup(optimiser, settings.warmup_steps)
-        self.prepared, self.optimiser = self.accelerator.prepare(self.trainable.denoiser, optimiser)
-        self.ema = EMAModel(self.parameters, settings.ema_decay) if settings.ema_decay else None
-        self.control = KLControl(settings.kl_weight, settings.kl_target, settings.kl_budget)
-        self.watch = HoldOutWatch(settings.patience)
-        self.step = self.rounds = 0  # updates made, rounds drawn
-        self.round: Round | None = None  # the one that is being learnt from
-        self.records: list[Record] = []
-        self.evaluations: list[Record] = []
+        self.state = self._started(_trainable(method.pipe, settings))
         self.stopped: str | None = None
 
-    def open(self, resume: bool) -> None:
-        """Takes the output folder, and what is to be gone on from in it."""
-        self.folder.open(self, resume)
+    def _started(self, trainable: Trainable) -> RunState:
+        settings, parameters = self.settings, list(trainable.parameters.values())
+        optimiser = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+        self.prepared, self.optimiser = self.accelerator.prepare(trainable.denoiser, optimiser)
+        return RunState(
+            method=self.method,
+            trainable=trainable,
+            optimiser=optimiser,
+            schedule=get_constant_schedule_with_warmup(optimiser, settings.warmup_steps),
+            scaler=self.accelerator.scaler,
+            ema=EMAModel(parameters, settings.ema_decay) if settings.ema_decay else None,
+            control=KLControl(settings.kl_weight, settings.kl_target, settings.kl_budget),
+            watch=HoldOutWatch(settings.patience),
+        )
 
-    def train(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> FinetuneResult:
-        """Updates until the last one, a guard or a signal; then exports the weights."""
-        bar = tqdm(total=self.settings.max_steps, initial=self.step, unit="update", disable=None, desc="finetune")
+    def _identity(self) -> dict[str, Any]:
+        """What makes this run this run, as plain values."""
+        pipe = self.method.pipe
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
+        return {
+            **self.method.about(),
+            **self.source.about(),
+            **self.exam.about(),
+            "model": f"{type(pipe).__name__} {getattr(pipe.config, '_name_or_path', '')}".strip(),
+            "scheduler": pipe.scheduler.to_json_string(),
+            **{name: plain_values(value) for name, value in settings.items()},
+        }
+
+    def train(
+        self, resume: bool, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]
+    ) -> FinetuneResult:
+        """Takes the output folder, goes on from what is there, updates until the last one, a guard or a signal; then
+        exports the weights."""
+        with torch.random.fork_rng():  # for pipelines that draw numbers of their own beside the generators
+            torch.manual_seed(self.settings.seed)
+            self.folder.open(self.state, resume)
+            self._updates(on_update, on_evaluation)
+            return self._finished()
+
+    def _updates(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> None:
+        state, last = self.state, self.settings.max_steps
+        bar = tqdm(total=last, initial=state.step, unit="update", disable=None, desc=type(self.method).__name__)
         with stop_request() as request, bar, self._tracked():
             try:
                 while True:
                     self._evaluate(request, on_evaluation)
-                    self._checkpoint()
-                    if self.stopped or self.step >= self.settings.max_steps:
+                    if state.step and state.step % self.settings.checkpoint_every == 0:
+                        self.folder.save(state)
+                    if self.stopped or state.step >= last:
                         break
-                    self._update(request)
-                    on_update(self.records[-1])
-                    self.accelerator.log(_numbers(self.records[-1]), self.step)
+                    record = self._update(request)
+                    on_update(record)
+                    self.accelerator.log(_numbers(record), state.step)
                     bar.update()
-                    bar.set_postfix(_shown(self.records[-1]))
+                    bar.set_postfix(_shown(record))
             except Stopped:
-                self.stopped = "interrupted"
-            self.folder.save(self)
-        return self._finished()
+                self.stopped = INTERRUPTED
+            self.folder.save(state)
 
-    def _update(self, request: StopRequest) -> None:
-        """One update: samples where none are left, the gradient, the optimiser, the records."""
-        started = time.monotonic()
-        drawn_now = self.round is None
-        if self.round is None:
-            self.round = self._draw(request)
-        batch = self.round.batch
-        sampler = sampler_of(self.method.pipe, self.settings, self.prepared)
-        penalties: dict[Penalty, float] = {kl: self.control.weight, chi_square: self.settings.chi_square_weight}
-        self.optimiser.zero_grad()
+    def _update(self, request: StopRequest) -> Record:
+        """One update: samples where none are left, the gradient, the optimiser, the record."""
+        started, state, settings = time.monotonic(), self.state, self.settings
+        drawn = settings.steps_per_round if state.round is None else 0
+        state.round = state.round or self._draw(request)
         loss, metrics = self.method.gradient(
-            sampler,
-            batch,
-            {penalty: weight for penalty, weight in penalties.items() if weight},
-            self.round.untouched,
+            self._sampler(),
+            state.round.batch,
+            self._penalties(),
+            state.round.untouched,
             self.accelerator.backward,
             request.check,
         )
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.settings.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(state.parameters, settings.max_grad_norm)
+        rate = state.schedule.get_last_lr()[0]
         self.optimiser.step()
-        rate = self.schedule.get_last_lr()[0]
-        self.schedule.step()
-        if self.ema:
-            self.ema.step(self.parameters)
-        self.step += 1
-        told = {"step": self.step, "round": self.rounds, "loss": loss, **self.round.record(), **metrics}
-        steps = batch.chunks[0].log_probs.shape[1]
-        told |= {"kl_per_step": metrics["kl"] / steps, "kl_weight": self.control.weight}
-        told |= {"grad_norm": float(norm), "learning_rate": rate}
-        self.round = self.round.following()
-        self.control = self.control.after(metrics["kl"])
-        if self.control.spent(metrics["kl"]):
-            self.stopped = (
-                f"KL of {metrics['kl']:.3g} nats a trajectory: the budget of {self.control.budget:g} is spent"
-            )
-        seconds = time.monotonic() - started
-        images = self.settings.prompts_per_step * self.settings.samples_per_prompt
-        images *= self.settings.steps_per_round if drawn_now else 0
-        self._note(self.records, told | {"seconds": seconds, "images_per_second": images / seconds})
+        self.optimiser.zero_grad()
+        state.schedule.step()
+        if state.ema:
+            state.ema.step(state.parameters)
+        state.step += 1
+        steps, seconds = state.round.batch.chunks[0].log_probs.shape[1], time.monotonic() - started
+        record = {"step": state.step, "round": state.rounds, "loss": loss, **state.round.record(), **metrics}
+        record |= {"kl_per_step": metrics["kl"] / steps, "kl_weight": state.control.weight}
+        record |= {"grad_norm": float(norm), "learning_rate": rate, "seconds": seconds}
+        images = drawn * settings.prompts_per_step * settings.samples_per_prompt
+        record |= {"images_per_second": images / seconds} if images else {}
+        state.round = state.round.following()
+        if state.control.spent(metrics["kl"]):
+            self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"
+        state.control = state.control.after(metrics["kl"])
+        state.records.append(record)
+        self.folder.note(state)
+        return record
+
+    def _penalties(self) -> dict[Penalty, float]:
+        penalties: dict[Penalty, float] = {kl: self.state.control.weight, chi_square: self.settings.chi_square_weight}
+        return {penalty: weight for penalty, weight in penalties.items() if weight}
+
+    def _sampler(self) -> Sampler:
+        return sampler_of(self.method.pipe, self.settings, self.prepared)
 
     def _draw(self, request: StopRequest) -> Round:
-        sampler = sampler_of(self.method.pipe, self.settings, self.prepared)
-        drew = self.source.round(self.rounds, sampler, self.trainable, request.check)
-        if self.rounds == 0:
-            check_replay(sampler, drew.batch.chunks[0], self._dtype())
-        self.rounds += 1
+        """The next round; the first one is also held against its replay."""
+        self.optimiser.zero_grad()  # of an update that was broken off
+        sampler, trainable = self._sampler(), self.state.trainable
+        drew = self.source.round(self.state.rounds, sampler, trainable, request.check)
+        if self.state.rounds == 0:
+            by_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
+            dtype = by_precision.get(self.settings.mixed_precision, trainable.denoiser.dtype)
+            check_replay(sampler, drew.batch.chunks[0], dtype)
+        self.state.rounds += 1
         return drew
-
-    def _dtype(self) -> torch.dtype:
-        by_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        return by_precision.get(self.settings.mixed_precision, self.trainable.denoiser.dtype)
 
     def _evaluate(self, request: StopRequest, on_evaluation: Callable[[Evaluated], None]) -> None:
         """Where one is due, and was not made before: at the start, every so often, and at the end."""
-        due = self.step % self.settings.eval_every == 0 or self.step >= self.settings.max_steps or self.stopped
-        if not self.exam.prompts or not due or (self.evaluations and self.evaluations[-1]["step"] == self.step):
+        state, every = self.state, self.settings.eval_every
+        due = state.step % every == 0 or state.step >= self.settings.max_steps or self.stopped
+        if not self.exam.prompts or not due or (state.evaluations and state.evaluations[-1]["step"] == state.step):
             return
-        with self.averaged():
-            found = self.exam.take(self.method.pipe, self.settings, self.step, self.prepared, request.check)
+        with state.averaged():
+            found = self.exam.take(self.method.pipe, self.settings, state.step, self.prepared, request.check)
             on_evaluation(found)
-            self._note(self.evaluations, found.record())
-            self.accelerator.log(_numbers(found.record()), self.step)
-            proxy, held_out = found.means()
-            self.watch = self.watch.after(self.step, proxy, held_out)
-            if self.watch.best_step == self.step:
-                self.folder.export(self, "best")
-                self.folder.save(self)
-        if self.watch.stop() and not self.stopped:
+            state.evaluations.append(found.record())
+            state.watch = state.watch.after(state.step, *found.means())
+            best = state.watch.best_step == state.step
+            if best:
+                self.folder.export(state, "best")
+        if best:
+            self.folder.save(state)  # pinned, whatever comes
+        self.folder.note(state)
+        self.accelerator.log(_numbers(found.record()), state.step)
+        if state.watch.stop() and not self.stopped:
             self.stopped = (
-                f"the trained reward rises while the held-out one falls, {self.watch.fooled} evaluations in a row: the "
-                f"weights of update {self.watch.best_step} are kept"
+                f"the trained reward rose while the held-out one fell, {state.watch.fooled} evaluations in a row: the "
+                f"weights of update {state.watch.best_step} are kept"
             )
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the weights are their average, where there is one."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
-        try:
-            yield
-        finally:
-            self.ema.restore(self.parameters)
-
-    def _checkpoint(self) -> None:
-        if self.step and self.step % self.settings.checkpoint_every == 0:
-            self.folder.save(self)
-
-    def _note(self, series: list[Record], record: Record) -> None:
-        series.append(record)
-        self.folder.note(self)
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:
@@ -195,15 +203,24 @@ class FinetuneRun:
             self.accelerator.end_training()
 
     def _finished(self) -> FinetuneResult:
-        weights = None
-        if self.stopped != "interrupted":
-            if self.watch.stop() and self.watch.best_step is not None:
-                self.folder.load_weights(self, self.watch.best_step)
-            with self.averaged() if not self.watch.stop() else nullcontext():
-                weights = self.folder.export(self, "final")
+        state, weights = self.state, None
+        if self.stopped != INTERRUPTED:
+            fooled = state.watch.stop() and state.watch.best_step is not None
+            if fooled:
+                self.folder.load_best(state)
+            with nullcontext() if fooled else state.averaged():
+                weights = self.folder.export(state, "final")
         return FinetuneResult(
-            self.step, self.stopped, weights, self.watch.best_step, tuple(self.records), tuple(self.evaluations)
+            state.step, self.stopped, weights, state.watch.best_step, tuple(state.records), tuple(state.evaluations)
         )
+
+
+def _trainable(pipe: Any, settings: FinetuneSettings) -> Trainable:
+    if settings.gradient_checkpointing:
+        denoiser_of(pipe)[1].enable_gradient_checkpointing()
+    if settings.lora_rank == 0:
+        return Full(pipe)
+    return LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -2,45 +2,95 @@
 
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer.checkpoint import Checkpoint, Checkpoints
 from steer.errors import InputError
-from steer.guards import KLControl
+from steer.guards import HoldOutWatch, KLControl
 from steer.optimiser_state import load_optimiser, optimiser_tensors
+from steer.pipelines.finetune_method import FinetuningMethod, Record
 from steer.pipelines.round_file import round_from, round_tensors
-from steer.quiet import plain_values
+from steer.pipelines.rounds import Round
 from steer.staged import write_text
-
-if TYPE_CHECKING:
-    from steer.pipelines.finetune_run import FinetuneRun
+from steer.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
 SERIES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
-# What a run that goes on may have otherwise than before.
-FREE = {"max_steps", "eval_every", "patience", "checkpoint_every", "keep_checkpoints", "log_with", "kl_budget"}
+
+
+@dataclass
+class RunState:
+    """All that changes while a method trains.
+
+    step, rounds  updates made, rounds drawn
+    round         the one that is being learnt from
+    """
+
+    method: FinetuningMethod
+    trainable: Trainable
+    optimiser: Any
+    schedule: Any
+    scaler: Any
+    ema: Any
+    control: KLControl
+    watch: HoldOutWatch
+    step: int = 0
+    rounds: int = 0
+    round: Round | None = None
+    records: list[Record] = field(default_factory=list)
+    evaluations: list[Record] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What is trained, in a fixed order."""
+        return list(self.trainable.parameters.values())
+
+    def put(self, weights: Mapping[str, Tensor]) -> None:
+        """Puts weights, by name, in the place of the present ones."""
+        with torch.no_grad():
+            for name, parameter in self.trainable.parameters.items():
+                parameter.copy_(weights[name])
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the weights are their average, where there is one."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
 
 
 class RunFolder:
-    """`path`, for one run; `about` are plain values to be saved with every checkpoint."""
+    """The folder `path` of one run.
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
+    identity  plain values that make the run this run: what goes on must have the same
+    about     plain values to be saved with every checkpoint
+    keep      checkpoints to keep
+    """
+
+    def __init__(self, path: Path, identity: Mapping[str, Any], about: Mapping[str, Any], keep: int) -> None:
         self.path, self.about = path, dict(about)
+        self.identity = json.loads(json.dumps(identity))
+        self.checkpoints = Checkpoints(path / "checkpoints", keep)
 
-    def open(self, run: "FinetuneRun", resume: bool) -> None:
+    def open(self, run: RunState, resume: bool) -> None:
         """Makes the folder and, to resume, puts the run where its newest whole checkpoint was.
 
         Raises InputError for a folder that holds another run, or this one where nobody asked to resume.
         """
-        self.checkpoints = Checkpoints(self.path / "checkpoints", run.settings.keep_checkpoints)
-        self.identity = json.loads(json.dumps(_identity(run)))
         found, skipped = self.checkpoints.latest()
         for line in skipped:
             logger.warning("skipped a checkpoint: %s", line)
@@ -53,7 +103,7 @@ class RunFolder:
             logger.info("resumed %s at update %d", self.path, run.step)
         self.note(run)
 
-    def note(self, run: "FinetuneRun") -> None:
+    def note(self, run: RunState) -> None:
         """Writes down the records so far."""
         try:
             for series, name in SERIES.items():
@@ -62,9 +112,9 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{self.path}: cannot write there ({error.strerror})") from error
 
-    def save(self, run: "FinetuneRun") -> Path:
+    def save(self, run: RunState) -> Path:
         """A checkpoint of everything that the next update depends on."""
-        moments, optimiser = optimiser_tensors(run.optimiser.optimizer)
+        moments, optimiser = optimiser_tensors(run.optimiser)
         tensors: dict[str, dict[str, Tensor]] = {
             "weights": {name: value.detach() for name, value in run.trainable.parameters.items()},
             "optimiser": moments,
@@ -79,7 +129,7 @@ class RunFolder:
                 "kl_weight": run.control.weight,
                 "watch": run.watch.state(),
                 "method": run.method.state(),
-                "scaler": run.accelerator.scaler.state_dict() if run.accelerator.scaler else None,
+                "scaler": run.scaler.state_dict() if run.scaler else None,
                 "records": run.records,
                 "evaluations": run.evaluations,
             },
@@ -98,19 +148,19 @@ class RunFolder:
         pinned = [] if run.watch.best_step is None else [run.watch.best_step]
         return self.checkpoints.save(run.step, tensors, values, pinned=pinned)
 
-    def _restore(self, run: "FinetuneRun", saved: Checkpoint) -> None:
+    def _restore(self, run: RunState, saved: Checkpoint) -> None:
         _check_identity(self.identity, saved)
         state = saved.json("state")
-        self._put(run, saved.tensors("weights"))
-        load_optimiser(run.optimiser.optimizer, saved.tensors("optimiser"), state["optimiser"])
+        run.put(saved.tensors("weights"))
+        load_optimiser(run.optimiser, saved.tensors("optimiser"), state["optimiser"])
         run.schedule.load_state_dict(state["schedule"])
-        run.control = KLControl(state["kl_weight"], run.settings.kl_target, run.settings.kl_budget)
+        run.control = replace(run.control, weight=state["kl_weight"])
         run.watch = run.watch.restored(state["watch"])
         run.method.restore(state["method"])
         run.step, run.rounds = state["step"], state["rounds"]
         run.records, run.evaluations = state["records"], state["evaluations"]
-        if run.accelerator.scaler and state["scaler"]:
-            run.accelerator.scaler.load_state_dict(state["scaler"])
+        if run.scaler and state["scaler"]:
+            run.scaler.load_state_dict(state["scaler"])
         if run.ema:
             average = saved.tensors("average")
             for name, value in zip(run.trainable.parameters, run.ema.shadow_params, strict=True):
@@ -123,34 +173,14 @@ class RunFolder:
         if random and torch.cuda.is_available():
             torch.cuda.set_rng_state_all([random[f"cuda-{number}"] for number in range(len(random))])
 
-    def _put(self, run: "FinetuneRun", weights: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in run.trainable.parameters.items():
-                parameter.copy_(weights[name])
+    def load_best(self, run: RunState) -> None:
+        """Puts the weights of the best evaluation, or their average, in the place of the present ones."""
+        saved = Checkpoint.open(self.checkpoints.folder / f"step-{run.watch.best_step:08d}")
+        run.put(saved.tensors("average" if run.ema else "weights"))
 
-    def load_weights(self, run: "FinetuneRun", step: int) -> None:
-        """Puts the weights of a checkpoint, or their average, in the place of the present ones."""
-        saved = Checkpoint.open(self.checkpoints.folder / f"step-{step:08d}")
-        self._put(run, saved.tensors("average" if run.ema else "weights"))
-
-    def export(self, run: "FinetuneRun", name: str) -> Path:
+    def export(self, run: RunState, name: str) -> Path:
         """The present weights, as diffusers reads them."""
         return run.trainable.export(self.path / name)
-
-
-def _identity(run: "FinetuneRun") -> dict[str, Any]:
-    """What makes this run this run, as plain values."""
-    pipe, exam = run.method.pipe, run.exam
-    settings = {name: value for name, value in asdict(run.settings).items() if name not in FREE}
-    return {
-        **run.method.about(),
-        "model": f"{type(pipe).__name__} {getattr(pipe.config, '_name_or_path', '')}".strip(),
-        "scheduler": pipe.scheduler.to_json_string(),
-        **run.source.about(),
-        "eval_prompts": list(exam.prompts),
-        "eval_rewards": [reward.name for reward in exam.held_out],
-        **{name: plain_values(value) for name, value in settings.items()},
-    }
 
 
 def _check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:

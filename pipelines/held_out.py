@@ -47,6 +47,10 @@ class Exam:
     trained: Reward
     held_out: Sequence[Reward]
 
+    def about(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"eval_prompts": list(self.prompts), "eval_rewards": [reward.name for reward in self.held_out]}
+
     def take(self, pipe: Any, settings: FinetuneSettings, step: int, prepared: Any, before: BeforeEach) -> Evaluated:
         """The same prompts and seeds at every step."""
         rows = rows_of(self.prompts, settings.eval_samples, settings.seed, "evaluation", shared_start=False)

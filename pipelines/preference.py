@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from steer.losses import D3PO, PRDP, D3POTrajectory
-from steer.pipelines.finetune import FinetuningPipeline
+from steer.pipelines.finetune import LossPipeline
 from steer.pipelines.samples import Scored
 
 
-class D3POPipeline(FinetuningPipeline):
+class D3POPipeline(LossPipeline):
     """Direct preference optimisation of denoising steps: of two samples from one x_T the better one becomes likelier.
 
     pipe = StableDiffusionPipeline.from_pretrained(...)
@@ -34,7 +34,7 @@ class D3POPipeline(FinetuningPipeline):
         return torch.stack(list(scored.parts.values()), -1) if self.pareto and scored.parts else scored.rewards
 
 
-class PRDPPipeline(FinetuningPipeline):
+class PRDPPipeline(LossPipeline):
     """Regression of reward differences on those of log pθ/p_ref, with proximal updates: stable on many prompts.
 
     beta  of the optimum pθ ∝ p_ref · exp(r/β), in units of the reward per nat; start from a tenth of its spread

@@ -103,7 +103,7 @@ class Sampler:
             x_s = event.prev
             if noisy := bool(kernel.std > 0):
                 stochastic.append(event.k)
-                z = drawn(rows.noises, kernel.mean, [f"step {event.k}"] * len(rows))
+                z = self._noise(rows, event.k, kernel.mean)
                 x_s = (kernel.mean + kernel.std * z).to(event.prev.dtype).to(self.storage).to(event.prev.dtype)
                 log_probs.append(kernel.log_prob(x_s).cpu())
             latents.append(x_s.to(self.storage).cpu())
@@ -138,6 +138,36 @@ class Sampler:
                 self._run(stored.rows, force, "latent")
         finally:
             self._gate.open = True
+
+    def finish(self, stored: Trajectories, last: int) -> tuple[Tensor, dict[int, Gaussian]]:
+        """Runs the last `last` solver steps anew by today's weights, with the same noise, and keeps the graph.
+
+        The run begins at the stored latents before them; the denoiser is not called for earlier steps. Returns images
+        (N, 3, H, W) in [0, 1], and the kernels of those steps that are stochastic, by their number t.
+        """
+        first = stored.latents.shape[1] - last
+        found: dict[int, Gaussian] = {}
+
+        def go_on(event: Event) -> tuple[None, Tensor]:
+            self._gate.open = event.k + 1 >= first
+            if event.k < first:
+                return None, stored.latents[:, event.k].to(event.prev)
+            kernel = event.kernel(self.eta)
+            if event.k not in stored.stochastic:
+                return None, kernel.mean
+            found[stored.stochastic.index(event.k)] = kernel
+            return None, kernel.mean + kernel.std * self._noise(stored.rows, event.k, kernel.mean)
+
+        self._gate.open = first == 0
+        try:
+            with torch.enable_grad():
+                images = self._run(stored.rows, go_on, "pt")
+        finally:
+            self._gate.open = True
+        return images, found
+
+    def _noise(self, rows: Rows, k: int, like: Tensor) -> Tensor:
+        return drawn(rows.noises, like, [f"step {k}"] * len(rows))
 
     def _run(self, rows: Rows, on_step: Callable[[Event], Any], output_type: str) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in rows.starts]

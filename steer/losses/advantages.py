@@ -31,7 +31,7 @@ class RunningNormaliser:
         self._rewards: dict[str, deque[float]] = {}
 
     def __call__(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
-        """Advantages (B, K) fp32 of the rewards (B, K) of B prompts, and remembers them; a prompt may come several times.
+        """Advantages (B, K) fp32 of rewards (B, K) of B prompts, which it remembers; a prompt may come several times.
 
         Raises InputError, and remembers nothing, where shapes differ or a reward is not finite.
         """

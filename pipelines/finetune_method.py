@@ -1,0 +1,82 @@
+"""What a finetuning method is, and what its training returns."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from steer.engine import Backward, Batch, Penalty
+from steer.losses import Metrics
+from steer.pipelines.finetune_settings import FinetuneSettings
+from steer.pipelines.method import SteeringMethod
+from steer.pipelines.samples import Scored
+from steer.trajectory import Sampler
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """How a training ended.
+
+    step         updates made
+    stopped      why it ended before its time, else None
+    weights      where the exported weights are: those of the end, or the best ones where a guard stopped it
+    best_step    updates of the best evaluation by the held-out reward (`best/`); None without evaluations
+    records      one for every update
+    evaluations  one for every evaluation
+    """
+
+    step: int
+    stopped: str | None
+    weights: Path | None
+    best_step: int | None
+    records: tuple[Record, ...]
+    evaluations: tuple[Record, ...]
+
+
+class FinetuningMethod(SteeringMethod, ABC):
+    """How a denoiser learns from samples; the rest of a training is the same for all methods.
+
+    shared_start  whether the samples of one prompt begin at one x_T
+    """
+
+    shared_start: ClassVar[bool] = False
+
+    @abstractmethod
+    def check(self, settings: FinetuneSettings) -> None:
+        """Raises InputError for settings that this method can do nothing with."""
+
+    def signal(self, scored: Scored) -> Tensor:
+        """What the loss is told of the samples: by default their rewards (B, K)."""
+        return scored.rewards
+
+    @abstractmethod
+    def gradient(
+        self,
+        sampler: Sampler,
+        batch: Batch,
+        penalties: Mapping[Penalty, float],
+        unchanged: bool,
+        backward: Backward,
+        before_each: Callable[[], None],
+    ) -> tuple[float, Metrics]:
+        """Adds the gradient of one update to the weights' .grad; returns the loss, and metrics with `kl` in nats.
+
+        unchanged  the weights are those that drew the batch
+        See `steer.engine.two_pass_gradient` for the others.
+        """
+
+    def about(self) -> dict[str, Any]:
+        """What makes this method, as plain values."""
+        return {"method": type(self).__name__, "reward": self.reward.name}
+
+    def state(self) -> dict[str, Any]:
+        """What the method itself remembers from round to round, as plain values."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` told."""
