@@ -9,11 +9,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from steer.engine import Penalty
+from steer.errors import InputError
 from steer.guards import HoldOutWatch, KLControl, check_replay, chi_square, kl
 from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Record
 from steer.pipelines.finetune_settings import FinetuneSettings
@@ -45,12 +47,7 @@ class FinetuneRun:
     ) -> None:
         self.method, self.source, self.exam, self.settings = method, source, exam, settings
         self.folder = RunFolder(folder, self._identity(), about, settings.keep_checkpoints)
-        self.accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=list(settings.log_with) or None,
-            project_dir=folder,
-            cpu=method.pipe.device.type == "cpu",
-        )
+        self.accelerator = _accelerator(settings, folder, method.pipe.device.type == "cpu")
         self.state = self._started(_trainable(method.pipe, settings))
         self.stopped: str | None = None
 
@@ -213,6 +210,22 @@ class FinetuneRun:
         return FinetuneResult(
             state.step, self.stopped, weights, state.watch.best_step, tuple(state.records), tuple(state.evaluations)
         )
+
+
+def _accelerator(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accelerator:
+    if cpu and settings.mixed_precision == "fp16":
+        raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
+    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    try:
+        return Accelerator(
+            mixed_precision=settings.mixed_precision,
+            log_with=list(settings.log_with) or None,
+            project_dir=folder,
+            cpu=cpu,
+            device_placement=False,  # the pipeline is where its owner put it
+        )
+    except (ImportError, ValueError) as error:
+        raise InputError(f"log_with {', '.join(settings.log_with)}: {str(error).splitlines()[0]}") from error
 
 
 def _trainable(pipe: Any, settings: FinetuneSettings) -> Trainable:

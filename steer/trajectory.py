@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_map_only
 
 from steer.differentiable import recording
 from steer.errors import InputError
@@ -192,12 +193,21 @@ class _Gate:
         for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
             for name in names:
                 if (module := getattr(pipe, name, None)) is not None:
-                    call = prepared if prepared is not None and name == trained else module
+                    call = _in_dtype_of(module, prepared) if prepared is not None and name == trained else module
                     found[name] = StandIn(module, self._guarded(call, silence(module)))
         return found
 
     def _guarded(self, call: Callable[..., Any], silent: StandIn) -> Callable[..., Any]:
         return lambda *args, **kwargs: (call if self.open else silent)(*args, **kwargs)
+
+
+def _in_dtype_of(module: Any, prepared: Callable[..., Any]) -> Callable[..., Any]:
+    """A prepared denoiser answers in fp32; the latents, and a decoder after them, are to keep their precision."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, lambda value: value.to(module.dtype), prepared(*args, **kwargs))
+
+    return call
 
 
 def log_probs(sampler: Sampler, stored: Trajectories, only: Collection[int] | None = None) -> Tensor:

@@ -1,0 +1,247 @@
+"""What ends a finetuning run, what it refuses, and what it leaves behind."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PIPELINES
+from finetune_runs import HELD_OUT, PROMPTS, settings_of, train
+from safetensors.torch import load_file
+
+from steer.errors import InputError
+from steer.pipelines import D3POPipeline, DDPOPipeline, FinetuneSettings, GRPOPipeline, PRDPPipeline
+from steer.pipelines.held_out import Evaluated, Exam, diversity, interval
+from steer.pipelines.rounds import learning_order
+from steer.pipelines.samples import chosen_steps, prompts_at, rows_of
+
+SHORT: dict[str, Any] = {
+    "max_steps": 3,
+    "steps_per_round": 1,
+    "passes": 1,
+    "eval_every": 1,
+    "ema_decay": 0.0,
+    "kl_weight": 0.0,
+    "kl_target": None,
+}
+
+
+@pytest.fixture
+def pipe() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = PIPELINES["sd"]()
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_a_spent_budget_ends_the_run_with_its_weights(pipe: Any, tmp_path: Path) -> None:
+    settings = settings_of("prdp", kl_budget=1e-9, kl_weight=0.0, kl_target=None, warmup_steps=0)
+    result = train("prdp", pipe, tmp_path, settings)
+    assert result.stopped and result.stopped.startswith("the KL budget is spent")
+    assert result.step == 2, "the first update's KL is 0"
+    assert result.weights and result.weights.is_file()
+    assert result.evaluations[-1]["step"] == 2, "judged once more at the end"
+
+
+class Fooled:
+    """A held-out reward that falls from evaluation to evaluation, whatever it sees."""
+
+    name, differentiable = "honest", False
+
+    def __init__(self, worth: list[float]) -> None:
+        self.worth = iter(worth)
+
+    def __call__(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        return torch.full((len(images),), next(self.worth))
+
+
+class Rising(Fooled):
+    """A reward that rises with every call; images of one call differ in it."""
+
+    name = "proxy"
+
+    def __call__(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        return torch.linspace(0, 0.1, len(images)) + next(self.worth)
+
+
+def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_best_weights(
+    pipe: Any, tmp_path: Path
+) -> None:
+    """Evaluations after 0, 1, 2, 3 updates; the second is the best, the two after it are fooled."""
+    reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.5, 0.9, 0.8, 0.7, 0.6])
+    settings = settings_of("grpo", **SHORT | {"max_steps": 9, "patience": 2, "micro_batch": 4})
+    result = GRPOPipeline(pipe, reward).train(PROMPTS, tmp_path, settings, eval_prompts=HELD_OUT, eval_rewards=[honest])
+    assert result.best_step == 1 and result.step == 3
+    assert result.stopped and "held-out one fell, 2 evaluations in a row" in result.stopped
+    final, best = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("final", "best"))
+    assert all(torch.equal(final[name], value) for name, value in best.items())
+    kept = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert "step-00000001" in kept, "the best one is never rotated away"
+    trained = load_file(tmp_path / "checkpoints" / "step-00000003" / "weights.safetensors")
+    assert any(not torch.equal(trained[name], value) for name, value in load_file(
+        tmp_path / "checkpoints" / "step-00000001" / "weights.safetensors").items())  # fmt: skip
+
+
+def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, tmp_path: Path) -> None:
+    pipe.unet.register_forward_hook(lambda module, inputs, output: (output[0] + 0.01 * torch.randn_like(output[0]),))
+    with pytest.raises(InputError, match="a replay of the first samples gives other log-probabilities"):
+        GRPOPipeline(pipe, "brightness").train(PROMPTS, tmp_path, settings_of("grpo", **SHORT))
+    assert not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def constant(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+    return torch.full((len(images),), 0.25)
+
+
+def broken(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+    return torch.full((len(images),), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("reward", "told"),
+    [
+        (constant, "reward 'constant' gave all 2 samples of every prompt the same score"),
+        (broken, "reward 'broken' returned nan for image 0"),
+    ],
+)
+def test_a_reward_that_teaches_nothing_is_named(reward: Any, told: str, pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=told):
+        PRDPPipeline(pipe, reward).train(PROMPTS, tmp_path, settings_of("prdp", **SHORT))
+
+
+@pytest.mark.parametrize(
+    ("method", "changed", "told"),
+    [
+        (PRDPPipeline, {"samples_per_prompt": 1}, "samples_per_prompt must be at least 2, got 1"),
+        (PRDPPipeline, {"timestep_fraction": 0.5}, "timestep_fraction must be 1, got 0.5"),
+        (GRPOPipeline, {"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
+        (GRPOPipeline, {"log_with": ("nonesuch",)}, "log_with nonesuch"),
+        (GRPOPipeline, {"lora_targets": ("nonesuch",)}, "no layer named nonesuch"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(
+    method: Any, changed: dict[str, Any], told: str, pipe: Any, tmp_path: Path
+) -> None:
+    def never(*_: Any) -> None:
+        raise AssertionError("the denoiser was called")
+
+    pipe.unet.register_forward_pre_hook(never)
+    with pytest.raises(InputError, match=told):
+        method(pipe, "brightness").train(PROMPTS, tmp_path, settings_of("grpo", **SHORT | changed))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_steps", 0), ("prompts_per_step", 0), ("passes", 0), ("micro_batch", 0), ("eta", 0.0), ("eta", 1.1),
+        ("timestep_fraction", 0.0), ("learning_rate", 0.0), ("learning_rate", float("inf")), ("ema_decay", 1.0),
+        ("lora_rank", -1), ("guidance_scale", float("nan")), ("max_grad_norm", 0.0), ("patience", -1),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name} must be"):
+        FinetuneSettings(**{name: value})
+
+
+def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_the_same_run(
+    pipe: Any, tmp_path: Path
+) -> None:
+    settings = settings_of("grpo", **SHORT)
+    first = train("grpo", pipe, tmp_path, settings, resume=False)
+    assert first.step == 3
+    again = PIPELINES["sd"]
+    with pytest.raises(InputError, match="holds a run already: resume it, or choose another output folder"):
+        train("grpo", again(), tmp_path, settings, resume=False)
+    with pytest.raises(InputError, match=r"of a run with another learning_rate \(0.01 there, 0.02 here\)"):
+        train("grpo", again(), tmp_path, settings_of("grpo", **SHORT | {"learning_rate": 0.02}))
+    with pytest.raises(InputError, match="of a run with another method"):
+        train("filtered", again(), tmp_path, settings)
+    longer = train("grpo", again(), tmp_path, settings_of("grpo", **SHORT | {"max_steps": 4}))
+    assert longer.step == 4 and longer.records[:3] == first.records
+
+
+def test_a_spoilt_checkpoint_is_skipped_and_told(pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = settings_of("grpo", **SHORT | {"max_steps": 2, "checkpoint_every": 1})
+    train("grpo", pipe, tmp_path, settings)
+    spoilt = tmp_path / "checkpoints" / "step-00000002" / "weights.safetensors"
+    spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"\0\1"[-1:])
+    with caplog.at_level(logging.WARNING):
+        result = train("grpo", PIPELINES["sd"](), tmp_path, settings_of("grpo", **SHORT | {"max_steps": 3}))
+    assert "skipped a checkpoint" in caplog.text and "weights.safetensors" in caplog.text
+    assert [record["step"] for record in result.records] == [1, 2, 3]
+
+
+def test_what_a_run_leaves(pipe: Any, tmp_path: Path) -> None:
+    seen: list[Evaluated] = []
+    told: list[dict[str, Any]] = []
+    settings = settings_of("d3po", **SHORT | {"eval_every": 2, "eval_samples": 2})
+    result = train(
+        "d3po", pipe, tmp_path, settings, about={"mine": [1, "two"]}, on_update=told.append, on_evaluation=seen.append
+    )
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == list(result.records) == told
+    assert [json.loads(line)["step"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()] == [0, 2, 3]
+    assert [one.step for one in seen] == [0, 2, 3]
+    assert seen[0].images.shape == (4, 3, 8, 8) and seen[0].rewards.keys() == {"brightness", "colour:red"}
+    assert json.loads((tmp_path / "checkpoints" / "step-00000003" / "config.json").read_text()) == {"mine": [1, "two"]}
+    assert {"loss", "reward", "reward_spread", "accuracy", "kl", "grad_norm", "seconds"} <= result.records[0].keys()
+
+
+def test_pairs_of_d3po_begin_at_one_noise_and_part_on_the_way() -> None:
+    rows = rows_of(("a", "b"), 2, 0, "update 0", shared_start=True)
+    assert rows.prompts == ("a", "a", "b", "b")
+    assert rows.starts[0] == rows.starts[1] != rows.starts[2] == rows.starts[3]
+    assert len(set(rows.noises)) == 4
+    assert len(set(rows_of(("a", "b"), 2, 0, "update 0", shared_start=False).starts)) == 4
+
+
+def test_every_turn_goes_over_all_prompts_in_a_new_order() -> None:
+    prompts = [str(number) for number in range(7)]
+    turns = [prompts_at(7 * turn, 7, prompts, seed=3) for turn in range(20)]
+    assert all(sorted(turn) == prompts for turn in turns)
+    assert len(set(turns)) == 20
+    assert prompts_at(5, 6, prompts, 3) == turns[0][5:] + turns[1][:4], "batches run over the end of a turn"
+
+
+def test_steps_are_chosen_evenly_over_the_updates() -> None:
+    assert chosen_steps(10, 1.0, 0, "update 0") == tuple(range(10))
+    assert len(chosen_steps(10, 0.3, 0, "update 0")) == 3 and len(chosen_steps(10, 0.01, 0, "x")) == 1
+    counts = torch.zeros(10)
+    for update in range(1000):
+        counts[list(chosen_steps(10, 0.5, 0, f"update {update}"))] += 1
+    assert counts.min() > 430 and counts.max() < 570
+
+
+def test_the_first_pass_is_in_the_order_of_drawing() -> None:
+    assert learning_order(3, 1, 0, 0) == (0, 1, 2)
+    order = learning_order(3, 4, 0, 1)
+    assert order[:3] == (0, 1, 2) and all(sorted(order[n : n + 3]) == [0, 1, 2] for n in (3, 6, 9))
+
+
+def test_diversity_and_intervals_by_hand() -> None:
+    images = torch.zeros(4, 3, 2, 2)
+    images[1] = 0.5  # 0.5 from its neighbour; the other pair is one image twice
+    assert diversity(images, 2) == pytest.approx(0.25)
+    assert diversity(images, 1) == 0
+    mean, low, high = interval(torch.tensor([0.0, 1.0]).repeat(200))
+    assert mean == 0.5 and low == pytest.approx(0.451, abs=0.01) and high == pytest.approx(0.549, abs=0.01)
+
+
+def test_without_held_out_prompts_nothing_is_evaluated(pipe: Any, tmp_path: Path) -> None:
+    result = DDPOPipeline(pipe, "brightness").train(
+        PROMPTS, tmp_path, settings_of("ddpo", **SHORT | {"samples_per_prompt": 1})
+    )
+    assert result.evaluations == () and result.best_step is None and not (tmp_path / "best").exists()
+    assert Exam((), D3POPipeline(pipe, "brightness").reward, ()).about() == {"eval_prompts": [], "eval_rewards": []}
+
+
+def test_a_trained_pipeline_is_called_like_any_other(pipe: Any, tmp_path: Path) -> None:
+    trainer = GRPOPipeline(pipe, "brightness")
+    trainer.train(PROMPTS, tmp_path, settings_of("grpo", **SHORT))
+    images = trainer("a star", num_inference_steps=2, height=8, width=8, output_type="pt").images
+    assert images.shape == (1, 3, 8, 8)
+    with pytest.raises(InputError, match="has a LoRA named 'steer' already"):
+        trainer.train(PROMPTS, tmp_path / "again", settings_of("grpo", **SHORT))
