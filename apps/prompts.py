@@ -113,7 +113,7 @@ def _parquet(path: Path, column: str | None) -> list[str]:
             name = _chosen(names, column)
             # The one column alone: tables of the hub often hold images beside it.
             values = [] if name is None else file.read(columns=[name]).column(0).to_pylist()
-    except pyarrow.ArrowKeyError as error:
+    except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a parquet file that can be read ({in_a_line(error)})") from error
     if name is None:
         raise InputError(f'{path}: expected a column named "{column or COLUMN}"{_others(names)}')

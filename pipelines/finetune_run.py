@@ -1,5 +1,6 @@
 """A finetuning run: rounds of samples, updates, evaluations, guards and checkpoints."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -8,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
@@ -19,13 +18,14 @@ from steer.errors import InputError
 from steer.guards import HoldOutWatch, KLControl, check_replay, chi_square, kl
 from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Record
 from steer.pipelines.finetune_settings import FinetuneSettings
+from steer.pipelines.finetune_setup import accelerator_of, trainable_of
 from steer.pipelines.finetune_state import RunFolder, RunState
 from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.rounds import Round, Source
 from steer.pipelines.samples import sampler_of
 from steer.pipelines.stopping import Stopped, StopRequest, stop_request
 from steer.quiet import plain_values
-from steer.trainable import Full, LoRA, Trainable, denoiser_of
+from steer.trainable import Trainable
 from steer.trajectory import Sampler
 
 INTERRUPTED = "interrupted"
@@ -47,8 +47,8 @@ class FinetuneRun:
     ) -> None:
         self.method, self.source, self.exam, self.settings = method, source, exam, settings
         self.folder = RunFolder(folder, self._identity(), about, settings.keep_checkpoints)
-        self.accelerator = _accelerator(settings, folder, method.pipe.device.type == "cpu")
-        self.state = self._started(_trainable(method.pipe, settings))
+        self.accelerator = accelerator_of(settings, folder, method.pipe.device.type == "cpu")
+        self.state = self._started(trainable_of(method.pipe, settings))
         self.stopped: str | None = None
 
     def _started(self, trainable: Trainable) -> RunState:
@@ -108,6 +108,10 @@ class FinetuneRun:
                     bar.set_postfix(_shown(record))
             except Stopped:
                 self.stopped = INTERRUPTED
+            except InputError:
+                if state.step:  # what was learnt is not lost with a reward that fails
+                    self.folder.save(state)
+                raise
             self.folder.save(state)
 
     def _update(self, request: StopRequest) -> Record:
@@ -123,6 +127,11 @@ class FinetuneRun:
             self.accelerator.backward,
             request.check,
         )
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the loss of update {state.step + 1} is {loss}: the weights went too far. Lower learning_rate, or "
+                "raise kl_weight"
+            )
         norm = self.accelerator.clip_grad_norm_(state.parameters, settings.max_grad_norm)
         rate = state.schedule.get_last_lr()[0]
         self.optimiser.step()
@@ -132,7 +141,8 @@ class FinetuneRun:
             state.ema.step(state.parameters)
         state.step += 1
         steps, seconds = state.round.batch.chunks[0].log_probs.shape[1], time.monotonic() - started
-        record = {"step": state.step, "round": state.rounds, "loss": loss, **state.round.record(), **metrics}
+        record = {"step": state.step, "round": state.rounds, "loss": loss, **state.round.record()}
+        record |= {name: value for name, value in metrics.items() if math.isfinite(value)}  # no pairs: no accuracy
         record |= {"kl_per_step": metrics["kl"] / steps, "kl_weight": state.control.weight}
         record |= {"grad_norm": float(norm), "learning_rate": rate, "seconds": seconds}
         images = drawn * settings.prompts_per_step * settings.samples_per_prompt
@@ -210,30 +220,6 @@ class FinetuneRun:
         return FinetuneResult(
             state.step, self.stopped, weights, state.watch.best_step, tuple(state.records), tuple(state.evaluations)
         )
-
-
-def _accelerator(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accelerator:
-    if cpu and settings.mixed_precision == "fp16":
-        raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
-    try:
-        return Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=list(settings.log_with) or None,
-            project_dir=folder,
-            cpu=cpu,
-            device_placement=False,  # the pipeline is where its owner put it
-        )
-    except (ImportError, ValueError) as error:
-        raise InputError(f"log_with {', '.join(settings.log_with)}: {str(error).splitlines()[0]}") from error
-
-
-def _trainable(pipe: Any, settings: FinetuneSettings) -> Trainable:
-    if settings.gradient_checkpointing:
-        denoiser_of(pipe)[1].enable_gradient_checkpointing()
-    if settings.lora_rank == 0:
-        return Full(pipe)
-    return LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
 
 
 def _numbers(record: Record) -> dict[str, float]:

@@ -55,7 +55,10 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-# ---- what is saved comes back
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real fsync takes long on a busy disk."""
+    monkeypatch.setattr(os, "fsync", lambda number: None)
 
 
 def test_a_checkpoint_is_a_folder_of_plain_files(tmp_path: Path) -> None:
@@ -146,9 +149,6 @@ def test_steps_and_numbers_to_keep_are_checked(tmp_path: Path) -> None:
     assert save(tmp_path, 0, keep=2).name == "step-00000000"
     found, _ = Checkpoints(tmp_path).latest()
     assert found and found.step == 10**9  # by number, not by letters
-
-
-# ---- what is damaged is not used
 
 
 def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:

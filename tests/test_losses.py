@@ -202,8 +202,8 @@ def test_filtered_by_hand() -> None:
 
 @pytest.mark.parametrize("loss", [D3PO(1.0), D3POTrajectory(1.0)], ids=ids)
 def test_pareto_dominance(loss: Loss) -> None:
-    # 1 (2, 2) beats 2 (2, 1) and 4 (1, 1); 2 and 3 (1, 2) beat 4; 1 beats 3; 2 and 3 cannot be compared; 5 equals 1, so it
-    # beats 2, 3, 4 too: 1≻2 1≻3 1≻4 2≻4 3≻4 5≻2 5≻3 5≻4. All log-probabilities but those of 4 are equal.
+    # 2 (2, 1) and 3 (1, 2) cannot be compared, 1 and 5 are equal (2, 2), 4 is (1, 1). Pairs: 1≻2 1≻3 1≻4, 2≻4, 3≻4,
+    # 5≻2 5≻3 5≻4. All log-probabilities but that of 4 are equal.
     rewards = torch.tensor([[[2.0, 2], [2, 1], [1, 2], [1, 1], [2, 2]]])
     log_probs = steps([[0.0], [0.0], [0.0], [-1.0], [0.0]])
     value, gradient = solved(loss, log_probs, rewards)
@@ -345,9 +345,7 @@ def test_gradients_are_those_of_finite_differences(loss: Loss, seed: int) -> Non
 
 A, T = 2, 3
 TRAJECTORIES = torch.tensor(list(product(range(A), repeat=T)))  # (A^T, T)
-PREFIXES = torch.stack(
-    [sum(TRAJECTORIES[:, i] * A ** (t - 1 - i) for i in range(t)) + torch.zeros(A**T) for t in range(T)]
-)
+PREFIXES = [torch.arange(A**T) // A ** (T - t) for t in range(T)]  # which prefix of t choices a trajectory has
 
 
 class Chain:
@@ -359,7 +357,7 @@ class Chain:
 
     def log_probs(self) -> Tensor:
         """(B, A^T, T) of every step of every trajectory."""
-        rows = zip(self.tables, PREFIXES.long(), TRAJECTORIES.T, strict=True)
+        rows = zip(self.tables, PREFIXES, TRAJECTORIES.T, strict=True)
         return torch.stack([table.log_softmax(-1)[:, state, action] for table, state, action in rows], -1)
 
     def learn(self, loss_of: Callable[[Tensor], Tensor], rounds: int, updates: int, lr: float) -> None:
@@ -415,7 +413,7 @@ def bradley_terry(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def learned_from_preferences(loss: Loss, weights: Tensor, lr: float, flat: bool = False) -> tuple[Tensor, Tensor]:
-    """What a chain ends with, and the tilted reference, for β = 2; a flat reference has equal chances after one step."""
+    """Where a chain ends, and the tilted reference, for β = 2; a flat reference has equal chances after one step."""
     chain = Chain(1, 2)
     if flat:
         chain.tables[1:] = [torch.zeros_like(table) for table in chain.tables[1:]]
@@ -507,16 +505,16 @@ def test_the_table_holds_every_loss_with_the_published_defaults() -> None:
     ("make", "message"),
     [
         (lambda: D3PO(beta=0), "beta 0 must be above 0"),
-        (lambda: D3PO(unit="bit"), "unit 'bit' must be nat or element"),  # type: ignore[arg-type]
+        (lambda: D3PO(unit="bit"), "unit 'bit' must be nat or element"),
         (lambda: D3POTrajectory(beta=math.inf), "beta inf must be above 0 and finite"),
-        (lambda: D3POTrajectory(unit="bit"), "unit 'bit' must be nat or element"),  # type: ignore[arg-type]
+        (lambda: D3POTrajectory(unit="bit"), "unit 'bit' must be nat or element"),
         (lambda: PRDP(beta=-1), "beta -1 must be above 0"),
         (lambda: PRDP(clip=0), "clip 0 must be above 0"),
         (lambda: DDPO(clip=math.nan), "clip nan must be above 0"),
         (lambda: DDPO(advantage_clip=0), "advantage_clip 0 must be above 0"),
-        (lambda: DDPO(unit="bit"), "unit 'bit' must be nat or element"),  # type: ignore[arg-type]
+        (lambda: DDPO(unit="bit"), "unit 'bit' must be nat or element"),
         (lambda: GRPO(clip=-1), "clip -1 must be above 0"),
-        (lambda: GRPO(unit="bit"), "unit 'bit' must be nat or element"),  # type: ignore[arg-type]
+        (lambda: GRPO(unit="bit"), "unit 'bit' must be nat or element"),
         (lambda: Filtered(keep=0), "keep 0 must be above 0 and at most 1"),
         (lambda: Filtered(keep=1.5), "keep 1.5 must be above 0 and at most 1"),
         (lambda: RunningNormaliser(size=1), "size 1 must be at least 2"),

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 from huggingface_hub import errors
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
@@ -75,6 +75,7 @@ def test_text_has_no_column(tmp_path: Path) -> None:
 
 
 @given(prompts=st.lists(st.text(st.characters(codec="utf-8")), max_size=5))
+@settings(deadline=None)
 def test_parquet_gives_back_any_text(prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "any.parquet"
     for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int8(), pa.string())):

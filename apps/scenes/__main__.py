@@ -185,7 +185,7 @@ STAGES = {
     "reno": (_reno, "noise optimisation and its controls on prompts of --list, to --json and a picture"),
     "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, on prompts of --list, to --json"),
     "reno-cost": (_reno_cost, "memory and time of noise optimisation, to --json"),
-    "prompts": (_prompts, "write the held-out and the tuning prompts to --prompts"),
+    "prompts": (_prompts, "write the three prompt lists to --prompts"),
 }
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ The authors' code clamps the ratio π/π_ref to 1 ± 0.1, which keeps the loss w
 outside: it is not done here.
 
 Where preferences follow Bradley and Terry, P(w ≻ l) = sigmoid(r^w − r^l), the trajectory form is least at
-π(τ) ∝ π_ref(τ) exp(r(τ)/β). The form per step is so only where one step decides and the others have nothing to learn.
+π(τ) ∝ π_ref(τ) exp(r(τ)/β). The form per step, in general, is not: each step is taught by what the others did.
 """
 
 from dataclasses import dataclass
