@@ -14,6 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from steer.apps.scenes.autoencoder import CHANNELS, encode
 from steer.apps.scenes.tokenizer import LENGTH, build_tokenizer
 from steer.apps.scenes.training import training_scenes
+from steer.staged import staged
 from steer.training import Run, batch_at
 
 logger = logging.getLogger(__name__)
@@ -88,9 +89,8 @@ def latents_and_tokens(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenize
             latents.append(encode(vae, images))
             tokens.append(token_ids(tokenizer, prompts))
             logger.info("encoded %d of %d scenes", first + PART, SCENES)
-        staged = path.with_suffix(".new")
-        save_file({"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens)}, staged)
-        staged.replace(path)
+        with staged(path) as new:
+            save_file({"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens)}, new)
     data = load_file(path)
     return data["latents"], data["tokens"]
 
