@@ -49,6 +49,7 @@ class FinetuneRun:
         self.folder = RunFolder(folder, self._identity(), about, settings.keep_checkpoints)
         self.accelerator = accelerator_of(settings, folder, method.pipe.device.type == "cpu")
         self.state = self._started(trainable_of(method.pipe, settings))
+        self.sampler = self._sampler()
         self.stopped: str | None = None
 
     def _started(self, trainable: Trainable) -> RunState:
@@ -120,7 +121,7 @@ class FinetuneRun:
         drawn = settings.steps_per_round if state.round is None else 0
         state.round = state.round or self._draw(request)
         loss, metrics = self.method.gradient(
-            self._sampler(),
+            self.sampler,
             state.round.batch,
             self._penalties(),
             state.round.untouched,
@@ -165,12 +166,12 @@ class FinetuneRun:
     def _draw(self, request: StopRequest) -> Round:
         """The next round; the first one is also held against its replay."""
         self.optimiser.zero_grad()  # of an update that was broken off
-        sampler, trainable = self._sampler(), self.state.trainable
-        drew = self.source.round(self.state.rounds, sampler, trainable, request.check)
+        self.sampler = self._sampler()  # what it remembers of texts lasts for a round
+        drew = self.source.round(self.state.rounds, self.sampler, self.state.trainable, request.check)
         if self.state.rounds == 0:
             by_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
-            dtype = by_precision.get(self.settings.mixed_precision, trainable.denoiser.dtype)
-            check_replay(sampler, drew.batch.chunks[0], dtype)
+            dtype = by_precision.get(self.settings.mixed_precision, self.state.trainable.denoiser.dtype)
+            check_replay(self.sampler, drew.batch.chunks[0], dtype)
         self.state.rounds += 1
         return drew
 

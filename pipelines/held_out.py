@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from steer.pipelines.finetune_settings import FinetuneSettings
-from steer.pipelines.samples import BeforeEach, draw, rows_of, sampler_of
+from steer.pipelines.samples import BeforeEach, rows_of, sampler_of
 from steer.pipelines.scoring import over_frames
 from steer.reward import Reward, score_parts
 
@@ -53,15 +53,18 @@ class Exam:
 
     def take(self, pipe: Any, settings: FinetuneSettings, step: int, prepared: Any, before: BeforeEach) -> Evaluated:
         """The same prompts and seeds at every step."""
-        rows = rows_of(self.prompts, settings.eval_samples, settings.seed, "evaluation", shared_start=False)
-        sampler, size = sampler_of(pipe, settings, prepared), settings.eval_samples
-        drew = draw(sampler, self.trained, rows, size, settings.micro_batch, before)
-        rewards = {self.trained.name: drew.rewards}
-        parts = list(zip(drew.images.split(settings.micro_batch), rows.split(settings.micro_batch), strict=True))
-        for reward in self.held_out:
-            found = [over_frames(some, partial(score_parts, reward, prompts=part.prompts))[0] for some, part in parts]
+        size, sampler = settings.eval_samples, sampler_of(pipe, settings, prepared)
+        rows = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False)
+        parts, images = rows.split(settings.micro_batch), []
+        for part in parts:
+            before()
+            images.append(sampler.rollout(part)[1].cpu())
+        rewards = {}
+        for reward in (self.trained, *self.held_out):
+            scored = zip(images, parts, strict=True)
+            found = [over_frames(some, partial(score_parts, reward, prompts=part.prompts))[0] for some, part in scored]
             rewards[reward.name] = torch.cat(found).view(-1, size).detach()
-        return Evaluated(step, drew.prompts, rewards, diversity(drew.images, size), drew.images)
+        return Evaluated(step, tuple(self.prompts), rewards, diversity(torch.cat(images), size), torch.cat(images))
 
 
 def diversity(images: Tensor, samples: int) -> float:

@@ -20,13 +20,12 @@ BeforeEach = Callable[[], None]
 
 @dataclass(frozen=True)
 class Scored:
-    """Samples of B prompts × K, in chunks: rewards (B, K), those of the reward's parts, and the chunks' images."""
+    """Samples of B prompts × K, in chunks: rewards (B, K), and those of the reward's parts."""
 
     prompts: tuple[str, ...]
     chunks: tuple[Trajectories, ...]
     rewards: Tensor
     parts: dict[str, Tensor]
-    images: Tensor
 
 
 def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
@@ -49,21 +48,18 @@ def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_s
 
 def draw(sampler: Sampler, reward: Reward, rows: Rows, samples: int, chunk: int, before_each: BeforeEach) -> Scored:
     """Draws the rows, `chunk` at a time, and scores their images."""
-    chunks, images = [], []
+    chunks, scores = [], []
     for some in rows.split(chunk):
         before_each()
-        drew, made = sampler.rollout(some)
+        drew, images = sampler.rollout(some)
         chunks.append(drew)
-        images.append(made.cpu())
-    pairs = zip(images, chunks, strict=True)
-    scores = [over_frames(made, partial(score_parts, reward, prompts=drew.rows.prompts)) for made, drew in pairs]
+        scores.append(over_frames(images, partial(score_parts, reward, prompts=some.prompts)))
     rewards, parts = zip(*scores, strict=True)
     return Scored(
         prompts=rows.prompts[::samples],
         chunks=tuple(chunks),
         rewards=torch.cat(rewards).view(-1, samples).detach(),
         parts={name: torch.cat([told[name] for told in parts]).view(-1, samples).detach() for name in parts[0]},
-        images=torch.cat(images),
     )
 
 
@@ -75,5 +71,5 @@ def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int
 
 
 def sampler_of(pipe: Any, settings: FinetuneSettings, prepared: Any = None) -> Sampler:
-    """A new sampler: what it remembers of texts lasts for one round."""
+    """A new sampler, which remembers no texts."""
     return Sampler(pipe, settings.arguments, settings.eta, DTYPES[settings.storage], prepared)
