@@ -12,7 +12,7 @@ from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Re
 from steer.pipelines.finetune_run import FinetuneRun
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.held_out import Evaluated, Exam
-from steer.pipelines.rounds import OnlineSamples
+from steer.pipelines.rounds import OnlineSamples, Source
 from steer.reward import load_reward
 from steer.trajectory import Sampler
 
@@ -51,6 +51,20 @@ class FinetuningPipeline(FinetuningMethod):
         self.check(settings)
         source = OnlineSamples(tuple(prompts), self.reward, self.signal, self.shared_start, settings)
         exam = Exam(tuple(eval_prompts), self.reward, tuple(load_reward(reward) for reward in eval_rewards))
+        return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)
+
+    def _run(
+        self,
+        source: Source,
+        exam: Exam,
+        settings: FinetuneSettings,
+        output_dir: str | Path,
+        resume: bool,
+        about: Mapping[str, Any] | None,
+        on_update: Callable[[Record], None] | None,
+        on_evaluation: Callable[[Evaluated], None] | None,
+    ) -> FinetuneResult:
+        """What a training is, wherever its samples come from."""
         run = FinetuneRun(self, source, exam, settings, Path(output_dir), dict(about or {}))
         return run.train(resume, on_update or (lambda record: None), on_evaluation or (lambda evaluated: None))
 

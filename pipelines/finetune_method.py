@@ -28,6 +28,7 @@ class FinetuneResult:
     best_step    updates of the best evaluation by the held-out reward (`best/`); None without evaluations
     records      one for every update
     evaluations  one for every evaluation
+    weights_step updates behind the exported weights
     """
 
     step: int
@@ -36,6 +37,7 @@ class FinetuneResult:
     best_step: int | None
     records: tuple[Record, ...]
     evaluations: tuple[Record, ...]
+    weights_step: int | None = None
 
 
 class FinetuningMethod(SteeringMethod, ABC):

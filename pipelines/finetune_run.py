@@ -211,16 +211,16 @@ class FinetuneRun:
             self.accelerator.end_training()
 
     def _finished(self) -> FinetuneResult:
-        state, weights = self.state, None
+        state, weights, of = self.state, None, None
         if self.stopped != INTERRUPTED:
             fooled = state.watch.stop() and state.watch.best_step is not None
+            of = state.watch.best_step if fooled else state.step
             if fooled:
                 self.folder.load_best(state)
             with nullcontext() if fooled else state.averaged():
                 weights = self.folder.export(state, "final")
-        return FinetuneResult(
-            state.step, self.stopped, weights, state.watch.best_step, tuple(state.records), tuple(state.evaluations)
-        )
+        records, evaluations, best = tuple(state.records), tuple(state.evaluations), state.watch.best_step
+        return FinetuneResult(state.step, self.stopped, weights, best, records, evaluations, of)
 
 
 def _numbers(record: Record) -> dict[str, float]:

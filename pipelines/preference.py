@@ -1,13 +1,21 @@
 """Finetuning by comparing samples of one prompt: D3PO (arXiv 2311.13231) and PRDP (arXiv 2402.08714)."""
 
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from steer.errors import InputError
 from steer.losses import D3PO, PRDP, D3POTrajectory
+from steer.pipelines.choices import HumanChoices, Unjudged, settings_of
 from steer.pipelines.finetune import LossPipeline
+from steer.pipelines.finetune_method import FinetuneResult, Record
+from steer.pipelines.finetune_settings import FinetuneSettings
+from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.samples import Scored
+from steer.reward import load_reward
 
 
 class D3POPipeline(LossPipeline):
@@ -15,7 +23,9 @@ class D3POPipeline(LossPipeline):
 
     pipe = StableDiffusionPipeline.from_pretrained(...)
     D3POPipeline(pipe, reward="hpsv2.1").train(prompts, "out/d3po")
+    D3POPipeline(pipe).train_on_choices("choices", "out/d3po")  # of humans
 
+    reward      None where humans choose
     beta        β of the implicit reward β log pθ/p_ref, for log-probabilities per latent element (published: 0.1)
     trajectory  one comparison of whole trajectories in place of one for each step
     pareto      of a reward made of others: prefer what is better by one part and worse by none; the rest is dropped
@@ -24,14 +34,47 @@ class D3POPipeline(LossPipeline):
     shared_start: ClassVar[bool] = True
 
     def __init__(
-        self, pipe: Any, reward: Any, *, beta: float = 0.1, trajectory: bool = False, pareto: bool = False
+        self, pipe: Any, reward: Any = None, *, beta: float = 0.1, trajectory: bool = False, pareto: bool = False
     ) -> None:
-        super().__init__(pipe, reward, (D3POTrajectory if trajectory else D3PO)(beta=beta))
+        loss = (D3POTrajectory if trajectory else D3PO)(beta=beta)
+        super().__init__(pipe, Unjudged() if reward is None else reward, loss)
         self.pareto = pareto
 
     def signal(self, scored: Scored) -> Tensor:
         """Rewards (B, K), or those of the parts (B, K, M)."""
         return torch.stack(list(scored.parts.values()), -1) if self.pareto and scored.parts else scored.rewards
+
+    def train_on_choices(
+        self,
+        folder: str | Path,
+        output_dir: str | Path,
+        settings: FinetuneSettings | None = None,
+        *,
+        eval_prompts: Sequence[str] = (),
+        eval_rewards: Sequence[Any] = (),
+        resume: bool = False,
+        about: Mapping[str, Any] | None = None,
+        on_update: Callable[[Record], None] | None = None,
+        on_evaluation: Callable[[Evaluated], None] | None = None,
+    ) -> FinetuneResult:
+        """Trains on human choices in place of a reward; an update learns from `prompts_per_step` of them.
+
+        folder    of choices, as `steer.pipelines.choices.ChoiceFolder` writes it; what has no stored trajectories is
+                  drawn anew by `pipe`, which must be what it was, and must then give the same pixels
+        settings  by default what the samples were drawn with, see `steer.pipelines.choices.settings_of`
+        The others are those of `train`; evaluations are by the method's reward first, where it has one.
+
+        Raises InputError for what does not fit, before training begins.
+        """
+        settings = settings or FinetuneSettings(**settings_of(folder))
+        self.check(settings)
+        judges = [] if isinstance(self.reward, Unjudged) else [self.reward]
+        judges += [load_reward(reward) for reward in eval_rewards]
+        if eval_prompts and not judges:
+            raise InputError("eval_prompts are judged by rewards, and there are none: give eval_rewards")
+        exam = Exam(tuple(eval_prompts), judges[0] if judges else self.reward, tuple(judges[1:]))
+        source = HumanChoices.of(Path(folder), self.pipe, settings, Path(output_dir))
+        return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)
 
 
 class PRDPPipeline(LossPipeline):

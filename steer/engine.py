@@ -10,16 +10,25 @@ back c_t · ℓ_t. Penalties are sums over steps of something that the step's ow
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from steer.guards import kl
 from steer.losses import LogProbs, Loss, Metrics
 from steer.trajectory import Sampler, Trajectories, log_probs
 from steer.transition import Gaussian
 
-Penalty = Callable[[Gaussian, Gaussian], Tensor]  # (pθ, p_ref) of one step → (N,)
 Backward = Callable[[Tensor], None]
+
+
+class Penalty(Protocol):
+    """(pθ, p_ref) of one step → (N,), and a name to be told by."""
+
+    __name__: str
+
+    def __call__(self, p: Gaussian, reference: Gaussian, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def two_pass_gradient(
 ) -> tuple[float, Metrics]:
     """Adds ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
-    Returns L, and its metrics with `kl`: KL(pθ ‖ p_ref) in nats of whole trajectories, their mean.
+    Returns L, and its metrics with `kl`, the mean KL(pθ ‖ p_ref) of whole trajectories in nats, and the penalties'.
 
     penalties    with their weights w_p; where S < T their sum is scaled up
     unchanged    the weights are those that drew the batch: pass 1 is not needed
@@ -99,19 +108,21 @@ def two_pass_gradient(
 
     shares = c.flatten(0, 1).split([len(chunk.rows) for chunk in batch.chunks])
     per_sample = batch.chunks[0].log_probs.shape[1] / len(steps) / c[..., 0].numel()
-    divergence = 0.0
+    weights: dict[Penalty, float] = {kl: 0.0}
+    weights.update(penalties or {})
+    found = dict.fromkeys(weights, 0.0)
     for chunk, told, share in zip(batch.chunks, batch.references, shares, strict=True):  # pass 2
         before_each()
 
         def back(t: int, p: Gaussian, x_s: Tensor, share: Tensor = share, told: Reference = told) -> None:
-            nonlocal divergence
             column = steps.index(t)
             other = told.kernel(column, p.mean)
             total = (share[:, column].to(p.mean.device) * p.log_prob(x_s)).sum()
-            for penalty, weight in (penalties or {}).items():
-                total = total + weight * per_sample * penalty(p, other).sum()
-            divergence += per_sample * p.kl(other).sum().item()
+            for penalty, weight in weights.items():
+                cost = per_sample * penalty(p, other).sum()
+                found[penalty] += cost.item()
+                total = total + weight * cost if weight else total
             backward(total)
 
         sampler.replay(chunk, back, steps, grad=True)
-    return value.item(), metrics | {"kl": divergence}
+    return value.item(), metrics | {penalty.__name__: cost for penalty, cost in found.items()}

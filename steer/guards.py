@@ -12,7 +12,7 @@ from steer.trajectory import Sampler, Trajectories, log_probs
 from steer.transition import Gaussian
 
 LARGEST_EXPONENT = 10.0  # of the χ² penalty: beyond, one step would outweigh all others
-SAME = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # |ratio − 1| of a replay
+SAME = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # |ratio − 1| of a replay
 
 
 def kl(p: Gaussian, reference: Gaussian) -> Tensor:
@@ -43,7 +43,7 @@ class KLControl:
     rate: float = 0.1
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
+        if not self.weight >= 0:
             raise InputError(f"kl_weight must be at least 0, got {self.weight}")
         for name, value in (("kl_target", self.target), ("kl_budget", self.budget)):
             if value is not None and not value > 0:

@@ -6,6 +6,7 @@
 from collections.abc import Callable, Mapping
 
 from steer.engine import Backward, Batch, Penalty
+from steer.guards import kl
 from steer.losses import Metrics
 from steer.reward import Reward, score
 from steer.trajectory import Sampler
@@ -23,11 +24,13 @@ def reward_gradient(
 ) -> tuple[float, Metrics]:
     """Adds ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
-    The sums go over those of the last k steps that are stochastic. Returns −mean reward, and `kl` of these steps, nats.
-    The graph holds k denoiser calls and the decoder; call it where the weights are those that drew the batch.
+    The sums go over those of the last k steps that are stochastic. Returns −mean reward, and the penalties of these
+    steps with `kl`, nats. The graph holds k denoiser calls and the decoder; call it where the weights are those that drew the batch.
     """
     count = sum(len(chunk.rows) for chunk in batch.chunks)
-    total, divergence = 0.0, 0.0
+    weights: dict[Penalty, float] = {kl: 0.0}
+    weights.update(penalties)
+    total, found = 0.0, dict.fromkeys(weights, 0.0)
     for chunk, told in zip(batch.chunks, batch.references, strict=True):
         before_each()
         images, kernels = sampler.finish(chunk, last_steps)
@@ -35,8 +38,9 @@ def reward_gradient(
         total += loss.item()
         for t, p in kernels.items():
             other = told.kernel(list(batch.steps).index(t), p.mean)
-            divergence += p.kl(other).sum().item() / count
-            for penalty, weight in penalties.items():
-                loss = loss + weight * penalty(p, other).sum() / count
+            for penalty, weight in weights.items():
+                cost = penalty(p, other).sum() / count
+                found[penalty] += cost.item()
+                loss = loss + weight * cost if weight else loss
         backward(loss)
-    return total, {"kl": divergence}
+    return total, {penalty.__name__: cost for penalty, cost in found.items()}

@@ -60,6 +60,8 @@ class LoRA:
 
         if rank < 1:
             raise InputError(f"the rank of a LoRA must be at least 1, got {rank}")
+        if alpha is not None and not alpha > 0:
+            raise InputError(f"the alpha of a LoRA must be above 0, got {alpha}")
         self.pipe, (self.name, self.denoiser) = pipe, denoiser_of(pipe)
         if ADAPTER in getattr(self.denoiser, "peft_config", {}):
             raise InputError(f"this pipeline has a LoRA named {ADAPTER!r} already: load the pipeline anew")
@@ -74,6 +76,7 @@ class LoRA:
                 raise InputError(f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}") from error
         self.layers = [layer for layer in self._tuned() if ADAPTER in layer.lora_A]
         for layer in self._tuned():
+            layer.enable_adapters(True)  # where a user switched all of his own off
             layer.set_adapter([*own, ADAPTER])
         _freeze(pipe)
         self.parameters = {
@@ -89,7 +92,8 @@ class LoRA:
         return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
 
     def _active(self) -> list[str]:
-        return sorted({name for layer in self._tuned() for name in layer.active_adapters})
+        layers = [layer for layer in self._tuned() if not layer.disable_adapters]
+        return sorted({name for layer in layers for name in layer.active_adapters})
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -10,4 +10,5 @@ if __name__ == "__main__":
     method, model, folder = sys.argv[1:]
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    train(method, pipe, folder, on_update=lambda record: print(record["step"], flush=True))
+    with open(sys.stdout.fileno(), "w", buffering=1, closefd=False) as lines:
+        train(method, pipe, folder, on_update=lambda record: lines.write(f"{record['step']}\n"))

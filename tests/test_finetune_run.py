@@ -74,7 +74,7 @@ def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_
     reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.5, 0.9, 0.8, 0.7, 0.6])
     settings = settings_of("grpo", **SHORT | {"max_steps": 9, "patience": 2, "micro_batch": 4})
     result = GRPOPipeline(pipe, reward).train(PROMPTS, tmp_path, settings, eval_prompts=HELD_OUT, eval_rewards=[honest])
-    assert result.best_step == 1 and result.step == 3
+    assert result.best_step == result.weights_step == 1 and result.step == 3
     assert result.stopped and "held-out one fell, 2 evaluations in a row" in result.stopped
     final, best = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("final", "best"))
     assert all(torch.equal(final[name], value) for name, value in best.items())

@@ -1,0 +1,188 @@
+"""What a folder of human choices says, and whether it is true: every file, hash and number, without any model."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from steer.errors import InputError
+from steer.images import read_image
+from steer.pipelines.choice_files import CHOICES, ID, LOTS, DrawnWith, Lot, inside, read_lines
+from steer.trajectory import Rows
+
+logger = logging.getLogger(__name__)
+
+PAIRS = {"image", "images", "image_a", "image_b", "image_0", "image_1", "jpg_0", "jpg_1"}  # keys of image pairs
+LARGEST = 1 << 63  # seeds of torch are below
+WHY_NOT = (
+    "plain image pairs. D3PO learns from the denoising trajectory of both images (stored latents, or seed and "
+    "settings), which an image does not tell; pairs of images alone are for Diffusion-DPO, another method. Record the "
+    "choices on images that steer draws: steer.pipelines.choice_folder.ChoiceFolder writes them with their trajectories"
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of two images of a lot was preferred, by their numbers."""
+
+    lot: str
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """All of a folder; ties are counted and left out."""
+
+    folder: Path
+    drawn: DrawnWith
+    lots: Mapping[str, Lot]
+    choices: tuple[Choice, ...]
+    ties: int
+
+    def digest(self) -> str:
+        """A hash of the choices in their order and of all that was chosen from."""
+        found = hashlib.sha256(repr(self.drawn).encode())
+        for choice in self.choices:
+            lot = self.lots[choice.lot]
+            found.update(repr((choice.chosen, choice.rejected, lot.rows, lot.images)).encode())
+        return found.hexdigest()
+
+
+def check_choices(folder: Path) -> None:
+    """Raises InputError, one line, for the first thing in a folder of choices that does not fit."""
+    read_choices(folder)
+
+
+def read_choices(folder: Path) -> Recorded:
+    """The folder, every file that its choices need being held against what was recorded of it."""
+    if folder.is_file():
+        raise InputError(f"{folder} is a file. Choices are a folder; image pairs in a file are {WHY_NOT}")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of choices")
+    if not (folder / CHOICES).exists():
+        raise InputError(f"{folder} has no {CHOICES}: it is no folder of choices, or nobody has chosen yet")
+    path = inside(folder, CHOICES)
+    rows = read_lines(path)
+    for number, row in rows:
+        if "lot" not in row and PAIRS & row.keys():
+            raise InputError(f"{path}, line {number}: these are {WHY_NOT}")
+    drawn, lots = DrawnWith.read(folder), read_lots(folder)
+    told = [_choice(f"{path}, line {number}", row, lots) for number, row in rows]
+    choices = tuple(choice for choice in told if choice is not None)
+    if not choices:
+        raise InputError(f"{path} holds no choice beside {len(told)} ties: there is nothing to learn from")
+    if ties := len(told) - len(choices):
+        logger.warning("%s: %d ties of %d choices are left out", path, ties, len(told))
+    for name in dict.fromkeys(choice.lot for choice in choices):
+        check_files(lots[name])
+    return Recorded(folder, drawn, lots, choices, ties)
+
+
+def read_lots(folder: Path) -> dict[str, Lot]:
+    """The lots of a folder by their names; their files are not looked at."""
+    path, lots = inside(folder, LOTS), dict[str, Lot]()
+    for number, row in read_lines(path):
+        lot = _lot(f"{path}, line {number}", folder, row)
+        if lots.setdefault(lot.id, lot) != lot:
+            raise InputError(f"{path}, line {number}: lot {lot.id} was told before, and otherwise: remove one of both")
+    return lots
+
+
+def check_files(lot: Lot) -> None:
+    """Raises InputError where an image or the trajectories of a lot are missing, changed or elsewhere."""
+    for number, told in enumerate(lot.images):
+        path = inside(lot.folder, lot.image_file(number))
+        if pixel_hash(pixels_of(read_image(path))) != told:
+            raise InputError(f"{path} is not the image that was recorded: its pixels have another hash. Restore it")
+    if lot.trajectories is not None:
+        lot.load()
+
+
+def pixels_of(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(3, H, W) in [0, 1] as it is saved: (H, W, 3), 0 to 255."""
+    return (image.float().cpu() * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def pixel_hash(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
+    """SHA-256 of "H W 3 " and the bytes of (H, W, 3): of what is seen, not of how a PNG packs it."""
+    shape = "".join(f"{size} " for size in pixels.shape)
+    return hashlib.sha256(shape.encode() + pixels.tobytes()).hexdigest()
+
+
+def _lot(place: str, folder: Path, row: Mapping[str, Any]) -> Lot:
+    name = row.get("lot")
+    if not isinstance(name, str) or not ID.fullmatch(name):
+        raise InputError(f"{place}: lot must be a name of letters, digits, - and _, got {name!r:.40}")
+    lot = Lot(folder, name, _rows(place, row), _images(place, row), _stored(place, row))
+    count = len(lot.rows)
+    if count < 2 or len(set(zip(lot.rows.prompts, lot.rows.starts, strict=True))) > 1 or len(lot.images) != count:
+        raise InputError(
+            f"{place}: a lot is two or more images of one prompt from one start (x_T), with a line of all three for "
+            f"each; here are prompts {len(set(lot.rows.prompts))}, starts {len(set(lot.rows.starts))}, samples "
+            f"{count}, images {len(lot.images)}"
+        )
+    if strange := [told for told in _named(row) if told not in _named(lot.line())]:
+        raise InputError(f"{place}: {strange[0]!r:.60} is no file of lot {name}: its first one is {lot.image_file(0)}")
+    return lot
+
+
+def _named(row: Mapping[str, Any]) -> list[Any]:
+    """The files that a line names, each with its place in it."""
+    stored = [row["trajectories"]] if row.get("trajectories") else []
+    return [(number, one.get("file")) for number, one in enumerate([*row["images"], *stored])]
+
+
+def _rows(place: str, row: Mapping[str, Any]) -> Rows:
+    columns = [row.get(name) for name in ("prompts", "starts", "noises")]
+    prompts, starts, noises = (tuple(column) if isinstance(column, list) else () for column in columns)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"{place}: prompts must be texts")
+    if not all(type(seed) is int and 0 <= seed < LARGEST for seed in starts + noises):
+        raise InputError(f"{place}: starts and noises must be seeds, whole numbers from 0 to {LARGEST - 1}")
+    if not 0 < len(prompts) == len(starts) == len(noises):
+        raise InputError(f"{place}: prompts, starts and noises must be lists with one entry for each image")
+    return Rows(prompts, starts, noises)
+
+
+def _images(place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    images = row.get("images")
+    if not isinstance(images, list) or not all(_is_hashed(one) for one in images):
+        raise InputError(f'{place}: images must be a list of {{"file": …, "sha256": …}}')
+    return tuple(one["sha256"] for one in images)
+
+
+def _stored(place: str, row: Mapping[str, Any]) -> tuple[str, tuple[int, ...]] | None:
+    stored = row.get("trajectories")
+    if stored is None:
+        return None
+    steps = stored.get("stochastic") if _is_hashed(stored) else None
+    if not isinstance(steps, list) or any(type(step) is not int for step in steps):
+        raise InputError(f'{place}: trajectories must be null or {{"file": …, "sha256": …, "stochastic": […]}}')
+    return stored["sha256"], tuple(steps)
+
+
+def _is_hashed(one: Any) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("file"), str) and isinstance(one.get("sha256"), str)
+
+
+def _choice(place: str, row: Mapping[str, Any], lots: Mapping[str, Lot]) -> Choice | None:
+    """None for a tie."""
+    name = row.get("lot")
+    if not isinstance(name, str) or name not in lots:
+        raise InputError(f"{place}: lot {name!r:.70} is not in {LOTS}: record the lot before its choices")
+    if row.get("tie") is True:
+        return None
+    numbers, count = (row.get("chosen"), row.get("rejected")), len(lots[name].rows)
+    for key, value in zip(("chosen", "rejected"), numbers, strict=True):
+        if type(value) is not int or not 0 <= value < count:
+            raise InputError(f"{place}: {key} must be the number of an image, 0 to {count - 1}, got {value!r:.40}")
+    chosen, rejected = numbers
+    if chosen == rejected:
+        raise InputError(f'{place}: chosen and rejected are both {chosen}: two images, or "tie": true')
+    return Choice(name, int(chosen or 0), int(rejected or 0))

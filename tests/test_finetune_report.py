@@ -1,0 +1,371 @@
+"""Pictures and model card of a finetuning: what they show is what the records hold."""
+
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPT, call_kwargs
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard
+from matplotlib.figure import Figure
+from PIL import Image
+from rollouts import fresh_pipe, move
+from torch import Generator, Tensor
+
+import steer
+from steer.apps import finetune_grids as grids
+from steer.apps import finetune_report as report
+from steer.apps import model_card as cards
+from steer.apps.finetune_report import write_grid, write_report
+from steer.pipelines import FinetuneResult, FinetuneSettings, policy, preference, reward_backprop
+from steer.pipelines.held_out import Evaluated
+from steer.trainable import Full, LoRA
+
+AWKWARD = "a_b*c* | [d](e) `f` <g> $1 & $2"
+CONFIG = {"model": "org/base", "method": "prdp", "reward": "r", "options": {"beta": 0.03}, "output_dir": "/home/me/x"}
+
+
+def records(count: int) -> tuple[dict[str, Any], ...]:
+    """As PRDP makes them; every other one without a pair, and images drawn for every other one."""
+    found = []
+    for step in range(1, count + 1):
+        one = {"step": step, "loss": 1 / step, "reward": step / 7, "accuracy": math.nan if step % 2 else 0.6}
+        one |= {"kl": step * 0.123456, "kl_weight": 0.0, "grad_norm": 2.0, "seconds": 30.0}
+        found.append(one | ({"images_per_second": 3.0} if step % 2 else {}))
+    return tuple(found)
+
+
+def evaluations(*steps: int, names: tuple[str, ...] = ("r", "s")) -> tuple[dict[str, Any], ...]:
+    def told(step: int, place: int) -> list[float]:
+        return [place + step / 37, place + step / 37 - 0.1234, place + step / 37 + 0.4321]
+
+    return tuple(
+        {"step": step, **{f"eval/{name}": told(step, i) for i, name in enumerate(names)}, "eval/diversity": 0.2}
+        for step in steps
+    )
+
+
+def result_of(count: int = 12, *steps: int, best: int | None = None, **changed: Any) -> FinetuneResult:
+    found = FinetuneResult(count, None, None, best, records(count), evaluations(*steps))
+    return replace(found, **changed)
+
+
+def evaluated(step: int, prompts: int, drawn: int, *shape: int) -> Evaluated:
+    generator = Generator().manual_seed(step)
+    texts = tuple(f"prompt {number}" for number in range(prompts))
+    rewards = {name: torch.rand(prompts, drawn, generator=generator) for name in ("r", "s")}
+    return Evaluated(step, texts, rewards, 0.2, torch.rand(prompts * drawn, *shape, generator=generator))
+
+
+def pixels(image: Tensor) -> np.ndarray:
+    return (image * 255).round().byte().permute(1, 2, 0).numpy()
+
+
+def cell(path: Path, number: int) -> np.ndarray:
+    told = grids.read_grid(path)
+    assert told is not None
+    return np.asarray(Image.open(path).convert("RGB").crop(tuple(told["boxes"][number])))
+
+
+def card_of(out: Path, config: dict[str, Any], result: FinetuneResult) -> str:
+    """The card alone, without the pictures, which take seconds."""
+    out.mkdir(exist_ok=True)
+    (out / "README.md").write_text(cards.model_card(out, config, result))
+    return (out / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FinetuneResult]:
+    """A report of a whole run."""
+    out = tmp_path_factory.mktemp("run")
+    for step in (0, 6, 12):
+        write_grid(evaluated(step, 3, 2, 3, 16, 16), out, 2)
+    result = result_of(12, 0, 6, 12, best=6, stopped="why | not", weights=out / "final" / "unet")
+    write_report(out, CONFIG | {"lora_rank": 0, "eta": 1.0, "kl_budget": 3.0}, result)
+    return out, result
+
+
+# Grids.
+
+
+def test_a_grid_shows_each_prompts_own_image_and_rewards(tmp_path: Path) -> None:
+    found = evaluated(20, 3, 2, 3, 64, 64)
+    path = write_grid(found, tmp_path, 2)
+    assert path == tmp_path / "samples" / "step-000020.png"
+    told = grids.read_grid(path)
+    assert told is not None and told["step"] == 20 and told["rewards"] == ["r", "s"]
+    assert [one["prompt"] for one in told["cells"]] == [f"prompt {number // 2}" for number in range(6)]
+    for number in range(6):
+        place, k = divmod(number, 2)
+        assert told["cells"][number]["rewards"] == [found.rewards[name][place, k].item() for name in ("r", "s")]
+        # The picture itself, enlarged by a whole factor, pixel for pixel.
+        assert np.array_equal(cell(path, number), pixels(found.images[number]).repeat(3, 0).repeat(3, 1))
+
+
+@pytest.mark.parametrize(("prompts", "drawn", "samples", "shown"), [(60, 4, 1, 24), (10, 4, 4, 24), (5, 2, 9, 10)])
+def test_few_enough_evenly_spaced_and_the_same_at_every_step(
+    prompts: int, drawn: int, samples: int, shown: int, tmp_path: Path
+) -> None:
+    paths = [write_grid(evaluated(step, prompts, drawn, 3, 8, 8), tmp_path, samples) for step in (0, 20)]
+    found = [[one["prompt"] for one in (grids.read_grid(path) or {})["cells"]] for path in paths]
+    assert found[0] == found[1] and len(found[0]) == shown
+    numbers = sorted({int(prompt.split()[1]) for prompt in found[0]})
+    gaps = np.diff(numbers)
+    assert numbers[0] == 0 and numbers[-1] == prompts - 1 and gaps.max() - gaps.min() <= 1
+    assert Image.open(paths[0]).width == 6 * 206 + 14
+
+
+def test_large_pictures_are_scaled_down_and_of_videos_the_middle_is_shown(tmp_path: Path) -> None:
+    large = torch.zeros(1, 3, 1024, 512)
+    large[:, 0] = 1
+    path = write_grid(replace(evaluated(0, 1, 1, 3, 8, 8), images=large), tmp_path, 1)
+    assert np.array_equal(cell(path, 0), np.full((192, 96, 3), (255, 0, 0)))
+    video = torch.arange(5).view(1, 5, 1, 1, 1).expand(1, 5, 3, 32, 64) / 5
+    path = write_grid(replace(evaluated(1, 1, 1, 3, 8, 8), images=video), tmp_path, 1)
+    assert np.array_equal(cell(path, 0), np.full((96, 192, 3), 102))  # 2/5 of 255
+
+
+def test_captions_fit_and_dollars_are_no_mathematics() -> None:
+    assert grids.caption("short") == ["short"]
+    lines = grids.caption("word " * 40)
+    assert len(lines) == 2 and max(map(len, lines)) <= 30 and lines[1].endswith("…")
+    assert grids.numbers([-0.5, 1.23456]) == "−0.5 · 1.23"
+
+
+def test_before_and_after_hold_the_first_and_the_last_grid(told: tuple[Path, FinetuneResult]) -> None:
+    out, _ = told
+    whole = np.asarray(Image.open(out / "plots" / "before-after.png").convert("RGB"))
+    rows = []
+    for step in (0, 12):
+        image = cell(out / "samples" / f"step-{step:06d}.png", 0)
+        here = [
+            top
+            for top in range(len(whole) - len(image) + 1)
+            if np.array_equal(whole[top : top + len(image), 106 : 106 + image.shape[1]], image)
+        ]
+        assert len(here) == 1, step
+        rows += here
+    assert rows[0] < rows[1]
+    middle = cell(out / "samples" / "step-000006.png", 0)
+    assert not any(np.array_equal(whole[top : top + len(middle), 106 : 106 + middle.shape[1]], middle) for top in rows)
+
+
+def test_grids_of_other_prompts_are_not_compared(tmp_path: Path) -> None:
+    write_grid(evaluated(0, 3, 1, 3, 8, 8), tmp_path, 1)
+    assert grids.draw_before_after(tmp_path) is None
+    write_grid(evaluated(9, 4, 1, 3, 8, 8), tmp_path, 1)
+    assert grids.draw_before_after(tmp_path) is None
+
+
+# Plots.
+
+
+def panels(listed: list[Callable[..., None]]) -> dict[str, Any]:
+    """Axes by title, drawn as in a report."""
+    found = {}
+    for panel in listed:
+        axes = Figure().subplots()
+        panel(axes)
+        found[axes.get_title(loc="left")] = axes
+    return found
+
+
+def test_the_curves_are_the_records() -> None:
+    result = result_of(12, 0, 6, 12, best=6)
+    drawn = panels(report.rewards_panels(result))
+    assert list(drawn) == ["reward that was trained: r", "held-out reward: s", "held out against trained, by updates"]
+    lines = {line.get_label(): line.get_xydata() for line in drawn["reward that was trained: r"].lines}
+    assert np.allclose(lines["training samples"], [(one["step"], one["reward"]) for one in result.records])
+    assert np.allclose(lines["moving mean of 5"], [(step, step / 7) for step in range(3, 11)])  # of a straight line
+    assert np.allclose(lines["held-out prompts"], [(one["step"], one["eval/r"][0]) for one in result.evaluations])
+    assert np.allclose(lines["best: 6 updates"][:, 0], 6)
+    held_out = drawn["held-out reward: s"]
+    band = held_out.collections[0].get_paths()[0].vertices
+    for one in result.evaluations:
+        at = band[band[:, 0] == one["step"], 1]
+        assert np.allclose((at.min(), at.max()), one["eval/s"][1:])
+    path = drawn["held out against trained, by updates"]
+    assert np.allclose(path.lines[0].get_xydata(), [(one["eval/r"][0], one["eval/s"][0]) for one in result.evaluations])
+    assert [text.get_text() for text in path.texts] == ["0", "12", "6, best"]
+
+
+def test_only_what_the_records_hold_is_drawn() -> None:
+    plain = result_of(3)
+    assert list(panels(report.rewards_panels(plain))) == ["reward that was trained"]
+    assert list(panels(report.divergence_panels(plain, {}))) == ["KL from the start, nats a trajectory"]
+    assert [title.split(",")[0] for title in panels(report.training_panels(plain))] == [
+        "loss",
+        "pairs ordered rightly",
+        "gradient norm",
+        "images per second",
+    ]
+    no_pairs = result_of(1)  # its accuracy is NaN
+    assert "pairs ordered rightly, share" not in panels(report.training_panels(no_pairs))
+    single = replace(result_of(3), evaluations=tuple(one | {"eval/diversity": 0.0} for one in evaluations(0, 3)))
+    assert list(panels(report.divergence_panels(single, {}))) == ["KL from the start, nats a trajectory"]
+    priced = replace(result_of(3, 0, 3), records=tuple(one | {"kl_weight": 0.1} for one in records(3)))
+    assert list(panels(report.divergence_panels(priced, {})))[1:] == [
+        "price of KL, β",
+        "diversity of a prompt's images, 0 to 1",
+    ]
+
+
+@pytest.mark.parametrize(("budget", "drawn"), [(1.0, "budget: 1 nats"), (1000.0, "budget: 1000 nats, above")])
+def test_a_budget_does_not_flatten_the_curve(budget: float, drawn: str) -> None:
+    (axes,) = panels(report.divergence_panels(result_of(12), {"kl_budget": budget})).values()
+    assert drawn in axes.get_legend_handles_labels()[1] and axes.get_ylim()[1] < 3
+
+
+def test_nan_and_overflow_leave_gaps() -> None:
+    told = [{"step": 1, "loss": math.inf}, {"step": 2, "loss": 3.0}, {"step": 3}, {"step": 4, "loss": math.nan}]
+    steps, values = report._series(told, "loss")
+    assert steps.tolist() == [2] and values.tolist() == [3]
+
+
+@pytest.mark.parametrize(("count", "steps", "files"), [(0, (), 0), (1, (0, 1), 3)])
+def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp_path: Path) -> None:
+    """Interrupted early, with and without evaluations; pictures of before do not outlive their records."""
+    (tmp_path / "plots").mkdir()
+    for name in ("rewards", "divergence", "training"):
+        (tmp_path / "plots" / f"{name}.png").touch()
+    write_report(tmp_path, CONFIG, result_of(count, *steps, stopped="interrupted"))
+    text = (tmp_path / "README.md").read_text()
+    assert f"interrupted at update {count}" in text and "```python" not in text
+    found = sorted((tmp_path / "plots").iterdir())
+    assert len(found) == files == text.count("](plots/")
+    assert all(Image.open(path).size[0] >= 500 for path in found)
+
+
+def test_without_evaluations_the_training_samples_are_told(tmp_path: Path) -> None:
+    text = card_of(tmp_path, CONFIG, result_of(7))
+    assert "0.1429 in update 1, 1 in update 7" in text and "0.8642 nats" in text and "\n|" not in text
+
+
+# The card.
+
+
+def test_the_hub_reads_the_card(told: tuple[Path, FinetuneResult]) -> None:
+    card = ModelCard.load(told[0] / "README.md")
+    assert card.data.to_dict() == {
+        "base_model": "org/base",
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": ["text-to-image", "full-finetuning", "steer", "prdp"],
+    }
+    assert card.text.startswith("\n# org/base, finetuned by PRDP")
+
+
+@pytest.mark.parametrize("model", ["a: b # c", "no\n---\nyes", "/home/me/model", "", None])
+def test_what_is_no_name_of_the_hub_is_no_base_model(model: str | None, tmp_path: Path) -> None:
+    card_of(tmp_path, CONFIG | {"model": model}, result_of(2, 0, 2))
+    data = ModelCard.load(tmp_path / "README.md").data
+    assert data.base_model is None and "lora" in (data.tags or [])
+
+
+def test_a_folder_is_no_base_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though its path may look like one."""
+    (tmp_path / "my" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "base_model" not in card_of(tmp_path / "out", CONFIG | {"model": "my/model"}, result_of(2))
+
+
+def test_the_table_is_what_was_recorded(told: tuple[Path, FinetuneResult]) -> None:
+    out, result = told
+    table = [line for line in (out / "README.md").read_text().splitlines() if line.startswith("|")]
+    rows = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in table}
+    assert table[0] == "|  | 0 updates (first) | 6 updates (best) | 12 updates (last) |"
+    for name, row in (("r", rows["r (trained)"]), ("s", rows["s (held out)"])):
+        for one, cell_text in zip(result.evaluations, row, strict=True):
+            assert [float(number) for number in re.findall(r"[-\d.]+", cell_text)] == [
+                float(f"{value:.4g}") for value in one[f"eval/{name}"]
+            ]
+    assert rows["diversity"] == ["0.2"] * 3
+    assert rows["KL, nats a trajectory"] == ["0", "0.7407", "1.481"]  # 6 and 12 × 0.123456
+
+
+def test_links_lead_to_files(told: tuple[Path, FinetuneResult]) -> None:
+    text = (told[0] / "README.md").read_text()
+    links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
+    assert len(links) == 5 and all((told[0] / link).is_file() for link in links)
+    assert links[-1] == "samples/step-000012.png"
+
+
+def test_settings_that_differ_are_listed_and_nobodys_folder(told: tuple[Path, FinetuneResult]) -> None:
+    text = (told[0] / "README.md").read_text()
+    assert "- options.beta: 0.03" in text and "- lora\\_rank: 0" in text and "- kl\\_budget: 3" in text
+    assert "- eta" not in text  # the default one
+    assert "/home/me" not in text
+    assert f"steer-diffusion {steer.__version__}, torch {torch.__version__.split('+')[0]}" in text
+    assert "time in updates, without evaluations: 6 minutes" in text
+    assert "ended before its time: why \\| not" in text and "1.481 nats a trajectory from it" in text
+
+
+def test_a_configuration_with_all_its_defaults_lists_none_of_them() -> None:
+    plain = json.loads(json.dumps({**vars(FinetuneSettings()), "method": "d3po"}))
+    flat = cards.Flat.of({"settings": plain, "call": {"height": 8}})
+    assert flat.changed() == {"call": {"height": 8}} and flat.rest == {"settings.method": "d3po"}
+
+
+def test_awkward_names_stay_text(tmp_path: Path) -> None:
+    found = result_of(2, stopped=AWKWARD, evaluations=evaluations(0, 2, names=("r", AWKWARD)))
+    text = card_of(tmp_path, CONFIG | {"reward": AWKWARD, "prompts": [AWKWARD]}, found)
+    plain = re.sub(r"\\([\\`*_\[\]<>|~$&#!])", "", text.split("---\n", 2)[2])  # without what is escaped
+    for mark in ("a_b", "*c*", "](e)", "<g>", "`f`", "$1", "& $2"):
+        assert mark not in plain
+    row = next(line for line in text.splitlines() if "(held out)" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 4  # cells are as many as before
+    ModelCard.load(tmp_path / "README.md")
+    assert cards.escaped("a\n\n# b") == r"a \# b"
+
+
+@pytest.mark.parametrize("module", [preference, policy, reward_backprop], ids=lambda module: module.__name__)
+def test_every_method_cites_the_paper_of_its_code(module: Any) -> None:
+    source = inspect.getsource(module)
+    for name in re.findall(r"^class (\w+Pipeline)", source, re.MULTILINE):
+        assert cards._method(name)[2] in re.findall(r"\d{4}\.\d{5}", source)
+    assert cards._method("reward-backprop") == cards._method("RewardBackpropPipeline")
+    assert cards._method("d3po")[2] == "2311.13231" and cards._method("own")[0] == "own"
+
+
+def test_weights_that_a_guard_kept_are_told_as_such(tmp_path: Path) -> None:
+    kept = result_of(9, 0, 3, 9, best=3, weights=tmp_path / "final" / "unet", stopped="fooled", weights_step=3)
+    assert "They are those of update 3" in card_of(tmp_path, CONFIG, kept)
+    assert "They are those" not in card_of(tmp_path, CONFIG, replace(kept, weights_step=9))
+
+
+@pytest.mark.parametrize(("family", "rank"), [("sd", 2), ("sd", 0), ("pixart", 2)])
+def test_the_code_of_the_card_gives_the_trained_model(
+    family: str, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe: Any = fresh_pipe(family)
+    pipe.save_pretrained(tmp_path / "base")
+    trained = LoRA(pipe, rank, alpha=3 * rank) if rank else Full(pipe)
+    move(trained, 0.2 if rank else 0.1)
+    out = tmp_path / "run"
+    weights = trained.export(out / "final")
+    call = {name: value for name, value in call_kwargs(family, 1).items() if isinstance(value, int | float)}
+    steps, guidance = call.pop("num_inference_steps"), call.pop("guidance_scale", 3.0)
+    call.pop("num_images_per_prompt", None)
+    config = CONFIG | {"model": str(tmp_path / "base"), "num_inference_steps": steps, "guidance_scale": guidance}
+    text = card_of(
+        out, config | {"call": call | {"output_type": "pt"}, "lora_rank": rank}, result_of(1, weights=weights)
+    )
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0].replace('"…"', repr(PROMPT))
+    monkeypatch.chdir(out)
+    # Loading draws random numbers here and there: the noise gets some of its own.
+    code = code.replace("pipe(prompt, ", "pipe(prompt, generator=Generator().manual_seed(0), ")
+    scope: dict[str, Any] = {"Generator": Generator}
+    exec(compile(code, "card", "exec"), scope)
+    arguments = call | {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "pt", "eta": 1.0}
+    base: Any = DiffusionPipeline.from_pretrained(tmp_path / "base")
+    expected, before = (one(PROMPT, generator=Generator().manual_seed(0), **arguments).images for one in (pipe, base))
+    assert (scope["output"].images - expected).abs().max() < 1e-4
+    assert (before - expected).abs().max() > 0.01
