@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from steer import __version__
+from steer.apps.finetune_cli import finetune
 from steer.apps.rewards_cli import rewards
 from steer.errors import InputError
 
@@ -119,6 +120,7 @@ def score(images: tuple[Path, ...], prompt: str, reward: str, reward_timeout: fl
     click.echo(json.dumps({"reward": reward, "prompt": prompt, "scores": rows}, indent=1))
 
 
+steer.add_command(finetune)
 steer.add_command(rewards)
 
 

@@ -25,7 +25,9 @@ def reward_gradient(
     """Adds ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
     The sums go over those of the last k steps that are stochastic. Returns −mean reward, and the penalties of these
-    steps with `kl`, nats. The graph holds k denoiser calls and the decoder; call it where the weights are those that drew the batch.
+    steps with `kl`, nats. The graph holds k denoiser calls and the decoder.
+
+    Call it where the weights are those that drew the batch.
     """
     count = sum(len(chunk.rows) for chunk in batch.chunks)
     weights: dict[Penalty, float] = {kl: 0.0}
