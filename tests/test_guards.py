@@ -1,0 +1,242 @@
+"""Penalties against torch.distributions and sums by hand, controls against tables, checks against broken pipelines."""
+
+import math
+
+import pytest
+import torch
+from conftest import cached_pipe
+from hypothesis import given
+from hypothesis import strategies as st
+from rollouts import TWO_PROMPTS, call_of, fresh_pipe, move
+from soft_rewards import in_precision, seeded
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from steer.errors import InputError
+from steer.guards import HoldOutWatch, KLControl, check_replay, check_spread, chi_square, kl
+from steer.trainable import LoRA
+from steer.trajectory import Sampler
+from steer.transition import Gaussian
+
+SHAPE = (3, 4, 2, 2)
+
+
+def two_steps(deviation: float = 0.7, apart: float = 0.2) -> tuple[Gaussian, Gaussian]:
+    first = torch.randn(SHAPE, generator=seeded(1))
+    second = first + apart * torch.randn(SHAPE, generator=seeded(2))
+    return Gaussian(first, torch.tensor(deviation)), Gaussian(second, torch.tensor(deviation))
+
+
+@pytest.mark.parametrize("deviation", [0.05, 0.7, 3.0])
+def test_kl_is_that_of_torch(deviation: float) -> None:
+    p, q = two_steps(deviation)
+    truth = kl_divergence(Normal(p.mean, deviation), Normal(q.mean, deviation)).flatten(1).sum(1)
+    torch.testing.assert_close(kl(p, q), truth, rtol=1e-5, atol=0)
+    assert kl(p, q).shape == (3,) and not kl(p, p).any()
+
+
+def test_chi_square_is_its_integral() -> None:
+    """∫ p²/q − 1 of one element, on a grid in fp64."""
+    tau, means = 0.7, (0.3, -0.1)
+    x = torch.linspace(-12, 12, 200_001, dtype=torch.float64)
+    p, q = (torch.exp(Normal(torch.tensor(mean).double(), tau).log_prob(x)) for mean in means)
+    integral = torch.trapezoid(p**2 / q, x) - 1
+    step = [Gaussian(torch.full((1, 1), mean), torch.tensor(tau)) for mean in means]
+    assert chi_square(*step).item() == pytest.approx(integral.item(), rel=1e-5)
+    assert integral > 0.1
+
+
+def test_chi_square_of_several_elements_is_their_product() -> None:
+    """1 + χ² of independent elements is the product of theirs."""
+    p, q = two_steps()
+    each = torch.exp((p.mean - q.mean).double() ** 2 / 0.7**2)  # 1 + χ² of each
+    torch.testing.assert_close(chi_square(p, q).double(), each.flatten(1).prod(1) - 1, rtol=1e-5, atol=0)
+    assert not chi_square(p, p).any()
+
+
+def test_small_deviations_are_not_lost_to_rounding() -> None:
+    p, q = two_steps(1.0, apart=1e-5)
+    torch.testing.assert_close(chi_square(p, q), 2 * kl(p, q), rtol=1e-4, atol=0)
+    assert chi_square(p, q).min() > 0
+
+
+def test_chi_square_is_level_from_e_to_the_ten_on() -> None:
+    mean = torch.tensor([[3.1], [3.2], [40.0]], requires_grad=True)  # exponents 9.61, 10.24, 1600
+    found = chi_square(Gaussian(mean, torch.tensor(1.0)), Gaussian(torch.zeros(3, 1), torch.tensor(1.0)))
+    assert found.tolist() == pytest.approx([math.exp(9.61) - 1, math.exp(10) - 1, math.exp(10) - 1], rel=1e-4)
+    found.sum().backward()
+    assert mean.grad is not None and mean.grad[0] > 1e4 and not mean.grad[1:].any()
+
+
+def test_penalties_pull_to_the_reference_but_do_not_move_it() -> None:
+    p, q = two_steps()
+    mean = p.mean.clone().requires_grad_()
+    kl(Gaussian(mean, p.std), q).sum().backward()
+    torch.testing.assert_close(mean.grad, (p.mean - q.mean) / 0.7**2)
+
+
+@pytest.mark.parametrize(
+    ("found", "weight"),
+    [
+        (5.0, 2.0),  # on target
+        (5.5, 2.0 * 1.01),  # a tenth above: as much, times the rate
+        (4.5, 2.0 * 0.99),
+        (6.0, 2.0 * 1.02),
+        (1000.0, 2.0 * 1.02),  # at most a fifth
+        (float("inf"), 2.0 * 1.02),
+        (0.0, 2.0 * 0.98),
+    ],
+)
+def test_a_weight_that_follows_its_target(found: float, weight: float) -> None:
+    after = KLControl(2.0, target=5.0, budget=50.0).after(found)
+    assert after.weight == pytest.approx(weight)
+    assert (after.target, after.budget, after.rate) == (5.0, 50.0, 0.1)
+
+
+def test_another_rate() -> None:
+    assert KLControl(2.0, target=5.0, rate=0.5).after(5.5).weight == pytest.approx(2.0 * 1.05)
+
+
+@given(st.floats(0.001, 1e3), st.floats(0.01, 1e3), st.floats(0, 1e6))
+def test_a_weight_moves_by_little_and_never_below_zero(weight: float, target: float, found: float) -> None:
+    after = KLControl(weight, target).after(found).weight
+    assert 0.98 * weight <= after * (1 + 1e-9) and after <= 1.02 * weight * (1 + 1e-9)
+    assert (after > weight) == (found > target) or after == pytest.approx(weight)
+
+
+def test_a_weight_finds_the_kl_that_is_asked_for() -> None:
+    """Where KL is 10/weight, a target of 4 needs 2.5."""
+    control = KLControl(0.5, target=4.0)
+    for _ in range(400):
+        control = control.after(10 / control.weight)
+    assert control.weight == pytest.approx(2.5, rel=0.01)
+
+
+def test_a_weight_without_a_target_stays() -> None:
+    control = KLControl(2.0)
+    assert control.after(1000.0) is control and not control.spent(1e9)
+
+
+def test_a_budget() -> None:
+    control = KLControl(budget=3.0)
+    assert [control.spent(found) for found in (0.0, 2.99, 3.0, 4.0)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": -0.1}, "kl_weight must be at least 0, got -0.1"),
+        ({"weight": math.nan}, "kl_weight must be at least 0"),
+        ({"weight": 1.0, "target": 0.0}, "kl_target must be above 0 nats, got 0.0"),
+        ({"weight": 1.0, "target": -1.0}, "kl_target must be above 0 nats, got -1.0"),
+        ({"weight": 1.0, "target": math.nan}, "kl_target must be above 0 nats"),
+        ({"budget": 0.0}, "kl_budget must be above 0 nats, got 0.0"),
+        ({"budget": -2.0}, "kl_budget must be above 0 nats"),
+        ({"target": 4.0}, "kl_target moves kl_weight, which is 0: give it a start above 0"),
+    ],
+)
+def test_what_is_no_control(options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        KLControl(**options)
+
+
+# (trained, held out) of each evaluation; patience; after which evaluation it stops; the step of the best held out.
+SCENARIOS: dict[str, tuple[list[tuple[float, float]], int, int | None, int]] = {
+    "both rise": ([(1, 1), (2, 2), (3, 3), (4, 4)], 1, None, 3),
+    "the trained one alone": ([(1, 1), (2, 0.9), (3, 0.8), (4, 0.7)], 2, 2, 0),
+    "at once": ([(1, 1), (2, 0.9)], 1, 1, 0),
+    "not in a row": ([(1, 1), (2, 0.9), (0.5, 0.9), (3, 0.8), (4, 1.0)], 2, None, 0),
+    "a better one in between": ([(1, 1), (2, 0.9), (3, 1.1), (4, 1.0), (5, 1.0)], 2, 4, 2),
+    "both fall": ([(1, 1), (0.9, 0.9), (0.8, 0.8), (0.7, 0.7)], 1, None, 0),
+    "the held-out one stays": ([(1, 1), (2, 1), (3, 1), (4, 1)], 1, None, 0),
+    "the trained one stays": ([(1, 1), (1, 0.9), (1, 0.8)], 1, None, 0),
+    "better than before, not than at the best": ([(3, 1), (1, 0.9), (2, 0.8), (2.5, 0.7)], 1, None, 0),
+    "negative rewards": ([(-5, -5), (-4, -4), (-3, -6), (-2, -7)], 2, 3, 1),
+    "never": ([(1, 1), (2, 0.9), (3, 0.8), (4, 0.7)], 0, None, 0),
+}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_watch_over_held_out_rewards(name: str) -> None:
+    evaluations, patience, stops, best = SCENARIOS[name]
+    watch, stopped = HoldOutWatch(patience), None
+    assert not watch.stop()
+    for number, (proxy, held_out) in enumerate(evaluations):
+        watch = watch.after(10 * number, proxy, held_out)
+        if stopped is None and watch.stop():
+            stopped = number
+        assert HoldOutWatch(patience).restored(watch.state()) == watch  # as a run that is stopped here goes on
+    assert stopped == stops and watch.best_step == 10 * best and watch.best == evaluations[best]
+
+
+def test_the_state_of_a_watch_is_plain() -> None:
+    import json
+
+    watch = HoldOutWatch(3).after(0, 1.0, 0.3).after(10, 2.0, 0.1)
+    assert watch.state() == {"best_step": 0, "best": [1.0, 0.3], "fooled": 1}
+    assert HoldOutWatch(3).restored(json.loads(json.dumps(watch.state()))) == watch
+    assert HoldOutWatch(2).restored(HoldOutWatch().state()) == HoldOutWatch(2)
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "wan"])
+def test_a_replay_of_a_good_pipeline(name: str) -> None:
+    sampler = Sampler(cached_pipe(name), call_of(name))
+    stored, _ = sampler.rollout(TWO_PROMPTS)
+    assert check_replay(sampler, stored, torch.float32) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_replay_in_another_precision(dtype: torch.dtype) -> None:
+    sampler = Sampler(in_precision(cached_pipe("sd"), dtype), call_of("sd"), storage=dtype)
+    stored, _ = sampler.rollout(TWO_PROMPTS)
+    assert check_replay(sampler, stored, dtype) <= (1e-4 if dtype == torch.float64 else 1e-2)
+
+
+def test_the_bounds_of_a_replay() -> None:
+    """A ratio that is 1.001 off passes in half precision alone."""
+    sampler = Sampler(cached_pipe("sd"), call_of("sd"))
+    stored, _ = sampler.rollout(TWO_PROMPTS)
+    for sign in (1, -1):
+        stored.log_probs[1, 2] += sign * 0.001
+        for dtype in (torch.bfloat16, torch.float16):
+            assert check_replay(sampler, stored, dtype) == pytest.approx(0.001, rel=0.05)
+        with pytest.raises(InputError, match=r"ratio off by 0.001, at most 0.0001 in float32"):
+            check_replay(sampler, stored, torch.float32)
+        stored.log_probs[1, 2] -= sign * 0.001
+
+
+@pytest.mark.parametrize("part", ["a dropout that is on", "changed weights", "a solver that is edited", "not a number"])
+def test_a_replay_that_finds_other_densities(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = fresh_pipe("sd")
+    trained = LoRA(pipe, 2)
+    sampler = Sampler(pipe, call_of("sd"))
+    if part == "a dropout that is on":
+        for module in pipe.unet.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.1
+                module.train()
+    stored, _ = sampler.rollout(TWO_PROMPTS)
+    if part == "changed weights":
+        move(trained, 0.1)
+    if part == "a solver that is edited":
+        sampler = Sampler(pipe, call_of("sd") | {"guidance_scale": 3.1})
+    if part == "not a number":
+        stored.log_probs[0, 0] = torch.nan
+    with pytest.raises(InputError, match=r"a replay of the first samples gives other log-probabilities.*dropout is on"):
+        check_replay(sampler, stored, torch.float32)
+
+
+def rewards(*rows: list[float]) -> Tensor:
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("values", [rewards([1.0, 1.0], [2.0, 2.5]), rewards([1.0], [1.0]), rewards([0.0, 1.0])])
+def test_rewards_that_tell_samples_apart(values: Tensor) -> None:
+    check_spread(values, "mine")
+
+
+@pytest.mark.parametrize("values", [rewards([0.25, 0.25, 0.25], [2.0, 2.0, 2.0]), rewards([0.25, 0.25, 0.25])])
+def test_rewards_that_do_not(values: Tensor) -> None:
+    message = "reward 'mine' gave all 3 samples of every prompt the same score .0.25 for the first.*finer reward"
+    with pytest.raises(InputError, match=message):
+        check_spread(values, "mine")
