@@ -118,7 +118,6 @@ class FinetuneRun:
     def _update(self, request: StopRequest) -> Record:
         """One update: samples where none are left, the gradient, the optimiser, the record."""
         started, state, settings = time.monotonic(), self.state, self.settings
-        drawn = settings.steps_per_round if state.round is None else 0
         state.round = state.round or self._draw(request)
         loss, metrics = self.method.gradient(
             self.sampler,
@@ -146,8 +145,7 @@ class FinetuneRun:
         record |= {name: value for name, value in metrics.items() if math.isfinite(value)}  # no pairs: no accuracy
         record |= {"kl_per_step": metrics["kl"] / steps, "kl_weight": state.control.weight}
         record |= {"grad_norm": float(norm), "learning_rate": rate, "seconds": seconds}
-        images = drawn * settings.prompts_per_step * settings.samples_per_prompt
-        record |= {"images_per_second": images / seconds} if images else {}
+        record |= {"images_per_second": settings.prompts_per_step * settings.samples_per_prompt / seconds}
         state.round = state.round.following()
         if state.control.spent(metrics["kl"]):
             self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"
