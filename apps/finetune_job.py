@@ -72,7 +72,7 @@ class FinetuneJob:
         if self.eval_prompts is not None and not (self.reward or self.eval_rewards):
             raise InputError("eval_prompts need eval_rewards to judge their images: give some")
         terms = {re.sub(r":[-+.0-9e]+$", "", term) for term in re.split(r"\s\+\s|,\s|[()]", self.reward or "")}
-        if False and [one for one in self.eval_rewards if one.strip() in {self.reward, *map(str.strip, terms)}]:
+        if trained := [one for one in self.eval_rewards if one.strip() in {self.reward, *map(str.strip, terms)}]:
             raise InputError(
                 f"eval_rewards hold {trained[0]!r}, which is trained on: a hold-out that is trained on holds nothing "
                 "out, take another"
