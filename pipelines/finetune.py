@@ -49,7 +49,7 @@ class FinetuningPipeline(FinetuningMethod):
         if not prompts or not all(prompts):
             raise InputError("prompts: at least one is needed, and none may be empty")
         self.check(settings)
-        source = OnlineSamples(tuple(prompts), self.reward, self.signal, self.shared_start, settings)
+        source = OnlineSamples(tuple(prompts), self, settings)
         exam = Exam(tuple(eval_prompts), self.reward, tuple(load_reward(reward) for reward in eval_rewards))
         return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)
 
@@ -65,8 +65,9 @@ class FinetuningPipeline(FinetuningMethod):
         on_evaluation: Callable[[Evaluated], None] | None,
     ) -> FinetuneResult:
         """What a training is, wherever its samples come from."""
-        run = FinetuneRun(self, source, exam, settings, Path(output_dir), dict(about or {}))
-        return run.train(resume, on_update or (lambda record: None), on_evaluation or (lambda evaluated: None))
+        exam.check(settings.patience)
+        run = FinetuneRun(self, source, exam, settings, Path(output_dir), dict(about or {}), resume)
+        return run.train(on_update or (lambda record: None), on_evaluation or (lambda evaluated: None))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the diffusers pipeline itself."""
@@ -114,4 +115,4 @@ class LossPipeline(FinetuningPipeline):
         )
 
     def about(self) -> dict[str, Any]:
-        return super().about() | {"loss": asdict(self.loss)}  # type: ignore[call-overload]
+        return super().about() | {"loss": type(self.loss).__name__, **asdict(self.loss)}  # type: ignore[call-overload]

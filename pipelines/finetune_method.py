@@ -12,7 +12,7 @@ from steer.engine import Backward, Batch, Penalty
 from steer.losses import Metrics
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.method import SteeringMethod
-from steer.pipelines.samples import Scored
+from steer.pipelines.samples import Scored, chosen_steps
 from steer.trajectory import Sampler
 
 Record = dict[str, Any]
@@ -24,7 +24,7 @@ class FinetuneResult:
 
     step         updates made
     stopped      why it ended before its time, else None
-    weights      where the exported weights are: those of the end, or the best ones where a guard stopped it
+    weights      where the exported weights are: those of the end, or the best ones where the held-out reward fell
     best_step    updates of the best evaluation by the held-out reward (`best/`); None without evaluations
     records      one for every update
     evaluations  one for every evaluation
@@ -56,6 +56,10 @@ class FinetuningMethod(SteeringMethod, ABC):
         """What the loss is told of the samples: by default their rewards (B, K)."""
         return scored.rewards
 
+    def steps(self, total: int, settings: FinetuneSettings, name: str) -> tuple[int, ...]:
+        """Which of the stochastic steps 0 … total − 1 an update of that name learns from."""
+        return chosen_steps(total, settings.timestep_fraction, settings.seed, name)
+
     @abstractmethod
     def gradient(
         self,
@@ -66,7 +70,8 @@ class FinetuningMethod(SteeringMethod, ABC):
         backward: Backward,
         before_each: Callable[[], None],
     ) -> tuple[float, Metrics]:
-        """Adds the gradient of one update to the weights' .grad; returns the loss, and metrics with `kl` in nats.
+        """Adds the gradient of one update to the weights' .grad; returns the loss, and metrics with `kl` and
+        `kl_per_step` in nats.
 
         unchanged  the weights are those that drew the batch
         See `steer.engine.two_pass_gradient` for the others.

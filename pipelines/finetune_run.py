@@ -3,8 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,16 @@ from steer.errors import InputError
 from steer.guards import HoldOutWatch, KLControl, check_replay, chi_square, kl
 from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Record
 from steer.pipelines.finetune_settings import FinetuneSettings
-from steer.pipelines.finetune_setup import accelerator_of, trainable_of
+from steer.pipelines.finetune_setup import accelerator_of, identity_of, trainable_of
 from steer.pipelines.finetune_state import RunFolder, RunState
 from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.rounds import Round, Source
 from steer.pipelines.samples import sampler_of
 from steer.pipelines.stopping import Stopped, StopRequest, stop_request
-from steer.quiet import plain_values
 from steer.trainable import Trainable
 from steer.trajectory import Sampler
 
 INTERRUPTED = "interrupted"
-# What a run that goes on may have otherwise than before.
-FREE = {"max_steps", "eval_every", "patience", "checkpoint_every", "keep_checkpoints", "log_with", "kl_budget"}
 
 
 class FinetuneRun:
@@ -44,9 +40,11 @@ class FinetuneRun:
         settings: FinetuneSettings,
         folder: Path,
         about: dict[str, Any],
+        resume: bool,
     ) -> None:
         self.method, self.source, self.exam, self.settings = method, source, exam, settings
-        self.folder = RunFolder(folder, self._identity(), about, settings.keep_checkpoints)
+        self.folder = RunFolder(folder, identity_of(method, source, exam, settings), about, settings.keep_checkpoints)
+        self.found = self.folder.find(resume)
         self.accelerator = accelerator_of(settings, folder, method.pipe.device.type == "cpu")
         self.state = self._started(trainable_of(method.pipe, settings))
         self.sampler = self._sampler()
@@ -67,29 +65,21 @@ class FinetuneRun:
             watch=HoldOutWatch(settings.patience),
         )
 
-    def _identity(self) -> dict[str, Any]:
-        """What makes this run this run, as plain values."""
-        pipe = self.method.pipe
-        settings = {name: value for name, value in asdict(self.settings).items() if name not in FREE}
-        return {
-            **self.method.about(),
-            **self.source.about(),
-            **self.exam.about(),
-            "model": f"{type(pipe).__name__} {getattr(pipe.config, '_name_or_path', '')}".strip(),
-            "scheduler": pipe.scheduler.to_json_string(),
-            **{name: plain_values(value) for name, value in settings.items()},
-        }
-
-    def train(
-        self, resume: bool, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]
-    ) -> FinetuneResult:
-        """Takes the output folder, goes on from what is there, updates until the last one, a guard or a signal; then
-        exports the weights."""
+    def train(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> FinetuneResult:
+        """Goes on from what is there, updates until the last one, a guard or a signal; then exports the weights."""
         with torch.random.fork_rng():  # for pipelines that draw numbers of their own beside the generators
             torch.manual_seed(self.settings.seed)
-            self.folder.open(self.state, resume)
-            self._updates(on_update, on_evaluation)
-            return self._finished()
+            self.folder.open(self.state, self.found)
+            try:
+                self._updates(on_update, on_evaluation)
+                return self._finished()
+            except Exception:
+                if self.state.step:  # what was learnt is not lost with a reward or an observer that fails
+                    self.folder.save(self.state)
+                raise
+            finally:
+                # The user's denoiser computes in its own precision again.
+                self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
 
     def _updates(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> None:
         state, last = self.state, self.settings.max_steps
@@ -102,22 +92,20 @@ class FinetuneRun:
                         self.folder.save(state)
                     if self.stopped or state.step >= last:
                         break
-                    record = self._update(request)
-                    on_update(record)
-                    self.accelerator.log(_numbers(record), state.step)
-                    bar.update()
-                    bar.set_postfix(_shown(record))
+                    if (record := self._update(request)) is not None:
+                        on_update(record)
+                        self.accelerator.log(_numbers(record), state.step)
+                        bar.update()
+                        bar.set_postfix(_shown(record))
             except Stopped:
                 self.stopped = INTERRUPTED
-            except InputError:
-                if state.step:  # what was learnt is not lost with a reward that fails
-                    self.folder.save(state)
-                raise
             self.folder.save(state)
 
-    def _update(self, request: StopRequest) -> Record:
-        """One update: samples where none are left, the gradient, the optimiser, the record."""
-        started, state, settings = time.monotonic(), self.state, self.settings
+    def _update(self, request: StopRequest) -> Record | None:
+        """One update: samples where none are left, the gradient, the optimiser, the record; None where the KL budget
+        is spent."""
+        started, state = time.monotonic(), self.state
+        self.optimiser.zero_grad()  # of an update that was broken off
         state.round = state.round or self._draw(request)
         loss, metrics = self.method.gradient(
             self.sampler,
@@ -127,32 +115,38 @@ class FinetuneRun:
             self.accelerator.backward,
             request.check,
         )
-        if not math.isfinite(loss):
-            raise InputError(
-                f"the loss of update {state.step + 1} is {loss}: the weights went too far. Lower learning_rate, or "
-                "raise kl_weight"
-            )
-        norm = self.accelerator.clip_grad_norm_(state.parameters, settings.max_grad_norm)
+        if state.control.spent(metrics["kl"]):
+            self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"
+            return None
         rate = state.schedule.get_last_lr()[0]
+        norm = self._step(loss)
+        state.step += 1
+        record = {"step": state.step, "round": state.rounds, "loss": loss, **state.round.record(), **metrics}
+        record |= {"kl_weight": state.control.weight, "grad_norm": norm, "learning_rate": rate}
+        seconds, images = time.monotonic() - started, self.settings.prompts_per_step * self.settings.samples_per_prompt
+        record |= {"seconds": seconds, "images_per_second": images / seconds}
+        # No pairs, no accuracy; and a scaler tries its way with infinite gradients.
+        record = {name: value for name, value in record.items() if math.isfinite(value)}
+        state.round = state.round.following()
+        state.control = state.control.after(metrics["kl"])
+        state.records.append(record)
+        self.folder.note("records", record)
+        return record
+
+    def _step(self, loss: float) -> float:
+        """The optimiser's step; the gradient's norm. Raises InputError before the step where that is no number."""
+        state = self.state
+        norm = float(self.accelerator.clip_grad_norm_(state.parameters, self.settings.max_grad_norm))
+        if not (math.isfinite(loss) and (math.isfinite(norm) or state.scaler)):
+            raise InputError(
+                f"the loss of update {state.step + 1} is {loss:g}, its gradient as long as {norm:g}: lower "
+                "learning_rate, raise kl_weight, or mend a reward whose gradient is not finite"
+            )
         self.optimiser.step()
-        self.optimiser.zero_grad()
         state.schedule.step()
         if state.ema:
             state.ema.step(state.parameters)
-        state.step += 1
-        steps, seconds = state.round.batch.chunks[0].log_probs.shape[1], time.monotonic() - started
-        record = {"step": state.step, "round": state.rounds, "loss": loss, **state.round.record()}
-        record |= {name: value for name, value in metrics.items() if math.isfinite(value)}  # no pairs: no accuracy
-        record |= {"kl_per_step": metrics["kl"] / steps, "kl_weight": state.control.weight}
-        record |= {"grad_norm": float(norm), "learning_rate": rate, "seconds": seconds}
-        record |= {"images_per_second": settings.prompts_per_step * settings.samples_per_prompt / seconds}
-        state.round = state.round.following()
-        if state.control.spent(metrics["kl"]):
-            self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"
-        state.control = state.control.after(metrics["kl"])
-        state.records.append(record)
-        self.folder.note(state)
-        return record
+        return norm
 
     def _penalties(self) -> dict[Penalty, float]:
         penalties: dict[Penalty, float] = {kl: self.state.control.weight, chi_square: self.settings.chi_square_weight}
@@ -162,19 +156,33 @@ class FinetuneRun:
         return sampler_of(self.method.pipe, self.settings, self.prepared)
 
     def _draw(self, request: StopRequest) -> Round:
-        """The next round; the first one is also held against its replay."""
-        self.optimiser.zero_grad()  # of an update that was broken off
+        """The next round; the first one is also held against its replay. One that is broken off leaves no trace."""
+        before, random = self.method.state(), torch.get_rng_state()
         self.sampler = self._sampler()  # what it remembers of texts lasts for a round
-        drew = self.source.round(self.state.rounds, self.sampler, self.state.trainable, request.check)
-        if self.state.rounds == 0:
-            by_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
-            dtype = by_precision.get(self.settings.mixed_precision, self.state.trainable.denoiser.dtype)
-            check_replay(self.sampler, drew.batch.chunks[0], dtype)
+        try:
+            drew = self.source.round(self.state.rounds, self.sampler, self.state.trainable, request.check)
+            if self.state.rounds == 0:
+                by_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
+                dtype = by_precision.get(self.settings.mixed_precision, self.state.trainable.denoiser.dtype)
+                check_replay(self.sampler, drew.batch.chunks[0], dtype)
+        except BaseException:
+            self.method.restore(before)
+            torch.set_rng_state(random)
+            raise
         self.state.rounds += 1
         return drew
 
     def _evaluate(self, request: StopRequest, on_evaluation: Callable[[Evaluated], None]) -> None:
         """Where one is due, and was not made before: at the start, every so often, and at the end."""
+        self._take(request, on_evaluation)
+        watch = self.state.watch
+        if watch.stop() and not self.stopped:
+            self.stopped = (
+                f"the trained reward rose while the held-out one fell, {watch.fooled} evaluations in a row: the "
+                f"weights of update {watch.best_step} are kept"
+            )
+
+    def _take(self, request: StopRequest, on_evaluation: Callable[[Evaluated], None]) -> None:
         state, every = self.state, self.settings.eval_every
         due = state.step % every == 0 or state.step >= self.settings.max_steps or self.stopped
         if not self.exam.prompts or not due or (state.evaluations and state.evaluations[-1]["step"] == state.step):
@@ -182,20 +190,15 @@ class FinetuneRun:
         with state.averaged():
             found = self.exam.take(self.method.pipe, self.settings, state.step, self.prepared, request.check)
             on_evaluation(found)
-            state.evaluations.append(found.record())
             state.watch = state.watch.after(state.step, *found.means())
             best = state.watch.best_step == state.step
             if best:
                 self.folder.export(state, "best")
+        state.evaluations.append(found.record())
         if best:
             self.folder.save(state)  # pinned, whatever comes
-        self.folder.note(state)
+        self.folder.note("evaluations", found.record())
         self.accelerator.log(_numbers(found.record()), state.step)
-        if state.watch.stop() and not self.stopped:
-            self.stopped = (
-                f"the trained reward rose while the held-out one fell, {state.watch.fooled} evaluations in a row: the "
-                f"weights of update {state.watch.best_step} are kept"
-            )
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:
@@ -215,8 +218,9 @@ class FinetuneRun:
             of = state.watch.best_step if fooled else state.step
             if fooled:
                 self.folder.load_best(state)
-            with nullcontext() if fooled else state.averaged():
-                weights = self.folder.export(state, "final")
+            elif state.ema:
+                state.ema.copy_to(state.parameters)  # the pipeline stays what is evaluated and exported
+            weights = self.folder.export(state, "final")
         records, evaluations, best = tuple(state.records), tuple(state.evaluations), state.watch.best_step
         return FinetuneResult(state.step, self.stopped, weights, best, records, evaluations, of)
 

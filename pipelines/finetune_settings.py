@@ -103,6 +103,8 @@ class FinetuneSettings:
         for name in ("lora_rank", "warmup_steps", "weight_decay", "patience", "chi_square_weight", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2^63, got {self.seed}")
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be above 0, got {getattr(self, name)}")

@@ -1,5 +1,6 @@
 """What a finetuning run is made of: accelerate, and the weights that are trained."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -7,8 +8,25 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from steer.errors import InputError
+from steer.pipelines.finetune_method import FinetuningMethod
 from steer.pipelines.finetune_settings import FinetuneSettings
-from steer.trainable import Full, LoRA, Trainable, denoiser_of
+from steer.pipelines.held_out import Exam
+from steer.pipelines.rounds import Source
+from steer.quiet import plain_values
+from steer.trainable import Full, LoRA, Trainable, denoiser_of, fingerprint
+
+# What a run that goes on may have otherwise than before.
+FREE = {
+    "max_steps",
+    "micro_batch",
+    "gradient_checkpointing",
+    "eval_every",
+    "patience",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "kl_budget",
+    "log_with",
+}
 
 
 def accelerator_of(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accelerator:
@@ -17,7 +35,7 @@ def accelerator_of(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accel
         raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
     AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
             log_with=list(settings.log_with) or None,
             project_dir=folder,
@@ -26,6 +44,9 @@ def accelerator_of(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accel
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"log_with {', '.join(settings.log_with)}: {str(error).splitlines()[0]}") from error
+    if accelerator.num_processes > 1:
+        raise InputError("finetuning runs in one process so far: start it without several of them")
+    return accelerator
 
 
 def trainable_of(pipe: Any, settings: FinetuneSettings) -> Trainable:
@@ -35,3 +56,18 @@ def trainable_of(pipe: Any, settings: FinetuneSettings) -> Trainable:
     if settings.lora_rank == 0:
         return Full(pipe)
     return LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+
+
+def identity_of(method: FinetuningMethod, source: Source, exam: Exam, settings: FinetuneSettings) -> dict[str, Any]:
+    """What makes a run this run, as plain values."""
+    pipe = method.pipe
+    told = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    return {
+        **method.about(),
+        **source.about(),
+        **exam.about(),
+        "model": f"{type(pipe).__name__} {getattr(pipe.config, '_name_or_path', '')}".strip(),
+        "weights": fingerprint(pipe),
+        "scheduler": pipe.scheduler.to_json_string(),
+        **{name: plain_values(value) for name, value in told.items()},
+    }

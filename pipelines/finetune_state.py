@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -83,11 +85,11 @@ class RunFolder:
 
     def __init__(self, path: Path, identity: Mapping[str, Any], about: Mapping[str, Any], keep: int) -> None:
         self.path, self.about = path, dict(about)
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = json.loads(json.dumps(identity), parse_constant=str)  # inf is no JSON
         self.checkpoints = Checkpoints(path / "checkpoints", keep)
 
-    def open(self, run: RunState, resume: bool) -> None:
-        """Makes the folder and, to resume, puts the run where its newest whole checkpoint was.
+    def find(self, resume: bool) -> Checkpoint | None:
+        """The newest whole checkpoint, to be gone on from; None where nothing is there yet.
 
         Raises InputError for a folder that holds another run, or this one where nobody asked to resume.
         """
@@ -99,16 +101,28 @@ class RunFolder:
         if found is None and skipped:
             raise InputError(f"{self.path}: no checkpoint there is whole ({skipped[0]}); choose another output folder")
         if found is not None:
+            _check_identity(self.identity, found)
+        return found
+
+    def open(self, run: RunState, found: Checkpoint | None) -> None:
+        """Puts the run where a checkpoint was, and writes down its records so far."""
+        if found is not None:
             self._restore(run, found)
             logger.info("resumed %s at update %d", self.path, run.step)
-        self.note(run)
-
-    def note(self, run: RunState) -> None:
-        """Writes down the records so far."""
-        try:
+        with self._writing():
             for series, name in SERIES.items():
-                lines = [json.dumps(record) + "\n" for record in getattr(run, series)]
+                lines = [json.dumps(record, allow_nan=False) + "\n" for record in getattr(run, series)]
                 write_text(self.path / name, "".join(lines))
+
+    def note(self, series: str, record: Record) -> None:
+        """Adds a line to a series; what a crash leaves of it is written anew when the run goes on."""
+        with self._writing(), (self.path / SERIES[series]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(f"{self.path}: cannot write there ({error.strerror})") from error
 
@@ -130,8 +144,8 @@ class RunFolder:
                 "watch": run.watch.state(),
                 "method": run.method.state(),
                 "scaler": run.scaler.state_dict() if run.scaler else None,
-                "records": run.records,
-                "evaluations": run.evaluations,
+                # As lines: a checkpoint sorts keys, and the first reward of an evaluation is the trained one.
+                **{series: [json.dumps(record) for record in getattr(run, series)] for series in SERIES},
             },
             "identity": self.identity,
             "config": self.about,
@@ -149,7 +163,6 @@ class RunFolder:
         return self.checkpoints.save(run.step, tensors, values, pinned=pinned)
 
     def _restore(self, run: RunState, saved: Checkpoint) -> None:
-        _check_identity(self.identity, saved)
         state = saved.json("state")
         run.put(saved.tensors("weights"))
         load_optimiser(run.optimiser, saved.tensors("optimiser"), state["optimiser"])
@@ -158,7 +171,7 @@ class RunFolder:
         run.watch = run.watch.restored(state["watch"])
         run.method.restore(state["method"])
         run.step, run.rounds = state["step"], state["rounds"]
-        run.records, run.evaluations = state["records"], state["evaluations"]
+        run.records, run.evaluations = ([json.loads(line) for line in state[series]] for series in SERIES)
         if run.scaler and state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
         if run.ema:
@@ -179,8 +192,17 @@ class RunFolder:
         run.put(saved.tensors("average" if run.ema else "weights"))
 
     def export(self, run: RunState, name: str) -> Path:
-        """The present weights, as diffusers reads them."""
-        return run.trainable.export(self.path / name)
+        """The present weights, as diffusers reads them; those of before stay until they are whole."""
+        new, old = (self.path / f".{name}.{kind}" for kind in ("new", "old"))
+        with self._writing():
+            for left in (new, old):
+                shutil.rmtree(left, ignore_errors=True)
+            written = run.trainable.export(new)
+            if (self.path / name).exists():
+                os.rename(self.path / name, old)
+            os.rename(new, self.path / name)
+            shutil.rmtree(old, ignore_errors=True)
+        return self.path / name / written.relative_to(new)
 
 
 def _check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:

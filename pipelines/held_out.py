@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from steer.errors import InputError
+from steer.frames import over_frames
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.samples import BeforeEach, rows_of, sampler_of
-from steer.pipelines.scoring import over_frames
 from steer.reward import Reward, score_parts
 
 RESAMPLES = 10_000  # of the bootstrap
@@ -47,6 +48,18 @@ class Exam:
     trained: Reward
     held_out: Sequence[Reward]
 
+    def __post_init__(self) -> None:
+        names = [self.trained.name, *(reward.name for reward in self.held_out)]
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise InputError(
+                f"eval_rewards: {twice[0]!r} is there twice, or is what is trained on: it holds nothing out"
+            )
+
+    def check(self, patience: int) -> None:
+        """Raises InputError where there is nothing to have patience with."""
+        if patience and not (self.prompts and self.held_out):
+            raise InputError("patience compares a held-out reward: give eval_prompts and eval_rewards, or patience 0")
+
     def about(self) -> dict[str, Any]:
         """As plain values."""
         return {"eval_prompts": list(self.prompts), "eval_rewards": [reward.name for reward in self.held_out]}
@@ -62,8 +75,10 @@ class Exam:
         rewards = {}
         for reward in (self.trained, *self.held_out):
             scored = zip(images, parts, strict=True)
-            found = [over_frames(some, partial(score_parts, reward, prompts=part.prompts))[0] for some, part in scored]
-            rewards[reward.name] = torch.cat(found).view(-1, size).detach()
+            judged = partial(score_parts, reward)
+            with torch.no_grad():
+                found = [over_frames(some, partial(judged, prompts=part.prompts))[0] for some, part in scored]
+            rewards[reward.name] = torch.cat(found).view(-1, size)
         return Evaluated(step, tuple(self.prompts), rewards, diversity(torch.cat(images), size), torch.cat(images))
 
 

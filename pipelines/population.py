@@ -12,9 +12,9 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from steer.errors import InputError
+from steer.frames import over_frames
 from steer.particles import Particles
 from steer.pipelines.output import Cost, Evaluation, SteeringOutput
-from steer.pipelines.scoring import over_frames
 from steer.preview import Preview, accepted_only, first_output
 from steer.reward import Reward, score_parts
 from steer.seam import Answer, Event, steered

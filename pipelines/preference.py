@@ -15,7 +15,7 @@ from steer.pipelines.finetune_method import FinetuneResult, Record
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.samples import Scored
-from steer.reward import load_reward
+from steer.reward import Composite, load_reward
 
 
 class D3POPipeline(LossPipeline):
@@ -40,9 +40,17 @@ class D3POPipeline(LossPipeline):
         super().__init__(pipe, Unjudged() if reward is None else reward, loss)
         self.pareto = pareto
 
+    def check(self, settings: FinetuneSettings) -> None:
+        super().check(settings)
+        if self.pareto and not isinstance(self.reward, Composite):
+            raise InputError(f"pareto compares the parts of a reward, and {self.reward.name!r} has none: leave it out")
+
+    def about(self) -> dict[str, Any]:
+        return super().about() | {"pareto": self.pareto}
+
     def signal(self, scored: Scored) -> Tensor:
         """Rewards (B, K), or those of the parts (B, K, M)."""
-        return torch.stack(list(scored.parts.values()), -1) if self.pareto and scored.parts else scored.rewards
+        return torch.stack(list(scored.parts.values()), -1) if self.pareto else scored.rewards
 
     def train_on_choices(
         self,

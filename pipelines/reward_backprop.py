@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from steer.engine import Backward, Batch, Penalty
 from steer.errors import InputError
 from steer.losses import Metrics
@@ -28,11 +30,21 @@ class RewardBackpropPipeline(FinetuningPipeline):
             raise InputError(f"reward {self.reward.name!r} is not differentiable: use prdp or d3po, or another reward")
         if not 1 <= self.last_steps <= settings.num_inference_steps:
             raise InputError(f"last_steps must be from 1 to {settings.num_inference_steps}, got {self.last_steps}")
+        vae = getattr(self.pipe, "vae", None)
+        if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+            raise InputError(
+                "the decoder of this pipeline is cast to float32 and back in every call, amid the gradient: load the "
+                "model with dtype bfloat16 or float32, or give it a VAE that is made for float16"
+            )
         if settings.steps_per_round * settings.passes > 1 or settings.timestep_fraction < 1:
             raise InputError(
                 "reward backpropagation goes along the samples of the present weights: steps_per_round, passes and "
                 "timestep_fraction must be 1"
             )
+
+    def steps(self, total: int, settings: FinetuneSettings, name: str) -> tuple[int, ...]:
+        """The last k: the KL and penalties are told of these alone."""
+        return tuple(range(max(total - self.last_steps, 0), total))
 
     def gradient(
         self,

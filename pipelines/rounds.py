@@ -1,6 +1,6 @@
 """A round of finetuning: the samples that several updates learn from, all drawn by one policy."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -9,9 +9,9 @@ from torch import Generator, Tensor
 
 from steer.engine import Batch, Reference, reference_of
 from steer.guards import check_spread
+from steer.pipelines.finetune_method import FinetuningMethod
 from steer.pipelines.finetune_settings import FinetuneSettings
-from steer.pipelines.samples import BeforeEach, Scored, chosen_steps, draw, prompts_at, rows_of
-from steer.reward import Reward
+from steer.pipelines.samples import BeforeEach, Scored, draw, prompts_at, rows_of
 from steer.seeds import derived_seed
 from steer.trainable import Trainable
 from steer.trajectory import Sampler, Trajectories
@@ -76,14 +76,11 @@ class Source(Protocol):
 class OnlineSamples:
     """Samples of prompts by the policy as it is, scored by a reward.
 
-    signal        makes of them what the loss is told, (B, K[, M])
-    shared_start  whether the samples of a prompt begin at one x_T
+    method  says what its loss is told of them, whether those of a prompt begin at one x_T, and which steps count
     """
 
     prompts: Sequence[str]
-    reward: Reward
-    signal: Callable[[Scored], Tensor]
-    shared_start: bool
+    method: FinetuningMethod
     settings: FinetuneSettings
 
     def about(self) -> dict[str, Any]:
@@ -99,15 +96,15 @@ class OnlineSamples:
         for update in range(number * self.settings.steps_per_round, (number + 1) * self.settings.steps_per_round):
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
-            rows = rows_of(prompts, samples, seed, name, self.shared_start)
-            scored = draw(sampler, self.reward, rows, samples, self.settings.micro_batch, before_each)
-            steps = chosen_steps(scored.chunks[0].log_probs.shape[1], self.settings.timestep_fraction, seed, name)
+            rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
+            scored = draw(sampler, self.method.reward, rows, samples, self.settings.micro_batch, before_each)
+            steps = self.method.steps(scored.chunks[0].log_probs.shape[1], self.settings, name)
             references = references_of(sampler, trainable, scored.chunks, steps, before_each)
-            batches.append(Batch(scored.chunks, references, steps, self.signal(scored)))
+            batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored)))
             rewards.append(scored.rewards)
             told.append(summary(scored))
         if number == 0:
-            check_spread(torch.cat(rewards), self.reward.name)
+            check_spread(torch.cat(rewards), self.method.reward.name)
         order = learning_order(len(batches), self.settings.passes, seed, number)
         return Round(number, tuple(batches), tuple(rewards), tuple(told), order)
 

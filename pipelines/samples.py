@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from steer.frames import over_frames
 from steer.pipelines.finetune_settings import DTYPES, FinetuneSettings
-from steer.pipelines.scoring import over_frames
 from steer.reward import Reward, score_parts
 from steer.seeds import derived_seed
 from steer.trajectory import Rows, Sampler, Trajectories
@@ -53,13 +53,14 @@ def draw(sampler: Sampler, reward: Reward, rows: Rows, samples: int, chunk: int,
         before_each()
         drew, images = sampler.rollout(some)
         chunks.append(drew)
-        scores.append(over_frames(images, partial(score_parts, reward, prompts=some.prompts)))
+        with torch.no_grad():
+            scores.append(over_frames(images, partial(score_parts, reward, prompts=some.prompts)))
     rewards, parts = zip(*scores, strict=True)
     return Scored(
         prompts=rows.prompts[::samples],
         chunks=tuple(chunks),
-        rewards=torch.cat(rewards).view(-1, samples).detach(),
-        parts={name: torch.cat([told[name] for told in parts]).view(-1, samples).detach() for name in parts[0]},
+        rewards=torch.cat(rewards).view(-1, samples),
+        parts={name: torch.cat([told[name] for told in parts]).view(-1, samples) for name in parts[0]},
     )
 
 

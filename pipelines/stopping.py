@@ -2,11 +2,13 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 1.0  # seconds between two signals of one wish
 
 
 class Stopped(Exception):
@@ -17,7 +19,7 @@ class StopRequest:
     """Whether somebody asked for the end."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self._first = False, 0.0
 
     def check(self) -> None:
         """Raises Stopped once somebody asked."""
@@ -25,9 +27,11 @@ class StopRequest:
             raise Stopped
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:  # a second time: at once
+        # Ctrl-C a second time: at once. Launchers send signals twice, but not so far apart.
+        if self.asked and number == signal.SIGINT and time.monotonic() - self._first > PATIENCE:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
 
 
 @contextmanager
@@ -42,4 +46,4 @@ def stop_request() -> Iterator[StopRequest]:
         yield request
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python

@@ -119,10 +119,12 @@ def two_pass_gradient(
             other = told.kernel(column, p.mean)
             total = (share[:, column].to(p.mean.device) * p.log_prob(x_s)).sum()
             for penalty, weight in weights.items():
-                cost = per_sample * penalty(p, other).sum()
+                with torch.set_grad_enabled(weight != 0):
+                    cost = per_sample * penalty(p, other).sum()
                 found[penalty] += cost.item()
-                total = total + weight * cost if weight else total
+                total = total + weight * cost
             backward(total)
 
         sampler.replay(chunk, back, steps, grad=True)
-    return value.item(), metrics | {penalty.__name__: cost for penalty, cost in found.items()}
+    told_all = {penalty.__name__: cost for penalty, cost in found.items()}
+    return value.item(), metrics | told_all | {"kl_per_step": found[kl] / batch.chunks[0].log_probs.shape[1]}

@@ -4,12 +4,18 @@
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
-from steer.engine import Backward, Batch, Penalty
+import torch
+from torch import Tensor
+
+from steer.engine import Backward, Batch, Penalty, Reference
+from steer.frames import over_frames
 from steer.guards import kl
 from steer.losses import Metrics
-from steer.reward import Reward, score
+from steer.reward import Reward, score_parts
 from steer.trajectory import Sampler
+from steer.transition import Gaussian
 
 
 def reward_gradient(
@@ -24,25 +30,28 @@ def reward_gradient(
 ) -> tuple[float, Metrics]:
     """Adds ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
-    The sums go over those of the last k steps that are stochastic. Returns −mean reward, and the penalties of these
-    steps with `kl`, nats. The graph holds k denoiser calls and the decoder.
-
-    Call it where the weights are those that drew the batch.
+    The sums go over the batch's steps, at their stored x_t: a penalty is about where the policy is, not about how it
+    came there. Returns −mean reward, and the penalties of these steps with `kl`, in nats. The graph holds k denoiser
+    calls and the decoder. Call it where the weights are those that drew the batch.
     """
-    count = sum(len(chunk.rows) for chunk in batch.chunks)
+    count, steps = sum(len(chunk.rows) for chunk in batch.chunks), list(batch.steps)
     weights: dict[Penalty, float] = {kl: 0.0}
     weights.update(penalties)
     total, found = 0.0, dict.fromkeys(weights, 0.0)
     for chunk, told in zip(batch.chunks, batch.references, strict=True):
         before_each()
-        images, kernels = sampler.finish(chunk, last_steps)
-        loss = -score(reward, images, chunk.rows.prompts).sum().to(images.device) / count
-        total += loss.item()
-        for t, p in kernels.items():
-            other = told.kernel(list(batch.steps).index(t), p.mean)
-            for penalty, weight in weights.items():
-                cost = penalty(p, other).sum() / count
+        images = sampler.finish(chunk, last_steps)
+        rewards, _ = over_frames(images, partial(score_parts, reward, prompts=chunk.rows.prompts))
+        total -= rewards.sum().item() / count
+        backward(-rewards.sum().to(images.device) / count)
+
+        def back(t: int, p: Gaussian, x_s: Tensor, told: Reference = told) -> None:
+            costs = {penalty: penalty(p, told.kernel(steps.index(t), p.mean)).sum() / count for penalty in weights}
+            for penalty, cost in costs.items():
                 found[penalty] += cost.item()
-                loss = loss + weight * cost if weight else loss
-        backward(loss)
-    return total, {penalty.__name__: cost for penalty, cost in found.items()}
+            if penalties:
+                backward(torch.stack([weights[penalty] * cost for penalty, cost in costs.items()]).sum())
+
+        sampler.replay(chunk, back, steps, grad=bool(penalties))
+    told_all = {penalty.__name__: cost for penalty, cost in found.items()}
+    return total, told_all | {"kl_per_step": found[kl] / len(steps)}

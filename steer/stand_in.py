@@ -40,7 +40,9 @@ def silent_denoiser(denoiser: Any) -> StandIn:
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
-        shape = (len(x), channels or x.shape[1], *x.shape[2:]) if x.dim() > 3 else x.shape
+        if x.dim() > 3:
+            return Output([x.new_zeros((len(x), channels or x.shape[1], *x.shape[2:]))])
+        shape = (*x.shape[:-1], channels or x.shape[-1])  # a model of tokens
         return Output([x.new_zeros(shape)])
 
     return StandIn(denoiser, zeros)

@@ -1,5 +1,6 @@
 """What is trained of a denoiser, a LoRA or all of it; and the reference, which is the denoiser without that."""
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -32,10 +33,23 @@ class Trainable(Protocol):
 
 def denoiser_of(pipe: Any) -> tuple[str, Any]:
     """The denoiser that is trained, and the name of the pipeline's component."""
-    found = next((name for name in DENOISERS if getattr(pipe, name, None) is not None), None)
-    if found is None:
+    found = [name for name in DENOISERS if getattr(pipe, name, None) is not None]
+    if not found:
         raise InputError(f"{type(pipe).__name__} has no unet and no transformer: it cannot be finetuned")
-    return found, getattr(pipe, found)
+    if len(found) > 1:
+        raise InputError(
+            f"{type(pipe).__name__} has several denoisers, {' and '.join(found)}: only one can be finetuned"
+        )
+    return found[0], getattr(pipe, found[0])
+
+
+def fingerprint(pipe: Any) -> str:
+    """A hash of the denoiser's weights, from their names, shapes and first numbers."""
+    digest = hashlib.sha256()
+    for name, parameter in denoiser_of(pipe)[1].named_parameters():
+        some = parameter.detach().flatten()[:16].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _freeze(pipe: Any) -> None:

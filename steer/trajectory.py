@@ -87,6 +87,9 @@ class Sampler:
                 f"{type(pipe.scheduler).__name__} has no Gaussian kernel: finetuning needs one. Use for example "
                 "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
             )
+        unknown = [name for name in call if name not in accepted_only(pipe, call)]
+        if unknown:
+            raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
         self.eta, self.storage, self._call = eta, storage, dict(call)
         self._gate = _Gate()
         self._pipe = recording(quiet(pipe))
@@ -140,14 +143,13 @@ class Sampler:
         finally:
             self._gate.open = True
 
-    def finish(self, stored: Trajectories, last: int) -> tuple[Tensor, dict[int, Gaussian]]:
+    def finish(self, stored: Trajectories, last: int) -> Tensor:
         """Runs the last `last` solver steps anew by today's weights, with the same noise, and keeps the graph.
 
         The run begins at the stored latents before them; the denoiser is not called for earlier steps. Returns images
-        (N, 3, H, W) in [0, 1], and the kernels of those steps that are stochastic, by their number t.
+        (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
         """
         first = stored.latents.shape[1] - last
-        found: dict[int, Gaussian] = {}
 
         def go_on(event: Event) -> tuple[None, Tensor]:
             self._gate.open = event.k + 1 >= first
@@ -156,30 +158,25 @@ class Sampler:
             kernel = event.kernel(self.eta)
             if event.k not in stored.stochastic:
                 return None, kernel.mean
-            found[stored.stochastic.index(event.k)] = kernel
             return None, kernel.mean + kernel.std * self._noise(stored.rows, event.k, kernel.mean)
 
         self._gate.open = first == 0
         try:
             with torch.enable_grad():
-                images = self._run(stored.rows, go_on, "pt")
+                return self._run(stored.rows, go_on, "pt").float()
         finally:
             self._gate.open = True
-        return images, found
 
     def _noise(self, rows: Rows, k: int, like: Tensor) -> Tensor:
         return drawn(rows.noises, like, [f"step {k}"] * len(rows))
 
     def _run(self, rows: Rows, on_step: Callable[[Event], Any], output_type: str) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in rows.starts]
-        per_row = {name: [text] * len(rows) for name, text in self._call.items() if _is_text(name, text)}
+        per_row = {name: [text] * len(rows) for name, text in self._call.items() if isinstance(text, str)}
+        per_row = {name: texts for name, texts in per_row.items() if name.startswith(("prompt", "negative_prompt"))}
         given = {"prompt": list(rows.prompts), "generator": generators, "output_type": output_type}
         with steered(self._pipe, on_step, rows=len(rows), grad=False) as view:
             return first_output(view(**accepted_only(self._pipe, self._call | per_row | given)))
-
-
-def _is_text(name: str, value: Any) -> bool:
-    return name.startswith("negative_prompt") and isinstance(value, str)
 
 
 class _Gate:

@@ -128,6 +128,7 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
     move(lora, 0.05)
     sampler = sampler_of(pipe, settings)
     lots = source.recorded.lots
+    stream: list[int] = []
     for number in (0, 1):
         calls: list[int] = []
         drew = source.round(number, sampler, lora, lambda calls=calls: calls.append(1))
@@ -150,11 +151,12 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
                 assert torch.equal(chunk.latents[0], own.latents[row])
                 torch.testing.assert_close(reference.log_probs[0], own.log_probs[row, steps], atol=1e-4, rtol=0)
                 assert not torch.allclose(today, reference.log_probs, atol=1e-3)
+        stream += [noise for noise, _ in seen]
         assert sorted(seen) == sorted((LOTS[lot].noises[a], LOTS[lot].noises[b]) for lot, a, b in CHOICES)
     assert (drew.told[0]["turn"], drew.told[2]["turn"]) == (1.0, pytest.approx(5 / 3))
     drew = replace(source, settings=replace(settings, prompts_per_step=2)).round(0, sampler, lora, lambda: None)
     chosen = [batch.chunks[place].rows.noises[0] for batch in drew.batches for place in (0, 2)]
-    assert sorted(chosen) == sorted(2 * [LOTS[lot].noises[chosen] for lot, chosen, _ in CHOICES])  # two turns
+    assert chosen == stream  # the same one, two at a time
 
 
 def test_a_batch_of_micro_batches_is_the_batch(recorded: dict[str, Path], tmp_path: Path) -> None:

@@ -180,6 +180,8 @@ def test_stable_diffusion_written_out_by_hand(kind: str) -> None:
     assert error(found, {name: p.grad for name, p in exact.parameters.items()}) <= ROUNDING
     assert value == pytest.approx(truth.item(), rel=1e-3)
     assert metrics["kl"] == pytest.approx(apart.sum(-1).mean().item(), rel=1e-4)
+    assert metrics["kl_per_step"] == pytest.approx(apart.mean().item(), rel=1e-4)
+    assert metrics["chi_square"] == pytest.approx((torch.exp(2 * apart) - 1).sum(-1).mean().item(), rel=1e-3)
     torch.testing.assert_close(one.stored.log_probs.double(), old.flatten(0, 1), rtol=0, atol=1e-4)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,23 @@ from conftest import PIPELINES
 from finetune_runs import HELD_OUT, PROMPTS, settings_of, train
 from safetensors.torch import load_file
 
+from steer.engine import Batch, reference_of
 from steer.errors import InputError
-from steer.pipelines import D3POPipeline, DDPOPipeline, FinetuneSettings, GRPOPipeline, PRDPPipeline
+from steer.guards import kl
+from steer.pipelines import (
+    D3POPipeline,
+    DDPOPipeline,
+    FinetuneSettings,
+    GRPOPipeline,
+    PRDPPipeline,
+    RewardBackpropPipeline,
+)
 from steer.pipelines.held_out import Evaluated, Exam, diversity, interval
 from steer.pipelines.rounds import learning_order
 from steer.pipelines.samples import chosen_steps, prompts_at, rows_of
+from steer.reward_backprop import reward_gradient
+from steer.trainable import LoRA
+from steer.trajectory import Sampler
 
 SHORT: dict[str, Any] = {
     "max_steps": 3,
@@ -28,22 +42,29 @@ SHORT: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def pipe() -> Any:
+def fresh(name: str = "sd") -> Any:
+    """The same tiny pipeline every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        made = PIPELINES["sd"]()
+        made = PIPELINES[name]()
     made.set_progress_bar_config(disable=True)
     return made
+
+
+@pytest.fixture
+def pipe() -> Any:
+    return fresh()
 
 
 def test_a_spent_budget_ends_the_run_with_its_weights(pipe: Any, tmp_path: Path) -> None:
     settings = settings_of("prdp", kl_budget=1e-9, kl_weight=0.0, kl_target=None, warmup_steps=0)
     result = train("prdp", pipe, tmp_path, settings)
     assert result.stopped and result.stopped.startswith("the KL budget is spent")
-    assert result.step == 2, "the first update's KL is 0"
+    assert result.step == 1, "the first update's KL is 0, and the second is not made"
     assert result.weights and result.weights.is_file()
-    assert result.evaluations[-1]["step"] == 2, "judged once more at the end"
+    assert result.evaluations[-1]["step"] == 1, "judged once more at the end"
+    again = train("prdp", fresh(), tmp_path, settings)
+    assert again.step == 1 and again.stopped == result.stopped, "resumed, it stays there"
 
 
 class Fooled:
@@ -152,14 +173,13 @@ def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_t
     settings = settings_of("grpo", **SHORT)
     first = train("grpo", pipe, tmp_path, settings, resume=False)
     assert first.step == 3
-    again = PIPELINES["sd"]
     with pytest.raises(InputError, match="holds a run already: resume it, or choose another output folder"):
-        train("grpo", again(), tmp_path, settings, resume=False)
+        train("grpo", fresh(), tmp_path, settings, resume=False)
     with pytest.raises(InputError, match=r"of a run with another learning_rate \(0.01 there, 0.02 here\)"):
-        train("grpo", again(), tmp_path, settings_of("grpo", **SHORT | {"learning_rate": 0.02}))
+        train("grpo", fresh(), tmp_path, settings_of("grpo", **SHORT | {"learning_rate": 0.02}))
     with pytest.raises(InputError, match="of a run with another method"):
-        train("filtered", again(), tmp_path, settings)
-    longer = train("grpo", again(), tmp_path, settings_of("grpo", **SHORT | {"max_steps": 4}))
+        train("filtered", fresh(), tmp_path, settings)
+    longer = train("grpo", fresh(), tmp_path, settings_of("grpo", **SHORT | {"max_steps": 4}))
     assert longer.step == 4 and longer.records[:3] == first.records
 
 
@@ -169,7 +189,7 @@ def test_a_spoilt_checkpoint_is_skipped_and_told(pipe: Any, tmp_path: Path, capl
     spoilt = tmp_path / "checkpoints" / "step-00000002" / "weights.safetensors"
     spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"\0\1"[-1:])
     with caplog.at_level(logging.WARNING):
-        result = train("grpo", PIPELINES["sd"](), tmp_path, settings_of("grpo", **SHORT | {"max_steps": 3}))
+        result = train("grpo", fresh(), tmp_path, settings_of("grpo", **SHORT | {"max_steps": 3}))
     assert "skipped a checkpoint" in caplog.text and "weights.safetensors" in caplog.text
     assert [record["step"] for record in result.records] == [1, 2, 3]
 
@@ -245,3 +265,154 @@ def test_a_trained_pipeline_is_called_like_any_other(pipe: Any, tmp_path: Path) 
     assert images.shape == (1, 3, 8, 8)
     with pytest.raises(InputError, match="has a LoRA named 'steer' already"):
         trainer.train(PROMPTS, tmp_path / "again", settings_of("grpo", **SHORT))
+
+
+def test_a_run_that_was_fooled_stays_stopped_when_it_is_resumed(pipe: Any, tmp_path: Path) -> None:
+    reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    settings = settings_of("grpo", **SHORT | {"max_steps": 9, "patience": 2, "micro_batch": 4})
+    options = {"eval_prompts": HELD_OUT, "eval_rewards": [honest], "resume": True}
+    first = GRPOPipeline(pipe, reward).train(PROMPTS, tmp_path, settings, **options)
+    again = GRPOPipeline(fresh(), reward).train(PROMPTS, tmp_path, settings, **options)
+    assert again.step == first.step == 2 and again.stopped == first.stopped
+    assert again.weights_step == first.weights_step == 0 and len(again.evaluations) == 3
+
+
+def test_the_pipeline_is_what_is_exported_average_included(pipe: Any, tmp_path: Path) -> None:
+    train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT | {"ema_decay": 0.9, "warmup_steps": 0, "max_steps": 4}))
+    there = load_file(tmp_path / "final" / "pytorch_lora_weights.safetensors")
+    other = fresh()
+    other.load_lora_weights(tmp_path / "final")
+    call = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "pt"}
+    images = [one("a star", generator=torch.Generator().manual_seed(0), **call).images for one in (pipe, other)]
+    assert torch.allclose(images[0], images[1], atol=1e-6)
+    last = load_file(tmp_path / "checkpoints" / "step-00000004" / "weights.safetensors")
+    assert max((a - b).abs().max() for a, b in zip(sorted_by_size(there), sorted_by_size(last), strict=True)) > 1e-4
+
+
+def sorted_by_size(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """One name for a weight in both files: diffusers renames them, in order."""
+    return [tensors[name] for name in sorted(tensors)]
+
+
+class Endless:
+    """A reward whose gradient is not a number."""
+
+    name, differentiable = "endless", True
+
+    def __call__(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        zero = images.mean((1, 2, 3)) * 0
+        return images.mean((1, 2, 3)) + zero.abs().sqrt()
+
+
+def test_a_gradient_that_is_no_number_moves_nothing(pipe: Any, tmp_path: Path) -> None:
+    trainer = RewardBackpropPipeline(pipe, Endless())
+    with pytest.raises(InputError, match=r"the loss of update 1 is .*, its gradient as long as nan: lower"):
+        trainer.train(PROMPTS, tmp_path, settings_of("reward-backprop", **SHORT))
+    trained = [value for name, value in pipe.unet.named_parameters() if ".steer." in name]
+    assert trained and all(value.isfinite().all() for value in trained)
+
+
+def test_what_was_learnt_outlives_an_observer_that_fails(pipe: Any, tmp_path: Path) -> None:
+    def fails(record: dict[str, Any]) -> None:
+        if record["step"] == 2:
+            raise RuntimeError("the disk of the observer is full")
+
+    with pytest.raises(RuntimeError, match="of the observer"):
+        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT), on_update=fails)
+    assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_two_held_out_rewards_of_one_name_are_refused(pipe: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="eval_rewards: 'brightness' is there twice, or is"):
+        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT), eval_rewards=["brightness"])
+    with pytest.raises(InputError, match="patience compares a held-out reward"):
+        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT | {"patience": 2}), eval_rewards=[])
+
+
+def test_an_argument_that_the_pipeline_does_not_take_is_named(pipe: Any, tmp_path: Path) -> None:
+    settings = settings_of("grpo", **SHORT | {"call": {"negative_promt": "dull"}})
+    with pytest.raises(InputError, match="StableDiffusionPipeline takes no argument 'negative_promt'"):
+        train("grpo", pipe, tmp_path, settings)
+
+
+def test_a_pipeline_of_two_denoisers_is_refused(tmp_path: Path) -> None:
+    pipe = fresh("wan")
+    pipe.transformer_2 = pipe.transformer
+    with pytest.raises(InputError, match="WanPipeline has several denoisers, transformer and transformer_2: only one"):
+        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT))
+
+
+def test_the_forms_of_d3po_are_different_runs_and_pareto_needs_parts(pipe: Any, tmp_path: Path) -> None:
+    settings = settings_of("d3po", **SHORT | {"max_steps": 1})
+    train("d3po", pipe, tmp_path, settings)
+    with pytest.raises(InputError, match="another loss"):
+        train("d3po-trajectory", fresh(), tmp_path, settings)
+    with pytest.raises(InputError, match="pareto compares the parts of a reward, and 'brightness' has none"):
+        D3POPipeline(pipe, "brightness", pareto=True).train(PROMPTS, tmp_path / "other", settings)
+
+
+def test_all_weights_trained_twice_in_one_process_are_not_taken_for_the_reference(pipe: Any, tmp_path: Path) -> None:
+    settings = settings_of("grpo", **SHORT | {"lora_rank": 0})
+    train("grpo", pipe, tmp_path, settings)
+    with pytest.raises(InputError, match="of a run with another weights"):
+        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT | {"lora_rank": 0, "max_steps": 5}))
+
+
+def test_a_round_that_is_broken_off_leaves_no_trace_in_the_method(pipe: Any, tmp_path: Path) -> None:
+    """DDPO remembers rewards of a round's first update before the second is drawn."""
+    settings = settings_of("ddpo", max_steps=4, eval_every=100, ema_decay=0.0)
+    whole = train("ddpo", fresh(), tmp_path / "whole", settings, eval_prompts=(), eval_rewards=())
+    calls = 0
+
+    def hook(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3 + 9:  # 2 chunks of 3 steps and the reference's 2 × 2 are the first update; this is in the second
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    pipe.unet.register_forward_pre_hook(hook)
+    stopped = train("ddpo", pipe, tmp_path / "stopped", settings, eval_prompts=(), eval_rewards=())
+    assert stopped.stopped == "interrupted" and stopped.step == 0
+    resumed = train("ddpo", fresh(), tmp_path / "stopped", settings, eval_prompts=(), eval_rewards=())
+    assert [record["loss"] for record in resumed.records] == [record["loss"] for record in whole.records]
+
+
+@pytest.mark.parametrize("last_steps", [1, 2, 3])
+def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(last_steps: int, tmp_path: Path) -> None:
+    """Against one graph over the replayed steps; the reward is constant, so that penalties alone have a gradient."""
+    pipe = fresh()
+    trained = LoRA(pipe, 2)
+    for parameter in trained.parameters.values():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(1))
+    sampler = Sampler(pipe, {"num_inference_steps": 5, "height": 8, "width": 8})
+    stored, _ = sampler.rollout(rows_of(("a star",), 2, 0, "x", shared_start=False))
+    steps = list(range(4))[-last_steps:]
+    with trained.reference():
+        reference = reference_of(sampler, stored, steps)
+    batch = Batch([stored], [reference], steps, torch.zeros(1, 2))
+
+    def backward(loss: torch.Tensor) -> None:
+        if loss.requires_grad:
+            loss.backward()
+
+    class Flat:
+        name, differentiable = "flat", True
+
+        def __call__(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
+            return 0 * images.mean((1, 2, 3))
+
+    _, told = reward_gradient(
+        sampler, batch, Flat(), last_steps, penalties={kl: 0.5}, backward=backward, before_each=lambda: None
+    )
+    found = {name: p.grad.clone() for name, p in trained.parameters.items()}
+    for parameter in trained.parameters.values():
+        parameter.grad = None
+    terms = []
+    sampler.replay(
+        stored, lambda t, p, x_s: terms.append(p.kl(reference.kernel(steps.index(t), p.mean))), steps, grad=True
+    )
+    (0.5 * torch.stack(terms).sum(0).mean()).backward()
+    for name, parameter in trained.parameters.items():
+        assert torch.allclose(found[name], parameter.grad, rtol=1e-4, atol=1e-6 * found[name].abs().max().item()), name
+    assert told["kl"] == pytest.approx(torch.stack(terms).sum(0).mean().item(), rel=1e-5)
+    assert told["kl_per_step"] == pytest.approx(told["kl"] / last_steps)

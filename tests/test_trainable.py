@@ -197,6 +197,9 @@ def test_a_users_own_lora_belongs_to_the_reference(how: str, users_lora: Path, t
     assert differs(image(pipe), base)
     with trained.reference():
         assert torch.equal(image(pipe), base)
+    x, text = torch.randn(1, 4, 4, 4, generator=seeded()), torch.randn(1, 7, 16, generator=seeded(1))
+    pipe.unet(x, 500, text).sample.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in trained.parameters.values())
     assert bool(own) == (how != "fused")
     after = dict(pipe.unet.named_parameters())
     assert not own.keys() & trained.parameters.keys()

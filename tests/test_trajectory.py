@@ -105,6 +105,7 @@ def test_a_pipeline_of_known_densities(eta: float) -> None:
         kernel, x = Normal(gain * x + shift, deviation), stored.latents[:, k]
         by_hand = kernel.log_prob(x).flatten(1).sum(1)
         torch.testing.assert_close(stored.log_probs[:, k], by_hand, rtol=1e-4, atol=1e-4)
+    assert torch.equal(log_probs(sampler, stored), stored.log_probs)
     mean, deviation = pipe.distribution(6, eta)
     samples = images.double().flatten()
     assert abs(samples.mean().item() - mean) < 4 * deviation / len(samples) ** 0.5
@@ -321,19 +322,36 @@ def test_text_is_encoded_once() -> None:
 @pytest.mark.parametrize("name", ["sd", "flux", "pixart"])
 def test_a_graph_where_it_is_asked_for_and_only_until_the_next_step(name: str, grad: bool) -> None:
     sampler, stored, _ = case(name)
-    alive: list[weakref.ref[Tensor]] = []
+    means: list[weakref.ref[Tensor]] = []
+    outputs: list[weakref.ref[Tensor]] = []
 
     def look(t: int, kernel: Gaussian, x_s: Tensor) -> None:
         assert kernel.mean.requires_grad == grad and not kernel.std.requires_grad and not x_s.requires_grad
-        assert not any(one() is not None for one in alive) and len(alive) == t
-        alive.append(weakref.ref(kernel.mean))
+        assert len(means) == t and len(outputs) == t + 1
+        assert not any(one() is not None for one in (*means, *outputs[:t]))
+        means.append(weakref.ref(kernel.mean))
         if grad:
             kernel.log_prob(x_s).sum().backward()
 
-    parameters = list(denoiser(cached_pipe(name)).parameters())
+    model = denoiser(cached_pipe(name))
+    handle = model.register_forward_hook(lambda _, given, out: outputs.append(weakref.ref(out[0])))
     try:
         sampler.replay(stored, look, grad=grad)
-        assert len(alive) == 3 and any(p.grad is not None for p in parameters) == grad
+        assert len(means) == 3 and any(p.grad is not None for p in model.parameters()) == grad
     finally:
-        for parameter in parameters:
+        handle.remove()
+        for parameter in model.parameters():
             parameter.grad = None
+
+
+def test_images_are_within_bounds() -> None:
+    pipe = GaussianPipeline(mean=1.0, std=0.1)
+    seeds = tuple(range(10))
+    stored, images = Sampler(pipe, {"batch_size": 10, "num_inference_steps": 6}).rollout(Rows(("",) * 10, seeds, seeds))
+    assert stored.latents[:, -1].max() > 1
+    assert torch.equal(images, stored.latents[:, -1].clamp(0, 1))
+
+
+def test_arguments_that_the_pipeline_does_not_know() -> None:
+    with pytest.raises(InputError, match="StableDiffusionPipeline takes no argument 'guidance'"):
+        Sampler(cached_pipe("sd"), call_of("sd") | {"guidance": 3.0})
