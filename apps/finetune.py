@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from steer.staged import write_text
 
 USES = {  # how exported weights are used, by the name of their file; other names are the denoiser's folder
     "pytorch_lora_weights.safetensors": "pipe.load_lora_weights({folder!r})",
-    "adapter_model.safetensors": "peft's load_adapter({folder!r})",
+    "adapter_model.safetensors": "peft, as README.md in {folder!r} shows",
 }
 FULL = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
 
@@ -89,17 +89,9 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
         reason = memory if isinstance(error, torch.OutOfMemoryError) else str(error).strip().split("\n")[0]
         raise InputError(f"{config.source.name}: {reason} (checkpoints are kept, --resume goes on)") from error
     write_config()
-    result = _in_order(result, material.judges)
     if result.stopped != INTERRUPTED:
         write_report(out, told, result)
     return result
-
-
-def _in_order(result: FinetuneResult, rewards: Sequence[Reward]) -> FinetuneResult:
-    """Evaluations with the trained reward first, as they are made: what went through a checkpoint is sorted by name."""
-    names = [f"eval/{reward.name}" for reward in rewards]
-    ordered = [{name: one[name] for name in names if name in one} | one for one in result.evaluations]
-    return replace(result, evaluations=tuple(ordered))
 
 
 def gather(config: FinetuneConfig, resume: bool) -> Material:

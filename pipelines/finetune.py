@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from steer.engine import Backward, Batch, Penalty, two_pass_gradient
+from steer.engine import Batch, GradientOptions, two_pass_gradient
 from steer.errors import InputError
 from steer.losses import Loss, Metrics
 from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Record
@@ -94,25 +94,9 @@ class LossPipeline(FinetuningPipeline):
                 f"{type(self).__name__} compares the samples of a prompt"
             )
 
-    def gradient(
-        self,
-        sampler: Sampler,
-        batch: Batch,
-        penalties: Mapping[Penalty, float],
-        unchanged: bool,
-        backward: Backward,
-        before_each: Callable[[], None],
-    ) -> tuple[float, Metrics]:
+    def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Adds the gradient of one update to the weights' .grad; see `steer.engine.two_pass_gradient`."""
-        return two_pass_gradient(
-            sampler,
-            batch,
-            self.loss,
-            penalties=penalties,
-            unchanged=unchanged,
-            backward=backward,
-            before_each=before_each,
-        )
+        return two_pass_gradient(sampler, batch, self.loss, **options)
 
     def about(self) -> dict[str, Any]:
         return super().about() | {"loss": type(self.loss).__name__, **asdict(self.loss)}  # type: ignore[call-overload]

@@ -1,14 +1,14 @@
 """What a finetuning method is, and what its training returns."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
-from steer.engine import Backward, Batch, Penalty
+from steer.engine import Batch, GradientOptions
 from steer.losses import Metrics
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.method import SteeringMethod
@@ -61,21 +61,9 @@ class FinetuningMethod(SteeringMethod, ABC):
         return chosen_steps(total, settings.timestep_fraction, settings.seed, name)
 
     @abstractmethod
-    def gradient(
-        self,
-        sampler: Sampler,
-        batch: Batch,
-        penalties: Mapping[Penalty, float],
-        unchanged: bool,
-        backward: Backward,
-        before_each: Callable[[], None],
-    ) -> tuple[float, Metrics]:
+    def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Adds the gradient of one update to the weights' .grad; returns the loss, and metrics with `kl` and
-        `kl_per_step` in nats.
-
-        unchanged  the weights are those that drew the batch
-        See `steer.engine.two_pass_gradient` for the others.
-        """
+        `kl_per_step` in nats. The options are those of `steer.engine.two_pass_gradient`."""
 
     def about(self) -> dict[str, Any]:
         """What makes this method, as plain values."""

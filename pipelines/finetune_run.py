@@ -110,10 +110,10 @@ class FinetuneRun:
         loss, metrics = self.method.gradient(
             self.sampler,
             state.round.batch,
-            self._penalties(),
-            state.round.untouched,
-            self.accelerator.backward,
-            request.check,
+            penalties=self._penalties(),
+            unchanged=state.round.untouched,
+            backward=self.accelerator.backward,
+            before_each=request.check,
         )
         if state.control.spent(metrics["kl"]):
             self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"

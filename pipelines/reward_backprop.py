@@ -1,11 +1,10 @@
 """Finetuning along the reward's own gradient: DRaFT-K (arXiv 2309.17400)."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
-from steer.engine import Backward, Batch, Penalty
+from steer.engine import Batch, GradientOptions
 from steer.errors import InputError
 from steer.losses import Metrics
 from steer.pipelines.finetune import FinetuningPipeline
@@ -46,25 +45,9 @@ class RewardBackpropPipeline(FinetuningPipeline):
         """The last k: the KL and penalties are told of these alone."""
         return tuple(range(max(total - self.last_steps, 0), total))
 
-    def gradient(
-        self,
-        sampler: Sampler,
-        batch: Batch,
-        penalties: Mapping[Penalty, float],
-        unchanged: bool,
-        backward: Backward,
-        before_each: Callable[[], None],
-    ) -> tuple[float, Metrics]:
+    def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Adds the gradient of one update; see `steer.reward_backprop.reward_gradient`."""
-        return reward_gradient(
-            sampler,
-            batch,
-            self.reward,
-            self.last_steps,
-            penalties=penalties,
-            backward=backward,
-            before_each=before_each,
-        )
+        return reward_gradient(sampler, batch, self.reward, self.last_steps, **options)
 
     def about(self) -> dict[str, Any]:
         return super().about() | {"last_steps": self.last_steps}

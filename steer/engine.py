@@ -10,7 +10,7 @@ back c_t · ℓ_t. Penalties are sums over steps of something that the step's ow
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -29,6 +29,15 @@ class Penalty(Protocol):
     __name__: str
 
     def __call__(self, p: Gaussian, reference: Gaussian, /) -> Tensor: ...
+
+
+class GradientOptions(TypedDict):
+    """How a run asks for a gradient; see `two_pass_gradient`."""
+
+    penalties: Mapping[Penalty, float]
+    unchanged: bool
+    backward: Backward
+    before_each: Callable[[], None]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steer.engine import Backward, Batch, Penalty, Reference
+from steer.errors import InputError
 from steer.frames import over_frames
 from steer.guards import kl
 from steer.losses import Metrics
@@ -25,6 +26,7 @@ def reward_gradient(
     last_steps: int,
     *,
     penalties: Mapping[Penalty, float],
+    unchanged: bool,
     backward: Backward,
     before_each: Callable[[], None],
 ) -> tuple[float, Metrics]:
@@ -32,8 +34,12 @@ def reward_gradient(
 
     The sums go over the batch's steps, at their stored x_t: a penalty is about where the policy is, not about how it
     came there. Returns −mean reward, and the penalties of these steps with `kl`, in nats. The graph holds k denoiser
-    calls and the decoder. Call it where the weights are those that drew the batch.
+    calls and the decoder.
+
+    Raises InputError where the weights are not those that drew the batch any more.
     """
+    if not unchanged:
+        raise InputError("reward backpropagation learns from samples of the present weights alone: draw a new round")
     count, steps = sum(len(chunk.rows) for chunk in batch.chunks), list(batch.steps)
     weights: dict[Penalty, float] = {kl: 0.0}
     weights.update(penalties)

@@ -402,7 +402,14 @@ def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(la
             return 0 * images.mean((1, 2, 3))
 
     _, told = reward_gradient(
-        sampler, batch, Flat(), last_steps, penalties={kl: 0.5}, backward=backward, before_each=lambda: None
+        sampler,
+        batch,
+        Flat(),
+        last_steps,
+        penalties={kl: 0.5},
+        unchanged=True,
+        backward=backward,
+        before_each=lambda: None,
     )
     found = {name: p.grad.clone() for name, p in trained.parameters.items()}
     for parameter in trained.parameters.values():
