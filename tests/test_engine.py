@@ -27,7 +27,7 @@ PENALTIES: dict[Penalty, float] = {kl: 0.3, chi_square: 0.1}
 REWARDS = torch.tensor([[0.2, 0.9], [0.5, -0.4]])
 ALL = (0, 1, 2)
 # Of a gradient in fp32 against other arithmetic: coefficients follow from small differences of large log-probabilities.
-ROUNDING = 1e-4
+ROUNDING = 5e-4
 Gradient = dict[str, Tensor]
 
 
@@ -199,7 +199,7 @@ def test_some_of_the_steps(kind: str, steps: tuple[int, ...]) -> None:
         assert len(calls) == 2 * len(steps)
     assert error(found, truth) <= 1e-5
     columns = torch.stack([kl_of(one)[t] for t in steps])
-    assert metrics["kl"] == pytest.approx(columns.mean().item() * 3, rel=1e-5)
+    assert metrics["kl"] == pytest.approx(columns.mean().item() * 3, rel=1e-4)
 
 
 def kl_of(one: Case) -> dict[int, Tensor]:
