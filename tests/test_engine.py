@@ -182,7 +182,7 @@ def test_stable_diffusion_written_out_by_hand(kind: str) -> None:
     assert metrics["kl"] == pytest.approx(apart.sum(-1).mean().item(), rel=1e-4)
     assert metrics["kl_per_step"] == pytest.approx(apart.mean().item(), rel=1e-4)
     assert metrics["chi_square"] == pytest.approx((torch.exp(2 * apart) - 1).sum(-1).mean().item(), rel=1e-3)
-    torch.testing.assert_close(one.stored.log_probs.double(), old.flatten(0, 1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(one.stored.log_probs.double(), old.flatten(0, 1), rtol=0, atol=5e-4)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
