@@ -9,21 +9,18 @@ from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
 from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, SteeringOutput
+from steer.pipelines.held_out import interval as bootstrap
 from steer.rewards.scene import SceneReward
 
 TOGETHER = 8  # prompts in one call
-RESAMPLES = 10_000  # of the bootstrap
 # Chosen on scenes-tuning, never on the held-out prompts.
 STEERING = {"lam": 25.0}
 CALL: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
 
 
 def interval(values: Tensor) -> list[float]:
-    """Mean of (N,) values and its 95 % bootstrap interval over them."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return [round(number, 4) for number in (values.mean().item(), low, high)]
+    """Mean of (N,) values and its 95 % bootstrap interval over them, to four digits."""
+    return [round(number, 4) for number in bootstrap(values)]
 
 
 def exactly_right(out: SteeringOutput, prompts: Sequence[str]) -> Tensor:
