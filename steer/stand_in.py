@@ -9,6 +9,11 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 CONTROLNETS = ("controlnet",)
 
 
+def denoisers_in(pipe: Any) -> list[str]:
+    """Names of the pipeline's denoisers; the first is the one that is trained."""
+    return [name for name in DENOISERS if getattr(pipe, name, None) is not None]
+
+
 class StandIn:
     """Passes for a module in everything but what its call returns."""
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import InputError
-from steer.stand_in import DENOISERS
+from steer.stand_in import denoisers_in
 
 ADAPTER = "steer"  # the LoRA's name among a user's own
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -33,7 +33,7 @@ class Trainable(Protocol):
 
 def denoiser_of(pipe: Any) -> tuple[str, Any]:
     """The denoiser that is trained, and the name of the pipeline's component."""
-    found = [name for name in DENOISERS if getattr(pipe, name, None) is not None]
+    found = denoisers_in(pipe)
     if not found:
         raise InputError(f"{type(pipe).__name__} has no unet and no transformer: it cannot be finetuned")
     if len(found) > 1:

@@ -18,7 +18,7 @@ from steer.preview import accepted_only, first_output
 from steer.quiet import quiet
 from steer.seam import Event, steered
 from steer.seeds import drawn
-from steer.stand_in import CONTROLNETS, DENOISERS, StandIn, silent_controlnet, silent_denoiser
+from steer.stand_in import CONTROLNETS, DENOISERS, StandIn, denoisers_in, silent_controlnet, silent_denoiser
 from steer.transition import Gaussian, can_redraw
 
 AtStep = Callable[[int, Gaussian, Tensor], None]
@@ -186,11 +186,11 @@ class _Gate:
         self.open = True
 
     def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, StandIn]:
-        found, trained = {}, next((name for name in DENOISERS if getattr(pipe, name, None) is not None), None)
+        found, trained = {}, denoisers_in(pipe)[:1]
         for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
             for name in names:
                 if (module := getattr(pipe, name, None)) is not None:
-                    call = _in_dtype_of(module, prepared) if prepared is not None and name == trained else module
+                    call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
                     found[name] = StandIn(module, self._guarded(call, silence(module)))
         return found
 
