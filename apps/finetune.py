@@ -14,6 +14,7 @@ import yaml
 
 from steer.apps.finetune_config import FinetuneConfig
 from steer.apps.models import check_device, load_pipeline
+from steer.apps.processes import processes, speaks
 from steer.apps.prompts import find_prompts
 from steer.apps.specs import reward_here
 from steer.checkpoint import Checkpoints
@@ -57,9 +58,12 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
     """
     from steer.apps.finetune_report import write_grid, write_report
 
-    material = gather(config, resume)
     job, out, told = config.job, Path(config.job.output_dir), config.plain()
-    method = config.method(load_pipeline(job.model, job.device, job.dtype), material.reward)
+    here = processes(cpu=job.device == "cpu")
+    with here.main_first():
+        material = gather(config, resume)
+        pipe = load_pipeline(job.model, here.device(job.device), job.dtype)
+    method = config.method(pipe, material.reward)
     _check_call(config, method.pipe)
 
     @cache
@@ -88,9 +92,10 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
         memory = "the device's memory is full: a smaller micro_batch or gradient_checkpointing: true need less"
         reason = memory if isinstance(error, torch.OutOfMemoryError) else str(error).strip().split("\n")[0]
         raise InputError(f"{config.source.name}: {reason} (checkpoints are kept, --resume goes on)") from error
-    write_config()
-    if result.stopped != INTERRUPTED:
-        write_report(out, told, result)
+    if speaks():
+        write_config()
+        if result.stopped != INTERRUPTED:
+            write_report(out, told, result)
     return result
 
 
@@ -117,7 +122,8 @@ def gather(config: FinetuneConfig, resume: bool) -> Material:
         config.method(None, reward).check(config.settings)
     except InputError as error:
         raise source.blame(error) from error
-    _check_writable(out, named)
+    if speaks():
+        _check_writable(out, named)
     return material
 
 
@@ -153,7 +159,7 @@ def _prompts(config: FinetuneConfig) -> tuple[list[str], list[str]]:
         count = min(job.eval_prompts_count or len(held_out), len(held_out))
         held_out = [held_out[place * len(held_out) // count] for place in range(count)]
     seen = set(prompts)
-    if both := [prompt for prompt in held_out if prompt in seen]:
+    if speaks() and (both := [prompt for prompt in held_out if prompt in seen]):
         click.echo(
             f"steer: {len(both)} of {len(held_out)} eval_prompts are trained on too, such as {both[0]!r}: evaluations "
             "tell less of prompts that were never seen",

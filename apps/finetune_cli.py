@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import click
 
+from steer.apps.processes import speaks
 from steer.assets import CONFIGS
 from steer.errors import InputError
 
@@ -39,9 +40,11 @@ def finetune(config: str, changes: tuple[str, ...], resume: bool) -> None:
     told = read_config(config, words)
     result = run(told, resume)
     if result.stopped == INTERRUPTED:
-        click.echo(f"steer: interrupted at update {result.step}; the same command with --resume goes on", err=True)
+        if speaks():
+            click.echo(f"steer: interrupted at update {result.step}; the same command with --resume goes on", err=True)
         raise SystemExit(130)
-    click.echo(summary(told, result))
+    if speaks():
+        click.echo(summary(told, result))
 
 
 def keys_of(words: Sequence[str]) -> dict[str, str]:

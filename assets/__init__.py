@@ -1,4 +1,4 @@
-"""What comes with the project: the embedded models and rewards, prompt lists, and configurations of finetuning."""
+"""What comes with the project: the embedded models and rewards, prompt lists, and configurations of finetuning and of accelerate."""
 
 from pathlib import Path
 
@@ -6,5 +6,7 @@ ROOT = Path(__file__).resolve().parent
 MODELS = {name: ROOT / name for name in ("scenes", "scenes-turbo")}
 CLIPS = {"scenes": ROOT / "clip-scenes"}
 REWARDS = {kind: {"scenes": ROOT / f"{kind}-scenes"} for kind in ("preference", "aesthetic")}
-PROMPTS = {name: ROOT / "prompts" / f"{name}.jsonl" for name in ("scenes-heldout", "scenes-tuning", "scenes-training")}
+LISTS = ("scenes-heldout", "scenes-tuning", "scenes-training", "scenes-few", "scenes-many")
+PROMPTS = {name: ROOT / "prompts" / f"{name}.jsonl" for name in LISTS}
+ACCELERATE = {path.stem: path for path in sorted((ROOT / "accelerate").glob("*.yaml"))}
 CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from steer.pipelines.choice_folder import ChoiceFolder, lot_name
 from steer.pipelines.choice_reading import Choice, Recorded, check_choices, pixel_hash, pixels_of, read_choices
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.rounds import Round, learning_order, references_of
-from steer.pipelines.samples import BeforeEach, chosen_steps, prompts_at, sampler_of
+from steer.pipelines.samples import BeforeEach, chosen_steps, own_share, prompts_at, sampler_of
+from steer.team import Team
 from steer.trainable import Trainable
-from steer.trajectory import Rows, Sampler, Trajectories, log_probs
+from steer.trajectory import Sampler, Trajectories, log_probs
 
 __all__ = ["ChoiceFolder", "HumanChoices", "Unjudged", "check_choices", "settings_of"]
 
@@ -77,12 +77,13 @@ class HumanChoices:
     def about(self) -> dict[str, Any]:
         return {"choices": f"{len(self.recorded.choices)} with the hash {self.recorded.digest()[:16]}"}
 
-    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach) -> Round:
+    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: Team) -> Round:
         """The choices of every update of a round, in a stream over all of them in one new order after another."""
         size, seed = self.settings.prompts_per_step, self.settings.seed
         batches, told = [], []
         for update in range(number * self.settings.steps_per_round, (number + 1) * self.settings.steps_per_round):
-            chunks = self._chunks(_choices_at(self.recorded, self.settings, update * size, size))
+            own = own_share(range(update * size, (update + 1) * size), team)
+            chunks = self._chunks(_choices_at(self.recorded, self.settings, own.start, len(own)))
             steps = chosen_steps(len(chunks[0].stochastic), self.settings.timestep_fraction, seed, f"update {update}")
             references = references_of(sampler, trainable, chunks, steps, before_each)
             _check_reference(chunks, references, steps)
@@ -99,7 +100,7 @@ class HumanChoices:
     def _chunks(self, choices: Sequence[Choice]) -> list[Trajectories]:
         """Chosen and rejected, pair after pair, in chunks for the denoiser."""
         lots = {name: self.lots[name].load() for name in dict.fromkeys(choice.lot for choice in choices)}
-        pairs = [_rows(lots[choice.lot], [choice.chosen, choice.rejected]) for choice in choices]
+        pairs = [lots[choice.lot].at([choice.chosen, choice.rejected]) for choice in choices]
         first = pairs[0]
         for choice, pair in zip(choices, pairs, strict=True):
             if pair.stochastic != first.stochastic or pair.latents.shape != first.latents.shape:
@@ -107,29 +108,14 @@ class HumanChoices:
                     f"{self.recorded.folder}: lots {choices[0].lot} and {choice.lot} have trajectories of shapes "
                     f"{tuple(first.latents.shape[1:])} and {tuple(pair.latents.shape[1:])}: one folder is for one size"
                 )
-        whole, size = _stacked(pairs), self.settings.micro_batch
+        whole, size = Trajectories.joined(pairs), self.settings.micro_batch
         numbers = range(len(whole.rows))
-        return [_rows(whole, numbers[place : place + size]) for place in numbers[::size]]
+        return [whole.at(numbers[place : place + size]) for place in numbers[::size]]
 
 
 def _choices_at(recorded: Recorded, settings: FinetuneSettings, position: int, count: int) -> list[Choice]:
     numbers = [str(number) for number in range(len(recorded.choices))]
     return [recorded.choices[int(one)] for one in prompts_at(position, count, numbers, settings.seed)]
-
-
-def _stacked(some: Sequence[Trajectories]) -> Trajectories:
-    """The rows of all; they have the same steps."""
-    columns = zip(*(vars(one.rows).values() for one in some), strict=True)
-    rows = Rows(*(tuple(chain.from_iterable(column)) for column in columns))
-    latents, told = torch.cat([one.latents for one in some]), torch.cat([one.log_probs for one in some])
-    return Trajectories(rows, latents, some[0].stochastic, told)
-
-
-def _rows(stored: Trajectories, numbers: Sequence[int]) -> Trajectories:
-    """Some rows of trajectories."""
-    rows = Rows(*(tuple(column[number] for number in numbers) for column in vars(stored.rows).values()))
-    chosen = list(numbers)
-    return replace(stored, rows=rows, latents=stored.latents[chosen], log_probs=stored.log_probs[chosen])
 
 
 def _check_settings(recorded: Recorded, pipe: Any, settings: FinetuneSettings) -> None:

@@ -23,6 +23,8 @@ from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.rounds import Round, Source
 from steer.pipelines.samples import sampler_of
 from steer.pipelines.stopping import Stopped, StopRequest, stop_request
+from steer.pipelines.team import AcceleratedTeam
+from steer.sharded import whole
 from steer.trainable import Trainable
 from steer.trajectory import Sampler
 
@@ -43,24 +45,29 @@ class FinetuneRun:
         resume: bool,
     ) -> None:
         self.method, self.source, self.exam, self.settings = method, source, exam, settings
-        self.folder = RunFolder(folder, identity_of(method, source, exam, settings), about, settings.keep_checkpoints)
-        self.found = self.folder.find(resume)
         self.accelerator = accelerator_of(settings, folder, method.pipe.device.type == "cpu")
+        self.team = AcceleratedTeam(self.accelerator)
+        self.team.check(settings)
+        self.folder = RunFolder(folder, identity_of(method, source, exam, settings), about, settings, self.team)
+        self.found = self.folder.find(resume)
+        self.team.wait()  # nobody writes before all have looked
         self.state = self._started(trainable_of(method.pipe, settings))
         self.sampler = self._sampler()
         self.stopped: str | None = None
 
     def _started(self, trainable: Trainable) -> RunState:
-        settings, parameters = self.settings, list(trainable.parameters.values())
+        settings = self.settings
+        parameters = trainable.parameters.values()
         optimiser = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
         self.prepared, self.optimiser = self.accelerator.prepare(trainable.denoiser, optimiser)
+        ema = EMAModel(list(trainable.parameters.values()), settings.ema_decay) if settings.ema_decay else None
         return RunState(
             method=self.method,
             trainable=trainable,
             optimiser=optimiser,
             schedule=get_constant_schedule_with_warmup(optimiser, settings.warmup_steps),
             scaler=self.accelerator.scaler,
-            ema=EMAModel(parameters, settings.ema_decay) if settings.ema_decay else None,
+            ema=ema,
             control=KLControl(settings.kl_weight, settings.kl_target, settings.kl_budget),
             watch=HoldOutWatch(settings.patience),
         )
@@ -68,13 +75,14 @@ class FinetuneRun:
     def train(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> FinetuneResult:
         """Goes on from what is there, updates until the last one, a guard or a signal; then exports the weights."""
         with torch.random.fork_rng():  # for pipelines that draw numbers of their own beside the generators
-            torch.manual_seed(self.settings.seed)
+            torch.manual_seed(self.settings.seed + self.team.index)
             self.folder.open(self.state, self.found)
             try:
                 self._updates(on_update, on_evaluation)
                 return self._finished()
             except Exception:
-                if self.state.step:  # what was learnt is not lost with a reward or an observer that fails
+                # What was learnt is not lost with a reward that fails; of several processes one alone cannot save it.
+                if self.state.step and self.team.count == 1:
                     self.folder.save(self.state)
                 raise
             finally:
@@ -83,8 +91,9 @@ class FinetuneRun:
 
     def _updates(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> None:
         state, last = self.state, self.settings.max_steps
-        bar = tqdm(total=last, initial=state.step, unit="update", disable=None, desc=type(self.method).__name__)
-        with stop_request() as request, bar, self._tracked():
+        hidden, name = None if self.team.is_main else True, type(self.method).__name__
+        bar = tqdm(total=last, initial=state.step, unit="update", disable=hidden, desc=name)
+        with stop_request(self.team.any) as request, bar, self._tracked():
             try:
                 while True:
                     self._evaluate(request, on_evaluation)
@@ -93,7 +102,8 @@ class FinetuneRun:
                     if self.stopped or state.step >= last:
                         break
                     if (record := self._update(request)) is not None:
-                        on_update(record)
+                        if self.team.is_main:
+                            on_update(record)
                         self.accelerator.log(_numbers(record), state.step)
                         bar.update()
                         bar.set_postfix(_shown(record))
@@ -107,14 +117,17 @@ class FinetuneRun:
         started, state = time.monotonic(), self.state
         self.optimiser.zero_grad()  # of an update that was broken off
         state.round = state.round or self._draw(request)
-        loss, metrics = self.method.gradient(
-            self.sampler,
-            state.round.batch,
-            penalties=self._penalties(),
-            unchanged=state.round.untouched,
-            backward=self.accelerator.backward,
-            before_each=request.check,
-        )
+        with self.team.accumulating(self.prepared) as exchange:
+            loss, metrics = self.method.gradient(
+                self.sampler,
+                state.round.batch,
+                penalties=self._penalties(),
+                unchanged=state.round.untouched,
+                backward=self.accelerator.backward,
+                before_each=request.check,
+                before_last=exchange,
+                team=self.team,
+            )
         if state.control.spent(metrics["kl"]):
             self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"
             return None
@@ -124,7 +137,7 @@ class FinetuneRun:
         record = {"step": state.step, "round": state.rounds, "loss": loss, **state.round.record(), **metrics}
         record |= {"kl_weight": state.control.weight, "grad_norm": norm, "learning_rate": rate}
         seconds, images = time.monotonic() - started, self.settings.prompts_per_step * self.settings.samples_per_prompt
-        record |= {"seconds": seconds, "images_per_second": images / seconds}
+        record |= {"seconds": seconds, "images_per_second": images / seconds, "processes": self.team.count}
         # No pairs, no accuracy; and a scaler tries its way with infinite gradients.
         record = {name: value for name, value in record.items() if math.isfinite(value)}
         state.round = state.round.following()
@@ -136,7 +149,7 @@ class FinetuneRun:
     def _step(self, loss: float) -> float:
         """The optimiser's step; the gradient's norm. Raises InputError before the step where that is no number."""
         state = self.state
-        norm = float(self.accelerator.clip_grad_norm_(state.parameters, self.settings.max_grad_norm))
+        norm = float(whole(self.accelerator.clip_grad_norm_(state.parameters, self.settings.max_grad_norm)))
         if not (math.isfinite(loss) and (math.isfinite(norm) or state.scaler)):
             raise InputError(
                 f"the loss of update {state.step + 1} is {loss:g}, its gradient as long as {norm:g}: lower "
@@ -160,7 +173,7 @@ class FinetuneRun:
         before, random = self.method.state(), torch.get_rng_state()
         self.sampler = self._sampler()  # what it remembers of texts lasts for a round
         try:
-            drew = self.source.round(self.state.rounds, self.sampler, self.state.trainable, request.check)
+            drew = self.source.round(self.state.rounds, self.sampler, self.state.trainable, request.check, self.team)
             if self.state.rounds == 0:
                 by_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
                 dtype = by_precision.get(self.settings.mixed_precision, self.state.trainable.denoiser.dtype)
@@ -188,8 +201,10 @@ class FinetuneRun:
         if not self.exam.prompts or not due or (state.evaluations and state.evaluations[-1]["step"] == state.step):
             return
         with state.averaged():
-            found = self.exam.take(self.method.pipe, self.settings, state.step, self.prepared, request.check)
-            on_evaluation(found)
+            pipe, check = self.method.pipe, request.check
+            found = self.exam.take(pipe, self.settings, state.step, self.prepared, check, self.team)
+            if self.team.is_main:
+                on_evaluation(found)
             state.watch = state.watch.after(state.step, *found.means())
             best = state.watch.best_step == state.step
             if best:

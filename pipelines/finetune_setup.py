@@ -33,7 +33,8 @@ def accelerator_of(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accel
     """Raises InputError for a precision or a tracker that there is not here."""
     if cpu and settings.mixed_precision == "fp16":
         raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
-    AcceleratorState._reset_state()  # an earlier run of this process may have had another precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run of this process had another precision
     try:
         accelerator = Accelerator(
             mixed_precision=settings.mixed_precision,
@@ -44,8 +45,6 @@ def accelerator_of(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accel
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"log_with {', '.join(settings.log_with)}: {str(error).splitlines()[0]}") from error
-    if accelerator.num_processes > 1:
-        raise InputError("finetuning runs in one process so far: start it without several of them")
     return accelerator
 
 

@@ -18,8 +18,12 @@ from steer.errors import InputError
 from steer.guards import HoldOutWatch, KLControl
 from steer.optimiser_state import load_optimiser, optimiser_tensors
 from steer.pipelines.finetune_method import FinetuningMethod, Record
-from steer.pipelines.round_file import round_from, round_tensors
+from steer.pipelines.finetune_settings import FinetuneSettings
+from steer.pipelines.round_file import joined, round_from, round_tensors, shared_out
 from steer.pipelines.rounds import Round
+from steer.pipelines.team import AcceleratedTeam
+from steer.seeds import put_random_state, random_state
+from steer.sharded import put, whole
 from steer.staged import write_text
 from steer.trainable import Trainable
 
@@ -57,9 +61,8 @@ class RunState:
 
     def put(self, weights: Mapping[str, Tensor]) -> None:
         """Puts weights, by name, in the place of the present ones."""
-        with torch.no_grad():
-            for name, parameter in self.trainable.parameters.items():
-                parameter.copy_(weights[name])
+        for name, parameter in self.trainable.parameters.items():
+            put(parameter, weights[name])
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -83,10 +86,17 @@ class RunFolder:
     keep      checkpoints to keep
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any], about: Mapping[str, Any], keep: int) -> None:
-        self.path, self.about = path, dict(about)
+    def __init__(
+        self,
+        path: Path,
+        identity: Mapping[str, Any],
+        about: Mapping[str, Any],
+        settings: FinetuneSettings,
+        team: AcceleratedTeam,
+    ) -> None:
+        self.path, self.about, self.team, self.chunk = path, dict(about), team, settings.micro_batch
         self.identity = json.loads(json.dumps(identity), parse_constant=str)  # inf is no JSON
-        self.checkpoints = Checkpoints(path / "checkpoints", keep)
+        self.checkpoints = Checkpoints(path / "checkpoints", settings.keep_checkpoints)
 
     def find(self, resume: bool) -> Checkpoint | None:
         """The newest whole checkpoint, to be gone on from; None where nothing is there yet.
@@ -109,6 +119,8 @@ class RunFolder:
         if found is not None:
             self._restore(run, found)
             logger.info("resumed %s at update %d", self.path, run.step)
+        if not self.team.is_main:
+            return
         with self._writing():
             for series, name in SERIES.items():
                 lines = [json.dumps(record, allow_nan=False) + "\n" for record in getattr(run, series)]
@@ -116,6 +128,8 @@ class RunFolder:
 
     def note(self, series: str, record: Record) -> None:
         """Adds a line to a series; what a crash leaves of it is written anew when the run goes on."""
+        if not self.team.is_main:
+            return
         with self._writing(), (self.path / SERIES[series]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
@@ -126,13 +140,21 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{self.path}: cannot write there ({error.strerror})") from error
 
-    def save(self, run: RunState) -> Path:
-        """A checkpoint of everything that the next update depends on."""
+    def save(self, run: RunState) -> None:
+        """A checkpoint of everything that the next update depends on, whatever the number of processes that made it.
+
+        All of them have to call it: what each knows alone is gathered.
+        """
+        random, drew = self.team.gather([random_state()]), run.round and joined(run.round, self.team)
+        weights = {name: whole(value.detach()) for name, value in run.trainable.parameters.items()}
         moments, optimiser = optimiser_tensors(run.optimiser)
+        shadow = [whole(value) for value in run.ema.shadow_params] if run.ema else []
+        if not self.team.is_main:
+            return
         tensors: dict[str, dict[str, Tensor]] = {
-            "weights": {name: value.detach() for name, value in run.trainable.parameters.items()},
+            "weights": weights,
             "optimiser": moments,
-            "random": {"cpu": torch.get_rng_state()},
+            "random": {name: torch.stack([state[name] for state in random]) for name in random[0]},
         }
         values: dict[str, Any] = {
             "state": {
@@ -150,17 +172,13 @@ class RunFolder:
             "identity": self.identity,
             "config": self.about,
         }
-        if torch.cuda.is_initialized():
-            states = torch.cuda.get_rng_state_all()
-            tensors["random"] |= {f"cuda-{number}": state for number, state in enumerate(states)}
         if run.ema:
-            named = zip(run.trainable.parameters, run.ema.shadow_params, strict=True)
-            tensors["average"] = {name: value for name, value in named}  # noqa: C416 - a typed dict
+            tensors["average"] = dict(zip(weights, shadow, strict=True))
             values["average"] = {"step": run.ema.optimization_step}
-        if run.round:
-            tensors["round"], values["round"] = round_tensors(run.round)
+        if drew:
+            tensors["round"], values["round"] = round_tensors(drew)
         pinned = [] if run.watch.best_step is None else [run.watch.best_step]
-        return self.checkpoints.save(run.step, tensors, values, pinned=pinned)
+        self.checkpoints.save(run.step, tensors, values, pinned=pinned)
 
     def _restore(self, run: RunState, saved: Checkpoint) -> None:
         state = saved.json("state")
@@ -177,14 +195,14 @@ class RunFolder:
         if run.ema:
             average = saved.tensors("average")
             for name, value in zip(run.trainable.parameters, run.ema.shadow_params, strict=True):
-                value.copy_(average[name])
+                put(value, average[name])
             run.ema.optimization_step = saved.json("average")["step"]
         if (saved.path / "round.json").exists():
-            run.round = round_from(saved.tensors("round"), saved.json("round"))
+            whole = round_from(saved.tensors("round"), saved.json("round"))
+            run.round = shared_out(whole, self.team, self.chunk)
         random = saved.tensors("random")
-        torch.set_rng_state(random.pop("cpu"))
-        if random and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([random[f"cuda-{number}"] for number in range(len(random))])
+        if self.team.index < len(random["cpu"]):  # a process more than there were begins with its own
+            put_random_state({name: states[self.team.index] for name, states in random.items()})
 
     def load_best(self, run: RunState) -> None:
         """Puts the weights of the best evaluation, or their average, in the place of the present ones."""
@@ -193,16 +211,21 @@ class RunFolder:
 
     def export(self, run: RunState, name: str) -> Path:
         """The present weights, as diffusers reads them; those of before stay until they are whole."""
+        state = run.trainable.state()
+        written = [self._export(run.trainable, state, name) if self.team.is_main else Path()]
+        return self.path / name / self.team.gather(written)[0]
+
+    def _export(self, trainable: Trainable, state: Mapping[str, Tensor], name: str) -> Path:
         new, old = (self.path / f".{name}.{kind}" for kind in ("new", "old"))
         with self._writing():
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
-            written = run.trainable.export(new)
+            written = trainable.write(state, new)
             if (self.path / name).exists():
                 os.rename(self.path / name, old)
             os.rename(new, self.path / name)
             shutil.rmtree(old, ignore_errors=True)
-        return self.path / name / written.relative_to(new)
+        return written.relative_to(new)
 
 
 def _check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:

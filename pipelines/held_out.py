@@ -13,6 +13,7 @@ from steer.frames import over_frames
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.samples import BeforeEach, rows_of, sampler_of
 from steer.reward import Reward, score_parts
+from steer.team import Team
 
 RESAMPLES = 10_000  # of the bootstrap
 
@@ -64,22 +65,32 @@ class Exam:
         """As plain values."""
         return {"eval_prompts": list(self.prompts), "eval_rewards": [reward.name for reward in self.held_out]}
 
-    def take(self, pipe: Any, settings: FinetuneSettings, step: int, prepared: Any, before: BeforeEach) -> Evaluated:
-        """The same prompts and seeds at every step."""
+    def take(
+        self, pipe: Any, settings: FinetuneSettings, step: int, prepared: Any, before: BeforeEach, team: Team
+    ) -> Evaluated:
+        """The same prompts and seeds at every step; the processes take turns with chunks of them."""
         size, sampler = settings.eval_samples, sampler_of(pipe, settings, prepared)
-        rows = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False)
-        parts, images = rows.split(settings.micro_batch), []
-        for part in parts:
+        parts = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False).split(settings.micro_batch)
+        found: list[tuple[int, Tensor, list[Tensor]]] = []
+        for turn in range(0, len(parts), team.count):
+            # All draw in every turn, as what they share of a denoiser asks for; what is drawn twice is left out.
+            number = min(turn + team.index, len(parts) - 1)
             before()
-            images.append(sampler.rollout(part)[1].cpu())
-        rewards = {}
-        for reward in (self.trained, *self.held_out):
-            scored = zip(images, parts, strict=True)
-            judged = partial(score_parts, reward)
-            with torch.no_grad():
-                found = [over_frames(some, partial(judged, prompts=part.prompts))[0] for some, part in scored]
-            rewards[reward.name] = torch.cat(found).view(-1, size)
+            images = sampler.rollout(parts[number])[1].cpu()
+            if turn + team.index < len(parts):
+                found.append((number, images, self._judged(images, parts[number].prompts)))
+        _, images, scores = zip(*sorted(team.gather(found), key=lambda one: one[0]), strict=True)
+        names = [reward.name for reward in (self.trained, *self.held_out)]
+        rewards = {
+            name: torch.cat(some).view(-1, size) for name, some in zip(names, zip(*scores, strict=True), strict=True)
+        }
         return Evaluated(step, tuple(self.prompts), rewards, diversity(torch.cat(images), size), torch.cat(images))
+
+    def _judged(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        """Rewards (N,) of images (N, …), by each reward."""
+        with torch.no_grad():
+            rewards = (self.trained, *self.held_out)
+            return [over_frames(images, partial(score_parts, reward, prompts=prompts))[0] for reward in rewards]
 
 
 def diversity(images: Tensor, samples: int) -> float:

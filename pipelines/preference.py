@@ -15,6 +15,7 @@ from steer.pipelines.finetune_method import FinetuneResult, Record
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.samples import Scored
+from steer.pipelines.team import main_first
 from steer.reward import Composite, load_reward
 
 
@@ -81,7 +82,8 @@ class D3POPipeline(LossPipeline):
         if eval_prompts and not judges:
             raise InputError("eval_prompts are judged by rewards, and there are none: give eval_rewards")
         exam = Exam(tuple(eval_prompts), judges[0] if judges else self.reward, tuple(judges[1:]))
-        source = HumanChoices.of(Path(folder), self.pipe, settings, Path(output_dir))
+        with main_first():
+            source = HumanChoices.of(Path(folder), self.pipe, settings, Path(output_dir))
         return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)
 
 

@@ -1,13 +1,15 @@
-"""A round of samples as tensors and plain values, to be saved in the midst of it."""
+"""A round of samples as tensors and plain values, to be saved in the midst of it, whole: by however many processes."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from torch import Tensor
 
 from steer.engine import Batch, Reference
 from steer.pipelines.rounds import Round
+from steer.pipelines.samples import own_share
+from steer.team import Team
 from steer.trajectory import Rows, Trajectories
 
 
@@ -38,6 +40,27 @@ def round_tensors(drew: Round) -> tuple[dict[str, Tensor], dict[str, Any]]:
         batches.append({"steps": list(batch.steps), "chunks": chunks})
     told = {"number": drew.number, "told": drew.told, "order": drew.order, "cursor": drew.cursor, "batches": batches}
     return tensors, told
+
+
+def joined(drew: Round, team: Team) -> Round:
+    """The round with the chunks of all processes."""
+    batches = []
+    for batch in drew.batches:
+        chunks, references = team.gather(batch.chunks), team.gather(batch.references)
+        batches.append(replace(batch, chunks=chunks, references=references))
+    return replace(drew, batches=tuple(batches))
+
+
+def shared_out(whole: Round, team: Team, size: int) -> Round:
+    """What this process has of a whole round, in chunks of at most `size` rows."""
+    batches = []
+    for batch in whole.batches:
+        stored, told = Trajectories.joined(batch.chunks), Reference.joined(batch.references)
+        own = own_share(range(len(stored.rows)), team)
+        parts = [own[first : first + size] for first in range(0, len(own), size)]
+        chunks, references = [stored.at(part) for part in parts], [told.at(part) for part in parts]
+        batches.append(replace(batch, chunks=chunks, references=references))
+    return replace(whole, batches=tuple(batches))
 
 
 def round_from(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> Round:

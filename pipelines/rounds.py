@@ -13,6 +13,7 @@ from steer.pipelines.finetune_method import FinetuningMethod
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.samples import BeforeEach, Scored, draw, prompts_at, rows_of
 from steer.seeds import derived_seed
+from steer.team import Team
 from steer.trainable import Trainable
 from steer.trajectory import Sampler, Trajectories
 
@@ -20,6 +21,8 @@ from steer.trajectory import Sampler, Trajectories
 @dataclass(frozen=True)
 class Round:
     """Round `number`: a batch for each update, with the rewards (B, K) of its samples and what is told of them.
+
+    Of several processes each has its own chunks of the batches; all else is the same in all of them.
 
     order   numbers of batches as they are learnt from, pass after pass
     cursor  place in it
@@ -67,8 +70,8 @@ class Source(Protocol):
         """What decides them, as plain values."""
         ...
 
-    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach) -> Round:
-        """Round `number`, from 0."""
+    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: Team) -> Round:
+        """Round `number`, from 0: this process's share of it."""
         ...
 
 
@@ -86,7 +89,7 @@ class OnlineSamples:
     def about(self) -> dict[str, Any]:
         return {"prompts": list(self.prompts)}
 
-    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach) -> Round:
+    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: Team) -> Round:
         """Draws and scores the samples of every update of a round, and asks the reference about them.
 
         Raises InputError where the first round leaves nothing to learn.
@@ -97,7 +100,7 @@ class OnlineSamples:
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
-            scored = draw(sampler, self.method.reward, rows, samples, self.settings.micro_batch, before_each)
+            scored = draw(sampler, self.method.reward, rows, samples, self.settings.micro_batch, before_each, team)
             steps = self.method.steps(scored.chunks[0].log_probs.shape[1], self.settings, name)
             references = references_of(sampler, trainable, scored.chunks, steps, before_each)
             batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored)))

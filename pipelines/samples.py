@@ -13,6 +13,7 @@ from steer.frames import over_frames
 from steer.pipelines.finetune_settings import DTYPES, FinetuneSettings
 from steer.reward import Reward, score_parts
 from steer.seeds import derived_seed
+from steer.team import Team
 from steer.trajectory import Rows, Sampler, Trajectories
 
 BeforeEach = Callable[[], None]
@@ -20,7 +21,10 @@ BeforeEach = Callable[[], None]
 
 @dataclass(frozen=True)
 class Scored:
-    """Samples of B prompts × K, in chunks: rewards (B, K), and those of the reward's parts."""
+    """Samples of B prompts × K, in chunks: rewards (B, K), and those of the reward's parts.
+
+    Of several processes each has the chunks of its own share of the prompts; all else is of all of them.
+    """
 
     prompts: tuple[str, ...]
     chunks: tuple[Trajectories, ...]
@@ -46,22 +50,30 @@ def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_s
     return Rows(tuple(prompts[place] for place, _ in places), tuple(starts), tuple(noises))
 
 
-def draw(sampler: Sampler, reward: Reward, rows: Rows, samples: int, chunk: int, before_each: BeforeEach) -> Scored:
-    """Draws the rows, `chunk` at a time, and scores their images."""
+def draw(
+    sampler: Sampler, reward: Reward, rows: Rows, samples: int, chunk: int, before_each: BeforeEach, team: Team
+) -> Scored:
+    """Draws this process's share of the rows, `chunk` at a time, and scores their images."""
     chunks, scores = [], []
-    for some in rows.split(chunk):
+    for some in rows.at(own_share(range(len(rows)), team)).split(chunk):
         before_each()
         drew, images = sampler.rollout(some)
         chunks.append(drew)
         with torch.no_grad():
             scores.append(over_frames(images, partial(score_parts, reward, prompts=some.prompts)))
-    rewards, parts = zip(*scores, strict=True)
+    rewards, parts = zip(*team.gather(scores), strict=True)
     return Scored(
         prompts=rows.prompts[::samples],
         chunks=tuple(chunks),
         rewards=torch.cat(rewards).view(-1, samples),
         parts={name: torch.cat([told[name] for told in parts]).view(-1, samples) for name in parts[0]},
     )
+
+
+def own_share(numbers: range, team: Team) -> range:
+    """This process's part, one run of them, as long as everybody's."""
+    size = len(numbers) // team.count
+    return numbers[team.index * size : (team.index + 1) * size]
 
 
 def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int, ...]:

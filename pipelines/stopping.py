@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,14 +16,17 @@ class Stopped(Exception):
 
 
 class StopRequest:
-    """Whether somebody asked for the end."""
+    """Whether somebody asked for the end.
 
-    def __init__(self) -> None:
-        self.asked, self._first = False, 0.0
+    agreed  of several processes, whether one of them was asked: a signal reaches each at another time
+    """
+
+    def __init__(self, agreed: Callable[[bool], bool] = bool) -> None:
+        self.asked, self._agreed, self._first = False, agreed, 0.0
 
     def check(self) -> None:
         """Raises Stopped once somebody asked."""
-        if self.asked:
+        if self._agreed(self.asked):
             raise Stopped
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -35,9 +38,9 @@ class StopRequest:
 
 
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
+def stop_request(agreed: Callable[[bool], bool] = bool) -> Iterator[StopRequest]:
     """Inside, the signals of the main thread are taken as a request; the handlers of before come back."""
-    request = StopRequest()
+    request = StopRequest(agreed)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -7,19 +7,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steer.errors import InputError
+from steer.sharded import divided_as, whole
 
 
 def optimiser_tensors(optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Its state: tensors by NUMBER.NAME (of a parameter) or groups.NUMBER.NAME, and all else for a JSON file.
 
-    The tensors are the optimiser's own: copy or write them before its next step.
+    The tensors are the optimiser's own: copy or write them before its next step. What FSDP has divided comes whole; all
+    processes have to ask.
     """
     saved = optimiser.state_dict()
     tensors: dict[str, Tensor] = {}
     state: dict[str, dict[str, Any]] = {}
     for number, slots in saved["state"].items():
         state[str(number)] = {name: value for name, value in slots.items() if not isinstance(value, Tensor)}
-        tensors |= {f"{number}.{name}": value for name, value in slots.items() if isinstance(value, Tensor)}
+        tensors |= {f"{number}.{name}": whole(value) for name, value in slots.items() if isinstance(value, Tensor)}
     groups: list[dict[str, Any]] = []
     for number, group in enumerate(saved["param_groups"]):  # a learning rate may be a tensor
         groups.append({name: value for name, value in group.items() if not isinstance(value, Tensor)})
@@ -40,9 +42,13 @@ def load_optimiser(optimiser: Optimizer, tensors: Mapping[str, Tensor], values: 
     try:
         state = {int(number): dict(slots) for number, slots in values["state"].items()}
         groups = [dict(group) for group in values["groups"]]
+        parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
         for name, tensor in tensors.items():
             *kind, number, key = name.split(".")
-            (groups if kind == ["groups"] else state)[int(number)][key] = tensor.clone()  # torch would keep ours
+            place = (groups if kind == ["groups"] else state)[int(number)]
+            alike = kind != ["groups"] and tensor.shape == parameters[int(number)].shape
+            place[key] = divided_as(tensor, parameters[int(number)]) if alike else tensor
+            place[key] = place[key].clone()  # torch would keep ours
         for group, present in zip(groups, optimiser.param_groups, strict=True):
             # JSON has no tuples.
             group |= {

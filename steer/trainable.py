@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.errors import InputError
+from steer.sharded import named_parameters, put, whole
 from steer.stand_in import denoisers_in
 
 ADAPTER = "steer"  # the LoRA's name among a user's own
@@ -20,14 +21,22 @@ class Trainable(Protocol):
     """Trained parameters, in a fixed order, by name."""
 
     denoiser: Any
-    parameters: dict[str, nn.Parameter]
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the denoiser as it is now: where FSDP divides it, they become others."""
+        ...
 
     def reference(self) -> AbstractContextManager[None]:
         """Inside, the pipeline is the one that training began with."""
         ...
 
-    def export(self, folder: Path) -> Path:
-        """Writes the weights in the form that diffusers reads, and returns where."""
+    def state(self) -> dict[str, Tensor]:
+        """The weights that are exported, whole; of a denoiser that is divided all processes have to ask."""
+        ...
+
+    def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
+        """Writes them in the form that diffusers reads, and returns where."""
         ...
 
 
@@ -93,12 +102,16 @@ class LoRA:
             layer.enable_adapters(True)  # where a user switched all of his own off
             layer.set_adapter([*own, ADAPTER])
         _freeze(pipe)
-        self.parameters = {
-            name: parameter for name, parameter in self.denoiser.named_parameters() if f".{ADAPTER}." in name
-        }
+        self._names = [name for name, _ in self.denoiser.named_parameters() if f".{ADAPTER}." in name]
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()  # a half-precision denoiser learns in fp32
             parameter.requires_grad_(True)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's A and B of every layer."""
+        found = named_parameters(self.denoiser)
+        return {name: found[name] for name in self._names}
 
     def _tuned(self) -> list[Any]:
         from peft.tuners.lora import LoraLayer
@@ -120,22 +133,24 @@ class LoRA:
             for layer in self.layers:
                 layer.set_scale(ADAPTER, 1.0)
 
-    def export(self, folder: Path) -> Path:
-        """`folder` for `pipe.load_lora_weights(folder)`; where the pipeline knows no LoRAs, for peft."""
+    def state(self) -> dict[str, Tensor]:
+        """A and B, under the names that peft gives them in files."""
         from peft import get_peft_model_state_dict
 
+        found = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        return {name: whole(value).contiguous().cpu() for name, value in found.items()}
+
+    def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
+        """`folder` for `pipe.load_lora_weights(folder)`; where the pipeline knows no LoRAs, for peft."""
         folder.mkdir(parents=True, exist_ok=True)
-        state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
         if hasattr(self.pipe, "save_lora_weights"):
             metadata = {f"{self.name}_lora_adapter_metadata": self.config.to_dict()}
-            self.pipe.save_lora_weights(folder, **{f"{self.name}_lora_layers": state}, **metadata)
+            self.pipe.save_lora_weights(folder, **{f"{self.name}_lora_layers": dict(state)}, **metadata)
             return folder / "pytorch_lora_weights.safetensors"
         from safetensors.torch import save_file
 
         self.config.save_pretrained(folder)
-        save_file(
-            {name: value.contiguous().cpu() for name, value in state.items()}, folder / "adapter_model.safetensors"
-        )
+        save_file(dict(state), folder / "adapter_model.safetensors")
         return folder / "adapter_model.safetensors"
 
 
@@ -144,9 +159,9 @@ class Full:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, (self.name, self.denoiser) = pipe, denoiser_of(pipe)
+        self._kind = type(self.denoiser)
         _freeze(pipe)
         self.denoiser.requires_grad_(True)
-        self.parameters = dict(self.denoiser.named_parameters())
         if half := [name for name, p in self.parameters.items() if p.dtype != torch.float32]:
             raise InputError(
                 f"full finetuning needs weights in float32, {half[0]} is {self.parameters[half[0]].dtype}: load the "
@@ -154,20 +169,33 @@ class Full:
             )
         self._initial = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that the denoiser has."""
+        return named_parameters(self.denoiser)
+
     @contextmanager
     def reference(self) -> Iterator[None]:
-        trained = {name: p.data for name, p in self.parameters.items()}
-        self._put({name: value.to(trained[name].device) for name, value in self._initial.items()})
+        """The first weights are written into the places of the present ones."""
+        trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            put(parameter, self._initial[name])
         try:
             yield
         finally:
-            self._put(trained)
+            with torch.no_grad():
+                for name, parameter in self.parameters.items():
+                    parameter.copy_(trained[name])
 
-    def _put(self, values: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.data = values[name]
+    def state(self) -> dict[str, Tensor]:
+        """All weights."""
+        return {name: whole(value) for name, value in self.denoiser.state_dict().items()}
 
-    def export(self, folder: Path) -> Path:
+    def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
         """The denoiser's folder, for `from_pretrained`."""
-        self.denoiser.save_pretrained(folder / self.name)
+        model = self.denoiser
+        if type(model) is not self._kind:  # it is divided, and cannot write itself
+            model = self._kind.from_config(model.config)
+            model.load_state_dict(state)
+        model.save_pretrained(folder / self.name)
         return folder / self.name

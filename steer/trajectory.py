@@ -4,8 +4,9 @@ Every step is p(x_s | x_t) of `steer.transition` with one η; a replay puts the 
 made, so that each step can be differentiated, and forgotten, by itself.
 """
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -37,8 +38,12 @@ class Rows:
 
     def split(self, size: int) -> list["Rows"]:
         """Runs of at most `size` rows, in order."""
-        cuts = [slice(first, first + size) for first in range(0, len(self), size)]
-        return [Rows(self.prompts[cut], self.starts[cut], self.noises[cut]) for cut in cuts]
+        numbers = range(len(self))
+        return [self.at(numbers[first : first + size]) for first in numbers[::size]]
+
+    def at(self, numbers: Collection[int]) -> "Rows":
+        """Some of them."""
+        return Rows(*(tuple(column[number] for number in numbers) for column in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,19 @@ class Trajectories:
     def elements(self) -> int:
         """D, the number of latent elements of a sample."""
         return self.latents[0, 0].numel()
+
+    def at(self, numbers: Collection[int]) -> "Trajectories":
+        """Some rows of them."""
+        some = list(numbers)
+        return replace(self, rows=self.rows.at(some), latents=self.latents[some], log_probs=self.log_probs[some])
+
+    @staticmethod
+    def joined(parts: Sequence["Trajectories"]) -> "Trajectories":
+        """All their rows; they have the same steps."""
+        columns = zip(*(vars(part.rows).values() for part in parts), strict=True)
+        rows = Rows(*(tuple(chain.from_iterable(column)) for column in columns))
+        latents, told = torch.cat([part.latents for part in parts]), torch.cat([part.log_probs for part in parts])
+        return replace(parts[0], rows=rows, latents=latents, log_probs=told)
 
 
 class Sampler:

@@ -350,7 +350,7 @@ def test_the_code_of_the_card_gives_the_trained_model(
     trained = LoRA(pipe, rank, alpha=3 * rank) if rank else Full(pipe)
     move(trained, 0.2 if rank else 0.1)
     out = tmp_path / "run"
-    weights = trained.export(out / "final")
+    weights = trained.write(trained.state(), out / "final")
     call = {name: value for name, value in call_kwargs(family, 1).items() if isinstance(value, int | float)}
     steps, guidance = call.pop("num_inference_steps"), call.pop("guidance_scale", 3.0)
     call.pop("num_images_per_prompt", None)

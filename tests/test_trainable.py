@@ -157,7 +157,7 @@ def users_lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     other = LoRA(fresh_pipe("sd"), 3, targets=["to_q", "to_out.0", "ff.net.2"], seed=8)
     move(other, FAR, seed=8)
     folder = tmp_path_factory.mktemp("users")
-    other.export(folder)
+    other.write(other.state(), folder)
     return folder
 
 
@@ -205,7 +205,7 @@ def test_a_users_own_lora_belongs_to_the_reference(how: str, users_lora: Path, t
     assert not own.keys() & trained.parameters.keys()
     assert all(torch.equal(after[name], value) and not after[name].requires_grad for name, value in own.items())
     there = image(pipe)
-    assert all("ff.net" not in key for key in load_file(trained.export(tmp_path)))
+    assert all("ff.net" not in key for key in load_file(trained.write(trained.state(), tmp_path)))
     again = with_own(users_lora, OWN[how])
     again.load_lora_weights(tmp_path, adapter_name="ours")
     if how in ("as it is loaded", "one of two"):
@@ -221,7 +221,7 @@ def test_what_is_exported_loads_in_a_fresh_pipeline(name: str, rank: int, alpha:
     move(trained, FAR)
     there = image(pipe, name)
     folder = tmp_path / "not" / "there"
-    assert trained.export(folder) == folder / "pytorch_lora_weights.safetensors"
+    assert trained.write(trained.state(), folder) == folder / "pytorch_lora_weights.safetensors"
     fresh = fresh_pipe(name)
     fresh.load_lora_weights(folder)
     assert differs(there, base_image(name))
@@ -245,7 +245,7 @@ def test_where_a_pipeline_knows_no_loras_peft_does(tmp_path: Path) -> None:
     trained = LoRA(pipe, 2, alpha=3.0)
     move(trained, FAR)
     there = image(pipe, "pixart")
-    assert trained.export(tmp_path) == tmp_path / "adapter_model.safetensors"
+    assert trained.write(trained.state(), tmp_path) == tmp_path / "adapter_model.safetensors"
     assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"] == 3.0
     fresh = fresh_pipe("pixart")
     inject_adapter_in_model(LoraConfig.from_pretrained(tmp_path), fresh.transformer, "default")
@@ -287,7 +287,7 @@ def test_all_of_a_denoiser_exports_for_from_pretrained(tmp_path: Path) -> None:
     pipe = fresh_pipe("sd")
     trained = Full(pipe)
     move(trained, 0.1)
-    assert trained.export(tmp_path) == tmp_path / "unet"
+    assert trained.write(trained.state(), tmp_path) == tmp_path / "unet"
     fresh = fresh_pipe("sd")
     fresh.unet = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet").eval()
     assert torch.equal(image(fresh), image(pipe))

@@ -18,6 +18,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="folder of checkpoints and logs")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; an interrupted run goes on where it stopped")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--size", default="scenes", help="what `denoiser` trains: scenes or scenes-large")
+    parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
     parser.add_argument("--trained", default="denoiser", help="what `export` takes from --out: denoiser or turbo")
@@ -47,10 +49,10 @@ def _autoencoder(options: argparse.Namespace) -> None:
 def _denoiser(options: argparse.Namespace) -> None:
     from diffusers import AutoencoderKL
 
-    from steer.apps.scenes.denoiser import train_denoiser
+    from steer.apps.scenes.denoiser import SIZES, train_denoiser
 
-    vae = AutoencoderKL.from_pretrained(options.out / "autoencoder" / "vae").to(options.device).eval()
-    train_denoiser(options.out / "denoiser", vae, options.steps or 3300, options.device)
+    vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").to(options.device).eval()
+    train_denoiser(options.out / "denoiser", vae, SIZES[options.size], options.steps or 3300, options.device)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,11 +20,26 @@ from steer.training import Run, batch_at
 
 logger = logging.getLogger(__name__)
 
-WIDTH = 128
 BATCH = 64
 SCENES = 40_000
 PART = 4_000  # scenes drawn and encoded at a time
 UNCONDITIONAL = 0.1  # share of prompts dropped, for classifier-free guidance
+
+
+@dataclass(frozen=True)
+class Size:
+    """Channels of the two resolutions, and width, layers and heads of the text encoder."""
+
+    channels: tuple[int, int]
+    width: int
+    layers: int
+    heads: int
+
+
+SIZES = {
+    "scenes": Size(channels=(64, 128), width=128, layers=2, heads=4),
+    "scenes-large": Size(channels=(128, 224), width=192, layers=3, heads=6),
+}
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -39,33 +55,33 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def new_denoiser() -> UNet2DConditionModel:
+def new_denoiser(size: Size = SIZES["scenes"]) -> UNet2DConditionModel:
     """8×8 and 4×4 latents, cross-attention at both."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=(64, 128),
+        block_out_channels=size.channels,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
+        cross_attention_dim=size.width,
         attention_head_dim=8,
         norm_num_groups=16,
     )
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of CLIP's text transformer."""
+def new_text_encoder(tokenizer: CLIPTokenizer, size: Size = SIZES["scenes"]) -> CLIPTextModel:
+    """A few layers of CLIP's text transformer."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=WIDTH,
-            intermediate_size=4 * WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=4,
+            hidden_size=size.width,
+            intermediate_size=4 * size.width,
+            num_hidden_layers=size.layers,
+            num_attention_heads=size.heads,
             max_position_embeddings=LENGTH,
-            projection_dim=WIDTH,
+            projection_dim=size.width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -95,7 +111,7 @@ def latents_and_tokens(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenize
     return data["latents"], data["tokens"]
 
 
-def train_denoiser(folder: Path, vae: AutoencoderKL, steps: int, device: str) -> None:
+def train_denoiser(folder: Path, vae: AutoencoderKL, size: Size, steps: int, device: str) -> None:
     """Trains on v-prediction; the pipeline that folder/pipeline holds has the averaged weights.
 
     L = E ‖v − v̂(α_t x0 + σ_t ε, t, prompt)‖², v = α_t ε − σ_t x0 (arXiv 2202.00512)
@@ -105,8 +121,8 @@ def train_denoiser(folder: Path, vae: AutoencoderKL, steps: int, device: str) ->
     tokenizer, scheduler = build_tokenizer(folder / "tokenizer"), new_scheduler()
     latents, tokens = latents_and_tokens(folder, vae, tokenizer)
     empty = token_ids(tokenizer, [""])
-    unet = new_denoiser().to(device, memory_format=torch.channels_last)
-    text_encoder = new_text_encoder(tokenizer).to(device)
+    unet = new_denoiser(size).to(device, memory_format=torch.channels_last)
+    text_encoder = new_text_encoder(tokenizer, size).to(device)
     modules = torch.nn.ModuleList([unet, text_encoder])
     average = EMAModel(modules.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
 

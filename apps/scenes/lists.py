@@ -17,6 +17,9 @@ HELD_OUT = {"two_object": 2, "counting": 13, "colors": 4, "position": 120, "colo
 TUNING = {"single_object": 4, "two_object": 16, "counting": 24, "colors": 12, "position": 40, "color_attr": 32}
 # All that held-out and tuning prompts leave of four tasks, and as many of position as of color_attr.
 TRAINING = {"single_object": 1, "two_object": 2, "counting": 66, "colors": 14, "position": 258, "color_attr": 258}
+# A few, and a thousand, for comparing methods of finetuning; the thousand hold all of TRAINING.
+FEW = {"counting": 8, "colors": 4, "position": 10, "color_attr": 10}
+MANY = {"single_object": 1, "two_object": 2, "counting": 66, "colors": 14, "position": 533, "color_attr": 408}
 SEED = 2026
 DRAWS = 20_000  # of each task: enough to meet every combination of the small ones
 
@@ -45,6 +48,8 @@ LISTS: dict[str, tuple[dict[str, int], Callable[[SceneRequest], bool]]] = {
     "scenes-heldout": (HELD_OUT, is_held_out),
     "scenes-tuning": (TUNING, lambda request: not is_held_out(request)),
     "scenes-training": (TRAINING, is_for_training),
+    "scenes-few": (FEW, is_for_training),
+    "scenes-many": (MANY, is_for_training),
 }
 
 

@@ -1,0 +1,60 @@
+"""The processes of a training, as accelerate joins them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
+
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+
+from steer.errors import InputError
+from steer.pipelines.finetune_settings import FinetuneSettings
+
+Item = TypeVar("Item")
+
+
+class AcceleratedTeam:
+    """Of the processes that accelerate joined; the first one writes and tells."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self.index, self.count = accelerator.process_index, accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the first one."""
+        return self.index == 0
+
+    def gather(self, items: Sequence[Item]) -> list[Item]:
+        """The items of all processes, in their order."""
+        return list(items) if self.count == 1 else gather_object(list(items))
+
+    def any(self, asked: bool) -> bool:
+        """Whether one of them asks for it: all go the same way, or they would wait for each other for ever."""
+        return any(self.gather([asked]))
+
+    def wait(self) -> None:
+        """Returns when all have come here."""
+        self._accelerator.wait_for_everyone()
+
+    def check(self, settings: FinetuneSettings) -> None:
+        """Raises InputError where the prompts of an update cannot be shared out."""
+        if settings.prompts_per_step % self.count:
+            raise InputError(
+                f"prompts_per_step must be a multiple of the {self.count} processes that share them, "
+                f"got {settings.prompts_per_step}"
+            )
+
+    @contextmanager
+    def accumulating(self, prepared: Any) -> Iterator[Any]:
+        """Inside, gradients are not exchanged until what it gives is called: one exchange for all of an update."""
+        with ExitStack() as kept:
+            kept.enter_context(self._accelerator.no_sync(prepared))
+            yield kept.close
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The first process runs the block before the others: they find what it wrote."""
+    with PartialState().main_process_first():
+        yield

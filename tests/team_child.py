@@ -1,0 +1,141 @@
+"""What several processes do together: python -m torch.distributed.run --nproc-per-node 2 team_child.py FOLDER WHAT…"""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from conftest import PIPELINES
+from finetune_runs import METHODS, PROMPTS, settings_of, train
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from steer.guards import chi_square, kl
+from steer.pipelines import GRPOPipeline
+from steer.pipelines.rounds import OnlineSamples
+from steer.pipelines.samples import sampler_of
+from steer.pipelines.team import AcceleratedTeam
+from steer.trainable import LoRA
+
+
+def fresh() -> Any:
+    """The same tiny pipeline every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        made = PIPELINES["sd"]()
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def gradients(folder: Path) -> None:
+    """Of one update of every method, by weights that are not those that drew its samples: METHOD-PROCESS.safetensors,
+    with the numbers it tells of them."""
+    accelerator = Accelerator(cpu=True)
+    team = AcceleratedTeam(accelerator)
+    for name, make in METHODS.items():
+        # Chunks that hold more than one row, so that processes and chunks do not coincide.
+        settings = settings_of(name, prompts_per_step=4, samples_per_prompt=3, micro_batch=4, steps_per_round=1)
+        method = make(fresh())
+        lora = LoRA(method.pipe, rank=2)
+        prepared = accelerator.prepare(lora.denoiser)
+        sampler = sampler_of(method.pipe, settings, prepared)
+        drew = OnlineSamples(PROMPTS, method, settings).round(0, sampler, lora, lambda: None, team)
+        unchanged = name == "reward-backprop"
+        if not unchanged:
+            for seed, parameter in enumerate(lora.parameters.values()):
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+                parameter.data += 0.02 * noise
+        with team.accumulating(prepared) as exchange:
+            value, told = method.gradient(
+                sampler,
+                drew.batch,
+                penalties={kl: 0.3, chi_square: 0.1},
+                unchanged=unchanged,
+                backward=accelerator.backward,
+                before_each=lambda: None,
+                before_last=exchange,
+                team=team,
+            )
+        found = {key: parameter.grad for key, parameter in lora.parameters.items() if parameter.grad is not None}
+        assert len(found) == len(lora.parameters)
+        told |= {"loss": value, "processes": team.count, "rows": sum(len(one.rows) for one in drew.batch.chunks)}
+        save_file(found, folder / f"{name}-{team.index}.safetensors", {"told": json.dumps(told)})
+
+
+def resumed(folder: Path) -> None:
+    """Runs of four updates, one of them in two parts that meet amid a round."""
+    for method in ("prdp", "ddpo"):
+        train(method, fresh(), folder / f"{method}-straight", settings_of(method, max_steps=4))
+        train(method, fresh(), folder / f"{method}-parted", settings_of(method, max_steps=3))
+        train(method, fresh(), folder / f"{method}-parted", settings_of(method, max_steps=4))
+
+
+class Struck:
+    """Brightness, until at its seventh call something happens to the second process."""
+
+    name, differentiable = "struck", False
+
+    def __init__(self, strike: Any) -> None:
+        self.calls, self.strike = 0, strike
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        self.calls += 1
+        if self.calls == 7 and os.environ["RANK"] == "1":
+            self.strike()
+        return images.mean((1, 2, 3))
+
+
+def interrupted(folder: Path) -> None:
+    """A signal that one process alone receives."""
+    reward = Struck(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    settings = settings_of("grpo", max_steps=50)
+    result = GRPOPipeline(fresh(), reward).train(PROMPTS, folder / "interrupted", settings)
+    told = {name: value for name, value in asdict(result).items() if name in ("step", "stopped")}
+    (folder / f"interrupted-{os.environ['RANK']}.json").write_text(json.dumps(told))
+
+
+def dies(folder: Path) -> None:
+    """The second process is gone, as one that the system killed, and died.txt says when."""
+
+    def die() -> None:
+        (folder / "died.txt").write_text(str(time.time()))
+        os._exit(9)
+
+    settings = settings_of("grpo", max_steps=50, checkpoint_every=1)
+    GRPOPipeline(fresh(), Struck(die)).train(PROMPTS, folder / "dies", settings)
+
+
+def divided(folder: Path) -> None:
+    """Runs of four updates, the denoiser's weights divided by FSDP2; and one in two parts."""
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_TRANSFORMER_CLS_TO_WRAP": "BasicTransformerBlock",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    }
+    # Accelerate divides weights on accelerators alone; PyTorch does it on the CPU too.
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    for kind, changed in (("full", {"lora_rank": 0}), ("lora", {})):
+        train("prdp", fresh(), folder / f"{kind}-straight", settings_of("prdp", max_steps=4, **changed))
+        train("prdp", fresh(), folder / f"{kind}-parted", settings_of("prdp", max_steps=3, **changed))
+        pipe = fresh()
+        train("prdp", pipe, folder / f"{kind}-parted", settings_of("prdp", max_steps=4, **changed))
+        assert all(isinstance(parameter, DTensor) for parameter in pipe.unet.parameters())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    doing = {f.__name__: f for f in (gradients, resumed, interrupted, dies, divided)}
+    for what in sys.argv[2:]:
+        doing[what](Path(sys.argv[1]))

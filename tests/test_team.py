@@ -1,0 +1,158 @@
+"""Several processes: the gradients of one, runs that stop and go on together, and one that dies."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_runs import METHODS, settings_of, train
+from safetensors import safe_open
+from safetensors.torch import load_file
+from team_child import fresh, gradients
+
+from steer.checkpoint import Checkpoints
+from steer.errors import InputError
+from steer.pipelines import GRPOPipeline
+from steer.team import ALONE, total
+
+HERE = Path(__file__).parent
+
+
+def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
+    """Two gloo processes. accelerate launch --cpu --num_processes 2 would silently begin one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(HERE / "team_child.py"), str(folder), *what]
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave; starting them takes longer than what they do."""
+    folder = tmp_path_factory.mktemp("two")
+    ended = launched(folder, "gradients", "resumed", "interrupted", "divided")
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    gradients(folder)
+    return folder
+
+
+def told(path: Path) -> dict[str, Any]:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["told"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(method: str, made: Path, alone: Path) -> None:
+    one, two, other = (load_file(path / f"{method}-{n}.safetensors") for path, n in ((alone, 0), (made, 0), (made, 1)))
+    assert all(torch.equal(two[name], other[name]) for name in one), "both have the same"
+    longest = max(value.abs().max() for value in one.values())
+    assert longest > 0
+    assert max((two[name] - value).abs().max() for name, value in one.items()) <= 1e-5 * longest
+    whole, half = told(alone / f"{method}-0.safetensors"), told(made / f"{method}-1.safetensors")
+    assert (whole.pop("processes"), half.pop("processes")) == (1, 2)
+    assert whole.pop("rows") == 2 * half.pop("rows") == 12
+    assert half == pytest.approx(whole, rel=1e-4, abs=1e-6, nan_ok=True)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    kept = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in one.items() if "second" not in name} for one in kept]
+
+
+@pytest.mark.parametrize("method", ["prdp", "ddpo"])
+def test_a_run_of_two_processes_goes_on_to_the_last_bit(method: str, made: Path) -> None:
+    straight, parted = (made / f"{method}-{name}" for name in ("straight", "parted"))
+    assert (parted / "checkpoints" / "step-00000003" / "round.json").exists(), "amid a round"
+    assert lines(parted) == lines(straight) and lines(parted)[-1]["processes"] == 2
+    first, second = ((path / "evaluations.jsonl").read_text() for path in (straight, parted))
+    assert [json.loads(first.splitlines()[-1])] == [json.loads(second.splitlines()[-1])]
+    for name in ("weights", "optimiser", "average", "random"):
+        kept, again = (
+            load_file(path / "checkpoints/step-00000004" / f"{name}.safetensors") for path in (straight, parted)
+        )
+        assert kept.keys() == again.keys() and all(torch.equal(kept[key], again[key]) for key in kept)
+
+
+def test_what_two_processes_began_one_goes_on_with(made: Path, tmp_path: Path) -> None:
+    """From a checkpoint amid a round of theirs: within rounding the end is theirs."""
+    (tmp_path / "run").mkdir()
+    (made / "prdp-parted" / "checkpoints" / "step-00000003").rename(tmp_path / "kept")
+    (tmp_path / "run" / "checkpoints").mkdir()
+    (tmp_path / "kept").rename(tmp_path / "run" / "checkpoints" / "step-00000003")
+    result = train("prdp", fresh(), tmp_path / "run", settings_of("prdp", max_steps=4))
+    assert result.step == 4
+    there = json.loads((made / "prdp-straight" / "metrics.jsonl").read_text().splitlines()[-1])
+    here = result.records[-1]
+    assert here["processes"] == 1
+    for name in ("loss", "reward", "kl", "grad_norm"):
+        assert here[name] == pytest.approx(there[name], rel=1e-3)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_place(made: Path) -> None:
+    ends = [json.loads((made / f"interrupted-{n}.json").read_text()) for n in (0, 1)]
+    assert ends[0] == ends[1] and ends[0]["stopped"] == "interrupted" and 0 < ends[0]["step"] < 50
+    found, skipped = Checkpoints(made / "interrupted" / "checkpoints").latest()
+    assert found and not skipped and found.json("state")["step"] == ends[0]["step"]
+
+
+def test_a_process_that_dies_ends_the_run_within_a_minute(tmp_path: Path) -> None:
+    ended = launched(tmp_path, "dies")
+    assert ended.returncode != 0
+    assert time.time() - float((tmp_path / "died.txt").read_text()) < 60
+    found, skipped = Checkpoints(tmp_path / "dies" / "checkpoints").latest()
+    assert found and not skipped, "what was saved before is whole"
+
+
+def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from steer.pipelines import team
+
+    class Three(team.AcceleratedTeam):
+        def __init__(self, accelerator: Any) -> None:
+            super().__init__(accelerator)
+            self.count = 3
+
+    monkeypatch.setattr("steer.pipelines.finetune_run.AcceleratedTeam", Three)
+    with pytest.raises(
+        InputError, match="prompts_per_step must be a multiple of the 3 processes that share them, got 2"
+    ):
+        GRPOPipeline(fresh(), "brightness").train(["a star"], tmp_path, settings_of("grpo"))
+
+
+def test_a_sum_over_one_process_is_what_it_has() -> None:
+    assert total(ALONE, [1.5, -2.0]) == [1.5, -2.0]
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_divided_weights_learn_what_whole_ones_do_and_go_on_to_the_last_bit(
+    kind: str, made: Path, tmp_path: Path
+) -> None:
+    """FSDP2: every parameter of the denoiser lies in two parts; a file holds whole ones."""
+    straight, parted = (made / f"{kind}-{name}" for name in ("straight", "parted"))
+    assert lines(parted) == lines(straight)
+    for name in ("weights", "optimiser", "average", "random"):
+        kept, again = (
+            load_file(path / "checkpoints/step-00000004" / f"{name}.safetensors") for path in (straight, parted)
+        )
+        assert kept.keys() == again.keys() and all(torch.equal(kept[key], again[key]) for key in kept)
+    pipe = fresh()
+    settings = settings_of("prdp", max_steps=4, **{"lora": {}, "full": {"lora_rank": 0}}[kind])
+    result = train("prdp", pipe, tmp_path, settings)
+    assert result.weights
+    name = {"lora": "final/pytorch_lora_weights.safetensors", "full": "final/unet/diffusion_pytorch_model.safetensors"}
+    alone, divided = (load_file(path / name[kind]) for path in (tmp_path, straight))
+    assert alone.keys() == divided.keys()
+    # Four steps of Adam, 0.01 each in the end: what rounding turns round is less than a hundredth of that.
+    assert max((divided[key] - value).abs().max() for key, value in alone.items()) < 1e-4
+    if kind == "full":
+        assert json.loads((straight / "final/unet/config.json").read_text())["_class_name"] == type(pipe.unet).__name__
