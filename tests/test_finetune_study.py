@@ -1,0 +1,113 @@
+"""The finetuning study: its table by hand, its choices, and a small run of it."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from steer.apps.finetune_job import METHODS
+from steer.apps.scenes import finetune_runs, finetune_study
+from steer.apps.scenes.finetune_pictures import draw_guards, draw_methods
+from steer.apps.scenes.finetune_runs import PLANS, Plan, read_judged
+from steer.apps.scenes.finetune_study import Run, differences, row, study
+from steer.apps.scenes.synthetic_choices import CALL, VALUED, write_choices
+from steer.assets import PROMPTS
+from steer.pipelines import FinetuneResult
+from steer.pipelines.choices import ChoiceFolder
+from steer.rewards.aesthetic import aesthetic
+
+NAMES = ("aesthetic:scenes", "scene")
+
+
+def finished(plan: Plan, rises: tuple[float, float], last: int = 20) -> Run:
+    """A run whose seen prompts, 48 that come twice, rose by the first number, and whose unseen ones by the second."""
+    seen = [f"seen {number % 48}" for number in range(96)]
+    unseen = [f"unseen {number}" for number in range(96)]
+    judged = {}
+    for step in (0, 10, 20):
+        values = [0.5 + step / 20 * rises[0]] * 96 + [0.1 + step / 20 * rises[1]] * 96
+        judged[step] = {"prompts": [*seen, *unseen], "rewards": dict.fromkeys(NAMES, values)}
+    records = tuple({"step": step, "kl": float(step), "seconds": 2.0} for step in range(1, 21))
+    return Run(plan, FinetuneResult(20, None, Path("w"), last, records, (), last), judged)
+
+
+def test_a_row_is_what_a_hand_finds() -> None:
+    plan = Plan("prdp-scenes", "prdp, few prompts")
+    told = row(plan.shows, [finished(plan, (0.2, 0.1)), finished(plan, (0.4, 0.3))])
+    assert told["seeds"] == 2 and told["images"] == 20 * 32 and told["seconds"] == 40 and told["kl"] == 18.0
+    seen, unseen = (told["rewards"]["scene"][half] for half in ("seen", "unseen"))
+    assert seen == {"base": 0.5, "end": 0.8, "rise": [pytest.approx(0.3)] * 3, "by_seed": [0.2, 0.4]}
+    assert unseen["rise"] == [pytest.approx(0.2)] * 3 and unseen["base"] == 0.1
+    assert [point[:2] for point in told["curves"]["scene"]["seen"]] == [[0, 0], [10, 0.15], [20, pytest.approx(0.3)]]
+
+
+def test_what_a_guard_kept_is_what_counts() -> None:
+    plan = Plan("d3po-scenes", "guarded")
+    told = row("guarded", [finished(plan, (0.2, 0.1), last=10)])
+    assert told["kept"] == [10] and told["rewards"]["scene"]["seen"]["rise"] == [pytest.approx(0.1)] * 3
+
+
+def test_methods_are_compared_prompt_by_prompt() -> None:
+    plans = {method: Plan(f"{method}-scenes", f"{method}, many prompts") for method in ("prdp", "ddpo")}
+    groups = {
+        plans["prdp"].shows: [finished(plans["prdp"], (0.3, 0.2))],
+        plans["ddpo"].shows: [finished(plans["ddpo"], (0.1, -0.1))],
+    }
+    assert differences(groups)["prdp minus ddpo, many prompts"]["scene"] == {
+        "seen": [pytest.approx(0.2)] * 3,
+        "unseen": [pytest.approx(0.3)] * 3,
+    }
+
+
+def test_plans_are_equal_but_for_what_they_compare(tmp_path: Path) -> None:
+    told = {name: plan.read(tmp_path) for name, plan in PLANS.items() if name != "d3po-choices"}
+    assert {config.job.method for config in told.values()} <= set(METHODS)
+    compared = [config for name, config in told.items() if name.split("-")[1] in ("few", "many")]
+    images = {(c.settings.prompts_per_step, c.settings.samples_per_prompt, c.settings.max_steps) for c in compared}
+    assert images == {(4, 8, 60)} and {c.settings.steps_per_round for c in compared} == {2}
+    assert {len(PROMPTS[c.job.prompts].read_text().splitlines()) for c in compared if c.job.prompts} == {32, 1024}
+    clipped, unclipped = told["prdp-stale"], told["prdp-stale-unclipped"]
+    assert clipped.settings == unclipped.settings and unclipped.options["clip"] == 1e9 > clipped.options["clip"]
+
+
+def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> None:
+    write_choices(tmp_path, 3)
+    write_choices(tmp_path, 12)
+    kept = [json.loads(line) for line in (tmp_path / "choices.jsonl").read_text().splitlines()]
+    folder = ChoiceFolder(tmp_path)
+    assert len(kept) == len(folder.lots) == 12 and folder.drawn.call == CALL
+    reward, right = aesthetic(VALUED.partition(":")[2]), 0
+    from steer.images import read_image
+
+    for choice in kept:
+        lot = folder.lots[choice["lot"]]
+        images = [read_image(tmp_path / lot.image_file(number)) for number in (0, 1)]
+        values = [reward(image[None], [lot.rows.prompts[0]]).item() for image in images]
+        right += values[choice["chosen"]] > values[choice["rejected"]]
+    assert 8 <= right < 12, "one in ten is wrong, and among these at least one is"
+
+
+def test_a_small_study_runs_and_goes_on_without_doing_anything_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"max_steps": "2", "eval_every": "2", "prompts_per_step": "1", "samples_per_prompt": "2"}
+    small |= {"num_inference_steps": "3"}
+    monkeypatch.setattr(finetune_runs, "JUDGED", 2)
+    monkeypatch.setitem(finetune_study.HALVES, "seen", slice(None, 2))
+    monkeypatch.setitem(finetune_study.HALVES, "unseen", slice(2, None))
+    chosen = ("prdp-few-0", "ddpo-few-0", "d3po-unguarded", "d3po-guarded")
+    plans = {name: replace(PLANS[name], changes={**PLANS[name].changes, **small}) for name in chosen}
+    monkeypatch.setattr(finetune_runs, "PLANS", plans)
+    monkeypatch.setattr(finetune_study, "PLANS", plans)
+    found: dict[str, Any] = study(tmp_path, [])
+    assert [told["updates"] for told in found["rows"]] == [[2]] * 4
+    assert set(found["differences"]) == {"prdp minus ddpo, few prompts"}
+    assert set(read_judged(tmp_path / "prdp-few-0")) == {0, 2}
+    draw_methods(found, tmp_path / "methods.png")
+    draw_guards(found, tmp_path / "guards.png")
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in ("methods.png", "guards.png"))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/judged/*.json")}
+    assert json.dumps(study(tmp_path, ["prdp"])["rows"]) == json.dumps(found["rows"][:1])
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/judged/*.json")}
