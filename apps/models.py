@@ -27,6 +27,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     check_device(device)
     source: str | Path = MODELS.get(model, Path(model))
     if not Path(source).is_dir():
+        if model in MODELS:
+            raise InputError(f"model {model!r} lies in the repository, not in the package: clone it, give its folder")
         if model.count("/") != 1 or model.startswith((".", "/")):
             raise InputError(f"unknown model {model!r}: use {nearest(model, MODELS)}, a folder, or ORGANISATION/NAME")
         source = model

@@ -1,9 +1,12 @@
-"""What comes with the project: the embedded models and rewards, prompt lists, and configurations of finetuning and of accelerate."""
+"""What comes with the project: the embedded models and rewards, prompt lists, and configurations.
+
+scenes-large lies in the repository alone: it would double the package.
+"""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-MODELS = {name: ROOT / name for name in ("scenes", "scenes-turbo")}
+MODELS = {name: ROOT / name for name in ("scenes", "scenes-turbo", "scenes-large")}
 CLIPS = {"scenes": ROOT / "clip-scenes"}
 REWARDS = {kind: {"scenes": ROOT / f"{kind}-scenes"} for kind in ("preference", "aesthetic")}
 LISTS = ("scenes-heldout", "scenes-tuning", "scenes-training", "scenes-few", "scenes-many")
