@@ -17,11 +17,13 @@ from steer.pipelines import (
     Iteration,
     NoiseSearchPipeline,
     ReNOPipeline,
+    SelectionPipeline,
     SteeringOutput,
 )
 from steer.pipelines.noise_gradient import GRADIENTS, check_differentiable
 from steer.pipelines.noise_search import Neighbours
 from steer.pipelines.reno import ONE_STEP, Ascent
+from steer.pipelines.selection import Selection
 from steer.potentials import POTENTIALS, TEMPERINGS
 from steer.preview import accepted_only
 from steer.resampling import RESAMPLERS
@@ -33,6 +35,7 @@ class SampleSettings:
     """What decides the images. Saved in the report, and compared when a run goes on.
 
     A setting with a default is younger than the first reports: where one lacks it, the default is what was done.
+    lam None stands for the method's own.
     """
 
     model: str
@@ -41,7 +44,7 @@ class SampleSettings:
     particles: int
     steps: int | None
     guidance: float | None
-    lam: float
+    lam: float | None
     potential: str
     resampler: str
     tempering: str
@@ -60,6 +63,16 @@ class SampleSettings:
     restarts: int = 0
     neighbours: int = 4
     distance: float = 0.5
+    beams: int = 2
+
+    def __post_init__(self) -> None:
+        if self.lam is None and self.method in METHODS:
+            object.__setattr__(self, "lam", METHODS[self.method].lam)
+
+    @property
+    def strength(self) -> float:
+        """λ, infinite where it has no limit."""
+        return math.inf if self.lam is None else self.lam
 
     def check(self) -> None:
         """Raises InputError for a name or number that cannot be, before any model is loaded."""
@@ -114,7 +127,7 @@ class Job:
 def _fk(job: Job) -> SteeringOutput:
     return FKSteeringPipeline(job.pipe, job.reward)(
         job.prompt,
-        lam=job.settings.lam,
+        lam=job.settings.strength,
         potential=job.settings.potential,
         resampler=job.settings.resampler,
         tempering=job.settings.tempering,
@@ -122,6 +135,14 @@ def _fk(job: Job) -> SteeringOutput:
         reward_guidance=job.settings.reward_guidance,
         **job.call,
     )
+
+
+def _svdd(job: Job) -> SteeringOutput:
+    return SelectionPipeline(job.pipe, job.reward)(job.prompt, lam=job.settings.strength, **job.call)
+
+
+def _beam(job: Job) -> SteeringOutput:
+    return SelectionPipeline(job.pipe, job.reward)(job.prompt, beams=job.settings.beams, **job.call)
 
 
 def _best_of_n(job: Job) -> SteeringOutput:
@@ -169,6 +190,13 @@ def _guiding_reward(settings: SampleSettings, reward: Reward) -> None:
         raise InputError(f"reward {reward.name!r} is not differentiable: use --reward-guidance 0, or another reward")
 
 
+def _dividing_beams(settings: SampleSettings, reward: Reward) -> None:
+    try:
+        Selection(settings.beams).check_size(settings.particles)
+    except InputError as error:
+        raise InputError(f"--{str(error).replace('num_particles', '--particles')}") from error
+
+
 def _climbed_reward(settings: SampleSettings, reward: Reward) -> None:
     check_differentiable(reward, GRADIENTS[settings.gradient])
 
@@ -178,19 +206,23 @@ class Method:
     """What a name of --method stands for.
 
     run       makes the images of one prompt
-    check     raises InputError for a reward that the method can do nothing with, before any model is loaded
+    check     raises InputError for settings or a reward that the method can do nothing with, before any model is loaded
     defaults  what it, and the base beside it, calls the pipeline with where the user says nothing
     iterates  whether it goes on from iteration to iteration, with a trace
+    lam       its λ where the user says nothing; None: without limit
     """
 
     run: Callable[[Job], SteeringOutput]
     check: Callable[[SampleSettings, Reward], None] = _any_reward
     defaults: Mapping[str, Any] = field(default_factory=dict)
     iterates: bool = False
+    lam: float | None = 10.0
 
 
 METHODS = {
     "fk": Method(_fk, check=_guiding_reward),
+    "svdd": Method(_svdd, lam=None),
+    "beam": Method(_beam, check=_dividing_beams),
     "best-of-n": Method(_best_of_n),
     "base": Method(_base),
     "reno": Method(_reno, check=_climbed_reward, defaults=ONE_STEP, iterates=True),

@@ -10,6 +10,7 @@ from steer.pipelines.policy import DDPOPipeline, FilteredPipeline, GRPOPipeline
 from steer.pipelines.preference import D3POPipeline, PRDPPipeline
 from steer.pipelines.reno import ReNOPipeline
 from steer.pipelines.reward_backprop import RewardBackpropPipeline
+from steer.pipelines.selection import SelectionPipeline
 
 __all__ = [
     "BestOfNPipeline",
@@ -27,6 +28,7 @@ __all__ = [
     "PRDPPipeline",
     "ReNOPipeline",
     "RewardBackpropPipeline",
+    "SelectionPipeline",
     "Start",
     "SteeringOutput",
     "StepReport",

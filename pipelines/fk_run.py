@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from steer.errors import InputError
-from steer.feynman_kac import FeynmanKac
 from steer.particles import Particles
 from steer.pipelines.output import Evaluation
 from steer.pipelines.population import Population
@@ -37,14 +37,26 @@ class Reading:
     gradient: Tensor | None = None
 
 
+class Algorithm(Protocol):
+    """What rewards (B, K) of x̂0 do to the particles of a run, and which of them (B, K) the slots go on from."""
+
+    @property
+    def lam(self) -> float: ...
+
+    def weigh(self, particles: Particles, rewards: Tensor, progress: float) -> Particles: ...
+
+    def select(self, particles: Particles, generator: Generator) -> tuple[Particles, Tensor | None]: ...
+
+
 class Run:
     """The particles of one call, and what happens to them at each solver step."""
 
     first = 0  # the first step at which rewards may be read
+    steps_asked = "resample_steps"  # what the caller knows those steps as
 
     def __init__(
         self,
-        algorithm: FeynmanKac,
+        algorithm: Algorithm,
         population: Population,
         eta: float | None,
         copy_eta: float,
@@ -111,7 +123,7 @@ class Run:
             return frozenset(step for asked in self._default_steps(total) if (step := min(asked, last)) >= self.first)
         if wrong := sorted(step for step in self.steps if not self.first <= step <= last):
             raise InputError(
-                f"resample_steps: {wrong[0]} is not from {self.first} to {last}, in a run of {total} steps"
+                f"{self.steps_asked}: {wrong[0]} is not from {self.first} to {last}, in a run of {total} steps"
             )
         return self.steps
 

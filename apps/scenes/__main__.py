@@ -32,6 +32,8 @@ def main() -> None:
     parser.add_argument("--lam", type=float, help="λ of `evaluate`; by default the one tuned for scene-soft")
     parser.add_argument("--reward-guidance", type=float, help="γ of `evaluate`: steps that lean along the gradient")
     parser.add_argument("--eta", type=float, help="η of the steering in `evaluate`; by default the solver's own")
+    parser.add_argument("--large", default="scenes-large", help="what `steering` compares with, where there is one")
+    parser.add_argument("--only", nargs="*", default=[], help="how the names of those runs of `finetuning` begin")
     parser.add_argument("--json", type=Path, default=Path("runs/scenes/evaluate.json"))
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
@@ -131,6 +133,37 @@ def _curves(options: argparse.Namespace) -> None:
     draw_curves(found, options.json.with_suffix(".png"))
 
 
+def _steering(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.steering_pictures import draw_steering
+    from steer.apps.scenes.steering_study import contenders, steering_study
+
+    options.count = options.count or 211  # all of the list, but shuffled: some methods get the first ones only
+    rivals = contenders(large=options.large)
+    found = steering_study(options.out / "steering", options.reward, _prompts_of(options), rivals)
+    _report(found, options.json)
+    draw_steering(found, options.json.with_suffix(".png"))
+
+
+def _ablations(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.steering_ablations import ablations, variants
+    from steer.apps.scenes.steering_pictures import draw_ablations
+
+    options.list, options.count = "scenes-tuning", options.count or 64
+    found = ablations(options.out / "ablations", options.reward, _prompts_of(options), variants())
+    _report(found, options.json)
+    draw_ablations(found, options.json.with_suffix(".png"))
+
+
+def _finetuning(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.finetune_pictures import draw_guards, draw_methods
+    from steer.apps.scenes.finetune_study import study
+
+    found = study(options.out, options.only)
+    _report(found, options.json)
+    draw_methods(found, options.json.with_suffix(".png"))
+    draw_guards(found, options.json.with_name(f"{options.json.stem}-guards.png"))
+
+
 def _turbo(options: argparse.Namespace) -> None:
     from steer.apps.scenes.distil import distil
 
@@ -183,11 +216,14 @@ STAGES = {
         _curves,
         "best-of-n of those by --reward and its members, judged by the exact reward, to --json and a picture",
     ),
+    "steering": (_steering, "FK and its controls on --list, at equal evaluations and seconds, to --json and a picture"),
+    "ablations": (_ablations, "settings of steering one at a time on scenes-tuning, to --json and a picture"),
+    "finetuning": (_finetuning, "train what is not finished of 21 small runs in --out, and compare them, to --json"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "reno": (_reno, "noise optimisation and its controls on prompts of --list, to --json and a picture"),
     "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, on prompts of --list, to --json"),
     "reno-cost": (_reno_cost, "memory and time of noise optimisation, to --json"),
-    "prompts": (_prompts, "write the three prompt lists to --prompts"),
+    "prompts": (_prompts, "write the prompt lists to --prompts"),
 }
 
 if __name__ == "__main__":

@@ -1,0 +1,140 @@
+"""Per-step selection: of K candidates at every solver step the best goes on (SVDD, arXiv 2408.08252), or a few of them
+(beam search). Controls of Feynman–Kac steering that weigh nothing."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from steer.errors import InputError
+from steer.particles import Particles
+from steer.pipelines.fk import check_copies_part
+from steer.pipelines.fk_run import Run, StepReport
+from steer.pipelines.method import SteeringMethod, route_eta
+from steer.pipelines.output import SteeringOutput
+from steer.pipelines.population import Population, check_output_type
+from steer.seam import CannotSteer
+from steer.transition import can_redraw
+
+
+class SelectionPipeline(SteeringMethod):
+    """Candidates of which the best by the reward of x̂0 are kept at every step, each with children of its own.
+
+    pipe = StableDiffusionPipeline.from_pretrained(...)
+    svdd = SelectionPipeline(pipe, reward="scene-soft")
+    out = svdd("a red circle left of a blue star", num_particles=4)
+    out = svdd("a red circle left of a blue star", num_particles=8, beams=2)  # beam search
+    """
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_particles: int = 4,
+        beams: int = 1,
+        lam: float = math.inf,
+        select_steps: Iterable[int] | None = None,
+        eta: float | None = 1.0,
+        chunk_size: int = 8,
+        reward_prompt: str | Sequence[str] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+        output_type: str = "pil",
+        **call: Any,
+    ) -> SteeringOutput:
+        """Steers one call; every other argument goes to the pipeline's own `__call__`.
+
+        num_particles  K candidates at every step, for each prompt
+        beams          B of them go on, with K/B children each; 1 is SVDD, K a plain batch
+        lam            λ: B are drawn without replacement, each time with chances in proportion to exp(λ r(x̂0)); by
+                       default those with the highest r(x̂0)
+        select_steps   solver steps, from 0, at which rewards are read and candidates chosen; by default all of them but
+                       the last, after which nothing could part
+        eta            noise η of every step, 0..1, out of which candidates are drawn. None: the solver's own; it and 0
+                       leave the noise that parts the children to one step with η = 1, as in `FKSteeringPipeline`
+
+        The other arguments, errors and the output are as in `FKSteeringPipeline`. But this is a search, which draws
+        from no known distribution: `log_weights` and `log_normaliser` are 0, as for best-of-N, and the ESS is K.
+        """
+        check_output_type(output_type)
+        algorithm = Selection(beams, lam)
+        algorithm.check_size(num_particles)
+        if num_particles > 1:
+            check_candidates_part(self.pipe.scheduler, eta)
+        call, kernel_eta = route_eta(self.pipe, call, eta)
+        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        run = SelectionRun(algorithm, population, kernel_eta, eta or 1.0, select_steps, on_step)
+        images = run.sample()
+        rewards, parts = population.score(images)
+        return population.output(images, rewards, parts, run.particles, run.history, output_type)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which B of K particles go on: those with the highest r, or a draw in proportion to exp(λ r)."""
+
+    beams: int = 1
+    lam: float = math.inf
+
+    def __post_init__(self) -> None:
+        if self.beams < 1:
+            raise InputError(f"beams must be at least 1, got {self.beams}")
+        if not self.lam > -math.inf:
+            raise InputError(f"lam must be a finite number, or inf to take the best, got {self.lam}")
+
+    def check_size(self, size: int) -> None:
+        """Raises InputError where the beams cannot have equally many children."""
+        if size >= 1 and size % self.beams:
+            raise InputError(f"beams must divide num_particles, got {self.beams} of {size}")
+
+    def weigh(self, particles: Particles, rewards: Tensor, progress: float) -> Particles:
+        """Notes the rewards (B, K) of x̂0; weights stay equal."""
+        strength = torch.full((len(rewards), 1), self.lam)
+        return replace(particles, path=particles.path.append(rewards, strength))
+
+    def select(self, particles: Particles, generator: Generator) -> tuple[Particles, Tensor | None]:
+        """The particles and their ancestors (B, K), in the order of the slots; None where all stay."""
+        groups, size = particles.log_weights.shape
+        if self.beams == size:
+            return particles, None
+        kept = self.keep(particles.path.rewards[-1], generator)
+        ancestors = kept.repeat_interleave(size // self.beams, 1)
+        return particles.resample(ancestors, torch.ones(groups, dtype=torch.bool)), ancestors
+
+    def keep(self, rewards: Tensor, generator: Generator) -> Tensor:
+        """Slots (groups, B) that go on, in their order, from rewards (groups, K); among equals the first.
+
+        The B largest of λ r + G, with standard Gumbel numbers G, are a draw without replacement (Gumbel-top-k, Kool et
+        al. 2019); one of them is categorical. In float64 on the CPU, as all resampling is.
+        """
+        keys = rewards.detach().cpu().double()
+        if self.lam < math.inf:
+            uniform = torch.rand(keys.shape, generator=generator, dtype=torch.float64)
+            keys = self.lam * keys - (-uniform.log()).log()
+        return keys.sort(dim=1, descending=True, stable=True).indices[:, : self.beams].sort(dim=1).values
+
+
+class SelectionRun(Run):
+    """A run whose slots go on from the chosen ones."""
+
+    steps_asked = "select_steps"
+    algorithm: Selection
+
+    def _default_steps(self, total: int) -> Iterable[int]:
+        return range(total)
+
+    def _needs_steps(self) -> bool:
+        return self.algorithm.beams < self.population.size
+
+
+def check_candidates_part(scheduler: Any, eta: float | None) -> None:
+    """Raises CannotSteer for a solver without the Gaussian kernel that candidates are drawn from."""
+    if eta is None:
+        check_copies_part(scheduler)
+    elif not can_redraw(scheduler):
+        raise CannotSteer(
+            f"{type(scheduler).__name__} has no Gaussian kernel to draw candidates from: use another one, for example "
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or eta=None for noise of its own"
+        )
