@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 import yaml
 
 from steer.apps.finetune_config import FinetuneConfig
 from steer.apps.models import check_device, load_pipeline
+from steer.apps.named_errors import errors_named
 from steer.apps.processes import processes, speaks
 from steer.apps.prompts import find_prompts
 from steer.apps.specs import reward_here
@@ -33,6 +33,8 @@ USES = {  # how exported weights are used, by the name of their file; other name
     "pytorch_lora_weights.safetensors": "pipe.load_lora_weights({folder!r})",
     "adapter_model.safetensors": "peft, as README.md in {folder!r} shows",
 }
+KEPT = "checkpoints are kept, --resume goes on"
+LESS = "a smaller micro_batch or gradient_checkpointing: true need less"
 FULL = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
 
 
@@ -74,8 +76,9 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
         write_config()
         write_grid(evaluated, out, config.settings.eval_samples)
 
-    try:
-        result: FinetuneResult = (method.train if job.choices is None else method.train_on_choices)(
+    train = method.train if job.choices is None else method.train_on_choices
+    with errors_named(config.source.name, KEPT, LESS):
+        result: FinetuneResult = train(
             material.prompts if job.choices is None else Path(job.choices),
             out,
             config.settings,
@@ -86,13 +89,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
             on_update=lambda record: write_config(),
             on_evaluation=on_evaluation,
         )
-    except InputError:
-        raise
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:  # what diffusers refuses, the disk, the memory
-        memory = "the device's memory is full: a smaller micro_batch or gradient_checkpointing: true need less"
-        reason = memory if isinstance(error, torch.OutOfMemoryError) else str(error).strip().split("\n")[0]
-        raise InputError(f"{config.source.name}: {reason} (checkpoints are kept, --resume goes on)") from error
-    if speaks():
+    if here.is_main:
         write_config()
         if result.stopped != INTERRUPTED:
             write_report(out, told, result)

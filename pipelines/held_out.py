@@ -79,12 +79,13 @@ class Exam:
             images = sampler.rollout(parts[number])[1].cpu()
             if turn + team.index < len(parts):
                 found.append((number, images, self._judged(images, parts[number].prompts)))
-        _, images, scores = zip(*sorted(team.gather(found), key=lambda one: one[0]), strict=True)
+        _, drawn, scores = zip(*sorted(team.gather(found), key=lambda one: one[0]), strict=True)
         names = [reward.name for reward in (self.trained, *self.held_out)]
         rewards = {
             name: torch.cat(some).view(-1, size) for name, some in zip(names, zip(*scores, strict=True), strict=True)
         }
-        return Evaluated(step, tuple(self.prompts), rewards, diversity(torch.cat(images), size), torch.cat(images))
+        images = torch.cat(drawn)
+        return Evaluated(step, tuple(self.prompts), rewards, diversity(images, size), images)
 
     def _judged(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
         """Rewards (N,) of images (N, …), by each reward."""

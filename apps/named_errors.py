@@ -1,0 +1,24 @@
+"""Errors of a long job, said in a line that names what it was at."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from steer.errors import InputError
+
+
+@contextmanager
+def errors_named(named: str, kept: str, less: str) -> Iterator[None]:
+    """What diffusers refuses, the disk or the memory end as an InputError that begins with `named`.
+
+    kept  what is not lost; less: what needs less memory
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except torch.OutOfMemoryError as error:
+        raise InputError(f"{named}: the device's memory is full: {less} ({kept})") from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{named}: {str(error).strip().split('\n')[0]} ({kept})") from error
