@@ -11,7 +11,7 @@ from steer.assets import PROMPTS
 from steer.choices import nearest
 from steer.errors import InputError
 
-COLUMN = "prompt"
+COLUMN, TAG = "prompt", "tag"
 
 
 def find_prompts(source: str, column: str | None = None) -> list[str]:
@@ -22,11 +22,37 @@ def find_prompts(source: str, column: str | None = None) -> list[str]:
     column  of a table, a key of JSON lines: as in `read_prompts`
     Raises InputError. With HF_HUB_OFFLINE=1 data sets come from the hub's cache.
     """
+    found = _found(source)
+    if isinstance(found, Path):
+        return read_prompts(found, column)
+    if not (prompts := [prompt for path in found for prompt in _read(path, column)]):
+        raise InputError(f"data set {source!r}: no prompts in {some([path.name for path in found])}")
+    return prompts
+
+
+def find_tagged(source: str, column: str | None = None, tag: str | None = None) -> tuple[list[str], list[str] | None]:
+    """The prompts of `find_prompts`, and the tag of each: the task, the category.
+
+    tag  the column of the tags, which must be there; by default "tag", and no tags where there is no such text
+    """
+    prompts, found = find_prompts(source, column), _found(source)
+    files = [found] if isinstance(found, Path) else found
+    try:
+        tags = [one for path in files for one in _tags(path, column, tag or TAG)]
+    except InputError:
+        if tag is not None:
+            raise
+        return prompts, None
+    return prompts, tags
+
+
+def _found(source: str) -> Path | list[Path]:
+    """The file of prompts, or those of a data set."""
     if source in PROMPTS:
-        return read_prompts(PROMPTS[source], column)
+        return PROMPTS[source]
     path, named = Path(source), re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", source)
     if os.path.isfile(source) or path.suffix.lower() in READERS:
-        return read_prompts(path, column)
+        return path
     if os.path.isdir(source):
         hub = f" (or a split of the data set of the hub, {source}:train)" if named else ""
         raise InputError(f"{source}: a folder; name a file in it{hub}")
@@ -35,10 +61,7 @@ def find_prompts(source: str, column: str | None = None) -> list[str]:
             f"unknown prompts {source!r:.80}: use {nearest(source, PROMPTS)}, a file that is there "
             f"({', '.join(READERS)}), or a data set of the hub, ORGANISATION/NAME[:SPLIT]"
         )
-    files = data_files(named[1], named[2] or "train", tuple(reversed(READERS)))
-    if not (prompts := [prompt for path in files for prompt in _read(path, column)]):
-        raise InputError(f"data set {source!r}: no prompts in {some([path.name for path in files])}")
-    return prompts
+    return data_files(named[1], named[2] or "train", tuple(reversed(READERS)))
 
 
 def read_prompts(path: Path, column: str | None = None) -> list[str]:
@@ -62,6 +85,12 @@ def _read(path: Path, column: str | None) -> list[str]:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
     return [stripped for prompt in prompts if (stripped := prompt.strip())]
+
+
+def _tags(path: Path, column: str | None, tag: str) -> list[str]:
+    """Those beside the prompts that `_read` gives."""
+    reader = READERS[path.suffix.lower()]
+    return [one.strip() for prompt, one in zip(reader(path, column), reader(path, tag), strict=True) if prompt.strip()]
 
 
 def _text(path: Path, column: str | None) -> list[str]:

@@ -3,13 +3,13 @@
 import json
 import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, fields, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -17,16 +17,16 @@ from steer.apps.animation import Frames
 from steer.apps.methods import METHODS, Job, SampleSettings
 from steer.apps.models import load_pipeline
 from steer.apps.pictures import draw_ancestry, draw_grid
+from steer.apps.png_metadata import recipe_of, write_png
+from steer.apps.processes import Processes, processes
 from steer.apps.progress import draw_progress
+from steer.apps.sample_record import Entry, Record, Report, open_record
 from steer.apps.specs import reward_here
 from steer.errors import InputError
-from steer.pipelines import Cost, Iteration, SteeringOutput
-from steer.staged import write_text
+from steer.pipelines import Iteration, SteeringOutput
 
-__all__ = ["SampleSettings", "sample"]
+__all__ = ["SampleSettings", "errors_named", "sample"]
 
-Report = dict[str, Any]
-Entry = dict[str, Any]
 SEARCH, FRAMES = "search.safetensors", "frames"  # of a prompt that is not finished
 
 
@@ -40,32 +40,49 @@ def sample(
 ) -> Report:
     """Steers every prompt, writes images, pictures and report.json to `out`, and returns the report.
 
-    After each prompt the report on disk is whole; the same call again does only what is missing. Each prompt
-    has the same seed, so that its images do not depend on its place in the list. With `animation`, a film of each
-    noise optimisation.
+    After each prompt what is on disk is whole; the same call again does only what is missing. Each prompt has the same
+    seed, so that its images do not depend on its place in the list, nor on which of several processes makes them:
+    those share what is missing, and the main one merges and draws. With `animation`, a film of each noise optimisation.
     """
-    settings.check()
-    if animation and not METHODS[settings.method].iterates:
-        raise InputError(f"--animation shows iterations, and --method {settings.method} has none: leave it out")
-    reward = reward_here(settings.reward, reward_timeout)
-    METHODS[settings.method].check(settings, reward)
-    report = _opened(out, prompts, settings)
-    entries = report["prompts"]
-    todo = [n for n in range(len(prompts)) if n >= len(entries) or not _whole(entries[n], out, animation)]
+    here = processes()
+    with here.main_first():
+        settings.check()
+        if animation and not METHODS[settings.method].iterates:
+            raise InputError(f"--animation shows iterations, and --method {settings.method} has none: leave it out")
+        reward = reward_here(settings.reward, reward_timeout)
+        METHODS[settings.method].check(settings, reward)
+    record, todo = here.from_main(lambda: _opened(out, prompts, settings, animation))
     if todo:
-        pipe = load_pipeline(settings.model, device, settings.dtype)
-        pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
-        done = len(prompts) - len(todo)
-        for n in tqdm(todo, desc=settings.method, unit="prompt", initial=done, total=len(prompts), disable=None):
+        with here.main_first():
+            pipe = load_pipeline(settings.model, here.device(device), settings.dtype)
+        pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if here.is_main else True)
+        for n in _shared(todo, here, settings.method, len(prompts)):
             folder = out / f"{n:03d}-{_slug(prompts[n])}"
-            job = Job(pipe, reward, prompts[n], settings, folder / SEARCH)
-            entries[n : n + 1] = [_finished(job, folder, animation)]
-            report["cost"] = _total_cost(entries)
-            _save(report, out)
+            entry = _finished(Job(pipe, reward, prompts[n], settings, folder / SEARCH), folder, animation)
+            record.keep(n, entry, here.count == 1)
             _clean(folder)
-            _stop_with(entries[n], report, out)
-    _draw(report, out)
+            _stop_with(entry, record, here)
+    here.wait()
+    report = here.from_main(lambda: record.merged(len(prompts)))
+    if here.is_main:
+        _draw(report, out)
     return report
+
+
+def _opened(out: Path, prompts: Sequence[str], settings: SampleSettings, animation: bool) -> tuple[Record, list[int]]:
+    """The record of `out`, and which prompts it lacks."""
+    record = open_record(out, prompts, settings)
+    return record, record.missing(len(prompts), animation)
+
+
+def _shared(todo: Sequence[int], here: Processes, method: str, count: int) -> Iterator[int]:
+    """This process's part of what is to be done, of `count` prompts; the main process shows how far it is with its."""
+    mine = [todo[place] for place in here.share(len(todo))]
+    if here.count == 1:
+        yield from tqdm(mine, method, initial=count - len(todo), total=count, unit="prompt", disable=None)
+    else:
+        about = f"{method}, 1 of {here.count} processes"
+        yield from tqdm(mine, about, unit="prompt", disable=None if here.is_main else True)
 
 
 def _draw(report: Report, out: Path) -> None:
@@ -73,34 +90,41 @@ def _draw(report: Report, out: Path) -> None:
     (draw_progress if METHODS[report["method"]].iterates else draw_ancestry)(report, out)
 
 
-def _stop_with(entry: Entry, report: Report, out: Path) -> None:
+def _stop_with(entry: Entry, record: Record, here: Processes) -> None:
     """Raises InputError where the run of this prompt ended before its time, with all that there is on disk."""
     if entry.get("stopped"):
-        _draw(report, out)
+        if here.count == 1:
+            _draw(record.save(), record.out)
         raise InputError(
             f"prompt {entry['prompt']!r}: {entry['stopped']}; its best images so far are kept, the same command goes "
             "on after it"
         )
 
 
-def _finished(job: Job, folder: Path, animation: bool) -> Entry:
-    """One prompt's entry. What diffusers refuses, memory or the disk end as an InputError that names the prompt."""
+@contextmanager
+def errors_named(named: str, kept: str = "") -> Iterator[None]:
+    """What diffusers refuses, memory or the disk end as an InputError that begins with `named`."""
     try:
-        return _sampled(job, folder, animation)
+        yield
     except InputError:
         raise
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"prompt {job.prompt!r}: {reason} (finished prompts are kept)") from error
+        raise InputError(f"{named}: {reason}{kept}") from error
+
+
+def _finished(job: Job, folder: Path, animation: bool) -> Entry:
+    """One prompt: its images on disk, and its entry in the report. Raises InputError that names the prompt."""
+    with errors_named(f"prompt {job.prompt!r}", " (finished prompts are kept)"):
+        return _sampled(job, folder, animation)
 
 
 def _sampled(job: Job, folder: Path, animation: bool) -> Entry:
-    """One prompt: its images on disk, and its entry in the report."""
     settings, frames = job.settings, Frames(folder / FRAMES)
     output = METHODS[settings.method].run(replace(job, on_iteration=frames.keep) if animation else job)
     entry: Entry = {
         "prompt": job.prompt,
-        "images": _write_images(output.images, folder, ""),
+        "images": _write_images(output, job, folder),
         "rewards": output.rewards[0].tolist(),
         "parts": {name: scores[0].tolist() for name, scores in output.parts.items()},
         "log_weights": output.log_weights[0].tolist(),
@@ -121,7 +145,8 @@ def _sampled(job: Job, folder: Path, animation: bool) -> Entry:
     if settings.compare and settings.method != "base":
         # The batch that best-of-n sorted is the base batch itself.
         base = output.in_slot_order() if settings.method == "best-of-n" else METHODS["base"].run(job)
-        entry["base"] = {"images": _write_images(base.images, folder, "base-"), "rewards": base.rewards[0].tolist()}
+        images = _write_images(base, job, folder, base=True)
+        entry["base"] = {"images": images, "rewards": base.rewards[0].tolist()}
     return entry
 
 
@@ -157,60 +182,14 @@ def _clean(folder: Path) -> None:
     shutil.rmtree(folder / FRAMES, ignore_errors=True)
 
 
-def _write_images(images: Sequence[Image.Image], folder: Path, prefix: str) -> list[str]:
-    """Saves images in order; their names from the output folder on."""
-    if not all(isinstance(image, Image.Image) for image in images):
-        raise InputError("this model makes videos: call steer.pipelines from Python, `steer sample` writes images")
+def _write_images(output: SteeringOutput, job: Job, folder: Path, base: bool = False) -> list[str]:
+    """Saves images in order, each with its recipe; their names from the output folder on."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{prefix}{number:02d}.png" for number in range(len(images))]
-    for name, image in zip(names, images, strict=True):
-        image.save(folder / name)
+    names = [f"{'base-' if base else ''}{number:02d}.png" for number in range(len(output.images))]
+    for rank, (name, image) in enumerate(zip(names, output.images, strict=True)):
+        write_png(image, folder / name, recipe_of(job, output, rank, base))
     return [f"{folder.name}/{name}" for name in names]
 
 
 def _slug(prompt: str) -> str:
     return re.sub("[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].rstrip("-")
-
-
-def _total_cost(entries: Sequence[Entry]) -> dict[str, float]:
-    """Over all prompts; older entries count no gradients."""
-    return {cost.name: sum(entry["cost"].get(cost.name, 0) for entry in entries) for cost in fields(Cost)}
-
-
-def _opened(out: Path, prompts: Sequence[str], settings: SampleSettings) -> Report:
-    """The report in `out` as far as it got, or a new one. Raises InputError where the folder cannot take this run."""
-    path = out / "report.json"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(out / ".writable", "")
-        (out / ".writable").unlink()
-        old = json.loads(path.read_text()) if path.exists() else None
-    except OSError as error:
-        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not a report of steer ({error}); choose another --out") from error
-    if not path.exists():
-        given = {"model": settings.model, "method": settings.method, "settings": asdict(settings)}
-        return given | {"prompts": [], "cost": _total_cost([])}
-    if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
-        raise InputError(f"{path} is not a report of steer; choose another --out")
-    younger = {one.name: one.default for one in fields(SampleSettings) if one.default is not MISSING}
-    for name, value in asdict(settings).items():
-        if (there := (younger | old["settings"]).get(name)) != value:
-            raise InputError(f"--out {out} holds a run with {name} {there!r}, not {value!r}; choose another --out")
-    before = [entry.get("prompt") if isinstance(entry, dict) else None for entry in old["prompts"]]
-    if before != list(prompts[: len(before)]):
-        raise InputError(f"--out {out} holds a run of other prompts; choose another --out")
-    return old | {"settings": asdict(settings)}
-
-
-def _whole(entry: Entry, out: Path, animation: bool) -> bool:
-    """Whether all files of an entry are there, inside the output folder."""
-    names = [*entry.get("images", [None]), *entry.get("base", {}).get("images", [])]
-    names += [entry["noise"]] if "noise" in entry else []
-    names += [entry.get("animation")] if animation else []
-    return all(isinstance(name, str) and ".." not in name and (out / name).is_file() for name in names)
-
-
-def _save(report: Report, out: Path) -> None:
-    write_text(out / "report.json", json.dumps(report, indent=1))

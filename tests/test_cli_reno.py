@@ -87,7 +87,11 @@ def entries_of(out: Path) -> list[dict[str, Any]]:
 
 
 def written(out: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("0*/*"))}
+    """All files of the prompts; of a PNG its pixels alone, because its metadata names the reward."""
+    return {
+        str(path.relative_to(out)): Image.open(path).tobytes() if path.suffix == ".png" else path.read_bytes()
+        for path in sorted(out.rglob("0*/*"))
+    }
 
 
 def test_reno_writes_what_makes_its_images_again(steer: Steer, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""`steer sample --replay IMAGE`: the run that an image tells of, once more, and whether its pixels come out the same.
+
+The image may be a stranger's. Its recipe is checked by `png_metadata`; code is imported for a reward only where the
+user names it.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from steer.apps.methods import METHODS, Job
+from steer.apps.models import check_device, load_pipeline
+from steer.apps.named_rewards import names_alone
+from steer.apps.png_metadata import Recipe, pixels_of, read_png, recipe_of, write_png
+from steer.apps.sample import errors_named
+from steer.apps.sample_record import check_writable
+from steer.apps.specs import reward_here
+from steer.errors import InputError
+from steer.reward import Reward, load_reward, with_timeout
+
+SURROUNDINGS = ("steer", "torch", "diffusers", "device", "dtype")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """The image that was written, and whether it has the pixels of the one that it was made after, in words too."""
+
+    path: Path
+    same: bool
+    message: str
+
+
+def replay(
+    image: Path,
+    out: Path,
+    reward: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    reward_timeout: float | None = None,
+) -> Replayed:
+    """Makes a PNG of `steer sample` again, as NAME-replay.png in `out`.
+
+    reward  in place of the one in the image; needed where that one is not made of names alone
+    dtype   in place of the one in the image; where neither says, the device's own
+    Raises InputError where the file is no such image, or what it asks for cannot be had here.
+    """
+    recipe, before = read_png(image)
+    loaded = _reward(image, recipe, reward, reward_timeout)
+    settings = replace(recipe.settings, reward=reward or recipe.settings.reward, dtype=dtype or recipe.settings.dtype)
+    METHODS[settings.method].check(settings, loaded)
+    check_device(device)
+    check_writable(out)
+    path, state = out / f"{image.stem}-replay.png", out / f".{image.stem}-replay.safetensors"
+    pipe = load_pipeline(settings.model, device, settings.dtype)
+    pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
+    job = Job(pipe, loaded, recipe.prompt, settings, state)
+    with errors_named(str(image)):
+        output = METHODS["base" if recipe.base else settings.method].run(job)
+        again = recipe_of(job, output, recipe.rank, recipe.base)
+        write_png(output.images[recipe.rank], path, again)
+        state.unlink(missing_ok=True)
+    same = again.pixels == pixels_of(before)
+    if same:
+        return Replayed(path, same, f"{path}: the same pixels as {image}")
+    how = _distance(before, output.images[recipe.rank])
+    return Replayed(path, same, f"{path}: not the pixels of {image}, {how}: {_reason(recipe, again, before)}")
+
+
+def _reward(image: Path, recipe: Recipe, given: str | None, timeout: float | None) -> Reward:
+    """The reward that the user names, or the image's where it is made of names alone."""
+    if given is not None:
+        return reward_here(given, timeout)
+    told = recipe.settings.reward
+    if not names_alone(told):
+        raise InputError(
+            f"{image}: its reward {told!r:.200} may run code or read files of this machine; if you trust it, or for "
+            "another one, say --reward SPEC with --replay"
+        )
+    return with_timeout(load_reward(told), timeout)
+
+
+def _distance(one: Image.Image, other: Image.Image) -> str:
+    if (one.mode, one.size) != (other.mode, other.size):
+        return f"{other.mode} {other.width}x{other.height} in place of {one.mode} {one.width}x{one.height}"
+    apart = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
+    apart = apart.reshape(one.height * one.width, -1).max(1)
+    return f"{np.count_nonzero(apart)} of {apart.size} differ by up to {apart.max()} of 255"
+
+
+def _reason(recipe: Recipe, again: Recipe, before: Image.Image) -> str:
+    """What is otherwise here than where the image was made."""
+    if again.pixels == recipe.pixels:
+        return "they are those that it was made with, the file was changed since"
+    there, here = _surroundings(recipe), _surroundings(again)
+    apart = [f"{name} {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
+    edited = ["the file was changed after it was made"] if recipe.pixels != pixels_of(before) else []
+    unseen = "versions and device are the same; the number of threads, or what is behind a name, may not be"
+    return "; ".join([*edited, *apart]) or unseen
+
+
+def _surroundings(recipe: Recipe) -> dict[str, str]:
+    return {name: getattr(recipe, name) for name in SURROUNDINGS} | {"reward": repr(recipe.settings.reward)}

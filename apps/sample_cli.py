@@ -1,0 +1,129 @@
+"""`steer sample`: the words of the command line. Heavy imports wait inside the command."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from steer.apps.processes import processes, speaks
+from steer.errors import InputError
+
+SPEC = "NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards` lists names."
+TIMEOUT = click.option("--reward-timeout", type=float, help="Seconds that one call of the reward may take.")
+WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout"}  # the rest comes from the image
+
+
+@click.command()
+@click.pass_context
+@click.argument("prompt", nargs=-1)
+@click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File of prompts: .txt, .jsonl, .tsv.")
+@click.option("--model", default="scenes", help="Embedded model, folder, or ORGANISATION/NAME.")
+@click.option(
+    "--method",
+    default="fk",
+    help="fk, svdd, beam, best-of-n, base, reno (for one-step models, like scenes-turbo) or noise-search.",
+)
+@click.option("--reward", default="scene-soft", help=SPEC)
+@TIMEOUT
+@click.option("--particles", "--seeds", "particles", default=4, help="K, images for each prompt.")
+@click.option("--steps", type=int, help="Solver steps; by default the pipeline's own number, for reno 1.")
+@click.option("--guidance", type=float, help="Guidance scale; by default the pipeline's own, for reno 0.")
+@click.option(
+    "--lam", type=float, help="fk, svdd: strength of the reward, λ; by default for fk 10, and svdd takes the best."
+)
+@click.option("--potential", default="difference", help="fk: difference, max, sum or now.")
+@click.option("--resampler", default="systematic", help="fk: systematic, stratified, residual, ssp or multinomial.")
+@click.option("--tempering", default="constant", help="fk: of λ along the run: constant, geometric or ess.")
+@click.option("--ess-threshold", default=0.5, help="fk: resample when ESS is below this share of K; 1: always.")
+@click.option("--reward-guidance", default=0.0, help="fk: how far steps lean along the reward's gradient, γ; 1 is DAS.")
+@click.option("--beams", default=2, help="beam: how many of the particles are kept at each step; divides them.")
+@click.option("--iterations", default=50, help="reno, noise-search: how often images are made and scored.")
+@click.option("--optimiser", default="sgd", help="reno: sgd or adam.")
+@click.option("--lr", type=float, help="reno: learning rate; by default the optimiser's own, sgd 5, adam 0.05.")
+@click.option("--regularisation", default=0.01, help="reno: weight of log p(‖ε‖), which keeps the noise noise.")
+@click.option("--gradient", default="backprop", help="reno: backprop, or zero-order for any reward.")
+@click.option("--patience", type=int, help="reno: iterations without a better reward that end a search.")
+@click.option("--restarts", default=0, help="reno: how often a search begins anew when patience is out.")
+@click.option("--neighbours", default=4, help="noise-search: images of each seed in an iteration.")
+@click.option("--distance", default=0.5, help="noise-search: from a noise to its neighbours, up to 1.")
+@click.option("--eta", type=float, help="Noise of every step, 0 to 1; by default the solver's own, for svdd, beam 1.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="The same for each prompt.")
+@click.option("--out", default=Path("out"), type=click.Path(path_type=Path), help="Output folder; a run there goes on.")
+@click.option("--replay", type=click.Path(path_type=Path), help="PNG of an earlier run: that image once more.")
+@click.option("--compare/--no-compare", default=True, help="Also make the base images, for grid.png.")
+@click.option("--animation", is_flag=True, help="reno, noise-search: also progress.gif for each prompt.")
+@click.option("--device", help="Where to run; by default the GPU if there is one.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="By default float32 on the CPU, bfloat16 elsewhere.",
+)
+def sample(
+    context: click.Context,
+    /,
+    prompt: tuple[str, ...],
+    prompt_file: Path | None,
+    out: Path,
+    device: str | None,
+    reward_timeout: float | None,
+    animation: bool,
+    replay: Path | None,
+    **settings: Any,
+) -> None:
+    """Steers PROMPT… or the prompts of a file: images (best first), grid.png, report.json; ancestry.png of particles,
+    progress.png of noise that was optimised.
+
+    Where help begins with the name of a method, the option is for that method alone.
+
+    With --replay it makes an image of an earlier run again, from what the image says of itself; only --out, --device,
+    --dtype, --reward and --reward-timeout go with it. Exit code 0 where the pixels are the same, else 1.
+
+    Under torchrun or accelerate launch the prompts are shared out among the processes.
+    """
+    if replay is not None:
+        return _replay(context)
+    with processes().main_first():
+        prompts = _prompts(prompt, prompt_file)
+    from steer.apps.sample import SampleSettings
+    from steer.apps.sample import sample as run
+
+    report = run(prompts, SampleSettings(**settings), out, device, reward_timeout, animation)
+    means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
+    best = [max(entry["rewards"]) for entry in report["prompts"]]
+    if speaks():
+        click.echo(
+            f"{len(prompts)} prompts, {settings['reward']}: best {sum(best) / len(best):.3f}, "
+            f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s → {out / 'grid.png'}"
+        )
+
+
+def _prompts(words: tuple[str, ...], file: Path | None) -> list[str]:
+    from steer.apps.prompts import read_prompts
+
+    if bool(words) == bool(file):
+        raise InputError("give prompts as words or with --prompts FILE, one of the two")
+    prompts = read_prompts(file) if file else [text.strip() for text in words]
+    if not all(prompts):
+        raise InputError("a prompt is empty")
+    return prompts
+
+
+def _replay(context: click.Context) -> None:
+    """Writes the image again, says whether its pixels are the same, and exits with 1 where they are not."""
+    said = [
+        option
+        for option in context.command.params
+        if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+    ]
+    if surplus := [option for option in said if option.name not in WITH_REPLAY]:
+        name = surplus[0].opts[0] if isinstance(surplus[0], click.Option) else surplus[0].human_readable_name
+        raise InputError(f"--replay takes all from the image: leave out {name}")
+    if not speaks():
+        return  # one image is for one process
+    from steer.apps.replay import replay
+
+    given = {option.name: context.params[option.name] for option in said if option.name != "replay"}
+    replayed = replay(context.params["replay"], **{"out": context.params["out"]} | given)
+    click.echo(replayed.message)
+    raise SystemExit(0 if replayed.same else 1)

@@ -1,0 +1,255 @@
+"""`steer evaluate` against plain diffusers calls and hand computations, and what it leaves on disk."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import cached_pipe
+from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+from torch import Generator, Tensor
+
+from steer.apps.adapters import find_finetuned
+from steer.apps.evaluate_cli import SHARED
+from steer.apps.evaluation import Contender, evaluate
+from steer.apps.evaluation_contest import DEFAULTS, Contest
+from steer.apps.evaluation_figures import figures
+from steer.apps.evaluation_kl import trajectory_kl
+from steer.apps.evaluation_report import span
+from steer.apps.evaluation_store import Store, Stored
+from steer.apps.models import load_pipeline
+from steer.errors import InputError
+from steer.pipelines.samples import rows_of
+from steer.reward import load_reward
+from steer.seeds import derived_seed
+from steer.trajectory import Sampler
+
+PROMPTS = ["two blue stars", "a red circle", "a green cross above a black star"]
+TAGS = ["counting", "colors", "counting"]
+OPTIONS = {"steps": 4, "guidance": 3.0, "seed": 5}
+
+
+def lora(pipe: Any, folder: Path, spread: float) -> Path:
+    """Gives a pipeline a LoRA of diffusers' own whose factors B are random, of this deviation, and saves it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"]), "mine")
+        for name, parameter in pipe.unet.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=spread)
+    state, told = get_peft_model_state_dict(pipe.unet, adapter_name="mine"), pipe.unet.peft_config["mine"].to_dict()
+    pipe.save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=told)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    cached_pipe("sd").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An evaluation of the embedded model: bare, with a LoRA that does nothing, and steered."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    zero = str(lora(load_pipeline("scenes"), folder / "zero", 0.0))
+    steered = Contender("scenes", None, "fk", {"particles": 2, "lam": 20.0})
+    contenders = [Contender("scenes"), Contender("scenes", zero), steered]
+    rewards = ["brightness", "scene", "jpeg"]
+    return folder, evaluate(contenders, PROMPTS, rewards, 2, folder / "out", OPTIONS, tags=TAGS, kl_prompts=2)
+
+
+def test_the_plain_contender_is_the_plain_pipeline(done: tuple[Path, dict[str, Any]]) -> None:
+    """Every run again by diffusers alone, with the seeds that the report tells."""
+    pipe, told = load_pipeline("scenes"), done[1]["contenders"][0]
+    pipe.set_progress_bar_config(disable=True)
+    rewards = {name: load_reward(name) for name in done[1]["rewards"]}
+    images: dict[int, list[Tensor]] = {}
+    assert [run["prompt"] for run in told["runs"]] == [0, 0, 1, 1, 2, 2]
+    assert len({run["seed"] for run in told["runs"]}) == 6
+    for run in told["runs"]:
+        generator = Generator().manual_seed(derived_seed(run["seed"], "image 0"))
+        prompt = PROMPTS[run["prompt"]]
+        image = pipe(prompt, num_inference_steps=4, guidance_scale=3.0, generator=generator, output_type="pt").images
+        for name, reward in rewards.items():
+            assert run["rewards"][name] == pytest.approx(reward(image, [prompt]).tolist(), abs=0.01)
+        images.setdefault(run["prompt"], []).append(image[0])
+    apart = [(one - other).square().mean().sqrt().item() for one, other in images.values()]
+    assert told["diversity"][0] == pytest.approx(sum(apart) / 3, rel=1e-3)
+    assert told["cost"] | {"seconds": 0} == {"nfe": 4, "decodes": 1, "reward_calls": 1, "seconds": 0, "gradients": 0}
+
+
+def test_a_lora_of_zeros_is_the_bare_model(done: tuple[Path, dict[str, Any]]) -> None:
+    bare, zero = done[1]["contenders"][:2]
+    assert [run["rewards"] for run in zero["runs"]] == [run["rewards"] for run in bare["runs"]]
+    assert zero["kl"] == {"nats": [0, 0, 0], "by_prompt": [0, 0], "eta": 1.0} and "kl" not in bare
+    for name in done[1]["rewards"]:
+        told = zero["rewards"][name]
+        assert told["wins"] == [0.5, 0.5, 0.5] and told["difference"] == [0, 0, 0]
+        assert told["picked"] == told["all"] == bare["rewards"][name]["picked"]
+        assert "wins" not in bare["rewards"][name]
+
+
+def test_a_steered_run_begins_like_the_plain_one_and_picks_its_best(done: tuple[Path, dict[str, Any]]) -> None:
+    bare, _, steered = done[1]["contenders"]
+    assert steered["name"] == "scenes fk particles=2 lam=20.0" and steered["particles"] == 2
+    assert steered["cost"]["nfe"] == 8 and steered["cost"]["decodes"] > 2
+    for run, plain in zip(steered["runs"], bare["runs"], strict=True):
+        assert run["seed"] == plain["seed"]
+        assert len(run["rewards"]["jpeg"]) == 2 and run["rewards"]["brightness"][0] == max(run["rewards"]["brightness"])
+    picked = [run["rewards"]["scene"][0] for run in steered["runs"]]
+    everything = [value for run in steered["runs"] for value in run["rewards"]["scene"]]
+    assert steered["rewards"]["scene"]["picked"][0] == pytest.approx(sum(picked) / 6)
+    assert steered["rewards"]["scene"]["all"][0] == pytest.approx(sum(everything) / 12)
+    signs = 0
+    for run, plain in zip(steered["runs"], bare["runs"], strict=True):
+        ours, theirs = run["rewards"]["brightness"][0], plain["rewards"]["brightness"][0]
+        signs += (ours > theirs) - (ours < theirs)
+    assert steered["rewards"]["brightness"]["wins"][0] == pytest.approx((1 + signs / 6) / 2)
+
+
+def test_everything_is_in_the_folder(done: tuple[Path, dict[str, Any]]) -> None:
+    out, report = done[0] / "out", done[1]
+    assert json.loads((out / "evaluation.json").read_text()) == report
+    assert {path.name for path in out.glob("*.png")} == {"rewards.png", "tasks.png", "costs.png", "grid.png"}
+    assert all(Image.open(path).width > 400 for path in out.glob("*.png"))
+    assert len(list(out.glob("images/*/*.png"))) == 9
+    words = (out / "evaluation.md").read_text()
+    for one in report["contenders"]:
+        assert f"| `{one['name']}` |" in words and span(one["rewards"]["jpeg"]["picked"]) in words
+    assert "counting (2) | colors (1)" in words and "KL is that of 2 trajectories with η = 1." in words
+    assert report["options"]["steps"] == 4 and report["options"]["lam"] is None and report["seeds"] == 2
+    assert report["contenders"][0]["made"][0]["torch"] == torch.__version__
+
+
+def test_figures_by_hand() -> None:
+    """Two prompts × two seeds: a bootstrap of two prompts has three means, its 95 % interval the outer two."""
+    contest = Contest(("p", "q"), ("x", "y"), {"r": load_reward("brightness")}, 2, {})
+    scores = {"a": [[[1.0], [3.0]], [[0.0], [4.0]]], "b": [[[1.0, 0.0], [5.0, 1.0]], [[-1.0, -2.0], [3.0, 3.0]]]}
+    stored = []
+    for name, table in scores.items():
+        one = Stored({"name": name, "weights": None})
+        for place, row in enumerate(table):
+            runs = [{"rewards": {"r": v}, "cost": {"nfe": 3 + s}, "stopped": None} for s, v in enumerate(row)]
+            one.runs[place], one.diversity[place] = runs, [0.2, 0.6][place]
+        stored.append(one)
+    first, second = figures(contest, [1, 2], stored, 0)["contenders"]
+    assert first["rewards"]["r"] == {"picked": [2, 2, 2], "all": [2, 2, 2]}
+    told = second["rewards"]["r"]
+    assert told["picked"] == [2, 1, 3] and told["all"] == [1.25, 0.75, 1.75]
+    assert told["difference"] == [0, -1, 1]  # by prompt (0 + 2)/2 and (−1 − 1)/2
+    assert told["wins"] == [0.375, 0, 0.75]  # (½ + 1)/2 and 0
+    assert second["tasks"]["x"] == {"prompts": 1, "rewards": {"r": {"picked": [3, 3, 3], "all": [1.75, 1.75, 1.75]}}}
+    assert second["diversity"] == pytest.approx([0.4, 0.2, 0.6]) and second["cost"] == {"nfe": 3.5}
+
+
+@pytest.mark.parametrize("kind", ["lora", "whole"])
+def test_kl_against_a_hand_computation(tmp_path: Path, kind: str) -> None:
+    """Σ ‖Δμ‖²/2τ² of DDIM's step with η = ½: Δμ from both denoisers' guided outputs at the same x_t, by hand."""
+    pipe = load_pipeline("scenes")
+    pipe.set_progress_bar_config(disable=True)
+    other = load_pipeline("scenes")
+    if kind == "lora":
+        folder = lora(other, tmp_path / "lora", 0.02)
+    else:
+        other.unet.conv_out.weight.data *= 1.01
+        other.unet.save_pretrained(tmp_path / "unet")
+        folder = tmp_path
+    call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    rows = rows_of(PROMPTS[:2], 1, 0, "kl", shared_start=False)
+    with find_finetuned(str(folder)).worn_by(pipe) as off:
+        found = trajectory_kl(pipe, off, rows, call, 0.5, 2)
+    stored, _ = Sampler(other, call, 0.5).rollout(rows)
+    starts = [torch.randn(stored.latents.shape[2:], generator=Generator().manual_seed(seed)) for seed in rows.starts]
+    places = torch.cat([torch.stack(starts)[:, None], stored.latents[:, :-1]], 1)
+    assert found.tolist() == pytest.approx(by_hand(pipe, other, places).tolist(), rel=1e-3) and found.min() > 1e-3
+
+
+@torch.no_grad()
+def by_hand(pipe: Any, other: Any, places: Tensor) -> Tensor:
+    text, empty = pipe.encode_prompt(PROMPTS[:2], "cpu", 1, True)
+    scheduler, total = pipe.scheduler, torch.zeros(2)
+    scheduler.set_timesteps(4)
+    for t, x in zip(scheduler.timesteps, places.unbind(1), strict=True):
+        before, after = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[max(int(t) - 250, 0)]
+        tau = 0.5 * ((1 - after) / (1 - before) * (1 - before / after)).sqrt()
+        means = []
+        for one in (pipe, other):
+            v0, v1 = one.unet(torch.cat([x, x]), t, torch.cat([empty, text])).sample.chunk(2)
+            v = v0 + 3 * (v1 - v0)
+            x0, noise = before.sqrt() * x - (1 - before).sqrt() * v, before.sqrt() * v + (1 - before).sqrt() * x
+            means.append(after.sqrt() * x0 + (1 - after - tau**2).sqrt() * noise)
+        total += (means[0] - means[1]).square().flatten(1).sum(1) / (2 * tau**2)
+    return total
+
+
+def test_without_a_gaussian_kernel_there_is_no_kl_and_the_report_says_why(tiny: Path, tmp_path: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(tiny)
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "heun")
+    worn = str(lora(pipe, tmp_path / "lora", 0.1))
+    contenders = [Contender(str(tmp_path / "heun"), worn)]
+    report = evaluate(contenders, ["a"], ["brightness"], 1, tmp_path / "out", {"steps": 3})
+    assert "HeunDiscreteScheduler has no Gaussian kernel" in report["contenders"][0]["kl"]["skipped"]
+    assert "no KL, because HeunDiscreteScheduler" in (tmp_path / "out/evaluation.md").read_text()
+
+
+def test_an_image_depends_on_its_own_seed_alone(tiny: Path, tmp_path: Path) -> None:
+    """Whatever is made in the same call, and however many particles: the K images of a run are the first of more."""
+    best = [Contender(str(tiny), None, "best-of-n", {"particles": size}) for size in (1, 2, 4)]
+    some: dict[str, Any] = {"prompts": PROMPTS, "rewards": ["brightness"], "seeds": 2, "options": {"steps": 3}}
+    together = evaluate([Contender(str(tiny)), *best], out=tmp_path / "together", batch=8, **some)["contenders"]
+    alone = evaluate([Contender(str(tiny)), best[2]], out=tmp_path / "alone", batch=1, **some)["contenders"]
+    for one, other in ((together[0], alone[0]), (together[3], alone[1]), (together[0], together[1])):
+        for run, again in zip(one["runs"], other["runs"], strict=True):
+            assert run["rewards"]["brightness"] == pytest.approx(again["rewards"]["brightness"], abs=1e-5)
+    for told in together:  # the image in the grid is the one that was picked
+        for place in range(3):
+            path = Store(tmp_path / "together").image(told["name"], place)
+            picked = told["runs"][2 * place]["rewards"]["brightness"][0]
+            assert np.asarray(Image.open(path)).mean() / 255 == pytest.approx(picked, abs=3e-3)
+    for two, four in zip(together[2]["runs"], together[3]["runs"], strict=True):
+        for value in two["rewards"]["brightness"]:
+            assert min(abs(value - other) for other in four["rewards"]["brightness"]) < 1e-5
+
+
+def test_numbers_are_told_with_three_digits_of_the_largest() -> None:
+    assert span([0.04166, -5e-9, 0.125]) == "0.042 [0.000, 0.125]"
+    assert span([-2.044, -2.23, -1.858]) == "−2.04 [−2.23, −1.86]"
+    assert span([149.3, 123.1, 178.9]) == "149 [123, 179]" and span([0, 0, 0]) == "0.00 [0.00, 0.00]"
+    assert span([1, 1, 1]) == "1.00 [1.00, 1.00]" and not math.isnan(float(span([1e-9, 0, 0]).split()[0]))
+
+
+def test_every_setting_of_a_sample_can_be_given() -> None:
+    assert set(SHARED) == set(DEFAULTS) - {"particles", "seed"}
+
+
+@pytest.mark.parametrize(
+    ("contenders", "given", "message"),
+    [
+        ([], {}, "nobody to compare"),
+        ([Contender(), Contender()], {}, "contender 'scenes' is there twice"),
+        ([Contender(options={"partcles": 2})], {}, "partcles=2': unknown option 'partcles': did you mean particles"),
+        ([Contender(options={"seed": 2})], {}, "seeds are the same for all"),
+        ([Contender()], {"rewards": []}, "no reward"),
+        ([Contender()], {"prompts": []}, "no prompts"),
+        ([Contender()], {"tags": ["x"]}, "one tag a prompt: got 1 for 3 prompts"),
+        ([Contender()], {"seeds": 0}, "--seeds must be at least 1, got 0"),
+        ([Contender()], {"rewards": ["jpeg", "jpeg"]}, "reward 'jpeg' is there twice"),
+        ([Contender()], {"kl_prompts": -1}, "--kl-prompts"),
+        ([Contender(method="reno")], {"rewards": ["jpeg"]}, "'jpeg' is not differentiable"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_model_is_loaded(
+    contenders: list[Contender], given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    usual: dict[str, Any] = {"prompts": PROMPTS, "rewards": ["brightness"], "seeds": 1, "out": tmp_path / "out"}
+    with pytest.raises(InputError, match=message.replace("(", r"\(")):
+        evaluate(contenders, **(usual | given))
+    assert not (tmp_path / "out").exists()

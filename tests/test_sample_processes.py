@@ -1,0 +1,208 @@
+"""`steer sample` on several processes: two real ones that talk over gloo, as torchrun starts them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Steer
+
+from steer.apps.methods import SampleSettings
+from steer.apps.processes import Processes, processes
+from steer.apps.sample_record import Record, open_record
+from steer.errors import InputError
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+TWO += ["-m", "steer.apps.cli"]
+PROMPTS = ["a circle", "a star", "a cross", "a star", "a square"]
+TOLD = """
+from pathlib import Path
+from torch import distributed
+
+HERE = Path(__file__).parent
+
+def told(images, prompts):
+    both = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+    with (HERE / f"calls-{both[0]}").open("a") as file:
+        file.write(f"{both[0]} of {both[1]}: {prompts[0]}\\n")
+    if "star" in prompts[0] and (HERE / "broken").exists():
+        raise RuntimeError("stars are too bright")
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As torchrun's processes have: another number moves pixels by a level here and there."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def words(one_thread: None, steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A command whose reward tells who calls it."""
+    (tmp_path / "told_rewards.py").write_text(TOLD)
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    monkeypatch.delitem(sys.modules, "told_rewards", raising=False)
+    quick = ["--steps", "2", "--particles", "2", "--reward", "told_rewards:told", "--no-compare", "--lam", "5"]
+    return ["sample", "--prompts", str(tmp_path / "prompts.txt"), *quick]
+
+
+def on_two(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    return subprocess.run([*TWO, *words], env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
+
+
+def calls(folder: Path) -> list[str]:
+    """Who scored the finished images of which prompt since the last time, once each."""
+    files = sorted(folder.glob("calls-*"))
+    lines = [line for file in files for line in dict.fromkeys(file.read_text().splitlines())]
+    for file in files:
+        file.unlink()
+    return lines
+
+
+def made(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("0*/*"))}
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    """All of it but the seconds."""
+    report = json.loads((out / "report.json").read_text())
+    for one in (report, *report["prompts"]):
+        del one["cost"]["seconds"]
+    return report
+
+
+def test_two_processes_make_what_one_makes_and_go_on_after_a_failure(
+    steer: Steer, words: list[str], tmp_path: Path
+) -> None:
+    """One reward fails in process 1; then two processes, and in a copy of the folder one, do what is missing."""
+    out, copy = tmp_path / "two", tmp_path / "one"
+    (tmp_path / "broken").touch()
+    failed = on_two([*words, "--out", str(out)], tmp_path)
+    assert failed.returncode != 0 and failed.stderr.count("stars are too bright") == 1
+    assert "0 of 2: a circle" in (lines := calls(tmp_path)) and "1 of 2: a star" in lines
+    assert not [line for line in lines if line in ("0 of 2: a star", "1 of 2: a circle")]
+    finished = [n for n in (0, 2, 4) if (out / "finished" / f"{n:05d}.json").exists()]
+    assert finished and not (out / "report.json").exists() and not (out / "finished" / "00001.json").exists()
+    shutil.copytree(out, copy)
+    (tmp_path / "broken").unlink()
+
+    code, _, _ = steer(*words, "--out", copy)
+    assert code == 0 and calls(tmp_path) == [
+        f"0 of 1: {prompt}" for prompt in dict.fromkeys(PROMPTS[n] for n in range(5) if n not in finished)
+    ]
+    again = on_two([*words, "--out", str(out)], tmp_path)
+    assert again.returncode == 0 and again.stdout.count("5 prompts, told_rewards:told: best ") == 1
+    assert set(calls(tmp_path)) >= {"0 of 2: a star", "1 of 2: a star"}  # numbers 1 and 3, the first two missing
+    assert steer(*words, "--out", tmp_path / "whole")[0] == 0
+    for folder in (out, copy):
+        assert made(folder) == made(tmp_path / "whole") and len(made(folder)) == 10
+        assert report_of(folder) == report_of(tmp_path / "whole")
+        assert {path.name for path in folder.iterdir() if path.is_file()} == {"report.json", "grid.png", "ancestry.png"}
+        assert not (folder / "finished").exists()
+    assert [entry["prompt"] for entry in report_of(out)["prompts"]] == PROMPTS
+
+
+def test_what_cannot_be_is_said_once(words: list[str], tmp_path: Path) -> None:
+    refused = on_two([*words, "--prompts", "nowhere.txt", "--out", str(tmp_path / "o")], tmp_path)
+    assert refused.returncode != 0 and refused.stderr.count("cannot read the prompt file") == 1
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [0, 1, 5, 12])
+def test_shares_are_all_of_it_once_and_even(count: int, n: int) -> None:
+    shares = [list(Processes(index, count).share(n)) for index in range(count)]
+    assert sorted(chain(*shares)) == list(range(n))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_plain_process_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    code = (
+        "import sys\nfrom steer.apps.processes import processes\nhere = processes()\nhere.wait()\n"
+        "with here.main_first():\n    pass\n"
+        "print(here.index, here.count, here.from_main(lambda: 7), 'torch' in sys.modules, 'accelerate' in sys.modules)"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "0 1 7 False False\n"
+    assert processes().device("cuda") == "cuda" and processes().device(None) is None
+    assert not torch.distributed.is_initialized()
+
+
+def test_each_of_several_processes_has_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that says that it has two."""
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    four = [Processes(index, 4, local_index=index % 3) for index in range(4)]  # of which the last is elsewhere
+    assert [one.device(None) for one in four] == [one.device("cuda") for one in four]
+    assert chosen == ["cuda:0", "cuda:1", "cuda:0", "cuda:0"] * 2
+    assert [four[1].device(given) for given in ("cpu", "cuda:0")] == ["cpu", "cuda:0"] and len(chosen) == 8
+
+
+SETTINGS: dict[str, Any] = {"model": "scenes", "method": "base", "reward": "jpeg", "particles": 1, "steps": 2}
+SETTINGS |= {"guidance": None, "lam": 1.0, "potential": "max", "resampler": "ssp", "tempering": "constant"}
+SETTINGS |= {"ess_threshold": 0.5, "eta": None, "seed": 0, "compare": False, "dtype": None}
+
+
+def entry_of(out: Path, number: int, prompt: str) -> dict[str, Any]:
+    name = f"{number}.png"
+    (out / name).touch()
+    return {"prompt": prompt, "images": [name], "cost": {"nfe": 2, "seconds": 1.0}}
+
+
+def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
+    settings = SampleSettings(**SETTINGS)
+    mine = open_record(tmp_path, PROMPTS, settings)
+    assert mine.missing(5, False) == [0, 1, 2, 3, 4]
+    others = Record(mine.out, mine.told, {})
+    mine.keep(0, entry_of(tmp_path, 0, "a circle"), alone=False)
+    others.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
+    alone = open_record(tmp_path, PROMPTS, settings)
+    assert alone.missing(5, False) == [1, 2, 4]
+    alone.keep(1, entry_of(tmp_path, 1, "a star"), alone=True)
+    # What is not next to the others stays beside them, so that the list in the report is that of the prompts.
+    assert [entry["prompt"] for entry in report_of(tmp_path)["prompts"]] == ["a circle", "a star"]
+    assert open_record(tmp_path, PROMPTS, settings).missing(5, False) == [2, 4]
+    with pytest.raises(InputError, match="lacks prompt 3 of 5: processes on several machines need one folder"):
+        alone.merged(5)
+    assert (tmp_path / "finished" / "00003.json").exists()
+    (tmp_path / "3.png").unlink()
+    again = open_record(tmp_path, PROMPTS, settings)
+    assert again.missing(5, False) == [2, 3, 4]
+    for number in (2, 3, 4):
+        again.keep(number, entry_of(tmp_path, number, PROMPTS[number]), alone=number != 3)
+    report = again.merged(5)
+    assert [entry["images"] for entry in report["prompts"]] == [[f"{n}.png"] for n in range(5)]
+    assert report["cost"] == {"nfe": 10, "decodes": 0, "reward_calls": 0, "seconds": 5.0, "gradients": 0}
+    assert not (tmp_path / "finished").exists() and open_record(tmp_path, PROMPTS, settings).missing(5, False) == []
+
+
+def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
+    settings = SampleSettings(**SETTINGS)
+    record = open_record(tmp_path, PROMPTS, settings)
+    record.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
+    part = tmp_path / "finished" / "00003.json"
+    with pytest.raises(InputError, match="holds a run with seed 0, not 1"):
+        open_record(tmp_path, PROMPTS, SampleSettings(**SETTINGS | {"seed": 1}))
+    for prompts in (PROMPTS[:3], [*PROMPTS[:3], "a cross"]):
+        with pytest.raises(InputError, match="holds a run of other prompts"):
+            open_record(tmp_path, prompts, settings)
+    before = json.loads(part.read_text())
+    for told in ("{", "[]", json.dumps(before | {"number": "3"}), json.dumps(before | {"prompts": []})):
+        part.write_text(told)
+        with pytest.raises(InputError, match=r"00003\.json is not a report of steer"):
+            open_record(tmp_path, PROMPTS, settings)
