@@ -21,4 +21,5 @@ def errors_named(named: str, kept: str, less: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise InputError(f"{named}: the device's memory is full: {less} ({kept})") from error
     except (ValueError, OSError) as error:
-        raise InputError(f"{named}: {str(error).strip().split('\n')[0]} ({kept})") from error
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{named}: {reason} ({kept})") from error
