@@ -65,7 +65,8 @@ def identity_of(method: FinetuningMethod, source: Source, exam: Exam, settings: 
         **method.about(),
         **source.about(),
         **exam.about(),
-        "model": f"{type(pipe).__name__} {getattr(pipe.config, '_name_or_path', '')}".strip(),
+        # By its own name, wherever it lies: a run goes on after its folder, or the checkout, was moved.
+        "model": f"{type(pipe).__name__} {Path(getattr(pipe.config, '_name_or_path', '')).name}".strip(),
         "weights": fingerprint(pipe),
         "scheduler": pipe.scheduler.to_json_string(),
         **{name: plain_values(value) for name, value in told.items()},

@@ -180,6 +180,9 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="lacks prompt 3 of 5: processes on several machines need one folder"):
         alone.merged(5)
     assert (tmp_path / "finished" / "00003.json").exists()
+    alone.keep(3, entry_of(tmp_path, 3, "a star"), alone=True)
+    assert not (tmp_path / "finished" / "00003.json").exists()  # or it would come before what is made later
+    others.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
     (tmp_path / "3.png").unlink()
     again = open_record(tmp_path, PROMPTS, settings)
     assert again.missing(5, False) == [2, 3, 4]
