@@ -15,7 +15,7 @@ from steer.frames import over_frames
 from steer.guards import kl
 from steer.losses import Metrics
 from steer.reward import Reward, score_parts
-from steer.team import Team, total
+from steer.team import ALONE, Team, total
 from steer.trajectory import Sampler
 from steer.transition import Gaussian
 
@@ -30,8 +30,8 @@ def reward_gradient(
     unchanged: bool,
     backward: Backward,
     before_each: Callable[[], None],
-    before_last: Callable[[], None],
-    team: Team,
+    before_last: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
 ) -> tuple[float, Metrics]:
     """Adds ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import PIPELINES
 from finetune_runs import METHODS, PROMPTS, settings_of, train
@@ -124,6 +125,7 @@ def divided(folder: Path) -> None:
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
     }
     # Accelerate divides weights on accelerators alone; PyTorch does it on the CPU too.
+    AcceleratorState._reset_state()
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     for kind, changed in (("full", {"lora_rank": 0}), ("lora", {})):

@@ -25,6 +25,7 @@ from steer.pipelines.choice_reading import pixel_hash, pixels_of, read_choices
 from steer.pipelines.choices import ChoiceFolder, HumanChoices, check_choices
 from steer.pipelines.choices import settings_of as settings_told
 from steer.pipelines.samples import sampler_of
+from steer.team import ALONE
 from steer.trainable import LoRA
 from steer.trajectory import Rows, Sampler, log_probs
 
@@ -131,7 +132,7 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
     stream: list[int] = []
     for number in (0, 1):
         calls: list[int] = []
-        drew = source.round(number, sampler, lora, lambda calls=calls: calls.append(1))
+        drew = source.round(number, sampler, lora, lambda calls=calls: calls.append(1), ALONE)
         assert len(calls) == 3 * 2 * 2  # updates × chunks × (reference, today)
         seen = []
         for batch in drew.batches:
@@ -154,7 +155,7 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
         stream += [noise for noise, _ in seen]
         assert sorted(seen) == sorted((LOTS[lot].noises[a], LOTS[lot].noises[b]) for lot, a, b in CHOICES)
     assert (drew.told[0]["turn"], drew.told[2]["turn"]) == (1.0, pytest.approx(5 / 3))
-    drew = replace(source, settings=replace(settings, prompts_per_step=2)).round(0, sampler, lora, lambda: None)
+    drew = replace(source, settings=replace(settings, prompts_per_step=2)).round(0, sampler, lora, lambda: None, ALONE)
     chosen = [batch.chunks[place].rows.noises[0] for batch in drew.batches for place in (0, 2)]
     assert chosen == stream  # the same one, two at a time
 

@@ -208,7 +208,7 @@ def everything() -> set[SceneRequest]:
 
 
 def test_training_prompts_share_nothing_with_the_other_lists_nor_with_what_is_held_out() -> None:
-    held_out, tuning, training = ([parse(record["prompt"]) for record in listed(name)] for name in LISTS)
+    held_out, tuning, training = ([parse(record["prompt"]) for record in listed(name)] for name in list(LISTS)[:3])
     # What a request holds true in every scene of it, found another way: its words, left out where they can be.
     for request in training:
         uncoloured = parse(" ".join(word for word in str(request).split() if word not in COLOURS))
