@@ -14,6 +14,7 @@ from steer.apps.evaluation_contest import APART, Contest, Entrant, Together
 from steer.apps.evaluation_store import Json, Store, Stored
 from steer.apps.finetune_grids import thumbnail
 from steer.apps.methods import METHODS
+from steer.apps.named_errors import errors_named
 from steer.errors import InputError
 from steer.frames import over_frames
 from steer.pipelines import SteeringOutput
@@ -113,15 +114,12 @@ def judged(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 @contextmanager
 def blamed(whose: str) -> Iterator[None]:
-    """What diffusers refuses, memory or the disk end as an InputError that says whose it is; finished prompts stay."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{whose}: {error}") from error
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        memory = "the device's memory is full: a smaller --batch or fewer --particles need less"
-        told = memory if isinstance(error, torch.OutOfMemoryError) else str(error).strip().split("\n")[0]
-        raise InputError(f"{whose}: {told} (finished prompts are kept)") from error
+    """Whatever ends a contender says whose it is."""
+    with errors_named(whose, "finished prompts are kept", "a smaller --batch or fewer --particles need less"):
+        try:
+            yield
+        except InputError as error:
+            raise InputError(f"{whose}: {error}") from error
 
 
 def missing(entrant: Entrant, stored: Stored, contest: Contest, batch: int) -> list[range]:

@@ -122,7 +122,7 @@ def _opened(path: Path | bytes) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise InputError(f"{_name(path)}: not a PNG that can be read") from error
-    except (*BROKEN, IndexError) as error:  # ValueError: a text chunk larger than Pillow reads; IndexError: others
+    except BROKEN as error:  # ValueError: a text chunk larger than Pillow reads
         raise InputError(f"{_name(path)}: cannot read the PNG ({getattr(error, 'strerror', None) or error})") from error
 
 

@@ -12,9 +12,9 @@ from PIL import Image
 
 from steer.apps.methods import METHODS, Job
 from steer.apps.models import check_device, load_pipeline
+from steer.apps.named_errors import errors_named
 from steer.apps.named_rewards import names_alone
 from steer.apps.png_metadata import Recipe, pixels_of, read_png, recipe_of, write_png
-from steer.apps.sample import errors_named
 from steer.apps.sample_record import check_writable
 from steer.apps.specs import reward_here
 from steer.errors import InputError
@@ -56,7 +56,7 @@ def replay(
     pipe = load_pipeline(settings.model, device, settings.dtype)
     pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
     job = Job(pipe, loaded, recipe.prompt, settings, state)
-    with errors_named(str(image)):
+    with errors_named(str(image), "nothing was written", "it was made where there was more"):
         output = METHODS["base" if recipe.base else settings.method].run(job)
         again = recipe_of(job, output, recipe.rank, recipe.base)
         write_png(output.images[recipe.rank], path, again)

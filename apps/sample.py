@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from steer.apps.animation import Frames
 from steer.apps.methods import METHODS, Job, SampleSettings
 from steer.apps.models import load_pipeline
+from steer.apps.named_errors import errors_named
 from steer.apps.pictures import draw_ancestry, draw_grid
 from steer.apps.png_metadata import recipe_of, write_png
 from steer.apps.processes import Processes, processes
@@ -25,9 +25,10 @@ from steer.apps.specs import reward_here
 from steer.errors import InputError
 from steer.pipelines import Iteration, SteeringOutput
 
-__all__ = ["SampleSettings", "errors_named", "sample"]
+__all__ = ["SampleSettings", "sample"]
 
 SEARCH, FRAMES = "search.safetensors", "frames"  # of a prompt that is not finished
+LESS = "fewer particles need less"
 
 
 def sample(
@@ -101,21 +102,9 @@ def _stop_with(entry: Entry, record: Record, here: Processes) -> None:
         )
 
 
-@contextmanager
-def errors_named(named: str, kept: str = "") -> Iterator[None]:
-    """What diffusers refuses, memory or the disk end as an InputError that begins with `named`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{named}: {reason}{kept}") from error
-
-
 def _finished(job: Job, folder: Path, animation: bool) -> Entry:
     """One prompt: its images on disk, and its entry in the report. Raises InputError that names the prompt."""
-    with errors_named(f"prompt {job.prompt!r}", " (finished prompts are kept)"):
+    with errors_named(f"prompt {job.prompt!r}", "finished prompts are kept", LESS):
         return _sampled(job, folder, animation)
 
 

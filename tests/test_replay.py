@@ -27,7 +27,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def image(steer: Steer, shared: Path) -> Path:
     """The second of two steered images of a prompt with words that are not ASCII."""
     if not (shared / "o" / "report.json").exists():
-        words = ["a red star – “ein roter Stern”", *FAST, "--lam", 40, "--reward", "brightness + colour:red:0.5"]
+        words = ["a red star – “ein roter Stern”", *FAST, "--lam", 40, "--reward", "brightness + colour:red:1"]
         assert steer("sample", *words, "--out", shared / "o")[0] == 0
     return shared / "o" / "000-a-red-star-ein-roter-stern" / "01.png"
 
