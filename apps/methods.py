@@ -19,6 +19,7 @@ from steer.pipelines import (
     ReNOPipeline,
     SelectionPipeline,
     SteeringOutput,
+    StepReport,
 )
 from steer.pipelines.noise_gradient import GRADIENTS, check_differentiable
 from steer.pipelines.noise_search import Neighbours
@@ -101,7 +102,11 @@ class SampleSettings:
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt to steer. A method that goes on from iteration to iteration keeps `state_file`, and tells each one."""
+    """One prompt to steer. A method that goes on from iteration to iteration keeps `state_file`, and tells each one.
+
+    on_step        told every solver step by the other methods; what it raises ends the run
+    preview_steps  where best-of-n and base, which need none, look at x̂0 for it
+    """
 
     pipe: Any
     reward: Reward
@@ -109,6 +114,8 @@ class Job:
     settings: SampleSettings
     state_file: Path
     on_iteration: Callable[[Iteration], None] | None = None
+    on_step: Callable[[StepReport], None] | None = None
+    preview_steps: tuple[int, ...] = ()
 
     @property
     def call(self) -> dict[str, Any]:
@@ -133,20 +140,24 @@ def _fk(job: Job) -> SteeringOutput:
         tempering=job.settings.tempering,
         ess_threshold=job.settings.ess_threshold,
         reward_guidance=job.settings.reward_guidance,
+        on_step=job.on_step,
         **job.call,
     )
 
 
 def _svdd(job: Job) -> SteeringOutput:
-    return SelectionPipeline(job.pipe, job.reward)(job.prompt, lam=job.settings.strength, **job.call)
+    method = SelectionPipeline(job.pipe, job.reward)
+    return method(job.prompt, lam=job.settings.strength, on_step=job.on_step, **job.call)
 
 
 def _beam(job: Job) -> SteeringOutput:
-    return SelectionPipeline(job.pipe, job.reward)(job.prompt, beams=job.settings.beams, **job.call)
+    method = SelectionPipeline(job.pipe, job.reward)
+    return method(job.prompt, beams=job.settings.beams, on_step=job.on_step, **job.call)
 
 
 def _best_of_n(job: Job) -> SteeringOutput:
-    return BestOfNPipeline(job.pipe, job.reward)(job.prompt, **job.call)
+    method = BestOfNPipeline(job.pipe, job.reward)
+    return method(job.prompt, preview_steps=job.preview_steps, on_step=job.on_step, **job.call)
 
 
 def _base(job: Job) -> SteeringOutput:

@@ -1,13 +1,13 @@
 """Best of N: sample, score, sort. The control that every steering method is compared with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from steer.particles import Particles
+from steer.pipelines.fk_run import StepReport
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
 from steer.pipelines.population import Population, check_output_type
-from steer.seam import Answer, Event
+from steer.pipelines.selection import Selection, SelectionRun
 
 
 class BestOfNPipeline(SteeringMethod):
@@ -18,20 +18,29 @@ class BestOfNPipeline(SteeringMethod):
         prompt: str | Sequence[str] | None = None,
         *,
         num_particles: int = 4,
+        preview_steps: Iterable[int] = (),
         eta: float | None = None,
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
         output_type: str = "pil",
         **call: Any,
     ) -> SteeringOutput:
-        """Arguments, errors and output as in `FKSteeringPipeline`; N is `num_particles`, and all weights are equal."""
+        """Arguments, errors and output as in `FKSteeringPipeline`; N is `num_particles`, and all weights are equal.
+
+        preview_steps  solver steps, from 0, at which x̂0 is decoded and scored for `on_step` and `out.history`; the
+                       images stay what they are without
+        """
         check_output_type(output_type)
         call, kernel_eta = route_eta(self.pipe, call, eta)
         population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-
-        def on_event(event: Event) -> Answer | None:
-            return None if kernel_eta is None else (None, event.kernel(kernel_eta).sample(population.rng))
-
-        images = population.sample(on_event)
+        run = Watched(Selection(num_particles), population, kernel_eta, 1.0, preview_steps, on_step)
+        images = run.sample()
         rewards, parts = population.score(images)
-        return population.output(images, rewards, parts, Particles.start(*rewards.shape), output_type=output_type)
+        return population.output(images, rewards, parts, run.particles, run.history, output_type)
+
+
+class Watched(SelectionRun):
+    """A run in which all particles stay."""
+
+    steps_asked = "preview_steps"

@@ -379,3 +379,18 @@ def test_from_pretrained_loads_a_folder(tmp_path: Any, pipe_of: Callable[[str], 
     steer = FKSteeringPipeline.from_pretrained(tmp_path, redness).to("cpu")
     steer.pipe.set_progress_bar_config(disable=True)
     assert len(steer(num_particles=2, generator=seeded(), **steer_kwargs("sd")).images) == 2
+
+
+def test_best_of_n_shows_its_run_to_an_observer_and_stays_the_same(pipe_of: Callable[[str], Any]) -> None:
+    pipe = pipe_of("sd")
+    call = steer_kwargs("sd") | {"num_inference_steps": 5, "num_particles": K}
+    told: list[StepReport] = []
+    plain = BestOfNPipeline(pipe, redness)(**call | {"generator": seeded()})
+    shown = BestOfNPipeline(pipe, redness)(preview_steps=(1, 3), on_step=told.append, **call | {"generator": seeded()})
+    assert torch.equal(plain.latents, shown.latents) and torch.equal(plain.rewards, shown.rewards)
+    assert not plain.history and [one.step for one in shown.history] == [1, 3]
+    assert [one.step for one in told] == [0, 1, 2, 3, 4] and [one.previews is not None for one in told].count(True) == 2
+    assert shown.cost.decodes == plain.cost.decodes + 2 * K
+    assert torch.equal(plain.log_weights, shown.log_weights)
+    with pytest.raises(InputError, match="preview_steps: 9 is not from 0"):
+        BestOfNPipeline(pipe, redness)(preview_steps=(9,), **call)
