@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
@@ -27,6 +28,7 @@ LORA, PEFT, WHOLE = (
 CONFIGS = ("adapter_config.json", "config.json")
 NAME = "worn"  # the adapter's own, on the pipeline
 READ = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")  # of peft's configuration
+IMPORTING = "megatron_config"  # where it is set, some versions of peft import the module that megatron_core names
 FACTORS = tuple(f"{one}.weight" for one in (".lora_A", ".lora_B", "lora_down", "lora_up", "lora.down", "lora.up"))
 # What diffusers, peft and safetensors raise for a file of another model, or of none.
 UNFIT = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
@@ -105,7 +107,8 @@ def _lora(pipe: Any, file: Path) -> Iterator[Off]:
         raise InputError(f"{type(pipe).__name__} reads no LoRA files")
     with safe_open(file, "pt") as opened:
         names, told = list(opened.keys()), opened.metadata() or {}
-    if any("megatron" in text and json.loads(text).get("megatron_config") for text in told.values()):
+    configured = json.loads(told.get(LORA_ADAPTER_METADATA_KEY, "{}"))  # keys such as unet.r
+    if any(value for name, value in configured.items() if name.endswith(IMPORTING)):
         raise InputError("its configuration names a module to be imported, which is never done")
     try:
         given = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from steer.apps.processes import speaks
+from steer.apps.processes import processes, speaks
 from steer.apps.sample_cli import SPEC, TIMEOUT, sample
 from steer.errors import InputError
 
@@ -73,7 +73,8 @@ def evaluate(
         raise InputError(f"--lora belongs to one model, and there are {len(models)}: one evaluation for each")
     from steer.apps.prompts import find_tagged
 
-    texts, tags = find_tagged(prompts, tag=tag_column)
+    with processes().main_first():
+        texts, tags = find_tagged(prompts, tag=tag_column)
     count = min(prompts_count or len(texts), len(texts))
     chosen = [place * len(texts) // count for place in range(count)]
     from steer.apps.evaluation import Contender

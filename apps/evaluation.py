@@ -63,14 +63,14 @@ def evaluate(
     The same call again does only what is missing, in any number of processes, of which the main one writes the report
     (the others return {}). Raises InputError for what cannot be, before anything is made.
     """
-    check_device(device)
-    if kl_prompts < 0 or batch < 1:
-        raise InputError(f"--kl-prompts must be at least 0 and --batch at least 1, got {kl_prompts} and {batch}")
-    here = processes()
+    here, store = processes(), Store(out)
     with here.main_first():
+        check_device(device)
+        if kl_prompts < 0 or batch < 1:
+            raise InputError(f"--kl-prompts must be at least 0 and --batch at least 1, got {kl_prompts} and {batch}")
         loaded = _rewards(rewards, reward_timeout)
-    contest = Contest(tuple(prompts), None if tags is None else tuple(tags), loaded, seeds, options or {})
-    entrants, store = enter(contenders, contest), Store(out)
+        contest = Contest(tuple(prompts), None if tags is None else tuple(tags), loaded, seeds, options or {})
+        entrants = enter(contenders, contest)
     asked = evenly(len(prompts), kl_prompts) if kl_prompts else []
     todo = here.from_main(lambda: _missing(store, entrants, contest, batch, len(asked)))
     hall = Hall(contest, store, here, Models(here, here.device(device)), batch, asked)
@@ -82,6 +82,8 @@ def evaluate(
     if not here.is_main:
         return {}
     stored = [store.read(entrant) for entrant in entrants]
+    if any(missing(entrant, one, contest, batch) for entrant, one in zip(entrants, stored, strict=True)):
+        raise InputError(f"--out {out}: not all is there: the processes must write to the same folder")
     report = figures(contest, [entrant.particles for entrant in entrants], stored, len(asked))
     with blamed(f"--out {out}"):
         write_report(report, store, evenly(len(prompts), SHOWN))

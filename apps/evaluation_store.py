@@ -138,8 +138,11 @@ def _stored(path: Path, entrant: Entrant) -> Stored:
             other = "its weights have changed" if what == "weights" else f"it has {what} {about.get(what)!r} there"
             raise InputError(f"{path.parent.parent} holds another contender {name!r}: {other}; choose another --out")
     found = Stored(about, kl=told.get("kl", {}), made=told.get("made", []))
-    for one in told["prompts"]:
-        found.runs[one["place"]], found.diversity[one["place"]] = one["runs"], one["diversity"]
+    try:
+        for one in told["prompts"]:
+            found.runs[one["place"]], found.diversity[one["place"]] = one["runs"], one["diversity"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path}: its runs are not as steer writes them ({error!r}); delete it") from error
     return found
 
 

@@ -60,7 +60,9 @@ class Recipe:
 
 
 def recipe_of(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe:
-    """The recipe of one image of a job's output."""
+    """The recipe of one image of a job's output. Raises InputError where that is no image but a video."""
+    if not isinstance(output.images[rank], Image.Image):
+        raise InputError("this model makes videos: call steer.pipelines from Python, `steer sample` writes images")
     device: torch.device = job.pipe.device
     named = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return Recipe(
@@ -80,9 +82,7 @@ def recipe_of(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe
 
 
 def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
-    """Saves an image with its recipe. Raises OSError, and InputError where it is no image but a video."""
-    if not isinstance(image, Image.Image):
-        raise InputError("this model makes videos: call steer.pipelines from Python, `steer sample` writes images")
+    """Saves an image with its recipe. Raises OSError."""
     info = PngInfo()
     info.add_itxt(KEY, json.dumps(asdict(recipe), ensure_ascii=False, allow_nan=False))
     image.save(path, format="PNG", pnginfo=info)

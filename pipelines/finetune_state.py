@@ -198,8 +198,8 @@ class RunFolder:
                 put(value, average[name])
             run.ema.optimization_step = saved.json("average")["step"]
         if (saved.path / "round.json").exists():
-            whole = round_from(saved.tensors("round"), saved.json("round"))
-            run.round = shared_out(whole, self.team, self.chunk)
+            joined = round_from(saved.tensors("round"), saved.json("round"))
+            run.round = shared_out(joined, self.team, self.chunk)
         random = saved.tensors("random")
         if self.team.index < len(random["cpu"]):  # a process more than there were begins with its own
             put_random_state({name: states[self.team.index] for name, states in random.items()})

@@ -82,7 +82,7 @@ class D3POPipeline(LossPipeline):
         if eval_prompts and not judges:
             raise InputError("eval_prompts are judged by rewards, and there are none: give eval_rewards")
         exam = Exam(tuple(eval_prompts), judges[0] if judges else self.reward, tuple(judges[1:]))
-        with main_first():
+        with main_first(self.pipe.device.type == "cpu"):
             source = HumanChoices.of(Path(folder), self.pipe, settings, Path(output_dir))
         return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)
 

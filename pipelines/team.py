@@ -27,7 +27,10 @@ class AcceleratedTeam:
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
         """The items of all processes, in their order."""
-        return list(items) if self.count == 1 else gather_object(list(items))
+        if self.count == 1:
+            return list(items)
+        with ending_together():
+            return gather_object(list(items))
 
     def any(self, asked: bool) -> bool:
         """Whether one of them asks for it: all go the same way, or they would wait for each other for ever."""
@@ -35,7 +38,8 @@ class AcceleratedTeam:
 
     def wait(self) -> None:
         """Returns when all have come here."""
-        self._accelerator.wait_for_everyone()
+        with ending_together():
+            self._accelerator.wait_for_everyone()
 
     def check(self, settings: FinetuneSettings) -> None:
         """Raises InputError where the prompts of an update cannot be shared out."""
@@ -54,7 +58,21 @@ class AcceleratedTeam:
 
 
 @contextmanager
-def main_first() -> Iterator[None]:
-    """The first process runs the block before the others: they find what it wrote."""
-    with PartialState().main_process_first():
+def main_first(cpu: bool) -> Iterator[None]:
+    """The first process runs the block before the others: they find what it wrote.
+
+    cpu  whether the model is on the CPU, where accelerate would else take each of several for the only one
+    """
+    with PartialState(cpu=cpu).main_process_first():
         yield
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """Where another process has ended before its time, whoever waits for it ends with an InputError."""
+    try:
+        yield
+    except RuntimeError as error:  # the connection to it is gone
+        raise InputError(
+            "another process of this run ended before its time, see what it said; --resume goes on from a checkpoint"
+        ) from error

@@ -24,7 +24,7 @@ from steer.guards import chi_square, kl
 from steer.pipelines import GRPOPipeline
 from steer.pipelines.rounds import OnlineSamples
 from steer.pipelines.samples import sampler_of
-from steer.pipelines.team import AcceleratedTeam
+from steer.pipelines.team import AcceleratedTeam, main_first
 from steer.trainable import LoRA
 
 
@@ -35,6 +35,14 @@ def fresh() -> Any:
         made = PIPELINES["sd"]()
     made.set_progress_bar_config(disable=True)
     return made
+
+
+def first(folder: Path) -> None:
+    """What waits for the first process is the first thing that asks who is there."""
+    with main_first(cpu=True):
+        seen = (folder / "first.txt").exists()
+        (folder / "first.txt").touch()
+    assert PartialState().num_processes == 2 and seen == (PartialState().process_index == 1)
 
 
 def gradients(folder: Path) -> None:
@@ -138,6 +146,6 @@ def divided(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    doing = {f.__name__: f for f in (gradients, resumed, interrupted, dies, divided)}
+    doing = {f.__name__: f for f in (first, gradients, resumed, interrupted, dies, divided)}
     for what in sys.argv[2:]:
         doing[what](Path(sys.argv[1]))

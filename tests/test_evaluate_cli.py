@@ -238,9 +238,11 @@ def test_adapters_that_would_run_code_or_are_of_other_kinds_are_refused(tiny: Pa
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
     assert "of type 'IA3'; only LORA is read" in refused(tmp_path, pipe)
     file = tmp_path / "mine.safetensors"
-    told = json.dumps({"r": 2, "megatron_config": {"x": 1}, "megatron_core": "os"})
-    save_file({"x": torch.zeros(1)}, file, metadata={"lora_adapter_metadata": told})
-    assert "names a module to be imported, which is never done" in refused(file, pipe)
+    for name in ("megatron_config", "unet.megatron_config", "text_encoder.megatron_config"):
+        told = json.dumps({"unet.r": 2, name: {"x": 1}, "unet.megatron_core": "os"})
+        told = told.replace("mega", "\\u006dega")  # JSON's other spelling
+        save_file({"x": torch.zeros(1)}, file, metadata={"lora_adapter_metadata": told})
+        assert "names a module to be imported, which is never done" in refused(file, pipe)
     file.write_text("no tensors")
     assert "does not fit StableDiffusionPipeline" in refused(file, pipe)
     lora(of(tiny), tmp_path / "lora", 0.5)

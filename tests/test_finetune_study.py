@@ -97,12 +97,12 @@ def test_a_small_study_runs_and_goes_on_without_doing_anything_twice(
     monkeypatch.setattr(finetune_runs, "JUDGED", 2)
     monkeypatch.setitem(finetune_study.HALVES, "seen", slice(None, 2))
     monkeypatch.setitem(finetune_study.HALVES, "unseen", slice(2, None))
-    chosen = ("prdp-few-0", "ddpo-few-0", "d3po-unguarded", "d3po-guarded")
+    chosen = ("prdp-few-0", "ddpo-few-0", "d3po-unguarded", "d3po-watched", "d3po-guarded")
     plans = {name: replace(PLANS[name], changes={**PLANS[name].changes, **small}) for name in chosen}
     monkeypatch.setattr(finetune_runs, "PLANS", plans)
     monkeypatch.setattr(finetune_study, "PLANS", plans)
     found: dict[str, Any] = study(tmp_path, [])
-    assert [told["updates"] for told in found["rows"]] == [[2]] * 4
+    assert [told["updates"] for told in found["rows"]] == [[2]] * 5
     assert set(found["differences"]) == {"prdp minus ddpo, few prompts"}
     assert set(read_judged(tmp_path / "prdp-few-0")) == {0, 2}
     draw_methods(found, tmp_path / "methods.png")

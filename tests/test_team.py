@@ -35,7 +35,7 @@ def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes leave; starting them takes longer than what they do."""
     folder = tmp_path_factory.mktemp("two")
-    ended = launched(folder, "gradients", "resumed", "interrupted", "divided")
+    ended = launched(folder, "first", "gradients", "resumed", "interrupted", "divided")
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 

@@ -218,7 +218,7 @@ STAGES = {
     ),
     "steering": (_steering, "FK and its controls on --list, at equal evaluations and seconds, to --json and a picture"),
     "ablations": (_ablations, "settings of steering one at a time on scenes-tuning, to --json and a picture"),
-    "finetuning": (_finetuning, "train what is not finished of 21 small runs in --out, and compare them, to --json"),
+    "finetuning": (_finetuning, "train what is not finished of 22 small runs in --out, and compare them, to --json"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "reno": (_reno, "noise optimisation and its controls on prompts of --list, to --json and a picture"),
     "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, on prompts of --list, to --json"),

@@ -11,6 +11,11 @@ from steer.apps.pictures import FAINT, INK
 from steer.staged import staged
 
 COLOURS = {"prdp": "#832db6", "ddpo": "#e76300", "grpo": "#3f90da", "d3po": "#2f7d32"}
+GUARDS = {
+    "left alone": "d3po, a high rate",
+    "watched": "the same, watched by the held-out reward",
+    "watched, KL held": "the same, watched, and held by a KL penalty",
+}
 DASHES = {"seen": "-", "unseen": (0, (2, 1))}
 TRAINED, HELD_OUT = "aesthetic:scenes", "scene"
 TITLES = {TRAINED: "rise of the trained reward", HELD_OUT: "rise of what was asked for, exact, not trained on"}
@@ -32,12 +37,12 @@ def draw_methods(found: Mapping[str, Any], path: Path) -> None:
 
 
 def draw_guards(found: Mapping[str, Any], path: Path) -> None:
-    """One run that is left alone, and one that is guarded: both rewards by update, on unseen prompts."""
+    """The same run left alone, watched, and held: both rewards by update, on unseen prompts."""
     rows = {row["shows"]: row for row in found["rows"]}
-    pair = {"left alone": rows.get("d3po, a high rate"), "guarded": rows.get("the same with guards")}
+    runs = {label: rows.get(shows) for label, shows in GUARDS.items()}
     figure = Figure(figsize=(10.5, 3.8), dpi=120, layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), (TRAINED, HELD_OUT), strict=True):
-        for (label, row), colour in zip(pair.items(), ("#e76300", "#3f90da"), strict=True):
+        for (label, row), colour in zip(runs.items(), ("#e76300", "#2f7d32", "#3f90da"), strict=True):
             if row is not None:
                 _band(axes, row["curves"][name]["unseen"], colour, "-", label)
                 axes.axvline(row["kept"][0], color=colour, lw=1.2, ls=":", label=f"{label}: weights kept")

@@ -1,18 +1,16 @@
 """The finetuning runs that docs/results.md compares: what each trains on, and how it is judged."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from steer.apps.finetune_config import FinetuneConfig, read_config
 from steer.apps.models import load_pipeline
 from steer.apps.prompts import find_prompts
-from steer.apps.scenes.synthetic_choices import write_choices
+from steer.apps.scenes.synthetic_choices import CHOICES, write_choices
 from steer.apps.specs import reward_here
 from steer.pipelines import FinetuneResult
 from steer.pipelines.held_out import Evaluated
@@ -59,7 +57,8 @@ def seeds_of(method: str, prompts: str, seeds: int, **changes: str) -> dict[str,
 
 STALE = {"prompts": "scenes-many", "steps_per_round": "10"}  # a round's last update is nine updates old
 FOOLED = {"learning_rate": "3e-3", "max_steps": "80", "eval_every": "10", "checkpoint_every": "10"}
-GUARDED = {"patience": "2", "kl_weight": "1e-3", "kl_target": "50"}
+WATCHED = {"patience": "2"}
+GUARDED = WATCHED | {"kl_weight": "1e-3", "kl_target": "50"}
 # As many images an update as the others, two for each choice.
 CHOSEN = {"prompts": "null", "prompts_per_step": "16", "samples_per_prompt": "2"}
 PLANS = {
@@ -75,7 +74,8 @@ PLANS = {
     "d3po-scene": Plan("d3po-scenes", "d3po on scene", {"reward": "scene", "eval_rewards": "[aesthetic:scenes]"}),
     "d3po-choices": Plan("d3po-scenes", "d3po on 500 choices", CHOSEN),
     "d3po-unguarded": Plan("d3po-scenes", "d3po, a high rate", FOOLED),
-    "d3po-guarded": Plan("d3po-scenes", "the same with guards", FOOLED | GUARDED),
+    "d3po-watched": Plan("d3po-scenes", "the same, watched by the held-out reward", FOOLED | WATCHED),
+    "d3po-guarded": Plan("d3po-scenes", "the same, watched, and held by a KL penalty", FOOLED | GUARDED),
 }
 
 
@@ -93,7 +93,8 @@ def train(name: str, folder: Path) -> FinetuneResult:
     assert config.job.reward is not None
     method = config.method(pipe, reward_here(config.job.reward))
     prompts = find_prompts(config.job.prompts or "scenes-training")
-    eval_prompts = [*prompts_at(0, JUDGED, prompts, config.settings.seed), *unseen(JUDGED)]
+    learnt = prompts if config.job.choices is None else prompts[:CHOICES]
+    eval_prompts = [*prompts_at(0, JUDGED, learnt, config.settings.seed), *unseen(JUDGED)]
     options: dict[str, Any] = {
         "eval_prompts": eval_prompts,
         "eval_rewards": [reward_here(spec) for spec in config.job.eval_rewards],
@@ -120,9 +121,3 @@ def judged(out: Path, found: Evaluated) -> None:
 def read_judged(out: Path) -> dict[int, dict[str, Any]]:
     """What `judged` kept, by update."""
     return {int(path.stem): json.loads(path.read_text()) for path in sorted((out / "judged").glob("*.json"))}
-
-
-def groups(prompts: Sequence[str]) -> np.ndarray:
-    """(N,) a number for each prompt, the same where it comes again: what a bootstrap draws."""
-    numbers = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
-    return np.array([numbers[prompt] for prompt in prompts])

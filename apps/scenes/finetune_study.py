@@ -12,7 +12,7 @@ from steer.apps.scenes.evaluate import interval
 from steer.apps.scenes.finetune_runs import JUDGED, PLANS, Plan, read_judged, train
 from steer.pipelines import FinetuneResult
 
-LAST = 5  # updates whose KL is averaged
+LAST = 5  # updates before the weights that were kept, whose KL is averaged
 HALVES = {"seen": slice(None, JUDGED), "unseen": slice(JUDGED, None)}
 
 
@@ -29,6 +29,11 @@ class Run:
         """Updates behind the weights it ended with."""
         assert self.result.weights_step is not None, "finished"
         return self.result.weights_step
+
+    @property
+    def before_kept(self) -> list[Any]:
+        """Records of the last updates before those weights."""
+        return [one for one in self.result.records if one["step"] <= self.last][-LAST:]
 
     def rewards(self, step: int, name: str, half: str) -> dict[str, float]:
         """Of each prompt of a half the mean reward after so many updates."""
@@ -72,7 +77,7 @@ def row(shows: str, runs: Sequence[Run]) -> dict[str, Any]:
         "stopped": [run.result.stopped for run in runs],
         "images": len(records[0]) * 32,
         "seconds": round(float(np.mean([sum(one["seconds"] for one in some) for some in records]))),
-        "kl": round(float(np.mean([one["kl"] for some in records for one in some[-LAST:]])), 1),
+        "kl": round(float(np.mean([one["kl"] for run in runs for one in run.before_kept])), 1),
         "rewards": {name: {half: told(runs, name, half) for half in HALVES} for name in names},
         "curves": {
             name: {
