@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: sample test lint types unit format clean
+.PHONY: sample test test-browser lint types unit format clean
 
 sample: $(INSTALLED)  ## the main job: base against steered images for three prompts
 	$(BIN)/steer sample "a red circle left of a blue star" "three green triangles" "a yellow square and a purple cross" \
@@ -23,6 +23,9 @@ types: $(INSTALLED)  ## on the built wheel, where every name resolves
 
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+test-browser: $(INSTALLED)  ## the app in a real browser: Debian's chromium, or CHROMIUM=path
+	$(BIN)/python -m pytest -m browser tests/test_browser_demo.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

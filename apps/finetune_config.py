@@ -86,6 +86,9 @@ def read_config(name: str, changes: Mapping[str, str] | None = None) -> Finetune
         raise InputError(f"{source.key('method')}: {error}") from error
     schema = schema_of(given)
     told = _changed(told, changes, schema) | {"method": given}
+    if told.get("choices") is not None and source.changed >= {"choices"} and not source.changed & {"prompts"}:
+        told["prompts"] = None  # choices that are asked for take the place of the file's prompts, and say how to sample
+        told |= {key: value for key, value in _as_drawn(told, source).items() if key not in source.changed}
     found = _validated(schema, _as_drawn(told, source) | told, source)
     parts = {cls: {one.name: found[one.name] for one in fields(cls)} for cls in (FinetuneJob, FinetuneSettings)}
     try:

@@ -5,7 +5,9 @@ lots.jsonl          {"lot": ID, "prompts": […], "starts": […], "noises": [�
                      "images": [{"file": "images/ID-0.png", "sha256": of its pixels}, …],
                      "trajectories": {"file": "trajectories/ID.safetensors", "sha256": of its bytes, "stochastic": […]}
                      or null, where the seeds are to do}
-choices.jsonl       {"lot": ID, "chosen": 0, "rejected": 1}, numbers of images, or {"lot": ID, "tie": true}
+choices.jsonl       {"lot": ID, "chosen": 0, "rejected": 1}, numbers of images, or {"lot": ID, "tie": true}, or
+                    {"lot": ID, "undo": true, "annotator": NAME}: takes back all that NAME has said of the lot so far,
+                    lines with the same "annotator"; without the key, those without it
 
 A lot is some samples of one prompt from one x_T, drawn as one batch: drawn anew as that batch they are the same to the
 last bit. Further keys, of who chose and when, are free.
@@ -15,7 +17,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -203,3 +205,15 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise InputError(f"{path}, line {number}: expected an object")
         found.append((number, row))
     return found
+
+
+def standing(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of choices.jsonl without those that were taken back, and without what takes back."""
+    taken, found = set[str](), []
+    for number, row in reversed(rows):
+        said = json.dumps([row.get("lot"), row.get("annotator")])
+        if row.get("undo") is True:
+            taken.add(said)
+        elif said not in taken:
+            found.append((number, row))
+    return found[::-1]

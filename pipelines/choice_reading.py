@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steer.errors import InputError
 from steer.images import read_image
-from steer.pipelines.choice_files import CHOICES, ID, LOTS, DrawnWith, Lot, inside, read_lines
+from steer.pipelines.choice_files import CHOICES, ID, LOTS, DrawnWith, Lot, inside, read_lines, standing
 from steer.trajectory import Rows
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Recorded:
-    """All of a folder; ties are counted and left out."""
+    """All of a folder that was not taken back; ties are counted and left out."""
 
     folder: Path
     drawn: DrawnWith
@@ -73,7 +73,8 @@ def read_choices(folder: Path) -> Recorded:
         if "lot" not in row and PAIRS & row.keys():
             raise InputError(f"{path}, line {number}: these are {WHY_NOT}")
     drawn, lots = DrawnWith.read(folder), read_lots(folder)
-    told = [_choice(f"{path}, line {number}", row, lots) for number, row in rows]
+    read = {number: choice_of(f"{path}, line {number}", row, lots) for number, row in rows}
+    told = [read[number] for number, _ in standing(rows)]
     choices = tuple(choice for choice in told if choice is not None)
     if not choices:
         raise InputError(f"{path} holds no choice beside {len(told)} ties: there is nothing to learn from")
@@ -171,12 +172,16 @@ def _is_hashed(one: Any) -> bool:
     return isinstance(one, dict) and isinstance(one.get("file"), str) and isinstance(one.get("sha256"), str)
 
 
-def _choice(place: str, row: Mapping[str, Any], lots: Mapping[str, Lot]) -> Choice | None:
-    """None for a tie."""
+def choice_of(place: str, row: Mapping[str, Any], lots: Mapping[str, Lot]) -> Choice | None:
+    """What a line of choices.jsonl says, None for a tie and for an undo.
+
+    place  file and line, for the message
+    Raises InputError for a line that fits none of the lots.
+    """
     name = row.get("lot")
     if not isinstance(name, str) or name not in lots:
         raise InputError(f"{place}: lot {name!r:.70} is not in {LOTS}: record the lot before its choices")
-    if row.get("tie") is True:
+    if row.get("tie") is True or row.get("undo") is True:
         return None
     numbers, count = (row.get("chosen"), row.get("rejected")), len(lots[name].rows)
     for key, value in zip(("chosen", "rejected"), numbers, strict=True):

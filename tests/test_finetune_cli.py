@@ -14,8 +14,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from steer.apps import finetune, finetune_report
+from steer.apps.finetune_config import read_config
 from steer.apps.finetune_job import METHODS
 from steer.checkpoint import Checkpoints
+from steer.errors import InputError
 from steer.pipelines.choices import ChoiceFolder
 from steer.trajectory import Rows, Sampler
 
@@ -266,6 +268,16 @@ def choices(tmp_path: Path, tiny: Path) -> Path:
         rows = Rows((prompt,) * 2, starts=(seed, seed), noises=(2 * seed, 2 * seed + 1))
         folder.write_choice(folder.write_lot(*sampler.rollout(rows)), chosen=1, rejected=0)
     return tmp_path / "choices"
+
+
+def test_choices_on_the_command_line_take_the_place_of_a_files_prompts(choices: Path) -> None:
+    config = read_config("d3po-scenes", {"choices": str(choices)})
+    assert config.job.prompts is None and config.settings.max_steps == 80
+    assert (config.settings.num_inference_steps, config.settings.samples_per_prompt) == (2, 2)
+    config = read_config("d3po-scenes", {"choices": str(choices), "num_inference_steps": "9"})
+    assert config.settings.num_inference_steps == 9, "what was said goes before"
+    with pytest.raises(InputError, match="prompts or choices, one of the two"):
+        read_config("d3po-scenes", {"choices": str(choices), "prompts": "scenes-few"})
 
 
 def test_choices_are_learnt_from_as_they_were_drawn(steer: Steer, config: Path, choices: Path, tmp_path: Path) -> None:

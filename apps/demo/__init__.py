@@ -1,0 +1,1 @@
+"""The demo app: particles live, choices recorded. `steer.apps.demo.app.build` makes it."""

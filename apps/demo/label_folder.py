@@ -1,0 +1,61 @@
+"""Where the choices of the Label tab are kept, and how they get from there into a training."""
+
+import shlex
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from steer.apps.demo.studio import Studio
+from steer.apps.scenes.synthetic_choices import CALL
+from steer.assets import MODELS
+from steer.errors import InputError
+from steer.pipelines.choice_files import CHOICES, LOTS, SETTINGS
+
+CONFIG, CONFIGURED = "d3po-scenes", "scenes"  # and the model in it
+ZIPPED = "choices"  # what the zip unpacks to
+
+
+def label_folder(studio: Studio) -> Path:
+    """That of the owner, or one that goes with the app."""
+    return studio.labels or studio.home / "labels"
+
+
+def place_told(studio: Studio) -> str:
+    """Where choices go, in plain words."""
+    if studio.labels is not None:
+        return f"Every choice is written to {studio.labels} at once, with the images and how they were drawn."
+    return (
+        "Every choice is written at once, but to a temporary folder: it goes when the app ends. Make a zip before, "
+        "or start the app with `steer demo --labels FOLDER`. The zip holds the choices, prompts and names of all who "
+        "label in this app."
+    )
+
+
+def command_of(studio: Studio, call: Mapping[str, Any]) -> str:
+    """A line for a shell that finetunes the model from the choices; of a zip, beside the unpacked folder.
+
+    call  what the pipeline is called with for every lot
+    """
+    model, folder = studio.models[0], ZIPPED if studio.labels is None else str(studio.labels)
+    words = ["steer", "finetune", CONFIG, "--choices", folder, "--prompts", "null", "--samples-per-prompt", "2"]
+    if model != CONFIGURED:
+        words += ["--model", model]
+    if call != CALL:
+        words += [word for name, value in call.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+    if model not in MODELS:  # what judges scenes is blind to other images
+        words += ["--reward", "null", "--eval-prompts", "null", "--eval-rewards", "[]"]
+    return shlex.join(words)
+
+
+def write_zip(folder: Path, path: Path) -> None:
+    """All of a folder of choices, while it may be written to. Raises InputError where nobody has chosen yet."""
+    if not (folder / CHOICES).exists():
+        raise InputError("nothing has been chosen yet: label some images first")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name in (CHOICES, LOTS, SETTINGS):  # before the files that they name, which are there by then
+            file.write(folder / name, f"{ZIPPED}/{name}")
+        for kind in ("images", "trajectories"):
+            for one in sorted((folder / kind).iterdir()):
+                if one.suffix != ".new":
+                    file.write(one, f"{ZIPPED}/{kind}/{one.name}")

@@ -1,0 +1,246 @@
+"""Choices between images as people make them: who is shown what, and what they said, in a folder of choices."""
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from steer.apps.scenes.synthetic_choices import CALL
+from steer.errors import InputError
+from steer.pipelines.choice_files import CHOICES, SETTINGS, Lot, inside, read_lines
+from steer.pipelines.choice_folder import ChoiceFolder, append_line
+from steer.pipelines.choice_reading import choice_of
+from steer.pipelines.finetune_settings import DTYPES
+from steer.pipelines.samples import prompts_at
+from steer.seeds import derived_seed
+from steer.stand_in import denoisers_in
+from steer.trajectory import Rows, Sampler
+
+IMAGES = (2, 3, 4)  # of a lot
+LONGEST_NAME = 40
+SHARED = 3  # of so many lots that somebody judges, one is such as others have judged
+ORDER = 0  # seed of the order that prompts come in
+
+
+@dataclass(frozen=True)
+class Wish:
+    """Who is to choose, and between what.
+
+    annotator  their name, 1 to 40 characters
+    prompts    that the images may be of
+    images     of a lot, 2 to 4
+    """
+
+    annotator: str
+    prompts: tuple[str, ...]
+    images: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.annotator) <= LONGEST_NAME or not self.annotator.isprintable():
+            raise InputError(f"the name must have 1 to {LONGEST_NAME} characters that can be seen: who is choosing?")
+        if not self.prompts or self.images not in IMAGES:
+            raise InputError(f"images must be {', '.join(map(str, IMAGES))}, of one prompt or more")
+
+    def fits(self, lot: Lot) -> bool:
+        """Whether a lot is such as is wished for."""
+        return len(lot.rows) == self.images and lot.rows.prompts[0] in self._distinct
+
+    @cached_property
+    def _distinct(self) -> frozenset[str]:
+        return frozenset(self.prompts)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The number of the image that somebody preferred, or None; bad: they said that all are."""
+
+    chosen: int | None
+    bad: bool = False
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What an annotator did: choices, ties (`bad` of which found all images bad), and judgements taken back."""
+
+    choices: int
+    ties: int
+    bad: int
+    undone: int
+
+
+class LabelBook:
+    """The lots and judgements of all annotators, in a folder that `steer finetune d3po-scenes --choices` reads.
+
+    path  goes on as it was begun, where there is something; otherwise `call` is what lots are drawn with
+    Threads may use it at once; one program at a time may write. What a method has returned from is on the disk.
+    """
+
+    def __init__(self, path: Path, call: Mapping[str, Any] = CALL) -> None:
+        self.path = path
+        self._lock = threading.RLock()
+        self._folder: ChoiceFolder | None = None
+        self._verdicts: dict[str, dict[str, Verdict]] = {}  # of an annotator, by lot, the latest last
+        self._undone = Counter[str]()
+        self._out: set[tuple[str, str]] = set()  # annotators and lots that they are to judge next
+        self._drawn: tuple[dict[str, Any], float, str] = dict(call), 1.0, "float32"
+        self._checked = False
+        if (path / SETTINGS).exists():
+            self._folder = ChoiceFolder(path)
+            drawn = self._folder.drawn
+            self._drawn = drawn.call, drawn.eta, drawn.storage
+            self._read()
+
+    def _read(self) -> None:
+        if not (self.path / CHOICES).exists():
+            return
+        path = inside(self.path, CHOICES)
+        for number, row in read_lines(path):
+            choice, name = choice_of(f"{path}, line {number}", row, self.lots), row.get("annotator")
+            if not isinstance(name, str):
+                continue  # a program's: nobody is to be shown it as their own
+            if row.get("undo") is True:
+                self._verdicts.get(name, {}).pop(row["lot"], None)
+                self._undone[name] += 1
+            else:
+                chosen = None if choice is None else choice.chosen
+                self._verdicts.setdefault(name, {})[row["lot"]] = Verdict(chosen, row.get("bad") is True)
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """What the pipeline is called with for every lot."""
+        return self._drawn[0]
+
+    @property
+    def lots(self) -> dict[str, Lot]:
+        """Those that were drawn, by name."""
+        return {} if self._folder is None else self._folder.lots
+
+    def offer(self, wish: Wish) -> Lot | None:
+        """A lot that is there for the annotator, theirs until they judge it or it is released; None: one must be drawn.
+
+        Every third is one that others have judged, the oldest first, so that people can be compared; others are new.
+        """
+        with self._lock:
+            mine = {lot for name, lot in self._out if name == wish.annotator} | self._of(wish.annotator).keys()
+            left = [lot for lot in self.lots.values() if lot.id not in mine and wish.fits(lot)]
+            judged = {lot for verdicts in self._verdicts.values() for lot in verdicts}
+            taken = judged | {lot for _, lot in self._out}
+            known = [lot for lot in left if lot.id in judged] if len(mine) % SHARED == SHARED - 1 else []
+            found = next(iter(known + [lot for lot in left if lot.id not in taken]), None)
+            if found is not None:
+                self._out.add((wish.annotator, found.id))
+            return found
+
+    def draw(self, pipe: Any, wish: Wish, check: Callable[[], object]) -> Lot:
+        """Draws a lot as one batch, for the annotator as `offer` gives it; one thread at a time may draw.
+
+        check  is called before each step, and ends the drawing by what it raises: then nothing was written
+        Raises InputError for a pipeline that did not draw the lots that are there.
+        """
+        with self._lock:
+            folder = self._begun(pipe)
+            fitting, number = sum(map(wish.fits, folder.lots.values())), len(folder.lots)
+        (prompt,) = prompts_at(fitting, 1, wish.prompts, ORDER)
+        start, *noises = (derived_seed(number, name) for name in ("start", *map(str, range(wish.images))))
+        drawn, denoiser = folder.drawn, getattr(pipe, denoisers_in(pipe)[0])
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            check()
+            return denoiser(*args, **kwargs)
+
+        sampler = Sampler(pipe, drawn.call, drawn.eta, DTYPES[drawn.storage], watched)
+        drew, images = sampler.rollout(Rows((prompt,) * wish.images, (start,) * wish.images, tuple(noises)))
+        with self._lock, _told(self.path):
+            lot = folder.lots[folder.write_lot(drew, images)]
+            self._out.add((wish.annotator, lot.id))
+        return lot
+
+    def _begun(self, pipe: Any) -> ChoiceFolder:
+        """The folder, once it is known that the pipeline draws as it was begun."""
+        if self._folder is None or not self._checked:
+            self._folder = ChoiceFolder.create(self.path, pipe, *self._drawn)
+            self._checked = True
+        return self._folder
+
+    def choose(self, annotator: str, lot: str, chosen: int) -> bool:
+        """Records that an image is better than each other one of its lot; False where they had judged it already."""
+        with self._lock, _told(self.path):
+            if (folder := self._to_judge(annotator, lot)) is None:
+                return False
+            for rejected in range(len(folder.lots[lot].rows)):
+                if rejected != chosen:
+                    folder.write_choice(lot, chosen, rejected, annotator=annotator, time=_now())
+            self._keep(annotator, lot, Verdict(chosen))
+            return True
+
+    def tie(self, annotator: str, lot: str, bad: bool = False) -> bool:
+        """Records that no image is better; False where they had judged the lot already. bad: none is good."""
+        with self._lock, _told(self.path):
+            if (folder := self._to_judge(annotator, lot)) is None:
+                return False
+            folder.write_tie(lot, annotator=annotator, time=_now(), **({"bad": True} if bad else {}))
+            self._keep(annotator, lot, Verdict(None, bad))
+            return True
+
+    def _to_judge(self, annotator: str, lot: str) -> ChoiceFolder | None:
+        if self._folder is None or lot not in self._folder.lots:
+            raise InputError(f"there is no lot {lot!r:.70} here: press Start for one")
+        return None if lot in self._of(annotator) else self._folder
+
+    def _keep(self, annotator: str, lot: str, verdict: Verdict) -> None:
+        self._verdicts.setdefault(annotator, {})[lot] = verdict
+        self._out.discard((annotator, lot))
+
+    def undo(self, annotator: str) -> Lot | None:
+        """Takes back the annotator's latest judgement; its lot is theirs again, None where there is none."""
+        with self._lock, _told(self.path):
+            if not (verdicts := self._of(annotator)):
+                return None
+            lot = next(reversed(verdicts))
+            append_line(self.path / CHOICES, {"lot": lot, "undo": True, "annotator": annotator, "time": _now()})
+            del verdicts[lot]
+            self._undone[annotator] += 1
+            self._out.add((annotator, lot))
+            return self.lots[lot]
+
+    def release(self, annotator: str, lots: Collection[Lot]) -> None:
+        """Gives back lots that they will not judge."""
+        with self._lock:
+            self._out -= {(annotator, lot.id) for lot in lots}
+
+    def progress(self, annotator: str) -> Progress:
+        """What the annotator did so far."""
+        with self._lock:
+            verdicts = [*self._of(annotator).values()]
+            choices = sum(verdict.chosen is not None for verdict in verdicts)
+            bad = sum(verdict.bad for verdict in verdicts)
+            return Progress(choices, len(verdicts) - choices, bad, self._undone[annotator])
+
+    def judgements(self) -> dict[str, dict[str, int | None]]:
+        """Of each lot that somebody judged, the image that each annotator preferred, None for none of them."""
+        with self._lock:
+            found: dict[str, dict[str, int | None]] = {}
+            for name, verdicts in self._verdicts.items():
+                for lot, verdict in verdicts.items():
+                    found.setdefault(lot, {})[name] = verdict.chosen
+            return found
+
+    def _of(self, annotator: str) -> dict[str, Verdict]:
+        return self._verdicts.get(annotator, {})
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: it cannot be written there ({error.strerror}): make room, then try again") from error
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

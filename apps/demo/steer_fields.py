@@ -1,0 +1,150 @@
+"""The fields of the Steer tab, and the settings that they stand for."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import gradio as gr
+
+from steer.apps.demo.studio import Studio
+from steer.apps.methods import SampleSettings
+from steer.apps.png_metadata import Recipe
+from steer.errors import InputError
+
+METHODS = {
+    "Particles (Feynman–Kac)": "fk",
+    "Best of N": "best-of-n",
+    "Optimised noise (ReNO)": "reno",
+    "Base model": "base",
+}
+REWARDS = {
+    "scene-soft": "how well the scene's parts are there, in degrees",
+    "preference:scenes": "what people would prefer, learned from choices",
+    "aesthetic:scenes": "how calm and balanced it looks, learned",
+    "clip:scenes": "how well a small CLIP thinks it fits the words",
+    "preference:scenes + aesthetic:scenes:0.5": "both, the second at half weight",
+    "jpeg": "how well it compresses: plain pictures",
+}
+# What one visitor may ask for of a machine that others wait for.
+MOST_PROMPTS, MOST_CHARACTERS = 4, 500
+MOST = {"particles": 16, "steps": 100, "iterations": 100}
+ONE_STEP = "scenes-turbo"
+
+
+def steer_fields(studio: Studio) -> dict[str, Any]:
+    """The components, by the names that `settings_of` reads."""
+    fields: dict[str, Any] = {
+        "prompts": gr.Textbox(
+            "a red circle left of a blue star", label="Prompt", lines=2, info=f"One a line, up to {MOST_PROMPTS}."
+        ),
+        "method": gr.Radio([*METHODS.items()], value="fk", label="Method"),
+        "reward": gr.Dropdown(
+            [*dict.fromkeys([*studio.rewards, *REWARDS])],
+            value=studio.rewards[0] if studio.rewards else "scene-soft",
+            allow_custom_value=True,
+            label="Reward",
+            info="What is to rise. Add several with +, weigh one with :0.5.",
+        ),
+    }
+    with gr.Accordion("What the rewards measure", open=False):
+        gr.Markdown("\n".join(f"- `{name}`: {told}" for name, told in REWARDS.items()))
+    with gr.Row():
+        fields["particles"] = gr.Slider(1, MOST["particles"], 4, step=1, label="Particles", info="images at a time")
+        fields["lam"] = gr.Slider(0, 100, 25, step=1, label="Strength λ", info="0: no steering")
+    with gr.Row():
+        fields["steps"] = gr.Slider(1, MOST["steps"], 20, step=1, label="Steps", info="of the solver")
+        fields["guidance"] = gr.Slider(0, 15, 4, step=0.5, label="Guidance", info="how closely to follow the words")
+    fields["iterations"] = gr.Slider(
+        1, MOST["iterations"], 20, step=1, label="Iterations", info="of the noise, for ReNO", visible=False
+    )
+    with gr.Row():
+        fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53)
+        fields["fresh"] = gr.Checkbox(False, label="A new seed for every run")
+    with gr.Accordion("Model and comparison", open=len(studio.models) > 1):
+        fields["model"] = gr.Dropdown([*studio.models], value=studio.models[0], label="Model")
+        fields["compare"] = gr.Checkbox(True, label="Also make the base images of the same seed")
+    return fields
+
+
+def settings_of(asked: Mapping[str, Any]) -> SampleSettings:
+    """What the fields ask for. Raises InputError for numbers beyond what this app does."""
+    settings = SampleSettings(
+        model=asked["model"],
+        method=asked["method"],
+        reward=asked["reward"].strip(),
+        particles=int(asked["particles"]),
+        steps=int(asked["steps"]),
+        guidance=float(asked["guidance"]),
+        lam=float(asked["lam"]),
+        potential="difference",
+        resampler="systematic",
+        tempering="constant",
+        ess_threshold=0.5,
+        eta=None,
+        seed=random.randrange(2**32) if asked["fresh"] else int(asked["seed"]),
+        compare=bool(asked["compare"]),
+        dtype=None,
+        iterations=int(asked["iterations"]),
+    )
+    settings.check()
+    for name, most in MOST.items():
+        if getattr(settings, name) > most:
+            raise InputError(f"{name} can be at most {most} in this app, got {getattr(settings, name)}")
+    return settings
+
+
+def prompts_of(text: str) -> list[str]:
+    """The prompts of a field, one a line. Raises InputError where there are none, or too much of them."""
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise InputError("the prompt is empty: say what the image should show")
+    if len(prompts) > MOST_PROMPTS:
+        raise InputError(f"{len(prompts)} prompts: at most {MOST_PROMPTS} at a time in this app")
+    if (longest := max(map(len, prompts))) > MOST_CHARACTERS:
+        raise InputError(f"a prompt of {longest} characters: at most {MOST_CHARACTERS}")
+    return prompts
+
+
+def restored(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
+    """What the fields were when an image was made. Raises InputError for one that they cannot ask for."""
+    settings = recipe.settings
+    if settings.model not in models or settings.method not in METHODS.values():
+        what = f"model {settings.model!r:.80}, method {settings.method!r}"
+        raise InputError(
+            f"it was made with {what}, which this app does not have: `steer sample --replay` makes it again"
+        )
+    asked = {
+        "prompts": recipe.prompt,
+        "method": settings.method,
+        "reward": settings.reward,
+        "particles": settings.particles,
+        "lam": 0.0 if settings.lam is None else settings.lam,
+        "steps": settings.steps or 1,
+        "guidance": 0.0 if settings.guidance is None else settings.guidance,
+        "iterations": settings.iterations,
+        "seed": settings.seed,
+        "fresh": False,
+        "model": settings.model,
+        "compare": settings.compare,
+    }
+    again, first = asdict(settings_of(asked)), asdict(settings)
+    if apart := [name for name, value in first.items() if again[name] != value]:
+        name = apart[0]
+        raise InputError(
+            f"it was made with {name} {first[name]!r}, which has no field here: `steer sample --replay` does it"
+        )
+    return asked
+
+
+def fitting(method: str, models: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Properties that other fields have when a method is chosen: ReNO is for one-step models, and has no λ."""
+    reno = method == "reno"
+    return {
+        "lam": {"visible": method == "fk"},
+        "iterations": {"visible": reno},
+        "steps": {"value": 1 if reno else 20},
+        "guidance": {"value": 0 if reno else 4},
+        "model": {"value": ONE_STEP if reno and ONE_STEP in models else models[0]},
+        "compare": {"visible": method != "base"},
+    }

@@ -1,0 +1,115 @@
+"""The Steer tab: a prompt, the particles while they are steered, and what came out."""
+
+from collections.abc import Iterator
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from steer.apps.demo.results import Results
+from steer.apps.demo.run_view import run_view
+from steer.apps.demo.seen import Finished, Seen
+from steer.apps.demo.steer_fields import fitting, prompts_of, restored, settings_of, steer_fields
+from steer.apps.demo.steering import Frame, Loading, Made, steer_all
+from steer.apps.demo.studio import Studio
+from steer.apps.demo.worker import Ticket
+from steer.apps.png_metadata import read_metadata
+from steer.errors import InputError
+
+HERE = Path(__file__).parent
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+Change = dict[Any, Any]
+
+
+class SteerTab:
+    """Its components and what they do."""
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio, self.finished = studio, gr.State(())
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=2, min_width=300):
+                self.fields = steer_fields(studio)
+                with gr.Row():
+                    self.start = gr.Button("Steer", variant="primary", elem_id="steer-start")
+                    self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="steer-stop")
+                label = "Drop an image that was made here: its settings come back"
+                self.dropped = gr.File(label=label, file_types=[".png"], height=160, elem_id="steer-drop")
+            with gr.Column(scale=3, min_width=300):
+                self.status = gr.HTML(line("Ready."), elem_id="steer-status")
+                script = (HERE / "run_view.js").read_text()
+                self.view = gr.HTML(run_view((), None), js_on_load=script, elem_id="steer-view")
+                self.results = Results()
+        self._connect()
+
+    def _connect(self) -> None:
+        fields, seed = self.fields, self.fields["seed"]
+        live = [self.status, self.view, self.start, self.stop, self.finished, seed, *self.results.components]
+        asked = {*fields.values()}
+        self.start.click(self.run, asked, live, concurrency_limit=None, **PRIVATE)
+        self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
+        fields["method"].input(self.fit, fields["method"], [*fields.values()], **PRIVATE)
+        self.dropped.upload(self.restore, self.dropped, [self.status, *fields.values()], **PRIVATE)
+        chosen = [self.results.chooser, self.finished]
+        self.results.chooser.input(self.show, chosen, [self.view, *self.results.components], **PRIVATE)
+
+    def run(self, told: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
+        """The whole run, shown as it goes."""
+        yield {
+            self.start: gr.update(interactive=False),
+            self.stop: gr.update(interactive=True),
+            self.view: run_view((), None),
+        }
+        try:
+            yield from self._run({name: told[field] for name, field in self.fields.items()}, request)
+        except InputError as error:
+            yield {self.status: line(str(error), "alert")}
+        yield {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
+
+    def _run(self, asked: dict[str, Any], request: gr.Request) -> Iterator[Change]:
+        prompts, settings = prompts_of(asked["prompts"]), settings_of(asked)
+        reward, folder = self.studio.reward(asked["reward"]), self.studio.folder(request) / "steer"
+
+        def work(ticket: Ticket) -> None:
+            ticket.say(Loading(settings.model))
+            with self.studio.model(settings.model) as pipe:
+                steer_all(pipe, reward, prompts, settings, folder, ticket)
+
+        ticket, seen = self.studio.begin(request, work), Seen()
+        yield {self.fields["seed"]: settings.seed, self.results.box: gr.update(visible=False)}
+        for event in ticket.events():
+            if seen.after(event):
+                view = {self.view: run_view(seen.frames, seen.made)} if isinstance(event, Frame | Made) else {}
+                yield {self.status: line(seen.line), **view}
+        yield {self.status: line(seen.conclusion(ticket.stopped)), self.finished: seen.finished}
+        if seen.finished:
+            yield self.show(0, seen.finished)
+
+    def show(self, place: int, finished: tuple[Finished, ...]) -> Change:
+        """One of the finished prompts."""
+        one = finished[place]
+        return {self.view: run_view(one.frames, one.made), **self.results.updates(finished, place)}
+
+    def fit(self, method: str) -> Change:
+        """Other fields follow the method."""
+        return {self.fields[name]: gr.update(**change) for name, change in fitting(method, self.studio.models).items()}
+
+    def restore(self, path: str) -> Change:
+        """The settings of a PNG that was made here, or by `steer sample`."""
+        try:
+            told = restored(read_metadata(Path(path)), self.studio.models)
+        except InputError as error:
+            return {self.status: line(str(error).replace(path, Path(path).name), "alert")}
+        follows = fitting(told["method"], self.studio.models)
+        change: Change = {
+            field: gr.update(**follows.get(name, {}) | ({"value": told[name]} if name in told else {}))
+            for name, field in self.fields.items()
+        }
+        return change | {
+            self.status: line(f"The settings of {Path(path).name} are back: press Steer for the same image.")
+        }
+
+
+def line(text: str, role: str = "status") -> str:
+    """One line about how it stands, which screen readers say too."""
+    return f'<p class="steer-line" role="{role}">{escape(text)}</p>'

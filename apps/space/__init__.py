@@ -1,0 +1,1 @@
+"""The files of a Space: app.py, requirements.txt, README.md."""

@@ -1,0 +1,225 @@
+"""The app in a real browser: make test-browser. Every request that leaves the machine would fail a test."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import ConsoleMessage, Page, Route, sync_playwright
+from playwright.sync_api import expect as seen
+
+pytestmark = pytest.mark.browser
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+SLOW = 120_000  # ms: the first run loads the model
+# Every 20 ms: the first preview that can be seen, until the run has ended.
+COLLECT = """() => {
+    window.before = new Set();
+    setInterval(() => {
+        const images = [...document.querySelectorAll('#steer-view img')].filter(image => image.checkVisibility());
+        const done = /Done/.test(document.querySelector('#steer-status').innerText);
+        if (images.length && !done) window.before.add(images[0].src);
+    }, 20);
+}"""
+EVIL = "<script>window.evil=1</script><img src=x onerror=window.evil=1>"
+
+
+@dataclass
+class Served:
+    """A running `steer demo`."""
+
+    url: str
+    process: subprocess.Popen[str]
+    labels: Path
+
+
+def served(folder: Path, *more: str) -> Served:
+    """Starts the command as a user does, and waits for its address."""
+    command = [sys.executable, "-m", "steer.apps.cli", "demo", "--labels", str(folder / "labels"), *more]
+    given = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=given)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if found := re.search(r"http://\S+", line):
+            return Served(found[0], process, folder / "labels")
+    raise AssertionError("it never said where it listens")
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    folder = tmp_path_factory.mktemp("app")
+    running = served(folder)
+    yield running
+    running.process.send_signal(signal.SIGINT)
+    assert running.process.wait(30) in (0, 130)
+    assert not list(folder.glob("steer-demo-*")), "what visitors left is gone"
+
+
+@dataclass
+class Watch:
+    """What a page asked other machines for, and what it complained about."""
+
+    outside: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def route(self, route: Route) -> None:
+        if re.match(r"(https?|wss?)://(127\.0\.0\.1|localhost)[:/]", route.request.url):
+            route.continue_()
+        else:
+            self.outside.append(route.request.url)
+            route.abort()
+
+    def note(self, message: ConsoleMessage) -> None:
+        if message.type == "error":
+            self.errors.append(message.text)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[object]:
+    with sync_playwright() as playwright:
+        made = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: object, app: Served) -> Iterator[Page]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})  # type: ignore[attr-defined]
+    watch, made = Watch(), context.new_page()
+    made.route("**/*", watch.route)
+    made.on("console", watch.note)
+    made.on("pageerror", lambda error: watch.errors.append(str(error)))
+    made.set_default_timeout(SLOW)
+    made.goto(app.url)
+    seen(made.locator("#steer-start")).to_be_visible(timeout=SLOW)
+    yield made
+    context.close()
+    assert not watch.outside and not watch.errors
+
+
+def status(page: Page) -> str:
+    return page.locator("#steer-status").inner_text()
+
+
+def run_to_end(page: Page) -> None:
+    page.locator("#steer-start").click()
+    seen(page.locator("#steer-status")).to_contain_text(re.compile("Done|Stopped"), timeout=SLOW)
+
+
+def test_particles_arrive_one_by_one_and_the_end_is_compared(page: Page) -> None:
+    page.evaluate(COLLECT)
+    run_to_end(page)
+    assert page.evaluate("window.before.size") >= 3, "distinct previews before the end"
+    seen(page.locator("#steer-slider img").first).to_be_visible()
+    seen(page.locator("#steer-rewards")).to_contain_text("denoiser evaluations")
+
+
+def test_stop_ends_a_run_at_once(page: Page) -> None:
+    page.get_by_label("number input for Steps").fill("100")
+    page.locator("#steer-start").click()
+    seen(page.locator("#steer-status")).to_contain_text("Steering", timeout=SLOW)
+    page.locator("#steer-stop").click()
+    started = time.monotonic()
+    seen(page.locator("#steer-status")).to_contain_text("Stopped", timeout=SLOW)
+    assert time.monotonic() - started < 5
+    seen(page.locator("#steer-start")).to_be_enabled()
+
+
+def test_script_tags_in_prompts_do_nothing(page: Page) -> None:
+    page.get_by_label("Prompt").first.fill(EVIL)
+    page.get_by_label("Reward").first.fill("brightness")
+    page.get_by_label("Reward").first.press("Enter")
+    run_to_end(page)
+    assert page.evaluate("window.evil") is None
+    assert "Done" in status(page)
+
+
+def test_an_image_brings_its_settings_back(page: Page, tmp_path: Path) -> None:
+    page.get_by_label("number input for Steps").fill("7")
+    page.get_by_label("Seed").first.fill("11")
+    run_to_end(page)
+    page.get_by_text("Images, each with its settings inside").click()
+    with page.expect_download() as download:
+        page.locator("#steer-files a").first.click()
+    download.value.save_as(tmp_path / "best.png")
+    page.reload()
+    page.locator("#steer-drop input[type=file]").set_input_files(tmp_path / "best.png")
+    seen(page.locator("#steer-status")).to_contain_text("are back", timeout=SLOW)
+    seen(page.get_by_label("number input for Steps")).to_have_value("7")
+    seen(page.get_by_label("Seed").first).to_have_value("11")
+
+
+def test_a_closed_tab_frees_the_worker(page: Page, app: Served) -> None:
+    leaver = page.context.new_page()
+    leaver.goto(app.url)
+    leaver.get_by_label("number input for Steps").fill("100", timeout=SLOW)
+    leaver.locator("#steer-start").click()
+    seen(leaver.locator("#steer-status")).to_contain_text("Steering", timeout=SLOW)
+    leaver.close()
+    run_to_end(page)
+
+
+def test_the_endpoint_is_the_only_one_and_gives_images(app: Served, tmp_path: Path) -> None:
+    from gradio_client import Client
+
+    from steer.apps.png_metadata import read_metadata
+
+    client = Client(app.url, verbose=False, download_files=tmp_path)
+    told = client.view_api(return_format="dict", print_info=False)
+    assert list(told["named_endpoints"]) == ["/steer"] and not told["unnamed_endpoints"]
+    images, report = client.predict("a red star", steps=4, particles=2, seed=3, api_name="/steer")
+    assert len(images) == 2 and json.dumps(report) and report["settings"]["seed"] == 3
+    recipe = read_metadata(Path(images[0]["image"]))
+    assert recipe.prompt == "a red star" and recipe.reward == pytest.approx(report["rewards"][0])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../../../etc/passwd",
+        "/gradio_api/file=%2Fetc%2Fpasswd",
+        "/gradio_api/file=..%2f..%2f..%2fetc%2fpasswd",
+        "/gradio_api/file=pyproject.toml",
+        "/gradio_api/file=steer/__init__.py",
+        "/static/../../../etc/passwd",
+    ],
+)
+def test_no_file_of_the_machine_is_served(app: Served, path: str) -> None:
+    import http.client
+
+    host, port = re.search(r"//([^:/]+):(\d+)", app.url).groups()  # type: ignore[union-attr]
+    connection = http.client.HTTPConnection(host, int(port), timeout=30)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    assert answer.status in (400, 403, 404) and b"root:" not in answer.read()
+
+
+def test_ten_choices_by_key_survive_a_kill(browser: object, tmp_path: Path) -> None:
+    running = served(tmp_path)
+    page = browser.new_page()  # type: ignore[attr-defined]
+    page.set_default_timeout(SLOW)
+    page.goto(running.url)
+    page.get_by_role("tab", name="Label").click()
+    page.locator("#label-name input, #label-name textarea").fill("Ada <script>")
+    page.keyboard.press("Enter")
+    for number in range(10):
+        seen(page.locator("#label-view img").first).to_be_visible(timeout=SLOW)
+        lot = page.locator(".steer-label").get_attribute("data-lot")
+        page.keyboard.press("ArrowLeft" if number % 2 else "ArrowRight")
+        told = re.compile(rf"{number + 1} choices?,")
+        seen(page.locator("#label-progress")).to_contain_text(told, timeout=SLOW)
+        seen(page.locator(f'.steer-label:not([data-lot="{lot}"]) img').first).to_be_visible(timeout=SLOW)
+    running.process.kill()
+    running.process.wait()
+    lines = [json.loads(line) for line in (running.labels / "choices.jsonl").read_text().splitlines()]
+    assert len({line["lot"] for line in lines}) == 10 and {line["annotator"] for line in lines} == {"Ada <script>"}
+    assert [line["chosen"] for line in lines] == [1, 0] * 5
+    page.close()

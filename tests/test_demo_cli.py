@@ -1,0 +1,40 @@
+"""`steer demo`: what is refused before anything listens."""
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from click.testing import CliRunner
+
+from steer.apps.demo.app import check_address
+from steer.apps.demo_cli import demo
+from steer.errors import InputError
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "example.org"])
+def test_nobody_else_is_let_in_without_a_password(host: str) -> None:
+    with pytest.raises(InputError, match=f"--host {host} lets others in: give --auth USER:PASSWORD"):
+        check_address(host, False, None)
+    check_address(host, False, ("user", "password"))
+
+
+def test_a_public_address_needs_a_password() -> None:
+    with pytest.raises(InputError, match="--share lets others in"):
+        check_address("127.0.0.1", True, None)
+    check_address("127.0.0.1", True, ("user", "password"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1"])
+def test_this_machine_needs_none(host: str) -> None:
+    check_address(host, False, None)
+
+
+@pytest.mark.parametrize("auth", ["user", "user:", ":password", ""])
+def test_half_a_password_is_refused(auth: str) -> None:
+    told = CliRunner().invoke(demo, ["--auth", auth])
+    assert isinstance(told.exception, InputError) and "must be USER:PASSWORD" in str(told.exception)
+
+
+def test_the_command_refuses_before_it_loads_anything() -> None:
+    told = CliRunner().invoke(demo, ["--host", "0.0.0.0"])
+    assert isinstance(told.exception, InputError) and "--host 0.0.0.0 lets others in" in str(told.exception)

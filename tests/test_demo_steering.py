@@ -1,0 +1,197 @@
+"""What the Steer tab runs: live readings, finished images, and the same outside the app."""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+pytest.importorskip("gradio")
+
+from steer.apps import sample as sample_module
+from steer.apps.demo.recipes import as_command, as_python
+from steer.apps.demo.seen import Seen
+from steer.apps.demo.steer_fields import MOST_PROMPTS, prompts_of, restored, settings_of
+from steer.apps.demo.steering import Frame, Made, Step, steer_all
+from steer.apps.demo.studio import Studio
+from steer.apps.methods import SampleSettings
+from steer.apps.png_metadata import read_metadata
+from steer.apps.sample_cli import sample
+from steer.errors import InputError
+
+ASKED: dict[str, Any] = {
+    "method": "fk",
+    "reward": "brightness",
+    "particles": 3,
+    "lam": 60.0,
+    "steps": 8,
+    "guidance": 2.0,
+    "iterations": 3,
+    "seed": 5,
+    "fresh": False,
+    "model": "scenes",
+    "compare": True,
+}
+PROMPT = "a red circle and a blue star"
+ODD = 'it\'s a $(rm) `b` "c"'
+
+
+@pytest.fixture(scope="module")
+def studio() -> Iterator[Studio]:
+    made = Studio(models=("scenes", "scenes-turbo"))
+    yield made
+    made.close()
+    assert not made.home.exists()
+
+
+def events(studio: Studio, settings: SampleSettings, folder: Path, *prompts: str) -> list[Any]:
+    reward = studio.reward(settings.reward)
+
+    def work(ticket: Any) -> None:
+        with studio.model(settings.model) as pipe:
+            steer_all(pipe, reward, prompts or (PROMPT,), settings, folder, ticket)
+
+    return list(studio.worker.submit(work).events())
+
+
+def of(kind: type, told: list[Any]) -> list[Any]:
+    return [event for event in told if isinstance(event, kind)]
+
+
+@pytest.mark.parametrize("method", ["fk", "best-of-n", "base", "reno"])
+def test_every_method_shows_readings_before_the_end(studio: Studio, tmp_path: Path, method: str) -> None:
+    model = {"model": "scenes-turbo", "steps": 1, "guidance": 0} if method == "reno" else {}
+    reward = {"reward": "scene-soft"} if method == "reno" else {}
+    told = events(studio, settings_of(ASKED | model | reward | {"method": method}), tmp_path)
+    frames, (made,) = of(Frame, told), of(Made, told)
+    assert len(frames) >= 3 and told[-1] is made
+    assert len({frame.images[0].tobytes() for frame in frames}) >= 3, "previews that differ"
+    assert all(len(frame.images) == len(frame.rewards) == 3 for frame in frames)
+    assert all((frame.ancestors is None) == (method == "reno") for frame in frames)
+    assert [one.recipe.reward for one in made.images] == sorted(
+        (one.recipe.reward for one in made.images), reverse=True
+    ) or method == "base"
+    assert len(made.base) == (0 if method == "base" else 3)
+    assert (made.base_cost is None) == (method in ("base", "best-of-n"))
+    steps = of(Step, told)
+    assert steps[-1].step == steps[-1].total and all(step.count == 1 for step in steps)
+
+
+def test_images_tell_their_settings_and_base_images_are_the_plain_batch(studio: Studio, tmp_path: Path) -> None:
+    settings = settings_of(ASKED)
+    (made,) = of(Made, events(studio, settings, tmp_path))
+    with studio.model("scenes") as pipe:
+        generator = torch.Generator().manual_seed(settings.seed)
+        plain = pipe(
+            PROMPT, num_images_per_prompt=3, num_inference_steps=8, guidance_scale=2.0, generator=generator
+        ).images
+    assert [Image.open(one.path).tobytes() for one in made.base] == [image.tobytes() for image in plain]
+    for picture in made.images:
+        assert read_metadata(picture.path) == picture.recipe and picture.recipe.settings == settings
+    fields = restored(made.images[0].recipe, studio.models)
+    assert settings_of(fields) == settings and fields["prompts"] == PROMPT
+
+
+def test_several_prompts_come_one_after_the_other(studio: Studio, tmp_path: Path) -> None:
+    told = events(studio, settings_of(ASKED | {"compare": False}), tmp_path, "a star", "a cross")
+    seen = Seen()
+    shown = [(event, seen.after(event), seen.frames) for event in told]
+    assert [one.made.prompt for one in seen.finished] == ["a star", "a cross"]
+    assert all(len(one.frames) == len(of(Frame, told)) / 2 for one in seen.finished)
+    assert {frames for event, _, frames in shown if isinstance(event, Step) and event.step == 1} == {()}
+    assert seen.conclusion(False).startswith("Done: 2 prompts in ")
+
+
+def test_stop_acts_within_one_solver_step(studio: Studio, tmp_path: Path) -> None:
+    settings, steps = settings_of(ASKED | {"steps": 50}), []
+    reward = studio.reward(settings.reward)
+
+    def work(ticket: Any) -> None:
+        with studio.model(settings.model) as pipe:
+            inner = ticket.say
+
+            def say(event: Any) -> None:
+                inner(event)
+                steps.append(event)
+                if isinstance(event, Step) and event.step == 7:
+                    ticket.stop()
+
+            ticket.say = say
+            steer_all(pipe, reward, [PROMPT], settings, tmp_path, ticket)
+
+    ticket = studio.worker.submit(work)
+    assert not of(Made, list(ticket.events()))
+    assert max(step.step for step in of(Step, steps)) == 7 and ticket.stopped
+
+
+def test_the_command_asks_for_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(sample_module, "sample", lambda *told: given.append(told) or {"prompts": [], "cost": {}})
+    for change in ({}, {"method": "reno", "model": "scenes-turbo", "compare": False}, {"lam": 0.1, "guidance": 7.25}):
+        settings = settings_of(ASKED | change)
+        for prompt in (PROMPT, ODD, f"-{ODD}"):
+            words = shlex.split(as_command(prompt, settings))
+            assert words[:2] == ["steer", "sample"]
+            CliRunner().invoke(sample, words[2:])
+            prompts, asked, *_ = given.pop()
+            assert prompts == [prompt] and asked == settings
+
+
+@pytest.mark.parametrize("method", ["fk", "best-of-n", "base", "reno"])
+def test_the_program_makes_the_same_images(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    model = {"model": "scenes-turbo", "steps": 1, "guidance": 0, "reward": "scene-soft"} if method == "reno" else {}
+    settings = settings_of(ASKED | model | {"method": method, "compare": False})
+    (made,) = of(Made, events(studio, settings, tmp_path))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(as_python(PROMPT, settings), "program", "exec"), {})
+    assert Image.open("best.png").tobytes() == Image.open(made.images[0].path).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" \n ", "the prompt is empty"),
+        ("a\n" * (MOST_PROMPTS + 1), "5 prompts: at most 4"),
+        ("a" * 501, "a prompt of 501 characters"),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prompts_of(text)
+
+
+def test_settings_beyond_the_app_are_refused(studio: Studio) -> None:
+    with pytest.raises(InputError, match="particles can be at most 16"):
+        settings_of(ASKED | {"particles": 17})
+    for spec in ("os:system", "evil.yaml", "scene-soft + builtins:exec", "../reward"):
+        with pytest.raises(InputError, match="here rewards have names"):
+            studio.reward(spec)
+    for model in ("/etc", "../scenes", "stabilityai/sdxl-turbo"):
+        with pytest.raises(InputError, match="not one of this app's"), studio.model(model):
+            pass
+    for hash_ in ("../x", "", "a/b", None):
+        with pytest.raises(InputError, match="no session"):
+            studio.folder(SimpleNamespace(session_hash=hash_))  # type: ignore[arg-type]
+
+
+def test_what_the_fields_cannot_ask_for_is_not_restored(studio: Studio, tmp_path: Path) -> None:
+    (made,) = of(Made, events(studio, settings_of(ASKED | {"compare": False}), tmp_path))
+    recipe = made.images[0].recipe
+    for change, message in (
+        ({"potential": "sum"}, "made with potential 'sum'"),
+        ({"method": "svdd"}, "method 'svdd'"),
+        ({"model": "/etc/passwd"}, "model '/etc/passwd'"),
+        ({"steps": None}, "made with steps None"),
+        ({"particles": 64}, "particles can be at most 16"),
+    ):
+        other = replace(recipe, settings=replace(recipe.settings, **change))
+        with pytest.raises(InputError, match=message):
+            restored(other, studio.models)

@@ -1,0 +1,466 @@
+"""The view of a run: its images, its tree, its curves and its table, against the frames they were made from."""
+
+import base64
+import io
+import json
+import math
+import os
+import re
+import shutil
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageColor
+
+pytest.importorskip("gradio")
+
+from steer.apps.demo.ancestry import lineages, ways_back
+from steer.apps.demo.charts import Axis, Series, line_chart, short, table
+from steer.apps.demo.run_view import NOTHING, run_view
+from steer.apps.demo.steer_fields import settings_of
+from steer.apps.demo.steering import Frame, Made, Picture
+from steer.apps.png_metadata import Recipe
+from steer.pipelines.output import Cost
+
+EVIL = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;"
+PARENTS = ((0, 0, 2), (1, 1, 2), (2, 0, 1))  # of three particles at three readings
+REWARDS = ((0.1, 0.2, 0.3), (0.4, -0.5, 0.6), (0.25, 0.75, 0.5))
+FINISHED = (0.9, 0.7, 0.8)  # by slot
+COLOURS = ("red", "lime", "blue")
+HERE = Path(__file__).parent.parent / "apps" / "demo"
+
+
+def frame(
+    number: int, rewards: Sequence[float], ancestors: Sequence[int] | None, ess: float | None = 1.5, total: int = 20
+) -> Frame:
+    images = tuple(Image.new("RGB", (20, 20), (10 * slot, 20 * number, 0)) for slot in range(len(rewards)))
+    return Frame(4 * number + 1, total, images, tuple(rewards), ess, None if ancestors is None else tuple(ancestors))
+
+
+def three_readings() -> list[Frame]:
+    return [frame(number, REWARDS[number], PARENTS[number]) for number in range(3)]
+
+
+def made_of(folder: Path, rewards: Sequence[float] = FINISHED, prompt: str = EVIL) -> Made:
+    """Finished images, best first; that of a slot has one of COLOURS."""
+    settings = settings_of(
+        {"method": "fk", "reward": "brightness", "particles": len(rewards), "lam": 5.0, "steps": 20, "guidance": 2.0}
+        | {"iterations": 3, "seed": 5, "fresh": False, "model": "scenes", "compare": False}
+    )
+    order, pictures = sorted(range(len(rewards)), key=lambda slot: -rewards[slot]), []
+    for rank, slot in enumerate(order):
+        path = folder / f"{rank}.png"
+        Image.new("RGB", (600, 300), COLOURS[slot % len(COLOURS)]).save(path)
+        recipe = Recipe(prompt, settings, False, rank, rewards[slot], {}, "", "0", "0", "0", "cpu", "float32")
+        pictures.append(Picture(path, recipe))
+    return Made(prompt, settings, tuple(pictures), tuple(order), (), Cost(1, 1, 1, 1.0), None)
+
+
+def parsed(html: str) -> ElementTree.Element:
+    return ElementTree.fromstring(html)
+
+
+def by_class(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
+    return [each for each in root.iter() if name in each.get("class", "").split()]
+
+
+def words(root: ElementTree.Element) -> str:
+    """All that can be read or heard, without the images themselves."""
+    told = [value for each in root.iter() for key, value in each.items() if key not in ("src", "href")]
+    return " ".join([*root.itertext(), *told])
+
+
+def rows_of(root: ElementTree.Element) -> list[list[str]]:
+    return [["".join(cell.itertext()) for cell in row] for row in root.iter("tr")]
+
+
+# ancestry
+
+
+def test_lineages_of_a_genealogy_by_hand() -> None:
+    found = {key: set(line) for key, line in lineages(ways_back(PARENTS, 3)).items()}
+    assert found[0, 1] == {(0, 1)}, "nobody goes on from it"
+    assert found[0, 0] == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (3, 1), (3, 2)}
+    assert found[1, 0] == {(0, 0), (1, 0)}
+    assert found[2, 0] == {(0, 0), (1, 1), (2, 0), (3, 1)}
+    assert found[3, 0] == {(0, 2), (1, 2), (2, 2), (3, 0)}
+
+
+@st.composite
+def genealogies(draw: Callable[[Any], Any]) -> tuple[int, list[list[int]]]:
+    size = draw(st.integers(1, 7))
+    row = st.lists(st.integers(0, size - 1), min_size=size, max_size=size)
+    return size, draw(st.lists(row, max_size=6))
+
+
+def walked(size: int, parents: list[list[int]], key: tuple[int, int]) -> set[tuple[int, int]]:
+    """The lineage by asking every particle's parents."""
+
+    def leads(older: tuple[int, int], younger: tuple[int, int]) -> bool:
+        column, slot = younger
+        while column > older[0]:
+            column, slot = column - 1, parents[column - 1][slot]
+        return (column, slot) == older
+
+    every = [(column, slot) for column in range(len(parents) + 1) for slot in range(size)]
+    return {other for other in every if leads(other, key) or leads(key, other)}
+
+
+@given(genealogies())
+def test_lineages_equal_a_walk_through_every_pair(genealogy: tuple[int, list[list[int]]]) -> None:
+    size, parents = genealogy
+    found = lineages(ways_back(parents, size))
+    assert len(found) == size * (len(parents) + 1)
+    for key, line in found.items():
+        assert len(line) == len(set(line)) and set(line) == walked(size, parents, key)
+
+
+def test_dots_name_their_lineage_and_thick_lines_lead_to_the_end(tmp_path: Path) -> None:
+    tree = by_class(parsed(run_view(three_readings(), made_of(tmp_path))), "steer-tree")[0]
+    dots = {dot.attrib["data-key"]: set(dot.attrib["data-path"].split()) for dot in by_class(tree, "steer-dot")}
+    assert len(dots) == 12 and dots["2-0"] == {"0-0", "1-1", "2-0", "3-1"} and dots["0-1"] == {"0-1"}
+    links = {link.attrib["data-key"]: "steer-alive" in link.attrib["class"] for link in by_class(tree, "steer-link")}
+    assert links == {"1-0": False, "1-1": True, "1-2": True} | {
+        f"{column}-{slot}": True for column in (2, 3) for slot in range(3)
+    }
+    assert all(dot.get("role") == "button" and dot.get("tabindex") == "0" for dot in by_class(tree, "steer-dot"))
+    assert by_class(tree, "steer-dot")[4].get("aria-label") == "particle 2 at step 5, reward -0.5"
+
+
+def test_while_it_runs_thick_lines_lead_to_the_newest_reading() -> None:
+    parents = ((0, 0, 2), (1, 1, 1), (2, 2, 2))
+    root = parsed(run_view([frame(number, REWARDS[number], parents[number]) for number in range(3)], None))
+    links = {link.attrib["data-key"]: "steer-alive" in link.attrib["class"] for link in by_class(root, "steer-link")}
+    assert links == {"1-0": False, "1-1": True, "1-2": False, "2-0": True, "2-1": True, "2-2": True}
+
+
+def test_dots_lie_in_columns_of_readings_and_rows_of_slots_and_lines_between_them() -> None:
+    root = parsed(run_view(three_readings(), None))
+    spots = {}
+    for dot in by_class(root, "steer-dot"):
+        spots[dot.attrib["data-key"]] = tuple(map(float, re.findall(r"[\d.]+", dot.attrib["transform"])))
+    assert len({x for x, _ in spots.values()}) == len({y for _, y in spots.values()}) == 3
+    assert spots["0-2"][0] < spots["1-2"][0] and spots["0-1"][1] < spots["0-2"][1]
+    for link in by_class(root, "steer-link"):
+        column, slot = map(int, link.attrib["data-key"].split("-"))
+        ends = [float(number) for number in re.findall(r"[\d.]+", link.attrib["d"])]
+        assert tuple(ends[:2]) == spots[f"{column - 1}-{PARENTS[column - 1][slot]}"]
+        assert tuple(ends[-2:]) == spots[f"{column}-{slot}"]
+
+
+def test_colours_go_from_the_lowest_to_the_highest_reward_of_all() -> None:
+    root = parsed(run_view(three_readings(), None))
+    marks = {dot.attrib["data-key"]: by_class(dot, "steer-mark")[0].get("fill") for dot in by_class(root, "steer-dot")}
+    assert marks["1-1"] == "#440154" and marks["2-1"] == "#fde725", "both ends of viridis"
+    assert "reward -0.5" in words(root) and "0.75" in words(by_class(root, "steer-shades")[0])
+
+
+# images
+
+
+def colour(uri: str) -> tuple[tuple[int, int], tuple[int, int, int]]:
+    image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/jpeg;base64,"))))
+    return image.size, image.resize((1, 1)).getpixel((0, 0))  # type: ignore[return-value]
+
+
+def test_the_newest_reading_is_shown_and_every_other_is_there() -> None:
+    root = parsed(run_view(three_readings(), None))
+    frames = by_class(root, "steer-frame")
+    assert [each.get("data-label") for each in frames] == ["step 1 of 20", "step 5 of 20", "step 9 of 20"]
+    assert [each.get("hidden") is None for each in frames] == [False, False, True]
+    scrubber = by_class(root, "steer-scrubber")[0]
+    assert (scrubber.get("max"), scrubber.get("value"), scrubber.get("aria-valuetext")) == ("2", "2", "step 9 of 20")
+    alts = [image.get("alt") for image in frames[1].iter("img")]
+    assert alts[:2] == ["particle 1 at step 5, reward 0.4", "particle 2 at step 5, reward -0.5"]
+    assert alts[2] == "particle 3 at step 5, reward 0.6, the highest"
+    for number, each in enumerate(frames):
+        for slot, image in enumerate(each.iter("img")):
+            _, seen = colour(image.attrib["src"])
+            assert all(abs(a - b) < 5 for a, b in zip(seen, (10 * slot, 20 * number, 0), strict=True))
+
+
+def test_finished_images_stand_in_the_slots_they_come_from(tmp_path: Path) -> None:
+    root = parsed(run_view(three_readings(), made_of(tmp_path)))
+    frames = by_class(root, "steer-frame")
+    last = frames[-1]
+    assert len(frames) == 4 and last.get("data-label") == "finished" and last.get("hidden") is None
+    for slot, image in enumerate(last.iter("img")):
+        size, seen = colour(image.attrib["src"])
+        assert size == (256, 128)
+        assert all(abs(a - b) < 5 for a, b in zip(seen, ImageColor.getrgb(COLOURS[slot]), strict=True))
+        assert image.attrib["alt"].startswith(f"particle {slot + 1} finished, reward {FINISHED[slot]}")
+    assert [cell.get("data-key") for cell in by_class(root, "steer-best")][-1] == "3-0"
+
+
+def test_another_run_has_another_mark_and_the_same_run_keeps_it(tmp_path: Path) -> None:
+    def mark(*arguments: Any) -> str:
+        return parsed(run_view(*arguments)).attrib["data-run"]
+
+    frames = three_readings()
+    assert mark(frames[:1], None) == mark(frames, None) == mark(frames, made_of(tmp_path)) != mark(frames[1:], None)
+
+
+# curves and numbers
+
+
+def test_the_table_says_what_the_frames_say(tmp_path: Path) -> None:
+    root = by_class(parsed(run_view(three_readings(), made_of(tmp_path))), "steer-table")[0]
+    head, *rows = rows_of(root)
+    assert head == [
+        "reading",
+        "lowest reward",
+        "mean",
+        "highest",
+        "ESS",
+        "first particles alive",
+        "the next go on from",
+    ]
+    assert [row[0] for row in rows] == ["step 1", "step 5", "step 9", "finished"]
+    for row, rewards in zip(rows, (*REWARDS, FINISHED), strict=True):
+        assert [float(cell) for cell in row[1:4]] == pytest.approx(
+            [min(rewards), statistics.fmean(rewards), max(rewards)], abs=5e-4
+        )
+    assert [row[4] for row in rows] == ["1.5", "1.5", "1.5", "–"]
+    assert [row[5] for row in rows] == ["3", "2", "2", "2"], "2 of 3 from step 5 on: particle 2 had no descendant"
+    assert [row[6] for row in rows] == ["1, 1, 3", "2, 2, 3", "3, 1, 2", "–"]
+    assert root.find("caption") is not None and all(th.get("scope") in ("row", "col") for th in root.iter("th"))
+
+
+def test_curves_are_of_rewards_of_the_ess_and_of_the_particles_that_live_on(tmp_path: Path) -> None:
+    root = parsed(run_view(three_readings(), made_of(tmp_path)))
+    rewards, ess, living = by_class(root, "steer-chart")
+    assert [title.text for title in rewards.iter("title")][1:] == [
+        "mean, 1: 0.2", "mean, 5: 0.167", "mean, 9: 0.5", "mean, 20: 0.8"
+    ]  # fmt: skip
+    assert len(by_class(rewards, "steer-band")) == 1 and len([*ess.iter("circle")]) == 3
+    assert [title.text for title in living.iter("title")][1:] == [
+        "living, 1: 3", "living, 5: 2", "living, 9: 2", "living, 20: 2"
+    ]  # fmt: skip
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12), st.floats(-1e3, 1e3))
+def test_points_of_a_chart_keep_their_order_and_stay_inside(values: list[float], start: float) -> None:
+    points = [(start + number, value) for number, value in enumerate(values)]
+    root = parsed(line_chart("a", [Series("b", points)], "c"))
+    svg = next(root.iter("svg"))
+    width, height = map(float, svg.attrib["viewBox"].split()[2:])
+    spots = [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in svg.iter("circle")]
+    assert len(spots) == len(points)
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in spots)
+    assert all(a <= b for (a, _), (b, _) in pairwise(spots))
+    by_value = [y for _, (_, y) in sorted(zip(values, spots, strict=True), key=lambda pair: pair[0])]
+    assert all(above >= below for above, below in pairwise(by_value)), "more is higher up"
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.lists(st.floats(0, 1), min_size=2, max_size=9))
+def test_an_axis_is_monotone_and_meets_its_ends(low: float, length: float, shares: list[float]) -> None:
+    axis = Axis(low, low + length, 30.0, 230.0, (low,))
+    places = [axis.at(low + share * length) for share in sorted(shares)]
+    assert places == sorted(places)
+    assert axis.at(low) == 30.0 and axis.at(low + length) == pytest.approx(230.0)
+
+
+@pytest.mark.parametrize("values", [(0.5, 0.5), (0.0, 0.0), (1e-7, 2e-7), (123456.0, 123457.0), (-1.0, 1e9)])
+def test_ticks_are_told_apart_and_in_order(values: tuple[float, float]) -> None:
+    svg = next(parsed(line_chart("a", [Series("b", [*enumerate(values)])], "c")).iter("svg"))
+    labels = [text.text for text in svg.iter("text") if text.get("text-anchor") == "end"]
+    assert len(labels) >= 2 and [float(label) for label in labels if label] == sorted(
+        {float(label or "") for label in labels}
+    )
+
+
+def test_what_is_not_finite_leaves_a_gap() -> None:
+    points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, math.inf), (6, 1.0)]
+    root = parsed(line_chart("a", [Series("b", points), Series("c", [(1, math.nan)])], "step"))
+    assert len(by_class(root, "steer-curve")) == 3, "one line of two points, two keys of the legend"
+    assert len([*root.iter("circle")]) == 4
+    assert line_chart("a", [Series("b", [(1, math.nan)])], "step") == ""
+
+
+def test_a_legend_names_the_lines_where_there_is_more_than_one() -> None:
+    one, two = Series("train", [(0, 1.0), (1, 2.0)]), Series("held out", [(0, 1.0), (1, 2.0)])
+    assert not by_class(parsed(line_chart("a", [one], "step")), "steer-legend")
+    legend = by_class(parsed(line_chart("a", [one, two], "step")), "steer-legend")[0]
+    assert ["".join(each.itertext()) for each in legend] == ["train", "held out"]
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [(0.12345, "0.123"), (1234.5, "1234"), (123.4, "123"), (2e7, "2e+07"), (0.0, "0"), (-0.5, "-0.5")]
+    + [(value, "–") for value in (None, math.nan, math.inf, -math.inf)],
+)
+def test_numbers_are_short(value: float | None, told: str) -> None:
+    assert short(value) == told
+
+
+# what may come
+
+
+def test_names_of_strangers_stay_text(tmp_path: Path) -> None:
+    chart = line_chart(EVIL, [Series(EVIL, [(0, 1.0)], [(0, 0.5, 1.5)]), Series("b", [(0, 1.0)])], EVIL)
+    rows = table(EVIL, [EVIL, "b"], [[EVIL, EVIL], ["x", None]])
+    for html in (chart, rows):
+        root = parsed(html)
+        assert not [*root.iter("script")] and not [*root.iter("img")] and EVIL in words(root)
+    assert "script" not in run_view(three_readings(), made_of(tmp_path)) and "alert" not in run_view(
+        (), made_of(tmp_path)
+    )
+
+
+def test_before_the_first_reading_there_is_an_invitation() -> None:
+    root = parsed(run_view((), None))
+    assert "".join(root.itertext()) == NOTHING and len([*root.iter()]) == 2
+
+
+def test_one_particle_has_no_ancestry(tmp_path: Path) -> None:
+    root = parsed(run_view([frame(0, (0.1,), (0,), 1.0), frame(1, (0.2,), (0,), 1.0)], made_of(tmp_path, (0.3,))))
+    assert not by_class(root, "steer-tree") and not by_class(root, "steer-band") and not by_class(root, "steer-best")
+    assert len(by_class(root, "steer-frame")) == 3 and len(by_class(root, "steer-chart")) == 1
+    assert rows_of(root)[1] == ["step 1", "0.1", "0.1", "0.1"]
+
+
+def test_particles_that_keep_to_themselves_have_no_ancestry(tmp_path: Path) -> None:
+    root = parsed(run_view([frame(number, REWARDS[number], None, None) for number in range(3)], made_of(tmp_path)))
+    assert not by_class(root, "steer-tree") and rows_of(root)[0] == ["reading", "lowest reward", "mean", "highest"]
+    assert len(by_class(root, "steer-chart")) == 1
+
+
+def test_finished_images_without_readings_are_shown(tmp_path: Path) -> None:
+    root = parsed(run_view((), made_of(tmp_path)))
+    assert len(by_class(root, "steer-cell")) == 3 and not by_class(root, "steer-tree")
+    assert by_class(root, "steer-scrubber")[0].get("max") == "0"
+
+
+def test_a_run_stopped_after_one_reading_is_shown() -> None:
+    root = parsed(run_view(three_readings()[:1], None))
+    assert len(by_class(root, "steer-dot")) == 3 and not by_class(root, "steer-link")
+    assert [each.get("aria-disabled") for each in root.iter("button")] == ["true", "true"]
+    assert len(by_class(root, "steer-chart")) == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_rewards_that_are_no_numbers_never_appear(value: float, tmp_path: Path) -> None:
+    frames = [frame(0, (value, 0.5, 0.25), PARENTS[0], math.nan), frame(1, (value,) * 3, PARENTS[1], None)]
+    root = parsed(run_view(frames, made_of(tmp_path, (0.1, value, 0.3))))
+    assert not re.search(r"\b(nan|inf|infinity|none)\b", words(root).replace(" none ", " "), re.IGNORECASE)
+    assert rows_of(root)[1][1:5] == ["0.25", "0.375", "0.5", "–"] and rows_of(root)[2][1:4] == ["–"] * 3
+    marks = [mark.get("fill") for mark in by_class(root, "steer-mark")]
+    assert marks[0] == "none" and "none" not in marks[1:3], "a dot without a colour"
+    assert parsed(run_view(frames[1:], None)) is not None
+
+
+def test_thirty_two_particles_at_twelve_readings_fit_the_tree() -> None:
+    parents = [(7 * slot + number) % 32 for number in range(12) for slot in range(32)]
+    frames = [
+        frame(
+            number, [math.sin(slot + number) for slot in range(32)], parents[32 * number : 32 * number + 32], total=50
+        )
+        for number in range(12)
+    ]
+    root = parsed(run_view(frames, None))
+    tree, dots = by_class(root, "steer-tree")[0], by_class(root, "steer-dot")
+    assert len(dots) == 12 * 32 and len(by_class(root, "steer-cell")) == 12 * 32
+    for dot in dots:
+        x, y = map(float, re.findall(r"[\d.]+", dot.attrib["transform"]))
+        assert 0 < x < float(tree.attrib["width"]) and 0 < y < float(tree.attrib["height"])
+
+
+# in a browser
+
+PAGE = """value => {
+    const element = document.querySelector('#view');
+    element.innerHTML = value;
+    const watchers = [];
+    Function('element', 'trigger', 'watch', SCRIPT)(element, () => {}, (_, told) => watchers.push(told));
+    window.update = next => { element.innerHTML = next; watchers.forEach(told => told()); };
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    with playwright.sync_playwright() as running:
+        made = running.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield made
+        made.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    """A page with the script on an empty view; update(html) is what Gradio does with a new value."""
+    made, errors = browser.new_page(viewport={"width": 360, "height": 800}), []
+    made.on("pageerror", lambda error: errors.append(str(error)))
+    made.set_content(f"<style>{(HERE / 'style.css').read_text()}</style><div id=view></div>")
+    made.evaluate(PAGE.replace("SCRIPT", json.dumps((HERE / "run_view.js").read_text())), run_view((), None))
+    yield made
+    made.close()
+    assert not errors
+
+
+def reading(page: Any) -> str:
+    shown = page.locator(".steer-frame:visible")
+    assert shown.count() == 1 and shown.get_attribute("data-label") == page.locator(".steer-reading").inner_text()
+    return str(page.locator(".steer-reading").inner_text())
+
+
+def lit(page: Any, kind: str) -> set[str]:
+    return set(page.eval_on_selector_all(f".{kind}.steer-lit", "all => all.map(each => each.dataset.key)"))
+
+
+@pytest.mark.browser
+def test_who_went_back_stays_there_and_others_follow_the_newest(page: Any, tmp_path: Path) -> None:
+    frames = three_readings()
+    for count in (1, 2):
+        page.evaluate("update", run_view(frames[:count], None))
+        assert reading(page) == f"step {4 * count - 3} of 20"
+    page.locator(".steer-scrubber").press("ArrowLeft")
+    page.locator("summary").click()
+    page.evaluate("update", run_view(frames, None))
+    assert reading(page) == "step 1 of 20" and page.locator(".steer-table").is_visible()
+    for _ in range(2):
+        page.get_by_label("Later reading").click()
+    assert reading(page) == "step 9 of 20"
+    page.evaluate("update", run_view(frames, made_of(tmp_path)))
+    assert reading(page) == "finished"
+    for _ in range(3):
+        page.get_by_label("Earlier reading").click()
+    assert reading(page) == "step 1 of 20"
+    page.evaluate("update", run_view(frames[1:], None))
+    assert reading(page) == "step 9 of 20", "a new run is followed again"
+
+
+@pytest.mark.browser
+def test_a_click_or_a_key_lights_a_lineage_and_takes_it_off(page: Any, tmp_path: Path) -> None:
+    page.evaluate("update", run_view(three_readings(), None))
+    page.locator('.steer-dot[data-key="2-0"]').click()
+    assert lit(page, "steer-dot") == lit(page, "steer-cell") == {"0-0", "1-1", "2-0"}
+    assert lit(page, "steer-link") == {"1-1", "2-0"}
+    page.evaluate("update", run_view(three_readings(), made_of(tmp_path)))
+    assert lit(page, "steer-link") == {"1-1", "2-0", "3-1"}, "still lit, and grown"
+    page.locator('.steer-dot[data-key="2-0"]').click()
+    assert not lit(page, "steer-dot") and not page.locator("[aria-pressed=true]").count()
+    page.locator('.steer-dot[data-key="0-1"]').focus()
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowUp")
+    for on, off in (("Enter", "Enter"), ("Space", "Escape")):
+        page.keyboard.press(on)
+        assert lit(page, "steer-dot") == {"0-0", "1-0"}
+        page.keyboard.press(off)
+        assert not lit(page, "steer-dot")
+    assert page.locator('.steer-dot[tabindex="0"]').count() == 1, "one stop of Tab"
+
+
+@pytest.mark.browser
+def test_a_phone_scrolls_nothing_sideways_but_the_tree(page: Any, tmp_path: Path) -> None:
+    page.evaluate("update", run_view(three_readings(), made_of(tmp_path)))
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    wide = "all => all.filter(each => each.scrollWidth > each.clientWidth + 1).map(each => each.className)"
+    assert page.eval_on_selector_all("#view div, #view figure", wide) == ["steer-scroll"] * 2, "and the table's box"
