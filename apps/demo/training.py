@@ -1,8 +1,10 @@
-"""What the Finetune tab starts: a training of an embedded model that says how far it is, can be stopped and gone on with."""
+"""What the Finetune tab starts: a training of an embedded model that says how far it is, stops and goes on."""
 
 import json
 import math
+import shutil
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from steer.apps.models import load_pipeline
 from steer.apps.named_errors import errors_named
 from steer.errors import InputError
 from steer.pipelines import FinetuneResult
+from steer.pipelines.choice_files import CHOICES, LOTS, SETTINGS
 from steer.pipelines.choices import settings_of
 from steer.pipelines.finetune_method import Record
 from steer.pipelines.finetune_run import INTERRUPTED
@@ -42,9 +45,9 @@ SCALE = {
 PAIRS = {"prompts_per_step": "8", "samples_per_prompt": "2"}  # of choices: as many images
 EVALUATIONS = 8  # of a run, beside the first
 MOST_UPDATES, MOST_RANK, LARGEST_SEED = 200, 64, 2**53
+OWN = "choices"  # folder of a run with a copy of those that it learns from
 PACKED = "finetuned"  # what the zip unpacks to, and what its files call the folder of the run
 KEPT, LESS = "a checkpoint is kept: Go on continues", "a LoRA of a lower rank needs less"
-FIELDS = {"--eval-rewards": "the held-out reward", "--reward": "the reward", "--choices": "the choices"}
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,6 @@ class Asked:
         if self.choices is None and self.held_out == self.reward:
             raise InputError("the held-out reward is the one that is trained on: choose another one to judge by")
 
-    def named(self) -> str:
-        """The method and what it learns from."""
-        return "D3PO on choices" if self.choices else f"{self.method.upper()} on {self.reward}"
-
 
 @dataclass(frozen=True)
 class Update:
@@ -104,25 +103,28 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The end, with weights in `final` of the folder; `archive`: these, the model card and the records as a zip."""
-
-    result: FinetuneResult
-    folder: Path
-    archive: Path
-
-
-@dataclass(frozen=True)
 class Weights:
     """Finetuned weights to steer with: `steer.apps.adapters.find_finetuned(str(folder))` reads them.
 
-    model  that they were trained from
-    label  what they are, for people
+    model            that they were trained from
+    label            what they are, for people
+    steps, guidance  that they were trained with: there they do most
     """
 
     model: str
     folder: Path
     label: str
+    steps: int
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The end; `archive`: the weights, the model card and the records as a zip."""
+
+    result: FinetuneResult
+    weights: Weights
+    archive: Path
 
 
 def configured(asked: Asked, folder: Path, studio: Studio) -> FinetuneConfig:
@@ -143,9 +145,39 @@ def configured(asked: Asked, folder: Path, studio: Studio) -> FinetuneConfig:
     if asked.choices is None:
         changes |= {"reward": asked.reward}
     else:
+        if not (asked.choices / CHOICES).exists():
+            raise InputError("nothing has been labelled yet: choose between some images in the Label tab first")
         drawn = {key: json.dumps(value) for key, value in settings_of(asked.choices).items()}
-        changes |= drawn | PAIRS | {"reward": "null", "prompts": "null", "choices": str(asked.choices)}
+        changes |= drawn | PAIRS | {"reward": "null", "prompts": "null", "choices": str(folder / OWN)}
     return read_config(CONFIGURATIONS[asked.method], changes)
+
+
+def training(asked: Asked, folder: Path, studio: Studio, resume: bool) -> Callable[[Ticket], None]:
+    """The work that is asked for, in a folder beside those of the visitor's other trainings. Raises InputError.
+
+    Only the latest one can be gone on with: the checkpoints of the others make room. Choices are learnt from as they
+    are when it begins, whatever is chosen meanwhile.
+    """
+    config = configured(asked, folder, studio)
+
+    def work(ticket: Ticket) -> None:
+        for other in folder.parent.glob("*/checkpoints"):
+            if other.parent != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        if asked.choices is not None and not resume:
+            _copy_choices(asked.choices, folder / OWN)
+        train(config, resume, ticket)
+
+    return work
+
+
+def _copy_choices(source: Path, to: Path) -> None:
+    """A folder of choices as it is now, while it may be written to."""
+    to.mkdir(parents=True, exist_ok=True)
+    for name in (CHOICES, LOTS, SETTINGS):  # before the files that they name, which are there by then
+        shutil.copyfile(source / name, to / name)
+    for name in ("images", "trajectories"):
+        shutil.copytree(source / name, to / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.new"))
 
 
 def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
@@ -183,16 +215,27 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
         )
     if result.stopped != INTERRUPTED:
         write_report(out, told, result)
-        ticket.say(Trained(result, out, write_zip(out)))
+        ticket.say(Trained(result, _weights(config, result), _write_zip(out)))
+
+
+def _weights(config: FinetuneConfig, result: FinetuneResult) -> Weights:
+    """Those of the end, in a folder that stays as it is when the training goes on."""
+    job, settings, out = config.job, config.settings, Path(config.job.output_dir)
+    folder = out / f"final-{result.weights_step}"
+    shutil.copytree(out / "final", folder, dirs_exist_ok=True)
+    source = f"on {job.reward}" if job.choices is None else "on choices"
+    label = f"{job.model}, {job.method.upper()} {source}, {result.weights_step} updates"
+    guidance = 1.0 if settings.guidance_scale is None else settings.guidance_scale
+    return Weights(job.model, folder, label, settings.num_inference_steps, guidance)
 
 
 def _told(config: FinetuneConfig) -> dict[str, Any]:
     """The configuration as the files of the run tell it: without places on the owner's disk."""
     told = config.plain() | {"output_dir": PACKED}
-    return told | ({} if config.job.choices is None else {"choices": "choices"})
+    return told | ({} if config.job.choices is None else {"choices": OWN})
 
 
-def write_zip(out: Path) -> Path:
+def _write_zip(out: Path) -> Path:
     """Writes finetuned.zip in the folder of a run: weights, model card with its pictures, configuration, records."""
     path = out / f"{PACKED}.zip"
     inside = [out / name for name in ("README.md", "config.yaml", *SERIES.values())]
@@ -202,21 +245,3 @@ def write_zip(out: Path) -> Path:
         for one in inside:
             file.write(one, f"{PACKED}/{one.relative_to(out)}")
     return path
-
-
-def records_of(out: Path) -> tuple[list[Record], list[Record]]:
-    """The records of updates and of evaluations in the folder of a run, as far as it is."""
-    paths = [out / name for name in SERIES.values()]
-    lines = [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in paths]
-    updates, evaluations = ([json.loads(line) for line in some] for some in lines)
-    return updates, evaluations
-
-
-def in_plain_words(error: InputError, *folders: Path) -> str:
-    """What a refusal says in the words of the page, without places on the owner's disk."""
-    text = str(error)
-    for folder in folders:
-        text = text.replace(f"{folder}/", "").replace(str(folder), "the folder")
-    for key, name in FIELDS.items():
-        text = text.replace(key, name)
-    return text
