@@ -12,7 +12,7 @@ from steer import __version__
 from steer.apps.demo_cli import demo
 from steer.apps.evaluate_cli import evaluate
 from steer.apps.finetune_cli import finetune
-from steer.apps.processes import speaks
+from steer.apps.processes import part, speaks
 from steer.apps.rewards_cli import rewards
 from steer.apps.sample_cli import SPEC, TIMEOUT, sample
 from steer.errors import InputError
@@ -62,6 +62,7 @@ def main() -> None:
     logging.getLogger("steer.pipelines").addHandler(logging.NullHandler())
     try:
         steer(standalone_mode=False)
+        part()
     except click.exceptions.Abort:
         if speaks():
             click.echo("steer: interrupted; what was finished is kept, the same command goes on", err=True)

@@ -14,8 +14,7 @@ from steer.apps.evaluation_contest import APART, Contest, Entrant, Together
 from steer.apps.evaluation_store import Json, Store, Stored
 from steer.apps.finetune_grids import thumbnail
 from steer.apps.methods import METHODS
-from steer.apps.named_errors import errors_named
-from steer.errors import InputError
+from steer.apps.named_errors import errors_named, named
 from steer.frames import over_frames
 from steer.pipelines import SteeringOutput
 from steer.pipelines.held_out import diversity
@@ -115,11 +114,9 @@ def judged(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
 @contextmanager
 def blamed(whose: str) -> Iterator[None]:
     """Whatever ends a contender says whose it is."""
-    with errors_named(whose, "finished prompts are kept", "a smaller --batch or fewer --particles need less"):
-        try:
-            yield
-        except InputError as error:
-            raise InputError(f"{whose}: {error}") from error
+    less = "a smaller --batch or fewer --particles need less"
+    with errors_named(whose, "finished prompts are kept", less), named(whose):
+        yield
 
 
 def missing(entrant: Entrant, stored: Stored, contest: Contest, batch: int) -> list[range]:

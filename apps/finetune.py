@@ -1,8 +1,7 @@
 """The job behind `steer finetune`: a configuration in, a folder of weights, records and pictures out."""
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from steer.apps.finetune_config import FinetuneConfig
 from steer.apps.models import check_device, load_pipeline
-from steer.apps.named_errors import errors_named
+from steer.apps.named_errors import errors_named, named
 from steer.apps.processes import processes, speaks
 from steer.apps.prompts import find_prompts
 from steer.apps.specs import reward_here
@@ -99,17 +98,17 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
 def gather(config: FinetuneConfig, resume: bool) -> Material:
     """Looks at all that can be wrong without a model, the cheapest first, and loads prompts and rewards."""
     job, source = config.job, config.source
-    out, named = Path(job.output_dir), f"{source.key('output_dir')} {job.output_dir}"
-    _check_run(out, named, resume)
+    out, whose = Path(job.output_dir), f"{source.key('output_dir')} {job.output_dir}"
+    _check_run(out, whose, resume)
     _check_trackers(config)
     prompts, eval_prompts = _prompts(config)
     if job.choices is not None:
-        with _named(source.key("choices")):
+        with named(source.key("choices")):
             check_choices(Path(job.choices))
     check_device(job.device)
-    with _named(source.key("reward")):
+    with named(source.key("reward")):
         reward = None if job.reward is None else reward_here(job.reward)
-    with _named(source.key("eval_rewards")):
+    with named(source.key("eval_rewards")):
         material = Material(prompts, eval_prompts, reward, [reward_here(spec) for spec in job.eval_rewards])
         names = [one.name for one in material.judges]
         if twice := {name for name in names if names.count(name) > 1}:
@@ -120,7 +119,7 @@ def gather(config: FinetuneConfig, resume: bool) -> Material:
     except InputError as error:
         raise source.blame(error) from error
     if speaks():
-        _check_writable(out, named)
+        _check_writable(out, whose)
     return material
 
 
@@ -134,24 +133,15 @@ def _check_call(config: FinetuneConfig, pipe: Any) -> None:
         )
 
 
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Errors inside begin with a key."""
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{key}: {error}") from error
-
-
 def _prompts(config: FinetuneConfig) -> tuple[list[str], list[str]]:
     """Prompts to learn from and held-out ones. Those that are both are told, not refused: seen ones count too."""
     job, source = config.job, config.source
     prompts, held_out = [], []
     if job.prompts is not None:
-        with _named(source.key("prompts")):
+        with named(source.key("prompts")):
             prompts = find_prompts(job.prompts, job.prompt_column)
     if job.eval_prompts is not None:
-        with _named(source.key("eval_prompts")):
+        with named(source.key("eval_prompts")):
             held_out = find_prompts(job.eval_prompts, job.eval_prompt_column)
         count = min(job.eval_prompts_count or len(held_out), len(held_out))
         held_out = [held_out[place * len(held_out) // count] for place in range(count)]
@@ -170,7 +160,7 @@ def _check_trackers(config: FinetuneConfig) -> None:
     from accelerate.utils import LoggerType
 
     known, here = ({one.value for one in some} - {"all"} for some in (LoggerType, get_available_trackers()))
-    with _named(config.source.key("log_with")):
+    with named(config.source.key("log_with")):
         for name in config.settings.log_with:
             choose("tracker", name, dict.fromkeys(known))
             if name not in here:

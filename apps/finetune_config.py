@@ -86,10 +86,7 @@ def read_config(name: str, changes: Mapping[str, str] | None = None) -> Finetune
         raise InputError(f"{source.key('method')}: {error}") from error
     schema = schema_of(given)
     told = _changed(told, changes, schema) | {"method": given}
-    if told.get("choices") is not None and source.changed >= {"choices"} and not source.changed & {"prompts"}:
-        told["prompts"] = None  # choices that are asked for take the place of the file's prompts, and say how to sample
-        told |= {key: value for key, value in _as_drawn(told, source).items() if key not in source.changed}
-    found = _validated(schema, _as_drawn(told, source) | told, source)
+    found = _validated(schema, _as_drawn(told, source), source)
     parts = {cls: {one.name: found[one.name] for one in fields(cls)} for cls in (FinetuneJob, FinetuneSettings)}
     try:
         job, settings = FinetuneJob(**parts[FinetuneJob]), FinetuneSettings(**parts[FinetuneSettings])
@@ -145,13 +142,20 @@ def _changed(told: dict[str, Any], changes: Mapping[str, str], schema: type[Base
 
 
 def _as_drawn(told: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """What human choices were drawn with, where there are any: it stands for what nobody says otherwise."""
+    """The keys with what human choices were drawn with, where there are any: it stands for what nobody says otherwise.
+
+    Choices of the command line take the place of a file's prompts, and of what it says of sampling.
+    """
+    said = {key.partition(".")[0] for key in source.changed}
+    asked = "choices" in said and told.get("choices") is not None
+    told = {key: value for key, value in told.items() if not asked or key != "prompts" or key in said}
     if not isinstance(folder := told.get("choices"), str) or told.get("prompts") is not None:
-        return {}
+        return told
     try:
-        return settings_of(folder)
+        drawn = settings_of(folder)
     except InputError as error:
         raise InputError(f"{source.key('choices')}: {error}") from error
+    return drawn | {key: value for key, value in told.items() if not asked or key in said or key not in drawn}
 
 
 def _value(key: str, word: str, schema: type[BaseModel]) -> Any:

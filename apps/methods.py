@@ -105,7 +105,7 @@ class Job:
     """One prompt to steer. A method that goes on from iteration to iteration keeps `state_file`, and tells each one.
 
     on_step        told every solver step by the other methods; what it raises ends the run
-    preview_steps  where best-of-n and base, which need none, look at x̂0 for it
+    preview_steps  where best-of-n and base, which need none, look at x̂0 for it; None: where fk does
     """
 
     pipe: Any
@@ -115,7 +115,7 @@ class Job:
     state_file: Path
     on_iteration: Callable[[Iteration], None] | None = None
     on_step: Callable[[StepReport], None] | None = None
-    preview_steps: tuple[int, ...] = ()
+    preview_steps: tuple[int, ...] | None = ()
 
     @property
     def call(self) -> dict[str, Any]:

@@ -9,6 +9,15 @@ from steer.errors import InputError
 
 
 @contextmanager
+def named(what: str) -> Iterator[None]:
+    """An InputError inside begins with what it is about."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{what}: {error}") from error
+
+
+@contextmanager
 def errors_named(named: str, kept: str, less: str) -> Iterator[None]:
     """What diffusers refuses, the disk or the memory end as an InputError that begins with `named`.
 

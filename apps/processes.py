@@ -9,6 +9,7 @@ here.wait()                  # then here.is_main merges
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from steer.errors import InputError
+from steer.team import ending_together
 
 Value = TypeVar("Value")
 # Where launchers say how many processes they started, as accelerate reads it.
@@ -37,6 +39,16 @@ def processes(cpu: bool = True) -> "Processes":
     # Without cpu=True accelerate would take each of several processes on a machine without a GPU for the only one.
     state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=LONGEST)
     return Processes(state.process_index, state.num_processes, state.local_process_index)
+
+
+def part() -> None:
+    """Ends what the processes of a run have between them, once they have done all. Imports nothing.
+
+    PyTorch may abort a process that exits without.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def speaks() -> bool:
@@ -106,10 +118,9 @@ class Processes:
     @contextmanager
     def _ending_together(self) -> Iterator[None]:
         try:
-            yield
-        except RuntimeError as error:  # the connection to another one is gone
+            with ending_together("; what was finished is kept, the same command goes on"):
+                yield
+        except InputError as error:
             if not self.is_main:
                 raise SystemExit(2) from error
-            raise InputError(
-                "another process of this run ended before its time; what was finished is kept, the same command goes on"
-            ) from error
+            raise

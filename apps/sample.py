@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from steer.apps.animation import Frames
+from steer.apps.finished import base_of, written
 from steer.apps.methods import METHODS, Job, SampleSettings
 from steer.apps.models import load_pipeline
 from steer.apps.named_errors import errors_named
 from steer.apps.pictures import draw_ancestry, draw_grid
-from steer.apps.png_metadata import recipe_of, write_png
 from steer.apps.processes import Processes, processes
 from steer.apps.progress import draw_progress
 from steer.apps.sample_record import Entry, Record, Report, open_record
@@ -131,11 +131,8 @@ def _sampled(job: Job, folder: Path, animation: bool) -> Entry:
     if animation:
         frames.write(entry, output.images[0], folder / "progress.gif")
         entry["animation"] = f"{folder.name}/progress.gif"
-    if settings.compare and settings.method != "base":
-        # The batch that best-of-n sorted is the base batch itself.
-        base = output.in_slot_order() if settings.method == "best-of-n" else METHODS["base"].run(job)
-        images = _write_images(base, job, folder, base=True)
-        entry["base"] = {"images": images, "rewards": base.rewards[0].tolist()}
+    if (base := base_of(job, output)) is not None:
+        entry["base"] = {"images": _write_images(base, job, folder, base=True), "rewards": base.rewards[0].tolist()}
     return entry
 
 
@@ -173,11 +170,8 @@ def _clean(folder: Path) -> None:
 
 def _write_images(output: SteeringOutput, job: Job, folder: Path, base: bool = False) -> list[str]:
     """Saves images in order, each with its recipe; their names from the output folder on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    names = [f"{'base-' if base else ''}{number:02d}.png" for number in range(len(output.images))]
-    for rank, (name, image) in enumerate(zip(names, output.images, strict=True)):
-        write_png(image, folder / name, recipe_of(job, output, rank, base))
-    return [f"{folder.name}/{name}" for name in names]
+    pictures = written(job, output, folder, "base-" if base else "", base)
+    return [f"{folder.name}/{picture.path.name}" for picture in pictures]
 
 
 def _slug(prompt: str) -> str:

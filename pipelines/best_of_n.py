@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from steer.pipelines.fk_run import StepReport
+from steer.pipelines.fk_run import Run, StepReport
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
 from steer.pipelines.population import Population, check_output_type
-from steer.pipelines.selection import Selection, SelectionRun
+from steer.pipelines.selection import Selection
 
 
 class BestOfNPipeline(SteeringMethod):
@@ -18,7 +18,7 @@ class BestOfNPipeline(SteeringMethod):
         prompt: str | Sequence[str] | None = None,
         *,
         num_particles: int = 4,
-        preview_steps: Iterable[int] = (),
+        preview_steps: Iterable[int] | None = (),
         eta: float | None = None,
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
@@ -29,7 +29,7 @@ class BestOfNPipeline(SteeringMethod):
         """Arguments, errors and output as in `FKSteeringPipeline`; N is `num_particles`, and all weights are equal.
 
         preview_steps  solver steps, from 0, at which x̂0 is decoded and scored for `on_step` and `out.history`; the
-                       images stay what they are without
+                       images stay what they are without. None: where `FKSteeringPipeline` reads by default
         """
         check_output_type(output_type)
         call, kernel_eta = route_eta(self.pipe, call, eta)
@@ -40,7 +40,10 @@ class BestOfNPipeline(SteeringMethod):
         return population.output(images, rewards, parts, run.particles, run.history, output_type)
 
 
-class Watched(SelectionRun):
+class Watched(Run):
     """A run in which all particles stay."""
 
     steps_asked = "preview_steps"
+
+    def _needs_steps(self) -> bool:
+        return False

@@ -217,14 +217,13 @@ class FinetuneRun:
 
     @contextmanager
     def _tracked(self) -> Iterator[None]:
-        if not self.settings.log_with:
-            yield
-            return
-        self.accelerator.init_trackers("steer")
+        if self.settings.log_with:
+            self.accelerator.init_trackers("steer")
         try:
             yield
         finally:
-            self.accelerator.end_training()
+            for tracker in self.accelerator.trackers:  # end_training would part the processes as well
+                tracker.finish()
 
     def _finished(self) -> FinetuneResult:
         state, weights, of = self.state, None, None

@@ -9,8 +9,10 @@ from accelerate.utils import gather_object
 
 from steer.errors import InputError
 from steer.pipelines.finetune_settings import FinetuneSettings
+from steer.team import ending_together
 
 Item = TypeVar("Item")
+GOES_ON = ", see what it said; --resume goes on from a checkpoint"
 
 
 class AcceleratedTeam:
@@ -29,7 +31,7 @@ class AcceleratedTeam:
         """The items of all processes, in their order."""
         if self.count == 1:
             return list(items)
-        with ending_together():
+        with ending_together(GOES_ON):
             return gather_object(list(items))
 
     def any(self, asked: bool) -> bool:
@@ -38,7 +40,7 @@ class AcceleratedTeam:
 
     def wait(self) -> None:
         """Returns when all have come here."""
-        with ending_together():
+        with ending_together(GOES_ON):
             self._accelerator.wait_for_everyone()
 
     def check(self, settings: FinetuneSettings) -> None:
@@ -65,14 +67,3 @@ def main_first(cpu: bool) -> Iterator[None]:
     """
     with PartialState(cpu=cpu).main_process_first():
         yield
-
-
-@contextmanager
-def ending_together() -> Iterator[None]:
-    """Where another process has ended before its time, whoever waits for it ends with an InputError."""
-    try:
-        yield
-    except RuntimeError as error:  # the connection to it is gone
-        raise InputError(
-            "another process of this run ended before its time, see what it said; --resume goes on from a checkpoint"
-        ) from error

@@ -1,7 +1,10 @@
 """Several processes that train one model, each with a share of the samples."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol, TypeVar
+
+from steer.errors import InputError
 
 Item = TypeVar("Item")
 
@@ -32,3 +35,12 @@ ALONE = Alone()
 def total(team: Team, values: Sequence[float]) -> list[float]:
     """Of each value its sum over all processes, the same to the last bit in all of them."""
     return [sum(column) for column in zip(*team.gather([tuple(values)]), strict=True)]
+
+
+@contextmanager
+def ending_together(goes_on: str) -> Iterator[None]:
+    """Where another process has ended before its time, who waits for it ends with an InputError; `goes_on` says how."""
+    try:
+        yield
+    except RuntimeError as error:  # the connection to it is gone
+        raise InputError(f"another process of this run ended before its time{goes_on}") from error

@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType
 from conftest import PIPELINES
 from finetune_runs import METHODS, PROMPTS, settings_of, train
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
 from steer.guards import chi_square, kl
@@ -81,9 +81,10 @@ def gradients(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    """Runs of four updates, one of them in two parts that meet amid a round."""
+    """Runs of four updates, one of them in two parts that meet amid a round; the end of a tracker parts nobody."""
     for method in ("prdp", "ddpo"):
-        train(method, fresh(), folder / f"{method}-straight", settings_of(method, max_steps=4))
+        tracked = settings_of(method, max_steps=4, log_with=("tensorboard",))
+        train(method, fresh(), folder / f"{method}-straight", tracked)
         train(method, fresh(), folder / f"{method}-parted", settings_of(method, max_steps=3))
         train(method, fresh(), folder / f"{method}-parted", settings_of(method, max_steps=4))
 
@@ -149,3 +150,4 @@ if __name__ == "__main__":
     doing = {f.__name__: f for f in (first, gradients, resumed, interrupted, dies, divided)}
     for what in sys.argv[2:]:
         doing[what](Path(sys.argv[1]))
+    distributed.destroy_process_group()  # PyTorch may abort a process that exits without

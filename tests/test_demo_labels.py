@@ -27,7 +27,7 @@ from PIL import Image
 from steer.apps.demo import label_tab as label_tab_module
 from steer.apps.demo.label_agreement import agreement, cohen, fleiss
 from steer.apps.demo.label_folder import command_of, label_folder, write_zip
-from steer.apps.demo.label_tab import LabelTab, label_tab, prompts_of
+from steer.apps.demo.label_tab import LabelTab, prompts_of
 from steer.apps.demo.label_view import empty_view, lot_view
 from steer.apps.demo.labelling import Drawing, Labelling
 from steer.apps.demo.labels import LabelBook, Progress, Wish
@@ -441,7 +441,7 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
     result = D3POPipeline(pipe).train_on_choices(book.path, tmp_path / "run", settings)
     assert result.step == 2 and [record["pairs"] for record in result.records] == [2, 2]
     owners = Studio(models=("scenes",), labels=book.path)
-    words = shlex.split(command_of(owners, book.call))
+    words = shlex.split(command_of(owners))
     assert words[:3] == ["steer", "finetune", "d3po-scenes"]
     config = read_config(words[2], keys_of(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
     assert gather(config, False).prompts == [] or config.job.choices == str(book.path)
@@ -563,11 +563,11 @@ def test_choices_without_a_folder_are_offered_as_a_zip(tab: LabelTab) -> None:
 def test_the_tab_has_no_public_endpoint_and_no_download_of_an_owners_folder(tmp_path: Path) -> None:
     studio = Studio(models=("scenes",), labels=tmp_path / "it's mine")
     with gr.Blocks() as app:
-        label_tab(studio)
+        LabelTab(studio)
     assert {fn.api_visibility for fn in app.fns.values()} == {"private"}
     config = json.dumps(app.get_config_file(), default=str)
     assert "Make a zip" not in config and "it&#x27;s mine" in config
-    assert shlex.split(command_of(studio, {}))[4] == str(tmp_path / "it's mine")
+    assert shlex.split(command_of(studio))[4] == str(tmp_path / "it's mine")
     assert not (tmp_path / "it's mine").exists(), "nothing is made before there is something in it"
     studio.close()
 

@@ -25,7 +25,8 @@ from steer.apps.demo.ancestry import lineages, ways_back
 from steer.apps.demo.charts import Axis, Series, line_chart, short, table
 from steer.apps.demo.run_view import NOTHING, run_view
 from steer.apps.demo.steer_fields import settings_of
-from steer.apps.demo.steering import Frame, Made, Picture
+from steer.apps.demo.steering import Frame, Made
+from steer.apps.finished import Picture
 from steer.apps.png_metadata import Recipe
 from steer.pipelines.output import Cost
 

@@ -6,9 +6,8 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.steer_fields import METHODS, MOST, prompts_of, settings_of
-from steer.apps.demo.steering import Made, steer_all
+from steer.apps.demo.steering import Made, steering
 from steer.apps.demo.studio import Studio
-from steer.apps.demo.worker import Ticket
 from steer.errors import InputError
 
 
@@ -75,15 +74,10 @@ class PublicApi:
 
 def _made(studio: Studio, prompt: str, asked: dict[str, Any], request: gr.Request) -> Made:
     """One prompt, from its turn in the queue to its end."""
-    prompts, settings, reward = prompts_of(prompt), settings_of(asked), studio.reward(asked["reward"])
+    prompts, settings = prompts_of(prompt), settings_of(asked)
     if len(prompts) > 1:
         raise InputError(f"{len(prompts)} prompts: one a call")
-    folder = studio.folder(request) / "steer"
-
-    def work(ticket: Ticket) -> None:
-        with studio.model(settings.model) as pipe:
-            steer_all(pipe, reward, prompts, settings, folder, ticket)
-
+    work = steering(studio, prompts, settings, studio.folder(request) / "steer")
     made = [event for event in studio.begin(request, work).events() if isinstance(event, Made)]
     if not made:
         raise InputError("stopped before there was an image")

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.api import PublicApi
-from steer.apps.demo.label_tab import label_tab
+from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.steer_tab import SteerTab
 from steer.apps.demo.studio import Studio
 from steer.errors import InputError
@@ -27,7 +27,7 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tab("Steer", id="steer"):
             SteerTab(studio)
         with gr.Tab("Label", id="label"):
-            label_tab(studio)
+            LabelTab(studio)
         PublicApi(studio)
         app.unload(studio.forget)
     app.queue(max_size=MOST_QUEUED, default_concurrency_limit=8)

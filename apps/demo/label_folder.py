@@ -2,12 +2,9 @@
 
 import shlex
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from steer.apps.demo.studio import Studio
-from steer.apps.scenes.synthetic_choices import CALL
 from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines.choice_files import CHOICES, LOTS, SETTINGS
@@ -32,17 +29,12 @@ def place_told(studio: Studio) -> str:
     )
 
 
-def command_of(studio: Studio, call: Mapping[str, Any]) -> str:
-    """A line for a shell that finetunes the model from the choices; of a zip, beside the unpacked folder.
-
-    call  what the pipeline is called with for every lot
-    """
+def command_of(studio: Studio) -> str:
+    """A line for a shell that finetunes the model from the choices; of a zip, beside the unpacked folder."""
     model, folder = studio.models[0], ZIPPED if studio.labels is None else str(studio.labels)
-    words = ["steer", "finetune", CONFIG, "--choices", folder, "--prompts", "null", "--samples-per-prompt", "2"]
+    words = ["steer", "finetune", CONFIG, "--choices", folder]
     if model != CONFIGURED:
         words += ["--model", model]
-    if call != CALL:
-        words += [word for name, value in call.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     if model not in MODELS:  # what judges scenes is blind to other images
         words += ["--reward", "null", "--eval-prompts", "null", "--eval-rewards", "[]"]
     return shlex.join(words)

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from html import escape
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 from gradio.context import Context
@@ -13,12 +12,10 @@ from gradio.context import Context
 from steer.apps.demo.label_agreement import NOBODY, agreement
 from steer.apps.demo.label_folder import ZIPPED, command_of, label_folder, place_told, write_zip
 from steer.apps.demo.label_view import empty_view, lot_view
-from steer.apps.demo.labelling import Drawing, Labelling
+from steer.apps.demo.labelling import Labelling
 from steer.apps.demo.labels import IMAGES, LONGEST_NAME, LabelBook, Progress, Wish
-from steer.apps.demo.steer_tab import line
-from steer.apps.demo.steering import Loading
+from steer.apps.demo.page import PRIVATE, Change, line
 from steer.apps.demo.studio import Studio
-from steer.apps.demo.worker import Waiting
 from steer.apps.prompts import find_prompts
 from steer.apps.scenes.synthetic_choices import CALL
 from steer.assets import MODELS
@@ -26,21 +23,17 @@ from steer.errors import InputError
 from steer.pipelines.choice_files import Lot, inside
 
 HERE = Path(__file__).parent
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 OTHER_CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # of models that are not embedded, as in d3po-sdxl
 PROMPTS = "scenes-training"
 MOST_PROMPTS, MOST_CHARACTERS = 200, 500
 COMING, STOPPED = "The next images are on their way.", "Stopped. All that you chose is saved."
-Change = dict[Any, Any]
-
-
-def label_tab(studio: Studio) -> None:
-    """Adds the tab's components; to be called inside the app's Blocks. Raises InputError for a broken folder."""
-    LabelTab(studio)
 
 
 class LabelTab:
-    """Its components and what they do. Images are of the first of the studio's models, for all annotators."""
+    """Its components and what they do. Images are of the first of the studio's models, for all annotators.
+
+    To be made inside the app's Blocks. Raises InputError for a broken folder of labels.
+    """
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.model = studio, studio.models[0]
@@ -79,8 +72,14 @@ class LabelTab:
     def _place(self) -> None:
         with gr.Accordion("Where the choices are", open=False):
             gr.HTML(f'<p class="steer-note">{escape(place_told(self.studio))}</p>', elem_id="label-place")
-            command = command_of(self.studio, self.book.call)
-            gr.Code(command, label="Learn from them", language=None, lines=1, interactive=False, wrap_lines=True)
+            gr.Code(
+                command_of(self.studio),
+                label="Learn from them",
+                language=None,
+                lines=1,
+                interactive=False,
+                wrap_lines=True,
+            )
             if self.studio.labels is None:
                 self.zip = gr.Button("Make a zip of all choices", elem_id="label-zip")
                 self.file = gr.File(label="Choices", interactive=False, visible=False, elem_id="label-file")
@@ -130,7 +129,7 @@ class LabelTab:
             for event in labelling.advance():
                 if labelling.ended:
                     return
-                yield self._now(labelling, line(f"{said} {about(event)}".strip()))
+                yield self._now(labelling, line(f"{said} {event}".strip()))
         except InputError as error:
             status, empty = line(f"{said} {error}".strip(), "alert"), "Press Start to try again."
         if not labelling.ended:
@@ -202,20 +201,6 @@ def prompts_of(text: str, model: str) -> tuple[str, ...]:
     if len(prompts) > MOST_PROMPTS or max(map(len, prompts)) > MOST_CHARACTERS:
         raise InputError(f"prompts: at most {MOST_PROMPTS} of them, each of at most {MOST_CHARACTERS} characters")
     return prompts
-
-
-def about(event: Any) -> str:
-    """What is happening."""
-    match event:
-        case Waiting(0):
-            return "Starting …"
-        case Waiting(before):
-            return f"Waiting: {before} {'run comes' if before == 1 else 'runs come'} first."
-        case Loading(model):
-            return f"Loading {model} …"
-        case Drawing(images):
-            return f"Drawing {images} images …"
-    raise TypeError(f"no event of a drawing: {event!r}")
 
 
 def told(done: Progress) -> str:

@@ -23,6 +23,9 @@ class Drawing:
 
     images: int
 
+    def __str__(self) -> str:
+        return f"Drawing {self.images} images …"
+
 
 class Labelling:
     """What an annotator is shown and answers; threads may use it at once.

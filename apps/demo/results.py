@@ -9,7 +9,8 @@ import gradio as gr
 from steer.apps.demo.charts import table
 from steer.apps.demo.recipes import as_command, as_python
 from steer.apps.demo.seen import Finished
-from steer.apps.demo.steering import Made, Picture
+from steer.apps.demo.steering import Made
+from steer.apps.finished import Picture
 from steer.pipelines.output import Cost
 
 
@@ -69,7 +70,7 @@ def rewards_table(made: Made) -> str:
 
     def row(name: str, picture: Picture) -> list[object]:
         scores = (picture.recipe.reward, *(picture.recipe.parts[part] for part in parts))
-        return [name, *(f"{score:.3g}" for score in scores)]
+        return [name, *scores]
 
     rows = [row("best" if rank == 0 else f"{rank + 1}.", picture) for rank, picture in enumerate(made.images)]
     rows += [row(f"base {slot + 1}", picture) for slot, picture in enumerate(made.base)]

@@ -4,15 +4,13 @@ All readings are in the HTML; run_view.js shows one of them, and lights the line
 """
 
 import zlib
-from base64 import b64encode
 from collections.abc import Sequence
-from io import BytesIO
 
 from PIL import Image
 
 from steer.apps.demo.ancestry import Column, Lineages, ancestry, ways_back
 from steer.apps.demo.charts import Series, line_chart, short, table
-from steer.apps.demo.steering import Frame, Made
+from steer.apps.demo.steering import Frame, Made, data_uri
 
 NOTHING = "The particles appear here while they are being steered."
 CROWDS = ((1, " steer-single"), (4, " steer-few"), (8, " steer-some"))  # up to so many images
@@ -56,13 +54,7 @@ def _smaller(image: Image.Image, size: int) -> Image.Image:
 
 
 def _icons(column: Column) -> list[str]:
-    return [_uri(_smaller(image, SMALL)) for image in column.frame.images] if column.ended else []
-
-
-def _uri(image: Image.Image) -> str:
-    file = BytesIO()
-    image.convert("RGB").save(file, "JPEG", quality=88, subsampling=0)
-    return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
+    return [data_uri(_smaller(image, SMALL)) for image in column.frame.images] if column.ended else []
 
 
 def _mark(first: Frame) -> str:
@@ -106,7 +98,7 @@ def _cell(column: Column, number: int, slot: int) -> str:
     best = several and reward == max(column.known, default=None)
     return (
         f'<figure class="steer-cell{" steer-best" if best else ""}" data-key="{number}-{slot}">'
-        f'<img src="{_uri(column.frame.images[slot])}" alt="{column.told(slot)}{", the highest" if best else ""}"/>'
+        f'<img src="{column.frame.sources[slot]}" alt="{column.told(slot)}{", the highest" if best else ""}"/>'
         f"<figcaption><span>{slot + 1 if several else ''}</span> <b>{short(reward)}</b></figcaption></figure>"
     )
 

@@ -43,12 +43,8 @@ class Seen:
                 self.frames = (*self.frames, event)
             case Made():
                 self.finished = (*self.finished, Finished(event, self.frames))
-            case Loading(model):
-                self.line = f"Loading {model} …"
-            case Waiting(0):
-                self.line = "Starting …"
-            case Waiting(before):
-                self.line = f"Waiting: {before} {'run comes' if before == 1 else 'runs come'} first."
+            case Waiting() | Loading():
+                self.line = str(event)
             case _:
                 raise TypeError(f"no event of a run: {event!r}")
         return True

@@ -1,25 +1,22 @@
 """The Steer tab: a prompt, the particles while they are steered, and what came out."""
 
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from steer.apps.demo.page import PRIVATE, Change, line
 from steer.apps.demo.results import Results
 from steer.apps.demo.run_view import run_view
 from steer.apps.demo.seen import Finished, Seen
 from steer.apps.demo.steer_fields import fitting, prompts_of, restored, settings_of, steer_fields
-from steer.apps.demo.steering import Frame, Loading, Made, steer_all
+from steer.apps.demo.steering import Frame, Made, steering
 from steer.apps.demo.studio import Studio
-from steer.apps.demo.worker import Ticket
 from steer.apps.png_metadata import read_metadata
 from steer.errors import InputError
 
 HERE = Path(__file__).parent
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-Change = dict[Any, Any]
 
 
 class SteerTab:
@@ -68,13 +65,7 @@ class SteerTab:
 
     def _run(self, asked: dict[str, Any], request: gr.Request) -> Iterator[Change]:
         prompts, settings = prompts_of(asked["prompts"]), settings_of(asked)
-        reward, folder = self.studio.reward(asked["reward"]), self.studio.folder(request) / "steer"
-
-        def work(ticket: Ticket) -> None:
-            ticket.say(Loading(settings.model))
-            with self.studio.model(settings.model) as pipe:
-                steer_all(pipe, reward, prompts, settings, folder, ticket)
-
+        work = steering(self.studio, prompts, settings, self.studio.folder(request) / "steer")
         ticket, seen = self.studio.begin(request, work), Seen()
         yield {self.fields["seed"]: settings.seed, self.results.box: gr.update(visible=False)}
         for event in ticket.events():
@@ -108,8 +99,3 @@ class SteerTab:
         return change | {
             self.status: line(f"The settings of {Path(path).name} are back: press Steer for the same image.")
         }
-
-
-def line(text: str, role: str = "status") -> str:
-    """One line about how it stands, which screen readers say too."""
-    return f'<p class="steer-line" role="{role}">{escape(text)}</p>'

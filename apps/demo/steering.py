@@ -1,25 +1,35 @@
 """What the Steer tab runs: one prompt after another, told step by step."""
 
-from collections.abc import Callable, Iterator, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from steer.apps.demo.studio import Studio
 from steer.apps.demo.worker import Ticket
+from steer.apps.finished import Picture, base_of, written
 from steer.apps.methods import METHODS, Job, SampleSettings
-from steer.apps.png_metadata import Recipe, recipe_of, write_png
-from steer.pipelines import Iteration, SteeringOutput, StepReport
+from steer.pipelines import Iteration, StepReport
 from steer.pipelines.choice_reading import pixels_of
-from steer.pipelines.fk_run import DEFAULT_STEPS
 from steer.pipelines.output import Cost
 from steer.reward import Reward
 from steer.staged import make_folder
 
 THUMBNAIL = 160  # pixels of a preview's longer side
 MOST_FRAMES = 12  # of a noise optimisation, which has many more iterations than anybody looks at
+
+
+def data_uri(image: Image.Image) -> str:
+    """An image as a page takes it, with no file to be served."""
+    file = BytesIO()
+    image.convert("RGB").save(file, "JPEG", quality=88, subsampling=0)
+    return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
 
 
 @dataclass(frozen=True)
@@ -37,12 +47,20 @@ class Frame:
     ess: float | None = None
     ancestors: tuple[int, ...] | None = None
 
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """The images as data: URIs, made once: a view is drawn anew at every reading, with all that came before."""
+        return tuple(map(data_uri, self.images))
+
 
 @dataclass(frozen=True)
 class Loading:
     """The model is being loaded."""
 
     model: str
+
+    def __str__(self) -> str:
+        return f"Loading {self.model} …"
 
 
 @dataclass(frozen=True)
@@ -54,14 +72,6 @@ class Step:
     phase: str
     step: int
     total: int
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A finished image: a PNG that holds its recipe."""
-
-    path: Path
-    recipe: Recipe
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,20 @@ class Made:
     base_cost: Cost | None
 
 
+def steering(
+    studio: Studio, prompts: Sequence[str], settings: SampleSettings, folder: Path
+) -> Callable[[Ticket], None]:
+    """A job for the worker that steers every prompt. Raises InputError for a reward that visitors may not use."""
+    reward = studio.reward(settings.reward)
+
+    def work(ticket: Ticket) -> None:
+        ticket.say(Loading(settings.model))
+        with studio.model(settings.model) as pipe:
+            steer_all(pipe, reward, prompts, settings, folder, ticket)
+
+    return work
+
+
 def steer_all(
     pipe: Any, reward: Reward, prompts: Sequence[str], settings: SampleSettings, folder: Path, ticket: Ticket
 ) -> None:
@@ -92,11 +116,11 @@ def steer_all(
             ticket.say(Step(number, len(prompts), phase, step, total))
 
         job = Job(pipe, reward, prompt, settings, folder / f"{number}-search.safetensors")
-        ticket.say(_steered(job, folder / f"prompt-{number + 1}", ticket, step))
+        ticket.say(_steered(job, f"prompt-{number + 1}-", ticket, step))
 
 
-def _steered(job: Job, stem: Path, ticket: Ticket, step: Callable[[str, int, int], None]) -> Made:
-    settings = job.settings
+def _steered(job: Job, prefix: str, ticket: Ticket, step: Callable[[str, int, int], None]) -> Made:
+    settings, folder = job.settings, job.state_file.parent
 
     def on_step(report: StepReport) -> None:
         step(settings.method, report.step + 1, report.total)
@@ -109,33 +133,18 @@ def _steered(job: Job, stem: Path, ticket: Ticket, step: Callable[[str, int, int
             images = tuple(_thumbnail(image) for image in one.images)
             ticket.say(Frame(one.number + 1, one.total, images, _row(one.rewards)))
 
-    watched = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=_preview_steps(settings))
+    watched = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None)
     output = METHODS[settings.method].run(watched)
-    base = _base(job, output, step)
+    base = base_of(replace(job, on_step=lambda report: step("base", report.step + 1, report.total)), output)
     return Made(
         prompt=job.prompt,
         settings=settings,
-        images=tuple(_kept(job, output, stem)),
+        images=tuple(written(job, output, folder, prefix)),
         order=tuple(output.order[0].tolist()),
-        base=() if base is None else tuple(_kept(job, base, stem.with_name(f"{stem.name}-base"), base=True)),
+        base=() if base is None else tuple(written(job, base, folder, f"{prefix}base-", base=True)),
         cost=output.cost,
         base_cost=None if base is None or settings.method == "best-of-n" else base.cost,
     )
-
-
-def _base(job: Job, output: SteeringOutput, step: Callable[[str, int, int], None]) -> SteeringOutput | None:
-    """The base images of the same seed, where they were asked for: what best-of-n sorted is that batch itself."""
-    if not job.settings.compare or job.settings.method == "base":
-        return None
-    if job.settings.method == "best-of-n":
-        return output.in_slot_order()
-    return METHODS["base"].run(replace(job, on_step=lambda report: step("base", report.step + 1, report.total)))
-
-
-def _preview_steps(settings: SampleSettings) -> tuple[int, ...]:
-    """Where methods that need no previews show some: where steering would look."""
-    steps = settings.steps or 0
-    return tuple(sorted({min(round(share * steps), steps - 3) for share in DEFAULT_STEPS})) if steps > 2 else ()
 
 
 def _frame(report: StepReport) -> Frame:
@@ -159,11 +168,3 @@ def _thumbnail(image: Tensor) -> Image.Image:
     picture = Image.fromarray(pixels_of(image.detach().clamp(0, 1)))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return picture
-
-
-def _kept(job: Job, output: SteeringOutput, stem: Path, base: bool = False) -> Iterator[Picture]:
-    """Writes the images of an output."""
-    for rank, image in enumerate(output.images):
-        picture = Picture(stem.with_name(f"{stem.name}-{rank:02d}.png"), recipe_of(job, output, rank, base))
-        write_png(image, picture.path, picture.recipe)
-        yield picture

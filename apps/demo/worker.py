@@ -32,6 +32,10 @@ class Waiting:
 
     before: int
 
+    def __str__(self) -> str:
+        first = "1 run comes" if self.before == 1 else f"{self.before} runs come"
+        return f"Waiting: {first} first." if self.before else "Starting …"
+
 
 class Ticket:
     """A job of one visitor: what it says, and the wish to stop it."""
@@ -53,8 +57,8 @@ class Ticket:
         self.stop()
         self._request.check()
 
-    def check(self, *_: Any) -> None:
-        """For the job, as an observer of its steps: raises Stopped once somebody asked for the end."""
+    def check(self) -> None:
+        """For the job, at every step: raises Stopped once somebody asked for the end."""
         self._request.check()
 
     @property

@@ -1,0 +1,34 @@
+"""The finished images of a prompt, as PNGs that hold their recipes, and the base images beside them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from steer.apps.methods import METHODS, Job
+from steer.apps.png_metadata import Recipe, recipe_of, write_png
+from steer.pipelines import SteeringOutput
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A finished image: a PNG that holds its recipe."""
+
+    path: Path
+    recipe: Recipe
+
+
+def base_of(job: Job, output: SteeringOutput) -> SteeringOutput | None:
+    """The base images of the same seed, in slot order, where they were asked for."""
+    if not job.settings.compare or job.settings.method == "base":
+        return None
+    # The batch that best-of-n sorted is the base batch itself.
+    return output.in_slot_order() if job.settings.method == "best-of-n" else METHODS["base"].run(job)
+
+
+def written(job: Job, output: SteeringOutput, folder: Path, prefix: str = "", base: bool = False) -> Iterator[Picture]:
+    """Writes the images of an output, in their order: PREFIX00.png and so on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, image in enumerate(output.images):
+        picture = Picture(folder / f"{prefix}{rank:02d}.png", recipe_of(job, output, rank, base))
+        write_png(image, picture.path, picture.recipe)
+        yield picture
