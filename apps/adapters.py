@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from steer.apps.methods import Off
 from steer.errors import InputError
 from steer.stand_in import DENOISERS
 from steer.trainable import denoiser_of
@@ -32,8 +33,6 @@ IMPORTING = "megatron_config"  # where it is set, some versions of peft import t
 FACTORS = tuple(f"{one}.weight" for one in (".lora_A", ".lora_B", "lora_down", "lora_up", "lora.down", "lora.up"))
 # What diffusers, peft and safetensors raise for a file of another model, or of none.
 UNFIT = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
-
-Off = Callable[[], AbstractContextManager[None]]  # inside, the pipeline is the one without the weights
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,19 @@ class Finetuned:
                 reason = " ".join(str(error).split())[:160] or type(error).__name__
                 raise InputError(f"{self.path} does not fit {type(pipe).__name__}: {reason}") from error
             yield off
+
+
+@contextmanager
+def wearing(pipe: Any, path: str | None) -> Iterator[Off]:
+    """Inside, the pipeline has the weights that a path leads to, or none; it gives what takes them off for a while.
+
+    Raises InputError, before the block, where there are none, or they do not fit.
+    """
+    if path is None:
+        yield nullcontext
+        return
+    with find_finetuned(path).worn_by(pipe) as off:
+        yield off
 
 
 def find_finetuned(path: str) -> Finetuned:

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Generator
 
 from steer.apps.adapters import Finetuned, find_finetuned
-from steer.apps.methods import METHODS, Job, SampleSettings
+from steer.apps.methods import METHODS, Job
+from steer.apps.sample_settings import SampleSettings
 from steer.choices import choose, nearest
 from steer.errors import InputError
 from steer.reward import Reward
@@ -31,7 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "dtype": None,
 }
-DEFAULTS |= {one.name: one.default for one in fields(SampleSettings) if one.default is not MISSING}
+YOUNGER = {one.name: one.default for one in fields(SampleSettings) if one.default is not MISSING}
+DEFAULTS |= {name: value for name, value in YOUNGER.items() if name != "lora"}  # which makes a contender of its own
 
 
 @dataclass(frozen=True)

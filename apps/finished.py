@@ -18,11 +18,14 @@ class Picture:
 
 
 def base_of(job: Job, output: SteeringOutput) -> SteeringOutput | None:
-    """The base images of the same seed, in slot order, where they were asked for."""
-    if not job.settings.compare or job.settings.method == "base":
+    """The images of the same seed without steering and finetuned weights, in slot order, where they were asked for."""
+    plain = job.settings.lora is None
+    if not job.settings.compare or (plain and job.settings.method == "base"):
         return None
-    # The batch that best-of-n sorted is the base batch itself.
-    return output.in_slot_order() if job.settings.method == "best-of-n" else METHODS["base"].run(job)
+    if plain and job.settings.method == "best-of-n":
+        return output.in_slot_order()  # the batch that it sorted is the base batch itself
+    with job.unworn():
+        return METHODS["base"].run(job)
 
 
 def written(job: Job, output: SteeringOutput, folder: Path, prefix: str = "", base: bool = False) -> Iterator[Picture]:

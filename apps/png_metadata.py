@@ -21,7 +21,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 import steer
-from steer.apps.methods import Job, SampleSettings
+from steer.apps.methods import Job
+from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
 from steer.images import BROKEN
 from steer.pipelines import SteeringOutput

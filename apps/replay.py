@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from steer.apps.adapters import wearing
 from steer.apps.methods import METHODS, Job
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.named_errors import errors_named
@@ -38,25 +39,33 @@ def replay(
     reward: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    lora: str | None = None,
     reward_timeout: float | None = None,
 ) -> Replayed:
     """Makes a PNG of `steer sample` again, as NAME-replay.png in `out`.
 
     reward  in place of the one in the image; needed where that one is not made of names alone
     dtype   in place of the one in the image; where neither says, the device's own
+    lora    where the finetuned weights lie that it was made with; needed where it was made with some
     Raises InputError where the file is no such image, or what it asks for cannot be had here.
     """
     recipe, before = read_png(image)
     loaded = _reward(image, recipe, reward, reward_timeout)
-    settings = replace(recipe.settings, reward=reward or recipe.settings.reward, dtype=dtype or recipe.settings.dtype)
+    settings = replace(
+        recipe.settings,
+        reward=reward or recipe.settings.reward,
+        dtype=dtype or recipe.settings.dtype,
+        lora=_weights(image, recipe, lora),
+    )
     METHODS[settings.method].check(settings, loaded)
     check_device(device)
     check_writable(out)
     path, state = out / f"{image.stem}-replay.png", out / f".{image.stem}-replay.safetensors"
     pipe = load_pipeline(settings.model, device, settings.dtype)
     pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
-    job = Job(pipe, loaded, recipe.prompt, settings, state)
-    with errors_named(str(image), "nothing was written", "it was made where there was more"):
+    worn = None if recipe.base else settings.lora
+    with errors_named(str(image), "nothing was written", "it was made where there was more"), wearing(pipe, worn):
+        job = Job(pipe, loaded, recipe.prompt, settings, state)
         output = METHODS["base" if recipe.base else settings.method].run(job)
         again = recipe_of(job, output, recipe.rank, recipe.base)
         write_png(output.images[recipe.rank], path, again)
@@ -79,6 +88,17 @@ def _reward(image: Path, recipe: Recipe, given: str | None, timeout: float | Non
             "another one, say --reward SPEC with --replay"
         )
     return with_timeout(load_reward(told), timeout)
+
+
+def _weights(image: Path, recipe: Recipe, given: str | None) -> str | None:
+    """Where the finetuned weights lie that the user names: what a stranger's image names is not opened."""
+    if recipe.base:  # made without them
+        return recipe.settings.lora
+    if given is None and recipe.settings.lora is not None:
+        raise InputError(f"{image}: made with the finetuned weights {recipe.settings.lora!r:.200}: say --lora PATH too")
+    if given is not None and recipe.settings.lora is None:
+        raise InputError(f"{image}: made without finetuned weights: leave out --lora")
+    return given
 
 
 def _distance(one: Image.Image, other: Image.Image) -> str:

@@ -12,20 +12,20 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from steer.apps.adapters import find_finetuned, wearing
 from steer.apps.animation import Frames
 from steer.apps.finished import base_of, written
-from steer.apps.methods import METHODS, Job, SampleSettings
+from steer.apps.methods import METHODS, Job
 from steer.apps.models import load_pipeline
 from steer.apps.named_errors import errors_named
 from steer.apps.pictures import draw_ancestry, draw_grid
 from steer.apps.processes import Processes, processes
 from steer.apps.progress import draw_progress
 from steer.apps.sample_record import Entry, Record, Report, open_record
+from steer.apps.sample_settings import SampleSettings
 from steer.apps.specs import reward_here
 from steer.errors import InputError
 from steer.pipelines import Iteration, SteeringOutput
-
-__all__ = ["SampleSettings", "sample"]
 
 SEARCH, FRAMES = "search.safetensors", "frames"  # of a prompt that is not finished
 LESS = "fewer particles need less"
@@ -52,17 +52,21 @@ def sample(
             raise InputError(f"--animation shows iterations, and --method {settings.method} has none: leave it out")
         reward = reward_here(settings.reward, reward_timeout)
         METHODS[settings.method].check(settings, reward)
+        if settings.lora is not None:
+            find_finetuned(settings.lora)
     record, todo = here.from_main(lambda: _opened(out, prompts, settings, animation))
     if todo:
         with here.main_first():
             pipe = load_pipeline(settings.model, here.device(device), settings.dtype)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if here.is_main else True)
-        for n in _shared(todo, here, settings.method, len(prompts)):
-            folder = out / f"{n:03d}-{_slug(prompts[n])}"
-            entry = _finished(Job(pipe, reward, prompts[n], settings, folder / SEARCH), folder, animation)
-            record.keep(n, entry, here.count == 1)
-            _clean(folder)
-            _stop_with(entry, record, here)
+        with wearing(pipe, settings.lora) as off:
+            for n in _shared(todo, here, settings.method, len(prompts)):
+                folder = out / f"{n:03d}-{_slug(prompts[n])}"
+                job = Job(pipe, reward, prompts[n], settings, folder / SEARCH, unworn=off)
+                entry = _finished(job, folder, animation)
+                record.keep(n, entry, here.count == 1)
+                _clean(folder)
+                _stop_with(entry, record, here)
     here.wait()
     report = here.from_main(lambda: record.merged(len(prompts)))
     if here.is_main:

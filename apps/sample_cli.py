@@ -11,7 +11,7 @@ from steer.errors import InputError
 
 SPEC = "NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards` lists names."
 TIMEOUT = click.option("--reward-timeout", type=float, help="Seconds that one call of the reward may take.")
-WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout"}  # the rest comes from the image
+WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "lora"}  # the rest comes from the image
 
 
 @click.command()
@@ -24,6 +24,7 @@ WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout"}  
     default="fk",
     help="fk, svdd, beam, best-of-n, base, reno (for one-step models, like scenes-turbo) or noise-search.",
 )
+@click.option("--lora", help="Finetuned weights that the model wears: RUN/final, or a LoRA file.")
 @click.option("--reward", default="scene-soft", help=SPEC)
 @TIMEOUT
 @click.option("--particles", "--seeds", "particles", default=4, help="K, images for each prompt.")
@@ -77,7 +78,7 @@ def sample(
     Where help begins with the name of a method, the option is for that method alone.
 
     With --replay it makes an image of an earlier run again, from what the image says of itself; only --out, --device,
-    --dtype, --reward and --reward-timeout go with it. Exit code 0 where the pixels are the same, else 1.
+    --dtype, --reward, --reward-timeout and --lora go with it. Exit code 0 where the pixels are the same, else 1.
 
     Under torchrun or accelerate launch the prompts are shared out among the processes.
     """
@@ -85,8 +86,8 @@ def sample(
         return _replay(context)
     with processes().main_first():
         prompts = _prompts(prompt, prompt_file)
-    from steer.apps.sample import SampleSettings
     from steer.apps.sample import sample as run
+    from steer.apps.sample_settings import SampleSettings
 
     report = run(prompts, SampleSettings(**settings), out, device, reward_timeout, animation)
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]

@@ -11,7 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from steer.apps.methods import SampleSettings
+from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
 from steer.pipelines import Cost
 from steer.staged import write_text

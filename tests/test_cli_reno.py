@@ -17,8 +17,9 @@ from torch import Generator
 
 from steer.apps import cli, methods
 from steer.apps.animation import Frames
-from steer.apps.methods import METHODS, Job, SampleSettings
+from steer.apps.methods import METHODS, Job
 from steer.apps.progress import draw_progress
+from steer.apps.sample_settings import SampleSettings
 from steer.assets import MODELS
 from steer.pipelines import Iteration
 

@@ -20,9 +20,9 @@ from steer.apps.demo.seen import Seen
 from steer.apps.demo.steer_fields import MOST_PROMPTS, prompts_of, restored, settings_of
 from steer.apps.demo.steering import Frame, Made, Step, steer_all
 from steer.apps.demo.studio import Studio
-from steer.apps.methods import SampleSettings
 from steer.apps.png_metadata import read_metadata
 from steer.apps.sample_cli import sample
+from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
 
 ASKED: dict[str, Any] = {

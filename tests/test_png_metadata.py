@@ -17,9 +17,9 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from steer import reward as rewards
-from steer.apps.methods import SampleSettings
 from steer.apps.named_rewards import names_alone
 from steer.apps.png_metadata import KEY, Recipe, pixels_of, read_metadata, read_png, write_png
+from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
 from steer.reward import RewardError, load_reward
 from steer.rewards import REWARDS, expression

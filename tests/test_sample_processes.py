@@ -14,9 +14,9 @@ import pytest
 import torch
 from conftest import Steer
 
-from steer.apps.methods import SampleSettings
 from steer.apps.processes import Processes, processes
 from steer.apps.sample_record import Record, open_record
+from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

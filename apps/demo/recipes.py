@@ -3,7 +3,7 @@
 import shlex
 from typing import Any
 
-from steer.apps.methods import SampleSettings
+from steer.apps.sample_settings import SampleSettings
 
 CLASSES = {
     "fk": "FKSteeringPipeline",

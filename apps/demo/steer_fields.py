@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.studio import Studio
-from steer.apps.methods import SampleSettings
 from steer.apps.png_metadata import Recipe
+from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
 
 METHODS = {

@@ -14,7 +14,8 @@ from torch import Tensor
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.worker import Ticket
 from steer.apps.finished import Picture, base_of, written
-from steer.apps.methods import METHODS, Job, SampleSettings
+from steer.apps.methods import METHODS, Job
+from steer.apps.sample_settings import SampleSettings
 from steer.pipelines import Iteration, StepReport
 from steer.pipelines.choice_reading import pixels_of
 from steer.pipelines.output import Cost

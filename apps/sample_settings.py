@@ -1,0 +1,104 @@
+"""What decides the images of a run of `steer sample`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from steer.choices import choose
+from steer.errors import InputError
+from steer.noise import OPTIMISERS
+from steer.pipelines.noise_gradient import GRADIENTS
+from steer.pipelines.noise_search import Neighbours
+from steer.pipelines.reno import Ascent
+from steer.potentials import POTENTIALS, TEMPERINGS
+from steer.resampling import RESAMPLERS
+
+# The λ of each method where the user says nothing; None: without limit.
+STRENGTHS: dict[str, float | None] = {
+    "fk": 10.0,
+    "svdd": None,
+    "beam": 10.0,
+    "best-of-n": 10.0,
+    "base": 10.0,
+    "reno": 10.0,
+    "noise-search": 10.0,
+}
+TABLES: dict[str, Mapping[str, Any]] = {
+    "method": STRENGTHS,
+    "potential": POTENTIALS,
+    "resampler": RESAMPLERS,
+    "tempering": TEMPERINGS,
+    "optimiser": OPTIMISERS,
+    "gradient": GRADIENTS,
+}
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What decides the images. Saved in the report, and compared when a run goes on.
+
+    A setting with a default is younger than the first reports: where one lacks it, the default is what was done.
+    lam None stands for the method's own; lora is where finetuned weights lie that the model wears.
+    """
+
+    model: str
+    method: str
+    reward: str
+    particles: int
+    steps: int | None
+    guidance: float | None
+    lam: float | None
+    potential: str
+    resampler: str
+    tempering: str
+    ess_threshold: float
+    eta: float | None
+    seed: int
+    compare: bool
+    dtype: str | None
+    reward_guidance: float = 0.0
+    iterations: int = 50
+    optimiser: str = "sgd"
+    lr: float | None = None
+    regularisation: float = 0.01
+    gradient: str = "backprop"
+    patience: int | None = None
+    restarts: int = 0
+    neighbours: int = 4
+    distance: float = 0.5
+    beams: int = 2
+    lora: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.lam is None and self.method in STRENGTHS:
+            object.__setattr__(self, "lam", STRENGTHS[self.method])
+
+    @property
+    def strength(self) -> float:
+        """λ, infinite where it has no limit."""
+        return math.inf if self.lam is None else self.lam
+
+    def check(self) -> None:
+        """Raises InputError for a name or number that cannot be, before any model is loaded."""
+        for kind, table in TABLES.items():
+            choose(kind, getattr(self, kind), table)
+        for name, count in (("particles", self.particles), ("steps", self.steps), ("iterations", self.iterations)):
+            if count is not None and count < 1:
+                raise InputError(f"--{name} must be at least 1, got {count}")
+        if not 0 < self.ess_threshold <= 1:
+            raise InputError(f"--ess-threshold must be above 0 and at most 1, got {self.ess_threshold}")
+        for name, number in (("lam", self.lam), ("guidance", self.guidance)):
+            if number is not None and not math.isfinite(number):
+                raise InputError(f"--{name} must be a finite number, got {number}")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise InputError(f"--eta must be from 0 to 1, got {self.eta}")
+        if not 0 <= self.reward_guidance < math.inf:
+            raise InputError(f"--reward-guidance must be at least 0 and finite, got {self.reward_guidance}")
+        rule = OPTIMISERS[self.optimiser]
+        rule = rule if self.lr is None else replace(rule, lr=self.lr)
+        try:  # what moves the noise knows its own limits, and names what is beyond them as the options do
+            Ascent(GRADIENTS[self.gradient], rule, self.regularisation, patience=self.patience, restarts=self.restarts)
+            Neighbours(self.neighbours, self.distance)
+        except InputError as error:
+            raise InputError(f"--{error}") from error
