@@ -24,8 +24,8 @@ types: $(INSTALLED)  ## on the built wheel, where every name resolves
 unit: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-test-browser: $(INSTALLED)  ## the app in a real browser: Debian's chromium, or CHROMIUM=path
-	$(BIN)/python -m pytest -m browser tests/test_browser_demo.py
+test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or CHROMIUM=path), and in a flood
+	$(BIN)/python -m pytest -m browser tests/test_browser_demo.py tests/test_demo_hostile.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

@@ -34,12 +34,15 @@ def demo(
 ) -> None:
     """Opens the app in which particles are seen live and choices between images are recorded.
 
-    It listens on this machine alone, needs no network and no GPU, and ends with Ctrl-C.
+    It listens on this machine alone, needs no network and no GPU, and ends with Ctrl-C. Weights are fetched from the
+    hub only where --model or --reward is given; HF_HUB_OFFLINE=0 allows it else.
     """
     if find_spec("gradio") is None:
         raise InputError("the app needs gradio: pip install 'steer-diffusion[app]'")
     user = None if auth is None else _user(auth)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is first imported, after this
+    if not (models or rewards):  # then nobody here asked for anything of the hub: visitors shall not either
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from steer.apps.demo.app import check_address, launch
     from steer.apps.demo.studio import Studio, embedded_models
 

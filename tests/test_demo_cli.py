@@ -1,5 +1,7 @@
 """`steer demo`: what is refused before anything listens."""
 
+import os
+
 import pytest
 
 pytest.importorskip("gradio")
@@ -9,6 +11,22 @@ from click.testing import CliRunner
 from steer.apps.demo.app import check_address
 from steer.apps.demo_cli import demo
 from steer.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is, before each test and after it: the command sets variables for the libraries that it imports."""
+    for name in ("HF_HUB_OFFLINE", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "offline"), [([], "1"), (["--reward", "pickscore"], None), (["--model", "some/model"], None)]
+)
+def test_the_hub_is_asked_only_where_the_owner_names_what_it_has(words: list[str], offline: str | None) -> None:
+    CliRunner().invoke(demo, ["--host", "0.0.0.0", *words])  # refused, but only once the environment is set
+    assert os.environ.get("HF_HUB_OFFLINE") == offline and os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.7", "::", "example.org"])

@@ -1,6 +1,8 @@
 """What the Steer tab runs: live readings, finished images, and the same outside the app."""
 
 import shlex
+import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from test_evaluate import lora
 
 pytest.importorskip("gradio")
 
@@ -18,8 +21,10 @@ from steer.apps import sample as sample_module
 from steer.apps.demo.recipes import as_command, as_python
 from steer.apps.demo.seen import Seen
 from steer.apps.demo.steer_fields import MOST_PROMPTS, prompts_of, restored, settings_of
-from steer.apps.demo.steering import Frame, Made, Step, steer_all
+from steer.apps.demo.steering import Frame, Made, Step, steer_all, steering
 from steer.apps.demo.studio import Studio
+from steer.apps.demo.weights import Weights
+from steer.apps.models import load_pipeline
 from steer.apps.png_metadata import read_metadata
 from steer.apps.sample_cli import sample
 from steer.apps.sample_settings import SampleSettings
@@ -37,7 +42,9 @@ ASKED: dict[str, Any] = {
     "fresh": False,
     "model": "scenes",
     "compare": True,
+    "worn": False,
 }
+WORN = Weights("scenes", Path("finetuned/final"), "of a test", None, 8, 2.0)
 PROMPT = "a red circle and a blue star"
 ODD = 'it\'s a $(rm) `b` "c"'
 
@@ -98,6 +105,69 @@ def test_images_tell_their_settings_and_base_images_are_the_plain_batch(studio: 
     assert settings_of(fields) == settings and fields["prompts"] == PROMPT
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
+    folder = lora(load_pipeline("scenes"), tmp_path_factory.mktemp("weights"), 0.3)
+    return Weights("scenes", folder, "scenes, D3PO on brightness, 3 updates", "brightness", 8, 2.0)
+
+
+@pytest.mark.parametrize("method", ["base", "fk"])
+def test_finetuned_weights_are_worn_by_the_images_and_not_by_those_beside_them(
+    studio: Studio, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    asked = ASKED | {"method": method}
+    (before,) = of(Made, events(studio, settings_of(asked | {"method": "base"}), tmp_path / "before"))
+    settings = settings_of(asked | {"worn": True}, weights)
+    work = steering(studio, [PROMPT], settings, tmp_path / "worn", weights)
+    (made,) = of(Made, list(studio.worker.submit(work).events()))
+    (after,) = of(Made, events(studio, settings_of(asked | {"method": "base"}), tmp_path / "after"))
+    first, beside, last = (
+        [Image.open(one.path).tobytes() for one in some] for some in (before.images, made.base, after.images)
+    )
+    assert first == beside == last, "the studio's pipeline is what it was"
+    assert not {Image.open(one.path).tobytes() for one in made.images} & {*first}
+    assert made.base_cost is not None and settings.lora == "finetuned/final"
+    assert restored(made.images[0].recipe, studio.models, weights)["worn"]
+    with pytest.raises(InputError, match="no finetuned weights are loaded here"):
+        restored(made.images[0].recipe, studio.models)
+    shutil.copytree(weights.folder, tmp_path / "finetuned" / "final")  # as the zip unpacks
+    monkeypatch.chdir(tmp_path)
+    exec(compile(as_python(PROMPT, settings), "program", "exec"), {})
+    assert Image.open("best.png").tobytes() == Image.open(made.images[0].path).tobytes()
+
+
+def test_weights_of_another_model_are_refused(weights: Weights) -> None:
+    with pytest.raises(InputError, match="the finetuned weights are those of scenes"):
+        settings_of(ASKED | {"worn": True, "model": "scenes-turbo"}, weights)
+
+
+@pytest.mark.parametrize(("field", "name"), [("seed", "seed"), ("lam", "strength"), ("steps", "steps")])
+def test_a_field_that_was_emptied_is_named(field: str, name: str) -> None:
+    with pytest.raises(InputError, match=f"{name}: the field is empty, give a number"):
+        settings_of(ASKED | {field: None})
+
+
+def test_what_a_visitor_left_is_gone_once_their_job_has_ended(studio: Studio) -> None:
+    visitor: Any = SimpleNamespace(session_hash="leaver")
+    begun, left, folder = threading.Event(), threading.Event(), studio.folder(visitor)
+
+    def work(ticket: Any) -> None:
+        begun.set()
+        assert left.wait(10)
+        (folder / "finetune").mkdir(parents=True)  # the last write of a job that is being stopped
+
+    ticket = studio.begin(visitor, work)
+    assert begun.wait(10)
+    studio.forget(visitor)
+    left.set()
+    ticket.future.exception(10)
+    studio.worker.submit(lambda ticket: None).future.result(10)  # after the callbacks of the one before
+    assert not folder.exists()
+    studio.folder(visitor)
+    studio.forget(visitor)
+    assert not folder.exists()
+
+
 def test_several_prompts_come_one_after_the_other(studio: Studio, tmp_path: Path) -> None:
     told = events(studio, settings_of(ASKED | {"compare": False}), tmp_path, "a star", "a cross")
     seen = Seen()
@@ -133,8 +203,13 @@ def test_stop_acts_within_one_solver_step(studio: Studio, tmp_path: Path) -> Non
 def test_the_command_asks_for_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
     monkeypatch.setattr(sample_module, "sample", lambda *told: given.append(told) or {"prompts": [], "cost": {}})
-    for change in ({}, {"method": "reno", "model": "scenes-turbo", "compare": False}, {"lam": 0.1, "guidance": 7.25}):
-        settings = settings_of(ASKED | change)
+    for change in (
+        {},
+        {"method": "reno", "model": "scenes-turbo", "compare": False},
+        {"lam": 0.1, "guidance": 7.25},
+        {"worn": True},
+    ):
+        settings = settings_of(ASKED | change, WORN)
         for prompt in (PROMPT, ODD, f"-{ODD}"):
             words = shlex.split(as_command(prompt, settings))
             assert words[:2] == ["steer", "sample"]

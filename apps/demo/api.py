@@ -66,7 +66,7 @@ class PublicApi:
         asked = {"method": method, "reward": reward, "particles": particles, "steps": steps, "guidance": guidance}
         asked |= {"lam": strength, "iterations": iterations, "seed": seed, "model": model}
         try:
-            made = _made(self.studio, prompt, asked | {"fresh": False, "compare": False}, request)
+            made = _made(self.studio, prompt, asked | {"fresh": False, "compare": False, "worn": False}, request)
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
         return [str(picture.path) for picture in made.images], told(made)

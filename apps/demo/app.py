@@ -7,7 +7,9 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.api import PublicApi
+from steer.apps.demo.finetune_tab import FinetuneTab
 from steer.apps.demo.label_tab import LabelTab
+from steer.apps.demo.rewards_tab import RewardsTab
 from steer.apps.demo.steer_tab import SteerTab
 from steer.apps.demo.studio import Studio
 from steer.errors import InputError
@@ -24,10 +26,16 @@ def build(studio: Studio) -> gr.Blocks:
     """The app over a studio, not yet launched."""
     with gr.Blocks(title="steer", analytics_enabled=False, delete_cache=KEPT) as app:
         gr.Markdown(f"# steer\n{INTRODUCTION}")
-        with gr.Tab("Steer", id="steer"):
-            SteerTab(studio)
-        with gr.Tab("Label", id="label"):
-            LabelTab(studio)
+        with gr.Tabs() as tabs:
+            with gr.Tab("Steer", id="steer"):
+                steer = SteerTab(studio)
+            with gr.Tab("Label", id="label"):
+                LabelTab(studio)
+            with gr.Tab("Finetune", id="finetune"):
+                finetune = FinetuneTab(studio)
+            with gr.Tab("Rewards", id="rewards"):
+                RewardsTab(studio)
+        finetune.loaded(steer.weights, tabs)
         PublicApi(studio)
         app.unload(studio.forget)
     app.queue(max_size=MOST_QUEUED, default_concurrency_limit=8)

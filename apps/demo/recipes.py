@@ -11,13 +11,14 @@ CLASSES = {
     "base": "BestOfNPipeline",
     "reno": "ReNOPipeline",
 }
-OPTIONS = ("model", "method", "reward", "particles", "steps", "guidance", "lam", "iterations", "seed")  # of the command
+# Of the command.
+OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "lam", "iterations", "seed")
 PYTHON = """import torch
 from steer.apps.models import load_pipeline
 from steer.pipelines import {name}
 
 pipe = load_pipeline({model!r}{dtype})
-out = {name}(pipe, reward={reward!r})(
+{worn}out = {name}(pipe, reward={reward!r})(
     {prompt!r},
 {arguments}
     generator=torch.Generator().manual_seed({seed}),
@@ -42,6 +43,7 @@ def as_python(prompt: str, settings: SampleSettings) -> str:
         name=CLASSES[settings.method],
         model=settings.model,
         dtype=f", dtype={settings.dtype!r}" if settings.dtype else "",
+        worn=f"pipe.load_lora_weights({settings.lora!r})  # unpacked\n" if settings.lora else "",
         reward=settings.reward,
         prompt=prompt,
         arguments="\n".join(f"    {name}={value!r}," for name, value in arguments.items() if value is not None),

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from html import escape
+from statistics import fmean
 from typing import Any
 
 import gradio as gr
 
-from steer.apps.demo.charts import table
+from steer.apps.demo.charts import short, table
 from steer.apps.demo.recipes import as_command, as_python
 from steer.apps.demo.seen import Finished
 from steer.apps.demo.steering import Made
 from steer.apps.finished import Picture
+from steer.apps.sample_settings import SampleSettings
 from steer.pipelines.output import Cost
 
 
@@ -21,7 +23,6 @@ class Results:
         with gr.Column(visible=False, elem_id="steer-results") as self.box:
             self.chooser = gr.Radio([], label="Prompt", visible=False, elem_id="steer-chooser")
             self.slider = gr.ImageSlider(
-                label="The same starting noise: base model (left), steered (right)",
                 type="filepath",
                 format="png",
                 interactive=False,
@@ -42,25 +43,24 @@ class Results:
     def updates(self, finished: Sequence[Finished], place: int = 0) -> dict[Any, Any]:
         """Shows one of the finished prompts, and offers the others."""
         one = finished[place].made
-        pair = (str(_origin(finished[place]).path), str(one.images[0].path)) if one.base else None
+        pair = (str(one.base[0].path), str(one.images[0].path)) if one.base else None
         choices = [(f"{number + 1}. {each.made.prompt}", number) for number, each in enumerate(finished)]
         return {
             self.box: gr.update(visible=True),
             self.chooser: gr.update(choices=choices, value=place, visible=len(finished) > 1),
-            self.slider: gr.update(value=pair, visible=pair is not None),
-            self.table: rewards_table(one) + f"<p>{escape(cost_told(one))}</p>",
+            self.slider: gr.update(value=pair, visible=pair is not None, label=compared(one.settings)),
+            self.table: rewards_table(one) + f'<p class="steer-told">{escape(means_told(one) + cost_told(one))}</p>',
             self.files: [str(picture.path) for picture in (*one.images, *one.base)],
             self.command: as_command(one.prompt, one.settings),
             self.python: as_python(one.prompt, one.settings),
         }
 
 
-def _origin(finished: Finished) -> Picture:
-    """The base image of the noise that the best image began with: its slot, followed back through the readings."""
-    slot = finished.made.order[0]
-    for frame in reversed(finished.frames):
-        slot = slot if frame.ancestors is None else frame.ancestors[slot]
-    return finished.made.base[slot]
+def compared(settings: SampleSettings) -> str:
+    """What the two sides of the slider are: what a plain call gives for the seed, and the best image."""
+    steered, finetuned = settings.method != "base", settings.lora is not None
+    made = "finetuned, and steered" if steered and finetuned else "finetuned" if finetuned else "steered"
+    return f"Left: base model, right: {made}"
 
 
 def rewards_table(made: Made) -> str:
@@ -72,9 +72,18 @@ def rewards_table(made: Made) -> str:
         scores = (picture.recipe.reward, *(picture.recipe.parts[part] for part in parts))
         return [name, *scores]
 
-    rows = [row("best" if rank == 0 else f"{rank + 1}.", picture) for rank, picture in enumerate(made.images)]
+    first = "1." if made.settings.method == "base" else "best"  # nothing has sorted plain images
+    rows = [row(f"{rank + 1}." if rank else first, picture) for rank, picture in enumerate(made.images)]
     rows += [row(f"base {slot + 1}", picture) for slot, picture in enumerate(made.base)]
     return table(f"Rewards: {made.settings.reward}", ["image", "reward", *parts], rows)
+
+
+def means_told(made: Made) -> str:
+    """The mean rewards, in a sentence, where there is something to compare with."""
+    if not made.base:
+        return ""
+    before, after = (fmean(one.recipe.reward for one in pictures) for pictures in (made.base, made.images))
+    return f"Mean reward: {short(after)}, of the base images {short(before)}. "
 
 
 def cost_told(made: Made) -> str:

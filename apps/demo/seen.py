@@ -8,7 +8,13 @@ from steer.apps.demo.steering import Frame, Loading, Made, Step
 from steer.apps.demo.worker import Waiting
 
 EVERY = 0.15  # seconds between two lines about single steps
-PHASES = {"fk": "Steering", "best-of-n": "Sampling", "base": "Base images", "reno": "Optimising the noise"}
+PHASES = {
+    "fk": "Steering",
+    "best-of-n": "Sampling",
+    "base": "Sampling",
+    "beside": "Base images",
+    "reno": "Optimising the noise",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class Seen:
         return True
 
     def _stepped(self, event: Step) -> bool:
-        if event.step == 1 and event.phase != "base":
+        if event.step == 1 and event.phase != "beside":
             self.frames = ()
         which = f"Prompt {event.number + 1} of {event.count}. " if event.count > 1 else ""
         self.line = f"{which}{PHASES[event.phase]}: {event.step} of {event.total}"

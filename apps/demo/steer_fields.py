@@ -7,7 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from steer.apps.demo.page import number, whole
 from steer.apps.demo.studio import Studio
+from steer.apps.demo.weights import Weights
 from steer.apps.png_metadata import Recipe
 from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
@@ -16,7 +18,7 @@ METHODS = {
     "Particles (Feynman–Kac)": "fk",
     "Best of N": "best-of-n",
     "Optimised noise (ReNO)": "reno",
-    "Base model": "base",
+    "Plain sampling": "base",
 }
 REWARDS = {
     "scene-soft": "how well the scene's parts are there, in degrees",
@@ -30,14 +32,13 @@ REWARDS = {
 MOST_PROMPTS, MOST_CHARACTERS = 4, 500
 MOST = {"particles": 16, "steps": 100, "iterations": 100}
 ONE_STEP = "scenes-turbo"
+EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
 
 
 def steer_fields(studio: Studio) -> dict[str, Any]:
     """The components, by the names that `settings_of` reads."""
     fields: dict[str, Any] = {
-        "prompts": gr.Textbox(
-            "a red circle left of a blue star", label="Prompt", lines=2, info=f"One a line, up to {MOST_PROMPTS}."
-        ),
+        "prompts": gr.Textbox(EXAMPLE, label="Prompt", lines=2, info=f"One a line, up to {MOST_PROMPTS}."),
         "method": gr.Radio([*METHODS.items()], value="fk", label="Method"),
         "reward": gr.Dropdown(
             [*dict.fromkeys([*studio.rewards, *REWARDS])],
@@ -64,34 +65,48 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     with gr.Accordion("Model and comparison", open=len(studio.models) > 1):
         fields["model"] = gr.Dropdown([*studio.models], value=studio.models[0], label="Model")
         fields["compare"] = gr.Checkbox(True, label="Also make the base images of the same seed")
+        fields["worn"] = gr.Checkbox(False, label="Finetuned weights", visible=False, elem_id="steer-worn")
     return fields
 
 
-def settings_of(asked: Mapping[str, Any]) -> SampleSettings:
-    """What the fields ask for. Raises InputError for numbers beyond what this app does."""
+def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> SampleSettings:
+    """What the fields ask for, with the weights that the visitor loaded.
+
+    Raises InputError for numbers beyond what this app does.
+    """
     settings = SampleSettings(
         model=asked["model"],
         method=asked["method"],
         reward=asked["reward"].strip(),
-        particles=int(asked["particles"]),
-        steps=int(asked["steps"]),
-        guidance=float(asked["guidance"]),
-        lam=float(asked["lam"]),
+        particles=whole("particles", asked["particles"]),
+        steps=whole("steps", asked["steps"]),
+        guidance=number("guidance", asked["guidance"]),
+        lam=number("strength", asked["lam"]),
         potential="difference",
         resampler="systematic",
         tempering="constant",
         ess_threshold=0.5,
         eta=None,
-        seed=random.randrange(2**32) if asked["fresh"] else int(asked["seed"]),
+        seed=random.randrange(2**32) if asked["fresh"] else whole("seed", asked["seed"]),
         compare=bool(asked["compare"]),
         dtype=None,
-        iterations=int(asked["iterations"]),
+        iterations=whole("iterations", asked["iterations"]),
+        lora=_worn(asked["model"], weights) if asked["worn"] else None,
     )
     settings.check()
     for name, most in MOST.items():
         if getattr(settings, name) > most:
             raise InputError(f"{name} can be at most {most} in this app, got {getattr(settings, name)}")
     return settings
+
+
+def _worn(model: str, weights: Weights | None) -> str:
+    """What settings say of finetuned weights that a model is to wear. Raises InputError where it cannot."""
+    if weights is None:
+        raise InputError("no finetuned weights are loaded here: train some in the Finetune tab")
+    if weights.model != model:
+        raise InputError(f"the finetuned weights are those of {weights.model}: choose that model, or leave them off")
+    return weights.told
 
 
 def prompts_of(text: str) -> list[str]:
@@ -106,7 +121,7 @@ def prompts_of(text: str) -> list[str]:
     return prompts
 
 
-def restored(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
+def restored(recipe: Recipe, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
     """What the fields were when an image was made. Raises InputError for one that they cannot ask for."""
     settings = recipe.settings
     if settings.model not in models or settings.method not in METHODS.values():
@@ -127,8 +142,9 @@ def restored(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
         "fresh": False,
         "model": settings.model,
         "compare": settings.compare,
+        "worn": settings.lora is not None,
     }
-    again, first = asdict(settings_of(asked)), asdict(settings)
+    again, first = asdict(settings_of(asked, weights)), asdict(settings)
     if apart := [name for name, value in first.items() if again[name] != value]:
         name = apart[0]
         raise InputError(
@@ -137,14 +153,19 @@ def restored(recipe: Recipe, models: Sequence[str]) -> dict[str, Any]:
     return asked
 
 
-def fitting(method: str, models: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Properties that other fields have when a method is chosen: ReNO is for one-step models, and has no λ."""
+def fitting(method: str, models: Sequence[str], weights: Weights | None = None) -> dict[str, dict[str, Any]]:
+    """Properties that other fields have when a method is chosen: ReNO is for one-step models, and has no λ.
+
+    Where finetuned weights are loaded, the other methods begin with them.
+    """
     reno = method == "reno"
+    model, steps, guidance = (weights.model, weights.steps, weights.guidance) if weights else (models[0], 20, 4)
     return {
         "lam": {"visible": method == "fk"},
         "iterations": {"visible": reno},
-        "steps": {"value": 1 if reno else 20},
-        "guidance": {"value": 0 if reno else 4},
-        "model": {"value": ONE_STEP if reno and ONE_STEP in models else models[0]},
-        "compare": {"visible": method != "base"},
+        "steps": {"value": 1 if reno else steps},
+        "guidance": {"value": 0 if reno else guidance},
+        "model": {"value": ONE_STEP if reno and ONE_STEP in models else model},
+        "compare": {"visible": method != "base" or weights is not None},
+        "worn": {"value": weights is not None and not reno},
     }

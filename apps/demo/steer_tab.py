@@ -13,6 +13,7 @@ from steer.apps.demo.seen import Finished, Seen
 from steer.apps.demo.steer_fields import fitting, prompts_of, restored, settings_of, steer_fields
 from steer.apps.demo.steering import Frame, Made, steering
 from steer.apps.demo.studio import Studio
+from steer.apps.demo.weights import Weights
 from steer.apps.png_metadata import read_metadata
 from steer.errors import InputError
 
@@ -20,10 +21,13 @@ HERE = Path(__file__).parent
 
 
 class SteerTab:
-    """Its components and what they do."""
+    """Its components and what they do; to be made inside the app's Blocks.
+
+    `weights` holds the finetuned Weights that the visitor loaded, None before.
+    """
 
     def __init__(self, studio: Studio) -> None:
-        self.studio, self.finished = studio, gr.State(())
+        self.studio, self.finished, self.weights = studio, gr.State(()), gr.State(None)
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.fields = steer_fields(studio)
@@ -42,11 +46,13 @@ class SteerTab:
     def _connect(self) -> None:
         fields, seed = self.fields, self.fields["seed"]
         live = [self.status, self.view, self.start, self.stop, self.finished, seed, *self.results.components]
-        asked = {*fields.values()}
+        asked = {*fields.values(), self.weights}
         self.start.click(self.run, asked, live, concurrency_limit=None, **PRIVATE)
         self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
-        fields["method"].input(self.fit, fields["method"], [*fields.values()], **PRIVATE)
-        self.dropped.upload(self.restore, self.dropped, [self.status, *fields.values()], **PRIVATE)
+        fields["method"].input(self.fit, [fields["method"], self.weights], [*fields.values()], **PRIVATE)
+        self.weights.change(self.wear, self.weights, [self.status, *fields.values()], **PRIVATE)
+        restored = [self.status, *fields.values()]
+        self.dropped.upload(self.restore, [self.dropped, self.weights], restored, **PRIVATE)
         chosen = [self.results.chooser, self.finished]
         self.results.chooser.input(self.show, chosen, [self.view, *self.results.components], **PRIVATE)
 
@@ -58,14 +64,15 @@ class SteerTab:
             self.view: run_view((), None),
         }
         try:
-            yield from self._run({name: told[field] for name, field in self.fields.items()}, request)
+            asked = {name: told[field] for name, field in self.fields.items()}
+            yield from self._run(asked, told[self.weights], request)
         except InputError as error:
             yield {self.status: line(str(error), "alert")}
         yield {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
 
-    def _run(self, asked: dict[str, Any], request: gr.Request) -> Iterator[Change]:
-        prompts, settings = prompts_of(asked["prompts"]), settings_of(asked)
-        work = steering(self.studio, prompts, settings, self.studio.folder(request) / "steer")
+    def _run(self, asked: dict[str, Any], weights: Weights | None, request: gr.Request) -> Iterator[Change]:
+        prompts, settings = prompts_of(asked["prompts"]), settings_of(asked, weights)
+        work = steering(self.studio, prompts, settings, self.studio.folder(request) / "steer", weights)
         ticket, seen = self.studio.begin(request, work), Seen()
         yield {self.fields["seed"]: settings.seed, self.results.box: gr.update(visible=False)}
         for event in ticket.events():
@@ -81,17 +88,28 @@ class SteerTab:
         one = finished[place]
         return {self.view: run_view(one.frames, one.made), **self.results.updates(finished, place)}
 
-    def fit(self, method: str) -> Change:
+    def fit(self, method: str, weights: Weights | None) -> Change:
         """Other fields follow the method."""
-        return {self.fields[name]: gr.update(**change) for name, change in fitting(method, self.studio.models).items()}
+        follows = fitting(method, self.studio.models, weights)
+        return {self.fields[name]: gr.update(**change) for name, change in follows.items()}
 
-    def restore(self, path: str) -> Change:
+    def wear(self, weights: Weights) -> Change:
+        """Finetuned weights that were just loaded: what they do is seen best without steering."""
+        change = self.fit("base", weights)
+        change[self.fields["method"]] = "base"
+        if weights.reward is not None:
+            change[self.fields["reward"]] = weights.reward
+        change[self.fields["worn"]] = gr.update(value=True, visible=True, label=f"Finetuned weights: {weights.label}")
+        told = f"{weights.label}: press Steer to see images of the same noise before and after."
+        return change | {self.status: line(told)}
+
+    def restore(self, path: str, weights: Weights | None) -> Change:
         """The settings of a PNG that was made here, or by `steer sample`."""
         try:
-            told = restored(read_metadata(Path(path)), self.studio.models)
+            told = restored(read_metadata(Path(path)), self.studio.models, weights)
         except InputError as error:
             return {self.status: line(str(error).replace(path, Path(path).name), "alert")}
-        follows = fitting(told["method"], self.studio.models)
+        follows = fitting(told["method"], self.studio.models, weights)
         change: Change = {
             field: gr.update(**follows.get(name, {}) | ({"value": told[name]} if name in told else {}))
             for name, field in self.fields.items()

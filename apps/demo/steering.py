@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -11,10 +12,12 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from steer.apps.adapters import wearing
 from steer.apps.demo.studio import Studio
+from steer.apps.demo.weights import Weights
 from steer.apps.demo.worker import Ticket
 from steer.apps.finished import Picture, base_of, written
-from steer.apps.methods import METHODS, Job
+from steer.apps.methods import METHODS, Job, Off
 from steer.apps.sample_settings import SampleSettings
 from steer.pipelines import Iteration, StepReport
 from steer.pipelines.choice_reading import pixels_of
@@ -93,30 +96,43 @@ class Made:
 
 
 def steering(
-    studio: Studio, prompts: Sequence[str], settings: SampleSettings, folder: Path
+    studio: Studio, prompts: Sequence[str], settings: SampleSettings, folder: Path, weights: Weights | None = None
 ) -> Callable[[Ticket], None]:
-    """A job for the worker that steers every prompt. Raises InputError for a reward that visitors may not use."""
+    """A job for the worker that steers every prompt; where the settings name finetuned weights, they are these.
+
+    Raises InputError for a reward that visitors may not use.
+    """
     reward = studio.reward(settings.reward)
+    worn = None if weights is None or settings.lora is None else str(weights.folder)
 
     def work(ticket: Ticket) -> None:
         ticket.say(Loading(settings.model))
-        with studio.model(settings.model) as pipe:
-            steer_all(pipe, reward, prompts, settings, folder, ticket)
+        with studio.model(settings.model) as pipe, wearing(pipe, worn) as off:
+            steer_all(pipe, reward, prompts, settings, folder, ticket, off)
 
     return work
 
 
 def steer_all(
-    pipe: Any, reward: Reward, prompts: Sequence[str], settings: SampleSettings, folder: Path, ticket: Ticket
+    pipe: Any,
+    reward: Reward,
+    prompts: Sequence[str],
+    settings: SampleSettings,
+    folder: Path,
+    ticket: Ticket,
+    unworn: Off = nullcontext,
 ) -> None:
-    """Steers every prompt; says Step, Frame and, of each prompt, Made."""
+    """Steers every prompt; says Step, Frame and, of each prompt, Made.
+
+    unworn  inside, the pipeline is without its finetuned weights
+    """
     make_folder(folder)
     for number, prompt in enumerate(prompts):
 
         def step(phase: str, step: int, total: int, number: int = number) -> None:
             ticket.say(Step(number, len(prompts), phase, step, total))
 
-        job = Job(pipe, reward, prompt, settings, folder / f"{number}-search.safetensors")
+        job = Job(pipe, reward, prompt, settings, folder / f"{number}-search.safetensors", unworn=unworn)
         ticket.say(_steered(job, f"prompt-{number + 1}-", ticket, step))
 
 
@@ -136,7 +152,7 @@ def _steered(job: Job, prefix: str, ticket: Ticket, step: Callable[[str, int, in
 
     watched = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None)
     output = METHODS[settings.method].run(watched)
-    base = base_of(replace(job, on_step=lambda report: step("base", report.step + 1, report.total)), output)
+    base = base_of(replace(job, on_step=lambda report: step("beside", report.step + 1, report.total)), output)
     return Made(
         prompt=job.prompt,
         settings=settings,
@@ -144,7 +160,7 @@ def _steered(job: Job, prefix: str, ticket: Ticket, step: Callable[[str, int, in
         order=tuple(output.order[0].tolist()),
         base=() if base is None else tuple(written(job, base, folder, f"{prefix}base-", base=True)),
         cost=output.cost,
-        base_cost=None if base is None or settings.method == "best-of-n" else base.cost,
+        base_cost=None if base is None or base.cost is output.cost else base.cost,
     )
 
 

@@ -45,8 +45,9 @@ class Studio:
     def begin(self, request: gr.Request, work: Callable[[Ticket], None]) -> Ticket:
         """A visitor's job in the worker, in place of the one that they had before. Raises Busy."""
         self.stop(request)
-        ticket = self.worker.submit(work)
-        self._running[str(request.session_hash)] = ticket
+        visitor, ticket = str(request.session_hash), self.worker.submit(work)
+        self._running = {name: one for name, one in self._running.items() if not one.future.done()}
+        self._running[visitor] = ticket
         return ticket
 
     def stop(self, request: gr.Request) -> None:
@@ -64,9 +65,13 @@ class Studio:
         return found
 
     def forget(self, request: gr.Request) -> None:
-        """Ends a visitor's job, and removes what they left."""
+        """Ends a visitor's job, and removes what they left, once nothing writes there any more."""
+        folder, ticket = self.folder(request), self._running.get(str(request.session_hash))
         self.stop(request)
-        shutil.rmtree(self.folder(request), ignore_errors=True)
+        if ticket is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
+            ticket.future.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
 
     def reward(self, spec: str) -> Reward:
         """A reward that visitors may use. Raises InputError for one that could run code or read files."""

@@ -1,0 +1,393 @@
+"""What the Finetune tab runs: trainings that are watched, stopped and gone on with, and weights that Steer can wear."""
+
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("gradio")
+
+import gradio as gr
+
+from steer.apps.adapters import find_finetuned
+from steer.apps.demo import training as training_module
+from steer.apps.demo.finetune_fields import asked_of
+from steer.apps.demo.finetune_tab import FinetuneTab, Run
+from steer.apps.demo.finetune_view import Story, charts_view, records_of, samples_view
+from steer.apps.demo.labels import LabelBook, Wish
+from steer.apps.demo.steering import Loading
+from steer.apps.demo.studio import Studio
+from steer.apps.demo.training import Asked, Evaluation, Trained, Update, configured, training
+from steer.apps.demo.weights import Weights
+from steer.apps.demo.worker import Ticket, Waiting
+from steer.apps.finetune import gather
+from steer.apps.model_card import held_out_names
+from steer.apps.models import load_pipeline
+from steer.errors import InputError
+from steer.pipelines.held_out import Exam
+from steer.reward import load_reward
+from steer.team import ALONE
+
+TINY = {"prompts_per_step": "2", "samples_per_prompt": "2", "num_inference_steps": "3", "eval_prompts_count": "2"}
+ASKED = Asked("d3po", "scenes", "brightness", "aesthetic:scenes", 3, 0.003, 4, 0.0, 3)
+TOLD: dict[str, Any] = {
+    "method": "d3po",
+    "reward": " brightness ",
+    "held_out": "scene",
+    "updates": 3,
+    "learning_rate": 0.001,
+    "rank": 4,
+    "kl_weight": 0,
+    "seed": 0,
+    "model": "scenes",
+}
+LATER = {"seconds", "images_per_second"}  # in records, of which no two runs have the same
+SCRIPT = "<script>window.evil=1</script>"
+
+
+@pytest.fixture(scope="module")
+def studio() -> Iterator[Studio]:
+    made = Studio(models=("scenes",))
+    yield made
+    made.close()
+    assert not made.home.exists()
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, value in TINY.items():
+        monkeypatch.setitem(training_module.SCALE, key, value)
+
+
+@pytest.fixture(scope="module")
+def straight(studio: Studio) -> tuple[list[Any], Path]:
+    """A run that nobody stopped, and its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        for key, value in TINY.items():
+            patch.setitem(training_module.SCALE, key, value)
+        folder = studio.home / "visitors" / "straight" / "run-1"
+        return run(studio, ASKED, folder), folder
+
+
+def run(
+    studio: Studio, asked: Asked, folder: Path, resume: bool = False, stop: Callable[[Any], bool] = lambda event: False
+) -> list[Any]:
+    """All that a training says, until an event at which it is stopped."""
+    ticket = studio.worker.submit(training(asked, folder, studio, resume))
+    told = []
+    for event in ticket.events():
+        told.append(event)
+        if stop(event):
+            ticket.stop()
+    return told
+
+
+def of(kind: type, told: list[Any]) -> list[Any]:
+    return [event for event in told if isinstance(event, kind)]
+
+
+def plain(records: Any) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name not in LATER} for record in records]
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def until(true: Callable[[], object], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came to be"
+        time.sleep(0.01)
+
+
+# ---- the job
+
+
+def test_a_run_is_told_update_by_update_and_ends_with_weights(straight: tuple[list[Any], Path]) -> None:
+    told, folder = straight
+    kinds = [type(event) for event in told if not isinstance(event, Waiting)]
+    assert kinds == [Loading, Evaluation, Update, Update, Update, Evaluation, Trained]
+    assert [event.record["step"] for event in of(Update, told)] == [1, 2, 3]
+    assert [event.record["step"] for event in of(Evaluation, told)] == [0, 3]
+    (trained,) = of(Trained, told)
+    assert trained.result.step == 3 and trained.result.stopped is None
+    assert [list(records) for records in (trained.result.records, trained.result.evaluations)] == [*records_of(folder)]
+    assert any(value.abs().max() > 0 for name, value in tensors(trained.weights.folder).items() if "lora_B" in name)
+
+
+def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, straight: tuple[list[Any], Path]) -> None:
+    told, folder = straight
+    (trained,), last = of(Trained, told), of(Evaluation, told)[-1].record
+    assert trained.weights == Weights(
+        "scenes", folder / "final-3", "scenes, D3PO on brightness, 3 updates", "brightness", steps=3, guidance=1.0
+    )
+    settings = configured(ASKED, folder, studio).settings
+    material = gather(configured(ASKED, folder.parent / "other", studio), False)
+    exam = Exam(material.eval_prompts, load_reward("brightness"), [load_reward("aesthetic:scenes")])
+    pipe = load_pipeline("scenes")
+    with find_finetuned(str(trained.weights.folder)).worn_by(pipe):
+        found = exam.take(pipe, settings, 3, pipe.unet, lambda: None, ALONE).record()
+    for name in ("brightness", "aesthetic:scenes"):
+        assert found[f"eval/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-4)
+    first = of(Evaluation, told)[0].record
+    assert found["eval/brightness"] != pytest.approx(first["eval/brightness"], abs=1e-4), "it learnt something"
+
+
+def test_the_zip_holds_weights_and_card_and_no_place_on_the_disk(straight: tuple[list[Any], Path]) -> None:
+    (trained,) = of(Trained, straight[0])
+    with zipfile.ZipFile(trained.archive) as file:
+        names = {name.removeprefix("finetuned/") for name in file.namelist()}
+        texts = [file.read(name) for name in file.namelist() if not name.endswith(".png")]
+    assert {"README.md", "config.yaml", "metrics.jsonl", "final/pytorch_lora_weights.safetensors"} <= names
+    assert {"plots/rewards.png", "samples/step-000003.png"} <= names and not any(
+        "checkpoints" in name for name in names
+    )
+    assert not any(str(straight[1].parent).encode() in text or b"/tmp" in text for text in texts)
+
+
+def test_a_run_that_was_stopped_twice_and_finished_early_goes_on_to_the_same_weights(
+    studio: Studio, straight: tuple[list[Any], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run-1"
+    assert not of(Trained, run(studio, ASKED, folder, stop=lambda event: isinstance(event, Evaluation)))
+    assert records_of(folder)[0] == [] and (folder / "checkpoints").exists()
+    run(studio, ASKED, folder, resume=True, stop=lambda event: isinstance(event, Update))
+    made = len(records_of(folder)[0])
+    assert made in (1, 2)
+    (here,) = of(Trained, run(studio, replace(ASKED, updates=made), folder, resume=True))
+    assert here.result.weights_step == made and here.weights.folder.name == f"final-{made}"
+    lent = tensors(here.weights.folder)
+    told = run(studio, ASKED, folder, resume=True)
+    (trained,), (whole,) = of(Trained, told), of(Trained, straight[0])
+    assert plain(trained.result.records) == plain(whole.result.records)
+    assert [one for one in trained.result.evaluations if one["step"] != made] == [*whole.result.evaluations]
+    assert same(tensors(trained.weights.folder), tensors(whole.weights.folder))
+    assert [event.record["step"] for event in of(Update, told)] == [*range(made + 1, 4)]
+    assert same(lent, tensors(here.weights.folder)), "what Steer was lent stays as it was"
+
+
+def test_a_stop_acts_within_one_call_of_the_denoiser(studio: Studio, tmp_path: Path) -> None:
+    calls: list[bool] = []
+    work = training(ASKED, tmp_path / "run-1", studio, resume=False)
+
+    def watched(ticket: Ticket) -> None:
+        inner = ticket.check
+
+        def check(*told: Any) -> None:
+            calls.append(ticket.stopped)
+            if len(calls) == 20:
+                ticket.stop()
+            inner(*told)
+
+        ticket.check = check  # type: ignore[method-assign]
+        work(ticket)
+
+    list(studio.worker.submit(watched).events())
+    assert len(calls) == 20 and not any(calls)
+
+
+def test_who_leaves_stops_the_run_and_its_checkpoint_stays(studio: Studio, tmp_path: Path) -> None:
+    folder = tmp_path / "run-1"
+    events = studio.worker.submit(training(replace(ASKED, updates=200), folder, studio, resume=False)).events()
+    while not isinstance(next(events), Update):
+        pass
+    events.close()  # type: ignore[attr-defined]
+    until(lambda: studio.worker.pending == 0)
+    assert list((folder / "checkpoints").glob("step-*")) and len(records_of(folder)[0]) < 10
+
+
+def test_prdp_runs_too_and_only_the_latest_run_keeps_its_checkpoints(studio: Studio, tmp_path: Path) -> None:
+    (tmp_path / "run-1" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    told = run(studio, replace(ASKED, method="prdp", updates=2, kl_weight=0.5), tmp_path / "run-2")
+    (trained,) = of(Trained, told)
+    assert trained.weights.label == "scenes, PRDP on brightness, 2 updates"
+    assert all(record["kl_weight"] == 0.5 and "error" in record for record in trained.result.records)
+    assert not (tmp_path / "run-1" / "checkpoints").exists() and (tmp_path / "run-2" / "checkpoints").exists()
+
+
+def test_choices_are_learnt_from_as_they_were_at_the_start(studio: Studio, tmp_path: Path) -> None:
+    labels, folder = tmp_path / "labels", tmp_path / "v" / "run-1"
+    book = LabelBook(labels, {"num_inference_steps": 3, "guidance_scale": 1.0})
+    wish = Wish("Ada", ("a red circle", "a blue star"))
+
+    def choose() -> None:
+        with studio.model("scenes") as pipe:
+            book.choose("Ada", book.draw(pipe, wish, lambda: None).id, 0)
+
+    choose()
+    choose()
+    asked = replace(ASKED, method="choices", updates=2, choices=labels)
+    run(studio, asked, folder, stop=lambda event: isinstance(event, Update) and event.record["step"] == 1)
+    choose()  # by somebody else, meanwhile
+    (trained,) = of(Trained, run(studio, asked, folder, resume=True))
+    assert trained.result.step == 2 and trained.weights.label == "scenes, D3PO on choices, 2 updates"
+    assert held_out_names(trained.result.evaluations) == ["aesthetic:scenes"]
+    with zipfile.ZipFile(trained.archive) as file:
+        assert not any("lots.jsonl" in name for name in file.namelist())
+        assert str(tmp_path) not in file.read("finetuned/README.md").decode()
+
+
+def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "flat_reward.py").write_text("import torch\ndef flat(images, prompts): return torch.zeros(len(images))")
+    with pytest.raises(InputError, match="gave all 2 samples of every prompt the same score"):
+        run(studio, replace(ASKED, reward="flat_reward:flat"), tmp_path / "run-1")
+
+
+# ---- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"updates": 0}, "updates must be 1 to 200"),
+        ({"updates": 201}, "updates must be 1 to 200"),
+        ({"updates": None}, "updates: the field is empty"),
+        ({"updates": float("nan")}, "updates: the field is empty"),
+        ({"rank": 65}, "rank must be 1 to 64"),
+        ({"learning_rate": 0}, "the learning rate must be above 0"),
+        ({"learning_rate": float("inf")}, "learning rate: the field is empty"),
+        ({"kl_weight": -1}, "the KL weight must be at least 0"),
+        ({"seed": -1}, "seed must be 0 to"),
+        ({"method": "ddpo"}, "method 'ddpo': choose d3po, prdp, choices"),
+        ({"model": "scenes-turbo"}, "cannot be finetuned here: choose scenes"),
+        ({"model": "/etc"}, "cannot be finetuned here"),
+        ({"held_out": "brightness"}, "the held-out reward is the one that is trained on"),
+        ({"reward": "os:system"}, "here rewards have names"),
+        ({"reward": "/etc/passwd"}, "here rewards have names"),
+        ({"held_out": "my_file:reward"}, "here rewards have names"),
+        ({"reward": None}, "here rewards have names"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_line(studio: Studio, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as refused:
+        asked_of(TOLD | change, studio)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_term_of_the_trained_reward_cannot_be_held_out(studio: Studio, tmp_path: Path) -> None:
+    asked = asked_of(TOLD | {"reward": "scene + brightness", "held_out": "scene"}, studio)
+    with pytest.raises(InputError, match="hold 'scene', which is trained on"):
+        training(asked, tmp_path, studio, resume=False)
+
+
+def test_without_labels_there_is_nothing_to_learn_from(studio: Studio, tmp_path: Path) -> None:
+    asked = asked_of(TOLD | {"method": "choices"}, studio)
+    assert asked.choices == studio.home / "labels"
+    with pytest.raises(InputError, match="nothing has been labelled yet"):
+        training(asked, tmp_path, studio, resume=False)
+
+
+# ---- what is shown
+
+
+def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[Any], Path]) -> None:
+    told, folder = straight
+    story = Story(4)
+    assert story.after(Waiting(2)) and story.line == "Waiting: 2 runs come first."
+    record = {"step": 1, "reward": 0.25, "kl": 0.0, "seconds": 20.0}
+    story.after(Update(record))
+    assert story.line == "Update 1 of 4, reward 0.25, KL 0. About 60 s left."
+    assert story.conclusion().startswith("Stopped after 1 of 4 updates. Nothing is lost: Go on continues")
+    assert Story(4).conclusion() == "Stopped before the first update."
+    whole = Story(3)
+    for event in told:
+        whole.after(event)
+    assert whole.conclusion().startswith("Done: 3 updates in ") and "brightness 0." in whole.conclusion()
+    again = Story.of(folder, 3)
+    assert (again.records, again.evaluations) == (whole.records, whole.evaluations)
+    assert again.frames == whole.frames
+    with pytest.raises(TypeError, match="no event of a training"):
+        story.after("else")
+
+
+def test_a_held_out_reward_that_clearly_fell_is_told(straight: tuple[list[Any], Path]) -> None:
+    (trained,) = of(Trained, straight[0])
+
+    def said(held_out: list[float], best: int = 3) -> str:
+        evaluations = (
+            {"step": 0, "eval/a": [0.1, 0.0, 0.2], "eval/b": [0.5, 0.4, 0.6]},
+            {"step": 4, "eval/a": [0.3, 0.2, 0.4], "eval/b": held_out},
+        )
+        result = replace(trained.result, evaluations=evaluations, best_step=best)
+        return Story(4, list(result.records), trained=replace(trained, result=result)).conclusion()
+
+    assert "faults" in said([0.3, 0.2, 0.45]) and "faults" not in said([0.45, 0.3, 0.6])
+    assert "best after update 2" in said([0.6, 0.5, 0.7], best=2) and "best" not in said([0.6, 0.5, 0.7])
+
+
+def test_the_views_hold_every_evaluation_and_escape_what_was_typed(straight: tuple[list[Any], Path]) -> None:
+    _, folder = straight
+    story = Story.of(folder, 3)
+    seen = samples_view(story, "run-1")
+    assert seen.count('class="steer-frame steer-held"') == 2 and seen.count('hidden=""') == 1
+    assert seen.count("<img ") == 4 and 'alt=""' not in seen and 'data-label="after 3 updates"' in seen
+    charts = charts_view(story, "run-1")
+    assert charts.count("<svg") >= 4 and "Held-out reward: aesthetic:scenes" in charts and "<table" in charts
+    evil = {"step": 0, f"eval/{SCRIPT}": [0.1, 0.0, 0.2], "eval/diversity": 0.0}
+    odd = Story(4, story.records, [evil], story.frames)
+    assert "<script" not in samples_view(odd, SCRIPT) + charts_view(odd, SCRIPT)
+    assert "steer-empty" in samples_view(Story(0), "")
+
+
+# ---- the tab
+
+
+def visitor(name: str) -> Any:
+    return SimpleNamespace(session_hash=name)
+
+
+@pytest.fixture
+def tab(studio: Studio) -> FinetuneTab:
+    with gr.Blocks() as blocks:
+        made = FinetuneTab(studio)
+    assert blocks.fns and all(one.api_visibility == "private" for one in blocks.fns.values())
+    return made
+
+
+def seen(changes: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
+    """All that changed, the latest last."""
+    found: dict[Any, Any] = {}
+    for change in changes:
+        found |= change
+    return found
+
+
+def test_a_visitor_trains_goes_on_and_hands_the_weights_to_steer(studio: Studio, tab: FinetuneTab) -> None:
+    told = {tab.fields[name]: value for name, value in (TOLD | {"updates": 1}).items()}
+    found = seen(tab.begin(told, visitor("ada")))
+    done: Run = found[tab.run]
+    assert done.folder == studio.home / "visitors" / "ada" / "finetune" / "run-1" and done.trained is not None
+    assert "Done: 1 update in" in found[tab.status] and found[tab.results]["visible"] and found[tab.again]["visible"]
+    assert not found[tab.finish]["visible"] and found[tab.archive]["value"] == str(done.trained.archive)
+    assert str(studio.home) not in found[tab.samples] + found[tab.charts] + found[tab.status]
+    assert tab.lend(done) == (done.trained.weights, gr.update(selected="steer"))
+    more: Run = seen(tab.go_on(done, 2, visitor("ada")))[tab.run]
+    assert more.trained is not None and more.trained.result.step == 2 and more.folder == done.folder
+
+
+def test_what_is_refused_is_a_warning_and_leaves_the_run_before_alone(studio: Studio, tab: FinetuneTab) -> None:
+    told = {tab.fields[name]: value for name, value in (TOLD | {"reward": f"os:{SCRIPT}"}).items()}
+    with pytest.warns(UserWarning, match="&lt;script&gt;"):
+        found = seen(tab.begin(told, visitor("ben")))
+    assert [*found] == [tab.status] and "<script" not in found[tab.status] and "alert" in found[tab.status]
+
+
+def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
+    rates = [tab.fit(method)[tab.fields["learning_rate"]]["value"] for method in ("d3po", "prdp", "choices")]
+    assert rates == [1e-3, 1.5e-3, 1e-3]
+    assert not tab.fit("choices")[tab.fields["reward"]]["visible"] and tab.fit("prdp")[tab.fields["reward"]]["visible"]
