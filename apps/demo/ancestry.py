@@ -16,7 +16,7 @@ from steer.apps.pictures import SHADE
 
 VIRIDIS = colormaps[SHADE]
 MOST_VALUES = 8  # particles of a tree that says the reward at every dot
-LEFT, RIGHT, TOP = 44, 76, 52  # around the dots, for names and finished images
+LEFT, RIGHT, TOP = 44, 96, 52  # around the dots, for names and finished images
 WIDE, NARROWEST, WIDEST = 420, 58, 105  # of all columns together, of one
 ICON = 28  # of a finished image
 SHADES = 12  # of the legend

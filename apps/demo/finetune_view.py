@@ -124,7 +124,7 @@ def _became(result: FinetuneResult) -> str:
     first, last = (
         {name: one[f"eval/{name}"] for name in names} for one in (result.evaluations[0], result.evaluations[-1])
     )
-    told = "; ".join(f"{name} {short(first[name][0])} → {short(last[name][0])}" for name in names)
+    told = "; ".join(f"{name} {first[name][0]:.3f} → {last[name][0]:.3f}" for name in names)
     text = f"On prompts it never saw: {told}."
     rose, fell = last[names[0]][0] > first[names[0]][0], last[names[-1]][HIGH] < first[names[-1]][0]
     if rose and fell:
