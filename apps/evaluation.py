@@ -9,7 +9,6 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from steer.apps.adapters import Off
 from steer.apps.evaluation_contest import Contender, Contest, Entrant, Together, enter, plain_call
 from steer.apps.evaluation_figures import figures
 from steer.apps.evaluation_kl import kl_told
@@ -17,6 +16,7 @@ from steer.apps.evaluation_report import write_report
 from steer.apps.evaluation_runs import Bench, blamed, missing
 from steer.apps.evaluation_store import Json, Store, versions
 from steer.apps.finetune_grids import evenly
+from steer.apps.methods import Off
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.processes import Processes, processes
 from steer.apps.specs import reward_here

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.apps.adapters import Off
+from steer.apps.methods import Off
 from steer.errors import InputError
 from steer.guards import kl
 from steer.pipelines.held_out import interval
