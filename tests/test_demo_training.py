@@ -391,3 +391,4 @@ def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
     rates = [tab.fit(method)[tab.fields["learning_rate"]]["value"] for method in ("d3po", "prdp", "choices")]
     assert rates == [1e-3, 1.5e-3, 1e-3]
     assert not tab.fit("choices")[tab.fields["reward"]]["visible"] and tab.fit("prdp")[tab.fields["reward"]]["visible"]
+    assert not tab.fit("prdp")[tab.fields["model"]]["visible"], "there is one"

@@ -148,11 +148,11 @@ class FinetuneTab:
 
     def fit(self, method: str) -> Change:
         """Other fields follow the method."""
-        choices = method == "choices"
+        choices, model = method == "choices", self.fields["model"]
         return {
             self.fields["reward"]: gr.update(visible=not choices),
             self.fields["learning_rate"]: gr.update(value=usual_rate(method)),
-            self.fields["model"]: gr.update(visible=not choices),
+            model: gr.update(visible=not choices and len(model.choices) > 1),
         }
 
 
