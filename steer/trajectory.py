@@ -125,9 +125,8 @@ class Sampler:
             x_s = event.prev
             if noisy := bool(kernel.std > 0):
                 stochastic.append(event.k)
-                z = self._noise(rows, event.k, kernel.mean)
-                x_s = (kernel.mean + kernel.std * z).to(event.prev.dtype).to(self.storage).to(event.prev.dtype)
-                log_probs.append(kernel.log_prob(x_s).cpu())
+                x_s, told = kernel.draw(self._noise(rows, event.k, event.x.float()), event.prev.dtype, self.storage)
+                log_probs.append(told.cpu())
             latents.append(x_s.to(self.storage).cpu())
             return (None, x_s) if noisy else None
 
