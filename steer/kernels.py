@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_kernel(*tensors: Tensor) -> bool:
-    """Whether a step of these tensors goes through Triton: on CUDA, up to fp32, with triton there, and without a graph."""
+    """Whether a step of these tensors goes through Triton: on CUDA, up to fp32, without a graph, triton there."""
     graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     fits = all(tensor.is_cuda and tensor.dtype in DTYPES for tensor in tensors)
     return fits and not graph and find_spec("triton") is not None
@@ -54,13 +54,13 @@ class FusedGaussian(Gaussian):
     def __init__(self, step: LinearStep, x: Tensor, output: Tensor) -> None:
         vars(self).update(_step=step, _x=x, _output=output)  # the base is frozen
 
-    def _run(self, want: Collection[Wanted], **given: Any) -> dict[Wanted, Tensor]:
+    def _run(self, *want: Wanted, **given: Any) -> dict[Wanted, Tensor]:
         step, x, output = (vars(self)[name] for name in ("_step", "_x", "_output"))
         return one_pass(step, x, output, want, **given)
 
     @functools.cached_property
     def mean(self) -> Tensor:
-        return self._run(("mean",))["mean"]
+        return self._run("mean")["mean"]
 
     @functools.cached_property
     def std(self) -> Tensor:
@@ -71,14 +71,14 @@ class FusedGaussian(Gaussian):
         return Gaussian(vars(self)["_x"], self.std).noise(generator)
 
     def sample(self, generator: torch.Generator | None) -> Tensor:
-        return self._run(("x_s",), noise=self.noise(generator))["x_s"]
+        return self._run("x_s", noise=self.noise(generator))["x_s"]
 
     def draw(self, noise: Tensor, dtype: torch.dtype, storage: torch.dtype) -> tuple[Tensor, Tensor]:
-        drawn = self._run(("x_s", "log_prob"), noise=noise, dtype=dtype, storage=storage)
+        drawn = self._run("x_s", "log_prob", noise=noise, dtype=dtype, storage=storage)
         return drawn["x_s"], drawn["log_prob"]
 
     def log_prob(self, x: Tensor, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
-        told = self._run(("log_prob",), x_s=x)["log_prob"]
+        told = self._run("log_prob", x_s=x)["log_prob"]
         return told if reduce == "sum" else told / x[0].numel()
 
 

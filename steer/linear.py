@@ -36,7 +36,7 @@ class LinearStep:
         return torch.stack([column.reshape(-1) for column in columns], 1).float().to(device)
 
 
-# (a, b) of x̂0 = a x_t + b o for each prediction type, from x_t = α x0 + σ ε; they are those of steer.schedule.predict_x0.
+# (a, b) of x̂0 = a x_t + b o for each prediction type, from x_t = α x0 + σ ε, as steer.schedule.predict_x0 has it.
 X0_WEIGHTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "epsilon": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
     "sample": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),
@@ -98,7 +98,9 @@ def plain_pass(
     check_pass(step, x, output, want, noise, x_s)
     columns = step.table(x.device).unbind(1)
     a, b, c, d, std, log_std = (column.view(-1, *[1] * (x.dim() - 1)) for column in columns)
-    x0 = (a * x.float() + b * output.float()).clamp(-step.limit, step.limit)
+    x0 = a * x.float() + b * output.float()
+    if step.limit < math.inf:
+        x0 = x0.clamp(-step.limit, step.limit)
     mean = c * x.float() + d * x0
     found: dict[Wanted, Tensor] = {"x0": x0, "mean": mean}
     if noise is not None:

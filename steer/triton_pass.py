@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection
-from typing import Any
 
 import torch
 import triton
@@ -19,20 +18,20 @@ HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 # Steps of plain_pass, in its order, on one block of one row; the sums of the blocks are added after it, in order:
 # without atomics the log-prob is the same in every run.
 def _step(
-    x: Any,
-    output: Any,
-    given: Any,
-    table: Any,
-    x0_to: Any,
-    mean_to: Any,
-    x_s_to: Any,
-    sums_to: Any,
-    elements: Any,
-    x_row: Any,
-    output_row: Any,
-    given_row: Any,
-    table_row: Any,
-    limit: Any,
+    x: tl.tensor,
+    output: tl.tensor,
+    given: tl.tensor,
+    table: tl.tensor,
+    x0_to: tl.tensor,
+    mean_to: tl.tensor,
+    x_s_to: tl.tensor,
+    sums_to: tl.tensor,
+    elements: tl.tensor,
+    x_row: tl.tensor,
+    output_row: tl.tensor,
+    given_row: tl.tensor,
+    table_row: tl.tensor,
+    limit: tl.tensor,
     CLIPS: tl.constexpr,
     DRAWS: tl.constexpr,
     X0: tl.constexpr,

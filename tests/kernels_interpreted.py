@@ -1,10 +1,7 @@
 """The Triton kernel in Triton's interpreter: pytest of a process with TRITON_INTERPRET=1, started by test_kernels."""
 
-import os
-
-assert os.environ.get("TRITON_INTERPRET") == "1", "triton must be told before it is imported"
-
 import math
+import os
 from typing import Any
 
 import pytest
@@ -22,6 +19,8 @@ from steer.linear import X0_WEIGHTS, LinearStep, linear_step, plain_pass
 from steer.schedule import Level
 from steer.trajectory import Sampler, Trajectories, log_probs
 from steer.triton_pass import BLOCK, triton_pass
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "triton must be told before it is imported"
 
 ALL = ("x0", "mean", "x_s", "log_prob")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -42,16 +41,13 @@ def a_step(kind: str = "epsilon", eta: float = 0.7, limit: float = math.inf) -> 
     return linear_step(kind, level(0.4), level(0.6), eta, limit)
 
 
-def ulp(tensor: Tensor) -> float:
-    return torch.finfo(tensor.dtype).eps
-
-
-def assert_same(ours: dict[Any, Tensor], twin: dict[Any, Tensor]) -> None:
+def assert_same(ours: dict[Any, Tensor], twin: dict[Any, Tensor], rounded: float = 0.0) -> None:
+    """Up to fp32; x_s up to one rounding: in half precision it may fall on the other side of one, and the interpreter
+    cuts bf16 where a GPU rounds it."""
     assert list(ours) == list(twin)
     for name in ours:
         assert ours[name].dtype == twin[name].dtype and ours[name].shape == twin[name].shape
-        # A sample in half precision may fall on the other side of a rounding.
-        close = 1e-6 if name != "x_s" else max(2e-6, ulp(twin[name]))
+        close = max(1e-6, rounded) if name == "x_s" else 1e-6
         size = max(1.0, float(twin[name].float().abs().max())) if twin[name].numel() else 1.0
         torch.testing.assert_close(ours[name] / size, twin[name] / size, rtol=0, atol=close)
 
@@ -81,7 +77,7 @@ def test_kernel_and_twin_agree(
     drawn = triton_pass(step, x, output, ALL, **given)
     twin = plain_pass(step, x, output, ALL, **given)
     twin["log_prob"] = plain_pass(step, x, output, ["log_prob"], x_s=drawn["x_s"])["log_prob"]
-    assert_same(drawn, twin)
+    assert_same(drawn, twin, max(0.0 if one == torch.float32 else torch.finfo(one).eps for one in dtypes[2:]))
     # A replay of the sample finds the bits that drawing it told.
     told = triton_pass(step, x, output, ["mean", "log_prob"], x_s=drawn["x_s"])
     assert torch.equal(told["log_prob"], drawn["log_prob"]) and torch.equal(told["mean"], drawn["mean"])
@@ -112,9 +108,12 @@ def test_every_row_may_have_weights_of_its_own() -> None:
     x, output, noise = (normal(seed, (3, 4, 3, 3)) for seed in range(3))
     whole = triton_pass(linear_step("v_prediction", before, after, 0.8), x, output, ALL, noise=noise)
     for row in range(3):
-        alone = linear_step("v_prediction", *(Level(l.alpha[row], l.sigma[row]) for l in (before, after)), 0.8)
+        alone = linear_step(
+            "v_prediction", *(Level(*(values[row] for values in each)) for each in (before, after)), 0.8
+        )
         one = slice(row, row + 1)
-        assert_same({name: told[one] for name, told in whole.items()}, plain_pass(alone, x[one], output[one], ALL, noise=noise[one]))
+        twin = plain_pass(alone, x[one], output[one], ALL, noise=noise[one])
+        assert_same({name: told[one] for name, told in whole.items()}, twin)
 
 
 def test_only_what_is_wanted_is_told() -> None:
