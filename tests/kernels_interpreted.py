@@ -78,6 +78,7 @@ def test_kernel_and_twin_agree(
     twin = plain_pass(step, x, output, ALL, **given)
     twin["log_prob"] = plain_pass(step, x, output, ["log_prob"], x_s=drawn["x_s"])["log_prob"]
     assert_same(drawn, twin, max(0.0 if one == torch.float32 else torch.finfo(one).eps for one in dtypes[2:]))
+    assert torch.equal(drawn["x_s"], drawn["x_s"].to(dtypes[2]).to(dtypes[3]))  # it is what storage holds
     # A replay of the sample finds the bits that drawing it told.
     told = triton_pass(step, x, output, ["mean", "log_prob"], x_s=drawn["x_s"])
     assert torch.equal(told["log_prob"], drawn["log_prob"]) and torch.equal(told["mean"], drawn["mean"])
@@ -100,7 +101,10 @@ def test_any_layout(layout: str) -> None:
     x, output, noise = map(layouts((2, 4, 3, 5))[layout], (0, 1, 2))
     assert not x.is_contiguous()
     ours = triton_pass(a_step(), x, output, ALL, noise=noise)
-    assert_same(ours, plain_pass(a_step(), *(t.contiguous() for t in (x, output)), ALL, noise=noise.contiguous()))
+    twin = plain_pass(a_step(), x.contiguous(), output.contiguous(), ALL, noise=noise.contiguous())
+    assert_same(ours, twin)
+    for mixed in ((x.contiguous(), output, noise), (x, output.contiguous(), noise), (x, output, noise.contiguous())):
+        assert_same(triton_pass(a_step(), *mixed[:2], ALL, noise=mixed[2]), twin)
 
 
 def test_every_row_may_have_weights_of_its_own() -> None:
