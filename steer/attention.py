@@ -78,13 +78,17 @@ Found = tuple[str, Attend]
 
 
 def _auto(device: torch.device) -> Found:
-    if device.type != "cuda" or importlib.util.find_spec("xformers") is None:
+    try:
+        return "xformers", _or(_xformers_kernel(device), SDPA)
+    except InputError:  # not there, not on CUDA, or broken
         return "sdpa", SDPA
-    _, attend = _xformers(device)
-    return "xformers", _else(attend, SDPA)
 
 
 def _xformers(device: torch.device) -> Found:
+    return "xformers", _or(_xformers_kernel(device), _refuse)
+
+
+def _xformers_kernel(device: torch.device) -> Attend:
     if importlib.util.find_spec("xformers") is None:
         raise InputError("attention backend 'xformers' is not installed: pip install xformers, or take 'sdpa'")
     if device.type != "cuda":
@@ -93,7 +97,7 @@ def _xformers(device: torch.device) -> Found:
         ops = importlib.import_module("xformers.ops")
     except (ImportError, OSError) as error:
         raise InputError(f"attention backend 'xformers' is installed but cannot be imported: {error}") from error
-    return "xformers", xformers_attention(ops.memory_efficient_attention, ops.LowerTriangularMask)
+    return xformers_attention(ops.memory_efficient_attention, ops.LowerTriangularMask)
 
 
 BACKENDS: dict[str, Callable[[torch.device], Found]] = {
@@ -104,7 +108,7 @@ BACKENDS: dict[str, Callable[[torch.device], Found]] = {
 }
 
 
-def _else(attend: Attend, other: Attend) -> Attend:
+def _or(attend: Attend, other: Attend) -> Attend:
     """`attend` where it has a kernel, `other` elsewhere."""
 
     def either(*args: Any, **kwargs: Any) -> Tensor:
@@ -114,6 +118,13 @@ def _else(attend: Attend, other: Attend) -> Attend:
             return other(*args, **kwargs)
 
     return either
+
+
+def _refuse(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    raise InputError(
+        f"attention backend 'xformers' has no kernel for {query.dtype}, heads of {query.shape[-1]} on {query.device}: "
+        "take 'auto' or 'sdpa'"
+    )
 
 
 def _device(target: Any, module: nn.Module) -> torch.device:
@@ -173,11 +184,8 @@ class _Routed:
         route: _Route = vars(self.layer)[_ROUTE]
         if route.attend is SDPA and _computes_through_sdpa(self.layer):
             return self.plain(*args, **kwargs)
-        try:
-            with _InPlaceOfSdpa(route.attend) as mode:
-                output = self.plain(*args, **kwargs)
-        except NotImplementedError as error:
-            raise InputError(f"attention backend {route.name!r} has no kernel here: {first_line(error)}") from error
+        with _InPlaceOfSdpa(route.attend) as mode:
+            output = self.plain(*args, **kwargs)
         if route.strict and not mode.calls:
             raise InputError(
                 f"attention backend {route.name!r} would do nothing: {type(self.layer.processor).__name__} does not "
@@ -189,11 +197,6 @@ class _Routed:
 def _computes_through_sdpa(layer: nn.Module) -> bool:
     """Whether that is known of the layer's processor; if not, it is found out by watching."""
     return type(layer.processor) in THROUGH_SDPA.values() or hasattr(layer.processor, _DISPATCH)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class _InPlaceOfSdpa(TorchFunctionMode):

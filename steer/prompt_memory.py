@@ -77,7 +77,7 @@ class PromptBatch:
     folded: Tensor
     folded_mask: Tensor | None
     seen: tuple[Sight, Sight]
-    results: dict[Any, Any] = field(default_factory=dict)
+    results: dict[Any, Sight] = field(default_factory=dict)
 
     @classmethod
     def of(cls, prompts: Tensor, mask: Tensor | None) -> "PromptBatch":

@@ -1,6 +1,6 @@
 """Linear maps of a prompt, computed once for each distinct prompt and for as long as the weights are the same."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,9 +8,7 @@ import torch
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from torch import Tensor, nn
 
-from steer.prompt_memory import PromptBatch, PromptMemory, writes
-
-Stamp = tuple[Any, ...]
+from steer.prompt_memory import PromptBatch, PromptMemory, Sight, writes
 
 
 @dataclass
@@ -40,14 +38,13 @@ class Once:
         batch = None if torch.is_grad_enabled() else self.find(x)
         if batch is None:
             return self.plain(x)
-        stamp = _stamp(self.module, x.device.type)
         kept = batch.results.get(self)
-        if stamp is not None and kept is not None and kept[:2] == (stamp, writes(kept[2])):
+        if kept is not None and kept.tensor is not None and kept.writes == writes(kept.tensor):
             self.counts.reused += 1
-            return kept[2]
+            return kept.tensor
         output = self.plain(batch.rows)[self.places(batch)]
         self.counts.computed += 1
-        batch.results[self] = stamp, writes(output), output
+        batch.results[self] = Sight.of(output)
         return output
 
 
@@ -57,58 +54,52 @@ def is_plain(linear: Any) -> bool:
     return exact and "_hf_hook" not in vars(linear) and not linear.weight.is_meta
 
 
-def _linears(module: nn.Module) -> tuple[Any, ...]:
-    return (module.linear_1, module.linear_2) if isinstance(module, PixArtAlphaTextProjection) else (module,)
-
-
-def _stamp(module: nn.Module, device: str) -> Stamp | None:
-    """Changes with the weights of a module and the precision that it computes in; None: cannot be told."""
-    linears = _linears(module)
-    if not all(is_plain(linear) for linear in linears):
-        return None
-    weights = [weight for linear in linears for weight in linear.parameters()]
-    if any(weight.is_inference() for weight in weights):
-        return None
-    precision = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return precision, *((weight.data_ptr(), weight.dtype, writes(weight)) for weight in weights)
-
-
 @dataclass(eq=False)
 class WeightsWatch:
-    """Before every call of a model: has a memory forget its results when weights were written to behind PyTorch's back.
+    """Before every call of a model: has memories forget their results unless the weights, and the precision that they
+    are used in, are those of the call before.
 
     What goes through `weight.data` (merging an adapter, a moving average) is not counted as a write. So the diagonals
-    of the weights are compared, which any dense change meets: one small copy, and one wait for the GPU, a call.
+    of the weights are compared too, which any dense change meets: one small copy, and one wait for the GPU, a call.
     """
 
     memories: tuple[PromptMemory, ...]
     modules: list[nn.Module] = field(default_factory=list)
-    seen: dict[torch.device, Tensor] = field(default_factory=dict)
+    stamp: tuple[Any, ...] = ()
+    diagonals: dict[torch.device, Tensor] = field(default_factory=dict)
 
     def __call__(self, model: nn.Module, inputs: Any) -> None:
         if torch.is_grad_enabled():
             return
-        linears = [linear for module in self.modules for linear in _linears(module) if is_plain(linear)]
-        now = _by_device(_diagonals(linears))
-        if now.keys() != self.seen.keys() or not all(_equal(now[device], self.seen[device]) for device in now):
+        linears = [linear for module in self.modules for linear in _linears(module)]
+        weights = [weight for linear in linears for weight in linear.parameters()]
+        known = all(is_plain(linear) for linear in linears) and not any(weight.is_inference() for weight in weights)
+        stamp = (_precision(weights), *((w.data_ptr(), w.dtype, writes(w)) for w in weights))
+        diagonals = _diagonals(weights) if known else {}
+        if not known or stamp != self.stamp or not _equal(diagonals, self.diagonals):
             for memory in self.memories:
                 memory.forget_results()
-        self.seen = now
+        self.stamp, self.diagonals = stamp, diagonals
 
 
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a, b)
+def _linears(module: nn.Module) -> tuple[Any, ...]:
+    return (module.linear_1, module.linear_2) if isinstance(module, PixArtAlphaTextProjection) else (module,)
 
 
-def _diagonals(linears: Iterable[nn.Linear]) -> Iterable[Tensor]:
-    for linear in linears:
-        yield linear.weight.detach().diagonal()
-        if linear.bias is not None:
-            yield linear.bias.detach()
+def _precision(weights: list[nn.Parameter]) -> torch.dtype | None:
+    """What autocast computes in; None where it is off."""
+    device = weights[0].device.type if weights else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
-def _by_device(parts: Iterable[Tensor]) -> dict[torch.device, Tensor]:
-    lists: dict[torch.device, list[Tensor]] = {}
-    for part in parts:
-        lists.setdefault(part.device, []).append(part)
-    return {device: torch.cat(group) for device, group in lists.items()}
+def _diagonals(weights: list[nn.Parameter]) -> dict[torch.device, Tensor]:
+    """Of matrices the diagonals, of vectors all, one after the other, by device."""
+    parts: dict[torch.device, list[Tensor]] = {}
+    for weight in weights:
+        values = weight.detach()
+        parts.setdefault(weight.device, []).append(values.diagonal() if values.dim() == 2 else values)
+    return {device: torch.cat(some) for device, some in parts.items()}
+
+
+def _equal(a: dict[torch.device, Tensor], b: dict[torch.device, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(x.shape == b[key].shape and torch.equal(x, b[key]) for key, x in a.items())
