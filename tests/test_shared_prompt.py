@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import CLIP_WIDTH, PIPELINES, PROMPT, T5_WIDTH, cached_pipe, call_kwargs
 from diffusers.models import attention_processor as known
-from diffusers.models.transformers.transformer_wan import WanAttention
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -561,7 +561,9 @@ def test_fused_projections_are_shared() -> None:
 
 def test_image_to_video_is_left_as_it_is() -> None:
     """Wan's has the keys of an image before those of the text, in one tensor."""
-    attention = WanAttention(dim=8, heads=2, dim_head=4, added_kv_proj_dim=8, cross_attention_dim_head=4)
+    attention = WanAttention(
+        dim=8, heads=2, dim_head=4, added_kv_proj_dim=8, cross_attention_dim_head=4, processor=WanAttnProcessor()
+    )
     model = nn.ModuleList([attention]).eval()
     x, prompts = torch.randn(2, 5, 8), torch.randn(1, 515, 8).repeat(2, 1, 1)
     with torch.no_grad():
