@@ -60,10 +60,10 @@ def attention_backend(target: Any, backend: str = "auto") -> Iterator[str]:
     the model is called, where a layer's processor would not take notice or xformers has no kernel for it.
     """
     modules = denoising_modules(target)
-    name, attend = choose("attention backend", backend, BACKENDS)(_device(target, modules[0]))
+    name, attend = choose("attention backend", backend, BACKENDS)(_device(target, modules))
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, LAYERS)]
     if backend != "auto" and not layers:
-        raise InputError(f"{type(modules[0]).__name__} has no attention layers: a backend for them would do nothing")
+        raise InputError(f"{type(target).__name__} has no denoiser with attention layers: a backend would do nothing")
     with ExitStack() as stack:
         for layer in layers:
             if backend != "auto":
@@ -127,11 +127,12 @@ def _refuse(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     )
 
 
-def _device(target: Any, module: nn.Module) -> torch.device:
-    """Where the module computes, which under CPU offload is not where its weights lie."""
-    hook = getattr(module, "_hf_hook", None)
-    first = next(module.parameters(), torch.empty(0)).device
-    return torch.device(getattr(target, "_execution_device", None) or getattr(hook, "execution_device", None) or first)
+def _device(target: Any, modules: list[nn.Module]) -> torch.device:
+    """Where the modules compute, which under CPU offload is not where their weights lie."""
+    hooks = [getattr(module, "_hf_hook", None) for module in modules]
+    places = [getattr(target, "_execution_device", None), *(getattr(hook, "execution_device", None) for hook in hooks)]
+    places += [parameter.device for module in modules for parameter in module.parameters()]
+    return torch.device(next((place for place in places if place is not None), "cpu"))
 
 
 def _bring_to_sdpa(layer: nn.Module, stack: ExitStack) -> None:

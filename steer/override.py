@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from steer.errors import InputError
 from steer.stand_in import CONTROLNETS, DENOISERS
 
 _NOTHING = object()
@@ -30,13 +29,8 @@ def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
 
 
 def denoising_modules(target: Any) -> list[nn.Module]:
-    """The modules that denoise: of a pipeline its denoisers and ControlNets, of a module itself.
-
-    Raises InputError where there is none.
-    """
+    """The modules that denoise: of a pipeline its denoisers and ControlNets, as far as it has any; a module itself."""
     if isinstance(target, nn.Module):
         return [target]
     found = [getattr(target, name, None) for name in (*DENOISERS, *CONTROLNETS)]
-    if modules := [module for module in found if isinstance(module, nn.Module)]:
-        return modules
-    raise InputError(f"{type(target).__name__} has no denoiser: give a pipeline with unet or transformer, or a module")
+    return [module for module in found if isinstance(module, nn.Module)]

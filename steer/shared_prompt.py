@@ -60,11 +60,14 @@ def shared_prompt(target: Any) -> Iterator[Sharing]:
     are computed anew when the weights change, and at every step where an adapter or quantisation stands on them.
 
     After the block, whatever ends it, the models are as they were. It holds the keys and values of up to 4 batches of
-    prompts. Raises InputError where there is no denoiser.
+    prompts.
     """
     sharing = Sharing()
     with ExitStack() as stack:
-        for module in denoising_modules(target):
+        modules = denoising_modules(target)
+        if not modules:
+            sharing.reasons = (f"{type(target).__name__} has no denoiser that is known here",)
+        for module in modules:
             _share(module, sharing, stack)
         yield sharing
 

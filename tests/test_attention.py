@@ -314,8 +314,8 @@ def test_ip_adapters_are_converted_and_come_back() -> None:
     [
         ("sd", "xformer", "unknown attention backend 'xformer': did you mean.*xformers"),
         ("sd", "xformers", "'xformers' is not installed: pip install xformers, or take 'sdpa'"),
-        ("text", "sdpa", "CLIPTokenizer has no denoiser"),
-        ("linear", "sdpa", "Linear has no attention layers"),
+        ("text", "sdpa", "CLIPTokenizer has no denoiser with attention layers"),
+        ("linear", "sdpa", "Linear has no denoiser with attention layers"),
     ],
 )
 def test_what_cannot_be_is_said(target: str, backend: str, message: str) -> None:
@@ -376,6 +376,14 @@ def test_the_way_through_xformers(name: str, backend: str, xformers: Path, monke
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_auto_leaves_the_backend_of_an_outer_block(xformers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_cuda(monkeypatch)
+    pipe = cached_pipe("sd")
+    with left_as_it_was(pipe), attention_backend(pipe, "eager"), attention_backend(pipe, "auto"):
+        images(pipe, "sd")
+    assert sys.modules["xformers.ops"].calls == 0
+
+
 def test_without_a_kernel_auto_goes_on_and_xformers_says_so(xformers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_cuda(monkeypatch)
     model = copy.deepcopy(cached_pipe("sd").unet).to(torch.bfloat16)
@@ -409,6 +417,11 @@ def test_a_broken_xformers_is_said_and_auto_goes_without(xformers: Path, monkeyp
 
 def test_under_offload_the_device_that_counts_is_where_it_computes() -> None:
     model = copy.deepcopy(cached_pipe("sd").unet)
-    assert attention._device(model, model) == torch.device("cpu")
+    assert attention._device(model, [model]) == torch.device("cpu")
     model._hf_hook = type("Hook", (), {"execution_device": "cuda:0"})()
-    assert attention._device(model, model) == torch.device("cuda:0")
+    assert attention._device(model, [model]) == torch.device("cuda:0")
+
+
+def test_auto_takes_any_pipeline() -> None:
+    with attention_backend(cached_pipe("sd").tokenizer, "auto") as used:
+        assert used == "sdpa"
