@@ -389,6 +389,20 @@ def test_a_differentiable_twin_made_in_a_block_is_one_outside_it() -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_a_copy_made_in_a_block_has_its_own_weights() -> None:
+    called = Called()
+    with shared_prompt(called.model):
+        before = called([0, 0, 1])
+        twin = Called(copy.deepcopy(called.model))
+        for layer in crossing(called.model):
+            layer.to_v.weight.mul_(10)
+            layer.to_q.weight.mul_(3)
+        torch.testing.assert_close(twin([0, 0, 1]), before, **CLOSE)
+        found = called([0, 0, 1])
+    assert (found - before).abs().max() > 1e-3
+    torch.testing.assert_close(called([0, 0, 1]), found, **CLOSE)
+
+
 def test_ip_adapters_are_left_as_they_are_and_said() -> None:
     model, call = ip_unet()
     with torch.no_grad():
