@@ -59,7 +59,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     running = served(folder)
     yield running
     running.process.send_signal(signal.SIGINT)
-    assert running.process.wait(30) in (0, 130)
+    assert running.process.wait(90) in (0, 130)
     assert not list(folder.glob("steer-demo-*")), "what visitors left is gone"
 
 
