@@ -1,6 +1,8 @@
 """`steer demo`: the words of the command line. Heavy imports wait inside the command."""
 
 import os
+import signal
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,6 +50,7 @@ def demo(
 
     check_address(host, share, user)
     studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as services are ended: what visitors left goes too
     try:
         app = launch(studio, host, port, user, share)
         click.echo(f"steer demo: {app.share_url or app.local_url} (Ctrl-C ends it)")

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -58,8 +57,8 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("app")
     running = served(folder)
     yield running
-    running.process.send_signal(signal.SIGINT)
-    assert running.process.wait(90) in (0, 130)
+    running.process.terminate()  # Ctrl-C is not heard by what a shell began in the background
+    assert running.process.wait(90) == 0
     assert not list(folder.glob("steer-demo-*")), "what visitors left is gone"
 
 
