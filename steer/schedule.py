@@ -3,6 +3,7 @@
 One forward marginal for all of them: x_t = α_t x0 + σ_t ε.
 """
 
+import math
 from collections.abc import Set
 from typing import Any, NamedTuple
 
@@ -128,10 +129,14 @@ def predict_x0(scheduler: Scheduler, model_output: Tensor, timestep: Any, sample
 def _clip(scheduler: Scheduler, x0: Tensor) -> Tensor:
     if scheduler.config.get("thresholding"):
         return scheduler._threshold_sample(x0)
-    if scheduler.config.get("clip_sample") and not descends_from(scheduler, {"TCDScheduler"}):
-        limit = scheduler.config.clip_sample_range
-        return x0.clamp(-limit, limit)
-    return x0
+    limit = clip_limit(scheduler)
+    return x0.clamp(-limit, limit) if limit < math.inf else x0
+
+
+def clip_limit(scheduler: Scheduler) -> float:
+    """The bound that the scheduler's configuration sets to |x̂0|, infinite where it sets none."""
+    clips = scheduler.config.get("clip_sample") and not descends_from(scheduler, {"TCDScheduler"})
+    return float(scheduler.config.clip_sample_range) if clips else math.inf
 
 
 def in_the_middle(scheduler: Scheduler) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from steer.errors import InputError
+from steer.kernels import fused_gaussian, has_kernel
 from steer.schedule import Scheduler, check_verified, in_the_middle, predict_x0, total_transitions
 from steer.transition import Gaussian, gaussian_transition, step_levels
 
@@ -29,6 +30,7 @@ class Event:
     k       number of the transition, from 0, of `total`
     t       timestep of x
     x       latents before the transition, (N, …)
+    output  what the denoiser said of them, guidance included
     prev    latents after it (diffusers' prev_sample), what the next step will start from
     calls   denoiser calls that it took
     """
@@ -38,14 +40,14 @@ class Event:
     x: Tensor
     scheduler: Scheduler
     index: int
-    _predict: Callable[[], Tensor] = field(repr=False)
+    output: Tensor = field(repr=False)
     prev: Tensor = field(init=False)
     total: int = field(init=False)
     calls: int = 1
 
     @functools.cached_property
     def _x0(self) -> Tensor:
-        return self._predict()
+        return predict_x0(self.scheduler, self.output, self.t, self.x, self.index)
 
     def x0(self) -> Tensor:
         """x̂0, the denoiser's guess of the end from x: fp32, shaped like x. Computed when first asked for."""
@@ -53,8 +55,12 @@ class Event:
 
     def kernel(self, eta: float, rows: Tensor | None = None) -> Gaussian:
         """The Gaussian step p(x_s | x_t) with noise η, of all particles or of those in `rows` (with repeats)."""
+        levels = step_levels(self.scheduler, self.t, self.index)
+        if has_kernel(self.x, self.output) and not self.scheduler.config.get("thresholding"):
+            x, output = (self.x, self.output) if rows is None else (self.x[rows], self.output[rows])
+            return fused_gaussian(self.scheduler, x, output, *levels, eta)
         x, x0 = (self.x, self.x0()) if rows is None else (self.x[rows], self.x0()[rows])
-        return gaussian_transition(x, x0, *step_levels(self.scheduler, self.t, self.index), eta)
+        return gaussian_transition(x, x0, *levels, eta)
 
 
 Answer = tuple[Tensor | None, Tensor | None]
@@ -107,8 +113,7 @@ class _Tracker:
             out = tuple(plain_step(scheduler, **arguments, return_dict=False))
         index = (getattr(scheduler, "step_index", None) or 0) - 1
         if self.event is None:
-            predict = functools.partial(predict_x0, scheduler, output, t, x, index)
-            self.event = Event(self.transitions, t, x, scheduler, index, predict)
+            self.event = Event(self.transitions, t, x, scheduler, index, output)
         else:
             self.event.calls += 1
         if not in_the_middle(scheduler):

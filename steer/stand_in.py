@@ -1,6 +1,8 @@
 """Modules that pass for a pipeline's own in everything but what their call does."""
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -56,3 +58,17 @@ def silent_denoiser(denoiser: Any) -> StandIn:
 def silent_controlnet(controlnet: Any) -> StandIn:
     """Passes for a ControlNet that adds nothing."""
     return StandIn(controlnet, lambda *args, **kwargs: ([], None))
+
+
+@contextmanager
+def standing_in(pipe: Any, modules: Mapping[str, StandIn]) -> Iterator[Any]:
+    """Yields a view of a pipeline with these in place of its own modules; after the block it has those again.
+
+    The pipeline stays as it is. Offloading hooks are on its own modules, and it is the one that puts them back.
+    """
+    view = copy.copy(pipe)
+    vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
+    try:
+        yield view
+    finally:
+        vars(view).update({name: getattr(pipe, name) for name in modules})

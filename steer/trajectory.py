@@ -125,9 +125,8 @@ class Sampler:
             x_s = event.prev
             if noisy := bool(kernel.std > 0):
                 stochastic.append(event.k)
-                z = self._noise(rows, event.k, kernel.mean)
-                x_s = (kernel.mean + kernel.std * z).to(event.prev.dtype).to(self.storage).to(event.prev.dtype)
-                log_probs.append(kernel.log_prob(x_s).cpu())
+                x_s, told = kernel.draw(self._noise(rows, event.k, event.x), event.prev.dtype, self.storage)
+                log_probs.append(told.cpu())
             latents.append(x_s.to(self.storage).cpu())
             return (None, x_s) if noisy else None
 
@@ -186,7 +185,7 @@ class Sampler:
             self._gate.open = True
 
     def _noise(self, rows: Rows, k: int, like: Tensor) -> Tensor:
-        return drawn(rows.noises, like, [f"step {k}"] * len(rows))
+        return drawn(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"step {k}"] * len(rows))
 
     def _run(self, rows: Rows, on_step: Callable[[Event], Any], output_type: str) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in rows.starts]

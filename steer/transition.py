@@ -38,6 +38,15 @@ class Gaussian:
         terms = (-0.5 * z**2 - self.std.log() - 0.5 * math.log(2 * math.pi)).flatten(1)
         return terms.sum(1) if reduce == "sum" else terms.mean(1)
 
+    def draw(self, noise: Tensor, dtype: torch.dtype, storage: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The sample x_s (N, …) that standard normal `noise` stands for, and log p(x_s) in nats (N,).
+
+        x_s is rounded through `dtype`, which is its own, and `storage` before its density is taken. Raises InputError
+        where std = 0.
+        """
+        x_s = (self.mean + self.std * noise).to(dtype).to(storage).to(dtype)
+        return x_s, self.log_prob(x_s)
+
     def kl(self, other: "Gaussian") -> Tensor:
         """KL(self ‖ other) in nats (N,), for two steps of equal τ: ‖μ − μ'‖² / 2τ²."""
         if not (self.std > 0 and torch.isclose(self.std, other.std)):
@@ -51,12 +60,18 @@ def gaussian_transition(x: Tensor, x0: Tensor, before: Level, after: Level, eta:
     τ = η (σ_s/σ_t) √(σ_t² − (α_t/α_s)² σ_s²),  mean = α_s x̂0 + √(σ_s² − τ²) ε̂,  ε̂ = (x_t − α_t x̂0)/σ_t
     (DDIM, arXiv 2010.02502, eq. 12 and 16). `eta` in [0, 1].
     """
-    (alpha_t, sigma_t), (alpha_s, sigma_s) = before, after
-    tau = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0).sqrt()
-    rest = (sigma_s**2 - tau**2).clamp(min=0).sqrt()
+    (alpha_t, sigma_t), alpha_s = before, after.alpha
+    tau, rest = split_noise(before, after, eta)
     x, x0 = x.float(), x0.float()
     epsilon = (x - alpha_t.to(x) * x0) / sigma_t.to(x)
     return Gaussian(alpha_s.to(x) * x0 + rest.to(x) * epsilon, tau.to(x))
+
+
+def split_noise(before: Level, after: Level, eta: float) -> tuple[Tensor, Tensor]:
+    """τ and √(σ_s² − τ²): the parts of σ_s that a step draws anew, and that it takes along in the direction of ε̂."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = before, after
+    tau = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0).sqrt()
+    return tau, (sigma_s**2 - tau**2).clamp(min=0).sqrt()
 
 
 def has_gaussian_kernel(scheduler: Scheduler) -> bool:

@@ -1,0 +1,199 @@
+"""The Triton kernel in Triton's interpreter: pytest of a process with TRITON_INTERPRET=1, started by test_kernels."""
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from conftest import cached_pipe, with_scheduler
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rollouts import TWO_PROMPTS, call_of
+from schedulers import DIFFUSION, FLOW
+from soft_rewards import in_precision
+from torch import Generator, Tensor
+
+from steer import kernels
+from steer.linear import X0_WEIGHTS, LinearStep, linear_step, plain_pass
+from steer.schedule import Level
+from steer.trajectory import Sampler, Trajectories, log_probs
+from steer.triton_pass import BLOCK, triton_pass
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "triton must be told before it is imported"
+
+ALL = ("x0", "mean", "x_s", "log_prob")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+SHAPES = [(1, 1), (3, 5), (2, 4, 3, 3), (2, 6, 16), (1, 3, 2, 4, 4), (2, BLOCK), (2, BLOCK + 1), (1, 3 * BLOCK - 7)]
+few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=Generator().manual_seed(seed)).to(dtype)
+
+
+def level(alpha: Any) -> Level:
+    alpha = torch.as_tensor(alpha, dtype=torch.float64)
+    return Level(alpha, (1 - alpha**2).sqrt())
+
+
+def a_step(kind: str = "epsilon", eta: float = 0.7, limit: float = math.inf) -> LinearStep:
+    return linear_step(kind, level(0.4), level(0.6), eta, limit)
+
+
+def assert_same(ours: dict[Any, Tensor], twin: dict[Any, Tensor], rounded: float = 0.0) -> None:
+    """Up to fp32; x_s up to one rounding: in half precision it may fall on the other side of one, and the interpreter
+    cuts bf16 where a GPU rounds it."""
+    assert list(ours) == list(twin)
+    for name in ours:
+        assert ours[name].dtype == twin[name].dtype and ours[name].shape == twin[name].shape
+        close = max(1e-6, rounded) if name == "x_s" else 1e-6
+        size = max(1.0, float(twin[name].float().abs().max())) if twin[name].numel() else 1.0
+        torch.testing.assert_close(ours[name] / size, twin[name] / size, rtol=0, atol=close)
+
+
+@few
+@given(
+    shape=st.sampled_from(SHAPES),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 4),
+    kind=st.sampled_from(sorted(X0_WEIGHTS)),
+    alphas=st.lists(st.floats(0.05, 0.999), min_size=2, max_size=2, unique=True).map(sorted),
+    eta=st.floats(0.05, 1),
+    limit=st.sampled_from([math.inf, 1.0]),
+    seed=st.integers(0, 1000),
+)
+def test_kernel_and_twin_agree(
+    shape: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    kind: str,
+    alphas: list[float],
+    eta: float,
+    limit: float,
+    seed: int,
+) -> None:
+    step = linear_step(kind, *map(level, alphas), eta, limit)
+    x, output, noise = (normal(seed + i, shape, dtype) for i, dtype in enumerate(dtypes[:3]))
+    given = {"noise": noise, "dtype": dtypes[3], "storage": dtypes[2]}
+    drawn = triton_pass(step, x, output, ALL, **given)
+    twin = plain_pass(step, x, output, ALL, **given)
+    twin["log_prob"] = plain_pass(step, x, output, ["log_prob"], x_s=drawn["x_s"])["log_prob"]
+    assert_same(drawn, twin, max(0.0 if one == torch.float32 else torch.finfo(one).eps for one in dtypes[2:]))
+    assert torch.equal(drawn["x_s"], drawn["x_s"].to(dtypes[2]).to(dtypes[3]))  # it is what storage holds
+    # A replay of the sample finds the bits that drawing it told.
+    told = triton_pass(step, x, output, ["mean", "log_prob"], x_s=drawn["x_s"])
+    assert torch.equal(told["log_prob"], drawn["log_prob"]) and torch.equal(told["mean"], drawn["mean"])
+
+
+def layouts(shape: tuple[int, ...]) -> dict[str, Any]:
+    batch, channels = shape[:2]
+    wide = (batch, 2 * channels, *shape[2:])
+    return {
+        "channels-last": lambda seed: normal(seed, shape).to(memory_format=torch.channels_last),
+        "half of the channels": lambda seed: normal(seed, wide)[:, :channels],
+        "every other row": lambda seed: normal(seed, (2 * batch, *shape[1:]))[::2],
+        "one row for all": lambda seed: normal(seed, (1, *shape[1:])).expand(shape),
+        "transposed": lambda seed: normal(seed, (*shape[:2], shape[3], shape[2])).transpose(2, 3),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts((2, 4, 3, 5)))
+def test_any_layout(layout: str) -> None:
+    x, output, noise = map(layouts((2, 4, 3, 5))[layout], (0, 1, 2))
+    assert not x.is_contiguous()
+    ours = triton_pass(a_step(), x, output, ALL, noise=noise)
+    twin = plain_pass(a_step(), x.contiguous(), output.contiguous(), ALL, noise=noise.contiguous())
+    assert_same(ours, twin)
+    for mixed in ((x.contiguous(), output, noise), (x, output.contiguous(), noise), (x, output, noise.contiguous())):
+        assert_same(triton_pass(a_step(), *mixed[:2], ALL, noise=mixed[2]), twin)
+
+
+def test_every_row_may_have_weights_of_its_own() -> None:
+    before, after = level([0.2, 0.4, 0.5]), level([0.3, 0.6, 0.9])
+    x, output, noise = (normal(seed, (3, 4, 3, 3)) for seed in range(3))
+    whole = triton_pass(linear_step("v_prediction", before, after, 0.8), x, output, ALL, noise=noise)
+    for row in range(3):
+        alone = linear_step(
+            "v_prediction", *(Level(*(values[row] for values in each)) for each in (before, after)), 0.8
+        )
+        one = slice(row, row + 1)
+        twin = plain_pass(alone, x[one], output[one], ALL, noise=noise[one])
+        assert_same({name: told[one] for name, told in whole.items()}, twin)
+
+
+def test_only_what_is_wanted_is_told() -> None:
+    x, output, noise = (normal(seed, (2, 5)) for seed in range(3))
+    whole = triton_pass(a_step(), x, output, ALL, noise=noise)
+    for name in ALL:
+        (alone,) = triton_pass(a_step(), x, output, [name], noise=noise).items()
+        assert alone[0] == name and torch.equal(alone[1], whole[name])
+    assert list(triton_pass(a_step(), x, output, ["mean"])) == ["mean"]
+    still = a_step(eta=0.0)
+    assert torch.equal(
+        triton_pass(still, x, output, ["x_s"], noise=noise)["x_s"], triton_pass(still, x, output, ["mean"])["mean"]
+    )
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    x, output = normal(0, (2, 5)), normal(1, (2, 5))
+    output[1, 2] = math.nan
+    told = triton_pass(a_step(limit=1.0), x, output, ["x0", "log_prob"], x_s=x)
+    assert told["x0"].isnan().nonzero().tolist() == [[1, 2]] and told["log_prob"].isnan().tolist() == [False, True]
+
+
+def test_no_rows_are_none() -> None:
+    nothing = torch.zeros(0, 4, 3, 3)
+    told = triton_pass(a_step(), nothing, nothing, ALL, noise=nothing)
+    assert told["x_s"].shape == nothing.shape and told["log_prob"].shape == (0,)
+
+
+@pytest.fixture
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The seam takes the kernel on the CPU too."""
+    for module in ("steer.kernels", "steer.seam"):
+        monkeypatch.setattr(f"{module}.has_kernel", lambda *tensors: not any(t.requires_grad for t in tensors))
+
+
+RUNS = [
+    ("sd", "DDIM"),
+    ("sd", "DDIM-clipped"),
+    ("sd", "EulerAncestralDiscrete"),
+    ("pixart", "UniPCMultistep"),
+    ("sd3", "FlowMatchEulerDiscrete"),
+    ("flux", "FlowMatchEulerDiscrete"),
+    ("wan", "FlowMatchEulerDiscrete"),
+]
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("family", "scheduler"), RUNS)
+def test_rollouts_and_replays_through_the_kernel(
+    family: str, scheduler: str, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    shifting = {"use_dynamic_shifting": True} if family == "flux" else {}
+    pipe = with_scheduler(cached_pipe(family), (DIFFUSION | FLOW)[scheduler](**shifting))
+    sampler = Sampler(pipe, call_of(family), storage=storage)
+    plain, images = sampler.rollout(TWO_PROMPTS)
+    replayed = log_probs(sampler, plain)
+    request.getfixturevalue("everywhere")
+    drawn: list[str] = []
+    draw = kernels.FusedGaussian.draw
+    monkeypatch.setattr(kernels.FusedGaussian, "draw", lambda self, *a: (drawn.append("x_s"), draw(self, *a))[1])
+    fused, same = sampler.rollout(TWO_PROMPTS)
+    assert len(drawn) == len(plain.stochastic)
+    assert_near(fused, plain, 1e-5 if storage == torch.float32 else 2e-3)
+    torch.testing.assert_close(same, images, rtol=0, atol=1e-4 if storage == torch.float32 else 5e-3)
+    assert torch.equal(log_probs(sampler, fused), fused.log_probs)
+    torch.testing.assert_close(log_probs(sampler, plain), replayed, rtol=1e-4, atol=1e-3)
+
+
+def assert_near(fused: Trajectories, plain: Trajectories, close: float) -> None:
+    assert fused.stochastic == plain.stochastic
+    size = plain.latents.float().abs().max()
+    torch.testing.assert_close(fused.latents / size, plain.latents / size, rtol=0, atol=close)
+
+
+def test_a_pipeline_in_bf16_goes_through_the_kernel(everywhere: None) -> None:
+    sampler = Sampler(in_precision(cached_pipe("sd"), torch.bfloat16), call_of("sd"), storage=torch.bfloat16)
+    stored, _ = sampler.rollout(TWO_PROMPTS)
+    assert stored.latents.dtype == torch.bfloat16 and stored.log_probs.isfinite().all()
+    assert torch.equal(log_probs(sampler, stored), stored.log_probs)

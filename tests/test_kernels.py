@@ -1,0 +1,256 @@
+"""The step in one pass: the plain twin against diffusers, `Gaussian` and torch.distributions; the kernel against it."""
+
+import inspect
+import math
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from schedulers import BETAS, DIFFUSION, FLOW, build
+from torch import Generator, Tensor
+from torch.distributions import Independent, Normal
+
+from steer.errors import InputError
+from steer.kernels import FusedGaussian, fused_gaussian, has_kernel, one_pass
+from steer.linear import X0_WEIGHTS, LinearStep, linear_step, plain_pass
+from steer.schedule import Level, clip_limit, level, predict_x0, prediction_type
+from steer.transition import Gaussian, gaussian_transition, has_gaussian_kernel, step_levels
+
+SHAPE = (2, 4, 3, 3)
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed here")
+ONE_CALL = {name: make for name, make in (DIFFUSION | FLOW).items() if has_gaussian_kernel(make())}
+
+
+def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(shape, generator=Generator().manual_seed(seed))
+
+
+def flat_level(alpha: float | list[float]) -> Level:
+    wide = torch.tensor(alpha, dtype=torch.float64)
+    return Level(wide, (1 - wide**2).sqrt())
+
+
+def a_step(eta: float = 0.7) -> LinearStep:
+    return linear_step("epsilon", flat_level(0.4), flat_level(0.6), eta)
+
+
+def assert_near(ours: Tensor, truth: Tensor, close: float = 1e-6) -> None:
+    size = max(1.0, float(truth.abs().max()))
+    torch.testing.assert_close(ours / size, truth / size, rtol=0, atol=close)
+
+
+@needs_triton
+def test_the_kernel_in_the_interpreter() -> None:
+    """In a process of its own: triton must be told before it is imported, and this one may have it already."""
+    tests = Path(__file__).parent
+    told = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests / "kernels_interpreted.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tests)},
+        cwd=tests.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stdout[-4000:] + told.stderr[-2000:]
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("draws", [True, False])
+def test_the_kernel_compiles_for_a_gpu_without_one(
+    dtype: str, draws: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from steer.triton_pass import step_kernel
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = dict.fromkeys(("x", "output", "given", "x_s_to"), f"*{dtype}") | {"limit": "fp32"}
+    types |= dict.fromkeys(("table", "x0_to", "mean_to", "sums_to"), "*fp32")
+    types |= dict.fromkeys(("elements", "x_row", "output_row", "given_row", "table_row"), "i32")
+    fixed = dict.fromkeys(("CLIPS", "X0", "MEAN", "X_S", "LOG_PROB"), True)
+    fixed |= {"DRAWS": draws, "STORAGE": triton.language.bfloat16, "BLOCK": 1024}
+    signature = {name: types.get(name, "constexpr") for name in inspect.signature(step_kernel.fn).parameters}
+    # As the launcher tells it: PyTorch's memory and the rows of latents begin at multiples of 16 bytes.
+    even = {(place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind[0] in "*i"}
+    source = ASTSource(fn=step_kernel, signature=signature, constexprs=fixed, attrs=even)
+    made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options={"enable_fp_fusion": False})
+    code = made.asm["ptx"]
+    assert "ld.global.v4" in code or "ld.global.v2" in code  # several elements at a time
+    assert not re.search(r"\b(atom|red)\.", code)  # sums in one order, the same in every run
+    assert "fma" not in code  # rounded as in plain PyTorch
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_diffusers_own_ddim_step(eta: float, kind: str, clip: bool) -> None:
+    scheduler = build("DDIM", **BETAS, clip_sample=clip, prediction_type=kind)
+    scheduler.set_timesteps(7)
+    for t in scheduler.timesteps:
+        x, output, z = (normal(int(t) + i) for i in range(3))
+        own = scheduler.step(output, t, x, eta, use_clipped_model_output=True, variance_noise=z)
+        step = linear_step(kind, *step_levels(scheduler, t, -1), eta, clip_limit(scheduler))
+        told = one_pass(step, x, output, ("x0", "x_s"), noise=z)
+        torch.testing.assert_close(told["x0"], own.pred_original_sample, **CLOSE)
+        torch.testing.assert_close(told["x_s"], own.prev_sample, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscrete", "FlowMatchEulerDiscrete"])
+def test_diffusers_own_euler_step_is_the_mean_without_noise(name: str) -> None:
+    scheduler = (DIFFUSION | FLOW)[name]()
+    scheduler.set_timesteps(7)
+    for k, t in enumerate(scheduler.timesteps):
+        x, output = 3 * normal(k), normal(k + 50)
+        scheduler.is_scale_input_called = True
+        own = scheduler.step(output, t, x).prev_sample
+        step = linear_step(prediction_type(scheduler), *step_levels(scheduler, t, k), 0.0)
+        assert_near(one_pass(step, x, output, ("mean",))["mean"], own, 1e-5)
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_every_scheduler_as_the_seam_has_it(name: str) -> None:
+    scheduler = ONE_CALL[name]()
+    scheduler.set_timesteps(6)
+    for k, t in enumerate(scheduler.timesteps[:-1]):
+        x, output, z = (normal(3 * k + i) for i in range(3))
+        levels = step_levels(scheduler, t, k)
+        x0 = predict_x0(scheduler, output, t, x, k)
+        kernel, fused = gaussian_transition(x, x0, *levels, 0.8), fused_gaussian(scheduler, x, output, *levels, 0.8)
+        step = linear_step(prediction_type(scheduler), *levels, 0.8, clip_limit(scheduler))
+        assert_near(one_pass(step, x, output, ("x0",))["x0"], x0)
+        assert_near(fused.mean, kernel.mean)
+        torch.testing.assert_close(fused.std, kernel.std)
+        if not kernel.std > 0:  # consistency models come to the same place
+            continue
+        drawn, told = fused.draw(z, torch.float32, torch.float16)
+        truth, density = kernel.draw(z, torch.float32, torch.float16)
+        assert_near(drawn, truth, 1e-3)  # a rounding of fp16
+        torch.testing.assert_close(told, kernel.log_prob(drawn), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(told, fused.log_prob(drawn), rtol=0, atol=0)
+        torch.testing.assert_close(fused.log_prob(truth, "mean") * x[0].numel(), density, rtol=1e-5, atol=1e-3)
+
+
+def test_a_fused_gaussian_stands_in_for_a_gaussian() -> None:
+    x, output = normal(0), normal(1)
+    fused = FusedGaussian(a_step(), x, output)
+    plain = Gaussian(one_pass(a_step(), x, output, ("mean",))["mean"], a_step().std.float())
+    assert torch.equal(fused.noise(Generator().manual_seed(3)), plain.noise(Generator().manual_seed(3)))
+    ours, theirs = (each.sample(Generator().manual_seed(3)) for each in (fused, plain))
+    torch.testing.assert_close(ours, theirs)
+    other = Gaussian(normal(2), plain.std)
+    assert torch.equal(fused.kl(other), plain.kl(other)) and torch.equal(other.kl(fused), other.kl(plain))
+
+
+def test_a_learned_variance_rides_along() -> None:
+    scheduler = build("DDIM", **BETAS, clip_sample=False)
+    scheduler.set_timesteps(4)
+    t, x, output = scheduler.timesteps[0], normal(0), normal(1, (2, 8, 3, 3))
+    levels = step_levels(scheduler, t, -1)
+    kernel = gaussian_transition(x, predict_x0(scheduler, output, t, x, -1), *levels, 0.5)
+    assert_near(fused_gaussian(scheduler, x, output, *levels, 0.5).mean, kernel.mean)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(X0_WEIGHTS)),
+    alphas=st.lists(st.floats(0.05, 0.99), min_size=2, max_size=2, unique=True).map(sorted),
+    eta=st.floats(0.05, 1),
+    shape=st.sampled_from([(3,), (1, 1), (2, 7), (2, 3, 2, 4), (2, 3, 2, 2, 4)]),
+    seed=st.integers(0, 10**6),
+)
+def test_densities_are_those_of_independent_normals(
+    kind: str, alphas: list[float], eta: float, shape: tuple[int, ...], seed: int
+) -> None:
+    step = linear_step(kind, *map(flat_level, alphas), eta)
+    x, output, z = (normal(seed + i, shape) for i in range(3))
+    told = one_pass(step, x, output, ("mean", "x_s", "log_prob"), noise=z)
+    truth = Normal(told["mean"].double(), step.std)
+    expected = Independent(truth, len(shape) - 1).log_prob(told["x_s"].double())
+    # x_s − mean has lost what x_s was rounded by: z is known to that much
+    lost = float(told["x_s"].abs().max() / step.std) * 1e-6 * x[0].numel()
+    torch.testing.assert_close(told["log_prob"].double(), expected, rtol=1e-5, atol=1e-4 + 4 * lost)
+    torch.testing.assert_close(told["x_s"], told["mean"] + step.std.float() * z)
+
+
+def test_gradients_of_the_twin_are_those_of_the_gaussian() -> None:
+    scheduler = build("DDIM", **BETAS, clip_sample=True)
+    scheduler.set_timesteps(5)
+    t, x, x_s = scheduler.timesteps[2], normal(0), normal(1)
+    levels = step_levels(scheduler, t, -1)
+    step = linear_step("epsilon", *levels, 0.9, clip_limit(scheduler))
+    ours, theirs = (normal(2).requires_grad_() for _ in range(2))
+    assert 0 < (predict_x0(scheduler, theirs, t, x, -1).abs() == 1).sum() < x.numel()  # some are clipped
+    one_pass(step, x, ours, ("log_prob",), x_s=x_s)["log_prob"].sum().backward()
+    gaussian_transition(x, predict_x0(scheduler, theirs, t, x, -1), *levels, 0.9).log_prob(x_s).sum().backward()
+    assert ours.grad is not None and theirs.grad is not None
+    assert_near(ours.grad, theirs.grad, 1e-5)
+
+
+def test_rows_have_the_levels_of_their_own() -> None:
+    scheduler = build("DDIM", **BETAS, clip_sample=False)
+    times = [100, 500, 900]
+    before, after = (
+        Level(*(torch.stack(one) for one in zip(*(level(scheduler, t - back, -1) for t in times), strict=True)))
+        for back in (0, 50)
+    )
+    x, output, z = (normal(seed, (3, 4, 3, 3)) for seed in range(3))
+    together = one_pass(linear_step("epsilon", before, after, 1.0), x, output, ("x_s", "log_prob"), noise=z)
+    for row, t in enumerate(times):
+        one = slice(row, row + 1)
+        kernel = gaussian_transition(
+            x[one], predict_x0(scheduler, output[one], t, x[one], -1), level(scheduler, t, -1),
+            level(scheduler, t - 50, -1), 1.0,
+        )  # fmt: skip
+        drawn, told = kernel.draw(z[one], torch.float32, torch.float32)
+        assert_near(together["x_s"][one], drawn)
+        torch.testing.assert_close(together["log_prob"][one], told, rtol=1e-5, atol=1e-3)
+
+
+def wrong(**changed: Any) -> dict[str, Any]:
+    right = {"step": a_step(), "x": normal(0), "output": normal(1), "want": ("log_prob",), "x_s": normal(2)}
+    return right | changed
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            wrong(output=normal(0, (2, 8, 3, 3))),
+            r"output has shape \(2, 8, 3, 3\), it must be that of x, \(2, 4, 3, 3\)",
+        ),
+        (wrong(x_s=normal(0, (1, 4, 3, 3))), "x_s has shape .* it must be that of x"),
+        (wrong(noise=normal(3)), "noise and x_s are both given"),
+        (wrong(x_s=None), "need noise to draw it from, or x_s itself"),
+        (wrong(step=a_step(eta=0.0)), r"deterministic \(τ = 0\): it has no log-probability. Use η > 0"),
+        (wrong(step=linear_step("epsilon", *(flat_level([a] * 3) for a in (0.4, 0.6)), 1.0)), "for 3 rows and x has 2"),
+    ],
+    ids=["output", "x_s", "both", "neither", "deterministic", "rows"],
+)
+def test_what_does_not_fit_is_refused(call: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        one_pass(**call)
+
+
+def test_an_unknown_prediction_type_is_refused() -> None:
+    with pytest.raises(InputError, match="no rule for x̂0 from prediction_type 'score': use one of epsilon"):
+        linear_step("score", flat_level(0.4), flat_level(0.6), 1.0)
+
+
+def test_the_cpu_and_a_graph_take_the_twin() -> None:
+    assert not has_kernel(normal(0))
+    x, output, z = normal(0), normal(1), normal(2)
+    for name, tensor in one_pass(a_step(), x, output, ("x0", "mean", "x_s", "log_prob"), noise=z).items():
+        twin = plain_pass(a_step(), x, output, (name,), noise=z)[name]
+        assert torch.equal(tensor, twin)
+        assert math.isfinite(float(tensor.sum()))
