@@ -96,6 +96,7 @@ def measure(
     """
     variants, started = (opened.over, opened.under), time.perf_counter()
     results = tuple(variant.run() for variant in variants)
+    gc.collect()
     repeats, last = 0, 0.0
     # As much as one more turn is left for the run that counts.
     while repeats < pace.least or (repeats < pace.most and time.perf_counter() - started + 2 * last < pace.seconds):
@@ -125,7 +126,6 @@ def synchronise(device: torch.device) -> None:
 
 def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
     """Of one run, until the device has done it."""
-    gc.collect()
     synchronise(device)
     started = time.perf_counter()
     run()

@@ -133,7 +133,8 @@ def takes_d3po(subject: Subject) -> str | None:
 
 COMPARISONS: Mapping[str, Comparison] = {
     "fk_over_plain_batch": Comparison(
-        "denoising: FK with free rewards, x̂0 and resampling at 4 steps / the plain pipeline's batch", overhead
+        "denoising: FK with free rewards, x̂0 and resampling where rewards are read / the plain pipeline's batch",
+        overhead,
     ),
     "naive_fk_over_ours": Comparison(
         "one prompt, rewards, images: decode in one batch, PIL round trips, a second final decode / ours",

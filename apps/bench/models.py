@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class RealSize:
     denoiser, vae  what their classes are called with
     clips     widths of the CLIP text encoders
     words     width of a T5; 0: none
-    call      arguments of the pipeline's call
+    guidance  scale of the pipeline's call
     """
 
     pipeline: Callable[["RealSize"], Any]
@@ -53,7 +53,7 @@ class RealSize:
     vae: Config
     clips: tuple[int, ...] = (768,)
     words: int = 0
-    call: Config = field(default_factory=dict)
+    guidance: float = 5.0
 
 
 def build(model: RealSize, device: str, dtype: torch.dtype, seed: int = 0) -> Any:

@@ -27,7 +27,7 @@ REAL_SIZES = {
             "cross_attention_dim": 768,
         },
         SD_VAE | {"latent_channels": 4, "sample_size": 512, "scaling_factor": 0.18215},
-        call={"guidance_scale": 7.5},
+        guidance=7.5,
     ),
     "sdxl": models.RealSize(
         models.sdxl,
@@ -47,7 +47,7 @@ REAL_SIZES = {
         },
         SD_VAE | {"latent_channels": 4, "sample_size": 1024, "scaling_factor": 0.13025},
         clips=(768, 1280),
-        call={"guidance_scale": 5.0},
+        guidance=5.0,
     ),
     "sd3": models.RealSize(
         models.sd3,
@@ -67,7 +67,7 @@ REAL_SIZES = {
         SD_VAE | SIXTEEN_CHANNELS | {"sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609},
         clips=(768, 1280),
         words=4096,
-        call={"guidance_scale": 7.0},
+        guidance=7.0,
     ),
     "flux": models.RealSize(
         models.flux,
@@ -84,6 +84,6 @@ REAL_SIZES = {
         },
         SD_VAE | SIXTEEN_CHANNELS | {"sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159},
         words=4096,
-        call={"guidance_scale": 3.5},
+        guidance=3.5,
     ),
 }

@@ -91,5 +91,12 @@ def of_size(name: str, size: RealSize, asked: Asked) -> Subject:
     """Whatever its size; it is its own one-step model, and as new for training."""
     make = partial(build, size, asked.device, asked.number)
     pipe = make()
-    call = asked.call(**{"guidance": 1.0} | {"guidance": size.call["guidance_scale"]})
-    return Subject(name, pipe, call, asked.particles, one_step=pipe, learner=make, iterations=ITERATIONS[asked.quick])
+    return Subject(
+        name,
+        pipe,
+        asked.call(size.guidance),
+        asked.particles,
+        one_step=pipe,
+        learner=make,
+        iterations=ITERATIONS[asked.quick],
+    )

@@ -48,7 +48,8 @@ class Subject:
     pipe      called with `call` (num_inference_steps and guidance_scale among it) for `size` particles of each prompt
     one_step  a pipeline for ReNO, called for one step without guidance; None: no ReNO
     learner   makes a pipeline for D3PO, which puts a LoRA into it; None: no D3PO
-    iterations of ReNO; pairs of D3PO
+    iterations  of ReNO
+    pairs, lesson_steps  of D3PO: its cost goes with pairs · steps
     """
 
     name: str
@@ -62,6 +63,7 @@ class Subject:
     learner: Callable[[], Any] | None = None
     iterations: int = 3
     pairs: int = 2
+    lesson_steps: int = 4
     one_step_call: dict[str, Any] = field(default_factory=lambda: {"num_inference_steps": 1, "guidance_scale": 0.0})
 
     @property
@@ -92,7 +94,12 @@ class Subject:
         """As plain values."""
         told = {"call": {name: str(value) for name, value in self.call.items()}, "particles": self.size}
         told |= {"prompts": list(self.prompts), "reward": self.reward, "dtype": str(self.pipe.dtype).split(".")[-1]}
-        return told | {"reno_iterations": self.iterations, "d3po_pairs": self.pairs, "read_at": list(self.read_at)}
+        return told | {
+            "reno_iterations": self.iterations,
+            "d3po_pairs": self.pairs,
+            "d3po_steps": self.lesson_steps,
+            "read_at": list(self.read_at),
+        }
 
     @property
     def steps(self) -> int:
@@ -201,7 +208,7 @@ def lesson_of(subject: Subject, pipe: Any) -> Lesson:
     with torch.no_grad():
         for parameter in trained.parameters.values():
             parameter.copy_(BOLD * torch.randn(parameter.shape, generator=generator))
-    sampler = Sampler(pipe, subject.call, eta=1.0)
+    sampler = Sampler(pipe, subject.call | {"num_inference_steps": subject.lesson_steps}, eta=1.0)
     prompts = [subject.prompts[n % len(subject.prompts)] for n in range(subject.pairs)]
     rows = rows_of(prompts, 2, subject.seed, "bench", shared_start=True)
     chunks = [sampler.rollout(some)[0] for some in rows.split(subject.pairs)]
