@@ -45,6 +45,8 @@ def bench(
     Ratios of medians, both sides measured in turns in this run, at equal work, and checked to give the same results.
     Writes FILE and, beside it, a picture. Ctrl-C keeps what was measured. Exit code 1: results that differ.
     """
+    if file.is_dir():
+        raise InputError(f"--json {file}: this is a folder; name a file")
     if file.suffix == ".png":
         raise InputError(f"--json {file}: the picture would take that name; use .json")
     import torch
@@ -66,7 +68,7 @@ def bench(
         click.echo(f"steer: interrupted; what was measured is in {file}", err=True)
         sys.exit(130)
     finally:
-        if run.report:
+        if run.report.get("ratios"):
             draw(run.report, file.with_suffix(".png"))
             click.echo(f"{table(run.report)}\n→ {file}")
     if not all(check["passed"] for check in run.report["checks"].values()):

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROMPT, cached_pipe, sd
-from torch import Tensor, nn
+from bench_subject import PARTICLES, READS, STEPS, fresh, tiny_subject
+from torch import nn
 
 from steer.apps.bench import against_naive, clock
 from steer.apps.bench.against_naive import fk, reno, steer_whole
@@ -24,32 +24,11 @@ from steer.apps.bench.subject import Subject, denoise_steered, lesson_of, plain_
 
 CPU = torch.device("cpu")
 ONCE = Pace(0.0, least=1)
-STEPS, PARTICLES, READS = 6, 4, 3  # 40, 55, 70 and 85 % of 6 steps are steps 2, 3 and 4
-
-
-def tiny_learner() -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipe = sd()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-class Colourful:
-    """Far enough apart for tiny random models to be resampled."""
-
-    name, differentiable = "colourful", True
-
-    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
-        return 300 * images.float().mean((1, 2, 3))
 
 
 @pytest.fixture
 def subject() -> Subject:
-    pipe = cached_pipe("sd")
-    call = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
-    made = Subject("tiny", pipe, call, PARTICLES, (PROMPT,), one_step=tiny_learner(), learner=tiny_learner)
-    return replace(made, reward=Colourful(), lesson_steps=3, pairs=3)  # type: ignore[arg-type]
+    return tiny_subject()
 
 
 def measured(name: str, subject: Subject) -> tuple[Opened, Measured, Measured, Any]:
@@ -100,7 +79,7 @@ def test_the_naive_update_has_our_loss_and_gradient(name: str, subject: Subject)
 
 def test_the_naive_update_prefers_the_winners(subject: Subject) -> None:
     """Along its gradient the winners become likelier than the losers: swapped, it turns round."""
-    lesson = lesson_of(subject, tiny_learner())
+    lesson = lesson_of(subject, fresh())
     told = []
     for winners in (lesson.winners, tuple(1 - winner for winner in lesson.winners)):
         against_naive.forget(lesson)

@@ -57,7 +57,7 @@ class Subject:
     call: dict[str, Any]
     size: int = 8
     prompts: tuple[str, ...] = ("a red circle left of a blue star",)
-    reward: str = "scene-soft"
+    reward: Any = "scene-soft"
     seed: int = 0
     one_step: Any = None
     learner: Callable[[], Any] | None = None
@@ -93,7 +93,11 @@ class Subject:
     def about(self) -> dict[str, Any]:
         """As plain values."""
         told = {"call": {name: str(value) for name, value in self.call.items()}, "particles": self.size}
-        told |= {"prompts": list(self.prompts), "reward": self.reward, "dtype": str(self.pipe.dtype).split(".")[-1]}
+        told |= {
+            "prompts": list(self.prompts),
+            "reward": load_reward(self.reward).name,
+            "dtype": str(self.pipe.dtype).split(".")[-1],
+        }
         return told | {
             "reno_iterations": self.iterations,
             "d3po_pairs": self.pairs,
