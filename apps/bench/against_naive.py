@@ -1,8 +1,8 @@
 """Our way against the naive one: the same images, noise, losses and gradients, of the same random numbers."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,18 @@ from steer.pipelines.reno import Ascent
 SAME, HALF = 1e-4, 0.1  # how far equal results may be apart in fp32; in half precision rounding is not what is checked
 BETA = 0.1  # of D3PO, as published
 Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images best first, rewards (B, K), ancestors
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Which update of a round it is.
+
+    unchanged       the weights are those that drew the samples: their log-probabilities are known
+    asks_reference  its answers are not at hand yet
+    """
+
+    unchanged: bool = True
+    asks_reference: bool = False
 
 
 def limit_of(subject: Subject) -> float:
@@ -52,9 +64,12 @@ def same_steered(first: Steered, second: Steered, limit: float) -> Check:
     return Check(max(difference(first[0], second[0]), difference(first[1], second[1])), limit, same)
 
 
+On = Callable[[Any], AbstractContextManager[Any]]  # a pipeline → a context that gives the pipeline to call
+
+
 @contextmanager
-def fk(subject: Subject) -> Iterator[Opened]:
-    """One prompt, rewards of images as PIL holds them."""
+def fk(subject: Subject, on: On = nullcontext) -> Iterator[Opened]:
+    """One prompt, rewards of images as PIL holds them; `on`: what is switched on for ours."""
     one = replace(subject, prompts=subject.prompts[:1])
     reward, prompt = one.judge(eight_bits=True), one.prompts[0]
     numbers = Population(one.pipe, reward, prompt, one.size, one.call | {"generator": one.generator()}).rng.get_state()
@@ -68,8 +83,11 @@ def fk(subject: Subject) -> Iterator[Opened]:
         )
         return out.images, out.rewards[None], out.ancestors
 
-    ours = Variant("ours", lambda: steer_whole(one, one.pipe, reward))
-    yield Opened(Variant("naive", naive), ours, lambda a, b: same_steered(a, b, limit_of(one)))
+    def ours() -> Steered:
+        with on(one.pipe) as pipe:
+            return steer_whole(one, pipe, reward)
+
+    yield Opened(Variant("naive", naive), Variant("ours", ours), lambda a, b: same_steered(a, b, limit_of(one)))
 
 
 def searched(subject: Subject, checkpointing: bool) -> Variant:
@@ -104,13 +122,13 @@ def reno(subject: Subject) -> Iterator[Opened]:
     yield Opened(Variant("naive", naive), ours, check)
 
 
-def taught(lesson: Lesson, fresh_reference: bool = False) -> Variant:
-    """One update of our D3PO on samples that the policy has just drawn: the loss, and the gradient it leaves."""
+def taught(lesson: Lesson, turn: Turn) -> Variant:
+    """One update of our D3PO: the loss, and the gradient it leaves."""
 
     def run() -> tuple[Tensor, ...]:
         forget(lesson)
-        batch = replace(lesson.batch, references=lesson.references()) if fresh_reference else lesson.batch
-        loss, _ = two_pass_gradient(lesson.sampler, batch, D3PO(BETA), unchanged=True)
+        batch = replace(lesson.batch, references=lesson.references()) if turn.asks_reference else lesson.batch
+        loss, _ = two_pass_gradient(lesson.sampler, batch, D3PO(BETA), unchanged=turn.unchanged)
         return torch.tensor(loss), gradient_of(lesson)
 
     return Variant("ours", run)
@@ -140,8 +158,8 @@ def gradient_of(lesson: Lesson) -> Tensor:
     return whole / whole.norm()
 
 
-def d3po(fresh_reference: bool) -> Any:
-    """One update; the reference's answers at hand from the round's beginning, or asked for in it."""
+def d3po(turn: Turn) -> Callable[[Subject], AbstractContextManager[Opened]]:
+    """One update against the naive one."""
 
     @contextmanager
     def opened(subject: Subject) -> Iterator[Opened]:
@@ -152,6 +170,6 @@ def d3po(fresh_reference: bool) -> Any:
         def check(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Check:
             return Check(max(map(difference, a, b)), limit_of(subject))
 
-        yield Opened(untaught(subject, lesson), taught(lesson, fresh_reference), check)
+        yield Opened(untaught(subject, lesson), taught(lesson, turn), check)
 
     return opened

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from statistics import median
 from typing import Any
@@ -12,12 +13,12 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from steer.apps.bench import against_naive
-from steer.apps.bench.against_naive import limit_of, searched, steer_whole
+from steer.apps.bench.against_naive import Turn, limit_of, searched, steer_whole
 from steer.apps.bench.clock import Check, Measured, Opened, Variant, difference
 from steer.apps.bench.flops import flops_of
 from steer.apps.bench.predict import Predict, Predicted, amdahl, bounded, by_counts
 from steer.apps.bench.subject import Denoised, Subject, denoise_steered, plain_call, undecoded
-from steer.apps.bench.switches import SWITCHES, Switch
+from steer.apps.bench.switches import SWITCHES, Switch, everything
 from steer.pipelines.population import as_type
 from steer.preview import Preview
 
@@ -31,6 +32,7 @@ class Comparison:
     fits     None, or why it cannot be measured of a subject
     predict  what the parts' calls foretell
     quick    whether `--quick` has the time for it
+    samples  how many images, or samples learnt from, one run of a variant makes
     """
 
     about: str
@@ -38,6 +40,22 @@ class Comparison:
     fits: Callable[[Subject], str | None] = lambda subject: None
     predict: Callable[[Subject], Predict] = lambda subject: by_counts
     quick: bool = True
+    samples: Callable[[Subject], int] = lambda subject: subject.size * len(subject.prompts)
+
+
+def of_one_prompt(subject: Subject) -> int:
+    """Images."""
+    return subject.size
+
+
+def of_searches(subject: Subject) -> int:
+    """Images of two searches for each prompt, differentiated."""
+    return 2 * len(subject.prompts) * subject.iterations
+
+
+def of_pairs(subject: Subject) -> int:
+    """Samples learnt from."""
+    return 2 * subject.pairs
 
 
 @contextmanager
@@ -140,20 +158,36 @@ COMPARISONS: Mapping[str, Comparison] = {
         "one prompt, rewards, images: decode in one batch, PIL round trips, a second final decode / ours",
         against_naive.fk,
         takes_naive,
+        samples=of_one_prompt,
     ),
     "naive_reno_over_ours": Comparison(
         "iterations of ReNO: text encoded in each / once", against_naive.reno, takes_reno
     ),
     "naive_d3po_over_ours": Comparison(
         "one update: four denoiser passes for each pair and step / ours, the reference's answers at hand",
-        against_naive.d3po(fresh_reference=False),
+        against_naive.d3po(Turn()),
         takes_d3po,
+        samples=of_pairs,
     ),
     "naive_d3po_over_ours_first_pass": Comparison(
         "the same, ours asking the reference within the update, as the first pass over a round has to",
-        against_naive.d3po(fresh_reference=True),
+        against_naive.d3po(Turn(asks_reference=True)),
         takes_d3po,
         quick=False,
+        samples=of_pairs,
+    ),
+    "naive_d3po_over_ours_later_pass": Comparison(
+        "the same, ours of a later update of a round, when the weights are no longer those that drew the samples",
+        against_naive.d3po(Turn(unchanged=False)),
+        takes_d3po,
+        quick=False,
+        samples=of_pairs,
+    ),
+    "naive_fk_over_ours_everything_on": Comparison(
+        "the same, ours with the exact gains on: attention backend auto, prompts' keys and values shared",
+        partial(against_naive.fk, on=everything),
+        takes_naive,
+        samples=of_one_prompt,
     ),
     "whole_fk_over_plain_batch": Comparison(
         "the whole: FK with previews and rewards / the plain pipeline's batch without any", whole

@@ -178,7 +178,7 @@ def naive_d3po(
 
     def log_prob(k: int, rows: list[int]) -> Tensor:
         """log p(x_s | x_t) of step k, averaged over the elements."""
-        x, t = places[rows, k], scheduler.timesteps[k]
+        x, t = places[rows, k].to(pipe.unet.dtype), scheduler.timesteps[k]
         output = _guided(pipe, scheduler, x, t, texts, guidance)
         x0 = predict_x0(scheduler, output, t, x, k)
         kernel = gaussian_transition(x, x0, *step_levels(scheduler, t, k), eta)

@@ -50,13 +50,14 @@ def outcome(
     report: Json,
     name: str,
     about: str,
+    samples: int,
     found: tuple[Measured, Measured],
     check: Check | None,
     predicted: Predicted | None,
 ) -> None:
     """Puts a comparison into a report, as far as it got."""
     over, under = found
-    report["runs"][name] = {"about": about, "variants": {one.name: _told(one) for one in found}}
+    report["runs"][name] = {"about": about, "variants": {one.name: _told(one, samples) for one in found}}
     report["ratios"][name] = median(over.seconds) / median(under.seconds)
     if over.peak is not None and under.peak:
         report["memory_ratios"][name] = over.peak / under.peak
@@ -66,9 +67,10 @@ def outcome(
         report["predicted"][name] = asdict(predicted)
 
 
-def _told(measured: Measured) -> Json:
+def _told(measured: Measured, samples: int) -> Json:
     low, middle, high = quartiles(measured.seconds)
     told = {"median": middle, "quartiles": [low, high], "repeats": len(measured.seconds), "seconds": measured.seconds}
+    told["samples_per_second"] = samples / middle
     return told | {"peak_bytes": measured.peak, "rows": measured.counts, "parts": measured.parts}
 
 

@@ -100,7 +100,7 @@ class Bench:
             return " ".join(str(error).split())[:300] or type(error).__name__
         finally:
             if found is not None and all(measured.seconds for measured in found):
-                outcome(self.report, name, comparison.about, found, check, predicted)
+                outcome(self.report, name, comparison.about, comparison.samples(subject), found, check, predicted)
         ratio = self.report["ratios"][name]
         self.say(f"  {ratio:.3f}" + ("" if check is None or check.passed else f"  NOT THE SAME: {asdict(check)}"))
         return None

@@ -82,6 +82,13 @@ def denoiser_compiled(pipe: Any) -> Iterator[Any]:
         yield view
 
 
+@contextmanager
+def everything(pipe: Any) -> Iterator[Any]:
+    """All exact gains that cost nothing where they do nothing, together."""
+    with attention_backend(pipe, "auto"), shared_prompt(pipe):
+        yield pipe
+
+
 SWITCHES = {
     "shared_prompt": Switch(
         "cross-attention: keys and values of prompts once, queries of a prompt in one sequence",
