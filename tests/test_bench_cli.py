@@ -45,8 +45,9 @@ def test_the_command_measures_the_embedded_model(steer: Steer, tmp_path: Path) -
 
 def test_a_report_of_every_ratio(tmp_path: Path) -> None:
     bench, said = bench_of(tmp_path / "bench.json", 60.0)
-    bench.most = 3
+    bench.least = bench.most = 2
     bench.run([("tiny", tiny_subject), ("again", tiny_subject)], CPU)
+    subject = tiny_subject()
     report = json.loads((tmp_path / "bench.json").read_text())
     quick = [name for name, comparison in COMPARISONS.items() if comparison.quick]
     every = {prefix + name for prefix in ("", "again: ") for name in quick}
@@ -55,13 +56,14 @@ def test_a_report_of_every_ratio(tmp_path: Path) -> None:
     shown = table(report)
     for name, ratio in report["ratios"].items():
         assert math.isfinite(ratio) and ratio > 0 and name in shown and any(name in line for line in said)
-        over, under = report["runs"][name]["variants"].values()
+        kind, (over, under) = name.removeprefix("again: "), report["runs"][name]["variants"].values()
         assert ratio == pytest.approx(over["median"] / under["median"])
         for one in (over, under):
-            assert one["repeats"] == len(one["seconds"]) == 3
+            assert one["repeats"] == len(one["seconds"]) == len(one["cpu_seconds"]) == 2
+            assert one["samples_per_second"] * one["median"] == pytest.approx(COMPARISONS[kind].samples(subject))
             assert one["quartiles"][0] <= one["median"] <= one["quartiles"][1]
             assert one["peak_bytes"] is None or one["peak_bytes"] >= 0
-        assert math.isfinite(report["predicted"][name]["share"])
+        assert math.isfinite(report["cpu_ratios"][name]) and math.isfinite(report["predicted"][name]["share"])
     assert all(check["passed"] for check in report["checks"].values()) and set(NAMED) <= set(report["checks"])
     assert draw(report, tmp_path / "bench.png") is not None
 

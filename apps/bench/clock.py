@@ -62,6 +62,7 @@ class Measured:
     """What was found of a variant.
 
     seconds  of each repeat
+    cpu      seconds of this process's threads in each repeat: less disturbed by what else a machine does
     peak     bytes above what there was before the call, at most; None where this system does not tell
     counts   rows that went through the denoiser, the decoder, the text encoders and the reward
     parts    seconds that they took
@@ -69,6 +70,7 @@ class Measured:
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
     peak: int | None = None
     counts: dict[str, int] = field(default_factory=dict)
     parts: dict[str, float] = field(default_factory=dict)
@@ -100,10 +102,14 @@ def measure(
     repeats, last = 0, 0.0
     # As much as one more turn is left for the run that counts.
     while repeats < pace.least or (repeats < pace.most and time.perf_counter() - started + 2 * last < pace.seconds):
-        turn = [seconds_of(variant.run, device) for variant in variants]
-        for measured, seconds in zip(found, turn, strict=True):
+        turn = []
+        for variant in variants:
+            cpu = time.process_time()
+            turn.append((seconds_of(variant.run, device), time.process_time() - cpu))
+        for measured, (seconds, cpu) in zip(found, turn, strict=True):
             measured.seconds.append(seconds)
-        repeats, last = repeats + 1, sum(turn)
+            measured.cpu.append(cpu)
+        repeats, last = repeats + 1, sum(seconds for seconds, _ in turn)
     for variant, measured in zip(variants, found, strict=True):
         with _peak(device) as peak, _counting(kinds if variant.counted else {}, device) as (counts, parts):
             variant.run()

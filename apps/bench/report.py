@@ -37,6 +37,7 @@ def described(device: torch.device, quick: bool, seconds: float) -> Json:
         "seconds": seconds,
         "subjects": {},
         "ratios": {},
+        "cpu_ratios": {},
         "memory_ratios": {},
         "predicted": {},
         "checks": {},
@@ -59,6 +60,8 @@ def outcome(
     over, under = found
     report["runs"][name] = {"about": about, "variants": {one.name: _told(one, samples) for one in found}}
     report["ratios"][name] = median(over.seconds) / median(under.seconds)
+    if report["device"].startswith("cpu") and all(over.cpu + under.cpu):
+        report["cpu_ratios"][name] = median(over.cpu) / median(under.cpu)
     if over.peak is not None and under.peak:
         report["memory_ratios"][name] = over.peak / under.peak
     if check is not None:
@@ -70,6 +73,7 @@ def outcome(
 def _told(measured: Measured, samples: int) -> Json:
     low, middle, high = quartiles(measured.seconds)
     told = {"median": middle, "quartiles": [low, high], "repeats": len(measured.seconds), "seconds": measured.seconds}
+    told["cpu_seconds"] = measured.cpu
     told["samples_per_second"] = samples / middle
     return told | {"peak_bytes": measured.peak, "rows": measured.counts, "parts": measured.parts}
 
@@ -99,13 +103,15 @@ def _finite(value: Any) -> Any:
 
 def table(report: Json) -> str:
     """A line for each ratio: found, spread, foretold, memory, and whether results agree."""
-    rows = [("ratio of seconds", "found", "spread", "predicted", "memory", "results")]
+    rows = [("ratio of seconds", "found", "spread", "CPU time", "predicted", "memory", "results")]
     for name, ratio in report["ratios"].items():
         memory, check = report["memory_ratios"].get(name), report["checks"].get(name)
         low, high = spread(report["runs"][name])
         agree = "" if check is None else f"same to {check['difference']:.0e}" if check["passed"] else "DIFFER"
         shown = "" if memory is None else f"{memory:.2f}"
-        rows.append((name, f"{ratio:.3f}", f"{low:.2f}–{high:.2f}", _foretold(report, name), shown, agree))
+        cpu = report["cpu_ratios"].get(name)
+        busy = "" if cpu is None else f"{cpu:.3f}"
+        rows.append((name, f"{ratio:.3f}", f"{low:.2f}–{high:.2f}", busy, _foretold(report, name), shown, agree))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return "\n".join([*lines, *(f"{name}: not measured ({why})" for name, why in report["skipped"].items())])
