@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import cached_pipe, with_scheduler
+from conftest import PROMPT, cached_pipe, with_scheduler
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rollouts import TWO_PROMPTS, call_of
@@ -16,8 +16,12 @@ from torch import Generator, Tensor
 
 from steer import kernels
 from steer.linear import X0_WEIGHTS, LinearStep, linear_step, plain_pass
+from steer.pipelines import FKSteeringPipeline
+from steer.pipelines.output import SteeringOutput
 from steer.schedule import Level
+from steer.seam import Event, steered
 from steer.trajectory import Sampler, Trajectories, log_probs
+from steer.transition import Gaussian
 from steer.triton_pass import BLOCK, triton_pass
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "triton must be told before it is imported"
@@ -90,6 +94,7 @@ def layouts(shape: tuple[int, ...]) -> dict[str, Any]:
     return {
         "channels-last": lambda seed: normal(seed, shape).to(memory_format=torch.channels_last),
         "half of the channels": lambda seed: normal(seed, wide)[:, :channels],
+        "every other element": lambda seed: normal(seed, (*shape[:3], 2 * shape[3]))[..., ::2],
         "every other row": lambda seed: normal(seed, (2 * batch, *shape[1:]))[::2],
         "one row for all": lambda seed: normal(seed, (1, *shape[1:])).expand(shape),
         "transposed": lambda seed: normal(seed, (*shape[:2], shape[3], shape[2])).transpose(2, 3),
@@ -190,6 +195,37 @@ def assert_near(fused: Trajectories, plain: Trajectories, close: float) -> None:
     assert fused.stochastic == plain.stochastic
     size = plain.latents.float().abs().max()
     torch.testing.assert_close(fused.latents / size, plain.latents / size, rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIM", "EulerDiscrete"])
+def test_steering_through_the_kernel(scheduler: str, request: pytest.FixtureRequest) -> None:
+    """Every step redrawn, copies parted; the same random numbers, the same ancestors."""
+    pipe = with_scheduler(cached_pipe("sd"), DIFFUSION[scheduler]())
+
+    def steer() -> SteeringOutput:
+        call = call_of("sd", 6) | {"generator": Generator().manual_seed(0), "output_type": "pt"}
+        return FKSteeringPipeline(pipe, "brightness")(PROMPT, num_particles=4, lam=300.0, eta=0.7, **call)
+
+    plain = steer()
+    request.getfixturevalue("everywhere")
+    fused = steer()
+    ancestors = [evaluation.ancestors for evaluation in plain.history]
+    assert any((rows != torch.arange(4)).any() for rows in ancestors)
+    assert all(torch.equal(ours.ancestors, rows) for ours, rows in zip(fused.history, ancestors, strict=True))
+    torch.testing.assert_close(fused.images, plain.images, rtol=0, atol=1e-4)
+
+
+def test_thresholding_takes_the_plain_way(everywhere: None) -> None:
+    pipe = with_scheduler(cached_pipe("sd"), DIFFUSION["DDIM"](thresholding=True))
+    kinds: list[type] = []
+
+    def look(event: Event) -> None:
+        kinds.append(type(event.kernel(1.0, torch.tensor([0, 0]))))
+
+    for one in (pipe, cached_pipe("sd")):
+        with steered(one, look) as view:
+            view(**call_of("sd", 2), prompt=[PROMPT] * 2, output_type="latent")
+    assert kinds == [Gaussian, Gaussian, kernels.FusedGaussian, kernels.FusedGaussian]
 
 
 def test_a_pipeline_in_bf16_goes_through_the_kernel(everywhere: None) -> None:

@@ -271,6 +271,18 @@ def test_all_is_as_it_was_after_an_exception() -> None:
         raise KeyError
 
 
+def test_a_copy_made_in_a_block_has_its_own_weights() -> None:
+    model = copy.deepcopy(cached_pipe("sd").unet).requires_grad_(False)
+    call = torch.ones(1, 4, 4, 4), 3, torch.ones(1, 5, CLIP_WIDTH)
+    with attention_backend(model, "eager"):
+        twin = copy.deepcopy(model)
+        before = twin(*call).sample
+        for layer in attention_layers(model):
+            layer.to_v.weight.mul_(10)
+        assert torch.equal(twin(*call).sample, before)
+        assert (model(*call).sample - before).abs().max() > 1e-3
+
+
 def ip_unet() -> tuple[Any, dict[str, Any]]:
     """A UNet with an IP-adapter, and the arguments of a call."""
     with torch.random.fork_rng(devices=[]):

@@ -314,6 +314,77 @@ def test_an_adapter_from_before_is_shared_by_rows_but_computed_at_every_step() -
     assert sharing.layers > 0 and sharing.counts.computed == 0
 
 
+class Scaled(nn.Linear):
+    """Somebody's own, with more to it than weights."""
+
+    scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
+def test_a_layer_with_more_than_weights_is_computed_at_every_step() -> None:
+    called = Called()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for part in crossing(called.model):
+            part.to_k = Scaled(part.to_k.in_features, part.to_k.out_features).requires_grad_(False)
+    with shared_prompt(called.model):
+        before = called([0, 0, 1])
+        for part in crossing(called.model):
+            part.to_k.scale = -9.0
+        found = called([0, 0, 1])
+    assert (found - before).abs().max() > 1e-3
+    torch.testing.assert_close(found, called([0, 0, 1]), **CLOSE)
+
+
+def test_weights_that_come_and_go_are_used_when_they_are_there() -> None:
+    """Sequential offload: they lie on no device between the calls."""
+    called = Called()
+    layers = crossing(called.model)
+    with shared_prompt(called.model) as sharing:
+        called([0, 0, 1])
+        layers[0].to_k._hf_hook = "of accelerate"
+        called([0, 0, 1])
+        called([0, 0, 1])
+    assert sharing.counts.computed == 3 * 2 * len(layers)
+    with shared_prompt(called.model) as sharing:
+        called([0, 0, 1])
+        called([0, 0, 1])
+    assert sharing.counts.computed == sharing.counts.reused == 2 * len(layers) - 1
+
+
+def test_a_prompt_in_several_chunks_is_projected_once() -> None:
+    """Guidance of two prompts: the rows of none make two chunks, and one row of keys."""
+    called, rows = Called(), []
+    linear = crossing(called.model)[0].to_k
+    plain = linear.forward
+    with replaced(vars(linear), "forward", lambda x: (rows.append(len(x)), plain(x))[1]), shared_prompt(called.model):
+        called([0, 0, 0, 0, 1, 1, 2, 2])
+    assert rows == [3]
+
+
+def test_captions_are_projected_once_and_with_gradients_as_ever() -> None:
+    model = shaken(cached_pipe("pixart").transformer)
+    features = torch.randn(2, 5, T5_WIDTH, generator=Generator().manual_seed(0))[[0, 0, 1, 1]]
+    time, size, x = torch.full((4,), 3), {"resolution": None, "aspect_ratio": None}, torch.ones(4, 4, 4, 4)
+    weight = model.caption_projection.linear_1.weight.requires_grad_()
+    rows: list[int] = []
+
+    def gradient() -> Tensor:
+        loss = model(x, features, time, size, encoder_attention_mask=torch.ones(4, 5)).sample.square().sum()
+        return torch.autograd.grad(loss, weight)[0]
+
+    expected = gradient()
+    hook = model.caption_projection.act_1.register_forward_hook(lambda module, inputs, out: rows.append(len(out)))
+    with shared_prompt(model):
+        for _ in range(2):
+            pixart_call(model, features, torch.ones(4, 5))
+        assert rows == [2]
+        assert torch.equal(gradient(), expected)
+    hook.remove()
+
+
 def pixart_call(model: Any, features: Tensor, mask: Tensor) -> Tensor:
     x = torch.randn(len(features), 4, 4, 4, generator=Generator().manual_seed(0))
     time = torch.full((len(features),), 3)
@@ -389,6 +460,20 @@ def test_a_differentiable_twin_made_in_a_block_is_one_outside_it() -> None:
     torch.testing.assert_close(found, expected, **CLOSE)
 
 
+def test_a_copy_made_in_a_block_has_its_own_weights() -> None:
+    called = Called()
+    with shared_prompt(called.model):
+        before = called([0, 0, 1])
+        twin = Called(copy.deepcopy(called.model))
+        for layer in crossing(called.model):
+            layer.to_v.weight.mul_(10)
+            layer.to_q.weight.mul_(3)
+        torch.testing.assert_close(twin([0, 0, 1]), before, **CLOSE)
+        found = called([0, 0, 1])
+    assert (found - before).abs().max() > 1e-3
+    torch.testing.assert_close(called([0, 0, 1]), found, **CLOSE)
+
+
 def test_ip_adapters_are_left_as_they_are_and_said() -> None:
     model, call = ip_unet()
     with torch.no_grad():
@@ -447,7 +532,7 @@ def test_dropout_draws_what_it_drew() -> None:
     def drawn() -> Tensor:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return called([0, 0, 1, 1])
+            return called([0, 1, 0, 1])
 
     expected = drawn()
     with shared_prompt(called.model):
@@ -547,8 +632,8 @@ def test_normed_prompts_are_shared() -> None:
 
 
 def test_a_mask_of_every_query_is_left_as_it_is() -> None:
-    mask = torch.randn(4, 5, 3, generator=Generator().manual_seed(2))
-    check_layer(layer(), 1, attention_mask=mask)
+    mask = torch.randn(2, 5, 3, generator=Generator().manual_seed(2))
+    check_layer(layer(), 1, attention_mask=mask[[0, 0, 1, 1]])
 
 
 def test_fused_projections_are_shared() -> None:
