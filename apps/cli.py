@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 
 from steer import __version__
+from steer.apps.bench_cli import bench
 from steer.apps.demo_cli import demo
 from steer.apps.evaluate_cli import evaluate
 from steer.apps.finetune_cli import finetune
@@ -49,6 +50,7 @@ def score(images: tuple[Path, ...], prompt: str, reward: str, reward_timeout: fl
     click.echo(json.dumps({"reward": reward, "prompt": prompt, "scores": rows}, indent=1))
 
 
+steer.add_command(bench)
 steer.add_command(demo)
 steer.add_command(evaluate)
 steer.add_command(finetune)

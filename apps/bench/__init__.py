@@ -1,0 +1,1 @@
+"""`steer bench`: what steering and finetuning cost, against the plain pipeline and against naive implementations."""

@@ -1,0 +1,206 @@
+"""The same algorithms as the published repositories run them: the baselines of `steer bench`.
+
+Written from their description, for Stable Diffusion pipelines under one-call-a-step solvers. The mathematics and the
+random numbers are those of `steer`, so that the results are the same; what differs is what is computed more than once.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Generator, Tensor
+from torch.nn.functional import logsigmoid
+
+from steer.errors import InputError
+from steer.feynman_kac import FeynmanKac
+from steer.noise import Nesterov, clipped, prior_gradient
+from steer.particles import Particles
+from steer.pipelines.fk_run import repeated
+from steer.reward import Reward
+from steer.schedule import predict_x0
+from steer.trainable import Trainable
+from steer.trajectory import Trajectories
+from steer.transition import gaussian_transition, step_levels
+
+
+@dataclass(frozen=True)
+class NaiveSteered:
+    """Images (K, 3, H, W) best first, their rewards (K,), and the ancestors (1, K) at each evaluated step."""
+
+    images: Tensor
+    rewards: Tensor
+    ancestors: tuple[Tensor, ...]
+
+
+@torch.no_grad()
+def naive_fk(
+    pipe: Any,
+    reward: Reward,
+    prompt: str,
+    size: int,
+    algorithm: FeynmanKac,
+    at: Sequence[int],
+    generator: Generator,
+    rng: Generator,
+    steps: int,
+    guidance: float,
+) -> NaiveSteered:
+    """Feynman–Kac steering of one prompt. All particles are decoded at once for every evaluation, turned into PIL
+    images and back for the reward; at the end they are decoded for their rewards, and once more for the user.
+
+    at         solver steps at which rewards are read
+    generator  of the starting noise; rng: of resampling and of the steps of copies
+    """
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+    texts = _texts(pipe, [prompt], size)
+    x = _noise(pipe, size, generator) * scheduler.init_noise_sigma
+    particles, ancestors = Particles.start(1, size), []
+    for k, t in enumerate(scheduler.timesteps):
+        output = _guided(pipe, scheduler, x, t, texts, guidance)
+        x_s = scheduler.step(output, t, x).prev_sample
+        if k in at:
+            x0 = predict_x0(scheduler, output, t, x, 0)
+            weighed = algorithm.weigh(particles, _judged(pipe, reward, prompt, x0)[None], k / steps)
+            particles, drawn = algorithm.select(weighed, rng)
+            rows = torch.arange(size) if drawn is None else drawn[0]
+            ancestors.append(rows[None])
+            x_s, copies = x_s[rows], repeated(rows)
+            if drawn is not None and copies.any():
+                again = rows[copies]
+                kernel = gaussian_transition(x[again], x0[again], *step_levels(scheduler, t, 0), 1.0)
+                x_s[copies] = kernel.sample(rng).to(x_s.dtype)
+        x = x_s
+    rewards = _judged(pipe, reward, prompt, x)
+    images = _decoded(pipe, x)
+    VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
+    order = rewards.sort(descending=True, stable=True).indices
+    return NaiveSteered(images[order], rewards[order], tuple(ancestors))
+
+
+def _texts(pipe: Any, prompts: Sequence[str], copies: int) -> Tensor:
+    """(2·B·copies, L, C): the empty prompt's and then the prompts', for guidance in one batch."""
+    conditional, empty = pipe.encode_prompt(list(prompts), pipe.device, copies, True)
+    return torch.cat([empty, conditional])
+
+
+def _noise(pipe: Any, rows: int, generator: Generator | list[Generator]) -> Tensor:
+    size = pipe.unet.config.sample_size * pipe.vae_scale_factor
+    latents: Tensor = pipe.prepare_latents(
+        rows, pipe.unet.config.in_channels, size, size, pipe.unet.dtype, pipe.device, generator
+    )
+    return latents / pipe.scheduler.init_noise_sigma
+
+
+def _guided(pipe: Any, scheduler: Any, x: Tensor, t: Any, texts: Tensor, guidance: float) -> Tensor:
+    """u + g (c − u), both of one batch."""
+    both = scheduler.scale_model_input(torch.cat([x, x]), t)
+    u, c = pipe.unet(both, t, encoder_hidden_states=texts).sample.chunk(2)
+    return u + guidance * (c - u)
+
+
+def _decoded(pipe: Any, latents: Tensor) -> Tensor:
+    images = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+    return (images.float() / 2 + 0.5).clamp(0, 1)
+
+
+def _judged(pipe: Any, reward: Reward, prompt: str, latents: Tensor) -> Tensor:
+    """Rewards (K,) by way of PIL."""
+    pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(_decoded(pipe, latents)))
+    images = torch.stack([_from_pil(picture) for picture in pictures]).to(latents.device)
+    return reward(images, [prompt] * len(images)).float().cpu()
+
+
+def _from_pil(picture: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
+
+
+def naive_reno(
+    pipe: Any,
+    reward: Reward,
+    prompts: Sequence[str],
+    noise: Tensor,
+    iterations: int,
+    rule: Nesterov,
+    regularisation: float,
+    longest: float,
+) -> tuple[Tensor, Tensor]:
+    """ReNO on a one-step model, the text encoded anew in every iteration: noise (N, …) and the last rewards (N,)."""
+    noise, velocity, rewards = noise.clone(), torch.zeros_like(noise), torch.zeros(len(noise))
+    scheduler = copy.deepcopy(pipe.scheduler)
+    for _ in range(iterations):
+        scheduler.set_timesteps(1)
+        t, leaf = scheduler.timesteps[0], noise.detach().requires_grad_(True)
+        with torch.no_grad():
+            text = pipe.encode_prompt(list(prompts), pipe.device, 1, False)[0]
+        latents = leaf.to(pipe.unet.dtype) * scheduler.init_noise_sigma
+        given = scheduler.scale_model_input(latents, t)
+        output = pipe.unet(given, t, encoder_hidden_states=text).sample
+        images = _decoded(pipe, scheduler.step(output, t, latents).prev_sample)
+        rewards = reward(images, prompts)
+        (gradient,) = torch.autograd.grad(rewards.sum(), leaf)
+        uphill = clipped(gradient.float() + regularisation * prior_gradient(noise), longest)
+        velocity = rule.momentum * velocity + uphill
+        noise = noise + rule.lr * (uphill + rule.momentum * velocity)
+    return noise, rewards.detach()
+
+
+def naive_d3po(
+    pipe: Any,
+    trained: Trainable,
+    stored: Trajectories,
+    winners: Sequence[int],
+    beta: float,
+    guidance: float,
+    eta: float,
+) -> float:
+    """One update of D3PO, a backward for each step: adds its gradient to the weights' .grad, and returns the loss.
+
+    Rows 2b and 2b + 1 of `stored` are samples of prompt b, and winners[b], 0 or 1, says which is the better one. At
+    every step the policy and the reference are each asked about the winners, and then about the losers.
+    """
+    if len(stored.rows) != 2 * len(winners):
+        raise InputError(f"{len(winners)} pairs have two samples each, got {len(stored.rows)}")
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(stored.latents.shape[1])
+    better = [2 * b + winner for b, winner in enumerate(winners)]
+    worse = [2 * b + 1 - winner for b, winner in enumerate(winners)]
+    with torch.no_grad():
+        texts = _texts(pipe, stored.rows.prompts[::2], 1)
+        starts = [Generator().manual_seed(seed) for seed in stored.rows.starts]
+        first = _noise(pipe, len(stored.rows), starts) * scheduler.init_noise_sigma
+    places = torch.cat([first[:, None].cpu(), stored.latents], 1).to(pipe.device)  # x_t of step k, and x_s at k + 1
+
+    def log_prob(k: int, rows: list[int]) -> Tensor:
+        """log p(x_s | x_t) of step k, averaged over the elements."""
+        x, t = places[rows, k].to(pipe.unet.dtype), scheduler.timesteps[k]
+        output = _guided(pipe, scheduler, x, t, texts, guidance)
+        x0 = predict_x0(scheduler, output, t, x, k)
+        kernel = gaussian_transition(x, x0, *step_levels(scheduler, t, k), eta)
+        return kernel.log_prob(places[rows, k + 1], "mean")
+
+    return sum(_d3po_step(log_prob, k, better, worse, trained, beta, stored) for k in stored.stochastic)
+
+
+def _d3po_step(
+    log_prob: Callable[[int, list[int]], Tensor],
+    k: int,
+    better: list[int],
+    worse: list[int],
+    trained: Trainable,
+    beta: float,
+    stored: Trajectories,
+) -> float:
+    """− log sigmoid(β (r̂ʷ − r̂ˡ)) of one step, its mean over pairs and share of the mean over steps."""
+    policy = [log_prob(k, rows) for rows in (better, worse)]
+    with torch.no_grad(), trained.reference():
+        reference = [log_prob(k, rows) for rows in (better, worse)]
+    win, lose = (new - old for new, old in zip(policy, reference, strict=True))
+    loss = -logsigmoid(beta * (win - lose)).mean() / len(stored.stochastic)
+    loss.backward()
+    return loss.item()

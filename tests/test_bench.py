@@ -1,0 +1,301 @@
+"""`steer bench`: naive and ours are one mathematics, do the work that is said of them, and are measured in turns."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from bench_subject import PARTICLES, READS, STEPS, fresh, tiny_subject
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from steer.apps.bench import against_naive, clock
+from steer.apps.bench.against_naive import fk, reno, steer_whole
+from steer.apps.bench.clock import Measured, Opened, Pace, Variant, measure
+from steer.apps.bench.comparisons import COMPARISONS
+from steer.apps.bench.flops import flops_of
+from steer.apps.bench.models import RealSize, build, flux, sd3, sdxl
+from steer.apps.bench.models import sd as sd_of
+from steer.apps.bench.naive import naive_d3po
+from steer.apps.bench.predict import amdahl, by_counts
+from steer.apps.bench.sizes import REAL_SIZES, SD_VAE
+from steer.apps.bench.start import Asked, of_size
+from steer.apps.bench.subject import Subject, denoise_steered, lesson_of, plain_call
+
+CPU = torch.device("cpu")
+ONCE = Pace(0.0, least=1)
+
+
+@pytest.fixture
+def subject() -> Subject:
+    return tiny_subject()
+
+
+def measured(name: str, subject: Subject) -> tuple[Opened, Measured, Measured, Any]:
+    """A comparison measured once: what was found of both, and how their results compare."""
+    with COMPARISONS[name].open(subject) as opened:
+        found = Measured(opened.over.name), Measured(opened.under.name)
+        results = measure(opened, found, subject.kinds, CPU, ONCE)
+        return opened, *found, opened.check and opened.check(*results)
+
+
+def test_the_naive_steering_gives_our_images_rewards_and_ancestors(subject: Subject) -> None:
+    _, _, _, check = measured("naive_fk_over_ours", subject)
+    assert check.passed and check.difference <= 1e-4
+    _, _, ancestors = steer_whole(subject, subject.pipe, subject.judge(eight_bits=True))
+    moved = [not torch.equal(rows[0], torch.arange(PARTICLES)) for rows in ancestors]
+    assert any(moved) and len(moved) == READS  # else there was nothing to agree on
+
+
+def test_all_exact_gains_together_still_give_the_naive_images(subject: Subject) -> None:
+    _, naive, ours, check = measured("naive_fk_over_ours_everything_on", subject)
+    assert check.passed and naive.counts["denoiser"] == ours.counts["denoiser"]
+
+
+def test_a_naive_steering_that_goes_another_way_is_noticed(subject: Subject) -> None:
+    with fk(subject) as opened:
+        theirs, ours = opened.over.run(), opened.under.run()
+        assert opened.check is not None
+        other = (theirs[0], theirs[1], tuple(rows.flip(1) for rows in theirs[2]))
+        assert not opened.check(other, ours).passed
+        assert not opened.check((theirs[0] + 2e-4, *theirs[1:]), ours).passed
+        assert not opened.check((theirs[0], theirs[1] + 2e-4, theirs[2]), ours).passed
+
+
+def test_the_naive_noise_search_goes_our_way(subject: Subject) -> None:
+    subject = replace(subject, iterations=3)
+    with reno(subject) as opened:
+        (noise, rewards), ours = opened.over.run(), opened.under.run()
+        start = against_naive.search_of(subject).start
+        assert (noise - start).abs().max() > 1e-2  # it went somewhere
+        torch.testing.assert_close(noise, ours[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(rewards, ours[1], atol=1e-4, rtol=0)
+
+
+D3PO = [name for name in COMPARISONS if name.startswith("naive_d3po")]
+
+
+@pytest.mark.parametrize("name", D3PO)
+def test_the_naive_update_has_our_loss_and_gradient(name: str, subject: Subject) -> None:
+    with COMPARISONS[name].open(subject) as opened:
+        (loss, gradient), (our_loss, our_gradient) = opened.over.run(), opened.under.run()
+    assert abs(loss - math.log(2)) > 1e-5  # the policy has left the reference
+    torch.testing.assert_close(loss, our_loss, atol=1e-5, rtol=0)
+    torch.testing.assert_close(gradient, our_gradient, atol=1e-4, rtol=0)
+    assert gradient.norm().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_naive_update_prefers_the_winners(subject: Subject) -> None:
+    """Along its gradient the winners become likelier than the losers: swapped, it turns round."""
+    lesson = lesson_of(subject, fresh())
+    told = []
+    for winners in (lesson.winners, tuple(1 - winner for winner in lesson.winners)):
+        against_naive.forget(lesson)
+        naive_d3po(lesson.pipe, lesson.trained, lesson.stored, winners, 1e-6, 3.0, 1.0)  # β → 0: a linear loss
+        told.append(against_naive.gradient_of(lesson))
+    torch.testing.assert_close(told[0], -told[1], atol=1e-3, rtol=0)
+
+
+def test_steering_calls_what_is_said_of_it(subject: Subject) -> None:
+    """Rows with guidance: 2 K in each of T calls; evaluations, then one final decode, naive two."""
+    _, naive, ours, _ = measured("naive_fk_over_ours", subject)
+    assert naive.counts["denoiser"] == ours.counts["denoiser"] == 2 * PARTICLES * STEPS
+    assert naive.counts["reward"] == ours.counts["reward"] == PARTICLES * (READS + 1)
+    assert naive.counts["decoder"] == PARTICLES * (READS + 2)
+    assert ours.counts["decoder"] == PARTICLES * (READS + 1)
+
+
+def test_denoising_decodes_nothing_and_calls_the_denoiser_as_often(subject: Subject) -> None:
+    _, steered, plain, check = measured("fk_over_plain_batch", subject)
+    assert steered.counts["denoiser"] == plain.counts["denoiser"] == 2 * PARTICLES * STEPS
+    assert not {"decoder", "reward"} & (steered.counts.keys() | plain.counts.keys())
+    assert check.passed  # with equal rewards the images are the plain ones
+    ancestors = denoise_steered(subject, subject.pipe).ancestors
+    assert len(ancestors) == READS and all(len(rows.unique()) < PARTICLES for rows in ancestors)
+
+
+def test_the_noise_search_encodes_text_in_no_iteration(subject: Subject) -> None:
+    _, naive, ours, check = measured("naive_reno_over_ours", subject)
+    iterations, rows = subject.iterations, 2
+    assert naive.counts["text encoder"] == iterations * rows and "text encoder" not in ours.counts
+    for counts in (naive.counts, ours.counts):
+        assert counts["denoiser with a graph"] == counts["decoder with a graph"] == iterations * rows
+        assert "denoiser" not in counts
+    assert check.passed
+
+
+def test_an_update_makes_four_passes_or_two(subject: Subject) -> None:
+    """3 pairs, 3 steps, of which 2 have noise, guidance: the policy's rows have a graph, the reference's have none."""
+    rows = 2 * 2 * 3 * 2
+    _, naive, ours, check = measured("naive_d3po_over_ours", subject)
+    assert naive.counts["denoiser with a graph"] == ours.counts["denoiser with a graph"] == rows
+    assert naive.counts["denoiser"] == rows and "denoiser" not in ours.counts
+    assert check.passed
+    for turn in ("first", "later"):  # the reference is asked, or the policy once more: nothing is saved then
+        _, naive, ours, check = measured(f"naive_d3po_over_ours_{turn}_pass", subject)
+        assert ours.counts["denoiser"] == naive.counts["denoiser"] == rows
+        assert check.passed
+
+
+@pytest.mark.parametrize("name", ["shared_prompt_off_over_on", "sdpa_off_over_on", "micro_batches_off_over_on"])
+def test_an_exact_gain_changes_no_result_and_leaves_nothing(name: str, subject: Subject) -> None:
+    before = {part: set(vars(part)) for part in subject.pipe.unet.modules()}
+    _, off, on, check = measured(name, subject)
+    assert check.passed and check.same_ancestors
+    assert off.counts["denoiser"] == on.counts["denoiser"]
+    assert {part: set(vars(part)) for part in subject.pipe.unet.modules()} == before
+    foretold = COMPARISONS[name].predict(subject)(off, on)
+    assert 0 <= foretold.share < 1
+
+
+def test_a_switch_does_what_it_says(subject: Subject) -> None:
+    """Fewer products for shared prompts; no product of attention left to PyTorch's plain ones; few rows at a time."""
+
+    def flops(run: Any) -> tuple[int, int]:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops(), counter.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+
+    for name in ("shared_prompt_off_over_on", "sdpa_off_over_on"):
+        with COMPARISONS[name].open(subject) as opened:
+            (off, off_bmm), (on, on_bmm) = flops(opened.over.run), flops(opened.under.run)
+        assert on < off if name.startswith("shared") else on_bmm == 0 < off_bmm
+    rows: list[int] = []
+    handle = subject.pipe.unet.register_forward_hook(lambda module, given, output: rows.append(len(output[0])))
+    with handle, COMPARISONS["micro_batches_off_over_on"].open(subject) as opened:
+        opened.over.run()
+        assert set(rows) == {2 * PARTICLES}
+        rows.clear()
+        opened.under.run()
+        assert set(rows) == {4}
+
+
+def test_variants_take_turns(subject: Subject) -> None:
+    said: list[str] = []
+    variants = [Variant(name, lambda name=name: said.append(name)) for name in "AB"]
+    found = Measured("A"), Measured("B")
+    measure(Opened(*variants), found, {}, CPU, Pace(60.0, least=2, most=4))
+    assert "".join(said) == "AB" + "AB" * 4 + "AB"  # a warm-up, as many turns as may be, one that counts
+    assert [len(one.seconds) for one in found] == [4, 4]
+    said.clear()
+    measure(Opened(*variants), (Measured("A"), Measured("B")), {}, CPU, Pace(0.0, least=2, most=4))
+    assert "".join(said) == "AB" * 4
+
+
+@pytest.mark.skipif(not clock._resets(), reason="this system does not tell peaks")
+def test_the_peak_is_what_a_run_needs_at_most() -> None:
+    size = 2**26  # bytes
+
+    def run() -> None:
+        first = torch.ones(size, dtype=torch.uint8)
+        del first
+        torch.ones(size, dtype=torch.uint8).add_(1)
+
+    found = Measured("A"), Measured("B")
+    measure(Opened(Variant("A", run), Variant("B", lambda: None)), found, {}, CPU, ONCE)
+    assert found[0].peak is not None and 0.9 * size < found[0].peak < 1.5 * size
+    assert found[1].peak is not None and found[1].peak < 0.1 * size
+
+
+def test_amdahl_by_hand() -> None:
+    """10 s: 4 calls of 1 s that the other does without, 2 of 3 s that it makes half as often: 3 s are left of 10."""
+    over = Measured("naive", [10.0], counts={"a": 4, "b": 2}, parts={"a": 4.0, "b": 6.0})
+    under = Measured("ours", [2.0], counts={"b": 1}, parts={"b": 2.0})
+    told = by_counts(over, under)
+    assert told.share == pytest.approx(0.7) and told.ratio == pytest.approx(10 / 3)
+    assert amdahl(0.0) == 1 and amdahl(1.0) == math.inf
+    assert by_counts(under, over).ratio == pytest.approx(2 / (2 + 2 + 4))  # more calls: slower
+
+
+def test_products_of_prompts_and_attention_by_hand(subject: Subject) -> None:
+    """Two products each: 2 rows · tokens · weights for keys and for values, 4 rows · L · S · C for attention."""
+    unet = subject.pipe.unet
+    shapes: list[tuple[int, int]] = []
+
+    def note(layer: nn.Module, given: Any, kwargs: Any) -> None:
+        queries, prompts = given[0], kwargs.get("encoder_hidden_states")
+        keys = queries if prompts is None else prompts
+        shapes.append((len(queries) * queries.shape[1] * keys.shape[1] * layer.inner_dim, keys.shape[1]))  # type: ignore[operator]
+
+    layers = [module for module in unet.modules() if type(module).__name__ == "Attention"]
+    handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    found = flops_of(subject.pipe, lambda: plain_call(subject, subject.pipe))
+    for handle in handles:
+        handle.remove()
+    assert found.attention == 4 * sum(size for size, _ in shapes)
+    crossed = [layer for layer in layers if layer.is_cross_attention]
+    tokens = subject.pipe.tokenizer.model_max_length
+    weights = sum(layer.to_k.weight.numel() + layer.to_v.weight.numel() for layer in crossed)  # type: ignore[union-attr]
+    assert found.prompts == 2 * (2 * PARTICLES) * tokens * weights
+    assert found.all > found.attention + found.prompts > 0
+
+
+PARAMETERS = {"sd15": 859.52e6, "sdxl": 2567.46e6, "sd3": 2028.33e6, "flux": 11901.41e6}
+
+
+@pytest.mark.parametrize("name", list(REAL_SIZES))
+def test_real_sizes_are_the_published_ones(name: str) -> None:
+    pipe = build(REAL_SIZES[name], "meta", torch.bfloat16)
+    denoiser = getattr(pipe, "unet", None) or pipe.transformer
+    assert sum(p.numel() for p in denoiser.parameters()) == pytest.approx(PARAMETERS[name], rel=1e-5)
+    assert sum(p.numel() for p in pipe.vae.parameters()) == pytest.approx(83.7e6, rel=0.01)
+    assert {p.device.type for p in denoiser.parameters()} == {"meta"}
+    assert denoiser.dtype == pipe.vae.dtype == torch.bfloat16 and torch.get_default_dtype() == torch.float32
+
+
+SMALL_VAE = SD_VAE | {"block_out_channels": (4,) * 4, "norm_num_groups": 2, "layers_per_block": 1}
+SMALL_UNET = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1, "attention_head_dim": 4}
+SMALL_DIT = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24}
+SIXTEEN = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1}
+SMALL = {
+    "sd15": RealSize(sd_of, SMALL_UNET | {"sample_size": 8, "cross_attention_dim": 16}, SMALL_VAE, (16,)),
+    "sdxl": RealSize(
+        sdxl,
+        REAL_SIZES["sdxl"].denoiser
+        | {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "attention_head_dim": 4, "sample_size": 8}
+        | {"transformer_layers_per_block": 1, "cross_attention_dim": 32, "addition_time_embed_dim": 8}
+        | {"projection_class_embeddings_input_dim": 6 * 8 + 16},
+        SMALL_VAE,
+        (16, 16),
+    ),
+    "sd3": RealSize(
+        sd3,
+        REAL_SIZES["sd3"].denoiser
+        | SMALL_DIT
+        | {"caption_projection_dim": 32, "pooled_projection_dim": 32, "sample_size": 8, "pos_embed_max_size": 8},
+        SMALL_VAE | SIXTEEN,
+        (8, 24),
+        words=24,
+    ),
+    "flux": RealSize(
+        flux,
+        REAL_SIZES["flux"].denoiser
+        | SMALL_DIT
+        | {"num_single_layers": 1, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8)},
+        SMALL_VAE | SIXTEEN,
+        (16,),
+        words=24,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(SMALL))
+def test_what_is_measured_of_real_sizes_runs_on_small_ones(name: str) -> None:
+    subject = of_size(name, SMALL[name], Asked("cpu", particles=2, steps=4, resolution=64, quick=True))
+    _, steered, plain, check = measured("fk_over_plain_batch", subject)
+    assert check.passed and steered.counts["denoiser"] == plain.counts["denoiser"] > 0
+    _, steered, _, _ = measured("whole_fk_over_plain_batch", subject)
+    assert steered.counts["reward"] == 2 * (len(subject.read_at) + 1)
+    reasons = {COMPARISONS[one].fits(subject) for one in COMPARISONS if one.startswith("naive")}
+    assert (reasons == {None}) == (name == "sd15")
+
+
+def test_naive_and_ours_run_in_half_precision() -> None:
+    """As on a GPU: nothing but rounding lies between them."""
+    subject = of_size("sd15", SMALL["sd15"], Asked("cpu", "bfloat16", particles=2, steps=4, quick=True))
+    assert subject.pipe.dtype == torch.bfloat16
+    _, _, _, check = measured("naive_d3po_over_ours", subject)
+    assert check.difference <= 0.1
+    _, naive, ours, _ = measured("naive_fk_over_ours", subject)
+    assert naive.counts["denoiser"] == ours.counts["denoiser"]
