@@ -49,7 +49,7 @@ def _draw_ratios(axes: Axes, report: Json, names: list[str]) -> None:
     axes.set_xticks([0.5, 1, 2, 4])
     axes.set_yticks(range(len(names)), [shown(name, 44) for name in names])
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
     _finish(axes, "ratio of seconds")
 
 
@@ -68,7 +68,8 @@ def _draw_parts(axes: Axes, report: Json, names: list[str]) -> None:
         axes.barh(0, 0, color=color, label=part)
     axes.set_yticks([])
     axes.invert_yaxis()
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    # Below the axes: bars may be anywhere inside.
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=4, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
     _finish(axes, "seconds; above the first variant, below the second")
 
 

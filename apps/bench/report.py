@@ -130,4 +130,5 @@ def _foretold(report: Json, name: str) -> str:
         return ""
     if told["ratio"] is not None:
         return f"{told['ratio']:.3f}"
-    return "" if told["at_most"] is None else f"≤ {told['at_most']:.2f}"
+    bound = told["at_most"]  # infinite where the part is as good as all of it
+    return "" if bound is None or math.isinf(bound) else f"≤ {bound:.2f}"
