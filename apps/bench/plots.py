@@ -69,7 +69,7 @@ def _draw_parts(axes: Axes, report: Json, names: list[str]) -> None:
     axes.set_yticks([])
     axes.invert_yaxis()
     # Below the axes: bars may be anywhere inside.
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=4, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
     _finish(axes, "seconds; above the first variant, below the second")
 
 
