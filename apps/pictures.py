@@ -38,8 +38,7 @@ def draw_grid(report: Report, out: Path) -> Path:
     if left:
         figure.text(0.15 / width, 1 - 0.2 / height, "base", size=11, weight="bold", va="top", color=INK)
     x = (0.15 + 1.35 * left + gap) / width
-    title = f"{report['method']}, best first" if report["method"] != "base" else "base"
-    figure.text(x, 1 - 0.2 / height, title, size=11, weight="bold", va="top", color=INK)
+    figure.text(x, 1 - 0.2 / height, made_how(report), size=11, weight="bold", va="top", color=INK)
     figure.text(
         0.15 / width,
         1 - 0.42 / height,
@@ -50,6 +49,14 @@ def draw_grid(report: Report, out: Path) -> Path:
     )
     figure.savefig(out / "grid.png")
     return out / "grid.png"
+
+
+def made_how(report: Report) -> str:
+    """What the images beside the base ones are, in a few words."""
+    finetuned = report["settings"].get("lora") is not None
+    if report["method"] == "base":
+        return "finetuned" if finetuned else "base"
+    return f"{'finetuned, ' if finetuned else ''}{report['method']}, best first"
 
 
 def shown(prompt: str, length: int = 70) -> str:

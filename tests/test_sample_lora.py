@@ -11,6 +11,7 @@ from test_evaluate import lora
 
 from steer.apps.methods import METHODS
 from steer.apps.models import load_pipeline
+from steer.apps.pictures import made_how
 from steer.apps.png_metadata import read_png
 from steer.apps.sample_settings import STRENGTHS
 from steer.pipelines import BestOfNPipeline
@@ -80,6 +81,20 @@ def test_weights_that_are_not_there_are_told_before_any_model_is_loaded(steer: S
         f"steer: {tmp_path / 'none'}: no such folder; give one with weights, such as RUN/final of `steer finetune`\n"
     )
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "lora", "said"),
+    [
+        ("base", None, "base"),
+        ("fk", None, "fk, best first"),
+        ("base", "x", "finetuned"),
+        ("fk", "x", "finetuned, fk, best first"),
+    ],
+)
+def test_the_grid_says_what_its_sides_are(method: str, lora: str | None, said: str) -> None:
+    assert made_how({"method": method, "settings": {"lora": lora}}) == said
+    assert lora or made_how({"method": method, "settings": {}}) == said, "an older report"
 
 
 def test_every_method_has_a_strength() -> None:
