@@ -1,7 +1,7 @@
 """The job behind `steer finetune`: a configuration in, a folder of weights, records and pictures out."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from steer.errors import InputError
 from steer.guards import KLControl
 from steer.pipelines import FinetuneResult
 from steer.pipelines.choices import check_choices
+from steer.pipelines.finetune_method import Record
 from steer.pipelines.finetune_run import INTERRUPTED
 from steer.pipelines.finetune_state import SERIES
 from steer.pipelines.held_out import Evaluated
@@ -68,31 +69,54 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
     _check_call(config, method.pipe)
 
     @cache
-    def write_config() -> None:  # once the folder is known to be this run's
-        write_text(out / "config.yaml", yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=120))
+    def write_once() -> None:  # once the folder is known to be this run's
+        write_config(out, told)
 
     def on_evaluation(evaluated: Evaluated) -> None:
-        write_config()
+        write_once()
         write_grid(evaluated, out, config.settings.eval_samples)
 
-    train = method.train if job.choices is None else method.train_on_choices
     with errors_named(config.source.name, KEPT, LESS):
-        result: FinetuneResult = train(
-            material.prompts if job.choices is None else Path(job.choices),
-            out,
-            config.settings,
-            eval_prompts=material.eval_prompts,
-            eval_rewards=material.eval_rewards,
-            resume=resume,
-            about=told,
-            on_update=lambda record: write_config(),
-            on_evaluation=on_evaluation,
-        )
+        result = learn(config, method, material, resume, told, lambda record: write_once(), on_evaluation)
     if here.is_main:
-        write_config()
+        write_once()
         if result.stopped != INTERRUPTED:
             write_report(out, told, result)
     return result
+
+
+def learn(
+    config: FinetuneConfig,
+    method: Any,
+    material: Material,
+    resume: bool,
+    told: Mapping[str, Any],
+    on_update: Callable[[Record], None],
+    on_evaluation: Callable[[Evaluated], None],
+) -> FinetuneResult:
+    """The training itself by `config.method`, from prompts or from choices.
+
+    told  what the files of the run say of the configuration
+    """
+    choices = config.job.choices
+    train = method.train if choices is None else method.train_on_choices
+    result: FinetuneResult = train(
+        material.prompts if choices is None else Path(choices),
+        Path(config.job.output_dir),
+        config.settings,
+        eval_prompts=material.eval_prompts,
+        eval_rewards=material.eval_rewards,
+        resume=resume,
+        about=told,
+        on_update=on_update,
+        on_evaluation=on_evaluation,
+    )
+    return result
+
+
+def write_config(out: Path, told: Mapping[str, Any]) -> None:
+    """Writes config.yaml in the folder of a run."""
+    write_text(out / "config.yaml", yaml.safe_dump(dict(told), sort_keys=False, allow_unicode=True, width=120))
 
 
 def gather(config: FinetuneConfig, resume: bool) -> Material:

@@ -11,6 +11,7 @@ from typing import Any, get_type_hints
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from steer.apps.finetune_job import METHODS, FinetuneJob
+from steer.apps.named_errors import named
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.choices import choose, nearest
@@ -80,10 +81,8 @@ def read_config(name: str, changes: Mapping[str, str] | None = None) -> Finetune
     given = changes.pop("method", told.get("method"))
     if not isinstance(given, str):
         raise InputError(f"{source.key('method')} must be one of {', '.join(METHODS)}, got {json.dumps(given)}")
-    try:
+    with named(source.key("method")):
         choose("method", given, METHODS)
-    except InputError as error:
-        raise InputError(f"{source.key('method')}: {error}") from error
     schema = schema_of(given)
     told = _changed(told, changes, schema) | {"method": given}
     found = _validated(schema, _as_drawn(told, source), source)
@@ -151,10 +150,8 @@ def _as_drawn(told: Mapping[str, Any], source: Source) -> dict[str, Any]:
     told = {key: value for key, value in told.items() if not asked or key != "prompts" or key in said}
     if not isinstance(folder := told.get("choices"), str) or told.get("prompts") is not None:
         return told
-    try:
+    with named(source.key("choices")):
         drawn = settings_of(folder)
-    except InputError as error:
-        raise InputError(f"{source.key('choices')}: {error}") from error
     return drawn | {key: value for key, value in told.items() if not asked or key in said or key not in drawn}
 
 

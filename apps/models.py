@@ -1,11 +1,14 @@
 """A model by name: embedded, a folder, or on the hub."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from steer.assets import MODELS
 from steer.choices import nearest
 from steer.errors import InputError
+
+if TYPE_CHECKING:
+    import torch  # else where it is needed: it takes seconds
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
@@ -35,13 +38,20 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     elif not (Path(source) / "model_index.json").exists():
         raise InputError(f"model {model!r}: no model_index.json in this folder; is it in diffusers' format?")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    number = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=number)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=precision(device, dtype))
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {model!r} cannot be loaded: {reason}") from error
     return pipe.to(device)
+
+
+def precision(device: str, dtype: str | None) -> "torch.dtype":
+    """What a model computes in: float32 on the CPU and bfloat16 elsewhere, where nothing else is asked for."""
+    import torch
+
+    number: torch.dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
+    return number
 
 
 def check_device(device: str | None) -> None:

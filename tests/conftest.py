@@ -4,7 +4,7 @@ import copy
 import functools
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -369,3 +369,14 @@ def steer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
         return code, out, err
 
     return run
+
+
+@pytest.fixture(scope="module")
+def studio() -> Iterator[Any]:
+    """What the demo's tabs share, over the embedded model; when it closes, nothing is left of it."""
+    from steer.apps.demo.studio import Studio  # needs gradio
+
+    made = Studio(models=("scenes",))
+    yield made
+    made.close()
+    assert not made.home.exists()

@@ -52,14 +52,6 @@ FOURTEEN = """0 0 0 0 14 | 0 2 6 4 2 | 0 0 3 5 6 | 0 3 9 2 0 | 2 2 8 1 1
  | 7 7 0 0 0 | 3 2 6 3 0 | 2 5 3 2 2 | 6 5 2 1 0 | 0 2 2 3 7"""
 
 
-@pytest.fixture(scope="module")
-def studio() -> Iterator[Studio]:
-    made = Studio(models=("scenes",))
-    yield made
-    made.close()
-    assert not made.home.exists()
-
-
 @pytest.fixture
 def book(tmp_path: Path) -> LabelBook:
     return LabelBook(tmp_path / "choices", CALL)

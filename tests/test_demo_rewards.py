@@ -3,7 +3,6 @@
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,14 +30,6 @@ from steer.reward import load_reward, score
 
 PROMPT = "a red circle"
 EVIL = "<img src=x onerror=window.evil=1>"
-
-
-@pytest.fixture(scope="module")
-def studio() -> Iterator[Studio]:
-    made = Studio(models=("scenes",))
-    yield made
-    made.close()
-    assert not made.home.exists()
 
 
 @pytest.fixture

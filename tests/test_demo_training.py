@@ -52,14 +52,6 @@ LATER = {"seconds", "images_per_second"}  # in records, of which no two runs hav
 SCRIPT = "<script>window.evil=1</script>"
 
 
-@pytest.fixture(scope="module")
-def studio() -> Iterator[Studio]:
-    made = Studio(models=("scenes",))
-    yield made
-    made.close()
-    assert not made.home.exists()
-
-
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in TINY.items():

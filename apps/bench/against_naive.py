@@ -1,6 +1,6 @@
 """Our way against the naive one: the same images, noise, losses and gradients, of the same random numbers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,10 +58,20 @@ def steer_whole(subject: Subject, pipe: Any, reward: Any) -> Steered:
     return out.images, out.rewards, tuple(out.ancestors)
 
 
+def same_ancestors(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    """Whether particles went on from the same ones at every evaluated step."""
+    return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def same_tensors(subject: Subject) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Check]:
+    """Holds the tensors of two results against each other, one by one."""
+    return lambda a, b: Check(max(map(difference, a, b)), limit_of(subject))
+
+
 def same_steered(first: Steered, second: Steered, limit: float) -> Check:
     """Images and rewards, and the ancestors."""
-    same = len(first[2]) == len(second[2]) and all(map(torch.equal, first[2], second[2]))
-    return Check(max(difference(first[0], second[0]), difference(first[1], second[1])), limit, same)
+    apart = max(difference(first[0], second[0]), difference(first[1], second[1]))
+    return Check(apart, limit, same_ancestors(first[2], second[2]))
 
 
 On = Callable[[Any], AbstractContextManager[Any]]  # a pipeline → a context that gives the pipeline to call
@@ -116,10 +126,7 @@ def reno(subject: Subject) -> Iterator[Opened]:
         settings = ascent.regularisation, ascent.max_grad_norm
         return naive_reno(subject.one_step, reward, prompts, chain.start, subject.iterations, Nesterov(), *settings)
 
-    def check(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> Check:
-        return Check(max(map(difference, a, b)), limit_of(subject))
-
-    yield Opened(Variant("naive", naive), ours, check)
+    yield Opened(Variant("naive", naive), ours, same_tensors(subject))
 
 
 def taught(lesson: Lesson, turn: Turn) -> Variant:
@@ -166,10 +173,6 @@ def d3po(turn: Turn) -> Callable[[Subject], AbstractContextManager[Opened]]:
         if (made := subject.learner) is None:
             raise InputError("no model to train beside this one")
         lesson = lesson_of(subject, made())
-
-        def check(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> Check:
-            return Check(max(map(difference, a, b)), limit_of(subject))
-
-        yield Opened(untaught(subject, lesson), taught(lesson, turn), check)
+        yield Opened(untaught(subject, lesson), taught(lesson, turn), same_tensors(subject))
 
     return opened

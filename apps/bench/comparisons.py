@@ -8,12 +8,11 @@ from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
-import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from steer.apps.bench import against_naive
-from steer.apps.bench.against_naive import Turn, limit_of, searched, steer_whole
+from steer.apps.bench.against_naive import Turn, limit_of, same_ancestors, same_tensors, searched, steer_whole
 from steer.apps.bench.clock import Check, Measured, Opened, Variant, difference
 from steer.apps.bench.flops import flops_of
 from steer.apps.bench.predict import Predict, Predicted, amdahl, bounded, by_counts
@@ -86,7 +85,7 @@ def whole(subject: Subject) -> Iterator[Opened]:
 def checkpointing(subject: Subject) -> Iterator[Opened]:
     """ReNO with activations recomputed, as it is by default, against activations kept."""
     recomputed, kept = searched(subject, checkpointing=True), searched(subject, checkpointing=False)
-    yield Opened(recomputed, kept, lambda a, b: Check(max(map(difference, a, b)), limit_of(subject)))
+    yield Opened(recomputed, kept, same_tensors(subject))
 
 
 def switched(switch: Switch) -> Callable[[Subject], AbstractContextManager[Opened]]:
@@ -103,7 +102,7 @@ def switched(switch: Switch) -> Callable[[Subject], AbstractContextManager[Opene
             off = Variant("off", lambda: _inside(switch.off, subject))
 
             def check(a: Denoised, b: Denoised) -> Check:
-                same = len(a.ancestors) == len(b.ancestors) and all(map(torch.equal, a.ancestors, b.ancestors))
+                same = same_ancestors(a.ancestors, b.ancestors)
                 return Check(difference(a.latents, b.latents), limit_of(subject), same)
 
             yield Opened(off, on, check)

@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from steer.attention import attention_backend
+from steer.shared_prompt import KEYS_AND_VALUES
 from steer.stand_in import denoisers_in
-
-KEYS_AND_VALUES = ("to_k", "to_v")
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import torch
-
 from steer.apps.bench.models import RealSize, build
 from steer.apps.bench.sizes import REAL_SIZES
 from steer.apps.bench.subject import Subject
-from steer.apps.models import load_pipeline
+from steer.apps.models import load_pipeline, precision
 from steer.choices import choose
 from steer.errors import InputError
 
@@ -18,7 +16,6 @@ EMBEDDED = "scenes"
 STEPS = {True: 6, False: 20}  # of a quick run, and of another
 ITERATIONS = {True: 2, False: 5}
 GUIDANCE = 4.0
-NUMBERS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,6 @@ class Asked:
             call |= {"height": self.resolution, "width": self.resolution}
         return call
 
-    @property
-    def number(self) -> torch.dtype:
-        """The precision."""
-        return NUMBERS[self.dtype or ("float32" if self.device == "cpu" else "bfloat16")]
-
 
 def subjects_of(models: Sequence[str], asked: Asked) -> list[tuple[str, Callable[[], Subject]]]:
     """A name for each model, and how it is made when its turn comes.
@@ -67,7 +59,7 @@ def embedded(asked: Asked) -> Subject:
     """The embedded model, with its one-step sister."""
 
     def load(name: str) -> Any:
-        pipe = load_pipeline(name, asked.device, str(asked.number).removeprefix("torch."))
+        pipe = load_pipeline(name, asked.device, asked.dtype)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
@@ -89,7 +81,7 @@ def real(name: str, asked: Asked) -> Subject:
 
 def of_size(name: str, size: RealSize, asked: Asked) -> Subject:
     """Whatever its size; it is its own one-step model, and as new for training."""
-    make = partial(build, size, asked.device, asked.number)
+    make = partial(build, size, asked.device, precision(asked.device, asked.dtype))
     pipe = make()
     return Subject(
         name,

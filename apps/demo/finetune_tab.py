@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.finetune_fields import asked_of, finetune_fields, usual_rate
-from steer.apps.demo.finetune_view import Story, charts_view, samples_view
+from steer.apps.demo.finetune_view import Story, charts_view, samples_view, updates_made
 from steer.apps.demo.label_folder import label_folder
 from steer.apps.demo.page import PRIVATE, Change, line, whole
 from steer.apps.demo.studio import Studio
@@ -92,7 +92,7 @@ class FinetuneTab:
 
     def finish_here(self, run: Run, request: gr.Request) -> Iterator[Change]:
         """The training's end, after the updates that were made."""
-        yield from self.go_on(run, Story.of(run.folder, 0).step, request)
+        yield from self.go_on(run, updates_made(run.folder), request)
 
     def _follow(self, run: Run, ticket: Ticket) -> Iterator[Change]:
         """A training from its turn in the queue to its end."""
@@ -122,7 +122,7 @@ class FinetuneTab:
             self.start: gr.update(interactive=not running),
             self.stop: gr.update(interactive=running),
             self.again: gr.update(visible=not running and (run.folder / "checkpoints").exists()),
-            self.finish: gr.update(visible=trained is None and Story.of(run.folder, 0).step > 0),
+            self.finish: gr.update(visible=trained is None and updates_made(run.folder) > 0),
             self.results: gr.update(visible=trained is not None and not running),
             self.archive: gr.update(value=str(trained.archive) if trained else None),
         }

@@ -103,6 +103,11 @@ def records_of(out: Path) -> tuple[list[Record], list[Record]]:
     return updates, evaluations
 
 
+def updates_made(out: Path) -> int:
+    """How many updates the folder of a run tells of."""
+    return len(records_of(out)[0])
+
+
 def _about(seconds: float) -> str:
     """Time that is left, in words."""
     if seconds < 1:
@@ -163,8 +168,9 @@ def _frame(grid: Path) -> str:
     said = read_grid(grid) or {"step": 0, "cells": [], "boxes": []}
     cells = ""
     with Image.open(grid) as whole:
+        pixels = whole.convert("RGB")
         for cell, box in zip(said["cells"], said["boxes"], strict=True):
-            picture = whole.convert("RGB").crop(tuple(box))
+            picture = pixels.crop(tuple(box))
             picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             rewards, prompt = " · ".join(map(short, cell["rewards"])), escape(cell["prompt"], quote=True)
             cells += (

@@ -2,6 +2,7 @@
 
 import shlex
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from steer.apps.demo.studio import Studio
@@ -45,9 +46,13 @@ def write_zip(folder: Path, path: Path) -> None:
     if not (folder / CHOICES).exists():
         raise InputError("nothing has been chosen yet: label some images first")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for name in (CHOICES, LOTS, SETTINGS):  # before the files that they name, which are there by then
-            file.write(folder / name, f"{ZIPPED}/{name}")
-        for kind in ("images", "trajectories"):
-            for one in sorted((folder / kind).iterdir()):
-                if one.suffix != ".new":
-                    file.write(one, f"{ZIPPED}/{kind}/{one.name}")
+        for one in kept_files(folder):
+            file.write(one, f"{ZIPPED}/{one.relative_to(folder)}")
+
+
+def kept_files(folder: Path) -> Iterator[Path]:
+    """The files of a folder of choices, written to meanwhile: each is to be read before the next is asked for."""
+    for name in (CHOICES, LOTS, SETTINGS):  # before the files that they name, which are there by then
+        yield folder / name
+    for kind in ("images", "trajectories"):
+        yield from (one for one in sorted((folder / kind).iterdir()) if one.suffix != ".new")

@@ -14,7 +14,7 @@ from steer.apps.demo.label_folder import ZIPPED, command_of, label_folder, place
 from steer.apps.demo.label_view import empty_view, lot_view
 from steer.apps.demo.labelling import Labelling
 from steer.apps.demo.labels import IMAGES, LONGEST_NAME, LabelBook, Progress, Wish
-from steer.apps.demo.page import PRIVATE, Change, line
+from steer.apps.demo.page import MOST_CHARACTERS, PRIVATE, Change, line
 from steer.apps.demo.studio import Studio
 from steer.apps.prompts import find_prompts
 from steer.apps.scenes.synthetic_choices import CALL
@@ -25,7 +25,7 @@ from steer.pipelines.choice_files import Lot, inside
 HERE = Path(__file__).parent
 OTHER_CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # of models that are not embedded, as in d3po-sdxl
 PROMPTS = "scenes-training"
-MOST_PROMPTS, MOST_CHARACTERS = 200, 500
+MOST_PROMPTS = 200
 COMING, STOPPED = "The next images are on their way.", "Stopped. All that you chose is saved."
 
 

@@ -8,6 +8,7 @@ from steer.errors import InputError
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # of an event
 Change = dict[Any, Any]  # by component
+MOST_CHARACTERS = 500  # of a prompt
 
 
 def line(text: str, role: str = "status") -> str:

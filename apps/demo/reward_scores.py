@@ -8,13 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from steer.apps.demo.page import MOST_CHARACTERS
 from steer.apps.demo.worker import Ticket
 from steer.apps.finetune_grids import thumbnail
 from steer.errors import InputError
 from steer.images import BROKEN, FORMATS, read_image
 from steer.reward import Reward, score_parts
 
-MOST_FILES, MOST_REWARDS, MOST_CHARACTERS = 32, 8, 500
+MOST_FILES, MOST_REWARDS = 32, 8
 MOST_BYTES = 10 * 2**20
 MOST_PIXELS = 16_000_000
 # A longer side against the shorter one: rewards that bring the shorter side to a size would make huge images of strips.

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import gradio as gr
 
-from steer.apps.demo.page import PRIVATE, Change, line
-from steer.apps.demo.reward_scores import MOST_CHARACTERS, MOST_FILES, Scores, check_asked, score_files
+from steer.apps.demo.page import MOST_CHARACTERS, PRIVATE, Change, line
+from steer.apps.demo.reward_scores import MOST_FILES, Scores, check_asked, score_files
 from steer.apps.demo.rewards_view import empty_view, names_view, scatter_view, scores_view
 from steer.apps.demo.steer_fields import EXAMPLE
 from steer.apps.demo.studio import Studio

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from steer.apps.demo.page import number, whole
+from steer.apps.demo.page import MOST_CHARACTERS, number, whole
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.weights import Weights
 from steer.apps.png_metadata import Recipe
@@ -29,7 +29,7 @@ REWARDS = {
     "jpeg": "how well it compresses: plain pictures",
 }
 # What one visitor may ask for of a machine that others wait for.
-MOST_PROMPTS, MOST_CHARACTERS = 4, 500
+MOST_PROMPTS = 4
 MOST = {"particles": 16, "steps": 100, "iterations": 100}
 ONE_STEP = "scenes-turbo"
 EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are

@@ -9,26 +9,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from steer.apps.demo.label_folder import kept_files
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.weights import PACKED, Weights
 from steer.apps.demo.worker import Ticket
-from steer.apps.finetune import gather
+from steer.apps.finetune import gather, learn, write_config
 from steer.apps.finetune_config import FinetuneConfig, read_config
 from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.models import load_pipeline
 from steer.apps.named_errors import errors_named
 from steer.errors import InputError
 from steer.pipelines import FinetuneResult
-from steer.pipelines.choice_files import CHOICES, LOTS, SETTINGS
+from steer.pipelines.choice_files import CHOICES
 from steer.pipelines.choices import settings_of
 from steer.pipelines.finetune_method import Record
 from steer.pipelines.finetune_run import INTERRUPTED
 from steer.pipelines.finetune_state import SERIES
 from steer.pipelines.held_out import Evaluated
-from steer.staged import write_text
 from steer.trainable import denoiser_of
 
 CONFIGURATIONS = {"d3po": "d3po-scenes", "prdp": "prdp-scenes", "choices": "d3po-scenes"}
@@ -159,11 +157,10 @@ def training(asked: Asked, folder: Path, studio: Studio, resume: bool) -> Callab
 
 def _copy_choices(source: Path, to: Path) -> None:
     """A folder of choices as it is now, while it may be written to."""
-    to.mkdir(parents=True, exist_ok=True)
-    for name in (CHOICES, LOTS, SETTINGS):  # before the files that they name, which are there by then
-        shutil.copyfile(source / name, to / name)
-    for name in ("images", "trajectories"):
-        shutil.copytree(source / name, to / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.new"))
+    for one in kept_files(source):
+        copy = to / one.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(one, copy)
 
 
 def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
@@ -178,7 +175,7 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
     pipe = load_pipeline(job.model, job.device, job.dtype)  # of its own: training changes it
     denoiser_of(pipe)[1].register_forward_pre_hook(lambda module, given: ticket.check())
     method, told = config.method(pipe, material.reward), _told(config)
-    write_text(out / "config.yaml", yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=120))
+    write_config(out, told)
 
     def on_update(record: Record) -> None:
         ticket.say(Update(record))
@@ -186,19 +183,8 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
     def on_evaluation(found: Evaluated) -> None:
         ticket.say(Evaluation(found.record(), write_grid(found, out, config.settings.eval_samples)))
 
-    learn = method.train if job.choices is None else method.train_on_choices
     with errors_named("the training", KEPT, LESS):
-        result: FinetuneResult = learn(
-            material.prompts if job.choices is None else Path(job.choices),
-            out,
-            config.settings,
-            eval_prompts=material.eval_prompts,
-            eval_rewards=material.eval_rewards,
-            resume=resume,
-            about=told,
-            on_update=on_update,
-            on_evaluation=on_evaluation,
-        )
+        result = learn(config, method, material, resume, told, on_update, on_evaluation)
     if result.stopped != INTERRUPTED:
         write_report(out, told, result)
         ticket.say(Trained(result, _weights(config, result), _write_zip(out)))
