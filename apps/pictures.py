@@ -79,7 +79,7 @@ def draw_ancestry(report: Report, out: Path) -> Path:
     image, shown at the right with its reward.
     """
     entries = report["prompts"][:MOST_TREES]
-    size = max(len(entry["rewards"]) for entry in entries)
+    size = max(len(column) for entry in entries for column in _columns(entry))
     figure = Figure(figsize=(9, (0.62 * size + 0.95) * len(entries)), dpi=120, layout="constrained")
     for axes, entry in zip(np.atleast_1d(figure.subplots(len(entries), 1)), entries, strict=True):
         _tree(axes, entry, out)
@@ -87,13 +87,27 @@ def draw_ancestry(report: Report, out: Path) -> Path:
     return out / "ancestry.png"
 
 
+def _columns(entry: dict[str, Any]) -> list[list[float]]:
+    """Rewards by slot at each reading, and of the finished images."""
+    return [*entry["step_rewards"], _in_slots(entry["rewards"], entry["order"])]
+
+
 def _tree(axes: Axes, entry: dict[str, Any], out: Path) -> None:
-    columns = [*entry["step_rewards"], _in_slots(entry["rewards"], entry["order"])]
-    size, last = len(entry["rewards"]), len(columns) - 1
-    _lines(axes, entry["ancestors"], size)
-    shade = {"cmap": SHADE, "vmin": np.min(columns), "vmax": np.max(columns)}
+    columns = _columns(entry)
+    size, last = max(map(len, columns)), len(columns) - 1
+    _lines(axes, entry["ancestors"], len(columns[-1]))
+    shade = {"cmap": SHADE, "vmin": min(map(min, columns)), "vmax": max(map(max, columns))}
     for column, rewards in enumerate(columns):
-        axes.scatter([column] * size, range(size), c=rewards, s=46, zorder=2, edgecolors=INK, linewidths=0.6, **shade)
+        axes.scatter(
+            [column] * len(rewards),
+            range(len(rewards)),
+            c=rewards,
+            s=46,
+            zorder=2,
+            edgecolors=INK,
+            linewidths=0.6,
+            **shade,
+        )
         if column < last:
             for slot, reward in enumerate(rewards):
                 _label(axes, f"{reward:.2g}", (column, slot), (0, 7), size=6.5, ha="center")

@@ -6,6 +6,7 @@ from typing import Any
 from steer.pipelines.fk_run import Run, StepReport
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
+from steer.pipelines.plan import Plan
 from steer.pipelines.population import Population, check_output_type
 from steer.pipelines.selection import Selection
 
@@ -34,7 +35,7 @@ class BestOfNPipeline(SteeringMethod):
         check_output_type(output_type)
         call, kernel_eta = route_eta(self.pipe, call, eta)
         population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        run = Watched(Selection(num_particles), population, kernel_eta, 1.0, preview_steps, on_step)
+        run = Watched(Selection(num_particles), population, kernel_eta, 1.0, Plan(preview_steps), on_step)
         images = run.sample()
         rewards, parts = population.score(images)
         return population.output(images, rewards, parts, run.particles, run.history, output_type)

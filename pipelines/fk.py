@@ -1,15 +1,19 @@
 """Feynman–Kac steering of a diffusers pipeline (arXiv 2501.06848)."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from steer.choices import choose
 from steer.differentiable import differentiable
+from steer.errors import InputError
 from steer.feynman_kac import FeynmanKac
+from steer.live_rows import LiveRows
+from steer.particles import Particles
 from steer.pipelines.fk_run import Run, StepReport
 from steer.pipelines.guided import GuidedRun, check_guidable
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
+from steer.pipelines.plan import Plan
 from steer.pipelines.population import Population, check_output_type
 from steer.potentials import POTENTIALS, TEMPERINGS, Potential, Tempering
 from steer.resampling import RESAMPLERS, Resampler
@@ -40,6 +44,8 @@ class FKSteeringPipeline(SteeringMethod):
         resample_steps: Iterable[int] | None = None,
         ess_threshold: float = 0.5,
         reward_guidance: float = 0.0,
+        narrow: Mapping[int, int] | None = None,
+        target_reward: float | None = None,
         eta: float | None = None,
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
@@ -60,6 +66,10 @@ class FKSteeringPipeline(SteeringMethod):
         ess_threshold   resample when ESS < threshold · K (adaptive); 1: at every one of those steps (scheduled)
         reward_guidance γ: where rewards are read, steps lean by γ τ² λ_j ∇r(x̂0), and the weights pay for it; 1 is
                         DAS. The reward must be differentiable
+        narrow          particle schedule: {solver step: particles of each prompt that go on from it}, fewer and fewer;
+                        rewards are read there too. The others cost nothing any more, and have no images
+        target_reward   once r(x̂0) of a particle is as high where rewards are read, it alone goes on and no more are
+                        read: for one prompt a call. A search from then on: log-weights and log-normaliser are 0
         eta             noise η of every step, 0..1. By default the solver's own; the copies that resampling makes
                         take one step of the Gaussian kernel with η = 1, so that they part. With reward_guidance all
                         steps are that kernel's, by default with η = 1
@@ -79,22 +89,29 @@ class FKSteeringPipeline(SteeringMethod):
             choose("tempering", tempering, TEMPERINGS),
             ess_threshold,
         )
+        plan = Plan(resample_steps, narrow or {}, target_reward)
+        live = LiveRows()
         if reward_guidance != 0:
             noise = 1.0 if eta is None else eta
             check_guidable(self.pipe.scheduler, self.reward, reward_guidance, noise)
-            pipe = differentiable(self.pipe, one_call=True)
-            population = Population(pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-            run: Run = GuidedRun(algorithm, population, reward_guidance, noise, resample_steps, on_step)
+            pipe, kernel_eta = differentiable(self.pipe, one_call=True), noise
         else:
             if num_particles > 1 and lam != 0:
                 check_copies_part(self.pipe.scheduler)
-            call, kernel_eta = route_eta(self.pipe, call, eta)
-            population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+            pipe, (call, kernel_eta) = self.pipe, route_eta(self.pipe, call, eta)
+        pipe = live.view(pipe) if plan.narrows else pipe
+        population = Population(pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, live)
+        if target_reward is not None and population.groups > 1:
+            raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
+        if reward_guidance != 0:
+            run: Run = GuidedRun(algorithm, population, reward_guidance, noise, plan, on_step)
+        else:
             # A step without noise would not part copies: for them η = 0 becomes 1.
-            run = Run(algorithm, population, kernel_eta, eta or 1.0, resample_steps, on_step)
+            run = Run(algorithm, population, kernel_eta, eta or 1.0, plan, on_step)
         images = run.sample()
         rewards, parts = population.score(images)
-        particles = algorithm.finish(run.particles, rewards)
+        # What was chosen for being the best is a draw from no known distribution.
+        particles = Particles.start(1, 1) if run.settled else algorithm.finish(run.particles, rewards)
         return population.output(images, rewards, parts, particles, run.history, output_type)
 
 

@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 from torch import Generator, Tensor
 
-from steer.errors import InputError
 from steer.particles import Particles
 from steer.pipelines.output import Evaluation
+from steer.pipelines.plan import Plan
 from steer.pipelines.population import Population
 from steer.seam import Answer, CannotSteer, Event
 from steer.transition import can_redraw
@@ -20,7 +20,7 @@ DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # where rewards are read, as shares of t
 @dataclass(frozen=True)
 class StepReport:
     """What an observer is told after a solver step: number `step` of `total`; where rewards were read, the evaluation
-    and the images (B·K, 3, H, W) of x̂0 that they were read from."""
+    and the images (B·K, 3, H, W) of x̂0, of K particles that were left, that they were read from."""
 
     step: int
     total: int
@@ -30,7 +30,8 @@ class StepReport:
 
 @dataclass(frozen=True)
 class Reading:
-    """What x̂0 promises at one step: images (B·K, 3, H, W), rewards (B, K) and, in a guided run, ∇r (B·K, …)."""
+    """What x̂0 promises at one step, of the K particles that are left: images (B·K, 3, H, W), rewards (B, K) and, in a
+    guided run, ∇r of all rows of the batch."""
 
     previews: Tensor
     rewards: Tensor
@@ -38,14 +39,16 @@ class Reading:
 
 
 class Algorithm(Protocol):
-    """What rewards (B, K) of x̂0 do to the particles of a run, and which of them (B, K) the slots go on from."""
+    """What rewards (B, K) of x̂0 do to the particles of a run, and which of them (B, count) the slots go on from."""
 
     @property
     def lam(self) -> float: ...
 
     def weigh(self, particles: Particles, rewards: Tensor, progress: float) -> Particles: ...
 
-    def select(self, particles: Particles, generator: Generator) -> tuple[Particles, Tensor | None]: ...
+    def select(
+        self, particles: Particles, generator: Generator, count: int | None = None
+    ) -> tuple[Particles, Tensor | None]: ...
 
 
 class Run:
@@ -60,17 +63,19 @@ class Run:
         population: Population,
         eta: float | None,
         copy_eta: float,
-        steps: Iterable[int] | None,
+        plan: Plan,
         observer: Callable[[StepReport], None] | None,
     ) -> None:
-        self.algorithm, self.population, self.observer = algorithm, population, observer
+        plan.check_size(population.size)
+        self.algorithm, self.population, self.plan, self.observer = algorithm, population, plan, observer
         self.eta, self.copy_eta = eta, copy_eta  # of every step, None: the solver's own; of a copy's first step
-        self.steps = None if steps is None else frozenset(steps)
+        self.steps: frozenset[int] = frozenset()  # at which rewards are read: known at the first
+        self.settled = False  # a particle has reached the target
         self.particles = Particles.start(population.groups, population.size)
         self.history: list[Evaluation] = []
 
     def sample(self) -> Tensor:
-        """Runs the pipeline to its end: the finished images (B·K, 3, H, W)."""
+        """Runs the pipeline to its end: the finished images (B·K, 3, H, W) of the K particles that are left."""
         return self.population.sample(self.on_event)
 
     def on_event(self, event: Event) -> Answer:
@@ -80,15 +85,24 @@ class Run:
             return None, self._moved(event, None, None)
         reading = self._read(event)
         weighed = self.algorithm.weigh(self.particles, reading.rewards, event.k / event.total)
-        self.particles, ancestors = self.algorithm.select(weighed, self.population.rng)
-        stay = torch.arange(self.population.size).expand_as(reading.rewards)
+        self.particles, ancestors = self._select(weighed, event.k)
+        stay = torch.arange(self.population.alive).expand_as(reading.rewards)
         evaluation = Evaluation(
             event.k, reading.rewards, weighed.path.strengths[-1], weighed.ess, stay if ancestors is None else ancestors
         )
         self.history.append(evaluation)
         self._tell(StepReport(event.k, event.total, evaluation, reading.previews))
-        rows = None if ancestors is None else self.population.rows(ancestors).to(event.x.device)
+        rows = None if ancestors is None else self.population.follow(ancestors).to(event.x.device)
         return rows, self._moved(event, rows, reading)
+
+    def _select(self, weighed: Particles, step: int) -> tuple[Particles, Tensor | None]:
+        """The particles that go on and their ancestors; None: all stay where they are."""
+        rewards = weighed.path.rewards[-1]
+        self.settled = self.plan.reached(rewards)
+        if self.settled:
+            best = rewards.argmax(1, keepdim=True)
+            return weighed.resample(best, torch.ones(len(best), dtype=torch.bool)), best
+        return self.algorithm.select(weighed, self.population.rng, self.plan.count(step, self.population.alive))
 
     def _read(self, event: Event) -> Reading:
         previews = self.population.preview(event.x0())
@@ -112,20 +126,11 @@ class Run:
         """Whether rewards are read at this step. Settled at the first: copies need a noisy step after them to part."""
         if event.k == 0:
             last = event.total - (2 if can_redraw(event.scheduler) else 3)
-            self.steps = self._evaluated_steps(event.total, last)
+            own = self._default_steps(event.total)
+            self.steps = self.plan.steps(own, self.first, last, event.total, self.steps_asked)
             if not self.steps and self._needs_steps():
                 raise CannotSteer(f"a run of {event.total} steps has none to resample at: use best-of-N, or more steps")
-        return event.k in (self.steps or ())
-
-    def _evaluated_steps(self, total: int, last: int) -> frozenset[int]:
-        """The steps asked for, or the default ones of a run of `total`; none after `last`. Raises InputError."""
-        if self.steps is None:
-            return frozenset(step for asked in self._default_steps(total) if (step := min(asked, last)) >= self.first)
-        if wrong := sorted(step for step in self.steps if not self.first <= step <= last):
-            raise InputError(
-                f"{self.steps_asked}: {wrong[0]} is not from {self.first} to {last}, in a run of {total} steps"
-            )
-        return self.steps
+        return event.k in self.steps and not self.settled
 
     def _default_steps(self, total: int) -> Iterable[int]:
         return (round(share * total) for share in DEFAULT_STEPS)

@@ -11,6 +11,7 @@ from steer.differentiable import computes_in_fp16, own_gradients
 from steer.errors import InputError
 from steer.feynman_kac import FeynmanKac
 from steer.pipelines.fk_run import Reading, Run, StepReport
+from steer.pipelines.plan import Plan
 from steer.pipelines.population import Population
 from steer.proposal import draw_guided
 from steer.reward import Reward, RewardError
@@ -33,15 +34,15 @@ class GuidedRun(Run):
         population: Population,
         guidance: float,
         eta: float,
-        steps: Iterable[int] | None,
+        plan: Plan,
         observer: Callable[[StepReport], None] | None,
     ) -> None:
-        super().__init__(algorithm, population, eta, eta, steps, observer)
+        super().__init__(algorithm, population, eta, eta, plan, observer)
         self.guidance = guidance
         self.half = computes_in_fp16(population.pipe)
 
     def sample(self) -> Tensor:
-        """Runs the pipeline to its end: the finished images (B·K, 3, H, W)."""
+        """Runs the pipeline to its end: the finished images (B·K, 3, H, W) of the K particles that are left."""
         with torch.enable_grad():
             return super().sample().detach()
 
@@ -58,7 +59,7 @@ class GuidedRun(Run):
             raise RewardError(f"reward {name!r} says that it is differentiable, but gives no gradients")
         if not gradient.isfinite().all():
             raise RewardError(f"the gradient of reward {name!r} is not finite at step {event.k}")
-        self.population.count_gradients(len(gradient))
+        self.population.count_gradients(rewards.numel())
         return gradient
 
     @torch.no_grad()
@@ -70,8 +71,9 @@ class GuidedRun(Run):
             # Particles and gradients go to their slots together.
             gradient = reading.gradient if rows is None else reading.gradient[rows]
             moved, log_ratio = draw_guided(kernel, self._strengths(gradient) * gradient, self.population.rng)
-            self.particles = self.particles.correct(log_ratio.cpu().view_as(reading.rewards))
-        return moved.to(event.prev.dtype).requires_grad_(event.k + 1 in (self.steps or ()))
+            living = self.population.live.of(log_ratio).cpu().view_as(self.particles.log_weights)
+            self.particles = self.particles.correct(living)
+        return moved.to(event.prev.dtype).requires_grad_(event.k + 1 in self.steps and not self.settled)
 
     def _strengths(self, like: Tensor) -> Tensor:
         """γ λ_j of every row, (B·K, 1, …)."""

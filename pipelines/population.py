@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from steer.errors import InputError
 from steer.frames import over_frames
+from steer.live_rows import LiveRows
 from steer.particles import Particles
 from steer.pipelines.output import Cost, Evaluation, SteeringOutput
 from steer.preview import Preview, accepted_only, first_output
@@ -35,13 +36,18 @@ class Population:
         call: Mapping[str, Any],
         reward_prompt: str | Sequence[str] | None = None,
         chunk_size: int = 8,
+        live: LiveRows | None = None,
     ) -> None:
-        """`call`: arguments for `pipe.__call__`. Raises InputError where they do not fit it or each other."""
+        """`call`: arguments for `pipe.__call__`; `live`: whose view `pipe` is, where fewer particles may go on.
+
+        Raises InputError where arguments do not fit the pipeline or each other.
+        """
         if size < 1:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
         self.pipe, self.reward, self.size, self.chunk_size = pipe, reward, size, chunk_size
+        self.live, self.alive = live or LiveRows(), size  # particles of a prompt that are left, in its first slots
         read = prompt if reward_prompt is None else reward_prompt
         read_by_prompt = [read] if isinstance(read, str) else list(read or [""] * _embedded_prompts(call))
         self.groups = len(read_by_prompt)
@@ -54,21 +60,22 @@ class Population:
         self._started = time.monotonic()
 
     def sample(self, on_event: Callable[[Event], Answer | None], pipe: Any = None, **given: Any) -> Tensor:
-        """Runs the pipeline, or a twin of it, under the seam; returns the finished images (B·K, 3, H, W) in [0, 1].
+        """Runs the pipeline, or a twin of it, under the seam; returns the finished images (B·K, 3, H, W) in [0, 1] of
+        the K particles that are left.
 
         given  arguments of the pipeline's call in place of the user's own
         """
         pipe = self.pipe if pipe is None else pipe
 
         def watch(event: Event) -> Answer:
-            self._nfe += event.calls * len(event.x)
+            self._nfe += event.calls * self.groups * self.alive
             ancestors, latents = on_event(event) or (None, None)
             moved = event.prev if ancestors is None else event.prev[ancestors]
             self.latents = (moved if latents is None else latents.to(moved.dtype)).detach()
             return ancestors, latents
 
         with steered(pipe, watch, rows=len(self.prompts)) as view:
-            images = first_output(view(**accepted_only(pipe, self.call | given | {"output_type": "pt"})))
+            images = self.live.of(first_output(view(**accepted_only(pipe, self.call | given | {"output_type": "pt"}))))
         self._decodes += len(images)
         return images
 
@@ -77,9 +84,10 @@ class Population:
         return Preview(self.pipe, self.call, self.chunk_size)
 
     def preview(self, x0: Tensor) -> Tensor:
-        """The images (B·K, 3, H, W) that x̂0 stands for."""
-        self._decodes += len(x0)
-        return self._preview(x0)
+        """The images (B·K, 3, H, W) that x̂0, of the whole batch, stands for, of the K particles that are left."""
+        images = self.live.of(self._preview(x0))
+        self._decodes += len(images)
+        return images
 
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards (B, K) of images (B·K, 3, H, W), and those of the reward's parts where it has any.
@@ -90,17 +98,28 @@ class Population:
             return over_frames(images, self._score)
 
     def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        prompts = [text for text in self.prompts[:: self.size] for _ in range(self.alive)]
         starts = range(0, len(images), self.chunk_size)
         chunks = [slice(start, start + self.chunk_size) for start in starts]
         self._reward_calls += len(images)
-        scored = [score_parts(self.reward, images[c].float().clamp(0, 1), self.prompts[c]) for c in chunks]
+        scored = [score_parts(self.reward, images[c].float().clamp(0, 1), prompts[c]) for c in chunks]
         rewards, parts = zip(*scored, strict=True)
-        shape = self.groups, self.size
+        shape = self.groups, self.alive
         return torch.cat(rewards).view(shape), {n: torch.cat([p[n] for p in parts]).view(shape) for n in parts[0]}
 
-    def rows(self, ancestors: Tensor) -> Tensor:
-        """Ancestors (B, K) inside each group → rows (B·K,) of the batch."""
-        return (ancestors + torch.arange(self.groups)[:, None] * self.size).flatten()
+    def follow(self, ancestors: Tensor) -> Tensor:
+        """Lets so many particles go on as there are ancestors (B, K), slots of each group; returns the rows (N,) of
+        the whole batch that its rows go on from. Where there are fewer than before, the slots after them die."""
+        rows = torch.arange(self.groups * self.size).view(self.groups, self.size)
+        rows[:, : ancestors.shape[1]] = ancestors + rows[:, :1]
+        if ancestors.shape[1] < self.alive:
+            self.alive = ancestors.shape[1]
+            self.live.keep(torch.arange(self.groups * self.size).view_as(rows)[:, : self.alive].flatten(), rows.numel())
+        return rows.flatten()
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Slots (B, K) inside each group → rows (B·K,) of the images."""
+        return (slots + torch.arange(self.groups)[:, None] * self.alive).flatten()
 
     def output(
         self,
@@ -114,7 +133,7 @@ class Population:
         """Everything, best reward first within each prompt."""
         order = rewards.sort(dim=1, descending=True, stable=True).indices
         rows = self.rows(order)
-        latents = self.latents[rows.to(self.latents.device)]
+        latents = self.live.of(self.latents)[rows.to(self.latents.device)]
         seconds = time.monotonic() - self._started
         return SteeringOutput(
             images=latents if output_type == "latent" else as_type(images[rows.to(images.device)], output_type),

@@ -15,6 +15,7 @@ from steer.pipelines.fk import check_copies_part
 from steer.pipelines.fk_run import Run, StepReport
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
+from steer.pipelines.plan import Plan
 from steer.pipelines.population import Population, check_output_type
 from steer.seam import CannotSteer
 from steer.transition import can_redraw
@@ -65,7 +66,7 @@ class SelectionPipeline(SteeringMethod):
             check_candidates_part(self.pipe.scheduler, eta)
         call, kernel_eta = route_eta(self.pipe, call, eta)
         population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        run = SelectionRun(algorithm, population, kernel_eta, eta or 1.0, select_steps, on_step)
+        run = SelectionRun(algorithm, population, kernel_eta, eta or 1.0, Plan(select_steps), on_step)
         images = run.sample()
         rewards, parts = population.score(images)
         return population.output(images, rewards, parts, run.particles, run.history, output_type)
@@ -94,13 +95,15 @@ class Selection:
         strength = torch.full((len(rewards), 1), self.lam)
         return replace(particles, path=particles.path.append(rewards, strength))
 
-    def select(self, particles: Particles, generator: Generator) -> tuple[Particles, Tensor | None]:
+    def select(
+        self, particles: Particles, generator: Generator, count: int | None = None
+    ) -> tuple[Particles, Tensor | None]:
         """The particles and their ancestors (B, K), in the order of the slots; None where all stay."""
         groups, size = particles.log_weights.shape
         if self.beams == size:
             return particles, None
         kept = self.keep(particles.path.rewards[-1], generator)
-        ancestors = kept.repeat_interleave(size // self.beams, 1)
+        ancestors = kept.repeat_interleave((count or size) // self.beams, 1)
         return particles.resample(ancestors, torch.ones(groups, dtype=torch.bool)), ancestors
 
     def keep(self, rewards: Tensor, generator: Generator) -> Tensor:

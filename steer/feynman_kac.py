@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from steer.errors import InputError
 from steer.particles import Particles
 from steer.potentials import Moment, Potential, Tempering, constant, difference
-from steer.resampling import Resampler, systematic
+from steer.resampling import Resampler, systematic, thinned
 
 EQUAL = 1 - 1e-6  # weights whose ESS exceeds this share of K count as equal: they are never resampled
 
@@ -49,14 +49,20 @@ class FeynmanKac:
         moment = Moment(progress, self.lam, previous, lambda strength: weighed(strength).ess / size)
         return weighed(self.tempering(moment))
 
-    def select(self, particles: Particles, generator: Generator) -> tuple[Particles, Tensor | None]:
-        """Resamples the groups whose ESS is low: the particles and their ancestors (B, K), None where all stay."""
+    def select(
+        self, particles: Particles, generator: Generator, count: int | None = None
+    ) -> tuple[Particles, Tensor | None]:
+        """Resamples the groups whose ESS is low, and all of them where only `count` of K particles are to go on: the
+        particles and their ancestors (B, count), None where all stay."""
         groups, size = particles.log_weights.shape
-        low = particles.ess < size * min(self.ess_threshold, EQUAL)
+        count = size if count is None else count
+        low = (particles.ess < size * min(self.ess_threshold, EQUAL)) | torch.tensor(count < size)
         if not low.any():
             return particles, None
         drawn = self.resampler(particles.log_weights, generator)
-        ancestors = torch.where(low[:, None], drawn, torch.arange(size).expand(groups, size))
+        if count < size:
+            drawn = thinned(drawn, count, generator)
+        ancestors = torch.where(low[:, None], drawn, torch.arange(count).expand(groups, count))
         return particles.resample(ancestors, low), ancestors
 
     def finish(self, particles: Particles, rewards: Tensor) -> Particles:

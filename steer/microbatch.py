@@ -58,7 +58,7 @@ class MicroBatches:
         done = 0
         while done < batch:
             count = min(self.rows or batch, batch - done)
-            output = self._called(part(given, batch, done, done + count), count)
+            output = self._called(part(given, batch, slice(done, done + count)), count)
             if output is None:
                 self.rows = (count + 1) // 2
                 torch.cuda.empty_cache()
@@ -87,11 +87,13 @@ class MicroBatches:
         return None  # here the error is gone, and with it the tensors that its traceback holds
 
 
-def part(given: Mapping[str, Any], batch: int, start: int, stop: int) -> dict[str, Any]:
+def part(given: Mapping[str, Any], batch: int, rows: slice | Tensor) -> dict[str, Any]:
     """The arguments for some rows of a batch: of everything that has one entry a row, theirs."""
 
     def cut(tensor: Tensor) -> Tensor:
-        return tensor[start:stop] if tensor.dim() > 0 and len(tensor) == batch else tensor
+        if tensor.dim() == 0 or len(tensor) != batch:
+            return tensor
+        return tensor[rows if isinstance(rows, slice) else rows.to(tensor.device)]
 
     def cut_positions(tensor: Tensor) -> Tensor:
         return tensor if tensor.dim() <= 2 else cut(tensor)

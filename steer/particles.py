@@ -61,10 +61,11 @@ class Particles:
         return replace(self, log_weights=self.log_weights + log_ratio)
 
     def resample(self, ancestors: Tensor, groups: Tensor) -> "Particles":
-        """Follows `ancestors` (B, K) in the groups where `groups` (B,) is true: their weights become equal, their mean
-        goes into log Ẑ, and the history of each path goes with its particle. Other groups keep theirs."""
+        """Follows `ancestors` (B, n), n of K, in the groups where `groups` (B,) is true: weights become equal, their
+        mean goes into log Ẑ, and the history of each path goes with its particle. Other groups, whose particles must
+        all be their own ancestors, keep theirs."""
         return Particles(
-            log_weights=torch.where(groups[:, None], 0.0, self.log_weights),
+            log_weights=torch.where(groups[:, None], 0.0, self.log_weights.gather(1, ancestors)),
             log_normaliser=torch.where(groups, self.log_evidence, self.log_normaliser),
             log_potentials=self.log_potentials.gather(1, ancestors),
             path=self.path.follow(ancestors),

@@ -27,8 +27,9 @@ class PathRewards:
         return PathRewards(torch.cat([self.rewards, rewards[None]]), torch.cat([self.strengths, strength[None]]))
 
     def follow(self, ancestors: Tensor) -> "PathRewards":
-        """The paths of the ancestors (B, K)."""
-        return PathRewards(self.rewards.gather(2, ancestors.expand_as(self.rewards)), self.strengths)
+        """The paths of the ancestors (B, n), n of K."""
+        every = ancestors.expand(len(self.rewards), *ancestors.shape)
+        return PathRewards(self.rewards.gather(2, every), self.strengths)
 
 
 Potential = Callable[[PathRewards], Tensor]

@@ -82,6 +82,17 @@ def ssp(log_weights: Tensor, generator: Generator) -> Tensor:
     return _copies(torch.stack([_ssp_counts((size * weights[g]).tolist(), draws[g]) for g in range(groups)]))
 
 
+def thinned(ancestors: Tensor, count: int, generator: Generator) -> Tensor:
+    """`count` of the ancestors (B, K), each with the same chance: every K/count-th, from a random place on.
+
+    Unbiased like the scheme that drew them: particle i gets count·w_i offspring on average. Of ancestors in order, as
+    all schemes here give them, those of `systematic` stay systematic where count divides K.
+    """
+    groups, size = ancestors.shape
+    places = (torch.arange(count) + _uniform((groups, 1), generator)) * (size / count)
+    return ancestors.gather(1, places.long().clamp(max=size - 1))
+
+
 def _ssp_counts(expected: list[float], draws: list[float]) -> Tensor:
     """Walks over the particles, moving fractions between two open ones until one of them is whole."""
     counts = [int(e + 1e-12) for e in expected]

@@ -24,7 +24,8 @@ class StandIn:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return type(self._target)
+        kind: type = self._target.__class__  # of a stand-in for another one: that of the module itself
+        return kind
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)

@@ -82,7 +82,7 @@ def test_positions_that_are_as_many_as_rows_stay_whole(images: int) -> None:
     with micro_batched(pipe, 3) as view:
         torch.testing.assert_close(run(view, "flux", images), run(pipe, "flux", images), **SMALL)
     ids = torch.zeros(images, 3)
-    cut = part({"img_ids": ids, "txt_ids": ids, "guidance": ids[:, 0], "timestep": ids[0, 0]}, images, 1, 3)
+    cut = part({"img_ids": ids, "txt_ids": ids, "guidance": ids[:, 0], "timestep": ids[0, 0]}, images, slice(1, 3))
     assert [tuple(value.shape) for value in cut.values()] == [(images, 3), (images, 3), (2,), ()]
 
 

@@ -15,6 +15,7 @@ from steer.engine import Batch, Reference, reference_of
 from steer.feynman_kac import FeynmanKac
 from steer.pipelines.fk_run import DEFAULT_STEPS, Run
 from steer.pipelines.noise_to_image import NoiseToImage
+from steer.pipelines.plan import Plan
 from steer.pipelines.population import Population
 from steer.pipelines.samples import rows_of
 from steer.preview import accepted_only
@@ -168,7 +169,7 @@ def denoise_steered(subject: Subject, pipe: Any, equal: bool = False) -> Denoise
         subject.call | {"generator": subject.generator()},
     )
     population.equal = equal
-    run = Run(FeynmanKac(STRENGTH, ess_threshold=1.0), population, None, 1.0, subject.read_at, None)
+    run = Run(FeynmanKac(STRENGTH, ess_threshold=1.0), population, None, 1.0, Plan(subject.read_at), None)
     run.sample()
     return Denoised(population.latents, tuple(told.ancestors for told in run.history))
 
