@@ -1,6 +1,8 @@
 """Figures of an evaluation: means with their intervals over prompts, differences, win rates, tasks, costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -53,14 +55,14 @@ def _figures(contest: Contest, one: Stored, first: Stored) -> Json:
 
 
 def tables(contest: Contest, one: Stored) -> tuple[Table, Table]:
-    """By reward (prompts, seeds): of the image that a run picks, its first; and the mean of all its K."""
-    scores = {
-        name: torch.tensor(
-            [[run["rewards"][name] for run in one.runs[n]] for n in range(len(contest.prompts))]
-        ).double()
-        for name in contest.rewards
-    }
-    return {name: values[..., 0] for name, values in scores.items()}, {n: v.mean(-1) for n, v in scores.items()}
+    """By reward (prompts, seeds): of the image that a run picks, its first; and the mean of all that it made."""
+
+    def table(name: str, value: Callable[[list[float]], float]) -> Tensor:
+        places = range(len(contest.prompts))
+        told = [[value(run["rewards"][name]) for run in one.runs[n]] for n in places]
+        return torch.tensor(told, dtype=torch.float64)
+
+    return {n: table(n, itemgetter(0)) for n in contest.rewards}, {n: table(n, fmean) for n in contest.rewards}
 
 
 def over_prompts(values: Tensor) -> list[float]:

@@ -71,7 +71,7 @@ class Bench:
 
     def _called(self, some: Sequence[tuple[int, int]]) -> Iterator[Json]:
         """One call of the method, and its runs one by one."""
-        contest, size = self.contest, self.entrant.particles
+        contest = self.contest
         prompts, seeds = [contest.prompts[n] for n, _ in some], tuple(contest.seed_of(n, s) for n, s in some)
         reward, file = contest.rewards[contest.first], self.store.search(self._name, *some[0])
         job = Together(self.pipe, reward, prompts, self.entrant.settings, file, seeds=seeds)
@@ -79,6 +79,7 @@ class Bench:
             output = METHODS[self.entrant.contender.method].run(job)
             scores = {contest.first: output.rewards} | self._judged(output, prompts)
         file.unlink(missing_ok=True)
+        size = output.rewards.shape[1]  # fewer than there were particles, where they got fewer
         for row, (place, _) in enumerate(some):
             self._picked[place].append(output.images[row * size].detach().float().cpu().clamp(0, 1))
             yield {
@@ -90,7 +91,7 @@ class Bench:
 
     def _judged(self, output: SteeringOutput, prompts: Sequence[str]) -> dict[str, Tensor]:
         """What the other rewards say of the finished images: (B, K) each."""
-        size = self.entrant.particles
+        size = output.rewards.shape[1]
         read = [prompt for prompt in prompts for _ in range(size)]
         others = [name for name in self.contest.rewards if name != self.contest.first]
         return {name: judged(self.contest.rewards[name], output.images, read).view(-1, size) for name in others}

@@ -71,6 +71,8 @@ def _fk(job: Job) -> SteeringOutput:
         tempering=job.settings.tempering,
         ess_threshold=job.settings.ess_threshold,
         reward_guidance=job.settings.reward_guidance,
+        narrow=job.settings.schedule,
+        target_reward=job.settings.target,
         on_step=job.on_step,
         **job.call,
     )

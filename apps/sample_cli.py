@@ -38,6 +38,8 @@ WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "
 @click.option("--tempering", default="constant", help="fk: of λ along the run: constant, geometric or ess.")
 @click.option("--ess-threshold", default=0.5, help="fk: resample when ESS is below this share of K; 1: always.")
 @click.option("--reward-guidance", default=0.0, help="fk: how far steps lean along the reward's gradient, γ; 1 is DAS.")
+@click.option("--narrow", default="", help="fk: particle schedule, STEP:PARTICLES,… such as 8:4,14:2.")
+@click.option("--target", type=float, help="fk: a reward at which the best particle alone goes on.")
 @click.option("--beams", default=2, help="beam: how many of the particles are kept at each step; divides them.")
 @click.option("--iterations", default=50, help="reno, noise-search: how often images are made and scored.")
 @click.option("--optimiser", default="sgd", help="reno: sgd or adam.")

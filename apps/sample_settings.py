@@ -10,6 +10,7 @@ from steer.errors import InputError
 from steer.noise import OPTIMISERS
 from steer.pipelines.noise_gradient import GRADIENTS
 from steer.pipelines.noise_search import Neighbours
+from steer.pipelines.plan import Plan
 from steer.pipelines.reno import Ascent
 from steer.potentials import POTENTIALS, TEMPERINGS
 from steer.resampling import RESAMPLERS
@@ -69,6 +70,8 @@ class SampleSettings:
     distance: float = 0.5
     beams: int = 2
     lora: str | None = None
+    narrow: str = ""
+    target: float | None = None
 
     def __post_init__(self) -> None:
         if self.lam is None and self.method in STRENGTHS:
@@ -79,6 +82,18 @@ class SampleSettings:
         """λ, infinite where it has no limit."""
         return math.inf if self.lam is None else self.lam
 
+    @property
+    def schedule(self) -> dict[int, int]:
+        """{solver step: particles that go on from it}, of words like "8:4,14:2". Raises InputError."""
+        pairs = [part.split(":") for part in self.narrow.split(",") if self.narrow.strip()]
+        try:
+            found = {int(step): int(count) for step, count in pairs}
+        except ValueError as error:
+            raise InputError(f"--narrow: write STEP:PARTICLES,… such as 8:4,14:2, got {self.narrow!r}") from error
+        if len(found) < len(pairs):
+            raise InputError(f"--narrow: a step is there twice in {self.narrow!r}")
+        return found
+
     def check(self) -> None:
         """Raises InputError for a name or number that cannot be, before any model is loaded."""
         for kind, table in TABLES.items():
@@ -88,7 +103,7 @@ class SampleSettings:
                 raise InputError(f"--{name} must be at least 1, got {count}")
         if not 0 < self.ess_threshold <= 1:
             raise InputError(f"--ess-threshold must be above 0 and at most 1, got {self.ess_threshold}")
-        for name, number in (("lam", self.lam), ("guidance", self.guidance)):
+        for name, number in (("lam", self.lam), ("guidance", self.guidance), ("target", self.target)):
             if number is not None and not math.isfinite(number):
                 raise InputError(f"--{name} must be a finite number, got {number}")
         if self.eta is not None and not 0 <= self.eta <= 1:
@@ -100,5 +115,6 @@ class SampleSettings:
         try:  # what moves the noise knows its own limits, and names what is beyond them as the options do
             Ascent(GRADIENTS[self.gradient], rule, self.regularisation, patience=self.patience, restarts=self.restarts)
             Neighbours(self.neighbours, self.distance)
+            Plan(narrow=self.schedule).check_size(self.particles)
         except InputError as error:
-            raise InputError(f"--{error}") from error
+            raise InputError(f"--{str(error).removeprefix('--')}") from error
