@@ -17,6 +17,7 @@ from steer.live_rows import LiveRows
 from steer.particles import Particles
 from steer.pipelines.output import Cost, Evaluation, SteeringOutput
 from steer.preview import Preview, accepted_only, first_output
+from steer.quiet import text_once
 from steer.reward import Reward, score_parts
 from steer.seam import Answer, Event, steered
 
@@ -46,7 +47,7 @@ class Population:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
-        self.pipe, self.reward, self.size, self.chunk_size = pipe, reward, size, chunk_size
+        self.pipe, self.reward, self.size, self.chunk_size = text_once(pipe), reward, size, chunk_size
         self.live, self.alive = live or LiveRows(), size  # particles of a prompt that are left, in its first slots
         read = prompt if reward_prompt is None else reward_prompt
         read_by_prompt = [read] if isinstance(read, str) else list(read or [""] * _embedded_prompts(call))

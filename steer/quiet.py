@@ -18,12 +18,20 @@ def quiet(pipe: Any) -> Any:
 
     A safety checker would blacken images on the way, and none of these takes images with a graph.
     """
-    quiet = copy.copy(pipe)
-    changed: dict[str, Any] = dict.fromkeys(MARKS) | {"_progress_bar_config": {"disable": True}}
-    if hasattr(pipe, "encode_prompt"):
-        changed["encode_prompt"] = _once_each(torch.no_grad()(pipe.encode_prompt))
-    vars(quiet).update(changed)
+    quiet = text_once(pipe)
+    vars(quiet).update(dict.fromkeys(MARKS) | {"_progress_bar_config": {"disable": True}})
     return quiet
+
+
+def text_once(pipe: Any) -> Any:
+    """A copy of a pipeline for one call of the user's and what it takes beside: it encodes a text once, without grad.
+
+    Copies of the copy share what it has encoded.
+    """
+    once = copy.copy(pipe)
+    if hasattr(pipe, "encode_prompt"):
+        vars(once)["encode_prompt"] = _once_each(torch.no_grad()(pipe.encode_prompt))
+    return once
 
 
 def _once_each(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -394,3 +394,18 @@ def test_best_of_n_shows_its_run_to_an_observer_and_stays_the_same(pipe_of: Call
     assert torch.equal(plain.log_weights, shown.log_weights)
     with pytest.raises(InputError, match="preview_steps: 9 is not from 0"):
         BestOfNPipeline(pipe, redness)(preview_steps=(9,), **call)
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux", "pixart", "wan"])
+def test_text_is_encoded_once_for_the_run_and_its_previews(pipe_of: Callable[[str], Any], name: str) -> None:
+    pipe, call, calls = pipe_of(name), steer_kwargs(name), []
+    encoders = [model for key, model in pipe.components.items() if key.startswith("text_encoder") and model is not None]
+    hooks = [model.register_forward_pre_hook(lambda *_: calls.append(1)) for model in encoders]
+    try:
+        pipe(**call_kwargs(name, K, 5), generator=seeded())
+        plain = len(calls)
+        out = FKSteeringPipeline(pipe, redness)(num_particles=K, generator=seeded(), **call)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert plain and out.history and len(calls) == 2 * plain

@@ -154,6 +154,15 @@ def _ablations(options: argparse.Namespace) -> None:
     draw_ablations(found, options.json.with_suffix(".png"))
 
 
+def _economies(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.economies import draw_economies, economies, variants
+
+    options.count = options.count or 64
+    found = economies(options.out / "economies", options.reward, _prompts_of(options), variants())
+    _report(found, options.json)
+    draw_economies(found, options.json.with_suffix(".png"))
+
+
 def _finetuning(options: argparse.Namespace) -> None:
     from steer.apps.scenes.finetune_pictures import draw_guards, draw_methods
     from steer.apps.scenes.finetune_study import study
@@ -218,6 +227,7 @@ STAGES = {
     ),
     "steering": (_steering, "FK and its controls on --list, at equal evaluations and seconds, to --json and a picture"),
     "ablations": (_ablations, "settings of steering one at a time on scenes-tuning, to --json and a picture"),
+    "economies": (_economies, "steering with fewer and cheaper evaluations on --list, to --json and a picture"),
     "finetuning": (_finetuning, "train what is not finished of 22 small runs in --out, and compare them, to --json"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "reno": (_reno, "noise optimisation and its controls on prompts of --list, to --json and a picture"),

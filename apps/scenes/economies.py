@@ -1,0 +1,105 @@
+"""Fewer and cheaper evaluations for the same reward: what each economy of FK steering saves, and what it loses."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from steer.apps.pictures import FAINT, INK
+from steer.apps.scenes.contenders import Contender, Found, Point
+from steer.apps.scenes.evaluate import CALL, STEERING
+from steer.apps.scenes.kept_runs import SIDE_BY_SIDE, KeptRuns
+from steer.apps.scenes.steering_pictures import COSTS
+from steer.pipelines import FKSteeringPipeline
+
+SIZE = 8  # K of the run that the others are to be as good as
+STANDARD = "8 particles"
+
+
+@dataclass(frozen=True, eq=False)
+class Alone(Contender):
+    """Steers one prompt a call, as `steer sample` does, and keeps the image that it picks: there may be any number."""
+
+    @property
+    def images(self) -> int:
+        return SIDE_BY_SIDE
+
+    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
+        """Judges the best image."""
+        found = super().run(pipe, reward, prompts, seed, call)
+        return replace(found, proxy=found.proxy[:, :1], exact=found.exact[:, :1])
+
+    def points(self, found: Found) -> list[Point]:
+        """One; of the images beside the picked one nothing is known."""
+        return [replace(point, all_right=None) for point in super().points(found)]
+
+
+def variants(size: int = SIZE) -> dict[str, Alone]:
+    """By name; the first is the standard."""
+    half, quarter = size // 2, size // 4
+    changed: dict[str, tuple[int, dict[str, Any]]] = {
+        STANDARD: (size, {}),
+        "4 particles": (half, {}),
+        "2 particles": (quarter, {}),
+        "8, from step 8 on 4": (size, {"narrow": {8: half}}),
+        "8, from step 8 on 4, from 14 on 2": (size, {"narrow": {8: half, 14: quarter}}),
+        "8, from step 8 on 2": (size, {"narrow": {8: quarter}}),
+        "8, from step 5 on 4, from 8 on 2": (size, {"narrow": {5: half, 8: quarter}}),
+        "16, from step 8 on 4": (2 * size, {"narrow": {8: half}}),
+        "until x̂0 has 0.8": (size, {"target_reward": 0.8}),
+        "until x̂0 has 0.9": (size, {"target_reward": 0.9}),
+        "8, from step 8 on 4, until 0.8": (size, {"narrow": {8: half}, "target_reward": 0.8}),
+    }
+    return {
+        name: Alone(name, count, FKSteeringPipeline, STEERING | options) for name, (count, options) in changed.items()
+    }
+
+
+def economies(
+    folder: Path,
+    reward: str,
+    prompts: Sequence[str],
+    some: Mapping[str, Contender],
+    call: Mapping[str, Any] = CALL,
+) -> dict[str, Any]:
+    """A row for every variant, with its difference from the first over the same prompts; it goes on in `folder`."""
+    found = KeptRuns(folder, reward, call).run(list(some.values()), prompts)
+    points = {name: one.points(result)[0] for (name, one), result in zip(some.items(), found, strict=True)}
+    first = next(iter(points.values()))
+    return {
+        "prompts": len(prompts),
+        "settings": {"reward": reward, **STEERING, **call},
+        "rows": {
+            name: point.row() | {"minus_standard": point.minus(first), "options": dict(some[name].options)}
+            for name, point in points.items()
+        },
+    }
+
+
+def draw_economies(found: dict[str, Any], path: Path) -> None:
+    """The reward of what is picked, and whether it is right, against evaluations and against seconds."""
+    figure = Figure(figsize=(11, 8.5), dpi=120, layout="constrained")
+    grid = figure.subplots(2, 2, sharey="row", sharex="col")
+    titles = {"proxy": f"{found['settings']['reward']} of the picked image", "right": "picked image right"}
+    for line, (field, title) in zip(grid, titles.items(), strict=True):
+        for axes, (cost, name) in zip(line, COSTS.items(), strict=True):
+            _scatter(axes, found["rows"], field, cost)
+            axes.set_title(title, size=10, loc="left", color=INK)
+            axes.set_xlabel(name, color=INK)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
+def _scatter(axes: Axes, rows: Mapping[str, Mapping[str, Any]], field: str, cost: str) -> None:
+    for place, (name, row) in enumerate(rows.items()):
+        mean, low, high = row[field]
+        colour, mark = f"C{place % 10}", "os^D"[place // 10] if place else "*"
+        axes.plot([row[cost]] * 2, [low, high], color=colour, alpha=0.25, lw=1.5, zorder=1)
+        axes.plot(row[cost], mean, mark, ms=7 if place else 12, color=colour, label=name, zorder=2)
+    axes.set_xlim(left=0)
+    axes.grid(color=FAINT, alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
