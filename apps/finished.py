@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from steer.apps.methods import METHODS, Job
+from steer.apps.methods import Job
 from steer.apps.png_metadata import Recipe, recipe_of, write_png
 from steer.pipelines import SteeringOutput
 
@@ -25,7 +25,7 @@ def base_of(job: Job, output: SteeringOutput) -> SteeringOutput | None:
     if plain and job.settings.method == "best-of-n":
         return output.in_slot_order()  # the batch that it sorted is the base batch itself
     with job.unworn():
-        return METHODS["base"].run(job)
+        return job.run("base")
 
 
 def written(job: Job, output: SteeringOutput, folder: Path, prefix: str = "", base: bool = False) -> Iterator[Picture]:

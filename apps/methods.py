@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from steer.preview import accepted_only
 from steer.reward import Reward
 
 Off = Callable[[], AbstractContextManager[None]]
+On = Callable[[Any], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Job:
     on_step        told every solver step by the other methods; what it raises ends the run
     preview_steps  where best-of-n and base, which need none, look at x̂0 for it; None: where fk does
     unworn         inside, the pipeline is without its finetuned weights
+    faster         what is switched on while it runs: (pipeline) → a context that gives the pipeline to call
     """
 
     pipe: Any
@@ -47,6 +49,12 @@ class Job:
     on_step: Callable[[StepReport], None] | None = None
     preview_steps: tuple[int, ...] | None = ()
     unworn: Off = nullcontext
+    faster: On = nullcontext
+
+    def run(self, method: str | None = None) -> SteeringOutput:
+        """The images of the prompt, by its own method or another one."""
+        with self.faster(self.pipe) as pipe:
+            return METHODS[method or self.settings.method].run(replace(self, pipe=pipe))
 
     @property
     def call(self) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def replay(
     worn = None if recipe.base else settings.lora
     with errors_named(str(image), "nothing was written", "it was made where there was more"), wearing(pipe, worn):
         job = Job(pipe, loaded, recipe.prompt, settings, state)
-        output = METHODS["base" if recipe.base else settings.method].run(job)
+        output = job.run("base" if recipe.base else None)
         again = recipe_of(job, output, recipe.rank, recipe.base)
         write_png(output.images[recipe.rank], path, again)
         state.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from steer.apps.adapters import find_finetuned, wearing
 from steer.apps.animation import Frames
+from steer.apps.faster import Faster
 from steer.apps.finished import base_of, written
 from steer.apps.methods import METHODS, Job
 from steer.apps.models import load_pipeline
@@ -38,6 +39,7 @@ def sample(
     device: str | None = None,
     reward_timeout: float | None = None,
     animation: bool = False,
+    faster: Faster | None = None,
 ) -> Report:
     """Steers every prompt, writes images, pictures and report.json to `out`, and returns the report.
 
@@ -48,6 +50,8 @@ def sample(
     here = processes()
     with here.main_first():
         settings.check()
+        faster = faster or Faster()
+        faster.check()
         if animation and not METHODS[settings.method].iterates:
             raise InputError(f"--animation shows iterations, and --method {settings.method} has none: leave it out")
         reward = reward_here(settings.reward, reward_timeout)
@@ -62,7 +66,7 @@ def sample(
         with wearing(pipe, settings.lora) as off:
             for n in _shared(todo, here, settings.method, len(prompts)):
                 folder = out / f"{n:03d}-{_slug(prompts[n])}"
-                job = Job(pipe, reward, prompts[n], settings, folder / SEARCH, unworn=off)
+                job = Job(pipe, reward, prompts[n], settings, folder / SEARCH, unworn=off, faster=faster)
                 entry = _finished(job, folder, animation)
                 record.keep(n, entry, here.count == 1)
                 _clean(folder)
@@ -113,8 +117,8 @@ def _finished(job: Job, folder: Path, animation: bool) -> Entry:
 
 
 def _sampled(job: Job, folder: Path, animation: bool) -> Entry:
-    settings, frames = job.settings, Frames(folder / FRAMES)
-    output = METHODS[settings.method].run(replace(job, on_iteration=frames.keep) if animation else job)
+    frames = Frames(folder / FRAMES)
+    output = (replace(job, on_iteration=frames.keep) if animation else job).run()
     entry: Entry = {
         "prompt": job.prompt,
         "images": _write_images(output, job, folder),

@@ -62,6 +62,10 @@ WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="By default float32 on the CPU, bfloat16 elsewhere.",
 )
+@click.option("--attention", default="auto", help="What computes it: auto, xformers, sdpa or eager.")
+@click.option("--share-prompts", is_flag=True, help="Keys and values of a prompt once for all particles and steps.")
+@click.option("--compile", "compiled", is_flag=True, help="The denoiser through torch.compile: pays for many prompts.")
+@click.option("--micro-batch", type=int, help="Rows of the denoiser at a time; 0: as many as the memory takes.")
 def sample(
     context: click.Context,
     /,
@@ -72,6 +76,10 @@ def sample(
     reward_timeout: float | None,
     animation: bool,
     replay: Path | None,
+    attention: str,
+    share_prompts: bool,
+    compiled: bool,
+    micro_batch: int | None,
     **settings: Any,
 ) -> None:
     """Steers PROMPT… or the prompts of a file: images (best first), grid.png, report.json; ancestry.png of particles,
@@ -88,10 +96,12 @@ def sample(
         return _replay(context)
     with processes().main_first():
         prompts = _prompts(prompt, prompt_file)
+    from steer.apps.faster import Faster
     from steer.apps.sample import sample as run
     from steer.apps.sample_settings import SampleSettings
 
-    report = run(prompts, SampleSettings(**settings), out, device, reward_timeout, animation)
+    faster = Faster(attention, share_prompts, compiled, micro_batch)
+    report = run(prompts, SampleSettings(**settings), out, device, reward_timeout, animation, faster)
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]
     if speaks():

@@ -1,0 +1,133 @@
+"""`steer sample`'s switches of speed and memory, and its particle schedules: the same images, and fewer rows."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Steer, cached_pipe
+from PIL import Image
+
+from steer.apps import faster as room
+from steer.apps.faster import Faster
+from steer.apps.sample_settings import SampleSettings
+from steer.errors import InputError
+
+WORDS = ["sample", "a red circle", "--steps", 4, "--particles", 4, "--lam", 40, "--seed", 3]
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.rglob("0*/*.png"))]).astype(int)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    yield tmp_path_factory.mktemp("plain")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--attention", "eager"],
+        ["--share-prompts"],
+        ["--micro-batch", 3],
+        ["--micro-batch", 0, "--attention", "sdpa", "--share-prompts"],
+    ],
+)
+def test_switches_change_no_image(steer: Steer, tmp_path: Path, plain: Path, words: list[Any]) -> None:
+    assert steer(*WORDS, "--out", plain)[0] == 0
+    code, _, said = steer(*WORDS, *words, "--out", tmp_path)
+    assert code == 0, said
+    assert abs(pixels(tmp_path) - pixels(plain)).max() <= 1  # rounding of batches of other shapes, in 255 levels
+    before, after = (json.loads((folder / "report.json").read_text()) for folder in (plain, tmp_path))
+    assert before["settings"] == after["settings"]
+    assert before["prompts"][0]["ancestors"] == after["prompts"][0]["ancestors"]
+
+
+def test_rows_go_in_as_asked(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    real = room.micro_batched
+
+    def watched(pipe: Any, rows: int | None) -> Any:
+        asked.append(rows)
+        return real(pipe, rows)
+
+    monkeypatch.setattr(room, "micro_batched", watched)
+    assert steer(*WORDS, "--micro-batch", 5, "--out", tmp_path / "a")[0] == 0
+    assert steer(*WORDS, "--micro-batch", 0, "--no-compare", "--out", tmp_path / "b")[0] == 0
+    assert asked == [5, 5, None]  # steered and base; as many as the memory takes
+
+
+def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
+    pipe = cached_pipe("sd")
+    own = dict(vars(pipe))
+    with Faster(compiled=True, micro_batch=2)(pipe) as view:
+        assert view is not pipe and view.unet is not pipe.unet
+    assert vars(pipe) == own
+    with Faster()(pipe) as view:
+        assert view is pipe
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--attention", "flash"], "unknown attention backend 'flash'"),
+        (["--micro-batch", -1], "--micro-batch must be at least 0, got -1"),
+        (["--compile", "--share-prompts"], "--share-prompts does nothing in compiled models"),
+        (["--narrow", "3"], "--narrow: write STEP:PARTICLES,… such as 8:4,14:2, got '3'"),
+        (["--narrow", "2:2,2:1"], "--narrow: a step is there twice"),
+        (["--narrow", "1:3,2:3"], "--narrow: 3 particles from step 2 on, of 3: they must be fewer and fewer"),
+        (["--narrow", "3:2"], "narrow: 3 is not from 0 to 2, in a run of 4 steps"),
+        (["--target", "nan"], "--target must be a finite number"),
+    ],
+)
+def test_what_cannot_be_is_one_line(steer: Steer, tmp_path: Path, words: list[Any], message: str) -> None:
+    code, _, said = steer(*WORDS, *words, "--out", tmp_path)
+    assert code == 2 and message in said and len(said.strip().splitlines()) == 1
+
+
+def test_nothing_to_share_is_said() -> None:
+    nothing = pytest.raises(InputError, match="--share-prompts: there is nothing to share")
+    with nothing, Faster(share_prompts=True)(cached_pipe("flux")):
+        pass
+
+
+def test_particles_get_fewer_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:
+    code, _, said = steer(*WORDS, "--narrow", "1:3,2:1", "--out", tmp_path / "o")
+    assert code == 0, said
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    entry = report["prompts"][0]
+    assert [len(rewards) for rewards in entry["step_rewards"]] == [4, 3] and len(entry["images"]) == 1
+    assert entry["cost"]["nfe"] == 4 + 4 + 3 + 1 and report["settings"]["narrow"] == "1:3,2:1"
+    code, told, _ = steer("sample", "--replay", tmp_path / "o" / entry["images"][0], "--out", tmp_path / "again")
+    assert code == 0 and "the same pixels" in told
+
+
+def test_a_target_ends_the_reading(steer: Steer, tmp_path: Path) -> None:
+    assert steer(*WORDS, "--target", -100, "--out", tmp_path)[0] == 0
+    entry = json.loads((tmp_path / "report.json").read_text())["prompts"][0]
+    assert len(entry["steps"]) == 1 and len(entry["images"]) == 1 and len(entry["base"]["images"]) == 4
+
+
+def test_an_evaluation_takes_runs_of_fewer_images(steer: Steer, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    words = ["evaluate", "--prompts", tmp_path / "prompts.txt", "--method", "fk", "--reward", "scene-soft"]
+    words += ["--steps", 4, "--particles", 4, "--kl-prompts", 0, "--seeds", 2, "--out", tmp_path / "e"]
+    code, _, said = steer(*words, "--narrow", "1:2", "--target", 0.45)
+    assert code == 0, said
+    found = json.loads((tmp_path / "e" / "evaluation.json").read_text())["contenders"][0]
+    counts = {len(run["rewards"]["scene-soft"]) for run in found["runs"]}
+    assert counts <= {1, 2} and len(found["runs"]) == 4
+    picked = [run["rewards"]["scene-soft"][0] for run in found["runs"]]
+    assert found["rewards"]["scene-soft"]["picked"][0] == pytest.approx(sum(picked) / 4, abs=1e-6)
+
+
+def test_settings_are_words_that_are_numbers() -> None:
+    def schedule(words: str) -> dict[int, int]:
+        given = {"model": "", "method": "fk", "reward": "", "particles": 8, "steps": 20, "guidance": 1.0, "lam": 1.0}
+        given |= {"potential": "sum", "resampler": "ssp", "tempering": "ess", "ess_threshold": 0.5, "eta": None}
+        return SampleSettings(**given, seed=0, compare=False, dtype=None, narrow=words).schedule
+
+    assert schedule("") == {} and schedule(" 14:2, 8:4 ") == {14: 2, 8: 4}
