@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from steer.engine import Batch, Reference
+from steer.batch import Batch, Reference
 from steer.errors import InputError
 from steer.pipelines.choice_files import DrawnWith, Lot, inside
 from steer.pipelines.choice_folder import ChoiceFolder, lot_name

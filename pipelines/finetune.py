@@ -5,7 +5,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Unpack
 
-from steer.engine import Batch, GradientOptions, two_pass_gradient
+from steer.batch import Batch
+from steer.engine import GradientOptions, two_pass_gradient
 from steer.errors import InputError
 from steer.losses import Loss, Metrics
 from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Record

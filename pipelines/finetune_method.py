@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Unpack
 
 from torch import Tensor
 
-from steer.engine import Batch, GradientOptions
+from steer.batch import Batch
+from steer.engine import GradientOptions
 from steer.losses import Metrics
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.method import SteeringMethod

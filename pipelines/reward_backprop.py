@@ -4,7 +4,8 @@ from typing import Any, Unpack
 
 import torch
 
-from steer.engine import Batch, GradientOptions
+from steer.batch import Batch
+from steer.engine import GradientOptions
 from steer.errors import InputError
 from steer.losses import Metrics
 from steer.pipelines.finetune import FinetuningPipeline

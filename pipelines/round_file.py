@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steer.engine import Batch, Reference
+from steer.batch import Batch, Reference
 from steer.pipelines.rounds import Round
 from steer.pipelines.samples import own_share
 from steer.team import Team

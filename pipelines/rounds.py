@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor
 
-from steer.engine import Batch, Reference, reference_of
+from steer.batch import Batch, Reference, reference_of
 from steer.guards import check_spread
 from steer.pipelines.finetune_method import FinetuningMethod
 from steer.pipelines.finetune_settings import FinetuneSettings

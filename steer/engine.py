@@ -7,21 +7,26 @@ L depends on the weights θ through ℓ = log pθ(x_s | x_t) (B, K, T) alone. By
 so pass 1 takes ℓ without a graph and differentiates L there, and pass 2 goes over the steps one at a time and sends
 back c_t · ℓ_t. Penalties are sums over steps of something that the step's own kernel tells: they join in pass 2.
 
+Where a loss compares the samples of a prompt step by step, c_t follows from their ℓ_t alone: pass 2 finds both, and
+there is no pass 1.
+
 Of several processes each has some of the prompts. ℓ of all is small: it is gathered, so that every process knows the
 whole L and its c, whatever the loss compares; in pass 2 each sends back its own rows.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
+from steer.batch import Batch, Reference
+from steer.coefficients import AllSteps, Coefficients, OwnStep
 from steer.guards import kl
 from steer.losses import LogProbs, Loss, Metrics
 from steer.team import ALONE, Team, total
-from steer.trajectory import Sampler, Trajectories, log_probs
+from steer.trajectory import Sampler, log_probs
 from steer.transition import Gaussian
 
 Backward = Callable[[Tensor], None]
@@ -44,61 +49,6 @@ class GradientOptions(TypedDict):
     before_each: Callable[[], None]
     before_last: Callable[[], None]
     team: Team
-
-
-@dataclass(frozen=True)
-class Reference:
-    """What the reference policy says of S chosen steps: means (N, S, …) fp32, τ (S,), log-probs (N, S) in nats."""
-
-    means: Tensor
-    deviations: Tensor
-    log_probs: Tensor
-
-    def at(self, numbers: Collection[int]) -> "Reference":
-        """Of some rows."""
-        some = list(numbers)
-        return replace(self, means=self.means[some], log_probs=self.log_probs[some])
-
-    @staticmethod
-    def joined(parts: Sequence["Reference"]) -> "Reference":
-        """Of all their rows; they have the same steps."""
-        means, log_probs = torch.cat([part.means for part in parts]), torch.cat([part.log_probs for part in parts])
-        return replace(parts[0], means=means, log_probs=log_probs)
-
-    def kernel(self, column: int, like: Tensor) -> Gaussian:
-        """Its p(x_s | x_t) at one of those steps."""
-        return Gaussian(self.means[:, column].to(like.device), self.deviations[column].to(like.device))
-
-
-def reference_of(sampler: Sampler, stored: Trajectories, steps: Sequence[int]) -> Reference:
-    """By today's weights: call it where these are the reference's."""
-    told: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
-        told.append((kernel.mean.cpu(), kernel.std.cpu(), kernel.log_prob(x_s).cpu()))
-
-    sampler.replay(stored, keep, steps)
-    means, deviations, log_probs = zip(*told, strict=True)
-    return Reference(torch.stack(means, 1), torch.stack(deviations), torch.stack(log_probs, 1))
-
-
-@dataclass(frozen=True)
-class Batch:
-    """B prompts × K samples, prompt after prompt, in chunks of rows that go through the denoiser together.
-
-    chunks, references  of several processes, those of this one's prompts
-    steps    the stochastic steps to learn from, ascending: S of all T
-    rewards  (B, K), or (B, K, M) where a loss takes several; of all processes
-    """
-
-    chunks: Sequence[Trajectories]
-    references: Sequence[Reference]
-    steps: Sequence[int]
-    rewards: Tensor
-
-    def matrix(self, values: Sequence[Tensor], team: Team = ALONE) -> Tensor:
-        """(N, S) of each chunk, of all processes, as one (B, K, S)."""
-        return torch.cat(team.gather(values)).view(*self.rewards.shape[:2], len(self.steps))
 
 
 def two_pass_gradient(
@@ -124,37 +74,42 @@ def two_pass_gradient(
     before_last  called before the denoiser call whose backward is the last: then the processes' sums may be exchanged
     team         each process adds its own share, `count` times: the mean over processes is the gradient
     """
-    new = _pass_one(sampler, batch, unchanged, before_each)
-    old = [chunk.log_probs[:, list(batch.steps)] for chunk in batch.chunks]
-    leaf = batch.matrix(new, team).clone().requires_grad_(True)
+    old = batch.matrix([chunk.log_probs[:, list(batch.steps)] for chunk in batch.chunks], team)
     reference = batch.matrix([told.log_probs for told in batch.references], team)
-    elements = batch.chunks[0].elements
-    value, metrics = loss(LogProbs(leaf, batch.matrix(old, team), reference, elements), batch.rewards)
-    (c,) = torch.autograd.grad(value, leaf)
-
+    seen = LogProbs(old, old, reference, batch.chunks[0].elements)
+    coefficients: Coefficients
+    if not unchanged and _step_by_step(loss, batch, team):
+        coefficients = OwnStep(seen, loss, batch, team)
+    else:
+        new = old if unchanged else batch.matrix(_pass_one(sampler, batch, before_each), team)
+        coefficients = AllSteps(replace(seen, new=new), loss, batch, team)
     weights: dict[Penalty, float] = {kl: 0.0, **(penalties or {})}
     backward = counted(backward, len(batch.chunks) * len(batch.steps), before_last)
-    found = _pass_two(sampler, batch, c, weights, backward, before_each, team)
+    found = _pass_two(sampler, batch, coefficients, weights, backward, before_each, team)
+    value, metrics = coefficients.loss()
     told_all = {penalty.__name__: cost for penalty, cost in found.items()}
-    return value.item(), metrics | told_all | {"kl_per_step": found[kl] / batch.chunks[0].log_probs.shape[1]}
+    return value, metrics | told_all | {"kl_per_step": found[kl] / batch.chunks[0].log_probs.shape[1]}
 
 
-def _pass_one(sampler: Sampler, batch: Batch, unchanged: bool, before_each: Callable[[], None]) -> list[Tensor]:
+def _step_by_step(loss: Loss, batch: Batch, team: Team) -> bool:
+    """Whether c of a step follows from its own ℓ, and the samples of a prompt are in one chunk, in every process."""
+    whole = all(len(chunk.rows) % batch.rewards.shape[1] == 0 for chunk in batch.chunks)
+    return bool(getattr(loss, "stepwise", False)) and all(team.gather([whole]))
+
+
+def _pass_one(sampler: Sampler, batch: Batch, before_each: Callable[[], None]) -> list[Tensor]:
     """log pθ(x_s | x_t) (N, S) of each chunk, without a graph."""
     steps, found = list(batch.steps), []
     for chunk in batch.chunks:
-        if unchanged:
-            found.append(chunk.log_probs[:, steps])
-        else:
-            before_each()
-            found.append(log_probs(sampler, chunk, steps)[:, steps])
+        before_each()
+        found.append(log_probs(sampler, chunk, steps)[:, steps])
     return found
 
 
 def _pass_two(
     sampler: Sampler,
     batch: Batch,
-    c: Tensor,
+    coefficients: Coefficients,
     weights: Mapping[Penalty, float],
     backward: Backward,
     before_each: Callable[[], None],
@@ -162,15 +117,14 @@ def _pass_two(
 ) -> dict[Penalty, float]:
     """Sends back c_t · ℓ_t and the penalties, step by step; returns these, without their weights."""
     steps, found = list(batch.steps), dict.fromkeys(weights, 0.0)
-    per_sample = batch.chunks[0].log_probs.shape[1] / len(steps) / c[..., 0].numel()
-    shares = c.flatten(0, 1).chunk(team.count)[team.index].split([len(chunk.rows) for chunk in batch.chunks])
-    for chunk, told, share in zip(batch.chunks, batch.references, shares, strict=True):
+    per_sample = batch.chunks[0].log_probs.shape[1] / len(steps) / batch.rewards.shape[:2].numel()
+    for number, (chunk, told) in enumerate(zip(batch.chunks, batch.references, strict=True)):
         before_each()
 
-        def back(t: int, p: Gaussian, x_s: Tensor, share: Tensor = share, told: Reference = told) -> None:
+        def back(t: int, p: Gaussian, x_s: Tensor, number: int = number, told: Reference = told) -> None:
             column = steps.index(t)
-            other = told.kernel(column, p.mean)
-            sent = (share[:, column].to(p.mean.device) * p.log_prob(x_s)).sum()
+            other, log_prob = told.kernel(column, p.mean), p.log_prob(x_s)
+            sent = (coefficients(number, column, log_prob).to(p.mean.device) * log_prob).sum()
             for penalty, weight in weights.items():
                 with torch.set_grad_enabled(weight != 0):
                     cost = per_sample * penalty(p, other).sum()

@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from steer.engine import Backward, Batch, Penalty, Reference, counted
+from steer.batch import Batch, Reference
+from steer.engine import Backward, Penalty, counted
 from steer.errors import InputError
 from steer.frames import over_frames
 from steer.guards import kl

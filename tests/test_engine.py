@@ -15,9 +15,10 @@ from rollouts import MOVED, TWO_PROMPTS, call_of, counted, cut, fresh_pipe, move
 from torch import Generator, Tensor
 from torch.distributions import Normal, kl_divergence
 
-from steer.engine import Batch, Penalty, Reference, reference_of, two_pass_gradient
+from steer.batch import Batch, Reference, reference_of
+from steer.engine import Penalty, two_pass_gradient
 from steer.guards import LARGEST_EXPONENT, chi_square, kl
-from steer.losses import DDPO, GRPO, PRDP, D3POTrajectory, LogProbs, Loss, Metrics
+from steer.losses import D3PO, DDPO, GRPO, PRDP, D3POTrajectory, Filtered, LogProbs, Loss, Metrics
 from steer.trainable import LoRA
 from steer.trajectory import Sampler, Trajectories, log_probs
 from steer.transition import Gaussian
@@ -196,7 +197,7 @@ def test_some_of_the_steps(kind: str, steps: tuple[int, ...]) -> None:
         assert len(calls) == len(steps)
         calls.clear()
         (_, metrics), found = one.two_pass(loss, batch, penalties=PENALTIES)
-        assert len(calls) == 2 * len(steps)
+        assert len(calls) == (1 if loss.stepwise else 2) * len(steps)
     assert error(found, truth) <= 1e-5
     columns = torch.stack([kl_of(one)[t] for t in steps])
     assert metrics["kl"] == pytest.approx(columns.mean().item() * 3, rel=1e-4)
@@ -219,7 +220,7 @@ def test_steps_that_are_not_learnt_from_cost_nothing_of_a_controlnet() -> None:
     one = case("controlnet")
     with counted(one.trained.pipe.controlnet) as calls:
         one.two_pass(LOSSES["grpo"], one.batch(steps=(1,)))
-    assert len(calls) == 3  # the reference, and two passes
+    assert len(calls) == 2  # the reference, and one pass: the loss goes step by step
 
 
 @pytest.mark.parametrize("kind", ["prdp", "grpo"])
@@ -263,13 +264,49 @@ def test_gradients_add_to_those_that_are_there() -> None:
     assert error({name: value / 2 for name, value in both.items()}, once) <= 1e-6
 
 
+STEPWISE: dict[str, Loss] = {
+    "d3po": D3PO(beta=0.5, unit="nat"),
+    "grpo": LOSSES["grpo"],
+    "ddpo": LOSSES["ddpo"],
+    "filtered": Filtered(),
+}
+
+
+@pytest.mark.parametrize("steps", [(0, 1, 2), (0, 2)])
+@pytest.mark.parametrize("kind", STEPWISE)
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_loss_that_goes_step_by_step_needs_no_first_pass(name: str, kind: str, steps: tuple[int, ...]) -> None:
+    one, loss = case(name), STEPWISE[kind]
+
+    class AskedFirst(type(loss)):  # type: ignore[misc]
+        stepwise = False
+
+    slow, batch = AskedFirst(**vars(loss)), one.batch((2, 2), steps)
+    with counted(one.trained.denoiser) as calls:
+        (value, metrics), found = one.two_pass(loss, batch, penalties=PENALTIES)
+        fast = len(calls)
+        (truth, same_metrics), gradient = one.two_pass(slow, batch, penalties=PENALTIES)
+    assert loss.stepwise and fast == 2 * len(steps) and len(calls) == 3 * fast
+    assert error(found, gradient) <= 1e-6
+    assert value == pytest.approx(truth, rel=1e-6) and metrics == pytest.approx(same_metrics, rel=1e-5, nan_ok=True)
+
+
+def test_samples_of_a_prompt_in_two_chunks_are_asked_first() -> None:
+    one = case("sd")
+    batch = one.batch((1, 3))
+    with counted(one.trained.denoiser) as calls:
+        _, parts = one.two_pass(STEPWISE["d3po"], batch)
+    assert len(calls) == 2 * 2 * 3
+    assert error(parts, one.two_pass(STEPWISE["d3po"], one.batch((2, 2)))[1]) <= ROUNDING
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_unchanged_weights_need_no_first_pass(kind: str) -> None:
     one, loss = case("sd"), LOSSES[kind]
     move(one.trained, MOVED["sd"], seed=1)  # those that drew
     try:
         batch, found = one.batch(), []
-        for unchanged, calls_needed in ((False, 6), (True, 3)):
+        for unchanged, calls_needed in ((False, 3 if loss.stepwise else 6), (True, 3)):
             with counted(one.trained.denoiser) as calls:
                 found.append(one.two_pass(loss, batch, penalties=PENALTIES, unchanged=unchanged))
             assert len(calls) == calls_needed
@@ -353,7 +390,8 @@ import sys
 import torch
 from diffusers import StableDiffusionPipeline
 from steer.assets import MODELS
-from steer.engine import Batch, reference_of, two_pass_gradient
+from steer.batch import Batch, reference_of
+from steer.engine import two_pass_gradient
 from steer.guards import kl
 from steer.losses import PRDP
 from steer.trainable import LoRA

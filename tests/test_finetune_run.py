@@ -13,7 +13,7 @@ from conftest import PIPELINES
 from finetune_runs import HELD_OUT, PROMPTS, settings_of, train
 from safetensors.torch import load_file
 
-from steer.engine import Batch, reference_of
+from steer.batch import Batch, reference_of
 from steer.errors import InputError
 from steer.guards import kl
 from steer.pipelines import (

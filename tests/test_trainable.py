@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from soft_rewards import images_of, models_of, seeded
 from torch import Tensor
 
-from steer.engine import Batch, reference_of, two_pass_gradient
+from steer.batch import Batch, reference_of
+from steer.engine import two_pass_gradient
 from steer.errors import InputError
 from steer.guards import kl
 from steer.losses import PRDP

@@ -11,7 +11,7 @@ from diffusers.models.autoencoders.vae import Decoder
 from torch import Generator, Tensor, nn
 
 from steer.apps.bench.clock import Kinds
-from steer.engine import Batch, Reference, reference_of
+from steer.batch import Batch, Reference, reference_of
 from steer.feynman_kac import FeynmanKac
 from steer.pipelines.fk_run import DEFAULT_STEPS, Run
 from steer.pipelines.noise_to_image import NoiseToImage

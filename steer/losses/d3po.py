@@ -60,6 +60,7 @@ class D3PO:
     beta: float = 0.1
     unit: Unit = "element"
     whole_trajectory: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         demand(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
@@ -88,6 +89,7 @@ class D3POTrajectory:
     beta: float = 0.1
     unit: Unit = "element"
     whole_trajectory: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         demand(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")

@@ -27,6 +27,7 @@ class Filtered:
 
     keep: float = 0.25
     whole_trajectory: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         demand(0 < self.keep <= 1, "keep", self.keep, "above 0 and at most 1")

@@ -59,6 +59,9 @@ class Loss(Protocol):
     """What finetuning minimises: a frozen dataclass of its hyperparameters, called once an update.
 
     whole_trajectory: it ties all steps of a sample together, so that it cannot do with some of them.
+
+    A loss whose derivative by a step of a prompt's samples depends on these, of that step, alone may say so by a class
+    attribute `stepwise = True`: then the engine need not ask the policy for all steps before it goes back through one.
     """
 
     whole_trajectory: ClassVar[bool]

@@ -54,6 +54,7 @@ class DDPO:
     unit: Unit = "element"
     advantage_clip: float = 5.0
     whole_trajectory: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         demand(self.clip > 0, "clip", self.clip, "above 0")
@@ -81,6 +82,7 @@ class GRPO:
     unit: Unit = "element"
     scale: bool = True
     whole_trajectory: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         demand(self.clip > 0, "clip", self.clip, "above 0")

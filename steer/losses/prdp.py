@@ -38,6 +38,7 @@ class PRDP:
     beta: float = 0.1
     clip: float = 0.1
     whole_trajectory: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         demand(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
