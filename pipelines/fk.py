@@ -41,6 +41,7 @@ class FKSteeringPipeline(SteeringMethod):
         ess_threshold: float = 0.5,
         reward_guidance: float = 0.0,
         eta: float | None = None,
+        preview: Any = "full",
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
         on_step: Callable[[StepReport], None] | None = None,
@@ -63,6 +64,8 @@ class FKSteeringPipeline(SteeringMethod):
         eta             noise η of every step, 0..1. By default the solver's own; the copies that resampling makes
                         take one step of the Gaussian kernel with η = 1, so that they part. With reward_guidance all
                         steps are that kernel's, by default with η = 1
+        preview         what decodes x̂0 for the reward: "full", the pipeline's own VAE; "linear", a map that is fitted
+                        to the first previews; or a small autoencoder of diffusers. Finished images are the VAE's
         chunk_size      images decoded and scored at a time
         reward_prompt   what the reward reads instead of the prompt (needed with prompt_embeds)
         on_step         an observer of every solver step; what it raises ends the run
@@ -83,13 +86,15 @@ class FKSteeringPipeline(SteeringMethod):
             noise = 1.0 if eta is None else eta
             check_guidable(self.pipe.scheduler, self.reward, reward_guidance, noise)
             pipe = differentiable(self.pipe, one_call=True)
-            population = Population(pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+            population = Population(pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview)
             run: Run = GuidedRun(algorithm, population, reward_guidance, noise, resample_steps, on_step)
         else:
             if num_particles > 1 and lam != 0:
                 check_copies_part(self.pipe.scheduler)
             call, kernel_eta = route_eta(self.pipe, call, eta)
-            population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+            population = Population(
+                self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview
+            )
             # A step without noise would not part copies: for them η = 0 becomes 1.
             run = Run(algorithm, population, kernel_eta, eta or 1.0, resample_steps, on_step)
         images = run.sample()

@@ -1,6 +1,5 @@
 """B prompts × K particles as one call of a diffusers pipeline: what every steering method runs on."""
 
-import functools
 import hashlib
 import inspect
 import time
@@ -15,7 +14,8 @@ from steer.errors import InputError
 from steer.frames import over_frames
 from steer.particles import Particles
 from steer.pipelines.output import Cost, Evaluation, SteeringOutput
-from steer.preview import Preview, accepted_only, first_output
+from steer.preview import accepted_only, first_output
+from steer.previews import new_preview
 from steer.reward import Reward, score_parts
 from steer.seam import Answer, Event, steered
 
@@ -35,8 +35,10 @@ class Population:
         call: Mapping[str, Any],
         reward_prompt: str | Sequence[str] | None = None,
         chunk_size: int = 8,
+        preview: Any = "full",
     ) -> None:
-        """`call`: arguments for `pipe.__call__`. Raises InputError where they do not fit it or each other."""
+        """`call`: arguments for `pipe.__call__`; `preview`: see `steer.previews`. Raises InputError where they do not
+        fit the pipeline or each other."""
         if size < 1:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
@@ -50,7 +52,8 @@ class Population:
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
         self.latents = torch.empty(0)
-        self._nfe = self._decodes = self._reward_calls = self._gradients = 0
+        self._preview = new_preview(preview, pipe, self.call, chunk_size)
+        self._nfe = self._decodes = self._previews = self._reward_calls = self._gradients = 0
         self._started = time.monotonic()
 
     def sample(self, on_event: Callable[[Event], Answer | None], pipe: Any = None, **given: Any) -> Tensor:
@@ -72,13 +75,9 @@ class Population:
         self._decodes += len(images)
         return images
 
-    @functools.cached_property
-    def _preview(self) -> Preview:
-        return Preview(self.pipe, self.call, self.chunk_size)
-
     def preview(self, x0: Tensor) -> Tensor:
         """The images (B·K, 3, H, W) that x̂0 stands for."""
-        self._decodes += len(x0)
+        self._previews += len(x0)
         return self._preview(x0)
 
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -125,7 +124,13 @@ class Population:
             latents=latents,
             order=order,
             history=tuple(history),
-            cost=Cost(self._nfe, self._decodes, self._reward_calls, seconds, self._gradients),
+            cost=self._cost(seconds),
+        )
+
+    def _cost(self, seconds: float) -> Cost:
+        full = self._preview.decodes
+        return Cost(
+            self._nfe, self._decodes + full, self._reward_calls, seconds, self._gradients, self._previews - full
         )
 
     def count_gradients(self, images: int) -> None:
