@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from steer.assets import TINY_VAES
 from steer.errors import InputError
+from steer.preview import check_decoder, check_image_vae
 from steer.previews import PREVIEWS
 
 TINY = "tiny"
@@ -25,25 +26,20 @@ def preview_named(word: str, pipe: Any) -> Any:
     """
     if word in PREVIEWS:
         return word
-    autoencoder = _loaded(word, TINY_VAES["scenes"] if word == TINY else Path(word))
-    own = getattr(pipe, "vae", None)
-    takes, given = (getattr(getattr(vae, "config", None), "latent_channels", None) for vae in (autoencoder, own))
-    if takes != given:
-        raise InputError(
-            f"--preview {word}: made for latents of {takes} channels, those of this model have {given or 'none'}: use "
-            "linear, full, or an AutoencoderTiny that was made for this model, like madebyollin/taesdxl for SDXL"
-        )
-    return autoencoder.to(own.device, own.dtype, memory_format=torch.channels_last)  # in which convolutions are faster
+    folder = TINY_VAES["scenes"] if word == TINY else Path(word)
+    if not word or (not folder.is_dir() and (word.count("/") != 1 or word.startswith((".", "/", "~")))):
+        known = ", ".join((*PREVIEWS, TINY))
+        raise InputError(f"unknown preview {word!r}: use {known}, a folder, or ORGANISATION/NAME")
+    check_image_vae(pipe)
+    autoencoder = _loaded(word, folder if folder.is_dir() else word, pipe.vae.dtype)
+    check_decoder(pipe, autoencoder)
+    return autoencoder.to(pipe.vae.device, memory_format=torch.channels_last)  # in which convolutions are faster
 
 
-def _loaded(word: str, folder: Path) -> Any:
-    if not folder.is_dir() and (word.count("/") != 1 or word.startswith((".", "/", "~"))):
-        raise InputError(
-            f"unknown preview {word!r}: use {', '.join((*PREVIEWS, TINY))}, a folder, or ORGANISATION/NAME"
-        )
+def _loaded(word: str, source: str | Path, dtype: torch.dtype) -> AutoencoderTiny:
     try:
         loaded, about = AutoencoderTiny.from_pretrained(
-            folder if folder.is_dir() else word, use_safetensors=True, output_loading_info=True
+            source, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:SAID] or type(error).__name__

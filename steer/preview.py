@@ -134,7 +134,7 @@ def check_decoder(pipe: Any, decoder: Any) -> None:
     if takes != given:
         raise InputError(
             f"preview: {type(decoder).__name__} takes latents of {takes} channels, those of {type(pipe).__name__} have "
-            f"{given}: use one that was trained for this model's latents, or preview='linear'"
+            f"{given}: use one that was made for this model (for SDXL madebyollin/taesdxl), or preview='linear'"
         )
 
 

@@ -15,6 +15,7 @@ from soft_rewards import Soft, in_precision, likeness, own_kwargs
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from steer import preview as preview_module
 from steer import previews
 from steer.differentiable import differentiable
 from steer.errors import InputError
@@ -103,6 +104,16 @@ def test_a_decoder_keeps_its_own_precision() -> None:
     linear = LinearPreview(pipe, call)
     first, second = linear(latents), linear(latents)
     assert first.dtype == second.dtype == torch.bfloat16 and second.isfinite().all()
+
+
+def test_a_decoder_follows_the_latents_to_their_device() -> None:
+    decoder, ran = tiny(), []
+    decoder.decoder.register_forward_hook(lambda module, *_: ran.append(next(module.parameters()).device.type))
+    decode = preview_module._in_own_precision(decoder)
+    for home in ("meta", "meta", "cpu"):
+        latents = torch.zeros(1, 4, 4, 4, device=home)
+        assert decode(latents, return_dict=False)[0].device.type == home
+    assert ran == ["meta", "meta", "cpu"] and decoder.device.type == "cpu"
 
 
 def test_decoder_and_pipeline_stay_untouched() -> None:
@@ -288,7 +299,12 @@ def test_guided_runs_go_through_cheap_previews(name: str, option: str) -> None:
     def rewards(guidance: float) -> Tensor:
         chosen = tiny() if option == "tiny" else option
         options = {"reward_guidance": guidance, "eta": 1.0, "ess_threshold": 0.01, "preview": chosen}
-        return FKSteeringPipeline(pipe, reward)(generator=seeded(), **own, **options).rewards
+        out = FKSteeringPipeline(pipe, reward)(generator=seeded(), **own, **options)
+        full = {"tiny": 0, "linear": 2}[option]
+        read = 2 * len(out.history)
+        assert (out.cost.decodes, out.cost.other_decodes) == (full + 2, read - full) and read > full
+        assert out.cost.gradients == read
+        return out.rewards
 
     assert not torch.equal(rewards(1.0), rewards(1e-6)) and rewards(1.0).isfinite().all()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import cached_pipe
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
+from gaussian import GaussianPipeline
 from test_preview_decoders import tiny
 from torch import Generator
 
@@ -31,7 +32,7 @@ def scenes() -> Any:
 @pytest.mark.parametrize("word", ["full", "linear"])
 def test_names_of_the_core_pass(word: str) -> None:
     assert preview_named(word, cached_pipe("sd")) == word
-    assert preview_named(word, cached_pipe("wan")) == word  # the run itself refuses linear, in its own words
+    assert preview_named(word, cached_pipe("wan")) == word  # the run itself refuses linear
 
 
 def test_tiny_is_the_embedded_models_own(scenes: Any) -> None:
@@ -41,8 +42,8 @@ def test_tiny_is_the_embedded_models_own(scenes: Any) -> None:
     call = {"prompt": "three blue stars", "num_images_per_prompt": 4, **CALL}
     latents = scenes(**call, generator=Generator().manual_seed(0), output_type="latent").images
     full, small = Preview(scenes, call)(latents), Preview(scenes, call, 8, decoder)(latents)
-    grey = (full - full.mean((0, 2, 3), keepdim=True)).abs().mean()
-    assert (small - full).abs().mean() < 0.1 * grey
+    grey = (full - full.mean((2, 3), keepdim=True)).abs().mean()
+    assert (small - full).abs().mean() < 0.3 * grey
     # Its encoder was trained beside it: it finds the latents that it paints.
     with torch.no_grad():
         found = decoder.encode(full * 2 - 1).latents
@@ -64,14 +65,18 @@ def test_a_folder_is_loaded_in_the_models_precision(tmp_path: Path) -> None:
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in found.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["sd", "wan", "gaussian"])
-def test_tiny_is_for_the_embedded_models_latents(name: str, scenes: Any) -> None:
-    from gaussian import GaussianPipeline
-
-    pipe = GaussianPipeline() if name == "gaussian" else cached_pipe(name)
-    with pytest.raises(InputError, match="made for latents of 8 channels") as error:
+@pytest.mark.parametrize(
+    ("pipe", "says"),
+    [
+        (cached_pipe("sd"), "takes latents of 8 channels, .* have 4: use one that was made for this model"),
+        (cached_pipe("wan"), "decodes video"),
+        (GaussianPipeline(), "has no VAE"),
+    ],
+)
+def test_tiny_is_for_the_embedded_models_latents(pipe: Any, says: str) -> None:
+    with pytest.raises(InputError, match=says) as error:
         preview_named("tiny", pipe)
-    assert "madebyollin/taesdxl" in str(error.value) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("word", ["tny", "./nothing/there", "/a/b/c", "a/b/c", "", "~/x"])

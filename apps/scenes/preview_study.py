@@ -12,7 +12,8 @@ from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
 from steer.apps.preview_words import preview_named
-from steer.apps.scenes.evaluate import CALL, STEERING, exactly_right, interval
+from steer.apps.scenes.evaluate import STEERING, exactly_right, interval
+from steer.linear_decoder import NormalEquations
 from steer.pipelines import FKSteeringPipeline
 from steer.pipelines.fk_run import DEFAULT_STEPS
 from steer.previews import Previews, new_preview
@@ -24,6 +25,7 @@ DECODERS = ("full", "tiny", "linear")
 REWARDS = ("scene-soft", "aesthetic:scenes", "preference:scenes")
 DIGITS = 6  # of a reward: what is equal up to them is a tie
 REPEATS = 20
+REFITTED = (1, SIZE)  # particles decoded in full at every step, for a linear map that is fitted again each time
 
 
 def read_steps(total: int) -> list[int]:
@@ -58,7 +60,19 @@ def guesses(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> tuple
     return found, output.images
 
 
-def preview_study(model: str, prompts: Sequence[str], call: Mapping[str, Any] = CALL) -> dict[str, Any]:
+def refitted(vae: Any, x0s: Sequence[Tensor], particles: int) -> list[Tensor]:
+    """Previews (K, 3, H, W) of each step's x̂0: the full decoder's, then a linear map's that learns on at every step."""
+    equations, shown = NormalEquations(), []
+    for place, x0 in enumerate(x0s):
+        z = x0 / vae.config.scaling_factor
+        some = z[: particles if place else len(z)]
+        images = vae.decode(some).sample
+        equations.add(some, images)
+        shown.append((images if place == 0 else equations.solve()(z)).div(2).add(0.5).clamp(0, 1))
+    return shown
+
+
+def preview_study(model: str, prompts: Sequence[str], call: Mapping[str, Any]) -> dict[str, Any]:
     """Rank correlations by reward, decoder and step, seconds of each decoder, and steering with each of them."""
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
@@ -84,6 +98,7 @@ def _correlations(
         asked = {"prompt": prompt, "num_images_per_prompt": SIZE, **call}
         previews = {name: new_preview(option, pipe, asked, SIZE) for name, option in options.items()}
         shown = {name: [preview(x0) for x0 in x0s] for name, preview in previews.items()}
+        shown |= {f"linear, refitted by {some}": refitted(pipe.vae, x0s, some) for some in REFITTED}
         for reward, judge in judges.items():
             scores = {name: [judge(images, [prompt] * SIZE) for images in some] for name, some in shown.items()}
             end = judge(finished, [prompt] * SIZE)

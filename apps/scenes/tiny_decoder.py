@@ -1,5 +1,6 @@
 """scenes-tiny-vae: a small autoencoder for the latents of scenes, whose decoder paints what the full one paints."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,4 +101,8 @@ def train_tiny_decoder(folder: Path, model: str | Path, steps: int, learning_rat
     Run(folder, steps, learning_rate).train([vae], loss_at, after=average)
     average.copy_to(vae.parameters())
     vae.half().save_pretrained(folder / "vae")
+    config = folder / "vae/config.json"
+    told = json.loads(config.read_text())
+    del told["block_out_channels"]  # diffusers derives it, and warns where a file has it
+    config.write_text(json.dumps(told, indent=2) + "\n")
     return vae.float()
