@@ -106,6 +106,24 @@ def test_a_decoder_keeps_its_own_precision() -> None:
     assert first.dtype == second.dtype == torch.bfloat16 and second.isfinite().all()
 
 
+@pytest.mark.parametrize("guided", [False, True])
+def test_an_fp16_vae_that_is_decoded_in_fp32_stays_fp16(guided: bool) -> None:
+    """SDXL switches such a VAE to fp32 for the call and back."""
+    own = in_precision(cached_pipe("sdxl"), torch.float16)
+    assert own.vae.config.force_upcast
+    pipe, call = differentiable(own, one_call=True) if guided else own, call_kwargs("sdxl", COUNT)
+    latents = torch.randn(COUNT, 4, 4, 4, generator=seeded()).half()
+    decoder = tiny().half()
+    with torch.no_grad():
+        expected = (decoder.decode(latents / 0.7).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(Preview(pipe, call, 8, decoder)(latents), expected, atol=2e-3, rtol=0)
+    linear, full = LinearPreview(pipe, call), Preview(pipe, call)
+    first, second = linear(latents), linear(latents)
+    assert torch.equal(first, full(latents)) and second.isfinite().all()
+    assert (second - first).abs().mean() < 0.1
+    assert own.vae.dtype == decoder.dtype == torch.float16
+
+
 def test_a_decoder_follows_the_latents_to_their_device() -> None:
     decoder, ran = tiny(), []
     decoder.decoder.register_forward_hook(lambda module, *_: ran.append(next(module.parameters()).device.type))

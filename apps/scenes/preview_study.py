@@ -1,5 +1,6 @@
 """How cheap previews rank particles beside the full decoder, and what each decoder takes."""
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,6 +20,8 @@ from steer.pipelines.fk_run import DEFAULT_STEPS
 from steer.previews import Previews, new_preview
 from steer.reward import load_reward
 from steer.seam import Event, steered
+
+logger = logging.getLogger(__name__)
 
 SIZE = 8  # particles of a prompt
 DECODERS = ("full", "tiny", "linear")
@@ -107,6 +110,7 @@ def _correlations(
                 for what, truth in pairs.items():
                     line = [rank_correlation(*pair) for pair in zip(truth, found, strict=True)]
                     rows.setdefault((reward, name, what), []).append(line)
+        logger.info("previews of %d of %d prompts", number + 1, len(prompts))
     return {reward: _table(rows, reward) for reward in REWARDS}
 
 
@@ -147,8 +151,10 @@ def _taken(preview: Previews, x0: Tensor) -> float:
 def _steering(
     pipe: Any, options: Mapping[str, Any], prompts: Sequence[str], call: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """FK by scene-soft with each decoder: whether the best image is right, its reward, and the cost of a prompt."""
+    """FK by scene-soft with each decoder: whether the best image is right, its reward, both less those of the first
+    decoder on the same prompts and seeds, and the cost of a prompt."""
     method, found = FKSteeringPipeline(pipe, REWARDS[0]), {}
+    first: tuple[Tensor, Tensor] | None = None
     for name, option in options.items():
         right, rewards, decodes, started = [], [], 0, time.process_time()
         for number, prompt in enumerate(tqdm(prompts, desc=f"fk, {name}", leave=False, disable=None)):
@@ -158,10 +164,16 @@ def _steering(
             right.append(exactly_right(out, [prompt])[0, 0])
             rewards.append(out.rewards[0, 0])
             decodes += out.cost.decodes
+            logger.info("fk, %s: %d of %d prompts", name, number + 1, len(prompts))
+        seconds = time.process_time() - started
+        picked = torch.stack(right), torch.stack(rewards)
+        first = first or picked
         found[name] = {
-            "right": interval(torch.stack(right)),
-            "reward": interval(torch.stack(rewards)),
+            "right": interval(picked[0]),
+            "reward": interval(picked[1]),
+            "right_minus_full": interval(picked[0] - first[0]),
+            "reward_minus_full": interval(picked[1] - first[1]),
             "decodes": round(decodes / len(prompts), 1),
-            "seconds": round((time.process_time() - started) / len(prompts), 3),
+            "seconds": round(seconds / len(prompts), 3),
         }
     return found
