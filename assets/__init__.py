@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 MODELS = {name: ROOT / name for name in ("scenes", "scenes-turbo", "scenes-large")}
 CLIPS = {"scenes": ROOT / "clip-scenes"}
+TINY_VAES = {"scenes": ROOT / "scenes-tiny-vae"}
 REWARDS = {kind: {"scenes": ROOT / f"{kind}-scenes"} for kind in ("preference", "aesthetic")}
 LISTS = ("scenes-heldout", "scenes-tuning", "scenes-training", "scenes-few", "scenes-many")
 PROMPTS = {name: ROOT / "prompts" / f"{name}.jsonl" for name in LISTS}

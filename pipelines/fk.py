@@ -47,6 +47,7 @@ class FKSteeringPipeline(SteeringMethod):
         narrow: Mapping[int, int] | None = None,
         target_reward: float | None = None,
         eta: float | None = None,
+        preview: Any = "full",
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
         on_step: Callable[[StepReport], None] | None = None,
@@ -73,6 +74,8 @@ class FKSteeringPipeline(SteeringMethod):
         eta             noise η of every step, 0..1. By default the solver's own; the copies that resampling makes
                         take one step of the Gaussian kernel with η = 1, so that they part. With reward_guidance all
                         steps are that kernel's, by default with η = 1
+        preview         what decodes x̂0 for the reward: "full", the pipeline's own VAE; "linear", a map that is fitted
+                        to the first previews; or a small autoencoder of diffusers. Finished images are the VAE's
         chunk_size      images decoded and scored at a time
         reward_prompt   what the reward reads instead of the prompt (needed with prompt_embeds)
         on_step         an observer of every solver step; what it raises ends the run
@@ -100,7 +103,9 @@ class FKSteeringPipeline(SteeringMethod):
                 check_copies_part(self.pipe.scheduler)
             pipe, (call, kernel_eta) = self.pipe, route_eta(self.pipe, call, eta)
         pipe = live.view(pipe) if plan.narrows else pipe
-        population = Population(pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, live)
+        population = Population(
+            pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview, live
+        )
         if target_reward is not None and population.groups > 1:
             raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
         if reward_guidance != 0:

@@ -11,14 +11,16 @@ from torch import Generator, Tensor
 @dataclass(frozen=True)
 class Cost:
     """What a call spent. nfe: denoiser evaluations, one per particle and model call (a guided pair counts once);
-    decodes: images decoded, previews included; reward_calls: images scored; seconds: wall clock; gradients: images
-    differentiated (about two more evaluations of everything for each, three where activations are recomputed)."""
+    decodes: images decoded by the model's own VAE, previews included; reward_calls: images scored; seconds: wall clock;
+    gradients: images differentiated (about two more evaluations of everything for each, three where activations are
+    recomputed); other_decodes: previews by a cheaper decoder, which `decodes` leaves out."""
 
     nfe: int
     decodes: int
     reward_calls: int
     seconds: float
     gradients: int = 0
+    other_decodes: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """B prompts × K particles as one call of a diffusers pipeline: what every steering method runs on."""
 
-import functools
 import hashlib
 import inspect
 import time
@@ -16,7 +15,8 @@ from steer.frames import over_frames
 from steer.live_rows import LiveRows
 from steer.particles import Particles
 from steer.pipelines.output import Cost, Evaluation, SteeringOutput
-from steer.preview import Preview, accepted_only, first_output
+from steer.preview import accepted_only, first_output
+from steer.previews import new_preview
 from steer.quiet import text_once
 from steer.reward import Reward, score_parts
 from steer.seam import Answer, Event, steered
@@ -37,12 +37,11 @@ class Population:
         call: Mapping[str, Any],
         reward_prompt: str | Sequence[str] | None = None,
         chunk_size: int = 8,
+        preview: Any = "full",
         live: LiveRows | None = None,
     ) -> None:
-        """`call`: arguments for `pipe.__call__`; `live`: whose view `pipe` is, where fewer particles may go on.
-
-        Raises InputError where arguments do not fit the pipeline or each other.
-        """
+        """`call`: arguments for `pipe.__call__`; `preview`: see `steer.previews`; `live`: whose view `pipe` is, where
+        fewer particles may go on. Raises InputError where arguments do not fit the pipeline or each other."""
         if size < 1:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
@@ -57,7 +56,8 @@ class Population:
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
         self.latents = torch.empty(0)
-        self._nfe = self._decodes = self._reward_calls = self._gradients = 0
+        self._preview = new_preview(self.live.decoder(preview), self.pipe, self.call, chunk_size)
+        self._nfe = self._decodes = self._other_decodes = self._reward_calls = self._gradients = 0
         self._started = time.monotonic()
 
     def sample(self, on_event: Callable[[Event], Answer | None], pipe: Any = None, **given: Any) -> Tensor:
@@ -80,14 +80,13 @@ class Population:
         self._decodes += len(images)
         return images
 
-    @functools.cached_property
-    def _preview(self) -> Preview:
-        return Preview(self.pipe, self.call, self.chunk_size)
-
     def preview(self, x0: Tensor) -> Tensor:
         """The images (B·K, 3, H, W) that x̂0, of the whole batch, stands for, of the K particles that are left."""
-        images = self.live.of(self._preview(x0))
-        self._decodes += len(images)
+        before, images = self._preview.decodes, self.live.of(self._preview(x0))
+        if self._preview.decodes > before:
+            self._decodes += len(images)
+        else:
+            self._other_decodes += len(images)
         return images
 
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -145,7 +144,7 @@ class Population:
             latents=latents,
             order=order,
             history=tuple(history),
-            cost=Cost(self._nfe, self._decodes, self._reward_calls, seconds, self._gradients),
+            cost=Cost(self._nfe, self._decodes, self._reward_calls, seconds, self._gradients, self._other_decodes),
         )
 
     def count_gradients(self, images: int) -> None:

@@ -39,6 +39,7 @@ class SelectionPipeline(SteeringMethod):
         lam: float = math.inf,
         select_steps: Iterable[int] | None = None,
         eta: float | None = 1.0,
+        preview: Any = "full",
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
         on_step: Callable[[StepReport], None] | None = None,
@@ -65,7 +66,7 @@ class SelectionPipeline(SteeringMethod):
         if num_particles > 1:
             check_candidates_part(self.pipe.scheduler, eta)
         call, kernel_eta = route_eta(self.pipe, call, eta)
-        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview)
         run = SelectionRun(algorithm, population, kernel_eta, eta or 1.0, Plan(select_steps), on_step)
         images = run.sample()
         rewards, parts = population.score(images)

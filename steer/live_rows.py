@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from steer.errors import InputError
 from steer.microbatch import part
+from steer.preview import with_decode
 from steer.stand_in import CONTROLNETS, DENOISERS, StandIn, denoisers_in
 
 
@@ -49,11 +50,14 @@ class LiveRows:
         view = copy.copy(pipe)
         modules: dict[str, Any] = {name: self._denoiser(getattr(pipe, name)) for name in names}
         if getattr(pipe, "vae", None) is not None:
-            modules["vae"] = copy.copy(pipe.vae)
-            vars(modules["vae"])["decode"] = functools.partial(self._decoded, pipe.vae.decode)
+            modules["vae"] = self.decoder(pipe.vae)
         # Offloading hooks are on the pipeline's own modules, and it is the one that puts them back.
         vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
         return view
+
+    def decoder(self, vae: Any) -> Any:
+        """A copy of an autoencoder, on the same weights, that decodes no dead rows; anything else stays what it is."""
+        return with_decode(vae, functools.partial(self._decoded, vae.decode)) if hasattr(vae, "decode") else vae
 
     def _denoiser(self, module: Any) -> StandIn:
         names = list(inspect.signature(module.forward).parameters)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from torch import Tensor
+from torch import Tensor, nn
 
+from steer.errors import InputError
 from steer.quiet import quiet
 from steer.seam import Event, steered
 from steer.stand_in import CONTROLNETS, DENOISERS, Output, silent_controlnet, silent_denoiser
@@ -48,15 +49,34 @@ def _in_chunks(decode: Callable[..., Any], chunk: int) -> Callable[..., Any]:
     return chunked
 
 
+def _in_own_precision(decoder: Any) -> Callable[..., Any]:
+    """A decoder's decode, in its own precision, wherever the latents are: a copy of it follows them."""
+    copies = {decoder.device: decoder}
+
+    def decode(z: Tensor, *args: Any, **kwargs: Any) -> Output:
+        if z.device not in copies:
+            copies[z.device] = copy.deepcopy(decoder).to(z.device)
+        own = copies[z.device]
+        return Output([own.decode(z.to(own.dtype), *args, **kwargs)[0].to(z.dtype)])
+
+    return decode
+
+
 class Preview:
     """Decodes latents of a call of `pipe`: x̂0 (N, …), shaped like that call's latents, to (N, 3, H, W) in [0, 1].
 
     `call` are the arguments of the user's own call. `chunk`: images decoded at a time. The tail has its own
     random numbers, no safety checker (which would blacken images), no watermark, no callbacks and no progress bar;
     text is encoded once. Of a `differentiable` pipeline, x̂0 with a graph gives images with a graph.
+
+    decoder  an autoencoder as diffusers has them, like AutoencoderTiny, in place of the pipeline's own. The tail scales
+             latents as it would with `pipe.vae = decoder`: by the scaling_factor and shift_factor of its configuration
+    decodes  images decoded by the pipeline's own VAE so far
+
+    Raises InputError for a decoder that cannot take the place of the pipeline's own.
     """
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8) -> None:
+    def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8, decoder: Any = None) -> None:
         self._call = {name: value for name, value in call.items() if name not in NOT_FOR_THE_TAIL}
         # Image-to-image runs only the last `strength` of its steps: enough of them that one is left.
         self._call["num_inference_steps"] = max(FEWEST_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
@@ -64,12 +84,18 @@ class Preview:
         changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None}
         for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
             changed |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
-        if getattr(pipe, "vae", None) is not None:
-            changed["vae"] = copy.copy(pipe.vae)
-            vars(changed["vae"])["decode"] = _in_chunks(pipe.vae.decode, chunk)
+        if decoder is not None:
+            check_decoder(pipe, decoder)
+            changed["vae"] = with_decode(decoder, _in_chunks(_in_own_precision(decoder), chunk))
+        elif getattr(pipe, "vae", None) is not None:
+            changed["vae"] = with_decode(pipe.vae, _in_chunks(pipe.vae.decode, chunk))
         vars(self._tail).update(changed)
+        self._own = decoder is None
+        self.decodes = 0
 
     def __call__(self, x0: Tensor) -> Tensor:
+        self.decodes += len(x0) if self._own else 0
+
         def put_x0(event: Event) -> tuple[None, Tensor]:
             return None, x0.to(event.prev)
 
@@ -78,6 +104,38 @@ class Preview:
         with torch.set_grad_enabled(recording), steered(self._tail, put_x0, rows=len(x0)) as view:
             output = view(**accepted_only(self._tail, self._call | own))
         return first_output(output)
+
+
+def with_decode(vae: Any, decode: Callable[..., Any]) -> Any:
+    """A copy of an autoencoder on the same weights, with another decode."""
+    other = copy.copy(vae)
+    vars(other)["decode"] = decode
+    return other
+
+
+def check_image_vae(pipe: Any) -> None:
+    """Raises InputError for a pipeline that has no VAE of images, which another decoder could stand in for."""
+    vae = getattr(pipe, "vae", None)
+    if vae is None:
+        raise InputError(f"{type(pipe).__name__} has no VAE that previews could do without: use preview='full'")
+    if any(isinstance(layer, nn.Conv3d) for layer in vae.modules()):
+        raise InputError(f"{type(pipe).__name__} decodes video, and previews of it only by its own VAE: preview='full'")
+
+
+def check_decoder(pipe: Any, decoder: Any) -> None:
+    """Raises InputError for a decoder that cannot take the place of the pipeline's VAE."""
+    if not (isinstance(decoder, nn.Module) and hasattr(decoder, "config") and hasattr(decoder, "decode")):
+        raise InputError(
+            "preview must be 'full', 'linear' or an autoencoder of diffusers, like AutoencoderTiny, got one of type "
+            f"{type(decoder).__name__}"
+        )
+    check_image_vae(pipe)
+    takes, given = (getattr(vae.config, "latent_channels", None) for vae in (decoder, pipe.vae))
+    if takes != given:
+        raise InputError(
+            f"preview: {type(decoder).__name__} takes latents of {takes} channels, those of {type(pipe).__name__} have "
+            f"{given}: use one that was made for this model (for SDXL madebyollin/taesdxl), or preview='linear'"
+        )
 
 
 def accepted_only(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:

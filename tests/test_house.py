@@ -87,6 +87,7 @@ def test_the_models_and_the_prompts_are_in_the_wheel_and_small() -> None:
     assert {path.relative_to(ROOT / "assets").parts[0] for path in set(files) - large} == {
         "scenes",
         "scenes-turbo",
+        "scenes-tiny-vae",
         "clip-scenes",
         "preference-scenes",
         "aesthetic-scenes",

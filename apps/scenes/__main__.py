@@ -179,6 +179,19 @@ def _turbo(options: argparse.Namespace) -> None:
     distil(options.out / "turbo", options.model, options.steps or 10_000)
 
 
+def _tiny_vae(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.tiny_decoder import train_tiny_decoder
+
+    train_tiny_decoder(options.out / "tiny-vae", options.model, options.steps or 7000)
+
+
+def _preview_study(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.evaluate import CALL
+    from steer.apps.scenes.preview_study import preview_study
+
+    _report(preview_study(str(options.model), _prompts_of(options), CALL), options.json)
+
+
 def _reno(options: argparse.Namespace) -> None:
     from steer.apps.scenes.noise_study import draw_study, study
 
@@ -230,6 +243,11 @@ STAGES = {
     "economies": (_economies, "steering with fewer and cheaper evaluations on --list, to --json and a picture"),
     "finetuning": (_finetuning, "train what is not finished of 22 small runs in --out, and compare them, to --json"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
+    "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
+    "preview-study": (
+        _preview_study,
+        "how cheap previews of x̂0 rank particles on --list, and what they take, to --json",
+    ),
     "reno": (_reno, "noise optimisation and its controls on prompts of --list, to --json and a picture"),
     "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, on prompts of --list, to --json"),
     "reno-cost": (_reno_cost, "memory and time of noise optimisation, to --json"),

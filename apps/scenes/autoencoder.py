@@ -37,12 +37,18 @@ def to_model(images: Tensor) -> Tensor:
 
 
 def reconstruction_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
-    """Absolute and squared error, objects weighing five times the background, and a whiff of KL."""
+    """That of the images, and a whiff of KL."""
     posterior = vae.encode(images).latent_dist
-    error = vae.decode(posterior.sample(generator=generator)).sample - images
+    decoded = vae.decode(posterior.sample(generator=generator)).sample
+    return image_loss(decoded, images) + 1e-5 * posterior.kl().mean()
+
+
+def image_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """Absolute and squared error of images −1..1, objects weighing five times the background."""
+    error = decoded - images
     background = images.flatten(2).median(2).values[..., None, None]
     weight = 1 + 4 * ((images - background).abs().amax(1, keepdim=True) > 0.2)
-    return (weight * (error.abs() + error**2)).mean() + 1e-5 * posterior.kl().mean()
+    return (weight * (error.abs() + error**2)).mean()
 
 
 def train_autoencoder(folder: Path, steps: int, device: str) -> AutoencoderKL:
