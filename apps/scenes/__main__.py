@@ -121,7 +121,7 @@ def _pairs(options: argparse.Namespace) -> None:
 def _many(options: argparse.Namespace) -> None:
     from steer.apps.scenes.preferences import sample_prompts
 
-    options.count = options.count or 40
+    options.count = options.count or 48
     list(sample_prompts(options.out / "many", str(options.model), _prompts_of(options), 256))
 
 
@@ -142,6 +142,13 @@ def _steering(options: argparse.Namespace) -> None:
     found = steering_study(options.out / "steering", options.reward, _prompts_of(options), rivals)
     _report(found, options.json)
     draw_steering(found, options.json.with_suffix(".png"))
+
+
+def _starts_study(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.starts_study import starts_study
+
+    options.count = options.count or 48
+    _report(starts_study(options.out / "starts", options.reward, _prompts_of(options)), options.json)
 
 
 def _ablations(options: argparse.Namespace) -> None:
@@ -218,6 +225,7 @@ STAGES = {
     ),
     "steering": (_steering, "FK and its controls on --list, at equal evaluations and seconds, to --json and a picture"),
     "ablations": (_ablations, "settings of steering one at a time on scenes-tuning, to --json and a picture"),
+    "starts-study": (_starts_study, "what short runs foretell, and FK and best-of-n with screened starts, to --json"),
     "finetuning": (_finetuning, "train what is not finished of 22 small runs in --out, and compare them, to --json"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "reno": (_reno, "noise optimisation and its controls on prompts of --list, to --json and a picture"),
