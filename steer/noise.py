@@ -126,8 +126,8 @@ class Search:
         return cls(noise, slots, noise, lowest, lowest, zero, zero + 1, zero.bool())
 
     def record(self, rewards: Tensor) -> "Search":
-        """Keeps the best: `rewards` (N,) are those of the present noise. Finished searches keep what they have."""
-        better, higher = ((rewards > than) & ~self.finished for than in (self.best_rewards, self.peak))
+        """Keeps the best: `rewards` (N,) are those of the present noise."""
+        better, higher = rewards > self.best_rewards, rewards > self.peak
         return replace(
             self,
             best_noise=over_rows(better, self.noise, self.best_noise),

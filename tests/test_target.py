@@ -10,13 +10,15 @@ from gaussian import GaussianPipeline
 from soft_rewards import Soft, likeness, seeded
 from test_reno_run import run, same_traces
 from test_search_file import Enough, killed_at, same
-from torch import Tensor
 
 from steer.errors import InputError
 from steer.noise import Nesterov, Search
 from steer.pipelines import NoiseSearchPipeline, ReNOPipeline, SteeringOutput
 
-SEARCHES = {"reno": (ReNOPipeline, {"regularisation": 0.01}), "neighbours": (NoiseSearchPipeline, {"neighbours": 3})}
+SEARCHES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "reno": (ReNOPipeline, {"regularisation": 0.01}),
+    "neighbours": (NoiseSearchPipeline, {"neighbours": 3}),
+}
 
 
 def climb(target: float | None, iterations: int = 12, **options: Any) -> SteeringOutput:
@@ -113,13 +115,13 @@ def test_a_target_that_is_no_number_is_refused(search: str, target: float) -> No
         run(method=method, target=target)
 
 
-def test_a_finished_search_keeps_what_it_has() -> None:
-    search = Search.start(torch.tensor([[1.0], [2.0]])).record(torch.tensor([3.0, 1.0])).reach(3.0)
-    assert search.finished.tolist() == [True, False] and search.reach(None) is search
-    later: Tensor = torch.tensor([[5.0], [6.0]])
-    search = Search(**vars(search) | {"noise": later}).record(torch.tensor([9.0, 2.0])).reach(3.0)
-    assert search.best_rewards.tolist() == [3.0, 2.0] and search.best_noise.tolist() == [[1.0], [6.0]]
+def test_a_search_at_its_target_moves_no_more() -> None:
+    search = Search.start(torch.tensor([[1.0], [2.0]]), rule := Nesterov(0.5)).record(torch.tensor([3.0, 1.0]))
+    assert search.reach(None) is search and not search.reach(3.01).finished.any()
+    search = search.reach(3.0)
     assert search.finished.tolist() == [True, False]
+    moved = search.ascend(torch.ones(2, 1), rule).noise
+    assert moved[0] == 1.0 and moved[1] > 2.0
 
 
 def test_patience_and_a_target_end_searches_side_by_side() -> None:
