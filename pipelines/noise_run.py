@@ -1,6 +1,7 @@
 """All noise searches of one call, from iteration to iteration: what they share, whatever moves them."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,9 +35,18 @@ class Moved:
 
 
 class Move(Protocol):
-    """What a method does in one iteration; its text tells all of its settings."""
+    """What a method does in one iteration; its text tells all of its settings but the target."""
+
+    @property
+    def target(self) -> float | None: ...
 
     def __call__(self, chain: NoiseToImage, search: Search, number: int) -> Moved: ...
+
+
+def check_target(target: float | None) -> None:
+    """Raises InputError for one that no reward reaches, or all do."""
+    if target is not None and not math.isfinite(target):
+        raise InputError(f"target must be finite, got {target}")
 
 
 class NoiseRun:
@@ -58,7 +68,9 @@ class NoiseRun:
         if iterations < 1:
             raise InputError(f"iterations must be at least 1, got {iterations}")
         self.chain, self.move, self.iterations, self.observer = chain, move, iterations, observer
-        self.file = SearchFile(state_file, {"move": str(move), **chain.about()})
+        # A search that was finished stays where it is: another target is another run.
+        aim = {} if move.target is None else {"target": move.target}
+        self.file = SearchFile(state_file, {"move": str(move), **chain.about(), **aim})
         self.search, self.trace = self.file.load(chain.start.device, iterations) or (search, [])
         self.stopped: str | None = None
 

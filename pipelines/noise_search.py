@@ -1,7 +1,7 @@
 """Zero-order search over the starting noise (arXiv 2501.09732, "Zero-Order Search"): needs values of a reward only."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.noise import Search, neighbour
+from steer.noise import Search, neighbour, over_rows
 from steer.pipelines.method import SteeringMethod
-from steer.pipelines.noise_run import Moved, NoiseRun
+from steer.pipelines.noise_run import Moved, NoiseRun, check_target
 from steer.pipelines.noise_to_image import NoiseToImage
 from steer.pipelines.output import Iteration, SteeringOutput
 from steer.pipelines.population import Population, check_output_type
@@ -29,6 +29,7 @@ class NoiseSearchPipeline(SteeringMethod):
         iterations: int = 12,
         neighbours: int = 4,
         distance: float = 0.5,
+        target: float | None = None,
         state_file: str | Path | None = None,
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
@@ -45,7 +46,7 @@ class NoiseSearchPipeline(SteeringMethod):
         default they are the pipeline's own.
         """
         check_output_type(output_type)
-        move = Neighbours(neighbours, distance)
+        move = Neighbours(neighbours, distance, target)
         population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
         chain = NoiseToImage(population)
         run = NoiseRun(chain, move, Search.start(chain.start), iterations, state_file, on_iteration)
@@ -58,8 +59,10 @@ class Neighbours:
 
     count: int = 4
     distance: float = 0.5
+    target: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        check_target(self.target)
         if self.count < 1:
             raise InputError(f"neighbours must be at least 1, got {self.count}")
         if not 0 < self.distance <= 1:
@@ -69,12 +72,14 @@ class Neighbours:
         pivot, candidates = search.best_noise, []
         for place in range(self.count if number else 1):
             u = drawn(chain.seeds, pivot, [f"neighbour {number} {place}"] * len(pivot))
-            noise = neighbour(pivot, u, self.distance) if number else pivot
+            # A finished search is seen again as it was, while others of its batch go on.
+            noise = over_rows(search.finished, pivot, neighbour(pivot, u, self.distance)) if number else pivot
             images = chain.quickly(noise)
             rewards, parts = chain.population.score(images)
             search = replace(search, noise=noise).record(rewards.flatten())
             candidates.append(Moved(images, rewards, parts, noise, search))
-        return best_of(candidates)
+        found = best_of(candidates)
+        return replace(found, search=found.search.reach(self.target))
 
 
 def best_of(candidates: Sequence[Moved]) -> Moved:

@@ -1,7 +1,7 @@
 """ReNO: the starting noise of a pipeline, optimised by the gradient of a reward (arXiv 2406.04312)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from steer.errors import InputError
 from steer.noise import OPTIMISERS, Optimiser, Search, clipped, prior_gradient
 from steer.pipelines.method import SteeringMethod
 from steer.pipelines.noise_gradient import GRADIENTS, NoiseGradient, check_differentiable
-from steer.pipelines.noise_run import Moved, NoiseRun
+from steer.pipelines.noise_run import Moved, NoiseRun, check_target
 from steer.pipelines.noise_to_image import NoiseToImage
 from steer.pipelines.output import Iteration, SteeringOutput
 from steer.pipelines.population import Population, check_output_type
@@ -43,6 +43,7 @@ class ReNOPipeline(SteeringMethod):
         gradient: str | NoiseGradient = "backprop",
         patience: int | None = None,
         restarts: int = 0,
+        target: float | None = None,
         state_file: str | Path | None = None,
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
@@ -65,6 +66,7 @@ class ReNOPipeline(SteeringMethod):
         gradient        backprop, zero-order (for any reward), or an object of `steer.pipelines.noise_gradient`
         patience        iterations without a better reward after which a search ends, or starts again from new noise
         restarts        how often it may do that
+        target          a search whose best reward is as high as that is finished; the run ends once all are
         state_file      saved after every iteration; a call with the same settings, and a generator of the same seed,
                         goes on from there
         on_iteration    an observer; true from it ends the run
@@ -84,6 +86,7 @@ class ReNOPipeline(SteeringMethod):
             max_grad_norm,
             patience,
             restarts,
+            target,
         )
         check_differentiable(self.reward, ascent.gradient)
         call = accepted_only(self.pipe, ONE_STEP) | call
@@ -104,8 +107,10 @@ class Ascent:
     max_grad_norm: float = 0.1
     patience: int | None = None
     restarts: int = 0
+    target: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        check_target(self.target)
         for name, number in (("lr", self.optimiser.lr), ("max_grad_norm", self.max_grad_norm)):
             if not 0 < number < float("inf"):
                 raise InputError(f"{name} must be above 0 and finite, got {number}")
@@ -119,7 +124,7 @@ class Ascent:
     def __call__(self, chain: NoiseToImage, search: Search, number: int) -> Moved:
         """Rewards and gradient at the present noise, the best kept, a step."""
         seen = self.gradient(chain, search.noise, number)
-        recorded = search.record(seen.rewards.flatten())
+        recorded = search.record(seen.rewards.flatten()).reach(self.target)
         uphill = seen.gradient + self.regularisation * prior_gradient(search.noise)
         stopped, moved = self._broken(chain, uphill, number), recorded
         if stopped is None:

@@ -130,7 +130,7 @@ class Search:
         better, higher = rewards > self.best_rewards, rewards > self.peak
         return replace(
             self,
-            best_noise=torch.where(_over(better, self.noise), self.noise, self.best_noise),
+            best_noise=over_rows(better, self.noise, self.best_noise),
             best_rewards=torch.where(better, rewards, self.best_rewards),
             peak=torch.where(higher, rewards, self.peak),
             stale=torch.where(higher, 0, self.stale + 1),
@@ -139,18 +139,22 @@ class Search:
     def ascend(self, gradient: Tensor, optimiser: Optimiser) -> "Search":
         """One step uphill of those that are not finished."""
         step, slots = optimiser.step(gradient, self.slots)
-        return replace(self, noise=self.noise + step * _over(~self.finished, step), slots=slots)
+        return replace(self, noise=over_rows(self.finished, self.noise, self.noise + step), slots=slots)
 
     def retire(self, rows: Tensor) -> "Search":
         """The searches in `rows` (N,) move no more."""
         return replace(self, finished=self.finished | rows)
 
+    def reach(self, target: float | None) -> "Search":
+        """Those whose best reward is the target or above are finished; without a target none is."""
+        return self if target is None else self.retire(self.best_rewards >= target)
+
     def restart(self, rows: Tensor, fresh: Tensor) -> "Search":
         """The searches in `rows` (N,) go on from `fresh` (N, …), their best iterates kept."""
         return replace(
             self,
-            noise=torch.where(_over(rows, fresh), fresh, self.noise),
-            slots={name: torch.where(_over(rows, slot), 0.0, slot) for name, slot in self.slots.items()},
+            noise=over_rows(rows, fresh, self.noise),
+            slots={name: over_rows(rows, 0.0, slot) for name, slot in self.slots.items()},
             peak=torch.where(rows, -torch.inf, self.peak),
             stale=torch.where(rows, 0, self.stale),
             starts=self.starts + rows,
@@ -172,6 +176,6 @@ class Search:
         return cls(**known, slots=slots)
 
 
-def _over(rows: Tensor, like: Tensor) -> Tensor:
-    """(N,) bools that broadcast over (N, …)."""
-    return rows.to(like.device).view(-1, *[1] * (like.dim() - 1))
+def over_rows(rows: Tensor, then: Tensor | float, other: Tensor) -> Tensor:
+    """`then` in the rows (N,) that are true, `other` (N, …) elsewhere."""
+    return torch.where(rows.to(other.device).view(-1, *[1] * (other.dim() - 1)), then, other)

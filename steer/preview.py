@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from steer.errors import InputError
 from steer.quiet import quiet
 from steer.seam import Event, steered
-from steer.stand_in import CONTROLNETS, DENOISERS, Output, silent_controlnet, silent_denoiser
+from steer.stand_in import Output, silences
 
 FEWEST_STEPS = 4  # PNDM with its Runge-Kutta warm-up takes no fewer
 # What the user asked of the run but not of its tail.
@@ -81,9 +81,7 @@ class Preview:
         # Image-to-image runs only the last `strength` of its steps: enough of them that one is left.
         self._call["num_inference_steps"] = max(FEWEST_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
         self._tail = quiet(pipe)
-        changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None}
-        for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
-            changed |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
+        changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None} | silences(pipe)
         if decoder is not None:
             check_decoder(pipe, decoder)
             changed["vae"] = with_decode(decoder, _in_chunks(_in_own_precision(decoder), chunk))

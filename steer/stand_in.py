@@ -61,6 +61,14 @@ def silent_controlnet(controlnet: Any) -> StandIn:
     return StandIn(controlnet, lambda *args, **kwargs: ([], None))
 
 
+def silences(pipe: Any) -> dict[str, StandIn]:
+    """For every denoiser and ControlNet of a pipeline, by name, one that says nothing."""
+    found = {}
+    for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
+        found |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
+    return found
+
+
 @contextmanager
 def standing_in(pipe: Any, modules: Mapping[str, StandIn]) -> Iterator[Any]:
     """Yields a view of a pipeline with these in place of its own modules; after the block it has those again.

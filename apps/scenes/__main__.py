@@ -3,9 +3,9 @@
 import argparse
 import json
 import logging
-import random
 from pathlib import Path
-from typing import Any
+
+from steer.apps.scenes.studies import STUDIES, prompts_of
 
 
 def main() -> None:
@@ -75,33 +75,6 @@ def _export(options: argparse.Namespace) -> None:
     pipe.save_pretrained(options.model)
 
 
-def _prompts_of(options: argparse.Namespace) -> list[str]:
-    """Those of --list, or --count of them after a shuffle that is always the same."""
-    from steer.apps.prompts import read_prompts
-    from steer.assets import PROMPTS
-
-    prompts = read_prompts(PROMPTS[options.list])
-    if options.count is not None:
-        random.Random(0).shuffle(prompts)
-    return prompts[: options.count]
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.evaluate import CALL, STEERING, compare
-
-    prompts = _prompts_of(options)
-    asked = {name: getattr(options, name) for name in ("lam", "reward_guidance", "eta")}
-    steering = STEERING | {name: value for name, value in asked.items() if value is not None}
-    _report(compare(str(options.model), prompts, options.reward, options.particles, steering, CALL), options.json)
-
-
-def _foresight(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.evaluate import CALL, foresight
-
-    prompts, steps = _prompts_of(options), range(2, 20, 3)
-    _report(foresight(str(options.model), prompts, options.reward, options.particles, steps, CALL), options.json)
-
-
 def _captions(options: argparse.Namespace) -> None:
     from steer.apps.scenes.preferences import new_clip_folder, write_captions
 
@@ -121,56 +94,8 @@ def _pairs(options: argparse.Namespace) -> None:
 def _many(options: argparse.Namespace) -> None:
     from steer.apps.scenes.preferences import sample_prompts
 
-    options.count = options.count or 40
-    list(sample_prompts(options.out / "many", str(options.model), _prompts_of(options), 256))
-
-
-def _curves(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.overoptimise import curves, draw_curves
-
-    found = curves(options.out / "many", options.reward)
-    _report(found, options.json)
-    draw_curves(found, options.json.with_suffix(".png"))
-
-
-def _steering(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.steering_pictures import draw_steering
-    from steer.apps.scenes.steering_study import contenders, steering_study
-
-    options.count = options.count or 211  # all of the list, but shuffled: some methods get the first ones only
-    rivals = contenders(large=options.large)
-    found = steering_study(options.out / "steering", options.reward, _prompts_of(options), rivals)
-    _report(found, options.json)
-    draw_steering(found, options.json.with_suffix(".png"))
-
-
-def _ablations(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.steering_ablations import ablations, variants
-    from steer.apps.scenes.steering_pictures import draw_ablations
-
-    options.list, options.count = "scenes-tuning", options.count or 64
-    found = ablations(options.out / "ablations", options.reward, _prompts_of(options), variants())
-    _report(found, options.json)
-    draw_ablations(found, options.json.with_suffix(".png"))
-
-
-def _economies(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.economies import draw_economies, economies, variants
-
-    options.count = options.count or 64
-    found = economies(options.out / "economies", options.reward, _prompts_of(options), variants())
-    _report(found, options.json)
-    draw_economies(found, options.json.with_suffix(".png"))
-
-
-def _finetuning(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.finetune_pictures import draw_guards, draw_methods
-    from steer.apps.scenes.finetune_study import study
-
-    found = study(options.out, options.only)
-    _report(found, options.json)
-    draw_methods(found, options.json.with_suffix(".png"))
-    draw_guards(found, options.json.with_name(f"{options.json.stem}-guards.png"))
+    options.count = options.count or 48
+    list(sample_prompts(options.out / "many", str(options.model), prompts_of(options), 256))
 
 
 def _turbo(options: argparse.Namespace) -> None:
@@ -185,39 +110,6 @@ def _tiny_vae(options: argparse.Namespace) -> None:
     train_tiny_decoder(options.out / "tiny-vae", options.model, options.steps or 7000)
 
 
-def _preview_study(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.evaluate import CALL
-    from steer.apps.scenes.preview_study import preview_study
-
-    _report(preview_study(str(options.model), _prompts_of(options), CALL), options.json)
-
-
-def _reno(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.noise_study import draw_study, study
-
-    found = study("scenes-turbo", "scenes", options.reward, _prompts_of(options))
-    _report(found, options.json)
-    draw_study(found, options.json.with_suffix(".png"))
-
-
-def _reno_then(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.noise_then import second_stage
-
-    _report(second_stage("scenes-turbo", "scenes", options.reward, _prompts_of(options)), options.json)
-
-
-def _reno_cost(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.noise_cost import costs
-
-    _report(costs("scenes", "scenes-turbo"), options.json)
-
-
-def _report(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-
-
 def _prompts(options: argparse.Namespace) -> None:
     from steer.apps.scenes.lists import write_prompt_lists
 
@@ -229,30 +121,13 @@ STAGES = {
     "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
     "check": (_check, "share of fresh scenes that pass after the autoencoder"),
     "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
-    "evaluate": (_evaluate, "base, best-of-N and steering on --list, judged by the exact scene reward, to --json"),
-    "foresight": (_foresight, "how well the reward of x̂0 at each step foretells the end, to --json"),
     "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
     "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
     "many": (_many, "sample 256 images of 40 prompts of --list, or of --count"),
-    "curves": (
-        _curves,
-        "best-of-n of those by --reward and its members, judged by the exact reward, to --json and a picture",
-    ),
-    "steering": (_steering, "FK and its controls on --list, at equal evaluations and seconds, to --json and a picture"),
-    "ablations": (_ablations, "settings of steering one at a time on scenes-tuning, to --json and a picture"),
-    "economies": (_economies, "steering with fewer and cheaper evaluations on --list, to --json and a picture"),
-    "finetuning": (_finetuning, "train what is not finished of 22 small runs in --out, and compare them, to --json"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
-    "preview-study": (
-        _preview_study,
-        "how cheap previews of x̂0 rank particles on --list, and what they take, to --json",
-    ),
-    "reno": (_reno, "noise optimisation and its controls on prompts of --list, to --json and a picture"),
-    "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, on prompts of --list, to --json"),
-    "reno-cost": (_reno_cost, "memory and time of noise optimisation, to --json"),
     "prompts": (_prompts, "write the prompt lists to --prompts"),
-}
+} | STUDIES
 
 if __name__ == "__main__":
     main()
