@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from steer.apps.preview_words import preview_named
 from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
 from steer.pipelines import (
@@ -23,6 +24,7 @@ from steer.pipelines import (
 from steer.pipelines.noise_gradient import GRADIENTS, check_differentiable
 from steer.pipelines.reno import ONE_STEP
 from steer.pipelines.selection import Selection
+from steer.pipelines.starts import screened_starts
 from steer.preview import accepted_only
 from steer.reward import Reward
 
@@ -37,6 +39,7 @@ class Job:
     on_step        told every solver step by the other methods; what it raises ends the run
     preview_steps  where best-of-n and base, which need none, look at x̂0 for it; None: where fk does
     unworn         inside, the pipeline is without its finetuned weights
+    started        arguments of the call in place of its own: noise that was chosen before
     faster         what is switched on while it runs: (pipeline) → a context that gives the pipeline to call
     """
 
@@ -50,6 +53,7 @@ class Job:
     preview_steps: tuple[int, ...] | None = ()
     unworn: Off = nullcontext
     faster: On = nullcontext
+    started: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, method: str | None = None) -> SteeringOutput:
         """The images of the prompt, by its own method or another one."""
@@ -67,7 +71,26 @@ class Job:
         }
         given = {name: value for name, value in given.items() if value is not None}
         given |= {"generator": torch.Generator().manual_seed(self.settings.seed)}
-        return accepted_only(self.pipe, METHODS[self.settings.method].defaults) | given
+        return accepted_only(self.pipe, METHODS[self.settings.method].defaults) | given | self.started
+
+
+Run = Callable[[Job], SteeringOutput]
+
+
+def _screened(run: Run) -> Run:
+    """The same from starts that a short run likes, where they are asked for."""
+
+    def screened(job: Job) -> SteeringOutput:
+        settings, call = job.settings, job.call
+        if settings.start_candidates is None:
+            return run(job)
+        own = {name: value for name, value in call.items() if name not in ("num_particles", "eta")}
+        counts = {"keep": settings.particles, "candidates": settings.start_candidates, "steps": settings.start_steps}
+        starts = screened_starts(job.pipe, job.reward, job.prompt, **counts, **own)
+        output = run(replace(job, started=starts.arguments()))
+        return replace(output, cost=output.cost.plus(starts.cost))
+
+    return screened
 
 
 def _fk(job: Job) -> SteeringOutput:
@@ -81,20 +104,20 @@ def _fk(job: Job) -> SteeringOutput:
         reward_guidance=job.settings.reward_guidance,
         narrow=job.settings.schedule,
         target_reward=job.settings.target,
+        preview=preview_named(job.settings.preview, job.pipe),
         on_step=job.on_step,
         **job.call,
     )
 
 
 def _svdd(job: Job) -> SteeringOutput:
-    return SelectionPipeline(job.pipe, job.reward)(
-        job.prompt, lam=job.settings.strength, on_step=job.on_step, **job.call
-    )
+    method, preview = SelectionPipeline(job.pipe, job.reward), preview_named(job.settings.preview, job.pipe)
+    return method(job.prompt, lam=job.settings.strength, preview=preview, on_step=job.on_step, **job.call)
 
 
 def _beam(job: Job) -> SteeringOutput:
-    method = SelectionPipeline(job.pipe, job.reward)
-    return method(job.prompt, beams=job.settings.beams, on_step=job.on_step, **job.call)
+    method, preview = SelectionPipeline(job.pipe, job.reward), preview_named(job.settings.preview, job.pipe)
+    return method(job.prompt, beams=job.settings.beams, preview=preview, on_step=job.on_step, **job.call)
 
 
 def _best_of_n(job: Job) -> SteeringOutput:
@@ -116,6 +139,7 @@ def _reno(job: Job) -> SteeringOutput:
         gradient=job.settings.gradient,
         patience=job.settings.patience,
         restarts=job.settings.restarts,
+        target=job.settings.target,
         state_file=job.state_file,
         on_iteration=job.on_iteration,
         **job.call,
@@ -128,6 +152,7 @@ def _noise_search(job: Job) -> SteeringOutput:
         iterations=job.settings.iterations,
         neighbours=job.settings.neighbours,
         distance=job.settings.distance,
+        target=job.settings.target,
         state_file=job.state_file,
         on_iteration=job.on_iteration,
         **job.call,
@@ -164,17 +189,17 @@ class Method:
     iterates  whether it goes on from iteration to iteration, with a trace
     """
 
-    run: Callable[[Job], SteeringOutput]
+    run: Run
     check: Callable[[SampleSettings, Reward], None] = _any_reward
     defaults: Mapping[str, Any] = field(default_factory=dict)
     iterates: bool = False
 
 
 METHODS = {
-    "fk": Method(_fk, check=_guiding_reward),
-    "svdd": Method(_svdd),
-    "beam": Method(_beam, check=_dividing_beams),
-    "best-of-n": Method(_best_of_n),
+    "fk": Method(_screened(_fk), check=_guiding_reward),
+    "svdd": Method(_screened(_svdd)),
+    "beam": Method(_screened(_beam), check=_dividing_beams),
+    "best-of-n": Method(_screened(_best_of_n)),
     "base": Method(_base),
     "reno": Method(_reno, check=_climbed_reward, defaults=ONE_STEP, iterates=True),
     "noise-search": Method(_noise_search, iterates=True),

@@ -16,9 +16,11 @@ from steer.apps.models import check_device, load_pipeline
 from steer.apps.named_errors import errors_named
 from steer.apps.named_rewards import names_alone
 from steer.apps.png_metadata import Recipe, pixels_of, read_png, recipe_of, write_png
+from steer.apps.preview_words import TINY
 from steer.apps.sample_record import check_writable
 from steer.apps.specs import reward_here
 from steer.errors import InputError
+from steer.previews import PREVIEWS
 from steer.reward import Reward, load_reward, with_timeout
 
 SURROUNDINGS = ("steer", "torch", "diffusers", "device", "dtype")
@@ -40,6 +42,7 @@ def replay(
     device: str | None = None,
     dtype: str | None = None,
     lora: str | None = None,
+    preview: str | None = None,
     reward_timeout: float | None = None,
 ) -> Replayed:
     """Makes a PNG of `steer sample` again, as NAME-replay.png in `out`.
@@ -47,6 +50,7 @@ def replay(
     reward  in place of the one in the image; needed where that one is not made of names alone
     dtype   in place of the one in the image; where neither says, the device's own
     lora    where the finetuned weights lie that it was made with; needed where it was made with some
+    preview what decoded x̂0; needed where that is neither full, linear nor tiny
     Raises InputError where the file is no such image, or what it asks for cannot be had here.
     """
     recipe, before = read_png(image)
@@ -56,6 +60,7 @@ def replay(
         reward=reward or recipe.settings.reward,
         dtype=dtype or recipe.settings.dtype,
         lora=_weights(image, recipe, lora),
+        preview=preview or _own_preview(image, recipe),
     )
     METHODS[settings.method].check(settings, loaded)
     check_device(device)
@@ -75,6 +80,14 @@ def replay(
         return Replayed(path, same, f"{path}: the same pixels as {image}")
     how = _distance(before, output.images[recipe.rank])
     return Replayed(path, same, f"{path}: not the pixels of {image}, {how}: {_reason(recipe, again, before)}")
+
+
+def _own_preview(image: Path, recipe: Recipe) -> str:
+    """The image's, where it is a name of ours: no file that an image names is opened, or fetched."""
+    told = recipe.settings.preview
+    if not recipe.base and told not in (*PREVIEWS, TINY):
+        raise InputError(f"{image}: its previews were decoded by {told!r:.200}: say --preview {TINY}, or a PATH, too")
+    return told
 
 
 def _reward(image: Path, recipe: Recipe, given: str | None, timeout: float | None) -> Reward:

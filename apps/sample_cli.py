@@ -11,7 +11,16 @@ from steer.errors import InputError
 
 SPEC = "NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards` lists names."
 TIMEOUT = click.option("--reward-timeout", type=float, help="Seconds that one call of the reward may take.")
-WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "lora"}  # the rest comes from the image
+WITH_REPLAY = {
+    "replay",
+    "out",
+    "device",
+    "dtype",
+    "reward",
+    "reward_timeout",
+    "lora",
+    "preview",
+}  # the rest comes from the image
 
 
 @click.command()
@@ -39,7 +48,10 @@ WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "
 @click.option("--ess-threshold", default=0.5, help="fk: resample when ESS is below this share of K; 1: always.")
 @click.option("--reward-guidance", default=0.0, help="fk: how far steps lean along the reward's gradient, γ; 1 is DAS.")
 @click.option("--narrow", default="", help="fk: particle schedule, STEP:PARTICLES,… such as 8:4,14:2.")
-@click.option("--target", type=float, help="fk: a reward at which the best particle alone goes on.")
+@click.option("--target", type=float, help="fk: a reward at which the best goes on alone; reno, noise-search: the end.")
+@click.option("--preview", default="full", help="What decodes x̂0: full, linear, tiny, a folder, or ORGANISATION/NAME.")
+@click.option("--start-candidates", type=int, help="Starting noises of which the best K start, by short runs.")
+@click.option("--start-steps", default=4, help="Solver steps of those short runs.")
 @click.option("--beams", default=2, help="beam: how many of the particles are kept at each step; divides them.")
 @click.option("--iterations", default=50, help="reno, noise-search: how often images are made and scored.")
 @click.option("--optimiser", default="sgd", help="reno: sgd or adam.")

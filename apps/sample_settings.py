@@ -72,6 +72,9 @@ class SampleSettings:
     lora: str | None = None
     narrow: str = ""
     target: float | None = None
+    preview: str = "full"
+    start_candidates: int | None = None
+    start_steps: int = 4
 
     def __post_init__(self) -> None:
         if self.lam is None and self.method in STRENGTHS:
@@ -98,9 +101,12 @@ class SampleSettings:
         """Raises InputError for a name or number that cannot be, before any model is loaded."""
         for kind, table in TABLES.items():
             choose(kind, getattr(self, kind), table)
-        for name, count in (("particles", self.particles), ("steps", self.steps), ("iterations", self.iterations)):
+        counts = {"particles": self.particles, "steps": self.steps, "iterations": self.iterations}
+        for name, count in (counts | {"start-steps": self.start_steps}).items():
             if count is not None and count < 1:
                 raise InputError(f"--{name} must be at least 1, got {count}")
+        if self.start_candidates is not None and self.start_candidates < self.particles:
+            raise InputError(f"--start-candidates must be at least the particles, {self.particles}")
         if not 0 < self.ess_threshold <= 1:
             raise InputError(f"--ess-threshold must be above 0 and at most 1, got {self.ess_threshold}")
         for name, number in (("lam", self.lam), ("guidance", self.guidance), ("target", self.target)):

@@ -1,7 +1,7 @@
 """What every steering pipeline returns."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,10 @@ class Cost:
     seconds: float
     gradients: int = 0
     other_decodes: int = 0
+
+    def plus(self, other: "Cost") -> "Cost":
+        """Of both together."""
+        return Cost(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -106,8 +106,7 @@ def screened_starts(
     found = torch.cat(rewards, 1)
     chosen = highest(found, keep)
     noise = torch.cat([pool[b, at.to(pool.device)] for b, at in enumerate(chosen)])
-    total = {field.name: sum(getattr(cost, field.name) for cost in costs) for field in fields(Cost)}
-    return Screened(noise, found, chosen, generator, Cost(**total))
+    return Screened(noise, found, chosen, generator, functools.reduce(Cost.plus, costs))
 
 
 def highest(rewards: Tensor, count: int) -> Tensor:

@@ -9,27 +9,36 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from steer.apps.pictures import FAINT, INK
+from steer.apps.preview_words import preview_named
 from steer.apps.scenes.contenders import Contender, Found, Point
 from steer.apps.scenes.evaluate import CALL, STEERING
 from steer.apps.scenes.kept_runs import SIDE_BY_SIDE, KeptRuns
 from steer.apps.scenes.steering_pictures import COSTS
 from steer.pipelines import FKSteeringPipeline
 
-SIZE = 8  # K of the run that the others are to be as good as
-STANDARD = "8 particles"
+STANDARD = "8 particles"  # that the others are to be as good as
 
 
 @dataclass(frozen=True, eq=False)
 class Alone(Contender):
-    """Steers one prompt a call, as `steer sample` does, and keeps the image that it picks: there may be any number."""
+    """Steers one prompt a call, as `steer sample` does, and keeps the image that it picks: there may be any number.
+
+    preview  what decodes x̂0, by a word of `steer sample`
+    """
+
+    preview: str = "full"
 
     @property
     def images(self) -> int:
         return SIDE_BY_SIDE
 
+    def about(self) -> dict[str, Any]:
+        return super().about() | ({} if self.preview == "full" else {"preview": self.preview})
+
     def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
         """Judges the best image."""
-        found = super().run(pipe, reward, prompts, seed, call)
+        decoder = preview_named(self.preview, pipe)
+        found = super().run(pipe, reward, prompts, seed, {**call, "preview": decoder})
         return replace(found, proxy=found.proxy[:, :1], exact=found.exact[:, :1])
 
     def points(self, found: Found) -> list[Point]:
@@ -37,24 +46,31 @@ class Alone(Contender):
         return [replace(point, all_right=None) for point in super().points(found)]
 
 
-def variants(size: int = SIZE) -> dict[str, Alone]:
+HALF, QUARTER, EARLY = {8: 4}, {8: 4, 14: 2}, {5: 4, 8: 2}
+VARIANTS: dict[str, tuple[int, dict[str, Any], str]] = {  # particles, options, previews
+    STANDARD: (8, {}, "full"),
+    "4 particles": (4, {}, "full"),
+    "2 particles": (2, {}, "full"),
+    "8, from step 8 on 4": (8, {"narrow": HALF}, "full"),
+    "8, from step 8 on 4, from 14 on 2": (8, {"narrow": QUARTER}, "full"),
+    "8, from step 8 on 2": (8, {"narrow": {8: 2}}, "full"),
+    "8, from step 5 on 4, from 8 on 2": (8, {"narrow": EARLY}, "full"),
+    "16, from step 8 on 4": (16, {"narrow": HALF}, "full"),
+    "until x̂0 has 0.8": (8, {"target_reward": 0.8}, "full"),
+    "until x̂0 has 0.9": (8, {"target_reward": 0.9}, "full"),
+    "8, from step 8 on 4, until 0.8": (8, {"narrow": HALF, "target_reward": 0.8}, "full"),
+    "8, tiny previews": (8, {}, "tiny"),
+    "8, linear previews": (8, {}, "linear"),
+    "8, from step 8 on 4, from 14 on 2, tiny": (8, {"narrow": QUARTER}, "tiny"),
+    "8, from step 8 on 4, until 0.8, tiny": (8, {"narrow": HALF, "target_reward": 0.8}, "tiny"),
+}
+
+
+def variants() -> dict[str, Alone]:
     """By name; the first is the standard."""
-    half, quarter = size // 2, size // 4
-    changed: dict[str, tuple[int, dict[str, Any]]] = {
-        STANDARD: (size, {}),
-        "4 particles": (half, {}),
-        "2 particles": (quarter, {}),
-        "8, from step 8 on 4": (size, {"narrow": {8: half}}),
-        "8, from step 8 on 4, from 14 on 2": (size, {"narrow": {8: half, 14: quarter}}),
-        "8, from step 8 on 2": (size, {"narrow": {8: quarter}}),
-        "8, from step 5 on 4, from 8 on 2": (size, {"narrow": {5: half, 8: quarter}}),
-        "16, from step 8 on 4": (2 * size, {"narrow": {8: half}}),
-        "until x̂0 has 0.8": (size, {"target_reward": 0.8}),
-        "until x̂0 has 0.9": (size, {"target_reward": 0.9}),
-        "8, from step 8 on 4, until 0.8": (size, {"narrow": {8: half}, "target_reward": 0.8}),
-    }
     return {
-        name: Alone(name, count, FKSteeringPipeline, STEERING | options) for name, (count, options) in changed.items()
+        name: Alone(name, size, FKSteeringPipeline, STEERING | options, preview=preview)
+        for name, (size, options, preview) in VARIANTS.items()
     }
 
 
