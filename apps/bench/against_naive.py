@@ -1,8 +1,10 @@
 """Our way against the naive one: the same images, noise, losses and gradients, of the same random numbers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from steer.apps.bench.clock import Check, Opened, Variant, difference
 from steer.apps.bench.naive import naive_d3po, naive_fk, naive_reno
 from steer.apps.bench.subject import STRENGTH, Lesson, Subject, lesson_of, search_of
+from steer.apps.preview_words import preview_named
 from steer.engine import two_pass_gradient
 from steer.errors import InputError
 from steer.feynman_kac import FeynmanKac
@@ -23,6 +26,7 @@ from steer.pipelines.reno import Ascent
 
 SAME, HALF = 1e-4, 0.1  # how far equal results may be apart in fp32; in half precision rounding is not what is checked
 BETA = 0.1  # of D3PO, as published
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images best first, rewards (B, K), ancestors
 
 
@@ -43,7 +47,7 @@ def limit_of(subject: Subject) -> float:
     return SAME if subject.pipe.dtype == torch.float32 else HALF
 
 
-def steer_whole(subject: Subject, pipe: Any, reward: Any) -> Steered:
+def steer_whole(subject: Subject, pipe: Any, reward: Any, options: Mapping[str, Any] = NO_OPTIONS) -> Steered:
     """Feynman–Kac steering as a user calls it, PIL images included."""
     out = FKSteeringPipeline(pipe, reward)(
         list(subject.prompts),
@@ -53,6 +57,7 @@ def steer_whole(subject: Subject, pipe: Any, reward: Any) -> Steered:
         generator=subject.generator(),
         output_type="pt",
         **subject.call,
+        **options,
     )
     as_type(out.images, "pil")
     return out.images, out.rewards, tuple(out.ancestors)
@@ -77,10 +82,23 @@ def same_steered(first: Steered, second: Steered, limit: float) -> Check:
 On = Callable[[Any], AbstractContextManager[Any]]  # a pipeline → a context that gives the pipeline to call
 
 
+def fewer(subject: Subject) -> dict[str, Any]:
+    """Half of the particles from the first reading on, a quarter from the third, cheap previews: what our steering is
+    called with where other images of the same reward will do (`python -m steer.apps.scenes economies`)."""
+    first, _, third, *_ = subject.read_at
+    narrow = {first: subject.size // 2, third: subject.size // 4}
+    return {"narrow": narrow, "preview": preview_named(subject.preview, subject.pipe)}
+
+
 @contextmanager
-def fk(subject: Subject, on: On = nullcontext) -> Iterator[Opened]:
-    """One prompt, rewards of images as PIL holds them; `on`: what is switched on for ours."""
+def fk(subject: Subject, on: On = nullcontext, lasting: On = nullcontext, cheaper: bool = False) -> Iterator[Opened]:
+    """One prompt, rewards of images as PIL holds them.
+
+    on       what is switched on for each run of ours, `lasting` for all of them
+    cheaper  ours makes other images, of fewer evaluations
+    """
     one = replace(subject, prompts=subject.prompts[:1])
+    options = fewer(one) if cheaper else NO_OPTIONS
     reward, prompt = one.judge(eight_bits=True), one.prompts[0]
     numbers = Population(one.pipe, reward, prompt, one.size, one.call | {"generator": one.generator()}).rng.get_state()
 
@@ -93,11 +111,14 @@ def fk(subject: Subject, on: On = nullcontext) -> Iterator[Opened]:
         )
         return out.images, out.rewards[None], out.ancestors
 
-    def ours() -> Steered:
-        with on(one.pipe) as pipe:
-            return steer_whole(one, pipe, reward)
+    with lasting(one.pipe) as own:
 
-    yield Opened(Variant("naive", naive), Variant("ours", ours), lambda a, b: same_steered(a, b, limit_of(one)))
+        def ours() -> Steered:
+            with on(own) as pipe:
+                return steer_whole(one, pipe, reward, options)
+
+        check = None if cheaper else partial(same_steered, limit=limit_of(one))
+        yield Opened(Variant("naive", naive), Variant("ours", ours, counted=lasting is nullcontext), check)
 
 
 def searched(subject: Subject, checkpointing: bool) -> Variant:

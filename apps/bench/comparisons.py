@@ -17,7 +17,7 @@ from steer.apps.bench.clock import Check, Measured, Opened, Variant, difference
 from steer.apps.bench.flops import flops_of
 from steer.apps.bench.predict import Predict, Predicted, amdahl, bounded, by_counts
 from steer.apps.bench.subject import Denoised, Subject, denoise_steered, plain_call, undecoded
-from steer.apps.bench.switches import SWITCHES, Switch, everything
+from steer.apps.bench.switches import SWITCHES, Switch, denoiser_compiled, everything
 from steer.pipelines.population import as_type
 from steer.preview import Preview
 
@@ -136,6 +136,12 @@ def takes_naive(subject: Subject) -> str | None:
     return None if plain else "the naive loop is written for Stable Diffusion under DDIM"
 
 
+def takes_fewer(subject: Subject) -> str | None:
+    """A particle schedule needs particles, and steps to read rewards at."""
+    enough = subject.size >= 4 and len(subject.read_at) >= 3
+    return takes_naive(subject) or (None if enough else "too few particles, or steps, to go on with fewer and fewer")
+
+
 def takes_reno(subject: Subject) -> str | None:
     """ReNO needs a one-step pipeline, too."""
     return takes_naive(subject) or (None if subject.one_step is not None else "no one-step model beside this one")
@@ -186,6 +192,19 @@ COMPARISONS: Mapping[str, Comparison] = {
         "the same, ours with the exact gains on: attention backend auto, prompts' keys and values shared",
         partial(against_naive.fk, on=everything),
         takes_naive,
+        samples=of_one_prompt,
+    ),
+    "naive_fk_over_ours_fewer": Comparison(
+        "the same reward in other images: ours with fewer and fewer particles and cheap previews, exact gains on",
+        partial(against_naive.fk, on=everything, cheaper=True),
+        takes_fewer,
+        samples=of_one_prompt,
+    ),
+    "naive_fk_over_ours_fewer_compiled": Comparison(
+        "the same, ours with the denoiser through torch.compile too",
+        partial(against_naive.fk, lasting=denoiser_compiled, cheaper=True),
+        takes_fewer,
+        quick=False,
         samples=of_one_prompt,
     ),
     "whole_fk_over_plain_batch": Comparison(

@@ -71,6 +71,7 @@ def embedded(asked: Asked) -> Subject:
         one_step=load("scenes-turbo"),
         learner=partial(load, EMBEDDED),
         iterations=ITERATIONS[asked.quick],
+        preview="tiny",
     )
 
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers.models.autoencoders.vae import Decoder
+from diffusers.models.autoencoders.vae import Decoder, DecoderTiny
 from torch import Generator, Tensor, nn
 
 from steer.apps.bench.clock import Kinds
@@ -51,6 +51,7 @@ class Subject:
     learner   makes a pipeline for D3PO, which puts a LoRA into it; None: no D3PO
     iterations  of ReNO
     pairs, lesson_steps  of D3PO: its cost goes with pairs · steps
+    preview   what decodes x̂0 where a cheap decoder will do, by a word of `steer sample`
     """
 
     name: str
@@ -65,6 +66,7 @@ class Subject:
     iterations: int = 3
     pairs: int = 2
     lesson_steps: int = 4
+    preview: str = "linear"
     one_step_call: dict[str, Any] = field(default_factory=lambda: {"num_inference_steps": 1, "guidance_scale": 0.0})
 
     @property
@@ -79,7 +81,7 @@ class Subject:
     @property
     def kinds(self) -> Kinds:
         """Classes of the modules whose calls are counted. A VAE's decode calls its decoder."""
-        found: dict[type, str] = {Decoder: "decoder", BenchReward: "reward"}
+        found: dict[type, str] = {Decoder: "decoder", DecoderTiny: "tiny decoder", BenchReward: "reward"}
         for pipe in (self.pipe, self.one_step):
             if pipe is not None:
                 found |= {type(getattr(pipe, name)): "denoiser" for name in denoisers_in(pipe)}
