@@ -64,7 +64,8 @@ def test_between_two_points_is_on_the_line() -> None:
     middle = between(points, 100.0, "evaluations")
     assert middle is not None and middle.size == 5 and middle.met.tolist() == [0.25, 1.0]
     middle = between(points, 1.0, "seconds")
-    assert middle is not None and middle.size == pytest.approx(10) and middle.proxy.tolist() == pytest.approx([2.0, 0.5])
+    assert middle is not None and middle.size == pytest.approx(10)
+    assert middle.proxy.tolist() == pytest.approx([2.0, 0.5])
     assert between(points, 79.0, "evaluations") is None and between(points, 241.0, "evaluations") is None
 
 
