@@ -63,7 +63,7 @@ def silent_controlnet(controlnet: Any) -> StandIn:
 
 def silences(pipe: Any) -> dict[str, StandIn]:
     """For every denoiser and ControlNet of a pipeline, by name, one that says nothing."""
-    found = {}
+    found: dict[str, StandIn] = {}
     for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
         found |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
     return found

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Screened(Contender):
 
     def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
         started = time.process_time()
-        searched = {"keep": self.size, "candidates": self.candidates, "steps": self.steps}
+        searched: dict[str, Any] = {"keep": self.size, "candidates": self.candidates, "steps": self.steps}
         generator = Generator().manual_seed(seed)
         found = screened_starts(pipe, reward, list(prompts), **searched, generator=generator, **call)
         options = {"num_particles": self.size, "output_type": "pt", **found.arguments()}
@@ -145,12 +145,13 @@ def between(points: Sequence[Point], asked: float, cost: str) -> Point | None:
     for low, high, start, end in zip(points, points[1:], spent, spent[1:], strict=False):
         if start <= asked <= end:
             share = (asked - start) / (end - start)
-            mixed = {
-                name: torch.lerp(getattr(low, name).double(), getattr(high, name).double(), share)
+            met, right, proxy = (
+                torch.lerp(getattr(low, name).double(), getattr(high, name).double(), share)
                 for name in ("met", "right", "proxy")
-            }
+            )
             size = low.size + share * (high.size - low.size)
-            return replace(low, size=size, all_right=None, **mixed)
+            taken = low.spent.times(size / low.size)  # of particles alike, costs are as their numbers
+            return Point(size, met, right, proxy, None, taken)
     return None
 
 
