@@ -103,6 +103,7 @@ def _fk(job: Job) -> SteeringOutput:
         ess_threshold=job.settings.ess_threshold,
         reward_guidance=job.settings.reward_guidance,
         narrow=job.settings.schedule,
+        narrow_choice=job.settings.narrow_choice,
         target_reward=job.settings.target,
         preview=preview_named(job.settings.preview, job.pipe),
         on_step=job.on_step,

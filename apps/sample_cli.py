@@ -48,6 +48,7 @@ WITH_REPLAY = {
 @click.option("--ess-threshold", default=0.5, help="fk: resample when ESS is below this share of K; 1: always.")
 @click.option("--reward-guidance", default=0.0, help="fk: how far steps lean along the reward's gradient, γ; 1 is DAS.")
 @click.option("--narrow", default="", help="fk: particle schedule, STEP:PARTICLES,… such as 8:4,14:2.")
+@click.option("--narrow-choice", default="drawn", help="fk: which go on from there: drawn by weight, or the best.")
 @click.option("--target", type=float, help="fk: a reward at which the best goes on alone; reno, noise-search: the end.")
 @click.option("--preview", default="full", help="What decodes x̂0: full, linear, tiny, a folder, or ORGANISATION/NAME.")
 @click.option("--start-candidates", type=int, help="Starting noises of which the best K start, by short runs.")

@@ -10,7 +10,7 @@ from steer.errors import InputError
 from steer.noise import OPTIMISERS
 from steer.pipelines.noise_gradient import GRADIENTS
 from steer.pipelines.noise_search import Neighbours
-from steer.pipelines.plan import Plan
+from steer.pipelines.plan import CHOICES, Plan
 from steer.pipelines.reno import Ascent
 from steer.potentials import POTENTIALS, TEMPERINGS
 from steer.resampling import RESAMPLERS
@@ -32,6 +32,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "tempering": TEMPERINGS,
     "optimiser": OPTIMISERS,
     "gradient": GRADIENTS,
+    "narrow_choice": CHOICES,
 }
 
 
@@ -71,6 +72,7 @@ class SampleSettings:
     beams: int = 2
     lora: str | None = None
     narrow: str = ""
+    narrow_choice: str = "drawn"
     target: float | None = None
     preview: str = "full"
     start_candidates: int | None = None

@@ -45,6 +45,7 @@ class FKSteeringPipeline(SteeringMethod):
         ess_threshold: float = 0.5,
         reward_guidance: float = 0.0,
         narrow: Mapping[int, int] | None = None,
+        narrow_choice: str = "drawn",
         target_reward: float | None = None,
         eta: float | None = None,
         preview: Any = "full",
@@ -69,8 +70,9 @@ class FKSteeringPipeline(SteeringMethod):
                         DAS. The reward must be differentiable
         narrow          particle schedule: {solver step: particles of each prompt that go on from it}, fewer and fewer;
                         rewards are read there too. The others cost nothing any more, and have no images
+        narrow_choice   which go on: "drawn" by their weights, or the "best", which is a search (see target_reward)
         target_reward   once r(x̂0) of a particle is as high where rewards are read, it alone goes on and no more are
-                        read: for one prompt a call. A search from then on: log-weights and log-normaliser are 0
+                        read: for one prompt a call. It is a search: log-weights and log-normaliser are then 0
         eta             noise η of every step, 0..1. By default the solver's own; the copies that resampling makes
                         take one step of the Gaussian kernel with η = 1, so that they part. With reward_guidance all
                         steps are that kernel's, by default with η = 1
@@ -92,7 +94,7 @@ class FKSteeringPipeline(SteeringMethod):
             choose("tempering", tempering, TEMPERINGS),
             ess_threshold,
         )
-        plan = Plan(resample_steps, narrow or {}, target_reward)
+        plan = Plan(resample_steps, narrow or {}, narrow_choice, target_reward)
         live = LiveRows()
         if reward_guidance != 0:
             noise = 1.0 if eta is None else eta
@@ -116,7 +118,8 @@ class FKSteeringPipeline(SteeringMethod):
         images = run.sample()
         rewards, parts = population.score(images)
         # What was chosen for being the best is a draw from no known distribution.
-        particles = Particles.start(1, 1) if run.settled else algorithm.finish(run.particles, rewards)
+        searched = Particles.start(*rewards.shape)
+        particles = searched if run.searched else algorithm.finish(run.particles, rewards)
         return population.output(images, rewards, parts, particles, run.history, output_type)
 
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
 from steer.particles import Particles
 from steer.pipelines.output import Evaluation
-from steer.pipelines.plan import Plan
+from steer.pipelines.plan import Algorithm, Plan, Selected, best
 from steer.pipelines.population import Population
 from steer.seam import Answer, CannotSteer, Event
 from steer.transition import can_redraw
@@ -38,19 +37,6 @@ class Reading:
     gradient: Tensor | None = None
 
 
-class Algorithm(Protocol):
-    """What rewards (B, K) of x̂0 do to the particles of a run, and which of them (B, count) the slots go on from."""
-
-    @property
-    def lam(self) -> float: ...
-
-    def weigh(self, particles: Particles, rewards: Tensor, progress: float) -> Particles: ...
-
-    def select(
-        self, particles: Particles, generator: Generator, count: int | None = None
-    ) -> tuple[Particles, Tensor | None]: ...
-
-
 class Run:
     """The particles of one call, and what happens to them at each solver step."""
 
@@ -70,7 +56,7 @@ class Run:
         self.algorithm, self.population, self.plan, self.observer = algorithm, population, plan, observer
         self.eta, self.copy_eta = eta, copy_eta  # of every step, None: the solver's own; of a copy's first step
         self.steps: frozenset[int] = frozenset()  # at which rewards are read: known at the first
-        self.settled = False  # a particle has reached the target
+        self.settled = self.searched = False  # a particle has reached the target; some were chosen for being the best
         self.particles = Particles.start(population.groups, population.size)
         self.history: list[Evaluation] = []
 
@@ -95,14 +81,12 @@ class Run:
         rows = None if ancestors is None else self.population.follow(ancestors).to(event.x.device)
         return rows, self._moved(event, rows, reading)
 
-    def _select(self, weighed: Particles, step: int) -> tuple[Particles, Tensor | None]:
+    def _select(self, weighed: Particles, step: int) -> Selected:
         """The particles that go on and their ancestors; None: all stay where they are."""
-        rewards = weighed.path.rewards[-1]
-        self.settled = self.plan.reached(rewards)
-        if self.settled:
-            best = rewards.argmax(1, keepdim=True)
-            return weighed.resample(best, torch.ones(len(best), dtype=torch.bool)), best
-        return self.algorithm.select(weighed, self.population.rng, self.plan.count(step, self.population.alive))
+        self.settled = self.plan.reached(weighed.path.rewards[-1])
+        choice, count = (best, 1) if self.settled else self.plan.selects(step, self.population.alive)
+        self.searched = self.searched or choice is best
+        return choice(self.algorithm, weighed, count, self.population.rng)
 
     def _read(self, event: Event) -> Reading:
         previews = self.population.preview(event.x0())

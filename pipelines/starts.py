@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from steer.errors import InputError
 from steer.particles import Particles
 from steer.pipelines.output import Cost
+from steer.pipelines.plan import highest
 from steer.pipelines.population import Population
 from steer.preview import accepted_only
 from steer.quiet import quiet
@@ -107,11 +108,6 @@ def screened_starts(
     chosen = highest(found, keep)
     noise = torch.cat([pool[b, at.to(pool.device)] for b, at in enumerate(chosen)])
     return Screened(noise, found, chosen, generator, functools.reduce(Cost.plus, costs))
-
-
-def highest(rewards: Tensor, count: int) -> Tensor:
-    """Places (B, count) of the highest of rewards (B, M), ascending; of equal ones the lower place."""
-    return rewards.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
 
 
 def unscaled(x: Tensor, scale: Any) -> Tensor:

@@ -242,6 +242,20 @@ def test_prompts_narrow_each_for_itself(pipe_of: Callable[[str], Any]) -> None:
     assert out.rewards.shape == (2, 2) and torch.allclose(redness(out.images, []).view(2, 2), out.rewards, atol=1e-6)
 
 
+def test_the_best_go_on_where_that_is_asked_for(pipe_of: Callable[[str], Any]) -> None:
+    steer, call = (
+        FKSteeringPipeline(pipe_of("sd"), redness),
+        steer_kwargs("sd") | {"prompt": ["a red circle", "a star"]},
+    )
+    out = steer(
+        num_particles=4, narrow={2: 2, 4: 1}, narrow_choice="best", resample_steps=[], generator=seeded(), **call
+    )
+    first, second = out.history
+    assert first.ancestors.tolist() == [sorted(row.topk(2).indices.tolist()) for row in first.rewards]
+    assert second.ancestors.flatten().tolist() == second.rewards.argmax(1).tolist()
+    assert not out.log_weights.any() and not out.log_normaliser.any() and out.rewards.shape == (2, 1)
+
+
 # The target
 
 
@@ -295,6 +309,7 @@ def test_a_guided_run_that_is_settled_asks_for_no_more_gradients(pipe_of: Callab
         ({"narrow": {1: 2, 3: 3}}, "narrow: 3 particles from step 3 on, of 2"),
         ({"narrow": {2: 0}}, "narrow: 0 particles from step 2 on"),
         ({"narrow": {5: 1}}, "narrow: 5 is not from 0 to 4, in a run of 6 steps"),
+        ({"narrow_choice": "beast"}, "unknown narrow_choice 'beast': did you mean best"),
         ({"target_reward": math.nan}, "target_reward must be a finite number"),
         ({"target_reward": 1.0, "prompt": ["a", "b"]}, "target_reward: several prompts"),
     ],

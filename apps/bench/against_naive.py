@@ -87,7 +87,7 @@ def fewer(subject: Subject) -> dict[str, Any]:
     called with where other images of the same reward will do (`python -m steer.apps.scenes economies`)."""
     first, _, third, *_ = subject.read_at
     narrow = {first: subject.size // 2, third: subject.size // 4}
-    return {"narrow": narrow, "preview": preview_named(subject.preview, subject.pipe)}
+    return {"narrow": narrow, "narrow_choice": "best", "preview": preview_named(subject.preview, subject.pipe)}
 
 
 @contextmanager

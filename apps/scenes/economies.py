@@ -46,23 +46,25 @@ class Alone(Contender):
         return [replace(point, all_right=None) for point in super().points(found)]
 
 
-HALF, QUARTER, EARLY = {8: 4}, {8: 4, 14: 2}, {5: 4, 8: 2}
+BEST = {"narrow_choice": "best"}
+HALF, QUARTER, LATE, LAST = {8: 4}, {8: 4, 14: 2}, {14: 2}, {17: 1}
 VARIANTS: dict[str, tuple[int, dict[str, Any], str]] = {  # particles, options, previews
     STANDARD: (8, {}, "full"),
     "4 particles": (4, {}, "full"),
     "2 particles": (2, {}, "full"),
     "8, from step 8 on 4": (8, {"narrow": HALF}, "full"),
     "8, from step 8 on 4, from 14 on 2": (8, {"narrow": QUARTER}, "full"),
-    "8, from step 8 on 2": (8, {"narrow": {8: 2}}, "full"),
-    "8, from step 5 on 4, from 8 on 2": (8, {"narrow": EARLY}, "full"),
     "16, from step 8 on 4": (16, {"narrow": HALF}, "full"),
-    "until x̂0 has 0.8": (8, {"target_reward": 0.8}, "full"),
-    "until x̂0 has 0.9": (8, {"target_reward": 0.9}, "full"),
-    "8, from step 8 on 4, until 0.8": (8, {"narrow": HALF, "target_reward": 0.8}, "full"),
+    "8, from step 8 on the best 4": (8, {"narrow": HALF} | BEST, "full"),
+    "8, from step 8 on the best 4, from 14 on 2": (8, {"narrow": QUARTER} | BEST, "full"),
+    "8, from step 14 on the best 2": (8, {"narrow": LATE} | BEST, "full"),
+    "8, from step 17 on the best": (8, {"narrow": LAST} | BEST, "full"),
+    "12, from step 8 on the best 4, from 14 on 2": (12, {"narrow": QUARTER} | BEST, "full"),
+    "8, until x̂0 has 0.8": (8, {"target_reward": 0.8}, "full"),
     "8, tiny previews": (8, {}, "tiny"),
     "8, linear previews": (8, {}, "linear"),
-    "8, from step 8 on 4, from 14 on 2, tiny": (8, {"narrow": QUARTER}, "tiny"),
-    "8, from step 8 on 4, until 0.8, tiny": (8, {"narrow": HALF, "target_reward": 0.8}, "tiny"),
+    "8, from step 8 on the best 4, from 14 on 2, tiny": (8, {"narrow": QUARTER} | BEST, "tiny"),
+    "12, from step 8 on the best 4, from 14 on 2, tiny": (12, {"narrow": QUARTER} | BEST, "tiny"),
 }
 
 
