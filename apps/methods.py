@@ -71,7 +71,7 @@ class Job:
         }
         given = {name: value for name, value in given.items() if value is not None}
         given |= {"generator": torch.Generator().manual_seed(self.settings.seed)}
-        return accepted_only(self.pipe, METHODS[self.settings.method].defaults) | given | self.started
+        return accepted_only(self.pipe, METHODS[self.settings.method].defaults) | given | dict(self.started)
 
 
 Run = Callable[[Job], SteeringOutput]
@@ -85,8 +85,15 @@ def _screened(run: Run) -> Run:
         if settings.start_candidates is None:
             return run(job)
         own = {name: value for name, value in call.items() if name not in ("num_particles", "eta")}
-        counts = {"keep": settings.particles, "candidates": settings.start_candidates, "steps": settings.start_steps}
-        starts = screened_starts(job.pipe, job.reward, job.prompt, **counts, **own)
+        starts = screened_starts(
+            job.pipe,
+            job.reward,
+            job.prompt,
+            keep=settings.particles,
+            candidates=settings.start_candidates,
+            steps=settings.start_steps,
+            **own,
+        )
         output = run(replace(job, started=starts.arguments()))
         return replace(output, cost=output.cost.plus(starts.cost))
 

@@ -96,7 +96,7 @@ def _tree(axes: Axes, entry: dict[str, Any], out: Path) -> None:
     columns = _columns(entry)
     size, last = max(map(len, columns)), len(columns) - 1
     _lines(axes, entry["ancestors"], len(columns[-1]))
-    shade = {"cmap": SHADE, "vmin": min(map(min, columns)), "vmax": max(map(max, columns))}
+    shade: dict[str, Any] = {"cmap": SHADE, "vmin": min(map(min, columns)), "vmax": max(map(max, columns))}
     for column, rewards in enumerate(columns):
         axes.scatter(
             [column] * len(rewards),

@@ -95,15 +95,15 @@ class FKSteeringPipeline(SteeringMethod):
             ess_threshold,
         )
         plan = Plan(resample_steps, narrow or {}, narrow_choice, target_reward)
-        live = LiveRows()
+        live, pipe, noise = LiveRows(), self.pipe, 1.0 if eta is None else eta
+        kernel_eta: float | None = None
         if reward_guidance != 0:
-            noise = 1.0 if eta is None else eta
-            check_guidable(self.pipe.scheduler, self.reward, reward_guidance, noise)
-            pipe, kernel_eta = differentiable(self.pipe, one_call=True), noise
+            check_guidable(pipe.scheduler, self.reward, reward_guidance, noise)
+            pipe = differentiable(pipe, one_call=True)
         else:
             if num_particles > 1 and lam != 0:
-                check_copies_part(self.pipe.scheduler)
-            pipe, (call, kernel_eta) = self.pipe, route_eta(self.pipe, call, eta)
+                check_copies_part(pipe.scheduler)
+            call, kernel_eta = route_eta(pipe, call, eta)
         pipe = live.view(pipe) if plan.narrows else pipe
         population = Population(
             pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview, live

@@ -12,7 +12,8 @@ from soft_rewards import Soft, images_of, likeness, own_kwargs, seeded
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.pipelines.starts import Screened, highest, screened_starts, unscaled
+from steer.pipelines.plan import highest
+from steer.pipelines.starts import Screened, screened_starts, unscaled
 from steer.seam import CannotSteer
 
 REWARD = Soft(likeness)

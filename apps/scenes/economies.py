@@ -108,7 +108,7 @@ def draw_economies(found: dict[str, Any], path: Path) -> None:
             axes.set_title(title, size=10, loc="left", color=INK)
             axes.set_xlabel(name, color=INK)
     handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right", frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=8)
     figure.savefig(path)
 
 

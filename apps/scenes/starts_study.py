@@ -14,7 +14,8 @@ from steer.apps.scenes.contenders import Contender, Found, Point, Samples, Spent
 from steer.apps.scenes.evaluate import CALL, STEERING, agreement, interval
 from steer.apps.scenes.kept_runs import KeptRuns
 from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, SteeringOutput
-from steer.pipelines.starts import highest, screened_starts
+from steer.pipelines.plan import highest
+from steer.pipelines.starts import screened_starts
 
 POOL = 16  # candidates of each prompt whose short and whole runs are compared
 SHORT = (2, 4, 6)
