@@ -11,6 +11,7 @@ import click
 from steer import __version__
 from steer.apps.bench_cli import bench
 from steer.apps.demo_cli import demo
+from steer.apps.ending import Ending
 from steer.apps.evaluate_cli import evaluate
 from steer.apps.finetune_cli import finetune
 from steer.apps.processes import part, speaks
@@ -60,6 +61,11 @@ steer.add_command(sample)
 
 def main() -> None:
     """Runs the command; what the user can put right is one line on stderr and exit code 2."""
+    with Ending():
+        _run()
+
+
+def _run() -> None:
     # A run that ended before its time ends in such a line too: the pipelines' own warning would say it twice.
     logging.getLogger("steer.pipelines").addHandler(logging.NullHandler())
     try:

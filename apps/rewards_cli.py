@@ -22,6 +22,29 @@ def rewards(context: click.Context) -> None:
         width = max(map(len, names))
         for name, about in sorted(names.items()):
             click.echo(f"{name:{width}}  {about}")
+        click.echo("http://HOST:PORT/  a reward of another process, there `steer rewards serve SPEC`")
+
+
+@rewards.command()
+@click.argument("reward", metavar="SPEC")
+@click.option("--host", default="127.0.0.1", help="Address to listen at; any but this machine's own is open to others.")
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="0: any that is free.")
+def serve(reward: str, host: str, port: int) -> None:
+    """Scores over HTTP by SPEC, for `--reward http://…/` elsewhere, until Ctrl-C.
+
+    Where the environment variable STEER_REWARD_TOKEN is set, requests must bring it: set it for the client too.
+    """
+    from steer.apps.ending import end_now
+    from steer.apps.specs import reward_here
+    from steer.rewards.remote_protocol import read_token
+    from steer.rewards.remote_server import LOCAL, RewardServer
+
+    with RewardServer(reward_here(reward), host, port, read_token()) as server:
+        if host not in LOCAL:
+            click.echo(f"steer: --host {host}: whoever reaches this machine can use the reward, unencrypted", err=True)
+        idle = server.serve_until_told(lambda: click.echo(server.url))
+    if not idle:  # a call that hangs
+        end_now(0)
 
 
 @rewards.command()

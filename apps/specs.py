@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from steer.reward import Reward, load_reward, reward_names, with_timeout
+from steer.rewards.remote_protocol import ADDRESS
 
 
 def reward_here(text: str, timeout: float | None = None) -> Reward:
@@ -12,7 +13,7 @@ def reward_here(text: str, timeout: float | None = None) -> Reward:
 
     timeout  seconds that each call may take; None: any
     """
-    # For rewards that have a name the folder stays out of reach.
-    if set(re.findall(r"([A-Za-z_][\w.]*):", text)) - set(reward_names()):
+    # For rewards that have a name, or an address, the folder stays out of reach.
+    if set(re.findall(r"([A-Za-z_][\w.]*):", re.sub(ADDRESS, "", text))) - set(reward_names()):
         sys.path.append(str(Path.cwd()))
     return with_timeout(load_reward(text), timeout)

@@ -8,9 +8,11 @@
     product(A > 0.3, B < 2, temperature=0.05)   each constraint softly met
     z(A, from=calibration.json)                 standardised
     logsigmoid(A, reference=0.2, temperature=1) or from=calibration.json: each prompt's own reference
+    http://HOST:PORT/[,option=value…][:WEIGHT]  a reward of another process, see `steer.rewards.remote`
     FOLDER                                      a learned reward;  FILE.yaml  the same as a mapping
 
-A number at the end is a weight, except behind a reward whose own argument is a number (brightness). Terms are parted
+A number at the end is a weight, except behind a reward whose own argument is a number (brightness), and behind a
+host, where it is the port. Terms are parted
 by " + ", arguments by ", ": names hold neither. A folder may be called anything else: spaces and colons are its own.
 Where a reward's name is also a folder's, it is the reward; ./NAME is the folder.
 """
@@ -29,6 +31,7 @@ from steer.reward import Reward, RewardError, load_reward, make_reward, reward_n
 from steer.rewards.aggregate import AGGREGATES, OPTIONS, aggregate, is_number
 from steer.rewards.combine import SHARPNESS, Combined, Constraint, Part, Product
 from steer.rewards.grammar import NUMBER, PLUS, Call, read_call, read_constraint, split
+from steer.rewards.remote_protocol import is_remote, read_weight
 from steer.rewards.transform import LogSigmoid, Standardised, read_calibration
 
 FILES = (".yaml", ".yml")
@@ -71,6 +74,9 @@ def _term(text: str, place: Place) -> Part:
         return Part(_atom(text, place))
     if call := read_call(text):
         return Part(_function(call, place.inside()), call.weight)
+    if is_remote(text):
+        address, weight = read_weight(text)
+        return Part(_atom(address, place), weight)
     name, *rest = text.split(":")
     if rest and re.fullmatch(NUMBER, rest[-1]) and (len(rest) > 1 or not takes_number(name)):
         return Part(_atom(text.rpartition(":")[0], place), float(rest[-1]))
@@ -82,6 +88,10 @@ def _atom(text: str, place: Place) -> Reward:
     place.read.append(text)
     if len(place.read) > MOST:
         raise RewardError(f"a reward of more than {MOST} rewards is not read")
+    if is_remote(text):
+        from steer.rewards.remote import Remote
+
+        return Remote(text)
     if text.endswith(FILES) and _has_no_name(text):
         return _read_file(Path(text), place)
     if _is_path(text):

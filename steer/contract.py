@@ -83,6 +83,10 @@ def _checked(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
         raise RewardError(f"reward {name!r} must return a tensor of shape ({len(prompts)},), got {got}")
     if not scores.is_floating_point():
         raise RewardError(f"reward {name!r} must return floats, got {scores.dtype}")
+    if scores.layout != torch.strided or scores.is_meta:
+        raise RewardError(
+            f"reward {name!r} must return a dense tensor with values, got {scores.layout}, {scores.device}"
+        )
     single = scores.float()  # where a large fp64 number becomes infinite
     if not single.isfinite().all():
         row = int((~single.isfinite()).nonzero()[0])
@@ -93,11 +97,24 @@ def _checked(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
     return single.cpu()
 
 
+class TimedCall(threading.Thread):
+    """The thread of one call that has a limit."""
+
+
+def calls_left_behind() -> bool:
+    """Whether a call that took too long is still going on in this process.
+
+    Then the interpreter must not be shut down: Python (before 3.14) ends such a thread inside PyTorch's C++, which
+    aborts the process. `os._exit` is the way out, as the command line takes it.
+    """
+    return any(isinstance(thread, TimedCall) for thread in threading.enumerate())
+
+
 class Timed:
     """A reward whose calls may take at most so many seconds.
 
     Each call runs in a thread of its own. Python cannot end a thread: one that hangs is left behind, and ends
-    with the process. Raises RewardError, which names the reward, where the time is up.
+    with the process, see `calls_left_behind`. Raises RewardError, which names the reward, where the time is up.
     """
 
     def __init__(self, reward: Reward, seconds: float) -> None:
@@ -121,7 +138,7 @@ class Timed:
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 outcome["error"] = error
 
-        thread = threading.Thread(target=run, name=f"reward {self.name}", daemon=True)
+        thread = TimedCall(target=run, name=f"reward {self.name}", daemon=True)
         thread.start()
         thread.join(min(self._seconds, threading.TIMEOUT_MAX))
         if thread.is_alive():

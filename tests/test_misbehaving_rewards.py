@@ -1,0 +1,101 @@
+"""Rewards in this process that misbehave: one line within the time, exit code 2, finished prompts kept; or no harm."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Steer
+from PIL import Image
+from served import REWARDS
+
+from steer.contract import RewardError, score
+
+MISBEHAVING = """
+import torch
+
+def returns(made):
+    def reward(images, prompts):
+        fine = images.mean((1, 2, 3))
+        return made(fine) if "star" in prompts[0] else fine
+    reward.__name__ = "odd"
+    return reward
+
+nan = returns(lambda fine: fine * float("nan"))
+inf = returns(lambda fine: fine + float("inf"))
+minus_inf = returns(lambda fine: fine - float("inf"))
+integers = returns(lambda fine: fine.long())
+shape = returns(lambda fine: fine[:, None])
+none = returns(lambda fine: None)
+meta = returns(lambda fine: fine.to("meta"))
+sparse = returns(lambda fine: fine.to_sparse())
+raises = returns(lambda fine: fine[99])
+huge = returns(lambda fine: fine.sub(0.5).sign() * 1e30)
+minus_huge = returns(lambda fine: fine * 0 - 1e30)
+constant = returns(lambda fine: fine * 0 + 7)
+"""
+WRONG = {
+    "nan": "returned nan for image 0",
+    "inf": "returned inf for image 0",
+    "minus_inf": "returned -inf for image 0",
+    "integers": "must return floats, got torch.int64",
+    "shape": "must return a tensor of shape (",
+    "none": "must return a tensor of shape (",
+    "meta": "must return a dense tensor with values",
+    "sparse": "must return a dense tensor with values",
+    "raises": "failed: IndexError",
+}
+WORDS = ["a circle", "a star", "--steps", 3, "--particles", 2, "--no-compare"]
+
+
+@pytest.mark.parametrize("method", ["fk", "best-of-n"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_is_wrong_ends_the_run_in_one_line_and_finished_prompts_stay(
+    steer: Steer, tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "own_odd", raising=False)
+    (tmp_path / "own_odd.py").write_text(MISBEHAVING)
+    code, _, err = steer("sample", *WORDS, "--method", method, "--reward", f"own_odd:{kind}", "--out", tmp_path / "out")
+    assert code == 2 and f"reward 'odd' {WRONG[kind]}" in err and len(err.strip().splitlines()) == 1
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [entry["prompt"] for entry in report["prompts"]] == ["a circle"]
+
+
+@pytest.mark.parametrize("method", ["fk", "best-of-n"])
+@pytest.mark.parametrize("kind", ["huge", "minus_huge", "constant"])
+def test_what_is_only_odd_does_no_harm(
+    steer: Steer, tmp_path: Path, kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "own_odd", raising=False)
+    (tmp_path / "own_odd.py").write_text(MISBEHAVING)
+    code, _, err = steer("sample", *WORDS, "--method", method, "--reward", f"own_odd:{kind}", "--out", tmp_path / "out")
+    assert code == 0, err
+    entry = json.loads((tmp_path / "out" / "report.json").read_text())["prompts"][1]
+    assert torch.tensor(entry["rewards"]).isfinite().all() and len(entry["images"]) == 2
+
+
+@pytest.mark.parametrize("found", [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()])
+def test_scores_without_values_are_an_error_of_the_contract(found: torch.Tensor) -> None:
+    class Odd:
+        name, differentiable = "odd", False
+
+        def __call__(self, images: torch.Tensor, prompts: object) -> torch.Tensor:
+            return found
+
+    with pytest.raises(RewardError, match="reward 'odd' must return a dense tensor with values"):
+        score(Odd(), torch.zeros(2, 3, 4, 4), ["a", "b"])
+
+
+@pytest.mark.parametrize("kind", ["spins", "hangs"])
+def test_a_process_whose_reward_hangs_ends_with_its_line_and_code(tmp_path: Path, kind: str) -> None:
+    """The interpreter must not be shut down under a thread inside PyTorch: that aborts, exit code 134."""
+    (tmp_path / "own_served.py").write_text(REWARDS)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    words = ["score", "a.png", "--prompt", "a star", "--reward", f"own_served:{kind}", "--reward-timeout", "0.5"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "steer.apps.cli", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert ended.stderr == f"steer: reward '{kind}' took longer than its 0.5 s: give it more, or mend it\n"
+    assert ended.returncode == 2 and ended.stdout == ""
