@@ -1,5 +1,6 @@
 """The `steer` command. Heavy imports wait inside the commands, so that `steer --help` answers at once."""
 
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from steer.apps.finetune_cli import finetune
 from steer.apps.processes import part, speaks
 from steer.apps.rewards_cli import rewards
 from steer.apps.sample_cli import SPEC, TIMEOUT, sample
+from steer.apps.system_errors import refusal
 from steer.errors import InputError
 
 
@@ -60,6 +62,8 @@ steer.add_command(sample)
 
 def main() -> None:
     """Runs the command; what the user can put right is one line on stderr and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text, and a job is not to end in saying its name
+        sys.stdout.reconfigure(errors="backslashreplace")
     # A run that ended before its time ends in such a line too: the pipelines' own warning would say it twice.
     logging.getLogger("steer.pipelines").addHandler(logging.NullHandler())
     try:
@@ -77,6 +81,12 @@ def main() -> None:
         sys.exit(2)
     except InputError as error:
         click.echo(f"steer: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:  # who reads what is said has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"steer: {' '.join(refusal(error).split())}; what was finished is kept", err=True)
         sys.exit(2)
 
 
