@@ -1,5 +1,6 @@
 """Pictures of a report: base beside steered images, and the tree of the particles."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def made_how(report: Report) -> str:
 
 
 def shown(prompt: str, length: int = 70) -> str:
-    """A prompt as plain text for matplotlib, which would read $…$ as mathematics."""
+    """A prompt as one line of plain text for matplotlib, which would read $…$ as mathematics."""
+    prompt = re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", prompt)
     return (prompt if len(prompt) <= length else prompt[: length - 1] + "…").replace("$", r"\$")
 
 
