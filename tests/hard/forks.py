@@ -41,22 +41,37 @@ class Ended:
 
 
 def forked(action: Action, folder: Path, timeout: float = 300) -> Ended:
-    """Runs an action in a child whose words go to a file beside `folder`."""
-    log = folder.parent / f"{folder.name}.said"
-    child = started(action, log)
-    until = time.monotonic() + timeout
+    """Runs an action in a child, about `folder`, and listens to what it says."""
+    reading, writing = os.pipe()
+    child = _begun(action, writing)
+    os.set_blocking(reading, False)
+    said, until = b"", time.monotonic() + timeout
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+        said += _heard(reading)
         if time.monotonic() > until:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            raise AssertionError(f"a child hangs: {log.read_text(errors='replace')[-2000:]}")
+            raise AssertionError(f"a child hangs at {folder}: {said.decode(errors='replace')[-2000:]}")
         time.sleep(0.002)
-    return Ended(os.waitstatus_to_exitcode(ended[1]), log.read_text(errors="replace"))
+    said += _heard(reading)
+    os.close(reading)
+    return Ended(os.waitstatus_to_exitcode(ended[1]), said.decode(errors="replace"))
+
+
+def _heard(reading: int) -> bytes:
+    try:
+        return os.read(reading, 1 << 20)
+    except BlockingIOError:
+        return b""
 
 
 def started(action: Action, log: Path) -> int:
-    """The number of a child that runs an action."""
-    said = os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+    """The number of a child that runs an action; its words go to a file."""
+    return _begun(action, os.open(log, os.O_CREAT | os.O_TRUNC | os.O_WRONLY))
+
+
+def _begun(action: Action, said: int) -> int:
+    """Forks, with what the child says going to a file that is open here, and is closed here."""
     sys.stdout.flush()
     sys.stderr.flush()
     if (child := os.fork()) == 0:
@@ -153,9 +168,21 @@ def limited(kind: int, most: int) -> Iterator[None]:
         resource.setrlimit(kind, before)
 
 
-def highest_file() -> int:
-    """The highest number of a file that is open here."""
-    return max(int(name) for name in os.listdir("/proc/self/fd"))
+@contextmanager
+def few_files(more: int) -> Iterator[None]:
+    """Only so many more files may be open in this process."""
+    highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+    with limited(resource.RLIMIT_NOFILE, highest + 9):
+        taken = []
+        while len(taken) <= highest:
+            try:
+                taken.append(os.dup(2))
+            except OSError:
+                break
+        for number in taken[:more]:
+            os.close(number)
+        assert len(taken) >= more
+        yield
 
 
 def as_nobody() -> None:
@@ -164,6 +191,16 @@ def as_nobody() -> None:
         os.setgroups([])
         os.setgid(NOBODY)
         os.setuid(NOBODY)
+
+
+def open_to_all(place: Path) -> None:
+    """Lets others look into pytest's own folders above a place, and read what is in it."""
+    for path in [place, *place.parents, *place.rglob("*")]:
+        mode = path.stat().st_mode
+        if path.is_dir() and not mode & 0o001:
+            path.chmod(mode | 0o055)
+        elif path.is_file() and not mode & 0o004:
+            path.chmod(mode | 0o044)
 
 
 def small_disk(folder: Path, size: int) -> bool:
