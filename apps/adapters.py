@@ -156,7 +156,9 @@ def _peft(pipe: Any, file: Path) -> Iterator[Off]:
     try:
         config = LoraConfig(**{key: told[key] for key in READ if told.get(key) is not None})
         inject_adapter_in_model(config, denoiser, NAME)
-        set_peft_model_state_dict(denoiser, state, adapter_name=NAME)
+        loaded = set_peft_model_state_dict(denoiser, state, adapter_name=NAME)
+        if missing := [name for name in loaded.missing_keys if f".{NAME}." in name]:
+            raise InputError(f"it lacks a tensor for {missing[0]}")
         _check_all_arrived([denoiser], list(state), pipe)
         denoiser.requires_grad_(False)
         yield _switch([denoiser])
@@ -229,6 +231,9 @@ def _silent() -> Iterator[None]:
 def _check_all_arrived(modules: Sequence[nn.Module], names: Sequence[str], pipe: Any) -> None:
     """Raises InputError where fewer factors are in the modules than the file holds."""
     expected = sum(name.endswith(FACTORS) for name in names)
-    arrived = sum(f".{NAME}." in name for module in modules for name, _ in module.named_parameters())
+    worn = [pair for module in modules for pair in module.named_parameters() if f".{NAME}." in pair[0]]
+    arrived = len(worn)
+    if missing := [name for name, parameter in worn if parameter.is_meta]:  # diffusers leaves it without numbers
+        raise InputError(f"it lacks a tensor for {missing[0]}")
     if not arrived or arrived < expected:
         raise InputError(f"{arrived} of its {expected} tensors have a place in {type(pipe).__name__}: another model's")
