@@ -62,8 +62,9 @@ steer.add_command(sample)
 
 def main() -> None:
     """Runs the command; what the user can put right is one line on stderr and exit code 2."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path need not be text, and a job is not to end in saying its name
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):  # a path need not be text, and a job is not to end in saying its name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # A run that ended before its time ends in such a line too: the pipelines' own warning would say it twice.
     logging.getLogger("steer.pipelines").addHandler(logging.NullHandler())
     try:

@@ -68,7 +68,7 @@ def judged(tally: Tally, kind: str, ended: Ended, found: str) -> None:
 
 
 @pytest.mark.parametrize("name", ACTIONS)
-@pytest.mark.parametrize("count", [4, pytest.param(40, marks=FULL)])
+@pytest.mark.parametrize("count", [2, pytest.param(40, marks=FULL)])
 def test_on_a_disk_that_is_full_the_old_stays(tmp_path: Path, name: str, count: int) -> None:
     """No file may grow beyond a size; and, where this machine lets a process have one, a disk of a few pages."""
     before, write, read = ACTIONS[name]
