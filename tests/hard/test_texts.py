@@ -16,7 +16,19 @@ from steer.errors import InputError
 from steer.sums import unsummed
 
 FULL = pytest.mark.hard
-WORDS = ["--method", "base", "--steps", "1", "--particles", "2", "--reward", "brightness", "--guidance", "3", "--no-compare"]
+WORDS = [
+    "--method",
+    "base",
+    "--steps",
+    "1",
+    "--particles",
+    "2",
+    "--reward",
+    "brightness",
+    "--guidance",
+    "3",
+    "--no-compare",
+]
 TEXTS = {
     "one letter": "x",
     "10,000 tokens": "star " * 10_000,
