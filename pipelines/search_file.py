@@ -86,5 +86,5 @@ def _sum(tensors: Mapping[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()

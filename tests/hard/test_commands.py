@@ -67,7 +67,7 @@ def goes_on(command: Command, out: Path, expected: Any) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=FULL)])
+@pytest.mark.parametrize("kills", [2, pytest.param(16, marks=FULL)])
 def test_a_run_that_is_killed_ends_as_one_that_was_not(
     commands: dict[str, Command],
     done: dict[str, Any],
@@ -84,13 +84,13 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(
         tally.count("kills", goes_on(command, out, done[name]))
         shutil.rmtree(out, ignore_errors=True)
     assert count > kills and tally.lost == 0
-    if kills >= 30:
+    if kills >= 16:
         tally.note(f"steer {name}, kill -9, then the same command")
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize("times", [pytest.param(12, marks=FULL)])
+@pytest.mark.parametrize("times", [pytest.param(8, marks=FULL)])
 def test_a_run_that_is_interrupted_ends_as_one_that_was_not(
     commands: dict[str, Command],
     done: dict[str, Any],
@@ -114,7 +114,7 @@ def test_a_run_that_is_interrupted_ends_as_one_that_was_not(
         assert code != 130 or said.strip().splitlines()[-1].startswith("steer: interrupted"), said
         tally.count({0: "was done", 130: "ended with a word"}.get(code, "ended"), goes_on(command, out, done[name]))
     assert tally.lost == 0
-    if times >= 12:
+    if times >= 8:
         tally.note(f"steer {name}, Ctrl-C and SIGTERM, then the same command")
 
 

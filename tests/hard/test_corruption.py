@@ -145,7 +145,8 @@ def tried(kind: Kind, folder: Path, cuts: int, flips: int, good: tuple[str, ...]
     assert kind.read(folder) == original
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in kind.but):
         whole = path.read_bytes()
-        for what, data in spoilt(whole, cuts, flips, random.Random(path.name)):
+        few = 1 + 9 * (path.name != SUMS)  # of ten: where sums are spoilt, all that they tell of is loaded
+        for what, data in spoilt(whole, cuts, flips * few // 10, random.Random(path.name)):
             path.write_bytes(data)
             told = verdict(kind, folder, original)
             tally.count(f"{what}, {told}", told in good)
@@ -191,14 +192,14 @@ UNSUMMED = {
 
 
 @pytest.mark.parametrize("name", UNSUMMED)
-@pytest.mark.parametrize(("cuts", "flips"), [(2, 4), pytest.param(CUTS, 300, marks=FULL)])
+@pytest.mark.parametrize(("cuts", "flips"), [(2, 4), pytest.param(CUTS, 150, marks=FULL)])
 def test_what_has_no_sums_is_read_or_refused_in_a_line(tmp_path: Path, name: str, cuts: int, flips: int) -> None:
     """A bit of a weight that is another is not noticed: docs/reliability.md says so."""
     kind, folder = UNSUMMED[name], tmp_path / "folder"
     kind.make(folder)
     tally = tried(kind, folder, cuts, flips, (*GOOD, "read wrong"))
     assert tally.told["cut, refused"], tally
-    if flips == 300:
+    if flips == 150:
         tally.lost = sum(count for told, count in tally.told.items() if "read wrong" in told)
         tally.survived = tally.tries - tally.lost
-        tally.note(f"{name}, every file cut at each 1 % and 300 bits turned over")
+        tally.note(f"{name}, every file cut at each 1 % and 150 bits turned over")
