@@ -129,7 +129,8 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
             data = data[:-TRAILER_LENGTH]
             if hashlib.sha256(data).hexdigest() != told[1].decode():
                 raise InputError(f"{spoilt}: its sha256 is another")
-        saved: dict[str, Any] = torch.load(BytesIO(data), weights_only=True, map_location=device)
+        buffer = BytesIO(data)
+        saved: dict[str, Any] = torch.load(buffer, weights_only=True, map_location=device)
     except InputError:
         raise
     except Exception as error:  # a broken file may raise nearly anything in torch's reader

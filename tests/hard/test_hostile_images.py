@@ -173,6 +173,7 @@ SEEDS = [data for data, _, _ in RIGHT.values()][::2] + [
 ]
 
 
+@pytest.mark.filterwarnings("ignore")  # what Pillow says of them
 @pytest.mark.parametrize("flips", [15, pytest.param(400, marks=FULL)])
 def test_images_of_bits_turned_over_are_read_or_refused(flips: int, capfd: pytest.CaptureFixture[str]) -> None:
     tally, rng = Tally(), random.Random(0)
