@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from torch import nn
 from steer.apps.methods import Off
 from steer.errors import InputError
 from steer.stand_in import DENOISERS
+from steer.sums import check_sums
 from steer.trainable import denoiser_of
+
+logger = logging.getLogger(__name__)
 
 # What `steer finetune` writes: a LoRA of diffusers, one of peft, or a folder with the whole denoiser.
 LORA, PEFT, WHOLE = (
@@ -46,23 +50,28 @@ class Finetuned:
     def digest(self) -> str:
         """A hash of all that decides what they do: the tensors, and the configuration beside them."""
         found = hashlib.sha256()
-        beside = [path for name in CONFIGS if (path := self.files[0].parent / name).is_file()]
         try:
-            for path in (*self.files, *beside):
+            for path in self._read():
                 with path.open("rb") as file:
                     found.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise InputError(f"{self.path}: cannot read {path.name} ({error.strerror})") from error
         return found.hexdigest()
 
+    def _read(self) -> list[Path]:
+        beside = [path for name in CONFIGS if (path := self.files[0].parent / name).is_file()]
+        return [*self.files, *beside]
+
     @contextmanager
     def worn_by(self, pipe: Any) -> Iterator[Off]:
         """Inside, the pipeline has these weights; it gives what takes them off for a while.
 
-        Raises InputError, before the block, where they do not fit it.
+        Raises InputError, before the block, where they do not fit it, or are not what the sums beside them tell.
         """
         with ExitStack() as stack:
             try:
+                if unknown := check_sums(*self._read()):
+                    logger.info("%s: nobody noted a sum of %s, it is read as it is", self.path, unknown[0].name)
                 off = stack.enter_context(self.put_on(pipe, self.files[0]))
             except InputError as error:
                 raise InputError(f"{self.path}: {error}") from error
@@ -147,7 +156,9 @@ def _peft(pipe: Any, file: Path) -> Iterator[Off]:
     try:
         config = LoraConfig(**{key: told[key] for key in READ if told.get(key) is not None})
         inject_adapter_in_model(config, denoiser, NAME)
-        set_peft_model_state_dict(denoiser, state, adapter_name=NAME)
+        loaded = set_peft_model_state_dict(denoiser, state, adapter_name=NAME)
+        if missing := [name for name in loaded.missing_keys if f".{NAME}." in name]:
+            raise InputError(f"it lacks a tensor for {missing[0]}")
         _check_all_arrived([denoiser], list(state), pipe)
         denoiser.requires_grad_(False)
         yield _switch([denoiser])
@@ -220,6 +231,9 @@ def _silent() -> Iterator[None]:
 def _check_all_arrived(modules: Sequence[nn.Module], names: Sequence[str], pipe: Any) -> None:
     """Raises InputError where fewer factors are in the modules than the file holds."""
     expected = sum(name.endswith(FACTORS) for name in names)
-    arrived = sum(f".{NAME}." in name for module in modules for name, _ in module.named_parameters())
+    worn = [pair for module in modules for pair in module.named_parameters() if f".{NAME}." in pair[0]]
+    arrived = len(worn)
+    if missing := [name for name, parameter in worn if parameter.is_meta]:  # diffusers leaves it without numbers
+        raise InputError(f"it lacks a tensor for {missing[0]}")
     if not arrived or arrived < expected:
         raise InputError(f"{arrived} of its {expected} tensors have a place in {type(pipe).__name__}: another model's")

@@ -1,5 +1,6 @@
 """The `steer` command. Heavy imports wait inside the commands, so that `steer --help` answers at once."""
 
+import io
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ from steer.apps.finetune_cli import finetune
 from steer.apps.processes import part, speaks
 from steer.apps.rewards_cli import rewards
 from steer.apps.sample_cli import SPEC, TIMEOUT, sample
+from steer.apps.system_errors import refusal
 from steer.errors import InputError
 
 
@@ -61,6 +63,9 @@ steer.add_command(sample)
 
 def main() -> None:
     """Runs the command; what the user can put right is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a path need not be text, and a job is not to end in saying its name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with Ending():
         _run()
 
@@ -83,6 +88,12 @@ def _run() -> None:
         sys.exit(2)
     except InputError as error:
         click.echo(f"steer: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:  # who reads what is said has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"steer: {' '.join(refusal(error).split())}; what was finished is kept", err=True)
         sys.exit(2)
 
 

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from steer.apps.evaluation_plots import labels, named
 from steer.apps.evaluation_store import Store
 from steer.apps.finetune_grids import DPI, GAP, SIDE
-from steer.apps.pictures import FAINT, INK, shown
+from steer.apps.pictures import FAINT, INK, opened, shown
 from steer.staged import staged
 
 MOST = 16  # contenders
@@ -67,8 +66,7 @@ def _asked(prompt: str) -> str:
 
 
 def _height(path: Path) -> int:
-    with Image.open(path) as image:
-        return image.height
+    return opened(path).height
 
 
 def _picture(figure: Figure, path: Path, corner: tuple[float, float], high: int) -> None:
@@ -76,7 +74,6 @@ def _picture(figure: Figure, path: Path, corner: tuple[float, float], high: int)
     width, height = figure.get_size_inches() * DPI
     axes = figure.add_axes((*corner, SIDE / width, high / height))
     if path.is_file():
-        with Image.open(path) as image:
-            axes.imshow(image.convert("RGB"), interpolation="antialiased")
+        axes.imshow(opened(path), interpolation="antialiased")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_color(FAINT)

@@ -78,10 +78,10 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
 
     with errors_named(config.source.name, KEPT, LESS):
         result = learn(config, method, material, resume, told, lambda record: write_once(), on_evaluation)
-    if here.is_main:
-        write_once()
-        if result.stopped != INTERRUPTED:
-            write_report(out, told, result)
+        if here.is_main:
+            write_once()
+            if result.stopped != INTERRUPTED:
+                write_report(out, told, result)
     return result
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from steer.apps.pictures import FAINT, INK, shown
+from steer.images import BROKEN
 from steer.pipelines.held_out import Evaluated
 from steer.staged import staged
 
@@ -136,10 +137,14 @@ def numbers(rewards: Sequence[float]) -> str:
 
 
 def read_grid(path: Path) -> dict[str, Any] | None:
-    """What a grid tells of itself: step, rewards, cells and boxes; None for another picture."""
-    with Image.open(path) as picture:
-        said = picture.info.get(TOLD)
-    return json.loads(said) if isinstance(said, str) else None
+    """What a grid tells of itself: step, rewards, cells and boxes; None for another picture, and a damaged one."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            said = picture.info.get(TOLD)
+        return json.loads(said) if isinstance(said, str) else None
+    except BROKEN:
+        return None
 
 
 def grids(out: Path) -> list[Path]:

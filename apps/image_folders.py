@@ -1,10 +1,10 @@
 """Folders of images, each with the prompt that it was made for."""
 
-import json
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from steer.errors import InputError
+from steer.sums import unsummed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 WAYS = "a report.json of `steer sample`, a prompts.jsonl with image and prompt on each line, or one prompt for all"
@@ -48,7 +48,9 @@ def _read(path: Path) -> str:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return unsummed(text)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from error
 

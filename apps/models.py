@@ -1,5 +1,6 @@
 """A model by name: embedded, a folder, or on the hub."""
 
+from _pickle import UnpicklingError  # the error's name only
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,6 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
-    from safetensors import SafetensorError
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
@@ -40,7 +40,12 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         pipe = DiffusionPipeline.from_pretrained(source, dtype=precision(device, dtype))
-    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, ImportError, SafetensorError) as error:
+    except UnpicklingError as error:
+        raise InputError(
+            f"model {model!r} cannot be loaded: a file of its weights is broken, or holds code, which is never run; "
+            "take one with safetensors"
+        ) from error
+    except Exception as error:  # two libraries and a stranger's files: there is no list of what they raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {model!r} cannot be loaded: {reason}") from error
     return pipe.to(device)

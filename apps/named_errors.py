@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from safetensors import SafetensorError
 
+from steer.apps.system_errors import refusal
 from steer.errors import InputError
 
 
@@ -29,6 +31,8 @@ def errors_named(named: str, kept: str, less: str) -> Iterator[None]:
         raise
     except torch.OutOfMemoryError as error:
         raise InputError(f"{named}: the device's memory is full: {less} ({kept})") from error
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        raise InputError(f"{named}: {refusal(error)} ({kept})") from error
+    except (ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{named}: {reason} ({kept})") from error

@@ -1,5 +1,6 @@
 """Pictures of a report: base beside steered images, and the tree of the particles."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from PIL import Image
+
+from steer.errors import InputError
+from steer.images import BROKEN
 
 Report = dict[str, Any]
 MOST_ROWS = 24  # prompts in one grid
@@ -60,12 +64,22 @@ def made_how(report: Report) -> str:
 
 
 def shown(prompt: str, length: int = 70) -> str:
-    """A prompt as plain text for matplotlib, which would read $…$ as mathematics."""
+    """A prompt as one line of plain text for matplotlib, which would read $…$ as mathematics."""
+    prompt = re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", prompt)
     return (prompt if len(prompt) <= length else prompt[: length - 1] + "…").replace("$", r"\$")
 
 
+def opened(path: Path) -> Image.Image:
+    """An image that a run has written, in RGB. Raises InputError where it was spoilt since."""
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            return file.convert("RGB")
+    except BROKEN as error:
+        raise InputError(f"{path} is damaged ({error}); delete it, the same command makes it again") from error
+
+
 def _picture(axes: Axes, path: Path, reward: float) -> None:
-    axes.imshow(Image.open(path).convert("RGB"), interpolation="nearest")
+    axes.imshow(opened(path), interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_xlabel(f"{reward:.3g}", size=8, labelpad=2, color=INK)
@@ -112,7 +126,7 @@ def _tree(axes: Axes, entry: dict[str, Any], out: Path) -> None:
             for slot, reward in enumerate(rewards):
                 _label(axes, f"{reward:.2g}", (column, slot), (0, 7), size=6.5, ha="center")
     for rank, slot in enumerate(entry["order"]):
-        picture = Image.open(out / entry["images"][rank]).convert("RGB").resize((64, 64))
+        picture = opened(out / entry["images"][rank]).resize((64, 64))
         thumbnail = OffsetImage(np.asarray(picture), zoom=0.42)
         axes.add_artist(AnnotationBbox(thumbnail, (last, slot), (26, 0), boxcoords="offset points", frameon=False))
         weight = "bold" if rank == 0 else "normal"

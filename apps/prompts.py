@@ -12,6 +12,7 @@ from steer.choices import nearest
 from steer.errors import InputError
 
 COLUMN, TAG = "prompt", "tag"
+LONGEST = 100_000  # characters of a prompt: far beyond what any text encoder reads
 
 
 def find_prompts(source: str, column: str | None = None) -> list[str]:
@@ -84,7 +85,18 @@ def _read(path: Path, column: str | None) -> list[str]:
         raise InputError(f"{path}: cannot read the prompt file ({error.strerror or in_a_line(error)})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    return [stripped for prompt in prompts if (stripped := prompt.strip())]
+    found = [stripped for prompt in prompts if (stripped := prompt.strip())]
+    for prompt in found:
+        check_prompt(prompt, str(path))
+    return found
+
+
+def check_prompt(prompt: str, where: str) -> None:
+    """Raises InputError, which begins with `where`, for what no tokenizer or image file can hold."""
+    if len(prompt) > LONGEST:
+        raise InputError(f"{where}: a prompt of {len(prompt)} characters: at most {LONGEST}, {prompt!r:.40}…")
+    if found := re.search("[\0\ud800-\udfff]", prompt):
+        raise InputError(f"{where}: the prompt {prompt!r:.70} holds {found[0]!r}, which is no text: leave it out")
 
 
 def _tags(path: Path, column: str | None, tag: str) -> list[str]:

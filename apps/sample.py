@@ -22,7 +22,8 @@ from steer.apps.named_errors import errors_named
 from steer.apps.pictures import draw_ancestry, draw_grid
 from steer.apps.processes import Processes, processes
 from steer.apps.progress import draw_progress
-from steer.apps.sample_record import Entry, Record, Report, open_record
+from steer.apps.prompts import check_prompt
+from steer.apps.sample_record import Entry, Record, Report, open_record, writing_to
 from steer.apps.sample_settings import SampleSettings
 from steer.apps.specs import reward_here
 from steer.errors import InputError
@@ -52,6 +53,8 @@ def sample(
         settings.check()
         faster = faster or Faster()
         faster.check()
+        for prompt in prompts:
+            check_prompt(prompt, "prompt")
         if animation and not METHODS[settings.method].iterates:
             raise InputError(f"--animation shows iterations, and --method {settings.method} has none: leave it out")
         reward = reward_here(settings.reward, reward_timeout)
@@ -68,13 +71,15 @@ def sample(
                 folder = out / f"{n:03d}-{_slug(prompts[n])}"
                 job = Job(pipe, reward, prompts[n], settings, folder / SEARCH, unworn=off, faster=faster)
                 entry = _finished(job, folder, animation)
-                record.keep(n, entry, here.count == 1)
-                _clean(folder)
+                with writing_to(out):
+                    record.keep(n, entry, here.count == 1)
+                    _clean(folder)
                 _stop_with(entry, record, here)
     here.wait()
-    report = here.from_main(lambda: record.merged(len(prompts)))
-    if here.is_main:
-        _draw(report, out)
+    with writing_to(out):
+        report = here.from_main(lambda: record.merged(len(prompts)))
+        if here.is_main:
+            _draw(report, out)
     return report
 
 
@@ -103,7 +108,8 @@ def _stop_with(entry: Entry, record: Record, here: Processes) -> None:
     """Raises InputError where the run of this prompt ended before its time, with all that there is on disk."""
     if entry.get("stopped"):
         if here.count == 1:
-            _draw(record.save(), record.out)
+            with writing_to(record.out):
+                _draw(record.save(), record.out)
         raise InputError(
             f"prompt {entry['prompt']!r}: {entry['stopped']}; its best images so far are kept, the same command goes "
             "on after it"

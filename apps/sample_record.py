@@ -4,21 +4,25 @@ Each process writes an entry for each prompt that it finishes, whole, to a file 
 another and a killed run loses nothing. The next run, of any number of processes, reads them all.
 """
 
-import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from steer.apps.sample_settings import SampleSettings
+from steer.apps.system_errors import refusal
 from steer.errors import InputError
 from steer.pipelines import Cost
 from steer.staged import write_text
+from steer.sums import summed, unsummed
 
 Report = dict[str, Any]
 Entry = dict[str, Any]
 REPORT, FINISHED = "report.json", "finished"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class Record:
     entries: dict[int, Entry]
 
     def missing(self, count: int, animation: bool) -> list[int]:
-        """The numbers, of `count` prompts, whose entry or one of whose files is not there."""
+        """The numbers, of `count` prompts, whose entry or one of whose files is not there, or cut off."""
         return [n for n in range(count) if not _whole(self.entries.get(n, {}), self.out, animation)]
 
     def keep(self, number: int, entry: Entry, alone: bool) -> None:
@@ -44,7 +48,7 @@ class Record:
             self.save()
             part.unlink(missing_ok=True)
         else:
-            write_text(part, json.dumps(self.told | {"number": number, "prompts": [entry]}, indent=1))
+            write_text(part, summed(self.told | {"number": number, "prompts": [entry]}))
 
     def save(self) -> Report:
         """Writes report.json, as far as no prompt is missing in between, and returns it."""
@@ -52,7 +56,7 @@ class Record:
         while len(entries) in self.entries:
             entries.append(self.entries[len(entries)])
         report = self.told | {"prompts": entries, "cost": total_cost(entries)}
-        write_text(self.out / REPORT, json.dumps(report, indent=1))
+        write_text(self.out / REPORT, summed(report))
         return report
 
     def merged(self, count: int) -> Report:
@@ -99,6 +103,17 @@ def check_writable(out: Path) -> None:
         raise InputError(f"--out {out}: cannot write there ({error.strerror})") from error
 
 
+@contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """What the disk refuses inside ends as an InputError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(
+            f"--out {out}: {refusal(error)}; finished prompts are kept, the same command goes on"
+        ) from error
+
+
 def total_cost(entries: Sequence[Entry]) -> dict[str, float]:
     """Over all prompts; older entries count no gradients."""
     return {cost.name: sum(entry["cost"].get(cost.name, 0) for entry in entries) for cost in fields(Cost)}
@@ -118,9 +133,11 @@ def _finished(out: Path, given: Mapping[str, Any]) -> dict[int, Entry]:
 def _read(path: Path, out: Path, given: Mapping[str, Any]) -> Report:
     """A report in `out`, or one of a single prompt. Raises InputError where it is none, or of other settings."""
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
+        old = unsummed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--out {out}: cannot read {path.name} ({error.strerror})") from error
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a report of steer ({error}); choose another --out") from error
     if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
@@ -135,8 +152,17 @@ def _read(path: Path, out: Path, given: Mapping[str, Any]) -> Report:
 
 
 def _whole(entry: Entry, out: Path, animation: bool) -> bool:
-    """Whether all files of an entry are there, inside the output folder."""
+    """Whether all files of an entry are there to their ends, inside the output folder."""
     names = [*entry.get("images", [None]), *entry.get("base", {}).get("images", [])]
     names += [entry["noise"]] if "noise" in entry else []
     names += [entry.get("animation")] if animation else []
-    return all(isinstance(name, str) and ".." not in name and (out / name).is_file() for name in names)
+    return all(isinstance(name, str) and ".." not in name and _ends(out / name) for name in names)
+
+
+def _ends(path: Path) -> bool:
+    """Whether a file is there, and a PNG to its end, which a power cut or a broken copy may have taken."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    with path.open("rb") as file:
+        file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)
+        return path.suffix != ".png" or file.read() == PNG_END

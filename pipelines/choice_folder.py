@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ class ChoiceFolder:
     lot = folder.write_lot(*sampler.rollout(Rows(("a star",) * 2, starts=(1, 1), noises=(2, 3))))
     folder.write_choice(lot, chosen=1, rejected=0)
 
-    After a crash all that was returned from is there. One program at a time may write.
+    After a crash all that was returned from is there. One program at a time may write. Raises InputError where the
+    disk refuses; then nothing of a lot counts.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -59,10 +61,8 @@ class ChoiceFolder:
     def create_as(cls, path: Path, drawn: DrawnWith) -> "ChoiceFolder":
         """A new folder, or one that was begun, for samples that were drawn with `drawn`."""
         if not (path / SETTINGS).exists():
-            try:
+            with _writing(path):
                 write_text(path / SETTINGS, json.dumps(asdict(drawn), indent=1) + "\n")
-            except OSError as error:
-                raise InputError(f"{path}: cannot write there ({error.strerror})") from error
         found = cls(path)
         for name, (there, here) in found.drawn.differences(drawn).items():
             raise InputError(f"{path} holds samples drawn with {name} {there!r}, not {here!r}: use another folder")
@@ -86,13 +86,14 @@ class ChoiceFolder:
         data = save(trajectory_tensors(drew)[0]) if keep_trajectories else b""
         stored = (hashlib.sha256(data).hexdigest(), drew.stochastic) if keep_trajectories else None
         lot = Lot(self.path, name, rows, hashes, stored)
-        for number, one in enumerate(pixels):
-            with staged(self.path / lot.image_file(number)) as new:
-                Image.fromarray(one).save(new, "PNG")
-        if keep_trajectories:
-            with staged(self.path / lot.trajectory_file) as new:
-                new.write_bytes(data)
-        append_line(self.path / LOTS, lot.line())
+        with _writing(self.path):
+            for number, one in enumerate(pixels):
+                with staged(self.path / lot.image_file(number)) as new:
+                    Image.fromarray(one).save(new, "PNG")
+            if keep_trajectories:
+                with staged(self.path / lot.trajectory_file) as new:
+                    new.write_bytes(data)
+            append_line(self.path / LOTS, lot.line())
         self.lots[name] = lot
         return name
 
@@ -101,11 +102,13 @@ class ChoiceFolder:
         count = len(self._lot(lot).rows)
         if chosen == rejected or not (0 <= chosen < count and 0 <= rejected < count):
             raise InputError(f"chosen {chosen} and rejected {rejected} must be two different numbers below {count}")
-        append_line(self.path / CHOICES, more | {"lot": lot, "chosen": chosen, "rejected": rejected})
+        with _writing(self.path):
+            append_line(self.path / CHOICES, more | {"lot": lot, "chosen": chosen, "rejected": rejected})
 
     def write_tie(self, lot: str, **more: Any) -> None:
         """No image of a lot was preferred."""
-        append_line(self.path / CHOICES, more | {"lot": self._lot(lot).id, "tie": True})
+        with _writing(self.path):
+            append_line(self.path / CHOICES, more | {"lot": self._lot(lot).id, "tie": True})
 
     def _lot(self, name: str) -> Lot:
         if name not in self.lots:
@@ -122,6 +125,14 @@ class ChoiceFolder:
             raise InputError(f"images of shape {tuple(images.shape)} must be ({len(rows)}, 3, height, width)")
         if drew.latents.dtype != DTYPES[self.drawn.storage]:
             raise InputError(f"these trajectories hold {drew.latents.dtype}, the folder is for {self.drawn.storage}")
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: it cannot be written there ({error.strerror}): make room, then try again") from error
 
 
 def lot_name(rows: Rows) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from steer.checkpoint import Checkpoint, Checkpoints
@@ -25,6 +26,7 @@ from steer.pipelines.team import AcceleratedTeam
 from steer.seeds import put_random_state, random_state
 from steer.sharded import put, whole
 from steer.staged import write_text
+from steer.sums import write_sums
 from steer.trainable import Trainable
 
 logger = logging.getLogger(__name__)
@@ -137,8 +139,9 @@ class RunFolder:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
-            raise InputError(f"{self.path}: cannot write there ({error.strerror})") from error
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"{self.path}: cannot write there ({reason}); make room, --resume goes on") from error
 
     def save(self, run: RunState) -> None:
         """A checkpoint of everything that the next update depends on, whatever the number of processes that made it.
@@ -210,7 +213,7 @@ class RunFolder:
         run.put(saved.tensors("average" if run.ema else "weights"))
 
     def export(self, run: RunState, name: str) -> Path:
-        """The present weights, as diffusers reads them; those of before stay until they are whole."""
+        """The present weights, as diffusers reads them, and their sums; those of before stay until they are whole."""
         state = run.trainable.state()
         written = [self._export(run.trainable, state, name) if self.team.is_main else Path()]
         return self.path / name / self.team.gather(written)[0]
@@ -221,6 +224,7 @@ class RunFolder:
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
             written = trainable.write(state, new)
+            write_sums(new)
             if (self.path / name).exists():
                 os.rename(self.path / name, old)
             os.rename(new, self.path / name)

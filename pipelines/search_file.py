@@ -1,13 +1,15 @@
 """A noise optimisation on disk: all of it after every iteration, whole or not at all; safetensors, no code."""
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from steer.errors import InputError
 from steer.noise import Search
@@ -15,6 +17,7 @@ from steer.pipelines.output import Iteration
 from steer.staged import staged
 
 SERIES = ("rewards", "norms", "best")
+SUM = "sha256"  # of the tensors
 
 
 class SearchFile:
@@ -31,13 +34,17 @@ class SearchFile:
         series = {name: torch.stack([getattr(one, name) for one in trace]) for name in SERIES}
         parts = {f"parts/{name}": torch.stack([one.parts[name] for one in trace]) for name in trace[-1].parts}
         tensors = {f"search/{name}": value for name, value in search.tensors().items()} | series | parts
-        with staged(self.path) as new:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, new, self._told())
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        try:
+            with staged(self.path) as new:
+                save_file(plain, new, self._told() | {SUM: _sum(plain)})
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path} cannot be written ({error}); make room, or choose another folder") from error
 
     def load(self, device: torch.device, total: int) -> tuple[Search, list[Iteration]] | None:
         """What was saved, for a run of `total` iterations; None where nothing was.
 
-        Raises InputError for the file of another run.
+        Raises InputError for the file of another run, and for one that is damaged.
         """
         if self.path is None or not self.path.exists():
             return None
@@ -48,8 +55,11 @@ class SearchFile:
             raise InputError(
                 f"{self.path} cannot be read as a saved search ({error}); delete it to begin anew"
             ) from error
+        known = told.pop(SUM, None)
         if told != self._told():
             raise InputError(f"{self.path} belongs to another run; delete it, or call with its settings and seed")
+        if known is not None and known != _sum(tensors):  # files of older versions have none
+            raise InputError(f"{self.path} is damaged: its sha256 is another; delete it to begin anew")
         if missing := sorted({*SERIES} - tensors.keys()):
             raise InputError(f"{self.path} lacks {missing[0]}; delete it to begin anew")
         if (held := len(tensors["rewards"])) > total:
@@ -69,3 +79,12 @@ class SearchFile:
 
     def _told(self) -> dict[str, str]:
         return {"steer": "noise search", "about": self.about}
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

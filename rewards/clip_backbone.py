@@ -18,6 +18,7 @@ from steer.choices import nearest
 from steer.reward import RewardError
 from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalise, resize_and_crop, wide
 from steer.rewards.weights import NO_NETWORK, in_a_line, must_fit
+from steer.sums import check_sums
 
 CONFIG = "open_clip_config.json"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -156,6 +157,7 @@ def open_clip_folder(folder: Path, weights: bool = True) -> Backbone:
     Raises RewardError, one line that names the folder. No code of it is run.
     """
     with _loading(f"CLIP {str(folder)!r}"):
+        check_sums(*sorted(path for path in folder.iterdir() if path.is_file()))
         config = json.loads((folder / CONFIG).read_text())["model_cfg"]
         _must_be_plain(folder, config)
         name = f"local-dir:{folder}"

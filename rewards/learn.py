@@ -14,10 +14,11 @@ from steer.choices import choose
 from steer.reward import RewardError
 from steer.rewards.calibration_curve import Judgement, judged
 from steer.rewards.clip_backbone import CONFIG, Backbone, clip_folder, load_backbone
-from steer.rewards.learned import HEADS, Card, copy_configuration, save_learned
+from steer.rewards.learned import HEADS, Card, save_learned
 from steer.rewards.objectives import OBJECTIVES, Choices, Objective, centred, flipped, smoothed
 from steer.rewards.pairs import Pairs, Source, load_images, split_by_prompt
 from steer.rewards.preprocess import resize_and_crop
+from steer.staged import write_text
 from steer.training import Run, batch_at
 
 logger = logging.getLogger(__name__)
@@ -115,9 +116,8 @@ def train_reward(pairs: Pairs, recipe: Recipe, out: Path, work: Path, device: st
     judgements = [judged(raw, held.choices) for raw in outputs]
     together = judged([torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)], held.choices)
     card = _card(recipe, width, outputs, _report(recipe, len(training), len(held_rows), judgements, together))
-    if recipe.whole and card.backbone == ".":
-        copy_configuration(clip_folder(recipe.backbone), out)
-    save_learned(out, card, [m.head for m in members], [m.backbone for m in members if m.backbone])
+    own = clip_folder(recipe.backbone) if recipe.whole and card.backbone == "." else None
+    save_learned(out, card, [m.head for m in members], [m.backbone for m in members if m.backbone], own)
     return card.report
 
 
@@ -128,7 +128,7 @@ def claim(work: Path, recipe: Recipe, rows: int) -> None:
     if note.exists() and note.read_text() != told:
         raise RewardError(f"--work {work} holds a run with other settings or pairs; choose another, or remove it")
     work.mkdir(parents=True, exist_ok=True)
-    note.write_text(told)
+    write_text(note, told)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Training a small CLIP from images and captions: what learned rewards stand on where no published one fits."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from torch import Tensor, nn
 from steer.reward import RewardError
 from steer.rewards.clip_backbone import CONFIG, Backbone, open_clip_folder
 from steer.rewards.learn import Recipe, claim, image_features
-from steer.rewards.learned import copy_configuration
+from steer.rewards.learned import configuration_files
 from steer.rewards.objectives import contrastive
 from steer.rewards.pairs import Captions, split_by_prompt
+from steer.sums import staged_with_sums
 from steer.training import Run, batch_at
 
 logger = logging.getLogger(__name__)
@@ -54,8 +56,11 @@ def train_clip(
     backbone.eval()
     share = round(picked(backbone, captions, held), 4)
     report = {"captions": {"trained": len(rows), "held_out": len(held)}, "picked_of_32": share}
-    copy_configuration(folder, out)
-    _save(backbone.model, out / WEIGHTS)
+    copied = configuration_files(folder)
+    with staged_with_sums(out, [WEIGHTS, *(path.name for path in copied)]) as new:
+        _save(backbone.model, new[WEIGHTS])
+        for path in copied:
+            shutil.copyfile(path, new[path.name])
     logger.info("%s", report)
     return report
 

@@ -1,6 +1,7 @@
 """Rewards that `steer rewards train` made: a folder with reward.json and the weights of one or several members."""
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,11 +15,15 @@ from torch import Tensor, nn
 
 from steer.assets import REWARDS
 from steer.choices import choose
+from steer.errors import InputError
 from steer.reward import RewardError
 from steer.rewards.aggregate import AGGREGATES
 from steer.rewards.batches import PromptCache, in_micro_batches
 from steer.rewards.clip_backbone import CONFIG, Backbone, load_backbone, open_clip_folder
 from steer.rewards.weights import cast, follow, load_weights, read_checkpoint
+from steer.sums import check_sums, staged_with_sums
+
+logger = logging.getLogger(__name__)
 
 CARD = "reward.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
@@ -102,6 +107,7 @@ class Learned:
         dtype: str | None = None,
     ) -> None:
         path = self.embedded.get(folder, Path(folder))
+        _verify(path)
         card = read_card(path)
         self._aggregate = choose("aggregate", aggregate, AGGREGATES)
         self._known_as = f"{self.kind}:{folder}" if folder in self.embedded else path.name
@@ -164,6 +170,17 @@ class LearnedAesthetic(Learned):
     embedded = REWARDS[kind]
 
 
+def _verify(folder: Path) -> None:
+    """Raises RewardError where a file of the folder is not the one that its sums tell of."""
+    named = [folder / name for name in (CARD, CONFIG, *TOKENIZER)]
+    try:
+        unknown = check_sums(*(path for path in (*named, *sorted(folder.glob("member-*"))) if path.is_file()))
+    except (InputError, OSError) as error:
+        raise RewardError(str(error)) from error
+    if unknown:
+        logger.info("%s: nobody noted a sum of %s, it is read as it is", folder, unknown[0].name)
+
+
 def read_card(folder: Path) -> Card:
     """The folder's reward.json. Raises RewardError where it is missing or says what cannot be."""
     try:
@@ -198,20 +215,31 @@ def _fill(path: Path, head: nn.Module, backbone: Backbone | None) -> None:
     load_weights(net, {key: value.float() for key, value in state.items()}, str(path))
 
 
-def save_learned(folder: Path, card: Card, heads: Sequence[nn.Module], backbones: Sequence[Backbone]) -> None:
-    """Writes a learned reward; the members' backbones, in half precision, where each has its own."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, head in enumerate(heads):
-        net = nn.ModuleDict({"head": head} | ({"backbone": backbones[number]} if backbones else {}))
-        state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-        halved = {key: value.half() if key.startswith("backbone") else value for key, value in state.items()}
-        save_file(halved, folder / f"member-{number}.safetensors")
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=1) + "\n")
+def save_learned(
+    folder: Path,
+    card: Card,
+    heads: Sequence[nn.Module],
+    backbones: Sequence[Backbone],
+    configuration: Path | None = None,
+) -> None:
+    """Writes a learned reward; the members' backbones, in half precision, where each has its own.
+
+    configuration  an open_clip folder whose configuration and tokenizer belong to it
+    Raises InputError where the disk refuses; what was there before stays.
+    """
+    members = [f"member-{number}.safetensors" for number in range(len(heads))]
+    copied = configuration_files(configuration) if configuration else []
+    with staged_with_sums(folder, [CARD, *members, *(path.name for path in copied)]) as new:
+        for number, (name, head) in enumerate(zip(members, heads, strict=True)):
+            net = nn.ModuleDict({"head": head} | ({"backbone": backbones[number]} if backbones else {}))
+            state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
+            halved = {key: value.half() if key.startswith("backbone") else value for key, value in state.items()}
+            save_file(halved, new[name])
+        for path in copied:
+            shutil.copyfile(path, new[path.name])
+        new[CARD].write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
 
 
-def copy_configuration(source: Path, folder: Path) -> None:
-    """Copies the configuration and the tokenizer of an open_clip folder, without its weights."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in (CONFIG, *TOKENIZER):
-        if (source / name).is_file() and source.resolve() != folder.resolve():
-            shutil.copyfile(source / name, folder / name)
+def configuration_files(folder: Path) -> list[Path]:
+    """The configuration and the tokenizer of an open_clip folder, without its weights."""
+    return [folder / name for name in (CONFIG, *TOKENIZER) if (folder / name).is_file()]

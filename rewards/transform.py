@@ -1,6 +1,5 @@
 """A reward on another scale: standardised over the base model's samples, or as log σ above a prompt's reference."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -12,6 +11,8 @@ from torch.nn import functional as F
 
 from steer.reward import Reward, RewardError
 from steer.rewards.composed import Composed
+from steer.staged import write_text
+from steer.sums import summed, unsummed
 
 
 @dataclass(frozen=True)
@@ -42,16 +43,15 @@ class Calibration:
         return self.scales[name]
 
     def save(self, path: Path) -> None:
-        """Writes it as JSON."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Writes it as JSON, whole or not at all. Raises OSError."""
         record = {"source": dict(self.source), "scales": {name: asdict(scale) for name, scale in self.scales.items()}}
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_text(path, summed(record))
 
 
 def read_calibration(path: Path) -> Calibration:
     """Of a file that `steer rewards calibrate` wrote. Raises RewardError where it is not one."""
     try:
-        record = json.loads(path.read_text())
+        record = unsummed(path.read_text(encoding="utf-8"))
         scales = {str(name): Scale(**scale) for name, scale in record["scales"].items()}
         numbers = [n for scale in scales.values() for n in (scale.mean, scale.std, *scale.prompts.values())]
         sound = all(math.isfinite(n) for n in numbers) and all(scale.std > 0 for scale in scales.values())

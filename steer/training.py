@@ -1,10 +1,13 @@
 """A training loop that can be stopped: AdamW, cosine schedule, progress bar, a log that can be plotted."""
 
+import hashlib
 import json
 import logging
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,9 +17,14 @@ from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from steer.errors import InputError
 from steer.staged import staged
 
 logger = logging.getLogger(__name__)
+
+# After the end of the file that torch writes, where torch's reader does not mind it: it checks no sums itself.
+TRAILER = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
+TRAILER_LENGTH = 73
 
 
 class Stateful(Protocol):
@@ -84,18 +92,47 @@ class Run:
         path = self.folder / "state.pt"
         if not path.exists():
             return 0
-        saved = torch.load(path, weights_only=True, map_location=device)
+        saved = read_state(path, device)
         for target, state in zip(stateful, saved["states"], strict=True):
             target.load_state_dict(state)
         logger.info("resumed %s at step %d", self.folder, saved["step"])
         return saved["step"]
 
     def _save(self, step: int, stateful: list[Stateful]) -> None:
-        with staged(self.folder / "state.pt") as new:
-            torch.save({"step": step, "states": [target.state_dict() for target in stateful]}, new)
+        write_state(self.folder / "state.pt", {"step": step, "states": [target.state_dict() for target in stateful]})
 
     def _log(self, record: dict[str, float]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         logger.info("%s", record)
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain values as torch does, with their sum. Raises InputError where the disk refuses."""
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    try:
+        with staged(path) as new:
+            new.write_bytes(data + f"\nsha256 {hashlib.sha256(data).hexdigest()}\n".encode())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); make room, the same command goes on") from error
+
+
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """What `write_state` wrote; files of older versions have no sum. Raises InputError for one that is damaged."""
+    spoilt = f"{path} is damaged; delete it to begin anew"
+    try:
+        data = path.read_bytes()
+        if told := TRAILER.fullmatch(data[-TRAILER_LENGTH:]):
+            data = data[:-TRAILER_LENGTH]
+            if hashlib.sha256(data).hexdigest() != told[1].decode():
+                raise InputError(f"{spoilt}: its sha256 is another")
+        buffer = BytesIO(data)
+        saved: dict[str, Any] = torch.load(buffer, weights_only=True, map_location=device)
+    except InputError:
+        raise
+    except Exception as error:  # a broken file may raise nearly anything in torch's reader
+        raise InputError(f"{spoilt} ({' '.join(str(error).split())[:80]})") from error
+    return saved

@@ -17,6 +17,7 @@ from steer.reward import RewardError, load_reward, score, score_parts
 from steer.rewards.learn import Recipe, train_reward
 from steer.rewards.learned import Learned
 from steer.rewards.pairs import Pairs, read_pairs
+from steer.sums import SUMS
 
 SIDE = 16
 RECIPE = Recipe(backbone="", head="image", steps=250, batch=16, learning_rate=3e-3, held_out=0.25)
@@ -242,6 +243,7 @@ def test_a_folder_that_is_not_whole_is_refused(
     recipe: Recipe, pairs: Pairs, tmp_path: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
     train_reward(pairs, replace(recipe, steps=2), tmp_path / "r", tmp_path / "work")
+    (tmp_path / "r" / SUMS).unlink()  # with it any change is told before: see test_sums
     spoil(tmp_path / "r")
     with pytest.raises(RewardError, match=message):
         load_reward(f"preference:{tmp_path / 'r'}")

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import Steer
+from PIL import Image
 
 from steer.apps.processes import Processes, processes
 from steer.apps.sample_record import Record, open_record
 from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
+from steer.sums import summed, unsummed
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TWO += ["-m", "steer.apps.cli"]
@@ -76,8 +78,8 @@ def made(out: Path) -> dict[str, bytes]:
 
 
 def report_of(out: Path) -> dict[str, Any]:
-    """All of it but the seconds."""
-    report = json.loads((out / "report.json").read_text())
+    """All of it but the seconds and its sum."""
+    report = unsummed((out / "report.json").read_text())
     for one in (report, *report["prompts"]):
         del one["cost"]["seconds"]
     return report
@@ -160,7 +162,7 @@ SETTINGS |= {"ess_threshold": 0.5, "eta": None, "seed": 0, "compare": False, "dt
 
 def entry_of(out: Path, number: int, prompt: str) -> dict[str, Any]:
     name = f"{number}.png"
-    (out / name).touch()
+    Image.new("RGB", (2, 2)).save(out / name)
     return {"prompt": prompt, "images": [name], "cost": {"nfe": 2, "seconds": 1.0}}
 
 
@@ -205,7 +207,7 @@ def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="holds a run of other prompts"):
             open_record(tmp_path, prompts, settings)
     before = json.loads(part.read_text())
-    for told in ("{", "[]", json.dumps(before | {"number": "3"}), json.dumps(before | {"prompts": []})):
+    for told in ("{", "[]", summed(before | {"number": "3"}), summed(before | {"prompts": []})):
         part.write_text(told)
         with pytest.raises(InputError, match=r"00003\.json is not a report of steer"):
             open_record(tmp_path, PROMPTS, settings)

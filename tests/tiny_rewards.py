@@ -17,7 +17,7 @@ from transformers import CLIPConfig, CLIPModel
 from steer.apps.scenes.preferences import new_clip_folder
 from steer.apps.scenes.tokenizer import LENGTH
 from steer.rewards.clip_backbone import CONFIG, open_clip_folder
-from steer.rewards.learned import Card, PairHead, copy_configuration, save_learned
+from steer.rewards.learned import Card, PairHead, save_learned
 from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD
 
 State = dict[str, Tensor]
@@ -113,9 +113,8 @@ def tiny_imagereward(folder: Path) -> str:
 @seeded()
 def tiny_learned(folder: Path, clip: Path) -> Path:
     """A learned reward of one member with its own backbone."""
-    copy_configuration(clip, folder)
     card = Card("pair", ".", SPACE, (0.1,), (0.5,), {})
-    save_learned(folder, card, [shaken(PairHead(SPACE))], [open_clip_folder(clip)])
+    save_learned(folder, card, [shaken(PairHead(SPACE))], [open_clip_folder(clip)], clip)
     return folder
 
 

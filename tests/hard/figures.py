@@ -1,0 +1,53 @@
+"""Figures of the hard tests: out/reliability.json, from which docs/reliability.md is filled.
+
+python tests/hard/figures.py    prints the table
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+FILE = Path(__file__).resolve().parents[2] / "out" / "reliability.json"
+
+
+@dataclass
+class Tally:
+    """How often something was tried, and what came of it.
+
+    survived  what was there before, or what was being written, is read as it was; or the input was refused in a line
+    lost      what was there before is gone, or something wrong is read
+    told      counts by kind
+    """
+
+    tries: int = 0
+    survived: int = 0
+    lost: int = 0
+    told: dict[str, int] = field(default_factory=dict)
+
+    def count(self, kind: str, good: bool = True) -> None:
+        """One more try."""
+        self.tries += 1
+        self.survived += good
+        self.lost += not good
+        self.told[kind] = self.told.get(kind, 0) + 1
+
+    def note(self, name: str) -> None:
+        """Writes it among the figures of the other tests."""
+        FILE.parent.mkdir(parents=True, exist_ok=True)
+        known = json.loads(FILE.read_text()) if FILE.exists() else {}
+        FILE.write_text(json.dumps(dict(sorted((known | {name: asdict(self)}).items())), indent=1) + "\n")
+
+
+def table() -> str:
+    """The figures as the page shows them."""
+    lines = ["| what | tries | survived | lost | how |", "|---|---|---|---|---|"]
+    for name, one in json.loads(FILE.read_text()).items():
+        if {"tries", "survived", "lost", "told"} <= one.keys():
+            how = ", ".join(f"{kind} {count:,}" for kind, count in sorted(one["told"].items()))
+            lines.append(f"| {name} | {one['tries']:,} | {one['survived']:,} | {one['lost']:,} | {how} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table() + "\n")

@@ -1,0 +1,191 @@
+"""`steer sample` and `steer finetune` that are killed, interrupted or refused something: one line, and they go on."""
+
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import CONFIG, WORDS, Command, all_whole, finetuned, nothing_amiss, sampled
+from conftest import cached_pipe
+from figures import Tally
+from forks import Ended, as_nobody, few_files, forked, killed_at, limited, started, steps_of
+
+from steer.apps import finetune_report, sample
+
+FULL = pytest.mark.hard
+NAMES = ["sample", pytest.param("finetune", marks=FULL)]
+
+
+@pytest.fixture(scope="module")
+def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
+    """Both, with a tiny model of their own."""
+    home = tmp_path_factory.mktemp("commands")
+    cached_pipe("sd").save_pretrained(home / "tiny")
+    (home / "prompts.txt").write_text("a red circle\na blue star\n")
+    told = CONFIG | {"model": str(home / "tiny"), "prompts": str(home / "prompts.txt")}
+    (home / "config.yaml").write_text(yaml.safe_dump(told))
+    words = ("sample", "a red circle", "a blue star", "--model", str(home / "tiny"), *WORDS, "--out")
+    return {
+        "sample": Command(words, sampled, nothing_amiss),
+        "finetune": Command(("finetune", str(home / "config.yaml"), "--resume", "--output-dir"), finetuned, all_whole),
+    }
+
+
+@pytest.fixture(scope="module")
+def done(commands: dict[str, Command], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a run that nobody disturbs leaves."""
+    found = {}
+    for name, command in commands.items():
+        out = tmp_path_factory.mktemp("done") / name
+        ended = command.forked(out)
+        assert ended.code == 0, ended.said
+        found[name] = command.left(out)
+    return found
+
+
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer than a tiny model."""
+    monkeypatch.setattr(finetune_report, "write_grid", lambda *given: None)
+    monkeypatch.setattr(finetune_report, "write_report", lambda *given: None)
+    monkeypatch.setattr(sample, "_draw", lambda *given: None)
+
+
+def goes_on(command: Command, out: Path, expected: Any) -> bool:
+    """Whether the same command, undisturbed, leaves what a run leaves that never was disturbed."""
+    command.check(out)
+    ended = command.forked(out)
+    return ended.code == 0 and command.left(out) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("kills", [2, pytest.param(16, marks=FULL)])
+def test_a_run_that_is_killed_ends_as_one_that_was_not(
+    commands: dict[str, Command],
+    done: dict[str, Any],
+    tmp_path: Path,
+    name: str,
+    kills: int,
+) -> None:
+    command, tally = commands[name], Tally()
+    count = steps_of(lambda: command.run(tmp_path / "count"), tmp_path / "count")
+    for number in range(kills):
+        out = tmp_path / f"{number}"
+        ended = killed_at(number * count // kills, lambda out=out: command.run(out), out)
+        assert ended.code == -signal.SIGKILL, ended.said
+        tally.count("kills", goes_on(command, out, done[name]))
+        shutil.rmtree(out, ignore_errors=True)
+    assert count > kills and tally.lost == 0
+    if kills >= 16:
+        tally.note(f"steer {name}, kill -9, then the same command")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.usefixtures("no_pictures")
+@pytest.mark.parametrize("times", [pytest.param(8, marks=FULL)])
+def test_a_run_that_is_interrupted_ends_as_one_that_was_not(
+    commands: dict[str, Command],
+    done: dict[str, Any],
+    tmp_path: Path,
+    name: str,
+    times: int,
+) -> None:
+    command, tally, rng = commands[name], Tally(), random.Random(0)
+    begun = time.monotonic()
+    assert command.forked(tmp_path / "whole").code == 0
+    length = time.monotonic() - begun
+    for number in range(times):
+        kind = (signal.SIGINT, signal.SIGTERM)[number % 2]
+        out = tmp_path / f"{number}"
+        child = started(lambda out=out: command.run(out), tmp_path / "said")
+        time.sleep(rng.uniform(0.1, 1) * length)
+        os.kill(child, kind)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        said = (tmp_path / "said").read_text()
+        assert code in (0, 130, -signal.SIGTERM) and "Traceback" not in said, said
+        assert code != 130 or said.strip().splitlines()[-1].startswith("steer: interrupted"), said
+        tally.count({0: "was done", 130: "ended with a word"}.get(code, "ended"), goes_on(command, out, done[name]))
+    assert tally.lost == 0
+    if times >= 8:
+        tally.note(f"steer {name}, Ctrl-C and SIGTERM, then the same command")
+
+
+def on_a_full_disk(number: int) -> Callable[[Callable[[], Any]], Any]:
+    def run(action: Callable[[], Any]) -> None:
+        with limited(resource.RLIMIT_FSIZE, (0, 30, 300, 1000, 3000, 6000, 12_000, 30_000)[number % 8]):
+            action()
+
+    return run
+
+
+def with_few_files(number: int) -> Callable[[Callable[[], Any]], Any]:
+    def run(action: Callable[[], Any]) -> None:
+        with few_files(number):
+            action()
+
+    return run
+
+
+LIMITS = {"a full disk": on_a_full_disk, "too few files": with_few_files}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", LIMITS)
+@pytest.mark.parametrize("times", [2, pytest.param(8, marks=FULL)])
+def test_a_run_that_is_refused_something_says_so_in_a_line_and_goes_on(
+    commands: dict[str, Command],
+    done: dict[str, Any],
+    tmp_path: Path,
+    name: str,
+    kind: str,
+    times: int,
+) -> None:
+    command, tally = commands[name], Tally()
+    for number in range(0, 8, 8 // times):
+        out = tmp_path / f"{number}"
+        limit = LIMITS[kind](number)
+        ended = forked(lambda limit=limit, out=out: limit(lambda: command.run(out)), out)
+        in_a_line(ended)
+        tally.count("done" if ended.code == 0 else "refused", goes_on(command, out, done[name]))
+    assert tally.lost == 0 and tally.told["refused"]
+    if times >= 8:
+        tally.note(f"steer {name}, {kind}, then the same command")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_that_may_not_be_written_is_told_in_a_line(
+    commands: dict[str, Command],
+    tmp_path: Path,
+    name: str,
+) -> None:
+    command, out = commands[name], tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o555)
+    for path in {
+        *tmp_path.parents,
+        tmp_path,
+        *Path(command.words[command.words.index("--model") + 1] if name == "sample" else command.words[1]).parents,
+    }:
+        if not path.stat().st_mode & 0o001:
+            path.chmod(path.stat().st_mode | 0o055)
+
+    def refused() -> None:
+        as_nobody()
+        command.run(out)
+
+    ended = forked(refused, out)
+    assert ended.code == 2 and "cannot write there (Permission denied)" in ended.said
+    in_a_line(ended)
+
+
+def in_a_line(ended: Ended) -> None:
+    """No traceback: done, or exit code 2 and a last line of steer's own."""
+    assert ended.clean() and ended.code in (0, 2), (ended.code, ended.said)

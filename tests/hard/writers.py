@@ -1,0 +1,205 @@
+"""What steer writes beside checkpoints, each in an old and in a new form, and which of both a folder holds."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from conftest import PROMPT
+from PIL import Image
+from rollouts import call_of, fresh_pipe
+from safetensors.torch import load_file
+from torch import nn
+
+from steer.apps.adapters import find_finetuned
+from steer.apps.sample_record import open_record
+from steer.apps.sample_settings import SampleSettings
+from steer.errors import InputError
+from steer.noise import Search
+from steer.pipelines import FinetuneSettings
+from steer.pipelines.choice_files import DrawnWith
+from steer.pipelines.choice_folder import ChoiceFolder
+from steer.pipelines.choice_reading import read_choices
+from steer.pipelines.finetune_state import RunFolder
+from steer.pipelines.output import Iteration
+from steer.pipelines.search_file import SearchFile
+from steer.reward import score
+from steer.rewards.learned import Card, ImageHead, Learned, save_learned
+from steer.rewards.transform import Calibration, Scale, read_calibration
+from steer.team import ALONE
+from steer.trainable import LoRA
+from steer.trajectory import Rows, Sampler
+
+OLD, NEW, REFUSED = "old", "new", "refused in a line"
+CALL = call_of("sd")
+
+
+@dataclass(frozen=True)
+class Writer:
+    """before: puts the old form in a folder; write: the new one in its place; read: OLD or NEW, or InputError."""
+
+    before: Callable[[Path], Any]
+    write: Callable[[Path], Any]
+    read: Callable[[Path], str]
+    expected: tuple[str, ...] = (OLD, NEW)
+
+
+def which(found: Any, old: Any, new: Any) -> str:
+    return OLD if found == old else NEW if found == new else "lost"
+
+
+@functools.cache
+def drew(seed: int) -> Any:
+    return Sampler(fresh_pipe("sd"), CALL).rollout(Rows((PROMPT,) * 2, (seed,) * 2, (1, 2)))
+
+
+@functools.cache
+def drawn_with() -> DrawnWith:
+    return DrawnWith.of(fresh_pipe("sd"), CALL, 1.0, "float32")
+
+
+def choices(folder: Path, seed: int) -> None:
+    recorded = ChoiceFolder.create_as(folder, drawn_with())
+    recorded.write_choice(recorded.write_lot(*drew(seed)), 0, 1)
+
+
+def choices_in(folder: Path) -> str:
+    starts = {read_choices(folder).lots[choice.lot].rows.starts[0] for choice in read_choices(folder).choices}
+    return which(starts, {1}, {1, 2})
+
+
+@functools.cache
+def width() -> int:
+    from steer.rewards.clip_backbone import load_backbone
+
+    return load_backbone("scenes").width
+
+
+@functools.cache
+def heads(seed: int) -> tuple[nn.Module, ...]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ImageHead(width()), ImageHead(width())
+
+
+def reward(folder: Path, seed: int) -> None:
+    save_learned(folder, Card("image", "scenes", width(), (seed, 0.0), (1.0, 2.0), {}), heads(seed), [])
+
+
+def reward_scores(folder: Path) -> list[float]:
+    return score(Learned(str(folder)), torch.full((1, 3, 32, 32), 0.3), ["a star"]).tolist()
+
+
+@functools.cache
+def scores(seed: int, home: Path) -> list[float]:
+    reward(home / f"{seed}", seed)
+    return reward_scores(home / f"{seed}")
+
+
+def reward_in(folder: Path) -> str:
+    home = folder.parent / "known"
+    return which(reward_scores(folder), scores(1, home), scores(2, home))
+
+
+def found_noise(seed: int) -> tuple[Search, list[Iteration]]:
+    start = Search.start(torch.full((2, 4, 2, 2), float(seed))).record(torch.ones(2))
+    start = replace(start, best_noise=start.noise.clone(), peak=start.peak.clone())  # safetensors shares none
+    rows = torch.full((1, 2), float(seed))
+    return start, [Iteration(n, 3, rows, {"red": rows}, rows, rows) for n in range(seed)]
+
+
+def search_file(folder: Path) -> SearchFile:
+    return SearchFile(folder / "state", {"prompt": "a star"})
+
+
+def noise_in(folder: Path) -> str:
+    found = search_file(folder).load(torch.device("cpu"), 3)
+    if found is None:
+        return "lost"
+    right = torch.equal(found[0].noise, found_noise(len(found[1]))[0].noise)
+    return which(len(found[1]) * right, 1, 2)
+
+
+@functools.cache
+def adapter() -> tuple[LoRA, dict[int, dict[str, Any]]]:
+    trained = LoRA(fresh_pipe("sd"), rank=2)
+    states = {seed: {name: torch.full_like(v, seed) for name, v in trained.state().items()} for seed in (1, 2)}
+    return trained, states
+
+
+def export(folder: Path, seed: int) -> None:
+    trained, states = adapter()
+    RunFolder(folder, {}, {}, FinetuneSettings(max_steps=1), ALONE)._export(trained, states[seed], "final")  # type: ignore[arg-type]
+
+
+def export_in(folder: Path) -> str:
+    finetuned = find_finetuned(str(folder / "final"))
+    with finetuned.worn_by(fresh_pipe("sd")):
+        pass
+    values = {value.unique().item() for value in load_file(finetuned.files[0]).values()}
+    return which(values, {1.0}, {2.0})
+
+
+SETTINGS = SampleSettings(
+    *(
+        "scenes",
+        "fk",
+        "brightness",
+        2,
+        None,
+        None,
+        None,
+        "difference",
+        "systematic",
+        "constant",
+        0.5,
+        None,
+        0,
+        True,
+        None,
+    )
+)
+
+
+def report(folder: Path, number: int) -> None:
+    record = open_record(folder, ["a star", "a circle"], SETTINGS)
+    Image.new("RGB", (2, 2)).save(folder / f"{number}.png")
+    entry = {"prompt": ["a star", "a circle"][number], "images": [f"{number}.png"], "cost": {"seconds": 0.5}}
+    record.keep(number, entry, alone=True)
+
+
+def report_in(folder: Path) -> str:
+    record = open_record(folder, ["a star", "a circle"], SETTINGS)
+    return which(record.missing(2, False), [1], [])
+
+
+def calibration(folder: Path, mean: float) -> None:
+    Calibration({"scene": Scale(mean, 1.0, 4, {"a star": mean})}, {}).save(folder / "c.json")
+
+
+WRITERS = {
+    "choices": Writer(lambda f: choices(f, 1), lambda f: choices(f, 2), choices_in),
+    # While one file after the other takes its place the sums tell of a mixture, and it is not read.
+    "learned reward": Writer(lambda f: reward(f, 1), lambda f: reward(f, 2), reward_in, (OLD, NEW, REFUSED)),
+    "noise search": Writer(
+        lambda f: search_file(f).save(*found_noise(1)), lambda f: search_file(f).save(*found_noise(2)), noise_in
+    ),
+    # Between two renames the folder has another name.
+    "exported weights": Writer(lambda f: export(f, 1), lambda f: export(f, 2), export_in, (OLD, NEW, REFUSED)),
+    "report": Writer(lambda f: report(f, 0), lambda f: report(f, 1), report_in),
+    "calibration": Writer(
+        lambda f: calibration(f, 1.0),
+        lambda f: calibration(f, 2.0),
+        lambda f: which(read_calibration(f / "c.json").scales["scene"].mean, 1.0, 2.0),
+    ),
+}
+
+
+def held(writer: Writer, folder: Path) -> str:
+    """Which form a folder holds, or that it is refused."""
+    try:
+        return writer.read(folder)
+    except InputError as error:
+        return REFUSED if "\n" not in str(error) else "lost"
