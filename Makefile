@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: sample test test-browser lint types unit format clean
+.PHONY: sample test test-browser test-hard lint types unit format clean
 
 sample: $(INSTALLED)  ## the main job: base against steered images for three prompts
 	$(BIN)/steer sample "a red circle left of a blue star" "three green triangles" "a yellow square and a purple cross" \
@@ -26,6 +26,9 @@ unit: $(INSTALLED)  ## two workers of one thread each: twice as fast as one of t
 
 test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or CHROMIUM=path), and in a flood
 	$(BIN)/python -m pytest -m browser tests/test_browser_demo.py tests/test_demo_hostile.py
+
+test-hard: $(INSTALLED)  ## kills, full disks, spoilt and hostile files: 20 minutes; figures in out/reliability.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests/hard
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix
