@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: sample test test-browser test-hard lint types unit format clean
+.PHONY: sample test test-browser test-hard audit sbom lint types unit format clean
 
 sample: $(INSTALLED)  ## the main job: base against steered images for three prompts
 	$(BIN)/steer sample "a red circle left of a blue star" "three green triangles" "a yellow square and a purple cross" \
@@ -29,6 +29,17 @@ test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or 
 
 test-hard: $(INSTALLED)  ## kills, full disks, spoilt and hostile files: 20 minutes; figures in out/reliability.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests/hard
+
+audit: $(INSTALLED)  ## known vulnerabilities of what is installed; it and sbom have an environment of their own
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet 'pip-audit>=2.9'
+	build/audit/bin/pip-audit --skip-editable --path $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+
+sbom: $(INSTALLED)  ## out/sbom.json: what is installed, as CycloneDX
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet 'cyclonedx-bom>=7'
+	mkdir -p out
+	build/audit/bin/cyclonedx-py environment $(BIN)/python --output-file out/sbom.json
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix

@@ -116,8 +116,8 @@ def train_reward(pairs: Pairs, recipe: Recipe, out: Path, work: Path, device: st
     judgements = [judged(raw, held.choices) for raw in outputs]
     together = judged([torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)], held.choices)
     card = _card(recipe, width, outputs, _report(recipe, len(training), len(held_rows), judgements, together))
-    own = clip_folder(recipe.backbone) if recipe.whole and card.backbone == "." else None
-    save_learned(out, card, [m.head for m in members], [m.backbone for m in members if m.backbone], own)
+    copied = clip_folder(recipe.backbone) if recipe.whole and card.backbone == "." else None
+    save_learned(out, card, [m.head for m in members], [m.backbone for m in members if m.backbone], copied)
     return card.report
 
 
