@@ -49,16 +49,9 @@ def limit_of(subject: Subject) -> float:
 
 def steer_whole(subject: Subject, pipe: Any, reward: Any, options: Mapping[str, Any] = NO_OPTIONS) -> Steered:
     """Feynman–Kac steering as a user calls it, PIL images included."""
-    out = FKSteeringPipeline(pipe, reward)(
-        list(subject.prompts),
-        num_particles=subject.size,
-        lam=STRENGTH,
-        resample_steps=subject.read_at,
-        generator=subject.generator(),
-        output_type="pt",
-        **subject.call,
-        **options,
-    )
+    usual = {"num_particles": subject.size, "lam": STRENGTH, "resample_steps": subject.read_at, "output_type": "pt"}
+    call = usual | subject.call | dict(options)
+    out = FKSteeringPipeline(pipe, reward)(list(subject.prompts), generator=subject.generator(), **call)
     as_type(out.images, "pil")
     return out.images, out.rewards, tuple(out.ancestors)
 
@@ -83,11 +76,13 @@ On = Callable[[Any], AbstractContextManager[Any]]  # a pipeline → a context th
 
 
 def fewer(subject: Subject) -> dict[str, Any]:
-    """Half of the particles from the first reading on, a quarter from the third, cheap previews: what our steering is
-    called with where other images of the same reward will do (`python -m steer.apps.scenes economies`)."""
+    """Half as many particles more at the start, half of K from the first reading on and a quarter from the third, cheap
+    previews: what our steering is called with where other images of about the same reward will do, as
+    `python -m steer.apps.scenes economies` found."""
     first, _, third, *_ = subject.read_at
     narrow = {first: subject.size // 2, third: subject.size // 4}
-    return {"narrow": narrow, "narrow_choice": "best", "preview": preview_named(subject.preview, subject.pipe)}
+    preview = preview_named(subject.preview, subject.pipe)
+    return {"num_particles": 3 * subject.size // 2, "narrow": narrow, "narrow_choice": "best", "preview": preview}
 
 
 @contextmanager

@@ -195,7 +195,7 @@ COMPARISONS: Mapping[str, Comparison] = {
         samples=of_one_prompt,
     ),
     "naive_fk_over_ours_fewer": Comparison(
-        "the same reward in other images: ours with fewer and fewer particles and cheap previews, exact gains on",
+        "about the same reward in other images: ours with 3/2 K particles that get fewer, and cheap previews",
         partial(against_naive.fk, on=everything, cheaper=True),
         takes_fewer,
         samples=of_one_prompt,

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from steer.apps.pictures import FAINT, INK
 from steer.apps.preview_words import preview_named
 from steer.apps.scenes.contenders import Contender, Found, Point
-from steer.apps.scenes.evaluate import CALL, STEERING
+from steer.apps.scenes.evaluate import CALL, STEERING, interval
 from steer.apps.scenes.kept_runs import SIDE_BY_SIDE, KeptRuns
 from steer.apps.scenes.steering_pictures import COSTS
 from steer.pipelines import FKSteeringPipeline
@@ -91,7 +91,9 @@ def economies(
         "prompts": len(prompts),
         "settings": {"reward": reward, **STEERING, **call},
         "rows": {
-            name: point.row() | {"minus_standard": point.minus(first), "options": dict(some[name].options)}
+            name: point.row()
+            | {"minus_standard": {"proxy": interval((point.proxy - first.proxy).float()), **point.minus(first)}}
+            | {"options": dict(some[name].options)}
             for name, point in points.items()
         },
     }
