@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from steer.apps.finetune_grids import thumbnail
 from steer.apps.methods import METHODS
 from steer.apps.named_errors import errors_named, named
 from steer.frames import over_frames
-from steer.pipelines import SteeringOutput
+from steer.pipelines import Cost, SteeringOutput
 from steer.pipelines.held_out import diversity
 from steer.pipelines.method import route_eta
 from steer.reward import Reward, score_parts
@@ -126,5 +126,5 @@ def missing(entrant: Entrant, stored: Stored, contest: Contest, batch: int) -> l
 
 
 def mean_cost(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Of one run: denoiser evaluations, decodes, images scored, seconds, gradients."""
-    return {what: sum(run["cost"][what] for run in runs) / len(runs) for what in runs[0]["cost"]}
+    """Of one run, as `Cost` has it; older runs count nothing of what is younger."""
+    return {cost.name: sum(run["cost"].get(cost.name, 0) for run in runs) / len(runs) for cost in fields(Cost)}

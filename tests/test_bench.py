@@ -282,11 +282,11 @@ SMALL = {
 
 @pytest.mark.parametrize("name", list(SMALL))
 def test_what_is_measured_of_real_sizes_runs_on_small_ones(name: str) -> None:
-    subject = of_size(name, SMALL[name], Asked("cpu", particles=2, steps=4, resolution=64, quick=True))
+    subject = of_size(name, SMALL[name], Asked("cpu", particles=4, steps=6, resolution=64, quick=True))
     _, steered, plain, check = measured("fk_over_plain_batch", subject)
     assert check.passed and steered.counts["denoiser"] == plain.counts["denoiser"] > 0
     _, steered, _, _ = measured("whole_fk_over_plain_batch", subject)
-    assert steered.counts["reward"] == 2 * (len(subject.read_at) + 1)
+    assert steered.counts["reward"] == 4 * (len(subject.read_at) + 1)
     reasons = {COMPARISONS[one].fits(subject) for one in COMPARISONS if one.startswith("naive")}
     assert (reasons == {None}) == (name == "sd15")
 

@@ -23,7 +23,7 @@ def test_sample_writes_images_grid_tree_and_report(steer: Steer, tmp_path: Path)
     assert code == 0 and "2 prompts" in out
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     assert report["model"] == "scenes" and report["method"] == "fk" and report["settings"]["lam"] == 40
-    assert set(report["cost"]) == {"nfe", "decodes", "reward_calls", "seconds", "gradients"}
+    assert set(report["cost"]) == {"nfe", "decodes", "reward_calls", "seconds", "gradients", "other_decodes"}
     assert [entry["prompt"] for entry in report["prompts"]] == ["a red circle", "a star above a cross"]
     for entry in report["prompts"]:
         assert entry["rewards"] == sorted(entry["rewards"], reverse=True)
