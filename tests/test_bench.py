@@ -299,3 +299,8 @@ def test_naive_and_ours_run_in_half_precision() -> None:
     assert check.difference <= 0.1
     _, naive, ours, _ = measured("naive_fk_over_ours", subject)
     assert naive.counts["denoiser"] == ours.counts["denoiser"]
+
+
+def test_nothing_is_foretold_of_calls_that_cannot_be_counted() -> None:
+    told = by_counts(Measured("naive", [2.0], counts={"denoiser": 4}, parts={"denoiser": 1.0}), Measured("ours", [1.0]))
+    assert told.ratio is None and told.at_most is None

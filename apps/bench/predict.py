@@ -29,7 +29,11 @@ def amdahl(share: float) -> float:
 
 
 def by_counts(over: Measured, under: Measured) -> Predicted:
-    """Every part costs in both what a row of it costs in `over` (or in `under`, where only that one has it)."""
+    """Every part costs in both what a row of it costs in `over` (or in `under`, where only that one has it).
+
+    Of a variant whose calls cannot be counted nothing is foretold."""
+    if not under.counts:
+        return Predicted(0.0)
     saved = 0.0
     for part in over.counts.keys() | under.counts.keys():
         told = over if over.counts.get(part) else under
