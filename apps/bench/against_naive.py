@@ -49,7 +49,12 @@ def limit_of(subject: Subject) -> float:
 
 def steer_whole(subject: Subject, pipe: Any, reward: Any, options: Mapping[str, Any] = NO_OPTIONS) -> Steered:
     """Feynman–Kac steering as a user calls it, PIL images included."""
-    usual = {"num_particles": subject.size, "lam": STRENGTH, "resample_steps": subject.read_at, "output_type": "pt"}
+    usual: dict[str, Any] = {
+        "num_particles": subject.size,
+        "lam": STRENGTH,
+        "resample_steps": subject.read_at,
+        "output_type": "pt",
+    }
     call = usual | subject.call | dict(options)
     out = FKSteeringPipeline(pipe, reward)(list(subject.prompts), generator=subject.generator(), **call)
     as_type(out.images, "pil")
