@@ -15,7 +15,7 @@ from steer.pipelines.fk import check_copies_part
 from steer.pipelines.fk_run import Run, StepReport
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
-from steer.pipelines.plan import Plan
+from steer.pipelines.plan import Plan, highest
 from steer.pipelines.population import Population, check_output_type
 from steer.seam import CannotSteer
 from steer.transition import can_redraw
@@ -117,7 +117,7 @@ class Selection:
         if self.lam < math.inf:
             uniform = torch.rand(keys.shape, generator=generator, dtype=torch.float64)
             keys = self.lam * keys - (-uniform.log()).log()
-        return keys.sort(dim=1, descending=True, stable=True).indices[:, : self.beams].sort(dim=1).values
+        return highest(keys, self.beams)
 
 
 class SelectionRun(Run):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from steer.errors import InputError
-from steer.microbatch import part
+from steer.microbatch import batch_of, part
 from steer.preview import with_decode
 from steer.stand_in import CONTROLNETS, DENOISERS, StandIn, denoisers_in
 
@@ -66,7 +66,7 @@ class LiveRows:
             if self.rows is None:
                 return module(*args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
-            batch = len(given["sample" if "sample" in given else "hidden_states"])
+            batch = batch_of(given, module)
             rows = self._in(batch)
             return spread(module(**part(given, batch, rows)), rows, batch)
 

@@ -53,7 +53,7 @@ class MicroBatches:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        batch = self._batch(given)
+        batch = batch_of(given, self.module)
         outputs: list[Any] = []
         done = 0
         while done < batch:
@@ -67,13 +67,6 @@ class MicroBatches:
             done += count
         return outputs[0] if len(outputs) == 1 else tree_map(_joined, outputs[0], *outputs[1:])
 
-    def _batch(self, given: Mapping[str, Any]) -> int:
-        latents = next((given[name] for name in LATENTS if name in given), None)
-        if not torch.is_tensor(latents):
-            kind = type(self.module).__name__
-            raise InputError(f"{kind} takes no batch of latents as one tensor: it cannot be split, use fewer particles")
-        return len(latents)
-
     def _called(self, given: dict[str, Any], count: int) -> Any:
         """What the module says of so many rows; None where they do not fit into memory."""
         try:
@@ -85,6 +78,15 @@ class MicroBatches:
                     "or pipe.enable_model_cpu_offload()"
                 ) from error
         return None  # here the error is gone, and with it the tensors that its traceback holds
+
+
+def batch_of(given: Mapping[str, Any], module: Any) -> int:
+    """Rows of a module's call, by its arguments. Raises InputError where its latents are not one tensor."""
+    latents = next((given[name] for name in LATENTS if name in given), None)
+    if not torch.is_tensor(latents):
+        kind = type(module).__name__
+        raise InputError(f"{kind} takes no batch of latents as one tensor: it cannot be split, use fewer particles")
+    return len(latents)
 
 
 def part(given: Mapping[str, Any], batch: int, rows: slice | Tensor) -> dict[str, Any]:

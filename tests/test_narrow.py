@@ -102,6 +102,14 @@ def test_a_batch_that_is_no_multiple_is_refused(pipe_of: Callable[[str], Any]) -
         unet(torch.zeros(6, 4, 8, 8), 5, encoder_hidden_states=torch.zeros(6, 4, 8))
 
 
+def test_latents_that_are_no_one_tensor_are_told_in_a_line(pipe_of: Callable[[str], Any]) -> None:
+    live = LiveRows()
+    unet = live.view(pipe_of("sd")).unet
+    live.keep(torch.tensor([0]), 2)
+    with pytest.raises(InputError, match="UNet2DConditionModel takes no batch of latents as one tensor"):
+        unet([torch.zeros(4, 8, 8)] * 2, 5, encoder_hidden_states=torch.zeros(2, 4, 8))
+
+
 # Which go on
 
 
