@@ -131,7 +131,7 @@ def read_state(path: Path, device: torch.device) -> dict[str, Any]:
                 raise InputError(f"{spoilt}: its sha256 is another")
         buffer = BytesIO(data)
         saved: dict[str, Any] = torch.load(buffer, weights_only=True, map_location=device)
-    except InputError:
+    except (InputError, MemoryError, torch.OutOfMemoryError):  # a full memory says nothing of the file
         raise
     except Exception as error:  # a broken file may raise nearly anything in torch's reader
         raise InputError(f"{spoilt} ({' '.join(str(error).split())[:80]})") from error

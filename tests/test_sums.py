@@ -130,3 +130,16 @@ def test_a_training_state_of_another_bit_is_refused_and_an_older_one_is_read(tmp
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match=r"state\.pt is damaged; delete it to begin anew"):
         read_state(path, cpu)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_a_full_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    """Whoever is told that a file is damaged deletes it."""
+
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    write_state(tmp_path / "state.pt", {"step": 1})
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(error):
+        read_state(tmp_path / "state.pt", torch.device("cpu"))
