@@ -114,7 +114,10 @@ def table(report: Json) -> str:
         rows.append((name, f"{ratio:.3f}", f"{low:.2f}–{high:.2f}", busy, _foretold(report, name), shown, agree))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, *(f"{name}: not measured ({why})" for name, why in report["skipped"].items())])
+    reasons: dict[str, list[str]] = {}
+    for name, why in report["skipped"].items():
+        reasons.setdefault(why, []).append(name)
+    return "\n".join([*lines, *(f"not measured ({why}): {', '.join(names)}" for why, names in reasons.items())])
 
 
 def spread(run: Json) -> tuple[float, float]:

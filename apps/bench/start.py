@@ -15,6 +15,7 @@ from steer.errors import InputError
 EMBEDDED = "scenes"
 STEPS = {True: 6, False: 20}  # of a quick run, and of another
 ITERATIONS = {True: 2, False: 5}
+PAIRS = {True: 1, False: 2}  # of samples in an update of D3PO
 GUIDANCE = 4.0
 
 
@@ -71,6 +72,7 @@ def embedded(asked: Asked) -> Subject:
         one_step=load("scenes-turbo"),
         learner=partial(load, EMBEDDED),
         iterations=ITERATIONS[asked.quick],
+        pairs=PAIRS[asked.quick],
         preview="tiny",
     )
 
@@ -92,4 +94,5 @@ def of_size(name: str, size: RealSize, asked: Asked) -> Subject:
         one_step=pipe,
         learner=make,
         iterations=ITERATIONS[asked.quick],
+        pairs=PAIRS[asked.quick],
     )
