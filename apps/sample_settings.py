@@ -74,6 +74,7 @@ class SampleSettings:
     narrow: str = ""
     narrow_choice: str = "drawn"
     target: float | None = None
+    overlap: bool = False
     preview: str = "full"
     start_candidates: int | None = None
     start_steps: int = 4
@@ -116,6 +117,8 @@ class SampleSettings:
                 raise InputError(f"--{name} must be a finite number, got {number}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"--eta must be from 0 to 1, got {self.eta}")
+        if self.overlap and self.reward_guidance:
+            raise InputError("--overlap: with --reward-guidance the step needs the gradient: leave one of them out")
         if not 0 <= self.reward_guidance < math.inf:
             raise InputError(f"--reward-guidance must be at least 0 and finite, got {self.reward_guidance}")
         rule = OPTIMISERS[self.optimiser]

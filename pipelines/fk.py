@@ -11,6 +11,7 @@ from steer.live_rows import LiveRows
 from steer.particles import Particles
 from steer.pipelines.fk_run import Run, StepReport
 from steer.pipelines.guided import GuidedRun, check_guidable
+from steer.pipelines.lagged import LaggedRun
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
 from steer.pipelines.plan import Plan
@@ -47,6 +48,7 @@ class FKSteeringPipeline(SteeringMethod):
         narrow: Mapping[int, int] | None = None,
         narrow_choice: str = "drawn",
         target_reward: float | None = None,
+        overlap: bool = False,
         eta: float | None = None,
         preview: Any = "full",
         chunk_size: int = 8,
@@ -73,6 +75,8 @@ class FKSteeringPipeline(SteeringMethod):
         narrow_choice   which go on: "drawn" by their weights, or the "best", which is a search (see target_reward)
         target_reward   once r(x̂0) of a particle is as high where rewards are read, it alone goes on and no more are
                         read: for one prompt a call. It is a search: log-weights and log-normaliser are then 0
+        overlap         decode and score x̂0 in the background (on CUDA in a stream of its own) while the denoiser makes
+                        the next step, and resample by it then: one step later
         eta             noise η of every step, 0..1. By default the solver's own; the copies that resampling makes
                         take one step of the Gaussian kernel with η = 1, so that they part. With reward_guidance all
                         steps are that kernel's, by default with η = 1
@@ -98,6 +102,8 @@ class FKSteeringPipeline(SteeringMethod):
         live, pipe, noise = LiveRows(), self.pipe, 1.0 if eta is None else eta
         kernel_eta: float | None = None
         if reward_guidance != 0:
+            if overlap:
+                raise InputError("overlap: with reward_guidance the step needs the gradient: leave one of them out")
             check_guidable(pipe.scheduler, self.reward, reward_guidance, noise)
             pipe = differentiable(pipe, one_call=True)
         else:
@@ -113,8 +119,9 @@ class FKSteeringPipeline(SteeringMethod):
         if reward_guidance != 0:
             run: Run = GuidedRun(algorithm, population, reward_guidance, noise, plan, on_step)
         else:
+            kind = LaggedRun if overlap else Run
             # A step without noise would not part copies: for them η = 0 becomes 1.
-            run = Run(algorithm, population, kernel_eta, eta or 1.0, plan, on_step)
+            run = kind(algorithm, population, kernel_eta, eta or 1.0, plan, on_step)
         images = run.sample()
         rewards, parts = population.score(images)
         # What was chosen for being the best is a draw from no known distribution.

@@ -41,6 +41,7 @@ class Run:
     """The particles of one call, and what happens to them at each solver step."""
 
     first = 0  # the first step at which rewards may be read
+    lag = 0  # steps from there to where particles are resampled by them
     steps_asked = "resample_steps"  # what the caller knows those steps as
 
     def __init__(
@@ -70,16 +71,21 @@ class Run:
             self._tell(StepReport(event.k, event.total))
             return None, self._moved(event, None, None)
         reading = self._read(event)
-        weighed = self.algorithm.weigh(self.particles, reading.rewards, event.k / event.total)
-        self.particles, ancestors = self._select(weighed, event.k)
+        rows = self._resampled(reading, event.k, event)
+        return rows, self._moved(event, rows, reading)
+
+    def _resampled(self, reading: Reading, step: int, event: Event) -> Tensor | None:
+        """Weighs the particles by what was read at a step, and resamples them at this event: the rows that the slots
+        go on from, None: all stay."""
+        weighed = self.algorithm.weigh(self.particles, reading.rewards, step / event.total)
+        self.particles, ancestors = self._select(weighed, step)
         stay = torch.arange(self.population.alive).expand_as(reading.rewards)
         evaluation = Evaluation(
-            event.k, reading.rewards, weighed.path.strengths[-1], weighed.ess, stay if ancestors is None else ancestors
+            step, reading.rewards, weighed.path.strengths[-1], weighed.ess, stay if ancestors is None else ancestors
         )
         self.history.append(evaluation)
         self._tell(StepReport(event.k, event.total, evaluation, reading.previews))
-        rows = None if ancestors is None else self.population.follow(ancestors).to(event.x.device)
-        return rows, self._moved(event, rows, reading)
+        return None if ancestors is None else self.population.follow(ancestors).to(event.x.device)
 
     def _select(self, weighed: Particles, step: int) -> Selected:
         """The particles that go on and their ancestors; None: all stay where they are."""
@@ -89,7 +95,11 @@ class Run:
         return choice(self.algorithm, weighed, count, self.population.rng)
 
     def _read(self, event: Event) -> Reading:
-        previews = self.population.preview(event.x0())
+        return self._read_off(event.x0())
+
+    def _read_off(self, x0: Tensor) -> Reading:
+        """What the images that x̂0 stands for are worth."""
+        previews = self.population.preview(x0)
         rewards, _ = self.population.score(previews)
         return Reading(previews, rewards)
 
@@ -109,7 +119,7 @@ class Run:
     def _reads_at(self, event: Event) -> bool:
         """Whether rewards are read at this step. Settled at the first: copies need a noisy step after them to part."""
         if event.k == 0:
-            last = event.total - (2 if can_redraw(event.scheduler) else 3)
+            last = event.total - self.lag - (2 if can_redraw(event.scheduler) else 3)
             own = self._default_steps(event.total)
             self.steps = self.plan.steps(own, self.first, last, event.total, self.steps_asked)
             if not self.steps and self._needs_steps():

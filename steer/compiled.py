@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from steer.errors import InputError
+from steer.offloading import is_offloaded
 from steer.stand_in import StandIn, denoisers_in, standing_in
 
 Backend = str | Callable[..., Any]
@@ -64,14 +65,11 @@ def _check_stays(name: str, denoiser: Any) -> None:
     """Raises InputError unless the denoiser is a plain module whose weights stay where they are."""
     if type(denoiser) is StandIn:
         raise InputError(f"{name} is micro-batched or watched: compile first, micro_batched(compiled_view) after it")
-    for module in denoiser.modules():
-        hook, registry = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)
-        offloads = type(hook).__name__ in ("CpuOffload", "SequentialHook") or getattr(hook, "offload", False)
-        if offloads or "group_offloading" in getattr(registry, "hooks", ()):
-            raise InputError(
-                f"{name} is offloaded: its weights move at each call, and a compiled graph needs them in one place. "
-                "Use pipe.remove_all_hooks() and pipe.to(device), or leave compiled out"
-            )
+    if is_offloaded(denoiser):
+        raise InputError(
+            f"{name} is offloaded: its weights move at each call, and a compiled graph needs them in one place. "
+            "Use pipe.remove_all_hooks() and pipe.to(device), or leave compiled out"
+        )
     if getattr(denoiser, "is_cache_enabled", False):
         raise InputError(f"{name} has a feature cache: use pipe.{name}.disable_cache(), or leave compiled out")
 

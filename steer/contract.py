@@ -7,7 +7,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from steer.background import Modes
 from steer.errors import InputError
+
+CPU = torch.device("cpu")  # where scores are
 
 
 class RewardError(InputError):
@@ -124,16 +127,15 @@ class Timed:
         self._reward, self._seconds = reward, seconds
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._in_time(lambda: self._reward(images, prompts))
+        return self._in_time(lambda: self._reward(images, prompts), images.device)
 
-    def _in_time(self, call: Callable[[], Any]) -> Any:
+    def _in_time(self, call: Callable[[], Any], device: torch.device) -> Any:
         outcome: dict[str, Any] = {}
-        # A new thread would start with gradients on, and not in inference mode.
-        gradients, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        modes = Modes(device)
 
         def run() -> None:
             try:
-                with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+                with modes():
                     outcome["value"] = call()
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 outcome["error"] = error
@@ -158,10 +160,10 @@ class TimedComposite(Timed):
         self._composite = reward
 
     def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        return self._in_time(lambda: self._composite.parts(images, prompts))
+        return self._in_time(lambda: self._composite.parts(images, prompts), images.device)
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        return self._in_time(lambda: self._composite.total(parts, prompts))
+        return self._in_time(lambda: self._composite.total(parts, prompts), CPU)
 
 
 def with_timeout(reward: Reward, seconds: float | None) -> Reward:

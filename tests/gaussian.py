@@ -1,11 +1,52 @@
 """A user's own diffusers pipeline whose denoiser is exact, so that what steering must give is known in closed form."""
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Generator, Tensor
+
+from steer.pipelines import FKSteeringPipeline
+from steer.pipelines.output import SteeringOutput
+
+LAM, GROUPS, BATCH = 3.0, 1200, 100
+
+
+class Total:
+    """r = Σ over the 3 elements of x."""
+
+    name, differentiable = "total", True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.sum((1, 2, 3))
+
+
+def steered_gaussians(pipe: "GaussianPipeline", size: int, **options: Any) -> Iterator[SteeringOutput]:
+    """FK's answers by `Total` with λ = LAM, for GROUPS groups of `size` particles, BATCH at a time."""
+    for seed in range(GROUPS // BATCH):
+        yield FKSteeringPipeline(pipe, Total())(
+            num_particles=size,
+            reward_prompt=[""] * BATCH,
+            eta=1.0,
+            chunk_size=BATCH * size,
+            generator=Generator().manual_seed(seed),
+            output_type="pt",
+            **{"lam": LAM, "ess_threshold": 0.9} | options,
+        )
+
+
+def check_tilted(outs: Sequence[SteeringOutput], mean: float, std: float) -> None:
+    """Holds weights and normalisers against p exp(λ r), whose mean is m + λ v, and Z = exp(3 (λ m + λ² v / 2))."""
+    z = torch.cat([out.log_normaliser.double().exp() for out in outs])
+    values = torch.cat([out.images.double().sum((1, 2, 3)).view_as(out.log_weights) for out in outs])
+    weights = torch.cat([out.log_weights.double().softmax(1) for out in outs])
+    pooled = z * (weights * (values - 3 * (mean + LAM * std**2))).sum(1)
+    truth = math.exp(3 * (LAM * mean + LAM**2 * std**2 / 2))
+    assert abs(z.mean() - truth) <= 4 * z.std() / len(z) ** 0.5
+    assert abs(pooled.mean()) <= 4 * pooled.std() / len(z) ** 0.5
 
 
 class GaussianPipeline(DiffusionPipeline):

@@ -81,6 +81,7 @@ def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
         (["--narrow", "1:3,2:3"], "--narrow: 3 particles from step 2 on, of 3: they must be fewer and fewer"),
         (["--narrow", "3:2"], "narrow: 3 is not from 0 to 2, in a run of 4 steps"),
         (["--target", "nan"], "--target must be a finite number"),
+        (["--overlap", "--reward-guidance", 1], "--overlap: with --reward-guidance the step needs the gradient"),
     ],
 )
 def test_what_cannot_be_is_one_line(steer: Steer, tmp_path: Path, words: list[Any], message: str) -> None:
@@ -101,6 +102,16 @@ def test_particles_get_fewer_and_the_image_says_so(steer: Steer, tmp_path: Path)
     entry = report["prompts"][0]
     assert [len(rewards) for rewards in entry["step_rewards"]] == [4, 3] and len(entry["images"]) == 1
     assert entry["cost"]["nfe"] == 4 + 4 + 3 + 1 and report["settings"]["narrow"] == "1:3,2:1"
+    code, told, _ = steer("sample", "--replay", tmp_path / "o" / entry["images"][0], "--out", tmp_path / "again")
+    assert code == 0 and "the same pixels" in told
+
+
+def test_rewards_are_read_beside_the_denoiser_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:
+    code, _, said = steer(*WORDS, "--overlap", "--lam", 200, "--ess-threshold", 1, "--out", tmp_path / "o")
+    assert code == 0, said
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    entry = report["prompts"][0]
+    assert entry["steps"] == [1] and report["settings"]["overlap"]
     code, told, _ = steer("sample", "--replay", tmp_path / "o" / entry["images"][0], "--out", tmp_path / "again")
     assert code == 0 and "the same pixels" in told
 

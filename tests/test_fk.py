@@ -1,6 +1,5 @@
 """FKSteeringPipeline and BestOfNPipeline on tiny real pipelines of every family, and on one whose answer is known."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from diffusers import (
     PNDMScheduler,
     UNet2DModel,
 )
-from gaussian import GaussianPipeline
+from gaussian import GaussianPipeline, check_tilted, steered_gaussians
 from torch import Generator, Tensor
 
 from steer.errors import InputError
@@ -230,31 +229,9 @@ def test_eta_is_the_gaussian_kernel_elsewhere(pipe_of: Callable[[str], Any]) -> 
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("resampler", ["systematic", "ssp"])
 def test_a_steered_gaussian_is_the_tilted_gaussian(potential: str, resampler: str) -> None:
-    """r = Σ over the 3 elements of x, so p exp(λ r) has the mean m + λ v and Z = exp(3 (λ m + λ² v / 2))."""
-    lam, steps, groups, size = 3.0, 8, 1200, 4
-    pipe = GaussianPipeline(mean=0.5, std=0.1)
-    mean, std = pipe.distribution(steps, eta=1.0)
-    estimates, shifts = [], []
-    for seed in range(groups // 100):
-        out = FKSteeringPipeline(pipe, lambda images, prompts: images.sum((1, 2, 3)))(
-            num_particles=size,
-            reward_prompt=[""] * 100,
-            **{"lam": lam, "potential": potential, "resampler": resampler, "ess_threshold": 0.9},
-            resample_steps=[3, 5],
-            eta=1.0,
-            num_inference_steps=steps,
-            chunk_size=400,
-            generator=seeded(seed),
-            output_type="pt",
-        )
-        estimates.append(out.log_normaliser.double().exp())
-        values = out.images.double().sum((1, 2, 3)).view(100, size)
-        shifts.append((out.log_weights.double().softmax(1) * (values - 3 * (mean + lam * std**2))).sum(1))
-    z, shift = torch.cat(estimates), torch.cat(shifts)
-    truth = math.exp(3 * (lam * mean + lam**2 * std**2 / 2))
-    assert abs(z.mean() - truth) <= 4 * z.std() / groups**0.5
-    pooled = z * shift
-    assert abs(pooled.mean()) <= 4 * pooled.std() / groups**0.5
+    pipe, steps = GaussianPipeline(mean=0.5, std=0.1), 8
+    options = {"potential": potential, "resampler": resampler, "resample_steps": [3, 5], "num_inference_steps": steps}
+    check_tilted(list(steered_gaussians(pipe, 4, **options)), *pipe.distribution(steps, eta=1.0))
 
 
 def test_the_observer_sees_every_step_and_can_end_the_run(pipe_of: Callable[[str], Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import PIPELINES, call_kwargs
 from diffusers import DDIMScheduler
-from gaussian import GaussianPipeline
+from gaussian import BATCH, GaussianPipeline, check_tilted, steered_gaussians
 from torch import Generator, Tensor, nn
 
 from steer.errors import InputError
@@ -163,41 +163,13 @@ class ModularGaussian(GaussianPipeline):
 @pytest.mark.parametrize("potential", POTENTIALS)
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_a_narrowed_gaussian_is_the_tilted_gaussian(potential: str, guidance: float) -> None:
-    """r = Σ over the 3 elements of x, so p exp(λ r) has the mean m + λ v and Z = exp(3 (λ m + λ² v / 2))."""
-    lam, steps, groups = 3.0, 8, 1200
-    pipe = ModularGaussian()
-    mean, std = pipe.distribution(steps, eta=1.0)
-
-    class Total:
-        name, differentiable = "total", True
-
-        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-            return images.sum((1, 2, 3))
-
-    estimates, shifts = [], []
-    for seed in range(groups // 100):
-        out = FKSteeringPipeline(pipe, Total())(
-            num_particles=8,
-            narrow={3: 5, 5: 2},
-            reward_prompt=[""] * 100,
-            **{"lam": lam, "potential": potential, "ess_threshold": 0.9, "reward_guidance": guidance},
-            resample_steps=[3, 4],
-            eta=1.0,
-            num_inference_steps=steps,
-            chunk_size=800,
-            generator=seeded(seed),
-            output_type="pt",
-        )
-        assert out.rewards.shape == (100, 2) and len(out.images) == 200
-        assert [tuple(one.ancestors.shape) for one in out.history] == [(100, 5), (100, 5), (100, 2)]
-        estimates.append(out.log_normaliser.double().exp())
-        values = out.images.double().sum((1, 2, 3)).view(100, 2)
-        shifts.append((out.log_weights.double().softmax(1) * (values - 3 * (mean + lam * std**2))).sum(1))
-    z, shift = torch.cat(estimates), torch.cat(shifts)
-    truth = math.exp(3 * (lam * mean + lam**2 * std**2 / 2))
-    assert abs(z.mean() - truth) <= 4 * z.std() / groups**0.5
-    pooled = z * shift
-    assert abs(pooled.mean()) <= 4 * pooled.std() / groups**0.5
+    pipe, steps = ModularGaussian(), 8
+    options = {"potential": potential, "reward_guidance": guidance, "num_inference_steps": steps}
+    outs = list(steered_gaussians(pipe, 8, narrow={3: 5, 5: 2}, resample_steps=[3, 4], **options))
+    for out in outs:
+        assert out.rewards.shape == (BATCH, 2) and len(out.images) == 2 * BATCH
+        assert [tuple(one.ancestors.shape) for one in out.history] == [(BATCH, 5), (BATCH, 5), (BATCH, 2)]
+    check_tilted(outs, *pipe.distribution(steps, eta=1.0))
 
 
 # The pipeline

@@ -9,17 +9,14 @@ from statistics import median
 from typing import Any
 
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from torch import Tensor
 
-from steer.apps.bench import against_naive
-from steer.apps.bench.against_naive import Turn, limit_of, same_ancestors, same_tensors, searched, steer_whole
+from steer.apps.bench import against_naive, steering
+from steer.apps.bench.against_naive import Turn, limit_of, same_ancestors, same_tensors, searched
 from steer.apps.bench.clock import Check, Measured, Opened, Variant, difference
 from steer.apps.bench.flops import flops_of
 from steer.apps.bench.predict import Predict, Predicted, amdahl, bounded, by_counts
-from steer.apps.bench.subject import Denoised, Subject, denoise_steered, plain_call, undecoded
+from steer.apps.bench.subject import Denoised, Subject, denoise_steered, plain_call
 from steer.apps.bench.switches import SWITCHES, Switch, denoiser_compiled, everything
-from steer.pipelines.population import as_type
-from steer.preview import Preview
 
 
 @dataclass(frozen=True)
@@ -55,30 +52,6 @@ def of_searches(subject: Subject) -> int:
 def of_pairs(subject: Subject) -> int:
     """Samples learnt from."""
     return 2 * subject.pairs
-
-
-@contextmanager
-def overhead(subject: Subject) -> Iterator[Opened]:
-    """Steering with rewards that cost nothing against the plain batch, neither of them decoded."""
-    view = undecoded(subject.pipe)
-
-    def check(steered: Denoised, plain: Tensor) -> Check:
-        # With equal rewards nobody is resampled: then the steered batch is the plain one.
-        equal = denoise_steered(subject, subject.pipe, equal=True).latents
-        given = subject.call | {"prompt": list(subject.prompts), "num_images_per_prompt": subject.size}
-        images = Preview(subject.pipe, given, len(equal))(equal)
-        return Check(difference(images, plain_call(subject, subject.pipe)), limit_of(subject))
-
-    steered = Variant("steered", lambda: denoise_steered(subject, subject.pipe))
-    yield Opened(steered, Variant("plain", lambda: plain_call(subject, view)), check)
-
-
-@contextmanager
-def whole(subject: Subject) -> Iterator[Opened]:
-    """Steering with previews and rewards against the plain batch, final images decoded and made PIL in both."""
-    reward = subject.judge()
-    steered = Variant("steered", lambda: steer_whole(subject, subject.pipe, reward))
-    yield Opened(steered, Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil")))
 
 
 @contextmanager
@@ -157,7 +130,7 @@ def takes_d3po(subject: Subject) -> str | None:
 COMPARISONS: Mapping[str, Comparison] = {
     "fk_over_plain_batch": Comparison(
         "denoising: FK with free rewards, x̂0 and resampling where rewards are read / the plain pipeline's batch",
-        overhead,
+        steering.overhead,
     ),
     "naive_fk_over_ours": Comparison(
         "one prompt, rewards, images: decode in one batch, PIL round trips, a second final decode / ours",
@@ -208,7 +181,12 @@ COMPARISONS: Mapping[str, Comparison] = {
         samples=of_one_prompt,
     ),
     "whole_fk_over_plain_batch": Comparison(
-        "the whole: FK with previews and rewards / the plain pipeline's batch without any", whole
+        "the whole: FK with previews and rewards / the plain pipeline's batch without any", steering.whole
+    ),
+    "fk_in_turn_over_overlapped": Comparison(
+        "the whole: previews and rewards before the next denoiser call / beside it, resampled one step later",
+        steering.overlapped,
+        predict=steering.of_readings,
     ),
     **{
         f"{name}_off_over_on": Comparison(switch.about, switched(switch), predict=of_flops(switch), quick=switch.quick)
