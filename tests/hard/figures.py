@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).resolve().parents[2] / "out" / "reliability.json"
 
@@ -34,19 +35,27 @@ class Tally:
 
     def note(self, name: str) -> None:
         """Writes it among the figures of the other tests."""
-        FILE.parent.mkdir(parents=True, exist_ok=True)
-        known = json.loads(FILE.read_text()) if FILE.exists() else {}
-        FILE.write_text(json.dumps(dict(sorted((known | {name: asdict(self)}).items())), indent=1) + "\n")
+        note(name, asdict(self))
+
+
+def note(name: str, figures: dict[str, Any]) -> None:
+    """Writes figures among those of the other tests."""
+    FILE.parent.mkdir(parents=True, exist_ok=True)
+    known = json.loads(FILE.read_text()) if FILE.exists() else {}
+    FILE.write_text(json.dumps(dict(sorted((known | {name: figures}).items())), indent=1) + "\n")
 
 
 def table() -> str:
-    """The figures as the page shows them."""
-    lines = ["| what | tries | survived | lost | how |", "|---|---|---|---|---|"]
+    """The figures as the page shows them: what was tried, and then what was measured."""
+    tried = ["| what | tries | survived | lost | how |", "|---|---|---|---|---|"]
+    measured = ["| what | figures |", "|---|---|"]
     for name, one in json.loads(FILE.read_text()).items():
         if {"tries", "survived", "lost", "told"} <= one.keys():
             how = ", ".join(f"{kind} {count:,}" for kind, count in sorted(one["told"].items()))
-            lines.append(f"| {name} | {one['tries']:,} | {one['survived']:,} | {one['lost']:,} | {how} |")
-    return "\n".join(lines)
+            tried.append(f"| {name} | {one['tries']:,} | {one['survived']:,} | {one['lost']:,} | {how} |")
+        else:
+            measured.append(f"| {name} | {', '.join(f'{what} {value:,}' for what, value in one.items())} |")
+    return "\n".join([*tried, "", *measured])
 
 
 if __name__ == "__main__":

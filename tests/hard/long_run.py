@@ -1,0 +1,131 @@
+"""Steers, or trains, for a long time in one process, and writes down what that process holds meanwhile.
+
+python tests/hard/long_run.py steering|training COUNT FOLDER    FOLDER/levels.jsonl
+"""
+
+import ctypes
+import gc
+import json
+import os
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from conftest import PROMPT, cached_pipe
+from finetune_runs import settings_of, train
+
+from steer.contract import with_timeout
+from steer.microbatch import micro_batched
+from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
+from steer.pipelines.finetune_method import Record
+from steer.reward import load_reward
+from steer.shared_prompt import shared_prompt
+
+LOOKS = 50  # of a run, evenly spaced
+CALL = {"prompt": PROMPT, "num_inference_steps": 6, "output_type": "pt", "height": 8, "width": 8}
+
+
+@dataclass(frozen=True)
+class Level:
+    """What a process holds after `done` calls: kilobytes, open files, threads, tensors, and files in its temporary
+    folder."""
+
+    done: int
+    resident: int
+    handles: int
+    threads: int
+    tensors: int
+    temporary: int
+
+
+def level(done: int) -> Level:
+    """Now, after all that can be freed is freed."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return Level(
+        done,
+        int(status["VmRSS"].split()[0]),
+        len(os.listdir("/proc/self/fd")),
+        threading.active_count(),
+        sum(issubclass(type(one), Tensor) for one in gc.get_objects()),
+        sum(len(files) for _, _, files in os.walk(tempfile.gettempdir())),
+    )
+
+
+class Red:
+    name, differentiable = "red", True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images[:, 0].mean((1, 2))
+
+
+def micro_batched_fk(pipe: Any, **options: Any) -> Any:
+    with micro_batched(pipe, 1) as view, shared_prompt(pipe):
+        return FKSteeringPipeline(view, Red())(**options)
+
+
+def kinds() -> list[Callable[..., Any]]:
+    """Calls of every method, and of what they can be called with."""
+    pipe, timed = cached_pipe("sd"), with_timeout(load_reward("brightness"), 60)
+    fk, options = FKSteeringPipeline(pipe, Red()), {"num_particles": 3, "resample_steps": [1, 2], "lam": 300.0}
+
+    def steering(**more: Any) -> Callable[..., Any]:
+        return lambda **call: fk(**options | more | call)
+
+    return [
+        steering(ess_threshold=1.0),
+        steering(overlap=True),
+        steering(narrow={2: 1}),
+        steering(preview="linear"),
+        steering(reward_guidance=1.0, resample_steps=[2]),
+        lambda **call: FKSteeringPipeline(pipe, timed)(**options | call),
+        lambda **call: BestOfNPipeline(pipe, "jpeg")(num_particles=3, **call),
+        lambda **call: SelectionPipeline(pipe, Red())(num_particles=2, **call),
+        lambda **call: NoiseSearchPipeline(pipe, Red())(iterations=2, neighbours=2, **call),
+        lambda **call: ReNOPipeline(pipe, Red())(iterations=1, **call | {"num_inference_steps": 1}),
+        lambda **call: micro_batched_fk(pipe, **options | call),
+    ]
+
+
+def steer_for_long(count: int, every: int, folder: Path) -> Iterator[Level]:
+    """So many calls, one kind after the other, with a look after `every` of them."""
+    for number, kind in enumerate(islice(cycle(kinds()), count), 1):
+        kind(**CALL, generator=Generator().manual_seed(number))
+        if number % every == 0:
+            yield level(number)
+
+
+def train_for_long(count: int, every: int, folder: Path) -> Iterator[Level]:
+    """So many updates of PRDP, with checkpoints, held-out prompts and averaged weights."""
+    levels: list[Level] = []
+
+    def look(record: Record) -> None:
+        if record["step"] % every == 0:
+            levels.append(level(record["step"]))
+
+    settings = settings_of("prdp", max_steps=count, checkpoint_every=4, eval_every=4)
+    train("prdp", cached_pipe("sd"), folder / "run", settings, on_update=look)
+    return iter(levels)
+
+
+RUNS = {"steering": steer_for_long, "training": train_for_long}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    what, count, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    with open(folder / "levels.jsonl", "w") as file:
+        for one in RUNS[what](count, count // LOOKS, folder):
+            file.write(json.dumps(asdict(one)) + "\n")
+            file.flush()

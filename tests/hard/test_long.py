@@ -1,0 +1,65 @@
+"""Long runs in one process: memory, open files, threads, tensors and temporary files stay where they are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from figures import note
+from long_run import RUNS, Level, kinds, steer_for_long, train_for_long
+
+SCRIPT = Path(__file__).with_name("long_run.py")
+MOST = 4.0  # kilobytes a call: of twice as many calls as here, some megabytes; a leaked tensor is seen by its number
+COUNTS = {"steering": 2000, "training": 500}
+
+
+def in_a_process(what: str, count: int, folder: Path) -> list[Level]:
+    """What a process of its own held meanwhile, of which a fifth is for warming up."""
+    (folder / "temporary").mkdir()
+    environment = os.environ | {"TMPDIR": str(folder / "temporary"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, SCRIPT, what, str(count), str(folder)], env=environment, check=True, timeout=3000)
+    levels = [Level(**json.loads(line)) for line in (folder / "levels.jsonl").read_text().splitlines()]
+    assert levels[-1].done == count
+    return levels[len(levels) // 5 :]
+
+
+def spans(levels: list[Level]) -> dict[str, tuple[int, int]]:
+    """The least and the most of each figure."""
+    values = {name: [getattr(one, name) for one in levels] for name in ("handles", "threads", "tensors", "temporary")}
+    return {name: (min(found), max(found)) for name, found in values.items()}
+
+
+@pytest.mark.hard
+@pytest.mark.parametrize("what", RUNS)
+def test_nothing_grows_in_a_long_run(what: str, tmp_path: Path) -> None:
+    count = COUNTS[what]
+    levels = in_a_process(what, count, tmp_path)
+    slope = float(np.polyfit([one.done for one in levels], [one.resident for one in levels], 1)[0])
+    half = len(levels) // 2
+    early, late = spans(levels[:half]), spans(levels[half:])
+    figures = {"calls": count, "kilobytes a call": round(slope, 3), "kilobytes at the end": levels[-1].resident}
+    note(f"long run: {what}", figures | {f"most {name}": most for name, (_, most) in late.items()})
+    assert slope <= MOST
+    for name, (_, most) in late.items():
+        assert most <= early[name][1], name
+
+
+def test_a_round_of_calls_leaves_what_the_round_before_left(tmp_path: Path) -> None:
+    """The same in small: from the second round on nothing is kept."""
+    size = len(kinds())
+    _, second, third = steer_for_long(3 * size, size, tmp_path)
+    assert (third.done, third.handles, third.threads, third.tensors) == (3 * size, *still(second))
+
+
+def test_updates_leave_what_the_updates_before_left(tmp_path: Path) -> None:
+    _, second, third = train_for_long(12, 4, tmp_path)  # a round is two updates, gone over twice
+    assert still(third) == still(second)
+    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) <= 3
+
+
+def still(level: Level) -> tuple[int, int, int]:
+    """What may not grow at all."""
+    return level.handles, level.threads, level.tensors
