@@ -33,6 +33,11 @@ def crashes(images, prompts):
         ctypes.string_at(0)
     return red(images, prompts)
 
+def stalls(images, prompts):
+    if armed(prompts):
+        threading.Event().wait()
+    return red(images, prompts)
+
 def hangs(images, prompts):
     if "star" in prompts[0]:
         ARMED.with_name("hanging").touch()

@@ -136,16 +136,29 @@ def test_images_that_are_not_finite_are_not_sent(liar: str) -> None:
         load_reward(f"{liar}good")(images, PROMPTS)
 
 
-@pytest.mark.parametrize(("kind", "code"), [("exits", 3), ("crashes", -signal.SIGSEGV)])
-def test_a_run_goes_on_when_the_process_that_died_is_back(steer: Steer, tmp_path: Path, kind: str, code: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "code", "line"),
+    [
+        ("exits", 3, "cannot be reached"),
+        ("crashes", -signal.SIGSEGV, "cannot be reached"),
+        ("stalls", None, "took longer than its 8 s"),  # it is there for as long as it likes
+    ],
+)
+def test_a_run_goes_on_when_the_process_is_back(
+    steer: Steer,
+    tmp_path: Path,
+    kind: str,
+    code: int | None,
+    line: str,
+) -> None:
     words = ["sample", "a circle", "a star", "--steps", 3, "--particles", 2, "--method", "best-of-n"]
     (tmp_path / "armed").touch()
     with serving(f"own_served:{kind}", tmp_path) as served:
         port = served.url.split(":")[-1].strip("/")
-        out = ["--reward", served.url, "--out", tmp_path / "out"]
+        out = ["--reward", f"{served.url},timeout=8", "--out", tmp_path / "out"]
         ended, _, err = steer(*words, *out)
-        assert ended == 2 and "cannot be reached" in err and served.url in err and len(err.splitlines()) == 1
-        assert served.process.wait(60) == code
+        assert ended == 2 and line in err and served.url in err and len(err.splitlines()) == 1
+        assert (served.process.poll() if code is None else served.process.wait(60)) == code
     report = tmp_path / "out" / "report.json"
     assert [entry["prompt"] for entry in json.loads(report.read_text())["prompts"]] == ["a circle"]
     (tmp_path / "armed").unlink()
