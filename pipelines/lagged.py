@@ -11,8 +11,6 @@ from steer.background import Begin, in_background
 from steer.errors import InputError
 from steer.offloading import is_offloaded
 from steer.pipelines.fk_run import Reading, Run, StepReport
-from steer.pipelines.plan import Algorithm, Plan
-from steer.pipelines.population import Population
 from steer.seam import Answer, Event
 
 
@@ -21,30 +19,16 @@ class LaggedRun(Run):
 
     G_j is a function of the path up to x_t: whether it is multiplied there or a step later, before any further reading,
     the product over the path is the same, and with it what the weighted particles are drawn from.
-
-    beside  how previews are decoded and scored meanwhile
     """
 
     lag = 1
-
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        population: Population,
-        eta: float | None,
-        copy_eta: float,
-        plan: Plan,
-        observer: Callable[[StepReport], None] | None,
-        beside: Callable[[torch.device], AbstractContextManager[Begin]] = in_background,
-    ) -> None:
-        super().__init__(algorithm, population, eta, copy_eta, plan, observer)
-        check_stays(population.pipe)
-        self.beside = beside
-        self.begin: Begin
-        self.pending: Callable[[], Reading] | None = None
+    beside: Callable[[torch.device], AbstractContextManager[Begin]] = staticmethod(in_background)
+    begin: Begin  # while the pipeline runs
+    pending: Callable[[], Reading] | None = None
 
     def sample(self) -> Tensor:
         """Runs the pipeline to its end: the finished images (B·K, 3, H, W) of the K particles that are left."""
+        check_stays(self.population.pipe)
         with self.beside(torch.device(self.population.pipe.device)) as self.begin:
             return super().sample()
 

@@ -8,33 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PIPELINES, call_kwargs
+from conftest import PIPELINES
 from gaussian import GaussianPipeline, check_tilted, steered_gaussians
-from test_narrow import ModularGaussian
-from torch import Generator, Tensor
+from test_narrow import K, ModularGaussian, redness, seeded, steer_kwargs
+from torch import Tensor
 
 from steer.background import Begin, Modes, at_once, in_background
 from steer.contract import RewardError, with_timeout
 from steer.errors import InputError
-from steer.pipelines import FKSteeringPipeline, StepReport, lagged
-from steer.pipelines.population import IMAGES_PER_PROMPT
+from steer.pipelines import FKSteeringPipeline, StepReport
+from steer.pipelines.lagged import LaggedRun
 from steer.potentials import POTENTIALS
 
-K, CPU = 4, torch.device("cpu")
+CPU = torch.device("cpu")
 Beside = Callable[[torch.device], AbstractContextManager[Begin]]
-
-
-def seeded(seed: int = 0) -> Generator:
-    return Generator().manual_seed(seed)
-
-
-def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
-
-
-def steer_kwargs(name: str, steps: int = 6) -> dict[str, Any]:
-    steps = 2 * steps if name == "img2img" else steps  # half of them are run
-    return {key: value for key, value in call_kwargs(name, K, steps).items() if key not in IMAGES_PER_PROMPT}
 
 
 # The background
@@ -123,7 +110,7 @@ def test_beside_is_as_in_turn_to_the_bit(
     options = {"num_particles": K, "lam": 3000.0, "resample_steps": [0, 1, 3], "ess_threshold": 1.0, "overlap": True}
     call = steer_kwargs(name) | options | {"output_type": "pt"}
     out = FKSteeringPipeline(pipe, redness)(generator=seeded(3), on_step=told.append, **call)
-    monkeypatch.setattr(lagged.LaggedRun.__init__, "__defaults__", (at_once,))
+    monkeypatch.setattr(LaggedRun, "beside", staticmethod(at_once))
     turn = FKSteeringPipeline(pipe, redness)(generator=seeded(3), **call)
     assert torch.equal(out.images, turn.images) and torch.equal(out.log_weights, turn.log_weights)
     assert all(map(torch.equal, out.ancestors, turn.ancestors))
@@ -154,6 +141,15 @@ def test_a_reward_is_that_of_the_step_before_and_the_weights_are_that_of_a_run_i
     assert torch.equal(now.history[0].rewards, later.history[0].rewards)
     assert torch.equal(now.history[0].ancestors, later.history[0].ancestors)
     assert now.cost.nfe == later.cost.nfe and now.cost.decodes == later.cost.decodes
+
+
+def test_at_two_steps_running_the_second_reading_is_of_those_that_go_on(pipe_of: Callable[[str], Any]) -> None:
+    """Copies that were made in between have one x̂0, that of their parent, which nobody has steered yet."""
+    steer, call = FKSteeringPipeline(pipe_of("sd"), redness), steer_kwargs("sd") | {"resample_steps": [1, 2]}
+    free, steered = (steer(num_particles=K, lam=lam, overlap=True, generator=seeded(), **call) for lam in (0.0, 1e6))
+    (parent,) = set(steered.ancestors[0][0].tolist())
+    assert parent == free.history[0].rewards.argmax() != 0
+    torch.testing.assert_close(steered.history[1].rewards, free.history[1].rewards[:, parent].expand(1, K))
 
 
 def test_the_denoiser_goes_on_while_a_reward_is_read(pipe_of: Callable[[str], Any]) -> None:
