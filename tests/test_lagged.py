@@ -115,6 +115,8 @@ def test_beside_is_as_in_turn_to_the_bit(
     assert torch.equal(out.images, turn.images) and torch.equal(out.log_weights, turn.log_weights)
     assert all(map(torch.equal, out.ancestors, turn.ancestors))
     assert any((ancestors != torch.arange(K)).any() for ancestors in out.ancestors)
+    frames = out.images if out.images.dim() == 4 else out.images[:, 0]
+    assert all(not torch.equal(frames[i], frames[j]) for i in range(K) for j in range(i))  # copies have parted
     assert [one.step for one in out.history] == [0, 1, 3]
     reports: list[StepReport] = told
     assert [report.step for report in reports if report.evaluation] == [1, 2, 4]
