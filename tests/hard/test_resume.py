@@ -195,8 +195,8 @@ def test_a_run_of_torchrun_that_is_killed_twice_ends_the_same_to_the_last_bit(tm
     tally.note(f"steer finetune, {method}, torchrun of two processes, kill -9 twice, then the same command")
 
 
-NUMBERS, COLOURS = "two three four five six seven eight nine".split(), "red green blue yellow purple".split()
-SHAPES = "circles squares triangles stars crosses".split()
+NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine"]
+COLOURS, SHAPES = ["red", "green", "blue", "yellow", "purple"], ["circles", "squares", "triangles", "stars", "crosses"]
 PROMPTS = [" ".join(words) for words in product(NUMBERS, COLOURS, SHAPES)]
 
 
