@@ -120,7 +120,7 @@ CUTS: dict[int, list[Cut]] = {
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=FULL)])
 @pytest.mark.parametrize("method", ["d3po", "prdp"])
-@pytest.mark.parametrize("runs", [1, pytest.param(20, marks=FULL)])
+@pytest.mark.parametrize("runs", [1, pytest.param(12, marks=FULL)])
 def test_a_run_that_is_killed_and_killed_again_ends_the_same_to_the_last_bit(
     wholes: Callable[[str, int], Whole], tmp_path: Path, method: str, count: int, runs: int
 ) -> None:
@@ -133,7 +133,7 @@ def test_a_run_that_is_killed_and_killed_again_ends_the_same_to_the_last_bit(
         done_by([training(method, out)] * count, out)
         assert_same_end(whole.out, out)
     assert tally.told.get("was done", 0) <= tally.tries // 3
-    if runs >= 20:
+    if runs >= 12:
         tally.note(f"steer finetune, {method}, {COUNTS[count]}, kill -9 one to three times, then the same command")
 
 
