@@ -51,7 +51,8 @@ class FinetuneRun:
         self.folder = RunFolder(folder, identity_of(method, source, exam, settings), about, settings, self.team)
         self.found = self.folder.find(resume)
         self.team.wait()  # nobody writes before all have looked
-        self.state = self._started(trainable_of(method.pipe, settings))
+        with self.team.together():
+            self.state = self._started(trainable_of(method.pipe, settings))
         self.sampler = self._sampler()
         self.stopped: str | None = None
 
@@ -78,8 +79,9 @@ class FinetuneRun:
             torch.manual_seed(self.settings.seed + self.team.index)
             self.folder.open(self.state, self.found)
             try:
-                self._updates(on_update, on_evaluation)
-                return self._finished()
+                with self.team.together():
+                    self._updates(on_update, on_evaluation)
+                    return self._finished()
             except Exception:
                 # What was learnt is not lost with a reward that fails; of several processes one alone cannot save it.
                 if self.state.step and self.team.count == 1:

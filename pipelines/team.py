@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
+from torch import distributed
 
 from steer.errors import InputError
 from steer.pipelines.finetune_settings import FinetuneSettings
@@ -43,6 +44,18 @@ class AcceleratedTeam:
         with ending_together(GOES_ON):
             self._accelerator.wait_for_everyone()
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work of this process amid which accelerate exchanges something: where another one has ended before
+        its time, this one ends with an InputError. Its own errors stay what they are."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count == 1 or not _of_the_connection(error):
+                raise
+            with ending_together(GOES_ON):
+                raise
+
     def check(self, settings: FinetuneSettings) -> None:
         """Raises InputError where the prompts of an update cannot be shared out."""
         if settings.prompts_per_step % self.count:
@@ -61,9 +74,23 @@ class AcceleratedTeam:
 
 @contextmanager
 def main_first(cpu: bool) -> Iterator[None]:
-    """The first process runs the block before the others: they find what it wrote.
+    """The first process runs the block before the others: they find what it wrote; if it raises, they never do.
 
     cpu  whether the model is on the CPU, where accelerate would else take each of several for the only one
     """
-    with PartialState(cpu=cpu).main_process_first():
-        yield
+    state = PartialState(cpu=cpu)
+    if not state.is_main_process:
+        _wait(state)
+    yield
+    if state.is_main_process:
+        _wait(state)
+
+
+def _wait(state: PartialState) -> None:
+    with ending_together(GOES_ON):
+        state.wait_for_everyone()
+
+
+def _of_the_connection(error: RuntimeError) -> bool:
+    """Whether the processes lost each other: NCCL has an error of its own, gloo one that names its source file."""
+    return isinstance(error, distributed.DistError) or "/gloo/" in str(error)

@@ -1,0 +1,147 @@
+"""The same seeds give the same: in other processes, in batches of other sizes, in threads that share a pipeline."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from conftest import PIPELINES, cached_pipe, call_kwargs, with_scheduler
+from diffusers import LCMScheduler
+from figures import Tally
+from forks import forked
+from same import left, make, prepare
+from soft_rewards import Soft, redness
+from torch import Generator, Tensor
+
+from steer.microbatch import micro_batched
+from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, SteeringOutput
+from steer.pipelines.population import IMAGES_PER_PROMPT
+
+FULL = pytest.mark.hard
+HERE = Path(__file__).parent
+K = 4
+SOME = ["sd", "pixart", "flux"]  # a UNet, a DiT, and one of flow matching
+FAMILIES = [name if name in SOME else pytest.param(name, marks=FULL) for name in PIPELINES]
+
+
+def anew(home: Path, out: Path, hash_seed: int) -> None:
+    """In a new Python, whose sets and dictionaries of texts have another order."""
+    given = {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    command = [sys.executable, str(HERE / "same.py"), str(home), str(out)]
+    done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(("new", "others"), [(1, 1), pytest.param(4, 6, marks=FULL)])
+def test_other_processes_make_the_same_bytes(tmp_path: Path, new: int, others: int) -> None:
+    """`steer sample`, a steered call and a finetuning; the others are forked from this one."""
+    prepare(tmp_path)
+    tally, found = Tally(), []
+    for number in range(new + others):
+        out = tmp_path / f"{number}"
+        if number < new:
+            anew(tmp_path, out, number)
+        else:
+            ended = forked(lambda out=out: make(tmp_path, out), out)
+            assert ended.code == 0, ended.said
+        found.append(left(tmp_path, out))
+        tally.count("a new Python" if number < new else "a fork", found[-1] == found[0])
+    assert tally.lost == 0, {name for one in found for name in one if one[name] != found[0][name]}
+    ancestors = [value for name, value in found[0]["steered"].items() if name.startswith("ancestors")]
+    assert len(ancestors) > 1 and any(value != torch.arange(K).numpy().tobytes() for value in ancestors)
+    if new > 1:
+        tally.note("the same seed in other processes: steer sample, a steered call, steer finetune")
+
+
+def call_of(family: str, particles: int, seed: int, steps: int = 5) -> dict[str, Any]:
+    call = call_kwargs(family, particles, steps)
+    own = {"num_particles": particles, "generator": Generator().manual_seed(seed), "output_type": "pt"}
+    return {name: value for name, value in call.items() if name not in IMAGES_PER_PROMPT} | own
+
+
+def bits(found: SteeringOutput) -> list[Tensor]:
+    return [found.images, found.rewards, found.log_weights, found.latents, *found.ancestors]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seeds", [1, pytest.param(5, marks=FULL)])
+def test_micro_batches_of_any_size_leave_images_and_ancestors(family: str, seeds: int) -> None:
+    """Rows of the denoiser at a time, and images that are decoded and scored at a time."""
+    pipe, tally, moved = cached_pipe(family), Tally(), False
+
+    def run(rows: int | None, chunk: int, seed: int) -> SteeringOutput:
+        options = {"lam": 500.0, "resample_steps": [1, 2, 3], "ess_threshold": 1.0, "chunk_size": chunk}
+        with micro_batched(pipe, rows) as view:
+            return FKSteeringPipeline(view, redness)(**options, **call_of(family, K, seed)).in_slot_order()
+
+    for seed in range(seeds):
+        whole = run(None, 2 * K, seed)
+        moved = moved or any((one != torch.arange(K)).any() for one in whole.ancestors)
+        for rows, chunk in [(1, K), (2, K), (3, K), (K, K), (None, 1), (None, 2), (None, 3), (3, 2)]:
+            found = run(rows, chunk, seed)
+            same = len(found.ancestors) == 3 and all(map(torch.equal, found.ancestors, whole.ancestors))
+            near = bool((found.images - whole.images).abs().max() <= 1e-5)
+            tally.count("denoiser" if chunk == K else "decoder and reward", same and near)
+    assert moved and tally.lost == 0
+    if seeds > 1:
+        tally.note(f"the same seed with micro-batches of 1, 2, 3 and {K}, {family}")
+
+
+Run = Callable[[Any, int], SteeringOutput]
+PROMPTS = ["a red circle", "a blue star", "two stars", "a star left of a circle"]
+
+
+def fk(family: str, **options: Any) -> Run:
+    def run(pipe: Any, seed: int) -> SteeringOutput:
+        told = {"lam": 500.0, "ess_threshold": 1.0} | options
+        return FKSteeringPipeline(pipe, Soft(redness))(
+            **call_of(family, 3, seed) | {"prompt": PROMPTS[seed % 4]} | told
+        )
+
+    return run
+
+
+def best_of_n(pipe: Any, seed: int) -> SteeringOutput:
+    return BestOfNPipeline(pipe, redness)(**call_of("sd", 3, seed) | {"prompt": PROMPTS[seed % 4]})
+
+
+def reno(pipe: Any, seed: int) -> SteeringOutput:
+    own = with_scheduler(pipe, LCMScheduler.from_config(pipe.scheduler.config))
+    options = {"prompt": PROMPTS[seed % 4], "iterations": 3, "guidance_scale": 0.0}
+    return ReNOPipeline(own, Soft(redness))(**call_of("sd", 2, seed, 1) | options)
+
+
+DIFFERENT: list[Run] = [fk("sd"), fk("sd", reward_guidance=0.1), fk("sd", narrow={2: 2}), best_of_n, reno]
+SHARED: dict[str, list[Run]] = {name: [fk(name)] for name in PIPELINES} | {"different methods": DIFFERENT}
+
+
+@pytest.mark.parametrize("shared", [*FAMILIES, "different methods"])
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=FULL)])
+def test_threads_that_share_a_pipeline_make_what_they_make_in_turn(shared: str, times: int) -> None:
+    """Four that begin at once, with seeds and prompts of their own, and that change places as often as can be."""
+    pipe, runs, tally = cached_pipe("sd" if shared not in PIPELINES else shared), SHARED[shared], Tally()
+    together, before = Barrier(4), sys.getswitchinterval()
+
+    def begun(seed: int) -> SteeringOutput:
+        together.wait(60)
+        return runs[seed % len(runs)](pipe, seed)
+
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for number in range(times):
+                seeds = range(4 * number, 4 * number + 4)
+                in_turn = [runs[seed % len(runs)](pipe, seed) for seed in seeds]
+                for one, other in zip(in_turn, pool.map(begun, seeds), strict=True):
+                    tally.count("runs", all(map(torch.equal, bits(one), bits(other))))
+    finally:
+        sys.setswitchinterval(before)
+    assert tally.lost == 0
+    if times > 1:
+        tally.note(f"threads that share a pipeline, {shared}")
