@@ -4,15 +4,48 @@ The fuzzers themselves, which follow the branches: `make fuzz`.
 """
 
 import random
+import socket
 from pathlib import Path
 
 import pytest
 from figures import Tally
-from parsers import PARSERS, Finding, run
+from held import Finding
+from parsers import PARSERS, Parser, run
 
+from steer.errors import InputError
+
+TRIES = {"config": 1500, "config-words": 1500, "parquet": 6000}  # of others: 3,000
 CORPUS = Path(__file__).resolve().parent / "corpus"
-PIECES = [b"\0", b"\xff", b"\n", b'"', b"'", b"[", b"]", b"{", b"}", b":", b",", b"(", b")", b"\\", b"-1", b"1e999", b"NaN"]
-PIECES += [b"\xed\xa0\x80", b"\\ud800", b"\xe2\x80\xa8", b"\x1b[2J", b"\\u0000", b"null", b"true", b"9" * 400, b"[" * 300]
+PIECES = [
+    b"\0",
+    b"\xff",
+    b"\n",
+    b'"',
+    b"'",
+    b"[",
+    b"]",
+    b"{",
+    b"}",
+    b":",
+    b",",
+    b"(",
+    b")",
+    b"\\",
+    b"-1",
+    b"1e999",
+    b"NaN",
+]
+PIECES += [
+    b"\xed\xa0\x80",
+    b"\\ud800",
+    b"\xe2\x80\xa8",
+    b"\x1b[2J",
+    b"\\u0000",
+    b"null",
+    b"true",
+    b"9" * 400,
+    b"[" * 300,
+]
 
 
 def kept(parser: str) -> list[bytes]:
@@ -73,6 +106,43 @@ def test_what_is_changed_at_random_is_read_or_refused(
     tally.note(f"parser of {parser}, changed at random")
 
 
-TRIES = {"config": 1500, "config-words": 1500, "parquet": 6000}
+def reaches_out(data: bytes, folder: Path) -> str:
+    try:
+        socket.create_connection(("127.0.0.1", 9), timeout=1)
+    except OSError as error:
+        raise InputError("nobody there") from error
+    return "somebody"
 
 
+def lasts(data: bytes, folder: Path) -> str:
+    while True:
+        pass
+
+
+def says_more_than_a_line(data: bytes, folder: Path) -> str:
+    raise OneLine("a\nb")
+
+
+class OneLine(InputError):
+    """As InputError was when fuzzing began."""
+
+    def __init__(self, told: str) -> None:
+        ValueError.__init__(self, told)
+
+
+SAME = {"again": lambda found, folder: found, "modules": ()}
+WRONG = {
+    "of another kind": (Parser(lambda data, folder: {}[data], **SAME), KeyError, "b''"),
+    "not the same again": (Parser(lambda data, folder: 1, lambda found, folder: 2, ()), Finding, "read again as 2"),
+    "more than a line": (Parser(says_more_than_a_line, **SAME), Finding, "no line of text"),
+    "for ever": (Parser(lasts, **SAME), Finding, "seconds of CPU"),
+    "to the network": (Parser(reaches_out, **SAME), Finding, "reached for .*socket"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_parser_that_does_what_none_may_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parser, kind, told = WRONG[name]
+    monkeypatch.setitem(PARSERS, name, parser)
+    with pytest.raises(kind, match=told):
+        run(name, b"", tmp_path)
