@@ -137,7 +137,9 @@ def test_the_ends_of_the_uniform_reach_no_particle_without_weight(scheme: str, u
         assert (apart.abs() < 1 + 1e-9).all()
 
 
-@given(log_w=hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-30, 3, width=32)), seed=st.integers(0, 999))
+@given(
+    log_w=hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-30, 3, width=32)), seed=st.integers(0, 999)
+)
 @settings(max_examples=40, deadline=None)
 def test_systematic_is_the_comb_in_exact_arithmetic(log_w: np.ndarray, seed: int) -> None:
     """Its slow twin in rational numbers: teeth (k + u)/K, each taking the first particle whose cumulative weight it is
