@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: sample test test-browser test-hard audit sbom lint types unit format clean
+.PHONY: sample test test-browser test-hard fuzz audit sbom lint types unit format clean
 
 sample: $(INSTALLED)  ## the main job: base against steered images for three prompts
 	$(BIN)/steer sample "a red circle left of a blue star" "three green triangles" "a yellow square and a purple cross" \
@@ -29,6 +29,17 @@ test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or 
 
 test-hard: $(INSTALLED)  ## kills, full disks, spoilt and hostile files: 20 minutes; figures in out/reliability.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests/hard
+
+FUZZED ?= config config-words reward reward-file prompts parquet choices manifest png recipe report calibration
+SECONDS_EACH ?= 300
+
+fuzz: $(INSTALLED)  ## coverage-guided, an hour: what is new goes to build/fuzz/corpus, what is wrong to build/fuzz
+	$(BIN)/python -m pip install --quiet --no-deps --target build/fuzz/atheris 'atheris>=3'
+	for parser in $(FUZZED); do \
+		mkdir -p build/fuzz/corpus/$$parser && OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 PYTHONPATH=build/fuzz/atheris \
+		$(BIN)/python tests/hard/fuzz.py $$parser --seconds $(SECONDS_EACH) --corpus build/fuzz/corpus/$$parser \
+		-artifact_prefix=$(CURDIR)/build/fuzz/$$parser- || exit 1; \
+	done
 
 audit: $(INSTALLED)  ## known vulnerabilities of what is installed; it and sbom have an environment of their own
 	$(PYTHON) -m venv build/audit

@@ -87,7 +87,7 @@ def _run() -> None:
             click.echo(f"steer: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
     except InputError as error:
-        click.echo(f"steer: {' '.join(str(error).split())}", err=True)
+        click.echo(f"steer: {error}", err=True)
         sys.exit(2)
     except BrokenPipeError:  # who reads what is said has had enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -3,8 +3,8 @@
 Any other specification imports code (package.module:attribute, a YAML file that names one) or reads a file.
 """
 
+import os
 import re
-from pathlib import Path
 
 from steer.assets import CLIPS
 from steer.contract import RewardError
@@ -33,6 +33,6 @@ def _is_named(term: str) -> bool:
         bare = [read_constraint(one)[0] if call.function == "product" else one for one in call.arguments]
         return call.function in FUNCTIONS and "from" not in call.options and all(map(names_alone, bare))
     name, *arguments = term.split(":")
-    if any(argument not in CLIPS and Path(argument).exists() for argument in arguments):  # what lies here is no name
+    if any(argument not in CLIPS and os.path.exists(argument) for argument in arguments):  # what lies here is no name
         return False
     return name in reward_names() and not term.endswith(FILES) and all(map(ARGUMENT.fullmatch, arguments))

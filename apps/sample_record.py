@@ -90,6 +90,8 @@ def open_record(out: Path, prompts: Sequence[str], settings: SampleSettings) -> 
     for number, entry in entries.items():
         if number >= len(prompts) or not isinstance(entry, dict) or entry.get("prompt") != prompts[number]:
             raise InputError(f"--out {out} holds a run of other prompts; choose another --out")
+        if not _is_entry(entry):
+            raise InputError(f"--out {out}: prompt {number + 1} in its report is none of steer; choose another --out")
     return Record(out, told | {"settings": given}, entries)
 
 
@@ -151,6 +153,15 @@ def _read(path: Path, out: Path, given: Mapping[str, Any]) -> Report:
     return old
 
 
+def _is_entry(entry: Entry) -> bool:
+    """Whether what is read of it here has the kinds that steer writes."""
+    base, cost = entry.get("base", {}), entry.get("cost")
+    if not isinstance(base, dict) or not isinstance(cost, dict):
+        return False
+    lists = (entry.get("images", []), base.get("images", []))
+    return all(isinstance(one, list) for one in lists) and all(type(one) in (int, float) for one in cost.values())
+
+
 def _whole(entry: Entry, out: Path, animation: bool) -> bool:
     """Whether all files of an entry are there to their ends, inside the output folder."""
     names = [*entry.get("images", [None]), *entry.get("base", {}).get("images", [])]
@@ -161,7 +172,7 @@ def _whole(entry: Entry, out: Path, animation: bool) -> bool:
 
 def _ends(path: Path) -> bool:
     """Whether a file is there, and a PNG to its end, which a power cut or a broken copy may have taken."""
-    if not path.is_file() or not path.stat().st_size:
+    if not os.path.isfile(path) or not path.stat().st_size:  # which a name that is too long is not, to Path an error
         return False
     with path.open("rb") as file:
         file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)

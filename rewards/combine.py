@@ -7,14 +7,17 @@ Product([Constraint(a, ">", 0.3), Constraint(b, ">", 0.5)])     Π_m σ((r_m −
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steer.reward import Reward, RewardError, load_reward
-from steer.rewards.aggregate import Aggregate, is_number, total
+from steer.rewards.aggregate import AGGREGATES, Aggregate, is_number, total
 from steer.rewards.composed import Composed
+from steer.rewards.grammar import number_text
+from steer.rewards.term import atom_text, composed_text
 
 SIGNS = {">": 1.0, "<": -1.0}
 SHARPNESS = 0.05  # temperature of a constraint, in the reward's own unit
@@ -32,7 +35,9 @@ class Part:
             raise RewardError(f"the weight of reward {self.reward.name!r} must be a finite number, got {self.weight!r}")
 
     def __str__(self) -> str:
-        return self.reward.name if self.weight == 1 else f"{self.reward.name}:{self.weight:g}"
+        if isinstance(self.reward, Composed):
+            return composed_text(self.reward.name, self.weight)
+        return atom_text(self.reward.name, self.weight, getattr(self.reward, "takes_number", False))
 
 
 class Combined(Composed):
@@ -41,15 +46,24 @@ class Combined(Composed):
     def __init__(self, parts: Sequence[Part], aggregate: Aggregate = total, name: str | None = None) -> None:
         if not parts:
             raise RewardError("a combination needs at least one reward")
-        if name is None and aggregate is not total:
-            name = f"{getattr(aggregate, '__name__', aggregate)}({', '.join(map(str, parts))})"
-        super().__init__([part.reward for part in parts], name or " + ".join(map(str, parts)))
+        super().__init__([part.reward for part in parts], name or _written(parts, aggregate))
         self._weights, self._aggregate = [float(part.weight) for part in parts], aggregate
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The aggregate (N,) of the weighted parts."""
         weighted = [weight * parts[name] for name, weight in zip(self._names, self._weights, strict=True)]
         return self._aggregate(torch.stack(weighted))
+
+
+def _written(parts: Sequence[Part], aggregate: Aggregate) -> str:
+    """The text of a combination, as `steer.rewards.expression` reads it."""
+    if aggregate is total:
+        return " + ".join(map(str, parts))
+    function, options = (aggregate.func, aggregate.keywords) if isinstance(aggregate, partial) else (aggregate, {})
+    own = getattr(function, "__name__", type(function).__name__)
+    known = next((name for name, one in AGGREGATES.items() if one is function), own)
+    inside = [*map(str, parts), *(f"{name}={number_text(value)}" for name, value in options.items())]
+    return f"{known}({', '.join(inside)})"
 
 
 def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate = total) -> Combined:
@@ -82,7 +96,7 @@ class Constraint:
             )
 
     def __str__(self) -> str:
-        return f"{self.reward.name} {self.sign} {self.bound:g}"
+        return f"{self.reward.name} {self.sign} {number_text(self.bound)}"
 
     def degree(self, scores: Tensor) -> Tensor:
         """How well scores (N,) meet it: (N,) in 0..1."""
@@ -95,7 +109,10 @@ class Product(Composed):
     def __init__(self, constraints: Sequence[Constraint]) -> None:
         if not constraints:
             raise RewardError("a product needs at least one constraint, like product(hpsv2.1 > 0.25)")
-        super().__init__([c.reward for c in constraints], f"product({', '.join(map(str, constraints))})")
+        inside = [str(c) for c in constraints]
+        if (own := {c.temperature for c in constraints}) != {SHARPNESS}:
+            inside += [f"temperature={number_text(one)}" for one in sorted(own)]
+        super().__init__([c.reward for c in constraints], f"product({', '.join(inside)})")
         self._constraints = tuple(constraints)
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:

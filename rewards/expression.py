@@ -27,11 +27,12 @@ from typing import Any
 import yaml
 
 from steer.choices import nearest
-from steer.reward import Reward, RewardError, load_reward, make_reward, reward_names, takes_number
+from steer.reward import Reward, RewardError, load_reward, make_reward, reward_names
 from steer.rewards.aggregate import AGGREGATES, OPTIONS, aggregate, is_number
 from steer.rewards.combine import SHARPNESS, Combined, Constraint, Part, Product
-from steer.rewards.grammar import NUMBER, PLUS, Call, read_call, read_constraint, split
-from steer.rewards.remote_protocol import is_remote, read_weight
+from steer.rewards.grammar import PLUS, Call, read_call, read_constraint, split
+from steer.rewards.remote_protocol import is_remote
+from steer.rewards.term import read_term
 from steer.rewards.transform import LogSigmoid, Standardised, read_calibration
 
 FILES = (".yaml", ".yml")
@@ -74,13 +75,8 @@ def _term(text: str, place: Place) -> Part:
         return Part(_atom(text, place))
     if call := read_call(text):
         return Part(_function(call, place.inside()), call.weight)
-    if is_remote(text):
-        address, weight = read_weight(text)
-        return Part(_atom(address, place), weight)
-    name, *rest = text.split(":")
-    if rest and re.fullmatch(NUMBER, rest[-1]) and (len(rest) > 1 or not takes_number(name)):
-        return Part(_atom(text.rpartition(":")[0], place), float(rest[-1]))
-    return Part(_atom(text, place))
+    name, weight = read_term(text)
+    return Part(_atom(name, place), weight)
 
 
 def _atom(text: str, place: Place) -> Reward:
@@ -133,8 +129,7 @@ def _function(call: Call, place: Place) -> Reward:
 def _aggregated(call: Call, place: Place) -> Reward:
     parts = [_part(argument, place) for argument in call.arguments]
     numbers = {name: call.number(name, 0.0) for name in call.options}
-    inside = ", ".join([*map(str, parts), *(f"{name}={number:g}" for name, number in numbers.items())])
-    return Combined(parts, aggregate(call.function, numbers, f"{call.function}(…)"), f"{call.function}({inside})")
+    return Combined(parts, aggregate(call.function, numbers, f"{call.function}(…)"))
 
 
 def _product(call: Call, place: Place) -> Reward:

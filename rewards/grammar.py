@@ -30,6 +30,12 @@ class Call:
         return float(given)
 
 
+def number_text(number: float) -> str:
+    """A number as `NUMBER` has it, the shortest text that is read as the same."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(float(number))
+
+
 def read_call(text: str) -> Call | None:
     """Of "function(A, B, option=value):WEIGHT"; None where a text is something else."""
     if not (written := re.fullmatch(rf"([a-z-]+)\((.*)\)(?::({NUMBER}))?", text, re.DOTALL)):

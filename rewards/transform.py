@@ -53,6 +53,7 @@ def read_calibration(path: Path) -> Calibration:
     try:
         record = unsummed(path.read_text(encoding="utf-8"))
         scales = {str(name): Scale(**scale) for name, scale in record["scales"].items()}
+        source = dict(record.get("source", {}).items())
         numbers = [n for scale in scales.values() for n in (scale.mean, scale.std, *scale.prompts.values())]
         sound = all(math.isfinite(n) for n in numbers) and all(scale.std > 0 for scale in scales.values())
     except OSError as error:
@@ -61,7 +62,7 @@ def read_calibration(path: Path) -> Calibration:
         raise RewardError(f"{path}: not a calibration of `steer rewards calibrate` ({str(error)[:60]})") from error
     if not sound:
         raise RewardError(f"{path}: a reward in this calibration has numbers that are not finite, or no spread")
-    return Calibration(scales, record.get("source", {}))
+    return Calibration(scales, source)
 
 
 def measured(scores: Tensor, prompts: Sequence[str]) -> Scale:

@@ -363,6 +363,8 @@ SOUND = {"mean": 0.5, "std": 1.0, "count": 2, "prompts": {"p": 0.5}}
         ('{"scales": []}', "not a calibration"),
         ('{"scales": {"a": 3}}', "not a calibration"),
         ('{"scales": {"a": {"mean": 1}}}', "not a calibration"),
+        ('{"scales": {}, "source": []}', "not a calibration"),
+        ('{"scales": {}, "source": null}', "not a calibration"),
         ("[" * 100_000, "not a calibration"),
         (b"\xff\xfe", "not a calibration"),
         (SOUND | {"more": 1}, "not a calibration"),

@@ -297,6 +297,7 @@ def test_whatever_bytes_are_changed_it_ends_as_a_recipe_or_a_refusal(where: Any,
         "min(scene, mean-std(jpeg, scene:2, lam=1)):3",
         "product(scene > 0.3, jpeg + scene < 2, temperature=0.05)",
         "logsigmoid(scene, reference=0.2)",
+        "colour:" + "x" * 300,  # longer than a file's name can be; found by fuzzing
     ],
 )
 def test_rewards_that_have_a_name_may_stand_in_an_image(text: str) -> None:

@@ -1,5 +1,8 @@
 """Resampling schemes against the properties that define them."""
 
+from fractions import Fraction
+from itertools import accumulate
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from steer import resampling
 from steer.errors import InputError
-from steer.particles import ess
+from steer.particles import Particles, ess
 from steer.resampling import RESAMPLERS
 
 LOW_NOISE = ("systematic", "residual", "ssp")  # offspring within one of K·w
@@ -94,3 +98,94 @@ def test_ess_between_one_and_k() -> None:
     assert ess(torch.zeros(1, 8)).item() == pytest.approx(8)
     assert ess(torch.tensor([[1000.0, 0.0, 0.0]])).item() == pytest.approx(1)
     assert ess(torch.tensor([0.5, 0.25, 0.25]).log()[None]).item() == pytest.approx(1 / 0.375)
+
+
+# Log-weights of every size that fp32 holds, in a group of which at least one counts.
+extreme = hnp.arrays(
+    np.float32,
+    st.tuples(st.integers(1, 3), st.integers(1, 12)),
+    elements=st.sampled_from([-np.inf, -3e38, -745.2, -103.3, -1e-38, 0.0, 1e-3, 88.8, 3e38])
+    | st.floats(-90, 90, width=32),
+).filter(lambda w: (w > -np.inf).any(1).all())
+
+
+@pytest.mark.parametrize("scheme", RESAMPLERS)
+@given(log_w=extreme, seed=st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_no_weight_is_too_large_or_too_small(scheme: str, log_w: np.ndarray, seed: int) -> None:
+    given_weights = torch.tensor(log_w)
+    ancestors = draw(scheme, given_weights, seed)
+    assert ancestors.shape == log_w.shape and ((ancestors >= 0) & (ancestors < log_w.shape[1])).all()
+    drawn = given_weights.gather(1, ancestors).double()
+    assert (drawn - given_weights.double().amax(1, keepdim=True) > -746).all(), "exp(−746) is 0 in float64"
+    assert torch.equal(ancestors, draw(scheme, given_weights.double(), seed)), "fp32 is held as it is"
+
+
+@pytest.mark.parametrize("scheme", RESAMPLERS)
+@pytest.mark.parametrize("uniform", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
+@given(w=weights)
+@settings(max_examples=60, deadline=None)
+def test_the_ends_of_the_uniform_reach_no_particle_without_weight(scheme: str, uniform: float, w: np.ndarray) -> None:
+    """Random numbers of [0, 1) at its ends, which a seed seldom gives: the first tooth and the last."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resampling, "_uniform", lambda shape, generator: torch.full(shape, uniform, dtype=torch.float64))
+        ancestors = draw(scheme, torch.tensor(w).log(), 0)
+    assert ((ancestors >= 0) & (ancestors < w.shape[1])).all()
+    assert (torch.tensor(w).gather(1, ancestors) > 0).all()
+    if scheme in ("systematic", "ssp"):
+        apart = offspring(ancestors) - torch.tensor(w / w.sum(1, keepdims=True)) * w.shape[1]
+        assert (apart.abs() < 1 + 1e-9).all()
+
+
+@given(
+    log_w=hnp.arrays(np.float32, st.integers(1, 300), elements=st.floats(-30, 3, width=32)), seed=st.integers(0, 999)
+)
+@settings(max_examples=40, deadline=None)
+def test_systematic_is_the_comb_in_exact_arithmetic(log_w: np.ndarray, seed: int) -> None:
+    """Its slow twin in rational numbers: teeth (k + u)/K, each taking the first particle whose cumulative weight it is
+    below. They may differ where a tooth is at an edge, to the last bits of float64."""
+    exact = [Fraction(one) for one in torch.tensor(log_w).double().softmax(-1).tolist()]
+    uniform = torch.rand((1, 1), generator=torch.Generator().manual_seed(seed), dtype=torch.float64).item()
+    edges = [Fraction(edge, sum(exact)) for edge in accumulate(exact)]
+    for k, found in enumerate(draw("systematic", torch.tensor(log_w)[None], seed)[0].tolist()):
+        tooth = (k + Fraction(uniform)) / len(exact)
+        expected = next(place for place, edge in enumerate(edges) if tooth < edge)
+        assert found == expected or abs(tooth - edges[min(found, expected)]) < Fraction(1, 10**13)
+
+
+@given(log_w=extreme, shift=st.floats(-50, 50), seed=st.integers(0, 2**32))
+@settings(max_examples=100, deadline=None)
+def test_the_laws_of_the_effective_sample_size(log_w: np.ndarray, shift: float, seed: int) -> None:
+    log_weights = torch.tensor(log_w)
+    found, size = ess(log_weights), log_w.shape[1]
+    assert ((found >= 1 - 1e-5) & (found <= size * (1 + 1e-5))).all()
+    order = torch.randperm(size, generator=torch.Generator().manual_seed(seed))
+    assert torch.allclose(ess(log_weights[:, order]), found, rtol=1e-4)
+    by_hand = log_weights.double().softmax(-1).square().sum(-1).reciprocal()
+    assert torch.allclose(found.double(), by_hand, rtol=1e-4)
+    small = log_weights.clamp(-90, 90)  # beyond, fp32 rounds a sum with the shift to another weight
+    assert torch.allclose(ess(small + shift), ess(small), rtol=1e-3)
+
+
+@given(
+    log_w=hnp.arrays(np.float32, (2, 5), elements=st.floats(-30, 30, width=32)),
+    shift=st.floats(-30, 30, width=32),
+    scheme=st.sampled_from([*RESAMPLERS]),
+    groups=st.tuples(st.booleans(), st.booleans()),
+)
+@settings(max_examples=100, deadline=None)
+def test_resampling_keeps_the_evidence_and_a_constant_moves_it_by_itself(
+    log_w: np.ndarray, shift: float, scheme: str, groups: tuple[bool, bool]
+) -> None:
+    before = Particles.start(2, 5).reweight(torch.tensor(log_w))
+    mean = torch.tensor(log_w).double().exp().mean(1).log()
+    assert torch.allclose(before.log_evidence.double(), mean, atol=1e-4)
+    moved = before.reweight(torch.full((2, 5), shift))
+    assert torch.allclose(moved.log_evidence, before.log_evidence + shift, atol=1e-4)
+    chosen = torch.tensor(groups)
+    ancestors = torch.where(chosen[:, None], draw(scheme, before.log_weights, 3), torch.arange(5))
+    after = before.resample(ancestors, chosen)
+    assert torch.allclose(after.log_evidence, before.log_evidence, atol=1e-4)
+    assert (after.log_weights[chosen] == 0).all()
+    assert torch.equal(after.log_weights[~chosen], before.log_weights[~chosen])
+    assert torch.equal(after.log_potentials, before.log_potentials.gather(1, ancestors))

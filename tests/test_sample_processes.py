@@ -208,6 +208,15 @@ def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="holds a run of other prompts"):
             open_record(tmp_path, prompts, settings)
     before = json.loads(part.read_text())
+    entry = before["prompts"][0]
+    wrong = [{"cost": None}, {"cost": {"seconds": "1"}}, {"images": 3}, {"base": []}, {"base": {"images": "a"}}]
+    for change in wrong:  # found by fuzzing: an older steer's, or an editor's
+        part.write_text(summed(before | {"prompts": [entry | change]}))
+        with pytest.raises(InputError, match="prompt 4 in its report is none of steer; choose another --out"):
+            open_record(tmp_path, PROMPTS, settings)
+    for name in ("x" * 400 + ".png", "a\0b", "\ud800", ".", ""):
+        part.write_text(summed(before | {"prompts": [entry | {"images": [name]}]}))
+        assert open_record(tmp_path, PROMPTS, settings).missing(5, False) == [0, 1, 2, 3, 4]
     for told in ("{", "[]", summed(before | {"number": "3"}), summed(before | {"prompts": []})):
         part.write_text(told)
         with pytest.raises(InputError, match=r"00003\.json is not a report of steer"):

@@ -1,0 +1,131 @@
+"""Folders of files as functions of bytes: choices, checkpoints, reports and calibrations."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from held import check_line
+
+from steer.apps.sample_record import REPORT, open_record
+from steer.apps.sample_settings import SampleSettings
+from steer.checkpoint import Checkpoint
+from steer.checkpoint_files import MANIFEST, read_manifest, write_files
+from steer.errors import InputError
+from steer.pipelines.choice_files import CHOICES, LOTS, SETTINGS, DrawnWith
+from steer.pipelines.choice_folder import ChoiceFolder
+from steer.pipelines.choice_reading import Recorded, read_choices
+from steer.rewards.transform import read_calibration
+from steer.trajectory import Rows, Trajectories
+
+SAMPLE = SampleSettings(
+    *("scenes", "fk", "brightness", 2, 4, None, None, "difference", "systematic", "constant", 0.5, None, 0, True, None)
+)
+PARTED = b"\n---\n"  # between the files of a folder, in one input
+
+
+def put(path: Path, content: bytes | str) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass"))
+    return path
+
+
+def choices(data: bytes, folder: Path) -> Any:
+    """settings.json, lots.jsonl and choices.jsonl, beside the images and trajectories of two lots."""
+    if not (folder / "images").exists():
+        write_choices(folder)
+    texts = (data.split(PARTED, 2) + [b""] * 2)[:3]
+    for name, text in zip((SETTINGS, LOTS, CHOICES), texts, strict=True):
+        put(folder / name, text)
+    return _told(read_choices(folder))
+
+
+def write_choices(folder: Path) -> None:
+    """Two lots, of which one has trajectories, and a choice of each."""
+    plain = (
+        "P",
+        "scenes",
+        {"_class_name": "S"},
+        {"num_inference_steps": 3},
+        1.0,
+        "float32",
+        "float32",
+        "cpu",
+        "1",
+        "1",
+    )
+    recorded = ChoiceFolder.create_as(folder, DrawnWith(*plain))
+    for number in (1, 2):
+        rows = Rows(("a star",) * 2, (number,) * 2, (3, 4))
+        drew = Trajectories(rows, torch.zeros(2, 3, 1, 2, 2), (0, 2), torch.zeros(2, 2))
+        lot = recorded.write_lot(drew, torch.full((2, 3, 1, 1), number / 2), keep_trajectories=number == 2)
+        recorded.write_choice(lot, 0, 1)
+
+
+def _told(found: Recorded) -> Any:
+    lots = [lot.line() for lot in found.lots.values()]
+    return json.dumps([asdict(found.drawn), lots, [asdict(one) for one in found.choices]])
+
+
+def choices_again(told: str, folder: Path) -> Any:
+    drawn, *rows = json.loads(told)
+    files = (json.dumps(drawn), *("\n".join(map(json.dumps, some)) + "\n" for some in rows))
+    return choices(PARTED.join(text.encode() for text in files), folder)
+
+
+def manifest(data: bytes, folder: Path) -> Any:
+    """Of a checkpoint of two files; the bytes as they are or, as no fuzzer finds a sum, with a right one."""
+    if not (folder / MANIFEST).exists():
+        write_files(folder, 7, {"weights": {"a": torch.zeros(2)}}, {"told": "{}\n"})
+    put(folder / MANIFEST, data)
+    try:
+        return read_manifest(folder)
+    except InputError as error:
+        check_line(str(error))
+    put(folder / MANIFEST, _sealed(data))
+    Checkpoint.open(folder)
+    return read_manifest(folder)
+
+
+def _sealed(data: bytes) -> bytes:
+    try:
+        told = json.loads(data)
+    except (ValueError, RecursionError):
+        return data
+    if not isinstance(told, dict):
+        return data
+    told.pop("sha256", None)
+    own = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(told | {"sha256": own}, sort_keys=True, indent=1) + "\n").encode()
+
+
+def manifest_again(found: Any, folder: Path) -> Any:
+    step, files = found
+    put(folder / MANIFEST, _sealed(json.dumps({"version": 1, "step": step, "files": files}).encode()))
+    return read_manifest(folder)
+
+
+def report(data: bytes, folder: Path) -> Any:
+    put(folder / REPORT, data)
+    return _told_of(folder)
+
+
+def _told_of(folder: Path) -> Any:
+    record = open_record(folder, ["a star", "a circle"], SAMPLE)
+    record.missing(2, animation=True)
+    return json.dumps([record.told, record.entries], sort_keys=True)
+
+
+def report_again(told: str, folder: Path) -> Any:
+    open_record(folder, ["a star", "a circle"], SAMPLE).save()
+    return _told_of(folder)
+
+
+def calibration(data: bytes, folder: Path) -> Any:
+    return read_calibration(put(folder / "c.json", data))
+
+
+def calibration_again(found: Any, folder: Path) -> Any:
+    found.save(folder / "d.json")
+    return read_calibration(folder / "d.json")

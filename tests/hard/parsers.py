@@ -1,0 +1,211 @@
+"""Everything of steer that reads what others wrote, as functions of bytes: what the fuzzers and their corpus run.
+
+Whatever the bytes are, a parser ends with a value or with an InputError of one line; the value, written as steer writes
+it, is read again as the same. It needs less than 2 seconds of CPU, and reaches for no network and no program.
+"""
+
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+from folder_parsers import (
+    calibration,
+    calibration_again,
+    choices,
+    choices_again,
+    manifest,
+    manifest_again,
+    put,
+    report,
+    report_again,
+)
+from held import Finding, check_line, held
+from PIL import Image
+from pyarrow import parquet
+
+from steer import reward, rewards
+from steer.apps.finetune_cli import keys_of
+from steer.apps.finetune_config import read_config
+from steer.apps.named_rewards import names_alone
+from steer.apps.png_metadata import KEY, read_metadata, read_png, write_png
+from steer.apps.prompts import read_prompts
+from steer.errors import InputError
+
+SMALL = {"scene", "jpeg", "jpeg-incompressible", "colour", "brightness"}  # the rewards that load no weights
+
+
+@dataclass(frozen=True)
+class Parser:
+    """read: bytes → a value, in a folder of its own; again: the value, written and read once more, if it is written.
+
+    modules  whose branches a coverage-guided fuzzer follows
+    """
+
+    read: Callable[[bytes, Path], Any]
+    again: Callable[[Any, Path], Any]
+    modules: tuple[str, ...]
+
+
+def run(name: str, data: bytes, folder: Path) -> str:
+    """Whether the bytes are read or refused; raises Finding, or whatever a parser raised, for what may not be."""
+    parser = PARSERS[name]
+    with held():
+        try:
+            found = parser.read(data, folder)
+        except InputError as error:
+            check_line(str(error))
+            return "refused"
+        if (again := parser.again(found, folder)) != found:
+            raise Finding(f"read as {found!r}, and written and read again as {again!r}")
+    return "read"
+
+
+def _text(data: bytes) -> str:
+    return data.decode("utf-8", "replace")
+
+
+def _config(data: bytes, folder: Path) -> Any:
+    return read_config(str(put(folder / "c.yaml", data))).plain()
+
+
+def _words(data: bytes, folder: Path) -> Any:
+    """What a person writes behind the name of a configuration, a word a line."""
+    return read_config("d3po-scenes", keys_of(_text(data).split("\n"))).plain()
+
+
+def _config_again(told: Any, folder: Path) -> Any:
+    return _config(yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=120).encode(), folder)
+
+
+@contextmanager
+def _small_rewards() -> Iterator[None]:
+    """The table without what takes seconds to load, and without plugins, which are looked up on the disk each time."""
+    whole, plugins = dict(rewards.REWARDS), vars(reward)["entry_points"]
+    for name in whole.keys() - SMALL:
+        del rewards.REWARDS[name]
+    vars(reward)["entry_points"] = lambda group: ()
+    try:
+        yield
+    finally:
+        rewards.REWARDS.clear()  # the order is the table's too
+        rewards.REWARDS.update(whole)
+        vars(reward)["entry_points"] = plugins
+
+
+def _reward(data: bytes, folder: Path) -> str:
+    text = _text(data)
+    if "://" in text:
+        raise InputError("a remote reward: it has tests of its own")
+    with _small_rewards():
+        names_alone(text)
+        return reward.load_reward(text).name
+
+
+def _reward_again(name: str, folder: Path) -> str:
+    """The name of what is made of rewards that have one is a text that reads as it, but for what a file told."""
+    with _small_rewards():
+        whole = names_alone(name) and "logsigmoid" not in name
+    return _reward(name.encode(), folder) if whole else name
+
+
+def _reward_file(data: bytes, folder: Path) -> str:
+    return _reward(str(put(folder / "r.yaml", data)).encode(), folder)
+
+
+def _prompts(data: bytes, folder: Path) -> list[list[str]]:
+    """The same bytes as each kind of text: what is one of them is seldom another."""
+    found = []
+    for suffix in ("txt", "tsv", "jsonl"):
+        try:
+            found.append(read_prompts(put(folder / f"p.{suffix}", data)))
+        except InputError as error:
+            check_line(str(error))
+    if not found:
+        raise InputError("neither text nor table nor JSON lines")
+    return found
+
+
+def _prompts_again(found: list[list[str]], folder: Path) -> list[list[str]]:
+    lines = ("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts) for prompts in found)
+    return [read_prompts(put(folder / "q.jsonl", text)) for text in lines]
+
+
+def _parquet(data: bytes, folder: Path) -> list[str]:
+    return read_prompts(put(folder / "p.parquet", data))
+
+
+def _parquet_again(prompts: list[str], folder: Path) -> list[str]:
+    parquet.write_table(pa.table({"prompt": prompts}), folder / "q.parquet")
+    return read_prompts(folder / "q.parquet")
+
+
+def _png(data: bytes, folder: Path) -> Any:
+    recipe, image = read_png(data)
+    return recipe, image.mode, image.size, image.tobytes()
+
+
+def _png_again(found: Any, folder: Path) -> Any:
+    recipe, mode, size, pixels = found
+    write_png(Image.frombytes(mode, size, pixels), folder / "a.png", recipe)
+    read, image = read_png(folder / "a.png")
+    return read, mode, image.size, pixels  # a palette's pixels are written as their numbers
+
+
+def _recipe(data: bytes, folder: Path) -> Any:
+    """The bytes as the text in a PNG."""
+    return read_metadata(png_saying(data))
+
+
+def _recipe_again(recipe: Any, folder: Path) -> Any:
+    with _small_rewards():
+        names_alone(recipe.settings.reward)
+    write_png(Image.new("RGB", (1, 1)), folder / "a.png", recipe)
+    return read_metadata(folder / "a.png")
+
+
+def png_saying(text: bytes) -> bytes:
+    """A PNG of one pixel with a text in place of the recipe: by the PNG specification, 5.3."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)),
+        (b"iTXt", KEY.encode() + bytes(5) + text),
+        (b"IDAT", zlib.compress(bytes(4))),
+        (b"IEND", b""),
+    ]
+    told = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(told)
+
+
+_YAML = ("yaml.reader", "yaml.scanner", "yaml.parser", "yaml.composer", "yaml.constructor", "yaml.resolver")
+_CONFIG = (
+    "steer.apps.finetune_config",
+    "steer.apps.finetune_job",
+    "steer.pipelines.finetune_settings",
+    "steer.choices",
+)
+_REWARD = tuple(f"steer.rewards.{name}" for name in ("expression", "grammar", "aggregate", "combine", "transform"))
+_PNG = ("steer.apps.png_metadata", "steer.apps.sample_settings", "steer.pipelines.plan", "steer.apps.named_rewards")
+PARSERS = {
+    "config": Parser(_config, _config_again, (*_CONFIG, "steer.apps.yaml_text", *_YAML)),
+    "config-words": Parser(
+        _words, _config_again, (*_CONFIG, "steer.apps.finetune_cli", "steer.apps.yaml_text", *_YAML)
+    ),
+    "reward": Parser(_reward, _reward_again, (*_REWARD, "steer.reward", "steer.apps.named_rewards")),
+    "reward-file": Parser(_reward_file, _reward_again, (*_REWARD, "steer.reward", *_YAML)),
+    "prompts": Parser(_prompts, _prompts_again, ("steer.apps.prompts", "json.decoder")),
+    "parquet": Parser(_parquet, _parquet_again, ("steer.apps.prompts",)),
+    "choices": Parser(choices, choices_again, ("steer.pipelines.choice_files", "steer.pipelines.choice_reading")),
+    "manifest": Parser(manifest, manifest_again, ("steer.checkpoint_files", "steer.checkpoint")),
+    "png": Parser(_png, _png_again, (*_PNG, "PIL.PngImagePlugin", "PIL.ImageFile", "PIL.Image")),
+    "recipe": Parser(_recipe, _recipe_again, (*_PNG, "json.decoder")),
+    "report": Parser(report, report_again, ("steer.apps.sample_record", "steer.sums")),
+    "calibration": Parser(calibration, calibration_again, ("steer.rewards.transform", "steer.sums")),
+}

@@ -1,0 +1,50 @@
+"""What every InputError is, whatever it quotes: one line that a terminal shows and does not obey."""
+
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from steer.apps.prompts import read_prompts
+from steer.contract import RewardError
+from steer.errors import LONGEST, InputError
+
+
+@given(st.text(max_size=40) | st.text(st.characters(categories=["Cc", "Cs", "Zl", "Zp"]), max_size=10))
+def test_a_message_is_one_line_that_can_be_shown(quoted: str) -> None:
+    line = str(InputError(f"file {quoted!s}: choose another"))
+    assert line.splitlines() == [line] and line.encode("utf-8")
+    assert not any(ord(one) < 32 or 127 <= ord(one) < 160 for one in line)
+    assert line.startswith("file ") and line.endswith(": choose another")
+    assert str(InputError(line)) == line, "said again, as errors are that name more, it stays as it is"
+    if quoted.isprintable():
+        assert line == f"file {quoted}: choose another"
+
+
+def test_what_cannot_be_shown_is_told_as_python_writes_it() -> None:
+    told = "a\nb\x1b[2J\x85\u2028\ud800 é 👩‍👧 \\n"
+    assert str(InputError(told)) == "a\\nb\\x1b[2J\\x85\\u2028\\ud800 é 👩‍👧 \\n"
+
+
+@pytest.mark.parametrize("length", [LONGEST - 1, LONGEST, LONGEST + 1, 10**6])
+def test_of_a_long_message_the_middle_is_left_out(length: int) -> None:
+    told = "the name " + "x" * (length - 24) + ", the remedy  !"
+    line = str(InputError(told))
+    assert len(told) == length and len(line) == min(length, LONGEST)
+    assert (line == told) == (length <= LONGEST)
+    assert line.startswith("the name x") and line.endswith("x, the remedy  !")
+
+
+def test_errors_cross_processes_and_are_of_their_kind() -> None:
+    again = pickle.loads(pickle.dumps(RewardError("a\nb")))
+    assert type(again) is RewardError and str(again) == "a\\nb" and isinstance(again, ValueError)
+
+
+def test_a_column_of_a_strangers_table_does_not_speak_to_the_terminal(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Found by fuzzing: the names of columns are told as they are."""
+    table = tmp_path_factory.mktemp("table") / "p.tsv"
+    table.write_bytes(b"a\x1b]0;title\x07\x7f\tb\n")
+    with pytest.raises(InputError) as error:
+        read_prompts(table)
+    assert str(error.value).endswith("there are a\\x1b]0;title\\x07\\x7f, b")
