@@ -30,7 +30,7 @@ test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or 
 test-hard: $(INSTALLED)  ## kills, full disks, spoilt and hostile files: 20 minutes; figures in out/reliability.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests/hard
 
-FUZZED ?= config config-words reward reward-file prompts parquet choices manifest png recipe report calibration
+FUZZED ?= config config-words reward reward-file prompts choices manifest png recipe report calibration parquet
 SECONDS_EACH ?= 300
 
 fuzz: $(INSTALLED)  ## coverage-guided, an hour: what is new goes to build/fuzz/corpus, what is wrong to build/fuzz

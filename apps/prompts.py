@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from steer.apps.hub_files import data_files, in_a_line, some
 from steer.assets import PROMPTS
@@ -13,6 +14,7 @@ from steer.errors import InputError
 
 COLUMN, TAG = "prompt", "tag"
 LONGEST = 100_000  # characters of a prompt: far beyond what any text encoder reads
+MOST = 10_000_000  # rows of a table
 
 
 def find_prompts(source: str, column: str | None = None) -> list[str]:
@@ -152,6 +154,8 @@ def _parquet(path: Path, column: str | None) -> list[str]:
         with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
             name = _chosen(names, column)
+            if name is not None:
+                _check_column(path, file.schema_arrow.field(name), file.metadata.num_rows)
             # The one column alone: tables of the hub often hold images beside it.
             values = [] if name is None else file.read(columns=[name]).column(0).to_pylist()
     except pyarrow.ArrowException as error:
@@ -162,6 +166,14 @@ def _parquet(path: Path, column: str | None) -> list[str]:
         if not isinstance(value, str):
             raise InputError(f'{path}, row {number}: expected a text under "{name}", got {_kind(value)}')
     return values
+
+
+def _check_column(path: Path, column: Any, rows: int) -> None:
+    """Raises InputError for a column that may not be read: some hundred bytes can stand for lists of gigabytes."""
+    if column.type.num_fields:
+        raise InputError(f'{path}: expected texts under "{column.name}", got {column.type!s:.80}')
+    if rows > MOST:
+        raise InputError(f"{path}: {rows} rows; at most {MOST} are read")
 
 
 READERS: dict[str, Callable[[Path, str | None], list[str]]] = {

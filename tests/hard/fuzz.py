@@ -62,8 +62,8 @@ def main() -> None:
             with contextlib.redirect_stderr(io.StringIO()):
                 run(given.parser, data, folder)
 
-        known = HERE / "corpus" / given.parser
-        folders = [str(path) for path in (corpus, known) if path]
+        # libFuzzer adds to the first folder: never to the corpus of the tests.
+        folders = [str(corpus or tempfile.mkdtemp(dir=home)), str(HERE / "corpus" / given.parser)]
         limits = [f"-max_total_time={given.seconds}", "-timeout=10", "-rss_limit_mb=3000", "-max_len=4096"]
         atheris.Setup([sys.argv[0], *limits, *flags, *folders], one)
         atheris.Fuzz()
