@@ -75,13 +75,12 @@ class FinetuneRun:
 
     def train(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> FinetuneResult:
         """Goes on from what is there, updates until the last one, a guard or a signal; then exports the weights."""
-        with torch.random.fork_rng():  # for pipelines that draw numbers of their own beside the generators
+        with self.team.together(), torch.random.fork_rng():  # for pipelines that draw beside the generators
             torch.manual_seed(self.settings.seed + self.team.index)
             self.folder.open(self.state, self.found)
             try:
-                with self.team.together():
-                    self._updates(on_update, on_evaluation)
-                    return self._finished()
+                self._updates(on_update, on_evaluation)
+                return self._finished()
             except Exception:
                 # What was learnt is not lost with a reward that fails; of several processes one alone cannot save it.
                 if self.state.step and self.team.count == 1:

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor
 
 MARKS = ("safety_checker", "watermark")  # what is done to finished images only
+# A fast tokenizer keeps the padding of the present call on itself: threads that share one would pad as others asked.
+ENCODING = threading.RLock()
 
 
 def quiet(pipe: Any) -> Any:
@@ -41,7 +44,8 @@ def _once_each(function: Callable[..., Any]) -> Callable[..., Any]:
     def remember(*args: Any, **kwargs: Any) -> Any:
         asked = json.dumps(plain_values([args, kwargs]))
         if asked not in answers:
-            answers[asked] = function(*args, **kwargs)
+            with ENCODING:
+                answers[asked] = function(*args, **kwargs)
         return answers[asked]
 
     return remember

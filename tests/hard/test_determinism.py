@@ -76,7 +76,7 @@ def test_micro_batches_of_any_size_leave_images_and_ancestors(family: str, seeds
     pipe, tally, moved = cached_pipe(family), Tally(), False
 
     def run(rows: int | None, chunk: int, seed: int) -> SteeringOutput:
-        options = {"lam": 500.0, "resample_steps": [1, 2, 3], "ess_threshold": 1.0, "chunk_size": chunk}
+        options = {"lam": 500.0, "resample_steps": [0, 1, 2], "ess_threshold": 1.0, "chunk_size": chunk}
         with micro_batched(pipe, rows) as view:
             return FKSteeringPipeline(view, redness)(**options, **call_of(family, K, seed)).in_slot_order()
 
@@ -121,7 +121,15 @@ DIFFERENT: list[Run] = [fk("sd"), fk("sd", reward_guidance=0.1), fk("sd", narrow
 SHARED: dict[str, list[Run]] = {name: [fk(name)] for name in PIPELINES} | {"different methods": DIFFERENT}
 
 
-@pytest.mark.parametrize("shared", [*FAMILIES, "different methods"])
+# Not Wan: its VAE keeps what it decodes on itself, so that threads need a VAE each.
+IN_THREADS = [
+    pytest.param(one, marks=[] if one in (*SOME, "sd3", "different methods") else FULL)
+    for one in (*PIPELINES, "different methods")
+    if one != "wan"
+]
+
+
+@pytest.mark.parametrize("shared", IN_THREADS)
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=FULL)])
 def test_threads_that_share_a_pipeline_make_what_they_make_in_turn(shared: str, times: int) -> None:
     """Four that begin at once, with seeds and prompts of their own, and that change places as often as can be."""
