@@ -14,7 +14,8 @@ from steer.errors import InputError
 
 COLUMN, TAG = "prompt", "tag"
 LONGEST = 100_000  # characters of a prompt: far beyond what any text encoder reads
-MOST = 10_000_000  # rows of a table
+MOST, LARGEST = 10_000_000, 4_000_000_000  # rows of a table, and characters in them
+AT_ONCE = 1024  # rows
 
 
 def find_prompts(source: str, column: str | None = None) -> list[str]:
@@ -154,10 +155,7 @@ def _parquet(path: Path, column: str | None) -> list[str]:
         with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
             name = _chosen(names, column)
-            if name is not None:
-                _check_column(path, file.schema_arrow.field(name), file.metadata.num_rows)
-            # The one column alone: tables of the hub often hold images beside it.
-            values = [] if name is None else file.read(columns=[name]).column(0).to_pylist()
+            values = [] if name is None else _column(path, file, name)
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a parquet file that can be read ({in_a_line(error)})") from error
     if name is None:
@@ -168,12 +166,27 @@ def _parquet(path: Path, column: str | None) -> list[str]:
     return values
 
 
-def _check_column(path: Path, column: Any, rows: int) -> None:
-    """Raises InputError for a column that may not be read: some hundred bytes can stand for lists of gigabytes."""
+def _column(path: Path, file: Any, name: str) -> list[Any]:
+    """What one column of a parquet file holds, that one alone: tables of the hub often hold images beside it.
+
+    Some hundred bytes can stand for gigabytes: read is only what says of itself how much it is, a part at a time.
+    """
+    column, told = file.schema_arrow.field(name), file.metadata
     if column.type.num_fields:
-        raise InputError(f'{path}: expected texts under "{column.name}", got {column.type!s:.80}')
-    if rows > MOST:
-        raise InputError(f"{path}: {rows} rows; at most {MOST} are read")
+        raise InputError(f'{path}: expected texts under "{name}", got {column.type!s:.80}')
+    if told.num_rows > MOST:
+        raise InputError(f"{path}: {told.num_rows} rows; at most {MOST} are read")
+    for group in map(told.row_group, range(told.num_row_groups)):
+        parts = [group.column(number) for number in range(group.num_columns)]
+        if any(part.num_values != group.num_rows for part in parts if part.path_in_schema == name):
+            raise InputError(f'{path}: not a parquet file that can be read ("{name}" has not one value a row)')
+    values: list[Any] = []
+    size = 0
+    for batch in file.iter_batches(AT_ONCE, columns=[name]):
+        values += (part := batch.column(0).to_pylist())
+        if (size := size + sum(len(value) for value in part if isinstance(value, str | bytes))) > LARGEST:
+            raise InputError(f"{path}: more than {LARGEST} characters of text")
+    return values
 
 
 READERS: dict[str, Callable[[Path, str | None], list[str]]] = {

@@ -113,6 +113,19 @@ def test_a_table_of_more_rows_than_anybody_has_is_not_read(tmp_path: Path, monke
     assert refused(tmp_path / "p.parquet").endswith("p.parquet: 3 rows; at most 2 are read")
 
 
+def test_some_bytes_that_stand_for_many_are_not_read_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "p.parquet"
+    parquet.write_table(pa.table({"prompt": ["a star"] * 5000}), path)
+    assert read_prompts(path) == ["a star"] * 5000
+    monkeypatch.setattr("steer.apps.prompts.LARGEST", 29_999)
+    assert refused(path).endswith("p.parquet: more than 29999 characters of text")
+    forged = (Path(__file__).parent / "hard/corpus/parquet/values").read_bytes()  # it says −20 values, which took 7 GB
+    path.write_bytes(forged)
+    assert refused(path).endswith('not a parquet file that can be read ("prompt" has not one value a row)')
+
+
 def test_null_in_json_lines_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": null}\n')
     assert 'line 2: expected an object with a text under "prompt", got null' in refused(tmp_path / "p.jsonl")
