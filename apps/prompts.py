@@ -169,23 +169,21 @@ def _parquet(path: Path, column: str | None) -> list[str]:
 def _column(path: Path, file: Any, name: str) -> list[Any]:
     """What one column of a parquet file holds, that one alone: tables of the hub often hold images beside it.
 
-    Some hundred bytes can stand for gigabytes: read is only what says of itself how much it is, a part at a time.
+    A part at a time: some hundred bytes can stand, or say that they stand, for gigabytes.
     """
     column, told = file.schema_arrow.field(name), file.metadata
     if column.type.num_fields:
         raise InputError(f'{path}: expected texts under "{name}", got {column.type!s:.80}')
     if told.num_rows > MOST:
         raise InputError(f"{path}: {told.num_rows} rows; at most {MOST} are read")
-    for group in map(told.row_group, range(told.num_row_groups)):
-        parts = [group.column(number) for number in range(group.num_columns)]
-        if any(part.num_values != group.num_rows for part in parts if part.path_in_schema == name):
-            raise InputError(f'{path}: not a parquet file that can be read ("{name}" has not one value a row)')
     values: list[Any] = []
     size = 0
     for batch in file.iter_batches(AT_ONCE, columns=[name]):
         values += (part := batch.column(0).to_pylist())
         if (size := size + sum(len(value) for value in part if isinstance(value, str | bytes))) > LARGEST:
             raise InputError(f"{path}: more than {LARGEST} characters of text")
+    if len(values) != told.num_rows:
+        raise InputError(f"{path}: not a parquet file that can be read ({len(values)} of {told.num_rows} rows)")
     return values
 
 
