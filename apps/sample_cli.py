@@ -50,7 +50,9 @@ WITH_REPLAY = {
 @click.option("--narrow", default="", help="fk: particle schedule, STEP:PARTICLES,… such as 8:4,14:2.")
 @click.option("--narrow-choice", default="drawn", help="fk: which go on from there: drawn by weight, or the best.")
 @click.option("--target", type=float, help="fk: a reward at which the best goes on alone; reno, noise-search: the end.")
-@click.option("--overlap", is_flag=True, help="fk: score beside the next denoiser call, resample one step later.")
+@click.option(
+    "--overlap", is_flag=True, default=False, help="fk: score beside the next denoiser call, resample one step later."
+)
 @click.option("--preview", default="full", help="What decodes x̂0: full, linear, tiny, a folder, or ORGANISATION/NAME.")
 @click.option("--start-candidates", type=int, help="Starting noises of which the best K start, by short runs.")
 @click.option("--start-steps", default=4, help="Solver steps of those short runs.")

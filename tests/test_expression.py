@@ -342,7 +342,15 @@ def test_a_name_is_a_text_that_reads_as_the_reward(reward: Any) -> None:
     found = load_reward(reward)
     again = load_reward(found.name)
     assert again.name == found.name
-    assert values(again) == values(found)
+    assert told(again) == told(found)
+
+
+def told(reward: Any) -> Any:
+    """Scores, or why there are none: of large weights they are not finite."""
+    try:
+        return values(reward)
+    except RewardError as error:
+        return str(error)
 
 
 # A random expression, as text and made of objects by hand.

@@ -21,7 +21,7 @@ from torch import Generator, Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from conftest import PROMPT, cached_pipe
+from conftest import PIPELINES, PROMPT, cached_pipe
 from finetune_runs import settings_of, train
 
 from steer.contract import with_timeout
@@ -114,8 +114,10 @@ def train_for_long(count: int, every: int, folder: Path) -> Iterator[Level]:
         if record["step"] % every == 0:
             levels.append(level(record["step"]))
 
+    pipe = PIPELINES["sd"]()  # its own: a training leaves a pipeline changed
+    pipe.set_progress_bar_config(disable=True)
     settings = settings_of("prdp", max_steps=count, checkpoint_every=4, eval_every=4)
-    train("prdp", cached_pipe("sd"), folder / "run", settings, on_update=look)
+    train("prdp", pipe, folder / "run", settings, on_update=look)
     return iter(levels)
 
 
