@@ -309,13 +309,27 @@ def call_kwargs(name: str, images: int = 3, steps: int = 4) -> dict[str, Any]:
     return call
 
 
+SHARED: list[DiffusionPipeline] = []  # what `cached_pipe` has made
+
+
 @functools.cache
 def cached_pipe(name: str) -> DiffusionPipeline:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         pipe = PIPELINES[name]()
     pipe.set_progress_bar_config(disable=True)
+    SHARED.append(pipe)
     return pipe
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_gradients_of_other_files() -> Iterator[None]:
+    """Which files a worker gets, and in which order, is nobody's to know: none finds what another left on weights."""
+    yield
+    for pipe in SHARED:
+        for model in pipe.components.values():
+            if isinstance(model, torch.nn.Module):
+                model.zero_grad(set_to_none=True)
 
 
 def with_scheduler(pipe: DiffusionPipeline, scheduler: Any) -> DiffusionPipeline:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from soft_rewards import Soft
 from torch import Generator, Tensor
 
 from steer.pipelines import FKSteeringPipeline
@@ -15,19 +16,14 @@ from steer.pipelines.output import SteeringOutput
 LAM, GROUPS, BATCH = 3.0, 1200, 100
 
 
-class Total:
-    """r = Σ over the 3 elements of x."""
-
-    name, differentiable = "total", True
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return images.sum((1, 2, 3))
+# r = Σ over the 3 elements of x.
+TOTAL = Soft(lambda images, prompts: images.sum((1, 2, 3)), "total")
 
 
 def steered_gaussians(pipe: "GaussianPipeline", size: int, **options: Any) -> Iterator[SteeringOutput]:
-    """FK's answers by `Total` with λ = LAM, for GROUPS groups of `size` particles, BATCH at a time."""
+    """FK's answers by TOTAL with λ = LAM, for GROUPS groups of `size` particles, BATCH at a time."""
     for seed in range(GROUPS // BATCH):
-        yield FKSteeringPipeline(pipe, Total())(
+        yield FKSteeringPipeline(pipe, TOTAL)(
             num_particles=size,
             reward_prompt=[""] * BATCH,
             eta=1.0,

@@ -20,7 +20,8 @@ from diffusers import (
     UNet2DModel,
 )
 from gaussian import GaussianPipeline, check_tilted, steered_gaussians
-from torch import Generator, Tensor
+from soft_rewards import redness, seeded
+from torch import Tensor
 
 from steer.errors import InputError
 from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, StepReport
@@ -34,10 +35,6 @@ from steer.seam import CannotSteer
 K = 3
 
 
-def seeded(seed: int = 0) -> Generator:
-    return Generator().manual_seed(seed)
-
-
 def steer_kwargs(name: str, steps: int = 5) -> dict[str, Any]:
     """A cheap call without the count of images, which num_particles replaces."""
     return {key: value for key, value in call_kwargs(name, K, steps).items() if key not in IMAGES_PER_PROMPT}
@@ -46,10 +43,6 @@ def steer_kwargs(name: str, steps: int = 5) -> dict[str, Any]:
 def plain_images(pipe: Any, name: str, seed: int = 0) -> Tensor:
     output = pipe(**call_kwargs(name, K, 5), generator=seeded(seed), output_type="pt")
     return output.frames if name == "wan" else output.images
-
-
-def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
 
 def in_slots(out: SteeringOutput) -> Tensor:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import PIPELINES
 from gaussian import GaussianPipeline, check_tilted, steered_gaussians
-from test_narrow import K, ModularGaussian, redness, seeded, steer_kwargs
+from soft_rewards import redness, seeded
+from test_narrow import K, ModularGaussian, steer_kwargs
 from torch import Tensor
 
 from steer.background import Begin, Modes, at_once, in_background

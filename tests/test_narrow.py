@@ -10,7 +10,8 @@ import torch
 from conftest import PIPELINES, call_kwargs
 from diffusers import DDIMScheduler
 from gaussian import BATCH, GaussianPipeline, check_tilted, steered_gaussians
-from torch import Generator, Tensor, nn
+from soft_rewards import Soft, redness, seeded
+from torch import Tensor, nn
 
 from steer.errors import InputError
 from steer.live_rows import LiveRows
@@ -22,14 +23,6 @@ from steer.resampling import RESAMPLERS, systematic, thinned
 from steer.seam import Event, steered
 
 K = 4
-
-
-def seeded(seed: int = 0) -> Generator:
-    return Generator().manual_seed(seed)
-
-
-def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
 
 def steer_kwargs(name: str, steps: int = 6) -> dict[str, Any]:
@@ -90,7 +83,7 @@ def test_gradients_reach_the_living_and_nobody_else(pipe_of: Callable[[str], Any
     live.keep(torch.tensor([2]), 3)
     x = torch.randn(6, 4, 8, 8, generator=seeded()).requires_grad_()
     text = torch.zeros(6, 4, pipe_of("sd").unet.config.cross_attention_dim)
-    unet(x, 5, encoder_hidden_states=text, return_dict=False)[0].square().sum().backward()
+    unet(x, 5, encoder_hidden_states=text, return_dict=False)[0].square().sum().backward(inputs=[x])
     assert x.grad is not None and [bool(row.any()) for row in x.grad] == [False, False, True] * 2
 
 
@@ -267,13 +260,7 @@ def test_a_target_that_is_never_reached_changes_nothing(pipe_of: Callable[[str],
 
 
 def test_a_guided_run_that_is_settled_asks_for_no_more_gradients(pipe_of: Callable[[str], Any]) -> None:
-    class Red:
-        name, differentiable = "red", True
-
-        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-            return redness(images, prompts)
-
-    out = FKSteeringPipeline(pipe_of("sd"), Red())(
+    out = FKSteeringPipeline(pipe_of("sd"), Soft(redness))(
         num_particles=3, reward_guidance=1.0, target_reward=-1e6, generator=seeded(), **steer_kwargs("sd")
     )
     assert len(out.history) == 1 and out.cost.gradients == 3 and len(out.images) == 1

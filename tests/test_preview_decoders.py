@@ -2,7 +2,6 @@
 
 import copy
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from conftest import PIPELINES, cached_pipe, call_kwargs
 from diffusers import AutoencoderTiny, UNet2DModel
 from gaussian import GaussianPipeline
-from soft_rewards import Soft, in_precision, likeness, own_kwargs
-from torch import Generator, Tensor
+from soft_rewards import Soft, in_precision, likeness, own_kwargs, redness, seeded
+from torch import Tensor
 from torch.nn import functional as F
 
 from steer import preview as preview_module
@@ -27,10 +26,6 @@ from steer.previews import PREVIEWS, new_preview
 COUNT = 3
 IMAGES = [name for name in PIPELINES if name != "wan"]
 CLOSE = {"atol": 1e-5, "rtol": 0}
-
-
-def seeded(seed: int = 0) -> Generator:
-    return Generator().manual_seed(seed)
 
 
 def tiny(latents: int = 4, **config: Any) -> AutoencoderTiny:
@@ -248,10 +243,6 @@ def test_the_first_previews_are_the_full_decoders_and_the_later_ones_the_maps(na
 
 
 # In steering
-
-
-def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
 
 @pytest.mark.parametrize("option", ["linear", "tiny"])

@@ -53,7 +53,7 @@ def published(
         for name, value in {"reward": reward, "norm": length / size**0.5, "noise": latents}.items():
             told[name].append(value.detach().clone())
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward(inputs=[latents])
         nn.utils.clip_grad_norm_([latents], 0.1)
         optimiser.step()
     told["noise"].append(latents.detach().clone())

@@ -12,7 +12,8 @@ import torch
 from conftest import Steer, call_kwargs, with_scheduler
 from diffusers import EulerDiscreteScheduler, HeunDiscreteScheduler, LCMScheduler
 from gaussian import GaussianPipeline
-from torch import Generator, Tensor
+from soft_rewards import redness, seeded
+from torch import Tensor
 
 from steer.errors import InputError
 from steer.pipelines import BestOfNPipeline, SelectionPipeline, StepReport
@@ -24,16 +25,8 @@ from steer.seam import CannotSteer
 K, STEPS = 4, 8
 
 
-def seeded(seed: int = 0) -> Generator:
-    return Generator().manual_seed(seed)
-
-
 def steer_kwargs(name: str, steps: int = 5) -> dict[str, Any]:
     return {key: value for key, value in call_kwargs(name, K, steps).items() if key not in IMAGES_PER_PROMPT}
-
-
-def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
-    return images[:, 0].mean((1, 2)) - images[:, 2].mean((1, 2))
 
 
 def bright_or_dark(images: Tensor, prompts: Sequence[str]) -> Tensor:

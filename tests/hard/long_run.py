@@ -10,7 +10,7 @@ import os
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import PIPELINES, PROMPT, cached_pipe
 from finetune_runs import settings_of, train
+from soft_rewards import Soft, redness
 
 from steer.contract import with_timeout
 from steer.microbatch import micro_batched
@@ -63,22 +64,18 @@ def level(done: int) -> Level:
     )
 
 
-class Red:
-    name, differentiable = "red", True
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return images[:, 0].mean((1, 2))
+RED = Soft(redness)
 
 
 def micro_batched_fk(pipe: Any, **options: Any) -> Any:
     with micro_batched(pipe, 1) as view, shared_prompt(pipe):
-        return FKSteeringPipeline(view, Red())(**options)
+        return FKSteeringPipeline(view, RED)(**options)
 
 
 def kinds() -> list[Callable[..., Any]]:
     """Calls of every method, and of what they can be called with."""
     pipe, timed = cached_pipe("sd"), with_timeout(load_reward("brightness"), 60)
-    fk, options = FKSteeringPipeline(pipe, Red()), {"num_particles": 3, "resample_steps": [1, 2], "lam": 300.0}
+    fk, options = FKSteeringPipeline(pipe, RED), {"num_particles": 3, "resample_steps": [1, 2], "lam": 300.0}
 
     def steering(**more: Any) -> Callable[..., Any]:
         return lambda **call: fk(**options | more | call)
@@ -91,9 +88,9 @@ def kinds() -> list[Callable[..., Any]]:
         steering(reward_guidance=1.0, resample_steps=[2]),
         lambda **call: FKSteeringPipeline(pipe, timed)(**options | call),
         lambda **call: BestOfNPipeline(pipe, "jpeg")(num_particles=3, **call),
-        lambda **call: SelectionPipeline(pipe, Red())(num_particles=2, **call),
-        lambda **call: NoiseSearchPipeline(pipe, Red())(iterations=2, neighbours=2, **call),
-        lambda **call: ReNOPipeline(pipe, Red())(iterations=1, **call | {"num_inference_steps": 1}),
+        lambda **call: SelectionPipeline(pipe, RED)(num_particles=2, **call),
+        lambda **call: NoiseSearchPipeline(pipe, RED)(iterations=2, neighbours=2, **call),
+        lambda **call: ReNOPipeline(pipe, RED)(iterations=1, **call | {"num_inference_steps": 1}),
         lambda **call: micro_batched_fk(pipe, **options | call),
     ]
 
