@@ -60,13 +60,26 @@ class Run:
     log_every: int = 50
     save_every: int = 200
     warmup: int = 100
+    decay: float | None = None  # share of the steps over which the rate falls linearly to 0; None: a cosine over all
+    stop_after: float | None = None  # processor seconds of this process, for runs of equal cost
+
+    def _schedule(self, optimiser: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """Warm-up, constant rate, linear decay: `steps` may be raised as long as the decay has not begun."""
+        if self.decay is None:
+            return get_cosine_schedule_with_warmup(optimiser, self.warmup, self.steps)
+        last = self.decay * self.steps
+
+        def rate(step: int) -> float:
+            return min((step + 1) / self.warmup, 1.0, max(self.steps - step, 0) / last)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
 
     def train(self, modules: Iterable[nn.Module], loss_at: Callable[[int], Tensor], after: After | None = None) -> None:
         """Minimises `loss_at(step)` from the last saved step on; `after` is called once a step (for averages)."""
         modules = list(modules)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4, betas=(0.9, 0.98))
-        schedule = get_cosine_schedule_with_warmup(optimiser, self.warmup, self.steps)
+        schedule = self._schedule(optimiser)
         stateful = [*modules, optimiser, schedule, *([after] if after else [])]
         first = self._load(stateful, parameters[0].device)
         started, losses = time.monotonic(), []
@@ -85,8 +98,11 @@ class Run:
                 seconds = (time.monotonic() - started) / (step + 1 - first)
                 self._log({"step": step + 1, "loss": float(np.mean(losses)), "seconds_per_step": round(seconds, 3)})
                 losses.clear()
-            if (step + 1) % self.save_every == 0 or step + 1 == self.steps:
+            spent = self.stop_after is not None and time.process_time() > self.stop_after
+            if (step + 1) % self.save_every == 0 or step + 1 == self.steps or spent:
                 self._save(step + 1, stateful)
+            if spent:
+                break
 
     def _load(self, stateful: list[Stateful], device: torch.device) -> int:
         path = self.folder / "state.pt"

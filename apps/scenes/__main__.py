@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="folder of checkpoints and logs")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; an interrupted run goes on where it stopped")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each recipe of `pilot`")
     parser.add_argument("--size", default="scenes", help="what `denoiser` trains: scenes or scenes-large")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
@@ -51,10 +52,19 @@ def _autoencoder(options: argparse.Namespace) -> None:
 def _denoiser(options: argparse.Namespace) -> None:
     from diffusers import AutoencoderKL
 
-    from steer.apps.scenes.denoiser import SIZES, train_denoiser
+    from steer.apps.scenes.denoiser import RECIPES, train_denoiser
 
-    vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").to(options.device).eval()
-    train_denoiser(options.out / "denoiser", vae, SIZES[options.size], options.steps or 3300, options.device)
+    vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
+    train_denoiser(options.out / "denoiser", vae, RECIPES[options.size], options.steps or 85_000)
+
+
+def _pilot(options: argparse.Namespace) -> None:
+    from diffusers import AutoencoderKL
+
+    from steer.apps.scenes.pilot import pilot
+
+    vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
+    pilot(options.out / "pilot", vae, options.seconds, options.only)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -119,6 +129,7 @@ def _prompts(options: argparse.Namespace) -> None:
 STAGES = {
     "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
     "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
+    "pilot": (_pilot, "compare recipes for the denoiser at equal processor time (--seconds, --only)"),
     "check": (_check, "share of fresh scenes that pass after the autoencoder"),
     "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
     "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),

@@ -1,44 +1,66 @@
 """The denoiser of scenes and its text encoder, trained together on the autoencoder's latents."""
 
-import hashlib
 import logging
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, compute_snr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from steer.apps.scenes.autoencoder import CHANNELS, encode
 from steer.apps.scenes.tokenizer import LENGTH, build_tokenizer
-from steer.apps.scenes.training import training_scenes
+from steer.apps.scenes.world import captions, draw, random_scene
 from steer.staged import staged
-from steer.training import Run, batch_at
+from steer.training import Run
 
 logger = logging.getLogger(__name__)
 
-BATCH = 64
-SCENES = 40_000
 PART = 4_000  # scenes drawn and encoded at a time
+WORDINGS = 4  # captions kept of each scene
 UNCONDITIONAL = 0.1  # share of prompts dropped, for classifier-free guidance
 
 
 @dataclass(frozen=True)
-class Size:
-    """Channels of the two resolutions, and width, layers and heads of the text encoder."""
+class Recipe:
+    """One way to train a denoiser; the pilot compares such."""
 
-    channels: tuple[int, int]
-    width: int
-    layers: int
-    heads: int
+    channels: tuple[int, ...] = (64, 128)  # of the UNet's resolutions
+    layers_per_block: int = 1
+    width: int = 128  # of the text encoder
+    layers: int = 2
+    heads: int = 4
+    scenes: int = 400_000  # different scenes, then they repeat with other captions
+    whole_words: bool = True  # one token a word
+    all_captions: bool = True  # any true wording of a scene, not the one it was drawn for
+    batch: int = 64
+    learning_rate: float = 1e-3
+    min_snr: float | None = None  # γ of min-SNR weighting (arXiv 2303.09556)
+    logit_normal: bool = False  # timesteps around the middle of the noise range more often (arXiv 2403.03206)
+    average: float = 0.999  # decay of the averaged weights
 
 
-SIZES = {
-    "scenes": Size(channels=(64, 128), width=128, layers=2, heads=4),
-    "scenes-large": Size(channels=(128, 224), width=192, layers=3, heads=6),
+RECIPES = {
+    "scenes": Recipe(),
+    "scenes-large": Recipe(channels=(128, 224), width=192, layers=3, heads=6),
+}
+_BASE = RECIPES["scenes"]
+PILOT = {
+    "base": _BASE,
+    "fixed": replace(_BASE, scenes=40_000, all_captions=False),
+    "split-words": replace(_BASE, whole_words=False),
+    "text-4": replace(_BASE, layers=4),
+    "rate-2e-3": replace(_BASE, learning_rate=2e-3),
+    "batch-32": replace(_BASE, batch=32),
+    "min-snr": replace(_BASE, min_snr=5.0),
+    "logit-normal": replace(_BASE, logit_normal=True),
+    "wide": replace(_BASE, channels=(96, 160)),
 }
 
 
@@ -55,33 +77,33 @@ def new_scheduler() -> DDIMScheduler:
     )
 
 
-def new_denoiser(size: Size = SIZES["scenes"]) -> UNet2DConditionModel:
+def new_denoiser(recipe: Recipe = RECIPES["scenes"]) -> UNet2DConditionModel:
     """8×8 and 4×4 latents, cross-attention at both."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=CHANNELS,
         out_channels=CHANNELS,
-        block_out_channels=size.channels,
-        layers_per_block=1,
+        block_out_channels=recipe.channels,
+        layers_per_block=recipe.layers_per_block,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=size.width,
+        cross_attention_dim=recipe.width,
         attention_head_dim=8,
         norm_num_groups=16,
     )
 
 
-def new_text_encoder(tokenizer: CLIPTokenizer, size: Size = SIZES["scenes"]) -> CLIPTextModel:
+def new_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe = RECIPES["scenes"]) -> CLIPTextModel:
     """A few layers of CLIP's text transformer."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=size.width,
-            intermediate_size=4 * size.width,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
+            hidden_size=recipe.width,
+            intermediate_size=4 * recipe.width,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
             max_position_embeddings=LENGTH,
-            projection_dim=size.width,
+            projection_dim=recipe.width,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -94,53 +116,100 @@ def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
     return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
-def latents_and_tokens(folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> tuple[Tensor, Tensor]:
-    """Every training scene as latents (N, 8, 8, 8) and tokens (N, LENGTH): encoded once for each autoencoder."""
-    weights = b"".join(parameter.detach().cpu().numpy().tobytes() for parameter in vae.parameters())
-    path = folder / f"latents-{hashlib.sha256(weights).hexdigest()[:8]}.safetensors"
-    if not path.exists():
-        latents, tokens = [], []
-        for first in range(0, SCENES, PART):
-            images, prompts = training_scenes(PART, first)
-            latents.append(encode(vae, images))
-            tokens.append(token_ids(tokenizer, prompts))
-            logger.info("encoded %d of %d scenes", first + PART, SCENES)
-        with staged(path) as new:
-            save_file({"latents": torch.cat(latents).contiguous(), "tokens": torch.cat(tokens)}, new)
-    data = load_file(path)
-    return data["latents"], data["tokens"]
+class Scenes:
+    """Training scenes by number, drawn and encoded a part at a time and kept as files in `folder`.
+
+    Scene n depends on n alone, so that a resumed run, or one on another machine, sees the same data.
+    """
+
+    def __init__(self, folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, recipe: Recipe) -> None:
+        self.folder, self.vae, self.tokenizer, self.recipe = folder, vae, tokenizer, recipe
+        self.part = lru_cache(maxsize=2)(self._part)
+
+    def _part(self, number: int) -> tuple[Tensor, Tensor]:
+        """Latents (PART, 8, 8, 8) and the tokens of WORDINGS captions (PART, WORDINGS, LENGTH)."""
+        path = self.folder / f"part-{number}{'' if self.recipe.whole_words else '-split'}.safetensors"
+        if not path.exists():
+            images, texts = [], []
+            for n in range(number * PART, (number + 1) * PART):
+                rng = np.random.default_rng(n)
+                scene = random_scene(rng)
+                images.append(draw(scene, rng))
+                own, *others = captions(scene)
+                texts += [own, *rng.choice([own, *others], WORDINGS - 1).tolist()]
+            latents = encode(self.vae, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+            tokens = token_ids(self.tokenizer, texts).view(PART, WORDINGS, LENGTH)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with staged(path) as new:
+                save_file({"latents": latents.half(), "tokens": tokens.short()}, new)
+        data = load_file(path)
+        return data["latents"].float(), data["tokens"].long()
+
+    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents (B, 8, 8, 8) and tokens (B, LENGTH) at one step; each pass over a part has its own order."""
+        size, parts = self.recipe.batch, math.ceil(self.recipe.scenes / PART)
+        turn, at = divmod(step, PART // size)
+        latents, tokens = self.part(turn % parts)
+        rows = torch.randperm(PART, generator=torch.Generator().manual_seed(turn))[at * size : (at + 1) * size]
+        wording = torch.randint(WORDINGS, (size,), generator=generator)
+        return latents[rows], tokens[rows, wording if self.recipe.all_captions else torch.zeros_like(wording)]
 
 
-def train_denoiser(folder: Path, vae: AutoencoderKL, size: Size, steps: int, device: str) -> None:
-    """Trains on v-prediction; the pipeline that folder/pipeline holds has the averaged weights.
+def timesteps(recipe: Recipe, count: int, generator: torch.Generator) -> Tensor:
+    """Training timesteps (count,): uniform, or the sigmoid of a normal of mean 0.5."""
+    if recipe.logit_normal:
+        return (torch.sigmoid(0.5 + torch.randn(count, generator=generator)) * 1000).long().clamp(max=999)
+    return torch.randint(1000, (count,), generator=generator)
 
-    L = E ‖v − v̂(α_t x0 + σ_t ε, t, prompt)‖², v = α_t ε − σ_t x0 (arXiv 2202.00512)
+
+def velocity_loss(
+    unet: UNet2DConditionModel, states: Tensor, x0: Tensor, t: Tensor, noise: Tensor, recipe: Recipe
+) -> Tensor:
+    """L = E w(t) ‖v − v̂(α_t x0 + σ_t ε, t, prompt)‖², v = α_t ε − σ_t x0 (arXiv 2202.00512).
+
+    w = 1, or min(SNR, γ)/(SNR + 1) (arXiv 2303.09556, §3.4 for v-prediction).
+    """
+    scheduler = new_scheduler()
+    x_t = scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
+    error = unet(x_t, t, states, return_dict=False)[0] - scheduler.get_velocity(x0, noise, t)
+    losses = (error**2).mean((1, 2, 3))
+    if recipe.min_snr is not None:
+        snr = compute_snr(scheduler, t)
+        losses = losses * snr.clamp(max=recipe.min_snr) / (snr + 1)
+    return losses.mean()
+
+
+def train_denoiser(
+    folder: Path, vae: AutoencoderKL, recipe: Recipe, steps: int, decay: float = 0.25, seconds: float | None = None
+) -> StableDiffusionPipeline:
+    """Train the UNet and the text encoder; folder/pipeline holds the averaged weights.
+
+    decay    share of the steps over which the learning rate falls to 0 at the end
+    seconds  processor time after which the run saves its state and stops (None: after `steps`)
     """
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer, scheduler = build_tokenizer(folder / "tokenizer"), new_scheduler()
-    latents, tokens = latents_and_tokens(folder, vae, tokenizer)
+    tokenizer = build_tokenizer(folder / "tokenizer", recipe.whole_words)
+    scenes = Scenes(folder.parent / "parts", vae, tokenizer, recipe)
     empty = token_ids(tokenizer, [""])
-    unet = new_denoiser(size).to(device, memory_format=torch.channels_last)
-    text_encoder = new_text_encoder(tokenizer, size).to(device)
+    unet = new_denoiser(recipe).to(memory_format=torch.channels_last)
+    text_encoder = new_text_encoder(tokenizer, recipe)
     modules = torch.nn.ModuleList([unet, text_encoder])
-    average = EMAModel(modules.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    average = EMAModel(modules.parameters(), decay=recipe.average, use_ema_warmup=True, power=0.75)
 
     def loss_at(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
-        rows = batch_at(step, BATCH, SCENES)
-        x0, ids = latents[rows].to(device), tokens[rows]
-        dropped = torch.rand(BATCH, 1, generator=generator) < UNCONDITIONAL
-        ids = torch.where(dropped, empty, ids).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        t = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=generator).to(device)
-        x_t = scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
-        predicted = unet(x_t, t, text_encoder(ids)[0], return_dict=False)[0]
-        return torch.nn.functional.mse_loss(predicted, scheduler.get_velocity(x0, noise, t))
+        x0, ids = scenes.batch(step, generator)
+        ids = torch.where(torch.rand(len(ids), 1, generator=generator) < UNCONDITIONAL, empty, ids)
+        t, noise = timesteps(recipe, len(ids), generator), torch.randn(x0.shape, generator=generator)
+        return velocity_loss(unet, text_encoder(ids)[0], x0, t, noise, recipe)
 
-    Run(folder, steps, learning_rate=1e-3).train([modules], loss_at, after=average)
+    run = Run(folder, steps, recipe.learning_rate, save_every=500, decay=decay, stop_after=seconds)
+    run.train([modules], loss_at, after=average)
     average.copy_to(modules.parameters())
-    assemble(vae, unet, text_encoder, tokenizer).save_pretrained(folder / "pipeline")
+    pipe = assemble(vae, unet, text_encoder, tokenizer)
+    pipe.save_pretrained(folder / "pipeline")
+    return pipe
 
 
 def assemble(

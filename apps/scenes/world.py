@@ -1,12 +1,13 @@
 """Scenes at random, and the combinations that training never sees."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
-from steer.rewards.scene_language import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest
+from steer.rewards.scene_language import COLOURS, MIRRORED, RELATIONS, SHAPES, Phrase, SceneRequest
 from steer.rewards.scene_shapes import coverage
 
 SIZE = 64
@@ -85,6 +86,30 @@ def true_requests(things: tuple[Thing, ...]) -> list[SceneRequest]:
     return [SceneRequest(phrases, joined).canonical for phrases in (plain, coloured) for joined in (None, relation)]
 
 
+def captions(scene: Scene) -> list[str]:
+    """Every wording of the prompt language that holds of a training scene, its own prompt first.
+
+    A relation is worded only where it holds with the margin that drawing asks for.
+    """
+    requests = [scene.request]
+    for request in true_requests(scene.things):
+        if request.relation and not _clearly(scene.things, request):
+            continue
+        mirrored = {relation: other for other, relation in MIRRORED.items()} | MIRRORED
+        requests.append(request)
+        if len(request.phrases) == 2:
+            requests.append(SceneRequest(request.phrases[::-1], mirrored.get(request.relation or "")))
+    return list(dict.fromkeys(map(str, requests)))
+
+
+def _clearly(things: Sequence[Thing], request: SceneRequest) -> bool:
+    """Whether the relation of a request holds of the two objects with a margin of one half."""
+    first, second = (next(thing for thing in things if thing.shape == phrase.shape) for phrase in request.phrases)
+    sx, sy = RELATIONS[request.relation or ""]
+    dx, dy = first.x - second.x, first.y - second.y
+    return dx * sx + dy * sy >= 1.5 * (abs(dx * sy) + abs(dy * sx))
+
+
 def _apart(a: Thing, b: Thing) -> bool:
     return max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
 
@@ -103,11 +128,8 @@ def _place(rng: np.random.Generator, request: SceneRequest) -> tuple[Thing, ...]
         if free is None:
             return None
         things.append(free)
-    if request.relation:
-        sx, sy = RELATIONS[request.relation]
-        dx, dy = things[0].x - things[1].x, things[0].y - things[1].y
-        if dx * sx + dy * sy < 1.5 * (abs(dx * sy) + abs(dy * sx)):
-            return None
+    if request.relation and not _clearly(things, request):
+        return None
     return tuple(things)
 
 
