@@ -139,6 +139,7 @@ def _sampled(job: Job, folder: Path, animation: bool) -> Entry:
         "order": output.order[0].tolist(),
         "cost": asdict(output.cost),
     }
+    entry |= _flagged(output)
     if output.start is not None:
         entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}
         entry |= {"trace": _trace(output.trace), "stopped": output.stopped}
@@ -147,7 +148,14 @@ def _sampled(job: Job, folder: Path, animation: bool) -> Entry:
         entry["animation"] = f"{folder.name}/progress.gif"
     if (base := base_of(job, output)) is not None:
         entry["base"] = {"images": _write_images(base, job, folder, base=True), "rewards": base.rewards[0].tolist()}
+        entry["base"] |= _flagged(base)
     return entry
+
+
+def _flagged(output: SteeringOutput) -> dict[str, list[bool]]:
+    """Which images the safety checker blackened, where the pipeline has one; their rewards are of before."""
+    flags = output.nsfw_content_detected
+    return {} if flags is None else {"nsfw_content_detected": flags[0].tolist()}
 
 
 def _trace(iterations: Sequence[Iteration]) -> dict[str, Any]:
