@@ -135,8 +135,8 @@ def _warn_of_blackened(entries: Sequence[Mapping[str, Any]]) -> None:
     flags = [flag for entry in entries for one in (entry, entry.get("base", {})) for flag in one.get(FLAGS, ())]
     if any(flags):
         click.echo(
-            f"steer: the model's safety checker blackened {sum(flags)} of {len(flags)} images (nsfw_content_detected in "
-            "report.json); their rewards are of the images before",
+            f"steer: the model's safety checker blackened {sum(flags)} of {len(flags)} images (nsfw_content_detected "
+            "in report.json); their rewards are of the images before",
             err=True,
         )
 

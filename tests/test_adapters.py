@@ -136,8 +136,15 @@ def test_what_is_not_applied_is_named_and_the_base_stays(kind: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_dora", True), ("lora_bias", True), ("bias", "all"), ("modules_to_save", ["conv_out"])]
-    + [("init_lora_weights", "pissa"), ("layer_replication", [[0, 1]]), ("target_parameters", ["x"])],
+    [
+        ("use_dora", True),
+        ("lora_bias", True),
+        ("bias", "all"),
+        ("modules_to_save", ["conv_out"]),
+        ("init_lora_weights", "pissa"),
+        ("layer_replication", [[0, 1]]),
+        ("target_parameters", ["x"]),
+    ],
 )
 @pytest.mark.parametrize("form", ["diffusers", "peft"])
 def test_a_configuration_that_asks_for_more_is_named(form: str, key: str, value: Any, tmp_path: Path) -> None:
