@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -312,9 +313,7 @@ def _check_all_arrived(modules: Sequence[nn.Module], state: Mapping[str, Tensor]
     loaded = [pair for module in modules for pair in module.named_parameters() if f".{NAME}." in pair[0]]
     if missing := [name for name, parameter in loaded if parameter.is_meta]:  # diffusers leaves it without numbers
         raise InputError(f"it lacks a tensor for {missing[0]}")
-    there = {_hashed(parameter): name for name, parameter in loaded}
-    dtypes = {parameter.dtype for _, parameter in loaded}
-    absent = [name for name, value in factors.items() if not any(_hashed(value.to(one)) in there for one in dtypes)]
+    absent = _absent(factors, loaded)
     # Converters of transformers split tensors and multiply alphas into them; those of a U-Net only rename.
     exact = hasattr(pipe, "unet") or (
         len(loaded) == len(factors) and not any(name.endswith(".alpha") for name in state)
@@ -327,6 +326,18 @@ def _check_all_arrived(modules: Sequence[nn.Module], state: Mapping[str, Tensor]
         )
     if exact:
         _set_scales(modules, state)
+
+
+def _absent(factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
+    """Names of factors whose numbers no loaded parameter holds, each of which answers for one."""
+    there, dtypes = Counter(_hashed(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
+    known = tuple(name.replace(f".{NAME}.", ".") for name, _ in loaded)
+    absent = []
+    for name in sorted(factors, key=lambda name: not name.endswith(known)):  # of equal numbers, its own name first
+        same = [found for dtype in dtypes if there[found := _hashed(factors[name].to(dtype))]]
+        there.subtract(same[:1])
+        absent += [] if same else [name]
+    return absent
 
 
 def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor]) -> None:

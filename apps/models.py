@@ -119,7 +119,7 @@ def _from_single_file(model: str, file: Path, dtype: "torch.dtype") -> Any:
         repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
         name = next((cls for prefix, cls in SINGLE.items() if kind.startswith(prefix)), "")
         config, missing = {}, f", and that of {repository} cannot be had from the hub"
-    cls = getattr(diffusers, name, None)
+    cls: Any = getattr(diffusers, name, None)
     remedy = (
         f"put a folder of such a model in diffusers' format, its JSON files and tokenizer, at {file.with_suffix('')}"
     )

@@ -29,7 +29,7 @@ WITH_REPLAY = {
 @click.pass_context
 @click.argument("prompt", nargs=-1)
 @click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File of prompts: .txt, .jsonl, .tsv.")
-@click.option("--model", default="scenes", help="Embedded model, folder, or ORGANISATION/NAME.")
+@click.option("--model", default="scenes", help="Embedded model, folder, .safetensors file, or ORGANISATION/NAME.")
 @click.option(
     "--method",
     default="fk",

@@ -222,9 +222,9 @@ def _must_be_plain(folder: Path, config: dict[str, Any]) -> None:
 
 @contextmanager
 def _loading(what: str, remedy: str = "") -> Iterator[None]:
-    """Loading by other libraries: without their log, without drawing random numbers, with errors in one line."""
+    """Loading by other libraries: without their log of steps, without drawing random numbers, with errors in one line."""
     before = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # open_clip tells the root logger about every step
+    logging.disable(logging.INFO)  # open_clip tells the root logger about every step; its warnings are shown
     try:
         with torch.random.fork_rng(devices=[]):
             yield

@@ -36,7 +36,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
 
 
-def factors(layer: nn.Module, rank: int, seed: int) -> tuple[Tensor, Tensor]:
+def factors(layer: Any, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """Down and up of a linear layer or of a convolution."""
     weight = layer.weight
     return drawn(rank, *weight.shape[1:], seed=seed), drawn(
@@ -44,7 +44,7 @@ def factors(layer: nn.Module, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     )
 
 
-def merged(layer: nn.Module, down: Tensor, up: Tensor, scale: float) -> None:
+def merged(layer: Any, down: Tensor, up: Tensor, scale: float) -> None:
     """W + s · up · down, by hand."""
     layer.weight.data += scale * (up.flatten(1) @ down.flatten(1)).view_as(layer.weight)
 
@@ -74,7 +74,7 @@ def plain(folder: Path, extra: dict[str, Tensor] | None = None, metadata: dict[s
 
 def test_a_kohya_lora_with_alphas_of_its_own_equals_the_merged_weights(tmp_path: Path) -> None:
     """Linear layers, a convolution (LoCon) and a text encoder, each with another rank and α."""
-    by_hand, state = fresh_pipe("sd"), {}
+    by_hand, state = fresh_pipe("sd"), dict[str, Tensor]()
     asked = [(QUERY, 2, 1.0), (FF, 3, 6.0), (CONV, 2, 4.0)]
     for seed, (name, rank, alpha) in enumerate(asked):
         layer = by_hand.unet.get_submodule(name)
