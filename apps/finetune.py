@@ -65,7 +65,9 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
     here = processes(cpu=job.device == "cpu")
     with here.main_first():
         material = gather(config, resume)
-        pipe = load_pipeline(job.model, here.device(job.device), job.dtype)
+        pipe = load_pipeline(
+            job.model, here.device(job.device), job.dtype, variant=job.variant, config=job.model_config_folder
+        )
     method = config.method(pipe, material.reward)
     _check_call(config, method.pipe)
 

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     import torch  # else where it is needed: it takes seconds
 
 
-def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
+def load_pipeline(
+    model: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    variant: str | None = None,
+    config: str | None = None,
+) -> Any:
     """A diffusers pipeline: the name of an embedded model, a folder in diffusers' format, a checkpoint in a single
     .safetensors file, or ORGANISATION/NAME.
 
@@ -38,6 +45,8 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     without .safetensors), else that of the published model of its kind, from the hub or its cache.
 
     device  where to run; by default the GPU if there is one
+    variant of the weights, such as fp16; by default plain ones, or the folder's only one
+    config  for a single file: a folder of such a model in diffusers' format, JSON files and tokenizer
     dtype   float32, float16 or bfloat16; by default float32 on the CPU and bfloat16 elsewhere
 
     Raises InputError where there is no such model. Code that a model folder may hold is never run.
@@ -51,12 +60,18 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     transformers_logging.disable_progress_bar()
     check_device(device)
     source = _source(model)
+    single = isinstance(source, Path) and source.is_file()
+    if single and variant is not None:
+        raise InputError(f"--variant {variant}: model {model!r} is a single file, which has none: leave it out")
+    if config is not None and not (single and (Path(config) / INDEX).is_file()):
+        wrong = f"no {INDEX} in this folder" if single else f"model {model!r} is no single file: leave it out"
+        raise InputError(f"--config {config}: {wrong}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         if isinstance(source, Path) and source.is_file():
-            pipe = _from_single_file(model, source, precision(device, dtype))
+            pipe = _from_single_file(model, source, precision(device, dtype), config)
         else:
-            variant = _variant(source) if isinstance(source, Path) else None
+            variant = _variant(source) if variant is None and isinstance(source, Path) else variant
             pipe = DiffusionPipeline.from_pretrained(source, dtype=precision(device, dtype), variant=variant)
     except InputError:
         raise
@@ -100,7 +115,7 @@ def _variant(folder: Path) -> str | None:
     return None
 
 
-def _from_single_file(model: str, file: Path, dtype: "torch.dtype") -> Any:
+def _from_single_file(model: str, file: Path, dtype: "torch.dtype", given: str | None) -> Any:
     """A pipeline of a checkpoint in one file, as its trainers publish them. Raises InputError."""
     import diffusers
     from diffusers.loaders.single_file_utils import (
@@ -109,7 +124,8 @@ def _from_single_file(model: str, file: Path, dtype: "torch.dtype") -> Any:
         load_single_file_checkpoint,
     )
 
-    beside = [folder for folder in (file.with_suffix(""), file.parent) if (folder / INDEX).is_file()]
+    places = (file.with_suffix(""), file.parent) if given is None else (Path(given),)
+    beside = [folder for folder in places if (folder / INDEX).is_file()]
     if beside:
         name = str(json.loads((beside[0] / INDEX).read_text(encoding="utf-8")).get("_class_name"))
         config: dict[str, Any] = {"config": str(beside[0])}
@@ -120,9 +136,7 @@ def _from_single_file(model: str, file: Path, dtype: "torch.dtype") -> Any:
         name = next((cls for prefix, cls in SINGLE.items() if kind.startswith(prefix)), "")
         config, missing = {}, f", and that of {repository} cannot be had from the hub"
     cls: Any = getattr(diffusers, name, None)
-    remedy = (
-        f"put a folder of such a model in diffusers' format, its JSON files and tokenizer, at {file.with_suffix('')}"
-    )
+    remedy = f"give --config FOLDER of such a model in diffusers' format, or put it at {file.with_suffix('')}"
     if not hasattr(cls, "from_single_file"):
         raise InputError(f"model {model!r}: no configuration beside this {name or kind} checkpoint: {remedy}")
     try:

@@ -64,7 +64,7 @@ def sample(
     record, todo = here.from_main(lambda: _opened(out, prompts, settings, animation))
     if todo:
         with here.main_first():
-            pipe = load_pipeline(settings.model, here.device(device), settings.dtype)
+            pipe = load_pipeline(settings.model, here.device(device), settings.dtype, **settings.loading)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if here.is_main else True)
         with wearing(pipe, settings.lora) as off:
             for n in _shared(todo, here, settings.method, len(prompts)):

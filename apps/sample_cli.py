@@ -31,6 +31,10 @@ WITH_REPLAY = {
 @click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File of prompts: .txt, .jsonl, .tsv.")
 @click.option("--model", default="scenes", help="Embedded model, folder, .safetensors file, or ORGANISATION/NAME.")
 @click.option(
+    "--variant", help="Of the model's weights, such as fp16; by default plain ones, or the folder's only one."
+)
+@click.option("--config", "model_config", help="For a single file: folder of such a model in diffusers' format.")
+@click.option(
     "--method",
     default="fk",
     help="fk, svdd, beam, best-of-n, base, reno (for one-step models, like scenes-turbo) or noise-search.",

@@ -88,15 +88,15 @@ def image(pipe: Any) -> Tensor:
     return pipe("a red circle", generator=torch.Generator().manual_seed(0), **call).images
 
 
-@pytest.mark.parametrize("place", ["its folder", "a folder of its name"])
+@pytest.mark.parametrize("place", ["its folder", "a folder of its name", "a folder that is named"])
 def test_a_single_file_is_the_model_that_it_was_made_of(place: str, tmp_path: Path) -> None:
     pipe, file = fresh_pipe("sd"), tmp_path / "model.safetensors"
-    folder = tmp_path if place == "its folder" else tmp_path / "model"
+    folder = {"its folder": tmp_path, "a folder of its name": tmp_path / "model"}.get(place, tmp_path / "elsewhere")
     pipe.save_pretrained(folder)
     for weights in folder.rglob("*.safetensors"):
         weights.unlink()
     save_file(original_layout(pipe), file)
-    loaded = load_pipeline(str(file), "cpu")
+    loaded = load_pipeline(str(file), "cpu", config=str(folder) if folder.name == "elsewhere" else None)
     assert type(loaded) is type(pipe)
     torch.testing.assert_close(image(loaded), image(pipe), rtol=0, atol=1e-5)
 
@@ -104,9 +104,24 @@ def test_a_single_file_is_the_model_that_it_was_made_of(place: str, tmp_path: Pa
 def test_a_single_file_without_a_configuration_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     save_file(original_layout(cached_pipe("sd")), tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=r"a single file needs a configuration.*put a folder of such a") as raised:
+    with pytest.raises(
+        InputError, match=r"a single file needs a configuration.*give --config FOLDER of such"
+    ) as raised:
         load_pipeline(str(tmp_path / "model.safetensors"), "cpu")
     assert "\n" not in str(raised.value)
+
+
+def test_a_variant_and_a_configuration_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    save_file({"x": torch.ones(1)}, tmp_path / "model.safetensors")
+    file = str(tmp_path / "model.safetensors")
+    for model, given, message in (
+        (file, {"variant": "fp16"}, "is a single file, which has none"),
+        (file, {"config": str(tmp_path)}, "no model_index.json in this folder"),
+        ("scenes", {"config": str(tmp_path)}, "is no single file"),
+        ("scenes", {"variant": "fp17"}, "cannot be loaded"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_pipeline(model, "cpu", **given)
 
 
 def test_a_folder_of_half_precision_weights_alone(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_a_pipeline_without_a_checker_has_no_flags() -> None:
 
 
 def test_the_command_says_so(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_module, "load_pipeline", lambda *_: checked((0,)))
+    monkeypatch.setattr(sample_module, "load_pipeline", lambda *_, **__: checked((0,)))
     words = [PROMPT, "--method", "fk", "--reward", "brightness", "--particles", "2", "--steps", "3"]
     code, _, told = steer("sample", *words, "--out", tmp_path)
     assert code == 0 and "the model's safety checker blackened 2 of 4 images" in told
