@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from steer.apps.adapters import wearing
 from steer.errors import InputError
+from steer.trainable import LoRA, denoiser_of
 
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 FF = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
@@ -209,3 +210,24 @@ def test_an_ordinary_lora_loads_without_a_warning_and_nothing_is_muted(
     with wearing(pipe, str(tmp_path)):
         pass
     assert "something to know" in caplog.text
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3", "flux", "wan", "pixart"])
+def test_an_adapter_of_every_family_equals_the_merged_weights(family: str, tmp_path: Path) -> None:
+    """As `steer finetune` exports it; merged by hand into the layers of a fresh pipeline."""
+    trained = LoRA(fresh_pipe(family), 2, 3.0)
+    for place, parameter in enumerate(trained.parameters.values()):
+        parameter.data = drawn(*parameter.shape, seed=place)
+    trained.write(trained.state(), tmp_path)
+    by_hand, pipe = fresh_pipe(family), fresh_pipe(family)
+    for name, down in trained.parameters.items():
+        if ".lora_A." in name:
+            layer = denoiser_of(by_hand)[1].get_submodule(name.partition(".lora_A.")[0])
+            merged(layer, down.data, trained.parameters[name.replace(".lora_A.", ".lora_B.")].data, 1.5)
+    before = hashes(pipe)
+    with wearing(pipe, str(tmp_path)):
+        for name, layer in denoiser_of(by_hand)[1].named_modules():
+            if hasattr(tuned := denoiser_of(pipe)[1].get_submodule(name), "lora_A"):
+                x = drawn(3, layer.weight.shape[1], seed=5)
+                torch.testing.assert_close(tuned(x), layer(x), rtol=0, atol=1e-5)
+    assert hashes(pipe) == before
