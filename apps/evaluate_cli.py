@@ -15,7 +15,7 @@ SHARED = ["steps", "guidance", "eta", "dtype"]
 SHARED += ["lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance"]
 SHARED += ["narrow", "narrow_choice", "target", "overlap", "preview", "start_candidates", "start_steps", "beams"]
 SHARED += ["iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"]
-SHARED += ["neighbours", "distance"]
+SHARED += ["neighbours", "distance", "variant", "model_config"]
 SAMPLING = [option for option in sample.params if option.name in SHARED]
 PARTICLES = click.option("--particles", default=4, help="K, images of a run, of which the best is picked; base has 1.")
 

@@ -116,17 +116,18 @@ class Models:
 
     here: Processes
     device: str | None
-    _key: tuple[str, str | None] | None = None
+    _key: tuple[Any, ...] | None = None
     _pipe: Any = None
 
-    def get(self, model: str, dtype: str | None) -> Any:
+    def get(self, model: str, dtype: str | None, loading: Mapping[str, str] | None = None) -> Any:
         """Raises InputError where it cannot be loaded. To be called by all processes alike."""
-        if self._key != (model, dtype):
+        key, loading = (model, dtype, loading or {}), loading or {}
+        if self._key != key:
             self._pipe = self._key = None  # frees the memory of the one before
             with self.here.main_first():
-                self._pipe = load_pipeline(model, self.device, dtype)
+                self._pipe = load_pipeline(model, self.device, dtype, **loading)
             self._pipe.set_progress_bar_config(disable=True)
-            self._key = (model, dtype)
+            self._key = key
         return self._pipe
 
 
@@ -183,6 +184,6 @@ class Hall:
 
     @contextmanager
     def _worn(self, entrant: Entrant) -> Iterator[tuple[Any, Off | None]]:
-        pipe = self.models.get(entrant.contender.model, entrant.settings.dtype)
+        pipe = self.models.get(entrant.contender.model, entrant.settings.dtype, entrant.settings.loading)
         with entrant.finetuned.worn_by(pipe) if entrant.finetuned else nullcontext() as off:
             yield pipe, off

@@ -79,6 +79,7 @@ class Bench:
             output = METHODS[self.entrant.contender.method].run(job)
             scores = {contest.first: output.rewards} | self._judged(output, prompts)
         file.unlink(missing_ok=True)
+        flags = output.nsfw_content_detected
         size = output.rewards.shape[1]  # fewer than there were particles, where they got fewer
         for row, (place, _) in enumerate(some):
             self._picked[place].append(output.images[row * size].detach().float().cpu().clamp(0, 1))
@@ -86,6 +87,7 @@ class Bench:
                 "seed": seeds[row],
                 "rewards": {name: values[row].tolist() for name, values in scores.items()},
                 "stopped": output.stopped,
+                **({} if flags is None else {"nsfw_content_detected": flags[row].tolist()}),
                 "cost": {what: spent / len(some) for what, spent in asdict(output.cost).items()},
             }
 

@@ -28,6 +28,7 @@ from steer.pipelines.finetune_state import SERIES
 from steer.pipelines.held_out import Evaluated
 from steer.reward import Reward
 from steer.staged import write_text
+from steer.trainable import read_lora
 
 USES = {  # how exported weights are used, by the name of their file; other names are the denoiser's folder
     "pytorch_lora_weights.safetensors": "pipe.load_lora_weights({folder!r})",
@@ -64,7 +65,9 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
     here = processes(cpu=job.device == "cpu")
     with here.main_first():
         material = gather(config, resume)
-        pipe = load_pipeline(job.model, here.device(job.device), job.dtype)
+        pipe = load_pipeline(
+            job.model, here.device(job.device), job.dtype, variant=job.variant, config=job.model_config_folder
+        )
     method = config.method(pipe, material.reward)
     _check_call(config, method.pipe)
 
@@ -140,6 +143,8 @@ def gather(config: FinetuneConfig, resume: bool) -> Material:
     try:
         KLControl(config.settings.kl_weight, config.settings.kl_target, config.settings.kl_budget)
         config.method(None, reward).check(config.settings)
+        if config.settings.init_adapter is not None:
+            read_lora(config.settings.init_adapter)
     except InputError as error:
         raise source.blame(error) from error
     if speaks():

@@ -34,6 +34,8 @@ class FinetuneJob:
     eval_rewards        others, that judge the held-out prompts as well; the first decides which weights are best
     output_dir          the folder of the run
     model               an embedded model, a folder, or ORGANISATION/NAME
+    variant             of the model's weights, such as fp16
+    model_config_folder of a model in a single file: a folder of such a model in diffusers' format
     prompts             to learn from: an embedded list, a file, or a data set of the hub; or
     choices             a folder of human choices, for d3po; what its samples were drawn with need not be said again
     eval_prompts        held out, from the same kinds of places as `prompts`
@@ -56,6 +58,8 @@ class FinetuneJob:
     eval_rewards: tuple[str, ...] = ()
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    variant: str | None = None
+    model_config_folder: str | None = None
 
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.choices is None):

@@ -66,7 +66,7 @@ def replay(
     check_device(device)
     check_writable(out)
     path, state = out / f"{image.stem}-replay.png", out / f".{image.stem}-replay.safetensors"
-    pipe = load_pipeline(settings.model, device, settings.dtype)
+    pipe = load_pipeline(settings.model, device, settings.dtype, **settings.loading)
     pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
     worn = None if recipe.base else settings.lora
     with errors_named(str(image), "nothing was written", "it was made where there was more"), wearing(pipe, worn):

@@ -64,7 +64,7 @@ def sample(
     record, todo = here.from_main(lambda: _opened(out, prompts, settings, animation))
     if todo:
         with here.main_first():
-            pipe = load_pipeline(settings.model, here.device(device), settings.dtype)
+            pipe = load_pipeline(settings.model, here.device(device), settings.dtype, **settings.loading)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if here.is_main else True)
         with wearing(pipe, settings.lora) as off:
             for n in _shared(todo, here, settings.method, len(prompts)):
@@ -139,6 +139,7 @@ def _sampled(job: Job, folder: Path, animation: bool) -> Entry:
         "order": output.order[0].tolist(),
         "cost": asdict(output.cost),
     }
+    entry |= _flagged(output)
     if output.start is not None:
         entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}
         entry |= {"trace": _trace(output.trace), "stopped": output.stopped}
@@ -147,7 +148,14 @@ def _sampled(job: Job, folder: Path, animation: bool) -> Entry:
         entry["animation"] = f"{folder.name}/progress.gif"
     if (base := base_of(job, output)) is not None:
         entry["base"] = {"images": _write_images(base, job, folder, base=True), "rewards": base.rewards[0].tolist()}
+        entry["base"] |= _flagged(base)
     return entry
+
+
+def _flagged(output: SteeringOutput) -> dict[str, list[bool]]:
+    """Which images the safety checker blackened, where the pipeline has one; their rewards are of before."""
+    flags = output.nsfw_content_detected
+    return {} if flags is None else {"nsfw_content_detected": flags[0].tolist()}
 
 
 def _trace(iterations: Sequence[Iteration]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`steer sample`: the words of the command line. Heavy imports wait inside the command."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from steer.errors import InputError
 
 SPEC = "NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards` lists names."
 TIMEOUT = click.option("--reward-timeout", type=float, help="Seconds that one call of the reward may take.")
+FLAGS = "nsfw_content_detected"
 WITH_REPLAY = {
     "replay",
     "out",
@@ -27,7 +29,11 @@ WITH_REPLAY = {
 @click.pass_context
 @click.argument("prompt", nargs=-1)
 @click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File of prompts: .txt, .jsonl, .tsv.")
-@click.option("--model", default="scenes", help="Embedded model, folder, or ORGANISATION/NAME.")
+@click.option("--model", default="scenes", help="Embedded model, folder, .safetensors file, or ORGANISATION/NAME.")
+@click.option(
+    "--variant", help="Of the model's weights, such as fp16; by default plain ones, or the folder's only one."
+)
+@click.option("--config", "model_config", help="For a single file: folder of such a model in diffusers' format.")
 @click.option(
     "--method",
     default="fk",
@@ -121,9 +127,21 @@ def sample(
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]
     if speaks():
+        _warn_of_blackened(report["prompts"])
         click.echo(
             f"{len(prompts)} prompts, {settings['reward']}: best {sum(best) / len(best):.3f}, "
             f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s → {out / 'grid.png'}"
+        )
+
+
+def _warn_of_blackened(entries: Sequence[Mapping[str, Any]]) -> None:
+    """Say how many images the safety checker blackened: their rewards are those of before."""
+    flags = [flag for entry in entries for one in (entry, entry.get("base", {})) for flag in one.get(FLAGS, ())]
+    if any(flags):
+        click.echo(
+            f"steer: the model's safety checker blackened {sum(flags)} of {len(flags)} images (nsfw_content_detected "
+            "in report.json); their rewards are of the images before",
+            err=True,
         )
 
 

@@ -41,6 +41,7 @@ class SampleSettings:
     """What decides the images. Saved in the report, and compared when a run goes on.
 
     A setting with a default is younger than the first reports: where one lacks it, the default is what was done.
+    variant and model_config belong to model: see `steer.apps.models`.
     lam None stands for the method's own; lora is where finetuned weights lie that the model wears.
     """
 
@@ -78,10 +79,18 @@ class SampleSettings:
     preview: str = "full"
     start_candidates: int | None = None
     start_steps: int = 4
+    variant: str | None = None
+    model_config: str | None = None
 
     def __post_init__(self) -> None:
         if self.lam is None and self.method in STRENGTHS:
             object.__setattr__(self, "lam", STRENGTHS[self.method])
+
+    @property
+    def loading(self) -> dict[str, str]:
+        """Arguments of `load_pipeline` beside model, device and dtype, where any are given."""
+        given = {"variant": self.variant, "config": self.model_config}
+        return {name: value for name, value in given.items() if value is not None}
 
     @property
     def strength(self) -> float:

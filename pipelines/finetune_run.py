@@ -17,7 +17,7 @@ from steer.errors import InputError
 from steer.guards import HoldOutWatch, KLControl, check_replay, chi_square, kl
 from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Record
 from steer.pipelines.finetune_settings import FinetuneSettings
-from steer.pipelines.finetune_setup import accelerator_of, identity_of, trainable_of
+from steer.pipelines.finetune_setup import accelerator_of, changeable_of, identity_of, trainable_of
 from steer.pipelines.finetune_state import RunFolder, RunState
 from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.rounds import Round, Source
@@ -48,7 +48,8 @@ class FinetuneRun:
         self.accelerator = accelerator_of(settings, folder, method.pipe.device.type == "cpu")
         self.team = AcceleratedTeam(self.accelerator)
         self.team.check(settings)
-        self.folder = RunFolder(folder, identity_of(method, source, exam, settings), about, settings, self.team)
+        identity, changeable = identity_of(method, source, exam, settings), changeable_of(settings)
+        self.folder = RunFolder(folder, identity, about, settings, self.team, changeable)
         self.found = self.folder.find(resume)
         self.team.wait()  # nobody writes before all have looked
         with self.team.together():

@@ -47,6 +47,8 @@ class FinetuneSettings:
     lora_rank            of the adapter; 0 trains all of the denoiser
     lora_alpha           by default the rank
     lora_targets         ends of the names of the layers with an adapter
+    init_adapter         a trained LoRA, of this rank, alpha and targets, to start from: a folder such as RUN/final, or
+                         its .safetensors file; the reference is then the model with it
     gradient_checkpointing  recompute the denoiser's blocks on the way back
     mixed_precision      no, fp16 or bf16, as accelerate has them
     learning_rate        of AdamW, reached after `warmup_steps`
@@ -78,6 +80,7 @@ class FinetuneSettings:
     lora_rank: int = 16
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ATTENTION
+    init_adapter: str | None = None
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     learning_rate: float = 1e-4
@@ -113,6 +116,8 @@ class FinetuneSettings:
                 raise InputError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
+        if self.init_adapter is not None and self.lora_rank == 0:
+            raise InputError("init_adapter starts from a LoRA, and lora_rank 0 trains all weights: leave one out")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise InputError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
 

@@ -15,8 +15,11 @@ from steer.pipelines.rounds import Source
 from steer.quiet import plain_values
 from steer.trainable import Full, LoRA, Trainable, denoiser_of, fingerprint
 
-# What a run that goes on may have otherwise than before.
+# What may differ when a run is resumed: logged where it does.
 FREE = {
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
     "max_steps",
     "micro_batch",
     "gradient_checkpointing",
@@ -54,7 +57,15 @@ def trainable_of(pipe: Any, settings: FinetuneSettings) -> Trainable:
         denoiser_of(pipe)[1].enable_gradient_checkpointing()
     if settings.lora_rank == 0:
         return Full(pipe)
-    return LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+    lora = LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+    if settings.init_adapter is not None:
+        lora.start_from(settings.init_adapter)
+    return lora
+
+
+def changeable_of(settings: FinetuneSettings) -> dict[str, Any]:
+    """Settings that may differ when the run is resumed, as plain values."""
+    return {name: plain_values(value) for name, value in asdict(settings).items() if name in FREE}
 
 
 def identity_of(method: FinetuningMethod, source: Source, exam: Exam, settings: FinetuneSettings) -> dict[str, Any]:

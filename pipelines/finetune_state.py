@@ -31,6 +31,7 @@ from steer.trainable import Trainable
 
 logger = logging.getLogger(__name__)
 
+CHANGEABLE = "changeable"
 SERIES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 
 
@@ -84,6 +85,7 @@ class RunFolder:
     """The folder `path` of one run.
 
     identity  plain values that make the run this run: what goes on must have the same
+    changeable  settings that may differ when it is resumed, as plain values: those that do are logged
     about     plain values to be saved with every checkpoint
     keep      checkpoints to keep
     """
@@ -95,9 +97,11 @@ class RunFolder:
         about: Mapping[str, Any],
         settings: FinetuneSettings,
         team: AcceleratedTeam,
+        changeable: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.about, self.team, self.chunk = path, dict(about), team, settings.micro_batch
         self.identity = json.loads(json.dumps(identity), parse_constant=str)  # inf is no JSON
+        self.changeable = json.loads(json.dumps(changeable or {}), parse_constant=str)
         self.checkpoints = Checkpoints(path / "checkpoints", settings.keep_checkpoints)
 
     def find(self, resume: bool) -> Checkpoint | None:
@@ -121,12 +125,29 @@ class RunFolder:
         if found is not None:
             self._restore(run, found)
             logger.info("resumed %s at update %d", self.path, run.step)
+            self._change(run, found)
         if not self.team.is_main:
             return
         with self._writing():
             for series, name in SERIES.items():
                 lines = [json.dumps(record, allow_nan=False) + "\n" for record in getattr(run, series)]
                 write_text(self.path / name, "".join(lines))
+
+    def _change(self, run: RunState, found: Checkpoint) -> None:
+        """Apply the settings that differ from those of the checkpoint, and log each in one line."""
+        there = found.json("identity") | found.json("identity").get(CHANGEABLE, {})
+        changed = {name: value for name, value in self.changeable.items() if there.get(name, value) != value}
+        for name, value in changed.items():
+            if self.team.is_main:
+                logger.warning("resumed with another %s: %r, before it was %r", name, value, there[name])
+        for group in run.optimiser.param_groups:
+            group["weight_decay"] = changed.get("weight_decay", group["weight_decay"])
+        if (rate := changed.get("learning_rate")) is not None:
+            inner = getattr(run.schedule, "scheduler", run.schedule)
+            inner.base_lrs = [rate] * len(inner.base_lrs)
+            inner._last_lr = [rate * scale(inner.last_epoch) for scale in inner.lr_lambdas]
+            for group, present in zip(run.optimiser.param_groups, inner._last_lr, strict=True):
+                group["initial_lr"], group["lr"] = rate, present
 
     def note(self, series: str, record: Record) -> None:
         """Adds a line to a series; what a crash leaves of it is written anew when the run goes on."""
@@ -172,7 +193,7 @@ class RunFolder:
                 # As lines: a checkpoint sorts keys, and the first reward of an evaluation is the trained one.
                 **{series: [json.dumps(record) for record in getattr(run, series)] for series in SERIES},
             },
-            "identity": self.identity,
+            "identity": self.identity | {CHANGEABLE: self.changeable},
             "config": self.about,
         }
         if run.ema:
@@ -235,6 +256,8 @@ class RunFolder:
 def _check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:
     there = saved.json("identity")
     for name, value in identity.items():
+        if name == "init_adapter" and value is None and name not in there:
+            continue  # a run from before there was such a setting
         if there.get(name) != value:
             told = "" if len(str(value)) > 60 else f" ({there.get(name)!r} there, {value!r} here)"
             raise InputError(f"{saved.path} is of a run with another {name}{told}: choose another output folder")

@@ -79,6 +79,8 @@ class SteeringOutput:
     log_weights     (B, K) unnormalised; their softmax weighs the images as draws from p(x0) exp(λ r(x0))
     log_normaliser  (B,)   log of the estimate of E_p[exp(λ r(x0))]
     latents         (B·K, …) final latents
+    nsfw_content_detected  (B, K) bool: images that the pipeline's safety checker blackened, after they were scored;
+                    None where it has none, or a noise was optimised
     order           (B, K) the slot of the run that each image comes from
     history         one Evaluation per evaluated step, in slots of that step
     cost            evaluations and seconds
@@ -99,6 +101,7 @@ class SteeringOutput:
     start: Start | None = None
     trace: tuple[Iteration, ...] = ()
     stopped: str | None = None
+    nsfw_content_detected: Tensor | None = None
 
     def in_slot_order(self) -> "SteeringOutput":
         """The same with images as the pipeline made them, not sorted by reward."""
@@ -113,6 +116,7 @@ class SteeringOutput:
             log_weights=self.log_weights.gather(1, slots),
             latents=self.latents[rows],
             order=torch.arange(size).expand(groups, size),
+            nsfw_content_detected=None if (flags := self.nsfw_content_detected) is None else flags.gather(1, slots),
             start=self.start and self.start.rows(rows),
         )
 

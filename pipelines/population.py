@@ -19,6 +19,7 @@ from steer.preview import accepted_only, first_output
 from steer.previews import new_preview
 from steer.quiet import text_once
 from steer.reward import Reward, score_parts
+from steer.safety import with_deferred_checker
 from steer.seam import Answer, Event, steered
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -56,6 +57,8 @@ class Population:
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
         self.latents = torch.empty(0)
+        self._flags: Tensor | None = None  # (B·K,) of the finished images by the safety checker, and its images
+        self._replaced = torch.empty(0)
         self._preview = new_preview(self.live.decoder(preview), self.pipe, self.call, chunk_size)
         self._nfe = self._decodes = self._other_decodes = self._reward_calls = self._gradients = 0
         self._started = time.monotonic()
@@ -66,7 +69,7 @@ class Population:
 
         given  arguments of the pipeline's call in place of the user's own
         """
-        pipe = self.pipe if pipe is None else pipe
+        pipe, checker = with_deferred_checker(self.pipe if pipe is None else pipe)
 
         def watch(event: Event) -> Answer:
             self._nfe += event.calls * self.groups * self.alive
@@ -78,6 +81,8 @@ class Population:
         with steered(pipe, watch, rows=len(self.prompts)) as view:
             images = self.live.of(first_output(view(**accepted_only(pipe, self.call | given | {"output_type": "pt"}))))
         self._decodes += len(images)
+        if checker is not None and checker.flags is not None and checker.replaced is not None:
+            self._flags, self._replaced = self.live.of(checker.flags), self.live.of(checker.replaced)
         return images
 
     def preview(self, x0: Tensor) -> Tensor:
@@ -135,6 +140,9 @@ class Population:
         rows = self.rows(order)
         latents = self.live.of(self.latents)[rows.to(self.latents.device)]
         seconds = time.monotonic() - self._started
+        if self._flags is not None:
+            chosen = self._flags.to(images.device).view(-1, 1, 1, 1)
+            images = torch.where(chosen, self._replaced.to(images).clamp(0, 1), images)
         return SteeringOutput(
             images=latents if output_type == "latent" else as_type(images[rows.to(images.device)], output_type),
             rewards=rewards.gather(1, order),
@@ -143,6 +151,7 @@ class Population:
             log_normaliser=particles.log_evidence,
             latents=latents,
             order=order,
+            nsfw_content_detected=None if self._flags is None else self._flags[rows.cpu()].view(rewards.shape),
             history=tuple(history),
             cost=Cost(self._nfe, self._decodes, self._reward_calls, seconds, self._gradients, self._other_decodes),
         )

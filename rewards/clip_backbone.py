@@ -220,11 +220,17 @@ def _must_be_plain(folder: Path, config: dict[str, Any]) -> None:
         raise RewardError(f"CLIP {str(folder)!r}: {' and '.join(asked)} are not read from a folder; remove them")
 
 
+def _is_true(record: logging.LogRecord) -> bool:
+    """Whether a record of open_clip holds here: weights are loaded, and all checked, after it has made the model."""
+    return not record.getMessage().startswith("No pretrained weights loaded for model")
+
+
 @contextmanager
 def _loading(what: str, remedy: str = "") -> Iterator[None]:
-    """Loading by other libraries: without their log, without drawing random numbers, with errors in one line."""
+    """Loading by other libraries: with their warnings, without drawing random numbers, with errors in one line."""
     before = logging.root.manager.disable
-    logging.disable(logging.ERROR)  # open_clip tells the root logger about every step
+    logging.disable(logging.INFO)  # open_clip logs every step at the root
+    logging.root.addFilter(_is_true)
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -235,3 +241,4 @@ def _loading(what: str, remedy: str = "") -> Iterator[None]:
         raise RewardError(f"{told}; {remedy}" if remedy else told) from error
     finally:
         logging.disable(before)
+        logging.root.removeFilter(_is_true)

@@ -1,6 +1,7 @@
 """What is trained of a denoiser, a LoRA or all of it; and the reference, which is the denoiser without that."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from steer.errors import InputError
 from steer.sharded import named_parameters, put, whole
 from steer.stand_in import denoisers_in
+from steer.sums import check_sums
 
 ADAPTER = "steer"  # the LoRA's name among a user's own
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -67,6 +69,44 @@ def _freeze(pipe: Any) -> None:
             model.requires_grad_(False).eval()
 
 
+@contextmanager
+def _swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, parameters have other values."""
+    trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        put(parameter, values[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(trained[name])
+
+
+def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
+    """The tensors of a LoRA file, without peft's prefix, and its alpha where it says one. Raises InputError."""
+    from safetensors import SafetensorError, safe_open
+
+    place = Path(path)
+    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    file = next((place / name for name in names if (place / name).is_file()), place)
+    if not file.is_file():
+        raise InputError(f"init_adapter {path}: no LoRA there; expected {' or '.join(names)}, as in RUN/final")
+    try:
+        check_sums(file)
+        with safe_open(file, "pt") as opened:
+            state = {name.removeprefix("base_model.model."): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata") or "{}")
+        if (beside := file.parent / "adapter_config.json").is_file():
+            config |= json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"init_adapter {path}: {' '.join(str(error).split())[:160]}") from error
+    plain = {name.rpartition(".")[2]: value for name, value in config.items() if value}
+    if odd := [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if name in plain]:
+        raise InputError(f"init_adapter {path}: its configuration has {odd[0]}, which is not trained here")
+    return state, float(plain["lora_alpha"]) if "lora_alpha" in plain else None
+
+
 class LoRA:
     """A low-rank adapter in the denoiser, W + (α/r) B A; a user's own LoRAs stay on, and belong to the reference.
 
@@ -97,6 +137,7 @@ class LoRA:
                 inject_adapter_in_model(self.config, self.denoiser, ADAPTER)
             except ValueError as error:
                 raise InputError(f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}") from error
+        self._initial: dict[str, Tensor] = {}  # of a trained LoRA that it starts from
         self.layers = [layer for layer in self._tuned() if ADAPTER in layer.lora_A]
         for layer in self._tuned():
             layer.enable_adapters(True)  # where a user switched all of his own off
@@ -122,9 +163,35 @@ class LoRA:
         layers = [layer for layer in self._tuned() if not layer.disable_adapters]
         return sorted({name for layer in layers for name in layer.active_adapters})
 
+    def start_from(self, path: str) -> None:
+        """Put a trained LoRA of the same rank, alpha and targets in the place of the adapter, and of the reference.
+
+        path  a folder such as RUN/final, or a .safetensors file in the names of diffusers or peft
+        Raises InputError where its tensors or its scale are others.
+        """
+        state, scales = read_lora(path)
+        own = {name.replace(f".{ADAPTER}.", "."): name for name in self._names}
+        wanted = {short: tuple(self.parameters[name].shape) for short, name in own.items()}
+        given = {name.removeprefix(f"{self.name}."): value for name, value in state.items()}
+        if odd := sorted(set(given) ^ set(wanted)):
+            raise InputError(f"init_adapter {path}: {odd[0]} is not in both it and this LoRA: give its lora_targets")
+        if odd := [name for name in wanted if tuple(given[name].shape) != wanted[name]]:
+            rank = min(given[odd[0]].shape[:2])
+            raise InputError(f"init_adapter {path}: {odd[0]} is of rank {rank}: give lora_rank: {rank}")
+        alpha = scales if scales is not None else float(self.config.r)
+        if alpha != self.config.lora_alpha:
+            raise InputError(f"init_adapter {path}: its alpha is {alpha:g}: give lora_alpha: {alpha:g}")
+        self._initial = {name: given[short].detach().float().clone() for short, name in own.items()}
+        for name, parameter in self.parameters.items():
+            put(parameter, self._initial[name])
+
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The adapter's share is multiplied by 0; nothing else changes."""
+        """The model that training began with: the adapter's share is multiplied by 0, or its first weights put in."""
+        if self._initial:
+            with _swapped(self.parameters, self._initial):
+                yield
+            return
         for layer in self.layers:
             layer.set_scale(ADAPTER, 0.0)
         try:
@@ -177,15 +244,8 @@ class Full:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The first weights are written into the places of the present ones."""
-        trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        for name, parameter in self.parameters.items():
-            put(parameter, self._initial[name])
-        try:
+        with _swapped(self.parameters, self._initial):
             yield
-        finally:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(trained[name])
 
     def state(self) -> dict[str, Tensor]:
         """All weights."""

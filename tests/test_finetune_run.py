@@ -175,8 +175,8 @@ def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_t
     assert first.step == 3
     with pytest.raises(InputError, match="holds a run already: resume it, or choose another output folder"):
         train("grpo", fresh(), tmp_path, settings, resume=False)
-    with pytest.raises(InputError, match=r"of a run with another learning_rate \(0.01 there, 0.02 here\)"):
-        train("grpo", fresh(), tmp_path, settings_of("grpo", **SHORT | {"learning_rate": 0.02}))
+    with pytest.raises(InputError, match=r"of a run with another seed \(5 there, 1 here\)"):
+        train("grpo", fresh(), tmp_path, settings_of("grpo", **SHORT | {"seed": 1}))
     with pytest.raises(InputError, match="of a run with another method"):
         train("filtered", fresh(), tmp_path, settings)
     longer = train("grpo", fresh(), tmp_path, settings_of("grpo", **SHORT | {"max_steps": 4}))
