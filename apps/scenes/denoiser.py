@@ -141,7 +141,7 @@ class Scenes:
             tokens = token_ids(self.tokenizer, texts).view(PART, WORDINGS, LENGTH)
             self.folder.mkdir(parents=True, exist_ok=True)
             with staged(path) as new:
-                save_file({"latents": latents.half(), "tokens": tokens.short()}, new)
+                save_file({"latents": latents.half().contiguous(), "tokens": tokens.short()}, new)
         data = load_file(path)
         return data["latents"].float(), data["tokens"].long()
 
