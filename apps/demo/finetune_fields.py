@@ -6,10 +6,10 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.label_folder import label_folder
-from steer.apps.demo.page import number, whole
+from steer.apps.demo.page import number, seed_of, whole
 from steer.apps.demo.steer_fields import REWARDS
 from steer.apps.demo.studio import Studio
-from steer.apps.demo.training import CONFIGURATIONS, LARGEST_SEED, MODELS, MOST_RANK, MOST_UPDATES, Asked
+from steer.apps.demo.training import CONFIGURATIONS, MODELS, MOST_RANK, MOST_UPDATES, Asked
 from steer.apps.finetune_config import read_config
 
 METHODS = {"D3PO, from a reward": "d3po", "PRDP, from a reward": "prdp", "D3PO, from labelled choices": "choices"}
@@ -58,7 +58,7 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
         fields["kl_weight"] = gr.Number(
             0, label="KL weight", minimum=0, info="What it costs to leave the base model; 0: only what the method asks."
         )
-        fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
+        fields["seed"] = gr.Number(0, label="Seed", info="−1: a new one")
         fields["model"] = gr.Dropdown([*models], value=next(iter(models), None), label="Model", visible=len(models) > 1)
     return fields
 
@@ -86,7 +86,7 @@ def asked_of(told: Mapping[str, Any], studio: Studio) -> Asked:
         learning_rate=number("learning rate", told["learning_rate"]),
         rank=whole("rank", told["rank"]),
         kl_weight=number("KL weight", told["kl_weight"]),
-        seed=whole("seed", told["seed"]),
+        seed=seed_of(told["seed"]),
         choices=choices,
     )
     for spec in [asked.held_out] if choices else [asked.reward, asked.held_out]:
