@@ -6,10 +6,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gradio as gr
 import pytest
 import torch
 from PIL import Image
+
+pytest.importorskip("gradio")
+
+import gradio as gr
 
 from steer.apps.demo import steering as steering_module
 from steer.apps.demo.api import PublicApi

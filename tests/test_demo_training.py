@@ -395,3 +395,8 @@ def test_a_learning_rate_that_was_set_stays(tab: FinetuneTab) -> None:
     change = tab.fit("prdp", 0.002, tab.usual.value)
     again = tab.fit("d3po", 0.002, change[tab.usual])
     assert [one[tab.fields["learning_rate"]]["value"] for one in (change, again)] == [0.002, 0.002]
+
+
+def test_gradio_leaves_a_seed_that_cannot_be_to_the_line_that_names_it(tab: FinetuneTab) -> None:
+    seed = tab.fields["seed"]
+    assert seed.preprocess(-1) == -1 and seed.preprocess(1.5) == 1.5

@@ -6,7 +6,7 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.demo.label_folder import label_folder
-from steer.apps.demo.page import number, seed_of, whole
+from steer.apps.demo.page import number, whole
 from steer.apps.demo.steer_fields import REWARDS
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.training import CONFIGURATIONS, MODELS, MOST_RANK, MOST_UPDATES, Asked
@@ -58,7 +58,7 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
         fields["kl_weight"] = gr.Number(
             0, label="KL weight", minimum=0, info="What it costs to leave the base model; 0: only what the method asks."
         )
-        fields["seed"] = gr.Number(0, label="Seed", info="−1: a new one")
+        fields["seed"] = gr.Number(0, label="Seed")
         fields["model"] = gr.Dropdown([*models], value=next(iter(models), None), label="Model", visible=len(models) > 1)
     return fields
 
@@ -86,7 +86,7 @@ def asked_of(told: Mapping[str, Any], studio: Studio) -> Asked:
         learning_rate=number("learning rate", told["learning_rate"]),
         rank=whole("rank", told["rank"]),
         kl_weight=number("KL weight", told["kl_weight"]),
-        seed=seed_of(told["seed"]),
+        seed=whole("seed", told["seed"]),
         choices=choices,
     )
     for spec in [asked.held_out] if choices else [asked.reward, asked.held_out]:

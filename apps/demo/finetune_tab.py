@@ -62,7 +62,6 @@ class FinetuneTab:
     def _connect(self) -> None:
         fields, seen = self.fields, [self.status, self.samples, self.charts, self.start, self.stop]
         live = [*seen, self.again, self.finish, self.results, self.archive, self.run]
-        live += [fields["seed"]]
         for ran in (
             self.start.click(self.begin, {*fields.values()}, live, concurrency_limit=None, **PRIVATE),
             self.more.click(self.go_on, [self.run, fields["updates"]], live, concurrency_limit=None, **PRIVATE),
@@ -84,7 +83,6 @@ class FinetuneTab:
         except InputError as error:
             yield self._refused(error)
         else:
-            yield {self.fields["seed"]: asked.seed}
             yield from self._follow(run, ticket)
 
     def fail(self) -> Change:
