@@ -34,7 +34,7 @@ On = Callable[[Any], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Job:
-    """One prompt to steer. A method that goes on from iteration to iteration keeps `state_file`, and tells each one.
+    """One prompt to steer. A method with iterations saves each one to `state_file`, if any, and tells it.
 
     on_step        told every solver step by the other methods; what it raises ends the run
     preview_steps  where best-of-n and base, which need none, look at x̂0 for it; None: where fk does
@@ -47,7 +47,7 @@ class Job:
     reward: Reward
     prompt: str
     settings: SampleSettings
-    state_file: Path
+    state_file: Path | None
     on_iteration: Callable[[Iteration], None] | None = None
     on_step: Callable[[StepReport], None] | None = None
     preview_steps: tuple[int, ...] | None = ()

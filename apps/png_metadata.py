@@ -110,6 +110,14 @@ def read_metadata(path: Path | bytes) -> Recipe:
         return _recipe(file, _name(path))
 
 
+def prompt_inside(path: Path) -> str | None:
+    """The prompt that an image file of steer holds; None for another image, or one whose metadata cannot be."""
+    try:
+        return read_metadata(path).prompt
+    except InputError:
+        return None
+
+
 def _name(path: Path | bytes) -> str:
     return f"an image of {len(path)} bytes" if isinstance(path, bytes) else str(path)
 

@@ -156,6 +156,21 @@ def test_an_image_brings_its_settings_back(page: Page, tmp_path: Path) -> None:
     seen(page.get_by_label("Seed").first).to_have_value("11")
 
 
+def test_a_second_run_of_reno_keeps_the_steps_and_a_seed_that_cannot_be_leaves_no_done(page: Page) -> None:
+    page.get_by_label("number input for Steps").fill("2")
+    page.get_by_label("Optimised noise (ReNO)").check()
+    page.get_by_label("number input for Iterations").fill("3")
+    seen(page.get_by_label("number input for Steps")).to_have_value("2")
+    for seed in ("1", "2"):
+        page.get_by_label("Seed").first.fill(seed)
+        page.locator("#steer-start").click()
+        seen(page.locator("#steer-status")).to_contain_text(f"seed {seed}.", timeout=SLOW)
+    seen(page.locator("#steer-base img")).not_to_have_count(0)
+    page.get_by_label("Seed").first.fill("-3")
+    page.locator("#steer-start").click()
+    seen(page.locator("#steer-status")).to_contain_text("seed must be 0 to", timeout=SLOW)
+
+
 def test_a_closed_tab_frees_the_worker(page: Page, app: Served) -> None:
     leaver = page.context.new_page()
     leaver.goto(app.url)

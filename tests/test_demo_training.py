@@ -380,7 +380,23 @@ def test_what_is_refused_is_a_warning_and_leaves_the_run_before_alone(studio: St
 
 
 def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
-    rates = [tab.fit(method)[tab.fields["learning_rate"]]["value"] for method in ("d3po", "prdp", "choices")]
+    usual, rate, rates = tab.usual.value, 1e-3, []
+    for method in ("d3po", "prdp", "choices"):
+        change = tab.fit(method, rate, usual)
+        usual, rate = change[tab.usual], change[tab.fields["learning_rate"]]["value"]
+        rates.append(rate)
     assert rates == [1e-3, 1.5e-3, 1e-3]
-    assert not tab.fit("choices")[tab.fields["reward"]]["visible"] and tab.fit("prdp")[tab.fields["reward"]]["visible"]
-    assert not tab.fit("prdp")[tab.fields["model"]]["visible"], "there is one"
+    choices, prdp = tab.fit("choices", rate, usual), tab.fit("prdp", rate, usual)
+    assert not choices[tab.fields["reward"]]["visible"] and prdp[tab.fields["reward"]]["visible"]
+    assert not prdp[tab.fields["model"]]["visible"], "there is one"
+
+
+def test_a_learning_rate_that_was_set_stays(tab: FinetuneTab) -> None:
+    change = tab.fit("prdp", 0.002, tab.usual.value)
+    again = tab.fit("d3po", 0.002, change[tab.usual])
+    assert [one[tab.fields["learning_rate"]]["value"] for one in (change, again)] == [0.002, 0.002]
+
+
+def test_gradio_leaves_a_seed_that_cannot_be_to_the_line_that_names_it(tab: FinetuneTab) -> None:
+    seed = tab.fields["seed"]
+    assert seed.preprocess(-1) == -1 and seed.preprocess(1.5) == 1.5

@@ -5,6 +5,7 @@ from typing import Any
 
 import gradio as gr
 
+from steer.apps.demo.page import public
 from steer.apps.demo.steer_fields import METHODS, MOST, prompts_of, settings_of
 from steer.apps.demo.steering import Made, steering
 from steer.apps.demo.studio import Studio
@@ -26,7 +27,7 @@ class PublicApi:
                 gr.Slider(0, 30, 4, label="guidance"),
                 gr.Number(25, label="strength"),
                 gr.Slider(1, MOST["iterations"], 20, step=1, label="iterations"),
-                gr.Number(0, precision=0, minimum=0, label="seed"),
+                gr.Number(0, label="seed"),
                 gr.Dropdown([*studio.models], value=studio.models[0], label="model"),
             ]
             outputs = [gr.Gallery(label="images", format="png", type="filepath"), gr.JSON(label="report")]
@@ -57,7 +58,7 @@ class PublicApi:
             guidance: classifier-free guidance; 0 for reno
             strength: lambda of fk
             iterations: of reno
-            seed: the same seed gives the same images
+            seed: the same seed gives the same images; -1: a new one, which the report names
             model: one of the app's
 
         Returns:
@@ -68,7 +69,7 @@ class PublicApi:
         try:
             made = _made(self.studio, prompt, asked | {"fresh": False, "compare": False, "worn": False}, request)
         except InputError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+            raise gr.Error(public(str(error)), print_exception=False) from error
         return [str(picture.path) for picture in made.images], told(made)
 
 
@@ -77,7 +78,7 @@ def _made(studio: Studio, prompt: str, asked: dict[str, Any], request: gr.Reques
     prompts, settings = prompts_of(prompt), settings_of(asked)
     if len(prompts) > 1:
         raise InputError(f"{len(prompts)} prompts: one a call")
-    work = steering(studio, prompts, settings, studio.folder(request) / "steer")
+    work = steering(studio, prompts, settings, studio.run_folder(request))
     made = [event for event in studio.begin(request, work).events() if isinstance(event, Made)]
     if not made:
         raise InputError("stopped before there was an image")

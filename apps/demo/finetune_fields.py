@@ -9,7 +9,7 @@ from steer.apps.demo.label_folder import label_folder
 from steer.apps.demo.page import number, whole
 from steer.apps.demo.steer_fields import REWARDS
 from steer.apps.demo.studio import Studio
-from steer.apps.demo.training import CONFIGURATIONS, LARGEST_SEED, MODELS, MOST_RANK, MOST_UPDATES, Asked
+from steer.apps.demo.training import CONFIGURATIONS, MODELS, MOST_RANK, MOST_UPDATES, Asked
 from steer.apps.finetune_config import read_config
 
 METHODS = {"D3PO, from a reward": "d3po", "PRDP, from a reward": "prdp", "D3PO, from labelled choices": "choices"}
@@ -58,7 +58,7 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
         fields["kl_weight"] = gr.Number(
             0, label="KL weight", minimum=0, info="What it costs to leave the base model; 0: only what the method asks."
         )
-        fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=LARGEST_SEED)
+        fields["seed"] = gr.Number(0, label="Seed")
         fields["model"] = gr.Dropdown([*models], value=next(iter(models), None), label="Model", visible=len(models) > 1)
     return fields
 

@@ -11,7 +11,8 @@ import gradio as gr
 from steer.apps.demo.finetune_fields import asked_of, finetune_fields, usual_rate
 from steer.apps.demo.finetune_view import Story, charts_view, samples_view, updates_made
 from steer.apps.demo.label_folder import label_folder
-from steer.apps.demo.page import PRIVATE, Change, line, whole
+from steer.apps.demo.page import FAILED, PRIVATE, Change, line, public, whole
+from steer.apps.demo.steer_fields import Defaults
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.training import Asked, Evaluation, Trained, training
 from steer.apps.demo.weights import Weights
@@ -38,7 +39,7 @@ class FinetuneTab:
     """
 
     def __init__(self, studio: Studio) -> None:
-        self.studio, self.run = studio, gr.State(None)
+        self.studio, self.run, self.usual = studio, gr.State(None), gr.State(Defaults({"rate": usual_rate("d3po")}))
         script = (HERE / "run_view.js").read_text()
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
@@ -61,12 +62,16 @@ class FinetuneTab:
     def _connect(self) -> None:
         fields, seen = self.fields, [self.status, self.samples, self.charts, self.start, self.stop]
         live = [*seen, self.again, self.finish, self.results, self.archive, self.run]
-        self.start.click(self.begin, {*fields.values()}, live, concurrency_limit=None, **PRIVATE)
-        self.more.click(self.go_on, [self.run, fields["updates"]], live, concurrency_limit=None, **PRIVATE)
-        self.finish.click(self.finish_here, self.run, live, concurrency_limit=None, **PRIVATE)
+        for ran in (
+            self.start.click(self.begin, {*fields.values()}, live, concurrency_limit=None, **PRIVATE),
+            self.more.click(self.go_on, [self.run, fields["updates"]], live, concurrency_limit=None, **PRIVATE),
+            self.finish.click(self.finish_here, self.run, live, concurrency_limit=None, **PRIVATE),
+        ):
+            ran.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
         self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
-        follows = [fields[name] for name in ("reward", "learning_rate", "model")]
-        fields["method"].input(self.fit, fields["method"], follows, **PRIVATE)
+        follows = [*(fields[name] for name in ("reward", "learning_rate", "model")), self.usual]
+        known = [fields["method"], fields["learning_rate"], self.usual]
+        fields["method"].input(self.fit, known, follows, **PRIVATE)
 
     def begin(self, told: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
         """A new training, shown as it goes."""
@@ -79,6 +84,11 @@ class FinetuneTab:
             yield self._refused(error)
         else:
             yield from self._follow(run, ticket)
+
+    def fail(self) -> Change:
+        """After an error that a training does not know, and for fields whose values Gradio refuses."""
+        ready = {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
+        return ready | {self.status: line(FAILED, "alert")}
 
     def go_on(self, run: Run, updates: float | None, request: gr.Request) -> Iterator[Change]:
         """The training from where it was, to as many updates as the field asks for now."""
@@ -134,6 +144,7 @@ class FinetuneTab:
             text = text.replace(f"{folder}/", "").replace(str(folder), "the folder")
         for key, name in KEYS.items():
             text = text.replace(key, name)
+        text = public(text)
         gr.Warning(escape(text))
         return {self.status: line(text, "alert")}
 
@@ -146,12 +157,14 @@ class FinetuneTab:
         assert run.trained is not None
         return run.trained.weights, gr.update(selected="steer")
 
-    def fit(self, method: str) -> Change:
-        """Other fields follow the method."""
+    def fit(self, method: str, rate: float | None, usual: Defaults) -> Change:
+        """Other fields follow the method, but for a learning rate that the visitor has set."""
         choices, model = method == "choices", self.fields["model"]
+        new, follows = usual.changed({"rate": rate}, {"rate": usual_rate(method)})
         return {
             self.fields["reward"]: gr.update(visible=not choices),
-            self.fields["learning_rate"]: gr.update(value=usual_rate(method)),
+            self.fields["learning_rate"]: gr.update(value=follows.get("rate", rate)),
+            self.usual: new,
             model: gr.update(visible=not choices and len(model.choices) > 1),
         }
 

@@ -14,7 +14,7 @@ from steer.apps.demo.label_folder import ZIPPED, command_of, label_folder, place
 from steer.apps.demo.label_view import empty_view, lot_view
 from steer.apps.demo.labelling import Labelling
 from steer.apps.demo.labels import IMAGES, LONGEST_NAME, LabelBook, Progress, Wish
-from steer.apps.demo.page import MOST_CHARACTERS, PRIVATE, Change, line
+from steer.apps.demo.page import MOST_CHARACTERS, PRIVATE, Change, line, public
 from steer.apps.demo.studio import Studio
 from steer.apps.prompts import find_prompts
 from steer.apps.scenes.synthetic_choices import CALL
@@ -187,7 +187,7 @@ def _images(turn: int, lot: Lot) -> str:
     try:
         files = [inside(lot.folder, lot.image_file(number)) for number in range(len(lot.rows))]
     except InputError as error:  # somebody took them away
-        return empty_view(turn, str(error))
+        return empty_view(turn, public(str(error)))
     return lot_view(turn, lot.id, lot.rows.prompts[0], [file.read_bytes() for file in files])
 
 

@@ -1,16 +1,17 @@
 """What the Rewards tab runs: images that visitors bring, scored by several rewards."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from steer.apps.demo.page import MOST_CHARACTERS
+from steer.apps.demo.page import MOST_CHARACTERS, public
 from steer.apps.demo.worker import Ticket
 from steer.apps.finetune_grids import thumbnail
+from steer.apps.png_metadata import prompt_inside
 from steer.errors import InputError
 from steer.images import BROKEN, FORMATS, read_image
 from steer.reward import Reward, score_parts
@@ -32,12 +33,17 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """An image: its file's name, pixels across and down, and its scores by the rewards that could score it."""
+    """An image: its file's name, pixels across and down, and its scores by the rewards that could score it.
+
+    prompt  that it was scored by; inside: whether that comes from the image's own metadata
+    """
 
     name: str
     size: tuple[int, int]
     thumbnail: Image.Image
     scores: Mapping[str, Score]
+    prompt: str = ""
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ def score_files(
 ) -> None:
     """Scores image files, one in memory at a time; says Scoring and, at the end, Scores.
 
-    find  gives the reward of a specification, or raises InputError
+    prompt  of all; empty: of each the one in its metadata, if any
+    find    gives the reward of a specification, or raises InputError
     What cannot be read or scored has a line in the notes, once; the rest goes on. Raises InputError where no reward
     was found, or no image could be read.
     """
@@ -106,28 +113,27 @@ def score_files(
         except InputError as error:
             notes[_line(path.name, error)] = None
             continue
-        rows.append(Row(path.name, (image.shape[2], image.shape[1]), thumbnail(image), {}))
-        rows[-1] = _scored(rows[-1], image, prompt, found, notes, ticket)
+        own = None if prompt else prompt_inside(path)
+        row = Row(path.name, (image.shape[2], image.shape[1]), thumbnail(image), {}, own or prompt, own is not None)
+        rows.append(_scored(row, image, found, notes, ticket))
     if not rows:
         raise InputError("; ".join(notes))
     ticket.say(Scores(prompt, tuple(found), tuple(rows), tuple(notes)))
 
 
-def _scored(
-    row: Row, image: Tensor, prompt: str, rewards: Mapping[str, Reward], notes: dict[str, None], ticket: Ticket
-) -> Row:
+def _scored(row: Row, image: Tensor, rewards: Mapping[str, Reward], notes: dict[str, None], ticket: Ticket) -> Row:
     scores = {}
     for spec, reward in rewards.items():
         ticket.check()
         try:
             with torch.no_grad():
-                total, parts = score_parts(reward, image[None], [prompt])
+                total, parts = score_parts(reward, image[None], [row.prompt])
         except InputError as error:
             notes[_line(spec, error)] = None
             continue
         several = parts if len(parts) > 1 else {}
         scores[spec] = Score(total.item(), {name: values.item() for name, values in several.items()})
-    return Row(row.name, row.size, row.thumbnail, scores)
+    return replace(row, scores=scores)
 
 
 def read_upload(path: Path) -> Tensor:
@@ -153,4 +159,4 @@ def read_upload(path: Path) -> Tensor:
 
 
 def _line(name: str, error: InputError) -> str:
-    return f"{name:.80}: {error}"
+    return f"{name:.80}: {public(str(error))}"

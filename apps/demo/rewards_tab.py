@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from steer.apps.demo.page import MOST_CHARACTERS, PRIVATE, Change, line
+from steer.apps.demo.page import FAILED, MOST_CHARACTERS, PRIVATE, Change, line, public
 from steer.apps.demo.reward_scores import MOST_FILES, Scores, check_asked, score_files
 from steer.apps.demo.rewards_view import empty_view, names_view, scatter_view, scores_view
 from steer.apps.demo.steer_fields import EXAMPLE
@@ -58,10 +58,10 @@ class RewardsTab:
             elem_id="rewards-files",
         )
         self.prompt = gr.Textbox(
-            EXAMPLE,
             label="Prompt",
+            placeholder=EXAMPLE,
             max_length=MOST_CHARACTERS,
-            info="What the images were to show; the same for all.",
+            info="What the images were to show, the same for all. Left empty: the prompts inside images of steer.",
             elem_id="rewards-prompt",
         )
         names = [*dict.fromkeys([*self.studio.rewards, *EMBEDDED])]
@@ -80,7 +80,8 @@ class RewardsTab:
     def _connect(self) -> None:
         live = [self.status, self.start, self.stop, self.scores, self.by, self.view, self.axes, self.across, self.up]
         asked = [self.files, self.prompt, self.ticked, self.others]
-        self.start.click(self.run, asked, [*live, self.scatter], concurrency_limit=None, **PRIVATE)
+        ran = self.start.click(self.run, asked, [*live, self.scatter], concurrency_limit=None, **PRIVATE)
+        ran.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
         self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
         self.by.input(scores_view, [self.scores, self.by], self.view, **PRIVATE)
         for axis in (self.across, self.up):
@@ -95,9 +96,14 @@ class RewardsTab:
             specs = [*dict.fromkeys([*ticked, *filter(None, map(str.strip, (others or "").splitlines()))])]
             yield from self._run([Path(file) for file in files or ()], (prompt or "").strip(), specs, request)
         except InputError as error:
-            gr.Warning(escape(str(error)))
+            gr.Warning(escape(public(str(error))))
             yield {self.status: line(str(error), "alert")}
         yield {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
+
+    def fail(self) -> Change:
+        """After an error that `run` does not know."""
+        ready = {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
+        return ready | {self.status: line(FAILED, "alert")}
 
     def _run(self, paths: list[Path], prompt: str, specs: list[str], request: gr.Request) -> Iterator[Change]:
         check_asked(paths, prompt, specs)
@@ -120,8 +126,11 @@ class RewardsTab:
         several = len(names) > 1 and len(scores.rows) > 1
         images = "1 image" if len(scores.rows) == 1 else f"{len(scores.rows)} images"
         left = " Some were left out: see below." if scores.notes else ""
+        inside = sum(row.inside for row in scores.rows)
+        which = f" The prompts of {inside} of them are those inside the images." if inside else ""
+        rewards = "reward" if len(names) == 1 else "rewards"
         return {
-            self.status: line(f"Done: {images} by {len(names)} {'reward' if len(names) == 1 else 'rewards'}.{left}"),
+            self.status: line(f"Done: {images} by {len(names)} {rewards}.{which}{left}"),
             self.scores: scores,
             self.by: gr.update(choices=names, value=first, visible=several),
             self.view: scores_view(scores, first),

@@ -29,7 +29,8 @@ def scores_view(scores: Scores, by: str) -> str:
     head = "".join(_heading(reward, reward == by) for reward in scores.rewards)
     body = "".join(_row(rank, row, scores.rewards) for rank, row in enumerate(rows))
     images = "1 image" if len(rows) == 1 else f"{len(rows)} images, the best by {by} first"
-    caption = escape(f"{images}. Prompt: {scores.prompt or '(none)'}")
+    own = any(row.inside for row in rows)
+    caption = escape(f"{images}. Prompt: {scores.prompt or ('inside the images' if own else '(none)')}")
     return (
         f'<div class="steer-scores">{_notes(scores.notes)}<div class="steer-scroll" tabindex="0" role="region"'
         f' aria-label="Scores"><table class="steer-table"><caption>{caption}</caption>'
@@ -49,6 +50,7 @@ def _row(rank: int, row: Row, rewards: Sequence[str]) -> str:
     cells = "".join(f"<td>{short(total)}</td>" for total in totals)
     name, star = escape(row.name, quote=True), "★ " if rank == 0 else ""
     pixels = f"{row.size[0]} × {row.size[1]}"
+    pixels += f", its own prompt: {escape(row.prompt)}" if row.inside else ""
     return (
         f'<tr><th scope="row"><span class="steer-scored"><img src="{data_uri(row.thumbnail)}" alt="{name}"/>'
         f"<span>{star}{name}<small>{pixels}</small></span></span></th>{cells}</tr>"

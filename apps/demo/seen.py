@@ -73,4 +73,5 @@ class Seen:
         costs = [cost for one in self.finished for cost in (one.made.cost, one.made.base_cost) if cost is not None]
         seconds = sum(cost.seconds for cost in costs)
         about = "1 prompt" if len(self.finished) == 1 else f"{len(self.finished)} prompts"
-        return f"{'Stopped' if stopped else 'Done'}: {about} in {seconds:.1f} s."
+        seed = f", seed {self.finished[0].made.settings.seed}" if self.finished else ""
+        return f"{'Stopped' if stopped else 'Done'}: {about} in {seconds:.1f} s{seed}."

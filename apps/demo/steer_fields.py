@@ -1,13 +1,12 @@
 """The fields of the Steer tab, and the settings that they stand for."""
 
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import gradio as gr
 
-from steer.apps.demo.page import MOST_CHARACTERS, number, whole
+from steer.apps.demo.page import MOST_CHARACTERS, number, seed_of, whole
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.weights import Weights
 from steer.apps.png_metadata import Recipe
@@ -60,7 +59,7 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
         1, MOST["iterations"], 20, step=1, label="Iterations", info="of the noise, for ReNO", visible=False
     )
     with gr.Row():
-        fields["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53)
+        fields["seed"] = gr.Number(0, label="Seed", info="−1: a new one for every run")
         fields["fresh"] = gr.Checkbox(False, label="A new seed for every run")
     with gr.Accordion("Model and comparison", open=len(studio.models) > 1):
         fields["model"] = gr.Dropdown([*studio.models], value=studio.models[0], label="Model")
@@ -87,7 +86,7 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
         tempering="constant",
         ess_threshold=0.5,
         eta=None,
-        seed=random.randrange(2**32) if asked["fresh"] else whole("seed", asked["seed"]),
+        seed=seed_of(asked["seed"], asked["fresh"]),
         compare=bool(asked["compare"]),
         dtype=None,
         iterations=whole("iterations", asked["iterations"]),
@@ -153,19 +152,40 @@ def restored(recipe: Recipe, models: Sequence[str], weights: Weights | None = No
     return asked
 
 
-def fitting(method: str, models: Sequence[str], weights: Weights | None = None) -> dict[str, dict[str, Any]]:
-    """Properties that other fields have when a method is chosen: ReNO is for one-step models, and has no λ.
+def defaults_of(method: str, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
+    """Values of the fields that depend on the method: ReNO is for one-step models.
 
     Where finetuned weights are loaded, the other methods begin with them.
     """
     reno = method == "reno"
     model, steps, guidance = (weights.model, weights.steps, weights.guidance) if weights else (models[0], 20, 4)
     return {
-        "lam": {"visible": method == "fk"},
-        "iterations": {"visible": reno},
-        "steps": {"value": 1 if reno else steps},
-        "guidance": {"value": 0 if reno else guidance},
-        "model": {"value": ONE_STEP if reno and ONE_STEP in models else model},
-        "compare": {"visible": method != "base" or weights is not None},
-        "worn": {"value": weights is not None and not reno},
+        "steps": 1 if reno else steps,
+        "guidance": 0 if reno else guidance,
+        "model": ONE_STEP if reno and ONE_STEP in models else model,
+        "worn": weights is not None and not reno,
     }
+
+
+def shown_with(method: str, weights: Weights | None = None) -> dict[str, bool]:
+    """Which fields a method has."""
+    return {
+        "lam": method == "fk",
+        "iterations": method == "reno",
+        "compare": method != "base" or weights is not None,
+        "worn": weights is not None,
+    }
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The defaults that fields had last, by name, and the names of those that the visitor has set otherwise."""
+
+    values: Mapping[str, Any]
+    kept: frozenset[str] = frozenset()
+
+    def changed(self, now: Mapping[str, Any], to: Mapping[str, Any]) -> tuple["Defaults", dict[str, Any]]:
+        """Other defaults, and the fields that follow them: those that the visitor has left alone, of what they say."""
+        kept = self.kept | {name for name, value in self.values.items() if now[name] != value}
+        follows = {name: value for name, value in to.items() if name not in kept}
+        return Defaults({**self.values, **to}, kept), follows

@@ -1,5 +1,7 @@
 """What the Steer tab runs: one prompt after another, told step by step."""
 
+import re
+import shutil
 from base64 import b64encode
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,6 +20,7 @@ from steer.apps.demo.weights import Weights
 from steer.apps.demo.worker import Ticket
 from steer.apps.finished import Picture, base_of, written
 from steer.apps.methods import METHODS, Job, Off
+from steer.apps.named_errors import errors_named
 from steer.apps.sample_settings import SampleSettings
 from steer.pipelines import Iteration, StepReport
 from steer.pipelines.choice_reading import pixels_of
@@ -26,6 +29,8 @@ from steer.reward import Reward
 from steer.staged import make_folder
 
 THUMBNAIL = 160  # pixels of a preview's longer side
+LONGEST_NAME = 80  # bytes of a prompt in the names of its images
+KEPT, LESS = "nothing of it is kept", "fewer particles need less"
 MOST_FRAMES = 12  # of a noise optimisation, which has many more iterations than anybody looks at
 
 
@@ -107,7 +112,9 @@ def steering(
 
     def work(ticket: Ticket) -> None:
         ticket.say(Loading(settings.model))
-        with studio.model(settings.model) as pipe, wearing(pipe, worn) as off:
+        for other in sorted(folder.parent.glob("run-*"), key=lambda one: one.stat().st_mtime)[:-1]:
+            shutil.rmtree(other, ignore_errors=True)  # the latest may still be on its way to the page
+        with errors_named("this run", KEPT, LESS), studio.model(settings.model) as pipe, wearing(pipe, worn) as off:
             steer_all(pipe, reward, prompts, settings, folder, ticket, off)
 
     return work
@@ -132,12 +139,19 @@ def steer_all(
         def step(phase: str, step: int, total: int, number: int = number) -> None:
             ticket.say(Step(number, len(prompts), phase, step, total))
 
-        job = Job(pipe, reward, prompt, settings, folder / f"{number}-search.safetensors", unworn=unworn)
-        ticket.say(_steered(job, f"prompt-{number + 1}-", ticket, step))
+        job = Job(pipe, reward, prompt, settings, state_file=None, unworn=unworn)  # a run here begins at its beginning
+        which = f"prompt{number + 1}-" if len(prompts) > 1 else ""
+        ticket.say(_steered(job, folder, f"{_slug(prompt)}{settings.method}-seed{settings.seed}-{which}", ticket, step))
 
 
-def _steered(job: Job, prefix: str, ticket: Ticket, step: Callable[[str, int, int], None]) -> Made:
-    settings, folder = job.settings, job.state_file.parent
+def _slug(prompt: str) -> str:
+    """A prompt in a file's name, with a dash after it; nothing of one without letters and digits."""
+    words = re.sub(r"\W+", "-", prompt.lower()).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore").strip("-")
+    return f"{words}-" if words else ""
+
+
+def _steered(job: Job, folder: Path, start: str, ticket: Ticket, step: Callable[[str, int, int], None]) -> Made:
+    settings, prefix = job.settings, f"{start}{folder.name}-"
 
     def on_step(report: StepReport) -> None:
         step(settings.method, report.step + 1, report.total)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Studio:
     home: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="steer-demo-")))
     _pipe: tuple[str, Any] | None = None
     _running: dict[str, Ticket] = field(default_factory=dict)
+    _runs: Iterator[int] = field(default_factory=lambda: count(1))
 
     def begin(self, request: gr.Request, work: Callable[[Ticket], None]) -> Ticket:
         """A visitor's job in the worker, in place of the one that they had before. Raises Busy."""
@@ -63,6 +65,10 @@ class Studio:
         found = self.home / "visitors" / visitor  # beside nothing else: the name comes from outside
         found.mkdir(mode=0o700, parents=True, exist_ok=True)
         return found
+
+    def run_folder(self, request: gr.Request) -> Path:
+        """One of the visitor's own for a single run, with a number that no other run of this app has: run-7."""
+        return self.folder(request) / "steer" / f"run-{next(self._runs)}"
 
     def forget(self, request: gr.Request) -> None:
         """Ends a visitor's job, and removes what they left, once nothing writes there any more."""

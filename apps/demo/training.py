@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steer.apps.demo.label_folder import kept_files
+from steer.apps.demo.page import LARGEST_SEED
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.weights import PACKED, Weights
@@ -43,7 +44,7 @@ SCALE = {
 }
 PAIRS = {"prompts_per_step": "8", "samples_per_prompt": "2"}  # of choices: as many images
 EVALUATIONS = 8  # of a run, beside the first
-MOST_UPDATES, MOST_RANK, LARGEST_SEED = 200, 64, 2**53
+MOST_UPDATES, MOST_RANK = 200, 64
 OWN = "choices"  # folder of a run with a copy of those that it learns from
 KEPT, LESS = "a checkpoint is kept: Go on continues", "a LoRA of a lower rank needs less"
 
@@ -208,8 +209,8 @@ def _told(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def _write_zip(out: Path) -> Path:
-    """Writes finetuned.zip in the folder of a run: weights, model card with its pictures, configuration, records."""
-    path = out / f"{PACKED}.zip"
+    """Writes finetuned-RUN.zip in a run's folder: weights, model card with its pictures, configuration, records."""
+    path = out / f"{PACKED}-{out.name}.zip"
     inside = [out / name for name in ("README.md", "config.yaml", *SERIES.values())]
     for name in ("final", "best", "plots", "samples"):
         inside += sorted(one for one in (out / name).rglob("*") if one.is_file())

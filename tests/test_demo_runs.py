@@ -1,0 +1,313 @@
+"""One run after another in the app: fresh state, kept settings, seeds, names, and messages without server paths."""
+
+import errno
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("gradio")
+
+import gradio as gr
+
+from steer.apps.demo import steering as steering_module
+from steer.apps.demo.api import PublicApi
+from steer.apps.demo.page import line, public, seed_of
+from steer.apps.demo.rewards_tab import RewardsTab
+from steer.apps.demo.steer_fields import METHODS
+from steer.apps.demo.steer_tab import SteerTab
+from steer.apps.demo.steering import Made, Step
+from steer.apps.demo.studio import Studio
+from steer.apps.demo.weights import Weights
+from steer.apps.demo.worker import Ticket
+from steer.errors import InputError
+
+VISITOR: Any = SimpleNamespace(session_hash="ada")
+SMALL: dict[str, Any] = {"prompts": "a red star", "reward": "brightness", "particles": 3, "steps": 4, "guidance": 2}
+RENO: dict[str, Any] = {"model": "scenes-turbo", "reward": "scene-soft", "steps": 1, "guidance": 0, "iterations": 3}
+
+
+@pytest.fixture(scope="module")
+def studio() -> Iterator[Studio]:
+    made = Studio(models=("scenes", "scenes-turbo"))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def tab(studio: Studio) -> SteerTab:
+    with gr.Blocks():
+        return SteerTab(studio)
+
+
+def told(tab: SteerTab, **values: Any) -> dict[Any, Any]:
+    """What a handler is given: the values of the fields, some of them changed, and the states."""
+    given = {field: values.get(name, field.value) for name, field in tab.fields.items()}
+    return given | {tab.weights: values.get("weights"), tab.defaults: values.get("defaults", tab.defaults.value)}
+
+
+def run(tab: SteerTab, **values: Any) -> dict[Any, Any]:
+    """All that a run changes on the page, by component."""
+    shown: dict[Any, Any] = {}
+    for change in tab.run(told(tab, **SMALL | values), VISITOR):
+        shown |= change
+    return shown
+
+
+def made_of(tab: SteerTab, shown: dict[Any, Any]) -> Made:
+    assert shown.get(tab.finished), shown[tab.status]
+    made: Made = shown[tab.finished][0].made
+    return made
+
+
+def asked(method: str) -> dict[str, Any]:
+    return {"method": method} | (RENO if method == "reno" else {})
+
+
+# ---- state of the run before
+
+
+@pytest.mark.parametrize("method", METHODS.values())
+def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = made_of(tab, run(tab, **asked(method), seed=1))
+    pixels = [Image.open(one.path).tobytes() for one in first.images]
+    say = Ticket.say
+
+    def stops(ticket: Ticket, event: Any) -> None:
+        say(ticket, event)
+        if isinstance(event, Step):
+            ticket.stop()
+
+    monkeypatch.setattr(Ticket, "say", stops)
+    assert "Stopped" in run(tab, **asked(method), seed=2)[tab.status]
+    monkeypatch.undo()
+    assert "Done" in run(tab, **asked(method) | {"prompts": "a blue cross"}, seed=3)[tab.status], "after a stop"
+    again = made_of(tab, run(tab, **asked(method), seed=1))
+    assert [Image.open(one.path).tobytes() for one in again.images] == pixels
+
+
+def test_a_run_after_one_that_failed(tab: SteerTab, studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device", str(studio.home / "visitors" / "ada" / "x.png"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(steering_module, "written", full)
+        shown = run(tab)
+    assert "No space left on device" in shown[tab.status] and str(studio.home) not in shown[tab.status]
+    assert shown[tab.start]["interactive"] and not shown[tab.stop]["interactive"]
+    assert "Done" in run(tab)[tab.status]
+
+
+def test_an_error_of_another_kind_leaves_the_button_as_it_was(tab: SteerTab, studio: Studio) -> None:
+    with gr.Blocks():
+        tabs = SteerTab(studio), RewardsTab(studio)
+        context = gr.context.Context.root_block
+    assert context is not None
+    for one in tabs:
+        ((click, target),) = [
+            (number, event) for number, event in context.fns.items() if event.fn and event.fn.__name__ == "run"
+            and getattr(event.fn, "__self__", None) is one
+        ]  # fmt: skip
+        after = [event for event in context.fns.values() if event.trigger_after == click]
+        assert [event.trigger_only_on_failure for event in after] == [True], target
+        change = one.fail()
+        assert change[one.start]["interactive"] and "failed" in change[one.status]
+
+
+# ---- messages
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("/srv/demo/x/search.safetensors belongs to another run", "search.safetensors belongs to another run"),
+        ("model '/srv/models/mine': no model_index.json", "model 'mine': no model_index.json"),
+        ("[Errno 13] Permission denied: '/var/lib/a b'", "[Errno 13] Permission denied: 'a b'"),
+        ("--out /a/b/c: cannot write there", "--out c: cannot write there"),
+        ("see https://example.org/a/b, and/or org/name, 3 / 4", "see https://example.org/a/b, and/or org/name, 3 / 4"),
+        ("a tag </script> stays", "a tag </script> stays"),
+        (r"C:\Users\ada\x.png: not a PNG", "x.png: not a PNG"),
+    ],
+)
+def test_messages_name_files_without_their_folders(text: str, shown: str) -> None:
+    assert public(text) == shown
+
+
+def test_no_error_on_any_way_to_a_visitor_names_a_server_path(
+    tab: SteerTab, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "owner" / "secret.bin"
+    (image := tmp_path / "a.png").write_bytes(b"none")
+
+    def refused(*given: Any, **named: Any) -> Any:
+        raise InputError(f"{place} is damaged; restore it")
+
+    with gr.Blocks():
+        rewards, api = RewardsTab(studio), PublicApi(studio)
+    monkeypatch.setattr(studio, "reward", refused)
+    messages = [run(tab)[tab.status], tab.restore(str(image), None)[tab.status]]
+    with pytest.warns(UserWarning) as warned:
+        for change in rewards.run([str(image)], "", ["brightness"], "", VISITOR):
+            messages += [change[rewards.status]] if rewards.status in change else []
+    messages += [str(one.message) for one in warned]
+    with pytest.raises(gr.Error) as error:
+        api.steer("a star", "fk", "brightness", 1, 1, 1, 1, 1, 0, "scenes", VISITOR)
+    messages.append(str(error.value))
+    assert sum("secret.bin" in one for one in messages) >= 4
+    assert not [one for one in messages if "owner" in one or str(tmp_path) in one]
+    assert "owner" not in line(f"cannot read {place}")
+
+
+# ---- what is compared
+
+
+@pytest.mark.parametrize("method", ["fk", "reno"])
+def test_the_slider_compares_best_with_best_and_all_base_images_are_there(tab: SteerTab, method: str) -> None:
+    for seed in range(20):
+        shown = run(tab, **asked(method), seed=seed)
+        made = made_of(tab, shown)
+        base = [one.recipe.reward for one in made.base]
+        if base[0] < max(base):
+            break
+    rewards = {str(one.path): one.recipe.reward for one in (*made.base, *made.images)}
+    left, right = shown[tab.results.slider]["value"]
+    assert rewards[left] == max(base) > base[0]
+    assert rewards[right] == max(one.recipe.reward for one in made.images)
+    paths, captions = zip(*shown[tab.results.gallery]["value"], strict=True)
+    assert list(paths) == [str(one.path) for one in made.base]
+    assert [caption.startswith("★") for caption in captions] == [path == left for path in paths]
+
+
+def test_best_of_n_is_not_compared_with_itself(tab: SteerTab) -> None:
+    shown = run(tab, method="best-of-n")
+    assert not shown[tab.results.slider]["visible"] and len(shown[tab.results.gallery]["value"]) == 3
+    assert "Best of N picks among the base images" in shown[tab.results.table]
+
+
+# ---- settings
+
+
+def switch(tab: SteerTab, values: dict[str, Any], **change: Any) -> dict[str, Any]:
+    """The values of the fields after the method was changed."""
+    values = values | change
+    update = tab.fit(told(tab, **values))
+    for name, field in tab.fields.items():
+        if "value" in update.get(field, {}):
+            values[name] = update[field]["value"]
+    return values | {"defaults": update[tab.defaults]}
+
+
+def test_a_switch_keeps_what_was_set_and_moves_what_was_left_alone(tab: SteerTab) -> None:
+    start = {name: field.value for name, field in tab.fields.items()}
+    fresh = switch(tab, start, method="reno")
+    assert (fresh["steps"], fresh["guidance"], fresh["model"]) == (1, 0, "scenes-turbo")
+    back = switch(tab, fresh, method="fk")
+    assert (back["steps"], back["guidance"], back["model"]) == (20, 4, "scenes")
+    values = start | {"steps": 35, "guidance": 7.5}
+    for method in ("best-of-n", "reno", "base", "fk"):
+        values = switch(tab, values, method=method)
+        assert (values["steps"], values["guidance"]) == (35, 7.5), method
+    assert values["model"] == "scenes"
+    set_to_renos = switch(tab, start, method="best-of-n", steps=1)
+    assert switch(tab, switch(tab, set_to_renos, method="reno"), method="fk")["steps"] == 1
+
+
+def test_loaded_weights_keep_what_was_set(tab: SteerTab, tmp_path: Path) -> None:
+    weights = Weights("scenes", tmp_path, "mine", "aesthetic:scenes", 8, 2.0)
+    change = tab.wear(told(tab, weights=weights, steps=35, reward="jpeg"))
+    assert "value" not in change.get(tab.fields["steps"], {}) and "value" not in change.get(tab.fields["reward"], {})
+    assert change[tab.fields["guidance"]]["value"] == 2.0 and change[tab.fields["model"]]["value"] == "scenes"
+    untouched = tab.wear(told(tab, weights=weights))
+    assert untouched[tab.fields["reward"]]["value"] == "aesthetic:scenes"
+    assert untouched[tab.fields["steps"]]["value"] == 8
+
+
+# ---- seeds
+
+
+def test_a_random_seed_is_drawn_shown_and_named(tab: SteerTab) -> None:
+    assert tab.fields["seed"].minimum is None, "Gradio would refuse −1 before anybody could say why"
+    seeds = []
+    for _ in range(2):
+        shown = run(tab, method="base", seed=-1)
+        seeds.append(made_of(tab, shown).settings.seed)
+        assert shown[tab.fields["seed"]] == seeds[-1] >= 0 and shown[tab.fields["fresh"]] is True
+        assert f"Done: 1 prompt in" in shown[tab.status] and f"seed {seeds[-1]}." in shown[tab.status]  # noqa: F541
+    assert seeds[0] != seeds[1]
+    assert "seed 7." in run(tab, method="base", seed=7)[tab.status]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (-2, "seed must be 0 to 9007199254740992, or -1 for a new one, got -2"),
+        (2**60, "seed must be 0 to 9007199254740992"),
+        (1.5, "seed must be a whole number, got 1.5"),
+        (None, "seed: the field is empty"),
+    ],
+)
+def test_a_seed_that_cannot_be_is_named_and_leaves_no_done(tab: SteerTab, value: Any, message: str) -> None:
+    shown = run(tab, seed=value)
+    assert message in shown[tab.status] and "alert" in shown[tab.status] and shown[tab.start]["interactive"]
+    with pytest.raises(InputError, match="seed"):
+        seed_of(value)
+
+
+def test_the_endpoint_draws_a_seed_too(studio: Studio) -> None:
+    with gr.Blocks():
+        api = PublicApi(studio)
+    _, report = api.steer("a star", "base", "brightness", 1, 1, 1, 1, 1, -1, "scenes", VISITOR)
+    assert report["settings"]["seed"] >= 0
+
+
+# ---- names
+
+
+def test_files_of_different_runs_have_different_names(tab: SteerTab) -> None:
+    names: list[str] = []
+    for change in ({}, {"seed": 8}, {"method": "base"}, {"steps": 5}, {"prompts": "a star\na star"}, {"prompts": "星"}):
+        shown = run(tab, **change)
+        for one in shown[tab.finished]:
+            names += [picture.path.name for picture in (*one.made.images, *one.made.base)]
+    assert len(set(names)) == len(names)
+    assert names[0].startswith("a-red-star-fk-seed0-run-") and names[0].endswith("-00.png")
+    assert any("-base-" in name for name in names) and any(name.startswith("星-") for name in names)
+
+
+def test_old_runs_make_room(tab: SteerTab, studio: Studio) -> None:
+    for _ in range(4):
+        run(tab, method="base", particles=1, steps=1)
+    assert len([*(studio.folder(VISITOR) / "steer").iterdir()]) <= 2
+
+
+# ---- prompts inside images
+
+
+@pytest.mark.parametrize("prompt", ["", "a blue cross"])
+def test_rewards_take_the_prompt_inside_our_images(
+    tab: SteerTab, studio: Studio, tmp_path: Path, prompt: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [str(made_of(tab, run(tab, method="base", prompts=one)).images[0].path) for one in ("a red star", "a star")]
+    Image.new("RGB", (64, 64)).save(other := tmp_path / "other.png")
+    scored: list[str] = []
+
+    def brightness(images: torch.Tensor, prompts: Any) -> torch.Tensor:
+        scored.extend(prompts)
+        return images.mean((1, 2, 3))
+
+    brightness.name, brightness.differentiable = "brightness", False  # type: ignore[attr-defined]
+    find: Callable[[str], Any] = lambda spec: brightness  # noqa: E731
+    monkeypatch.setattr(studio, "reward", find)
+    with gr.Blocks():
+        rewards = RewardsTab(studio)
+    assert not rewards.prompt.value, "as the page opens, images say their own"
+    shown: dict[Any, Any] = {}
+    for change in rewards.run([*files, str(other)], prompt, ["brightness"], "", VISITOR):
+        shown |= change
+    assert scored == ([prompt] * 3 if prompt else ["a red star", "a star", ""])
+    assert ("The prompts of 2 of them are those inside the images" in shown[rewards.status]) == (not prompt)
+    assert ("its own prompt: a red star" in shown[rewards.view]) == (not prompt)
