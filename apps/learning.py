@@ -17,12 +17,15 @@ from steer.rewards.pairs import read_captions, read_pairs
 CONTRASTIVE = "contrastive"
 
 
-def learn(data: Path, recipe: Recipe, out: Path, work: Path, device: str) -> dict[str, Any]:
-    """Trains, writes the folder `out` and the picture `work`/training.png, and returns the report."""
+def learn(data: Path, recipe: Recipe, out: Path, work: Path, device: str, images: Path | None = None) -> dict[str, Any]:
+    """Trains, writes the folder `out` and the picture `work`/training.png, and returns the report.
+
+    images  the folder that paths of images start from; by default that of `data`
+    """
     if recipe.objective == CONTRASTIVE:
-        report = train_clip(read_captions(data), clip_folder(recipe.backbone), out, work, recipe, device)
+        report = train_clip(read_captions(data, images), clip_folder(recipe.backbone), out, work, recipe, device)
     else:
-        report = train_reward(read_pairs(data), recipe, out, work, device)
+        report = train_reward(read_pairs(data, images), recipe, out, work, device)
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
     (work / "report.json").write_text(json.dumps(report | {"recipe": asdict(recipe)}, indent=1) + "\n")
     return report

@@ -126,6 +126,7 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
 @rewards.command()
 @click.argument("data", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="The reward's folder; `--reward FOLDER` loads it.")
+@click.option("--images", type=FOLDER, help="Folder that the paths of images start from.  [default: that of DATA]")
 @click.option("--work", type=FOLDER, help="Checkpoints and logs; the same command goes on there.  [default: runs/OUT]")
 @click.option("--backbone", default="scenes", help="A CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, a folder.")
 @click.option("--head", default="pair", help="similarity, image or pair.")
@@ -143,15 +144,18 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
 @click.option("--held-out", default=0.1, help="Share of the prompts that the report is measured on.")
 @click.option("--seed", default=0)
 @click.option("--device", default="cpu")
-def train(data: Path, out: Path, work: Path | None, device: str, **recipe: Any) -> None:
-    """Trains a reward from DATA, a .jsonl or .parquet file of choices between two images of a prompt."""
+def train(data: Path, out: Path, images: Path | None, work: Path | None, device: str, **recipe: Any) -> None:
+    """Trains a reward from DATA: preferences between images of a prompt, in a .jsonl, .json or .parquet file.
+
+    Read are pairs (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's
+    chosen and rejected, and a folder of choices that the demo recorded.
+    """
     from steer.apps.learning import learn, summary
     from steer.apps.models import check_device
     from steer.rewards.learn import Recipe
 
     check_device(device)
     fields = {field.name for field in dataclasses.fields(Recipe)}
-    report = learn(
-        data, Recipe(**{name: recipe[name] for name in fields}), out, work or Path("runs") / out.name, device
-    )
+    chosen = Recipe(**{name: recipe[name] for name in fields})
+    report = learn(data, chosen, out, work or Path("runs") / out.name, device, images)
     click.echo(f"{summary(report)} → {out}")

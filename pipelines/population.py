@@ -41,18 +41,22 @@ class Population:
         preview: Any = "full",
         live: LiveRows | None = None,
     ) -> None:
-        """`call`: arguments for `pipe.__call__`; `preview`: see `steer.previews`; `live`: whose view `pipe` is, where
-        fewer particles may go on. Raises InputError where arguments do not fit the pipeline or each other."""
+        """`call`: arguments for `pipe.__call__`, and `metadata` for the reward, a Mapping for each
+        prompt; `preview`: see `steer.previews`; `live`: whose view `pipe` is, where fewer particles may go on.
+        Raises InputError where arguments do not fit the pipeline or each other."""
         if size < 1:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
         self.pipe, self.reward, self.size, self.chunk_size = text_once(pipe), reward, size, chunk_size
         self.live, self.alive = live or LiveRows(), size  # particles of a prompt that are left, in its first slots
+        call = dict(call)
+        metadata = call.pop("metadata", None)
         read = prompt if reward_prompt is None else reward_prompt
         read_by_prompt = [read] if isinstance(read, str) else list(read or [""] * _embedded_prompts(call))
         self.groups = len(read_by_prompt)
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
+        self._metadata = _rows_of_metadata(metadata, self.groups)
         self.call = _bound_call(pipe, prompt, self.groups, size, call)
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
@@ -104,10 +108,14 @@ class Population:
 
     def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         prompts = [text for text in self.prompts[:: self.size] for _ in range(self.alive)]
+        rows = None if self._metadata is None else [row for row in self._metadata for _ in range(self.alive)]
         starts = range(0, len(images), self.chunk_size)
         chunks = [slice(start, start + self.chunk_size) for start in starts]
         self._reward_calls += len(images)
-        scored = [score_parts(self.reward, images[c].float().clamp(0, 1), prompts[c]) for c in chunks]
+        scored = [
+            score_parts(self.reward, images[c].float().clamp(0, 1), prompts[c], None if rows is None else rows[c])
+            for c in chunks
+        ]
         rewards, parts = zip(*scored, strict=True)
         shape = self.groups, self.alive
         return torch.cat(rewards).view(shape), {n: torch.cat([p[n] for p in parts]).view(shape) for n in parts[0]}
@@ -202,6 +210,18 @@ def _bound_call(
     if prompt is not None and "prompt" in accepted:
         bound["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
     return bound
+
+
+def _rows_of_metadata(metadata: Any, groups: int) -> list[Mapping[str, Any]] | None:
+    """One row for each prompt. Raises InputError for another number of them, and for other things than rows."""
+    if metadata is None:
+        return None
+    rows = [metadata] if isinstance(metadata, Mapping) else list(metadata)
+    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
+        raise InputError(f"metadata must be one mapping for each prompt, got {type(wrong[0]).__name__}")
+    if len(rows) != groups:
+        raise InputError(f"metadata must be one mapping for each prompt, got {len(rows)} of them and {groups} prompts")
+    return rows
 
 
 def _embedded_prompts(call: Mapping[str, Any]) -> int:

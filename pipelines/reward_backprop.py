@@ -11,7 +11,7 @@ from steer.losses import Metrics
 from steer.pipelines.finetune import FinetuningPipeline
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.reward_backprop import reward_gradient
-from steer.trajectory import Sampler
+from steer.trajectory import Sampler, takes_prompts
 
 
 class RewardBackpropPipeline(FinetuningPipeline):
@@ -30,6 +30,11 @@ class RewardBackpropPipeline(FinetuningPipeline):
             raise InputError(f"reward {self.reward.name!r} is not differentiable: use prdp or d3po, or another reward")
         if not 1 <= self.last_steps <= settings.num_inference_steps:
             raise InputError(f"last_steps must be from 1 to {settings.num_inference_steps}, got {self.last_steps}")
+        if not takes_prompts(self.pipe):
+            raise InputError(
+                f"{type(self.pipe).__name__} makes arrays of its images, which let no gradients through: use another "
+                "method, for example grpo or d3po"
+            )
         vae = getattr(self.pipe, "vae", None)
         if vae is not None and vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
             raise InputError(

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from steer.contract import Metadata
 from steer.reward import Reward, score_parts
 
 
@@ -17,16 +18,18 @@ def part_names(rewards: Sequence[Reward]) -> list[str]:
 class Composed(ABC):
     """A reward of other rewards: gradients flow where all of them allow it."""
 
+    images = "pt"
+
     def __init__(self, rewards: Sequence[Reward], name: str) -> None:
         self._rewards, self._names = tuple(rewards), part_names(rewards)
         self.name = name
         self.differentiable = all(reward.differentiable for reward in rewards)
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def parts(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
         """The scores (N,) of each reward as it gives them and, below NAME/, of its own parts."""
         found: dict[str, Tensor] = {}
         for name, reward in zip(self._names, self._rewards, strict=True):
-            found[name], inner = score_parts(reward, images, prompts)
+            found[name], inner = score_parts(reward, images, prompts, metadata)
             found.update({f"{name}/{part}": scores for part, scores in inner.items()})
         return found
 
@@ -34,5 +37,5 @@ class Composed(ABC):
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The reward's own scores (N,), of its parts'."""
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.total(self.parts(images, prompts), prompts)
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+        return self.total(self.parts(images, prompts, metadata), prompts)

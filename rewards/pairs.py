@@ -1,6 +1,7 @@
-"""Preferences as files: JSON lines or parquet, one row a pair of images of a prompt and which was chosen."""
+"""Preferences as files: JSON or parquet, rows of images of a prompt and which of them was preferred."""
 
 import json
+import logging
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -15,7 +16,11 @@ from steer.images import read_image
 from steer.reward import RewardError
 from steer.rewards.aggregate import is_number
 from steer.rewards.objectives import Choices
+from steer.rewards.pair_formats import PROMPTS, Format, Labelled, format_of, labelled, wanted
 
+logger = logging.getLogger(__name__)
+
+CHOICES, LOTS = "choices.jsonl", "lots.jsonl"  # of a folder of choices, as the demo's Label tab records them
 Row = dict[str, Any]
 Source = Path | bytes  # an image file, or the bytes of one
 WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -51,10 +56,11 @@ class Pairs:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl or .parquet file. Raises RewardError that names the file, and the line where it can."""
-    readers = {".jsonl": _json_lines, ".parquet": _parquet}
+    """The rows of a .jsonl, .parquet or .json file (a list). Raises RewardError that names the file, and the line
+    where it can."""
+    readers = {".jsonl": _json_lines, ".parquet": _parquet, ".json": _json_list}
     if path.suffix.lower() not in readers:
-        raise RewardError(f"{path}: pairs are read from {' and '.join(readers)} files")
+        raise RewardError(f"{path}: pairs are read from .jsonl and .parquet files, and from .json with a list of rows")
     if not path.is_file():
         raise RewardError(f"{path}: no such file of pairs")
     rows = readers[path.suffix.lower()](path)
@@ -81,6 +87,16 @@ def _json_lines(path: Path) -> list[Row]:
     return rows
 
 
+def _json_list(path: Path) -> list[Row]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise RewardError(f"{path}: cannot be read as JSON ({str(error)[:80]})") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise RewardError(f"{path}: expected a list of objects")
+    return rows
+
+
 def _parquet(path: Path) -> list[Row]:
     try:
         import pyarrow
@@ -95,19 +111,40 @@ def _parquet(path: Path) -> list[Row]:
         raise RewardError(f"{path}: not a parquet file that can be read ({str(error)[:80]})") from error
 
 
-def read_captions(path: Path) -> Captions:
-    """Rows of images and prompts. Raises RewardError that names file and row."""
+def read_captions(path: Path, images: Path | None = None) -> Captions:
+    """Rows of images and prompts. Raises RewardError that names file and row.
+
+    images  the folder that paths of images start from; by default, and for those that are not there, the table's own
+    """
     rows = read_rows(path)
-    read = [(_image(path, n, row, "image"), _text(path, n, row)) for n, row in enumerate(rows, start=1)]
-    images, prompts = zip(*read, strict=True)
-    return Captions(images, prompts)
+    folders = _folders(path, images)
+    read = [(_image(path, n, row.get("image"), "image", folders), _text(path, n, row)) for n, row in enumerate(rows, 1)]
+    files, prompts = zip(*read, strict=True)
+    return Captions(files, prompts)
 
 
-def read_pairs(path: Path) -> Pairs:
-    """Rows of pairs. Raises RewardError that names file and row."""
+def read_pairs(path: Path, images: Path | None = None) -> Pairs:
+    """The pairs of a table of one of the known kinds, or of a folder of choices. Raises RewardError that names file
+    and row, or the columns where the kind is not known.
+
+    images  the folder that paths of images start from; by default, and for those that are not there, the table's own
+    """
+    path = path / CHOICES if path.is_dir() else path
     rows = read_rows(path)
+    folders = _folders(path, images)
+    if any("lot" in row for row in rows):
+        return _labelled_pairs(path, _chosen(path, rows), folders)
+    columns = _columns(rows)
+    if kind := format_of(columns) if not {"image_a", "image_b"} & set(columns) else None:
+        return _labelled_pairs(path, _rows_of_kind(path, rows, kind), folders)
+    if not {"image_a", "image_b"} & set(columns):
+        raise RewardError(f"{path}: columns found: {', '.join(columns)[:200]}; columns wanted: {wanted()}")
     read = [
-        (_image(path, n, row, "image_a"), _image(path, n, row, "image_b"), _text(path, n, row))
+        (
+            _image(path, n, row.get("image_a"), "image_a", folders),
+            _image(path, n, row.get("image_b"), "image_b", folders),
+            _text(path, n, row),
+        )
         for n, row in enumerate(rows, start=1)
     ]
     choice = [_choice(path, n, row) for n, row in enumerate(rows, start=1)]
@@ -116,19 +153,90 @@ def read_pairs(path: Path) -> Pairs:
     return Pairs(a, b, prompts, Choices(torch.tensor(choice), torch.tensor(strength)))
 
 
-def _image(path: Path, number: int, row: Row, column: str) -> Source:
-    """The file named, from the folder of the table on, or the bytes (as data sets on the hub have them)."""
-    value = row.get(column)
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+def _folders(path: Path, images: Path | None) -> list[Path]:
+    if images is not None and not images.is_dir():
+        raise RewardError(f"{images}: no such folder of images")
+    return [path.parent] if images is None else [images, path.parent]
+
+
+NamedPair = tuple[int, tuple[str, str], Labelled]
+
+
+def _rows_of_kind(path: Path, rows: Sequence[Row], kind: Format) -> list[NamedPair]:
+    names = kind.images if len(kind.images) == 2 else kind.images * 2
+    return [(number, (names[0], names[1]), pair) for number, pair in labelled(str(path), rows, kind)]
+
+
+def _chosen(path: Path, rows: Sequence[Row]) -> list[NamedPair]:
+    """The choices of a folder that were not taken back: an undo takes back what its annotator said of the lot."""
+    lots = {row["lot"]: row for row in read_rows(path.parent / LOTS) if isinstance(row.get("lot"), str)}
+    taken, found = set[str](), list[NamedPair]()
+    for number, row in reversed(list(enumerate(rows, start=1))):
+        said = json.dumps([row.get("lot"), row.get("annotator")])
+        if row.get("undo") is True:
+            taken.add(said)
+        elif said not in taken:
+            found.append((number, ("chosen", "rejected"), _choice_of_lot(path, number, row, lots)))
+    return found[::-1]
+
+
+def _choice_of_lot(path: Path, number: int, row: Row, lots: dict[str, Row]) -> Labelled:
+    name = row.get("lot")
+    lot = lots.get(name) if isinstance(name, str) else None
+    if lot is None:
+        raise RewardError(f"{path}, row {number}: lot {name!r:.70} is not in {LOTS}")
+    if row.get("tie") is True:
+        return Labelled(None, None, "", 0.5)
+    try:
+        files = [lot["images"][row[key]]["file"] for key in ("chosen", "rejected") if type(row[key]) is int]
+        chosen, rejected = files
+        return Labelled(chosen, rejected, lot["prompts"][0], 1.0)
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise RewardError(
+            f"{path}, row {number}: chosen and rejected must be numbers of images of lot {name}"
+        ) from error
+
+
+def _labelled_pairs(path: Path, rows: Sequence[NamedPair], folders: Sequence[Path]) -> Pairs:
+    """Ties and pairs without a label are left out, with their count in one line."""
+    ties = sum(pair.choice == 0.5 for _, _, pair in rows)
+    unlabelled = sum(pair.choice is None for _, _, pair in rows)
+    skipped = f"{ties} ties and {unlabelled} pairs without a label of {len(rows)} pairs"
+    kept = [one for one in rows if one[2].choice not in (0.5, None)]
+    if not kept:
+        raise RewardError(f"{path}: no preference to learn from: {skipped}")
+    if ties or unlabelled:
+        logger.warning("%s: left out %s", path, skipped)
+    read = []
+    for number, (first, second), pair in kept:
+        images = (_image(path, number, pair.a, first, folders), _image(path, number, pair.b, second, folders))
+        read.append((*images, _prompt(path, number, pair.prompt)))
+    a, b, prompts = zip(*read, strict=True)
+    choice = torch.tensor([pair.choice for _, _, pair in kept])
+    return Pairs(a, b, prompts, Choices(choice, torch.ones_like(choice)))
+
+
+def _image(path: Path, number: int, value: Any, column: str, folders: Sequence[Path]) -> Source:
+    """The file named, from one of the folders on, or the bytes (as data sets on the hub have them)."""
     value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if isinstance(value, bytes):
         return value
-    if isinstance(value, str) and os.path.isfile(path.parent / value):  # False, too, for what can be no name
-        return path.parent / value
+    for folder in folders if isinstance(value, str) else ():
+        if os.path.isfile(folder / value):  # False, too, for what can be no name
+            return folder / value
     raise RewardError(f"{path}, row {number}: {column!r} is neither an image file that is there nor its bytes")
 
 
 def _text(path: Path, number: int, row: Row) -> str:
-    if not isinstance(prompt := row.get("prompt"), str):
+    return _prompt(path, number, next((row[name] for name in PROMPTS if row.get(name) is not None), None))
+
+
+def _prompt(path: Path, number: int, prompt: Any) -> str:
+    if not isinstance(prompt, str):
         raise RewardError(f'{path}, row {number}: expected a text under "prompt"')
     return prompt
 

@@ -1,14 +1,25 @@
 """What a reward is, and the contract that every call is held to."""
 
+import inspect
+import re
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
-from torch import Tensor
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor, nn
 
 from steer.background import Modes
 from steer.errors import InputError
+
+Metadata = Sequence[Mapping[str, Any]]  # one row an image, of the prompt that the image was made from
+METADATA = ("metadata", "prompt_metadata")  # parameters of a reward that receive it
+FORMS = ("pt", "np", "pil")  # of images, as diffusers' output_type
+NOT_TENSORS = (AttributeError, TypeError, ValueError)  # from code that expects PIL images
 
 CPU = torch.device("cpu")  # where scores are
 
@@ -22,7 +33,10 @@ class Reward(Protocol):
     """Scores images; higher is better.
 
     `__call__(images, prompts)` takes images (N, 3, H, W) in [0, 1] and one prompt per image and returns
-    (N,) fp32. `differentiable` says whether gradients flow back to the images.
+    (N,) fp32. `differentiable` says whether gradients flow back to the images. Optional:
+
+    images    "pt" (the default), "np" ((N, H, W, 3) in [0, 1]) or "pil" (a list): the form of the images
+    metadata  a parameter of `__call__` of this name receives the row of each image's prompt, a Mapping
     """
 
     @property
@@ -43,31 +57,137 @@ class Composite(Reward, Protocol):
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor: ...
 
 
-def score(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Calls a reward and checks what it returns: (N,) floats, all finite; on the CPU in fp32, gradients kept.
+def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+    """Calls a reward and checks what it returns: (N,) numbers, all finite; on the CPU in fp32, gradients kept.
 
     Raises RewardError, which names the reward, where it raises or breaks the contract.
     """
-    _paired(images, prompts)
-    return _checked(reward.name, prompts, _called(reward.name, lambda: reward(images, prompts)))
+    _paired(images, prompts, metadata)
+    found = _called(reward.name, lambda: evaluate(reward, images, prompts, metadata))
+    return _checked(reward.name, prompts, found)
 
 
-def score_parts(reward: Reward, images: Tensor, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+def score_parts(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The score, as `score` gives it, and those of its parts by name; a reward without parts has none."""
     if not isinstance(reward, Composite):
-        return score(reward, images, prompts), {}
-    _paired(images, prompts)
-    found = _called(reward.name, lambda: dict(reward.parts(images, prompts)))
+        return score(reward, images, prompts, metadata), {}
+    _paired(images, prompts, metadata)
+    given = keywords(reward.parts, len(prompts), metadata)
+    found = _called(reward.name, lambda: dict(reward.parts(images, prompts, **given)))
     parts = {name: _checked(f"{reward.name}/{name}", prompts, scores) for name, scores in found.items()}
     total = _called(reward.name, lambda: reward.total(parts, prompts))
     return _checked(reward.name, prompts, total), parts
 
 
-def _paired(images: Tensor, prompts: Sequence[str]) -> None:
+def evaluate(
+    reward: Callable[..., Any], images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
+) -> Any:
+    """Call a reward with images in its own form, and with metadata where its signature accepts it.
+
+    The form is the reward's `images`, else what its first parameter is annotated with. Where neither is given and the
+    first call with a tensor raises as code for PIL images does, that call is repeated once with PIL images.
+    """
+    given = keywords(reward, len(prompts), metadata)
+    form = _form(reward)
+    if form is not None:
+        return reward(_as_form(images, form), prompts, **given)
+    try:
+        found = reward(images, prompts, **given)
+    except InputError:
+        raise
+    except NOT_TENSORS as error:
+        if attribute(reward, "differentiable", False):
+            raise
+        try:
+            found = reward(_as_form(images, "pil"), prompts, **given)
+        except Exception:  # noqa: BLE001 - foreign code: the first failure is the one to report
+            raise error from None
+        _remember(reward, "pil")
+        return found
+    _remember(reward, "pt")
+    return found
+
+
+def attribute(reward: Any, name: str, default: Any) -> Any:
+    """An attribute of a reward, of a functools.partial that of its function."""
+    while isinstance(reward, partial) and name not in vars(reward):
+        reward = reward.func
+    return getattr(reward, name, default)
+
+
+def keywords(call: Callable[..., Any], count: int, metadata: Metadata | None) -> dict[str, Any]:
+    """The metadata as keyword argument of a call that accepts it; empty rows where it is required and not given."""
+    try:
+        parameters = inspect.signature(call.forward if isinstance(call, nn.Module) else call).parameters
+    except (TypeError, ValueError):  # C code may have no signature
+        return {}
+    name = next((name for name in METADATA if name in parameters), None)
+    if name is None:
+        rest = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        return {"metadata": list(metadata)} if rest and metadata is not None else {}
+    if metadata is None:
+        return {name: [{} for _ in range(count)]} if parameters[name].default is inspect.Parameter.empty else {}
+    return {name: list(metadata)}
+
+
+_known_forms: dict[int, tuple[weakref.ref[Any], str]] = {}
+
+
+def _remember(reward: Any, form: str) -> None:
+    key = id(reward)
+    try:
+        _known_forms[key] = weakref.ref(reward, lambda _: _known_forms.pop(key, None)), form
+    except TypeError:  # of a class with slots: it is found out again in every call
+        return
+
+
+def _form(reward: Any) -> str | None:
+    """The form in which a reward takes images; None: not known."""
+    declared = attribute(reward, "images", None)
+    if isinstance(declared, str):
+        if declared not in FORMS:
+            name = attribute(reward, "__name__", type(reward).__name__)
+            raise RewardError(f"reward {name!r}: images must be one of {', '.join(FORMS)}, got {declared!r:.40}")
+        return declared
+    known = _known_forms.get(id(reward))
+    if known is not None and known[0]() is reward:
+        return known[1]
+    form = _annotated_form(reward)
+    if form is not None:
+        _remember(reward, form)
+    return form
+
+
+def _annotated_form(reward: Any) -> str | None:
+    try:
+        parameters = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward).parameters
+    except (TypeError, ValueError):  # C code may have no signature
+        return None
+    annotation = next((one.annotation for one in parameters.values()), inspect.Parameter.empty)
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    if "Tensor" in text:
+        return "pt"
+    if re.search(r"PIL|Image\b", text):
+        return "pil"
+    return "np" if "ndarray" in text else None
+
+
+def _as_form(images: Tensor, form: str) -> Any:
+    if form == "pt":
+        return images
+    arrays = VaeImageProcessor.pt_to_numpy(images.detach().float().clamp(0, 1))
+    return arrays if form == "np" else VaeImageProcessor.numpy_to_pil(arrays)
+
+
+def _paired(images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -> None:
     if isinstance(prompts, str):
         raise RewardError(f"a reward takes a list of prompts, one an image, got one text: {prompts[:40]!r}")
     if len(images) != len(prompts):
         raise RewardError(f"a reward takes one prompt an image, got {len(prompts)} prompts and {len(images)} images")
+    if metadata is not None and len(metadata) != len(prompts):
+        raise RewardError(f"metadata has one row an image, got {len(metadata)} rows and {len(prompts)} images")
 
 
 def _called(name: str, call: Callable[[], Any]) -> Any:
@@ -80,11 +200,28 @@ def _called(name: str, call: Callable[[], Any]) -> Any:
         raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {told}") from error
 
 
+def _as_tensor(scores: Any) -> Any:
+    """Scores of the plain kinds that rewards return, as a tensor: (scores, info), arrays, lists of numbers."""
+    if isinstance(scores, tuple) and len(scores) == 2 and (scores[1] is None or isinstance(scores[1], Mapping)):
+        scores = scores[0]
+    if isinstance(scores, np.ndarray | np.generic):
+        return torch.tensor(scores) if scores.dtype.kind in "biuf" else scores
+    if isinstance(scores, list | tuple):
+        rows = [torch.tensor(row) if isinstance(row, int | float) else _as_tensor(row) for row in scores]
+        if rows and all(torch.is_tensor(row) and row.numel() == 1 for row in rows):
+            return torch.stack([row.reshape(()) for row in rows])
+    return scores
+
+
 def _checked(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
-    if not torch.is_tensor(scores) or tuple(scores.shape) != (len(prompts),):
+    count = len(prompts)
+    scores = _as_tensor([scores] if count == 1 and isinstance(scores, int | float) else scores)
+    if torch.is_tensor(scores) and (scores.shape == (count, 1) or scores.numel() == count == 1):
+        scores = scores.reshape(count)
+    if not torch.is_tensor(scores) or tuple(scores.shape) != (count,):
         got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
-        raise RewardError(f"reward {name!r} must return a tensor of shape ({len(prompts)},), got {got}")
-    if not scores.is_floating_point():
+        raise RewardError(f"reward {name!r} must return a tensor of shape ({count},), got {got}")
+    if scores.is_complex() or scores.dtype == torch.bool:
         raise RewardError(f"reward {name!r} must return floats, got {scores.dtype}")
     if scores.layout != torch.strided or scores.is_meta:
         raise RewardError(
@@ -120,14 +257,16 @@ class Timed:
     with the process, see `calls_left_behind`. Raises RewardError, which names the reward, where the time is up.
     """
 
+    images = "pt"
+
     def __init__(self, reward: Reward, seconds: float) -> None:
         if not seconds > 0:
             raise RewardError(f"the timeout of reward {reward.name!r} must be above 0 seconds, got {seconds}")
         self.name, self.differentiable = reward.name, reward.differentiable
         self._reward, self._seconds = reward, seconds
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._in_time(lambda: self._reward(images, prompts), images.device)
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+        return self._in_time(lambda: evaluate(self._reward, images, prompts, metadata), images.device)
 
     def _in_time(self, call: Callable[[], Any], device: torch.device) -> Any:
         outcome: dict[str, Any] = {}
@@ -159,8 +298,9 @@ class TimedComposite(Timed):
         super().__init__(reward, seconds)
         self._composite = reward
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        return self._in_time(lambda: self._composite.parts(images, prompts), images.device)
+    def parts(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Mapping[str, Tensor]:
+        given = keywords(self._composite.parts, len(prompts), metadata)
+        return self._in_time(lambda: self._composite.parts(images, prompts, **given), images.device)
 
     def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         return self._in_time(lambda: self._composite.total(parts, prompts), CPU)
@@ -171,3 +311,39 @@ def with_timeout(reward: Reward, seconds: float | None) -> Reward:
     if seconds is None:
         return reward
     return TimedComposite(reward, seconds) if isinstance(reward, Composite) else Timed(reward, seconds)
+
+
+class PromptMetadata:
+    """A reward that receives the metadata of each prompt from a table."""
+
+    images = "pt"
+
+    def __init__(self, reward: Reward, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        self.name, self.differentiable = reward.name, reward.differentiable
+        self.reward, self._rows = reward, rows
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return evaluate(self.reward, images, prompts, self._of(prompts))
+
+    def _of(self, prompts: Sequence[str]) -> Metadata:
+        return [self._rows.get(prompt, {}) for prompt in prompts]
+
+
+class CompositeMetadata(PromptMetadata):
+    """The same for a reward made of others."""
+
+    reward: Composite
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        return self.reward.parts(images, prompts, **keywords(self.reward.parts, len(prompts), self._of(prompts)))
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        return self.reward.total(parts, prompts)
+
+
+def with_metadata(reward: Reward, rows: Mapping[str, Mapping[str, Any]] | None) -> Reward:
+    """The reward with metadata by prompt, in place of metadata that it was given before; None: without."""
+    plain = reward.reward if isinstance(reward, PromptMetadata) else reward
+    if rows is None:
+        return plain
+    return (CompositeMetadata if isinstance(plain, Composite) else PromptMetadata)(plain, rows)

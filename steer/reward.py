@@ -12,7 +12,17 @@ from typing import Any
 from torch import Tensor
 
 from steer.choices import nearest
-from steer.contract import Composite, Reward, RewardError, score, score_parts, with_timeout
+from steer.contract import (
+    Composite,
+    Metadata,
+    Reward,
+    RewardError,
+    attribute,
+    evaluate,
+    score,
+    score_parts,
+    with_timeout,
+)
 from steer.errors import InputError
 
 __all__ = [
@@ -33,16 +43,17 @@ READER = "steer.rewards.expression"  # reads what is more than one name: sums, f
 
 
 class _Named:
-    """A plain function as a reward."""
+    """A plain function as a reward; its attribute `differentiable`, if it has one, says whether gradients flow."""
 
-    differentiable = False
+    images = "pt"  # the function's own form is found when it is called
 
-    def __init__(self, function: Callable[[Tensor, Sequence[str]], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
-        self.name = getattr(function, "__name__", type(function).__name__)
+        self.name = attribute(function, "__name__", type(function).__name__)
+        self.differentiable = bool(attribute(function, "differentiable", False))
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._function(images, prompts)
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Any:
+        return evaluate(self._function, images, prompts, metadata)
 
 
 def reward_names() -> dict[str, str]:

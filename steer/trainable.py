@@ -136,7 +136,10 @@ class LoRA:
             try:
                 inject_adapter_in_model(self.config, self.denoiser, ADAPTER)
             except ValueError as error:
-                raise InputError(f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}") from error
+                raise InputError(
+                    f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}: give lora_targets, ends of "
+                    "names of its layers, or lora_rank 0 to train all of it"
+                ) from error
         self._initial: dict[str, Tensor] = {}  # of a trained LoRA that it starts from
         self.layers = [layer for layer in self._tuned() if ADAPTER in layer.lora_A]
         for layer in self._tuned():

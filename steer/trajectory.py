@@ -192,8 +192,14 @@ class Sampler:
         per_row = {name: [text] * len(rows) for name, text in self._call.items() if isinstance(text, str)}
         per_row = {name: texts for name, texts in per_row.items() if name.startswith(("prompt", "negative_prompt"))}
         given = {"prompt": list(rows.prompts), "generator": generators, "output_type": output_type}
+        given |= {} if takes_prompts(self._pipe) else {"batch_size": len(rows)}
         with steered(self._pipe, on_step, rows=len(rows), grad=False) as view:
             return first_output(view(**accepted_only(self._pipe, self._call | per_row | given)))
+
+
+def takes_prompts(pipe: Any) -> bool:
+    """Whether a pipeline's call takes a prompt; without one it is unconditional, and told how many images to make."""
+    return "prompt" in accepted_only(pipe, {"prompt": None})
 
 
 class _Gate:

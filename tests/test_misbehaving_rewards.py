@@ -26,8 +26,8 @@ def returns(made):
 nan = returns(lambda fine: fine * float("nan"))
 inf = returns(lambda fine: fine + float("inf"))
 minus_inf = returns(lambda fine: fine - float("inf"))
-integers = returns(lambda fine: fine.long())
-shape = returns(lambda fine: fine[:, None])
+booleans = returns(lambda fine: fine > 0)
+shape = returns(lambda fine: fine[:, None].expand(-1, 2))
 none = returns(lambda fine: None)
 meta = returns(lambda fine: fine.to("meta"))
 sparse = returns(lambda fine: fine.to_sparse())
@@ -40,7 +40,7 @@ WRONG = {
     "nan": "returned nan for image 0",
     "inf": "returned inf for image 0",
     "minus_inf": "returned -inf for image 0",
-    "integers": "must return floats, got torch.int64",
+    "booleans": "must return floats, got torch.bool",
     "shape": "must return a tensor of shape (",
     "none": "must return a tensor of shape (",
     "meta": "must return a dense tensor with values",

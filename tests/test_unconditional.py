@@ -1,0 +1,182 @@
+"""Finetuning of pipelines without prompts: DDIM and DDPM on pixels; and metadata of prompts in a training."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROMPT, sd
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import Generator, Tensor
+
+from steer.errors import InputError
+from steer.pipelines import (
+    D3POPipeline,
+    DDPOPipeline,
+    FilteredPipeline,
+    FinetuneSettings,
+    GRPOPipeline,
+    PRDPPipeline,
+    RewardBackpropPipeline,
+)
+from steer.trajectory import Rows, Sampler, log_probs
+
+SETTINGS = FinetuneSettings(
+    max_steps=3,
+    prompts_per_step=2,
+    samples_per_prompt=2,
+    micro_batch=2,
+    num_inference_steps=4,
+    lora_rank=2,
+    learning_rate=0.01,
+    eval_every=2,
+    checkpoint_every=2,
+)
+
+
+def unet() -> UNet2DModel:
+    torch.manual_seed(0)
+    return UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    ).eval()
+
+
+def pipeline(name: str) -> Any:
+    noise = {"num_train_timesteps": 100, "clip_sample": False}
+    made = DDIMPipeline(unet(), DDIMScheduler(**noise)) if name == "ddim" else None
+    made = made or DDPMPipeline(unet(), DDPMScheduler(**noise))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_a_replay_has_the_rollouts_log_probs_which_are_those_of_diffusers_own_step(name: str) -> None:
+    pipe = pipeline(name)
+    sampler = Sampler(pipe, {"num_inference_steps": 4})
+    rows = Rows(("",) * 3, (1, 2, 3), (4, 5, 6))
+    stored, images = sampler.rollout(rows)
+    assert images.shape == (3, 3, 8, 8) and stored.latents.shape == (3, 4, 3, 8, 8)
+    assert torch.allclose(log_probs(sampler, stored), stored.log_probs, rtol=1e-6)
+    alone, _ = sampler.rollout(rows.at([1]))
+    assert torch.allclose(alone.latents, stored.latents[1:2], atol=1e-5)
+    # The first step by hand: DDIM's mean and variance with eta 1, from the noise that the seed draws.
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(4)
+    x = torch.cat([torch.randn((1, 3, 8, 8), generator=Generator().manual_seed(seed)) for seed in rows.starts])
+    t = scheduler.timesteps[0]
+    with torch.no_grad():
+        out = pipe.unet(x, t).sample
+    mean = scheduler.step(out, t, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
+    std = scheduler._get_variance(t, t - 100 // 4) ** 0.5
+    expected = torch.distributions.Normal(mean, std).log_prob(stored.latents[:, 0]).sum((1, 2, 3))
+    assert torch.allclose(stored.log_probs[:, 0], expected, rtol=1e-3)
+
+
+METHODS = {
+    "d3po": D3POPipeline,
+    "prdp": PRDPPipeline,
+    "ddpo": DDPOPipeline,
+    "grpo": GRPOPipeline,
+    "filtered": FilteredPipeline,
+}
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_a_pipeline_without_prompts(method: str, rank: int, tmp_path: Path) -> None:
+    pipe = pipeline("ddim")
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    settings = replace(SETTINGS, lora_rank=rank)
+    result = METHODS[method](pipe, "brightness").train(2, tmp_path, settings, eval_prompts=3)
+    assert result.step == 3 and len(result.records) == 3 and result.weights is not None and result.weights.exists()
+    assert all(record["grad_norm"] > 0 for record in result.records) and result.records[0]["kl"] == 0
+    now = pipe.unet.state_dict()
+    changed = [name for name, value in before.items() if name in now and not torch.equal(now[name], value)]
+    assert bool(changed) == (rank == 0)
+    again = METHODS[method](pipeline("ddim"), "brightness").train(
+        [""] * 2, tmp_path, replace(settings, max_steps=4), eval_prompts=[""] * 3, resume=True
+    )
+    assert again.step == 4
+
+
+RISING = {
+    "d3po": ({"beta": 10.0}, {"max_steps": 12, "prompts_per_step": 4, "samples_per_prompt": 8, "learning_rate": 3e-3}),
+    "grpo": ({"clip": 1.0}, {"max_steps": 10, "prompts_per_step": 1, "samples_per_prompt": 256, "learning_rate": 3e-4}),
+}
+
+
+@pytest.mark.parametrize("method", RISING)
+def test_the_reward_rises(method: str, tmp_path: Path) -> None:
+    options, numbers = RISING[method]
+    settings = replace(SETTINGS, micro_batch=256, lora_rank=0, eval_every=12, eval_samples=64, **numbers)
+    settings = replace(settings, num_inference_steps=3 if method == "grpo" else 4)
+    result = METHODS[method](pipeline("ddim"), "brightness", **options).train(1, tmp_path, settings, eval_prompts=1)
+    first, *_, last = (one["eval/brightness"][0] for one in result.evaluations)
+    assert last > first + 0.003
+
+
+def test_a_reward_may_read_prompts_that_the_pipeline_does_not_take(tmp_path: Path) -> None:
+    seen: set[str] = set()
+
+    def reads(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.update(prompts)
+        return images.mean((1, 2, 3))
+
+    GRPOPipeline(pipeline("ddpm"), reads).train(["a", "b"], tmp_path, replace(SETTINGS, max_steps=1))
+    assert seen == {"a", "b"}
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="prompts must be texts, got 3: a count is for pipelines without prompts"):
+        GRPOPipeline(sd(), "brightness").train(3, tmp_path, SETTINGS)
+    for prompts, message in ((0, "at least one is needed"), (-1, "at least 0"), ("a star", "got one text: 'a star'")):
+        with pytest.raises(InputError, match=message):
+            GRPOPipeline(pipeline("ddim"), "brightness").train(prompts, tmp_path, SETTINGS)
+    with pytest.raises(InputError, match="DDIMPipeline makes arrays of its images"):
+        RewardBackpropPipeline(pipeline("ddim"), "brightness").train(1, tmp_path, SETTINGS)
+    with pytest.raises(InputError, match="no layer named to_x: give lora_targets"):
+        GRPOPipeline(pipeline("ddim"), "brightness").train(1, tmp_path, replace(SETTINGS, lora_targets=("to_x",)))
+
+
+def near(
+    images: Tensor, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Brightness times what the prompt's row says."""
+    factors = torch.tensor([row["factor"] for row in metadata])
+    assert [row["of"] for row in metadata] == list(prompts)
+    return images.mean((1, 2, 3)).cpu() * factors, {}
+
+
+def test_metadata_reaches_the_reward_of_a_training_and_of_its_evaluations(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, max_steps=1, call={"height": 8, "width": 8})
+
+    def rows(*prompts: str) -> list[dict[str, Any]]:
+        return [{"factor": 100.0, "of": prompt} for prompt in prompts]
+
+    def named(images: Tensor, prompts: Sequence[str], metadata: Any) -> Any:
+        return near(images, prompts, metadata)
+
+    trainer, held_out = GRPOPipeline(sd(), near), ["a star", "a cross"]
+    with pytest.raises(InputError, match="metadata must be one mapping for each prompt, got 1 of them and 2 prompts"):
+        trainer.train([PROMPT, "a"], tmp_path, settings, metadata=rows(PROMPT))
+    with pytest.raises(InputError, match="metadata: prompt 'a' has two different rows"):
+        trainer.train(["a", "a"], tmp_path, settings, metadata=[{"k": 1}, {"k": 2}])
+    result = trainer.train(
+        [PROMPT, "a"],
+        tmp_path,
+        settings,
+        eval_prompts=held_out,
+        eval_rewards=[named],
+        metadata=rows(PROMPT, "a"),
+        eval_metadata=rows(*held_out),
+    )
+    assert result.records[0]["reward"] > 5
+    assert result.evaluations[0]["eval/near"] == result.evaluations[0]["eval/named"]
