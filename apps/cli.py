@@ -15,6 +15,7 @@ from steer.apps.demo_cli import demo
 from steer.apps.ending import Ending
 from steer.apps.evaluate_cli import evaluate
 from steer.apps.finetune_cli import finetune
+from steer.apps.options import Group
 from steer.apps.processes import part, speaks
 from steer.apps.rewards_cli import rewards
 from steer.apps.sample_cli import SPEC, TIMEOUT, sample
@@ -22,7 +23,7 @@ from steer.apps.system_errors import refusal
 from steer.errors import InputError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="steer")
 @click.option(
     "--offline", is_flag=True, help="Use no network: models and rewards come from folders and the hub's cache."

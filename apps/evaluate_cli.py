@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from steer.apps.options import Command
 from steer.apps.processes import processes, speaks
 from steer.apps.sample_cli import SPEC, TIMEOUT, sample
 from steer.errors import InputError
@@ -27,7 +28,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--model", "models", multiple=True, default=("scenes",), help="Embedded, folder, ORGANISATION/NAME; again."
 )

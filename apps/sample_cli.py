@@ -6,6 +6,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from steer.apps.options import Command
 from steer.apps.processes import processes, speaks
 from steer.errors import InputError
 
@@ -23,7 +24,7 @@ WITH_REPLAY = {
 }  # the rest comes from the image
 
 
-@click.command()
+@click.command(cls=Command)
 @click.pass_context
 @click.argument("prompt", nargs=-1)
 @click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File of prompts: .txt, .jsonl, .tsv.")
