@@ -14,6 +14,7 @@ from steer.choices import nearest
 from steer.errors import InputError
 
 logger = logging.getLogger(__name__)
+HUB = (".parquet", ".tsv", ".jsonl", ".txt")  # others come as the parquet that the hub makes of every data set
 LONGEST = 100_000  # characters of a prompt: far beyond what any text encoder reads
 
 
@@ -88,7 +89,7 @@ def _found(source: str) -> Path | list[Path]:
             f"unknown prompts {source!r:.80}: use {nearest(source, PROMPTS)}, a file that is there "
             f"({', '.join(READERS)}), or a data set of the hub, ORGANISATION/NAME[:SPLIT]"
         )
-    return data_files(named[1], named[2] or "train", tuple(reversed(READERS)))
+    return data_files(named[1], named[2] or "train", HUB)
 
 
 def read_prompts(path: Path, column: str | None = None) -> list[str]:

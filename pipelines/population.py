@@ -10,6 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
+from steer.arguments import coerced_value, hints_of
 from steer.errors import InputError
 from steer.frames import over_frames
 from steer.live_rows import LiveRows
@@ -182,7 +183,8 @@ def _bound_call(
         raise InputError(
             "several images and several prompts in one call: diffusers pairs them wrongly; one prompt a call"
         )
-    bound = dict(call)
+    hints = hints_of(type(pipe).__call__)
+    bound = {name: coerced_value(name, hints.get(name, Any), value) for name, value in call.items()}
     count = next((name for name in IMAGES_PER_PROMPT if name in accepted), None)
     if count:
         bound[count] = size

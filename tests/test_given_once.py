@@ -36,12 +36,16 @@ def test_every_command_is_of_the_class_that_keeps_the_rule() -> None:
     assert len(OPTIONS) > 100
 
 
-@pytest.mark.parametrize(("path", "option"), OPTIONS, ids=lambda one: one.name if isinstance(one, click.Option) else "-".join(one))
+@pytest.mark.parametrize(
+    ("path", "option"), OPTIONS, ids=lambda one: one.name if isinstance(one, click.Option) else "-".join(one)
+)
 def test_an_option_with_one_value_is_given_once(steer: Steer, path: tuple[str, ...], option: click.Option) -> None:
     """By any two of its names, with different values and equal ones, in front of arguments and behind them."""
     ends = [] if option.is_flag else ["1"]
     for first, second in product([*option.opts, *option.secondary_opts], repeat=2):
-        words = [first, *ends, "word", second, *ends] if path and path != ("rewards",) else [first, *ends, second, *ends]
+        words = (
+            [first, *ends, "word", second, *ends] if path and path != ("rewards",) else [first, *ends, second, *ends]
+        )
         code, out, err = steer(*path, *words)
         assert (code, out) == (2, "") and len(err.splitlines()) == 1, err
         assert err.startswith("steer: ") and first in err and "is given 2 times" in err, err
