@@ -112,7 +112,7 @@ def read_rows(path: Path, column: str | None = None) -> list[PromptRow]:
 
 def unused_columns(rows: Sequence[PromptRow], used: Collection[str] = ()) -> list[str]:
     """The columns of rows that are not in use, in order."""
-    return [name for name in dict.fromkeys(name for row in rows for name in row.columns) if name not in used]
+    return [name for name in dict.fromkeys(name for row in rows for name in row.columns) if name.lower() not in used]
 
 
 def _read(path: Path, column: str | None) -> tuple[list[PromptRow], list[str]]:

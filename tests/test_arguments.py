@@ -96,7 +96,7 @@ def test_every_method_takes_numbers_of_numpy_and_arrays_of_prompts(name: str, pi
             (
                 np.array(["a star", "a circle"]),
                 2.0,
-                {k: np.int64(v) if type(v) is int else v for k, v in given.items()},
+                of_numpy,
             ),
         )
     )
