@@ -16,6 +16,7 @@ from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.rounds import OnlineSamples, Source
 from steer.reward import load_reward
 from steer.trajectory import Sampler
+from steer.truncation import note_cut_by_pipeline
 
 
 class FinetuningPipeline(FinetuningMethod):
@@ -50,6 +51,7 @@ class FinetuningPipeline(FinetuningMethod):
         if not prompts or not all(prompts):
             raise InputError("prompts: at least one is needed, and none may be empty")
         self.check(settings)
+        note_cut_by_pipeline(self.pipe, (*prompts, *eval_prompts), settings.call or {})
         source = OnlineSamples(tuple(prompts), self, settings)
         exam = Exam(tuple(eval_prompts), self.reward, tuple(load_reward(reward) for reward in eval_rewards))
         return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)

@@ -21,6 +21,7 @@ from steer.previews import new_preview
 from steer.quiet import text_once
 from steer.reward import Reward, score_parts
 from steer.seam import Answer, Event, steered
+from steer.truncation import note_cut_by_pipeline
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -54,6 +55,8 @@ class Population:
         self.groups = len(read_by_prompt)
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
         self.call = _bound_call(pipe, prompt, self.groups, size, call)
+        asked = [self.call.get(name) or () for name in ("prompt", "negative_prompt")]
+        note_cut_by_pipeline(pipe, [t for one in asked for t in ([one] if isinstance(one, str) else one)], self.call)
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
         self.latents = torch.empty(0)
