@@ -5,12 +5,13 @@ from pathlib import Path
 
 import click
 
+from steer.apps.options import Command
 from steer.errors import InputError
 
 QUICK, LONG = 24.0, 600.0  # seconds of measuring; on two idle cores a quick run is over within 45, loading included
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--quick", is_flag=True, help="Fewer steps and repeats, nothing compiled: 45 seconds on two cores.")
 @click.option("--device", help="Where to run; by default the GPU if there is one.")
 @click.option("--json", "file", default=Path("out/bench.json"), type=click.Path(path_type=Path), help="The report.")

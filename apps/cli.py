@@ -15,6 +15,7 @@ from steer.apps.demo_cli import demo
 from steer.apps.ending import Ending
 from steer.apps.evaluate_cli import evaluate
 from steer.apps.finetune_cli import finetune
+from steer.apps.options import Group
 from steer.apps.processes import part, speaks
 from steer.apps.rewards_cli import rewards
 from steer.apps.sample_cli import SPEC, TIMEOUT, sample
@@ -22,7 +23,7 @@ from steer.apps.system_errors import refusal
 from steer.errors import InputError
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="steer")
 @click.option(
     "--offline", is_flag=True, help="Use no network: models and rewards come from folders and the hub's cache."
@@ -34,23 +35,40 @@ def steer(offline: bool) -> None:
 
 
 @steer.command()
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
-@click.option("--prompt", required=True, help="What the images were asked to show.")
+@click.argument("images", nargs=-1, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option(
+    "--prompt", "texts", multiple=True, help="What the images were asked to show: one for all, or one for each."
+)
+@click.option("--prompts", "file", type=click.Path(path_type=Path), help="File of prompts, one for each image.")
+@click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
 @click.option("--reward", required=True, help=SPEC)
 @TIMEOUT
-def score(images: tuple[Path, ...], prompt: str, reward: str, reward_timeout: float | None) -> None:
-    """Scores IMAGEs and prints JSON, every part of a composed reward too."""
-    from steer.apps.specs import reward_here
-    from steer.images import read_image
-    from steer.reward import score_parts
+def score(
+    images: tuple[Path, ...],
+    texts: tuple[str, ...],
+    file: Path | None,
+    prompt_column: str | None,
+    reward: str,
+    reward_timeout: float | None,
+) -> None:
+    """Scores IMAGEs and prints JSON, every part of a composed reward too.
 
-    loaded = reward_here(reward, reward_timeout)
-    rows = []
-    for path in images:
-        total, parts = score_parts(loaded, read_image(path)[None], [prompt])
-        told = {"parts": {name: value.item() for name, value in parts.items()}} if parts else {}
-        rows.append({"image": str(path), "score": total.item()} | told)
-    click.echo(json.dumps({"reward": reward, "prompt": prompt, "scores": rows}, indent=1))
+    IMAGE is a file, a folder (of `steer sample`, or with captions), or a table (.csv, .jsonl, .json, .tsv, .parquet)
+    with columns of images and prompts. Prompts are needed where the reward reads them. Images that cannot be scored
+    are listed; the others are scored, and the exit code is 2.
+    """
+    from steer.apps.scoring import score_images, shown_images
+    from steer.apps.specs import reward_here
+
+    shown = shown_images(images, texts, file, prompt_column)
+    scored = score_images(reward_here(reward, reward_timeout), shown)
+    prompts = {one.prompt for one in shown}
+    told = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
+    if len(scored.errors) < len(shown):
+        click.echo(json.dumps(told | {"scores": scored.rows}, indent=1))
+    if scored.errors:
+        count = "" if len(shown) == 1 else f"{len(scored.errors)} of {len(shown)} images have no score: "
+        raise InputError(count + "; ".join(scored.errors))
 
 
 steer.add_command(bench)

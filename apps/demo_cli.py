@@ -8,10 +8,11 @@ from pathlib import Path
 
 import click
 
+from steer.apps.options import Command
 from steer.errors import InputError
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--host", default="127.0.0.1", help="Where to listen; beyond this machine only with --auth.")
 @click.option("--port", type=click.IntRange(1, 65535), help="By default the first free one from 7860 on.")
 @click.option("--auth", metavar="USER:PASSWORD", help="Who may come in.")

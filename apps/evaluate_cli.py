@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from steer.apps.options import Command
 from steer.apps.processes import processes, speaks
 from steer.apps.sample_cli import SPEC, TIMEOUT, sample
 from steer.errors import InputError
@@ -27,13 +28,14 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--model", "models", multiple=True, default=("scenes",), help="Embedded, folder, ORGANISATION/NAME; again."
 )
 @click.option("--lora", "loras", multiple=True, help="Finetuned weights beside the model without: RUN/final; again.")
 @click.option("--method", "methods", multiple=True, default=("base",), help="As in `steer sample`; again.")
-@click.option("--prompts", required=True, help="Embedded list, file (.txt, .jsonl, .tsv, .parquet), or data set.")
+@click.option("--prompts", required=True, help="Embedded list, file (as in `steer sample`), or data set.")
+@click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
 @click.option("--prompts-count", type=click.IntRange(1), help="So many of them, evenly spaced; by default all.")
 @click.option("--tag-column", help='Column of the prompts\' tasks; by default "tag", where there is one.')
 @click.option("--reward", "rewards", multiple=True, required=True, help=f"The first steers and picks. {SPEC} (*)")
@@ -51,6 +53,7 @@ def evaluate(
     loras: tuple[str, ...],
     methods: tuple[str, ...],
     prompts: str,
+    prompt_column: str | None,
     prompts_count: int | None,
     tag_column: str | None,
     rewards: tuple[str, ...],
@@ -75,7 +78,7 @@ def evaluate(
     from steer.apps.prompts import find_tagged
 
     with processes().main_first():
-        texts, tags = find_tagged(prompts, tag=tag_column)
+        texts, tags = find_tagged(prompts, prompt_column, tag_column)
     count = min(prompts_count or len(texts), len(texts))
     chosen = [place * len(texts) // count for place in range(count)]
     from steer.apps.evaluation import Contender

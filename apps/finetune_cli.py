@@ -5,12 +5,14 @@ from importlib.util import find_spec
 
 import click
 
+from steer.apps.options import Command
 from steer.apps.processes import speaks
 from steer.assets import CONFIGS
 from steer.errors import InputError
 
 
 @click.command(
+    cls=Command,
     context_settings={"ignore_unknown_options": True},
     options_metavar="[--KEY VALUE …]",
     epilog=f"Embedded: {', '.join(CONFIGS)}. Each key is explained in prdp-sd15, which lies in steer/assets/configs.",
@@ -48,13 +50,15 @@ def finetune(config: str, changes: tuple[str, ...], resume: bool) -> None:
 
 
 def keys_of(words: Sequence[str]) -> dict[str, str]:
-    """Keys and values of `--key value`, `--key=value` and, for true, `--key`; of a key that comes again, the last."""
+    """Keys and values of `--key value`, `--key=value` and, for true, `--key`. Raises InputError for a repeated key."""
     found: dict[str, str] = {}
     waiting = None  # a key whose value may come next
     for word in words:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             key = name.replace("-", "_")
+            if key in found:
+                raise InputError(f"--{name} is given twice and takes one value: give it once")
             found[key], waiting = (value, None) if equals else ("true", key)
         elif waiting is not None:
             found[waiting], waiting = word, None

@@ -40,6 +40,7 @@ class Job:
     preview_steps  where best-of-n and base, which need none, look at x̂0 for it; None: where fk does
     unworn         inside, the pipeline is without its finetuned weights
     started        arguments of the call in place of its own: noise that was chosen before
+    arguments      of the pipeline's call, which the prompt's row of a prompt file gives
     faster         what is switched on while it runs: (pipeline) → a context that gives the pipeline to call
     """
 
@@ -54,6 +55,7 @@ class Job:
     unworn: Off = nullcontext
     faster: On = nullcontext
     started: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, method: str | None = None) -> SteeringOutput:
         """The images of the prompt, by its own method or another one."""
@@ -71,7 +73,12 @@ class Job:
         }
         given = {name: value for name, value in given.items() if value is not None}
         given |= {"generator": torch.Generator().manual_seed(self.settings.seed)}
-        return accepted_only(self.pipe, METHODS[self.settings.method].defaults) | given | dict(self.started)
+        return (
+            accepted_only(self.pipe, METHODS[self.settings.method].defaults)
+            | given
+            | dict(self.arguments)
+            | dict(self.started)
+        )
 
 
 Run = Callable[[Job], SteeringOutput]

@@ -5,12 +5,13 @@ Recipe whose every value has its type and range, or as an InputError. No reward 
 """
 
 import hashlib
+import inspect
 import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -22,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import steer
 from steer.apps.methods import Job
+from steer.apps.prompt_arguments import check_arguments
 from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
 from steer.images import BROKEN
@@ -44,6 +46,8 @@ class Recipe:
     reward    its score, and by name those of the reward's `parts`
     pixels    `pixels_of` the image as it was written
     steer, torch, diffusers, device, dtype    what it was made with, for when pixels come out otherwise
+    arguments of the pipeline's call that the prompt's row of a prompt file gave
+    scheduler, steps, guidance    as the call had them, for other programs
     """
 
     prompt: str
@@ -58,6 +62,10 @@ class Recipe:
     diffusers: str
     device: str
     dtype: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: str = ""
+    steps: int | None = None
+    guidance: float | None = None
 
 
 def recipe_of(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe:
@@ -79,12 +87,41 @@ def recipe_of(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe
         diffusers=diffusers.__version__,
         device=device.type + named,
         dtype=str(job.pipe.dtype).removeprefix("torch."),
+        arguments=dict(job.arguments),
+        scheduler=type(job.pipe.scheduler).__name__,
+        steps=_called(job, "num_inference_steps", int),
+        guidance=_called(job, "guidance_scale", float),
     )
 
 
+def _called(job: Job, name: str, kind: type) -> Any:
+    """What the pipeline's call has for an argument: the job's, else the pipeline's default where it is a number."""
+    parameters = inspect.signature(type(job.pipe).__call__).parameters
+    value = job.call.get(name, parameters[name].default if name in parameters else None)
+    return kind(value) if type(value) in (int, float) else None
+
+
+def parameters_text(recipe: Recipe, image: Image.Image) -> str:
+    """How an image was made, in the form of the text chunk "parameters" that other programs read."""
+    negative = recipe.arguments.get("negative_prompt", "")
+    told: dict[str, Any] = {"Steps": recipe.steps, "Sampler": recipe.scheduler.removesuffix("Scheduler") or None}
+    told |= {"CFG scale": recipe.guidance, "Seed": recipe.settings.seed, "Size": f"{image.width}x{image.height}"}
+    told |= {"Model": recipe.settings.model, "Version": f"steer {recipe.steer}"}
+    told |= {"Steering": "base" if recipe.base else recipe.settings.method, "Reward": recipe.settings.reward}
+    pairs = [f"{name}: {_quoted(str(value))}" for name, value in told.items() if value is not None]
+    lines = [recipe.prompt, *([f"Negative prompt: {negative}"] if negative else []), ", ".join(pairs)]
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """A value as those programs write it where a separator is in it."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
+
+
 def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
-    """Saves an image with its recipe. Raises OSError."""
+    """Saves an image with its recipe, and beside it a text "parameters" for other programs. Raises OSError."""
     info = PngInfo()
+    info.add_text("parameters", parameters_text(recipe, image))
     info.add_itxt(KEY, json.dumps(asdict(recipe), ensure_ascii=False, allow_nan=False))
     image.save(path, format="PNG", pnginfo=info)
 
@@ -150,7 +187,7 @@ def _recipe(file: Image.Image, name: str) -> Recipe:
 
 
 def _checked(told: Any) -> Recipe:
-    values = _values(told, Recipe, nested=("settings", "parts"))
+    values = _values(told, Recipe, nested=("settings", "parts", "arguments"))
     settings = SampleSettings(**_values(told["settings"], SampleSettings))
     settings.check()
     if settings.dtype not in (None, *DTYPES):
@@ -159,14 +196,15 @@ def _checked(told: Any) -> Recipe:
     if not isinstance(parts, dict):
         raise InputError("parts: expected an object of numbers")
     scores = {name: _value(f"part {name!r:.40}", score, (float,)) for name, score in parts.items()}
-    recipe = Recipe(**values | {"settings": settings, "parts": scores})
+    arguments = check_arguments(told.get("arguments", {}), "arguments")
+    recipe = Recipe(**values | {"settings": settings, "parts": scores, "arguments": arguments})
     if not recipe.prompt.strip() or "\0" in recipe.prompt:
         raise InputError("the prompt is empty, or holds what no prompt can")
     if recipe.rank >= settings.particles:
         raise InputError(f"rank {recipe.rank} of {settings.particles} particles cannot be")
     if not re.fullmatch("[0-9a-f]{64}", recipe.pixels):
         raise InputError("pixels: expected a hash")
-    for name in ("steer", "torch", "diffusers", "device", "dtype"):  # they are shown as they are
+    for name in ("steer", "torch", "diffusers", "device", "dtype", "scheduler"):  # they are shown as they are
         if not getattr(recipe, name).isprintable() or len(getattr(recipe, name)) > 100:
             raise InputError(f"{name}: expected a short text")
     return recipe
@@ -179,7 +217,7 @@ def _values(told: Any, kind: type, nested: Collection[str] = ()) -> dict[str, An
     known = {one.name: one for one in fields(kind)}
     if unknown := sorted(told.keys() - known.keys()):
         raise InputError(f"unknown key {unknown[0]!r:.60}; was it written by a newer steer than {steer.__version__}?")
-    needed = [name for name, one in known.items() if one.default is MISSING]
+    needed = [name for name, one in known.items() if one.default is MISSING and one.default_factory is MISSING]
     if missing := [name for name in needed if name not in told]:
         raise InputError(f"{missing[0]!r} is missing")
     hints = get_type_hints(kind)

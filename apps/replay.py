@@ -6,6 +6,7 @@ user names it.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,7 @@ from steer.apps.named_errors import errors_named
 from steer.apps.named_rewards import names_alone
 from steer.apps.png_metadata import Recipe, pixels_of, read_png, recipe_of, write_png
 from steer.apps.preview_words import TINY
+from steer.apps.prompt_arguments import argument_names, cell
 from steer.apps.sample_record import check_writable
 from steer.apps.specs import reward_here
 from steer.errors import InputError
@@ -70,7 +72,7 @@ def replay(
     pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
     worn = None if recipe.base else settings.lora
     with errors_named(str(image), "nothing was written", "it was made where there was more"), wearing(pipe, worn):
-        job = Job(pipe, loaded, recipe.prompt, settings, state)
+        job = Job(pipe, loaded, recipe.prompt, settings, state, arguments=_arguments(recipe, pipe))
         output = job.run("base" if recipe.base else None)
         again = recipe_of(job, output, recipe.rank, recipe.base)
         write_png(output.images[recipe.rank], path, again)
@@ -80,6 +82,14 @@ def replay(
         return Replayed(path, same, f"{path}: the same pixels as {image}")
     how = _distance(before, output.images[recipe.rank])
     return Replayed(path, same, f"{path}: not the pixels of {image}, {how}: {_reason(recipe, again, before)}")
+
+
+def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
+    """The recipe's arguments of the call, each one that a row of a prompt file may give. Raises InputError."""
+    known = argument_names(pipe)
+    if unknown := sorted(recipe.arguments.keys() - known.keys()):
+        raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r:.60} from an image")
+    return {name: cell(name, known[name], value, recipe.prompt) for name, value in recipe.arguments.items()}
 
 
 def _own_preview(image: Path, recipe: Recipe) -> str:

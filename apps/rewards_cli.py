@@ -6,12 +6,14 @@ from typing import Any
 
 import click
 
+from steer.apps.options import Group
+
 FOLDER = click.Path(path_type=Path)
 IMAGES = click.option("--images", required=True, type=FOLDER, help="Folder of images: of `steer sample`, or any.")
 PROMPT = click.option("--prompt", help="What all images were asked to show, where the folder does not say.")
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def rewards(context: click.Context) -> None:
     """Lists the rewards that have a name; with a command: looks at rewards, calibrates them, trains one."""

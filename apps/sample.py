@@ -22,7 +22,9 @@ from steer.apps.named_errors import errors_named
 from steer.apps.pictures import draw_ancestry, draw_grid
 from steer.apps.processes import Processes, processes
 from steer.apps.progress import draw_progress
-from steer.apps.prompts import check_prompt
+from steer.apps.prompt_arguments import asked_of, asked_settings, used_columns
+from steer.apps.prompt_rows import PromptRow
+from steer.apps.prompts import check_prompt, note_unused, unused_columns
 from steer.apps.sample_record import Entry, Record, Report, open_record, writing_to
 from steer.apps.sample_settings import SampleSettings
 from steer.apps.specs import reward_here
@@ -34,7 +36,7 @@ LESS = "fewer particles need less"
 
 
 def sample(
-    prompts: Sequence[str],
+    prompts: Sequence[str | PromptRow],
     settings: SampleSettings,
     out: Path,
     device: str | None = None,
@@ -45,48 +47,66 @@ def sample(
     """Steers every prompt, writes images, pictures and report.json to `out`, and returns the report.
 
     After each prompt what is on disk is whole; the same call again does only what is missing. Each prompt has the same
-    seed, so that its images do not depend on its place in the list, nor on which of several processes makes them:
-    those share what is missing, and the main one merges and draws. With `animation`, a film of each noise optimisation.
+    seed, so that its images do not depend on its place in the list, nor on which of several processes makes them; of
+    equal prompts the n-th has seed + n. Columns of a row that are named after arguments of the pipeline are its own.
+    The processes share what is missing, and the main one merges and draws. With `animation`, a film of each noise
+    optimisation.
     """
     here = processes()
     with here.main_first():
         settings.check()
         faster = faster or Faster()
         faster.check()
-        for prompt in prompts:
-            check_prompt(prompt, "prompt")
+        rows = [_checked(row, settings) for row in prompts]
         if animation and not METHODS[settings.method].iterates:
             raise InputError(f"--animation shows iterations, and --method {settings.method} has none: leave it out")
         reward = reward_here(settings.reward, reward_timeout)
         METHODS[settings.method].check(settings, reward)
         if settings.lora is not None:
             find_finetuned(settings.lora)
-    record, todo = here.from_main(lambda: _opened(out, prompts, settings, animation))
+    record, todo = here.from_main(lambda: _opened(out, rows, settings, animation))
     if todo:
         with here.main_first():
             pipe = load_pipeline(settings.model, here.device(device), settings.dtype, **settings.loading)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if here.is_main else True)
+        asked = asked_of(rows, settings, pipe)
+        note_unused("prompts", unused_columns(rows, used_columns(pipe)))
         with wearing(pipe, settings.lora) as off:
-            for n in _shared(todo, here, settings.method, len(prompts)):
-                folder = out / f"{n:03d}-{_slug(prompts[n])}"
-                job = Job(pipe, reward, prompts[n], settings, folder / SEARCH, unworn=off, faster=faster)
-                entry = _finished(job, folder, animation)
+            for n in _shared(todo, here, settings.method, len(rows)):
+                one, folder = asked[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
+                job = Job(pipe, reward, one.prompt, one.settings, folder / SEARCH, unworn=off, faster=faster)
+                entry = _finished(replace(job, arguments=one.arguments), folder, animation) | _columns(rows[n])
                 with writing_to(out):
                     record.keep(n, entry, here.count == 1)
                     _clean(folder)
                 _stop_with(entry, record, here)
     here.wait()
     with writing_to(out):
-        report = here.from_main(lambda: record.merged(len(prompts)))
+        report = here.from_main(lambda: record.merged(len(rows)))
         if here.is_main:
             _draw(report, out)
     return report
 
 
-def _opened(out: Path, prompts: Sequence[str], settings: SampleSettings, animation: bool) -> tuple[Record, list[int]]:
+def _checked(row: str | PromptRow, settings: SampleSettings) -> PromptRow:
+    """A row that can be sampled, as far as that is known without the model. Raises InputError."""
+    made = row if isinstance(row, PromptRow) else PromptRow(row)
+    check_prompt(made.prompt, "prompt")
+    asked_settings(made, settings)
+    return made
+
+
+def _columns(row: PromptRow) -> Entry:
+    """The other columns of a row, for the report."""
+    return {"columns": dict(row.columns)} if row.columns else {}
+
+
+def _opened(
+    out: Path, rows: Sequence[PromptRow], settings: SampleSettings, animation: bool
+) -> tuple[Record, list[int]]:
     """The record of `out`, and which prompts it lacks."""
-    record = open_record(out, prompts, settings)
-    return record, record.missing(len(prompts), animation)
+    record = open_record(out, [row.prompt for row in rows], settings, [row.columns for row in rows])
+    return record, record.missing(len(rows), animation)
 
 
 def _shared(todo: Sequence[int], here: Processes, method: str, count: int) -> Iterator[int]:

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from steer.apps.options import Command
 from steer.apps.processes import processes, speaks
 from steer.errors import InputError
+
+if TYPE_CHECKING:
+    from steer.apps.prompt_rows import PromptRow
 
 SPEC = "NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards` lists names."
 TIMEOUT = click.option("--reward-timeout", type=float, help="Seconds that one call of the reward may take.")
@@ -25,10 +29,13 @@ WITH_REPLAY = {
 }  # the rest comes from the image
 
 
-@click.command()
+@click.command(cls=Command)
 @click.pass_context
 @click.argument("prompt", nargs=-1)
-@click.option("--prompts", "prompt_file", type=click.Path(path_type=Path), help="File of prompts: .txt, .jsonl, .tsv.")
+@click.option(
+    "--prompts", "prompt_file", type=click.Path(path_type=Path), help="File: .txt, .jsonl, .json, .csv, .tsv, .parquet."
+)
+@click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
 @click.option("--model", default="scenes", help="Embedded model, folder, .safetensors file, or ORGANISATION/NAME.")
 @click.option(
     "--variant", help="Of the model's weights, such as fp16; by default plain ones, or the folder's only one."
@@ -93,6 +100,7 @@ def sample(
     /,
     prompt: tuple[str, ...],
     prompt_file: Path | None,
+    prompt_column: str | None,
     out: Path,
     device: str | None,
     reward_timeout: float | None,
@@ -107,6 +115,8 @@ def sample(
     """Steers PROMPT… or the prompts of a file: images (best first), grid.png, report.json; ancestry.png of particles,
     progress.png of noise that was optimised.
 
+    Columns of a file that are named after arguments of the pipeline (negative_prompt, seed) are for their prompt alone.
+
     Where help begins with the name of a method, the option is for that method alone.
 
     With --replay it makes an image of an earlier run again, from what the image says of itself; only --out, --device,
@@ -117,7 +127,7 @@ def sample(
     if replay is not None:
         return _replay(context)
     with processes().main_first():
-        prompts = _prompts(prompt, prompt_file)
+        prompts = _prompts(prompt, prompt_file, prompt_column)
     from steer.apps.faster import Faster
     from steer.apps.sample import sample as run
     from steer.apps.sample_settings import SampleSettings
@@ -145,13 +155,16 @@ def _warn_of_blackened(entries: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _prompts(words: tuple[str, ...], file: Path | None) -> list[str]:
-    from steer.apps.prompts import read_prompts
+def _prompts(words: tuple[str, ...], file: Path | None, column: str | None) -> "list[PromptRow]":
+    from steer.apps.prompt_rows import PromptRow
+    from steer.apps.prompts import read_rows
 
     if bool(words) == bool(file):
         raise InputError("give prompts as words or with --prompts FILE, one of the two")
-    prompts = read_prompts(file) if file else [text.strip() for text in words]
-    if not all(prompts):
+    if column is not None and file is None:
+        raise InputError("--prompt-column belongs to --prompts FILE: leave it out")
+    prompts = read_rows(file, column) if file else [PromptRow(text.strip()) for text in words]
+    if not all(row.prompt for row in prompts):
         raise InputError("a prompt is empty")
     return prompts
 

@@ -75,8 +75,14 @@ class Record:
         return report
 
 
-def open_record(out: Path, prompts: Sequence[str], settings: SampleSettings) -> Record:
-    """The record in `out` as far as it got, or a new one. Raises InputError where the folder cannot take this run."""
+def open_record(
+    out: Path, prompts: Sequence[str], settings: SampleSettings, columns: Sequence[Mapping[str, Any]] = ()
+) -> Record:
+    """The record in `out` as far as it got, or a new one.
+
+    columns  of each prompt's row
+    Raises InputError where the folder cannot take this run.
+    """
     check_writable(out)
     path = out / REPORT
     given = asdict(settings)
@@ -90,6 +96,8 @@ def open_record(out: Path, prompts: Sequence[str], settings: SampleSettings) -> 
     for number, entry in entries.items():
         if number >= len(prompts) or not isinstance(entry, dict) or entry.get("prompt") != prompts[number]:
             raise InputError(f"--out {out} holds a run of other prompts; choose another --out")
+        if (dict(columns[number]) if columns else {}) != entry.get("columns", {}):
+            raise InputError(f"--out {out} holds a run with other columns of prompt {number + 1}; choose another --out")
         if not _is_entry(entry):
             raise InputError(f"--out {out}: prompt {number + 1} in its report is none of steer; choose another --out")
     return Record(out, told | {"settings": given}, entries)

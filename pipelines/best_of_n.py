@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from steer.arguments import coerced
 from steer.pipelines.fk_run import Run, StepReport
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
@@ -14,6 +15,7 @@ from steer.pipelines.selection import Selection
 class BestOfNPipeline(SteeringMethod):
     """The pipeline's own batch of N images for each prompt, best first."""
 
+    @coerced
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,

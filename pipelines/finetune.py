@@ -17,6 +17,7 @@ from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.rounds import OnlineSamples, Source
 from steer.reward import load_reward
 from steer.trajectory import Sampler, takes_prompts
+from steer.truncation import note_cut_by_pipeline
 
 
 class FinetuningPipeline(FinetuningMethod):
@@ -60,6 +61,7 @@ class FinetuningPipeline(FinetuningMethod):
         rows = metadata_table((learnt, metadata), (held_out, eval_metadata))
         self.reward = with_metadata(self.reward, rows)
         self.check(settings)
+        note_cut_by_pipeline(self.pipe, (*learnt, *held_out), settings.call or {})
         source = OnlineSamples(learnt, self, settings)
         judges = tuple(with_metadata(load_reward(reward), rows) for reward in eval_rewards)
         exam = Exam(held_out, self.reward, judges)

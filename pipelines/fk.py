@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from steer.arguments import coerced
 from steer.choices import choose
 from steer.differentiable import differentiable
 from steer.errors import InputError
@@ -33,6 +34,7 @@ class FKSteeringPipeline(SteeringMethod):
     out.images[0], out.rewards[0, 0]
     """
 
+    @coerced
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steer.arguments import coerced
 from steer.errors import InputError
 from steer.noise import Search, neighbour, over_rows
 from steer.pipelines.method import SteeringMethod
@@ -21,6 +22,7 @@ from steer.seeds import drawn
 class NoiseSearchPipeline(SteeringMethod):
     """Noise from whose neighbours the best is taken, again and again; the control of gradient-based optimisation."""
 
+    @coerced
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,

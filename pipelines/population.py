@@ -10,6 +10,7 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
+from steer.arguments import coerced_value, hints_of
 from steer.errors import InputError
 from steer.frames import over_frames
 from steer.live_rows import LiveRows
@@ -21,6 +22,7 @@ from steer.quiet import text_once
 from steer.reward import Reward, score_parts
 from steer.safety import with_deferred_checker
 from steer.seam import Answer, Event, steered
+from steer.truncation import note_cut_by_pipeline
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -58,6 +60,8 @@ class Population:
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
         self._metadata = _rows_of_metadata(metadata, self.groups)
         self.call = _bound_call(pipe, prompt, self.groups, size, call)
+        asked = [self.call.get(name) or () for name in ("prompt", "negative_prompt")]
+        note_cut_by_pipeline(pipe, [t for one in asked for t in ([one] if isinstance(one, str) else one)], self.call)
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
         self.latents = torch.empty(0)
@@ -199,7 +203,8 @@ def _bound_call(
         raise InputError(
             "several images and several prompts in one call: diffusers pairs them wrongly; one prompt a call"
         )
-    bound = dict(call)
+    hints = hints_of(type(pipe).__call__)
+    bound = {name: coerced_value(name, hints.get(name, Any), value) for name, value in call.items()}
     count = next((name for name in IMAGES_PER_PROMPT if name in accepted), None)
     if count:
         bound[count] = size

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steer.arguments import coerced
 from steer.choices import choose
 from steer.errors import InputError
 from steer.noise import OPTIMISERS, Optimiser, Search, clipped, prior_gradient
@@ -30,6 +31,7 @@ class ReNOPipeline(SteeringMethod):
     out.images[0], out.trace[-1].best, out.start.noise
     """
 
+    @coerced
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,

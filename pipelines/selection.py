@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from steer.arguments import coerced
 from steer.errors import InputError
 from steer.particles import Particles
 from steer.pipelines.fk import check_copies_part
@@ -30,6 +31,7 @@ class SelectionPipeline(SteeringMethod):
     out = svdd("a red circle left of a blue star", num_particles=8, beams=2)  # beam search
     """
 
+    @coerced
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from steer.arguments import coerced
 from steer.errors import InputError
 from steer.particles import Particles
 from steer.pipelines.output import Cost
@@ -53,6 +54,7 @@ class Screened:
         return {"latents": self.noise, "generator": _copied(self.generator)}
 
 
+@coerced
 @torch.no_grad()
 def screened_starts(
     pipe: Any,

@@ -28,7 +28,7 @@ def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int
     def batched(images: Tensor, prompts: Sequence[str]) -> Tensor:
         parts = []
         for start in range(0, len(images), most):
-            some, texts = images[start : start + most], list(prompts[start : start + most])
+            some, texts = images[start : start + most], prompts[start : start + most]
             if torch.is_grad_enabled() and some.requires_grad and len(images) > most:
                 parts.append(checkpoint(score, some, texts, use_reentrant=False))
             else:

@@ -98,6 +98,14 @@ def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) 
     return None, f"another prompt changes {share:.0%} of the scores, by {change.mean().item():.3g} on average"
 
 
+def _prompt_limit(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    """How much of a prompt is read, as far as the reward says so in `prompt_limit`."""
+    limit = getattr(reward, "prompt_limit", None)
+    if limit is None:
+        return None, "no limit is known (a reward with one says it as prompt_limit)"
+    return None, f"reads {limit} tokens of a prompt, its marks of beginning and end among them; more play no part"
+
+
 def _gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
     """Slopes along fixed random directions v, by the gradient and by central differences:
 
@@ -197,6 +205,7 @@ CHECKS: dict[str, Callable[[Reward, Tensor, Sequence[str]], Outcome]] = {
     "determinism": _determinism,
     "batch invariance": _batch_invariance,
     "prompt sensitivity": _prompt_sensitivity,
+    "prompt limit": _prompt_limit,
     "gradient": _gradient,
     "images untouched": _images_untouched,
     "throughput": _throughput,

@@ -26,6 +26,7 @@ from steer.rewards.clip_backbone import (
 )
 from steer.rewards.preprocess import PREPROCESS
 from steer.rewards.weights import HubFile, cast, check_dtype, follow, load_weights, read_checkpoint
+from steer.truncation import noting_cuts
 
 Unit = Callable[[Tensor, float], Tensor]
 
@@ -85,7 +86,9 @@ class ClipReward:
         self.backbone = load()
         self._logit_scale = self.backbone.logit_scale.item()
         cast(self.backbone, dtype)
-        self._texts = PromptCache(self.backbone.texts)
+        self.prompt_limit = self.backbone.limit
+        encode = noting_cuts(f"reward {name!r}", self.backbone.texts, self.backbone.count, self.backbone.limit)
+        self._texts = PromptCache(encode)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         follow(images, self.backbone)

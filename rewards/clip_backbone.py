@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from steer.reward import RewardError
 from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, normalise, resize_and_crop, wide
 from steer.rewards.weights import NO_NETWORK, in_a_line, must_fit
 from steer.sums import check_sums
+from steer.truncation import token_count
 
 CONFIG = "open_clip_config.json"
 DEFAULT_CLIP = "openai/clip-vit-large-patch14"
@@ -40,6 +42,7 @@ class Backbone(nn.Module):
     image, text  its two encoders: pixels (N, 3, size, size) → (N, D), token ids (N, L) → (N, D)
     tokenize     prompts → token ids (N, L), padded to one length whatever the prompts
     size         pixels per side that it sees
+    limit        tokens that it reads of a prompt; count: prompt → how many it has
     """
 
     def __init__(
@@ -49,12 +52,15 @@ class Backbone(nn.Module):
         text: Callable[[Tensor], Tensor],
         tokenize: Callable[[list[str]], Tensor],
         size: int,
+        limit: int,
+        count: Callable[[str], int],
         mean: Sequence[float] = CLIP_MEAN,
         std: Sequence[float] = CLIP_STD,
     ) -> None:
         super().__init__()
         self.model = model
         self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self.limit, self.count = limit, count
         self._image, self._text, self._tokenize = image, text, tokenize
 
     @property
@@ -91,7 +97,15 @@ def open_clip_backbone(model: nn.Module, tokenizer: Callable[[list[str]], Tensor
     size = made.visual.image_size
     mean, std = made.visual.preprocess_cfg["mean"], made.visual.preprocess_cfg["std"]
     side = size[0] if isinstance(size, tuple | list) else size
-    return Backbone(made, made.encode_image, made.encode_text, tokenizer, side, mean, std)
+    words: Any = tokenizer
+
+    def count(prompt: str) -> int:
+        if hasattr(words, "tokenizer"):  # of transformers
+            return token_count(words.tokenizer, prompt)
+        return len(words.encode(prompt)) + 2  # with the marks of beginning and end
+
+    limit = int(words.context_length)
+    return Backbone(made, made.encode_image, made.encode_text, tokenizer, side, limit, count, mean, std)
 
 
 def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
@@ -110,6 +124,8 @@ def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
         lambda ids: model.get_text_features(input_ids=ids).pooler_output,
         tokenize,
         model.config.vision_config.image_size,
+        length,
+        partial(token_count, tokenizer),
     )
 
 

@@ -25,6 +25,12 @@ class Composed(ABC):
         self.name = name
         self.differentiable = all(reward.differentiable for reward in rewards)
 
+    @property
+    def prompt_limit(self) -> int | None:
+        """The tokens that the reward with the lowest limit reads of a prompt; None: no limit is known."""
+        limits = [getattr(reward, "prompt_limit", None) for reward in self._rewards]
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def parts(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
         """The scores (N,) of each reward as it gives them and, below NAME/, of its own parts."""
         found: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from math import isqrt
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from steer.reward import RewardError
 from steer.rewards.batches import PromptCache, in_micro_batches
 from steer.rewards.preprocess import normalise, resize_and_crop, wide
 from steer.rewards.weights import HubFile, State, cast, follow, load_weights, read_checkpoint
+from steer.truncation import noting_cuts, token_count
 
 WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
 VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt", "86b5e0934494bd15c9632b12f734a8a67f723594")
@@ -52,6 +54,7 @@ class ImageReward:
     """
 
     name = "imagereward"
+    prompt_limit = TOKENS
     differentiable = True
 
     def __init__(
@@ -68,7 +71,8 @@ class ImageReward:
         cast(self._network, None)
         cast(self._network.blip, dtype)
         self._tokenizer = _tokenizer(tokenizer, self._network.vocabulary)
-        self._tokens = PromptCache(self._tokenize)
+        count = partial(token_count, self._tokenizer)
+        self._tokens = PromptCache(noting_cuts("reward 'imagereward'", self._tokenize, count, TOKENS))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._standardised(images, prompts).float()

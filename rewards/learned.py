@@ -22,6 +22,7 @@ from steer.rewards.batches import PromptCache, in_micro_batches
 from steer.rewards.clip_backbone import CONFIG, Backbone, load_backbone, open_clip_folder
 from steer.rewards.weights import cast, follow, load_weights, read_checkpoint
 from steer.sums import check_sums, staged_with_sums
+from steer.truncation import noting_cuts
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,11 @@ class Learned:
             cast(module, dtype if isinstance(module, Backbone) else None)
         self._centre = torch.tensor([card.means[number] for number in wanted])[:, None]
         self._spread = torch.tensor([card.stds[number] for number in wanted])[:, None]
-        self._texts = [PromptCache(backbone.texts) for backbone in self._backbones]
+        self.prompt_limit = None if card.head == "image" else min(one.limit for one in self._backbones)
+        self._texts = [
+            PromptCache(noting_cuts(f"reward {self.name!r}", one.texts, one.count, one.limit))
+            for one in self._backbones
+        ]
         self._members = in_micro_batches(self._score, micro_batch)
 
     def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -137,7 +142,7 @@ class Learned:
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image = [backbone.images(images) for backbone in self._backbones]
-        text = [known(prompts).to(images.device) for known in self._texts]
+        text = [known(prompts).to(images.device) for known in self._texts] if self.prompt_limit is not None else image
         shared = len(self._backbones) == 1
         raw = [head(image[0 if shared else k], text[0 if shared else k]) for k, head in enumerate(self._heads)]
         scores = torch.stack(raw)

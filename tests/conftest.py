@@ -4,7 +4,7 @@ import copy
 import functools
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from transformers import (
 )
 
 from steer.apps import cli
+from steer.apps.options import takes_one
 from steer.apps.scenes.tokenizer import build_tokenizer
 
 settings.register_profile("same every time", derandomize=True)
@@ -383,6 +384,22 @@ def steer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
         return code, out, err
 
     return run
+
+
+def replaced(words: Sequence[object], *changes: object) -> list[object]:
+    """The words of a command with others of its options: those with one value take the place of the earlier ones."""
+    command = cli.steer.commands[str(words[0])]
+    single = {name: option for option in command.params if takes_one(option) for name in option.opts}
+    new = {single[str(word)] for word in changes if str(word) in single}
+    kept: list[object] = []
+    waiting = iter(words)
+    for word in waiting:
+        option = single.get(str(word))
+        if option not in new or option is None:
+            kept.append(word)
+        elif not option.is_flag:
+            next(waiting)
+    return [*kept, *changes]
 
 
 @pytest.fixture(scope="module")

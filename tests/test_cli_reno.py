@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Steer
+from conftest import Steer, replaced
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
@@ -118,17 +118,8 @@ def test_reno_writes_what_makes_its_images_again(steer: Steer, tmp_path: Path) -
 
 def test_the_base_is_where_reno_starts_from(steer: Steer, tmp_path: Path) -> None:
     reward = "scene-soft + brightness:0.1"
-    words = [
-        "sample",
-        "a star",
-        *RENO,
-        "--iterations",
-        "4",
-        "--reward",
-        reward,
-        "--lr",
-        "40",
-    ]  # too far: not all is better
+    # A learning rate that goes too far: not all is better.
+    words = replaced(["sample", "a star", *RENO], "--iterations", "4", "--reward", reward, "--lr", "40")
     assert steer(*words, "--out", tmp_path)[0] == 0
     (entry,) = entries_of(tmp_path)
     trace = entry["trace"]
@@ -155,12 +146,12 @@ def test_noise_search_needs_no_gradient(steer: Steer, tmp_path: Path) -> None:
 
 def test_a_reward_without_gradients_is_refused_before_the_model_is_loaded(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a star", "--model", "nowhere", "--reward", "jpeg", "--out", tmp_path / "o"]
-    code, _, err = steer(*words, "--method", "reno")
+    code, _, err = steer(*replaced(words, "--method", "reno"))
     assert code == 2 and "'jpeg' is not differentiable" in err and "--gradient zero-order" in err
     assert len(err.splitlines()) == 1 and not (tmp_path / "o").exists()
     code, _, err = steer(*words, "--reward-guidance", "1")
     assert code == 2 and "'jpeg' is not differentiable" in err and "--reward-guidance 0" in err
-    assert "unknown model" in steer(*words, "--method", "reno", "--gradient", "zero-order")[2]
+    assert "unknown model" in steer(*replaced(words, "--method", "reno"), "--gradient", "zero-order")[2]
     assert "unknown model" in steer(*words)[2]
 
 
@@ -180,7 +171,7 @@ def test_interrupted_inside_a_prompt_the_same_command_goes_on_there(steer: Steer
     code, _, err = steer(*words, "--reward", "noisy_rewards:Interrupted", "--out", out)
     assert code == 130 and "the same command goes on" in err and not (out / "report.json").exists()
     assert (out / "000-a-star" / "search.safetensors").exists()
-    code, _, err = steer(*words, "--lr", "2", "--reward", "noisy_rewards:Interrupted", "--out", out)
+    code, _, err = steer(*replaced(words, "--lr", "2"), "--reward", "noisy_rewards:Interrupted", "--out", out)
     assert code == 2 and "000-a-star/search.safetensors belongs to another run" in err and len(err.splitlines()) == 1
     (own / "mended").touch()
     assert steer(*words, "--reward", "noisy_rewards:Interrupted", "--out", out)[0] == 0
@@ -229,7 +220,7 @@ def test_a_report_of_an_older_version_is_continued(steer: Steer, tmp_path: Path)
     del report["prompts"][0]["cost"]["gradients"], report["cost"]["gradients"], report["prompts"][1]
     del report["prompts"][0]["cost"]["other_decodes"], report["cost"]["other_decodes"], report["sha256"]
     path.write_text(json.dumps(report))
-    code, _, err = steer(*words, "--iterations", "3")
+    code, _, err = steer(*replaced(words, "--iterations", "3"))
     assert code == 2 and "holds a run with iterations 50, not 3" in err
     assert steer(*words)[0] == 0
     report = json.loads(path.read_text())
@@ -267,7 +258,9 @@ def test_the_defaults_of_the_command_are_those_of_older_reports() -> None:
     ],
 )
 def test_options_are_checked_before_the_model(steer: Steer, tmp_path: Path, words: list[str], message: str) -> None:
-    code, _, err = steer("sample", "a", "--model", "nowhere", "--method", "reno", "--out", tmp_path / "o", *words)
+    code, _, err = steer(
+        *replaced(["sample", "a", "--model", "nowhere", "--method", "reno", "--out", tmp_path / "o"], *words)
+    )
     assert code == 2 and err.startswith("steer: ") and message in err and len(err.splitlines()) == 1
     assert not (tmp_path / "o").exists()
 

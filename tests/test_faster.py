@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Steer, cached_pipe
+from conftest import Steer, cached_pipe, replaced
 from PIL import Image
 
 from steer.apps import faster as room
@@ -107,7 +107,7 @@ def test_particles_get_fewer_and_the_image_says_so(steer: Steer, tmp_path: Path)
 
 
 def test_rewards_are_read_beside_the_denoiser_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:
-    code, _, said = steer(*WORDS, "--overlap", "--lam", 200, "--ess-threshold", 1, "--out", tmp_path / "o")
+    code, _, said = steer(*replaced(WORDS, "--lam", 200), "--overlap", "--ess-threshold", 1, "--out", tmp_path / "o")
     assert code == 0, said
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     entry = report["prompts"][0]

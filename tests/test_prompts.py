@@ -55,13 +55,13 @@ def test_every_format_holds_the_same_prompts(tmp_path: Path, suffix: str) -> Non
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".tsv", ".parquet"])
 def test_another_column_is_chosen_by_name_and_the_error_names_those_there_are(tmp_path: Path, suffix: str) -> None:
-    path = write(tmp_path / f"p{suffix}", TWO, "Caption")
-    assert read_prompts(path, "Caption") == read_prompts(path, "caption") == TWO
+    path = write(tmp_path / f"p{suffix}", TWO, "Words")
+    assert read_prompts(path, "Words") == read_prompts(path, "words") == TWO
     assert read_prompts(write(tmp_path / f"q{suffix}", TWO, "Prompt")) == TWO  # as PartiPrompts has it
     told, of_another = refused(path), refused(path, "text")
     assert told.startswith(str(path)) and 'under "prompt"' in told.replace("column named", "under")
-    assert told.endswith(f"choose the column, there are {'image' if suffix == '.parquet' else 'n'}, Caption")
-    assert '"text"' in of_another and "Caption" in of_another
+    assert told.endswith(f"choose the column, there are {'image' if suffix == '.parquet' else 'n'}, Words")
+    assert '"text"' in of_another and "Words" in of_another
 
 
 def test_the_exact_column_comes_before_one_in_other_letters(tmp_path: Path) -> None:
@@ -109,7 +109,7 @@ def test_what_is_no_text_in_a_table_is_named_with_its_row(tmp_path: Path, values
 def test_a_table_of_more_rows_than_anybody_has_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet.write_table(pa.table({"prompt": pa.array(["a"] * 3).dictionary_encode()}), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet") == ["a"] * 3
-    monkeypatch.setattr("steer.apps.prompts.MOST", 2)
+    monkeypatch.setattr("steer.apps.prompt_rows.MOST", 2)
     assert refused(tmp_path / "p.parquet").endswith("p.parquet: 3 rows; at most 2 are read")
 
 
@@ -119,7 +119,7 @@ def test_some_bytes_that_stand_for_many_are_not_read_to_the_end(
     path = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"prompt": ["a star"] * 5000}), path)
     assert read_prompts(path) == ["a star"] * 5000
-    monkeypatch.setattr("steer.apps.prompts.LARGEST", 29_999)
+    monkeypatch.setattr("steer.apps.prompt_rows.LARGEST", 29_999)
     assert refused(path).endswith("p.parquet: more than 29999 characters of text")
     forged = (Path(__file__).parent / "hard/corpus/parquet/values").read_bytes()  # it says −20 values, which took 7 GB
     path.write_bytes(forged)
@@ -141,12 +141,12 @@ def test_broken_parquet_is_one_line(tmp_path: Path) -> None:
 
 
 def test_an_empty_file_of_every_format_and_another_format_are_refused(tmp_path: Path) -> None:
-    for suffix in ("txt", "jsonl", "tsv", "parquet"):
+    for suffix in ("txt", "jsonl", "json", "csv", "tsv", "parquet"):
         (tmp_path / f"p.{suffix}").write_bytes(b"")
         assert refused(tmp_path / f"p.{suffix}").startswith(str(tmp_path))
         assert "No such file" in refused(str(tmp_path / f"none.{suffix}"))
-    (tmp_path / "p.csv").write_text("prompt\na\n")
-    assert "prompts are read from .txt, .jsonl, .tsv, .parquet files" in refused(str(tmp_path / "p.csv"))
+    (tmp_path / "p.xlsx").write_text("prompt\na\n")
+    assert "prompts are read from .txt, .jsonl, .json, .csv, .tsv, .parquet files" in refused(tmp_path / "p.xlsx")
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,14 +247,14 @@ def test_a_split_named_in_full_is_not_another(hub: Hub) -> None:
 
 
 def test_what_the_hub_made_of_a_data_set_is_read_where_it_has_no_such_files(hub: Hub) -> None:
-    hub.add("default/train/0001.parquet", ["a star"], "text", CONVERTED)
-    hub.add("default/train/0000.parquet", ["a circle"], "text", CONVERTED)
-    hub.add("default/partial-train/0000.parquet", ["part"], "text", CONVERTED)
-    hub.add("other/train/0000.parquet", ["other"], "text", CONVERTED)
+    hub.add("default/train/0001.parquet", ["a star"], "words", CONVERTED)
+    hub.add("default/train/0000.parquet", ["a circle"], "words", CONVERTED)
+    hub.add("default/partial-train/0000.parquet", ["part"], "words", CONVERTED)
+    hub.add("other/train/0000.parquet", ["other"], "words", CONVERTED)
     hub.revisions[None] = ["prompts.csv", "README.md", "README.txt"]
-    assert find_prompts("org/name", "text") == TWO
-    assert find_prompts("org/name:other/train", "text") == ["other"]
-    assert "choose the column, there are image, text" in refused("org/name")
+    assert find_prompts("org/name", "words") == TWO
+    assert find_prompts("org/name:other/train", "words") == ["other"]
+    assert "choose the column, there are image, words" in refused("org/name")
 
 
 def test_configurations_are_not_mixed(hub: Hub) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Steer
+from conftest import Steer, replaced
 from PIL import Image
 
 from steer.apps.png_metadata import Recipe, read_png, write_png
@@ -192,5 +192,5 @@ def test_what_cannot_be_replayed_is_one_line(steer: Steer, image: Path, changed:
         ([model], "unknown model '../nowhere'"),
         ([method], "'jpeg' is not differentiable"),
     ):
-        code, _, err = steer("sample", "--out", tmp_path / "again", "--replay", *words)
+        code, _, err = steer(*replaced(["sample", "--out", tmp_path / "again"], "--replay", *words))
         assert code == 2 and message in err and len(err.splitlines()) == 1 and "Traceback" not in err

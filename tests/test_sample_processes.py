@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Steer
+from conftest import Steer, replaced
 from PIL import Image
 
 from steer.apps.processes import Processes, processes
@@ -117,7 +117,9 @@ def test_two_processes_make_what_one_makes_and_go_on_after_a_failure(
 
 
 def test_what_cannot_be_is_said_once(words: list[str], tmp_path: Path) -> None:
-    refused = on_two([*words, "--prompts", "nowhere.txt", "--out", str(tmp_path / "o")], tmp_path)
+    refused = on_two(
+        [str(word) for word in replaced(words, "--prompts", "nowhere.txt", "--out", tmp_path / "o")], tmp_path
+    )
     assert refused.returncode != 0 and refused.stderr.count("cannot read the prompt file") == 1
     assert not (tmp_path / "o").exists()
 

@@ -269,15 +269,13 @@ def test_a_report_from_before_there_were_beams_goes_on(steer: Steer, tmp_path: P
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--beams", "3"], "--beams must divide --particles, got 3 of 4"),
-        (["--beams", "0"], "--beams must be at least 1"),
+        (["--method", "beam", "--beams", "3"], "--beams must divide --particles, got 3 of 4"),
+        (["--method", "beam", "--beams", "0"], "--beams must be at least 1"),
         (["--lam", "inf", "--method", "svdd"], "--lam must be a finite number"),
     ],
 )
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(
     steer: Steer, tmp_path: Path, words: list[str], message: str
 ) -> None:
-    code, _, err = steer(
-        "sample", "a star", "--model", "none-such", "--method", "beam", *words, "--out", tmp_path / "o"
-    )
+    code, _, err = steer("sample", "a star", "--model", "none-such", *words, "--out", tmp_path / "o")
     assert code == 2 and message in err and not (tmp_path / "o").exists()
