@@ -168,7 +168,8 @@ class Sampler:
             self._gate.open = True
 
     def finish(self, stored: Trajectories, last: int) -> Tensor:
-        """Runs the last `last` solver steps anew by today's weights, with the same noise, and keeps the graph.
+        """Runs the last `last` solver steps anew by today's weights, with the same noise, and keeps the graph. The denoiser
+        is evaluated in the precision of the model: there is no density in it.
 
         The run begins at the stored latents before them; the denoiser is not called for earlier steps. Returns images
         (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
@@ -184,12 +185,12 @@ class Sampler:
                 return None, kernel.mean
             return None, kernel.mean + kernel.std * self._noise(stored.rows, event.k, kernel.mean)
 
-        self._gate.open = first == 0
+        self._gate.open, self._gate.exactly = first == 0, nullcontext
         try:
             with torch.enable_grad():
                 return self._run(stored.rows, go_on, "pt").float()
         finally:
-            self._gate.open = True
+            self._gate.open, self._gate.exactly = True, self._exactly
 
     def _noise(self, rows: Rows, k: int, like: Tensor) -> Tensor:
         return drawn(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"step {k}"] * len(rows))
@@ -215,7 +216,7 @@ class _Gate:
     """
 
     def __init__(self, exactly: Callable[[], AbstractContextManager[None]]) -> None:
-        self.open, self._exactly = True, exactly
+        self.open, self.exactly = True, exactly
 
     def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, StandIn]:
         found, trained = {}, denoisers_in(pipe)[:1]
@@ -230,7 +231,7 @@ class _Gate:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if not self.open:
                 return silent(*args, **kwargs)
-            with self._exactly():
+            with self.exactly():
                 return call(*args, **kwargs)
 
         return guarded
