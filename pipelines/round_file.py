@@ -73,9 +73,8 @@ def round_from(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> Round:
             start = f"{number}/{place}/"
             own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
             chunks.append(trajectories_from(own, about))
-            references.append(
-                Reference(*(own.get(f"reference {name}") for name in ("residuals", "deviations", "log_probs")))
-            )
+            residuals = own.get("reference residuals")
+            references.append(Reference(residuals, own["reference deviations"], own["reference log_probs"]))
         batches.append(Batch(chunks, references, tuple(batch["steps"]), tensors[f"{number}/signal"], batch["window"]))
         rewards.append(tensors[f"{number}/rewards"])
     return Round(

@@ -121,7 +121,7 @@ def references_of(
     before_each: BeforeEach,
     settings: FinetuneSettings,
 ) -> list[Reference]:
-    """Evaluate the reference on each chunk; its residuals are kept, in the storage dtype, where a penalty needs them."""
+    """Evaluate the reference on each chunk; keep its residuals, in the storage dtype, where a penalty needs them."""
     found, dtype = [], DTYPES[settings.storage] if settings.divergence_counts else None
     with trainable.reference():
         for chunk in chunks:

@@ -24,9 +24,10 @@ def kl(p: Gaussian, reference: Gaussian) -> Tensor:
 
 
 def chi_square(p: Gaussian, reference: Gaussian) -> Tensor:
-    """χ²(pθ ‖ p_ref) of one step (N,): e^u − 1 with u = ‖μθ − μ_ref‖²/τ² (after arXiv 2403.03185); no unit.
+    """χ²(pθ ‖ p_ref) of one step (N,): e^u − 1 with u = ‖μθ − μ_ref‖²/τ² (after arXiv 2403.03185); it has no unit.
 
-    From u = 10 on it is continued by its tangent, e¹⁰ (1 + u − 10) − 1: value and gradient have no jump. It punishes few large deviations more than many small ones, as a hacked reward makes them.
+    It punishes few large deviations more than many small ones, as a hacked reward makes them. From u = 10 on it is
+    continued by its tangent, e¹⁰ (u − 9) − 1, so that neither value nor gradient jumps.
     """
     exponent = 2 * p.kl(reference)
     below = exponent.clamp(max=LARGEST_EXPONENT)
@@ -122,7 +123,7 @@ def check_replay(sampler: Sampler, drew: Trajectories, dtype: torch.dtype) -> fl
 def check_rounding(
     sampler: Sampler, exact: Sampler, parameters: Mapping[str, Tensor], drew: Trajectories, steps: Collection[int]
 ) -> float:
-    """Share of rounding in what a change of 10⁻⁴ in one entry of the weights does to the log-probs of a rollout's steps.
+    """Share of rounding in the change of a rollout's log-probs by 10⁻⁴ more in one entry of the weights.
 
     exact  evaluates the same denoiser in float32
 
@@ -140,8 +141,8 @@ def check_rounding(
     if not found <= ROUNDING:
         raise InputError(
             f"rounding is {found:.2g} times the change in log-probability of one entry of the weights (at most "
-            f"{ROUNDING:g}): set log_prob_precision float32, or float32 weights without mixed_precision, or try float16 "
-            "in place of bfloat16, or a larger skip_low_noise_steps"
+            f"{ROUNDING:g}): set log_prob_precision float32, or float32 weights without mixed_precision, or try "
+            "float16 in place of bfloat16, or a larger skip_low_noise_steps"
         )
     return found
 

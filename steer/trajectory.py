@@ -168,8 +168,9 @@ class Sampler:
             self._gate.open = True
 
     def finish(self, stored: Trajectories, last: int) -> Tensor:
-        """Runs the last `last` solver steps anew by today's weights, with the same noise, and keeps the graph. The denoiser
-        is evaluated in the precision of the model: there is no density in it.
+        """Runs the last `last` solver steps anew by today's weights, with the same noise, and keeps the graph.
+
+        There is no density in it: the denoiser is evaluated in the precision of the model.
 
         The run begins at the stored latents before them; the denoiser is not called for earlier steps. Returns images
         (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].

@@ -71,7 +71,9 @@ def test_chi_square_is_continued_by_its_tangent() -> None:
     values = [math.exp(m * m) - 1 if m * m < 10 else e10 * (m * m - 9) - 1 for m in places]
     assert found.tolist() == pytest.approx(values, rel=1e-9)
     assert mean.grad is not None
-    assert mean.grad.flatten().tolist() == pytest.approx([2 * m * math.exp(u) for m, u in zip(places, steep)], rel=1e-9)
+    assert mean.grad.flatten().tolist() == pytest.approx(
+        [2 * m * math.exp(u) for m, u in zip(places, steep, strict=True)], rel=1e-9
+    )
     assert found[1].item() == pytest.approx(found[2].item(), rel=1e-6)
     assert mean.grad[1].item() == pytest.approx(mean.grad[2].item(), rel=1e-6)
 
