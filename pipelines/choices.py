@@ -17,7 +17,15 @@ from steer.pipelines.choice_folder import ChoiceFolder, lot_name
 from steer.pipelines.choice_reading import Choice, Recorded, check_choices, pixel_hash, pixels_of, read_choices
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.rounds import Round, learning_order, references_of
-from steer.pipelines.samples import BeforeEach, chosen_steps, own_share, prompts_at, sampler_of
+from steer.pipelines.samples import (
+    BeforeEach,
+    chosen_steps,
+    half_precision,
+    own_share,
+    prompts_at,
+    sampler_of,
+    window_of,
+)
 from steer.team import Team
 from steer.trainable import Trainable
 from steer.trajectory import Sampler, Trajectories, log_probs
@@ -84,15 +92,17 @@ class HumanChoices:
         for update in range(number * self.settings.steps_per_round, (number + 1) * self.settings.steps_per_round):
             own = own_share(range(update * size, (update + 1) * size), team)
             chunks = self._chunks(_choices_at(self.recorded, self.settings, own.start, len(own)))
-            steps = chosen_steps(len(chunks[0].stochastic), self.settings.timestep_fraction, seed, f"update {update}")
-            references = references_of(sampler, trainable, chunks, steps, before_each)
+            half = half_precision(trainable.denoiser, self.settings)
+            window = window_of(len(chunks[0].stochastic), self.settings, half is not None)
+            steps = chosen_steps(window, self.settings.timestep_fraction, seed, f"update {update}")
+            references = references_of(sampler, trainable, chunks, steps, before_each, self.settings)
             _check_reference(chunks, references, steps)
             old = []
             for chunk in chunks:
                 before_each()
                 # A round's samples count as today's policy's, and the first one is held against its replay, all steps.
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
-            batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size)))
+            batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), window))
             told.append({"turn": update * size / len(self.recorded.choices)})
         order = learning_order(len(batches), self.settings.passes, seed, number)
         return Round(number, tuple(batches), tuple(batch.rewards for batch in batches), tuple(told), order)

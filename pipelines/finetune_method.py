@@ -13,7 +13,8 @@ from steer.engine import GradientOptions
 from steer.losses import Metrics
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.method import SteeringMethod
-from steer.pipelines.samples import Scored, chosen_steps
+from steer.pipelines.samples import Scored, chosen_steps, half_precision, window_of
+from steer.trainable import denoiser_of
 from steer.trajectory import Sampler
 
 Record = dict[str, Any]
@@ -57,8 +58,13 @@ class FinetuningMethod(SteeringMethod, ABC):
         """What the loss is told of the samples: by default their rewards (B, K)."""
         return scored.rewards
 
+    def window(self, total: int, settings: FinetuneSettings) -> int:
+        """How many of the stochastic steps, the first ones, count in losses and penalties."""
+        half = half_precision(denoiser_of(self.pipe)[1], settings)
+        return window_of(total, settings, half is not None)
+
     def steps(self, total: int, settings: FinetuneSettings, name: str) -> tuple[int, ...]:
-        """Which of the stochastic steps 0 … total − 1 an update of that name learns from."""
+        """Which of the stochastic steps 0 … total − 1 of the window an update of that name learns from."""
         return chosen_steps(total, settings.timestep_fraction, settings.seed, name)
 
     @abstractmethod

@@ -12,16 +12,17 @@ from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
+from steer.batch import Batch
 from steer.engine import Penalty
 from steer.errors import InputError
-from steer.guards import HoldOutWatch, KLControl, check_replay, chi_square, kl
+from steer.guards import HoldOutWatch, KLControl, check_replay, check_rounding, chi_square, kl
 from steer.pipelines.finetune_method import FinetuneResult, FinetuningMethod, Record
 from steer.pipelines.finetune_settings import FinetuneSettings
 from steer.pipelines.finetune_setup import accelerator_of, changeable_of, identity_of, trainable_of
 from steer.pipelines.finetune_state import RunFolder, RunState
 from steer.pipelines.held_out import Evaluated, Exam
 from steer.pipelines.rounds import Round, Source
-from steer.pipelines.samples import sampler_of
+from steer.pipelines.samples import half_precision, sampler_of
 from steer.pipelines.stopping import Stopped, StopRequest, stop_request
 from steer.pipelines.team import AcceleratedTeam
 from steer.sharded import whole
@@ -177,15 +178,22 @@ class FinetuneRun:
         try:
             drew = self.source.round(self.state.rounds, self.sampler, self.state.trainable, request.check, self.team)
             if self.state.rounds == 0:
-                by_precision = {"fp16": torch.float16, "bf16": torch.bfloat16}
-                dtype = by_precision.get(self.settings.mixed_precision, self.state.trainable.denoiser.dtype)
-                check_replay(self.sampler, drew.batch.chunks[0], dtype)
+                self._check(drew.batch)
         except BaseException:
             self.method.restore(before)
             torch.set_rng_state(random)
             raise
         self.state.rounds += 1
         return drew
+
+    def _check(self, batch: Batch) -> None:
+        """Raises InputError where log-probabilities are not those of the samples, or are rounding."""
+        dtype = half_precision(self.state.trainable.denoiser, self.settings)
+        as_model = self.settings.log_prob_precision == "model"
+        check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32)
+        if as_model and (dtype or self.method.pipe.device.type == "cuda"):  # where TF32 may be on
+            exact = sampler_of(self.method.pipe, self.settings, self.prepared, "float32")
+            check_rounding(self.sampler, exact, self.state.trainable.parameters, batch.chunks[0], batch.steps)
 
     def _evaluate(self, request: StopRequest, on_evaluation: Callable[[Evaluated], None]) -> None:
         """Where one is due, and was not made before: at the start, every so often, and at the end."""

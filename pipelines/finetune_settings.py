@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from steer.errors import InputError
+from steer.precision import Precision
 from steer.trainable import ATTENTION
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,8 +42,14 @@ class FinetuneSettings:
     num_inference_steps  solver steps, in training and in evaluation
     guidance_scale       the same in both; by default the pipeline's own
     eta                  η of every step, above 0 and at most 1
-    timestep_fraction    share of the steps that an update learns from; the denoiser is called for no others
-    storage              dtype of stored latents
+    skip_low_noise_steps how many of the last steps with noise, whose τ is lowest, are left out of loss, KL and
+                         penalties, by the policy, the old one and the reference alike; None: 2, and at most half of
+                         them, where weights or autocast are half precision, else 0
+    log_prob_precision   of the denoiser wherever it gives log-probabilities and KL: float32, whatever the weights'
+                         dtype and mixed_precision are, or model: that of these (checked before the first update)
+    timestep_fraction    share of the steps in that window that an update learns from; the denoiser is called for no
+                         others
+    storage              dtype of stored latents, and of what is kept of the reference where a penalty needs it
     call                 further arguments of the pipeline's call
     lora_rank            of the adapter; 0 trains all of the denoiser
     lora_alpha           by default the rank
@@ -50,12 +57,13 @@ class FinetuneSettings:
     init_adapter         a trained LoRA, of this rank, alpha and targets, to start from: a folder such as RUN/final, or
                          its .safetensors file; the reference is then the model with it
     gradient_checkpointing  recompute the denoiser's blocks on the way back
-    mixed_precision      no, fp16 or bf16, as accelerate has them
+    mixed_precision      no, fp16 or bf16, as accelerate has them; of log-probabilities see log_prob_precision
     learning_rate        of AdamW, reached after `warmup_steps`
     max_grad_norm        longer gradients are shortened to it
     ema_decay            of an average of the weights, which is evaluated and exported in their place; 0: none
-    kl_weight, kl_target, kl_budget  see `steer.guards.KLControl`; nats of whole trajectories
-    chi_square_weight    of `steer.guards.chi_square`
+    kl_weight            β of the KL to the reference, per nat summed over the elements and steps of a trajectory
+    kl_target, kl_budget see `steer.guards.KLControl`; nats summed over the elements and steps of a trajectory
+    chi_square_weight    of `steer.guards.chi_square`, which has no unit, summed over the steps of a trajectory
     eval_every           updates between evaluations, which are also made before the first and after the last
     eval_samples         images of each held-out prompt
     patience             see `steer.guards.HoldOutWatch`
@@ -74,6 +82,8 @@ class FinetuneSettings:
     num_inference_steps: int = 20
     guidance_scale: float | None = None
     eta: float = 1.0
+    skip_low_noise_steps: int | None = None
+    log_prob_precision: Precision = "float32"
     timestep_fraction: float = 1.0
     storage: Literal["float32", "float16", "bfloat16"] = "float32"
     call: Mapping[str, Any] = field(default_factory=dict)
@@ -106,6 +116,10 @@ class FinetuneSettings:
         for name in ("lora_rank", "warmup_steps", "weight_decay", "patience", "chi_square_weight", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= (self.skip_low_noise_steps or 0) < self.num_inference_steps:
+            raise InputError(
+                f"skip_low_noise_steps must be from 0 to num_inference_steps - 1, got {self.skip_low_noise_steps}"
+            )
         if self.seed >= 2**63:
             raise InputError(f"seed must be below 2^63, got {self.seed}")
         for name in ("learning_rate", "max_grad_norm"):
@@ -120,6 +134,11 @@ class FinetuneSettings:
             raise InputError("init_adapter starts from a LoRA, and lora_rank 0 trains all weights: leave one out")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise InputError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+
+    @property
+    def divergence_counts(self) -> bool:
+        """Whether anything depends on the KL or χ² to the reference, so that this is computed and not estimated."""
+        return bool(self.kl_weight or self.kl_budget or self.chi_square_weight)
 
     @property
     def arguments(self) -> dict[str, Any]:

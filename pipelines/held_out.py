@@ -69,7 +69,7 @@ class Exam:
         self, pipe: Any, settings: FinetuneSettings, step: int, prepared: Any, before: BeforeEach, team: Team
     ) -> Evaluated:
         """The same prompts and seeds at every step; the processes take turns with chunks of them."""
-        size, sampler = settings.eval_samples, sampler_of(pipe, settings, prepared)
+        size, sampler = settings.eval_samples, sampler_of(pipe, settings, prepared, "model")
         parts = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False).split(settings.micro_batch)
         found: list[tuple[int, Tensor, list[Tensor]]] = []
         for turn in range(0, len(parts), team.count):

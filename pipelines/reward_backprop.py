@@ -41,11 +41,17 @@ class RewardBackpropPipeline(FinetuningPipeline):
                 "the decoder of this pipeline is cast to float32 and back in every call, amid the gradient: load the "
                 "model with dtype bfloat16 or float32, or give it a VAE that is made for float16"
             )
+        if settings.skip_low_noise_steps:
+            raise InputError("skip_low_noise_steps must be unset: reward backpropagation learns from the last steps")
         if settings.steps_per_round * settings.passes > 1 or settings.timestep_fraction < 1:
             raise InputError(
                 "reward backpropagation goes along the samples of the present weights: steps_per_round, passes and "
                 "timestep_fraction must be 1"
             )
+
+    def window(self, total: int, settings: FinetuneSettings) -> int:
+        """All: the gradient goes through the last steps."""
+        return total
 
     def steps(self, total: int, settings: FinetuneSettings, name: str) -> tuple[int, ...]:
         """The last k: the KL and penalties are told of these alone."""

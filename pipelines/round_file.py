@@ -34,10 +34,11 @@ def round_tensors(drew: Round) -> tuple[dict[str, Tensor], dict[str, Any]]:
         chunks = []
         for place, (chunk, reference) in enumerate(zip(batch.chunks, batch.references, strict=True)):
             own, told = trajectory_tensors(chunk)
-            own |= {f"reference {name}": value for name, value in vars(reference).items()}
+            kept = {name: value for name, value in vars(reference).items() if value is not None}
+            own |= {f"reference {name}": value for name, value in kept.items()}
             tensors |= {f"{number}/{place}/{name}": value for name, value in own.items()}
             chunks.append(told)
-        batches.append({"steps": list(batch.steps), "chunks": chunks})
+        batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": chunks})
     told = {"number": drew.number, "told": drew.told, "order": drew.order, "cursor": drew.cursor, "batches": batches}
     return tensors, told
 
@@ -72,8 +73,9 @@ def round_from(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> Round:
             start = f"{number}/{place}/"
             own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
             chunks.append(trajectories_from(own, about))
-            references.append(Reference(*(own[f"reference {name}"] for name in ("means", "deviations", "log_probs"))))
-        batches.append(Batch(chunks, references, tuple(batch["steps"]), tensors[f"{number}/signal"]))
+            residuals = own.get("reference residuals")
+            references.append(Reference(residuals, own["reference deviations"], own["reference log_probs"]))
+        batches.append(Batch(chunks, references, tuple(batch["steps"]), tensors[f"{number}/signal"], batch["window"]))
         rewards.append(tensors[f"{number}/rewards"])
     return Round(
         told["number"], tuple(batches), tuple(rewards), tuple(told["told"]), tuple(told["order"]), told["cursor"]

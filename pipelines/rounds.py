@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from steer.batch import Batch, Reference, reference_of
 from steer.guards import check_spread
 from steer.pipelines.finetune_method import FinetuningMethod
-from steer.pipelines.finetune_settings import FinetuneSettings
+from steer.pipelines.finetune_settings import DTYPES, FinetuneSettings
 from steer.pipelines.samples import BeforeEach, Scored, draw, prompts_at, rows_of
 from steer.seeds import derived_seed
 from steer.team import Team
@@ -101,9 +101,10 @@ class OnlineSamples:
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
             scored = draw(sampler, self.method.reward, rows, samples, self.settings.micro_batch, before_each, team)
-            steps = self.method.steps(scored.chunks[0].log_probs.shape[1], self.settings, name)
-            references = references_of(sampler, trainable, scored.chunks, steps, before_each)
-            batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored)))
+            window = self.method.window(scored.chunks[0].log_probs.shape[1], self.settings)
+            steps = self.method.steps(window, self.settings, name)
+            references = references_of(sampler, trainable, scored.chunks, steps, before_each, self.settings)
+            batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored), window))
             rewards.append(scored.rewards)
             told.append(summary(scored))
         if number == 0:
@@ -118,13 +119,14 @@ def references_of(
     chunks: Sequence[Trajectories],
     steps: Sequence[int],
     before_each: BeforeEach,
+    settings: FinetuneSettings,
 ) -> list[Reference]:
-    """What the reference says of each chunk."""
-    found = []
+    """Evaluate the reference on each chunk; keep its residuals, in the storage dtype, where a penalty needs them."""
+    found, dtype = [], DTYPES[settings.storage] if settings.divergence_counts else None
     with trainable.reference():
         for chunk in chunks:
             before_each()
-            found.append(reference_of(sampler, chunk, steps))
+            found.append(reference_of(sampler, chunk, steps, dtype))
     return found
 
 

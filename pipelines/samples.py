@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from steer.errors import InputError
 from steer.frames import over_frames
 from steer.pipelines.finetune_settings import DTYPES, FinetuneSettings
+from steer.precision import HALF, Precision
 from steer.reward import Reward, score_parts
 from steer.seeds import derived_seed
 from steer.team import Team
 from steer.trajectory import Rows, Sampler, Trajectories
 
+SKIPPED_IN_HALF = 2  # the last steps, which carry nearly all of the rounding
 BeforeEach = Callable[[], None]
 
 
@@ -83,6 +86,30 @@ def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int
     return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
 
 
-def sampler_of(pipe: Any, settings: FinetuneSettings, prepared: Any = None) -> Sampler:
-    """A new sampler, which remembers no texts."""
-    return Sampler(pipe, settings.arguments, settings.eta, DTYPES[settings.storage], prepared)
+def half_precision(denoiser: Any, settings: FinetuneSettings) -> torch.dtype | None:
+    """The half-precision dtype of a run, of autocast or of the weights; None in float32."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.mixed_precision, denoiser.dtype)
+    return dtype if dtype in HALF else None
+
+
+def window_of(total: int, settings: FinetuneSettings, half: bool) -> int:
+    """How many of `total` stochastic steps are learnt from: all but the last ones, whose τ is lowest.
+
+    Raises InputError where none is left.
+    """
+    if settings.skip_low_noise_steps is None:
+        return total - min(SKIPPED_IN_HALF, total // 2) if half else total
+    if settings.skip_low_noise_steps >= total:
+        raise InputError(
+            f"skip_low_noise_steps must be below the number of steps with noise, {total}, got "
+            f"{settings.skip_low_noise_steps}: lower it, or raise num_inference_steps"
+        )
+    return total - settings.skip_low_noise_steps
+
+
+def sampler_of(
+    pipe: Any, settings: FinetuneSettings, prepared: Any = None, precision: Precision | None = None
+) -> Sampler:
+    """A new sampler, which remembers no texts; in the precision of log-probabilities, or another."""
+    storage = DTYPES[settings.storage]
+    return Sampler(pipe, settings.arguments, settings.eta, storage, prepared, precision or settings.log_prob_precision)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from steer.batch import Batch, Reference
 from steer.coefficients import AllSteps, Coefficients, OwnStep
+from steer.errors import InputError
 from steer.guards import kl
 from steer.losses import LogProbs, Loss, Metrics
 from steer.team import ALONE, Team, total
@@ -65,7 +66,8 @@ def two_pass_gradient(
 ) -> tuple[float, Metrics]:
     """Adds ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
-    Returns L, and its metrics with `kl`, the mean KL(pθ ‖ p_ref) of whole trajectories in nats, and the penalties'.
+    Returns L, and its metrics with `kl`, the mean KL(pθ ‖ p_ref) of a trajectory's steps in the window, in nats, and
+    the penalties'.
 
     penalties    with their weights w_p; where S < T their sum is scaled up
     unchanged    the weights are those that drew the batch: pass 1 is not needed
@@ -88,7 +90,7 @@ def two_pass_gradient(
     found = _pass_two(sampler, batch, coefficients, weights, backward, before_each, team)
     value, metrics = coefficients.loss()
     told_all = {penalty.__name__: cost for penalty, cost in found.items()}
-    return value, metrics | told_all | {"kl_per_step": found[kl] / batch.chunks[0].log_probs.shape[1]}
+    return value, metrics | told_all | {"kl_per_step": found[kl] / batch.counted}
 
 
 def _step_by_step(loss: Loss, batch: Batch, team: Team) -> bool:
@@ -117,23 +119,35 @@ def _pass_two(
 ) -> dict[Penalty, float]:
     """Sends back c_t · ℓ_t and the penalties, step by step; returns these, without their weights."""
     steps, found = list(batch.steps), dict.fromkeys(weights, 0.0)
-    per_sample = batch.chunks[0].log_probs.shape[1] / len(steps) / batch.rewards.shape[:2].numel()
+    per_sample = batch.counted / len(steps) / batch.rewards.shape[:2].numel()
     for number, (chunk, told) in enumerate(zip(batch.chunks, batch.references, strict=True)):
         before_each()
 
         def back(t: int, p: Gaussian, x_s: Tensor, number: int = number, told: Reference = told) -> None:
             column = steps.index(t)
-            other, log_prob = told.kernel(column, p.mean), p.log_prob(x_s)
+            log_prob = p.log_prob(x_s)
             sent = (coefficients(number, column, log_prob).to(p.mean.device) * log_prob).sum()
             for penalty, weight in weights.items():
                 with torch.set_grad_enabled(weight != 0):
-                    cost = per_sample * penalty(p, other).sum()
+                    cost = per_sample * divergence(penalty, p, x_s, told, column).sum()
                 found[penalty] += cost.item()
                 sent = sent + weight * cost
             backward(team.count * sent)
 
         sampler.replay(chunk, back, steps, grad=True)
     return dict(zip(found, total(team, list(found.values())), strict=True))
+
+
+def divergence(penalty: Penalty, p: Gaussian, x_s: Tensor, reference: Reference, column: int) -> Tensor:
+    """The penalty (N,) of one step, from the means; without those of the reference, log pθ/p_ref of x_s for the KL.
+
+    That one has the KL as its mean where pθ drew x_s. Raises InputError for any other penalty.
+    """
+    if (other := reference.kernel(column, x_s)) is not None:
+        return penalty(p, other)
+    if penalty is not kl:
+        raise InputError(f"{penalty.__name__} needs the means of the reference: keep its residuals")
+    return (p.log_prob(x_s) - reference.log_probs[:, column].to(p.mean.device)).detach()
 
 
 def counted(backward: Backward, times: int, before_last: Callable[[], None]) -> Backward:

@@ -1,6 +1,7 @@
 """Guards against a reward optimised until it means nothing: penalties, budgets, a watch over held-out rewards."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +12,10 @@ from steer.errors import InputError
 from steer.trajectory import Sampler, Trajectories, log_probs
 from steer.transition import Gaussian
 
-LARGEST_EXPONENT = 10.0  # of the χ² penalty: beyond, one step would outweigh all others
+LARGEST_EXPONENT = 10.0  # of the χ² penalty, which is linear beyond: its exponential would overflow
 SAME = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # |ratio − 1| of a replay
+SIZE = 16384  # elements of a sample up to which SAME holds; rounding grows with the root of their number
+PERTURBATION, ROUNDING = 1e-4, 0.1  # of one entry of the weights; the share of its effect that may be rounding
 
 
 def kl(p: Gaussian, reference: Gaussian) -> Tensor:
@@ -21,26 +24,30 @@ def kl(p: Gaussian, reference: Gaussian) -> Tensor:
 
 
 def chi_square(p: Gaussian, reference: Gaussian) -> Tensor:
-    """χ²(pθ ‖ p_ref) of one step (N,): exp(‖μθ − μ_ref‖²/τ²) − 1, level from e¹⁰ on (after arXiv 2403.03185).
+    """χ²(pθ ‖ p_ref) of one step (N,): e^u − 1 with u = ‖μθ − μ_ref‖²/τ² (after arXiv 2403.03185); it has no unit.
 
-    It punishes few large deviations more than many small ones, as a hacked reward makes them.
+    It punishes few large deviations more than many small ones, as a hacked reward makes them. From u = 10 on it is
+    continued by its tangent, e¹⁰ (u − 9) − 1, so that neither value nor gradient jumps.
     """
-    return torch.expm1((2 * p.kl(reference)).clamp(max=LARGEST_EXPONENT))
+    exponent = 2 * p.kl(reference)
+    below = exponent.clamp(max=LARGEST_EXPONENT)
+    return torch.expm1(below) + math.exp(LARGEST_EXPONENT) * (exponent - below)
 
 
 @dataclass(frozen=True)
 class KLControl:
-    """How much KL costs, and how much there may be. KL is that of whole trajectories, in nats.
+    """How much KL costs, and how much there may be. KL is in nats, summed over the elements and steps of a trajectory.
 
-    weight  β of the penalty
-    target  KL that β is steered to: β ← β (1 + rate · clip(KL/target − 1, ±0.2)) (arXiv 1909.08593, sec. 2.2)
-    budget  KL at which training stops
+    weight  β of the penalty, per nat
+    target  KL in nats that β is moved to: log β ← log β + rate · clip(log(KL/target), ± log 100). (The controller of
+            arXiv 1909.08593, sec. 2.2, moves β by 2 % an update: a start that is 10⁴ off takes it 460.)
+    budget  KL in nats at which training stops
     """
 
     weight: float = 0.0
     target: float | None = None
     budget: float | None = None
-    rate: float = 0.1
+    rate: float = 0.4
 
     def __post_init__(self) -> None:
         if not self.weight >= 0:
@@ -53,10 +60,10 @@ class KLControl:
 
     def after(self, found: float) -> "KLControl":
         """The control for the next update, where this one's KL was `found`."""
-        if self.target is None:
+        if self.target is None or not found > 0:  # before the first step there is none, and nothing to learn from it
             return self
-        error = min(max(found / self.target - 1, -0.2), 0.2)
-        return replace(self, weight=self.weight * (1 + self.rate * error))
+        ratio = min(max(found / self.target, 0.01), 100.0)
+        return replace(self, weight=self.weight * ratio**self.rate)
 
     def spent(self, found: float) -> bool:
         """Whether the budget is used up."""
@@ -103,13 +110,53 @@ def check_replay(sampler: Sampler, drew: Trajectories, dtype: torch.dtype) -> fl
     """
     difference = (log_probs(sampler, drew) - drew.log_probs).abs().max().item()
     found = torch.expm1(torch.tensor(difference)).item()
-    if not found <= SAME[dtype]:
+    allowed = SAME[dtype] * max(1.0, math.sqrt(drew.elements / SIZE))
+    if not found <= allowed:
         raise InputError(
             f"a replay of the first samples gives other log-probabilities (ratio off by {found:.2g}, at most "
-            f"{SAME[dtype]:g} in {str(dtype).removeprefix('torch.')}): the pipeline draws random numbers or edits its "
+            f"{allowed:.3g} in {str(dtype).removeprefix('torch.')}): the pipeline draws random numbers or edits its "
             "latents beside the solver, or dropout is on"
         )
     return found
+
+
+def check_rounding(
+    sampler: Sampler, exact: Sampler, parameters: Mapping[str, Tensor], drew: Trajectories, steps: Collection[int]
+) -> float:
+    """Share of rounding in the change of a rollout's log-probs by 10⁻⁴ more in one entry of the weights.
+
+    exact  evaluates the same denoiser in float32
+
+    Raises InputError where it is above a tenth: a training would learn from rounding.
+    """
+    some, named_b = drew.at(range(min(2, len(drew.rows)))), [name for name in parameters if "lora_B" in name]
+    names = named_b or list(parameters)
+    for name in names[len(names) // 2 :] + names[: len(names) // 2]:
+        truth = _change(exact, parameters[name], some, steps)
+        if (size := truth.square().mean().sqrt().item()) > 0:
+            break
+    else:
+        raise InputError("no entry of the trained weights changes any log-probability: train other layers")
+    found = (_change(sampler, parameters[name], some, steps) - truth).square().mean().sqrt().item() / size
+    if not found <= ROUNDING:
+        raise InputError(
+            f"rounding is {found:.2g} times the change in log-probability of one entry of the weights (at most "
+            f"{ROUNDING:g}): set log_prob_precision float32, or float32 weights without mixed_precision, or try "
+            "float16 in place of bfloat16, or a larger skip_low_noise_steps"
+        )
+    return found
+
+
+def _change(sampler: Sampler, parameter: Tensor, drew: Trajectories, steps: Collection[int]) -> Tensor:
+    """What 10⁻⁴ more in the first entry of a parameter adds to log-probs (N, T)."""
+    columns, local = list(steps), parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    before, entry = log_probs(sampler, drew, columns), local.detach().view(-1)[:1]
+    kept = entry.clone()
+    entry += PERTURBATION
+    try:
+        return (log_probs(sampler, drew, columns) - before)[:, columns]
+    finally:
+        entry.copy_(kept)
 
 
 def check_spread(rewards: Tensor, name: str) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
+from steer.precision import widest
 from steer.schedule import Level
 from steer.transition import split_noise
 
@@ -94,7 +95,7 @@ def plain_pass(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
 ) -> dict[Wanted, Tensor]:
-    """`Pass` in plain PyTorch: any device, gradients as usual. All but x_s is fp32."""
+    """`Pass` in plain PyTorch: any device, gradients as usual. All but x_s is fp32; log-probs are summed in fp64."""
     check_pass(step, x, output, want, noise, x_s)
     columns = step.table(x.device).unbind(1)
     a, b, c, d, std, log_std = (column.view(-1, *[1] * (x.dim() - 1)) for column in columns)
@@ -108,7 +109,8 @@ def plain_pass(
     if x_s is not None:
         found["x_s"] = x_s
     if x_s is not None and "log_prob" in want:
-        terms = -0.5 * ((x_s.float() - mean) / std) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
+        z, log_std = ((x_s.float() - mean) / std).to(widest(x.device)), log_std.to(widest(x.device))
+        terms = -0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)
         found["log_prob"] = terms.reshape(len(x), -1).sum(1)
     return {name: found[name] for name in want}
 

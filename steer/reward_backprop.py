@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steer.batch import Batch, Reference
-from steer.engine import Backward, Penalty, counted
+from steer.engine import Backward, Penalty, counted, divergence
 from steer.errors import InputError
 from steer.frames import over_frames
 from steer.guards import kl
@@ -56,7 +56,7 @@ def reward_gradient(
         backward(-rewards.sum().to(images.device) / count)
 
         def back(t: int, p: Gaussian, x_s: Tensor, told: Reference = told) -> None:
-            costs = {penalty: penalty(p, told.kernel(steps.index(t), p.mean)).sum() / count for penalty in weights}
+            costs = {one: divergence(one, p, x_s, told, steps.index(t)).sum() / count for one in weights}
             for penalty, cost in costs.items():
                 found[penalty] += cost.item()
             if penalties:

@@ -102,12 +102,19 @@ def level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
     return Level(alpha.cpu().double(), sigma.cpu().double())  # not every device has float64
 
 
-def predict_x0(scheduler: Scheduler, model_output: Tensor, timestep: Any, sample: Tensor, index: int) -> Tensor:
-    """x̂0 (fp32, shaped like `sample`) from what the denoiser said, clipped as the scheduler's configuration asks.
+def predict_x0(
+    scheduler: Scheduler,
+    model_output: Tensor,
+    timestep: Any,
+    sample: Tensor,
+    index: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """x̂0 (in `dtype`, shaped like `sample`) from what the denoiser said, clipped as the scheduler's configuration asks.
 
     Raises InputError for a prediction type that has no rule.
     """
-    kind, output, x = prediction_type(scheduler), model_output.float(), sample.float()
+    kind, output, x = prediction_type(scheduler), model_output.to(dtype), sample.to(dtype)
     alpha, sigma = (value.to(x) for value in level(scheduler, timestep, index))
     if output.shape[1] == 2 * x.shape[1]:  # a learned variance rides along
         output = output[:, : x.shape[1]]

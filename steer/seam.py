@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from steer.errors import InputError
 from steer.kernels import fused_gaussian, has_kernel
+from steer.precision import HALF, widest
 from steer.schedule import Scheduler, check_verified, in_the_middle, predict_x0, total_transitions
 from steer.transition import Gaussian, gaussian_transition, step_levels
 
@@ -52,6 +53,12 @@ class Event:
     def x0(self) -> Tensor:
         """x̂0, the denoiser's guess of the end from x: fp32, shaped like x. Computed when first asked for."""
         return self._x0
+
+    def exact_kernel(self, eta: float) -> Gaussian:
+        """The Gaussian step p(x_s | x_t) with noise η, in fp64: log-ratios are differences of large sums."""
+        levels, dtype = step_levels(self.scheduler, self.t, self.index), widest(self.x.device)
+        x0 = predict_x0(self.scheduler, self.output, self.t, self.x, self.index, dtype)
+        return gaussian_transition(self.x, x0, *levels, eta)
 
     def kernel(self, eta: float, rows: Tensor | None = None) -> Gaussian:
         """The Gaussian step p(x_s | x_t) with noise η, of all particles or of those in `rows` (with repeats)."""
@@ -120,7 +127,7 @@ class _Tracker:
             event, self.event, self.transitions = self.event, None, self.transitions + 1
             self.total = self.total or total_transitions(scheduler, event.t, t)
             event.prev, event.total = out[0], self.total
-            out = self._apply(self.on_step(event) or (None, None), scheduler, out)
+            out = self._apply(self.on_step(event) or (None, None), scheduler, out, x)
         self.last = out[0]
         return out
 
@@ -136,7 +143,7 @@ class _Tracker:
                 "it cannot be steered"
             )
 
-    def _apply(self, answer: Answer, scheduler: Scheduler, out: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _apply(self, answer: Answer, scheduler: Scheduler, out: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
         ancestors, next_latents = answer
         if ancestors is not None:
             self._check_resampling()
@@ -146,7 +153,8 @@ class _Tracker:
         if next_latents is None:
             return out
         _start_from_here(scheduler)
-        latents = next_latents.to(out[0].dtype)
+        # A denoiser that answers in float32 leaves latents in half precision, and a decoder after them, as they are.
+        latents = next_latents.to(x.dtype if x.dtype in HALF else out[0].dtype)
         # At the end x̂0 is the latents themselves, and some pipelines decode that output of the step.
         return latents, *([latents] if self.transitions == self.total else out[1:2]), *out[2:]
 

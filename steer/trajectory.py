@@ -5,6 +5,7 @@ made, so that each step can be differentiated, and forgotten, by itself.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -15,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from steer.differentiable import recording
 from steer.errors import InputError
+from steer.precision import HALF, Precision, in_float32
 from steer.preview import accepted_only, first_output
 from steer.quiet import quiet
 from steer.seam import Event, steered
@@ -52,7 +54,7 @@ class Trajectories:
 
     latents    (N, S, …) after each of the S transitions, in the storage dtype
     stochastic the T transitions of them that have a density (τ > 0)
-    log_probs  (N, T) fp32, nats: log p(x_s | x_t) of the policy that drew them
+    log_probs  (N, T) fp64, nats: log p(x_s | x_t) of the policy that drew them
     """
 
     rows: Rows
@@ -86,6 +88,8 @@ class Sampler:
     eta      η of every step, above 0 and at most 1
     storage  dtype in which latents are kept
     prepared the trained denoiser as accelerate wraps it, to be called in place of the pipeline's own
+    precision  in which the denoiser is evaluated: float32, whatever its weights and autocast are, since log-ratios of
+               half precision are rounding; or that of the model
 
     Raises InputError for a scheduler without a Gaussian kernel.
     """
@@ -97,6 +101,7 @@ class Sampler:
         eta: float = 1.0,
         storage: torch.dtype = torch.float32,
         prepared: Callable[..., Any] | None = None,
+        precision: Precision = "float32",
     ) -> None:
         if not 0 < eta <= 1:
             raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
@@ -109,7 +114,8 @@ class Sampler:
         if unknown:
             raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
         self.eta, self.storage, self._call = eta, storage, dict(call)
-        self._gate = _Gate()
+        self._exactly = in_float32 if precision == "float32" else nullcontext
+        self._gate = _Gate(self._exactly)
         self._pipe = recording(quiet(pipe))
         vars(self._pipe).update(self._gate.around(pipe, prepared))
 
@@ -121,14 +127,14 @@ class Sampler:
         latents, log_probs, stochastic = [], [], []
 
         def draw(event: Event) -> tuple[None, Tensor] | None:
-            kernel = event.kernel(self.eta)
-            x_s = event.prev
+            kernel, dtype = event.exact_kernel(self.eta), _latent_dtype(event)
+            x_s = event.prev.to(dtype)
             if noisy := bool(kernel.std > 0):
                 stochastic.append(event.k)
-                x_s, told = kernel.draw(self._noise(rows, event.k, event.x), event.prev.dtype, self.storage)
+                x_s, told = kernel.draw(self._noise(rows, event.k, event.x), dtype, self.storage)
                 log_probs.append(told.cpu())
             latents.append(x_s.to(self.storage).cpu())
-            return (None, x_s) if noisy else None
+            return (None, x_s) if noisy or dtype != event.prev.dtype else None
 
         with torch.no_grad():
             images = self._run(rows, draw, "pt")
@@ -147,9 +153,10 @@ class Sampler:
         wanted = {k: t for t, k in enumerate(stored.stochastic) if only is None or t in only}
 
         def force(event: Event) -> tuple[None, Tensor]:
-            x_s = stored.latents[:, event.k].to(event.prev)
+            x_s = stored.latents[:, event.k].to(event.prev.device, _latent_dtype(event))
             if event.k in wanted:
-                at(wanted[event.k], event.kernel(self.eta), x_s)
+                with self._exactly():  # a backward pass in it may evaluate blocks of the denoiser again
+                    at(wanted[event.k], event.exact_kernel(self.eta), x_s)
             self._gate.open = event.k + 1 in wanted
             return None, x_s
 
@@ -162,6 +169,8 @@ class Sampler:
 
     def finish(self, stored: Trajectories, last: int) -> Tensor:
         """Runs the last `last` solver steps anew by today's weights, with the same noise, and keeps the graph.
+
+        There is no density in it: the denoiser is evaluated in the precision of the model.
 
         The run begins at the stored latents before them; the denoiser is not called for earlier steps. Returns images
         (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
@@ -177,12 +186,12 @@ class Sampler:
                 return None, kernel.mean
             return None, kernel.mean + kernel.std * self._noise(stored.rows, event.k, kernel.mean)
 
-        self._gate.open = first == 0
+        self._gate.open, self._gate.exactly = first == 0, nullcontext
         try:
             with torch.enable_grad():
                 return self._run(stored.rows, go_on, "pt").float()
         finally:
-            self._gate.open = True
+            self._gate.open, self._gate.exactly = True, self._exactly
 
     def _noise(self, rows: Rows, k: int, like: Tensor) -> Tensor:
         return drawn(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"step {k}"] * len(rows))
@@ -197,16 +206,24 @@ class Sampler:
             return first_output(view(**accepted_only(self._pipe, self._call | per_row | given)))
 
 
+def _latent_dtype(event: Event) -> torch.dtype:
+    """Half-precision latents stay that, also where the denoiser answers in float32."""
+    return event.x.dtype if event.x.dtype in HALF else event.prev.dtype
+
+
 def takes_prompts(pipe: Any) -> bool:
     """Whether a pipeline's call takes a prompt; without one it is unconditional, and told how many images to make."""
     return "prompt" in accepted_only(pipe, {"prompt": None})
 
 
 class _Gate:
-    """Lets the calls of a pipeline's denoisers through while it is open; else they predict nothing, at no cost."""
+    """Lets the calls of a pipeline's denoisers through while it is open; else they predict nothing, at no cost.
 
-    def __init__(self) -> None:
-        self.open = True
+    exactly  the precision of those calls
+    """
+
+    def __init__(self, exactly: Callable[[], AbstractContextManager[None]]) -> None:
+        self.open, self.exactly = True, exactly
 
     def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, StandIn]:
         found, trained = {}, denoisers_in(pipe)[:1]
@@ -218,7 +235,13 @@ class _Gate:
         return found
 
     def _guarded(self, call: Callable[..., Any], silent: StandIn) -> Callable[..., Any]:
-        return lambda *args, **kwargs: (call if self.open else silent)(*args, **kwargs)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if not self.open:
+                return silent(*args, **kwargs)
+            with self.exactly():
+                return call(*args, **kwargs)
+
+        return guarded
 
 
 def _in_dtype_of(module: Any, prepared: Callable[..., Any]) -> Callable[..., Any]:

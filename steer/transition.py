@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
+from steer.precision import widest
 from steer.schedule import Level, Scheduler, descends_from, level
 
 
 @dataclass(frozen=True)
 class Gaussian:
-    """N(mean, std² I): mean (N, …) fp32; std a scalar tensor, 0 where the step is deterministic."""
+    """N(mean, std² I): mean (N, …) fp32 or fp64; std a scalar tensor, 0 where the step is deterministic."""
 
     mean: Tensor
     std: Tensor
@@ -28,14 +29,16 @@ class Gaussian:
         return torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean.device)
 
     def log_prob(self, x: Tensor, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
-        """log N(x; mean, std² I) in nats (N,), summed or averaged over the elements of a sample.
+        """log N(x; mean, std² I) in nats (N,), summed or averaged in fp64 over the elements of a sample.
 
         Raises InputError where std = 0: a deterministic step has no density.
         """
         if not self.std > 0:
             raise InputError("this step is deterministic (τ = 0): it has no log-probability. Use η > 0")
-        z = (x.float() - self.mean) / self.std
-        terms = (-0.5 * z**2 - self.std.log() - 0.5 * math.log(2 * math.pi)).flatten(1)
+        dtype = widest(self.mean.device)
+        std = self.std.to(dtype)
+        z = (x.to(dtype) - self.mean.to(dtype)) / std
+        terms = (-0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1)
         return terms.sum(1) if reduce == "sum" else terms.mean(1)
 
     def draw(self, noise: Tensor, dtype: torch.dtype, storage: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -48,21 +51,24 @@ class Gaussian:
         return x_s, self.log_prob(x_s)
 
     def kl(self, other: "Gaussian") -> Tensor:
-        """KL(self ‖ other) in nats (N,), for two steps of equal τ: ‖μ − μ'‖² / 2τ²."""
-        if not (self.std > 0 and torch.isclose(self.std, other.std)):
+        """KL(self ‖ other) in nats (N,), summed in fp64, for two steps of equal τ: ‖μ − μ'‖² / 2τ²."""
+        dtype = widest(self.mean.device)
+        if not (self.std > 0 and torch.isclose(self.std, other.std.to(self.std))):
             raise InputError(f"KL in closed form needs two steps of one τ > 0, got {self.std:g} and {other.std:g}")
-        return ((self.mean - other.mean) ** 2).flatten(1).sum(1) / (2 * self.std**2)
+        difference = (self.mean.to(dtype) - other.mean.to(dtype)) / self.std.to(dtype)
+        return (difference**2).flatten(1).sum(1) / 2
 
 
 def gaussian_transition(x: Tensor, x0: Tensor, before: Level, after: Level, eta: float) -> Gaussian:
     """p(x_s | x_t) given x̂0. The DDPM posterior at η = 1, DDIM's step at any η, Euler's ancestral one in its frame.
 
     τ = η (σ_s/σ_t) √(σ_t² − (α_t/α_s)² σ_s²),  mean = α_s x̂0 + √(σ_s² − τ²) ε̂,  ε̂ = (x_t − α_t x̂0)/σ_t
-    (DDIM, arXiv 2010.02502, eq. 12 and 16). `eta` in [0, 1].
+    (DDIM, arXiv 2010.02502, eq. 12 and 16). `eta` in [0, 1]. In fp64 where x̂0 is, else in fp32.
     """
     (alpha_t, sigma_t), alpha_s = before, after.alpha
     tau, rest = split_noise(before, after, eta)
-    x, x0 = x.float(), x0.float()
+    x0 = x0 if x0.dtype == torch.float64 else x0.float()
+    x = x.to(x0.dtype)
     epsilon = (x - alpha_t.to(x) * x0) / sigma_t.to(x)
     return Gaussian(alpha_s.to(x) * x0 + rest.to(x) * epsilon, tau.to(x))
 

@@ -66,8 +66,8 @@ def _step(
                 tl.store(x_s_to + to, x_s, mask=inside)
             x_s = x_s.to(tl.float32)
         if LOG_PROB:
-            z = (x_s - mean) / std
-            terms = -0.5 * z * z - tl.load(weights + 5) - HALF_LOG_2PI
+            z = ((x_s - mean) / std).to(tl.float64)
+            terms = -0.5 * z * z - tl.load(weights + 5).to(tl.float64) - HALF_LOG_2PI
             total = tl.sum(tl.where(inside, terms, 0.0))
             tl.store(sums_to + row * tl.num_programs(0) + tl.program_id(0), total)
 
@@ -98,7 +98,7 @@ def triton_pass(
             found[name] = torch.empty(x.shape, device=x.device)
     if noise is not None:
         found["x_s"] = torch.empty(x.shape, dtype=dtype, device=x.device)
-    sums = torch.empty((rows, blocks), device=x.device)
+    sums = torch.empty((rows, blocks), device=x.device, dtype=torch.float64)
     table = step.table(x.device)
     given = next((tensor for tensor in (noise, x_s) if tensor is not None), x)
     inputs = [_rows(tensor.detach(), elements) for tensor in (x, output, given)]

@@ -49,6 +49,7 @@ from transformers import (
 from steer.apps import cli
 from steer.apps.options import takes_one
 from steer.apps.scenes.tokenizer import build_tokenizer
+from steer.assets import MODELS
 
 settings.register_profile("same every time", derandomize=True)
 settings.load_profile("same every time")
@@ -275,6 +276,25 @@ def wan() -> WanPipeline:
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         transformer=transformer,
     )
+
+
+def fresh_scenes() -> StableDiffusionPipeline:
+    """The embedded model, loaded once more."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def large_denoiser(name: str) -> DiffusionPipeline:
+    """A tiny pipeline for latents of real size: 256 px are 128 latent pixels, D = 65,536."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe = PIPELINES[name]()
+        if name == "sd3":  # its table of positions is larger, its weights are the same
+            config = dict(pipe.transformer.config) | {"sample_size": 64, "pos_embed_max_size": 64}
+            pipe.transformer = SD3Transformer2DModel.from_config(config).eval()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 PIPELINES: dict[str, Callable[[], DiffusionPipeline]] = {

@@ -184,7 +184,7 @@ def test_rollouts_and_replays_through_the_kernel(
     draw = kernels.FusedGaussian.draw
     monkeypatch.setattr(kernels.FusedGaussian, "draw", lambda self, *a: (drawn.append("x_s"), draw(self, *a))[1])
     fused, same = sampler.rollout(TWO_PROMPTS)
-    assert len(drawn) == len(plain.stochastic)
+    assert not drawn  # the densities of finetuning are taken in fp64, outside the kernel
     assert_near(fused, plain, 1e-5 if storage == torch.float32 else 2e-3)
     torch.testing.assert_close(same, images, rtol=0, atol=1e-4 if storage == torch.float32 else 5e-3)
     assert torch.equal(log_probs(sampler, fused), fused.log_probs)

@@ -102,7 +102,7 @@ def test_a_pipeline_of_known_densities(eta: float) -> None:
     stored, images = sampler.rollout(rows)
     x = torch.cat([torch.randn(1, 3, 1, 1, generator=Generator().manual_seed(seed)) for seed in rows.starts])
     for k, (gain, shift, deviation) in enumerate(pipe.transitions(6, eta)[:-1]):
-        kernel, x = Normal(gain * x + shift, deviation), stored.latents[:, k]
+        kernel, x = Normal(gain * x.double() + shift, deviation), stored.latents[:, k]
         by_hand = kernel.log_prob(x).flatten(1).sum(1)
         torch.testing.assert_close(stored.log_probs[:, k], by_hand, rtol=1e-4, atol=1e-4)
     assert torch.equal(log_probs(sampler, stored), stored.log_probs)
@@ -218,7 +218,7 @@ def test_latents_in_half_precision_are_those_that_were_drawn(name: str, storage:
     exact = case(name)[1]
     sampler = Sampler(cached_pipe(name), call_of(name), storage=storage)
     stored, _ = sampler.rollout(TWO_PROMPTS)
-    assert stored.latents.dtype == storage and stored.log_probs.dtype == torch.float32
+    assert stored.latents.dtype == storage and stored.log_probs.dtype == torch.float64
     seen: list[Tensor] = []
     sampler.replay(stored, lambda t, kernel, x_s: seen.append(x_s))
     assert all(x.dtype == torch.float32 and torch.equal(x, stored.latents[:, t].float()) for t, x in enumerate(seen))

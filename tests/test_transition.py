@@ -183,15 +183,15 @@ def test_the_gaussian_pipeline_draws_from_what_it_says(eta: float) -> None:
 
 def test_log_prob_is_that_of_independent_normals() -> None:
     ours = Gaussian(noise(0), torch.tensor(0.3))
-    terms = Normal(ours.mean, ours.std).log_prob(noise(1)).flatten(1)
+    terms = Normal(ours.mean.double(), ours.std.double()).log_prob(noise(1)).flatten(1)
     torch.testing.assert_close(ours.log_prob(noise(1)), terms.sum(1))
     torch.testing.assert_close(ours.log_prob(noise(1), reduce="mean"), terms.mean(1))
 
 
-def test_log_prob_is_taken_in_fp32_and_carries_gradients_to_the_mean() -> None:
+def test_log_prob_is_taken_in_fp64_and_carries_gradients_to_the_mean() -> None:
     mean = noise(0).requires_grad_()
     value = Gaussian(mean, torch.tensor(0.5)).log_prob(noise(1).half())
-    assert value.dtype == torch.float32
+    assert value.dtype == torch.float64
     (gradient,) = torch.autograd.grad(value.sum(), mean)
     torch.testing.assert_close(gradient, (noise(1).half().float() - mean.detach()) / 0.25)
 
@@ -199,7 +199,7 @@ def test_log_prob_is_taken_in_fp32_and_carries_gradients_to_the_mean() -> None:
 def test_kl_is_that_of_independent_normals() -> None:
     std = torch.tensor(0.3)
     first, second = Gaussian(noise(0), std), Gaussian(noise(1), std)
-    independent = (Independent(Normal(each.mean, std), 3) for each in (first, second))
+    independent = (Independent(Normal(each.mean.double(), std.double()), 3) for each in (first, second))
     torch.testing.assert_close(first.kl(second), kl_divergence(*independent))
     assert (first.kl(first) == 0).all()
 

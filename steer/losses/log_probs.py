@@ -24,7 +24,7 @@ Unit = Literal["nat", "element"]
 class LogProbs:
     """log p(x_s | x_t) of the T stochastic steps of K samples for each of B prompts.
 
-    new        (B, K, T) fp32, nats summed over a sample's elements: of the policy being trained; may require grad
+    new        (B, K, T) fp64, nats summed over a sample's elements: of the policy being trained; may require grad
     old        (B, K, T) of the policy that drew the samples, a constant
     reference  (B, K, T) of the reference policy, a constant
     elements   D ≥ 1, how many elements a sample has

@@ -1,0 +1,56 @@
+"""Evaluation of half-precision models in float32, one operation at a time and without a copy of their weights."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+
+HALF = (torch.float16, torch.bfloat16)
+Precision = Literal["float32", "model"]
+_TO_HALF = {torch.Tensor.half, torch.Tensor.bfloat16}
+
+
+class Float32(TorchFunctionMode):
+    """Inside, every operation takes its half-precision tensors in float32 and answers in float32, autocast or not.
+
+    Casts to half precision are casts to float32, and half-precision weights report float32 as their dtype: a model
+    keeps its stored weights and computes as `model.float()` would. Gradients flow to the stored weights.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func in _TO_HALF:
+            func = torch.Tensor.float
+        given: Mapping[str, Any] = kwargs or {}
+        device = next((one.device.type for one in args if isinstance(one, Tensor)), "cpu")
+        with torch.autocast(device, enabled=False):
+            return func(*tree_map(_in_float32, tuple(args)), **tree_map(_in_float32, dict(given)))
+
+
+def _in_float32(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value in HALF else value
+    return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
+
+
+@contextmanager
+def in_float32() -> Iterator[None]:
+    """Evaluate everything in float32: no half precision, no autocast, no TF32 in products and convolutions."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        with Float32():
+            yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, where the device has it: the dtype in which densities are summed over the elements of a sample."""
+    return torch.float32 if device.type == "mps" else torch.float64
