@@ -12,6 +12,7 @@ import click
 from steer import __version__
 from steer.apps.bench_cli import bench
 from steer.apps.demo_cli import demo
+from steer.apps.device_option import DEVICE
 from steer.apps.ending import Ending
 from steer.apps.evaluate_cli import evaluate
 from steer.apps.finetune_cli import finetune
@@ -38,16 +39,18 @@ def steer(offline: bool) -> None:
 @click.option("--prompt", required=True, help="What the images were asked to show.")
 @click.option("--reward", required=True, help=SPEC)
 @TIMEOUT
-def score(images: tuple[Path, ...], prompt: str, reward: str, reward_timeout: float | None) -> None:
+@DEVICE
+def score(images: tuple[Path, ...], prompt: str, reward: str, reward_timeout: float | None, device: str | None) -> None:
     """Scores IMAGEs and prints JSON, every part of a composed reward too."""
+    from steer.apps.models import device_here
     from steer.apps.specs import reward_here
     from steer.images import read_image
     from steer.reward import score_parts
 
-    loaded = reward_here(reward, reward_timeout)
+    loaded, where = reward_here(reward, reward_timeout), device_here(device)
     rows = []
     for path in images:
-        total, parts = score_parts(loaded, read_image(path)[None], [prompt])
+        total, parts = score_parts(loaded, read_image(path)[None].to(where), [prompt])
         told = {"parts": {name: value.item() for name, value in parts.items()}} if parts else {}
         rows.append({"image": str(path), "score": total.item()} | told)
     click.echo(json.dumps({"reward": reward, "prompt": prompt, "scores": rows}, indent=1))

@@ -20,7 +20,6 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
 
     Raises InputError where there is no such model. Code that a model folder may hold is never run.
     """
-    import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -37,7 +36,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
         source = model
     elif not (Path(source) / "model_index.json").exists():
         raise InputError(f"model {model!r}: no model_index.json in this folder; is it in diffusers' format?")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here(device)
     try:
         pipe = DiffusionPipeline.from_pretrained(source, dtype=precision(device, dtype))
     except UnpicklingError as error:
@@ -59,11 +58,21 @@ def precision(device: str, dtype: str | None) -> "torch.dtype":
     return number
 
 
-def check_device(device: str | None) -> None:
-    """Raises InputError for a device that there is not."""
+def device_here(device: str | None = None) -> str:
+    """The device, or where none is given the GPU if there is one, else the CPU."""
     import torch
 
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_device(device: str | None) -> None:
+    """Raises InputError for a device that there is not, or that holds no numbers."""
+    import torch
+
+    if device is None:
+        return
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise InputError(f"--device {device!r} cannot be used: tensors have no values there; use cpu or cuda")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -80,11 +80,17 @@ def check_asked(paths: Sequence[Path], prompt: str, rewards: Sequence[str]) -> N
 
 
 def score_files(
-    paths: Sequence[Path], prompt: str, rewards: Sequence[str], find: Callable[[str], Reward], ticket: Ticket
+    paths: Sequence[Path],
+    prompt: str,
+    rewards: Sequence[str],
+    find: Callable[[str], Reward],
+    ticket: Ticket,
+    device: str = "cpu",
 ) -> None:
     """Scores image files, one in memory at a time; says Scoring and, at the end, Scores.
 
-    find  gives the reward of a specification, or raises InputError
+    find    gives the reward of a specification, or raises InputError
+    device  where the images are scored
     What cannot be read or scored has a line in the notes, once; the rest goes on. Raises InputError where no reward
     was found, or no image could be read.
     """
@@ -107,7 +113,7 @@ def score_files(
             notes[_line(path.name, error)] = None
             continue
         rows.append(Row(path.name, (image.shape[2], image.shape[1]), thumbnail(image), {}))
-        rows[-1] = _scored(rows[-1], image, prompt, found, notes, ticket)
+        rows[-1] = _scored(rows[-1], image.to(device), prompt, found, notes, ticket)
     if not rows:
         raise InputError("; ".join(notes))
     ticket.say(Scores(prompt, tuple(found), tuple(rows), tuple(notes)))
