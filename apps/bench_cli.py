@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from steer.apps.device_option import DEVICE
 from steer.apps.options import Command
 from steer.errors import InputError
 
@@ -13,7 +14,7 @@ QUICK, LONG = 24.0, 600.0  # seconds of measuring; on two idle cores a quick run
 
 @click.command(cls=Command)
 @click.option("--quick", is_flag=True, help="Fewer steps and repeats, nothing compiled: 45 seconds on two cores.")
-@click.option("--device", help="Where to run; by default the GPU if there is one.")
+@DEVICE
 @click.option("--json", "file", default=Path("out/bench.json"), type=click.Path(path_type=Path), help="The report.")
 @click.option(
     "--model",
@@ -56,10 +57,9 @@ def bench(
     from steer.apps.bench.report import table
     from steer.apps.bench.run import Bench
     from steer.apps.bench.start import EMBEDDED, Asked, subjects_of
-    from steer.apps.models import check_device
+    from steer.apps.models import device_here
 
-    check_device(device)
-    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = device_here(device)
     chosen = models or ((EMBEDDED,) if where == "cpu" else (EMBEDDED, "sd15", "sdxl", "sd3", "flux"))
     subjects = subjects_of(chosen, Asked(where, dtype, particles, steps, resolution, quick))
     run = Bench(file, seconds or (QUICK if quick else LONG), quick, lambda line: click.echo(line, err=True))

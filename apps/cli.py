@@ -12,6 +12,7 @@ import click
 from steer import __version__
 from steer.apps.bench_cli import bench
 from steer.apps.demo_cli import demo
+from steer.apps.device_option import DEVICE
 from steer.apps.ending import Ending
 from steer.apps.evaluate_cli import evaluate
 from steer.apps.finetune_cli import finetune
@@ -43,6 +44,7 @@ def steer(offline: bool) -> None:
 @click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
 @click.option("--reward", required=True, help=SPEC)
 @TIMEOUT
+@DEVICE
 def score(
     images: tuple[Path, ...],
     texts: tuple[str, ...],
@@ -50,6 +52,7 @@ def score(
     prompt_column: str | None,
     reward: str,
     reward_timeout: float | None,
+    device: str | None,
 ) -> None:
     """Scores IMAGEs and prints JSON, every part of a composed reward too.
 
@@ -57,11 +60,12 @@ def score(
     with columns of images and prompts. Prompts are needed where the reward reads them. Images that cannot be scored
     are listed; the others are scored, and the exit code is 2.
     """
+    from steer.apps.models import device_here
     from steer.apps.scoring import score_images, shown_images
     from steer.apps.specs import reward_here
 
     shown = shown_images(images, texts, file, prompt_column)
-    scored = score_images(reward_here(reward, reward_timeout), shown)
+    scored = score_images(reward_here(reward, reward_timeout), shown, device_here(device))
     prompts = {one.prompt for one in shown}
     told = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
     if len(scored.errors) < len(shown):

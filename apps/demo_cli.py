@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from steer.apps.device_option import DEVICE
 from steer.apps.options import Command
 from steer.errors import InputError
 
@@ -22,7 +23,7 @@ from steer.errors import InputError
     "--reward", "rewards", multiple=True, help="That you vouch for, beside those with names: my_file:function."
 )
 @click.option("--labels", type=click.Path(path_type=Path, file_okay=False), help="Folder that choices are kept in.")
-@click.option("--device", help="Where to run; by default the GPU if there is one.")
+@DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the models.")
 def demo(
     host: str,

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from steer.apps.device_option import DEVICE
 from steer.apps.options import Command
 from steer.apps.processes import processes, speaks
 from steer.apps.sample_cli import SPEC, TIMEOUT, sample
@@ -47,7 +48,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--kl-prompts", default=16, help="Prompts for the KL of finetuned weights; 0: none.")
 @click.option("--batch", default=8, help="Images made in one call, where the method can.")
 @click.option("--out", default=Path("out/evaluation"), type=click.Path(path_type=Path), help="A folder; it goes on.")
-@click.option("--device", help="Where to run; by default the GPU if there is one.")
+@DEVICE
 def evaluate(
     models: tuple[str, ...],
     loras: tuple[str, ...],

@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import click
 
+from steer.apps.device_option import DEVICE
 from steer.apps.options import Command
 from steer.apps.processes import speaks
 from steer.assets import CONFIGS
@@ -19,8 +20,9 @@ from steer.errors import InputError
 )
 @click.argument("config")
 @click.argument("changes", nargs=-1, type=click.UNPROCESSED, metavar="")
+@DEVICE
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint; begin where there is none.")
-def finetune(config: str, changes: tuple[str, ...], resume: bool) -> None:
+def finetune(config: str, changes: tuple[str, ...], device: str | None, resume: bool) -> None:
     """Trains a diffusion model on a reward, as CONFIG says: the name of an embedded configuration, or a YAML file.
 
     Any key of it can be given here, and goes before the file: --max-steps 20 --options.beta 0.01
@@ -31,7 +33,7 @@ def finetune(config: str, changes: tuple[str, ...], resume: bool) -> None:
     """
     if config.startswith("-"):
         raise InputError(f"{config}: the configuration comes first: steer finetune CONFIG --KEY VALUE …")
-    words = keys_of(changes)
+    words = keys_of(changes) | ({} if device is None else {"device": device})
     if missing := [package for package in ("pydantic", "peft") if find_spec(package) is None]:
         raise InputError(f"finetuning needs {missing[0]}: pip install 'steer-diffusion[train]'")
     from steer.apps.finetune import finetune as run

@@ -51,7 +51,6 @@ def load_pipeline(
 
     Raises InputError where there is no such model. Code that a model folder may hold is never run.
     """
-    import torch
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
@@ -66,7 +65,7 @@ def load_pipeline(
     if config is not None and not (single and (Path(config) / INDEX).is_file()):
         wrong = f"no {INDEX} in this folder" if single else f"model {model!r} is no single file: leave it out"
         raise InputError(f"--config {config}: {wrong}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_here(device)
     try:
         if isinstance(source, Path) and source.is_file():
             pipe = _from_single_file(model, source, precision(device, dtype), config)
@@ -153,11 +152,21 @@ def precision(device: str, dtype: str | None) -> "torch.dtype":
     return number
 
 
-def check_device(device: str | None) -> None:
-    """Raises InputError for a device that there is not."""
+def device_here(device: str | None = None) -> str:
+    """The device, or where none is given the GPU if there is one, else the CPU."""
     import torch
 
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_device(device: str | None) -> None:
+    """Raises InputError for a device that there is not, or that holds no numbers."""
+    import torch
+
+    if device is None:
+        return
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise InputError(f"--device {device!r} cannot be used: tensors have no values there; use cpu or cuda")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error

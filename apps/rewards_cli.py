@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from steer.apps.device_option import DEVICE
 from steer.apps.options import Group
 
 FOLDER = click.Path(path_type=Path)
@@ -31,17 +32,19 @@ def rewards(context: click.Context) -> None:
 @click.argument("reward", metavar="SPEC")
 @click.option("--host", default="127.0.0.1", help="Address to listen at; any but this machine's own is open to others.")
 @click.option("--port", default=0, type=click.IntRange(0, 65535), help="0: any that is free.")
-def serve(reward: str, host: str, port: int) -> None:
+@DEVICE
+def serve(reward: str, host: str, port: int, device: str | None) -> None:
     """Scores over HTTP by SPEC, for `--reward http://…/` elsewhere, until Ctrl-C.
 
     Where the environment variable STEER_REWARD_TOKEN is set, requests must bring it: set it for the client too.
     """
     from steer.apps.ending import end_now
+    from steer.apps.models import device_here
     from steer.apps.specs import reward_here
     from steer.rewards.remote_protocol import read_token
     from steer.rewards.remote_server import LOCAL, RewardServer
 
-    with RewardServer(reward_here(reward), host, port, read_token()) as server:
+    with RewardServer(reward_here(reward), host, port, read_token(), device_here(device)) as server:
         if host not in LOCAL:
             click.echo(f"steer: --host {host}: whoever reaches this machine can use the reward, unencrypted", err=True)
         idle = server.serve_until_told(lambda: click.echo(server.url))
@@ -54,15 +57,18 @@ def serve(reward: str, host: str, port: int) -> None:
 @IMAGES
 @PROMPT
 @click.option("--most", default=8, type=click.IntRange(1), help="Images of one size that it is tested on.")
-def check(reward: str, images: Path, prompt: str | None, most: int) -> None:
+@DEVICE
+def check(reward: str, images: Path, prompt: str | None, most: int, device: str | None) -> None:
     """Tests REWARD: contract, determinism, batches, gradients, speed. Exit code 1 where a test fails."""
     from steer.apps.image_folders import images_with_prompts
+    from steer.apps.models import device_here
     from steer.apps.rewards_report import batch_of_files, render_findings
     from steer.apps.specs import reward_here
     from steer.rewards.checks import check_reward
 
     paths, prompts = images_with_prompts(images, prompt)
-    findings = check_reward(reward_here(reward), *batch_of_files(paths, prompts, most))
+    batch, texts = batch_of_files(paths, prompts, most)
+    findings = check_reward(reward_here(reward), batch.to(device_here(device)), texts)
     click.echo(render_findings(findings))
     if any(finding.passed is False for finding in findings):
         raise SystemExit(1)
@@ -74,15 +80,17 @@ def check(reward: str, images: Path, prompt: str | None, most: int) -> None:
 @IMAGES
 @PROMPT
 @click.option("--out", default=Path("scatter.png"), type=FOLDER, help="The picture.")
-def compare(first: str, second: str, images: Path, prompt: str | None, out: Path) -> None:
+@DEVICE
+def compare(first: str, second: str, images: Path, prompt: str | None, out: Path, device: str | None) -> None:
     """How much two rewards agree on images: rank correlations, STARC distance, and a scatter plot."""
     from steer.apps.image_folders import images_with_prompts
+    from steer.apps.models import device_here
     from steer.apps.rewards_report import draw_scatter, render_agreement, score_all
     from steer.apps.specs import reward_here
     from steer.rewards.agreement import compare as agreement_of
 
     paths, prompts = images_with_prompts(images, prompt)
-    one, two = (score_all(reward_here(spec), paths, prompts) for spec in (first, second))
+    one, two = (score_all(reward_here(spec), paths, prompts, device=device_here(device)) for spec in (first, second))
     agreement = agreement_of(one, two, prompts)
     draw_scatter(first, one, second, two, prompts, agreement, out)
     click.echo(f"{render_agreement(agreement)}\n→ {out}")
@@ -92,14 +100,17 @@ def compare(first: str, second: str, images: Path, prompt: str | None, out: Path
 @click.argument("reward")
 @IMAGES
 @PROMPT
-def contrast(reward: str, images: Path, prompt: str | None) -> None:
+@DEVICE
+def contrast(reward: str, images: Path, prompt: str | None, device: str | None) -> None:
     """How often REWARD prefers an image's prompt to one with a colour, count or relation changed."""
     from steer.apps.image_folders import images_with_prompts
+    from steer.apps.models import device_here
     from steer.apps.rewards_report import consistency_of_files, render_consistency
     from steer.apps.specs import reward_here
     from steer.errors import InputError
 
-    found = consistency_of_files(reward_here(reward), *images_with_prompts(images, prompt))
+    paths, prompts = images_with_prompts(images, prompt)
+    found = consistency_of_files(reward_here(reward), paths, prompts, device=device_here(device))
     if not found:
         raise InputError(f"--images {images}: no prompt names a colour, a count or a relation that could be changed")
     click.echo(render_consistency(found))
@@ -110,9 +121,11 @@ def contrast(reward: str, images: Path, prompt: str | None) -> None:
 @IMAGES
 @PROMPT
 @click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; rewards already in it stay.")
-def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: Path) -> None:
+@DEVICE
+def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: Path, device: str | None) -> None:
     """Measures each REWARD's mean and spread, over all and per prompt, on images of `steer sample --method base`."""
     from steer.apps.image_folders import images_with_prompts
+    from steer.apps.models import device_here
     from steer.apps.rewards_report import score_all
     from steer.apps.specs import reward_here
     from steer.rewards.transform import Calibration, measured, read_calibration
@@ -120,7 +133,8 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
     paths, prompts = images_with_prompts(images, prompt)
     scales = dict(read_calibration(out).scales) if out.exists() else {}
     for reward in map(reward_here, rewards_):
-        scales[reward.name] = scale = measured(score_all(reward, paths, prompts), prompts)
+        scores = score_all(reward, paths, prompts, device=device_here(device))
+        scales[reward.name] = scale = measured(scores, prompts)
         click.echo(f"{reward.name}: mean {scale.mean:.4g}, std {scale.std:.4g} over {scale.count} images")
         Calibration(scales, {"images": images.name, "count": len(paths)}).save(out)
 
@@ -145,19 +159,18 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
 @click.option("--centre", default=0.0, help="Pulls each prompt's rewards to a mean of 0; for ensembles 0.01 to 0.1.")
 @click.option("--held-out", default=0.1, help="Share of the prompts that the report is measured on.")
 @click.option("--seed", default=0)
-@click.option("--device", default="cpu")
-def train(data: Path, out: Path, images: Path | None, work: Path | None, device: str, **recipe: Any) -> None:
+@DEVICE
+def train(data: Path, out: Path, images: Path | None, work: Path | None, device: str | None, **recipe: Any) -> None:
     """Trains a reward from DATA: preferences between images of a prompt, in a .jsonl, .json or .parquet file.
 
     Read are pairs (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's
     chosen and rejected, and a folder of choices that the demo recorded.
     """
     from steer.apps.learning import learn, summary
-    from steer.apps.models import check_device
+    from steer.apps.models import device_here
     from steer.rewards.learn import Recipe
 
-    check_device(device)
     fields = {field.name for field in dataclasses.fields(Recipe)}
     chosen = Recipe(**{name: recipe[name] for name in fields})
-    report = learn(data, chosen, out, work or Path("runs") / out.name, device, images)
+    report = learn(data, chosen, out, work or Path("runs") / out.name, device_here(device), images)
     click.echo(f"{summary(report)} → {out}")

@@ -26,10 +26,13 @@ COLOURS = (
 MARKS = "osD^vPX<>h"
 
 
-def score_all(reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16) -> Tensor:
+def score_all(
+    reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
+) -> Tensor:
     """Scores (N,) fp32 of N image files, each with its prompt, with a progress bar.
 
-    Images of any sizes; at most `batch` neighbours of one size are scored together, and no more are in memory.
+    Images of any sizes; at most `batch` neighbours of one size are scored together on `device`, and no more are in
+    memory.
     Raises InputError for a file that is no image, RewardError where the reward does not score.
     """
     if batch < 1:
@@ -42,7 +45,8 @@ def score_all(reward: Reward, paths: Sequence[Path], prompts: Sequence[str], bat
     def flush() -> None:
         if waiting:
             done = sum(map(len, scores))
-            scores.append(score(reward, torch.stack(waiting), list(prompts[done : done + len(waiting)])))
+            texts = list(prompts[done : done + len(waiting)])
+            scores.append(score(reward, torch.stack(waiting).to(device), texts))
             progress.update(len(waiting))
             waiting.clear()
 
@@ -71,14 +75,15 @@ def batch_of_files(paths: Sequence[Path], prompts: Sequence[str], most: int) -> 
 
 
 def consistency_of_files(
-    reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16
+    reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
 ) -> dict[str, Consistency]:
     """`steer.rewards.contrast.consistency` of image files of any sizes, each with the prompt that it shows."""
     pairs = contrast_pairs(prompts)
     if not pairs:
         return {}
-    right = score_all(reward, paths, prompts, batch)
-    wrong = score_all(reward, [paths[row] for row, _ in pairs], [contrast.prompt for _, contrast in pairs], batch)
+    right = score_all(reward, paths, prompts, batch, device)
+    changed = [contrast.prompt for _, contrast in pairs]
+    wrong = score_all(reward, [paths[row] for row, _ in pairs], changed, batch, device)
     return consistency_by_kind([contrast.kind for _, contrast in pairs], right[[row for row, _ in pairs]] - wrong)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
+from steer.apps.device_option import DEVICE
 from steer.apps.options import Command
 from steer.apps.processes import processes, speaks
 from steer.errors import InputError
@@ -85,7 +86,7 @@ WITH_REPLAY = {
 @click.option("--replay", type=click.Path(path_type=Path), help="PNG of an earlier run: that image once more.")
 @click.option("--compare/--no-compare", default=True, help="Also make the base images, for grid.png.")
 @click.option("--animation", is_flag=True, help="reno, noise-search: also progress.gif for each prompt.")
-@click.option("--device", help="Where to run; by default the GPU if there is one.")
+@DEVICE
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),

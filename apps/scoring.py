@@ -113,7 +113,7 @@ class Scored:
     errors: Sequence[str]
 
 
-def score_images(reward: Reward, shown: Sequence[Shown]) -> Scored:
+def score_images(reward: Reward, shown: Sequence[Shown], device: str) -> Scored:
     """The score of each image, by itself; what cannot be read, or scored, is listed and the rest goes on.
 
     Raises InputError where the reward reads a prompt that an image does not have.
@@ -123,7 +123,7 @@ def score_images(reward: Reward, shown: Sequence[Shown]) -> Scored:
     for one in shown:
         row: dict[str, Any] = {"image": str(one.path), "prompt": one.prompt}
         try:
-            rows.append(row | _score(reward, one))
+            rows.append(row | _score(reward, one, device))
         except PromptMissing as error:
             raise InputError(
                 f"reward {reward.name!r} reads the prompt, and {one.path} has none: give --prompt, one for all "
@@ -136,9 +136,9 @@ def score_images(reward: Reward, shown: Sequence[Shown]) -> Scored:
     return Scored(rows, errors)
 
 
-def _score(reward: Reward, one: Shown) -> dict[str, Any]:
+def _score(reward: Reward, one: Shown, device: str) -> dict[str, Any]:
     prompts = Unprompted(1) if one.prompt is None else [one.prompt]
     with torch.no_grad():
-        total, parts = score_parts(reward, read_image(one.path)[None], prompts)
+        total, parts = score_parts(reward, read_image(one.path)[None].to(device), prompts)
     told = {"parts": {name: value.item() for name, value in parts.items()}} if parts else {}
     return {"score": total.item()} | told

@@ -76,9 +76,10 @@ class Exam:
             # All draw in every turn, as what they share of a denoiser asks for; what is drawn twice is left out.
             number = min(turn + team.index, len(parts) - 1)
             before()
-            images = sampler.rollout(parts[number])[1].cpu()
+            images = sampler.rollout(parts[number])[1]
             if turn + team.index < len(parts):
-                found.append((number, images, self._judged(images, parts[number].prompts)))
+                # Scored where they were made, and only then kept on the CPU.
+                found.append((number, images.cpu(), self._judged(images, parts[number].prompts)))
         _, drawn, scores = zip(*sorted(team.gather(found), key=lambda one: one[0]), strict=True)
         names = [reward.name for reward in (self.trained, *self.held_out)]
         rewards = {

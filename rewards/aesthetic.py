@@ -17,7 +17,7 @@ from steer.rewards.batches import in_micro_batches
 from steer.rewards.clip import MICRO_BATCH
 from steer.rewards.clip_backbone import DEFAULT_CLIP, Backbone, load_backbone
 from steer.rewards.learned import LearnedAesthetic
-from steer.rewards.weights import State, WebFile, cast, check_dtype, follow, load_weights, read_checkpoint
+from steer.rewards.weights import State, WebFile, cast, check_dtype, load_weights, placed, read_checkpoint
 
 RAW = "https://raw.githubusercontent.com"
 V2 = f"{RAW}/christophschuhmann/improved-aesthetic-predictor/6934dd81792f086e613a121dbce43082cb8be85e"
@@ -119,8 +119,7 @@ class Aesthetic:
         cast(self.head, None)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        follow(images, self.backbone, self.head)
-        return self._batched(images, prompts)
+        return self._batched(placed(images, self.backbone, self.head), prompts)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.head(self.backbone.images(images))[:, 0]

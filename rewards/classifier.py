@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from steer.reward import RewardError
 from steer.rewards.batches import in_micro_batches
 from steer.rewards.preprocess import normalise, resize_and_crop
-from steer.rewards.weights import follow, load_weights, read_checkpoint
+from steer.rewards.weights import load_weights, placed, read_checkpoint
 
 SIZE = 224  # pixels per side that the network sees
 RESIZED = 256  # of which that is the middle: timm's crop_pct 0.875, the official CROP_PADDING 32
@@ -52,7 +52,7 @@ class Classifier:
 
     def log_probabilities(self, images: Tensor) -> Tensor:
         """(N, 1000), nats: of every category, for images (N, 3, H, W) in [0, 1]; in the precision of the weights."""
-        follow(images, self._model)
+        images = placed(images, self._model)
         model: nn.Module = self._model
         wide = images.to(next(model.parameters()).dtype)
         edge = (RESIZED - SIZE) // 2

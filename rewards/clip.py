@@ -1,7 +1,8 @@
 """Rewards that compare image and prompt in a CLIP's space: CLIPScore, PickScore, HPSv2.
 
 All are computed from tensors, differentiable through their preprocessing, with the prompts' features remembered
-and images taken in micro-batches; they follow the images to their device. Common options, after the name:
+and images taken in micro-batches; their weights go from the CPU to the device of the images. Common options, after the
+name:
 
 path=FILE|FOLDER  local weights      dtype=float32|float16|bfloat16  of the model
 micro_batch=N     images at a time   preprocess=crop|pad             CLIP's own, or HPSv2's
@@ -25,7 +26,7 @@ from steer.rewards.clip_backbone import (
     open_clip_architecture,
 )
 from steer.rewards.preprocess import PREPROCESS
-from steer.rewards.weights import HubFile, cast, check_dtype, follow, load_weights, read_checkpoint
+from steer.rewards.weights import HubFile, cast, check_dtype, load_weights, placed, read_checkpoint
 from steer.truncation import noting_cuts
 
 Unit = Callable[[Tensor, float], Tensor]
@@ -91,8 +92,7 @@ class ClipReward:
         self._texts = PromptCache(encode)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        follow(images, self.backbone)
-        return self._batched(images, prompts)
+        return self._batched(placed(images, self.backbone), prompts)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image = self.backbone.images(images, self._preprocess)

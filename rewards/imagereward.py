@@ -14,7 +14,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from steer.reward import RewardError
 from steer.rewards.batches import PromptCache, in_micro_batches
 from steer.rewards.preprocess import normalise, resize_and_crop, wide
-from steer.rewards.weights import HubFile, State, cast, follow, load_weights, read_checkpoint
+from steer.rewards.weights import HubFile, State, cast, load_weights, placed, read_checkpoint
 from steer.truncation import noting_cuts, token_count
 
 WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
@@ -44,7 +44,7 @@ class ImageReward:
     """Score standardised by the published mean and deviation: 0 is average, most pictures lie in −2..2.
 
     Images of any size, seen as their middle square (224 px officially); the first 35 tokens of a prompt count.
-    Differentiable. The model follows the images from device to device; scores are fp32 on theirs.
+    Differentiable. The model goes from the CPU to the device of the images; scores are fp32 there.
 
     path         a checkpoint in the layout of the published ImageReward.pt, of any size; None: that one, fetched
     tokenizer    a folder with BERT's vocab.txt or tokenizer.json; None: bert-base-uncased, fetched
@@ -79,7 +79,7 @@ class ImageReward:
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(N,) in the scorer's dtype."""
-        follow(images, self._network)
+        images = placed(images, self._network)
         ids, mask = self._tokens(prompts).to(images.device).unbind(1)
         raw = self._network(normalise(resize_and_crop(wide(images), self._network.side)), ids, mask)
         return (raw - MEAN) / STD

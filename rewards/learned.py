@@ -20,7 +20,7 @@ from steer.reward import RewardError
 from steer.rewards.aggregate import AGGREGATES
 from steer.rewards.batches import PromptCache, in_micro_batches
 from steer.rewards.clip_backbone import CONFIG, Backbone, load_backbone, open_clip_folder
-from steer.rewards.weights import cast, follow, load_weights, read_checkpoint
+from steer.rewards.weights import cast, load_weights, placed, read_checkpoint
 from steer.sums import check_sums, staged_with_sums
 from steer.truncation import noting_cuts
 
@@ -137,8 +137,7 @@ class Learned:
 
     def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (M, N) of every member, standardised."""
-        follow(images, *self._backbones, *self._heads)
-        return self._members(images, prompts).T
+        return self._members(placed(images, *self._backbones, *self._heads), prompts).T
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image = [backbone.images(images) for backbone in self._backbones]

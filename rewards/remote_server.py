@@ -39,15 +39,23 @@ class Refused(Exception):
 class RewardServer(ThreadingHTTPServer):
     """Serves one reward. `serve_until_told` is the loop; port 0 is any that is free, see `url`.
 
-    token  what requests must bring as a bearer; None: nothing
+    token   what requests must bring as a bearer; None: nothing
+    device  where the images are scored
     Raises InputError where the address cannot be had.
     """
 
     daemon_threads = True
     request_queue_size = 32
 
-    def __init__(self, reward: Reward, host: str = "127.0.0.1", port: int = 0, token: str | None = None) -> None:
-        self.reward, self._token = reward, token
+    def __init__(
+        self,
+        reward: Reward,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.reward, self._token, self._device = reward, token, device
         self._one_by_one, self._free = threading.Lock(), threading.BoundedSemaphore(MOST_AT_ONCE)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -83,7 +91,7 @@ class RewardServer(ThreadingHTTPServer):
             raise Refused(400, str(error)) from error
         try:
             with self._one_by_one, torch.no_grad():
-                return score(self.reward, images, prompts).tolist()
+                return score(self.reward, images.to(self._device), prompts).tolist()
         except RewardError as error:
             raise Refused(422, str(error)) from error
 

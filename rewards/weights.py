@@ -160,11 +160,15 @@ def cast(module: nn.Module, dtype: str | None) -> nn.Module:
     return module if dtype is None else module.to(DTYPES[dtype])
 
 
-def follow(images: Tensor, *modules: nn.Module) -> None:
-    """Moves modules to the device of the images.
+def placed(images: Tensor, *modules: nn.Module) -> Tensor:
+    """The images on the device of the modules, which go from the CPU to that of the images, and nowhere else.
 
-    In torch.inference_mode, too, their weights stay such that gradients can pass through them later.
+    Weights that are on an accelerator stay there: images of another device are brought to them.
+    In torch.inference_mode, too, weights stay such that gradients can pass through them later.
     """
+    home = next(p.device for module in modules for p in module.parameters())
+    home = images.device if home.type == "cpu" else home
     with torch.inference_mode(False):
         for module in modules:
-            module.to(images.device)
+            module.to(home)
+    return images.to(home)

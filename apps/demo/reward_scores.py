@@ -86,12 +86,18 @@ def check_asked(paths: Sequence[Path], prompt: str, rewards: Sequence[str]) -> N
 
 
 def score_files(
-    paths: Sequence[Path], prompt: str, rewards: Sequence[str], find: Callable[[str], Reward], ticket: Ticket
+    paths: Sequence[Path],
+    prompt: str,
+    rewards: Sequence[str],
+    find: Callable[[str], Reward],
+    ticket: Ticket,
+    device: str = "cpu",
 ) -> None:
     """Scores image files, one in memory at a time; says Scoring and, at the end, Scores.
 
     prompt  of all; empty: of each the one in its metadata, if any
     find    gives the reward of a specification, or raises InputError
+    device  where the images are scored
     What cannot be read or scored has a line in the notes, once; the rest goes on. Raises InputError where no reward
     was found, or no image could be read.
     """
@@ -115,7 +121,7 @@ def score_files(
             continue
         own = None if prompt else prompt_inside(path)
         row = Row(path.name, (image.shape[2], image.shape[1]), thumbnail(image), {}, own or prompt, own is not None)
-        rows.append(_scored(row, image, found, notes, ticket))
+        rows.append(_scored(row, image.to(device), found, notes, ticket))
     if not rows:
         raise InputError("; ".join(notes))
     ticket.say(Scores(prompt, tuple(found), tuple(rows), tuple(notes)))

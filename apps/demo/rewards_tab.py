@@ -12,6 +12,7 @@ from steer.apps.demo.rewards_view import empty_view, names_view, scatter_view, s
 from steer.apps.demo.steer_fields import EXAMPLE
 from steer.apps.demo.studio import Studio
 from steer.apps.demo.worker import Ticket
+from steer.apps.models import device_here
 from steer.errors import InputError
 
 SCRIPT = Path(__file__).parent / "run_view.js"  # keeps tables open when what is around them changes
@@ -109,7 +110,7 @@ class RewardsTab:
         check_asked(paths, prompt, specs)
 
         def work(ticket: Ticket) -> None:
-            score_files(paths, prompt, specs, self.studio.reward, ticket)
+            score_files(paths, prompt, specs, self.studio.reward, ticket, device_here(self.studio.device))
 
         scores = None
         for event in self.studio.begin(request, work).events():

@@ -1,0 +1,162 @@
+"""`--device` of every command that runs a model or a reward; evaluations and rewards stay where they belong."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from conftest import Steer, cached_pipe, call_kwargs
+from PIL import Image
+from torch import Tensor, nn
+
+from steer.apps import cli, models
+from steer.pipelines.finetune_settings import FinetuneSettings
+from steer.pipelines.held_out import Exam
+from steer.reward import RewardError
+from steer.rewards.remote_server import Refused, RewardServer
+from steer.rewards.weights import placed
+from steer.team import Alone
+
+
+def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands(cli.steer))
+NEEDED: dict[tuple[str, ...], Sequence[str]] = {
+    ("evaluate",): ["--prompts", "x.txt", "--reward", "jpeg"],
+    ("finetune",): ["prdp-scenes"],
+    ("sample",): ["a star"],
+    ("score",): ["a.png", "--prompt", "x", "--reward", "jpeg"],
+    ("rewards", "calibrate"): ["jpeg", "--images", "x", "--out", "y"],
+    ("rewards", "check"): ["jpeg", "--images", "x"],
+    ("rewards", "compare"): ["jpeg", "scene", "--images", "x"],
+    ("rewards", "contrast"): ["jpeg", "--images", "x"],
+    ("rewards", "serve"): ["jpeg"],
+    ("rewards", "train"): ["x.jsonl", "--out", "y"],
+}
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_refuses_a_missing_device_in_one_line(steer: Steer, path: tuple[str, ...]) -> None:
+    for device in ("warp", "meta", "cuda:99"):
+        code, out, err = steer(*path, *NEEDED.get(path, ()), "--device", device)
+        assert (code, out) == (2, "") and err.count("\n") == 1
+        assert err.startswith(f"steer: --device '{device}' cannot be used: ")
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_has_the_same_option(path: tuple[str, ...]) -> None:
+    (option,) = [one for one in COMMANDS[path].params if one.name == "device"]
+    assert option.default is None or isinstance(option.default, type(click.core.UNSET))
+    assert isinstance(option, click.Option) and option.help is not None and "by default the GPU" in option.help
+
+
+def test_the_default_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there, expected in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert models.device_here() == expected
+        assert models.device_here("cpu") == "cpu"
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Where `device_here` and `Tensor.to` sent things; nothing really moves."""
+    monkeypatch.setattr(models, "device_here", lambda given=None: given or "gpu")
+    seen: list[Any] = []
+    plain = Tensor.to
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args and args[0] == "gpu":
+            seen.append(tuple(tensor.shape))
+            return tensor
+        return plain(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    return seen
+
+
+@pytest.mark.parametrize("words", [("score",), ("check",), ("compare",), ("contrast",), ("calibrate",)], ids=" ".join)
+def test_images_go_to_the_device_before_they_are_scored(
+    steer: Steer, moved: list[Any], tmp_path: Path, words: tuple[str]
+) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(2):
+        Image.new("RGB", (32, 32), (255 * number, 0, 0)).save(folder / f"{number}.png")
+    rows = [{"image": f"{n}.png", "prompt": "a red circle"} for n in range(2)]
+    given = {
+        "check": ["brightness"],
+        "compare": ["brightness", "jpeg", "--out", tmp_path / "scatter.png"],
+        "contrast": ["scene"],
+        "calibrate": ["brightness", "--out", tmp_path / "scales.json"],
+    }
+    if words == ("score",):
+        code, _, err = steer("score", folder / "0.png", "--prompt", "a", "--reward", "brightness")
+    else:
+        (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        code, _, err = steer("rewards", *words, *given[words[0]], "--images", folder)
+    assert code == 0, err
+    assert moved and all(shape[1:] == (3, 32, 32) for shape in moved)
+
+
+def test_a_server_scores_on_its_device(moved: list[Any]) -> None:
+    from steer.rewards.remote_protocol import encode
+
+    class Reward:
+        name, differentiable = "mean", False
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            return images.mean((1, 2, 3))
+
+    server = RewardServer(Reward(), device="gpu")
+    try:
+        server.scores(encode(torch.zeros(2, 3, 8, 8), ["a", "b"]))
+    except (Refused, RewardError) as error:
+        raise AssertionError(error) from error
+    finally:
+        server.server_close()
+    assert moved == [(2, 3, 8, 8)]
+
+
+def test_held_out_images_are_scored_before_they_leave_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    scored, order, plain = [], [], Tensor.cpu
+
+    def cpu(tensor: Tensor) -> Tensor:
+        found = plain(tensor)
+        if tensor.dim() == 4:
+            order.append("moved")
+            found = found.clone()
+            found.left_the_device = True  # type: ignore[attr-defined]
+        return found
+
+    class Reward:
+        name, differentiable = "mean", False
+
+        def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+            scored.append(getattr(images, "left_the_device", False))
+            return images.mean((1, 2, 3))
+
+    monkeypatch.setattr(Tensor, "cpu", cpu)
+    call = {
+        key: value for key, value in call_kwargs("sd", 1, 2).items() if key.startswith(("num_inf", "guid", "hei", "wi"))
+    }
+    settings = FinetuneSettings(max_steps=1, eval_samples=2, call=call)
+    found = Exam(("a star",), Reward(), []).take(cached_pipe("sd"), settings, 0, None, lambda: None, Alone())
+    assert order and scored and not any(scored)
+    assert found.images.shape == (2, 3, 8, 8)
+
+
+def test_a_model_on_an_accelerator_stays_and_images_are_brought_to_it() -> None:
+    """`meta` stands for the accelerator."""
+    model = nn.Linear(3, 1)
+    assert placed(torch.zeros(2, 3), model).device.type == "cpu" == model.weight.device.type
+    assert placed(torch.zeros(2, 3, device="meta"), model).is_meta and model.weight.is_meta
+    assert placed(torch.zeros(2, 3), model).is_meta and model.weight.is_meta
