@@ -14,7 +14,14 @@ from steer.errors import InputError
 # Arguments of a pipeline that are settings of `steer sample`: {column: setting}.
 SETTINGS = {"seed": "seed", "guidance_scale": "guidance", "num_inference_steps": "steps", "eta": "eta"}
 # Arguments that steering has of its own, or that no cell can hold.
-TAKEN = ("prompt", "generator", "latents", "num_images_per_prompt", "num_videos_per_prompt", "batch_size")
+TAKEN: tuple[str, ...] = (
+    "prompt",
+    "generator",
+    "latents",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "batch_size",
+)
 TAKEN += (
     "output_type",
     "return_dict",

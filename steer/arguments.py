@@ -19,7 +19,7 @@ def coerced(call: Callable[P, R]) -> Callable[P, R]:
     Raises InputError that names the argument where its value does not plainly mean one of the annotated kind.
     """
     hints = hints_of(call)
-    code = inspect.unwrap(call).__code__  # type: ignore[attr-defined]
+    code = inspect.unwrap(call).__code__
     names = code.co_varnames[: code.co_argcount]
 
     @functools.wraps(call)

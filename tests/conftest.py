@@ -417,7 +417,7 @@ def replaced(words: Sequence[object], *changes: object) -> list[object]:
         option = single.get(str(word))
         if option not in new or option is None:
             kept.append(word)
-        elif not option.is_flag:
+        elif not getattr(option, "is_flag", False):
             next(waiting)
     return [*kept, *changes]
 

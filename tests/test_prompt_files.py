@@ -97,14 +97,13 @@ def test_columns_without_a_use_are_named_once(tmp_path: Path, caplog: pytest.Log
 
 # Arguments.
 
-SETTINGS = SampleSettings(
-    **{"model": "scenes", "method": "best-of-n", "reward": "brightness", "particles": 2, "steps": 2, "guidance": 2.0},
-    **{"lam": None, "potential": "difference", "resampler": "systematic", "tempering": "constant", "eta": None},
-    **{"ess_threshold": 0.5, "seed": 5, "compare": False, "dtype": None},
-)  # type: ignore[arg-type]
+VALUES: dict[str, Any] = {"model": "scenes", "method": "best-of-n", "reward": "brightness", "particles": 2, "steps": 2}
+VALUES |= {"guidance": 2.0, "lam": None, "potential": "difference", "resampler": "systematic", "tempering": "constant"}
+VALUES |= {"ess_threshold": 0.5, "eta": None, "seed": 5, "compare": False, "dtype": None}
+SETTINGS = SampleSettings(**VALUES)
 
 
-def bare(kind: type) -> Any:
+def bare(kind: Any) -> Any:
     return kind.__new__(kind)
 
 
@@ -142,7 +141,16 @@ def test_arguments_of_a_strangers_image_are_checked() -> None:
         "negative_prompt": "x",
         "height": 64,
     }
-    for wrong in ([], {"height": 10**6}, {"x": {}}, {"x": [[1]]}, {"x": float("inf")}, {"x": "\0"}, {"x": [1] * 65}):
+    refused: list[Any] = [
+        [],
+        {"height": 10**6},
+        {"x": {}},
+        {"x": [[1]]},
+        {"x": float("inf")},
+        {"x": "\0"},
+        {"x": [1] * 65},
+    ]
+    for wrong in refused:
         with pytest.raises(InputError, match="arguments"):
             check_arguments(wrong, "arguments")
 
