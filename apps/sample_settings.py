@@ -11,6 +11,7 @@ from steer.noise import OPTIMISERS
 from steer.pipelines.noise_gradient import GRADIENTS
 from steer.pipelines.noise_search import Neighbours
 from steer.pipelines.plan import CHOICES, Plan
+from steer.pipelines.population import DRAWS
 from steer.pipelines.reno import Ascent
 from steer.potentials import POTENTIALS, TEMPERINGS
 from steer.resampling import RESAMPLERS
@@ -33,6 +34,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "optimiser": OPTIMISERS,
     "gradient": GRADIENTS,
     "narrow_choice": CHOICES,
+    "draw": DRAWS,
 }
 
 
@@ -78,6 +80,7 @@ class SampleSettings:
     preview: str = "full"
     start_candidates: int | None = None
     start_steps: int = 4
+    draw: str = "best"
 
     def __post_init__(self) -> None:
         if self.lam is None and self.method in STRENGTHS:
@@ -117,6 +120,11 @@ class SampleSettings:
                 raise InputError(f"--{name} must be a finite number, got {number}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"--eta must be from 0 to 1, got {self.eta}")
+        if self.draw != "best" and (self.method != "fk" or Plan(None, self.schedule, self.narrow_choice, self.target).searches):
+            raise InputError(
+                f"--draw {self.draw} needs the weights of --method fk, which --target and --narrow-choice best do not "
+                "leave: use --draw best"
+            )
         if self.overlap and self.reward_guidance:
             raise InputError("--overlap: with --reward-guidance the step needs the gradient: leave one of them out")
         if not 0 <= self.reward_guidance < math.inf:

@@ -1,0 +1,181 @@
+"""The law that FK steering draws from, against closed forms of the chain that really runs, whatever the weights do."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from gaussian import TOTAL
+from schedulers import BETAS, FLOW, build
+from torch import Generator, Tensor
+
+from steer.pipelines import FKSteeringPipeline
+
+MEAN, STD, GROUPS = 0.5, 0.1, 2000  # five standard deviations inside of what rewards clip to, 0 … 1
+LAM = 3.0  # of the sum of three pixels: exp(λ r) has a relative standard deviation of about .5
+SHARES = (0.4, 0.55, 0.7, 0.85)  # the default steps, as documented
+SOLVERS = {
+    "DDIM": lambda: build("DDIM", **BETAS, clip_sample=False, timestep_spacing="trailing"),
+    "DDIM-clipped": lambda: build("DDIM", **BETAS, clip_sample_range=50.0, timestep_spacing="trailing"),
+    "flow Euler": FLOW["FlowMatchEulerDiscrete"],
+    "DPM++ 2M": lambda: build("DPMSolverMultistep", **BETAS, timestep_spacing="trailing"),
+}
+
+
+class AnyGaussian(DiffusionPipeline):
+    """N(MEAN, STD² I), shaped (N, 3, 1, 1), from an exact denoiser under any scheduler with ε or flow prediction."""
+
+    def __init__(self, scheduler: Any) -> None:
+        super().__init__()
+        self.register_modules(scheduler=scheduler)
+        self.set_progress_bar_config(disable=True)
+
+    def level(self, t: Tensor) -> tuple[float, float]:
+        """α and σ from what the scheduler was configured with."""
+        if type(self.scheduler).__name__.startswith("FlowMatch"):
+            return 1 - float(t) / 1000, float(t) / 1000
+        cumulative = float(self.scheduler.alphas_cumprod[int(t)])
+        return math.sqrt(cumulative), math.sqrt(1 - cumulative)
+
+    def guess(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """E[x0 | x], and ε that goes with it."""
+        alpha, sigma = self.level(t)
+        x0 = MEAN + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * (x - alpha * MEAN)
+        return x0, (x - alpha * x0) / sigma
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        x0, epsilon = self.guess(x, t)
+        return epsilon - x0 if type(self.scheduler).__name__.startswith("FlowMatch") else epsilon
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        num_inference_steps: int = 10,
+        generator: Generator | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pt",
+    ) -> ImagePipelineOutput:
+        x = randn_tensor((batch_size, 3, 1, 1), generator=generator) if latents is None else latents
+        self.scheduler.set_timesteps(num_inference_steps)
+        for t in self.scheduler.timesteps:
+            x = self.scheduler.step(self.predict(x, t), t, x).prev_sample
+        return ImagePipelineOutput(images=x)
+
+
+def law(pipe: AnyGaussian, steps: int, noisy: set[int]) -> tuple[float, float]:
+    """Mean and variance of x0 when diffusers' solver makes the run and the steps in `noisy` are DDPM's posterior.
+
+    The chain is affine in the starting noise and in what is drawn on the way: a basis of both, run once by hand.
+    """
+    scheduler, drawn = pipe.scheduler, sorted(noisy)
+    x = torch.zeros(2 + len(drawn), 1, 1, 1, dtype=torch.float64)
+    x[1] = 1
+    scheduler.set_timesteps(steps)
+    for k, t in enumerate(scheduler.timesteps):
+        following = scheduler.step(pipe.predict(x, t), t, x).prev_sample.double()
+        if k in noisy:
+            x0, epsilon = pipe.guess(x, t)
+            (alpha_t, sigma_t), (alpha_s, sigma_s) = pipe.level(t), pipe.level(scheduler.timesteps[k + 1])
+            tau = sigma_s / sigma_t * math.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
+            following = alpha_s * x0 + math.sqrt(sigma_s**2 - tau**2) * epsilon
+            following[2 + drawn.index(k)] += tau
+        x = following
+    x = x.flatten()
+    return x[0].item(), (x[1:] - x[0]).square().sum().item()
+
+
+@dataclass
+class Estimate:
+    """E[Ẑ] / Z over groups, and its standard error."""
+
+    ratio: float
+    error: float
+
+
+def estimate(pipe: AnyGaussian, steps: int, size: int, groups: int = GROUPS, **options: Any) -> Estimate:
+    later = 1 if options.get("overlap") else 0
+    mean, variance = law(pipe, steps, {round(share * steps) + later for share in SHARES} if LAM else set())
+    truth = math.exp(3 * (LAM * mean + LAM**2 * variance / 2))
+    out = FKSteeringPipeline(pipe, TOTAL)(
+        num_particles=size,
+        reward_prompt=[""] * groups,
+        lam=LAM,
+        chunk_size=groups * size,
+        num_inference_steps=steps,
+        generator=Generator().manual_seed(steps * size),
+        output_type="pt",
+        **options,
+    )
+    z = out.log_normaliser.double().exp() / truth
+    assert z.std() < 0.7  # light tails: the standard error means something
+    return Estimate(z.mean().item(), z.std().item() / groups**0.5)
+
+
+@pytest.mark.parametrize("threshold", [0.9, 1.0], ids=["adaptive", "scheduled"])
+@pytest.mark.parametrize("steps", [10, 20, 40])
+@pytest.mark.parametrize("size", [4, 32])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_the_default_law_holds_whatever_the_weights_do(solver: str, size: int, steps: int, threshold: float) -> None:
+    """Adaptive: some groups resample at a step and others do not; all of them are noisy there."""
+    found = estimate(AnyGaussian(SOLVERS[solver]()), steps, size, ess_threshold=threshold)
+    assert abs(found.ratio - 1) <= 3 * found.error
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_asynchronous_rewards_put_the_noise_a_step_later(overlap: bool) -> None:
+    found = estimate(AnyGaussian(SOLVERS["DDIM"]()), 20, 8, ess_threshold=1.0, overlap=overlap)
+    assert abs(found.ratio - 1) <= 3 * found.error
+
+
+def final_latents(lam: float, rewards: Any, **options: Any) -> Tensor:
+    out = FKSteeringPipeline(AnyGaussian(SOLVERS["DPM++ 2M"]()), rewards)(
+        num_particles=4,
+        reward_prompt=["", ""],
+        lam=lam,
+        num_inference_steps=10,
+        generator=Generator().manual_seed(0),
+        output_type="pt",
+        **options,
+    )
+    return out.in_slot_order().latents
+
+
+def test_weights_that_resample_nobody_leave_the_same_steps_noisy() -> None:
+    """What λ is, or whether another prompt resamples, moves no particle that stays: only λ = 0 is the plain batch."""
+    weak, weaker = (final_latents(lam, TOTAL, ess_threshold=0.01) for lam in (1.0, 1e-3))
+    assert torch.equal(weak, weaker) and not torch.allclose(weak, final_latents(0.0, TOTAL), atol=1e-3)
+    scheduler = SOLVERS["DPM++ 2M"]()
+    plain = AnyGaussian(scheduler)(batch_size=8, generator=Generator().manual_seed(0)).images
+    assert torch.equal(final_latents(0.0, TOTAL), plain)
+
+
+# One kernel in a run
+
+
+@pytest.mark.parametrize("size", [4, 32])
+def test_ddpm_with_a_large_variance_keeps_its_own_noise(size: int) -> None:
+    """Its variance is β̃_t = 1 − ᾱ_t/ᾱ_s at every step but the last, which draws nothing."""
+    pipe, steps, lam, groups = AnyGaussian(build("DDPM", **BETAS, clip_sample=False, variance_type="fixed_large")), 10, 2.0, 2000
+    pipe.scheduler.set_timesteps(steps)
+    mean, variance = 0.0, 1.0
+    timesteps = pipe.scheduler.timesteps
+    for k, t in enumerate(timesteps):
+        end = k + 1 == steps
+        before = float(pipe.scheduler.alphas_cumprod[t])
+        after = 1.0 if end else float(pipe.scheduler.alphas_cumprod[timesteps[k + 1]])
+        ratio = before / after
+        x0 = [pipe.guess(torch.tensor(x), t)[0].item() for x in (0.0, 1.0)]
+        to = [math.sqrt(after) * (1 - ratio) / (1 - before) * a + math.sqrt(ratio) * (1 - after) / (1 - before) * x
+              for x, a in enumerate(x0)]
+        mean, variance = to[0] + (to[1] - to[0]) * mean, (to[1] - to[0]) ** 2 * variance + (0 if end else 1 - ratio)
+    truth = math.exp(3 * (lam * mean + lam**2 * variance / 2))
+    out = FKSteeringPipeline(pipe, Unclipped())(
+        num_particles=size, reward_prompt=[""] * groups, lam=lam, chunk_size=groups * size, ess_threshold=1.0,
+        num_inference_steps=steps, generator=Generator().manual_seed(1), output_type="pt",
+    )
+    z = out.log_normaliser.double().exp() / truth
+    assert abs(z.mean() - 1) <= 3 * z.std() / groups**0.5
