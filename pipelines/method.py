@@ -50,6 +50,4 @@ VANISHING = 1e-6  # ᾱ below which 1 − ᾱ_s − τ² of a DDIM step may roun
 
 def _differs(scheduler: Any) -> bool:
     clips = clip_limit(scheduler) < math.inf or bool(scheduler.config.get("thresholding"))
-    return descends_from(scheduler, {"DDIMScheduler"}) and (
-        clips or float(scheduler.alphas_cumprod.min()) < VANISHING
-    )
+    return descends_from(scheduler, {"DDIMScheduler"}) and (clips or float(scheduler.alphas_cumprod.min()) < VANISHING)

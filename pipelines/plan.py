@@ -89,7 +89,7 @@ class Plan:
     @property
     def searches(self) -> bool:
         """Whether particles may be chosen for being the best, which leaves no weights."""
-        return self.target is not None or bool(self.narrow) and self.choice == "best"
+        return self.target is not None or (bool(self.narrow) and self.choice == "best")
 
     def selects(self, step: int, size: int) -> tuple[Choice, int]:
         """How those of `size` particles are chosen that go on from this step, and how many they are."""

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from gaussian import TOTAL
 from schedulers import BETAS, FLOW, build
 from torch import Generator, Tensor
 
+from steer.errors import InputError
 from steer.pipelines import FKSteeringPipeline
+from steer.pipelines.fk_run import Run
+from steer.seam import Event
 
 MEAN, STD, GROUPS = 0.5, 0.1, 2000  # five standard deviations inside of what rewards clip to, 0 … 1
 LAM = 3.0  # of the sum of three pixels: exp(λ r) has a relative standard deviation of about .5
@@ -48,6 +51,9 @@ class AnyGaussian(DiffusionPipeline):
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
         x0, epsilon = self.guess(x, t)
+        if self.scheduler.config.get("prediction_type") == "v_prediction":
+            alpha, sigma = self.level(t)
+            return alpha * epsilon - sigma * x0
         return epsilon - x0 if type(self.scheduler).__name__.startswith("FlowMatch") else epsilon
 
     @torch.no_grad()
@@ -56,13 +62,16 @@ class AnyGaussian(DiffusionPipeline):
         batch_size: int = 1,
         num_inference_steps: int = 10,
         generator: Generator | None = None,
+        eta: float = 0.0,
         latents: Tensor | None = None,
         output_type: str = "pt",
     ) -> ImagePipelineOutput:
         x = randn_tensor((batch_size, 3, 1, 1), generator=generator) if latents is None else latents
         self.scheduler.set_timesteps(num_inference_steps)
         for t in self.scheduler.timesteps:
-            x = self.scheduler.step(self.predict(x, t), t, x).prev_sample
+            own = {"eta": eta, "generator": generator} if isinstance(self.scheduler, DDIMScheduler) else {}
+            own |= {"generator": generator} if isinstance(self.scheduler, DDPMScheduler) else {}
+            x = self.scheduler.step(self.predict(x, t), t, x, **own).prev_sample
         return ImagePipelineOutput(images=x)
 
 
@@ -159,7 +168,8 @@ def test_weights_that_resample_nobody_leave_the_same_steps_noisy() -> None:
 @pytest.mark.parametrize("size", [4, 32])
 def test_ddpm_with_a_large_variance_keeps_its_own_noise(size: int) -> None:
     """Its variance is β̃_t = 1 − ᾱ_t/ᾱ_s at every step but the last, which draws nothing."""
-    pipe, steps, lam, groups = AnyGaussian(build("DDPM", **BETAS, clip_sample=False, variance_type="fixed_large")), 10, 2.0, 2000
+    pipe = AnyGaussian(build("DDPM", **BETAS, clip_sample=False, variance_type="fixed_large"))
+    steps, lam, groups = 10, 1.0, 2000
     pipe.scheduler.set_timesteps(steps)
     mean, variance = 0.0, 1.0
     timesteps = pipe.scheduler.timesteps
@@ -169,13 +179,99 @@ def test_ddpm_with_a_large_variance_keeps_its_own_noise(size: int) -> None:
         after = 1.0 if end else float(pipe.scheduler.alphas_cumprod[timesteps[k + 1]])
         ratio = before / after
         x0 = [pipe.guess(torch.tensor(x), t)[0].item() for x in (0.0, 1.0)]
-        to = [math.sqrt(after) * (1 - ratio) / (1 - before) * a + math.sqrt(ratio) * (1 - after) / (1 - before) * x
-              for x, a in enumerate(x0)]
-        mean, variance = to[0] + (to[1] - to[0]) * mean, (to[1] - to[0]) ** 2 * variance + (0 if end else 1 - ratio)
-    truth = math.exp(3 * (lam * mean + lam**2 * variance / 2))
-    out = FKSteeringPipeline(pipe, Unclipped())(
-        num_particles=size, reward_prompt=[""] * groups, lam=lam, chunk_size=groups * size, ess_threshold=1.0,
-        num_inference_steps=steps, generator=Generator().manual_seed(1), output_type="pt",
+        of_x0, of_x = math.sqrt(after) * (1 - ratio) / (1 - before), math.sqrt(ratio) * (1 - after) / (1 - before)
+        shift, slope = of_x0 * x0[0], of_x0 * (x0[1] - x0[0]) + of_x
+        mean, variance = shift + slope * mean, slope**2 * variance + (0 if end else 1 - ratio)
+    x = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
+    pixels = (mean + math.sqrt(variance) * x).clamp(0, 1)  # which rewards see
+    truth = torch.trapezoid((lam * pixels - x**2 / 2).exp() / math.sqrt(2 * math.pi), x).item() ** 3
+    out = FKSteeringPipeline(pipe, TOTAL)(
+        num_particles=size,
+        reward_prompt=[""] * groups,
+        lam=lam,
+        chunk_size=groups * size,
+        ess_threshold=1.0,
+        num_inference_steps=steps,
+        generator=Generator().manual_seed(1),
+        output_type="pt",
     )
     z = out.log_normaliser.double().exp() / truth
     assert abs(z.mean() - 1) <= 3 * z.std() / groups**0.5
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+
+
+@pytest.mark.parametrize("steps", [10, 20, 25])
+@pytest.mark.parametrize(
+    "config", [{"clip_sample": True}, {"thresholding": True}, ZERO_SNR], ids=["clipped", "thresholded", "zero-SNR"]
+)
+def test_eta_makes_every_step_of_ddim_the_same_kernel(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], steps: int
+) -> None:
+    """What the run goes on with is a draw from the kernel whose density finetuning takes, with or without resampling."""
+    monkeypatch.setitem(globals(), "MEAN", 0.5 if config is ZERO_SNR else 1.5)  # beyond what x̂0 is clipped to
+    scores: list[Tensor] = []
+    moved = Run._moved
+
+    def watched(run: Run, event: Event, rows: Tensor | None, reading: Any) -> Tensor | None:
+        found, kernel = moved(run, event, rows, reading), event.kernel(1.0, rows)
+        if kernel.std > 0:
+            following = found if found is not None else event.prev if rows is None else event.prev[rows]
+            scores.append((following - kernel.mean) / kernel.std)
+        return found
+
+    monkeypatch.setattr(Run, "_moved", watched)
+    scheduler = build("DDIM", **BETAS, **{"clip_sample": False} | config)
+    out = FKSteeringPipeline(AnyGaussian(scheduler), TOTAL)(
+        num_particles=4,
+        reward_prompt=[""] * 100,
+        lam=LAM,
+        eta=1.0,
+        ess_threshold=1.0,
+        num_inference_steps=steps,
+        generator=Generator().manual_seed(0),
+        output_type="pt",
+    )
+    assert out.images.isfinite().all() and len(scores) == steps - 1
+    for score in scores:
+        assert abs(score.mean()) <= 5 / score.numel() ** 0.5
+        assert abs(score.var() - 1) <= 5 * (2 / score.numel()) ** 0.5
+
+
+# What stands first
+
+
+def drawn(draw: str, groups: int = 2000, **options: Any) -> Any:
+    return FKSteeringPipeline(AnyGaussian(SOLVERS["DDIM"]()), TOTAL)(
+        num_particles=4,
+        reward_prompt=[""] * groups,
+        lam=10.0,
+        ess_threshold=1e-6,
+        chunk_size=4 * groups,
+        num_inference_steps=10,
+        generator=Generator().manual_seed(0),
+        output_type="pt",
+        draw=draw,
+        **options,
+    )
+
+
+def test_the_first_image_is_the_best_or_one_draw_by_the_weights() -> None:
+    best, weighted, again = drawn("best"), drawn("weighted"), drawn("weighted")
+    assert (best.rewards.diff(dim=1) <= 0).all() and (weighted.rewards[:, 1:].diff(dim=1) <= 0).all()
+    assert torch.equal(weighted.images, again.images) and torch.equal(weighted.order[:, 0], again.order[:, 0])
+    assert torch.equal(weighted.in_slot_order().images, best.in_slot_order().images)
+    torch.testing.assert_close(weighted.images.sum((1, 2, 3)).view_as(weighted.rewards), weighted.rewards)
+    expected = best.log_weights.double().softmax(1)
+    places = (weighted.rewards[:, :1] == best.rewards).double()
+    error = (expected * (1 - expected)).sum(0).sqrt()
+    assert ((places - expected).sum(0).abs() <= 4 * error).all()
+
+
+@pytest.mark.parametrize("options", [{"target_reward": 9.0}, {"narrow": {4: 2}, "narrow_choice": "best"}])
+def test_a_search_has_no_weights_to_draw_by(options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="leave no weights: use draw='best'"):
+        drawn("weighted", groups=1, **options)
+    with pytest.raises(InputError, match="unknown draw 'weigthed': did you mean weighted"):
+        drawn("weigthed", groups=1)
