@@ -96,7 +96,6 @@ class FKSteeringPipeline(SteeringMethod):
         cannot be steered, RewardError (an InputError) for a reward that breaks its contract.
         """
         check_output_type(output_type)
-        choose("draw", draw, DRAWS)
         algorithm = FeynmanKac(
             lam,
             choose("potential", potential, POTENTIALS),
@@ -107,8 +106,7 @@ class FKSteeringPipeline(SteeringMethod):
         plan = Plan(resample_steps, narrow or {}, narrow_choice, target_reward)
         live, pipe, noise = LiveRows(), self.pipe, 1.0 if eta is None else eta
         kernel_eta: float | None = None
-        if draw != "best" and plan.searches:
-            raise InputError(f"draw={draw!r}: target_reward and narrow_choice='best' leave no weights: use draw='best'")
+        check_draw(draw, plan)
         if reward_guidance != 0:
             if overlap:
                 raise InputError("overlap: with reward_guidance the step needs the gradient: leave one of them out")
@@ -136,6 +134,13 @@ class FKSteeringPipeline(SteeringMethod):
         searched = Particles.start(*rewards.shape)
         particles = searched if run.searched else algorithm.finish(run.particles, rewards)
         return population.output(images, rewards, parts, particles, run.history, output_type, draw)
+
+
+def check_draw(draw: str, plan: Plan) -> None:
+    """Raise InputError for an unknown draw, or one by weights in a search, which has none."""
+    choose("draw", draw, DRAWS)
+    if draw != "best" and plan.searches:
+        raise InputError(f"draw={draw!r}: target_reward and narrow_choice='best' leave no weights: use draw='best'")
 
 
 def check_copies_part(scheduler: Any) -> None:
