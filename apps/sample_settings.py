@@ -120,9 +120,8 @@ class SampleSettings:
                 raise InputError(f"--{name} must be a finite number, got {number}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"--eta must be from 0 to 1, got {self.eta}")
-        if self.draw != "best" and (
-            self.method != "fk" or Plan(None, self.schedule, self.narrow_choice, self.target).searches
-        ):
+        searches = self.method != "fk" or Plan(None, self.schedule, self.narrow_choice, self.target).searches
+        if self.draw != "best" and searches:
             raise InputError(
                 f"--draw {self.draw} needs the weights of --method fk, which --target and --narrow-choice best do not "
                 "leave: use --draw best"

@@ -91,8 +91,8 @@ def geometric(moment: Moment) -> Tensor:
 def ess_targeted(moment: Moment, target: float = 0.5, halvings: int = 40, grid: int = 64) -> Tensor:
     """The λ_j nearest to λ, from 0 on, that leaves an ESS of at least `target`·K: per group, by a grid and bisection.
 
-    It may be below λ_{j−1}, since the terminal factor ends at λ anyway. The ESS need not fall with λ_j: log G_j may also
-    take q_{j−1} back. Where no λ_j leaves so many, the one of the grid that leaves most.
+    It may be below λ_{j−1}, since the terminal factor ends at λ anyway. The ESS need not fall with λ_j: log G_j may
+    also take q_{j−1} back. Where no λ_j leaves so many, the one of the grid that leaves most.
     """
     lams = torch.linspace(0, 1, grid + 1)[:, None, None] * moment.lam * torch.ones_like(moment.previous)
     shares = torch.stack([moment.ess_at(lam) for lam in lams])  # (grid + 1, B)

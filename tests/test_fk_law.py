@@ -12,6 +12,7 @@ from gaussian import TOTAL
 from schedulers import BETAS, FLOW, build
 from torch import Generator, Tensor
 
+from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
 from steer.pipelines import FKSteeringPipeline
 from steer.pipelines.fk_run import Run
@@ -209,7 +210,7 @@ ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "pre
 def test_eta_makes_every_step_of_ddim_the_same_kernel(
     monkeypatch: pytest.MonkeyPatch, config: dict[str, Any], steps: int
 ) -> None:
-    """What the run goes on with is a draw from the kernel whose density finetuning takes, with or without resampling."""
+    """All steps are draws from the kernel whose density finetuning takes, with or without resampling."""
     monkeypatch.setitem(globals(), "MEAN", 0.5 if config is ZERO_SNR else 1.5)  # beyond what x̂0 is clipped to
     scores: list[Tensor] = []
     moved = Run._moved
@@ -240,6 +241,13 @@ def test_eta_makes_every_step_of_ddim_the_same_kernel(
 
 
 # What stands first
+
+
+SETTINGS: dict[str, Any] = {
+    **{"model": "scenes", "method": "fk", "reward": "scene-soft", "particles": 4, "steps": 5, "guidance": None},
+    **{"lam": 10.0, "potential": "difference", "resampler": "systematic", "tempering": "constant"},
+    **{"ess_threshold": 0.5, "eta": None, "seed": 0, "compare": False, "dtype": None},
+}
 
 
 def drawn(draw: str, groups: int = 2000, **options: Any) -> Any:
@@ -275,3 +283,12 @@ def test_a_search_has_no_weights_to_draw_by(options: dict[str, Any]) -> None:
         drawn("weighted", groups=1, **options)
     with pytest.raises(InputError, match="unknown draw 'weigthed': did you mean weighted"):
         drawn("weigthed", groups=1)
+
+
+@pytest.mark.parametrize("options", [{"method": "svdd"}, {"target": 9.0}, {"narrow": "4:2", "narrow_choice": "best"}])
+def test_the_command_refuses_a_draw_without_weights(options: dict[str, Any]) -> None:
+    SampleSettings(**SETTINGS | {"draw": "weighted"}).check()
+    with pytest.raises(InputError, match="--draw weighted needs the weights of --method fk"):
+        SampleSettings(**SETTINGS | {"draw": "weighted"} | options).check()
+    with pytest.raises(InputError, match="unknown draw 'heaviest'"):
+        SampleSettings(**SETTINGS | {"draw": "heaviest"}).check()
