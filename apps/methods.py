@@ -119,6 +119,7 @@ def _fk(job: Job) -> SteeringOutput:
         narrow=job.settings.schedule,
         narrow_choice=job.settings.narrow_choice,
         target_reward=job.settings.target,
+        draw=job.settings.draw,
         overlap=job.settings.overlap,
         preview=preview_named(job.settings.preview, job.pipe),
         on_step=job.on_step,

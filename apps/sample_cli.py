@@ -63,6 +63,7 @@ WITH_REPLAY = {
 @click.option("--reward-guidance", default=0.0, help="fk: how far steps lean along the reward's gradient, γ; 1 is DAS.")
 @click.option("--narrow", default="", help="fk: particle schedule, STEP:PARTICLES,… such as 8:4,14:2.")
 @click.option("--narrow-choice", default="drawn", help="fk: which go on from there: drawn by weight, or the best.")
+@click.option("--draw", default="best", help="fk: the first image: best, or weighted, a draw by the final weights.")
 @click.option("--target", type=float, help="fk: a reward at which the best goes on alone; reno, noise-search: the end.")
 @click.option(
     "--overlap", is_flag=True, default=False, help="fk: score beside the next denoiser call, resample one step later."

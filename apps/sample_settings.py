@@ -11,6 +11,7 @@ from steer.noise import OPTIMISERS
 from steer.pipelines.noise_gradient import GRADIENTS
 from steer.pipelines.noise_search import Neighbours
 from steer.pipelines.plan import CHOICES, Plan
+from steer.pipelines.population import DRAWS
 from steer.pipelines.reno import Ascent
 from steer.potentials import POTENTIALS, TEMPERINGS
 from steer.resampling import RESAMPLERS
@@ -33,6 +34,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "optimiser": OPTIMISERS,
     "gradient": GRADIENTS,
     "narrow_choice": CHOICES,
+    "draw": DRAWS,
 }
 
 
@@ -81,6 +83,7 @@ class SampleSettings:
     start_steps: int = 4
     variant: str | None = None
     model_config: str | None = None
+    draw: str = "best"
 
     def __post_init__(self) -> None:
         if self.lam is None and self.method in STRENGTHS:
@@ -126,6 +129,12 @@ class SampleSettings:
                 raise InputError(f"--{name} must be a finite number, got {number}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"--eta must be from 0 to 1, got {self.eta}")
+        searches = self.method != "fk" or Plan(None, self.schedule, self.narrow_choice, self.target).searches
+        if self.draw != "best" and searches:
+            raise InputError(
+                f"--draw {self.draw} needs the weights of --method fk, which --target and --narrow-choice best do not "
+                "leave: use --draw best"
+            )
         if self.overlap and self.reward_guidance:
             raise InputError("--overlap: with --reward-guidance the step needs the gradient: leave one of them out")
         if not 0 <= self.reward_guidance < math.inf:

@@ -16,7 +16,7 @@ from steer.pipelines.lagged import LaggedRun
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
 from steer.pipelines.plan import Plan
-from steer.pipelines.population import Population, check_output_type
+from steer.pipelines.population import DRAWS, Population, check_output_type
 from steer.potentials import POTENTIALS, TEMPERINGS, Potential, Tempering
 from steer.resampling import RESAMPLERS, Resampler
 from steer.seam import CannotSteer
@@ -52,6 +52,7 @@ class FKSteeringPipeline(SteeringMethod):
         target_reward: float | None = None,
         overlap: bool = False,
         eta: float | None = None,
+        draw: str = "best",
         preview: Any = "full",
         chunk_size: int = 8,
         reward_prompt: str | Sequence[str] | None = None,
@@ -79,9 +80,13 @@ class FKSteeringPipeline(SteeringMethod):
                         read: for one prompt a call. It is a search: log-weights and log-normaliser are then 0
         overlap         decode and score x̂0 in the background (on CUDA in a stream of its own) while the denoiser makes
                         the next step, and resample by it then: one step later
-        eta             noise η of every step, 0..1. By default the solver's own; the copies that resampling makes
-                        take one step of the Gaussian kernel with η = 1, so that they part. With reward_guidance all
-                        steps are that kernel's, by default with η = 1
+        eta             noise η of every step, 0..1. By default, and with 0, the solver's own steps, except that at
+                        each step of resample_steps from which several particles go on (with overlap one later) all
+                        of them take the Gaussian kernel with η = 1, whatever their weights: p(x0) is the distribution
+                        of that chain. With λ = 0, one particle, or a solver whose own noise follows another kernel it
+                        is the pipeline's own. With reward_guidance all steps are the kernel's, by default with η = 1
+        draw            the first image of each prompt: "best", of the highest reward, or "weighted", one draw by the
+                        final weights. The others follow by their rewards
         preview         what decodes x̂0 for the reward: "full", the pipeline's own VAE; "linear", a map that is fitted
                         to the first previews; or a small autoencoder of diffusers. Finished images are the VAE's
         chunk_size      images decoded and scored at a time
@@ -103,6 +108,7 @@ class FKSteeringPipeline(SteeringMethod):
         plan = Plan(resample_steps, narrow or {}, narrow_choice, target_reward)
         live, pipe, noise = LiveRows(), self.pipe, 1.0 if eta is None else eta
         kernel_eta: float | None = None
+        check_draw(draw, plan)
         if reward_guidance != 0:
             if overlap:
                 raise InputError("overlap: with reward_guidance the step needs the gradient: leave one of them out")
@@ -122,14 +128,21 @@ class FKSteeringPipeline(SteeringMethod):
             run: Run = GuidedRun(algorithm, population, reward_guidance, noise, plan, on_step)
         else:
             kind = LaggedRun if overlap else Run
-            # A step without noise would not part copies: for them η = 0 becomes 1.
+            # A step without noise would not part copies: where particles may be resampled η = 0 becomes 1.
             run = kind(algorithm, population, kernel_eta, eta or 1.0, plan, on_step)
         images = run.sample()
         rewards, parts = population.score(images)
         # What was chosen for being the best is a draw from no known distribution.
         searched = Particles.start(*rewards.shape)
         particles = searched if run.searched else algorithm.finish(run.particles, rewards)
-        return population.output(images, rewards, parts, particles, run.history, output_type)
+        return population.output(images, rewards, parts, particles, run.history, output_type, draw)
+
+
+def check_draw(draw: str, plan: Plan) -> None:
+    """Raise InputError for an unknown draw, or one by weights in a search, which has none."""
+    choose("draw", draw, DRAWS)
+    if draw != "best" and plan.searches:
+        raise InputError(f"draw={draw!r}: target_reward and narrow_choice='best' leave no weights: use draw='best'")
 
 
 def check_copies_part(scheduler: Any) -> None:

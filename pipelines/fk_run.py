@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from steer.pipelines.output import Evaluation
 from steer.pipelines.plan import Algorithm, Plan, Selected, best
 from steer.pipelines.population import Population
 from steer.seam import Answer, CannotSteer, Event
-from steer.transition import can_redraw
+from steer.transition import redraws
 
 DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # where rewards are read, as shares of the run
 
@@ -49,13 +50,13 @@ class Run:
         algorithm: Algorithm,
         population: Population,
         eta: float | None,
-        copy_eta: float,
+        resampling_eta: float,
         plan: Plan,
         observer: Callable[[StepReport], None] | None,
     ) -> None:
         plan.check_size(population.size)
         self.algorithm, self.population, self.plan, self.observer = algorithm, population, plan, observer
-        self.eta, self.copy_eta = eta, copy_eta  # of every step, None: the solver's own; of a copy's first step
+        self.eta, self.resampling_eta = eta, resampling_eta  # of every step, None: the solver's own; where resampled
         self.steps: frozenset[int] = frozenset()  # at which rewards are read: known at the first
         self.settled = self.searched = False  # a particle has reached the target; some were chosen for being the best
         self.particles = Particles.start(population.groups, population.size)
@@ -104,22 +105,23 @@ class Run:
         return Reading(previews, rewards)
 
     def _moved(self, event: Event, rows: Tensor | None, reading: Reading | None) -> Tensor | None:
-        """Where the slots go on from (None: where the solver took them). The first child of a particle goes its
-        parent's way, each further one is drawn anew, so that copies part under deterministic solvers too."""
-        taken = None if self.eta is None else event.kernel(self.eta).sample(self.population.rng)
-        if rows is None:
-            return taken
-        moved = (event.prev if taken is None else taken)[rows]
-        copies = repeated(rows)
-        if not (can_redraw(event.scheduler) and copies.any()):
-            return None if taken is None else moved
-        moved[copies] = event.kernel(self.copy_eta, rows[copies]).sample(self.population.rng).to(moved.dtype)
-        return moved
+        """Latents of the slots after this step; None: those of the solver.
+
+        Where a reading may copy particles, all of them take the Gaussian kernel, whether they are resampled or not: a
+        kernel that depended on the weights would change the law that the weights refer to.
+        """
+        copying = reading is not None and self.population.alive > 1 and self._needs_steps()
+        resampling = copying and self._redraws(event.scheduler)
+        eta = self.resampling_eta if resampling else self.eta
+        return None if eta is None else event.kernel(eta, rows).sample(self.population.rng)
+
+    def _redraws(self, scheduler: Any) -> bool:
+        return self.eta is not None or redraws(scheduler)
 
     def _reads_at(self, event: Event) -> bool:
         """Whether rewards are read at this step. Settled at the first: copies need a noisy step after them to part."""
         if event.k == 0:
-            last = event.total - self.lag - (2 if can_redraw(event.scheduler) else 3)
+            last = event.total - self.lag - (2 if self._redraws(event.scheduler) else 3)
             own = self._default_steps(event.total)
             self.steps = self.plan.steps(own, self.first, last, event.total, self.steps_asked)
             if not self.steps and self._needs_steps():
@@ -135,8 +137,3 @@ class Run:
     def _tell(self, report: StepReport) -> None:
         if self.observer:
             self.observer(report)
-
-
-def repeated(rows: Tensor) -> Tensor:
-    """(N,) true where a row number has come before."""
-    return torch.stack([(rows[:place] == row).any() for place, row in enumerate(rows)])

@@ -64,7 +64,7 @@ class GuidedRun(Run):
 
     @torch.no_grad()
     def _moved(self, event: Event, rows: Tensor | None, reading: Reading | None) -> Tensor:
-        kernel = event.kernel(self.copy_eta, rows)  # which is that of every step
+        kernel = event.kernel(self.resampling_eta, rows)  # which is that of every step
         if reading is None or reading.gradient is None:
             moved = kernel.sample(self.population.rng)
         else:

@@ -35,14 +35,16 @@ class LaggedRun(Run):
     def on_event(self, event: Event) -> Answer:
         """One solver step: resample by what was read at the step before, begin to read, move on."""
         rows: Tensor | None = None
+        reading: Reading | None = None
         if self.pending is None:
             self._tell(StepReport(event.k, event.total))
         else:
-            rows, self.pending = self._resampled(self.pending(), event.k - self.lag, event), None
+            reading, self.pending = self.pending(), None
+            rows = self._resampled(reading, event.k - self.lag, event)
         if self._reads_at(event):
             x0 = event.x0() if rows is None else event.x0()[rows]
             self.pending = self.begin(lambda: self._read_off(x0))
-        return rows, self._moved(event, rows, None)
+        return rows, self._moved(event, rows, reading)
 
 
 def check_stays(pipe: Any) -> None:

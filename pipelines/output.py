@@ -71,7 +71,7 @@ class Start:
 
 @dataclass(frozen=True)
 class SteeringOutput:
-    """Images and what is known of them, best first within each of B prompts of K particles.
+    """Images and what is known of them, by default best first within each of B prompts of K particles.
 
     images          B·K of them, prompt after prompt, in the requested output type
     rewards         (B, K) of the finished images

@@ -86,6 +86,11 @@ class Plan:
         """Whether a run may go on with fewer particles than it began with."""
         return bool(self.narrow) or self.target is not None
 
+    @property
+    def searches(self) -> bool:
+        """Whether particles may be chosen for being the best, which leaves no weights."""
+        return self.target is not None or (bool(self.narrow) and self.choice == "best")
+
     def selects(self, step: int, size: int) -> tuple[Choice, int]:
         """How those of `size` particles are chosen that go on from this step, and how many they are."""
         count = self.narrow.get(step, size)

@@ -28,6 +28,20 @@ IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
+def _best(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
+    return order
+
+
+def _weighted(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
+    """`order` (B, K) of the slots with one slot first that is drawn by the weights (B, K)."""
+    drawn = torch.multinomial(log_weights.double().softmax(1), 1, generator=generator)
+    return torch.cat([drawn, order[order != drawn].view(len(order), -1)], 1)
+
+
+# What stands first among the images of a prompt.
+DRAWS = {"best": _best, "weighted": _weighted}
+
+
 class Population:
     """One call of `pipe` with K particles for each prompt: samples, scores and counts what that costs."""
 
@@ -146,9 +160,11 @@ class Population:
         particles: Particles,
         history: Sequence[Evaluation] = (),
         output_type: str = "pil",
+        draw: str = "best",
     ) -> SteeringOutput:
-        """Everything, best reward first within each prompt."""
+        """Everything, within each prompt in the order of the rewards, after the slot that is drawn first."""
         order = rewards.sort(dim=1, descending=True, stable=True).indices
+        order = DRAWS[draw](order, particles.log_weights, self.rng)
         rows = self.rows(order)
         latents = self.live.of(self.latents)[rows.to(self.latents.device)]
         seconds = time.monotonic() - self._started

@@ -13,12 +13,12 @@ from steer.arguments import coerced
 from steer.errors import InputError
 from steer.particles import Particles
 from steer.pipelines.fk import check_copies_part
-from steer.pipelines.fk_run import Run, StepReport
+from steer.pipelines.fk_run import Reading, Run, StepReport
 from steer.pipelines.method import SteeringMethod, route_eta
 from steer.pipelines.output import SteeringOutput
 from steer.pipelines.plan import Plan, highest
 from steer.pipelines.population import Population, check_output_type
-from steer.seam import CannotSteer
+from steer.seam import CannotSteer, Event
 from steer.transition import can_redraw
 
 
@@ -133,6 +133,26 @@ class SelectionRun(Run):
 
     def _needs_steps(self) -> bool:
         return self.algorithm.beams < self.population.size
+
+    def _moved(self, event: Event, rows: Tensor | None, reading: Reading | None) -> Tensor | None:
+        """The first child keeps the solver's step, the others resample its noise: a search has no law to keep."""
+        taken = None if self.eta is None else event.kernel(self.eta).sample(self.population.rng)
+        if rows is None:
+            return taken
+        moved = (event.prev if taken is None else taken)[rows]
+        copies = repeated(rows)
+        if not (can_redraw(event.scheduler) and copies.any()):
+            return None if taken is None else moved
+        moved[copies] = event.kernel(self.resampling_eta, rows[copies]).sample(self.population.rng).to(moved.dtype)
+        return moved
+
+    def _redraws(self, scheduler: Any) -> bool:
+        return can_redraw(scheduler)
+
+
+def repeated(rows: Tensor) -> Tensor:
+    """(N,) true where a row number has come before."""
+    return torch.stack([(rows[:place] == row).any() for place, row in enumerate(rows)])
 
 
 def check_candidates_part(scheduler: Any, eta: float | None) -> None:

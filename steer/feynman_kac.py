@@ -8,7 +8,7 @@ from torch import Generator, Tensor
 
 from steer.errors import InputError
 from steer.particles import Particles
-from steer.potentials import Moment, Potential, Tempering, constant, difference
+from steer.potentials import Moment, Potential, Tempering, constant, difference, ess_targeted
 from steer.resampling import Resampler, systematic, thinned
 
 EQUAL = 1 - 1e-6  # weights whose ESS exceeds this share of K count as equal: they are never resampled
@@ -22,7 +22,7 @@ class FeynmanKac:
     potential      path of rewards → log G_j
     resampler      log-weights (B, K) → ancestors (B, K)
     tempering      where the run stands → λ_j
-    ess_threshold  resample a group when its ESS < threshold · K; 1 resamples at every evaluation
+    ess_threshold  resample a group when its ESS < threshold · K; 1, and tempering by ESS, at every evaluation
     """
 
     lam: float = 10.0
@@ -56,7 +56,9 @@ class FeynmanKac:
         particles and their ancestors (B, count), None where all stay."""
         groups, size = particles.log_weights.shape
         count = size if count is None else count
-        low = (particles.ess < size * min(self.ess_threshold, EQUAL)) | torch.tensor(count < size)
+        # An ESS that is steered to its target never falls below it: carried weights would keep λ_j down for good.
+        threshold = 1.0 if self.tempering is ess_targeted else self.ess_threshold
+        low = (particles.ess < size * min(threshold, EQUAL)) | torch.tensor(count < size)
         if not low.any():
             return particles, None
         drawn = self.resampler(particles.log_weights, generator)

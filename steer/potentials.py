@@ -88,15 +88,23 @@ def geometric(moment: Moment) -> Tensor:
     return torch.full_like(moment.previous, moment.lam * min(2**moment.progress - 1, 1.0))
 
 
-def ess_targeted(moment: Moment, target: float = 0.5, halvings: int = 40) -> Tensor:
-    """The λ_j nearest to λ, from λ_{j−1} on, that leaves an ESS of at least `target`·K: by bisection, per group."""
-    low, high = moment.previous, torch.full_like(moment.previous, moment.lam)
-    reached = moment.ess_at(high)[:, None] >= target
+def ess_targeted(moment: Moment, target: float = 0.5, halvings: int = 40, grid: int = 64) -> Tensor:
+    """The λ_j nearest to λ, from 0 on, that leaves an ESS of at least `target`·K: per group, by a grid and bisection.
+
+    It may be below λ_{j−1}, since the terminal factor ends at λ anyway. The ESS need not fall with λ_j: log G_j may
+    also take q_{j−1} back. Where no λ_j leaves so many, the one of the grid that leaves most.
+    """
+    lams = torch.linspace(0, 1, grid + 1)[:, None, None] * moment.lam * torch.ones_like(moment.previous)
+    shares = torch.stack([moment.ess_at(lam) for lam in lams])  # (grid + 1, B)
+    enough = shares >= target
+    last = grid - enough.flip(0).float().argmax(0)  # the highest of the grid that leaves enough
+    last = torch.where(enough.any(0), last, shares.argmax(0))[None, :, None]
+    low, high = (lams.gather(0, place)[0] for place in (last, (last + 1).clamp(max=grid)))
     for _ in range(halvings):
         middle = (low + high) / 2
-        enough = moment.ess_at(middle)[:, None] >= target
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return torch.where(reached, torch.full_like(low, moment.lam), low)
+        reached = moment.ess_at(middle)[:, None] >= target
+        low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
+    return low
 
 
 TEMPERINGS: dict[str, Tempering] = {"constant": constant, "geometric": geometric, "ess": ess_targeted}

@@ -95,6 +95,24 @@ def can_redraw(scheduler: Scheduler) -> bool:
     return has_gaussian_kernel(scheduler) and not descends_from(scheduler, _CONSISTENCY)
 
 
+def redraws(scheduler: Scheduler) -> bool:
+    """Whether the Gaussian kernel with η = 1 may take single steps of a run with this solver.
+
+    False too for solvers whose own noise follows another kernel: two kernels in one run would mix two laws.
+    """
+    return can_redraw(scheduler) and not _has_other_noise(scheduler)
+
+
+def _has_other_noise(scheduler: Scheduler) -> bool:
+    config = scheduler.config
+    if descends_from(scheduler, {"DDPMScheduler"}):
+        return config.variance_type not in ("fixed_small", "fixed_small_log")
+    algorithm = str(config.get("algorithm_type", ""))
+    if algorithm.startswith("sde"):
+        return algorithm != "sde-dpmsolver++" or config.solver_order > 1
+    return bool(config.get("stochastic_sampling"))
+
+
 def copies_part(scheduler: Scheduler) -> bool:
     """Whether two particles in one place ever part again: by a redrawn step, or by the solver's own noise."""
     return can_redraw(scheduler) or descends_from(scheduler, _CONSISTENCY | _STOCHASTIC_STAGES)

@@ -140,6 +140,32 @@ def test_ess_tempering_leaves_half_of_the_particles() -> None:
     assert torch.allclose(weighed.ess, torch.full((3,), 8.0), atol=0.05)
 
 
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize("potential", ["difference", "max"])
+def test_ess_tempering_meets_its_target_again_and_again(potential: str, size: int) -> None:
+    """Of 300 groups at each of 5 evaluations, those that some λ_j of a fine grid brings to the target are there."""
+    target, groups, lam = size / 2, 300, 40.0
+    generator = torch.Generator().manual_seed(0)
+    algorithm = FeynmanKac(lam, POTENTIALS[potential], tempering=TEMPERINGS["ess"])
+    particles, rewards = Particles.start(groups, size), torch.zeros(groups, size)
+    fell = False
+    for j in range(5):
+        rewards = 0.7 * rewards + torch.randn(groups, size, generator=generator)
+        weighed = algorithm.weigh(particles, rewards, j / 6)
+        every = [FeynmanKac(float(x), POTENTIALS[potential]).weigh(particles, rewards, 0).ess for x in range(41)]
+        possible = torch.stack(every).amax(0) >= target
+        strength = weighed.path.strengths[-1][:, 0]
+        at_target = (weighed.ess - target).abs() < 0.05 * size
+        at_target |= (strength == lam) & (weighed.ess >= target)
+        assert possible.float().mean() > 0.5 and at_target[possible].float().mean() >= 0.8
+        assert ((strength >= 0) & (strength <= lam)).all()
+        fell |= j > 0 and bool((strength < particles.path.strengths[-1][:, 0] - 1e-3).any())
+        particles, ancestors = algorithm.select(weighed, generator)
+        assert ancestors is not None and (particles.ess > size * (1 - 1e-5)).all()  # resampled at its own target
+        rewards = rewards.gather(1, ancestors)
+    assert fell
+
+
 # The known mistakes of the published code, by their numbers in the design notes: the published rule fails, ours passes.
 
 

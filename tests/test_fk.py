@@ -111,9 +111,7 @@ def test_copies_part_under_deterministic_and_stochastic_solvers(pipe_of: Callabl
     (parent,) = set(out.ancestors[0][0].tolist())  # all from one particle …
     assert all(not torch.equal(out.latents[i], out.latents[j]) for i in range(K) for j in range(i))  # … and parted
     plain = pipe(**call, num_images_per_prompt=K, generator=seeded(), output_type="latent").images
-    if scheduler not in (DDPMScheduler, LCMScheduler):  # … but the first, which goes on as if nothing had happened
-        # Up to rounding: in another row of the batch the sums of a denoiser may run in another order.
-        assert torch.allclose(out.in_slot_order().latents[0], plain[parent], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(out.in_slot_order().latents[0], plain[parent], rtol=1e-3, atol=1e-3)  # the first too
 
 
 @pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])
