@@ -167,7 +167,7 @@ def _fit(tensors: Mapping[str, Tensor], rows: int, steps: tuple[int, ...]) -> bo
         and 0 < len(steps) <= latents.shape[1]
         and list(steps) == sorted({step for step in steps if 0 <= step < latents.shape[1]})
         and log_probs.shape == (rows, len(steps))
-        and log_probs.dtype == torch.float64
+        and log_probs.dtype in (torch.float32, torch.float64)  # the first is of older folders
     )
 
 

@@ -60,7 +60,6 @@ def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
         same = replace(stored, latents=stored.latents.to(dtype))
         truth = divergence(sampler, trained, stored, steps)
         found = divergence(Sampler(other, call, storage=dtype), small, same, steps)
-        print(name, dtype, f"{found:.4g} of {truth:.4g}")
         assert truth > 0 and found == pytest.approx(truth, rel=0.2)
 
 
@@ -86,9 +85,7 @@ def test_the_window(skip: int | None, half: bool, window: int) -> None:
 
 
 def test_a_window_without_steps_is_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"skip_low_noise_steps must be below the number of steps with noise, 4, got 4"
-    ):
+    with pytest.raises(InputError, match="skip_low_noise_steps must be below the number of steps with noise, 4, got"):
         window_of(4, FinetuneSettings(skip_low_noise_steps=4), False)
     with pytest.raises(InputError, match="skip_low_noise_steps must be from 0 to num_inference_steps - 1, got 20"):
         FinetuneSettings(skip_low_noise_steps=20, num_inference_steps=20)
