@@ -49,6 +49,7 @@ def two_labels(a: str, b: str, row: Row, prompt: Any) -> Iterator[Labelled]:
     for name, value in (("label_0", first), ("label_1", second)):
         if not is_number(value) or not 0 <= value <= 1:
             raise ValueError(f"{name} must be a number from 0 to 1, got {value!r:.40}")
+    assert first is not None and second is not None
     yield Labelled(row.get(a), row.get(b), prompt, preferred(first, second))
 
 

@@ -80,7 +80,7 @@ class Run:
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4, betas=(0.9, 0.98))
         schedule = self._schedule(optimiser)
-        stateful = [*modules, optimiser, schedule, *([after] if after else [])]
+        stateful: list[Any] = [*modules, optimiser, schedule, *([after] if after else [])]
         first = self._load(stateful, parameters[0].device)
         started, losses = time.monotonic(), []
         steps = tqdm(range(first, self.steps), self.folder.name, self.steps, initial=first, unit="step", disable=None)

@@ -168,9 +168,9 @@ class _Operations(TorchDispatchMode):
         found = func(*args, **given)
         before = {one.untyped_storage()._cdata for one in inputs if one.layout == torch.strided}
         for leaf in tree_leaves(found):
-            if isinstance(leaf, Tensor) and leaf.layout == torch.strided:
-                if leaf.untyped_storage()._cdata not in before:
-                    _put(leaf, device)
+            strided = isinstance(leaf, Tensor) and leaf.layout == torch.strided
+            if strided and leaf.untyped_storage()._cdata not in before:
+                _put(leaf, device)
         return found
 
 

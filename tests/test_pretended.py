@@ -48,12 +48,12 @@ def test_a_mix_of_devices_raises(name: str, inference: bool) -> None:
     with torch.inference_mode(inference):
         here = torch.ones(3, 3)
         for a, b in ((there(3, 3), here), (there(3, 3), there(3, 3).cpu()), (here.to(DEVICE), here)):
-            with pytest.raises(RuntimeError, match="same device|to be on"):
+            with pytest.raises(RuntimeError, match=r"same device|to be on"):
                 MIXES[name](a, b)
 
 
 def test_numpy_generators_and_indices_of_the_device_raise() -> None:
-    with pytest.raises(TypeError, match="use Tensor.cpu"):
+    with pytest.raises(TypeError, match=r"use Tensor\.cpu"):
         there(2).numpy()
     with pytest.raises(RuntimeError, match="generator"):
         torch.randn(3, generator=Generator(), device=DEVICE)

@@ -119,8 +119,10 @@ class SteerTab:
 
     def _updates(self, values: Mapping[str, Any], method: str, weights: Weights | None) -> Change:
         """Shows the fields of a method, and gives some of them values."""
-        shown = {name: {"visible": visible} for name, visible in shown_with(method, weights).items()}
-        given = {name: {"value": value} for name, value in values.items()}
+        shown: dict[str, dict[str, Any]] = {
+            name: {"visible": visible} for name, visible in shown_with(method, weights).items()
+        }
+        given: dict[str, dict[str, Any]] = {name: {"value": value} for name, value in values.items()}
         return {self.fields[name]: gr.update(**shown.get(name, {}), **given.get(name, {})) for name in shown | given}
 
     def wear(self, told: dict[Any, Any]) -> Change:

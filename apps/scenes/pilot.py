@@ -15,8 +15,9 @@ from steer.apps.scenes.autoencoder import encode
 from steer.apps.scenes.denoiser import PILOT, Recipe, token_ids, train_denoiser, velocity_loss
 from steer.apps.scenes.evaluate import CALL, interval
 from steer.apps.scenes.lists import requests_of
-from steer.apps.scenes.world import SceneRequest, draw, is_held_out, random_request, random_scene
+from steer.apps.scenes.world import draw, is_held_out, random_request, random_scene
 from steer.rewards.scene import SceneReward
+from steer.rewards.scene_language import SceneRequest
 
 logger = logging.getLogger(__name__)
 DEVELOPMENT = 200  # requests with a relation; the held-out list has every held-out request of the other tasks
