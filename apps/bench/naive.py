@@ -20,7 +20,7 @@ from steer.errors import InputError
 from steer.feynman_kac import FeynmanKac
 from steer.noise import Nesterov, clipped, prior_gradient
 from steer.particles import Particles
-from steer.pipelines.fk_run import repeated
+from steer.pipelines.selection import repeated
 from steer.reward import Reward
 from steer.schedule import predict_x0
 from steer.trainable import Trainable
