@@ -82,6 +82,9 @@ class Run:
         schedule = self._schedule(optimiser)
         stateful: list[Any] = [*modules, optimiser, schedule, *([after] if after else [])]
         first = self._load(stateful, parameters[0].device)
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # the rate of the last run, where the end has moved
+            for group, base, rate in zip(optimiser.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = base * rate(first)
         started, losses = time.monotonic(), []
         steps = tqdm(range(first, self.steps), self.folder.name, self.steps, initial=first, unit="step", disable=None)
         for step in steps:

@@ -1,19 +1,26 @@
 """The embedded model as a user meets it, and the training that made it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
+from torch import Tensor
 
 from steer.apps.scenes.autoencoder import autoencoder_accuracy, encode, new_autoencoder, reconstruct, to_model, whiten
-from steer.apps.scenes.denoiser import new_denoiser, new_scheduler, token_ids
+from steer.apps.scenes.denoiser import Recipe, new_denoiser, new_scheduler, token_ids, train_denoiser, velocity_loss
 from steer.apps.scenes.evaluate import agreement, compare, foresight, interval
+from steer.apps.scenes.lists import LISTS, requests_of
+from steer.apps.scenes.pilot import development_requests
 from steer.apps.scenes.tokenizer import WORDS, build_tokenizer
 from steer.apps.scenes.training import training_scenes
+from steer.apps.scenes.world import captions, draw, is_held_out, random_scene
 from steer.assets import MODELS
 from steer.rewards.scene import SceneReward
+from steer.rewards.scene_language import parse
 from steer.training import Run
 
 EASY = ["a circle", "a red square", "a blue star", "a black cross", "two green circles", "a yellow triangle"]
@@ -130,3 +137,86 @@ def test_agreement_counts_pairs_by_hand() -> None:
 def test_the_end_foretells_itself_best() -> None:
     result = foresight("scenes", ["a red star", "two circles"], "scene-soft", 3, [0, 4], {"num_inference_steps": 6})
     assert len(result["order"]) == 2 and result["order"][1] >= 0.5
+
+
+def test_every_word_of_the_scenes_is_one_token(tmp_path: Path) -> None:
+    tokenizer = build_tokenizer(tmp_path, whole_words=True)
+    assert all(len(tokenizer(word).input_ids) == 3 for word in WORDS)
+    assert tokenizer.decode(tokenizer("naïve 🦄 текст").input_ids[1:-1]).replace(" ", "") == "naïve🦄текст"
+
+
+def test_every_caption_of_a_training_scene_holds_of_its_image_and_none_is_held_out() -> None:
+    wordings = 0
+    for number in range(300):
+        rng = np.random.default_rng(number)
+        scene = random_scene(rng)
+        image = torch.from_numpy(draw(scene, rng)).permute(2, 0, 1)[None] / 255
+        texts = captions(scene)
+        wordings += len(texts)
+        assert texts[0] == scene.prompt and len(set(texts)) == len(texts)
+        assert SceneReward()(image.expand(len(texts), -1, -1, -1), texts).eq(1).all(), texts
+        assert not any(is_held_out(parse(text).canonical) for text in texts)
+    assert wordings > 900
+
+
+def test_the_loss_of_a_denoiser_that_knows_the_velocity_is_zero_and_min_snr_weighs_it_by_the_formula() -> None:
+    scheduler, generator = new_scheduler(), torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 4, 8, 8, 8, generator=generator)
+    t = torch.tensor([5, 300, 600, 990])
+    velocity = scheduler.get_velocity(x0, noise, t)
+    snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
+
+    class Off(torch.nn.Module):
+        def __init__(self, error: Tensor) -> None:
+            super().__init__()
+            self.error = error
+
+        def forward(self, x: Tensor, *args: object, **kwargs: object) -> tuple[Tensor]:
+            return (velocity + self.error,)
+
+    states = torch.zeros(4, 1, 1)
+    assert velocity_loss(Off(torch.zeros(1)), states, x0, t, noise, Recipe()) == 0  # type: ignore[arg-type]
+    errors = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)
+    plain = velocity_loss(Off(errors), states, x0, t, noise, Recipe())  # type: ignore[arg-type]
+    assert plain.item() == pytest.approx(30 / 4)
+    weighed = velocity_loss(Off(errors), states, x0, t, noise, Recipe(min_snr=5.0))  # type: ignore[arg-type]
+    weights = torch.minimum(snr, torch.tensor(5.0)) / (snr + 1)
+    assert weighed.item() == pytest.approx((weights * torch.tensor([1.0, 4.0, 9.0, 16.0])).mean().item(), rel=1e-5)
+
+
+def test_the_rate_warms_up_stays_and_falls_and_the_end_may_be_moved() -> None:
+    def rates(steps: int) -> list[float]:
+        optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        schedule = Run(Path("."), steps, 1.0, warmup=4, decay=0.25)._schedule(optimiser)
+        values = []
+        for _ in range(steps):
+            values.append(schedule.get_last_lr()[0])
+            optimiser.step()
+            schedule.step()
+        return values
+
+    assert rates(16) == [0.25, 0.5, 0.75, *[1.0] * 10, 0.75, 0.5, 0.25]
+    assert rates(32)[:16] == [0.25, 0.5, 0.75, *[1.0] * 13]
+
+
+def test_two_steps_of_the_denoisers_training_resume_to_the_same_weights(tmp_path: Path) -> None:
+    vae = AutoencoderKL.from_pretrained(Path(MODELS["scenes"]) / "vae")
+    tiny = replace(Recipe(), channels=(16, 16), width=16, heads=2, batch=4, scenes=8)
+    tiny_part = 8
+
+    def weights(folder: Path, *ends: int) -> Tensor:
+        for end in ends:
+            pipe = train_denoiser(folder / "denoiser", vae, tiny, end, decay=1e-9)
+        return torch.cat([parameter.flatten() for parameter in pipe.unet.parameters()])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("steer.apps.scenes.denoiser.PART", tiny_part)
+        once = weights(tmp_path / "once", 4)
+        assert torch.equal(weights(tmp_path / "twice", 2, 4), once)
+
+
+def test_the_pilots_combinations_are_in_no_other_list_and_never_drawn_for_training() -> None:
+    requests = development_requests()
+    reserved = {request.canonical for name in LISTS for request in requests_of(name)}
+    assert len(requests) > 100 and all(is_held_out(request) for request in requests)
+    assert not reserved & {request.canonical for request in requests}
