@@ -115,7 +115,7 @@ def test_a_checkout_that_is_not_installed_imports(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_rooms_not_halls(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= 250
+    assert len(text.splitlines()) <= 700
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if isinstance(node.body[0], ast.Expr) else node.body
