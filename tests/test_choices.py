@@ -93,7 +93,9 @@ def test_stored_and_regenerated_trajectories_train_to_the_same_bits(recorded: di
     assert_same_weights(tmp_path / "stored", tmp_path / "seeds")
     for result in results.values():
         first, *later = result.records
-        assert first["accuracy"] == 0.5 and first["kl"] == 0 and first["margin"] == 0  # the reference itself
+        assert (
+            first["accuracy"] == 0.5 and abs(first["kl"]) < 1e-9 and abs(first["margin"]) < 1e-9
+        )  # the reference itself
         assert all(record["margin"] > 0 and record["pairs"] == 2 for record in later)
     assert not (tmp_path / "stored" / "regenerated").exists()
     again = ChoiceFolder(tmp_path / "seeds" / "regenerated").lots
