@@ -60,15 +60,17 @@ def _device(given: Any) -> torch.device:
 
 
 def _place(tensor: Tensor) -> torch.device:
-    """In a mode's handler, where `.device` is the real one."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        return tensor.device
-    return getattr(tensor.untyped_storage(), "pretended", CPU)
+    """Where a tensor is, or pretends to be."""
+    with torch._C.DisableTorchFunction():  # `.device` is the real one
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return tensor.device
+        return getattr(tensor.untyped_storage(), "pretended", CPU)
 
 
 def _put(tensor: Tensor, device: torch.device) -> Tensor:
-    if tensor.device.type == "cpu" and tensor.layout == torch.strided:
-        tensor.untyped_storage().pretended = device  # type: ignore[attr-defined]
+    with torch._C.DisableTorchFunction():
+        if tensor.device.type == "cpu" and tensor.layout == torch.strided:
+            tensor.untyped_storage().pretended = device  # type: ignore[attr-defined]
     return tensor
 
 
@@ -77,17 +79,12 @@ class _Transfer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, device: torch.device) -> Tensor:
-        ctx.home = _place_anywhere(tensor)
+        ctx.home = _place(tensor)
         return _copied(tensor, device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return _copied(gradients[0], ctx.home), None
-
-
-def _place_anywhere(tensor: Tensor) -> torch.device:
-    with torch._C.DisableTorchFunction():
-        return _place(tensor)
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
@@ -135,7 +132,7 @@ class _Functions(TorchFunctionMode):
             return _moved(args[0], CPU)
         if func is Tensor.to:
             return _to(*args, **given)
-        if func is Tensor.__deepcopy__:
+        if func is Tensor.__deepcopy__ or (func is Tensor.new_tensor and given.get("device") is None):
             return _put(func(*args, **given), _place(args[0]))
         if given.get("device") is not None:
             return self._made(func, args, given)

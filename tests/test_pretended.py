@@ -48,12 +48,12 @@ def test_a_mix_of_devices_raises(name: str, inference: bool) -> None:
     with torch.inference_mode(inference):
         here = torch.ones(3, 3)
         for a, b in ((there(3, 3), here), (there(3, 3), there(3, 3).cpu()), (here.to(DEVICE), here)):
-            with pytest.raises(RuntimeError, match=r"same device|to be on"):
+            with pytest.raises(RuntimeError, match="to be on the same device"):
                 MIXES[name](a, b)
 
 
 def test_numpy_generators_and_indices_of_the_device_raise() -> None:
-    with pytest.raises(TypeError, match=r"use Tensor\.cpu"):
+    with pytest.raises(TypeError, match="numpy"):
         there(2).numpy()
     with pytest.raises(RuntimeError, match="generator"):
         torch.randn(3, generator=Generator(), device=DEVICE)
@@ -76,6 +76,7 @@ def test_what_a_real_accelerator_allows_is_allowed() -> None:
         x.half(),
         torch.zeros_like(x),
         x.new_zeros(2),
+        x.new_tensor([1.0]),
         torch.full((2,), 1.0, device="xpu"),
         torch.randn(3, generator=Generator().manual_seed(0)).to(x),
         torch.as_tensor([1.0], device=x.device),
