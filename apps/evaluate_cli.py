@@ -15,7 +15,17 @@ from steer.errors import InputError
 # Of `steer sample` these decide images, and mean the same here; `particles` and `seed` mean a little else.
 SHARED = ["steps", "guidance", "eta", "dtype"]
 SHARED += ["lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance"]
-SHARED += ["narrow", "narrow_choice", "target", "overlap", "preview", "start_candidates", "start_steps", "beams"]
+SHARED += [
+    "draw",
+    "narrow",
+    "narrow_choice",
+    "target",
+    "overlap",
+    "preview",
+    "start_candidates",
+    "start_steps",
+    "beams",
+]
 SHARED += ["iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"]
 SHARED += ["neighbours", "distance", "variant", "model_config"]
 SAMPLING = [option for option in sample.params if option.name in SHARED]

@@ -106,5 +106,5 @@ def interval(values: Tensor) -> list[float]:
     """Mean of (N,) values and its 95 % bootstrap interval over them."""
     generator = Generator().manual_seed(0)
     rows = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
-    low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return [values.mean().item(), low, high]

@@ -30,7 +30,9 @@ class RewardBackpropPipeline(FinetuningPipeline):
             raise InputError(f"reward {self.reward.name!r} is not differentiable: use prdp or d3po, or another reward")
         if not 1 <= self.last_steps <= settings.num_inference_steps:
             raise InputError(f"last_steps must be from 1 to {settings.num_inference_steps}, got {self.last_steps}")
-        if not takes_prompts(self.pipe):
+        if self.pipe is not None and not takes_prompts(
+            self.pipe
+        ):  # None: settings are checked before a model is loaded
             raise InputError(
                 f"{type(self.pipe).__name__} makes arrays of its images, which let no gradients through: use another "
                 "method, for example grpo or d3po"

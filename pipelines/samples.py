@@ -112,4 +112,5 @@ def sampler_of(
 ) -> Sampler:
     """A new sampler, which remembers no texts; in the precision of log-probabilities, or another."""
     storage = DTYPES[settings.storage]
-    return Sampler(pipe, settings.arguments, settings.eta, storage, prepared, precision or settings.log_prob_precision)
+    precision, autocast = precision or settings.log_prob_precision, settings.mixed_precision != "no"
+    return Sampler(pipe, settings.arguments, settings.eta, storage, prepared, precision, autocast)

@@ -1,11 +1,11 @@
 """Evaluation of half-precision models in float32, one operation at a time and without a copy of their weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -38,14 +38,23 @@ def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
+def _computes_in_half(modules: Sequence[nn.Module]) -> bool:
+    """Whether weights or a surrounding autocast are half precision: else no operation needs a cast."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    return any(parameter.dtype in HALF or torch.is_autocast_enabled(parameter.device.type) for parameter in parameters)
+
+
 @contextmanager
-def in_float32() -> Iterator[None]:
-    """Evaluate everything in float32: no half precision, no autocast, no TF32 in products and convolutions."""
+def in_float32(modules: Sequence[nn.Module], autocast: bool = False) -> Iterator[None]:
+    """Evaluate modules in float32: no half precision, no autocast, no TF32 in products and convolutions.
+
+    autocast  whether a forward pass enters an autocast of its own, as one prepared by accelerate may
+    """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
     matmul.allow_tf32 = cudnn.allow_tf32 = False
     try:
-        with Float32():
+        with Float32() if autocast or _computes_in_half(modules) else nullcontext():
             yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -7,6 +7,7 @@ made, so that each step can be differentiated, and forgotten, by itself.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -90,6 +91,7 @@ class Sampler:
     prepared the trained denoiser as accelerate wraps it, to be called in place of the pipeline's own
     precision  in which the denoiser is evaluated: float32, whatever its weights and autocast are, since log-ratios of
                half precision are rounding; or that of the model
+    autocast   whether `prepared` enters an autocast to half precision
 
     Raises InputError for a scheduler without a Gaussian kernel.
     """
@@ -102,6 +104,7 @@ class Sampler:
         storage: torch.dtype = torch.float32,
         prepared: Callable[..., Any] | None = None,
         precision: Precision = "float32",
+        autocast: bool = False,
     ) -> None:
         if not 0 < eta <= 1:
             raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
@@ -114,7 +117,9 @@ class Sampler:
         if unknown:
             raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
         self.eta, self.storage, self._call = eta, storage, dict(call)
-        self._exactly = in_float32 if precision == "float32" else nullcontext
+        denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
+        exact = partial(in_float32, denoisers, autocast=autocast)
+        self._exactly = exact if precision == "float32" else nullcontext
         self._gate = _Gate(self._exactly)
         self._pipe = recording(quiet(pipe))
         vars(self._pipe).update(self._gate.around(pipe, prepared))

@@ -26,6 +26,7 @@ from steer.apps.demo.studio import Studio
 from steer.apps.demo.weights import Weights
 from steer.apps.models import load_pipeline
 from steer.apps.png_metadata import read_metadata
+from steer.apps.prompt_rows import PromptRow
 from steer.apps.sample_cli import sample
 from steer.apps.sample_settings import SampleSettings
 from steer.errors import InputError
@@ -215,7 +216,7 @@ def test_the_command_asks_for_the_same_settings(monkeypatch: pytest.MonkeyPatch)
             assert words[:2] == ["steer", "sample"]
             CliRunner().invoke(sample, words[2:])
             prompts, asked, *_ = given.pop()
-            assert prompts == [prompt] and asked == settings
+            assert prompts == [PromptRow(prompt)] and asked == settings
 
 
 @pytest.mark.parametrize("method", ["fk", "best-of-n", "base", "reno"])

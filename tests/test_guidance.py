@@ -62,7 +62,7 @@ def test_the_price_is_the_difference_of_the_two_log_densities(std: float) -> Non
     x, log_ratio = draw_guided(kernel, gradient, generator)
     leaning = Gaussian(mean + std**2 * gradient, kernel.std)
     assert x.dtype == log_ratio.dtype == torch.float32 and log_ratio.shape == (4,)
-    assert torch.allclose(log_ratio, kernel.log_prob(x) - leaning.log_prob(x), atol=1e-3)
+    assert torch.allclose(log_ratio.double(), kernel.log_prob(x) - leaning.log_prob(x), atol=1e-3)
 
 
 def test_a_guided_step_leans_by_tau_squared_times_the_gradient() -> None:

@@ -90,9 +90,9 @@ def returning(value: object) -> Reward:
         (torch.tensor([0.1, torch.nan]), "returned nan for image 1, prompt 'two stars'"),
         (torch.tensor([torch.inf, 0.0]), "returned inf for image 0"),
         (torch.zeros(3), r"shape \(2,\), got \(3,\)"),
-        (torch.zeros(2, 1), r"shape \(2,\), got \(2, 1\)"),
-        ([0.0, 1.0], r"shape \(2,\), got list"),
-        (torch.tensor([1, 2]), "must return floats, got torch.int64"),
+        (torch.zeros(2, 2), r"shape \(2,\), got \(2, 2\)"),
+        (["0", "1"], r"shape \(2,\), got list"),
+        (torch.tensor([True, False]), "must return floats, got torch.bool"),
         (KeyError("no such label"), "failed: KeyError: 'no such label'"),
     ],
 )

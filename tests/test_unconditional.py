@@ -77,7 +77,7 @@ def test_a_replay_has_the_rollouts_log_probs_which_are_those_of_diffusers_own_st
     mean = scheduler.step(out, t, x, eta=1.0, variance_noise=torch.zeros_like(x)).prev_sample
     std = scheduler._get_variance(t, t - 100 // 4) ** 0.5
     expected = torch.distributions.Normal(mean, std).log_prob(stored.latents[:, 0]).sum((1, 2, 3))
-    assert torch.allclose(stored.log_probs[:, 0], expected, rtol=1e-3)
+    assert torch.allclose(stored.log_probs[:, 0], expected.double(), rtol=1e-3)
 
 
 METHODS = {

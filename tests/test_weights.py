@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steer.contract import RewardError
 from steer.rewards.batches import in_micro_batches
-from steer.rewards.weights import HubFile, WebFile, cast, follow, load_weights, read_checkpoint
+from steer.rewards.weights import HubFile, WebFile, cast, load_weights, placed, read_checkpoint
 
 STATE = {"layer.weight": torch.arange(6.0).view(2, 3), "layer.bias": torch.ones(2, dtype=torch.float16)}
 HUB = HubFile("somebody/something", "weights.pt", "0123abcd")
@@ -142,7 +142,7 @@ def test_cast_freezes_and_knows_its_dtypes() -> None:
 def test_a_module_that_moves_in_inference_mode_keeps_weights_for_gradients() -> None:
     module = nn.Linear(2, 2)
     with torch.inference_mode():
-        follow(torch.ones(1, device="meta"), module)
+        placed(torch.ones(1, device="meta"), module)
     assert all(p.device.type == "meta" and not p.is_inference() for p in module.parameters())
 
 
