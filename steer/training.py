@@ -61,6 +61,7 @@ class Run:
     save_every: int = 200
     warmup: int = 100
     decay: float | None = None  # share of the steps over which the rate falls linearly to 0; None: a cosine over all
+    start: int = 0  # the step of a run without a saved state, whose weights were given: a warm start
     stop_after: float | None = None  # processor seconds of this process, for runs of equal cost
 
     def _schedule(self, optimiser: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
@@ -82,6 +83,7 @@ class Run:
         schedule = self._schedule(optimiser)
         stateful: list[Any] = [*modules, optimiser, schedule, *([after] if after else [])]
         first = self._load(stateful, parameters[0].device)
+        schedule.last_epoch = first
         if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # the rate of the last run, where the end has moved
             for group, base, rate in zip(optimiser.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = base * rate(first)
@@ -110,7 +112,7 @@ class Run:
     def _load(self, stateful: list[Stateful], device: torch.device) -> int:
         path = self.folder / "state.pt"
         if not path.exists():
-            return 0
+            return self.start
         saved = read_state(path, device)
         for target, state in zip(stateful, saved["states"], strict=True):
             target.load_state_dict(state)

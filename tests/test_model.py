@@ -11,7 +11,15 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusio
 from torch import Tensor
 
 from steer.apps.scenes.autoencoder import autoencoder_accuracy, encode, new_autoencoder, reconstruct, to_model, whiten
-from steer.apps.scenes.denoiser import Recipe, new_denoiser, new_scheduler, token_ids, train_denoiser, velocity_loss
+from steer.apps.scenes.denoiser import (
+    Recipe,
+    new_denoiser,
+    new_scheduler,
+    save_checkpoint,
+    token_ids,
+    train_denoiser,
+    velocity_loss,
+)
 from steer.apps.scenes.evaluate import agreement, compare, foresight, interval
 from steer.apps.scenes.lists import LISTS, requests_of
 from steer.apps.scenes.pilot import development_requests
@@ -21,7 +29,7 @@ from steer.apps.scenes.world import captions, draw, is_held_out, random_scene
 from steer.assets import MODELS
 from steer.rewards.scene import SceneReward
 from steer.rewards.scene_language import parse
-from steer.training import Run
+from steer.training import Run, read_state
 
 EASY = ["a circle", "a red square", "a blue star", "a black cross", "two green circles", "a yellow triangle"]
 
@@ -213,6 +221,12 @@ def test_two_steps_of_the_denoisers_training_resume_to_the_same_weights(tmp_path
         patch.setattr("steer.apps.scenes.denoiser.PART", tiny_part)
         once = weights(tmp_path / "once", 4)
         assert torch.equal(weights(tmp_path / "twice", 2, 4), once)
+        save_checkpoint(tmp_path / "once/denoiser", vae, tiny, tmp_path / "checkpoint")
+        assert json.loads((tmp_path / "checkpoint/training.json").read_text()) == {"step": 4}
+        warm = train_denoiser(tmp_path / "warm/denoiser", vae, tiny, 4, start=tmp_path / "checkpoint")
+        assert torch.allclose(torch.cat([p.flatten() for p in warm.unet.parameters()]), once, atol=1e-3)
+        train_denoiser(tmp_path / "warm/denoiser", vae, tiny, 6, start=tmp_path / "checkpoint")
+        assert read_state(tmp_path / "warm/denoiser/state.pt", torch.device("cpu"))["step"] == 6
 
 
 def test_the_pilots_combinations_are_in_no_other_list_and_never_drawn_for_training() -> None:

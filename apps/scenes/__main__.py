@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="folder of checkpoints and logs")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; an interrupted run goes on where it stopped")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--start", type=Path, help="checkpoint that `denoiser` begins with where --out has no state")
     parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each recipe of `pilot`")
     parser.add_argument("--size", default="scenes", help="what `denoiser` trains: scenes or scenes-large")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
@@ -55,7 +56,16 @@ def _denoiser(options: argparse.Namespace) -> None:
     from steer.apps.scenes.denoiser import RECIPES, train_denoiser
 
     vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
-    train_denoiser(options.out / "denoiser", vae, RECIPES[options.size], options.steps or 85_000)
+    train_denoiser(options.out / "denoiser", vae, RECIPES[options.size], options.steps or 85_000, start=options.start)
+
+
+def _checkpoint(options: argparse.Namespace) -> None:
+    from diffusers import AutoencoderKL
+
+    from steer.apps.scenes.denoiser import RECIPES, save_checkpoint
+
+    vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
+    save_checkpoint(options.out / "denoiser", vae, RECIPES[options.size], options.model)
 
 
 def _pilot(options: argparse.Namespace) -> None:
@@ -129,6 +139,10 @@ def _prompts(options: argparse.Namespace) -> None:
 STAGES = {
     "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
     "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
+    "checkpoint": (
+        _checkpoint,
+        "write the averaged weights of an unfinished `denoiser` to --model; --start resumes it",
+    ),
     "pilot": (_pilot, "compare recipes for the denoiser at equal processor time (--seconds, --only)"),
     "check": (_check, "share of fresh scenes that pass after the autoencoder"),
     "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),

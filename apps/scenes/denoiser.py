@@ -1,7 +1,9 @@
 """The denoiser of scenes and its text encoder, trained together on the autoencoder's latents."""
 
+import json
 import logging
 import math
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +20,7 @@ from steer.apps.scenes.autoencoder import CHANNELS, encode
 from steer.apps.scenes.tokenizer import LENGTH, build_tokenizer
 from steer.apps.scenes.world import captions, draw, random_scene
 from steer.staged import staged
-from steer.training import Run
+from steer.training import Run, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -179,13 +181,36 @@ def velocity_loss(
     return losses.mean()
 
 
+def save_checkpoint(folder: Path, vae: AutoencoderKL, recipe: Recipe, to: Path) -> None:
+    """Write the averaged weights of an unfinished training as a pipeline in half precision, and its step beside it.
+
+    `train_denoiser(start=to)` continues from it on another machine, with new moments of the optimiser.
+    """
+    saved = read_state(folder / "state.pt", torch.device("cpu"))
+    tokenizer = build_tokenizer(to / "tokenizer", recipe.whole_words)
+    modules = torch.nn.ModuleList([new_denoiser(recipe), new_text_encoder(tokenizer, recipe)])
+    average = EMAModel(modules.parameters())
+    average.load_state_dict(saved["states"][-1])
+    average.copy_to(modules.parameters())
+    unet, text_encoder = modules
+    assemble(deepcopy(vae).half(), unet.half(), text_encoder, tokenizer).save_pretrained(to)
+    (to / "training.json").write_text(json.dumps({"step": saved["step"]}) + "\n")
+
+
 def train_denoiser(
-    folder: Path, vae: AutoencoderKL, recipe: Recipe, steps: int, decay: float = 0.25, seconds: float | None = None
+    folder: Path,
+    vae: AutoencoderKL,
+    recipe: Recipe,
+    steps: int,
+    decay: float = 0.25,
+    seconds: float | None = None,
+    start: Path | None = None,
 ) -> StableDiffusionPipeline:
     """Train the UNet and the text encoder; folder/pipeline holds the averaged weights.
 
     decay    share of the steps over which the learning rate falls to 0 at the end
     seconds  processor time after which the run saves its state and stops (None: after `steps`)
+    start    a folder of `save_checkpoint` whose weights and step a run without a state begins with
     """
     torch.manual_seed(0)
     folder.mkdir(parents=True, exist_ok=True)
@@ -194,8 +219,14 @@ def train_denoiser(
     empty = token_ids(tokenizer, [""])
     unet = new_denoiser(recipe).to(memory_format=torch.channels_last)
     text_encoder = new_text_encoder(tokenizer, recipe)
-    modules = torch.nn.ModuleList([unet, text_encoder])
+    modules, first = torch.nn.ModuleList([unet, text_encoder]), 0
+    if start is not None:
+        pipe = StableDiffusionPipeline.from_pretrained(start, dtype=torch.float32)
+        unet.load_state_dict(pipe.unet.state_dict())
+        text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+        first = json.loads((start / "training.json").read_text())["step"]
     average = EMAModel(modules.parameters(), decay=recipe.average, use_ema_warmup=True, power=0.75)
+    average.optimization_step = first
 
     def loss_at(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
@@ -204,7 +235,7 @@ def train_denoiser(
         t, noise = timesteps(recipe, len(ids), generator), torch.randn(x0.shape, generator=generator)
         return velocity_loss(unet, text_encoder(ids)[0], x0, t, noise, recipe)
 
-    run = Run(folder, steps, recipe.learning_rate, save_every=500, decay=decay, stop_after=seconds)
+    run = Run(folder, steps, recipe.learning_rate, save_every=500, decay=decay, start=first, stop_after=seconds)
     run.train([modules], loss_at, after=average)
     average.copy_to(modules.parameters())
     pipe = assemble(vae, unet, text_encoder, tokenizer)
