@@ -115,8 +115,20 @@ def wearing(pipe: Any, path: str | None) -> Iterator[Off]:
     if path is None:
         yield nullcontext
         return
-    with find_finetuned(path).worn_by(pipe) as off:
+    with _gradients_restored(pipe), find_finetuned(path).worn_by(pipe) as off:
         yield off
+
+
+@contextmanager
+def _gradients_restored(pipe: Any) -> Iterator[None]:
+    """Afterwards weights take gradients that did before: injecting an adapter freezes what it is injected into."""
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    before = [(weight, weight.requires_grad) for module in modules for weight in module.parameters()]
+    try:
+        yield
+    finally:
+        for weight, takes in before:
+            weight.requires_grad_(takes)
 
 
 def find_finetuned(path: str) -> Finetuned:

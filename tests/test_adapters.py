@@ -101,6 +101,7 @@ def test_a_kohya_lora_with_alphas_of_its_own_equals_the_merged_weights(tmp_path:
         with off():
             assert torch.equal(unet_output(pipe), bare)
     assert hashes(pipe) == before
+    assert all(weight.requires_grad for weight in (*pipe.unet.parameters(), *pipe.text_encoder.parameters()))
 
 
 EXTRA = {
@@ -187,6 +188,7 @@ def test_a_peft_adapter_equals_the_merged_weights(tmp_path: Path) -> None:
     with wearing(pipe, str(tmp_path)):
         torch.testing.assert_close(unet_output(pipe), unet_output(by_hand), rtol=0, atol=1e-5)
     assert hashes(pipe) == before
+    assert all(weight.requires_grad for weight in pipe.unet.parameters())
 
 
 def test_an_ordinary_lora_loads_without_a_warning_and_nothing_is_muted(

@@ -20,7 +20,6 @@ from steer.errors import InputError
 from steer.feynman_kac import FeynmanKac
 from steer.noise import Nesterov, clipped, prior_gradient
 from steer.particles import Particles
-from steer.pipelines.selection import repeated
 from steer.reward import Reward
 from steer.schedule import predict_x0
 from steer.trainable import Trainable
@@ -70,11 +69,8 @@ def naive_fk(
             particles, drawn = algorithm.select(weighed, rng)
             rows = torch.arange(size) if drawn is None else drawn[0]
             ancestors.append(rows[None])
-            x_s, copies = x_s[rows], repeated(rows)
-            if drawn is not None and copies.any():
-                again = rows[copies]
-                kernel = gaussian_transition(x[again], x0[again], *step_levels(scheduler, t, 0), 1.0)
-                x_s[copies] = kernel.sample(rng).to(x_s.dtype)
+            kernel = gaussian_transition(x[rows], x0[rows], *step_levels(scheduler, t, 0), 1.0)
+            x_s = kernel.sample(rng).to(x_s.dtype)
         x = x_s
     rewards = _judged(pipe, reward, prompt, x)
     images = _decoded(pipe, x)

@@ -21,10 +21,10 @@ def overhead(subject: Subject) -> Iterator[Opened]:
     view = undecoded(subject.pipe)
 
     def check(steered: Denoised, plain: Tensor) -> Check:
-        # With equal rewards nobody is resampled: then the steered batch is the plain one.
-        equal = denoise_steered(subject, subject.pipe, equal=True).latents
+        # Without strength nobody is resampled: then the steered batch is the plain one.
+        latents = denoise_steered(subject, subject.pipe, lam=0.0).latents
         given = subject.call | {"prompt": list(subject.prompts), "num_images_per_prompt": subject.size}
-        images = Preview(subject.pipe, given, len(equal))(equal)
+        images = Preview(subject.pipe, given, len(latents))(latents)
         return Check(difference(images, plain_call(subject, subject.pipe)), limit_of(subject))
 
     steered = Variant("steered", lambda: denoise_steered(subject, subject.pipe))

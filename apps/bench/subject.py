@@ -120,9 +120,7 @@ class Subject:
 
 
 class _FreeRewards(Population):
-    """Rewards that cost nothing: random numbers, or all the same; nothing is decoded for them."""
-
-    equal = False
+    """Rewards that cost nothing: random numbers; nothing is decoded for them."""
 
     @cached_property
     def _numbers(self) -> Generator:
@@ -132,8 +130,7 @@ class _FreeRewards(Population):
         return x0
 
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        rewards = torch.rand(self.groups, self.size, generator=self._numbers)
-        return rewards * (not self.equal), {}
+        return torch.rand(self.groups, self.size, generator=self._numbers), {}
 
 
 def undecoded(pipe: Any) -> Any:
@@ -160,9 +157,9 @@ class Denoised:
     ancestors: tuple[Tensor, ...] = ()
 
 
-def denoise_steered(subject: Subject, pipe: Any, equal: bool = False) -> Denoised:
-    """Feynman–Kac steering without decoder and reward: x̂0, weights, resampling at every evaluated step, new steps of
-    copies. `equal`: all rewards are the same, so that nobody is resampled."""
+def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoised:
+    """Feynman–Kac steering without decoder and reward: x̂0, weights, resampling and a noisy step of all particles at
+    every evaluated step."""
     population = _FreeRewards(
         undecoded(pipe),
         subject.judge(),
@@ -170,8 +167,7 @@ def denoise_steered(subject: Subject, pipe: Any, equal: bool = False) -> Denoise
         subject.size,
         subject.call | {"generator": subject.generator()},
     )
-    population.equal = equal
-    run = Run(FeynmanKac(STRENGTH, ess_threshold=1.0), population, None, 1.0, Plan(subject.read_at), None)
+    run = Run(FeynmanKac(lam, ess_threshold=1.0), population, None, 1.0, Plan(subject.read_at), None)
     run.sample()
     return Denoised(population.latents, tuple(told.ancestors for told in run.history))
 
