@@ -12,11 +12,10 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from steer.apps.finetune_grids import draw_before_after, grids, write_grid
 from steer.apps.model_card import Flat, held_out_names, model_card
-from steer.apps.pictures import FAINT, INK, SHADE, shown
+from steer.apps.plots import FAINT, INK, SHADE, draw_before_after, grids, shown, write_grid
+from steer.files import staged, write_text
 from steer.pipelines import FinetuneResult
-from steer.staged import staged, write_text
 
 __all__ = ["write_grid", "write_report"]
 

@@ -8,11 +8,10 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from steer.apps.pictures import FAINT, INK
-from steer.rewards.clip_backbone import clip_folder
-from steer.rewards.learn import Recipe, train_reward
-from steer.rewards.learn_clip import train_clip
-from steer.rewards.pairs import read_captions, read_pairs
+from steer.apps.plots import FAINT, INK
+from steer.rewards.clip import clip_folder
+from steer.rewards.learned import Recipe, train_clip, train_reward
+from steer.rewards.preference_pairs import read_captions, read_pairs
 
 CONTRASTIVE = "contrastive"
 

@@ -1,16 +1,22 @@
 """How `steer sample` makes the images of a prompt: the methods by name."""
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
+from safetensors import SafetensorError
 
-from steer.apps.preview_words import preview_named
-from steer.apps.sample_settings import SampleSettings
+from steer.assets import TINY_VAES
+from steer.diffusion.attention import BACKENDS, attention_backend
+from steer.diffusion.batching import compiled, micro_batched
+from steer.diffusion.preview import PREVIEWS, accepted_only, check_decoder, check_image_vae
 from steer.errors import InputError
+from steer.noise import OPTIMISERS
 from steer.pipelines import (
     BestOfNPipeline,
     FKSteeringPipeline,
@@ -21,12 +27,186 @@ from steer.pipelines import (
     SteeringOutput,
     StepReport,
 )
-from steer.pipelines.noise_gradient import GRADIENTS, check_differentiable
-from steer.pipelines.reno import ONE_STEP
+from steer.pipelines.fk_steering import CHOICES, Plan
+from steer.pipelines.initial_noise import screened_starts
+from steer.pipelines.particle_batch import DRAWS
+from steer.pipelines.reno import GRADIENTS, ONE_STEP, Ascent, Neighbours, check_differentiable
 from steer.pipelines.selection import Selection
-from steer.pipelines.starts import screened_starts
-from steer.preview import accepted_only
+from steer.registry import choose
 from steer.reward import Reward
+from steer.shared_prompt import shared_prompt
+from steer.smc.potentials import POTENTIALS, TEMPERINGS
+from steer.smc.resampling import RESAMPLERS
+
+TINY = "tiny"
+SAID = 160  # characters of another library's message
+
+
+def preview_named(word: str, pipe: Any) -> Any:
+    """What `FKSteeringPipeline` takes as `preview`, for the latents of `pipe`, in its precision and on its device.
+
+    word  full, linear, tiny (the embedded models' own small autoencoder), a folder of an AutoencoderTiny, or
+          ORGANISATION/NAME of one on the hub, like madebyollin/taesdxl; only safetensors are read
+
+    Raises InputError where there is none of that name, or its latents are not this model's.
+    """
+    if word in PREVIEWS:
+        return word
+    folder = TINY_VAES["scenes"] if word == TINY else Path(word)
+    if not word or (not folder.is_dir() and (word.count("/") != 1 or word.startswith((".", "/", "~")))):
+        known = ", ".join((*PREVIEWS, TINY))
+        raise InputError(f"unknown preview {word!r}: use {known}, a folder, or ORGANISATION/NAME")
+    check_image_vae(pipe)
+    autoencoder = _loaded(word, folder if folder.is_dir() else word, pipe.vae.dtype)
+    check_decoder(pipe, autoencoder)
+    return autoencoder.to(pipe.vae.device, memory_format=torch.channels_last)  # in which convolutions are faster
+
+
+def _loaded(word: str, source: str | Path, dtype: torch.dtype) -> AutoencoderTiny:
+    try:
+        loaded, about = AutoencoderTiny.from_pretrained(
+            source, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:SAID] or type(error).__name__
+        raise InputError(f"preview {word!r} cannot be loaded as an AutoencoderTiny: {reason}") from error
+    if missing := about["missing_keys"]:  # diffusers fills them with random numbers
+        raise InputError(f"preview {word!r} is not an AutoencoderTiny: its weights have no {sorted(missing)[0]}")
+    return loaded.eval()
+
+
+# The λ of each method where the user says nothing; None: without limit.
+STRENGTHS: dict[str, float | None] = {
+    "fk": 10.0,
+    "svdd": None,
+    "beam": 10.0,
+    "best-of-n": 10.0,
+    "base": 10.0,
+    "reno": 10.0,
+    "noise-search": 10.0,
+}
+TABLES: dict[str, Mapping[str, Any]] = {
+    "method": STRENGTHS,
+    "potential": POTENTIALS,
+    "resampler": RESAMPLERS,
+    "tempering": TEMPERINGS,
+    "optimiser": OPTIMISERS,
+    "gradient": GRADIENTS,
+    "narrow_choice": CHOICES,
+    "draw": DRAWS,
+}
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What decides the images. Saved in the report, and compared when a run goes on.
+
+    A setting with a default is younger than the first reports: where one lacks it, the default is what was done.
+    variant and model_config belong to model: see `steer.apps.models`.
+    lam None stands for the method's own; lora is where finetuned weights lie that the model wears.
+    """
+
+    model: str
+    method: str
+    reward: str
+    particles: int
+    steps: int | None
+    guidance: float | None
+    lam: float | None
+    potential: str
+    resampler: str
+    tempering: str
+    ess_threshold: float
+    eta: float | None
+    seed: int
+    compare: bool
+    dtype: str | None
+    reward_guidance: float = 0.0
+    iterations: int = 50
+    optimiser: str = "sgd"
+    lr: float | None = None
+    regularisation: float = 0.01
+    gradient: str = "backprop"
+    patience: int | None = None
+    restarts: int = 0
+    neighbours: int = 4
+    distance: float = 0.5
+    beams: int = 2
+    lora: str | None = None
+    narrow: str = ""
+    narrow_choice: str = "drawn"
+    target: float | None = None
+    overlap: bool = False
+    preview: str = "full"
+    start_candidates: int | None = None
+    start_steps: int = 4
+    variant: str | None = None
+    model_config: str | None = None
+    draw: str = "best"
+
+    def __post_init__(self) -> None:
+        if self.lam is None and self.method in STRENGTHS:
+            object.__setattr__(self, "lam", STRENGTHS[self.method])
+
+    @property
+    def loading(self) -> dict[str, str]:
+        """Arguments of `load_pipeline` beside model, device and dtype, where any are given."""
+        given = {"variant": self.variant, "config": self.model_config}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def strength(self) -> float:
+        """λ, infinite where it has no limit."""
+        return math.inf if self.lam is None else self.lam
+
+    @property
+    def schedule(self) -> dict[int, int]:
+        """{solver step: particles that go on from it}, of words like "8:4,14:2". Raises InputError."""
+        pairs = [part.split(":") for part in self.narrow.split(",") if self.narrow.strip()]
+        try:
+            found = {int(step): int(count) for step, count in pairs}
+        except ValueError as error:
+            raise InputError(f"--narrow: write STEP:PARTICLES,… such as 8:4,14:2, got {self.narrow!r}") from error
+        if len(found) < len(pairs):
+            raise InputError(f"--narrow: a step is there twice in {self.narrow!r}")
+        return found
+
+    def check(self) -> None:
+        """Raises InputError for a name or number that cannot be, before any model is loaded."""
+        for kind, table in TABLES.items():
+            choose(kind, getattr(self, kind), table)
+        counts = {"particles": self.particles, "steps": self.steps, "iterations": self.iterations}
+        for name, count in (counts | {"start-steps": self.start_steps}).items():
+            if count is not None and count < 1:
+                raise InputError(f"--{name} must be at least 1, got {count}")
+        if self.start_candidates is not None and self.start_candidates < self.particles:
+            raise InputError(f"--start-candidates must be at least the particles, {self.particles}")
+        if not 0 < self.ess_threshold <= 1:
+            raise InputError(f"--ess-threshold must be above 0 and at most 1, got {self.ess_threshold}")
+        for name, number in (("lam", self.lam), ("guidance", self.guidance), ("target", self.target)):
+            if number is not None and not math.isfinite(number):
+                raise InputError(f"--{name} must be a finite number, got {number}")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise InputError(f"--eta must be from 0 to 1, got {self.eta}")
+        searches = self.method != "fk" or Plan(None, self.schedule, self.narrow_choice, self.target).searches
+        if self.draw != "best" and searches:
+            raise InputError(
+                f"--draw {self.draw} needs the weights of --method fk, which --target and --narrow-choice best do not "
+                "leave: use --draw best"
+            )
+        if self.overlap and self.reward_guidance:
+            raise InputError("--overlap: with --reward-guidance the step needs the gradient: leave one of them out")
+        if not 0 <= self.reward_guidance < math.inf:
+            raise InputError(f"--reward-guidance must be at least 0 and finite, got {self.reward_guidance}")
+        rule = OPTIMISERS[self.optimiser]
+        rule = rule if self.lr is None else replace(rule, lr=self.lr)
+        try:  # what moves the noise knows its own limits, and names what is beyond them as the options do
+            Ascent(GRADIENTS[self.gradient], rule, self.regularisation, patience=self.patience, restarts=self.restarts)
+            Neighbours(self.neighbours, self.distance)
+            Plan(narrow=self.schedule).check_size(self.particles)
+        except InputError as error:
+            raise InputError(f"--{str(error).removeprefix('--')}") from error
+
 
 Off = Callable[[], AbstractContextManager[None]]
 On = Callable[[Any], AbstractContextManager[Any]]
@@ -221,3 +401,43 @@ METHODS = {
     "reno": Method(_reno, check=_climbed_reward, defaults=ONE_STEP, iterates=True),
     "noise-search": Method(_noise_search, iterates=True),
 }
+
+
+@dataclass(frozen=True)
+class Faster:
+    """What is switched on while images are made.
+
+    attention      a backend of `steer.diffusion.attention`
+    share_prompts  keys and values of a prompt once for all its particles and steps (`steer.shared_prompt`)
+    compiled       the denoiser through torch.compile (`steer.diffusion.batching`)
+    micro_batch    rows of the denoiser's batch at a time (`steer.diffusion.batching`); 0: as many as the memory takes;
+                   None: all, or not at all
+    """
+
+    attention: str = "auto"
+    share_prompts: bool = False
+    compiled: bool = False
+    micro_batch: int | None = None
+
+    def check(self) -> None:
+        """Raises InputError for what cannot be, before any model is loaded."""
+        choose("attention backend", self.attention, BACKENDS)
+        if self.micro_batch is not None and self.micro_batch < 0:
+            raise InputError(f"--micro-batch must be at least 0, got {self.micro_batch}")
+        if self.share_prompts and self.compiled:
+            raise InputError("--share-prompts does nothing in compiled models: leave it out, or --compile")
+
+    @contextmanager
+    def __call__(self, pipe: Any) -> Iterator[Any]:
+        """Yields the pipeline to call; after the block the given one is as it was.
+
+        Raises InputError where something asked for would do nothing, or cannot be done to this pipeline.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(attention_backend(pipe, self.attention))
+            if self.share_prompts and not (sharing := stack.enter_context(shared_prompt(pipe))).layers:
+                raise InputError(f"--share-prompts: there is nothing to share: {'; '.join(sharing.reasons)}")
+            view = stack.enter_context(compiled(pipe)) if self.compiled else pipe
+            if self.micro_batch is not None:
+                view = stack.enter_context(micro_batched(view, self.micro_batch or None))
+            yield view

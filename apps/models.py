@@ -7,8 +7,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steer.assets import MODELS
-from steer.choices import nearest
 from steer.errors import InputError
+from steer.registry import nearest
+
+if TYPE_CHECKING:
+    import torch  # else where it is needed: it takes seconds
+import copy
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from steer.apps.methods import Off
+from steer.diffusion.step_hooks import DENOISERS
+from steer.files import check_sums
+from steer.training.trainable import denoiser_of
 
 # Of single files, by the first letters of diffusers' name of the kind of checkpoint.
 SINGLE = {
@@ -24,9 +45,6 @@ WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 INDEX = "model_index.json"
 # diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
 FILE = re.compile(r"[A-Za-z_0-9]+(\.(?P<variant>[A-Za-z]\w*))?(-\d+-of-\d+)?\.(safetensors|bin)")
-
-if TYPE_CHECKING:
-    import torch  # else where it is needed: it takes seconds
 
 
 def load_pipeline(
@@ -170,3 +188,359 @@ def check_device(device: str | None) -> None:
             raise InputError(f"--device {device!r} cannot be used: tensors have no values there; use cpu or cuda")
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+logger = logging.getLogger(__name__)
+
+# What `steer finetune` writes: a LoRA of diffusers, one of peft, or a folder with the whole denoiser.
+LORA, PEFT, WHOLE = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "diffusion_pytorch_model*.safetensors",
+)
+CONFIGS = ("adapter_config.json", "config.json")
+NAME = "worn"  # the adapter's own, on the pipeline
+# Of peft's configuration: what the peft loader passes on, and what decides nothing once the tensors are there.
+READ = (
+    *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern"),
+)
+NEUTRAL = (
+    *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type"),
+    *("inference_mode", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "format"),
+    *("eva_config", "corda_config", "lora_ga_config"),
+)
+INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")  # other initialisations also rewrite the base weights
+IMPORTING = ("megatron_config",)  # where it is set, some versions of peft import the module that megatron_core names
+DOWN = tuple(f"{one}.weight" for one in (".lora_A", "lora_down", "lora.down", "lora_linear_layer.down"))
+UP = tuple(f"{one}.weight" for one in (".lora_B", "lora_up", "lora.up", "lora_linear_layer.up"))
+FACTORS = (*DOWN, *UP)
+KINDS = {  # part of a key: the kind of adapter that has it
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "lora_mid": "a LoCon with Tucker cores",
+    "oft_": "OFT",
+    "boft_": "BOFT",
+    "lora_B.bias": "lora_bias",
+    "lora_embedding": "a LoRA of an embedding",
+}
+SHOWN = 3  # keys in a message
+# What diffusers, peft and safetensors raise for a file of another model, or of none.
+UNFIT = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """Weights that were found: `path` as the user named it, its files of tensors, and how a pipeline wears them."""
+
+    path: str
+    files: tuple[Path, ...]
+    put_on: Callable[[Any, Path], AbstractContextManager[Off]]
+
+    def digest(self) -> str:
+        """A hash of all that decides what they do: the tensors, and the configuration beside them."""
+        found = hashlib.sha256()
+        try:
+            for path in self._read():
+                with path.open("rb") as file:
+                    found.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot read {path.name} ({error.strerror})") from error
+        return found.hexdigest()
+
+    def _read(self) -> list[Path]:
+        beside = [path for name in CONFIGS if (path := self.files[0].parent / name).is_file()]
+        return [*self.files, *beside]
+
+    @contextmanager
+    def worn_by(self, pipe: Any) -> Iterator[Off]:
+        """Inside, the pipeline has these weights; it gives what takes them off for a while.
+
+        Raises InputError, before the block, where they do not fit it, or are not what the sums beside them tell.
+        """
+        with ExitStack() as stack:
+            try:
+                if unknown := check_sums(*self._read()):
+                    logger.info("%s: nobody noted a sum of %s, it is read as it is", self.path, unknown[0].name)
+                off = stack.enter_context(self.put_on(pipe, self.files[0]))
+            except InputError as error:
+                raise InputError(f"{self.path}: {error}") from error
+            except UNFIT as error:
+                reason = " ".join(str(error).split())[:160] or type(error).__name__
+                raise InputError(f"{self.path} does not fit {type(pipe).__name__}: {reason}") from error
+            yield off
+
+
+@contextmanager
+def wearing(pipe: Any, path: str | None) -> Iterator[Off]:
+    """Inside, the pipeline has the weights that a path leads to, or none; it gives what takes them off for a while.
+
+    Raises InputError, before the block, where there are none, or they do not fit.
+    """
+    if path is None:
+        yield nullcontext
+        return
+    with _gradients_restored(pipe), find_finetuned(path).worn_by(pipe) as off:
+        yield off
+
+
+@contextmanager
+def _gradients_restored(pipe: Any) -> Iterator[None]:
+    """Afterwards weights take gradients that did before: injecting an adapter freezes what it is injected into."""
+    modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+    before = [(weight, weight.requires_grad) for module in modules for weight in module.parameters()]
+    try:
+        yield
+    finally:
+        for weight, takes in before:
+            weight.requires_grad_(takes)
+
+
+def find_finetuned(path: str) -> Finetuned:
+    """The weights of a folder as `steer finetune` leaves it (best/, final/), of a peft adapter, or in a LoRA file.
+
+    Raises InputError where there are none.
+    """
+    place = Path(path)
+    if place.is_file() and place.suffix == ".safetensors":
+        return _needing_peft(path, place, _lora)
+    for name, put_on in ((LORA, _lora), (PEFT, _peft)):
+        if (place / name).is_file():
+            return _needing_peft(path, place / name, put_on)
+    for folder in (place, *(place / name for name in DENOISERS)):
+        if (folder / "config.json").is_file() and (files := sorted(folder.glob(WHOLE))):
+            return Finetuned(path, tuple(files), _whole)
+    if not place.exists():
+        raise InputError(f"{path}: no such folder; give one with weights, such as RUN/final of `steer finetune`")
+    inside = [str(place / name) for name in ("best", "final") if (place / name).is_dir()]
+    hint = f"did you mean {' or '.join(inside)}?" if inside else f"expected {LORA}, {PEFT} or a denoiser's folder"
+    raise InputError(f"{path}: no finetuned weights here; {hint}")
+
+
+def _needing_peft(path: str, file: Path, put_on: Callable[[Any, Path], AbstractContextManager[Off]]) -> Finetuned:
+    if find_spec("peft") is None:
+        raise InputError(f"{path}: a LoRA needs peft: pip install 'steer-diffusion[train]'")
+    return Finetuned(path, (file,), put_on)
+
+
+@contextmanager
+def _lora(pipe: Any, file: Path) -> Iterator[Off]:
+    """A LoRA that diffusers reads, of the denoiser and perhaps of text encoders."""
+    if not hasattr(pipe, "load_lora_weights"):
+        raise InputError(f"{type(pipe).__name__} reads no LoRA files")
+    with safe_open(file, "pt") as opened:
+        names, told = list(opened.keys()), opened.metadata() or {}
+    configured = json.loads(told.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
+    _check_plain({name.rpartition(".")[2]: value for name, value in configured.items() if value}, names)
+    try:
+        given = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
+        with _records_of_diffusers():
+            _asked_only(pipe).load_lora_weights(str(file.parent), adapter_name=NAME, **given)
+        modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+        _check_all_arrived(modules, load_file(file), pipe)
+        yield _switch(modules)
+    finally:
+        pipe.unload_lora_weights()
+
+
+def _asked_only(pipe: Any) -> Any:
+    """A copy of a pipeline whose loader leaves components alone for which the file has no key."""
+    view = copy.copy(pipe)
+
+    def only_with_keys(load: Callable[..., Any], prefix: str) -> Callable[..., Any]:
+        def loading(state_dict: Any, *args: Any, **kwargs: Any) -> None:
+            if any(key.startswith(f"{kwargs.get('prefix') or prefix}.") for key in state_dict):
+                load(state_dict, *args, **kwargs)
+
+        return loading
+
+    for name in ("text_encoder", *DENOISERS):
+        if (load := getattr(pipe, f"load_lora_into_{name}", None)) is not None:
+            vars(view)[f"load_lora_into_{name}"] = only_with_keys(load, name)
+    return view
+
+
+@contextmanager
+def _peft(pipe: Any, file: Path) -> Iterator[Off]:
+    """An adapter of peft in the denoiser, for pipelines that know no LoRAs."""
+    from diffusers.utils.peft_utils import recurse_remove_peft_layers
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    _, denoiser = denoiser_of(pipe)
+    told = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
+    if told.get("peft_type") != "LORA":
+        raise InputError(f"a peft adapter of type {told.get('peft_type')!r}; only LORA is read")
+    with safe_open(file, "pt") as opened:
+        _check_plain(told, list(opened.keys()))
+    state = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
+    try:
+        config = LoraConfig(**{key: told[key] for key in READ if told.get(key) is not None})
+        inject_adapter_in_model(config, denoiser, NAME)
+        loaded = set_peft_model_state_dict(denoiser, state, adapter_name=NAME)
+        if missing := [name for name in loaded.missing_keys if f".{NAME}." in name]:
+            raise InputError(f"it lacks a tensor for {missing[0]}")
+        _check_all_arrived([denoiser], state, pipe)
+        denoiser.requires_grad_(False)
+        yield _switch([denoiser])
+    finally:
+        recurse_remove_peft_layers(denoiser)
+        vars(denoiser).pop("peft_config", None)
+
+
+def _switch(modules: Sequence[nn.Module]) -> Off:
+    """Switches all adapters in some modules off for a while: what is left is the layers' own, to the last bit."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+    @contextmanager
+    def off() -> Iterator[None]:
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+    return off
+
+
+@contextmanager
+def _whole(pipe: Any, file: Path) -> Iterator[Off]:
+    """A twin of the pipeline's denoiser with other weights, in its place."""
+    name, own = denoiser_of(pipe)
+    files, shapes = sorted(file.parent.glob(WHOLE)), dict[str, tuple[int, ...]]()
+    for path in files:
+        with safe_open(path, "pt") as opened:
+            shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+    if shapes != {key: tuple(value.shape) for key, value in own.state_dict().items()}:
+        raise InputError(f"its tensors are not those of the model's {type(own).__name__}: another model's")
+    twin = copy.deepcopy(own)
+    for path in files:
+        twin.load_state_dict(load_file(path), strict=False)
+
+    @contextmanager
+    def off() -> Iterator[None]:
+        setattr(pipe, name, own)
+        try:
+            yield
+        finally:
+            setattr(pipe, name, twin)
+
+    setattr(pipe, name, twin)
+    try:
+        yield off
+    finally:
+        setattr(pipe, name, own)
+
+
+class _Records(logging.Handler):
+    """Keeps records."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.kept.append(record)
+
+
+@contextmanager
+def _records_of_diffusers() -> Iterator[None]:
+    """Logs what diffusers logs inside after the block; where that raises, the error alone says it, in one line."""
+    from diffusers.utils import logging as diffusers_logging
+
+    library, held = diffusers_logging.get_logger("diffusers"), _Records()
+    handlers, propagate = library.handlers[:], library.propagate
+    library.handlers[:], library.propagate = [held], False
+    try:
+        yield
+    finally:
+        library.handlers[:], library.propagate = handlers, propagate
+    for record in held.kept:
+        library.handle(record)
+
+
+def _check_plain(config: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raises InputError for an adapter that is more than low-rank factors: it names the kind, settings and keys."""
+    if any(config.get(name) for name in IMPORTING):
+        raise InputError("its configuration names a module to be imported, which is never done")
+    if others := [name for name in names if not name.endswith((*FACTORS, ".alpha"))]:
+        kinds = sorted({kind for part, kind in KINDS.items() if any(part in name for name in others)})
+        kind = " and ".join(kinds) or "whole tensors or keys of no known kind"
+        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        raise InputError(
+            f"{len(names) - len(others)} of its {len(names)} tensors have a place in a plain LoRA, not "
+            f"{', '.join(others[:SHOWN])}{more} ({kind}): merge it into the model's weights"
+        )
+    strange = {name: value for name, value in config.items() if value and name not in (*READ, *NEUTRAL)}
+    if strange.get("bias") == "none":
+        del strange["bias"]
+    if strange.get("init_lora_weights", "pissa") in INITIAL:
+        del strange["init_lora_weights"]
+    if strange:
+        named = ", ".join(f"{name}={value!r:.40}" for name, value in strange.items())
+        raise InputError(f"its configuration has {named}, which is not applied: merge it into the model's weights")
+
+
+def _check_all_arrived(modules: Sequence[nn.Module], state: Mapping[str, Tensor], pipe: Any) -> None:
+    """Raises InputError, which names keys, where a factor of the file is in none of the modules; sets each scale."""
+    factors = {name: value for name, value in state.items() if name.endswith(FACTORS)}
+    loaded = [pair for module in modules for pair in module.named_parameters() if f".{NAME}." in pair[0]]
+    if missing := [name for name, parameter in loaded if parameter.is_meta]:  # diffusers leaves it without numbers
+        raise InputError(f"it lacks a tensor for {missing[0]}")
+    absent = _absent(factors, loaded)
+    # Converters of transformers split tensors and multiply alphas into them; those of a U-Net only rename.
+    exact = hasattr(pipe, "unet") or (
+        len(loaded) == len(factors) and not any(name.endswith(".alpha") for name in state)
+    )
+    if not loaded or len(loaded) < len(factors) or (exact and absent):
+        more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
+        raise InputError(
+            f"{len(factors) - len(absent)} of its {len(factors)} tensors have a place in {type(pipe).__name__}, not "
+            f"{', '.join(absent[:SHOWN])}{more}: another model's"
+        )
+    if exact:
+        _set_scales(modules, state)
+
+
+def _absent(factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
+    """Names of factors whose numbers no loaded parameter holds, each of which answers for one."""
+    there, dtypes = Counter(_hashed(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
+    known = tuple(name.replace(f".{NAME}.", ".") for name, _ in loaded)
+    absent = []
+    for name in sorted(factors, key=lambda name: not name.endswith(known)):  # of equal numbers, its own name first
+        same = [found for dtype in dtypes if there[found := _hashed(factors[name].to(dtype))]]
+        there.subtract(same[:1])
+        absent += [] if same else [name]
+    return absent
+
+
+def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor]) -> None:
+    """Scales every layer by α/r where the file has its α: loaders that guess it from names may miss some."""
+    from peft.tuners.lora import LoraLayer
+
+    layers: list[Any] = [layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.eval()  # a dropout of the configuration is for training
+    alphas = {name.removesuffix(".alpha"): value for name, value in state.items() if name.endswith(".alpha")}
+    downs = {name: value for name, value in state.items() if name.endswith(DOWN)} if alphas else {}
+    scales: dict[bytes, float] = {}
+    for name, value in downs.items():
+        own = [alpha for module, alpha in alphas.items() if name.startswith(f"{module}.")]
+        scales[_hashed(value)] = own[0].item() / len(value) if own else 1.0
+    for layer in layers:
+        if NAME in layer.lora_A and scales:
+            factor = layer.lora_A[NAME].weight
+            same = [value for value in downs.values() if _hashed(value.to(factor.dtype)) == _hashed(factor)]
+            if same:
+                layer.scaling[NAME] = scales[_hashed(same[0])]
+
+
+def _hashed(tensor: Tensor) -> bytes:
+    """A hash of shape and numbers."""
+    numbers = tensor.detach().cpu().contiguous()
+    return hashlib.sha256(f"{tuple(numbers.shape)}".encode() + numbers.float().numpy().tobytes()).digest()

@@ -17,7 +17,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from steer.errors import InputError
-from steer.team import ending_together
+from steer.training.distributed import ending_together
 
 Value = TypeVar("Value")
 # Where launchers say how many processes they started, as accelerate reads it.

@@ -1,17 +1,422 @@
 """Prompts as people have them: rows of files, embedded lists, data sets of the hub."""
 
+import codecs
+import csv
+import inspect
+import io
+import json
 import logging
+import math
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, cast
 
-from steer.apps.hub_files import data_files, in_a_line, some
+from steer.apps.methods import SampleSettings
 from steer.apps.processes import speaks
-from steer.apps.prompt_rows import COLUMN, READERS, TAG, PromptRow, chosen, filled, kind_of, others
+from steer.arguments import coerced_value, hints_of
 from steer.assets import PROMPTS
-from steer.choices import nearest
 from steer.errors import InputError
+from steer.registry import nearest
+
+CONVERTED = "refs/convert/parquet"  # where the hub keeps CONFIG/SPLIT/0000.parquet of nearly every data set
+SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
+SHARD = r"(.+)-\d+-of-(\d+)(-[0-9a-f]+)?"  # of the names that data sets are uploaded under
+NO_DATA = {"readme", "license", "requirements"}  # text files that are about a data set
+SHOWN = 8  # names in a message
+SAID = 160  # characters of another library's message
+
+
+def data_files(data_set: str, split: str, formats: Sequence[str]) -> list[Path]:
+    """The files of a split in the first format that there is, downloaded where they are not in the hub's cache.
+
+    They are the data set's own or, where it has none like that, the parquet files that the hub made of it.
+
+    split    a name, or FOLDER/NAME where several folders (configurations) have such a split
+    formats  suffixes, best first
+    Raises InputError. With HF_HUB_OFFLINE=1 the cache is all there is.
+    """
+    import huggingface_hub
+
+    seen: list[str] = []
+    for revision in (None, CONVERTED):
+        listed = _listed(data_set, revision)
+        seen += listed
+        if names := _one_folder(data_set, split, _of_split(listed, split, formats)):
+            _check_whole(data_set, names)
+            with _hub_errors(data_set):
+                return [
+                    Path(huggingface_hub.hf_hub_download(data_set, name, repo_type="dataset", revision=revision))
+                    for name in names
+                ]
+    told = f"only {some(seen)}" if seen else "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
+    raise InputError(f"data set {data_set!r}: no {', '.join(formats)} files of split {split!r}: {told}")
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def in_a_line(error: Exception) -> str:
+    """What an error of another library says, on one line of bounded length."""
+    return " ".join(str(error).split())[:SAID] or type(error).__name__
+
+
+def _listed(data_set: str, revision: str | None) -> list[str]:
+    """Its files at a revision; none where there is no such revision or, offline, nothing of it in the cache."""
+    import huggingface_hub
+    from huggingface_hub import constants, errors
+
+    with _hub_errors(data_set):
+        try:
+            if not constants.HF_HUB_OFFLINE:
+                # list_repo_files would try again for half a minute where there is no network.
+                files = huggingface_hub.HfApi().dataset_info(data_set, revision=revision).siblings
+                return [file.rfilename for file in files or ()]
+            folder = huggingface_hub.snapshot_download(
+                data_set, repo_type="dataset", revision=revision, local_files_only=True
+            )
+        except (errors.RevisionNotFoundError, errors.LocalEntryNotFoundError):
+            return []
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+
+
+def _of_split(names: Iterable[str], split: str, formats: Sequence[str]) -> list[str]:
+    """Where no name speaks of a split, all are of train."""
+    paths = ((name, Path(name.lower())) for name in names)
+    known = [name for name, path in paths if path.suffix in formats and path.stem not in NO_DATA]
+    wanted = set(split.lower().split("/"))
+    if not any(_words(name) & SPLITS for name in known):
+        wanted -= {"train"}
+    fitting = sorted(name for name in known if wanted <= _words(name))
+    by_format = ([name for name in fitting if name.lower().endswith(suffix)] for suffix in formats)
+    return next(filter(None, by_format), [])
+
+
+def _words(name: str) -> set[str]:
+    """What a file's name says: its folders, and train of train-00000-of-00003.parquet or my_train2.jsonl."""
+    *folders, stem = Path(name.lower()).with_suffix("").parts
+    shard = re.fullmatch(SHARD, stem)
+    return {*folders, shard[1]} if shard else {*folders, stem, *re.split("[^a-z]+", stem)}
+
+
+def _one_folder(data_set: str, split: str, names: list[str]) -> list[str]:
+    """The names in one folder: the only one, else the topmost or the default configuration's. Raises InputError."""
+    folders = sorted({name.rpartition("/")[0] for name in names})
+    plain = [folder for folder in folders if not folder or "default" in folder.split("/")] or folders
+    if len(plain) > 1:
+        options = [folder if split in folder.split("/") else f"{folder}/{split}" for folder in folders if folder]
+        raise InputError(f"data set {data_set!r} has {some(options)}: name one, like {data_set}:{options[0]}")
+    return [name for name in names if name.rpartition("/")[0] in plain]
+
+
+def _check_whole(data_set: str, names: Sequence[str]) -> None:
+    """Raises InputError where the cache, all there is offline, holds some shards and not the others."""
+    from huggingface_hub import constants
+
+    shard = re.fullmatch(SHARD, Path(names[0]).stem)
+    if constants.HF_HUB_OFFLINE and shard and len(names) < int(shard[2]):
+        raise InputError(
+            f"data set {data_set!r}: {len(names)} of {int(shard[2])} files are in the hub's cache: "
+            "unset HF_HUB_OFFLINE (no --offline) once to download the others"
+        )
+
+
+@contextmanager
+def _hub_errors(data_set: str) -> Iterator[None]:
+    """Turns what the hub's library raises into one line."""
+    from huggingface_hub import errors
+
+    # OSError and the error of whichever HTTP library this version of the hub's is built on.
+    network = cast(tuple[type[Exception], ...], (*errors.HfHubHTTPError.__bases__, ValueError, RuntimeError))
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        page = f"https://huggingface.co/datasets/{data_set}"
+        raise InputError(f"data set {data_set!r} is gated: accept its terms at {page}, then: hf auth login") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"prompts {data_set!r}: no such file, no such data set on the hub (if it is private: hf auth login)"
+        ) from error
+    except network as error:
+        raise InputError(
+            f"prompts {data_set!r}: no such file, and as a data set of the hub it cannot be read: {in_a_line(error)}; "
+            "without a network set HF_HUB_OFFLINE=1 once it is in the cache, or name a file"
+        ) from error
+
+
+COLUMN, TAG = "prompt", "tag"
+NAMES = (("prompt", "prompts"), ("text", "texts", "caption", "captions"))  # columns of prompts; the first kind wins
+MOST, LARGEST = 10_000_000, 4_000_000_000  # rows of a table, and characters in them
+AT_ONCE = 1024  # rows
+# Longer marks first: that of UTF-32 begins with that of UTF-16.
+MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+DELIMITERS = ",;\t"
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """A row of a prompt file: its prompt, and the other columns by name, without empty cells."""
+
+    prompt: str
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows as {column: value}, each with its place for messages, and columns that are not read (of images)."""
+
+    rows: Sequence[tuple[str, dict[str, Any]]]
+    unread: Sequence[str] = ()
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Raises InputError, OSError."""
+    data = path.read_bytes()
+    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8-sig")
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        what = "not UTF-8 text" if encoding == "utf-8-sig" else f"not UTF-8 text, nor {encoding.upper()} as it begins"
+        raise InputError(f"{path}: {what} (byte {error.start}): save it as UTF-8") from error
+
+
+def chosen(names: Sequence[str], column: str | None, where: str) -> str | None:
+    """The column of the prompts: the one asked for, else one called prompt, text or caption, in any letters.
+
+    None where there is none. Raises InputError where several could be it.
+    """
+    if column is not None:
+        alike = [name for name in names if name.strip().lower() == column.strip().lower()]
+        return column if column in names else next(iter(alike), None)
+    if COLUMN in names:
+        return COLUMN
+    for kind in NAMES:
+        found = [name for name in names if name.strip().lower() in kind]
+        if len(found) > 1:
+            raise InputError(f"{where}: {some(found)} could each be the prompts: choose one with --prompt-column")
+        if found:
+            return found[0]
+    return None
+
+
+def others(names: Sequence[str]) -> str:
+    """The end of a message about a column that is not there."""
+    return f"; choose the column, there are {some([str(name) for name in names])}" if any(names) else ""
+
+
+def expected(column: str | None, kind: str, names: Sequence[str]) -> str:
+    """The middle of that message."""
+    return f'expected {kind} "{column or COLUMN}" (--prompt-column names another){others(names)}'
+
+
+def kind_of(value: object) -> str:
+    """The name of a value's type, as JSON has it where it is null."""
+    return "null" if value is None else type(value).__name__
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines that end as files end them; other separators of Unicode may stand inside a prompt."""
+    return read_text(path).replace("\r\n", "\n").split("\n")
+
+
+def _text(path: Path, column: str | None) -> Table:
+    if column is not None:
+        raise InputError(f"{path}: a .txt file has no columns, leave out column {column!r}")
+    return Table([(f"{path}, line {n}", {COLUMN: line}) for n, line in enumerate(_lines(path), start=1)])
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error})") from error
+
+
+def _json_lines(path: Path, column: str | None) -> Table:
+    rows = []
+    for number, line in enumerate(_lines(path), start=1):
+        if line.strip():
+            record = _parsed(line, where := f"{path}, line {number}")
+            rows.append((where, _record(record, where, column)))
+    return Table(rows)
+
+
+def _record(record: Any, where: str, column: str | None) -> dict[str, Any]:
+    """An object with its prompt; a text alone is one."""
+    if isinstance(record, str):
+        return {column or COLUMN: record}
+    names = list(record) if isinstance(record, dict) else []
+    key = chosen(names, column, where)
+    if key is None or not isinstance(record[key], str):
+        if key is not None:
+            raise InputError(f'{where}: expected an object with a text under "{key}", got {kind_of(record[key])}')
+        raise InputError(f"{where}: {expected(column, 'an object with a text under', names)}")
+    return dict(record)
+
+
+def _json(path: Path, column: str | None) -> Table:
+    told = _parsed(read_text(path), str(path)) if path.stat().st_size else []
+    return Table([(where, _record(one, where, column)) for where, one in _records(told, path, column)])
+
+
+def _records(told: Any, path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    """Of a list; of an object with lists as columns; of one with a list, or an object, for each tag."""
+    if isinstance(told, list):
+        yield from ((f"{path}, entry {n}", one) for n, one in enumerate(told, start=1))
+        return
+    if not isinstance(told, dict):
+        raise InputError(f"{path}: expected a list of prompts or objects, got {kind_of(told)}")
+    key = chosen(list(told), column, str(path))
+    if key is not None and isinstance(told[key], str):
+        yield str(path), told
+    elif key is not None and isinstance(told[key], list) and not any(isinstance(one, dict) for one in told[key]):
+        lengths = {name: len(one) if isinstance(one, list) else 1 for name, one in told.items()}
+        if uneven := [name for name, length in lengths.items() if length != lengths[key]]:
+            raise InputError(f"{path}: {lengths[key]} values under {key!r}, {lengths[uneven[0]]} under {uneven[0]!r}")
+        columns = {name: one if isinstance(one, list) else [one] for name, one in told.items()}
+        yield from ((f"{path}, entry {n + 1}", {c: v[n] for c, v in columns.items()}) for n in range(lengths[key]))
+    else:
+        yield from _tagged(told, path, column)
+
+
+def _tagged(told: Mapping[str, Any], path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    """Of {tag: [prompt or object, …]} and {name: object}: the key of a list is the tag of its entries."""
+    for key, value in told.items():
+        for number, one in enumerate(value if isinstance(value, list) else [value], start=1):
+            where = f"{path}, {key!r:.60}, entry {number}"
+            if not isinstance(one, dict) and not (isinstance(one, str) and isinstance(value, list)):
+                raise InputError(f"{path}: {expected(column, 'a list under', list(told))}")
+            record = {column or COLUMN: one} if isinstance(one, str) else one
+            yield where, ({TAG: key} if len(told) > 1 else {}) | record
+
+
+def _csv(path: Path, column: str | None) -> Table:
+    text = read_text(path)
+    head = text.lstrip("\r\n").partition("\n")[0]
+    return _of_cells(path, _cells(path, text, max(DELIMITERS, key=head.count)), column)
+
+
+def _tsv(path: Path, column: str | None) -> Table:
+    text = read_text(path)
+    try:
+        cells = _cells(path, text, "\t")
+    except InputError:  # quotes that are letters: tables of tabs are often written without quoting
+        lines = text.replace("\r\n", "\n").split("\n")
+        cells = [(number, line.split("\t")) for number, line in enumerate(lines, start=1)]
+    return _of_cells(path, cells, column)
+
+
+def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
+    """The number of the last line of each row, and its cells."""
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        return [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise InputError(f"{path}, line {reader.line_num}: not a table that can be read ({error})") from error
+
+
+def _of_cells(path: Path, rows: Sequence[tuple[int, list[str]]], column: str | None) -> Table:
+    filled = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
+    header = [name.strip() for name in (filled[0][1] if filled else [])]
+    line = f"{path}, line {filled[0][0] if filled else 1}"
+    name = chosen(header, column, line)
+    if name is None:
+        raise InputError(f"{line}: {expected(column, 'a column named', header)}")
+    if twice := [one for one in header if one and header.count(one) > 1]:
+        raise InputError(f"{line}: the column {twice[0]!r} is there twice: leave one of them out")
+    found = []
+    for number, row in filled[1:]:
+        if len(row) <= header.index(name):
+            raise InputError(f"{path}, line {number}: no column {header.index(name) + 1}")
+        if any(cell.strip() for cell in row[len(header) :]):
+            raise InputError(
+                f"{path}, line {number}: {len(row)} values for {len(header)} columns: put a prompt with the separator "
+                "in it in quotes"
+            )
+        found.append((f"{path}, line {number}", {one: cell for one, cell in zip(header, row, strict=False) if one}))
+    return Table(found)
+
+
+def _parquet(path: Path, column: str | None) -> Table:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: parquet needs pyarrow: pip install 'steer-diffusion[train]'") from error
+    try:
+        with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
+            names = file.schema_arrow.names
+            name = chosen(names, column, str(path))
+            if name is None:
+                raise InputError(f"{path}: {expected(column, 'a column named', names)}")
+            if file.schema_arrow.field(name).type.num_fields:
+                kind = f"{file.schema_arrow.field(name).type!s:.80}"
+                raise InputError(f'{path}: expected texts under "{name}", got {kind}')
+            plain = [one for one in dict.fromkeys(names) if one == name or _is_plain(pyarrow, file.schema_arrow, one)]
+            rows = _rows_of(path, file, plain)
+    except pyarrow.ArrowException as error:
+        raise InputError(f"{path}: not a parquet file that can be read ({in_a_line(error)})") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row[name], str):
+            raise InputError(f'{path}, row {number}: expected a text under "{name}", got {kind_of(row[name])}')
+    unread = [one for one in names if one not in plain]
+    return Table([(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)], unread)
+
+
+def _is_plain(pyarrow: Any, schema: Any, name: str) -> bool:
+    """Whether a column of a parquet file holds texts or numbers: images beside the prompts are not read."""
+    if schema.names.count(name) > 1:
+        return False
+    kind, types = schema.field(name).type, pyarrow.types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(test(kind) for test in tests)
+
+
+def _rows_of(path: Path, file: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Some columns of a parquet file, a part at a time: some hundred bytes can stand for gigabytes."""
+    told = file.metadata
+    if told.num_rows > MOST:
+        raise InputError(f"{path}: {told.num_rows} rows; at most {MOST} are read")
+    rows: list[dict[str, Any]] = []
+    size = 0
+    for batch in file.iter_batches(AT_ONCE, columns=list(names)):
+        rows += (part := batch.to_pylist())
+        size += sum(len(value) for row in part for value in row.values() if isinstance(value, str | bytes))
+        if size > LARGEST:
+            raise InputError(f"{path}: more than {LARGEST} characters of text")
+    if len(rows) != told.num_rows:
+        raise InputError(f"{path}: not a parquet file that can be read ({len(rows)} of {told.num_rows} rows)")
+    return rows
+
+
+READERS: dict[str, Callable[[Path, str | None], Table]] = {
+    ".txt": _text,
+    ".jsonl": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+}
+
+
+def filled(value: Any) -> bool:
+    """Whether a cell holds something: not empty, null or nan, as tables write what is missing."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
+
 
 logger = logging.getLogger(__name__)
 HUB = (".parquet", ".tsv", ".jsonl", ".txt")  # others come as the parquet that the hub makes of every data set
@@ -139,3 +544,142 @@ def check_prompt(prompt: str, where: str) -> None:
         raise InputError(f"{where}: a prompt of {len(prompt)} characters: at most {LONGEST}, {prompt!r:.40}…")
     if found := re.search("[\0\ud800-\udfff]", prompt):
         raise InputError(f"{where}: the prompt {prompt!r:.70} holds {found[0]!r}, which is no text: leave it out")
+
+
+# Arguments of a pipeline that are settings of `steer sample`: {column: setting}.
+SETTINGS = {"seed": "seed", "guidance_scale": "guidance", "num_inference_steps": "steps", "eta": "eta"}
+# Arguments that steering has of its own, or that no cell can hold.
+TAKEN: tuple[str, ...] = (
+    "prompt",
+    "generator",
+    "latents",
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "batch_size",
+)
+TAKEN += (
+    "output_type",
+    "return_dict",
+    "callback_on_step_end_tensor_inputs",
+    "callback",
+    "callback_steps",
+    "callback_on_step_end",
+)
+LARGEST_SIZES = {"height": 8192, "width": 8192}  # pixels; a recipe may come from a stranger
+MOST_ELSE = 100_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt to sample, with the settings and the arguments of the pipeline's call that its row gives it."""
+
+    prompt: str
+    settings: SampleSettings
+    arguments: Mapping[str, Any]
+
+
+def asked_settings(row: PromptRow, settings: SampleSettings) -> SampleSettings:
+    """The settings of a row: those of the run, with the row's seed, guidance, steps and η.
+
+    Raises InputError for a value that cannot be.
+    """
+    hints, own = hints_of(SampleSettings.__init__), {}
+    for name, value in row.columns.items():
+        if (setting := SETTINGS.get(name.lower())) is not None:
+            own[setting] = cell(name, hints[setting], value, row.prompt)
+    if not own:
+        return settings
+    made = replace(settings, **own)
+    try:
+        made.check()
+        if not 0 <= made.seed < 2**63:
+            raise InputError(f"seed must be from 0 to 2^63 - 1, got {made.seed}")
+    except InputError as error:
+        raise InputError(f"prompt {row.prompt!r:.60}: {error}") from error
+    return made
+
+
+def asked_of(rows: Sequence[PromptRow], settings: SampleSettings, pipe: Any) -> list[Asked]:
+    """The rows as they are sampled by a pipeline.
+
+    The n-th of equal rows that name no seed is sampled with seed + n, so that its images are its own.
+    Raises InputError for a value that does not fit the pipeline's argument.
+    """
+    found: list[Asked] = []
+    before: dict[str, int] = {}
+    for row in rows:
+        arguments = _arguments(row, pipe)
+        own = asked_settings(row, settings)
+        if "seed" not in map(str.lower, row.columns):
+            key = json.dumps([row.prompt, arguments, own.steps, own.guidance, own.eta], sort_keys=True)
+            number = before[key] = before.get(key, -1) + 1
+            own = replace(own, seed=(own.seed + number) % 2**63)
+        found.append(Asked(row.prompt, own, arguments))
+    return found
+
+
+def argument_names(pipe: Any) -> dict[str, Any]:
+    """The arguments of a pipeline's call that a cell may give: {name: annotation}."""
+    hints = hints_of(type(pipe).__call__)
+    names = inspect.signature(type(pipe).__call__).parameters
+    return {name: hints.get(name, Any) for name in names if name not in (*TAKEN, *SETTINGS) and _holds(hints.get(name))}
+
+
+def check_arguments(arguments: Any, where: str) -> dict[str, Any]:
+    """Arguments that a stranger's image names: plain values in range. Raises InputError."""
+    if not isinstance(arguments, dict) or len(arguments) > 64:
+        raise InputError(f"{where}: expected an object of at most 64 arguments")
+    for name, value in arguments.items():
+        values = value if isinstance(value, list) else [value]
+        if len(values) > 64 or not all(_is_plain_value(name, one) for one in values):
+            raise InputError(f"{where}: {name!r:.40}: expected texts or numbers in range, got {value!r:.40}")
+    return arguments
+
+
+def cell(name: str, hint: Any, value: Any, prompt: str) -> Any:
+    """The value of a cell as an argument of some annotation: texts of tables are read as numbers where it has those.
+
+    Raises InputError that names the prompt.
+    """
+    where = f"prompt {prompt!r:.60}, column {name!r}"
+    if isinstance(value, str) and not _holds_text(hint):
+        try:
+            value = json.loads(value.strip().lower())
+        except ValueError as error:
+            raise InputError(
+                f"{where}: {value!r:.60} is no value of it: leave the cell empty for the default"
+            ) from error
+    return coerced_value(where, hint, value)
+
+
+def _arguments(row: PromptRow, pipe: Any) -> dict[str, Any]:
+    names = argument_names(pipe)
+    return {
+        name.lower(): cell(name, names[name.lower()], value, row.prompt)
+        for name, value in row.columns.items()
+        if name.lower() in names
+    }
+
+
+def _holds(hint: Any) -> bool:
+    """Whether an annotation has room for a text, a number or a switch, and not for images or functions."""
+    text = str(hint)
+    plain = any(kind in text for kind in ("str", "int", "float", "bool"))
+    return plain and not any(kind in text for kind in ("Image", "Tensor", "Callable", "Callback", "dict", "Dict"))
+
+
+def _holds_text(hint: Any) -> bool:
+    return "str" in str(hint)
+
+
+def _is_plain_value(name: str, value: Any) -> bool:
+    if isinstance(value, bool) or value is None:
+        return True
+    if isinstance(value, str):
+        return len(value) <= MOST_ELSE and "\0" not in value
+    return isinstance(value, int | float) and abs(value) <= LARGEST_SIZES.get(name, MOST_ELSE)
+
+
+def used_columns(pipe: Any) -> list[str]:
+    """The columns that a pipeline takes as arguments, and those that are settings."""
+    return [*SETTINGS, *argument_names(pipe)]

@@ -11,19 +11,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from steer.apps.adapters import wearing
-from steer.apps.methods import METHODS, Job
-from steer.apps.models import check_device, load_pipeline
-from steer.apps.named_errors import errors_named
-from steer.apps.named_rewards import names_alone
-from steer.apps.png_metadata import Recipe, pixels_of, read_png, recipe_of, write_png
-from steer.apps.preview_words import TINY
-from steer.apps.prompt_arguments import argument_names, cell
-from steer.apps.sample_record import check_writable
-from steer.apps.specs import reward_here
+from steer.apps.cli.errors import errors_named
+from steer.apps.methods import METHODS, TINY, Job
+from steer.apps.models import check_device, load_pipeline, wearing
+from steer.apps.prompts import argument_names, cell
+from steer.apps.recipes import Recipe, pixels_of, read_png, recipe_of, write_png
+from steer.apps.reward_specs import names_alone, reward_here
+from steer.apps.sampling import check_writable
+from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError
-from steer.previews import PREVIEWS
-from steer.reward import Reward, load_reward, with_timeout
+from steer.reward import Reward, with_timeout
+from steer.rewards.parser import load_reward
 
 SURROUNDINGS = ("steer", "torch", "diffusers", "device", "dtype")
 

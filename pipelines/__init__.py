@@ -1,16 +1,14 @@
 """Steering methods, called like diffusers pipelines."""
 
-from steer.pipelines.best_of_n import BestOfNPipeline
-from steer.pipelines.finetune_method import FinetuneResult
-from steer.pipelines.finetune_settings import FinetuneSettings
-from steer.pipelines.fk import FKSteeringPipeline, StepReport
-from steer.pipelines.noise_search import NoiseSearchPipeline
-from steer.pipelines.output import Cost, Evaluation, Iteration, Start, SteeringOutput
-from steer.pipelines.policy import DDPOPipeline, FilteredPipeline, GRPOPipeline
-from steer.pipelines.preference import D3POPipeline, PRDPPipeline
-from steer.pipelines.reno import ReNOPipeline
-from steer.pipelines.reward_backprop import RewardBackpropPipeline
-from steer.pipelines.selection import SelectionPipeline
+from steer.pipelines.base import Cost, Evaluation, Iteration, Start, SteeringOutput
+from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
+from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
+from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
+from steer.pipelines.training.config import FinetuneSettings
+from steer.pipelines.training.d3po_prdp import D3POPipeline, PRDPPipeline
+from steer.pipelines.training.ddpo_grpo import DDPOPipeline, FilteredPipeline, GRPOPipeline
+from steer.pipelines.training.method import FinetuneResult
+from steer.pipelines.training.reward_backprop import RewardBackpropPipeline
 
 __all__ = [
     "BestOfNPipeline",

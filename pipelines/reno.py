@@ -1,24 +1,373 @@
 """ReNO: the starting noise of a pipeline, optimised by the gradient of a reward (arXiv 2406.04312)."""
 
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+import inspect
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Generator, Tensor
 
 from steer.arguments import coerced
-from steer.choices import choose
+from steer.diffusion.differentiable import computes_in_fp16, differentiable, own_gradients
+from steer.diffusion.preview import accepted_only
+from steer.diffusion.seeds import drawn
+from steer.diffusion.step_hooks import CannotSteer, Event, plain_values, quiet
 from steer.errors import InputError
-from steer.noise import OPTIMISERS, Optimiser, Search, clipped, prior_gradient
-from steer.pipelines.method import SteeringMethod
-from steer.pipelines.noise_gradient import GRADIENTS, NoiseGradient, check_differentiable
-from steer.pipelines.noise_run import Moved, NoiseRun, check_target
-from steer.pipelines.noise_to_image import NoiseToImage
-from steer.pipelines.output import Iteration, SteeringOutput
-from steer.pipelines.population import Population, check_output_type
-from steer.preview import accepted_only
-from steer.seeds import drawn
+from steer.files import staged
+from steer.noise import OPTIMISERS, Optimiser, Search, clipped, neighbour, norms, over_rows, prior_gradient
+from steer.pipelines.base import Iteration, Start, SteeringMethod, SteeringOutput
+from steer.pipelines.particle_batch import Population, check_output_type
+from steer.registry import choose
+from steer.reward import Reward, RewardError
+from steer.smc.particles import Particles
+
+
+class NoiseToImage:
+    """The run of a population as a function of its noise ε (B·K, …), standard normal and fp32.
+
+    start  the noise that the pipeline itself would have drawn, or the user's `latents`
+    seeds  one for every row: of the noise that a stochastic solver adds on the way, which stays as it is
+    Text is encoded once. Raises CannotSteer for a pipeline that takes no `latents`.
+    """
+
+    def __init__(self, population: Population) -> None:
+        if "latents" not in inspect.signature(type(population.pipe).__call__).parameters:
+            raise CannotSteer(f"{type(population.pipe).__name__} takes no latents: its noise cannot be optimised")
+        self.population, self.seeds = population, population.seeds
+        self.in_fp16 = computes_in_fp16(population.pipe)
+        self._twins: dict[bool, Any] = {}
+        self.start, self.dtype = self._first_noise()
+
+    def about(self) -> dict[str, Any]:
+        """What the images depend on beside the noise, as plain values."""
+        population, pipe = self.population, self.population.pipe
+        call = {name: value for name, value in population.call.items() if name not in ("generator", "latents")}
+        return {
+            "pipeline": type(pipe).__name__,
+            "model": str(getattr(pipe.config, "_name_or_path", "")),
+            "scheduler": pipe.scheduler.to_json_string(),
+            "reward": population.reward.name,
+            "prompts": population.prompts,
+            "call": plain_values(call),
+            "start": plain_values(self.start),
+            "dtype": str(self.dtype),
+            "seeds": self.seeds,
+        }
+
+    def __call__(self, noise: Tensor) -> Tensor:
+        """Images (B·K, 3, H, W) as the user's own pipeline makes them."""
+        return self._run(noise, self.population.pipe)
+
+    def quickly(self, noise: Tensor) -> Tensor:
+        """The same, with text encoded once, no safety checker, watermark or progress bar."""
+        return self._run(noise, self._plain)
+
+    def with_graph(self, noise: Tensor, checkpointing: bool) -> Tensor:
+        """The same, differentiable with respect to the noise. Raises CannotSteer where no gradients come through."""
+        images = self._run(noise, self._twin(checkpointing))
+        if not images.requires_grad:
+            name = type(self.population.pipe).__name__
+            raise CannotSteer(
+                f"{name} lets no gradients through: use the zero-order estimator "
+                "(gradient='zero-order', on the command line --gradient zero-order)"
+            )
+        return images
+
+    @functools.cached_property
+    def _plain(self) -> Any:
+        return quiet(self.population.pipe)
+
+    def _twin(self, checkpointing: bool) -> Any:
+        if checkpointing not in self._twins:
+            one_call = self.population.call.get("num_inference_steps") == 1
+            self._twins[checkpointing] = differentiable(self._plain, checkpointing, one_call)
+        return self._twins[checkpointing]
+
+    def _run(self, noise: Tensor, pipe: Any) -> Tensor:
+        generators = [Generator().manual_seed(seed) for seed in self.seeds]
+        latents = noise.to(self.dtype)
+        return self.population.sample(lambda event: None, pipe, latents=latents, generator=generators)
+
+    def _first_noise(self) -> tuple[Tensor, torch.dtype]:
+        """What the first step of a run starts from, without the scheduler's scale, in fp32, and its dtype."""
+
+        def stop(event: Event) -> None:
+            raise _Started(event)
+
+        try:
+            self.population.sample(stop, self._plain)
+        except _Started as started:  # the run ends there
+            event: Event = started.args[0]
+        return event.x.float() / float(getattr(event.scheduler, "init_noise_sigma", 1.0)), event.x.dtype
+
+
+class _Started(Exception):
+    """Carries the first step of a run out of it."""
+
+
+SERIES = ("rewards", "norms", "best")
+SUM = "sha256"  # of the tensors
+
+
+class SearchFile:
+    """`path`, or nothing at all where it is None; `about` says which run it may belong to."""
+
+    def __init__(self, path: str | Path | None, about: dict[str, Any]) -> None:
+        self.path = None if path is None else Path(path)
+        self.about = json.dumps(about, sort_keys=True)
+
+    def save(self, search: Search, trace: Sequence[Iteration]) -> None:
+        """After an iteration: `search` stands where the next one begins."""
+        if self.path is None:
+            return
+        series = {name: torch.stack([getattr(one, name) for one in trace]) for name in SERIES}
+        parts = {f"parts/{name}": torch.stack([one.parts[name] for one in trace]) for name in trace[-1].parts}
+        tensors = {f"search/{name}": value for name, value in search.tensors().items()} | series | parts
+        plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        try:
+            with staged(self.path) as new:
+                save_file(plain, new, self._told() | {SUM: _sum(plain)})
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{self.path} cannot be written ({error}); make room, or choose another folder") from error
+
+    def load(self, device: torch.device, total: int) -> tuple[Search, list[Iteration]] | None:
+        """What was saved, for a run of `total` iterations; None where nothing was.
+
+        Raises InputError for the file of another run, and for one that is damaged.
+        """
+        if self.path is None or not self.path.exists():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                told, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise InputError(
+                f"{self.path} cannot be read as a saved search ({error}); delete it to begin anew"
+            ) from error
+        known = told.pop(SUM, None)
+        if told != self._told():
+            raise InputError(f"{self.path} belongs to another run; delete it, or call with its settings and seed")
+        if known is not None and known != _sum(tensors):  # files of older versions have none
+            raise InputError(f"{self.path} is damaged: its sha256 is another; delete it to begin anew")
+        if missing := sorted({*SERIES} - tensors.keys()):
+            raise InputError(f"{self.path} lacks {missing[0]}; delete it to begin anew")
+        if (held := len(tensors["rewards"])) > total:
+            raise InputError(f"{self.path} holds {held} iterations, more than the {total} asked for; ask for {held}")
+        saved = {name.removeprefix("search/"): value for name, value in tensors.items() if name.startswith("search/")}
+        parts = {name.removeprefix("parts/"): value for name, value in tensors.items() if name.startswith("parts/")}
+        trace = [
+            Iteration(
+                number=number,
+                total=total,
+                parts={name: values[number] for name, values in parts.items()},
+                **{name: tensors[name][number] for name in SERIES},
+            )
+            for number in range(len(tensors["rewards"]))
+        ]
+        return Search.from_tensors(saved, device), trace
+
+    def _told(self) -> dict[str, str]:
+        return {"steer": "noise search", "about": self.about}
+
+
+def _sum(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors: names, dtypes, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Moved:
+    """One iteration: images (B·K, 3, H, W), rewards (B, K) and parts at `noise` (B·K, …), the searches after it, and
+    why they can go no further, if so."""
+
+    images: Tensor
+    rewards: Tensor
+    parts: Mapping[str, Tensor]
+    noise: Tensor
+    search: Search
+    stopped: str | None = None
+
+
+class Move(Protocol):
+    """What a method does in one iteration; its text tells all of its settings but the target."""
+
+    @property
+    def target(self) -> float | None: ...
+
+    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> Moved: ...
+
+
+def check_target(target: float | None) -> None:
+    """Raises InputError for one that no reward reaches, or all do."""
+    if target is not None and not math.isfinite(target):
+        raise InputError(f"target must be finite, got {target}")
+
+
+class NoiseRun:
+    """A run to the last iteration, the end of all searches, an observer's word or a failure.
+
+    A reward that fails in the first iteration raises its RewardError; later the best so far is kept. Raises
+    InputError for a number of iterations below 1, and for the state file of another run.
+    """
+
+    def __init__(
+        self,
+        chain: NoiseToImage,
+        move: Move,
+        search: Search,
+        iterations: int,
+        state_file: str | Path | None = None,
+        observer: Callable[[Iteration], bool | None] | None = None,
+    ) -> None:
+        if iterations < 1:
+            raise InputError(f"iterations must be at least 1, got {iterations}")
+        self.chain, self.move, self.iterations, self.observer = chain, move, iterations, observer
+        # A search that was finished stays where it is: another target is another run.
+        aim = {} if move.target is None else {"target": move.target}
+        self.file = SearchFile(state_file, {"move": str(move), **chain.about(), **aim})
+        self.search, self.trace = self.file.load(chain.start.device, iterations) or (search, [])
+        self.stopped: str | None = None
+
+    def _iterate(self, number: int) -> bool:
+        """One iteration; true where the run ends with it."""
+        try:
+            moved = self.move(self.chain, self.search, number)
+        except RewardError as error:
+            if number == 0:
+                raise
+            self.stopped = f"{error} (iteration {number})"
+            return True
+        self.search, self.stopped, shape = moved.search, moved.stopped, moved.rewards.shape
+        lengths, best = norms(moved.noise).cpu().view(shape), self.search.best_rewards.view(shape)
+        self.trace.append(Iteration(number, self.iterations, moved.rewards, moved.parts, lengths, best))
+        if self.stopped:
+            return True
+        self.file.save(self.search, self.trace)
+        return bool(self.observer and self.observer(replace(self.trace[-1], images=moved.images)))
+
+    def output(self, output_type: str) -> SteeringOutput:
+        """Iterates to the end; the best iterate of each search, drawn once more by the plain pipeline."""
+        population = self.chain.population
+        for number in population.pipe.progress_bar(range(len(self.trace), self.iterations)):
+            if self.search.finished.all() or self._iterate(number):
+                break
+        if self.stopped:
+            logger.warning("%s; the best so far is returned", self.stopped)
+        noise = self.search.best_noise.to(self.chain.dtype)
+        images = self.chain(noise)
+        rewards, parts = self._scores_of_the_best() if self.stopped else population.score(images)
+        out = population.output(images, rewards, parts, Particles.start(*rewards.shape), output_type=output_type)
+        start = Start(noise, tuple(self.chain.seeds)).rows(population.rows(out.order).tolist())
+        return replace(out, start=start, trace=tuple(self.trace), stopped=self.stopped)
+
+    def _scores_of_the_best(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """As they were in the trace: a reward that failed is not asked again."""
+        at = torch.stack([one.rewards for one in self.trace]).argmax(0, keepdim=True)
+        names = self.trace[0].parts
+        parts = {name: torch.stack([one.parts[name] for one in self.trace]).gather(0, at)[0] for name in names}
+        return self.trace[-1].best, parts
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """At some noise: images (B·K, 3, H, W), rewards (B, K) with their parts, ∇_ε r (B·K, …) in fp32."""
+
+    images: Tensor
+    rewards: Tensor
+    parts: Mapping[str, Tensor]
+    gradient: Tensor
+
+
+class NoiseGradient(Protocol):
+    """(chain, noise, number of the iteration) → Estimate."""
+
+    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate: ...
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """∇_ε r(G(ε)) by automatic differentiation. Raises InputError for a reward that lets no gradients through.
+
+    checkpointing  recompute activations on the way back instead of keeping them
+    """
+
+    checkpointing: bool = field(default=True, repr=False)  # changes no number: not told of a saved search
+
+    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
+        leaf = noise.detach().requires_grad_(True)
+        with torch.enable_grad():
+            images = chain.with_graph(leaf, self.checkpointing)
+            rewards, parts = chain.population.score(images)
+            gradient = own_gradients(rewards, leaf, chain.in_fp16)
+        if gradient is None:
+            raise _not_differentiable(chain.population.reward.name)
+        chain.population.count_gradients(len(noise))
+        return Estimate(images.detach(), rewards.detach(), {n: p.detach() for n, p in parts.items()}, gradient)
+
+
+@dataclass(frozen=True)
+class ZeroOrder:
+    """For rewards that are black boxes: 1/n Σ_i [r(ε + δu_i) − r(ε − δu_i)]/2δ · u_i, u_i ~ N(0, I).
+
+    (antithetic evolution strategies, arXiv 1703.03864)
+
+    directions  n: an iteration makes 2n + 1 images of each
+    distance    δ, in the noise's own standard deviations
+    """
+
+    directions: int = 8
+    distance: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.directions < 1 or not self.distance > 0:
+            raise InputError(f"zero-order: directions must be at least 1 and distance above 0, got {self}")
+
+    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
+        images = chain.quickly(noise)
+        rewards, parts = chain.population.score(images)
+        gradient = torch.zeros_like(noise)
+        for number in range(self.directions):
+            u = drawn(chain.seeds, noise, [f"direction {iteration} {number}"] * len(noise))
+            ahead, behind = (self._reward(chain, noise + side * self.distance * u) for side in (1, -1))
+            slope = ((ahead - behind) / (2 * self.distance)).flatten().to(u)
+            gradient += slope.view(-1, *[1] * (u.dim() - 1)) * u / self.directions
+        return Estimate(images, rewards, parts, gradient)
+
+    def _reward(self, chain: NoiseToImage, noise: Tensor) -> Tensor:
+        return chain.population.score(chain.quickly(noise))[0]
+
+
+GRADIENTS: dict[str, NoiseGradient] = {"backprop": Backprop(), "zero-order": ZeroOrder()}
+
+
+def check_differentiable(reward: Reward, gradient: NoiseGradient) -> None:
+    """Raises InputError where gradients are asked of a reward that says it has none."""
+    if isinstance(gradient, Backprop) and not reward.differentiable:
+        raise _not_differentiable(reward.name)
+
+
+def _not_differentiable(name: str) -> InputError:
+    return InputError(
+        f"reward {name!r} is not differentiable: use the zero-order estimator "
+        "(gradient='zero-order', on the command line --gradient zero-order), or another reward"
+    )
+
 
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}  # how one-step models are called
 
@@ -65,7 +414,7 @@ class ReNOPipeline(SteeringMethod):
         lr              learning rate; by default 5 (sgd, published for noise of 16,384 numbers), 0.05 (adam)
         regularisation  weight of log p(‖ε‖), which keeps the noise as long as noise is
         max_grad_norm   the gradient of each image is clipped to it
-        gradient        backprop, zero-order (for any reward), or an object of `steer.pipelines.noise_gradient`
+        gradient        backprop, zero-order (for any reward), or an object of `steer.pipelines.reno`
         patience        iterations without a better reward after which a search ends, or starts again from new noise
         restarts        how often it may do that
         target          a search whose best reward is as high as that is finished; the run ends once all are
@@ -152,3 +501,86 @@ class Ascent:
         # Retired before the step: where the rest of a batch goes on, a finished row is seen again as it was.
         moved = search.retire(tired & ~again).ascend(step, self.optimiser)
         return moved.restart(again, drawn(seeds, search.noise, streams))
+
+
+class NoiseSearchPipeline(SteeringMethod):
+    """Noise from whose neighbours the best is taken, again and again; the control of gradient-based optimisation."""
+
+    @coerced
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_particles: int = 1,
+        iterations: int = 12,
+        neighbours: int = 4,
+        distance: float = 0.5,
+        target: float | None = None,
+        state_file: str | Path | None = None,
+        chunk_size: int = 8,
+        reward_prompt: str | Sequence[str] | None = None,
+        on_iteration: Callable[[Iteration], bool | None] | None = None,
+        output_type: str = "pil",
+        **call: Any,
+    ) -> SteeringOutput:
+        """Searches the noise of one call; every other argument goes to the pipeline's own `__call__`.
+
+        neighbours  images made in each iteration, of every search
+        distance    d of √(1 − d²) ε + d u, above 0 and at most 1; 1 is best-of-N
+
+        The first iteration looks at ε itself. All else is as in `ReNOPipeline`, but for the steps and the guidance: by
+        default they are the pipeline's own.
+        """
+        check_output_type(output_type)
+        move = Neighbours(neighbours, distance, target)
+        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        chain = NoiseToImage(population)
+        run = NoiseRun(chain, move, Search.start(chain.start), iterations, state_file, on_iteration)
+        return run.output(output_type)
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """One iteration: so many neighbours of the best noise so far, and the best of them all kept."""
+
+    count: int = 4
+    distance: float = 0.5
+    target: float | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        check_target(self.target)
+        if self.count < 1:
+            raise InputError(f"neighbours must be at least 1, got {self.count}")
+        if not 0 < self.distance <= 1:
+            raise InputError(f"distance must be above 0 and at most 1, got {self.distance}")
+
+    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> Moved:
+        pivot, candidates = search.best_noise, []
+        for place in range(self.count if number else 1):
+            u = drawn(chain.seeds, pivot, [f"neighbour {number} {place}"] * len(pivot))
+            # A finished search is seen again as it was, while others of its batch go on.
+            noise = over_rows(search.finished, pivot, neighbour(pivot, u, self.distance)) if number else pivot
+            images = chain.quickly(noise)
+            rewards, parts = chain.population.score(images)
+            search = replace(search, noise=noise).record(rewards.flatten())
+            candidates.append(Moved(images, rewards, parts, noise, search))
+        found = best_of(candidates)
+        return replace(found, search=found.search.reach(self.target))
+
+
+def best_of(candidates: Sequence[Moved]) -> Moved:
+    """For each image the candidate with the highest reward; the searches of the last."""
+    at = torch.stack([one.rewards for one in candidates]).argmax(0)
+    rows = range(at.numel())
+
+    def chosen(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([tensors[place][row] for row, place in zip(rows, at.flatten().tolist(), strict=True)])
+
+    names = candidates[0].parts
+    return Moved(
+        chosen([one.images for one in candidates]),
+        chosen([one.rewards.flatten() for one in candidates]).view_as(at),
+        {name: chosen([one.parts[name].flatten() for one in candidates]).view_as(at) for name in names},
+        chosen([one.noise for one in candidates]),
+        candidates[-1].search,
+    )

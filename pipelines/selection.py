@@ -10,16 +10,13 @@ import torch
 from torch import Generator, Tensor
 
 from steer.arguments import coerced
+from steer.diffusion.schedules import can_redraw
+from steer.diffusion.step_hooks import CannotSteer, Event
 from steer.errors import InputError
-from steer.particles import Particles
-from steer.pipelines.fk import check_copies_part
-from steer.pipelines.fk_run import Reading, Run, StepReport
-from steer.pipelines.method import SteeringMethod, route_eta
-from steer.pipelines.output import SteeringOutput
-from steer.pipelines.plan import Plan, highest
-from steer.pipelines.population import Population, check_output_type
-from steer.seam import CannotSteer, Event
-from steer.transition import can_redraw
+from steer.pipelines.base import SteeringMethod, SteeringOutput, route_eta
+from steer.pipelines.fk_steering import Plan, Reading, Run, StepReport, check_copies_part, highest
+from steer.pipelines.particle_batch import Population, check_output_type
+from steer.smc.particles import Particles
 
 
 class SelectionPipeline(SteeringMethod):
@@ -164,3 +161,43 @@ def check_candidates_part(scheduler: Any, eta: float | None) -> None:
             f"{type(scheduler).__name__} has no Gaussian kernel to draw candidates from: use another one, for example "
             "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or eta=None for noise of its own"
         )
+
+
+class BestOfNPipeline(SteeringMethod):
+    """The pipeline's own batch of N images for each prompt, best first."""
+
+    @coerced
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        num_particles: int = 4,
+        preview_steps: Iterable[int] | None = (),
+        eta: float | None = None,
+        chunk_size: int = 8,
+        reward_prompt: str | Sequence[str] | None = None,
+        on_step: Callable[[StepReport], None] | None = None,
+        output_type: str = "pil",
+        **call: Any,
+    ) -> SteeringOutput:
+        """Arguments, errors and output as in `FKSteeringPipeline`; N is `num_particles`, and all weights are equal.
+
+        preview_steps  solver steps, from 0, at which x̂0 is decoded and scored for `on_step` and `out.history`; the
+                       images stay what they are without. None: where `FKSteeringPipeline` reads by default
+        """
+        check_output_type(output_type)
+        call, kernel_eta = route_eta(self.pipe, call, eta)
+        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        run = Watched(Selection(num_particles), population, kernel_eta, 1.0, Plan(preview_steps), on_step)
+        images = run.sample()
+        rewards, parts = population.score(images)
+        return population.output(images, rewards, parts, run.particles, run.history, output_type)
+
+
+class Watched(Run):
+    """A run in which all particles stay."""
+
+    steps_asked = "preview_steps"
+
+    def _needs_steps(self) -> bool:
+        return False

@@ -2,7 +2,7 @@
 
 REWARDS: dict[str, tuple[str, str]] = {
     "scene": ("steer.rewards.scene:SceneReward", "share of the prompt's requirements that a scene meets, exact, 0..1"),
-    "scene-soft": ("steer.rewards.scene_soft:SceneSoftReward", "the same by template matching: graded, differentiable"),
+    "scene-soft": ("steer.rewards.scene:SceneSoftReward", "the same by template matching: graded, differentiable"),
     "clip": ("steer.rewards.clip:clip", "clip:MODEL, cosine of image and prompt by any CLIP; clip:scenes is embedded"),
     "pickscore": ("steer.rewards.clip:pickscore", "PickScore v1: what people pick, logit-scaled, about 15..25"),
     "hpsv2": ("steer.rewards.clip:hpsv2", "Human Preference Score v2, cosine, about 0.2..0.35"),

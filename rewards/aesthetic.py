@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from steer.choices import nearest
+from steer.registry import nearest
 from steer.reward import RewardError
-from steer.rewards.batches import in_micro_batches
-from steer.rewards.clip import MICRO_BATCH
-from steer.rewards.clip_backbone import DEFAULT_CLIP, Backbone, load_backbone
+from steer.rewards.clip import DEFAULT_CLIP, MICRO_BATCH, Backbone, load_backbone
+from steer.rewards.images import in_micro_batches
 from steer.rewards.learned import LearnedAesthetic
 from steer.rewards.weights import State, WebFile, cast, check_dtype, load_weights, placed, read_checkpoint
 

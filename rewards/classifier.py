@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steer.reward import RewardError
-from steer.rewards.batches import in_micro_batches
-from steer.rewards.preprocess import normalise, resize_and_crop
+from steer.rewards.images import in_micro_batches, normalise, resize_and_crop
 from steer.rewards.weights import load_weights, placed, read_checkpoint
 
 SIZE = 224  # pixels per side that the network sees

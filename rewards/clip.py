@@ -8,26 +8,284 @@ path=FILE|FOLDER  local weights      dtype=float32|float16|bfloat16  of the mode
 micro_batch=N     images at a time   preprocess=crop|pad             CLIP's own, or HPSv2's
 """
 
-from collections.abc import Callable, Sequence
+import json
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from torch import Tensor
+import open_clip
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPModel, CLIPTokenizer
 
-from steer.choices import choose
-from steer.reward import RewardError
-from steer.rewards.batches import PromptCache, in_micro_batches
-from steer.rewards.clip_backbone import (
-    DEFAULT_CLIP,
-    LAION_H,
-    PICKSCORE,
-    Backbone,
-    load_backbone,
-    open_clip_architecture,
+from steer.assets import CLIPS
+from steer.files import check_sums
+from steer.registry import choose, nearest
+from steer.reward import RewardError, noting_cuts, token_count
+from steer.rewards.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    PREPROCESS,
+    Preprocess,
+    PromptCache,
+    in_micro_batches,
+    normalise,
+    resize_and_crop,
+    wide,
 )
-from steer.rewards.preprocess import PREPROCESS
-from steer.rewards.weights import HubFile, cast, check_dtype, load_weights, placed, read_checkpoint
-from steer.truncation import noting_cuts
+from steer.rewards.weights import (
+    NO_NETWORK,
+    HubFile,
+    cast,
+    check_dtype,
+    in_a_line,
+    load_weights,
+    must_fit,
+    placed,
+    read_checkpoint,
+)
+
+CONFIG = "open_clip_config.json"
+DEFAULT_CLIP = "openai/clip-vit-large-patch14"
+LAION_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PICKSCORE = "yuvalkirstain/PickScore_v1"
+REVISIONS = {
+    DEFAULT_CLIP: "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    LAION_H: "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
+    PICKSCORE: "a4e4367c6dfa7288a00c550414478f865b875800",
+}
+# A tokenizer may lack this share of a model's rows, which some round up.
+SPARE = 0.1
+
+
+class Backbone(nn.Module):
+    """Features of images (N, 3, H, W) in [0, 1] and of prompts, in one space of D dimensions.
+
+    model        the open_clip or transformers module
+    image, text  its two encoders: pixels (N, 3, size, size) → (N, D), token ids (N, L) → (N, D)
+    tokenize     prompts → token ids (N, L), padded to one length whatever the prompts
+    size         pixels per side that it sees
+    limit        tokens that it reads of a prompt; count: prompt → how many it has
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image: Callable[[Tensor], Tensor],
+        text: Callable[[Tensor], Tensor],
+        tokenize: Callable[[list[str]], Tensor],
+        size: int,
+        limit: int,
+        count: Callable[[str], int],
+        mean: Sequence[float] = CLIP_MEAN,
+        std: Sequence[float] = CLIP_STD,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.size, self.mean, self.std = size, tuple(mean), tuple(std)
+        self.limit, self.count = limit, count
+        self._image, self._text, self._tokenize = image, text, tokenize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; features are computed in it."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def width(self) -> int:
+        """D."""
+        with torch.no_grad():
+            return self.texts([""]).shape[-1]
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """exp of the learned log temperature; about 100 for published models."""
+        scale: Any = self.model.logit_scale
+        return wide(scale).exp()
+
+    def images(self, images: Tensor, preprocess: Preprocess = resize_and_crop) -> Tensor:
+        """(N, D), of unit length, at least fp32; differentiable."""
+        pixels = normalise(preprocess(wide(images), self.size), self.mean, self.std)
+        return F.normalize(wide(self._image(pixels.to(self.dtype))), dim=-1)
+
+    def texts(self, prompts: Sequence[str]) -> Tensor:
+        """(N, D), of unit length, at least fp32."""
+        ids = self._tokenize(list(prompts)).to(next(self.model.parameters()).device)
+        return F.normalize(wide(self._text(ids)), dim=-1)
+
+
+def open_clip_backbone(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> Backbone:
+    """Of an open_clip model and its tokenizer."""
+    made: Any = model
+    size = made.visual.image_size
+    mean, std = made.visual.preprocess_cfg["mean"], made.visual.preprocess_cfg["std"]
+    side = size[0] if isinstance(size, tuple | list) else size
+    words: Any = tokenizer
+
+    def count(prompt: str) -> int:
+        if hasattr(words, "tokenizer"):  # of transformers
+            return token_count(words.tokenizer, prompt)
+        return len(words.encode(prompt)) + 2  # with the marks of beginning and end
+
+    limit = int(words.context_length)
+    return Backbone(made, made.encode_image, made.encode_text, tokenizer, side, limit, count, mean, std)
+
+
+def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
+    """Of a CLIPModel of transformers and its tokenizer. Raises RewardError where they do not belong together."""
+    _must_know(len(tokenizer), model.config.text_config.vocab_size)
+    length = model.config.text_config.max_position_embeddings
+
+    def tokenize(prompts: list[str]) -> Tensor:
+        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        ids: Tensor = tokenizer(prompts, **options).input_ids
+        return ids
+
+    return Backbone(
+        model,
+        lambda pixels: model.get_image_features(pixel_values=pixels).pooler_output,
+        lambda ids: model.get_text_features(input_ids=ids).pooler_output,
+        tokenize,
+        model.config.vision_config.image_size,
+        length,
+        partial(token_count, tokenizer),
+    )
+
+
+def _must_know(known: int, wanted: int) -> None:
+    """Raises RewardError for a tokenizer of `known` tokens where a model was trained on `wanted`.
+
+    What transformers makes of a tokenizer whose files it does not find knows a handful, and says nothing.
+    """
+    if not (1 - SPARE) * wanted <= known <= wanted:
+        raise RewardError(f"its tokenizer knows {known} tokens, the model {wanted}; are the tokenizer's files there?")
+
+
+def load_backbone(name: str, tokenizer: str | None = None) -> Backbone:
+    """A CLIP by name: embedded, ARCHITECTURE/TAG of open_clip, ORGANISATION/NAME on the hub, a folder of either maker.
+
+    tokenizer  another repository or folder to take a transformers tokenizer from
+    Repositories in REVISIONS come at that revision, others at their newest. A folder of transformers is taken to
+    expect OpenAI's mean and deviation of pixels; one of open_clip tells its own. Weights come in fp32.
+    Raises RewardError, one line that names it, where it cannot be loaded. No code of a folder is run.
+    """
+    architecture, _, tag = name.partition("/")
+    folder = clip_folder(name)
+    if (folder / CONFIG).is_file():
+        return open_clip_folder(folder)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():  # transformers would take its default one for it
+            raise RewardError(f"CLIP {name!r} has neither {CONFIG} nor config.json")
+        with _loading(f"CLIP {name!r}"):
+            return _of_transformers(name, tokenizer)
+    with _loading(f"CLIP {name!r}", NO_NETWORK):
+        if architecture in open_clip.list_models():
+            return _published(architecture, tag)
+        return _of_transformers(name, tokenizer)
+
+
+def clip_folder(name: str) -> Path:
+    """Where an embedded CLIP, or one in a folder, lies."""
+    return CLIPS.get(name, Path(name))
+
+
+def open_clip_folder(folder: Path, weights: bool = True) -> Backbone:
+    """A folder in open_clip's own format: open_clip_config.json, the tokenizer's files, open_clip_model.safetensors.
+
+    weights  False: a fresh model of that configuration
+    Raises RewardError, one line that names the folder. No code of it is run.
+    """
+    with _loading(f"CLIP {str(folder)!r}"):
+        check_sums(*sorted(path for path in folder.iterdir() if path.is_file()))
+        config = json.loads((folder / CONFIG).read_text())["model_cfg"]
+        _must_be_plain(folder, config)
+        name = f"local-dir:{folder}"
+        tokenizer: Any = open_clip.get_tokenizer(name)
+        known = len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
+        _must_know(known, config["text_cfg"].get("vocab_size", open_clip.CLIPTextCfg.vocab_size))
+        model = open_clip.create_model(name, load_weights=weights, require_pretrained=weights)
+        return open_clip_backbone(model, tokenizer)
+
+
+def open_clip_architecture(name: str) -> Backbone:
+    """A fresh open_clip model, by the name of its architecture or the folder of its configuration."""
+    folder = clip_folder(name)
+    if folder.is_dir():
+        return open_clip_folder(folder, weights=False)
+    if name not in open_clip.list_models():
+        raise RewardError(f"model={name}: not an architecture of open_clip, nor a folder with its configuration")
+    with _loading(f"CLIP {name!r}", NO_NETWORK):
+        return open_clip_backbone(open_clip.create_model(name), open_clip.get_tokenizer(name))
+
+
+def _published(architecture: str, tag: str) -> Backbone:
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags:
+        near = nearest(tag, tags)
+        raise RewardError(f"no weights {tag!r} are published: write {architecture}/TAG, TAG being {near}")
+    # open_clip only warns where an architecture has another GELU than the weights were trained with.
+    quick = bool(open_clip.get_pretrained_cfg(architecture, tag).get("quick_gelu"))
+    model = open_clip.create_model(architecture, pretrained=tag, force_quick_gelu=quick)
+    return open_clip_backbone(model, open_clip.get_tokenizer(architecture))
+
+
+def _of_transformers(name: str, tokenizer: str | None) -> Backbone:
+    # transformers only warns of keys that are missing, and draws them; a configuration could ask for any attention.
+    model, told = CLIPModel.from_pretrained(
+        name,
+        revision=REVISIONS.get(name),
+        local_files_only=Path(name).is_dir(),
+        dtype=torch.float32,
+        attn_implementation="sdpa",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    other_shape = {key for key, *_ in told["mismatched_keys"]}
+    complaints = {"missing": told["missing_keys"], "unexpected": told["unexpected_keys"]}
+    must_fit(f"CLIP {name!r}", complaints | {"of another shape": other_shape})
+    source = tokenizer or name
+    read = CLIPTokenizer.from_pretrained(source, revision=REVISIONS.get(source), local_files_only=Path(source).is_dir())
+    return transformers_backbone(model, read)
+
+
+def _must_be_plain(folder: Path, config: dict[str, Any]) -> None:
+    """Raises RewardError where a folder asks for a loader that may run code, or for files from elsewhere."""
+    asked = [key for key in ("tokenizer_kwargs", "hf_model_name") if config["text_cfg"].get(key)]
+    asked += ["timm_model_name"] if ":" in str(config["vision_cfg"].get("timm_model_name")) else []
+    for file in (folder / "tokenizer_config.json", folder / "config.json"):
+        if file.is_file() and "auto_map" in json.loads(file.read_text()):
+            asked.append("auto_map")
+    if asked:
+        raise RewardError(f"CLIP {str(folder)!r}: {' and '.join(asked)} are not read from a folder; remove them")
+
+
+def _is_true(record: logging.LogRecord) -> bool:
+    """Whether a record of open_clip holds here: weights are loaded, and all checked, after it has made the model."""
+    return not record.getMessage().startswith("No pretrained weights loaded for model")
+
+
+@contextmanager
+def _loading(what: str, remedy: str = "") -> Iterator[None]:
+    """Loading by other libraries: with their warnings, without drawing random numbers, with errors in one line."""
+    before = logging.root.manager.disable
+    logging.disable(logging.INFO)  # open_clip logs every step at the root
+    logging.root.addFilter(_is_true)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    except RewardError as error:
+        raise RewardError(str(error) if what in str(error) else f"{what}: {error}") from error
+    except Exception as error:  # two libraries and a stranger's files: there is no list of what they raise
+        told = f"{what} cannot be loaded: {in_a_line(error)}"
+        raise RewardError(f"{told}; {remedy}" if remedy else told) from error
+    finally:
+        logging.disable(before)
+        logging.root.removeFilter(_is_true)
+
 
 Unit = Callable[[Tensor, float], Tensor]
 

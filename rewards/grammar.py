@@ -1,11 +1,11 @@
-"""The grammar of `steer.rewards.expression`: a text in its pieces. Nothing here knows a reward."""
+"""The grammar of `steer.rewards.parser`: a text in its pieces. Nothing here knows a reward."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from steer.contract import RewardError
-from steer.rewards.aggregate import is_number
+from steer.arguments import is_number
+from steer.reward import RewardError
 
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 PLUS, COMMA = r"\s\+\s", r",\s"  # between terms, between arguments

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from steer.reward import RewardError
-from steer.rewards.batches import PromptCache, in_micro_batches
-from steer.rewards.preprocess import normalise, resize_and_crop, wide
+from steer.reward import RewardError, noting_cuts, token_count
+from steer.rewards.images import PromptCache, in_micro_batches, normalise, resize_and_crop, wide
 from steer.rewards.weights import HubFile, State, cast, load_weights, placed, read_checkpoint
-from steer.truncation import noting_cuts, token_count
 
 WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
 VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt", "86b5e0934494bd15c9632b12f734a8a67f723594")

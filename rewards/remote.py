@@ -4,35 +4,138 @@ Both sides are the standard library's HTTP: neither environment has to agree wit
 The other side is not believed: a reply is bounded in bytes and in time, no redirect is followed, no proxy asked.
 """
 
+import base64
+import binascii
+import hmac
+import json
+import os
 import re
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from steer.contract import RewardError
+from steer import __version__
 from steer.errors import InputError
+from steer.files import BROKEN
+from steer.reward import Reward, RewardError, score
 from steer.rewards.grammar import NUMBER
-from steer.rewards.remote_protocol import (
-    MOST_IMAGES,
-    MOST_PIXELS,
-    MOST_REPLY,
-    PROTOCOL,
-    TOKEN,
-    encode,
-    line,
-    read_json,
-    read_scores,
-    read_token,
-)
+
+PROTOCOL = 1
+MOST_IMAGES, MOST_PIXELS = 32, 2**24  # of one request, all its images together
+MOST_BYTES = 80_000_000  # of a request: so many pixels of noise as PNG in base64, and the prompts
+MOST_REPLY = 1_000_000  # bytes
+LONGEST_LINE = 300  # characters of what the other side says
+ADDRESS = r"https?://[^\s,()]+"
+TOKEN = "STEER_REWARD_TOKEN"  # an environment variable: an option would be in reports and in the list of processes
+
+
+def is_remote(text: str) -> bool:
+    """Whether a term is the address of a reward, with options and weight or without."""
+    return re.match(r"https?://", text) is not None
+
+
+def read_weight(text: str) -> tuple[str, float]:
+    """A term as (address with options, weight). Behind a host without a path a number is its port."""
+    if written := re.fullmatch(rf"(https?://[^/\s]+(?:/\S*?|,\S*?)):({NUMBER})", text):
+        return written[1], float(written[2])
+    return text, 1.0
+
+
+def encode(images: Tensor, prompts: Sequence[str]) -> bytes:
+    """The body of a request. images (N, 3, H, W), clamped to [0, 1] and rounded to 8 bits."""
+    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    told = []
+    for one in pixels:
+        file = BytesIO()
+        Image.fromarray(one).save(file, format="PNG", compress_level=1)
+        told.append(base64.b64encode(file.getvalue()).decode())
+    return json.dumps({"protocol": PROTOCOL, "images": told, "prompts": list(prompts)}).encode()
+
+
+def decode(body: bytes) -> tuple[Tensor, list[str]]:
+    """The images (N, 3, H, W) in [0, 1] and the prompts of a request. Raises InputError, one line."""
+    told = read_json(body)
+    if told.get("protocol") != PROTOCOL:
+        raise InputError(f"this side speaks protocol {PROTOCOL}, got {told.get('protocol')!r:.20}")
+    images, prompts = told.get("images"), told.get("prompts")
+    if not isinstance(images, list) or not isinstance(prompts, list):
+        raise InputError("`images` and `prompts` must be lists")
+    if not all(isinstance(text, str) for text in images + prompts):
+        raise InputError("`images` must hold base64 texts, `prompts` texts")
+    if not 0 < len(images) <= MOST_IMAGES or len(images) != len(prompts):
+        raise InputError(f"1 to {MOST_IMAGES} images, and as many prompts: got {len(images)} and {len(prompts)}")
+    return torch.stack(_pictures(images)), prompts
+
+
+def _pictures(images: Sequence[str]) -> list[Tensor]:
+    """Of base64 texts, each (3, H, W). All sizes are known before the first pixel is decoded."""
+    try:
+        files = [Image.open(BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) for text in images]
+        sizes = {file.size for file in files}
+        if len(sizes) > 1 or any(file.mode != "RGB" for file in files):
+            raise InputError("images must be 8-bit RGB and all of one size")
+        if (pixels := len(files) * files[0].width * files[0].height) > MOST_PIXELS:
+            raise InputError(f"{pixels} pixels in one request: at most {MOST_PIXELS}")
+        arrays = [np.asarray(file).copy() for file in files]
+    except InputError:
+        raise
+    except (*BROKEN, binascii.Error) as error:
+        raise InputError(f"an image cannot be read as PNG ({line(error)})") from error
+    return [torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays]
+
+
+def read_scores(told: Mapping[str, Any], count: int) -> Tensor:
+    """The scores of a reply, (count,) fp32. What is finite is for the contract to say. Raises RewardError."""
+    scores = told.get("scores")
+    if not isinstance(scores, list) or len(scores) != count:
+        got = f"{len(scores)}" if isinstance(scores, list) else type(scores).__name__
+        raise RewardError(f"{count} images must have a list of {count} scores, got {got}")
+    if wrong := [one for one in scores if isinstance(one, bool) or not isinstance(one, int | float)]:
+        raise RewardError(f"scores must be numbers, got {wrong[0]!r:.40}")
+    try:
+        return torch.tensor([float(one) for one in scores])
+    except OverflowError as error:
+        raise RewardError("scores must fit in fp32") from error
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """A JSON object. Raises InputError."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {line(body[:60].decode(errors='replace'))!r}") from error
+    if not isinstance(told, dict):
+        raise InputError(f"not a JSON object but {type(told).__name__}")
+    return told
+
+
+def line(said: object) -> str:
+    """What the other side says as one line that a terminal can show."""
+    text = " ".join(str(said).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:LONGEST_LINE]
+
+
+def read_token() -> str | None:
+    """The token of this environment, on both sides; None where there is none. Raises InputError."""
+    token = os.environ.get(TOKEN, "").strip()
+    if not re.fullmatch(r"[!-~]*", token):
+        raise InputError(f"{TOKEN} must be of printable ASCII without spaces")
+    return token or None
+
 
 TIMEOUT, TRIES = 120.0, 3  # seconds for one try from connecting to the last byte; tries
 PAUSE = 0.2  # seconds before the second try, doubled before each that follows
@@ -205,3 +308,149 @@ def _options(name: str, options: Sequence[str]) -> dict[str, float]:
     if not given.get("timeout", 1) > 0:
         raise RewardError(f"reward {name!r}: timeout= must be above 0 seconds")
     return given
+
+
+MOST_AT_ONCE = 8  # requests that are read or wait; each holds its images
+IDLE = 30.0  # seconds without a byte after which a connection is closed
+GRACE = 10.0  # seconds that a call which is going on may take at the end
+LOCAL = ("127.0.0.1", "::1", "localhost")
+
+
+class Refused(Exception):
+    """A request that is not answered with scores: status, and one line."""
+
+    def __init__(self, status: int, what: str) -> None:
+        super().__init__(what)
+        self.status = status
+
+
+class RewardServer(ThreadingHTTPServer):
+    """Serves one reward. `serve_until_told` is the loop; port 0 is any that is free, see `url`.
+
+    token   what requests must bring as a bearer; None: nothing
+    device  where the images are scored
+    Raises InputError where the address cannot be had.
+    """
+
+    daemon_threads = True
+    request_queue_size = 32
+
+    def __init__(
+        self,
+        reward: Reward,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        token: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.reward, self._token, self._device = reward, token, device
+        self._one_by_one, self._free = threading.Lock(), threading.BoundedSemaphore(MOST_AT_ONCE)
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            super().__init__((host, port), Handler)
+        except (OSError, OverflowError, UnicodeError) as error:
+            raise InputError(f"--host {host} --port {port}: cannot listen there ({line(error)})") from error
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/"
+
+    def about(self) -> dict[str, Any]:
+        """What GET answers."""
+        return {"protocol": PROTOCOL, "name": self.reward.name, "differentiable": False, "version": __version__}
+
+    def check_token(self, header: str) -> None:
+        """Raises Refused where the bearer is another."""
+        if self._token is not None and not hmac.compare_digest(header.encode(), f"Bearer {self._token}".encode()):
+            raise Refused(401, "this server wants its token, in the client's environment as STEER_REWARD_TOKEN")
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """One of the few requests at once. Raises Refused where all are taken."""
+        if not self._free.acquire(blocking=False):
+            raise Refused(503, "busy: too many requests at once")
+        try:
+            yield
+        finally:
+            self._free.release()
+
+    def scores(self, body: bytes) -> list[float]:
+        """Of a request's body. Raises Refused."""
+        try:
+            images, prompts = decode(body)
+        except InputError as error:
+            raise Refused(400, str(error)) from error
+        try:
+            with self._one_by_one, torch.no_grad():
+                return score(self.reward, images.to(self._device), prompts).tolist()
+        except RewardError as error:
+            raise Refused(422, str(error)) from error
+
+    def serve_until_told(self, ready: Callable[[], None]) -> bool:
+        """Serves until SIGINT or SIGTERM. In the main thread. Whether no call of the reward was left going on."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: threading.Thread(target=self.shutdown, daemon=True).start())
+        ready()
+        self.serve_forever(poll_interval=0.1)
+        self.server_close()
+        # A request is over when its reply is written, and gives its place back then.
+        end = time.monotonic() + GRACE
+        return all(self._free.acquire(timeout=max(0.0, end - time.monotonic())) for _ in range(MOST_AT_ONCE))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection."""
+
+    server: RewardServer
+    protocol_version = "HTTP/1.1"
+    server_version, sys_version = "steer", ""
+    timeout = IDLE
+
+    def do_GET(self) -> None:
+        self._answer(self._about)
+
+    def do_POST(self) -> None:
+        self._answer(self._scored)
+
+    def _about(self) -> dict[str, Any]:
+        self.server.check_token(self.headers.get("Authorization", ""))
+        if self.path != "/":
+            raise Refused(404, "GET / tells what this is, POST /score scores")
+        return self.server.about()
+
+    def _scored(self) -> dict[str, Any]:
+        self.server.check_token(self.headers.get("Authorization", ""))
+        if self.path != "/score":
+            raise Refused(404, "GET / tells what this is, POST /score scores")
+        length = self.headers.get("Content-Length", "")
+        if not (length.isascii() and length.isdigit()):
+            raise Refused(411, "a request needs its Content-Length")
+        if len(length) > 12 or int(length) > MOST_BYTES:
+            raise Refused(413, f"a request has at most {MOST_BYTES} bytes")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise Refused(400, "the request broke off")
+        return {"scores": self.server.scores(body)}
+
+    def _answer(self, work: Callable[[], dict[str, Any]]) -> None:
+        """One reply, and the connection is closed: what is left of a refused request is never read as another."""
+        self.close_connection = True
+        try:
+            with self.server.place():
+                try:
+                    self._send(200, work())
+                except Refused as error:
+                    self._send(error.status, {"error": line(error)})
+        except Refused as error:
+            self._send(error.status, {"error": line(error)})
+        except OSError:  # the client is gone, or was idle
+            return
+
+    def _send(self, status: int, told: dict[str, Any]) -> None:
+        body = json.dumps(told, allow_nan=False).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing: the one line with the address is for programs to read."""

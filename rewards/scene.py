@@ -4,17 +4,151 @@ Source: GenEval's six tasks (arXiv 2310.11513), read without a detector because 
 on a plain background: segment, label connected components, compare each with the drawn shapes.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor
+from torch.nn import functional as F
 
-from steer.rewards.scene_language import COLOURS, RELATIONS, SHAPES, SceneRequest, parse
-from steer.rewards.scene_shapes import coverage
+from steer.reward import RewardError
+
+COLOURS = {
+    "red": (0.86, 0.12, 0.14),
+    "green": (0.13, 0.62, 0.24),
+    "blue": (0.14, 0.34, 0.90),
+    "yellow": (0.97, 0.80, 0.10),
+    "purple": (0.60, 0.20, 0.76),
+    "black": (0.09, 0.09, 0.11),
+}
+SHAPES = ("circle", "square", "triangle", "cross", "star")
+PLURALS = {"crosses": "cross"} | {f"{shape}s": shape for shape in SHAPES if shape != "cross"}
+NUMBERS = {"a": 1, "one": 1, "two": 2, "three": 3, "four": 4}
+# Where the first object lies as seen from the second, in image coordinates (y points down).
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+MIRRORED = {"right of": "left of", "below": "above"}
+
+_PHRASE = re.compile(
+    rf"(?P<count>{'|'.join(NUMBERS)}) (?:(?P<colour>{'|'.join(COLOURS)}) )?"
+    rf"(?P<shape>{'|'.join((*PLURALS, *SHAPES))})"
+)
+_JOIN = re.compile(rf" (and|{'|'.join(RELATIONS)}) ")
+_PREFIX = re.compile(r"^(?:a (?:photo|picture|drawing|scene) (?:of|with) )")
+
+
+@dataclass(frozen=True, order=True)
+class Phrase:
+    """`count` objects of one shape, all of one colour (None: any)."""
+
+    count: int
+    colour: str | None
+    shape: str
+
+    def __str__(self) -> str:
+        plural = {shape: word for word, shape in PLURALS.items()}
+        number = next(word for word, count in NUMBERS.items() if count == self.count)
+        noun = self.shape if self.count == 1 else plural[self.shape]
+        return " ".join(word for word in (number, self.colour, noun) if word)
+
+
+@dataclass(frozen=True)
+class SceneRequest:
+    """One phrase, or two of different shapes, joined by "and" or by a relation."""
+
+    phrases: tuple[Phrase, ...]
+    relation: str | None = None
+
+    @property
+    def task(self) -> str:
+        """The GenEval task that this request belongs to."""
+        if self.relation:
+            return "position"
+        coloured = any(phrase.colour for phrase in self.phrases)
+        if len(self.phrases) == 2:
+            return "color_attr" if coloured else "two_object"
+        if self.phrases[0].count > 1:
+            return "counting"
+        return "colors" if coloured else "single_object"
+
+    @property
+    def canonical(self) -> "SceneRequest":
+        """The same scene in one wording: "B right of A" is "A left of B", "B and A" is "A and B"."""
+        if self.relation in MIRRORED:
+            return SceneRequest(self.phrases[::-1], MIRRORED[self.relation])
+        return self if self.relation else replace(self, phrases=tuple(sorted(self.phrases, key=str)))
+
+    def __str__(self) -> str:
+        return f" {self.relation or 'and'} ".join(map(str, self.phrases))
+
+
+def parse(prompt: str) -> SceneRequest:
+    """Reads a prompt; the inverse of `str(request)`. Raises RewardError for anything else."""
+    words = re.sub(r"\s+", " ", prompt.strip().strip(".").lower())
+    words = _PREFIX.sub("", words).replace(" to the left of ", " left of ").replace(" to the right of ", " right of ")
+    head, *tail = _JOIN.split(words)
+    matches = [_PHRASE.fullmatch(part) for part in (head, *tail[1::2])]
+    shapes = [match and PLURALS.get(match["shape"], match["shape"]) for match in matches]
+    if None in matches or len(matches) > 2 or len(set(shapes)) < len(shapes):
+        raise RewardError(
+            f"the scene reward cannot read {prompt!r}: it asks for one kind of object or two different ones, like "
+            f"'three red circles' or 'a red circle left of a blue star' (colours: {', '.join(COLOURS)}; "
+            f"shapes: {', '.join(SHAPES)}; joined by: and, {', '.join(RELATIONS)})"
+        )
+    phrases = tuple(
+        Phrase(NUMBERS[match["count"]], match["colour"], shape)
+        for match, shape in zip(matches, shapes, strict=True)
+        if match and shape
+    )
+    return SceneRequest(phrases, tail[0] if tail and tail[0] in RELATIONS else None)
+
+
+Array = np.ndarray
+
+
+def _circle(u: Array, v: Array) -> Array:
+    return u**2 + v**2 <= 1
+
+
+def _square(u: Array, v: Array) -> Array:
+    return np.maximum(abs(u), abs(v)) <= 0.88
+
+
+def _triangle(u: Array, v: Array) -> Array:
+    return (abs(u) <= (v + 0.95) / 1.9) & (v <= 0.95)
+
+
+def _cross(u: Array, v: Array) -> Array:
+    return (np.minimum(abs(u), abs(v)) <= 0.32) & (np.maximum(abs(u), abs(v)) <= 1)
+
+
+def _star(u: Array, v: Array) -> Array:
+    # A pentagram: the points that at most one of its five lines cuts off from the centre.
+    angles = [math.pi / 2 + k * 2 * math.pi / 5 for k in range(5)]
+    cut_off = sum((math.cos(a) * u + math.sin(a) * v > 0.4).astype(int) for a in angles)
+    return (cut_off <= 1) & (u**2 + v**2 <= 1.2)
+
+
+INSIDE: dict[str, Callable[[Array, Array], Array]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "cross": _cross,
+    "star": _star,
+}
+
+
+def coverage(shape: str, size: int, x: float, y: float, radius: float, oversample: int = 4) -> Array:
+    """How much of each pixel of a (size, size) image the shape at (x, y) covers: float, 0..1."""
+    grid = (np.arange(size * oversample) + 0.5) / oversample
+    u, v = np.meshgrid((grid - x) / radius, (grid - y) / radius)
+    inside = INSIDE[shape](u, v).astype(np.float32)
+    return inside.reshape(size, oversample, size, oversample).mean((1, 3))
+
 
 FOREGROUND = (
     0.35  # distance in RGB from the background at which a pixel belongs to an object: under half of any colour's
@@ -108,7 +242,7 @@ class SceneReward:
     """Fraction of the prompt's requirements that the picture meets: 0..1, 1 only when all hold.
 
     Piecewise constant in the pixels, so it evaluates; `SceneSoftReward` steers. Prompts outside the
-    language of `steer.rewards.scene_language` raise RewardError.
+    language of `steer.rewards.scene` raise RewardError.
     """
 
     name = "scene"
@@ -121,3 +255,114 @@ class SceneReward:
             for picture, prompt in zip(pictures, prompts, strict=True)
         ]
         return torch.tensor(scores, dtype=torch.float32)
+
+
+SIDE = 32  # pixels at which templates are compared
+RADII = (4.0, 4.5, 5.0, 5.5, 6.0, 6.5)  # of the templates, in those pixels
+REACH = 8  # half the side of a template
+TOLERANCE = 0.3  # distance in RGB at which a colour counts for e^(-1/2)
+MARGIN = 0.04  # lead over the next shape at which a shape is believed to 73 %
+APART = 7  # window in which only the strongest match counts as an object
+STEADY = 2.0  # pixels by which a relation must hold to be believed to 73 %
+
+
+@cache
+def _soft_templates() -> Tensor:
+    """(5 shapes · 6 radii, 1, 17, 17): mean inside the shape minus mean in the frame around it."""
+    side, kernels = 2 * REACH + 1, []
+    grid = abs(np.arange(side) - REACH)
+    for shape in SHAPES:
+        for radius in RADII:
+            inside = coverage(shape, side, REACH + 0.5, REACH + 0.5, radius)
+            frame = (np.maximum(grid[:, None], grid[None]) <= radius + 2.5) * (1 - inside)
+            kernels.append(inside / inside.sum() - frame / frame.sum())
+    return torch.from_numpy(np.stack(kernels)).float()[:, None]
+
+
+def _affinity(images: Tensor) -> Tensor:
+    """How much each pixel has each colour: (N, 6, H, W) in 0..1."""
+    palette = torch.tensor(list(COLOURS.values()), device=images.device)
+    distance = (images[:, None] - palette[:, :, None, None]) ** 2
+    return torch.exp(-distance.sum(2) / (2 * TOLERANCE**2))
+
+
+def _matches(maps: Tensor) -> Tensor:
+    """How well each shape fits at each place: (N, H, W) → (N, 5, H, W), the best of all radii."""
+    responses = F.conv2d(maps[:, None], _soft_templates().to(maps.device), padding=REACH)
+    return responses.unflatten(1, (len(SHAPES), len(RADII))).amax(2)
+
+
+def _believed(matches: Tensor, shape: str) -> Tensor:
+    """(N, H, W) in 0..1: the match of one shape, discounted where another fits better."""
+    mine = SHAPES.index(shape)
+    own = matches[:, mine]
+    others = matches[:, [k for k in range(len(SHAPES)) if k != mine]].amax(1)
+    return own.clamp(min=0) * torch.sigmoid((own - others) / MARGIN)
+
+
+def _peaks(places: Tensor, count: int) -> Tensor:
+    """The `count` strongest local maxima of (N, H, W): (N, count), strongest first."""
+    highest = F.max_pool2d(places[:, None], APART, stride=1, padding=APART // 2)[:, 0]
+    return (places * (places >= highest)).flatten(1).topk(count).values
+
+
+def _exactly(places: Tensor, count: int) -> Tensor:
+    """(N,) in 0..1: `count` strong matches and no further one."""
+    peaks = _peaks(places, count + 1)
+    return peaks[:, :count].mean(1) * (1 - peaks[:, count].clamp(0, 1))
+
+
+def _centre(places: Tensor) -> Tensor:
+    """Where the strongest match lies, softly: (N, 2) as x, y in pixels."""
+    weights = (places.flatten(1) / 0.05).softmax(1).view_as(places)
+    grid = torch.arange(SIDE, device=places.device, dtype=weights.dtype)
+    return torch.stack([(weights.sum(1) * grid).sum(1), (weights.sum(2) * grid).sum(1)], 1)
+
+
+def _holds(first: Tensor, second: Tensor, relation: str) -> Tensor:
+    """(N,) in 0..1: how surely the strongest match of one map lies in a relation to that of the other."""
+    sx, sy = RELATIONS[relation]
+    dx, dy = (_centre(first) - _centre(second)).unbind(1)
+    return torch.sigmoid((dx * sx + dy * sy - (dx * sy).abs() - (dy * sx).abs()) / STEADY)
+
+
+def soft_requirements(request: SceneRequest, images: Tensor) -> Tensor:
+    """The requirements of the exact reward, each as a degree (N, R) in 0..1, of images (N, 3, 32, 32)."""
+    affinity = _affinity(images)
+    anything = _matches(affinity.amax(1))
+    wanted = sum(phrase.count for phrase in request.phrases)
+    degrees = [1 - _peaks(anything.amax(1), wanted + 1)[:, wanted].clamp(0, 1)]
+    maps = []
+    for phrase in request.phrases:
+        degrees.append(_exactly(_believed(anything, phrase.shape), phrase.count))
+        places = _believed(_coloured(affinity, anything, phrase), phrase.shape)
+        if phrase.colour:
+            degrees.append(_exactly(places, phrase.count))
+        maps.append(places)
+    if request.relation:
+        degrees.append(_holds(maps[0], maps[1], request.relation))
+    return torch.stack(degrees, 1)
+
+
+def _coloured(affinity: Tensor, anything: Tensor, phrase: Phrase) -> Tensor:
+    if phrase.colour is None:
+        return anything
+    return _matches(affinity[:, list(COLOURS).index(phrase.colour)])
+
+
+class SceneSoftReward:
+    """Mean degree, 0..1, to which a picture meets the prompt's requirements. Differentiable.
+
+    Any image size; prompts outside the language of `steer.rewards.scene` raise RewardError.
+    """
+
+    name = "scene-soft"
+    differentiable = True
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        small = F.interpolate(images.float(), size=(SIDE, SIDE), mode="area")
+        scores = small.new_zeros(len(prompts))
+        for prompt in dict.fromkeys(prompts):
+            rows = [row for row, text in enumerate(prompts) if text == prompt]
+            scores[rows] = soft_requirements(parse(prompt), small[rows]).mean(1)
+        return scores

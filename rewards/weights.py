@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
-from steer.choices import nearest
+from steer.registry import nearest
 from steer.reward import RewardError
 
 State = Mapping[str, Tensor]

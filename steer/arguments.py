@@ -5,7 +5,8 @@ import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+from numbers import Real
+from typing import Any, ParamSpec, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from steer.errors import InputError
 
@@ -141,3 +142,11 @@ def _texts_kinds(kinds: Sequence[Any]) -> list[Any]:
 
 def _shown(value: Any) -> str:
     return f"{value!r:.60} of type {type(value).__name__}"
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is one real number, finite as a float."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False

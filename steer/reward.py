@@ -1,161 +1,503 @@
-"""Finding a reward: by name, by module, as a sum of others, as a folder. What one is, is told by `steer.contract`."""
+"""The Reward protocol, the contract every call is checked against, and scores of images and of videos."""
 
+import functools
 import inspect
+import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
-from importlib.metadata import entry_points
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from torch import Tensor
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from steer.choices import nearest
-from steer.contract import (
-    Composite,
-    Metadata,
-    Reward,
-    RewardError,
-    attribute,
-    evaluate,
-    score,
-    score_parts,
-    with_timeout,
-)
 from steer.errors import InputError
 
-__all__ = [
-    "Composite",
-    "Reward",
-    "RewardError",
-    "load_reward",
-    "make_reward",
-    "reward_names",
-    "score",
-    "score_parts",
-    "takes_number",
-    "with_timeout",
-]
-
-BUILT_IN = "steer.rewards"  # the package whose REWARDS table names the built-in ones
-READER = "steer.rewards.expression"  # reads what is more than one name: sums, functions, files
+T = TypeVar("T")
 
 
-class _Named:
-    """A plain function as a reward; its attribute `differentiable`, if it has one, says whether gradients flow."""
+class Begin(Protocol):
+    """Begins some work; what it returns waits for the result, and raises what the work raised."""
 
-    images = "pt"  # the function's own form is found when it is called
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.name = attribute(function, "__name__", type(function).__name__)
-        self.differentiable = bool(attribute(function, "differentiable", False))
-
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Any:
-        return evaluate(self._function, images, prompts, metadata)
+    def __call__(self, work: Callable[[], T], /) -> Callable[[], T]: ...
 
 
-def reward_names() -> dict[str, str]:
-    """Every reward that has a name, built in or from entry points `steer.rewards`: name → one line about it.
+class Modes:
+    """What a thread computes under on a device: with or without gradients, in inference mode, with autocast, and on
+    CUDA in which stream. A new thread has none of them."""
 
-    Reads tables only: no reward, and not torch beyond this module, is imported for it.
+    def __init__(self, device: torch.device) -> None:
+        self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        kind = device.type
+        self.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        self.stream = torch.cuda.current_stream(device) if kind == "cuda" else None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Another thread computes as this one did, within the block."""
+        with (
+            torch.inference_mode(self.inference),
+            torch.set_grad_enabled(self.gradients),
+            torch.autocast(*self.autocast),
+            torch.cuda.stream(self.stream),
+        ):
+            yield
+
+
+@contextmanager
+def at_once(device: torch.device) -> Iterator[Begin]:
+    """Yields what does the work when it is begun: the slow twin of `in_background`."""
+
+    def begin(work: Callable[[], T]) -> Callable[[], T]:
+        result = work()
+        return lambda: result
+
+    yield begin
+
+
+@contextmanager
+def in_background(device: torch.device) -> Iterator[Begin]:
+    """Yields what does the work, piece after piece, in a thread while the caller goes on.
+
+    On CUDA it has a stream, which begins after what the caller's stream has been given so far; what the caller does
+    after it has waited for a result comes after that on the device too. At the end of the block all work is done.
     """
-    plugins = {point.name: f"{point.value} (plugin)" for point in entry_points(group="steer.rewards")}
-    built_in = {name: about for name, (_, about) in import_module(BUILT_IN).REWARDS.items()}
-    return plugins | built_in
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, "steer-background") as thread:
+
+        def begin(work: Callable[[], T]) -> Callable[[], T]:
+            if stream is not None:
+                stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                modes = Modes(device)
+
+            def worked() -> T:
+                with modes():
+                    return work()
+
+            begun = thread.submit(worked)
+
+            def result() -> T:
+                found = begun.result()
+                if stream is not None:
+                    _hand_over(found, stream, torch.cuda.current_stream(device))
+                return found
+
+            return result
+
+        yield begin
 
 
-def load_reward(reward: Any) -> Reward:
-    """A Reward from a Reward, a function (images, prompts) → (N,), or a specification.
+def _hand_over(found: object, stream: torch.cuda.Stream, to: torch.cuda.Stream) -> None:
+    """What was made in one stream is used in another from now on: its memory is not given away before that is done."""
+    to.wait_stream(stream)
+    for leaf in tree_leaves(found):
+        if isinstance(leaf, Tensor) and leaf.is_cuda:
+            leaf.record_stream(to)
 
-    A specification is NAME or NAME:ARGUMENT, a weighted sum of them ("hpsv2.1:5 + imagereward:1"), a function of
-    them ("min(a, b)"), the path of a learned reward's folder or of a YAML file, or a mapping as such a file holds:
-    see `steer.rewards.expression`.
-    Raises RewardError with the nearest names where there is none.
+
+Metadata = Sequence[Mapping[str, Any]]  # one row an image, of the prompt that the image was made from
+METADATA = ("metadata", "prompt_metadata")  # parameters of a reward that receive it
+FORMS = ("pt", "np", "pil")  # of images, as diffusers' output_type
+NOT_TENSORS = (AttributeError, TypeError, ValueError)  # from code that expects PIL images
+
+CPU = torch.device("cpu")  # where scores are
+
+
+class RewardError(InputError):
+    """A reward that is not there, or that broke its contract."""
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Scores images; higher is better.
+
+    `__call__(images, prompts)` takes images (N, 3, H, W) in [0, 1] and one prompt per image and returns
+    (N,) fp32. `differentiable` says whether gradients flow back to the images. Optional:
+
+    images    "pt" (the default), "np" ((N, H, W, 3) in [0, 1]) or "pil" (a list): the form of the images
+    metadata  a parameter of `__call__` of this name receives the row of each image's prompt, a Mapping
     """
-    if isinstance(reward, str | Path):
-        return import_module(READER).read(str(reward))
-    if isinstance(reward, Mapping):
-        return import_module(READER).read_mapping(reward)
-    return _as_reward(reward)
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
 
 
-def make_reward(atom: str) -> Reward:
-    """The reward of one NAME[:ARGUMENT][,option=value…].
+@runtime_checkable
+class Composite(Reward, Protocol):
+    """A reward made of others: `parts` are their scores, each (N,), by name; `total` makes its own score of them."""
 
-    NAME is looked up among the built-in rewards, then the entry points `steer.rewards`, then as module:attribute.
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]: ...
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor: ...
+
+
+def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+    """Calls a reward and checks what it returns: (N,) numbers, all finite; on the CPU in fp32, gradients kept.
+
+    Raises RewardError, which names the reward, where it raises or breaks the contract.
     """
-    name, _, argument = atom.strip().partition(":")
-    factory = _factory(name)
-    if factory is not None:
-        return _as_reward(_make(factory, name, argument))
-    if argument and ("." in name or (name.isidentifier() and _is_module(name))):
-        return _as_reward(_attribute(f"{name}:{argument}"))
-    near = nearest(name, reward_names())
-    raise RewardError(f"unknown reward {atom!r}: did you mean {near}? `steer rewards` lists them")
+    _paired(images, prompts, metadata)
+    found = _called(reward.name, lambda: evaluate(reward, images, prompts, metadata))
+    return _checked(reward.name, prompts, found)
 
 
-def takes_number(name: str) -> bool:
-    """Whether a number after NAME: is the reward's own argument (it says `takes_number = True`), not a weight."""
-    return bool(getattr(_factory(name), "takes_number", False))
+def score_parts(
+    reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The score, as `score` gives it, and those of its parts by name; a reward without parts has none."""
+    if not isinstance(reward, Composite):
+        return score(reward, images, prompts, metadata), {}
+    _paired(images, prompts, metadata)
+    given = keywords(reward.parts, len(prompts), metadata)
+    found = _called(reward.name, lambda: dict(reward.parts(images, prompts, **given)))
+    parts = {name: _checked(f"{reward.name}/{name}", prompts, scores) for name, scores in found.items()}
+    total = _called(reward.name, lambda: reward.total(parts, prompts))
+    return _checked(reward.name, prompts, total), parts
 
 
-def _factory(name: str) -> Any:
-    """What makes the reward of a name; None where nothing does."""
-    built_in = import_module(BUILT_IN).REWARDS
-    if name in built_in:
-        return _attribute(built_in[name][0])
-    return next((_attribute(point.value) for point in entry_points(group="steer.rewards") if point.name == name), None)
+def evaluate(
+    reward: Callable[..., Any], images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
+) -> Any:
+    """Call a reward with images in its own form, and with metadata where its signature accepts it.
 
-
-def _is_module(name: str) -> bool:
+    The form is the reward's `images`, else what its first parameter is annotated with. Where neither is given and the
+    first call with a tensor raises as code for PIL images does, that call is repeated once with PIL images.
+    """
+    given = keywords(reward, len(prompts), metadata)
+    form = _form(reward)
+    if form is not None:
+        return reward(_as_form(images, form), prompts, **given)
     try:
-        return find_spec(name) is not None
-    except ValueError:  # __main__ has none
-        return False
+        found = reward(images, prompts, **given)
+    except InputError:
+        raise
+    except NOT_TENSORS as error:
+        if attribute(reward, "differentiable", False):
+            raise
+        try:
+            found = reward(_as_form(images, "pil"), prompts, **given)
+        except Exception:  # noqa: BLE001 - foreign code: the first failure is the one to report
+            raise error from None
+        _remember(reward, "pil")
+        return found
+    _remember(reward, "pt")
+    return found
 
 
-def _attribute(path: str) -> Any:
-    module, _, attribute = path.partition(":")
+def attribute(reward: Any, name: str, default: Any) -> Any:
+    """An attribute of a reward, of a functools.partial that of its function."""
+    while isinstance(reward, partial) and name not in vars(reward):
+        reward = reward.func
+    return getattr(reward, name, default)
+
+
+def keywords(call: Callable[..., Any], count: int, metadata: Metadata | None) -> dict[str, Any]:
+    """The metadata as keyword argument of a call that accepts it; empty rows where it is required and not given."""
     try:
-        return getattr(import_module(module), attribute)
-    except Exception as error:  # foreign code: whatever its import raises
-        raise RewardError(f"cannot load reward {path!r}: {type(error).__name__}: {error}") from error
+        parameters = inspect.signature(call.forward if isinstance(call, nn.Module) else call).parameters
+    except (TypeError, ValueError):  # C code may have no signature
+        return {}
+    name = next((name for name in METADATA if name in parameters), None)
+    if name is None:
+        rest = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+        return {"metadata": list(metadata)} if rest and metadata is not None else {}
+    if metadata is None:
+        return {name: [{} for _ in range(count)]} if parameters[name].default is inspect.Parameter.empty else {}
+    return {name: list(metadata)}
 
 
-def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
-    given, options = _arguments(argument)
+_known_forms: dict[int, tuple[weakref.ref[Any], str]] = {}
+
+
+def _remember(reward: Any, form: str) -> None:
+    key = id(reward)
     try:
-        inspect.signature(factory).bind(*given, **options)
-    except ValueError as error:  # what is written in C may not tell
-        raise RewardError(f"reward {name!r} cannot be made: {error}") from error
-    except TypeError as error:
-        wrong = f"cannot take {argument!r} ({error})" if options else None
-        wrong = wrong or (f"takes no argument, got {argument!r}" if given else "needs an argument, NAME:ARGUMENT")
-        raise RewardError(f"reward {name!r} {wrong}") from error
+        _known_forms[key] = weakref.ref(reward, lambda _: _known_forms.pop(key, None)), form
+    except TypeError:  # of a class with slots: it is found out again in every call
+        return
+
+
+def _form(reward: Any) -> str | None:
+    """The form in which a reward takes images; None: not known."""
+    declared = attribute(reward, "images", None)
+    if isinstance(declared, str):
+        if declared not in FORMS:
+            name = attribute(reward, "__name__", type(reward).__name__)
+            raise RewardError(f"reward {name!r}: images must be one of {', '.join(FORMS)}, got {declared!r:.40}")
+        return declared
+    known = _known_forms.get(id(reward))
+    if known is not None and known[0]() is reward:
+        return known[1]
+    form = _annotated_form(reward)
+    if form is not None:
+        _remember(reward, form)
+    return form
+
+
+def _annotated_form(reward: Any) -> str | None:
     try:
-        return factory(*given, **options)
+        parameters = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward).parameters
+    except (TypeError, ValueError):  # C code may have no signature
+        return None
+    annotation = next((one.annotation for one in parameters.values()), inspect.Parameter.empty)
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    if "Tensor" in text:
+        return "pt"
+    if re.search(r"PIL|Image\b", text):
+        return "pil"
+    return "np" if "ndarray" in text else None
+
+
+def _as_form(images: Tensor, form: str) -> Any:
+    if form == "pt":
+        return images
+    arrays = VaeImageProcessor.pt_to_numpy(images.detach().float().clamp(0, 1))
+    return arrays if form == "np" else VaeImageProcessor.numpy_to_pil(arrays)
+
+
+def _paired(images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -> None:
+    if isinstance(prompts, str):
+        raise RewardError(f"a reward takes a list of prompts, one an image, got one text: {prompts[:40]!r}")
+    if len(images) != len(prompts):
+        raise RewardError(f"a reward takes one prompt an image, got {len(prompts)} prompts and {len(images)} images")
+    if metadata is not None and len(metadata) != len(prompts):
+        raise RewardError(f"metadata has one row an image, got {len(metadata)} rows and {len(prompts)} images")
+
+
+def _called(name: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
     except RewardError:
         raise
-    except InputError as error:
-        raise RewardError(f"reward {name!r}: {error}") from error
-    except Exception as error:  # foreign code: whatever its construction raises
-        raise RewardError(f"reward {name!r} cannot be made: {type(error).__name__}: {error}") from error
+    except Exception as error:  # foreign code: whatever it raises is reported as the reward's failure
+        told = " ".join(str(error).split())
+        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {told}") from error
 
 
-def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What stands behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma parts only before option=."""
-    first, *rest = re.split(r",(?=[a-z_]+=)", argument)
-    named = [first, *rest] if re.match(r"[a-z_]+=", first) else rest
-    given = () if first in named or not first else (first,)
-    return given, dict(option.split("=", 1) for option in named)
+def _as_tensor(scores: Any) -> Any:
+    """Scores of the plain kinds that rewards return, as a tensor: (scores, info), arrays, lists of numbers."""
+    if isinstance(scores, tuple) and len(scores) == 2 and (scores[1] is None or isinstance(scores[1], Mapping)):
+        scores = scores[0]
+    if isinstance(scores, np.ndarray | np.generic):
+        return torch.tensor(scores) if scores.dtype.kind in "biuf" else scores
+    if isinstance(scores, list | tuple):
+        rows = [torch.tensor(row) if isinstance(row, int | float) else _as_tensor(row) for row in scores]
+        if rows and all(torch.is_tensor(row) and row.numel() == 1 for row in rows):
+            return torch.stack([row.reshape(()) for row in rows])
+    return scores
 
 
-def _as_reward(found: Any) -> Reward:
-    made = _make(found, found.__name__, "") if isinstance(found, type) else found
-    if isinstance(made, Reward):
-        return made
-    if callable(made):
-        return _Named(made)
-    raise RewardError(f"a reward is a callable (images, prompts) → scores or a name, got {type(made).__name__}")
+def _checked(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
+    count = len(prompts)
+    scores = _as_tensor([scores] if count == 1 and isinstance(scores, int | float) else scores)
+    if torch.is_tensor(scores) and (scores.shape == (count, 1) or scores.numel() == count == 1):
+        scores = scores.reshape(count)
+    if not torch.is_tensor(scores) or tuple(scores.shape) != (count,):
+        got = tuple(scores.shape) if torch.is_tensor(scores) else type(scores).__name__
+        raise RewardError(f"reward {name!r} must return a tensor of shape ({count},), got {got}")
+    if scores.is_complex() or scores.dtype == torch.bool:
+        raise RewardError(f"reward {name!r} must return floats, got {scores.dtype}")
+    if scores.layout != torch.strided or scores.is_meta:
+        raise RewardError(
+            f"reward {name!r} must return a dense tensor with values, got {scores.layout}, {scores.device}"
+        )
+    single = scores.float()  # where a large fp64 number becomes infinite
+    if not single.isfinite().all():
+        row = int((~single.isfinite()).nonzero()[0])
+        raise RewardError(
+            f"reward {name!r} returned {scores[row].item()} for image {row}, prompt {prompts[row]!r}: "
+            "rewards must be finite in fp32"
+        )
+    return single.cpu()
+
+
+class TimedCall(threading.Thread):
+    """The thread of one call that has a limit."""
+
+
+def calls_left_behind() -> bool:
+    """Whether a call that took too long is still going on in this process.
+
+    Then the interpreter must not be shut down: Python (before 3.14) ends such a thread inside PyTorch's C++, which
+    aborts the process. `os._exit` is the way out, as the command line takes it.
+    """
+    return any(isinstance(thread, TimedCall) for thread in threading.enumerate())
+
+
+class Timed:
+    """A reward whose calls may take at most so many seconds.
+
+    Each call runs in a thread of its own. Python cannot end a thread: one that hangs is left behind, and ends
+    with the process, see `calls_left_behind`. Raises RewardError, which names the reward, where the time is up.
+    """
+
+    images = "pt"
+
+    def __init__(self, reward: Reward, seconds: float) -> None:
+        if not seconds > 0:
+            raise RewardError(f"the timeout of reward {reward.name!r} must be above 0 seconds, got {seconds}")
+        self.name, self.differentiable = reward.name, reward.differentiable
+        self._reward, self._seconds = reward, seconds
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+        return self._in_time(lambda: evaluate(self._reward, images, prompts, metadata), images.device)
+
+    def _in_time(self, call: Callable[[], Any], device: torch.device) -> Any:
+        outcome: dict[str, Any] = {}
+        modes = Modes(device)
+
+        def run() -> None:
+            try:
+                with modes():
+                    outcome["value"] = call()
+            except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
+                outcome["error"] = error
+
+        thread = TimedCall(target=run, name=f"reward {self.name}", daemon=True)
+        thread.start()
+        thread.join(min(self._seconds, threading.TIMEOUT_MAX))
+        if thread.is_alive():
+            raise RewardError(
+                f"reward {self.name!r} took longer than its {self._seconds:g} s: give it more, or mend it"
+            )
+        if "error" in outcome:
+            raise outcome["error"]
+        return outcome["value"]
+
+
+class TimedComposite(Timed):
+    """The same for a reward made of others, which go on being reported one by one."""
+
+    def __init__(self, reward: Composite, seconds: float) -> None:
+        super().__init__(reward, seconds)
+        self._composite = reward
+
+    def parts(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Mapping[str, Tensor]:
+        given = keywords(self._composite.parts, len(prompts), metadata)
+        return self._in_time(lambda: self._composite.parts(images, prompts, **given), images.device)
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        return self._in_time(lambda: self._composite.total(parts, prompts), CPU)
+
+
+def with_timeout(reward: Reward, seconds: float | None) -> Reward:
+    """The reward with a limit in seconds on every call; None: no limit."""
+    if seconds is None:
+        return reward
+    return TimedComposite(reward, seconds) if isinstance(reward, Composite) else Timed(reward, seconds)
+
+
+class PromptMetadata:
+    """A reward that receives the metadata of each prompt from a table."""
+
+    images = "pt"
+
+    def __init__(self, reward: Reward, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        self.name, self.differentiable = reward.name, reward.differentiable
+        self.reward, self._rows = reward, rows
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return evaluate(self.reward, images, prompts, self._of(prompts))
+
+    def _of(self, prompts: Sequence[str]) -> Metadata:
+        return [self._rows.get(prompt, {}) for prompt in prompts]
+
+
+class CompositeMetadata(PromptMetadata):
+    """The same for a reward made of others."""
+
+    reward: Composite
+
+    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        return self.reward.parts(images, prompts, **keywords(self.reward.parts, len(prompts), self._of(prompts)))
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        return self.reward.total(parts, prompts)
+
+
+def with_metadata(reward: Reward, rows: Mapping[str, Mapping[str, Any]] | None) -> Reward:
+    """The reward with metadata by prompt, in place of metadata that it was given before; None: without."""
+    plain = reward.reward if isinstance(reward, PromptMetadata) else reward
+    if rows is None:
+        return plain
+    return (CompositeMetadata if isinstance(plain, Composite) else PromptMetadata)(plain, rows)
+
+
+VIDEO_FRAMES = 8  # of a video that a reward sees, evenly spaced
+Scores = tuple[Tensor, dict[str, Tensor]]
+
+
+def over_frames(images: Tensor, score: Callable[[Tensor], Scores]) -> Scores:
+    """What `score` says of images (N, 3, H, W); of videos (N, F, 3, H, W) the mean over evenly spaced frames."""
+    if images.dim() == 4:
+        return score(images)
+    frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
+    rewards, parts = zip(*(score(images[:, frame]) for frame in frames), strict=True)
+    return torch.stack(rewards).mean(0), {name: torch.stack([p[name] for p in parts]).mean(0) for name in parts[0]}
+
+
+logger = logging.getLogger(__name__)
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
+LARGEST = 1_000_000  # tokens: a tokenizer without a limit has one far beyond
+
+
+@functools.lru_cache(maxsize=65_536)
+def note_cut(reader: str, prompt: str, tokens: int, limit: int) -> None:
+    """Warn that a reader sees the first `limit` of a prompt's tokens alone; the same prompt is warned about once."""
+    if tokens > limit:
+        message = f"{reader} reads {limit} tokens, and this prompt has {tokens}: its end plays no part: {prompt!r:.200}"
+        logger.warning("steer: %s", InputError(message))
+
+
+def note_cut_by_pipeline(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
+    """Warn of the prompts that a tokenizer of a diffusers pipeline cuts."""
+    for name, tokenizer, limit in _tokenizers(pipe, call):
+        for prompt in dict.fromkeys(prompts):
+            if len(prompt) + 2 > limit:  # every token but the two marks is a character at least
+                note_cut(f"{name} of {type(pipe).__name__}", prompt, token_count(tokenizer, prompt), limit)
+
+
+def token_count(tokenizer: Any, prompt: str) -> int:
+    """The tokens of a prompt by a tokenizer of transformers, its marks of beginning and end among them."""
+    return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
+
+def noting_cuts(
+    reader: str, encode: Callable[[list[str]], Tensor], count: Callable[[str], int], limit: int
+) -> Callable[[list[str]], Tensor]:
+    """The same encoder of prompts, which warns of those that it cuts."""
+
+    def encoding(prompts: list[str]) -> Tensor:
+        for prompt in prompts:
+            note_cut(reader, prompt, count(prompt), limit)
+        return encode(prompts)
+
+    return encoding
+
+
+def _tokenizers(pipe: Any, call: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
+    """The tokenizers of a pipeline with their limits: CLIP's own, of others what the call says."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    given = call.get("max_sequence_length")
+    if given is None and "max_sequence_length" in parameters:
+        given = parameters["max_sequence_length"].default
+    for name in TOKENIZERS:
+        tokenizer = getattr(pipe, name, None)
+        own = getattr(tokenizer, "model_max_length", None)
+        if isinstance(own, int) and callable(tokenizer):
+            limit = own if "CLIP" in type(tokenizer).__name__ or not isinstance(given, int) else given
+            if limit < LARGEST:
+                yield name, tokenizer, limit

@@ -20,7 +20,7 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch import Tensor, nn
 
-from steer.override import denoising_modules, replaced
+from steer.diffusion.step_hooks import denoising_modules, replaced
 from steer.prompt_memory import PromptMemory
 from steer.prompt_projections import Counts, Once, WeightsWatch, is_plain
 

@@ -46,9 +46,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from steer.apps import cli
-from steer.apps.options import takes_one
-from steer.apps.scenes.tokenizer import build_tokenizer
+from steer.apps.cli import main as cli
+from steer.apps.cli.options import takes_one
+from steer.apps.scenes.training import build_tokenizer
 from steer.assets import MODELS
 
 settings.register_profile("same every time", derandomize=True)

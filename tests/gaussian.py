@@ -11,7 +11,7 @@ from soft_rewards import Soft
 from torch import Generator, Tensor
 
 from steer.pipelines import FKSteeringPipeline
-from steer.pipelines.output import SteeringOutput
+from steer.pipelines.base import SteeringOutput
 
 LAM, GROUPS, BATCH = 3.0, 1200, 100
 

@@ -14,15 +14,13 @@ from schedulers import DIFFUSION, FLOW
 from soft_rewards import in_precision
 from torch import Generator, Tensor
 
-from steer import kernels
-from steer.linear import X0_WEIGHTS, LinearStep, linear_step, plain_pass
+from steer.diffusion import kernels
+from steer.diffusion.schedules import X0_WEIGHTS, Gaussian, Level, LinearStep, linear_step, plain_pass
+from steer.diffusion.step_hooks import Event, steered
+from steer.diffusion.triton_kernels import BLOCK, triton_pass
 from steer.pipelines import FKSteeringPipeline
-from steer.pipelines.output import SteeringOutput
-from steer.schedule import Level
-from steer.seam import Event, steered
-from steer.trajectory import Sampler, Trajectories, log_probs
-from steer.transition import Gaussian
-from steer.triton_pass import BLOCK, triton_pass
+from steer.pipelines.base import SteeringOutput
+from steer.training.rollout import Sampler, Trajectories, log_probs
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "triton must be told before it is imported"
 
@@ -154,7 +152,7 @@ def test_no_rows_are_none() -> None:
 @pytest.fixture
 def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """The seam takes the kernel on the CPU too."""
-    for module in ("steer.kernels", "steer.seam"):
+    for module in ("steer.diffusion.kernels", "steer.diffusion.step_hooks"):
         monkeypatch.setattr(f"{module}.has_kernel", lambda *tensors: not any(t.requires_grad for t in tensors))
 
 

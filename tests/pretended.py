@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from steer import background
+from steer import reward as background
 
 DEVICE, CPU = torch.device("xpu", 0), torch.device("cpu")
 UNKNOWN = torch.device("xpu", 1)  # of what C++ makes in a backward pass without saying for which tensor
@@ -208,7 +208,7 @@ def _both_modes() -> Iterator[None]:
 
 @contextmanager
 def pretended() -> Iterator[None]:
-    """Tensors may be on DEVICE, in threads that compute under `steer.background.Modes` and in backward passes too."""
+    """Tensors may be on DEVICE, in threads that compute under `steer.reward.Modes` and in backward passes too."""
     run_backward, load, modes = torch.autograd._engine_run_backward, torch.load, background.Modes.__call__
 
     def backward(*args: Any, **kwargs: Any) -> Any:

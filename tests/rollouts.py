@@ -10,8 +10,8 @@ from conftest import PIPELINES, PROMPT, call_kwargs
 from diffusers import DiffusionPipeline
 from torch import Generator, nn
 
-from steer.trainable import LoRA, Trainable
-from steer.trajectory import Rows, Trajectories
+from steer.training.rollout import Rows, Trajectories
+from steer.training.trainable import LoRA, Trainable
 
 # Deviation of a moved LoRA's weights, such that some steps are tenths of a nat away from the reference.
 MOVED = {

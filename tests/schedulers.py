@@ -11,7 +11,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def build(name: str, **config: Any) -> Any:
-    """A scheduler by the short name that steer.schedule.VERIFIED has."""
+    """A scheduler by the short name that steer.diffusion.schedules.VERIFIED has."""
     return getattr(diffusers, f"{name}Scheduler")(**config)
 
 

@@ -101,4 +101,4 @@ def process(*words: object, folder: Path, **environment: str) -> Iterator[Served
 
 def serving(spec: str, folder: Path, *words: object, **environment: str) -> AbstractContextManager[Served]:
     """`steer rewards serve SPEC`."""
-    return process("-m", "steer.apps.cli", "rewards", "serve", spec, *words, folder=folder, **environment)
+    return process("-m", "steer.apps.cli.main", "rewards", "serve", spec, *words, folder=folder, **environment)

@@ -8,8 +8,8 @@ import torch
 from conftest import call_kwargs
 from torch import Generator, Tensor, nn
 
-from steer.pipelines.population import IMAGES_PER_PROMPT
-from steer.preview import first_output
+from steer.diffusion.preview import first_output
+from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 
 Function = Callable[[Tensor, Sequence[str]], Tensor]
 

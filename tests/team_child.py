@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
-from steer.guards import chi_square, kl
 from steer.pipelines import GRPOPipeline
-from steer.pipelines.rounds import OnlineSamples
-from steer.pipelines.samples import sampler_of
-from steer.pipelines.team import AcceleratedTeam, main_first
-from steer.trainable import LoRA
+from steer.pipelines.training.distributed import AcceleratedTeam, main_first
+from steer.pipelines.training.method import sampler_of
+from steer.pipelines.training.rollouts import OnlineSamples
+from steer.training.guards import chi_square, kl
+from steer.training.trainable import LoRA
 
 
 def fresh() -> Any:

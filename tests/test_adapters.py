@@ -13,9 +13,9 @@ from rollouts import fresh_pipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from steer.apps.adapters import wearing
+from steer.apps.models import wearing
 from steer.errors import InputError
-from steer.trainable import LoRA, denoiser_of
+from steer.training.trainable import LoRA, denoiser_of
 
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 FF = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"

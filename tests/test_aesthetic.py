@@ -12,10 +12,10 @@ from test_imagereward import Writes, pictures, refused
 from tiny_rewards import LINEAR, RELU, SIDE, SPACE, WEIGHTS, State, aesthetic_head, tiny_open_clip
 from torch import Tensor
 
-from steer.contract import Reward, score
-from steer.reward import load_reward
+from steer.reward import Reward, score
 from steer.rewards.aesthetic import PREDICTORS, Aesthetic
-from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from steer.rewards.images import CLIP_MEAN, CLIP_STD
+from steer.rewards.parser import load_reward
 
 PROMPTS = ["a red circle", "", "anything", "else", "two stars"]
 

@@ -16,13 +16,12 @@ from diffusers.models import attention_processor as known
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Generator, Tensor, nn
 
-from steer import attention
-from steer.attention import BACKENDS, LAYERS, attention_backend
-from steer.attention_functions import plain_attention, xformers_attention
-from steer.differentiable import differentiable
+from steer.diffusion import attention
+from steer.diffusion.attention import BACKENDS, LAYERS, attention_backend, plain_attention, xformers_attention
+from steer.diffusion.differentiable import differentiable
+from steer.diffusion.preview import first_output
+from steer.diffusion.step_hooks import denoising_modules
 from steer.errors import InputError
-from steer.override import denoising_modules
-from steer.preview import first_output
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
 

@@ -10,18 +10,14 @@ from bench_subject import PARTICLES, READS, STEPS, fresh, tiny_subject
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from steer.apps.bench import against_naive, clock
-from steer.apps.bench.against_naive import fk, reno, steer_whole
-from steer.apps.bench.clock import Measured, Opened, Pace, Variant, measure
-from steer.apps.bench.comparisons import COMPARISONS
-from steer.apps.bench.flops import flops_of
-from steer.apps.bench.models import RealSize, build, flux, sd3, sdxl
-from steer.apps.bench.models import sd as sd_of
+from steer.apps.bench import comparisons as against_naive
+from steer.apps.bench import timing as clock
+from steer.apps.bench.comparisons import COMPARISONS, Asked, fk, of_size, reno, steer_whole
 from steer.apps.bench.naive import naive_d3po
-from steer.apps.bench.predict import amdahl, by_counts
-from steer.apps.bench.sizes import REAL_SIZES, SD_VAE
-from steer.apps.bench.start import Asked, of_size
-from steer.apps.bench.subject import Subject, denoise_steered, lesson_of, plain_call
+from steer.apps.bench.sizes import REAL_SIZES, SD_VAE, flops_of
+from steer.apps.bench.subject import RealSize, Subject, build, denoise_steered, flux, lesson_of, plain_call, sd3, sdxl
+from steer.apps.bench.subject import sd as sd_of
+from steer.apps.bench.timing import Measured, Opened, Pace, Variant, amdahl, by_counts, measure
 
 CPU = torch.device("cpu")
 ONCE = Pace(0.0, least=1)

@@ -10,11 +10,10 @@ import torch
 from bench_subject import tiny_subject
 from conftest import Steer
 
-from steer.apps.bench import against_naive, clock
+from steer.apps.bench import comparisons as against_naive
+from steer.apps.bench import timing as clock
 from steer.apps.bench.comparisons import COMPARISONS
-from steer.apps.bench.plots import draw
-from steer.apps.bench.report import table
-from steer.apps.bench.run import Bench
+from steer.apps.bench.report import Bench, draw, table
 
 NAMED = ["fk_over_plain_batch", "naive_fk_over_ours", "naive_reno_over_ours", "naive_d3po_over_ours"]
 CPU = torch.device("cpu")

@@ -42,7 +42,7 @@ class Served:
 
 def served(folder: Path, *more: str) -> Served:
     """Starts the command as a user does, and waits for its address."""
-    command = [sys.executable, "-m", "steer.apps.cli", "demo", "--labels", str(folder / "labels"), *more]
+    command = [sys.executable, "-m", "steer.apps.cli.main", "demo", "--labels", str(folder / "labels"), *more]
     given = os.environ | {"TMPDIR": str(folder), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=given)
     assert process.stdout is not None
@@ -184,7 +184,7 @@ def test_a_closed_tab_frees_the_worker(page: Page, app: Served) -> None:
 def test_the_endpoint_is_the_only_one_and_gives_images(app: Served, tmp_path: Path) -> None:
     from gradio_client import Client
 
-    from steer.apps.png_metadata import read_metadata
+    from steer.apps.recipes import read_metadata
 
     client = Client(app.url, verbose=False, download_files=tmp_path)
     told = client.view_api(return_format="dict", print_info=False)

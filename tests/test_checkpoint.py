@@ -17,10 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer import checkpoint_files
-from steer.checkpoint import Checkpoint, Checkpoints
-from steer.checkpoint_files import MANIFEST, _rendered
 from steer.errors import InputError
+from steer.training import checkpoint as checkpoint_files
+from steer.training.checkpoint import MANIFEST, Checkpoint, Checkpoints, _rendered
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 

@@ -18,9 +18,9 @@ import pytest
 import torch
 from test_checkpoint import names, save, version_of
 
-from steer import checkpoint_files
-from steer.checkpoint import Checkpoint, Checkpoints
 from steer.errors import InputError
+from steer.training import checkpoint as checkpoint_files
+from steer.training.checkpoint import Checkpoint, Checkpoints
 
 
 @pytest.fixture(autouse=True)

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from steer.errors import InputError
 from steer.pipelines import D3POPipeline, FinetuneSettings
-from steer.pipelines.choice_files import read_lines
-from steer.pipelines.choice_reading import pixel_hash, pixels_of, read_choices
-from steer.pipelines.choices import ChoiceFolder, HumanChoices, check_choices
-from steer.pipelines.choices import settings_of as settings_told
-from steer.pipelines.samples import sampler_of
-from steer.team import ALONE
-from steer.trainable import LoRA
-from steer.trajectory import Rows, Sampler, log_probs
+from steer.pipelines.training.method import sampler_of
+from steer.pipelines.training.preference_data import ChoiceFolder, HumanChoices, check_choices
+from steer.pipelines.training.preference_data import settings_of as settings_told
+from steer.pipelines.training.preference_files import pixel_hash, pixels_of, read_choices, read_lines
+from steer.training.distributed import ALONE
+from steer.training.rollout import Rows, Sampler, log_probs
+from steer.training.trainable import LoRA
 
 CALL = call_of("sd")
 LOTS = [Rows((PROMPT,) * 3, (7,) * 3, (1, 2, 3)), Rows(("a star",) * 3, (8,) * 3, (4, 5, 6))]

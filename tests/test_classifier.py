@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torchvision.models import EfficientNet_B0_Weights
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, resize
 
-from steer.contract import Reward, RewardError, score
+from steer.reward import Reward, RewardError, score
 from steer.rewards.classifier import Classifier, label_index
 
 CATEGORIES = EfficientNet_B0_Weights.DEFAULT.meta["categories"]

@@ -38,7 +38,7 @@ def test_sample_writes_images_grid_tree_and_report(steer: Steer, tmp_path: Path)
 def test_the_same_seed_gives_the_same_bytes_in_another_process(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "two blue stars", *FAST, "--lam", "60", "--ess-threshold", "1"]
     assert steer(*words, "--out", tmp_path / "here")[0] == 0
-    other = [sys.executable, "-m", "steer.apps.cli", *words, "--out", str(tmp_path / "there")]
+    other = [sys.executable, "-m", "steer.apps.cli.main", *words, "--out", str(tmp_path / "there")]
     subprocess.run(other, check=True, capture_output=True)
     assert digest(tmp_path / "here") == digest(tmp_path / "there") != {}
 
@@ -202,7 +202,7 @@ def test_rewards_are_listed_and_help_answers_without_torch(steer: Steer) -> None
     assert code == 0 and "scene-soft" in out and "jpeg" in out
     script = (
         "import sys; sys.argv = ['steer', '--help']\n"
-        "import steer.apps.cli as c\n"
+        "import steer.apps.cli.main as c\n"
         "c.main()\n"
         "assert 'torch' not in sys.modules"
     )

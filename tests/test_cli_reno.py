@@ -15,11 +15,10 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Generator
 
-from steer.apps import cli, methods
-from steer.apps.animation import Frames
-from steer.apps.methods import METHODS, Job
-from steer.apps.progress import draw_progress
-from steer.apps.sample_settings import SampleSettings
+from steer.apps import methods
+from steer.apps.cli import main as cli
+from steer.apps.methods import METHODS, Job, SampleSettings
+from steer.apps.plots import Frames, draw_progress
 from steer.assets import MODELS
 from steer.pipelines import Iteration
 

@@ -32,13 +32,11 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import InterpolationMode, center_crop, pad, resize
 from transformers import CLIPModel
 
-from steer.apps.scenes.tokenizer import LENGTH
-from steer.contract import Reward, score
-from steer.reward import load_reward
-from steer.rewards.batches import PromptCache
-from steer.rewards.clip import ClipReward
-from steer.rewards.clip_backbone import CONFIG, open_clip_folder
-from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD, resize_and_crop, resize_and_pad
+from steer.apps.scenes.training import LENGTH
+from steer.reward import Reward, score
+from steer.rewards.clip import CONFIG, ClipReward, open_clip_folder
+from steer.rewards.images import CLIP_MEAN, CLIP_STD, PromptCache, resize_and_crop, resize_and_pad
+from steer.rewards.parser import load_reward
 
 LONG = "two red circles and one blue star left of " * 3
 PROMPTS = ["a red circle", "two Blue  stars", "", "a green square left of a red star", LONG]

@@ -13,12 +13,30 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.contract import Composite, Reward, RewardError, score, score_parts
-from steer.rewards.aggregate import AGGREGATES, Aggregate, aggregate, mean, mean_minus_std, quantile, total, worst
+from steer.reward import Composite, Reward, RewardError, score, score_parts
 from steer.rewards.colour import Brightness, ColourMatch
-from steer.rewards.combine import Combined, Constraint, Part, Product, combine
+from steer.rewards.compose import (
+    AGGREGATES,
+    Aggregate,
+    Calibration,
+    Combined,
+    Constraint,
+    LogSigmoid,
+    Part,
+    Product,
+    Scale,
+    Standardised,
+    aggregate,
+    mean,
+    mean_minus_std,
+    measured,
+    quantile,
+    read_calibration,
+    total,
+    worst,
+)
 from steer.rewards.jpeg import JpegCompressibility
-from steer.rewards.transform import Calibration, LogSigmoid, Scale, Standardised, measured, read_calibration
+from steer.rewards.parser import combine
 
 IMAGES = torch.rand(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["p", "p", "q", "q"]

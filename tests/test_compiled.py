@@ -14,12 +14,11 @@ from soft_rewards import in_precision
 from torch import Generator, Tensor
 from torch._dynamo.utils import counters
 
-from steer.compiled import compiled, compiled_call
+from steer.diffusion.batching import compiled, compiled_call, micro_batched
+from steer.diffusion.preview import first_output
+from steer.diffusion.step_hooks import Event, steered
 from steer.errors import InputError
-from steer.microbatch import micro_batched
-from steer.preview import first_output
-from steer.seam import Event, steered
-from steer.trajectory import Rows, Sampler, log_probs
+from steer.training.rollout import Rows, Sampler, log_probs
 
 SMALL = {"rtol": 0, "atol": 1e-5}
 OTHER = "a blue star"

@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer.contract import Composite, Reward, RewardError, score, score_parts, with_timeout
-from steer.reward import load_reward
-from steer.rewards.aggregate import worst
+from steer.reward import Composite, Reward, RewardError, score, score_parts, with_timeout
 from steer.rewards.colour import Brightness, ColourMatch
-from steer.rewards.combine import Combined, Constraint, Part, Product
-from steer.rewards.transform import LogSigmoid, Scale, Standardised
+from steer.rewards.compose import Combined, Constraint, LogSigmoid, Part, Product, Scale, Standardised, worst
+from steer.rewards.parser import load_reward
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]

@@ -13,18 +13,17 @@ from PIL import Image
 from rollouts import fresh_pipe
 from safetensors.torch import load_file, save_file
 
-from steer.apps import cli
-from steer.apps.adapters import wearing
-from steer.apps.finetune_grids import read_grid
-from steer.apps.pictures import opened, shown
-from steer.apps.sample_record import open_record
-from steer.apps.sample_settings import SampleSettings
+from steer.apps.cli import main as cli
+from steer.apps.methods import SampleSettings
+from steer.apps.models import wearing
+from steer.apps.plots import opened, read_grid, shown
+from steer.apps.sampling import open_record
 from steer.errors import InputError
+from steer.files import SUMS
 from steer.pipelines import FinetuneSettings
-from steer.pipelines.finetune_state import RunFolder
-from steer.sums import SUMS
-from steer.team import ALONE
-from steer.trainable import LoRA
+from steer.pipelines.training.state import RunFolder
+from steer.training.distributed import ALONE
+from steer.training.trainable import LoRA
 
 
 def exported(family: str, folder: Path) -> tuple[Any, Path]:
@@ -135,7 +134,7 @@ def test_each_refusal_has_its_remedy(
 def test_who_stops_listening_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-c", "from steer.apps.cli import main; main()", "--help"]
+    command = [sys.executable, "-c", "from steer.apps.cli.main import main; main()", "--help"]
     ended = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert (ended.returncode, ended.stderr) == (1, "")
@@ -143,8 +142,8 @@ def test_who_stops_listening_is_no_error() -> None:
 
 def test_tensors_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     from steer.noise import Search
-    from steer.pipelines.output import Iteration
-    from steer.pipelines.search_file import SearchFile
+    from steer.pipelines.base import Iteration
+    from steer.pipelines.reno import SearchFile
 
     search = Search.start(torch.ones(2, 4)).record(torch.ones(2))
     (tmp_path / "in-the-way").write_text("")

@@ -8,8 +8,8 @@ pytest.importorskip("gradio")
 
 from click.testing import CliRunner
 
+from steer.apps.cli.demo import demo
 from steer.apps.demo.app import check_address
-from steer.apps.demo_cli import demo
 from steer.errors import InputError
 
 

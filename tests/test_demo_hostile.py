@@ -19,8 +19,7 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError
 
 from steer.apps.demo.app import serve
-from steer.apps.demo.studio import Studio
-from steer.apps.demo.worker import MOST_WAITING
+from steer.apps.demo.studio import MOST_WAITING, Studio
 
 QUICK = {"steps": 1, "particles": 1, "reward": "brightness"}
 

@@ -24,25 +24,28 @@ from finetune_runs import PLAIN
 from finetune_runs import settings_of as plain_settings
 from PIL import Image
 
+from steer.apps.cli.finetune import keys_of
 from steer.apps.demo import label_tab as label_tab_module
-from steer.apps.demo.label_agreement import agreement, cohen, fleiss
-from steer.apps.demo.label_folder import command_of, label_folder, write_zip
-from steer.apps.demo.label_tab import LabelTab, prompts_of
-from steer.apps.demo.label_view import empty_view, lot_view
-from steer.apps.demo.labelling import Drawing, Labelling
-from steer.apps.demo.labels import LabelBook, Progress, Wish
+from steer.apps.demo.label_tab import (
+    Drawing,
+    Labelling,
+    LabelTab,
+    agreement,
+    cohen,
+    empty_view,
+    fleiss,
+    lot_view,
+    prompts_of,
+)
+from steer.apps.demo.labels import LabelBook, Progress, Wish, command_of, label_folder, write_zip
 from steer.apps.demo.steering import Loading
-from steer.apps.demo.studio import Studio
-from steer.apps.demo.worker import Busy, Ticket, Waiting
-from steer.apps.finetune import gather
-from steer.apps.finetune_cli import keys_of
-from steer.apps.finetune_config import read_config
+from steer.apps.demo.studio import Busy, Studio, Ticket, Waiting
+from steer.apps.finetuning import gather, read_config
 from steer.errors import InputError
 from steer.pipelines import D3POPipeline
-from steer.pipelines.choice_files import read_lines
-from steer.pipelines.choice_reading import Choice, read_choices
-from steer.pipelines.choices import check_choices, settings_of
-from steer.pipelines.stopping import Stopped
+from steer.pipelines.training.preference_data import check_choices, settings_of
+from steer.pipelines.training.preference_files import Choice, read_choices, read_lines
+from steer.pipelines.training.trainer import Stopped
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 1.0}
 PROMPTS = ("a red circle", "a blue star")

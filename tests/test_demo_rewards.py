@@ -18,15 +18,28 @@ pytest.importorskip("gradio")
 
 import gradio as gr
 
-from steer.apps.demo import reward_scores
-from steer.apps.demo.reward_scores import MOST_BYTES, Row, Score, Scores, Scoring, check_asked, read_upload, score_files
-from steer.apps.demo.rewards_tab import EMBEDDED, TICKED, RewardsTab
-from steer.apps.demo.rewards_view import names_view, scatter_view, scores_view
-from steer.apps.demo.studio import Studio
-from steer.apps.demo.worker import Ticket, Waiting
+from steer.apps.demo import rewards_tab as reward_scores
+from steer.apps.demo.rewards_tab import (
+    EMBEDDED,
+    MOST_BYTES,
+    TICKED,
+    RewardsTab,
+    Row,
+    Score,
+    Scores,
+    Scoring,
+    check_asked,
+    names_view,
+    read_upload,
+    scatter_view,
+    score_files,
+    scores_view,
+)
+from steer.apps.demo.studio import Studio, Ticket, Waiting
 from steer.errors import InputError
-from steer.images import read_image
-from steer.reward import load_reward, score
+from steer.files import read_image
+from steer.reward import score
+from steer.rewards.parser import load_reward
 
 PROMPT = "a red circle"
 EVIL = "<img src=x onerror=window.evil=1>"

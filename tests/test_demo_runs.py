@@ -15,15 +15,11 @@ pytest.importorskip("gradio")
 import gradio as gr
 
 from steer.apps.demo import steering as steering_module
-from steer.apps.demo.api import PublicApi
-from steer.apps.demo.page import line, public, seed_of
+from steer.apps.demo.app import PublicApi
 from steer.apps.demo.rewards_tab import RewardsTab
-from steer.apps.demo.steer_fields import METHODS
-from steer.apps.demo.steer_tab import SteerTab
+from steer.apps.demo.steer_tab import METHODS, SteerTab
 from steer.apps.demo.steering import Made, Step
-from steer.apps.demo.studio import Studio
-from steer.apps.demo.weights import Weights
-from steer.apps.demo.worker import Ticket
+from steer.apps.demo.studio import Studio, Ticket, Weights, line, public, seed_of
 from steer.errors import InputError
 
 VISITOR: Any = SimpleNamespace(session_hash="ada")

@@ -17,18 +17,16 @@ from test_evaluate import lora
 
 pytest.importorskip("gradio")
 
-from steer.apps import sample as sample_module
-from steer.apps.demo.recipes import as_command, as_python
-from steer.apps.demo.seen import Seen
-from steer.apps.demo.steer_fields import MOST_PROMPTS, prompts_of, restored, settings_of
-from steer.apps.demo.steering import Frame, Made, Step, steer_all, steering
-from steer.apps.demo.studio import Studio
-from steer.apps.demo.weights import Weights
+from steer.apps import sampling as sample_module
+from steer.apps.cli.sample import sample
+from steer.apps.demo.labels import Seen
+from steer.apps.demo.steer_tab import MOST_PROMPTS, prompts_of, restored, settings_of
+from steer.apps.demo.steering import Frame, Made, Step, as_command, as_python, steer_all, steering
+from steer.apps.demo.studio import Studio, Weights
+from steer.apps.methods import SampleSettings
 from steer.apps.models import load_pipeline
-from steer.apps.png_metadata import read_metadata
-from steer.apps.prompt_rows import PromptRow
-from steer.apps.sample_cli import sample
-from steer.apps.sample_settings import SampleSettings
+from steer.apps.prompts import PromptRow
+from steer.apps.recipes import read_metadata
 from steer.errors import InputError
 
 ASKED: dict[str, Any] = {

@@ -16,24 +16,19 @@ pytest.importorskip("gradio")
 
 import gradio as gr
 
-from steer.apps.adapters import find_finetuned
 from steer.apps.demo import training as training_module
-from steer.apps.demo.finetune_fields import asked_of
-from steer.apps.demo.finetune_tab import FinetuneTab, Run
-from steer.apps.demo.finetune_view import Story, charts_view, records_of, samples_view
+from steer.apps.demo.finetune_tab import FinetuneTab, Run, Story, asked_of, charts_view, records_of, samples_view
 from steer.apps.demo.labels import LabelBook, Wish
 from steer.apps.demo.steering import Loading
-from steer.apps.demo.studio import Studio
+from steer.apps.demo.studio import Studio, Ticket, Waiting, Weights
 from steer.apps.demo.training import Asked, Evaluation, Trained, Update, configured, training
-from steer.apps.demo.weights import Weights
-from steer.apps.demo.worker import Ticket, Waiting
-from steer.apps.finetune import gather
+from steer.apps.finetuning import gather
 from steer.apps.model_card import held_out_names
-from steer.apps.models import load_pipeline
+from steer.apps.models import find_finetuned, load_pipeline
 from steer.errors import InputError
-from steer.pipelines.held_out import Exam
-from steer.reward import load_reward
-from steer.team import ALONE
+from steer.pipelines.training.evaluation import Exam
+from steer.rewards.parser import load_reward
+from steer.training.distributed import ALONE
 
 TINY = {"prompts_per_step": "2", "samples_per_prompt": "2", "num_inference_steps": "3", "eval_prompts_count": "2"}
 ASKED = Asked("d3po", "scenes", "brightness", "aesthetic:scenes", 3, 0.003, 4, 0.0, 3)

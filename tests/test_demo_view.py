@@ -21,14 +21,12 @@ from PIL import Image, ImageColor
 
 pytest.importorskip("gradio")
 
-from steer.apps.demo.ancestry import lineages, ways_back
-from steer.apps.demo.charts import Axis, Series, line_chart, short, table
-from steer.apps.demo.run_view import NOTHING, run_view
-from steer.apps.demo.steer_fields import settings_of
+from steer.apps.demo.plots import Axis, Series, line_chart, lineages, short, table, ways_back
+from steer.apps.demo.steer_tab import NOTHING, run_view, settings_of
 from steer.apps.demo.steering import Frame, Made
-from steer.apps.finished import Picture
-from steer.apps.png_metadata import Recipe
-from steer.pipelines.output import Cost
+from steer.apps.recipes import Recipe
+from steer.apps.sampling import Picture
+from steer.pipelines.base import Cost
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;"
 PARENTS = ((0, 0, 2), (1, 1, 2), (2, 0, 1))  # of three particles at three readings

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from steer.apps.demo import worker as worker_module
-from steer.apps.demo.worker import MOST_EVENTS, Busy, Ticket, Waiting, Worker
+from steer.apps.demo import studio as worker_module
+from steer.apps.demo.studio import MOST_EVENTS, Busy, Ticket, Waiting, Worker
 
 
 @pytest.fixture

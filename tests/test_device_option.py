@@ -12,13 +12,14 @@ from conftest import Steer, cached_pipe, call_kwargs
 from PIL import Image
 from torch import Tensor, nn
 
-from steer.apps import cli, models
-from steer.pipelines.finetune_settings import FinetuneSettings
-from steer.pipelines.held_out import Exam
+from steer.apps import models
+from steer.apps.cli import main as cli
+from steer.pipelines.training.config import FinetuneSettings
+from steer.pipelines.training.evaluation import Exam
 from steer.reward import RewardError
-from steer.rewards.remote_server import Refused, RewardServer
+from steer.rewards.remote import Refused, RewardServer
 from steer.rewards.weights import placed
-from steer.team import Alone
+from steer.training.distributed import Alone
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -108,7 +109,7 @@ def test_images_go_to_the_device_before_they_are_scored(
 
 
 def test_a_server_scores_on_its_device(moved: list[Any]) -> None:
-    from steer.rewards.remote_protocol import encode
+    from steer.rewards.remote import encode
 
     class Reward:
         name, differentiable = "mean", False

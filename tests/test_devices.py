@@ -18,7 +18,7 @@ from test_preview_decoders import tiny
 from tiny_rewards import tiny_specifications
 from torch import Tensor
 
-from steer.apps.evaluation import Contender, evaluate
+from steer.apps.evaluation.run import Contender, evaluate
 from steer.pipelines import (
     BestOfNPipeline,
     FKSteeringPipeline,
@@ -27,12 +27,13 @@ from steer.pipelines import (
     SelectionPipeline,
     SteeringOutput,
 )
-from steer.pipelines.starts import screened_starts
-from steer.potentials import POTENTIALS, TEMPERINGS
-from steer.resampling import RESAMPLERS
-from steer.reward import load_reward, score
+from steer.pipelines.initial_noise import screened_starts
+from steer.reward import score
 from steer.rewards import REWARDS
-from steer.trajectory import Sampler, log_probs
+from steer.rewards.parser import load_reward
+from steer.smc.potentials import POTENTIALS, TEMPERINGS
+from steer.smc.resampling import RESAMPLERS
+from steer.training.rollout import Sampler, log_probs
 
 CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 

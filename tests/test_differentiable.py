@@ -12,10 +12,10 @@ from soft_rewards import Soft, images_of, in_precision, likeness, models_of, own
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from steer.differentiable import differentiable
+from steer.diffusion.differentiable import differentiable
+from steer.diffusion.step_hooks import steered
 from steer.pipelines import Iteration, ReNOPipeline
-from steer.pipelines.noise_to_image import NoiseToImage
-from steer.seam import steered
+from steer.pipelines.reno import NoiseToImage
 
 FAMILIES = [name for name in PIPELINES if name != "img2img"]
 FLOW = ("sd3", "flux", "wan")  # their solver computes in fp32

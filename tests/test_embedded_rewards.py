@@ -9,11 +9,12 @@ import torch
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from steer.apps.scenes.annotators import composition
+from steer.apps.scenes.preferences import composition
 from steer.apps.scenes.world import draw, random_scene
 from steer.assets import CLIPS, REWARDS
-from steer.reward import load_reward, score, score_parts
-from steer.rewards.contrast import consistency
+from steer.reward import score, score_parts
+from steer.rewards.analysis import consistency
+from steer.rewards.parser import load_reward
 
 EMBEDDED = ("clip:scenes", "preference:scenes", "aesthetic:scenes")
 FRESH = 50_000_000  # scenes from this number on were never trained on

@@ -15,13 +15,12 @@ from rollouts import MOVED, TWO_PROMPTS, call_of, counted, cut, fresh_pipe, move
 from torch import Generator, Tensor
 from torch.distributions import Normal, kl_divergence
 
-from steer.batch import Batch, Reference, reference_of
-from steer.engine import Penalty, two_pass_gradient
-from steer.guards import LARGEST_EXPONENT, chi_square, kl
-from steer.losses import D3PO, DDPO, GRPO, PRDP, D3POTrajectory, Filtered, LogProbs, Loss, Metrics
-from steer.trainable import LoRA
-from steer.trajectory import Sampler, Trajectories, log_probs
-from steer.transition import Gaussian
+from steer.diffusion.schedules import Gaussian
+from steer.training.gradient import Batch, Penalty, Reference, reference_of, two_pass_gradient
+from steer.training.guards import LARGEST_EXPONENT, chi_square, kl
+from steer.training.losses import D3PO, DDPO, GRPO, PRDP, D3POTrajectory, Filtered, LogProbs, Loss, Metrics
+from steer.training.rollout import Sampler, Trajectories, log_probs
+from steer.training.trainable import LoRA
 
 FAMILIES = ["sd", "img2img", "controlnet", "sdxl", "sd3", "flux", "pixart", "wan"]
 PENALTIES: dict[Penalty, float] = {kl: 0.3, chi_square: 0.1}

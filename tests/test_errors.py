@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.apps.prompts import read_prompts
-from steer.contract import RewardError
 from steer.errors import LONGEST, InputError
+from steer.reward import RewardError
 
 
 @given(st.text(max_size=40) | st.text(st.characters(categories=["Cc", "Cs", "Zl", "Zp"]), max_size=10))

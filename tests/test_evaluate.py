@@ -14,20 +14,16 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from torch import Generator, Tensor
 
-from steer.apps.adapters import find_finetuned
-from steer.apps.evaluate_cli import SHARED
-from steer.apps.evaluation import Contender, evaluate
-from steer.apps.evaluation_contest import DEFAULTS, Contest
-from steer.apps.evaluation_figures import figures
-from steer.apps.evaluation_kl import trajectory_kl
-from steer.apps.evaluation_report import span
-from steer.apps.evaluation_store import Store, Stored
-from steer.apps.models import load_pipeline
+from steer.apps.cli.evaluate import SHARED
+from steer.apps.evaluation.contest import DEFAULTS, Contest, Store, Stored
+from steer.apps.evaluation.report import figures, span
+from steer.apps.evaluation.run import Contender, evaluate, trajectory_kl
+from steer.apps.models import find_finetuned, load_pipeline
+from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
-from steer.pipelines.samples import rows_of
-from steer.reward import load_reward
-from steer.seeds import derived_seed
-from steer.trajectory import Sampler
+from steer.pipelines.training.method import rows_of
+from steer.rewards.parser import load_reward
+from steer.training.rollout import Sampler
 
 PROMPTS = ["two blue stars", "a red circle", "a green cross above a black star"]
 TAGS = ["counting", "colors", "counting"]

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from test_evaluate import lora
 from torch import Generator, Tensor
 
-from steer.apps import evaluation_report
-from steer.apps.adapters import find_finetuned
+from steer.apps.evaluation import report as evaluation_report
+from steer.apps.models import find_finetuned
 from steer.apps.prompts import find_tagged
 from steer.errors import InputError
 

@@ -16,13 +16,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steer import rewards
-from steer.contract import Reward, RewardError, score, score_parts
-from steer.reward import load_reward
+from steer.reward import Reward, RewardError, score, score_parts
 from steer.rewards import learned
-from steer.rewards.aggregate import mean, mean_minus_std, quantile, total, worst
-from steer.rewards.combine import Combined, Constraint, Part, Product
-from steer.rewards.expression import CARD, DEEPEST, MOST
-from steer.rewards.transform import LogSigmoid, Scale, Standardised
+from steer.rewards.compose import (
+    Combined,
+    Constraint,
+    LogSigmoid,
+    Part,
+    Product,
+    Scale,
+    Standardised,
+    mean,
+    mean_minus_std,
+    quantile,
+    total,
+    worst,
+)
+from steer.rewards.parser import CARD, DEEPEST, MOST, load_reward
 
 IMAGES = torch.tensor([[0.75, 0.25, 0.5], [0.25, 0.5, 1.0]])[:, :, None, None]
 

@@ -10,9 +10,8 @@ import pytest
 from conftest import Steer, cached_pipe, replaced
 from PIL import Image
 
-from steer.apps import faster as room
-from steer.apps.faster import Faster
-from steer.apps.sample_settings import SampleSettings
+from steer.apps import methods as room
+from steer.apps.methods import Faster, SampleSettings
 from steer.errors import InputError
 
 WORDS = ["sample", "a red circle", "--steps", 4, "--particles", 4, "--lam", 40, "--seed", 3]

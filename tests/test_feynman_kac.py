@@ -9,12 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import Tensor
 
-from steer.feynman_kac import FeynmanKac
-from steer.particles import Particles, log_mean_exp
-from steer.potentials import POTENTIALS, TEMPERINGS, Moment
-from steer.resampling import RESAMPLERS
-from steer.schedule import Level
-from steer.transition import gaussian_transition
+from steer.diffusion.schedules import Level, gaussian_transition
+from steer.smc.particles import FeynmanKac, Particles, log_mean_exp
+from steer.smc.potentials import POTENTIALS, TEMPERINGS, Moment
+from steer.smc.resampling import RESAMPLERS
 
 LAM, TARGET = 0.3, 1.2  # reward −½ (x − TARGET)²
 DATA_MEAN, DATA_STD = -0.5, 0.8

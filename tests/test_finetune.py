@@ -17,8 +17,8 @@ from finetune_runs import METHODS, settings_of, train
 from safetensors.torch import load_file
 
 from steer.apps.models import load_pipeline
-from steer.pipelines.held_out import Evaluated
-from steer.sums import SUMS, check_sums
+from steer.files import SUMS, check_sums
+from steer.pipelines.training.evaluation import Evaluated
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from steer.apps import finetune, finetune_report
-from steer.apps.finetune_config import read_config
-from steer.apps.finetune_job import METHODS
-from steer.checkpoint import Checkpoints
+from steer.apps import finetune_report
+from steer.apps import finetuning as finetune
+from steer.apps.finetuning import METHODS, read_config
 from steer.errors import InputError
-from steer.pipelines.choices import ChoiceFolder
-from steer.trajectory import Rows, Sampler
+from steer.pipelines.training.preference_data import ChoiceFolder
+from steer.training.checkpoint import Checkpoints
+from steer.training.rollout import Rows, Sampler
 
 CONFIG: dict[str, Any] = {
     "method": "prdp",

@@ -21,13 +21,16 @@ from rollouts import fresh_pipe, move
 from torch import Generator, Tensor
 
 import steer
-from steer.apps import finetune_grids as grids
 from steer.apps import finetune_report as report
 from steer.apps import model_card as cards
+from steer.apps import plots as grids
 from steer.apps.finetune_report import write_grid, write_report
-from steer.pipelines import FinetuneResult, FinetuneSettings, policy, preference, reward_backprop
-from steer.pipelines.held_out import Evaluated
-from steer.trainable import Full, LoRA
+from steer.pipelines import FinetuneResult, FinetuneSettings
+from steer.pipelines.training import d3po_prdp as preference
+from steer.pipelines.training import ddpo_grpo as policy
+from steer.pipelines.training import reward_backprop
+from steer.pipelines.training.evaluation import Evaluated
+from steer.training.trainable import Full, LoRA
 
 AWKWARD = "a_b*c* | [d](e) `f` <g> $1 & $2"
 CONFIG = {"model": "org/base", "method": "prdp", "reward": "r", "options": {"beta": 0.03}, "output_dir": "/home/me/x"}

@@ -13,9 +13,7 @@ from conftest import PIPELINES
 from finetune_runs import HELD_OUT, PROMPTS, settings_of, train
 from safetensors.torch import load_file
 
-from steer.batch import Batch, reference_of
 from steer.errors import InputError
-from steer.guards import kl
 from steer.pipelines import (
     D3POPipeline,
     DDPOPipeline,
@@ -24,12 +22,13 @@ from steer.pipelines import (
     PRDPPipeline,
     RewardBackpropPipeline,
 )
-from steer.pipelines.held_out import Evaluated, Exam, diversity, interval
-from steer.pipelines.rounds import learning_order
-from steer.pipelines.samples import chosen_steps, prompts_at, rows_of
-from steer.reward_backprop import reward_gradient
-from steer.trainable import LoRA
-from steer.trajectory import Sampler
+from steer.pipelines.training.evaluation import Evaluated, Exam, diversity, interval
+from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of
+from steer.pipelines.training.rollouts import learning_order
+from steer.training.gradient import Batch, reference_of, reward_gradient
+from steer.training.guards import kl
+from steer.training.rollout import Sampler
+from steer.training.trainable import LoRA
 
 SHORT: dict[str, Any] = {
     "max_steps": 3,

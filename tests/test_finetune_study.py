@@ -7,15 +7,25 @@ from typing import Any
 
 import pytest
 
-from steer.apps.finetune_job import METHODS
-from steer.apps.scenes import finetune_runs, finetune_study
-from steer.apps.scenes.finetune_pictures import draw_guards, draw_methods
-from steer.apps.scenes.finetune_runs import PLANS, Plan, read_judged
-from steer.apps.scenes.finetune_study import Run, differences, row, study
-from steer.apps.scenes.synthetic_choices import CALL, VALUED, write_choices
+from steer.apps.finetuning import METHODS
+from steer.apps.scenes import finetune_studies as finetune_runs
+from steer.apps.scenes import finetune_studies as finetune_study
+from steer.apps.scenes.finetune_studies import (
+    PLANS,
+    Plan,
+    Run,
+    differences,
+    draw_guards,
+    draw_methods,
+    read_judged,
+    row,
+    study,
+)
+from steer.apps.scenes.preferences import CHOICES_CALL as CALL
+from steer.apps.scenes.preferences import VALUED, write_choices
 from steer.assets import PROMPTS
 from steer.pipelines import FinetuneResult
-from steer.pipelines.choices import ChoiceFolder
+from steer.pipelines.training.preference_data import ChoiceFolder
 from steer.rewards.aesthetic import aesthetic
 
 NAMES = ("aesthetic:scenes", "scene")
@@ -79,7 +89,7 @@ def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> No
     folder = ChoiceFolder(tmp_path)
     assert len(kept) == len(folder.lots) == 12 and folder.drawn.call == CALL
     reward, right = aesthetic(VALUED.partition(":")[2]), 0
-    from steer.images import read_image
+    from steer.files import read_image
 
     for choice in kept:
         lot = folder.lots[choice["lot"]]

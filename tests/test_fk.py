@@ -23,14 +23,14 @@ from gaussian import GaussianPipeline, check_tilted, steered_gaussians
 from soft_rewards import redness, seeded
 from torch import Tensor
 
+from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
 from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, StepReport
-from steer.pipelines.output import SteeringOutput
-from steer.pipelines.population import IMAGES_PER_PROMPT
-from steer.potentials import POTENTIALS
-from steer.resampling import RESAMPLERS
+from steer.pipelines.base import SteeringOutput
+from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 from steer.reward import RewardError
-from steer.seam import CannotSteer
+from steer.smc.potentials import POTENTIALS
+from steer.smc.resampling import RESAMPLERS
 
 K = 3
 

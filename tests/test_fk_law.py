@@ -12,11 +12,11 @@ from gaussian import TOTAL
 from schedulers import BETAS, FLOW, build
 from torch import Generator, Tensor
 
-from steer.apps.sample_settings import SampleSettings
+from steer.apps.methods import SampleSettings
+from steer.diffusion.step_hooks import Event
 from steer.errors import InputError
 from steer.pipelines import FKSteeringPipeline
-from steer.pipelines.fk_run import Run
-from steer.seam import Event
+from steer.pipelines.fk_steering import Run
 
 MEAN, STD, GROUPS = 0.5, 0.1, 2000  # five standard deviations inside of what rewards clip to, 0 … 1
 LAM = 3.0  # of the sum of three pixels: exp(λ r) has a relative standard deviation of about .5

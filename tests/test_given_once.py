@@ -7,9 +7,9 @@ import click
 import pytest
 from conftest import Steer
 
-from steer.apps.cli import steer as root
-from steer.apps.finetune_cli import keys_of
-from steer.apps.options import Command, Group, takes_one
+from steer.apps.cli.finetune import keys_of
+from steer.apps.cli.main import steer as root
+from steer.apps.cli.options import Command, Group, takes_one
 from steer.errors import InputError
 
 

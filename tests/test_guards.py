@@ -12,11 +12,11 @@ from soft_rewards import in_precision, seeded
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
+from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
-from steer.guards import HoldOutWatch, KLControl, check_replay, check_spread, chi_square, kl
-from steer.trainable import LoRA
-from steer.trajectory import Sampler
-from steer.transition import Gaussian
+from steer.training.guards import HoldOutWatch, KLControl, check_replay, check_spread, chi_square, kl
+from steer.training.rollout import Sampler
+from steer.training.trainable import LoRA
 
 SHAPE = (3, 4, 2, 2)
 

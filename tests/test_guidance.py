@@ -18,13 +18,13 @@ from test_preview import safety_checker_that_blackens_everything
 from torch import Generator, Tensor
 from transformers import CLIPImageProcessor
 
+from steer.diffusion.schedules import Gaussian, can_redraw, draw_guided
+from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
-from steer.particles import Particles
-from steer.pipelines import FKSteeringPipeline, SteeringOutput, StepReport, guided
-from steer.proposal import draw_guided
+from steer.pipelines import FKSteeringPipeline, SteeringOutput, StepReport
+from steer.pipelines import fk_steering as guided
 from steer.reward import RewardError
-from steer.seam import CannotSteer
-from steer.transition import Gaussian, can_redraw
+from steer.smc.particles import Particles
 
 K = 3
 

@@ -10,14 +10,14 @@ from diffusers import DDIMScheduler
 from rollouts import call_of
 from torch import Tensor
 
+from steer.diffusion.schedules import Gaussian
+from steer.diffusion.step_hooks import Event
 from steer.errors import InputError
-from steer.guards import check_rounding, kl
 from steer.pipelines import FinetuneSettings
-from steer.pipelines.samples import half_precision, window_of
-from steer.seam import Event
-from steer.trainable import LoRA
-from steer.trajectory import Rows, Sampler, Trajectories
-from steer.transition import Gaussian
+from steer.pipelines.training.method import half_precision, window_of
+from steer.training.guards import check_rounding, kl
+from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.trainable import LoRA
 
 STEPS, ROWS = 6, Rows(("a star",), (1,), (3,))
 

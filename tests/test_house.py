@@ -98,14 +98,14 @@ def test_the_models_and_the_prompts_are_in_the_wheel_and_small() -> None:
 
 
 def test_import_and_help_need_no_torch() -> None:
-    code = "import sys, steer, steer.apps.cli; print('torch' in sys.modules)"
+    code = "import sys, steer, steer.apps.cli.main; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_a_checkout_that_is_not_installed_imports(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import steer, steer.rewards, steer.assets, steer.apps.cli, steer.pipelines.output\n"
+        "import steer, steer.rewards, steer.assets, steer.apps.cli.main, steer.pipelines.base\n"
         "from pathlib import Path\n"
         f"assert Path(steer.rewards.__file__).is_relative_to({str(ROOT)!r})"
     )

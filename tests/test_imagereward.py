@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from steer.contract import Reward, RewardError, score
+from steer.reward import Reward, RewardError, score
 from steer.rewards.imagereward import ImageReward
-from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD
+from steer.rewards.images import CLIP_MEAN, CLIP_STD
 
 State = dict[str, Tensor]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "blue", "circle", "star", "two", "##s", "left", "of"]

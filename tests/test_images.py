@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from steer.errors import InputError
-from steer.images import read_image
+from steer.files import read_image
 
 KINDS = (b"iCCP", b"tRNS", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"eXIf", b"zTXt", b"IHDR", b"PLTE")
 

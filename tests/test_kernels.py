@@ -18,11 +18,23 @@ from schedulers import BETAS, DIFFUSION, FLOW, build
 from torch import Generator, Tensor
 from torch.distributions import Independent, Normal
 
+from steer.diffusion.kernels import FusedGaussian, fused_gaussian, has_kernel, one_pass
+from steer.diffusion.schedules import (
+    X0_WEIGHTS,
+    Gaussian,
+    Level,
+    LinearStep,
+    clip_limit,
+    gaussian_transition,
+    has_gaussian_kernel,
+    level,
+    linear_step,
+    plain_pass,
+    predict_x0,
+    prediction_type,
+    step_levels,
+)
 from steer.errors import InputError
-from steer.kernels import FusedGaussian, fused_gaussian, has_kernel, one_pass
-from steer.linear import X0_WEIGHTS, LinearStep, linear_step, plain_pass
-from steer.schedule import Level, clip_limit, level, predict_x0, prediction_type
-from steer.transition import Gaussian, gaussian_transition, has_gaussian_kernel, step_levels
 
 SHAPE = (2, 4, 3, 3)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -72,7 +84,7 @@ def test_the_kernel_compiles_for_a_gpu_without_one(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from steer.triton_pass import step_kernel
+    from steer.diffusion.triton_kernels import step_kernel
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = dict.fromkeys(("x", "output", "given", "x_s_to"), f"*{dtype}") | {"limit": "fp32"}

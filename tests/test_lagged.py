@@ -14,12 +14,11 @@ from soft_rewards import redness, seeded
 from test_narrow import K, ModularGaussian, steer_kwargs
 from torch import Tensor
 
-from steer.background import Begin, Modes, at_once, in_background
-from steer.contract import RewardError, with_timeout
 from steer.errors import InputError
 from steer.pipelines import FKSteeringPipeline, StepReport
-from steer.pipelines.lagged import LaggedRun
-from steer.potentials import POTENTIALS
+from steer.pipelines.fk_steering import LaggedRun
+from steer.reward import Begin, Modes, RewardError, at_once, in_background, with_timeout
+from steer.smc.potentials import POTENTIALS
 
 CPU = torch.device("cpu")
 Beside = Callable[[torch.device], AbstractContextManager[Begin]]

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 
 from steer.apps.learning import learn, summary
-from steer.apps.scenes.tokenizer import LENGTH, build_tokenizer
+from steer.apps.scenes.training import LENGTH, build_tokenizer
 from steer.errors import InputError
-from steer.reward import RewardError, load_reward, score, score_parts
-from steer.rewards.learn import Recipe, train_reward
-from steer.rewards.learned import Learned
-from steer.rewards.pairs import Pairs, read_pairs
-from steer.sums import SUMS
+from steer.files import SUMS
+from steer.reward import RewardError, score, score_parts
+from steer.rewards.learned import Learned, Recipe, train_reward
+from steer.rewards.parser import load_reward
+from steer.rewards.preference_pairs import Pairs, read_pairs
 
 SIDE = 16
 RECIPE = Recipe(backbone="", head="image", steps=250, batch=16, learning_rate=3e-3, held_out=0.25)
@@ -153,7 +153,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_reward(
 ) -> None:
     recipe = replace(recipe, members=2, steps=30)
     train_reward(pairs, recipe, tmp_path / "whole", tmp_path / "work-1")
-    stop_in(monkeypatch, "steer.training.Run._save", call=2)
+    stop_in(monkeypatch, "steer.training.supervised.Run._save", call=2)
     with pytest.raises(KeyboardInterrupt):
         train_reward(pairs, recipe, tmp_path / "parts", tmp_path / "work-2")
     monkeypatch.undo()

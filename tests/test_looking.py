@@ -14,25 +14,33 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from steer.apps.image_folders import images_with_prompts
-from steer.apps.rewards_report import (
+from steer.apps.scenes.world import TASKS, draw, random_request, random_scene
+from steer.apps.scoring import (
     consistency_of_files,
     draw_scatter,
+    images_with_prompts,
     render_consistency,
     render_findings,
     score_all,
 )
-from steer.apps.scenes.world import TASKS, draw, random_request, random_scene
 from steer.errors import InputError
 from steer.reward import Reward
-from steer.rewards.agreement import compare, kendall, pairs_alike, spearman, starc_distance
-from steer.rewards.checks import CHECKS, Finding, check_reward
+from steer.rewards.analysis import (
+    CHECKS,
+    Consistency,
+    Finding,
+    check_reward,
+    compare,
+    consistency,
+    contrasts,
+    kendall,
+    pairs_alike,
+    spearman,
+    starc_distance,
+)
 from steer.rewards.colour import Brightness, ColourMatch
-from steer.rewards.contrast import Consistency, consistency, contrasts
 from steer.rewards.jpeg import JpegCompressibility
-from steer.rewards.scene import SceneReward
-from steer.rewards.scene_language import parse
-from steer.rewards.scene_soft import SceneSoftReward
+from steer.rewards.scene import SceneReward, SceneSoftReward, parse
 
 
 def drawn(count: int, seed: int) -> tuple[Tensor, list[str]]:

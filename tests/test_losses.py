@@ -14,7 +14,7 @@ from soft_rewards import seeded
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.losses import (
+from steer.training.losses import (
     D3PO,
     DDPO,
     GRPO,

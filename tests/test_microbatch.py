@@ -11,12 +11,11 @@ from rollouts import TWO_PROMPTS, call_of
 from soft_rewards import in_precision
 from torch import Generator, Tensor, nn
 
-from steer.compiled import compiled
+from steer.diffusion.batching import MicroBatches, compiled, micro_batched, part
+from steer.diffusion.preview import first_output
+from steer.diffusion.step_hooks import Event, steered
 from steer.errors import InputError
-from steer.microbatch import MicroBatches, micro_batched, part
-from steer.preview import first_output
-from steer.seam import Event, steered
-from steer.trajectory import Sampler, log_probs
+from steer.training.rollout import Sampler, log_probs
 
 FAMILIES = list(PIPELINES)
 SMALL = {"rtol": 0, "atol": 1e-5}

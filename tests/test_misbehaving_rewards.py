@@ -11,7 +11,7 @@ from conftest import Steer
 from PIL import Image
 from served import REWARDS
 
-from steer.contract import RewardError, score
+from steer.reward import RewardError, score
 
 MISBEHAVING = """
 import torch
@@ -95,7 +95,7 @@ def test_a_process_whose_reward_hangs_ends_with_its_line_and_code(tmp_path: Path
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     words = ["score", "a.png", "--prompt", "a star", "--reward", f"own_served:{kind}", "--reward-timeout", "0.5"]
     ended = subprocess.run(
-        [sys.executable, "-m", "steer.apps.cli", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "steer.apps.cli.main", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert ended.stderr == f"steer: reward '{kind}' took longer than its 0.5 s: give it more, or mend it\n"
     assert ended.returncode == 2 and ended.stdout == ""

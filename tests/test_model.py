@@ -10,26 +10,30 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from steer.apps.scenes.autoencoder import autoencoder_accuracy, encode, new_autoencoder, reconstruct, to_model, whiten
-from steer.apps.scenes.denoiser import (
+from steer.apps.scenes.evaluate import agreement, compare, foresight, interval
+from steer.apps.scenes.training import (
+    WORDS,
     Recipe,
+    autoencoder_accuracy,
+    build_tokenizer,
+    development_requests,
+    encode,
+    new_autoencoder,
     new_denoiser,
     new_scheduler,
+    reconstruct,
     save_checkpoint,
+    to_model,
     token_ids,
     train_denoiser,
+    training_scenes,
     velocity_loss,
+    whiten,
 )
-from steer.apps.scenes.evaluate import agreement, compare, foresight, interval
-from steer.apps.scenes.lists import LISTS, requests_of
-from steer.apps.scenes.pilot import development_requests
-from steer.apps.scenes.tokenizer import WORDS, build_tokenizer
-from steer.apps.scenes.training import training_scenes
-from steer.apps.scenes.world import captions, draw, is_held_out, random_scene
+from steer.apps.scenes.world import LISTS, captions, draw, is_held_out, random_scene, requests_of
 from steer.assets import MODELS
-from steer.rewards.scene import SceneReward
-from steer.rewards.scene_language import parse
-from steer.training import Run, read_state
+from steer.rewards.scene import SceneReward, parse
+from steer.training.supervised import Run, read_state
 
 EASY = ["a circle", "a red square", "a blue star", "a black cross", "two green circles", "a yellow triangle"]
 
@@ -218,7 +222,7 @@ def test_two_steps_of_the_denoisers_training_resume_to_the_same_weights(tmp_path
         return torch.cat([parameter.flatten() for parameter in pipe.unet.parameters()])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("steer.apps.scenes.denoiser.PART", tiny_part)
+        patch.setattr("steer.apps.scenes.training.PART", tiny_part)
         once = weights(tmp_path / "once", 4)
         assert torch.equal(weights(tmp_path / "twice", 2, 4), once)
         save_checkpoint(tmp_path / "once/denoiser", vae, tiny, tmp_path / "checkpoint")

@@ -13,14 +13,14 @@ from gaussian import BATCH, GaussianPipeline, check_tilted, steered_gaussians
 from soft_rewards import Soft, redness, seeded
 from torch import Tensor, nn
 
+from steer.diffusion.batching import LiveRows
+from steer.diffusion.preview import first_output
+from steer.diffusion.step_hooks import Event, steered
 from steer.errors import InputError
-from steer.live_rows import LiveRows
 from steer.pipelines import FKSteeringPipeline, StepReport
-from steer.pipelines.population import IMAGES_PER_PROMPT
-from steer.potentials import POTENTIALS
-from steer.preview import first_output
-from steer.resampling import RESAMPLERS, systematic, thinned
-from steer.seam import Event, steered
+from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
+from steer.smc.potentials import POTENTIALS
+from steer.smc.resampling import RESAMPLERS, systematic, thinned
 
 K = 4
 

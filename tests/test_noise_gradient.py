@@ -10,12 +10,11 @@ from gaussian import GaussianPipeline
 from soft_rewards import Function, Soft, images_of, in_precision, likeness, own_kwargs, redness, seeded
 from torch import Tensor
 
-from steer.differentiable import HALF_SCALES
+from steer.diffusion.differentiable import HALF_SCALES
 from steer.pipelines import ReNOPipeline
-from steer.pipelines.noise_gradient import Backprop, Estimate, ZeroOrder
-from steer.pipelines.noise_to_image import NoiseToImage
-from steer.pipelines.population import Population
-from steer.reward import load_reward
+from steer.pipelines.particle_batch import Population
+from steer.pipelines.reno import Backprop, Estimate, NoiseToImage, ZeroOrder
+from steer.rewards.parser import load_reward
 
 ROWS, STEPS = 400, 3
 HALF = [torch.bfloat16, torch.float16]

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from steer.rewards.calibration_curve import BINS, judged
+from steer.rewards.analysis import BINS, judged
 from steer.rewards.objectives import (
     OBJECTIVES,
     Choices,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from steer.contract import Reward, RewardError, score
+from steer.reward import Reward, RewardError, score
 from steer.rewards.ocr import Ocr, distance_within, edit_distance, normalised, quoted, similarity, text_score
 
 TEXTS = st.text("abcd", max_size=7)

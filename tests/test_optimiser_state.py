@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from steer.checkpoint import Checkpoint, Checkpoints
 from steer.errors import InputError
-from steer.optimiser_state import load_optimiser, optimiser_tensors
+from steer.training.checkpoint import Checkpoint, Checkpoints, load_optimiser, optimiser_tensors
 
 Make = Callable[[nn.Module], Optimizer]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from steer.apps.scenes.annotators import choose, composition, pairs_of
-from steer.apps.scenes.overoptimise import expected_best, kl_of_best_of_n
+from steer.apps.scenes.evaluate import expected_best, kl_of_best_of_n
+from steer.apps.scenes.preferences import choose, composition, pairs_of
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6])

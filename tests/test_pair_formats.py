@@ -13,7 +13,7 @@ from test_pairs import encoded, shades, table
 from test_pairs import lines as lines_of
 
 from steer.reward import RewardError
-from steer.rewards.pairs import read_captions, read_pairs
+from steer.rewards.preference_pairs import read_captions, read_pairs
 
 DARK, LIGHT = encoded(51), encoded(204)
 # Every table says of prompt x that the light image is preferred, and of y that the light one is, too.

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from steer.errors import InputError
 from steer.reward import RewardError
-from steer.rewards.pairs import load_images, read_captions, read_pairs, read_rows, split_by_prompt
-from steer.rewards.preprocess import resize_and_crop
+from steer.rewards.images import resize_and_crop
+from steer.rewards.preference_pairs import load_images, read_captions, read_pairs, read_rows, split_by_prompt
 
 SHADES = {"dark.png": 51, "light.png": 204}
 

@@ -35,7 +35,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_it_is_listed(installed: Run) -> None:
-    listed = installed("-m", "steer.apps.cli", "rewards")
+    listed = installed("-m", "steer.apps.cli.main", "rewards")
     assert listed.returncode == 0, listed.stderr
     lines = [line.split(maxsplit=1) for line in listed.stdout.splitlines()]
     assert ["warmth", "warmth:Warmth (plugin)"] in lines

@@ -16,13 +16,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from steer import reward as rewards
-from steer.apps.named_rewards import names_alone
-from steer.apps.png_metadata import KEY, Recipe, pixels_of, read_metadata, read_png, write_png
-from steer.apps.sample_settings import SampleSettings
+from steer.apps.methods import SampleSettings
+from steer.apps.recipes import KEY, Recipe, pixels_of, read_metadata, read_png, write_png
+from steer.apps.reward_specs import names_alone
 from steer.errors import InputError
-from steer.reward import RewardError, load_reward
-from steer.rewards import REWARDS, expression
+from steer.reward import RewardError
+from steer.rewards import REWARDS
+from steer.rewards import names as rewards
+from steer.rewards import parser as expression
+from steer.rewards.parser import load_reward
 
 SETTINGS = SampleSettings(
     model="scenes",

@@ -12,7 +12,7 @@ from schedulers import DIFFUSION, FLOW
 from torch import Generator, Tensor
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from steer.preview import Preview, first_output
+from steer.diffusion.preview import Preview, first_output
 
 COUNT = 3
 CLOSE = {"atol": 1e-6, "rtol": 0}

@@ -14,14 +14,21 @@ from soft_rewards import Soft, in_precision, likeness, own_kwargs, redness, seed
 from torch import Tensor
 from torch.nn import functional as F
 
-from steer import preview as preview_module
-from steer import previews
-from steer.differentiable import differentiable
+from steer.diffusion import preview as preview_module
+from steer.diffusion import preview as previews
+from steer.diffusion.differentiable import differentiable
+from steer.diffusion.preview import (
+    PREVIEWS,
+    RADIUS,
+    LinearDecoder,
+    LinearPreview,
+    NormalEquations,
+    Preview,
+    first_output,
+    new_preview,
+)
 from steer.errors import InputError
-from steer.linear_decoder import RADIUS, LinearDecoder, LinearPreview, NormalEquations
 from steer.pipelines import FKSteeringPipeline, SelectionPipeline
-from steer.preview import Preview, first_output
-from steer.previews import PREVIEWS, new_preview
 
 COUNT = 3
 IMAGES = [name for name in PIPELINES if name != "wan"]

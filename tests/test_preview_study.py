@@ -12,9 +12,9 @@ from torch import Tensor
 from steer.apps.models import load_pipeline
 from steer.apps.scenes import __main__ as stages
 from steer.apps.scenes import evaluate
-from steer.apps.scenes import preview_study as study
-from steer.apps.scenes.preview_study import rank_correlation, read_steps
-from steer.linear_decoder import LinearPreview
+from steer.apps.scenes import steering_studies as study
+from steer.apps.scenes.steering_studies import rank_correlation, read_steps
+from steer.diffusion.preview import LinearPreview
 
 
 def test_ranks_by_hand() -> None:

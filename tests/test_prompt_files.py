@@ -12,13 +12,20 @@ from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPi
 from PIL import Image
 from pyarrow import parquet
 
-from steer.apps.png_metadata import read_metadata
-from steer.apps.prompt_arguments import argument_names, asked_of, check_arguments
-from steer.apps.prompt_rows import PromptRow
-from steer.apps.prompts import find_prompts, find_tagged, read_prompts, read_rows
-from steer.apps.sample_settings import SampleSettings
+from steer.apps.methods import SampleSettings
+from steer.apps.prompts import (
+    PromptRow,
+    argument_names,
+    asked_of,
+    check_arguments,
+    find_prompts,
+    find_tagged,
+    read_prompts,
+    read_rows,
+)
+from steer.apps.recipes import read_metadata
 from steer.errors import InputError
-from steer.sums import unsummed
+from steer.files import unsummed
 
 TWO = ["a star", "a circle"]
 FILES: dict[str, tuple[str, str]] = {

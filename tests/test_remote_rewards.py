@@ -14,13 +14,12 @@ import torch
 from conftest import Steer
 from served import process, serving
 
-from steer.apps.named_rewards import names_alone
-from steer.apps.png_metadata import read_png, write_png
-from steer.contract import RewardError, score
+from steer.apps.recipes import read_png, write_png
+from steer.apps.reward_specs import names_alone
 from steer.errors import InputError
-from steer.reward import load_reward
-from steer.rewards.remote import Remote
-from steer.rewards.remote_protocol import read_weight
+from steer.reward import RewardError, score
+from steer.rewards.parser import load_reward
+from steer.rewards.remote import Remote, read_weight
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]

@@ -14,11 +14,11 @@ from soft_rewards import Soft, Sum, images_of, in_precision, likeness, models_of
 from tiny_rewards import tiny_open_clip
 from torch import Tensor, nn
 
+from steer.diffusion.preview import first_output
 from steer.noise import Nesterov
 from steer.pipelines import ReNOPipeline
-from steer.pipelines.noise_gradient import Backprop
-from steer.preview import first_output
-from steer.reward import load_reward
+from steer.pipelines.reno import Backprop
+from steer.rewards.parser import load_reward
 
 FAMILIES = [name for name in PIPELINES if name != "img2img"]
 REWARD = Soft(likeness)

@@ -17,14 +17,13 @@ from gaussian import GaussianPipeline
 from soft_rewards import Function, Soft, Sum, images_of, likeness, own_kwargs, redness, seeded
 from torch import Tensor, nn
 
+from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
 from steer.noise import Adam
 from steer.pipelines import Iteration, NoiseSearchPipeline, ReNOPipeline, SteeringOutput
-from steer.pipelines.noise_gradient import Backprop, ZeroOrder
-from steer.pipelines.noise_to_image import NoiseToImage
-from steer.pipelines.population import Population
+from steer.pipelines.particle_batch import Population
+from steer.pipelines.reno import Backprop, NoiseToImage, ZeroOrder
 from steer.reward import RewardError
-from steer.seam import CannotSteer
 
 REWARD = Soft(likeness)
 

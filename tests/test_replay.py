@@ -11,7 +11,7 @@ import pytest
 from conftest import Steer, replaced
 from PIL import Image
 
-from steer.apps.png_metadata import Recipe, read_png, write_png
+from steer.apps.recipes import Recipe, read_png, write_png
 
 FAST = ["--steps", "3", "--particles", "2", "--seed", "5"]
 Changed = Callable[..., Path]

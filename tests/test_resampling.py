@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from steer import resampling
 from steer.errors import InputError
-from steer.particles import Particles, ess
-from steer.resampling import RESAMPLERS
+from steer.smc import resampling
+from steer.smc.particles import Particles, ess
+from steer.smc.resampling import RESAMPLERS
 
 LOW_NOISE = ("systematic", "residual", "ssp")  # offspring within one of K·w
 weights = hnp.arrays(

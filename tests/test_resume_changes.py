@@ -12,7 +12,7 @@ from test_finetune_run import SHORT, fresh
 from test_trainable import image
 
 from steer.errors import InputError
-from steer.trainable import LoRA
+from steer.training.trainable import LoRA
 
 WARM = SHORT | {"warmup_steps": 0, "max_steps": 2, "checkpoint_every": 1}
 

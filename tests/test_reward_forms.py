@@ -12,11 +12,11 @@ from conftest import PROMPT, sd
 from PIL import Image
 from torch import Tensor, nn
 
-from steer.contract import RewardError, score, score_parts, with_metadata, with_timeout
 from steer.errors import InputError
 from steer.pipelines import BestOfNPipeline, FinetuneSettings, FKSteeringPipeline, ReNOPipeline, RewardBackpropPipeline
-from steer.reward import load_reward
-from steer.rewards.combine import Combined, Part, combine
+from steer.reward import RewardError, score, score_parts, with_metadata, with_timeout
+from steer.rewards.compose import Combined, Part
+from steer.rewards.parser import combine, load_reward
 
 IMAGES = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]

@@ -20,9 +20,9 @@ from conftest import Steer
 from PIL import Image
 from served import Served, serving
 
-from steer.contract import RewardError, score
-from steer.reward import load_reward
-from steer.rewards.remote_protocol import MOST_BYTES, MOST_IMAGES, TOKEN, decode, encode
+from steer.reward import RewardError, score
+from steer.rewards.parser import load_reward
+from steer.rewards.remote import MOST_BYTES, MOST_IMAGES, TOKEN, decode, encode
 
 IMAGES = torch.rand(3, 3, 8, 6, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "“b” ü", "c"]

@@ -11,8 +11,10 @@ from PIL import Image
 from tiny_rewards import tiny_specifications
 from torch import Tensor
 
-from steer.reward import Reward, RewardError, load_reward, reward_names, score
+from steer.reward import Reward, RewardError, score
 from steer.rewards import REWARDS
+from steer.rewards.names import reward_names
+from steer.rewards.parser import load_reward
 
 PROMPTS = ["a red circle", "two stars"]
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -150,8 +152,8 @@ def test_a_plugin_is_found_by_its_entry_point(tmp_path, monkeypatch: pytest.Monk
 
 def test_looking_for_rewards_imports_none_of_them() -> None:
     code = (
-        "import sys, steer.reward\n"
-        "steer.reward.reward_names()\n"
+        "import sys, steer.rewards.names\n"
+        "steer.rewards.names.reward_names()\n"
         "assert not [name for name in sys.modules if name.startswith('steer.rewards.')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,7 @@ from conftest import Steer
 from PIL import Image
 
 from steer.apps.scenes.world import draw, random_scene
-from steer.rewards.transform import read_calibration
+from steer.rewards.compose import read_calibration
 
 
 @pytest.fixture

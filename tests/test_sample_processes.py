@@ -15,14 +15,14 @@ import torch
 from conftest import Steer, replaced
 from PIL import Image
 
+from steer.apps.methods import SampleSettings
 from steer.apps.processes import Processes, processes
-from steer.apps.sample_record import Record, open_record
-from steer.apps.sample_settings import SampleSettings
+from steer.apps.sampling import Record, open_record
 from steer.errors import InputError
-from steer.sums import summed, unsummed
+from steer.files import summed, unsummed
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-TWO += ["-m", "steer.apps.cli"]
+TWO += ["-m", "steer.apps.cli.main"]
 PROMPTS = ["a circle", "a star", "a cross", "a star", "a square"]
 TOLD = """
 from pathlib import Path

@@ -12,16 +12,35 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from steer.apps.scenes.autoencoder import FRESH
-from steer.apps.scenes.lists import HELD_OUT, LISTS, TRAINING, TUNING, implied, write_prompt_lists
-from steer.apps.scenes.training import training_scenes
-from steer.apps.scenes.world import TASKS, is_held_out, random_request, random_scene, true_requests
+from steer.apps.scenes.training import FRESH, training_scenes
+from steer.apps.scenes.world import (
+    HELD_OUT,
+    LISTS,
+    TASKS,
+    TRAINING,
+    TUNING,
+    implied,
+    is_held_out,
+    random_request,
+    random_scene,
+    true_requests,
+    write_prompt_lists,
+)
 from steer.assets import PROMPTS
 from steer.reward import RewardError
-from steer.rewards.scene import SceneReward, objects, requirements
-from steer.rewards.scene_language import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest, parse
-from steer.rewards.scene_soft import SceneSoftReward
-from steer.training import batch_at
+from steer.rewards.scene import (
+    COLOURS,
+    RELATIONS,
+    SHAPES,
+    Phrase,
+    SceneRequest,
+    SceneReward,
+    SceneSoftReward,
+    objects,
+    parse,
+    requirements,
+)
+from steer.training.supervised import batch_at
 
 requests = st.builds(
     lambda seed, task: random_request(np.random.default_rng(seed), task),

@@ -8,8 +8,8 @@ import torch
 from schedulers import DIFFUSION, FLOW, STOCHASTIC, build
 from torch import Tensor
 
+from steer.diffusion.schedules import VERIFIED, check_verified, level, predict_x0
 from steer.errors import InputError
-from steer.schedule import VERIFIED, check_verified, level, predict_x0
 
 STEPS = 6
 SHAPE = (2, 4, 3, 3)

@@ -14,10 +14,10 @@ from gaussian import GaussianPipeline
 from schedulers import DIFFUSION, FLOW, STOCHASTIC, build
 from torch import Tensor
 
+from steer.diffusion.preview import first_output
+from steer.diffusion.schedules import VERIFIED
+from steer.diffusion.step_hooks import CannotSteer, Event, steered
 from steer.errors import InputError
-from steer.preview import first_output
-from steer.schedule import VERIFIED
-from steer.seam import CannotSteer, Event, steered
 
 PARTICLES = 3
 STEPS = 4

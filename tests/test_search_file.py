@@ -15,7 +15,7 @@ from test_reno_run import run, same_traces
 
 from steer.errors import InputError
 from steer.pipelines import Iteration, SteeringOutput
-from steer.pipelines.noise_gradient import ZeroOrder
+from steer.pipelines.reno import ZeroOrder
 
 
 def same(left: SteeringOutput, right: SteeringOutput) -> bool:

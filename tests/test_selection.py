@@ -15,12 +15,12 @@ from gaussian import GaussianPipeline
 from soft_rewards import redness, seeded
 from torch import Tensor
 
+from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
 from steer.pipelines import BestOfNPipeline, SelectionPipeline, StepReport
-from steer.pipelines.output import SteeringOutput
-from steer.pipelines.population import IMAGES_PER_PROMPT
+from steer.pipelines.base import SteeringOutput
+from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 from steer.pipelines.selection import Selection
-from steer.seam import CannotSteer
 
 K, STEPS = 4, 8
 

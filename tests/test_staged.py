@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from steer.staged import make_folder, staged, sync, write_text
+from steer.files import make_folder, staged, sync, write_text
 
 
 def test_a_file_is_replaced_at_the_end_of_the_block_and_not_before(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_bytes_then_the_name_then_the_folder_reach_the_disk(tmp_path: Path, monk
 
 def test_new_folders_reach_the_disk_from_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[Path] = []
-    monkeypatch.setattr("steer.staged.sync", told.append)
+    monkeypatch.setattr("steer.files.sync", told.append)
     make_folder(tmp_path / "a" / "b")
     make_folder(tmp_path / "a" / "b")
     assert told == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()

@@ -11,10 +11,10 @@ from gaussian import GaussianPipeline
 from soft_rewards import Soft, images_of, likeness, own_kwargs, seeded
 from torch import Tensor
 
+from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
-from steer.pipelines.plan import highest
-from steer.pipelines.starts import Screened, screened_starts, unscaled
-from steer.seam import CannotSteer
+from steer.pipelines.fk_steering import highest
+from steer.pipelines.initial_noise import Screened, screened_starts, unscaled
 
 REWARD = Soft(likeness)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}

@@ -5,8 +5,8 @@ import torch
 from scipy import stats
 from torch import Generator, Tensor
 
-from steer.apps.scenes.contenders import Found, Point, Spent
-from steer.apps.scenes.starts_study import (
+from steer.apps.scenes.evaluate import Found, Point, Spent
+from steer.apps.scenes.noise_studies import (
     PLAIN,
     SCREENED,
     Screened,

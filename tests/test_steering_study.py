@@ -13,14 +13,11 @@ from torch import Generator
 
 from steer.apps.models import load_pipeline
 from steer.apps.scenes import __main__ as stages
-from steer.apps.scenes import steering_ablations, steering_study
-from steer.apps.scenes.contenders import Contender, Found, Point, Samples, Search, Spent
-from steer.apps.scenes.evaluate import STEERING
-from steer.apps.scenes.kept_runs import KeptRuns
-from steer.apps.scenes.steering_ablations import ablations, variants
-from steer.apps.scenes.steering_pictures import draw_ablations, draw_steering
-from steer.apps.scenes.steering_study import contenders
-from steer.apps.scenes.steering_study import steering_study as study
+from steer.apps.scenes import steering_studies as steering_ablations
+from steer.apps.scenes import steering_studies as steering_study
+from steer.apps.scenes.evaluate import STEERING, Contender, Found, KeptRuns, Point, Samples, Search, Spent
+from steer.apps.scenes.steering_studies import ablations, contenders, draw_ablations, draw_steering, variants
+from steer.apps.scenes.steering_studies import steering_study as study
 from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines import FKSteeringPipeline

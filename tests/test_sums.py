@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import InputError
-from steer.sums import SUMS, check_sums, staged_with_sums, summed, unsummed, write_sums
-from steer.training import read_state, write_state
+from steer.files import SUMS, check_sums, staged_with_sums, summed, unsummed, write_sums
+from steer.training.supervised import read_state, write_state
 
 FILES = {"a.bin": b"one", "deep/b.json": b"{}"}
 

@@ -15,10 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from team_child import fresh, gradients
 
-from steer.checkpoint import Checkpoints
 from steer.errors import InputError
 from steer.pipelines import GRPOPipeline
-from steer.team import ALONE, total
+from steer.training.checkpoint import Checkpoints
+from steer.training.distributed import ALONE, total
 
 HERE = Path(__file__).parent
 
@@ -118,14 +118,14 @@ def test_a_process_that_dies_ends_the_run_within_a_minute(tmp_path: Path) -> Non
 
 
 def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from steer.pipelines import team
+    from steer.pipelines.training import distributed as team
 
     class Three(team.AcceleratedTeam):
         def __init__(self, accelerator: Any) -> None:
             super().__init__(accelerator)
             self.count = 3
 
-    monkeypatch.setattr("steer.pipelines.finetune_run.AcceleratedTeam", Three)
+    monkeypatch.setattr("steer.pipelines.training.trainer.AcceleratedTeam", Three)
     with pytest.raises(
         InputError, match="prompts_per_step must be a multiple of the 3 processes that share them, got 2"
     ):

@@ -10,9 +10,9 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from torch import Generator
 from torch.utils.flop_counter import FlopCounterMode
 
-from steer.apps.scenes import tiny_decoder
+from steer.apps.scenes import distil as tiny_decoder
+from steer.apps.scenes.distil import new_tiny_vae, pairs, path_latents, train_tiny_decoder
 from steer.apps.scenes.preferences import trained_prompts
-from steer.apps.scenes.tiny_decoder import new_tiny_vae, pairs, path_latents, train_tiny_decoder
 from steer.assets import MODELS, TINY_VAES
 
 

@@ -17,13 +17,12 @@ from safetensors.torch import load_file
 from soft_rewards import images_of, models_of, seeded
 from torch import Tensor
 
-from steer.batch import Batch, reference_of
-from steer.engine import two_pass_gradient
 from steer.errors import InputError
-from steer.guards import kl
-from steer.losses import PRDP
-from steer.trainable import Full, LoRA, Trainable, denoiser_of
-from steer.trajectory import Sampler, log_probs
+from steer.training.gradient import Batch, reference_of, two_pass_gradient
+from steer.training.guards import kl
+from steer.training.losses import PRDP
+from steer.training.rollout import Sampler, log_probs
+from steer.training.trainable import Full, LoRA, Trainable, denoiser_of
 
 FAMILIES = list(PIPELINES)
 FAR = 0.3  # deviation of weights that show in an image

@@ -16,11 +16,11 @@ from soft_rewards import images_of, in_precision, models_of
 from torch import Generator, Tensor, nn
 from torch.distributions import Normal
 
+from steer.diffusion.schedules import Gaussian
+from steer.diffusion.seeds import drawn
 from steer.errors import InputError
-from steer.seeds import drawn
-from steer.trainable import denoiser_of
-from steer.trajectory import Rows, Sampler, Trajectories, log_probs
-from steer.transition import Gaussian
+from steer.training.rollout import Rows, Sampler, Trajectories, log_probs
+from steer.training.trainable import denoiser_of
 
 FAMILIES = list(PIPELINES)
 SMALL = {"rtol": 1e-5, "atol": 1e-5}

@@ -11,16 +11,18 @@ from schedulers import BETAS, DIFFUSION, FLOW, build
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from steer.errors import InputError
-from steer.schedule import Level, level, predict_x0
-from steer.transition import (
+from steer.diffusion.schedules import (
     Gaussian,
+    Level,
     can_redraw,
     copies_part,
     gaussian_transition,
     has_gaussian_kernel,
+    level,
+    predict_x0,
     step_levels,
 )
+from steer.errors import InputError
 
 SHAPE = (2, 4, 3, 3)
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

@@ -9,9 +9,9 @@ from diffusers import StableDiffusionPipeline
 
 from steer.assets import MODELS
 from steer.pipelines import BestOfNPipeline
-from steer.reward import load_reward, score
-from steer.rewards.checks import check_reward
-from steer.truncation import note_cut, note_cut_by_pipeline
+from steer.reward import note_cut, note_cut_by_pipeline, score
+from steer.rewards.analysis import check_reward
+from steer.rewards.parser import load_reward
 
 LONG = "a red circle and " * 30
 
@@ -22,7 +22,7 @@ def forgotten() -> None:
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "steer.truncation"]
+    return [record.getMessage() for record in caplog.records if record.name == "steer.reward"]
 
 
 def test_a_prompt_that_the_pipeline_cuts_is_warned_about_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -10,11 +10,11 @@ import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline
 from torch import Generator
 
-from steer.apps.scenes import distil, noise_cost, noise_then
+from steer.apps.scenes import distil
+from steer.apps.scenes import noise_studies as noise_cost
+from steer.apps.scenes import noise_studies as noise_then
 from steer.apps.scenes.distil import STARTS, Distillation, assemble_turbo, denoised, noised, text_features
-from steer.apps.scenes.noise_cost import batch_ratio
-from steer.apps.scenes.noise_study import SEEDS, draw_study, study
-from steer.apps.scenes.noise_then import second_stage
+from steer.apps.scenes.noise_studies import SEEDS, batch_ratio, draw_study, second_stage, study
 from steer.assets import MODELS
 from steer.rewards.scene import SceneReward
 

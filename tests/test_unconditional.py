@@ -21,7 +21,7 @@ from steer.pipelines import (
     PRDPPipeline,
     RewardBackpropPipeline,
 )
-from steer.trajectory import Rows, Sampler, log_probs
+from steer.training.rollout import Rows, Sampler, log_probs
 
 SETTINGS = FinetuneSettings(
     max_steps=3,

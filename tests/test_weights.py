@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from test_imagereward import Writes, refused
 from torch import Tensor, nn
 
-from steer.contract import RewardError
-from steer.rewards.batches import in_micro_batches
+from steer.reward import RewardError
+from steer.rewards.images import in_micro_batches
 from steer.rewards.weights import HubFile, WebFile, cast, load_weights, placed, read_checkpoint
 
 STATE = {"layer.weight": torch.arange(6.0).view(2, 3), "layer.bias": torch.ones(2, dtype=torch.float16)}

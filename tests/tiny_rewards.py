@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel
 
 from steer.apps.scenes.preferences import new_clip_folder
-from steer.apps.scenes.tokenizer import LENGTH
-from steer.rewards.clip_backbone import CONFIG, open_clip_folder
+from steer.apps.scenes.training import LENGTH
+from steer.rewards.clip import CONFIG, open_clip_folder
+from steer.rewards.images import CLIP_MEAN, CLIP_STD
 from steer.rewards.learned import Card, PairHead, save_learned
-from steer.rewards.preprocess import CLIP_MEAN, CLIP_STD
 
 State = dict[str, Tensor]
 SIDE, PATCH, HEAD, SPACE = 32, 8, 16, 16  # pixels, pixels, width of an attention head, width of the common space

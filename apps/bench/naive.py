@@ -16,15 +16,13 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
+from steer.diffusion.schedules import gaussian_transition, predict_x0, step_levels
 from steer.errors import InputError
-from steer.feynman_kac import FeynmanKac
 from steer.noise import Nesterov, clipped, prior_gradient
-from steer.particles import Particles
 from steer.reward import Reward
-from steer.schedule import predict_x0
-from steer.trainable import Trainable
-from steer.trajectory import Trajectories
-from steer.transition import gaussian_transition, step_levels
+from steer.smc.particles import FeynmanKac, Particles
+from steer.training.rollout import Trajectories
+from steer.training.trainable import Trainable
 
 
 @dataclass(frozen=True)

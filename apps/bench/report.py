@@ -2,19 +2,29 @@
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, ScalarFormatter
+from torch._dynamo.exc import TorchDynamoException
 
-from steer.apps.bench.clock import Check, Measured
-from steer.apps.bench.predict import Predicted
-from steer.apps.evaluation_store import versions
+from steer.apps.bench.comparisons import COMPARISONS, Comparison
+from steer.apps.bench.sizes import ceilings
+from steer.apps.bench.subject import Subject
+from steer.apps.bench.timing import Check, Measured, Pace, Predicted, measure
+from steer.apps.evaluation.contest import versions
+from steer.apps.plots import FAINT, INK, SHADE, shown
 from steer.errors import InputError
-from steer.staged import write_text
+from steer.files import staged, write_text
 
 Json = dict[str, Any]
 
@@ -135,3 +145,165 @@ def _foretold(report: Json, name: str) -> str:
         return f"{told['ratio']:.3f}"
     bound = told["at_most"]  # infinite where the part is as good as all of it
     return "" if bound is None or math.isinf(bound) else f"≤ {bound:.2f}"
+
+
+FOUND, FORETOLD = colormaps[SHADE](0.15), colormaps[SHADE](0.7)
+ROW = 0.34  # inches of a ratio
+
+
+def draw(report: Json, path: Path) -> Path | None:
+    """Writes a PNG; None where nothing was measured."""
+    names = list(report["ratios"])
+    if not names:
+        return None
+    figure = Figure(figsize=(12, 1.6 + ROW * max(len(names), 4)), dpi=120, layout="constrained")
+    ratios, parts = figure.subplots(1, 2)
+    _draw_ratios(ratios, report, names)
+    _draw_parts(parts, report, names)
+    where = f"{report['device']}, {report['threads']} thread{'s' * (report['threads'] != 1)}"
+    figure.suptitle(f"{where}{'; ' * bool(report['note'])}{report['note']}", size=9, x=0.01, ha="left", color=INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with staged(path) as new:
+        figure.savefig(new, format="png")
+    return path
+
+
+def _draw_ratios(axes: Axes, report: Json, names: list[str]) -> None:
+    for row, name in enumerate(names):
+        low, high = spread(report["runs"][name])
+        axes.plot([low, high], [row, row], color=FOUND, lw=2)
+        axes.plot(report["ratios"][name], row, "o", color=FOUND, ms=6, label="found, quartiles" if row == 0 else None)
+        foretold = report["predicted"].get(name) or {"ratio": None}
+        if foretold["ratio"] is not None:
+            axes.plot(foretold["ratio"], row, "D", mfc="white", mec=FORETOLD, ms=6, zorder=1)
+    axes.plot([], [], "D", mfc="white", mec=FORETOLD, label="predicted", ls="")
+    axes.axvline(1, color=INK, lw=0.9, ls=":", zorder=0)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks([0.5, 1, 2, 4])
+    axes.set_yticks(range(len(names)), [shown(name, 44) for name in names])
+    axes.invert_yaxis()
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
+    _finish(axes, "ratio of seconds")
+
+
+def _draw_parts(axes: Axes, report: Json, names: list[str]) -> None:
+    """Seconds of both variants of each ratio, by the part that took them."""
+    parts = sorted({part for name in names for one in _variants(report, name) for part in one["parts"]})
+    colors = {part: colormaps[SHADE](place / max(len(parts), 1)) for place, part in enumerate(parts)}
+    for row, name in enumerate(names):
+        for one, aside in zip(_variants(report, name), (-0.18, 0.18), strict=True):
+            left = 0.0
+            for part, seconds in one["parts"].items():
+                axes.barh(row + aside, seconds, 0.3, left=left, color=colors[part])
+                left += seconds
+            axes.barh(row + aside, max(one["median"] - left, 0), 0.3, left=left, color=FAINT)
+    for part, color in [*colors.items(), ("all else", FAINT)]:
+        axes.barh(0, 0, color=color, label=part)
+    axes.set_yticks([])
+    axes.invert_yaxis()
+    # Below the axes: bars may be anywhere inside.
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
+    _finish(axes, "seconds; above the first variant, below the second")
+
+
+def _variants(report: Json, name: str) -> list[dict[str, Any]]:
+    return list(report["runs"][name]["variants"].values())
+
+
+def _finish(axes: Axes, title: str) -> None:
+    axes.set_title(title, size=9, loc="left", color=INK)
+    axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.grid(axis="x", color=FAINT, lw=0.4, alpha=0.6)
+
+
+Say = Callable[[str], None]
+FIRST = 4  # comparisons that are measured at least once, even when the time is over
+
+
+@dataclass
+class Bench:
+    """A benchmark that is under way.
+
+    file     JSON, written after every comparison
+    seconds  for all of it: repeats are as many as fit, at least `least`
+    quick    without the comparisons that take minutes to make ready
+    say      where its lines go
+    """
+
+    file: Path
+    seconds: float
+    quick: bool
+    say: Say
+    least: int = 3
+    most: int = 15
+    report: Json = field(default_factory=dict)
+
+    def run(self, subjects: Sequence[tuple[str, Callable[[], Subject]]], device: torch.device) -> Json:
+        """Measures every subject; each is made when its turn comes, and gone after it.
+
+        Ctrl-C, and every error, leave what was measured in the JSON.
+        """
+        self.report = described(device, self.quick, self.seconds)
+        write(self.report, self.file)
+        if self.report["note"]:
+            self.say(self.report["note"])
+        started = time.perf_counter()
+        for number, (name, make) in enumerate(subjects):
+            # What there is left is shared equally by the subjects that are to come.
+            left = self.seconds - (time.perf_counter() - started)
+            with self._kept():
+                self._measure_all(make(), "" if number == 0 else f"{name}: ", left / (len(subjects) - number))
+        self.report["complete"] = True
+        write(self.report, self.file)
+        return self.report
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            write(self.report, self.file)
+
+    def _measure_all(self, subject: Subject, prefix: str, seconds: float) -> None:
+        names = [name for name, comparison in COMPARISONS.items() if comparison.quick or not self.quick]
+        self.report["subjects"][subject.name] = subject.about()
+        end = time.perf_counter() + seconds
+        for number, name in enumerate(names):
+            comparison, left = COMPARISONS[name], end - time.perf_counter()
+            reason = comparison.fits(subject)
+            if reason is None and left <= 0 and number >= FIRST:
+                reason = "no time left: give it more --seconds"
+            if reason is None:
+                share = max(left, 0.0) / (len(names) - number)
+                pace = Pace(share, self.least if left > 0 else 1, self.most)
+                reason = self._measure(subject, prefix + name, comparison, pace)
+            if reason is not None:
+                self.report["skipped"][prefix + name] = reason
+                self.say(f"{prefix + name}: not measured ({reason})")
+            write(self.report, self.file)
+        self.report["ceilings"][subject.name] = ceilings(subject, self.quick)
+
+    def _measure(self, subject: Subject, name: str, comparison: Comparison, pace: Pace) -> str | None:
+        """One comparison; why it could not be measured, if so."""
+        self.say(f"{name} … {comparison.about}")
+        found: tuple[Measured, Measured] | None = None
+        check: Check | None = None
+        predicted: Predicted | None = None
+        try:
+            with comparison.open(subject) as opened:
+                found = Measured(opened.over.name), Measured(opened.under.name)
+                results = measure(opened, found, subject.kinds, subject.device, pace)
+                check = opened.check and opened.check(*results)
+            predicted = comparison.predict(subject)(*found)
+        except (InputError, torch.OutOfMemoryError, TorchDynamoException) as error:
+            return " ".join(str(error).split())[:300] or type(error).__name__
+        finally:
+            if found is not None and all(measured.seconds for measured in found):
+                outcome(self.report, name, comparison.about, comparison.samples(subject), found, check, predicted)
+        ratio = self.report["ratios"][name]
+        self.say(f"  {ratio:.3f}" + ("" if check is None or check.passed else f"  NOT THE SAME: {asdict(check)}"))
+        return None

@@ -1,26 +1,292 @@
 """The Label tab: images of one prompt, and which of them somebody prefers."""
 
+import math
 import threading
-from collections.abc import Iterator
+from base64 import b64encode
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from html import escape
-from itertools import count
+from itertools import combinations, count
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 from gradio.context import Context
 
-from steer.apps.demo.label_agreement import NOBODY, agreement
-from steer.apps.demo.label_folder import ZIPPED, command_of, label_folder, place_told, write_zip
-from steer.apps.demo.label_view import empty_view, lot_view
-from steer.apps.demo.labelling import Labelling
-from steer.apps.demo.labels import IMAGES, LONGEST_NAME, LabelBook, Progress, Wish
-from steer.apps.demo.page import MOST_CHARACTERS, PRIVATE, Change, line, public
-from steer.apps.demo.studio import Studio
+from steer.apps.demo.labels import (
+    IMAGES,
+    LONGEST_NAME,
+    ZIPPED,
+    LabelBook,
+    Progress,
+    Wish,
+    command_of,
+    label_folder,
+    place_told,
+    write_zip,
+)
+from steer.apps.demo.steering import Loading
+from steer.apps.demo.studio import MOST_CHARACTERS, PRIVATE, Busy, Change, Studio, Ticket, line, public
 from steer.apps.prompts import find_prompts
-from steer.apps.scenes.synthetic_choices import CALL
+from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
 from steer.errors import InputError
-from steer.pipelines.choice_files import Lot, inside
+from steer.pipelines.training.preference_files import Lot, inside
+
+TIE, BAD, UNDO = "tie", "bad", "undo"
+SAVED = {TIE: "Saved: a tie.", BAD: "Saved: all bad."}
+STALE = ""  # nothing to say of an answer to what is no longer shown
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """So many images are being drawn."""
+
+    images: int
+
+    def __str__(self) -> str:
+        return f"Drawing {self.images} images …"
+
+
+class Labelling:
+    """What an annotator is shown and answers; threads may use it at once.
+
+    model   its name
+    submit  takes a job to the worker, as `Worker.submit`
+    lend    gives the pipeline to a job
+    """
+
+    def __init__(
+        self,
+        book: LabelBook,
+        wish: Wish,
+        model: str,
+        submit: Callable[[Callable[[Ticket], None]], Ticket],
+        lend: Callable[[str], AbstractContextManager[Any]],
+    ) -> None:
+        self.book, self.wish, self.model = book, wish, model
+        self.shown: Lot | None = None
+        self.ended = False
+        self._submit, self._lend = submit, lend
+        self._next: list[Lot] = []
+        self._ticket: Ticket | None = None
+        self._lock = threading.RLock()
+
+    def advance(self) -> Iterator[Any]:
+        """Shows a lot, where none is shown; yields what there is to say while it is drawn. Left early, it stops that.
+
+        Raises InputError where it cannot be drawn, or too many wait.
+        """
+        if self._step(must=True):
+            return
+        if (ticket := self._ticket) is not None:
+            yield from ticket.events()
+        self._step(must=False)
+
+    def _step(self, must: bool) -> bool:
+        """Shows the next lot if it is there, and sees to the one after it; whether one is shown, or none will be.
+
+        must  say so where too many wait; else it is tried again when a lot is needed
+        """
+        with self._lock:
+            if not self.ended:
+                self._find(must and self.shown is None)
+            if self.shown is None and self._next:
+                self.shown = self._next.pop(0)
+                self._find(False)
+            return self.ended or self.shown is not None
+
+    @property
+    def _drawing(self) -> bool:
+        return self._ticket is not None and not self._ticket.future.done()
+
+    def _find(self, must: bool) -> None:
+        """Sees to it that there is a next lot, or that one is being drawn."""
+        if self._next or self._drawing:
+            return
+        if (found := self.book.offer(self.wish)) is not None:
+            self._next.append(found)
+            return
+        try:
+            self._ticket = self._submit(self._draw)
+        except Busy:
+            if must:
+                raise
+
+    def _draw(self, ticket: Ticket) -> None:
+        ticket.say(Loading(self.model))
+        with self._lend(self.model) as pipe:
+            ticket.say(Drawing(self.wish.images))
+            lot = self.book.draw(pipe, self.wish, ticket.check)
+        with self._lock:
+            self._next.append(lot)
+            if self.ended:
+                self.end()
+
+    def answer(self, lot: str, answer: str) -> str:
+        """Takes an answer to what is shown: the number of an image, tie, bad or undo. Returns what is to be said.
+
+        lot  that was shown when they answered, or nothing; the answer to another than is shown is left out
+        Raises InputError for what is no answer, and where it could not be recorded.
+        """
+        with self._lock:
+            if self.ended or lot != (self.shown.id if self.shown else ""):
+                return STALE
+            if answer == UNDO:
+                return self._undo()
+            if self.shown is None:
+                return STALE
+            said = self._recorded(self.shown, answer)
+            self.shown = None
+            return said
+
+    def _recorded(self, lot: Lot, answer: str) -> str:
+        numbers = {str(number): number for number in range(len(lot.rows))}
+        if answer in SAVED:
+            self.book.tie(self.wish.annotator, lot.id, bad=answer == BAD)
+            return SAVED[answer]
+        if answer not in numbers:
+            raise InputError(f"{answer!r:.40} is no answer: choose one of the {len(numbers)} images")
+        self.book.choose(self.wish.annotator, lot.id, numbers[answer])
+        return f"Saved: {name_of(numbers[answer], len(numbers))}."
+
+    def _undo(self) -> str:
+        taken = self.book.undo(self.wish.annotator)
+        if taken is None:
+            return "There is nothing to take back."
+        self._next[:0] = [] if self.shown is None else [self.shown]
+        self.shown = taken
+        return "Taken back: choose again."
+
+    def end(self) -> None:
+        """Stops drawing, and gives back what was not judged."""
+        with self._lock:
+            self.ended = True
+            if self._ticket is not None:
+                self._ticket.stop()
+            self.book.release(self.wish.annotator, [*self._next, *([self.shown] if self.shown else [])])
+            self._next, self.shown = [], None
+
+
+def name_of(number: int, images: int) -> str:
+    """What an image of so many is called: left or right, or by its number."""
+    return ("left", "right")[number] if images == 2 else f"image {number + 1}"
+
+
+IDLE = "Say who you are and press Start: the images to choose between appear here."
+ARROWS = ("←", "→")
+
+
+def lot_view(turn: int, lot: str, prompt: str, pictures: Sequence[bytes]) -> str:
+    """Two to four images side by side.
+
+    turn      another for each view, so that the page takes it for a new one
+    lot       its name, which comes back with the answer
+    pictures  PNG files
+    """
+    count = len(pictures)
+    figures = "".join(_figure(number, count, prompt, picture) for number, picture in enumerate(pictures))
+    none, better = ("Both bad", "better") if count == 2 else ("All bad", "best")
+    rest = _button(TIE, "Tie", "T") + _button(BAD, none, "B") + _button(UNDO, "Undo", "U")
+    return (
+        f'<section class="steer-label" data-turn="{turn}" data-lot="{escape(lot, quote=True)}" tabindex="-1" '
+        f'aria-label="{count} images to choose between">'
+        f'<p class="steer-asked">Which is the {better} image of <q>{escape(prompt)}</q>?</p>'
+        f'<div class="steer-lot steer-lot-{count}">{figures}</div>'
+        f'<div class="steer-answers">{rest}</div></section>'
+    )
+
+
+def empty_view(turn: int, text: str = IDLE, undo: bool = False) -> str:
+    """Where there are no images, why; with a button where the last answer can be taken back meanwhile."""
+    button = f'<div class="steer-answers">{_button(UNDO, "Undo", "U")}</div>' if undo else ""
+    return (
+        f'<section class="steer-label" data-turn="{turn}" data-lot="">'
+        f'<p class="steer-empty">{escape(text)}</p>{button}</section>'
+    )
+
+
+def _figure(number: int, count: int, prompt: str, picture: bytes) -> str:
+    name = name_of(number, count).capitalize()
+    alt = escape(f"{name}, of: {prompt}", quote=True)
+    source = f"data:image/png;base64,{b64encode(picture).decode()}"
+    key = ARROWS[number] if count == 2 else str(number + 1)
+    return f'<figure><img src="{source}" alt="{alt}" data-image="{number}">{_button(str(number), name, key)}</figure>'
+
+
+def _button(answer: str, text: str, key: str) -> str:
+    shortcut = "ArrowLeft" if key == "←" else "ArrowRight" if key == "→" else key
+    return (
+        f'<button type="button" data-answer="{answer}" aria-keyshortcuts="{shortcut}">'
+        f'{text} <kbd aria-hidden="true">{key}</kbd></button>'
+    )
+
+
+NOBODY = "How far people agree shows once two of them have judged the same images."
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of the lots that two or more judged.
+
+    annotators  names of those who judged some of them
+    share       of all pairs of judgements of one lot, how many are the same, 0..1
+    kappa       Cohen's of two annotators, Fleiss' of more, at most 1; not a number where chance alone would agree
+    """
+
+    annotators: tuple[str, ...]
+    lots: int
+    share: float
+    kappa: float
+
+    def __str__(self) -> str:
+        people = len(self.annotators)
+        who = "both of two people" if people == 2 else f"two or more of {people} people"
+        sets = "set of images was" if self.lots == 1 else "sets of images were"
+        told = f"{self.lots} {sets} judged by {who}. They gave the same answer {self.share:.0%} of the time"
+        name = "Cohen's" if people == 2 else "Fleiss'"
+        kappa = "" if math.isnan(self.kappa) else f"; {name} κ = {self.kappa:.2f}, where 0 is chance and 1 is always"
+        return f"{told}{kappa}."
+
+
+def agreement(judgements: Mapping[str, Mapping[str, Hashable]]) -> Agreement | None:
+    """Of judgements by lot and annotator; None while no lot was judged by two."""
+    several = [given for given in judgements.values() if len(given) > 1]
+    if not several:
+        return None
+    names = tuple(sorted({name for given in several for name in given}))
+    pairs = [pair for given in several for pair in combinations(given.values(), 2)]
+    share = sum(a == b for a, b in pairs) / len(pairs)
+    if len(names) == 2:
+        return Agreement(names, len(several), share, cohen([(given[names[0]], given[names[1]]) for given in several]))
+    return Agreement(names, len(several), share, fleiss([list(given.values()) for given in several]))
+
+
+def cohen(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
+    """κ = (p_o − p_e) / (1 − p_e), p_e = Σ_c p_1(c) p_2(c) of two annotators' own shares (Cohen 1960)."""
+    count = len(pairs)
+    p_o = sum(a == b for a, b in pairs) / count
+    first, second = Counter(a for a, _ in pairs), Counter(b for _, b in pairs)
+    p_e = sum(first[c] * second[c] for c in first) / count**2
+    return (p_o - p_e) / (1 - p_e) if p_e < 1 else math.nan
+
+
+def fleiss(rows: Sequence[Sequence[Hashable]]) -> float:
+    """κ = (P − p_e) / (1 − p_e), p_e = Σ_c p(c)² of the shares of all judgements (Fleiss 1971).
+
+    rows  the judgements of each lot, two or more of it; P is the mean over lots of how many of its pairs are the same
+    """
+    counts = [Counter(row) for row in rows]
+    alike = [
+        sum(n * (n - 1) for n in count.values()) / (len(row) * (len(row) - 1))
+        for count, row in zip(counts, rows, strict=True)
+    ]
+    total = sum(map(len, rows))
+    p_e = sum((n / total) ** 2 for n in sum(counts, Counter[Hashable]()).values())
+    return (sum(alike) / len(alike) - p_e) / (1 - p_e) if p_e < 1 else math.nan
+
 
 HERE = Path(__file__).parent
 OTHER_CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # of models that are not embedded, as in d3po-sdxl

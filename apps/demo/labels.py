@@ -1,25 +1,30 @@
 """Choices between images as people make them: who is shown what, and what they said, in a folder of choices."""
 
+import shlex
 import threading
+import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from steer.apps.scenes.synthetic_choices import CALL
+from steer.apps.demo.steering import Frame, Loading, Made, Step
+from steer.apps.demo.studio import Studio, Waiting
+from steer.apps.scenes.preferences import CHOICES_CALL as CALL
+from steer.assets import MODELS
+from steer.diffusion.seeds import derived_seed
+from steer.diffusion.step_hooks import denoisers_in
 from steer.errors import InputError
-from steer.pipelines.choice_files import CHOICES, SETTINGS, Lot, inside, read_lines
-from steer.pipelines.choice_folder import ChoiceFolder, append_line
-from steer.pipelines.choice_reading import choice_of
-from steer.pipelines.finetune_settings import DTYPES
-from steer.pipelines.samples import prompts_at
-from steer.seeds import derived_seed
-from steer.stand_in import denoisers_in
-from steer.trajectory import Rows, Sampler
+from steer.pipelines.training.config import DTYPES
+from steer.pipelines.training.method import prompts_at
+from steer.pipelines.training.preference_data import ChoiceFolder, append_line
+from steer.pipelines.training.preference_files import CHOICES, LOTS, SETTINGS, Lot, choice_of, inside, read_lines
+from steer.training.rollout import Rows, Sampler
 
 IMAGES = (2, 3, 4)  # of a lot
 LONGEST_NAME = 40
@@ -244,3 +249,121 @@ def _told(path: Path) -> Iterator[None]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+CONFIG, CONFIGURED = "d3po-scenes", "scenes"  # and the model in it
+ZIPPED = "choices"  # what the zip unpacks to
+
+
+def label_folder(studio: Studio) -> Path:
+    """That of the owner, or one that goes with the app."""
+    return studio.labels or studio.home / "labels"
+
+
+def place_told(studio: Studio) -> str:
+    """Where choices go, in plain words."""
+    if studio.labels is not None:
+        return f"Every choice is written to {studio.labels} at once, with the images and how they were drawn."
+    return (
+        "Every choice is written at once, but to a temporary folder: it goes when the app ends. Make a zip before, "
+        "or start the app with `steer demo --labels FOLDER`. The zip holds the choices, prompts and names of all who "
+        "label in this app."
+    )
+
+
+def command_of(studio: Studio) -> str:
+    """A line for a shell that finetunes the model from the choices; of a zip, beside the unpacked folder."""
+    model, folder = studio.models[0], ZIPPED if studio.labels is None else str(studio.labels)
+    words = ["steer", "finetune", CONFIG, "--choices", folder]
+    if model != CONFIGURED:
+        words += ["--model", model]
+    if model not in MODELS:  # what judges scenes is blind to other images
+        words += ["--reward", "null", "--eval-prompts", "null", "--eval-rewards", "[]"]
+    return shlex.join(words)
+
+
+def write_zip(folder: Path, path: Path) -> None:
+    """All of a folder of choices, while it may be written to. Raises InputError where nobody has chosen yet."""
+    if not (folder / CHOICES).exists():
+        raise InputError("nothing has been chosen yet: label some images first")
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for one in kept_files(folder):
+            file.write(one, f"{ZIPPED}/{one.relative_to(folder)}")
+
+
+def kept_files(folder: Path) -> Iterator[Path]:
+    """The files of a folder of choices, written to meanwhile: each is to be read before the next is asked for."""
+    for name in (CHOICES, LOTS, SETTINGS):  # before the files that they name, which are there by then
+        yield folder / name
+    for kind in ("images", "trajectories"):
+        yield from (one for one in sorted((folder / kind).iterdir()) if one.suffix != ".new")
+
+
+EVERY = 0.15  # seconds between two lines about single steps
+PHASES = {
+    "fk": "Steering",
+    "best-of-n": "Sampling",
+    "base": "Sampling",
+    "beside": "Base images",
+    "reno": "Optimising the noise",
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A prompt's images, and the readings on the way to them."""
+
+    made: Made
+    frames: tuple[Frame, ...]
+
+
+@dataclass
+class Seen:
+    """The present prompt's readings, the prompts that are finished, and the line that says how far it is."""
+
+    frames: tuple[Frame, ...] = ()
+    finished: tuple[Finished, ...] = ()
+    line: str = "Starting …"
+    _told: float = field(default=0.0, repr=False)
+
+    @property
+    def made(self) -> Made | None:
+        """What came out of the prompt whose readings are there, once it is finished."""
+        last = self.finished[-1] if self.finished else None
+        return last.made if last is not None and last.frames is self.frames else None
+
+    def after(self, event: Any) -> bool:
+        """Takes an event in; whether there is something to show."""
+        match event:
+            case Step():
+                return self._stepped(event)
+            case Frame():
+                self.frames = (*self.frames, event)
+            case Made():
+                self.finished = (*self.finished, Finished(event, self.frames))
+            case Waiting() | Loading():
+                self.line = str(event)
+            case _:
+                raise TypeError(f"no event of a run: {event!r}")
+        return True
+
+    def _stepped(self, event: Step) -> bool:
+        if event.step == 1 and event.phase != "beside":
+            self.frames = ()
+        which = f"Prompt {event.number + 1} of {event.count}. " if event.count > 1 else ""
+        self.line = f"{which}{PHASES[event.phase]}: {event.step} of {event.total}"
+        now = time.monotonic()
+        if now - self._told < EVERY:
+            return False
+        self._told = now
+        return True
+
+    def conclusion(self, stopped: bool) -> str:
+        """The last line."""
+        if stopped and not self.finished:
+            return "Stopped. Nothing was finished."
+        costs = [cost for one in self.finished for cost in (one.made.cost, one.made.base_cost) if cost is not None]
+        seconds = sum(cost.seconds for cost in costs)
+        about = "1 prompt" if len(self.finished) == 1 else f"{len(self.finished)} prompts"
+        seed = f", seed {self.finished[0].made.settings.seed}" if self.finished else ""
+        return f"{'Stopped' if stopped else 'Done'}: {about} in {seconds:.1f} s{seed}."

@@ -1,19 +1,335 @@
 """The Rewards tab: images that somebody drops, and what rewards say of them."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 
 import gradio as gr
+import torch
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+from torch import Tensor
 
-from steer.apps.demo.page import FAILED, MOST_CHARACTERS, PRIVATE, Change, line, public
-from steer.apps.demo.reward_scores import MOST_FILES, Scores, check_asked, score_files
-from steer.apps.demo.rewards_view import empty_view, names_view, scatter_view, scores_view
-from steer.apps.demo.steer_fields import EXAMPLE
-from steer.apps.demo.studio import Studio
-from steer.apps.demo.worker import Ticket
+from steer.apps.demo.plots import Axis, short, table
+from steer.apps.demo.steer_tab import EXAMPLE
+from steer.apps.demo.steering import data_uri
+from steer.apps.demo.studio import FAILED, MOST_CHARACTERS, PRIVATE, Change, Studio, Ticket, line, public
 from steer.apps.models import device_here
+from steer.apps.plots import thumbnail
+from steer.apps.recipes import prompt_inside
 from steer.errors import InputError
+from steer.files import BROKEN, FORMATS, read_image
+from steer.reward import Reward, score_parts
+from steer.rewards.analysis import spearman
+from steer.rewards.names import reward_names
+
+MOST_FILES, MOST_REWARDS = 32, 8
+MOST_BYTES = 10 * 2**20
+MOST_PIXELS = 16_000_000
+# A longer side against the shorter one: rewards that bring the shorter side to a size would make huge images of strips.
+MOST_LENGTH = 8
+
+
+@dataclass(frozen=True)
+class Score:
+    """A reward's score of an image, and those of its parts, where it has several."""
+
+    total: float
+    parts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An image: its file's name, pixels across and down, and its scores by the rewards that could score it.
+
+    prompt  that it was scored by; inside: whether that comes from the image's own metadata
+    """
+
+    name: str
+    size: tuple[int, int]
+    thumbnail: Image.Image
+    scores: Mapping[str, Score]
+    prompt: str = ""
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """Image `number`, from 1, of `count` is being scored."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"Scoring image {self.number} of {self.count} …"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All that could be scored: images in their order, rewards as they were named; notes: a line for what could not."""
+
+    prompt: str
+    rewards: tuple[str, ...]
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+
+    def best_first(self, reward: str) -> list[Row]:
+        """The images by one reward, those that it did not score last."""
+        return sorted(self.rows, key=lambda row: -row.scores[reward].total if reward in row.scores else float("inf"))
+
+
+def check_asked(paths: Sequence[Path], prompt: str, rewards: Sequence[str]) -> None:
+    """Raises InputError for nothing, or too much, to do."""
+    if not paths:
+        raise InputError("no images: drop some first")
+    if len(paths) > MOST_FILES:
+        raise InputError(f"{len(paths)} images: at most {MOST_FILES} at a time")
+    if not rewards:
+        raise InputError("no rewards: tick one or more, or name one")
+    if len(rewards) > MOST_REWARDS:
+        raise InputError(f"{len(rewards)} rewards: at most {MOST_REWARDS} at a time")
+    if len(prompt) > MOST_CHARACTERS:
+        raise InputError(f"a prompt of {len(prompt)} characters: at most {MOST_CHARACTERS}")
+
+
+def score_files(
+    paths: Sequence[Path],
+    prompt: str,
+    rewards: Sequence[str],
+    find: Callable[[str], Reward],
+    ticket: Ticket,
+    device: str = "cpu",
+) -> None:
+    """Scores image files, one in memory at a time; says Scoring and, at the end, Scores.
+
+    prompt  of all; empty: of each the one in its metadata, if any
+    find    gives the reward of a specification, or raises InputError
+    device  where the images are scored
+    What cannot be read or scored has a line in the notes, once; the rest goes on. Raises InputError where no reward
+    was found, or no image could be read.
+    """
+    notes: dict[str, None] = {}
+    found = {}
+    for spec in rewards:
+        ticket.check()
+        try:
+            found[spec] = find(spec)
+        except InputError as error:
+            notes[_line(spec, error)] = None
+    if not found:
+        raise InputError(next(iter(notes)))
+    rows = []
+    for number, path in enumerate(paths):
+        ticket.say(Scoring(number + 1, len(paths)))
+        try:
+            image = read_upload(path)
+        except InputError as error:
+            notes[_line(path.name, error)] = None
+            continue
+        own = None if prompt else prompt_inside(path)
+        row = Row(path.name, (image.shape[2], image.shape[1]), thumbnail(image), {}, own or prompt, own is not None)
+        rows.append(_scored(row, image.to(device), found, notes, ticket))
+    if not rows:
+        raise InputError("; ".join(notes))
+    ticket.say(Scores(prompt, tuple(found), tuple(rows), tuple(notes)))
+
+
+def _scored(row: Row, image: Tensor, rewards: Mapping[str, Reward], notes: dict[str, None], ticket: Ticket) -> Row:
+    scores = {}
+    for spec, reward in rewards.items():
+        ticket.check()
+        try:
+            with torch.no_grad():
+                total, parts = score_parts(reward, image[None], [row.prompt])
+        except InputError as error:
+            notes[_line(spec, error)] = None
+            continue
+        several = parts if len(parts) > 1 else {}
+        scores[spec] = Score(total.item(), {name: values.item() for name, values in several.items()})
+    return replace(row, scores=scores)
+
+
+def read_upload(path: Path) -> Tensor:
+    """An image file of a visitor as (3, H, W) in [0, 1]. Its size is known before its pixels are decoded.
+
+    Raises InputError, without the file's place, for one that is too big, too long or no image.
+    """
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise InputError(f"{size / 2**20:.1f} MB: at most {MOST_BYTES / 2**20:.0f} MB an image")
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            width, height = file.size
+    except BROKEN as error:  # Pillow's own words name the place
+        raise InputError("not an image that can be read: use PNG, JPEG or WebP") from error
+    if width * height > MOST_PIXELS:
+        raise InputError(f"{width} × {height} pixels: at most {MOST_PIXELS // 10**6} megapixels, make it smaller")
+    if max(width, height) > MOST_LENGTH * min(width, height):
+        raise InputError(f"{width} × {height} pixels: at most {MOST_LENGTH} times as long as wide, crop it")
+    try:
+        return read_image(path)
+    except InputError as error:
+        raise InputError(str(error).removeprefix(f"{path}: ")) from error
+
+
+def _line(name: str, error: InputError) -> str:
+    return f"{name:.80}: {public(str(error))}"
+
+
+NOTHING = "The images appear here with their scores, best first."
+WIDTH, HEIGHT = 400.0, 340.0
+LEFT, RIGHT, TOP, BOTTOM = 58.0, 24.0, 24.0, 46.0  # around the axes, for their labels and half a picture
+SIDE = 32.0  # of a picture among the axes
+
+
+def empty_view() -> str:
+    """Before anything was scored."""
+    return f'<p class="steer-empty">{NOTHING}</p>'
+
+
+def scores_view(scores: Scores, by: str) -> str:
+    """All scores, the best by one reward first; those of parts, and a line for what could not be scored."""
+    rows = scores.best_first(by)
+    head = "".join(_heading(reward, reward == by) for reward in scores.rewards)
+    body = "".join(_row(rank, row, scores.rewards) for rank, row in enumerate(rows))
+    images = "1 image" if len(rows) == 1 else f"{len(rows)} images, the best by {by} first"
+    own = any(row.inside for row in rows)
+    caption = escape(f"{images}. Prompt: {scores.prompt or ('inside the images' if own else '(none)')}")
+    return (
+        f'<div class="steer-scores">{_notes(scores.notes)}<div class="steer-scroll" tabindex="0" role="region"'
+        f' aria-label="Scores"><table class="steer-table"><caption>{caption}</caption>'
+        f'<thead><tr><th scope="col">image</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        f"{_parts(scores, rows)}</div>"
+    )
+
+
+def _heading(reward: str, leads: bool) -> str:
+    """A column's; the order of the rows is told at the reward that makes it."""
+    order = ' aria-sort="descending"' if leads else ""
+    return f'<th scope="col"{order}>{escape(reward)}</th>'
+
+
+def _row(rank: int, row: Row, rewards: Sequence[str]) -> str:
+    totals = [row.scores[reward].total if reward in row.scores else None for reward in rewards]
+    cells = "".join(f"<td>{short(total)}</td>" for total in totals)
+    name, star = escape(row.name, quote=True), "★ " if rank == 0 else ""
+    pixels = f"{row.size[0]} × {row.size[1]}"
+    pixels += f", its own prompt: {escape(row.prompt)}" if row.inside else ""
+    return (
+        f'<tr><th scope="row"><span class="steer-scored"><img src="{data_uri(row.thumbnail)}" alt="{name}"/>'
+        f"<span>{star}{name}<small>{pixels}</small></span></span></th>{cells}</tr>"
+    )
+
+
+def _parts(scores: Scores, rows: Sequence[Row]) -> str:
+    """The scores of rewards' parts, where there are any."""
+    columns = {
+        (reward, part): f"{reward}: {part}"
+        for reward in scores.rewards
+        for row in rows
+        if reward in row.scores
+        for part in row.scores[reward].parts
+    }
+    if not columns:
+        return ""
+    numbers: list[list[object]] = []
+    for row in rows:
+        told = [row.scores[reward].parts.get(part) if reward in row.scores else None for reward, part in columns]
+        numbers.append([row.name, *told])
+    return (
+        '<details class="steer-numbers"><summary>What the scores are made of</summary>'
+        f"{table('Scores of parts', ['image', *columns.values()], numbers)}</details>"
+    )
+
+
+def _notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
+    lines = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<div class="steer-left-out" role="alert"><p>Not scored:</p><ul>{lines}</ul></div>'
+
+
+def scatter_view(scores: Scores, across: str, up: str) -> str:
+    """Every image that both rewards scored at its two scores, and how alike they rank the images.
+
+    Pictures can be reached by Tab, and say their scores; nothing where there are fewer than two.
+    """
+    rows = [row for row in scores.rows if across in row.scores and up in row.scores]
+    if len(rows) < 2:
+        return ""
+    places = [(row.scores[across].total, row.scores[up].total) for row in rows]
+    xs, ys = zip(*places, strict=True)
+    x_axis, y_axis = _axis(xs, LEFT, WIDTH - RIGHT), _axis(ys, HEIGHT - BOTTOM, TOP)
+    pictures = "".join(
+        _picture(row, (x_axis.at(x), y_axis.at(y)), f"{row.name}: {across} {short(x)}, {up} {short(y)}")
+        for row, (x, y) in zip(rows, places, strict=True)
+    )
+    title = f"{up} against {across}"
+    numbers = [[row.name, x, y] for row, (x, y) in zip(rows, places, strict=True)]
+    return (
+        f'<figure class="steer-chart steer-scatter"><figcaption>{escape(title)}</figcaption>'
+        f"<p>{_alike(xs, ys)}</p>"
+        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="group" aria-label="{escape(title)}">'
+        f"{_axes(x_axis, y_axis, across, up)}<g>{pictures}</g></svg>"
+        f'<details class="steer-numbers"><summary>As a table</summary>{table(title, ["image", across, up], numbers)}'
+        "</details></figure>"
+    )
+
+
+def _alike(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """Spearman's rank correlation in a sentence."""
+    rho = spearman(xs, ys)
+    if math.isnan(rho):
+        return "One of the two gives all images the same score: there is no order to compare."
+    told = f"{rho:.2f}".replace("-", "−")
+    return (
+        f"Spearman's ρ = {told} over {len(xs)} images: 1 where both rank them alike, 0 where one says nothing of "
+        "the other, −1 where they rank them the other way round."
+    )
+
+
+def _axis(values: Sequence[float], start: float, end: float) -> Axis:
+    low, high = min(values), max(values)
+    if high - low <= 1e-6 * abs(high):  # rounding errors of what is one value
+        low, high = low - (abs(low) / 10 or 1.0), high + (abs(high) / 10 or 1.0)
+    ticks = [float(tick) for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
+    return Axis(min(low, ticks[0]), max(high, ticks[-1]), start, end, tuple(ticks))
+
+
+def _axes(across: Axis, up: Axis, x_label: str, y_label: str) -> str:
+    """Grid lines with their values, and the names of both axes."""
+    drawn, floor = "", HEIGHT - BOTTOM
+    for tick in up.ticks:
+        y = up.at(tick)
+        drawn += f'<path class="steer-grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
+        drawn += f'<text x="{LEFT - 8:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
+    for tick in across.ticks:
+        x = across.at(tick)
+        drawn += f'<path class="steer-grid" d="M{x:.1f} {TOP:g}V{floor:g}"/>'
+        drawn += f'<text x="{x:.1f}" y="{floor + 18:g}" text-anchor="middle">{across.label(tick)}</text>'
+    middle = (TOP + floor) / 2
+    drawn += (
+        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 8:g}" text-anchor="middle">{escape(x_label)}</text>'
+    )
+    turned = f'transform="translate(14 {middle:g}) rotate(-90)" text-anchor="middle"'
+    return f'<g aria-hidden="true">{drawn}<text {turned}>{escape(y_label)}</text></g>'
+
+
+def _picture(row: Row, place: tuple[float, float], told: str) -> str:
+    """A thumbnail around its place, in a frame that shows the focus."""
+    left, top, words = place[0] - SIDE / 2, place[1] - SIDE / 2, escape(told, quote=True)
+    box = f'x="{left:.1f}" y="{top:.1f}" width="{SIDE:g}" height="{SIDE:g}"'
+    return (
+        f'<g class="steer-spot" role="img" tabindex="0" aria-label="{words}"><title>{words}</title>'
+        f'<image href="{data_uri(row.thumbnail)}" {box} preserveAspectRatio="xMidYMid slice"/><rect {box}/></g>'
+    )
+
+
+def names_view() -> str:
+    """The rewards that have a name, and what they measure."""
+    return table("Rewards that have a name", ["name", "what it measures"], sorted(reward_names().items()))
+
 
 SCRIPT = Path(__file__).parent / "run_view.js"  # keeps tables open when what is around them changes
 # Those that need nothing from a network.

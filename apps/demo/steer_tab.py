@@ -1,29 +1,482 @@
 """The Steer tab: a prompt, the particles while they are steered, and what came out."""
 
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import gradio as gr
+from PIL import Image
 
-from steer.apps.demo.page import FAILED, PRIVATE, RANDOM, Change, line
-from steer.apps.demo.results import Results
-from steer.apps.demo.run_view import run_view
-from steer.apps.demo.seen import Finished, Seen
-from steer.apps.demo.steer_fields import (
-    Defaults,
-    defaults_of,
-    prompts_of,
-    restored,
-    settings_of,
-    shown_with,
-    steer_fields,
+from steer.apps.demo.labels import Finished, Seen
+from steer.apps.demo.plots import Column, Lineages, Series, ancestry, line_chart, short, table, ways_back
+from steer.apps.demo.steering import Frame, Made, as_command, as_python, data_uri, steering
+from steer.apps.demo.studio import (
+    FAILED,
+    MOST_CHARACTERS,
+    PRIVATE,
+    RANDOM,
+    Change,
+    Studio,
+    Weights,
+    line,
+    number,
+    seed_of,
+    whole,
 )
-from steer.apps.demo.steering import Frame, Made, steering
-from steer.apps.demo.studio import Studio
-from steer.apps.demo.weights import Weights
-from steer.apps.png_metadata import read_metadata
+from steer.apps.methods import SampleSettings
+from steer.apps.recipes import Recipe, read_metadata
+from steer.apps.sampling import Picture
 from steer.errors import InputError
+from steer.pipelines.base import Cost
+
+METHODS = {
+    "Particles (Feynman–Kac)": "fk",
+    "Best of N": "best-of-n",
+    "Optimised noise (ReNO)": "reno",
+    "Plain sampling": "base",
+}
+REWARDS = {
+    "scene-soft": "how well the scene's parts are there, in degrees",
+    "preference:scenes": "what people would prefer, learned from choices",
+    "aesthetic:scenes": "how calm and balanced it looks, learned",
+    "clip:scenes": "how well a small CLIP thinks it fits the words",
+    "preference:scenes + aesthetic:scenes:0.5": "both, the second at half weight",
+    "jpeg": "how well it compresses: plain pictures",
+}
+# What one visitor may ask for of a machine that others wait for.
+MOST_PROMPTS = 4
+MOST = {"particles": 16, "steps": 100, "iterations": 100}
+ONE_STEP = "scenes-turbo"
+EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
+
+
+def steer_fields(studio: Studio) -> dict[str, Any]:
+    """The components, by the names that `settings_of` reads."""
+    fields: dict[str, Any] = {
+        "prompts": gr.Textbox(EXAMPLE, label="Prompt", lines=2, info=f"One a line, up to {MOST_PROMPTS}."),
+        "method": gr.Radio([*METHODS.items()], value="fk", label="Method"),
+        "reward": gr.Dropdown(
+            [*dict.fromkeys([*studio.rewards, *REWARDS])],
+            value=studio.rewards[0] if studio.rewards else "scene-soft",
+            allow_custom_value=True,
+            label="Reward",
+            info="What is to rise. Add several with +, weigh one with :0.5.",
+        ),
+    }
+    with gr.Accordion("What the rewards measure", open=False):
+        gr.Markdown("\n".join(f"- `{name}`: {told}" for name, told in REWARDS.items()))
+    with gr.Row():
+        fields["particles"] = gr.Slider(1, MOST["particles"], 4, step=1, label="Particles", info="images at a time")
+        fields["lam"] = gr.Slider(0, 100, 25, step=1, label="Strength λ", info="0: no steering")
+    with gr.Row():
+        fields["steps"] = gr.Slider(1, MOST["steps"], 20, step=1, label="Steps", info="of the solver")
+        fields["guidance"] = gr.Slider(0, 15, 4, step=0.5, label="Guidance", info="how closely to follow the words")
+    fields["iterations"] = gr.Slider(
+        1, MOST["iterations"], 20, step=1, label="Iterations", info="of the noise, for ReNO", visible=False
+    )
+    with gr.Row():
+        fields["seed"] = gr.Number(0, label="Seed", info="−1: a new one for every run")
+        fields["fresh"] = gr.Checkbox(False, label="A new seed for every run")
+    with gr.Accordion("Model and comparison", open=len(studio.models) > 1):
+        fields["model"] = gr.Dropdown([*studio.models], value=studio.models[0], label="Model")
+        fields["compare"] = gr.Checkbox(True, label="Also make the base images of the same seed")
+        fields["worn"] = gr.Checkbox(False, label="Finetuned weights", visible=False, elem_id="steer-worn")
+    return fields
+
+
+def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> SampleSettings:
+    """What the fields ask for, with the weights that the visitor loaded.
+
+    Raises InputError for numbers beyond what this app does.
+    """
+    settings = SampleSettings(
+        model=asked["model"],
+        method=asked["method"],
+        reward=asked["reward"].strip(),
+        particles=whole("particles", asked["particles"]),
+        steps=whole("steps", asked["steps"]),
+        guidance=number("guidance", asked["guidance"]),
+        lam=number("strength", asked["lam"]),
+        potential="difference",
+        resampler="systematic",
+        tempering="constant",
+        ess_threshold=0.5,
+        eta=None,
+        seed=seed_of(asked["seed"], asked["fresh"]),
+        compare=bool(asked["compare"]),
+        dtype=None,
+        iterations=whole("iterations", asked["iterations"]),
+        lora=_worn(asked["model"], weights) if asked["worn"] else None,
+    )
+    settings.check()
+    for name, most in MOST.items():
+        if getattr(settings, name) > most:
+            raise InputError(f"{name} can be at most {most} in this app, got {getattr(settings, name)}")
+    return settings
+
+
+def _worn(model: str, weights: Weights | None) -> str:
+    """What settings say of finetuned weights that a model is to wear. Raises InputError where it cannot."""
+    if weights is None:
+        raise InputError("no finetuned weights are loaded here: train some in the Finetune tab")
+    if weights.model != model:
+        raise InputError(f"the finetuned weights are those of {weights.model}: choose that model, or leave them off")
+    return weights.told
+
+
+def prompts_of(text: str) -> list[str]:
+    """The prompts of a field, one a line. Raises InputError where there are none, or too much of them."""
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise InputError("the prompt is empty: say what the image should show")
+    if len(prompts) > MOST_PROMPTS:
+        raise InputError(f"{len(prompts)} prompts: at most {MOST_PROMPTS} at a time in this app")
+    if (longest := max(map(len, prompts))) > MOST_CHARACTERS:
+        raise InputError(f"a prompt of {longest} characters: at most {MOST_CHARACTERS}")
+    return prompts
+
+
+def restored(recipe: Recipe, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
+    """What the fields were when an image was made. Raises InputError for one that they cannot ask for."""
+    settings = recipe.settings
+    if settings.model not in models or settings.method not in METHODS.values():
+        what = f"model {settings.model!r:.80}, method {settings.method!r}"
+        raise InputError(
+            f"it was made with {what}, which this app does not have: `steer sample --replay` makes it again"
+        )
+    asked = {
+        "prompts": recipe.prompt,
+        "method": settings.method,
+        "reward": settings.reward,
+        "particles": settings.particles,
+        "lam": 0.0 if settings.lam is None else settings.lam,
+        "steps": settings.steps or 1,
+        "guidance": 0.0 if settings.guidance is None else settings.guidance,
+        "iterations": settings.iterations,
+        "seed": settings.seed,
+        "fresh": False,
+        "model": settings.model,
+        "compare": settings.compare,
+        "worn": settings.lora is not None,
+    }
+    again, first = asdict(settings_of(asked, weights)), asdict(settings)
+    if apart := [name for name, value in first.items() if again[name] != value]:
+        name = apart[0]
+        raise InputError(
+            f"it was made with {name} {first[name]!r}, which has no field here: `steer sample --replay` does it"
+        )
+    return asked
+
+
+def defaults_of(method: str, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
+    """Values of the fields that depend on the method: ReNO is for one-step models.
+
+    Where finetuned weights are loaded, the other methods begin with them.
+    """
+    reno = method == "reno"
+    model, steps, guidance = (weights.model, weights.steps, weights.guidance) if weights else (models[0], 20, 4)
+    return {
+        "steps": 1 if reno else steps,
+        "guidance": 0 if reno else guidance,
+        "model": ONE_STEP if reno and ONE_STEP in models else model,
+        "worn": weights is not None and not reno,
+    }
+
+
+def shown_with(method: str, weights: Weights | None = None) -> dict[str, bool]:
+    """Which fields a method has."""
+    return {
+        "lam": method == "fk",
+        "iterations": method == "reno",
+        "compare": method != "base" or weights is not None,
+        "worn": weights is not None,
+    }
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The defaults that fields had last, by name, and the names of those that the visitor has set otherwise."""
+
+    values: Mapping[str, Any]
+    kept: frozenset[str] = frozenset()
+
+    def changed(self, now: Mapping[str, Any], to: Mapping[str, Any]) -> tuple["Defaults", dict[str, Any]]:
+        """Other defaults, and the fields that follow them: those that the visitor has left alone, of what they say."""
+        kept = self.kept | {name for name, value in self.values.items() if now[name] != value}
+        follows = {name: value for name, value in to.items() if name not in kept}
+        return Defaults({**self.values, **to}, kept), follows
+
+
+NOTHING = "The particles appear here while they are being steered."
+CROWDS = ((1, " steer-single"), (4, " steer-few"), (8, " steer-some"))  # up to so many images
+FINISHED, SMALL = 256, 56  # pixels of a finished image's longer side, in the gallery and in the tree
+
+
+def run_view(frames: Sequence[Frame], made: Made | None) -> str:
+    """The HTML of a run as far as it is: an invitation, where nothing has been read yet.
+
+    frames  the readings so far, each with as many particles
+    made    what came out, once it has
+    """
+    columns = [Column(frame) for frame in frames]
+    if made is not None:
+        columns.append(Column(_finished(made, frames[-1].total if frames else 0), ended=True))
+    if not columns:
+        return f'<section class="steer-run"><p class="steer-empty">{NOTHING}</p></section>'
+    parents, size = [frame.ancestors for frame in frames if frame.ancestors], len(columns[0].frame.rewards)
+    related = size > 1 and bool(frames) and len(parents) == len(frames)
+    ways = ways_back(parents[: len(columns) - 1], size) if related else {}
+    tree = ancestry(columns, ways, _icons(columns[-1])) if related else ""
+    curves = _curves(columns, ways) if frames else ""
+    parts = _gallery(columns) + tree + curves + _table(columns, ways)
+    return f'<section class="steer-run" data-run="{_mark(columns[0].frame)}">{parts}</section>'
+
+
+def _finished(made: Made, total: int) -> Frame:
+    """The finished images as a last reading: in the slots that they come from."""
+    pictures = [made.images[made.order.index(slot)] for slot in sorted(made.order)]
+    images = []
+    for picture in pictures:
+        with Image.open(picture.path) as image:
+            images.append(_smaller(image, FINISHED))
+    return Frame(total, total, tuple(images), tuple(picture.recipe.reward for picture in pictures))
+
+
+def _smaller(image: Image.Image, size: int) -> Image.Image:
+    copy = image.convert("RGB")
+    copy.thumbnail((size, size))
+    return copy
+
+
+def _icons(column: Column) -> list[str]:
+    return [data_uri(_smaller(image, SMALL)) for image in column.frame.images] if column.ended else []
+
+
+def _mark(first: Frame) -> str:
+    """Tells one run from another."""
+    return f"{zlib.crc32(repr(first.rewards).encode() + first.images[0].tobytes()):08x}"
+
+
+def _place(column: Column) -> str:
+    return column.name if column.ended else f"{column.name} of {column.frame.total}"
+
+
+def _gallery(columns: Sequence[Column]) -> str:
+    """The scrubber, and below it the images of every position, of which one is shown."""
+    several = len(columns[-1].frame.images) > 1
+    note = "each image: the particle’s number and its reward, ★ the highest" if several else "the image: its reward"
+    last, place, alone = len(columns) - 1, _place(columns[-1]), "false" if len(columns) > 1 else "true"
+    frames = ""
+    for place_of, column in enumerate(columns):
+        cells = "".join(_cell(column, place_of, slot) for slot in range(len(column.frame.images)))
+        hidden = "" if place_of == last else ' hidden=""'
+        frames += f'<div class="steer-frame{_crowd(column)}" data-label="{_place(column)}"{hidden}>{cells}</div>'
+    return (
+        '<div class="steer-gallery"><h3>Particles</h3><div class="steer-scrub" role="group" aria-label="Which reading">'
+        f'<button type="button" data-move="-1" aria-label="Earlier reading" aria-disabled="{alone}">‹</button>'
+        f'<input type="range" class="steer-scrubber" min="0" max="{last}" step="1" value="{last}"'
+        f' aria-label="Reading" aria-valuetext="{place}"/>'
+        '<button type="button" data-move="1" aria-label="Later reading" aria-disabled="true">›</button>'
+        f'<span class="steer-reading" role="status">{place}</span></div><div class="steer-frames">{frames}</div>'
+        f'<p class="steer-note">Below {note}.</p></div>'
+    )
+
+
+def _crowd(column: Column) -> str:
+    """Of how many images style.css makes a row of which size."""
+    size = len(column.frame.images)
+    return next((name for most, name in CROWDS if size <= most), "")
+
+
+def _cell(column: Column, number: int, slot: int) -> str:
+    reward, several = column.frame.rewards[slot], len(column.frame.rewards) > 1
+    best = several and reward == max(column.known, default=None)
+    return (
+        f'<figure class="steer-cell{" steer-best" if best else ""}" data-key="{number}-{slot}">'
+        f'<img src="{column.frame.sources[slot]}" alt="{column.told(slot)}{", the highest" if best else ""}"/>'
+        f"<figcaption><span>{slot + 1 if several else ''}</span> <b>{short(reward)}</b></figcaption></figure>"
+    )
+
+
+def _spread(column: Column) -> tuple[float, float, float] | None:
+    """Lowest, mean and highest reward."""
+    known = column.known
+    return (min(known), sum(known) / len(known), max(known)) if known else None
+
+
+def _living(columns: Sequence[Column], ways: Lineages) -> list[int]:
+    """At each column, of how many first particles some descendant is there; nothing where ancestors are unknown."""
+    return [len({way[0] for (column, _), way in ways.items() if column == place}) for place in range(len(columns))]
+
+
+def _curves(columns: Sequence[Column], ways: Lineages) -> str:
+    """Small charts of rewards and, where several particles are related, of how many still count."""
+    span, several = (1.0, float(columns[-1].frame.total)), len(columns[0].frame.rewards) > 1
+    steps = [float(column.frame.step) for column in columns]
+    spreads = [(step, spread) for step, column in zip(steps, columns, strict=True) if (spread := _spread(column))]
+    mean = Series("mean", [(x, middle) for x, (_, middle, _) in spreads], _band(spreads) if several else ())
+    charts = line_chart("Rewards: mean, lowest to highest" if several else "Reward", [mean], "step", x_range=span)
+    if ways:
+        ess = [(step, column.frame.ess) for step, column in zip(steps, columns, strict=True)]
+        sizes = Series("ESS", [(x, size) for x, size in ess if size is not None])
+        living = Series("living", [*zip(steps, map(float, _living(columns, ways)), strict=True)])
+        charts += line_chart("Particles that count (ESS)", [sizes], "step", x_range=span, y_from=0)
+        charts += line_chart("First particles that live on", [living], "step", x_range=span, y_from=0)
+    return f'<div class="steer-curves"><h3>Curves</h3><div class="steer-charts">{charts}</div></div>' if charts else ""
+
+
+def _band(spreads: Sequence[tuple[float, tuple[float, float, float]]]) -> list[tuple[float, float, float]]:
+    return [(x, low, high) for x, (low, _, high) in spreads]
+
+
+def _table(columns: Sequence[Column], ways: Lineages) -> str:
+    """The numbers of the tree and of the curves."""
+    head = ["reading", "lowest reward", "mean", "highest"]
+    head += ["ESS", "first particles alive", "the next go on from"] if ways else []
+    rows: list[list[object]] = []
+    for place, column in enumerate(columns):
+        row: list[object] = [column.name, *(_spread(column) or (None, None, None))]
+        if ways:
+            onward = ", ".join(str(slot + 1) for slot in column.frame.ancestors or ()) or None
+            row += [column.frame.ess, _living(columns, ways)[place], onward]
+        rows.append(row)
+    caption = "Rewards, and where particles go on" if ways else "Rewards"
+    return f'<details class="steer-numbers"><summary>As a table</summary>{table(caption, head, rows)}</details>'
+
+
+class Results:
+    """The components, hidden until there is something in them."""
+
+    def __init__(self) -> None:
+        with gr.Column(visible=False, elem_id="steer-results") as self.box:
+            self.chooser = gr.Radio([], label="Prompt", visible=False, elem_id="steer-chooser")
+            self.slider = gr.ImageSlider(
+                type="filepath",
+                format="png",
+                interactive=False,
+                max_height=420,
+                elem_id="steer-slider",
+            )
+            self.gallery = gr.Gallery(
+                label="Base images",
+                format="png",
+                type="filepath",
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                interactive=False,
+                buttons=["fullscreen"],
+                elem_id="steer-base",
+            )
+            self.table = gr.HTML(elem_id="steer-rewards")
+            with gr.Accordion("Images, each with its settings inside", open=False):
+                self.files = gr.File(show_label=False, file_count="multiple", interactive=False, elem_id="steer-files")
+            with gr.Accordion("The same outside this app", open=False):
+                self.command = gr.Code(label="Command", language="shell", interactive=False, wrap_lines=True)
+                self.python = gr.Code(label="Python", language="python", interactive=False)
+
+    @property
+    def components(self) -> list[Any]:
+        return [self.box, self.chooser, self.slider, self.gallery, self.table, self.files, self.command, self.python]
+
+    def updates(self, finished: Sequence[Finished], place: int = 0) -> dict[Any, Any]:
+        """Shows one of the finished prompts, and offers the others."""
+        one = finished[place].made
+        pair = compared(one)
+        choices = [(f"{number + 1}. {each.made.prompt}", number) for number, each in enumerate(finished)]
+        return {
+            self.box: gr.update(visible=True),
+            self.chooser: gr.update(choices=choices, value=place, visible=len(finished) > 1),
+            self.slider: gr.update(
+                value=pair and tuple(str(picture.path) for picture in pair),
+                visible=pair is not None,
+                label=pair and sides(one, *pair),
+            ),
+            self.gallery: gr.update(value=base_captions(one), visible=bool(one.base)),
+            self.table: rewards_table(one) + f'<p class="steer-told">{escape(means_told(one) + cost_told(one))}</p>',
+            self.files: [str(picture.path) for picture in (*one.images, *one.base)],
+            self.command: as_command(one.prompt, one.settings),
+            self.python: as_python(one.prompt, one.settings),
+        }
+
+
+def compared(made: Made) -> tuple[Picture, Picture] | None:
+    """The two sides of the slider: the best base image and the best image of as many, by the same reward.
+
+    Plain sampling sorts nothing: with finetuned weights it is the same noise before and after. None where there are no
+    base images, and for best of N, whose image is the best base image itself.
+    """
+    if not made.base or (made.settings.method == "best-of-n" and made.base_cost is None):
+        return None
+    if made.settings.method == "base":
+        return made.base[0], made.images[0]
+    return best(made.base), best(made.images)
+
+
+def best(pictures: Sequence[Picture]) -> Picture:
+    """The one of the highest reward, the first of several."""
+    return max(pictures, key=lambda one: one.recipe.reward)
+
+
+def sides(made: Made, left: Picture, right: Picture) -> str:
+    """What the two sides of the slider are, in words."""
+    steered, finetuned = made.settings.method != "base", made.settings.lora is not None
+    kind = "finetuned, and steered" if steered and finetuned else "finetuned" if finetuned else "steered"
+    of = f"the best of {len(made.images)} each" if steered else "the same noise"
+    rewards = f"{short(left.recipe.reward)} and {short(right.recipe.reward)}"
+    return f"Left: base model, right: {kind} ({of}; rewards {rewards})"
+
+
+def base_captions(made: Made) -> list[tuple[str, str]]:
+    """Every base image with its number and reward, the best with a star."""
+    top = best(made.base) if made.base else None
+    return [
+        (str(one.path), f"{'★ ' if one is top else ''}base {slot + 1}: {short(one.recipe.reward)}")
+        for slot, one in enumerate(made.base)
+    ]
+
+
+def rewards_table(made: Made) -> str:
+    """Every image's reward and its parts: steered ones best first, then the base ones."""
+    parts = list(made.images[0].recipe.parts)
+    parts = parts if len(parts) > 1 else []
+
+    def row(name: str, picture: Picture) -> list[object]:
+        scores = (picture.recipe.reward, *(picture.recipe.parts[part] for part in parts))
+        return [name, *scores]
+
+    first = "1." if made.settings.method == "base" else "best"  # nothing has sorted plain images
+    rows = [row(f"{rank + 1}." if rank else first, picture) for rank, picture in enumerate(made.images)]
+    rows += [row(f"base {slot + 1}", picture) for slot, picture in enumerate(made.base)]
+    return table(f"Rewards: {made.settings.reward}", ["image", "reward", *parts], rows)
+
+
+def means_told(made: Made) -> str:
+    """The mean rewards, in a sentence, where there is something to compare with."""
+    if not made.base:
+        return ""
+    before, after = (fmean(one.recipe.reward for one in pictures) for pictures in (made.base, made.images))
+    first, last = (short(best(pictures).recipe.reward) for pictures in (made.base, made.images))
+    same = " Best of N picks among the base images: its first is the best of them." if compared(made) is None else ""
+    text = f"Mean reward: {short(after)}, of the base images {short(before)}. Best: {last}, of the base images {first}."
+    return f"{text}{same} "
+
+
+def cost_told(made: Made) -> str:
+    """What it took, in a sentence."""
+    base = f"; the base images beside them {_cost(made.base_cost)}" if made.base_cost else ""
+    return f"It took {_cost(made.cost)}{base}. Seed {made.settings.seed}."
+
+
+def _cost(cost: Cost) -> str:
+    gradients = f", {cost.gradients} gradients" if cost.gradients else ""
+    scored = f"{cost.decodes} images decoded, {cost.reward_calls} scored{gradients}"
+    return f"{cost.nfe} denoiser evaluations, {scored}, {cost.seconds:.1f} s"
+
 
 HERE = Path(__file__).parent
 

@@ -1,6 +1,7 @@
 """What the Steer tab runs: one prompt after another, told step by step."""
 
 import re
+import shlex
 import shutil
 from base64 import b64encode
 from collections.abc import Callable, Sequence
@@ -14,19 +15,16 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from steer.apps.adapters import wearing
-from steer.apps.demo.studio import Studio
-from steer.apps.demo.weights import Weights
-from steer.apps.demo.worker import Ticket
-from steer.apps.finished import Picture, base_of, written
-from steer.apps.methods import METHODS, Job, Off
-from steer.apps.named_errors import errors_named
-from steer.apps.sample_settings import SampleSettings
+from steer.apps.cli.errors import errors_named
+from steer.apps.demo.studio import Studio, Ticket, Weights
+from steer.apps.methods import METHODS, Job, Off, SampleSettings
+from steer.apps.models import wearing
+from steer.apps.sampling import Picture, base_of, written
+from steer.files import make_folder
 from steer.pipelines import Iteration, StepReport
-from steer.pipelines.choice_reading import pixels_of
-from steer.pipelines.output import Cost
+from steer.pipelines.base import Cost
+from steer.pipelines.training.preference_files import pixels_of
 from steer.reward import Reward
-from steer.staged import make_folder
 
 THUMBNAIL = 160  # pixels of a preview's longer side
 LONGEST_NAME = 80  # bytes of a prompt in the names of its images
@@ -199,3 +197,62 @@ def _thumbnail(image: Tensor) -> Image.Image:
     picture = Image.fromarray(pixels_of(image.detach().clamp(0, 1)))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     return picture
+
+
+CLASSES = {
+    "fk": "FKSteeringPipeline",
+    "best-of-n": "BestOfNPipeline",
+    "base": "BestOfNPipeline",
+    "reno": "ReNOPipeline",
+}
+# Of the command.
+OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "lam", "iterations", "seed")
+PYTHON = """import torch
+from steer.apps.models import load_pipeline
+from steer.pipelines import {name}
+
+pipe = load_pipeline({model!r}{dtype})
+{worn}out = {name}(pipe, reward={reward!r})(
+    {prompt!r},
+{arguments}
+    generator=torch.Generator().manual_seed({seed}),
+){ordered}
+out.images[0].save("best.png")
+print(out.rewards)
+"""
+
+
+def as_python(prompt: str, settings: SampleSettings) -> str:
+    """A program that makes the same images."""
+    arguments: dict[str, Any] = {
+        "num_particles": settings.particles,
+        "num_inference_steps": settings.steps,
+        "guidance_scale": settings.guidance,
+    }
+    if settings.method == "fk":
+        arguments["lam"] = settings.lam
+    if settings.method == "reno":
+        arguments["iterations"] = settings.iterations
+    return PYTHON.format(
+        name=CLASSES[settings.method],
+        model=settings.model,
+        dtype=f", dtype={settings.dtype!r}" if settings.dtype else "",
+        worn=f"pipe.load_lora_weights({settings.lora!r})  # unpacked\n" if settings.lora else "",
+        reward=settings.reward,
+        prompt=prompt,
+        arguments="\n".join(f"    {name}={value!r}," for name, value in arguments.items() if value is not None),
+        seed=settings.seed,
+        ordered=".in_slot_order()" if settings.method == "base" else "",
+    )
+
+
+def as_command(prompt: str, settings: SampleSettings) -> str:
+    """A line for a shell that makes the same images."""
+    given = {name: value for name in OPTIONS if (value := getattr(settings, name)) is not None}
+    words = [
+        word
+        for name, value in given.items()
+        for word in (f"--{name}", f"{value:g}" if isinstance(value, float) else str(value))
+    ]
+    dashed = ["--", prompt] if prompt.startswith("-") else [prompt]
+    return shlex.join(["steer", "sample", *words, *([] if settings.compare else ["--no-compare"]), *dashed])

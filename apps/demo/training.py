@@ -9,26 +9,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steer.apps.demo.label_folder import kept_files
-from steer.apps.demo.page import LARGEST_SEED
+from steer.apps.cli.errors import errors_named
+from steer.apps.demo.labels import kept_files
 from steer.apps.demo.steering import Loading
-from steer.apps.demo.studio import Studio
-from steer.apps.demo.weights import PACKED, Weights
-from steer.apps.demo.worker import Ticket
-from steer.apps.finetune import gather, learn, write_config
-from steer.apps.finetune_config import FinetuneConfig, read_config
+from steer.apps.demo.studio import LARGEST_SEED, PACKED, Studio, Ticket, Weights
 from steer.apps.finetune_report import write_grid, write_report
+from steer.apps.finetuning import FinetuneConfig, gather, learn, read_config, write_config
 from steer.apps.models import load_pipeline
-from steer.apps.named_errors import errors_named
 from steer.errors import InputError
 from steer.pipelines import FinetuneResult
-from steer.pipelines.choice_files import CHOICES
-from steer.pipelines.choices import settings_of
-from steer.pipelines.finetune_method import Record
-from steer.pipelines.finetune_run import INTERRUPTED
-from steer.pipelines.finetune_state import SERIES
-from steer.pipelines.held_out import Evaluated
-from steer.trainable import denoiser_of
+from steer.pipelines.training.evaluation import Evaluated
+from steer.pipelines.training.method import Record
+from steer.pipelines.training.preference_data import settings_of
+from steer.pipelines.training.preference_files import CHOICES
+from steer.pipelines.training.state import SERIES
+from steer.pipelines.training.trainer import INTERRUPTED
+from steer.training.trainable import denoiser_of
 
 CONFIGURATIONS = {"d3po": "d3po-scenes", "prdp": "prdp-scenes", "choices": "d3po-scenes"}
 MODELS = ("scenes", "scenes-large")  # embedded, and of several steps: one step leaves nothing to learn from
@@ -95,7 +91,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out prompts were drawn and judged; `grid` as `steer.apps.finetune_grids` writes it."""
+    """The held-out prompts were drawn and judged; `grid` as `steer.apps.plots` writes it."""
 
     record: Record
     grid: Path

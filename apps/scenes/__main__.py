@@ -44,7 +44,7 @@ def main() -> None:
 
 
 def _autoencoder(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.autoencoder import autoencoder_accuracy, train_autoencoder
+    from steer.apps.scenes.training import autoencoder_accuracy, train_autoencoder
 
     vae = train_autoencoder(options.out / "autoencoder", options.steps or 2500, options.device)
     print(f"{autoencoder_accuracy(vae):.2%} of fresh scenes pass after the autoencoder")
@@ -53,7 +53,7 @@ def _autoencoder(options: argparse.Namespace) -> None:
 def _denoiser(options: argparse.Namespace) -> None:
     from diffusers import AutoencoderKL
 
-    from steer.apps.scenes.denoiser import RECIPES, train_denoiser
+    from steer.apps.scenes.training import RECIPES, train_denoiser
 
     vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
     train_denoiser(options.out / "denoiser", vae, RECIPES[options.size], options.steps or 85_000, start=options.start)
@@ -62,7 +62,7 @@ def _denoiser(options: argparse.Namespace) -> None:
 def _checkpoint(options: argparse.Namespace) -> None:
     from diffusers import AutoencoderKL
 
-    from steer.apps.scenes.denoiser import RECIPES, save_checkpoint
+    from steer.apps.scenes.training import RECIPES, save_checkpoint
 
     vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
     save_checkpoint(options.out / "denoiser", vae, RECIPES[options.size], options.model)
@@ -71,7 +71,7 @@ def _checkpoint(options: argparse.Namespace) -> None:
 def _pilot(options: argparse.Namespace) -> None:
     from diffusers import AutoencoderKL
 
-    from steer.apps.scenes.pilot import pilot
+    from steer.apps.scenes.training import pilot
 
     vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
     pilot(options.out / "pilot", vae, options.seconds, options.only)
@@ -80,7 +80,7 @@ def _pilot(options: argparse.Namespace) -> None:
 def _check(options: argparse.Namespace) -> None:
     from diffusers import AutoencoderKL
 
-    from steer.apps.scenes.autoencoder import autoencoder_accuracy
+    from steer.apps.scenes.training import autoencoder_accuracy
 
     vae = AutoencoderKL.from_pretrained(options.model / "vae").to(options.device).eval()
     print(f"{autoencoder_accuracy(vae):.2%} of fresh scenes pass after the autoencoder")
@@ -103,8 +103,7 @@ def _captions(options: argparse.Namespace) -> None:
 
 
 def _pairs(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.annotators import write_pairs
-    from steer.apps.scenes.preferences import EACH, sample_prompts, trained_prompts
+    from steer.apps.scenes.preferences import EACH, sample_prompts, trained_prompts, write_pairs
 
     folder = options.out / "samples"
     list(sample_prompts(folder, str(options.model), trained_prompts(1760), EACH))
@@ -125,13 +124,13 @@ def _turbo(options: argparse.Namespace) -> None:
 
 
 def _tiny_vae(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.tiny_decoder import train_tiny_decoder
+    from steer.apps.scenes.distil import train_tiny_decoder
 
     train_tiny_decoder(options.out / "tiny-vae", options.model, options.steps or 7000)
 
 
 def _prompts(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.lists import write_prompt_lists
+    from steer.apps.scenes.world import write_prompt_lists
 
     write_prompt_lists(options.prompts)
 

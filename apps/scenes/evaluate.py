@@ -1,15 +1,30 @@
 """Base, best-of-N and Feynman–Kac steering side by side, judged by the exact scene reward."""
 
-from collections.abc import Sequence
+import json
+import logging
+import math
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
+from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, SteeringOutput
-from steer.pipelines.held_out import interval as bootstrap
+from steer.apps.plots import FAINT, INK
+from steer.errors import InputError
+from steer.files import read_image, write_text
+from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, Iteration, NoiseSearchPipeline, SteeringOutput
+from steer.pipelines.training.evaluation import interval as bootstrap
+from steer.reward import score_parts
+from steer.rewards.compose import mean, mean_minus_std, worst
+from steer.rewards.parser import load_reward
 from steer.rewards.scene import SceneReward
 
 TOGETHER = 8  # prompts in one call
@@ -122,3 +137,407 @@ def agreement(guess: Tensor, truth: Tensor) -> float:
     ranked = (guess[:, :, None] - guess[:, None]).sign()
     pairs = apart > 0
     return ((ranked[pairs] + 1) / 2).mean().item()
+
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BATCH = 256
+OTHERS = ("preference:scenes", "clip:scenes")
+CURVE_COLOURS = ("#832db6", "#e76300", "#3f90da", "#a96b59", "#bd1f01", "#94a4a2")
+
+
+def kl_of_best_of_n(n: int) -> float:
+    """An upper bound of the KL from the base model, nats: log n − (n − 1)/n (arXiv 2204.05862, 2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
+    """E[value of the image that the proxy likes best among n], for each prompt (P,), over all n-subsets of M images.
+
+    The k-th of M images, worst first, is the best of a random n-subset with probability C(k−1, n−1) / C(M, n): an
+    unbiased estimate from one sample of M (arXiv 2112.09332, appendix I). proxy, value: (P, M).
+    """
+    total = proxy.shape[1]
+    order = proxy.argsort(dim=1, stable=True)
+    ranks = torch.arange(1, total + 1, dtype=torch.float64)
+    log_chance = _log_choose(ranks - 1, n - 1) - _log_choose(torch.tensor(float(total)), n)
+    chance = torch.where(ranks >= n, log_chance.exp(), 0.0)
+    return (value.double().gather(1, order) * chance).sum(1)
+
+
+def _log_choose(n: Tensor, k: int) -> Tensor:
+    """log C(n, k), fp64; where n < k a number that nobody reads."""
+    n = n.double().clamp(min=k)
+    return torch.lgamma(n + 1) - math.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+
+def curves(folder: Path, ensemble: str, others: Sequence[str] = OTHERS) -> dict[str, Any]:
+    """For every proxy and n: its own standardised score and the exact reward of the image that it picks, [mean, low,
+    high] over prompts. "one member" is the mean over the members of what each would pick alone.
+
+    folder    files of `python -m steer.apps.scenes many`
+    ensemble  a learned reward of several members
+    """
+    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    gold = torch.tensor([row["gold"] for row in rows]).view(len(prompts), -1)
+    members = torch.stack([*_scores(ensemble, rows)[1].values()])
+    proxies = {
+        "picked by the exact reward": [gold],
+        "one member": [*members],
+        f"mean of {len(members)}": [mean(members)],
+        f"worst of {len(members)}": [worst(members)],
+        f"mean − std of {len(members)}": [mean_minus_std(members)],
+        **{spec: [_scores(spec, rows)[0]] for spec in others},
+    }
+    return {
+        "prompts": len(prompts),
+        "images": gold.shape[1],
+        "ensemble": ensemble,
+        "n": list(SIZES),
+        "kl": [round(kl_of_best_of_n(n), 3) for n in SIZES],
+        "proxies": {name: _curve([proxy.view_as(gold) for proxy in some], gold) for name, some in proxies.items()},
+        "against_one_member": {
+            name: [interval((_picked(some, gold, n) - _picked(proxies["one member"], gold, n)).float()) for n in SIZES]
+            for name, some in proxies.items()
+        },
+        "members": _disagreement(members.view(-1, *gold.shape)),
+    }
+
+
+def _picked(proxies: Sequence[Tensor], gold: Tensor, n: int) -> Tensor:
+    """The exact reward (P,) of what proxies of one kind pick, on average."""
+    return torch.stack([expected_best(proxy.view_as(gold), gold, n) for proxy in proxies]).mean(0)
+
+
+def _disagreement(members: Tensor) -> dict[str, float]:
+    """Of members' scores (K, P, M): by how much they differ about a prompt, and about an image beside that."""
+    prompts = members.mean(2, keepdim=True)
+    return {
+        "std_of_prompt_means": round(prompts.std(0).mean().item(), 3),
+        "std_within_prompts": round((members - prompts).std(0).mean().item(), 3),
+    }
+
+
+def _curve(proxies: Sequence[Tensor], gold: Tensor) -> dict[str, list[list[float]]]:
+    """What proxies (P, M) of one kind, on average, say of their picks, and what is true of them."""
+    own = [(proxy - proxy.mean()) / proxy.std() for proxy in proxies]
+    values = {"proxy": own, "gold": [gold] * len(own), "right": [(gold == 1).float()] * len(own)}
+    return {
+        field: [
+            interval(torch.stack([expected_best(p, v, n) for p, v in zip(proxies, some, strict=True)]).mean(0).float())
+            for n in SIZES
+        ]
+        for field, some in values.items()
+    }
+
+
+@torch.no_grad()
+def _scores(spec: str, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of a reward and of its parts, (N,) each."""
+    reward, scored = load_reward(spec), []
+    for start in tqdm(range(0, len(rows), BATCH), desc=spec, leave=False, disable=None):
+        some = rows[start : start + BATCH]
+        images = torch.stack([read_image(row["image"]) for row in some])
+        scored.append(score_parts(reward, images, [row["prompt"] for row in some]))
+    totals, parts = zip(*scored, strict=True)
+    return torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+def draw_curves(found: dict[str, Any], path: Path) -> None:
+    """Left what each proxy says of the image that it picks, right what the exact reward says."""
+    figure = Figure(figsize=(10.5, 4.3), dpi=120, layout="constrained")
+    oracle, *proxies = found["proxies"]
+    titles = {"proxy": "what the proxy says (its own standard deviations)", "gold": "what is true (exact reward)"}
+    for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for name, colour in zip(proxies, CURVE_COLOURS, strict=True):
+            mean_, low, high = zip(*found["proxies"][name][kind], strict=True)
+            axes.plot(found["n"], mean_, color=colour, lw=1.7, marker="o", ms=3.5, label=name)
+            axes.fill_between(found["n"], low, high, color=colour, alpha=0.07, lw=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(found["n"], [str(n) for n in found["n"]])
+        axes.set_xlabel("n of best-of-n", color=INK)
+        axes.set_title(title, size=10, loc="left", color=INK)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.spines[["left", "bottom"]].set_color(FAINT)
+        axes.grid(color=FAINT, alpha=0.3)
+    best = [value for value, _, _ in found["proxies"][oracle]["gold"]]
+    figure.axes[1].plot(found["n"], best, color=INK, lw=1.2, ls=":", label=oracle)
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+    figure.savefig(path)
+
+
+JUDGED = ("right", "met", "all_right")
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one prompt took: denoiser evaluations, decoded images, seconds of processor time."""
+
+    evaluations: float
+    decodes: float
+    seconds: float
+
+    def times(self, share: float) -> "Spent":
+        """A share of it."""
+        return Spent(share * self.evaluations, share * self.decodes, share * self.seconds)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of P prompts with M images: what the proxy and the exact reward say of them (P, M), and what one prompt took."""
+
+    proxy: Tensor
+    exact: Tensor
+    spent: Spent
+
+    def first(self, prompts: int) -> "Found":
+        """The first so many prompts."""
+        return replace(self, proxy=self.proxy[:prompts], exact=self.exact[:prompts])
+
+
+@dataclass(frozen=True)
+class Point:
+    """The image that a method picks for each of P prompts: the share of its requirements that are met, whether all of
+    them are, the proxy (P,); and where there are several, the share of a prompt's images that are right (P,)."""
+
+    size: float
+    met: Tensor
+    right: Tensor
+    proxy: Tensor
+    all_right: Tensor | None
+    spent: Spent
+
+    def row(self) -> dict[str, Any]:
+        """As plain values: [mean, low, high] over prompts, and the cost of one."""
+        told: dict[str, Any] = {
+            "size": round(self.size, 2),
+            "prompts": len(self.right),
+            "evaluations": round(self.spent.evaluations),
+            "decodes": round(self.spent.decodes, 1),
+            "seconds": round(self.spent.seconds, 3),
+        }
+        values = {name: getattr(self, name) for name in ("proxy", *JUDGED)}
+        return told | {name: interval(value.float()) for name, value in values.items() if value is not None}
+
+    def minus(self, other: "Point") -> dict[str, Any]:
+        """Differences over the prompts that both have."""
+        count = min(len(self.right), len(other.right))
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in JUDGED}
+        return {
+            "prompts": count,
+            **{
+                name: interval((mine[:count] - theirs[:count]).float())
+                for name, (mine, theirs) in pairs.items()
+                if mine is not None and theirs is not None
+            },
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A method with K particles of each prompt, which picks the best by the proxy.
+
+    method   a steering pipeline of `steer.pipelines`; `options` (plain values) go to its call
+    prompts  how many of the study's prompts it gets, the first ones; None: all
+    """
+
+    name: str
+    size: int
+    method: Callable[[Any, str], Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "scenes"
+    prompts: int | None = None
+
+    @property
+    def key(self) -> str:
+        """A name for its folder."""
+        return re.sub(r"[^\w.]+", "-", f"{self.name} {self.size}".lower()).strip("-")
+
+    @property
+    def images(self) -> int:
+        """Rows that a prompt has in a batch."""
+        return self.size
+
+    def about(self) -> dict[str, Any]:
+        """What its results depend on, beside the prompts and the call."""
+        method = getattr(self.method, "__name__", str(self.method))
+        return {"method": method, "size": self.size, "options": dict(self.options), "model": Path(self.model).name}
+
+    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
+        """Judges all K images, best first."""
+        options = {"num_particles": self.size, "generator": Generator().manual_seed(seed), "output_type": "pt"}
+        started = time.process_time()
+        out = self.method(pipe, reward)(list(prompts), **options, **call, **self.options)
+        seconds = time.process_time() - started
+        exact = judged(out.images, prompts).view_as(out.rewards)
+        return Found(out.rewards, exact, Spent(out.cost.nfe, out.cost.decodes, seconds).times(1 / len(prompts)))
+
+    def points(self, found: Found) -> list[Point]:
+        """One: the first image of every prompt."""
+        right = (found.exact == 1).double()
+        return [Point(self.size, found.exact[:, 0], right[:, 0], found.proxy[:, 0], right.mean(1), found.spent)]
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Contender):
+    """Best-of-n for many n, all from one plain batch of `size` images."""
+
+    method: Callable[[Any, str], Any] = BestOfNPipeline
+    sizes: Sequence[int] = (1, 2, 4, 8, 16)
+
+    def points(self, found: Found) -> list[Point]:
+        """For each n, the mean over all its subsets: unbiased (arXiv 2112.09332, appendix I)."""
+        return [self.best_of(found, n) for n in self.sizes if n <= self.size]
+
+    def best_of(self, found: Found, n: float) -> Point:
+        """Best-of-n; between two whole numbers on the line from one to the other."""
+        below, rest = int(n), n - int(n)
+
+        def expected(value: Tensor) -> Tensor:
+            low = expected_best(found.proxy, value, below)
+            return low if not rest else (1 - rest) * low + rest * expected_best(found.proxy, value, below + 1)
+
+        right = (found.exact == 1).double()
+        spent = found.spent.times(n / self.size)
+        return Point(n, expected(found.exact), expected(right), expected(found.proxy), right.mean(1), spent)
+
+    def at_seconds(self, found: Found, seconds: float) -> Point | None:
+        """Best-of-n of as many n as so many seconds a prompt allow; None where that is more than there are."""
+        return self._of_share(found, seconds / found.spent.seconds)
+
+    def at_evaluations(self, found: Found, evaluations: float) -> Point | None:
+        """The same at equally many denoiser evaluations."""
+        return self._of_share(found, evaluations / found.spent.evaluations)
+
+    def _of_share(self, found: Found, share: float) -> Point | None:
+        """Of a share of all images, at least of one; None for more than all, up to rounding."""
+        return self.best_of(found, min(max(self.size * share, 1.0), self.size)) if share <= 1 + 1e-9 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Search(Contender):
+    """Zero-order search of one noise a prompt, judged after every iteration; `size` iterations in all."""
+
+    method: Callable[[Any, str], Any] = NoiseSearchPipeline
+    neighbours: int = 4
+
+    @property
+    def images(self) -> int:
+        return 1
+
+    def about(self) -> dict[str, Any]:
+        return super().about() | {"neighbours": self.neighbours}
+
+    def made(self, iterations: int) -> int:
+        """Images that so many iterations make."""
+        return 1 + self.neighbours * (iterations - 1)
+
+    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
+        """Judges the best image so far, one for each iteration."""
+        best: list[Tensor] = []
+        proxies: list[Tensor] = []
+
+        def watch(now: Iteration) -> None:
+            assert now.images is not None
+            newest = (now.rewards >= now.best).flatten()[:, None, None, None]
+            best.append(torch.where(newest, now.images, best[-1]) if best else now.images)
+            proxies.append(now.best.flatten())
+
+        options = {"generator": Generator().manual_seed(seed), "output_type": "pt", "iterations": self.size}
+        started = time.process_time()
+        out = self.method(pipe, reward)(
+            list(prompts), neighbours=self.neighbours, on_iteration=watch, **options, **call, **self.options
+        )
+        seconds = time.process_time() - started
+        exact = torch.stack([judged(images, prompts) for images in best], 1)
+        spent = Spent(out.cost.nfe, out.cost.decodes, seconds).times(1 / len(prompts))
+        return Found(torch.stack(proxies, 1), exact, spent)
+
+    def points(self, found: Found) -> list[Point]:
+        """After each iteration; the pipeline's last image, which it makes once more, is not needed."""
+        right, last = (found.exact == 1).double(), self.made(self.size) + 1
+
+        def after(number: int) -> Point:
+            made, best = self.made(number + 1), found.proxy[:, number]
+            return Point(made, found.exact[:, number], right[:, number], best, None, found.spent.times(made / last))
+
+        return [after(number) for number in range(self.size)]
+
+
+def judged(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """The exact reward (P·M,) of images (P·M, 3, H, W), M of each prompt."""
+    return SceneReward()(images, [prompt for prompt in prompts for _ in range(len(images) // len(prompts))])
+
+
+logger = logging.getLogger(__name__)
+
+SIDE_BY_SIDE = 32  # images in one call, whatever K: seconds are then those of one and the same batch
+
+
+@dataclass
+class KeptRuns:
+    """Results in `folder`, of contenders steered by `reward`; `call` goes to every pipeline.
+
+    On the CPU, where seconds of processor time tell what a method costs, whatever else the machine does.
+    """
+
+    folder: Path
+    reward: str
+    call: Mapping[str, Any]
+    _pipes: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, contenders: Sequence[Contender], prompts: Sequence[str]) -> list[Found]:
+        """What each contender found; only what is not in the folder is computed.
+
+        Raises InputError for results of other settings, or prompts, in the folder.
+        """
+        work = [(one, start, some) for one in contenders for start, some in _groups(one, prompts)]
+        groups: dict[Contender, list[dict[str, Any]]] = {one: [] for one in contenders}
+        with tqdm(total=sum(len(some) for _, _, some in work), unit="prompt", disable=None) as bar:
+            for one, start, some in work:
+                bar.set_description(f"{one.name}, {one.size}")
+                groups[one].append(self._kept(one, start, some))
+                bar.update(len(some))
+        return [_merged(groups[one]) for one in contenders]
+
+    def _kept(self, one: Contender, start: int, prompts: list[str]) -> dict[str, Any]:
+        path = self.folder / one.key / f"{start:04d}.json"
+        about = one.about() | {"reward": self.reward, "call": dict(self.call), "prompts": prompts}
+        about = json.loads(json.dumps(about))  # as it comes back from the file
+        if path.exists():
+            kept: dict[str, Any] = json.loads(path.read_text())
+            if kept.get("about") != about:
+                raise InputError(
+                    f"{path} holds results of other settings or prompts; delete it, or choose another --out"
+                )
+            return kept
+        found = one.run(self._pipe(one.model), self.reward, prompts, start, self.call)
+        spent = found.spent.times(len(prompts))
+        kept = {
+            "about": about,
+            "proxy": found.proxy.tolist(),
+            "exact": found.exact.tolist(),
+            "spent": {"evaluations": spent.evaluations, "decodes": spent.decodes, "seconds": spent.seconds},
+        }
+        write_text(path, json.dumps(kept) + "\n")
+        logger.info("%s, prompts from %d on: %.1f s", one.key, start, spent.seconds)
+        return kept
+
+    def _pipe(self, model: str) -> Any:
+        if model not in self._pipes:
+            self._pipes[model] = load_pipeline(model, "cpu")
+            self._pipes[model].set_progress_bar_config(disable=True)
+        return self._pipes[model]
+
+
+def _groups(one: Contender, prompts: Sequence[str]) -> list[tuple[int, list[str]]]:
+    """Its prompts in groups that fill one call, each with the number of its first."""
+    own, together = prompts[: one.prompts], max(1, SIDE_BY_SIDE // one.images)
+    return [(start, list(own[start : start + together])) for start in range(0, len(own), together)]
+
+
+def _merged(groups: Sequence[Mapping[str, Any]]) -> Found:
+    count = sum(len(group["proxy"]) for group in groups)
+    proxy, exact = (torch.tensor([row for group in groups for row in group[name]]) for name in ("proxy", "exact"))
+    total = {name: sum(group["spent"][name] for group in groups) for name in groups[0]["spent"]}
+    return Found(proxy, exact, Spent(**total).times(1 / count))

@@ -36,7 +36,7 @@ def _foresight(options: argparse.Namespace) -> None:
 
 
 def _curves(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.overoptimise import curves, draw_curves
+    from steer.apps.scenes.evaluate import curves, draw_curves
 
     found = curves(options.out / "many", options.reward)
     _report(found, options.json)
@@ -44,8 +44,7 @@ def _curves(options: argparse.Namespace) -> None:
 
 
 def _steering(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.steering_pictures import draw_steering
-    from steer.apps.scenes.steering_study import contenders, steering_study
+    from steer.apps.scenes.steering_studies import contenders, draw_steering, steering_study
 
     options.count = options.count or 211  # all of the list, but shuffled: some methods get the first ones only
     rivals = contenders(large=options.large)
@@ -55,8 +54,7 @@ def _steering(options: argparse.Namespace) -> None:
 
 
 def _ablations(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.steering_ablations import ablations, variants
-    from steer.apps.scenes.steering_pictures import draw_ablations
+    from steer.apps.scenes.steering_studies import ablations, draw_ablations, variants
 
     options.list, options.count = "scenes-tuning", options.count or 64
     found = ablations(options.out / "ablations", options.reward, prompts_of(options), variants())
@@ -65,7 +63,8 @@ def _ablations(options: argparse.Namespace) -> None:
 
 
 def _economies(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.economies import draw_economies, economies, variants
+    from steer.apps.scenes.steering_studies import draw_economies, economies
+    from steer.apps.scenes.steering_studies import economy_variants as variants
 
     options.count = options.count or 64
     found = economies(options.out / "economies", options.reward, prompts_of(options), variants())
@@ -74,7 +73,7 @@ def _economies(options: argparse.Namespace) -> None:
 
 
 def _starts_study(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.starts_study import starts_study
+    from steer.apps.scenes.noise_studies import starts_study
 
     options.count = options.count or 48
     _report(starts_study(options.out / "starts", options.reward, prompts_of(options)), options.json)
@@ -82,14 +81,13 @@ def _starts_study(options: argparse.Namespace) -> None:
 
 def _preview_study(options: argparse.Namespace) -> None:
     from steer.apps.scenes.evaluate import CALL
-    from steer.apps.scenes.preview_study import preview_study
+    from steer.apps.scenes.steering_studies import preview_study
 
     _report(preview_study(str(options.model), prompts_of(options), CALL), options.json)
 
 
 def _finetuning(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.finetune_pictures import draw_guards, draw_methods
-    from steer.apps.scenes.finetune_study import study
+    from steer.apps.scenes.finetune_studies import draw_guards, draw_methods, study
 
     found = study(options.out, options.only)
     _report(found, options.json)
@@ -98,7 +96,7 @@ def _finetuning(options: argparse.Namespace) -> None:
 
 
 def _reno(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.noise_study import draw_study, study
+    from steer.apps.scenes.noise_studies import draw_study, study
 
     found = study("scenes-turbo", "scenes", options.reward, prompts_of(options))
     _report(found, options.json)
@@ -106,13 +104,13 @@ def _reno(options: argparse.Namespace) -> None:
 
 
 def _reno_then(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.noise_then import second_stage
+    from steer.apps.scenes.noise_studies import second_stage
 
     _report(second_stage("scenes-turbo", "scenes", options.reward, prompts_of(options)), options.json)
 
 
 def _reno_cost(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.noise_cost import costs
+    from steer.apps.scenes.noise_studies import costs
 
     _report(costs("scenes", "scenes-turbo"), options.json)
 

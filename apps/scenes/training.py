@@ -1,10 +1,30 @@
 """The scenes that both trainings draw, by number."""
 
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_snr
+from safetensors.torch import load_file, save_file
+from torch import Generator, Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from steer.apps.scenes.world import draw, random_scene
+from steer.apps.scenes.evaluate import CALL, interval
+from steer.apps.scenes.world import captions, draw, is_held_out, random_request, random_scene, requests_of
+from steer.files import staged
+from steer.rewards.scene import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SceneRequest, SceneReward
+from steer.training.supervised import Run, batch_at, read_state
 
 
 def training_scenes(count: int, first: int = 0) -> tuple[Tensor, list[str]]:
@@ -19,3 +39,460 @@ def training_scenes(count: int, first: int = 0) -> tuple[Tensor, list[str]]:
         images.append(draw(scene, rng))
         prompts.append(scene.prompt)
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), prompts
+
+
+WORDS = sorted({"and", *NUMBERS, *COLOURS, *SHAPES, *PLURALS, *" ".join(RELATIONS).split()})
+LENGTH = 24  # tokens, start and end included
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's 256 printable stand-ins for bytes: printable ones stand for themselves, the rest from U+0100 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    shifted = [256 + k for k in range(256 - len(printable))]
+    return [chr(code) for code in (*printable, *shifted)]
+
+
+def _merges(word: str) -> list[tuple[str, str]]:
+    """The merges that build one word letter by letter from the left."""
+    letters = [*word[:-1], word[-1] + "</w>"]
+    prefixes = ["".join(letters[:k]) for k in range(1, len(letters))]
+    return list(zip(prefixes, letters[1:], strict=True))
+
+
+def _segment(word: str, ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Split a word as byte-pair encoding does: merge the adjacent pair of lowest rank until none is left."""
+    symbols = [*word[:-1], word[-1] + "</w>"]
+    while pairs := [(ranks[pair], k) for k, pair in enumerate(pairwise(symbols)) if pair in ranks]:
+        _, k = min(pairs)
+        symbols[k : k + 2] = [symbols[k] + symbols[k + 1]]
+    return symbols
+
+
+def whole_word_merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Merges under which every word is one token.
+
+    Merges spelled from the left alone do not suffice: an earlier merge of another word splits "three" in three. A
+    merge that is appended ranks last, so that words which are one token already stay so.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        while len(symbols := _segment(word, ranks)) > 1:
+            ranks[symbols[0], symbols[1]] = len(ranks)
+    return list(ranks)
+
+
+def build_tokenizer(folder: Path, whole_words: bool = False) -> CLIPTokenizer:
+    """Write vocab.json and merges.txt to `folder` and return the tokenizer they define.
+
+    whole_words  one token a word; without it the merges of the first models, which split some words
+    """
+    alphabet = _byte_alphabet()
+    spelled = list(dict.fromkeys(merge for word in WORDS for merge in _merges(word)))
+    merges = whole_word_merges(WORDS) if whole_words else spelled
+    tokens = [*alphabet, *(f"{letter}</w>" for letter in alphabet), *("".join(merge) for merge in merges)]
+    tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(merge) for merge in merges)]) + "\n")
+    tokenizer = CLIPTokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), model_max_length=LENGTH
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+CHANNELS = 8
+BATCH = 16
+SCENES = 20_000
+FRESH = 10_000_000  # scenes from this number on are never trained on
+
+
+def new_autoencoder() -> AutoencoderKL:
+    """Four blocks, so that diffusers takes latents for 8 times smaller than images."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=CHANNELS,
+        norm_num_groups=8,
+        sample_size=64,
+        mid_block_add_attention=False,
+        scaling_factor=1.0,
+    )
+
+
+def to_model(images: Tensor) -> Tensor:
+    """uint8 0..255 to float −1..1."""
+    return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def reconstruction_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
+    """That of the images, and a whiff of KL."""
+    posterior = vae.encode(images).latent_dist
+    decoded = vae.decode(posterior.sample(generator=generator)).sample
+    return image_loss(decoded, images) + 1e-5 * posterior.kl().mean()
+
+
+def image_loss(decoded: Tensor, images: Tensor) -> Tensor:
+    """Absolute and squared error of images −1..1, objects weighing five times the background."""
+    error = decoded - images
+    background = images.flatten(2).median(2).values[..., None, None]
+    weight = 1 + 4 * ((images - background).abs().amax(1, keepdim=True) > 0.2)
+    return (weight * (error.abs() + error**2)).mean()
+
+
+def train_autoencoder(folder: Path, steps: int, device: str) -> AutoencoderKL:
+    """Trains, whitens and saves to folder/vae."""
+    torch.manual_seed(0)
+    vae = new_autoencoder().to(device, memory_format=torch.channels_last)
+    images, _ = training_scenes(SCENES)
+
+    def loss_at(step: int) -> Tensor:
+        batch = to_model(images[batch_at(step, BATCH, SCENES)]).to(device)
+        return reconstruction_loss(vae, batch, torch.Generator(device).manual_seed(step))
+
+    Run(folder, steps, learning_rate=2e-3).train([vae], loss_at)
+    whiten(vae, encode(vae, images[:4000]))
+    vae.save_pretrained(folder / "vae")
+    return vae
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Means of the posterior (N, 8, 8, 8) on the CPU, of uint8 images."""
+    chunks = images.split(100)
+    return torch.cat([vae.encode(to_model(chunk).to(vae.device)).latent_dist.mean.cpu() for chunk in chunks])
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Folds z ↦ W(z − m) into quant_conv and its inverse into post_quant_conv: channels of unit covariance.
+
+    One scaling factor cannot do this: variances of raw channels differ a thousandfold, and the small
+    ones, which noise would hide at every step, carry colours.
+    """
+    z = latents.movedim(1, -1).flatten(0, -2).double()
+    mean, covariance = z.mean(0), torch.cov(z.T)
+    values, vectors = torch.linalg.eigh(covariance)
+    forward, backward = (vectors * values**power @ vectors.T for power in (-0.5, 0.5))
+    quant, post = vae.quant_conv, vae.post_quant_conv
+    half = CHANNELS  # quant_conv gives means, then log-variances, which sampling does not use after this
+    weight, bias = quant.weight[:half, :, 0, 0].double().cpu(), quant.bias[:half].double().cpu()
+    quant.weight[:half] = (forward @ weight)[..., None, None].to(quant.weight)
+    quant.bias[:half] = (forward @ (bias - mean)).to(quant.bias)
+    weight, bias = post.weight[:, :, 0, 0].double().cpu(), post.bias.double().cpu()
+    post.weight.copy_((weight @ backward)[..., None, None])
+    post.bias.copy_(bias + weight @ mean)
+    quant.bias[half:] = -30.0  # the posterior's noise, of the old scale, is dropped
+    quant.weight[half:] = 0.0
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """What the autoencoder makes of uint8 images: float (N, 3, 64, 64) in [0, 1]."""
+    decoded = [vae.decode(z.to(vae.device)).sample.cpu() for z in encode(vae, images).split(100)]
+    return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
+
+
+def autoencoder_accuracy(vae: AutoencoderKL, scenes: int = 2000) -> float:
+    """Share of fresh scenes whose reconstruction still meets every requirement of its prompt."""
+    images, prompts = training_scenes(scenes, first=FRESH)
+    return float((SceneReward()(reconstruct(vae, images), prompts) == 1).float().mean())
+
+
+logger = logging.getLogger(__name__)
+
+PART = 4_000  # scenes drawn and encoded at a time
+WORDINGS = 4  # captions kept of each scene
+UNCONDITIONAL = 0.1  # share of prompts dropped, for classifier-free guidance
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train a denoiser; the pilot compares such."""
+
+    channels: tuple[int, ...] = (64, 128)  # of the UNet's resolutions
+    layers_per_block: int = 1
+    width: int = 128  # of the text encoder
+    layers: int = 2
+    heads: int = 4
+    scenes: int = 400_000  # different scenes, then they repeat with other captions
+    whole_words: bool = True  # one token a word
+    all_captions: bool = True  # any true wording of a scene, not the one it was drawn for
+    batch: int = 64
+    learning_rate: float = 1e-3
+    min_snr: float | None = None  # γ of min-SNR weighting (arXiv 2303.09556)
+    logit_normal: bool = False  # timesteps around the middle of the noise range more often (arXiv 2403.03206)
+    average: float = 0.999  # decay of the averaged weights
+
+
+RECIPES = {
+    "scenes": Recipe(),
+    "scenes-large": Recipe(channels=(128, 224), width=192, layers=3, heads=6),
+}
+_BASE = RECIPES["scenes"]
+PILOT = {
+    "base": _BASE,
+    "fixed": replace(_BASE, scenes=40_000, all_captions=False),
+    "split-words": replace(_BASE, whole_words=False),
+    "text-4": replace(_BASE, layers=4),
+    "rate-2e-3": replace(_BASE, learning_rate=2e-3),
+    "batch-32": replace(_BASE, batch=32),
+    "min-snr": replace(_BASE, min_snr=5.0),
+    "logit-normal": replace(_BASE, logit_normal=True),
+    "wide": replace(_BASE, channels=(96, 160)),
+}
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's noise schedule, with v-prediction."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def new_denoiser(recipe: Recipe = RECIPES["scenes"]) -> UNet2DConditionModel:
+    """8×8 and 4×4 latents, cross-attention at both."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        block_out_channels=recipe.channels,
+        layers_per_block=recipe.layers_per_block,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=recipe.width,
+        attention_head_dim=8,
+        norm_num_groups=16,
+    )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe = RECIPES["scenes"]) -> CLIPTextModel:
+    """A few layers of CLIP's text transformer."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=recipe.width,
+            intermediate_size=4 * recipe.width,
+            num_hidden_layers=recipe.layers,
+            num_attention_heads=recipe.heads,
+            max_position_embeddings=LENGTH,
+            projection_dim=recipe.width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """Padded as diffusers pads: (N, LENGTH)."""
+    return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+
+
+class Scenes:
+    """Training scenes by number, drawn and encoded a part at a time and kept as files in `folder`.
+
+    Scene n depends on n alone, so that a resumed run, or one on another machine, sees the same data.
+    """
+
+    def __init__(self, folder: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, recipe: Recipe) -> None:
+        self.folder, self.vae, self.tokenizer, self.recipe = folder, vae, tokenizer, recipe
+        self.part = lru_cache(maxsize=2)(self._part)
+
+    def _part(self, number: int) -> tuple[Tensor, Tensor]:
+        """Latents (PART, 8, 8, 8) and the tokens of WORDINGS captions (PART, WORDINGS, LENGTH)."""
+        path = self.folder / f"part-{number}{'' if self.recipe.whole_words else '-split'}.safetensors"
+        if not path.exists():
+            images, texts = [], []
+            for n in range(number * PART, (number + 1) * PART):
+                rng = np.random.default_rng(n)
+                scene = random_scene(rng)
+                images.append(draw(scene, rng))
+                own, *others = captions(scene)
+                texts += [own, *rng.choice([own, *others], WORDINGS - 1).tolist()]
+            latents = encode(self.vae, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+            tokens = token_ids(self.tokenizer, texts).view(PART, WORDINGS, LENGTH)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with staged(path) as new:
+                save_file({"latents": latents.half().contiguous(), "tokens": tokens.short()}, new)
+        data = load_file(path)
+        return data["latents"].float(), data["tokens"].long()
+
+    def batch(self, step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Latents (B, 8, 8, 8) and tokens (B, LENGTH) at one step; each pass over a part has its own order."""
+        size, parts = self.recipe.batch, math.ceil(self.recipe.scenes / PART)
+        turn, at = divmod(step, PART // size)
+        latents, tokens = self.part(turn % parts)
+        rows = torch.randperm(PART, generator=torch.Generator().manual_seed(turn))[at * size : (at + 1) * size]
+        wording = torch.randint(WORDINGS, (size,), generator=generator)
+        return latents[rows], tokens[rows, wording if self.recipe.all_captions else torch.zeros_like(wording)]
+
+
+def timesteps(recipe: Recipe, count: int, generator: torch.Generator) -> Tensor:
+    """Training timesteps (count,): uniform, or the sigmoid of a normal of mean 0.5."""
+    if recipe.logit_normal:
+        return (torch.sigmoid(0.5 + torch.randn(count, generator=generator)) * 1000).long().clamp(max=999)
+    return torch.randint(1000, (count,), generator=generator)
+
+
+def velocity_loss(
+    unet: UNet2DConditionModel, states: Tensor, x0: Tensor, t: Tensor, noise: Tensor, recipe: Recipe
+) -> Tensor:
+    """L = E w(t) ‖v − v̂(α_t x0 + σ_t ε, t, prompt)‖², v = α_t ε − σ_t x0 (arXiv 2202.00512).
+
+    w = 1, or min(SNR, γ)/(SNR + 1) (arXiv 2303.09556, §3.4 for v-prediction).
+    """
+    scheduler = new_scheduler()
+    x_t = scheduler.add_noise(x0, noise, t).contiguous(memory_format=torch.channels_last)
+    error = unet(x_t, t, states, return_dict=False)[0] - scheduler.get_velocity(x0, noise, t)
+    losses = (error**2).mean((1, 2, 3))
+    if recipe.min_snr is not None:
+        snr = compute_snr(scheduler, t)
+        losses = losses * snr.clamp(max=recipe.min_snr) / (snr + 1)
+    return losses.mean()
+
+
+def save_checkpoint(folder: Path, vae: AutoencoderKL, recipe: Recipe, to: Path) -> None:
+    """Write the averaged weights of an unfinished training as a pipeline in half precision, and its step beside it.
+
+    `train_denoiser(start=to)` continues from it on another machine, with new moments of the optimiser.
+    """
+    saved = read_state(folder / "state.pt", torch.device("cpu"))
+    tokenizer = build_tokenizer(to / "tokenizer", recipe.whole_words)
+    modules = torch.nn.ModuleList([new_denoiser(recipe), new_text_encoder(tokenizer, recipe)])
+    average = EMAModel(modules.parameters())
+    average.load_state_dict(saved["states"][-1])
+    average.copy_to(modules.parameters())
+    unet, text_encoder = modules
+    assemble(deepcopy(vae).half(), unet.half(), text_encoder, tokenizer).save_pretrained(to)
+    (to / "training.json").write_text(json.dumps({"step": saved["step"]}) + "\n")
+
+
+def train_denoiser(
+    folder: Path,
+    vae: AutoencoderKL,
+    recipe: Recipe,
+    steps: int,
+    decay: float = 0.25,
+    seconds: float | None = None,
+    start: Path | None = None,
+) -> StableDiffusionPipeline:
+    """Train the UNet and the text encoder; folder/pipeline holds the averaged weights.
+
+    decay    share of the steps over which the learning rate falls to 0 at the end
+    seconds  processor time after which the run saves its state and stops (None: after `steps`)
+    start    a folder of `save_checkpoint` whose weights and step a run without a state begins with
+    """
+    torch.manual_seed(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(folder / "tokenizer", recipe.whole_words)
+    scenes = Scenes(folder.parent / "parts", vae, tokenizer, recipe)
+    empty = token_ids(tokenizer, [""])
+    unet = new_denoiser(recipe).to(memory_format=torch.channels_last)
+    text_encoder = new_text_encoder(tokenizer, recipe)
+    modules, first = torch.nn.ModuleList([unet, text_encoder]), 0
+    if start is not None:
+        pipe = StableDiffusionPipeline.from_pretrained(start, dtype=torch.float32)
+        unet.load_state_dict(pipe.unet.state_dict())
+        text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+        first = json.loads((start / "training.json").read_text())["step"]
+    average = EMAModel(modules.parameters(), decay=recipe.average, use_ema_warmup=True, power=0.75)
+    average.optimization_step = first
+
+    def loss_at(step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(step)
+        x0, ids = scenes.batch(step, generator)
+        ids = torch.where(torch.rand(len(ids), 1, generator=generator) < UNCONDITIONAL, empty, ids)
+        t, noise = timesteps(recipe, len(ids), generator), torch.randn(x0.shape, generator=generator)
+        return velocity_loss(unet, text_encoder(ids)[0], x0, t, noise, recipe)
+
+    run = Run(folder, steps, recipe.learning_rate, save_every=500, decay=decay, start=first, stop_after=seconds)
+    run.train([modules], loss_at, after=average)
+    average.copy_to(modules.parameters())
+    pipe = assemble(vae, unet, text_encoder, tokenizer)
+    pipe.save_pretrained(folder / "pipeline")
+    return pipe
+
+
+def assemble(
+    vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """The parts as a plain Stable Diffusion pipeline."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+    )
+
+
+DEVELOPMENT = 200  # requests with a relation; the held-out list has every held-out request of the other tasks
+FIRST_PILOT_SCENE = 20_000_000  # scenes from this number on are never trained on
+
+
+def development_requests() -> list[SceneRequest]:
+    """Combinations that training never sees and that are not in the held-out list either."""
+    reserved = {request.canonical for request in requests_of("scenes-heldout")}
+    rng = np.random.default_rng(FIRST_PILOT_SCENE)
+    drawn = dict.fromkeys(random_request(rng, "position") for _ in range(20_000))
+    return [r for r in drawn if is_held_out(r) and r.canonical not in reserved][:DEVELOPMENT]
+
+
+@torch.no_grad()
+def validation_loss(pipe: StableDiffusionPipeline, requests: list[SceneRequest]) -> list[float]:
+    """Unweighted v-loss of one scene of each request at 50 … 950 of 1,000 training timesteps, ten of them."""
+    images = []
+    for number, request in enumerate(requests):
+        rng = np.random.default_rng(FIRST_PILOT_SCENE + number)
+        images.append(draw(random_scene(rng, request), rng))
+    x0 = encode(pipe.vae, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    noise = torch.randn(x0.shape, generator=Generator().manual_seed(FIRST_PILOT_SCENE))
+    states = pipe.text_encoder(token_ids(pipe.tokenizer, list(map(str, requests))))[0]
+
+    def at(t: int) -> float:
+        times = torch.full((len(x0),), t)
+        return round(velocity_loss(pipe.unet, states, x0, times, noise, Recipe()).item(), 4)
+
+    return [at(t) for t in range(50, 1000, 100)]
+
+
+def accuracy(pipe: Any, requests: list[SceneRequest], each: int = 2, **call: Any) -> Tensor:
+    """Share of `each` unsteered images that are right, of every request (P,)."""
+    pipe.set_progress_bar_config(disable=True)
+    right = []
+    for start in range(0, len(requests), 32):
+        prompts = [str(request) for request in requests[start : start + 32]]
+        generator = Generator().manual_seed(start)
+        images = pipe(prompts, num_images_per_prompt=each, generator=generator, output_type="pt", **CALL | call).images
+        scores = SceneReward()(images, [prompt for prompt in prompts for _ in range(each)])
+        right.append((scores == 1).float().view(len(prompts), each).mean(1))
+    return torch.cat(right)
+
+
+def pilot(folder: Path, vae: AutoencoderKL, seconds: float, only: list[str]) -> None:
+    """Train each recipe for so much processor time and append its figures to folder/pilot.jsonl."""
+    requests = development_requests()
+    for name in only or PILOT:
+        record: dict[str, Any] = {"recipe": name, "seconds": seconds}
+        # steps far beyond: no decay, so that all stop at the constant rate
+        pipe = train_denoiser(folder / name, vae, PILOT[name], 10**6, seconds=time.process_time() + seconds)
+        log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+        losses = validation_loss(pipe, requests)
+        record |= {"steps": log[-1]["step"], "loss": round(float(np.mean(losses)), 4), "losses": losses}
+        record["right"] = interval(accuracy(pipe, requests))
+        logger.info("%s", record)
+        with (folder / "pilot.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")

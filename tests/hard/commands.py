@@ -11,9 +11,9 @@ from typing import Any
 from forks import Ended, forked
 from safetensors.torch import load_file
 
-from steer.apps import cli
-from steer.checkpoint import Checkpoints
-from steer.sums import unsummed
+from steer.apps.cli import main as cli
+from steer.files import unsummed
+from steer.training.checkpoint import Checkpoints
 
 WORDS = ["--steps", "2", "--particles", "2", "--reward", "brightness", "--guidance", "3", "--lam", "5"]
 CONFIG: dict[str, Any] = {

@@ -9,16 +9,14 @@ from typing import Any
 import torch
 from held import check_line
 
-from steer.apps.sample_record import REPORT, open_record
-from steer.apps.sample_settings import SampleSettings
-from steer.checkpoint import Checkpoint
-from steer.checkpoint_files import MANIFEST, read_manifest, write_files
+from steer.apps.methods import SampleSettings
+from steer.apps.sampling import REPORT, open_record
 from steer.errors import InputError
-from steer.pipelines.choice_files import CHOICES, LOTS, SETTINGS, DrawnWith
-from steer.pipelines.choice_folder import ChoiceFolder
-from steer.pipelines.choice_reading import Recorded, read_choices
-from steer.rewards.transform import read_calibration
-from steer.trajectory import Rows, Trajectories
+from steer.pipelines.training.preference_data import ChoiceFolder
+from steer.pipelines.training.preference_files import CHOICES, LOTS, SETTINGS, DrawnWith, Recorded, read_choices
+from steer.rewards.compose import read_calibration
+from steer.training.checkpoint import MANIFEST, Checkpoint, read_manifest, write_files
+from steer.training.rollout import Rows, Trajectories
 
 SAMPLE = SampleSettings(
     *("scenes", "fk", "brightness", 2, 4, None, None, "difference", "systematic", "constant", 0.5, None, 0, True, None)

@@ -25,11 +25,11 @@ from conftest import PIPELINES, PROMPT, cached_pipe
 from finetune_runs import settings_of, train
 from soft_rewards import Soft, redness
 
-from steer.contract import with_timeout
-from steer.microbatch import micro_batched
+from steer.diffusion.batching import micro_batched
 from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
-from steer.pipelines.finetune_method import Record
-from steer.reward import load_reward
+from steer.pipelines.training.method import Record
+from steer.reward import with_timeout
+from steer.rewards.parser import load_reward
 from steer.shared_prompt import shared_prompt
 
 LOOKS = 50  # of a run, evenly spaced

@@ -30,13 +30,14 @@ from held import Finding, check_line, held
 from PIL import Image
 from pyarrow import parquet
 
-from steer import reward, rewards
-from steer.apps.finetune_cli import keys_of
-from steer.apps.finetune_config import read_config
-from steer.apps.named_rewards import names_alone
-from steer.apps.png_metadata import KEY, read_metadata, read_png, write_png
+from steer import rewards
+from steer.apps.cli.finetune import keys_of
+from steer.apps.finetuning import read_config
 from steer.apps.prompts import read_prompts
+from steer.apps.recipes import KEY, read_metadata, read_png, write_png
+from steer.apps.reward_specs import names_alone
 from steer.errors import InputError
+from steer.rewards import names as reward
 
 SMALL = {"scene", "jpeg", "jpeg-incompressible", "colour", "brightness"}  # the rewards that load no weights
 
@@ -186,26 +187,30 @@ def png_saying(text: bytes) -> bytes:
 
 _YAML = ("yaml.reader", "yaml.scanner", "yaml.parser", "yaml.composer", "yaml.constructor", "yaml.resolver")
 _CONFIG = (
-    "steer.apps.finetune_config",
-    "steer.apps.finetune_job",
-    "steer.pipelines.finetune_settings",
-    "steer.choices",
+    "steer.apps.finetuning",
+    "steer.apps.finetuning",
+    "steer.pipelines.training.config",
+    "steer.registry",
 )
 _REWARD = tuple(f"steer.rewards.{name}" for name in ("expression", "grammar", "aggregate", "combine", "transform"))
-_PNG = ("steer.apps.png_metadata", "steer.apps.sample_settings", "steer.pipelines.plan", "steer.apps.named_rewards")
+_PNG = ("steer.apps.recipes", "steer.apps.methods", "steer.pipelines.fk_steering", "steer.apps.reward_specs")
 PARSERS = {
     "config": Parser(_config, _config_again, (*_CONFIG, "steer.apps.yaml_text", *_YAML)),
     "config-words": Parser(
-        _words, _config_again, (*_CONFIG, "steer.apps.finetune_cli", "steer.apps.yaml_text", *_YAML)
+        _words, _config_again, (*_CONFIG, "steer.apps.cli.finetune", "steer.apps.yaml_text", *_YAML)
     ),
-    "reward": Parser(_reward, _reward_again, (*_REWARD, "steer.reward", "steer.apps.named_rewards")),
-    "reward-file": Parser(_reward_file, _reward_again, (*_REWARD, "steer.reward", *_YAML)),
+    "reward": Parser(_reward, _reward_again, (*_REWARD, "steer.rewards.names", "steer.apps.reward_specs")),
+    "reward-file": Parser(_reward_file, _reward_again, (*_REWARD, "steer.rewards.names", *_YAML)),
     "prompts": Parser(_prompts, _prompts_again, ("steer.apps.prompts", "json.decoder")),
     "parquet": Parser(_parquet, _parquet_again, ("steer.apps.prompts",)),
-    "choices": Parser(choices, choices_again, ("steer.pipelines.choice_files", "steer.pipelines.choice_reading")),
-    "manifest": Parser(manifest, manifest_again, ("steer.checkpoint_files", "steer.checkpoint")),
+    "choices": Parser(
+        choices,
+        choices_again,
+        ("steer.pipelines.training.preference_files", "steer.pipelines.training.preference_files"),
+    ),
+    "manifest": Parser(manifest, manifest_again, ("steer.training.checkpoint", "steer.training.checkpoint")),
     "png": Parser(_png, _png_again, (*_PNG, "PIL.PngImagePlugin", "PIL.ImageFile", "PIL.Image")),
     "recipe": Parser(_recipe, _recipe_again, (*_PNG, "json.decoder")),
-    "report": Parser(report, report_again, ("steer.apps.sample_record", "steer.sums")),
-    "calibration": Parser(calibration, calibration_again, ("steer.rewards.transform", "steer.sums")),
+    "report": Parser(report, report_again, ("steer.apps.sampling", "steer.files")),
+    "calibration": Parser(calibration, calibration_again, ("steer.rewards.compose", "steer.files")),
 }

@@ -12,7 +12,8 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Generator
 
-from steer.apps import finetune_report, sample
+from steer.apps import finetune_report
+from steer.apps import sampling as sample
 from steer.pipelines import FKSteeringPipeline
 
 

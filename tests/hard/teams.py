@@ -77,7 +77,7 @@ class Launched:
 
     def __init__(self, words: Iterable[str], log: Path) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command += ["-m", "steer.apps.cli", *words]
+        command += ["-m", "steer.apps.cli.main", *words]
         with log.open("w") as said:
             given = os.environ | {"OMP_NUM_THREADS": "1"}
             self.launcher = subprocess.Popen(command, env=given, stdout=said, stderr=said)

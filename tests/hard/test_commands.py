@@ -17,7 +17,8 @@ from conftest import cached_pipe
 from figures import Tally
 from forks import Ended, as_nobody, few_files, forked, killed_at, limited, open_to_all, started, steps_of
 
-from steer.apps import finetune_report, sample
+from steer.apps import finetune_report
+from steer.apps import sampling as sample
 
 FULL = pytest.mark.hard
 NAMES = ["sample", pytest.param("finetune", marks=FULL)]

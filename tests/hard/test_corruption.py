@@ -17,22 +17,22 @@ from tiny_rewards import tiny_learned, tiny_open_clip
 from torch import Tensor
 from writers import SETTINGS, WRITERS, found_noise, report, search_file
 
-from steer.apps.adapters import find_finetuned
-from steer.apps.image_folders import images_with_prompts
-from steer.apps.png_metadata import read_metadata, write_png
-from steer.apps.sample_record import open_record
-from steer.checkpoint import Checkpoint
+from steer.apps.models import find_finetuned
+from steer.apps.recipes import read_metadata, write_png
+from steer.apps.sampling import open_record
+from steer.apps.scoring import images_with_prompts
 from steer.errors import InputError
+from steer.files import SUMS
 from steer.pipelines import FinetuneSettings
-from steer.pipelines.choice_reading import read_choices
-from steer.pipelines.finetune_state import RunFolder
+from steer.pipelines.training.preference_files import read_choices
+from steer.pipelines.training.state import RunFolder
 from steer.reward import score
+from steer.rewards.compose import read_calibration
 from steer.rewards.learned import Learned
-from steer.rewards.transform import read_calibration
-from steer.sums import SUMS
-from steer.team import ALONE
-from steer.trainable import Full, LoRA
-from steer.training import read_state, write_state
+from steer.training.checkpoint import Checkpoint
+from steer.training.distributed import ALONE
+from steer.training.supervised import read_state, write_state
+from steer.training.trainable import Full, LoRA
 
 FULL = pytest.mark.hard
 CUTS, FLIPS = 100, 1000

@@ -19,9 +19,9 @@ from same import left, make, prepare
 from soft_rewards import Soft, redness
 from torch import Generator, Tensor
 
-from steer.microbatch import micro_batched
+from steer.diffusion.batching import micro_batched
 from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, SteeringOutput
-from steer.pipelines.population import IMAGES_PER_PROMPT
+from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 
 FULL = pytest.mark.hard
 HERE = Path(__file__).parent

@@ -17,15 +17,14 @@ from pyarrow import parquet
 from test_imagereward import Writes
 from writers import WRITERS, export, reward, search_file
 
-from steer.apps.adapters import wearing
-from steer.apps.finetune_config import read_config
-from steer.apps.models import load_pipeline
+from steer.apps.finetuning import read_config
+from steer.apps.models import load_pipeline, wearing
 from steer.apps.prompts import read_prompts
 from steer.errors import InputError
-from steer.pipelines.choice_reading import read_choices
-from steer.reward import load_reward
-from steer.rewards.pairs import read_pairs
-from steer.training import read_state
+from steer.pipelines.training.preference_files import read_choices
+from steer.rewards.parser import load_reward
+from steer.rewards.preference_pairs import read_pairs
+from steer.training.supervised import read_state
 
 FULL = pytest.mark.hard
 Spoil = Callable[[Path, Path], Any]  # a folder that is sound, and the canary: a file that only code would make

@@ -14,10 +14,10 @@ import torch
 from figures import Tally
 from PIL import Image, ImageCms, ImageOps
 
-from steer.apps.demo.reward_scores import read_upload
+from steer.apps.demo.rewards_tab import read_upload
 from steer.errors import InputError
-from steer.images import MOST_PIXELS, read_image
-from steer.rewards.pairs import load_images
+from steer.files import MOST_PIXELS, read_image
+from steer.rewards.preference_pairs import load_images
 
 FULL = pytest.mark.hard
 HEIGHT, WIDTH = 6, 8

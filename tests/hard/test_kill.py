@@ -14,7 +14,7 @@ from forks import forked, killed_at, started, steps_of
 from test_checkpoint import content, version_of
 from writers import WRITERS, held
 
-from steer.checkpoint import Checkpoints
+from steer.training.checkpoint import Checkpoints
 
 BIG = {"filling": {"w": torch.arange(300_000.0)}}  # so that a save takes long enough to be hit in the midst of a file
 KEEP = [1, 2]

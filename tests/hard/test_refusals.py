@@ -13,9 +13,9 @@ from forks import Ended, as_nobody, few_files, forked, limited, open_to_all, sma
 from test_checkpoint import content
 from writers import NEW, OLD, WRITERS, held
 
-from steer.checkpoint import Checkpoints
 from steer.errors import InputError
-from steer.training import read_state, write_state
+from steer.training.checkpoint import Checkpoints
+from steer.training.supervised import read_state, write_state
 
 FULL = pytest.mark.hard
 SPACE = {"w": torch.arange(20_000.0)}

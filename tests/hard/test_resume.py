@@ -21,8 +21,8 @@ from forks import REFUSED, Action, Ended, Steps
 from teams import Launched, Team
 from test_finetune import assert_same_end
 
-from steer.checkpoint import Checkpoints
-from steer.sums import unsummed
+from steer.files import unsummed
+from steer.training.checkpoint import Checkpoints
 
 FULL = pytest.mark.hard
 UPDATES = 7

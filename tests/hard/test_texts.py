@@ -10,10 +10,10 @@ from conftest import Steer, cached_pipe
 from figures import Tally
 from pyarrow import parquet
 
-from steer.apps.png_metadata import read_png
 from steer.apps.prompts import LONGEST, read_prompts
+from steer.apps.recipes import read_png
 from steer.errors import InputError
-from steer.sums import unsummed
+from steer.files import unsummed
 
 FULL = pytest.mark.hard
 WORDS = [

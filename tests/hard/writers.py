@@ -13,24 +13,23 @@ from rollouts import call_of, fresh_pipe
 from safetensors.torch import load_file
 from torch import nn
 
-from steer.apps.adapters import find_finetuned
-from steer.apps.sample_record import open_record
-from steer.apps.sample_settings import SampleSettings
+from steer.apps.methods import SampleSettings
+from steer.apps.models import find_finetuned
+from steer.apps.sampling import open_record
 from steer.errors import InputError
 from steer.noise import Search
 from steer.pipelines import FinetuneSettings
-from steer.pipelines.choice_files import DrawnWith
-from steer.pipelines.choice_folder import ChoiceFolder
-from steer.pipelines.choice_reading import read_choices
-from steer.pipelines.finetune_state import RunFolder
-from steer.pipelines.output import Iteration
-from steer.pipelines.search_file import SearchFile
+from steer.pipelines.base import Iteration
+from steer.pipelines.reno import SearchFile
+from steer.pipelines.training.preference_data import ChoiceFolder
+from steer.pipelines.training.preference_files import DrawnWith, read_choices
+from steer.pipelines.training.state import RunFolder
 from steer.reward import score
+from steer.rewards.compose import Calibration, Scale, read_calibration
 from steer.rewards.learned import Card, ImageHead, Learned, save_learned
-from steer.rewards.transform import Calibration, Scale, read_calibration
-from steer.team import ALONE
-from steer.trainable import LoRA
-from steer.trajectory import Rows, Sampler
+from steer.training.distributed import ALONE
+from steer.training.rollout import Rows, Sampler
+from steer.training.trainable import LoRA
 
 OLD, NEW, REFUSED = "old", "new", "refused in a line"
 CALL = call_of("sd")
@@ -72,7 +71,7 @@ def choices_in(folder: Path) -> str:
 
 @functools.cache
 def width() -> int:
-    from steer.rewards.clip_backbone import load_backbone
+    from steer.rewards.clip import load_backbone
 
     return load_backbone("scenes").width
 

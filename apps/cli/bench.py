@@ -1,0 +1,74 @@
+"""`steer bench`: the words of the command line. Heavy imports wait inside the command."""
+
+import sys
+from pathlib import Path
+
+import click
+
+from steer.apps.cli.options import DEVICE, Command
+from steer.errors import InputError
+
+QUICK, LONG = 24.0, 600.0  # seconds of measuring; on two idle cores a quick run is over within 45, loading included
+
+
+@click.command(cls=Command)
+@click.option("--quick", is_flag=True, help="Fewer steps and repeats, nothing compiled: 45 seconds on two cores.")
+@DEVICE
+@click.option("--json", "file", default=Path("out/bench.json"), type=click.Path(path_type=Path), help="The report.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    help="scenes, or of real size and random weights: sd15, sdxl, sd3, flux; again. By default scenes, on CUDA all.",
+)
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="By default as in `sample`.")
+@click.option("--particles", default=8, type=click.IntRange(2), help="K.")
+@click.option("--steps", type=click.IntRange(3), help="T; by default 20, 6 with --quick.")
+@click.option("--resolution", type=int, help="Pixels of a side; by default the model's own.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0, min_open=True),
+    help=f"For repeats; by default {LONG:g}, {QUICK:g} with --quick.",
+)
+def bench(
+    quick: bool,
+    device: str | None,
+    file: Path,
+    models: tuple[str, ...],
+    dtype: str | None,
+    particles: int,
+    steps: int | None,
+    resolution: int | None,
+    seconds: float | None,
+) -> None:
+    """Measures what steering and finetuning cost: against the plain pipeline, and against naive implementations.
+
+    Ratios of medians, both sides measured in turns in this run, at equal work, and checked to give the same results.
+    Writes FILE and, beside it, a picture. Ctrl-C keeps what was measured. Exit code 1: results that differ.
+    """
+    if file.is_dir():
+        raise InputError(f"--json {file}: this is a folder; name a file")
+    if file.suffix == ".png":
+        raise InputError(f"--json {file}: the picture would take that name; use .json")
+    import torch
+
+    from steer.apps.bench.comparisons import EMBEDDED, Asked, subjects_of
+    from steer.apps.bench.report import Bench, draw, table
+    from steer.apps.models import device_here
+
+    where = device_here(device)
+    chosen = models or ((EMBEDDED,) if where == "cpu" else (EMBEDDED, "sd15", "sdxl", "sd3", "flux"))
+    subjects = subjects_of(chosen, Asked(where, dtype, particles, steps, resolution, quick))
+    run = Bench(file, seconds or (QUICK if quick else LONG), quick, lambda line: click.echo(line, err=True))
+    try:
+        run.run(subjects, torch.device(where))
+    except KeyboardInterrupt:
+        click.echo(f"steer: interrupted; what was measured is in {file}", err=True)
+        sys.exit(130)
+    finally:
+        if run.report.get("ratios"):
+            draw(run.report, file.with_suffix(".png"))
+            click.echo(f"{table(run.report)}\n→ {file}")
+    if not all(check["passed"] for check in run.report["checks"].values()):
+        click.echo("steer: results that should be the same differ; see the table", err=True)
+        sys.exit(1)

@@ -1,0 +1,67 @@
+"""`steer demo`: the words of the command line. Heavy imports wait inside the command."""
+
+import os
+import signal
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from steer.apps.cli.options import DEVICE, Command
+from steer.errors import InputError
+
+
+@click.command(cls=Command)
+@click.option("--host", default="127.0.0.1", help="Where to listen; beyond this machine only with --auth.")
+@click.option("--port", type=click.IntRange(1, 65535), help="By default the first free one from 7860 on.")
+@click.option("--auth", metavar="USER:PASSWORD", help="Who may come in.")
+@click.option("--share", is_flag=True, help="A public address through gradio's servers; only with --auth.")
+@click.option("--model", "models", multiple=True, help="Beside the embedded ones: a folder, or ORGANISATION/NAME.")
+@click.option(
+    "--reward", "rewards", multiple=True, help="That you vouch for, beside those with names: my_file:function."
+)
+@click.option("--labels", type=click.Path(path_type=Path, file_okay=False), help="Folder that choices are kept in.")
+@DEVICE
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the models.")
+def demo(
+    host: str,
+    port: int | None,
+    auth: str | None,
+    share: bool,
+    models: tuple[str, ...],
+    rewards: tuple[str, ...],
+    labels: Path | None,
+    device: str | None,
+    dtype: str | None,
+) -> None:
+    """Opens the app in which particles are seen live and choices between images are recorded.
+
+    It listens on this machine alone, needs no network and no GPU, and ends with Ctrl-C. Weights are fetched from the
+    hub only where --model or --reward is given; HF_HUB_OFFLINE=0 allows it else.
+    """
+    if find_spec("gradio") is None:
+        raise InputError("the app needs gradio: pip install 'steer-diffusion[app]'")
+    user = None if auth is None else _user(auth)
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is first imported, after this
+    if not (models or rewards):  # then nobody here asked for anything of the hub: visitors shall not either
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from steer.apps.demo.app import check_address, launch
+    from steer.apps.demo.studio import Studio, embedded_models
+
+    check_address(host, share, user)
+    studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as services are ended: what visitors left goes too
+    try:
+        app = launch(studio, host, port, user, share)
+        click.echo(f"steer demo: {app.share_url or app.local_url} (Ctrl-C ends it)")
+        app.block_thread()
+    finally:
+        studio.close()
+
+
+def _user(text: str) -> tuple[str, str]:
+    name, colon, password = text.partition(":")
+    if not (name and colon and password):
+        raise InputError("--auth must be USER:PASSWORD, both not empty")
+    return name, password

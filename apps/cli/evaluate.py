@@ -1,0 +1,104 @@
+"""`steer evaluate`: the words of the command line. Heavy imports wait inside the command."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from steer.apps.cli.options import DEVICE, Command
+from steer.apps.cli.sample import SPEC, TIMEOUT, sample
+from steer.apps.processes import processes, speaks
+from steer.errors import InputError
+
+# Of `steer sample` these decide images, and mean the same here; `particles` and `seed` mean a little else.
+SHARED = ["steps", "guidance", "eta", "dtype"]
+SHARED += ["lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance"]
+SHARED += [
+    "draw",
+    "narrow",
+    "narrow_choice",
+    "target",
+    "overlap",
+    "preview",
+    "start_candidates",
+    "start_steps",
+    "beams",
+]
+SHARED += ["iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"]
+SHARED += ["neighbours", "distance", "variant", "model_config"]
+SAMPLING = [option for option in sample.params if option.name in SHARED]
+PARTICLES = click.option("--particles", default=4, help="K, images of a run, of which the best is picked; base has 1.")
+
+
+def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command those options."""
+    # click gathers the options of decorators in this list, the last one first.
+    vars(command).setdefault("__click_params__", []).extend(reversed(SAMPLING))
+    return command
+
+
+@click.command(cls=Command)
+@click.option(
+    "--model", "models", multiple=True, default=("scenes",), help="Embedded, folder, ORGANISATION/NAME; again."
+)
+@click.option("--lora", "loras", multiple=True, help="Finetuned weights beside the model without: RUN/final; again.")
+@click.option("--method", "methods", multiple=True, default=("base",), help="As in `steer sample`; again.")
+@click.option("--prompts", required=True, help="Embedded list, file (as in `steer sample`), or data set.")
+@click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
+@click.option("--prompts-count", type=click.IntRange(1), help="So many of them, evenly spaced; by default all.")
+@click.option("--tag-column", help='Column of the prompts\' tasks; by default "tag", where there is one.')
+@click.option("--reward", "rewards", multiple=True, required=True, help=f"The first steers and picks. {SPEC} (*)")
+@TIMEOUT
+@click.option("--seeds", default=1, help="Runs of each prompt, the same for all contenders.")
+@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="What all random numbers follow from.")
+@PARTICLES
+@_sampling_options
+@click.option("--kl-prompts", default=16, help="Prompts for the KL of finetuned weights; 0: none.")
+@click.option("--batch", default=8, help="Images made in one call, where the method can.")
+@click.option("--out", default=Path("out/evaluation"), type=click.Path(path_type=Path), help="A folder; it goes on.")
+@DEVICE
+def evaluate(
+    models: tuple[str, ...],
+    loras: tuple[str, ...],
+    methods: tuple[str, ...],
+    prompts: str,
+    prompt_column: str | None,
+    prompts_count: int | None,
+    tag_column: str | None,
+    rewards: tuple[str, ...],
+    reward_timeout: float | None,
+    seeds: int,
+    kl_prompts: int,
+    batch: int,
+    out: Path,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Compares models, finetuned weights and methods, all with all, on the same prompts and seeds.
+
+    A folder with evaluation.md, evaluation.json and pictures: rewards of the image that each run picks and of all its
+    images, with intervals, against the first contender, by task and by cost; diversity; KL of finetuned weights.
+
+    The same command goes on where it stopped; more models, methods or weights may be added to a folder. Options
+    marked (*) may be given several times; where help begins with the name of a method, the option is for that one.
+    """
+    if loras and len(models) > 1:
+        raise InputError(f"--lora belongs to one model, and there are {len(models)}: one evaluation for each")
+    from steer.apps.prompts import find_tagged
+
+    with processes().main_first():
+        texts, tags = find_tagged(prompts, prompt_column, tag_column)
+    count = min(prompts_count or len(texts), len(texts))
+    chosen = [place * len(texts) // count for place in range(count)]
+    from steer.apps.evaluation.report import summary
+    from steer.apps.evaluation.run import Contender
+    from steer.apps.evaluation.run import evaluate as run
+
+    contenders = [Contender(m, lora, method) for m in models for lora in (None, *loras) for method in methods]
+    told = None if tags is None else [tags[place] for place in chosen]
+    given: dict[str, Any] = {"tags": told, "kl_prompts": kl_prompts, "batch": batch}
+    given |= {"device": device, "reward_timeout": reward_timeout}
+    report = run(contenders, [texts[place] for place in chosen], rewards, seeds, out, options, **given)
+    if speaks():
+        click.echo(f"{summary(report)}\n→ {out / 'evaluation.md'}")

@@ -1,0 +1,67 @@
+"""`steer finetune`: the words of the command line. Heavy imports wait inside the command."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+import click
+
+from steer.apps.cli.options import DEVICE, Command
+from steer.apps.processes import speaks
+from steer.assets import CONFIGS
+from steer.errors import InputError
+
+
+@click.command(
+    cls=Command,
+    context_settings={"ignore_unknown_options": True},
+    options_metavar="[--KEY VALUE …]",
+    epilog=f"Embedded: {', '.join(CONFIGS)}. Each key is explained in prdp-sd15, which lies in steer/assets/configs.",
+)
+@click.argument("config")
+@click.argument("changes", nargs=-1, type=click.UNPROCESSED, metavar="")
+@DEVICE
+@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint; begin where there is none.")
+def finetune(config: str, changes: tuple[str, ...], device: str | None, resume: bool) -> None:
+    """Trains a diffusion model on a reward, as CONFIG says: the name of an embedded configuration, or a YAML file.
+
+    Any key of it can be given here, and goes before the file: --max-steps 20 --options.beta 0.01
+    --eval-rewards '[scene, jpeg]'. Relative paths begin at the current folder.
+
+    The run's folder, output_dir, receives the weights (best/, final/), checkpoints/, metrics.jsonl, evaluations.jsonl,
+    config.yaml, samples/, plots/ and a model card. Ctrl-C ends it with a checkpoint.
+    """
+    if config.startswith("-"):
+        raise InputError(f"{config}: the configuration comes first: steer finetune CONFIG --KEY VALUE …")
+    words = keys_of(changes) | ({} if device is None else {"device": device})
+    if missing := [package for package in ("pydantic", "peft") if find_spec(package) is None]:
+        raise InputError(f"finetuning needs {missing[0]}: pip install 'steer-diffusion[train]'")
+    from steer.apps.finetuning import finetune as run
+    from steer.apps.finetuning import read_config, summary
+    from steer.pipelines.training.trainer import INTERRUPTED
+
+    told = read_config(config, words)
+    result = run(told, resume)
+    if result.stopped == INTERRUPTED:
+        if speaks():
+            click.echo(f"steer: interrupted at update {result.step}; the same command with --resume goes on", err=True)
+        raise SystemExit(130)
+    if speaks():
+        click.echo(summary(told, result))
+
+
+def keys_of(words: Sequence[str]) -> dict[str, str]:
+    """Keys and values of `--key value`, `--key=value` and, for true, `--key`. Raises InputError for a repeated key."""
+    found: dict[str, str] = {}
+    waiting = None  # a key whose value may come next
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            key = name.replace("-", "_")
+            if key in found:
+                raise InputError(f"--{name} is given twice and takes one value: give it once")
+            found[key], waiting = (value, None) if equals else ("true", key)
+        elif waiting is not None:
+            found[waiting], waiting = word, None
+        else:
+            raise InputError(f"{word!r}: expected --KEY VALUE")
+    return found

@@ -1,0 +1,121 @@
+"""The `steer` command. Heavy imports wait inside the commands, so that `steer --help` answers at once."""
+
+import io
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+import click
+
+from steer import __version__
+from steer.apps.cli.bench import bench
+from steer.apps.cli.demo import demo
+from steer.apps.cli.errors import Ending, refusal
+from steer.apps.cli.evaluate import evaluate
+from steer.apps.cli.finetune import finetune
+from steer.apps.cli.options import DEVICE, Group
+from steer.apps.cli.rewards import rewards
+from steer.apps.cli.sample import SPEC, TIMEOUT, sample
+from steer.apps.processes import part, speaks
+from steer.errors import InputError
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.version_option(__version__, prog_name="steer")
+@click.option(
+    "--offline", is_flag=True, help="Use no network: models and rewards come from folders and the hub's cache."
+)
+def steer(offline: bool) -> None:
+    """Better images from a diffusion model and a reward."""
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is first imported, after this
+
+
+@steer.command()
+@click.argument("images", nargs=-1, type=click.Path(path_type=Path), metavar="IMAGE...")
+@click.option(
+    "--prompt", "texts", multiple=True, help="What the images were asked to show: one for all, or one for each."
+)
+@click.option("--prompts", "file", type=click.Path(path_type=Path), help="File of prompts, one for each image.")
+@click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
+@click.option("--reward", required=True, help=SPEC)
+@TIMEOUT
+@DEVICE
+def score(
+    images: tuple[Path, ...],
+    texts: tuple[str, ...],
+    file: Path | None,
+    prompt_column: str | None,
+    reward: str,
+    reward_timeout: float | None,
+    device: str | None,
+) -> None:
+    """Scores IMAGEs and prints JSON, every part of a composed reward too.
+
+    IMAGE is a file, a folder (of `steer sample`, or with captions), or a table (.csv, .jsonl, .json, .tsv, .parquet)
+    with columns of images and prompts. Prompts are needed where the reward reads them. Images that cannot be scored
+    are listed; the others are scored, and the exit code is 2.
+    """
+    from steer.apps.models import device_here
+    from steer.apps.reward_specs import reward_here
+    from steer.apps.scoring import score_images, shown_images
+
+    shown = shown_images(images, texts, file, prompt_column)
+    scored = score_images(reward_here(reward, reward_timeout), shown, device_here(device))
+    prompts = {one.prompt for one in shown}
+    told = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
+    if len(scored.errors) < len(shown):
+        click.echo(json.dumps(told | {"scores": scored.rows}, indent=1))
+    if scored.errors:
+        count = "" if len(shown) == 1 else f"{len(scored.errors)} of {len(shown)} images have no score: "
+        raise InputError(count + "; ".join(scored.errors))
+
+
+steer.add_command(bench)
+steer.add_command(demo)
+steer.add_command(evaluate)
+steer.add_command(finetune)
+steer.add_command(rewards)
+steer.add_command(sample)
+
+
+def main() -> None:
+    """Runs the command; what the user can put right is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # a path need not be text, and a job is not to end in saying its name
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    with Ending():
+        _run()
+
+
+def _run() -> None:
+    # A run that ended before its time ends in such a line too: the pipelines' own warning would say it twice.
+    logging.getLogger("steer.pipelines").addHandler(logging.NullHandler())
+    try:
+        steer(standalone_mode=False)
+        part()
+    except click.exceptions.Abort:
+        if speaks():
+            click.echo("steer: interrupted; what was finished is kept, the same command goes on", err=True)
+        sys.exit(130)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+    except click.ClickException as error:
+        if speaks():  # of several processes all were told the same words
+            click.echo(f"steer: {' '.join(error.format_message().split())}", err=True)
+        sys.exit(2)
+    except InputError as error:
+        click.echo(f"steer: {error}", err=True)
+        sys.exit(2)
+    except BrokenPipeError:  # who reads what is said has had enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        click.echo(f"steer: {' '.join(refusal(error).split())}; what was finished is kept", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

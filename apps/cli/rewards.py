@@ -1,0 +1,170 @@
+"""`steer rewards …`: list, look at, calibrate and train rewards. Heavy imports wait inside the commands."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from steer.apps.cli.options import DEVICE, Group
+
+FOLDER = click.Path(path_type=Path)
+IMAGES = click.option("--images", required=True, type=FOLDER, help="Folder of images: of `steer sample`, or any.")
+PROMPT = click.option("--prompt", help="What all images were asked to show, where the folder does not say.")
+
+
+@click.group(cls=Group, invoke_without_command=True)
+@click.pass_context
+def rewards(context: click.Context) -> None:
+    """Lists the rewards that have a name; with a command: looks at rewards, calibrates them, trains one."""
+    if context.invoked_subcommand is None:
+        from steer.rewards.names import reward_names
+
+        names = reward_names()
+        width = max(map(len, names))
+        for name, about in sorted(names.items()):
+            click.echo(f"{name:{width}}  {about}")
+        click.echo("http://HOST:PORT/  a reward of another process, there `steer rewards serve SPEC`")
+
+
+@rewards.command()
+@click.argument("reward", metavar="SPEC")
+@click.option("--host", default="127.0.0.1", help="Address to listen at; any but this machine's own is open to others.")
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="0: any that is free.")
+@DEVICE
+def serve(reward: str, host: str, port: int, device: str | None) -> None:
+    """Scores over HTTP by SPEC, for `--reward http://…/` elsewhere, until Ctrl-C.
+
+    Where the environment variable STEER_REWARD_TOKEN is set, requests must bring it: set it for the client too.
+    """
+    from steer.apps.cli.errors import end_now
+    from steer.apps.models import device_here
+    from steer.apps.reward_specs import reward_here
+    from steer.rewards.remote import LOCAL, RewardServer, read_token
+
+    with RewardServer(reward_here(reward), host, port, read_token(), device_here(device)) as server:
+        if host not in LOCAL:
+            click.echo(f"steer: --host {host}: whoever reaches this machine can use the reward, unencrypted", err=True)
+        idle = server.serve_until_told(lambda: click.echo(server.url))
+    if not idle:  # a call that hangs
+        end_now(0)
+
+
+@rewards.command()
+@click.argument("reward")
+@IMAGES
+@PROMPT
+@click.option("--most", default=8, type=click.IntRange(1), help="Images of one size that it is tested on.")
+@DEVICE
+def check(reward: str, images: Path, prompt: str | None, most: int, device: str | None) -> None:
+    """Tests REWARD: contract, determinism, batches, gradients, speed. Exit code 1 where a test fails."""
+    from steer.apps.models import device_here
+    from steer.apps.reward_specs import reward_here
+    from steer.apps.scoring import batch_of_files, images_with_prompts, render_findings
+    from steer.rewards.analysis import check_reward
+
+    paths, prompts = images_with_prompts(images, prompt)
+    batch, texts = batch_of_files(paths, prompts, most)
+    findings = check_reward(reward_here(reward), batch.to(device_here(device)), texts)
+    click.echo(render_findings(findings))
+    if any(finding.passed is False for finding in findings):
+        raise SystemExit(1)
+
+
+@rewards.command()
+@click.argument("first")
+@click.argument("second")
+@IMAGES
+@PROMPT
+@click.option("--out", default=Path("scatter.png"), type=FOLDER, help="The picture.")
+@DEVICE
+def compare(first: str, second: str, images: Path, prompt: str | None, out: Path, device: str | None) -> None:
+    """How much two rewards agree on images: rank correlations, STARC distance, and a scatter plot."""
+    from steer.apps.models import device_here
+    from steer.apps.reward_specs import reward_here
+    from steer.apps.scoring import draw_scatter, images_with_prompts, render_agreement, score_all
+    from steer.rewards.analysis import compare as agreement_of
+
+    paths, prompts = images_with_prompts(images, prompt)
+    one, two = (score_all(reward_here(spec), paths, prompts, device=device_here(device)) for spec in (first, second))
+    agreement = agreement_of(one, two, prompts)
+    draw_scatter(first, one, second, two, prompts, agreement, out)
+    click.echo(f"{render_agreement(agreement)}\n→ {out}")
+
+
+@rewards.command()
+@click.argument("reward")
+@IMAGES
+@PROMPT
+@DEVICE
+def contrast(reward: str, images: Path, prompt: str | None, device: str | None) -> None:
+    """How often REWARD prefers an image's prompt to one with a colour, count or relation changed."""
+    from steer.apps.models import device_here
+    from steer.apps.reward_specs import reward_here
+    from steer.apps.scoring import consistency_of_files, images_with_prompts, render_consistency
+    from steer.errors import InputError
+
+    paths, prompts = images_with_prompts(images, prompt)
+    found = consistency_of_files(reward_here(reward), paths, prompts, device=device_here(device))
+    if not found:
+        raise InputError(f"--images {images}: no prompt names a colour, a count or a relation that could be changed")
+    click.echo(render_consistency(found))
+
+
+@rewards.command()
+@click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
+@IMAGES
+@PROMPT
+@click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; rewards already in it stay.")
+@DEVICE
+def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: Path, device: str | None) -> None:
+    """Measures each REWARD's mean and spread, over all and per prompt, on images of `steer sample --method base`."""
+    from steer.apps.models import device_here
+    from steer.apps.reward_specs import reward_here
+    from steer.apps.scoring import images_with_prompts, score_all
+    from steer.rewards.compose import Calibration, measured, read_calibration
+
+    paths, prompts = images_with_prompts(images, prompt)
+    scales = dict(read_calibration(out).scales) if out.exists() else {}
+    for reward in map(reward_here, rewards_):
+        scores = score_all(reward, paths, prompts, device=device_here(device))
+        scales[reward.name] = scale = measured(scores, prompts)
+        click.echo(f"{reward.name}: mean {scale.mean:.4g}, std {scale.std:.4g} over {scale.count} images")
+        Calibration(scales, {"images": images.name, "count": len(paths)}).save(out)
+
+
+@rewards.command()
+@click.argument("data", type=FOLDER)
+@click.option("--out", required=True, type=FOLDER, help="The reward's folder; `--reward FOLDER` loads it.")
+@click.option("--images", type=FOLDER, help="Folder that the paths of images start from.  [default: that of DATA]")
+@click.option("--work", type=FOLDER, help="Checkpoints and logs; the same command goes on there.  [default: runs/OUT]")
+@click.option("--backbone", default="scenes", help="A CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, a folder.")
+@click.option("--head", default="pair", help="similarity, image or pair.")
+@click.option(
+    "--objective", default="bradley-terry", help="bradley-terry, scaled-bradley-terry, regression, or contrastive."
+)
+@click.option("--whole", is_flag=True, help="Train the CLIP too, not the head alone.")
+@click.option("--members", default=1, help="An ensemble of so many, each with its own seed and sample of the pairs.")
+@click.option("--steps", default=500)
+@click.option("--batch", default=64)
+@click.option("--learning-rate", default=1e-3)
+@click.option("--smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
+@click.option("--flip", default=0.0, help="Share of the labels that is taken to be wrong, 0 to 0.5.")
+@click.option("--centre", default=0.0, help="Pulls each prompt's rewards to a mean of 0; for ensembles 0.01 to 0.1.")
+@click.option("--held-out", default=0.1, help="Share of the prompts that the report is measured on.")
+@click.option("--seed", default=0)
+@DEVICE
+def train(data: Path, out: Path, images: Path | None, work: Path | None, device: str | None, **recipe: Any) -> None:
+    """Trains a reward from DATA: preferences between images of a prompt, in a .jsonl, .json or .parquet file.
+
+    Read are pairs (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's
+    chosen and rejected, and a folder of choices that the demo recorded.
+    """
+    from steer.apps.learning import learn, summary
+    from steer.apps.models import device_here
+    from steer.rewards.learned import Recipe
+
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    chosen = Recipe(**{name: recipe[name] for name in fields})
+    report = learn(data, chosen, out, work or Path("runs") / out.name, device_here(device), images)
+    click.echo(f"{summary(report)} → {out}")

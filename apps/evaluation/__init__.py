@@ -1,0 +1,1 @@
+"""Evaluation of models, adapters and methods side by side: runs, statistics, report."""

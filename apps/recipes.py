@@ -1,0 +1,244 @@
+"""What a PNG of `steer sample` tells of itself: all that makes it again, as JSON in one text chunk.
+
+Writing is deterministic: the same run gives the same bytes. Reading trusts nothing: a file from a stranger ends as a
+Recipe whose every value has its type and range, or as an InputError. No reward or model is touched here.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from io import BytesIO
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import diffusers
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+import steer
+from steer.apps.methods import Job, SampleSettings
+from steer.apps.prompts import check_arguments
+from steer.errors import InputError
+from steer.files import BROKEN
+from steer.pipelines import SteeringOutput
+
+KEY = "steer"  # of the iTXt chunk
+LONGEST = 1_000_000  # characters of JSON that are read
+DTYPES = ("float32", "float16", "bfloat16")
+# A recipe runs on the machine of whoever was sent it: no number in it may ask for more than anybody would.
+MOST = {"particles": 1024, "neighbours": 1024, "steps": 10_000, "seed": 2**63 - 1}
+MOST_ELSE = 100_000
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an image was made, and with what.
+
+    base      whether it is one of the base images beside the steered ones
+    rank      its place among them: 0 is the best, of base images the first slot
+    reward    its score, and by name those of the reward's `parts`
+    pixels    `pixels_of` the image as it was written
+    steer, torch, diffusers, device, dtype    what it was made with, for when pixels come out otherwise
+    arguments of the pipeline's call that the prompt's row of a prompt file gave
+    scheduler, steps, guidance    as the call had them, for other programs
+    """
+
+    prompt: str
+    settings: SampleSettings
+    base: bool
+    rank: int
+    reward: float
+    parts: Mapping[str, float]
+    pixels: str
+    steer: str
+    torch: str
+    diffusers: str
+    device: str
+    dtype: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: str = ""
+    steps: int | None = None
+    guidance: float | None = None
+
+
+def recipe_of(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe:
+    """The recipe of one image of a job's output. Raises InputError where that is no image but a video."""
+    if not isinstance(output.images[rank], Image.Image):
+        raise InputError("this model makes videos: call steer.pipelines from Python, `steer sample` writes images")
+    device: torch.device = job.pipe.device
+    named = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return Recipe(
+        prompt=job.prompt,
+        settings=job.settings,
+        base=base,
+        rank=rank,
+        reward=output.rewards[0, rank].item(),
+        parts={name: scores[0, rank].item() for name, scores in output.parts.items()},
+        pixels=pixels_of(output.images[rank]),
+        steer=steer.__version__,
+        torch=torch.__version__,
+        diffusers=diffusers.__version__,
+        device=device.type + named,
+        dtype=str(job.pipe.dtype).removeprefix("torch."),
+        arguments=dict(job.arguments),
+        scheduler=type(job.pipe.scheduler).__name__,
+        steps=_called(job, "num_inference_steps", int),
+        guidance=_called(job, "guidance_scale", float),
+    )
+
+
+def _called(job: Job, name: str, kind: type) -> Any:
+    """What the pipeline's call has for an argument: the job's, else the pipeline's default where it is a number."""
+    parameters = inspect.signature(type(job.pipe).__call__).parameters
+    value = job.call.get(name, parameters[name].default if name in parameters else None)
+    return kind(value) if type(value) in (int, float) else None
+
+
+def parameters_text(recipe: Recipe, image: Image.Image) -> str:
+    """How an image was made, in the form of the text chunk "parameters" that other programs read."""
+    negative = recipe.arguments.get("negative_prompt", "")
+    told: dict[str, Any] = {"Steps": recipe.steps, "Sampler": recipe.scheduler.removesuffix("Scheduler") or None}
+    told |= {"CFG scale": recipe.guidance, "Seed": recipe.settings.seed, "Size": f"{image.width}x{image.height}"}
+    told |= {"Model": recipe.settings.model, "Version": f"steer {recipe.steer}"}
+    told |= {"Steering": "base" if recipe.base else recipe.settings.method, "Reward": recipe.settings.reward}
+    pairs = [f"{name}: {_quoted(str(value))}" for name, value in told.items() if value is not None]
+    lines = [recipe.prompt, *([f"Negative prompt: {negative}"] if negative else []), ", ".join(pairs)]
+    return "\n".join(lines)
+
+
+def _quoted(value: str) -> str:
+    """A value as those programs write it where a separator is in it."""
+    return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
+
+
+def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
+    """Saves an image with its recipe, and beside it a text "parameters" for other programs. Raises OSError."""
+    info = PngInfo()
+    info.add_text("parameters", parameters_text(recipe, image))
+    info.add_itxt(KEY, json.dumps(asdict(recipe), ensure_ascii=False, allow_nan=False))
+    image.save(path, format="PNG", pnginfo=info)
+
+
+def pixels_of(image: Image.Image) -> str:
+    """A hash (SHA-256) of an image's mode, size and pixels."""
+    told = f"{image.mode} {image.width}x{image.height}\n".encode()
+    return hashlib.sha256(told + image.tobytes()).hexdigest()
+
+
+def read_png(path: Path | bytes) -> tuple[Recipe, Image.Image]:
+    """The recipe of a PNG file, or of the bytes of one, and its image. Raises InputError as `read_metadata` does."""
+    with _opened(path) as file:
+        return _recipe(file, _name(path)), file.copy()  # which reads all of it
+
+
+def read_metadata(path: Path | bytes) -> Recipe:
+    """The recipe of a PNG file, or of the bytes of one. Its pixels are not looked at.
+
+    Raises InputError where it is no PNG, or none of `steer sample`, or where a value in it cannot be.
+    """
+    with _opened(path) as file:
+        return _recipe(file, _name(path))
+
+
+def prompt_inside(path: Path) -> str | None:
+    """The prompt that an image file of steer holds; None for another image, or one whose metadata cannot be."""
+    try:
+        return read_metadata(path).prompt
+    except InputError:
+        return None
+
+
+def _name(path: Path | bytes) -> str:
+    return f"an image of {len(path)} bytes" if isinstance(path, bytes) else str(path)
+
+
+@contextmanager
+def _opened(path: Path | bytes) -> Iterator[Image.Image]:
+    try:
+        with Image.open(BytesIO(path) if isinstance(path, bytes) else path, formats=("PNG",)) as file:
+            yield file
+    except InputError:
+        raise
+    except UnidentifiedImageError as error:
+        raise InputError(f"{_name(path)}: not a PNG that can be read") from error
+    except BROKEN as error:  # ValueError: a text chunk larger than Pillow reads
+        raise InputError(f"{_name(path)}: cannot read the PNG ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _recipe(file: Image.Image, name: str) -> Recipe:
+    text = file.info.get(KEY)
+    if not isinstance(text, str):
+        raise InputError(f"{name}: no metadata of `steer sample` in this image; many programs drop it when they save")
+    try:
+        if len(text) > LONGEST:
+            raise InputError(f"longer than {LONGEST} characters")
+        return _checked(json.loads(text, parse_constant=_no_number))
+    except InputError as error:
+        raise InputError(f"{name}: metadata: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{name}: metadata: not JSON ({str(error)[:80]})") from error
+
+
+def _checked(told: Any) -> Recipe:
+    values = _values(told, Recipe, nested=("settings", "parts", "arguments"))
+    settings = SampleSettings(**_values(told["settings"], SampleSettings))
+    settings.check()
+    if settings.dtype not in (None, *DTYPES):
+        raise InputError(f"dtype {settings.dtype!r:.40} is none of {', '.join(DTYPES)}")
+    parts = told["parts"]
+    if not isinstance(parts, dict):
+        raise InputError("parts: expected an object of numbers")
+    scores = {name: _value(f"part {name!r:.40}", score, (float,)) for name, score in parts.items()}
+    arguments = check_arguments(told.get("arguments", {}), "arguments")
+    recipe = Recipe(**values | {"settings": settings, "parts": scores, "arguments": arguments})
+    if not recipe.prompt.strip() or "\0" in recipe.prompt:
+        raise InputError("the prompt is empty, or holds what no prompt can")
+    if recipe.rank >= settings.particles:
+        raise InputError(f"rank {recipe.rank} of {settings.particles} particles cannot be")
+    if not re.fullmatch("[0-9a-f]{64}", recipe.pixels):
+        raise InputError("pixels: expected a hash")
+    for name in ("steer", "torch", "diffusers", "device", "dtype", "scheduler"):  # they are shown as they are
+        if not getattr(recipe, name).isprintable() or len(getattr(recipe, name)) > 100:
+            raise InputError(f"{name}: expected a short text")
+    return recipe
+
+
+def _values(told: Any, kind: type, nested: Collection[str] = ()) -> dict[str, Any]:
+    """The fields of a dataclass, each of its type. One that has a default is younger, and may be missing."""
+    if not isinstance(told, dict):
+        raise InputError(f"expected an object, got {type(told).__name__}")
+    known = {one.name: one for one in fields(kind)}
+    if unknown := sorted(told.keys() - known.keys()):
+        raise InputError(f"unknown key {unknown[0]!r:.60}; was it written by a newer steer than {steer.__version__}?")
+    needed = [name for name, one in known.items() if one.default is MISSING and one.default_factory is MISSING]
+    if missing := [name for name in needed if name not in told]:
+        raise InputError(f"{missing[0]!r} is missing")
+    hints = get_type_hints(kind)
+    kinds = {name: get_args(hints[name]) or (hints[name],) for name in known if name not in nested}
+    return {name: _value(name, told[name], kinds[name]) for name in kinds if name in told}
+
+
+def _value(name: str, value: Any, kinds: Collection[type]) -> Any:
+    """A value of one of some types, in its range."""
+    if type(value) is int and float in kinds and abs(value) <= MOST_ELSE:
+        value = float(value)  # JSON parts 1 from 1.0 no more than people do
+    if type(value) not in kinds:
+        wanted = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
+        raise InputError(f"{name}: expected {wanted}, got {value!r:.40}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{name}: expected a finite number, got {value}")
+    if type(value) is int and not 0 <= value <= MOST.get(name, MOST_ELSE):
+        raise InputError(f"{name}: expected 0 to {MOST.get(name, MOST_ELSE)}, got {value!s:.40}")
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise InputError(f"{name}: not text ({value!r:.40})")
+    return value
+
+
+def _no_number(text: str) -> Any:
+    raise InputError(f"{text} is no number")

@@ -1,0 +1,50 @@
+"""Reward specifications: as the command line names them, and those that untrusted text may name."""
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from steer.assets import CLIPS
+from steer.reward import Reward, RewardError, with_timeout
+from steer.rewards.grammar import NUMBER, PLUS, read_call, read_constraint, split
+from steer.rewards.names import reward_names
+from steer.rewards.parser import FILES, FUNCTIONS, load_reward
+from steer.rewards.remote import ADDRESS
+
+
+def reward_here(text: str, timeout: float | None = None) -> Reward:
+    """The reward of a text; my_file:function is found in the current folder too.
+
+    timeout  seconds that each call may take; None: any
+    """
+    # For rewards that have a name, or an address, the folder stays out of reach.
+    if set(re.findall(r"([A-Za-z_][\w.]*):", re.sub(ADDRESS, "", text))) - set(reward_names()):
+        sys.path.append(str(Path.cwd()))
+    return with_timeout(load_reward(text), timeout)
+
+
+LONGEST, DEEPEST = 2000, 10  # characters; parentheses
+# An argument such as scenes, red, #ff0000 or ViT-L-14/openai: no path but one below the current folder, no option.
+ARGUMENT = re.compile(rf"{NUMBER}|[\w#][\w#. -]*(/[\w-][\w.-]*)*")
+
+
+def names_alone(text: str) -> bool:
+    """Whether a specification is one reward that has a name, or a sum or function of such rewards."""
+    if len(text) > LONGEST or text.count("(") > DEEPEST:
+        return False
+    try:
+        return all(_is_named(term) for term in split(text.strip(), PLUS))
+    except RewardError:
+        return False
+
+
+def _is_named(term: str) -> bool:
+    if call := read_call(term):
+        # By the reader's own grammar: a text that the two took apart in two ways would be a way in.
+        bare = [read_constraint(one)[0] if call.function == "product" else one for one in call.arguments]
+        return call.function in FUNCTIONS and "from" not in call.options and all(map(names_alone, bare))
+    name, *arguments = term.split(":")
+    if any(argument not in CLIPS and os.path.exists(argument) for argument in arguments):  # what lies here is no name
+        return False
+    return name in reward_names() and not term.endswith(FILES) and all(map(ARGUMENT.fullmatch, arguments))

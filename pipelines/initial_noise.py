@@ -1,0 +1,175 @@
+"""Reward-aware starting noise: of many candidates those that a short run of the pipeline scores highest."""
+
+import copy
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from steer.arguments import coerced
+from steer.diffusion.preview import accepted_only
+from steer.diffusion.seeds import derived_seed, drawn
+from steer.diffusion.step_hooks import CannotSteer, quiet, silences
+from steer.errors import InputError
+from steer.pipelines.base import Cost
+from steer.pipelines.fk_steering import highest
+from steer.pipelines.particle_batch import Population
+from steer.reward import Reward
+from steer.rewards.parser import load_reward
+from steer.smc.particles import Particles
+
+Generators = Generator | list[Generator]
+SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → the integer type of its bits
+OWN = ("latents", "timesteps", "sigmas")  # what a call that is screened may not say itself
+WATCHERS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
+
+
+@dataclass(frozen=True)
+class Screened:
+    """B prompts × M candidates, K of them kept.
+
+    noise      (B·K, …) of those kept, prompt after prompt, for the `latents` argument of the pipeline's call
+    rewards    (B, M) of the images of the short runs
+    chosen     (B, K) which candidates were kept, in ascending order
+    generator  the call's own, or its own ones, after the pipeline drew the starting noise
+    cost       of the short runs
+    """
+
+    noise: Tensor
+    rewards: Tensor
+    chosen: Tensor
+    generator: Generators
+    cost: Cost
+
+    def arguments(self) -> dict[str, Any]:
+        """For the pipeline's call in place of its own: `latents` and `generator`, always in the same state.
+
+        A solver that draws noise on the way must not draw once more the numbers that the start is made of.
+        """
+        return {"latents": self.noise, "generator": _copied(self.generator)}
+
+
+@coerced
+@torch.no_grad()
+def screened_starts(
+    pipe: Any,
+    reward: Reward | Any,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    keep: int = 4,
+    candidates: int = 8,
+    steps: int = 4,
+    together: int | None = None,
+    chunk_size: int = 8,
+    reward_prompt: str | Sequence[str] | None = None,
+    **call: Any,
+) -> Screened:
+    """The `keep` (K) best of `candidates` (M) starting noises of each prompt, by the reward after `steps` solver steps.
+
+    The first K candidates are what the pipeline itself draws for K images with this generator: M = K changes nothing.
+    The others are drawn from seeds that follow from it. Nothing of a generator is used up; without one, the seed of
+    one is drawn from PyTorch's global numbers. Of equal rewards the lower candidate wins. It is a search: the starts
+    kept are no longer draws from the model's noise, and what is sampled from them no longer has the distribution that
+    steering promises.
+
+    steps        of the short runs, in place of the call's num_inference_steps
+    together     candidates of each prompt in one batch; by default K, so that memory is that of the real run
+    chunk_size   images scored at a time
+    call         arguments of the pipeline's own call, those of the real run
+
+    Raises InputError for numbers and calls that do not fit, CannotSteer for pipelines that take no noise, RewardError
+    for a reward that breaks its contract.
+    """
+    _check(pipe, keep, candidates, steps, keep if together is None else together, call)
+    scorer = load_reward(reward)
+    call = {name: value for name, value in call.items() if name not in (*OWN, *WATCHERS)}
+    given = call.pop("generator", None) or Generator().manual_seed(int(torch.randint(2**62, ())))
+    generator = _copied(given)
+    real = Population(pipe, scorer, prompt, keep, call | {"generator": given}, reward_prompt, chunk_size)
+    twin = quiet(pipe)
+    first = _first_noise(twin, real.call | {"generator": generator}).unflatten(0, (real.groups, keep))
+    seeds = real.seeds[::keep]  # one for each prompt
+    further = [drawn(seeds, first[:, 0], [f"candidate {c}"] * len(seeds)) for c in range(keep, candidates)]
+    pool = torch.cat([first, *(one[:, None] for one in further)], 1)
+
+    rewards, costs = [], []
+    for batch in torch.arange(candidates).split(together or keep):
+        short = Population(
+            pipe, scorer, prompt, len(batch), call | {"num_inference_steps": steps}, reward_prompt, chunk_size
+        )
+        own = [derived_seed(seed, f"solver of candidate {c}") for seed in seeds for c in batch.tolist()]
+        scored, cost = _scored(short, twin, pool[:, batch].flatten(0, 1), own)
+        rewards.append(scored)
+        costs.append(cost)
+    found = torch.cat(rewards, 1)
+    chosen = highest(found, keep)
+    noise = torch.cat([pool[b, at.to(pool.device)] for b, at in enumerate(chosen)])
+    return Screened(noise, found, chosen, generator, functools.reduce(Cost.plus, costs))
+
+
+def unscaled(x: Tensor, scale: Any) -> Tensor:
+    """ε with ε · scale = x to the bit, where x is such a product: division alone may miss it by a last place."""
+    noise = (x.double() / float(scale)).to(x.dtype)
+    bits = noise.view(SAME_SIZE[x.element_size()])
+    for away in (1, -1, 2, -2):
+        noise = torch.where(noise * scale == x, noise, (bits + away).view(x.dtype))
+    return noise
+
+
+def _scored(population: Population, twin: Any, noise: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Cost]:
+    """Rewards (B, n) after a run from noise (B·n, …), and what that cost."""
+    generators = [Generator().manual_seed(seed) for seed in seeds]
+    images = population.sample(lambda event: None, twin, latents=noise, generator=generators)
+    rewards, parts = population.score(images)
+    unsteered = Particles.start(*rewards.shape)
+    return rewards, population.output(images, rewards, parts, unsteered, output_type="latent").cost
+
+
+def _first_noise(twin: Any, call: Mapping[str, Any]) -> Tensor:
+    """What a call draws as its starting noise, without the scheduler's scale; its generators are then past it.
+
+    The call ends where the solver would make its first step; the denoiser is not asked.
+    """
+    scheduler = copy.deepcopy(twin.scheduler)
+    signature = inspect.signature(scheduler.step)
+
+    @functools.wraps(scheduler.step)
+    def begin(*args: Any, **kwargs: Any) -> None:
+        raise _Begun(signature.bind(*args, **kwargs).arguments["sample"])
+
+    vars(scheduler)["step"] = begin
+    still = copy.copy(twin)
+    vars(still).update(silences(twin), scheduler=scheduler, maybe_free_model_hooks=lambda: None)
+    try:
+        still(**accepted_only(twin, call))
+    except _Begun as begun:  # the run ends there
+        x: Tensor = begun.args[0]
+        return unscaled(x, getattr(scheduler, "init_noise_sigma", 1.0))
+    raise CannotSteer(f"{type(twin).__name__} never stepped its own scheduler: its noise cannot be screened")
+
+
+class _Begun(Exception):
+    """Carries the first latents of a run out of it."""
+
+
+def _copied(generator: Generator | Sequence[Generator]) -> Generators:
+    if not isinstance(generator, Generator):
+        return [Generator(one.device).set_state(one.get_state()) for one in generator]
+    return Generator(generator.device).set_state(generator.get_state())
+
+
+def _check(pipe: Any, keep: int, candidates: int, steps: int, together: int, call: Mapping[str, Any]) -> None:
+    accepted, name = inspect.signature(type(pipe).__call__).parameters, type(pipe).__name__
+    if "latents" not in accepted or "strength" in accepted:
+        raise CannotSteer(f"{name} does not start from noise of its caller's: its starts cannot be screened")
+    if said := [one for one in OWN if call.get(one) is not None]:
+        raise InputError(f"{said[0]} and screened starts exclude each other: leave {said[0]} out, or do not screen")
+    for what, number in (("keep", keep), ("steps", steps), ("together", together)):
+        if number < 1:
+            raise InputError(f"{what} must be at least 1, got {number}")
+    if candidates < keep:
+        raise InputError(f"candidates must be at least as many as are kept, {keep}, got {candidates}")

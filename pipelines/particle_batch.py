@@ -1,0 +1,266 @@
+"""B prompts × K particles as one call of a diffusers pipeline: what every steering method runs on."""
+
+import hashlib
+import inspect
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Generator, Tensor
+
+from steer.arguments import coerced_value, hints_of
+from steer.diffusion.batching import LiveRows
+from steer.diffusion.preview import accepted_only, first_output, new_preview
+from steer.diffusion.step_hooks import Answer, Event, steered, text_once, with_deferred_checker
+from steer.errors import InputError
+from steer.pipelines.base import Cost, Evaluation, SteeringOutput
+from steer.reward import Reward, note_cut_by_pipeline, over_frames, score_parts
+from steer.smc.particles import Particles
+
+IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def _best(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
+    return order
+
+
+def _weighted(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
+    """`order` (B, K) of the slots with one slot first that is drawn by the weights (B, K)."""
+    drawn = torch.multinomial(log_weights.double().softmax(1), 1, generator=generator)
+    return torch.cat([drawn, order[order != drawn].view(len(order), -1)], 1)
+
+
+# What stands first among the images of a prompt.
+DRAWS = {"best": _best, "weighted": _weighted}
+
+
+class Population:
+    """One call of `pipe` with K particles for each prompt: samples, scores and counts what that costs."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        reward: Reward,
+        prompt: str | Sequence[str] | None,
+        size: int,
+        call: Mapping[str, Any],
+        reward_prompt: str | Sequence[str] | None = None,
+        chunk_size: int = 8,
+        preview: Any = "full",
+        live: LiveRows | None = None,
+    ) -> None:
+        """`call`: arguments for `pipe.__call__`, and `metadata` for the reward, a Mapping for each
+        prompt; `preview`: see `steer.diffusion.preview`; `live`: whose view `pipe` is, where fewer particles may go on.
+        Raises InputError where arguments do not fit the pipeline or each other."""
+        if size < 1:
+            raise InputError(f"num_particles must be at least 1, got {size}")
+        if chunk_size < 1:
+            raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
+        self.pipe, self.reward, self.size, self.chunk_size = text_once(pipe), reward, size, chunk_size
+        self.live, self.alive = live or LiveRows(), size  # particles of a prompt that are left, in its first slots
+        call = dict(call)
+        metadata = call.pop("metadata", None)
+        read = prompt if reward_prompt is None else reward_prompt
+        read_by_prompt = [read] if isinstance(read, str) else list(read or [""] * _embedded_prompts(call))
+        self.groups = len(read_by_prompt)
+        self.prompts = [text for text in read_by_prompt for _ in range(size)]
+        self._metadata = _rows_of_metadata(metadata, self.groups)
+        self.call = _bound_call(pipe, prompt, self.groups, size, call)
+        asked = [self.call.get(name) or () for name in ("prompt", "negative_prompt")]
+        note_cut_by_pipeline(pipe, [t for one in asked for t in ([one] if isinstance(one, str) else one)], self.call)
+        self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
+        self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
+        self.latents = torch.empty(0)
+        self._flags: Tensor | None = None  # (B·K,) of the finished images by the safety checker, and its images
+        self._replaced = torch.empty(0)
+        self._preview = new_preview(self.live.decoder(preview), self.pipe, self.call, chunk_size)
+        self._nfe = self._decodes = self._other_decodes = self._reward_calls = self._gradients = 0
+        self._started = time.monotonic()
+
+    def sample(self, on_event: Callable[[Event], Answer | None], pipe: Any = None, **given: Any) -> Tensor:
+        """Runs the pipeline, or a twin of it, under the seam; returns the finished images (B·K, 3, H, W) in [0, 1] of
+        the K particles that are left.
+
+        given  arguments of the pipeline's call in place of the user's own
+        """
+        pipe, checker = with_deferred_checker(self.pipe if pipe is None else pipe)
+
+        def watch(event: Event) -> Answer:
+            self._nfe += event.calls * self.groups * self.alive
+            ancestors, latents = on_event(event) or (None, None)
+            moved = event.prev if ancestors is None else event.prev[ancestors]
+            self.latents = (moved if latents is None else latents.to(moved.dtype)).detach()
+            return ancestors, latents
+
+        with steered(pipe, watch, rows=len(self.prompts)) as view:
+            images = self.live.of(first_output(view(**accepted_only(pipe, self.call | given | {"output_type": "pt"}))))
+        self._decodes += len(images)
+        if checker is not None and checker.flags is not None and checker.replaced is not None:
+            self._flags, self._replaced = self.live.of(checker.flags), self.live.of(checker.replaced)
+        return images
+
+    def preview(self, x0: Tensor) -> Tensor:
+        """The images (B·K, 3, H, W) that x̂0, of the whole batch, stands for, of the K particles that are left."""
+        before, images = self._preview.decodes, self.live.of(self._preview(x0))
+        if self._preview.decodes > before:
+            self._decodes += len(images)
+        else:
+            self._other_decodes += len(images)
+        return images
+
+    def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards (B, K) of images (B·K, 3, H, W), and those of the reward's parts where it has any.
+
+        Of videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
+            return over_frames(images, self._score)
+
+    def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        prompts = [text for text in self.prompts[:: self.size] for _ in range(self.alive)]
+        rows = None if self._metadata is None else [row for row in self._metadata for _ in range(self.alive)]
+        starts = range(0, len(images), self.chunk_size)
+        chunks = [slice(start, start + self.chunk_size) for start in starts]
+        self._reward_calls += len(images)
+        scored = [
+            score_parts(self.reward, images[c].float().clamp(0, 1), prompts[c], None if rows is None else rows[c])
+            for c in chunks
+        ]
+        rewards, parts = zip(*scored, strict=True)
+        shape = self.groups, self.alive
+        return torch.cat(rewards).view(shape), {n: torch.cat([p[n] for p in parts]).view(shape) for n in parts[0]}
+
+    def follow(self, ancestors: Tensor) -> Tensor:
+        """Lets so many particles go on as there are ancestors (B, K), slots of each group; returns the rows (N,) of
+        the whole batch that its rows go on from. Where there are fewer than before, the slots after them die."""
+        rows = torch.arange(self.groups * self.size).view(self.groups, self.size)
+        rows[:, : ancestors.shape[1]] = ancestors + rows[:, :1]
+        if ancestors.shape[1] < self.alive:
+            self.alive = ancestors.shape[1]
+            self.live.keep(torch.arange(self.groups * self.size).view_as(rows)[:, : self.alive].flatten(), rows.numel())
+        return rows.flatten()
+
+    def rows(self, slots: Tensor) -> Tensor:
+        """Slots (B, K) inside each group → rows (B·K,) of the images."""
+        return (slots + torch.arange(self.groups)[:, None] * self.alive).flatten()
+
+    def output(
+        self,
+        images: Tensor,
+        rewards: Tensor,
+        parts: Mapping[str, Tensor],
+        particles: Particles,
+        history: Sequence[Evaluation] = (),
+        output_type: str = "pil",
+        draw: str = "best",
+    ) -> SteeringOutput:
+        """Everything, within each prompt in the order of the rewards, after the slot that is drawn first."""
+        order = rewards.sort(dim=1, descending=True, stable=True).indices
+        order = DRAWS[draw](order, particles.log_weights, self.rng)
+        rows = self.rows(order)
+        latents = self.live.of(self.latents)[rows.to(self.latents.device)]
+        seconds = time.monotonic() - self._started
+        if self._flags is not None:
+            chosen = self._flags.to(images.device).view(-1, 1, 1, 1)
+            images = torch.where(chosen, self._replaced.to(images).clamp(0, 1), images)
+        return SteeringOutput(
+            images=latents if output_type == "latent" else as_type(images[rows.to(images.device)], output_type),
+            rewards=rewards.gather(1, order),
+            parts={name: scores.gather(1, order) for name, scores in parts.items()},
+            log_weights=particles.log_weights.gather(1, order),
+            log_normaliser=particles.log_evidence,
+            latents=latents,
+            order=order,
+            nsfw_content_detected=None if self._flags is None else self._flags[rows.cpu()].view(rewards.shape),
+            history=tuple(history),
+            cost=Cost(self._nfe, self._decodes, self._reward_calls, seconds, self._gradients, self._other_decodes),
+        )
+
+    def count_gradients(self, images: int) -> None:
+        """Tells the cost of so many images differentiated."""
+        self._gradients += images
+
+
+def as_type(images: Tensor, output_type: str) -> Any:
+    """Images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] as diffusers' "pil", "np" or "pt"."""
+    if output_type == "pt":
+        return images
+    if images.dim() == 5:
+        return [as_type(video, output_type) for video in images]
+    arrays = VaeImageProcessor.pt_to_numpy(images)
+    return arrays if output_type == "np" else VaeImageProcessor.numpy_to_pil(arrays)
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises InputError before any work is done."""
+    if output_type not in OUTPUT_TYPES:
+        raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+
+
+def _bound_call(
+    pipe: Any, prompt: str | Sequence[str] | None, groups: int, size: int, call: Mapping[str, Any]
+) -> dict[str, Any]:
+    accepted = inspect.signature(type(pipe).__call__).parameters
+    unknown = [name for name in call if name not in accepted]
+    if unknown:
+        raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
+    if taken := [name for name in (*IMAGES_PER_PROMPT, "batch_size", "return_dict") if name in call]:
+        raise InputError(f"{taken[0]} is the steering pipeline's own: say num_particles")
+    several = isinstance(call.get("image"), list | tuple) or getattr(call.get("image"), "ndim", 0) == 4
+    if groups > 1 and several and "strength" in accepted:
+        raise InputError(
+            "several images and several prompts in one call: diffusers pairs them wrongly; one prompt a call"
+        )
+    hints = hints_of(type(pipe).__call__)
+    bound = {name: coerced_value(name, hints.get(name, Any), value) for name, value in call.items()}
+    count = next((name for name in IMAGES_PER_PROMPT if name in accepted), None)
+    if count:
+        bound[count] = size
+    elif "batch_size" in accepted:
+        bound["batch_size"] = groups * size
+    elif prompt is not None:
+        prompt = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(size)]
+    if prompt is not None and "prompt" in accepted:
+        bound["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
+    return bound
+
+
+def _rows_of_metadata(metadata: Any, groups: int) -> list[Mapping[str, Any]] | None:
+    """One row for each prompt. Raises InputError for another number of them, and for other things than rows."""
+    if metadata is None:
+        return None
+    rows = [metadata] if isinstance(metadata, Mapping) else list(metadata)
+    if wrong := [row for row in rows if not isinstance(row, Mapping)]:
+        raise InputError(f"metadata must be one mapping for each prompt, got {type(wrong[0]).__name__}")
+    if len(rows) != groups:
+        raise InputError(f"metadata must be one mapping for each prompt, got {len(rows)} of them and {groups} prompts")
+    return rows
+
+
+def _embedded_prompts(call: Mapping[str, Any]) -> int:
+    embeds = call.get("prompt_embeds")
+    return 1 if embeds is None else len(embeds)
+
+
+def _row_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> list[int]:
+    """A seed for every row of the batch: of its own generator, where each has one."""
+    if isinstance(generator, Sequence) and len(generator) == rows:
+        return [_derived_seed(one, b"rows") for one in generator]
+    return [_derived_seed(generator, b"rows") + row for row in range(rows)]
+
+
+def _derived_seed(generator: Generator | Sequence[Generator] | None, salt: bytes = b"steer") -> int:
+    """A seed that follows from the state of the pipeline's random numbers, and uses up none of them."""
+    given = [] if generator is None else [generator] if isinstance(generator, Generator) else list(generator)
+    states = [one.get_state() for one in given] or [torch.get_rng_state(), *_gpu_states()]
+    digest = hashlib.sha256(salt)
+    for state in states:
+        digest.update(state.cpu().numpy().tobytes())
+    return int.from_bytes(digest.digest()[:7], "big")
+
+
+def _gpu_states() -> list[Tensor]:
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []

@@ -1,0 +1,1 @@
+"""Trainers: the finetuning methods, their configuration and their data."""

@@ -1,0 +1,72 @@
+"""Finetuning by policy gradients, and by imitation of the best: the baselines of D3PO and PRDP."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from steer.pipelines.training.config import FinetuneSettings
+from steer.pipelines.training.method import Scored
+from steer.pipelines.training.trainer import LossPipeline
+from steer.training.losses import DDPO, GRPO, Filtered
+from steer.training.losses.advantages import RunningNormaliser
+
+
+class DDPOPipeline(LossPipeline):
+    """DDPO (arXiv 2305.13301): a clipped policy gradient, rewards standardised by each prompt's own history.
+
+    clip            ε of the ratio, for log-probabilities per latent element
+    advantage_clip  advantages beyond are shortened to it
+    history         rewards of a prompt that are remembered
+    enough          of them before they are used in place of the batch's
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        reward: Any,
+        *,
+        clip: float = 1e-4,
+        advantage_clip: float = 5.0,
+        history: int = 16,
+        enough: int = 16,
+    ) -> None:
+        super().__init__(pipe, reward, DDPO(clip=clip, advantage_clip=advantage_clip))
+        self.normaliser = RunningNormaliser(history, enough)
+
+    def check(self, settings: FinetuneSettings) -> None:
+        """One sample of a prompt is enough: it is compared with earlier ones."""
+
+    def signal(self, scored: Scored) -> Tensor:
+        """Advantages (B, K)."""
+        return self.normaliser(scored.prompts, scored.rewards)
+
+    def about(self) -> dict[str, Any]:
+        return super().about() | {"history": self.normaliser.size, "enough": self.normaliser.minimum}
+
+    def state(self) -> dict[str, Any]:
+        return self.normaliser.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.normaliser.load(state)
+
+
+class GRPOPipeline(LossPipeline):
+    """GRPO (arXiv 2505.05470): a clipped policy gradient, the samples of a prompt being each other's baseline.
+
+    clip   ε of the ratio, for log-probabilities per latent element
+    scale  divide by the standard deviation of a prompt's rewards
+    """
+
+    def __init__(self, pipe: Any, reward: Any, *, clip: float = 1e-4, scale: bool = True) -> None:
+        super().__init__(pipe, reward, GRPO(clip=clip, scale=scale))
+
+
+class FilteredPipeline(LossPipeline):
+    """Reward-filtered finetuning (arXiv 2304.06767): the best samples of each prompt become likelier.
+
+    keep  share of them. Nothing but `kl_weight` holds the model near the reference.
+    """
+
+    def __init__(self, pipe: Any, reward: Any, *, keep: float = 0.25) -> None:
+        super().__init__(pipe, reward, Filtered(keep=keep))

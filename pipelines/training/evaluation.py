@@ -1,0 +1,109 @@
+"""Evaluation on held-out prompts at fixed seeds: the trained reward, rewards kept apart from it, and diversity."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from steer.errors import InputError
+from steer.pipelines.training.config import FinetuneSettings
+from steer.pipelines.training.method import BeforeEach, rows_of, sampler_of
+from steer.reward import Reward, over_frames, score_parts
+from steer.training.distributed import Team
+
+RESAMPLES = 10_000  # of the bootstrap
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """After `step` updates, of P prompts × K: rewards (P, K) by name, the trained one first; diversity, the mean
+    distance between two samples of a prompt (root mean square of the pixels' differences, 0..1; 0 for K = 1);
+    the images (P·K, 3, H, W)."""
+
+    step: int
+    prompts: tuple[str, ...]
+    rewards: Mapping[str, Tensor]
+    diversity: float
+    images: Tensor
+
+    def means(self) -> tuple[float, float]:
+        """Of the trained reward and the first held-out one, or the trained one again where there is no other."""
+        found = [values.mean().item() for values in self.rewards.values()]
+        return found[0], found[1] if len(found) > 1 else found[0]
+
+    def record(self) -> dict[str, Any]:
+        """As plain values: of every reward [mean, low, high], a 95 % bootstrap interval over the prompts."""
+        told = {f"eval/{name}": interval(values.mean(1)) for name, values in self.rewards.items()}
+        return {"step": self.step, **told, "eval/diversity": self.diversity}
+
+
+@dataclass(frozen=True)
+class Exam:
+    """The prompts and rewards of all evaluations of a run."""
+
+    prompts: Sequence[str]
+    trained: Reward
+    held_out: Sequence[Reward]
+
+    def __post_init__(self) -> None:
+        names = [self.trained.name, *(reward.name for reward in self.held_out)]
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise InputError(
+                f"eval_rewards: {twice[0]!r} is there twice, or is what is trained on: it holds nothing out"
+            )
+
+    def check(self, patience: int) -> None:
+        """Raises InputError where there is nothing to have patience with."""
+        if patience and not (self.prompts and self.held_out):
+            raise InputError("patience compares a held-out reward: give eval_prompts and eval_rewards, or patience 0")
+
+    def about(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"eval_prompts": list(self.prompts), "eval_rewards": [reward.name for reward in self.held_out]}
+
+    def take(
+        self, pipe: Any, settings: FinetuneSettings, step: int, prepared: Any, before: BeforeEach, team: Team
+    ) -> Evaluated:
+        """The same prompts and seeds at every step; the processes take turns with chunks of them."""
+        size, sampler = settings.eval_samples, sampler_of(pipe, settings, prepared, "model")
+        parts = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False).split(settings.micro_batch)
+        found: list[tuple[int, Tensor, list[Tensor]]] = []
+        for turn in range(0, len(parts), team.count):
+            # All draw in every turn, as what they share of a denoiser asks for; what is drawn twice is left out.
+            number = min(turn + team.index, len(parts) - 1)
+            before()
+            images = sampler.rollout(parts[number])[1]
+            if turn + team.index < len(parts):
+                # Scored where they were made, and only then kept on the CPU.
+                found.append((number, images.cpu(), self._judged(images, parts[number].prompts)))
+        _, drawn, scores = zip(*sorted(team.gather(found), key=lambda one: one[0]), strict=True)
+        names = [reward.name for reward in (self.trained, *self.held_out)]
+        rewards = {
+            name: torch.cat(some).view(-1, size) for name, some in zip(names, zip(*scores, strict=True), strict=True)
+        }
+        images = torch.cat(drawn)
+        return Evaluated(step, tuple(self.prompts), rewards, diversity(images, size), images)
+
+    def _judged(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+        """Rewards (N,) of images (N, …), by each reward."""
+        with torch.no_grad():
+            rewards = (self.trained, *self.held_out)
+            return [over_frames(images, partial(score_parts, reward, prompts=prompts))[0] for reward in rewards]
+
+
+def diversity(images: Tensor, samples: int) -> float:
+    """Mean distance (root mean square over pixels) between two different samples of one prompt; 0 for one sample."""
+    flat = images.flatten(1).view(-1, samples, images[0].numel())
+    distances = torch.stack([torch.cdist(group, group) for group in flat]) / flat.shape[2] ** 0.5
+    return (distances.sum((1, 2)) / max(samples * (samples - 1), 1)).mean().item()
+
+
+def interval(values: Tensor) -> list[float]:
+    """Mean of (N,) values and its 95 % bootstrap interval over them."""
+    generator = Generator().manual_seed(0)
+    rows = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
+    return [values.mean().item(), low, high]

@@ -1,0 +1,188 @@
+"""What a finetuning method is, and what its training returns."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Unpack
+
+import torch
+from torch import Generator, Tensor
+
+from steer.diffusion.precision import HALF, Precision
+from steer.diffusion.seeds import derived_seed
+from steer.errors import InputError
+from steer.pipelines.base import SteeringMethod
+from steer.pipelines.training.config import DTYPES, FinetuneSettings
+from steer.reward import Reward, over_frames, score_parts
+from steer.training.distributed import Team
+from steer.training.gradient import Batch, GradientOptions
+from steer.training.losses import Metrics
+from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.trainable import denoiser_of
+
+SKIPPED_IN_HALF = 2  # the last steps, which carry nearly all of the rounding
+BeforeEach = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Samples of B prompts × K, in chunks: rewards (B, K), and those of the reward's parts.
+
+    Of several processes each has the chunks of its own share of the prompts; all else is of all of them.
+    """
+
+    prompts: tuple[str, ...]
+    chunks: tuple[Trajectories, ...]
+    rewards: Tensor
+    parts: dict[str, Tensor]
+
+
+def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
+    """`count` prompts from a position on, in a stream that goes over all of them in one new order after another."""
+    found = []
+    for place in range(position, position + count):
+        turn, index = divmod(place, len(prompts))
+        generator = Generator().manual_seed(derived_seed(seed, f"order {turn}"))
+        found.append(prompts[int(torch.randperm(len(prompts), generator=generator)[index])])
+    return tuple(found)
+
+
+def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_start: bool) -> Rows:
+    """K rows for each prompt; with `shared_start` they begin at one x_T, and only the noise on the way differs."""
+    places = [(place, k) for place in range(len(prompts)) for k in range(samples)]
+    starts = [derived_seed(seed, f"{name} start {place} {0 if shared_start else k}") for place, k in places]
+    noises = [derived_seed(seed, f"{name} noise {place} {k}") for place, k in places]
+    return Rows(tuple(prompts[place] for place, _ in places), tuple(starts), tuple(noises))
+
+
+def draw(
+    sampler: Sampler, reward: Reward, rows: Rows, samples: int, chunk: int, before_each: BeforeEach, team: Team
+) -> Scored:
+    """Draws this process's share of the rows, `chunk` at a time, and scores their images."""
+    chunks, scores = [], []
+    for some in rows.at(own_share(range(len(rows)), team)).split(chunk):
+        before_each()
+        drew, images = sampler.rollout(some)
+        chunks.append(drew)
+        with torch.no_grad():
+            scores.append(over_frames(images, partial(score_parts, reward, prompts=some.prompts)))
+    rewards, parts = zip(*team.gather(scores), strict=True)
+    return Scored(
+        prompts=rows.prompts[::samples],
+        chunks=tuple(chunks),
+        rewards=torch.cat(rewards).view(-1, samples),
+        parts={name: torch.cat([told[name] for told in parts]).view(-1, samples) for name in parts[0]},
+    )
+
+
+def own_share(numbers: range, team: Team) -> range:
+    """This process's part, one run of them, as long as everybody's."""
+    size = len(numbers) // team.count
+    return numbers[team.index * size : (team.index + 1) * size]
+
+
+def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int, ...]:
+    """A share of the steps 0 … total − 1, at least one, ascending."""
+    generator = Generator().manual_seed(derived_seed(seed, f"{name} steps"))
+    count = max(1, math.ceil(fraction * total - 1e-9))
+    return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
+
+
+def half_precision(denoiser: Any, settings: FinetuneSettings) -> torch.dtype | None:
+    """The half-precision dtype of a run, of autocast or of the weights; None in float32."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.mixed_precision, denoiser.dtype)
+    return dtype if dtype in HALF else None
+
+
+def window_of(total: int, settings: FinetuneSettings, half: bool) -> int:
+    """How many of `total` stochastic steps are learnt from: all but the last ones, whose τ is lowest.
+
+    Raises InputError where none is left.
+    """
+    if settings.skip_low_noise_steps is None:
+        return total - min(SKIPPED_IN_HALF, total // 2) if half else total
+    if settings.skip_low_noise_steps >= total:
+        raise InputError(
+            f"skip_low_noise_steps must be below the number of steps with noise, {total}, got "
+            f"{settings.skip_low_noise_steps}: lower it, or raise num_inference_steps"
+        )
+    return total - settings.skip_low_noise_steps
+
+
+def sampler_of(
+    pipe: Any, settings: FinetuneSettings, prepared: Any = None, precision: Precision | None = None
+) -> Sampler:
+    """A new sampler, which remembers no texts; in the precision of log-probabilities, or another."""
+    storage = DTYPES[settings.storage]
+    precision, autocast = precision or settings.log_prob_precision, settings.mixed_precision != "no"
+    return Sampler(pipe, settings.arguments, settings.eta, storage, prepared, precision, autocast)
+
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """How a training ended.
+
+    step         updates made
+    stopped      why it ended before its time, else None
+    weights      where the exported weights are: those of the end, or the best ones where the held-out reward fell
+    best_step    updates of the best evaluation by the held-out reward (`best/`); None without evaluations
+    records      one for every update
+    evaluations  one for every evaluation
+    weights_step updates behind the exported weights
+    """
+
+    step: int
+    stopped: str | None
+    weights: Path | None
+    best_step: int | None
+    records: tuple[Record, ...]
+    evaluations: tuple[Record, ...]
+    weights_step: int | None = None
+
+
+class FinetuningMethod(SteeringMethod, ABC):
+    """How a denoiser learns from samples; the rest of a training is the same for all methods.
+
+    shared_start  whether the samples of one prompt begin at one x_T
+    """
+
+    shared_start: ClassVar[bool] = False
+
+    @abstractmethod
+    def check(self, settings: FinetuneSettings) -> None:
+        """Raises InputError for settings that this method can do nothing with."""
+
+    def signal(self, scored: Scored) -> Tensor:
+        """What the loss is told of the samples: by default their rewards (B, K)."""
+        return scored.rewards
+
+    def window(self, total: int, settings: FinetuneSettings) -> int:
+        """How many of the stochastic steps, the first ones, count in losses and penalties."""
+        half = half_precision(denoiser_of(self.pipe)[1], settings)
+        return window_of(total, settings, half is not None)
+
+    def steps(self, total: int, settings: FinetuneSettings, name: str) -> tuple[int, ...]:
+        """Which of the stochastic steps 0 … total − 1 of the window an update of that name learns from."""
+        return chosen_steps(total, settings.timestep_fraction, settings.seed, name)
+
+    @abstractmethod
+    def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
+        """Adds the gradient of one update to the weights' .grad; returns the loss, and metrics with `kl` and
+        `kl_per_step` in nats. The options are those of `steer.training.gradient.two_pass_gradient`."""
+
+    def about(self) -> dict[str, Any]:
+        """What makes this method, as plain values."""
+        return {"method": type(self).__name__, "reward": self.reward.name}
+
+    def state(self) -> dict[str, Any]:
+        """What the method itself remembers from round to round, as plain values."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` told."""

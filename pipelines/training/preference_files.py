@@ -1,0 +1,398 @@
+"""A folder of human choices, as it is read. Lines are only ever added, and a file is whole before a line names it.
+
+settings.json       what every lot was drawn with: see `DrawnWith`
+lots.jsonl          {"lot": ID, "prompts": […], "starts": […], "noises": […],
+                     "images": [{"file": "images/ID-0.png", "sha256": of its pixels}, …],
+                     "trajectories": {"file": "trajectories/ID.safetensors", "sha256": of its bytes, "stochastic": […]}
+                     or null, where the seeds are to do}
+choices.jsonl       {"lot": ID, "chosen": 0, "rejected": 1}, numbers of images, or {"lot": ID, "tie": true}, or
+                    {"lot": ID, "undo": true, "annotator": NAME}: takes back all that NAME has said of the lot so far,
+                    lines with the same "annotator"; without the key, those without it
+
+A lot is some samples of one prompt from one x_T, drawn as one batch: drawn anew as that batch they are the same to the
+last bit. Further keys, of who chose and when, are free.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor
+
+from steer.diffusion.step_hooks import plain_values
+from steer.errors import InputError
+from steer.files import read_image
+from steer.pipelines.training.rollouts import trajectories_from
+from steer.training.rollout import Rows, Trajectories
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+SETTINGS, LOTS, CHOICES = "settings.json", "lots.jsonl", "choices.jsonl"
+ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+TYPES = {"version": int, "scheduler": dict, "call": dict, "eta": float}  # of other settings: text
+
+
+@dataclass(frozen=True)
+class DrawnWith:
+    """What the samples of a folder were drawn with.
+
+    call    arguments of the pipeline's call beside prompts and random numbers; plain values
+    device  its kind: cpu, cuda …
+    torch, diffusers  versions
+    """
+
+    pipeline: str
+    model: str
+    scheduler: dict[str, Any]
+    call: dict[str, Any]
+    eta: float
+    storage: str
+    dtype: str
+    device: str
+    torch: str
+    diffusers: str
+    version: int = VERSION
+
+    @classmethod
+    def of(cls, pipe: Any, call: Mapping[str, Any], eta: float, storage: str) -> "DrawnWith":
+        """By a pipeline as it is."""
+        told = json.loads(pipe.scheduler.to_json_string())
+        return cls(
+            pipeline=type(pipe).__name__,
+            model=str(getattr(pipe.config, "_name_or_path", "")),
+            scheduler={name: value for name, value in told.items() if name[0] != "_" or name == "_class_name"},
+            call=json.loads(json.dumps(plain_values(call))),
+            eta=float(eta),
+            storage=storage,
+            dtype=str(pipe.dtype).removeprefix("torch."),
+            device=pipe.device.type,
+            torch=torch.__version__,
+            diffusers=diffusers.__version__,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> "DrawnWith":
+        """The settings of a folder. Raises InputError where they are missing or none."""
+        path = inside(folder, SETTINGS)
+        try:
+            told = json.loads(path.read_bytes())
+        except (ValueError, RecursionError, OSError) as error:
+            raise InputError(f"{path}: cannot be read as JSON ({error})") from error
+        if not isinstance(told, dict) or told.get("version") != VERSION:
+            raise InputError(f"{path}: not the settings of choices of version {VERSION}, which this steer reads")
+        names = [one.name for one in fields(cls)]
+        if wrong := [name for name in names if not isinstance(told.get(name), TYPES.get(name, str))]:
+            raise InputError(f"{path}: {wrong[0]} is missing or of the wrong kind: let steer's ChoiceFolder write it")
+        return cls(**{name: told[name] for name in names})
+
+    def differences(self, other: "DrawnWith") -> dict[str, tuple[Any, Any]]:
+        """What is not the same in both, by name; arguments of the call and values of the scheduler one by one."""
+        mine, others = self._flat(), other._flat()
+        names = sorted(mine.keys() | others.keys())
+        return {name: (mine.get(name), others.get(name)) for name in names if mine.get(name) != others.get(name)}
+
+    def _flat(self) -> dict[str, Any]:
+        told = asdict(self)
+        scheduler, call = told.pop("scheduler"), told.pop("call")
+        return told | {f"scheduler.{name}": value for name, value in scheduler.items()} | call
+
+
+@dataclass(frozen=True)
+class Lot:
+    """Samples of one prompt from one x_T, drawn as one batch.
+
+    images        SHA-256 of the pixels of each
+    trajectories  SHA-256 of their file and the steps that have a density; None where the seeds are to do
+    """
+
+    folder: Path
+    id: str
+    rows: Rows
+    images: tuple[str, ...]
+    trajectories: tuple[str, tuple[int, ...]] | None
+
+    def image_file(self, number: int) -> str:
+        """Its place in the folder."""
+        return f"images/{self.id}-{number}.png"
+
+    @property
+    def trajectory_file(self) -> str:
+        """Its place in the folder."""
+        return f"trajectories/{self.id}.safetensors"
+
+    def line(self) -> dict[str, Any]:
+        """Its line in lots.jsonl."""
+        images = [{"file": self.image_file(number), "sha256": told} for number, told in enumerate(self.images)]
+        stored = None
+        if self.trajectories is not None:
+            told, steps = self.trajectories
+            stored = {"file": self.trajectory_file, "sha256": told, "stochastic": list(steps)}
+        rows = {name: list(values) for name, values in asdict(self.rows).items()}
+        return {"lot": self.id, **rows, "images": images, "trajectories": stored}
+
+    def load(self) -> Trajectories:
+        """The stored trajectories. Raises InputError where they are missing or not what the line tells."""
+        assert self.trajectories is not None
+        path, (told, steps) = inside(self.folder, self.trajectory_file), self.trajectories
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != told:
+            raise InputError(f"{path} is not the file that was recorded: its sha256 is another. Restore it")
+        try:
+            tensors = load(data)
+        except SafetensorError as error:
+            raise InputError(f"{path}: not a file of tensors ({error})") from error
+        if not _fit(tensors, len(self.rows), steps):
+            raise InputError(f"{path}: not trajectories of lot {self.id}: let steer's ChoiceFolder write them")
+        return trajectories_from(tensors, asdict(self.rows) | {"stochastic": steps})
+
+
+def _fit(tensors: Mapping[str, Tensor], rows: int, steps: tuple[int, ...]) -> bool:
+    """Whether they are `rows` trajectories with these stochastic steps."""
+    if tensors.keys() != {"latents", "log_probs"}:
+        return False
+    latents, log_probs = tensors["latents"], tensors["log_probs"]
+    return (
+        latents.dim() > 2
+        and latents.is_floating_point()
+        and len(latents) == rows
+        and 0 < len(steps) <= latents.shape[1]
+        and list(steps) == sorted({step for step in steps if 0 <= step < latents.shape[1]})
+        and log_probs.shape == (rows, len(steps))
+        and log_probs.dtype in (torch.float32, torch.float64)  # the first is of older folders
+    )
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a plain file of the folder. Raises InputError where there is none, or what leads elsewhere."""
+    path = folder / name
+    if not path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is missing: restore it, or record the choices anew")
+    if path.resolve() != folder.resolve() / name or not path.is_file():
+        raise InputError(f"{path} is a link or no file: put the file itself there")
+    return path
+
+
+def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of a file of JSON lines with their numbers.
+
+    A last line that a crash broke off is left out, with a warning. Raises InputError for any other that is no object.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                logger.warning("%s, line %d: broken off by a crash, left out", path, number)
+                break
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, line {number}: expected an object")
+        found.append((number, row))
+    return found
+
+
+def standing(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+    """The rows of choices.jsonl without those that were taken back, and without what takes back."""
+    taken, found = set[str](), []
+    for number, row in reversed(rows):
+        said = json.dumps([row.get("lot"), row.get("annotator")])
+        if row.get("undo") is True:
+            taken.add(said)
+        elif said not in taken:
+            found.append((number, row))
+    return found[::-1]
+
+
+PAIRS = {"image", "images", "image_a", "image_b", "image_0", "image_1", "jpg_0", "jpg_1"}  # keys of image pairs
+LARGEST = 1 << 63  # seeds of torch are below
+WHY_NOT = (
+    "plain image pairs. D3PO learns from the denoising trajectory of both images (stored latents, or seed and "
+    "settings), which an image does not tell; pairs of images alone are for Diffusion-DPO, another method. Record the "
+    "choices on images that steer draws: steer.pipelines.training.preference_data.ChoiceFolder writes them with "
+    "their trajectories"
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which of two images of a lot was preferred, by their numbers."""
+
+    lot: str
+    chosen: int
+    rejected: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """All of a folder that was not taken back; ties are counted and left out."""
+
+    folder: Path
+    drawn: DrawnWith
+    lots: Mapping[str, Lot]
+    choices: tuple[Choice, ...]
+    ties: int
+
+    def digest(self) -> str:
+        """A hash of the choices in their order and of all that was chosen from."""
+        found = hashlib.sha256(repr(self.drawn).encode())
+        for choice in self.choices:
+            lot = self.lots[choice.lot]
+            found.update(repr((choice.chosen, choice.rejected, lot.rows, lot.images)).encode())
+        return found.hexdigest()
+
+
+def check_choices(folder: Path) -> None:
+    """Raises InputError, one line, for the first thing in a folder of choices that does not fit."""
+    read_choices(folder)
+
+
+def read_choices(folder: Path) -> Recorded:
+    """The folder, every file that its choices need being held against what was recorded of it."""
+    if folder.is_file():
+        raise InputError(f"{folder} is a file. Choices are a folder; image pairs in a file are {WHY_NOT}")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of choices")
+    if not (folder / CHOICES).exists():
+        raise InputError(f"{folder} has no {CHOICES}: it is no folder of choices, or nobody has chosen yet")
+    path = inside(folder, CHOICES)
+    rows = read_lines(path)
+    for number, row in rows:
+        if "lot" not in row and PAIRS & row.keys():
+            raise InputError(f"{path}, line {number}: these are {WHY_NOT}")
+    drawn, lots = DrawnWith.read(folder), read_lots(folder)
+    read = {number: choice_of(f"{path}, line {number}", row, lots) for number, row in rows}
+    told = [read[number] for number, _ in standing(rows)]
+    choices = tuple(choice for choice in told if choice is not None)
+    if not choices:
+        raise InputError(f"{path} holds no choice beside {len(told)} ties: there is nothing to learn from")
+    if ties := len(told) - len(choices):
+        logger.warning("%s: %d ties of %d choices are left out", path, ties, len(told))
+    for name in dict.fromkeys(choice.lot for choice in choices):
+        check_files(lots[name])
+    return Recorded(folder, drawn, lots, choices, ties)
+
+
+def read_lots(folder: Path) -> dict[str, Lot]:
+    """The lots of a folder by their names; their files are not looked at."""
+    path, lots = inside(folder, LOTS), dict[str, Lot]()
+    for number, row in read_lines(path):
+        lot = _lot(f"{path}, line {number}", folder, row)
+        if lots.setdefault(lot.id, lot) != lot:
+            raise InputError(f"{path}, line {number}: lot {lot.id} was told before, and otherwise: remove one of both")
+    return lots
+
+
+def check_files(lot: Lot) -> None:
+    """Raises InputError where an image or the trajectories of a lot are missing, changed or elsewhere."""
+    for number, told in enumerate(lot.images):
+        path = inside(lot.folder, lot.image_file(number))
+        if pixel_hash(pixels_of(read_image(path))) != told:
+            raise InputError(f"{path} is not the image that was recorded: its pixels have another hash. Restore it")
+    if lot.trajectories is not None:
+        lot.load()
+
+
+def pixels_of(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """(3, H, W) in [0, 1] as it is saved: (H, W, 3), 0 to 255."""
+    return (image.float().cpu() * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+
+
+def pixel_hash(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
+    """SHA-256 of "H W 3 " and the bytes of (H, W, 3): of what is seen, not of how a PNG packs it."""
+    shape = "".join(f"{size} " for size in pixels.shape)
+    return hashlib.sha256(shape.encode() + pixels.tobytes()).hexdigest()
+
+
+def _lot(place: str, folder: Path, row: Mapping[str, Any]) -> Lot:
+    name = row.get("lot")
+    if not isinstance(name, str) or not ID.fullmatch(name):
+        raise InputError(f"{place}: lot must be a name of letters, digits, - and _, got {name!r:.40}")
+    lot = Lot(folder, name, _rows(place, row), _images(place, row), _stored(place, row))
+    count = len(lot.rows)
+    if count < 2 or len(set(zip(lot.rows.prompts, lot.rows.starts, strict=True))) > 1 or len(lot.images) != count:
+        raise InputError(
+            f"{place}: a lot is two or more images of one prompt from one start (x_T), with a line of all three for "
+            f"each; here are prompts {len(set(lot.rows.prompts))}, starts {len(set(lot.rows.starts))}, samples "
+            f"{count}, images {len(lot.images)}"
+        )
+    if strange := [told for told in _named(row) if told not in _named(lot.line())]:
+        raise InputError(f"{place}: {strange[0]!r:.60} is no file of lot {name}: its first one is {lot.image_file(0)}")
+    return lot
+
+
+def _named(row: Mapping[str, Any]) -> list[Any]:
+    """The files that a line names, each with its place in it."""
+    stored = [row["trajectories"]] if row.get("trajectories") else []
+    return [(number, one.get("file")) for number, one in enumerate([*row["images"], *stored])]
+
+
+def _rows(place: str, row: Mapping[str, Any]) -> Rows:
+    columns = [row.get(name) for name in ("prompts", "starts", "noises")]
+    prompts, starts, noises = (tuple(column) if isinstance(column, list) else () for column in columns)
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError(f"{place}: prompts must be texts")
+    if not all(type(seed) is int and 0 <= seed < LARGEST for seed in starts + noises):
+        raise InputError(f"{place}: starts and noises must be seeds, whole numbers from 0 to {LARGEST - 1}")
+    if not 0 < len(prompts) == len(starts) == len(noises):
+        raise InputError(f"{place}: prompts, starts and noises must be lists with one entry for each image")
+    return Rows(prompts, starts, noises)
+
+
+def _images(place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    images = row.get("images")
+    if not isinstance(images, list) or not all(_is_hashed(one) for one in images):
+        raise InputError(f'{place}: images must be a list of {{"file": …, "sha256": …}}')
+    return tuple(one["sha256"] for one in images)
+
+
+def _stored(place: str, row: Mapping[str, Any]) -> tuple[str, tuple[int, ...]] | None:
+    stored = row.get("trajectories")
+    if stored is None:
+        return None
+    steps = stored.get("stochastic") if _is_hashed(stored) else None
+    if not isinstance(steps, list) or any(type(step) is not int for step in steps):
+        raise InputError(f'{place}: trajectories must be null or {{"file": …, "sha256": …, "stochastic": […]}}')
+    return stored["sha256"], tuple(steps)
+
+
+def _is_hashed(one: Any) -> bool:
+    return isinstance(one, dict) and isinstance(one.get("file"), str) and isinstance(one.get("sha256"), str)
+
+
+def choice_of(place: str, row: Mapping[str, Any], lots: Mapping[str, Lot]) -> Choice | None:
+    """What a line of choices.jsonl says, None for a tie and for an undo.
+
+    place  file and line, for the message
+    Raises InputError for a line that fits none of the lots.
+    """
+    name = row.get("lot")
+    if not isinstance(name, str) or name not in lots:
+        raise InputError(f"{place}: lot {name!r:.70} is not in {LOTS}: record the lot before its choices")
+    if row.get("tie") is True or row.get("undo") is True:
+        return None
+    numbers, count = (row.get("chosen"), row.get("rejected")), len(lots[name].rows)
+    for key, value in zip(("chosen", "rejected"), numbers, strict=True):
+        if type(value) is not int or not 0 <= value < count:
+            raise InputError(f"{place}: {key} must be the number of an image, 0 to {count - 1}, got {value!r:.40}")
+    chosen, rejected = numbers
+    if chosen == rejected:
+        raise InputError(f'{place}: chosen and rejected are both {chosen}: two images, or "tie": true')
+    return Choice(name, int(chosen or 0), int(rejected or 0))

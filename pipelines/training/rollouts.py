@@ -1,0 +1,205 @@
+"""A round of finetuning: the samples that several updates learn from, all drawn by one policy."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+from steer.diffusion.seeds import derived_seed
+from steer.pipelines.training.config import DTYPES, FinetuneSettings
+from steer.pipelines.training.method import BeforeEach, FinetuningMethod, Scored, draw, own_share, prompts_at, rows_of
+from steer.training.distributed import Team
+from steer.training.gradient import Batch, Reference, reference_of
+from steer.training.guards import check_spread
+from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.trainable import Trainable
+
+
+@dataclass(frozen=True)
+class Round:
+    """Round `number`: a batch for each update, with the rewards (B, K) of its samples and what is told of them.
+
+    Of several processes each has its own chunks of the batches; all else is the same in all of them.
+
+    order   numbers of batches as they are learnt from, pass after pass
+    cursor  place in it
+    """
+
+    number: int
+    batches: tuple[Batch, ...]
+    rewards: tuple[Tensor, ...]
+    told: tuple[dict[str, float], ...]
+    order: tuple[int, ...]
+    cursor: int = 0
+
+    @property
+    def batch(self) -> Batch:
+        """The one to learn from now."""
+        return self.batches[self.order[self.cursor]]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether the weights are still those that drew the samples."""
+        return self.cursor == 0
+
+    def record(self) -> dict[str, float]:
+        """What is told of the present batch's samples."""
+        return self.told[self.order[self.cursor]]
+
+    def following(self) -> "Round | None":
+        """With the next batch as the present one; None after the last."""
+        return replace(self, cursor=self.cursor + 1) if self.cursor + 1 < len(self.order) else None
+
+
+def learning_order(batches: int, passes: int, seed: int, number: int) -> tuple[int, ...]:
+    """All batches as they were drawn, then in a new order for each further pass."""
+    order = list(range(batches))
+    for turn in range(1, passes):
+        generator = Generator().manual_seed(derived_seed(seed, f"round {number} pass {turn}"))
+        order += torch.randperm(batches, generator=generator).tolist()
+    return tuple(order)
+
+
+class Source(Protocol):
+    """Where the samples of a run come from."""
+
+    def about(self) -> dict[str, Any]:
+        """What decides them, as plain values."""
+        ...
+
+    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: Team) -> Round:
+        """Round `number`, from 0: this process's share of it."""
+        ...
+
+
+@dataclass(frozen=True)
+class OnlineSamples:
+    """Samples of prompts by the policy as it is, scored by a reward.
+
+    method  says what its loss is told of them, whether those of a prompt begin at one x_T, and which steps count
+    """
+
+    prompts: Sequence[str]
+    method: FinetuningMethod
+    settings: FinetuneSettings
+
+    def about(self) -> dict[str, Any]:
+        return {"prompts": list(self.prompts)}
+
+    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: Team) -> Round:
+        """Draws and scores the samples of every update of a round, and asks the reference about them.
+
+        Raises InputError where the first round leaves nothing to learn.
+        """
+        size, samples, seed = self.settings.prompts_per_step, self.settings.samples_per_prompt, self.settings.seed
+        batches, rewards, told = [], [], []
+        for update in range(number * self.settings.steps_per_round, (number + 1) * self.settings.steps_per_round):
+            name = f"update {update}"
+            prompts = prompts_at(update * size, size, self.prompts, seed)
+            rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
+            scored = draw(sampler, self.method.reward, rows, samples, self.settings.micro_batch, before_each, team)
+            window = self.method.window(scored.chunks[0].log_probs.shape[1], self.settings)
+            steps = self.method.steps(window, self.settings, name)
+            references = references_of(sampler, trainable, scored.chunks, steps, before_each, self.settings)
+            batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored), window))
+            rewards.append(scored.rewards)
+            told.append(summary(scored))
+        if number == 0:
+            check_spread(torch.cat(rewards), self.method.reward.name)
+        order = learning_order(len(batches), self.settings.passes, seed, number)
+        return Round(number, tuple(batches), tuple(rewards), tuple(told), order)
+
+
+def references_of(
+    sampler: Sampler,
+    trainable: Trainable,
+    chunks: Sequence[Trajectories],
+    steps: Sequence[int],
+    before_each: BeforeEach,
+    settings: FinetuneSettings,
+) -> list[Reference]:
+    """Evaluate the reference on each chunk; keep its residuals, in the storage dtype, where a penalty needs them."""
+    found, dtype = [], DTYPES[settings.storage] if settings.divergence_counts else None
+    with trainable.reference():
+        for chunk in chunks:
+            before_each()
+            found.append(reference_of(sampler, chunk, steps, dtype))
+    return found
+
+
+def summary(scored: Scored) -> dict[str, Any]:
+    """The rewards' mean, their standard deviation among the samples of a prompt, and the means of parts."""
+    spread = scored.rewards.std(1).mean().item() if scored.rewards.shape[1] > 1 else 0.0
+    parts = {f"reward/{name}": values.mean().item() for name, values in scored.parts.items()}
+    return {"reward": scored.rewards.mean().item(), "reward_spread": spread, **parts}
+
+
+def trajectory_tensors(stored: Trajectories) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """One lot of rollouts."""
+    told = {**asdict(stored.rows), "stochastic": stored.stochastic}
+    return {"latents": stored.latents, "log_probs": stored.log_probs}, told
+
+
+def trajectories_from(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> Trajectories:
+    """The rollouts that `trajectory_tensors` told of."""
+    rows = Rows(tuple(told["prompts"]), tuple(told["starts"]), tuple(told["noises"]))
+    return Trajectories(rows, tensors["latents"], tuple(told["stochastic"]), tensors["log_probs"])
+
+
+def round_tensors(drew: Round) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """All of a round; lossless."""
+    tensors: dict[str, Tensor] = {}
+    batches = []
+    for number, (batch, rewards) in enumerate(zip(drew.batches, drew.rewards, strict=True)):
+        tensors |= {f"{number}/signal": batch.rewards, f"{number}/rewards": rewards}
+        chunks = []
+        for place, (chunk, reference) in enumerate(zip(batch.chunks, batch.references, strict=True)):
+            own, told = trajectory_tensors(chunk)
+            kept = {name: value for name, value in vars(reference).items() if value is not None}
+            own |= {f"reference {name}": value for name, value in kept.items()}
+            tensors |= {f"{number}/{place}/{name}": value for name, value in own.items()}
+            chunks.append(told)
+        batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": chunks})
+    told = {"number": drew.number, "told": drew.told, "order": drew.order, "cursor": drew.cursor, "batches": batches}
+    return tensors, told
+
+
+def joined(drew: Round, team: Team) -> Round:
+    """The round with the chunks of all processes."""
+    batches = []
+    for batch in drew.batches:
+        chunks, references = team.gather(batch.chunks), team.gather(batch.references)
+        batches.append(replace(batch, chunks=chunks, references=references))
+    return replace(drew, batches=tuple(batches))
+
+
+def shared_out(whole: Round, team: Team, size: int) -> Round:
+    """What this process has of a whole round, in chunks of at most `size` rows."""
+    batches = []
+    for batch in whole.batches:
+        stored, told = Trajectories.joined(batch.chunks), Reference.joined(batch.references)
+        own = own_share(range(len(stored.rows)), team)
+        parts = [own[first : first + size] for first in range(0, len(own), size)]
+        chunks, references = [stored.at(part) for part in parts], [told.at(part) for part in parts]
+        batches.append(replace(batch, chunks=chunks, references=references))
+    return replace(whole, batches=tuple(batches))
+
+
+def round_from(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> Round:
+    """The round that `round_tensors` told of."""
+    batches, rewards = [], []
+    for number, batch in enumerate(told["batches"]):
+        chunks, references = [], []
+        for place, about in enumerate(batch["chunks"]):
+            start = f"{number}/{place}/"
+            own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+            chunks.append(trajectories_from(own, about))
+            residuals = own.get("reference residuals")
+            references.append(Reference(residuals, own["reference deviations"], own["reference log_probs"]))
+        batches.append(Batch(chunks, references, tuple(batch["steps"]), tensors[f"{number}/signal"], batch["window"]))
+        rewards.append(tensors[f"{number}/rewards"])
+    return Round(
+        told["number"], tuple(batches), tuple(rewards), tuple(told["told"]), tuple(told["order"]), told["cursor"]
+    )

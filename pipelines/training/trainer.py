@@ -1,0 +1,510 @@
+"""Finetuning methods: a diffusers pipeline whose denoiser learns from a reward."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any, Unpack
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers.optimization import get_constant_schedule_with_warmup
+from diffusers.training_utils import EMAModel
+from tqdm.auto import tqdm
+
+from steer.diffusion.step_hooks import plain_values
+from steer.errors import InputError
+from steer.pipelines.training.config import FinetuneSettings
+from steer.pipelines.training.distributed import AcceleratedTeam
+from steer.pipelines.training.evaluation import Evaluated, Exam
+from steer.pipelines.training.method import FinetuneResult, FinetuningMethod, Record, half_precision, sampler_of
+from steer.pipelines.training.rollouts import OnlineSamples, Round, Source
+from steer.pipelines.training.state import RunFolder, RunState
+from steer.reward import note_cut_by_pipeline, with_metadata
+from steer.rewards.parser import load_reward
+from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
+from steer.training.guards import HoldOutWatch, KLControl, check_replay, check_rounding, chi_square, kl
+from steer.training.losses import Loss, Metrics
+from steer.training.rollout import Sampler, takes_prompts
+from steer.training.trainable import Full, LoRA, Trainable, denoiser_of, fingerprint, whole
+
+# What may differ when a run is resumed: logged where it does.
+FREE = {
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "max_steps",
+    "micro_batch",
+    "gradient_checkpointing",
+    "eval_every",
+    "patience",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "kl_budget",
+    "log_with",
+}
+
+
+def accelerator_of(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accelerator:
+    """Raises InputError for a precision or a tracker that there is not here."""
+    if cpu and settings.mixed_precision == "fp16":
+        raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run of this process had another precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=settings.mixed_precision,
+            log_with=list(settings.log_with) or None,
+            project_dir=folder,
+            cpu=cpu,
+            device_placement=False,  # the pipeline is where its owner put it
+        )
+    except (ImportError, ValueError) as error:
+        raise InputError(f"log_with {', '.join(settings.log_with)}: {str(error).splitlines()[0]}") from error
+    return accelerator
+
+
+def trainable_of(pipe: Any, settings: FinetuneSettings) -> Trainable:
+    """A LoRA in the denoiser, or all of it; everything else is frozen."""
+    if settings.gradient_checkpointing:
+        denoiser_of(pipe)[1].enable_gradient_checkpointing()
+    if settings.lora_rank == 0:
+        return Full(pipe)
+    lora = LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+    if settings.init_adapter is not None:
+        lora.start_from(settings.init_adapter)
+    return lora
+
+
+def changeable_of(settings: FinetuneSettings) -> dict[str, Any]:
+    """Settings that may differ when the run is resumed, as plain values."""
+    return {name: plain_values(value) for name, value in asdict(settings).items() if name in FREE}
+
+
+def identity_of(method: FinetuningMethod, source: Source, exam: Exam, settings: FinetuneSettings) -> dict[str, Any]:
+    """What makes a run this run, as plain values."""
+    pipe = method.pipe
+    told = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    return {
+        **method.about(),
+        **source.about(),
+        **exam.about(),
+        # By its own name, wherever it lies: a run goes on after its folder, or the checkout, was moved.
+        "model": f"{type(pipe).__name__} {Path(getattr(pipe.config, '_name_or_path', '')).name}".strip(),
+        "weights": fingerprint(pipe),
+        "scheduler": pipe.scheduler.to_json_string(),
+        **{name: plain_values(value) for name, value in told.items()},
+    }
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+PATIENCE = 1.0  # seconds between two signals of one wish
+
+
+class Stopped(Exception):
+    """Ends a run between two things that belong together."""
+
+
+class StopRequest:
+    """Whether somebody asked for the end.
+
+    agreed  of several processes, whether one of them was asked: a signal reaches each at another time
+    """
+
+    def __init__(self, agreed: Callable[[bool], bool] = bool) -> None:
+        self.asked, self._agreed, self._first = False, agreed, 0.0
+
+    def check(self) -> None:
+        """Raises Stopped once somebody asked."""
+        if self._agreed(self.asked):
+            raise Stopped
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        # Ctrl-C a second time: at once. Launchers send signals twice, but not so far apart.
+        if self.asked and number == signal.SIGINT and time.monotonic() - self._first > PATIENCE:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked, self._first = True, time.monotonic()
+
+
+@contextmanager
+def stop_request(agreed: Callable[[bool], bool] = bool) -> Iterator[StopRequest]:
+    """Inside, the signals of the main thread are taken as a request; the handlers of before come back."""
+    request = StopRequest(agreed)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request._ask) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
+
+
+INTERRUPTED = "interrupted"
+
+
+class FinetuneRun:
+    """One training of one method, in one folder."""
+
+    def __init__(
+        self,
+        method: FinetuningMethod,
+        source: Source,
+        exam: Exam,
+        settings: FinetuneSettings,
+        folder: Path,
+        about: dict[str, Any],
+        resume: bool,
+    ) -> None:
+        self.method, self.source, self.exam, self.settings = method, source, exam, settings
+        self.accelerator = accelerator_of(settings, folder, method.pipe.device.type == "cpu")
+        self.team = AcceleratedTeam(self.accelerator)
+        self.team.check(settings)
+        identity, changeable = identity_of(method, source, exam, settings), changeable_of(settings)
+        self.folder = RunFolder(folder, identity, about, settings, self.team, changeable)
+        self.found = self.folder.find(resume)
+        self.team.wait()  # nobody writes before all have looked
+        with self.team.together():
+            self.state = self._started(trainable_of(method.pipe, settings))
+        self.sampler = self._sampler()
+        self.stopped: str | None = None
+
+    def _started(self, trainable: Trainable) -> RunState:
+        settings = self.settings
+        parameters = trainable.parameters.values()
+        optimiser = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+        self.prepared, self.optimiser = self.accelerator.prepare(trainable.denoiser, optimiser)
+        ema = EMAModel(list(trainable.parameters.values()), settings.ema_decay) if settings.ema_decay else None
+        return RunState(
+            method=self.method,
+            trainable=trainable,
+            optimiser=optimiser,
+            schedule=get_constant_schedule_with_warmup(optimiser, settings.warmup_steps),
+            scaler=self.accelerator.scaler,
+            ema=ema,
+            control=KLControl(settings.kl_weight, settings.kl_target, settings.kl_budget),
+            watch=HoldOutWatch(settings.patience),
+        )
+
+    def train(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> FinetuneResult:
+        """Goes on from what is there, updates until the last one, a guard or a signal; then exports the weights."""
+        with self.team.together(), torch.random.fork_rng():  # for pipelines that draw beside the generators
+            torch.manual_seed(self.settings.seed + self.team.index)
+            self.folder.open(self.state, self.found)
+            try:
+                self._updates(on_update, on_evaluation)
+                return self._finished()
+            except Exception:
+                # What was learnt is not lost with a reward that fails; of several processes one alone cannot save it.
+                if self.state.step and self.team.count == 1:
+                    self.folder.save(self.state)
+                raise
+            finally:
+                # The user's denoiser computes in its own precision again.
+                self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
+
+    def _updates(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> None:
+        state, last = self.state, self.settings.max_steps
+        hidden, name = None if self.team.is_main else True, type(self.method).__name__
+        bar = tqdm(total=last, initial=state.step, unit="update", disable=hidden, desc=name)
+        with stop_request(self.team.any) as request, bar, self._tracked():
+            try:
+                while True:
+                    self._evaluate(request, on_evaluation)
+                    if state.step and state.step % self.settings.checkpoint_every == 0:
+                        self.folder.save(state)
+                    if self.stopped or state.step >= last:
+                        break
+                    if (record := self._update(request)) is not None:
+                        if self.team.is_main:
+                            on_update(record)
+                        self.accelerator.log(_numbers(record), state.step)
+                        bar.update()
+                        bar.set_postfix(_shown(record))
+            except Stopped:
+                self.stopped = INTERRUPTED
+            self.folder.save(state)
+
+    def _update(self, request: StopRequest) -> Record | None:
+        """One update: samples where none are left, the gradient, the optimiser, the record; None where the KL budget
+        is spent."""
+        started, state = time.monotonic(), self.state
+        self.optimiser.zero_grad()  # of an update that was broken off
+        state.round = state.round or self._draw(request)
+        with self.team.accumulating(self.prepared) as exchange:
+            loss, metrics = self.method.gradient(
+                self.sampler,
+                state.round.batch,
+                penalties=self._penalties(),
+                unchanged=state.round.untouched,
+                backward=self.accelerator.backward,
+                before_each=request.check,
+                before_last=exchange,
+                team=self.team,
+            )
+        if state.control.spent(metrics["kl"]):
+            self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"
+            return None
+        rate = state.schedule.get_last_lr()[0]
+        norm = self._step(loss)
+        state.step += 1
+        record = {"step": state.step, "round": state.rounds, "loss": loss, **state.round.record(), **metrics}
+        record |= {"kl_weight": state.control.weight, "grad_norm": norm, "learning_rate": rate}
+        seconds, images = time.monotonic() - started, self.settings.prompts_per_step * self.settings.samples_per_prompt
+        record |= {"seconds": seconds, "images_per_second": images / seconds, "processes": self.team.count}
+        # No pairs, no accuracy; and a scaler tries its way with infinite gradients.
+        record = {name: value for name, value in record.items() if math.isfinite(value)}
+        state.round = state.round.following()
+        state.control = state.control.after(metrics["kl"])
+        state.records.append(record)
+        self.folder.note("records", record)
+        return record
+
+    def _step(self, loss: float) -> float:
+        """The optimiser's step; the gradient's norm. Raises InputError before the step where that is no number."""
+        state = self.state
+        norm = float(whole(self.accelerator.clip_grad_norm_(state.parameters, self.settings.max_grad_norm)))
+        if not (math.isfinite(loss) and (math.isfinite(norm) or state.scaler)):
+            raise InputError(
+                f"the loss of update {state.step + 1} is {loss:g}, its gradient as long as {norm:g}: lower "
+                "learning_rate, raise kl_weight, or mend a reward whose gradient is not finite"
+            )
+        self.optimiser.step()
+        state.schedule.step()
+        if state.ema:
+            state.ema.step(state.parameters)
+        return norm
+
+    def _penalties(self) -> dict[Penalty, float]:
+        penalties: dict[Penalty, float] = {kl: self.state.control.weight, chi_square: self.settings.chi_square_weight}
+        return {penalty: weight for penalty, weight in penalties.items() if weight}
+
+    def _sampler(self) -> Sampler:
+        return sampler_of(self.method.pipe, self.settings, self.prepared)
+
+    def _draw(self, request: StopRequest) -> Round:
+        """The next round; the first one is also held against its replay. One that is broken off leaves no trace."""
+        before, random = self.method.state(), torch.get_rng_state()
+        self.sampler = self._sampler()  # what it remembers of texts lasts for a round
+        try:
+            drew = self.source.round(self.state.rounds, self.sampler, self.state.trainable, request.check, self.team)
+            if self.state.rounds == 0:
+                self._check(drew.batch)
+        except BaseException:
+            self.method.restore(before)
+            torch.set_rng_state(random)
+            raise
+        self.state.rounds += 1
+        return drew
+
+    def _check(self, batch: Batch) -> None:
+        """Raises InputError where log-probabilities are not those of the samples, or are rounding."""
+        dtype = half_precision(self.state.trainable.denoiser, self.settings)
+        as_model = self.settings.log_prob_precision == "model"
+        check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32)
+        if as_model and (dtype or self.method.pipe.device.type == "cuda"):  # where TF32 may be on
+            exact = sampler_of(self.method.pipe, self.settings, self.prepared, "float32")
+            check_rounding(self.sampler, exact, self.state.trainable.parameters, batch.chunks[0], batch.steps)
+
+    def _evaluate(self, request: StopRequest, on_evaluation: Callable[[Evaluated], None]) -> None:
+        """Where one is due, and was not made before: at the start, every so often, and at the end."""
+        self._take(request, on_evaluation)
+        watch = self.state.watch
+        if watch.stop() and not self.stopped:
+            self.stopped = (
+                f"the trained reward rose while the held-out one fell, {watch.fooled} evaluations in a row: the "
+                f"weights of update {watch.best_step} are kept"
+            )
+
+    def _take(self, request: StopRequest, on_evaluation: Callable[[Evaluated], None]) -> None:
+        state, every = self.state, self.settings.eval_every
+        due = state.step % every == 0 or state.step >= self.settings.max_steps or self.stopped
+        if not self.exam.prompts or not due or (state.evaluations and state.evaluations[-1]["step"] == state.step):
+            return
+        with state.averaged():
+            pipe, check = self.method.pipe, request.check
+            found = self.exam.take(pipe, self.settings, state.step, self.prepared, check, self.team)
+            if self.team.is_main:
+                on_evaluation(found)
+            state.watch = state.watch.after(state.step, *found.means())
+            best = state.watch.best_step == state.step
+            if best:
+                self.folder.export(state, "best")
+        state.evaluations.append(found.record())
+        if best:
+            self.folder.save(state)  # pinned, whatever comes
+        self.folder.note("evaluations", found.record())
+        self.accelerator.log(_numbers(found.record()), state.step)
+
+    @contextmanager
+    def _tracked(self) -> Iterator[None]:
+        if self.settings.log_with:
+            self.accelerator.init_trackers("steer")
+        try:
+            yield
+        finally:
+            for tracker in self.accelerator.trackers:  # end_training would part the processes as well
+                tracker.finish()
+
+    def _finished(self) -> FinetuneResult:
+        state, weights, of = self.state, None, None
+        if self.stopped != INTERRUPTED:
+            fooled = state.watch.stop() and state.watch.best_step is not None
+            of = state.watch.best_step if fooled else state.step
+            if fooled:
+                self.folder.load_best(state)
+            elif state.ema:
+                state.ema.copy_to(state.parameters)  # the pipeline stays what is evaluated and exported
+            weights = self.folder.export(state, "final")
+        records, evaluations, best = tuple(state.records), tuple(state.evaluations), state.watch.best_step
+        return FinetuneResult(state.step, self.stopped, weights, best, records, evaluations, of)
+
+
+def _numbers(record: Record) -> dict[str, float]:
+    """What trackers can draw; of [mean, low, high] the mean."""
+    return {name: value[0] if isinstance(value, list) else value for name, value in record.items()}
+
+
+def _shown(record: Record) -> dict[str, str]:
+    names = {"reward": "reward", "kl": "kl", "accuracy": "acc", "images_per_second": "img/s"}
+    return {short: f"{record[name]:.3g}" for name, short in names.items() if name in record}
+
+
+class FinetuningPipeline(FinetuningMethod):
+    """A method that trains `pipe`'s denoiser on `reward`; afterwards `pipe` is the trained one."""
+
+    def train(
+        self,
+        prompts: Sequence[str] | int,
+        output_dir: str | Path,
+        settings: FinetuneSettings | None = None,
+        *,
+        eval_prompts: Sequence[str] | int = (),
+        eval_rewards: Sequence[Any] = (),
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        eval_metadata: Sequence[Mapping[str, Any]] | None = None,
+        resume: bool = False,
+        about: Mapping[str, Any] | None = None,
+        on_update: Callable[[Record], None] | None = None,
+        on_evaluation: Callable[[Evaluated], None] | None = None,
+    ) -> FinetuneResult:
+        """Trains, and writes to `output_dir`: metrics.jsonl, evaluations.jsonl, checkpoints/, final/ and best/ weights.
+
+        prompts        to learn from; of a pipeline without prompts (unconditional) a count, or what the reward reads
+        eval_prompts   held out; without them nothing is evaluated
+        metadata, eval_metadata  one mapping for each of these, for rewards that accept `metadata`
+        eval_rewards   kept apart from the trained reward; the first is what HoldOutWatch watches (without any, the
+                       trained reward on the held-out prompts)
+        resume         go on from the newest whole checkpoint, or begin where there is none
+        about          plain values that are saved with every checkpoint
+        on_update, on_evaluation  observers
+
+        Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for what does not fit, before anything is drawn.
+        """
+        settings = settings or FinetuneSettings()
+        learnt, held_out = (
+            prompts_of(self.pipe, prompts, "prompts"),
+            prompts_of(self.pipe, eval_prompts, "eval_prompts"),
+        )
+        if not learnt:
+            raise InputError("prompts: at least one is needed")
+        rows = metadata_table((learnt, metadata), (held_out, eval_metadata))
+        self.reward = with_metadata(self.reward, rows)
+        self.check(settings)
+        note_cut_by_pipeline(self.pipe, (*learnt, *held_out), settings.call or {})
+        source = OnlineSamples(learnt, self, settings)
+        judges = tuple(with_metadata(load_reward(reward), rows) for reward in eval_rewards)
+        exam = Exam(held_out, self.reward, judges)
+        return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)
+
+    def _run(
+        self,
+        source: Source,
+        exam: Exam,
+        settings: FinetuneSettings,
+        output_dir: str | Path,
+        resume: bool,
+        about: Mapping[str, Any] | None,
+        on_update: Callable[[Record], None] | None,
+        on_evaluation: Callable[[Evaluated], None] | None,
+    ) -> FinetuneResult:
+        """What a training is, wherever its samples come from."""
+        exam.check(settings.patience)
+        run = FinetuneRun(self, source, exam, settings, Path(output_dir), dict(about or {}), resume)
+        return run.train(on_update or (lambda record: None), on_evaluation or (lambda evaluated: None))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the diffusers pipeline itself."""
+        return self.pipe(*args, **kwargs)
+
+
+def prompts_of(pipe: Any, prompts: Sequence[str] | int, name: str) -> tuple[str, ...]:
+    """The prompts as texts. Raises InputError for empty ones and for a count, where the pipeline takes prompts."""
+    conditional = takes_prompts(pipe)
+    if isinstance(prompts, int):
+        if conditional:
+            raise InputError(f"{name} must be texts, got {prompts}: a count is for pipelines without prompts")
+        if prompts < 0:
+            raise InputError(f"{name} must be at least 0, got {prompts}")
+        return ("",) * prompts
+    if isinstance(prompts, str):
+        raise InputError(f"{name} must be a list of texts, got one text: {prompts[:40]!r}")
+    if conditional and not all(prompts):
+        raise InputError(f"{name}: none may be empty")
+    return tuple(prompts)
+
+
+Rows = Sequence[Mapping[str, Any]] | None
+
+
+def metadata_table(*given: tuple[Sequence[str], Rows]) -> dict[str, Mapping[str, Any]] | None:
+    """Metadata by prompt, None where none is given. Raises InputError where it does not fit the prompts, is no plain
+    data, or where one prompt has two different rows."""
+    table: dict[str, Mapping[str, Any]] = {}
+    for prompts, rows in given:
+        if rows is not None and len(rows) != len(prompts):
+            raise InputError(
+                f"metadata must be one mapping for each prompt, got {len(rows)} of them and {len(prompts)} prompts"
+            )
+        for prompt, row in zip(prompts, rows or (), strict=rows is not None):
+            if not isinstance(row, Mapping):
+                raise InputError(f"metadata must be one mapping for each prompt, got {type(row).__name__}")
+            if table.setdefault(prompt, row) != row:
+                raise InputError(f"metadata: prompt {prompt[:60]!r} has two different rows: leave one of them out")
+    return None if all(rows is None for _, rows in given) else table
+
+
+class LossPipeline(FinetuningPipeline):
+    """A method that is a loss of log-probabilities and of the signal that `signal` makes of rewards."""
+
+    def __init__(self, pipe: Any, reward: Any, loss: Loss) -> None:
+        super().__init__(pipe, reward)
+        self.loss = loss
+
+    def check(self, settings: FinetuneSettings) -> None:
+        """Raises InputError for settings that this method can do nothing with."""
+        if self.loss.whole_trajectory and settings.timestep_fraction < 1:
+            raise InputError(
+                f"timestep_fraction must be 1, got {settings.timestep_fraction}: the loss of {type(self).__name__} "
+                "ties all steps of a trajectory together"
+            )
+        if settings.samples_per_prompt < 2:
+            raise InputError(
+                f"samples_per_prompt must be at least 2, got {settings.samples_per_prompt}: "
+                f"{type(self).__name__} compares the samples of a prompt"
+            )
+
+    def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
+        """Adds the gradient of one update to the weights' .grad; see `steer.training.gradient.two_pass_gradient`."""
+        return two_pass_gradient(sampler, batch, self.loss, **options)
+
+    def about(self) -> dict[str, Any]:
+        return super().about() | {"loss": type(self.loss).__name__, **asdict(self.loss)}  # type: ignore[call-overload]

@@ -1,0 +1,557 @@
+"""How alike two rewards are, measured on scores that both gave to the same images."""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+import numpy as np
+import torch
+from scipy import stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from steer.errors import InputError
+from steer.reward import Reward, RewardError, score
+from steer.rewards.objectives import Choices
+
+Scores = Tensor | Sequence[float] | np.ndarray
+ROUNDING = 1e-12  # of a score's size: smaller differences from a prompt's mean are rounding, not preference
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of `n` images: rank correlations −1..1 over all of them, pairs alike and STARC distance 0..1 within prompts.
+
+    nan where it cannot be told: correlations of a constant, the others where no prompt has two images.
+    """
+
+    n: int
+    spearman: float
+    kendall: float
+    pairs_alike: float
+    starc: float
+
+
+def compare(a: Scores, b: Scores, groups: Sequence[str]) -> Agreement:
+    """All measures at once, of scores a and b (N,) and the N prompts `groups`.
+
+    Raises InputError where they do not fit together, are fewer than two, or are not finite.
+    """
+    first, second = _checked(a, b, groups)
+    told = max(map(len, _rows_by_group(groups))) > 1
+    return Agreement(
+        n=len(first),
+        spearman=spearman(first, second),
+        kendall=kendall(first, second),
+        pairs_alike=pairs_alike(first, second, groups),
+        starc=starc_distance(first, second, groups) if told else float("nan"),
+    )
+
+
+def spearman(a: Scores, b: Scores) -> float:
+    """Spearman's ρ of scores (N,), −1..1: the linear correlation of their ranks. nan where one is constant."""
+    first, second = _checked(a, b)
+    return float("nan") if _constant(first, second) else float(stats.spearmanr(first, second).statistic)
+
+
+def kendall(a: Scores, b: Scores) -> float:
+    """Kendall's τ_b of scores (N,), −1..1: pairs ranked alike minus unlike, mending ties. nan where one is constant."""
+    first, second = _checked(a, b)
+    return float("nan") if _constant(first, second) else float(stats.kendalltau(first, second).statistic)
+
+
+def pairs_alike(a: Scores, b: Scores, groups: Sequence[str]) -> float:
+    """Share 0..1 of the pairs of images of one prompt that both rewards rank alike; a tie in either counts 1/2.
+
+        mean over i < j of one prompt of (1 + sign(aᵢ − aⱼ) · sign(bᵢ − bⱼ)) / 2
+
+    Only images of one prompt are compared: that is what steering and best-of-n choose among. nan where no prompt
+    has two images.
+    """
+    first, second = _checked(a, b, groups)
+    agreeing, pairs = 0.0, 0
+    for rows in _rows_by_group(groups):
+        x, y = first[rows], second[rows]
+        for k in range(len(rows) - 1):
+            agreeing += float(np.sum(1 + np.sign(x[k] - x[k + 1 :]) * np.sign(y[k] - y[k + 1 :]))) / 2
+            pairs += len(rows) - 1 - k
+    return agreeing / pairs if pairs else float("nan")
+
+
+def starc_distance(a: Scores, b: Scores, groups: Sequence[str]) -> float:
+    """A STARC distance between rewards over images, 0..1, of scores (N,) and the N prompts `groups`.
+
+        c(r)ᵢ = rᵢ − mean of r over the images of i's prompt,   s(r) = c(r) / ‖c(r)‖₂,   d = ‖s(a) − s(b)‖₂ / 2
+
+    Source: STARC (arXiv 2309.15257): canonicalise, normalise, measure. There the canonical form removes potential
+    shaping; here it removes a shift for each prompt, which likewise changes no ranking of a prompt's images. So 0:
+    the same up to such shifts and a positive scale; 1: opposite. d = √((1 − ρ) / 2) with ρ the correlation within
+    prompts. A reward that is constant within each prompt has ‖c(r)‖ = 0 and keeps s(r) = 0: 1/2 from every other
+    reward, 0 from another constant.
+    """
+    first, second = _checked(a, b, groups)
+    return float(np.linalg.norm(_standardised(first, groups) - _standardised(second, groups)) / 2)
+
+
+def _standardised(scores: np.ndarray, groups: Sequence[str]) -> np.ndarray:
+    canonical = scores.copy()
+    for rows in _rows_by_group(groups):
+        canonical[rows] -= scores[rows].mean()
+    norm = np.linalg.norm(canonical)
+    if norm <= ROUNDING * np.linalg.norm(scores):
+        return np.zeros_like(scores)
+    return canonical / norm
+
+
+def _rows_by_group(groups: Sequence[str]) -> list[list[int]]:
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    return list(rows.values())
+
+
+def _constant(*scores: np.ndarray) -> bool:
+    return any(np.ptp(some) == 0 for some in scores)
+
+
+def _checked(a: Scores, b: Scores, groups: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Both as (N,) fp64. Raises InputError where they cannot be compared."""
+    first, second = (np.asarray(scores, dtype=np.float64) for scores in (a, b))
+    sizes = [first.shape, second.shape, *([] if groups is None else [(len(groups),)])]
+    if first.ndim != 1 or any(one != other for one, other in pairwise(sizes)):
+        raise InputError(f"two rewards are compared on scores of the same images, one number each, got shapes {sizes}")
+    if len(first) < 2:
+        raise InputError(f"two rewards are compared on at least 2 images, got {len(first)}")
+    if not (np.isfinite(first).all() and np.isfinite(second).all()):
+        raise InputError("two rewards are compared on finite scores: leave out the images with nan or inf")
+    return first, second
+
+
+BINS = 10
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Of pairs that training did not see.
+
+    accuracy  share of decided pairs (no ties) in which the chosen image has the higher reward; equal rewards: half
+    log_loss  mean −log of the probability given to the choice, nats; ln 2 = .693 is a coin's
+    ece       expected calibration error: mean over pairs of |predicted − observed| share, in bins of 0.1
+    bins      (predicted, observed, pairs) of each bin of the probability σ(Δ) that a is chosen
+    """
+
+    accuracy: float
+    log_loss: float
+    ece: float
+    bins: tuple[tuple[float, float, int], ...]
+
+    @property
+    def summary(self) -> str:
+        return f"accuracy {self.accuracy:.3f}, log loss {self.log_loss:.3f}, calibration error {self.ece:.3f}"
+
+
+def judged(raw: Sequence[Tensor], choices: Choices) -> Judgement:
+    """raw: rewards (N,) of the images a and of the images b, in nats."""
+    difference, chosen = raw[0] - raw[1], choices.choice
+    decided = chosen != 0.5
+    right = torch.where(difference == 0, 0.5, ((difference > 0) == (chosen > 0.5)).float())
+    loss = F.binary_cross_entropy_with_logits(difference, chosen)
+    bins = _bins(torch.sigmoid(difference), chosen)
+    ece = sum(count * abs(predicted - observed) for predicted, observed, count in bins) / max(len(chosen), 1)
+    accuracy = right[decided].mean().item() if decided.any() else 0.5
+    return Judgement(accuracy, loss.item(), ece, bins)
+
+
+def _bins(predicted: Tensor, observed: Tensor) -> tuple[tuple[float, float, int], ...]:
+    place = (predicted * BINS).long().clamp(max=BINS - 1)
+    rows = [place == k for k in range(BINS)]
+    return tuple((predicted[r].mean().item(), observed[r].mean().item(), int(r.sum())) for r in rows if r.any())
+
+
+KINDS = ("colour", "binding", "count", "relation")
+# What replaces a colour: the next one of these that the prompt lacks. Neighbours are easy to tell apart, and the
+# language of scenes knows all six.
+RING = ("blue", "yellow", "purple", "green", "black", "red")
+# Colour words with the hue that each is taken for, so that "crimson" is not contrasted with "red". Words that mostly
+# name a thing (rose, olive, navy, lime) are left out.
+HUES = {hue: hue for hue in (*RING, "orange", "pink", "brown", "white", "grey")} | {
+    "gray": "grey",
+    "silver": "grey",
+    "crimson": "red",
+    "scarlet": "red",
+    "maroon": "red",
+    "gold": "yellow",
+    "golden": "yellow",
+    "violet": "purple",
+    "magenta": "purple",
+    "turquoise": "blue",
+    "cyan": "blue",
+    "teal": "green",
+}
+NUMBERS = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+OPPOSITES = {
+    "left of": "right of",
+    "right of": "left of",
+    "left side of": "right side of",
+    "right side of": "left side of",
+    "above": "below",
+    "below": "above",
+    "in front of": "behind",
+    "behind": "in front of",
+    "on top of": "under",
+    "under": "on top of",
+    "underneath": "on top of",
+    "beneath": "on top of",
+}
+
+
+def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
+    """Any of the phrases as whole words, in any case, with any white space between them."""
+    spaced = (r"\s+".join(phrase.split()) for phrase in sorted(phrases, key=len, reverse=True))
+    return re.compile(rf"\b(?:{'|'.join(spaced)})\b", re.IGNORECASE)
+
+
+_COLOUR, _NUMBER, _RELATION = _any_of(list(HUES)), _any_of(NUMBERS), _any_of(list(OPPOSITES))
+# An orange is a colour only before the thing that has it: "an orange car", not "an orange on a plate".
+_BEFORE_A_THING = re.compile(r"[\s-]+(?!(?:and|or|with|on|in|at|of|to|next|near|by|is|left|right|above|below)\b)\w")
+_JOINED = re.compile(r"[\s,/&-]*(?:(?:and|or)[\s-]*)?", re.IGNORECASE)  # "black-and-white", "red, blue"
+_ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A changed prompt and what was changed: "colour", "binding" (two colours exchanged), "count" or "relation"."""
+
+    kind: str
+    prompt: str
+
+
+@dataclass(frozen=True)
+class Consistency:
+    """Of `pairs` (image, contrast): the share 0..1 where the prompt scores higher, ties half; the mean of how much."""
+
+    share: float
+    pairs: int
+    margin: float
+
+
+def contrasts(prompt: str) -> list[Contrast]:
+    """What the prompt becomes with one fact changed, by plain-English word rules; the same every time.
+
+    Each colour word becomes a colour that the prompt lacks; two colours of different things change places; each
+    number from two to ten becomes the one below it, two becomes three; each relation becomes its opposite. Empty where
+    the prompt has none of these. The rules see words, not meaning: "Red Square" becomes "Blue Square".
+    """
+    return [
+        *(Contrast("colour", text) for text in _other_colours(prompt)),
+        *(Contrast("binding", text) for text in _exchanged_colours(prompt)),
+        *(Contrast("count", text) for text in _other_counts(prompt)),
+        *(Contrast("relation", text) for text in _opposite_relations(prompt)),
+    ]
+
+
+def contrast_pairs(prompts: Sequence[str]) -> list[tuple[int, Contrast]]:
+    """Every contrast of every prompt, with the row of its prompt."""
+    return [(row, contrast) for row, prompt in enumerate(prompts) for contrast in contrasts(prompt)]
+
+
+def consistency(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, Consistency]:
+    """How often a reward prefers the prompt over its contrasts, for images (N, 3, H, W) that show the prompts.
+
+        share = mean over (image, contrast) of [r(x, prompt) > r(x, contrast)], a tie counts 1/2
+
+    1 is perfect, 1/2 is what a reward that ignores prompts gets. By kind of contrast and for "all"; a kind that does
+    not occur is absent. Sources: those of this module. Raises RewardError where the reward does not score.
+    """
+    pairs = contrast_pairs(prompts)
+    if not pairs:
+        return {}
+    with torch.no_grad():
+        right, wrong = score(reward, images, prompts), []
+        for start in range(0, len(pairs), len(images)):  # never more at once than the caller's own batch
+            some = pairs[start : start + len(images)]
+            wrong.append(score(reward, images[[row for row, _ in some]], [contrast.prompt for _, contrast in some]))
+    margins = right[[row for row, _ in pairs]] - torch.cat(wrong)
+    return consistency_by_kind([contrast.kind for _, contrast in pairs], margins)
+
+
+def consistency_by_kind(kinds: Sequence[str], margins: Tensor) -> dict[str, Consistency]:
+    """Sums up margins (P,), score of the prompt minus score of its contrast, by the P kinds and for "all"."""
+    found: dict[str, Consistency] = {}
+    for kind in [kind for kind in KINDS if kind in kinds] + (["all"] if kinds else []):
+        of_kind = margins[[k for k, name in enumerate(kinds) if kind in (name, "all")]].double()
+        share = ((of_kind.sign() + 1) / 2).mean().item()
+        found[kind] = Consistency(share, len(of_kind), of_kind.mean().item())
+    return found
+
+
+def _colour_words(prompt: str) -> list[re.Match[str]]:
+    found = _COLOUR.finditer(prompt)
+    return [word for word in found if word[0].lower() != "orange" or _BEFORE_A_THING.match(prompt, word.end())]
+
+
+def _hue(word: re.Match[str]) -> str:
+    return HUES[word[0].lower()]
+
+
+def _other_colours(prompt: str) -> Iterator[str]:
+    words = _colour_words(prompt)
+    free = [hue for hue in RING if hue not in map(_hue, words)]
+    for word in words:
+        start = RING.index(_hue(word)) if _hue(word) in RING else 0
+        ordered = (hue for hue in (*RING[start:], *RING[:start]) if hue in free)
+        if (other := next(ordered, None)) is not None:
+            yield _with_colour(prompt, word, other)
+
+
+def _exchanged_colours(prompt: str) -> Iterator[str]:
+    """Neighbouring colours change places, where that says something else.
+
+    It does not for one thing of both colours ("a black and white photo") or two of a kind ("a red and a blue ball").
+    """
+    for first, second in pairwise(_colour_words(prompt)):
+        between = prompt[first.end() : second.start()]
+        things = [re.match(r"[\s-]*(\w*)", prompt[word.end() :], re.IGNORECASE) for word in (first, second)]
+        one_kind = len({thing[1].lower() for thing in things if thing}) == 1
+        if _hue(first) != _hue(second) and not one_kind and not _bare(between):
+            # From the right, so that the place on the left stays where it was found.
+            yield _with_colour(_with_colour(prompt, second, first[0]), first, second[0])
+
+
+def _bare(between: str) -> bool:
+    """Whether nothing that has a colour stands between two colour words."""
+    without_article = re.sub(r"\b(?:an?|the)\s+$", "", between, flags=re.IGNORECASE)
+    return _JOINED.fullmatch(without_article) is not None
+
+
+def _other_counts(prompt: str) -> Iterator[str]:
+    for word in _NUMBER.finditer(prompt):
+        # One fewer: 1 would need a singular, so that two becomes three.
+        place = NUMBERS.index(word[0].lower())
+        yield _replaced(prompt, word, NUMBERS[place - 1] if place else NUMBERS[1])
+
+
+def _opposite_relations(prompt: str) -> Iterator[str]:
+    for words in _RELATION.finditer(prompt):
+        yield _replaced(prompt, words, OPPOSITES[" ".join(words[0].lower().split())])
+
+
+def _with_colour(prompt: str, word: re.Match[str], colour: str) -> str:
+    """The prompt with another colour in the place of `word`, and "a" or "an" before it as it must be."""
+    changed = _replaced(prompt, word, colour.lower())
+    article = "an" if colour[0].lower() in "aeiou" else "a"
+    before = _ARTICLE.sub(lambda old: _cased(article, old[0]), changed[: word.start()])
+    return before + changed[word.start() :]
+
+
+def _replaced(prompt: str, old: re.Match[str], new: str) -> str:
+    return prompt[: old.start()] + _cased(new, old[0]) + prompt[old.end() :]
+
+
+def _cased(new: str, old: str) -> str:
+    """`new` in capitals, with a first capital, or small, as `old` was."""
+    if old.isupper() and len(old) > 1:
+        return new.upper()
+    return new[0].upper() + new[1:] if old[0].isupper() else new
+
+
+BATCH_TOLERANCE = 1e-5  # of max(1, |score|): rounding differs between batch sizes, by less than this
+TIMED_CALLS = 3
+GRADED_IMAGES = 4  # whose gradients are checked: every one costs 34 evaluations
+STEPS = (1e-4, 3e-4, 1e-3, 1e-2)  # of all pixels at once; fp32 rounding spoils small ones, kinks and curvature large
+GRADIENT_TOLERANCE = 5e-2  # relative, of the median slope
+FLAT = 3e-5  # of the largest |score|: slopes below this drown in the rounding of fp32 scores
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: whether it passed (None: does not apply, or is only reported), and the figure in one line."""
+
+    name: str
+    passed: bool | None
+    detail: str
+
+
+Outcome = tuple[bool | None, str]
+
+
+def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list[Finding]:
+    """Checks a reward on images (N, 3, H, W) in [0, 1] and their N prompts: one finding for each of CHECKS.
+
+    A reward that raises or breaks the contract gives a failed finding with the message; where it cannot score the
+    batch at all, the other checks do not apply. Raises InputError for images or prompts of another form.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not len(images):
+        raise InputError(f"images to check a reward are floats (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    if len(prompts) != len(images):
+        raise InputError(f"a reward is checked with one prompt an image, got {len(prompts)} for {len(images)} images")
+    findings: list[Finding] = []
+    for name, check in CHECKS.items():
+        if findings and not findings[0].passed:
+            findings.append(Finding(name, None, "not tried: the contract does not hold"))
+            continue
+        try:
+            findings.append(Finding(name, *check(reward, images, prompts)))
+        except RewardError as error:
+            findings.append(Finding(name, False, " ".join(str(error).split())))
+    return findings
+
+
+def _scores(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """(N,) without gradients. Copies go in and come out: a reward may write into what it is given or has returned."""
+    with torch.no_grad():
+        return score(reward, images.clone(), list(prompts)).clone()
+
+
+def _contract(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    scores = _scores(reward, images, prompts)
+    return True, f"{len(scores)} finite scores, {scores.min().item():.4g} to {scores.max().item():.4g}"
+
+
+def _determinism(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    first, second = (_scores(reward, images, prompts) for _ in range(2))
+    return torch.equal(first, second), f"two calls differ by at most {(first - second).abs().max().item():.2g}"
+
+
+def _batch_invariance(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    """A score must not depend on the images beside it: max |r − r′| / max(1, |r|) stays within BATCH_TOLERANCE."""
+    if len(images) < 2:
+        return None, "needs two images"
+    together = _scores(reward, images, prompts)
+    one_by_one = torch.cat([_scores(reward, images[k : k + 1], prompts[k : k + 1]) for k in range(len(images))])
+    reversed_order = _scores(reward, images.flip(0), prompts[::-1]).flip(0)
+    alone, moved = (
+        ((other - together).abs() / together.abs().clamp(min=1)).max().item() for other in (one_by_one, reversed_order)
+    )
+    detail = f"one by one differs by {alone:.2g}, reversed order by {moved:.2g} (at most {BATCH_TOLERANCE:g})"
+    return max(alone, moved) <= BATCH_TOLERANCE, detail
+
+
+def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    """Each image once more with the next of the other prompts, or, where all are one, with a contrast of it."""
+    known = list(dict.fromkeys(prompts))
+    if len(known) == 1:
+        known += [contrast.prompt for contrast in contrasts(known[0])[:1]]
+    if len(known) == 1:
+        return None, "needs two prompts, or one with a colour, a number or a relation"
+    others = [known[(known.index(prompt) + 1) % len(known)] for prompt in prompts]
+    change = (_scores(reward, images, others) - _scores(reward, images, prompts)).abs()
+    share = (change > 0).float().mean().item()
+    return None, f"another prompt changes {share:.0%} of the scores, by {change.mean().item():.3g} on average"
+
+
+def _prompt_limit(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    """How much of a prompt is read, as far as the reward says so in `prompt_limit`."""
+    limit = getattr(reward, "prompt_limit", None)
+    if limit is None:
+        return None, "no limit is known (a reward with one says it as prompt_limit)"
+    return None, f"reads {limit} tokens of a prompt, its marks of beginning and end among them; more play no part"
+
+
+def _gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    """Slopes along fixed random directions v, by the gradient and by central differences:
+
+        ⟨∇r(x), v⟩  against  (r(x + hv) − r(x − hv)) / 2h
+
+    The error of a slope is |difference| / the larger of both, at the step h that suits it best. What passes or fails
+    is the median over images and directions: rewards have kinks (ReLU, max), where single slopes mean nothing.
+    """
+    points, texts = _inner_points(images[:GRADED_IMAGES]), list(prompts[:GRADED_IMAGES])
+    if not reward.differentiable:
+        return _no_gradient(reward, points, texts)
+    gradient = _gradient_of_sum(reward, points, texts)
+    if gradient is None:
+        return False, "says differentiable = True, but its scores carry no gradient to the images"
+    if not gradient.isfinite().all():
+        return False, "the gradient has nan or inf"
+    flat = FLAT * _scores(reward, points, texts).abs().max()
+    errors: list[Tensor] = []
+    for direction in _directions(points):
+        slopes = (gradient * direction).sum((1, 2, 3)).cpu()
+        measured = torch.stack([_difference(reward, points, texts, direction, step) for step in STEPS])
+        larger = torch.maximum(measured.abs(), slopes.abs())
+        steep = (slopes.abs() > flat) | (measured[-1].abs() > flat)
+        errors.append(((measured - slopes).abs() / larger.clamp(min=1e-30)).amin(0)[steep])
+    found = torch.cat(errors)
+    if not len(found):
+        return True, "flat: no slope to compare with the gradient, which is 0 too"
+    typical = found.median().item()
+    detail = f"off central differences by {typical:.2%} in the median of {len(found)} slopes"
+    return typical < GRADIENT_TOLERANCE, f"{detail} (below {GRADIENT_TOLERANCE:.0%})"
+
+
+def _no_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    try:
+        gradient = _gradient_of_sum(reward, images, prompts)
+    except RewardError:  # like .numpy() of images that ask for gradients
+        return True, "says that it has none, and refuses to give one"
+    if gradient is None:
+        return True, "says that it has none, and gives none"
+    return False, "says differentiable = False, but its scores carry gradients: say True, or detach them"
+
+
+def _inner_points(images: Tensor) -> Tensor:
+    """The images in fp32, drawn in so that no step leaves [0, 1], and dithered: equal pixels sit on kinks of a max."""
+    noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
+    return 0.03 + 0.9 * images.float() + 0.04 * noise
+
+
+def _gradient_of_sum(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
+    """The gradient of the sum of the scores, as each image's own; None where the scores carry none to the images."""
+    pixels = images.clone().requires_grad_()
+    with torch.enable_grad():
+        # Times 1: a reward may write into its input, which autograd allows for no leaf.
+        total = score(reward, pixels * 1, list(prompts)).sum()
+    if not total.requires_grad:
+        return None
+    try:
+        (gradient,) = torch.autograd.grad(total, pixels, allow_unused=True)
+    except RuntimeError as error:
+        raise RewardError(f"reward {reward.name!r} has no gradient: {error}") from error
+    return gradient
+
+
+def _directions(images: Tensor) -> list[Tensor]:
+    """Two of single pixels and two of patches, ±1 each: what is fine must be right, and so must be what is coarse."""
+    generator, (count, _, height, width) = torch.Generator().manual_seed(1), images.shape
+    grids = [(height, width), (height, width), (4, 4), (4, 4)]
+    signs = (torch.randint(0, 2, (count, 3, *grid), generator=generator).float() * 2 - 1 for grid in grids)
+    return [F.interpolate(some, size=(height, width), mode="nearest").to(images.device) for some in signs]
+
+
+def _difference(reward: Reward, images: Tensor, prompts: Sequence[str], direction: Tensor, step: float) -> Tensor:
+    higher, lower = (_scores(reward, images + sign * step * direction, prompts) for sign in (1, -1))
+    return (higher - lower) / (2 * step)
+
+
+def _images_untouched(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    given = images.clone()
+    with torch.no_grad():
+        score(reward, given, list(prompts))
+    return torch.equal(given, images), f"a pixel changes by at most {(given - images).abs().max().item():.2g}"
+
+
+def _throughput(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    seconds = []
+    for _ in range(TIMED_CALLS):
+        start = time.perf_counter()
+        _scores(reward, images, prompts)  # ends on the CPU, so that a GPU has finished
+        seconds.append(time.perf_counter() - start)
+    rate = len(images) / median(seconds)
+    height, width = images.shape[2:]
+    return True, f"{rate:,.4g} images/s of {width} × {height} in batches of {len(images)}"
+
+
+CHECKS: dict[str, Callable[[Reward, Tensor, Sequence[str]], Outcome]] = {
+    "contract": _contract,
+    "determinism": _determinism,
+    "batch invariance": _batch_invariance,
+    "prompt sensitivity": _prompt_sensitivity,
+    "prompt limit": _prompt_limit,
+    "gradient": _gradient,
+    "images untouched": _images_untouched,
+    "throughput": _throughput,
+}

@@ -1,0 +1,350 @@
+"""Rewards made of rewards: sums, worst cases, products of constraints, each itself a Reward that reports its parts.
+
+combine({"hpsv2.1": 5, "imagereward": 1})                       Σ w_m r_m
+Combined([a, b], aggregate=worst)                               min_m r_m
+Product([Constraint(a, ">", 0.3), Constraint(b, ">", 0.5)])     Π_m σ((r_m − c_m) / temperature)
+"""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from steer.arguments import is_number
+from steer.files import summed, unsummed, write_text
+from steer.reward import Metadata, Reward, RewardError, score_parts
+from steer.rewards.grammar import NUMBER, PLUS, number_text, split
+from steer.rewards.names import takes_number
+from steer.rewards.remote import is_remote, read_weight
+
+
+def read_term(text: str, takes: Callable[[str], bool] = takes_number) -> tuple[str, float]:
+    """The reward of a term and its weight. Behind a reward that takes a number, and a host, a number is no weight.
+
+    takes  whether the reward of a name takes a number
+    """
+    if is_remote(text):
+        return read_weight(text)
+    name, *rest = text.split(":")
+    if rest and re.fullmatch(NUMBER, rest[-1]) and (len(rest) > 1 or not takes(name)):
+        return text.rpartition(":")[0], float(rest[-1])
+    return text, 1.0
+
+
+def atom_text(reward: str, weight: float, takes: bool) -> str:
+    """A reward that has a name, with a weight: the shortest text that is read as both, in sum(…) where no other is.
+
+    takes  whether the reward takes a number
+    """
+    plain = [reward] if weight == 1 else []
+    for text in (*plain, f"{reward}:{number_text(weight)}"):
+        if read_term(text, lambda name: takes) == (reward, weight):
+            return text
+    return f"sum({reward}):{number_text(weight)}"
+
+
+def composed_text(rewards: str, weight: float) -> str:
+    """The text of rewards that are one, with a weight; in sum(…) where it would else belong to the last of them."""
+    if weight == 1:
+        return rewards
+    try:
+        alone = len(split(rewards, PLUS)) == 1 and read_term(rewards, lambda name: False)[1] == 1
+    except RewardError:  # a name with half a parenthesis, for people alone
+        alone = True
+    return f"{rewards if alone else f'sum({rewards})'}:{number_text(weight)}"
+
+
+def part_names(rewards: Sequence[Reward]) -> list[str]:
+    """The rewards' names; where one comes twice, with its number behind it."""
+    names = [reward.name for reward in rewards]
+    return [f"{name}#{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
+
+
+class Composed(ABC):
+    """A reward of other rewards: gradients flow where all of them allow it."""
+
+    images = "pt"
+
+    def __init__(self, rewards: Sequence[Reward], name: str) -> None:
+        self._rewards, self._names = tuple(rewards), part_names(rewards)
+        self.name = name
+        self.differentiable = all(reward.differentiable for reward in rewards)
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """The tokens that the reward with the lowest limit reads of a prompt; None: no limit is known."""
+        limits = [getattr(reward, "prompt_limit", None) for reward in self._rewards]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def parts(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
+        """The scores (N,) of each reward as it gives them and, below NAME/, of its own parts."""
+        found: dict[str, Tensor] = {}
+        for name, reward in zip(self._names, self._rewards, strict=True):
+            found[name], inner = score_parts(reward, images, prompts, metadata)
+            found.update({f"{name}/{part}": scores for part, scores in inner.items()})
+        return found
+
+    @abstractmethod
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """The reward's own scores (N,), of its parts'."""
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+        return self.total(self.parts(images, prompts, metadata), prompts)
+
+
+Aggregate = Callable[[Tensor], Tensor]
+
+
+def mean(scores: Tensor) -> Tensor:
+    """(1/M) Σ_m r_m."""
+    return scores.mean(0)
+
+
+def total(scores: Tensor) -> Tensor:
+    """Σ_m r_m."""
+    return scores.sum(0)
+
+
+def worst(scores: Tensor) -> Tensor:
+    """min_m r_m: only what pleases all pleases (worst-case optimisation, arXiv 2310.02743)."""
+    return scores.amin(0)
+
+
+def mean_minus_std(scores: Tensor, lam: float = 1.0) -> Tensor:
+    """mean_m r_m − λ std_m r_m, std with M in the denominator (uncertainty-weighted, arXiv 2310.02743)."""
+    # The tiny offset keeps the gradient finite where all agree.
+    spread = (scores.var(0, correction=0) + 1e-12).sqrt()
+    return scores.mean(0) - lam * spread
+
+
+def quantile(scores: Tensor, q: float = 0.25) -> Tensor:
+    """The q-quantile over the rewards, linear between neighbours; q = 0: the worst, ½: the median."""
+    return torch.quantile(scores, q, dim=0)
+
+
+AGGREGATES: dict[str, Aggregate] = {
+    "mean": mean,
+    "sum": total,
+    "min": worst,
+    "mean-std": mean_minus_std,
+    "quantile": quantile,
+}
+OPTIONS: dict[str, tuple[str, ...]] = {"mean-std": ("lam",), "quantile": ("q",)}
+
+
+def aggregate(name: str, options: Mapping[str, Any], where: str) -> Aggregate:
+    """One of them with its options. Raises RewardError, which begins with `where`, for options that cannot be."""
+    allowed = OPTIONS.get(name, ())
+    for option, value in options.items():
+        if option not in allowed:
+            raise RewardError(f"{where}: {name} takes {' and '.join(allowed) or 'no options'}, not {option!r}")
+        if not is_number(value) or (option == "q" and not 0 <= value <= 1):
+            raise RewardError(
+                f"{where}: {option} must be a {'number from 0 to 1' if option == 'q' else 'finite number'}"
+            )
+    return partial(AGGREGATES[name], **{option: float(value) for option, value in options.items()})
+
+
+SIGNS = {">": 1.0, "<": -1.0}
+SHARPNESS = 0.05  # temperature of a constraint, in the reward's own unit
+
+
+@dataclass(frozen=True)
+class Part:
+    """One reward and its weight. Raises RewardError for a weight that is no finite number."""
+
+    reward: Reward
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not is_number(self.weight):
+            raise RewardError(f"the weight of reward {self.reward.name!r} must be a finite number, got {self.weight!r}")
+
+    def __str__(self) -> str:
+        if isinstance(self.reward, Composed):
+            return composed_text(self.reward.name, self.weight)
+        return atom_text(self.reward.name, self.weight, getattr(self.reward, "takes_number", False))
+
+
+class Combined(Composed):
+    """An aggregate of weighted rewards: by default their sum, Σ w_m r_m."""
+
+    def __init__(self, parts: Sequence[Part], aggregate: Aggregate = total, name: str | None = None) -> None:
+        if not parts:
+            raise RewardError("a combination needs at least one reward")
+        super().__init__([part.reward for part in parts], name or _written(parts, aggregate))
+        self._weights, self._aggregate = [float(part.weight) for part in parts], aggregate
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """The aggregate (N,) of the weighted parts."""
+        weighted = [weight * parts[name] for name, weight in zip(self._names, self._weights, strict=True)]
+        return self._aggregate(torch.stack(weighted))
+
+
+def _written(parts: Sequence[Part], aggregate: Aggregate) -> str:
+    """The text of a combination, as `steer.rewards.parser` reads it."""
+    if aggregate is total:
+        return " + ".join(map(str, parts))
+    function, options = (aggregate.func, aggregate.keywords) if isinstance(aggregate, partial) else (aggregate, {})
+    own = getattr(function, "__name__", type(function).__name__)
+    known = next((name for name, one in AGGREGATES.items() if one is function), own)
+    inside = [*map(str, parts), *(f"{name}={number_text(value)}" for name, value in options.items())]
+    return f"{known}({', '.join(inside)})"
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """reward > bound (or <), softly: σ(±(r − bound) / temperature), 0..1, ½ at the bound.
+
+    Raises RewardError for another sign, for a bound or a temperature that cannot be.
+    """
+
+    reward: Reward
+    sign: str
+    bound: float
+    temperature: float = SHARPNESS
+
+    def __post_init__(self) -> None:
+        sound = self.sign in SIGNS and is_number(self.bound) and is_number(self.temperature) and self.temperature > 0
+        if not sound:
+            raise RewardError(
+                f"constraint {self.reward.name} {self.sign} {self.bound}, temperature {self.temperature}: "
+                "write > or <, a finite bound, a temperature above 0"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.reward.name} {self.sign} {number_text(self.bound)}"
+
+    def degree(self, scores: Tensor) -> Tensor:
+        """How well scores (N,) meet it: (N,) in 0..1."""
+        return torch.sigmoid(SIGNS[self.sign] * (scores - self.bound) / self.temperature)
+
+
+class Product(Composed):
+    """Π_m of the degrees, 0..1, to which constraints hold: near 1 only where all do."""
+
+    def __init__(self, constraints: Sequence[Constraint]) -> None:
+        if not constraints:
+            raise RewardError("a product needs at least one constraint, like product(hpsv2.1 > 0.25)")
+        inside = [str(c) for c in constraints]
+        if (own := {c.temperature for c in constraints}) != {SHARPNESS}:
+            inside += [f"temperature={number_text(one)}" for one in sorted(own)]
+        super().__init__([c.reward for c in constraints], f"product({', '.join(inside)})")
+        self._constraints = tuple(constraints)
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """The product (N,) of the degrees."""
+        degrees = [c.degree(parts[name]) for name, c in zip(self._names, self._constraints, strict=True)]
+        return torch.stack(degrees).prod(0)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What a reward gives on the base model's samples: mean and standard deviation over all of them, and the
+    mean over the images of each prompt."""
+
+    mean: float
+    std: float
+    count: int
+    prompts: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Scales by the reward's name, and what they were measured on."""
+
+    scales: Mapping[str, Scale]
+    source: Mapping[str, object]
+
+    def scale(self, name: str) -> Scale:
+        """Raises RewardError where the reward was not calibrated."""
+        if name not in self.scales:
+            known = ", ".join(self.scales)
+            raise RewardError(
+                f"reward {name!r} is not in this calibration ({known}): `steer rewards calibrate` adds it"
+            )
+        return self.scales[name]
+
+    def save(self, path: Path) -> None:
+        """Writes it as JSON, whole or not at all. Raises OSError."""
+        record = {"source": dict(self.source), "scales": {name: asdict(scale) for name, scale in self.scales.items()}}
+        write_text(path, summed(record))
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Of a file that `steer rewards calibrate` wrote. Raises RewardError where it is not one."""
+    try:
+        record = unsummed(path.read_text(encoding="utf-8"))
+        scales = {str(name): Scale(**scale) for name, scale in record["scales"].items()}
+        source = dict(record.get("source", {}).items())
+        numbers = [n for scale in scales.values() for n in (scale.mean, scale.std, *scale.prompts.values())]
+        sound = all(math.isfinite(n) for n in numbers) and all(scale.std > 0 for scale in scales.values())
+    except OSError as error:
+        raise RewardError(f"{path}: cannot read the calibration ({error.strerror})") from error
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
+        raise RewardError(f"{path}: not a calibration of `steer rewards calibrate` ({str(error)[:60]})") from error
+    if not sound:
+        raise RewardError(f"{path}: a reward in this calibration has numbers that are not finite, or no spread")
+    return Calibration(scales, source)
+
+
+def measured(scores: Tensor, prompts: Sequence[str]) -> Scale:
+    """The scale of scores (N,), one prompt each. Raises RewardError where they are all the same."""
+    values = scores.double()
+    if not len(values) or bool((values == values[0]).all()):
+        raise RewardError("a reward that gives every sample the same score cannot be calibrated")
+    rows = {prompt: [k for k, text in enumerate(prompts) if text == prompt] for prompt in dict.fromkeys(prompts)}
+    means = {prompt: values[some].mean().item() for prompt, some in rows.items()}
+    return Scale(values.mean().item(), values.std().item(), len(values), means)
+
+
+class Standardised(Composed):
+    """(r − mean) / std over the base model's samples: rewards of any unit on one scale."""
+
+    def __init__(self, reward: Reward, scale: Scale) -> None:
+        super().__init__([reward], f"z({reward.name})")
+        self._scale = scale
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """(N,), in standard deviations."""
+        return (parts[self._names[0]] - self._scale.mean) / self._scale.std
+
+
+class LogSigmoid(Composed):
+    """log σ((r − r_ref(prompt)) / temperature), below 0: beyond the reference there is little more to win.
+
+    A sum of these says "good on all" (arXiv 2402.00742, equations 3 and 6): an image that fails one reward cannot
+    buy it back with another.
+
+    reference    one number, or one for each prompt
+    temperature  in the reward's unit
+    """
+
+    def __init__(self, reward: Reward, reference: float | Mapping[str, float], temperature: float = 1.0) -> None:
+        super().__init__([reward], f"logsigmoid({reward.name})")
+        if not 0 < temperature < math.inf:
+            raise RewardError(f"{self.name}: the temperature must be a number above 0, got {temperature}")
+        self._reference, self._temperature = reference, temperature
+
+    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """(N,), nats. Raises RewardError for a prompt that has no reference."""
+        scores = parts[self._names[0]]
+        reference = torch.tensor([self._of(prompt) for prompt in prompts], dtype=scores.dtype, device=scores.device)
+        return F.logsigmoid((scores - reference) / self._temperature)
+
+    def _of(self, prompt: str) -> float:
+        if not isinstance(self._reference, Mapping):
+            return self._reference
+        if prompt not in self._reference:
+            raise RewardError(
+                f"{self.name}: no reference for the prompt {prompt!r}: calibrate with it, or give one number for all"
+            )
+        return self._reference[prompt]

@@ -1,0 +1,120 @@
+"""Names of rewards: the built-in table, entry points of plugins, module:attribute."""
+
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor
+
+from steer.errors import InputError
+from steer.registry import nearest
+from steer.reward import Metadata, Reward, RewardError, attribute, evaluate
+from steer.rewards import REWARDS
+
+
+class _Named:
+    """A plain function as a reward; its attribute `differentiable`, if it has one, says whether gradients flow."""
+
+    images = "pt"  # the function's own form is found when it is called
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self.name = attribute(function, "__name__", type(function).__name__)
+        self.differentiable = bool(attribute(function, "differentiable", False))
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Any:
+        return evaluate(self._function, images, prompts, metadata)
+
+
+def reward_names() -> dict[str, str]:
+    """Every reward that has a name, built in or from entry points `steer.rewards`: name → one line about it.
+
+    Reads tables only: no reward, and not torch beyond this module, is imported for it.
+    """
+    plugins = {point.name: f"{point.value} (plugin)" for point in entry_points(group="steer.rewards")}
+    built_in = {name: about for name, (_, about) in REWARDS.items()}
+    return plugins | built_in
+
+
+def make_reward(atom: str) -> Reward:
+    """The reward of one NAME[:ARGUMENT][,option=value…].
+
+    NAME is looked up among the built-in rewards, then the entry points `steer.rewards`, then as module:attribute.
+    """
+    name, _, argument = atom.strip().partition(":")
+    factory = _factory(name)
+    if factory is not None:
+        return _as_reward(_make(factory, name, argument))
+    if argument and ("." in name or (name.isidentifier() and _is_module(name))):
+        return _as_reward(_attribute(f"{name}:{argument}"))
+    near = nearest(name, reward_names())
+    raise RewardError(f"unknown reward {atom!r}: did you mean {near}? `steer rewards` lists them")
+
+
+def takes_number(name: str) -> bool:
+    """Whether a number after NAME: is the reward's own argument (it says `takes_number = True`), not a weight."""
+    return bool(getattr(_factory(name), "takes_number", False))
+
+
+def _factory(name: str) -> Any:
+    """What makes the reward of a name; None where nothing does."""
+    built_in = REWARDS
+    if name in built_in:
+        return _attribute(built_in[name][0])
+    return next((_attribute(point.value) for point in entry_points(group="steer.rewards") if point.name == name), None)
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ValueError:  # __main__ has none
+        return False
+
+
+def _attribute(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        return getattr(import_module(module), attribute)
+    except Exception as error:  # foreign code: whatever its import raises
+        raise RewardError(f"cannot load reward {path!r}: {type(error).__name__}: {error}") from error
+
+
+def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
+    given, options = _arguments(argument)
+    try:
+        inspect.signature(factory).bind(*given, **options)
+    except ValueError as error:  # what is written in C may not tell
+        raise RewardError(f"reward {name!r} cannot be made: {error}") from error
+    except TypeError as error:
+        wrong = f"cannot take {argument!r} ({error})" if options else None
+        wrong = wrong or (f"takes no argument, got {argument!r}" if given else "needs an argument, NAME:ARGUMENT")
+        raise RewardError(f"reward {name!r} {wrong}") from error
+    try:
+        return factory(*given, **options)
+    except RewardError:
+        raise
+    except InputError as error:
+        raise RewardError(f"reward {name!r}: {error}") from error
+    except Exception as error:  # foreign code: whatever its construction raises
+        raise RewardError(f"reward {name!r} cannot be made: {type(error).__name__}: {error}") from error
+
+
+def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
+    """What stands behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma parts only before option=."""
+    first, *rest = re.split(r",(?=[a-z_]+=)", argument)
+    named = [first, *rest] if re.match(r"[a-z_]+=", first) else rest
+    given = () if first in named or not first else (first,)
+    return given, dict(option.split("=", 1) for option in named)
+
+
+def _as_reward(found: Any) -> Reward:
+    made = _make(found, found.__name__, "") if isinstance(found, type) else found
+    if isinstance(made, Reward):
+        return made
+    if callable(made):
+        return _Named(made)
+    raise RewardError(f"a reward is a callable (images, prompts) → scores or a name, got {type(made).__name__}")

@@ -1,0 +1,260 @@
+"""Rewards from text, YAML, names, modules and functions."""
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from steer.arguments import is_number
+from steer.registry import nearest
+from steer.reward import Reward, RewardError
+from steer.rewards.compose import (
+    AGGREGATES,
+    OPTIONS,
+    SHARPNESS,
+    Aggregate,
+    Combined,
+    Constraint,
+    LogSigmoid,
+    Part,
+    Product,
+    Standardised,
+    aggregate,
+    read_calibration,
+    read_term,
+    total,
+)
+from steer.rewards.grammar import PLUS, Call, read_call, read_constraint, split
+from steer.rewards.names import _as_reward, make_reward, reward_names
+from steer.rewards.remote import is_remote
+
+FILES = (".yaml", ".yml")
+CARD = "reward.json"  # in the folder of a learned reward
+DEEPEST = 20  # functions and files inside each other
+MOST = 250  # rewards in one expression
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the reader stands: how deep inside functions and files, and what it has read so far."""
+
+    depth: int = 0
+    read: list[str] = field(default_factory=list)
+
+    def inside(self) -> "Place":
+        """One deeper. Raises RewardError where that is too deep."""
+        if self.depth == DEEPEST:
+            raise RewardError(f"a reward of more than {DEEPEST} functions or files inside each other is not read")
+        return Place(self.depth + 1, self.read)
+
+
+def read(text: str, place: Place | None = None) -> Reward:
+    """The reward that a text stands for. Raises RewardError, one line that names what cannot be read."""
+    part = _part(text.strip(), place or Place())
+    return part.reward if part.weight == 1 else Combined([part])
+
+
+def _part(text: str, place: Place) -> Part:
+    """A term, or a sum of them as one part."""
+    if _is_path(text):
+        return Part(_atom(text, place))
+    terms = [_term(term, place) for term in split(text, PLUS)]
+    return terms[0] if len(terms) == 1 else Part(Combined(terms))
+
+
+def _term(text: str, place: Place) -> Part:
+    """One term of a sum: an atom or a function, and its weight."""
+    if _is_path(text):
+        return Part(_atom(text, place))
+    if call := read_call(text):
+        return Part(_function(call, place.inside()), call.weight)
+    name, weight = read_term(text)
+    return Part(_atom(name, place), weight)
+
+
+def _atom(text: str, place: Place) -> Reward:
+    """A reward that is made of no others here; or those of a file."""
+    place.read.append(text)
+    if len(place.read) > MOST:
+        raise RewardError(f"a reward of more than {MOST} rewards is not read")
+    if is_remote(text):
+        from steer.rewards.remote import Remote
+
+        return Remote(text)
+    if text.endswith(FILES) and _has_no_name(text):
+        return _read_file(Path(text), place)
+    if _is_path(text):
+        from steer.rewards.learned import Learned  # brings open_clip, which takes seconds
+
+        return Learned(text)
+    try:
+        return make_reward(text)
+    except RewardError as error:
+        if not re.search(r"\+|,(?![a-z_]+=)", text):
+            raise
+        raise RewardError(f"{error}; terms are parted by ' + ', arguments by ', ', with their spaces") from error
+
+
+def _is_path(text: str) -> bool:
+    """Whether the whole text is a learned reward's folder or a YAML file that is there."""
+    return os.path.isfile(text if text.endswith(FILES) else os.path.join(text, CARD)) and _has_no_name(text)
+
+
+def _has_no_name(text: str) -> bool:
+    """Whether a text does not begin with the name of a reward."""
+    return bool(text) and text.partition(":")[0] not in reward_names()
+
+
+def _function(call: Call, place: Place) -> Reward:
+    if call.function not in FUNCTIONS:
+        raise RewardError(
+            f"unknown function {call.function!r} of rewards: did you mean {nearest(call.function, FUNCTIONS)}?"
+        )
+    build, allowed = FUNCTIONS[call.function]
+    if unknown := sorted(set(call.options) - set(allowed)):
+        takes = ", ".join(allowed) or "none"
+        raise RewardError(f"{call.function}(…): unknown option {unknown[0]!r}; it takes {takes}")
+    if not call.arguments:
+        raise RewardError(f"{call.function}(…) needs at least one reward")
+    return build(call, place)
+
+
+def _aggregated(call: Call, place: Place) -> Reward:
+    parts = [_part(argument, place) for argument in call.arguments]
+    numbers = {name: call.number(name, 0.0) for name in call.options}
+    return Combined(parts, aggregate(call.function, numbers, f"{call.function}(…)"))
+
+
+def _product(call: Call, place: Place) -> Reward:
+    temperature = call.number("temperature", SHARPNESS)
+    if not temperature > 0:
+        raise RewardError(f"product(…, temperature={temperature:g}): it must be above 0")
+    constraints = []
+    for argument in call.arguments:
+        text, sign, bound = read_constraint(argument)
+        constraints.append(Constraint(read(text, place), sign, bound, temperature))
+    return Product(constraints)
+
+
+def _standardised(call: Call, place: Place) -> Reward:
+    if "from" not in call.options:
+        raise RewardError("z(…) needs a calibration: z(REWARD, from=FILE), see `steer rewards calibrate`")
+    reward = _only(call, place)
+    return Standardised(reward, read_calibration(Path(call.options["from"])).scale(reward.name))
+
+
+def _log_sigmoid(call: Call, place: Place) -> Reward:
+    if ("from" in call.options) == ("reference" in call.options):
+        raise RewardError("logsigmoid(…) needs reference=NUMBER or from=CALIBRATION, one of the two")
+    reward, temperature = _only(call, place), call.number("temperature", 1.0)
+    if "reference" in call.options:
+        return LogSigmoid(reward, call.number("reference", 0.0), temperature)
+    return LogSigmoid(reward, read_calibration(Path(call.options["from"])).scale(reward.name).prompts, temperature)
+
+
+def _only(call: Call, place: Place) -> Reward:
+    if len(call.arguments) != 1:
+        raise RewardError(f"{call.function}(…) takes one reward, got {len(call.arguments)}")
+    return read(call.arguments[0], place)
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Call, Place], Reward], Sequence[str]]] = {
+    **{name: (_aggregated, OPTIONS.get(name, ())) for name in AGGREGATES},
+    "product": (_product, ("temperature",)),
+    "z": (_standardised, ("from",)),
+    "logsigmoid": (_log_sigmoid, ("from", "reference", "temperature")),
+}
+
+
+def _read_file(path: Path, place: Place) -> Reward:
+    try:
+        text = path.read_text(encoding="utf-8")
+        _hold_off(path, text)
+        found = yaml.safe_load(text)
+    except OSError as error:
+        raise RewardError(f"{path}: cannot read the reward file ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RewardError(f"{path}: not YAML ({' '.join(str(error).split())[:100]})") from error
+    if not isinstance(found, Mapping):
+        raise RewardError(f"{path}: expected a mapping with `rewards:`")
+    return read_mapping(found, str(path), place)
+
+
+def _hold_off(path: Path, text: str) -> None:
+    """Raises RewardError for YAML that takes longer to read than it is to write: aliases, brackets in brackets."""
+    depth = 0
+    for token in yaml.scan(text):
+        depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
+        depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
+        if isinstance(token, yaml.AliasToken):
+            raise RewardError(f"{path}: aliases (*name) are not read: write out what they stand for")
+        if depth > 2 * DEEPEST:
+            raise RewardError(f"{path}: brackets more than {2 * DEEPEST} deep are not read")
+
+
+def read_mapping(found: Mapping[str, Any], where: str = "reward mapping", place: Place | None = None) -> Reward:
+    """The reward of a mapping, as a YAML file holds it:
+
+        combine: sum            # sum, mean, min, mean-std or quantile
+        rewards:
+          - reward: hpsv2.1     # anything that `read` reads, or such a mapping
+            weight: 5
+          - logsigmoid(imagereward, reference=0)
+        lam: 1                  # of mean-std;  q: of quantile
+
+    Raises RewardError that names the place and the remedy.
+    """
+    known = ("combine", "rewards", "lam", "q")
+    if unknown := sorted(set(map(str, found)) - set(known)):
+        raise RewardError(f"{where}: unknown key {unknown[0]!r:.80}; did you mean {nearest(unknown[0], known)}?")
+    name, entries = found.get("combine", "sum"), found.get("rewards")
+    if not isinstance(name, str) or name not in AGGREGATES:
+        raise RewardError(f"{where}: `combine:` must be one of {', '.join(AGGREGATES)}")
+    if not isinstance(entries, list | tuple) or not entries:
+        raise RewardError(f"{where}: `rewards:` must be a list of rewards")
+    chosen = aggregate(name, {key: found[key] for key in ("lam", "q") if key in found}, where)
+    inside = (place or Place()).inside()
+    return Combined([_entry(entry, f"{where}, reward {k}", inside) for k, entry in enumerate(entries, 1)], chosen)
+
+
+def _entry(entry: Any, where: str, place: Place) -> Part:
+    entry = entry if isinstance(entry, Mapping) else {"reward": entry}
+    if set(entry) - {"reward", "weight"} or "reward" not in entry or not is_number(entry.get("weight", 1)):
+        raise RewardError(f"{where}: expected a text, or `reward:` and a finite number under `weight:`")
+    found = entry["reward"]
+    try:
+        if isinstance(found, str | Path):
+            return Part(read(str(found), place), entry.get("weight", 1))
+        if isinstance(found, Mapping):
+            return Part(read_mapping(found, "its mapping", place), entry.get("weight", 1))
+        return Part(load_reward(found), entry.get("weight", 1))
+    except RewardError as error:
+        raise RewardError(f"{where}: {error}") from error
+
+
+def load_reward(reward: Any) -> Reward:
+    """A Reward from a Reward, a function (images, prompts) → (N,), or a specification.
+
+    A specification is NAME or NAME:ARGUMENT, a weighted sum of them ("hpsv2.1:5 + imagereward:1"), a function of
+    them ("min(a, b)"), the path of a learned reward's folder or of a YAML file, or a mapping as such a file holds:
+    see `steer.rewards.parser`.
+    Raises RewardError with the nearest names where there is none.
+    """
+    if isinstance(reward, str | Path):
+        return read(str(reward))
+    if isinstance(reward, Mapping):
+        return read_mapping(reward)
+    return _as_reward(reward)
+
+
+def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate = total) -> Combined:
+    """Σ w_m r_m, or another aggregate, of rewards given with their weights, or of a list of them (weights 1).
+
+    Each is whatever `load_reward` takes.
+    """
+    weighted = rewards.items() if isinstance(rewards, Mapping) else [(reward, 1.0) for reward in rewards]
+    return Combined([Part(load_reward(reward), weight) for reward, weight in weighted], aggregate)

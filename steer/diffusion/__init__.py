@@ -1,0 +1,1 @@
+"""Solver steps, noise schedules and previews of any diffusers pipeline."""

@@ -1,0 +1,302 @@
+"""Which kernel computes attention: xformers, PyTorch's own or the plain formula, for UNets and transformers alike.
+
+Every attention layer of diffusers, whatever its family, can compute through one function of PyTorch:
+`scaled_dot_product_attention`. A backend is what stands in its place while a layer runs. That reaches UNets, which take
+no notice of diffusers' `set_attention_backend`, joint attention, and processors that users have written.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from diffusers.models import attention_processor as known
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_dispatch import AttentionBackendName
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from steer.diffusion.step_hooks import denoising_modules, replaced
+from steer.errors import InputError
+from steer.registry import choose
+
+
+class Attend(Protocol):
+    """Q (B, H, L, d), K (B, H, S, d), V (B, H, S, e) → (B, H, L, e); the mask broadcasts to (B, H, L, S): true where a
+    key is seen, or a number that is added to its score."""
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor: ...
+
+
+# softmax(QKᵀ/√d + M) V  (Vaswani et al. 2017, arXiv 1706.03762, eq. 1; M: the mask)
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """The formula itself, all scores in memory: the slow twin of every other backend."""
+    key, value = (_for_every_head(x, query, enable_gqa) for x in (key, value))
+    d = query.shape[-1]
+    scores = query @ key.transpose(-2, -1) * (d**-0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if attn_mask is not None:
+        scores = scores + _added(attn_mask, scores.dtype)
+    return torch.dropout(scores.softmax(-1), dropout_p, True) @ value
+
+
+def xformers_attention(kernel: Callable[..., Tensor], causal: Callable[[], Any]) -> Attend:
+    """`xformers.ops.memory_efficient_attention` with PyTorch's arguments; `causal`: xformers' own causal mask.
+
+    It wants (B, L, H, d), and a mask of full shape in the queries' dtype, whose rows start at multiples of 8 numbers.
+    It raises NotImplementedError for a dtype or head size that it has no kernel for.
+    """
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        key, value = (_for_every_head(x, query, enable_gqa) for x in (key, value))
+        bias: Any = None
+        if is_causal:
+            bias = causal()
+        elif attn_mask is not None:
+            bias = _aligned(_added(attn_mask, query.dtype), (*query.shape[:-1], key.shape[-2]))
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return kernel(q, k, v, attn_bias=bias, p=dropout_p, scale=scale).transpose(1, 2)
+
+    return attend
+
+
+def _for_every_head(x: Tensor, query: Tensor, grouped: bool) -> Tensor:
+    """K or V of heads that several heads of the query share, once for each of them."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], 1) if grouped else x
+
+
+def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as numbers to add to the scores."""
+    if mask.dtype != torch.bool:
+        return mask.to(dtype)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
+def _aligned(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
+    whole = bias.new_zeros((*shape[:-1], -(-shape[-1] // 8) * 8))
+    whole[..., : shape[-1]] = bias
+    return whole[..., : shape[-1]]
+
+
+SDPA: Attend = F.scaled_dot_product_attention
+LAYERS = (known.Attention, known.MochiAttention, AttentionModuleMixin)
+# Processors of diffusers that compute otherwise, and those that compute the same through PyTorch's function.
+THROUGH_SDPA: dict[type, type] = {
+    known.AttnProcessor: known.AttnProcessor2_0,
+    known.SlicedAttnProcessor: known.AttnProcessor2_0,
+    known.XFormersAttnProcessor: known.AttnProcessor2_0,
+    known.AttnAddedKVProcessor: known.AttnAddedKVProcessor2_0,
+    known.SlicedAttnAddedKVProcessor: known.AttnAddedKVProcessor2_0,
+    known.XFormersAttnAddedKVProcessor: known.AttnAddedKVProcessor2_0,
+    known.XFormersJointAttnProcessor: known.JointAttnProcessor2_0,
+    known.IPAdapterAttnProcessor: known.IPAdapterAttnProcessor2_0,
+    known.IPAdapterXFormersAttnProcessor: known.IPAdapterAttnProcessor2_0,
+}
+_ROUTE = "_steer_attention"  # where a layer keeps its backend while it has one
+_DISPATCH = "_attention_backend"  # where diffusers' newer processors keep theirs
+
+
+@contextmanager
+def attention_backend(target: Any, backend: str = "auto") -> Iterator[str]:
+    """Sets how the denoiser of a pipeline (or a module) computes attention in the block; yields the backend's name.
+
+    auto      xformers where it is installed, has a kernel and the model is on CUDA, PyTorch's own elsewhere. It leaves
+              alone what was chosen otherwise: a backend of a block around this one, of diffusers, or by a processor
+    xformers  `xformers.ops.memory_efficient_attention`
+    sdpa      `torch.nn.functional.scaled_dot_product_attention`
+    eager     softmax(QKᵀ/√d) V as it is written: the slow twin
+
+    After the block, whatever ends it, every layer and processor is as it was. Within another block the inner one
+    counts. One block at a time for a model: threads that share one see each other's.
+
+    Raises InputError for an unknown name, for xformers where it is not installed or the model is not on CUDA, and, when
+    the model is called, where a layer's processor would not take notice or xformers has no kernel for it.
+    """
+    modules = denoising_modules(target)
+    name, attend = choose("attention backend", backend, BACKENDS)(_device(target, modules))
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, LAYERS)]
+    if backend != "auto" and not layers:
+        raise InputError(f"{type(target).__name__} has no denoiser with attention layers: a backend would do nothing")
+    with ExitStack() as stack:
+        for layer in layers:
+            if backend != "auto":
+                _bring_to_sdpa(layer, stack)
+                _route(layer, _Route(name, attend), stack)
+            elif name != "sdpa" and _ROUTE not in vars(layer):
+                _route(layer, _Route(name, attend, strict=False), stack)
+        yield name
+
+
+Found = tuple[str, Attend]
+
+
+def _auto(device: torch.device) -> Found:
+    try:
+        return "xformers", _or(_xformers_kernel(device), SDPA)
+    except InputError:  # not there, not on CUDA, or broken
+        return "sdpa", SDPA
+
+
+def _xformers(device: torch.device) -> Found:
+    return "xformers", _or(_xformers_kernel(device), _refuse)
+
+
+def _xformers_kernel(device: torch.device) -> Attend:
+    if importlib.util.find_spec("xformers") is None:
+        raise InputError("attention backend 'xformers' is not installed: pip install xformers, or take 'sdpa'")
+    if device.type != "cuda":
+        raise InputError(f"attention backend 'xformers' needs a model on CUDA, not on {device.type}: take 'sdpa'")
+    try:
+        ops = importlib.import_module("xformers.ops")
+    except (ImportError, OSError) as error:
+        raise InputError(f"attention backend 'xformers' is installed but cannot be imported: {error}") from error
+    return xformers_attention(ops.memory_efficient_attention, ops.LowerTriangularMask)
+
+
+BACKENDS: dict[str, Callable[[torch.device], Found]] = {
+    "auto": _auto,
+    "xformers": _xformers,
+    "sdpa": lambda device: ("sdpa", SDPA),
+    "eager": lambda device: ("eager", plain_attention),
+}
+
+
+def _or(attend: Attend, other: Attend) -> Attend:
+    """`attend` where it has a kernel, `other` elsewhere."""
+
+    def either(*args: Any, **kwargs: Any) -> Tensor:
+        try:
+            return attend(*args, **kwargs)
+        except NotImplementedError:
+            return other(*args, **kwargs)
+
+    return either
+
+
+def _refuse(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    raise InputError(
+        f"attention backend 'xformers' has no kernel for {query.dtype}, heads of {query.shape[-1]} on {query.device}: "
+        "take 'auto' or 'sdpa'"
+    )
+
+
+def _device(target: Any, modules: list[nn.Module]) -> torch.device:
+    """Where the modules compute, which under CPU offload is not where their weights lie."""
+    hooks = [getattr(module, "_hf_hook", None) for module in modules]
+    places = [getattr(target, "_execution_device", None), *(getattr(hook, "execution_device", None) for hook in hooks)]
+    places += [parameter.device for module in modules for parameter in module.parameters()]
+    return torch.device(next((place for place in places if place is not None), "cpu"))
+
+
+def _bring_to_sdpa(layer: nn.Module, stack: ExitStack) -> None:
+    """Has a layer compute through PyTorch's function, where diffusers knows how, until the stack closes."""
+    processor = getattr(layer, "processor", None)
+    if hasattr(processor, _DISPATCH):
+        stack.enter_context(replaced(vars(processor), _DISPATCH, AttentionBackendName.NATIVE))
+    twin = THROUGH_SDPA.get(type(processor))
+    # That function divides by √d; a layer of another scale has to keep its processor.
+    if twin is not None and getattr(layer, "scale_qk", True):
+        space: Any = layer._modules if isinstance(processor, nn.Module) else vars(layer)
+        stack.enter_context(replaced(space, "processor", _made_like(processor, twin)))
+
+
+def _made_like(processor: Any, twin: type) -> Any:
+    """A processor of another class with the weights of the given one; only those of IP-adapters have any."""
+    if not isinstance(processor, nn.Module):
+        return twin()
+    with torch.device("meta"):
+        made = twin(processor.hidden_size, processor.cross_attention_dim, processor.num_tokens, processor.scale)
+    made._modules.update(processor._modules)
+    return made
+
+
+@dataclass
+class _Route:
+    """A backend of a layer; a strict one has to be taken notice of."""
+
+    name: str
+    attend: Attend
+    strict: bool = True
+
+
+def _route(layer: nn.Module, route: _Route, stack: ExitStack) -> None:
+    """Has a layer compute attention by a route, in place of one that it may have, until the stack closes."""
+    routed = _ROUTE in vars(layer)
+    stack.enter_context(replaced(vars(layer), _ROUTE, route))
+    if not routed:
+        stack.enter_context(replaced(vars(layer), "forward", _Routed(layer, layer.forward)))
+
+
+@dataclass
+class _Routed:
+    """The forward of a layer under a route. An object and no closure: copies of a model then hold copies of it."""
+
+    layer: nn.Module
+    plain: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        route: _Route = vars(self.layer)[_ROUTE]
+        if route.attend is SDPA and _computes_through_sdpa(self.layer):
+            return self.plain(*args, **kwargs)
+        with _InPlaceOfSdpa(route.attend) as mode:
+            output = self.plain(*args, **kwargs)
+        if route.strict and not mode.calls:
+            raise InputError(
+                f"attention backend {route.name!r} would do nothing: {type(self.layer.processor).__name__} does not "
+                "compute through scaled_dot_product_attention; set another processor, or take 'auto'"
+            )
+        return output
+
+
+def _computes_through_sdpa(layer: nn.Module) -> bool:
+    """Whether that is known of the layer's processor; if not, it is found out by watching."""
+    return type(layer.processor) in THROUGH_SDPA.values() or hasattr(layer.processor, _DISPATCH)
+
+
+class _InPlaceOfSdpa(TorchFunctionMode):
+    """In this thread and block, calls of PyTorch's function go to another one, and are counted."""
+
+    def __init__(self, attend: Attend) -> None:
+        super().__init__()
+        self.attend, self.calls = attend, 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is SDPA:
+            self.calls += 1
+            func = self.attend
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,103 @@
+"""The Gaussian step in one pass over memory where there is a kernel for it: Triton on CUDA, plain PyTorch elsewhere."""
+
+import functools
+from collections.abc import Collection
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from steer.diffusion.schedules import (
+    Gaussian,
+    Level,
+    LinearStep,
+    Pass,
+    Scheduler,
+    Wanted,
+    clip_limit,
+    linear_step,
+    plain_pass,
+    prediction_type,
+)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def has_kernel(*tensors: Tensor) -> bool:
+    """Whether a step of these tensors goes through Triton: on CUDA, up to fp32, without a graph, triton there."""
+    graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    fits = all(tensor.is_cuda and tensor.dtype in DTYPES for tensor in tensors)
+    return fits and not graph and find_spec("triton") is not None
+
+
+def one_pass(
+    step: LinearStep,
+    x: Tensor,
+    output: Tensor,
+    want: Collection[Wanted],
+    noise: Tensor | None = None,
+    x_s: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    storage: torch.dtype | None = None,
+) -> dict[Wanted, Tensor]:
+    """`steer.diffusion.schedules.Pass` by the kernel where there is one, else by `plain_pass`; both give the same.
+
+    Raises InputError where shapes differ, or where something is wanted that was not given what it needs.
+    """
+    tensors = [tensor for tensor in (x, output, noise, x_s) if tensor is not None]
+    run: Pass = plain_pass
+    if has_kernel(*tensors):
+        from steer.diffusion.triton_kernels import triton_pass  # not every system has triton
+
+        run = triton_pass
+    return run(step, x, output, want, noise, x_s, dtype, storage)
+
+
+class FusedGaussian(Gaussian):
+    """A `Gaussian` whose mean is computed where it is asked for, and else in the pass that draws or judges x_s.
+
+    x, output  x_t and the model output (N, …); no graph is built
+    """
+
+    def __init__(self, step: LinearStep, x: Tensor, output: Tensor) -> None:
+        vars(self).update(_step=step, _x=x, _output=output)  # the base is frozen
+
+    def _run(self, *want: Wanted, **given: Any) -> dict[Wanted, Tensor]:
+        step, x, output = (vars(self)[name] for name in ("_step", "_x", "_output"))
+        return one_pass(step, x, output, want, **given)
+
+    @functools.cached_property
+    def mean(self) -> Tensor:
+        return self._run("mean")["mean"]
+
+    @functools.cached_property
+    def std(self) -> Tensor:
+        x = vars(self)["_x"]
+        return vars(self)["_step"].std.to(device=x.device, dtype=torch.float32)
+
+    def noise(self, generator: torch.Generator | None) -> Tensor:
+        return Gaussian(vars(self)["_x"], self.std).noise(generator)
+
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        return self._run("x_s", noise=self.noise(generator))["x_s"]
+
+    def draw(self, noise: Tensor, dtype: torch.dtype, storage: torch.dtype) -> tuple[Tensor, Tensor]:
+        drawn = self._run("x_s", "log_prob", noise=noise, dtype=dtype, storage=storage)
+        return drawn["x_s"], drawn["log_prob"]
+
+    def log_prob(self, x: Tensor, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
+        told = self._run("log_prob", x_s=x)["log_prob"]
+        return told if reduce == "sum" else told / x[0].numel()
+
+
+def fused_gaussian(
+    scheduler: Scheduler, x: Tensor, output: Tensor, before: Level, after: Level, eta: float
+) -> FusedGaussian:
+    """What `gaussian_transition` makes of a scheduler's x̂0, without x̂0; not for schedulers with thresholding.
+
+    x, output      (N, C, …), a learned variance may ride along in the output's channels
+    before, after  the levels of the step (`steer.diffusion.schedules.step_levels`)
+    """
+    step = linear_step(prediction_type(scheduler), before, after, eta, clip_limit(scheduler))
+    return FusedGaussian(step, x, output[:, : x.shape[1]])

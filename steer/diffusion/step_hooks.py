@@ -1,0 +1,433 @@
+"""Step hooks: observe, replace or resample the solver steps of any diffusers pipeline, which stays unchanged."""
+
+import copy
+import functools
+import hashlib
+import inspect
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from steer.diffusion.kernels import fused_gaussian, has_kernel
+from steer.diffusion.precision import HALF, widest
+from steer.diffusion.schedules import (
+    Gaussian,
+    Scheduler,
+    check_verified,
+    gaussian_transition,
+    in_the_middle,
+    predict_x0,
+    step_levels,
+    total_transitions,
+)
+from steer.errors import InputError
+
+
+class CannotSteer(InputError):
+    """This pipeline, as called, gives its solver steps no place to act on."""
+
+
+@dataclass
+class Event:
+    """One transition x_t → x_s of the solver, just made.
+
+    k       number of the transition, from 0, of `total`
+    t       timestep of x
+    x       latents before the transition, (N, …)
+    output  what the denoiser said of them, guidance included
+    prev    latents after it (diffusers' prev_sample), what the next step will start from
+    calls   denoiser calls that it took
+    """
+
+    k: int
+    t: Any
+    x: Tensor
+    scheduler: Scheduler
+    index: int
+    output: Tensor = field(repr=False)
+    prev: Tensor = field(init=False)
+    total: int = field(init=False)
+    calls: int = 1
+
+    @functools.cached_property
+    def _x0(self) -> Tensor:
+        return predict_x0(self.scheduler, self.output, self.t, self.x, self.index)
+
+    def x0(self) -> Tensor:
+        """x̂0, the denoiser's guess of the end from x: fp32, shaped like x. Computed when first asked for."""
+        return self._x0
+
+    def exact_kernel(self, eta: float) -> Gaussian:
+        """The Gaussian step p(x_s | x_t) with noise η, in fp64: log-ratios are differences of large sums."""
+        levels, dtype = step_levels(self.scheduler, self.t, self.index), widest(self.x.device)
+        x0 = predict_x0(self.scheduler, self.output, self.t, self.x, self.index, dtype)
+        return gaussian_transition(self.x, x0, *levels, eta)
+
+    def kernel(self, eta: float, rows: Tensor | None = None) -> Gaussian:
+        """The Gaussian step p(x_s | x_t) with noise η, of all particles or of those in `rows` (with repeats)."""
+        levels = step_levels(self.scheduler, self.t, self.index)
+        if has_kernel(self.x, self.output) and not self.scheduler.config.get("thresholding"):
+            x, output = (self.x, self.output) if rows is None else (self.x[rows], self.output[rows])
+            return fused_gaussian(self.scheduler, x, output, *levels, eta)
+        x, x0 = (self.x, self.x0()) if rows is None else (self.x[rows], self.x0()[rows])
+        return gaussian_transition(x, x0, *levels, eta)
+
+
+Answer = tuple[Tensor | None, Tensor | None]
+OnStep = Callable[[Event], Answer | None]
+
+
+@contextmanager
+def steered(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: bool = True) -> Iterator[Any]:
+    """Yields a view of a diffusers pipeline; call it like the pipeline itself.
+
+    After each transition `on_step(event)` is called. It returns None (nothing changes) or
+    `(ancestors, next_latents)`, each or both None: `ancestors` (N,) int64 says which particle each slot
+    goes on from, multistep solver history included; `next_latents` (N, …) are the latents of the slots
+    after that.
+
+    `rows`: number of particles that the scheduler must see. `grad=False` runs the solver without grad.
+    The pipeline, its scheduler and its configuration stay as they were; several views may run at once.
+
+    Raises InputError for a scheduler that is not verified and CannotSteer for a pipeline that edits its
+    latents between the steps, or never steps its own scheduler.
+    """
+    check_verified(pipe.scheduler)
+    tracker = _Tracker(pipe, on_step, rows, grad)
+    view = copy.copy(pipe)
+    vars(view)["scheduler"] = _watched(pipe.scheduler, tracker)
+    yield view
+    if not tracker.transitions:
+        raise CannotSteer(f"{type(pipe).__name__} never stepped its own scheduler: it cannot be steered")
+
+
+@dataclass
+class _Tracker:
+    """What a view remembers from one scheduler call to the next."""
+
+    pipe: Any
+    on_step: OnStep
+    rows: int | None
+    grad: bool
+    transitions: int = 0
+    total: int = 0
+    last: Tensor | None = None
+    event: Event | None = None
+    copied: bool = False
+
+    def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
+        """One call of the scheduler's step: makes it, reports it once its transition is over, applies the answer."""
+        x, t, output = arguments["sample"], arguments["timestep"], arguments["model_output"]
+        self._check(arguments)
+        with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+            out = tuple(plain_step(scheduler, **arguments, return_dict=False))
+        index = (getattr(scheduler, "step_index", None) or 0) - 1
+        if self.event is None:
+            self.event = Event(self.transitions, t, x, scheduler, index, output)
+        else:
+            self.event.calls += 1
+        if not in_the_middle(scheduler):
+            event, self.event, self.transitions = self.event, None, self.transitions + 1
+            self.total = self.total or total_transitions(scheduler, event.t, t)
+            event.prev, event.total = out[0], self.total
+            out = self._apply(self.on_step(event) or (None, None), scheduler, out, x)
+        self.last = out[0]
+        return out
+
+    def _check(self, arguments: dict[str, Any]) -> None:
+        x = arguments["sample"]
+        if arguments.get("per_token_timesteps") is not None:
+            raise CannotSteer("per-token timesteps have no single noise level: this pipeline cannot be steered")
+        if self.rows and len(x) != self.rows:
+            raise CannotSteer(f"the scheduler was given {len(x)} rows for {self.rows} particles")
+        if self.last is not None and x is not self.last and not _same(x, self.last):
+            raise CannotSteer(
+                f"{type(self.pipe).__name__} edits its latents between the steps (inpainting, or a callback): "
+                "it cannot be steered"
+            )
+
+    def _apply(self, answer: Answer, scheduler: Scheduler, out: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
+        ancestors, next_latents = answer
+        if ancestors is not None:
+            self._check_resampling()
+            for name, value in scheduler.__dict__.items():
+                scheduler.__dict__[name] = _reindexed(value, ancestors, out[0])
+            out = _reindexed(out, ancestors, out[0])
+        if next_latents is None:
+            return out
+        _start_from_here(scheduler)
+        # A denoiser that answers in float32 leaves latents in half precision, and a decoder after them, as they are.
+        latents = next_latents.to(x.dtype if x.dtype in HALF else out[0].dtype)
+        # At the end x̂0 is the latents themselves, and some pipelines decode that output of the step.
+        return latents, *([latents] if self.transitions == self.total else out[1:2]), *out[2:]
+
+    def _check_resampling(self) -> None:
+        if self.copied:
+            raise CannotSteer(
+                f"{type(self.pipe).__name__} also steps copies of its scheduler (a second modality, or views): "
+                "resampling would leave them behind"
+            )
+        denoiser = getattr(self.pipe, "transformer", None) or getattr(self.pipe, "unet", None)
+        if getattr(denoiser, "is_cache_enabled", False):
+            raise CannotSteer("disable the feature cache of the denoiser: its state per sample cannot be resampled")
+
+
+def _same(x: Tensor, last: Tensor) -> bool:
+    return x.shape == last.shape and torch.equal(x, last.to(x))
+
+
+def _reindexed(value: Any, ancestors: Tensor, like: Tensor) -> Any:
+    """Takes the rows `ancestors` of every tensor, alone or in a list, that holds one row per particle."""
+    if torch.is_tensor(value):
+        per_particle = value.dim() == like.dim() and len(value) == len(like)
+        return value[ancestors.to(value.device)] if per_particle else value
+    if type(value) in (list, tuple):
+        return type(value)(_reindexed(item, ancestors, like) for item in value)
+    return value
+
+
+def _start_from_here(scheduler: Scheduler) -> None:
+    """Keeps solvers that go back to latents of an earlier step from passing over new ones."""
+    if hasattr(scheduler, "last_sample"):  # the corrector of UniPC and SASolver
+        scheduler.last_sample = None
+    if hasattr(scheduler, "order_list"):  # DPMSolverSinglestep, amid its two or three steps from one place
+        scheduler.model_outputs = [None] * len(scheduler.model_outputs)
+
+
+def _watched(base: Scheduler, tracker: _Tracker) -> Scheduler:
+    """A copy of a scheduler, of a subclass of its own class, whose `step` goes through the tracker."""
+    cls = type(base)
+    leaves = [leaf for leaf in tree_leaves(vars(base)) if torch.is_tensor(leaf) and leaf.requires_grad]
+    watched = copy.deepcopy(base, {id(leaf): leaf.detach() for leaf in leaves})
+    signature = inspect.signature(cls.step)
+
+    @functools.wraps(cls.step)
+    def step(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
+        if self is not watched:
+            tracker.copied = True
+            return cls.step(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
+        return_dict = arguments.pop("return_dict", True)
+        out = tracker.step(self, cls.step, arguments)
+        if not return_dict:
+            return out
+        x0 = out[1] if len(out) > 1 else None
+        return SimpleNamespace(prev_sample=out[0], pred_original_sample=x0, denoised=x0)
+
+    def deepcopy(self: Scheduler, memo: dict[int, Any]) -> Scheduler:
+        """A pipeline that copies its scheduler gets a plain one."""
+        tracker.copied = True
+        plain = copy.copy(self)
+        plain.__class__ = cls
+        return copy.deepcopy(plain, memo)
+
+    members = {"step": step, "__deepcopy__": deepcopy, "__module__": cls.__module__}
+    watched.__class__ = type(cls.__name__, (cls,), members)
+    return watched
+
+
+MARKS = ("safety_checker", "watermark")  # what is done to finished images only
+# A fast tokenizer keeps the padding of the present call on itself: threads that share one would pad as others asked.
+ENCODING = threading.RLock()
+
+
+def quiet(pipe: Any) -> Any:
+    """A copy of a pipeline for many runs of one call: text encoded once, no safety checker, watermark or bar.
+
+    A safety checker would blacken images on the way, and none of these takes images with a graph.
+    """
+    quiet = text_once(pipe)
+    vars(quiet).update(dict.fromkeys(MARKS) | {"_progress_bar_config": {"disable": True}})
+    return quiet
+
+
+def text_once(pipe: Any) -> Any:
+    """A copy of a pipeline for one call of the user's and what it takes beside: it encodes a text once, without grad.
+
+    Copies of the copy share what it has encoded.
+    """
+    once = copy.copy(pipe)
+    if hasattr(pipe, "encode_prompt"):
+        vars(once)["encode_prompt"] = _once_each(torch.no_grad()(pipe.encode_prompt))
+    return once
+
+
+def _once_each(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, called once for each of its arguments: some pipelines encode a negative prompt apart."""
+    answers: dict[str, Any] = {}
+
+    def remember(*args: Any, **kwargs: Any) -> Any:
+        asked = json.dumps(plain_values([args, kwargs]))
+        if asked not in answers:
+            with ENCODING:
+                answers[asked] = function(*args, **kwargs)
+        return answers[asked]
+
+    return remember
+
+
+def plain_values(value: Any) -> Any:
+    """An argument to be written down: pictures and tensors become a hash of what they hold."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, Mapping):
+        return {str(name): plain_values(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_values(one) for one in value]
+    if isinstance(value, Tensor):
+        value = value.detach().float().cpu()
+    if not hasattr(value, "__array__") and not hasattr(value, "__array_interface__"):
+        return type(value).__name__
+    array = np.ascontiguousarray(value)
+    return [list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
+
+
+DENOISERS = ("unet", "transformer", "transformer_2")
+CONTROLNETS = ("controlnet",)
+
+
+def denoisers_in(pipe: Any) -> list[str]:
+    """Names of the pipeline's denoisers; the first is the one that is trained."""
+    return [name for name in DENOISERS if getattr(pipe, name, None) is not None]
+
+
+class StandIn:
+    """Passes for a module in everything but what its call returns."""
+
+    def __init__(self, target: Any, call: Callable[..., Any]) -> None:
+        self.__dict__.update(_target=target, _call=call)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        kind: type = self._target.__class__  # of a stand-in for another one: that of the module itself
+        return kind
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._target, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
+class Output(tuple[Tensor, ...]):
+    """What a model returns, for callers that take `[0]` and for those that take `.sample`."""
+
+    @property
+    def sample(self) -> Tensor:
+        return self[0]
+
+
+def silent_denoiser(denoiser: Any) -> StandIn:
+    """Passes for a denoiser that predicts nothing: zeros, at no cost."""
+    channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
+
+    def zeros(*args: Any, **kwargs: Any) -> Any:
+        x: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
+        if x.dim() > 3:
+            return Output([x.new_zeros((len(x), channels or x.shape[1], *x.shape[2:]))])
+        shape = (*x.shape[:-1], channels or x.shape[-1])  # a model of tokens
+        return Output([x.new_zeros(shape)])
+
+    return StandIn(denoiser, zeros)
+
+
+def silent_controlnet(controlnet: Any) -> StandIn:
+    """Passes for a ControlNet that adds nothing."""
+    return StandIn(controlnet, lambda *args, **kwargs: ([], None))
+
+
+def silences(pipe: Any) -> dict[str, StandIn]:
+    """For every denoiser and ControlNet of a pipeline, by name, one that says nothing."""
+    found: dict[str, StandIn] = {}
+    for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
+        found |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
+    return found
+
+
+@contextmanager
+def standing_in(pipe: Any, modules: Mapping[str, StandIn]) -> Iterator[Any]:
+    """Yields a view of a pipeline with these in place of its own modules; after the block it has those again.
+
+    The pipeline stays as it is. Offloading hooks are on its own modules, and it is the one that puts them back.
+    """
+    view = copy.copy(pipe)
+    vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
+    try:
+        yield view
+    finally:
+        vars(view).update({name: getattr(pipe, name) for name in modules})
+
+
+_NOTHING = object()
+
+
+@contextmanager
+def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """`space[name]` is `value` in the block; after it, whatever ends it, it is what it was, or nothing again.
+
+    Of an object, `space` is its `vars()`.
+    """
+    before = space.get(name, _NOTHING)
+    space[name] = value
+    try:
+        yield
+    finally:
+        if before is _NOTHING:
+            space.pop(name, None)
+        else:
+            space[name] = before
+
+
+def denoising_modules(target: Any) -> list[nn.Module]:
+    """The modules that denoise: of a pipeline its denoisers and ControlNets, as far as it has any; a module itself."""
+    if isinstance(target, nn.Module):
+        return [target]
+    found = [getattr(target, name, None) for name in (*DENOISERS, *CONTROLNETS)]
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
+NAME = "safety_checker"
+
+
+class DeferredSafetyChecker:
+    """A pipeline's safety checker whose verdict is kept beside the images.
+
+    flags     (N,) bool of the last batch; None before one was checked
+    replaced  (N, 3, H, W) in [0, 1]: what the checker made of that batch
+    """
+
+    def __init__(self, checker: Any) -> None:
+        self.checker = checker
+        self.flags: Tensor | None = None
+        self.replaced: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["checker"], name)
+
+    def __call__(self, images: Any, **kwargs: Any) -> tuple[Any, list[bool]]:
+        """Return the images as they are, and no flag, so that the pipeline treats all of them alike."""
+        given = images.clone() if isinstance(images, Tensor) else copy.copy(images)
+        replaced, flags = self.checker(images=given, **kwargs)
+        self.flags = torch.as_tensor(flags, dtype=torch.bool).flatten().cpu()
+        self.replaced = torch.as_tensor(replaced).detach()
+        return images, [False] * len(self.flags)
+
+
+def with_deferred_checker(pipe: Any) -> tuple[Any, DeferredSafetyChecker | None]:
+    """A copy of a pipeline whose safety checker defers its verdict, and that checker; None where it has none."""
+    if getattr(pipe, NAME, None) is None:
+        return pipe, None
+    view, deferred = copy.copy(pipe), DeferredSafetyChecker(getattr(pipe, NAME))
+    vars(view)[NAME] = deferred
+    return view, deferred

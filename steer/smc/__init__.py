@@ -1,0 +1,1 @@
+"""Sequential Monte Carlo: particles, potentials, resampling. Knows no diffusion model."""

@@ -1,0 +1,1 @@
+"""Training of a denoiser from rewards: rollouts, losses, gradients, guards, checkpoints."""

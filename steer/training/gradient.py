@@ -1,0 +1,356 @@
+"""The gradient of any loss of a trajectory's log-probabilities, in the memory of one denoiser call.
+
+L depends on the weights θ through ℓ = log pθ(x_s | x_t) (B, K, T) alone. By the chain rule
+
+    ∇θ L = Σ_{b,k,t} c_bkt ∇θ ℓ_bkt,   c = ∂L/∂ℓ
+
+so pass 1 takes ℓ without a graph and differentiates L there, and pass 2 goes over the steps one at a time and sends
+back c_t · ℓ_t. Penalties are sums over steps of something that the step's own kernel tells: they join in pass 2.
+
+Where a loss compares the samples of a prompt step by step, c_t follows from their ℓ_t alone: pass 2 finds both, and
+there is no pass 1.
+
+Of several processes each has some of the prompts. ℓ of all is small: it is gathered, so that every process knows the
+whole L and its c, whatever the loss compares; in pass 2 each sends back its own rows.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from steer.diffusion.precision import widest
+from steer.diffusion.schedules import Gaussian
+from steer.errors import InputError
+from steer.reward import Reward, over_frames, score_parts
+from steer.training.distributed import ALONE, Team, total
+from steer.training.guards import kl
+from steer.training.losses import LogProbs, Loss, Metrics
+from steer.training.rollout import Sampler, Trajectories, log_probs
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the reference policy says of S chosen steps.
+
+    residuals   (μ_ref − x_s)/τ (N, S, …), kept where a penalty needs them: standard normal numbers, which lose less to
+                a short dtype than means do
+    deviations  τ (S,)
+    log_probs   (N, S) fp64, nats
+    """
+
+    residuals: Tensor | None
+    deviations: Tensor
+    log_probs: Tensor
+
+    def at(self, numbers: Collection[int]) -> "Reference":
+        """Of some rows."""
+        some = list(numbers)
+        return replace(self, residuals=_rows(self.residuals, some), log_probs=self.log_probs[some])
+
+    @staticmethod
+    def joined(parts: Sequence["Reference"]) -> "Reference":
+        """Of all their rows; they have the same steps."""
+        kept = [part.residuals for part in parts if part.residuals is not None]
+        log_probs = torch.cat([part.log_probs for part in parts])
+        return replace(parts[0], residuals=torch.cat(kept) if kept else None, log_probs=log_probs)
+
+    def kernel(self, column: int, x_s: Tensor) -> Gaussian | None:
+        """Its p(· | x_t) at one of those steps, which led to x_s; None where no residuals are kept."""
+        if self.residuals is None:
+            return None
+        dtype = widest(x_s.device)
+        std = self.deviations[column].to(x_s.device, dtype)
+        return Gaussian(x_s.to(dtype) + std * self.residuals[:, column].to(x_s.device, dtype), std)
+
+
+def _rows(tensor: Tensor | None, some: Sequence[int]) -> Tensor | None:
+    return None if tensor is None else tensor[some]
+
+
+def reference_of(
+    sampler: Sampler, stored: Trajectories, steps: Sequence[int], dtype: torch.dtype | None = torch.float32
+) -> Reference:
+    """Evaluate the present weights, which are those of the reference where this is called.
+
+    dtype  of the residuals; None where no penalty needs them. bfloat16 ones are kept in float16, of the same size
+    """
+    dtype = torch.float16 if dtype == torch.bfloat16 else dtype
+    log_probs, deviations, residuals = [], [], []
+
+    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
+        log_probs.append(kernel.log_prob(x_s).cpu())
+        deviations.append(kernel.std.cpu())
+        if dtype is not None:
+            residuals.append(((kernel.mean - x_s) / kernel.std).to(dtype).cpu())
+
+    sampler.replay(stored, keep, steps)
+    kept = torch.stack(residuals, 1) if residuals else None
+    return Reference(kept, torch.stack(deviations), torch.stack(log_probs, 1))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B prompts × K samples, prompt after prompt, in chunks of rows that go through the denoiser together.
+
+    chunks, references  of several processes, those of this one's prompts
+    steps    the stochastic steps to learn from, ascending: S of those in the window
+    window   how many of the T stochastic steps are in the window, the first ones; None: all
+    rewards  (B, K), or (B, K, M) where a loss takes several; of all processes
+    """
+
+    chunks: Sequence[Trajectories]
+    references: Sequence[Reference]
+    steps: Sequence[int]
+    rewards: Tensor
+    window: int | None = None
+
+    @property
+    def counted(self) -> int:
+        """How many steps a sum over a trajectory has."""
+        return self.window or self.chunks[0].log_probs.shape[1]
+
+    def matrix(self, values: Sequence[Tensor], team: Team = ALONE) -> Tensor:
+        """(N, S) of each chunk, of all processes, as one (B, K, S)."""
+        return torch.cat(team.gather(values)).view(*self.rewards.shape[:2], len(self.steps))
+
+    def shares(self, matrix: Tensor, team: Team = ALONE) -> Sequence[Tensor]:
+        """(n, S) of each of this process's chunks, views of the (B, K, S) of all."""
+        return matrix.flatten(0, 1).chunk(team.count)[team.index].split([len(chunk.rows) for chunk in self.chunks])
+
+
+class Coefficients(Protocol):
+    """c of the chunks of this process."""
+
+    def __call__(self, chunk: int, column: int, log_prob: Tensor) -> Tensor:
+        """c (n,) of one step of a chunk, whose ℓ (n,) is known by now."""
+        ...
+
+    def loss(self) -> tuple[float, Metrics]:
+        """L and its metrics, once all steps are known."""
+        ...
+
+
+class AllSteps:
+    """∂L/∂ℓ where all of ℓ is known."""
+
+    def __init__(self, seen: LogProbs, loss: Loss, batch: Batch, team: Team) -> None:
+        leaf = seen.new.clone().requires_grad_(True)
+        self._value, self._metrics = loss(replace(seen, new=leaf), batch.rewards)
+        (c,) = torch.autograd.grad(self._value, leaf)
+        self._shares = batch.shares(c, team)
+
+    def __call__(self, chunk: int, column: int, log_prob: Tensor) -> Tensor:
+        return self._shares[chunk][:, column]
+
+    def loss(self) -> tuple[float, Metrics]:
+        return self._value.item(), self._metrics
+
+
+class OwnStep:
+    """∂L/∂ℓ of a loss in which a step of a prompt's samples meets nothing else: the others may stand as they were."""
+
+    def __init__(self, seen: LogProbs, loss: Loss, batch: Batch, team: Team) -> None:
+        self._seen, self._loss, self._batch, self._team = seen, loss, batch, team
+        self._new = [chunk.log_probs[:, list(batch.steps)].clone() for chunk in batch.chunks]
+
+    def __call__(self, chunk: int, column: int, log_prob: Tensor) -> Tensor:
+        self._new[chunk][:, column] = log_prob.detach().cpu()
+        leaf = self._seen.old.clone()
+        self._batch.shares(leaf, self._team)[chunk][:, column] = self._new[chunk][:, column]
+        with torch.enable_grad():
+            value, _ = self._loss(replace(self._seen, new=leaf.requires_grad_(True)), self._batch.rewards)
+            (c,) = torch.autograd.grad(value, leaf)
+        return self._batch.shares(c, self._team)[chunk][:, column]
+
+    def loss(self) -> tuple[float, Metrics]:
+        value, metrics = self._loss(
+            replace(self._seen, new=self._batch.matrix(self._new, self._team)), self._batch.rewards
+        )
+        return value.item(), metrics
+
+
+Backward = Callable[[Tensor], None]
+
+
+class Penalty(Protocol):
+    """(pθ, p_ref) of one step → (N,), and a name to be told by."""
+
+    __name__: str
+
+    def __call__(self, p: Gaussian, reference: Gaussian, /) -> Tensor: ...
+
+
+class GradientOptions(TypedDict):
+    """How a run asks for a gradient; see `two_pass_gradient`."""
+
+    penalties: Mapping[Penalty, float]
+    unchanged: bool
+    backward: Backward
+    before_each: Callable[[], None]
+    before_last: Callable[[], None]
+    team: Team
+
+
+def two_pass_gradient(
+    sampler: Sampler,
+    batch: Batch,
+    loss: Loss,
+    *,
+    penalties: Mapping[Penalty, float] | None = None,
+    unchanged: bool = False,
+    backward: Backward = Tensor.backward,
+    before_each: Callable[[], None] = lambda: None,
+    before_last: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
+) -> tuple[float, Metrics]:
+    """Adds ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
+
+    Returns L, and its metrics with `kl`, the mean KL(pθ ‖ p_ref) of a trajectory's steps in the window, in nats, and
+    the penalties'.
+
+    penalties    with their weights w_p; where S < T their sum is scaled up
+    unchanged    the weights are those that drew the batch: pass 1 is not needed
+    backward     what is called on each step's scalar (a scaler may come between)
+    before_each  called before each chunk of rows
+    before_last  called before the denoiser call whose backward is the last: then the processes' sums may be exchanged
+    team         each process adds its own share, `count` times: the mean over processes is the gradient
+    """
+    old = batch.matrix([chunk.log_probs[:, list(batch.steps)] for chunk in batch.chunks], team)
+    reference = batch.matrix([told.log_probs for told in batch.references], team)
+    seen = LogProbs(old, old, reference, batch.chunks[0].elements)
+    coefficients: Coefficients
+    if not unchanged and _step_by_step(loss, batch, team):
+        coefficients = OwnStep(seen, loss, batch, team)
+    else:
+        new = old if unchanged else batch.matrix(_pass_one(sampler, batch, before_each), team)
+        coefficients = AllSteps(replace(seen, new=new), loss, batch, team)
+    weights: dict[Penalty, float] = {kl: 0.0, **(penalties or {})}
+    backward = counted(backward, len(batch.chunks) * len(batch.steps), before_last)
+    found = _pass_two(sampler, batch, coefficients, weights, backward, before_each, team)
+    value, metrics = coefficients.loss()
+    told_all = {penalty.__name__: cost for penalty, cost in found.items()}
+    return value, metrics | told_all | {"kl_per_step": found[kl] / batch.counted}
+
+
+def _step_by_step(loss: Loss, batch: Batch, team: Team) -> bool:
+    """Whether c of a step follows from its own ℓ, and the samples of a prompt are in one chunk, in every process."""
+    whole = all(len(chunk.rows) % batch.rewards.shape[1] == 0 for chunk in batch.chunks)
+    return bool(getattr(loss, "stepwise", False)) and all(team.gather([whole]))
+
+
+def _pass_one(sampler: Sampler, batch: Batch, before_each: Callable[[], None]) -> list[Tensor]:
+    """log pθ(x_s | x_t) (N, S) of each chunk, without a graph."""
+    steps, found = list(batch.steps), []
+    for chunk in batch.chunks:
+        before_each()
+        found.append(log_probs(sampler, chunk, steps)[:, steps])
+    return found
+
+
+def _pass_two(
+    sampler: Sampler,
+    batch: Batch,
+    coefficients: Coefficients,
+    weights: Mapping[Penalty, float],
+    backward: Backward,
+    before_each: Callable[[], None],
+    team: Team,
+) -> dict[Penalty, float]:
+    """Sends back c_t · ℓ_t and the penalties, step by step; returns these, without their weights."""
+    steps, found = list(batch.steps), dict.fromkeys(weights, 0.0)
+    per_sample = batch.counted / len(steps) / batch.rewards.shape[:2].numel()
+    for number, (chunk, told) in enumerate(zip(batch.chunks, batch.references, strict=True)):
+        before_each()
+
+        def back(t: int, p: Gaussian, x_s: Tensor, number: int = number, told: Reference = told) -> None:
+            column = steps.index(t)
+            log_prob = p.log_prob(x_s)
+            sent = (coefficients(number, column, log_prob).to(p.mean.device) * log_prob).sum()
+            for penalty, weight in weights.items():
+                with torch.set_grad_enabled(weight != 0):
+                    cost = per_sample * divergence(penalty, p, x_s, told, column).sum()
+                found[penalty] += cost.item()
+                sent = sent + weight * cost
+            backward(team.count * sent)
+
+        sampler.replay(chunk, back, steps, grad=True)
+    return dict(zip(found, total(team, list(found.values())), strict=True))
+
+
+def divergence(penalty: Penalty, p: Gaussian, x_s: Tensor, reference: Reference, column: int) -> Tensor:
+    """The penalty (N,) of one step, from the means; without those of the reference, log pθ/p_ref of x_s for the KL.
+
+    That one has the KL as its mean where pθ drew x_s. Raises InputError for any other penalty.
+    """
+    if (other := reference.kernel(column, x_s)) is not None:
+        return penalty(p, other)
+    if penalty is not kl:
+        raise InputError(f"{penalty.__name__} needs the means of the reference: keep its residuals")
+    return (p.log_prob(x_s) - reference.log_probs[:, column].to(p.mean.device)).detach()
+
+
+def counted(backward: Backward, times: int, before_last: Callable[[], None]) -> Backward:
+    """`backward`, to be called so many times; once all but one are done, it calls `before_last`."""
+    left = times
+
+    def call(scalar: Tensor) -> None:
+        nonlocal left
+        backward(scalar)
+        left -= 1
+        if left == 1:
+            before_last()
+
+    if left == 1:
+        before_last()
+    return call
+
+
+def reward_gradient(
+    sampler: Sampler,
+    batch: Batch,
+    reward: Reward,
+    last_steps: int,
+    *,
+    penalties: Mapping[Penalty, float],
+    unchanged: bool,
+    backward: Backward,
+    before_each: Callable[[], None],
+    before_last: Callable[[], None] = lambda: None,
+    team: Team = ALONE,
+) -> tuple[float, Metrics]:
+    """Adds ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
+
+    The sums go over the batch's steps, at their stored x_t: a penalty is about where the policy is, not about how it
+    came there. Returns −mean reward, and the penalties of these steps with `kl`, in nats. The graph holds k denoiser
+    calls and the decoder. The options are those of `steer.training.gradient.two_pass_gradient`.
+
+    Raises InputError where the weights are not those that drew the batch any more.
+    """
+    if not unchanged:
+        raise InputError("reward backpropagation learns from samples of the present weights alone: draw a new round")
+    count, steps = sum(len(chunk.rows) for chunk in batch.chunks), list(batch.steps)  # of each process
+    weights: dict[Penalty, float] = {kl: 0.0, **penalties}
+    value, found = 0.0, dict.fromkeys(weights, 0.0)
+    backward = counted(backward, len(batch.chunks) * (1 + len(steps) * bool(penalties)), before_last)
+    for chunk, told in zip(batch.chunks, batch.references, strict=True):
+        before_each()
+        images = sampler.finish(chunk, last_steps)
+        rewards, _ = over_frames(images, partial(score_parts, reward, prompts=chunk.rows.prompts))
+        value -= rewards.sum().item() / count
+        backward(-rewards.sum().to(images.device) / count)
+
+        def back(t: int, p: Gaussian, x_s: Tensor, told: Reference = told) -> None:
+            costs = {one: divergence(one, p, x_s, told, steps.index(t)).sum() / count for one in weights}
+            for penalty, cost in costs.items():
+                found[penalty] += cost.item()
+            if penalties:
+                backward(torch.stack([weights[penalty] * cost for penalty, cost in costs.items()]).sum())
+
+        sampler.replay(chunk, back, steps, grad=bool(penalties))
+    value, *costs = (one / team.count for one in total(team, [value, *found.values()]))
+    told_all = {penalty.__name__: cost for penalty, cost in zip(weights, costs, strict=True)}
+    return value, told_all | {"kl_per_step": told_all[kl.__name__] / len(steps)}

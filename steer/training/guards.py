@@ -1,0 +1,169 @@
+"""Guards against a reward optimised until it means nothing: penalties, budgets, a watch over held-out rewards."""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.diffusion.schedules import Gaussian
+from steer.errors import InputError
+from steer.training.rollout import Sampler, Trajectories, log_probs
+
+LARGEST_EXPONENT = 10.0  # of the χ² penalty, which is linear beyond: its exponential would overflow
+SAME = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # |ratio − 1| of a replay
+SIZE = 16384  # elements of a sample up to which SAME holds; rounding grows with the root of their number
+PERTURBATION, ROUNDING = 1e-4, 0.1  # of one entry of the weights; the share of its effect that may be rounding
+
+
+def kl(p: Gaussian, reference: Gaussian) -> Tensor:
+    """KL(pθ ‖ p_ref) of one step in nats (N,): ‖μθ − μ_ref‖² / 2τ²."""
+    return p.kl(reference)
+
+
+def chi_square(p: Gaussian, reference: Gaussian) -> Tensor:
+    """χ²(pθ ‖ p_ref) of one step (N,): e^u − 1 with u = ‖μθ − μ_ref‖²/τ² (after arXiv 2403.03185); it has no unit.
+
+    It punishes few large deviations more than many small ones, as a hacked reward makes them. From u = 10 on it is
+    continued by its tangent, e¹⁰ (u − 9) − 1, so that neither value nor gradient jumps.
+    """
+    exponent = 2 * p.kl(reference)
+    below = exponent.clamp(max=LARGEST_EXPONENT)
+    return torch.expm1(below) + math.exp(LARGEST_EXPONENT) * (exponent - below)
+
+
+@dataclass(frozen=True)
+class KLControl:
+    """How much KL costs, and how much there may be. KL is in nats, summed over the elements and steps of a trajectory.
+
+    weight  β of the penalty, per nat
+    target  KL in nats that β is moved to: log β ← log β + rate · clip(log(KL/target), ± log 100). (The controller of
+            arXiv 1909.08593, sec. 2.2, moves β by 2 % an update: a start that is 10⁴ off takes it 460.)
+    budget  KL in nats at which training stops
+    """
+
+    weight: float = 0.0
+    target: float | None = None
+    budget: float | None = None
+    rate: float = 0.4
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise InputError(f"kl_weight must be at least 0, got {self.weight}")
+        for name, value in (("kl_target", self.target), ("kl_budget", self.budget)):
+            if value is not None and not value > 0:
+                raise InputError(f"{name} must be above 0 nats, got {value}")
+        if self.target is not None and self.weight == 0:
+            raise InputError("kl_target moves kl_weight, which is 0: give it a start above 0")
+
+    def after(self, found: float) -> "KLControl":
+        """The control for the next update, where this one's KL was `found`."""
+        if self.target is None or not found > 0:  # before the first step there is none, and nothing to learn from it
+            return self
+        ratio = min(max(found / self.target, 0.01), 100.0)
+        return replace(self, weight=self.weight * ratio**self.rate)
+
+    def spent(self, found: float) -> bool:
+        """Whether the budget is used up."""
+        return self.budget is not None and found >= self.budget
+
+
+@dataclass(frozen=True)
+class HoldOutWatch:
+    """Compares the trained reward with a held-out one, evaluation by evaluation.
+
+    patience  evaluations in a row, since the best held-out one, with a better trained reward and a worse held-out
+              one, that end the training; 0: never
+    """
+
+    patience: int = 0
+    best_step: int | None = None
+    best: tuple[float, float] = field(default=(0.0, 0.0))  # (trained, held out) at that step
+    fooled: int = 0
+
+    def after(self, step: int, proxy: float, held_out: float) -> "HoldOutWatch":
+        """The watch after one more evaluation."""
+        if self.best_step is None or held_out > self.best[1]:
+            return replace(self, best_step=step, best=(proxy, held_out), fooled=0)
+        fooled = proxy > self.best[0] and held_out < self.best[1]
+        return replace(self, fooled=self.fooled + 1 if fooled else 0)
+
+    def stop(self) -> bool:
+        """Whether the trained reward has been rising alone for too long."""
+        return self.patience > 0 and self.fooled >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"best_step": self.best_step, "best": list(self.best), "fooled": self.fooled}
+
+    def restored(self, state: Mapping[str, Any]) -> "HoldOutWatch":
+        """The watch with what `state` told."""
+        return replace(self, best_step=state["best_step"], best=tuple(state["best"]), fooled=state["fooled"])
+
+
+def check_replay(sampler: Sampler, drew: Trajectories, dtype: torch.dtype) -> float:
+    """Largest |ratio − 1| of any step between a rollout's own log-probs and its replay by the same weights.
+
+    Raises InputError where it is above what rounding explains: every ratio of the training would be wrong.
+    """
+    difference = (log_probs(sampler, drew) - drew.log_probs).abs().max().item()
+    found = torch.expm1(torch.tensor(difference)).item()
+    allowed = SAME[dtype] * max(1.0, math.sqrt(drew.elements / SIZE))
+    if not found <= allowed:
+        raise InputError(
+            f"a replay of the first samples gives other log-probabilities (ratio off by {found:.2g}, at most "
+            f"{allowed:.3g} in {str(dtype).removeprefix('torch.')}): the pipeline draws random numbers or edits its "
+            "latents beside the solver, or dropout is on"
+        )
+    return found
+
+
+def check_rounding(
+    sampler: Sampler, exact: Sampler, parameters: Mapping[str, Tensor], drew: Trajectories, steps: Collection[int]
+) -> float:
+    """Share of rounding in the change of a rollout's log-probs by 10⁻⁴ more in one entry of the weights.
+
+    exact  evaluates the same denoiser in float32
+
+    Raises InputError where it is above a tenth: a training would learn from rounding.
+    """
+    some, named_b = drew.at(range(min(2, len(drew.rows)))), [name for name in parameters if "lora_B" in name]
+    names = named_b or list(parameters)
+    for name in names[len(names) // 2 :] + names[: len(names) // 2]:
+        truth = _change(exact, parameters[name], some, steps)
+        if (size := truth.square().mean().sqrt().item()) > 0:
+            break
+    else:
+        raise InputError("no entry of the trained weights changes any log-probability: train other layers")
+    found = (_change(sampler, parameters[name], some, steps) - truth).square().mean().sqrt().item() / size
+    if not found <= ROUNDING:
+        raise InputError(
+            f"rounding is {found:.2g} times the change in log-probability of one entry of the weights (at most "
+            f"{ROUNDING:g}): set log_prob_precision float32, or float32 weights without mixed_precision, or try "
+            "float16 in place of bfloat16, or a larger skip_low_noise_steps"
+        )
+    return found
+
+
+def _change(sampler: Sampler, parameter: Tensor, drew: Trajectories, steps: Collection[int]) -> Tensor:
+    """What 10⁻⁴ more in the first entry of a parameter adds to log-probs (N, T)."""
+    columns, local = list(steps), parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    before, entry = log_probs(sampler, drew, columns), local.detach().view(-1)[:1]
+    kept = entry.clone()
+    entry += PERTURBATION
+    try:
+        return (log_probs(sampler, drew, columns) - before)[:, columns]
+    finally:
+        entry.copy_(kept)
+
+
+def check_spread(rewards: Tensor, name: str) -> None:
+    """Raises InputError where the samples (B, K) of every prompt have one reward: there is nothing to prefer."""
+    if rewards.shape[1] > 1 and (rewards == rewards[:, :1]).all():
+        raise InputError(
+            f"reward {name!r} gave all {rewards.shape[1]} samples of every prompt the same score "
+            f"({rewards[0, 0].item():g} for the first): there is nothing to learn from. Use a finer reward, more "
+            "samples_per_prompt, or prompts that it tells apart"
+        )

@@ -1,0 +1,66 @@
+"""Advantages from a running mean and deviation of each prompt's rewards, as in DDPO (arXiv 2305.13301).
+
+A = (r − mean)/(std + 10⁻⁶), over the last rewards of the prompt, these included, once there are enough of them;
+until then, over the rewards of the whole batch.
+"""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+from steer.training.losses.log_probs import demand
+from steer.training.losses.policy_gradient import TINY
+
+
+class RunningNormaliser:
+    """Remembers the last `size` rewards of every prompt it has met; a run saves and loads it.
+
+    size     how many rewards of a prompt count, at least 2; published 16
+    minimum  2..size, how many are needed before the prompt's own statistics are used; published 16
+    """
+
+    def __init__(self, size: int = 16, minimum: int = 16) -> None:
+        demand(size >= 2, "size", size, "at least 2")
+        demand(2 <= minimum <= size, "minimum", minimum, f"2 to size = {size}")
+        self.size = size
+        self.minimum = minimum
+        self._rewards: dict[str, deque[float]] = {}
+
+    def __call__(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
+        """Advantages (B, K) fp32 of rewards (B, K) of B prompts, which it remembers; a prompt may come several times.
+
+        Raises InputError, and remembers nothing, where shapes differ or a reward is not finite.
+        """
+        if rewards.dim() != 2 or len(prompts) != len(rewards):
+            raise InputError(f"rewards of shape {tuple(rewards.shape)} must be ({len(prompts)} prompts, samples)")
+        if not rewards.isfinite().all():
+            raise InputError("rewards must be finite: mend or drop the samples where they are not")
+        exact = rewards.detach().double().cpu()
+        for prompt, row in zip(prompts, exact.tolist(), strict=True):
+            self._rewards.setdefault(prompt, deque(maxlen=self.size)).extend(row)
+        rows = [_standardised(row, self._known(prompt, exact)) for prompt, row in zip(prompts, exact, strict=True)]
+        return torch.stack(rows).to(rewards.device, torch.float32)
+
+    def _known(self, prompt: str, batch: Tensor) -> Tensor:
+        """The rewards that those of a prompt are measured by."""
+        own = self._rewards[prompt]
+        return torch.tensor(own, dtype=torch.float64) if len(own) >= self.minimum else batch
+
+    def state(self) -> dict[str, Any]:
+        """What it remembers, for JSON: floats survive it to the last bit."""
+        return {"rewards": {prompt: list(rewards) for prompt, rewards in self._rewards.items()}}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave. Raises InputError for anything else."""
+        if not isinstance(saved := state.get("rewards"), Mapping):
+            raise InputError("a saved normaliser lacks rewards: start it afresh")
+        self._rewards = {prompt: deque(rewards, maxlen=self.size) for prompt, rewards in saved.items()}
+
+
+def _standardised(rewards: Tensor, known: Tensor) -> Tensor:
+    """(r − mean)/(std + 10⁻⁶), fp64: exactly 0 where all known rewards are this one."""
+    return (rewards - known.mean()) / (known.std(correction=0) + TINY)

@@ -1,0 +1,103 @@
+"""Preferences between trajectories of one prompt, without a reward model: D3PO (arXiv 2311.13231).
+
+With r̂_t = log π(x_s | x_t) − log π_ref(x_s | x_t), for each pair of a winner w and a loser l of one prompt:
+
+per step    − (1/T) Σ_t log sigmoid(β (r̂_t^w − r̂_t^l))      (an image's preference is that of every step)
+trajectory  − log sigmoid(β Σ_t (r̂_t^w − r̂_t^l))            (DPO, arXiv 2305.18290, with a trajectory as the answer)
+
+The authors' code clamps the ratio π/π_ref to 1 ± 0.1, which keeps the loss within [0.683, 0.703] and without a gradient
+outside: it is not done here.
+
+Where preferences follow Bradley and Terry, P(w ≻ l) = sigmoid(r^w − r^l), the trajectory form is least at
+π(τ) ∝ π_ref(τ) exp(r(τ)/β). The form per step, in general, is not: each step is taught by what the others did.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from steer.training.losses.log_probs import LogProbs, Metrics, Unit, accuracy, checked_rewards, demand, demand_unit
+
+
+def dominates(rewards: Tensor) -> Tensor:
+    """(B, K, K), true where the first of two samples of a prompt is the winner.
+
+    rewards (B, K), or (B, K, M) for Pareto dominance: as good in all M, better in one. Ties and pairs that cannot be
+    compared are false both ways.
+    """
+    rewards = rewards if rewards.dim() == 3 else rewards[..., None]
+    first, second = rewards[:, :, None], rewards[:, None]
+    return (first >= second).all(-1) & (first > second).any(-1)
+
+
+def preference_metrics(log_probs: LogProbs, better: Tensor) -> Metrics:
+    """What preferences are judged by, over all pairs of the batch.
+
+    accuracy  share (0..1) of pairs whose winner has the higher implicit reward, ties half
+    margin    nats, mean of Σ_t (r̂_t^w − r̂_t^l)
+    pairs     how many; without any, the two above are NaN
+    """
+    implicit = log_probs.implicit_rewards().detach().sum(-1)
+    margins = (implicit[:, :, None] - implicit[:, None, :])[better]
+    margin = float(margins.mean()) if len(margins) else torch.nan
+    return {"accuracy": accuracy(implicit, better), "margin": margin, "pairs": float(len(margins))}
+
+
+@dataclass(frozen=True)
+class D3PO:
+    """D3PO as published: every step of the winner is preferred to the same step of the loser.
+
+    beta  > 0, per `unit`; published 0.1 for log-probabilities that are averaged over the elements
+    unit  of the log-probabilities: element or nat
+
+    Takes rewards (B, K), or (B, K, M) whose winners are better in one and worse in none. K ≥ 2.
+    The loss is the mean over pairs and steps; without a pair it is 0, and so is its gradient.
+    """
+
+    beta: float = 0.1
+    unit: Unit = "element"
+    whole_trajectory: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        demand(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
+        demand_unit(self.unit)
+
+    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
+        better = dominates(checked_rewards(log_probs, rewards, group=2, several=True))
+        implicit = log_probs.per(self.unit).implicit_rewards()  # r̂_t (B, K, T)
+        logits = self.beta * (implicit[:, :, None] - implicit[:, None, :])[better]  # (pairs, T)
+        loss = -logsigmoid(logits).sum() / max(logits.numel(), 1)  # a sum, so that no pair at all still has a gradient
+        return loss, preference_metrics(log_probs, better)
+
+
+@dataclass(frozen=True)
+class D3POTrajectory:
+    """DPO on whole trajectories: what D3PO's authors could not afford (over 100 GB), one step at a time.
+
+    beta  > 0, per `unit`. It weighs KL(π ‖ π_ref) of the whole trajectory against the reward, as D3PO's own does, whose
+          steps add up to this: hence the same 0.1. The first gradient is T times that of D3PO.
+    unit  of the log-probabilities: element or nat
+
+    Takes rewards (B, K), or (B, K, M) whose winners are better in one and worse in none. K ≥ 2.
+    The loss is the mean over pairs; without a pair it is 0, and so is its gradient.
+    """
+
+    beta: float = 0.1
+    unit: Unit = "element"
+    whole_trajectory: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        demand(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
+        demand_unit(self.unit)
+
+    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
+        better = dominates(checked_rewards(log_probs, rewards, group=2, several=True))
+        implicit = log_probs.per(self.unit).implicit_rewards().sum(-1)  # r̂ (B, K)
+        logits = self.beta * (implicit[:, :, None] - implicit[:, None, :])[better]  # (pairs,)
+        loss = -logsigmoid(logits).sum() / max(logits.numel(), 1)
+        return loss, preference_metrics(log_probs, better)

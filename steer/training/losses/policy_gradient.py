@@ -1,0 +1,93 @@
+"""Importance-sampled policy gradients: DDPO (arXiv 2305.13301) and GRPO (Flow-GRPO, arXiv 2505.05470).
+
+With the ratio ρ_t = π(x_s | x_t)/π_old(x_s | x_t) and an advantage A per sample, both minimise PPO's (arXiv 1707.06347)
+
+loss = mean over samples and steps of max(−A ρ_t, −A clip(ρ_t, 1 − ε, 1 + ε))
+
+They differ in the advantage: DDPO is given one, GRPO standardises the rewards of each prompt's samples.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from steer.training.losses.log_probs import LogProbs, Metrics, Unit, checked_rewards, demand, demand_unit
+
+TINY = 1e-6  # beside a standard deviation of rewards: what differs by rounding alone must not count
+
+
+def clipped_objective(log_probs: LogProbs, advantages: Tensor, clip: float) -> tuple[Tensor, Metrics]:
+    """The loss above, for advantages (B, K), with ρ in whatever unit the log-probabilities have.
+
+    Metrics: clipped, the share (0..1) of steps whose ρ_t is out of range; ratio, the largest |ρ_t − 1|.
+    """
+    ratio = (log_probs.new - log_probs.old.detach()).exp()
+    worth = -advantages[..., None]
+    loss = torch.maximum(worth * ratio, worth * ratio.clamp(1 - clip, 1 + clip)).mean()
+    moved = (ratio.detach() - 1).abs()
+    return loss, {"clipped": float((moved > clip).float().mean()), "ratio": float(moved.max())}
+
+
+def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
+    """A = (r − mean_K)/(std_K + 10⁻⁶) of rewards (B, K), or r − mean_K alone; exactly 0 for a group without spread."""
+    advantages = rewards - rewards.mean(1, keepdim=True)
+    if scale:
+        advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + TINY)
+    # a mean of equal numbers may be off by its last bit
+    return torch.where(rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True), advantages, 0.0)
+
+
+@dataclass(frozen=True)
+class DDPO:
+    """DDPO's importance-sampling estimator, one ratio a step.
+
+    clip            ε > 0, inf for none; published 1e-4 for log-probabilities that are averaged over the elements
+    unit            of the log-probabilities: element or nat
+    advantage_clip  > 0, inf for none: advantages are brought into ± this; 5 in the authors' ddpo-pytorch
+
+    Takes ADVANTAGES (B, K) for rewards, normalised already (steer.training.losses.advantages.RunningNormaliser).
+    """
+
+    clip: float = 1e-4
+    unit: Unit = "element"
+    advantage_clip: float = 5.0
+    whole_trajectory: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        demand(self.clip > 0, "clip", self.clip, "above 0")
+        demand(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "above 0")
+        demand_unit(self.unit)
+
+    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
+        advantages = checked_rewards(log_probs, rewards).clamp(-self.advantage_clip, self.advantage_clip)
+        return clipped_objective(log_probs.per(self.unit), advantages, self.clip)
+
+
+@dataclass(frozen=True)
+class GRPO:
+    """GRPO: the samples of a prompt are each other's baseline.
+
+    clip   ε > 0, inf for none; 1e-4 in the authors' Flow-GRPO code (1e-5 to 1e-3 by task), averaged over the elements
+    unit   of the log-probabilities: element or nat
+    scale  divide by the group's standard deviation (over K, not K − 1, as in their code); without it Dr. GRPO
+           (arXiv 2503.20783), which gives no more weight to prompts whose samples hardly differ
+
+    Takes rewards (B, K), K ≥ 2. A prompt whose samples all have the same reward teaches nothing: advantages 0.
+    """
+
+    clip: float = 1e-4
+    unit: Unit = "element"
+    scale: bool = True
+    whole_trajectory: ClassVar[bool] = False
+    stepwise: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        demand(self.clip > 0, "clip", self.clip, "above 0")
+        demand_unit(self.unit)
+
+    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
+        advantages = group_advantages(checked_rewards(log_probs, rewards, group=2), self.scale)
+        return clipped_objective(log_probs.per(self.unit), advantages, self.clip)

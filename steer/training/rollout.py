@@ -1,0 +1,277 @@
+"""Rollouts of a diffusers pipeline: drawn step by step from Gaussian kernels, stored, and replayed with gradients.
+
+Every step is p(x_s | x_t) of `steer.diffusion.schedules` with one η; a replay puts the stored x_s in place of the
+solver's, so that each step can be differentiated, and forgotten, by itself.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.utils._pytree import tree_map_only
+
+from steer.diffusion.differentiable import recording
+from steer.diffusion.precision import HALF, Precision, in_float32
+from steer.diffusion.preview import accepted_only, first_output
+from steer.diffusion.schedules import Gaussian, can_redraw
+from steer.diffusion.seeds import drawn
+from steer.diffusion.step_hooks import (
+    CONTROLNETS,
+    DENOISERS,
+    Event,
+    StandIn,
+    denoisers_in,
+    quiet,
+    silent_controlnet,
+    silent_denoiser,
+    steered,
+)
+from steer.errors import InputError
+
+AtStep = Callable[[int, Gaussian, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What N trajectories follow from: a prompt, a seed of x_T and a seed of the noise on the way for each."""
+
+    prompts: tuple[str, ...]
+    starts: tuple[int, ...]
+    noises: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def split(self, size: int) -> list["Rows"]:
+        """Runs of at most `size` rows, in order."""
+        numbers = range(len(self))
+        return [self.at(numbers[first : first + size]) for first in numbers[::size]]
+
+    def at(self, numbers: Collection[int]) -> "Rows":
+        """Some of them."""
+        return Rows(*(tuple(column[number] for number in numbers) for column in vars(self).values()))
+
+
+@dataclass(frozen=True)
+class Trajectories:
+    """N rollouts, on the CPU.
+
+    latents    (N, S, …) after each of the S transitions, in the storage dtype
+    stochastic the T transitions of them that have a density (τ > 0)
+    log_probs  (N, T) fp64, nats: log p(x_s | x_t) of the policy that drew them
+    """
+
+    rows: Rows
+    latents: Tensor
+    stochastic: tuple[int, ...]
+    log_probs: Tensor
+
+    @property
+    def elements(self) -> int:
+        """D, the number of latent elements of a sample."""
+        return self.latents[0, 0].numel()
+
+    def at(self, numbers: Collection[int]) -> "Trajectories":
+        """Some rows of them."""
+        some = list(numbers)
+        return replace(self, rows=self.rows.at(some), latents=self.latents[some], log_probs=self.log_probs[some])
+
+    @staticmethod
+    def joined(parts: Sequence["Trajectories"]) -> "Trajectories":
+        """All their rows; they have the same steps."""
+        columns = zip(*(vars(part.rows).values() for part in parts), strict=True)
+        rows = Rows(*(tuple(chain.from_iterable(column)) for column in columns))
+        latents, told = torch.cat([part.latents for part in parts]), torch.cat([part.log_probs for part in parts])
+        return replace(parts[0], rows=rows, latents=latents, log_probs=told)
+
+
+class Sampler:
+    """Draws and replays trajectories of a pipeline, whose weights it reads and never copies; text is encoded once.
+
+    call     arguments of the pipeline's own call, for every row the same; prompts and random numbers come with the rows
+    eta      η of every step, above 0 and at most 1
+    storage  dtype in which latents are kept
+    prepared the trained denoiser as accelerate wraps it, to be called in place of the pipeline's own
+    precision  in which the denoiser is evaluated: float32, whatever its weights and autocast are, since log-ratios of
+               half precision are rounding; or that of the model
+    autocast   whether `prepared` enters an autocast to half precision
+
+    Raises InputError for a scheduler without a Gaussian kernel.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        eta: float = 1.0,
+        storage: torch.dtype = torch.float32,
+        prepared: Callable[..., Any] | None = None,
+        precision: Precision = "float32",
+        autocast: bool = False,
+    ) -> None:
+        if not 0 < eta <= 1:
+            raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
+        if not can_redraw(pipe.scheduler):
+            raise InputError(
+                f"{type(pipe.scheduler).__name__} has no Gaussian kernel: finetuning needs one. Use for example "
+                "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
+            )
+        unknown = [name for name in call if name not in accepted_only(pipe, call)]
+        if unknown:
+            raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
+        self.eta, self.storage, self._call = eta, storage, dict(call)
+        denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
+        exact = partial(in_float32, denoisers, autocast=autocast)
+        self._exactly = exact if precision == "float32" else nullcontext
+        self._gate = _Gate(self._exactly)
+        self._pipe = recording(quiet(pipe))
+        vars(self._pipe).update(self._gate.around(pipe, prepared))
+
+    def rollout(self, rows: Rows) -> tuple[Trajectories, Tensor]:
+        """Draws the rows as one batch; also their finished images (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
+
+        x_s is rounded through model and storage dtype before its density is taken, so that a replay finds the same.
+        """
+        latents, log_probs, stochastic = [], [], []
+
+        def draw(event: Event) -> tuple[None, Tensor] | None:
+            kernel, dtype = event.exact_kernel(self.eta), _latent_dtype(event)
+            x_s = event.prev.to(dtype)
+            if noisy := bool(kernel.std > 0):
+                stochastic.append(event.k)
+                x_s, told = kernel.draw(self._noise(rows, event.k, event.x), dtype, self.storage)
+                log_probs.append(told.cpu())
+            latents.append(x_s.to(self.storage).cpu())
+            return (None, x_s) if noisy or dtype != event.prev.dtype else None
+
+        with torch.no_grad():
+            images = self._run(rows, draw, "pt")
+        if not stochastic:
+            raise InputError("no step of this run has noise: there is nothing to learn from. Use more steps")
+        drew = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
+        return drew, images.float().clamp(0, 1)
+
+    def replay(self, stored: Trajectories, at: AtStep, only: Collection[int] | None = None, grad: bool = False) -> None:
+        """Calls `at(t, kernel, x_s)` for each stochastic step t = 0 … T − 1: p(· | x_t) by today's weights, and x_s.
+
+        The kernel's mean (N, …) has a graph where `grad` is on; what of it is not kept is freed before the next step.
+
+        only  of these steps t; for others the denoiser is not called
+        """
+        wanted = {k: t for t, k in enumerate(stored.stochastic) if only is None or t in only}
+
+        def force(event: Event) -> tuple[None, Tensor]:
+            x_s = stored.latents[:, event.k].to(event.prev.device, _latent_dtype(event))
+            if event.k in wanted:
+                with self._exactly():  # a backward pass in it may evaluate blocks of the denoiser again
+                    at(wanted[event.k], event.exact_kernel(self.eta), x_s)
+            self._gate.open = event.k + 1 in wanted
+            return None, x_s
+
+        self._gate.open = 0 in wanted
+        try:
+            with torch.set_grad_enabled(grad):
+                self._run(stored.rows, force, "latent")
+        finally:
+            self._gate.open = True
+
+    def finish(self, stored: Trajectories, last: int) -> Tensor:
+        """Runs the last `last` solver steps anew by today's weights, with the same noise, and keeps the graph.
+
+        There is no density in it: the denoiser is evaluated in the precision of the model.
+
+        The run begins at the stored latents before them; the denoiser is not called for earlier steps. Returns images
+        (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
+        """
+        first = stored.latents.shape[1] - last
+
+        def go_on(event: Event) -> tuple[None, Tensor]:
+            self._gate.open = event.k + 1 >= first
+            if event.k < first:
+                return None, stored.latents[:, event.k].to(event.prev)
+            kernel = event.kernel(self.eta)
+            if event.k not in stored.stochastic:
+                return None, kernel.mean
+            return None, kernel.mean + kernel.std * self._noise(stored.rows, event.k, kernel.mean)
+
+        self._gate.open, self._gate.exactly = first == 0, nullcontext
+        try:
+            with torch.enable_grad():
+                return self._run(stored.rows, go_on, "pt").float()
+        finally:
+            self._gate.open, self._gate.exactly = True, self._exactly
+
+    def _noise(self, rows: Rows, k: int, like: Tensor) -> Tensor:
+        return drawn(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"step {k}"] * len(rows))
+
+    def _run(self, rows: Rows, on_step: Callable[[Event], Any], output_type: str) -> Tensor:
+        generators = [Generator().manual_seed(seed) for seed in rows.starts]
+        per_row = {name: [text] * len(rows) for name, text in self._call.items() if isinstance(text, str)}
+        per_row = {name: texts for name, texts in per_row.items() if name.startswith(("prompt", "negative_prompt"))}
+        given = {"prompt": list(rows.prompts), "generator": generators, "output_type": output_type}
+        given |= {} if takes_prompts(self._pipe) else {"batch_size": len(rows)}
+        with steered(self._pipe, on_step, rows=len(rows), grad=False) as view:
+            return first_output(view(**accepted_only(self._pipe, self._call | per_row | given)))
+
+
+def _latent_dtype(event: Event) -> torch.dtype:
+    """Half-precision latents stay that, also where the denoiser answers in float32."""
+    return event.x.dtype if event.x.dtype in HALF else event.prev.dtype
+
+
+def takes_prompts(pipe: Any) -> bool:
+    """Whether a pipeline's call takes a prompt; without one it is unconditional, and told how many images to make."""
+    return "prompt" in accepted_only(pipe, {"prompt": None})
+
+
+class _Gate:
+    """Lets the calls of a pipeline's denoisers through while it is open; else they predict nothing, at no cost.
+
+    exactly  the precision of those calls
+    """
+
+    def __init__(self, exactly: Callable[[], AbstractContextManager[None]]) -> None:
+        self.open, self.exactly = True, exactly
+
+    def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, StandIn]:
+        found, trained = {}, denoisers_in(pipe)[:1]
+        for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
+            for name in names:
+                if (module := getattr(pipe, name, None)) is not None:
+                    call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
+                    found[name] = StandIn(module, self._guarded(call, silence(module)))
+        return found
+
+    def _guarded(self, call: Callable[..., Any], silent: StandIn) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if not self.open:
+                return silent(*args, **kwargs)
+            with self.exactly():
+                return call(*args, **kwargs)
+
+        return guarded
+
+
+def _in_dtype_of(module: Any, prepared: Callable[..., Any]) -> Callable[..., Any]:
+    """A prepared denoiser answers in fp32; the latents, and a decoder after them, are to keep their precision."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, lambda value: value.to(module.dtype), prepared(*args, **kwargs))
+
+    return call
+
+
+def log_probs(sampler: Sampler, stored: Trajectories, only: Collection[int] | None = None) -> Tensor:
+    """log p(x_s | x_t) (N, T) of stored steps by today's weights, without a graph; steps left out are 0."""
+    found = torch.zeros_like(stored.log_probs)
+
+    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
+        found[:, t] = kernel.log_prob(x_s).cpu()
+
+    sampler.replay(stored, keep, only)
+    return found

@@ -1,0 +1,159 @@
+"""A training loop that can be stopped: AdamW, cosine schedule, progress bar, a log that can be plotted."""
+
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from steer.errors import InputError
+from steer.files import staged
+
+logger = logging.getLogger(__name__)
+
+# After the end of the file that torch writes, where torch's reader does not mind it: it checks no sums itself.
+TRAILER = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
+TRAILER_LENGTH = 73
+
+
+class Stateful(Protocol):
+    """Anything that is saved with the run."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
+class After(Stateful, Protocol):
+    """Something to do once a step, like a running average of the weights."""
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None: ...
+
+
+def batch_at(step: int, size: int, count: int, seed: int = 0) -> Tensor:
+    """Row numbers of the batch at one step: epochs in an order that depends on seed and epoch number alone."""
+    per_epoch = max(count // size, 1)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
+    order = torch.randperm(count, generator=generator)
+    start = step % per_epoch * size
+    return order[start : start + size]
+
+
+@dataclass
+class Run:
+    """A folder with `state.pt` (written whole, then renamed), `log.jsonl`, and how far the run should go."""
+
+    folder: Path
+    steps: int
+    learning_rate: float
+    log_every: int = 50
+    save_every: int = 200
+    warmup: int = 100
+    decay: float | None = None  # share of the steps over which the rate falls linearly to 0; None: a cosine over all
+    start: int = 0  # the step of a run without a saved state, whose weights were given: a warm start
+    stop_after: float | None = None  # processor seconds of this process, for runs of equal cost
+
+    def _schedule(self, optimiser: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        """Warm-up, constant rate, linear decay: `steps` may be raised as long as the decay has not begun."""
+        if self.decay is None:
+            return get_cosine_schedule_with_warmup(optimiser, self.warmup, self.steps)
+        last = self.decay * self.steps
+
+        def rate(step: int) -> float:
+            return min((step + 1) / self.warmup, 1.0, max(self.steps - step, 0) / last)
+
+        return torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
+
+    def train(self, modules: Iterable[nn.Module], loss_at: Callable[[int], Tensor], after: After | None = None) -> None:
+        """Minimises `loss_at(step)` from the last saved step on; `after` is called once a step (for averages)."""
+        modules = list(modules)
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4, betas=(0.9, 0.98))
+        schedule = self._schedule(optimiser)
+        stateful: list[Any] = [*modules, optimiser, schedule, *([after] if after else [])]
+        first = self._load(stateful, parameters[0].device)
+        schedule.last_epoch = first
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # the rate of the last run, where the end has moved
+            for group, base, rate in zip(optimiser.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                group["lr"] = base * rate(first)
+        started, losses = time.monotonic(), []
+        steps = tqdm(range(first, self.steps), self.folder.name, self.steps, initial=first, unit="step", disable=None)
+        for step in steps:
+            loss = loss_at(step)
+            optimiser.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+            if after:
+                after.step(parameters)
+            losses.append(loss.item())
+            if (step + 1) % self.log_every == 0:
+                seconds = (time.monotonic() - started) / (step + 1 - first)
+                self._log({"step": step + 1, "loss": float(np.mean(losses)), "seconds_per_step": round(seconds, 3)})
+                losses.clear()
+            spent = self.stop_after is not None and time.process_time() > self.stop_after
+            if (step + 1) % self.save_every == 0 or step + 1 == self.steps or spent:
+                self._save(step + 1, stateful)
+            if spent:
+                break
+
+    def _load(self, stateful: list[Stateful], device: torch.device) -> int:
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return self.start
+        saved = read_state(path, device)
+        for target, state in zip(stateful, saved["states"], strict=True):
+            target.load_state_dict(state)
+        logger.info("resumed %s at step %d", self.folder, saved["step"])
+        return saved["step"]
+
+    def _save(self, step: int, stateful: list[Stateful]) -> None:
+        write_state(self.folder / "state.pt", {"step": step, "states": [target.state_dict() for target in stateful]})
+
+    def _log(self, record: dict[str, float]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        logger.info("%s", record)
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Writes tensors and plain values as torch does, with their sum. Raises InputError where the disk refuses."""
+    buffer = BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    try:
+        with staged(path) as new:
+            new.write_bytes(data + f"\nsha256 {hashlib.sha256(data).hexdigest()}\n".encode())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); make room, the same command goes on") from error
+
+
+def read_state(path: Path, device: torch.device) -> dict[str, Any]:
+    """What `write_state` wrote; files of older versions have no sum. Raises InputError for one that is damaged."""
+    spoilt = f"{path} is damaged; delete it to begin anew"
+    try:
+        data = path.read_bytes()
+        if told := TRAILER.fullmatch(data[-TRAILER_LENGTH:]):
+            data = data[:-TRAILER_LENGTH]
+            if hashlib.sha256(data).hexdigest() != told[1].decode():
+                raise InputError(f"{spoilt}: its sha256 is another")
+        buffer = BytesIO(data)
+        saved: dict[str, Any] = torch.load(buffer, weights_only=True, map_location=device)
+    except (InputError, MemoryError, torch.OutOfMemoryError):  # a full memory says nothing of the file
+        raise
+    except Exception as error:  # a broken file may raise nearly anything in torch's reader
+        raise InputError(f"{spoilt} ({' '.join(str(error).split())[:80]})") from error
+    return saved

@@ -1,0 +1,293 @@
+"""What is trained of a denoiser, a LoRA or all of it; and the reference, which is the denoiser without that."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from steer.diffusion.step_hooks import denoisers_in
+from steer.errors import InputError
+from steer.files import check_sums
+
+
+def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters by name. What FSDP has brought together for a call is divided again before: a whole copy
+    that a call left would hide what is written into the parts."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return dict(module.named_parameters())
+
+
+def whole(value: Tensor) -> Tensor:
+    """All of it, in every process; all of them have to ask."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def divided_as(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor, which all processes have, divided as another one is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+@torch.no_grad()
+def put(parameter: Tensor, value: Tensor) -> None:
+    """Writes a whole tensor into a parameter, or into this process's part of it."""
+    parameter.copy_(divided_as(value, parameter))
+
+
+ADAPTER = "steer"  # the LoRA's name among a user's own
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class Trainable(Protocol):
+    """Trained parameters, in a fixed order, by name."""
+
+    denoiser: Any
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those of the denoiser as it is now: where FSDP divides it, they become others."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside, the pipeline is the one that training began with."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """The weights that are exported, whole; of a denoiser that is divided all processes have to ask."""
+        ...
+
+    def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
+        """Writes them in the form that diffusers reads, and returns where."""
+        ...
+
+
+def denoiser_of(pipe: Any) -> tuple[str, Any]:
+    """The denoiser that is trained, and the name of the pipeline's component."""
+    found = denoisers_in(pipe)
+    if not found:
+        raise InputError(f"{type(pipe).__name__} has no unet and no transformer: it cannot be finetuned")
+    if len(found) > 1:
+        raise InputError(
+            f"{type(pipe).__name__} has several denoisers, {' and '.join(found)}: only one can be finetuned"
+        )
+    return found[0], getattr(pipe, found[0])
+
+
+def fingerprint(pipe: Any) -> str:
+    """A hash of the denoiser's weights, from their names, shapes and first numbers."""
+    digest = hashlib.sha256()
+    for name, parameter in denoiser_of(pipe)[1].named_parameters():
+        some = parameter.detach().flatten()[:16].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _freeze(pipe: Any) -> None:
+    for model in pipe.components.values():
+        if isinstance(model, nn.Module):
+            model.requires_grad_(False).eval()
+
+
+@contextmanager
+def _swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, parameters have other values."""
+    trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        put(parameter, values[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(trained[name])
+
+
+def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
+    """The tensors of a LoRA file, without peft's prefix, and its alpha where it says one. Raises InputError."""
+    from safetensors import SafetensorError, safe_open
+
+    place = Path(path)
+    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    file = next((place / name for name in names if (place / name).is_file()), place)
+    if not file.is_file():
+        raise InputError(f"init_adapter {path}: no LoRA there; expected {' or '.join(names)}, as in RUN/final")
+    try:
+        check_sums(file)
+        with safe_open(file, "pt") as opened:
+            state = {name.removeprefix("base_model.model."): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata") or "{}")
+        if (beside := file.parent / "adapter_config.json").is_file():
+            config |= json.loads(beside.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"init_adapter {path}: {' '.join(str(error).split())[:160]}") from error
+    plain = {name.rpartition(".")[2]: value for name, value in config.items() if value}
+    if odd := [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if name in plain]:
+        raise InputError(f"init_adapter {path}: its configuration has {odd[0]}, which is not trained here")
+    return state, float(plain["lora_alpha"]) if "lora_alpha" in plain else None
+
+
+class LoRA:
+    """A low-rank adapter in the denoiser, W + (α/r) B A; a user's own LoRAs stay on, and belong to the reference.
+
+    rank     r, at least 1
+    alpha    by default the rank
+    targets  ends of the names of the linear layers it goes into
+    seed     of A; B begins at 0, so that training begins at the reference
+    """
+
+    def __init__(
+        self, pipe: Any, rank: int = 16, alpha: float | None = None, targets: Sequence[str] = ATTENTION, seed: int = 0
+    ) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        if rank < 1:
+            raise InputError(f"the rank of a LoRA must be at least 1, got {rank}")
+        if alpha is not None and not alpha > 0:
+            raise InputError(f"the alpha of a LoRA must be above 0, got {alpha}")
+        self.pipe, (self.name, self.denoiser) = pipe, denoiser_of(pipe)
+        if ADAPTER in getattr(self.denoiser, "peft_config", {}):
+            raise InputError(f"this pipeline has a LoRA named {ADAPTER!r} already: load the pipeline anew")
+        self.config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets))
+        own = self._active()
+        _freeze(pipe)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                inject_adapter_in_model(self.config, self.denoiser, ADAPTER)
+            except ValueError as error:
+                raise InputError(
+                    f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}: give lora_targets, ends of "
+                    "names of its layers, or lora_rank 0 to train all of it"
+                ) from error
+        self._initial: dict[str, Tensor] = {}  # of a trained LoRA that it starts from
+        self.layers = [layer for layer in self._tuned() if ADAPTER in layer.lora_A]
+        for layer in self._tuned():
+            layer.enable_adapters(True)  # where a user switched all of his own off
+            layer.set_adapter([*own, ADAPTER])
+        _freeze(pipe)
+        self._names = [name for name, _ in self.denoiser.named_parameters() if f".{ADAPTER}." in name]
+        for parameter in self.parameters.values():
+            parameter.data = parameter.data.float()  # a half-precision denoiser learns in fp32
+            parameter.requires_grad_(True)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's A and B of every layer."""
+        found = named_parameters(self.denoiser)
+        return {name: found[name] for name in self._names}
+
+    def _tuned(self) -> list[Any]:
+        from peft.tuners.lora import LoraLayer
+
+        return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
+
+    def _active(self) -> list[str]:
+        layers = [layer for layer in self._tuned() if not layer.disable_adapters]
+        return sorted({name for layer in layers for name in layer.active_adapters})
+
+    def start_from(self, path: str) -> None:
+        """Put a trained LoRA of the same rank, alpha and targets in the place of the adapter, and of the reference.
+
+        path  a folder such as RUN/final, or a .safetensors file in the names of diffusers or peft
+        Raises InputError where its tensors or its scale are others.
+        """
+        state, scales = read_lora(path)
+        own = {name.replace(f".{ADAPTER}.", "."): name for name in self._names}
+        wanted = {short: tuple(self.parameters[name].shape) for short, name in own.items()}
+        given = {name.removeprefix(f"{self.name}."): value for name, value in state.items()}
+        if odd := sorted(set(given) ^ set(wanted)):
+            raise InputError(f"init_adapter {path}: {odd[0]} is not in both it and this LoRA: give its lora_targets")
+        if odd := [name for name in wanted if tuple(given[name].shape) != wanted[name]]:
+            rank = min(given[odd[0]].shape[:2])
+            raise InputError(f"init_adapter {path}: {odd[0]} is of rank {rank}: give lora_rank: {rank}")
+        alpha = scales if scales is not None else float(self.config.r)
+        if alpha != self.config.lora_alpha:
+            raise InputError(f"init_adapter {path}: its alpha is {alpha:g}: give lora_alpha: {alpha:g}")
+        self._initial = {name: given[short].detach().float().clone() for short, name in own.items()}
+        for name, parameter in self.parameters.items():
+            put(parameter, self._initial[name])
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The model that training began with: the adapter's share is multiplied by 0, or its first weights put in."""
+        if self._initial:
+            with _swapped(self.parameters, self._initial):
+                yield
+            return
+        for layer in self.layers:
+            layer.set_scale(ADAPTER, 0.0)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.set_scale(ADAPTER, 1.0)
+
+    def state(self) -> dict[str, Tensor]:
+        """A and B, under the names that peft gives them in files."""
+        from peft import get_peft_model_state_dict
+
+        found = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        return {name: whole(value).contiguous().cpu() for name, value in found.items()}
+
+    def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
+        """`folder` for `pipe.load_lora_weights(folder)`; where the pipeline knows no LoRAs, for peft."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if hasattr(self.pipe, "save_lora_weights"):
+            metadata = {f"{self.name}_lora_adapter_metadata": self.config.to_dict()}
+            self.pipe.save_lora_weights(folder, **{f"{self.name}_lora_layers": dict(state)}, **metadata)
+            return folder / "pytorch_lora_weights.safetensors"
+        from safetensors.torch import save_file
+
+        self.config.save_pretrained(folder)
+        save_file(dict(state), folder / "adapter_model.safetensors")
+        return folder / "adapter_model.safetensors"
+
+
+class Full:
+    """All of the denoiser. The weights that it began with are kept on the CPU, and put in for the reference."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, (self.name, self.denoiser) = pipe, denoiser_of(pipe)
+        self._kind = type(self.denoiser)
+        _freeze(pipe)
+        self.denoiser.requires_grad_(True)
+        if half := [name for name, p in self.parameters.items() if p.dtype != torch.float32]:
+            raise InputError(
+                f"full finetuning needs weights in float32, {half[0]} is {self.parameters[half[0]].dtype}: load the "
+                "model with dtype float32 (and mixed_precision bf16 to save memory), or train a LoRA"
+            )
+        self._initial = {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """All that the denoiser has."""
+        return named_parameters(self.denoiser)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The first weights are written into the places of the present ones."""
+        with _swapped(self.parameters, self._initial):
+            yield
+
+    def state(self) -> dict[str, Tensor]:
+        """All weights."""
+        return {name: whole(value) for name, value in self.denoiser.state_dict().items()}
+
+    def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
+        """The denoiser's folder, for `from_pretrained`."""
+        model = self.denoiser
+        if type(model) is not self._kind:  # it is divided, and cannot write itself
+            model = self._kind.from_config(model.config)
+            model.load_state_dict(state)
+        model.save_pretrained(folder / self.name)
+        return folder / self.name
