@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from steer.apps.model_card import Flat, held_out_names, model_card
 from steer.apps.plots import FAINT, INK, SHADE, draw_before_after, grids, shown, write_grid
 from steer.files import staged, write_text
-from steer.pipelines import FinetuneResult
+from steer.pipelines import TrainingResult
 
 __all__ = ["write_grid", "write_report"]
 
@@ -28,10 +28,10 @@ FAR = 3  # times the highest value
 WIDE = 30  # largest by smallest value from which a scale is logarithmic
 
 
-def write_report(out: Path, config: dict[str, Any], result: FinetuneResult) -> None:
+def write_report(out: Path, config: dict[str, Any], result: TrainingResult) -> None:
     """Writes plots/*.png and README.md, a model card, of what the records hold.
 
-    config  of the run: `model`, `method`, `reward`, the fields of FinetuneSettings that were given (in a mapping of
+    config  of the run: `model`, `method`, `reward`, the fields of TrainingConfig that were given (in a mapping of
             their own, or among the rest), and whatever else the card should list
     """
     _save(out / "plots" / "rewards.png", rewards_panels(result), result)
@@ -41,7 +41,7 @@ def write_report(out: Path, config: dict[str, Any], result: FinetuneResult) -> N
     write_text(out / "README.md", model_card(out, config, result, grids(out)))
 
 
-def _save(path: Path, panels: Sequence[Panel], result: FinetuneResult) -> None:
+def _save(path: Path, panels: Sequence[Panel], result: TrainingResult) -> None:
     """One picture of the panels; without any there is none, not even one of before."""
     path.unlink(missing_ok=True)
     if not panels:
@@ -62,7 +62,7 @@ def _save(path: Path, panels: Sequence[Panel], result: FinetuneResult) -> None:
         figure.savefig(new, format="png")
 
 
-def rewards_panels(result: FinetuneResult) -> list[Panel]:
+def rewards_panels(result: TrainingResult) -> list[Panel]:
     """The trained reward, every one held out, and the first of these against it."""
     names = held_out_names(result.evaluations)
     trained = names[0] if names else None
@@ -75,7 +75,7 @@ def rewards_panels(result: FinetuneResult) -> list[Panel]:
     return panels
 
 
-def _reward(axes: Axes, result: FinetuneResult, name: str | None) -> None:
+def _reward(axes: Axes, result: TrainingResult, name: str | None) -> None:
     _curve(axes, result.records, "reward", "training samples", OTHER)
     if name:
         _band(axes, result.evaluations, name, TRAINED)
@@ -83,7 +83,7 @@ def _reward(axes: Axes, result: FinetuneResult, name: str | None) -> None:
     _finish(axes, f"reward that was trained{': ' + shown(name, 32) if name else ''}", legend=True)
 
 
-def _held_out(result: FinetuneResult, name: str) -> Panel:
+def _held_out(result: TrainingResult, name: str) -> Panel:
     def panel(axes: Axes) -> None:
         _band(axes, result.evaluations, name, KEPT)
         _best(axes, result)
@@ -102,12 +102,12 @@ def _band(axes: Axes, evaluations: Records, name: str, color: Any) -> None:
         axes.errorbar(steps, mean, [mean - low, high - mean], color=color, capsize=3, alpha=0.5)
 
 
-def _best(axes: Axes, result: FinetuneResult) -> None:
+def _best(axes: Axes, result: TrainingResult) -> None:
     if result.best_step is not None:
         axes.axvline(result.best_step, color=INK, lw=0.9, ls=":", zorder=1, label=f"best: {result.best_step} updates")
 
 
-def _against(axes: Axes, result: FinetuneResult, trained: str, kept: str) -> None:
+def _against(axes: Axes, result: TrainingResult, trained: str, kept: str) -> None:
     """A path from evaluation to evaluation: where it goes right and down, the reward is being fooled."""
     both = [one for one in result.evaluations if f"eval/{trained}" in one and f"eval/{kept}" in one]
     x, y = (np.array([one[f"eval/{name}"][0] for one in both]) for name in (trained, kept))
@@ -134,7 +134,7 @@ def _against(axes: Axes, result: FinetuneResult, trained: str, kept: str) -> Non
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def divergence_panels(result: FinetuneResult, settings: Mapping[str, Any]) -> list[Panel]:
+def divergence_panels(result: TrainingResult, settings: Mapping[str, Any]) -> list[Panel]:
     """How far the model went from where it began, what that cost it, and how unlike its images still are."""
     found = _lines_of(result.records, {"kl": "KL from the start, nats a trajectory"}, settings)
     if any(record.get("kl_weight") for record in result.records):
@@ -146,13 +146,13 @@ def divergence_panels(result: FinetuneResult, settings: Mapping[str, Any]) -> li
     return found
 
 
-def _diversity(axes: Axes, result: FinetuneResult) -> None:
+def _diversity(axes: Axes, result: TrainingResult) -> None:
     axes.plot(*_series(result.evaluations, "eval/diversity"), color=KEPT, lw=2.2, marker="o", ms=4)
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     _finish(axes, "diversity of a prompt's images, 0 to 1")
 
 
-def training_panels(result: FinetuneResult) -> list[Panel]:
+def training_panels(result: TrainingResult) -> list[Panel]:
     """Whether the optimisation itself is in order."""
     titles = {"loss": "loss", "accuracy": "pairs ordered rightly, share", "grad_norm": "gradient norm, before clipping"}
     return _lines_of(result.records, titles | {"images_per_second": "images per second, updates included"}, {})

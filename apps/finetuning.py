@@ -23,39 +23,39 @@ from steer.assets import CONFIGS
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines import (
-    D3POPipeline,
-    DDPOPipeline,
-    FilteredPipeline,
-    FinetuneResult,
-    FinetuneSettings,
-    GRPOPipeline,
-    PRDPPipeline,
-    RewardBackpropPipeline,
+    D3POTrainer,
+    DDPOTrainer,
+    FilteredTrainer,
+    GRPOTrainer,
+    PRDPTrainer,
+    RewardBackpropTrainer,
+    TrainingConfig,
+    TrainingResult,
 )
-from steer.pipelines.training.evaluation import Evaluated
+from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import Record
 from steer.pipelines.training.preference_data import check_choices, settings_of
 from steer.pipelines.training.state import SERIES
-from steer.pipelines.training.trainer import INTERRUPTED, FinetuningPipeline
+from steer.pipelines.training.trainer import INTERRUPTED, Trainer
 from steer.registry import choose, nearest
 from steer.reward import Reward
 from steer.training.checkpoint import Checkpoints
 from steer.training.guards import KLControl
 from steer.training.trainable import read_lora
 
-METHODS: dict[str, type[FinetuningPipeline]] = {
-    "d3po": D3POPipeline,
-    "prdp": PRDPPipeline,
-    "ddpo": DDPOPipeline,
-    "grpo": GRPOPipeline,
-    "filtered": FilteredPipeline,
-    "reward-backprop": RewardBackpropPipeline,
+METHODS: dict[str, type[Trainer]] = {
+    "d3po": D3POTrainer,
+    "prdp": PRDPTrainer,
+    "ddpo": DDPOTrainer,
+    "grpo": GRPOTrainer,
+    "filtered": FilteredTrainer,
+    "reward-backprop": RewardBackpropTrainer,
 }
 
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """What is trained, on what, and where to: the keys beside `options` and those of FinetuneSettings.
+    """What is trained, on what, and where to: the keys beside `options` and those of TrainingConfig.
 
     method              a name in METHODS; `options` are the keyword arguments of its class
     reward              that is trained on (of choices, only what evaluations begin with), and
@@ -111,7 +111,7 @@ class FinetuneJob:
             )
 
 
-DEFAULTS = {"log_with": ("tensorboard",)}  # where the command has another than FinetuneSettings
+DEFAULTS = {"log_with": ("tensorboard",)}  # where the command has another than TrainingConfig
 NESTED = ("options", "call")  # keys that hold others: --options.beta
 TYPES = {  # pydantic's kinds of error, in the words of a YAML file
     "int_type": "a whole number",
@@ -150,7 +150,7 @@ class FinetuneConfig:
 
     job: FinetuneJob
     options: dict[str, Any]
-    settings: FinetuneSettings
+    settings: TrainingConfig
     source: Source
 
     def plain(self) -> dict[str, Any]:
@@ -178,9 +178,9 @@ def read_config(name: str, changes: Mapping[str, str] | None = None) -> Finetune
     schema = schema_of(given)
     told = _changed(told, changes, schema) | {"method": given}
     found = _validated(schema, _as_drawn(told, source), source)
-    parts = {cls: {one.name: found[one.name] for one in fields(cls)} for cls in (FinetuneJob, FinetuneSettings)}
+    components = {cls: {one.name: found[one.name] for one in fields(cls)} for cls in (FinetuneJob, TrainingConfig)}
     try:
-        job, settings = FinetuneJob(**parts[FinetuneJob]), FinetuneSettings(**parts[FinetuneSettings])
+        job, settings = FinetuneJob(**components[FinetuneJob]), TrainingConfig(**components[TrainingConfig])
     except InputError as error:
         raise source.blame(error) from error
     return FinetuneConfig(job, found["options"], settings, source)
@@ -195,7 +195,7 @@ def schema_of(method: str) -> type[BaseModel]:
     own: dict[str, Any] = {one.name: (hints[one.name], one.default) for one in taken if one.kind is one.KEYWORD_ONLY}
     options: Any = create_model(f"options of {method}", __config__=strict, **own)
     keys: dict[str, Any] = {"options": (options, Field(default_factory=options))}
-    for cls in (FinetuneJob, FinetuneSettings):
+    for cls in (FinetuneJob, TrainingConfig):
         hints = get_type_hints(cls)
         for one in fields(cls):
             factory = Field(default_factory=one.default_factory) if one.default_factory is not MISSING else None
@@ -308,7 +308,7 @@ class Material:
         return [reward for reward in (self.reward, *self.eval_rewards) if reward is not None]
 
 
-def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
+def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
     """Trains, and writes beside what `train` writes: config.yaml, samples/, and at the end plots/ and README.md.
 
     Raises InputError for what cannot be, before any model is loaded.
@@ -329,7 +329,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> FinetuneResult:
     def write_once() -> None:  # once the folder is known to be this run's
         write_config(out, told)
 
-    def on_evaluation(evaluated: Evaluated) -> None:
+    def on_evaluation(evaluated: EvalResult) -> None:
         write_once()
         write_grid(evaluated, out, config.settings.eval_samples)
 
@@ -349,15 +349,15 @@ def learn(
     resume: bool,
     told: Mapping[str, Any],
     on_update: Callable[[Record], None],
-    on_evaluation: Callable[[Evaluated], None],
-) -> FinetuneResult:
+    on_evaluation: Callable[[EvalResult], None],
+) -> TrainingResult:
     """The training itself by `config.method`, from prompts or from choices.
 
     told  what the files of the run say of the configuration
     """
     choices = config.job.choices
     train = method.train if choices is None else method.train_on_choices
-    result: FinetuneResult = train(
+    result: TrainingResult = train(
         material.prompts if choices is None else Path(choices),
         Path(config.job.output_dir),
         config.settings,
@@ -469,7 +469,7 @@ def _check_writable(out: Path, named: str) -> None:
         raise InputError(f"{named}: cannot write there ({error.strerror})") from error
 
 
-def summary(config: FinetuneConfig, result: FinetuneResult) -> str:
+def summary(config: FinetuneConfig, result: TrainingResult) -> str:
     """How a run ended, in one line."""
     job = config.job
     name, key = (job.reward, "reward") if job.choices is None else ("accuracy", "accuracy")

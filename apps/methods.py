@@ -27,8 +27,8 @@ from steer.pipelines import (
     SteeringOutput,
     StepReport,
 )
-from steer.pipelines.fk_steering import CHOICES, Plan
-from steer.pipelines.initial_noise import screened_starts
+from steer.pipelines.fk_steering import CHOICES, ResamplingSchedule
+from steer.pipelines.initial_noise import screen_initial_noise
 from steer.pipelines.particle_batch import DRAWS
 from steer.pipelines.reno import GRADIENTS, ONE_STEP, Ascent, Neighbours, check_differentiable
 from steer.pipelines.selection import Selection
@@ -92,7 +92,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "tempering": TEMPERINGS,
     "optimiser": OPTIMISERS,
     "gradient": GRADIENTS,
-    "narrow_choice": CHOICES,
+    "particle_schedule_rule": CHOICES,
     "draw": DRAWS,
 }
 
@@ -133,10 +133,10 @@ class SampleSettings:
     distance: float = 0.5
     beams: int = 2
     lora: str | None = None
-    narrow: str = ""
-    narrow_choice: str = "drawn"
+    particle_schedule: str = ""
+    particle_schedule_rule: str = "resample"
     target: float | None = None
-    overlap: bool = False
+    asynchronous_rewards: bool = False
     preview: str = "full"
     start_candidates: int | None = None
     start_steps: int = 4
@@ -162,13 +162,15 @@ class SampleSettings:
     @property
     def schedule(self) -> dict[int, int]:
         """{solver step: particles that go on from it}, of words like "8:4,14:2". Raises InputError."""
-        pairs = [part.split(":") for part in self.narrow.split(",") if self.narrow.strip()]
+        pairs = [part.split(":") for part in self.particle_schedule.split(",") if self.particle_schedule.strip()]
         try:
             found = {int(step): int(count) for step, count in pairs}
         except ValueError as error:
-            raise InputError(f"--narrow: write STEP:PARTICLES,… such as 8:4,14:2, got {self.narrow!r}") from error
+            raise InputError(
+                f"--particle-schedule: write STEP:PARTICLES,… such as 8:4,14:2, got {self.particle_schedule!r}"
+            ) from error
         if len(found) < len(pairs):
-            raise InputError(f"--narrow: a step is there twice in {self.narrow!r}")
+            raise InputError(f"--particle-schedule: a step is there twice in {self.particle_schedule!r}")
         return found
 
     def check(self) -> None:
@@ -188,14 +190,17 @@ class SampleSettings:
                 raise InputError(f"--{name} must be a finite number, got {number}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"--eta must be from 0 to 1, got {self.eta}")
-        searches = self.method != "fk" or Plan(None, self.schedule, self.narrow_choice, self.target).searches
+        searches = (
+            self.method != "fk"
+            or ResamplingSchedule(None, self.schedule, self.particle_schedule_rule, self.target).searches
+        )
         if self.draw != "best" and searches:
             raise InputError(
-                f"--draw {self.draw} needs the weights of --method fk, which --target and --narrow-choice best do not "
-                "leave: use --draw best"
+                f"--draw {self.draw} needs the weights of --method fk, which --target and "
+                "--particle-schedule-rule top_k do not leave: use --draw best"
             )
-        if self.overlap and self.reward_guidance:
-            raise InputError("--overlap: with --reward-guidance the step needs the gradient: leave one of them out")
+        if self.asynchronous_rewards and self.reward_guidance:
+            raise InputError("--asynchronous-rewards: --reward-guidance needs the gradient in the step: leave one out")
         if not 0 <= self.reward_guidance < math.inf:
             raise InputError(f"--reward-guidance must be at least 0 and finite, got {self.reward_guidance}")
         rule = OPTIMISERS[self.optimiser]
@@ -203,7 +208,7 @@ class SampleSettings:
         try:  # what moves the noise knows its own limits, and names what is beyond them as the options do
             Ascent(GRADIENTS[self.gradient], rule, self.regularisation, patience=self.patience, restarts=self.restarts)
             Neighbours(self.neighbours, self.distance)
-            Plan(narrow=self.schedule).check_size(self.particles)
+            ResamplingSchedule(particle_schedule=self.schedule).check_size(self.particles)
         except InputError as error:
             raise InputError(f"--{str(error).removeprefix('--')}") from error
 
@@ -218,7 +223,7 @@ class Job:
 
     on_step        told every solver step by the other methods; what it raises ends the run
     preview_steps  where best-of-n and base, which need none, look at x̂0 for it; None: where fk does
-    unworn         inside, the pipeline is without its finetuned weights
+    adapter_disabled         inside, the pipeline is without its finetuned weights
     started        arguments of the call in place of its own: noise that was chosen before
     arguments      of the pipeline's call, which the prompt's row of a prompt file gives
     faster         what is switched on while it runs: (pipeline) → a context that gives the pipeline to call
@@ -232,7 +237,7 @@ class Job:
     on_iteration: Callable[[Iteration], None] | None = None
     on_step: Callable[[StepReport], None] | None = None
     preview_steps: tuple[int, ...] | None = ()
-    unworn: Off = nullcontext
+    adapter_disabled: Off = nullcontext
     faster: On = nullcontext
     started: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -272,7 +277,7 @@ def _screened(run: Run) -> Run:
         if settings.start_candidates is None:
             return run(job)
         own = {name: value for name, value in call.items() if name not in ("num_particles", "eta")}
-        starts = screened_starts(
+        starts = screen_initial_noise(
             job.pipe,
             job.reward,
             job.prompt,
@@ -296,11 +301,11 @@ def _fk(job: Job) -> SteeringOutput:
         tempering=job.settings.tempering,
         ess_threshold=job.settings.ess_threshold,
         reward_guidance=job.settings.reward_guidance,
-        narrow=job.settings.schedule,
-        narrow_choice=job.settings.narrow_choice,
+        particle_schedule=job.settings.schedule,
+        particle_schedule_rule=job.settings.particle_schedule_rule,
         target_reward=job.settings.target,
         draw=job.settings.draw,
-        overlap=job.settings.overlap,
+        asynchronous_rewards=job.settings.asynchronous_rewards,
         preview=preview_named(job.settings.preview, job.pipe),
         on_step=job.on_step,
         **job.call,
@@ -404,7 +409,7 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Faster:
+class ComputeOptions:
     """What is switched on while images are made.
 
     attention      a backend of `steer.diffusion.attention`

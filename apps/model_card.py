@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from steer.assets import MODELS
-from steer.pipelines import FinetuneResult, FinetuneSettings
+from steer.pipelines import TrainingConfig, TrainingResult
 
 LORA, ADAPTER = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"  # for diffusers, and for peft
 
 
-def usage(out: Path, model: Any, settings: Mapping[str, Any], result: FinetuneResult) -> str:
+def usage(out: Path, model: Any, settings: Mapping[str, Any], result: TrainingResult) -> str:
     """Python code that loads the weights and samples as the training did."""
     if result.weights is None:
         best = f" `best/` holds those after update {result.best_step}." if result.best_step is not None else ""
@@ -167,7 +167,7 @@ PICTURES = {
 
 @dataclass(frozen=True)
 class Flat:
-    """A run's configuration: what are fields of FinetuneSettings, wherever they stand in it, and the rest."""
+    """A run's configuration: what are fields of TrainingConfig, wherever they stand in it, and the rest."""
 
     settings: Mapping[str, Any]
     rest: Mapping[str, Any]
@@ -175,7 +175,7 @@ class Flat:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Flat":
         """Mappings in it are gone through; where a setting stands twice, the inner one counts."""
-        names = {field.name for field in fields(FinetuneSettings)}
+        names = {field.name for field in fields(TrainingConfig)}
         settings: dict[str, Any] = {}
         rest: dict[str, Any] = {}
         for name, value in config.items():
@@ -191,15 +191,15 @@ class Flat:
 
     def changed(self) -> dict[str, Any]:
         """The settings that are not the default ones."""
-        default = {name: _plain(value) for name, value in vars(FinetuneSettings()).items()}
+        default = {name: _plain(value) for name, value in vars(TrainingConfig()).items()}
         return {name: value for name, value in self.settings.items() if _plain(value) != default[name]}
 
     def complete(self) -> dict[str, Any]:
         """All settings, the default ones where none were given."""
-        return vars(FinetuneSettings()) | dict(self.settings)
+        return vars(TrainingConfig()) | dict(self.settings)
 
 
-def model_card(out: Path, config: Mapping[str, Any], result: FinetuneResult, grids: Sequence[Path] = ()) -> str:
+def model_card(out: Path, config: Mapping[str, Any], result: TrainingResult, grids: Sequence[Path] = ()) -> str:
     """The text of out/README.md; see `steer.apps.finetune_report.write_report` for `config`."""
     flat = Flat.of(config)
     name = str(config.get("method", "finetuning"))
@@ -207,7 +207,7 @@ def model_card(out: Path, config: Mapping[str, Any], result: FinetuneResult, gri
     model, reward = config.get("model"), config.get("reward")
     what = "LoRA" if flat.complete()["lora_rank"] else "full finetuning"
     source = f", after [{paper}](https://arxiv.org/abs/{number}) (arXiv {number})" if number else ""
-    parts = [
+    components = [
         f"# {escaped(model or 'A diffusion model')}, finetuned by {escaped(title)}",
         f"A {what} of {escaped(model or 'a diffusion model')}, trained to score higher by the reward "
         f"{escaped(reward or 'of its configuration')} with {escaped(title)}{source}, by steer "
@@ -223,7 +223,7 @@ def model_card(out: Path, config: Mapping[str, Any], result: FinetuneResult, gri
         "## Limits",
         limits(result),
     ]
-    return f"---\n{_front(model, name, what)}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return f"---\n{_front(model, name, what)}\n---\n\n" + "\n\n".join(components) + "\n"
 
 
 def _front(model: Any, method: str, what: str) -> str:
@@ -260,7 +260,7 @@ def held_out_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name.removeprefix("eval/") for name, value in first.items() if isinstance(value, list)]
 
 
-def results(result: FinetuneResult) -> str:
+def results(result: TrainingResult) -> str:
     """A table from the first to the last evaluation, or of the training samples where nothing was evaluated."""
     if not result.evaluations:
         return _unevaluated(result)
@@ -290,7 +290,7 @@ def results(result: FinetuneResult) -> str:
     )
 
 
-def _unevaluated(result: FinetuneResult) -> str:
+def _unevaluated(result: TrainingResult) -> str:
     told = [record for record in result.records if record.get("reward") is not None]
     if not told:
         return "Nothing was evaluated, and no update made."
@@ -314,7 +314,7 @@ def _plural(count: int, word: str) -> str:
     return word if count == 1 else f"{word}s"
 
 
-def _training(flat: Flat, result: FinetuneResult) -> str:
+def _training(flat: Flat, result: TrainingResult) -> str:
     """All that was given, and all settings that are not the default ones."""
     rest = {name: value for name, value in flat.rest.items() if name not in PRIVATE and value not in (None, [], ())}
     lines = [f"- {escaped(name)}: {_told(value)}" for name, value in rest.items()]
@@ -322,7 +322,7 @@ def _training(flat: Flat, result: FinetuneResult) -> str:
     if seconds := sum(record.get("seconds", 0.0) for record in result.records):
         lines.append(f"- time in updates, without evaluations: {seconds / 60:.3g} minutes")
     lines.append(f"- versions: {', '.join(f'{name} {number}' for name, number in _versions().items())}")
-    return "All other settings are the default ones of steer's FinetuneSettings.\n\n" + "\n".join(lines)
+    return "All other settings are the default ones of steer's TrainingConfig.\n\n" + "\n".join(lines)
 
 
 def _told(value: Any) -> str:
@@ -347,7 +347,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def limits(result: FinetuneResult) -> str:
+def limits(result: TrainingResult) -> str:
     """What the numbers do not say."""
     kl = next((record["kl"] for record in reversed(result.records) if record.get("kl") is not None), None)
     away = f" In the last update it was {_number(kl)} nats a trajectory from it (KL)." if kl is not None else ""

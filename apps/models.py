@@ -255,7 +255,7 @@ class Finetuned:
         return [*self.files, *beside]
 
     @contextmanager
-    def worn_by(self, pipe: Any) -> Iterator[Off]:
+    def applied_to(self, pipe: Any) -> Iterator[Off]:
         """Inside, the pipeline has these weights; it gives what takes them off for a while.
 
         Raises InputError, before the block, where they do not fit it, or are not what the sums beside them tell.
@@ -274,7 +274,7 @@ class Finetuned:
 
 
 @contextmanager
-def wearing(pipe: Any, path: str | None) -> Iterator[Off]:
+def adapter_applied(pipe: Any, path: str | None) -> Iterator[Off]:
     """Inside, the pipeline has the weights that a path leads to, or none; it gives what takes them off for a while.
 
     Raises InputError, before the block, where there are none, or they do not fit.
@@ -282,7 +282,7 @@ def wearing(pipe: Any, path: str | None) -> Iterator[Off]:
     if path is None:
         yield nullcontext
         return
-    with _gradients_restored(pipe), find_finetuned(path).worn_by(pipe) as off:
+    with _gradients_restored(pipe), find_adapter(path).applied_to(pipe) as off:
         yield off
 
 
@@ -298,7 +298,7 @@ def _gradients_restored(pipe: Any) -> Iterator[None]:
             weight.requires_grad_(takes)
 
 
-def find_finetuned(path: str) -> Finetuned:
+def find_adapter(path: str) -> Finetuned:
     """The weights of a folder as `steer finetune` leaves it (best/, final/), of a peft adapter, or in a LoRA file.
 
     Raises InputError where there are none.

@@ -22,7 +22,7 @@ from steer.errors import InputError
 from steer.files import BROKEN, staged
 from steer.pipelines import Iteration
 from steer.pipelines.particle_batch import as_type
-from steer.pipelines.training.evaluation import Evaluated
+from steer.pipelines.training.evaluation import EvalResult
 
 Report = dict[str, Any]
 MOST_ROWS = 24  # prompts in one grid
@@ -330,7 +330,7 @@ LETTERS = 30  # of a caption's line
 TOLD = "steer"  # a grid's own text chunk in the PNG: what is where, to be read again for the comparison
 
 
-def write_grid(evaluated: Evaluated, out: Path, samples: int) -> Path:
+def write_grid(evaluated: EvalResult, out: Path, samples: int) -> Path:
     """Writes samples/step-000020.png: at most 24 images of evenly spaced prompts, the same ones at every step.
 
     samples  images of each prompt to show; no more than were drawn are

@@ -42,7 +42,7 @@ class Recipe:
 
     base      whether it is one of the base images beside the steered ones
     rank      its place among them: 0 is the best, of base images the first slot
-    reward    its score, and by name those of the reward's `parts`
+    reward    its score, and by name those of the reward's `components`
     pixels    `pixels_of` the image as it was written
     steer, torch, diffusers, device, dtype    what it was made with, for when pixels come out otherwise
     arguments of the pipeline's call that the prompt's row of a prompt file gave
@@ -54,7 +54,7 @@ class Recipe:
     base: bool
     rank: int
     reward: float
-    parts: Mapping[str, float]
+    components: Mapping[str, float]
     pixels: str
     steer: str
     torch: str
@@ -79,7 +79,7 @@ def recipe_of(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe
         base=base,
         rank=rank,
         reward=output.rewards[0, rank].item(),
-        parts={name: scores[0, rank].item() for name, scores in output.parts.items()},
+        components={name: scores[0, rank].item() for name, scores in output.components.items()},
         pixels=pixels_of(output.images[rank]),
         steer=steer.__version__,
         torch=torch.__version__,
@@ -186,17 +186,17 @@ def _recipe(file: Image.Image, name: str) -> Recipe:
 
 
 def _checked(told: Any) -> Recipe:
-    values = _values(told, Recipe, nested=("settings", "parts", "arguments"))
+    values = _values(told, Recipe, nested=("settings", "components", "arguments"))
     settings = SampleSettings(**_values(told["settings"], SampleSettings))
     settings.check()
     if settings.dtype not in (None, *DTYPES):
         raise InputError(f"dtype {settings.dtype!r:.40} is none of {', '.join(DTYPES)}")
-    parts = told["parts"]
-    if not isinstance(parts, dict):
-        raise InputError("parts: expected an object of numbers")
-    scores = {name: _value(f"part {name!r:.40}", score, (float,)) for name, score in parts.items()}
+    components = told["components"]
+    if not isinstance(components, dict):
+        raise InputError("components: expected an object of numbers")
+    scores = {name: _value(f"part {name!r:.40}", score, (float,)) for name, score in components.items()}
     arguments = check_arguments(told.get("arguments", {}), "arguments")
-    recipe = Recipe(**values | {"settings": settings, "parts": scores, "arguments": arguments})
+    recipe = Recipe(**values | {"settings": settings, "components": scores, "arguments": arguments})
     if not recipe.prompt.strip() or "\0" in recipe.prompt:
         raise InputError("the prompt is empty, or holds what no prompt can")
     if recipe.rank >= settings.particles:
@@ -227,7 +227,7 @@ def _values(told: Any, kind: type, nested: Collection[str] = ()) -> dict[str, An
 def _value(name: str, value: Any, kinds: Collection[type]) -> Any:
     """A value of one of some types, in its range."""
     if type(value) is int and float in kinds and abs(value) <= MOST_ELSE:
-        value = float(value)  # JSON parts 1 from 1.0 no more than people do
+        value = float(value)  # JSON components 1 from 1.0 no more than people do
     if type(value) not in kinds:
         wanted = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
         raise InputError(f"{name}: expected {wanted}, got {value!r:.40}")

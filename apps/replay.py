@@ -13,7 +13,7 @@ from PIL import Image
 
 from steer.apps.cli.errors import errors_named
 from steer.apps.methods import METHODS, TINY, Job
-from steer.apps.models import check_device, load_pipeline, wearing
+from steer.apps.models import adapter_applied, check_device, load_pipeline
 from steer.apps.prompts import argument_names, cell
 from steer.apps.recipes import Recipe, pixels_of, read_png, recipe_of, write_png
 from steer.apps.reward_specs import names_alone, reward_here
@@ -69,7 +69,10 @@ def replay(
     pipe = load_pipeline(settings.model, device, settings.dtype, **settings.loading)
     pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
     worn = None if recipe.base else settings.lora
-    with errors_named(str(image), "nothing was written", "it was made where there was more"), wearing(pipe, worn):
+    with (
+        errors_named(str(image), "nothing was written", "it was made where there was more"),
+        adapter_applied(pipe, worn),
+    ):
         job = Job(pipe, loaded, recipe.prompt, settings, state, arguments=_arguments(recipe, pipe))
         output = job.run("base" if recipe.base else None)
         again = recipe_of(job, output, recipe.rank, recipe.base)

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from steer.apps.cli.errors import errors_named, refusal
-from steer.apps.methods import METHODS, Faster, Job, SampleSettings
-from steer.apps.models import find_finetuned, load_pipeline, wearing
+from steer.apps.methods import METHODS, ComputeOptions, Job, SampleSettings
+from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
 from steer.apps.processes import Processes, processes
 from steer.apps.prompts import (
@@ -50,7 +50,7 @@ def base_of(job: Job, output: SteeringOutput) -> SteeringOutput | None:
         return None
     if plain and job.settings.method == "best-of-n":
         return output.in_slot_order()  # the batch that it sorted is the base batch itself
-    with job.unworn():
+    with job.adapter_disabled():
         return job.run("base")
 
 
@@ -242,7 +242,7 @@ def sample(
     device: str | None = None,
     reward_timeout: float | None = None,
     animation: bool = False,
-    faster: Faster | None = None,
+    faster: ComputeOptions | None = None,
 ) -> Report:
     """Steers every prompt, writes images, pictures and report.json to `out`, and returns the report.
 
@@ -255,7 +255,7 @@ def sample(
     here = processes()
     with here.main_first():
         settings.check()
-        faster = faster or Faster()
+        faster = faster or ComputeOptions()
         faster.check()
         rows = [_checked(row, settings) for row in prompts]
         if animation and not METHODS[settings.method].iterates:
@@ -263,7 +263,7 @@ def sample(
         reward = reward_here(settings.reward, reward_timeout)
         METHODS[settings.method].check(settings, reward)
         if settings.lora is not None:
-            find_finetuned(settings.lora)
+            find_adapter(settings.lora)
     record, todo = here.from_main(lambda: _opened(out, rows, settings, animation))
     if todo:
         with here.main_first():
@@ -271,10 +271,10 @@ def sample(
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if here.is_main else True)
         asked = asked_of(rows, settings, pipe)
         note_unused("prompts", unused_columns(rows, used_columns(pipe)))
-        with wearing(pipe, settings.lora) as off:
+        with adapter_applied(pipe, settings.lora) as off:
             for n in _shared(todo, here, settings.method, len(rows)):
                 one, folder = asked[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
-                job = Job(pipe, reward, one.prompt, one.settings, folder / SEARCH, unworn=off, faster=faster)
+                job = Job(pipe, reward, one.prompt, one.settings, folder / SEARCH, adapter_disabled=off, faster=faster)
                 entry = _finished_entry(replace(job, arguments=one.arguments), folder, animation) | _columns(rows[n])
                 with writing_to(out):
                     record.keep(n, entry, here.count == 1)
@@ -349,7 +349,7 @@ def _sampled(job: Job, folder: Path, animation: bool) -> Entry:
         "prompt": job.prompt,
         "images": _write_images(output, job, folder),
         "rewards": output.rewards[0].tolist(),
-        "parts": {name: scores[0].tolist() for name, scores in output.parts.items()},
+        "components": {name: scores[0].tolist() for name, scores in output.components.items()},
         "log_weights": output.log_weights[0].tolist(),
         "log_normaliser": output.log_normaliser[0].item(),
         "ess": [value[0].item() for value in output.ess],
@@ -388,7 +388,7 @@ def _trace(iterations: Sequence[Iteration]) -> dict[str, Any]:
         "rewards": rows([one.rewards for one in iterations]),
         "norms": rows([one.norms for one in iterations]),
         "best": rows([one.best for one in iterations]),
-        "parts": {name: rows([one.parts[name] for one in iterations]) for name in iterations[0].parts},
+        "parts": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
     }
 
 

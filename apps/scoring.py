@@ -15,7 +15,7 @@ from steer.apps.plots import FAINT, INK
 from steer.apps.prompts import PromptRow, read_rows, read_text
 from steer.errors import InputError
 from steer.files import read_image, unsummed
-from steer.reward import Reward, RewardError, score, score_parts
+from steer.reward import Reward, RewardError, score, score_components
 from steer.rewards.analysis import Agreement, Consistency, Finding, consistency_by_kind, contrast_pairs
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -266,8 +266,8 @@ def score_images(reward: Reward, shown: Sequence[Shown], device: str) -> Scored:
 def _score(reward: Reward, one: Shown, device: str) -> dict[str, Any]:
     prompts = Unprompted(1) if one.prompt is None else [one.prompt]
     with torch.no_grad():
-        total, parts = score_parts(reward, read_image(one.path)[None].to(device), prompts)
-    told = {"parts": {name: value.item() for name, value in parts.items()}} if parts else {}
+        total, components = score_components(reward, read_image(one.path)[None].to(device), prompts)
+    told = {"components": {name: value.item() for name, value in components.items()}} if components else {}
     return {"score": total.item()} | told
 
 

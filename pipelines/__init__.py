@@ -4,30 +4,30 @@ from steer.pipelines.base import Cost, Evaluation, Iteration, Start, SteeringOut
 from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
 from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
 from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
-from steer.pipelines.training.config import FinetuneSettings
-from steer.pipelines.training.d3po_prdp import D3POPipeline, PRDPPipeline
-from steer.pipelines.training.ddpo_grpo import DDPOPipeline, FilteredPipeline, GRPOPipeline
-from steer.pipelines.training.method import FinetuneResult
-from steer.pipelines.training.reward_backprop import RewardBackpropPipeline
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
+from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
+from steer.pipelines.training.method import TrainingResult
+from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
 
 __all__ = [
     "BestOfNPipeline",
     "Cost",
-    "D3POPipeline",
-    "DDPOPipeline",
+    "D3POTrainer",
+    "DDPOTrainer",
     "Evaluation",
     "FKSteeringPipeline",
-    "FilteredPipeline",
-    "FinetuneResult",
-    "FinetuneSettings",
-    "GRPOPipeline",
+    "FilteredTrainer",
+    "GRPOTrainer",
     "Iteration",
     "NoiseSearchPipeline",
-    "PRDPPipeline",
+    "PRDPTrainer",
     "ReNOPipeline",
-    "RewardBackpropPipeline",
+    "RewardBackpropTrainer",
     "SelectionPipeline",
     "Start",
     "SteeringOutput",
     "StepReport",
+    "TrainingConfig",
+    "TrainingResult",
 ]

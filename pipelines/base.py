@@ -16,7 +16,7 @@ from steer.errors import InputError
 from steer.rewards.parser import load_reward
 
 
-class SteeringMethod:
+class SteeringPipeline:
     """A method over `pipe`, a diffusers pipeline that stays untouched, and `reward`: a Reward, a function
     (images, prompts) → (N,), or a name (see `steer.rewards.parser.load_reward`)."""
 
@@ -91,12 +91,12 @@ class Evaluation:
 @dataclass(frozen=True)
 class Iteration:
     """One iteration of a noise optimisation, number `number` of `total`, by slot: rewards (B, K) and those of their
-    parts, ‖ε‖/√D (B, K), the best rewards (B, K) so far; for observers also the images (B·K, 3, H, W)."""
+    components, ‖ε‖/√D (B, K), the best rewards (B, K) so far; for observers also the images (B·K, 3, H, W)."""
 
     number: int
     total: int
     rewards: Tensor
-    parts: Mapping[str, Tensor]
+    components: Mapping[str, Tensor]
     norms: Tensor
     best: Tensor
     images: Tensor | None = None
@@ -124,7 +124,7 @@ class SteeringOutput:
 
     images          B·K of them, prompt after prompt, in the requested output type
     rewards         (B, K) of the finished images
-    parts           of a reward made of others: the scores (B, K) of each, by name
+    components           of a reward made of others: the scores (B, K) of each, by name
     log_weights     (B, K) unnormalised; their softmax weighs the images as draws from p(x0) exp(λ r(x0))
     log_normaliser  (B,)   log of the estimate of E_p[exp(λ r(x0))]
     latents         (B·K, …) final latents
@@ -140,7 +140,7 @@ class SteeringOutput:
 
     images: Any
     rewards: Tensor
-    parts: Mapping[str, Tensor]
+    components: Mapping[str, Tensor]
     log_weights: Tensor
     log_normaliser: Tensor
     latents: Tensor
@@ -161,7 +161,7 @@ class SteeringOutput:
             self,
             images=[self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows],
             rewards=self.rewards.gather(1, slots),
-            parts={name: scores.gather(1, slots) for name, scores in self.parts.items()},
+            components={name: scores.gather(1, slots) for name, scores in self.components.items()},
             log_weights=self.log_weights.gather(1, slots),
             latents=self.latents[rows],
             order=torch.arange(size).expand(groups, size),

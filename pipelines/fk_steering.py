@@ -13,10 +13,10 @@ from steer.arguments import coerced
 from steer.diffusion.batching import LiveRows, is_offloaded
 from steer.diffusion.differentiable import computes_in_fp16, differentiable, own_gradients
 from steer.diffusion.schedules import can_redraw, copies_part, draw_guided, redraws
-from steer.diffusion.step_hooks import Answer, CannotSteer, Event
+from steer.diffusion.step_hooks import CannotSteer, SolverStep, StepOverride
 from steer.errors import InputError
-from steer.pipelines.base import Evaluation, SteeringMethod, SteeringOutput, route_eta
-from steer.pipelines.particle_batch import DRAWS, Population, check_output_type
+from steer.pipelines.base import Evaluation, SteeringOutput, SteeringPipeline, route_eta
+from steer.pipelines.particle_batch import DRAWS, ParticleBatch, check_output_type
 from steer.registry import choose
 from steer.reward import Begin, Reward, RewardError, in_background
 from steer.smc.particles import FeynmanKac, Particles
@@ -56,55 +56,55 @@ def highest(rewards: Tensor, count: int) -> Tensor:
     return rewards.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
 
 
-CHOICES: dict[str, Choice] = {"drawn": drawn, "best": best}
+CHOICES: dict[str, Choice] = {"resample": drawn, "top_k": best}
 
 
 @dataclass(frozen=True)
-class Plan:
+class ResamplingSchedule:
     """Of every prompt of a run alike.
 
     asked   solver steps, from 0, at which rewards are read; None: the method's own
-    narrow  {solver step: particles that go on from it}, fewer and fewer; rewards are read there too
+    particle_schedule  {solver step: particles that go on from it}, fewer and fewer; rewards are read there too
     choice  which go on where there are to be fewer: drawn by their weights, or the best
     target  once r(x̂0) of a particle is as high, the best one alone goes on, and no more rewards are read
     """
 
     asked: Iterable[int] | None = None
-    narrow: Mapping[int, int] = field(default_factory=dict)
-    choice: str = "drawn"
+    particle_schedule: Mapping[int, int] = field(default_factory=dict)
+    choice: str = "resample"
     target: float | None = None
 
     def __post_init__(self) -> None:
         if self.asked is not None:
             object.__setattr__(self, "asked", frozenset(self.asked))
-        choose("narrow_choice", self.choice, CHOICES)
+        choose("particle_schedule_rule", self.choice, CHOICES)
         if self.target is not None and not math.isfinite(self.target):
             raise InputError(f"target_reward must be a finite number, got {self.target}")
 
     def check_size(self, size: int) -> None:
         """Raises InputError where the numbers of particles are not fewer and fewer, from `size` on."""
         before = size
-        for step, count in sorted(self.narrow.items()):
+        for step, count in sorted(self.particle_schedule.items()):
             if not 1 <= count < before:
                 raise InputError(
-                    f"narrow: {count} particles from step {step} on, of {before}: they must be fewer and fewer, and at "
-                    "least 1"
+                    f"particle_schedule: {count} particles from step {step} on, of {before}: they must be fewer and "
+                    "fewer, and at least 1"
                 )
             before = count
 
     @property
     def narrows(self) -> bool:
         """Whether a run may go on with fewer particles than it began with."""
-        return bool(self.narrow) or self.target is not None
+        return bool(self.particle_schedule) or self.target is not None
 
     @property
     def searches(self) -> bool:
         """Whether particles may be chosen for being the best, which leaves no weights."""
-        return self.target is not None or (bool(self.narrow) and self.choice == "best")
+        return self.target is not None or (bool(self.particle_schedule) and self.choice == "top_k")
 
     def selects(self, step: int, size: int) -> tuple[Choice, int]:
         """How those of `size` particles are chosen that go on from this step, and how many they are."""
-        count = self.narrow.get(step, size)
+        count = self.particle_schedule.get(step, size)
         return (CHOICES[self.choice] if count < size else drawn), count
 
     def reached(self, rewards: Tensor) -> bool:
@@ -116,11 +116,11 @@ class Plan:
 
         Raises InputError for others, in a run of `total` steps; `name` is what the caller knows them as.
         """
-        for told, steps in ((name, self.asked or ()), ("narrow", self.narrow)):
+        for told, steps in ((name, self.asked or ()), ("particle_schedule", self.particle_schedule)):
             if wrong := sorted(step for step in steps if not first <= step <= last):
                 raise InputError(f"{told}: {wrong[0]} is not from {first} to {last}, in a run of {total} steps")
         usual = {min(step, last) for step in own} if self.asked is None else self.asked
-        return frozenset(step for step in usual if step >= first) | frozenset(self.narrow)
+        return frozenset(step for step in usual if step >= first) | frozenset(self.particle_schedule)
 
 
 DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # where rewards are read, as shares of the run
@@ -138,7 +138,7 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class Reading:
+class IntermediateRewards:
     """What x̂0 promises at one step, of the K particles that are left: images (B·K, 3, H, W), rewards (B, K) and, in a
     guided run, ∇r of all rows of the batch."""
 
@@ -157,10 +157,10 @@ class Run:
     def __init__(
         self,
         algorithm: Algorithm,
-        population: Population,
+        population: ParticleBatch,
         eta: float | None,
         resampling_eta: float,
-        plan: Plan,
+        plan: ResamplingSchedule,
         observer: Callable[[StepReport], None] | None,
     ) -> None:
         plan.check_size(population.size)
@@ -175,7 +175,7 @@ class Run:
         """Runs the pipeline to its end: the finished images (B·K, 3, H, W) of the K particles that are left."""
         return self.population.sample(self.on_event)
 
-    def on_event(self, event: Event) -> Answer:
+    def on_event(self, event: SolverStep) -> StepOverride:
         """One solver step: weigh the particles by r(x̂0), resample them, move them on."""
         if not self._reads_at(event):
             self._tell(StepReport(event.k, event.total))
@@ -184,7 +184,7 @@ class Run:
         rows = self._resampled(reading, event.k, event)
         return rows, self._moved(event, rows, reading)
 
-    def _resampled(self, reading: Reading, step: int, event: Event) -> Tensor | None:
+    def _resampled(self, reading: IntermediateRewards, step: int, event: SolverStep) -> Tensor | None:
         """Weighs the particles by what was read at a step, and resamples them at this event: the rows that the slots
         go on from, None: all stay."""
         weighed = self.algorithm.weigh(self.particles, reading.rewards, step / event.total)
@@ -204,16 +204,16 @@ class Run:
         self.searched = self.searched or choice is best
         return choice(self.algorithm, weighed, count, self.population.rng)
 
-    def _read(self, event: Event) -> Reading:
+    def _read(self, event: SolverStep) -> IntermediateRewards:
         return self._read_off(event.x0())
 
-    def _read_off(self, x0: Tensor) -> Reading:
+    def _read_off(self, x0: Tensor) -> IntermediateRewards:
         """What the images that x̂0 stands for are worth."""
         previews = self.population.preview(x0)
         rewards, _ = self.population.score(previews)
-        return Reading(previews, rewards)
+        return IntermediateRewards(previews, rewards)
 
-    def _moved(self, event: Event, rows: Tensor | None, reading: Reading | None) -> Tensor | None:
+    def _moved(self, event: SolverStep, rows: Tensor | None, reading: IntermediateRewards | None) -> Tensor | None:
         """Latents of the slots after this step; None: those of the solver.
 
         Where a reading may copy particles, all of them take the Gaussian kernel, whether they are resampled or not: a
@@ -227,7 +227,7 @@ class Run:
     def _redraws(self, scheduler: Any) -> bool:
         return self.eta is not None or redraws(scheduler)
 
-    def _reads_at(self, event: Event) -> bool:
+    def _reads_at(self, event: SolverStep) -> bool:
         """Whether rewards are read at this step. Settled at the first: copies need a noisy step after them to part."""
         if event.k == 0:
             last = event.total - self.lag - (2 if self._redraws(event.scheduler) else 3)
@@ -248,7 +248,7 @@ class Run:
             self.observer(report)
 
 
-class LaggedRun(Run):
+class AsynchronousRun(Run):
     """A run whose potentials G_j(x̂0(x_t)) multiply the weights one step after x_t.
 
     G_j is a function of the path up to x_t: whether it is multiplied there or a step later, before any further reading,
@@ -258,7 +258,7 @@ class LaggedRun(Run):
     lag = 1
     beside: Callable[[torch.device], AbstractContextManager[Begin]] = staticmethod(in_background)
     begin: Begin  # while the pipeline runs
-    pending: Callable[[], Reading] | None = None
+    pending: Callable[[], IntermediateRewards] | None = None
 
     def sample(self) -> Tensor:
         """Runs the pipeline to its end: the finished images (B·K, 3, H, W) of the K particles that are left."""
@@ -266,10 +266,10 @@ class LaggedRun(Run):
         with self.beside(torch.device(self.population.pipe.device)) as self.begin:
             return super().sample()
 
-    def on_event(self, event: Event) -> Answer:
+    def on_event(self, event: SolverStep) -> StepOverride:
         """One solver step: resample by what was read at the step before, begin to read, move on."""
         rows: Tensor | None = None
-        reading: Reading | None = None
+        reading: IntermediateRewards | None = None
         if self.pending is None:
             self._tell(StepReport(event.k, event.total))
         else:
@@ -282,7 +282,7 @@ class LaggedRun(Run):
 
 
 def check_stays(pipe: Any) -> None:
-    """Raises InputError where the pipeline's parts take turns on the device: then two cannot compute at once."""
+    """Raises InputError where the pipeline's components take turns on the device: then two cannot compute at once."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     if moved := [name for name, module in modules.items() if is_offloaded(module)]:
         raise InputError(f"overlap: {', '.join(moved)} are offloaded and take turns on the device: leave overlap out")
@@ -300,10 +300,10 @@ class GuidedRun(Run):
     def __init__(
         self,
         algorithm: FeynmanKac,
-        population: Population,
+        population: ParticleBatch,
         guidance: float,
         eta: float,
-        plan: Plan,
+        plan: ResamplingSchedule,
         observer: Callable[[StepReport], None] | None,
     ) -> None:
         super().__init__(algorithm, population, eta, eta, plan, observer)
@@ -315,14 +315,14 @@ class GuidedRun(Run):
         with torch.enable_grad():
             return super().sample().detach()
 
-    def _read(self, event: Event) -> Reading:
+    def _read(self, event: SolverStep) -> IntermediateRewards:
         previews = self.population.preview(event.x0())
         if not previews.requires_grad:
             raise CannotSteer(f"{type(self.population.pipe).__name__} lets no gradients through: use reward_guidance=0")
         rewards, _ = self.population.score(previews)
-        return Reading(previews.detach(), rewards.detach(), self._gradient(event, rewards))
+        return IntermediateRewards(previews.detach(), rewards.detach(), self._gradient(event, rewards))
 
-    def _gradient(self, event: Event, rewards: Tensor) -> Tensor:
+    def _gradient(self, event: SolverStep, rewards: Tensor) -> Tensor:
         name, gradient = self.population.reward.name, own_gradients(rewards, event.x, self.half)
         if gradient is None:
             raise RewardError(f"reward {name!r} says that it is differentiable, but gives no gradients")
@@ -332,7 +332,7 @@ class GuidedRun(Run):
         return gradient
 
     @torch.no_grad()
-    def _moved(self, event: Event, rows: Tensor | None, reading: Reading | None) -> Tensor:
+    def _moved(self, event: SolverStep, rows: Tensor | None, reading: IntermediateRewards | None) -> Tensor:
         kernel = event.kernel(self.resampling_eta, rows)  # which is that of every step
         if reading is None or reading.gradient is None:
             moved = kernel.sample(self.population.rng)
@@ -374,7 +374,7 @@ def check_guidable(scheduler: Any, reward: Reward, guidance: float, eta: float) 
 __all__ = ["FKSteeringPipeline", "StepReport"]
 
 
-class FKSteeringPipeline(SteeringMethod):
+class FKSteeringPipeline(SteeringPipeline):
     """Particles that are weighed by the reward of x̂0 on their way, and resampled.
 
     pipe = StableDiffusionPipeline.from_pretrained(...)
@@ -396,10 +396,10 @@ class FKSteeringPipeline(SteeringMethod):
         resample_steps: Iterable[int] | None = None,
         ess_threshold: float = 0.5,
         reward_guidance: float = 0.0,
-        narrow: Mapping[int, int] | None = None,
-        narrow_choice: str = "drawn",
+        particle_schedule: Mapping[int, int] | None = None,
+        particle_schedule_rule: str = "resample",
         target_reward: float | None = None,
-        overlap: bool = False,
+        asynchronous_rewards: bool = False,
         eta: float | None = None,
         draw: str = "best",
         preview: Any = "full",
@@ -422,13 +422,13 @@ class FKSteeringPipeline(SteeringMethod):
         ess_threshold   resample when ESS < threshold · K (adaptive); 1: at every one of those steps (scheduled)
         reward_guidance γ: where rewards are read, steps lean by γ τ² λ_j ∇r(x̂0), and the weights pay for it; 1 is
                         DAS. The reward must be differentiable
-        narrow          particle schedule: {solver step: particles of each prompt that go on from it}, fewer and fewer;
-                        rewards are read there too. The others cost nothing any more, and have no images
-        narrow_choice   which go on: "drawn" by their weights, or the "best", which is a search (see target_reward)
+        particle_schedule       {solver step: particles of each prompt that are kept from it on}, fewer and fewer;
+                        rewards are evaluated there too. The others cost nothing from there on, and have no images
+        particle_schedule_rule  which are kept: "resample", by their weights, or "top_k", a search (see target_reward)
         target_reward   once r(x̂0) of a particle is as high where rewards are read, it alone goes on and no more are
                         read: for one prompt a call. It is a search: log-weights and log-normaliser are then 0
-        overlap         decode and score x̂0 in the background (on CUDA in a stream of its own) while the denoiser makes
-                        the next step, and resample by it then: one step later
+        asynchronous_rewards    decode and score x̂0 in the background (on CUDA in a stream of its own) while the
+                        denoiser makes the next step, and resample by it then: one step later
         eta             noise η of every step, 0..1. By default, and with 0, the solver's own steps, except that at
                         each step of resample_steps from which several particles go on (with overlap one later) all
                         of them take the Gaussian kernel with η = 1, whatever their weights: p(x0) is the distribution
@@ -454,13 +454,15 @@ class FKSteeringPipeline(SteeringMethod):
             choose("tempering", tempering, TEMPERINGS),
             ess_threshold,
         )
-        plan = Plan(resample_steps, narrow or {}, narrow_choice, target_reward)
+        plan = ResamplingSchedule(resample_steps, particle_schedule or {}, particle_schedule_rule, target_reward)
         live, pipe, noise = LiveRows(), self.pipe, 1.0 if eta is None else eta
         kernel_eta: float | None = None
         check_draw(draw, plan)
         if reward_guidance != 0:
-            if overlap:
-                raise InputError("overlap: with reward_guidance the step needs the gradient: leave one of them out")
+            if asynchronous_rewards:
+                raise InputError(
+                    "asynchronous_rewards: with reward_guidance the step needs the gradient: leave one of them out"
+                )
             check_guidable(pipe.scheduler, self.reward, reward_guidance, noise)
             pipe = differentiable(pipe, one_call=True)
         else:
@@ -468,7 +470,7 @@ class FKSteeringPipeline(SteeringMethod):
                 check_copies_part(pipe.scheduler)
             call, kernel_eta = route_eta(pipe, call, eta)
         pipe = live.view(pipe) if plan.narrows else pipe
-        population = Population(
+        population = ParticleBatch(
             pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview, live
         )
         if target_reward is not None and population.groups > 1:
@@ -476,22 +478,24 @@ class FKSteeringPipeline(SteeringMethod):
         if reward_guidance != 0:
             run: Run = GuidedRun(algorithm, population, reward_guidance, noise, plan, on_step)
         else:
-            kind = LaggedRun if overlap else Run
+            kind = AsynchronousRun if asynchronous_rewards else Run
             # A step without noise would not part copies: where particles may be resampled η = 0 becomes 1.
             run = kind(algorithm, population, kernel_eta, eta or 1.0, plan, on_step)
         images = run.sample()
-        rewards, parts = population.score(images)
+        rewards, components = population.score(images)
         # What was chosen for being the best is a draw from no known distribution.
         searched = Particles.start(*rewards.shape)
         particles = searched if run.searched else algorithm.finish(run.particles, rewards)
-        return population.output(images, rewards, parts, particles, run.history, output_type, draw)
+        return population.output(images, rewards, components, particles, run.history, output_type, draw)
 
 
-def check_draw(draw: str, plan: Plan) -> None:
+def check_draw(draw: str, plan: ResamplingSchedule) -> None:
     """Raise InputError for an unknown draw, or one by weights in a search, which has none."""
     choose("draw", draw, DRAWS)
     if draw != "best" and plan.searches:
-        raise InputError(f"draw={draw!r}: target_reward and narrow_choice='best' leave no weights: use draw='best'")
+        raise InputError(
+            f"draw={draw!r}: target_reward and particle_schedule_rule='top_k' leave no weights: use draw='best'"
+        )
 
 
 def check_copies_part(scheduler: Any) -> None:

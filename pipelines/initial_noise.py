@@ -17,7 +17,7 @@ from steer.diffusion.step_hooks import CannotSteer, quiet, silences
 from steer.errors import InputError
 from steer.pipelines.base import Cost
 from steer.pipelines.fk_steering import highest
-from steer.pipelines.particle_batch import Population
+from steer.pipelines.particle_batch import ParticleBatch
 from steer.reward import Reward
 from steer.rewards.parser import load_reward
 from steer.smc.particles import Particles
@@ -29,7 +29,7 @@ WATCHERS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_s
 
 
 @dataclass(frozen=True)
-class Screened:
+class ScreenedNoise:
     """B prompts × M candidates, K of them kept.
 
     noise      (B·K, …) of those kept, prompt after prompt, for the `latents` argument of the pipeline's call
@@ -55,7 +55,7 @@ class Screened:
 
 @coerced
 @torch.no_grad()
-def screened_starts(
+def screen_initial_noise(
     pipe: Any,
     reward: Reward | Any,
     prompt: str | Sequence[str] | None = None,
@@ -67,7 +67,7 @@ def screened_starts(
     chunk_size: int = 8,
     reward_prompt: str | Sequence[str] | None = None,
     **call: Any,
-) -> Screened:
+) -> ScreenedNoise:
     """The `keep` (K) best of `candidates` (M) starting noises of each prompt, by the reward after `steps` solver steps.
 
     The first K candidates are what the pipeline itself draws for K images with this generator: M = K changes nothing.
@@ -89,7 +89,7 @@ def screened_starts(
     call = {name: value for name, value in call.items() if name not in (*OWN, *WATCHERS)}
     given = call.pop("generator", None) or Generator().manual_seed(int(torch.randint(2**62, ())))
     generator = _copied(given)
-    real = Population(pipe, scorer, prompt, keep, call | {"generator": given}, reward_prompt, chunk_size)
+    real = ParticleBatch(pipe, scorer, prompt, keep, call | {"generator": given}, reward_prompt, chunk_size)
     twin = quiet(pipe)
     first = _first_noise(twin, real.call | {"generator": generator}).unflatten(0, (real.groups, keep))
     seeds = real.seeds[::keep]  # one for each prompt
@@ -98,7 +98,7 @@ def screened_starts(
 
     rewards, costs = [], []
     for batch in torch.arange(candidates).split(together or keep):
-        short = Population(
+        short = ParticleBatch(
             pipe, scorer, prompt, len(batch), call | {"num_inference_steps": steps}, reward_prompt, chunk_size
         )
         own = [derived_seed(seed, f"solver of candidate {c}") for seed in seeds for c in batch.tolist()]
@@ -108,7 +108,7 @@ def screened_starts(
     found = torch.cat(rewards, 1)
     chosen = highest(found, keep)
     noise = torch.cat([pool[b, at.to(pool.device)] for b, at in enumerate(chosen)])
-    return Screened(noise, found, chosen, generator, functools.reduce(Cost.plus, costs))
+    return ScreenedNoise(noise, found, chosen, generator, functools.reduce(Cost.plus, costs))
 
 
 def unscaled(x: Tensor, scale: Any) -> Tensor:
@@ -120,13 +120,13 @@ def unscaled(x: Tensor, scale: Any) -> Tensor:
     return noise
 
 
-def _scored(population: Population, twin: Any, noise: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Cost]:
+def _scored(population: ParticleBatch, twin: Any, noise: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Cost]:
     """Rewards (B, n) after a run from noise (B·n, …), and what that cost."""
     generators = [Generator().manual_seed(seed) for seed in seeds]
     images = population.sample(lambda event: None, twin, latents=noise, generator=generators)
-    rewards, parts = population.score(images)
+    rewards, components = population.score(images)
     unsteered = Particles.start(*rewards.shape)
-    return rewards, population.output(images, rewards, parts, unsteered, output_type="latent").cost
+    return rewards, population.output(images, rewards, components, unsteered, output_type="latent").cost
 
 
 def _first_noise(twin: Any, call: Mapping[str, Any]) -> Tensor:

@@ -13,10 +13,10 @@ from torch import Generator, Tensor
 from steer.arguments import coerced_value, hints_of
 from steer.diffusion.batching import LiveRows
 from steer.diffusion.preview import accepted_only, first_output, new_preview
-from steer.diffusion.step_hooks import Answer, Event, steered, text_once, with_deferred_checker
+from steer.diffusion.step_hooks import SolverStep, StepOverride, hook_steps, text_once, with_deferred_checker
 from steer.errors import InputError
 from steer.pipelines.base import Cost, Evaluation, SteeringOutput
-from steer.reward import Reward, note_cut_by_pipeline, over_frames, score_parts
+from steer.reward import Reward, note_cut_by_pipeline, over_frames, score_components
 from steer.smc.particles import Particles
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -37,7 +37,7 @@ def _weighted(order: Tensor, log_weights: Tensor, generator: Generator) -> Tenso
 DRAWS = {"best": _best, "weighted": _weighted}
 
 
-class Population:
+class ParticleBatch:
     """One call of `pipe` with K particles for each prompt: samples, scores and counts what that costs."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Population:
         self._nfe = self._decodes = self._other_decodes = self._reward_calls = self._gradients = 0
         self._started = time.monotonic()
 
-    def sample(self, on_event: Callable[[Event], Answer | None], pipe: Any = None, **given: Any) -> Tensor:
+    def sample(self, on_event: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any) -> Tensor:
         """Runs the pipeline, or a twin of it, under the seam; returns the finished images (B·K, 3, H, W) in [0, 1] of
         the K particles that are left.
 
@@ -88,14 +88,14 @@ class Population:
         """
         pipe, checker = with_deferred_checker(self.pipe if pipe is None else pipe)
 
-        def watch(event: Event) -> Answer:
+        def watch(event: SolverStep) -> StepOverride:
             self._nfe += event.calls * self.groups * self.alive
             ancestors, latents = on_event(event) or (None, None)
             moved = event.prev if ancestors is None else event.prev[ancestors]
             self.latents = (moved if latents is None else latents.to(moved.dtype)).detach()
             return ancestors, latents
 
-        with steered(pipe, watch, rows=len(self.prompts)) as view:
+        with hook_steps(pipe, watch, rows=len(self.prompts)) as view:
             images = self.live.of(first_output(view(**accepted_only(pipe, self.call | given | {"output_type": "pt"}))))
         self._decodes += len(images)
         if checker is not None and checker.flags is not None and checker.replaced is not None:
@@ -112,7 +112,7 @@ class Population:
         return images
 
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards (B, K) of images (B·K, 3, H, W), and those of the reward's parts where it has any.
+        """Rewards (B, K) of images (B·K, 3, H, W), and those of the reward's components where it has any.
 
         Of videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
         """
@@ -126,12 +126,14 @@ class Population:
         chunks = [slice(start, start + self.chunk_size) for start in starts]
         self._reward_calls += len(images)
         scored = [
-            score_parts(self.reward, images[c].float().clamp(0, 1), prompts[c], None if rows is None else rows[c])
+            score_components(self.reward, images[c].float().clamp(0, 1), prompts[c], None if rows is None else rows[c])
             for c in chunks
         ]
-        rewards, parts = zip(*scored, strict=True)
+        rewards, components = zip(*scored, strict=True)
         shape = self.groups, self.alive
-        return torch.cat(rewards).view(shape), {n: torch.cat([p[n] for p in parts]).view(shape) for n in parts[0]}
+        return torch.cat(rewards).view(shape), {
+            n: torch.cat([p[n] for p in components]).view(shape) for n in components[0]
+        }
 
     def follow(self, ancestors: Tensor) -> Tensor:
         """Lets so many particles go on as there are ancestors (B, K), slots of each group; returns the rows (N,) of
@@ -151,7 +153,7 @@ class Population:
         self,
         images: Tensor,
         rewards: Tensor,
-        parts: Mapping[str, Tensor],
+        components: Mapping[str, Tensor],
         particles: Particles,
         history: Sequence[Evaluation] = (),
         output_type: str = "pil",
@@ -169,7 +171,7 @@ class Population:
         return SteeringOutput(
             images=latents if output_type == "latent" else as_type(images[rows.to(images.device)], output_type),
             rewards=rewards.gather(1, order),
-            parts={name: scores.gather(1, order) for name, scores in parts.items()},
+            components={name: scores.gather(1, order) for name, scores in components.items()},
             log_weights=particles.log_weights.gather(1, order),
             log_normaliser=particles.log_evidence,
             latents=latents,

@@ -20,12 +20,12 @@ from steer.arguments import coerced
 from steer.diffusion.differentiable import computes_in_fp16, differentiable, own_gradients
 from steer.diffusion.preview import accepted_only
 from steer.diffusion.seeds import drawn
-from steer.diffusion.step_hooks import CannotSteer, Event, plain_values, quiet
+from steer.diffusion.step_hooks import CannotSteer, SolverStep, plain_values, quiet
 from steer.errors import InputError
 from steer.files import staged
 from steer.noise import OPTIMISERS, Optimiser, Search, clipped, neighbour, norms, over_rows, prior_gradient
-from steer.pipelines.base import Iteration, Start, SteeringMethod, SteeringOutput
-from steer.pipelines.particle_batch import Population, check_output_type
+from steer.pipelines.base import Iteration, Start, SteeringOutput, SteeringPipeline
+from steer.pipelines.particle_batch import ParticleBatch, check_output_type
 from steer.registry import choose
 from steer.reward import Reward, RewardError
 from steer.smc.particles import Particles
@@ -39,7 +39,7 @@ class NoiseToImage:
     Text is encoded once. Raises CannotSteer for a pipeline that takes no `latents`.
     """
 
-    def __init__(self, population: Population) -> None:
+    def __init__(self, population: ParticleBatch) -> None:
         if "latents" not in inspect.signature(type(population.pipe).__call__).parameters:
             raise CannotSteer(f"{type(population.pipe).__name__} takes no latents: its noise cannot be optimised")
         self.population, self.seeds = population, population.seeds
@@ -100,13 +100,13 @@ class NoiseToImage:
     def _first_noise(self) -> tuple[Tensor, torch.dtype]:
         """What the first step of a run starts from, without the scheduler's scale, in fp32, and its dtype."""
 
-        def stop(event: Event) -> None:
+        def stop(event: SolverStep) -> None:
             raise _Started(event)
 
         try:
             self.population.sample(stop, self._plain)
         except _Started as started:  # the run ends there
-            event: Event = started.args[0]
+            event: SolverStep = started.args[0]
         return event.x.float() / float(getattr(event.scheduler, "init_noise_sigma", 1.0)), event.x.dtype
 
 
@@ -130,8 +130,10 @@ class SearchFile:
         if self.path is None:
             return
         series = {name: torch.stack([getattr(one, name) for one in trace]) for name in SERIES}
-        parts = {f"parts/{name}": torch.stack([one.parts[name] for one in trace]) for name in trace[-1].parts}
-        tensors = {f"search/{name}": value for name, value in search.tensors().items()} | series | parts
+        components = {
+            f"components/{name}": torch.stack([one.components[name] for one in trace]) for name in trace[-1].components
+        }
+        tensors = {f"search/{name}": value for name, value in search.tensors().items()} | series | components
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
             with staged(self.path) as new:
@@ -163,12 +165,14 @@ class SearchFile:
         if (held := len(tensors["rewards"])) > total:
             raise InputError(f"{self.path} holds {held} iterations, more than the {total} asked for; ask for {held}")
         saved = {name.removeprefix("search/"): value for name, value in tensors.items() if name.startswith("search/")}
-        parts = {name.removeprefix("parts/"): value for name, value in tensors.items() if name.startswith("parts/")}
+        components = {
+            name.removeprefix("components/"): value for name, value in tensors.items() if name.startswith("components/")
+        }
         trace = [
             Iteration(
                 number=number,
                 total=total,
-                parts={name: values[number] for name, values in parts.items()},
+                components={name: values[number] for name, values in components.items()},
                 **{name: tensors[name][number] for name in SERIES},
             )
             for number in range(len(tensors["rewards"]))
@@ -193,12 +197,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Moved:
-    """One iteration: images (B·K, 3, H, W), rewards (B, K) and parts at `noise` (B·K, …), the searches after it, and
-    why they can go no further, if so."""
+    """One iteration: images (B·K, 3, H, W), rewards (B, K) and components at `noise` (B·K, …), the searches after it,
+    and why they can go no further, if so."""
 
     images: Tensor
     rewards: Tensor
-    parts: Mapping[str, Tensor]
+    components: Mapping[str, Tensor]
     noise: Tensor
     search: Search
     stopped: str | None = None
@@ -255,7 +259,7 @@ class NoiseRun:
             return True
         self.search, self.stopped, shape = moved.search, moved.stopped, moved.rewards.shape
         lengths, best = norms(moved.noise).cpu().view(shape), self.search.best_rewards.view(shape)
-        self.trace.append(Iteration(number, self.iterations, moved.rewards, moved.parts, lengths, best))
+        self.trace.append(Iteration(number, self.iterations, moved.rewards, moved.components, lengths, best))
         if self.stopped:
             return True
         self.file.save(self.search, self.trace)
@@ -271,26 +275,28 @@ class NoiseRun:
             logger.warning("%s; the best so far is returned", self.stopped)
         noise = self.search.best_noise.to(self.chain.dtype)
         images = self.chain(noise)
-        rewards, parts = self._scores_of_the_best() if self.stopped else population.score(images)
-        out = population.output(images, rewards, parts, Particles.start(*rewards.shape), output_type=output_type)
+        rewards, components = self._scores_of_the_best() if self.stopped else population.score(images)
+        out = population.output(images, rewards, components, Particles.start(*rewards.shape), output_type=output_type)
         start = Start(noise, tuple(self.chain.seeds)).rows(population.rows(out.order).tolist())
         return replace(out, start=start, trace=tuple(self.trace), stopped=self.stopped)
 
     def _scores_of_the_best(self) -> tuple[Tensor, dict[str, Tensor]]:
         """As they were in the trace: a reward that failed is not asked again."""
         at = torch.stack([one.rewards for one in self.trace]).argmax(0, keepdim=True)
-        names = self.trace[0].parts
-        parts = {name: torch.stack([one.parts[name] for one in self.trace]).gather(0, at)[0] for name in names}
-        return self.trace[-1].best, parts
+        names = self.trace[0].components
+        components = {
+            name: torch.stack([one.components[name] for one in self.trace]).gather(0, at)[0] for name in names
+        }
+        return self.trace[-1].best, components
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """At some noise: images (B·K, 3, H, W), rewards (B, K) with their parts, ∇_ε r (B·K, …) in fp32."""
+    """At some noise: images (B·K, 3, H, W), rewards (B, K) with their components, ∇_ε r (B·K, …) in fp32."""
 
     images: Tensor
     rewards: Tensor
-    parts: Mapping[str, Tensor]
+    components: Mapping[str, Tensor]
     gradient: Tensor
 
 
@@ -313,12 +319,12 @@ class Backprop:
         leaf = noise.detach().requires_grad_(True)
         with torch.enable_grad():
             images = chain.with_graph(leaf, self.checkpointing)
-            rewards, parts = chain.population.score(images)
+            rewards, components = chain.population.score(images)
             gradient = own_gradients(rewards, leaf, chain.in_fp16)
         if gradient is None:
             raise _not_differentiable(chain.population.reward.name)
         chain.population.count_gradients(len(noise))
-        return Estimate(images.detach(), rewards.detach(), {n: p.detach() for n, p in parts.items()}, gradient)
+        return Estimate(images.detach(), rewards.detach(), {n: p.detach() for n, p in components.items()}, gradient)
 
 
 @dataclass(frozen=True)
@@ -340,14 +346,14 @@ class ZeroOrder:
 
     def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
         images = chain.quickly(noise)
-        rewards, parts = chain.population.score(images)
+        rewards, components = chain.population.score(images)
         gradient = torch.zeros_like(noise)
         for number in range(self.directions):
             u = drawn(chain.seeds, noise, [f"direction {iteration} {number}"] * len(noise))
             ahead, behind = (self._reward(chain, noise + side * self.distance * u) for side in (1, -1))
             slope = ((ahead - behind) / (2 * self.distance)).flatten().to(u)
             gradient += slope.view(-1, *[1] * (u.dim() - 1)) * u / self.directions
-        return Estimate(images, rewards, parts, gradient)
+        return Estimate(images, rewards, components, gradient)
 
     def _reward(self, chain: NoiseToImage, noise: Tensor) -> Tensor:
         return chain.population.score(chain.quickly(noise))[0]
@@ -372,7 +378,7 @@ def _not_differentiable(name: str) -> InputError:
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}  # how one-step models are called
 
 
-class ReNOPipeline(SteeringMethod):
+class ReNOPipeline(SteeringPipeline):
     """Noise that is moved uphill, from images to better images of the same one-step (or few-step) model.
 
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes-turbo"])  # or SD-Turbo, SDXL-Turbo, FLUX.1-schnell
@@ -441,7 +447,7 @@ class ReNOPipeline(SteeringMethod):
         )
         check_differentiable(self.reward, ascent.gradient)
         call = accepted_only(self.pipe, ONE_STEP) | call
-        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        population = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
         chain = NoiseToImage(population)
         search = Search.start(chain.start, ascent.optimiser)
         run = NoiseRun(chain, ascent, search, iterations, state_file, on_iteration)
@@ -480,7 +486,7 @@ class Ascent:
         stopped, moved = self._broken(chain, uphill, number), recorded
         if stopped is None:
             moved = self._ascended(recorded, uphill, chain.seeds)
-        return Moved(seen.images, seen.rewards, seen.parts, search.noise, moved, stopped)
+        return Moved(seen.images, seen.rewards, seen.components, search.noise, moved, stopped)
 
     def _broken(self, chain: NoiseToImage, uphill: Tensor, number: int) -> str | None:
         """Which gradient is not finite, if any."""
@@ -503,7 +509,7 @@ class Ascent:
         return moved.restart(again, drawn(seeds, search.noise, streams))
 
 
-class NoiseSearchPipeline(SteeringMethod):
+class NoiseSearchPipeline(SteeringPipeline):
     """Noise from whose neighbours the best is taken, again and again; the control of gradient-based optimisation."""
 
     @coerced
@@ -533,7 +539,7 @@ class NoiseSearchPipeline(SteeringMethod):
         """
         check_output_type(output_type)
         move = Neighbours(neighbours, distance, target)
-        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        population = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
         chain = NoiseToImage(population)
         run = NoiseRun(chain, move, Search.start(chain.start), iterations, state_file, on_iteration)
         return run.output(output_type)
@@ -561,9 +567,9 @@ class Neighbours:
             # A finished search is seen again as it was, while others of its batch go on.
             noise = over_rows(search.finished, pivot, neighbour(pivot, u, self.distance)) if number else pivot
             images = chain.quickly(noise)
-            rewards, parts = chain.population.score(images)
+            rewards, components = chain.population.score(images)
             search = replace(search, noise=noise).record(rewards.flatten())
-            candidates.append(Moved(images, rewards, parts, noise, search))
+            candidates.append(Moved(images, rewards, components, noise, search))
         found = best_of(candidates)
         return replace(found, search=found.search.reach(self.target))
 
@@ -576,11 +582,11 @@ def best_of(candidates: Sequence[Moved]) -> Moved:
     def chosen(tensors: Sequence[Tensor]) -> Tensor:
         return torch.stack([tensors[place][row] for row, place in zip(rows, at.flatten().tolist(), strict=True)])
 
-    names = candidates[0].parts
+    names = candidates[0].components
     return Moved(
         chosen([one.images for one in candidates]),
         chosen([one.rewards.flatten() for one in candidates]).view_as(at),
-        {name: chosen([one.parts[name].flatten() for one in candidates]).view_as(at) for name in names},
+        {name: chosen([one.components[name].flatten() for one in candidates]).view_as(at) for name in names},
         chosen([one.noise for one in candidates]),
         candidates[-1].search,
     )

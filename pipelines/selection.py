@@ -11,15 +11,22 @@ from torch import Generator, Tensor
 
 from steer.arguments import coerced
 from steer.diffusion.schedules import can_redraw
-from steer.diffusion.step_hooks import CannotSteer, Event
+from steer.diffusion.step_hooks import CannotSteer, SolverStep
 from steer.errors import InputError
-from steer.pipelines.base import SteeringMethod, SteeringOutput, route_eta
-from steer.pipelines.fk_steering import Plan, Reading, Run, StepReport, check_copies_part, highest
-from steer.pipelines.particle_batch import Population, check_output_type
+from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta
+from steer.pipelines.fk_steering import (
+    IntermediateRewards,
+    ResamplingSchedule,
+    Run,
+    StepReport,
+    check_copies_part,
+    highest,
+)
+from steer.pipelines.particle_batch import ParticleBatch, check_output_type
 from steer.smc.particles import Particles
 
 
-class SelectionPipeline(SteeringMethod):
+class SelectionPipeline(SteeringPipeline):
     """Candidates of which the best by the reward of x̂0 are kept at every step, each with children of its own.
 
     pipe = StableDiffusionPipeline.from_pretrained(...)
@@ -54,7 +61,7 @@ class SelectionPipeline(SteeringMethod):
         select_steps   solver steps, from 0, at which rewards are read and candidates chosen; by default all of them but
                        the last, after which nothing could part
         eta            noise η of every step, 0..1, out of which candidates are drawn. None: the solver's own; it and 0
-                       leave the noise that parts the children to one step with η = 1, as in `FKSteeringPipeline`
+                       leave the noise that components the children to one step with η = 1, as in `FKSteeringPipeline`
 
         The other arguments, errors and the output are as in `FKSteeringPipeline`. But this is a search, which draws
         from no known distribution: `log_weights` and `log_normaliser` are 0, as for best-of-N, and the ESS is K.
@@ -65,11 +72,13 @@ class SelectionPipeline(SteeringMethod):
         if num_particles > 1:
             check_candidates_part(self.pipe.scheduler, eta)
         call, kernel_eta = route_eta(self.pipe, call, eta)
-        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview)
-        run = SelectionRun(algorithm, population, kernel_eta, eta or 1.0, Plan(select_steps), on_step)
+        population = ParticleBatch(
+            self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview
+        )
+        run = SelectionRun(algorithm, population, kernel_eta, eta or 1.0, ResamplingSchedule(select_steps), on_step)
         images = run.sample()
-        rewards, parts = population.score(images)
-        return population.output(images, rewards, parts, run.particles, run.history, output_type)
+        rewards, components = population.score(images)
+        return population.output(images, rewards, components, run.particles, run.history, output_type)
 
 
 @dataclass(frozen=True)
@@ -131,7 +140,7 @@ class SelectionRun(Run):
     def _needs_steps(self) -> bool:
         return self.algorithm.beams < self.population.size
 
-    def _moved(self, event: Event, rows: Tensor | None, reading: Reading | None) -> Tensor | None:
+    def _moved(self, event: SolverStep, rows: Tensor | None, reading: IntermediateRewards | None) -> Tensor | None:
         """The first child keeps the solver's step, the others resample its noise: a search has no law to keep."""
         taken = None if self.eta is None else event.kernel(self.eta).sample(self.population.rng)
         if rows is None:
@@ -163,7 +172,7 @@ def check_candidates_part(scheduler: Any, eta: float | None) -> None:
         )
 
 
-class BestOfNPipeline(SteeringMethod):
+class BestOfNPipeline(SteeringPipeline):
     """The pipeline's own batch of N images for each prompt, best first."""
 
     @coerced
@@ -187,11 +196,11 @@ class BestOfNPipeline(SteeringMethod):
         """
         check_output_type(output_type)
         call, kernel_eta = route_eta(self.pipe, call, eta)
-        population = Population(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        run = Watched(Selection(num_particles), population, kernel_eta, 1.0, Plan(preview_steps), on_step)
+        population = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        run = Watched(Selection(num_particles), population, kernel_eta, 1.0, ResamplingSchedule(preview_steps), on_step)
         images = run.sample()
-        rewards, parts = population.score(images)
-        return population.output(images, rewards, parts, run.particles, run.history, output_type)
+        rewards, components = population.score(images)
+        return population.output(images, rewards, components, run.particles, run.history, output_type)
 
 
 class Watched(Run):

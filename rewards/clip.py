@@ -423,6 +423,6 @@ hpsv21 = partial(hps, "hpsv2.1")
 def named(name: str, **options: tuple[str, str]) -> str:
     """A reward's name with the options that change its scores, where they are not the usual: (given, usual) each.
 
-    Calibrations and parts go by name: two scales must not share one.
+    Calibrations and components go by name: two scales must not share one.
     """
     return ",".join([name, *(f"{option}={given}" for option, (given, usual) in options.items() if given != usual)])

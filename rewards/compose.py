@@ -1,4 +1,4 @@
-"""Rewards made of rewards: sums, worst cases, products of constraints, each itself a Reward that reports its parts.
+"""Rewards made of rewards: sums, worst cases, products of constraints, each a Reward that reports its components.
 
 combine({"hpsv2.1": 5, "imagereward": 1})                       Σ w_m r_m
 Combined([a, b], aggregate=worst)                               min_m r_m
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from steer.arguments import is_number
 from steer.files import summed, unsummed, write_text
-from steer.reward import Metadata, Reward, RewardError, score_parts
+from steer.reward import Metadata, Reward, RewardError, score_components
 from steer.rewards.grammar import NUMBER, PLUS, number_text, split
 from steer.rewards.names import takes_number
 from steer.rewards.remote import is_remote, read_weight
@@ -84,20 +84,20 @@ class Composed(ABC):
         limits = [getattr(reward, "prompt_limit", None) for reward in self._rewards]
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def parts(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
-        """The scores (N,) of each reward as it gives them and, below NAME/, of its own parts."""
+    def components(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
+        """The scores (N,) of each reward as it gives them and, below NAME/, of its own components."""
         found: dict[str, Tensor] = {}
         for name, reward in zip(self._names, self._rewards, strict=True):
-            found[name], inner = score_parts(reward, images, prompts, metadata)
+            found[name], inner = score_components(reward, images, prompts, metadata)
             found.update({f"{name}/{part}": scores for part, scores in inner.items()})
         return found
 
     @abstractmethod
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """The reward's own scores (N,), of its parts'."""
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """The reward's own scores (N,), of its components'."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
-        return self.total(self.parts(images, prompts, metadata), prompts)
+        return self.total(self.components(images, prompts, metadata), prompts)
 
 
 Aggregate = Callable[[Tensor], Tensor]
@@ -177,26 +177,26 @@ class Part:
 class Combined(Composed):
     """An aggregate of weighted rewards: by default their sum, Σ w_m r_m."""
 
-    def __init__(self, parts: Sequence[Part], aggregate: Aggregate = total, name: str | None = None) -> None:
-        if not parts:
+    def __init__(self, components: Sequence[Part], aggregate: Aggregate = total, name: str | None = None) -> None:
+        if not components:
             raise RewardError("a combination needs at least one reward")
-        super().__init__([part.reward for part in parts], name or _written(parts, aggregate))
-        self._weights, self._aggregate = [float(part.weight) for part in parts], aggregate
+        super().__init__([part.reward for part in components], name or _written(components, aggregate))
+        self._weights, self._aggregate = [float(part.weight) for part in components], aggregate
 
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """The aggregate (N,) of the weighted parts."""
-        weighted = [weight * parts[name] for name, weight in zip(self._names, self._weights, strict=True)]
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        """The aggregate (N,) of the weighted components."""
+        weighted = [weight * components[name] for name, weight in zip(self._names, self._weights, strict=True)]
         return self._aggregate(torch.stack(weighted))
 
 
-def _written(parts: Sequence[Part], aggregate: Aggregate) -> str:
+def _written(components: Sequence[Part], aggregate: Aggregate) -> str:
     """The text of a combination, as `steer.rewards.parser` reads it."""
     if aggregate is total:
-        return " + ".join(map(str, parts))
+        return " + ".join(map(str, components))
     function, options = (aggregate.func, aggregate.keywords) if isinstance(aggregate, partial) else (aggregate, {})
     own = getattr(function, "__name__", type(function).__name__)
     known = next((name for name, one in AGGREGATES.items() if one is function), own)
-    inside = [*map(str, parts), *(f"{name}={number_text(value)}" for name, value in options.items())]
+    inside = [*map(str, components), *(f"{name}={number_text(value)}" for name, value in options.items())]
     return f"{known}({', '.join(inside)})"
 
 
@@ -240,9 +240,9 @@ class Product(Composed):
         super().__init__([c.reward for c in constraints], f"product({', '.join(inside)})")
         self._constraints = tuple(constraints)
 
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The product (N,) of the degrees."""
-        degrees = [c.degree(parts[name]) for name, c in zip(self._names, self._constraints, strict=True)]
+        degrees = [c.degree(components[name]) for name, c in zip(self._names, self._constraints, strict=True)]
         return torch.stack(degrees).prod(0)
 
 
@@ -313,9 +313,9 @@ class Standardised(Composed):
         super().__init__([reward], f"z({reward.name})")
         self._scale = scale
 
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """(N,), in standard deviations."""
-        return (parts[self._names[0]] - self._scale.mean) / self._scale.std
+        return (components[self._names[0]] - self._scale.mean) / self._scale.std
 
 
 class LogSigmoid(Composed):
@@ -334,9 +334,9 @@ class LogSigmoid(Composed):
             raise RewardError(f"{self.name}: the temperature must be a number above 0, got {temperature}")
         self._reference, self._temperature = reference, temperature
 
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """(N,), nats. Raises RewardError for a prompt that has no reference."""
-        scores = parts[self._names[0]]
+        scores = components[self._names[0]]
         reference = torch.tensor([self._of(prompt) for prompt in prompts], dtype=scores.dtype, device=scores.device)
         return F.logsigmoid((scores - reference) / self._temperature)
 

@@ -51,7 +51,7 @@ def read_call(text: str) -> Call | None:
 
 
 def read_constraint(text: str) -> tuple[str, str, float]:
-    """Of "REWARD > NUMBER": its three parts. Raises RewardError where a text is something else."""
+    """Of "REWARD > NUMBER": its three components. Raises RewardError where a text is something else."""
     if not (written := re.fullmatch(rf"(.+?)\s*([<>])\s*({NUMBER})", text, re.DOTALL)):
         raise RewardError(f"product(…): {text!r:.80} is no constraint; write REWARD > NUMBER or REWARD < NUMBER")
     return written[1], written[2], float(written[3])
@@ -59,14 +59,14 @@ def read_constraint(text: str) -> tuple[str, str, float]:
 
 def split(text: str, separator: str) -> list[str]:
     """Parts of a text at a separator (a pattern) that stands in no parentheses."""
-    parts, depth, start = [], 0, 0
+    components, depth, start = [], 0, 0
     for found in re.finditer(rf"\(|\)|{separator}", text):
         depth += {"(": 1, ")": -1}.get(found[0], 0)
         if depth < 0:
             break
         if depth == 0 and found[0] not in "()":
-            parts.append(text[start : found.start()])
+            components.append(text[start : found.start()])
             start = found.end()
     if depth != 0:
         raise RewardError(f"reward {text!r:.80}: a parenthesis is not closed, or never opened")
-    return [part.strip() for part in (*parts, text[start:])]
+    return [part.strip() for part in (*components, text[start:])]

@@ -82,14 +82,14 @@ def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int
     most = int(size)
 
     def batched(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        parts = []
+        components = []
         for start in range(0, len(images), most):
             some, texts = images[start : start + most], prompts[start : start + most]
             if torch.is_grad_enabled() and some.requires_grad and len(images) > most:
-                parts.append(checkpoint(score, some, texts, use_reentrant=False))
+                components.append(checkpoint(score, some, texts, use_reentrant=False))
             else:
-                parts.append(score(some, texts))
-        return torch.cat(parts)
+                components.append(score(some, texts))
+        return torch.cat(components)
 
     return batched
 

@@ -150,14 +150,14 @@ class Learned:
         scores = torch.stack(raw)
         return ((scores - self._centre.to(scores)) / self._spread.to(scores)).T
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def components(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each member's scores (N,)."""
         rows = self.members(images, prompts)
         return {f"{self._known_as}[{number}]": row for number, row in zip(self._numbers, rows, strict=True)}
 
-    def total(self, parts: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
+    def total(self, components: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The aggregate (N,) of the members' scores."""
-        return self._aggregate(torch.stack(list(parts.values())))
+        return self._aggregate(torch.stack(list(components.values())))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._aggregate(self.members(images, prompts))
@@ -365,8 +365,8 @@ def features_of(backbone: Backbone, pairs: Pairs) -> Features:
     """Of every pair, on the CPU: image a, image b, prompt."""
     backbone.eval()
     rows = torch.arange(len(pairs)).split(CHUNK)
-    parts = [_encode(backbone, pairs, some) for some in rows]
-    a, b, text = (torch.cat([part[k].cpu() for part in parts]) for k in range(3))
+    components = [_encode(backbone, pairs, some) for some in rows]
+    a, b, text = (torch.cat([part[k].cpu() for part in components]) for k in range(3))
     return a, b, text
 
 

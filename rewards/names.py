@@ -104,7 +104,7 @@ def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
 
 
 def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What stands behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma parts only before option=."""
+    """What stands behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma components only before option=."""
     first, *rest = re.split(r",(?=[a-z_]+=)", argument)
     named = [first, *rest] if re.match(r"[a-z_]+=", first) else rest
     given = () if first in named or not first else (first,)

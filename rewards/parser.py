@@ -124,9 +124,9 @@ def _function(call: Call, place: Place) -> Reward:
 
 
 def _aggregated(call: Call, place: Place) -> Reward:
-    parts = [_part(argument, place) for argument in call.arguments]
+    components = [_part(argument, place) for argument in call.arguments]
     numbers = {name: call.number(name, 0.0) for name in call.options}
-    return Combined(parts, aggregate(call.function, numbers, f"{call.function}(…)"))
+    return Combined(components, aggregate(call.function, numbers, f"{call.function}(…)"))
 
 
 def _product(call: Call, place: Place) -> Reward:

@@ -282,19 +282,19 @@ def _limited(connection: HTTPConnection, seconds: float) -> Iterator[threading.E
 
 def _place(address: str) -> _Place:
     try:
-        parts = urlsplit(address)
-        host, port = parts.hostname, parts.port
+        components = urlsplit(address)
+        host, port = components.hostname, components.port
         (host or "").encode("idna")
     except ValueError as error:
         raise RewardError(f"reward {address!r:.200}: not an address ({line(error)})") from error
-    if parts.username or parts.password or parts.query or parts.fragment:
+    if components.username or components.password or components.query or components.fragment:
         raise RewardError(
             f"reward at {host!r:.200}: an address is written into reports and images, so it holds no name, password, "
             f"? or #: a token goes into the environment variable {TOKEN}"
         )
     if not host or not re.fullmatch(r"[!-~]*", address):
         raise RewardError(f"reward {address!r:.200}: not an address, http://HOST:PORT/ is one")
-    return _Place(parts.scheme == "https", host, port, parts.path.rstrip("/") + "/")
+    return _Place(components.scheme == "https", host, port, components.path.rstrip("/") + "/")
 
 
 def _options(name: str, options: Sequence[str]) -> dict[str, float]:

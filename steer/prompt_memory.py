@@ -41,11 +41,11 @@ def _place(x: Tensor) -> tuple[Any, ...]:
     return x.data_ptr(), x.shape, x.stride(), x.dtype, x.device
 
 
-def distinct_rows(*parts: Tensor) -> Tensor:
+def distinct_rows(*components: Tensor) -> Tensor:
     """(N,) int64 on the CPU: numbers of the distinct rows of tensors (N, …), by first appearance; rows of one number
     are equal in every part."""
-    flat = [part.flatten(1) for part in parts]
-    number = torch.full((len(parts[0]),), -1)
+    flat = [part.flatten(1) for part in components]
+    number = torch.full((len(components[0]),), -1)
     distinct = 0
     while len(left := (number < 0).nonzero().flatten()):
         equal = torch.stack([(part[left.to(part.device)] == part[left[0]]).all(1) for part in flat]).all(0).cpu()

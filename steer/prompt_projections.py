@@ -94,11 +94,11 @@ def _precision(weights: list[nn.Parameter]) -> torch.dtype | None:
 
 def _diagonals(weights: list[nn.Parameter]) -> dict[torch.device, Tensor]:
     """Of matrices the diagonals, of vectors all, one after the other, by device."""
-    parts: dict[torch.device, list[Tensor]] = {}
+    components: dict[torch.device, list[Tensor]] = {}
     for weight in weights:
         values = weight.detach()
-        parts.setdefault(weight.device, []).append(values.diagonal() if values.dim() == 2 else values)
-    return {device: torch.cat(some) for device, some in parts.items()}
+        components.setdefault(weight.device, []).append(values.diagonal() if values.dim() == 2 else values)
+    return {device: torch.cat(some) for device, some in components.items()}
 
 
 def _equal(a: dict[torch.device, Tensor], b: dict[torch.device, Tensor]) -> bool:

@@ -137,11 +137,11 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Composite(Reward, Protocol):
-    """A reward made of others: `parts` are their scores, each (N,), by name; `total` makes its own score of them."""
+    """A reward made of others: `components` are their scores (N,) by name; `total` makes its own score of them."""
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]: ...
+    def components(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]: ...
 
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor: ...
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor: ...
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
@@ -154,18 +154,18 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
     return _checked(reward.name, prompts, found)
 
 
-def score_parts(
+def score_components(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The score, as `score` gives it, and those of its parts by name; a reward without parts has none."""
+    """The score, as `score` gives it, and those of its components by name; a reward without components has none."""
     if not isinstance(reward, Composite):
         return score(reward, images, prompts, metadata), {}
     _paired(images, prompts, metadata)
-    given = keywords(reward.parts, len(prompts), metadata)
-    found = _called(reward.name, lambda: dict(reward.parts(images, prompts, **given)))
-    parts = {name: _checked(f"{reward.name}/{name}", prompts, scores) for name, scores in found.items()}
-    total = _called(reward.name, lambda: reward.total(parts, prompts))
-    return _checked(reward.name, prompts, total), parts
+    given = keywords(reward.components, len(prompts), metadata)
+    found = _called(reward.name, lambda: dict(reward.components(images, prompts, **given)))
+    components = {name: _checked(f"{reward.name}/{name}", prompts, scores) for name, scores in found.items()}
+    total = _called(reward.name, lambda: reward.total(components, prompts))
+    return _checked(reward.name, prompts, total), components
 
 
 def evaluate(
@@ -385,12 +385,14 @@ class TimedComposite(Timed):
         super().__init__(reward, seconds)
         self._composite = reward
 
-    def parts(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Mapping[str, Tensor]:
-        given = keywords(self._composite.parts, len(prompts), metadata)
-        return self._in_time(lambda: self._composite.parts(images, prompts, **given), images.device)
+    def components(
+        self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
+    ) -> Mapping[str, Tensor]:
+        given = keywords(self._composite.components, len(prompts), metadata)
+        return self._in_time(lambda: self._composite.components(images, prompts, **given), images.device)
 
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        return self._in_time(lambda: self._composite.total(parts, prompts), CPU)
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        return self._in_time(lambda: self._composite.total(components, prompts), CPU)
 
 
 def with_timeout(reward: Reward, seconds: float | None) -> Reward:
@@ -421,11 +423,13 @@ class CompositeMetadata(PromptMetadata):
 
     reward: Composite
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        return self.reward.parts(images, prompts, **keywords(self.reward.parts, len(prompts), self._of(prompts)))
+    def components(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+        return self.reward.components(
+            images, prompts, **keywords(self.reward.components, len(prompts), self._of(prompts))
+        )
 
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        return self.reward.total(parts, prompts)
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        return self.reward.total(components, prompts)
 
 
 def with_metadata(reward: Reward, rows: Mapping[str, Mapping[str, Any]] | None) -> Reward:
@@ -445,8 +449,10 @@ def over_frames(images: Tensor, score: Callable[[Tensor], Scores]) -> Scores:
     if images.dim() == 4:
         return score(images)
     frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
-    rewards, parts = zip(*(score(images[:, frame]) for frame in frames), strict=True)
-    return torch.stack(rewards).mean(0), {name: torch.stack([p[name] for p in parts]).mean(0) for name in parts[0]}
+    rewards, components = zip(*(score(images[:, frame]) for frame in frames), strict=True)
+    return torch.stack(rewards).mean(0), {
+        name: torch.stack([p[name] for p in components]).mean(0) for name in components[0]
+    }
 
 
 logger = logging.getLogger(__name__)

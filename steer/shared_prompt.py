@@ -73,11 +73,11 @@ def shared_prompt(target: Any) -> Iterator[Sharing]:
 
 
 def _share(module: nn.Module, sharing: Sharing, stack: ExitStack) -> None:
-    name, parts = type(module).__name__, list(module.modules())
-    if hasattr(module, "_orig_mod") or any(part._compiled_call_impl is not None for part in parts):
+    name, components = type(module).__name__, list(module.modules())
+    if hasattr(module, "_orig_mod") or any(part._compiled_call_impl is not None for part in components):
         sharing.reasons += (f"{name} is compiled: left as it is",)
         return
-    layers = [part for part in parts if getattr(part, "is_cross_attention", False)]
+    layers = [part for part in components if getattr(part, "is_cross_attention", False)]
     if not layers:
         sharing.reasons += (f"{name} has no cross-attention, text and image attend jointly: nothing to share",)
         return
@@ -94,7 +94,7 @@ def _share(module: nn.Module, sharing: Sharing, stack: ExitStack) -> None:
                 once = Once(linear, linear.forward, prompts.folded, attrgetter("chunks"), sharing.counts)
                 stack.enter_context(replaced(vars(linear), "forward", once))
         stack.enter_context(replaced(vars(layer), "forward", _Folded(layer, layer.forward, prompts)))
-    for part in parts:
+    for part in components:
         if layers and type(part) is PixArtAlphaTextProjection:
             watch.modules.append(part)
             once = Once(part, part.forward, captions.find, attrgetter("number"), sharing.counts)

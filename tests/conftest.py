@@ -151,11 +151,11 @@ def img2img() -> StableDiffusionImg2ImgPipeline:
 
 
 def controlnet() -> StableDiffusionControlNetPipeline:
-    parts = stable_diffusion_parts()
-    net = ControlNetModel.from_unet(parts["unet"], conditioning_embedding_out_channels=(4, 4)).eval()
+    components = stable_diffusion_parts()
+    net = ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(4, 4)).eval()
     for parameter in net.parameters():  # the zero convolutions of a fresh ControlNet would say nothing
         torch.nn.init.normal_(parameter, std=0.2)
-    return StableDiffusionControlNetPipeline(**parts, controlnet=net, requires_safety_checker=False)
+    return StableDiffusionControlNetPipeline(**components, controlnet=net, requires_safety_checker=False)
 
 
 def sdxl() -> StableDiffusionXLPipeline:

@@ -6,35 +6,35 @@ from pathlib import Path
 from typing import Any
 
 from steer.pipelines import (
-    D3POPipeline,
-    DDPOPipeline,
-    FilteredPipeline,
-    FinetuneResult,
-    FinetuneSettings,
-    GRPOPipeline,
-    PRDPPipeline,
-    RewardBackpropPipeline,
+    D3POTrainer,
+    DDPOTrainer,
+    FilteredTrainer,
+    GRPOTrainer,
+    PRDPTrainer,
+    RewardBackpropTrainer,
+    TrainingConfig,
+    TrainingResult,
 )
 
 METHODS: dict[str, Callable[[Any], Any]] = {
-    "d3po": lambda pipe: D3POPipeline(pipe, "brightness"),
-    "d3po-trajectory": lambda pipe: D3POPipeline(pipe, "brightness", trajectory=True),
-    "prdp": lambda pipe: PRDPPipeline(pipe, "brightness", beta=0.0003, clip=0.5),
-    "ddpo": lambda pipe: DDPOPipeline(pipe, "brightness", history=4, enough=4),
-    "grpo": lambda pipe: GRPOPipeline(pipe, "brightness"),
-    "filtered": lambda pipe: FilteredPipeline(pipe, "brightness"),
-    "reward-backprop": lambda pipe: RewardBackpropPipeline(pipe, "brightness", last_steps=2),
+    "d3po": lambda pipe: D3POTrainer(pipe, "brightness"),
+    "d3po-trajectory": lambda pipe: D3POTrainer(pipe, "brightness", trajectory=True),
+    "prdp": lambda pipe: PRDPTrainer(pipe, "brightness", beta=0.0003, clip=0.5),
+    "ddpo": lambda pipe: DDPOTrainer(pipe, "brightness", history=4, enough=4),
+    "grpo": lambda pipe: GRPOTrainer(pipe, "brightness"),
+    "filtered": lambda pipe: FilteredTrainer(pipe, "brightness"),
+    "reward-backprop": lambda pipe: RewardBackpropTrainer(pipe, "brightness", last_steps=2),
 }
 PROMPTS = ("a red circle", "a blue star", "two green squares")
 HELD_OUT = ("a yellow cross", "three stars")
 # Rounds of two updates gone over twice: checkpoints after every third update fall amid them.
-SETTINGS = FinetuneSettings(
+SETTINGS = TrainingConfig(
     max_steps=7,
     seed=5,
-    prompts_per_step=2,
-    samples_per_prompt=2,
-    steps_per_round=2,
-    passes=2,
+    train_batch_size=2,
+    num_generations=2,
+    steps_per_generation=2,
+    num_iterations=2,
     micro_batch=2,
     num_inference_steps=3,
     guidance_scale=3.0,
@@ -48,15 +48,15 @@ SETTINGS = FinetuneSettings(
     eval_every=3,
     checkpoint_every=3,
 )
-PLAIN = {"steps_per_round": 1, "passes": 1}  # what reward backpropagation asks for
+PLAIN = {"steps_per_generation": 1, "num_iterations": 1}  # what reward backpropagation asks for
 
 
-def settings_of(method: str, **changed: Any) -> FinetuneSettings:
+def settings_of(method: str, **changed: Any) -> TrainingConfig:
     return replace(SETTINGS, **(PLAIN if method == "reward-backprop" else {}) | changed)
 
 
 def train(
-    method: str, pipe: Any, folder: str | Path, settings: FinetuneSettings | None = None, **options: Any
-) -> FinetuneResult:
+    method: str, pipe: Any, folder: str | Path, settings: TrainingConfig | None = None, **options: Any
+) -> TrainingResult:
     given = {"eval_prompts": HELD_OUT, "eval_rewards": ["colour:red"], "resume": True} | options
     return METHODS[method](pipe).train(PROMPTS, folder, settings or settings_of(method), **given)

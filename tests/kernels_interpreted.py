@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from steer.diffusion import kernels
 from steer.diffusion.schedules import X0_WEIGHTS, Gaussian, Level, LinearStep, linear_step, plain_pass
-from steer.diffusion.step_hooks import Event, steered
+from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.diffusion.triton_kernels import BLOCK, triton_pass
 from steer.pipelines import FKSteeringPipeline
 from steer.pipelines.base import SteeringOutput
@@ -217,11 +217,11 @@ def test_thresholding_takes_the_plain_way(everywhere: None) -> None:
     pipe = with_scheduler(cached_pipe("sd"), DIFFUSION["DDIM"](thresholding=True))
     kinds: list[type] = []
 
-    def look(event: Event) -> None:
+    def look(event: SolverStep) -> None:
         kinds.append(type(event.kernel(1.0, torch.tensor([0, 0]))))
 
     for one in (pipe, cached_pipe("sd")):
-        with steered(one, look) as view:
+        with hook_steps(one, look) as view:
             view(**call_of("sd", 2), prompt=[PROMPT] * 2, output_type="latent")
     assert kinds == [Gaussian, Gaussian, kernels.FusedGaussian, kernels.FusedGaussian]
 

@@ -31,7 +31,7 @@ class Soft:
 
 
 class Sum:
-    """A reward of two parts."""
+    """A reward of two components."""
 
     name, differentiable = "sum", True
 
@@ -39,13 +39,13 @@ class Sum:
         self.terms = terms
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.total(self.parts(images, prompts), prompts)
+        return self.total(self.components(images, prompts), prompts)
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    def components(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         return {name: term(images, prompts) for name, term in self.terms.items()}
 
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        return torch.stack(list(parts.values())).sum(0)
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        return torch.stack(list(components.values())).sum(0)
 
 
 def pattern(images: Tensor) -> Tensor:

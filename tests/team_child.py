@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
-from steer.pipelines import GRPOPipeline
-from steer.pipelines.training.distributed import AcceleratedTeam, main_first
+from steer.pipelines import GRPOTrainer
+from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.method import sampler_of
 from steer.pipelines.training.rollouts import OnlineSamples
 from steer.training.guards import chi_square, kl
@@ -49,10 +49,10 @@ def gradients(folder: Path) -> None:
     """Of one update of every method, by weights that are not those that drew its samples: METHOD-PROCESS.safetensors,
     with the numbers it tells of them."""
     accelerator = Accelerator(cpu=True)
-    team = AcceleratedTeam(accelerator)
+    team = AccelerateContext(accelerator)
     for name, make in METHODS.items():
         # Chunks that hold more than one row, so that processes and chunks do not coincide.
-        settings = settings_of(name, prompts_per_step=4, samples_per_prompt=3, micro_batch=4, steps_per_round=1)
+        settings = settings_of(name, train_batch_size=4, num_generations=3, micro_batch=4, steps_per_generation=1)
         method = make(fresh())
         lora = LoRA(method.pipe, rank=2)
         prepared = accelerator.prepare(lora.denoiser)
@@ -108,7 +108,7 @@ def interrupted(folder: Path) -> None:
     """A signal that one process alone receives."""
     reward = Struck(lambda: os.kill(os.getpid(), signal.SIGTERM))
     settings = settings_of("grpo", max_steps=50)
-    result = GRPOPipeline(fresh(), reward).train(PROMPTS, folder / "interrupted", settings)
+    result = GRPOTrainer(fresh(), reward).train(PROMPTS, folder / "interrupted", settings)
     told = {name: value for name, value in asdict(result).items() if name in ("step", "stopped")}
     (folder / f"interrupted-{os.environ['RANK']}.json").write_text(json.dumps(told))
 
@@ -121,11 +121,11 @@ def dies(folder: Path) -> None:
         os._exit(9)
 
     settings = settings_of("grpo", max_steps=50, checkpoint_every=1)
-    GRPOPipeline(fresh(), Struck(die)).train(PROMPTS, folder / "dies", settings)
+    GRPOTrainer(fresh(), Struck(die)).train(PROMPTS, folder / "dies", settings)
 
 
 def divided(folder: Path) -> None:
-    """Runs of four updates, the denoiser's weights divided by FSDP2; and one in two parts."""
+    """Runs of four updates, the denoiser's weights divided by FSDP2; and one in two components."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",

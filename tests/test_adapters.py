@@ -13,7 +13,7 @@ from rollouts import fresh_pipe
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from steer.apps.models import wearing
+from steer.apps.models import adapter_applied
 from steer.errors import InputError
 from steer.training.trainable import LoRA, denoiser_of
 
@@ -94,7 +94,7 @@ def test_a_kohya_lora_with_alphas_of_its_own_equals_the_merged_weights(tmp_path:
     save_file(state, tmp_path / "kohya.safetensors")
     pipe = fresh_pipe("sd")
     before, bare = hashes(pipe), unet_output(pipe)
-    with wearing(pipe, str(tmp_path / "kohya.safetensors")) as off:
+    with adapter_applied(pipe, str(tmp_path / "kohya.safetensors")) as off:
         torch.testing.assert_close(unet_output(pipe), unet_output(by_hand), rtol=0, atol=1e-5)
         torch.testing.assert_close(text_output(pipe), text_output(by_hand), rtol=0, atol=1e-5)
         assert (unet_output(pipe) - bare).abs().max() > 1e-2
@@ -130,7 +130,7 @@ def test_what_is_not_applied_is_named_and_the_base_stays(kind: str, tmp_path: Pa
     extra, message = EXTRA[kind]
     file, pipe = plain(tmp_path, extra), fresh_pipe("sd")
     before = hashes(pipe)
-    with pytest.raises(InputError, match=message) as raised, wearing(pipe, str(file)):
+    with pytest.raises(InputError, match=message) as raised, adapter_applied(pipe, str(file)):
         pass
     assert "\n" not in str(raised.value)
     assert hashes(pipe) == before
@@ -159,7 +159,7 @@ def test_a_configuration_that_asks_for_more_is_named(form: str, key: str, value:
         (tmp_path / "adapter_config.json").write_text(json.dumps(told))
     pipe = fresh_pipe("sd")
     before = hashes(pipe)
-    with pytest.raises(InputError, match=f"its configuration has {key}="), wearing(pipe, str(tmp_path)):
+    with pytest.raises(InputError, match=f"its configuration has {key}="), adapter_applied(pipe, str(tmp_path)):
         pass
     assert hashes(pipe) == before
 
@@ -185,7 +185,7 @@ def test_a_peft_adapter_equals_the_merged_weights(tmp_path: Path) -> None:
     )
     pipe = fresh_pipe("sd")
     before = hashes(pipe)
-    with wearing(pipe, str(tmp_path)):
+    with adapter_applied(pipe, str(tmp_path)):
         torch.testing.assert_close(unet_output(pipe), unet_output(by_hand), rtol=0, atol=1e-5)
     assert hashes(pipe) == before
     assert all(weight.requires_grad for weight in pipe.unet.parameters())
@@ -199,7 +199,7 @@ def test_an_ordinary_lora_loads_without_a_warning_and_nothing_is_muted(
     library, pipe = diffusers_logging.get_logger("diffusers"), fresh_pipe("sd")
     monkeypatch.setattr(library, "propagate", True)
     caplog.set_level(logging.INFO, "diffusers")
-    with wearing(pipe, str(plain(tmp_path))):
+    with adapter_applied(pipe, str(plain(tmp_path))):
         pass
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     load = pipe.load_lora_into_unet
@@ -209,7 +209,7 @@ def test_an_ordinary_lora_loads_without_a_warning_and_nothing_is_muted(
         diffusers_logging.get_logger("diffusers.loaders.lora_base").warning("something to know")
 
     monkeypatch.setattr(pipe, "load_lora_into_unet", warning)
-    with wearing(pipe, str(tmp_path)):
+    with adapter_applied(pipe, str(tmp_path)):
         pass
     assert "something to know" in caplog.text
 
@@ -227,7 +227,7 @@ def test_an_adapter_of_every_family_equals_the_merged_weights(family: str, tmp_p
             layer = denoiser_of(by_hand)[1].get_submodule(name.partition(".lora_A.")[0])
             merged(layer, down.data, trained.parameters[name.replace(".lora_A.", ".lora_B.")].data, 1.5)
     before = hashes(pipe)
-    with wearing(pipe, str(tmp_path)):
+    with adapter_applied(pipe, str(tmp_path)):
         for name, layer in denoiser_of(by_hand)[1].named_modules():
             if hasattr(tuned := denoiser_of(pipe)[1].get_submodule(name), "lora_A"):
                 x = drawn(3, layer.weight.shape[1], seed=5)

@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.pipelines import D3POPipeline, FinetuneSettings
+from steer.pipelines import D3POTrainer, TrainingConfig
 from steer.pipelines.training.method import sampler_of
-from steer.pipelines.training.preference_data import ChoiceFolder, HumanChoices, check_choices
+from steer.pipelines.training.preference_data import PreferenceDataset, PreferenceFolder, check_choices
 from steer.pipelines.training.preference_data import settings_of as settings_told
 from steer.pipelines.training.preference_files import pixel_hash, pixels_of, read_choices, read_lines
-from steer.training.distributed import ALONE
+from steer.training.distributed import SINGLE_PROCESS
 from steer.training.rollout import Rows, Sampler, log_probs
 from steer.training.trainable import LoRA
 
@@ -36,7 +36,7 @@ CHOICES = [(0, 2, 1), (1, 0, 1), (0, 0, 1)]
 def record(path: Path, keep: bool, choices: list[tuple[int, int, int]] = CHOICES) -> list[str]:
     """A folder as the app would write it; the lots' names."""
     pipe = fresh_pipe("sd")
-    folder = ChoiceFolder.create(path, pipe, CALL)
+    folder = PreferenceFolder.create(path, pipe, CALL)
     sampler = Sampler(pipe, CALL)
     names = [folder.write_lot(*sampler.rollout(rows), keep_trajectories=keep) for rows in LOTS]
     for lot, chosen, rejected in choices:
@@ -59,12 +59,12 @@ def stored(recorded: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(recorded["stored"], tmp_path / "choices"))
 
 
-def tiny(folder: Path, **changed: Any) -> FinetuneSettings:
+def tiny(folder: Path, **changed: Any) -> TrainingConfig:
     return replace(settings_of("d3po", **PLAIN, warmup_steps=0), **settings_told(folder) | {"max_steps": 3} | changed)
 
 
-def train(folder: Path, out: Path, settings: FinetuneSettings | None = None, pipe: Any = None, **options: Any) -> Any:
-    return D3POPipeline(pipe or fresh_pipe("sd")).train_on_choices(folder, out, settings or tiny(folder), **options)
+def train(folder: Path, out: Path, settings: TrainingConfig | None = None, pipe: Any = None, **options: Any) -> Any:
+    return D3POTrainer(pipe or fresh_pipe("sd")).train_on_choices(folder, out, settings or tiny(folder), **options)
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ def test_stored_and_regenerated_trajectories_train_to_the_same_bits(recorded: di
         )  # the reference itself
         assert all(record["margin"] > 0 and record["pairs"] == 2 for record in later)
     assert not (tmp_path / "stored" / "regenerated").exists()
-    again = ChoiceFolder(tmp_path / "seeds" / "regenerated").lots
+    again = PreferenceFolder(tmp_path / "seeds" / "regenerated").lots
     for lot in read_choices(recorded["stored"]).lots.values():
         assert torch.equal(again[lot.id].load().latents, lot.load().latents)
 
@@ -107,7 +107,7 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
     trajectory: bool, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
     pipe, folder = fresh_pipe("sd"), recorded["stored"]
-    settings = tiny(folder, max_steps=4, prompts_per_step=3, micro_batch=3, kl_weight=0.0, kl_target=None)
+    settings = tiny(folder, max_steps=4, train_batch_size=3, micro_batch=3, kl_weight=0.0, kl_target=None)
     lots = list(read_choices(folder).lots.values())
 
     def likelihoods() -> list[Tensor]:
@@ -115,7 +115,7 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
         return [log_probs(sampler, lot.load()).sum(1) for lot in lots]
 
     before = likelihoods()
-    D3POPipeline(pipe, trajectory=trajectory).train_on_choices(folder, tmp_path, replace(settings, ema_decay=0.0))
+    D3POTrainer(pipe, trajectory=trajectory).train_on_choices(folder, tmp_path, replace(settings, ema_decay=0.0))
     gained = [after - start for start, after in zip(before, likelihoods(), strict=True)]
     for lot, chosen, rejected in CHOICES:
         assert gained[lot][chosen] > gained[lot][rejected] + 1e-3
@@ -124,8 +124,8 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
 def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorded: dict[str, Path]) -> None:
     """Every choice once a turn, chosen before rejected, with the signal 1 and 0; the old policy is the present one."""
     folder, pipe = recorded["stored"], fresh_pipe("sd")
-    settings = tiny(folder, prompts_per_step=1, steps_per_round=3, micro_batch=1, timestep_fraction=0.5)
-    source = HumanChoices.of(folder, pipe, settings, folder / "unused")
+    settings = tiny(folder, train_batch_size=1, steps_per_generation=3, micro_batch=1, timestep_fraction=0.5)
+    source = PreferenceDataset.of(folder, pipe, settings, folder / "unused")
     lora = LoRA(pipe, 2)
     move(lora, 0.05)
     sampler = sampler_of(pipe, settings)
@@ -133,7 +133,7 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
     stream: list[int] = []
     for number in (0, 1):
         calls: list[int] = []
-        drew = source.round(number, sampler, lora, lambda calls=calls: calls.append(1), ALONE)
+        drew = source.round(number, sampler, lora, lambda calls=calls: calls.append(1), SINGLE_PROCESS)
         assert len(calls) == 3 * 2 * 2  # updates × chunks × (reference, today)
         seen = []
         for batch in drew.batches:
@@ -156,7 +156,9 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
         stream += [noise for noise, _ in seen]
         assert sorted(seen) == sorted((LOTS[lot].noises[a], LOTS[lot].noises[b]) for lot, a, b in CHOICES)
     assert (drew.told[0]["turn"], drew.told[2]["turn"]) == (1.0, pytest.approx(5 / 3))
-    drew = replace(source, settings=replace(settings, prompts_per_step=2)).round(0, sampler, lora, lambda: None, ALONE)
+    drew = replace(source, settings=replace(settings, train_batch_size=2)).round(
+        0, sampler, lora, lambda: None, SINGLE_PROCESS
+    )
     chosen = [batch.chunks[place].rows.noises[0] for batch in drew.batches for place in (0, 2)]
     assert chosen == stream  # the same one, two at a time
 
@@ -165,40 +167,42 @@ def test_a_batch_of_micro_batches_is_the_batch(recorded: dict[str, Path], tmp_pa
     folder = recorded["stored"]
     found = []
     for size in (1, 4):
-        result = train(folder, tmp_path / str(size), tiny(folder, max_steps=2, micro_batch=size, prompts_per_step=3))
+        result = train(folder, tmp_path / str(size), tiny(folder, max_steps=2, micro_batch=size, train_batch_size=3))
         found.append([record["margin"] for record in result.records[1:]])
     torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-3, atol=1e-5)
 
 
 def test_stopped_amid_a_round_and_resumed_it_ends_the_same(recorded: dict[str, Path], tmp_path: Path) -> None:
     folder = recorded["seeds"]
-    settings = tiny(folder, checkpoint_every=9, steps_per_round=2)
+    settings = tiny(folder, checkpoint_every=9, steps_per_generation=2)
     train(folder, tmp_path / "whole", settings)
-    train(folder, tmp_path / "parts", replace(settings, max_steps=1))
-    assert train(folder, tmp_path / "parts", settings, resume=True).step == 3
-    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    train(folder, tmp_path / "components", replace(settings, max_steps=1))
+    assert train(folder, tmp_path / "components", settings, resume=True).step == 3
+    assert_same_weights(tmp_path / "whole", tmp_path / "components")
 
 
 def test_resuming_draws_nothing_anew_that_was_drawn(recorded: dict[str, Path], tmp_path: Path) -> None:
     settings = tiny(recorded["seeds"], max_steps=3)
     pipe = fresh_pipe("sd")
-    HumanChoices.of(recorded["seeds"], pipe, settings, tmp_path)
+    PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path)
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(1.5)  # it would draw others, so it draws none
-    assert all(lot.trajectories for lot in HumanChoices.of(recorded["seeds"], pipe, settings, tmp_path).lots.values())
+    assert all(
+        lot.trajectories for lot in PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path).lots.values()
+    )
 
 
 def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Path], tmp_path: Path) -> None:
     settings, pipe = tiny(recorded["seeds"]), fresh_pipe("sd")
-    HumanChoices.of(recorded["seeds"], pipe, settings, tmp_path / "run")
+    PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path / "run")
     other = fresh_pipe("sd")
     with torch.no_grad():
         other.unet.conv_out.weight.mul_(1.5)
-    folder = ChoiceFolder.create(tmp_path / "other", other, CALL)
+    folder = PreferenceFolder.create(tmp_path / "other", other, CALL)
     drew, images = Sampler(other, CALL).rollout(LOTS[0])
     folder.write_choice(folder.write_lot(drew, images, keep_trajectories=False), 0, 1)
     with pytest.raises(InputError, match="is there with other images"):
-        HumanChoices.of(tmp_path / "other", other, settings, tmp_path / "run")
+        PreferenceDataset.of(tmp_path / "other", other, settings, tmp_path / "run")
 
 
 def test_in_mixed_precision_what_was_chosen_from_is_drawn_as_it_was(recorded: dict[str, Path], tmp_path: Path) -> None:
@@ -209,10 +213,10 @@ def test_in_mixed_precision_what_was_chosen_from_is_drawn_as_it_was(recorded: di
 
 
 def test_only_the_lots_that_a_run_needs_are_drawn_anew(recorded: dict[str, Path], tmp_path: Path) -> None:
-    source = HumanChoices.of(
-        recorded["seeds"], fresh_pipe("sd"), tiny(recorded["seeds"], max_steps=1, prompts_per_step=1), tmp_path
+    source = PreferenceDataset.of(
+        recorded["seeds"], fresh_pipe("sd"), tiny(recorded["seeds"], max_steps=1, train_batch_size=1), tmp_path
     )
-    assert len(source.lots) == len(ChoiceFolder(tmp_path / "regenerated").lots) == 1
+    assert len(source.lots) == len(PreferenceFolder(tmp_path / "regenerated").lots) == 1
 
 
 def test_other_choices_are_another_run(stored: Path, tmp_path: Path) -> None:
@@ -231,7 +235,7 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
         "call": {"height": 8, "width": 8},
         "eta": 1.0,
         "storage": "float32",
-        "samples_per_prompt": 2,
+        "num_generations": 2,
     }
     with pytest.raises(InputError, match="eval_prompts are judged by rewards"):
         train(stored, tmp_path / "a", eval_prompts=["a star"])
@@ -239,7 +243,7 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
     result = train(stored, tmp_path / "b", settings, eval_prompts=["a star"], eval_rewards=["brightness", "colour:red"])
     assert [*result.evaluations[0]][1:3] == ["eval/brightness", "eval/colour:red"]
     with pytest.raises(InputError, match="without a reward"):
-        D3POPipeline(fresh_pipe("sd")).train(["a star"], tmp_path / "c", settings)
+        D3POTrainer(fresh_pipe("sd")).train(["a star"], tmp_path / "c", settings)
 
 
 # ---- what a run refuses
@@ -254,7 +258,7 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
         ({"call": {"height": 8, "width": 8, "clip_skip": 1}}, "clip_skip is 1 in this run and was not given"),
         ({"eta": 0.5}, "eta is 0.5 in this run and was 1.0"),
         ({"storage": "float16"}, "storage is 'float16' in this run and was 'float32'"),
-        ({"samples_per_prompt": 4}, "samples_per_prompt must be 2, got 4"),
+        ({"num_generations": 4}, "num_generations must be 2, got 4"),
     ],
 )
 def test_other_settings_are_refused(
@@ -454,14 +458,14 @@ def test_what_is_written_twice_is_there_once_and_other_images_are_refused(tmp_pa
     names = record(tmp_path, keep=True)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     pipe = fresh_pipe("sd")
-    folder = ChoiceFolder.create(tmp_path, pipe, CALL)
+    folder = PreferenceFolder.create(tmp_path, pipe, CALL)
     drew, images = Sampler(pipe, CALL).rollout(LOTS[0])
     assert folder.write_lot(drew, images) == names[0]
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="is there with other images"):
         folder.write_lot(drew, 1 - images)
     with pytest.raises(InputError, match=r"drawn with guidance_scale 3.0, not 4.0: use another folder"):
-        ChoiceFolder.create(tmp_path, pipe, CALL | {"guidance_scale": 4.0})
+        PreferenceFolder.create(tmp_path, pipe, CALL | {"guidance_scale": 4.0})
 
 
 def test_what_no_training_could_learn_from_is_not_written(tmp_path: Path) -> None:
@@ -471,11 +475,11 @@ def test_what_no_training_could_learn_from_is_not_written(tmp_path: Path) -> Non
         (CALL | {"image": torch.zeros(1)}, "image is no plain value"),
     ):
         with pytest.raises(InputError, match=said):
-            ChoiceFolder.create(tmp_path / "x", pipe, call)
+            PreferenceFolder.create(tmp_path / "x", pipe, call)
     with pytest.raises(InputError, match="storage must be one of"):
-        ChoiceFolder.create(tmp_path / "x", pipe, CALL, storage="int8")
+        PreferenceFolder.create(tmp_path / "x", pipe, CALL, storage="int8")
     assert not (tmp_path / "x").exists()
-    folder = ChoiceFolder.create(tmp_path / "x", pipe, CALL)
+    folder = PreferenceFolder.create(tmp_path / "x", pipe, CALL)
     drew, images = Sampler(pipe, CALL).rollout(LOTS[0])
     for rows, said in (
         (Rows((PROMPT,) * 3, (7, 7, 8), (1, 2, 3)), "one prompt from one x_T"),
@@ -517,7 +521,7 @@ def test_a_line_that_a_crash_broke_off_is_left_out_and_written_over(
             caplog.clear()
     lot = first_lot(stored)
     if file == "choices.jsonl":
-        ChoiceFolder(stored).write_choice(lot, 1, 2, who="me")
+        PreferenceFolder(stored).write_choice(lot, 1, 2, who="me")
         assert (stored / file).read_bytes().startswith(whole)
         assert read_lines(stored / file)[-1] == (4, {"who": "me", "lot": lot, "chosen": 1, "rejected": 2})
     check_choices(stored)
@@ -526,12 +530,12 @@ def test_a_line_that_a_crash_broke_off_is_left_out_and_written_over(
 def test_a_last_line_without_its_end_is_kept(stored: Path) -> None:
     path = stored / "choices.jsonl"
     path.write_bytes(path.read_bytes().rstrip())
-    ChoiceFolder(stored).write_tie(first_lot(stored))
+    PreferenceFolder(stored).write_tie(first_lot(stored))
     assert len(read_lines(path)) == 4
 
 
 def test_ties_are_dropped_and_counted(stored: Path, caplog: pytest.LogCaptureFixture) -> None:
-    ChoiceFolder(stored).write_tie(first_lot(stored))
+    PreferenceFolder(stored).write_tie(first_lot(stored))
     found = read_choices(stored)
     assert (len(found.choices), found.ties) == (3, 1) and "1 ties of 4 choices are left out" in caplog.text
 

@@ -53,14 +53,14 @@ def test_probabilities_of_all_categories_sum_to_one(reward: Classifier) -> None:
 def test_order_and_micro_batches_change_nothing(reward: Classifier) -> None:
     order = [2, 0, 1]
     whole = IMAGES.clone().requires_grad_()
-    parts = IMAGES.clone().requires_grad_()
+    components = IMAGES.clone().requires_grad_()
     scores = score(reward, whole, PROMPTS)
-    by_two = score(Classifier("tabby", micro_batch="2"), parts[order], PROMPTS)
+    by_two = score(Classifier("tabby", micro_batch="2"), components[order], PROMPTS)
     assert torch.allclose(scores[order], by_two, atol=1e-5, rtol=0)
     scores.sum().backward()
     by_two.sum().backward()
-    assert whole.grad is not None and parts.grad is not None
-    assert torch.allclose(whole.grad, parts.grad, atol=1e-5, rtol=1e-3)
+    assert whole.grad is not None and components.grad is not None
+    assert torch.allclose(whole.grad, components.grad, atol=1e-5, rtol=1e-3)
 
 
 def test_gradients_match_finite_differences_in_fp64() -> None:

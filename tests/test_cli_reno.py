@@ -124,8 +124,8 @@ def test_the_base_is_where_reno_starts_from(steer: Steer, tmp_path: Path) -> Non
     trace = entry["trace"]
     assert entry["base"]["rewards"] == pytest.approx(trace["rewards"][0], abs=1e-5)
     assert {len(trace[name]) for name in ("rewards", "norms", "best")} == {4} and entry["stopped"] is None
-    assert all(len(row) == 2 for rows in (trace["rewards"], *trace["parts"].values()) for row in rows)
-    assert set(trace["parts"]) == set(entry["parts"]) and len(trace["parts"]) == 2
+    assert all(len(row) == 2 for rows in (trace["rewards"], *trace["components"].values()) for row in rows)
+    assert set(trace["components"]) == set(entry["components"]) and len(trace["components"]) == 2
     best = [[max(column) for column in zip(*trace["rewards"][: n + 1], strict=True)] for n in range(4)]
     assert trace["best"] == best != trace["rewards"]
     assert entry["rewards"] == pytest.approx([best[3][slot] for slot in entry["order"]], abs=1e-5)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from steer.reward import Composite, Reward, RewardError, score, score_parts
+from steer.reward import Composite, Reward, RewardError, score, score_components
 from steer.rewards.colour import Brightness, ColourMatch
 from steer.rewards.compose import (
     AGGREGATES,
@@ -268,10 +268,10 @@ def test_gradients_flow_where_every_part_has_one(place: int) -> None:
 
 @pytest.mark.parametrize("place", range(5))
 def test_what_is_made_of_scores_has_exact_slopes(place: int) -> None:
-    """In fp64, of the parts; through images everything is fp32."""
+    """In fp64, of the components; through images everything is fp32."""
     reward = nested(A)[place]
     assert isinstance(reward, Composite)
-    names = list(reward.parts(IMAGES, PROMPTS))
+    names = list(reward.components(IMAGES, PROMPTS))
     values = tuple(
         torch.rand(4, dtype=torch.float64, generator=torch.Generator().manual_seed(k), requires_grad=True)
         for k in range(len(names))
@@ -294,9 +294,9 @@ def test_every_part_of_nested_compositions_is_told() -> None:
     inner = Combined([Part(A), Part(Standardised(B, scale), 3)], worst, "inner")
     reward = Combined([Part(inner, 2), Part(C, -1), Part(Product([Constraint(inner, ">", 0.0)]))])
     images = showing([[1.0, 2.0], [0.5, 0.1], [7.0, 8.0]])
-    found, parts = score_parts(reward, images, ["", ""])
+    found, components = score_components(reward, images, ["", ""])
     assert reward.name == "inner:2 + c:-1 + product(inner > 0)"
-    told = {name: values.tolist() for name, values in parts.items()}
+    told = {name: values.tolist() for name, values in components.items()}
     least = [1.0, pytest.approx(0.3)]
     half, b = [pytest.approx(1), pytest.approx(1 / (1 + math.exp(-6)))], [0.5, pytest.approx(0.1)]
     assert told == {
@@ -316,14 +316,14 @@ def test_every_part_of_nested_compositions_is_told() -> None:
 
 def test_rewards_of_one_name_are_told_apart() -> None:
     twice = combine([Column(0, "x"), Column(1, "x"), Column(2)])
-    found, parts = score_parts(twice, showing([[1.0], [2.0], [4.0]]), [""])
-    assert {name: values.item() for name, values in parts.items()} == {"x#0": 1.0, "x#1": 2.0, "c": 4.0}
+    found, components = score_components(twice, showing([[1.0], [2.0], [4.0]]), [""])
+    assert {name: values.item() for name, values in components.items()} == {"x#0": 1.0, "x#1": 2.0, "c": 4.0}
     assert found.item() == 7.0
     inner = combine([A, A])
-    _, parts = score_parts(combine({inner: 1.0, Combined([Part(A), Part(A)]): 1.0}), showing([[1.0]]), [""])
-    assert list(parts) == [f"a + a#{k}{part}" for k in range(2) for part in ("", "/a#0", "/a#1")]
+    _, components = score_components(combine({inner: 1.0, Combined([Part(A), Part(A)]): 1.0}), showing([[1.0]]), [""])
+    assert list(components) == [f"a + a#{k}{part}" for k in range(2) for part in ("", "/a#0", "/a#1")]
     both = Product([Constraint(A, ">", 0.0), Constraint(A, "<", 1.0)])
-    assert list(both.parts(showing([[1.0]]), [""])) == ["a#0", "a#1"]
+    assert list(both.components(showing([[1.0]]), [""])) == ["a#0", "a#1"]
 
 
 @pytest.mark.parametrize("weight", [math.inf, -math.inf, math.nan, "2", None, True, 10**400])

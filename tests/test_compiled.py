@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 from steer.diffusion.batching import compiled, compiled_call, micro_batched
 from steer.diffusion.preview import first_output
-from steer.diffusion.step_hooks import Event, steered
+from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
 from steer.training.rollout import Rows, Sampler, log_probs
 
@@ -63,7 +63,7 @@ def test_compiled_images_are_the_plain_ones(family: str) -> None:
         torch.testing.assert_close(run(view, family, height=16, width=16), run(pipe, family, height=16, width=16))
 
 
-def resampled(event: Event) -> tuple[Tensor, None] | None:
+def resampled(event: SolverStep) -> tuple[Tensor, None] | None:
     return (torch.tensor([2, 2, 0]), None) if event.k == 0 else None
 
 
@@ -71,7 +71,7 @@ def test_resampling_and_rollouts_need_no_new_graph() -> None:
     pipe = cached_pipe("sd")
 
     def steer(one: Any) -> Tensor:
-        with steered(one, resampled, rows=3) as view:
+        with hook_steps(one, resampled, rows=3) as view:
             return run(view, "sd")
 
     rows = Rows((OTHER, "a star", OTHER), (1, 2, 3), (4, 5, 6))  # as many as there are images

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steer.reward import Composite, Reward, RewardError, score, score_parts, with_timeout
+from steer.reward import Composite, Reward, RewardError, score, score_components, with_timeout
 from steer.rewards.colour import Brightness, ColourMatch
 from steer.rewards.compose import Combined, Constraint, LogSigmoid, Part, Product, Scale, Standardised, worst
 from steer.rewards.parser import load_reward
@@ -90,7 +90,7 @@ def inside(broken: Reward) -> list[Reward]:
 def test_what_breaks_the_contract_is_named_wherever_it_stands(call: Call, message: str) -> None:
     broken = Made(call)
     for reward in (broken, *inside(broken), with_timeout(broken, 5), with_timeout(inside(broken)[0], 5)):
-        for ask in (score, score_parts):
+        for ask in (score, score_components):
             with pytest.raises(RewardError) as raised:
                 ask(reward, IMAGES, PROMPTS)
             assert str(raised.value).startswith(message)
@@ -113,7 +113,7 @@ def test_scores_come_in_single_precision_on_the_cpu() -> None:
 )
 def test_there_is_one_prompt_an_image(prompts: Any, message: str) -> None:
     for reward in (Brightness(), *inside(Brightness())):
-        for ask in (score, score_parts):
+        for ask in (score, score_components):
             with pytest.raises(RewardError, match=message):
                 ask(reward, IMAGES, prompts)
 
@@ -123,25 +123,25 @@ class Foreign:
 
     name, differentiable = "foreign", True
 
-    def __init__(self, parts: Call, total: Callable[[Mapping[str, Tensor]], Any]) -> None:
-        self._parts, self._total = parts, total
+    def __init__(self, components: Call, total: Callable[[Mapping[str, Tensor]], Any]) -> None:
+        self._parts, self._total = components, total
 
-    def parts(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
+    def components(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
         return self._parts(images, prompts)
 
-    def total(self, parts: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        return self._total(parts)
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        return self._total(components)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.total(self.parts(images, prompts), prompts)
+        return self.total(self.components(images, prompts), prompts)
 
 
-def zeros(parts: Mapping[str, Tensor]) -> Tensor:
+def zeros(components: Mapping[str, Tensor]) -> Tensor:
     return torch.zeros(3)
 
 
 @pytest.mark.parametrize(
-    ("parts", "total", "message"),
+    ("components", "total", "message"),
     [
         (returns({"a": torch.tensor([0.0, torch.nan, 0.0])}), zeros, "reward 'foreign/a' returned nan for image 1"),
         (returns({"a": torch.zeros(3, 2)}), zeros, r"reward 'foreign/a' must return .*\(3,\), got \(3, 2\)"),
@@ -149,21 +149,21 @@ def zeros(parts: Mapping[str, Tensor]) -> Tensor:
         (returns(torch.zeros(3)), zeros, "reward 'foreign' failed: TypeError"),
         (returns(None), zeros, "reward 'foreign' failed: TypeError"),
         (raises(OSError("gone")), zeros, "reward 'foreign' failed: OSError: gone"),
-        (returns({}), lambda parts: parts["b"], "reward 'foreign' failed: KeyError: 'b'"),
-        (returns({}), lambda parts: torch.full((3,), torch.nan), "reward 'foreign' returned nan for image 0"),
+        (returns({}), lambda components: components["b"], "reward 'foreign' failed: KeyError: 'b'"),
+        (returns({}), lambda components: torch.full((3,), torch.nan), "reward 'foreign' returned nan for image 0"),
     ],
 )
 def test_the_parts_of_a_composite_are_held_to_the_contract_too(
-    parts: Call, total: Callable[[Mapping[str, Tensor]], Any], message: str
+    components: Call, total: Callable[[Mapping[str, Tensor]], Any], message: str
 ) -> None:
-    for reward in (Foreign(parts, total), with_timeout(Foreign(parts, total), 5)):
+    for reward in (Foreign(components, total), with_timeout(Foreign(components, total), 5)):
         with pytest.raises(RewardError, match=message):
-            score_parts(reward, IMAGES, PROMPTS)
+            score_components(reward, IMAGES, PROMPTS)
 
 
 def test_a_reward_without_parts_has_none() -> None:
-    total, parts = score_parts(Brightness(), IMAGES, PROMPTS)
-    assert parts == {} and torch.equal(total, score(Brightness(), IMAGES, PROMPTS))
+    total, components = score_components(Brightness(), IMAGES, PROMPTS)
+    assert components == {} and torch.equal(total, score(Brightness(), IMAGES, PROMPTS))
     assert not isinstance(Brightness(), Composite) and isinstance(inside(Brightness())[0], Composite)
 
 
@@ -172,14 +172,14 @@ def test_a_reward_without_parts_has_none() -> None:
     [
         Made(sleeps(3), "slow"),
         Combined([Part(Brightness()), Part(Made(sleeps(3)))], name="slow"),
-        Foreign(returns({}), lambda parts: time.sleep(3)),
+        Foreign(returns({}), lambda components: time.sleep(3)),
     ],
     ids=["reward", "composite", "total"],
 )
 def test_a_reward_that_hangs_is_an_error_in_time(slow: Reward) -> None:
     started = time.monotonic()
     with pytest.raises(RewardError, match=rf"reward '{slow.name}' took longer than its 0\.2 s: give it more"):
-        score_parts(with_timeout(slow, 0.2), IMAGES, PROMPTS)
+        score_components(with_timeout(slow, 0.2), IMAGES, PROMPTS)
     assert time.monotonic() - started < 1
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == f"reward {slow.name}")
 
@@ -188,10 +188,12 @@ def test_a_limit_changes_no_score_and_keeps_the_parts() -> None:
     plain = load_reward("brightness:0.3:2 + min(colour:red, jpeg:0.01)")
     timed = with_timeout(plain, 30)
     assert (timed.name, timed.differentiable) == (plain.name, plain.differentiable) and isinstance(timed, Composite)
-    (total, parts), (told, told_parts) = (score_parts(reward, IMAGES, PROMPTS) for reward in (plain, timed))
+    (total, components), (told, told_parts) = (score_components(reward, IMAGES, PROMPTS) for reward in (plain, timed))
     assert torch.equal(total, told) and torch.equal(total, score(timed, IMAGES, PROMPTS))
-    assert list(parts) == list(told_parts) and all(torch.equal(parts[name], told_parts[name]) for name in parts)
-    assert len(parts) == 4
+    assert list(components) == list(told_parts) and all(
+        torch.equal(components[name], told_parts[name]) for name in components
+    )
+    assert len(components) == 4
     assert not isinstance(with_timeout(Brightness(), 1), Composite)
     assert with_timeout(plain, None) is plain
 

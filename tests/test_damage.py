@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from steer.apps.cli import main as cli
 from steer.apps.methods import SampleSettings
-from steer.apps.models import wearing
+from steer.apps.models import adapter_applied
 from steer.apps.plots import opened, read_grid, shown
 from steer.apps.sampling import open_record
 from steer.errors import InputError
 from steer.files import SUMS
-from steer.pipelines import FinetuneSettings
+from steer.pipelines import TrainingConfig
 from steer.pipelines.training.state import RunFolder
-from steer.training.distributed import ALONE
+from steer.training.distributed import SINGLE_PROCESS
 from steer.training.trainable import LoRA
 
 
@@ -30,7 +30,7 @@ def exported(family: str, folder: Path) -> tuple[Any, Path]:
     """A pipeline, and the LoRA that a run exported of it."""
     pipe = fresh_pipe(family)
     trained = LoRA(pipe, rank=2)
-    run = RunFolder(folder, {}, {}, FinetuneSettings(max_steps=1), ALONE)  # type: ignore[arg-type]
+    run = RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), SINGLE_PROCESS)  # type: ignore[arg-type]
     run._export(trained, {name: value + 0.5 for name, value in trained.state().items()}, "final")
     return fresh_pipe(family), folder / "final"
 
@@ -38,15 +38,15 @@ def exported(family: str, folder: Path) -> tuple[Any, Path]:
 @pytest.mark.parametrize("family", ["sd", "pixart"])
 def test_a_weight_of_another_bit_is_not_put_on(tmp_path: Path, family: str) -> None:
     pipe, folder = exported(family, tmp_path)
-    with wearing(pipe, str(folder)):
+    with adapter_applied(pipe, str(folder)):
         pass
     path = next(folder.glob("*.safetensors"))
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(InputError, match=f"{path.name} is damaged: its sha256"), wearing(pipe, str(folder)):
+    with pytest.raises(InputError, match=f"{path.name} is damaged: its sha256"), adapter_applied(pipe, str(folder)):
         pass
     (folder / SUMS).unlink()
-    with wearing(pipe, str(folder)):  # nobody knows better
+    with adapter_applied(pipe, str(folder)):  # nobody knows better
         pass
 
 
@@ -61,7 +61,7 @@ def test_a_lora_that_lacks_a_tensor_is_not_put_on(tmp_path: Path, family: str, c
     moved = {name.replace("lora_B", "lora_C"): state.pop(name)}
     save_file(state | (moved if change == "another name" else {}), path)
     told = r"lacks a tensor for|of its .* tensors have a place"
-    with pytest.raises(InputError, match=told), wearing(pipe, str(folder)):
+    with pytest.raises(InputError, match=told), adapter_applied(pipe, str(folder)):
         pass
 
 

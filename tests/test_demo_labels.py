@@ -42,7 +42,7 @@ from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Busy, Studio, Ticket, Waiting
 from steer.apps.finetuning import gather, read_config
 from steer.errors import InputError
-from steer.pipelines import D3POPipeline
+from steer.pipelines import D3POTrainer
 from steer.pipelines.training.preference_data import check_choices, settings_of
 from steer.pipelines.training.preference_files import Choice, read_choices, read_lines
 from steer.pipelines.training.trainer import Stopped
@@ -433,14 +433,14 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
     settings = replace(plain_settings("d3po", **PLAIN), **told)
     with studio.model("scenes") as pipe:
         pass
-    result = D3POPipeline(pipe).train_on_choices(book.path, tmp_path / "run", settings)
+    result = D3POTrainer(pipe).train_on_choices(book.path, tmp_path / "run", settings)
     assert result.step == 2 and [record["pairs"] for record in result.records] == [2, 2]
     owners = Studio(models=("scenes",), labels=book.path)
     words = shlex.split(command_of(owners))
     assert words[:3] == ["steer", "finetune", "d3po-scenes"]
     config = read_config(words[2], keys_of(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
     assert gather(config, False).prompts == [] or config.job.choices == str(book.path)
-    assert config.settings.num_inference_steps == 3 and config.settings.samples_per_prompt == 2
+    assert config.settings.num_inference_steps == 3 and config.settings.num_generations == 2
     owners.close()
     assert book.path.exists(), "what the owner named outlives the app"
 

@@ -101,9 +101,9 @@ def test_every_image_has_the_score_that_the_reward_gives_it_alone(studio: Studio
 def test_a_sum_tells_its_parts(studio: Studio, images: list[Path]) -> None:
     found = scored(studio, images, "brightness + jpeg:0.5", "brightness")
     for row in found.rows:
-        parts = row.scores["brightness + jpeg:0.5"].parts
-        assert list(parts) == ["brightness", "jpeg"] and not row.scores["brightness"].parts
-        total = parts["brightness"] + 0.5 * parts["jpeg"]
+        components = row.scores["brightness + jpeg:0.5"].components
+        assert list(components) == ["brightness", "jpeg"] and not row.scores["brightness"].components
+        total = components["brightness"] + 0.5 * components["jpeg"]
         assert row.scores["brightness + jpeg:0.5"].total == pytest.approx(total, rel=1e-5)
 
 

@@ -24,13 +24,13 @@ from steer.apps.demo.studio import Studio, Ticket, Waiting, Weights
 from steer.apps.demo.training import Asked, Evaluation, Trained, Update, configured, training
 from steer.apps.finetuning import gather
 from steer.apps.model_card import held_out_names
-from steer.apps.models import find_finetuned, load_pipeline
+from steer.apps.models import find_adapter, load_pipeline
 from steer.errors import InputError
-from steer.pipelines.training.evaluation import Exam
+from steer.pipelines.training.evaluation import Evaluator
 from steer.rewards.parser import load_reward
-from steer.training.distributed import ALONE
+from steer.training.distributed import SINGLE_PROCESS
 
-TINY = {"prompts_per_step": "2", "samples_per_prompt": "2", "num_inference_steps": "3", "eval_prompts_count": "2"}
+TINY = {"train_batch_size": "2", "num_generations": "2", "num_inference_steps": "3", "eval_prompts_count": "2"}
 ASKED = Asked("d3po", "scenes", "brightness", "aesthetic:scenes", 3, 0.003, 4, 0.0, 3)
 TOLD: dict[str, Any] = {
     "method": "d3po",
@@ -122,10 +122,10 @@ def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, stra
     )
     settings = configured(ASKED, folder, studio).settings
     material = gather(configured(ASKED, folder.parent / "other", studio), False)
-    exam = Exam(material.eval_prompts, load_reward("brightness"), [load_reward("aesthetic:scenes")])
+    exam = Evaluator(material.eval_prompts, load_reward("brightness"), [load_reward("aesthetic:scenes")])
     pipe = load_pipeline("scenes")
-    with find_finetuned(str(trained.weights.folder)).worn_by(pipe):
-        found = exam.take(pipe, settings, 3, pipe.unet, lambda: None, ALONE).record()
+    with find_adapter(str(trained.weights.folder)).applied_to(pipe):
+        found = exam.take(pipe, settings, 3, pipe.unet, lambda: None, SINGLE_PROCESS).record()
     for name in ("brightness", "aesthetic:scenes"):
         assert found[f"eval/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-4)
     first = of(Evaluation, told)[0].record

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from steer.apps import models
 from steer.apps.cli import main as cli
-from steer.pipelines.training.config import FinetuneSettings
-from steer.pipelines.training.evaluation import Exam
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.evaluation import Evaluator
 from steer.reward import RewardError
 from steer.rewards.remote import Refused, RewardServer
 from steer.rewards.weights import placed
@@ -149,8 +149,8 @@ def test_held_out_images_are_scored_before_they_leave_the_device(monkeypatch: py
     call = {
         key: value for key, value in call_kwargs("sd", 1, 2).items() if key.startswith(("num_inf", "guid", "hei", "wi"))
     }
-    settings = FinetuneSettings(max_steps=1, eval_samples=2, call=call)
-    found = Exam(("a star",), Reward(), []).take(cached_pipe("sd"), settings, 0, None, lambda: None, Alone())
+    settings = TrainingConfig(max_steps=1, eval_samples=2, call=call)
+    found = Evaluator(("a star",), Reward(), []).take(cached_pipe("sd"), settings, 0, None, lambda: None, Alone())
     assert order and scored and not any(scored)
     assert found.images.shape == (2, 3, 8, 8)
 

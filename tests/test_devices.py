@@ -27,7 +27,7 @@ from steer.pipelines import (
     SelectionPipeline,
     SteeringOutput,
 )
-from steer.pipelines.initial_noise import screened_starts
+from steer.pipelines.initial_noise import screen_initial_noise
 from steer.reward import score
 from steer.rewards import REWARDS
 from steer.rewards.parser import load_reward
@@ -96,12 +96,12 @@ FK |= {
     "linear preview": {"preview": "linear"},
     "tiny preview": {"preview": tiny()},
     "guided, tiny preview": {"reward_guidance": 1.0, "preview": tiny()},
-    "particle schedule": {"narrow": {1: 3, 3: 2}},
-    "particle schedule of the best": {"narrow": {2: 1}, "narrow_choice": "best"},
-    "guided particle schedule": {"reward_guidance": 1.0, "narrow": {2: 2}},
+    "particle schedule": {"particle_schedule": {1: 3, 3: 2}},
+    "particle schedule of the best": {"particle_schedule": {2: 1}, "particle_schedule_rule": "top_k"},
+    "guided particle schedule": {"reward_guidance": 1.0, "particle_schedule": {2: 2}},
     "target": {"target_reward": -100.0, "resample_steps": [1]},
-    "overlap": {"overlap": True, "ess_threshold": 1.0},
-    "overlap, particle schedule": {"overlap": True, "narrow": {2: 2}},
+    "asynchronous_rewards": {"asynchronous_rewards": True, "ess_threshold": 1.0},
+    "overlap, particle schedule": {"asynchronous_rewards": True, "particle_schedule": {2: 2}},
     "stochastic": {"eta": 0.7},
     "two prompts": {"prompt": [PROMPT, "a star"]},
     "small chunks": {"chunk_size": 3},
@@ -164,7 +164,7 @@ def test_an_optimisation_resumes_there(tmp_path: Path) -> None:
 
 def test_screened_starts() -> None:
     call = own_kwargs("sd", 4) | {"keep": 3, "candidates": 7, "steps": 2}
-    found = [screened_starts(pipe, Placed(), **call, generator=seeded(4)) for pipe in (cached_pipe("sd"), there())]
+    found = [screen_initial_noise(pipe, Placed(), **call, generator=seeded(4)) for pipe in (cached_pipe("sd"), there())]
     assert found[1].noise.device == DEVICE and torch.equal(found[0].chosen, found[1].chosen)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from steer.diffusion.differentiable import differentiable
-from steer.diffusion.step_hooks import steered
+from steer.diffusion.step_hooks import hook_steps
 from steer.pipelines import Iteration, ReNOPipeline
 from steer.pipelines.reno import NoiseToImage
 
@@ -32,13 +32,13 @@ BLOCKS = {
 def first_latents(pipe: Any, call: dict[str, Any]) -> Tensor:
     """What a run starts from, standard normal."""
     seen: list[Tensor] = []
-    with steered(pipe, lambda event: seen.append(event.x)) as view:
+    with hook_steps(pipe, lambda event: seen.append(event.x)) as view:
         images_of(view, **call, generator=seeded())
     return seen[0] / float(getattr(pipe.scheduler, "init_noise_sigma", 1.0))
 
 
 def images_from(pipe: Any, call: dict[str, Any], latents: Tensor) -> Tensor:
-    with steered(pipe, lambda event: None) as view:
+    with hook_steps(pipe, lambda event: None) as view:
         return images_of(view, **call, latents=latents, generator=seeded())
 
 

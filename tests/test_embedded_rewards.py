@@ -12,7 +12,7 @@ from torch import Tensor
 from steer.apps.scenes.preferences import composition
 from steer.apps.scenes.world import draw, random_scene
 from steer.assets import CLIPS, REWARDS
-from steer.reward import score, score_parts
+from steer.reward import score, score_components
 from steer.rewards.analysis import consistency
 from steer.rewards.parser import load_reward
 
@@ -69,9 +69,9 @@ def test_the_preference_reward_prefers_the_right_scene(scenes: tuple[Tensor, lis
 
 def test_an_ensemble_is_its_members(scenes: tuple[Tensor, list[str]]) -> None:
     images, prompts = scenes[0][:8], scenes[1][:8]
-    worst, parts = score_parts(load_reward("preference:scenes,aggregate=min"), images, prompts)
-    assert list(parts) == [f"preference:scenes[{k}]" for k in range(4)]
-    assert torch.allclose(worst, torch.stack(list(parts.values())).amin(0))
+    worst, components = score_components(load_reward("preference:scenes,aggregate=min"), images, prompts)
+    assert list(components) == [f"preference:scenes[{k}]" for k in range(4)]
+    assert torch.allclose(worst, torch.stack(list(components.values())).amin(0))
     assert (score(load_reward("preference:scenes"), images, prompts) > worst).all()
 
 

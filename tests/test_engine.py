@@ -232,10 +232,10 @@ def test_chunks_of_any_size_add_up(name: str, kind: str) -> None:
     told = torch.cat([log_probs(one.sampler, chunk) for chunk in one.batch().chunks])
     for sizes in ((1, 3), (2, 2), (3, 1), (1, 1, 1, 1)):
         batch = one.batch(sizes)
-        (same_value, same_metrics), parts = one.two_pass(loss, batch, penalties=PENALTIES)
+        (same_value, same_metrics), components = one.two_pass(loss, batch, penalties=PENALTIES)
         moved = torch.cat([log_probs(one.sampler, chunk) for chunk in batch.chunks]) - told
         assert moved.abs().max() <= 4e-6 * told.abs().max()
-        assert error(parts, whole) <= ROUNDING
+        assert error(components, whole) <= ROUNDING
         assert same_value == pytest.approx(value, rel=1e-4, abs=2 * moved.abs().max().item() + 1e-6)  # Σ |∂L/∂ℓ| < 2
         assert same_metrics["kl"] == pytest.approx(metrics["kl"], rel=1e-4)
 
@@ -295,9 +295,9 @@ def test_samples_of_a_prompt_in_two_chunks_are_asked_first() -> None:
     one = case("sd")
     batch = one.batch((1, 3))
     with counted(one.trained.denoiser) as calls:
-        _, parts = one.two_pass(STEPWISE["d3po"], batch)
+        _, components = one.two_pass(STEPWISE["d3po"], batch)
     assert len(calls) == 2 * 2 * 3
-    assert error(parts, one.two_pass(STEPWISE["d3po"], one.batch((2, 2)))[1]) <= ROUNDING
+    assert error(components, one.two_pass(STEPWISE["d3po"], one.batch((2, 2)))[1]) <= ROUNDING
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -18,7 +18,7 @@ from steer.apps.cli.evaluate import SHARED
 from steer.apps.evaluation.contest import DEFAULTS, Contest, Store, Stored
 from steer.apps.evaluation.report import figures, span
 from steer.apps.evaluation.run import Contender, evaluate, trajectory_kl
-from steer.apps.models import find_finetuned, load_pipeline
+from steer.apps.models import find_adapter, load_pipeline
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.pipelines.training.method import rows_of
@@ -160,7 +160,7 @@ def test_kl_against_a_hand_computation(tmp_path: Path, kind: str) -> None:
         folder = tmp_path
     call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
     rows = rows_of(PROMPTS[:2], 1, 0, "kl", shared_start=False)
-    with find_finetuned(str(folder)).worn_by(pipe) as off:
+    with find_adapter(str(folder)).applied_to(pipe) as off:
         found = trajectory_kl(pipe, off, rows, call, 0.5, 2)
     stored, _ = Sampler(other, call, 0.5).rollout(rows)
     starts = [torch.randn(stored.latents.shape[2:], generator=Generator().manual_seed(seed)) for seed in rows.starts]

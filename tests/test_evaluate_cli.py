@@ -15,7 +15,7 @@ from test_evaluate import lora
 from torch import Generator, Tensor
 
 from steer.apps.evaluation import report as evaluation_report
-from steer.apps.models import find_finetuned
+from steer.apps.models import find_adapter
 from steer.apps.prompts import find_tagged
 from steer.errors import InputError
 
@@ -210,14 +210,14 @@ def test_weights_are_put_on_switched_off_and_taken_off(tiny: Path, tmp_path: Pat
         other = of(tiny)
         other.unet.conv_in.weight.data *= 2
         other.unet.save_pretrained(tmp_path / "unet")
-    found = find_finetuned(str(path))
-    with found.worn_by(pipe) as off:
+    found = find_adapter(str(path))
+    with found.applied_to(pipe) as off:
         assert torch.equal(answer(pipe), answer(other)) and not torch.allclose(answer(pipe), plain, atol=1e-3)
         with off():
             assert torch.equal(answer(pipe), plain)
         assert torch.equal(answer(pipe), answer(other))
     assert torch.equal(answer(pipe), plain) and not any("lora" in name for name, _ in pipe.unet.named_parameters())
-    with pytest.raises(ZeroDivisionError), found.worn_by(pipe):
+    with pytest.raises(ZeroDivisionError), found.applied_to(pipe):
         raise ZeroDivisionError
     assert torch.equal(answer(pipe), plain)
     before = found.digest()
@@ -227,7 +227,7 @@ def test_weights_are_put_on_switched_off_and_taken_off(tiny: Path, tmp_path: Pat
 
 
 def refused(path: Path, pipe: Any) -> str:
-    with pytest.raises(InputError) as raised, find_finetuned(str(path)).worn_by(pipe):
+    with pytest.raises(InputError) as raised, find_adapter(str(path)).applied_to(pipe):
         pass
     return str(raised.value)
 

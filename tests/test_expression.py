@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from steer import rewards
-from steer.reward import Reward, RewardError, score, score_parts
+from steer.reward import Reward, RewardError, score, score_components
 from steer.rewards import learned
 from steer.rewards.compose import (
     Combined,
@@ -297,8 +297,8 @@ def test_names_tell_what_was_written() -> None:
     ):
         assert load_reward(text).name == text
     assert load_reward("logsigmoid(a:2, reference=1)").name == "logsigmoid(a:2)"
-    _, parts = score_parts(load_reward("min(a, b:2):3 + c"), IMAGES, ["", ""])
-    assert list(parts) == ["min(a, b:2)", "min(a, b:2)/a", "min(a, b:2)/b", "c"]
+    _, components = score_components(load_reward("min(a, b:2):3 + c"), IMAGES, ["", ""])
+    assert list(components) == ["min(a, b:2)", "min(a, b:2)/a", "min(a, b:2)/b", "c"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from conftest import Steer, cached_pipe, replaced
 from PIL import Image
 
 from steer.apps import methods as room
-from steer.apps.methods import Faster, SampleSettings
+from steer.apps.methods import ComputeOptions, SampleSettings
 from steer.errors import InputError
 
 WORDS = ["sample", "a red circle", "--steps", 4, "--particles", 4, "--lam", 40, "--seed", 3]
@@ -62,10 +62,10 @@ def test_rows_go_in_as_asked(steer: Steer, tmp_path: Path, monkeypatch: pytest.M
 def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
     pipe = cached_pipe("sd")
     own = dict(vars(pipe))
-    with Faster(compiled=True, micro_batch=2)(pipe) as view:
+    with ComputeOptions(compiled=True, micro_batch=2)(pipe) as view:
         assert view is not pipe and view.unet is not pipe.unet
     assert vars(pipe) == own
-    with Faster()(pipe) as view:
+    with ComputeOptions()(pipe) as view:
         assert view is pipe
 
 
@@ -75,12 +75,18 @@ def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
         (["--attention", "flash"], "unknown attention backend 'flash'"),
         (["--micro-batch", -1], "--micro-batch must be at least 0, got -1"),
         (["--compile", "--share-prompts"], "--share-prompts does nothing in compiled models"),
-        (["--narrow", "3"], "--narrow: write STEP:PARTICLES,… such as 8:4,14:2, got '3'"),
-        (["--narrow", "2:2,2:1"], "--narrow: a step is there twice"),
-        (["--narrow", "1:3,2:3"], "--narrow: 3 particles from step 2 on, of 3: they must be fewer and fewer"),
-        (["--narrow", "3:2"], "narrow: 3 is not from 0 to 2, in a run of 4 steps"),
+        (["--particle-schedule", "3"], "--particle-schedule: write STEP:PARTICLES,… such as 8:4,14:2, got '3'"),
+        (["--particle-schedule", "2:2,2:1"], "--particle-schedule: a step is there twice"),
+        (
+            ["--particle-schedule", "1:3,2:3"],
+            "--particle-schedule: 3 particles from step 2 on, of 3: they must be fewer and fewer",
+        ),
+        (["--particle-schedule", "3:2"], "particle_schedule: 3 is not from 0 to 2, in a run of 4 steps"),
         (["--target", "nan"], "--target must be a finite number"),
-        (["--overlap", "--reward-guidance", 1], "--overlap: with --reward-guidance the step needs the gradient"),
+        (
+            ["--asynchronous-rewards", "--reward-guidance", 1],
+            "--asynchronous-rewards: with --reward-guidance the step needs the gradient",
+        ),
     ],
 )
 def test_what_cannot_be_is_one_line(steer: Steer, tmp_path: Path, words: list[Any], message: str) -> None:
@@ -90,27 +96,29 @@ def test_what_cannot_be_is_one_line(steer: Steer, tmp_path: Path, words: list[An
 
 def test_nothing_to_share_is_said() -> None:
     nothing = pytest.raises(InputError, match="--share-prompts: there is nothing to share")
-    with nothing, Faster(share_prompts=True)(cached_pipe("flux")):
+    with nothing, ComputeOptions(share_prompts=True)(cached_pipe("flux")):
         pass
 
 
 def test_particles_get_fewer_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:
-    code, _, said = steer(*WORDS, "--narrow", "1:3,2:1", "--out", tmp_path / "o")
+    code, _, said = steer(*WORDS, "--particle-schedule", "1:3,2:1", "--out", tmp_path / "o")
     assert code == 0, said
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     entry = report["prompts"][0]
     assert [len(rewards) for rewards in entry["step_rewards"]] == [4, 3] and len(entry["images"]) == 1
-    assert entry["cost"]["nfe"] == 4 + 4 + 3 + 1 and report["settings"]["narrow"] == "1:3,2:1"
+    assert entry["cost"]["nfe"] == 4 + 4 + 3 + 1 and report["settings"]["particle_schedule"] == "1:3,2:1"
     code, told, _ = steer("sample", "--replay", tmp_path / "o" / entry["images"][0], "--out", tmp_path / "again")
     assert code == 0 and "the same pixels" in told
 
 
 def test_rewards_are_read_beside_the_denoiser_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:
-    code, _, said = steer(*replaced(WORDS, "--lam", 200), "--overlap", "--ess-threshold", 1, "--out", tmp_path / "o")
+    code, _, said = steer(
+        *replaced(WORDS, "--lam", 200), "--asynchronous-rewards", "--ess-threshold", 1, "--out", tmp_path / "o"
+    )
     assert code == 0, said
     report = json.loads((tmp_path / "o" / "report.json").read_text())
     entry = report["prompts"][0]
-    assert entry["steps"] == [1] and report["settings"]["overlap"]
+    assert entry["steps"] == [1] and report["settings"]["asynchronous_rewards"]
     code, told, _ = steer("sample", "--replay", tmp_path / "o" / entry["images"][0], "--out", tmp_path / "again")
     assert code == 0 and "the same pixels" in told
 
@@ -125,7 +133,7 @@ def test_an_evaluation_takes_runs_of_fewer_images(steer: Steer, tmp_path: Path) 
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
     words = ["evaluate", "--prompts", tmp_path / "prompts.txt", "--method", "fk", "--reward", "scene-soft"]
     words += ["--steps", 4, "--particles", 4, "--kl-prompts", 0, "--seeds", 2, "--out", tmp_path / "e"]
-    code, _, said = steer(*words, "--narrow", "1:2", "--target", 0.45)
+    code, _, said = steer(*words, "--particle-schedule", "1:2", "--target", 0.45)
     assert code == 0, said
     found = json.loads((tmp_path / "e" / "evaluation.json").read_text())["contenders"][0]
     counts = {len(run["rewards"]["scene-soft"]) for run in found["runs"]}
@@ -138,6 +146,6 @@ def test_settings_are_words_that_are_numbers() -> None:
     def schedule(words: str) -> dict[int, int]:
         given = {"model": "", "method": "fk", "reward": "", "particles": 8, "steps": 20, "guidance": 1.0, "lam": 1.0}
         given |= {"potential": "sum", "resampler": "ssp", "tempering": "ess", "ess_threshold": 0.5, "eta": None}
-        return SampleSettings(**given, seed=0, compare=False, dtype=None, narrow=words).schedule
+        return SampleSettings(**given, seed=0, compare=False, dtype=None, particle_schedule=words).schedule
 
     assert schedule("") == {} and schedule(" 14:2, 8:4 ") == {14: 2, 8: 4}

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from steer.apps.models import load_pipeline
 from steer.files import SUMS, check_sums
-from steer.pipelines.training.evaluation import Evaluated
+from steer.pipelines.training.evaluation import EvalResult
 
 
 @pytest.fixture(autouse=True)
@@ -133,11 +133,11 @@ def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
     settings = settings_of(
         method,
         max_steps=15,
-        prompts_per_step=3,
-        samples_per_prompt=16,
+        train_batch_size=3,
+        num_generations=16,
         micro_batch=48,
-        steps_per_round=1,
-        passes=1,
+        steps_per_generation=1,
+        num_iterations=1,
         num_inference_steps=4,
         lora_rank=0,
         learning_rate=0.002,
@@ -148,7 +148,7 @@ def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
         eval_every=15,
         eval_samples=64,
     )
-    evaluated: list[Evaluated] = []
+    evaluated: list[EvalResult] = []
     result = train(method, loaded(model), tmp_path, settings, on_evaluation=evaluated.append)
     gain = evaluated[-1].rewards["brightness"] - evaluated[0].rewards["brightness"]  # of the same seeds
     assert gain.mean() > 4 * gain.std() / gain.numel() ** 0.5

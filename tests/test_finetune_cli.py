@@ -17,7 +17,7 @@ from steer.apps import finetune_report
 from steer.apps import finetuning as finetune
 from steer.apps.finetuning import METHODS, read_config
 from steer.errors import InputError
-from steer.pipelines.training.preference_data import ChoiceFolder
+from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.training.checkpoint import Checkpoints
 from steer.training.rollout import Rows, Sampler
 
@@ -27,8 +27,8 @@ CONFIG: dict[str, Any] = {
     "eval_rewards": ["colour:red"],
     "options": {"beta": 0.001},
     "max_steps": 2,
-    "prompts_per_step": 2,
-    "samples_per_prompt": 2,
+    "train_batch_size": 2,
+    "num_generations": 2,
     "num_inference_steps": 3,
     "micro_batch": 4,
     "lora_rank": 2,
@@ -215,7 +215,7 @@ def refused(steer: Steer, config: object, *words: object) -> str:
         (["--max-steps", "3.5"], "--max-steps must be a whole number, got 3.5"),
         (["max_steps=3"], "'max_steps=3': expected --KEY VALUE"),
         (["--method", "prd"], "--method: unknown method 'prd': did you mean prdp"),
-        (["--samples-per-prompt", "1"], "--samples-per-prompt must be at least 2, got 1: PRDPPipeline compares"),
+        (["--num-generations", "1"], "--num-generations must be at least 2, got 1: PRDPTrainer compares"),
         (["--timestep-fraction", "0.5"], "--timestep-fraction must be 1, got 0.5"),
         (["--options.clip", "0"], "--options.clip 0.0 must be above 0"),
         (["--reward", "brightnes"], "--reward: unknown reward 'brightnes': did you mean brightness"),
@@ -263,7 +263,7 @@ def choices(tmp_path: Path, tiny: Path) -> Path:
     """A folder of two human choices, made with other settings than those of the configuration."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny)
     call = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 8, "width": 8}
-    folder, sampler = ChoiceFolder.create(tmp_path / "choices", pipe, call), Sampler(pipe, call)
+    folder, sampler = PreferenceFolder.create(tmp_path / "choices", pipe, call), Sampler(pipe, call)
     for seed, prompt in enumerate(["a star", "a cross"]):
         rows = Rows((prompt,) * 2, starts=(seed, seed), noises=(2 * seed, 2 * seed + 1))
         folder.write_choice(folder.write_lot(*sampler.rollout(rows)), chosen=1, rejected=0)
@@ -273,7 +273,7 @@ def choices(tmp_path: Path, tiny: Path) -> Path:
 def test_choices_on_the_command_line_take_the_place_of_a_files_prompts(choices: Path) -> None:
     config = read_config("d3po-scenes", {"choices": str(choices)})
     assert config.job.prompts is None and config.settings.max_steps == 80
-    assert (config.settings.num_inference_steps, config.settings.samples_per_prompt) == (2, 2)
+    assert (config.settings.num_inference_steps, config.settings.num_generations) == (2, 2)
     config = read_config("d3po-scenes", {"choices": str(choices), "num_inference_steps": "9"})
     assert config.settings.num_inference_steps == 9, "what was said goes before"
     with pytest.raises(InputError, match="prompts or choices, one of the two"):
@@ -282,7 +282,7 @@ def test_choices_on_the_command_line_take_the_place_of_a_files_prompts(choices: 
 
 def test_choices_are_learnt_from_as_they_were_drawn(steer: Steer, config: Path, choices: Path, tmp_path: Path) -> None:
     told = yaml.safe_load(config.read_text())
-    for key in ("prompts", "reward", "num_inference_steps", "call", "samples_per_prompt"):
+    for key in ("prompts", "reward", "num_inference_steps", "call", "num_generations"):
         del told[key]
     config.write_text(yaml.safe_dump(told | {"method": "d3po", "options": {}, "choices": str(choices)}))
     code, out, err = steer("finetune", config)

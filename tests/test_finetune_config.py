@@ -13,7 +13,7 @@ from steer.apps.prompts import find_prompts
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
-from steer.pipelines import FinetuneSettings
+from steer.pipelines import TrainingConfig
 from steer.rewards.names import reward_names
 
 LEAST = "method: prdp\nreward: brightness\nprompts: p.txt\noutput_dir: out\n"
@@ -48,7 +48,7 @@ def test_one_embedded_configuration_explains_every_key() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_those_of_the_classes(method: str, tmp_path: Path) -> None:
     config = read_config(written(tmp_path, LEAST.replace("prdp", method)))
-    assert config.settings == FinetuneSettings(**DEFAULTS)
+    assert config.settings == TrainingConfig(**DEFAULTS)
     assert config.job == FinetuneJob(method, "out", "brightness", prompts="p.txt")
     taken = inspect.signature(METHODS[method]).parameters.values()
     assert config.options == {one.name: one.default for one in taken if one.kind is one.KEYWORD_ONLY} != {}
@@ -206,4 +206,4 @@ def test_a_part_of_the_trained_reward_is_no_hold_out(reward: str, tmp_path: Path
 
 
 def test_job_and_settings_share_no_key() -> None:
-    assert not {one.name for one in fields(FinetuneJob)} & {one.name for one in fields(FinetuneSettings)}
+    assert not {one.name for one in fields(FinetuneJob)} & {one.name for one in fields(TrainingConfig)}

@@ -25,11 +25,11 @@ from steer.apps import finetune_report as report
 from steer.apps import model_card as cards
 from steer.apps import plots as grids
 from steer.apps.finetune_report import write_grid, write_report
-from steer.pipelines import FinetuneResult, FinetuneSettings
+from steer.pipelines import TrainingConfig, TrainingResult
 from steer.pipelines.training import d3po_prdp as preference
 from steer.pipelines.training import ddpo_grpo as policy
 from steer.pipelines.training import reward_backprop
-from steer.pipelines.training.evaluation import Evaluated
+from steer.pipelines.training.evaluation import EvalResult
 from steer.training.trainable import Full, LoRA
 
 AWKWARD = "a_b*c* | [d](e) `f` <g> $1 & $2"
@@ -56,16 +56,16 @@ def evaluations(*steps: int, names: tuple[str, ...] = ("r", "s")) -> tuple[dict[
     )
 
 
-def result_of(count: int = 12, *steps: int, best: int | None = None, **changed: Any) -> FinetuneResult:
-    found = FinetuneResult(count, None, None, best, records(count), evaluations(*steps))
+def result_of(count: int = 12, *steps: int, best: int | None = None, **changed: Any) -> TrainingResult:
+    found = TrainingResult(count, None, None, best, records(count), evaluations(*steps))
     return replace(found, **changed)
 
 
-def evaluated(step: int, prompts: int, drawn: int, *shape: int) -> Evaluated:
+def evaluated(step: int, prompts: int, drawn: int, *shape: int) -> EvalResult:
     generator = Generator().manual_seed(step)
     texts = tuple(f"prompt {number}" for number in range(prompts))
     rewards = {name: torch.rand(prompts, drawn, generator=generator) for name in ("r", "s")}
-    return Evaluated(step, texts, rewards, 0.2, torch.rand(prompts * drawn, *shape, generator=generator))
+    return EvalResult(step, texts, rewards, 0.2, torch.rand(prompts * drawn, *shape, generator=generator))
 
 
 def pixels(image: Tensor) -> np.ndarray:
@@ -78,7 +78,7 @@ def cell(path: Path, number: int) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB").crop(tuple(told["boxes"][number])))
 
 
-def card_of(out: Path, config: dict[str, Any], result: FinetuneResult) -> str:
+def card_of(out: Path, config: dict[str, Any], result: TrainingResult) -> str:
     """The card alone, without the pictures, which take seconds."""
     out.mkdir(exist_ok=True)
     (out / "README.md").write_text(cards.model_card(out, config, result))
@@ -86,7 +86,7 @@ def card_of(out: Path, config: dict[str, Any], result: FinetuneResult) -> str:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FinetuneResult]:
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingResult]:
     """A report of a whole run."""
     out = tmp_path_factory.mktemp("run")
     for step in (0, 6, 12):
@@ -143,7 +143,7 @@ def test_captions_fit_and_dollars_are_no_mathematics() -> None:
     assert grids.numbers([-0.5, 1.23456]) == "−0.5 · 1.23"
 
 
-def test_before_and_after_hold_the_first_and_the_last_grid(told: tuple[Path, FinetuneResult]) -> None:
+def test_before_and_after_hold_the_first_and_the_last_grid(told: tuple[Path, TrainingResult]) -> None:
     out, _ = told
     whole = np.asarray(Image.open(out / "plots" / "before-after.png").convert("RGB"))
     rows = []
@@ -255,7 +255,7 @@ def test_without_evaluations_the_training_samples_are_told(tmp_path: Path) -> No
 # The card.
 
 
-def test_the_hub_reads_the_card(told: tuple[Path, FinetuneResult]) -> None:
+def test_the_hub_reads_the_card(told: tuple[Path, TrainingResult]) -> None:
     card = ModelCard.load(told[0] / "README.md")
     assert card.data.to_dict() == {
         "base_model": "org/base",
@@ -280,7 +280,7 @@ def test_a_folder_is_no_base_model_of_the_hub(tmp_path: Path, monkeypatch: pytes
     assert "base_model" not in card_of(tmp_path / "out", CONFIG | {"model": "my/model"}, result_of(2))
 
 
-def test_the_table_is_what_was_recorded(told: tuple[Path, FinetuneResult]) -> None:
+def test_the_table_is_what_was_recorded(told: tuple[Path, TrainingResult]) -> None:
     out, result = told
     table = [line for line in (out / "README.md").read_text().splitlines() if line.startswith("|")]
     rows = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in table}
@@ -294,14 +294,14 @@ def test_the_table_is_what_was_recorded(told: tuple[Path, FinetuneResult]) -> No
     assert rows["KL, nats a trajectory"] == ["0", "0.7407", "1.481"]  # 6 and 12 × 0.123456
 
 
-def test_links_lead_to_files(told: tuple[Path, FinetuneResult]) -> None:
+def test_links_lead_to_files(told: tuple[Path, TrainingResult]) -> None:
     text = (told[0] / "README.md").read_text()
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
     assert len(links) == 5 and all((told[0] / link).is_file() for link in links)
     assert links[-1] == "samples/step-000012.png"
 
 
-def test_settings_that_differ_are_listed_and_nobodys_folder(told: tuple[Path, FinetuneResult]) -> None:
+def test_settings_that_differ_are_listed_and_nobodys_folder(told: tuple[Path, TrainingResult]) -> None:
     text = (told[0] / "README.md").read_text()
     assert "- options.beta: 0.03" in text and "- lora\\_rank: 0" in text and "- kl\\_budget: 3" in text
     assert "- eta" not in text  # the default one
@@ -312,7 +312,7 @@ def test_settings_that_differ_are_listed_and_nobodys_folder(told: tuple[Path, Fi
 
 
 def test_a_configuration_with_all_its_defaults_lists_none_of_them() -> None:
-    plain = json.loads(json.dumps({**vars(FinetuneSettings()), "method": "d3po"}))
+    plain = json.loads(json.dumps({**vars(TrainingConfig()), "method": "d3po"}))
     flat = cards.Flat.of({"settings": plain, "call": {"height": 8}})
     assert flat.changed() == {"call": {"height": 8}} and flat.rest == {"settings.method": "d3po"}
 
@@ -334,7 +334,7 @@ def test_every_method_cites_the_paper_of_its_code(module: Any) -> None:
     source = inspect.getsource(module)
     for name in re.findall(r"^class (\w+Pipeline)", source, re.MULTILINE):
         assert cards._method(name)[2] in re.findall(r"\d{4}\.\d{5}", source)
-    assert cards._method("reward-backprop") == cards._method("RewardBackpropPipeline")
+    assert cards._method("reward-backprop") == cards._method("RewardBackpropTrainer")
     assert cards._method("d3po")[2] == "2311.13231" and cards._method("own")[0] == "own"
 
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 
 from steer.errors import InputError
 from steer.pipelines import (
-    D3POPipeline,
-    DDPOPipeline,
-    FinetuneSettings,
-    GRPOPipeline,
-    PRDPPipeline,
-    RewardBackpropPipeline,
+    D3POTrainer,
+    DDPOTrainer,
+    GRPOTrainer,
+    PRDPTrainer,
+    RewardBackpropTrainer,
+    TrainingConfig,
 )
-from steer.pipelines.training.evaluation import Evaluated, Exam, diversity, interval
+from steer.pipelines.training.evaluation import EvalResult, Evaluator, diversity, interval
 from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of
 from steer.pipelines.training.rollouts import learning_order
 from steer.training.gradient import Batch, reference_of, reward_gradient
@@ -32,8 +32,8 @@ from steer.training.trainable import LoRA
 
 SHORT: dict[str, Any] = {
     "max_steps": 3,
-    "steps_per_round": 1,
-    "passes": 1,
+    "steps_per_generation": 1,
+    "num_iterations": 1,
     "eval_every": 1,
     "ema_decay": 0.0,
     "kl_weight": 0.0,
@@ -93,7 +93,7 @@ def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_
     """Evaluations after 0, 1, 2, 3 updates; the second is the best, the two after it are fooled."""
     reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.5, 0.9, 0.8, 0.7, 0.6])
     settings = settings_of("grpo", **SHORT | {"max_steps": 9, "patience": 2, "micro_batch": 4})
-    result = GRPOPipeline(pipe, reward).train(PROMPTS, tmp_path, settings, eval_prompts=HELD_OUT, eval_rewards=[honest])
+    result = GRPOTrainer(pipe, reward).train(PROMPTS, tmp_path, settings, eval_prompts=HELD_OUT, eval_rewards=[honest])
     assert result.best_step == result.weights_step == 1 and result.step == 3
     assert result.stopped and "held-out one fell, 2 evaluations in a row" in result.stopped
     final, best = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("final", "best"))
@@ -108,7 +108,7 @@ def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_
 def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, tmp_path: Path) -> None:
     pipe.unet.register_forward_hook(lambda module, inputs, output: (output[0] + 0.01 * torch.randn_like(output[0]),))
     with pytest.raises(InputError, match="a replay of the first samples gives other log-probabilities"):
-        GRPOPipeline(pipe, "brightness").train(PROMPTS, tmp_path, settings_of("grpo", **SHORT))
+        GRPOTrainer(pipe, "brightness").train(PROMPTS, tmp_path, settings_of("grpo", **SHORT))
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
@@ -129,17 +129,17 @@ def broken(images: torch.Tensor, prompts: Any) -> torch.Tensor:
 )
 def test_a_reward_that_teaches_nothing_is_named(reward: Any, told: str, pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=told):
-        PRDPPipeline(pipe, reward).train(PROMPTS, tmp_path, settings_of("prdp", **SHORT))
+        PRDPTrainer(pipe, reward).train(PROMPTS, tmp_path, settings_of("prdp", **SHORT))
 
 
 @pytest.mark.parametrize(
     ("method", "changed", "told"),
     [
-        (PRDPPipeline, {"samples_per_prompt": 1}, "samples_per_prompt must be at least 2, got 1"),
-        (PRDPPipeline, {"timestep_fraction": 0.5}, "timestep_fraction must be 1, got 0.5"),
-        (GRPOPipeline, {"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
-        (GRPOPipeline, {"log_with": ("nonesuch",)}, "log_with nonesuch"),
-        (GRPOPipeline, {"lora_targets": ("nonesuch",)}, "no layer named nonesuch"),
+        (PRDPTrainer, {"num_generations": 1}, "num_generations must be at least 2, got 1"),
+        (PRDPTrainer, {"timestep_fraction": 0.5}, "timestep_fraction must be 1, got 0.5"),
+        (GRPOTrainer, {"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
+        (GRPOTrainer, {"log_with": ("nonesuch",)}, "log_with nonesuch"),
+        (GRPOTrainer, {"lora_targets": ("nonesuch",)}, "no layer named nonesuch"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(
@@ -156,14 +156,15 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("max_steps", 0), ("prompts_per_step", 0), ("passes", 0), ("micro_batch", 0), ("eta", 0.0), ("eta", 1.1),
+        ("max_steps", 0), ("train_batch_size", 0), ("num_iterations", 0),
+        ("micro_batch", 0), ("eta", 0.0), ("eta", 1.1),
         ("timestep_fraction", 0.0), ("learning_rate", 0.0), ("learning_rate", float("inf")), ("ema_decay", 1.0),
         ("lora_rank", -1), ("guidance_scale", float("nan")), ("max_grad_norm", 0.0), ("patience", -1),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name} must be"):
-        FinetuneSettings(**{name: value})
+        TrainingConfig(**{name: value})
 
 
 def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_the_same_run(
@@ -194,7 +195,7 @@ def test_a_spoilt_checkpoint_is_skipped_and_told(pipe: Any, tmp_path: Path, capl
 
 
 def test_what_a_run_leaves(pipe: Any, tmp_path: Path) -> None:
-    seen: list[Evaluated] = []
+    seen: list[EvalResult] = []
     told: list[dict[str, Any]] = []
     settings = settings_of("d3po", **SHORT | {"eval_every": 2, "eval_samples": 2})
     result = train(
@@ -250,15 +251,15 @@ def test_diversity_and_intervals_by_hand() -> None:
 
 
 def test_without_held_out_prompts_nothing_is_evaluated(pipe: Any, tmp_path: Path) -> None:
-    result = DDPOPipeline(pipe, "brightness").train(
-        PROMPTS, tmp_path, settings_of("ddpo", **SHORT | {"samples_per_prompt": 1})
+    result = DDPOTrainer(pipe, "brightness").train(
+        PROMPTS, tmp_path, settings_of("ddpo", **SHORT | {"num_generations": 1})
     )
     assert result.evaluations == () and result.best_step is None and not (tmp_path / "best").exists()
-    assert Exam((), D3POPipeline(pipe, "brightness").reward, ()).about() == {"eval_prompts": [], "eval_rewards": []}
+    assert Evaluator((), D3POTrainer(pipe, "brightness").reward, ()).about() == {"eval_prompts": [], "eval_rewards": []}
 
 
 def test_a_trained_pipeline_is_called_like_any_other(pipe: Any, tmp_path: Path) -> None:
-    trainer = GRPOPipeline(pipe, "brightness")
+    trainer = GRPOTrainer(pipe, "brightness")
     trainer.train(PROMPTS, tmp_path, settings_of("grpo", **SHORT))
     images = trainer("a star", num_inference_steps=2, height=8, width=8, output_type="pt").images
     assert images.shape == (1, 3, 8, 8)
@@ -270,8 +271,8 @@ def test_a_run_that_was_fooled_stays_stopped_when_it_is_resumed(pipe: Any, tmp_p
     reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
     settings = settings_of("grpo", **SHORT | {"max_steps": 9, "patience": 2, "micro_batch": 4})
     options = {"eval_prompts": HELD_OUT, "eval_rewards": [honest], "resume": True}
-    first = GRPOPipeline(pipe, reward).train(PROMPTS, tmp_path, settings, **options)
-    again = GRPOPipeline(fresh(), reward).train(PROMPTS, tmp_path, settings, **options)
+    first = GRPOTrainer(pipe, reward).train(PROMPTS, tmp_path, settings, **options)
+    again = GRPOTrainer(fresh(), reward).train(PROMPTS, tmp_path, settings, **options)
     assert again.step == first.step == 2 and again.stopped == first.stopped
     assert again.weights_step == first.weights_step == 0 and len(again.evaluations) == 3
 
@@ -304,7 +305,7 @@ class Endless:
 
 
 def test_a_gradient_that_is_no_number_moves_nothing(pipe: Any, tmp_path: Path) -> None:
-    trainer = RewardBackpropPipeline(pipe, Endless())
+    trainer = RewardBackpropTrainer(pipe, Endless())
     with pytest.raises(InputError, match=r"the loss of update 1 is .*, its gradient as long as nan: lower"):
         trainer.train(PROMPTS, tmp_path, settings_of("reward-backprop", **SHORT))
     trained = [value for name, value in pipe.unet.named_parameters() if ".steer." in name]
@@ -346,8 +347,8 @@ def test_the_forms_of_d3po_are_different_runs_and_pareto_needs_parts(pipe: Any, 
     train("d3po", pipe, tmp_path, settings)
     with pytest.raises(InputError, match="another loss"):
         train("d3po-trajectory", fresh(), tmp_path, settings)
-    with pytest.raises(InputError, match="pareto compares the parts of a reward, and 'brightness' has none"):
-        D3POPipeline(pipe, "brightness", pareto=True).train(PROMPTS, tmp_path / "other", settings)
+    with pytest.raises(InputError, match="pareto compares the components of a reward, and 'brightness' has none"):
+        D3POTrainer(pipe, "brightness", pareto=True).train(PROMPTS, tmp_path / "other", settings)
 
 
 def test_all_weights_trained_twice_in_one_process_are_not_taken_for_the_reference(pipe: Any, tmp_path: Path) -> None:

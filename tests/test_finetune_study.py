@@ -24,8 +24,8 @@ from steer.apps.scenes.finetune_studies import (
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.apps.scenes.preferences import VALUED, write_choices
 from steer.assets import PROMPTS
-from steer.pipelines import FinetuneResult
-from steer.pipelines.training.preference_data import ChoiceFolder
+from steer.pipelines import TrainingResult
+from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.rewards.aesthetic import aesthetic
 
 NAMES = ("aesthetic:scenes", "scene")
@@ -40,7 +40,7 @@ def finished(plan: Plan, rises: tuple[float, float], last: int = 20) -> Run:
         values = [0.5 + step / 20 * rises[0]] * 96 + [0.1 + step / 20 * rises[1]] * 96
         judged[step] = {"prompts": [*seen, *unseen], "rewards": dict.fromkeys(NAMES, values)}
     records = tuple({"step": step, "kl": float(step), "seconds": 2.0} for step in range(1, 21))
-    return Run(plan, FinetuneResult(20, None, Path("w"), last, records, (), last), judged)
+    return Run(plan, TrainingResult(20, None, Path("w"), last, records, (), last), judged)
 
 
 def test_a_row_is_what_a_hand_finds() -> None:
@@ -75,8 +75,8 @@ def test_plans_are_equal_but_for_what_they_compare(tmp_path: Path) -> None:
     told = {name: plan.read(tmp_path) for name, plan in PLANS.items() if name != "d3po-choices"}
     assert {config.job.method for config in told.values()} <= set(METHODS)
     compared = [config for name, config in told.items() if name.split("-")[1] in ("few", "many")]
-    images = {(c.settings.prompts_per_step, c.settings.samples_per_prompt, c.settings.max_steps) for c in compared}
-    assert images == {(4, 8, 60)} and {c.settings.steps_per_round for c in compared} == {2}
+    images = {(c.settings.train_batch_size, c.settings.num_generations, c.settings.max_steps) for c in compared}
+    assert images == {(4, 8, 60)} and {c.settings.steps_per_generation for c in compared} == {2}
     assert {len(PROMPTS[c.job.prompts].read_text().splitlines()) for c in compared if c.job.prompts} == {32, 1024}
     clipped, unclipped = told["prdp-stale"], told["prdp-stale-unclipped"]
     assert clipped.settings == unclipped.settings and unclipped.options["clip"] == 1e9 > clipped.options["clip"]
@@ -86,7 +86,7 @@ def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> No
     write_choices(tmp_path, 3)
     write_choices(tmp_path, 12)
     kept = [json.loads(line) for line in (tmp_path / "choices.jsonl").read_text().splitlines()]
-    folder = ChoiceFolder(tmp_path)
+    folder = PreferenceFolder(tmp_path)
     assert len(kept) == len(folder.lots) == 12 and folder.drawn.call == CALL
     reward, right = aesthetic(VALUED.partition(":")[2]), 0
     from steer.files import read_image
@@ -102,7 +102,7 @@ def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> No
 def test_a_small_study_runs_and_goes_on_without_doing_anything_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"max_steps": "2", "eval_every": "2", "prompts_per_step": "1", "samples_per_prompt": "2"}
+    small = {"max_steps": "2", "eval_every": "2", "train_batch_size": "1", "num_generations": "2"}
     small |= {"num_inference_steps": "3"}
     monkeypatch.setattr(finetune_runs, "JUDGED", 2)
     monkeypatch.setitem(finetune_study.HALVES, "seen", slice(None, 2))

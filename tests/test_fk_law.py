@@ -13,7 +13,7 @@ from schedulers import BETAS, FLOW, build
 from torch import Generator, Tensor
 
 from steer.apps.methods import SampleSettings
-from steer.diffusion.step_hooks import Event
+from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
 from steer.pipelines import FKSteeringPipeline
 from steer.pipelines.fk_steering import Run
@@ -107,7 +107,7 @@ class Estimate:
 
 
 def estimate(pipe: AnyGaussian, steps: int, size: int, groups: int = GROUPS, **options: Any) -> Estimate:
-    later = 1 if options.get("overlap") else 0
+    later = 1 if options.get("asynchronous_rewards") else 0
     mean, variance = law(pipe, steps, {round(share * steps) + later for share in SHARES} if LAM else set())
     truth = math.exp(3 * (LAM * mean + LAM**2 * variance / 2))
     out = FKSteeringPipeline(pipe, TOTAL)(
@@ -135,9 +135,9 @@ def test_the_default_law_holds_whatever_the_weights_do(solver: str, size: int, s
     assert abs(found.ratio - 1) <= 3 * found.error
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("asynchronous_rewards", [False, True])
 def test_asynchronous_rewards_put_the_noise_a_step_later(overlap: bool) -> None:
-    found = estimate(AnyGaussian(SOLVERS["DDIM"]()), 20, 8, ess_threshold=1.0, overlap=overlap)
+    found = estimate(AnyGaussian(SOLVERS["DDIM"]()), 20, 8, ess_threshold=1.0, asynchronous_rewards=overlap)
     assert abs(found.ratio - 1) <= 3 * found.error
 
 
@@ -215,7 +215,7 @@ def test_eta_makes_every_step_of_ddim_the_same_kernel(
     scores: list[Tensor] = []
     moved = Run._moved
 
-    def watched(run: Run, event: Event, rows: Tensor | None, reading: Any) -> Tensor | None:
+    def watched(run: Run, event: SolverStep, rows: Tensor | None, reading: Any) -> Tensor | None:
         found, kernel = moved(run, event, rows, reading), event.kernel(1.0, rows)
         if kernel.std > 0:
             following = found if found is not None else event.prev if rows is None else event.prev[rows]
@@ -277,7 +277,9 @@ def test_the_first_image_is_the_best_or_one_draw_by_the_weights() -> None:
     assert ((places - expected).sum(0).abs() <= 4 * error).all()
 
 
-@pytest.mark.parametrize("options", [{"target_reward": 9.0}, {"narrow": {4: 2}, "narrow_choice": "best"}])
+@pytest.mark.parametrize(
+    "options", [{"target_reward": 9.0}, {"particle_schedule": {4: 2}, "particle_schedule_rule": "top_k"}]
+)
 def test_a_search_has_no_weights_to_draw_by(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="leave no weights: use draw='best'"):
         drawn("weighted", groups=1, **options)
@@ -285,7 +287,9 @@ def test_a_search_has_no_weights_to_draw_by(options: dict[str, Any]) -> None:
         drawn("weigthed", groups=1)
 
 
-@pytest.mark.parametrize("options", [{"method": "svdd"}, {"target": 9.0}, {"narrow": "4:2", "narrow_choice": "best"}])
+@pytest.mark.parametrize(
+    "options", [{"method": "svdd"}, {"target": 9.0}, {"particle_schedule": "4:2", "particle_schedule_rule": "top_k"}]
+)
 def test_the_command_refuses_a_draw_without_weights(options: dict[str, Any]) -> None:
     SampleSettings(**SETTINGS | {"draw": "weighted"}).check()
     with pytest.raises(InputError, match="--draw weighted needs the weights of --method fk"):

@@ -14,7 +14,7 @@ from torch.distributions import Normal, kl_divergence
 
 from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
-from steer.training.guards import HoldOutWatch, KLControl, check_replay, check_spread, chi_square, kl
+from steer.training.guards import EarlyStopping, KLControl, check_replay, check_spread, chi_square, kl
 from steer.training.rollout import Sampler
 from steer.training.trainable import LoRA
 
@@ -176,23 +176,23 @@ SCENARIOS: dict[str, tuple[list[tuple[float, float]], int, int | None, int]] = {
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_a_watch_over_held_out_rewards(name: str) -> None:
     evaluations, patience, stops, best = SCENARIOS[name]
-    watch, stopped = HoldOutWatch(patience), None
+    watch, stopped = EarlyStopping(patience), None
     assert not watch.stop()
     for number, (proxy, held_out) in enumerate(evaluations):
         watch = watch.after(10 * number, proxy, held_out)
         if stopped is None and watch.stop():
             stopped = number
-        assert HoldOutWatch(patience).restored(watch.state()) == watch  # as a run that is stopped here goes on
+        assert EarlyStopping(patience).restored(watch.state()) == watch  # as a run that is stopped here goes on
     assert stopped == stops and watch.best_step == 10 * best and watch.best == evaluations[best]
 
 
 def test_the_state_of_a_watch_is_plain() -> None:
     import json
 
-    watch = HoldOutWatch(3).after(0, 1.0, 0.3).after(10, 2.0, 0.1)
+    watch = EarlyStopping(3).after(0, 1.0, 0.3).after(10, 2.0, 0.1)
     assert watch.state() == {"best_step": 0, "best": [1.0, 0.3], "fooled": 1}
-    assert HoldOutWatch(3).restored(json.loads(json.dumps(watch.state()))) == watch
-    assert HoldOutWatch(2).restored(HoldOutWatch().state()) == HoldOutWatch(2)
+    assert EarlyStopping(3).restored(json.loads(json.dumps(watch.state()))) == watch
+    assert EarlyStopping(2).restored(EarlyStopping().state()) == EarlyStopping(2)
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "wan"])

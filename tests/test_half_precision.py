@@ -11,9 +11,9 @@ from rollouts import call_of
 from torch import Tensor
 
 from steer.diffusion.schedules import Gaussian
-from steer.diffusion.step_hooks import Event
+from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
-from steer.pipelines import FinetuneSettings
+from steer.pipelines import TrainingConfig
 from steer.pipelines.training.method import half_precision, window_of
 from steer.training.guards import check_rounding, kl
 from steer.training.rollout import Rows, Sampler, Trajectories
@@ -54,8 +54,8 @@ def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
     assert name == "scenes" or stored.elements >= 65_536
     for dtype in (torch.float16, torch.bfloat16):
         other, small, _ = built(name, dtype)
-        half = half_precision(small.denoiser, FinetuneSettings())
-        steps = range(window_of(len(stored.stochastic), FinetuneSettings(), half is not None))
+        half = half_precision(small.denoiser, TrainingConfig())
+        steps = range(window_of(len(stored.stochastic), TrainingConfig(), half is not None))
         assert half == dtype and len(steps) == len(stored.stochastic) - 2
         same = replace(stored, latents=stored.latents.to(dtype))
         truth = divergence(sampler, trained, stored, steps)
@@ -79,16 +79,16 @@ def test_a_precision_that_measures_rounding_is_refused(dtype: torch.dtype) -> No
     ("skip", "half", "window"), [(None, False, 10), (None, True, 8), (0, True, 10), (3, False, 7), (3, True, 7)]
 )
 def test_the_window(skip: int | None, half: bool, window: int) -> None:
-    settings = FinetuneSettings(skip_low_noise_steps=skip)
+    settings = TrainingConfig(skip_low_noise_steps=skip)
     assert window_of(10, settings, half) == window
-    assert window_of(2, FinetuneSettings(), True) == 1
+    assert window_of(2, TrainingConfig(), True) == 1
 
 
 def test_a_window_without_steps_is_refused() -> None:
     with pytest.raises(InputError, match="skip_low_noise_steps must be below the number of steps with noise, 4, got"):
-        window_of(4, FinetuneSettings(skip_low_noise_steps=4), False)
+        window_of(4, TrainingConfig(skip_low_noise_steps=4), False)
     with pytest.raises(InputError, match="skip_low_noise_steps must be from 0 to num_inference_steps - 1, got 20"):
-        FinetuneSettings(skip_low_noise_steps=20, num_inference_steps=20)
+        TrainingConfig(skip_low_noise_steps=20, num_inference_steps=20)
 
 
 def test_a_log_ratio_of_many_elements() -> None:
@@ -99,7 +99,7 @@ def test_a_log_ratio_of_many_elements() -> None:
     for seed in range(8):
         x, output, noise, other = torch.randn((4, *shape), generator=torch.Generator().manual_seed(seed)).unbind()
         moved = output + 1e-4 * other
-        steps = [Event(0, t, x, scheduler, -1, one).exact_kernel(1.0) for one in (output, moved)]
+        steps = [SolverStep(0, t, x, scheduler, -1, one).exact_kernel(1.0) for one in (output, moved)]
         x_s = (steps[0].mean + steps[0].std * noise).float()
         before, after = (scheduler.alphas_cumprod[int(at)].double() for at in (t, t - 50))
         variance = (1 - after) / (1 - before) * (1 - before / after)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steer.errors import InputError
 from steer.pipelines import FKSteeringPipeline, StepReport
-from steer.pipelines.fk_steering import LaggedRun
+from steer.pipelines.fk_steering import AsynchronousRun
 from steer.reward import Begin, Modes, RewardError, at_once, in_background, with_timeout
 from steer.smc.potentials import POTENTIALS
 
@@ -87,13 +87,23 @@ def test_on_cuda_work_has_a_stream_and_comes_after_what_it_needs() -> None:
 @pytest.mark.parametrize("potential", POTENTIALS)
 def test_a_gaussian_steered_a_step_later_is_the_tilted_gaussian(potential: str) -> None:
     pipe, steps = GaussianPipeline(mean=0.5, std=0.1), 8
-    options = {"potential": potential, "resample_steps": [2, 4, 5], "num_inference_steps": steps, "overlap": True}
+    options = {
+        "potential": potential,
+        "resample_steps": [2, 4, 5],
+        "num_inference_steps": steps,
+        "asynchronous_rewards": True,
+    }
     check_tilted(list(steered_gaussians(pipe, 4, **options)), *pipe.distribution(steps, eta=1.0))
 
 
 def test_narrowed_too() -> None:
     pipe, steps = ModularGaussian(), 8
-    options = {"narrow": {3: 5, 4: 2}, "resample_steps": [2], "num_inference_steps": steps, "overlap": True}
+    options = {
+        "particle_schedule": {3: 5, 4: 2},
+        "resample_steps": [2],
+        "num_inference_steps": steps,
+        "asynchronous_rewards": True,
+    }
     outs = list(steered_gaussians(pipe, 8, **options))
     assert [one.ancestors.shape[1] for one in outs[0].history] == [8, 5, 2]
     check_tilted(outs, *pipe.distribution(steps, eta=1.0))
@@ -107,10 +117,16 @@ def test_beside_is_as_in_turn_to_the_bit(
     pipe_of: Callable[[str], Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipe, told = pipe_of(name), []
-    options = {"num_particles": K, "lam": 3000.0, "resample_steps": [0, 1, 3], "ess_threshold": 1.0, "overlap": True}
+    options = {
+        "num_particles": K,
+        "lam": 3000.0,
+        "resample_steps": [0, 1, 3],
+        "ess_threshold": 1.0,
+        "asynchronous_rewards": True,
+    }
     call = steer_kwargs(name) | options | {"output_type": "pt"}
     out = FKSteeringPipeline(pipe, redness)(generator=seeded(3), on_step=told.append, **call)
-    monkeypatch.setattr(LaggedRun, "beside", staticmethod(at_once))
+    monkeypatch.setattr(AsynchronousRun, "beside", staticmethod(at_once))
     turn = FKSteeringPipeline(pipe, redness)(generator=seeded(3), **call)
     assert torch.equal(out.images, turn.images) and torch.equal(out.log_weights, turn.log_weights)
     assert all(map(torch.equal, out.ancestors, turn.ancestors))
@@ -126,7 +142,7 @@ def test_beside_is_as_in_turn_to_the_bit(
 def test_without_resampling_the_bytes_are_the_pipelines_own(pipe_of: Callable[[str], Any]) -> None:
     call = steer_kwargs("sd")
     plain = pipe_of("sd")(**call, num_images_per_prompt=K, generator=seeded(), output_type="pt").images
-    options = {"num_particles": K, "lam": 0.0, "overlap": True, "output_type": "pt"}
+    options = {"num_particles": K, "lam": 0.0, "asynchronous_rewards": True, "output_type": "pt"}
     out = FKSteeringPipeline(pipe_of("sd"), redness)(**options, generator=seeded(), **call)
     assert [one.step for one in out.history] == [2, 3] and torch.equal(out.in_slot_order().images, plain)
 
@@ -137,7 +153,7 @@ def test_a_reward_is_that_of_the_step_before_and_the_weights_are_that_of_a_run_i
     """Until the first resampling nothing differs: the same x̂0, rewards and weights, and so the same ancestors."""
     call = steer_kwargs("sd") | {"num_particles": K, "lam": 300.0, "resample_steps": [2], "ess_threshold": 1.0}
     now, later = (
-        FKSteeringPipeline(pipe_of("sd"), redness)(overlap=overlap, generator=seeded(), **call)
+        FKSteeringPipeline(pipe_of("sd"), redness)(asynchronous_rewards=overlap, generator=seeded(), **call)
         for overlap in (False, True)
     )
     assert torch.equal(now.history[0].rewards, later.history[0].rewards)
@@ -148,7 +164,9 @@ def test_a_reward_is_that_of_the_step_before_and_the_weights_are_that_of_a_run_i
 def test_at_two_steps_running_the_second_reading_is_of_those_that_go_on(pipe_of: Callable[[str], Any]) -> None:
     """Copies that were made in between have one x̂0, that of their parent, which nobody has steered yet."""
     steer, call = FKSteeringPipeline(pipe_of("sd"), redness), steer_kwargs("sd") | {"resample_steps": [1, 2]}
-    free, steered = (steer(num_particles=K, lam=lam, overlap=True, generator=seeded(), **call) for lam in (0.0, 1e6))
+    free, steered = (
+        steer(num_particles=K, lam=lam, asynchronous_rewards=True, generator=seeded(), **call) for lam in (0.0, 1e6)
+    )
     (parent,) = set(steered.ancestors[0][0].tolist())
     assert parent == free.history[0].rewards.argmax() != 0
     torch.testing.assert_close(steered.history[1].rewards, free.history[1].rewards[:, parent].expand(1, K))
@@ -168,7 +186,7 @@ def test_the_denoiser_goes_on_while_a_reward_is_read(pipe_of: Callable[[str], An
         return redness(images, prompts)
 
     hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(1))
-    options = {"num_particles": 2, "overlap": True, "on_step": lambda report: before.append(len(calls))}
+    options = {"num_particles": 2, "asynchronous_rewards": True, "on_step": lambda report: before.append(len(calls))}
     try:
         FKSteeringPipeline(pipe, reward)(**options, generator=seeded(), **steer_kwargs("sd"))
     finally:
@@ -179,7 +197,7 @@ def test_the_denoiser_goes_on_while_a_reward_is_read(pipe_of: Callable[[str], An
 def test_a_target_ends_the_readings(pipe_of: Callable[[str], Any]) -> None:
     out = FKSteeringPipeline(pipe_of("sd"), redness)(
         num_particles=K,
-        overlap=True,
+        asynchronous_rewards=True,
         target_reward=-1e6,
         resample_steps=[1, 3],
         generator=seeded(),
@@ -191,7 +209,7 @@ def test_a_target_ends_the_readings(pipe_of: Callable[[str], Any]) -> None:
 def test_a_reward_that_breaks_its_contract_is_told(pipe_of: Callable[[str], Any]) -> None:
     with pytest.raises(RewardError, match="must be finite"):
         FKSteeringPipeline(pipe_of("sd"), lambda images, prompts: images.mean((1, 2, 3)) / 0)(
-            num_particles=2, overlap=True, **steer_kwargs("sd")
+            num_particles=2, asynchronous_rewards=True, **steer_kwargs("sd")
         )
 
 
@@ -200,7 +218,7 @@ def test_parts_that_take_turns_cannot_work_together(tmp_path: Any, pipe_of: Call
     pipe = type(pipe_of("sd")).from_pretrained(tmp_path)
     pipe.enable_model_cpu_offload(device="cpu")
     with pytest.raises(InputError, match=r"overlap: .*unet.* are offloaded"):
-        FKSteeringPipeline(pipe, redness)(num_particles=2, overlap=True, **steer_kwargs("sd"))
+        FKSteeringPipeline(pipe, redness)(num_particles=2, asynchronous_rewards=True, **steer_kwargs("sd"))
 
 
 @pytest.mark.parametrize(
@@ -212,4 +230,6 @@ def test_parts_that_take_turns_cannot_work_together(tmp_path: Any, pipe_of: Call
 )
 def test_what_cannot_be(pipe_of: Callable[[str], Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        FKSteeringPipeline(pipe_of("sd"), redness)(num_particles=2, overlap=True, **steer_kwargs("sd") | options)
+        FKSteeringPipeline(pipe_of("sd"), redness)(
+            num_particles=2, asynchronous_rewards=True, **steer_kwargs("sd") | options
+        )

@@ -14,7 +14,7 @@ from steer.apps.learning import learn, summary
 from steer.apps.scenes.training import LENGTH, build_tokenizer
 from steer.errors import InputError
 from steer.files import SUMS
-from steer.reward import RewardError, score, score_parts
+from steer.reward import RewardError, score, score_components
 from steer.rewards.learned import Learned, Recipe, train_reward
 from steer.rewards.parser import load_reward
 from steer.rewards.preference_pairs import Pairs, read_pairs
@@ -129,9 +129,9 @@ def test_members_differ_and_are_aggregated(recipe: Recipe, pairs: Pairs, tmp_pat
         ("min", members.amin(0)),
         ("mean-std", members.mean(0) - members.std(0, correction=0)),
     ):
-        total, parts = score_parts(Learned(str(tmp_path / "r"), aggregate=name), images, prompts)
+        total, components = score_components(Learned(str(tmp_path / "r"), aggregate=name), images, prompts)
         assert torch.allclose(total, expected, atol=1e-5)
-        assert list(parts) == ["r[0]", "r[1]", "r[2]"]
+        assert list(components) == ["r[0]", "r[1]", "r[2]"]
     alone = score(load_reward(f"preference:{tmp_path / 'r'},member=1"), images, prompts)
     assert torch.allclose(alone, members[1], atol=1e-5)
 
@@ -155,12 +155,12 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_reward(
     train_reward(pairs, recipe, tmp_path / "whole", tmp_path / "work-1")
     stop_in(monkeypatch, "steer.training.supervised.Run._save", call=2)
     with pytest.raises(KeyboardInterrupt):
-        train_reward(pairs, recipe, tmp_path / "parts", tmp_path / "work-2")
+        train_reward(pairs, recipe, tmp_path / "components", tmp_path / "work-2")
     monkeypatch.undo()
-    assert not (tmp_path / "parts").exists()
-    train_reward(pairs, recipe, tmp_path / "parts", tmp_path / "work-2")
+    assert not (tmp_path / "components").exists()
+    train_reward(pairs, recipe, tmp_path / "components", tmp_path / "work-2")
     for name in ("member-0.safetensors", "member-1.safetensors", "reward.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "components" / name).read_bytes()
 
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, path: str, call: int) -> None:

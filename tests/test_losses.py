@@ -534,7 +534,7 @@ def test_what_does_not_fit_is_named(make: Callable[[], Any], message: str) -> No
 
 @pytest.mark.parametrize("loss", COMPARING, ids=ids)
 def test_one_sample_cannot_be_compared(loss: Loss) -> None:
-    with pytest.raises(InputError, match="samples_per_prompt 1 must be at least 2"):
+    with pytest.raises(InputError, match="num_generations 1 must be at least 2"):
         loss(steps([[0.0]]), torch.zeros(1, 1))
 
 

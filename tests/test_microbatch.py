@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 
 from steer.diffusion.batching import MicroBatches, compiled, micro_batched, part
 from steer.diffusion.preview import first_output
-from steer.diffusion.step_hooks import Event, steered
+from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
 from steer.training.rollout import Sampler, log_probs
 
@@ -161,11 +161,11 @@ def test_offloading_hooks_go_on_working(family: str) -> None:
 def test_resampling_and_rollouts_go_through_a_view() -> None:
     pipe = cached_pipe("sd")
 
-    def resample(event: Event) -> tuple[Tensor, None] | None:
+    def resample(event: SolverStep) -> tuple[Tensor, None] | None:
         return (torch.tensor([2, 2, 0]), None) if event.k == 1 else None
 
     def sampled(one: Any) -> Tensor:
-        with steered(one, resample, rows=3) as view:
+        with hook_steps(one, resample, rows=3) as view:
             return run(view, "sd", num_inference_steps=3)
 
     plain, _ = Sampler(pipe, call_of("sd")).rollout(TWO_PROMPTS)
@@ -198,10 +198,10 @@ def test_outputs_as_objects_and_gradients() -> None:
     text = torch.randn(5, 7, 16, generator=Generator().manual_seed(1))
     inputs = [torch.randn(5, 4, 4, 4, generator=Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
     whole = unet(inputs[0], 3, text)
-    parts = MicroBatches("unet", unet, 2)(inputs[1], 3, encoder_hidden_states=text)
-    assert type(parts) is type(whole)
-    torch.testing.assert_close(parts.sample, whole.sample, **SMALL)
-    for output, x in zip((whole, parts), inputs, strict=True):
+    components = MicroBatches("unet", unet, 2)(inputs[1], 3, encoder_hidden_states=text)
+    assert type(components) is type(whole)
+    torch.testing.assert_close(components.sample, whole.sample, **SMALL)
+    for output, x in zip((whole, components), inputs, strict=True):
         (x.grad,) = torch.autograd.grad(output.sample.square().sum(), x)
     torch.testing.assert_close(inputs[1].grad, inputs[0].grad, rtol=1e-4, atol=1e-5)
 

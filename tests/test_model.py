@@ -123,9 +123,13 @@ def test_a_training_that_is_killed_goes_on_to_the_same_weights(tmp_path: Path) -
 
     whole = train(tmp_path / "whole", None)
     with pytest.raises(Killed):
-        train(tmp_path / "parts", 5)
-    assert torch.equal(train(tmp_path / "parts", None), whole)
-    assert [json.loads(line)["step"] for line in (tmp_path / "parts/log.jsonl").read_text().splitlines()] == [2, 4, 6]
+        train(tmp_path / "components", 5)
+    assert torch.equal(train(tmp_path / "components", None), whole)
+    assert [json.loads(line)["step"] for line in (tmp_path / "components/log.jsonl").read_text().splitlines()] == [
+        2,
+        4,
+        6,
+    ]
 
 
 def test_the_denoiser_takes_the_autoencoders_latents() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from steer.diffusion.batching import LiveRows
 from steer.diffusion.preview import first_output
-from steer.diffusion.step_hooks import Event, steered
+from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
 from steer.pipelines import FKSteeringPipeline, StepReport
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
@@ -56,11 +56,11 @@ def test_the_living_are_as_if_the_dead_were_computed_too(pipe_of: Callable[[str]
     own, alive = dict(vars(pipe)), torch.tensor([1, 4])
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
 
-    def die(event: Event) -> None:
+    def die(event: SolverStep) -> None:
         if event.k == 0:
             live.keep(alive, 5)
 
-    with rows_seen(denoiser) as seen, steered(live.view(pipe), die, rows=5) as view:
+    with rows_seen(denoiser) as seen, hook_steps(live.view(pipe), die, rows=5) as view:
         left = live.of(first_output(view(**call, generator=seeded())))
     torch.testing.assert_close(left, whole[alive], rtol=0, atol=1e-5)
     blocks = seen[0] // 5
@@ -158,7 +158,7 @@ class ModularGaussian(GaussianPipeline):
 def test_a_narrowed_gaussian_is_the_tilted_gaussian(potential: str, guidance: float) -> None:
     pipe, steps = ModularGaussian(), 8
     options = {"potential": potential, "reward_guidance": guidance, "num_inference_steps": steps}
-    outs = list(steered_gaussians(pipe, 8, narrow={3: 5, 5: 2}, resample_steps=[3, 4], **options))
+    outs = list(steered_gaussians(pipe, 8, particle_schedule={3: 5, 5: 2}, resample_steps=[3, 4], **options))
     for out in outs:
         assert out.rewards.shape == (BATCH, 2) and len(out.images) == 2 * BATCH
         assert [tuple(one.ancestors.shape) for one in out.history] == [(BATCH, 5), (BATCH, 5), (BATCH, 2)]
@@ -171,7 +171,13 @@ def test_a_narrowed_gaussian_is_the_tilted_gaussian(potential: str, guidance: fl
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_narrows(pipe_of: Callable[[str], Any], name: str) -> None:
     pipe, call, told = pipe_of(name), steer_kwargs(name), []
-    options = {"num_particles": K, "lam": 300.0, "narrow": {1: 3, 3: 2}, "resample_steps": [2], "on_step": told.append}
+    options = {
+        "num_particles": K,
+        "lam": 300.0,
+        "particle_schedule": {1: 3, 3: 2},
+        "resample_steps": [2],
+        "on_step": told.append,
+    }
     out = FKSteeringPipeline(pipe, redness)(**options, generator=seeded(3), output_type="pt", **call)
     again = FKSteeringPipeline(pipe, redness)(**options, generator=seeded(3), output_type="pt", **call)
     assert torch.equal(out.images, again.images) and all(map(torch.equal, out.ancestors, again.ancestors))
@@ -195,7 +201,7 @@ def test_one_who_goes_on_alone_goes_its_own_way(pipe_of: Callable[[str], Any]) -
     pipe, call = pipe_of("sd"), steer_kwargs("sd")
     plain = pipe(**call, num_images_per_prompt=K, generator=seeded(), output_type="pt").images
     out = FKSteeringPipeline(pipe, redness)(
-        num_particles=K, narrow={2: 1}, resample_steps=[], generator=seeded(), output_type="pt", **call
+        num_particles=K, particle_schedule={2: 1}, resample_steps=[], generator=seeded(), output_type="pt", **call
     )
     torch.testing.assert_close(out.images[0], plain[out.ancestors[0][0, 0]], rtol=0, atol=1e-5)
 
@@ -209,7 +215,7 @@ def test_prompts_narrow_each_for_itself(pipe_of: Callable[[str], Any]) -> None:
         return redness(images, prompts)
 
     out = FKSteeringPipeline(pipe_of("sd"), reward)(
-        num_particles=4, narrow={2: 2}, resample_steps=[3], generator=seeded(), output_type="pt", **call
+        num_particles=4, particle_schedule={2: 2}, resample_steps=[3], generator=seeded(), output_type="pt", **call
     )
     assert seen == [["a red circle"] * n + ["a blue star"] * n for n in (4, 2, 2)]
     assert out.rewards.shape == (2, 2) and torch.allclose(redness(out.images, []).view(2, 2), out.rewards, atol=1e-6)
@@ -221,7 +227,12 @@ def test_the_best_go_on_where_that_is_asked_for(pipe_of: Callable[[str], Any]) -
         steer_kwargs("sd") | {"prompt": ["a red circle", "a star"]},
     )
     out = steer(
-        num_particles=4, narrow={2: 2, 4: 1}, narrow_choice="best", resample_steps=[], generator=seeded(), **call
+        num_particles=4,
+        particle_schedule={2: 2, 4: 1},
+        particle_schedule_rule="top_k",
+        resample_steps=[],
+        generator=seeded(),
+        **call,
     )
     first, second = out.history
     assert first.ancestors.tolist() == [sorted(row.topk(2).indices.tolist()) for row in first.rewards]
@@ -272,11 +283,14 @@ def test_a_guided_run_that_is_settled_asks_for_no_more_gradients(pipe_of: Callab
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"narrow": {2: 4}}, "narrow: 4 particles from step 2 on, of 4: they must be fewer and fewer"),
-        ({"narrow": {1: 2, 3: 3}}, "narrow: 3 particles from step 3 on, of 2"),
-        ({"narrow": {2: 0}}, "narrow: 0 particles from step 2 on"),
-        ({"narrow": {5: 1}}, "narrow: 5 is not from 0 to 4, in a run of 6 steps"),
-        ({"narrow_choice": "beast"}, "unknown narrow_choice 'beast': did you mean best"),
+        (
+            {"particle_schedule": {2: 4}},
+            "particle_schedule: 4 particles from step 2 on, of 4: they must be fewer and fewer",
+        ),
+        ({"particle_schedule": {1: 2, 3: 3}}, "particle_schedule: 3 particles from step 3 on, of 2"),
+        ({"particle_schedule": {2: 0}}, "particle_schedule: 0 particles from step 2 on"),
+        ({"particle_schedule": {5: 1}}, "particle_schedule: 5 is not from 0 to 4, in a run of 6 steps"),
+        ({"particle_schedule_rule": "top"}, "unknown particle_schedule_rule 'top': did you mean top_k"),
         ({"target_reward": math.nan}, "target_reward must be a finite number"),
         ({"target_reward": 1.0, "prompt": ["a", "b"]}, "target_reward: several prompts"),
     ],
@@ -288,4 +302,4 @@ def test_plans_that_cannot_be(pipe_of: Callable[[str], Any], options: dict[str, 
 
 def test_a_pipeline_without_a_denoiser_to_spare_says_so() -> None:
     with pytest.raises(InputError, match="GaussianPipeline has none of unet"):
-        FKSteeringPipeline(GaussianPipeline(), redness)(num_particles=4, narrow={3: 2}, reward_prompt="")
+        FKSteeringPipeline(GaussianPipeline(), redness)(num_particles=4, particle_schedule={3: 2}, reward_prompt="")

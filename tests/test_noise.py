@@ -98,8 +98,8 @@ def test_the_rules_by_name_are_the_published_ones() -> None:
 
 
 def rows_of(search: Search, row: int) -> Search:
-    parts = {name: value[row : row + 1] for name, value in search.tensors().items()}
-    return Search.from_tensors(parts, torch.device("cpu"))
+    components = {name: value[row : row + 1] for name, value in search.tensors().items()}
+    return Search.from_tensors(components, torch.device("cpu"))
 
 
 EVENTS = st.lists(

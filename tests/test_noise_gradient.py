@@ -12,7 +12,7 @@ from torch import Tensor
 
 from steer.diffusion.differentiable import HALF_SCALES
 from steer.pipelines import ReNOPipeline
-from steer.pipelines.particle_batch import Population
+from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import Backprop, Estimate, NoiseToImage, ZeroOrder
 from steer.rewards.parser import load_reward
 
@@ -21,7 +21,7 @@ HALF = [torch.bfloat16, torch.float16]
 
 
 def chain_of(pipe: Any, reward: Any, size: int, **call: Any) -> NoiseToImage:
-    return NoiseToImage(Population(pipe, load_reward(reward), call.pop("prompt", None), size, call, "", ROWS))
+    return NoiseToImage(ParticleBatch(pipe, load_reward(reward), call.pop("prompt", None), size, call, "", ROWS))
 
 
 def gaussian_chain(function: Function, start: Tensor | None = None, mean: float = 0.5) -> NoiseToImage:

@@ -46,13 +46,13 @@ CODE = """
 import sys
 
 import torch
-from steer.reward import load_reward, score, score_parts, takes_number
+from steer.reward import load_reward, score, score_components, takes_number
 
 images = torch.tensor([0.7, 0.4, 0.2]).view(1, 3, 1, 1).expand(2, 3, 8, 8).clone().requires_grad_()
-total, parts = score_parts(load_reward("warmth + jpeg:0.1"), images, ["", ""])
-assert list(parts) == ["warmth", "jpeg"]
-assert torch.allclose(parts["warmth"], torch.full((2,), 0.5))
-assert torch.allclose(total, parts["warmth"] + 0.1 * parts["jpeg"])
+total, components = score_components(load_reward("warmth + jpeg:0.1"), images, ["", ""])
+assert list(components) == ["warmth", "jpeg"]
+assert torch.allclose(components["warmth"], torch.full((2,), 0.5))
+assert torch.allclose(total, components["warmth"] + 0.1 * components["jpeg"])
 
 assert takes_number("warmth")
 near = load_reward("warmth:0.2:10 + brightness:0")

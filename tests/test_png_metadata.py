@@ -56,7 +56,7 @@ RECIPE = Recipe(
     base=False,
     rank=2,
     reward=-0.125,
-    parts={"scene": 1 / 3},
+    components={"scene": 1 / 3},
     pixels=pixels_of(picture()),
     steer="0.1.0",
     torch="2.11.0",
@@ -81,9 +81,10 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
         place += 12 + length
 
 
-def joined(*parts: tuple[bytes, bytes]) -> bytes:
+def joined(*components: tuple[bytes, bytes]) -> bytes:
     told = [
-        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big") for kind, data in parts
+        len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+        for kind, data in components
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(told)
 
@@ -116,7 +117,7 @@ def test_what_is_written_is_read(png: Path) -> None:
 
 
 def test_the_same_image_gives_the_same_bytes(png: Path, tmp_path: Path) -> None:
-    write_png(picture(), tmp_path / "b.png", replace(RECIPE, parts=dict(RECIPE.parts)))
+    write_png(picture(), tmp_path / "b.png", replace(RECIPE, components=dict(RECIPE.components)))
     assert png.read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
@@ -154,8 +155,8 @@ def test_a_whole_number_is_a_number() -> None:
         ({"rank": -1}, "rank: expected 0 to"),
         ({"reward": "high"}, "reward: expected float"),
         ({"reward": 10**400}, "reward: expected float"),
-        ({"parts": []}, "parts: expected an object"),
-        ({"parts": {"a": None}}, "part 'a': expected float"),
+        ({"components": []}, "components: expected an object"),
+        ({"components": {"a": None}}, "part 'a': expected float"),
         ({"pixels": "0" * 63}, "pixels: expected a hash"),
         ({"device": "\x1b]0;evil\x07"}, "device: expected a short text"),
         ({"torch": "2" * 101}, "torch: expected a short text"),

@@ -116,11 +116,11 @@ def test_the_users_pipeline_stays_untouched() -> None:
     pipe, call = cached_pipe("sd"), call_kwargs("sd", COUNT)
     latents = run(pipe, call, "latent")
     before, config = dict(vars(pipe)), dict(pipe.config)
-    parts = {name: set(vars(getattr(pipe, name))) for name in ("vae", "unet", "scheduler", "text_encoder")}
+    components = {name: set(vars(getattr(pipe, name))) for name in ("vae", "unet", "scheduler", "text_encoder")}
     Preview(pipe, call)(latents)
     assert vars(pipe).keys() == before.keys() and all(value is before[name] for name, value in vars(pipe).items())
     assert dict(pipe.config) == config
-    assert all(set(vars(getattr(pipe, name))) == attributes for name, attributes in parts.items())
+    assert all(set(vars(getattr(pipe, name))) == attributes for name, attributes in components.items())
 
 
 def safety_checker_that_blackens_everything() -> StableDiffusionSafetyChecker:

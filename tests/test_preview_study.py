@@ -29,7 +29,7 @@ def test_equal_rewards_share_a_rank() -> None:
     # Ranks 1.5, 1.5, 3 and 1, 2, 3: covariance of −.5, −.5, 1 with −1, 0, 1, over the square roots of 1.5 and 2.
     found = rank_correlation(torch.tensor([0.0, 0.0, 1.0]), torch.tensor([1.0, 2.0, 3.0]))
     assert found == pytest.approx(1.5 / math.sqrt(1.5 * 2))
-    nearly = torch.tensor([0.0, 1e-9, 1.0])  # what rounding parts is equal
+    nearly = torch.tensor([0.0, 1e-9, 1.0])  # what rounding components is equal
     assert rank_correlation(nearly, torch.tensor([1.0, 2.0, 3.0])) == pytest.approx(found)
 
 

@@ -21,7 +21,7 @@ from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
 from steer.noise import Adam
 from steer.pipelines import Iteration, NoiseSearchPipeline, ReNOPipeline, SteeringOutput
-from steer.pipelines.particle_batch import Population
+from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import Backprop, NoiseToImage, ZeroOrder
 from steer.reward import RewardError
 
@@ -60,8 +60,8 @@ def with_a_root_of_zero(images: Tensor, prompts: Sequence[str]) -> Tensor:
 
 def same_traces(left: Sequence[Iteration], right: Sequence[Iteration]) -> bool:
     names = ("rewards", "norms", "best")
-    assert [(one.number, one.total, one.parts.keys()) for one in left] == [
-        (one.number, one.total, one.parts.keys()) for one in right
+    assert [(one.number, one.total, one.components.keys()) for one in left] == [
+        (one.number, one.total, one.components.keys()) for one in right
     ]
     pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(left, right, strict=True) for name in names]
     pairs += [(a.parts[name], b.parts[name]) for a, b in zip(left, right, strict=True) for name in a.parts]
@@ -224,7 +224,7 @@ def test_the_observer_sees_every_iteration_and_can_end_the_run() -> None:
 
 def chain_of(name: str, **options: Any) -> NoiseToImage:
     call = own_kwargs(name) | {"generator": seeded()} | options
-    return NoiseToImage(Population(cached_pipe(name), REWARD, call.pop("prompt"), 2, call))
+    return NoiseToImage(ParticleBatch(cached_pipe(name), REWARD, call.pop("prompt"), 2, call))
 
 
 def test_a_negative_prompt_is_not_taken_for_the_prompt() -> None:

@@ -56,9 +56,9 @@ def test_every_image_tells_how_it_was_made(image: Path) -> None:
         assert recipe.prompt == entry["prompt"] == "a red star – “ein roter Stern”"
         assert recipe.settings.__dict__ == report["settings"]
         scores = entry["base"]["rewards"] if recipe.base else entry["rewards"]
-        assert recipe.reward == scores[recipe.rank] == pytest.approx(sum(recipe.parts.values()))
+        assert recipe.reward == scores[recipe.rank] == pytest.approx(sum(recipe.components.values()))
         if not recipe.base:
-            assert recipe.parts == {name: values[recipe.rank] for name, values in entry["parts"].items()}
+            assert recipe.components == {name: values[recipe.rank] for name, values in entry["components"].items()}
         told.append((path.name, recipe))
     assert [(name, recipe.base, recipe.rank) for name, recipe in told] == [
         *(("00.png", False, 0), ("01.png", False, 1), ("base-00.png", True, 0), ("base-01.png", True, 1))

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from steer.errors import InputError
-from steer.pipelines import BestOfNPipeline, FinetuneSettings, FKSteeringPipeline, ReNOPipeline, RewardBackpropPipeline
-from steer.reward import RewardError, score, score_parts, with_metadata, with_timeout
+from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, RewardBackpropTrainer, TrainingConfig
+from steer.reward import RewardError, score, score_components, with_metadata, with_timeout
 from steer.rewards.compose import Combined, Part
 from steer.rewards.parser import combine, load_reward
 
@@ -179,10 +179,10 @@ def test_a_function_says_that_it_is_differentiable(tmp_path: Path) -> None:
     assert not load_reward(red).differentiable
     red.differentiable = True  # type: ignore[attr-defined]
     assert load_reward(red).differentiable and combine({red: 1}).differentiable
-    settings = FinetuneSettings(
-        max_steps=1, prompts_per_step=1, samples_per_prompt=2, num_inference_steps=2, lora_rank=2, call={"height": 8}
+    settings = TrainingConfig(
+        max_steps=1, train_batch_size=1, num_generations=2, num_inference_steps=2, lora_rank=2, call={"height": 8}
     )
-    result = RewardBackpropPipeline(sd(), red).train([PROMPT], tmp_path, settings)
+    result = RewardBackpropTrainer(sd(), red).train([PROMPT], tmp_path, settings)
     assert result.records[0]["grad_norm"] > 0
     call = CALL | {"generator": torch.Generator().manual_seed(0)}
     assert ReNOPipeline(sd(), red)(PROMPT, iterations=2, output_type="latent", **call).cost.gradients > 0
@@ -213,12 +213,12 @@ def optional(images: Tensor, prompts: Sequence[str], metadata: Any = None) -> An
 def test_metadata_reaches_every_reward_that_accepts_it(reward: Any) -> None:
     plain = load_reward(reward)
     for one in (plain, with_timeout(plain, 5), combine({reward: 1}), with_timeout(combine({reward: 1}), 5)):
-        for ask in (score, lambda *given: score_parts(*given)[0]):
+        for ask in (score, lambda *given: score_components(*given)[0]):
             assert ask(one, IMAGES, PROMPTS, ROWS).tolist() == [1, 2, 3]
             assert ask(one, IMAGES, PROMPTS).tolist() == [0, 0, 0]
         table = with_metadata(one, dict(zip(PROMPTS, ROWS, strict=True)))
         assert score(table, IMAGES, ["c", "a", "?"]).tolist() == [3, 1, 0]
-        assert score_parts(with_metadata(table, {"b": ROWS[1]}), IMAGES, PROMPTS)[0].tolist() == [0, 2, 0]
+        assert score_components(with_metadata(table, {"b": ROWS[1]}), IMAGES, PROMPTS)[0].tolist() == [0, 2, 0]
         assert with_metadata(table, None) is one
 
 

@@ -77,7 +77,7 @@ def test_train_makes_a_folder_that_scores(steer: Steer, scenes: Path, tmp_path: 
     assert code == 0, err
     assert "accuracy" in told and Image.open(work / "training.png").width > 400
     code, scored, _ = steer("score", scenes / "0.png", "--prompt", "a star", "--reward", out)
-    assert code == 0 and len(json.loads(scored)["scores"][0]["parts"]) == 2
+    assert code == 0 and len(json.loads(scored)["scores"][0]["components"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_a_report_tells_every_part(steer: Steer, tmp_path: Path) -> None:
     words = ["a circle", "--steps", 4, "--particles", 3, "--reward", "brightness + colour:red:2"]
     assert steer("sample", *words, "--out", tmp_path / "out")[0] == 0
     entry = json.loads((tmp_path / "out" / "report.json").read_text())["prompts"][0]
-    total = np.array(entry["parts"]["brightness"]) + 2 * np.array(entry["parts"]["colour:red"])
+    total = np.array(entry["components"]["brightness"]) + 2 * np.array(entry["components"]["colour:red"])
     assert np.allclose(total, entry["rewards"], atol=1e-5) and entry["rewards"] == sorted(
         entry["rewards"], reverse=True
     )

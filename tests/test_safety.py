@@ -34,8 +34,8 @@ class FakeChecker(torch.nn.Module):
 
 def checked(flagged: tuple[int, ...]) -> StableDiffusionPipeline:
     torch.manual_seed(0)
-    parts = stable_diffusion_parts() | {"feature_extractor": CLIPImageProcessor(size=8, crop_size=8)}
-    pipe = StableDiffusionPipeline(**parts | {"safety_checker": FakeChecker(flagged)})
+    components = stable_diffusion_parts() | {"feature_extractor": CLIPImageProcessor(size=8, crop_size=8)}
+    pipe = StableDiffusionPipeline(**components | {"safety_checker": FakeChecker(flagged)})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -58,7 +58,7 @@ def test_flagged_images_are_scored_as_they_were_made(method: type) -> None:
 
 
 def test_what_is_left_of_narrowed_particles_keeps_its_flags() -> None:
-    out = made((0,), FKSteeringPipeline, narrow={2: 2})
+    out = made((0,), FKSteeringPipeline, particle_schedule={2: 2})
     assert torch.equal(out.nsfw_content_detected, out.order == 0)
 
 

@@ -231,8 +231,8 @@ def test_training_prompts_share_nothing_with_the_other_lists_nor_with_what_is_he
     # What a request holds true in every scene of it, found another way: its words, left out where they can be.
     for request in training:
         uncoloured = parse(" ".join(word for word in str(request).split() if word not in COLOURS))
-        parts = [request, uncoloured, *(replace(part, relation=None) for part in (request, uncoloured))]
-        assert not any(map(is_held_out, parts))
+        components = [request, uncoloured, *(replace(part, relation=None) for part in (request, uncoloured))]
+        assert not any(map(is_held_out, components))
     assert not {r.canonical for r in training} & {r.canonical for r in held_out}
     assert not set(training) & set(tuning)
     others = {r.canonical for r in tuning if r.task != "two_object"}

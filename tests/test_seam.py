@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steer.diffusion.preview import first_output
 from steer.diffusion.schedules import VERIFIED
-from steer.diffusion.step_hooks import CannotSteer, Event, steered
+from steer.diffusion.step_hooks import CannotSteer, SolverStep, hook_steps
 from steer.errors import InputError
 
 PARTICLES = 3
@@ -51,8 +51,8 @@ def run(pipe: Any, family: str, seed: int = 0, **call: Any) -> Tensor:
     return first_output(pipe(**call, generator=generator, output_type="pt"))
 
 
-def watch(pipe: Any, family: str, on_step: Callable[[Event], Any], **call: Any) -> Tensor:
-    with steered(pipe, on_step, rows=PARTICLES) as view:
+def watch(pipe: Any, family: str, on_step: Callable[[SolverStep], Any], **call: Any) -> Tensor:
+    with hook_steps(pipe, on_step, rows=PARTICLES) as view:
         return run(view, family, **call)
 
 
@@ -100,7 +100,7 @@ def test_a_permutation_of_the_particles_permutes_the_images(family: str, schedul
     draws = torch.Generator().manual_seed(1)
     origin = torch.arange(PARTICLES)
 
-    def shuffle(event: Event) -> tuple[Tensor, None]:
+    def shuffle(event: SolverStep) -> tuple[Tensor, None]:
         nonlocal origin
         ancestors = torch.randperm(PARTICLES, generator=draws)
         ancestors = ancestors.roll(1) if torch.equal(ancestors, torch.arange(PARTICLES)) else ancestors
@@ -117,7 +117,7 @@ def test_the_next_step_starts_from_the_latents_of_the_answer(family: str) -> Non
     given: list[Tensor] = []
     starts: list[Tensor] = []
 
-    def replace(event: Event) -> tuple[Tensor, Tensor]:
+    def replace(event: SolverStep) -> tuple[Tensor, Tensor]:
         starts.append(event.x)
         given.append(torch.randn(event.prev.shape, generator=torch.Generator().manual_seed(event.k)))
         return torch.tensor([1, 2, 0]), given[-1]  # the latents are those of the slots after the permutation
@@ -153,7 +153,7 @@ SINGLE_MEMORY = {  # of solvers that look back at one place only
 def test_what_came_before_new_latents_is_forgotten(scheduler: str, at: int) -> None:
     """A corrector, or a solver that takes several steps from one place, would go back behind them."""
 
-    def restart(event: Event) -> tuple[None, Tensor] | None:
+    def restart(event: SolverStep) -> tuple[None, Tensor] | None:
         latents = torch.randn(event.x.shape, generator=torch.Generator().manual_seed(7))
         return (None, latents) if event.k == at else None
 
@@ -165,7 +165,7 @@ def test_what_came_before_new_latents_is_forgotten(scheduler: str, at: int) -> N
     ("scheduler", "call"), [("DDPM", {}), ("EulerAncestralDiscrete", {}), ("DDIM", {"eta": 1.0}), ("LCM", {})]
 )
 def test_copies_part_under_a_noisy_solver(scheduler: str, call: dict[str, float]) -> None:
-    def copy_first(event: Event) -> tuple[Tensor, None] | None:
+    def copy_first(event: SolverStep) -> tuple[Tensor, None] | None:
         return (torch.zeros(PARTICLES, dtype=torch.int64), None) if event.k == 1 else None
 
     images = watch(sd(scheduler), "sd", copy_first, **call)
@@ -180,7 +180,7 @@ def test_copies_stay_together_under_a_noiseless_solver() -> None:
 def test_x0_is_computed_once_and_its_last_one_is_the_end() -> None:
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def look(event: Event) -> None:
+    def look(event: SolverStep) -> None:
         assert event.x0() is event.x0()
         seen.append((event.x0(), event.prev))
 
@@ -194,7 +194,7 @@ def test_x0_is_computed_once_and_its_last_one_is_the_end() -> None:
 def test_the_kernel_of_an_event_takes_rows_with_repeats() -> None:
     ancestors = torch.tensor([2, 2, 0])
 
-    def compare(event: Event) -> None:
+    def compare(event: SolverStep) -> None:
         every, some = event.kernel(1.0), event.kernel(1.0, ancestors)
         assert torch.equal(some.mean, every.mean[ancestors]) and torch.equal(some.std, every.std)
         if event.k + 1 < event.total:
@@ -207,7 +207,7 @@ def test_a_pipeline_of_the_users_own_is_steered() -> None:
     pipe = GaussianPipeline()
     call = {"batch_size": PARTICLES, "num_inference_steps": 5}
     plain = pipe(**call, generator=torch.Generator().manual_seed(0)).images
-    with steered(pipe, lambda event: (torch.tensor([1, 2, 0]), None)) as view:
+    with hook_steps(pipe, lambda event: (torch.tensor([1, 2, 0]), None)) as view:
         shuffled = view(**call, generator=torch.Generator().manual_seed(0)).images
     assert torch.equal(shuffled, plain[torch.tensor([2, 0, 1])])  # five turns of three slots
 
@@ -216,7 +216,7 @@ def test_a_half_precision_run_keeps_its_dtype() -> None:
     pipe = copy.copy(cached_pipe("sd"))
     dtypes: set[torch.dtype] = set()
 
-    def answer_in_fp32(event: Event) -> tuple[None, Tensor]:
+    def answer_in_fp32(event: SolverStep) -> tuple[None, Tensor]:
         dtypes.update((event.x.dtype, event.prev.dtype))
         return None, event.prev.float()
 
@@ -230,7 +230,7 @@ def test_grad_flows_through_the_solver_only_where_asked_for() -> None:
     def latents_need_grad(grad: bool) -> bool:
         found: list[bool] = []
         pipe = sd("EulerDiscrete")
-        with steered(pipe, lambda event: found.append(event.prev.requires_grad), grad=grad) as view:
+        with hook_steps(pipe, lambda event: found.append(event.prev.requires_grad), grad=grad) as view:
             type(pipe).__call__.__wrapped__(view, **call_kwargs("sd", 1, 2), output_type="latent")
         return all(found)
 
@@ -251,14 +251,14 @@ def test_the_pipeline_stays_untouched() -> None:
 
 def test_the_view_looks_like_the_pipeline() -> None:
     pipe = sd("DDIM")
-    with steered(pipe, lambda event: None) as view:
+    with hook_steps(pipe, lambda event: None) as view:
         assert isinstance(view, type(pipe)) and isinstance(view.scheduler, diffusers.DDIMScheduler)
         assert type(view.scheduler).__name__ == "DDIMScheduler" and view.unet is pipe.unet
         run(view, "sd")
 
 
 def test_an_error_of_the_hook_reaches_the_caller() -> None:
-    def fail(event: Event) -> None:
+    def fail(event: SolverStep) -> None:
         raise KeyError("mine")
 
     with pytest.raises(KeyError, match="mine"):
@@ -323,7 +323,7 @@ def test_a_callback_that_only_looks_is_taken() -> None:
 def test_a_wrong_number_of_rows_is_refused() -> None:
     with (
         pytest.raises(CannotSteer, match="the scheduler was given 3 rows for 5 particles"),
-        steered(sd(), lambda event: None, rows=5) as view,
+        hook_steps(sd(), lambda event: None, rows=5) as view,
     ):
         run(view, "sd")
 
@@ -346,11 +346,11 @@ class TwoSchedulers(diffusers.StableDiffusionPipeline):
 def test_a_second_copy_of_the_scheduler_is_refused_when_resampling_only() -> None:
     pipe = copy.copy(sd())
     pipe.__class__ = TwoSchedulers
-    with steered(pipe, lambda event: None) as view:
+    with hook_steps(pipe, lambda event: None) as view:
         assert torch.equal(view(), pipe())
     with (
         pytest.raises(CannotSteer, match="TwoSchedulers also steps copies of its scheduler"),
-        steered(pipe, lambda event: (torch.arange(PARTICLES), None)) as view,
+        hook_steps(pipe, lambda event: (torch.arange(PARTICLES), None)) as view,
     ):
         view()
 
@@ -381,7 +381,7 @@ def test_per_token_timesteps_are_refused() -> None:
     pipe.__class__ = PerToken
     with (
         pytest.raises(CannotSteer, match="per-token timesteps have no single noise level"),
-        steered(pipe, lambda event: None) as view,
+        hook_steps(pipe, lambda event: None) as view,
     ):
         view()
 
@@ -398,6 +398,6 @@ def test_a_pipeline_that_never_steps_its_scheduler_is_refused() -> None:
     pipe.__class__ = NoSteps
     with (
         pytest.raises(CannotSteer, match="NoSteps never stepped its own scheduler"),
-        steered(pipe, lambda event: None) as view,
+        hook_steps(pipe, lambda event: None) as view,
     ):
         view()

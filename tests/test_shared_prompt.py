@@ -41,8 +41,8 @@ def left_as_it_was(pipe: Any) -> Iterator[None]:
     """All attributes and hooks of all modules are the same objects after the block."""
 
     def state() -> list[Any]:
-        parts = [part for module in denoising_modules(pipe) for part in module.modules()]
-        return [({n: id(v) for n, v in vars(part).items()}, len(part._forward_pre_hooks)) for part in parts]
+        components = [part for module in denoising_modules(pipe) for part in module.modules()]
+        return [({n: id(v) for n, v in vars(part).items()}, len(part._forward_pre_hooks)) for part in components]
 
     before = state()
     try:

@@ -1,4 +1,4 @@
-"""Screened starts: the pipeline's own noise to the bit, the best by an independent sort, and what they cost."""
+"""ScreenedNoise starts: the pipeline's own noise to the bit, the best by an independent sort, and what they cost."""
 
 import math
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
 from steer.pipelines.fk_steering import highest
-from steer.pipelines.initial_noise import Screened, screened_starts, unscaled
+from steer.pipelines.initial_noise import ScreenedNoise, screen_initial_noise, unscaled
 
 REWARD = Soft(likeness)
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -27,9 +27,9 @@ def pipeline(name: str, scheduler: Any = None) -> Any:
     return with_scheduler(pipe, scheduler.from_config(pipe.scheduler.config)) if scheduler else pipe
 
 
-def screened(name: str = "sd", scheduler: Any = None, reward: Any = REWARD, **options: Any) -> Screened:
+def screened(name: str = "sd", scheduler: Any = None, reward: Any = REWARD, **options: Any) -> ScreenedNoise:
     call = own_kwargs(name, 4) | {"keep": 3, "candidates": 7, "steps": 2, "generator": seeded(4)} | options
-    return screened_starts(pipeline(name, scheduler), reward, **call)
+    return screen_initial_noise(pipeline(name, scheduler), reward, **call)
 
 
 @pytest.mark.parametrize(("name", "scheduler"), CASES)
@@ -81,9 +81,9 @@ def test_the_first_candidates_are_the_pipelines_own_and_more_only_add() -> None:
 @pytest.mark.parametrize("together", [1, 2, 3, 7, 20])
 def test_batches_of_candidates_change_nothing(scheduler: Any, together: int) -> None:
     whole = screened(scheduler=scheduler, together=7)
-    parts = screened(scheduler=scheduler, together=together)
-    torch.testing.assert_close(parts.rewards, whole.rewards, **CLOSE)
-    assert torch.equal(parts.chosen, whole.chosen) and torch.equal(parts.noise, whole.noise)
+    components = screened(scheduler=scheduler, together=together)
+    torch.testing.assert_close(components.rewards, whole.rewards, **CLOSE)
+    assert torch.equal(components.chosen, whole.chosen) and torch.equal(components.noise, whole.noise)
 
 
 def test_no_batch_is_larger_than_the_real_one_and_everything_is_counted() -> None:
@@ -121,7 +121,7 @@ def test_fresh_candidates_are_standard_normal_in_a_closed_form() -> None:
         return images[:, 0, 0, 0]
 
     options = {"keep": 4, "candidates": 600, "steps": 10, "together": 300}
-    found = screened_starts(pipe, Soft(first_pixel), **options, generator=seeded(1), num_inference_steps=20)
+    found = screen_initial_noise(pipe, Soft(first_pixel), **options, generator=seeded(1), num_inference_steps=20)
     noise = ((found.rewards - shift) / gain)[0]
     torch.testing.assert_close(found.noise[:, 0, 0, 0], noise[found.chosen[0]], rtol=1e-3, atol=1e-3)
     assert abs(noise.mean()) < 4 / math.sqrt(600) and abs(noise.std() - 1) < 4 / math.sqrt(1200)

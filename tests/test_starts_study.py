@@ -9,7 +9,7 @@ from steer.apps.scenes.evaluate import Found, Point, Spent
 from steer.apps.scenes.noise_studies import (
     PLAIN,
     SCREENED,
-    Screened,
+    ScreenedNoise,
     between,
     contenders,
     correlation,
@@ -73,5 +73,5 @@ def test_what_is_compared_has_names_of_its_own() -> None:
     lengths, plain, screened = contenders()
     everything = [*lengths, *plain, *screened]
     assert len({one.key for one in everything}) == len(everything) == 4 + len(PLAIN) + len(SCREENED)
-    assert all(isinstance(one, Screened) and one.candidates > one.size for one in screened)
+    assert all(isinstance(one, ScreenedNoise) and one.candidates > one.size for one in screened)
     assert {"candidates", "steps"} <= screened[0].about().keys()

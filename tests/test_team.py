@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from team_child import fresh, gradients
 
 from steer.errors import InputError
-from steer.pipelines import GRPOPipeline
+from steer.pipelines import GRPOTrainer
 from steer.training.checkpoint import Checkpoints
-from steer.training.distributed import ALONE, total
+from steer.training.distributed import SINGLE_PROCESS, total
 
 HERE = Path(__file__).parent
 
@@ -127,20 +127,20 @@ def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.Monke
 
     monkeypatch.setattr("steer.pipelines.training.trainer.AcceleratedTeam", Three)
     with pytest.raises(
-        InputError, match="prompts_per_step must be a multiple of the 3 processes that share them, got 2"
+        InputError, match="train_batch_size must be a multiple of the 3 processes that share them, got 2"
     ):
-        GRPOPipeline(fresh(), "brightness").train(["a star"], tmp_path, settings_of("grpo"))
+        GRPOTrainer(fresh(), "brightness").train(["a star"], tmp_path, settings_of("grpo"))
 
 
 def test_a_sum_over_one_process_is_what_it_has() -> None:
-    assert total(ALONE, [1.5, -2.0]) == [1.5, -2.0]
+    assert total(SINGLE_PROCESS, [1.5, -2.0]) == [1.5, -2.0]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_divided_weights_learn_what_whole_ones_do_and_go_on_to_the_last_bit(
     kind: str, made: Path, tmp_path: Path
 ) -> None:
-    """FSDP2: every parameter of the denoiser lies in two parts; a file holds whole ones."""
+    """FSDP2: every parameter of the denoiser lies in two components; a file holds whole ones."""
     straight, parted = (made / f"{kind}-{name}" for name in ("straight", "parted"))
     assert lines(parted) == lines(straight)
     for name in ("weights", "optimiser", "average", "random"):

@@ -69,11 +69,11 @@ def test_a_row_depends_on_nothing_but_itself(name: str) -> None:
     order = [2, 0, 3]
     others = Rows(*(tuple(values[i] for i in order) for values in vars(TWO_PROMPTS).values()))
     for rows, batches in ((order, [others]), ([0, 1, 2, 3], TWO_PROMPTS.split(1))):
-        parts = [sampler.rollout(batch) for batch in batches]
+        components = [sampler.rollout(batch) for batch in batches]
         size = stored.latents[rows].abs().max()  # of Wan some hundreds
-        ours = torch.cat([part.latents for part, _ in parts])
+        ours = torch.cat([part.latents for part, _ in components])
         assert (ours - stored.latents[rows]).abs().max() / size <= 1e-5
-        torch.testing.assert_close(torch.cat([pictures for _, pictures in parts]), images[rows], **SMALL)
+        torch.testing.assert_close(torch.cat([pictures for _, pictures in components]), images[rows], **SMALL)
 
 
 def test_seeds_and_prompts_matter_each_by_itself() -> None:

@@ -13,20 +13,20 @@ from torch import Generator, Tensor
 
 from steer.errors import InputError
 from steer.pipelines import (
-    D3POPipeline,
-    DDPOPipeline,
-    FilteredPipeline,
-    FinetuneSettings,
-    GRPOPipeline,
-    PRDPPipeline,
-    RewardBackpropPipeline,
+    D3POTrainer,
+    DDPOTrainer,
+    FilteredTrainer,
+    GRPOTrainer,
+    PRDPTrainer,
+    RewardBackpropTrainer,
+    TrainingConfig,
 )
 from steer.training.rollout import Rows, Sampler, log_probs
 
-SETTINGS = FinetuneSettings(
+SETTINGS = TrainingConfig(
     max_steps=3,
-    prompts_per_step=2,
-    samples_per_prompt=2,
+    train_batch_size=2,
+    num_generations=2,
     micro_batch=2,
     num_inference_steps=4,
     lora_rank=2,
@@ -81,11 +81,11 @@ def test_a_replay_has_the_rollouts_log_probs_which_are_those_of_diffusers_own_st
 
 
 METHODS = {
-    "d3po": D3POPipeline,
-    "prdp": PRDPPipeline,
-    "ddpo": DDPOPipeline,
-    "grpo": GRPOPipeline,
-    "filtered": FilteredPipeline,
+    "d3po": D3POTrainer,
+    "prdp": PRDPTrainer,
+    "ddpo": DDPOTrainer,
+    "grpo": GRPOTrainer,
+    "filtered": FilteredTrainer,
 }
 
 
@@ -108,8 +108,8 @@ def test_every_method_trains_a_pipeline_without_prompts(method: str, rank: int, 
 
 
 RISING = {
-    "d3po": ({"beta": 10.0}, {"max_steps": 12, "prompts_per_step": 4, "samples_per_prompt": 8, "learning_rate": 3e-3}),
-    "grpo": ({"clip": 1.0}, {"max_steps": 10, "prompts_per_step": 1, "samples_per_prompt": 256, "learning_rate": 3e-4}),
+    "d3po": ({"beta": 10.0}, {"max_steps": 12, "train_batch_size": 4, "num_generations": 8, "learning_rate": 3e-3}),
+    "grpo": ({"clip": 1.0}, {"max_steps": 10, "train_batch_size": 1, "num_generations": 256, "learning_rate": 3e-4}),
 }
 
 
@@ -130,20 +130,20 @@ def test_a_reward_may_read_prompts_that_the_pipeline_does_not_take(tmp_path: Pat
         seen.update(prompts)
         return images.mean((1, 2, 3))
 
-    GRPOPipeline(pipeline("ddpm"), reads).train(["a", "b"], tmp_path, replace(SETTINGS, max_steps=1))
+    GRPOTrainer(pipeline("ddpm"), reads).train(["a", "b"], tmp_path, replace(SETTINGS, max_steps=1))
     assert seen == {"a", "b"}
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="prompts must be texts, got 3: a count is for pipelines without prompts"):
-        GRPOPipeline(sd(), "brightness").train(3, tmp_path, SETTINGS)
+        GRPOTrainer(sd(), "brightness").train(3, tmp_path, SETTINGS)
     for prompts, message in ((0, "at least one is needed"), (-1, "at least 0"), ("a star", "got one text: 'a star'")):
         with pytest.raises(InputError, match=message):
-            GRPOPipeline(pipeline("ddim"), "brightness").train(prompts, tmp_path, SETTINGS)
+            GRPOTrainer(pipeline("ddim"), "brightness").train(prompts, tmp_path, SETTINGS)
     with pytest.raises(InputError, match="DDIMPipeline makes arrays of its images"):
-        RewardBackpropPipeline(pipeline("ddim"), "brightness").train(1, tmp_path, SETTINGS)
+        RewardBackpropTrainer(pipeline("ddim"), "brightness").train(1, tmp_path, SETTINGS)
     with pytest.raises(InputError, match="no layer named to_x: give lora_targets"):
-        GRPOPipeline(pipeline("ddim"), "brightness").train(1, tmp_path, replace(SETTINGS, lora_targets=("to_x",)))
+        GRPOTrainer(pipeline("ddim"), "brightness").train(1, tmp_path, replace(SETTINGS, lora_targets=("to_x",)))
 
 
 def near(
@@ -164,7 +164,7 @@ def test_metadata_reaches_the_reward_of_a_training_and_of_its_evaluations(tmp_pa
     def named(images: Tensor, prompts: Sequence[str], metadata: Any) -> Any:
         return near(images, prompts, metadata)
 
-    trainer, held_out = GRPOPipeline(sd(), near), ["a star", "a cross"]
+    trainer, held_out = GRPOTrainer(sd(), near), ["a star", "a cross"]
     with pytest.raises(InputError, match="metadata must be one mapping for each prompt, got 1 of them and 2 prompts"):
         trainer.train([PROMPT, "a"], tmp_path, settings, metadata=rows(PROMPT))
     with pytest.raises(InputError, match="metadata: prompt 'a' has two different rows"):

@@ -49,7 +49,7 @@ from steer.diffusion.preview import Preview
 from steer.errors import InputError
 from steer.noise import Nesterov, Search
 from steer.pipelines import FKSteeringPipeline
-from steer.pipelines.particle_batch import Population, as_type
+from steer.pipelines.particle_batch import ParticleBatch, as_type
 from steer.pipelines.reno import Ascent, Backprop
 from steer.registry import choose
 from steer.shared_prompt import shared_prompt
@@ -120,7 +120,12 @@ def fewer(subject: Subject) -> dict[str, Any]:
     first, _, third, *_ = subject.read_at
     narrow = {first: subject.size // 2, third: subject.size // 4}
     preview = preview_named(subject.preview, subject.pipe)
-    return {"num_particles": 3 * subject.size // 2, "narrow": narrow, "narrow_choice": "best", "preview": preview}
+    return {
+        "num_particles": 3 * subject.size // 2,
+        "particle_schedule": narrow,
+        "particle_schedule_rule": "top_k",
+        "preview": preview,
+    }
 
 
 @contextmanager
@@ -133,7 +138,9 @@ def fk(subject: Subject, on: On = nullcontext, lasting: On = nullcontext, cheape
     one = replace(subject, prompts=subject.prompts[:1])
     options = fewer(one) if cheaper else NO_OPTIONS
     reward, prompt = one.judge(eight_bits=True), one.prompts[0]
-    numbers = Population(one.pipe, reward, prompt, one.size, one.call | {"generator": one.generator()}).rng.get_state()
+    numbers = ParticleBatch(
+        one.pipe, reward, prompt, one.size, one.call | {"generator": one.generator()}
+    ).rng.get_state()
 
     def naive() -> Steered:
         rng = torch.Generator()
@@ -262,7 +269,9 @@ def overlapped(subject: Subject) -> Iterator[Opened]:
     reward, steps = subject.judge(), _read_early(subject)
 
     def steered(overlap: bool) -> Callable[[], Any]:
-        return lambda: steer_whole(subject, subject.pipe, reward, {"overlap": overlap, "resample_steps": steps})
+        return lambda: steer_whole(
+            subject, subject.pipe, reward, {"asynchronous_rewards": overlap, "resample_steps": steps}
+        )
 
     yield Opened(Variant("in turn", steered(False)), Variant("overlapped", steered(True), counted=False))
 

@@ -40,8 +40,8 @@ from steer.apps.scenes.training import build_tokenizer
 from steer.diffusion.preview import accepted_only
 from steer.diffusion.seeds import derived_seed
 from steer.diffusion.step_hooks import Output, denoisers_in
-from steer.pipelines.fk_steering import DEFAULT_STEPS, Plan, Run
-from steer.pipelines.particle_batch import Population
+from steer.pipelines.fk_steering import DEFAULT_STEPS, ResamplingSchedule, Run
+from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import NoiseToImage
 from steer.pipelines.training.method import rows_of
 from steer.reward import Reward
@@ -145,7 +145,7 @@ class Subject:
         return tuple(sorted({min(round(share * self.steps), self.steps - 2) for share in DEFAULT_STEPS} - {-1}))
 
 
-class _FreeRewards(Population):
+class _FreeRewards(ParticleBatch):
     """Rewards that cost nothing: random numbers; nothing is decoded for them."""
 
     @cached_property
@@ -193,7 +193,7 @@ def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoi
         subject.size,
         subject.call | {"generator": subject.generator()},
     )
-    run = Run(FeynmanKac(lam, ess_threshold=1.0), population, None, 1.0, Plan(subject.read_at), None)
+    run = Run(FeynmanKac(lam, ess_threshold=1.0), population, None, 1.0, ResamplingSchedule(subject.read_at), None)
     run.sample()
     return Denoised(population.latents, tuple(told.ancestors for told in run.history))
 
@@ -205,7 +205,7 @@ def search_of(subject: Subject) -> NoiseToImage:
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
     call = subject.one_step_call | {"generator": subject.generator("noise")}
-    return NoiseToImage(Population(subject.one_step, subject.judge(), list(subject.prompts), 2, call))
+    return NoiseToImage(ParticleBatch(subject.one_step, subject.judge(), list(subject.prompts), 2, call))
 
 
 @dataclass(frozen=True)

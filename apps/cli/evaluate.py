@@ -16,10 +16,10 @@ SHARED = ["steps", "guidance", "eta", "dtype"]
 SHARED += ["lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance"]
 SHARED += [
     "draw",
-    "narrow",
-    "narrow_choice",
+    "particle_schedule",
+    "particle_schedule_rule",
     "target",
-    "overlap",
+    "asynchronous_rewards",
     "preview",
     "start_candidates",
     "start_steps",

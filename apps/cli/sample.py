@@ -61,12 +61,17 @@ WITH_REPLAY = {
 @click.option("--tempering", default="constant", help="fk: of λ along the run: constant, geometric or ess.")
 @click.option("--ess-threshold", default=0.5, help="fk: resample when ESS is below this share of K; 1: always.")
 @click.option("--reward-guidance", default=0.0, help="fk: how far steps lean along the reward's gradient, γ; 1 is DAS.")
-@click.option("--narrow", default="", help="fk: particle schedule, STEP:PARTICLES,… such as 8:4,14:2.")
-@click.option("--narrow-choice", default="drawn", help="fk: which go on from there: drawn by weight, or the best.")
+@click.option("--particle-schedule", default="", help="fk: particle schedule, STEP:PARTICLES,… such as 8:4,14:2.")
+@click.option(
+    "--particle-schedule-rule", default="resample", help="fk: which are kept: resample by weight, or top_k rewards."
+)
 @click.option("--draw", default="best", help="fk: the first image: best, or weighted, a draw by the final weights.")
 @click.option("--target", type=float, help="fk: a reward at which the best goes on alone; reno, noise-search: the end.")
 @click.option(
-    "--overlap", is_flag=True, default=False, help="fk: score beside the next denoiser call, resample one step later."
+    "--asynchronous-rewards",
+    is_flag=True,
+    default=False,
+    help="fk: score beside the next denoiser call, resample one step later.",
 )
 @click.option("--preview", default="full", help="What decodes x̂0: full, linear, tiny, a folder, or ORGANISATION/NAME.")
 @click.option("--start-candidates", type=int, help="Starting noises of which the best K start, by short runs.")
@@ -130,10 +135,10 @@ def sample(
         return _replay(context)
     with processes().main_first():
         prompts = _prompts(prompt, prompt_file, prompt_column)
-    from steer.apps.methods import Faster, SampleSettings
+    from steer.apps.methods import ComputeOptions, SampleSettings
     from steer.apps.sampling import sample as run
 
-    faster = Faster(attention, share_prompts, compiled, micro_batch)
+    faster = ComputeOptions(attention, share_prompts, compiled, micro_batch)
     report = run(prompts, SampleSettings(**settings), out, device, reward_timeout, animation, faster)
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]

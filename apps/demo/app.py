@@ -66,7 +66,7 @@ class PublicApi:
             model: one of the app's
 
         Returns:
-            the images, best first, as PNG files that hold their settings; and rewards, parts, seed and cost
+            the images, best first, as PNG files that hold their settings; and rewards, components, seed and cost
         """
         asked = {"method": method, "reward": reward, "particles": particles, "steps": steps, "guidance": guidance}
         asked |= {"lam": strength, "iterations": iterations, "seed": seed, "model": model}
@@ -95,7 +95,7 @@ def told(made: Made) -> dict[str, Any]:
         "prompt": made.prompt,
         "settings": asdict(made.settings),
         "rewards": [picture.recipe.reward for picture in made.images],
-        "parts": [dict(picture.recipe.parts) for picture in made.images],
+        "components": [dict(picture.recipe.components) for picture in made.images],
         "cost": asdict(made.cost),
     }
 

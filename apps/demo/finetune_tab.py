@@ -43,7 +43,7 @@ from steer.apps.finetuning import read_config
 from steer.apps.model_card import held_out_names
 from steer.apps.plots import grids, read_grid
 from steer.errors import InputError
-from steer.pipelines import FinetuneResult
+from steer.pipelines import TrainingResult
 from steer.pipelines.training.method import Record
 from steer.pipelines.training.state import SERIES
 
@@ -224,13 +224,13 @@ def _about(seconds: float) -> str:
     return f"About {seconds:.0f} s left." if seconds < 90 else f"About {seconds / 60:.0f} min left."
 
 
-def _ended(result: FinetuneResult) -> str:
+def _ended(result: TrainingResult) -> str:
     updates = "1 update" if result.step == 1 else f"{result.step} updates"
     seconds = sum(record["seconds"] for record in result.records)
     return f"Ended after {updates}: {result.stopped}." if result.stopped else f"Done: {updates} in {seconds:.0f} s."
 
 
-def _became(result: FinetuneResult) -> str:
+def _became(result: TrainingResult) -> str:
     """The rewards of the held-out prompts, from the first evaluation to the last, and what is odd about them."""
     names = held_out_names(result.evaluations)
     if len(result.evaluations) < 2:

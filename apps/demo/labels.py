@@ -22,7 +22,7 @@ from steer.diffusion.step_hooks import denoisers_in
 from steer.errors import InputError
 from steer.pipelines.training.config import DTYPES
 from steer.pipelines.training.method import prompts_at
-from steer.pipelines.training.preference_data import ChoiceFolder, append_line
+from steer.pipelines.training.preference_data import PreferenceFolder, append_line
 from steer.pipelines.training.preference_files import CHOICES, LOTS, SETTINGS, Lot, choice_of, inside, read_lines
 from steer.training.rollout import Rows, Sampler
 
@@ -88,14 +88,14 @@ class LabelBook:
     def __init__(self, path: Path, call: Mapping[str, Any] = CALL) -> None:
         self.path = path
         self._lock = threading.RLock()
-        self._folder: ChoiceFolder | None = None
+        self._folder: PreferenceFolder | None = None
         self._verdicts: dict[str, dict[str, Verdict]] = {}  # of an annotator, by lot, the latest last
         self._undone = Counter[str]()
         self._out: set[tuple[str, str]] = set()  # annotators and lots that they are to judge next
         self._drawn: tuple[dict[str, Any], float, str] = dict(call), 1.0, "float32"
         self._checked = False
         if (path / SETTINGS).exists():
-            self._folder = ChoiceFolder(path)
+            self._folder = PreferenceFolder(path)
             drawn = self._folder.drawn
             self._drawn = drawn.call, drawn.eta, drawn.storage
             self._read()
@@ -165,10 +165,10 @@ class LabelBook:
             self._out.add((wish.annotator, lot.id))
         return lot
 
-    def _begun(self, pipe: Any) -> ChoiceFolder:
+    def _begun(self, pipe: Any) -> PreferenceFolder:
         """The folder, once it is known that the pipeline draws as it was begun."""
         if self._folder is None or not self._checked:
-            self._folder = ChoiceFolder.create(self.path, pipe, *self._drawn)
+            self._folder = PreferenceFolder.create(self.path, pipe, *self._drawn)
             self._checked = True
         return self._folder
 
@@ -192,7 +192,7 @@ class LabelBook:
             self._keep(annotator, lot, Verdict(None, bad))
             return True
 
-    def _to_judge(self, annotator: str, lot: str) -> ChoiceFolder | None:
+    def _to_judge(self, annotator: str, lot: str) -> PreferenceFolder | None:
         if self._folder is None or lot not in self._folder.lots:
             raise InputError(f"there is no lot {lot!r:.70} here: press Start for one")
         return None if lot in self._of(annotator) else self._folder

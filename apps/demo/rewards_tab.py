@@ -21,7 +21,7 @@ from steer.apps.plots import thumbnail
 from steer.apps.recipes import prompt_inside
 from steer.errors import InputError
 from steer.files import BROKEN, FORMATS, read_image
-from steer.reward import Reward, score_parts
+from steer.reward import Reward, score_components
 from steer.rewards.analysis import spearman
 from steer.rewards.names import reward_names
 
@@ -34,10 +34,10 @@ MOST_LENGTH = 8
 
 @dataclass(frozen=True)
 class Score:
-    """A reward's score of an image, and those of its parts, where it has several."""
+    """A reward's score of an image, and those of its components, where it has several."""
 
     total: float
-    parts: Mapping[str, float]
+    components: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,11 @@ def _scored(row: Row, image: Tensor, rewards: Mapping[str, Reward], notes: dict[
         ticket.check()
         try:
             with torch.no_grad():
-                total, parts = score_parts(reward, image[None], [row.prompt])
+                total, components = score_components(reward, image[None], [row.prompt])
         except InputError as error:
             notes[_line(spec, error)] = None
             continue
-        several = parts if len(parts) > 1 else {}
+        several = components if len(components) > 1 else {}
         scores[spec] = Score(total.item(), {name: values.item() for name, values in several.items()})
     return replace(row, scores=scores)
 
@@ -189,7 +189,7 @@ def empty_view() -> str:
 
 
 def scores_view(scores: Scores, by: str) -> str:
-    """All scores, the best by one reward first; those of parts, and a line for what could not be scored."""
+    """All scores, the best by one reward first; those of components, and a line for what could not be scored."""
     rows = scores.best_first(by)
     head = "".join(_heading(reward, reward == by) for reward in scores.rewards)
     body = "".join(_row(rank, row, scores.rewards) for rank, row in enumerate(rows))
@@ -223,23 +223,23 @@ def _row(rank: int, row: Row, rewards: Sequence[str]) -> str:
 
 
 def _parts(scores: Scores, rows: Sequence[Row]) -> str:
-    """The scores of rewards' parts, where there are any."""
+    """The scores of rewards' components, where there are any."""
     columns = {
         (reward, part): f"{reward}: {part}"
         for reward in scores.rewards
         for row in rows
         if reward in row.scores
-        for part in row.scores[reward].parts
+        for part in row.scores[reward].components
     }
     if not columns:
         return ""
     numbers: list[list[object]] = []
     for row in rows:
-        told = [row.scores[reward].parts.get(part) if reward in row.scores else None for reward, part in columns]
+        told = [row.scores[reward].components.get(part) if reward in row.scores else None for reward, part in columns]
         numbers.append([row.name, *told])
     return (
         '<details class="steer-numbers"><summary>What the scores are made of</summary>'
-        f"{table('Scores of parts', ['image', *columns.values()], numbers)}</details>"
+        f"{table('Scores of components', ['image', *columns.values()], numbers)}</details>"
     )
 
 

@@ -40,7 +40,7 @@ METHODS = {
     "Plain sampling": "base",
 }
 REWARDS = {
-    "scene-soft": "how well the scene's parts are there, in degrees",
+    "scene-soft": "how well the scene's components are there, in degrees",
     "preference:scenes": "what people would prefer, learned from choices",
     "aesthetic:scenes": "how calm and balanced it looks, learned",
     "clip:scenes": "how well a small CLIP thinks it fits the words",
@@ -232,8 +232,8 @@ def run_view(frames: Sequence[Frame], made: Made | None) -> str:
     ways = ways_back(parents[: len(columns) - 1], size) if related else {}
     tree = ancestry(columns, ways, _icons(columns[-1])) if related else ""
     curves = _curves(columns, ways) if frames else ""
-    parts = _gallery(columns) + tree + curves + _table(columns, ways)
-    return f'<section class="steer-run" data-run="{_mark(columns[0].frame)}">{parts}</section>'
+    components = _gallery(columns) + tree + curves + _table(columns, ways)
+    return f'<section class="steer-run" data-run="{_mark(columns[0].frame)}">{components}</section>'
 
 
 def _finished(made: Made, total: int) -> Frame:
@@ -441,18 +441,18 @@ def base_captions(made: Made) -> list[tuple[str, str]]:
 
 
 def rewards_table(made: Made) -> str:
-    """Every image's reward and its parts: steered ones best first, then the base ones."""
-    parts = list(made.images[0].recipe.parts)
-    parts = parts if len(parts) > 1 else []
+    """Every image's reward and its components: steered ones best first, then the base ones."""
+    components = list(made.images[0].recipe.components)
+    components = components if len(components) > 1 else []
 
     def row(name: str, picture: Picture) -> list[object]:
-        scores = (picture.recipe.reward, *(picture.recipe.parts[part] for part in parts))
+        scores = (picture.recipe.reward, *(picture.recipe.components[part] for part in components))
         return [name, *scores]
 
     first = "1." if made.settings.method == "base" else "best"  # nothing has sorted plain images
     rows = [row(f"{rank + 1}." if rank else first, picture) for rank, picture in enumerate(made.images)]
     rows += [row(f"base {slot + 1}", picture) for slot, picture in enumerate(made.base)]
-    return table(f"Rewards: {made.settings.reward}", ["image", "reward", *parts], rows)
+    return table(f"Rewards: {made.settings.reward}", ["image", "reward", *components], rows)
 
 
 def means_told(made: Made) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from steer.apps.cli.errors import errors_named
 from steer.apps.demo.studio import Studio, Ticket, Weights
 from steer.apps.methods import METHODS, Job, Off, SampleSettings
-from steer.apps.models import wearing
+from steer.apps.models import adapter_applied
 from steer.apps.sampling import Picture, base_of, written
 from steer.files import make_folder
 from steer.pipelines import Iteration, StepReport
@@ -112,7 +112,11 @@ def steering(
         ticket.say(Loading(settings.model))
         for other in sorted(folder.parent.glob("run-*"), key=lambda one: one.stat().st_mtime)[:-1]:
             shutil.rmtree(other, ignore_errors=True)  # the latest may still be on its way to the page
-        with errors_named("this run", KEPT, LESS), studio.model(settings.model) as pipe, wearing(pipe, worn) as off:
+        with (
+            errors_named("this run", KEPT, LESS),
+            studio.model(settings.model) as pipe,
+            adapter_applied(pipe, worn) as off,
+        ):
             steer_all(pipe, reward, prompts, settings, folder, ticket, off)
 
     return work
@@ -125,11 +129,11 @@ def steer_all(
     settings: SampleSettings,
     folder: Path,
     ticket: Ticket,
-    unworn: Off = nullcontext,
+    adapter_disabled: Off = nullcontext,
 ) -> None:
     """Steers every prompt; says Step, Frame and, of each prompt, Made.
 
-    unworn  inside, the pipeline is without its finetuned weights
+    adapter_disabled  inside, the pipeline is without its finetuned weights
     """
     make_folder(folder)
     for number, prompt in enumerate(prompts):
@@ -137,7 +141,9 @@ def steer_all(
         def step(phase: str, step: int, total: int, number: int = number) -> None:
             ticket.say(Step(number, len(prompts), phase, step, total))
 
-        job = Job(pipe, reward, prompt, settings, state_file=None, unworn=unworn)  # a run here begins at its beginning
+        job = Job(
+            pipe, reward, prompt, settings, state_file=None, adapter_disabled=adapter_disabled
+        )  # a run here begins at its beginning
         which = f"prompt{number + 1}-" if len(prompts) > 1 else ""
         ticket.say(_steered(job, folder, f"{_slug(prompt)}{settings.method}-seed{settings.seed}-{which}", ticket, step))
 

@@ -17,8 +17,8 @@ from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.finetuning import FinetuneConfig, gather, learn, read_config, write_config
 from steer.apps.models import load_pipeline
 from steer.errors import InputError
-from steer.pipelines import FinetuneResult
-from steer.pipelines.training.evaluation import Evaluated
+from steer.pipelines import TrainingResult
+from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import Record
 from steer.pipelines.training.preference_data import settings_of
 from steer.pipelines.training.preference_files import CHOICES
@@ -30,15 +30,15 @@ CONFIGURATIONS = {"d3po": "d3po-scenes", "prdp": "prdp-scenes", "choices": "d3po
 MODELS = ("scenes", "scenes-large")  # embedded, and of several steps: one step leaves nothing to learn from
 # What runs of visitors have otherwise than these configurations: on a CPU an update takes seconds.
 SCALE = {
-    "prompts_per_step": "4",
-    "samples_per_prompt": "4",
+    "train_batch_size": "4",
+    "num_generations": "4",
     "micro_batch": "16",
     "eval_prompts_count": "16",
     "eval_samples": "1",
     "checkpoint_every": "5",
     "log_with": "[]",
 }
-PAIRS = {"prompts_per_step": "8", "samples_per_prompt": "2"}  # of choices: as many images
+PAIRS = {"train_batch_size": "8", "num_generations": "2"}  # of choices: as many images
 EVALUATIONS = 8  # of a run, beside the first
 MOST_UPDATES, MOST_RANK = 200, 64
 OWN = "choices"  # folder of a run with a copy of those that it learns from
@@ -101,7 +101,7 @@ class Evaluation:
 class Trained:
     """The end; `archive`: the weights, the model card and the records as a zip."""
 
-    result: FinetuneResult
+    result: TrainingResult
     weights: Weights
     archive: Path
 
@@ -177,7 +177,7 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
     def on_update(record: Record) -> None:
         ticket.say(Update(record))
 
-    def on_evaluation(found: Evaluated) -> None:
+    def on_evaluation(found: EvalResult) -> None:
         ticket.say(Evaluation(found.record(), write_grid(found, out, config.settings.eval_samples)))
 
     with errors_named("the training", KEPT, LESS):
@@ -187,7 +187,7 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
         ticket.say(Trained(result, _weights(config, result), _write_zip(out)))
 
 
-def _weights(config: FinetuneConfig, result: FinetuneResult) -> Weights:
+def _weights(config: FinetuneConfig, result: TrainingResult) -> Weights:
     """Those of the end, in a folder that stays as it is when the training goes on."""
     job, settings, out = config.job, config.settings, Path(config.job.output_dir)
     folder = out / f"final-{result.weights_step}"

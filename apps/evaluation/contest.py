@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from steer import __version__
 from steer.apps.cli.errors import errors_named, named
 from steer.apps.methods import METHODS, Job, SampleSettings
-from steer.apps.models import Finetuned, find_finetuned
+from steer.apps.models import Finetuned, find_adapter
 from steer.apps.plots import thumbnail
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
@@ -29,7 +29,7 @@ from steer.pipelines import Cost, SteeringOutput
 from steer.pipelines.base import route_eta
 from steer.pipelines.training.evaluation import diversity
 from steer.registry import choose, nearest
-from steer.reward import Reward, over_frames, score_parts
+from steer.reward import Reward, over_frames, score_components
 
 PLAIN = "base"  # the method that looks at no reward: it makes one image
 # Methods in which runs of one call share no random numbers, so that several may be made at a time.
@@ -169,7 +169,7 @@ def _entered(one: Contender, contest: Contest) -> Entrant:
     settings = SampleSettings(**(contest.shared | plain | dict(one.options) | own))
     settings.check()
     method.check(settings, contest.rewards[contest.first])
-    return Entrant(one, settings, None if one.lora is None else find_finetuned(one.lora))
+    return Entrant(one, settings, None if one.lora is None else find_adapter(one.lora))
 
 
 def _check_options(options: Mapping[str, Any], whose: str) -> None:
@@ -426,7 +426,9 @@ def judged(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     found = []
     for start in range(0, len(images), SCORED):
         cut = slice(start, start + SCORED)
-        score: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = partial(score_parts, reward, prompts=prompts[cut])
+        score: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = partial(
+            score_components, reward, prompts=prompts[cut]
+        )
         found.append(over_frames(images[cut].float().clamp(0, 1), score)[0])
     return torch.cat(found)
 

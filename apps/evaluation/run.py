@@ -253,5 +253,5 @@ class Hall:
     @contextmanager
     def _worn(self, entrant: Entrant) -> Iterator[tuple[Any, Off | None]]:
         pipe = self.models.get(entrant.contender.model, entrant.settings.dtype, entrant.settings.loading)
-        with entrant.finetuned.worn_by(pipe) if entrant.finetuned else nullcontext() as off:
+        with entrant.finetuned.applied_to(pipe) if entrant.finetuned else nullcontext() as off:
             yield pipe, off

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from steer.apps.scenes.evaluate import CALL
 from steer.apps.scenes.preferences import trained_prompts
 from steer.apps.scenes.training import CHANNELS, encode, image_loss, to_model, token_ids, training_scenes
-from steer.diffusion.step_hooks import Event, steered
+from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.files import staged
 from steer.training.supervised import Run, batch_at
 
@@ -163,13 +163,13 @@ def path_latents(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
     """x̂0 (steps · P, 8, 8, 8) of one sampling run for each prompt, at the steps of READ."""
     found: list[Tensor] = []
 
-    def watch(event: Event) -> None:
+    def watch(event: SolverStep) -> None:
         if event.k in READ:
             found.append(event.x0())
 
     for start in range(0, len(prompts), TOGETHER):
         some = prompts[start : start + TOGETHER]
-        with steered(pipe, watch, rows=len(some)) as view:
+        with hook_steps(pipe, watch, rows=len(some)) as view:
             view(some, generator=Generator().manual_seed(start), output_type="latent", **CALL)
     return torch.cat(found)
 

@@ -22,7 +22,7 @@ from steer.errors import InputError
 from steer.files import read_image, write_text
 from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, Iteration, NoiseSearchPipeline, SteeringOutput
 from steer.pipelines.training.evaluation import interval as bootstrap
-from steer.reward import score_parts
+from steer.reward import score_components
 from steer.rewards.compose import mean, mean_minus_std, worst
 from steer.rewards.parser import load_reward
 from steer.rewards.scene import SceneReward
@@ -238,7 +238,7 @@ def _scores(spec: str, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str
     for start in tqdm(range(0, len(rows), BATCH), desc=spec, leave=False, disable=None):
         some = rows[start : start + BATCH]
         images = torch.stack([read_image(row["image"]) for row in some])
-        scored.append(score_parts(reward, images, [row["prompt"] for row in some]))
+        scored.append(score_components(reward, images, [row["prompt"] for row in some]))
     totals, parts = zip(*scored, strict=True)
     return torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 

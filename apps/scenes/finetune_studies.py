@@ -20,17 +20,17 @@ from steer.apps.reward_specs import reward_here
 from steer.apps.scenes.evaluate import interval
 from steer.apps.scenes.preferences import CHOICES, write_choices
 from steer.files import staged, write_text
-from steer.pipelines import FinetuneResult
-from steer.pipelines.training.evaluation import Evaluated
+from steer.pipelines import TrainingResult
+from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import prompts_at
 
 JUDGED = 96  # prompts that were learnt from, and as many that no training ever saw
 # Equal images and equal updates for all; each method's own options, and learning rate, are those of its configuration.
 EQUAL = {
-    "prompts_per_step": "4",
-    "samples_per_prompt": "8",
+    "train_batch_size": "4",
+    "num_generations": "8",
     "micro_batch": "32",
-    "steps_per_round": "2",
+    "steps_per_generation": "2",
     "max_steps": "60",
     "eval_every": "20",
     "eval_samples": "1",
@@ -62,12 +62,12 @@ def seeds_of(method: str, prompts: str, seeds: int, **changes: str) -> dict[str,
     }
 
 
-STALE = {"prompts": "scenes-many", "steps_per_round": "10"}  # a round's last update is nine updates old
+STALE = {"prompts": "scenes-many", "steps_per_generation": "10"}  # a round's last update is nine updates old
 FOOLED = {"learning_rate": "3e-3", "max_steps": "80", "eval_every": "10", "checkpoint_every": "10"}
 WATCHED = {"patience": "2"}
 GUARDED = WATCHED | {"kl_weight": "1e-3", "kl_target": "50"}
 # As many images an update as the others, two for each choice.
-CHOSEN = {"prompts": "null", "prompts_per_step": "16", "samples_per_prompt": "2"}
+CHOSEN = {"prompts": "null", "train_batch_size": "16", "num_generations": "2"}
 PLANS = {
     **seeds_of("prdp", "many", 3),
     **seeds_of("ddpo", "many", 3),
@@ -86,7 +86,7 @@ PLANS = {
 }
 
 
-def train(name: str, folder: Path) -> FinetuneResult:
+def train(name: str, folder: Path) -> TrainingResult:
     """Trains folder/NAME as planned, from where it stopped; judged/STEP.json holds the rewards of every prompt."""
     plan, out = PLANS[name], folder / name
     choices = folder / "choices"
@@ -119,7 +119,7 @@ def unseen(count: int) -> list[str]:
     return [prompts[place * len(prompts) // count] for place in range(count)]
 
 
-def judged(out: Path, found: Evaluated) -> None:
+def judged(out: Path, found: EvalResult) -> None:
     """Keeps what an evaluation found, prompt by prompt: those that were learnt from, then the others."""
     told = {name: values.mean(1).tolist() for name, values in found.rewards.items()}
     write_text(out / "judged" / f"{found.step:04d}.json", json.dumps({"prompts": found.prompts, "rewards": told}))
@@ -139,7 +139,7 @@ class Run:
     """A finished run: its plan, how it ended, and its evaluations by update."""
 
     plan: Plan
-    result: FinetuneResult
+    result: TrainingResult
     judged: Mapping[int, Mapping[str, Any]]
 
     @property

@@ -42,7 +42,7 @@ from steer.pipelines import (
     SteeringOutput,
 )
 from steer.pipelines.fk_steering import highest
-from steer.pipelines.initial_noise import screened_starts
+from steer.pipelines.initial_noise import screen_initial_noise
 from steer.pipelines.reno import Backprop
 from steer.rewards.scene import SceneReward
 
@@ -326,7 +326,7 @@ class InSlots(BestOfNPipeline):
 
 
 @dataclass(frozen=True, eq=False)
-class Screened(Contender):
+class ScreenedNoise(Contender):
     """FK from the best starts of so many candidates."""
 
     candidates: int = 8
@@ -339,7 +339,7 @@ class Screened(Contender):
         started = time.process_time()
         searched: dict[str, Any] = {"keep": self.size, "candidates": self.candidates, "steps": self.steps}
         generator = Generator().manual_seed(seed)
-        found = screened_starts(pipe, reward, list(prompts), **searched, generator=generator, **call)
+        found = screen_initial_noise(pipe, reward, list(prompts), **searched, generator=generator, **call)
         options = {"num_particles": self.size, "output_type": "pt", **found.arguments()}
         out = self.method(pipe, reward)(list(prompts), **options, **call, **self.options)
         seconds = time.process_time() - started
@@ -348,13 +348,13 @@ class Screened(Contender):
         return Found(out.rewards, exact, Spent(nfe, decodes, seconds).times(1 / len(prompts)))
 
 
-def contenders() -> tuple[list[Whole], list[Contender], list[Screened]]:
+def contenders() -> tuple[list[Whole], list[Contender], list[ScreenedNoise]]:
     """Plain runs of all lengths, the whole one first; FK without screened starts; FK with them."""
     whole = Whole("best-of-n", POOL, InSlots, sizes=range(1, POOL + 1))
     short = [Whole(f"after {steps} steps", POOL, InSlots, steps=steps) for steps in SHORT]
     plain = [Contender("FK", size, FKSteeringPipeline, STEERING) for size in PLAIN]
     screened = [
-        Screened(f"FK from {many} after {steps}", size, FKSteeringPipeline, STEERING, candidates=many, steps=steps)
+        ScreenedNoise(f"FK from {many} after {steps}", size, FKSteeringPipeline, STEERING, candidates=many, steps=steps)
         for size, many, steps in SCREENED
     ]
     return [whole, *short], plain, screened
@@ -458,7 +458,7 @@ def _screened_best(short: Sequence[Whole], runs: Mapping[Any, Found], whole: Who
 def _differences(
     points: Mapping[Contender, Point],
     plain: Sequence[Point],
-    screened: Sequence[Screened],
+    screened: Sequence[ScreenedNoise],
     best_of_n: tuple[Callable[[float], Point | None], Callable[[float], Point | None]],
 ) -> Iterator[dict[str, Any]]:
     """Of FK with screened starts: from FK with as many particles, and at equal cost from FK and from best-of-n."""

@@ -24,7 +24,7 @@ from steer.apps.scenes.world import TASKS, is_held_out, random_request
 from steer.diffusion.seeds import derived_seed
 from steer.files import read_image, staged
 from steer.pipelines import BestOfNPipeline
-from steer.pipelines.training.preference_data import ChoiceFolder
+from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.training.rollout import Rows, Sampler
 
 logger = logging.getLogger(__name__)
@@ -169,7 +169,7 @@ def write_choices(folder: Path, count: int = CHOICES) -> None:
     stopped."""
     pipe, reward = load_pipeline("scenes"), reward_here(VALUED)
     pipe.set_progress_bar_config(disable=True)
-    kept, sampler = ChoiceFolder.create(folder, pipe, CHOICES_CALL), Sampler(pipe, CHOICES_CALL)
+    kept, sampler = PreferenceFolder.create(folder, pipe, CHOICES_CALL), Sampler(pipe, CHOICES_CALL)
     prompts = find_prompts("scenes-training")
     done = len((folder / "choices.jsonl").read_text().splitlines()) if (folder / "choices.jsonl").exists() else 0
     for number in tqdm(range(done, count), desc="choices", initial=done, total=count, disable=None):

@@ -34,7 +34,7 @@ from steer.apps.scenes.evaluate import (
 )
 from steer.assets import MODELS
 from steer.diffusion.preview import NormalEquations, Previews, new_preview
-from steer.diffusion.step_hooks import Event, steered
+from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, SelectionPipeline
 from steer.pipelines.fk_steering import DEFAULT_STEPS
 from steer.rewards.parser import load_reward
@@ -312,25 +312,25 @@ class Alone(Contender):
         return [replace(point, all_right=None) for point in super().points(found)]
 
 
-BEST = {"narrow_choice": "best"}
+BEST = {"particle_schedule_rule": "top_k"}
 HALF, QUARTER, LATE_STEPS, LAST = {8: 4}, {8: 4, 14: 2}, {14: 2}, {17: 1}
 VARIANTS: dict[str, tuple[int, dict[str, Any], str]] = {  # particles, options, previews
     FULL: (8, {}, "full"),
     "4 particles": (4, {}, "full"),
     "2 particles": (2, {}, "full"),
-    "8, from step 8 on 4": (8, {"narrow": HALF}, "full"),
-    "8, from step 8 on 4, from 14 on 2": (8, {"narrow": QUARTER}, "full"),
-    "16, from step 8 on 4": (16, {"narrow": HALF}, "full"),
-    "8, from step 8 on the best 4": (8, {"narrow": HALF} | BEST, "full"),
-    "8, from step 8 on the best 4, from 14 on 2": (8, {"narrow": QUARTER} | BEST, "full"),
-    "8, from step 14 on the best 2": (8, {"narrow": LATE_STEPS} | BEST, "full"),
-    "8, from step 17 on the best": (8, {"narrow": LAST} | BEST, "full"),
-    "12, from step 8 on the best 4, from 14 on 2": (12, {"narrow": QUARTER} | BEST, "full"),
+    "8, from step 8 on 4": (8, {"particle_schedule": HALF}, "full"),
+    "8, from step 8 on 4, from 14 on 2": (8, {"particle_schedule": QUARTER}, "full"),
+    "16, from step 8 on 4": (16, {"particle_schedule": HALF}, "full"),
+    "8, from step 8 on the best 4": (8, {"particle_schedule": HALF} | BEST, "full"),
+    "8, from step 8 on the best 4, from 14 on 2": (8, {"particle_schedule": QUARTER} | BEST, "full"),
+    "8, from step 14 on the best 2": (8, {"particle_schedule": LATE_STEPS} | BEST, "full"),
+    "8, from step 17 on the best": (8, {"particle_schedule": LAST} | BEST, "full"),
+    "12, from step 8 on the best 4, from 14 on 2": (12, {"particle_schedule": QUARTER} | BEST, "full"),
     "8, until x̂0 has 0.8": (8, {"target_reward": 0.8}, "full"),
     "8, tiny previews": (8, {}, "tiny"),
     "8, linear previews": (8, {}, "linear"),
-    "8, from step 8 on the best 4, from 14 on 2, tiny": (8, {"narrow": QUARTER} | BEST, "tiny"),
-    "12, from step 8 on the best 4, from 14 on 2, tiny": (12, {"narrow": QUARTER} | BEST, "tiny"),
+    "8, from step 8 on the best 4, from 14 on 2, tiny": (8, {"particle_schedule": QUARTER} | BEST, "tiny"),
+    "12, from step 8 on the best 4, from 14 on 2, tiny": (12, {"particle_schedule": QUARTER} | BEST, "tiny"),
 }
 
 
@@ -422,11 +422,11 @@ def guesses(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> tuple
     """x̂0 (K, …) of unsteered particles at each of the steps that are read, and their finished images (K, 3, H, W)."""
     steps, found = read_steps(call["num_inference_steps"]), []
 
-    def watch(event: Event) -> None:
+    def watch(event: SolverStep) -> None:
         if event.k in steps:
             found.append(event.x0())
 
-    with steered(pipe, watch, rows=PARTICLES) as view:
+    with hook_steps(pipe, watch, rows=PARTICLES) as view:
         output = view(
             prompt, num_images_per_prompt=PARTICLES, generator=Generator().manual_seed(seed), output_type="pt", **call
         )

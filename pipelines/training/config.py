@@ -15,10 +15,10 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 COUNTS = (
     "max_steps",
-    "prompts_per_step",
-    "samples_per_prompt",
-    "steps_per_round",
-    "passes",
+    "train_batch_size",
+    "num_generations",
+    "steps_per_generation",
+    "num_iterations",
     "micro_batch",
     "num_inference_steps",
     "eval_every",
@@ -29,15 +29,15 @@ COUNTS = (
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
-    """One update learns from `prompts_per_step` prompts × `samples_per_prompt` samples.
+class TrainingConfig:
+    """One update learns from `train_batch_size` prompts × `num_generations` samples.
 
     max_steps            updates in all
     seed                 of everything that is random
-    prompts_per_step     B
-    samples_per_prompt   K
-    steps_per_round      updates whose samples are drawn together, by one policy
-    passes               how often a round's samples are gone over
+    train_batch_size     B
+    num_generations   K
+    steps_per_generation      updates whose samples are drawn together, by one policy
+    num_iterations               how often a round's samples are gone over
     micro_batch          rows in one call of the denoiser; the gradients of an update's micro-batches are added up
     num_inference_steps  solver steps, in training and in evaluation
     guidance_scale       the same in both; by default the pipeline's own
@@ -74,10 +74,10 @@ class FinetuneSettings:
 
     max_steps: int = 100
     seed: int = 0
-    prompts_per_step: int = 8
-    samples_per_prompt: int = 4
-    steps_per_round: int = 1
-    passes: int = 1
+    train_batch_size: int = 8
+    num_generations: int = 4
+    steps_per_generation: int = 1
+    num_iterations: int = 1
     micro_batch: int = 16
     num_inference_steps: int = 20
     guidance_scale: float | None = None

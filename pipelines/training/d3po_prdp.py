@@ -8,23 +8,23 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.pipelines.training.config import FinetuneSettings
+from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.distributed import main_first
-from steer.pipelines.training.evaluation import Evaluated, Exam
-from steer.pipelines.training.method import FinetuneResult, Record, Scored
-from steer.pipelines.training.preference_data import HumanChoices, Unjudged, settings_of
-from steer.pipelines.training.trainer import LossPipeline
+from steer.pipelines.training.evaluation import EvalResult, Evaluator
+from steer.pipelines.training.method import Record, Scored, TrainingResult
+from steer.pipelines.training.preference_data import PreferenceDataset, Unjudged, settings_of
+from steer.pipelines.training.trainer import LossTrainer
 from steer.reward import Composite
 from steer.rewards.parser import load_reward
 from steer.training.losses import D3PO, PRDP, D3POTrajectory
 
 
-class D3POPipeline(LossPipeline):
+class D3POTrainer(LossTrainer):
     """Direct preference optimisation of denoising steps: of two samples from one x_T the better one becomes likelier.
 
     pipe = StableDiffusionPipeline.from_pretrained(...)
-    D3POPipeline(pipe, reward="hpsv2.1").train(prompts, "out/d3po")
-    D3POPipeline(pipe).train_on_choices("choices", "out/d3po")  # of humans
+    D3POTrainer(pipe, reward="hpsv2.1").train(prompts, "out/d3po")
+    D3POTrainer(pipe).train_on_choices("choices", "out/d3po")  # of humans
 
     reward      None where humans choose
     beta        β of the implicit reward β log pθ/p_ref, for log-probabilities per latent element (published: 0.1)
@@ -41,32 +41,34 @@ class D3POPipeline(LossPipeline):
         super().__init__(pipe, Unjudged() if reward is None else reward, loss)
         self.pareto = pareto
 
-    def check(self, settings: FinetuneSettings) -> None:
+    def check(self, settings: TrainingConfig) -> None:
         super().check(settings)
         if self.pareto and not isinstance(self.reward, Composite):
-            raise InputError(f"pareto compares the parts of a reward, and {self.reward.name!r} has none: leave it out")
+            raise InputError(
+                f"pareto compares the components of a reward, and {self.reward.name!r} has none: leave it out"
+            )
 
     def about(self) -> dict[str, Any]:
         return super().about() | {"pareto": self.pareto}
 
     def signal(self, scored: Scored) -> Tensor:
-        """Rewards (B, K), or those of the parts (B, K, M)."""
-        return torch.stack(list(scored.parts.values()), -1) if self.pareto else scored.rewards
+        """Rewards (B, K), or those of the components (B, K, M)."""
+        return torch.stack(list(scored.components.values()), -1) if self.pareto else scored.rewards
 
     def train_on_choices(
         self,
         folder: str | Path,
         output_dir: str | Path,
-        settings: FinetuneSettings | None = None,
+        settings: TrainingConfig | None = None,
         *,
         eval_prompts: Sequence[str] = (),
         eval_rewards: Sequence[Any] = (),
         resume: bool = False,
         about: Mapping[str, Any] | None = None,
         on_update: Callable[[Record], None] | None = None,
-        on_evaluation: Callable[[Evaluated], None] | None = None,
-    ) -> FinetuneResult:
-        """Trains on human choices in place of a reward; an update learns from `prompts_per_step` of them.
+        on_evaluation: Callable[[EvalResult], None] | None = None,
+    ) -> TrainingResult:
+        """Trains on human choices in place of a reward; an update learns from `train_batch_size` of them.
 
         folder    of choices, as `preference_files.ChoiceFolder` writes it; samples without stored trajectories are
                   drawn again by `pipe`, which must be what it was, and must then give the same pixels
@@ -75,19 +77,19 @@ class D3POPipeline(LossPipeline):
 
         Raises InputError for what does not fit, before training begins.
         """
-        settings = settings or FinetuneSettings(**settings_of(folder))
+        settings = settings or TrainingConfig(**settings_of(folder))
         self.check(settings)
         judges = [] if isinstance(self.reward, Unjudged) else [self.reward]
         judges += [load_reward(reward) for reward in eval_rewards]
         if eval_prompts and not judges:
             raise InputError("eval_prompts are judged by rewards, and there are none: give eval_rewards")
-        exam = Exam(tuple(eval_prompts), judges[0] if judges else self.reward, tuple(judges[1:]))
+        exam = Evaluator(tuple(eval_prompts), judges[0] if judges else self.reward, tuple(judges[1:]))
         with main_first(self.pipe.device.type == "cpu"):
-            source = HumanChoices.of(Path(folder), self.pipe, settings, Path(output_dir))
+            source = PreferenceDataset.of(Path(folder), self.pipe, settings, Path(output_dir))
         return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)
 
 
-class PRDPPipeline(LossPipeline):
+class PRDPTrainer(LossTrainer):
     """Regression of reward differences on those of log pθ/p_ref, with proximal updates: stable on many prompts.
 
     beta  of the optimum pθ ∝ p_ref · exp(r/β), in units of the reward per nat; start from a tenth of its spread

@@ -5,14 +5,14 @@ from typing import Any
 
 from torch import Tensor
 
-from steer.pipelines.training.config import FinetuneSettings
+from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import Scored
-from steer.pipelines.training.trainer import LossPipeline
+from steer.pipelines.training.trainer import LossTrainer
 from steer.training.losses import DDPO, GRPO, Filtered
 from steer.training.losses.advantages import RunningNormaliser
 
 
-class DDPOPipeline(LossPipeline):
+class DDPOTrainer(LossTrainer):
     """DDPO (arXiv 2305.13301): a clipped policy gradient, rewards standardised by each prompt's own history.
 
     clip            ε of the ratio, for log-probabilities per latent element
@@ -34,7 +34,7 @@ class DDPOPipeline(LossPipeline):
         super().__init__(pipe, reward, DDPO(clip=clip, advantage_clip=advantage_clip))
         self.normaliser = RunningNormaliser(history, enough)
 
-    def check(self, settings: FinetuneSettings) -> None:
+    def check(self, settings: TrainingConfig) -> None:
         """One sample of a prompt is enough: it is compared with earlier ones."""
 
     def signal(self, scored: Scored) -> Tensor:
@@ -51,7 +51,7 @@ class DDPOPipeline(LossPipeline):
         self.normaliser.load(state)
 
 
-class GRPOPipeline(LossPipeline):
+class GRPOTrainer(LossTrainer):
     """GRPO (arXiv 2505.05470): a clipped policy gradient, the samples of a prompt being each other's baseline.
 
     clip   ε of the ratio, for log-probabilities per latent element
@@ -62,7 +62,7 @@ class GRPOPipeline(LossPipeline):
         super().__init__(pipe, reward, GRPO(clip=clip, scale=scale))
 
 
-class FilteredPipeline(LossPipeline):
+class FilteredTrainer(LossTrainer):
     """Reward-filtered finetuning (arXiv 2304.06767): the best samples of each prompt become likelier.
 
     keep  share of them. Nothing but `kl_weight` holds the model near the reference.

@@ -9,14 +9,14 @@ from accelerate.utils import gather_object
 from torch import distributed
 
 from steer.errors import InputError
-from steer.pipelines.training.config import FinetuneSettings
+from steer.pipelines.training.config import TrainingConfig
 from steer.training.distributed import ending_together
 
 Item = TypeVar("Item")
 GOES_ON = ", see what it said; --resume goes on from a checkpoint"
 
 
-class AcceleratedTeam:
+class AccelerateContext:
     """Of the processes that accelerate joined; the first one writes and tells."""
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -56,12 +56,12 @@ class AcceleratedTeam:
             with ending_together(GOES_ON):
                 raise
 
-    def check(self, settings: FinetuneSettings) -> None:
+    def check(self, settings: TrainingConfig) -> None:
         """Raises InputError where the prompts of an update cannot be shared out."""
-        if settings.prompts_per_step % self.count:
+        if settings.train_batch_size % self.count:
             raise InputError(
-                f"prompts_per_step must be a multiple of the {self.count} processes that share them, "
-                f"got {settings.prompts_per_step}"
+                f"train_batch_size must be a multiple of the {self.count} processes that share them, "
+                f"got {settings.train_batch_size}"
             )
 
     @contextmanager

@@ -9,16 +9,16 @@ import torch
 from torch import Generator, Tensor
 
 from steer.errors import InputError
-from steer.pipelines.training.config import FinetuneSettings
+from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import BeforeEach, rows_of, sampler_of
-from steer.reward import Reward, over_frames, score_parts
-from steer.training.distributed import Team
+from steer.reward import Reward, over_frames, score_components
+from steer.training.distributed import DistributedContext
 
 RESAMPLES = 10_000  # of the bootstrap
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvalResult:
     """After `step` updates, of P prompts × K: rewards (P, K) by name, the trained one first; diversity, the mean
     distance between two samples of a prompt (root mean square of the pixels' differences, 0..1; 0 for K = 1);
     the images (P·K, 3, H, W)."""
@@ -41,7 +41,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Exam:
+class Evaluator:
     """The prompts and rewards of all evaluations of a run."""
 
     prompts: Sequence[str]
@@ -65,33 +65,41 @@ class Exam:
         return {"eval_prompts": list(self.prompts), "eval_rewards": [reward.name for reward in self.held_out]}
 
     def take(
-        self, pipe: Any, settings: FinetuneSettings, step: int, prepared: Any, before: BeforeEach, team: Team
-    ) -> Evaluated:
+        self,
+        pipe: Any,
+        settings: TrainingConfig,
+        step: int,
+        prepared: Any,
+        before: BeforeEach,
+        team: DistributedContext,
+    ) -> EvalResult:
         """The same prompts and seeds at every step; the processes take turns with chunks of them."""
         size, sampler = settings.eval_samples, sampler_of(pipe, settings, prepared, "model")
-        parts = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False).split(settings.micro_batch)
+        components = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False).split(
+            settings.micro_batch
+        )
         found: list[tuple[int, Tensor, list[Tensor]]] = []
-        for turn in range(0, len(parts), team.count):
+        for turn in range(0, len(components), team.count):
             # All draw in every turn, as what they share of a denoiser asks for; what is drawn twice is left out.
-            number = min(turn + team.index, len(parts) - 1)
+            number = min(turn + team.index, len(components) - 1)
             before()
-            images = sampler.rollout(parts[number])[1]
-            if turn + team.index < len(parts):
+            images = sampler.rollout(components[number])[1]
+            if turn + team.index < len(components):
                 # Scored where they were made, and only then kept on the CPU.
-                found.append((number, images.cpu(), self._judged(images, parts[number].prompts)))
+                found.append((number, images.cpu(), self._judged(images, components[number].prompts)))
         _, drawn, scores = zip(*sorted(team.gather(found), key=lambda one: one[0]), strict=True)
         names = [reward.name for reward in (self.trained, *self.held_out)]
         rewards = {
             name: torch.cat(some).view(-1, size) for name, some in zip(names, zip(*scores, strict=True), strict=True)
         }
         images = torch.cat(drawn)
-        return Evaluated(step, tuple(self.prompts), rewards, diversity(images, size), images)
+        return EvalResult(step, tuple(self.prompts), rewards, diversity(images, size), images)
 
     def _judged(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
         """Rewards (N,) of images (N, …), by each reward."""
         with torch.no_grad():
             rewards = (self.trained, *self.held_out)
-            return [over_frames(images, partial(score_parts, reward, prompts=prompts))[0] for reward in rewards]
+            return [over_frames(images, partial(score_components, reward, prompts=prompts))[0] for reward in rewards]
 
 
 def diversity(images: Tensor, samples: int) -> float:

@@ -14,10 +14,10 @@ from torch import Generator, Tensor
 from steer.diffusion.precision import HALF, Precision
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
-from steer.pipelines.base import SteeringMethod
-from steer.pipelines.training.config import DTYPES, FinetuneSettings
-from steer.reward import Reward, over_frames, score_parts
-from steer.training.distributed import Team
+from steer.pipelines.base import SteeringPipeline
+from steer.pipelines.training.config import DTYPES, TrainingConfig
+from steer.reward import Reward, over_frames, score_components
+from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics
 from steer.training.rollout import Rows, Sampler, Trajectories
@@ -29,7 +29,7 @@ BeforeEach = Callable[[], None]
 
 @dataclass(frozen=True)
 class Scored:
-    """Samples of B prompts × K, in chunks: rewards (B, K), and those of the reward's parts.
+    """Samples of B prompts × K, in chunks: rewards (B, K), and those of the reward's components.
 
     Of several processes each has the chunks of its own share of the prompts; all else is of all of them.
     """
@@ -37,7 +37,7 @@ class Scored:
     prompts: tuple[str, ...]
     chunks: tuple[Trajectories, ...]
     rewards: Tensor
-    parts: dict[str, Tensor]
+    components: dict[str, Tensor]
 
 
 def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
@@ -59,7 +59,13 @@ def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_s
 
 
 def draw(
-    sampler: Sampler, reward: Reward, rows: Rows, samples: int, chunk: int, before_each: BeforeEach, team: Team
+    sampler: Sampler,
+    reward: Reward,
+    rows: Rows,
+    samples: int,
+    chunk: int,
+    before_each: BeforeEach,
+    team: DistributedContext,
 ) -> Scored:
     """Draws this process's share of the rows, `chunk` at a time, and scores their images."""
     chunks, scores = [], []
@@ -68,17 +74,17 @@ def draw(
         drew, images = sampler.rollout(some)
         chunks.append(drew)
         with torch.no_grad():
-            scores.append(over_frames(images, partial(score_parts, reward, prompts=some.prompts)))
-    rewards, parts = zip(*team.gather(scores), strict=True)
+            scores.append(over_frames(images, partial(score_components, reward, prompts=some.prompts)))
+    rewards, components = zip(*team.gather(scores), strict=True)
     return Scored(
         prompts=rows.prompts[::samples],
         chunks=tuple(chunks),
         rewards=torch.cat(rewards).view(-1, samples),
-        parts={name: torch.cat([told[name] for told in parts]).view(-1, samples) for name in parts[0]},
+        components={name: torch.cat([told[name] for told in components]).view(-1, samples) for name in components[0]},
     )
 
 
-def own_share(numbers: range, team: Team) -> range:
+def own_share(numbers: range, team: DistributedContext) -> range:
     """This process's part, one run of them, as long as everybody's."""
     size = len(numbers) // team.count
     return numbers[team.index * size : (team.index + 1) * size]
@@ -91,13 +97,13 @@ def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int
     return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
 
 
-def half_precision(denoiser: Any, settings: FinetuneSettings) -> torch.dtype | None:
+def half_precision(denoiser: Any, settings: TrainingConfig) -> torch.dtype | None:
     """The half-precision dtype of a run, of autocast or of the weights; None in float32."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.mixed_precision, denoiser.dtype)
     return dtype if dtype in HALF else None
 
 
-def window_of(total: int, settings: FinetuneSettings, half: bool) -> int:
+def window_of(total: int, settings: TrainingConfig, half: bool) -> int:
     """How many of `total` stochastic steps are learnt from: all but the last ones, whose τ is lowest.
 
     Raises InputError where none is left.
@@ -113,7 +119,7 @@ def window_of(total: int, settings: FinetuneSettings, half: bool) -> int:
 
 
 def sampler_of(
-    pipe: Any, settings: FinetuneSettings, prepared: Any = None, precision: Precision | None = None
+    pipe: Any, settings: TrainingConfig, prepared: Any = None, precision: Precision | None = None
 ) -> Sampler:
     """A new sampler, which remembers no texts; in the precision of log-probabilities, or another."""
     storage = DTYPES[settings.storage]
@@ -125,7 +131,7 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class FinetuneResult:
+class TrainingResult:
     """How a training ended.
 
     step         updates made
@@ -146,7 +152,7 @@ class FinetuneResult:
     weights_step: int | None = None
 
 
-class FinetuningMethod(SteeringMethod, ABC):
+class TrainingMethod(SteeringPipeline, ABC):
     """How a denoiser learns from samples; the rest of a training is the same for all methods.
 
     shared_start  whether the samples of one prompt begin at one x_T
@@ -155,19 +161,19 @@ class FinetuningMethod(SteeringMethod, ABC):
     shared_start: ClassVar[bool] = False
 
     @abstractmethod
-    def check(self, settings: FinetuneSettings) -> None:
+    def check(self, settings: TrainingConfig) -> None:
         """Raises InputError for settings that this method can do nothing with."""
 
     def signal(self, scored: Scored) -> Tensor:
         """What the loss is told of the samples: by default their rewards (B, K)."""
         return scored.rewards
 
-    def window(self, total: int, settings: FinetuneSettings) -> int:
+    def window(self, total: int, settings: TrainingConfig) -> int:
         """How many of the stochastic steps, the first ones, count in losses and penalties."""
         half = half_precision(denoiser_of(self.pipe)[1], settings)
         return window_of(total, settings, half is not None)
 
-    def steps(self, total: int, settings: FinetuneSettings, name: str) -> tuple[int, ...]:
+    def steps(self, total: int, settings: TrainingConfig, name: str) -> tuple[int, ...]:
         """Which of the stochastic steps 0 … total − 1 of the window an update of that name learns from."""
         return chosen_steps(total, settings.timestep_fraction, settings.seed, name)
 

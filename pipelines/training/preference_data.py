@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from steer.errors import InputError
 from steer.files import make_folder, staged, sync, write_text
-from steer.pipelines.training.config import DTYPES, FinetuneSettings
+from steer.pipelines.training.config import DTYPES, TrainingConfig
 from steer.pipelines.training.method import (
     BeforeEach,
     chosen_steps,
@@ -44,17 +44,17 @@ from steer.pipelines.training.preference_files import (
     read_lots,
 )
 from steer.pipelines.training.rollouts import Round, learning_order, references_of, trajectory_tensors
-from steer.training.distributed import Team
+from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference
 from steer.training.rollout import Rows, Sampler, Trajectories, log_probs
 from steer.training.trainable import Trainable
 
 
-class ChoiceFolder:
+class PreferenceFolder:
     """A folder that choices are written to; see `steer.pipelines.training.preference_files` for the format.
 
     call = {"num_inference_steps": 20, "guidance_scale": 5.0}
-    folder = ChoiceFolder.create("choices", pipe, call)
+    folder = PreferenceFolder.create("choices", pipe, call)
     sampler = Sampler(pipe, call)
     lot = folder.write_lot(*sampler.rollout(Rows(("a star",) * 2, starts=(1, 1), noises=(2, 3))))
     folder.write_choice(lot, chosen=1, rejected=0)
@@ -71,7 +71,7 @@ class ChoiceFolder:
     @classmethod
     def create(
         cls, path: str | Path, pipe: Any, call: Mapping[str, Any], eta: float = 1.0, storage: str = "float32"
-    ) -> "ChoiceFolder":
+    ) -> "PreferenceFolder":
         """A new folder, or one that was begun with the same settings, for what `Sampler(pipe, call, eta, …)` draws.
 
         storage  dtype of the sampler's latents, by name
@@ -86,7 +86,7 @@ class ChoiceFolder:
         return cls.create_as(Path(path), DrawnWith.of(pipe, call, eta, storage))
 
     @classmethod
-    def create_as(cls, path: Path, drawn: DrawnWith) -> "ChoiceFolder":
+    def create_as(cls, path: Path, drawn: DrawnWith) -> "PreferenceFolder":
         """A new folder, or one that was begun, for samples that were drawn with `drawn`."""
         if not (path / SETTINGS).exists():
             with _writing(path):
@@ -202,7 +202,7 @@ def _is_plain(value: Any) -> bool:
     return True
 
 
-__all__ = ["ChoiceFolder", "HumanChoices", "Unjudged", "check_choices", "settings_of"]
+__all__ = ["PreferenceDataset", "PreferenceFolder", "Unjudged", "check_choices", "settings_of"]
 
 REGENERATED = "regenerated"  # folder, in that of a run, of samples that were drawn anew
 MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "storage")  # of a folder and a run; other things may differ
@@ -222,15 +222,15 @@ class Unjudged:
 
 
 def settings_of(folder: str | Path) -> dict[str, Any]:
-    """What FinetuneSettings must be to learn from a folder; the others are free."""
+    """What TrainingConfig must be to learn from a folder; the others are free."""
     drawn = DrawnWith.read(Path(folder))
     call = dict(drawn.call)
     own: dict[str, Any] = {name: call.pop(name) for name in ("num_inference_steps", "guidance_scale") if name in call}
-    return own | {"call": call, "eta": drawn.eta, "storage": drawn.storage, "samples_per_prompt": 2}
+    return own | {"call": call, "eta": drawn.eta, "storage": drawn.storage, "num_generations": 2}
 
 
 @dataclass(frozen=True)
-class HumanChoices:
+class PreferenceDataset:
     """Pairs of samples of which a human preferred one: the chosen one has the reward 1, the other 0.
 
     lots  with their trajectories, by name
@@ -238,18 +238,20 @@ class HumanChoices:
 
     recorded: Recorded
     lots: Mapping[str, Lot]
-    settings: FinetuneSettings
+    settings: TrainingConfig
 
     @classmethod
-    def of(cls, folder: Path, pipe: Any, settings: FinetuneSettings, run: Path) -> "HumanChoices":
+    def of(cls, folder: Path, pipe: Any, settings: TrainingConfig, run: Path) -> "PreferenceDataset":
         """The choices of a folder, for a run that trains `pipe`, which is still what they were drawn with.
 
         Lots without trajectories, as far as the run needs them, are drawn anew and kept in the run's folder.
         """
         recorded = read_choices(folder)
         _check_settings(recorded, pipe, settings)
-        rounds = math.ceil(settings.max_steps / (settings.steps_per_round * settings.passes))  # whole ones are drawn
-        used = _choices_at(recorded, settings, 0, rounds * settings.steps_per_round * settings.prompts_per_step)
+        rounds = math.ceil(
+            settings.max_steps / (settings.steps_per_generation * settings.num_iterations)
+        )  # whole ones are drawn
+        used = _choices_at(recorded, settings, 0, rounds * settings.steps_per_generation * settings.train_batch_size)
         lots = {choice.lot: recorded.lots[choice.lot] for choice in used}
         missing = [lot for lot in lots.values() if lot.trajectories is None]
         return cls(recorded, lots | _drawn_anew(missing, recorded, pipe, settings, run / REGENERATED), settings)
@@ -257,11 +259,15 @@ class HumanChoices:
     def about(self) -> dict[str, Any]:
         return {"choices": f"{len(self.recorded.choices)} with the hash {self.recorded.digest()[:16]}"}
 
-    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: Team) -> Round:
+    def round(
+        self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: DistributedContext
+    ) -> Round:
         """The choices of every update of a round, in a stream over all of them in one new order after another."""
-        size, seed = self.settings.prompts_per_step, self.settings.seed
+        size, seed = self.settings.train_batch_size, self.settings.seed
         batches, told = [], []
-        for update in range(number * self.settings.steps_per_round, (number + 1) * self.settings.steps_per_round):
+        for update in range(
+            number * self.settings.steps_per_generation, (number + 1) * self.settings.steps_per_generation
+        ):
             own = own_share(range(update * size, (update + 1) * size), team)
             chunks = self._chunks(_choices_at(self.recorded, self.settings, own.start, len(own)))
             half = half_precision(trainable.denoiser, self.settings)
@@ -276,7 +282,7 @@ class HumanChoices:
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
             batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), window))
             told.append({"turn": update * size / len(self.recorded.choices)})
-        order = learning_order(len(batches), self.settings.passes, seed, number)
+        order = learning_order(len(batches), self.settings.num_iterations, seed, number)
         return Round(number, tuple(batches), tuple(batch.rewards for batch in batches), tuple(told), order)
 
     def _chunks(self, choices: Sequence[Choice]) -> list[Trajectories]:
@@ -295,15 +301,15 @@ class HumanChoices:
         return [whole.at(numbers[place : place + size]) for place in numbers[::size]]
 
 
-def _choices_at(recorded: Recorded, settings: FinetuneSettings, position: int, count: int) -> list[Choice]:
+def _choices_at(recorded: Recorded, settings: TrainingConfig, position: int, count: int) -> list[Choice]:
     numbers = [str(number) for number in range(len(recorded.choices))]
     return [recorded.choices[int(one)] for one in prompts_at(position, count, numbers, settings.seed)]
 
 
-def _check_settings(recorded: Recorded, pipe: Any, settings: FinetuneSettings) -> None:
+def _check_settings(recorded: Recorded, pipe: Any, settings: TrainingConfig) -> None:
     """Raises InputError where a run's samples would not be made as those of the folder were."""
-    if settings.samples_per_prompt != 2:
-        raise InputError(f"samples_per_prompt must be 2, got {settings.samples_per_prompt}: a choice is between two")
+    if settings.num_generations != 2:
+        raise InputError(f"num_generations must be 2, got {settings.num_generations}: a choice is between two")
     here = DrawnWith.of(pipe, settings.arguments, settings.eta, settings.storage)
     other = replace(recorded.drawn, **{name: getattr(here, name) for name in MUST_MATCH})
     for name, (there, asked) in recorded.drawn.differences(other).items():
@@ -331,7 +337,7 @@ def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Refere
 
 
 def _drawn_anew(
-    lots: Sequence[Lot], recorded: Recorded, pipe: Any, settings: FinetuneSettings, folder: Path
+    lots: Sequence[Lot], recorded: Recorded, pipe: Any, settings: TrainingConfig, folder: Path
 ) -> dict[str, Lot]:
     """The lots with trajectories in `folder`, each drawn as the batch that it was, its images being the same.
 
@@ -339,7 +345,7 @@ def _drawn_anew(
     """
     if not lots:
         return {}
-    kept, sampler = ChoiceFolder.create_as(folder, recorded.drawn), sampler_of(pipe, settings)
+    kept, sampler = PreferenceFolder.create_as(folder, recorded.drawn), sampler_of(pipe, settings)
     here = DrawnWith.of(pipe, settings.arguments, settings.eta, settings.storage)
     for lot in tqdm(lots, unit="lot", disable=None, desc="drawing anew what was chosen from"):
         if (known := kept.lots.get(lot_name(lot.rows))) is not None and known.images == lot.images:

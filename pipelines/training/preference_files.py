@@ -93,7 +93,9 @@ class DrawnWith:
             raise InputError(f"{path}: not the settings of choices of version {VERSION}, which this steer reads")
         names = [one.name for one in fields(cls)]
         if wrong := [name for name in names if not isinstance(told.get(name), TYPES.get(name, str))]:
-            raise InputError(f"{path}: {wrong[0]} is missing or of the wrong kind: let steer's ChoiceFolder write it")
+            raise InputError(
+                f"{path}: {wrong[0]} is missing or of the wrong kind: let steer's PreferenceFolder write it"
+            )
         return cls(**{name: told[name] for name in names})
 
     def differences(self, other: "DrawnWith") -> dict[str, tuple[Any, Any]]:
@@ -153,7 +155,7 @@ class Lot:
         except SafetensorError as error:
             raise InputError(f"{path}: not a file of tensors ({error})") from error
         if not _fit(tensors, len(self.rows), steps):
-            raise InputError(f"{path}: not trajectories of lot {self.id}: let steer's ChoiceFolder write them")
+            raise InputError(f"{path}: not trajectories of lot {self.id}: let steer's PreferenceFolder write them")
         return trajectories_from(tensors, asdict(self.rows) | {"stochastic": steps})
 
 

@@ -5,14 +5,14 @@ from typing import Any, Unpack
 import torch
 
 from steer.errors import InputError
-from steer.pipelines.training.config import FinetuneSettings
-from steer.pipelines.training.trainer import FinetuningPipeline
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.trainer import Trainer
 from steer.training.gradient import Batch, GradientOptions, reward_gradient
 from steer.training.losses import Metrics
 from steer.training.rollout import Sampler, takes_prompts
 
 
-class RewardBackpropPipeline(FinetuningPipeline):
+class RewardBackpropTrainer(Trainer):
     """The gradient of a differentiable reward, through the decoder and the last k solver steps.
 
     last_steps  k; 1 is cheapest and often enough
@@ -22,7 +22,7 @@ class RewardBackpropPipeline(FinetuningPipeline):
         super().__init__(pipe, reward)
         self.last_steps = last_steps
 
-    def check(self, settings: FinetuneSettings) -> None:
+    def check(self, settings: TrainingConfig) -> None:
         """Raises InputError for a reward without gradients, and for more steps than there are."""
         if not self.reward.differentiable:
             raise InputError(f"reward {self.reward.name!r} is not differentiable: use prdp or d3po, or another reward")
@@ -43,17 +43,17 @@ class RewardBackpropPipeline(FinetuningPipeline):
             )
         if settings.skip_low_noise_steps:
             raise InputError("skip_low_noise_steps must be unset: reward backpropagation learns from the last steps")
-        if settings.steps_per_round * settings.passes > 1 or settings.timestep_fraction < 1:
+        if settings.steps_per_generation * settings.num_iterations > 1 or settings.timestep_fraction < 1:
             raise InputError(
-                "reward backpropagation goes along the samples of the present weights: steps_per_round, passes and "
-                "timestep_fraction must be 1"
+                "reward backpropagation goes along the samples of the present weights: steps_per_generation, "
+                "num_iterations and timestep_fraction must be 1"
             )
 
-    def window(self, total: int, settings: FinetuneSettings) -> int:
+    def window(self, total: int, settings: TrainingConfig) -> int:
         """All: the gradient goes through the last steps."""
         return total
 
-    def steps(self, total: int, settings: FinetuneSettings, name: str) -> tuple[int, ...]:
+    def steps(self, total: int, settings: TrainingConfig, name: str) -> tuple[int, ...]:
         """The last k: the KL and penalties are told of these alone."""
         return tuple(range(max(total - self.last_steps, 0), total))
 

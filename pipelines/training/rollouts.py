@@ -8,9 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from steer.diffusion.seeds import derived_seed
-from steer.pipelines.training.config import DTYPES, FinetuneSettings
-from steer.pipelines.training.method import BeforeEach, FinetuningMethod, Scored, draw, own_share, prompts_at, rows_of
-from steer.training.distributed import Team
+from steer.pipelines.training.config import DTYPES, TrainingConfig
+from steer.pipelines.training.method import BeforeEach, Scored, TrainingMethod, draw, own_share, prompts_at, rows_of
+from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference, reference_of
 from steer.training.guards import check_spread
 from steer.training.rollout import Rows, Sampler, Trajectories
@@ -69,7 +69,9 @@ class Source(Protocol):
         """What decides them, as plain values."""
         ...
 
-    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: Team) -> Round:
+    def round(
+        self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: DistributedContext
+    ) -> Round:
         """Round `number`, from 0: this process's share of it."""
         ...
 
@@ -82,20 +84,24 @@ class OnlineSamples:
     """
 
     prompts: Sequence[str]
-    method: FinetuningMethod
-    settings: FinetuneSettings
+    method: TrainingMethod
+    settings: TrainingConfig
 
     def about(self) -> dict[str, Any]:
         return {"prompts": list(self.prompts)}
 
-    def round(self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: Team) -> Round:
+    def round(
+        self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: DistributedContext
+    ) -> Round:
         """Draws and scores the samples of every update of a round, and asks the reference about them.
 
         Raises InputError where the first round leaves nothing to learn.
         """
-        size, samples, seed = self.settings.prompts_per_step, self.settings.samples_per_prompt, self.settings.seed
+        size, samples, seed = self.settings.train_batch_size, self.settings.num_generations, self.settings.seed
         batches, rewards, told = [], [], []
-        for update in range(number * self.settings.steps_per_round, (number + 1) * self.settings.steps_per_round):
+        for update in range(
+            number * self.settings.steps_per_generation, (number + 1) * self.settings.steps_per_generation
+        ):
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
@@ -108,7 +114,7 @@ class OnlineSamples:
             told.append(summary(scored))
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
-        order = learning_order(len(batches), self.settings.passes, seed, number)
+        order = learning_order(len(batches), self.settings.num_iterations, seed, number)
         return Round(number, tuple(batches), tuple(rewards), tuple(told), order)
 
 
@@ -118,7 +124,7 @@ def references_of(
     chunks: Sequence[Trajectories],
     steps: Sequence[int],
     before_each: BeforeEach,
-    settings: FinetuneSettings,
+    settings: TrainingConfig,
 ) -> list[Reference]:
     """Evaluate the reference on each chunk; keep its residuals, in the storage dtype, where a penalty needs them."""
     found, dtype = [], DTYPES[settings.storage] if settings.divergence_counts else None
@@ -130,10 +136,10 @@ def references_of(
 
 
 def summary(scored: Scored) -> dict[str, Any]:
-    """The rewards' mean, their standard deviation among the samples of a prompt, and the means of parts."""
+    """The rewards' mean, their standard deviation among the samples of a prompt, and the means of components."""
     spread = scored.rewards.std(1).mean().item() if scored.rewards.shape[1] > 1 else 0.0
-    parts = {f"reward/{name}": values.mean().item() for name, values in scored.parts.items()}
-    return {"reward": scored.rewards.mean().item(), "reward_spread": spread, **parts}
+    components = {f"reward/{name}": values.mean().item() for name, values in scored.components.items()}
+    return {"reward": scored.rewards.mean().item(), "reward_spread": spread, **components}
 
 
 def trajectory_tensors(stored: Trajectories) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -166,7 +172,7 @@ def round_tensors(drew: Round) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, told
 
 
-def joined(drew: Round, team: Team) -> Round:
+def joined(drew: Round, team: DistributedContext) -> Round:
     """The round with the chunks of all processes."""
     batches = []
     for batch in drew.batches:
@@ -175,14 +181,14 @@ def joined(drew: Round, team: Team) -> Round:
     return replace(drew, batches=tuple(batches))
 
 
-def shared_out(whole: Round, team: Team, size: int) -> Round:
+def shared_out(whole: Round, team: DistributedContext, size: int) -> Round:
     """What this process has of a whole round, in chunks of at most `size` rows."""
     batches = []
     for batch in whole.batches:
         stored, told = Trajectories.joined(batch.chunks), Reference.joined(batch.references)
         own = own_share(range(len(stored.rows)), team)
-        parts = [own[first : first + size] for first in range(0, len(own), size)]
-        chunks, references = [stored.at(part) for part in parts], [told.at(part) for part in parts]
+        components = [own[first : first + size] for first in range(0, len(own), size)]
+        chunks, references = [stored.at(part) for part in components], [told.at(part) for part in components]
         batches.append(replace(batch, chunks=chunks, references=references))
     return replace(whole, batches=tuple(batches))
 

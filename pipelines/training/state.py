@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from steer.diffusion.seeds import put_random_state, random_state
 from steer.errors import InputError
 from steer.files import write_sums, write_text
-from steer.pipelines.training.config import FinetuneSettings
-from steer.pipelines.training.distributed import AcceleratedTeam
-from steer.pipelines.training.method import FinetuningMethod, Record
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.distributed import AccelerateContext
+from steer.pipelines.training.method import Record, TrainingMethod
 from steer.pipelines.training.rollouts import Round, joined, round_from, round_tensors, shared_out
 from steer.training.checkpoint import Checkpoint, Checkpoints, load_optimiser, optimiser_tensors
-from steer.training.guards import HoldOutWatch, KLControl
+from steer.training.guards import EarlyStopping, KLControl
 from steer.training.trainable import Trainable, put, whole
 
 logger = logging.getLogger(__name__)
@@ -39,14 +39,14 @@ class RunState:
     round         the one that is being learnt from
     """
 
-    method: FinetuningMethod
+    method: TrainingMethod
     trainable: Trainable
     optimiser: Any
     schedule: Any
     scaler: Any
     ema: Any
     control: KLControl
-    watch: HoldOutWatch
+    watch: EarlyStopping
     step: int = 0
     rounds: int = 0
     round: Round | None = None
@@ -91,8 +91,8 @@ class RunFolder:
         path: Path,
         identity: Mapping[str, Any],
         about: Mapping[str, Any],
-        settings: FinetuneSettings,
-        team: AcceleratedTeam,
+        settings: TrainingConfig,
+        team: AccelerateContext,
         changeable: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.about, self.team, self.chunk = path, dict(about), team, settings.micro_batch

@@ -20,16 +20,16 @@ from tqdm.auto import tqdm
 
 from steer.diffusion.step_hooks import plain_values
 from steer.errors import InputError
-from steer.pipelines.training.config import FinetuneSettings
-from steer.pipelines.training.distributed import AcceleratedTeam
-from steer.pipelines.training.evaluation import Evaluated, Exam
-from steer.pipelines.training.method import FinetuneResult, FinetuningMethod, Record, half_precision, sampler_of
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.distributed import AccelerateContext
+from steer.pipelines.training.evaluation import EvalResult, Evaluator
+from steer.pipelines.training.method import Record, TrainingMethod, TrainingResult, half_precision, sampler_of
 from steer.pipelines.training.rollouts import OnlineSamples, Round, Source
 from steer.pipelines.training.state import RunFolder, RunState
 from steer.reward import note_cut_by_pipeline, with_metadata
 from steer.rewards.parser import load_reward
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
-from steer.training.guards import HoldOutWatch, KLControl, check_replay, check_rounding, chi_square, kl
+from steer.training.guards import EarlyStopping, KLControl, check_replay, check_rounding, chi_square, kl
 from steer.training.losses import Loss, Metrics
 from steer.training.rollout import Sampler, takes_prompts
 from steer.training.trainable import Full, LoRA, Trainable, denoiser_of, fingerprint, whole
@@ -51,7 +51,7 @@ FREE = {
 }
 
 
-def accelerator_of(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accelerator:
+def accelerator_of(settings: TrainingConfig, folder: Path, cpu: bool) -> Accelerator:
     """Raises InputError for a precision or a tracker that there is not here."""
     if cpu and settings.mixed_precision == "fp16":
         raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
@@ -70,7 +70,7 @@ def accelerator_of(settings: FinetuneSettings, folder: Path, cpu: bool) -> Accel
     return accelerator
 
 
-def trainable_of(pipe: Any, settings: FinetuneSettings) -> Trainable:
+def trainable_of(pipe: Any, settings: TrainingConfig) -> Trainable:
     """A LoRA in the denoiser, or all of it; everything else is frozen."""
     if settings.gradient_checkpointing:
         denoiser_of(pipe)[1].enable_gradient_checkpointing()
@@ -82,12 +82,12 @@ def trainable_of(pipe: Any, settings: FinetuneSettings) -> Trainable:
     return lora
 
 
-def changeable_of(settings: FinetuneSettings) -> dict[str, Any]:
+def changeable_of(settings: TrainingConfig) -> dict[str, Any]:
     """Settings that may differ when the run is resumed, as plain values."""
     return {name: plain_values(value) for name, value in asdict(settings).items() if name in FREE}
 
 
-def identity_of(method: FinetuningMethod, source: Source, exam: Exam, settings: FinetuneSettings) -> dict[str, Any]:
+def identity_of(method: TrainingMethod, source: Source, exam: Evaluator, settings: TrainingConfig) -> dict[str, Any]:
     """What makes a run this run, as plain values."""
     pipe = method.pipe
     told = {name: value for name, value in asdict(settings).items() if name not in FREE}
@@ -151,22 +151,22 @@ def stop_request(agreed: Callable[[bool], bool] = bool) -> Iterator[StopRequest]
 INTERRUPTED = "interrupted"
 
 
-class FinetuneRun:
+class TrainingRun:
     """One training of one method, in one folder."""
 
     def __init__(
         self,
-        method: FinetuningMethod,
+        method: TrainingMethod,
         source: Source,
-        exam: Exam,
-        settings: FinetuneSettings,
+        exam: Evaluator,
+        settings: TrainingConfig,
         folder: Path,
         about: dict[str, Any],
         resume: bool,
     ) -> None:
         self.method, self.source, self.exam, self.settings = method, source, exam, settings
         self.accelerator = accelerator_of(settings, folder, method.pipe.device.type == "cpu")
-        self.team = AcceleratedTeam(self.accelerator)
+        self.team = AccelerateContext(self.accelerator)
         self.team.check(settings)
         identity, changeable = identity_of(method, source, exam, settings), changeable_of(settings)
         self.folder = RunFolder(folder, identity, about, settings, self.team, changeable)
@@ -191,10 +191,10 @@ class FinetuneRun:
             scaler=self.accelerator.scaler,
             ema=ema,
             control=KLControl(settings.kl_weight, settings.kl_target, settings.kl_budget),
-            watch=HoldOutWatch(settings.patience),
+            watch=EarlyStopping(settings.patience),
         )
 
-    def train(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> FinetuneResult:
+    def train(self, on_update: Callable[[Record], None], on_evaluation: Callable[[EvalResult], None]) -> TrainingResult:
         """Goes on from what is there, updates until the last one, a guard or a signal; then exports the weights."""
         with self.team.together(), torch.random.fork_rng():  # for pipelines that draw beside the generators
             torch.manual_seed(self.settings.seed + self.team.index)
@@ -211,7 +211,7 @@ class FinetuneRun:
                 # The user's denoiser computes in its own precision again.
                 self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
 
-    def _updates(self, on_update: Callable[[Record], None], on_evaluation: Callable[[Evaluated], None]) -> None:
+    def _updates(self, on_update: Callable[[Record], None], on_evaluation: Callable[[EvalResult], None]) -> None:
         state, last = self.state, self.settings.max_steps
         hidden, name = None if self.team.is_main else True, type(self.method).__name__
         bar = tqdm(total=last, initial=state.step, unit="update", disable=hidden, desc=name)
@@ -258,7 +258,7 @@ class FinetuneRun:
         state.step += 1
         record = {"step": state.step, "round": state.rounds, "loss": loss, **state.round.record(), **metrics}
         record |= {"kl_weight": state.control.weight, "grad_norm": norm, "learning_rate": rate}
-        seconds, images = time.monotonic() - started, self.settings.prompts_per_step * self.settings.samples_per_prompt
+        seconds, images = time.monotonic() - started, self.settings.train_batch_size * self.settings.num_generations
         record |= {"seconds": seconds, "images_per_second": images / seconds, "processes": self.team.count}
         # No pairs, no accuracy; and a scaler tries its way with infinite gradients.
         record = {name: value for name, value in record.items() if math.isfinite(value)}
@@ -314,7 +314,7 @@ class FinetuneRun:
             exact = sampler_of(self.method.pipe, self.settings, self.prepared, "float32")
             check_rounding(self.sampler, exact, self.state.trainable.parameters, batch.chunks[0], batch.steps)
 
-    def _evaluate(self, request: StopRequest, on_evaluation: Callable[[Evaluated], None]) -> None:
+    def _evaluate(self, request: StopRequest, on_evaluation: Callable[[EvalResult], None]) -> None:
         """Where one is due, and was not made before: at the start, every so often, and at the end."""
         self._take(request, on_evaluation)
         watch = self.state.watch
@@ -324,7 +324,7 @@ class FinetuneRun:
                 f"weights of update {watch.best_step} are kept"
             )
 
-    def _take(self, request: StopRequest, on_evaluation: Callable[[Evaluated], None]) -> None:
+    def _take(self, request: StopRequest, on_evaluation: Callable[[EvalResult], None]) -> None:
         state, every = self.state, self.settings.eval_every
         due = state.step % every == 0 or state.step >= self.settings.max_steps or self.stopped
         if not self.exam.prompts or not due or (state.evaluations and state.evaluations[-1]["step"] == state.step):
@@ -354,7 +354,7 @@ class FinetuneRun:
             for tracker in self.accelerator.trackers:  # end_training would part the processes as well
                 tracker.finish()
 
-    def _finished(self) -> FinetuneResult:
+    def _finished(self) -> TrainingResult:
         state, weights, of = self.state, None, None
         if self.stopped != INTERRUPTED:
             fooled = state.watch.stop() and state.watch.best_step is not None
@@ -365,7 +365,7 @@ class FinetuneRun:
                 state.ema.copy_to(state.parameters)  # the pipeline stays what is evaluated and exported
             weights = self.folder.export(state, "final")
         records, evaluations, best = tuple(state.records), tuple(state.evaluations), state.watch.best_step
-        return FinetuneResult(state.step, self.stopped, weights, best, records, evaluations, of)
+        return TrainingResult(state.step, self.stopped, weights, best, records, evaluations, of)
 
 
 def _numbers(record: Record) -> dict[str, float]:
@@ -378,14 +378,14 @@ def _shown(record: Record) -> dict[str, str]:
     return {short: f"{record[name]:.3g}" for name, short in names.items() if name in record}
 
 
-class FinetuningPipeline(FinetuningMethod):
+class Trainer(TrainingMethod):
     """A method that trains `pipe`'s denoiser on `reward`; afterwards `pipe` is the trained one."""
 
     def train(
         self,
         prompts: Sequence[str] | int,
         output_dir: str | Path,
-        settings: FinetuneSettings | None = None,
+        settings: TrainingConfig | None = None,
         *,
         eval_prompts: Sequence[str] | int = (),
         eval_rewards: Sequence[Any] = (),
@@ -394,14 +394,14 @@ class FinetuningPipeline(FinetuningMethod):
         resume: bool = False,
         about: Mapping[str, Any] | None = None,
         on_update: Callable[[Record], None] | None = None,
-        on_evaluation: Callable[[Evaluated], None] | None = None,
-    ) -> FinetuneResult:
+        on_evaluation: Callable[[EvalResult], None] | None = None,
+    ) -> TrainingResult:
         """Trains, and writes to `output_dir`: metrics.jsonl, evaluations.jsonl, checkpoints/, final/ and best/ weights.
 
         prompts        to learn from; of a pipeline without prompts (unconditional) a count, or what the reward reads
         eval_prompts   held out; without them nothing is evaluated
         metadata, eval_metadata  one mapping for each of these, for rewards that accept `metadata`
-        eval_rewards   kept apart from the trained reward; the first is what HoldOutWatch watches (without any, the
+        eval_rewards   kept apart from the trained reward; the first is what EarlyStopping watches (without any, the
                        trained reward on the held-out prompts)
         resume         go on from the newest whole checkpoint, or begin where there is none
         about          plain values that are saved with every checkpoint
@@ -409,7 +409,7 @@ class FinetuningPipeline(FinetuningMethod):
 
         Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for what does not fit, before anything is drawn.
         """
-        settings = settings or FinetuneSettings()
+        settings = settings or TrainingConfig()
         learnt, held_out = (
             prompts_of(self.pipe, prompts, "prompts"),
             prompts_of(self.pipe, eval_prompts, "eval_prompts"),
@@ -422,23 +422,23 @@ class FinetuningPipeline(FinetuningMethod):
         note_cut_by_pipeline(self.pipe, (*learnt, *held_out), settings.call or {})
         source = OnlineSamples(learnt, self, settings)
         judges = tuple(with_metadata(load_reward(reward), rows) for reward in eval_rewards)
-        exam = Exam(held_out, self.reward, judges)
+        exam = Evaluator(held_out, self.reward, judges)
         return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)
 
     def _run(
         self,
         source: Source,
-        exam: Exam,
-        settings: FinetuneSettings,
+        exam: Evaluator,
+        settings: TrainingConfig,
         output_dir: str | Path,
         resume: bool,
         about: Mapping[str, Any] | None,
         on_update: Callable[[Record], None] | None,
-        on_evaluation: Callable[[Evaluated], None] | None,
-    ) -> FinetuneResult:
+        on_evaluation: Callable[[EvalResult], None] | None,
+    ) -> TrainingResult:
         """What a training is, wherever its samples come from."""
         exam.check(settings.patience)
-        run = FinetuneRun(self, source, exam, settings, Path(output_dir), dict(about or {}), resume)
+        run = TrainingRun(self, source, exam, settings, Path(output_dir), dict(about or {}), resume)
         return run.train(on_update or (lambda record: None), on_evaluation or (lambda evaluated: None))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -482,23 +482,23 @@ def metadata_table(*given: tuple[Sequence[str], Rows]) -> dict[str, Mapping[str,
     return None if all(rows is None for _, rows in given) else table
 
 
-class LossPipeline(FinetuningPipeline):
+class LossTrainer(Trainer):
     """A method that is a loss of log-probabilities and of the signal that `signal` makes of rewards."""
 
     def __init__(self, pipe: Any, reward: Any, loss: Loss) -> None:
         super().__init__(pipe, reward)
         self.loss = loss
 
-    def check(self, settings: FinetuneSettings) -> None:
+    def check(self, settings: TrainingConfig) -> None:
         """Raises InputError for settings that this method can do nothing with."""
         if self.loss.whole_trajectory and settings.timestep_fraction < 1:
             raise InputError(
                 f"timestep_fraction must be 1, got {settings.timestep_fraction}: the loss of {type(self).__name__} "
                 "ties all steps of a trajectory together"
             )
-        if settings.samples_per_prompt < 2:
+        if settings.num_generations < 2:
             raise InputError(
-                f"samples_per_prompt must be at least 2, got {settings.samples_per_prompt}: "
+                f"num_generations must be at least 2, got {settings.num_generations}: "
                 f"{type(self).__name__} compares the samples of a prompt"
             )
 

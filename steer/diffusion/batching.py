@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from steer.diffusion.preview import with_decode
-from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS, StandIn, denoisers_in, standing_in
+from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS, ModuleProxy, denoisers_in, standing_in
 from steer.errors import InputError
 
 LATENTS = ("sample", "hidden_states")  # what denoisers and ControlNets call their first argument
@@ -40,7 +40,7 @@ def micro_batched(pipe: Any, rows: int | None = None) -> Iterator[Any]:
     split = {name: MicroBatches(name, module, rows) for name, module in modules.items() if module is not None}
     if not set(split) & set(DENOISERS):
         raise InputError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: there is nothing to split")
-    with standing_in(pipe, {name: StandIn(one.module, one) for name, one in split.items()}) as view:
+    with standing_in(pipe, {name: ModuleProxy(one.module, one) for name, one in split.items()}) as view:
         yield view
 
 
@@ -151,7 +151,7 @@ class LiveRows:
         """A copy of an autoencoder, on the same weights, that decodes no dead rows; anything else stays what it is."""
         return with_decode(vae, functools.partial(self._decoded, vae.decode)) if hasattr(vae, "decode") else vae
 
-    def _denoiser(self, module: Any) -> StandIn:
+    def _denoiser(self, module: Any) -> ModuleProxy:
         names = list(inspect.signature(module.forward).parameters)
 
         def living(*args: Any, **kwargs: Any) -> Any:
@@ -162,7 +162,7 @@ class LiveRows:
             rows = self._in(batch)
             return spread(module(**part(given, batch, rows)), rows, batch)
 
-        return StandIn(module, living)
+        return ModuleProxy(module, living)
 
     def _decoded(self, decode: Any, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.rows is None or len(z) != self.size:
@@ -225,7 +225,7 @@ def compiled(pipe: Any, *, cuda_graphs: bool | None = None, backend: Backend = "
     graphs = cuda_graphs if cuda_graphs is not None else on_cuda and backend == "inductor"
     modules = {name: getattr(pipe, name) for name in names}
     stand_ins = {
-        name: StandIn(module, compiled_call(name, module, graphs, backend)) for name, module in modules.items()
+        name: ModuleProxy(module, compiled_call(name, module, graphs, backend)) for name, module in modules.items()
     }
     with standing_in(pipe, stand_ins) as view:
         yield view
@@ -249,7 +249,7 @@ def compiled_call(name: str, module: Any, graphs: bool, backend: Backend) -> Cal
 
 def _check_stays(name: str, denoiser: Any) -> None:
     """Raises InputError unless the denoiser is a plain module whose weights stay where they are."""
-    if type(denoiser) is StandIn:
+    if type(denoiser) is ModuleProxy:
         raise InputError(f"{name} is micro-batched or watched: compile first, micro_batched(compiled_view) after it")
     if is_offloaded(denoiser):
         raise InputError(

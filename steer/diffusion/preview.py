@@ -17,7 +17,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer.diffusion.step_hooks import Event, Output, quiet, silences, steered
+from steer.diffusion.step_hooks import Output, SolverStep, hook_steps, quiet, silences
 from steer.errors import InputError
 from steer.registry import choose
 
@@ -95,12 +95,12 @@ class Preview:
     def __call__(self, x0: Tensor) -> Tensor:
         self.decodes += len(x0) if self._own else 0
 
-        def put_x0(event: Event) -> tuple[None, Tensor]:
+        def put_x0(event: SolverStep) -> tuple[None, Tensor]:
             return None, x0.to(event.prev)
 
         own = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
         recording = torch.is_grad_enabled() and x0.requires_grad
-        with torch.set_grad_enabled(recording), steered(self._tail, put_x0, rows=len(x0)) as view:
+        with torch.set_grad_enabled(recording), hook_steps(self._tail, put_x0, rows=len(x0)) as view:
             output = view(**accepted_only(self._tail, self._call | own))
         return first_output(output)
 

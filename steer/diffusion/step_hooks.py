@@ -37,7 +37,7 @@ class CannotSteer(InputError):
 
 
 @dataclass
-class Event:
+class SolverStep:
     """One transition x_t → x_s of the solver, just made.
 
     k       number of the transition, from 0, of `total`
@@ -82,12 +82,12 @@ class Event:
         return gaussian_transition(x, x0, *levels, eta)
 
 
-Answer = tuple[Tensor | None, Tensor | None]
-OnStep = Callable[[Event], Answer | None]
+StepOverride = tuple[Tensor | None, Tensor | None]
+OnStep = Callable[[SolverStep], StepOverride | None]
 
 
 @contextmanager
-def steered(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: bool = True) -> Iterator[Any]:
+def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: bool = True) -> Iterator[Any]:
     """Yields a view of a diffusers pipeline; call it like the pipeline itself.
 
     After each transition `on_step(event)` is called. It returns None (nothing changes) or
@@ -121,7 +121,7 @@ class _Tracker:
     transitions: int = 0
     total: int = 0
     last: Tensor | None = None
-    event: Event | None = None
+    event: SolverStep | None = None
     copied: bool = False
 
     def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -132,7 +132,7 @@ class _Tracker:
             out = tuple(plain_step(scheduler, **arguments, return_dict=False))
         index = (getattr(scheduler, "step_index", None) or 0) - 1
         if self.event is None:
-            self.event = Event(self.transitions, t, x, scheduler, index, output)
+            self.event = SolverStep(self.transitions, t, x, scheduler, index, output)
         else:
             self.event.calls += 1
         if not in_the_middle(scheduler):
@@ -155,7 +155,7 @@ class _Tracker:
                 "it cannot be steered"
             )
 
-    def _apply(self, answer: Answer, scheduler: Scheduler, out: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
+    def _apply(self, answer: StepOverride, scheduler: Scheduler, out: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
         ancestors, next_latents = answer
         if ancestors is not None:
             self._check_resampling()
@@ -302,7 +302,7 @@ def denoisers_in(pipe: Any) -> list[str]:
     return [name for name in DENOISERS if getattr(pipe, name, None) is not None]
 
 
-class StandIn:
+class ModuleProxy:
     """Passes for a module in everything but what its call returns."""
 
     def __init__(self, target: Any, call: Callable[..., Any]) -> None:
@@ -328,7 +328,7 @@ class Output(tuple[Tensor, ...]):
         return self[0]
 
 
-def silent_denoiser(denoiser: Any) -> StandIn:
+def silent_denoiser(denoiser: Any) -> ModuleProxy:
     """Passes for a denoiser that predicts nothing: zeros, at no cost."""
     channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
 
@@ -339,24 +339,24 @@ def silent_denoiser(denoiser: Any) -> StandIn:
         shape = (*x.shape[:-1], channels or x.shape[-1])  # a model of tokens
         return Output([x.new_zeros(shape)])
 
-    return StandIn(denoiser, zeros)
+    return ModuleProxy(denoiser, zeros)
 
 
-def silent_controlnet(controlnet: Any) -> StandIn:
+def silent_controlnet(controlnet: Any) -> ModuleProxy:
     """Passes for a ControlNet that adds nothing."""
-    return StandIn(controlnet, lambda *args, **kwargs: ([], None))
+    return ModuleProxy(controlnet, lambda *args, **kwargs: ([], None))
 
 
-def silences(pipe: Any) -> dict[str, StandIn]:
+def silences(pipe: Any) -> dict[str, ModuleProxy]:
     """For every denoiser and ControlNet of a pipeline, by name, one that says nothing."""
-    found: dict[str, StandIn] = {}
+    found: dict[str, ModuleProxy] = {}
     for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
         found |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
     return found
 
 
 @contextmanager
-def standing_in(pipe: Any, modules: Mapping[str, StandIn]) -> Iterator[Any]:
+def standing_in(pipe: Any, modules: Mapping[str, ModuleProxy]) -> Iterator[Any]:
     """Yields a view of a pipeline with these in place of its own modules; after the block it has those again.
 
     The pipeline stays as it is. Offloading hooks are on its own modules, and it is the one that puts them back.

@@ -9,7 +9,7 @@ from steer.errors import InputError
 Item = TypeVar("Item")
 
 
-class Team(Protocol):
+class DistributedContext(Protocol):
     """This process, number `index` of `count`; rows and chunks are shared out in the order of these numbers."""
 
     index: int
@@ -20,7 +20,7 @@ class Team(Protocol):
         ...
 
 
-class Alone:
+class SingleProcess:
     """One process."""
 
     index, count = 0, 1
@@ -29,10 +29,10 @@ class Alone:
         return list(items)
 
 
-ALONE = Alone()
+SINGLE_PROCESS = SingleProcess()
 
 
-def total(team: Team, values: Sequence[float]) -> list[float]:
+def total(team: DistributedContext, values: Sequence[float]) -> list[float]:
     """Of each value its sum over all processes, the same to the last bit in all of them."""
     return [sum(column) for column in zip(*team.gather([tuple(values)]), strict=True)]
 

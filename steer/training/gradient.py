@@ -25,8 +25,8 @@ from torch import Tensor
 from steer.diffusion.precision import widest
 from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
-from steer.reward import Reward, over_frames, score_parts
-from steer.training.distributed import ALONE, Team, total
+from steer.reward import Reward, over_frames, score_components
+from steer.training.distributed import SINGLE_PROCESS, DistributedContext, total
 from steer.training.guards import kl
 from steer.training.losses import LogProbs, Loss, Metrics
 from steer.training.rollout import Sampler, Trajectories, log_probs
@@ -52,11 +52,11 @@ class Reference:
         return replace(self, residuals=_rows(self.residuals, some), log_probs=self.log_probs[some])
 
     @staticmethod
-    def joined(parts: Sequence["Reference"]) -> "Reference":
+    def joined(components: Sequence["Reference"]) -> "Reference":
         """Of all their rows; they have the same steps."""
-        kept = [part.residuals for part in parts if part.residuals is not None]
-        log_probs = torch.cat([part.log_probs for part in parts])
-        return replace(parts[0], residuals=torch.cat(kept) if kept else None, log_probs=log_probs)
+        kept = [part.residuals for part in components if part.residuals is not None]
+        log_probs = torch.cat([part.log_probs for part in components])
+        return replace(components[0], residuals=torch.cat(kept) if kept else None, log_probs=log_probs)
 
     def kernel(self, column: int, x_s: Tensor) -> Gaussian | None:
         """Its p(· | x_t) at one of those steps, which led to x_s; None where no residuals are kept."""
@@ -113,11 +113,11 @@ class Batch:
         """How many steps a sum over a trajectory has."""
         return self.window or self.chunks[0].log_probs.shape[1]
 
-    def matrix(self, values: Sequence[Tensor], team: Team = ALONE) -> Tensor:
+    def matrix(self, values: Sequence[Tensor], team: DistributedContext = SINGLE_PROCESS) -> Tensor:
         """(N, S) of each chunk, of all processes, as one (B, K, S)."""
         return torch.cat(team.gather(values)).view(*self.rewards.shape[:2], len(self.steps))
 
-    def shares(self, matrix: Tensor, team: Team = ALONE) -> Sequence[Tensor]:
+    def shares(self, matrix: Tensor, team: DistributedContext = SINGLE_PROCESS) -> Sequence[Tensor]:
         """(n, S) of each of this process's chunks, views of the (B, K, S) of all."""
         return matrix.flatten(0, 1).chunk(team.count)[team.index].split([len(chunk.rows) for chunk in self.chunks])
 
@@ -137,7 +137,7 @@ class Coefficients(Protocol):
 class AllSteps:
     """∂L/∂ℓ where all of ℓ is known."""
 
-    def __init__(self, seen: LogProbs, loss: Loss, batch: Batch, team: Team) -> None:
+    def __init__(self, seen: LogProbs, loss: Loss, batch: Batch, team: DistributedContext) -> None:
         leaf = seen.new.clone().requires_grad_(True)
         self._value, self._metrics = loss(replace(seen, new=leaf), batch.rewards)
         (c,) = torch.autograd.grad(self._value, leaf)
@@ -153,7 +153,7 @@ class AllSteps:
 class OwnStep:
     """∂L/∂ℓ of a loss in which a step of a prompt's samples meets nothing else: the others may stand as they were."""
 
-    def __init__(self, seen: LogProbs, loss: Loss, batch: Batch, team: Team) -> None:
+    def __init__(self, seen: LogProbs, loss: Loss, batch: Batch, team: DistributedContext) -> None:
         self._seen, self._loss, self._batch, self._team = seen, loss, batch, team
         self._new = [chunk.log_probs[:, list(batch.steps)].clone() for chunk in batch.chunks]
 
@@ -192,7 +192,7 @@ class GradientOptions(TypedDict):
     backward: Backward
     before_each: Callable[[], None]
     before_last: Callable[[], None]
-    team: Team
+    team: DistributedContext
 
 
 def two_pass_gradient(
@@ -205,7 +205,7 @@ def two_pass_gradient(
     backward: Backward = Tensor.backward,
     before_each: Callable[[], None] = lambda: None,
     before_last: Callable[[], None] = lambda: None,
-    team: Team = ALONE,
+    team: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[float, Metrics]:
     """Adds ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
@@ -236,7 +236,7 @@ def two_pass_gradient(
     return value, metrics | told_all | {"kl_per_step": found[kl] / batch.counted}
 
 
-def _step_by_step(loss: Loss, batch: Batch, team: Team) -> bool:
+def _step_by_step(loss: Loss, batch: Batch, team: DistributedContext) -> bool:
     """Whether c of a step follows from its own ℓ, and the samples of a prompt are in one chunk, in every process."""
     whole = all(len(chunk.rows) % batch.rewards.shape[1] == 0 for chunk in batch.chunks)
     return bool(getattr(loss, "stepwise", False)) and all(team.gather([whole]))
@@ -258,7 +258,7 @@ def _pass_two(
     weights: Mapping[Penalty, float],
     backward: Backward,
     before_each: Callable[[], None],
-    team: Team,
+    team: DistributedContext,
 ) -> dict[Penalty, float]:
     """Sends back c_t · ℓ_t and the penalties, step by step; returns these, without their weights."""
     steps, found = list(batch.steps), dict.fromkeys(weights, 0.0)
@@ -320,7 +320,7 @@ def reward_gradient(
     backward: Backward,
     before_each: Callable[[], None],
     before_last: Callable[[], None] = lambda: None,
-    team: Team = ALONE,
+    team: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[float, Metrics]:
     """Adds ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
@@ -339,7 +339,7 @@ def reward_gradient(
     for chunk, told in zip(batch.chunks, batch.references, strict=True):
         before_each()
         images = sampler.finish(chunk, last_steps)
-        rewards, _ = over_frames(images, partial(score_parts, reward, prompts=chunk.rows.prompts))
+        rewards, _ = over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts))
         value -= rewards.sum().item() / count
         backward(-rewards.sum().to(images.device) / count)
 

@@ -71,7 +71,7 @@ class KLControl:
 
 
 @dataclass(frozen=True)
-class HoldOutWatch:
+class EarlyStopping:
     """Compares the trained reward with a held-out one, evaluation by evaluation.
 
     patience  evaluations in a row, since the best held-out one, with a better trained reward and a worse held-out
@@ -83,7 +83,7 @@ class HoldOutWatch:
     best: tuple[float, float] = field(default=(0.0, 0.0))  # (trained, held out) at that step
     fooled: int = 0
 
-    def after(self, step: int, proxy: float, held_out: float) -> "HoldOutWatch":
+    def after(self, step: int, proxy: float, held_out: float) -> "EarlyStopping":
         """The watch after one more evaluation."""
         if self.best_step is None or held_out > self.best[1]:
             return replace(self, best_step=step, best=(proxy, held_out), fooled=0)
@@ -98,7 +98,7 @@ class HoldOutWatch:
         """As plain values."""
         return {"best_step": self.best_step, "best": list(self.best), "fooled": self.fooled}
 
-    def restored(self, state: Mapping[str, Any]) -> "HoldOutWatch":
+    def restored(self, state: Mapping[str, Any]) -> "EarlyStopping":
         """The watch with what `state` told."""
         return replace(self, best_step=state["best_step"], best=tuple(state["best"]), fooled=state["fooled"])
 
@@ -165,5 +165,5 @@ def check_spread(rewards: Tensor, name: str) -> None:
         raise InputError(
             f"reward {name!r} gave all {rewards.shape[1]} samples of every prompt the same score "
             f"({rewards[0, 0].item():g} for the first): there is nothing to learn from. Use a finer reward, more "
-            "samples_per_prompt, or prompts that it tells apart"
+            "num_generations, or prompts that it tells apart"
         )

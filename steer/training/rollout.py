@@ -23,13 +23,13 @@ from steer.diffusion.seeds import drawn
 from steer.diffusion.step_hooks import (
     CONTROLNETS,
     DENOISERS,
-    Event,
-    StandIn,
+    ModuleProxy,
+    SolverStep,
     denoisers_in,
+    hook_steps,
     quiet,
     silent_controlnet,
     silent_denoiser,
-    steered,
 )
 from steer.errors import InputError
 
@@ -82,12 +82,15 @@ class Trajectories:
         return replace(self, rows=self.rows.at(some), latents=self.latents[some], log_probs=self.log_probs[some])
 
     @staticmethod
-    def joined(parts: Sequence["Trajectories"]) -> "Trajectories":
+    def joined(components: Sequence["Trajectories"]) -> "Trajectories":
         """All their rows; they have the same steps."""
-        columns = zip(*(vars(part.rows).values() for part in parts), strict=True)
+        columns = zip(*(vars(part.rows).values() for part in components), strict=True)
         rows = Rows(*(tuple(chain.from_iterable(column)) for column in columns))
-        latents, told = torch.cat([part.latents for part in parts]), torch.cat([part.log_probs for part in parts])
-        return replace(parts[0], rows=rows, latents=latents, log_probs=told)
+        latents, told = (
+            torch.cat([part.latents for part in components]),
+            torch.cat([part.log_probs for part in components]),
+        )
+        return replace(components[0], rows=rows, latents=latents, log_probs=told)
 
 
 class Sampler:
@@ -139,7 +142,7 @@ class Sampler:
         """
         latents, log_probs, stochastic = [], [], []
 
-        def draw(event: Event) -> tuple[None, Tensor] | None:
+        def draw(event: SolverStep) -> tuple[None, Tensor] | None:
             kernel, dtype = event.exact_kernel(self.eta), _latent_dtype(event)
             x_s = event.prev.to(dtype)
             if noisy := bool(kernel.std > 0):
@@ -165,7 +168,7 @@ class Sampler:
         """
         wanted = {k: t for t, k in enumerate(stored.stochastic) if only is None or t in only}
 
-        def force(event: Event) -> tuple[None, Tensor]:
+        def force(event: SolverStep) -> tuple[None, Tensor]:
             x_s = stored.latents[:, event.k].to(event.prev.device, _latent_dtype(event))
             if event.k in wanted:
                 with self._exactly():  # a backward pass in it may evaluate blocks of the denoiser again
@@ -190,7 +193,7 @@ class Sampler:
         """
         first = stored.latents.shape[1] - last
 
-        def go_on(event: Event) -> tuple[None, Tensor]:
+        def go_on(event: SolverStep) -> tuple[None, Tensor]:
             self._gate.open = event.k + 1 >= first
             if event.k < first:
                 return None, stored.latents[:, event.k].to(event.prev)
@@ -209,17 +212,17 @@ class Sampler:
     def _noise(self, rows: Rows, k: int, like: Tensor) -> Tensor:
         return drawn(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"step {k}"] * len(rows))
 
-    def _run(self, rows: Rows, on_step: Callable[[Event], Any], output_type: str) -> Tensor:
+    def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], output_type: str) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in rows.starts]
         per_row = {name: [text] * len(rows) for name, text in self._call.items() if isinstance(text, str)}
         per_row = {name: texts for name, texts in per_row.items() if name.startswith(("prompt", "negative_prompt"))}
         given = {"prompt": list(rows.prompts), "generator": generators, "output_type": output_type}
         given |= {} if takes_prompts(self._pipe) else {"batch_size": len(rows)}
-        with steered(self._pipe, on_step, rows=len(rows), grad=False) as view:
+        with hook_steps(self._pipe, on_step, rows=len(rows), grad=False) as view:
             return first_output(view(**accepted_only(self._pipe, self._call | per_row | given)))
 
 
-def _latent_dtype(event: Event) -> torch.dtype:
+def _latent_dtype(event: SolverStep) -> torch.dtype:
     """Half-precision latents stay that, also where the denoiser answers in float32."""
     return event.x.dtype if event.x.dtype in HALF else event.prev.dtype
 
@@ -238,16 +241,16 @@ class _Gate:
     def __init__(self, exactly: Callable[[], AbstractContextManager[None]]) -> None:
         self.open, self.exactly = True, exactly
 
-    def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, StandIn]:
+    def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, ModuleProxy]:
         found, trained = {}, denoisers_in(pipe)[:1]
         for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
             for name in names:
                 if (module := getattr(pipe, name, None)) is not None:
                     call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
-                    found[name] = StandIn(module, self._guarded(call, silence(module)))
+                    found[name] = ModuleProxy(module, self._guarded(call, silence(module)))
         return found
 
-    def _guarded(self, call: Callable[..., Any], silent: StandIn) -> Callable[..., Any]:
+    def _guarded(self, call: Callable[..., Any], silent: ModuleProxy) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if not self.open:
                 return silent(*args, **kwargs)

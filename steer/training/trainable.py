@@ -19,7 +19,7 @@ from steer.files import check_sums
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """A module's parameters by name. What FSDP has brought together for a call is divided again before: a whole copy
-    that a call left would hide what is written into the parts."""
+    that a call left would hide what is written into the components."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

@@ -12,7 +12,7 @@ from held import check_line
 from steer.apps.methods import SampleSettings
 from steer.apps.sampling import REPORT, open_record
 from steer.errors import InputError
-from steer.pipelines.training.preference_data import ChoiceFolder
+from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.pipelines.training.preference_files import CHOICES, LOTS, SETTINGS, DrawnWith, Recorded, read_choices
 from steer.rewards.compose import read_calibration
 from steer.training.checkpoint import MANIFEST, Checkpoint, read_manifest, write_files
@@ -53,7 +53,7 @@ def write_choices(folder: Path) -> None:
         "1",
         "1",
     )
-    recorded = ChoiceFolder.create_as(folder, DrawnWith(*plain))
+    recorded = PreferenceFolder.create_as(folder, DrawnWith(*plain))
     for number in (1, 2):
         rows = Rows(("a star",) * 2, (number,) * 2, (3, 4))
         drew = Trajectories(rows, torch.zeros(2, 3, 1, 2, 2), (0, 2), torch.zeros(2, 2))

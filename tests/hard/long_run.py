@@ -82,8 +82,8 @@ def kinds() -> list[Callable[..., Any]]:
 
     return [
         steering(ess_threshold=1.0),
-        steering(overlap=True),
-        steering(narrow={2: 1}),
+        steering(asynchronous_rewards=True),
+        steering(particle_schedule={2: 1}),
         steering(preview="linear"),
         steering(reward_guidance=1.0, resample_steps=[2]),
         lambda **call: FKSteeringPipeline(pipe, timed)(**options | call),

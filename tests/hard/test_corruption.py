@@ -17,13 +17,13 @@ from tiny_rewards import tiny_learned, tiny_open_clip
 from torch import Tensor
 from writers import SETTINGS, WRITERS, found_noise, report, search_file
 
-from steer.apps.models import find_finetuned
+from steer.apps.models import find_adapter
 from steer.apps.recipes import read_metadata, write_png
 from steer.apps.sampling import open_record
 from steer.apps.scoring import images_with_prompts
 from steer.errors import InputError
 from steer.files import SUMS
-from steer.pipelines import FinetuneSettings
+from steer.pipelines import TrainingConfig
 from steer.pipelines.training.preference_files import read_choices
 from steer.pipelines.training.state import RunFolder
 from steer.reward import score
@@ -63,7 +63,7 @@ def exported(family: str, rank: int) -> Callable[[Path], None]:
         pipe = fresh_pipe(family)
         trained = LoRA(pipe, rank=rank) if rank else Full(pipe)
         state = {name: value + 0.25 for name, value in trained.state().items()}
-        RunFolder(folder, {}, {}, FinetuneSettings(max_steps=1), ALONE)._export(trained, state, "final")  # type: ignore[arg-type]
+        RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), ALONE)._export(trained, state, "final")  # type: ignore[arg-type]
 
     return make
 
@@ -71,7 +71,7 @@ def exported(family: str, rank: int) -> Callable[[Path], None]:
 def worn(family: str) -> Callable[[Path], Any]:
     def read(folder: Path) -> Any:
         pipe = cached_pipe(family)
-        with find_finetuned(str(folder / "final")).worn_by(pipe):
+        with find_adapter(str(folder / "final")).applied_to(pipe):
             denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
             scales = [layer.scaling for layer in denoiser.modules() if hasattr(layer, "scaling")]
             return bits(dict(denoiser.state_dict())), str(scales)

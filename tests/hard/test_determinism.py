@@ -117,7 +117,7 @@ def reno(pipe: Any, seed: int) -> SteeringOutput:
     return ReNOPipeline(own, Soft(redness))(**call_of("sd", 2, seed, 1) | options)
 
 
-DIFFERENT: list[Run] = [fk("sd"), fk("sd", reward_guidance=0.1), fk("sd", narrow={2: 2}), best_of_n, reno]
+DIFFERENT: list[Run] = [fk("sd"), fk("sd", reward_guidance=0.1), fk("sd", particle_schedule={2: 2}), best_of_n, reno]
 SHARED: dict[str, list[Run]] = {name: [fk(name)] for name in PIPELINES} | {"different methods": DIFFERENT}
 
 

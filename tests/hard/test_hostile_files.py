@@ -18,7 +18,7 @@ from test_imagereward import Writes
 from writers import WRITERS, export, reward, search_file
 
 from steer.apps.finetuning import read_config
-from steer.apps.models import load_pipeline, wearing
+from steer.apps.models import adapter_applied, load_pipeline
 from steer.apps.prompts import read_prompts
 from steer.errors import InputError
 from steer.pipelines.training.preference_files import read_choices
@@ -144,7 +144,7 @@ def adapter_with(home: Path, canary: Path, **changes: Any) -> str:
 
 
 def wear(path: Path | str) -> None:
-    with wearing(cached_pipe("sd"), str(path)):
+    with adapter_applied(cached_pipe("sd"), str(path)):
         raise AssertionError("it was put on")
 
 

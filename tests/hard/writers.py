@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from steer.apps.methods import SampleSettings
-from steer.apps.models import find_finetuned
+from steer.apps.models import find_adapter
 from steer.apps.sampling import open_record
 from steer.errors import InputError
 from steer.noise import Search
-from steer.pipelines import FinetuneSettings
+from steer.pipelines import TrainingConfig
 from steer.pipelines.base import Iteration
 from steer.pipelines.reno import SearchFile
-from steer.pipelines.training.preference_data import ChoiceFolder
+from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.pipelines.training.preference_files import DrawnWith, read_choices
 from steer.pipelines.training.state import RunFolder
 from steer.reward import score
@@ -60,7 +60,7 @@ def drawn_with() -> DrawnWith:
 
 
 def choices(folder: Path, seed: int) -> None:
-    recorded = ChoiceFolder.create_as(folder, drawn_with())
+    recorded = PreferenceFolder.create_as(folder, drawn_with())
     recorded.write_choice(recorded.write_lot(*drew(seed)), 0, 1)
 
 
@@ -130,12 +130,12 @@ def adapter() -> tuple[LoRA, dict[int, dict[str, Any]]]:
 
 def export(folder: Path, seed: int) -> None:
     trained, states = adapter()
-    RunFolder(folder, {}, {}, FinetuneSettings(max_steps=1), ALONE)._export(trained, states[seed], "final")  # type: ignore[arg-type]
+    RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), ALONE)._export(trained, states[seed], "final")  # type: ignore[arg-type]
 
 
 def export_in(folder: Path) -> str:
-    finetuned = find_finetuned(str(folder / "final"))
-    with finetuned.worn_by(fresh_pipe("sd")):
+    finetuned = find_adapter(str(folder / "final"))
+    with finetuned.applied_to(fresh_pipe("sd")):
         pass
     values = {value.unique().item() for value in load_file(finetuned.files[0]).values()}
     return which(values, {1.0}, {2.0})

@@ -100,7 +100,7 @@ def checked_rewards(log_probs: LogProbs, rewards: Tensor, group: int = 1, severa
             f"rewards of shape {tuple(rewards.shape)} must be (prompts, samples) = ({prompts}, {samples}){rest}"
         )
     if samples < group:
-        raise InputError(f"samples_per_prompt {samples} must be at least {group}: this loss compares samples")
+        raise InputError(f"num_generations {samples} must be at least {group}: this loss compares samples")
     if count := int((~rewards.isfinite()).sum()):
         raise InputError(f"rewards must be finite, {count} of {rewards.numel()} are not: mend or drop these samples")
     return rewards.detach().to(log_probs.new)
