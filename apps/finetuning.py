@@ -13,7 +13,7 @@ import click
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from steer.apps.cli.errors import errors_named, named
+from steer.apps.errors import errors_named, named
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.processes import processes, speaks
 from steer.apps.prompts import find_prompts

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from steer.apps.cli.errors import errors_named
+from steer.apps.errors import errors_named
 from steer.apps.methods import METHODS, TINY, Job
 from steer.apps.models import adapter_applied, check_device, load_pipeline
 from steer.apps.prompts import argument_names, cell

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from steer.apps.cli.errors import errors_named, refusal
+from steer.apps.errors import errors_named, refusal
 from steer.apps.methods import METHODS, ComputeOptions, Job, SampleSettings
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress

@@ -356,8 +356,12 @@ class GuidedRun(Run):
         return self.algorithm.lam != 0
 
 
-def check_guidable(scheduler: Any, reward: Reward, guidance: float, eta: float) -> None:
-    """Raises InputError, or CannotSteer for a solver without the kernel, where steps cannot lean towards the reward."""
+def check_guidable(scheduler: Any, reward: Reward, guidance: float, eta: float, asynchronous: bool) -> None:
+    """Raise InputError, or CannotSteer for a solver without the kernel, where steps cannot lean towards the reward."""
+    if asynchronous:
+        raise InputError(
+            "asynchronous_rewards: with reward_guidance the step needs the gradient: leave one of them out"
+        )
     if not 0 <= guidance < math.inf:
         raise InputError(f"reward_guidance must be at least 0 and finite, got {guidance}")
     if not 0 < eta <= 1:
@@ -459,11 +463,7 @@ class FKSteeringPipeline(SteeringPipeline):
         kernel_eta: float | None = None
         check_draw(draw, plan)
         if reward_guidance != 0:
-            if asynchronous_rewards:
-                raise InputError(
-                    "asynchronous_rewards: with reward_guidance the step needs the gradient: leave one of them out"
-                )
-            check_guidable(pipe.scheduler, self.reward, reward_guidance, noise)
+            check_guidable(pipe.scheduler, self.reward, reward_guidance, noise, asynchronous_rewards)
             pipe = differentiable(pipe, one_call=True)
         else:
             if num_particles > 1 and lam != 0:

@@ -390,12 +390,12 @@ import sys
 import torch
 from diffusers import StableDiffusionPipeline
 from steer.assets import MODELS
-from steer.batch import Batch, reference_of
-from steer.engine import two_pass_gradient
-from steer.guards import kl
-from steer.losses import PRDP
-from steer.trainable import LoRA
-from steer.trajectory import Rows, Sampler
+from steer.training.gradient import Batch, reference_of
+from steer.training.gradient import two_pass_gradient
+from steer.training.guards import kl
+from steer.training.losses import PRDP
+from steer.training.trainable import LoRA
+from steer.training.rollout import Rows, Sampler
 
 
 def kilobytes(field):

@@ -12,12 +12,12 @@ import click
 from steer import __version__
 from steer.apps.cli.bench import bench
 from steer.apps.cli.demo import demo
-from steer.apps.cli.errors import Ending, refusal
 from steer.apps.cli.evaluate import evaluate
 from steer.apps.cli.finetune import finetune
 from steer.apps.cli.options import DEVICE, Group
 from steer.apps.cli.rewards import rewards
 from steer.apps.cli.sample import SPEC, TIMEOUT, sample
+from steer.apps.errors import Ending, refusal
 from steer.apps.processes import part, speaks
 from steer.errors import InputError
 

@@ -37,7 +37,7 @@ def serve(reward: str, host: str, port: int, device: str | None) -> None:
 
     Where the environment variable STEER_REWARD_TOKEN is set, requests must bring it: set it for the client too.
     """
-    from steer.apps.cli.errors import end_now
+    from steer.apps.errors import end_now
     from steer.apps.models import device_here
     from steer.apps.reward_specs import reward_here
     from steer.rewards.remote import LOCAL, RewardServer, read_token

@@ -15,8 +15,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from steer.apps.cli.errors import errors_named
 from steer.apps.demo.studio import Studio, Ticket, Weights
+from steer.apps.errors import errors_named
 from steer.apps.methods import METHODS, Job, Off, SampleSettings
 from steer.apps.models import adapter_applied
 from steer.apps.sampling import Picture, base_of, written

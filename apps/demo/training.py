@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from steer.apps.cli.errors import errors_named
 from steer.apps.demo.labels import kept_files
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import LARGEST_SEED, PACKED, Studio, Ticket, Weights
+from steer.apps.errors import errors_named
 from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.finetuning import FinetuneConfig, gather, learn, read_config, write_config
 from steer.apps.models import load_pipeline

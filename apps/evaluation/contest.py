@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from steer import __version__
-from steer.apps.cli.errors import errors_named, named
+from steer.apps.errors import errors_named, named
 from steer.apps.methods import METHODS, Job, SampleSettings
 from steer.apps.models import Finetuned, find_adapter
 from steer.apps.plots import thumbnail

@@ -1,4 +1,4 @@
-"""How the command ends: one line for what the machine refuses, and the exit code."""
+"""Errors of jobs in one line, and the end of the process. Nothing heavy is imported: the command line ends here."""
 
 import atexit
 import errno
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-import torch
 from safetensors import SafetensorError
 
 from steer.errors import InputError
@@ -76,6 +75,8 @@ def errors_named(named: str, kept: str, less: str) -> Iterator[None]:
 
     kept  what is not lost; less: what needs less memory
     """
+    import torch
+
     try:
         yield
     except InputError:
