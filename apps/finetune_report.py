@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from steer.apps.model_card import Flat, held_out_names, model_card
 from steer.apps.plots import FAINT, INK, SHADE, draw_before_after, grids, shown, write_grid
 from steer.files import staged, write_text
-from steer.pipelines import TrainingResult
+from steer.pipelines.training.method import TrainingResult
 
 __all__ = ["write_grid", "write_report"]
 

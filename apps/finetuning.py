@@ -22,19 +22,13 @@ from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
 from steer.files import write_text
-from steer.pipelines import (
-    D3POTrainer,
-    DDPOTrainer,
-    FilteredTrainer,
-    GRPOTrainer,
-    PRDPTrainer,
-    RewardBackpropTrainer,
-    TrainingConfig,
-    TrainingResult,
-)
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
+from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
 from steer.pipelines.training.evaluation import EvalResult
-from steer.pipelines.training.method import Record
+from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.preference_data import check_choices, settings_of
+from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
 from steer.pipelines.training.state import SERIES
 from steer.pipelines.training.trainer import INTERRUPTED, Trainer
 from steer.registry import choose, nearest

@@ -17,21 +17,20 @@ from steer.diffusion.batching import compiled, micro_batched
 from steer.diffusion.preview import PREVIEWS, accepted_only, check_decoder, check_image_vae
 from steer.errors import InputError
 from steer.noise import OPTIMISERS
-from steer.pipelines import (
-    BestOfNPipeline,
-    FKSteeringPipeline,
-    Iteration,
-    NoiseSearchPipeline,
-    ReNOPipeline,
-    SelectionPipeline,
-    SteeringOutput,
-    StepReport,
-)
-from steer.pipelines.fk_steering import CHOICES, ResamplingSchedule
+from steer.pipelines.base import Iteration, SteeringOutput
+from steer.pipelines.fk_steering import CHOICES, FKSteeringPipeline, ResamplingSchedule, StepReport
 from steer.pipelines.initial_noise import screen_initial_noise
 from steer.pipelines.particle_batch import DRAWS
-from steer.pipelines.reno import GRADIENTS, ONE_STEP, Ascent, Neighbours, check_differentiable
-from steer.pipelines.selection import Selection
+from steer.pipelines.reno import (
+    GRADIENTS,
+    ONE_STEP,
+    Ascent,
+    Neighbours,
+    NoiseSearchPipeline,
+    ReNOPipeline,
+    check_differentiable,
+)
+from steer.pipelines.selection import BestOfNPipeline, Selection, SelectionPipeline
 from steer.registry import choose
 from steer.reward import Reward
 from steer.shared_prompt import shared_prompt

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from steer.assets import MODELS
-from steer.pipelines import TrainingConfig, TrainingResult
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.method import TrainingResult
 
 LORA, ADAPTER = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"  # for diffusers, and for peft
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from steer.errors import InputError
 from steer.files import BROKEN, staged
-from steer.pipelines import Iteration
+from steer.pipelines.base import Iteration
 from steer.pipelines.particle_batch import as_type
 from steer.pipelines.training.evaluation import EvalResult
 

@@ -26,7 +26,7 @@ from steer.apps.methods import Job, SampleSettings
 from steer.apps.prompts import check_arguments
 from steer.errors import InputError
 from steer.files import BROKEN
-from steer.pipelines import SteeringOutput
+from steer.pipelines.base import SteeringOutput
 
 KEY = "steer"  # of the iTXt chunk
 LONGEST = 1_000_000  # characters of JSON that are read

@@ -32,7 +32,7 @@ from steer.apps.recipes import Recipe, recipe_of, write_png
 from steer.apps.reward_specs import reward_here
 from steer.errors import InputError
 from steer.files import summed, unsummed, write_text
-from steer.pipelines import Cost, Iteration, SteeringOutput
+from steer.pipelines.base import Cost, Iteration, SteeringOutput
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,83 @@
-"""steer: better images from a diffusion model and a reward, without being fooled by the score."""
+"""steer: better images from a diffusion model and a reward, without being fooled by the score.
 
-__version__ = "0.1.0"
+Everything a user needs is imported from here, and loaded at its first use: `import steer` loads neither torch nor
+diffusers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.2.0.dev0"
+
+if TYPE_CHECKING:
+    from steer.assets import MODELS
+    from steer.errors import InputError
+    from steer.pipelines.base import Cost, Evaluation, Iteration, Start, SteeringOutput
+    from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
+    from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
+    from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
+    from steer.pipelines.training.config import TrainingConfig
+    from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
+    from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
+    from steer.pipelines.training.method import TrainingResult
+    from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
+    from steer.reward import Reward, RewardError, score, score_components, with_timeout
+    from steer.rewards.parser import combine, load_reward
+
+_MODULES = {
+    "steer.assets": ("MODELS",),
+    "steer.errors": ("InputError",),
+    "steer.pipelines.base": ("Cost", "Evaluation", "Iteration", "Start", "SteeringOutput"),
+    "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
+    "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
+    "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
+    "steer.pipelines.training.config": ("TrainingConfig",),
+    "steer.pipelines.training.d3po_prdp": ("D3POTrainer", "PRDPTrainer"),
+    "steer.pipelines.training.ddpo_grpo": ("DDPOTrainer", "FilteredTrainer", "GRPOTrainer"),
+    "steer.pipelines.training.method": ("TrainingResult",),
+    "steer.pipelines.training.reward_backprop": ("RewardBackpropTrainer",),
+    "steer.reward": ("Reward", "RewardError", "score", "score_components", "with_timeout"),
+    "steer.rewards.parser": ("combine", "load_reward"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = [
+    "MODELS",
+    "BestOfNPipeline",
+    "Cost",
+    "D3POTrainer",
+    "DDPOTrainer",
+    "Evaluation",
+    "FKSteeringPipeline",
+    "FilteredTrainer",
+    "GRPOTrainer",
+    "InputError",
+    "Iteration",
+    "NoiseSearchPipeline",
+    "PRDPTrainer",
+    "ReNOPipeline",
+    "Reward",
+    "RewardBackpropTrainer",
+    "RewardError",
+    "SelectionPipeline",
+    "Start",
+    "SteeringOutput",
+    "StepReport",
+    "TrainingConfig",
+    "TrainingResult",
+    "combine",
+    "load_reward",
+    "score",
+    "score_components",
+    "with_timeout",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'steer' has no attribute {name!r}")
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steer.pipelines import (
+from steer import (
     D3POTrainer,
     DDPOTrainer,
     FilteredTrainer,

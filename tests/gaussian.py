@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from soft_rewards import Soft
 from torch import Generator, Tensor
 
-from steer.pipelines import FKSteeringPipeline
+from steer import FKSteeringPipeline
 from steer.pipelines.base import SteeringOutput
 
 LAM, GROUPS, BATCH = 3.0, 1200, 100

@@ -14,11 +14,11 @@ from schedulers import DIFFUSION, FLOW
 from soft_rewards import in_precision
 from torch import Generator, Tensor
 
+from steer import FKSteeringPipeline
 from steer.diffusion import kernels
 from steer.diffusion.schedules import X0_WEIGHTS, Gaussian, Level, LinearStep, linear_step, plain_pass
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.diffusion.triton_kernels import BLOCK, triton_pass
-from steer.pipelines import FKSteeringPipeline
 from steer.pipelines.base import SteeringOutput
 from steer.training.rollout import Sampler, Trajectories, log_probs
 

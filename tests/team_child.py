@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
-from steer.pipelines import GRPOTrainer
+from steer import GRPOTrainer
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.method import sampler_of
 from steer.pipelines.training.rollouts import OnlineSamples

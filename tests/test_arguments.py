@@ -8,10 +8,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from steer import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
 from steer.arguments import coerced_value
 from steer.assets import MODELS
 from steer.errors import InputError
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
 
 TEXTS = str | Sequence[str] | None
 

@@ -18,8 +18,8 @@ from rollouts import call_of, fresh_pipe, move
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from steer import D3POTrainer, TrainingConfig
 from steer.errors import InputError
-from steer.pipelines import D3POTrainer, TrainingConfig
 from steer.pipelines.training.method import sampler_of
 from steer.pipelines.training.preference_data import PreferenceDataset, PreferenceFolder, check_choices
 from steer.pipelines.training.preference_data import settings_of as settings_told

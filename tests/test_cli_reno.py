@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Generator
 
+from steer import Iteration
 from steer.apps import methods
 from steer.apps.cli import main as cli
 from steer.apps.methods import METHODS, Job, SampleSettings
 from steer.apps.plots import Frames, draw_progress
 from steer.assets import MODELS
-from steer.pipelines import Iteration
 
 RENO = ["--method", "reno", "--seeds", "2", "--seed", "7", "--lr", "1"]
 OWN = """

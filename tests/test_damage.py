@@ -13,6 +13,7 @@ from PIL import Image
 from rollouts import fresh_pipe
 from safetensors.torch import load_file, save_file
 
+from steer import TrainingConfig
 from steer.apps.cli import main as cli
 from steer.apps.methods import SampleSettings
 from steer.apps.models import adapter_applied
@@ -20,7 +21,6 @@ from steer.apps.plots import opened, read_grid, shown
 from steer.apps.sampling import open_record
 from steer.errors import InputError
 from steer.files import SUMS
-from steer.pipelines import TrainingConfig
 from steer.pipelines.training.state import RunFolder
 from steer.training.distributed import SINGLE_PROCESS
 from steer.training.trainable import LoRA

@@ -24,6 +24,7 @@ from finetune_runs import PLAIN
 from finetune_runs import settings_of as plain_settings
 from PIL import Image
 
+from steer import D3POTrainer
 from steer.apps.cli.finetune import keys_of
 from steer.apps.demo import label_tab as label_tab_module
 from steer.apps.demo.label_tab import (
@@ -42,7 +43,6 @@ from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Busy, Studio, Ticket, Waiting
 from steer.apps.finetuning import gather, read_config
 from steer.errors import InputError
-from steer.pipelines import D3POTrainer
 from steer.pipelines.training.preference_data import check_choices, settings_of
 from steer.pipelines.training.preference_files import Choice, read_choices, read_lines
 from steer.pipelines.training.trainer import Stopped

@@ -18,8 +18,7 @@ from test_preview_decoders import tiny
 from tiny_rewards import tiny_specifications
 from torch import Tensor
 
-from steer.apps.evaluation.run import Contender, evaluate
-from steer.pipelines import (
+from steer import (
     BestOfNPipeline,
     FKSteeringPipeline,
     NoiseSearchPipeline,
@@ -27,6 +26,7 @@ from steer.pipelines import (
     SelectionPipeline,
     SteeringOutput,
 )
+from steer.apps.evaluation.run import Contender, evaluate
 from steer.pipelines.initial_noise import screen_initial_noise
 from steer.reward import score
 from steer.rewards import REWARDS

@@ -12,9 +12,9 @@ from soft_rewards import Soft, images_of, in_precision, likeness, models_of, own
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from steer import Iteration, ReNOPipeline
 from steer.diffusion.differentiable import differentiable
 from steer.diffusion.step_hooks import hook_steps
-from steer.pipelines import Iteration, ReNOPipeline
 from steer.pipelines.reno import NoiseToImage
 
 FAMILIES = [name for name in PIPELINES if name != "img2img"]

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from steer import TrainingConfig
 from steer.apps.cli.finetune import keys_of
 from steer.apps.finetuning import DEFAULTS, METHODS, FinetuneJob, read_config, schema_of
 from steer.apps.prompts import find_prompts
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
-from steer.pipelines import TrainingConfig
 from steer.rewards.names import reward_names
 
 LEAST = "method: prdp\nreward: brightness\nprompts: p.txt\noutput_dir: out\n"

@@ -21,11 +21,11 @@ from rollouts import fresh_pipe, move
 from torch import Generator, Tensor
 
 import steer
+from steer import TrainingConfig, TrainingResult
 from steer.apps import finetune_report as report
 from steer.apps import model_card as cards
 from steer.apps import plots as grids
 from steer.apps.finetune_report import write_grid, write_report
-from steer.pipelines import TrainingConfig, TrainingResult
 from steer.pipelines.training import d3po_prdp as preference
 from steer.pipelines.training import ddpo_grpo as policy
 from steer.pipelines.training import reward_backprop

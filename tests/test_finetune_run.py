@@ -13,15 +13,8 @@ from conftest import PIPELINES
 from finetune_runs import HELD_OUT, PROMPTS, settings_of, train
 from safetensors.torch import load_file
 
+from steer import D3POTrainer, DDPOTrainer, GRPOTrainer, PRDPTrainer, RewardBackpropTrainer, TrainingConfig
 from steer.errors import InputError
-from steer.pipelines import (
-    D3POTrainer,
-    DDPOTrainer,
-    GRPOTrainer,
-    PRDPTrainer,
-    RewardBackpropTrainer,
-    TrainingConfig,
-)
 from steer.pipelines.training.evaluation import EvalResult, Evaluator, diversity, interval
 from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of
 from steer.pipelines.training.rollouts import learning_order

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from steer import TrainingResult
 from steer.apps.finetuning import METHODS
 from steer.apps.scenes import finetune_studies as finetune_runs
 from steer.apps.scenes import finetune_studies as finetune_study
@@ -24,7 +25,6 @@ from steer.apps.scenes.finetune_studies import (
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.apps.scenes.preferences import VALUED, write_choices
 from steer.assets import PROMPTS
-from steer.pipelines import TrainingResult
 from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.rewards.aesthetic import aesthetic
 

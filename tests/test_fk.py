@@ -23,9 +23,9 @@ from gaussian import GaussianPipeline, check_tilted, steered_gaussians
 from soft_rewards import redness, seeded
 from torch import Tensor
 
+from steer import BestOfNPipeline, FKSteeringPipeline, StepReport
 from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, StepReport
 from steer.pipelines.base import SteeringOutput
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 from steer.reward import RewardError

@@ -12,10 +12,10 @@ from gaussian import TOTAL
 from schedulers import BETAS, FLOW, build
 from torch import Generator, Tensor
 
+from steer import FKSteeringPipeline
 from steer.apps.methods import SampleSettings
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
-from steer.pipelines import FKSteeringPipeline
 from steer.pipelines.fk_steering import Run
 
 MEAN, STD, GROUPS = 0.5, 0.1, 2000  # five standard deviations inside of what rewards clip to, 0 … 1

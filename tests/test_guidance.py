@@ -18,10 +18,10 @@ from test_preview import safety_checker_that_blackens_everything
 from torch import Generator, Tensor
 from transformers import CLIPImageProcessor
 
+from steer import FKSteeringPipeline, SteeringOutput, StepReport
 from steer.diffusion.schedules import Gaussian, can_redraw, draw_guided
 from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
-from steer.pipelines import FKSteeringPipeline, SteeringOutput, StepReport
 from steer.pipelines import fk_steering as guided
 from steer.reward import RewardError
 from steer.smc.particles import Particles

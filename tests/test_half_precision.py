@@ -10,10 +10,10 @@ from diffusers import DDIMScheduler
 from rollouts import call_of
 from torch import Tensor
 
+from steer import TrainingConfig
 from steer.diffusion.schedules import Gaussian
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
-from steer.pipelines import TrainingConfig
 from steer.pipelines.training.method import half_precision, window_of
 from steer.training.guards import check_rounding, kl
 from steer.training.rollout import Rows, Sampler, Trajectories

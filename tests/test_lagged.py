@@ -14,8 +14,8 @@ from soft_rewards import redness, seeded
 from test_narrow import K, ModularGaussian, steer_kwargs
 from torch import Tensor
 
+from steer import FKSteeringPipeline, StepReport
 from steer.errors import InputError
-from steer.pipelines import FKSteeringPipeline, StepReport
 from steer.pipelines.fk_steering import AsynchronousRun
 from steer.reward import Begin, Modes, RewardError, at_once, in_background, with_timeout
 from steer.smc.potentials import POTENTIALS

@@ -13,11 +13,11 @@ from gaussian import BATCH, GaussianPipeline, check_tilted, steered_gaussians
 from soft_rewards import Soft, redness, seeded
 from torch import Tensor, nn
 
+from steer import FKSteeringPipeline, StepReport
 from steer.diffusion.batching import LiveRows
 from steer.diffusion.preview import first_output
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
-from steer.pipelines import FKSteeringPipeline, StepReport
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 from steer.smc.potentials import POTENTIALS
 from steer.smc.resampling import RESAMPLERS, systematic, thinned

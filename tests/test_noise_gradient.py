@@ -10,8 +10,8 @@ from gaussian import GaussianPipeline
 from soft_rewards import Function, Soft, images_of, in_precision, likeness, own_kwargs, redness, seeded
 from torch import Tensor
 
+from steer import ReNOPipeline
 from steer.diffusion.differentiable import HALF_SCALES
-from steer.pipelines import ReNOPipeline
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import Backprop, Estimate, NoiseToImage, ZeroOrder
 from steer.rewards.parser import load_reward

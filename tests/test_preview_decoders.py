@@ -14,6 +14,7 @@ from soft_rewards import Soft, in_precision, likeness, own_kwargs, redness, seed
 from torch import Tensor
 from torch.nn import functional as F
 
+from steer import FKSteeringPipeline, SelectionPipeline
 from steer.diffusion import preview as preview_module
 from steer.diffusion import preview as previews
 from steer.diffusion.differentiable import differentiable
@@ -28,7 +29,6 @@ from steer.diffusion.preview import (
     new_preview,
 )
 from steer.errors import InputError
-from steer.pipelines import FKSteeringPipeline, SelectionPipeline
 
 COUNT = 3
 IMAGES = [name for name in PIPELINES if name != "wan"]

@@ -13,11 +13,11 @@ from gaussian import GaussianPipeline
 from test_preview_decoders import tiny
 from torch import Generator
 
+from steer import FKSteeringPipeline
 from steer.apps.methods import preview_named
 from steer.assets import MODELS, TINY_VAES
 from steer.diffusion.preview import Preview
 from steer.errors import InputError
-from steer.pipelines import FKSteeringPipeline
 
 CALL = {"num_inference_steps": 8, "guidance_scale": 4.0}
 

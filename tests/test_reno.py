@@ -14,9 +14,9 @@ from soft_rewards import Soft, Sum, images_of, in_precision, likeness, models_of
 from tiny_rewards import tiny_open_clip
 from torch import Tensor, nn
 
+from steer import ReNOPipeline
 from steer.diffusion.preview import first_output
 from steer.noise import Nesterov
-from steer.pipelines import ReNOPipeline
 from steer.pipelines.reno import Backprop
 from steer.rewards.parser import load_reward
 

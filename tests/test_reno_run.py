@@ -17,10 +17,10 @@ from gaussian import GaussianPipeline
 from soft_rewards import Function, Soft, Sum, images_of, likeness, own_kwargs, redness, seeded
 from torch import Tensor, nn
 
+from steer import Iteration, NoiseSearchPipeline, ReNOPipeline, SteeringOutput
 from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
 from steer.noise import Adam
-from steer.pipelines import Iteration, NoiseSearchPipeline, ReNOPipeline, SteeringOutput
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import Backprop, NoiseToImage, ZeroOrder
 from steer.reward import RewardError

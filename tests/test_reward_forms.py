@@ -12,8 +12,8 @@ from conftest import PROMPT, sd
 from PIL import Image
 from torch import Tensor, nn
 
+from steer import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, RewardBackpropTrainer, TrainingConfig
 from steer.errors import InputError
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, RewardBackpropTrainer, TrainingConfig
 from steer.reward import RewardError, score, score_components, with_metadata, with_timeout
 from steer.rewards.compose import Combined, Part
 from steer.rewards.parser import combine, load_reward

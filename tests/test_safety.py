@@ -11,8 +11,8 @@ from diffusers import StableDiffusionPipeline
 from torch import Generator, Tensor
 from transformers import CLIPImageProcessor
 
+from steer import BestOfNPipeline, FKSteeringPipeline
 from steer.apps import sampling as sample_module
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline
 
 CALL: dict[str, Any] = {"num_inference_steps": 4, "num_particles": 4, "output_type": "pt"}
 

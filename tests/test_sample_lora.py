@@ -9,11 +9,11 @@ from conftest import Steer
 from PIL import Image
 from test_evaluate import lora
 
+from steer import BestOfNPipeline
 from steer.apps.methods import METHODS, STRENGTHS
 from steer.apps.models import load_pipeline
 from steer.apps.plots import made_how
 from steer.apps.recipes import read_png
-from steer.pipelines import BestOfNPipeline
 
 WORDS = ["a red star", "--steps", "3", "--particles", "2", "--seed", "5", "--guidance", "4", "--reward", "brightness"]
 NAMES = ("00", "01", "base-00", "base-01")

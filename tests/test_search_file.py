@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from soft_rewards import Soft, Sum, likeness, redness, seeded
 from test_reno_run import run, same_traces
 
+from steer import Iteration, SteeringOutput
 from steer.errors import InputError
-from steer.pipelines import Iteration, SteeringOutput
 from steer.pipelines.reno import ZeroOrder
 
 

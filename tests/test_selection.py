@@ -15,9 +15,9 @@ from gaussian import GaussianPipeline
 from soft_rewards import redness, seeded
 from torch import Tensor
 
+from steer import BestOfNPipeline, SelectionPipeline, StepReport
 from steer.diffusion.step_hooks import CannotSteer
 from steer.errors import InputError
-from steer.pipelines import BestOfNPipeline, SelectionPipeline, StepReport
 from steer.pipelines.base import SteeringOutput
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 from steer.pipelines.selection import Selection

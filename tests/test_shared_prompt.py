@@ -18,11 +18,11 @@ from test_attention import CLOSE, ip_unet
 from test_fk import steer_kwargs
 from torch import Generator, Tensor, nn
 
+from steer import BestOfNPipeline, FKSteeringPipeline
 from steer.diffusion.attention import attention_backend
 from steer.diffusion.differentiable import differentiable
 from steer.diffusion.preview import first_output
 from steer.diffusion.step_hooks import denoising_modules, replaced
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline
 from steer.prompt_memory import KEPT, PromptBatch, PromptMemory, distinct_rows
 from steer.shared_prompt import shared_prompt
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Generator
 
+from steer import FKSteeringPipeline
 from steer.apps.models import load_pipeline
 from steer.apps.scenes import __main__ as stages
 from steer.apps.scenes import steering_studies as steering_ablations
@@ -20,7 +21,6 @@ from steer.apps.scenes.steering_studies import ablations, contenders, draw_ablat
 from steer.apps.scenes.steering_studies import steering_study as study
 from steer.assets import MODELS
 from steer.errors import InputError
-from steer.pipelines import FKSteeringPipeline
 from steer.rewards.scene import SceneReward
 
 CALL = {"num_inference_steps": 4, "guidance_scale": 4.0}

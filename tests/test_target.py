@@ -11,9 +11,9 @@ from soft_rewards import Soft, likeness, seeded
 from test_reno_run import run, same_traces
 from test_search_file import Enough, killed_at, same
 
+from steer import NoiseSearchPipeline, ReNOPipeline, SteeringOutput
 from steer.errors import InputError
 from steer.noise import Nesterov, Search
-from steer.pipelines import NoiseSearchPipeline, ReNOPipeline, SteeringOutput
 
 SEARCHES: dict[str, tuple[Any, dict[str, Any]]] = {
     "reno": (ReNOPipeline, {"regularisation": 0.01}),

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from team_child import fresh, gradients
 
+from steer import GRPOTrainer
 from steer.errors import InputError
-from steer.pipelines import GRPOTrainer
 from steer.training.checkpoint import Checkpoints
 from steer.training.distributed import SINGLE_PROCESS, total
 

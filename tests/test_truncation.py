@@ -7,8 +7,8 @@ import torch
 from conftest import cached_pipe
 from diffusers import StableDiffusionPipeline
 
+from steer import BestOfNPipeline
 from steer.assets import MODELS
-from steer.pipelines import BestOfNPipeline
 from steer.reward import note_cut, note_cut_by_pipeline, score
 from steer.rewards.analysis import check_reward
 from steer.rewards.parser import load_reward

@@ -11,8 +11,7 @@ from conftest import PROMPT, sd
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch import Generator, Tensor
 
-from steer.errors import InputError
-from steer.pipelines import (
+from steer import (
     D3POTrainer,
     DDPOTrainer,
     FilteredTrainer,
@@ -21,6 +20,7 @@ from steer.pipelines import (
     RewardBackpropTrainer,
     TrainingConfig,
 )
+from steer.errors import InputError
 from steer.training.rollout import Rows, Sampler, log_probs
 
 SETTINGS = TrainingConfig(

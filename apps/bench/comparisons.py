@@ -48,7 +48,7 @@ from steer.diffusion.batching import compiled, micro_batched
 from steer.diffusion.preview import Preview
 from steer.errors import InputError
 from steer.noise import Nesterov, Search
-from steer.pipelines import FKSteeringPipeline
+from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.particle_batch import ParticleBatch, as_type
 from steer.pipelines.reno import Ascent, Backprop
 from steer.registry import choose

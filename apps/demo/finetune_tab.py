@@ -43,8 +43,7 @@ from steer.apps.finetuning import read_config
 from steer.apps.model_card import held_out_names
 from steer.apps.plots import grids, read_grid
 from steer.errors import InputError
-from steer.pipelines import TrainingResult
-from steer.pipelines.training.method import Record
+from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.state import SERIES
 
 METHODS = {"D3PO, from a reward": "d3po", "PRDP, from a reward": "prdp", "D3PO, from labelled choices": "choices"}

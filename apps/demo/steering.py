@@ -21,8 +21,8 @@ from steer.apps.methods import METHODS, Job, Off, SampleSettings
 from steer.apps.models import adapter_applied
 from steer.apps.sampling import Picture, base_of, written
 from steer.files import make_folder
-from steer.pipelines import Iteration, StepReport
-from steer.pipelines.base import Cost
+from steer.pipelines.base import Cost, Iteration
+from steer.pipelines.fk_steering import StepReport
 from steer.pipelines.training.preference_files import pixels_of
 from steer.reward import Reward
 

@@ -17,9 +17,8 @@ from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.finetuning import FinetuneConfig, gather, learn, read_config, write_config
 from steer.apps.models import load_pipeline
 from steer.errors import InputError
-from steer.pipelines import TrainingResult
 from steer.pipelines.training.evaluation import EvalResult
-from steer.pipelines.training.method import Record
+from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.preference_data import settings_of
 from steer.pipelines.training.preference_files import CHOICES
 from steer.pipelines.training.state import SERIES

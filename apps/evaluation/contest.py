@@ -25,8 +25,7 @@ from steer.apps.plots import thumbnail
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.files import staged, write_text
-from steer.pipelines import Cost, SteeringOutput
-from steer.pipelines.base import route_eta
+from steer.pipelines.base import Cost, SteeringOutput, route_eta
 from steer.pipelines.training.evaluation import diversity
 from steer.registry import choose, nearest
 from steer.reward import Reward, over_frames, score_components

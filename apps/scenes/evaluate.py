@@ -20,7 +20,10 @@ from steer.apps.models import load_pipeline
 from steer.apps.plots import FAINT, INK
 from steer.errors import InputError
 from steer.files import read_image, write_text
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, Iteration, NoiseSearchPipeline, SteeringOutput
+from steer.pipelines.base import Iteration, SteeringOutput
+from steer.pipelines.fk_steering import FKSteeringPipeline
+from steer.pipelines.reno import NoiseSearchPipeline
+from steer.pipelines.selection import BestOfNPipeline
 from steer.pipelines.training.evaluation import interval as bootstrap
 from steer.reward import score_components
 from steer.rewards.compose import mean, mean_minus_std, worst

@@ -20,9 +20,8 @@ from steer.apps.reward_specs import reward_here
 from steer.apps.scenes.evaluate import interval
 from steer.apps.scenes.preferences import CHOICES, write_choices
 from steer.files import staged, write_text
-from steer.pipelines import TrainingResult
 from steer.pipelines.training.evaluation import EvalResult
-from steer.pipelines.training.method import prompts_at
+from steer.pipelines.training.method import TrainingResult, prompts_at
 
 JUDGED = 96  # prompts that were learnt from, and as many that no training ever saw
 # Equal images and equal updates for all; each method's own options, and learning rate, are those of its configuration.

@@ -33,17 +33,11 @@ from steer.apps.scenes.evaluate import (
     judged,
 )
 from steer.apps.scenes.preferences import trained_prompts
-from steer.pipelines import (
-    BestOfNPipeline,
-    FKSteeringPipeline,
-    Iteration,
-    NoiseSearchPipeline,
-    ReNOPipeline,
-    SteeringOutput,
-)
-from steer.pipelines.fk_steering import highest
+from steer.pipelines.base import Iteration, SteeringOutput
+from steer.pipelines.fk_steering import FKSteeringPipeline, highest
 from steer.pipelines.initial_noise import screen_initial_noise
-from steer.pipelines.reno import Backprop
+from steer.pipelines.reno import Backprop, NoiseSearchPipeline, ReNOPipeline
+from steer.pipelines.selection import BestOfNPipeline
 from steer.rewards.scene import SceneReward
 
 SEEDS = 2  # searches of each prompt: how far apart they end is the diversity

@@ -23,7 +23,7 @@ from steer.apps.scenes.training import LENGTH, build_tokenizer, training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request
 from steer.diffusion.seeds import derived_seed
 from steer.files import read_image, staged
-from steer.pipelines import BestOfNPipeline
+from steer.pipelines.selection import BestOfNPipeline
 from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.training.rollout import Rows, Sampler
 

@@ -35,8 +35,8 @@ from steer.apps.scenes.evaluate import (
 from steer.assets import MODELS
 from steer.diffusion.preview import NormalEquations, Previews, new_preview
 from steer.diffusion.step_hooks import SolverStep, hook_steps
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, SelectionPipeline
-from steer.pipelines.fk_steering import DEFAULT_STEPS
+from steer.pipelines.fk_steering import DEFAULT_STEPS, FKSteeringPipeline
+from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
 from steer.rewards.parser import load_reward
 
 SIZES = (1, 2, 4, 8, 16)

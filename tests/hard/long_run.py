@@ -25,8 +25,8 @@ from conftest import PIPELINES, PROMPT, cached_pipe
 from finetune_runs import settings_of, train
 from soft_rewards import Soft, redness
 
+from steer import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
 from steer.diffusion.batching import micro_batched
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
 from steer.pipelines.training.method import Record
 from steer.reward import with_timeout
 from steer.rewards.parser import load_reward

@@ -12,9 +12,9 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Generator
 
+from steer import FKSteeringPipeline
 from steer.apps import finetune_report
 from steer.apps import sampling as sample
-from steer.pipelines import FKSteeringPipeline
 
 
 def prepare(home: Path) -> None:

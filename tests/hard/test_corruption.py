@@ -17,13 +17,13 @@ from tiny_rewards import tiny_learned, tiny_open_clip
 from torch import Tensor
 from writers import SETTINGS, WRITERS, found_noise, report, search_file
 
+from steer import TrainingConfig
 from steer.apps.models import find_adapter
 from steer.apps.recipes import read_metadata, write_png
 from steer.apps.sampling import open_record
 from steer.apps.scoring import images_with_prompts
 from steer.errors import InputError
 from steer.files import SUMS
-from steer.pipelines import TrainingConfig
 from steer.pipelines.training.preference_files import read_choices
 from steer.pipelines.training.state import RunFolder
 from steer.reward import score

@@ -19,8 +19,8 @@ from same import left, make, prepare
 from soft_rewards import Soft, redness
 from torch import Generator, Tensor
 
+from steer import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, SteeringOutput
 from steer.diffusion.batching import micro_batched
-from steer.pipelines import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, SteeringOutput
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 
 FULL = pytest.mark.hard

@@ -13,12 +13,12 @@ from rollouts import call_of, fresh_pipe
 from safetensors.torch import load_file
 from torch import nn
 
+from steer import TrainingConfig
 from steer.apps.methods import SampleSettings
 from steer.apps.models import find_adapter
 from steer.apps.sampling import open_record
 from steer.errors import InputError
 from steer.noise import Search
-from steer.pipelines import TrainingConfig
 from steer.pipelines.base import Iteration
 from steer.pipelines.reno import SearchFile
 from steer.pipelines.training.preference_data import PreferenceFolder
