@@ -19,15 +19,15 @@ REMEDIES = {
 }
 
 
-def refusal(error: OSError) -> str:
+def describe_os_error(error: OSError) -> str:
     """The file, what is wrong with it, and what can be done."""
-    told = error.strerror or str(error) or type(error).__name__
-    told = f"{error.filename}: {told}" if error.filename is not None else told
+    description = error.strerror or str(error) or type(error).__name__
+    description = f"{error.filename}: {description}" if error.filename is not None else description
     remedy = REMEDIES.get(error.errno or 0)
-    return f"{told}; {remedy}" if remedy else told
+    return f"{description}; {remedy}" if remedy else description
 
 
-class Ending:
+class ExitGuard:
     """Around the whole command: the process ends with its exit code, even where a reward still hangs in a thread.
 
     It registers first, so that it acts after all else that runs at the end of a process. Imports nothing.
@@ -37,7 +37,7 @@ class Ending:
         self._code = 1  # what Python makes of any other exception
 
     def __enter__(self) -> None:
-        atexit.register(self._at_last)
+        atexit.register(self._exit_if_hanging)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -47,13 +47,13 @@ class Ending:
         elif isinstance(error, SystemExit):
             self._code = error.code if isinstance(error.code, int) else int(error.code is not None)
 
-    def _at_last(self) -> None:
+    def _exit_if_hanging(self) -> None:
         contract = sys.modules.get("steer.reward")
-        if contract is not None and contract.calls_left_behind():
-            end_now(self._code)
+        if contract is not None and contract.has_abandoned_calls():
+            exit_now(self._code)
 
 
-def end_now(code: int) -> None:
+def exit_now(code: int) -> None:
     """Ends the process with what it has said, and without shutting the interpreter down."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -70,7 +70,7 @@ def named(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def errors_named(named: str, kept: str, less: str) -> Iterator[None]:
+def wrap_errors(named: str, kept: str, less: str) -> Iterator[None]:
     """What diffusers refuses, the disk or the memory end as an InputError that begins with `named`.
 
     kept  what is not lost; less: what needs less memory
@@ -84,7 +84,7 @@ def errors_named(named: str, kept: str, less: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise InputError(f"{named}: the device's memory is full: {less} ({kept})") from error
     except OSError as error:
-        raise InputError(f"{named}: {refusal(error)} ({kept})") from error
+        raise InputError(f"{named}: {describe_os_error(error)} ({kept})") from error
     except (ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{named}: {reason} ({kept})") from error

@@ -12,9 +12,9 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from steer.apps.model_card import Flat, held_out_names, model_card
-from steer.apps.plots import FAINT, INK, SHADE, draw_before_after, grids, shown, write_grid
-from steer.files import staged, write_text
+from steer.apps.model_card import FlatConfig, held_out_names, model_card
+from steer.apps.plots import COLORMAP, FAINT, INK, draw_before_after, grids, shown, write_grid
+from steer.files import atomic_write, write_text
 from steer.pipelines.training.method import TrainingResult
 
 __all__ = ["write_grid", "write_report"]
@@ -22,10 +22,12 @@ __all__ = ["write_grid", "write_report"]
 Numbers = NDArray[np.float64]
 Records = Sequence[Mapping[str, Any]]
 Panel = Callable[[Axes], None]
-TRAINED, KEPT, OTHER = (colormaps[SHADE](place) for place in (0.12, 0.5, 0.78))  # apart in grey too
+TRAINED_COLOR, HELD_OUT_COLOR, SAMPLES_COLOR = (
+    colormaps[COLORMAP](place) for place in (0.12, 0.5, 0.78)
+)  # apart in grey too
 SMOOTH_FROM = 10  # values, below which a smoothed line says nothing more
-FAR = 3  # times the highest value
-WIDE = 30  # largest by smallest value from which a scale is logarithmic
+FAR_FACTOR = 3  # times the highest value
+LOG_SCALE_RATIO = 30  # largest by smallest value from which a scale is logarithmic
 
 
 def write_report(out: Path, config: dict[str, Any], result: TrainingResult) -> None:
@@ -35,7 +37,7 @@ def write_report(out: Path, config: dict[str, Any], result: TrainingResult) -> N
             their own, or among the rest), and whatever else the card should list
     """
     _save(out / "plots" / "rewards.png", rewards_panels(result), result)
-    _save(out / "plots" / "divergence.png", divergence_panels(result, Flat.of(config).settings), result)
+    _save(out / "plots" / "divergence.png", divergence_panels(result, FlatConfig.of(config).settings), result)
     _save(out / "plots" / "training.png", training_panels(result), result)
     draw_before_after(out)
     write_text(out / "README.md", model_card(out, config, result, grids(out)))
@@ -58,7 +60,7 @@ def _save(path: Path, panels: Sequence[Panel], result: TrainingResult) -> None:
         panel(axes)
     for axes in places[len(panels) :]:
         axes.set_visible(False)
-    with staged(path) as new:
+    with atomic_write(path) as new:
         figure.savefig(new, format="png")
 
 
@@ -76,16 +78,16 @@ def rewards_panels(result: TrainingResult) -> list[Panel]:
 
 
 def _reward(axes: Axes, result: TrainingResult, name: str | None) -> None:
-    _curve(axes, result.records, "reward", "training samples", OTHER)
+    _curve(axes, result.records, "reward", "training samples", SAMPLES_COLOR)
     if name:
-        _band(axes, result.evaluations, name, TRAINED)
+        _band(axes, result.evaluations, name, TRAINED_COLOR)
     _best(axes, result)
     _finish(axes, f"reward that was trained{': ' + shown(name, 32) if name else ''}", legend=True)
 
 
 def _held_out(result: TrainingResult, name: str) -> Panel:
     def panel(axes: Axes) -> None:
-        _band(axes, result.evaluations, name, KEPT)
+        _band(axes, result.evaluations, name, HELD_OUT_COLOR)
         _best(axes, result)
         _finish(axes, f"held-out reward: {shown(name, 38)}", legend=True)
 
@@ -94,8 +96,8 @@ def _held_out(result: TrainingResult, name: str) -> Panel:
 
 def _band(axes: Axes, evaluations: Records, name: str, color: Any) -> None:
     """Means with their 95 % intervals over the prompts."""
-    told = [(one["step"], *one[f"eval/{name}"]) for one in evaluations if f"eval/{name}" in one]
-    steps, mean, low, high = np.array(told, dtype=float).T
+    step_values = [(one["step"], *one[f"eval/{name}"]) for one in evaluations if f"eval/{name}" in one]
+    steps, mean, low, high = np.array(step_values, dtype=float).T
     axes.fill_between(steps, low, high, color=color, alpha=0.18, lw=0, label="95 % interval of the mean")
     axes.plot(steps, mean, color=color, lw=2.2, marker="o", ms=4, label="held-out prompts", zorder=3)
     if len(steps) == 1:  # a band of no width cannot be seen
@@ -107,12 +109,12 @@ def _best(axes: Axes, result: TrainingResult) -> None:
         axes.axvline(result.best_step, color=INK, lw=0.9, ls=":", zorder=1, label=f"best: {result.best_step} updates")
 
 
-def _against(axes: Axes, result: TrainingResult, trained: str, kept: str) -> None:
+def _against(axes: Axes, result: TrainingResult, trained: str, held_out: str) -> None:
     """A path from evaluation to evaluation: where it goes right and down, the reward is being fooled."""
-    both = [one for one in result.evaluations if f"eval/{trained}" in one and f"eval/{kept}" in one]
-    x, y = (np.array([one[f"eval/{name}"][0] for one in both]) for name in (trained, kept))
+    both = [one for one in result.evaluations if f"eval/{trained}" in one and f"eval/{held_out}" in one]
+    x, y = (np.array([one[f"eval/{name}"][0] for one in both]) for name in (trained, held_out))
     axes.plot(x, y, color=FAINT, lw=1.2, zorder=1)
-    shades = colormaps[SHADE](np.linspace(0, 0.85, len(both)))
+    shades = colormaps[COLORMAP](np.linspace(0, 0.85, len(both)))
     axes.scatter(x, y, c=shades, s=30, zorder=2, edgecolors=INK, linewidths=0.5)
     axes.margins(0.18)
     marked = {0: f"{both[0]['step']}", len(both) - 1: f"{both[-1]['step']}"}
@@ -130,24 +132,24 @@ def _against(axes: Axes, result: TrainingResult, trained: str, kept: str) -> Non
         axes.annotate(text, (x[number], y[number]), (0, 9), textcoords="offset points", **style)
     _finish(axes, "held out against trained, by updates")
     axes.set_xlabel(f"trained: {shown(trained, 38)}", size=8, color=INK)
-    axes.set_ylabel(f"held out: {shown(kept, 34)}", size=8, color=INK)
+    axes.set_ylabel(f"held out: {shown(held_out, 34)}", size=8, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def divergence_panels(result: TrainingResult, settings: Mapping[str, Any]) -> list[Panel]:
     """How far the model went from where it began, what that cost it, and how unlike its images still are."""
-    found = _lines_of(result.records, {"kl": "KL from the start, nats a trajectory"}, settings)
+    divergence_plots = _lines_of(result.records, {"kl": "KL from the start, nats a trajectory"}, settings)
     if any(record.get("kl_weight") for record in result.records):
-        found += _lines_of(result.records, {"kl_weight": "price of KL, β"}, {})
-    found += _lines_of(result.records, {"chi_square": "χ² from the start"}, {})
+        divergence_plots += _lines_of(result.records, {"kl_weight": "price of KL, β"}, {})
+    divergence_plots += _lines_of(result.records, {"chi_square": "χ² from the start"}, {})
     # One sample of each prompt has no diversity, and is recorded as 0.
     if any(one.get("eval/diversity") for one in result.evaluations):
-        found.append(lambda axes: _diversity(axes, result))
-    return found
+        divergence_plots.append(lambda axes: _diversity(axes, result))
+    return divergence_plots
 
 
 def _diversity(axes: Axes, result: TrainingResult) -> None:
-    axes.plot(*_series(result.evaluations, "eval/diversity"), color=KEPT, lw=2.2, marker="o", ms=4)
+    axes.plot(*_series(result.evaluations, "eval/diversity"), color=HELD_OUT_COLOR, lw=2.2, marker="o", ms=4)
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     _finish(axes, "diversity of a prompt's images, 0 to 1")
 
@@ -163,14 +165,14 @@ def _lines_of(records: Records, titles: Mapping[str, str], settings: Mapping[str
 
     def panel(name: str, title: str) -> Panel:
         def draw(axes: Axes) -> None:
-            _curve(axes, records, name, "each update", TRAINED)
+            _curve(axes, records, name, "each update", TRAINED_COLOR)
             values = _series(records, name)[1]
             for word, style in (("target", "--"), ("budget", ":")):
                 if (level := settings.get(f"{name}_{word}")) is not None:
                     _level(axes, level, values.max(), style, f"{word}: {level:g} nats")
             if name == "accuracy":
                 _level(axes, 0.5, 1, ":", "chance")
-            wide = values.min() > 0 and values.max() > WIDE * values.min()
+            wide = values.min() > 0 and values.max() > LOG_SCALE_RATIO * values.min()
             _finish(axes, title, legend=True)
             if wide:
                 axes.set_yscale("log")
@@ -182,7 +184,7 @@ def _lines_of(records: Records, titles: Mapping[str, str], settings: Mapping[str
 
 def _level(axes: Axes, level: float, highest: float, style: str, label: str) -> None:
     """A horizontal line; one far above the curve would flatten it, and is only named."""
-    if level > FAR * highest:
+    if level > FAR_FACTOR * highest:
         axes.plot([], [], color=INK, lw=0.9, ls=style, label=f"{label}, above")
     else:
         axes.axhline(level, color=INK, lw=0.9, ls=style, label=label)
@@ -190,8 +192,8 @@ def _level(axes: Axes, level: float, highest: float, style: str, label: str) -> 
 
 def _series(records: Records, name: str) -> tuple[Numbers, Numbers]:
     """Steps and finite values. PRDP's accuracy is NaN where a batch had no pair, a loss may overflow."""
-    told = [(one["step"], one[name]) for one in records if one.get(name) is not None and np.isfinite(one[name])]
-    steps, values = np.array(told, dtype=float).reshape(-1, 2).T
+    step_values = [(one["step"], one[name]) for one in records if one.get(name) is not None and np.isfinite(one[name])]
+    steps, values = np.array(step_values, dtype=float).reshape(-1, 2).T
     return steps, values
 
 

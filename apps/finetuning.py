@@ -13,11 +13,11 @@ import click
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from steer.apps.errors import errors_named, named
+from steer.apps.errors import named, wrap_errors
 from steer.apps.models import check_device, load_pipeline
-from steer.apps.processes import processes, speaks
-from steer.apps.prompts import find_prompts
-from steer.apps.reward_specs import reward_here
+from steer.apps.processes import is_main_process, processes
+from steer.apps.prompts import load_prompts
+from steer.apps.reward_specs import resolve_reward
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
@@ -27,9 +27,9 @@ from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
 from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
 from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import Record, TrainingResult
-from steer.pipelines.training.preference_data import check_choices, settings_of
+from steer.pipelines.training.preference_data import check_preferences, sampling_config_of
 from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
-from steer.pipelines.training.state import SERIES
+from steer.pipelines.training.state import LOG_FILES
 from steer.pipelines.training.trainer import INTERRUPTED, Trainer
 from steer.registry import choose, nearest
 from steer.reward import Reward
@@ -57,9 +57,9 @@ class FinetuneJob:
     output_dir          the folder of the run
     model               an embedded model, a folder, or ORGANISATION/NAME
     variant             of the model's weights, such as fp16
-    model_config_folder of a model in a single file: a folder of such a model in diffusers' format
+    model_config_dir of a model in a single file: a folder of such a model in diffusers' format
     prompts             to learn from: an embedded list, a file, or a data set of the hub; or
-    choices             a folder of human choices, for d3po; what its samples were drawn with need not be said again
+    preferences             a folder of human choices, for d3po; what its samples were drawn with need not be said again
     eval_prompts        held out, from the same kinds of places as `prompts`
     eval_prompts_count  so many of them, evenly spaced; by default all
     prompt_column, eval_prompt_column  of a table; by default "prompt"
@@ -72,7 +72,7 @@ class FinetuneJob:
     reward: str | None = None
     model: str = "scenes"
     prompts: str | None = None
-    choices: str | None = None
+    preferences: str | None = None
     prompt_column: str | None = None
     eval_prompts: str | None = None
     eval_prompt_column: str | None = None
@@ -81,15 +81,15 @@ class FinetuneJob:
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     variant: str | None = None
-    model_config_folder: str | None = None
+    model_config_dir: str | None = None
 
     def __post_init__(self) -> None:
-        if (self.prompts is None) == (self.choices is None):
-            raise InputError("prompts or choices, one of the two, must say what to learn from")
-        if self.choices is not None and not hasattr(METHODS[self.method], "train_on_choices"):
-            able = [name for name, cls in METHODS.items() if hasattr(cls, "train_on_choices")]
+        if (self.prompts is None) == (self.preferences is None):
+            raise InputError("prompts or preferences, one of the two, must say what to learn from")
+        if self.preferences is not None and not hasattr(METHODS[self.method], "train_on_preferences"):
+            able = [name for name, cls in METHODS.items() if hasattr(cls, "train_on_preferences")]
             raise InputError(f"choices are learnt from by {', '.join(able)}, not by {self.method}: give prompts")
-        if self.reward is None and self.choices is None:
+        if self.reward is None and self.preferences is None:
             raise InputError("reward is missing: say what to train on, `steer rewards` lists names")
         if self.eval_prompts_count is not None and self.eval_prompts_count < 1:
             raise InputError(f"eval_prompts_count must be at least 1, got {self.eval_prompts_count}")
@@ -120,7 +120,7 @@ TYPES = {  # pydantic's kinds of error, in the words of a YAML file
 
 
 @dataclass(frozen=True)
-class Source:
+class ConfigSource:
     """Where keys came from, to say so: a configuration, and the keys that the command line changed."""
 
     name: str
@@ -128,10 +128,10 @@ class Source:
 
     def key(self, key: str) -> str:
         """A key, or a place inside its value, as the user wrote it."""
-        said = {key, key.partition(".")[0]} & self.changed
-        return f"--{key.replace('_', '-')}" if said else f"{self.name}: {key}"
+        changed_keys = {key, key.partition(".")[0]} & self.changed
+        return f"--{key.replace('_', '-')}" if changed_keys else f"{self.name}: {key}"
 
-    def blame(self, error: InputError) -> InputError:
+    def locate_error(self, error: InputError) -> InputError:
         """The error with the place of the key that its message begins with."""
         first, _, rest = str(error).partition(" ")
         known = next((key for key in (first, f"options.{first}") if key in self.changed), None)
@@ -145,39 +145,39 @@ class FinetuneConfig:
     job: FinetuneJob
     options: dict[str, Any]
     settings: TrainingConfig
-    source: Source
+    source: ConfigSource
 
     def plain(self) -> dict[str, Any]:
         """Every key with its value, as a configuration file holds them."""
-        told = asdict(self.job) | {"options": self.options} | asdict(self.settings)
-        return json.loads(json.dumps(told))
+        config_values = asdict(self.job) | {"options": self.options} | asdict(self.settings)
+        return json.loads(json.dumps(config_values))
 
     def method(self, pipe: Any, reward: Any) -> Any:
         """The method, over a pipeline or, to look at the settings alone, over None."""
         return METHODS[self.job.method](pipe, reward, **self.options)
 
 
-def read_config(name: str, changes: Mapping[str, str] | None = None) -> FinetuneConfig:
-    """The configuration of an embedded name or a file, with `changes`, key → YAML, in place of what it says.
+def read_config(name: str, overrides: Mapping[str, str] | None = None) -> FinetuneConfig:
+    """The configuration of an embedded name or a file, with `overrides`, key → YAML, in place of what it says.
 
     Raises InputError, one line, for the first thing that is wrong.
     """
-    changes, source = dict(changes or {}), Source(name, frozenset(changes or {}))
-    told = _read_file(name)
-    given = changes.pop("method", told.get("method"))
+    overrides, source = dict(overrides or {}), ConfigSource(name, frozenset(overrides or {}))
+    config_values = _read_file(name)
+    given = overrides.pop("method", config_values.get("method"))
     if not isinstance(given, str):
         raise InputError(f"{source.key('method')} must be one of {', '.join(METHODS)}, got {json.dumps(given)}")
     with named(source.key("method")):
         choose("method", given, METHODS)
     schema = schema_of(given)
-    told = _changed(told, changes, schema) | {"method": given}
-    found = _validated(schema, _as_drawn(told, source), source)
-    components = {cls: {one.name: found[one.name] for one in fields(cls)} for cls in (FinetuneJob, TrainingConfig)}
+    config_values = _with_overrides(config_values, overrides, schema) | {"method": given}
+    parsed = _validated(schema, _with_preference_defaults(config_values, source), source)
+    components = {cls: {one.name: parsed[one.name] for one in fields(cls)} for cls in (FinetuneJob, TrainingConfig)}
     try:
         job, settings = FinetuneJob(**components[FinetuneJob]), TrainingConfig(**components[TrainingConfig])
     except InputError as error:
-        raise source.blame(error) from error
-    return FinetuneConfig(job, found["options"], settings, source)
+        raise source.locate_error(error) from error
+    return FinetuneConfig(job, parsed["options"], settings, source)
 
 
 @cache
@@ -201,44 +201,50 @@ def schema_of(method: str) -> type[BaseModel]:
 def _read_file(name: str) -> dict[str, Any]:
     path = CONFIGS.get(name, Path(name))
     try:
-        told = read_yaml(path.read_text(encoding="utf-8-sig"), name)
+        config_values = read_yaml(path.read_text(encoding="utf-8-sig"), name)
     except FileNotFoundError as error:
         raise InputError(f"unknown configuration {name!r}: use {nearest(name, CONFIGS)}, or a YAML file") from error
     except OSError as error:
         raise InputError(f"{name}: cannot read the configuration ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{name}: not UTF-8 text (byte {error.start})") from error
-    if not isinstance(told, dict):
+    if not isinstance(config_values, dict):
         raise InputError(f"{name}: expected lines of `key: value`, as in {nearest(name, CONFIGS)}")
-    return told
+    return config_values
 
 
-def _changed(told: dict[str, Any], changes: Mapping[str, str], schema: type[BaseModel]) -> dict[str, Any]:
+def _with_overrides(
+    config_values: dict[str, Any], overrides: Mapping[str, str], schema: type[BaseModel]
+) -> dict[str, Any]:
     """What the file says with the words of the command line in their places."""
-    told = dict(told)
-    for key, word in changes.items():
+    config_values = dict(config_values)
+    for key, word in overrides.items():
         name, _, inner = key.partition(".")
         value = _value(key, word, schema)
         if name not in NESTED or not inner:
-            told[key] = value
-        elif isinstance(before := told.get(name, {}), dict):
-            told[name] = before | {inner: value}
-    return told
+            config_values[key] = value
+        elif isinstance(before := config_values.get(name, {}), dict):
+            config_values[name] = before | {inner: value}
+    return config_values
 
 
-def _as_drawn(told: Mapping[str, Any], source: Source) -> dict[str, Any]:
+def _with_preference_defaults(config_values: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
     """The keys with what human choices were drawn with, where there are any: it stands for what nobody says otherwise.
 
     Choices of the command line take the place of a file's prompts, and of what it says of sampling.
     """
-    said = {key.partition(".")[0] for key in source.changed}
-    asked = "choices" in said and told.get("choices") is not None
-    told = {key: value for key, value in told.items() if not asked or key != "prompts" or key in said}
-    if not isinstance(folder := told.get("choices"), str) or told.get("prompts") is not None:
-        return told
-    with named(source.key("choices")):
-        drawn = settings_of(folder)
-    return drawn | {key: value for key, value in told.items() if not asked or key in said or key not in drawn}
+    changed_keys = {key.partition(".")[0] for key in source.changed}
+    asked = "preferences" in changed_keys and config_values.get("preferences") is not None
+    config_values = {
+        key: value for key, value in config_values.items() if not asked or key != "prompts" or key in changed_keys
+    }
+    if not isinstance(folder := config_values.get("preferences"), str) or config_values.get("prompts") is not None:
+        return config_values
+    with named(source.key("preferences")):
+        drawn = sampling_config_of(folder)
+    return drawn | {
+        key: value for key, value in config_values.items() if not asked or key in changed_keys or key not in drawn
+    }
 
 
 def _value(key: str, word: str, schema: type[BaseModel]) -> Any:
@@ -248,10 +254,10 @@ def _value(key: str, word: str, schema: type[BaseModel]) -> Any:
     return word if text else read_yaml(word, f"--{key.replace('_', '-')}")
 
 
-def _validated(schema: type[BaseModel], told: Mapping[str, Any], source: Source) -> dict[str, Any]:
+def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
     try:
         # By the rules of JSON: a list is a tuple, an integer is a float, and a text is never a number.
-        return schema.model_validate_json(json.dumps(told, default=str), strict=True).model_dump()
+        return schema.model_validate_json(json.dumps(config_values, default=str), strict=True).model_dump()
     except ValidationError as error:
         # An unknown key first: the key that is missing may be the one that was meant.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
@@ -264,7 +270,7 @@ def _validated(schema: type[BaseModel], told: Mapping[str, Any], source: Source)
     raise InputError(f"{source.key(key)} must be {asked}, got {json.dumps(first['input'], ensure_ascii=False):.80}")
 
 
-def _unknown(key: str, schema: type[BaseModel], source: Source) -> str:
+def _unknown(key: str, schema: type[BaseModel], source: ConfigSource) -> str:
     method, options = schema.__name__, _options_of(schema).model_fields
     outer, _, inner = key.partition(".")
     if key in options:
@@ -278,17 +284,17 @@ def _options_of(schema: type[BaseModel]) -> Any:
     return schema.model_fields["options"].annotation
 
 
-USES = {  # how exported weights are used, by the name of their file; other names are the denoiser's folder
+USAGE = {  # how exported weights are used, by the name of their file; other names are the denoiser's folder
     "pytorch_lora_weights.safetensors": "pipe.load_lora_weights({folder!r})",
     "adapter_model.safetensors": "peft, as README.md in {folder!r} shows",
 }
-KEPT = "checkpoints are kept, --resume goes on"
-LESS = "a smaller micro_batch or gradient_checkpointing: true need less"
-FULL = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
+RESUME_HINT = "checkpoints are kept, --resume goes on"
+MEMORY_HINT = "a smaller micro_batch or gradient_checkpointing: true need less"
+FULL_USAGE = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
 
 
 @dataclass(frozen=True)
-class Material:
+class TrainingData:
     """What a run learns from and is judged by."""
 
     prompts: Sequence[str]
@@ -297,7 +303,7 @@ class Material:
     eval_rewards: Sequence[Reward]
 
     @property
-    def judges(self) -> list[Reward]:
+    def evaluation_rewards(self) -> list[Reward]:
         """The rewards of evaluations, in their order."""
         return [reward for reward in (self.reward, *self.eval_rewards) if reward is not None]
 
@@ -309,83 +315,83 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
     """
     from steer.apps.finetune_report import write_grid, write_report
 
-    job, out, told = config.job, Path(config.job.output_dir), config.plain()
+    job, out, config_values = config.job, Path(config.job.output_dir), config.plain()
     here = processes(cpu=job.device == "cpu")
     with here.main_first():
-        material = gather(config, resume)
+        train_data = load_data(config, resume)
         pipe = load_pipeline(
-            job.model, here.device(job.device), job.dtype, variant=job.variant, config=job.model_config_folder
+            job.model, here.device(job.device), job.dtype, variant=job.variant, config=job.model_config_dir
         )
-    method = config.method(pipe, material.reward)
+    method = config.method(pipe, train_data.reward)
     _check_call(config, method.pipe)
 
     @cache
     def write_once() -> None:  # once the folder is known to be this run's
-        write_config(out, told)
+        write_config(out, config_values)
 
     def on_evaluation(evaluated: EvalResult) -> None:
         write_once()
-        write_grid(evaluated, out, config.settings.eval_samples)
+        write_grid(evaluated, out, config.settings.num_generations_eval)
 
-    with errors_named(config.source.name, KEPT, LESS):
-        result = learn(config, method, material, resume, told, lambda record: write_once(), on_evaluation)
-        if here.is_main:
+    with wrap_errors(config.source.name, RESUME_HINT, MEMORY_HINT):
+        result = learn(config, method, train_data, resume, config_values, lambda record: write_once(), on_evaluation)
+        if here.is_main_process:
             write_once()
             if result.stopped != INTERRUPTED:
-                write_report(out, told, result)
+                write_report(out, config_values, result)
     return result
 
 
 def learn(
     config: FinetuneConfig,
     method: Any,
-    material: Material,
+    train_data: TrainingData,
     resume: bool,
-    told: Mapping[str, Any],
+    config_values: Mapping[str, Any],
     on_update: Callable[[Record], None],
     on_evaluation: Callable[[EvalResult], None],
 ) -> TrainingResult:
     """The training itself by `config.method`, from prompts or from choices.
 
-    told  what the files of the run say of the configuration
+    config_values  what the files of the run say of the configuration
     """
-    choices = config.job.choices
-    train = method.train if choices is None else method.train_on_choices
+    preferences = config.job.preferences
+    train = method.train if preferences is None else method.train_on_preferences
     result: TrainingResult = train(
-        material.prompts if choices is None else Path(choices),
+        train_data.prompts if preferences is None else Path(preferences),
         Path(config.job.output_dir),
         config.settings,
-        eval_prompts=material.eval_prompts,
-        eval_rewards=material.eval_rewards,
+        eval_prompts=train_data.eval_prompts,
+        eval_rewards=train_data.eval_rewards,
         resume=resume,
-        about=told,
+        about=config_values,
         on_update=on_update,
         on_evaluation=on_evaluation,
     )
     return result
 
 
-def write_config(out: Path, told: Mapping[str, Any]) -> None:
+def write_config(out: Path, config_values: Mapping[str, Any]) -> None:
     """Writes config.yaml in the folder of a run."""
-    write_text(out / "config.yaml", yaml.safe_dump(dict(told), sort_keys=False, allow_unicode=True, width=120))
+    write_text(out / "config.yaml", yaml.safe_dump(dict(config_values), sort_keys=False, allow_unicode=True, width=120))
 
 
-def gather(config: FinetuneConfig, resume: bool) -> Material:
+def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
     """Looks at all that can be wrong without a model, the cheapest first, and loads prompts and rewards."""
     job, source = config.job, config.source
     out, whose = Path(job.output_dir), f"{source.key('output_dir')} {job.output_dir}"
     _check_run(out, whose, resume)
     _check_trackers(config)
     prompts, eval_prompts = _prompts(config)
-    if job.choices is not None:
-        with named(source.key("choices")):
-            check_choices(Path(job.choices))
+    if job.preferences is not None:
+        with named(source.key("preferences")):
+            check_preferences(Path(job.preferences))
     check_device(job.device)
     with named(source.key("reward")):
-        reward = None if job.reward is None else reward_here(job.reward)
+        reward = None if job.reward is None else resolve_reward(job.reward)
     with named(source.key("eval_rewards")):
-        material = Material(prompts, eval_prompts, reward, [reward_here(spec) for spec in job.eval_rewards])
-        names = [one.name for one in material.judges]
+        train_data = TrainingData(prompts, eval_prompts, reward, [resolve_reward(spec) for spec in job.eval_rewards])
+        names = [one.name for one in train_data.evaluation_rewards]
         if twice := {name for name in names if names.count(name) > 1}:
             raise InputError(f"{min(twice)!r} is there twice, or is trained on: each reward must be another one")
     try:
@@ -394,10 +400,10 @@ def gather(config: FinetuneConfig, resume: bool) -> Material:
         if config.settings.init_adapter is not None:
             read_lora(config.settings.init_adapter)
     except InputError as error:
-        raise source.blame(error) from error
-    if speaks():
+        raise source.locate_error(error) from error
+    if is_main_process():
         _check_writable(out, whose)
-    return material
+    return train_data
 
 
 def _check_call(config: FinetuneConfig, pipe: Any) -> None:
@@ -416,14 +422,14 @@ def _prompts(config: FinetuneConfig) -> tuple[list[str], list[str]]:
     prompts, held_out = [], []
     if job.prompts is not None:
         with named(source.key("prompts")):
-            prompts = find_prompts(job.prompts, job.prompt_column)
+            prompts = load_prompts(job.prompts, job.prompt_column)
     if job.eval_prompts is not None:
         with named(source.key("eval_prompts")):
-            held_out = find_prompts(job.eval_prompts, job.eval_prompt_column)
+            held_out = load_prompts(job.eval_prompts, job.eval_prompt_column)
         count = min(job.eval_prompts_count or len(held_out), len(held_out))
         held_out = [held_out[place * len(held_out) // count] for place in range(count)]
-    seen = set(prompts)
-    if speaks() and (both := [prompt for prompt in held_out if prompt in seen]):
+    trained_prompts = set(prompts)
+    if is_main_process() and (both := [prompt for prompt in held_out if prompt in trained_prompts]):
         click.echo(
             f"steer: {len(both)} of {len(held_out)} eval_prompts are trained on too, such as {both[0]!r}: evaluations "
             "tell less of prompts that were never seen",
@@ -447,7 +453,7 @@ def _check_trackers(config: FinetuneConfig) -> None:
 def _check_run(out: Path, named: str, resume: bool) -> None:
     """Raises InputError for a folder with a run that this one must not go over, or cannot go on with."""
     whole, skipped = Checkpoints(out / "checkpoints").latest()
-    if not resume and (whole or skipped or (out / SERIES["records"]).exists()):
+    if not resume and (whole or skipped or (out / LOG_FILES["records"]).exists()):
         raise InputError(f"{named} holds a run: go on with it by --resume, or choose another folder")
     if skipped and not whole:
         raise InputError(f"{named}: no checkpoint there is whole ({skipped[0]}); choose another folder")
@@ -466,7 +472,7 @@ def _check_writable(out: Path, named: str) -> None:
 def summary(config: FinetuneConfig, result: TrainingResult) -> str:
     """How a run ended, in one line."""
     job = config.job
-    name, key = (job.reward, "reward") if job.choices is None else ("accuracy", "accuracy")
+    name, key = (job.reward, "reward") if job.preferences is None else ("accuracy", "accuracy")
     what, means = f"{name} in training", [record[key] for record in result.records]
     if result.evaluations:
         trained = next(name for name, value in result.evaluations[0].items() if isinstance(value, list))
@@ -479,5 +485,5 @@ def summary(config: FinetuneConfig, result: TrainingResult) -> str:
     if result.weights is None:
         return line
     name, path = result.weights.name, str(result.weights)
-    use = USES.get(name, FULL).format(folder=str(result.weights.parent), name=name, path=path)
+    use = USAGE.get(name, FULL_USAGE).format(folder=str(result.weights.parent), name=name, path=path)
     return f"{line}; use the weights by {use}"

@@ -10,23 +10,25 @@ from matplotlib.figure import Figure
 
 from steer.apps.plots import FAINT, INK
 from steer.rewards.clip import clip_folder
-from steer.rewards.learned import Recipe, train_clip, train_reward
+from steer.rewards.learned import RewardTrainingConfig, train_clip, train_reward
 from steer.rewards.preference_pairs import read_captions, read_pairs
 
 CONTRASTIVE = "contrastive"
 
 
-def learn(data: Path, recipe: Recipe, out: Path, work: Path, device: str, images: Path | None = None) -> dict[str, Any]:
+def run_reward_training(
+    data: Path, config: RewardTrainingConfig, out: Path, work: Path, device: str, images: Path | None = None
+) -> dict[str, Any]:
     """Trains, writes the folder `out` and the picture `work`/training.png, and returns the report.
 
     images  the folder that paths of images start from; by default that of `data`
     """
-    if recipe.objective == CONTRASTIVE:
-        report = train_clip(read_captions(data, images), clip_folder(recipe.backbone), out, work, recipe, device)
+    if config.objective == CONTRASTIVE:
+        report = train_clip(read_captions(data, images), clip_folder(config.backbone), out, work, config, device)
     else:
-        report = train_reward(read_pairs(data, images), recipe, out, work, device)
+        report = train_reward(read_pairs(data, images), config, out, work, device)
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
-    (work / "report.json").write_text(json.dumps(report | {"recipe": asdict(recipe)}, indent=1) + "\n")
+    (work / "report.json").write_text(json.dumps(report | {"recipe": asdict(config)}, indent=1) + "\n")
     return report
 
 
@@ -34,9 +36,9 @@ def summary(report: dict[str, Any]) -> str:
     """One line about a report."""
     if "ensemble" not in report:
         return f"own caption picked from 32 in {report['picked_of_32']:.1%} of held-out images"
-    told, held = report["ensemble"], report["pairs"]["held_out"]
+    metrics, held = report["ensemble"], report["pairs"]["held_out"]
     pairs = f"{held} held-out pairs" if held else "the training pairs themselves"
-    return f"accuracy {told['accuracy']:.3f}, calibration error {told['ece']:.3f} on {pairs}"
+    return f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f} on {pairs}"
 
 
 def draw_training(work: Path, bins: list[list[float]], path: Path) -> None:

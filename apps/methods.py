@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from steer.assets import TINY_VAES
 from steer.diffusion.attention import BACKENDS, attention_backend
 from steer.diffusion.batching import compiled, micro_batched
-from steer.diffusion.preview import PREVIEWS, accepted_only, check_decoder, check_image_vae
+from steer.diffusion.preview import PREVIEWS, check_decoder, check_image_vae, filter_call_kwargs
 from steer.errors import InputError
 from steer.noise import OPTIMISERS
 from steer.pipelines.base import Iteration, SteeringOutput
-from steer.pipelines.fk_steering import CHOICES, FKSteeringPipeline, ResamplingSchedule, StepReport
+from steer.pipelines.fk_steering import PARTICLE_SCHEDULE_RULES, FKSteeringPipeline, ResamplingSchedule, StepReport
 from steer.pipelines.initial_noise import screen_initial_noise
 from steer.pipelines.particle_batch import DRAWS
 from steer.pipelines.reno import (
@@ -38,10 +38,10 @@ from steer.smc.potentials import POTENTIALS, TEMPERINGS
 from steer.smc.resampling import RESAMPLERS
 
 TINY = "tiny"
-SAID = 160  # characters of another library's message
+MAX_ERROR_LENGTH = 160  # characters of another library's message
 
 
-def preview_named(word: str, pipe: Any) -> Any:
+def load_preview(word: str, pipe: Any) -> Any:
     """What `FKSteeringPipeline` takes as `preview`, for the latents of `pipe`, in its precision and on its device.
 
     word  full, linear, tiny (the embedded models' own small autoencoder), a folder of an AutoencoderTiny, or
@@ -56,18 +56,18 @@ def preview_named(word: str, pipe: Any) -> Any:
         known = ", ".join((*PREVIEWS, TINY))
         raise InputError(f"unknown preview {word!r}: use {known}, a folder, or ORGANISATION/NAME")
     check_image_vae(pipe)
-    autoencoder = _loaded(word, folder if folder.is_dir() else word, pipe.vae.dtype)
+    autoencoder = _load_tiny_vae(word, folder if folder.is_dir() else word, pipe.vae.dtype)
     check_decoder(pipe, autoencoder)
     return autoencoder.to(pipe.vae.device, memory_format=torch.channels_last)  # in which convolutions are faster
 
 
-def _loaded(word: str, source: str | Path, dtype: torch.dtype) -> AutoencoderTiny:
+def _load_tiny_vae(word: str, source: str | Path, dtype: torch.dtype) -> AutoencoderTiny:
     try:
         loaded, about = AutoencoderTiny.from_pretrained(
             source, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:SAID] or type(error).__name__
+        reason = " ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__
         raise InputError(f"preview {word!r} cannot be loaded as an AutoencoderTiny: {reason}") from error
     if missing := about["missing_keys"]:  # diffusers fills them with random numbers
         raise InputError(f"preview {word!r} is not an AutoencoderTiny: its weights have no {sorted(missing)[0]}")
@@ -75,7 +75,7 @@ def _loaded(word: str, source: str | Path, dtype: torch.dtype) -> AutoencoderTin
 
 
 # The λ of each method where the user says nothing; None: without limit.
-STRENGTHS: dict[str, float | None] = {
+DEFAULT_LAMBDAS: dict[str, float | None] = {
     "fk": 10.0,
     "svdd": None,
     "beam": 10.0,
@@ -84,20 +84,20 @@ STRENGTHS: dict[str, float | None] = {
     "reno": 10.0,
     "noise-search": 10.0,
 }
-TABLES: dict[str, Mapping[str, Any]] = {
-    "method": STRENGTHS,
+REGISTRIES: dict[str, Mapping[str, Any]] = {
+    "method": DEFAULT_LAMBDAS,
     "potential": POTENTIALS,
     "resampler": RESAMPLERS,
     "tempering": TEMPERINGS,
     "optimiser": OPTIMISERS,
     "gradient": GRADIENTS,
-    "particle_schedule_rule": CHOICES,
+    "particle_schedule_rule": PARTICLE_SCHEDULE_RULES,
     "draw": DRAWS,
 }
 
 
 @dataclass(frozen=True)
-class SampleSettings:
+class SamplingConfig:
     """What decides the images. Saved in the report, and compared when a run goes on.
 
     A setting with a default is younger than the first reports: where one lacks it, the default is what was done.
@@ -137,15 +137,15 @@ class SampleSettings:
     target: float | None = None
     asynchronous_rewards: bool = False
     preview: str = "full"
-    start_candidates: int | None = None
-    start_steps: int = 4
+    noise_candidates: int | None = None
+    screening_steps: int = 4
     variant: str | None = None
     model_config: str | None = None
     draw: str = "best"
 
     def __post_init__(self) -> None:
-        if self.lam is None and self.method in STRENGTHS:
-            object.__setattr__(self, "lam", STRENGTHS[self.method])
+        if self.lam is None and self.method in DEFAULT_LAMBDAS:
+            object.__setattr__(self, "lam", DEFAULT_LAMBDAS[self.method])
 
     @property
     def loading(self) -> dict[str, str]:
@@ -163,25 +163,25 @@ class SampleSettings:
         """{solver step: particles that go on from it}, of words like "8:4,14:2". Raises InputError."""
         pairs = [part.split(":") for part in self.particle_schedule.split(",") if self.particle_schedule.strip()]
         try:
-            found = {int(step): int(count) for step, count in pairs}
+            schedule_pairs = {int(step): int(count) for step, count in pairs}
         except ValueError as error:
             raise InputError(
                 f"--particle-schedule: write STEP:PARTICLES,… such as 8:4,14:2, got {self.particle_schedule!r}"
             ) from error
-        if len(found) < len(pairs):
+        if len(schedule_pairs) < len(pairs):
             raise InputError(f"--particle-schedule: a step is there twice in {self.particle_schedule!r}")
-        return found
+        return schedule_pairs
 
     def check(self) -> None:
         """Raises InputError for a name or number that cannot be, before any model is loaded."""
-        for kind, table in TABLES.items():
+        for kind, table in REGISTRIES.items():
             choose(kind, getattr(self, kind), table)
         counts = {"particles": self.particles, "steps": self.steps, "iterations": self.iterations}
-        for name, count in (counts | {"start-steps": self.start_steps}).items():
+        for name, count in (counts | {"start-steps": self.screening_steps}).items():
             if count is not None and count < 1:
                 raise InputError(f"--{name} must be at least 1, got {count}")
-        if self.start_candidates is not None and self.start_candidates < self.particles:
-            raise InputError(f"--start-candidates must be at least the particles, {self.particles}")
+        if self.noise_candidates is not None and self.noise_candidates < self.particles:
+            raise InputError(f"--noise-candidates must be at least the particles, {self.particles}")
         if not 0 < self.ess_threshold <= 1:
             raise InputError(f"--ess-threshold must be above 0 and at most 1, got {self.ess_threshold}")
         for name, number in (("lam", self.lam), ("guidance", self.guidance), ("target", self.target)):
@@ -189,11 +189,11 @@ class SampleSettings:
                 raise InputError(f"--{name} must be a finite number, got {number}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"--eta must be from 0 to 1, got {self.eta}")
-        searches = (
+        is_search = (
             self.method != "fk"
-            or ResamplingSchedule(None, self.schedule, self.particle_schedule_rule, self.target).searches
+            or ResamplingSchedule(None, self.schedule, self.particle_schedule_rule, self.target).is_search
         )
-        if self.draw != "best" and searches:
+        if self.draw != "best" and is_search:
             raise InputError(
                 f"--draw {self.draw} needs the weights of --method fk, which --target and "
                 "--particle-schedule-rule top_k do not leave: use --draw best"
@@ -212,8 +212,8 @@ class SampleSettings:
             raise InputError(f"--{str(error).removeprefix('--')}") from error
 
 
-Off = Callable[[], AbstractContextManager[None]]
-On = Callable[[Any], AbstractContextManager[Any]]
+DisableAdapter = Callable[[], AbstractContextManager[None]]
+PipelineContext = Callable[[Any], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
@@ -223,27 +223,27 @@ class Job:
     on_step        told every solver step by the other methods; what it raises ends the run
     preview_steps  where best-of-n and base, which need none, look at x̂0 for it; None: where fk does
     adapter_disabled         inside, the pipeline is without its finetuned weights
-    started        arguments of the call in place of its own: noise that was chosen before
+    noise_arguments        arguments of the call in place of its own: noise that was chosen before
     arguments      of the pipeline's call, which the prompt's row of a prompt file gives
-    faster         what is switched on while it runs: (pipeline) → a context that gives the pipeline to call
+    compute_options  what is switched on while it runs: (pipeline) → a context that gives the pipeline to call
     """
 
     pipe: Any
     reward: Reward
     prompt: str
-    settings: SampleSettings
+    settings: SamplingConfig
     state_file: Path | None
     on_iteration: Callable[[Iteration], None] | None = None
     on_step: Callable[[StepReport], None] | None = None
     preview_steps: tuple[int, ...] | None = ()
-    adapter_disabled: Off = nullcontext
-    faster: On = nullcontext
-    started: Mapping[str, Any] = field(default_factory=dict)
+    adapter_disabled: DisableAdapter = nullcontext
+    compute_options: PipelineContext = nullcontext
+    noise_arguments: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     def run(self, method: str | None = None) -> SteeringOutput:
         """The images of the prompt, by its own method or another one."""
-        with self.faster(self.pipe) as pipe:
+        with self.compute_options(self.pipe) as pipe:
             return METHODS[method or self.settings.method].run(replace(self, pipe=pipe))
 
     @property
@@ -258,22 +258,22 @@ class Job:
         given = {name: value for name, value in given.items() if value is not None}
         given |= {"generator": torch.Generator().manual_seed(self.settings.seed)}
         return (
-            accepted_only(self.pipe, METHODS[self.settings.method].defaults)
+            filter_call_kwargs(self.pipe, METHODS[self.settings.method].defaults)
             | given
             | dict(self.arguments)
-            | dict(self.started)
+            | dict(self.noise_arguments)
         )
 
 
 Run = Callable[[Job], SteeringOutput]
 
 
-def _screened(run: Run) -> Run:
+def _with_screened_noise(run: Run) -> Run:
     """The same from starts that a short run likes, where they are asked for."""
 
     def screened(job: Job) -> SteeringOutput:
         settings, call = job.settings, job.call
-        if settings.start_candidates is None:
+        if settings.noise_candidates is None:
             return run(job)
         own = {name: value for name, value in call.items() if name not in ("num_particles", "eta")}
         starts = screen_initial_noise(
@@ -281,11 +281,11 @@ def _screened(run: Run) -> Run:
             job.reward,
             job.prompt,
             keep=settings.particles,
-            candidates=settings.start_candidates,
-            steps=settings.start_steps,
+            candidates=settings.noise_candidates,
+            steps=settings.screening_steps,
             **own,
         )
-        output = run(replace(job, started=starts.arguments()))
+        output = run(replace(job, noise_arguments=starts.arguments()))
         return replace(output, cost=output.cost.plus(starts.cost))
 
     return screened
@@ -305,19 +305,19 @@ def _fk(job: Job) -> SteeringOutput:
         target_reward=job.settings.target,
         draw=job.settings.draw,
         asynchronous_rewards=job.settings.asynchronous_rewards,
-        preview=preview_named(job.settings.preview, job.pipe),
+        preview=load_preview(job.settings.preview, job.pipe),
         on_step=job.on_step,
         **job.call,
     )
 
 
 def _svdd(job: Job) -> SteeringOutput:
-    method, preview = SelectionPipeline(job.pipe, job.reward), preview_named(job.settings.preview, job.pipe)
+    method, preview = SelectionPipeline(job.pipe, job.reward), load_preview(job.settings.preview, job.pipe)
     return method(job.prompt, lam=job.settings.strength, preview=preview, on_step=job.on_step, **job.call)
 
 
 def _beam(job: Job) -> SteeringOutput:
-    method, preview = SelectionPipeline(job.pipe, job.reward), preview_named(job.settings.preview, job.pipe)
+    method, preview = SelectionPipeline(job.pipe, job.reward), load_preview(job.settings.preview, job.pipe)
     return method(job.prompt, beams=job.settings.beams, preview=preview, on_step=job.on_step, **job.call)
 
 
@@ -360,23 +360,23 @@ def _noise_search(job: Job) -> SteeringOutput:
     )
 
 
-def _any_reward(settings: SampleSettings, reward: Reward) -> None:
+def _accept_any_reward(settings: SamplingConfig, reward: Reward) -> None:
     """Values are enough."""
 
 
-def _guiding_reward(settings: SampleSettings, reward: Reward) -> None:
+def _check_guidance(settings: SamplingConfig, reward: Reward) -> None:
     if settings.reward_guidance and not reward.differentiable:
         raise InputError(f"reward {reward.name!r} is not differentiable: use --reward-guidance 0, or another reward")
 
 
-def _dividing_beams(settings: SampleSettings, reward: Reward) -> None:
+def _check_beams(settings: SamplingConfig, reward: Reward) -> None:
     try:
         Selection(settings.beams).check_size(settings.particles)
     except InputError as error:
         raise InputError(f"--{str(error).replace('num_particles', '--particles')}") from error
 
 
-def _climbed_reward(settings: SampleSettings, reward: Reward) -> None:
+def _check_noise_gradient(settings: SamplingConfig, reward: Reward) -> None:
     check_differentiable(reward, GRADIENTS[settings.gradient])
 
 
@@ -387,23 +387,23 @@ class Method:
     run       makes the images of one prompt
     check     raises InputError for settings or a reward that the method can do nothing with, before any model is loaded
     defaults  what it, and the base beside it, calls the pipeline with where the user says nothing
-    iterates  whether it goes on from iteration to iteration, with a trace
+    is_iterative  whether it goes on from iteration to iteration, with a trace
     """
 
     run: Run
-    check: Callable[[SampleSettings, Reward], None] = _any_reward
+    check: Callable[[SamplingConfig, Reward], None] = _accept_any_reward
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    iterates: bool = False
+    is_iterative: bool = False
 
 
 METHODS = {
-    "fk": Method(_screened(_fk), check=_guiding_reward),
-    "svdd": Method(_screened(_svdd)),
-    "beam": Method(_screened(_beam), check=_dividing_beams),
-    "best-of-n": Method(_screened(_best_of_n)),
+    "fk": Method(_with_screened_noise(_fk), check=_check_guidance),
+    "svdd": Method(_with_screened_noise(_svdd)),
+    "beam": Method(_with_screened_noise(_beam), check=_check_beams),
+    "best-of-n": Method(_with_screened_noise(_best_of_n)),
     "base": Method(_base),
-    "reno": Method(_reno, check=_climbed_reward, defaults=ONE_STEP, iterates=True),
-    "noise-search": Method(_noise_search, iterates=True),
+    "reno": Method(_reno, check=_check_noise_gradient, defaults=ONE_STEP, is_iterative=True),
+    "noise-search": Method(_noise_search, is_iterative=True),
 }
 
 

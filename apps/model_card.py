@@ -25,22 +25,22 @@ def usage(out: Path, model: Any, settings: Mapping[str, Any], result: TrainingRe
             f"from `checkpoints/`.{best}"
         )
     kept = result.weights_step not in (None, result.step)
-    told = f" They are those of update {result.best_step}, the best by the held-out reward." if kept else ""
+    text_or_values = f" They are those of update {result.best_step}, the best by the held-out reward." if kept else ""
     code = "\n".join([*_loading(out, model, result.weights), *_call(model, settings)])
-    where = f"The weights are in `{_below(out, result.weights)}`.{told}"
+    where = f"The weights are in `{_relative_path(out, result.weights)}`.{text_or_values}"
     return f"{where}\n\n```python\n{code}\n```\n\n{_sampler(model, settings)}"
 
 
 def _loading(out: Path, model: Any, weights: Path) -> list[str]:
     """The lines up to a pipeline with the weights in it."""
-    where = _below(out, weights.parent)
+    where = _relative_path(out, weights.parent)
     run = 'run = "."  # this folder, or its name on the hub'
     load = f"DiffusionPipeline.from_pretrained({_source(model)}"
     assets = ["from steer.assets import MODELS"] if model in MODELS else []
     if weights.name == LORA:
         imports = ["from diffusers import DiffusionPipeline", *assets]
-        weigh = [f"pipe.load_lora_weights(run, subfolder={str(where)!r}, weight_name={LORA!r})"]
-        return [*imports, "", run, f"pipe = {load})", *weigh]
+        load_lora = [f"pipe.load_lora_weights(run, subfolder={str(where)!r}, weight_name={LORA!r})"]
+        return [*imports, "", run, f"pipe = {load})", *load_lora]
     if weights.name == ADAPTER:  # the pipeline loads no LoRAs; written without PeftModel's prefix of every name
         name = "unet" if "transformer" not in _index(model) else "transformer"
         peft = "from peft import PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict"
@@ -79,10 +79,10 @@ def _call(model: Any, settings: Mapping[str, Any]) -> list[str]:
 
 def _sampler(model: Any, settings: Mapping[str, Any]) -> str:
     guidance = settings["guidance_scale"]
-    told = "the pipeline's default guidance" if guidance is None else f"guidance {guidance:g}"
+    text_or_values = "the pipeline's default guidance" if guidance is None else f"guidance {guidance:g}"
     text = (
         f"It was trained and evaluated with the base model's own scheduler at η = {settings['eta']:g}, "
-        f"T = {settings['num_inference_steps']} steps and {told}. Other numbers were not tried in this run."
+        f"T = {settings['num_inference_steps']} steps and {text_or_values}. Other numbers were not tried in this run."
     )
     if takes_eta(model):
         return text
@@ -92,7 +92,7 @@ def _sampler(model: Any, settings: Mapping[str, Any]) -> str:
     )
 
 
-def _below(out: Path, path: Path) -> Path:
+def _relative_path(out: Path, path: Path) -> Path:
     """A path as it is from the card's folder."""
     return path.resolve().relative_to(out.resolve()) if path.resolve().is_relative_to(out.resolve()) else path
 
@@ -167,14 +167,14 @@ PICTURES = {
 
 
 @dataclass(frozen=True)
-class Flat:
+class FlatConfig:
     """A run's configuration: what are fields of TrainingConfig, wherever they stand in it, and the rest."""
 
     settings: Mapping[str, Any]
     rest: Mapping[str, Any]
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Flat":
+    def of(cls, config: Mapping[str, Any]) -> "FlatConfig":
         """Mappings in it are gone through; where a setting stands twice, the inner one counts."""
         names = {field.name for field in fields(TrainingConfig)}
         settings: dict[str, Any] = {}
@@ -202,7 +202,7 @@ class Flat:
 
 def model_card(out: Path, config: Mapping[str, Any], result: TrainingResult, grids: Sequence[Path] = ()) -> str:
     """The text of out/README.md; see `steer.apps.finetune_report.write_report` for `config`."""
-    flat = Flat.of(config)
+    flat = FlatConfig.of(config)
     name = str(config.get("method", "finetuning"))
     title, paper, number = _method(name)
     model, reward = config.get("model"), config.get("reward")
@@ -247,7 +247,7 @@ def _key(method: str) -> str:
 
 def _method(name: str) -> tuple[str, str, str]:
     key = _key(name).replace("-", "")
-    return next((told for start, told in METHODS.items() if key.startswith(start)), (name, "", ""))
+    return next((text_or_values for start, text_or_values in METHODS.items() if key.startswith(start)), (name, "", ""))
 
 
 def escaped(value: Any) -> str:
@@ -292,10 +292,10 @@ def results(result: TrainingResult) -> str:
 
 
 def _unevaluated(result: TrainingResult) -> str:
-    told = [record for record in result.records if record.get("reward") is not None]
-    if not told:
+    text_or_values = [record for record in result.records if record.get("reward") is not None]
+    if not text_or_values:
         return "Nothing was evaluated, and no update made."
-    first, last = told[0], told[-1]
+    first, last = text_or_values[0], text_or_values[-1]
     return (
         "Nothing was evaluated on held-out prompts. Mean reward of the training samples: "
         f"{_number(first['reward'])} in update {first['step']}, {_number(last['reward'])} in update {last['step']}; "
@@ -303,8 +303,12 @@ def _unevaluated(result: TrainingResult) -> str:
     )
 
 
-def _interval(told: Any) -> str:
-    return "–" if told is None else f"{_number(told[0])} [{_number(told[1])}, {_number(told[2])}]"
+def _interval(text_or_values: Any) -> str:
+    return (
+        "–"
+        if text_or_values is None
+        else f"{_number(text_or_values[0])} [{_number(text_or_values[1])}, {_number(text_or_values[2])}]"
+    )
 
 
 def _number(value: Any) -> str:
@@ -315,18 +319,18 @@ def _plural(count: int, word: str) -> str:
     return word if count == 1 else f"{word}s"
 
 
-def _training(flat: Flat, result: TrainingResult) -> str:
+def _training(flat: FlatConfig, result: TrainingResult) -> str:
     """All that was given, and all settings that are not the default ones."""
     rest = {name: value for name, value in flat.rest.items() if name not in PRIVATE and value not in (None, [], ())}
-    lines = [f"- {escaped(name)}: {_told(value)}" for name, value in rest.items()]
-    lines += [f"- {escaped(name)}: {_told(value)}" for name, value in flat.changed().items()]
+    lines = [f"- {escaped(name)}: {_format_value(value)}" for name, value in rest.items()]
+    lines += [f"- {escaped(name)}: {_format_value(value)}" for name, value in flat.changed().items()]
     if seconds := sum(record.get("seconds", 0.0) for record in result.records):
         lines.append(f"- time in updates, without evaluations: {seconds / 60:.3g} minutes")
     lines.append(f"- versions: {', '.join(f'{name} {number}' for name, number in _versions().items())}")
     return "All other settings are the default ones of steer's TrainingConfig.\n\n" + "\n".join(lines)
 
 
-def _told(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value; of a long list only how long it is."""
     if isinstance(value, list | tuple) and len(value) > 8:
         return f"{len(value)} entries"
@@ -339,13 +343,13 @@ def _plain(value: Any) -> Any:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    installed = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            installed[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def limits(result: TrainingResult) -> str:

@@ -26,13 +26,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from steer.apps.methods import Off
+from steer.apps.methods import DisableAdapter
 from steer.diffusion.step_hooks import DENOISERS
-from steer.files import check_sums
-from steer.training.trainable import denoiser_of
+from steer.files import verify_checksums
+from steer.training.trainable import get_denoiser
 
 # Of single files, by the first letters of diffusers' name of the kind of checkpoint.
-SINGLE = {
+SINGLE_FILE_PIPELINES = {
     "xl_base": "StableDiffusionXLPipeline",
     "xl_refiner": "StableDiffusionXLImg2ImgPipeline",
     "sd3": "StableDiffusion3Pipeline",
@@ -83,7 +83,7 @@ def load_pipeline(
     if config is not None and not (single and (Path(config) / INDEX).is_file()):
         wrong = f"no {INDEX} in this folder" if single else f"model {model!r} is no single file: leave it out"
         raise InputError(f"--config {config}: {wrong}")
-    device = device_here(device)
+    device = default_device(device)
     try:
         if isinstance(source, Path) and source.is_file():
             pipe = _from_single_file(model, source, precision(device, dtype), config)
@@ -126,9 +126,9 @@ def _source(model: str) -> str | Path:
 def _variant(folder: Path) -> str | None:
     """The variant that all weights of some component are of, such as fp16; None where each has plain ones."""
     for component in sorted(path for path in folder.iterdir() if path.is_dir()):
-        found = [match["variant"] for path in component.iterdir() if (match := FILE.fullmatch(path.name))]
-        if found and all(found):
-            return str(sorted(set(found))[0])
+        result = [match["variant"] for path in component.iterdir() if (match := FILE.fullmatch(path.name))]
+        if result and all(result):
+            return str(sorted(set(result))[0])
     return None
 
 
@@ -150,7 +150,7 @@ def _from_single_file(model: str, file: Path, dtype: "torch.dtype", given: str |
     else:
         kind = infer_diffusers_model_type(load_single_file_checkpoint(str(file), local_files_only=True))
         repository = DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-        name = next((cls for prefix, cls in SINGLE.items() if kind.startswith(prefix)), "")
+        name = next((cls for prefix, cls in SINGLE_FILE_PIPELINES.items() if kind.startswith(prefix)), "")
         config, missing = {}, f", and that of {repository} cannot be had from the hub"
     cls: Any = getattr(diffusers, name, None)
     remedy = f"give --config FOLDER of such a model in diffusers' format, or put it at {file.with_suffix('')}"
@@ -170,7 +170,7 @@ def precision(device: str, dtype: str | None) -> "torch.dtype":
     return number
 
 
-def device_here(device: str | None = None) -> str:
+def default_device(device: str | None = None) -> str:
     """The device, or where none is given the GPU if there is one, else the CPU."""
     import torch
 
@@ -193,25 +193,34 @@ def check_device(device: str | None) -> None:
 logger = logging.getLogger(__name__)
 
 # What `steer finetune` writes: a LoRA of diffusers, one of peft, or a folder with the whole denoiser.
-LORA, PEFT, WHOLE = (
+LORA, PEFT, FULL_WEIGHTS = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
     "diffusion_pytorch_model*.safetensors",
 )
 CONFIGS = ("adapter_config.json", "config.json")
-NAME = "worn"  # the adapter's own, on the pipeline
+ADAPTER_NAME = "worn"  # the adapter's own, on the pipeline
 # Of peft's configuration: what the peft loader passes on, and what decides nothing once the tensors are there.
-READ = (
+APPLIED_KEYS = (
     *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("exclude_modules", "layers_to_transform", "layers_pattern"),
 )
-NEUTRAL = (
+IGNORED_KEYS = (
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "task_type"),
     *("inference_mode", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "format"),
     *("eva_config", "corda_config", "lora_ga_config"),
 )
-INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")  # other initialisations also rewrite the base weights
-IMPORTING = ("megatron_config",)  # where it is set, some versions of peft import the module that megatron_core names
+PLAIN_INITIALISATIONS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # other initialisations also rewrite the base weights
+IMPORTING_KEYS = (
+    "megatron_config",
+)  # where it is set, some versions of peft import the module that megatron_core names
 DOWN = tuple(f"{one}.weight" for one in (".lora_A", "lora_down", "lora.down", "lora_linear_layer.down"))
 UP = tuple(f"{one}.weight" for one in (".lora_B", "lora_up", "lora.up", "lora_linear_layer.up"))
 FACTORS = (*DOWN, *UP)
@@ -226,55 +235,55 @@ KINDS = {  # part of a key: the kind of adapter that has it
     "lora_B.bias": "lora_bias",
     "lora_embedding": "a LoRA of an embedding",
 }
-SHOWN = 3  # keys in a message
+MAX_SHOWN = 3  # keys in a message
 # What diffusers, peft and safetensors raise for a file of another model, or of none.
-UNFIT = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
+LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True)
-class Finetuned:
+class FinetunedWeights:
     """Weights that were found: `path` as the user named it, its files of tensors, and how a pipeline wears them."""
 
     path: str
     files: tuple[Path, ...]
-    put_on: Callable[[Any, Path], AbstractContextManager[Off]]
+    load_adapter: Callable[[Any, Path], AbstractContextManager[DisableAdapter]]
 
     def digest(self) -> str:
         """A hash of all that decides what they do: the tensors, and the configuration beside them."""
-        found = hashlib.sha256()
+        result = hashlib.sha256()
         try:
             for path in self._read():
                 with path.open("rb") as file:
-                    found.update(hashlib.file_digest(file, "sha256").digest())
+                    result.update(hashlib.file_digest(file, "sha256").digest())
         except OSError as error:
             raise InputError(f"{self.path}: cannot read {path.name} ({error.strerror})") from error
-        return found.hexdigest()
+        return result.hexdigest()
 
     def _read(self) -> list[Path]:
         beside = [path for name in CONFIGS if (path := self.files[0].parent / name).is_file()]
         return [*self.files, *beside]
 
     @contextmanager
-    def applied_to(self, pipe: Any) -> Iterator[Off]:
+    def applied_to(self, pipe: Any) -> Iterator[DisableAdapter]:
         """Inside, the pipeline has these weights; it gives what takes them off for a while.
 
         Raises InputError, before the block, where they do not fit it, or are not what the sums beside them tell.
         """
         with ExitStack() as stack:
             try:
-                if unknown := check_sums(*self._read()):
+                if unknown := verify_checksums(*self._read()):
                     logger.info("%s: nobody noted a sum of %s, it is read as it is", self.path, unknown[0].name)
-                off = stack.enter_context(self.put_on(pipe, self.files[0]))
+                off = stack.enter_context(self.load_adapter(pipe, self.files[0]))
             except InputError as error:
                 raise InputError(f"{self.path}: {error}") from error
-            except UNFIT as error:
+            except LOAD_ERRORS as error:
                 reason = " ".join(str(error).split())[:160] or type(error).__name__
                 raise InputError(f"{self.path} does not fit {type(pipe).__name__}: {reason}") from error
             yield off
 
 
 @contextmanager
-def adapter_applied(pipe: Any, path: str | None) -> Iterator[Off]:
+def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
     """Inside, the pipeline has the weights that a path leads to, or none; it gives what takes them off for a while.
 
     Raises InputError, before the block, where there are none, or they do not fit.
@@ -298,20 +307,20 @@ def _gradients_restored(pipe: Any) -> Iterator[None]:
             weight.requires_grad_(takes)
 
 
-def find_adapter(path: str) -> Finetuned:
+def find_adapter(path: str) -> FinetunedWeights:
     """The weights of a folder as `steer finetune` leaves it (best/, final/), of a peft adapter, or in a LoRA file.
 
     Raises InputError where there are none.
     """
     place = Path(path)
     if place.is_file() and place.suffix == ".safetensors":
-        return _needing_peft(path, place, _lora)
-    for name, put_on in ((LORA, _lora), (PEFT, _peft)):
+        return _require_peft(path, place, _lora)
+    for name, load_adapter in ((LORA, _lora), (PEFT, _peft)):
         if (place / name).is_file():
-            return _needing_peft(path, place / name, put_on)
+            return _require_peft(path, place / name, load_adapter)
     for folder in (place, *(place / name for name in DENOISERS)):
-        if (folder / "config.json").is_file() and (files := sorted(folder.glob(WHOLE))):
-            return Finetuned(path, tuple(files), _whole)
+        if (folder / "config.json").is_file() and (files := sorted(folder.glob(FULL_WEIGHTS))):
+            return FinetunedWeights(path, tuple(files), _full_denoiser)
     if not place.exists():
         raise InputError(f"{path}: no such folder; give one with weights, such as RUN/final of `steer finetune`")
     inside = [str(place / name) for name in ("best", "final") if (place / name).is_dir()]
@@ -319,33 +328,35 @@ def find_adapter(path: str) -> Finetuned:
     raise InputError(f"{path}: no finetuned weights here; {hint}")
 
 
-def _needing_peft(path: str, file: Path, put_on: Callable[[Any, Path], AbstractContextManager[Off]]) -> Finetuned:
+def _require_peft(
+    path: str, file: Path, load_adapter: Callable[[Any, Path], AbstractContextManager[DisableAdapter]]
+) -> FinetunedWeights:
     if find_spec("peft") is None:
         raise InputError(f"{path}: a LoRA needs peft: pip install 'steer-diffusion[train]'")
-    return Finetuned(path, (file,), put_on)
+    return FinetunedWeights(path, (file,), load_adapter)
 
 
 @contextmanager
-def _lora(pipe: Any, file: Path) -> Iterator[Off]:
+def _lora(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
     """A LoRA that diffusers reads, of the denoiser and perhaps of text encoders."""
     if not hasattr(pipe, "load_lora_weights"):
         raise InputError(f"{type(pipe).__name__} reads no LoRA files")
     with safe_open(file, "pt") as opened:
-        names, told = list(opened.keys()), opened.metadata() or {}
-    configured = json.loads(told.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
-    _check_plain({name.rpartition(".")[2]: value for name, value in configured.items() if value}, names)
+        names, metadata_json = list(opened.keys()), opened.metadata() or {}
+    configured = json.loads(metadata_json.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
+    _check_plain_lora({name.rpartition(".")[2]: value for name, value in configured.items() if value}, names)
     try:
         given = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
-        with _records_of_diffusers():
-            _asked_only(pipe).load_lora_weights(str(file.parent), adapter_name=NAME, **given)
+        with _defer_diffusers_logs():
+            _skip_missing_components(pipe).load_lora_weights(str(file.parent), adapter_name=ADAPTER_NAME, **given)
         modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-        _check_all_arrived(modules, load_file(file), pipe)
-        yield _switch(modules)
+        _check_all_loaded(modules, load_file(file), pipe)
+        yield _adapter_disabler(modules)
     finally:
         pipe.unload_lora_weights()
 
 
-def _asked_only(pipe: Any) -> Any:
+def _skip_missing_components(pipe: Any) -> Any:
     """A copy of a pipeline whose loader leaves components alone for which the file has no key."""
     view = copy.copy(pipe)
 
@@ -363,33 +374,33 @@ def _asked_only(pipe: Any) -> Any:
 
 
 @contextmanager
-def _peft(pipe: Any, file: Path) -> Iterator[Off]:
+def _peft(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
     """An adapter of peft in the denoiser, for pipelines that know no LoRAs."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
-    _, denoiser = denoiser_of(pipe)
-    told = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
-    if told.get("peft_type") != "LORA":
-        raise InputError(f"a peft adapter of type {told.get('peft_type')!r}; only LORA is read")
+    _, denoiser = get_denoiser(pipe)
+    metadata_json = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
+    if metadata_json.get("peft_type") != "LORA":
+        raise InputError(f"a peft adapter of type {metadata_json.get('peft_type')!r}; only LORA is read")
     with safe_open(file, "pt") as opened:
-        _check_plain(told, list(opened.keys()))
+        _check_plain_lora(metadata_json, list(opened.keys()))
     state = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
     try:
-        config = LoraConfig(**{key: told[key] for key in READ if told.get(key) is not None})
-        inject_adapter_in_model(config, denoiser, NAME)
-        loaded = set_peft_model_state_dict(denoiser, state, adapter_name=NAME)
-        if missing := [name for name in loaded.missing_keys if f".{NAME}." in name]:
+        config = LoraConfig(**{key: metadata_json[key] for key in APPLIED_KEYS if metadata_json.get(key) is not None})
+        inject_adapter_in_model(config, denoiser, ADAPTER_NAME)
+        loaded = set_peft_model_state_dict(denoiser, state, adapter_name=ADAPTER_NAME)
+        if missing := [name for name in loaded.missing_keys if f".{ADAPTER_NAME}." in name]:
             raise InputError(f"it lacks a tensor for {missing[0]}")
-        _check_all_arrived([denoiser], state, pipe)
+        _check_all_loaded([denoiser], state, pipe)
         denoiser.requires_grad_(False)
-        yield _switch([denoiser])
+        yield _adapter_disabler([denoiser])
     finally:
         recurse_remove_peft_layers(denoiser)
         vars(denoiser).pop("peft_config", None)
 
 
-def _switch(modules: Sequence[nn.Module]) -> Off:
+def _adapter_disabler(modules: Sequence[nn.Module]) -> DisableAdapter:
     """Switches all adapters in some modules off for a while: what is left is the layers' own, to the last bit."""
     from peft.tuners.lora import LoraLayer
 
@@ -409,18 +420,18 @@ def _switch(modules: Sequence[nn.Module]) -> Off:
 
 
 @contextmanager
-def _whole(pipe: Any, file: Path) -> Iterator[Off]:
+def _full_denoiser(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
     """A twin of the pipeline's denoiser with other weights, in its place."""
-    name, own = denoiser_of(pipe)
-    files, shapes = sorted(file.parent.glob(WHOLE)), dict[str, tuple[int, ...]]()
+    name, own = get_denoiser(pipe)
+    files, shapes = sorted(file.parent.glob(FULL_WEIGHTS)), dict[str, tuple[int, ...]]()
     for path in files:
         with safe_open(path, "pt") as opened:
             shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     if shapes != {key: tuple(value.shape) for key, value in own.state_dict().items()}:
         raise InputError(f"its tensors are not those of the model's {type(own).__name__}: another model's")
-    twin = copy.deepcopy(own)
+    finetuned_denoiser = copy.deepcopy(own)
     for path in files:
-        twin.load_state_dict(load_file(path), strict=False)
+        finetuned_denoiser.load_state_dict(load_file(path), strict=False)
 
     @contextmanager
     def off() -> Iterator[None]:
@@ -428,16 +439,16 @@ def _whole(pipe: Any, file: Path) -> Iterator[Off]:
         try:
             yield
         finally:
-            setattr(pipe, name, twin)
+            setattr(pipe, name, finetuned_denoiser)
 
-    setattr(pipe, name, twin)
+    setattr(pipe, name, finetuned_denoiser)
     try:
         yield off
     finally:
         setattr(pipe, name, own)
 
 
-class _Records(logging.Handler):
+class _LogBuffer(logging.Handler):
     """Keeps records."""
 
     def __init__(self) -> None:
@@ -449,71 +460,71 @@ class _Records(logging.Handler):
 
 
 @contextmanager
-def _records_of_diffusers() -> Iterator[None]:
+def _defer_diffusers_logs() -> Iterator[None]:
     """Logs what diffusers logs inside after the block; where that raises, the error alone says it, in one line."""
     from diffusers.utils import logging as diffusers_logging
 
-    library, held = diffusers_logging.get_logger("diffusers"), _Records()
+    library, buffer = diffusers_logging.get_logger("diffusers"), _LogBuffer()
     handlers, propagate = library.handlers[:], library.propagate
-    library.handlers[:], library.propagate = [held], False
+    library.handlers[:], library.propagate = [buffer], False
     try:
         yield
     finally:
         library.handlers[:], library.propagate = handlers, propagate
-    for record in held.kept:
+    for record in buffer.kept:
         library.handle(record)
 
 
-def _check_plain(config: Mapping[str, Any], names: Sequence[str]) -> None:
+def _check_plain_lora(config: Mapping[str, Any], names: Sequence[str]) -> None:
     """Raises InputError for an adapter that is more than low-rank factors: it names the kind, settings and keys."""
-    if any(config.get(name) for name in IMPORTING):
+    if any(config.get(name) for name in IMPORTING_KEYS):
         raise InputError("its configuration names a module to be imported, which is never done")
     if others := [name for name in names if not name.endswith((*FACTORS, ".alpha"))]:
         kinds = sorted({kind for part, kind in KINDS.items() if any(part in name for name in others)})
         kind = " and ".join(kinds) or "whole tensors or keys of no known kind"
-        more = f" and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
+        more = f" and {len(others) - MAX_SHOWN} more" if len(others) > MAX_SHOWN else ""
         raise InputError(
             f"{len(names) - len(others)} of its {len(names)} tensors have a place in a plain LoRA, not "
-            f"{', '.join(others[:SHOWN])}{more} ({kind}): merge it into the model's weights"
+            f"{', '.join(others[:MAX_SHOWN])}{more} ({kind}): merge it into the model's weights"
         )
-    strange = {name: value for name, value in config.items() if value and name not in (*READ, *NEUTRAL)}
+    strange = {name: value for name, value in config.items() if value and name not in (*APPLIED_KEYS, *IGNORED_KEYS)}
     if strange.get("bias") == "none":
         del strange["bias"]
-    if strange.get("init_lora_weights", "pissa") in INITIAL:
+    if strange.get("init_lora_weights", "pissa") in PLAIN_INITIALISATIONS:
         del strange["init_lora_weights"]
     if strange:
         named = ", ".join(f"{name}={value!r:.40}" for name, value in strange.items())
         raise InputError(f"its configuration has {named}, which is not applied: merge it into the model's weights")
 
 
-def _check_all_arrived(modules: Sequence[nn.Module], state: Mapping[str, Tensor], pipe: Any) -> None:
+def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor], pipe: Any) -> None:
     """Raises InputError, which names keys, where a factor of the file is in none of the modules; sets each scale."""
     factors = {name: value for name, value in state.items() if name.endswith(FACTORS)}
-    loaded = [pair for module in modules for pair in module.named_parameters() if f".{NAME}." in pair[0]]
+    loaded = [pair for module in modules for pair in module.named_parameters() if f".{ADAPTER_NAME}." in pair[0]]
     if missing := [name for name, parameter in loaded if parameter.is_meta]:  # diffusers leaves it without numbers
         raise InputError(f"it lacks a tensor for {missing[0]}")
-    absent = _absent(factors, loaded)
+    absent = _missing_factors(factors, loaded)
     # Converters of transformers split tensors and multiply alphas into them; those of a U-Net only rename.
     exact = hasattr(pipe, "unet") or (
         len(loaded) == len(factors) and not any(name.endswith(".alpha") for name in state)
     )
     if not loaded or len(loaded) < len(factors) or (exact and absent):
-        more = f" and {len(absent) - SHOWN} more" if len(absent) > SHOWN else ""
+        more = f" and {len(absent) - MAX_SHOWN} more" if len(absent) > MAX_SHOWN else ""
         raise InputError(
             f"{len(factors) - len(absent)} of its {len(factors)} tensors have a place in {type(pipe).__name__}, not "
-            f"{', '.join(absent[:SHOWN])}{more}: another model's"
+            f"{', '.join(absent[:MAX_SHOWN])}{more}: another model's"
         )
     if exact:
         _set_scales(modules, state)
 
 
-def _absent(factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
+def _missing_factors(factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
     """Names of factors whose numbers no loaded parameter holds, each of which answers for one."""
-    there, dtypes = Counter(_hashed(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
-    known = tuple(name.replace(f".{NAME}.", ".") for name, _ in loaded)
+    there, dtypes = Counter(_hash_tensor(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
+    known = tuple(name.replace(f".{ADAPTER_NAME}.", ".") for name, _ in loaded)
     absent = []
     for name in sorted(factors, key=lambda name: not name.endswith(known)):  # of equal numbers, its own name first
-        same = [found for dtype in dtypes if there[found := _hashed(factors[name].to(dtype))]]
+        same = [result for dtype in dtypes if there[result := _hash_tensor(factors[name].to(dtype))]]
         there.subtract(same[:1])
         absent += [] if same else [name]
     return absent
@@ -531,16 +542,16 @@ def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor]) -> No
     scales: dict[bytes, float] = {}
     for name, value in downs.items():
         own = [alpha for module, alpha in alphas.items() if name.startswith(f"{module}.")]
-        scales[_hashed(value)] = own[0].item() / len(value) if own else 1.0
+        scales[_hash_tensor(value)] = own[0].item() / len(value) if own else 1.0
     for layer in layers:
-        if NAME in layer.lora_A and scales:
-            factor = layer.lora_A[NAME].weight
-            same = [value for value in downs.values() if _hashed(value.to(factor.dtype)) == _hashed(factor)]
+        if ADAPTER_NAME in layer.lora_A and scales:
+            factor = layer.lora_A[ADAPTER_NAME].weight
+            same = [value for value in downs.values() if _hash_tensor(value.to(factor.dtype)) == _hash_tensor(factor)]
             if same:
-                layer.scaling[NAME] = scales[_hashed(same[0])]
+                layer.scaling[ADAPTER_NAME] = scales[_hash_tensor(same[0])]
 
 
-def _hashed(tensor: Tensor) -> bytes:
+def _hash_tensor(tensor: Tensor) -> bytes:
     """A hash of shape and numbers."""
     numbers = tensor.detach().cpu().contiguous()
     return hashlib.sha256(f"{tuple(numbers.shape)}".encode() + numbers.float().numpy().tobytes()).digest()

@@ -19,21 +19,21 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.files import BROKEN, staged
+from steer.files import DECODE_ERRORS, atomic_write
 from steer.pipelines.base import Iteration
 from steer.pipelines.particle_batch import as_type
 from steer.pipelines.training.evaluation import EvalResult
 
 Report = dict[str, Any]
-MOST_ROWS = 24  # prompts in one grid
-MOST_TREES = 6
-SHADE = "viridis"  # tells rewards apart for colour-blind readers too
+MAX_ROWS = 24  # prompts in one grid
+MAX_TREES = 6
+COLORMAP = "viridis"  # tells rewards apart for colour-blind readers too
 INK, FAINT = "#222222", "#bbbbbb"
 
 
 def draw_grid(report: Report, out: Path) -> Path:
     """Writes grid.png: a row a prompt, the base images (where there are any) left of the steered ones, best first."""
-    entries = report["prompts"][:MOST_ROWS]
+    entries = report["prompts"][:MAX_ROWS]
     bases = [entry.get("base", {"images": [], "rewards": []}) for entry in entries]
     left, right = max(len(base["images"]) for base in bases), max(len(entry["images"]) for entry in entries)
     gap = 0.35 if left else 0.0
@@ -53,7 +53,7 @@ def draw_grid(report: Report, out: Path) -> Path:
     if left:
         figure.text(0.15 / width, 1 - 0.2 / height, "base", size=11, weight="bold", va="top", color=INK)
     x = (0.15 + 1.35 * left + gap) / width
-    figure.text(x, 1 - 0.2 / height, made_how(report), size=11, weight="bold", va="top", color=INK)
+    figure.text(x, 1 - 0.2 / height, image_title(report), size=11, weight="bold", va="top", color=INK)
     figure.text(
         0.15 / width,
         1 - 0.42 / height,
@@ -66,7 +66,7 @@ def draw_grid(report: Report, out: Path) -> Path:
     return out / "grid.png"
 
 
-def made_how(report: Report) -> str:
+def image_title(report: Report) -> str:
     """What the images beside the base ones are, in a few words."""
     finetuned = report["settings"].get("lora") is not None
     if report["method"] == "base":
@@ -85,7 +85,7 @@ def opened(path: Path) -> Image.Image:
     try:
         with Image.open(path, formats=("PNG",)) as file:
             return file.convert("RGB")
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         raise InputError(f"{path} is damaged ({error}); delete it, the same command makes it again") from error
 
 
@@ -103,7 +103,7 @@ def draw_ancestry(report: Report, out: Path) -> Path:
     A dot is a particle, coloured by its reward; a line leads to where it goes on. Dark lines lead to a finished
     image, shown at the right with its reward.
     """
-    entries = report["prompts"][:MOST_TREES]
+    entries = report["prompts"][:MAX_TREES]
     size = max(len(column) for entry in entries for column in _columns(entry))
     figure = Figure(figsize=(9, (0.62 * size + 0.95) * len(entries)), dpi=120, layout="constrained")
     for axes, entry in zip(np.atleast_1d(figure.subplots(len(entries), 1)), entries, strict=True):
@@ -114,14 +114,14 @@ def draw_ancestry(report: Report, out: Path) -> Path:
 
 def _columns(entry: dict[str, Any]) -> list[list[float]]:
     """Rewards by slot at each reading, and of the finished images."""
-    return [*entry["step_rewards"], _in_slots(entry["rewards"], entry["order"])]
+    return [*entry["step_rewards"], _slot_order(entry["rewards"], entry["order"])]
 
 
 def _tree(axes: Axes, entry: dict[str, Any], out: Path) -> None:
     columns = _columns(entry)
     size, last = max(map(len, columns)), len(columns) - 1
     _ancestry_lines(axes, entry["ancestors"], len(columns[-1]))
-    shade: dict[str, Any] = {"cmap": SHADE, "vmin": min(map(min, columns)), "vmax": max(map(max, columns))}
+    shade: dict[str, Any] = {"cmap": COLORMAP, "vmin": min(map(min, columns)), "vmax": max(map(max, columns))}
     for column, rewards in enumerate(columns):
         axes.scatter(
             [column] * len(rewards),
@@ -165,7 +165,7 @@ def _label(axes: Axes, text: str, place: tuple[int, int], offset: tuple[int, int
     axes.annotate(text, place, offset, textcoords="offset points", color=INK, **style)
 
 
-def _in_slots(rewards: list[float], order: list[int]) -> list[float]:
+def _slot_order(rewards: list[float], order: list[int]) -> list[float]:
     """Rewards by slot of the run, from rewards best first."""
     return [rewards[order.index(slot)] for slot in range(len(order))]
 
@@ -196,7 +196,7 @@ class Frames:
         row = Image.new("RGB", (width * len(images), height))
         for slot, image in enumerate(images):
             row.paste(image, (width * slot, 0))
-        with staged(self._path(iteration.number)) as new:
+        with atomic_write(self._path(iteration.number)) as new:
             row.save(new, format="PNG")
 
     def write(self, entry: Mapping[str, Any], best: Image.Image, path: Path) -> None:
@@ -236,7 +236,7 @@ def captioned(image: Image.Image, text: str, reward: float) -> Image.Image:
 
 
 Numbers = NDArray[np.float64]
-MOST_LINES = 6  # prompts with a line of their own
+MAX_LINES = 6  # prompts with a line of their own
 BAND = (10, 90)  # per cent of the prompts
 
 
@@ -246,12 +246,12 @@ def draw_progress(report: Report, out: Path) -> Path:
     Where there are too many prompts to tell apart, the means over them, with a band of most of them.
     """
     entries = report["prompts"]
-    figure = Figure(figsize=(10, 4.1 + 0.18 * min(len(entries), MOST_LINES)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10, 4.1 + 0.18 * min(len(entries), MAX_LINES)), dpi=120, layout="constrained")
     reward, norm = figure.subplots(1, 2)
-    (_progress_lines if len(entries) <= MOST_LINES else _progress_means)(reward, norm, entries)
+    (_progress_lines if len(entries) <= MAX_LINES else _progress_means)(reward, norm, entries)
     norm.axhline(1, color=INK, lw=0.8, ls=":", zorder=0)
-    _finish(reward, f"reward {shown(report['settings']['reward'], 55)}")
-    _finish(norm, "length of the noise, ‖ε‖/√D (dotted: random noise)")
+    _style_axes(reward, f"reward {shown(report['settings']['reward'], 55)}")
+    _style_axes(norm, "length of the noise, ‖ε‖/√D (dotted: random noise)")
     handles, labels = reward.get_legend_handles_labels()
     if len(handles) > 1:
         figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, labelcolor=INK)
@@ -270,7 +270,7 @@ def _progress_title(report: Report) -> str:
 def _progress_lines(reward: Axes, norm: Axes, entries: Sequence[dict[str, Any]]) -> None:
     """A colour for each prompt."""
     for number, entry in enumerate(entries):
-        color = colormaps[SHADE](0.85 * number / (len(entries) - 1) if len(entries) > 1 else 0.25)
+        color = colormaps[COLORMAP](0.85 * number / (len(entries) - 1) if len(entries) > 1 else 0.25)
         trace, first = entry["trace"], entry["order"][0]
         best, lengths = np.max(trace["best"], axis=1), np.array(trace["norms"])
         _draw(reward, np.array(trace["rewards"]), color, bold=False)
@@ -287,7 +287,7 @@ def _progress_means(reward: Axes, norm: Axes, entries: Sequence[dict[str, Any]])
         values = np.array(entry["trace"][name])
         return np.pad(values, ((0, longest - len(values)), (0, 0)), mode="edge")
 
-    color = colormaps[SHADE](0.25)
+    color = colormaps[COLORMAP](0.25)
     best = np.array([series("best", entry).max(1) for entry in entries])
     lengths = np.array([series("norms", entry)[:, entry["order"][0]] for entry in entries])
     seeds = np.mean([series("rewards", entry).mean(1) for entry in entries], axis=0)
@@ -306,7 +306,7 @@ def _draw(axes: Axes, values: Numbers, color: Any, *, bold: bool, label: str | N
     axes.plot(range(len(values)), values, color=color, marker=dot, label=label, **style)
 
 
-def _finish(axes: Axes, title: str) -> None:
+def _style_axes(axes: Axes, title: str) -> None:
     axes.set_title(title, size=9, loc="left", color=INK)
     axes.set_xlabel("iteration (0: the noise it began with)", size=8, color=INK)
     axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
@@ -317,7 +317,7 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 DPI = 120
-MOST_IMAGES = 24
+MAX_IMAGES = 24
 COLUMNS = 6
 SIDE = 192  # most pixels of a picture's side: three times a 64-pixel image
 GAP = 14
@@ -325,9 +325,9 @@ CAPTION_HEIGHT = 32  # pixels above an image, for two lines
 BELOW = 20  # pixels below it, for its rewards
 TOP = 46
 PAIRS = 8  # prompts in the comparison
-MOST_REWARDS = 3  # numbers below one image
+MAX_REWARDS = 3  # numbers below one image
 LETTERS = 30  # of a caption's line
-TOLD = "steer"  # a grid's own text chunk in the PNG: what is where, to be read again for the comparison
+METADATA_KEY = "steer"  # a grid's own text chunk in the PNG: what is where, to be read again for the comparison
 
 
 def write_grid(evaluated: EvalResult, out: Path, samples: int) -> Path:
@@ -335,23 +335,23 @@ def write_grid(evaluated: EvalResult, out: Path, samples: int) -> Path:
 
     samples  images of each prompt to show; no more than were drawn are
     """
-    drawn = len(evaluated.images) // len(evaluated.prompts)
-    each = max(1, min(samples, drawn, MOST_IMAGES))
+    samples_per_prompt = len(evaluated.images) // len(evaluated.prompts)
+    each = max(1, min(samples, samples_per_prompt, MAX_IMAGES))
     rewards = np.stack([values.float().cpu().numpy() for values in evaluated.rewards.values()])
     cells, pictures = [], []
-    for place in evenly(len(evaluated.prompts), MOST_IMAGES // each):
+    for place in evenly(len(evaluated.prompts), MAX_IMAGES // each):
         for k in range(each):
-            told = [float(value) for value in rewards[:MOST_REWARDS, place, k]]
-            cells.append({"prompt": evaluated.prompts[place], "rewards": told})
-            pictures.append(thumbnail(evaluated.images[place * drawn + k]))
-    names = list(evaluated.rewards)[:MOST_REWARDS]
+            grid_metadata = [float(value) for value in rewards[:MAX_REWARDS, place, k]]
+            cells.append({"prompt": evaluated.prompts[place], "rewards": grid_metadata})
+            pictures.append(thumbnail(evaluated.images[place * samples_per_prompt + k]))
+    names = list(evaluated.rewards)[:MAX_REWARDS]
     video = "   (videos: the middle frame)" if evaluated.images.ndim == 5 else ""
     title = (f"after {evaluated.step} updates", f"below each image: {listed(names)}{video}")
-    figure, boxes = _laid_out(cells, pictures, title)
-    said = {"step": evaluated.step, "rewards": names, "cells": cells, "boxes": boxes}
+    figure, boxes = _layout_grid(cells, pictures, title)
+    info_dict = {"step": evaluated.step, "rewards": names, "cells": cells, "boxes": boxes}
     path = out / "samples" / f"step-{evaluated.step:06d}.png"
-    with staged(path) as new:
-        figure.savefig(new, format="png", metadata={TOLD: json.dumps(said)})
+    with atomic_write(path) as new:
+        figure.savefig(new, format="png", metadata={METADATA_KEY: json.dumps(info_dict)})
     return path
 
 
@@ -377,7 +377,7 @@ def thumbnail(image: Tensor) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _laid_out(
+def _layout_grid(
     cells: Sequence[dict[str, Any]], pictures: Sequence[Image.Image], title: tuple[str, str]
 ) -> tuple[Figure, list[list[int]]]:
     """A grid, and where in it each picture is: left, top, right, bottom, in pixels from the top left."""
@@ -402,8 +402,8 @@ def _canvas(width: int, height: int) -> Figure:
 def _words(figure: Figure, text: str, left: float, top: float, **style: Any) -> None:
     """Text at a place in pixels from the top left."""
     width, height = figure.get_size_inches() * DPI
-    said: dict[str, Any] = {"va": "top", "color": INK, "linespacing": 1.05}
-    figure.text(left / width, 1 - top / height, text, **(said | style))
+    info_dict: dict[str, Any] = {"va": "top", "color": INK, "linespacing": 1.05}
+    figure.text(left / width, 1 - top / height, text, **(info_dict | style))
 
 
 def _place(figure: Figure, picture: Image.Image, left: int, top: int, high: int) -> list[int]:
@@ -440,9 +440,9 @@ def read_grid(path: Path) -> dict[str, Any] | None:
     try:
         with Image.open(path) as picture:
             picture.load()
-            said = picture.info.get(TOLD)
-        return json.loads(said) if isinstance(said, str) else None
-    except BROKEN:
+            info_dict = picture.info.get(METADATA_KEY)
+        return json.loads(info_dict) if isinstance(info_dict, str) else None
+    except DECODE_ERRORS:
         return None
 
 
@@ -456,29 +456,31 @@ def draw_before_after(out: Path) -> Path | None:
 
     Without two grids of the same prompts there is nothing to compare: None.
     """
-    found = grids(out)
-    if len(found) < 2:
+    grid_paths = grids(out)
+    if len(grid_paths) < 2:
         return None
-    paths = (found[0], found[-1])
-    told = [read_grid(path) or {} for path in paths]
-    if [cell["prompt"] for cell in told[0]["cells"]] != [cell["prompt"] for cell in told[1]["cells"]]:
+    paths = (grid_paths[0], grid_paths[-1])
+    grid_metadata = [read_grid(path) or {} for path in paths]
+    if [cell["prompt"] for cell in grid_metadata[0]["cells"]] != [cell["prompt"] for cell in grid_metadata[1]["cells"]]:
         return None
-    chosen = evenly(len(told[0]["cells"]), PAIRS)
-    high = max(lower - upper for said in told for _, upper, _, lower in said["boxes"])
+    chosen = evenly(len(grid_metadata[0]["cells"]), PAIRS)
+    high = max(lower - upper for info_dict in grid_metadata for _, upper, _, lower in info_dict["boxes"])
     margin, step, row_height = 106, SIDE + GAP, high + BELOW + 8
     figure = _canvas(max(margin + len(chosen) * step, 460), TOP + CAPTION_HEIGHT + 2 * row_height)
     _words(figure, "The same prompts and seeds, before and after", GAP, 6, size=11, weight="bold")
-    _words(figure, f"below each image: {listed(told[1]['rewards'])}", GAP, 26, size=8)
-    for row, (path, said) in enumerate(zip(paths, told, strict=True)):
+    _words(figure, f"below each image: {listed(grid_metadata[1]['rewards'])}", GAP, 26, size=8)
+    for row, (path, info_dict) in enumerate(zip(paths, grid_metadata, strict=True)):
         top = TOP + CAPTION_HEIGHT + row * row_height
-        _words(figure, f"{('before', 'after')[row]}\n{said['step']} updates", GAP, top + high / 2, size=8, va="center")
+        _words(
+            figure, f"{('before', 'after')[row]}\n{info_dict['step']} updates", GAP, top + high / 2, size=8, va="center"
+        )
         with Image.open(path) as whole:
             for column, number in enumerate(chosen):
-                cell, left = said["cells"][number], margin + column * step
+                cell, left = info_dict["cells"][number], margin + column * step
                 if row == 0:
                     _caption(figure, cell["prompt"], left, top)
-                _place(figure, whole.convert("RGB").crop(tuple(said["boxes"][number])), left, top, high)
+                _place(figure, whole.convert("RGB").crop(tuple(info_dict["boxes"][number])), left, top, high)
                 _words(figure, numbers(cell["rewards"]), left + SIDE / 2, top + high + 4, size=8, ha="center")
-    with staged(out / "plots" / "before-after.png") as new:
+    with atomic_write(out / "plots" / "before-after.png") as new:
         figure.savefig(new, format="png")
     return out / "plots" / "before-after.png"

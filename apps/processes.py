@@ -17,28 +17,30 @@ from datetime import timedelta
 from typing import TypeVar
 
 from steer.errors import InputError
-from steer.training.distributed import ending_together
+from steer.training.distributed import report_lost_process
 
 Value = TypeVar("Value")
 # Where launchers say how many processes they started, as accelerate reads it.
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-LONGEST = timedelta(days=30)  # that one process may wait for the others; by default they give up after half an hour
+WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+BARRIER_TIMEOUT = timedelta(
+    days=30
+)  # that one process may wait for the others; by default they give up after half an hour
 
 
-def processes(cpu: bool = True) -> "Processes":
+def processes(cpu: bool = True) -> "LaunchContext":
     """This process among those of its run. A plain process is the only one, and nothing distributed is begun for it.
 
     cpu  whether they talk to each other over the CPU (gloo), which is all that sharing work takes; False: over their
          GPUs where there are any (NCCL), as training does. What accelerate has set up before stays as it is.
     """
-    if all(os.environ.get(name, "1") == "1" for name in SIZES):
-        return Processes()
+    if all(os.environ.get(name, "1") == "1" for name in WORLD_SIZE_VARIABLES):
+        return LaunchContext()
     import torch
     from accelerate import PartialState
 
     # Without cpu=True accelerate would take each of several processes on a machine without a GPU for the only one.
-    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=LONGEST)
-    return Processes(state.process_index, state.num_processes, state.local_process_index)
+    state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=BARRIER_TIMEOUT)
+    return LaunchContext(state.process_index, state.num_processes, state.local_process_index)
 
 
 def part() -> None:
@@ -51,57 +53,57 @@ def part() -> None:
         distributed.destroy_process_group()
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that says what all of them would say. Imports nothing."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)
-class Processes:
-    """One of `count` processes; `local_index` is its number on its own machine.
+class LaunchContext:
+    """One of `world_size` processes; `local_rank` is its number on its own machine.
 
     Where another one has ended before its time, whoever waits ends too: the main process with an InputError, the
     others, which have nothing to add, with exit code 2.
     """
 
-    index: int = 0
-    count: int = 1
-    local_index: int = 0
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
 
     @property
-    def is_main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this one merges what the others made, and has the last word."""
-        return self.index == 0
+        return self.rank == 0
 
-    def share(self, n: int) -> range:
+    def split_indices(self, n: int) -> range:
         """The indices among 0 … n − 1 that are this process's: together the processes have each exactly once."""
-        return range(self.index, n, self.count)
+        return range(self.rank, n, self.world_size)
 
-    def wait(self) -> None:
+    def wait_for_everyone(self) -> None:
         """Returns when all have come here."""
-        if self.count > 1:
+        if self.world_size > 1:
             from accelerate import PartialState
 
-            with self._ending_together():
+            with self._fail_with_main():
                 PartialState().wait_for_everyone()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """The first process of each machine runs the block before the others; if it raises, the others never do."""
-        if self.local_index > 0:
-            self.wait()
+        if self.local_rank > 0:
+            self.wait_for_everyone()
         yield
-        if self.local_index == 0:
-            self.wait()
+        if self.local_rank == 0:
+            self.wait_for_everyone()
 
-    def from_main(self, make: Callable[[], Value]) -> Value:
+    def broadcast_from_main(self, make: Callable[[], Value]) -> Value:
         """What `make` returns in the main process, for all; it must pickle. In the others it is not called."""
-        if self.count == 1:
+        if self.world_size == 1:
             return make()
         from accelerate.utils import broadcast_object_list
 
-        box = [make()] if self.is_main else [None]
-        with self._ending_together():
+        box = [make()] if self.is_main_process else [None]
+        with self._fail_with_main():
             broadcast_object_list(box, from_process=0)
         return box[0]  # type: ignore[return-value]
 
@@ -109,18 +111,18 @@ class Processes:
         """Where to run: of several processes that are told "cuda" or nothing, each has a GPU of its own."""
         import torch
 
-        if self.count == 1 or given not in (None, "cuda") or not torch.cuda.is_available():
+        if self.world_size == 1 or given not in (None, "cuda") or not torch.cuda.is_available():
             return given
-        own = f"cuda:{self.local_index % torch.cuda.device_count()}"
+        own = f"cuda:{self.local_rank % torch.cuda.device_count()}"
         torch.cuda.set_device(own)  # for whatever says no more than "cuda"
         return own
 
     @contextmanager
-    def _ending_together(self) -> Iterator[None]:
+    def _fail_with_main(self) -> Iterator[None]:
         try:
-            with ending_together("; what was finished is kept, the same command goes on"):
+            with report_lost_process("; what was finished is kept, the same command goes on"):
                 yield
         except InputError as error:
-            if not self.is_main:
+            if not self.is_main_process:
                 raise SystemExit(2) from error
             raise

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from steer.apps.methods import SampleSettings
-from steer.apps.processes import speaks
-from steer.arguments import coerced_value, hints_of
+from steer.apps.methods import SamplingConfig
+from steer.apps.processes import is_main_process
+from steer.arguments import annotations_of, coerce_value
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.registry import nearest
@@ -26,8 +26,8 @@ CONVERTED = "refs/convert/parquet"  # where the hub keeps CONFIG/SPLIT/0000.parq
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
 SHARD = r"(.+)-\d+-of-(\d+)(-[0-9a-f]+)?"  # of the names that data sets are uploaded under
 NO_DATA = {"readme", "license", "requirements"}  # text files that are about a data set
-SHOWN = 8  # names in a message
-SAID = 160  # characters of another library's message
+MAX_SHOWN = 8  # names in a message
+MAX_ERROR_LENGTH = 160  # characters of another library's message
 
 
 def data_files(data_set: str, split: str, formats: Sequence[str]) -> list[Path]:
@@ -41,30 +41,30 @@ def data_files(data_set: str, split: str, formats: Sequence[str]) -> list[Path]:
     """
     import huggingface_hub
 
-    seen: list[str] = []
+    available: list[str] = []
     for revision in (None, CONVERTED):
         listed = _listed(data_set, revision)
-        seen += listed
-        if names := _one_folder(data_set, split, _of_split(listed, split, formats)):
-            _check_whole(data_set, names)
+        available += listed
+        if names := _one_folder(data_set, split, _select_split(listed, split, formats)):
+            _check_all_shards(data_set, names)
             with _hub_errors(data_set):
                 return [
                     Path(huggingface_hub.hf_hub_download(data_set, name, repo_type="dataset", revision=revision))
                     for name in names
                 ]
-    told = f"only {some(seen)}" if seen else "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
-    raise InputError(f"data set {data_set!r}: no {', '.join(formats)} files of split {split!r}: {told}")
+    content = f"only {some(available)}" if available else "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
+    raise InputError(f"data set {data_set!r}: no {', '.join(formats)} files of split {split!r}: {content}")
 
 
 def some(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    return ", ".join(names[:MAX_SHOWN]) + more
 
 
-def in_a_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an error of another library says, on one line of bounded length."""
-    return " ".join(str(error).split())[:SAID] or type(error).__name__
+    return " ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__
 
 
 def _listed(data_set: str, revision: str | None) -> list[str]:
@@ -86,7 +86,7 @@ def _listed(data_set: str, revision: str | None) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
 
 
-def _of_split(names: Iterable[str], split: str, formats: Sequence[str]) -> list[str]:
+def _select_split(names: Iterable[str], split: str, formats: Sequence[str]) -> list[str]:
     """Where no name speaks of a split, all are of train."""
     paths = ((name, Path(name.lower())) for name in names)
     known = [name for name, path in paths if path.suffix in formats and path.stem not in NO_DATA]
@@ -115,7 +115,7 @@ def _one_folder(data_set: str, split: str, names: list[str]) -> list[str]:
     return [name for name in names if name.rpartition("/")[0] in plain]
 
 
-def _check_whole(data_set: str, names: Sequence[str]) -> None:
+def _check_all_shards(data_set: str, names: Sequence[str]) -> None:
     """Raises InputError where the cache, all there is offline, holds some shards and not the others."""
     from huggingface_hub import constants
 
@@ -145,17 +145,17 @@ def _hub_errors(data_set: str) -> Iterator[None]:
         ) from error
     except network as error:
         raise InputError(
-            f"prompts {data_set!r}: no such file, and as a data set of the hub it cannot be read: {in_a_line(error)}; "
+            f"prompts {data_set!r}: no such file, and as a data set of the hub it cannot be read: {one_line(error)}; "
             "without a network set HF_HUB_OFFLINE=1 once it is in the cache, or name a file"
         ) from error
 
 
 COLUMN, TAG = "prompt", "tag"
 NAMES = (("prompt", "prompts"), ("text", "texts", "caption", "captions"))  # columns of prompts; the first kind wins
-MOST, LARGEST = 10_000_000, 4_000_000_000  # rows of a table, and characters in them
-AT_ONCE = 1024  # rows
+MAX_ROWS, MAX_CHARACTERS = 10_000_000, 4_000_000_000  # rows of a table, and characters in them
+BATCH_ROWS = 1024  # rows
 # Longer marks first: that of UTF-32 begins with that of UTF-16.
-MARKS = (
+BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"),
@@ -183,7 +183,7 @@ class Table:
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Raises InputError, OSError."""
     data = path.read_bytes()
-    encoding = next((name for mark, name in MARKS if data.startswith(mark)), "utf-8-sig")
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -202,11 +202,11 @@ def chosen(names: Sequence[str], column: str | None, where: str) -> str | None:
     if COLUMN in names:
         return COLUMN
     for kind in NAMES:
-        found = [name for name in names if name.strip().lower() in kind]
-        if len(found) > 1:
-            raise InputError(f"{where}: {some(found)} could each be the prompts: choose one with --prompt-column")
-        if found:
-            return found[0]
+        result = [name for name in names if name.strip().lower() in kind]
+        if len(result) > 1:
+            raise InputError(f"{where}: {some(result)} could each be the prompts: choose one with --prompt-column")
+        if result:
+            return result[0]
     return None
 
 
@@ -266,45 +266,45 @@ def _record(record: Any, where: str, column: str | None) -> dict[str, Any]:
 
 
 def _json(path: Path, column: str | None) -> Table:
-    told = _parsed(read_text(path), str(path)) if path.stat().st_size else []
-    return Table([(where, _record(one, where, column)) for where, one in _records(told, path, column)])
+    content = _parsed(read_text(path), str(path)) if path.stat().st_size else []
+    return Table([(where, _record(one, where, column)) for where, one in _records(content, path, column)])
 
 
-def _records(told: Any, path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+def _records(content: Any, path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     """Of a list; of an object with lists as columns; of one with a list, or an object, for each tag."""
-    if isinstance(told, list):
-        yield from ((f"{path}, entry {n}", one) for n, one in enumerate(told, start=1))
+    if isinstance(content, list):
+        yield from ((f"{path}, entry {n}", one) for n, one in enumerate(content, start=1))
         return
-    if not isinstance(told, dict):
-        raise InputError(f"{path}: expected a list of prompts or objects, got {kind_of(told)}")
-    key = chosen(list(told), column, str(path))
-    if key is not None and isinstance(told[key], str):
-        yield str(path), told
-    elif key is not None and isinstance(told[key], list) and not any(isinstance(one, dict) for one in told[key]):
-        lengths = {name: len(one) if isinstance(one, list) else 1 for name, one in told.items()}
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a list of prompts or objects, got {kind_of(content)}")
+    key = chosen(list(content), column, str(path))
+    if key is not None and isinstance(content[key], str):
+        yield str(path), content
+    elif key is not None and isinstance(content[key], list) and not any(isinstance(one, dict) for one in content[key]):
+        lengths = {name: len(one) if isinstance(one, list) else 1 for name, one in content.items()}
         if uneven := [name for name, length in lengths.items() if length != lengths[key]]:
             raise InputError(f"{path}: {lengths[key]} values under {key!r}, {lengths[uneven[0]]} under {uneven[0]!r}")
-        columns = {name: one if isinstance(one, list) else [one] for name, one in told.items()}
+        columns = {name: one if isinstance(one, list) else [one] for name, one in content.items()}
         yield from ((f"{path}, entry {n + 1}", {c: v[n] for c, v in columns.items()}) for n in range(lengths[key]))
     else:
-        yield from _tagged(told, path, column)
+        yield from _tagged(content, path, column)
 
 
-def _tagged(told: Mapping[str, Any], path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+def _tagged(content: Mapping[str, Any], path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     """Of {tag: [prompt or object, …]} and {name: object}: the key of a list is the tag of its entries."""
-    for key, value in told.items():
+    for key, value in content.items():
         for number, one in enumerate(value if isinstance(value, list) else [value], start=1):
             where = f"{path}, {key!r:.60}, entry {number}"
             if not isinstance(one, dict) and not (isinstance(one, str) and isinstance(value, list)):
-                raise InputError(f"{path}: {expected(column, 'a list under', list(told))}")
+                raise InputError(f"{path}: {expected(column, 'a list under', list(content))}")
             record = {column or COLUMN: one} if isinstance(one, str) else one
-            yield where, ({TAG: key} if len(told) > 1 else {}) | record
+            yield where, ({TAG: key} if len(content) > 1 else {}) | record
 
 
 def _csv(path: Path, column: str | None) -> Table:
     text = read_text(path)
     head = text.lstrip("\r\n").partition("\n")[0]
-    return _of_cells(path, _cells(path, text, max(DELIMITERS, key=head.count)), column)
+    return _table_from_cells(path, _cells(path, text, max(DELIMITERS, key=head.count)), column)
 
 
 def _tsv(path: Path, column: str | None) -> Table:
@@ -314,7 +314,7 @@ def _tsv(path: Path, column: str | None) -> Table:
     except InputError:  # quotes that are letters: tables of tabs are often written without quoting
         lines = text.replace("\r\n", "\n").split("\n")
         cells = [(number, line.split("\t")) for number, line in enumerate(lines, start=1)]
-    return _of_cells(path, cells, column)
+    return _table_from_cells(path, cells, column)
 
 
 def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
@@ -326,7 +326,7 @@ def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]
         raise InputError(f"{path}, line {reader.line_num}: not a table that can be read ({error})") from error
 
 
-def _of_cells(path: Path, rows: Sequence[tuple[int, list[str]]], column: str | None) -> Table:
+def _table_from_cells(path: Path, rows: Sequence[tuple[int, list[str]]], column: str | None) -> Table:
     filled = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
     header = [name.strip() for name in (filled[0][1] if filled else [])]
     line = f"{path}, line {filled[0][0] if filled else 1}"
@@ -335,7 +335,7 @@ def _of_cells(path: Path, rows: Sequence[tuple[int, list[str]]], column: str | N
         raise InputError(f"{line}: {expected(column, 'a column named', header)}")
     if twice := [one for one in header if one and header.count(one) > 1]:
         raise InputError(f"{line}: the column {twice[0]!r} is there twice: leave one of them out")
-    found = []
+    result = []
     for number, row in filled[1:]:
         if len(row) <= header.index(name):
             raise InputError(f"{path}, line {number}: no column {header.index(name) + 1}")
@@ -344,8 +344,8 @@ def _of_cells(path: Path, rows: Sequence[tuple[int, list[str]]], column: str | N
                 f"{path}, line {number}: {len(row)} values for {len(header)} columns: put a prompt with the separator "
                 "in it in quotes"
             )
-        found.append((f"{path}, line {number}", {one: cell for one, cell in zip(header, row, strict=False) if one}))
-    return Table(found)
+        result.append((f"{path}, line {number}", {one: cell for one, cell in zip(header, row, strict=False) if one}))
+    return Table(result)
 
 
 def _parquet(path: Path, column: str | None) -> Table:
@@ -364,9 +364,9 @@ def _parquet(path: Path, column: str | None) -> Table:
                 kind = f"{file.schema_arrow.field(name).type!s:.80}"
                 raise InputError(f'{path}: expected texts under "{name}", got {kind}')
             plain = [one for one in dict.fromkeys(names) if one == name or _is_plain(pyarrow, file.schema_arrow, one)]
-            rows = _rows_of(path, file, plain)
+            rows = _parquet_rows(path, file, plain)
     except pyarrow.ArrowException as error:
-        raise InputError(f"{path}: not a parquet file that can be read ({in_a_line(error)})") from error
+        raise InputError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row[name], str):
             raise InputError(f'{path}, row {number}: expected a text under "{name}", got {kind_of(row[name])}')
@@ -384,20 +384,20 @@ def _is_plain(pyarrow: Any, schema: Any, name: str) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _rows_of(path: Path, file: Any, names: Sequence[str]) -> list[dict[str, Any]]:
+def _parquet_rows(path: Path, file: Any, names: Sequence[str]) -> list[dict[str, Any]]:
     """Some columns of a parquet file, a part at a time: some hundred bytes can stand for gigabytes."""
-    told = file.metadata
-    if told.num_rows > MOST:
-        raise InputError(f"{path}: {told.num_rows} rows; at most {MOST} are read")
+    content = file.metadata
+    if content.num_rows > MAX_ROWS:
+        raise InputError(f"{path}: {content.num_rows} rows; at most {MAX_ROWS} are read")
     rows: list[dict[str, Any]] = []
     size = 0
-    for batch in file.iter_batches(AT_ONCE, columns=list(names)):
+    for batch in file.iter_batches(BATCH_ROWS, columns=list(names)):
         rows += (part := batch.to_pylist())
         size += sum(len(value) for row in part for value in row.values() if isinstance(value, str | bytes))
-        if size > LARGEST:
-            raise InputError(f"{path}: more than {LARGEST} characters of text")
-    if len(rows) != told.num_rows:
-        raise InputError(f"{path}: not a parquet file that can be read ({len(rows)} of {told.num_rows} rows)")
+        if size > MAX_CHARACTERS:
+            raise InputError(f"{path}: more than {MAX_CHARACTERS} characters of text")
+    if len(rows) != content.num_rows:
+        raise InputError(f"{path}: not a parquet file that can be read ({len(rows)} of {content.num_rows} rows)")
     return rows
 
 
@@ -420,10 +420,10 @@ def filled(value: Any) -> bool:
 
 logger = logging.getLogger(__name__)
 HUB = (".parquet", ".tsv", ".jsonl", ".txt")  # others come as the parquet that the hub makes of every data set
-LONGEST = 100_000  # characters of a prompt: far beyond what any text encoder reads
+MAX_PROMPT_LENGTH = 100_000  # characters of a prompt: far beyond what any text encoder reads
 
 
-def find_prompts(source: str, column: str | None = None) -> list[str]:
+def load_prompts(source: str, column: str | None = None) -> list[str]:
     """Prompts by the name of an embedded list, from a file (`read_prompts`), or from a data set of the hub.
 
     source  a name in `steer.assets.PROMPTS`; a file; ORGANISATION/NAME or ORGANISATION/NAME:SPLIT (by default train;
@@ -435,8 +435,10 @@ def find_prompts(source: str, column: str | None = None) -> list[str]:
     return [row.prompt for row in _rows(source, column, ())]
 
 
-def find_tagged(source: str, column: str | None = None, tag: str | None = None) -> tuple[list[str], list[str] | None]:
-    """The prompts of `find_prompts`, and the tag of each: the task, the category.
+def load_tagged_prompts(
+    source: str, column: str | None = None, tag: str | None = None
+) -> tuple[list[str], list[str] | None]:
+    """The prompts of `load_prompts`, and the tag of each: the task, the category.
 
     tag  the column of the tags, which must be there; by default "tag", and no tags where there is no such text
     """
@@ -458,15 +460,15 @@ def find_tagged(source: str, column: str | None = None, tag: str | None = None) 
 
 def _rows(source: str, column: str | None, used: Collection[str]) -> list[PromptRow]:
     """The rows of a source. Columns that are neither prompts nor `used` are logged."""
-    found = _found(source)
-    files = [found] if isinstance(found, Path) else found
+    result = _locate(source)
+    files = [result] if isinstance(result, Path) else result
     tables = [_read(path, column) for path in files]
     rows, unread = [row for table, _ in tables for row in table], [name for _, names in tables for name in names]
     if not rows:
         raise InputError(
-            f"{found}: no prompts in this file"
-            if isinstance(found, Path)
-            else f"data set {source!r}: no prompts in {some([path.name for path in found])}"
+            f"{result}: no prompts in this file"
+            if isinstance(result, Path)
+            else f"data set {source!r}: no prompts in {some([path.name for path in result])}"
         )
     if source not in PROMPTS:
         note_unused(source, [*unused_columns(rows, used), *dict.fromkeys(unread)])
@@ -475,11 +477,11 @@ def _rows(source: str, column: str | None, used: Collection[str]) -> list[Prompt
 
 def note_unused(source: object, names: Sequence[str]) -> None:
     """Log the columns of a source that have no use, in one line, by one of several processes."""
-    if names and speaks():
+    if names and is_main_process():
         logger.warning("steer: %s", InputError(f"{source}: columns without a use here: {some(names)}"))
 
 
-def _found(source: str) -> Path | list[Path]:
+def _locate(source: str) -> Path | list[Path]:
     """The file of prompts, or those of a data set."""
     if source in PROMPTS:
         return PROMPTS[source]
@@ -527,7 +529,7 @@ def _read(path: Path, column: str | None) -> tuple[list[PromptRow], list[str]]:
     try:
         table = READERS[path.suffix.lower()](path, column)
     except OSError as error:
-        raise InputError(f"{path}: cannot read the prompt file ({error.strerror or in_a_line(error)})") from error
+        raise InputError(f"{path}: cannot read the prompt file ({error.strerror or one_line(error)})") from error
     rows = []
     for where, cells in table.rows:
         key = chosen(list(cells), column, where) or COLUMN
@@ -540,16 +542,16 @@ def _read(path: Path, column: str | None) -> tuple[list[PromptRow], list[str]]:
 
 def check_prompt(prompt: str, where: str) -> None:
     """Raises InputError, which begins with `where`, for what no tokenizer or image file can hold."""
-    if len(prompt) > LONGEST:
-        raise InputError(f"{where}: a prompt of {len(prompt)} characters: at most {LONGEST}, {prompt!r:.40}…")
-    if found := re.search("[\0\ud800-\udfff]", prompt):
-        raise InputError(f"{where}: the prompt {prompt!r:.70} holds {found[0]!r}, which is no text: leave it out")
+    if len(prompt) > MAX_PROMPT_LENGTH:
+        raise InputError(f"{where}: a prompt of {len(prompt)} characters: at most {MAX_PROMPT_LENGTH}, {prompt!r:.40}…")
+    if result := re.search("[\0\ud800-\udfff]", prompt):
+        raise InputError(f"{where}: the prompt {prompt!r:.70} holds {result[0]!r}, which is no text: leave it out")
 
 
 # Arguments of a pipeline that are settings of `steer sample`: {column: setting}.
 SETTINGS = {"seed": "seed", "guidance_scale": "guidance", "num_inference_steps": "steps", "eta": "eta"}
 # Arguments that steering has of its own, or that no cell can hold.
-TAKEN: tuple[str, ...] = (
+RESERVED_ARGUMENTS: tuple[str, ...] = (
     "prompt",
     "generator",
     "latents",
@@ -557,7 +559,7 @@ TAKEN: tuple[str, ...] = (
     "num_videos_per_prompt",
     "batch_size",
 )
-TAKEN += (
+RESERVED_ARGUMENTS += (
     "output_type",
     "return_dict",
     "callback_on_step_end_tensor_inputs",
@@ -566,24 +568,24 @@ TAKEN += (
     "callback_on_step_end",
 )
 LARGEST_SIZES = {"height": 8192, "width": 8192}  # pixels; a recipe may come from a stranger
-MOST_ELSE = 100_000
+MAX_VALUE = 100_000
 
 
 @dataclass(frozen=True)
-class Asked:
+class SampleRequest:
     """A prompt to sample, with the settings and the arguments of the pipeline's call that its row gives it."""
 
     prompt: str
-    settings: SampleSettings
+    settings: SamplingConfig
     arguments: Mapping[str, Any]
 
 
-def asked_settings(row: PromptRow, settings: SampleSettings) -> SampleSettings:
+def row_config(row: PromptRow, settings: SamplingConfig) -> SamplingConfig:
     """The settings of a row: those of the run, with the row's seed, guidance, steps and η.
 
     Raises InputError for a value that cannot be.
     """
-    hints, own = hints_of(SampleSettings.__init__), {}
+    hints, own = annotations_of(SamplingConfig.__init__), {}
     for name, value in row.columns.items():
         if (setting := SETTINGS.get(name.lower())) is not None:
             own[setting] = cell(name, hints[setting], value, row.prompt)
@@ -599,30 +601,34 @@ def asked_settings(row: PromptRow, settings: SampleSettings) -> SampleSettings:
     return made
 
 
-def asked_of(rows: Sequence[PromptRow], settings: SampleSettings, pipe: Any) -> list[Asked]:
+def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: Any) -> list[SampleRequest]:
     """The rows as they are sampled by a pipeline.
 
     The n-th of equal rows that name no seed is sampled with seed + n, so that its images are its own.
     Raises InputError for a value that does not fit the pipeline's argument.
     """
-    found: list[Asked] = []
+    result: list[SampleRequest] = []
     before: dict[str, int] = {}
     for row in rows:
         arguments = _arguments(row, pipe)
-        own = asked_settings(row, settings)
+        own = row_config(row, settings)
         if "seed" not in map(str.lower, row.columns):
             key = json.dumps([row.prompt, arguments, own.steps, own.guidance, own.eta], sort_keys=True)
             number = before[key] = before.get(key, -1) + 1
             own = replace(own, seed=(own.seed + number) % 2**63)
-        found.append(Asked(row.prompt, own, arguments))
-    return found
+        result.append(SampleRequest(row.prompt, own, arguments))
+    return result
 
 
 def argument_names(pipe: Any) -> dict[str, Any]:
     """The arguments of a pipeline's call that a cell may give: {name: annotation}."""
-    hints = hints_of(type(pipe).__call__)
+    hints = annotations_of(type(pipe).__call__)
     names = inspect.signature(type(pipe).__call__).parameters
-    return {name: hints.get(name, Any) for name in names if name not in (*TAKEN, *SETTINGS) and _holds(hints.get(name))}
+    return {
+        name: hints.get(name, Any)
+        for name in names
+        if name not in (*RESERVED_ARGUMENTS, *SETTINGS) and _holds(hints.get(name))
+    }
 
 
 def check_arguments(arguments: Any, where: str) -> dict[str, Any]:
@@ -649,7 +655,7 @@ def cell(name: str, hint: Any, value: Any, prompt: str) -> Any:
             raise InputError(
                 f"{where}: {value!r:.60} is no value of it: leave the cell empty for the default"
             ) from error
-    return coerced_value(where, hint, value)
+    return coerce_value(where, hint, value)
 
 
 def _arguments(row: PromptRow, pipe: Any) -> dict[str, Any]:
@@ -676,8 +682,8 @@ def _is_plain_value(name: str, value: Any) -> bool:
     if isinstance(value, bool) or value is None:
         return True
     if isinstance(value, str):
-        return len(value) <= MOST_ELSE and "\0" not in value
-    return isinstance(value, int | float) and abs(value) <= LARGEST_SIZES.get(name, MOST_ELSE)
+        return len(value) <= MAX_VALUE and "\0" not in value
+    return isinstance(value, int | float) and abs(value) <= LARGEST_SIZES.get(name, MAX_VALUE)
 
 
 def used_columns(pipe: Any) -> list[str]:

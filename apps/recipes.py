@@ -22,18 +22,18 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 import steer
-from steer.apps.methods import Job, SampleSettings
+from steer.apps.methods import Job, SamplingConfig
 from steer.apps.prompts import check_arguments
 from steer.errors import InputError
-from steer.files import BROKEN
+from steer.files import DECODE_ERRORS
 from steer.pipelines.base import SteeringOutput
 
 KEY = "steer"  # of the iTXt chunk
-LONGEST = 1_000_000  # characters of JSON that are read
+MAX_JSON_LENGTH = 1_000_000  # characters of JSON that are read
 DTYPES = ("float32", "float16", "bfloat16")
 # A recipe runs on the machine of whoever was sent it: no number in it may ask for more than anybody would.
-MOST = {"particles": 1024, "neighbours": 1024, "steps": 10_000, "seed": 2**63 - 1}
-MOST_ELSE = 100_000
+MAX_VALUES = {"particles": 1024, "neighbours": 1024, "steps": 10_000, "seed": 2**63 - 1}
+MAX_VALUE = 100_000
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class Recipe:
     base      whether it is one of the base images beside the steered ones
     rank      its place among them: 0 is the best, of base images the first slot
     reward    its score, and by name those of the reward's `components`
-    pixels    `pixels_of` the image as it was written
+    pixels    `pixel_hash` the image as it was written
     steer, torch, diffusers, device, dtype    what it was made with, for when pixels come out otherwise
     arguments of the pipeline's call that the prompt's row of a prompt file gave
     scheduler, steps, guidance    as the call had them, for other programs
     """
 
     prompt: str
-    settings: SampleSettings
+    settings: SamplingConfig
     base: bool
     rank: int
     reward: float
@@ -67,7 +67,7 @@ class Recipe:
     guidance: float | None = None
 
 
-def recipe_of(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe:
+def make_recipe(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe:
     """The recipe of one image of a job's output. Raises InputError where that is no image but a video."""
     if not isinstance(output.images[rank], Image.Image):
         raise InputError("this model makes videos: call steer.pipelines from Python, `steer sample` writes images")
@@ -80,7 +80,7 @@ def recipe_of(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe
         rank=rank,
         reward=output.rewards[0, rank].item(),
         components={name: scores[0, rank].item() for name, scores in output.components.items()},
-        pixels=pixels_of(output.images[rank]),
+        pixels=pixel_hash(output.images[rank]),
         steer=steer.__version__,
         torch=torch.__version__,
         diffusers=diffusers.__version__,
@@ -88,12 +88,12 @@ def recipe_of(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe
         dtype=str(job.pipe.dtype).removeprefix("torch."),
         arguments=dict(job.arguments),
         scheduler=type(job.pipe.scheduler).__name__,
-        steps=_called(job, "num_inference_steps", int),
-        guidance=_called(job, "guidance_scale", float),
+        steps=_call_value(job, "num_inference_steps", int),
+        guidance=_call_value(job, "guidance_scale", float),
     )
 
 
-def _called(job: Job, name: str, kind: type) -> Any:
+def _call_value(job: Job, name: str, kind: type) -> Any:
     """What the pipeline's call has for an argument: the job's, else the pipeline's default where it is a number."""
     parameters = inspect.signature(type(job.pipe).__call__).parameters
     value = job.call.get(name, parameters[name].default if name in parameters else None)
@@ -103,11 +103,11 @@ def _called(job: Job, name: str, kind: type) -> Any:
 def parameters_text(recipe: Recipe, image: Image.Image) -> str:
     """How an image was made, in the form of the text chunk "parameters" that other programs read."""
     negative = recipe.arguments.get("negative_prompt", "")
-    told: dict[str, Any] = {"Steps": recipe.steps, "Sampler": recipe.scheduler.removesuffix("Scheduler") or None}
-    told |= {"CFG scale": recipe.guidance, "Seed": recipe.settings.seed, "Size": f"{image.width}x{image.height}"}
-    told |= {"Model": recipe.settings.model, "Version": f"steer {recipe.steer}"}
-    told |= {"Steering": "base" if recipe.base else recipe.settings.method, "Reward": recipe.settings.reward}
-    pairs = [f"{name}: {_quoted(str(value))}" for name, value in told.items() if value is not None]
+    data: dict[str, Any] = {"Steps": recipe.steps, "Sampler": recipe.scheduler.removesuffix("Scheduler") or None}
+    data |= {"CFG scale": recipe.guidance, "Seed": recipe.settings.seed, "Size": f"{image.width}x{image.height}"}
+    data |= {"Model": recipe.settings.model, "Version": f"steer {recipe.steer}"}
+    data |= {"Steering": "base" if recipe.base else recipe.settings.method, "Reward": recipe.settings.reward}
+    pairs = [f"{name}: {_quoted(str(value))}" for name, value in data.items() if value is not None]
     lines = [recipe.prompt, *([f"Negative prompt: {negative}"] if negative else []), ", ".join(pairs)]
     return "\n".join(lines)
 
@@ -125,10 +125,10 @@ def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
     image.save(path, format="PNG", pnginfo=info)
 
 
-def pixels_of(image: Image.Image) -> str:
+def pixel_hash(image: Image.Image) -> str:
     """A hash (SHA-256) of an image's mode, size and pixels."""
-    told = f"{image.mode} {image.width}x{image.height}\n".encode()
-    return hashlib.sha256(told + image.tobytes()).hexdigest()
+    data = f"{image.mode} {image.width}x{image.height}\n".encode()
+    return hashlib.sha256(data + image.tobytes()).hexdigest()
 
 
 def read_png(path: Path | bytes) -> tuple[Recipe, Image.Image]:
@@ -146,7 +146,7 @@ def read_metadata(path: Path | bytes) -> Recipe:
         return _recipe(file, _name(path))
 
 
-def prompt_inside(path: Path) -> str | None:
+def read_prompt(path: Path) -> str | None:
     """The prompt that an image file of steer holds; None for another image, or one whose metadata cannot be."""
     try:
         return read_metadata(path).prompt
@@ -167,7 +167,7 @@ def _opened(path: Path | bytes) -> Iterator[Image.Image]:
         raise
     except UnidentifiedImageError as error:
         raise InputError(f"{_name(path)}: not a PNG that can be read") from error
-    except BROKEN as error:  # ValueError: a text chunk larger than Pillow reads
+    except DECODE_ERRORS as error:  # ValueError: a text chunk larger than Pillow reads
         raise InputError(f"{_name(path)}: cannot read the PNG ({getattr(error, 'strerror', None) or error})") from error
 
 
@@ -176,26 +176,26 @@ def _recipe(file: Image.Image, name: str) -> Recipe:
     if not isinstance(text, str):
         raise InputError(f"{name}: no metadata of `steer sample` in this image; many programs drop it when they save")
     try:
-        if len(text) > LONGEST:
-            raise InputError(f"longer than {LONGEST} characters")
-        return _checked(json.loads(text, parse_constant=_no_number))
+        if len(text) > MAX_JSON_LENGTH:
+            raise InputError(f"longer than {MAX_JSON_LENGTH} characters")
+        return _checked(json.loads(text, parse_constant=_reject_constant))
     except InputError as error:
         raise InputError(f"{name}: metadata: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: metadata: not JSON ({str(error)[:80]})") from error
 
 
-def _checked(told: Any) -> Recipe:
-    values = _values(told, Recipe, nested=("settings", "components", "arguments"))
-    settings = SampleSettings(**_values(told["settings"], SampleSettings))
+def _checked(data: Any) -> Recipe:
+    values = _values(data, Recipe, nested=("settings", "components", "arguments"))
+    settings = SamplingConfig(**_values(data["settings"], SamplingConfig))
     settings.check()
     if settings.dtype not in (None, *DTYPES):
         raise InputError(f"dtype {settings.dtype!r:.40} is none of {', '.join(DTYPES)}")
-    components = told["components"]
+    components = data["components"]
     if not isinstance(components, dict):
         raise InputError("components: expected an object of numbers")
     scores = {name: _value(f"part {name!r:.40}", score, (float,)) for name, score in components.items()}
-    arguments = check_arguments(told.get("arguments", {}), "arguments")
+    arguments = check_arguments(data.get("arguments", {}), "arguments")
     recipe = Recipe(**values | {"settings": settings, "components": scores, "arguments": arguments})
     if not recipe.prompt.strip() or "\0" in recipe.prompt:
         raise InputError("the prompt is empty, or holds what no prompt can")
@@ -209,36 +209,36 @@ def _checked(told: Any) -> Recipe:
     return recipe
 
 
-def _values(told: Any, kind: type, nested: Collection[str] = ()) -> dict[str, Any]:
+def _values(data: Any, kind: type, nested: Collection[str] = ()) -> dict[str, Any]:
     """The fields of a dataclass, each of its type. One that has a default is younger, and may be missing."""
-    if not isinstance(told, dict):
-        raise InputError(f"expected an object, got {type(told).__name__}")
+    if not isinstance(data, dict):
+        raise InputError(f"expected an object, got {type(data).__name__}")
     known = {one.name: one for one in fields(kind)}
-    if unknown := sorted(told.keys() - known.keys()):
+    if unknown := sorted(data.keys() - known.keys()):
         raise InputError(f"unknown key {unknown[0]!r:.60}; was it written by a newer steer than {steer.__version__}?")
     needed = [name for name, one in known.items() if one.default is MISSING and one.default_factory is MISSING]
-    if missing := [name for name in needed if name not in told]:
+    if missing := [name for name in needed if name not in data]:
         raise InputError(f"{missing[0]!r} is missing")
     hints = get_type_hints(kind)
     kinds = {name: get_args(hints[name]) or (hints[name],) for name in known if name not in nested}
-    return {name: _value(name, told[name], kinds[name]) for name in kinds if name in told}
+    return {name: _value(name, data[name], kinds[name]) for name in kinds if name in data}
 
 
 def _value(name: str, value: Any, kinds: Collection[type]) -> Any:
     """A value of one of some types, in its range."""
-    if type(value) is int and float in kinds and abs(value) <= MOST_ELSE:
+    if type(value) is int and float in kinds and abs(value) <= MAX_VALUE:
         value = float(value)  # JSON components 1 from 1.0 no more than people do
     if type(value) not in kinds:
         wanted = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
         raise InputError(f"{name}: expected {wanted}, got {value!r:.40}")
     if isinstance(value, float) and not math.isfinite(value):
         raise InputError(f"{name}: expected a finite number, got {value}")
-    if type(value) is int and not 0 <= value <= MOST.get(name, MOST_ELSE):
-        raise InputError(f"{name}: expected 0 to {MOST.get(name, MOST_ELSE)}, got {value!s:.40}")
+    if type(value) is int and not 0 <= value <= MAX_VALUES.get(name, MAX_VALUE):
+        raise InputError(f"{name}: expected 0 to {MAX_VALUES.get(name, MAX_VALUE)}, got {value!s:.40}")
     if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
         raise InputError(f"{name}: not text ({value!r:.40})")
     return value
 
 
-def _no_number(text: str) -> Any:
+def _reject_constant(text: str) -> Any:
     raise InputError(f"{text} is no number")

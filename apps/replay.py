@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from steer.apps.errors import errors_named
+from steer.apps.errors import wrap_errors
 from steer.apps.methods import METHODS, TINY, Job
 from steer.apps.models import adapter_applied, check_device, load_pipeline
 from steer.apps.prompts import argument_names, cell
-from steer.apps.recipes import Recipe, pixels_of, read_png, recipe_of, write_png
-from steer.apps.reward_specs import names_alone, reward_here
+from steer.apps.recipes import Recipe, make_recipe, pixel_hash, read_png, write_png
+from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.apps.sampling import check_writable
 from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError
 from steer.reward import Reward, with_timeout
 from steer.rewards.parser import load_reward
 
-SURROUNDINGS = ("steer", "torch", "diffusers", "device", "dtype")
+ENVIRONMENT_FIELDS = ("steer", "torch", "diffusers", "device", "dtype")
 
 
 @dataclass(frozen=True)
-class Replayed:
+class ReplayResult:
     """The image that was written, and whether it has the pixels of the one that it was made after, in words too."""
 
     path: Path
@@ -44,7 +44,7 @@ def replay(
     lora: str | None = None,
     preview: str | None = None,
     reward_timeout: float | None = None,
-) -> Replayed:
+) -> ReplayResult:
     """Makes a PNG of `steer sample` again, as NAME-replay.png in `out`.
 
     reward  in place of the one in the image; needed where that one is not made of names alone
@@ -60,7 +60,7 @@ def replay(
         reward=reward or recipe.settings.reward,
         dtype=dtype or recipe.settings.dtype,
         lora=_weights(image, recipe, lora),
-        preview=preview or _own_preview(image, recipe),
+        preview=preview or _trusted_preview(image, recipe),
     )
     METHODS[settings.method].check(settings, loaded)
     check_device(device)
@@ -68,21 +68,23 @@ def replay(
     path, state = out / f"{image.stem}-replay.png", out / f".{image.stem}-replay.safetensors"
     pipe = load_pipeline(settings.model, device, settings.dtype, **settings.loading)
     pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
-    worn = None if recipe.base else settings.lora
+    lora_path = None if recipe.base else settings.lora
     with (
-        errors_named(str(image), "nothing was written", "it was made where there was more"),
-        adapter_applied(pipe, worn),
+        wrap_errors(str(image), "nothing was written", "it was made where there was more"),
+        adapter_applied(pipe, lora_path),
     ):
         job = Job(pipe, loaded, recipe.prompt, settings, state, arguments=_arguments(recipe, pipe))
         output = job.run("base" if recipe.base else None)
-        again = recipe_of(job, output, recipe.rank, recipe.base)
+        again = make_recipe(job, output, recipe.rank, recipe.base)
         write_png(output.images[recipe.rank], path, again)
         state.unlink(missing_ok=True)
-    same = again.pixels == pixels_of(before)
+    same = again.pixels == pixel_hash(before)
     if same:
-        return Replayed(path, same, f"{path}: the same pixels as {image}")
-    how = _distance(before, output.images[recipe.rank])
-    return Replayed(path, same, f"{path}: not the pixels of {image}, {how}: {_reason(recipe, again, before)}")
+        return ReplayResult(path, same, f"{path}: the same pixels as {image}")
+    how = _describe_difference(before, output.images[recipe.rank])
+    return ReplayResult(
+        path, same, f"{path}: not the pixels of {image}, {how}: {_difference_reason(recipe, again, before)}"
+    )
 
 
 def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
@@ -93,25 +95,25 @@ def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
     return {name: cell(name, known[name], value, recipe.prompt) for name, value in recipe.arguments.items()}
 
 
-def _own_preview(image: Path, recipe: Recipe) -> str:
+def _trusted_preview(image: Path, recipe: Recipe) -> str:
     """The image's, where it is a name of ours: no file that an image names is opened, or fetched."""
-    told = recipe.settings.preview
-    if not recipe.base and told not in (*PREVIEWS, TINY):
-        raise InputError(f"{image}: its previews were decoded by {told!r:.200}: say --preview {TINY}, or a PATH, too")
-    return told
+    source = recipe.settings.preview
+    if not recipe.base and source not in (*PREVIEWS, TINY):
+        raise InputError(f"{image}: its previews were decoded by {source!r:.200}: say --preview {TINY}, or a PATH, too")
+    return source
 
 
 def _reward(image: Path, recipe: Recipe, given: str | None, timeout: float | None) -> Reward:
     """The reward that the user names, or the image's where it is made of names alone."""
     if given is not None:
-        return reward_here(given, timeout)
-    told = recipe.settings.reward
-    if not names_alone(told):
+        return resolve_reward(given, timeout)
+    source = recipe.settings.reward
+    if not only_named_rewards(source):
         raise InputError(
-            f"{image}: its reward {told!r:.200} may run code or read files of this machine; if you trust it, or for "
+            f"{image}: its reward {source!r:.200} may run code or read files of this machine; if you trust it, or for "
             "another one, say --reward SPEC with --replay"
         )
-    return with_timeout(load_reward(told), timeout)
+    return with_timeout(load_reward(source), timeout)
 
 
 def _weights(image: Path, recipe: Recipe, given: str | None) -> str | None:
@@ -125,24 +127,24 @@ def _weights(image: Path, recipe: Recipe, given: str | None) -> str | None:
     return given
 
 
-def _distance(one: Image.Image, other: Image.Image) -> str:
+def _describe_difference(one: Image.Image, other: Image.Image) -> str:
     if (one.mode, one.size) != (other.mode, other.size):
         return f"{other.mode} {other.width}x{other.height} in place of {one.mode} {one.width}x{one.height}"
-    apart = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
-    apart = apart.reshape(one.height * one.width, -1).max(1)
-    return f"{np.count_nonzero(apart)} of {apart.size} differ by up to {apart.max()} of 255"
+    differences = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
+    differences = differences.reshape(one.height * one.width, -1).max(1)
+    return f"{np.count_nonzero(differences)} of {differences.size} differ by up to {differences.max()} of 255"
 
 
-def _reason(recipe: Recipe, again: Recipe, before: Image.Image) -> str:
+def _difference_reason(recipe: Recipe, again: Recipe, before: Image.Image) -> str:
     """What is otherwise here than where the image was made."""
     if again.pixels == recipe.pixels:
         return "they are those that it was made with, the file was changed since"
-    there, here = _surroundings(recipe), _surroundings(again)
-    apart = [f"{name} {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
-    edited = ["the file was changed after it was made"] if recipe.pixels != pixels_of(before) else []
-    unseen = "versions and device are the same; the number of threads, or what is behind a name, may not be"
-    return "; ".join([*edited, *apart]) or unseen
+    there, here = _environment(recipe), _environment(again)
+    differences = [f"{name} {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
+    edited = ["the file was changed after it was made"] if recipe.pixels != pixel_hash(before) else []
+    unknown_cause = "versions and device are the same; the number of threads, or what is behind a name, may not be"
+    return "; ".join([*edited, *differences]) or unknown_cause
 
 
-def _surroundings(recipe: Recipe) -> dict[str, str]:
-    return {name: getattr(recipe, name) for name in SURROUNDINGS} | {"reward": repr(recipe.settings.reward)}
+def _environment(recipe: Recipe) -> dict[str, str]:
+    return {name: getattr(recipe, name) for name in ENVIRONMENT_FIELDS} | {"reward": repr(recipe.settings.reward)}

@@ -13,7 +13,7 @@ from steer.rewards.parser import FILES, FUNCTIONS, load_reward
 from steer.rewards.remote import ADDRESS
 
 
-def reward_here(text: str, timeout: float | None = None) -> Reward:
+def resolve_reward(text: str, timeout: float | None = None) -> Reward:
     """The reward of a text; my_file:function is found in the current folder too.
 
     timeout  seconds that each call may take; None: any
@@ -24,14 +24,14 @@ def reward_here(text: str, timeout: float | None = None) -> Reward:
     return with_timeout(load_reward(text), timeout)
 
 
-LONGEST, DEEPEST = 2000, 10  # characters; parentheses
+MAX_LENGTH, MAX_DEPTH = 2000, 10  # characters; parentheses
 # An argument such as scenes, red, #ff0000 or ViT-L-14/openai: no path but one below the current folder, no option.
 ARGUMENT = re.compile(rf"{NUMBER}|[\w#][\w#. -]*(/[\w-][\w.-]*)*")
 
 
-def names_alone(text: str) -> bool:
+def only_named_rewards(text: str) -> bool:
     """Whether a specification is one reward that has a name, or a sum or function of such rewards."""
-    if len(text) > LONGEST or text.count("(") > DEEPEST:
+    if len(text) > MAX_LENGTH or text.count("(") > MAX_DEPTH:
         return False
     try:
         return all(_is_named(term) for term in split(text.strip(), PLUS))
@@ -43,7 +43,7 @@ def _is_named(term: str) -> bool:
     if call := read_call(term):
         # By the reader's own grammar: a text that the two took apart in two ways would be a way in.
         bare = [read_constraint(one)[0] if call.function == "product" else one for one in call.arguments]
-        return call.function in FUNCTIONS and "from" not in call.options and all(map(names_alone, bare))
+        return call.function in FUNCTIONS and "from" not in call.options and all(map(only_named_rewards, bare))
     name, *arguments = term.split(":")
     if any(argument not in CLIPS and os.path.exists(argument) for argument in arguments):  # what lies here is no name
         return False

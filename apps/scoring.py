@@ -14,14 +14,14 @@ from tqdm.auto import tqdm
 from steer.apps.plots import FAINT, INK
 from steer.apps.prompts import PromptRow, read_rows, read_text
 from steer.errors import InputError
-from steer.files import read_image, unsummed
+from steer.files import loads_with_checksum, read_image
 from steer.reward import Reward, RewardError, score, score_components
-from steer.rewards.analysis import Agreement, Consistency, Finding, consistency_by_kind, contrast_pairs
+from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 LISTS = ("prompts.jsonl", "metadata.jsonl")
 IMAGE_KEYS, PROMPT_KEYS = ("image", "file_name", "image_path"), ("prompt", "text", "caption")
-WAYS = (
+PROMPT_SOURCES = (
     "a report.json of `steer sample`, a prompts.jsonl or metadata.jsonl with image and prompt on each line, a .txt "
     "beside each image, or one prompt for all"
 )
@@ -31,7 +31,7 @@ def images_with_prompts(folder: Path, prompt: str | None = None) -> tuple[list[P
     """The images of a folder and the prompt of each, as `images_and_prompts`. Raises InputError where there is none."""
     paths, prompts = images_and_prompts(folder, prompt)
     if None in prompts:
-        raise InputError(f"{folder}: no prompts for its images: it takes {WAYS}")
+        raise InputError(f"{folder}: no prompts for its images: it takes {PROMPT_SOURCES}")
     return paths, [text for text in prompts if text is not None]
 
 
@@ -51,18 +51,18 @@ def images_and_prompts(folder: Path, prompt: str | None = None) -> tuple[list[Pa
     if source is not None:
         if prompt is not None:
             raise InputError(f"{folder} has its prompts in {source.name}: give no other prompt, or move that file away")
-        listed = _of_report(source) if source == report else _of_lines(source)
-        named: list[tuple[Path, str | None]] = [(_inside(folder, name, source), text) for name, text in listed]
+        listed = _read_report(source) if source == report else _read_lines(source)
+        named: list[tuple[Path, str | None]] = [(_resolve_image(folder, name, source), text) for name, text in listed]
     else:
         paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        named = _captioned(folder, sorted(paths), prompt)
+        named = _with_captions(folder, sorted(paths), prompt)
     if not named:
         raise InputError(f"{source or folder}: no images ({', '.join(SUFFIXES)})")
     named.sort(key=lambda one: (one[0], one[1] or ""))
     return [path for path, _ in named], [text for _, text in named]
 
 
-def _captioned(folder: Path, paths: Sequence[Path], prompt: str | None) -> list[tuple[Path, str | None]]:
+def _with_captions(folder: Path, paths: Sequence[Path], prompt: str | None) -> list[tuple[Path, str | None]]:
     """Each image with the text of the .txt file of its name, or with `prompt` where no image has one."""
     captions = {path: path.with_suffix(".txt") for path in paths if path.with_suffix(".txt").is_file()}
     if not captions:
@@ -89,14 +89,14 @@ def _read(path: Path) -> str:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return unsummed(text)
+        return loads_with_checksum(text)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error})") from error
 
 
-def _of_report(path: Path) -> list[tuple[str, str]]:
+def _read_report(path: Path) -> list[tuple[str, str]]:
     """The names and prompts of all images that `steer sample` wrote."""
     report = _json(_read(path), str(path))
     listed: list[tuple[str, str]] = []
@@ -111,25 +111,25 @@ def _of_report(path: Path) -> list[tuple[str, str]]:
     return listed
 
 
-def _of_lines(path: Path) -> list[tuple[str, str]]:
+def _read_lines(path: Path) -> list[tuple[str, str]]:
     listed: list[tuple[str, str]] = []
     for number, line in enumerate(_read(path).replace("\r\n", "\n").split("\n"), start=1):
         if not line.strip():
             continue
         record = _json(line, f"{path}, line {number}")
-        image, prompt = (_under(record, keys) for keys in (IMAGE_KEYS, PROMPT_KEYS))
+        image, prompt = (_first_value(record, keys) for keys in (IMAGE_KEYS, PROMPT_KEYS))
         if not (isinstance(image, str) and isinstance(prompt, str)):
             raise InputError(f'{path}, line {number}: expected {{"image": "path", "prompt": "text"}}')
         listed.append((image, prompt))
     return listed
 
 
-def _under(record: Any, keys: Sequence[str]) -> Any:
+def _first_value(record: Any, keys: Sequence[str]) -> Any:
     """The value of the first of some keys that a record has."""
     return next((record[key] for key in keys if key in record), None) if isinstance(record, dict) else None
 
 
-def _inside(folder: Path, name: Any, source: Path) -> Path:
+def _resolve_image(folder: Path, name: Any, source: Path) -> Path:
     """The image of a name that a file gave. Raises InputError where it is none, or not in the folder."""
     if not isinstance(name, str) or "\0" in name:
         raise InputError(f"{source}: {name!r} is no path of an image")
@@ -145,11 +145,11 @@ TABLES = (".csv", ".json", ".jsonl", ".tsv", ".parquet")
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "path", "file")
 
 
-class PromptMissing(RewardError):
+class MissingPromptError(RewardError):
     """A reward read the prompt of an image that has none."""
 
 
-class Unprompted(Sequence[str]):
+class MissingPrompts(Sequence[str]):
     """The prompts of images that have none: a reward that reads one raises PromptMissing, others never notice."""
 
     def __init__(self, count: int) -> None:
@@ -159,29 +159,29 @@ class Unprompted(Sequence[str]):
         return self._count
 
     @overload
-    def __getitem__(self, place: int) -> str: ...
+    def __getitem__(self, index: int) -> str: ...
     @overload
-    def __getitem__(self, place: slice) -> Sequence[str]: ...
-    def __getitem__(self, place: int | slice) -> str | Sequence[str]:
-        if isinstance(place, slice):
-            return Unprompted(len(range(self._count)[place]))
-        raise PromptMissing("no prompt")
+    def __getitem__(self, index: slice) -> Sequence[str]: ...
+    def __getitem__(self, index: int | slice) -> str | Sequence[str]:
+        if isinstance(index, slice):
+            return MissingPrompts(len(range(self._count)[index]))
+        raise MissingPromptError("no prompt")
 
     def __iter__(self) -> Iterator[str]:
-        raise PromptMissing("no prompt")
+        raise MissingPromptError("no prompt")
 
 
 @dataclass(frozen=True)
-class Shown:
+class ImageWithPrompt:
     """An image file, and what it was asked to show; None where nobody says."""
 
     path: Path
     prompt: str | None
 
 
-def shown_images(
+def collect_images(
     sources: Sequence[Path], prompts: Sequence[str] = (), file: Path | None = None, column: str | None = None
-) -> list[Shown]:
+) -> list[ImageWithPrompt]:
     """Each image with its prompt.
 
     sources  image files, folders (`images_and_prompts`) and tables with columns of images and prompts
@@ -195,8 +195,8 @@ def shown_images(
     if not sources and file is None:
         raise InputError("no images: name files, folders or a table, or --prompts TABLE with a column of images")
     if not sources and file is not None:
-        return _of_table(file, column)
-    shown = [one for source in sources for one in _of_source(source, column)]
+        return _read_table(file, column)
+    shown = [one for source in sources for one in _read_source(source, column)]
     given = [row.prompt for row in read_rows(file, column)] if file is not None else list(prompts)
     if not given:
         return shown
@@ -206,26 +206,26 @@ def shown_images(
         raise InputError(f"{len(given)} prompts for {len(shown)} images: give one for all, or one for each in order")
     if len(given) == 1:
         given *= len(shown)
-    return [Shown(one.path, prompt) for one, prompt in zip(shown, given, strict=True)]
+    return [ImageWithPrompt(one.path, prompt) for one, prompt in zip(shown, given, strict=True)]
 
 
-def _of_source(source: Path, column: str | None) -> list[Shown]:
+def _read_source(source: Path, column: str | None) -> list[ImageWithPrompt]:
     if source.is_dir():
         paths, prompts = images_and_prompts(source)
-        return [Shown(path, prompt) for path, prompt in zip(paths, prompts, strict=True)]
-    return _of_table(source, column) if source.suffix.lower() in TABLES else [Shown(source, None)]
+        return [ImageWithPrompt(path, prompt) for path, prompt in zip(paths, prompts, strict=True)]
+    return _read_table(source, column) if source.suffix.lower() in TABLES else [ImageWithPrompt(source, None)]
 
 
-def _of_table(table: Path, column: str | None) -> list[Shown]:
+def _read_table(table: Path, column: str | None) -> list[ImageWithPrompt]:
     """The images that a table names, from its folder on."""
-    return [Shown(table.parent / _image(row, table), row.prompt) for row in read_rows(table, column)]
+    return [ImageWithPrompt(table.parent / _image(row, table), row.prompt) for row in read_rows(table, column)]
 
 
 def _image(row: PromptRow, table: Path) -> str:
     for name in IMAGE_COLUMNS:
-        found = next((value for key, value in row.columns.items() if key.lower() == name), None)
-        if isinstance(found, str) and "\0" not in found:
-            return found
+        cell = next((value for key, value in row.columns.items() if key.lower() == name), None)
+        if isinstance(cell, str) and "\0" not in cell:
+            return cell
     raise InputError(
         f"{table}: the prompt {row.prompt!r:.60} has no path of an image under {', '.join(IMAGE_COLUMNS)}; its columns "
         f"are {', '.join(row.columns) or 'none'}"
@@ -233,14 +233,14 @@ def _image(row: PromptRow, table: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoreReport:
     """The rows of a report, one an image, and the errors of those that have no score."""
 
     rows: Sequence[dict[str, Any]]
     errors: Sequence[str]
 
 
-def score_images(reward: Reward, shown: Sequence[Shown], device: str) -> Scored:
+def score_images(reward: Reward, shown: Sequence[ImageWithPrompt], device: str) -> ScoreReport:
     """The score of each image, by itself; what cannot be read, or scored, is listed and the rest goes on.
 
     Raises InputError where the reward reads a prompt that an image does not have.
@@ -251,7 +251,7 @@ def score_images(reward: Reward, shown: Sequence[Shown], device: str) -> Scored:
         row: dict[str, Any] = {"image": str(one.path), "prompt": one.prompt}
         try:
             rows.append(row | _score(reward, one, device))
-        except PromptMissing as error:
+        except MissingPromptError as error:
             raise InputError(
                 f"reward {reward.name!r} reads the prompt, and {one.path} has none: give --prompt, one for all "
                 "images or one for each"
@@ -260,15 +260,15 @@ def score_images(reward: Reward, shown: Sequence[Shown], device: str) -> Scored:
             known = len(shown) == 1 or str(one.path) in str(error)
             errors.append(str(error) if known else f"{one.path}: {error}")
             rows.append(row | {"error": errors[-1]})
-    return Scored(rows, errors)
+    return ScoreReport(rows, errors)
 
 
-def _score(reward: Reward, one: Shown, device: str) -> dict[str, Any]:
-    prompts = Unprompted(1) if one.prompt is None else [one.prompt]
+def _score(reward: Reward, one: ImageWithPrompt, device: str) -> dict[str, Any]:
+    prompts = MissingPrompts(1) if one.prompt is None else [one.prompt]
     with torch.no_grad():
         total, components = score_components(reward, read_image(one.path)[None].to(device), prompts)
-    told = {"components": {name: value.item() for name, value in components.items()}} if components else {}
-    return {"score": total.item()} | told
+    extra = {"components": {name: value.item() for name, value in components.items()}} if components else {}
+    return {"score": total.item()} | extra
 
 
 # Ten colours that colour-blind readers can tell apart (Petroff, arXiv 2107.02270), and as many marks.
@@ -313,12 +313,12 @@ def score_all(
     return torch.cat(scores) if scores else torch.zeros(0)
 
 
-def batch_of_files(paths: Sequence[Path], prompts: Sequence[str], most: int) -> tuple[Tensor, list[str]]:
-    """The first image and up to `most` − 1 others of its size: (N, 3, H, W), and their prompts."""
+def load_batch(paths: Sequence[Path], prompts: Sequence[str], max_images: int) -> tuple[Tensor, list[str]]:
+    """The first image and up to `max_images` − 1 others of its size: (N, 3, H, W), and their prompts."""
     images: list[Tensor] = []
     texts: list[str] = []
     for path, prompt in zip(paths, prompts, strict=True):
-        if len(images) == most:
+        if len(images) == max_images:
             break
         image = read_image(path)
         if not images or image.shape == images[0].shape:
@@ -327,7 +327,7 @@ def batch_of_files(paths: Sequence[Path], prompts: Sequence[str], most: int) -> 
     return torch.stack(images), texts
 
 
-def consistency_of_files(
+def score_consistency(
     reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
 ) -> dict[str, Consistency]:
     """`steer.rewards.analysis.consistency` of image files of any sizes, each with the prompt that it shows."""
@@ -358,8 +358,8 @@ def draw_scatter(
     height = 6.2 + 0.17 * len(named)
     figure = Figure(figsize=(6.4, height), dpi=120)
     bottom, top = (0.65 + 0.17 * len(named)) / height, 1 - 0.65 / height
-    place: dict[str, Any] = {"left": 0.12, "right": 0.97, "bottom": bottom, "top": top}
-    grid = figure.add_gridspec(2, 2, width_ratios=(6, 1), height_ratios=(1, 6), wspace=0.03, hspace=0.03, **place)
+    index: dict[str, Any] = {"left": 0.12, "right": 0.97, "bottom": bottom, "top": top}
+    grid = figure.add_gridspec(2, 2, width_ratios=(6, 1), height_ratios=(1, 6), wspace=0.03, hspace=0.03, **index)
     axes = figure.add_subplot(grid[1, 0])
     for kind, prompt in enumerate(named or [""]):
         rows = [row for row, text in enumerate(prompts) if not named or text == prompt]
@@ -374,7 +374,7 @@ def draw_scatter(
         figure.legend(loc="lower left", bbox_to_anchor=(0.1, 0.04 / height), fontsize=7.5, frameon=False)
     measures = (
         f"{agreement.n} images: Spearman {agreement.spearman:.2f}, STARC distance {agreement.starc:.2f}, "
-        f"pairs of one prompt ranked alike {agreement.pairs_alike:.0%}"
+        f"pairs of one prompt ranked alike {agreement.pairwise_agreement:.0%}"
     )
     title: dict[str, Any] = {"x": 0.12, "va": "top", "color": INK}
     figure.text(y=1 - 0.14 / height, s=f"{_plain(a_name, 32)} against {_plain(b_name, 32)}", size=11, **title)
@@ -401,11 +401,11 @@ def _plain(text: str, length: int) -> str:
     return shown.replace("$", r"\$").lstrip("_")
 
 
-def render_findings(findings: Sequence[Finding]) -> str:
+def render_check_results(check_results: Sequence[CheckResult]) -> str:
     """One line a finding: ok, FAILED, or - where there is nothing to pass."""
-    width = max(len(finding.name) for finding in findings)
+    width = max(len(finding.name) for finding in check_results)
     marks = {True: "ok", False: "FAILED", None: "-"}
-    return "\n".join(f"{marks[found.passed]:6}  {found.name:{width}}  {found.detail}" for found in findings)
+    return "\n".join(f"{marks[cell.passed]:6}  {cell.name:{width}}  {cell.detail}" for cell in check_results)
 
 
 def render_consistency(consistency: Mapping[str, Consistency]) -> str:
@@ -413,8 +413,8 @@ def render_consistency(consistency: Mapping[str, Consistency]) -> str:
     if not consistency:
         return "no prompt has a colour, a number or a relation to change"
     rows = [f"{'changed':8}  {'prompt preferred':>16}  {'pairs':>6}  {'mean margin':>11}"]
-    for kind, found in consistency.items():
-        rows.append(f"{kind:8}  {found.share:>16.1%}  {found.pairs:>6}  {found.margin:>11.3g}")
+    for kind, cell in consistency.items():
+        rows.append(f"{kind:8}  {cell.share:>16.1%}  {cell.pairs:>6}  {cell.margin:>11.3g}")
     return "\n".join(rows)
 
 
@@ -424,7 +424,7 @@ def render_agreement(agreement: Agreement) -> str:
         ("images", f"{agreement.n}"),
         ("Spearman", f"{agreement.spearman:.3f}"),
         ("Kendall", f"{agreement.kendall:.3f}"),
-        ("pairs of one prompt ranked alike", f"{agreement.pairs_alike:.1%}"),
+        ("pairs of one prompt ranked alike", f"{agreement.pairwise_agreement:.1%}"),
         ("STARC distance (0 same, 1 opposite)", f"{agreement.starc:.3f}"),
     )
     return "\n".join(f"{name:36}{value:>8}" for name, value in rows)

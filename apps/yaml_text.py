@@ -28,13 +28,13 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        seen = set()
+        keys = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:str":
                 raise _problem("a key must be text: put it in quotes", key)
-            if key.value in seen:
+            if key.value in keys:
                 raise _problem(f"{key.value!r} is there twice: keep one", key)
-            seen.add(key.value)
+            keys.add(key.value)
         return super().construct_mapping(node, deep)
 
 
@@ -42,8 +42,8 @@ for _name, (_pattern, _first) in SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"^(?:{_pattern})$"), _first)
 
 
-def _problem(told: str, place: Any) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=told, problem_mark=place.start_mark)
+def _problem(message: str, place: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=message, problem_mark=place.start_mark)
 
 
 def read_yaml(text: str, where: str) -> Any:

@@ -44,17 +44,19 @@ def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[
         return call, None
     if not 0 <= eta <= 1:
         raise InputError(f"eta must be from 0 to 1, got {eta}")
-    knows = all("eta" in inspect.signature(f).parameters for f in (type(pipe).__call__, pipe.scheduler.step))
-    own = knows and (eta == 0 or not _differs(pipe.scheduler))
+    accepts_eta = all("eta" in inspect.signature(f).parameters for f in (type(pipe).__call__, pipe.scheduler.step))
+    own = accepts_eta and (eta == 0 or not _step_differs_from_kernel(pipe.scheduler))
     return (call | {"eta": eta}, None) if own else (call, eta)
 
 
-VANISHING = 1e-6  # ᾱ below which 1 − ᾱ_s − τ² of a DDIM step may round to a negative number
+MIN_ALPHA_CUMPROD = 1e-6  # ᾱ below which 1 − ᾱ_s − τ² of a DDIM step may round to a negative number
 
 
-def _differs(scheduler: Any) -> bool:
+def _step_differs_from_kernel(scheduler: Any) -> bool:
     clips = clip_limit(scheduler) < math.inf or bool(scheduler.config.get("thresholding"))
-    return descends_from(scheduler, {"DDIMScheduler"}) and (clips or float(scheduler.alphas_cumprod.min()) < VANISHING)
+    return descends_from(scheduler, {"DDIMScheduler"}) and (
+        clips or float(scheduler.alphas_cumprod.min()) < MIN_ALPHA_CUMPROD
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Cost:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ResamplingInfo:
     """The rewards (B, K) of x̂0 at one solver step, the strength λ_j (B, 1) used, the ESS (B,) before resampling and the
     ancestors (B, K) that the slots went on from."""
 
@@ -103,7 +105,7 @@ class Iteration:
 
 
 @dataclass(frozen=True)
-class Start:
+class InitialNoise:
     """Where images came from: noise (B·K, …) in the model's dtype, and a seed for each of what the solver adds."""
 
     noise: Tensor
@@ -113,9 +115,9 @@ class Start:
         """For the pipeline's own call, which then makes these images again: `latents` and `generator`."""
         return {"latents": self.noise, "generator": [Generator().manual_seed(seed) for seed in self.seeds]}
 
-    def rows(self, rows: Sequence[int]) -> "Start":
+    def rows(self, rows: Sequence[int]) -> "InitialNoise":
         """Those of some images."""
-        return Start(self.noise[list(rows)], tuple(self.seeds[row] for row in rows))
+        return InitialNoise(self.noise[list(rows)], tuple(self.seeds[row] for row in rows))
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,9 @@ class SteeringOutput:
     log_normaliser: Tensor
     latents: Tensor
     order: Tensor
-    history: tuple[Evaluation, ...]
+    history: tuple[ResamplingInfo, ...]
     cost: Cost
-    start: Start | None = None
+    start: InitialNoise | None = None
     trace: tuple[Iteration, ...] = ()
     stopped: str | None = None
     nsfw_content_detected: Tensor | None = None

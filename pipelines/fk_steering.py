@@ -9,21 +9,21 @@ from typing import Any, Protocol
 import torch
 from torch import Generator, Tensor, nn
 
-from steer.arguments import coerced
-from steer.diffusion.batching import LiveRows, is_offloaded
-from steer.diffusion.differentiable import computes_in_fp16, differentiable, own_gradients
-from steer.diffusion.schedules import can_redraw, copies_part, draw_guided, redraws
-from steer.diffusion.step_hooks import CannotSteer, SolverStep, StepOverride
+from steer.arguments import coerce_arguments
+from steer.diffusion.batching import ActiveRows, is_offloaded
+from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
+from steer.diffusion.schedules import can_resample_noise, copies_diverge, draw_guided, matches_gaussian_kernel
+from steer.diffusion.step_hooks import SolverStep, StepOverride, UnsupportedPipelineError
 from steer.errors import InputError
-from steer.pipelines.base import Evaluation, SteeringOutput, SteeringPipeline, route_eta
+from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta
 from steer.pipelines.particle_batch import DRAWS, ParticleBatch, check_output_type
 from steer.registry import choose
-from steer.reward import Begin, Reward, RewardError, in_background
+from steer.reward import Reward, RewardError, Submit, run_in_background
 from steer.smc.particles import FeynmanKac, Particles
 from steer.smc.potentials import POTENTIALS, TEMPERINGS, Potential, Tempering
 from steer.smc.resampling import RESAMPLERS, Resampler
 
-Selected = tuple[Particles, Tensor | None]  # and their ancestors (B, n); None: all stay where they are
+ResampleResult = tuple[Particles, Tensor | None]  # and their ancestors (B, n); None: all stay where they are
 
 
 class Algorithm(Protocol):
@@ -32,52 +32,52 @@ class Algorithm(Protocol):
     @property
     def lam(self) -> float: ...
 
-    def weigh(self, particles: Particles, rewards: Tensor, progress: float) -> Particles: ...
+    def reweight(self, particles: Particles, rewards: Tensor, progress: float) -> Particles: ...
 
-    def select(self, particles: Particles, generator: Generator, count: int | None = None) -> Selected: ...
-
-
-Choice = Callable[[Algorithm, Particles, int, Generator], Selected]
+    def select(self, particles: Particles, generator: Generator, count: int | None = None) -> ResampleResult: ...
 
 
-def drawn(algorithm: Algorithm, particles: Particles, count: int, generator: Generator) -> Selected:
+SelectionRule = Callable[[Algorithm, Particles, int, Generator], ResampleResult]
+
+
+def resample_down(algorithm: Algorithm, particles: Particles, count: int, generator: Generator) -> ResampleResult:
     """`count` of K as the algorithm draws them: of the same distribution, unbiased."""
     return algorithm.select(particles, generator, count)
 
 
-def best(algorithm: Algorithm, particles: Particles, count: int, generator: Generator) -> Selected:
+def top_k(algorithm: Algorithm, particles: Particles, count: int, generator: Generator) -> ResampleResult:
     """The `count` of K with the highest reward of x̂0: a search, which draws from no known distribution."""
-    kept = highest(particles.path.rewards[-1], count)
-    return particles.resample(kept, torch.ones(len(kept), dtype=torch.bool)), kept
+    survivors = top_k_indices(particles.path.rewards[-1], count)
+    return particles.resample(survivors, torch.ones(len(survivors), dtype=torch.bool)), survivors
 
 
-def highest(rewards: Tensor, count: int) -> Tensor:
+def top_k_indices(rewards: Tensor, count: int) -> Tensor:
     """Places (B, count) of the highest of rewards (B, M), ascending; of equal ones the lower place."""
     return rewards.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
 
 
-CHOICES: dict[str, Choice] = {"resample": drawn, "top_k": best}
+PARTICLE_SCHEDULE_RULES: dict[str, SelectionRule] = {"resample": resample_down, "top_k": top_k}
 
 
 @dataclass(frozen=True)
 class ResamplingSchedule:
     """Of every prompt of a run alike.
 
-    asked   solver steps, from 0, at which rewards are read; None: the method's own
+    requested_steps   solver steps, from 0, at which rewards are read; None: the method's own
     particle_schedule  {solver step: particles that go on from it}, fewer and fewer; rewards are read there too
-    choice  which go on where there are to be fewer: drawn by their weights, or the best
+    rule  which go on where there are to be fewer: drawn by their weights, or the best
     target  once r(x̂0) of a particle is as high, the best one alone goes on, and no more rewards are read
     """
 
-    asked: Iterable[int] | None = None
+    requested_steps: Iterable[int] | None = None
     particle_schedule: Mapping[int, int] = field(default_factory=dict)
-    choice: str = "resample"
+    rule: str = "resample"
     target: float | None = None
 
     def __post_init__(self) -> None:
-        if self.asked is not None:
-            object.__setattr__(self, "asked", frozenset(self.asked))
-        choose("particle_schedule_rule", self.choice, CHOICES)
+        if self.requested_steps is not None:
+            object.__setattr__(self, "asked", frozenset(self.requested_steps))
+        choose("particle_schedule_rule", self.rule, PARTICLE_SCHEDULE_RULES)
         if self.target is not None and not math.isfinite(self.target):
             raise InputError(f"target_reward must be a finite number, got {self.target}")
 
@@ -93,34 +93,36 @@ class ResamplingSchedule:
             before = count
 
     @property
-    def narrows(self) -> bool:
+    def reduces_particles(self) -> bool:
         """Whether a run may go on with fewer particles than it began with."""
         return bool(self.particle_schedule) or self.target is not None
 
     @property
-    def searches(self) -> bool:
+    def is_search(self) -> bool:
         """Whether particles may be chosen for being the best, which leaves no weights."""
-        return self.target is not None or (bool(self.particle_schedule) and self.choice == "top_k")
+        return self.target is not None or (bool(self.particle_schedule) and self.rule == "top_k")
 
-    def selects(self, step: int, size: int) -> tuple[Choice, int]:
+    def rule_at(self, step: int, size: int) -> tuple[SelectionRule, int]:
         """How those of `size` particles are chosen that go on from this step, and how many they are."""
         count = self.particle_schedule.get(step, size)
-        return (CHOICES[self.choice] if count < size else drawn), count
+        return (PARTICLE_SCHEDULE_RULES[self.rule] if count < size else resample_down), count
 
-    def reached(self, rewards: Tensor) -> bool:
+    def reaches_target(self, rewards: Tensor) -> bool:
         """Whether one of the rewards (1, K) is as high as the target."""
         return self.target is not None and bool((rewards >= self.target).any())
 
-    def steps(self, own: Iterable[int], first: int, last: int, total: int, name: str) -> frozenset[int]:
-        """The steps asked for, or the method's `own`, and those at which particles get fewer: from `first` to `last`.
+    def steps(self, default_steps: Iterable[int], first: int, last: int, total: int, name: str) -> frozenset[int]:
+        """The steps asked for, or the method's `default_steps`, and those at which particles get fewer.
 
-        Raises InputError for others, in a run of `total` steps; `name` is what the caller knows them as.
+        Raises InputError for others than `first` to `last`, in a run of `total` steps; `name`: the caller's argument.
         """
-        for told, steps in ((name, self.asked or ()), ("particle_schedule", self.particle_schedule)):
+        for argument, steps in ((name, self.requested_steps or ()), ("particle_schedule", self.particle_schedule)):
             if wrong := sorted(step for step in steps if not first <= step <= last):
-                raise InputError(f"{told}: {wrong[0]} is not from {first} to {last}, in a run of {total} steps")
-        usual = {min(step, last) for step in own} if self.asked is None else self.asked
-        return frozenset(step for step in usual if step >= first) | frozenset(self.particle_schedule)
+                raise InputError(f"{argument}: {wrong[0]} is not from {first} to {last}, in a run of {total} steps")
+        evaluated_steps = (
+            {min(step, last) for step in default_steps} if self.requested_steps is None else self.requested_steps
+        )
+        return frozenset(step for step in evaluated_steps if step >= first) | frozenset(self.particle_schedule)
 
 
 DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # where rewards are read, as shares of the run
@@ -133,7 +135,7 @@ class StepReport:
 
     step: int
     total: int
-    evaluation: Evaluation | None = None
+    evaluation: ResamplingInfo | None = None
     previews: Tensor | None = None
 
 
@@ -151,99 +153,116 @@ class Run:
     """The particles of one call, and what happens to them at each solver step."""
 
     first = 0  # the first step at which rewards may be read
-    lag = 0  # steps from there to where particles are resampled by them
-    steps_asked = "resample_steps"  # what the caller knows those steps as
+    reward_delay = 0  # steps from there to where particles are resampled by them
+    steps_argument = "resample_steps"  # what the caller knows those steps as
 
     def __init__(
         self,
         algorithm: Algorithm,
-        population: ParticleBatch,
+        particle_batch: ParticleBatch,
         eta: float | None,
         resampling_eta: float,
-        plan: ResamplingSchedule,
+        schedule: ResamplingSchedule,
         observer: Callable[[StepReport], None] | None,
     ) -> None:
-        plan.check_size(population.size)
-        self.algorithm, self.population, self.plan, self.observer = algorithm, population, plan, observer
+        schedule.check_size(particle_batch.size)
+        self.algorithm, self.particle_batch, self.schedule, self.observer = (
+            algorithm,
+            particle_batch,
+            schedule,
+            observer,
+        )
         self.eta, self.resampling_eta = eta, resampling_eta  # of every step, None: the solver's own; where resampled
         self.steps: frozenset[int] = frozenset()  # at which rewards are read: known at the first
-        self.settled = self.searched = False  # a particle has reached the target; some were chosen for being the best
-        self.particles = Particles.start(population.groups, population.size)
-        self.history: list[Evaluation] = []
+        self.target_reached = self.from_search = (
+            False  # a particle has reached the target; some were chosen for being the best
+        )
+        self.particles = Particles.start(particle_batch.groups, particle_batch.size)
+        self.history: list[ResamplingInfo] = []
 
     def sample(self) -> Tensor:
         """Runs the pipeline to its end: the finished images (B·K, 3, H, W) of the K particles that are left."""
-        return self.population.sample(self.on_event)
+        return self.particle_batch.sample(self.on_solver_step)
 
-    def on_event(self, event: SolverStep) -> StepOverride:
+    def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
         """One solver step: weigh the particles by r(x̂0), resample them, move them on."""
-        if not self._reads_at(event):
-            self._tell(StepReport(event.k, event.total))
-            return None, self._moved(event, None, None)
-        reading = self._read(event)
-        rows = self._resampled(reading, event.k, event)
-        return rows, self._moved(event, rows, reading)
+        if not self._evaluates_at(solver_step):
+            self._notify(StepReport(solver_step.k, solver_step.total))
+            return None, self._next_latents(solver_step, None, None)
+        intermediate = self._intermediate_rewards(solver_step)
+        rows = self._reweight_and_resample(intermediate, solver_step.k, solver_step)
+        return rows, self._next_latents(solver_step, rows, intermediate)
 
-    def _resampled(self, reading: IntermediateRewards, step: int, event: SolverStep) -> Tensor | None:
+    def _reweight_and_resample(
+        self, intermediate: IntermediateRewards, step: int, solver_step: SolverStep
+    ) -> Tensor | None:
         """Weighs the particles by what was read at a step, and resamples them at this event: the rows that the slots
         go on from, None: all stay."""
-        weighed = self.algorithm.weigh(self.particles, reading.rewards, step / event.total)
-        self.particles, ancestors = self._select(weighed, step)
-        stay = torch.arange(self.population.alive).expand_as(reading.rewards)
-        evaluation = Evaluation(
-            step, reading.rewards, weighed.path.strengths[-1], weighed.ess, stay if ancestors is None else ancestors
+        reweighted = self.algorithm.reweight(self.particles, intermediate.rewards, step / solver_step.total)
+        self.particles, ancestors = self._select(reweighted, step)
+        stay = torch.arange(self.particle_batch.alive).expand_as(intermediate.rewards)
+        evaluation = ResamplingInfo(
+            step,
+            intermediate.rewards,
+            reweighted.path.strengths[-1],
+            reweighted.ess,
+            stay if ancestors is None else ancestors,
         )
         self.history.append(evaluation)
-        self._tell(StepReport(event.k, event.total, evaluation, reading.previews))
-        return None if ancestors is None else self.population.follow(ancestors).to(event.x.device)
+        self._notify(StepReport(solver_step.k, solver_step.total, evaluation, intermediate.previews))
+        return None if ancestors is None else self.particle_batch.set_ancestors(ancestors).to(solver_step.x.device)
 
-    def _select(self, weighed: Particles, step: int) -> Selected:
+    def _select(self, reweighted: Particles, step: int) -> ResampleResult:
         """The particles that go on and their ancestors; None: all stay where they are."""
-        self.settled = self.plan.reached(weighed.path.rewards[-1])
-        choice, count = (best, 1) if self.settled else self.plan.selects(step, self.population.alive)
-        self.searched = self.searched or choice is best
-        return choice(self.algorithm, weighed, count, self.population.rng)
+        self.target_reached = self.schedule.reaches_target(reweighted.path.rewards[-1])
+        rule, count = (top_k, 1) if self.target_reached else self.schedule.rule_at(step, self.particle_batch.alive)
+        self.from_search = self.from_search or rule is top_k
+        return rule(self.algorithm, reweighted, count, self.particle_batch.rng)
 
-    def _read(self, event: SolverStep) -> IntermediateRewards:
-        return self._read_off(event.x0())
+    def _intermediate_rewards(self, solver_step: SolverStep) -> IntermediateRewards:
+        return self._score_x0(solver_step.x0())
 
-    def _read_off(self, x0: Tensor) -> IntermediateRewards:
+    def _score_x0(self, x0: Tensor) -> IntermediateRewards:
         """What the images that x̂0 stands for are worth."""
-        previews = self.population.preview(x0)
-        rewards, _ = self.population.score(previews)
+        previews = self.particle_batch.preview(x0)
+        rewards, _ = self.particle_batch.score(previews)
         return IntermediateRewards(previews, rewards)
 
-    def _moved(self, event: SolverStep, rows: Tensor | None, reading: IntermediateRewards | None) -> Tensor | None:
+    def _next_latents(
+        self, solver_step: SolverStep, rows: Tensor | None, intermediate: IntermediateRewards | None
+    ) -> Tensor | None:
         """Latents of the slots after this step; None: those of the solver.
 
         Where a reading may copy particles, all of them take the Gaussian kernel, whether they are resampled or not: a
         kernel that depended on the weights would change the law that the weights refer to.
         """
-        copying = reading is not None and self.population.alive > 1 and self._needs_steps()
-        resampling = copying and self._redraws(event.scheduler)
+        copying = intermediate is not None and self.particle_batch.alive > 1 and self._needs_resampling()
+        resampling = copying and self._resamples_noise(solver_step.scheduler)
         eta = self.resampling_eta if resampling else self.eta
-        return None if eta is None else event.kernel(eta, rows).sample(self.population.rng)
+        return None if eta is None else solver_step.kernel(eta, rows).sample(self.particle_batch.rng)
 
-    def _redraws(self, scheduler: Any) -> bool:
-        return self.eta is not None or redraws(scheduler)
+    def _resamples_noise(self, scheduler: Any) -> bool:
+        return self.eta is not None or matches_gaussian_kernel(scheduler)
 
-    def _reads_at(self, event: SolverStep) -> bool:
+    def _evaluates_at(self, solver_step: SolverStep) -> bool:
         """Whether rewards are read at this step. Settled at the first: copies need a noisy step after them to part."""
-        if event.k == 0:
-            last = event.total - self.lag - (2 if self._redraws(event.scheduler) else 3)
-            own = self._default_steps(event.total)
-            self.steps = self.plan.steps(own, self.first, last, event.total, self.steps_asked)
-            if not self.steps and self._needs_steps():
-                raise CannotSteer(f"a run of {event.total} steps has none to resample at: use best-of-N, or more steps")
-        return event.k in self.steps and not self.settled
+        if solver_step.k == 0:
+            last = solver_step.total - self.reward_delay - (2 if self._resamples_noise(solver_step.scheduler) else 3)
+            default_steps = self._default_steps(solver_step.total)
+            self.steps = self.schedule.steps(default_steps, self.first, last, solver_step.total, self.steps_argument)
+            if not self.steps and self._needs_resampling():
+                raise UnsupportedPipelineError(
+                    f"a run of {solver_step.total} steps has none to resample at: use best-of-N, or more steps"
+                )
+        return solver_step.k in self.steps and not self.target_reached
 
     def _default_steps(self, total: int) -> Iterable[int]:
         return (round(share * total) for share in DEFAULT_STEPS)
 
-    def _needs_steps(self) -> bool:
-        return self.population.size > 1 and self.algorithm.lam != 0
+    def _needs_resampling(self) -> bool:
+        return self.particle_batch.size > 1 and self.algorithm.lam != 0
 
-    def _tell(self, report: StepReport) -> None:
+    def _notify(self, report: StepReport) -> None:
         if self.observer:
             self.observer(report)
 
@@ -255,33 +274,33 @@ class AsynchronousRun(Run):
     the product over the path is the same, and with it what the weighted particles are drawn from.
     """
 
-    lag = 1
-    beside: Callable[[torch.device], AbstractContextManager[Begin]] = staticmethod(in_background)
-    begin: Begin  # while the pipeline runs
+    reward_delay = 1
+    background: Callable[[torch.device], AbstractContextManager[Submit]] = staticmethod(run_in_background)
+    submit: Submit  # while the pipeline runs
     pending: Callable[[], IntermediateRewards] | None = None
 
     def sample(self) -> Tensor:
         """Runs the pipeline to its end: the finished images (B·K, 3, H, W) of the K particles that are left."""
-        check_stays(self.population.pipe)
-        with self.beside(torch.device(self.population.pipe.device)) as self.begin:
+        check_not_offloaded(self.particle_batch.pipe)
+        with self.background(torch.device(self.particle_batch.pipe.device)) as self.submit:
             return super().sample()
 
-    def on_event(self, event: SolverStep) -> StepOverride:
+    def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
         """One solver step: resample by what was read at the step before, begin to read, move on."""
         rows: Tensor | None = None
-        reading: IntermediateRewards | None = None
+        intermediate: IntermediateRewards | None = None
         if self.pending is None:
-            self._tell(StepReport(event.k, event.total))
+            self._notify(StepReport(solver_step.k, solver_step.total))
         else:
-            reading, self.pending = self.pending(), None
-            rows = self._resampled(reading, event.k - self.lag, event)
-        if self._reads_at(event):
-            x0 = event.x0() if rows is None else event.x0()[rows]
-            self.pending = self.begin(lambda: self._read_off(x0))
-        return rows, self._moved(event, rows, reading)
+            intermediate, self.pending = self.pending(), None
+            rows = self._reweight_and_resample(intermediate, solver_step.k - self.reward_delay, solver_step)
+        if self._evaluates_at(solver_step):
+            x0 = solver_step.x0() if rows is None else solver_step.x0()[rows]
+            self.pending = self.submit(lambda: self._score_x0(x0))
+        return rows, self._next_latents(solver_step, rows, intermediate)
 
 
-def check_stays(pipe: Any) -> None:
+def check_not_offloaded(pipe: Any) -> None:
     """Raises InputError where the pipeline's components take turns on the device: then two cannot compute at once."""
     modules = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
     if moved := [name for name, module in modules.items() if is_offloaded(module)]:
@@ -300,63 +319,69 @@ class GuidedRun(Run):
     def __init__(
         self,
         algorithm: FeynmanKac,
-        population: ParticleBatch,
+        particle_batch: ParticleBatch,
         guidance: float,
         eta: float,
-        plan: ResamplingSchedule,
+        schedule: ResamplingSchedule,
         observer: Callable[[StepReport], None] | None,
     ) -> None:
-        super().__init__(algorithm, population, eta, eta, plan, observer)
+        super().__init__(algorithm, particle_batch, eta, eta, schedule, observer)
         self.guidance = guidance
-        self.half = computes_in_fp16(population.pipe)
+        self.half = computes_in_fp16(particle_batch.pipe)
 
     def sample(self) -> Tensor:
         """Runs the pipeline to its end: the finished images (B·K, 3, H, W) of the K particles that are left."""
         with torch.enable_grad():
             return super().sample().detach()
 
-    def _read(self, event: SolverStep) -> IntermediateRewards:
-        previews = self.population.preview(event.x0())
+    def _intermediate_rewards(self, solver_step: SolverStep) -> IntermediateRewards:
+        previews = self.particle_batch.preview(solver_step.x0())
         if not previews.requires_grad:
-            raise CannotSteer(f"{type(self.population.pipe).__name__} lets no gradients through: use reward_guidance=0")
-        rewards, _ = self.population.score(previews)
-        return IntermediateRewards(previews.detach(), rewards.detach(), self._gradient(event, rewards))
+            raise UnsupportedPipelineError(
+                f"{type(self.particle_batch.pipe).__name__} lets no gradients through: use reward_guidance=0"
+            )
+        rewards, _ = self.particle_batch.score(previews)
+        return IntermediateRewards(previews.detach(), rewards.detach(), self._gradient(solver_step, rewards))
 
-    def _gradient(self, event: SolverStep, rewards: Tensor) -> Tensor:
-        name, gradient = self.population.reward.name, own_gradients(rewards, event.x, self.half)
+    def _gradient(self, solver_step: SolverStep, rewards: Tensor) -> Tensor:
+        name, gradient = self.particle_batch.reward.name, per_sample_gradients(rewards, solver_step.x, self.half)
         if gradient is None:
             raise RewardError(f"reward {name!r} says that it is differentiable, but gives no gradients")
         if not gradient.isfinite().all():
-            raise RewardError(f"the gradient of reward {name!r} is not finite at step {event.k}")
-        self.population.count_gradients(rewards.numel())
+            raise RewardError(f"the gradient of reward {name!r} is not finite at step {solver_step.k}")
+        self.particle_batch.count_gradients(rewards.numel())
         return gradient
 
     @torch.no_grad()
-    def _moved(self, event: SolverStep, rows: Tensor | None, reading: IntermediateRewards | None) -> Tensor:
-        kernel = event.kernel(self.resampling_eta, rows)  # which is that of every step
-        if reading is None or reading.gradient is None:
-            moved = kernel.sample(self.population.rng)
+    def _next_latents(
+        self, solver_step: SolverStep, rows: Tensor | None, intermediate: IntermediateRewards | None
+    ) -> Tensor:
+        kernel = solver_step.kernel(self.resampling_eta, rows)  # which is that of every step
+        if intermediate is None or intermediate.gradient is None:
+            moved = kernel.sample(self.particle_batch.rng)
         else:
             # Particles and gradients go to their slots together.
-            gradient = reading.gradient if rows is None else reading.gradient[rows]
-            moved, log_ratio = draw_guided(kernel, self._strengths(gradient) * gradient, self.population.rng)
-            living = self.population.live.of(log_ratio).cpu().view_as(self.particles.log_weights)
-            self.particles = self.particles.correct(living)
-        return moved.to(event.prev.dtype).requires_grad_(event.k + 1 in self.steps and not self.settled)
+            gradient = intermediate.gradient if rows is None else intermediate.gradient[rows]
+            moved, log_ratio = draw_guided(kernel, self._strengths(gradient) * gradient, self.particle_batch.rng)
+            alive_log_ratio = self.particle_batch.live.of(log_ratio).cpu().view_as(self.particles.log_weights)
+            self.particles = self.particles.correct(alive_log_ratio)
+        return moved.to(solver_step.prev.dtype).requires_grad_(
+            solver_step.k + 1 in self.steps and not self.target_reached
+        )
 
     def _strengths(self, like: Tensor) -> Tensor:
         """γ λ_j of every row, (B·K, 1, …)."""
-        strengths = self.guidance * self.history[-1].strength.repeat_interleave(self.population.size, dim=0)
+        strengths = self.guidance * self.history[-1].strength.repeat_interleave(self.particle_batch.size, dim=0)
         return strengths.to(like).view(-1, *[1] * (like.dim() - 1))
 
     def _default_steps(self, total: int) -> Iterable[int]:
         return range(self.first, total)
 
-    def _needs_steps(self) -> bool:
+    def _needs_resampling(self) -> bool:
         return self.algorithm.lam != 0
 
 
-def check_guidable(scheduler: Any, reward: Reward, guidance: float, eta: float, asynchronous: bool) -> None:
+def check_guidance(scheduler: Any, reward: Reward, guidance: float, eta: float, asynchronous: bool) -> None:
     """Raise InputError, or CannotSteer for a solver without the kernel, where steps cannot lean towards the reward."""
     if asynchronous:
         raise InputError(
@@ -368,8 +393,8 @@ def check_guidable(scheduler: Any, reward: Reward, guidance: float, eta: float, 
         raise InputError(f"with reward_guidance eta must be above 0 and at most 1, got {eta}: steps need noise to lean")
     if not reward.differentiable:
         raise InputError(f"reward {reward.name!r} is not differentiable: use reward_guidance=0, or a reward that is")
-    if not can_redraw(scheduler):
-        raise CannotSteer(
+    if not can_resample_noise(scheduler):
+        raise UnsupportedPipelineError(
             f"{type(scheduler).__name__} has no Gaussian kernel for reward_guidance to lean on: use another one, for "
             "example pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or reward_guidance=0"
         )
@@ -387,7 +412,7 @@ class FKSteeringPipeline(SteeringPipeline):
     out.images[0], out.rewards[0, 0]
     """
 
-    @coerced
+    @coerce_arguments
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -458,50 +483,50 @@ class FKSteeringPipeline(SteeringPipeline):
             choose("tempering", tempering, TEMPERINGS),
             ess_threshold,
         )
-        plan = ResamplingSchedule(resample_steps, particle_schedule or {}, particle_schedule_rule, target_reward)
-        live, pipe, noise = LiveRows(), self.pipe, 1.0 if eta is None else eta
+        schedule = ResamplingSchedule(resample_steps, particle_schedule or {}, particle_schedule_rule, target_reward)
+        live, pipe, noise = ActiveRows(), self.pipe, 1.0 if eta is None else eta
         kernel_eta: float | None = None
-        check_draw(draw, plan)
+        check_draw(draw, schedule)
         if reward_guidance != 0:
-            check_guidable(pipe.scheduler, self.reward, reward_guidance, noise, asynchronous_rewards)
+            check_guidance(pipe.scheduler, self.reward, reward_guidance, noise, asynchronous_rewards)
             pipe = differentiable(pipe, one_call=True)
         else:
             if num_particles > 1 and lam != 0:
-                check_copies_part(pipe.scheduler)
+                check_copies_diverge(pipe.scheduler)
             call, kernel_eta = route_eta(pipe, call, eta)
-        pipe = live.view(pipe) if plan.narrows else pipe
-        population = ParticleBatch(
+        pipe = live.view(pipe) if schedule.reduces_particles else pipe
+        particle_batch = ParticleBatch(
             pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview, live
         )
-        if target_reward is not None and population.groups > 1:
+        if target_reward is not None and particle_batch.groups > 1:
             raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
         if reward_guidance != 0:
-            run: Run = GuidedRun(algorithm, population, reward_guidance, noise, plan, on_step)
+            run: Run = GuidedRun(algorithm, particle_batch, reward_guidance, noise, schedule, on_step)
         else:
             kind = AsynchronousRun if asynchronous_rewards else Run
             # A step without noise would not part copies: where particles may be resampled η = 0 becomes 1.
-            run = kind(algorithm, population, kernel_eta, eta or 1.0, plan, on_step)
+            run = kind(algorithm, particle_batch, kernel_eta, eta or 1.0, schedule, on_step)
         images = run.sample()
-        rewards, components = population.score(images)
+        rewards, components = particle_batch.score(images)
         # What was chosen for being the best is a draw from no known distribution.
-        searched = Particles.start(*rewards.shape)
-        particles = searched if run.searched else algorithm.finish(run.particles, rewards)
-        return population.output(images, rewards, components, particles, run.history, output_type, draw)
+        from_search = Particles.start(*rewards.shape)
+        particles = from_search if run.from_search else algorithm.finish(run.particles, rewards)
+        return particle_batch.output(images, rewards, components, particles, run.history, output_type, draw)
 
 
-def check_draw(draw: str, plan: ResamplingSchedule) -> None:
+def check_draw(draw: str, schedule: ResamplingSchedule) -> None:
     """Raise InputError for an unknown draw, or one by weights in a search, which has none."""
     choose("draw", draw, DRAWS)
-    if draw != "best" and plan.searches:
+    if draw != "best" and schedule.is_search:
         raise InputError(
             f"draw={draw!r}: target_reward and particle_schedule_rule='top_k' leave no weights: use draw='best'"
         )
 
 
-def check_copies_part(scheduler: Any) -> None:
+def check_copies_diverge(scheduler: Any) -> None:
     """Raises CannotSteer for a deterministic solver without a Gaussian kernel: resampled copies would stay one."""
-    if not copies_part(scheduler):
-        raise CannotSteer(
+    if not copies_diverge(scheduler):
+        raise UnsupportedPipelineError(
             f"{type(scheduler).__name__} is deterministic and has no Gaussian kernel: resampled particles would never "
             "part. Use another one, for example pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
         )

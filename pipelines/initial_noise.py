@@ -10,22 +10,22 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from steer.arguments import coerced
-from steer.diffusion.preview import accepted_only
-from steer.diffusion.seeds import derived_seed, drawn
-from steer.diffusion.step_hooks import CannotSteer, quiet, silences
+from steer.arguments import coerce_arguments
+from steer.diffusion.preview import filter_call_kwargs
+from steer.diffusion.seeds import derived_seed, seeded_normal
+from steer.diffusion.step_hooks import UnsupportedPipelineError, without_side_effects, zero_proxies
 from steer.errors import InputError
 from steer.pipelines.base import Cost
-from steer.pipelines.fk_steering import highest
+from steer.pipelines.fk_steering import top_k_indices
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.reward import Reward
 from steer.rewards.parser import load_reward
 from steer.smc.particles import Particles
 
 Generators = Generator | list[Generator]
-SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → the integer type of its bits
-OWN = ("latents", "timesteps", "sigmas")  # what a call that is screened may not say itself
-WATCHERS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
+INT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → the integer type of its bits
+RESERVED_ARGUMENTS = ("latents", "timesteps", "sigmas")  # what a call that is screened may not say itself
+CALLBACK_ARGUMENTS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,10 @@ class ScreenedNoise:
 
         A solver that draws noise on the way must not draw once more the numbers that the start is made of.
         """
-        return {"latents": self.noise, "generator": _copied(self.generator)}
+        return {"latents": self.noise, "generator": _copy_generators(self.generator)}
 
 
-@coerced
+@coerce_arguments
 @torch.no_grad()
 def screen_initial_noise(
     pipe: Any,
@@ -63,7 +63,7 @@ def screen_initial_noise(
     keep: int = 4,
     candidates: int = 8,
     steps: int = 4,
-    together: int | None = None,
+    candidate_batch_size: int | None = None,
     chunk_size: int = 8,
     reward_prompt: str | Sequence[str] | None = None,
     **call: Any,
@@ -77,98 +77,110 @@ def screen_initial_noise(
     steering promises.
 
     steps        of the short runs, in place of the call's num_inference_steps
-    together     candidates of each prompt in one batch; by default K, so that memory is that of the real run
+    candidate_batch_size  of each prompt; by default K, so that memory is that of the real run
     chunk_size   images scored at a time
     call         arguments of the pipeline's own call, those of the real run
 
     Raises InputError for numbers and calls that do not fit, CannotSteer for pipelines that take no noise, RewardError
     for a reward that breaks its contract.
     """
-    _check(pipe, keep, candidates, steps, keep if together is None else together, call)
+    _check(pipe, keep, candidates, steps, keep if candidate_batch_size is None else candidate_batch_size, call)
     scorer = load_reward(reward)
-    call = {name: value for name, value in call.items() if name not in (*OWN, *WATCHERS)}
+    call = {name: value for name, value in call.items() if name not in (*RESERVED_ARGUMENTS, *CALLBACK_ARGUMENTS)}
     given = call.pop("generator", None) or Generator().manual_seed(int(torch.randint(2**62, ())))
-    generator = _copied(given)
+    generator = _copy_generators(given)
     real = ParticleBatch(pipe, scorer, prompt, keep, call | {"generator": given}, reward_prompt, chunk_size)
-    twin = quiet(pipe)
-    first = _first_noise(twin, real.call | {"generator": generator}).unflatten(0, (real.groups, keep))
+    quiet_pipe = without_side_effects(pipe)
+    first = _first_latents(quiet_pipe, real.call | {"generator": generator}).unflatten(0, (real.groups, keep))
     seeds = real.seeds[::keep]  # one for each prompt
-    further = [drawn(seeds, first[:, 0], [f"candidate {c}"] * len(seeds)) for c in range(keep, candidates)]
-    pool = torch.cat([first, *(one[:, None] for one in further)], 1)
+    extra_candidates = [
+        seeded_normal(seeds, first[:, 0], [f"candidate {c}"] * len(seeds)) for c in range(keep, candidates)
+    ]
+    pool = torch.cat([first, *(one[:, None] for one in extra_candidates)], 1)
 
     rewards, costs = [], []
-    for batch in torch.arange(candidates).split(together or keep):
+    for batch in torch.arange(candidates).split(candidate_batch_size or keep):
         short = ParticleBatch(
             pipe, scorer, prompt, len(batch), call | {"num_inference_steps": steps}, reward_prompt, chunk_size
         )
-        own = [derived_seed(seed, f"solver of candidate {c}") for seed in seeds for c in batch.tolist()]
-        scored, cost = _scored(short, twin, pool[:, batch].flatten(0, 1), own)
+        solver_seeds = [derived_seed(seed, f"solver of candidate {c}") for seed in seeds for c in batch.tolist()]
+        scored, cost = _screen_batch(short, quiet_pipe, pool[:, batch].flatten(0, 1), solver_seeds)
         rewards.append(scored)
         costs.append(cost)
-    found = torch.cat(rewards, 1)
-    chosen = highest(found, keep)
+    candidate_rewards = torch.cat(rewards, 1)
+    chosen = top_k_indices(candidate_rewards, keep)
     noise = torch.cat([pool[b, at.to(pool.device)] for b, at in enumerate(chosen)])
-    return ScreenedNoise(noise, found, chosen, generator, functools.reduce(Cost.plus, costs))
+    return ScreenedNoise(noise, candidate_rewards, chosen, generator, functools.reduce(Cost.plus, costs))
 
 
 def unscaled(x: Tensor, scale: Any) -> Tensor:
     """ε with ε · scale = x to the bit, where x is such a product: division alone may miss it by a last place."""
     noise = (x.double() / float(scale)).to(x.dtype)
-    bits = noise.view(SAME_SIZE[x.element_size()])
-    for away in (1, -1, 2, -2):
-        noise = torch.where(noise * scale == x, noise, (bits + away).view(x.dtype))
+    bits = noise.view(INT_DTYPES[x.element_size()])
+    for ulps in (1, -1, 2, -2):
+        noise = torch.where(noise * scale == x, noise, (bits + ulps).view(x.dtype))
     return noise
 
 
-def _scored(population: ParticleBatch, twin: Any, noise: Tensor, seeds: Sequence[int]) -> tuple[Tensor, Cost]:
+def _screen_batch(
+    particle_batch: ParticleBatch, quiet_pipe: Any, noise: Tensor, seeds: Sequence[int]
+) -> tuple[Tensor, Cost]:
     """Rewards (B, n) after a run from noise (B·n, …), and what that cost."""
     generators = [Generator().manual_seed(seed) for seed in seeds]
-    images = population.sample(lambda event: None, twin, latents=noise, generator=generators)
-    rewards, components = population.score(images)
+    images = particle_batch.sample(lambda solver_step: None, quiet_pipe, latents=noise, generator=generators)
+    rewards, components = particle_batch.score(images)
     unsteered = Particles.start(*rewards.shape)
-    return rewards, population.output(images, rewards, components, unsteered, output_type="latent").cost
+    return rewards, particle_batch.output(images, rewards, components, unsteered, output_type="latent").cost
 
 
-def _first_noise(twin: Any, call: Mapping[str, Any]) -> Tensor:
+def _first_latents(quiet_pipe: Any, call: Mapping[str, Any]) -> Tensor:
     """What a call draws as its starting noise, without the scheduler's scale; its generators are then past it.
 
     The call ends where the solver would make its first step; the denoiser is not asked.
     """
-    scheduler = copy.deepcopy(twin.scheduler)
+    scheduler = copy.deepcopy(quiet_pipe.scheduler)
     signature = inspect.signature(scheduler.step)
 
     @functools.wraps(scheduler.step)
-    def begin(*args: Any, **kwargs: Any) -> None:
-        raise _Begun(signature.bind(*args, **kwargs).arguments["sample"])
+    def stop_at_first_step(*args: Any, **kwargs: Any) -> None:
+        raise _FirstStepReached(signature.bind(*args, **kwargs).arguments["sample"])
 
-    vars(scheduler)["step"] = begin
-    still = copy.copy(twin)
-    vars(still).update(silences(twin), scheduler=scheduler, maybe_free_model_hooks=lambda: None)
+    vars(scheduler)["step"] = stop_at_first_step
+    stopping_pipe = copy.copy(quiet_pipe)
+    vars(stopping_pipe).update(zero_proxies(quiet_pipe), scheduler=scheduler, maybe_free_model_hooks=lambda: None)
     try:
-        still(**accepted_only(twin, call))
-    except _Begun as begun:  # the run ends there
-        x: Tensor = begun.args[0]
+        stopping_pipe(**filter_call_kwargs(quiet_pipe, call))
+    except _FirstStepReached as reached:  # the run ends there
+        x: Tensor = reached.args[0]
         return unscaled(x, getattr(scheduler, "init_noise_sigma", 1.0))
-    raise CannotSteer(f"{type(twin).__name__} never stepped its own scheduler: its noise cannot be screened")
+    raise UnsupportedPipelineError(
+        f"{type(quiet_pipe).__name__} never stepped its own scheduler: its noise cannot be screened"
+    )
 
 
-class _Begun(Exception):
+class _FirstStepReached(Exception):
     """Carries the first latents of a run out of it."""
 
 
-def _copied(generator: Generator | Sequence[Generator]) -> Generators:
+def _copy_generators(generator: Generator | Sequence[Generator]) -> Generators:
     if not isinstance(generator, Generator):
         return [Generator(one.device).set_state(one.get_state()) for one in generator]
     return Generator(generator.device).set_state(generator.get_state())
 
 
-def _check(pipe: Any, keep: int, candidates: int, steps: int, together: int, call: Mapping[str, Any]) -> None:
+def _check(
+    pipe: Any, keep: int, candidates: int, steps: int, candidate_batch_size: int, call: Mapping[str, Any]
+) -> None:
     accepted, name = inspect.signature(type(pipe).__call__).parameters, type(pipe).__name__
     if "latents" not in accepted or "strength" in accepted:
-        raise CannotSteer(f"{name} does not start from noise of its caller's: its starts cannot be screened")
-    if said := [one for one in OWN if call.get(one) is not None]:
-        raise InputError(f"{said[0]} and screened starts exclude each other: leave {said[0]} out, or do not screen")
-    for what, number in (("keep", keep), ("steps", steps), ("together", together)):
+        raise UnsupportedPipelineError(
+            f"{name} does not start from noise of its caller's: its starts cannot be screened"
+        )
+    if conflicting := [one for one in RESERVED_ARGUMENTS if call.get(one) is not None]:
+        raise InputError(
+            f"{conflicting[0]} and screened starts exclude each other: leave {conflicting[0]} out, or do not screen"
+        )
+    for what, number in (("keep", keep), ("steps", steps), ("together", candidate_batch_size)):
         if number < 1:
             raise InputError(f"{what} must be at least 1, got {number}")
     if candidates < keep:

@@ -10,13 +10,13 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
-from steer.arguments import coerced_value, hints_of
-from steer.diffusion.batching import LiveRows
-from steer.diffusion.preview import accepted_only, first_output, new_preview
-from steer.diffusion.step_hooks import SolverStep, StepOverride, hook_steps, text_once, with_deferred_checker
+from steer.arguments import annotations_of, coerce_value
+from steer.diffusion.batching import ActiveRows
+from steer.diffusion.preview import build_preview, filter_call_kwargs, first_output
+from steer.diffusion.step_hooks import SolverStep, StepOverride, cache_text_encoding, hook_steps, with_deferred_checker
 from steer.errors import InputError
-from steer.pipelines.base import Cost, Evaluation, SteeringOutput
-from steer.reward import Reward, note_cut_by_pipeline, over_frames, score_components
+from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
+from steer.reward import Reward, mean_over_frames, score_components, warn_if_pipeline_truncates
 from steer.smc.particles import Particles
 
 IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -29,8 +29,8 @@ def _best(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
 
 def _weighted(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
     """`order` (B, K) of the slots with one slot first that is drawn by the weights (B, K)."""
-    drawn = torch.multinomial(log_weights.double().softmax(1), 1, generator=generator)
-    return torch.cat([drawn, order[order != drawn].view(len(order), -1)], 1)
+    first_slot = torch.multinomial(log_weights.double().softmax(1), 1, generator=generator)
+    return torch.cat([first_slot, order[order != first_slot].view(len(order), -1)], 1)
 
 
 # What stands first among the images of a prompt.
@@ -50,7 +50,7 @@ class ParticleBatch:
         reward_prompt: str | Sequence[str] | None = None,
         chunk_size: int = 8,
         preview: Any = "full",
-        live: LiveRows | None = None,
+        live: ActiveRows | None = None,
     ) -> None:
         """`call`: arguments for `pipe.__call__`, and `metadata` for the reward, a Mapping for each
         prompt; `preview`: see `steer.diffusion.preview`; `live`: whose view `pipe` is, where fewer particles may go on.
@@ -59,28 +59,34 @@ class ParticleBatch:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
-        self.pipe, self.reward, self.size, self.chunk_size = text_once(pipe), reward, size, chunk_size
-        self.live, self.alive = live or LiveRows(), size  # particles of a prompt that are left, in its first slots
+        self.pipe, self.reward, self.size, self.chunk_size = cache_text_encoding(pipe), reward, size, chunk_size
+        self.live, self.alive = live or ActiveRows(), size  # particles of a prompt that are left, in its first slots
         call = dict(call)
         metadata = call.pop("metadata", None)
-        read = prompt if reward_prompt is None else reward_prompt
-        read_by_prompt = [read] if isinstance(read, str) else list(read or [""] * _embedded_prompts(call))
+        reward_texts = prompt if reward_prompt is None else reward_prompt
+        read_by_prompt = (
+            [reward_texts] if isinstance(reward_texts, str) else list(reward_texts or [""] * _embedded_prompts(call))
+        )
         self.groups = len(read_by_prompt)
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
         self._metadata = _rows_of_metadata(metadata, self.groups)
         self.call = _bound_call(pipe, prompt, self.groups, size, call)
-        asked = [self.call.get(name) or () for name in ("prompt", "negative_prompt")]
-        note_cut_by_pipeline(pipe, [t for one in asked for t in ([one] if isinstance(one, str) else one)], self.call)
+        encoded_texts = [self.call.get(name) or () for name in ("prompt", "negative_prompt")]
+        warn_if_pipeline_truncates(
+            pipe, [t for one in encoded_texts for t in ([one] if isinstance(one, str) else one)], self.call
+        )
         self.rng = Generator().manual_seed(_derived_seed(call.get("generator")))
         self.seeds = _row_seeds(call.get("generator"), len(self.prompts))
         self.latents = torch.empty(0)
         self._flags: Tensor | None = None  # (B·K,) of the finished images by the safety checker, and its images
         self._replaced = torch.empty(0)
-        self._preview = new_preview(self.live.decoder(preview), self.pipe, self.call, chunk_size)
+        self._preview = build_preview(self.live.decoder(preview), self.pipe, self.call, chunk_size)
         self._nfe = self._decodes = self._other_decodes = self._reward_calls = self._gradients = 0
-        self._started = time.monotonic()
+        self._start_time = time.monotonic()
 
-    def sample(self, on_event: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any) -> Tensor:
+    def sample(
+        self, on_solver_step: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any
+    ) -> Tensor:
         """Runs the pipeline, or a twin of it, under the seam; returns the finished images (B·K, 3, H, W) in [0, 1] of
         the K particles that are left.
 
@@ -88,15 +94,17 @@ class ParticleBatch:
         """
         pipe, checker = with_deferred_checker(self.pipe if pipe is None else pipe)
 
-        def watch(event: SolverStep) -> StepOverride:
-            self._nfe += event.calls * self.groups * self.alive
-            ancestors, latents = on_event(event) or (None, None)
-            moved = event.prev if ancestors is None else event.prev[ancestors]
+        def tracked_step(solver_step: SolverStep) -> StepOverride:
+            self._nfe += solver_step.calls * self.groups * self.alive
+            ancestors, latents = on_solver_step(solver_step) or (None, None)
+            moved = solver_step.prev if ancestors is None else solver_step.prev[ancestors]
             self.latents = (moved if latents is None else latents.to(moved.dtype)).detach()
             return ancestors, latents
 
-        with hook_steps(pipe, watch, rows=len(self.prompts)) as view:
-            images = self.live.of(first_output(view(**accepted_only(pipe, self.call | given | {"output_type": "pt"}))))
+        with hook_steps(pipe, tracked_step, rows=len(self.prompts)) as view:
+            images = self.live.of(
+                first_output(view(**filter_call_kwargs(pipe, self.call | given | {"output_type": "pt"})))
+            )
         self._decodes += len(images)
         if checker is not None and checker.flags is not None and checker.replaced is not None:
             self._flags, self._replaced = self.live.of(checker.flags), self.live.of(checker.replaced)
@@ -117,7 +125,7 @@ class ParticleBatch:
         Of videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
-            return over_frames(images, self._score)
+            return mean_over_frames(images, self._score)
 
     def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         prompts = [text for text in self.prompts[:: self.size] for _ in range(self.alive)]
@@ -135,7 +143,7 @@ class ParticleBatch:
             n: torch.cat([p[n] for p in components]).view(shape) for n in components[0]
         }
 
-    def follow(self, ancestors: Tensor) -> Tensor:
+    def set_ancestors(self, ancestors: Tensor) -> Tensor:
         """Lets so many particles go on as there are ancestors (B, K), slots of each group; returns the rows (N,) of
         the whole batch that its rows go on from. Where there are fewer than before, the slots after them die."""
         rows = torch.arange(self.groups * self.size).view(self.groups, self.size)
@@ -155,7 +163,7 @@ class ParticleBatch:
         rewards: Tensor,
         components: Mapping[str, Tensor],
         particles: Particles,
-        history: Sequence[Evaluation] = (),
+        history: Sequence[ResamplingInfo] = (),
         output_type: str = "pil",
         draw: str = "best",
     ) -> SteeringOutput:
@@ -164,7 +172,7 @@ class ParticleBatch:
         order = DRAWS[draw](order, particles.log_weights, self.rng)
         rows = self.rows(order)
         latents = self.live.of(self.latents)[rows.to(self.latents.device)]
-        seconds = time.monotonic() - self._started
+        seconds = time.monotonic() - self._start_time
         if self._flags is not None:
             chosen = self._flags.to(images.device).view(-1, 1, 1, 1)
             images = torch.where(chosen, self._replaced.to(images).clamp(0, 1), images)
@@ -209,15 +217,15 @@ def _bound_call(
     unknown = [name for name in call if name not in accepted]
     if unknown:
         raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
-    if taken := [name for name in (*IMAGES_PER_PROMPT, "batch_size", "return_dict") if name in call]:
-        raise InputError(f"{taken[0]} is the steering pipeline's own: say num_particles")
-    several = isinstance(call.get("image"), list | tuple) or getattr(call.get("image"), "ndim", 0) == 4
-    if groups > 1 and several and "strength" in accepted:
+    if reserved := [name for name in (*IMAGES_PER_PROMPT, "batch_size", "return_dict") if name in call]:
+        raise InputError(f"{reserved[0]} is the steering pipeline's own: say num_particles")
+    several_images = isinstance(call.get("image"), list | tuple) or getattr(call.get("image"), "ndim", 0) == 4
+    if groups > 1 and several_images and "strength" in accepted:
         raise InputError(
             "several images and several prompts in one call: diffusers pairs them wrongly; one prompt a call"
         )
-    hints = hints_of(type(pipe).__call__)
-    bound = {name: coerced_value(name, hints.get(name, Any), value) for name, value in call.items()}
+    hints = annotations_of(type(pipe).__call__)
+    bound = {name: coerce_value(name, hints.get(name, Any), value) for name, value in call.items()}
     count = next((name for name in IMAGES_PER_PROMPT if name in accepted), None)
     if count:
         bound[count] = size

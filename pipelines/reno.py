@@ -16,15 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from steer.arguments import coerced
-from steer.diffusion.differentiable import computes_in_fp16, differentiable, own_gradients
-from steer.diffusion.preview import accepted_only
-from steer.diffusion.seeds import drawn
-from steer.diffusion.step_hooks import CannotSteer, SolverStep, plain_values, quiet
+from steer.arguments import coerce_arguments
+from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
+from steer.diffusion.preview import filter_call_kwargs
+from steer.diffusion.seeds import seeded_normal
+from steer.diffusion.step_hooks import SolverStep, UnsupportedPipelineError, plain_values, without_side_effects
 from steer.errors import InputError
-from steer.files import staged
-from steer.noise import OPTIMISERS, Optimiser, Search, clipped, neighbour, norms, over_rows, prior_gradient
-from steer.pipelines.base import Iteration, Start, SteeringOutput, SteeringPipeline
+from steer.files import atomic_write
+from steer.noise import OPTIMISERS, Optimiser, Search, clipped, neighbour, norms, prior_gradient, where_rows
+from steer.pipelines.base import InitialNoise, Iteration, SteeringOutput, SteeringPipeline
 from steer.pipelines.particle_batch import ParticleBatch, check_output_type
 from steer.registry import choose
 from steer.reward import Reward, RewardError
@@ -39,24 +39,26 @@ class NoiseToImage:
     Text is encoded once. Raises CannotSteer for a pipeline that takes no `latents`.
     """
 
-    def __init__(self, population: ParticleBatch) -> None:
-        if "latents" not in inspect.signature(type(population.pipe).__call__).parameters:
-            raise CannotSteer(f"{type(population.pipe).__name__} takes no latents: its noise cannot be optimised")
-        self.population, self.seeds = population, population.seeds
-        self.in_fp16 = computes_in_fp16(population.pipe)
-        self._twins: dict[bool, Any] = {}
+    def __init__(self, particle_batch: ParticleBatch) -> None:
+        if "latents" not in inspect.signature(type(particle_batch.pipe).__call__).parameters:
+            raise UnsupportedPipelineError(
+                f"{type(particle_batch.pipe).__name__} takes no latents: its noise cannot be optimised"
+            )
+        self.particle_batch, self.seeds = particle_batch, particle_batch.seeds
+        self.in_fp16 = computes_in_fp16(particle_batch.pipe)
+        self._differentiable_pipes: dict[bool, Any] = {}
         self.start, self.dtype = self._first_noise()
 
-    def about(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What the images depend on beside the noise, as plain values."""
-        population, pipe = self.population, self.population.pipe
-        call = {name: value for name, value in population.call.items() if name not in ("generator", "latents")}
+        particle_batch, pipe = self.particle_batch, self.particle_batch.pipe
+        call = {name: value for name, value in particle_batch.call.items() if name not in ("generator", "latents")}
         return {
             "pipeline": type(pipe).__name__,
             "model": str(getattr(pipe.config, "_name_or_path", "")),
             "scheduler": pipe.scheduler.to_json_string(),
-            "reward": population.reward.name,
-            "prompts": population.prompts,
+            "reward": particle_batch.reward.name,
+            "prompts": particle_batch.prompts,
             "call": plain_values(call),
             "start": plain_values(self.start),
             "dtype": str(self.dtype),
@@ -65,79 +67,81 @@ class NoiseToImage:
 
     def __call__(self, noise: Tensor) -> Tensor:
         """Images (B·K, 3, H, W) as the user's own pipeline makes them."""
-        return self._run(noise, self.population.pipe)
+        return self._run(noise, self.particle_batch.pipe)
 
-    def quickly(self, noise: Tensor) -> Tensor:
+    def fast_images(self, noise: Tensor) -> Tensor:
         """The same, with text encoded once, no safety checker, watermark or progress bar."""
-        return self._run(noise, self._plain)
+        return self._run(noise, self._quiet_pipe)
 
-    def with_graph(self, noise: Tensor, checkpointing: bool) -> Tensor:
+    def differentiable_images(self, noise: Tensor, checkpointing: bool) -> Tensor:
         """The same, differentiable with respect to the noise. Raises CannotSteer where no gradients come through."""
-        images = self._run(noise, self._twin(checkpointing))
+        images = self._run(noise, self._differentiable_pipe(checkpointing))
         if not images.requires_grad:
-            name = type(self.population.pipe).__name__
-            raise CannotSteer(
+            name = type(self.particle_batch.pipe).__name__
+            raise UnsupportedPipelineError(
                 f"{name} lets no gradients through: use the zero-order estimator "
                 "(gradient='zero-order', on the command line --gradient zero-order)"
             )
         return images
 
     @functools.cached_property
-    def _plain(self) -> Any:
-        return quiet(self.population.pipe)
+    def _quiet_pipe(self) -> Any:
+        return without_side_effects(self.particle_batch.pipe)
 
-    def _twin(self, checkpointing: bool) -> Any:
-        if checkpointing not in self._twins:
-            one_call = self.population.call.get("num_inference_steps") == 1
-            self._twins[checkpointing] = differentiable(self._plain, checkpointing, one_call)
-        return self._twins[checkpointing]
+    def _differentiable_pipe(self, checkpointing: bool) -> Any:
+        if checkpointing not in self._differentiable_pipes:
+            one_call = self.particle_batch.call.get("num_inference_steps") == 1
+            self._differentiable_pipes[checkpointing] = differentiable(self._quiet_pipe, checkpointing, one_call)
+        return self._differentiable_pipes[checkpointing]
 
     def _run(self, noise: Tensor, pipe: Any) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in self.seeds]
         latents = noise.to(self.dtype)
-        return self.population.sample(lambda event: None, pipe, latents=latents, generator=generators)
+        return self.particle_batch.sample(lambda solver_step: None, pipe, latents=latents, generator=generators)
 
     def _first_noise(self) -> tuple[Tensor, torch.dtype]:
         """What the first step of a run starts from, without the scheduler's scale, in fp32, and its dtype."""
 
-        def stop(event: SolverStep) -> None:
-            raise _Started(event)
+        def stop(solver_step: SolverStep) -> None:
+            raise _FirstStepReached(solver_step)
 
         try:
-            self.population.sample(stop, self._plain)
-        except _Started as started:  # the run ends there
-            event: SolverStep = started.args[0]
-        return event.x.float() / float(getattr(event.scheduler, "init_noise_sigma", 1.0)), event.x.dtype
+            self.particle_batch.sample(stop, self._quiet_pipe)
+        except _FirstStepReached as reached:  # the run ends there
+            solver_step: SolverStep = reached.args[0]
+        return solver_step.x.float() / float(
+            getattr(solver_step.scheduler, "init_noise_sigma", 1.0)
+        ), solver_step.x.dtype
 
 
-class _Started(Exception):
+class _FirstStepReached(Exception):
     """Carries the first step of a run out of it."""
 
 
-SERIES = ("rewards", "norms", "best")
-SUM = "sha256"  # of the tensors
+TRACE_FIELDS = ("rewards", "norms", "best")
+CHECKSUM_KEY = "sha256"  # of the tensors
 
 
-class SearchFile:
-    """`path`, or nothing at all where it is None; `about` says which run it may belong to."""
+class SearchCheckpoint:
+    """`path`, or nothing at all where it is None; `fingerprint` says which run it may belong to."""
 
-    def __init__(self, path: str | Path | None, about: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path | None, fingerprint: dict[str, Any]) -> None:
         self.path = None if path is None else Path(path)
-        self.about = json.dumps(about, sort_keys=True)
+        self.fingerprint = json.dumps(fingerprint, sort_keys=True)
 
     def save(self, search: Search, trace: Sequence[Iteration]) -> None:
         """After an iteration: `search` stands where the next one begins."""
         if self.path is None:
             return
-        series = {name: torch.stack([getattr(one, name) for one in trace]) for name in SERIES}
+        series = {name: torch.stack([getattr(one, name) for one in trace]) for name in TRACE_FIELDS}
         components = {
             f"components/{name}": torch.stack([one.components[name] for one in trace]) for name in trace[-1].components
         }
         tensors = {f"search/{name}": value for name, value in search.tensors().items()} | series | components
         plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
         try:
-            with staged(self.path) as new:
-                save_file(plain, new, self._told() | {SUM: _sum(plain)})
+            with atomic_write(self.path) as new:
+                save_file(plain, new, self._metadata() | {CHECKSUM_KEY: _checksum(plain)})
         except (OSError, SafetensorError) as error:
             raise InputError(f"{self.path} cannot be written ({error}); make room, or choose another folder") from error
 
@@ -150,20 +154,24 @@ class SearchFile:
             return None
         try:
             with safe_open(self.path, "pt") as file:
-                told, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                stored_metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{self.path} cannot be read as a saved search ({error}); delete it to begin anew"
             ) from error
-        known = told.pop(SUM, None)
-        if told != self._told():
+        expected_checksum = stored_metadata.pop(CHECKSUM_KEY, None)
+        if stored_metadata != self._metadata():
             raise InputError(f"{self.path} belongs to another run; delete it, or call with its settings and seed")
-        if known is not None and known != _sum(tensors):  # files of older versions have none
+        if expected_checksum is not None and expected_checksum != _checksum(
+            tensors
+        ):  # files of older versions have none
             raise InputError(f"{self.path} is damaged: its sha256 is another; delete it to begin anew")
-        if missing := sorted({*SERIES} - tensors.keys()):
+        if missing := sorted({*TRACE_FIELDS} - tensors.keys()):
             raise InputError(f"{self.path} lacks {missing[0]}; delete it to begin anew")
-        if (held := len(tensors["rewards"])) > total:
-            raise InputError(f"{self.path} holds {held} iterations, more than the {total} asked for; ask for {held}")
+        if (saved_count := len(tensors["rewards"])) > total:
+            raise InputError(
+                f"{self.path} holds {saved_count} iterations, more than the {total} asked for; ask for {saved_count}"
+            )
         saved = {name.removeprefix("search/"): value for name, value in tensors.items() if name.startswith("search/")}
         components = {
             name.removeprefix("components/"): value for name, value in tensors.items() if name.startswith("components/")
@@ -173,30 +181,30 @@ class SearchFile:
                 number=number,
                 total=total,
                 components={name: values[number] for name, values in components.items()},
-                **{name: tensors[name][number] for name in SERIES},
+                **{name: tensors[name][number] for name in TRACE_FIELDS},
             )
             for number in range(len(tensors["rewards"]))
         ]
         return Search.from_tensors(saved, device), trace
 
-    def _told(self) -> dict[str, str]:
-        return {"steer": "noise search", "about": self.about}
+    def _metadata(self) -> dict[str, str]:
+        return {"steer": "noise search", "about": self.fingerprint}
 
 
-def _sum(tensors: Mapping[str, Tensor]) -> str:
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of tensors: names, dtypes, shapes and bytes."""
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        result.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        result.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return result.hexdigest()
 
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Moved:
+class IterationResult:
     """One iteration: images (B·K, 3, H, W), rewards (B, K) and components at `noise` (B·K, …), the searches after it,
     and why they can go no further, if so."""
 
@@ -208,13 +216,13 @@ class Moved:
     stopped: str | None = None
 
 
-class Move(Protocol):
+class UpdateRule(Protocol):
     """What a method does in one iteration; its text tells all of its settings but the target."""
 
     @property
     def target(self) -> float | None: ...
 
-    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> Moved: ...
+    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult: ...
 
 
 def check_target(target: float | None) -> None:
@@ -233,7 +241,7 @@ class NoiseRun:
     def __init__(
         self,
         chain: NoiseToImage,
-        move: Move,
+        update_rule: UpdateRule,
         search: Search,
         iterations: int,
         state_file: str | Path | None = None,
@@ -241,46 +249,48 @@ class NoiseRun:
     ) -> None:
         if iterations < 1:
             raise InputError(f"iterations must be at least 1, got {iterations}")
-        self.chain, self.move, self.iterations, self.observer = chain, move, iterations, observer
+        self.chain, self.update_rule, self.iterations, self.observer = chain, update_rule, iterations, observer
         # A search that was finished stays where it is: another target is another run.
-        aim = {} if move.target is None else {"target": move.target}
-        self.file = SearchFile(state_file, {"move": str(move), **chain.about(), **aim})
+        target_setting = {} if update_rule.target is None else {"target": update_rule.target}
+        self.file = SearchCheckpoint(state_file, {"move": str(update_rule), **chain.fingerprint(), **target_setting})
         self.search, self.trace = self.file.load(chain.start.device, iterations) or (search, [])
         self.stopped: str | None = None
 
     def _iterate(self, number: int) -> bool:
         """One iteration; true where the run ends with it."""
         try:
-            moved = self.move(self.chain, self.search, number)
+            updated = self.update_rule(self.chain, self.search, number)
         except RewardError as error:
             if number == 0:
                 raise
             self.stopped = f"{error} (iteration {number})"
             return True
-        self.search, self.stopped, shape = moved.search, moved.stopped, moved.rewards.shape
-        lengths, best = norms(moved.noise).cpu().view(shape), self.search.best_rewards.view(shape)
-        self.trace.append(Iteration(number, self.iterations, moved.rewards, moved.components, lengths, best))
+        self.search, self.stopped, shape = updated.search, updated.stopped, updated.rewards.shape
+        noise_norms, best = norms(updated.noise).cpu().view(shape), self.search.best_rewards.view(shape)
+        self.trace.append(Iteration(number, self.iterations, updated.rewards, updated.components, noise_norms, best))
         if self.stopped:
             return True
         self.file.save(self.search, self.trace)
-        return bool(self.observer and self.observer(replace(self.trace[-1], images=moved.images)))
+        return bool(self.observer and self.observer(replace(self.trace[-1], images=updated.images)))
 
     def output(self, output_type: str) -> SteeringOutput:
         """Iterates to the end; the best iterate of each search, drawn once more by the plain pipeline."""
-        population = self.chain.population
-        for number in population.pipe.progress_bar(range(len(self.trace), self.iterations)):
+        particle_batch = self.chain.particle_batch
+        for number in particle_batch.pipe.progress_bar(range(len(self.trace), self.iterations)):
             if self.search.finished.all() or self._iterate(number):
                 break
         if self.stopped:
             logger.warning("%s; the best so far is returned", self.stopped)
         noise = self.search.best_noise.to(self.chain.dtype)
         images = self.chain(noise)
-        rewards, components = self._scores_of_the_best() if self.stopped else population.score(images)
-        out = population.output(images, rewards, components, Particles.start(*rewards.shape), output_type=output_type)
-        start = Start(noise, tuple(self.chain.seeds)).rows(population.rows(out.order).tolist())
+        rewards, components = self._best_scores() if self.stopped else particle_batch.score(images)
+        out = particle_batch.output(
+            images, rewards, components, Particles.start(*rewards.shape), output_type=output_type
+        )
+        start = InitialNoise(noise, tuple(self.chain.seeds)).rows(particle_batch.rows(out.order).tolist())
         return replace(out, start=start, trace=tuple(self.trace), stopped=self.stopped)
 
-    def _scores_of_the_best(self) -> tuple[Tensor, dict[str, Tensor]]:
+    def _best_scores(self) -> tuple[Tensor, dict[str, Tensor]]:
         """As they were in the trace: a reward that failed is not asked again."""
         at = torch.stack([one.rewards for one in self.trace]).argmax(0, keepdim=True)
         names = self.trace[0].components
@@ -318,12 +328,12 @@ class Backprop:
     def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
         leaf = noise.detach().requires_grad_(True)
         with torch.enable_grad():
-            images = chain.with_graph(leaf, self.checkpointing)
-            rewards, components = chain.population.score(images)
-            gradient = own_gradients(rewards, leaf, chain.in_fp16)
+            images = chain.differentiable_images(leaf, self.checkpointing)
+            rewards, components = chain.particle_batch.score(images)
+            gradient = per_sample_gradients(rewards, leaf, chain.in_fp16)
         if gradient is None:
-            raise _not_differentiable(chain.population.reward.name)
-        chain.population.count_gradients(len(noise))
+            raise _not_differentiable(chain.particle_batch.reward.name)
+        chain.particle_batch.count_gradients(len(noise))
         return Estimate(images.detach(), rewards.detach(), {n: p.detach() for n, p in components.items()}, gradient)
 
 
@@ -345,18 +355,18 @@ class ZeroOrder:
             raise InputError(f"zero-order: directions must be at least 1 and distance above 0, got {self}")
 
     def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
-        images = chain.quickly(noise)
-        rewards, components = chain.population.score(images)
+        images = chain.fast_images(noise)
+        rewards, components = chain.particle_batch.score(images)
         gradient = torch.zeros_like(noise)
         for number in range(self.directions):
-            u = drawn(chain.seeds, noise, [f"direction {iteration} {number}"] * len(noise))
+            u = seeded_normal(chain.seeds, noise, [f"direction {iteration} {number}"] * len(noise))
             ahead, behind = (self._reward(chain, noise + side * self.distance * u) for side in (1, -1))
             slope = ((ahead - behind) / (2 * self.distance)).flatten().to(u)
             gradient += slope.view(-1, *[1] * (u.dim() - 1)) * u / self.directions
         return Estimate(images, rewards, components, gradient)
 
     def _reward(self, chain: NoiseToImage, noise: Tensor) -> Tensor:
-        return chain.population.score(chain.quickly(noise))[0]
+        return chain.particle_batch.score(chain.fast_images(noise))[0]
 
 
 GRADIENTS: dict[str, NoiseGradient] = {"backprop": Backprop(), "zero-order": ZeroOrder()}
@@ -386,7 +396,7 @@ class ReNOPipeline(SteeringPipeline):
     out.images[0], out.trace[-1].best, out.start.noise
     """
 
-    @coerced
+    @coerce_arguments
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -446,9 +456,9 @@ class ReNOPipeline(SteeringPipeline):
             target,
         )
         check_differentiable(self.reward, ascent.gradient)
-        call = accepted_only(self.pipe, ONE_STEP) | call
-        population = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        chain = NoiseToImage(population)
+        call = filter_call_kwargs(self.pipe, ONE_STEP) | call
+        particle_batch = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        chain = NoiseToImage(particle_batch)
         search = Search.start(chain.start, ascent.optimiser)
         run = NoiseRun(chain, ascent, search, iterations, state_file, on_iteration)
         return run.output(output_type)
@@ -478,41 +488,41 @@ class Ascent:
         if self.restarts < 0 or (self.restarts and self.patience is None):
             raise InputError(f"restarts must be at least 0, and need a patience, got {self.restarts}")
 
-    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> Moved:
+    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
         """Rewards and gradient at the present noise, the best kept, a step."""
-        seen = self.gradient(chain, search.noise, number)
-        recorded = search.record(seen.rewards.flatten()).reach(self.target)
-        uphill = seen.gradient + self.regularisation * prior_gradient(search.noise)
-        stopped, moved = self._broken(chain, uphill, number), recorded
+        estimate = self.gradient(chain, search.noise, number)
+        recorded = search.record(estimate.rewards.flatten()).finish_at_target(self.target)
+        uphill = estimate.gradient + self.regularisation * prior_gradient(search.noise)
+        stopped, updated = self._nonfinite_gradient(chain, uphill, number), recorded
         if stopped is None:
-            moved = self._ascended(recorded, uphill, chain.seeds)
-        return Moved(seen.images, seen.rewards, seen.components, search.noise, moved, stopped)
+            updated = self._ascend_rows(recorded, uphill, chain.seeds)
+        return IterationResult(estimate.images, estimate.rewards, estimate.components, search.noise, updated, stopped)
 
-    def _broken(self, chain: NoiseToImage, uphill: Tensor, number: int) -> str | None:
+    def _nonfinite_gradient(self, chain: NoiseToImage, uphill: Tensor, number: int) -> str | None:
         """Which gradient is not finite, if any."""
         rows = (~uphill.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if not rows:
             return None
-        name, prompt = chain.population.reward.name, chain.population.prompts[rows[0]]
+        name, prompt = chain.particle_batch.reward.name, chain.particle_batch.prompts[rows[0]]
         return f"the gradient of reward {name!r} is not finite at iteration {number}, prompt {prompt!r}"
 
-    def _ascended(self, search: Search, uphill: Tensor, seeds: Sequence[int]) -> Search:
+    def _ascend_rows(self, search: Search, uphill: Tensor, seeds: Sequence[int]) -> Search:
         """ε ← ε + a step along ∇ [Σ_m w_m r_m(G(ε)) + w_reg log p(‖ε‖)]; searches out of patience begin anew."""
         step = clipped(uphill, self.max_grad_norm)
         if self.patience is None:
             return search.ascend(step, self.optimiser)
-        tired = (search.stale >= self.patience) & ~search.finished
-        again = tired & (search.starts <= self.restarts)
-        streams = [f"start {number}" for number in search.starts.tolist()]
+        out_of_patience = (search.stale >= self.patience) & ~search.finished
+        restarting = out_of_patience & (search.starts <= self.restarts)
+        seed_streams = [f"start {number}" for number in search.starts.tolist()]
         # Retired before the step: where the rest of a batch goes on, a finished row is seen again as it was.
-        moved = search.retire(tired & ~again).ascend(step, self.optimiser)
-        return moved.restart(again, drawn(seeds, search.noise, streams))
+        updated = search.retire(out_of_patience & ~restarting).ascend(step, self.optimiser)
+        return updated.restart(restarting, seeded_normal(seeds, search.noise, seed_streams))
 
 
 class NoiseSearchPipeline(SteeringPipeline):
     """Noise from whose neighbours the best is taken, again and again; the control of gradient-based optimisation."""
 
-    @coerced
+    @coerce_arguments
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -538,10 +548,10 @@ class NoiseSearchPipeline(SteeringPipeline):
         default they are the pipeline's own.
         """
         check_output_type(output_type)
-        move = Neighbours(neighbours, distance, target)
-        population = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        chain = NoiseToImage(population)
-        run = NoiseRun(chain, move, Search.start(chain.start), iterations, state_file, on_iteration)
+        update_rule = Neighbours(neighbours, distance, target)
+        particle_batch = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        chain = NoiseToImage(particle_batch)
+        run = NoiseRun(chain, update_rule, Search.start(chain.start), iterations, state_file, on_iteration)
         return run.output(output_type)
 
 
@@ -560,21 +570,21 @@ class Neighbours:
         if not 0 < self.distance <= 1:
             raise InputError(f"distance must be above 0 and at most 1, got {self.distance}")
 
-    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> Moved:
+    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
         pivot, candidates = search.best_noise, []
         for place in range(self.count if number else 1):
-            u = drawn(chain.seeds, pivot, [f"neighbour {number} {place}"] * len(pivot))
+            u = seeded_normal(chain.seeds, pivot, [f"neighbour {number} {place}"] * len(pivot))
             # A finished search is seen again as it was, while others of its batch go on.
-            noise = over_rows(search.finished, pivot, neighbour(pivot, u, self.distance)) if number else pivot
-            images = chain.quickly(noise)
-            rewards, components = chain.population.score(images)
+            noise = where_rows(search.finished, pivot, neighbour(pivot, u, self.distance)) if number else pivot
+            images = chain.fast_images(noise)
+            rewards, components = chain.particle_batch.score(images)
             search = replace(search, noise=noise).record(rewards.flatten())
-            candidates.append(Moved(images, rewards, components, noise, search))
-        found = best_of(candidates)
-        return replace(found, search=found.search.reach(self.target))
+            candidates.append(IterationResult(images, rewards, components, noise, search))
+        result = best_of(candidates)
+        return replace(result, search=result.search.finish_at_target(self.target))
 
 
-def best_of(candidates: Sequence[Moved]) -> Moved:
+def best_of(candidates: Sequence[IterationResult]) -> IterationResult:
     """For each image the candidate with the highest reward; the searches of the last."""
     at = torch.stack([one.rewards for one in candidates]).argmax(0)
     rows = range(at.numel())
@@ -583,7 +593,7 @@ def best_of(candidates: Sequence[Moved]) -> Moved:
         return torch.stack([tensors[place][row] for row, place in zip(rows, at.flatten().tolist(), strict=True)])
 
     names = candidates[0].components
-    return Moved(
+    return IterationResult(
         chosen([one.images for one in candidates]),
         chosen([one.rewards.flatten() for one in candidates]).view_as(at),
         {name: chosen([one.components[name].flatten() for one in candidates]).view_as(at) for name in names},

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from steer.arguments import coerced
-from steer.diffusion.schedules import can_redraw
-from steer.diffusion.step_hooks import CannotSteer, SolverStep
+from steer.arguments import coerce_arguments
+from steer.diffusion.schedules import can_resample_noise
+from steer.diffusion.step_hooks import SolverStep, UnsupportedPipelineError
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta
 from steer.pipelines.fk_steering import (
@@ -19,8 +19,8 @@ from steer.pipelines.fk_steering import (
     ResamplingSchedule,
     Run,
     StepReport,
-    check_copies_part,
-    highest,
+    check_copies_diverge,
+    top_k_indices,
 )
 from steer.pipelines.particle_batch import ParticleBatch, check_output_type
 from steer.smc.particles import Particles
@@ -35,7 +35,7 @@ class SelectionPipeline(SteeringPipeline):
     out = svdd("a red circle left of a blue star", num_particles=8, beams=2)  # beam search
     """
 
-    @coerced
+    @coerce_arguments
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -70,15 +70,15 @@ class SelectionPipeline(SteeringPipeline):
         algorithm = Selection(beams, lam)
         algorithm.check_size(num_particles)
         if num_particles > 1:
-            check_candidates_part(self.pipe.scheduler, eta)
+            check_candidates_diverge(self.pipe.scheduler, eta)
         call, kernel_eta = route_eta(self.pipe, call, eta)
-        population = ParticleBatch(
+        particle_batch = ParticleBatch(
             self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size, preview
         )
-        run = SelectionRun(algorithm, population, kernel_eta, eta or 1.0, ResamplingSchedule(select_steps), on_step)
+        run = SelectionRun(algorithm, particle_batch, kernel_eta, eta or 1.0, ResamplingSchedule(select_steps), on_step)
         images = run.sample()
-        rewards, components = population.score(images)
-        return population.output(images, rewards, components, run.particles, run.history, output_type)
+        rewards, components = particle_batch.score(images)
+        return particle_batch.output(images, rewards, components, run.particles, run.history, output_type)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Selection:
         if size >= 1 and size % self.beams:
             raise InputError(f"beams must divide num_particles, got {self.beams} of {size}")
 
-    def weigh(self, particles: Particles, rewards: Tensor, progress: float) -> Particles:
+    def reweight(self, particles: Particles, rewards: Tensor, progress: float) -> Particles:
         """Notes the rewards (B, K) of x̂0; weights stay equal."""
         strength = torch.full((len(rewards), 1), self.lam)
         return replace(particles, path=particles.path.append(rewards, strength))
@@ -125,48 +125,52 @@ class Selection:
         if self.lam < math.inf:
             uniform = torch.rand(keys.shape, generator=generator, dtype=torch.float64)
             keys = self.lam * keys - (-uniform.log()).log()
-        return highest(keys, self.beams)
+        return top_k_indices(keys, self.beams)
 
 
 class SelectionRun(Run):
     """A run whose slots go on from the chosen ones."""
 
-    steps_asked = "select_steps"
+    steps_argument = "select_steps"
     algorithm: Selection
 
     def _default_steps(self, total: int) -> Iterable[int]:
         return range(total)
 
-    def _needs_steps(self) -> bool:
-        return self.algorithm.beams < self.population.size
+    def _needs_resampling(self) -> bool:
+        return self.algorithm.beams < self.particle_batch.size
 
-    def _moved(self, event: SolverStep, rows: Tensor | None, reading: IntermediateRewards | None) -> Tensor | None:
+    def _next_latents(
+        self, solver_step: SolverStep, rows: Tensor | None, intermediate: IntermediateRewards | None
+    ) -> Tensor | None:
         """The first child keeps the solver's step, the others resample its noise: a search has no law to keep."""
-        taken = None if self.eta is None else event.kernel(self.eta).sample(self.population.rng)
+        sampled = None if self.eta is None else solver_step.kernel(self.eta).sample(self.particle_batch.rng)
         if rows is None:
-            return taken
-        moved = (event.prev if taken is None else taken)[rows]
-        copies = repeated(rows)
-        if not (can_redraw(event.scheduler) and copies.any()):
-            return None if taken is None else moved
-        moved[copies] = event.kernel(self.resampling_eta, rows[copies]).sample(self.population.rng).to(moved.dtype)
+            return sampled
+        moved = (solver_step.prev if sampled is None else sampled)[rows]
+        copies = duplicate_rows(rows)
+        if not (can_resample_noise(solver_step.scheduler) and copies.any()):
+            return None if sampled is None else moved
+        moved[copies] = (
+            solver_step.kernel(self.resampling_eta, rows[copies]).sample(self.particle_batch.rng).to(moved.dtype)
+        )
         return moved
 
-    def _redraws(self, scheduler: Any) -> bool:
-        return can_redraw(scheduler)
+    def _resamples_noise(self, scheduler: Any) -> bool:
+        return can_resample_noise(scheduler)
 
 
-def repeated(rows: Tensor) -> Tensor:
+def duplicate_rows(rows: Tensor) -> Tensor:
     """(N,) true where a row number has come before."""
     return torch.stack([(rows[:place] == row).any() for place, row in enumerate(rows)])
 
 
-def check_candidates_part(scheduler: Any, eta: float | None) -> None:
+def check_candidates_diverge(scheduler: Any, eta: float | None) -> None:
     """Raises CannotSteer for a solver without the Gaussian kernel that candidates are drawn from."""
     if eta is None:
-        check_copies_part(scheduler)
-    elif not can_redraw(scheduler):
-        raise CannotSteer(
+        check_copies_diverge(scheduler)
+    elif not can_resample_noise(scheduler):
+        raise UnsupportedPipelineError(
             f"{type(scheduler).__name__} has no Gaussian kernel to draw candidates from: use another one, for example "
             "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or eta=None for noise of its own"
         )
@@ -175,7 +179,7 @@ def check_candidates_part(scheduler: Any, eta: float | None) -> None:
 class BestOfNPipeline(SteeringPipeline):
     """The pipeline's own batch of N images for each prompt, best first."""
 
-    @coerced
+    @coerce_arguments
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -196,17 +200,19 @@ class BestOfNPipeline(SteeringPipeline):
         """
         check_output_type(output_type)
         call, kernel_eta = route_eta(self.pipe, call, eta)
-        population = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        run = Watched(Selection(num_particles), population, kernel_eta, 1.0, ResamplingSchedule(preview_steps), on_step)
+        particle_batch = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
+        run = PreviewRun(
+            Selection(num_particles), particle_batch, kernel_eta, 1.0, ResamplingSchedule(preview_steps), on_step
+        )
         images = run.sample()
-        rewards, components = population.score(images)
-        return population.output(images, rewards, components, run.particles, run.history, output_type)
+        rewards, components = particle_batch.score(images)
+        return particle_batch.output(images, rewards, components, run.particles, run.history, output_type)
 
 
-class Watched(Run):
+class PreviewRun(Run):
     """A run in which all particles stay."""
 
-    steps_asked = "preview_steps"
+    steps_argument = "preview_steps"
 
-    def _needs_steps(self) -> bool:
+    def _needs_resampling(self) -> bool:
         return False

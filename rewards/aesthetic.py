@@ -15,8 +15,8 @@ from steer.registry import nearest
 from steer.reward import RewardError
 from steer.rewards.clip import DEFAULT_CLIP, MICRO_BATCH, Backbone, load_backbone
 from steer.rewards.images import in_micro_batches
-from steer.rewards.learned import LearnedAesthetic
-from steer.rewards.weights import State, WebFile, cast, check_dtype, load_weights, placed, read_checkpoint
+from steer.rewards.learned import LearnedAestheticReward
+from steer.rewards.weights import State, WebFile, cast, check_dtype, load_weights, read_checkpoint, to_module_device
 
 RAW = "https://raw.githubusercontent.com"
 V2 = f"{RAW}/christophschuhmann/improved-aesthetic-predictor/6934dd81792f086e613a121dbce43082cb8be85e"
@@ -66,26 +66,26 @@ RELU_LAYOUT = (0, 3, 6, 9, 11)
 class Mlp(nn.Module):
     """The head of v2 in either layout; dropout, which does nothing when scoring, is left out but counted."""
 
-    def __init__(self, widths: Sequence[int], places: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], positions: Sequence[int]) -> None:
         super().__init__()
-        layers: list[nn.Module] = [nn.Identity() for _ in range(places[-1] + 1)]
-        for place, before, after in zip(places, widths, [*widths[1:], 1], strict=True):
-            layers[place] = nn.Linear(before, after)
-            if tuple(places) == RELU_LAYOUT and place != places[-1]:
-                layers[place + 1] = nn.ReLU()
+        layers: list[nn.Module] = [nn.Identity() for _ in range(positions[-1] + 1)]
+        for position, before, after in zip(positions, widths, [*widths[1:], 1], strict=True):
+            layers[position] = nn.Linear(before, after)
+            if tuple(positions) == RELU_LAYOUT and position != positions[-1]:
+                layers[position + 1] = nn.ReLU()
         self.layers = nn.Sequential(*layers)
 
     def forward(self, embedding: Tensor) -> Tensor:
         return self.layers(embedding)
 
 
-def head_of(state: State, what: str) -> nn.Module:
+def build_head(state: State, what: str) -> nn.Module:
     """The head that a checkpoint holds: v2's MLP in either layout, or v1's linear layer. Raises RewardError."""
-    layouts = {_keys(places): places for places in (LINEAR_LAYOUT, RELU_LAYOUT)}
+    layouts = {_keys(positions): positions for positions in (LINEAR_LAYOUT, RELU_LAYOUT)}
     matrices = all(tensor.dim() == 2 for key, tensor in state.items() if key.endswith("weight"))
     with torch.random.fork_rng(devices=[]):  # no random number is drawn for what is filled at once
-        if matrices and (places := layouts.get(frozenset(state))):
-            head: nn.Module = Mlp([state[f"layers.{place}.weight"].shape[1] for place in places], places)
+        if matrices and (positions := layouts.get(frozenset(state))):
+            head: nn.Module = Mlp([state[f"layers.{position}.weight"].shape[1] for position in positions], positions)
         elif matrices and state.keys() == {"weight", "bias"}:
             head = nn.Linear(state["weight"].shape[1], 1)
         else:
@@ -95,8 +95,8 @@ def head_of(state: State, what: str) -> nn.Module:
     return head
 
 
-def _keys(places: Sequence[int]) -> frozenset[str]:
-    return frozenset(f"layers.{place}.{part}" for place in places for part in ("weight", "bias"))
+def _keys(positions: Sequence[int]) -> frozenset[str]:
+    return frozenset(f"layers.{position}.{part}" for position in positions for part in ("weight", "bias"))
 
 
 class Aesthetic:
@@ -118,7 +118,7 @@ class Aesthetic:
         cast(self.head, None)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._batched(placed(images, self.backbone, self.head), prompts)
+        return self._batched(to_module_device(images, self.backbone, self.head), prompts)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.head(self.backbone.images(images))[:, 0]
@@ -131,24 +131,24 @@ def aesthetic(
     backbone: str | None = None,
     micro_batch: str | int = MICRO_BATCH,
     dtype: str | None = None,
-) -> Aesthetic | LearnedAesthetic:
+) -> Aesthetic | LearnedAestheticReward:
     """An aesthetic predictor: v2 (default), v2-relu, v1, v1-b32, v1-b16, or the embedded scenes.
 
     path      a local head in one of the published layouts
     backbone  the CLIP it stands on, where it is not the published one
     """
-    if version in LearnedAesthetic.embedded:
+    if version in LearnedAestheticReward.embedded:
         if path or backbone:
             raise RewardError(f"aesthetic:{version} is whole: it takes neither path nor backbone")
-        return LearnedAesthetic(version, micro_batch=micro_batch, dtype=dtype)
+        return LearnedAestheticReward(version, micro_batch=micro_batch, dtype=dtype)
     if version not in PREDICTORS:
-        known = nearest(version, [*PREDICTORS, *LearnedAesthetic.embedded])
+        known = nearest(version, [*PREDICTORS, *LearnedAestheticReward.embedded])
         raise RewardError(f"aesthetic:{version}: unknown version, did you mean {known}?")
     published = PREDICTORS[version]
 
     def load() -> tuple[Backbone, nn.Module]:
         file = path or published.head.fetch()
-        head = head_of(read_checkpoint(file), f"aesthetic: {file}")
+        head = build_head(read_checkpoint(file), f"aesthetic: {file}")
         clip = load_backbone(backbone or published.backbone)
         width = next(head.parameters()).shape[1]
         if clip.width != width:

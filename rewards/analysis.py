@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from steer.errors import InputError
 from steer.reward import Reward, RewardError, score
-from steer.rewards.objectives import Choices
+from steer.rewards.objectives import PreferenceLabels
 
 Scores = Tensor | Sequence[float] | np.ndarray
 ROUNDING = 1e-12  # of a score's size: smaller differences from a prompt's mean are rounding, not preference
@@ -31,7 +31,7 @@ class Agreement:
     n: int
     spearman: float
     kendall: float
-    pairs_alike: float
+    pairwise_agreement: float
     starc: float
 
 
@@ -40,30 +40,30 @@ def compare(a: Scores, b: Scores, groups: Sequence[str]) -> Agreement:
 
     Raises InputError where they do not fit together, are fewer than two, or are not finite.
     """
-    first, second = _checked(a, b, groups)
-    told = max(map(len, _rows_by_group(groups))) > 1
+    first, second = _validated(a, b, groups)
+    comparable = max(map(len, _rows_by_group(groups))) > 1
     return Agreement(
         n=len(first),
         spearman=spearman(first, second),
         kendall=kendall(first, second),
-        pairs_alike=pairs_alike(first, second, groups),
-        starc=starc_distance(first, second, groups) if told else float("nan"),
+        pairwise_agreement=pairwise_agreement(first, second, groups),
+        starc=starc_distance(first, second, groups) if comparable else float("nan"),
     )
 
 
 def spearman(a: Scores, b: Scores) -> float:
     """Spearman's ρ of scores (N,), −1..1: the linear correlation of their ranks. nan where one is constant."""
-    first, second = _checked(a, b)
+    first, second = _validated(a, b)
     return float("nan") if _constant(first, second) else float(stats.spearmanr(first, second).statistic)
 
 
 def kendall(a: Scores, b: Scores) -> float:
     """Kendall's τ_b of scores (N,), −1..1: pairs ranked alike minus unlike, mending ties. nan where one is constant."""
-    first, second = _checked(a, b)
+    first, second = _validated(a, b)
     return float("nan") if _constant(first, second) else float(stats.kendalltau(first, second).statistic)
 
 
-def pairs_alike(a: Scores, b: Scores, groups: Sequence[str]) -> float:
+def pairwise_agreement(a: Scores, b: Scores, groups: Sequence[str]) -> float:
     """Share 0..1 of the pairs of images of one prompt that both rewards rank alike; a tie in either counts 1/2.
 
         mean over i < j of one prompt of (1 + sign(aᵢ − aⱼ) · sign(bᵢ − bⱼ)) / 2
@@ -71,7 +71,7 @@ def pairs_alike(a: Scores, b: Scores, groups: Sequence[str]) -> float:
     Only images of one prompt are compared: that is what steering and best-of-n choose among. nan where no prompt
     has two images.
     """
-    first, second = _checked(a, b, groups)
+    first, second = _validated(a, b, groups)
     agreeing, pairs = 0.0, 0
     for rows in _rows_by_group(groups):
         x, y = first[rows], second[rows]
@@ -92,7 +92,7 @@ def starc_distance(a: Scores, b: Scores, groups: Sequence[str]) -> float:
     prompts. A reward that is constant within each prompt has ‖c(r)‖ = 0 and keeps s(r) = 0: 1/2 from every other
     reward, 0 from another constant.
     """
-    first, second = _checked(a, b, groups)
+    first, second = _validated(a, b, groups)
     return float(np.linalg.norm(_standardised(first, groups) - _standardised(second, groups)) / 2)
 
 
@@ -117,7 +117,7 @@ def _constant(*scores: np.ndarray) -> bool:
     return any(np.ptp(some) == 0 for some in scores)
 
 
-def _checked(a: Scores, b: Scores, groups: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _validated(a: Scores, b: Scores, groups: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Both as (N,) fp64. Raises InputError where they cannot be compared."""
     first, second = (np.asarray(scores, dtype=np.float64) for scores in (a, b))
     sizes = [first.shape, second.shape, *([] if groups is None else [(len(groups),)])]
@@ -134,7 +134,7 @@ BINS = 10
 
 
 @dataclass(frozen=True)
-class Judgement:
+class PreferenceMetrics:
     """Of pairs that training did not see.
 
     accuracy  share of decided pairs (no ties) in which the chosen image has the higher reward; equal rewards: half
@@ -153,16 +153,16 @@ class Judgement:
         return f"accuracy {self.accuracy:.3f}, log loss {self.log_loss:.3f}, calibration error {self.ece:.3f}"
 
 
-def judged(raw: Sequence[Tensor], choices: Choices) -> Judgement:
+def preference_metrics(raw: Sequence[Tensor], labels: PreferenceLabels) -> PreferenceMetrics:
     """raw: rewards (N,) of the images a and of the images b, in nats."""
-    difference, chosen = raw[0] - raw[1], choices.choice
+    difference, chosen = raw[0] - raw[1], labels.choice
     decided = chosen != 0.5
     right = torch.where(difference == 0, 0.5, ((difference > 0) == (chosen > 0.5)).float())
     loss = F.binary_cross_entropy_with_logits(difference, chosen)
     bins = _bins(torch.sigmoid(difference), chosen)
     ece = sum(count * abs(predicted - observed) for predicted, observed, count in bins) / max(len(chosen), 1)
     accuracy = right[decided].mean().item() if decided.any() else 0.5
-    return Judgement(accuracy, loss.item(), ece, bins)
+    return PreferenceMetrics(accuracy, loss.item(), ece, bins)
 
 
 def _bins(predicted: Tensor, observed: Tensor) -> tuple[tuple[float, float, int], ...]:
@@ -280,17 +280,17 @@ def consistency(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[
 
 def consistency_by_kind(kinds: Sequence[str], margins: Tensor) -> dict[str, Consistency]:
     """Sums up margins (P,), score of the prompt minus score of its contrast, by the P kinds and for "all"."""
-    found: dict[str, Consistency] = {}
+    results: dict[str, Consistency] = {}
     for kind in [kind for kind in KINDS if kind in kinds] + (["all"] if kinds else []):
         of_kind = margins[[k for k, name in enumerate(kinds) if kind in (name, "all")]].double()
         share = ((of_kind.sign() + 1) / 2).mean().item()
-        found[kind] = Consistency(share, len(of_kind), of_kind.mean().item())
-    return found
+        results[kind] = Consistency(share, len(of_kind), of_kind.mean().item())
+    return results
 
 
 def _colour_words(prompt: str) -> list[re.Match[str]]:
-    found = _COLOUR.finditer(prompt)
-    return [word for word in found if word[0].lower() != "orange" or _BEFORE_A_THING.match(prompt, word.end())]
+    results = _COLOUR.finditer(prompt)
+    return [word for word in results if word[0].lower() != "orange" or _BEFORE_A_THING.match(prompt, word.end())]
 
 
 def _hue(word: re.Match[str]) -> str:
@@ -316,12 +316,12 @@ def _exchanged_colours(prompt: str) -> Iterator[str]:
         between = prompt[first.end() : second.start()]
         things = [re.match(r"[\s-]*(\w*)", prompt[word.end() :], re.IGNORECASE) for word in (first, second)]
         one_kind = len({thing[1].lower() for thing in things if thing}) == 1
-        if _hue(first) != _hue(second) and not one_kind and not _bare(between):
+        if _hue(first) != _hue(second) and not one_kind and not _only_conjunction(between):
             # From the right, so that the place on the left stays where it was found.
             yield _with_colour(_with_colour(prompt, second, first[0]), first, second[0])
 
 
-def _bare(between: str) -> bool:
+def _only_conjunction(between: str) -> bool:
     """Whether nothing that has a colour stands between two colour words."""
     without_article = re.sub(r"\b(?:an?|the)\s+$", "", between, flags=re.IGNORECASE)
     return _JOINED.fullmatch(without_article) is not None
@@ -361,13 +361,18 @@ def _cased(new: str, old: str) -> str:
 BATCH_TOLERANCE = 1e-5  # of max(1, |score|): rounding differs between batch sizes, by less than this
 TIMED_CALLS = 3
 GRADED_IMAGES = 4  # whose gradients are checked: every one costs 34 evaluations
-STEPS = (1e-4, 3e-4, 1e-3, 1e-2)  # of all pixels at once; fp32 rounding spoils small ones, kinks and curvature large
+STEP_SIZES = (
+    1e-4,
+    3e-4,
+    1e-3,
+    1e-2,
+)  # of all pixels at once; fp32 rounding spoils small ones, kinks and curvature large
 GRADIENT_TOLERANCE = 5e-2  # relative, of the median slope
-FLAT = 3e-5  # of the largest |score|: slopes below this drown in the rounding of fp32 scores
+FLAT_SLOPE = 3e-5  # of the largest |score|: slopes below this drown in the rounding of fp32 scores
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One check: whether it passed (None: does not apply, or is only reported), and the figure in one line."""
 
     name: str
@@ -378,7 +383,7 @@ class Finding:
 Outcome = tuple[bool | None, str]
 
 
-def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list[Finding]:
+def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list[CheckResult]:
     """Checks a reward on images (N, 3, H, W) in [0, 1] and their N prompts: one finding for each of CHECKS.
 
     A reward that raises or breaks the contract gives a failed finding with the message; where it cannot score the
@@ -388,16 +393,16 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list
         raise InputError(f"images to check a reward are floats (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     if len(prompts) != len(images):
         raise InputError(f"a reward is checked with one prompt an image, got {len(prompts)} for {len(images)} images")
-    findings: list[Finding] = []
+    check_results: list[CheckResult] = []
     for name, check in CHECKS.items():
-        if findings and not findings[0].passed:
-            findings.append(Finding(name, None, "not tried: the contract does not hold"))
+        if check_results and not check_results[0].passed:
+            check_results.append(CheckResult(name, None, "not tried: the contract does not hold"))
             continue
         try:
-            findings.append(Finding(name, *check(reward, images, prompts)))
+            check_results.append(CheckResult(name, *check(reward, images, prompts)))
         except RewardError as error:
-            findings.append(Finding(name, False, " ".join(str(error).split())))
-    return findings
+            check_results.append(CheckResult(name, False, " ".join(str(error).split())))
+    return check_results
 
 
 def _scores(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -420,14 +425,15 @@ def _batch_invariance(reward: Reward, images: Tensor, prompts: Sequence[str]) ->
     """A score must not depend on the images beside it: max |r − r′| / max(1, |r|) stays within BATCH_TOLERANCE."""
     if len(images) < 2:
         return None, "needs two images"
-    together = _scores(reward, images, prompts)
+    batched = _scores(reward, images, prompts)
     one_by_one = torch.cat([_scores(reward, images[k : k + 1], prompts[k : k + 1]) for k in range(len(images))])
     reversed_order = _scores(reward, images.flip(0), prompts[::-1]).flip(0)
-    alone, moved = (
-        ((other - together).abs() / together.abs().clamp(min=1)).max().item() for other in (one_by_one, reversed_order)
+    single_difference, reversed_difference = (
+        ((other - batched).abs() / batched.abs().clamp(min=1)).max().item() for other in (one_by_one, reversed_order)
     )
-    detail = f"one by one differs by {alone:.2g}, reversed order by {moved:.2g} (at most {BATCH_TOLERANCE:g})"
-    return max(alone, moved) <= BATCH_TOLERANCE, detail
+    detail = f"one by one differs by {single_difference:.2g}, reversed order by {reversed_difference:.2g} "
+    detail += f"(at most {BATCH_TOLERANCE:g})"
+    return max(single_difference, reversed_difference) <= BATCH_TOLERANCE, detail
 
 
 def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
@@ -467,19 +473,19 @@ def _gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome
         return False, "says differentiable = True, but its scores carry no gradient to the images"
     if not gradient.isfinite().all():
         return False, "the gradient has nan or inf"
-    flat = FLAT * _scores(reward, points, texts).abs().max()
+    flat = FLAT_SLOPE * _scores(reward, points, texts).abs().max()
     errors: list[Tensor] = []
     for direction in _directions(points):
         slopes = (gradient * direction).sum((1, 2, 3)).cpu()
-        measured = torch.stack([_difference(reward, points, texts, direction, step) for step in STEPS])
+        measured = torch.stack([_difference(reward, points, texts, direction, step) for step in STEP_SIZES])
         larger = torch.maximum(measured.abs(), slopes.abs())
         steep = (slopes.abs() > flat) | (measured[-1].abs() > flat)
         errors.append(((measured - slopes).abs() / larger.clamp(min=1e-30)).amin(0)[steep])
-    found = torch.cat(errors)
-    if not len(found):
+    results = torch.cat(errors)
+    if not len(results):
         return True, "flat: no slope to compare with the gradient, which is 0 too"
-    typical = found.median().item()
-    detail = f"off central differences by {typical:.2%} in the median of {len(found)} slopes"
+    typical = results.median().item()
+    detail = f"off central differences by {typical:.2%} in the median of {len(results)} slopes"
     return typical < GRADIENT_TOLERANCE, f"{detail} (below {GRADIENT_TOLERANCE:.0%})"
 
 
@@ -527,7 +533,7 @@ def _difference(reward: Reward, images: Tensor, prompts: Sequence[str], directio
     return (higher - lower) / (2 * step)
 
 
-def _images_untouched(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+def _images_unmodified(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
     given = images.clone()
     with torch.no_grad():
         score(reward, given, list(prompts))
@@ -552,6 +558,6 @@ CHECKS: dict[str, Callable[[Reward, Tensor, Sequence[str]], Outcome]] = {
     "prompt sensitivity": _prompt_sensitivity,
     "prompt limit": _prompt_limit,
     "gradient": _gradient,
-    "images untouched": _images_untouched,
+    "images untouched": _images_unmodified,
     "throughput": _throughput,
 }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from steer.reward import RewardError
 from steer.rewards.images import in_micro_batches, normalise, resize_and_crop
-from steer.rewards.weights import load_weights, placed, read_checkpoint
+from steer.rewards.weights import load_weights, read_checkpoint, to_module_device
 
 SIZE = 224  # pixels per side that the network sees
 RESIZED = 256  # of which that is the middle: timm's crop_pct 0.875, the official CROP_PADDING 32
@@ -41,17 +41,17 @@ class Classifier:
         self._label = label_index(label, categories)
         self._model = network.from_name("efficientnet-lite0").eval().requires_grad_(False)
         load_weights(self._model, read_checkpoint(checkpoint, SHA256), self.name)
-        self._score = in_micro_batches(self._of_label, micro_batch)
+        self._score = in_micro_batches(self._score_batch, micro_batch)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._score(images, prompts).float()
 
-    def _of_label(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def _score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self.log_probabilities(images)[:, self._label]
 
     def log_probabilities(self, images: Tensor) -> Tensor:
         """(N, 1000), nats: of every category, for images (N, 3, H, W) in [0, 1]; in the precision of the weights."""
-        images = placed(images, self._model)
+        images = to_module_device(images, self._model)
         model: nn.Module = self._model
         wide = images.to(next(model.parameters()).dtype)
         edge = (RESIZED - SIZE) // 2
@@ -71,12 +71,12 @@ def label_index(label: str, categories: Sequence[str]) -> int:
     if wanted in categories:
         return categories.index(wanted)
     names = [category.casefold() for category in categories]
-    places = [place for place, name in enumerate(names) if name == wanted.casefold()]
-    if len(places) == 1:
-        return places[0]
-    if places:
-        told = " or ".join(f"{categories[place]} ({place})" for place in places)
-        raise RewardError(f"classifier:{label}: more than one category has this name: write {told}")
+    indices = [place for place, name in enumerate(names) if name == wanted.casefold()]
+    if len(indices) == 1:
+        return indices[0]
+    if indices:
+        matches = " or ".join(f"{categories[place]} ({place})" for place in indices)
+        raise RewardError(f"classifier:{label}: more than one category has this name: write {matches}")
     raise RewardError(
         f"classifier:{label}: no such ImageNet category: {_near(wanted.casefold(), names)}, "
         f"or a number from 0 to {len(categories) - 1}"

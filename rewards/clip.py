@@ -23,30 +23,30 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTokenizer
 
 from steer.assets import CLIPS
-from steer.files import check_sums
+from steer.files import verify_checksums
 from steer.registry import choose, nearest
-from steer.reward import RewardError, noting_cuts, token_count
+from steer.reward import RewardError, token_count, with_truncation_warning
 from steer.rewards.images import (
     CLIP_MEAN,
     CLIP_STD,
     PREPROCESS,
     Preprocess,
     PromptCache,
+    at_least_float32,
     in_micro_batches,
     normalise,
     resize_and_crop,
-    wide,
 )
 from steer.rewards.weights import (
     NO_NETWORK,
     HubFile,
     cast,
     check_dtype,
-    in_a_line,
+    check_keys,
     load_weights,
-    must_fit,
-    placed,
+    one_line,
     read_checkpoint,
+    to_module_device,
 )
 
 CONFIG = "open_clip_config.json"
@@ -59,7 +59,7 @@ REVISIONS = {
     PICKSCORE: "a4e4367c6dfa7288a00c550414478f865b875800",
 }
 # A tokenizer may lack this share of a model's rows, which some round up.
-SPARE = 0.1
+VOCABULARY_SLACK = 0.1
 
 
 class Backbone(nn.Module):
@@ -105,17 +105,17 @@ class Backbone(nn.Module):
     def logit_scale(self) -> Tensor:
         """exp of the learned log temperature; about 100 for published models."""
         scale: Any = self.model.logit_scale
-        return wide(scale).exp()
+        return at_least_float32(scale).exp()
 
     def images(self, images: Tensor, preprocess: Preprocess = resize_and_crop) -> Tensor:
         """(N, D), of unit length, at least fp32; differentiable."""
-        pixels = normalise(preprocess(wide(images), self.size), self.mean, self.std)
-        return F.normalize(wide(self._image(pixels.to(self.dtype))), dim=-1)
+        pixels = normalise(preprocess(at_least_float32(images), self.size), self.mean, self.std)
+        return F.normalize(at_least_float32(self._image(pixels.to(self.dtype))), dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
         """(N, D), of unit length, at least fp32."""
         ids = self._tokenize(list(prompts)).to(next(self.model.parameters()).device)
-        return F.normalize(wide(self._text(ids)), dim=-1)
+        return F.normalize(at_least_float32(self._text(ids)), dim=-1)
 
 
 def open_clip_backbone(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> Backbone:
@@ -137,7 +137,7 @@ def open_clip_backbone(model: nn.Module, tokenizer: Callable[[list[str]], Tensor
 
 def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
     """Of a CLIPModel of transformers and its tokenizer. Raises RewardError where they do not belong together."""
-    _must_know(len(tokenizer), model.config.text_config.vocab_size)
+    _check_vocabulary(len(tokenizer), model.config.text_config.vocab_size)
     length = model.config.text_config.max_position_embeddings
 
     def tokenize(prompts: list[str]) -> Tensor:
@@ -156,12 +156,12 @@ def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
     )
 
 
-def _must_know(known: int, wanted: int) -> None:
+def _check_vocabulary(known: int, wanted: int) -> None:
     """Raises RewardError for a tokenizer of `known` tokens where a model was trained on `wanted`.
 
     What transformers makes of a tokenizer whose files it does not find knows a handful, and says nothing.
     """
-    if not (1 - SPARE) * wanted <= known <= wanted:
+    if not (1 - VOCABULARY_SLACK) * wanted <= known <= wanted:
         raise RewardError(f"its tokenizer knows {known} tokens, the model {wanted}; are the tokenizer's files there?")
 
 
@@ -181,11 +181,11 @@ def load_backbone(name: str, tokenizer: str | None = None) -> Backbone:
         if not (folder / "config.json").is_file():  # transformers would take its default one for it
             raise RewardError(f"CLIP {name!r} has neither {CONFIG} nor config.json")
         with _loading(f"CLIP {name!r}"):
-            return _of_transformers(name, tokenizer)
+            return _load_transformers(name, tokenizer)
     with _loading(f"CLIP {name!r}", NO_NETWORK):
         if architecture in open_clip.list_models():
-            return _published(architecture, tag)
-        return _of_transformers(name, tokenizer)
+            return _load_open_clip(architecture, tag)
+        return _load_transformers(name, tokenizer)
 
 
 def clip_folder(name: str) -> Path:
@@ -200,13 +200,13 @@ def open_clip_folder(folder: Path, weights: bool = True) -> Backbone:
     Raises RewardError, one line that names the folder. No code of it is run.
     """
     with _loading(f"CLIP {str(folder)!r}"):
-        check_sums(*sorted(path for path in folder.iterdir() if path.is_file()))
+        verify_checksums(*sorted(path for path in folder.iterdir() if path.is_file()))
         config = json.loads((folder / CONFIG).read_text())["model_cfg"]
-        _must_be_plain(folder, config)
+        _check_folder(folder, config)
         name = f"local-dir:{folder}"
         tokenizer: Any = open_clip.get_tokenizer(name)
         known = len(tokenizer.tokenizer) if hasattr(tokenizer, "tokenizer") else tokenizer.vocab_size
-        _must_know(known, config["text_cfg"].get("vocab_size", open_clip.CLIPTextCfg.vocab_size))
+        _check_vocabulary(known, config["text_cfg"].get("vocab_size", open_clip.CLIPTextCfg.vocab_size))
         model = open_clip.create_model(name, load_weights=weights, require_pretrained=weights)
         return open_clip_backbone(model, tokenizer)
 
@@ -222,7 +222,7 @@ def open_clip_architecture(name: str) -> Backbone:
         return open_clip_backbone(open_clip.create_model(name), open_clip.get_tokenizer(name))
 
 
-def _published(architecture: str, tag: str) -> Backbone:
+def _load_open_clip(architecture: str, tag: str) -> Backbone:
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:
         near = nearest(tag, tags)
@@ -233,9 +233,9 @@ def _published(architecture: str, tag: str) -> Backbone:
     return open_clip_backbone(model, open_clip.get_tokenizer(architecture))
 
 
-def _of_transformers(name: str, tokenizer: str | None) -> Backbone:
+def _load_transformers(name: str, tokenizer: str | None) -> Backbone:
     # transformers only warns of keys that are missing, and draws them; a configuration could ask for any attention.
-    model, told = CLIPModel.from_pretrained(
+    model, info = CLIPModel.from_pretrained(
         name,
         revision=REVISIONS.get(name),
         local_files_only=Path(name).is_dir(),
@@ -244,26 +244,26 @@ def _of_transformers(name: str, tokenizer: str | None) -> Backbone:
         output_loading_info=True,
         ignore_mismatched_sizes=True,
     )
-    other_shape = {key for key, *_ in told["mismatched_keys"]}
-    complaints = {"missing": told["missing_keys"], "unexpected": told["unexpected_keys"]}
-    must_fit(f"CLIP {name!r}", complaints | {"of another shape": other_shape})
+    mismatched = {key for key, *_ in info["mismatched_keys"]}
+    problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"]}
+    check_keys(f"CLIP {name!r}", problems | {"of another shape": mismatched})
     source = tokenizer or name
     read = CLIPTokenizer.from_pretrained(source, revision=REVISIONS.get(source), local_files_only=Path(source).is_dir())
     return transformers_backbone(model, read)
 
 
-def _must_be_plain(folder: Path, config: dict[str, Any]) -> None:
+def _check_folder(folder: Path, config: dict[str, Any]) -> None:
     """Raises RewardError where a folder asks for a loader that may run code, or for files from elsewhere."""
-    asked = [key for key in ("tokenizer_kwargs", "hf_model_name") if config["text_cfg"].get(key)]
-    asked += ["timm_model_name"] if ":" in str(config["vision_cfg"].get("timm_model_name")) else []
+    unsupported = [key for key in ("tokenizer_kwargs", "hf_model_name") if config["text_cfg"].get(key)]
+    unsupported += ["timm_model_name"] if ":" in str(config["vision_cfg"].get("timm_model_name")) else []
     for file in (folder / "tokenizer_config.json", folder / "config.json"):
         if file.is_file() and "auto_map" in json.loads(file.read_text()):
-            asked.append("auto_map")
-    if asked:
-        raise RewardError(f"CLIP {str(folder)!r}: {' and '.join(asked)} are not read from a folder; remove them")
+            unsupported.append("auto_map")
+    if unsupported:
+        raise RewardError(f"CLIP {str(folder)!r}: {' and '.join(unsupported)} are not read from a folder; remove them")
 
 
-def _is_true(record: logging.LogRecord) -> bool:
+def _keep_log_record(record: logging.LogRecord) -> bool:
     """Whether a record of open_clip holds here: weights are loaded, and all checked, after it has made the model."""
     return not record.getMessage().startswith("No pretrained weights loaded for model")
 
@@ -273,18 +273,18 @@ def _loading(what: str, remedy: str = "") -> Iterator[None]:
     """Loading by other libraries: with their warnings, without drawing random numbers, with errors in one line."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)  # open_clip logs every step at the root
-    logging.root.addFilter(_is_true)
+    logging.root.addFilter(_keep_log_record)
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     except RewardError as error:
         raise RewardError(str(error) if what in str(error) else f"{what}: {error}") from error
     except Exception as error:  # two libraries and a stranger's files: there is no list of what they raise
-        told = f"{what} cannot be loaded: {in_a_line(error)}"
-        raise RewardError(f"{told}; {remedy}" if remedy else told) from error
+        info = f"{what} cannot be loaded: {one_line(error)}"
+        raise RewardError(f"{info}; {remedy}" if remedy else info) from error
     finally:
         logging.disable(before)
-        logging.root.removeFilter(_is_true)
+        logging.root.removeFilter(_keep_log_record)
 
 
 Unit = Callable[[Tensor, float], Tensor]
@@ -346,11 +346,13 @@ class ClipReward:
         self._logit_scale = self.backbone.logit_scale.item()
         cast(self.backbone, dtype)
         self.prompt_limit = self.backbone.limit
-        encode = noting_cuts(f"reward {name!r}", self.backbone.texts, self.backbone.count, self.backbone.limit)
+        encode = with_truncation_warning(
+            f"reward {name!r}", self.backbone.texts, self.backbone.count, self.backbone.limit
+        )
         self._texts = PromptCache(encode)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self._batched(placed(images, self.backbone), prompts)
+        return self._batched(to_module_device(images, self.backbone), prompts)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image = self.backbone.images(images, self._preprocess)
@@ -371,7 +373,7 @@ def clip(
     unit  cosine (default), logit or clipscore
     """
     name = "clip" if model == DEFAULT_CLIP else f"clip:{model}"
-    name = named(name, unit=(unit, "cosine"), preprocess=(preprocess, "crop"))
+    name = reward_name(name, unit=(unit, "cosine"), preprocess=(preprocess, "crop"))
     return ClipReward(name, partial(load_backbone, model), unit, preprocess, micro_batch, dtype)
 
 
@@ -386,7 +388,7 @@ def pickscore(
         raise RewardError(f"pickscore:path={path}: no such folder")
     # The published repository has no tokenizer of its own: it is that of the CLIP that it was tuned from.
     load = partial(load_backbone, path or PICKSCORE, None if path else LAION_H)
-    return ClipReward(named("pickscore", unit=(unit, "logit")), load, unit, "crop", micro_batch, dtype)
+    return ClipReward(reward_name("pickscore", unit=(unit, "logit")), load, unit, "crop", micro_batch, dtype)
 
 
 def hps(
@@ -412,7 +414,7 @@ def hps(
         load_weights(backbone.model, tensors, f"{version}: {file}")
         return backbone
 
-    name = named(version, preprocess=(preprocess, "pad"))
+    name = reward_name(version, preprocess=(preprocess, "pad"))
     return ClipReward(name, load, "cosine", preprocess, micro_batch, dtype)
 
 
@@ -420,7 +422,7 @@ hpsv2 = partial(hps, "hpsv2")
 hpsv21 = partial(hps, "hpsv2.1")
 
 
-def named(name: str, **options: tuple[str, str]) -> str:
+def reward_name(name: str, **options: tuple[str, str]) -> str:
     """A reward's name with the options that change its scores, where they are not the usual: (given, usual) each.
 
     Calibrations and components go by name: two scales must not share one.

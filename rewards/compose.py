@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steer.arguments import is_number
-from steer.files import summed, unsummed, write_text
+from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.reward import Metadata, Reward, RewardError, score_components
-from steer.rewards.grammar import NUMBER, PLUS, number_text, split
+from steer.rewards.grammar import NUMBER, PLUS, format_number, split
 from steer.rewards.names import takes_number
 from steer.rewards.remote import is_remote, read_weight
 
@@ -39,42 +39,42 @@ def read_term(text: str, takes: Callable[[str], bool] = takes_number) -> tuple[s
     return text, 1.0
 
 
-def atom_text(reward: str, weight: float, takes: bool) -> str:
+def weighted_name(reward: str, weight: float, takes: bool) -> str:
     """A reward that has a name, with a weight: the shortest text that is read as both, in sum(…) where no other is.
 
     takes  whether the reward takes a number
     """
     plain = [reward] if weight == 1 else []
-    for text in (*plain, f"{reward}:{number_text(weight)}"):
+    for text in (*plain, f"{reward}:{format_number(weight)}"):
         if read_term(text, lambda name: takes) == (reward, weight):
             return text
-    return f"sum({reward}):{number_text(weight)}"
+    return f"sum({reward}):{format_number(weight)}"
 
 
-def composed_text(rewards: str, weight: float) -> str:
+def weighted_expression(rewards: str, weight: float) -> str:
     """The text of rewards that are one, with a weight; in sum(…) where it would else belong to the last of them."""
     if weight == 1:
         return rewards
     try:
-        alone = len(split(rewards, PLUS)) == 1 and read_term(rewards, lambda name: False)[1] == 1
+        single_term = len(split(rewards, PLUS)) == 1 and read_term(rewards, lambda name: False)[1] == 1
     except RewardError:  # a name with half a parenthesis, for people alone
-        alone = True
-    return f"{rewards if alone else f'sum({rewards})'}:{number_text(weight)}"
+        single_term = True
+    return f"{rewards if single_term else f'sum({rewards})'}:{format_number(weight)}"
 
 
-def part_names(rewards: Sequence[Reward]) -> list[str]:
+def component_names(rewards: Sequence[Reward]) -> list[str]:
     """The rewards' names; where one comes twice, with its number behind it."""
     names = [reward.name for reward in rewards]
     return [f"{name}#{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
 
 
-class Composed(ABC):
+class CompositeReward(ABC):
     """A reward of other rewards: gradients flow where all of them allow it."""
 
     images = "pt"
 
     def __init__(self, rewards: Sequence[Reward], name: str) -> None:
-        self._rewards, self._names = tuple(rewards), part_names(rewards)
+        self._rewards, self._names = tuple(rewards), component_names(rewards)
         self.name = name
         self.differentiable = all(reward.differentiable for reward in rewards)
 
@@ -86,11 +86,11 @@ class Composed(ABC):
 
     def components(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
         """The scores (N,) of each reward as it gives them and, below NAME/, of its own components."""
-        found: dict[str, Tensor] = {}
+        scores_by_name: dict[str, Tensor] = {}
         for name, reward in zip(self._names, self._rewards, strict=True):
-            found[name], inner = score_components(reward, images, prompts, metadata)
-            found.update({f"{name}/{part}": scores for part, scores in inner.items()})
-        return found
+            scores_by_name[name], inner = score_components(reward, images, prompts, metadata)
+            scores_by_name.update({f"{name}/{part}": scores for part, scores in inner.items()})
+        return scores_by_name
 
     @abstractmethod
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
@@ -154,11 +154,11 @@ def aggregate(name: str, options: Mapping[str, Any], where: str) -> Aggregate:
 
 
 SIGNS = {">": 1.0, "<": -1.0}
-SHARPNESS = 0.05  # temperature of a constraint, in the reward's own unit
+CONSTRAINT_TEMPERATURE = 0.05  # temperature of a constraint, in the reward's own unit
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedReward:
     """One reward and its weight. Raises RewardError for a weight that is no finite number."""
 
     reward: Reward
@@ -169,18 +169,20 @@ class Part:
             raise RewardError(f"the weight of reward {self.reward.name!r} must be a finite number, got {self.weight!r}")
 
     def __str__(self) -> str:
-        if isinstance(self.reward, Composed):
-            return composed_text(self.reward.name, self.weight)
-        return atom_text(self.reward.name, self.weight, getattr(self.reward, "takes_number", False))
+        if isinstance(self.reward, CompositeReward):
+            return weighted_expression(self.reward.name, self.weight)
+        return weighted_name(self.reward.name, self.weight, getattr(self.reward, "takes_number", False))
 
 
-class Combined(Composed):
+class CombinedReward(CompositeReward):
     """An aggregate of weighted rewards: by default their sum, Σ w_m r_m."""
 
-    def __init__(self, components: Sequence[Part], aggregate: Aggregate = total, name: str | None = None) -> None:
+    def __init__(
+        self, components: Sequence[WeightedReward], aggregate: Aggregate = total, name: str | None = None
+    ) -> None:
         if not components:
             raise RewardError("a combination needs at least one reward")
-        super().__init__([part.reward for part in components], name or _written(components, aggregate))
+        super().__init__([part.reward for part in components], name or _expression(components, aggregate))
         self._weights, self._aggregate = [float(part.weight) for part in components], aggregate
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
@@ -189,14 +191,14 @@ class Combined(Composed):
         return self._aggregate(torch.stack(weighted))
 
 
-def _written(components: Sequence[Part], aggregate: Aggregate) -> str:
+def _expression(components: Sequence[WeightedReward], aggregate: Aggregate) -> str:
     """The text of a combination, as `steer.rewards.parser` reads it."""
     if aggregate is total:
         return " + ".join(map(str, components))
     function, options = (aggregate.func, aggregate.keywords) if isinstance(aggregate, partial) else (aggregate, {})
     own = getattr(function, "__name__", type(function).__name__)
     known = next((name for name, one in AGGREGATES.items() if one is function), own)
-    inside = [*map(str, components), *(f"{name}={number_text(value)}" for name, value in options.items())]
+    inside = [*map(str, components), *(f"{name}={format_number(value)}" for name, value in options.items())]
     return f"{known}({', '.join(inside)})"
 
 
@@ -210,33 +212,33 @@ class Constraint:
     reward: Reward
     sign: str
     bound: float
-    temperature: float = SHARPNESS
+    temperature: float = CONSTRAINT_TEMPERATURE
 
     def __post_init__(self) -> None:
-        sound = self.sign in SIGNS and is_number(self.bound) and is_number(self.temperature) and self.temperature > 0
-        if not sound:
+        valid = self.sign in SIGNS and is_number(self.bound) and is_number(self.temperature) and self.temperature > 0
+        if not valid:
             raise RewardError(
                 f"constraint {self.reward.name} {self.sign} {self.bound}, temperature {self.temperature}: "
                 "write > or <, a finite bound, a temperature above 0"
             )
 
     def __str__(self) -> str:
-        return f"{self.reward.name} {self.sign} {number_text(self.bound)}"
+        return f"{self.reward.name} {self.sign} {format_number(self.bound)}"
 
     def degree(self, scores: Tensor) -> Tensor:
         """How well scores (N,) meet it: (N,) in 0..1."""
         return torch.sigmoid(SIGNS[self.sign] * (scores - self.bound) / self.temperature)
 
 
-class Product(Composed):
+class ProductReward(CompositeReward):
     """Π_m of the degrees, 0..1, to which constraints hold: near 1 only where all do."""
 
     def __init__(self, constraints: Sequence[Constraint]) -> None:
         if not constraints:
             raise RewardError("a product needs at least one constraint, like product(hpsv2.1 > 0.25)")
         inside = [str(c) for c in constraints]
-        if (own := {c.temperature for c in constraints}) != {SHARPNESS}:
-            inside += [f"temperature={number_text(one)}" for one in sorted(own)]
+        if (own := {c.temperature for c in constraints}) != {CONSTRAINT_TEMPERATURE}:
+            inside += [f"temperature={format_number(one)}" for one in sorted(own)]
         super().__init__([c.reward for c in constraints], f"product({', '.join(inside)})")
         self._constraints = tuple(constraints)
 
@@ -247,7 +249,7 @@ class Product(Composed):
 
 
 @dataclass(frozen=True)
-class Scale:
+class RewardStatistics:
     """What a reward gives on the base model's samples: mean and standard deviation over all of them, and the
     mean over the images of each prompt."""
 
@@ -261,10 +263,10 @@ class Scale:
 class Calibration:
     """Scales by the reward's name, and what they were measured on."""
 
-    scales: Mapping[str, Scale]
+    scales: Mapping[str, RewardStatistics]
     source: Mapping[str, object]
 
-    def scale(self, name: str) -> Scale:
+    def scale(self, name: str) -> RewardStatistics:
         """Raises RewardError where the reward was not calibrated."""
         if name not in self.scales:
             known = ", ".join(self.scales)
@@ -276,40 +278,40 @@ class Calibration:
     def save(self, path: Path) -> None:
         """Writes it as JSON, whole or not at all. Raises OSError."""
         record = {"source": dict(self.source), "scales": {name: asdict(scale) for name, scale in self.scales.items()}}
-        write_text(path, summed(record))
+        write_text(path, dumps_with_checksum(record))
 
 
 def read_calibration(path: Path) -> Calibration:
     """Of a file that `steer rewards calibrate` wrote. Raises RewardError where it is not one."""
     try:
-        record = unsummed(path.read_text(encoding="utf-8"))
-        scales = {str(name): Scale(**scale) for name, scale in record["scales"].items()}
+        record = loads_with_checksum(path.read_text(encoding="utf-8"))
+        scales = {str(name): RewardStatistics(**scale) for name, scale in record["scales"].items()}
         source = dict(record.get("source", {}).items())
         numbers = [n for scale in scales.values() for n in (scale.mean, scale.std, *scale.prompts.values())]
-        sound = all(math.isfinite(n) for n in numbers) and all(scale.std > 0 for scale in scales.values())
+        valid = all(math.isfinite(n) for n in numbers) and all(scale.std > 0 for scale in scales.values())
     except OSError as error:
         raise RewardError(f"{path}: cannot read the calibration ({error.strerror})") from error
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         raise RewardError(f"{path}: not a calibration of `steer rewards calibrate` ({str(error)[:60]})") from error
-    if not sound:
+    if not valid:
         raise RewardError(f"{path}: a reward in this calibration has numbers that are not finite, or no spread")
     return Calibration(scales, source)
 
 
-def measured(scores: Tensor, prompts: Sequence[str]) -> Scale:
+def reward_statistics(scores: Tensor, prompts: Sequence[str]) -> RewardStatistics:
     """The scale of scores (N,), one prompt each. Raises RewardError where they are all the same."""
     values = scores.double()
     if not len(values) or bool((values == values[0]).all()):
         raise RewardError("a reward that gives every sample the same score cannot be calibrated")
     rows = {prompt: [k for k, text in enumerate(prompts) if text == prompt] for prompt in dict.fromkeys(prompts)}
     means = {prompt: values[some].mean().item() for prompt, some in rows.items()}
-    return Scale(values.mean().item(), values.std().item(), len(values), means)
+    return RewardStatistics(values.mean().item(), values.std().item(), len(values), means)
 
 
-class Standardised(Composed):
+class StandardisedReward(CompositeReward):
     """(r − mean) / std over the base model's samples: rewards of any unit on one scale."""
 
-    def __init__(self, reward: Reward, scale: Scale) -> None:
+    def __init__(self, reward: Reward, scale: RewardStatistics) -> None:
         super().__init__([reward], f"z({reward.name})")
         self._scale = scale
 
@@ -318,7 +320,7 @@ class Standardised(Composed):
         return (components[self._names[0]] - self._scale.mean) / self._scale.std
 
 
-class LogSigmoid(Composed):
+class LogSigmoidReward(CompositeReward):
     """log σ((r − r_ref(prompt)) / temperature), below 0: beyond the reference there is little more to win.
 
     A sum of these says "good on all" (arXiv 2402.00742, equations 3 and 6): an image that fails one reward cannot

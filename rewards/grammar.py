@@ -30,7 +30,7 @@ class Call:
         return float(given)
 
 
-def number_text(number: float) -> str:
+def format_number(number: float) -> str:
     """A number as `NUMBER` has it, the shortest text that is read as the same."""
     short = f"{number:g}"
     return short if float(short) == number else repr(float(number))
@@ -38,9 +38,9 @@ def number_text(number: float) -> str:
 
 def read_call(text: str) -> Call | None:
     """Of "function(A, B, option=value):WEIGHT"; None where a text is something else."""
-    if not (written := re.fullmatch(rf"([a-z-]+)\((.*)\)(?::({NUMBER}))?", text, re.DOTALL)):
+    if not (parsed := re.fullmatch(rf"([a-z-]+)\((.*)\)(?::({NUMBER}))?", text, re.DOTALL)):
         return None
-    function, inside, weight = written[1], split(written[2], COMMA), float(written[3] or 1)
+    function, inside, weight = parsed[1], split(parsed[2], COMMA), float(parsed[3] or 1)
     options = [piece.split("=", 1) for piece in inside if re.match(r"[a-z]+=", piece)]
     if len(dict(options)) < len(options):
         raise RewardError(f"{function}(…): an option is given twice")
@@ -52,21 +52,21 @@ def read_call(text: str) -> Call | None:
 
 def read_constraint(text: str) -> tuple[str, str, float]:
     """Of "REWARD > NUMBER": its three components. Raises RewardError where a text is something else."""
-    if not (written := re.fullmatch(rf"(.+?)\s*([<>])\s*({NUMBER})", text, re.DOTALL)):
+    if not (parsed := re.fullmatch(rf"(.+?)\s*([<>])\s*({NUMBER})", text, re.DOTALL)):
         raise RewardError(f"product(…): {text!r:.80} is no constraint; write REWARD > NUMBER or REWARD < NUMBER")
-    return written[1], written[2], float(written[3])
+    return parsed[1], parsed[2], float(parsed[3])
 
 
 def split(text: str, separator: str) -> list[str]:
     """Parts of a text at a separator (a pattern) that stands in no parentheses."""
     components, depth, start = [], 0, 0
-    for found in re.finditer(rf"\(|\)|{separator}", text):
-        depth += {"(": 1, ")": -1}.get(found[0], 0)
+    for token in re.finditer(rf"\(|\)|{separator}", text):
+        depth += {"(": 1, ")": -1}.get(token[0], 0)
         if depth < 0:
             break
-        if depth == 0 and found[0] not in "()":
-            components.append(text[start : found.start()])
-            start = found.end()
+        if depth == 0 and token[0] not in "()":
+            components.append(text[start : token.start()])
+            start = token.end()
     if depth != 0:
         raise RewardError(f"reward {text!r:.80}: a parenthesis is not closed, or never opened")
     return [part.strip() for part in (*components, text[start:])]

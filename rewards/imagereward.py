@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-from steer.reward import RewardError, noting_cuts, token_count
-from steer.rewards.images import PromptCache, in_micro_batches, normalise, resize_and_crop, wide
-from steer.rewards.weights import HubFile, State, cast, load_weights, placed, read_checkpoint
+from steer.reward import RewardError, token_count, with_truncation_warning
+from steer.rewards.images import PromptCache, at_least_float32, in_micro_batches, normalise, resize_and_crop
+from steer.rewards.weights import HubFile, State, cast, load_weights, read_checkpoint, to_module_device
 
 WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
 VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt", "86b5e0934494bd15c9632b12f734a8a67f723594")
@@ -24,9 +24,9 @@ HEAD = 64  # width of an attention head in both towers
 VISION, TEXT, SCORER = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
 LINEAR = (0, 2, 4, 6, 7)  # places of the scorer's linear layers
 # Of BLIP's contrastive training, and a table that counts from 0: the published file carries them, no score needs them.
-UNNEEDED = ("blip.vision_proj.", "blip.text_proj.", f"{TEXT}embeddings.position_ids")
+UNUSED_KEYS = ("blip.vision_proj.", "blip.text_proj.", f"{TEXT}embeddings.position_ids")
 # From the published names of the visual encoder, which are timm's, to those of transformers.
-RENAMED = (
+KEY_RENAMES = (
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
     (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
@@ -70,16 +70,16 @@ class ImageReward:
         cast(self._network.blip, dtype)
         self._tokenizer = _tokenizer(tokenizer, self._network.vocabulary)
         count = partial(token_count, self._tokenizer)
-        self._tokens = PromptCache(noting_cuts("reward 'imagereward'", self._tokenize, count, TOKENS))
+        self._tokens = PromptCache(with_truncation_warning("reward 'imagereward'", self._tokenize, count, TOKENS))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._standardised(images, prompts).float()
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """(N,) in the scorer's dtype."""
-        images = placed(images, self._network)
+        images = to_module_device(images, self._network)
         ids, mask = self._tokens(prompts).to(images.device).unbind(1)
-        raw = self._network(normalise(resize_and_crop(wide(images), self._network.side)), ids, mask)
+        raw = self._network(normalise(resize_and_crop(at_least_float32(images), self._network.side)), ids, mask)
         return (raw - MEAN) / STD
 
     def _tokenize(self, prompts: list[str]) -> Tensor:
@@ -125,7 +125,7 @@ def _load(path: Path) -> _Network:
     with torch.device("meta"):
         network = _Network(vision, text, sizes)
     network.to_empty(device="cpu")
-    load_weights(network, {_renamed(key): tensor for key, tensor in state.items()}, what, UNNEEDED)
+    load_weights(network, {_renamed(key): tensor for key, tensor in state.items()}, what, UNUSED_KEYS)
     # The one table that is in no state: it counts from 0.
     embeddings: Any = network.blip["text_encoder"].embeddings
     embeddings.position_ids = torch.arange(text.max_position_embeddings)[None]
@@ -136,9 +136,9 @@ def _renamed(key: str) -> str:
     if not key.startswith(VISION):
         return key
     name = key.removeprefix(VISION)
-    for published, ours in RENAMED:
-        name, found = re.subn(published, ours, name)
-        if found:
+    for published, ours in KEY_RENAMES:
+        name, count_replaced = re.subn(published, ours, name)
+        if count_replaced:
             break
     return VISION + name
 

@@ -20,7 +20,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def wide(tensor: Tensor) -> Tensor:
+def at_least_float32(tensor: Tensor) -> Tensor:
     """At least fp32, in which pixels are resized and features compared; fp64 stays."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -65,7 +65,7 @@ def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[f
     return (images - centre.to(images.dtype)) / spread.to(images.dtype)
 
 
-REMEMBERED = 4096  # prompts
+PROMPT_CACHE_SIZE = 4096  # prompts
 
 
 def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int | str) -> Callable[..., Tensor]:
@@ -79,16 +79,16 @@ def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int
 
     if not str(size).isdecimal() or int(size) < 1:
         raise RewardError(f"micro_batch={size}: use a whole number above 0")
-    most = int(size)
+    max_batch = int(size)
 
     def batched(images: Tensor, prompts: Sequence[str]) -> Tensor:
         components = []
-        for start in range(0, len(images), most):
-            some, texts = images[start : start + most], prompts[start : start + most]
-            if torch.is_grad_enabled() and some.requires_grad and len(images) > most:
-                components.append(checkpoint(score, some, texts, use_reentrant=False))
+        for start in range(0, len(images), max_batch):
+            chunk, texts = images[start : start + max_batch], prompts[start : start + max_batch]
+            if torch.is_grad_enabled() and chunk.requires_grad and len(images) > max_batch:
+                components.append(checkpoint(score, chunk, texts, use_reentrant=False))
             else:
-                components.append(score(some, texts))
+                components.append(score(chunk, texts))
         return torch.cat(components)
 
     return batched
@@ -100,22 +100,22 @@ class PromptCache:
     They are kept, and returned, on the CPU: the model may have moved from one device to another meanwhile.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Tensor], size: int = REMEMBERED) -> None:
+    def __init__(self, encode: Callable[[list[str]], Tensor], size: int = PROMPT_CACHE_SIZE) -> None:
         self._encode, self._size = encode, size
-        self._known: OrderedDict[str, Tensor] = OrderedDict()
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """(N, …): the features of each prompt."""
         wanted = list(dict.fromkeys(prompts))
-        if new := [prompt for prompt in wanted if prompt not in self._known]:
+        if new := [prompt for prompt in wanted if prompt not in self._cache]:
             with torch.no_grad():
                 # Copies: a row of a larger tensor would keep all of it in memory.
                 rows = [row.clone() for row in self._encode(new).cpu()]
-            self._known.update(zip(new, rows, strict=True))
+            self._cache.update(zip(new, rows, strict=True))
         for prompt in wanted:
-            self._known.move_to_end(prompt)
+            self._cache.move_to_end(prompt)
         # A new tensor: those made in inference mode can take no part in gradients.
-        features = torch.stack([self._known[prompt] for prompt in prompts])
-        while len(self._known) > self._size:
-            self._known.popitem(last=False)
+        features = torch.stack([self._cache[prompt] for prompt in prompts])
+        while len(self._cache) > self._size:
+            self._cache.popitem(last=False)
         return features

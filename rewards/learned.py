@@ -15,24 +15,32 @@ from torch import Tensor, nn
 
 from steer.assets import REWARDS
 from steer.errors import InputError
-from steer.files import check_sums, staged_with_sums, write_text
+from steer.files import atomic_write_with_checksums, verify_checksums, write_text
 from steer.registry import choose
-from steer.reward import RewardError, noting_cuts
-from steer.rewards.analysis import Judgement, judged
+from steer.reward import RewardError, with_truncation_warning
+from steer.rewards.analysis import PreferenceMetrics, preference_metrics
 from steer.rewards.clip import CONFIG, Backbone, clip_folder, load_backbone, open_clip_folder
 from steer.rewards.compose import AGGREGATES
 from steer.rewards.images import PromptCache, in_micro_batches, resize_and_crop
-from steer.rewards.objectives import OBJECTIVES, Choices, Objective, centred, contrastive, flipped, smoothed
+from steer.rewards.objectives import (
+    OBJECTIVES,
+    Objective,
+    PreferenceLabels,
+    center_rewards_penalty,
+    contrastive,
+    noisy_difference,
+    smooth_labels,
+)
 from steer.rewards.preference_pairs import Captions, Pairs, Source, load_images, split_by_prompt
-from steer.rewards.weights import cast, load_weights, placed, read_checkpoint
-from steer.training.supervised import Run, batch_at
+from steer.rewards.weights import cast, load_weights, read_checkpoint, to_module_device
+from steer.training.supervised import TrainingRun, batch_at
 
 logger = logging.getLogger(__name__)
 
 CARD = "reward.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 HIDDEN = 128
-WIDEST = 65_536  # features; a card that asks for more asks for all memory
+MAX_WIDTH = 65_536  # features; a card that asks for more asks for all memory
 
 
 class Similarity(nn.Module):
@@ -74,7 +82,7 @@ HEADS: dict[str, type[nn.Module]] = {"similarity": Similarity, "image": ImageHea
 
 
 @dataclass(frozen=True)
-class Card:
+class RewardCard:
     """What reward.json says: how the members are built, and how each one's raw score becomes (raw − mean)/std."""
 
     head: str
@@ -86,7 +94,7 @@ class Card:
     format: int = 1
 
 
-class Learned:
+class LearnedReward:
     """A learned reward. Score: the members' own, each standardised over its held-out images, aggregated.
 
     folder     of `steer rewards train`, or a name in `embedded`
@@ -111,36 +119,38 @@ class Learned:
         dtype: str | None = None,
     ) -> None:
         path = self.embedded.get(folder, Path(folder))
-        _verify(path)
+        _verify_checksums(path)
         card = read_card(path)
         self._aggregate = choose("aggregate", aggregate, AGGREGATES)
-        self._known_as = f"{self.kind}:{folder}" if folder in self.embedded else path.name
-        self.name = self._known_as if aggregate == "mean" else f"{aggregate}({self._known_as})"
+        self._label = f"{self.kind}:{folder}" if folder in self.embedded else path.name
+        self.name = self._label if aggregate == "mean" else f"{aggregate}({self._label})"
         wanted = range(len(card.means))
         if member is not None:
             wanted = _member(member, len(card.means), path)
-            self.name = f"{self._known_as}[{member}]"
+            self.name = f"{self._label}[{member}]"
         self._numbers = wanted
         own = card.backbone == "."
         self._backbones = [_backbone(path, card) for _ in (wanted if own else wanted[:1])]
         with torch.random.fork_rng(devices=[]):  # no random number is drawn for what is filled at once
             self._heads = [HEADS[card.head](card.width) for _ in wanted]
         for place, number in enumerate(wanted):
-            _fill(path / f"member-{number}.safetensors", self._heads[place], self._backbones[place] if own else None)
+            _load_member(
+                path / f"member-{number}.safetensors", self._heads[place], self._backbones[place] if own else None
+            )
         for module in (*self._backbones, *self._heads):
             cast(module, dtype if isinstance(module, Backbone) else None)
         self._centre = torch.tensor([card.means[number] for number in wanted])[:, None]
         self._spread = torch.tensor([card.stds[number] for number in wanted])[:, None]
         self.prompt_limit = None if card.head == "image" else min(one.limit for one in self._backbones)
         self._texts = [
-            PromptCache(noting_cuts(f"reward {self.name!r}", one.texts, one.count, one.limit))
+            PromptCache(with_truncation_warning(f"reward {self.name!r}", one.texts, one.count, one.limit))
             for one in self._backbones
         ]
         self._members = in_micro_batches(self._score, micro_batch)
 
     def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Scores (M, N) of every member, standardised."""
-        return self._members(placed(images, *self._backbones, *self._heads), prompts).T
+        return self._members(to_module_device(images, *self._backbones, *self._heads), prompts).T
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image = [backbone.images(images) for backbone in self._backbones]
@@ -153,7 +163,7 @@ class Learned:
     def components(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Each member's scores (N,)."""
         rows = self.members(images, prompts)
-        return {f"{self._known_as}[{number}]": row for number, row in zip(self._numbers, rows, strict=True)}
+        return {f"{self._label}[{number}]": row for number, row in zip(self._numbers, rows, strict=True)}
 
     def total(self, components: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The aggregate (N,) of the members' scores."""
@@ -163,45 +173,47 @@ class Learned:
         return self._aggregate(self.members(images, prompts))
 
 
-class Preference(Learned):
+class Preference(LearnedReward):
     """preference:scenes, learned from noisy choices between images of scenes; or preference:FOLDER."""
 
     kind = "preference"
     embedded = REWARDS[kind]
 
 
-class LearnedAesthetic(Learned):
+class LearnedAestheticReward(LearnedReward):
     """aesthetic:scenes, learned from noisy choices that look at the composition alone."""
 
     kind = "aesthetic"
     embedded = REWARDS[kind]
 
 
-def _verify(folder: Path) -> None:
+def _verify_checksums(folder: Path) -> None:
     """Raises RewardError where a file of the folder is not the one that its sums tell of."""
     named = [folder / name for name in (CARD, CONFIG, *TOKENIZER)]
     try:
-        unknown = check_sums(*(path for path in (*named, *sorted(folder.glob("member-*"))) if path.is_file()))
+        unknown = verify_checksums(*(path for path in (*named, *sorted(folder.glob("member-*"))) if path.is_file()))
     except (InputError, OSError) as error:
         raise RewardError(str(error)) from error
     if unknown:
         logger.info("%s: nobody noted a sum of %s, it is read as it is", folder, unknown[0].name)
 
 
-def read_card(folder: Path) -> Card:
+def read_card(folder: Path) -> RewardCard:
     """The folder's reward.json. Raises RewardError where it is missing or says what cannot be."""
     try:
-        found = json.loads((folder / CARD).read_text())
-        card = Card(**found)
-        card = Card(**{**asdict(card), "means": tuple(card.means), "stds": tuple(card.stds)})
+        data = json.loads((folder / CARD).read_text())
+        card = RewardCard(**data)
+        card = RewardCard(**{**asdict(card), "means": tuple(card.means), "stds": tuple(card.stds)})
         numbers = [float(number) for number in (*card.means, *card.stds)]
-        sound = card.format == 1 and card.head in HEADS and isinstance(card.backbone, str) and 0 < card.width <= WIDEST
-        sound = sound and len(card.means) == len(card.stds) > 0 and all(map(math.isfinite, numbers))
+        valid = (
+            card.format == 1 and card.head in HEADS and isinstance(card.backbone, str) and 0 < card.width <= MAX_WIDTH
+        )
+        valid = valid and len(card.means) == len(card.stds) > 0 and all(map(math.isfinite, numbers))
     except FileNotFoundError as error:
         raise RewardError(f"{folder}: no {CARD} there; give a folder of `steer rewards train`, or scenes") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RewardError(f"{folder / CARD}: cannot be read ({str(error)[:80]})") from error
-    if not sound or min(card.stds) <= 0:
+    if not valid or min(card.stds) <= 0:
         raise RewardError(f"{folder / CARD}: not the card of a learned reward of this version")
     return card
 
@@ -212,11 +224,11 @@ def _member(member: str | int, count: int, path: Path) -> range:
     return range(int(member), int(member) + 1)
 
 
-def _backbone(folder: Path, card: Card) -> Backbone:
+def _backbone(folder: Path, card: RewardCard) -> Backbone:
     return open_clip_folder(folder, weights=False) if card.backbone == "." else load_backbone(card.backbone)
 
 
-def _fill(path: Path, head: nn.Module, backbone: Backbone | None) -> None:
+def _load_member(path: Path, head: nn.Module, backbone: Backbone | None) -> None:
     state = read_checkpoint(path)
     net = nn.ModuleDict({"head": head} | ({"backbone": backbone} if backbone else {}))
     load_weights(net, {key: value.float() for key, value in state.items()}, str(path))
@@ -224,7 +236,7 @@ def _fill(path: Path, head: nn.Module, backbone: Backbone | None) -> None:
 
 def save_learned(
     folder: Path,
-    card: Card,
+    card: RewardCard,
     heads: Sequence[nn.Module],
     backbones: Sequence[Backbone],
     configuration: Path | None = None,
@@ -235,14 +247,14 @@ def save_learned(
     Raises InputError where the disk refuses; what was there before stays.
     """
     members = [f"member-{number}.safetensors" for number in range(len(heads))]
-    copied = configuration_files(configuration) if configuration else []
-    with staged_with_sums(folder, [CARD, *members, *(path.name for path in copied)]) as new:
+    config_files = configuration_files(configuration) if configuration else []
+    with atomic_write_with_checksums(folder, [CARD, *members, *(path.name for path in config_files)]) as new:
         for number, (name, head) in enumerate(zip(members, heads, strict=True)):
             net = nn.ModuleDict({"head": head} | ({"backbone": backbones[number]} if backbones else {}))
             state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
             halved = {key: value.half() if key.startswith("backbone") else value for key, value in state.items()}
             save_file(halved, new[name])
-        for path in copied:
+        for path in config_files:
             shutil.copyfile(path, new[path.name])
         new[CARD].write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
 
@@ -252,13 +264,13 @@ def configuration_files(folder: Path) -> list[Path]:
     return [folder / name for name in (CONFIG, *TOKENIZER) if (folder / name).is_file()]
 
 
-CHUNK = 64  # images whose features are computed at a time, outside training
+FEATURE_BATCH = 64  # images whose features are computed at a time, outside training
 Features = tuple[Tensor, Tensor, Tensor]  # of image a, of image b, of the prompt: (N, D) each
 Encode = Callable[[Tensor], Features]  # of row numbers
 
 
 @dataclass(frozen=True)
-class Recipe:
+class RewardTrainingConfig:
     """How a reward is trained. Published as part of its reward.json.
 
     backbone   a CLIP, as `steer.rewards.clip.load_backbone` names it
@@ -266,8 +278,8 @@ class Recipe:
     objective  bradley-terry, scaled-bradley-terry or regression
     whole      train the CLIP too, not the head alone
     members    how many, each with its own seed and its own bootstrap sample of the pairs
-    smoothing  ε of the labels, 0..½;  flip: share of labels taken to be wrong, 0..½
-    centre     η of `centred`, ≥ 0: what makes members comparable that are aggregated
+    label_smoothing  ε of the labels, 0..½;  flip: share of labels taken to be wrong, 0..½
+    center_rewards_coefficient     η of `center_rewards_penalty`, ≥ 0: what makes members comparable that are aggregated
     held_out   share of the prompts that accuracy and calibration are measured on
     """
 
@@ -279,9 +291,9 @@ class Recipe:
     steps: int = 500
     batch: int = 64
     learning_rate: float = 1e-3
-    smoothing: float = 0.0
-    flip: float = 0.0
-    centre: float = 0.0
+    label_smoothing: float = 0.0
+    label_noise: float = 0.0
+    center_rewards_coefficient: float = 0.0
     held_out: float = 0.1
     seed: int = 0
 
@@ -290,24 +302,24 @@ class Recipe:
         for name in ("members", "steps", "batch"):
             if getattr(self, name) < 1:
                 raise RewardError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("smoothing", "flip"):
+        for name in ("label_smoothing", "flip"):
             if not 0 <= getattr(self, name) < 0.5:
                 raise RewardError(f"--{name} must be from 0 to below 0.5, got {getattr(self, name)}")
-        if not 0 <= self.centre < float("inf"):
-            raise RewardError(f"--centre must be a number from 0 on, got {self.centre}")
+        if not 0 <= self.center_rewards_coefficient < float("inf"):
+            raise RewardError(f"--centre must be a number from 0 on, got {self.center_rewards_coefficient}")
         if not 0 <= self.held_out < 1:
             raise RewardError(f"--held-out must be from 0 to below 1, got {self.held_out}")
 
 
-class Member(nn.Module):
+class RewardMember(nn.Module):
     """A head and, where the whole is trained, its own CLIP."""
 
-    def __init__(self, recipe: Recipe, backbone: Backbone, width: int, seed: int) -> None:
+    def __init__(self, config: RewardTrainingConfig, backbone: Backbone, width: int, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.head = HEADS[recipe.head](width)
-        self.backbone = backbone if recipe.whole else None
+            self.head = HEADS[config.head](width)
+        self.backbone = backbone if config.whole else None
 
     def rewards(self, features: Features) -> tuple[Tensor, Tensor]:
         """r(a) and r(b), raw: (N,) each."""
@@ -315,56 +327,60 @@ class Member(nn.Module):
         return self.head(a, text), self.head(b, text)
 
 
-def train_reward(pairs: Pairs, recipe: Recipe, out: Path, work: Path, device: str = "cpu") -> dict[str, Any]:
+def train_reward(
+    pairs: Pairs, config: RewardTrainingConfig, out: Path, work: Path, device: str = "cpu"
+) -> dict[str, Any]:
     """Trains on pairs, writes the reward to `out`, and returns its report; an interrupted run in `work` goes on.
 
     The report holds the held-out accuracy and calibration of every member and of their mean; with nothing held out,
     those on the training pairs.
     """
-    recipe.check()
-    choose("head", recipe.head, HEADS)
-    objective = choose("objective", recipe.objective, OBJECTIVES)
-    if recipe.head == "similarity" and not recipe.whole:
+    config.check()
+    choose("head", config.head, HEADS)
+    objective = choose("objective", config.objective, OBJECTIVES)
+    if config.head == "similarity" and not config.whole:
         raise RewardError("--head similarity has nothing to train but a scale: add --whole, or take --head pair")
-    claim(work, recipe, len(pairs))
-    training_rows, held_rows = split_by_prompt(pairs.prompts, recipe.held_out, recipe.seed)
+    write_run_config(work, config, len(pairs))
+    training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
     training, held = pairs.take(training_rows), pairs.take(held_rows or training_rows)
-    backbone = load_backbone(recipe.backbone).to(device)
+    backbone = load_backbone(config.backbone).to(device)
     width = backbone.width
-    frozen = None if recipe.whole else (features_of(backbone, training), features_of(backbone, held))
+    frozen = None if config.whole else (pair_features(backbone, training), pair_features(backbone, held))
     members, outputs = [], []
-    for number in range(recipe.members):
-        own = load_backbone(recipe.backbone).to(device) if recipe.whole else backbone
-        member = Member(recipe, own, width, recipe.seed + number).to(device)
-        encode = _known(frozen[0], device) if frozen else _encoded(own, training)
+    for number in range(config.members):
+        own = load_backbone(config.backbone).to(device) if config.whole else backbone
+        member = RewardMember(config, own, width, config.seed + number).to(device)
+        encode = _cached_encoder(frozen[0], device) if frozen else _encoder(own, training)
         choices = training.choices.to(device)
-        _fit(member, encode, choices, objective, recipe, work / f"member-{number}", recipe.seed + number)
-        outputs.append(_raw(member, frozen[1] if frozen else features_of(own, held)))
+        _train_member(member, encode, choices, objective, config, work / f"member-{number}", config.seed + number)
+        outputs.append(_raw_rewards(member, frozen[1] if frozen else pair_features(own, held)))
         members.append(member)
-        logger.info("member %d: %s", number, judged(outputs[-1], held.choices).summary)
-    judgements = [judged(raw, held.choices) for raw in outputs]
-    together = judged([torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)], held.choices)
-    card = _card(recipe, width, outputs, _report(recipe, len(training), len(held_rows), judgements, together))
-    copied = clip_folder(recipe.backbone) if recipe.whole and card.backbone == "." else None
-    save_learned(out, card, [m.head for m in members], [m.backbone for m in members if m.backbone], copied)
+        logger.info("member %d: %s", number, preference_metrics(outputs[-1], held.choices).summary)
+    judgements = [preference_metrics(raw, held.choices) for raw in outputs]
+    ensemble_metrics = preference_metrics(
+        [torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)], held.choices
+    )
+    card = _card(config, width, outputs, _report(config, len(training), len(held_rows), judgements, ensemble_metrics))
+    config_files = clip_folder(config.backbone) if config.whole and card.backbone == "." else None
+    save_learned(out, card, [m.head for m in members], [m.backbone for m in members if m.backbone], config_files)
     return card.report
 
 
-def claim(work: Path, recipe: Recipe, rows: int) -> None:
+def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> None:
     """Notes in `work` what is trained there. Raises RewardError where that is something else already."""
-    told = json.dumps(asdict(recipe) | {"rows": rows}, indent=1)
+    serialized = json.dumps(asdict(config) | {"rows": rows}, indent=1)
     note = work / "recipe.json"
-    if note.exists() and note.read_text() != told:
+    if note.exists() and note.read_text() != serialized:
         raise RewardError(f"--work {work} holds a run with other settings or pairs; choose another, or remove it")
     work.mkdir(parents=True, exist_ok=True)
-    write_text(note, told)
+    write_text(note, serialized)
 
 
 @torch.no_grad()
-def features_of(backbone: Backbone, pairs: Pairs) -> Features:
+def pair_features(backbone: Backbone, pairs: Pairs) -> Features:
     """Of every pair, on the CPU: image a, image b, prompt."""
     backbone.eval()
-    rows = torch.arange(len(pairs)).split(CHUNK)
+    rows = torch.arange(len(pairs)).split(FEATURE_BATCH)
     components = [_encode(backbone, pairs, some) for some in rows]
     a, b, text = (torch.cat([part[k].cpu() for part in components]) for k in range(3))
     return a, b, text
@@ -385,74 +401,88 @@ def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
     return a, b, text
 
 
-def _known(features: Features, device: str) -> Encode:
+def _cached_encoder(features: Features, device: str) -> Encode:
     """Features of some rows of those that were computed before."""
     a, b, text = (part.to(device) for part in features)
     return lambda rows: (a[rows], b[rows], text[rows])
 
 
-def _encoded(backbone: Backbone, pairs: Pairs) -> Encode:
+def _encoder(backbone: Backbone, pairs: Pairs) -> Encode:
     """Features of some rows, computed with gradients."""
     return lambda rows: _encode(backbone, pairs, rows)
 
 
-def _fit(
-    member: Member, encode: Encode, choices: Choices, objective: Objective, recipe: Recipe, folder: Path, seed: int
+def _train_member(
+    member: RewardMember,
+    encode: Encode,
+    choices: PreferenceLabels,
+    objective: Objective,
+    config: RewardTrainingConfig,
+    folder: Path,
+    seed: int,
 ) -> None:
     """Minimises the objective over a bootstrap sample of the pairs (all of them where there is one member)."""
     count = len(choices.choice)
     sample = torch.arange(count)
-    if recipe.members > 1:
+    if config.members > 1:
         sample = torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
 
     def loss_at(step: int) -> Tensor:
         member.train()
-        rows = sample[batch_at(step, recipe.batch, count, seed)]
+        rows = sample[batch_at(step, config.batch, count, seed)]
         a, b = member.rewards(encode(rows))
-        loss = objective(flipped(a - b, recipe.flip), smoothed(choices[rows], recipe.smoothing))
-        return loss + recipe.centre * centred(a, b)
+        loss = objective(
+            noisy_difference(a - b, config.label_noise), smooth_labels(choices[rows], config.label_smoothing)
+        )
+        return loss + config.center_rewards_coefficient * center_rewards_penalty(a, b)
 
-    warmup = min(100, recipe.steps // 10)
-    Run(folder, recipe.steps, recipe.learning_rate, warmup=warmup).train([member], loss_at)
+    warmup = min(100, config.steps // 10)
+    TrainingRun(folder, config.steps, config.learning_rate, warmup=warmup).train([member], loss_at)
     member.eval()
 
 
 @torch.no_grad()
-def _raw(member: Member, features: Features) -> list[Tensor]:
+def _raw_rewards(member: RewardMember, features: Features) -> list[Tensor]:
     """Raw rewards of the images a and of the images b."""
     device = next(member.parameters()).device
     a, b = member.rewards((features[0].to(device), features[1].to(device), features[2].to(device)))
     return [a.cpu(), b.cpu()]
 
 
-def _card(recipe: Recipe, width: int, outputs: Sequence[list[Tensor]], report: dict[str, Any]) -> Card:
-    own = recipe.whole and (clip_folder(recipe.backbone) / CONFIG).is_file()
+def _card(
+    config: RewardTrainingConfig, width: int, outputs: Sequence[list[Tensor]], report: dict[str, Any]
+) -> RewardCard:
+    own = config.whole and (clip_folder(config.backbone) / CONFIG).is_file()
     stds = tuple(torch.cat(raw).std().item() for raw in outputs)
     if not all(std > 0 for std in stds):
         raise RewardError("the trained reward gives every held-out image the same score: more steps, or more pairs")
     means = tuple(torch.cat(raw).mean().item() for raw in outputs)
-    return Card(recipe.head, "." if own else recipe.backbone, width, means, stds, report)
+    return RewardCard(config.head, "." if own else config.backbone, width, means, stds, report)
 
 
 def _report(
-    recipe: Recipe, trained: int, held: int, members: Sequence[Judgement], together: Judgement
+    config: RewardTrainingConfig,
+    trained: int,
+    held: int,
+    members: Sequence[PreferenceMetrics],
+    ensemble_metrics: PreferenceMetrics,
 ) -> dict[str, Any]:
     return {
-        "recipe": asdict(recipe),
+        "recipe": asdict(config),
         "pairs": {"trained": trained, "held_out": held},
         "members": [asdict(member) for member in members],
-        "ensemble": asdict(together),
+        "ensemble": asdict(ensemble_metrics),
     }
 
 
 WEIGHTS = "open_clip_model.safetensors"
 LARGEST_SCALE = 100.0  # as CLIP's training clips it
-CHOICES = 32  # captions to pick the right one from, in the report
-MOST = 2000  # images in the report
+CAPTION_CANDIDATES = 32  # captions to pick the right one from, in the report
+MAX_REPORT_IMAGES = 2000  # images in the report
 
 
 def train_clip(
-    captions: Captions, folder: Path, out: Path, work: Path, recipe: Recipe, device: str = "cpu"
+    captions: Captions, folder: Path, out: Path, work: Path, config: RewardTrainingConfig, device: str = "cpu"
 ) -> dict[str, Any]:
     """Trains a CLIP of the configuration in `folder` from its weights there, or afresh where it has none.
 
@@ -461,30 +491,30 @@ def train_clip(
     """
     if not (folder / CONFIG).is_file():
         raise RewardError(f"--backbone {folder}: no {CONFIG} there; contrastive training needs an open_clip folder")
-    recipe.check()
-    claim(work, recipe, len(captions.prompts))
+    config.check()
+    write_run_config(work, config, len(captions.prompts))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(config.seed)
         backbone = open_clip_folder(folder, weights=(folder / WEIGHTS).is_file()).to(device)
-    rows, held = split_by_prompt(captions.prompts, recipe.held_out, recipe.seed)
+    rows, held = split_by_prompt(captions.prompts, config.held_out, config.seed)
 
     def loss_at(step: int) -> Tensor:
         backbone.train()
-        chosen = [rows[k] for k in batch_at(step, recipe.batch, len(rows), recipe.seed).tolist()]
+        chosen = [rows[k] for k in batch_at(step, config.batch, len(rows), config.seed).tolist()]
         prompts = [captions.prompts[row] for row in chosen]
         scale = backbone.logit_scale.clamp(max=LARGEST_SCALE)
         features = image_features(backbone, [captions.images[row] for row in chosen])
         return contrastive(features, backbone.texts(prompts), scale, prompts)
 
-    warmup = min(200, recipe.steps // 10)
-    Run(work, recipe.steps, recipe.learning_rate, warmup=warmup).train([backbone], loss_at)
+    warmup = min(200, config.steps // 10)
+    TrainingRun(work, config.steps, config.learning_rate, warmup=warmup).train([backbone], loss_at)
     backbone.eval()
-    share = round(picked(backbone, captions, held), 4)
-    report = {"captions": {"trained": len(rows), "held_out": len(held)}, "picked_of_32": share}
-    copied = configuration_files(folder)
-    with staged_with_sums(out, [WEIGHTS, *(path.name for path in copied)]) as new:
+    share = round(caption_accuracy(backbone, captions, held), 4)
+    report = {"captions": {"trained": len(rows), "held_out": len(held)}, "caption_accuracy_of_32": share}
+    config_files = configuration_files(folder)
+    with atomic_write_with_checksums(out, [WEIGHTS, *(path.name for path in config_files)]) as new:
         _save(backbone.model, new[WEIGHTS])
-        for path in copied:
+        for path in config_files:
             shutil.copyfile(path, new[path.name])
     logger.info("%s", report)
     return report
@@ -495,16 +525,16 @@ def _save(model: nn.Module, path: Path) -> None:
 
 
 @torch.no_grad()
-def picked(backbone: Backbone, captions: Captions, rows: list[int]) -> float:
+def caption_accuracy(backbone: Backbone, captions: Captions, rows: list[int]) -> float:
     """Share of images whose own caption is nearest among 32 different ones, its own included; at most 2,000 images."""
     names = list(dict.fromkeys(captions.prompts[row] for row in rows))
-    if len(names) < CHOICES:
+    if len(names) < CAPTION_CANDIDATES:
         return float("nan")
     texts = dict(zip(names, backbone.texts(names), strict=True))
     right = []
-    for row in rows[:MOST]:
+    for row in rows[:MAX_REPORT_IMAGES]:
         own = names.index(captions.prompts[row])
-        others = [names[(own + k) % len(names)] for k in range(CHOICES)]
+        others = [names[(own + k) % len(names)] for k in range(CAPTION_CANDIDATES)]
         similarity = torch.stack([texts[name] for name in others]) @ image_features(backbone, [captions.images[row]])[0]
         right.append(similarity.argmax().item() == 0)
     return sum(right) / len(right)

@@ -16,7 +16,7 @@ from steer.reward import Metadata, Reward, RewardError, attribute, evaluate
 from steer.rewards import REWARDS
 
 
-class _Named:
+class _FunctionReward:
     """A plain function as a reward; its attribute `differentiable`, if it has one, says whether gradients flow."""
 
     images = "pt"  # the function's own form is found when it is called
@@ -84,17 +84,17 @@ def _attribute(path: str) -> Any:
 
 
 def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
-    given, options = _arguments(argument)
+    positional, options = _arguments(argument)
     try:
-        inspect.signature(factory).bind(*given, **options)
+        inspect.signature(factory).bind(*positional, **options)
     except ValueError as error:  # what is written in C may not tell
         raise RewardError(f"reward {name!r} cannot be made: {error}") from error
     except TypeError as error:
         wrong = f"cannot take {argument!r} ({error})" if options else None
-        wrong = wrong or (f"takes no argument, got {argument!r}" if given else "needs an argument, NAME:ARGUMENT")
+        wrong = wrong or (f"takes no argument, got {argument!r}" if positional else "needs an argument, NAME:ARGUMENT")
         raise RewardError(f"reward {name!r} {wrong}") from error
     try:
-        return factory(*given, **options)
+        return factory(*positional, **options)
     except RewardError:
         raise
     except InputError as error:
@@ -107,14 +107,18 @@ def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
     """What stands behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma components only before option=."""
     first, *rest = re.split(r",(?=[a-z_]+=)", argument)
     named = [first, *rest] if re.match(r"[a-z_]+=", first) else rest
-    given = () if first in named or not first else (first,)
-    return given, dict(option.split("=", 1) for option in named)
+    positional = () if first in named or not first else (first,)
+    return positional, dict(option.split("=", 1) for option in named)
 
 
-def _as_reward(found: Any) -> Reward:
-    made = _make(found, found.__name__, "") if isinstance(found, type) else found
+def _as_reward(factory_or_reward: Any) -> Reward:
+    made = (
+        _make(factory_or_reward, factory_or_reward.__name__, "")
+        if isinstance(factory_or_reward, type)
+        else factory_or_reward
+    )
     if isinstance(made, Reward):
         return made
     if callable(made):
-        return _Named(made)
+        return _FunctionReward(made)
     raise RewardError(f"a reward is a callable (images, prompts) → scores or a name, got {type(made).__name__}")

@@ -13,35 +13,35 @@ from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
-class Choices:
+class PreferenceLabels:
     """One row a pair: choice (N,) in 0..1 and strength (N,) ≥ 0, as above."""
 
     choice: Tensor
     strength: Tensor
 
-    def __getitem__(self, rows: Tensor) -> "Choices":
-        return Choices(self.choice[rows], self.strength[rows])
+    def __getitem__(self, rows: Tensor) -> "PreferenceLabels":
+        return PreferenceLabels(self.choice[rows], self.strength[rows])
 
-    def to(self, device: str) -> "Choices":
+    def to(self, device: str) -> "PreferenceLabels":
         """The same on a device."""
-        return Choices(self.choice.to(device), self.strength.to(device))
+        return PreferenceLabels(self.choice.to(device), self.strength.to(device))
 
 
-Objective = Callable[[Tensor, Choices], Tensor]
+Objective = Callable[[Tensor, PreferenceLabels], Tensor]
 
 
-def bradley_terry(difference: Tensor, choices: Choices) -> Tensor:
+def bradley_terry(difference: Tensor, choices: PreferenceLabels) -> Tensor:
     """−[c log σ(Δ) + (1 − c) log σ(−Δ)], the mean over pairs (Bradley and Terry 1952; arXiv 2304.05977)."""
     return F.binary_cross_entropy_with_logits(difference, choices.choice)
 
 
-def scaled_bradley_terry(difference: Tensor, choices: Choices) -> Tensor:
+def scaled_bradley_terry(difference: Tensor, choices: PreferenceLabels) -> Tensor:
     """The same, each pair weighed by its strength s (HelpSteer2-Preference, arXiv 2410.01257, equation 3)."""
     each = F.binary_cross_entropy_with_logits(difference, choices.choice, reduction="none")
     return (choices.strength * each).mean()
 
 
-def regression(difference: Tensor, choices: Choices) -> Tensor:
+def regression(difference: Tensor, choices: PreferenceLabels) -> Tensor:
     """(Δ − s (2c − 1))²: the difference itself, in the unit that the strength has."""
     return F.mse_loss(difference, choices.strength * (2 * choices.choice - 1))
 
@@ -53,12 +53,12 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
-def smoothed(choices: Choices, share: float) -> Choices:
+def smooth_labels(choices: PreferenceLabels, share: float) -> PreferenceLabels:
     """Label smoothing: c ↦ (1 − 2ε) c + ε, for ε in 0..½ (as conservative DPO, Mitchell 2023)."""
-    return Choices((1 - 2 * share) * choices.choice + share, choices.strength)
+    return PreferenceLabels((1 - 2 * share) * choices.choice + share, choices.strength)
 
 
-def flipped(difference: Tensor, share: float) -> Tensor:
+def noisy_difference(difference: Tensor, share: float) -> Tensor:
     """Δ' with σ(Δ') = (1 − ε) σ(Δ) + ε σ(−Δ): what is seen where a share ε of all labels is wrong.
 
     Trained through it, Δ itself stays the clean preference (loss correction of Patrini et al., arXiv 1609.03683).
@@ -70,7 +70,7 @@ def flipped(difference: Tensor, share: float) -> Tensor:
     return torch.logaddexp(right + difference, wrong) - torch.logaddexp(wrong + difference, right)
 
 
-def centred(a: Tensor, b: Tensor) -> Tensor:
+def center_rewards_penalty(a: Tensor, b: Tensor) -> Tensor:
     """(r(a) + r(b))², the mean over pairs: pulls the rewards of every prompt towards a mean of 0.
 
     Choices tell rewards up to a shift for each prompt only, and each member of an ensemble learns a shift of its own.

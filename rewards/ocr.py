@@ -44,7 +44,7 @@ class Ocr:
         self._read = _engine()
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        wanted = [_wanted(prompt) for prompt in prompts]
+        wanted = [_quoted_words(prompt) for prompt in prompts]
         pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
         scores = [text_score(words, self._read(picture)) for words, picture in zip(wanted, pixels, strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
@@ -53,12 +53,12 @@ class Ocr:
 def text_score(words: Sequence[str], lines: Sequence[str]) -> float:
     """The score of the lines read, in reading order, for the quotations wanted: (said + only) / 2, 0..1.
 
-    said   mean over the quotations of 1 − d_w / |w|, d_w the least edit distance of w to any stretch of the text
-    only   1 − d / max(|all w|, |text|), d the edit distance of all quotations in a row to the whole text
+    recall   mean over the quotations of 1 − d_w / |w|, d_w the least edit distance of w to any stretch of the text
+    precision   1 − d / max(|all w|, |text|), d the edit distance of all quotations in a row to the whole text
     """
     targets, text = [normalised(word) for word in words], normalised("".join(lines))
-    said = sum(1 - distance_within(target, text) / len(target) for target in targets) / len(targets)
-    return (said + similarity("".join(targets), text)) / 2
+    recall = sum(1 - distance_within(target, text) / len(target) for target in targets) / len(targets)
+    return (recall + similarity("".join(targets), text)) / 2
 
 
 def similarity(one: str, other: str) -> float:
@@ -94,13 +94,13 @@ def normalised(text: str) -> str:
 def quoted(prompt: str) -> list[str]:
     """The quotations of a prompt, in order: in double quotes, straight or “ ” „ “ « », or else in single ones."""
     for pattern in (DOUBLE, SINGLE):
-        found = [match[match.lastindex or 0].strip() for match in pattern.finditer(prompt)]
-        if any(found):
-            return [words for words in found if words]
+        matches = [match[match.lastindex or 0].strip() for match in pattern.finditer(prompt)]
+        if any(matches):
+            return [words for words in matches if words]
     return []
 
 
-def _wanted(prompt: str) -> list[str]:
+def _quoted_words(prompt: str) -> list[str]:
     if words := quoted(prompt):
         return words
     raise RewardError(
@@ -121,7 +121,7 @@ def _engine() -> Callable[[np.ndarray[Any, Any]], list[str]]:
     engine = package.RapidOCR(intra_op_num_threads=THREADS, inter_op_num_threads=1)
 
     def read(picture: np.ndarray[Any, Any]) -> list[str]:
-        found, _ = engine(np.ascontiguousarray(picture[..., ::-1]))  # it takes BGR, as OpenCV has it
-        return [text for _, text, _ in found or []]
+        matches, _ = engine(np.ascontiguousarray(picture[..., ::-1]))  # it takes BGR, as OpenCV has it
+        return [text for _, text, _ in matches or []]
 
     return read

@@ -14,15 +14,15 @@ from steer.registry import nearest
 from steer.reward import Reward, RewardError
 from steer.rewards.compose import (
     AGGREGATES,
+    CONSTRAINT_TEMPERATURE,
     OPTIONS,
-    SHARPNESS,
     Aggregate,
-    Combined,
+    CombinedReward,
     Constraint,
-    LogSigmoid,
-    Part,
-    Product,
-    Standardised,
+    LogSigmoidReward,
+    ProductReward,
+    StandardisedReward,
+    WeightedReward,
     aggregate,
     read_calibration,
     read_term,
@@ -34,63 +34,63 @@ from steer.rewards.remote import is_remote
 
 FILES = (".yaml", ".yml")
 CARD = "reward.json"  # in the folder of a learned reward
-DEEPEST = 20  # functions and files inside each other
-MOST = 250  # rewards in one expression
+MAX_DEPTH = 20  # functions and files inside each other
+MAX_REWARDS = 250  # rewards in one expression
 
 
 @dataclass(frozen=True)
-class Place:
+class ParserState:
     """Where the reader stands: how deep inside functions and files, and what it has read so far."""
 
     depth: int = 0
     read: list[str] = field(default_factory=list)
 
-    def inside(self) -> "Place":
+    def inside(self) -> "ParserState":
         """One deeper. Raises RewardError where that is too deep."""
-        if self.depth == DEEPEST:
-            raise RewardError(f"a reward of more than {DEEPEST} functions or files inside each other is not read")
-        return Place(self.depth + 1, self.read)
+        if self.depth == MAX_DEPTH:
+            raise RewardError(f"a reward of more than {MAX_DEPTH} functions or files inside each other is not read")
+        return ParserState(self.depth + 1, self.read)
 
 
-def read(text: str, place: Place | None = None) -> Reward:
+def read(text: str, state: ParserState | None = None) -> Reward:
     """The reward that a text stands for. Raises RewardError, one line that names what cannot be read."""
-    part = _part(text.strip(), place or Place())
-    return part.reward if part.weight == 1 else Combined([part])
+    part = _weighted(text.strip(), state or ParserState())
+    return part.reward if part.weight == 1 else CombinedReward([part])
 
 
-def _part(text: str, place: Place) -> Part:
+def _weighted(text: str, state: ParserState) -> WeightedReward:
     """A term, or a sum of them as one part."""
     if _is_path(text):
-        return Part(_atom(text, place))
-    terms = [_term(term, place) for term in split(text, PLUS)]
-    return terms[0] if len(terms) == 1 else Part(Combined(terms))
+        return WeightedReward(_atom(text, state))
+    terms = [_term(term, state) for term in split(text, PLUS)]
+    return terms[0] if len(terms) == 1 else WeightedReward(CombinedReward(terms))
 
 
-def _term(text: str, place: Place) -> Part:
+def _term(text: str, state: ParserState) -> WeightedReward:
     """One term of a sum: an atom or a function, and its weight."""
     if _is_path(text):
-        return Part(_atom(text, place))
+        return WeightedReward(_atom(text, state))
     if call := read_call(text):
-        return Part(_function(call, place.inside()), call.weight)
+        return WeightedReward(_function(call, state.inside()), call.weight)
     name, weight = read_term(text)
-    return Part(_atom(name, place), weight)
+    return WeightedReward(_atom(name, state), weight)
 
 
-def _atom(text: str, place: Place) -> Reward:
+def _atom(text: str, state: ParserState) -> Reward:
     """A reward that is made of no others here; or those of a file."""
-    place.read.append(text)
-    if len(place.read) > MOST:
-        raise RewardError(f"a reward of more than {MOST} rewards is not read")
+    state.read.append(text)
+    if len(state.read) > MAX_REWARDS:
+        raise RewardError(f"a reward of more than {MAX_REWARDS} rewards is not read")
     if is_remote(text):
-        from steer.rewards.remote import Remote
+        from steer.rewards.remote import RemoteReward
 
-        return Remote(text)
+        return RemoteReward(text)
     if text.endswith(FILES) and _has_no_name(text):
-        return _read_file(Path(text), place)
+        return _read_file(Path(text), state)
     if _is_path(text):
-        from steer.rewards.learned import Learned  # brings open_clip, which takes seconds
+        from steer.rewards.learned import LearnedReward  # brings open_clip, which takes seconds
 
-        return Learned(text)
+        return LearnedReward(text)
     try:
         return make_reward(text)
     except RewardError as error:
@@ -109,7 +109,7 @@ def _has_no_name(text: str) -> bool:
     return bool(text) and text.partition(":")[0] not in reward_names()
 
 
-def _function(call: Call, place: Place) -> Reward:
+def _function(call: Call, state: ParserState) -> Reward:
     if call.function not in FUNCTIONS:
         raise RewardError(
             f"unknown function {call.function!r} of rewards: did you mean {nearest(call.function, FUNCTIONS)}?"
@@ -120,71 +120,73 @@ def _function(call: Call, place: Place) -> Reward:
         raise RewardError(f"{call.function}(…): unknown option {unknown[0]!r}; it takes {takes}")
     if not call.arguments:
         raise RewardError(f"{call.function}(…) needs at least one reward")
-    return build(call, place)
+    return build(call, state)
 
 
-def _aggregated(call: Call, place: Place) -> Reward:
-    components = [_part(argument, place) for argument in call.arguments]
+def _aggregate_function(call: Call, state: ParserState) -> Reward:
+    components = [_weighted(argument, state) for argument in call.arguments]
     numbers = {name: call.number(name, 0.0) for name in call.options}
-    return Combined(components, aggregate(call.function, numbers, f"{call.function}(…)"))
+    return CombinedReward(components, aggregate(call.function, numbers, f"{call.function}(…)"))
 
 
-def _product(call: Call, place: Place) -> Reward:
-    temperature = call.number("temperature", SHARPNESS)
+def _product(call: Call, state: ParserState) -> Reward:
+    temperature = call.number("temperature", CONSTRAINT_TEMPERATURE)
     if not temperature > 0:
         raise RewardError(f"product(…, temperature={temperature:g}): it must be above 0")
     constraints = []
     for argument in call.arguments:
         text, sign, bound = read_constraint(argument)
-        constraints.append(Constraint(read(text, place), sign, bound, temperature))
-    return Product(constraints)
+        constraints.append(Constraint(read(text, state), sign, bound, temperature))
+    return ProductReward(constraints)
 
 
-def _standardised(call: Call, place: Place) -> Reward:
+def _standardised(call: Call, state: ParserState) -> Reward:
     if "from" not in call.options:
         raise RewardError("z(…) needs a calibration: z(REWARD, from=FILE), see `steer rewards calibrate`")
-    reward = _only(call, place)
-    return Standardised(reward, read_calibration(Path(call.options["from"])).scale(reward.name))
+    reward = _single_reward(call, state)
+    return StandardisedReward(reward, read_calibration(Path(call.options["from"])).scale(reward.name))
 
 
-def _log_sigmoid(call: Call, place: Place) -> Reward:
+def _log_sigmoid(call: Call, state: ParserState) -> Reward:
     if ("from" in call.options) == ("reference" in call.options):
         raise RewardError("logsigmoid(…) needs reference=NUMBER or from=CALIBRATION, one of the two")
-    reward, temperature = _only(call, place), call.number("temperature", 1.0)
+    reward, temperature = _single_reward(call, state), call.number("temperature", 1.0)
     if "reference" in call.options:
-        return LogSigmoid(reward, call.number("reference", 0.0), temperature)
-    return LogSigmoid(reward, read_calibration(Path(call.options["from"])).scale(reward.name).prompts, temperature)
+        return LogSigmoidReward(reward, call.number("reference", 0.0), temperature)
+    return LogSigmoidReward(
+        reward, read_calibration(Path(call.options["from"])).scale(reward.name).prompts, temperature
+    )
 
 
-def _only(call: Call, place: Place) -> Reward:
+def _single_reward(call: Call, state: ParserState) -> Reward:
     if len(call.arguments) != 1:
         raise RewardError(f"{call.function}(…) takes one reward, got {len(call.arguments)}")
-    return read(call.arguments[0], place)
+    return read(call.arguments[0], state)
 
 
-FUNCTIONS: dict[str, tuple[Callable[[Call, Place], Reward], Sequence[str]]] = {
-    **{name: (_aggregated, OPTIONS.get(name, ())) for name in AGGREGATES},
+FUNCTIONS: dict[str, tuple[Callable[[Call, ParserState], Reward], Sequence[str]]] = {
+    **{name: (_aggregate_function, OPTIONS.get(name, ())) for name in AGGREGATES},
     "product": (_product, ("temperature",)),
     "z": (_standardised, ("from",)),
     "logsigmoid": (_log_sigmoid, ("from", "reference", "temperature")),
 }
 
 
-def _read_file(path: Path, place: Place) -> Reward:
+def _read_file(path: Path, state: ParserState) -> Reward:
     try:
         text = path.read_text(encoding="utf-8")
-        _hold_off(path, text)
-        found = yaml.safe_load(text)
+        _check_yaml(path, text)
+        data = yaml.safe_load(text)
     except OSError as error:
         raise RewardError(f"{path}: cannot read the reward file ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RewardError(f"{path}: not YAML ({' '.join(str(error).split())[:100]})") from error
-    if not isinstance(found, Mapping):
+    if not isinstance(data, Mapping):
         raise RewardError(f"{path}: expected a mapping with `rewards:`")
-    return read_mapping(found, str(path), place)
+    return read_mapping(data, str(path), state)
 
 
-def _hold_off(path: Path, text: str) -> None:
+def _check_yaml(path: Path, text: str) -> None:
     """Raises RewardError for YAML that takes longer to read than it is to write: aliases, brackets in brackets."""
     depth = 0
     for token in yaml.scan(text):
@@ -192,11 +194,11 @@ def _hold_off(path: Path, text: str) -> None:
         depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
         if isinstance(token, yaml.AliasToken):
             raise RewardError(f"{path}: aliases (*name) are not read: write out what they stand for")
-        if depth > 2 * DEEPEST:
-            raise RewardError(f"{path}: brackets more than {2 * DEEPEST} deep are not read")
+        if depth > 2 * MAX_DEPTH:
+            raise RewardError(f"{path}: brackets more than {2 * MAX_DEPTH} deep are not read")
 
 
-def read_mapping(found: Mapping[str, Any], where: str = "reward mapping", place: Place | None = None) -> Reward:
+def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: ParserState | None = None) -> Reward:
     """The reward of a mapping, as a YAML file holds it:
 
         combine: sum            # sum, mean, min, mean-std or quantile
@@ -209,29 +211,31 @@ def read_mapping(found: Mapping[str, Any], where: str = "reward mapping", place:
     Raises RewardError that names the place and the remedy.
     """
     known = ("combine", "rewards", "lam", "q")
-    if unknown := sorted(set(map(str, found)) - set(known)):
+    if unknown := sorted(set(map(str, data)) - set(known)):
         raise RewardError(f"{where}: unknown key {unknown[0]!r:.80}; did you mean {nearest(unknown[0], known)}?")
-    name, entries = found.get("combine", "sum"), found.get("rewards")
+    name, entries = data.get("combine", "sum"), data.get("rewards")
     if not isinstance(name, str) or name not in AGGREGATES:
         raise RewardError(f"{where}: `combine:` must be one of {', '.join(AGGREGATES)}")
     if not isinstance(entries, list | tuple) or not entries:
         raise RewardError(f"{where}: `rewards:` must be a list of rewards")
-    chosen = aggregate(name, {key: found[key] for key in ("lam", "q") if key in found}, where)
-    inside = (place or Place()).inside()
-    return Combined([_entry(entry, f"{where}, reward {k}", inside) for k, entry in enumerate(entries, 1)], chosen)
+    aggregator = aggregate(name, {key: data[key] for key in ("lam", "q") if key in data}, where)
+    inside = (state or ParserState()).inside()
+    return CombinedReward(
+        [_entry(entry, f"{where}, reward {k}", inside) for k, entry in enumerate(entries, 1)], aggregator
+    )
 
 
-def _entry(entry: Any, where: str, place: Place) -> Part:
+def _entry(entry: Any, where: str, state: ParserState) -> WeightedReward:
     entry = entry if isinstance(entry, Mapping) else {"reward": entry}
     if set(entry) - {"reward", "weight"} or "reward" not in entry or not is_number(entry.get("weight", 1)):
         raise RewardError(f"{where}: expected a text, or `reward:` and a finite number under `weight:`")
-    found = entry["reward"]
+    data = entry["reward"]
     try:
-        if isinstance(found, str | Path):
-            return Part(read(str(found), place), entry.get("weight", 1))
-        if isinstance(found, Mapping):
-            return Part(read_mapping(found, "its mapping", place), entry.get("weight", 1))
-        return Part(load_reward(found), entry.get("weight", 1))
+        if isinstance(data, str | Path):
+            return WeightedReward(read(str(data), state), entry.get("weight", 1))
+        if isinstance(data, Mapping):
+            return WeightedReward(read_mapping(data, "its mapping", state), entry.get("weight", 1))
+        return WeightedReward(load_reward(data), entry.get("weight", 1))
     except RewardError as error:
         raise RewardError(f"{where}: {error}") from error
 
@@ -251,10 +255,10 @@ def load_reward(reward: Any) -> Reward:
     return _as_reward(reward)
 
 
-def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate = total) -> Combined:
+def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate = total) -> CombinedReward:
     """Σ w_m r_m, or another aggregate, of rewards given with their weights, or of a list of them (weights 1).
 
     Each is whatever `load_reward` takes.
     """
     weighted = rewards.items() if isinstance(rewards, Mapping) else [(reward, 1.0) for reward in rewards]
-    return Combined([Part(load_reward(reward), weight) for reward, weight in weighted], aggregate)
+    return CombinedReward([WeightedReward(load_reward(reward), weight) for reward, weight in weighted], aggregate)

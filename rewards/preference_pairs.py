@@ -16,13 +16,13 @@ from torch import Tensor
 from steer.arguments import is_number
 from steer.files import read_image
 from steer.reward import RewardError
-from steer.rewards.objectives import Choices
+from steer.rewards.objectives import PreferenceLabels
 
 TableRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledPair:
     """Two images as a table has them, their prompt, and whether the first is preferred: 1, 0, ½; None: no label."""
 
     a: Any
@@ -32,7 +32,7 @@ class Labelled:
 
 
 @dataclass(frozen=True)
-class Format:
+class TableFormat:
     """How a kind of table is read.
 
     images  the columns of images, for messages
@@ -42,17 +42,17 @@ class Format:
 
     images: tuple[str, ...]
     needed: tuple[str, ...]
-    pairs: Callable[[TableRow, Any], Iterator[Labelled]]
+    pairs: Callable[[TableRow, Any], Iterator[LabelledPair]]
 
 
 PROMPTS = ("prompt", "caption", "text")  # columns of the prompt, the first that is there
 
 
-def two_labels(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[Labelled]:
+def two_labels(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[LabelledPair]:
     """Columns label_0 and label_1, or label_0 alone: 1 the preferred one, ½ a tie (Pick-a-Pic, arXiv 2305.01569)."""
     first = row.get("label_0")
     if row.get("has_label") is False or first is None:
-        yield Labelled(row.get(a), row.get(b), prompt, None)
+        yield LabelledPair(row.get(a), row.get(b), prompt, None)
         return
     second = row.get("label_1")
     second = 1 - first if second is None and is_number(first) else second
@@ -60,15 +60,15 @@ def two_labels(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[Labelled]
         if not is_number(value) or not 0 <= value <= 1:
             raise ValueError(f"{name} must be a number from 0 to 1, got {value!r:.40}")
     assert first is not None and second is not None
-    yield Labelled(row.get(a), row.get(b), prompt, preferred(first, second))
+    yield LabelledPair(row.get(a), row.get(b), prompt, preferred(first, second))
 
 
-def first_is_preferred(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[Labelled]:
+def first_is_preferred(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[LabelledPair]:
     """Columns of the preferred and of the other image (HPDv3, arXiv 2508.03789; DPO)."""
-    yield Labelled(row.get(a), row.get(b), prompt, 1.0)
+    yield LabelledPair(row.get(a), row.get(b), prompt, 1.0)
 
 
-def scored_list(images: str, scores: str, sign: int, row: TableRow, prompt: Any) -> Iterator[Labelled]:
+def scored_list(images: str, scores: str, sign: int, row: TableRow, prompt: Any) -> Iterator[LabelledPair]:
     """Lists of images and of their scores, every two of them a pair; sign −1: of ranks, the lowest is preferred."""
     files, values = row.get(images), row.get(scores)
     if not isinstance(files, list) or len(files) < 2:
@@ -82,7 +82,7 @@ def scored_list(images: str, scores: str, sign: int, row: TableRow, prompt: Any)
     for i, j in itertools.combinations(range(len(files)), 2):
         known = values[i] is not None and values[j] is not None
         choice = preferred(sign * values[i], sign * values[j]) if known else None
-        yield Labelled(files[i], files[j], prompt, choice)
+        yield LabelledPair(files[i], files[j], prompt, choice)
 
 
 def preferred(first: float, second: float) -> float:
@@ -90,13 +90,13 @@ def preferred(first: float, second: float) -> float:
     return 0.5 if first == second else float(first > second)
 
 
-def _two(a: str, b: str, *labels: str) -> Format:
+def _two(a: str, b: str, *labels: str) -> TableFormat:
     read = two_labels if labels else first_is_preferred
-    return Format((a, b), (a, b, *labels), lambda row, prompt: read(a, b, row, prompt))
+    return TableFormat((a, b), (a, b, *labels), lambda row, prompt: read(a, b, row, prompt))
 
 
-def _list(images: str, scores: str, sign: int) -> Format:
-    return Format((images,), (images, scores), lambda row, prompt: scored_list(images, scores, sign, row, prompt))
+def _list(images: str, scores: str, sign: int) -> TableFormat:
+    return TableFormat((images,), (images, scores), lambda row, prompt: scored_list(images, scores, sign, row, prompt))
 
 
 FORMATS = (
@@ -108,22 +108,22 @@ FORMATS = (
     _two("path1", "path2"),  # HPDv3
     _two("chosen", "rejected"),  # DPO
 )
-WANTED = "image_a, image_b, prompt, choice"
+PAIR_COLUMNS = "image_a, image_b, prompt, choice"
 
 
-def format_of(columns: Sequence[str]) -> Format | None:
+def format_of(columns: Sequence[str]) -> TableFormat | None:
     """The kind of a table with these columns; None: none that is known."""
     if not any(name in columns for name in PROMPTS):
         return None
     return next((one for one in FORMATS if all(name in columns for name in one.needed)), None)
 
 
-def wanted() -> str:
+def known_columns() -> str:
     """The columns of every kind, for a message."""
-    return " | ".join([WANTED, *(", ".join([*one.needed, "prompt"]) for one in FORMATS)])
+    return " | ".join([PAIR_COLUMNS, *(", ".join([*one.needed, "prompt"]) for one in FORMATS)])
 
 
-def labelled(where: str, rows: Sequence[TableRow], kind: Format) -> Iterator[tuple[int, Labelled]]:
+def labelled_pairs(where: str, rows: Sequence[TableRow], kind: TableFormat) -> Iterator[tuple[int, LabelledPair]]:
     """The pairs of all rows, each with its row's number from 1 on. Raises RewardError that names file and row."""
     for number, row in enumerate(rows, start=1):
         prompt = next((row[name] for name in PROMPTS if row.get(name) is not None), None)
@@ -135,12 +135,12 @@ def labelled(where: str, rows: Sequence[TableRow], kind: Format) -> Iterator[tup
 
 logger = logging.getLogger(__name__)
 
-CHOICES, LOTS = "choices.jsonl", "lots.jsonl"  # of a folder of choices, as the demo's Label tab records them
+PREFERENCES, GROUPS = "choices.jsonl", "lots.jsonl"  # of a folder of choices, as the demo's Label tab records them
 Row = dict[str, Any]
 Source = Path | bytes  # an image file, or the bytes of one
-WORDS = {"a": 1.0, "b": 0.0, "tie": 0.5}
-LARGEST = 1e6  # strength
-AT_ONCE = 256  # rows of a table
+CHOICE_VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+MAX_STRENGTH = 1e6  # strength
+PARQUET_BATCH = 256  # rows of a table
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Pairs:
     a: tuple[Source, ...]
     b: tuple[Source, ...]
     prompts: tuple[str, ...]
-    choices: Choices
+    choices: PreferenceLabels
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -221,7 +221,7 @@ def _parquet(path: Path) -> list[Row]:
     try:
         with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             # A part at a time: a forged file says that it holds more than memory does.
-            return [row for batch in file.iter_batches(AT_ONCE) for row in batch.to_pylist()]
+            return [row for batch in file.iter_batches(PARQUET_BATCH) for row in batch.to_pylist()]
     except (pyarrow.ArrowException, OSError) as error:
         raise RewardError(f"{path}: not a parquet file that can be read ({str(error)[:80]})") from error
 
@@ -244,16 +244,16 @@ def read_pairs(path: Path, images: Path | None = None) -> Pairs:
 
     images  the folder that paths of images start from; by default, and for those that are not there, the table's own
     """
-    path = path / CHOICES if path.is_dir() else path
+    path = path / PREFERENCES if path.is_dir() else path
     rows = read_rows(path)
     folders = _folders(path, images)
     if any("lot" in row for row in rows):
-        return _labelled_pairs(path, _chosen(path, rows), folders)
+        return _labelled_pairs(path, _active_preferences(path, rows), folders)
     columns = _columns(rows)
     if kind := format_of(columns) if not {"image_a", "image_b"} & set(columns) else None:
         return _labelled_pairs(path, _rows_of_kind(path, rows, kind), folders)
     if not {"image_a", "image_b"} & set(columns):
-        raise RewardError(f"{path}: columns found: {', '.join(columns)[:200]}; columns wanted: {wanted()}")
+        raise RewardError(f"{path}: columns found: {', '.join(columns)[:200]}; columns wanted: {known_columns()}")
     read = [
         (
             _image(path, n, row.get("image_a"), "image_a", folders),
@@ -265,7 +265,7 @@ def read_pairs(path: Path, images: Path | None = None) -> Pairs:
     choice = [_choice(path, n, row) for n, row in enumerate(rows, start=1)]
     strength = [_strength(path, n, row) for n, row in enumerate(rows, start=1)]
     a, b, prompts = zip(*read, strict=True)
-    return Pairs(a, b, prompts, Choices(torch.tensor(choice), torch.tensor(strength)))
+    return Pairs(a, b, prompts, PreferenceLabels(torch.tensor(choice), torch.tensor(strength)))
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
@@ -278,38 +278,38 @@ def _folders(path: Path, images: Path | None) -> list[Path]:
     return [path.parent] if images is None else [images, path.parent]
 
 
-NamedPair = tuple[int, tuple[str, str], Labelled]
+NamedPair = tuple[int, tuple[str, str], LabelledPair]
 
 
-def _rows_of_kind(path: Path, rows: Sequence[Row], kind: Format) -> list[NamedPair]:
+def _rows_of_kind(path: Path, rows: Sequence[Row], kind: TableFormat) -> list[NamedPair]:
     names = kind.images if len(kind.images) == 2 else kind.images * 2
-    return [(number, (names[0], names[1]), pair) for number, pair in labelled(str(path), rows, kind)]
+    return [(number, (names[0], names[1]), pair) for number, pair in labelled_pairs(str(path), rows, kind)]
 
 
-def _chosen(path: Path, rows: Sequence[Row]) -> list[NamedPair]:
+def _active_preferences(path: Path, rows: Sequence[Row]) -> list[NamedPair]:
     """The choices of a folder that were not taken back: an undo takes back what its annotator said of the lot."""
-    lots = {row["lot"]: row for row in read_rows(path.parent / LOTS) if isinstance(row.get("lot"), str)}
-    taken, found = set[str](), list[NamedPair]()
+    lots = {row["lot"]: row for row in read_rows(path.parent / GROUPS) if isinstance(row.get("lot"), str)}
+    undone, found = set[str](), list[NamedPair]()
     for number, row in reversed(list(enumerate(rows, start=1))):
-        said = json.dumps([row.get("lot"), row.get("annotator")])
+        annotation_key = json.dumps([row.get("lot"), row.get("annotator")])
         if row.get("undo") is True:
-            taken.add(said)
-        elif said not in taken:
-            found.append((number, ("chosen", "rejected"), _choice_of_lot(path, number, row, lots)))
+            undone.add(annotation_key)
+        elif annotation_key not in undone:
+            found.append((number, ("chosen", "rejected"), _pair_of_group(path, number, row, lots)))
     return found[::-1]
 
 
-def _choice_of_lot(path: Path, number: int, row: Row, lots: dict[str, Row]) -> Labelled:
+def _pair_of_group(path: Path, number: int, row: Row, lots: dict[str, Row]) -> LabelledPair:
     name = row.get("lot")
     lot = lots.get(name) if isinstance(name, str) else None
     if lot is None:
-        raise RewardError(f"{path}, row {number}: lot {name!r:.70} is not in {LOTS}")
+        raise RewardError(f"{path}, row {number}: lot {name!r:.70} is not in {GROUPS}")
     if row.get("tie") is True:
-        return Labelled(None, None, "", 0.5)
+        return LabelledPair(None, None, "", 0.5)
     try:
         files = [lot["images"][row[key]]["file"] for key in ("chosen", "rejected") if type(row[key]) is int]
         chosen, rejected = files
-        return Labelled(chosen, rejected, lot["prompts"][0], 1.0)
+        return LabelledPair(chosen, rejected, lot["prompts"][0], 1.0)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RewardError(
             f"{path}, row {number}: chosen and rejected must be numbers of images of lot {name}"
@@ -332,7 +332,7 @@ def _labelled_pairs(path: Path, rows: Sequence[NamedPair], folders: Sequence[Pat
         read.append((*images, _prompt(path, number, pair.prompt)))
     a, b, prompts = zip(*read, strict=True)
     choice = torch.tensor([pair.choice for _, _, pair in kept])
-    return Pairs(a, b, prompts, Choices(choice, torch.ones_like(choice)))
+    return Pairs(a, b, prompts, PreferenceLabels(choice, torch.ones_like(choice)))
 
 
 def _image(path: Path, number: int, value: Any, column: str, folders: Sequence[Path]) -> Source:
@@ -358,8 +358,8 @@ def _prompt(path: Path, number: int, prompt: Any) -> str:
 
 def _choice(path: Path, number: int, row: Row) -> float:
     value = row.get("choice")
-    if isinstance(value, str) and value in WORDS:
-        return WORDS[value]
+    if isinstance(value, str) and value in CHOICE_VALUES:
+        return CHOICE_VALUES[value]
     if is_number(value) and 0 <= value <= 1:
         return float(value)
     raise RewardError(f"{path}, row {number}: choice must be a, b, tie or a number from 0 to 1, got {value!r:.40}")
@@ -369,9 +369,9 @@ def _strength(path: Path, number: int, row: Row) -> float:
     value = row.get("strength")
     if value is None:
         return 1.0
-    if is_number(value) and 0 <= value <= LARGEST:
+    if is_number(value) and 0 <= value <= MAX_STRENGTH:
         return float(value)
-    raise RewardError(f"{path}, row {number}: strength must be a number from 0 to {LARGEST:g}, got {value!r:.40}")
+    raise RewardError(f"{path}, row {number}: strength must be a number from 0 to {MAX_STRENGTH:g}, got {value!r:.40}")
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:

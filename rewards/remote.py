@@ -30,15 +30,15 @@ from torch import Tensor
 
 from steer import __version__
 from steer.errors import InputError
-from steer.files import BROKEN
+from steer.files import DECODE_ERRORS
 from steer.reward import Reward, RewardError, score
 from steer.rewards.grammar import NUMBER
 
 PROTOCOL = 1
-MOST_IMAGES, MOST_PIXELS = 32, 2**24  # of one request, all its images together
-MOST_BYTES = 80_000_000  # of a request: so many pixels of noise as PNG in base64, and the prompts
-MOST_REPLY = 1_000_000  # bytes
-LONGEST_LINE = 300  # characters of what the other side says
+MAX_IMAGES, MAX_PIXELS = 32, 2**24  # of one request, all its images together
+MAX_REQUEST_BYTES = 80_000_000  # of a request: so many pixels of noise as PNG in base64, and the prompts
+MAX_REPLY_BYTES = 1_000_000  # bytes
+MAX_LINE_LENGTH = 300  # characters of what the other side says
 ADDRESS = r"https?://[^\s,()]+"
 TOKEN = "STEER_REWARD_TOKEN"  # an environment variable: an option would be in reports and in the list of processes
 
@@ -58,26 +58,26 @@ def read_weight(text: str) -> tuple[str, float]:
 def encode(images: Tensor, prompts: Sequence[str]) -> bytes:
     """The body of a request. images (N, 3, H, W), clamped to [0, 1] and rounded to 8 bits."""
     pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    told = []
+    payload = []
     for one in pixels:
         file = BytesIO()
         Image.fromarray(one).save(file, format="PNG", compress_level=1)
-        told.append(base64.b64encode(file.getvalue()).decode())
-    return json.dumps({"protocol": PROTOCOL, "images": told, "prompts": list(prompts)}).encode()
+        payload.append(base64.b64encode(file.getvalue()).decode())
+    return json.dumps({"protocol": PROTOCOL, "images": payload, "prompts": list(prompts)}).encode()
 
 
 def decode(body: bytes) -> tuple[Tensor, list[str]]:
     """The images (N, 3, H, W) in [0, 1] and the prompts of a request. Raises InputError, one line."""
-    told = read_json(body)
-    if told.get("protocol") != PROTOCOL:
-        raise InputError(f"this side speaks protocol {PROTOCOL}, got {told.get('protocol')!r:.20}")
-    images, prompts = told.get("images"), told.get("prompts")
+    payload = read_json(body)
+    if payload.get("protocol") != PROTOCOL:
+        raise InputError(f"this side speaks protocol {PROTOCOL}, got {payload.get('protocol')!r:.20}")
+    images, prompts = payload.get("images"), payload.get("prompts")
     if not isinstance(images, list) or not isinstance(prompts, list):
         raise InputError("`images` and `prompts` must be lists")
     if not all(isinstance(text, str) for text in images + prompts):
         raise InputError("`images` must hold base64 texts, `prompts` texts")
-    if not 0 < len(images) <= MOST_IMAGES or len(images) != len(prompts):
-        raise InputError(f"1 to {MOST_IMAGES} images, and as many prompts: got {len(images)} and {len(prompts)}")
+    if not 0 < len(images) <= MAX_IMAGES or len(images) != len(prompts):
+        raise InputError(f"1 to {MAX_IMAGES} images, and as many prompts: got {len(images)} and {len(prompts)}")
     return torch.stack(_pictures(images)), prompts
 
 
@@ -88,19 +88,19 @@ def _pictures(images: Sequence[str]) -> list[Tensor]:
         sizes = {file.size for file in files}
         if len(sizes) > 1 or any(file.mode != "RGB" for file in files):
             raise InputError("images must be 8-bit RGB and all of one size")
-        if (pixels := len(files) * files[0].width * files[0].height) > MOST_PIXELS:
-            raise InputError(f"{pixels} pixels in one request: at most {MOST_PIXELS}")
+        if (pixels := len(files) * files[0].width * files[0].height) > MAX_PIXELS:
+            raise InputError(f"{pixels} pixels in one request: at most {MAX_PIXELS}")
         arrays = [np.asarray(file).copy() for file in files]
     except InputError:
         raise
-    except (*BROKEN, binascii.Error) as error:
+    except (*DECODE_ERRORS, binascii.Error) as error:
         raise InputError(f"an image cannot be read as PNG ({line(error)})") from error
     return [torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays]
 
 
-def read_scores(told: Mapping[str, Any], count: int) -> Tensor:
+def read_scores(payload: Mapping[str, Any], count: int) -> Tensor:
     """The scores of a reply, (count,) fp32. What is finite is for the contract to say. Raises RewardError."""
-    scores = told.get("scores")
+    scores = payload.get("scores")
     if not isinstance(scores, list) or len(scores) != count:
         got = f"{len(scores)}" if isinstance(scores, list) else type(scores).__name__
         raise RewardError(f"{count} images must have a list of {count} scores, got {got}")
@@ -115,18 +115,18 @@ def read_scores(told: Mapping[str, Any], count: int) -> Tensor:
 def read_json(body: bytes) -> dict[str, Any]:
     """A JSON object. Raises InputError."""
     try:
-        told = json.loads(body)
+        payload = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise InputError(f"not JSON: {line(body[:60].decode(errors='replace'))!r}") from error
-    if not isinstance(told, dict):
-        raise InputError(f"not a JSON object but {type(told).__name__}")
-    return told
+    if not isinstance(payload, dict):
+        raise InputError(f"not a JSON object but {type(payload).__name__}")
+    return payload
 
 
-def line(said: object) -> str:
+def line(message: object) -> str:
     """What the other side says as one line that a terminal can show."""
-    text = " ".join(str(said).split())
-    return "".join(letter if letter.isprintable() else "?" for letter in text)[:LONGEST_LINE]
+    text = " ".join(str(message).split())
+    return "".join(letter if letter.isprintable() else "?" for letter in text)[:MAX_LINE_LENGTH]
 
 
 def read_token() -> str | None:
@@ -137,13 +137,13 @@ def read_token() -> str | None:
     return token or None
 
 
-TIMEOUT, TRIES = 120.0, 3  # seconds for one try from connecting to the last byte; tries
-PAUSE = 0.2  # seconds before the second try, doubled before each that follows
-BUSY = 503
-GONE = (OSError, IncompleteRead)  # worth another try: the process may be back
+TIMEOUT, MAX_ATTEMPTS = 120.0, 3  # seconds for one try from connecting to the last byte; tries
+RETRY_DELAY = 0.2  # seconds before the second try, doubled before each that follows
+SERVICE_UNAVAILABLE = 503
+RETRYABLE_ERRORS = (OSError, IncompleteRead)  # worth another try: the process may be back
 
 
-class Remote:
+class RemoteReward:
     """Scores images over HTTP, as 8-bit PNGs; never differentiable. The name is the address.
 
     address  http(s)://HOST[:PORT][/PATH][,timeout=SECONDS][,tries=COUNT]; a token comes from STEER_REWARD_TOKEN
@@ -155,69 +155,69 @@ class Remote:
 
     def __init__(self, address: str) -> None:
         self.name, *options = address.split(",")
-        self._place = _place(self.name)
+        self._endpoint = _endpoint(self.name)
         given = _options(self.name, options)
-        self._timeout, self._tries = given.get("timeout", TIMEOUT), int(given.get("tries", TRIES))
-        told = self._asked("GET", "", None)
-        if told.get("protocol") != PROTOCOL:
-            raise self._error(f"speaks protocol {told.get('protocol')!r:.20}, this side {PROTOCOL}")
-        self.serves = line(told.get("name"))
+        self._timeout, self._tries = given.get("timeout", TIMEOUT), int(given.get("tries", MAX_ATTEMPTS))
+        payload = self._request("GET", "", None)
+        if payload.get("protocol") != PROTOCOL:
+            raise self._error(f"speaks protocol {payload.get('protocol')!r:.20}, this side {PROTOCOL}")
+        self.serves = line(payload.get("name"))
         """What the other side calls its reward."""
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = images.shape[-2] * images.shape[-1]
-        if pixels > MOST_PIXELS:
-            raise RewardError(f"reward {self.name!r}: images of {pixels} pixels, at most {MOST_PIXELS} are sent")
+        if pixels > MAX_PIXELS:
+            raise RewardError(f"reward {self.name!r}: images of {pixels} pixels, at most {MAX_PIXELS} are sent")
         if not images.isfinite().all():
             raise RewardError(f"reward {self.name!r}: images that are not finite cannot be sent")
-        at_once = min(MOST_IMAGES, MOST_PIXELS // max(pixels, 1))
-        starts = range(0, len(prompts), at_once)
-        scores = [self._scored(images[n : n + at_once], prompts[n : n + at_once]) for n in starts]
+        batch_size = min(MAX_IMAGES, MAX_PIXELS // max(pixels, 1))
+        starts = range(0, len(prompts), batch_size)
+        scores = [self._score_batch(images[n : n + batch_size], prompts[n : n + batch_size]) for n in starts]
         return torch.cat([torch.zeros(0), *scores]).to(images.device)
 
-    def _scored(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        told = self._asked("POST", "score", encode(images, prompts))
+    def _score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        payload = self._request("POST", "score", encode(images, prompts))
         try:
-            return read_scores(told, len(prompts))
+            return read_scores(payload, len(prompts))
         except RewardError as error:
             raise self._error(f"answers wrongly: {error}") from error
 
-    def _asked(self, method: str, path: str, body: bytes | None) -> Mapping[str, Any]:
+    def _request(self, method: str, path: str, body: bytes | None) -> Mapping[str, Any]:
         """The JSON of a reply. Raises RewardError."""
         for attempt in range(1, self._tries + 1):
             try:
-                status, reply = self._place.request(method, path, body, self._timeout)
+                status, reply = self._endpoint.request(method, path, body, self._timeout)
             except TimeoutError as error:
                 raise self._error(f"took longer than its {self._timeout:g} s: raise ,timeout=, or mend it") from error
-            except GONE as error:
+            except RETRYABLE_ERRORS as error:
                 if attempt == self._tries:
                     how = line(getattr(error, "strerror", None) or error) or type(error).__name__
                     raise self._error(f"cannot be reached ({how}): is `steer rewards serve` running there?") from error
             except HTTPException as error:
                 raise self._error(f"does not answer in HTTP ({type(error).__name__}: {line(error)})") from error
             else:
-                if status != BUSY or attempt == self._tries:
+                if status != SERVICE_UNAVAILABLE or attempt == self._tries:
                     return self._read(status, reply)
-            time.sleep(PAUSE * 2 ** (attempt - 1))
+            time.sleep(RETRY_DELAY * 2 ** (attempt - 1))
         raise AssertionError("the last try returns or raises")
 
     def _read(self, status: int, reply: bytes) -> Mapping[str, Any]:
-        if len(reply) > MOST_REPLY:
-            raise self._error(f"answers with more than {MOST_REPLY} bytes")
+        if len(reply) > MAX_REPLY_BYTES:
+            raise self._error(f"answers with more than {MAX_REPLY_BYTES} bytes")
         try:
-            told = read_json(reply)
+            payload = read_json(reply)
         except InputError as error:
             raise self._error(f"answers with status {status}, {error}") from error
         if status != 200:
-            raise self._error(f"answers with status {status}: {line(told.get('error'))}")
-        return told
+            raise self._error(f"answers with status {status}: {line(payload.get('error'))}")
+        return payload
 
     def _error(self, what: str) -> RewardError:
         return RewardError(f"reward {self.name!r} {what}")
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Endpoint:
     """Where a server is."""
 
     secure: bool
@@ -234,32 +234,32 @@ class _Place:
         if token := read_token():
             headers["Authorization"] = f"Bearer {token}"
         connection = (HTTPSConnection if self.secure else HTTPConnection)(self.host, self.port, timeout=timeout)
-        with _limited(connection, timeout) as late:
+        with _deadline(connection, timeout) as expired:
             connection.connect()
-            if late.is_set():  # there was no connection yet that could be closed
+            if expired.is_set():  # there was no connection yet that could be closed
                 raise TimeoutError
             connection.request(method, self.path + path, body, headers)
             response = connection.getresponse()
-            return response.status, _bounded(response)
+            return response.status, _read_body(response)
 
 
-def _bounded(response: HTTPResponse) -> bytes:
+def _read_body(response: HTTPResponse) -> bytes:
     """The body, or the first MOST_REPLY + 1 bytes of a longer one. Raises IncompleteRead where it breaks off."""
-    found = b""
-    while len(found) <= MOST_REPLY and (piece := response.read(MOST_REPLY + 1 - len(found))):
-        found += piece
-    if len(found) <= MOST_REPLY and response.length:
-        raise IncompleteRead(found, response.length)
-    return found
+    body_bytes = b""
+    while len(body_bytes) <= MAX_REPLY_BYTES and (piece := response.read(MAX_REPLY_BYTES + 1 - len(body_bytes))):
+        body_bytes += piece
+    if len(body_bytes) <= MAX_REPLY_BYTES and response.length:
+        raise IncompleteRead(body_bytes, response.length)
+    return body_bytes
 
 
 @contextmanager
-def _limited(connection: HTTPConnection, seconds: float) -> Iterator[threading.Event]:
+def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[threading.Event]:
     """Closes the connection when the time is up, however many bytes trickle in. Raises TimeoutError then."""
-    late = threading.Event()
+    expired = threading.Event()
 
     def end() -> None:
-        late.set()
+        expired.set()
         if isinstance(connection.sock, socket.socket):
             with suppress(OSError):  # the other side was first
                 connection.sock.shutdown(socket.SHUT_RDWR)
@@ -268,19 +268,19 @@ def _limited(connection: HTTPConnection, seconds: float) -> Iterator[threading.E
     timer.daemon = True
     timer.start()
     try:
-        yield late
-    except (*GONE, HTTPException) as error:
-        if late.is_set():
+        yield expired
+    except (*RETRYABLE_ERRORS, HTTPException) as error:
+        if expired.is_set():
             raise TimeoutError from error
         raise
     finally:
         timer.cancel()
         connection.close()
-    if late.is_set():
+    if expired.is_set():
         raise TimeoutError
 
 
-def _place(address: str) -> _Place:
+def _endpoint(address: str) -> _Endpoint:
     try:
         components = urlsplit(address)
         host, port = components.hostname, components.port
@@ -294,7 +294,7 @@ def _place(address: str) -> _Place:
         )
     if not host or not re.fullmatch(r"[!-~]*", address):
         raise RewardError(f"reward {address!r:.200}: not an address, http://HOST:PORT/ is one")
-    return _Place(components.scheme == "https", host, port, components.path.rstrip("/") + "/")
+    return _Endpoint(components.scheme == "https", host, port, components.path.rstrip("/") + "/")
 
 
 def _options(name: str, options: Sequence[str]) -> dict[str, float]:
@@ -310,13 +310,13 @@ def _options(name: str, options: Sequence[str]) -> dict[str, float]:
     return given
 
 
-MOST_AT_ONCE = 8  # requests that are read or wait; each holds its images
-IDLE = 30.0  # seconds without a byte after which a connection is closed
-GRACE = 10.0  # seconds that a call which is going on may take at the end
+MAX_CONCURRENT_REQUESTS = 8  # requests that are read or wait; each holds its images
+IDLE_TIMEOUT = 30.0  # seconds without a byte after which a connection is closed
+SHUTDOWN_TIMEOUT = 10.0  # seconds that a call which is going on may take at the end
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
-class Refused(Exception):
+class RequestError(Exception):
     """A request that is not answered with scores: status, and one line."""
 
     def __init__(self, status: int, what: str) -> None:
@@ -325,7 +325,7 @@ class Refused(Exception):
 
 
 class RewardServer(ThreadingHTTPServer):
-    """Serves one reward. `serve_until_told` is the loop; port 0 is any that is free, see `url`.
+    """Serves one reward. `serve_until_signal` is the loop; port 0 is any that is free, see `url`.
 
     token   what requests must bring as a bearer; None: nothing
     device  where the images are scored
@@ -344,7 +344,7 @@ class RewardServer(ThreadingHTTPServer):
         device: str | torch.device = "cpu",
     ) -> None:
         self.reward, self._token, self._device = reward, token, device
-        self._one_by_one, self._free = threading.Lock(), threading.BoundedSemaphore(MOST_AT_ONCE)
+        self._one_by_one, self._free = threading.Lock(), threading.BoundedSemaphore(MAX_CONCURRENT_REQUESTS)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             super().__init__((host, port), Handler)
@@ -359,13 +359,13 @@ class RewardServer(ThreadingHTTPServer):
     def check_token(self, header: str) -> None:
         """Raises Refused where the bearer is another."""
         if self._token is not None and not hmac.compare_digest(header.encode(), f"Bearer {self._token}".encode()):
-            raise Refused(401, "this server wants its token, in the client's environment as STEER_REWARD_TOKEN")
+            raise RequestError(401, "this server wants its token, in the client's environment as STEER_REWARD_TOKEN")
 
     @contextmanager
-    def place(self) -> Iterator[None]:
+    def request_slot(self) -> Iterator[None]:
         """One of the few requests at once. Raises Refused where all are taken."""
         if not self._free.acquire(blocking=False):
-            raise Refused(503, "busy: too many requests at once")
+            raise RequestError(503, "busy: too many requests at once")
         try:
             yield
         finally:
@@ -376,14 +376,14 @@ class RewardServer(ThreadingHTTPServer):
         try:
             images, prompts = decode(body)
         except InputError as error:
-            raise Refused(400, str(error)) from error
+            raise RequestError(400, str(error)) from error
         try:
             with self._one_by_one, torch.no_grad():
                 return score(self.reward, images.to(self._device), prompts).tolist()
         except RewardError as error:
-            raise Refused(422, str(error)) from error
+            raise RequestError(422, str(error)) from error
 
-    def serve_until_told(self, ready: Callable[[], None]) -> bool:
+    def serve_until_signal(self, ready: Callable[[], None]) -> bool:
         """Serves until SIGINT or SIGTERM. In the main thread. Whether no call of the reward was left going on."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: threading.Thread(target=self.shutdown, daemon=True).start())
@@ -391,8 +391,8 @@ class RewardServer(ThreadingHTTPServer):
         self.serve_forever(poll_interval=0.1)
         self.server_close()
         # A request is over when its reply is written, and gives its place back then.
-        end = time.monotonic() + GRACE
-        return all(self._free.acquire(timeout=max(0.0, end - time.monotonic())) for _ in range(MOST_AT_ONCE))
+        end = time.monotonic() + SHUTDOWN_TIMEOUT
+        return all(self._free.acquire(timeout=max(0.0, end - time.monotonic())) for _ in range(MAX_CONCURRENT_REQUESTS))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -401,50 +401,50 @@ class Handler(BaseHTTPRequestHandler):
     server: RewardServer
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "steer", ""
-    timeout = IDLE
+    timeout = IDLE_TIMEOUT
 
     def do_GET(self) -> None:
         self._answer(self._about)
 
     def do_POST(self) -> None:
-        self._answer(self._scored)
+        self._answer(self._score_batch)
 
     def _about(self) -> dict[str, Any]:
         self.server.check_token(self.headers.get("Authorization", ""))
         if self.path != "/":
-            raise Refused(404, "GET / tells what this is, POST /score scores")
+            raise RequestError(404, "GET / tells what this is, POST /score scores")
         return self.server.about()
 
-    def _scored(self) -> dict[str, Any]:
+    def _score_batch(self) -> dict[str, Any]:
         self.server.check_token(self.headers.get("Authorization", ""))
         if self.path != "/score":
-            raise Refused(404, "GET / tells what this is, POST /score scores")
+            raise RequestError(404, "GET / tells what this is, POST /score scores")
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
-            raise Refused(411, "a request needs its Content-Length")
-        if len(length) > 12 or int(length) > MOST_BYTES:
-            raise Refused(413, f"a request has at most {MOST_BYTES} bytes")
+            raise RequestError(411, "a request needs its Content-Length")
+        if len(length) > 12 or int(length) > MAX_REQUEST_BYTES:
+            raise RequestError(413, f"a request has at most {MAX_REQUEST_BYTES} bytes")
         body = self.rfile.read(int(length))
         if len(body) < int(length):
-            raise Refused(400, "the request broke off")
+            raise RequestError(400, "the request broke off")
         return {"scores": self.server.scores(body)}
 
     def _answer(self, work: Callable[[], dict[str, Any]]) -> None:
         """One reply, and the connection is closed: what is left of a refused request is never read as another."""
         self.close_connection = True
         try:
-            with self.server.place():
+            with self.server.request_slot():
                 try:
                     self._send(200, work())
-                except Refused as error:
+                except RequestError as error:
                     self._send(error.status, {"error": line(error)})
-        except Refused as error:
+        except RequestError as error:
             self._send(error.status, {"error": line(error)})
         except OSError:  # the client is gone, or was idle
             return
 
-    def _send(self, status: int, told: dict[str, Any]) -> None:
-        body = json.dumps(told, allow_nan=False).encode()
+    def _send(self, status: int, payload: dict[str, Any]) -> None:
+        body = json.dumps(payload, allow_nan=False).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -172,8 +172,8 @@ class Object:
 @cache
 def _templates() -> tuple[np.ndarray, ...]:
     """The outline of each shape, cut to its bounding box and stretched to a square."""
-    drawn = (coverage(shape, 64, 32, 32, 28) > 0.5 for shape in SHAPES)
-    return tuple(_stretch(mask[ndimage.find_objects(mask.astype(int))[0]]) for mask in drawn)
+    masks = (coverage(shape, 64, 32, 32, 28) > 0.5 for shape in SHAPES)
+    return tuple(_stretch(mask[ndimage.find_objects(mask.astype(int))[0]]) for mask in masks)
 
 
 def _stretch(mask: np.ndarray) -> np.ndarray:
@@ -204,7 +204,7 @@ def objects(image: np.ndarray) -> list[Object]:
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     contrast = np.linalg.norm(image - np.median(border, axis=0), axis=-1)
     labels, _ = ndimage.label(contrast > FOREGROUND, structure=np.ones((3, 3)))
-    found = []
+    detected = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels == label
         # Half the contrast: where a soft edge really runs.
@@ -215,14 +215,14 @@ def objects(image: np.ndarray) -> list[Object]:
         outline = mask[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
         inner = ndimage.binary_erosion(mask)
         colour = _colour_of(image[inner if inner.any() else mask])
-        found.append(Object(colour, _shape_of(outline), float(columns.mean()), float(rows.mean())))
-    return found
+        detected.append(Object(colour, _shape_of(outline), float(columns.mean()), float(rows.mean())))
+    return detected
 
 
-def requirements(request: SceneRequest, found: Sequence[Object]) -> list[bool]:
+def requirements(request: SceneRequest, detected: Sequence[Object]) -> list[bool]:
     """What the request asks for, one truth value each: how many objects, of each kind, of which colour, and where."""
-    kinds = [[thing for thing in found if thing.shape == phrase.shape] for phrase in request.phrases]
-    holds = [len(found) == sum(phrase.count for phrase in request.phrases)]
+    kinds = [[thing for thing in detected if thing.shape == phrase.shape] for phrase in request.phrases]
+    holds = [len(detected) == sum(phrase.count for phrase in request.phrases)]
     for phrase, kind in zip(request.phrases, kinds, strict=True):
         holds.append(len(kind) == phrase.count)
         if phrase.colour:
@@ -259,21 +259,21 @@ class SceneReward:
 
 SIDE = 32  # pixels at which templates are compared
 RADII = (4.0, 4.5, 5.0, 5.5, 6.0, 6.5)  # of the templates, in those pixels
-REACH = 8  # half the side of a template
+TEMPLATE_RADIUS = 8  # half the side of a template
 TOLERANCE = 0.3  # distance in RGB at which a colour counts for e^(-1/2)
 MARGIN = 0.04  # lead over the next shape at which a shape is believed to 73 %
-APART = 7  # window in which only the strongest match counts as an object
-STEADY = 2.0  # pixels by which a relation must hold to be believed to 73 %
+PEAK_WINDOW = 7  # window in which only the strongest match counts as an object
+RELATION_SCALE = 2.0  # pixels by which a relation must hold to be believed to 73 %
 
 
 @cache
 def _soft_templates() -> Tensor:
     """(5 shapes · 6 radii, 1, 17, 17): mean inside the shape minus mean in the frame around it."""
-    side, kernels = 2 * REACH + 1, []
-    grid = abs(np.arange(side) - REACH)
+    side, kernels = 2 * TEMPLATE_RADIUS + 1, []
+    grid = abs(np.arange(side) - TEMPLATE_RADIUS)
     for shape in SHAPES:
         for radius in RADII:
-            inside = coverage(shape, side, REACH + 0.5, REACH + 0.5, radius)
+            inside = coverage(shape, side, TEMPLATE_RADIUS + 0.5, TEMPLATE_RADIUS + 0.5, radius)
             frame = (np.maximum(grid[:, None], grid[None]) <= radius + 2.5) * (1 - inside)
             kernels.append(inside / inside.sum() - frame / frame.sum())
     return torch.from_numpy(np.stack(kernels)).float()[:, None]
@@ -288,11 +288,11 @@ def _affinity(images: Tensor) -> Tensor:
 
 def _matches(maps: Tensor) -> Tensor:
     """How well each shape fits at each place: (N, H, W) → (N, 5, H, W), the best of all radii."""
-    responses = F.conv2d(maps[:, None], _soft_templates().to(maps.device), padding=REACH)
+    responses = F.conv2d(maps[:, None], _soft_templates().to(maps.device), padding=TEMPLATE_RADIUS)
     return responses.unflatten(1, (len(SHAPES), len(RADII))).amax(2)
 
 
-def _believed(matches: Tensor, shape: str) -> Tensor:
+def _shape_confidence(matches: Tensor, shape: str) -> Tensor:
     """(N, H, W) in 0..1: the match of one shape, discounted where another fits better."""
     mine = SHAPES.index(shape)
     own = matches[:, mine]
@@ -302,11 +302,11 @@ def _believed(matches: Tensor, shape: str) -> Tensor:
 
 def _peaks(places: Tensor, count: int) -> Tensor:
     """The `count` strongest local maxima of (N, H, W): (N, count), strongest first."""
-    highest = F.max_pool2d(places[:, None], APART, stride=1, padding=APART // 2)[:, 0]
+    highest = F.max_pool2d(places[:, None], PEAK_WINDOW, stride=1, padding=PEAK_WINDOW // 2)[:, 0]
     return (places * (places >= highest)).flatten(1).topk(count).values
 
 
-def _exactly(places: Tensor, count: int) -> Tensor:
+def _count_degree(places: Tensor, count: int) -> Tensor:
     """(N,) in 0..1: `count` strong matches and no further one."""
     peaks = _peaks(places, count + 1)
     return peaks[:, :count].mean(1) * (1 - peaks[:, count].clamp(0, 1))
@@ -319,11 +319,11 @@ def _centre(places: Tensor) -> Tensor:
     return torch.stack([(weights.sum(1) * grid).sum(1), (weights.sum(2) * grid).sum(1)], 1)
 
 
-def _holds(first: Tensor, second: Tensor, relation: str) -> Tensor:
+def _relation_degree(first: Tensor, second: Tensor, relation: str) -> Tensor:
     """(N,) in 0..1: how surely the strongest match of one map lies in a relation to that of the other."""
     sx, sy = RELATIONS[relation]
     dx, dy = (_centre(first) - _centre(second)).unbind(1)
-    return torch.sigmoid((dx * sx + dy * sy - (dx * sy).abs() - (dy * sx).abs()) / STEADY)
+    return torch.sigmoid((dx * sx + dy * sy - (dx * sy).abs() - (dy * sx).abs()) / RELATION_SCALE)
 
 
 def soft_requirements(request: SceneRequest, images: Tensor) -> Tensor:
@@ -334,13 +334,13 @@ def soft_requirements(request: SceneRequest, images: Tensor) -> Tensor:
     degrees = [1 - _peaks(anything.amax(1), wanted + 1)[:, wanted].clamp(0, 1)]
     maps = []
     for phrase in request.phrases:
-        degrees.append(_exactly(_believed(anything, phrase.shape), phrase.count))
-        places = _believed(_coloured(affinity, anything, phrase), phrase.shape)
+        degrees.append(_count_degree(_shape_confidence(anything, phrase.shape), phrase.count))
+        places = _shape_confidence(_coloured(affinity, anything, phrase), phrase.shape)
         if phrase.colour:
-            degrees.append(_exactly(places, phrase.count))
+            degrees.append(_count_degree(places, phrase.count))
         maps.append(places)
     if request.relation:
-        degrees.append(_holds(maps[0], maps[1], request.relation))
+        degrees.append(_relation_degree(maps[0], maps[1], request.relation))
     return torch.stack(degrees, 1)
 
 

@@ -16,8 +16,8 @@ from steer.registry import nearest
 from steer.reward import RewardError
 
 State = Mapping[str, Tensor]
-SHOWN = 4  # keys named in a message
-SAID = 160  # characters of another library's message
+MAX_KEYS_SHOWN = 4  # keys named in a message
+MAX_ERROR_LENGTH = 160  # characters of another library's message
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_NETWORK = "without a network set HF_HUB_OFFLINE=1 (or --offline) once it is in the cache, or name a file: path=…"
 
@@ -40,7 +40,7 @@ class HubFile:
             path = Path(hf_hub_download(self.repo, self.filename, revision=self.revision))
         except Exception as error:  # the hub's errors and those of every network library below it
             raise RewardError(
-                f"cannot fetch {self.filename} of {self.repo}: {in_a_line(error)}; {NO_NETWORK}"
+                f"cannot fetch {self.filename} of {self.repo}: {one_line(error)}; {NO_NETWORK}"
             ) from error
         verify(path, self.sha256)
         return path
@@ -63,14 +63,14 @@ class WebFile:
             try:
                 download_url_to_file(self.url, str(path), hash_prefix=self.sha256)
             except Exception as error:  # whatever a network may do, and a file that is not the expected one
-                raise RewardError(f"cannot fetch {self.url}: {in_a_line(error)}; or name a file: path=…") from error
+                raise RewardError(f"cannot fetch {self.url}: {one_line(error)}; or name a file: path=…") from error
         verify(path, self.sha256)
         return path
 
 
-def in_a_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What an error of another library says, on one line of bounded length."""
-    return " ".join(str(error).split())[:SAID] or type(error).__name__
+    return " ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__
 
 
 def verify(path: Path, sha256: str | None) -> None:
@@ -100,7 +100,7 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
             f"{path}: refused, it is no checkpoint of tensors alone: broken, or with code that would run when read"
         ) from error
     except Exception as error:  # a broken file may raise nearly anything on its way through the readers
-        raise RewardError(f"{path}: cannot be read, is it whole? ({in_a_line(error)})") from error
+        raise RewardError(f"{path}: cannot be read, is it whole? ({one_line(error)})") from error
     if not isinstance(loaded, dict):
         raise RewardError(f"{path}: expected a table of named tensors, got {type(loaded).__name__}")
     for key, value in loaded.items():
@@ -124,27 +124,29 @@ def load_weights(module: nn.Module, state: State, what: str, unused: Iterable[st
     Raises RewardError that names `what` and the keys that are missing, unexpected or of another shape.
     """
     skipped = tuple(unused)
-    given = {key: tensor for key, tensor in state.items() if not (skipped and key.startswith(skipped))}
-    wanted = module.state_dict()
+    selected = {key: tensor for key, tensor in state.items() if not (skipped and key.startswith(skipped))}
+    expected_state = module.state_dict()
     complaints = {
-        "missing": wanted.keys() - given.keys(),
-        "unexpected": given.keys() - wanted.keys(),
-        "of another shape": {key for key in wanted.keys() & given.keys() if wanted[key].shape != given[key].shape},
+        "missing": expected_state.keys() - selected.keys(),
+        "unexpected": selected.keys() - expected_state.keys(),
+        "of another shape": {
+            key for key in expected_state.keys() & selected.keys() if expected_state[key].shape != selected[key].shape
+        },
     }
-    must_fit(what, complaints)
-    module.load_state_dict(given)
+    check_keys(what, complaints)
+    module.load_state_dict(selected)
 
 
-def must_fit(what: str, complaints: Mapping[str, Collection[str]]) -> None:
+def check_keys(what: str, complaints: Mapping[str, Collection[str]]) -> None:
     """Raises RewardError that names `what` and the keys, where there are any: {"missing": keys, …}."""
-    told = "; ".join(f"{kind}: {_some(sorted(keys))}" for kind, keys in complaints.items() if keys)
-    if told:
-        raise RewardError(f"{what}: the checkpoint does not fit this model ({told})")
+    problems = "; ".join(f"{kind}: {_some(sorted(keys))}" for kind, keys in complaints.items() if keys)
+    if problems:
+        raise RewardError(f"{what}: the checkpoint does not fit this model ({problems})")
 
 
 def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - SHOWN} more" if len(keys) > SHOWN else ""
-    return ", ".join(keys[:SHOWN]) + more
+    more = f" and {len(keys) - MAX_KEYS_SHOWN} more" if len(keys) > MAX_KEYS_SHOWN else ""
+    return ", ".join(keys[:MAX_KEYS_SHOWN]) + more
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -160,15 +162,15 @@ def cast(module: nn.Module, dtype: str | None) -> nn.Module:
     return module if dtype is None else module.to(DTYPES[dtype])
 
 
-def placed(images: Tensor, *modules: nn.Module) -> Tensor:
+def to_module_device(images: Tensor, *modules: nn.Module) -> Tensor:
     """The images on the device of the modules, which go from the CPU to that of the images, and nowhere else.
 
     Weights that are on an accelerator stay there: images of another device are brought to them.
     In torch.inference_mode, too, weights stay such that gradients can pass through them later.
     """
-    home = next(p.device for module in modules for p in module.parameters())
-    home = images.device if home.type == "cpu" else home
+    target_device = next(p.device for module in modules for p in module.parameters())
+    target_device = images.device if target_device.type == "cpu" else target_device
     with torch.inference_mode(False):
         for module in modules:
-            module.to(home)
-    return images.to(home)
+            module.to(target_device)
+    return images.to(target_device)

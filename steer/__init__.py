@@ -12,7 +12,7 @@ __version__ = "0.2.0.dev0"
 if TYPE_CHECKING:
     from steer.assets import MODELS
     from steer.errors import InputError
-    from steer.pipelines.base import Cost, Evaluation, Iteration, Start, SteeringOutput
+    from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
     from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
     from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "steer.assets": ("MODELS",),
     "steer.errors": ("InputError",),
-    "steer.pipelines.base": ("Cost", "Evaluation", "Iteration", "Start", "SteeringOutput"),
+    "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
     "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
     "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
@@ -46,20 +46,20 @@ __all__ = [
     "Cost",
     "D3POTrainer",
     "DDPOTrainer",
-    "Evaluation",
     "FKSteeringPipeline",
     "FilteredTrainer",
     "GRPOTrainer",
+    "InitialNoise",
     "InputError",
     "Iteration",
     "NoiseSearchPipeline",
     "PRDPTrainer",
     "ReNOPipeline",
+    "ResamplingInfo",
     "Reward",
     "RewardBackpropTrainer",
     "RewardError",
     "SelectionPipeline",
-    "Start",
     "SteeringOutput",
     "StepReport",
     "TrainingConfig",

@@ -14,28 +14,28 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def coerced(call: Callable[P, R]) -> Callable[P, R]:
+def coerce_arguments(call: Callable[P, R]) -> Callable[P, R]:
     """Decorate a function: arguments are coerced to its annotations before it runs (2.0 → 2, arrays of texts → list).
 
     Raises InputError that names the argument where its value does not plainly mean one of the annotated kind.
     """
-    hints = hints_of(call)
+    hints = annotations_of(call)
     code = inspect.unwrap(call).__code__
     names = code.co_varnames[: code.co_argcount]
 
     @functools.wraps(call)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
         given = [
-            coerced_value(name, hints[name], value) if name in hints else value
+            coerce_value(name, hints[name], value) if name in hints else value
             for name, value in zip(names, args, strict=False)
         ]
-        named = {name: coerced_value(name, hints[name], v) if name in hints else v for name, v in kwargs.items()}
+        named = {name: coerce_value(name, hints[name], v) if name in hints else v for name, v in kwargs.items()}
         return call(*given, *args[len(given) :], **named)  # type: ignore[arg-type]
 
     return checked
 
 
-def hints_of(call: Callable[..., Any]) -> dict[str, Any]:
+def annotations_of(call: Callable[..., Any]) -> dict[str, Any]:
     """The annotations of a function's own arguments; none where they cannot be read."""
     try:
         hints = get_type_hints(call)
@@ -46,7 +46,7 @@ def hints_of(call: Callable[..., Any]) -> dict[str, Any]:
     return {name: hint for name, hint in hints.items() if name in known}
 
 
-def coerced_value(name: str, hint: Any, value: Any) -> Any:
+def coerce_value(name: str, hint: Any, value: Any) -> Any:
     """A value as its annotation has it: whole numbers, numbers, switches, texts, and lists and mappings of numbers.
 
     Annotations with other kinds in them (functions, tensors, objects) leave a value as it is.
@@ -55,7 +55,7 @@ def coerced_value(name: str, hint: Any, value: Any) -> Any:
     if value is None and (type(None) in kinds or Any in kinds):
         return None
     plain = [kind for kind in kinds if kind is not type(None)]
-    if str in plain and any(_is_list_of(kind, str) for kind in plain) and len(plain) == len(_texts_kinds(plain)):
+    if str in plain and any(_is_list_of(kind, str) for kind in plain) and len(plain) == len(_text_kinds(plain)):
         return texts(name, value)
     if plain and all(kind in (bool, int, float) for kind in plain):
         return _scalar(name, plain, value)
@@ -70,16 +70,16 @@ def whole(name: str, value: Any) -> int:
     """A whole number. Raises InputError for a switch, a text and a number with a fraction."""
     number = _number(value)
     if number is None or not math.isfinite(number) or number != int(number):
-        raise InputError(f"{name} must be a whole number, got {_shown(value)}")
+        raise InputError(f"{name} must be a whole number, got {_describe(value)}")
     return int(number)
 
 
 def number(name: str, value: Any) -> float:
     """A number, which may be infinite or nan: its range is checked elsewhere. Raises InputError."""
-    found = _number(value)
-    if found is None:
-        raise InputError(f"{name} must be a number, got {_shown(value)}")
-    return found
+    converted = _number(value)
+    if converted is None:
+        raise InputError(f"{name} must be a number, got {_describe(value)}")
+    return converted
 
 
 def texts(name: str, value: Any) -> str | list[str]:
@@ -88,26 +88,26 @@ def texts(name: str, value: Any) -> str | list[str]:
     if isinstance(value, str):
         return str(value)
     if isinstance(value, bytes | Mapping | set | frozenset) or not isinstance(value, Iterable):
-        raise InputError(f"{name} must be a text or a list of texts, got {_shown(value)}")
-    found = list(value)
-    if not found:
+        raise InputError(f"{name} must be a text or a list of texts, got {_describe(value)}")
+    converted = list(value)
+    if not converted:
         raise InputError(f"{name}: an empty list; give at least one text")
-    for place, one in enumerate(found):
+    for place, one in enumerate(converted):
         if not isinstance(one, str):
-            raise InputError(f"{name} must be a text or a list of texts, got {_shown(one)} at place {place}")
-    return [str(one) for one in found]
+            raise InputError(f"{name} must be a text or a list of texts, got {_describe(one)} at place {place}")
+    return [str(one) for one in converted]
 
 
 def _scalar(name: str, kinds: Sequence[Any], value: Any) -> bool | int | float:
-    bare = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
+    scalar = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if bool in kinds:
-        if isinstance(bare, bool) or (len(kinds) == 1 and bare in (0, 1) and not isinstance(bare, str)):
-            return bool(bare)
+        if isinstance(scalar, bool) or (len(kinds) == 1 and scalar in (0, 1) and not isinstance(scalar, str)):
+            return bool(scalar)
         if len(kinds) == 1:
-            raise InputError(f"{name} must be True or False, got {_shown(value)}")
+            raise InputError(f"{name} must be True or False, got {_describe(value)}")
     if float in kinds:
-        found = number(name, value)
-        return value if type(value) in (int, float) else int(found) if isinstance(bare, int) else found
+        converted = number(name, value)
+        return value if type(value) in (int, float) else int(converted) if isinstance(scalar, int) else converted
     return whole(name, value)
 
 
@@ -121,14 +121,14 @@ def _number(value: Any) -> int | float | None:
 def _numbers(name: str, kind: Any, value: Any) -> list[Any]:
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise InputError(f"{name} must be a list of numbers, got {_shown(value)}")
+        raise InputError(f"{name} must be a list of numbers, got {_describe(value)}")
     one = whole if _is_list_of(kind, int) else number
     return [one(name, item) for item in value]
 
 
 def _counts(name: str, value: Any) -> dict[int, int]:
     if not isinstance(value, Mapping):
-        raise InputError(f"{name} must be a mapping of whole numbers, like {{8: 4, 14: 2}}, got {_shown(value)}")
+        raise InputError(f"{name} must be a mapping of whole numbers, like {{8: 4, 14: 2}}, got {_describe(value)}")
     return {whole(name, key): whole(name, one) for key, one in value.items()}
 
 
@@ -136,11 +136,11 @@ def _is_list_of(kind: Any, inner: type) -> bool:
     return get_origin(kind) in (list, Sequence, Iterable) and get_args(kind) == (inner,)
 
 
-def _texts_kinds(kinds: Sequence[Any]) -> list[Any]:
+def _text_kinds(kinds: Sequence[Any]) -> list[Any]:
     return [kind for kind in kinds if kind is str or _is_list_of(kind, str)]
 
 
-def _shown(value: Any) -> str:
+def _describe(value: Any) -> str:
     return f"{value!r:.60} of type {type(value).__name__}"
 
 

@@ -2,9 +2,9 @@
 
 import re
 
-LONGEST = 1000  # characters of a message
+MAX_LENGTH = 1000  # characters of a message
 # Line breaks of every kind, control characters, which a terminal obeys, and halves of characters, which none can show.
-UNSHOWN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -14,6 +14,8 @@ class InputError(ValueError):
     is longer than 1,000 characters the middle is left out, because the remedy stands at the end.
     """
 
-    def __init__(self, told: str) -> None:
-        line = UNSHOWN.sub(lambda found: repr(found[0])[1:-1], told)
-        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} … {line[3 - LONGEST // 2 :]}")
+    def __init__(self, message: str) -> None:
+        line = UNPRINTABLE.sub(lambda match: repr(match[0])[1:-1], message)
+        super().__init__(
+            line if len(line) <= MAX_LENGTH else f"{line[: MAX_LENGTH // 2]} … {line[3 - MAX_LENGTH // 2 :]}"
+        )

@@ -22,11 +22,11 @@ from torch import Tensor
 from steer.errors import InputError
 
 # What file systems answer that bring a folder to the disk by themselves (some of those over a network).
-UNNEEDED = (errno.EINVAL, errno.ENOTSUP)
+SYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)
 
 
 @contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives the name to write to, `path` with .new after it, which takes the place of `path` at the end.
 
     Folders above it are made. After an exception in the block the file of before stays, and nothing beside it; what a
@@ -45,7 +45,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """All of the file in UTF-8 or, after a crash, all of the one before. Raises OSError."""
-    with staged(path) as new:
+    with atomic_write(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
@@ -66,39 +66,39 @@ def sync(path: Path) -> None:
     try:
         os.fsync(number)
     except OSError as error:
-        if not folder or error.errno not in UNNEEDED:
+        if not folder or error.errno not in SYNC_UNSUPPORTED:
             raise
     finally:
         os.close(number)
 
 
-SUMS = "SHA256SUMS"
+CHECKSUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-LARGEST = 1 << 20  # bytes that are read of sums that may come from anywhere
-KEY = "sha256"  # of a JSON file that holds its own
+MAX_CHECKSUMS_BYTES = 1 << 20  # bytes that are read of sums that may come from anywhere
+CHECKSUM_KEY = "sha256"  # of a JSON file that holds its own
 
 
-def sum_of(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sums_text(files: Mapping[str, Path]) -> str:
+def checksum_lines(files: Mapping[str, Path]) -> str:
     """What SHA256SUMS holds of some files, by their names in its folder. Raises OSError."""
-    return "".join(f"{sum_of(path)}  {name}\n" for name, path in sorted(files.items()))
+    return "".join(f"{file_sha256(path)}  {name}\n" for name, path in sorted(files.items()))
 
 
-def write_sums(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Brings all files of a folder and below it to the disk, and writes their sums. Raises OSError."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / SUMS]
+    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS]
     for path in paths:
         sync(path)
-    write_text(folder / SUMS, sums_text({path.relative_to(folder).as_posix(): path for path in paths}))
+    write_text(folder / CHECKSUMS, checksum_lines({path.relative_to(folder).as_posix(): path for path in paths}))
 
 
 @contextmanager
-def staged_with_sums(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
+def atomic_write_with_checksums(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
     """Gives the paths to write files of a folder to, by name; at the end they take their places, with their sums.
 
     After an exception all files of before stay. The sums come first: of a process that is killed while one file after
@@ -106,17 +106,17 @@ def staged_with_sums(folder: Path, names: Sequence[str]) -> Iterator[dict[str, P
     """
     try:
         with ExitStack() as stack:  # the last one that is entered is the first that takes its place
-            new = {name: stack.enter_context(staged(folder / name)) for name in names}
-            sums = stack.enter_context(staged(folder / SUMS))
+            new = {name: stack.enter_context(atomic_write(folder / name)) for name in names}
+            checksums = stack.enter_context(atomic_write(folder / CHECKSUMS))
             yield new
-            sums.write_text(sums_text(new), encoding="utf-8")
+            checksums.write_text(checksum_lines(new), encoding="utf-8")
             for path in new.values():
                 sync(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{folder} cannot be written ({error}); make room, the same command goes on") from error
 
 
-def check_sums(*files: Path) -> list[Path]:
+def verify_checksums(*files: Path) -> list[Path]:
     """Holds files against the SHA256SUMS of their folder or the one above it; returns those that no sums tell of.
 
     Raises InputError for one whose sum is another, and for sums that are no such file; OSError.
@@ -124,11 +124,13 @@ def check_sums(*files: Path) -> list[Path]:
     unknown = []
     for path in files:
         places = [(folder, path.relative_to(folder).as_posix()) for folder in (path.parent, path.parent.parent)]
-        told = next((sums[name] for folder, name in places if name in (sums := _read(folder / SUMS))), None)
-        if told is None:
+        stored = next(
+            (checksums[name] for folder, name in places if name in (checksums := _read(folder / CHECKSUMS))), None
+        )
+        if stored is None:
             unknown.append(path)
-        elif sum_of(path) != told:
-            raise InputError(f"{path} is damaged: its sha256 is not the one in {SUMS}; restore it from a copy")
+        elif file_sha256(path) != stored:
+            raise InputError(f"{path} is damaged: its sha256 is not the one in {CHECKSUMS}; restore it from a copy")
     return unknown
 
 
@@ -136,7 +138,7 @@ def _read(path: Path) -> dict[str, str]:
     """The sums by name, none where the file is missing."""
     if not path.is_file():
         return {}
-    if path.stat().st_size > LARGEST:
+    if path.stat().st_size > MAX_CHECKSUMS_BYTES:
         raise InputError(f"{path} is too large for sums; restore it, or delete it to read the folder as it is")
     lines = [LINE.fullmatch(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     if not all(lines):
@@ -144,32 +146,32 @@ def _read(path: Path) -> dict[str, str]:
     return {line[2]: line[1] for line in lines if line}
 
 
-def summed(told: Mapping[str, Any]) -> str:
+def dumps_with_checksum(stored: Mapping[str, Any]) -> str:
     """JSON that holds, as its last key, the SHA-256 of the rest."""
-    told = {name: value for name, value in told.items() if name != KEY}
-    found = hashlib.sha256(json.dumps(told, indent=1).encode()).hexdigest()
-    return json.dumps(told | {KEY: found}, indent=1) + "\n"
+    stored = {name: value for name, value in stored.items() if name != CHECKSUM_KEY}
+    digest = hashlib.sha256(json.dumps(stored, indent=1).encode()).hexdigest()
+    return json.dumps(stored | {CHECKSUM_KEY: digest}, indent=1) + "\n"
 
 
-def unsummed(text: str) -> Any:
-    """The value of a JSON text; of `summed` without the sum, once that is right.
+def loads_with_checksum(text: str) -> Any:
+    """The value of a JSON text; of `dumps_with_checksum` without the sum, once that is right.
 
     Raises ValueError for no JSON, InputError, which is one, where something was changed; and RecursionError.
     """
-    told = json.loads(text)
-    if not isinstance(told, dict) or KEY not in told:
-        return told
-    if text != summed(told):
+    stored = json.loads(text)
+    if not isinstance(stored, dict) or CHECKSUM_KEY not in stored:
+        return stored
+    if text != dumps_with_checksum(stored):
         raise InputError(
-            f"it was changed since it was written: its {KEY} is another; restore it, or delete its line {KEY!r} if the "
-            "change was your own"
+            f"it was changed since it was written: its {CHECKSUM_KEY} is another; restore it, or delete its "
+            f"line {CHECKSUM_KEY!r} if the change was your own"
         )
-    return {name: value for name, value in told.items() if name != KEY}
+    return {name: value for name, value in stored.items() if name != CHECKSUM_KEY}
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other: some formats start outside programs
-MOST_PIXELS = 1 << 26  # 8192 x 8192: a few bytes can ask for more than any memory holds
-BROKEN = (  # what Pillow raises; IndexError at a colour profile that has no end, TypeError at tags of a TIFF
+MAX_PIXELS = 1 << 26  # 8192 x 8192: a few bytes can ask for more than any memory holds
+DECODE_ERRORS = (  # what Pillow raises; IndexError at a colour profile that has no end, TypeError at tags of a TIFF
     OSError,
     ValueError,
     SyntaxError,
@@ -192,12 +194,12 @@ def read_image(path: Path | bytes) -> Tensor:
     try:
         with Image.open(BytesIO(path) if isinstance(path, bytes) else path, formats=FORMATS) as file:
             _check(file, name)
-            image = _of_8_bits(ImageOps.exif_transpose(file)).convert("RGBA")
+            image = _to_8_bits(ImageOps.exif_transpose(file)).convert("RGBA")
     except InputError:
         raise
     except UnidentifiedImageError as error:
         raise InputError(f"{name}: not an image that can be read") from error
-    except BROKEN as error:
+    except DECODE_ERRORS as error:
         raise InputError(f"{name}: cannot read the image ({getattr(error, 'strerror', None) or error})") from error
     white = Image.new("RGBA", image.size, "white")
     pixels = np.asarray(Image.alpha_composite(white, image).convert("RGB"))
@@ -207,17 +209,17 @@ def read_image(path: Path | bytes) -> Tensor:
 def _check(file: Image.Image, name: object) -> None:
     """Raises InputError for what would fill the memory, and what has no right reading; no pixel is decoded yet."""
     width, height = file.size
-    if width * height > MOST_PIXELS:
-        raise InputError(f"{name}: {width} x {height} pixels: at most {MOST_PIXELS}, make it smaller")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{name}: {width} x {height} pixels: at most {MAX_PIXELS}, make it smaller")
     if file.mode in ("I", "F"):
         raise InputError(f"{name}: 32 bits a pixel do not say how bright white is: save it with 8 or 16")
 
 
-def _of_8_bits(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits as grey of 8, which Pillow would cut off above 255; other images as they are."""
     if not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)
     grey = Image.fromarray((values / 257).round().astype(np.uint8))
-    seen = Image.fromarray(np.where(values == image.info.get("transparency", -1), 0, 255).astype(np.uint8))
-    return Image.merge("LA", (grey, seen))
+    opaque = Image.fromarray(np.where(values == image.info.get("transparency", -1), 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, opaque))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from steer.errors import InputError
 
-Slots = Mapping[str, Tensor]  # what an update rule remembers: tensors of N rows, zero at a row's start
+OptimizerState = Mapping[str, Tensor]  # what an update rule remembers: tensors of N rows, zero at a row's start
 
 
 def norms(noise: Tensor) -> Tensor:
@@ -36,10 +36,10 @@ def prior_gradient(noise: Tensor) -> Tensor:
     return (((flat.shape[1] - 1) / square - 1) * flat).view_as(noise)
 
 
-def clipped(gradient: Tensor, longest: float) -> Tensor:
-    """The gradient of each row, shortened to a norm of at most `longest` (as torch's clip_grad_norm_ does it)."""
+def clipped(gradient: Tensor, max_norm: float) -> Tensor:
+    """The gradient of each row, shortened to a norm of at most `max_norm` (as torch's clip_grad_norm_ does it)."""
     length = gradient.flatten(1).norm(dim=1)
-    factor = (longest / (length + 1e-6)).clamp(max=1)
+    factor = (max_norm / (length + 1e-6)).clamp(max=1)
     return gradient * factor.view(-1, *[1] * (gradient.dim() - 1))
 
 
@@ -51,9 +51,9 @@ class Optimiser(Protocol):
     @property
     def lr(self) -> float: ...
 
-    def start(self, noise: Tensor) -> Slots: ...
+    def start(self, noise: Tensor) -> OptimizerState: ...
 
-    def step(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Slots]: ...
+    def step(self, gradient: Tensor, optimizer_state: OptimizerState) -> tuple[Tensor, OptimizerState]: ...
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ class Nesterov:
     lr: float = 5.0
     momentum: float = 0.9
 
-    def start(self, noise: Tensor) -> Slots:
+    def start(self, noise: Tensor) -> OptimizerState:
         return {"velocity": torch.zeros_like(noise)}
 
-    def step(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
-        velocity = self.momentum * slots["velocity"] + gradient
+    def step(self, gradient: Tensor, optimizer_state: OptimizerState) -> tuple[Tensor, OptimizerState]:
+        velocity = self.momentum * optimizer_state["velocity"] + gradient
         return self.lr * (gradient + self.momentum * velocity), {"velocity": velocity}
 
 
@@ -79,14 +79,14 @@ class Adam:
     betas: tuple[float, float] = (0.9, 0.999)
     delta: float = 1e-8
 
-    def start(self, noise: Tensor) -> Slots:
+    def start(self, noise: Tensor) -> OptimizerState:
         return {"first": torch.zeros_like(noise), "second": torch.zeros_like(noise), "count": torch.zeros(len(noise))}
 
-    def step(self, gradient: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+    def step(self, gradient: Tensor, optimizer_state: OptimizerState) -> tuple[Tensor, OptimizerState]:
         b1, b2 = self.betas
-        first = b1 * slots["first"] + (1 - b1) * gradient
-        second = b2 * slots["second"] + (1 - b2) * gradient**2
-        count = slots["count"] + 1
+        first = b1 * optimizer_state["first"] + (1 - b1) * gradient
+        second = b2 * optimizer_state["second"] + (1 - b2) * gradient**2
+        count = optimizer_state["count"] + 1
         n = count.to(gradient).view(-1, *[1] * (gradient.dim() - 1))
         rate = self.lr / (1 - b1**n)
         step = rate * first / ((second / (1 - b2**n)).sqrt() + self.delta)
@@ -101,7 +101,7 @@ class Search:
     """N searches at once, immutable.
 
     noise         (N, …) fp32, where they stand
-    slots         what the update rule remembers
+    optimizer_state         what the update rule remembers
     best_noise    (N, …) of the best iterate so far, over all starts; best_rewards (N,) its reward
     peak          (N,) best reward of the present start, since `stale` (N,) iterations
     starts        (N,) how often each has started
@@ -109,7 +109,7 @@ class Search:
     """
 
     noise: Tensor
-    slots: Slots
+    optimizer_state: OptimizerState
     best_noise: Tensor
     best_rewards: Tensor
     peak: Tensor
@@ -122,15 +122,15 @@ class Search:
         """From noise (N, …), nothing seen; without an update rule nothing is remembered beside it."""
         noise, rows = noise.detach().float(), len(noise)
         lowest, zero = torch.full((rows,), -torch.inf), torch.zeros(rows, dtype=torch.int64)
-        slots = optimiser.start(noise) if optimiser else {}
-        return cls(noise, slots, noise, lowest, lowest, zero, zero + 1, zero.bool())
+        optimizer_state = optimiser.start(noise) if optimiser else {}
+        return cls(noise, optimizer_state, noise, lowest, lowest, zero, zero + 1, zero.bool())
 
     def record(self, rewards: Tensor) -> "Search":
         """Keeps the best: `rewards` (N,) are those of the present noise."""
         better, higher = rewards > self.best_rewards, rewards > self.peak
         return replace(
             self,
-            best_noise=over_rows(better, self.noise, self.best_noise),
+            best_noise=where_rows(better, self.noise, self.best_noise),
             best_rewards=torch.where(better, rewards, self.best_rewards),
             peak=torch.where(higher, rewards, self.peak),
             stale=torch.where(higher, 0, self.stale + 1),
@@ -138,23 +138,25 @@ class Search:
 
     def ascend(self, gradient: Tensor, optimiser: Optimiser) -> "Search":
         """One step uphill of those that are not finished."""
-        step, slots = optimiser.step(gradient, self.slots)
-        return replace(self, noise=over_rows(self.finished, self.noise, self.noise + step), slots=slots)
+        step, optimizer_state = optimiser.step(gradient, self.optimizer_state)
+        return replace(
+            self, noise=where_rows(self.finished, self.noise, self.noise + step), optimizer_state=optimizer_state
+        )
 
     def retire(self, rows: Tensor) -> "Search":
         """The searches in `rows` (N,) move no more."""
         return replace(self, finished=self.finished | rows)
 
-    def reach(self, target: float | None) -> "Search":
+    def finish_at_target(self, target: float | None) -> "Search":
         """Those whose best reward is the target or above are finished; without a target none is."""
         return self if target is None else self.retire(self.best_rewards >= target)
 
-    def restart(self, rows: Tensor, fresh: Tensor) -> "Search":
-        """The searches in `rows` (N,) go on from `fresh` (N, …), their best iterates kept."""
+    def restart(self, rows: Tensor, new_noise: Tensor) -> "Search":
+        """The searches in `rows` (N,) go on from `new_noise` (N, …), their best iterates kept."""
         return replace(
             self,
-            noise=over_rows(rows, fresh, self.noise),
-            slots={name: over_rows(rows, 0.0, slot) for name, slot in self.slots.items()},
+            noise=where_rows(rows, new_noise, self.noise),
+            optimizer_state={name: where_rows(rows, 0.0, slot) for name, slot in self.optimizer_state.items()},
             peak=torch.where(rows, -torch.inf, self.peak),
             stale=torch.where(rows, 0, self.stale),
             starts=self.starts + rows,
@@ -163,19 +165,21 @@ class Search:
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, to be saved."""
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "slots"}
-        return plain | {f"slots.{name}": slot for name, slot in self.slots.items()}
+        return plain | {f"slots.{name}": slot for name, slot in self.optimizer_state.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Search":
         """What `tensors` gave, the noise on `device`. Raises InputError where something is missing."""
         placed = {name: value.to(device) if value.dim() > 1 else value for name, value in tensors.items()}
-        slots = {name.removeprefix("slots."): value for name, value in placed.items() if name.startswith("slots.")}
+        optimizer_state = {
+            name.removeprefix("slots."): value for name, value in placed.items() if name.startswith("slots.")
+        }
         known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name != "slots"}
         if missing := [name for name, value in known.items() if value is None]:
             raise InputError(f"a saved search lacks {missing[0]}")
-        return cls(**known, slots=slots)
+        return cls(**known, optimizer_state=optimizer_state)
 
 
-def over_rows(rows: Tensor, then: Tensor | float, other: Tensor) -> Tensor:
+def where_rows(rows: Tensor, then: Tensor | float, other: Tensor) -> Tensor:
     """`then` in the rows (N,) that are true, `other` (N, …) elsewhere."""
     return torch.where(rows.to(other.device).view(-1, *[1] * (other.dim() - 1)), then, other)

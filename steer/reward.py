@@ -23,13 +23,13 @@ from steer.errors import InputError
 T = TypeVar("T")
 
 
-class Begin(Protocol):
+class Submit(Protocol):
     """Begins some work; what it returns waits for the result, and raises what the work raised."""
 
     def __call__(self, work: Callable[[], T], /) -> Callable[[], T]: ...
 
 
-class Modes:
+class ThreadContext:
     """What a thread computes under on a device: with or without gradients, in inference mode, with autocast, and on
     CUDA in which stream. A new thread has none of them."""
 
@@ -52,8 +52,8 @@ class Modes:
 
 
 @contextmanager
-def at_once(device: torch.device) -> Iterator[Begin]:
-    """Yields what does the work when it is begun: the slow twin of `in_background`."""
+def run_synchronously(device: torch.device) -> Iterator[Submit]:
+    """Yields what does the work when it is begun: the slow twin of `run_in_background`."""
 
     def begin(work: Callable[[], T]) -> Callable[[], T]:
         result = work()
@@ -63,7 +63,7 @@ def at_once(device: torch.device) -> Iterator[Begin]:
 
 
 @contextmanager
-def in_background(device: torch.device) -> Iterator[Begin]:
+def run_in_background(device: torch.device) -> Iterator[Submit]:
     """Yields what does the work, piece after piece, in a thread while the caller goes on.
 
     On CUDA it has a stream, which begins after what the caller's stream has been given so far; what the caller does
@@ -76,37 +76,37 @@ def in_background(device: torch.device) -> Iterator[Begin]:
             if stream is not None:
                 stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
-                modes = Modes(device)
+                thread_context = ThreadContext(device)
 
-            def worked() -> T:
-                with modes():
+            def run_work() -> T:
+                with thread_context():
                     return work()
 
-            begun = thread.submit(worked)
+            future = thread.submit(run_work)
 
             def result() -> T:
-                found = begun.result()
+                output = future.result()
                 if stream is not None:
-                    _hand_over(found, stream, torch.cuda.current_stream(device))
-                return found
+                    _record_stream(output, stream, torch.cuda.current_stream(device))
+                return output
 
             return result
 
         yield begin
 
 
-def _hand_over(found: object, stream: torch.cuda.Stream, to: torch.cuda.Stream) -> None:
+def _record_stream(output: object, stream: torch.cuda.Stream, to: torch.cuda.Stream) -> None:
     """What was made in one stream is used in another from now on: its memory is not given away before that is done."""
     to.wait_stream(stream)
-    for leaf in tree_leaves(found):
+    for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_cuda:
             leaf.record_stream(to)
 
 
 Metadata = Sequence[Mapping[str, Any]]  # one row an image, of the prompt that the image was made from
-METADATA = ("metadata", "prompt_metadata")  # parameters of a reward that receive it
-FORMS = ("pt", "np", "pil")  # of images, as diffusers' output_type
-NOT_TENSORS = (AttributeError, TypeError, ValueError)  # from code that expects PIL images
+METADATA_PARAMETERS = ("metadata", "prompt_metadata")  # parameters of a reward that receive it
+IMAGE_FORMS = ("pt", "np", "pil")  # of images, as diffusers' output_type
+PIL_ONLY_ERRORS = (AttributeError, TypeError, ValueError)  # from code that expects PIL images
 
 CPU = torch.device("cpu")  # where scores are
 
@@ -149,9 +149,9 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
 
     Raises RewardError, which names the reward, where it raises or breaks the contract.
     """
-    _paired(images, prompts, metadata)
-    found = _called(reward.name, lambda: evaluate(reward, images, prompts, metadata))
-    return _checked(reward.name, prompts, found)
+    _check_lengths(images, prompts, metadata)
+    output = _call_reward(reward.name, lambda: evaluate(reward, images, prompts, metadata))
+    return _validated_scores(reward.name, prompts, output)
 
 
 def score_components(
@@ -160,12 +160,12 @@ def score_components(
     """The score, as `score` gives it, and those of its components by name; a reward without components has none."""
     if not isinstance(reward, Composite):
         return score(reward, images, prompts, metadata), {}
-    _paired(images, prompts, metadata)
+    _check_lengths(images, prompts, metadata)
     given = keywords(reward.components, len(prompts), metadata)
-    found = _called(reward.name, lambda: dict(reward.components(images, prompts, **given)))
-    components = {name: _checked(f"{reward.name}/{name}", prompts, scores) for name, scores in found.items()}
-    total = _called(reward.name, lambda: reward.total(components, prompts))
-    return _checked(reward.name, prompts, total), components
+    output = _call_reward(reward.name, lambda: dict(reward.components(images, prompts, **given)))
+    components = {name: _validated_scores(f"{reward.name}/{name}", prompts, scores) for name, scores in output.items()}
+    total = _call_reward(reward.name, lambda: reward.total(components, prompts))
+    return _validated_scores(reward.name, prompts, total), components
 
 
 def evaluate(
@@ -181,20 +181,20 @@ def evaluate(
     if form is not None:
         return reward(_as_form(images, form), prompts, **given)
     try:
-        found = reward(images, prompts, **given)
+        output = reward(images, prompts, **given)
     except InputError:
         raise
-    except NOT_TENSORS as error:
+    except PIL_ONLY_ERRORS as error:
         if attribute(reward, "differentiable", False):
             raise
         try:
-            found = reward(_as_form(images, "pil"), prompts, **given)
+            output = reward(_as_form(images, "pil"), prompts, **given)
         except Exception:  # noqa: BLE001 - foreign code: the first failure is the one to report
             raise error from None
-        _remember(reward, "pil")
-        return found
-    _remember(reward, "pt")
-    return found
+        _cache_form(reward, "pil")
+        return output
+    _cache_form(reward, "pt")
+    return output
 
 
 def attribute(reward: Any, name: str, default: Any) -> Any:
@@ -210,7 +210,7 @@ def keywords(call: Callable[..., Any], count: int, metadata: Metadata | None) ->
         parameters = inspect.signature(call.forward if isinstance(call, nn.Module) else call).parameters
     except (TypeError, ValueError):  # C code may have no signature
         return {}
-    name = next((name for name in METADATA if name in parameters), None)
+    name = next((name for name in METADATA_PARAMETERS if name in parameters), None)
     if name is None:
         rest = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
         return {"metadata": list(metadata)} if rest and metadata is not None else {}
@@ -222,7 +222,7 @@ def keywords(call: Callable[..., Any], count: int, metadata: Metadata | None) ->
 _known_forms: dict[int, tuple[weakref.ref[Any], str]] = {}
 
 
-def _remember(reward: Any, form: str) -> None:
+def _cache_form(reward: Any, form: str) -> None:
     key = id(reward)
     try:
         _known_forms[key] = weakref.ref(reward, lambda _: _known_forms.pop(key, None)), form
@@ -234,16 +234,16 @@ def _form(reward: Any) -> str | None:
     """The form in which a reward takes images; None: not known."""
     declared = attribute(reward, "images", None)
     if isinstance(declared, str):
-        if declared not in FORMS:
+        if declared not in IMAGE_FORMS:
             name = attribute(reward, "__name__", type(reward).__name__)
-            raise RewardError(f"reward {name!r}: images must be one of {', '.join(FORMS)}, got {declared!r:.40}")
+            raise RewardError(f"reward {name!r}: images must be one of {', '.join(IMAGE_FORMS)}, got {declared!r:.40}")
         return declared
     known = _known_forms.get(id(reward))
     if known is not None and known[0]() is reward:
         return known[1]
     form = _annotated_form(reward)
     if form is not None:
-        _remember(reward, form)
+        _cache_form(reward, form)
     return form
 
 
@@ -268,7 +268,7 @@ def _as_form(images: Tensor, form: str) -> Any:
     return arrays if form == "np" else VaeImageProcessor.numpy_to_pil(arrays)
 
 
-def _paired(images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -> None:
+def _check_lengths(images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -> None:
     if isinstance(prompts, str):
         raise RewardError(f"a reward takes a list of prompts, one an image, got one text: {prompts[:40]!r}")
     if len(images) != len(prompts):
@@ -277,14 +277,14 @@ def _paired(images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -
         raise RewardError(f"metadata has one row an image, got {len(metadata)} rows and {len(prompts)} images")
 
 
-def _called(name: str, call: Callable[[], Any]) -> Any:
+def _call_reward(name: str, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except RewardError:
         raise
     except Exception as error:  # foreign code: whatever it raises is reported as the reward's failure
-        told = " ".join(str(error).split())
-        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {told}") from error
+        message_line = " ".join(str(error).split())
+        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {message_line}") from error
 
 
 def _as_tensor(scores: Any) -> Any:
@@ -300,7 +300,7 @@ def _as_tensor(scores: Any) -> Any:
     return scores
 
 
-def _checked(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
+def _validated_scores(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
     count = len(prompts)
     scores = _as_tensor([scores] if count == 1 and isinstance(scores, int | float) else scores)
     if torch.is_tensor(scores) and (scores.shape == (count, 1) or scores.numel() == count == 1):
@@ -324,24 +324,24 @@ def _checked(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
     return single.cpu()
 
 
-class TimedCall(threading.Thread):
+class TimedThread(threading.Thread):
     """The thread of one call that has a limit."""
 
 
-def calls_left_behind() -> bool:
+def has_abandoned_calls() -> bool:
     """Whether a call that took too long is still going on in this process.
 
     Then the interpreter must not be shut down: Python (before 3.14) ends such a thread inside PyTorch's C++, which
     aborts the process. `os._exit` is the way out, as the command line takes it.
     """
-    return any(isinstance(thread, TimedCall) for thread in threading.enumerate())
+    return any(isinstance(thread, TimedThread) for thread in threading.enumerate())
 
 
-class Timed:
+class TimeLimitedReward:
     """A reward whose calls may take at most so many seconds.
 
     Each call runs in a thread of its own. Python cannot end a thread: one that hangs is left behind, and ends
-    with the process, see `calls_left_behind`. Raises RewardError, which names the reward, where the time is up.
+    with the process, see `has_abandoned_calls`. Raises RewardError, which names the reward, where the time is up.
     """
 
     images = "pt"
@@ -353,20 +353,20 @@ class Timed:
         self._reward, self._seconds = reward, seconds
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
-        return self._in_time(lambda: evaluate(self._reward, images, prompts, metadata), images.device)
+        return self._with_timeout(lambda: evaluate(self._reward, images, prompts, metadata), images.device)
 
-    def _in_time(self, call: Callable[[], Any], device: torch.device) -> Any:
+    def _with_timeout(self, call: Callable[[], Any], device: torch.device) -> Any:
         outcome: dict[str, Any] = {}
-        modes = Modes(device)
+        thread_context = ThreadContext(device)
 
         def run() -> None:
             try:
-                with modes():
+                with thread_context():
                     outcome["value"] = call()
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 outcome["error"] = error
 
-        thread = TimedCall(target=run, name=f"reward {self.name}", daemon=True)
+        thread = TimedThread(target=run, name=f"reward {self.name}", daemon=True)
         thread.start()
         thread.join(min(self._seconds, threading.TIMEOUT_MAX))
         if thread.is_alive():
@@ -378,7 +378,7 @@ class Timed:
         return outcome["value"]
 
 
-class TimedComposite(Timed):
+class TimeLimitedComposite(TimeLimitedReward):
     """The same for a reward made of others, which go on being reported one by one."""
 
     def __init__(self, reward: Composite, seconds: float) -> None:
@@ -389,17 +389,19 @@ class TimedComposite(Timed):
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
     ) -> Mapping[str, Tensor]:
         given = keywords(self._composite.components, len(prompts), metadata)
-        return self._in_time(lambda: self._composite.components(images, prompts, **given), images.device)
+        return self._with_timeout(lambda: self._composite.components(images, prompts, **given), images.device)
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        return self._in_time(lambda: self._composite.total(components, prompts), CPU)
+        return self._with_timeout(lambda: self._composite.total(components, prompts), CPU)
 
 
 def with_timeout(reward: Reward, seconds: float | None) -> Reward:
     """The reward with a limit in seconds on every call; None: no limit."""
     if seconds is None:
         return reward
-    return TimedComposite(reward, seconds) if isinstance(reward, Composite) else Timed(reward, seconds)
+    return (
+        TimeLimitedComposite(reward, seconds) if isinstance(reward, Composite) else TimeLimitedReward(reward, seconds)
+    )
 
 
 class PromptMetadata:
@@ -444,7 +446,7 @@ VIDEO_FRAMES = 8  # of a video that a reward sees, evenly spaced
 Scores = tuple[Tensor, dict[str, Tensor]]
 
 
-def over_frames(images: Tensor, score: Callable[[Tensor], Scores]) -> Scores:
+def mean_over_frames(images: Tensor, score: Callable[[Tensor], Scores]) -> Scores:
     """What `score` says of images (N, 3, H, W); of videos (N, F, 3, H, W) the mean over evenly spaced frames."""
     if images.dim() == 4:
         return score(images)
@@ -457,23 +459,23 @@ def over_frames(images: Tensor, score: Callable[[Tensor], Scores]) -> Scores:
 
 logger = logging.getLogger(__name__)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
-LARGEST = 1_000_000  # tokens: a tokenizer without a limit has one far beyond
+MAX_TOKENS = 1_000_000  # tokens: a tokenizer without a limit has one far beyond
 
 
 @functools.lru_cache(maxsize=65_536)
-def note_cut(reader: str, prompt: str, tokens: int, limit: int) -> None:
+def warn_if_truncated(reader: str, prompt: str, tokens: int, limit: int) -> None:
     """Warn that a reader sees the first `limit` of a prompt's tokens alone; the same prompt is warned about once."""
     if tokens > limit:
         message = f"{reader} reads {limit} tokens, and this prompt has {tokens}: its end plays no part: {prompt!r:.200}"
         logger.warning("steer: %s", InputError(message))
 
 
-def note_cut_by_pipeline(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
+def warn_if_pipeline_truncates(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
     """Warn of the prompts that a tokenizer of a diffusers pipeline cuts."""
     for name, tokenizer, limit in _tokenizers(pipe, call):
         for prompt in dict.fromkeys(prompts):
             if len(prompt) + 2 > limit:  # every token but the two marks is a character at least
-                note_cut(f"{name} of {type(pipe).__name__}", prompt, token_count(tokenizer, prompt), limit)
+                warn_if_truncated(f"{name} of {type(pipe).__name__}", prompt, token_count(tokenizer, prompt), limit)
 
 
 def token_count(tokenizer: Any, prompt: str) -> int:
@@ -481,14 +483,14 @@ def token_count(tokenizer: Any, prompt: str) -> int:
     return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
 
-def noting_cuts(
+def with_truncation_warning(
     reader: str, encode: Callable[[list[str]], Tensor], count: Callable[[str], int], limit: int
 ) -> Callable[[list[str]], Tensor]:
     """The same encoder of prompts, which warns of those that it cuts."""
 
     def encoding(prompts: list[str]) -> Tensor:
         for prompt in prompts:
-            note_cut(reader, prompt, count(prompt), limit)
+            warn_if_truncated(reader, prompt, count(prompt), limit)
         return encode(prompts)
 
     return encoding
@@ -505,5 +507,5 @@ def _tokenizers(pipe: Any, call: Mapping[str, Any]) -> Iterator[tuple[str, Any, 
         own = getattr(tokenizer, "model_max_length", None)
         if isinstance(own, int) and callable(tokenizer):
             limit = own if "CLIP" in type(tokenizer).__name__ or not isinstance(given, int) else given
-            if limit < LARGEST:
+            if limit < MAX_TOKENS:
                 yield name, tokenizer, limit

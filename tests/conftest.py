@@ -47,7 +47,7 @@ from transformers import (
 )
 
 from steer.apps.cli import main as cli
-from steer.apps.cli.options import takes_one
+from steer.apps.cli.options import is_single_valued
 from steer.apps.scenes.training import build_tokenizer
 from steer.assets import MODELS
 
@@ -409,7 +409,7 @@ def steer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 def replaced(words: Sequence[object], *changes: object) -> list[object]:
     """The words of a command with others of its options: those with one value take the place of the earlier ones."""
     command = cli.steer.commands[str(words[0])]
-    single = {name: option for option in command.params if takes_one(option) for name in option.opts}
+    single = {name: option for option in command.params if is_single_valued(option) for name in option.opts}
     new = {single[str(word)] for word in changes if str(word) in single}
     kept: list[object] = []
     waiting = iter(words)

@@ -45,8 +45,8 @@ SETTINGS = TrainingConfig(
     ema_decay=0.9,
     kl_weight=0.1,
     kl_target=0.5,
-    eval_every=3,
-    checkpoint_every=3,
+    eval_steps=3,
+    save_steps=3,
 )
 PLAIN = {"steps_per_generation": 1, "num_iterations": 1}  # what reward backpropagation asks for
 

@@ -74,14 +74,14 @@ class GaussianPipeline(DiffusionPipeline):
     def transitions(self, steps: int, eta: float) -> list[tuple[float, float, float]]:
         """(a, b, τ) of every DDIM step x_s = a x_t + b + τ z of a run of so many steps."""
         self.scheduler.set_timesteps(steps)
-        found = []
+        step_moments = []
         for timestep in self.scheduler.timesteps.tolist():
             (alpha_t, sigma_t), (alpha_s, sigma_s) = map(self.level, (timestep, timestep - 1000 // steps))
             tau = eta * sigma_s / sigma_t * math.sqrt(max(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2, 0))
             rest = math.sqrt(max(sigma_s**2 - tau**2, 0)) / sigma_t
             gain, shift = self.posterior_mean(timestep)
-            found.append((alpha_s * gain + rest * (1 - alpha_t * gain), (alpha_s - rest * alpha_t) * shift, tau))
-        return found
+            step_moments.append((alpha_s * gain + rest * (1 - alpha_t * gain), (alpha_s - rest * alpha_t) * shift, tau))
+        return step_moments
 
     def distribution(self, steps: int, eta: float) -> tuple[float, float]:
         """Mean and standard deviation of what a run of so many steps really draws from: N(0, 1) pushed through it."""

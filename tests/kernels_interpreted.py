@@ -76,14 +76,14 @@ def test_kernel_and_twin_agree(
     step = linear_step(kind, *map(level, alphas), eta, limit)
     x, output, noise = (normal(seed + i, shape, dtype) for i, dtype in enumerate(dtypes[:3]))
     given = {"noise": noise, "dtype": dtypes[3], "storage": dtypes[2]}
-    drawn = triton_pass(step, x, output, ALL, **given)
+    sampled = triton_pass(step, x, output, ALL, **given)
     twin = plain_pass(step, x, output, ALL, **given)
-    twin["log_prob"] = plain_pass(step, x, output, ["log_prob"], x_s=drawn["x_s"])["log_prob"]
-    assert_same(drawn, twin, max(0.0 if one == torch.float32 else torch.finfo(one).eps for one in dtypes[2:]))
-    assert torch.equal(drawn["x_s"], drawn["x_s"].to(dtypes[2]).to(dtypes[3]))  # it is what storage holds
+    twin["log_prob"] = plain_pass(step, x, output, ["log_prob"], x_s=sampled["x_s"])["log_prob"]
+    assert_same(sampled, twin, max(0.0 if one == torch.float32 else torch.finfo(one).eps for one in dtypes[2:]))
+    assert torch.equal(sampled["x_s"], sampled["x_s"].to(dtypes[2]).to(dtypes[3]))  # it is what storage holds
     # A replay of the sample finds the bits that drawing it told.
-    told = triton_pass(step, x, output, ["mean", "log_prob"], x_s=drawn["x_s"])
-    assert torch.equal(told["log_prob"], drawn["log_prob"]) and torch.equal(told["mean"], drawn["mean"])
+    result = triton_pass(step, x, output, ["mean", "log_prob"], x_s=sampled["x_s"])
+    assert torch.equal(result["log_prob"], sampled["log_prob"]) and torch.equal(result["mean"], sampled["mean"])
 
 
 def layouts(shape: tuple[int, ...]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def test_every_row_may_have_weights_of_its_own() -> None:
         )
         one = slice(row, row + 1)
         twin = plain_pass(alone, x[one], output[one], ALL, noise=noise[one])
-        assert_same({name: told[one] for name, told in whole.items()}, twin)
+        assert_same({name: result[one] for name, result in whole.items()}, twin)
 
 
 def test_only_what_is_wanted_is_told() -> None:
@@ -139,14 +139,14 @@ def test_only_what_is_wanted_is_told() -> None:
 def test_what_is_not_a_number_stays_so() -> None:
     x, output = normal(0, (2, 5)), normal(1, (2, 5))
     output[1, 2] = math.nan
-    told = triton_pass(a_step(limit=1.0), x, output, ["x0", "log_prob"], x_s=x)
-    assert told["x0"].isnan().nonzero().tolist() == [[1, 2]] and told["log_prob"].isnan().tolist() == [False, True]
+    result = triton_pass(a_step(limit=1.0), x, output, ["x0", "log_prob"], x_s=x)
+    assert result["x0"].isnan().nonzero().tolist() == [[1, 2]] and result["log_prob"].isnan().tolist() == [False, True]
 
 
 def test_no_rows_are_none() -> None:
     nothing = torch.zeros(0, 4, 3, 3)
-    told = triton_pass(a_step(), nothing, nothing, ALL, noise=nothing)
-    assert told["x_s"].shape == nothing.shape and told["log_prob"].shape == (0,)
+    result = triton_pass(a_step(), nothing, nothing, ALL, noise=nothing)
+    assert result["x_s"].shape == nothing.shape and result["log_prob"].shape == (0,)
 
 
 @pytest.fixture
@@ -178,11 +178,11 @@ def test_rollouts_and_replays_through_the_kernel(
     plain, images = sampler.rollout(TWO_PROMPTS)
     replayed = log_probs(sampler, plain)
     request.getfixturevalue("everywhere")
-    drawn: list[str] = []
+    sampled: list[str] = []
     draw = kernels.FusedGaussian.draw
-    monkeypatch.setattr(kernels.FusedGaussian, "draw", lambda self, *a: (drawn.append("x_s"), draw(self, *a))[1])
+    monkeypatch.setattr(kernels.FusedGaussian, "draw", lambda self, *a: (sampled.append("x_s"), draw(self, *a))[1])
     fused, same = sampler.rollout(TWO_PROMPTS)
-    assert not drawn  # the densities of finetuning are taken in fp64, outside the kernel
+    assert not sampled  # the densities of finetuning are taken in fp64, outside the kernel
     assert_near(fused, plain, 1e-5 if storage == torch.float32 else 2e-3)
     torch.testing.assert_close(same, images, rtol=0, atol=1e-4 if storage == torch.float32 else 5e-3)
     assert torch.equal(log_probs(sampler, fused), fused.log_probs)

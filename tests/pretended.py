@@ -44,7 +44,7 @@ _local = _Local()
 
 
 @contextmanager
-def _making_on(device: torch.device) -> Iterator[None]:
+def _default_device(device: torch.device) -> Iterator[None]:
     _local.factories.append(device)
     try:
         yield
@@ -70,7 +70,7 @@ def _place(tensor: Tensor) -> torch.device:
 def _put(tensor: Tensor, device: torch.device) -> Tensor:
     with torch._C.DisableTorchFunction():
         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
-            tensor.untyped_storage().pretended = device  # type: ignore[attr-defined]
+            tensor.untyped_storage().fake_devices = device  # type: ignore[attr-defined]
     return tensor
 
 
@@ -139,7 +139,7 @@ class _Functions(TorchFunctionMode):
         tensors = [leaf for leaf in tree_leaves((args, given)) if isinstance(leaf, Tensor)]
         if func is torch.tensor and not isinstance(args[0], Tensor):
             tensors = []
-        with _making_on(next((DEVICE for one in tensors if _place(one).type == DEVICE.type), CPU)):
+        with _default_device(next((DEVICE for one in tensors if _place(one).type == DEVICE.type), CPU)):
             return func(*args, **given)
 
     @staticmethod
@@ -148,7 +148,7 @@ class _Functions(TorchFunctionMode):
         given["device"] = CPU if device == DEVICE else device
         if func in (torch.as_tensor, torch.asarray):
             return _moved(func(*args, **given), device)
-        with _making_on(device):
+        with _default_device(device):
             found = func(*args, **given)
         return _put(found, device) if isinstance(found, Tensor) else found
 
@@ -207,12 +207,12 @@ def _both_modes() -> Iterator[None]:
 
 
 @contextmanager
-def pretended() -> Iterator[None]:
-    """Tensors may be on DEVICE, in threads that compute under `steer.reward.Modes` and in backward passes too."""
-    run_backward, load, modes = torch.autograd._engine_run_backward, torch.load, background.Modes.__call__
+def fake_devices() -> Iterator[None]:
+    """Tensors may be on DEVICE, also in threads under `steer.reward.ThreadContext` and in backward passes."""
+    run_backward, load, modes = torch.autograd._engine_run_backward, torch.load, background.ThreadContext.__call__
 
     def backward(*args: Any, **kwargs: Any) -> Any:
-        with _both_modes(), _making_on(UNKNOWN):
+        with _both_modes(), _default_device(UNKNOWN):
             return run_backward(*args, **kwargs)
 
     def loaded(*args: Any, map_location: Any = None, **kwargs: Any) -> Any:
@@ -220,7 +220,7 @@ def pretended() -> Iterator[None]:
         return found if map_location is None else tree_map_only(Tensor, lambda one: one.to(map_location), found)
 
     @contextmanager
-    def in_thread(self: background.Modes) -> Iterator[None]:
+    def in_thread(self: background.ThreadContext) -> Iterator[None]:
         with modes(self), _both_modes():
             yield
 
@@ -230,7 +230,7 @@ def pretended() -> Iterator[None]:
         mock.patch("torch.autograd._engine_run_backward", backward),
         mock.patch.dict(checks, unplaced),  # it asks inside of operations, where no function mode answers
         mock.patch("torch.load", loaded),
-        mock.patch.object(background.Modes, "__call__", in_thread),
+        mock.patch.object(background.ThreadContext, "__call__", in_thread),
         _both_modes(),
     ):
         yield

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from steer import GRPOTrainer
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.method import sampler_of
-from steer.pipelines.training.rollouts import OnlineSamples
+from steer.pipelines.training.rollouts import OnlineRollouts
 from steer.training.guards import chi_square, kl
 from steer.training.trainable import LoRA
 
@@ -40,16 +40,16 @@ def fresh() -> Any:
 def first(folder: Path) -> None:
     """What waits for the first process is the first thing that asks who is there."""
     with main_first(cpu=True):
-        seen = (folder / "first.txt").exists()
+        trajectories_seen = (folder / "first.txt").exists()
         (folder / "first.txt").touch()
-    assert PartialState().num_processes == 2 and seen == (PartialState().process_index == 1)
+    assert PartialState().num_processes == 2 and trajectories_seen == (PartialState().process_index == 1)
 
 
 def gradients(folder: Path) -> None:
     """Of one update of every method, by weights that are not those that drew its samples: METHOD-PROCESS.safetensors,
     with the numbers it tells of them."""
     accelerator = Accelerator(cpu=True)
-    team = AccelerateContext(accelerator)
+    context = AccelerateContext(accelerator)
     for name, make in METHODS.items():
         # Chunks that hold more than one row, so that processes and chunks do not coincide.
         settings = settings_of(name, train_batch_size=4, num_generations=3, micro_batch=4, steps_per_generation=1)
@@ -57,27 +57,33 @@ def gradients(folder: Path) -> None:
         lora = LoRA(method.pipe, rank=2)
         prepared = accelerator.prepare(lora.denoiser)
         sampler = sampler_of(method.pipe, settings, prepared)
-        drew = OnlineSamples(PROMPTS, method, settings).round(0, sampler, lora, lambda: None, team)
-        unchanged = name == "reward-backprop"
-        if not unchanged:
+        rollout = OnlineRollouts(PROMPTS, method, settings).round(0, sampler, lora, lambda: None, context)
+        on_policy = name == "reward-backprop"
+        if not on_policy:
             for seed, parameter in enumerate(lora.parameters.values()):
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
                 parameter.data += 0.02 * noise
-        with team.accumulating(prepared) as exchange:
-            value, told = method.gradient(
+        with context.no_sync(prepared) as exchange:
+            value, metrics = method.gradient(
                 sampler,
-                drew.batch,
+                rollout.batch,
                 penalties={kl: 0.3, chi_square: 0.1},
-                unchanged=unchanged,
+                on_policy=on_policy,
                 backward=accelerator.backward,
-                before_each=lambda: None,
+                on_chunk=lambda: None,
                 before_last=exchange,
-                team=team,
+                context=context,
             )
-        found = {key: parameter.grad for key, parameter in lora.parameters.items() if parameter.grad is not None}
-        assert len(found) == len(lora.parameters)
-        told |= {"loss": value, "processes": team.count, "rows": sum(len(one.rows) for one in drew.batch.chunks)}
-        save_file(found, folder / f"{name}-{team.index}.safetensors", {"told": json.dumps(told)})
+        gradients_by_name = {
+            key: parameter.grad for key, parameter in lora.parameters.items() if parameter.grad is not None
+        }
+        assert len(gradients_by_name) == len(lora.parameters)
+        metrics |= {
+            "loss": value,
+            "processes": context.count,
+            "rows": sum(len(one.rows) for one in rollout.batch.chunks),
+        }
+        save_file(gradients_by_name, folder / f"{name}-{context.index}.safetensors", {"told": json.dumps(metrics)})
 
 
 def resumed(folder: Path) -> None:
@@ -89,42 +95,42 @@ def resumed(folder: Path) -> None:
         train(method, fresh(), folder / f"{method}-parted", settings_of(method, max_steps=4))
 
 
-class Struck:
+class InterruptingReward:
     """Brightness, until at its seventh call something happens to the second process."""
 
     name, differentiable = "struck", False
 
-    def __init__(self, strike: Any) -> None:
-        self.calls, self.strike = 0, strike
+    def __init__(self, interrupt: Any) -> None:
+        self.calls, self.interrupt = 0, interrupt
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         self.calls += 1
         if self.calls == 7 and os.environ["RANK"] == "1":
-            self.strike()
+            self.interrupt()
         return images.mean((1, 2, 3))
 
 
 def interrupted(folder: Path) -> None:
     """A signal that one process alone receives."""
-    reward = Struck(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    reward = InterruptingReward(lambda: os.kill(os.getpid(), signal.SIGTERM))
     settings = settings_of("grpo", max_steps=50)
     result = GRPOTrainer(fresh(), reward).train(PROMPTS, folder / "interrupted", settings)
-    told = {name: value for name, value in asdict(result).items() if name in ("step", "stopped")}
-    (folder / f"interrupted-{os.environ['RANK']}.json").write_text(json.dumps(told))
+    metrics = {name: value for name, value in asdict(result).items() if name in ("step", "stopped")}
+    (folder / f"interrupted-{os.environ['RANK']}.json").write_text(json.dumps(metrics))
 
 
-def dies(folder: Path) -> None:
+def killed(folder: Path) -> None:
     """The second process is gone, as one that the system killed, and died.txt says when."""
 
     def die() -> None:
         (folder / "died.txt").write_text(str(time.time()))
         os._exit(9)
 
-    settings = settings_of("grpo", max_steps=50, checkpoint_every=1)
-    GRPOTrainer(fresh(), Struck(die)).train(PROMPTS, folder / "dies", settings)
+    settings = settings_of("grpo", max_steps=50, save_steps=1)
+    GRPOTrainer(fresh(), InterruptingReward(die)).train(PROMPTS, folder / "dies", settings)
 
 
-def divided(folder: Path) -> None:
+def sharded(folder: Path) -> None:
     """Runs of four updates, the denoiser's weights divided by FSDP2; and one in two components."""
     os.environ |= {
         "ACCELERATE_USE_FSDP": "true",
@@ -147,7 +153,7 @@ def divided(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    doing = {f.__name__: f for f in (first, gradients, resumed, interrupted, dies, divided)}
+    doing = {f.__name__: f for f in (first, gradients, resumed, interrupted, killed, sharded)}
     for what in sys.argv[2:]:
         doing[what](Path(sys.argv[1]))
     distributed.destroy_process_group()  # PyTorch may abort a process that exits without

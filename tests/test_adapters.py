@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from steer.apps.models import adapter_applied
 from steer.errors import InputError
-from steer.training.trainable import LoRA, denoiser_of
+from steer.training.trainable import LoRA, get_denoiser
 
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 FF = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2"
@@ -224,12 +224,12 @@ def test_an_adapter_of_every_family_equals_the_merged_weights(family: str, tmp_p
     by_hand, pipe = fresh_pipe(family), fresh_pipe(family)
     for name, down in trained.parameters.items():
         if ".lora_A." in name:
-            layer = denoiser_of(by_hand)[1].get_submodule(name.partition(".lora_A.")[0])
+            layer = get_denoiser(by_hand)[1].get_submodule(name.partition(".lora_A.")[0])
             merged(layer, down.data, trained.parameters[name.replace(".lora_A.", ".lora_B.")].data, 1.5)
     before = hashes(pipe)
     with adapter_applied(pipe, str(tmp_path)):
-        for name, layer in denoiser_of(by_hand)[1].named_modules():
-            if hasattr(tuned := denoiser_of(pipe)[1].get_submodule(name), "lora_A"):
+        for name, layer in get_denoiser(by_hand)[1].named_modules():
+            if hasattr(tuned := get_denoiser(pipe)[1].get_submodule(name), "lora_A"):
                 x = drawn(3, layer.weight.shape[1], seed=5)
                 torch.testing.assert_close(tuned(x), layer(x), rtol=0, atol=1e-5)
     assert hashes(pipe) == before

@@ -33,8 +33,8 @@ def make(clip: Path, tmp_path: Path) -> Make:
 
     def made(state: State | None = None, /, **options: object) -> Aesthetic:
         torch.save(aesthetic_head() if state is None else state, tmp_path / "head.pth")
-        told = {"path": tmp_path / "head.pth", "backbone": clip} | options
-        reward = load_reward("aesthetic:" + ",".join(f"{key}={value}" for key, value in told.items()))
+        error_text = {"path": tmp_path / "head.pth", "backbone": clip} | options
+        reward = load_reward("aesthetic:" + ",".join(f"{key}={value}" for key, value in error_text.items()))
         assert isinstance(reward, Aesthetic)
         return reward
 
@@ -133,8 +133,8 @@ def test_gradients_match_finite_differences(make: Make, layout: str, size: int) 
 def test_gradients_come_after_inference_mode_and_on_another_device(make: Make) -> None:
     reward, images = make(), squares().requires_grad_()
     with torch.inference_mode():
-        seen = reward(images, PROMPTS)
-    assert torch.equal(reward(images, PROMPTS), seen)
+        inputs = reward(images, PROMPTS)
+    assert torch.equal(reward(images, PROMPTS), inputs)
     assert torch.autograd.grad(reward(images, PROMPTS).sum(), images)[0].abs().max() > 0
     with torch.inference_mode():
         assert reward(images.to("meta"), PROMPTS).device.type == "meta"

@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from steer import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
-from steer.arguments import coerced_value
+from steer.arguments import coerce_value
 from steer.assets import MODELS
 from steer.errors import InputError
 
@@ -35,7 +35,7 @@ TEXTS = str | Sequence[str] | None
     ],
 )
 def test_what_plainly_means_a_value_becomes_one(hint: Any, value: Any, meant: Any) -> None:
-    found = coerced_value("x", hint, value)
+    found = coerce_value("x", hint, value)
     assert found == meant and type(found) is type(meant)
     if isinstance(found, list):
         assert [type(one) for one in found] == [type(one) for one in meant]
@@ -64,7 +64,7 @@ def test_what_plainly_means_a_value_becomes_one(hint: Any, value: Any, meant: An
 )
 def test_anything_else_is_one_line_that_names_the_argument(hint: Any, value: Any) -> None:
     with pytest.raises(InputError, match=r"^the_argument") as raised:
-        coerced_value("the_argument", hint, value)
+        coerce_value("the_argument", hint, value)
     assert len(str(raised.value).splitlines()) == 1
 
 

@@ -12,15 +12,33 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from steer.apps.bench import comparisons as against_naive
 from steer.apps.bench import timing as clock
-from steer.apps.bench.comparisons import COMPARISONS, Asked, fk, of_size, reno, steer_whole
+from steer.apps.bench.comparisons import COMPARISONS, BenchOptions, fk, of_size, reno, steer_whole
 from steer.apps.bench.naive import naive_d3po
 from steer.apps.bench.sizes import REAL_SIZES, SD_VAE, flops_of
-from steer.apps.bench.subject import RealSize, Subject, build, denoise_steered, flux, lesson_of, plain_call, sd3, sdxl
+from steer.apps.bench.subject import (
+    RealSize,
+    Subject,
+    build,
+    denoise_steered,
+    flux,
+    make_preference_batch,
+    plain_call,
+    sd3,
+    sdxl,
+)
 from steer.apps.bench.subject import sd as sd_of
-from steer.apps.bench.timing import Measured, Opened, Pace, Variant, amdahl, by_counts, measure
+from steer.apps.bench.timing import (
+    Measurement,
+    PreparedComparison,
+    RepeatPolicy,
+    Variant,
+    amdahl,
+    measure,
+    predict_by_counts,
+)
 
 CPU = torch.device("cpu")
-ONCE = Pace(0.0, least=1)
+ONCE = RepeatPolicy(0.0, least=1)
 
 
 @pytest.fixture
@@ -28,11 +46,11 @@ def subject() -> Subject:
     return tiny_subject()
 
 
-def measured(name: str, subject: Subject) -> tuple[Opened, Measured, Measured, Any]:
+def measured(name: str, subject: Subject) -> tuple[PreparedComparison, Measurement, Measurement, Any]:
     """A comparison measured once: what was found of both, and how their results compare."""
     with COMPARISONS[name].open(subject) as opened:
-        found = Measured(opened.over.name), Measured(opened.under.name)
-        results = measure(opened, found, subject.kinds, CPU, ONCE)
+        found = Measurement(opened.over.name), Measurement(opened.under.name)
+        results = measure(opened, found, subject.module_names, CPU, ONCE)
         return opened, *found, opened.check and opened.check(*results)
 
 
@@ -84,12 +102,14 @@ def test_the_naive_update_has_our_loss_and_gradient(name: str, subject: Subject)
 
 def test_the_naive_update_prefers_the_winners(subject: Subject) -> None:
     """Along its gradient the winners become likelier than the losers: swapped, it turns round."""
-    lesson = lesson_of(subject, fresh())
+    preference_batch = make_preference_batch(subject, fresh())
     told = []
-    for winners in (lesson.winners, tuple(1 - winner for winner in lesson.winners)):
-        against_naive.forget(lesson)
-        naive_d3po(lesson.pipe, lesson.trained, lesson.stored, winners, 1e-6, 3.0, 1.0)  # β → 0: a linear loss
-        told.append(against_naive.gradient_of(lesson))
+    for winners in (preference_batch.winners, tuple(1 - winner for winner in preference_batch.winners)):
+        against_naive.zero_grad(preference_batch)
+        naive_d3po(
+            preference_batch.pipe, preference_batch.trained, preference_batch.stored, winners, 1e-6, 3.0, 1.0
+        )  # β → 0: a linear loss
+        told.append(against_naive.gradient_of(preference_batch))
     torch.testing.assert_close(told[0], -told[1], atol=1e-3, rtol=0)
 
 
@@ -170,12 +190,14 @@ def test_a_switch_does_what_it_says(subject: Subject) -> None:
 def test_variants_take_turns(subject: Subject) -> None:
     said: list[str] = []
     variants = [Variant(name, lambda name=name: said.append(name)) for name in "AB"]
-    found = Measured("A"), Measured("B")
-    measure(Opened(*variants), found, {}, CPU, Pace(60.0, least=2, most=4))
+    found = Measurement("A"), Measurement("B")
+    measure(PreparedComparison(*variants), found, {}, CPU, RepeatPolicy(60.0, least=2, most=4))
     assert "".join(said) == "AB" + "AB" * 4 + "AB"  # a warm-up, as many turns as may be, one that counts
     assert [len(one.seconds) for one in found] == [4, 4]
     said.clear()
-    measure(Opened(*variants), (Measured("A"), Measured("B")), {}, CPU, Pace(0.0, least=2, most=4))
+    measure(
+        PreparedComparison(*variants), (Measurement("A"), Measurement("B")), {}, CPU, RepeatPolicy(0.0, least=2, most=4)
+    )
     assert "".join(said) == "AB" * 4
 
 
@@ -188,20 +210,20 @@ def test_the_peak_is_what_a_run_needs_at_most() -> None:
         del first
         torch.ones(size, dtype=torch.uint8).add_(1)
 
-    found = Measured("A"), Measured("B")
-    measure(Opened(Variant("A", run), Variant("B", lambda: None)), found, {}, CPU, ONCE)
+    found = Measurement("A"), Measurement("B")
+    measure(PreparedComparison(Variant("A", run), Variant("B", lambda: None)), found, {}, CPU, ONCE)
     assert found[0].peak is not None and 0.9 * size < found[0].peak < 1.5 * size
     assert found[1].peak is not None and found[1].peak < 0.1 * size
 
 
 def test_amdahl_by_hand() -> None:
     """10 s: 4 calls of 1 s that the other does without, 2 of 3 s that it makes half as often: 3 s are left of 10."""
-    over = Measured("naive", [10.0], counts={"a": 4, "b": 2}, parts={"a": 4.0, "b": 6.0})
-    under = Measured("ours", [2.0], counts={"b": 1}, parts={"b": 2.0})
-    told = by_counts(over, under)
+    over = Measurement("naive", [10.0], counts={"a": 4, "b": 2}, parts={"a": 4.0, "b": 6.0})
+    under = Measurement("ours", [2.0], counts={"b": 1}, parts={"b": 2.0})
+    told = predict_by_counts(over, under)
     assert told.share == pytest.approx(0.7) and told.ratio == pytest.approx(10 / 3)
     assert amdahl(0.0) == 1 and amdahl(1.0) == math.inf
-    assert by_counts(under, over).ratio == pytest.approx(2 / (2 + 2 + 4))  # more calls: slower
+    assert predict_by_counts(under, over).ratio == pytest.approx(2 / (2 + 2 + 4))  # more calls: slower
 
 
 def test_products_of_prompts_and_attention_by_hand(subject: Subject) -> None:
@@ -278,7 +300,7 @@ SMALL = {
 
 @pytest.mark.parametrize("name", list(SMALL))
 def test_what_is_measured_of_real_sizes_runs_on_small_ones(name: str) -> None:
-    subject = of_size(name, SMALL[name], Asked("cpu", particles=4, steps=6, resolution=64, quick=True))
+    subject = of_size(name, SMALL[name], BenchOptions("cpu", particles=4, steps=6, resolution=64, quick=True))
     _, steered, plain, check = measured("fk_over_plain_batch", subject)
     assert check.passed and steered.counts["denoiser"] == plain.counts["denoiser"] > 0
     _, steered, _, _ = measured("whole_fk_over_plain_batch", subject)
@@ -289,7 +311,7 @@ def test_what_is_measured_of_real_sizes_runs_on_small_ones(name: str) -> None:
 
 def test_naive_and_ours_run_in_half_precision() -> None:
     """As on a GPU: nothing but rounding lies between them."""
-    subject = of_size("sd15", SMALL["sd15"], Asked("cpu", "bfloat16", particles=2, steps=4, quick=True))
+    subject = of_size("sd15", SMALL["sd15"], BenchOptions("cpu", "bfloat16", particles=2, steps=4, quick=True))
     assert subject.pipe.dtype == torch.bfloat16
     _, _, _, check = measured("naive_d3po_over_ours", subject)
     assert check.difference <= 0.1
@@ -298,5 +320,7 @@ def test_naive_and_ours_run_in_half_precision() -> None:
 
 
 def test_nothing_is_foretold_of_calls_that_cannot_be_counted() -> None:
-    told = by_counts(Measured("naive", [2.0], counts={"denoiser": 4}, parts={"denoiser": 1.0}), Measured("ours", [1.0]))
+    told = predict_by_counts(
+        Measurement("naive", [2.0], counts={"denoiser": 4}, parts={"denoiser": 1.0}), Measurement("ours", [1.0])
+    )
     assert told.ratio is None and told.at_most is None

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from steer.errors import InputError
 from steer.training import checkpoint as checkpoint_files
-from steer.training.checkpoint import MANIFEST, Checkpoint, Checkpoints, _rendered
+from steer.training.checkpoint import MANIFEST, Checkpoint, Checkpoints, _manifest_bytes
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int64, torch.uint8, torch.bool]
 
@@ -64,9 +64,9 @@ def test_a_checkpoint_is_a_folder_of_plain_files(tmp_path: Path) -> None:
     path = save(tmp_path / "runs" / "one", 120)
     assert path == tmp_path / "runs" / "one" / "step-00000120" and names(path.parent) == [path.name]
     assert names(path) == [MANIFEST, "none.safetensors", "state.json", "weights.safetensors"]
-    told = json.loads((path / MANIFEST).read_text())
-    assert told["version"] == 1 and told["step"] == 120
-    for name, one in told["files"].items():
+    manifest = json.loads((path / MANIFEST).read_text())
+    assert manifest["version"] == 1 and manifest["step"] == 120
+    for name, one in manifest["files"].items():
         assert one["size"] == (path / name).stat().st_size
         assert one["sha256"] == subprocess.check_output(["sha256sum", path / name], text=True).split()[0]
     assert {file.stat().st_mode for file in path.iterdir()} == {(path / MANIFEST).stat().st_mode}  # for all who may
@@ -164,9 +164,9 @@ def test_every_changed_byte_is_noticed(tmp_path: Path) -> None:
 
 def rewritten(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """A manifest that is right in itself, as somebody may make it who means harm."""
-    told = json.loads((path / MANIFEST).read_text())
-    change(told)
-    (path / MANIFEST).write_bytes(_rendered(told["step"], told["files"]))
+    manifest = json.loads((path / MANIFEST).read_text())
+    change(manifest)
+    (path / MANIFEST).write_bytes(_manifest_bytes(manifest["step"], manifest["files"]))
 
 
 def link(file: Path, target: Path) -> None:
@@ -271,8 +271,8 @@ def test_right_sums_of_what_is_no_tensor_file_are_refused_in_reading(tmp_path: P
     path = save(tmp_path, 1)
     for name in ("weights.safetensors", "state.json"):
         (path / name).write_bytes(b"[" * 10**5)
-        entry = {"size": 10**5, "sha256": checkpoint_files._sum(path / name)}
-        rewritten(path, lambda told, name=name, entry=entry: told["files"].update({name: entry}))
+        entry = {"size": 10**5, "sha256": checkpoint_files._sha256(path / name)}
+        rewritten(path, lambda manifest, name=name, entry=entry: manifest["files"].update({name: entry}))
     for read in (lambda: Checkpoint.open(path).tensors("weights"), lambda: Checkpoint.open(path).json("state")):
         with pytest.raises(InputError, match="cannot be read"):
             read()

@@ -41,7 +41,7 @@ class Machine:
 
     def __init__(self, fatal: int = -1, error: OSError | None = None) -> None:
         self.fatal, self.error = fatal, error
-        self.told: list[str] = []
+        self.operations: list[str] = []
         self.paths: dict[int, Path] = {}
         self.synced: set[int] = set()  # files whose bytes are on the disk
         self.renamed: list[tuple[Path, Path]] = []  # and names that are not
@@ -72,8 +72,8 @@ class Machine:
             first, last = (self.paths[one] if name == "fsync" else one for one in (args[0], args[-1]))
             path = Path(last if name == "write" and isinstance(last, Path) else first)
             target = f" → {Path(last).name}" if name in ("rename", "replace") else ""
-            self.told.append(re.sub("(new|trash)-[0-9a-f]{8}", r"\1", f"{name} {path.name}{target}"))
-            ours = len(self.told) - 1 == self.fatal
+            self.operations.append(re.sub("(new|trash)-[0-9a-f]{8}", r"\1", f"{name} {path.name}{target}"))
+            ours = len(self.operations) - 1 == self.fatal
             if ours and self.error and name != "write":
                 raise self.error
             try:
@@ -148,8 +148,8 @@ def calls(tmp_path: Path, kind: str) -> int:
     machine = Machine()
     with machine.running():
         save(tmp_path / "count", KINDS[kind][0], version=1)
-    assert len(machine.told) >= 20
-    return len(machine.told)
+    assert len(machine.operations) >= 20
+    return len(machine.operations)
 
 
 @pytest.mark.parametrize("power", ["stays", "is cut"])
@@ -159,7 +159,7 @@ def test_dying_at_any_step_leaves_a_whole_checkpoint(tmp_path: Path, kind: str, 
     for fatal in range(calls(tmp_path, kind)):
         folder = tmp_path / f"{fatal}"
         machine = started(folder, kind)
-        machine.told, machine.fatal = [], fatal
+        machine.operations, machine.fatal = [], fatal
         with machine.running(), pytest.raises(Died):
             save(folder, step, version=1)
         consistent(folder, before)
@@ -198,7 +198,7 @@ def test_dying_again_and_again_leaves_a_whole_checkpoint(tmp_path: Path) -> None
         folder = tmp_path / f"{number}"
         machine, step, reached = started(folder, "the same step"), 2, 2
         for _ in range(3):
-            machine.told, machine.dead = [], False
+            machine.operations, machine.dead = [], False
             machine.fatal, step = rng.randrange(45), step + rng.randrange(2)
             try:
                 with machine.running():
@@ -214,18 +214,20 @@ def test_nothing_takes_its_name_before_it_is_on_the_disk(tmp_path: Path) -> None
     machine = Machine()
     with machine.running():
         save(tmp_path, 2)
-    told = [one for one in machine.told if not one.startswith("chmod")]
+    operations = [one for one in machine.operations if not one.startswith("chmod")]
     new, folder = ".step-00000002.new", tmp_path.name
     files = ["weights.safetensors", "none.safetensors", "state.json", "manifest.json"]
-    assert told[0] == f"mkdir {folder}" and told[1] == f"mkdir {new}"
-    assert told[2:13] == [
+    assert operations[0] == f"mkdir {folder}" and operations[1] == f"mkdir {new}"
+    assert operations[2:13] == [
         *(f"{verb} {file}" for file in files for verb in ("write", "fsync")),
         f"fsync {new}",
         f"rename {new} → step-00000002",
         f"fsync {folder}",
     ]
-    assert told[13:15] == ["rename step-00000001 → .step-00000001.trash", f"fsync {folder}"]
-    assert {one.split()[0] for one in told[15:]} == {"unlink", "rmdir"} and told[-1] == "rmdir .step-00000001.trash"
+    assert operations[13:15] == ["rename step-00000001 → .step-00000001.trash", f"fsync {folder}"]
+    assert {one.split()[0] for one in operations[15:]} == {"unlink", "rmdir"} and operations[
+        -1
+    ] == "rmdir .step-00000001.trash"
 
 
 def test_another_checkpoint_of_a_step_is_hidden_before_it_is_removed(tmp_path: Path) -> None:
@@ -235,11 +237,11 @@ def test_another_checkpoint_of_a_step_is_hidden_before_it_is_removed(tmp_path: P
     with machine.running():
         save(tmp_path, 2)  # equal: what is there stays
     assert [(path / name).stat().st_mtime_ns for name in names(path)] == written
-    assert not [one for one in machine.told if one.startswith("rename")]
+    assert not [one for one in machine.operations if one.startswith("rename")]
     machine = Machine()
     with machine.running():
         save(tmp_path, 2, version=1)
-    assert [one for one in machine.told if one.startswith("rename") or one == f"fsync {tmp_path.name}"] == [
+    assert [one for one in machine.operations if one.startswith("rename") or one == f"fsync {tmp_path.name}"] == [
         "rename step-00000002 → .step-00000002.old",
         "rename .step-00000002.new → step-00000002",
         f"fsync {tmp_path.name}",
@@ -286,12 +288,12 @@ def test_a_disk_that_is_full_in_fact(tmp_path: Path) -> None:
         save(tmp_path / "step-00000001" / "state.json", 1)  # a file is no folder
 
 
-def killed_many_times(folder: Path, rounds: int) -> None:
+def killed_many_times(folder: Path, repeats: int) -> None:
     """In a process of its own: children that save without a pause, each killed at some moment."""
     os.fsync = lambda number: None  # a kill loses nothing that a power cut would
     rng, reached = random.Random(1), 0
     save(folder, 0)
-    for _ in range(rounds):
+    for _ in range(repeats):
         reading, writing = os.pipe()
         if (child := os.fork()) == 0:
             step = consistent(folder, reached).step

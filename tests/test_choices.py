@@ -21,26 +21,26 @@ from torch import Tensor
 from steer import D3POTrainer, TrainingConfig
 from steer.errors import InputError
 from steer.pipelines.training.method import sampler_of
-from steer.pipelines.training.preference_data import PreferenceDataset, PreferenceFolder, check_choices
-from steer.pipelines.training.preference_data import settings_of as settings_told
-from steer.pipelines.training.preference_files import pixel_hash, pixels_of, read_choices, read_lines
+from steer.pipelines.training.preference_data import PreferenceDataset, PreferenceFolder, check_preferences
+from steer.pipelines.training.preference_data import settings_of as sampling_config_of
+from steer.pipelines.training.preference_files import pixel_hash, pixels_of, read_lines, read_preferences
 from steer.training.distributed import SINGLE_PROCESS
 from steer.training.rollout import Rows, Sampler, log_probs
 from steer.training.trainable import LoRA
 
 CALL = call_of("sd")
-LOTS = [Rows((PROMPT,) * 3, (7,) * 3, (1, 2, 3)), Rows(("a star",) * 3, (8,) * 3, (4, 5, 6))]
+GROUPS = [Rows((PROMPT,) * 3, (7,) * 3, (1, 2, 3)), Rows(("a star",) * 3, (8,) * 3, (4, 5, 6))]
 CHOICES = [(0, 2, 1), (1, 0, 1), (0, 0, 1)]
 
 
-def record(path: Path, keep: bool, choices: list[tuple[int, int, int]] = CHOICES) -> list[str]:
+def record(path: Path, keep: bool, preferences: list[tuple[int, int, int]] = CHOICES) -> list[str]:
     """A folder as the app would write it; the lots' names."""
     pipe = fresh_pipe("sd")
     folder = PreferenceFolder.create(path, pipe, CALL)
     sampler = Sampler(pipe, CALL)
-    names = [folder.write_lot(*sampler.rollout(rows), keep_trajectories=keep) for rows in LOTS]
-    for lot, chosen, rejected in choices:
-        folder.write_choice(names[lot], chosen, rejected)
+    names = [folder.write_group(*sampler.rollout(rows), keep_trajectories=keep) for rows in GROUPS]
+    for group, chosen, rejected in preferences:
+        folder.write_preference(names[group], chosen, rejected)
     return names
 
 
@@ -60,11 +60,13 @@ def stored(recorded: dict[str, Path], tmp_path: Path) -> Path:
 
 
 def tiny(folder: Path, **changed: Any) -> TrainingConfig:
-    return replace(settings_of("d3po", **PLAIN, warmup_steps=0), **settings_told(folder) | {"max_steps": 3} | changed)
+    return replace(
+        settings_of("d3po", **PLAIN, warmup_steps=0), **sampling_config_of(folder) | {"max_steps": 3} | changed
+    )
 
 
 def train(folder: Path, out: Path, settings: TrainingConfig | None = None, pipe: Any = None, **options: Any) -> Any:
-    return D3POTrainer(pipe or fresh_pipe("sd")).train_on_choices(folder, out, settings or tiny(folder), **options)
+    return D3POTrainer(pipe or fresh_pipe("sd")).train_on_preferences(folder, out, settings or tiny(folder), **options)
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -97,9 +99,9 @@ def test_stored_and_regenerated_trajectories_train_to_the_same_bits(recorded: di
         )  # the reference itself
         assert all(record["margin"] > 0 and record["pairs"] == 2 for record in later)
     assert not (tmp_path / "stored" / "regenerated").exists()
-    again = PreferenceFolder(tmp_path / "seeds" / "regenerated").lots
-    for lot in read_choices(recorded["stored"]).lots.values():
-        assert torch.equal(again[lot.id].load().latents, lot.load().latents)
+    again = PreferenceFolder(tmp_path / "seeds" / "regenerated").groups
+    for group in read_preferences(recorded["stored"]).groups.values():
+        assert torch.equal(again[group.id].load().latents, group.load().latents)
 
 
 @pytest.mark.parametrize("trajectory", [False, True])
@@ -108,17 +110,17 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
 ) -> None:
     pipe, folder = fresh_pipe("sd"), recorded["stored"]
     settings = tiny(folder, max_steps=4, train_batch_size=3, micro_batch=3, kl_weight=0.0, kl_target=None)
-    lots = list(read_choices(folder).lots.values())
+    groups = list(read_preferences(folder).groups.values())
 
     def likelihoods() -> list[Tensor]:
         sampler = sampler_of(pipe, settings)
-        return [log_probs(sampler, lot.load()).sum(1) for lot in lots]
+        return [log_probs(sampler, group.load()).sum(1) for group in groups]
 
     before = likelihoods()
-    D3POTrainer(pipe, trajectory=trajectory).train_on_choices(folder, tmp_path, replace(settings, ema_decay=0.0))
+    D3POTrainer(pipe, trajectory=trajectory).train_on_preferences(folder, tmp_path, replace(settings, ema_decay=0.0))
     gained = [after - start for start, after in zip(before, likelihoods(), strict=True)]
-    for lot, chosen, rejected in CHOICES:
-        assert gained[lot][chosen] > gained[lot][rejected] + 1e-3
+    for group, chosen, rejected in CHOICES:
+        assert gained[group][chosen] > gained[group][rejected] + 1e-3
 
 
 def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorded: dict[str, Path]) -> None:
@@ -129,52 +131,54 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
     lora = LoRA(pipe, 2)
     move(lora, 0.05)
     sampler = sampler_of(pipe, settings)
-    lots = source.recorded.lots
+    groups = source.recorded.groups
     stream: list[int] = []
     for number in (0, 1):
         calls: list[int] = []
-        drew = source.round(number, sampler, lora, lambda calls=calls: calls.append(1), SINGLE_PROCESS)
+        sampled = source.round(number, sampler, lora, lambda calls=calls: calls.append(1), SINGLE_PROCESS)
         assert len(calls) == 3 * 2 * 2  # updates × chunks × (reference, today)
-        seen = []
-        for batch in drew.batches:
+        pairs_seen = []
+        for batch in sampled.batches:
             assert [len(chunk.rows) for chunk in batch.chunks] == [1, 1]
             assert batch.rewards.tolist() == [[1.0, 0.0]] and len(batch.steps) == 2
             pair = tuple(chunk.rows.noises[0] for chunk in batch.chunks)
-            seen.append(pair)
+            pairs_seen.append(pair)
             for chunk, reference in zip(batch.chunks, batch.references, strict=True):
                 steps = list(batch.steps)
                 today = log_probs(sampler, chunk)[:, steps]
                 assert torch.equal(chunk.log_probs[:, steps], today)
                 left_out = [step for step in range(3) if step not in steps]
                 assert bool(chunk.log_probs[:, left_out].any()) == (number == 0)  # all are held against a replay
-                lot = next(lot for lot in lots.values() if chunk.rows.noises[0] in lot.rows.noises)
-                own = lot.load()
-                row = lot.rows.noises.index(chunk.rows.noises[0])
+                group = next(group for group in groups.values() if chunk.rows.noises[0] in group.rows.noises)
+                own = group.load()
+                row = group.rows.noises.index(chunk.rows.noises[0])
                 assert torch.equal(chunk.latents[0], own.latents[row])
                 torch.testing.assert_close(reference.log_probs[0], own.log_probs[row, steps], atol=1e-4, rtol=0)
                 assert not torch.allclose(today, reference.log_probs, atol=1e-3)
-        stream += [noise for noise, _ in seen]
-        assert sorted(seen) == sorted((LOTS[lot].noises[a], LOTS[lot].noises[b]) for lot, a, b in CHOICES)
-    assert (drew.told[0]["turn"], drew.told[2]["turn"]) == (1.0, pytest.approx(5 / 3))
-    drew = replace(source, settings=replace(settings, train_batch_size=2)).round(
+        stream += [noise for noise, _ in pairs_seen]
+        assert sorted(pairs_seen) == sorted(
+            (GROUPS[group].noises[a], GROUPS[group].noises[b]) for group, a, b in CHOICES
+        )
+    assert (sampled.loaded[0]["turn"], sampled.loaded[2]["turn"]) == (1.0, pytest.approx(5 / 3))
+    sampled = replace(source, settings=replace(settings, train_batch_size=2)).round(
         0, sampler, lora, lambda: None, SINGLE_PROCESS
     )
-    chosen = [batch.chunks[place].rows.noises[0] for batch in drew.batches for place in (0, 2)]
+    chosen = [batch.chunks[place].rows.noises[0] for batch in sampled.batches for place in (0, 2)]
     assert chosen == stream  # the same one, two at a time
 
 
 def test_a_batch_of_micro_batches_is_the_batch(recorded: dict[str, Path], tmp_path: Path) -> None:
     folder = recorded["stored"]
-    found = []
+    margins = []
     for size in (1, 4):
         result = train(folder, tmp_path / str(size), tiny(folder, max_steps=2, micro_batch=size, train_batch_size=3))
-        found.append([record["margin"] for record in result.records[1:]])
-    torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(found[1]), rtol=1e-3, atol=1e-5)
+        margins.append([record["margin"] for record in result.records[1:]])
+    torch.testing.assert_close(torch.tensor(margins[0]), torch.tensor(margins[1]), rtol=1e-3, atol=1e-5)
 
 
 def test_stopped_amid_a_round_and_resumed_it_ends_the_same(recorded: dict[str, Path], tmp_path: Path) -> None:
     folder = recorded["seeds"]
-    settings = tiny(folder, checkpoint_every=9, steps_per_generation=2)
+    settings = tiny(folder, save_steps=9, steps_per_generation=2)
     train(folder, tmp_path / "whole", settings)
     train(folder, tmp_path / "components", replace(settings, max_steps=1))
     assert train(folder, tmp_path / "components", settings, resume=True).step == 3
@@ -188,7 +192,8 @@ def test_resuming_draws_nothing_anew_that_was_drawn(recorded: dict[str, Path], t
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(1.5)  # it would draw others, so it draws none
     assert all(
-        lot.trajectories for lot in PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path).lots.values()
+        group.trajectories
+        for group in PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path).groups.values()
     )
 
 
@@ -199,8 +204,8 @@ def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Pat
     with torch.no_grad():
         other.unet.conv_out.weight.mul_(1.5)
     folder = PreferenceFolder.create(tmp_path / "other", other, CALL)
-    drew, images = Sampler(other, CALL).rollout(LOTS[0])
-    folder.write_choice(folder.write_lot(drew, images, keep_trajectories=False), 0, 1)
+    sampled, images = Sampler(other, CALL).rollout(GROUPS[0])
+    folder.write_preference(folder.write_group(sampled, images, keep_trajectories=False), 0, 1)
     with pytest.raises(InputError, match="is there with other images"):
         PreferenceDataset.of(tmp_path / "other", other, settings, tmp_path / "run")
 
@@ -216,7 +221,7 @@ def test_only_the_lots_that_a_run_needs_are_drawn_anew(recorded: dict[str, Path]
     source = PreferenceDataset.of(
         recorded["seeds"], fresh_pipe("sd"), tiny(recorded["seeds"], max_steps=1, train_batch_size=1), tmp_path
     )
-    assert len(source.lots) == len(PreferenceFolder(tmp_path / "regenerated").lots) == 1
+    assert len(source.groups) == len(PreferenceFolder(tmp_path / "regenerated").groups) == 1
 
 
 def test_other_choices_are_another_run(stored: Path, tmp_path: Path) -> None:
@@ -228,8 +233,8 @@ def test_other_choices_are_another_run(stored: Path, tmp_path: Path) -> None:
 
 
 def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path, tmp_path: Path) -> None:
-    told = settings_told(stored)
-    assert told == {
+    loaded = sampling_config_of(stored)
+    assert loaded == {
         "num_inference_steps": 4,
         "guidance_scale": 3.0,
         "call": {"height": 8, "width": 8},
@@ -286,8 +291,8 @@ def test_another_scheduler_or_model_is_refused(recorded: dict[str, Path], tmp_pa
 
 def test_a_mismatch_tells_what_else_is_another(recorded: dict[str, Path], tmp_path: Path) -> None:
     folder = Path(shutil.copytree(recorded["seeds"], tmp_path / "choices"))
-    told = json.loads((folder / "settings.json").read_text()) | {"device": "cuda", "torch": "1.0"}
-    (folder / "settings.json").write_text(json.dumps(told))
+    loaded = json.loads((folder / "settings.json").read_text()) | {"device": "cuda", "torch": "1.0"}
+    (folder / "settings.json").write_text(json.dumps(loaded))
     assert train(folder, tmp_path / "same pixels").step == 3  # as long as they are the same, it is no matter
     pipe = fresh_pipe("sd")
     with torch.no_grad():
@@ -303,16 +308,16 @@ def lines_of(folder: Path, *rows: object) -> None:
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def first_lot(folder: Path) -> str:
+def first_group(folder: Path) -> str:
     return json.loads((folder / "lots.jsonl").read_text().splitlines()[0])["lot"]
 
 
 def image(folder: Path) -> Path:
-    return folder / "images" / f"{first_lot(folder)}-0.png"
+    return folder / "images" / f"{first_group(folder)}-0.png"
 
 
 def trajectories(folder: Path) -> Path:
-    return folder / "trajectories" / f"{first_lot(folder)}.safetensors"
+    return folder / "trajectories" / f"{first_group(folder)}.safetensors"
 
 
 def repaint(folder: Path) -> None:
@@ -355,7 +360,10 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (shutil.rmtree, "no such folder of choices"),
     "no choices": (lambda folder: (folder / "choices.jsonl").unlink(), r"has no choices\.jsonl"),
     "empty": (lines_of, "holds no choice beside 0 ties"),
-    "only ties": (lambda folder: lines_of(folder, {"lot": first_lot(folder), "tie": True}), "no choice beside 1 ties"),
+    "only ties": (
+        lambda folder: lines_of(folder, {"lot": first_group(folder), "tie": True}),
+        "no choice beside 1 ties",
+    ),
     "pairs": (lambda folder: lines_of(folder, PAIR), r"choices\.jsonl, line 1: these are " + PLAIN_PAIRS),
     "images": (lambda folder: lines_of(folder, {"images": ["a.png", "b.png"], "chosen": 0}), PLAIN_PAIRS),
     "a file": (lambda folder: [shutil.rmtree(folder), folder.write_text(json.dumps(PAIR))], PLAIN_PAIRS),
@@ -367,19 +375,19 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no lot": (lambda folder: lines_of(folder, {"chosen": 0, "rejected": 1}), "line 1: lot None is not in lots"),
     "one image": (
-        lambda folder: lines_of(folder, {"lot": first_lot(folder), "chosen": 1, "rejected": 1}),
+        lambda folder: lines_of(folder, {"lot": first_group(folder), "chosen": 1, "rejected": 1}),
         "chosen and rejected are both 1",
     ),
     "beyond": (
-        lambda folder: lines_of(folder, {"lot": first_lot(folder), "chosen": 0, "rejected": 3}),
+        lambda folder: lines_of(folder, {"lot": first_group(folder), "chosen": 0, "rejected": 3}),
         "rejected must be the number of an image, 0 to 2, got 3",
     ),
     "below": (
-        lambda folder: lines_of(folder, {"lot": first_lot(folder), "chosen": -1, "rejected": 0}),
+        lambda folder: lines_of(folder, {"lot": first_group(folder), "chosen": -1, "rejected": 0}),
         "chosen must be the number of an image, 0 to 2, got -1",
     ),
     "true": (
-        lambda folder: lines_of(folder, {"lot": first_lot(folder), "chosen": True, "rejected": 0}),
+        lambda folder: lines_of(folder, {"lot": first_group(folder), "chosen": True, "rejected": 0}),
         "chosen must be the number of an image, 0 to 2, got True",
     ),
     "no json": (
@@ -399,7 +407,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fewer trajectories": (other_tensors, "not trajectories of lot"),
     "outside": (name_outside, r"lots\.jsonl, line 1: .*secret\.png'\) is no file of lot"),
     "a lot outside": (
-        lambda folder: change_line(folder / "lots.jsonl", 0, lot="../x"),
+        lambda folder: change_line(folder / "lots.jsonl", 0, group="../x"),
         "lot must be a name of letters",
     ),
     "starts": (
@@ -416,7 +424,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "told twice": (
         lambda folder: change_line(
-            folder / "lots.jsonl", 1, lot=first_lot(folder), images=3 * [{"file": "", "sha256": ""}]
+            folder / "lots.jsonl", 1, group=first_group(folder), images=3 * [{"file": "", "sha256": ""}]
         ),
         "is no file of lot",
     ),
@@ -425,30 +433,30 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_folder_is_refused(case: str, stored: Path) -> None:
-    check_choices(stored)
+    check_preferences(stored)
     spoil, said = REFUSED[case]
     spoil(stored)
     with pytest.raises(InputError, match=said) as refused:
-        check_choices(stored)
+        check_preferences(stored)
     assert "\n" not in str(refused.value)
 
 
 def test_a_lot_told_twice_and_otherwise_is_refused(stored: Path) -> None:
     lines = (stored / "lots.jsonl").read_text().splitlines()
     (stored / "lots.jsonl").write_text("\n".join([*lines, lines[0]]))
-    check_choices(stored)
+    check_preferences(stored)
     (stored / "lots.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"noises": [1, 2, 9]})]))
     with pytest.raises(InputError, match=r"line 3: lot .* was told before, and otherwise"):
-        check_choices(stored)
+        check_preferences(stored)
 
 
 @pytest.mark.parametrize("name", ["pipeline", "scheduler", "call", "eta", "storage", "dtype", "device", "torch"])
 def test_settings_that_are_missing_or_no_such_thing_are_refused(name: str, stored: Path) -> None:
-    told = json.loads((stored / "settings.json").read_text())
-    for wrong in ({key: value for key, value in told.items() if key != name}, told | {name: [1]}):
+    loaded = json.loads((stored / "settings.json").read_text())
+    for wrong in ({key: value for key, value in loaded.items() if key != name}, loaded | {name: [1]}):
         (stored / "settings.json").write_text(json.dumps(wrong))
         with pytest.raises(InputError, match=f"{name} is missing or of the wrong kind"):
-            check_choices(stored)
+            check_preferences(stored)
 
 
 # ---- writing
@@ -459,11 +467,11 @@ def test_what_is_written_twice_is_there_once_and_other_images_are_refused(tmp_pa
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     pipe = fresh_pipe("sd")
     folder = PreferenceFolder.create(tmp_path, pipe, CALL)
-    drew, images = Sampler(pipe, CALL).rollout(LOTS[0])
-    assert folder.write_lot(drew, images) == names[0]
+    sampled, images = Sampler(pipe, CALL).rollout(GROUPS[0])
+    assert folder.write_group(sampled, images) == names[0]
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="is there with other images"):
-        folder.write_lot(drew, 1 - images)
+        folder.write_group(sampled, 1 - images)
     with pytest.raises(InputError, match=r"drawn with guidance_scale 3.0, not 4.0: use another folder"):
         PreferenceFolder.create(tmp_path, pipe, CALL | {"guidance_scale": 4.0})
 
@@ -480,7 +488,7 @@ def test_what_no_training_could_learn_from_is_not_written(tmp_path: Path) -> Non
         PreferenceFolder.create(tmp_path / "x", pipe, CALL, storage="int8")
     assert not (tmp_path / "x").exists()
     folder = PreferenceFolder.create(tmp_path / "x", pipe, CALL)
-    drew, images = Sampler(pipe, CALL).rollout(LOTS[0])
+    sampled, images = Sampler(pipe, CALL).rollout(GROUPS[0])
     for rows, said in (
         (Rows((PROMPT,) * 3, (7, 7, 8), (1, 2, 3)), "one prompt from one x_T"),
         (Rows((PROMPT, PROMPT, "a"), (7,) * 3, (1, 2, 3)), "one prompt from one x_T"),
@@ -488,15 +496,15 @@ def test_what_no_training_could_learn_from_is_not_written(tmp_path: Path) -> Non
         (Rows((PROMPT,), (7,), (1,)), "two or more samples"),
     ):
         with pytest.raises(InputError, match=said):
-            folder.write_lot(replace(drew, rows=rows), images)
+            folder.write_group(replace(sampled, rows=rows), images)
     with pytest.raises(InputError, match="images of shape"):
-        folder.write_lot(drew, images[:2])
+        folder.write_group(sampled, images[:2])
     with pytest.raises(InputError, match=r"hold torch.float16, the folder is for float32"):
-        folder.write_lot(replace(drew, latents=drew.latents.half()), images)
-    lot = folder.write_lot(drew, images)
+        folder.write_group(replace(sampled, latents=sampled.latents.half()), images)
+    group = folder.write_group(sampled, images)
     for chosen, rejected in ((0, 0), (0, 3), (-1, 0)):
         with pytest.raises(InputError, match="two different numbers below 3"):
-            folder.write_choice(lot, chosen, rejected)
+            folder.write_preference(group, chosen, rejected)
     with pytest.raises(InputError, match="has no lot 'y'"):
         folder.write_tie("y")
     assert not (tmp_path / "x" / "choices.jsonl").exists()
@@ -519,25 +527,25 @@ def test_a_line_that_a_crash_broke_off_is_left_out_and_written_over(
                 ]
             assert "broken off by a crash" in caplog.text
             caplog.clear()
-    lot = first_lot(stored)
+    group = first_group(stored)
     if file == "choices.jsonl":
-        PreferenceFolder(stored).write_choice(lot, 1, 2, who="me")
+        PreferenceFolder(stored).write_preference(group, 1, 2, who="me")
         assert (stored / file).read_bytes().startswith(whole)
-        assert read_lines(stored / file)[-1] == (4, {"who": "me", "lot": lot, "chosen": 1, "rejected": 2})
-    check_choices(stored)
+        assert read_lines(stored / file)[-1] == (4, {"who": "me", "lot": group, "chosen": 1, "rejected": 2})
+    check_preferences(stored)
 
 
 def test_a_last_line_without_its_end_is_kept(stored: Path) -> None:
     path = stored / "choices.jsonl"
     path.write_bytes(path.read_bytes().rstrip())
-    PreferenceFolder(stored).write_tie(first_lot(stored))
+    PreferenceFolder(stored).write_tie(first_group(stored))
     assert len(read_lines(path)) == 4
 
 
 def test_ties_are_dropped_and_counted(stored: Path, caplog: pytest.LogCaptureFixture) -> None:
-    PreferenceFolder(stored).write_tie(first_lot(stored))
-    found = read_choices(stored)
-    assert (len(found.choices), found.ties) == (3, 1) and "1 ties of 4 choices are left out" in caplog.text
+    PreferenceFolder(stored).write_tie(first_group(stored))
+    margins = read_preferences(stored)
+    assert (len(margins.preferences), margins.ties) == (3, 1) and "1 ties of 4 choices are left out" in caplog.text
 
 
 def test_the_hash_is_of_pixels_and_their_shape() -> None:

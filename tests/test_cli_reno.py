@@ -18,7 +18,7 @@ from torch import Generator
 from steer import Iteration
 from steer.apps import methods
 from steer.apps.cli import main as cli
-from steer.apps.methods import METHODS, Job, SampleSettings
+from steer.apps.methods import METHODS, Job, SamplingConfig
 from steer.apps.plots import Frames, draw_progress
 from steer.assets import MODELS
 
@@ -55,7 +55,7 @@ class Broken(Warm):
     def fail(self, images):
         return images.sum((1, 2, 3)) * float("nan")
 """
-SETTINGS = SampleSettings(
+SETTINGS = SamplingConfig(
     model="scenes",
     method="reno",
     reward="scene-soft",
@@ -214,7 +214,7 @@ def test_a_report_of_an_older_version_is_continued(steer: Steer, tmp_path: Path)
     assert steer(*words)[0] == 0
     path = tmp_path / "report.json"
     report = json.loads(path.read_text())
-    for name in [one.name for one in fields(SampleSettings) if one.default is not MISSING]:
+    for name in [one.name for one in fields(SamplingConfig) if one.default is not MISSING]:
         del report["settings"][name]
     del report["prompts"][0]["cost"]["gradients"], report["cost"]["gradients"], report["prompts"][1]
     del report["prompts"][0]["cost"]["other_decodes"], report["cost"]["other_decodes"], report["sha256"]
@@ -228,7 +228,7 @@ def test_a_report_of_an_older_version_is_continued(steer: Steer, tmp_path: Path)
 
 def test_the_defaults_of_the_command_are_those_of_older_reports() -> None:
     said = {option.name: option.default for option in cli.sample.params}
-    for one in fields(SampleSettings):
+    for one in fields(SamplingConfig):
         if one.default is not MISSING:
             assert one.name in said and (said[one.name] == one.default or one.default is None), one.name
 
@@ -264,7 +264,7 @@ def test_options_are_checked_before_the_model(steer: Steer, tmp_path: Path, word
     assert not (tmp_path / "o").exists()
 
 
-class Told(Exception):
+class FileRecord(Exception):
     """Carries the arguments of a method's pipeline out of it."""
 
 
@@ -295,14 +295,14 @@ def test_every_option_reaches_its_pipeline(
 ) -> None:
     given = dict.fromkeys([*own_words, "particles", "steps", "eta"]) | {"method": method, "seed": 5}
     given |= {name: object() for name, value in given.items() if value is None}
-    job = Job(OfTwoArguments(), METHODS, "a star", SampleSettings(**asdict(SETTINGS) | given), Path("x"))
+    job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig(**asdict(SETTINGS) | given), Path("x"))
 
     def tell(self: Any, *words: Any, **named: Any) -> None:
-        raise Told(words, named)
+        raise FileRecord(words, named)
 
     monkeypatch.setattr(getattr(methods, pipeline), "__init__", lambda self, pipe, reward: None)
     monkeypatch.setattr(getattr(methods, pipeline), "__call__", tell)
-    with pytest.raises(Told) as told:
+    with pytest.raises(FileRecord) as told:
         METHODS[method].run(job)
     (prompt,), named = told.value.args
     assert prompt == "a star" and {name: named[name] for name in own_words} == {name: given[name] for name in own_words}

@@ -220,8 +220,8 @@ def make(request: pytest.FixtureRequest, tiny: Path) -> Make:
     """A reward of one kind with further options."""
 
     def made(**options: object) -> ClipReward:
-        told = "".join(f",{key}={value}" for key, value in options.items())
-        reward = load_reward(specification(request.param, tiny) + told)
+        error_text = "".join(f",{key}={value}" for key, value in options.items())
+        reward = load_reward(specification(request.param, tiny) + error_text)
         assert isinstance(reward, ClipReward)
         return reward
 
@@ -457,10 +457,10 @@ def test_known_prompts_are_bounded_the_least_recently_used_are_forgotten() -> No
 def test_gradients_come_after_inference_mode(make: Make) -> None:
     reward = make()
     with torch.inference_mode():
-        seen = reward(squares(), PROMPTS)
+        inputs = reward(squares(), PROMPTS)
     images = squares().requires_grad_()
     scores = reward(images, PROMPTS)
-    assert allclose(scores, seen)
+    assert allclose(scores, inputs)
     assert torch.autograd.grad(scores.sum(), images)[0].abs().max() > 0
 
 
@@ -586,10 +586,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 def test_a_folder_whose_weights_do_not_fit_is_refused(
     tiny: Path, tmp_path: Path, folder: str, file: str, key: str, value: Tensor | None, message: str
 ) -> None:
-    spoilt = copied(tiny / folder, tmp_path / "spoilt")
-    state = {name: tensor for name, tensor in load_file(spoilt / file).items() if name != key}
-    save_file(state | ({key: value} if value is not None else {}), spoilt / file, metadata={"format": "pt"})
-    refused(lambda: load_reward(f"clip:{spoilt}"), f"CLIP '.*spoilt'.*{message}")
+    corrupt = copied(tiny / folder, tmp_path / "spoilt")
+    state = {name: tensor for name, tensor in load_file(corrupt / file).items() if name != key}
+    save_file(state | ({key: value} if value is not None else {}), corrupt / file, metadata={"format": "pt"})
+    refused(lambda: load_reward(f"clip:{corrupt}"), f"CLIP '.*spoilt'.*{message}")
 
 
 @pytest.mark.parametrize(
@@ -605,10 +605,10 @@ def test_a_folder_whose_weights_do_not_fit_is_refused(
     ],
 )
 def test_a_folder_that_lacks_a_file_is_refused(tiny: Path, tmp_path: Path, folder: str, missing: list[str]) -> None:
-    spoilt = copied(tiny / folder, tmp_path / "spoilt")
+    corrupt = copied(tiny / folder, tmp_path / "spoilt")
     for name in missing:
-        (spoilt / name).unlink()
-    refused(lambda: load_reward(f"clip:{spoilt}"), "CLIP '.*spoilt'")
+        (corrupt / name).unlink()
+    refused(lambda: load_reward(f"clip:{corrupt}"), "CLIP '.*spoilt'")
 
 
 @pytest.mark.parametrize(
@@ -625,16 +625,16 @@ def test_a_folder_that_lacks_a_file_is_refused(tiny: Path, tmp_path: Path, folde
     ],
 )
 def test_a_configuration_that_cannot_be_is_refused(tiny: Path, tmp_path: Path, config: str) -> None:
-    spoilt = copied(tiny / "open_clip", tmp_path / "spoilt")
-    (spoilt / CONFIG).write_text(config)
-    refused(lambda: load_reward(f"clip:{spoilt}"), "CLIP '.*spoilt'")
+    corrupt = copied(tiny / "open_clip", tmp_path / "spoilt")
+    (corrupt / CONFIG).write_text(config)
+    refused(lambda: load_reward(f"clip:{corrupt}"), "CLIP '.*spoilt'")
 
 
 def test_a_truncated_file_is_refused(tiny: Path, tmp_path: Path) -> None:
     for folder, file in (("open_clip", WEIGHTS), ("new", "model.safetensors")):
-        spoilt = copied(tiny / folder, tmp_path / folder)
-        (spoilt / file).write_bytes((tiny / folder / file).read_bytes()[:5000])
-        refused(partial(load_reward, f"clip:{spoilt}"), f"CLIP '.*{folder}' cannot be loaded")
+        corrupt = copied(tiny / folder, tmp_path / folder)
+        (corrupt / file).write_bytes((tiny / folder / file).read_bytes()[:5000])
+        refused(partial(load_reward, f"clip:{corrupt}"), f"CLIP '.*{folder}' cannot be loaded")
     (tmp_path / "HPS.pt").write_bytes((tiny / "HPS.pt").read_bytes()[:5000])
     spec = f"hpsv2:path={tmp_path / 'HPS.pt'},model={tiny / 'open_clip'}"
     refused(lambda: load_reward(spec), "HPS.pt: cannot be read, is it whole")
@@ -708,10 +708,10 @@ def test_no_code_of_a_folder_of_transformers_runs(
 def test_weights_with_code_in_a_folder_are_refused_and_not_run(
     tiny: Path, tmp_path: Path, folder: str, weights: str, pickled: str
 ) -> None:
-    spoilt, canary = copied(tiny / folder, tmp_path / "spoilt"), tmp_path / "canary"
-    (spoilt / weights).unlink()
-    torch.save(load_file(tiny / folder / weights) | {"logit_scale": Writes(canary)}, spoilt / pickled)
-    refused(lambda: load_reward(f"clip:{spoilt}"), "CLIP '.*spoilt' cannot be loaded")
+    corrupt, canary = copied(tiny / folder, tmp_path / "spoilt"), tmp_path / "canary"
+    (corrupt / weights).unlink()
+    torch.save(load_file(tiny / folder / weights) | {"logit_scale": Writes(canary)}, corrupt / pickled)
+    refused(lambda: load_reward(f"clip:{corrupt}"), "CLIP '.*spoilt' cannot be loaded")
     assert not canary.exists()
 
 

@@ -19,19 +19,19 @@ from steer.rewards.compose import (
     AGGREGATES,
     Aggregate,
     Calibration,
-    Combined,
+    CombinedReward,
     Constraint,
-    LogSigmoid,
-    Part,
-    Product,
-    Scale,
-    Standardised,
+    LogSigmoidReward,
+    ProductReward,
+    RewardStatistics,
+    StandardisedReward,
+    WeightedReward,
     aggregate,
     mean,
     mean_minus_std,
-    measured,
     quantile,
     read_calibration,
+    reward_statistics,
     total,
     worst,
 )
@@ -148,18 +148,20 @@ def test_sums_products_and_scales_by_hand() -> None:
     assert scored(combine([A, B, C]), scores) == [1.5, 3.25]
     assert scored(combine({A: 2, B: -4, C: 0.5}), scores) == [0.0, -1.0]
     assert scored(combine({A: 2, B: -4}, worst), scores) == [-2.0, -2.0]
-    product = Product([Constraint(A, ">", 0.0, 1.0), Constraint(B, "<", 0.25, 0.5)])
+    product = ProductReward([Constraint(A, ">", 0.0, 1.0), Constraint(B, "<", 0.25, 0.5)])
 
     def sigmoid(x: float) -> float:
         return 1 / (1 + math.exp(-x))
 
     assert scored(product, scores) == pytest.approx([sigmoid(1) * sigmoid(-0.5), sigmoid(-1) / 2])
-    assert scored(Standardised(A, Scale(0.5, 0.25, 9, {})), scores) == [2.0, -6.0]
-    assert scored(LogSigmoid(A, 0.5, 2.0), scores) == pytest.approx([math.log(sigmoid(0.25)), math.log(sigmoid(-0.75))])
+    assert scored(StandardisedReward(A, RewardStatistics(0.5, 0.25, 9, {})), scores) == [2.0, -6.0]
+    assert scored(LogSigmoidReward(A, 0.5, 2.0), scores) == pytest.approx(
+        [math.log(sigmoid(0.25)), math.log(sigmoid(-0.75))]
+    )
 
 
 def test_a_reference_may_be_each_prompts_own() -> None:
-    reward = LogSigmoid(A, {"p": 1.0, "q": -1.0})
+    reward = LogSigmoidReward(A, {"p": 1.0, "q": -1.0})
     images = showing([[2.0, 2.0, 0.0]])
     expected = [math.log(1 / (1 + math.exp(-x))) for x in (1, 3, 1)]
     assert score(reward, images, ["p", "q", "q"]).tolist() == pytest.approx(expected)
@@ -175,7 +177,7 @@ def test_a_sum_of_log_sigmoids_prefers_what_is_good_on_all() -> None:
     """
     scores = [[1.0, 4.0], [1.0, -1.0]]
     plain = scored(combine([A, B]), scores)
-    both = scored(combine([LogSigmoid(A, 0.0), LogSigmoid(B, 0.0)]), scores)
+    both = scored(combine([LogSigmoidReward(A, 0.0), LogSigmoidReward(B, 0.0)]), scores)
     assert plain == [2.0, 3.0]
     assert both == pytest.approx([-0.62652, -1.33141], abs=1e-5)
     # exp of it is the probability that both hold, were they independent.
@@ -195,17 +197,17 @@ def test_a_sum_is_linear_in_its_weights(
 ) -> None:
     rows = list(zip(*scores, strict=True))
     one, other = weights
-    found = scored(combine({A: one, B: other}), rows)
-    assert found == pytest.approx([one * a + other * b for a, b in scores], abs=1e-4)
+    result = scored(combine({A: one, B: other}), rows)
+    assert result == pytest.approx([one * a + other * b for a, b in scores], abs=1e-4)
     scaled = scored(combine({A: factor * one, B: factor * other}), rows)
-    assert scaled == pytest.approx([factor * value for value in found], abs=1e-3)
+    assert scaled == pytest.approx([factor * value for value in result], abs=1e-3)
 
 
 @given(a=numbers, b=numbers, more=st.floats(0, 10, width=32), bound=st.floats(-3, 3), temperature=st.floats(0.5, 5))
 def test_a_product_is_a_share_that_grows_with_every_margin(
     a: float, b: float, more: float, bound: float, temperature: float
 ) -> None:
-    product = Product([Constraint(A, ">", bound, temperature), Constraint(B, "<", bound, temperature)])
+    product = ProductReward([Constraint(A, ">", bound, temperature), Constraint(B, "<", bound, temperature)])
     here, better_a, better_b = scored(product, [[a, a + more, a], [b, b, b - more]])
     assert 0 <= here <= 1 and 0 < max(better_a, here) <= 1
     assert better_a >= here and better_b >= here
@@ -213,10 +215,10 @@ def test_a_product_is_a_share_that_grows_with_every_margin(
 
 @given(values=st.lists(numbers, min_size=2, max_size=9), temperature=st.floats(0.1, 10), reference=numbers)
 def test_log_sigmoids_are_below_0_and_keep_the_order(values: list[float], temperature: float, reference: float) -> None:
-    found = scored(LogSigmoid(A, reference, temperature), [values])
-    assert all(value <= 0 for value in found)
+    result = scored(LogSigmoidReward(A, reference, temperature), [values])
+    assert all(value <= 0 for value in result)
     order = sorted(range(len(values)), key=values.__getitem__)
-    assert all(found[low] <= found[high] + 1e-6 for low, high in pairwise(order))
+    assert all(result[low] <= result[high] + 1e-6 for low, high in pairwise(order))
 
 
 @given(values=st.lists(numbers, min_size=2, max_size=9))
@@ -225,9 +227,9 @@ def test_a_standardised_reward_has_mean_0_and_spread_1_on_what_it_was_measured_o
     if scores.double().std() < 1e-3:
         return
     prompts = ["pq"[k % 2] for k in range(len(values))]
-    scale = measured(scores, prompts)
-    found = torch.tensor(scored(Standardised(A, scale), [values]), dtype=torch.float64)
-    assert found.mean().item() == pytest.approx(0, abs=1e-2) and found.std().item() == pytest.approx(1, rel=1e-2)
+    scale = reward_statistics(scores, prompts)
+    result = torch.tensor(scored(StandardisedReward(A, scale), [values]), dtype=torch.float64)
+    assert result.mean().item() == pytest.approx(0, abs=1e-2) and result.std().item() == pytest.approx(1, rel=1e-2)
     assert scale.prompts == pytest.approx({"p": scores[::2].mean().item(), "q": scores[1::2].mean().item()}, abs=1e-4)
     assert scale.count == len(values)
 
@@ -235,19 +237,26 @@ def test_a_standardised_reward_has_mean_0_and_spread_1_on_what_it_was_measured_o
 @pytest.mark.parametrize("values", [[], [1.0], [0.1, 0.1, 0.1], [1e5] * 7])
 def test_scores_that_are_all_the_same_cannot_be_measured(values: list[float]) -> None:
     with pytest.raises(RewardError, match="every sample the same score cannot be calibrated"):
-        measured(torch.tensor(values), ["p"] * len(values))
+        reward_statistics(torch.tensor(values), ["p"] * len(values))
 
 
 def nested(inner: Reward) -> list[Reward]:
     """Compositions of `inner` and of two rewards with gradients."""
     bright, red = Brightness(), ColourMatch("red")
-    scale = Scale(0.3, 0.2, 9, {"p": 0.2, "q": 0.3})
+    scale = RewardStatistics(0.3, 0.2, 9, {"p": 0.2, "q": 0.3})
     return [
         combine({inner: 2.0, bright: -0.5}),
-        Combined([Part(inner, 0.3), Part(red), Part(bright)], mean_minus_std),
-        Combined([Part(inner), Part(Combined([Part(red), Part(Standardised(bright, scale), 0.1)], worst))]),
-        Product([Constraint(inner, ">", 0.4, 0.3), Constraint(combine([red, bright]), "<", 1.1, 0.2)]),
-        LogSigmoid(Product([Constraint(inner, ">", 0.4, 0.3)]), scale.prompts, 0.2),
+        CombinedReward([WeightedReward(inner, 0.3), WeightedReward(red), WeightedReward(bright)], mean_minus_std),
+        CombinedReward(
+            [
+                WeightedReward(inner),
+                WeightedReward(
+                    CombinedReward([WeightedReward(red), WeightedReward(StandardisedReward(bright, scale), 0.1)], worst)
+                ),
+            ]
+        ),
+        ProductReward([Constraint(inner, ">", 0.4, 0.3), Constraint(combine([red, bright]), "<", 1.1, 0.2)]),
+        LogSigmoidReward(ProductReward([Constraint(inner, ">", 0.4, 0.3)]), scale.prompts, 0.2),
     ]
 
 
@@ -283,18 +292,20 @@ def test_what_is_made_of_scores_has_exact_slopes(place: int) -> None:
 def test_images_are_scored_one_by_one(place: int) -> None:
     reward = nested(JpegCompressibility())[place]
     order = [2, 0, 3, 1]
-    found = score(reward, IMAGES, PROMPTS)
-    assert torch.allclose(score(reward, IMAGES[order], [PROMPTS[k] for k in order]), found[order], atol=1e-6)
+    result = score(reward, IMAGES, PROMPTS)
+    assert torch.allclose(score(reward, IMAGES[order], [PROMPTS[k] for k in order]), result[order], atol=1e-6)
     alone = [score(reward, IMAGES[k : k + 1], PROMPTS[k : k + 1]) for k in range(4)]
-    assert torch.allclose(torch.cat(alone), found, atol=1e-6)
+    assert torch.allclose(torch.cat(alone), result, atol=1e-6)
 
 
 def test_every_part_of_nested_compositions_is_told() -> None:
-    scale = Scale(0.0, 1.0, 2, {})
-    inner = Combined([Part(A), Part(Standardised(B, scale), 3)], worst, "inner")
-    reward = Combined([Part(inner, 2), Part(C, -1), Part(Product([Constraint(inner, ">", 0.0)]))])
+    scale = RewardStatistics(0.0, 1.0, 2, {})
+    inner = CombinedReward([WeightedReward(A), WeightedReward(StandardisedReward(B, scale), 3)], worst, "inner")
+    reward = CombinedReward(
+        [WeightedReward(inner, 2), WeightedReward(C, -1), WeightedReward(ProductReward([Constraint(inner, ">", 0.0)]))]
+    )
     images = showing([[1.0, 2.0], [0.5, 0.1], [7.0, 8.0]])
-    found, components = score_components(reward, images, ["", ""])
+    result, components = score_components(reward, images, ["", ""])
     assert reward.name == "inner:2 + c:-1 + product(inner > 0)"
     told = {name: values.tolist() for name, values in components.items()}
     least = [1.0, pytest.approx(0.3)]
@@ -311,18 +322,20 @@ def test_every_part_of_nested_compositions_is_told() -> None:
         "product(inner > 0)/inner/z(b)": b,
         "product(inner > 0)/inner/z(b)/b": b,
     }
-    assert torch.equal(found, score(reward, images, ["", ""]))
+    assert torch.equal(result, score(reward, images, ["", ""]))
 
 
 def test_rewards_of_one_name_are_told_apart() -> None:
     twice = combine([Column(0, "x"), Column(1, "x"), Column(2)])
-    found, components = score_components(twice, showing([[1.0], [2.0], [4.0]]), [""])
+    result, components = score_components(twice, showing([[1.0], [2.0], [4.0]]), [""])
     assert {name: values.item() for name, values in components.items()} == {"x#0": 1.0, "x#1": 2.0, "c": 4.0}
-    assert found.item() == 7.0
+    assert result.item() == 7.0
     inner = combine([A, A])
-    _, components = score_components(combine({inner: 1.0, Combined([Part(A), Part(A)]): 1.0}), showing([[1.0]]), [""])
+    _, components = score_components(
+        combine({inner: 1.0, CombinedReward([WeightedReward(A), WeightedReward(A)]): 1.0}), showing([[1.0]]), [""]
+    )
     assert list(components) == [f"a + a#{k}{part}" for k in range(2) for part in ("", "/a#0", "/a#1")]
-    both = Product([Constraint(A, ">", 0.0), Constraint(A, "<", 1.0)])
+    both = ProductReward([Constraint(A, ">", 0.0), Constraint(A, "<", 1.0)])
     assert list(both.components(showing([[1.0]]), [""])) == ["a#0", "a#1"]
 
 
@@ -351,21 +364,21 @@ def test_empty_compositions_are_refused() -> None:
     with pytest.raises(RewardError, match="a combination needs at least one reward"):
         combine([])
     with pytest.raises(RewardError, match="a product needs at least one constraint"):
-        Product([])
+        ProductReward([])
     for temperature in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(RewardError, match=r"logsigmoid\(a\): the temperature must be a number above 0"):
-            LogSigmoid(A, 0.0, temperature)
+            LogSigmoidReward(A, 0.0, temperature)
 
 
 def test_a_calibration_is_read_as_it_was_written(tmp_path: Path) -> None:
-    scales = {"a": Scale(0.5, 0.25, 4, {"p": 0.25, "a\nb ½": 0.75}), "b": Scale(-1.0, 3.0, 2, {})}
+    scales = {"a": RewardStatistics(0.5, 0.25, 4, {"p": 0.25, "a\nb ½": 0.75}), "b": RewardStatistics(-1.0, 3.0, 2, {})}
     path = tmp_path / "deep" / "calibration.json"
     Calibration(scales, {"images": "base", "count": 4}).save(path)
-    found = read_calibration(path)
-    assert found == Calibration(scales, {"images": "base", "count": 4})
-    assert found.scale("b") is found.scales["b"]
+    result = read_calibration(path)
+    assert result == Calibration(scales, {"images": "base", "count": 4})
+    assert result.scale("b") is result.scales["b"]
     with pytest.raises(RewardError, match=r"reward 'c' is not in this calibration \(a, b\): `steer rewards calibrate`"):
-        found.scale("c")
+        result.scale("c")
 
 
 SOUND = {"mean": 0.5, "std": 1.0, "count": 2, "prompts": {"p": 0.5}}

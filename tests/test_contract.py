@@ -11,7 +11,16 @@ from torch import Tensor
 
 from steer.reward import Composite, Reward, RewardError, score, score_components, with_timeout
 from steer.rewards.colour import Brightness, ColourMatch
-from steer.rewards.compose import Combined, Constraint, LogSigmoid, Part, Product, Scale, Standardised, worst
+from steer.rewards.compose import (
+    CombinedReward,
+    Constraint,
+    LogSigmoidReward,
+    ProductReward,
+    RewardStatistics,
+    StandardisedReward,
+    WeightedReward,
+    worst,
+)
 from steer.rewards.parser import load_reward
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -77,12 +86,20 @@ def inside(broken: Reward) -> list[Reward]:
     """Compositions that hold a reward."""
     good = Brightness()
     return [
-        Combined([Part(good), Part(broken, 0.5)]),
-        Combined([Part(good), Part(broken)], worst),
-        Product([Constraint(broken, ">", 0.5), Constraint(good, ">", 0.5)]),
-        Standardised(broken, Scale(0.0, 1.0, 2, {})),
-        LogSigmoid(broken, 0.5),
-        Combined([Part(Combined([Part(Standardised(broken, Scale(0.0, 1.0, 2, {})))], worst))]),
+        CombinedReward([WeightedReward(good), WeightedReward(broken, 0.5)]),
+        CombinedReward([WeightedReward(good), WeightedReward(broken)], worst),
+        ProductReward([Constraint(broken, ">", 0.5), Constraint(good, ">", 0.5)]),
+        StandardisedReward(broken, RewardStatistics(0.0, 1.0, 2, {})),
+        LogSigmoidReward(broken, 0.5),
+        CombinedReward(
+            [
+                WeightedReward(
+                    CombinedReward(
+                        [WeightedReward(StandardisedReward(broken, RewardStatistics(0.0, 1.0, 2, {})))], worst
+                    )
+                )
+            ]
+        ),
     ]
 
 
@@ -171,7 +188,7 @@ def test_a_reward_without_parts_has_none() -> None:
     "slow",
     [
         Made(sleeps(3), "slow"),
-        Combined([Part(Brightness()), Part(Made(sleeps(3)))], name="slow"),
+        CombinedReward([WeightedReward(Brightness()), WeightedReward(Made(sleeps(3)))], name="slow"),
         Foreign(returns({}), lambda components: time.sleep(3)),
     ],
     ids=["reward", "composite", "total"],
@@ -198,7 +215,10 @@ def test_a_limit_changes_no_score_and_keeps_the_parts() -> None:
     assert with_timeout(plain, None) is plain
 
 
-@pytest.mark.parametrize("reward", [ColourMatch("red"), Combined([Part(Brightness(), 2), Part(ColourMatch("red"))])])
+@pytest.mark.parametrize(
+    "reward",
+    [ColourMatch("red"), CombinedReward([WeightedReward(Brightness(), 2), WeightedReward(ColourMatch("red"))])],
+)
 def test_gradients_flow_through_a_timed_reward_where_they_are_wanted(reward: Reward) -> None:
     slopes = []
     for asked in (reward, with_timeout(reward, 30)):

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from steer import TrainingConfig
 from steer.apps.cli import main as cli
-from steer.apps.methods import SampleSettings
+from steer.apps.methods import SamplingConfig
 from steer.apps.models import adapter_applied
 from steer.apps.plots import opened, read_grid, shown
-from steer.apps.sampling import open_record
+from steer.apps.sampling import open_report
 from steer.errors import InputError
-from steer.files import SUMS
+from steer.files import CHECKSUMS
 from steer.pipelines.training.state import RunFolder
 from steer.training.distributed import SINGLE_PROCESS
 from steer.training.trainable import LoRA
@@ -45,7 +45,7 @@ def test_a_weight_of_another_bit_is_not_put_on(tmp_path: Path, family: str) -> N
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(InputError, match=f"{path.name} is damaged: its sha256"), adapter_applied(pipe, str(folder)):
         pass
-    (folder / SUMS).unlink()
+    (folder / CHECKSUMS).unlink()
     with adapter_applied(pipe, str(folder)):  # nobody knows better
         pass
 
@@ -55,7 +55,7 @@ def test_a_weight_of_another_bit_is_not_put_on(tmp_path: Path, family: str) -> N
 def test_a_lora_that_lacks_a_tensor_is_not_put_on(tmp_path: Path, family: str, change: str) -> None:
     pipe, folder = exported(family, tmp_path)
     path = next(folder.glob("*.safetensors"))
-    (folder / SUMS).unlink()
+    (folder / CHECKSUMS).unlink()
     state = load_file(path)
     name = next(key for key in state if "lora_B" in key)
     moved = {name.replace("lora_B", "lora_C"): state.pop(name)}
@@ -66,11 +66,11 @@ def test_a_lora_that_lacks_a_tensor_is_not_put_on(tmp_path: Path, family: str, c
 
 
 def test_pictures_that_a_power_cut_took_the_end_of_are_made_again(tmp_path: Path) -> None:
-    settings = SampleSettings(
+    settings = SamplingConfig(
         *("scenes", "fk", "brightness", 2, 4, 4.0, 1.0),
         *("difference", "systematic", "constant", 0.5, None, 0, True, None),
     )
-    record = open_record(tmp_path, ["a star"], settings)
+    record = open_report(tmp_path, ["a star"], settings)
     Image.new("RGB", (20, 20), "red").save(tmp_path / "0.png")
     (tmp_path / "noise.safetensors").write_bytes(b"x")
     entry = {"prompt": "a star", "images": ["0.png"], "noise": "noise.safetensors", "cost": {"seconds": 0.5}}
@@ -143,10 +143,10 @@ def test_who_stops_listening_is_no_error() -> None:
 def test_tensors_that_cannot_be_written_are_told(tmp_path: Path) -> None:
     from steer.noise import Search
     from steer.pipelines.base import Iteration
-    from steer.pipelines.reno import SearchFile
+    from steer.pipelines.reno import SearchCheckpoint
 
     search = Search.start(torch.ones(2, 4)).record(torch.ones(2))
     (tmp_path / "in-the-way").write_text("")
     rows = torch.ones(1, 2)
     with pytest.raises(InputError, match=r"state cannot be written .*; make room, or choose another folder"):
-        SearchFile(tmp_path / "in-the-way" / "state", {}).save(search, [Iteration(0, 1, rows, {}, rows, rows)])
+        SearchCheckpoint(tmp_path / "in-the-way" / "state", {}).save(search, [Iteration(0, 1, rows, {}, rows, rows)])

@@ -29,7 +29,7 @@ from steer.apps.cli.finetune import keys_of
 from steer.apps.demo import label_tab as label_tab_module
 from steer.apps.demo.label_tab import (
     Drawing,
-    Labelling,
+    LabelSession,
     LabelTab,
     agreement,
     cohen,
@@ -38,49 +38,49 @@ from steer.apps.demo.label_tab import (
     lot_view,
     prompts_of,
 )
-from steer.apps.demo.labels import LabelBook, Progress, Wish, command_of, label_folder, write_zip
+from steer.apps.demo.labels import LabelRequest, LabelStore, Progress, command_of, label_folder, write_zip
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Busy, Studio, Ticket, Waiting
 from steer.apps.finetuning import gather, read_config
 from steer.errors import InputError
-from steer.pipelines.training.preference_data import check_choices, settings_of
-from steer.pipelines.training.preference_files import Choice, read_choices, read_lines
+from steer.pipelines.training.preference_data import check_preferences, settings_of
+from steer.pipelines.training.preference_files import Preference, read_lines, read_preferences
 from steer.pipelines.training.trainer import Stopped
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 1.0}
 PROMPTS = ("a red circle", "a blue star")
-ADA, BEN, CLEO = (Wish(name, PROMPTS) for name in ("Ada", "Ben", "Cleo"))
+ADA, BEN, CLEO = (LabelRequest(name, PROMPTS) for name in ("Ada", "Ben", "Cleo"))
 # Fleiss' κ in the encyclopedia's example: ten subjects, fourteen raters, five categories. Rounded there to 0.210.
 FOURTEEN = """0 0 0 0 14 | 0 2 6 4 2 | 0 0 3 5 6 | 0 3 9 2 0 | 2 2 8 1 1
  | 7 7 0 0 0 | 3 2 6 3 0 | 2 5 3 2 2 | 6 5 2 1 0 | 0 2 2 3 7"""
 
 
 @pytest.fixture
-def book(tmp_path: Path) -> LabelBook:
-    return LabelBook(tmp_path / "choices", CALL)
+def store(tmp_path: Path) -> LabelStore:
+    return LabelStore(tmp_path / "choices", CALL)
 
 
 def nothing() -> None:
     """Never ends a drawing."""
 
 
-def drawn(studio: Studio, book: LabelBook, wish: Wish, check: Callable[[], object] = nothing) -> str:
+def drawn(studio: Studio, store: LabelStore, label_request: LabelRequest, check: Callable[[], object] = nothing) -> str:
     with studio.model("scenes") as pipe:
-        return book.draw(pipe, wish, check).id
+        return store.draw(pipe, label_request, check).id
 
 
-def next_lot(studio: Studio, book: LabelBook, wish: Wish) -> str:
+def next_lot(studio: Studio, store: LabelStore, label_request: LabelRequest) -> str:
     """As a visitor comes to the next lot."""
-    found = book.offer(wish)
-    return drawn(studio, book, wish) if found is None else found.id
+    found = store.offer(label_request)
+    return drawn(studio, store, label_request) if found is None else found.id
 
 
-def labelling(studio: Studio, book: LabelBook, wish: Wish) -> Labelling:
-    return Labelling(book, wish, "scenes", studio.worker.submit, studio.model)
+def session(studio: Studio, store: LabelStore, label_request: LabelRequest) -> LabelSession:
+    return LabelSession(store, label_request, "scenes", studio.worker.submit, studio.model)
 
 
-def lines(book: LabelBook) -> list[dict[str, Any]]:
-    return [row for _, row in read_lines(book.path / "choices.jsonl")]
+def lines(store: LabelStore) -> list[dict[str, Any]]:
+    return [row for _, row in read_lines(store.path / "choices.jsonl")]
 
 
 def until(true: Callable[[], object], seconds: float = 30.0) -> None:
@@ -93,65 +93,72 @@ def until(true: Callable[[], object], seconds: float = 30.0) -> None:
 # ---- what is recorded
 
 
-def test_what_is_said_comes_back_from_the_folder(studio: Studio, book: LabelBook) -> None:
-    three = Wish("Ada", PROMPTS, 3)
-    lot, other, more = drawn(studio, book, three), drawn(studio, book, ADA), drawn(studio, book, ADA)
-    assert book.choose("Ada", lot, 1) and book.tie("Ada", other) and book.tie("Ada", more, bad=True)
-    assert [{key: value for key, value in row.items() if key != "time"} for row in lines(book)] == [
-        {"annotator": "Ada", "lot": lot, "chosen": 1, "rejected": 0},
-        {"annotator": "Ada", "lot": lot, "chosen": 1, "rejected": 2},
+def test_what_is_said_comes_back_from_the_folder(studio: Studio, store: LabelStore) -> None:
+    three = LabelRequest("Ada", PROMPTS, 3)
+    group, other, more = drawn(studio, store, three), drawn(studio, store, ADA), drawn(studio, store, ADA)
+    assert store.choose("Ada", group, 1) and store.tie("Ada", other) and store.tie("Ada", more, bad=True)
+    assert [{key: value for key, value in row.items() if key != "time"} for row in lines(store)] == [
+        {"annotator": "Ada", "lot": group, "chosen": 1, "rejected": 0},
+        {"annotator": "Ada", "lot": group, "chosen": 1, "rejected": 2},
         {"annotator": "Ada", "lot": other, "tie": True},
         {"annotator": "Ada", "bad": True, "lot": more, "tie": True},
     ]
-    assert all(row["time"].endswith("+00:00") for row in lines(book))
-    found = read_choices(book.path)
-    assert found.choices == (Choice(lot, 1, 0), Choice(lot, 1, 2)) and found.ties == 2
-    again = LabelBook(book.path)
-    for one in (book, again):
+    assert all(row["time"].endswith("+00:00") for row in lines(store))
+    found = read_preferences(store.path)
+    assert found.choices == (Preference(group, 1, 0), Preference(group, 1, 2)) and found.ties == 2
+    again = LabelStore(store.path)
+    for one in (store, again):
         assert one.progress("Ada") == Progress(choices=1, ties=2, bad=1, undone=0)
-        assert one.judgements() == {lot: {"Ada": 1}, other: {"Ada": None}, more: {"Ada": None}}
+        assert one.judgements() == {group: {"Ada": 1}, other: {"Ada": None}, more: {"Ada": None}}
     assert again.call == CALL, "a folder goes on as it was begun"
-    assert {one.rows.starts[0] for one in again.lots.values()} == set().union(
-        *(one.rows.starts for one in again.lots.values())
+    assert {one.rows.starts[0] for one in again.groups.values()} == set().union(
+        *(one.rows.starts for one in again.groups.values())
     )
-    assert len({noise for one in again.lots.values() for noise in one.rows.noises}) == 3 + 2 + 2
+    assert len({noise for one in again.groups.values() for noise in one.rows.noises}) == 3 + 2 + 2
 
 
-def test_a_lot_is_judged_once_and_a_click_too_many_is_left_out(studio: Studio, book: LabelBook) -> None:
-    lot = drawn(studio, book, ADA)
-    assert book.choose("Ada", lot, 0)
-    before = lines(book)
-    assert not book.choose("Ada", lot, 1) and not book.tie("Ada", lot)
+def test_a_lot_is_judged_once_and_a_click_too_many_is_left_out(studio: Studio, store: LabelStore) -> None:
+    group = drawn(studio, store, ADA)
+    assert store.choose("Ada", group, 0)
+    before = lines(store)
+    assert not store.choose("Ada", group, 1) and not store.tie("Ada", group)
     with pytest.raises(InputError, match="there is no lot 'x'"):
-        book.choose("Ada", "x", 0)
+        store.choose("Ada", "x", 0)
     with pytest.raises(InputError, match="must be two different numbers below 2"):
-        book.choose("Ben", lot, 2)
-    assert lines(book) == before and book.judgements() == {lot: {"Ada": 0}}
+        store.choose("Ben", group, 2)
+    assert lines(store) == before and store.judgements() == {group: {"Ada": 0}}
 
 
-def test_undo_takes_back_the_latest_of_ones_own_in_a_line_that_is_added(studio: Studio, book: LabelBook) -> None:
-    three = Wish("Ada", PROMPTS, 3)
-    first, second = drawn(studio, book, three), drawn(studio, book, three)
+def test_undo_takes_back_the_latest_of_ones_own_in_a_line_that_is_added(studio: Studio, store: LabelStore) -> None:
+    three = LabelRequest("Ada", PROMPTS, 3)
+    first, second = drawn(studio, store, three), drawn(studio, store, three)
     for name in ("Ada", "Ben"):
-        book.choose(name, first, 0)
-        book.choose(name, second, 2)
-    before = (book.path / "choices.jsonl").read_bytes()
-    assert book.undo("Ada") == book.lots[second]
-    assert (book.path / "choices.jsonl").read_bytes().startswith(before)
-    others = (Choice(first, 0, 1), Choice(first, 0, 2)) * 2 + (Choice(second, 2, 0), Choice(second, 2, 1))
-    assert sorted(map(repr, read_choices(book.path).choices)) == sorted(map(repr, others))
-    assert book.judgements()[second] == {"Ben": 2} and book.progress("Ada").undone == 1
-    assert book.choose("Ada", second, 1) and read_choices(book.path).choices[-1] == Choice(second, 1, 2)
-    assert LabelBook(book.path).judgements() == book.judgements()
-    assert [book.undo("Ada"), book.undo("Ada"), book.undo("Ada")] == [book.lots[second], book.lots[first], None]
-    assert read_choices(book.path).choices == tuple(
-        Choice(lot, a, b) for lot, a, b in ((first, 0, 1), (first, 0, 2), (second, 2, 0), (second, 2, 1))
+        store.choose(name, first, 0)
+        store.choose(name, second, 2)
+    before = (store.path / "choices.jsonl").read_bytes()
+    assert store.undo("Ada") == store.groups[second]
+    assert (store.path / "choices.jsonl").read_bytes().startswith(before)
+    others = (Preference(first, 0, 1), Preference(first, 0, 2)) * 2 + (
+        Preference(second, 2, 0),
+        Preference(second, 2, 1),
     )
-    assert LabelBook(book.path).progress("Ada") == Progress(0, 0, 0, 3)
+    assert sorted(map(repr, read_preferences(store.path).choices)) == sorted(map(repr, others))
+    assert store.judgements()[second] == {"Ben": 2} and store.progress("Ada").undone == 1
+    assert store.choose("Ada", second, 1) and read_preferences(store.path).choices[-1] == Preference(second, 1, 2)
+    assert LabelStore(store.path).judgements() == store.judgements()
+    assert [store.undo("Ada"), store.undo("Ada"), store.undo("Ada")] == [
+        store.groups[second],
+        store.groups[first],
+        None,
+    ]
+    assert read_preferences(store.path).choices == tuple(
+        Preference(group, a, b) for group, a, b in ((first, 0, 1), (first, 0, 2), (second, 2, 0), (second, 2, 1))
+    )
+    assert LabelStore(store.path).progress("Ada") == Progress(0, 0, 0, 3)
 
 
-def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, book: LabelBook) -> None:
-    lot = drawn(studio, book, ADA)
+def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, store: LabelStore) -> None:
+    group = drawn(studio, store, ADA)
     said: list[dict[str, Any]] = [
         {"chosen": 0, "rejected": 1, "annotator": "Ada"},
         {"tie": True, "annotator": "Ben"},
@@ -159,20 +166,20 @@ def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, book: Lab
         {"undo": True, "annotator": "Ben"},
         {"undo": True, "annotator": "Nobody"},
     ]
-    path = book.path / "choices.jsonl"
-    path.write_text("".join(json.dumps({"lot": lot} | row) + "\n" for row in said))
-    found = read_choices(book.path)
-    assert (found.choices, found.ties) == ((Choice(lot, 0, 1), Choice(lot, 1, 0)), 0)
+    path = store.path / "choices.jsonl"
+    path.write_text("".join(json.dumps({"lot": group} | row) + "\n" for row in said))
+    found = read_preferences(store.path)
+    assert (found.choices, found.ties) == ((Preference(group, 0, 1), Preference(group, 1, 0)), 0)
     with path.open("a") as file:
-        file.write(json.dumps({"lot": lot, "undo": True}) + "\n")  # of lines that name nobody
-    assert read_choices(book.path).choices == (Choice(lot, 0, 1),)
+        file.write(json.dumps({"lot": group, "undo": True}) + "\n")  # of lines that name nobody
+    assert read_preferences(store.path).choices == (Preference(group, 0, 1),)
     with path.open("a") as file:
         file.write(json.dumps({"lot": "gone", "undo": True}) + "\n")
     with pytest.raises(InputError, match="line 7: lot 'gone' is not in"):
-        check_choices(book.path)
-    path.write_text("".join(json.dumps({"lot": lot} | row) + "\n" for row in [{"chosen": 5, "rejected": 0}, said[3]]))
+        check_preferences(store.path)
+    path.write_text("".join(json.dumps({"lot": group} | row) + "\n" for row in [{"chosen": 5, "rejected": 0}, said[3]]))
     with pytest.raises(InputError, match="line 1: chosen must be"):
-        LabelBook(book.path)
+        LabelStore(store.path)
 
 
 KILLED = """
@@ -192,10 +199,10 @@ while True:
 """
 
 
-def test_a_kill_after_saved_loses_nothing(studio: Studio, book: LabelBook) -> None:
+def test_a_kill_after_saved_loses_nothing(studio: Studio, store: LabelStore) -> None:
     for _ in range(3):
-        drawn(studio, book, ADA)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(book.path)], stdout=subprocess.PIPE, text=True)
+        drawn(studio, store, ADA)
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(store.path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     told = [process.stdout.readline()]
     time.sleep(random.Random(0).uniform(0.1, 0.3))
@@ -203,75 +210,75 @@ def test_a_kill_after_saved_loses_nothing(studio: Studio, book: LabelBook) -> No
     told += process.stdout.readlines()
     assert process.wait() == -signal.SIGKILL and len(told) > 3
     whole = [line.split() for line in told if line.endswith("\n")]
-    found = LabelBook(book.path).judgements()
-    for name, lot, chosen, undone in whole:
-        assert found.get(lot, {}).get(name) == (None if undone == "True" else int(chosen))
+    found = LabelStore(store.path).judgements()
+    for name, group, chosen, undone in whole:
+        assert found.get(group, {}).get(name) == (None if undone == "True" else int(chosen))
     assert sum(map(len, found.values())) - sum(undone == "False" for *_, undone in whole) in (0, 1)
-    check_choices(book.path)
+    check_preferences(store.path)
 
 
 def test_a_full_disk_is_told_in_a_line_and_nothing_counts(
-    studio: Studio, book: LabelBook, monkeypatch: pytest.MonkeyPatch
+    studio: Studio, store: LabelStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lot = drawn(studio, book, ADA)
+    group = drawn(studio, store, ADA)
 
     def full(*told: Any, **more: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(type(book._folder), "write_choice", full)
+    monkeypatch.setattr(type(store._folder), "write_preference", full)
     with pytest.raises(InputError, match=r"cannot be written there .No space left on device.: make room"):
-        book.choose("Ada", lot, 0)
+        store.choose("Ada", group, 0)
     monkeypatch.undo()
-    assert book.judgements() == {} and book.choose("Ada", lot, 0)
+    assert store.judgements() == {} and store.choose("Ada", group, 0)
 
 
 @pytest.mark.parametrize("name", ["", "x" * 41, "a\nb", "a\x00", "\u202eabc"])
 def test_names_are_plain_and_short(name: str) -> None:
     with pytest.raises(InputError, match="the name must have 1 to 40 characters"):
-        Wish(name, PROMPTS)
+        LabelRequest(name, PROMPTS)
     for images in (1, 5):
         with pytest.raises(InputError, match="images must be 2, 3, 4"):
-            Wish("Ada", PROMPTS, images)
+            LabelRequest("Ada", PROMPTS, images)
 
 
 # ---- who is shown what
 
 
-def test_every_third_lot_is_shared_and_the_others_are_new(studio: Studio, book: LabelBook) -> None:
+def test_every_third_lot_is_shared_and_the_others_are_new(studio: Studio, store: LabelStore) -> None:
     first = []
     for _ in range(4):
-        first.append(next_lot(studio, book, ADA))
-        book.choose("Ada", first[-1], 0)
+        first.append(next_lot(studio, store, ADA))
+        store.choose("Ada", first[-1], 0)
     second = []
     for _ in range(6):
-        second.append(next_lot(studio, book, BEN))
-        book.choose("Ben", second[-1], 0)
+        second.append(next_lot(studio, store, BEN))
+        store.choose("Ben", second[-1], 0)
     assert len(set(first)) == 4 and len(set(second)) == 6
-    assert [first.index(lot) if lot in first else None for lot in second] == [None, None, 0, None, None, 1]
-    assert next_lot(studio, book, ADA) not in {*first, *second}
-    assert {one.rows.prompts[0] for one in book.lots.values()} == set(PROMPTS)
+    assert [first.index(group) if group in first else None for group in second] == [None, None, 0, None, None, 1]
+    assert next_lot(studio, store, ADA) not in {*first, *second}
+    assert {one.rows.prompts[0] for one in store.groups.values()} == set(PROMPTS)
 
 
-def test_nobody_is_offered_what_another_is_looking_at_or_other_prompts(studio: Studio, book: LabelBook) -> None:
-    name = drawn(studio, book, ADA)
-    lot, secret = book.lots[name], Wish("Cleo", ("something of mine",))
-    own = drawn(studio, book, secret)
-    book.choose("Cleo", own, 0)
-    assert book.offer(BEN) is None and book.offer(ADA) is None
-    book.release("Ada", [lot])
-    assert book.offer(replace(BEN, images=3)) is None and book.offer(BEN) == lot and book.offer(ADA) is None
+def test_nobody_is_offered_what_another_is_looking_at_or_other_prompts(studio: Studio, store: LabelStore) -> None:
+    name = drawn(studio, store, ADA)
+    group, secret = store.groups[name], LabelRequest("Cleo", ("something of mine",))
+    own = drawn(studio, store, secret)
+    store.choose("Cleo", own, 0)
+    assert store.offer(BEN) is None and store.offer(ADA) is None
+    store.release("Ada", [group])
+    assert store.offer(replace(BEN, images=3)) is None and store.offer(BEN) == group and store.offer(ADA) is None
     for name in ("Ben", "Dora"):
         for _ in range(4):
-            assert next_lot(studio, book, Wish(name, PROMPTS)) != own
-    assert book.lots[own].rows.prompts == ("something of mine",) * 2
+            assert next_lot(studio, store, LabelRequest(name, PROMPTS)) != own
+    assert store.groups[own].rows.prompts == ("something of mine",) * 2
 
 
-def test_another_model_is_refused_with_a_folder(studio: Studio, book: LabelBook) -> None:
-    lot = drawn(studio, book, ADA)
-    told = json.loads((book.path / "settings.json").read_text()) | {"model": "another"}
-    (book.path / "settings.json").write_text(json.dumps(told))
-    again = LabelBook(book.path)
-    assert again.choose("Ada", lot, 0)
+def test_another_model_is_refused_with_a_folder(studio: Studio, store: LabelStore) -> None:
+    group = drawn(studio, store, ADA)
+    told = json.loads((store.path / "settings.json").read_text()) | {"model": "another"}
+    (store.path / "settings.json").write_text(json.dumps(told))
+    again = LabelStore(store.path)
+    assert again.choose("Ada", group, 0)
     with pytest.raises(InputError, match=r"drawn with model 'another', not .*: use another folder"):
         drawn(studio, again, ADA)
 
@@ -279,8 +286,8 @@ def test_another_model_is_refused_with_a_folder(studio: Studio, book: LabelBook)
 # ---- a visitor's way through the lots
 
 
-def test_the_next_lot_is_there_when_the_one_before_is_answered(studio: Studio, book: LabelBook) -> None:
-    way = labelling(studio, book, ADA)
+def test_the_next_lot_is_there_when_the_one_before_is_answered(studio: Studio, store: LabelStore) -> None:
+    way = session(studio, store, ADA)
     told = list(way.advance())
     assert {type(event) for event in told} <= {Waiting, Loading, Drawing} and told[-1] == Drawing(2)
     seen = []
@@ -291,39 +298,39 @@ def test_the_next_lot_is_there_when_the_one_before_is_answered(studio: Studio, b
         assert way.answer(seen[-1], str(number % 2)) == ("Saved: left.", "Saved: right.")[number % 2]
         assert list(way.advance()) == [] and way.shown is not None
     assert len({*seen, way.shown.id}) == 5
-    assert [row["chosen"] for row in lines(book)] == [0, 1, 0, 1]
+    assert [row["chosen"] for row in lines(store)] == [0, 1, 0, 1]
     way.end()
     until(lambda: studio.worker.pending == 0)
-    assert not book._out
+    assert not store._out
 
 
-def test_two_quick_answers_are_one_and_undo_shows_the_lot_again(studio: Studio, book: LabelBook) -> None:
-    way = labelling(studio, book, ADA)
+def test_two_quick_answers_are_one_and_undo_shows_the_lot_again(studio: Studio, store: LabelStore) -> None:
+    way = session(studio, store, ADA)
     list(way.advance())
-    lot = way.shown.id if way.shown else ""
-    threads = [threading.Thread(target=way.answer, args=(lot, word)) for word in ("0", "1", "tie", "bad") * 5]
+    group = way.shown.id if way.shown else ""
+    threads = [threading.Thread(target=way.answer, args=(group, word)) for word in ("0", "1", "tie", "bad") * 5]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(lines(book)) == 1
-    assert way.shown is None and way.answer(lot, "undo") == "" and way.answer("", "0") == ""
-    assert way.answer("", "undo") == "Taken back: choose again." and way.shown is not None and way.shown.id == lot
+    assert len(lines(store)) == 1
+    assert way.shown is None and way.answer(group, "undo") == "" and way.answer("", "0") == ""
+    assert way.answer("", "undo") == "Taken back: choose again." and way.shown is not None and way.shown.id == group
     assert way.answer("", "undo") == "", "a second press at once"
-    assert way.answer(lot, "undo") == "There is nothing to take back."
+    assert way.answer(group, "undo") == "There is nothing to take back."
     for word in ("2", "-1", "x", "9" * 5000, "²", ""):
         with pytest.raises(InputError, match="is no answer: choose one of the 2 images"):
-            way.answer(lot, word)
-    assert way.answer(lot, "bad") == "Saved: all bad."
+            way.answer(group, word)
+    assert way.answer(group, "bad") == "Saved: all bad."
     list(way.advance())
     other = way.shown.id if way.shown else ""
-    assert other not in ("", lot) and way.answer(other, "undo") == "Taken back: choose again."
-    assert way.answer(lot, "tie") == "Saved: a tie." and list(way.advance()) == []
+    assert other not in ("", group) and way.answer(other, "undo") == "Taken back: choose again."
+    assert way.answer(group, "tie") == "Saved: a tie." and list(way.advance()) == []
     assert way.shown is not None and way.shown.id == other, "it comes again after the one taken back"
     way.end()
 
 
-def test_a_stop_ends_a_drawing_between_two_steps_and_breaks_nothing(studio: Studio, book: LabelBook) -> None:
+def test_a_stop_ends_a_drawing_between_two_steps_and_breaks_nothing(studio: Studio, store: LabelStore) -> None:
     steps = []
 
     def at_the_second() -> None:
@@ -332,32 +339,32 @@ def test_a_stop_ends_a_drawing_between_two_steps_and_breaks_nothing(studio: Stud
             raise Stopped
 
     with pytest.raises(Stopped):
-        drawn(studio, book, ADA, at_the_second)
-    assert len(steps) == 2 and not book.lots and not (book.path / "lots.jsonl").exists()
-    way = labelling(studio, book, ADA)
+        drawn(studio, store, ADA, at_the_second)
+    assert len(steps) == 2 and not store.groups and not (store.path / "lots.jsonl").exists()
+    way = session(studio, store, ADA)
     events = way.advance()
     next(events)
     way.end()
     list(events)
     until(lambda: studio.worker.pending == 0)
-    assert way.shown is None and not book._out and way.answer("", "undo") == "" and list(way.advance()) == []
-    assert drawn(studio, book, ADA) in LabelBook(book.path).lots
+    assert way.shown is None and not store._out and way.answer("", "undo") == "" and list(way.advance()) == []
+    assert drawn(studio, store, ADA) in LabelStore(store.path).groups
 
 
-def test_who_leaves_while_a_lot_is_drawn_frees_the_worker(studio: Studio, book: LabelBook) -> None:
+def test_who_leaves_while_a_lot_is_drawn_frees_the_worker(studio: Studio, store: LabelStore) -> None:
     busy = threading.Event()
     first = studio.worker.submit(lambda ticket: busy.wait(30) and None)
-    way = labelling(studio, book, ADA)
+    way = session(studio, store, ADA)
     events = way.advance()
     assert next(events) == Waiting(1)
     events.close()  # type: ignore[attr-defined]
     busy.set()
     list(first.events())
     until(lambda: studio.worker.pending == 0)
-    assert not book.lots
+    assert not store.groups
 
 
-def test_what_fails_or_waits_too_long_is_told_and_tried_again(studio: Studio, book: LabelBook) -> None:
+def test_what_fails_or_waits_too_long_is_told_and_tried_again(studio: Studio, store: LabelStore) -> None:
     turns: list[Any] = [Busy("9 others are waiting"), studio.worker.submit, Busy("no"), studio.worker.submit]
 
     def submit(work: Callable[[Ticket], None]) -> Ticket:
@@ -366,7 +373,7 @@ def test_what_fails_or_waits_too_long_is_told_and_tried_again(studio: Studio, bo
             raise turn
         return turn(work)
 
-    way = Labelling(book, ADA, "scenes", submit, studio.model)
+    way = LabelSession(store, ADA, "scenes", submit, studio.model)
     with pytest.raises(Busy, match="9 others are waiting"):
         list(way.advance())
     list(way.advance())
@@ -405,7 +412,7 @@ def test_agreement_is_of_lots_that_two_or_more_judged() -> None:
     pair = agreement(
         {"x": {"Ada": 0, "Ben": 0}, "y": {"Ben": 1, "Ada": None}, "z": {"Ada": 1}, "w": {"Ada": 1, "Ben": 1}}
     )
-    assert pair is not None and (pair.annotators, pair.lots, pair.share) == (("Ada", "Ben"), 3, pytest.approx(2 / 3))
+    assert pair is not None and (pair.annotators, pair.groups, pair.share) == (("Ada", "Ben"), 3, pytest.approx(2 / 3))
     assert pair.kappa == pytest.approx((2 / 3 - 3 / 9) / (1 - 3 / 9))  # by hand: Ada 0 – 1, Ben 0 1 1
     assert str(pair) == (
         "3 sets of images were judged by both of two people. They gave the same answer 67% of the time; "
@@ -422,39 +429,39 @@ def test_agreement_is_of_lots_that_two_or_more_judged() -> None:
 
 
 def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
-    studio: Studio, book: LabelBook, tmp_path: Path
+    studio: Studio, store: LabelStore, tmp_path: Path
 ) -> None:
     for number in range(3):
-        lot = next_lot(studio, book, Wish("Ada", PROMPTS, 2 + number % 2))
-        book.choose("Ada", lot, number % 2)
-    book.tie("Ada", next_lot(studio, book, ADA), bad=True)
-    book.undo("Ada")
-    told = settings_of(book.path) | {"max_steps": 2, "warmup_steps": 0, "micro_batch": 4}
+        group = next_lot(studio, store, LabelRequest("Ada", PROMPTS, 2 + number % 2))
+        store.choose("Ada", group, number % 2)
+    store.tie("Ada", next_lot(studio, store, ADA), bad=True)
+    store.undo("Ada")
+    told = settings_of(store.path) | {"max_steps": 2, "warmup_steps": 0, "micro_batch": 4}
     settings = replace(plain_settings("d3po", **PLAIN), **told)
     with studio.model("scenes") as pipe:
         pass
-    result = D3POTrainer(pipe).train_on_choices(book.path, tmp_path / "run", settings)
+    result = D3POTrainer(pipe).train_on_preferences(store.path, tmp_path / "run", settings)
     assert result.step == 2 and [record["pairs"] for record in result.records] == [2, 2]
-    owners = Studio(models=("scenes",), labels=book.path)
+    owners = Studio(models=("scenes",), labels=store.path)
     words = shlex.split(command_of(owners))
     assert words[:3] == ["steer", "finetune", "d3po-scenes"]
     config = read_config(words[2], keys_of(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
-    assert gather(config, False).prompts == [] or config.job.choices == str(book.path)
+    assert gather(config, False).prompts == [] or config.job.choices == str(store.path)
     assert config.settings.num_inference_steps == 3 and config.settings.num_generations == 2
     owners.close()
-    assert book.path.exists(), "what the owner named outlives the app"
+    assert store.path.exists(), "what the owner named outlives the app"
 
 
-def test_a_zip_is_the_folder(studio: Studio, book: LabelBook, tmp_path: Path) -> None:
+def test_a_zip_is_the_folder(studio: Studio, store: LabelStore, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing has been chosen yet"):
-        write_zip(book.path, tmp_path / "x.zip")
-    lot = drawn(studio, book, ADA)
-    book.choose("Ada", lot, 1)
-    (book.path / "images" / "half.png.new").write_bytes(b"not yet whole")
-    write_zip(book.path, tmp_path / "x.zip")
+        write_zip(store.path, tmp_path / "x.zip")
+    group = drawn(studio, store, ADA)
+    store.choose("Ada", group, 1)
+    (store.path / "images" / "half.png.new").write_bytes(b"not yet whole")
+    write_zip(store.path, tmp_path / "x.zip")
     with zipfile.ZipFile(tmp_path / "x.zip") as file:
         file.extractall(tmp_path / "there")
-    assert read_choices(tmp_path / "there" / "choices").digest() == read_choices(book.path).digest()
+    assert read_preferences(tmp_path / "there" / "choices").digest() == read_preferences(store.path).digest()
     assert not (tmp_path / "there" / "choices" / "images" / "half.png.new").exists()
 
 
@@ -465,8 +472,8 @@ def visitor(name: str) -> Any:
     return SimpleNamespace(session_hash=name)
 
 
-def press(tab: LabelTab, who: Any, lot: str, word: str) -> list[Any]:
-    return list(tab.answer(SimpleNamespace(lot=lot, answer=word), who))  # type: ignore[arg-type]
+def press(tab: LabelTab, who: Any, group: str, word: str) -> list[Any]:
+    return list(tab.answer(SimpleNamespace(group=group, answer=word), who))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -491,7 +498,7 @@ def test_visitors_label_each_for_themselves(tab: LabelTab) -> None:
     assert len(set(shown.values())) == 2
     assert press(tab, visitor("c"), shown["a"], "0")[-1][tab.status].count("Press Start first") == 1
     before = press(tab, ben, shown["a"], "0")  # not what Ben sees
-    assert before[-1][tab.view].count(shown["b"]) == 1 and not (tab.book.path / "choices.jsonl").exists()
+    assert before[-1][tab.view].count(shown["b"]) == 1 and not (tab.store.path / "choices.jsonl").exists()
     last = press(tab, ada, shown["a"], "0")[-1]
     assert "Saved: left." in last[tab.status] and "1 choice, 0 ties, 0 taken back" in last[tab.progress]
     told = tab.begin("Ben", "", 3, ben)
@@ -499,7 +506,7 @@ def test_visitors_label_each_for_themselves(tab: LabelTab) -> None:
     ended = tab.end(ada)
     assert "Stopped" in ended[tab.status] and "press Start" in ended[tab.view]
     tab.forget(ben)
-    assert not tab._visitors and not tab.book._out
+    assert not tab._visitors and not tab.store._out
 
 
 def test_a_stop_while_a_lot_is_drawn_is_the_last_word(tab: LabelTab) -> None:
@@ -549,7 +556,7 @@ def test_choices_without_a_folder_are_offered_as_a_zip(tab: LabelTab) -> None:
     who = visitor("a")
     list(tab.begin("Ada", "", 2, who))
     shown = tab._visitors["a"].shown
-    assert shown is not None and tab.book.path == label_folder(tab.studio) == tab.studio.home / "labels"
+    assert shown is not None and tab.store.path == label_folder(tab.studio) == tab.studio.home / "labels"
     press(tab, who, shown.id, "1")
     path = Path(tab.download(who)[tab.file]["value"])
     assert path.is_relative_to(tab.studio.folder(who)) and zipfile.is_zipfile(path)
@@ -580,7 +587,7 @@ def test_images_are_those_of_the_folder(tab: LabelTab) -> None:
     list(tab.begin("Ada", "", 4, visitor("a")))
     shown = tab._visitors["a"].shown
     assert shown is not None
-    sizes = [Image.open(tab.book.path / shown.image_file(number)).size for number in range(4)]
+    sizes = [Image.open(tab.store.path / shown.image_file(number)).size for number in range(4)]
     assert sizes == [(64, 64)] * 4
-    (tab.book.path / shown.image_file(2)).unlink()
+    (tab.store.path / shown.image_file(2)).unlink()
     assert "-2.png is missing" in press(tab, visitor("a"), "stale", "0")[-1][tab.view]

@@ -20,15 +20,15 @@ import gradio as gr
 
 from steer.apps.demo import rewards_tab as reward_scores
 from steer.apps.demo.rewards_tab import (
+    DEFAULT_REWARDS,
     EMBEDDED,
-    MOST_BYTES,
-    TICKED,
+    MAX_BYTES,
     RewardsTab,
     Row,
     Score,
     Scores,
     Scoring,
-    check_asked,
+    check_request,
     names_view,
     read_upload,
     scatter_view,
@@ -86,21 +86,21 @@ def half() -> bytes:
 
 
 def test_every_image_has_the_score_that_the_reward_gives_it_alone(studio: Studio, images: list[Path]) -> None:
-    found = scored(studio, images, *EMBEDDED)
-    assert found.rewards == EMBEDDED and not found.notes
-    assert [row.name for row in found.rows] == ["a.png", "b.jpg", "c.webp"]
-    assert [row.size for row in found.rows] == [(64, 64), (90, 40), (64, 128)]
+    rows_found = scored(studio, images, *EMBEDDED)
+    assert rows_found.rewards == EMBEDDED and not rows_found.notes
+    assert [row.name for row in rows_found.rows] == ["a.png", "b.jpg", "c.webp"]
+    assert [row.size for row in rows_found.rows] == [(64, 64), (90, 40), (64, 128)]
     for spec in EMBEDDED:
         reward = load_reward(spec)
-        for row, path in zip(found.rows, images, strict=True):
+        for row, path in zip(rows_found.rows, images, strict=True):
             with torch.no_grad():
                 alone = score(reward, read_image(path)[None], [PROMPT]).item()
             assert row.scores[spec].total == pytest.approx(alone, rel=1e-6), (spec, path)
 
 
 def test_a_sum_tells_its_parts(studio: Studio, images: list[Path]) -> None:
-    found = scored(studio, images, "brightness + jpeg:0.5", "brightness")
-    for row in found.rows:
+    rows_found = scored(studio, images, "brightness + jpeg:0.5", "brightness")
+    for row in rows_found.rows:
         components = row.scores["brightness + jpeg:0.5"].components
         assert list(components) == ["brightness", "jpeg"] and not row.scores["brightness"].components
         total = components["brightness"] + 0.5 * components["jpeg"]
@@ -113,9 +113,9 @@ def test_best_first_by_any_reward_with_what_it_did_not_score_last() -> None:
     def row(name: str, **scores: float) -> Row:
         return Row(name, (4, 4), picture, {reward: Score(total, {}) for reward, total in scores.items()})
 
-    found = Scores("", ("x", "y"), (row("p", x=1.0, y=3.0), row("q", x=2.0), row("r", x=-1.0, y=5.0)), ())
-    assert [one.name for one in found.best_first("x")] == ["q", "p", "r"]
-    assert [one.name for one in found.best_first("y")] == ["r", "p", "q"]
+    rows_found = Scores("", ("x", "y"), (row("p", x=1.0, y=3.0), row("q", x=2.0), row("r", x=-1.0, y=5.0)), ())
+    assert [one.name for one in rows_found.best_first("x")] == ["q", "p", "r"]
+    assert [one.name for one in rows_found.best_first("y")] == ["r", "p", "q"]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_best_first_by_any_reward_with_what_it_did_not_score_last() -> None:
         ("empty.png", b"", "not an image that can be read"),
         ("vector.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image that can be read"),
         ("print.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image that can be read"),
-        ("heavy.png", bytes(MOST_BYTES + 1), "10.0 MB: at most 10 MB an image"),
+        ("heavy.png", bytes(MAX_BYTES + 1), "10.0 MB: at most 10 MB an image"),
     ],
     ids=lambda value: value if isinstance(value, str) and value.endswith((".png", ".svg")) else "",
 )
@@ -138,9 +138,9 @@ def test_a_bad_file_has_a_line_and_the_others_are_scored(
     studio: Studio, images: list[Path], tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    found = scored(studio, [images[0], tmp_path / name, images[1]], "brightness")
-    assert [row.name for row in found.rows] == ["a.png", "b.jpg"]
-    (note,) = found.notes
+    rows_found = scored(studio, [images[0], tmp_path / name, images[1]], "brightness")
+    assert [row.name for row in rows_found.rows] == ["a.png", "b.jpg"]
+    (note,) = rows_found.notes
     assert note.startswith(f"{name}: ") and str(tmp_path) not in note and "\n" not in note
     with pytest.raises(InputError, match=message):
         read_upload(tmp_path / name)
@@ -175,9 +175,9 @@ def test_a_reward_that_would_run_code_is_refused_and_the_others_score(
     )
     (tmp_path / "evil.yaml").write_text("reward: evil:reward\n")
     specs = ("evil:reward", "brightness + evil:reward", "min(brightness, evil:reward)", "evil.yaml", "os:system")
-    found = scored(studio, images, *specs, "brightness")
-    assert found.rewards == ("brightness",) and len(found.notes) == len(specs)
-    for spec, note in zip(specs, found.notes, strict=True):
+    rows_found = scored(studio, images, *specs, "brightness")
+    assert rows_found.rewards == ("brightness",) and len(rows_found.notes) == len(specs)
+    for spec, note in zip(specs, rows_found.notes, strict=True):
         assert note.startswith(f"{spec}: ") and "here rewards have names" in note
     assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
     with pytest.raises(InputError, match="here rewards have names"):
@@ -185,9 +185,9 @@ def test_a_reward_that_would_run_code_is_refused_and_the_others_score(
 
 
 def test_a_reward_that_cannot_score_has_one_line(studio: Studio, images: list[Path]) -> None:
-    found = scored(studio, images, "scene", "brightness", prompt="a portrait of somebody")
-    assert [*found.rows[0].scores] == ["brightness"]
-    (note,) = found.notes
+    rows_found = scored(studio, images, "scene", "brightness", prompt="a portrait of somebody")
+    assert [*rows_found.rows[0].scores] == ["brightness"]
+    (note,) = rows_found.notes
     assert note.startswith("scene: the scene reward cannot read 'a portrait of somebody'")
 
 
@@ -207,8 +207,8 @@ def test_a_stop_acts_between_two_rewards(studio: Studio, images: list[Path]) -> 
         tickets.append(ticket)
         score_files(images, PROMPT, ("one", "two"), lambda spec: Slow(), ticket)
 
-    told = list(studio.worker.submit(work).events())
-    assert calls == ["slow"] and not any(isinstance(event, Scores) for event in told)
+    error_text = list(studio.worker.submit(work).events())
+    assert calls == ["slow"] and not any(isinstance(event, Scores) for event in error_text)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def test_a_stop_acts_between_two_rewards(studio: Studio, images: list[Path]) -> 
 )
 def test_nothing_or_too_much_is_refused(paths: list[Path], prompt: str, rewards: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_asked(paths, prompt, rewards)
+        check_request(paths, prompt, rewards)
 
 
 # ---- what is shown
@@ -268,7 +268,7 @@ def test_names_of_files_and_rewards_are_escaped() -> None:
 def test_the_help_lists_every_reward_that_has_a_name() -> None:
     shown = names_view()
     assert all(f">{name}</th>" in shown for name in ("scene", "clip", "jpeg", "preference"))
-    assert set(TICKED) < set(EMBEDDED)
+    assert set(DEFAULT_REWARDS) < set(EMBEDDED)
 
 
 # ---- the tab
@@ -279,12 +279,12 @@ def test_a_visitor_sees_scores_and_refusals(studio: Studio, images: list[Path]) 
         tab = RewardsTab(studio)
     assert blocks.fns and all(one.api_visibility == "private" for one in blocks.fns.values())
     visitor: Any = SimpleNamespace(session_hash="ada")
-    found: dict[Any, Any] = {}
+    rows_found: dict[Any, Any] = {}
     for change in tab.run([*map(str, images)], PROMPT, ["brightness"], "\n jpeg \nbrightness\nos:system\n", visitor):
-        found |= change
-    assert "Done: 3 images by 2 rewards. Some were left out" in found[tab.status]
-    assert found[tab.scores].rewards == ("brightness", "jpeg") and found[tab.start]["interactive"]
-    assert found[tab.by]["value"] == "brightness" and "Spearman" in found[tab.scatter]
+        rows_found |= change
+    assert "Done: 3 images by 2 rewards. Some were left out" in rows_found[tab.status]
+    assert rows_found[tab.scores].rewards == ("brightness", "jpeg") and rows_found[tab.start]["interactive"]
+    assert rows_found[tab.by]["value"] == "brightness" and "Spearman" in rows_found[tab.scatter]
     with pytest.warns(UserWarning, match="no images"):
         (_, refused, _) = tab.run(None, "", ["brightness"], "", visitor)
     assert "no images: drop some first" in refused[tab.status]

@@ -18,7 +18,7 @@ from steer.apps.demo import steering as steering_module
 from steer.apps.demo.app import PublicApi
 from steer.apps.demo.rewards_tab import RewardsTab
 from steer.apps.demo.steer_tab import METHODS, SteerTab
-from steer.apps.demo.steering import Made, Step
+from steer.apps.demo.steering import PromptResult, Step
 from steer.apps.demo.studio import Studio, Ticket, Weights, line, public, seed_of
 from steer.errors import InputError
 
@@ -54,9 +54,9 @@ def run(tab: SteerTab, **values: Any) -> dict[Any, Any]:
     return shown
 
 
-def made_of(tab: SteerTab, shown: dict[Any, Any]) -> Made:
+def result_of(tab: SteerTab, shown: dict[Any, Any]) -> PromptResult:
     assert shown.get(tab.finished), shown[tab.status]
-    made: Made = shown[tab.finished][0].made
+    made: PromptResult = shown[tab.finished][0].made
     return made
 
 
@@ -69,7 +69,7 @@ def asked(method: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("method", METHODS.values())
 def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = made_of(tab, run(tab, **asked(method), seed=1))
+    first = result_of(tab, run(tab, **asked(method), seed=1))
     pixels = [Image.open(one.path).tobytes() for one in first.images]
     say = Ticket.say
 
@@ -82,7 +82,7 @@ def test_the_second_run_is_as_good_as_the_first(tab: SteerTab, method: str, monk
     assert "Stopped" in run(tab, **asked(method), seed=2)[tab.status]
     monkeypatch.undo()
     assert "Done" in run(tab, **asked(method) | {"prompts": "a blue cross"}, seed=3)[tab.status], "after a stop"
-    again = made_of(tab, run(tab, **asked(method), seed=1))
+    again = result_of(tab, run(tab, **asked(method), seed=1))
     assert [Image.open(one.path).tobytes() for one in again.images] == pixels
 
 
@@ -165,7 +165,7 @@ def test_no_error_on_any_way_to_a_visitor_names_a_server_path(
 def test_the_slider_compares_best_with_best_and_all_base_images_are_there(tab: SteerTab, method: str) -> None:
     for seed in range(20):
         shown = run(tab, **asked(method), seed=seed)
-        made = made_of(tab, shown)
+        made = result_of(tab, shown)
         base = [one.recipe.reward for one in made.base]
         if base[0] < max(base):
             break
@@ -214,10 +214,10 @@ def test_a_switch_keeps_what_was_set_and_moves_what_was_left_alone(tab: SteerTab
 
 def test_loaded_weights_keep_what_was_set(tab: SteerTab, tmp_path: Path) -> None:
     weights = Weights("scenes", tmp_path, "mine", "aesthetic:scenes", 8, 2.0)
-    change = tab.wear(told(tab, weights=weights, steps=35, reward="jpeg"))
+    change = tab.load_adapter(told(tab, weights=weights, steps=35, reward="jpeg"))
     assert "value" not in change.get(tab.fields["steps"], {}) and "value" not in change.get(tab.fields["reward"], {})
     assert change[tab.fields["guidance"]]["value"] == 2.0 and change[tab.fields["model"]]["value"] == "scenes"
-    untouched = tab.wear(told(tab, weights=weights))
+    untouched = tab.load_adapter(told(tab, weights=weights))
     assert untouched[tab.fields["reward"]]["value"] == "aesthetic:scenes"
     assert untouched[tab.fields["steps"]]["value"] == 8
 
@@ -230,7 +230,7 @@ def test_a_random_seed_is_drawn_shown_and_named(tab: SteerTab) -> None:
     seeds = []
     for _ in range(2):
         shown = run(tab, method="base", seed=-1)
-        seeds.append(made_of(tab, shown).settings.seed)
+        seeds.append(result_of(tab, shown).settings.seed)
         assert shown[tab.fields["seed"]] == seeds[-1] >= 0 and shown[tab.fields["fresh"]] is True
         assert f"Done: 1 prompt in" in shown[tab.status] and f"seed {seeds[-1]}." in shown[tab.status]  # noqa: F541
     assert seeds[0] != seeds[1]
@@ -287,7 +287,9 @@ def test_old_runs_make_room(tab: SteerTab, studio: Studio) -> None:
 def test_rewards_take_the_prompt_inside_our_images(
     tab: SteerTab, studio: Studio, tmp_path: Path, prompt: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [str(made_of(tab, run(tab, method="base", prompts=one)).images[0].path) for one in ("a red star", "a star")]
+    files = [
+        str(result_of(tab, run(tab, method="base", prompts=one)).images[0].path) for one in ("a red star", "a star")
+    ]
     Image.new("RGB", (64, 64)).save(other := tmp_path / "other.png")
     scored: list[str] = []
 

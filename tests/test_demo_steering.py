@@ -19,11 +19,11 @@ pytest.importorskip("gradio")
 
 from steer.apps import sampling as sample_module
 from steer.apps.cli.sample import sample
-from steer.apps.demo.labels import Seen
-from steer.apps.demo.steer_tab import MOST_PROMPTS, prompts_of, restored, settings_of
-from steer.apps.demo.steering import Frame, Made, Step, as_command, as_python, steer_all, steering
+from steer.apps.demo.labels import RunView
+from steer.apps.demo.steer_tab import MAX_PROMPTS, fields_from_recipe, prompts_of, settings_of
+from steer.apps.demo.steering import Frame, PromptResult, Step, as_command, as_python, steer_all, steering
 from steer.apps.demo.studio import Studio, Weights
-from steer.apps.methods import SampleSettings
+from steer.apps.methods import SamplingConfig
 from steer.apps.models import load_pipeline
 from steer.apps.prompts import PromptRow
 from steer.apps.recipes import read_metadata
@@ -43,7 +43,7 @@ ASKED: dict[str, Any] = {
     "compare": True,
     "worn": False,
 }
-WORN = Weights("scenes", Path("finetuned/final"), "of a test", None, 8, 2.0)
+ADAPTER = Weights("scenes", Path("finetuned/final"), "of a test", None, 8, 2.0)
 PROMPT = "a red circle and a blue star"
 ODD = 'it\'s a $(rm) `b` "c"'
 
@@ -56,7 +56,7 @@ def studio() -> Iterator[Studio]:
     assert not made.home.exists()
 
 
-def events(studio: Studio, settings: SampleSettings, folder: Path, *prompts: str) -> list[Any]:
+def events(studio: Studio, settings: SamplingConfig, folder: Path, *prompts: str) -> list[Any]:
     reward = studio.reward(settings.reward)
 
     def work(ticket: Any) -> None:
@@ -66,17 +66,17 @@ def events(studio: Studio, settings: SampleSettings, folder: Path, *prompts: str
     return list(studio.worker.submit(work).events())
 
 
-def of(kind: type, told: list[Any]) -> list[Any]:
-    return [event for event in told if isinstance(event, kind)]
+def of(kind: type, events_: list[Any]) -> list[Any]:
+    return [event for event in events_ if isinstance(event, kind)]
 
 
 @pytest.mark.parametrize("method", ["fk", "best-of-n", "base", "reno"])
 def test_every_method_shows_readings_before_the_end(studio: Studio, tmp_path: Path, method: str) -> None:
     model = {"model": "scenes-turbo", "steps": 1, "guidance": 0} if method == "reno" else {}
     reward = {"reward": "scene-soft"} if method == "reno" else {}
-    told = events(studio, settings_of(ASKED | model | reward | {"method": method}), tmp_path)
-    frames, (made,) = of(Frame, told), of(Made, told)
-    assert len(frames) >= 3 and told[-1] is made
+    events_ = events(studio, settings_of(ASKED | model | reward | {"method": method}), tmp_path)
+    frames, (made,) = of(Frame, events_), of(PromptResult, events_)
+    assert len(frames) >= 3 and events_[-1] is made
     assert len({frame.images[0].tobytes() for frame in frames}) >= 3, "previews that differ"
     assert all(len(frame.images) == len(frame.rewards) == 3 for frame in frames)
     assert all((frame.ancestors is None) == (method == "reno") for frame in frames)
@@ -85,13 +85,13 @@ def test_every_method_shows_readings_before_the_end(studio: Studio, tmp_path: Pa
     ) or method == "base"
     assert len(made.base) == (0 if method == "base" else 3)
     assert (made.base_cost is None) == (method in ("base", "best-of-n"))
-    steps = of(Step, told)
+    steps = of(Step, events_)
     assert steps[-1].step == steps[-1].total and all(step.count == 1 for step in steps)
 
 
 def test_images_tell_their_settings_and_base_images_are_the_plain_batch(studio: Studio, tmp_path: Path) -> None:
     settings = settings_of(ASKED)
-    (made,) = of(Made, events(studio, settings, tmp_path))
+    (made,) = of(PromptResult, events(studio, settings, tmp_path))
     with studio.model("scenes") as pipe:
         generator = torch.Generator().manual_seed(settings.seed)
         plain = pipe(
@@ -100,7 +100,7 @@ def test_images_tell_their_settings_and_base_images_are_the_plain_batch(studio: 
     assert [Image.open(one.path).tobytes() for one in made.base] == [image.tobytes() for image in plain]
     for picture in made.images:
         assert read_metadata(picture.path) == picture.recipe and picture.recipe.settings == settings
-    fields = restored(made.images[0].recipe, studio.models)
+    fields = fields_from_recipe(made.images[0].recipe, studio.models)
     assert settings_of(fields) == settings and fields["prompts"] == PROMPT
 
 
@@ -115,20 +115,20 @@ def test_finetuned_weights_are_worn_by_the_images_and_not_by_those_beside_them(
     studio: Studio, weights: Weights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     asked = ASKED | {"method": method}
-    (before,) = of(Made, events(studio, settings_of(asked | {"method": "base"}), tmp_path / "before"))
+    (before,) = of(PromptResult, events(studio, settings_of(asked | {"method": "base"}), tmp_path / "before"))
     settings = settings_of(asked | {"worn": True}, weights)
     work = steering(studio, [PROMPT], settings, tmp_path / "worn", weights)
-    (made,) = of(Made, list(studio.worker.submit(work).events()))
-    (after,) = of(Made, events(studio, settings_of(asked | {"method": "base"}), tmp_path / "after"))
+    (made,) = of(PromptResult, list(studio.worker.submit(work).events()))
+    (after,) = of(PromptResult, events(studio, settings_of(asked | {"method": "base"}), tmp_path / "after"))
     first, beside, last = (
         [Image.open(one.path).tobytes() for one in some] for some in (before.images, made.base, after.images)
     )
     assert first == beside == last, "the studio's pipeline is what it was"
     assert not {Image.open(one.path).tobytes() for one in made.images} & {*first}
     assert made.base_cost is not None and settings.lora == "finetuned/final"
-    assert restored(made.images[0].recipe, studio.models, weights)["worn"]
+    assert fields_from_recipe(made.images[0].recipe, studio.models, weights)["worn"]
     with pytest.raises(InputError, match="no finetuned weights are loaded here"):
-        restored(made.images[0].recipe, studio.models)
+        fields_from_recipe(made.images[0].recipe, studio.models)
     shutil.copytree(weights.folder, tmp_path / "finetuned" / "final")  # as the zip unpacks
     monkeypatch.chdir(tmp_path)
     exec(compile(as_python(PROMPT, settings), "program", "exec"), {})
@@ -168,11 +168,11 @@ def test_what_a_visitor_left_is_gone_once_their_job_has_ended(studio: Studio) ->
 
 
 def test_several_prompts_come_one_after_the_other(studio: Studio, tmp_path: Path) -> None:
-    told = events(studio, settings_of(ASKED | {"compare": False}), tmp_path, "a star", "a cross")
-    seen = Seen()
-    shown = [(event, seen.after(event), seen.frames) for event in told]
+    events_ = events(studio, settings_of(ASKED | {"compare": False}), tmp_path, "a star", "a cross")
+    seen = RunView()
+    shown = [(event, seen.after(event), seen.frames) for event in events_]
     assert [one.made.prompt for one in seen.finished] == ["a star", "a cross"]
-    assert all(len(one.frames) == len(of(Frame, told)) / 2 for one in seen.finished)
+    assert all(len(one.frames) == len(of(Frame, events_)) / 2 for one in seen.finished)
     assert {frames for event, _, frames in shown if isinstance(event, Step) and event.step == 1} == {()}
     assert seen.conclusion(False).startswith("Done: 2 prompts in ")
 
@@ -195,20 +195,20 @@ def test_stop_acts_within_one_solver_step(studio: Studio, tmp_path: Path) -> Non
             steer_all(pipe, reward, [PROMPT], settings, tmp_path, ticket)
 
     ticket = studio.worker.submit(work)
-    assert not of(Made, list(ticket.events()))
+    assert not of(PromptResult, list(ticket.events()))
     assert max(step.step for step in of(Step, steps)) == 7 and ticket.stopped
 
 
 def test_the_command_asks_for_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(sample_module, "sample", lambda *told: given.append(told) or {"prompts": [], "cost": {}})
+    monkeypatch.setattr(sample_module, "sample", lambda *events_: given.append(events_) or {"prompts": [], "cost": {}})
     for change in (
         {},
         {"method": "reno", "model": "scenes-turbo", "compare": False},
         {"lam": 0.1, "guidance": 7.25},
         {"worn": True},
     ):
-        settings = settings_of(ASKED | change, WORN)
+        settings = settings_of(ASKED | change, ADAPTER)
         for prompt in (PROMPT, ODD, f"-{ODD}"):
             words = shlex.split(as_command(prompt, settings))
             assert words[:2] == ["steer", "sample"]
@@ -223,7 +223,7 @@ def test_the_program_makes_the_same_images(
 ) -> None:
     model = {"model": "scenes-turbo", "steps": 1, "guidance": 0, "reward": "scene-soft"} if method == "reno" else {}
     settings = settings_of(ASKED | model | {"method": method, "compare": False})
-    (made,) = of(Made, events(studio, settings, tmp_path))
+    (made,) = of(PromptResult, events(studio, settings, tmp_path))
     monkeypatch.chdir(tmp_path)
     exec(compile(as_python(PROMPT, settings), "program", "exec"), {})
     assert Image.open("best.png").tobytes() == Image.open(made.images[0].path).tobytes()
@@ -233,7 +233,7 @@ def test_the_program_makes_the_same_images(
     ("text", "message"),
     [
         (" \n ", "the prompt is empty"),
-        ("a\n" * (MOST_PROMPTS + 1), "5 prompts: at most 4"),
+        ("a\n" * (MAX_PROMPTS + 1), "5 prompts: at most 4"),
         ("a" * 501, "a prompt of 501 characters"),
     ],
 )
@@ -257,7 +257,7 @@ def test_settings_beyond_the_app_are_refused(studio: Studio) -> None:
 
 
 def test_what_the_fields_cannot_ask_for_is_not_restored(studio: Studio, tmp_path: Path) -> None:
-    (made,) = of(Made, events(studio, settings_of(ASKED | {"compare": False}), tmp_path))
+    (made,) = of(PromptResult, events(studio, settings_of(ASKED | {"compare": False}), tmp_path))
     recipe = made.images[0].recipe
     for change, message in (
         ({"potential": "sum"}, "made with potential 'sum'"),
@@ -268,4 +268,4 @@ def test_what_the_fields_cannot_ask_for_is_not_restored(studio: Studio, tmp_path
     ):
         other = replace(recipe, settings=replace(recipe.settings, **change))
         with pytest.raises(InputError, match=message):
-            restored(other, studio.models)
+            fields_from_recipe(other, studio.models)

@@ -17,11 +17,19 @@ pytest.importorskip("gradio")
 import gradio as gr
 
 from steer.apps.demo import training as training_module
-from steer.apps.demo.finetune_tab import FinetuneTab, Run, Story, asked_of, charts_view, records_of, samples_view
-from steer.apps.demo.labels import LabelBook, Wish
+from steer.apps.demo.finetune_tab import (
+    FinetuneTab,
+    Run,
+    TrainingView,
+    charts_view,
+    records_of,
+    samples_view,
+    training_request,
+)
+from steer.apps.demo.labels import LabelRequest, LabelStore
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Studio, Ticket, Waiting, Weights
-from steer.apps.demo.training import Asked, Evaluation, Trained, Update, configured, training
+from steer.apps.demo.training import Evaluation, Trained, TrainingRequest, Update, configured, training
 from steer.apps.finetuning import gather
 from steer.apps.model_card import held_out_names
 from steer.apps.models import find_adapter, load_pipeline
@@ -31,8 +39,8 @@ from steer.rewards.parser import load_reward
 from steer.training.distributed import SINGLE_PROCESS
 
 TINY = {"train_batch_size": "2", "num_generations": "2", "num_inference_steps": "3", "eval_prompts_count": "2"}
-ASKED = Asked("d3po", "scenes", "brightness", "aesthetic:scenes", 3, 0.003, 4, 0.0, 3)
-TOLD: dict[str, Any] = {
+ASKED = TrainingRequest("d3po", "scenes", "brightness", "aesthetic:scenes", 3, 0.003, 4, 0.0, 3)
+FIELD_VALUES: dict[str, Any] = {
     "method": "d3po",
     "reward": " brightness ",
     "held_out": "scene",
@@ -50,7 +58,7 @@ SCRIPT = "<script>window.evil=1</script>"
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in TINY.items():
-        monkeypatch.setitem(training_module.SCALE, key, value)
+        monkeypatch.setitem(training_module.DEMO_CHANGES, key, value)
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +66,17 @@ def straight(studio: Studio) -> tuple[list[Any], Path]:
     """A run that nobody stopped, and its folder."""
     with pytest.MonkeyPatch.context() as patch:
         for key, value in TINY.items():
-            patch.setitem(training_module.SCALE, key, value)
+            patch.setitem(training_module.DEMO_CHANGES, key, value)
         folder = studio.home / "visitors" / "straight" / "run-1"
         return run(studio, ASKED, folder), folder
 
 
 def run(
-    studio: Studio, asked: Asked, folder: Path, resume: bool = False, stop: Callable[[Any], bool] = lambda event: False
+    studio: Studio,
+    asked: TrainingRequest,
+    folder: Path,
+    resume: bool = False,
+    stop: Callable[[Any], bool] = lambda event: False,
 ) -> list[Any]:
     """All that a training says, until an event at which it is stopped."""
     ticket = studio.worker.submit(training(asked, folder, studio, resume))
@@ -206,8 +218,8 @@ def test_prdp_runs_too_and_only_the_latest_run_keeps_its_checkpoints(studio: Stu
 
 def test_choices_are_learnt_from_as_they_were_at_the_start(studio: Studio, tmp_path: Path) -> None:
     labels, folder = tmp_path / "labels", tmp_path / "v" / "run-1"
-    book = LabelBook(labels, {"num_inference_steps": 3, "guidance_scale": 1.0})
-    wish = Wish("Ada", ("a red circle", "a blue star"))
+    book = LabelStore(labels, {"num_inference_steps": 3, "guidance_scale": 1.0})
+    wish = LabelRequest("Ada", ("a red circle", "a blue star"))
 
     def choose() -> None:
         with studio.model("scenes") as pipe:
@@ -262,18 +274,18 @@ def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
 )
 def test_what_cannot_be_is_refused_in_a_line(studio: Studio, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as refused:
-        asked_of(TOLD | change, studio)
+        training_request(FIELD_VALUES | change, studio)
     assert "\n" not in str(refused.value)
 
 
 def test_a_term_of_the_trained_reward_cannot_be_held_out(studio: Studio, tmp_path: Path) -> None:
-    asked = asked_of(TOLD | {"reward": "scene + brightness", "held_out": "scene"}, studio)
+    asked = training_request(FIELD_VALUES | {"reward": "scene + brightness", "held_out": "scene"}, studio)
     with pytest.raises(InputError, match="hold 'scene', which is trained on"):
         training(asked, tmp_path, studio, resume=False)
 
 
 def test_without_labels_there_is_nothing_to_learn_from(studio: Studio, tmp_path: Path) -> None:
-    asked = asked_of(TOLD | {"method": "choices"}, studio)
+    asked = training_request(FIELD_VALUES | {"method": "choices"}, studio)
     assert asked.choices == studio.home / "labels"
     with pytest.raises(InputError, match="nothing has been labelled yet"):
         training(asked, tmp_path, studio, resume=False)
@@ -284,18 +296,18 @@ def test_without_labels_there_is_nothing_to_learn_from(studio: Studio, tmp_path:
 
 def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[Any], Path]) -> None:
     told, folder = straight
-    story = Story(4)
+    story = TrainingView(4)
     assert story.after(Waiting(2)) and story.line == "Waiting: 2 runs come first."
     record = {"step": 1, "reward": 0.25, "kl": 0.0, "seconds": 20.0}
     story.after(Update(record))
     assert story.line == "Update 1 of 4, reward 0.25, KL 0. About 60 s left."
     assert story.conclusion().startswith("Stopped after 1 of 4 updates. Nothing is lost: Go on continues")
-    assert Story(4).conclusion() == "Stopped before the first update."
-    whole = Story(3)
+    assert TrainingView(4).conclusion() == "Stopped before the first update."
+    whole = TrainingView(3)
     for event in told:
         whole.after(event)
     assert whole.conclusion().startswith("Done: 3 updates in ") and "brightness 0." in whole.conclusion()
-    again = Story.of(folder, 3)
+    again = TrainingView.of(folder, 3)
     assert (again.records, again.evaluations) == (whole.records, whole.evaluations)
     assert again.frames == whole.frames
     with pytest.raises(TypeError, match="no event of a training"):
@@ -311,7 +323,7 @@ def test_a_held_out_reward_that_clearly_fell_is_told(straight: tuple[list[Any], 
             {"step": 4, "eval/a": [0.3, 0.2, 0.4], "eval/b": held_out},
         )
         result = replace(trained.result, evaluations=evaluations, best_step=best)
-        return Story(4, list(result.records), trained=replace(trained, result=result)).conclusion()
+        return TrainingView(4, list(result.records), trained=replace(trained, result=result)).conclusion()
 
     assert "faults" in said([0.3, 0.2, 0.45]) and "faults" not in said([0.45, 0.3, 0.6])
     assert "best after update 2" in said([0.6, 0.5, 0.7], best=2) and "best" not in said([0.6, 0.5, 0.7])
@@ -319,16 +331,16 @@ def test_a_held_out_reward_that_clearly_fell_is_told(straight: tuple[list[Any], 
 
 def test_the_views_hold_every_evaluation_and_escape_what_was_typed(straight: tuple[list[Any], Path]) -> None:
     _, folder = straight
-    story = Story.of(folder, 3)
+    story = TrainingView.of(folder, 3)
     seen = samples_view(story, "run-1")
     assert seen.count('class="steer-frame steer-held"') == 2 and seen.count('hidden=""') == 1
     assert seen.count("<img ") == 4 and 'alt=""' not in seen and 'data-label="after 3 updates"' in seen
     charts = charts_view(story, "run-1")
     assert charts.count("<svg") >= 4 and "Held-out reward: aesthetic:scenes" in charts and "<table" in charts
     evil = {"step": 0, f"eval/{SCRIPT}": [0.1, 0.0, 0.2], "eval/diversity": 0.0}
-    odd = Story(4, story.records, [evil], story.frames)
+    odd = TrainingView(4, story.records, [evil], story.frames)
     assert "<script" not in samples_view(odd, SCRIPT) + charts_view(odd, SCRIPT)
-    assert "steer-empty" in samples_view(Story(0), "")
+    assert "steer-empty" in samples_view(TrainingView(0), "")
 
 
 # ---- the tab
@@ -355,7 +367,7 @@ def seen(changes: Iterator[dict[Any, Any]]) -> dict[Any, Any]:
 
 
 def test_a_visitor_trains_goes_on_and_hands_the_weights_to_steer(studio: Studio, tab: FinetuneTab) -> None:
-    told = {tab.fields[name]: value for name, value in (TOLD | {"updates": 1}).items()}
+    told = {tab.fields[name]: value for name, value in (FIELD_VALUES | {"updates": 1}).items()}
     found = seen(tab.begin(told, visitor("ada")))
     done: Run = found[tab.run]
     assert done.folder == studio.home / "visitors" / "ada" / "finetune" / "run-1" and done.trained is not None
@@ -368,7 +380,7 @@ def test_a_visitor_trains_goes_on_and_hands_the_weights_to_steer(studio: Studio,
 
 
 def test_what_is_refused_is_a_warning_and_leaves_the_run_before_alone(studio: Studio, tab: FinetuneTab) -> None:
-    told = {tab.fields[name]: value for name, value in (TOLD | {"reward": f"os:{SCRIPT}"}).items()}
+    told = {tab.fields[name]: value for name, value in (FIELD_VALUES | {"reward": f"os:{SCRIPT}"}).items()}
     with pytest.warns(UserWarning, match="&lt;script&gt;"):
         found = seen(tab.begin(told, visitor("ben")))
     assert [*found] == [tab.status] and "<script" not in found[tab.status] and "alert" in found[tab.status]

@@ -21,11 +21,11 @@ from PIL import Image, ImageColor
 
 pytest.importorskip("gradio")
 
-from steer.apps.demo.plots import Axis, Series, line_chart, lineages, short, table, ways_back
-from steer.apps.demo.steer_tab import NOTHING, run_view, settings_of
-from steer.apps.demo.steering import Frame, Made
+from steer.apps.demo.plots import Axis, Series, ancestor_paths, full_lineages, line_chart, short, table
+from steer.apps.demo.steer_tab import EMPTY_TEXT, run_view, settings_of
+from steer.apps.demo.steering import Frame, PromptResult
 from steer.apps.recipes import Recipe
-from steer.apps.sampling import Picture
+from steer.apps.sampling import SavedImage
 from steer.pipelines.base import Cost
 
 EVIL = "\"><script>alert(1)</script><img src=x onerror='alert(2)'>&amp;"
@@ -33,7 +33,7 @@ PARENTS = ((0, 0, 2), (1, 1, 2), (2, 0, 1))  # of three particles at three readi
 REWARDS = ((0.1, 0.2, 0.3), (0.4, -0.5, 0.6), (0.25, 0.75, 0.5))
 FINISHED = (0.9, 0.7, 0.8)  # by slot
 COLOURS = ("red", "lime", "blue")
-HERE = Path(__file__).parent.parent / "apps" / "demo"
+FOLDER = Path(__file__).parent.parent / "apps" / "demo"
 
 
 def frame(
@@ -47,7 +47,7 @@ def three_readings() -> list[Frame]:
     return [frame(number, REWARDS[number], PARENTS[number]) for number in range(3)]
 
 
-def made_of(folder: Path, rewards: Sequence[float] = FINISHED, prompt: str = EVIL) -> Made:
+def result_of(folder: Path, rewards: Sequence[float] = FINISHED, prompt: str = EVIL) -> PromptResult:
     """Finished images, best first; that of a slot has one of COLOURS."""
     settings = settings_of(
         {"method": "fk", "reward": "brightness", "particles": len(rewards), "lam": 5.0, "steps": 20, "guidance": 2.0}
@@ -58,8 +58,8 @@ def made_of(folder: Path, rewards: Sequence[float] = FINISHED, prompt: str = EVI
         path = folder / f"{rank}.png"
         Image.new("RGB", (600, 300), COLOURS[slot % len(COLOURS)]).save(path)
         recipe = Recipe(prompt, settings, False, rank, rewards[slot], {}, "", "0", "0", "0", "cpu", "float32")
-        pictures.append(Picture(path, recipe))
-    return Made(prompt, settings, tuple(pictures), tuple(order), (), Cost(1, 1, 1, 1.0), None)
+        pictures.append(SavedImage(path, recipe))
+    return PromptResult(prompt, settings, tuple(pictures), tuple(order), (), Cost(1, 1, 1, 1.0), None)
 
 
 def parsed(html: str) -> ElementTree.Element:
@@ -84,7 +84,7 @@ def rows_of(root: ElementTree.Element) -> list[list[str]]:
 
 
 def test_lineages_of_a_genealogy_by_hand() -> None:
-    found = {key: set(line) for key, line in lineages(ways_back(PARENTS, 3)).items()}
+    found = {key: set(line) for key, line in full_lineages(ancestor_paths(PARENTS, 3)).items()}
     assert found[0, 1] == {(0, 1)}, "nobody goes on from it"
     assert found[0, 0] == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (3, 1), (3, 2)}
     assert found[1, 0] == {(0, 0), (1, 0)}
@@ -115,14 +115,14 @@ def walked(size: int, parents: list[list[int]], key: tuple[int, int]) -> set[tup
 @given(genealogies())
 def test_lineages_equal_a_walk_through_every_pair(genealogy: tuple[int, list[list[int]]]) -> None:
     size, parents = genealogy
-    found = lineages(ways_back(parents, size))
+    found = full_lineages(ancestor_paths(parents, size))
     assert len(found) == size * (len(parents) + 1)
     for key, line in found.items():
         assert len(line) == len(set(line)) and set(line) == walked(size, parents, key)
 
 
 def test_dots_name_their_lineage_and_thick_lines_lead_to_the_end(tmp_path: Path) -> None:
-    tree = by_class(parsed(run_view(three_readings(), made_of(tmp_path))), "steer-tree")[0]
+    tree = by_class(parsed(run_view(three_readings(), result_of(tmp_path))), "steer-tree")[0]
     dots = {dot.attrib["data-key"]: set(dot.attrib["data-path"].split()) for dot in by_class(tree, "steer-dot")}
     assert len(dots) == 12 and dots["2-0"] == {"0-0", "1-1", "2-0", "3-1"} and dots["0-1"] == {"0-1"}
     links = {link.attrib["data-key"]: "steer-alive" in link.attrib["class"] for link in by_class(tree, "steer-link")}
@@ -186,7 +186,7 @@ def test_the_newest_reading_is_shown_and_every_other_is_there() -> None:
 
 
 def test_finished_images_stand_in_the_slots_they_come_from(tmp_path: Path) -> None:
-    root = parsed(run_view(three_readings(), made_of(tmp_path)))
+    root = parsed(run_view(three_readings(), result_of(tmp_path)))
     frames = by_class(root, "steer-frame")
     last = frames[-1]
     assert len(frames) == 4 and last.get("data-label") == "finished" and last.get("hidden") is None
@@ -203,14 +203,14 @@ def test_another_run_has_another_mark_and_the_same_run_keeps_it(tmp_path: Path) 
         return parsed(run_view(*arguments)).attrib["data-run"]
 
     frames = three_readings()
-    assert mark(frames[:1], None) == mark(frames, None) == mark(frames, made_of(tmp_path)) != mark(frames[1:], None)
+    assert mark(frames[:1], None) == mark(frames, None) == mark(frames, result_of(tmp_path)) != mark(frames[1:], None)
 
 
 # curves and numbers
 
 
 def test_the_table_says_what_the_frames_say(tmp_path: Path) -> None:
-    root = by_class(parsed(run_view(three_readings(), made_of(tmp_path))), "steer-table")[0]
+    root = by_class(parsed(run_view(three_readings(), result_of(tmp_path))), "steer-table")[0]
     head, *rows = rows_of(root)
     assert head == [
         "reading",
@@ -233,7 +233,7 @@ def test_the_table_says_what_the_frames_say(tmp_path: Path) -> None:
 
 
 def test_curves_are_of_rewards_of_the_ess_and_of_the_particles_that_live_on(tmp_path: Path) -> None:
-    root = parsed(run_view(three_readings(), made_of(tmp_path)))
+    root = parsed(run_view(three_readings(), result_of(tmp_path)))
     rewards, ess, living = by_class(root, "steer-chart")
     assert [title.text for title in rewards.iter("title")][1:] == [
         "mean, 1: 0.2", "mean, 5: 0.167", "mean, 9: 0.5", "mean, 20: 0.8"
@@ -308,31 +308,31 @@ def test_names_of_strangers_stay_text(tmp_path: Path) -> None:
     for html in (chart, rows):
         root = parsed(html)
         assert not [*root.iter("script")] and not [*root.iter("img")] and EVIL in words(root)
-    assert "script" not in run_view(three_readings(), made_of(tmp_path)) and "alert" not in run_view(
-        (), made_of(tmp_path)
+    assert "script" not in run_view(three_readings(), result_of(tmp_path)) and "alert" not in run_view(
+        (), result_of(tmp_path)
     )
 
 
 def test_before_the_first_reading_there_is_an_invitation() -> None:
     root = parsed(run_view((), None))
-    assert "".join(root.itertext()) == NOTHING and len([*root.iter()]) == 2
+    assert "".join(root.itertext()) == EMPTY_TEXT and len([*root.iter()]) == 2
 
 
 def test_one_particle_has_no_ancestry(tmp_path: Path) -> None:
-    root = parsed(run_view([frame(0, (0.1,), (0,), 1.0), frame(1, (0.2,), (0,), 1.0)], made_of(tmp_path, (0.3,))))
+    root = parsed(run_view([frame(0, (0.1,), (0,), 1.0), frame(1, (0.2,), (0,), 1.0)], result_of(tmp_path, (0.3,))))
     assert not by_class(root, "steer-tree") and not by_class(root, "steer-band") and not by_class(root, "steer-best")
     assert len(by_class(root, "steer-frame")) == 3 and len(by_class(root, "steer-chart")) == 1
     assert rows_of(root)[1] == ["step 1", "0.1", "0.1", "0.1"]
 
 
 def test_particles_that_keep_to_themselves_have_no_ancestry(tmp_path: Path) -> None:
-    root = parsed(run_view([frame(number, REWARDS[number], None, None) for number in range(3)], made_of(tmp_path)))
+    root = parsed(run_view([frame(number, REWARDS[number], None, None) for number in range(3)], result_of(tmp_path)))
     assert not by_class(root, "steer-tree") and rows_of(root)[0] == ["reading", "lowest reward", "mean", "highest"]
     assert len(by_class(root, "steer-chart")) == 1
 
 
 def test_finished_images_without_readings_are_shown(tmp_path: Path) -> None:
-    root = parsed(run_view((), made_of(tmp_path)))
+    root = parsed(run_view((), result_of(tmp_path)))
     assert len(by_class(root, "steer-cell")) == 3 and not by_class(root, "steer-tree")
     assert by_class(root, "steer-scrubber")[0].get("max") == "0"
 
@@ -347,7 +347,7 @@ def test_a_run_stopped_after_one_reading_is_shown() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_rewards_that_are_no_numbers_never_appear(value: float, tmp_path: Path) -> None:
     frames = [frame(0, (value, 0.5, 0.25), PARENTS[0], math.nan), frame(1, (value,) * 3, PARENTS[1], None)]
-    root = parsed(run_view(frames, made_of(tmp_path, (0.1, value, 0.3))))
+    root = parsed(run_view(frames, result_of(tmp_path, (0.1, value, 0.3))))
     assert not re.search(r"\b(nan|inf|infinity|none)\b", words(root).replace(" none ", " "), re.IGNORECASE)
     assert rows_of(root)[1][1:5] == ["0.25", "0.375", "0.5", "–"] and rows_of(root)[2][1:4] == ["–"] * 3
     marks = [mark.get("fill") for mark in by_class(root, "steer-mark")]
@@ -397,8 +397,8 @@ def page(browser: Any) -> Iterator[Any]:
     """A page with the script on an empty view; update(html) is what Gradio does with a new value."""
     made, errors = browser.new_page(viewport={"width": 360, "height": 800}), []
     made.on("pageerror", lambda error: errors.append(str(error)))
-    made.set_content(f"<style>{(HERE / 'style.css').read_text()}</style><div id=view></div>")
-    made.evaluate(PAGE.replace("SCRIPT", json.dumps((HERE / "run_view.js").read_text())), run_view((), None))
+    made.set_content(f"<style>{(FOLDER / 'style.css').read_text()}</style><div id=view></div>")
+    made.evaluate(PAGE.replace("SCRIPT", json.dumps((FOLDER / "run_view.js").read_text())), run_view((), None))
     yield made
     made.close()
     assert not errors
@@ -427,7 +427,7 @@ def test_who_went_back_stays_there_and_others_follow_the_newest(page: Any, tmp_p
     for _ in range(2):
         page.get_by_label("Later reading").click()
     assert reading(page) == "step 9 of 20"
-    page.evaluate("update", run_view(frames, made_of(tmp_path)))
+    page.evaluate("update", run_view(frames, result_of(tmp_path)))
     assert reading(page) == "finished"
     for _ in range(3):
         page.get_by_label("Earlier reading").click()
@@ -442,7 +442,7 @@ def test_a_click_or_a_key_lights_a_lineage_and_takes_it_off(page: Any, tmp_path:
     page.locator('.steer-dot[data-key="2-0"]').click()
     assert lit(page, "steer-dot") == lit(page, "steer-cell") == {"0-0", "1-1", "2-0"}
     assert lit(page, "steer-link") == {"1-1", "2-0"}
-    page.evaluate("update", run_view(three_readings(), made_of(tmp_path)))
+    page.evaluate("update", run_view(three_readings(), result_of(tmp_path)))
     assert lit(page, "steer-link") == {"1-1", "2-0", "3-1"}, "still lit, and grown"
     page.locator('.steer-dot[data-key="2-0"]').click()
     assert not lit(page, "steer-dot") and not page.locator("[aria-pressed=true]").count()
@@ -459,7 +459,7 @@ def test_a_click_or_a_key_lights_a_lineage_and_takes_it_off(page: Any, tmp_path:
 
 @pytest.mark.browser
 def test_a_phone_scrolls_nothing_sideways_but_the_tree(page: Any, tmp_path: Path) -> None:
-    page.evaluate("update", run_view(three_readings(), made_of(tmp_path)))
+    page.evaluate("update", run_view(three_readings(), result_of(tmp_path)))
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     wide = "all => all.filter(each => each.scrollWidth > each.clientWidth + 1).map(each => each.className)"
     assert page.eval_on_selector_all("#view div, #view figure", wide) == ["steer-scroll"] * 2, "and the table's box"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from steer.apps.demo import studio as worker_module
-from steer.apps.demo.studio import MOST_EVENTS, Busy, Ticket, Waiting, Worker
+from steer.apps.demo.studio import MAX_EVENTS, Busy, Ticket, Waiting, Worker
 
 
 @pytest.fixture
@@ -130,4 +130,4 @@ def test_a_thousand_events_that_nobody_takes_are_held_back_and_then_given_up(
 
     ticket = worker.submit(floods)
     until(lambda: worker.pending == 0)
-    assert said == list(range(MOST_EVENTS)) and ticket.stopped
+    assert said == list(range(MAX_EVENTS)) and ticket.stopped

@@ -17,8 +17,8 @@ from steer.apps.cli import main as cli
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.evaluation import Evaluator
 from steer.reward import RewardError
-from steer.rewards.remote import Refused, RewardServer
-from steer.rewards.weights import placed
+from steer.rewards.remote import RequestError, RewardServer
+from steer.rewards.weights import to_module_device
 from steer.training.distributed import Alone
 
 
@@ -63,14 +63,14 @@ def test_every_command_has_the_same_option(path: tuple[str, ...]) -> None:
 def test_the_default_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for there, expected in ((True, "cuda"), (False, "cpu")):
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        assert models.device_here() == expected
-        assert models.device_here("cpu") == "cpu"
+        assert models.default_device() == expected
+        assert models.default_device("cpu") == "cpu"
 
 
 @pytest.fixture
 def moved(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Where `device_here` and `Tensor.to` sent things; nothing really moves."""
-    monkeypatch.setattr(models, "device_here", lambda given=None: given or "gpu")
+    """Where `default_device` and `Tensor.to` sent things; nothing really moves."""
+    monkeypatch.setattr(models, "default_device", lambda given=None: given or "gpu")
     seen: list[Any] = []
     plain = Tensor.to
 
@@ -120,7 +120,7 @@ def test_a_server_scores_on_its_device(moved: list[Any]) -> None:
     server = RewardServer(Reward(), device="gpu")
     try:
         server.scores(encode(torch.zeros(2, 3, 8, 8), ["a", "b"]))
-    except (Refused, RewardError) as error:
+    except (RequestError, RewardError) as error:
         raise AssertionError(error) from error
     finally:
         server.server_close()
@@ -149,7 +149,7 @@ def test_held_out_images_are_scored_before_they_leave_the_device(monkeypatch: py
     call = {
         key: value for key, value in call_kwargs("sd", 1, 2).items() if key.startswith(("num_inf", "guid", "hei", "wi"))
     }
-    settings = TrainingConfig(max_steps=1, eval_samples=2, call=call)
+    settings = TrainingConfig(max_steps=1, num_generations_eval=2, call=call)
     found = Evaluator(("a star",), Reward(), []).take(cached_pipe("sd"), settings, 0, None, lambda: None, Alone())
     assert order and scored and not any(scored)
     assert found.images.shape == (2, 3, 8, 8)
@@ -158,6 +158,6 @@ def test_held_out_images_are_scored_before_they_leave_the_device(monkeypatch: py
 def test_a_model_on_an_accelerator_stays_and_images_are_brought_to_it() -> None:
     """`meta` stands for the accelerator."""
     model = nn.Linear(3, 1)
-    assert placed(torch.zeros(2, 3), model).device.type == "cpu" == model.weight.device.type
-    assert placed(torch.zeros(2, 3, device="meta"), model).is_meta and model.weight.is_meta
-    assert placed(torch.zeros(2, 3), model).is_meta and model.weight.is_meta
+    assert to_module_device(torch.zeros(2, 3), model).device.type == "cpu" == model.weight.device.type
+    assert to_module_device(torch.zeros(2, 3, device="meta"), model).is_meta and model.weight.is_meta
+    assert to_module_device(torch.zeros(2, 3), model).is_meta and model.weight.is_meta

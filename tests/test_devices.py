@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import PIPELINES, PROMPT, cached_pipe, with_scheduler
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
+from fake_devices import CPU, DEVICE, fake_devices
 from finetune_runs import METHODS, settings_of, train
-from pretended import CPU, DEVICE, pretended
 from rollouts import TWO_PROMPTS, call_of, fresh_pipe
 from soft_rewards import Soft, likeness, own_kwargs, seeded
 from test_preview_decoders import tiny
@@ -40,7 +40,7 @@ CLOSE = {"rtol": 1e-3, "atol": 1e-4}
 
 @pytest.fixture(autouse=True)
 def accelerator() -> Iterator[None]:
-    with pretended():
+    with fake_devices():
         yield
 
 
@@ -182,7 +182,7 @@ def test_rollouts_replay_to_the_same_densities(family: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_updates_and_evaluations(method: str, tmp_path: Path) -> None:
     """Held-out rewards see images of the accelerator; metrics are those of the CPU."""
-    settings, found = settings_of(method, max_steps=2, warmup_steps=0, eval_every=2), []
+    settings, found = settings_of(method, max_steps=2, warmup_steps=0, eval_steps=2), []
     for device in (DEVICE, CPU):
         pipe, seen = fresh_pipe("sd"), Placed()
         pipe.to(device)
@@ -197,7 +197,7 @@ def test_a_training_resumes_there(tmp_path: Path) -> None:
     for steps in (2, 3):
         pipe = fresh_pipe("sd")
         pipe.to(DEVICE)
-        settings = settings_of("grpo", max_steps=steps, warmup_steps=0, checkpoint_every=1)
+        settings = settings_of("grpo", max_steps=steps, warmup_steps=0, save_steps=1)
         assert train("grpo", pipe, tmp_path, settings).step == steps
 
 

@@ -52,11 +52,11 @@ def test_plain_open_clip_loads_the_clip(scenes: tuple[Tensor, list[str]]) -> Non
 
 
 def test_the_clip_reads_colours_and_counts_but_hardly_where_things_are(scenes: tuple[Tensor, list[str]]) -> None:
-    found = consistency(load_reward("clip:scenes"), *scenes)
-    assert found["colour"].share > 0.97
-    assert found["binding"].share > 0.85
-    assert found["count"].share > 0.8
-    assert found["relation"].share < 0.8  # as published ones: what a proxy is blind to
+    result = consistency(load_reward("clip:scenes"), *scenes)
+    assert result["colour"].share > 0.97
+    assert result["binding"].share > 0.85
+    assert result["count"].share > 0.8
+    assert result["relation"].share < 0.8  # as published ones: what a proxy is blind to
 
 
 def test_the_preference_reward_prefers_the_right_scene(scenes: tuple[Tensor, list[str]]) -> None:

@@ -306,9 +306,9 @@ def test_unchanged_weights_need_no_first_pass(kind: str) -> None:
     move(one.trained, MOVED["sd"], seed=1)  # those that drew
     try:
         batch, found = one.batch(), []
-        for unchanged, calls_needed in ((False, 3 if loss.stepwise else 6), (True, 3)):
+        for on_policy, calls_needed in ((False, 3 if loss.stepwise else 6), (True, 3)):
             with counted(one.trained.denoiser) as calls:
-                found.append(one.two_pass(loss, batch, penalties=PENALTIES, unchanged=unchanged))
+                found.append(one.two_pass(loss, batch, penalties=PENALTIES, on_policy=on_policy))
             assert len(calls) == calls_needed
     finally:
         move(one.trained, MOVED["sd"], seed=2)
@@ -327,7 +327,7 @@ def test_one_backward_per_step_and_chunk_through_the_callers_scaler() -> None:
         scalars.append(total.detach())
         (8 * total).backward()
 
-    options: dict[str, Any] = {"backward": scaled, "before_each": lambda: chunks.append(len(scalars))}
+    options: dict[str, Any] = {"backward": scaled, "on_chunk": lambda: chunks.append(len(scalars))}
     _, eightfold = one.two_pass(LOSSES["prdp"], one.batch((2, 2)), **options)
     assert error({name: value / 8 for name, value in eightfold.items()}, plain) <= 1e-5
     assert len(scalars) == 6 and all(total.shape == () for total in scalars)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from steer.apps.prompts import read_prompts
-from steer.errors import LONGEST, InputError
+from steer.errors import MAX_LENGTH, InputError
 from steer.reward import RewardError
 
 
@@ -27,12 +27,12 @@ def test_what_cannot_be_shown_is_told_as_python_writes_it() -> None:
     assert str(InputError(told)) == "a\\nb\\x1b[2J\\x85\\u2028\\ud800 é 👩‍👧 \\n"
 
 
-@pytest.mark.parametrize("length", [LONGEST - 1, LONGEST, LONGEST + 1, 10**6])
+@pytest.mark.parametrize("length", [MAX_LENGTH - 1, MAX_LENGTH, MAX_LENGTH + 1, 10**6])
 def test_of_a_long_message_the_middle_is_left_out(length: int) -> None:
     told = "the name " + "x" * (length - 24) + ", the remedy  !"
     line = str(InputError(told))
-    assert len(told) == length and len(line) == min(length, LONGEST)
-    assert (line == told) == (length <= LONGEST)
+    assert len(told) == length and len(line) == min(length, MAX_LENGTH)
+    assert (line == told) == (length <= MAX_LENGTH)
     assert line.startswith("the name x") and line.endswith("x, the remedy  !")
 
 

@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from steer.apps.cli.evaluate import SHARED
-from steer.apps.evaluation.contest import DEFAULTS, Contest, Store, Stored
 from steer.apps.evaluation.report import figures, span
 from steer.apps.evaluation.run import Contender, evaluate, trajectory_kl
+from steer.apps.evaluation.spec import DEFAULTS, ContenderResults, EvaluationSpec, ResultStore
 from steer.apps.models import find_adapter, load_pipeline
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
@@ -127,16 +127,16 @@ def test_everything_is_in_the_folder(done: tuple[Path, dict[str, Any]]) -> None:
 
 def test_figures_by_hand() -> None:
     """Two prompts × two seeds: a bootstrap of two prompts has three means, its 95 % interval the outer two."""
-    contest = Contest(("p", "q"), ("x", "y"), {"r": load_reward("brightness")}, 2, {})
+    spec = EvaluationSpec(("p", "q"), ("x", "y"), {"r": load_reward("brightness")}, 2, {})
     scores = {"a": [[[1.0], [3.0]], [[0.0], [4.0]]], "b": [[[1.0, 0.0], [5.0, 1.0]], [[-1.0, -2.0], [3.0, 3.0]]]}
     stored = []
     for name, table in scores.items():
-        one = Stored({"name": name, "weights": None})
+        one = ContenderResults({"name": name, "weights": None})
         for place, row in enumerate(table):
             runs = [{"rewards": {"r": v}, "cost": {"nfe": 3 + s}, "stopped": None} for s, v in enumerate(row)]
             one.runs[place], one.diversity[place] = runs, [0.2, 0.6][place]
         stored.append(one)
-    first, second = figures(contest, [1, 2], stored, 0)["contenders"]
+    first, second = figures(spec, [1, 2], stored, 0)["contenders"]
     assert first["rewards"]["r"] == {"picked": [2, 2, 2], "all": [2, 2, 2]}
     told = second["rewards"]["r"]
     assert told["picked"] == [2, 1, 3] and told["all"] == [1.25, 0.75, 1.75]
@@ -208,7 +208,7 @@ def test_an_image_depends_on_its_own_seed_alone(tiny: Path, tmp_path: Path) -> N
             assert run["rewards"]["brightness"] == pytest.approx(again["rewards"]["brightness"], abs=1e-5)
     for told in together:  # the image in the grid is the one that was picked
         for place in range(3):
-            path = Store(tmp_path / "together").image(told["name"], place)
+            path = ResultStore(tmp_path / "together").image(told["name"], place)
             picked = told["runs"][2 * place]["rewards"]["brightness"][0]
             luma = np.asarray(Image.open(path)).mean((0, 1)) @ [0.299, 0.587, 0.114] / 255
             assert luma == pytest.approx(picked, abs=2e-3)

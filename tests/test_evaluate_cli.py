@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from steer.apps.evaluation import report as evaluation_report
 from steer.apps.models import find_adapter
-from steer.apps.prompts import find_tagged
+from steer.apps.prompts import load_tagged_prompts
 from steer.errors import InputError
 
 REWARD = """
@@ -110,7 +110,7 @@ def test_weights_are_contenders_and_may_not_change(
     steer: Steer, words: list[object], tiny: Path, tmp_path: Path
 ) -> None:
     worn = lora(of(tiny), tmp_path / "lora", 0.5)
-    command = [*words, "--prompts-count", 2, "--lora", worn, "--out", tmp_path / "out"]
+    command = [*words, "--num-prompts", 2, "--lora", worn, "--out", tmp_path / "out"]
     assert steer(*command)[0] == 0
     report = timeless(tmp_path / "out")
     assert [one["prompt"] for one in report["prompts"]] == ["p0", "p2"] and report["prompts"][1]["tag"] == "a"
@@ -173,10 +173,10 @@ def test_needs_prompts_and_rewards(steer: Steer) -> None:
 
 
 def test_a_folder_of_another_evaluation_is_left_alone(steer: Steer, words: list[object], tmp_path: Path) -> None:
-    command = replaced(words, "--prompts-count", 1, "--seeds", 1, "--out", tmp_path / "out")
+    command = replaced(words, "--num-prompts", 1, "--seeds", 1, "--out", tmp_path / "out")
     assert steer(*command)[0] == 0
     for given, message in (
-        (["--prompts-count", 2], "holds an evaluation of other prompts"),
+        (["--num-prompts", 2], "holds an evaluation of other prompts"),
         (["--reward", "brightness"], "with rewards ['counted:brightness', 'jpeg'], not "),
         (["--seeds", 4], "with seeds 1, not 4"),
         (["--steps", 3], "with steps 2, not 3"),
@@ -254,13 +254,13 @@ def test_tags_are_read_beside_the_prompts(tmp_path: Path) -> None:
     lines = [{"tag": "x", "prompt": "one"}, {"tag": "y", "prompt": " "}, {"tag": " z", "prompt": "two"}]
     path = tmp_path / "p.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in lines))
-    assert find_tagged(str(path)) == (["one", "two"], ["x", "z"])
+    assert load_tagged_prompts(str(path)) == (["one", "two"], ["x", "z"])
     (tmp_path / "p.tsv").write_text("Prompt\tCategory\none\tx\n\ntwo\tz\n")
-    assert find_tagged(str(tmp_path / "p.tsv")) == (["one", "two"], None)
-    assert find_tagged(str(tmp_path / "p.tsv"), tag="category") == (["one", "two"], ["x", "z"])
+    assert load_tagged_prompts(str(tmp_path / "p.tsv")) == (["one", "two"], None)
+    assert load_tagged_prompts(str(tmp_path / "p.tsv"), tag="category") == (["one", "two"], ["x", "z"])
     (tmp_path / "p.txt").write_text("one\n")
-    assert find_tagged(str(tmp_path / "p.txt")) == (["one"], None)
+    assert load_tagged_prompts(str(tmp_path / "p.txt")) == (["one"], None)
     with pytest.raises(InputError, match="there are Category"):
-        find_tagged(str(tmp_path / "p.tsv"), tag="tag")
-    prompts, tags = find_tagged("scenes-heldout")
+        load_tagged_prompts(str(tmp_path / "p.tsv"), tag="tag")
+    prompts, tags = load_tagged_prompts("scenes-heldout")
     assert tags is not None and (prompts[2], tags[2]) == ("four black triangles", "counting")

@@ -19,13 +19,13 @@ from steer import rewards
 from steer.reward import Reward, RewardError, score, score_components
 from steer.rewards import learned
 from steer.rewards.compose import (
-    Combined,
+    CombinedReward,
     Constraint,
-    LogSigmoid,
-    Part,
-    Product,
-    Scale,
-    Standardised,
+    LogSigmoidReward,
+    ProductReward,
+    RewardStatistics,
+    StandardisedReward,
+    WeightedReward,
     mean,
     mean_minus_std,
     quantile,
@@ -313,9 +313,12 @@ def test_names_tell_what_was_written() -> None:
         ({"combine": "min", "rewards": [{"reward": "a:-2", "weight": 3}, "b:-2"]}, "min(sum(a:-2):3, b:-2)"),
         ("a:0.1234567 + product(b > 12345678)", "a:0.1234567 + product(b > 12345678.0)"),
         ("product(a > 1, temperature=0.25)", "product(a > 1, temperature=0.25)"),
-        (Combined([Part(Column(0)), Part(Column(1))], worst), "min(a, b)"),
-        (Combined([Part(Column(0)), Part(Column(1))], partial(mean_minus_std, lam=2)), "mean-std(a, b, lam=2)"),
-        (Combined([Part(Column(0), 2)], blue), "blue(a:2)"),
+        (CombinedReward([WeightedReward(Column(0)), WeightedReward(Column(1))], worst), "min(a, b)"),
+        (
+            CombinedReward([WeightedReward(Column(0)), WeightedReward(Column(1))], partial(mean_minus_std, lam=2)),
+            "mean-std(a, b, lam=2)",
+        ),
+        (CombinedReward([WeightedReward(Column(0), 2)], blue), "blue(a:2)"),
     ],
 )
 def test_names_of_compositions_are_texts_that_read_as_them(reward: Any, name: str) -> None:
@@ -349,13 +352,13 @@ def mapped(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
 @settings(deadline=None)
 def test_a_name_is_a_text_that_reads_as_the_reward(reward: Any) -> None:
     """parse ∘ print = identity, on names and on scores."""
-    found = load_reward(reward)
-    again = load_reward(found.name)
-    assert again.name == found.name
-    assert told(again) == told(found)
+    result = load_reward(reward)
+    again = load_reward(result.name)
+    assert again.name == result.name
+    assert error_text(again) == error_text(result)
 
 
-def told(reward: Any) -> Any:
+def error_text(reward: Any) -> Any:
     """Scores, or why there are none: of large weights they are not finite."""
     try:
         return values(reward)
@@ -371,10 +374,10 @@ atoms: st.SearchStrategy[Both] = st.sampled_from(
 )
 
 
-def weighted(one: Both, weight: float, exponent: bool) -> tuple[str, Part]:
+def weighted(one: Both, weight: float, exponent: bool) -> tuple[str, WeightedReward]:
     text, reward = one
     written = f"{weight:e}" if exponent else repr(weight)
-    return (text if weight == 1 else f"{text}:{written}"), Part(reward, weight)
+    return (text if weight == 1 else f"{text}:{written}"), WeightedReward(reward, weight)
 
 
 def deeper(inner: st.SearchStrategy[Both]) -> st.SearchStrategy[Both]:
@@ -385,17 +388,17 @@ def deeper(inner: st.SearchStrategy[Both]) -> st.SearchStrategy[Both]:
         return terms.map(
             lambda some: (
                 f"{name}({', '.join([text for text, _ in some])}{options})",
-                Combined([part for _, part in some], chosen),
+                CombinedReward([part for _, part in some], chosen),
             )
         )
 
     def product(some: list[tuple[Both, str, float]]) -> Both:
         text = ", ".join(f"{written} {sign} {bound}" for (written, _), sign, bound in some)
         made = [Constraint(reward, sign, bound, 0.5) for (_, reward), sign, bound in some]
-        return f"product({text}, temperature=0.5)", Product(made)
+        return f"product({text}, temperature=0.5)", ProductReward(made)
 
     def log_sigmoid(one: Both, bound: float) -> Both:
-        return f"logsigmoid({one[0]}, reference={bound})", LogSigmoid(one[1], bound)
+        return f"logsigmoid({one[0]}, reference={bound})", LogSigmoidReward(one[1], bound)
 
     return st.one_of(
         aggregated("mean", "", mean),
@@ -413,12 +416,12 @@ expressions = st.recursive(atoms, deeper, max_leaves=6)
 
 @given(terms=st.lists(st.builds(weighted, expressions, weights, st.booleans()), min_size=1, max_size=3))
 @settings(deadline=None)
-def test_a_text_is_worth_what_the_objects_are(terms: list[tuple[str, Part]]) -> None:
+def test_a_text_is_worth_what_the_objects_are(terms: list[tuple[str, WeightedReward]]) -> None:
     text = " + ".join(written for written, _ in terms)
-    by_hand = Combined([part for _, part in terms])
-    found, expected = load_reward(text), score(by_hand, IMAGES, ["", ""])
-    assert torch.allclose(score(found, IMAGES, ["", ""]), expected, rtol=1e-4, atol=1e-4)
-    assert found.differentiable == by_hand.differentiable
+    by_hand = CombinedReward([part for _, part in terms])
+    result, expected = load_reward(text), score(by_hand, IMAGES, ["", ""])
+    assert torch.allclose(score(result, IMAGES, ["", ""]), expected, rtol=1e-4, atol=1e-4)
+    assert result.differentiable == by_hand.differentiable
     in_yaml = {"rewards": [{"reward": written} for written, _ in terms]}
     assert torch.allclose(score(load_reward(in_yaml), IMAGES, ["", ""]), expected, rtol=1e-4, atol=1e-4)
 
@@ -427,11 +430,11 @@ def test_a_text_is_worth_what_the_objects_are(terms: list[tuple[str, Part]]) -> 
 @settings(deadline=None)
 def test_any_text_is_read_or_refused_in_one_line(text: str) -> None:
     try:
-        found = load_reward(text)
+        result = load_reward(text)
     except RewardError as error:
         assert "\n" not in str(error)
     else:
-        assert isinstance(found, Reward)
+        assert isinstance(result, Reward)
 
 
 @pytest.fixture
@@ -456,7 +459,7 @@ def test_standardised_rewards_take_their_scale_from_a_file(here: Path) -> None:
     expected = [math.log(0.5), math.log(sigmoid(0.25))]
     assert values("logsigmoid(a, from=my scales.json)") == pytest.approx(expected)
     assert values("min(z(a, from=my scales.json), b:8)") == [1.0, -1.0]
-    by_hand = Standardised(Column(0), Scale(0.5, 0.25, 2, {}))
+    by_hand = StandardisedReward(Column(0), RewardStatistics(0.5, 0.25, 2, {}))
     assert load_reward("z(a, from=my scales.json)").name == by_hand.name == "z(a)"
     with pytest.raises(RewardError, match=r"'b' is not in this calibration \(a, a \+ b\): `steer rewards calibrate`"):
         load_reward("z(b, from=my scales.json)")

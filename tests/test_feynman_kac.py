@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steer.diffusion.schedules import Level, gaussian_transition
 from steer.smc.particles import FeynmanKac, Particles, log_mean_exp
-from steer.smc.potentials import POTENTIALS, TEMPERINGS, Moment
+from steer.smc.potentials import POTENTIALS, TEMPERINGS, TemperingState
 from steer.smc.resampling import RESAMPLERS
 
 LAM, TARGET = 0.3, 1.2  # reward −½ (x − TARGET)²
@@ -54,7 +54,7 @@ def steer_the_chain(algorithm: FeynmanKac, groups: int, size: int, seed: int) ->
         before, after = levels(step)
         x0 = posterior_mean(x, before)
         if step in EVALUATED:
-            particles, ancestors = algorithm.select(algorithm.weigh(particles, reward(x0), step / 5), generator)
+            particles, ancestors = algorithm.select(algorithm.reweight(particles, reward(x0), step / 5), generator)
             if ancestors is not None:
                 x, x0 = x.gather(1, ancestors), x0.gather(1, ancestors)
         kernel = gaussian_transition(x, x0, before, after, eta=1.0)
@@ -110,7 +110,7 @@ def test_potentials_of_a_path_multiply_to_exp_lambda_r(
     algorithm = FeynmanKac(lam, POTENTIALS[potential], tempering=TEMPERINGS[tempering], ess_threshold=0.9)
     particles, generator = Particles.start(2, 4), torch.Generator().manual_seed(seed)
     for j in range(2):
-        particles, _ = algorithm.select(algorithm.weigh(particles, rewards[j], j / 3), generator)
+        particles, _ = algorithm.select(algorithm.reweight(particles, rewards[j], j / 3), generator)
     end = algorithm.finish(particles, rewards[2])
     assert torch.allclose(end.log_potentials, lam * rewards[2], atol=lam * 1e-3, rtol=1e-4)
 
@@ -124,7 +124,7 @@ def test_without_resampling_the_weights_are_those_of_importance_sampling() -> No
 
 def test_geometric_tempering_reaches_lambda_at_the_end_and_das_constant_does_not() -> None:
     def strength(progress: float) -> float:
-        moment = Moment(progress, 10.0, torch.zeros(1, 1), lambda lam: torch.ones(1))
+        moment = TemperingState(progress, 10.0, torch.zeros(1, 1), lambda lam: torch.ones(1))
         return TEMPERINGS["geometric"](moment).item()
 
     das = 10.0 * min(1.008**20 - 1, 1)
@@ -134,7 +134,7 @@ def test_geometric_tempering_reaches_lambda_at_the_end_and_das_constant_does_not
 
 def test_ess_tempering_leaves_half_of_the_particles() -> None:
     rewards = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)) * 5
-    weighed = FeynmanKac(50.0, tempering=TEMPERINGS["ess"]).weigh(Particles.start(3, 16), rewards, 0.3)
+    weighed = FeynmanKac(50.0, tempering=TEMPERINGS["ess"]).reweight(Particles.start(3, 16), rewards, 0.3)
     assert torch.allclose(weighed.ess, torch.full((3,), 8.0), atol=0.05)
 
 
@@ -149,8 +149,8 @@ def test_ess_tempering_meets_its_target_again_and_again(potential: str, size: in
     fell = False
     for j in range(5):
         rewards = 0.7 * rewards + torch.randn(groups, size, generator=generator)
-        weighed = algorithm.weigh(particles, rewards, j / 6)
-        every = [FeynmanKac(float(x), POTENTIALS[potential]).weigh(particles, rewards, 0).ess for x in range(41)]
+        weighed = algorithm.reweight(particles, rewards, j / 6)
+        every = [FeynmanKac(float(x), POTENTIALS[potential]).reweight(particles, rewards, 0).ess for x in range(41)]
         possible = torch.stack(every).amax(0) >= target
         strength = weighed.path.strengths[-1][:, 0]
         at_target = (weighed.ess - target).abs() < 0.05 * size
@@ -171,21 +171,21 @@ def test_mistake_1_clamped_weights_steer_nothing() -> None:
     rewards = 5 + torch.tanh(torch.tensor([[-2.0, -1.0, 0.0, 1.0]]))
     published = (10 * rewards).exp().clamp(0, 1e10)
     assert (published == published[0, 0]).all()
-    assert FeynmanKac(10.0).weigh(Particles.start(1, 4), rewards, 0.5).ess < 2
+    assert FeynmanKac(10.0).reweight(Particles.start(1, 4), rewards, 0.5).ess < 2
 
 
 def test_mistake_2_a_maximum_that_starts_from_zero_ignores_negative_rewards() -> None:
     rewards = torch.tensor([[-3.0, -2.0, -1.0, -0.5]])
     published = torch.maximum(torch.zeros(1, 4), rewards)
     assert (published == 0).all()
-    weighed = FeynmanKac(1.0, POTENTIALS["max"]).weigh(Particles.start(1, 4), rewards, 0.5)
+    weighed = FeynmanKac(1.0, POTENTIALS["max"]).reweight(Particles.start(1, 4), rewards, 0.5)
     assert torch.equal(weighed.log_weights, rewards)
 
 
 def test_mistake_3_weights_of_steps_without_resampling_are_kept() -> None:
     rewards = torch.tensor([[0.0, 0.1, 0.2, 0.3]])
     algorithm, generator = FeynmanKac(1.0), torch.Generator().manual_seed(0)
-    particles, ancestors = algorithm.select(algorithm.weigh(Particles.start(1, 4), rewards, 0.5), generator)
+    particles, ancestors = algorithm.select(algorithm.reweight(Particles.start(1, 4), rewards, 0.5), generator)
     published = torch.zeros(1, 4)  # thrown away when the ESS is high
     assert ancestors is None
     assert torch.equal(particles.log_weights, rewards) and not torch.equal(particles.log_weights, published)
@@ -195,7 +195,7 @@ def test_mistake_3_weights_of_steps_without_resampling_are_kept() -> None:
 def test_mistake_4_the_end_is_judged_by_the_finished_image(potential: str) -> None:
     early, final = torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 1.0]])
     algorithm = FeynmanKac(1.0, POTENTIALS[potential], ess_threshold=1e-9)
-    particles = algorithm.finish(algorithm.weigh(Particles.start(1, 2), early, 0.5), final)
+    particles = algorithm.finish(algorithm.reweight(Particles.start(1, 2), early, 0.5), final)
     published = torch.maximum(early, final)  # against the historical maximum
     assert published.argmax() == 0 and particles.log_weights.argmax() == 1
 
@@ -207,7 +207,7 @@ def test_mistake_5_hopeless_rewards_still_have_weights() -> None:
     with pytest.raises(RuntimeError):
         torch.multinomial(published, 4, replacement=True)
     algorithm, generator = FeynmanKac(10.0), torch.Generator().manual_seed(0)
-    _, ancestors = algorithm.select(algorithm.weigh(Particles.start(1, 4), rewards, 0.5), generator)
+    _, ancestors = algorithm.select(algorithm.reweight(Particles.start(1, 4), rewards, 0.5), generator)
     assert ancestors is not None and (ancestors == 0).all()
 
 
@@ -215,7 +215,7 @@ def test_mistake_6_prompts_of_one_batch_keep_their_particles_and_the_global_rng_
     rewards = torch.tensor([[0.0, 9.0], [0.0, 1.0]])
     before = torch.get_rng_state()
     algorithm, generator = FeynmanKac(10.0, ess_threshold=1.0), torch.Generator().manual_seed(0)
-    _, ancestors = algorithm.select(algorithm.weigh(Particles.start(2, 2), rewards, 0.5), generator)
+    _, ancestors = algorithm.select(algorithm.reweight(Particles.start(2, 2), rewards, 0.5), generator)
     flat = (10 * rewards).flatten().softmax(0) * 4  # what resampling the whole batch would expect
     assert flat[2:].sum() < 1e-6
     assert ancestors is not None and ((ancestors >= 0) & (ancestors < 2)).all()
@@ -224,5 +224,5 @@ def test_mistake_6_prompts_of_one_batch_keep_their_particles_and_the_global_rng_
 
 def test_equal_weights_are_never_resampled() -> None:
     algorithm, generator = FeynmanKac(0.0, ess_threshold=1.0), torch.Generator().manual_seed(0)
-    particles = algorithm.weigh(Particles.start(3, 4), torch.randn(3, 4), 0.5)
+    particles = algorithm.reweight(Particles.start(3, 4), torch.randn(3, 4), 0.5)
     assert algorithm.select(particles, generator)[1] is None

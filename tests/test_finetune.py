@@ -17,7 +17,7 @@ from finetune_runs import METHODS, settings_of, train
 from safetensors.torch import load_file
 
 from steer.apps.models import load_pipeline
-from steer.files import SUMS, check_sums
+from steer.files import CHECKSUMS, verify_checksums
 from steer.pipelines.training.evaluation import EvalResult
 
 
@@ -66,11 +66,11 @@ def assert_same_end(one: Path, other: Path) -> None:
     assert states[0] == states[1]
     for weights in ("final", "best"):
         names = sorted(path.name for path in (one / weights).iterdir())
-        assert SUMS in names and not check_sums(
-            *(folder / weights / name for folder in (one, other) for name in names if name != SUMS)
+        assert CHECKSUMS in names and not verify_checksums(
+            *(folder / weights / name for folder in (one, other) for name in names if name != CHECKSUMS)
         )
         for name in names:
-            if name == SUMS:  # of files that hold the same in any order
+            if name == CHECKSUMS:  # of files that hold the same in any order
                 continue
             tensors = [load_file(folder / weights / name) for folder in (one, other)]
             assert tensors[0].keys() == tensors[1].keys()
@@ -87,11 +87,11 @@ def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_last_bit(method: st
     }
     child = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True, env=environment)
     assert child.stdout
-    seen = [child.stdout.readline() for _ in range(random.Random(method).randint(1, 6))]
+    lines = [child.stdout.readline() for _ in range(random.Random(method).randint(1, 6))]
     child.send_signal(signal.SIGKILL)
     child.wait()
     child.stdout.close()
-    assert all(line.strip() for line in seen)
+    assert all(line.strip() for line in lines)
     result = train(method, loaded(model), tmp_path / "killed")
     assert result.step == 7 and len(result.records) == 7
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
@@ -145,8 +145,8 @@ def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
         ema_decay=0.0,
         kl_weight=0.0,
         kl_target=None,
-        eval_every=15,
-        eval_samples=64,
+        eval_steps=15,
+        num_generations_eval=64,
     )
     evaluated: list[EvalResult] = []
     result = train(method, loaded(model), tmp_path, settings, on_evaluation=evaluated.append)

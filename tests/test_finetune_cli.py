@@ -34,8 +34,8 @@ CONFIG: dict[str, Any] = {
     "lora_rank": 2,
     "learning_rate": 0.01,
     "call": {"height": 8, "width": 8},
-    "checkpoint_every": 1,
-    "eval_every": 1,
+    "save_steps": 1,
+    "eval_steps": 1,
     "log_with": [],
 }
 
@@ -53,9 +53,9 @@ def drawn(tmp_path: Path, tiny: Path) -> Path:
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
     (tmp_path / "held-out.txt").write_text("a yellow cross\nthree stars\ntwo squares\n")
     places = {"prompts": "prompts.txt", "eval_prompts": "held-out.txt", "output_dir": "run"}
-    told = CONFIG | {"model": str(tiny)} | {key: str(tmp_path / name) for key, name in places.items()}
+    config_values = CONFIG | {"model": str(tiny)} | {key: str(tmp_path / name) for key, name in places.items()}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(told))
+    path.write_text(yaml.safe_dump(config_values))
     return path
 
 
@@ -97,10 +97,14 @@ def test_a_run_leaves_everything_that_it_was_and_found(steer: Steer, drawn: Path
     run, config = tmp_path / "run", drawn
     words = ["--max-steps", 1, "--log-with", "[tensorboard]", "--eval-prompts-count", 2, "--options.clip", "0.5"]
     assert steer("finetune", config, *words)[0] == 0
-    told = yaml.safe_load((run / "config.yaml").read_text())
-    assert told["options"] == {"beta": 0.001, "clip": 0.5} and told["eval_prompts_count"] == 2 and told["seed"] == 0
+    config_values = yaml.safe_load((run / "config.yaml").read_text())
+    assert (
+        config_values["options"] == {"beta": 0.001, "clip": 0.5}
+        and config_values["eval_prompts_count"] == 2
+        and config_values["seed"] == 0
+    )
     saved = Checkpoints(run / "checkpoints").latest()[0]
-    assert saved is not None and saved.step == 1 and saved.json("config") == told
+    assert saved is not None and saved.step == 1 and saved.json("config") == config_values
     assert saved.json("identity")["eval_prompts"] == ["a yellow cross", "three stars"]  # evenly spaced, 2 of 3
     assert list(run.rglob("events.out.tfevents*")) and (run / "best" / "pytorch_lora_weights.safetensors").is_file()
     assert [record["step"] for record in records(run, "evaluations")] == [0, 1]
@@ -259,36 +263,38 @@ def test_a_folder_with_a_run_is_left_alone(steer: Steer, config: Path, tmp_path:
 
 
 @pytest.fixture
-def choices(tmp_path: Path, tiny: Path) -> Path:
+def preferences(tmp_path: Path, tiny: Path) -> Path:
     """A folder of two human choices, made with other settings than those of the configuration."""
     pipe = StableDiffusionPipeline.from_pretrained(tiny)
     call = {"num_inference_steps": 2, "guidance_scale": 3.0, "height": 8, "width": 8}
     folder, sampler = PreferenceFolder.create(tmp_path / "choices", pipe, call), Sampler(pipe, call)
     for seed, prompt in enumerate(["a star", "a cross"]):
         rows = Rows((prompt,) * 2, starts=(seed, seed), noises=(2 * seed, 2 * seed + 1))
-        folder.write_choice(folder.write_lot(*sampler.rollout(rows)), chosen=1, rejected=0)
+        folder.write_preference(folder.write_group(*sampler.rollout(rows)), chosen=1, rejected=0)
     return tmp_path / "choices"
 
 
-def test_choices_on_the_command_line_take_the_place_of_a_files_prompts(choices: Path) -> None:
-    config = read_config("d3po-scenes", {"choices": str(choices)})
+def test_choices_on_the_command_line_take_the_place_of_a_files_prompts(preferences: Path) -> None:
+    config = read_config("d3po-scenes", {"choices": str(preferences)})
     assert config.job.prompts is None and config.settings.max_steps == 80
     assert (config.settings.num_inference_steps, config.settings.num_generations) == (2, 2)
-    config = read_config("d3po-scenes", {"choices": str(choices), "num_inference_steps": "9"})
+    config = read_config("d3po-scenes", {"choices": str(preferences), "num_inference_steps": "9"})
     assert config.settings.num_inference_steps == 9, "what was said goes before"
     with pytest.raises(InputError, match="prompts or choices, one of the two"):
-        read_config("d3po-scenes", {"choices": str(choices), "prompts": "scenes-few"})
+        read_config("d3po-scenes", {"choices": str(preferences), "prompts": "scenes-few"})
 
 
-def test_choices_are_learnt_from_as_they_were_drawn(steer: Steer, config: Path, choices: Path, tmp_path: Path) -> None:
-    told = yaml.safe_load(config.read_text())
+def test_choices_are_learnt_from_as_they_were_drawn(
+    steer: Steer, config: Path, preferences: Path, tmp_path: Path
+) -> None:
+    config_values = yaml.safe_load(config.read_text())
     for key in ("prompts", "reward", "num_inference_steps", "call", "num_generations"):
-        del told[key]
-    config.write_text(yaml.safe_dump(told | {"method": "d3po", "options": {}, "choices": str(choices)}))
+        del config_values[key]
+    config.write_text(yaml.safe_dump(config_values | {"method": "d3po", "options": {}, "choices": str(preferences)}))
     code, out, err = steer("finetune", config)
     assert (code, err) == (0, "") and "colour:red on held-out prompts 0." in out
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert (saved["num_inference_steps"], saved["guidance_scale"], saved["choices"]) == (2, 3.0, str(choices))
+    assert (saved["num_inference_steps"], saved["guidance_scale"], saved["choices"]) == (2, 3.0, str(preferences))
     words = ["--eval-rewards", "[]", "--eval-prompts", "null", "--output-dir", tmp_path / "other"]
     code, out, err = steer("finetune", config, *words)
     assert (code, err) == (0, "") and "accuracy in training 0." in out
@@ -296,5 +302,5 @@ def test_choices_are_learnt_from_as_they_were_drawn(steer: Steer, config: Path, 
     assert code == 2 and "eta is 0.5 in this run and was 1.0" in err
     err = refused(steer, config, "--method", "prdp", "--output-dir", tmp_path / "third")
     assert "choices are learnt from by d3po, not by prdp: give prompts" in err
-    next(choices.rglob("*.png")).unlink()
-    assert f"{config}: choices: {choices}" in refused(steer, config, "--output-dir", tmp_path / "third")
+    next(preferences.rglob("*.png")).unlink()
+    assert f"{config}: choices: {preferences}" in refused(steer, config, "--output-dir", tmp_path / "third")

@@ -8,9 +8,9 @@ import pytest
 import yaml
 
 from steer import TrainingConfig
-from steer.apps.cli.finetune import keys_of
+from steer.apps.cli.finetune import parse_overrides
 from steer.apps.finetuning import DEFAULTS, METHODS, FinetuneJob, read_config, schema_of
-from steer.apps.prompts import find_prompts
+from steer.apps.prompts import load_prompts
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
@@ -35,14 +35,14 @@ def test_embedded_configurations_are_whole(name: str) -> None:
     config.method(None, "brightness").check(config.settings)
     if name.endswith("-scenes"):
         assert job.prompts and job.eval_prompts
-        assert not set(find_prompts(job.prompts)) & set(find_prompts(job.eval_prompts))
+        assert not set(load_prompts(job.prompts)) & set(load_prompts(job.eval_prompts))
 
 
 def test_one_embedded_configuration_explains_every_key() -> None:
-    told = yaml.safe_load(CONFIGS["prdp-sd15"].read_text())
-    assert set(told) == set(schema_of("prdp").model_fields)
+    config_values = yaml.safe_load(CONFIGS["prdp-sd15"].read_text())
+    assert set(config_values) == set(schema_of("prdp").model_fields)
     keys = [line for line in CONFIGS["prdp-sd15"].read_text().splitlines() if line and not line.startswith(("#", " "))]
-    assert [line.split(":")[0] for line in keys] == list(told)
+    assert [line.split(":")[0] for line in keys] == list(config_values)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -59,8 +59,8 @@ def test_a_resolved_configuration_is_one_again(tmp_path: Path) -> None:
     first = read_config("prdp-scenes", changes)
     again = read_config(written(tmp_path, yaml.safe_dump(first.plain(), allow_unicode=True)))
     assert again.plain() == first.plain() and (again.job, again.settings) == (first.job, first.settings)
-    assert first.plain()["call"] == {"height": 64} and first.plain()["lora_targets"] == list(
-        first.settings.lora_targets
+    assert first.plain()["call"] == {"height": 64} and first.plain()["lora_target_modules"] == list(
+        first.settings.lora_target_modules
     )
 
 
@@ -76,7 +76,7 @@ def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
     path = written(tmp_path, LEAST + "max_steps: 5\nseed: 3\noptions: {beta: 2, clip: 3}\ncall: {height: 8}\n")
     words = "--max-steps 7 --options.beta=1e-3 --call.max-sequence-length 9 --gradient-checkpointing --eval-prompts e"
     words += " --reward clip:scenes:2 --eval-rewards"
-    config = read_config(path, keys_of([*words.split(), "[scene, jpeg]"]))
+    config = read_config(path, parse_overrides([*words.split(), "[scene, jpeg]"]))
     assert (config.settings.max_steps, config.settings.seed, config.settings.gradient_checkpointing) == (7, 3, True)
     assert config.options == {"beta": 1e-3, "clip": 3}
     assert config.settings.call == {"height": 8, "max_sequence_length": 9}
@@ -101,13 +101,13 @@ def test_text_stands_as_it_is_on_the_command_line(tmp_path: Path) -> None:
     ],
 )
 def test_words_are_keys_and_values(words: list[str], expected: dict[str, str]) -> None:
-    assert keys_of(words) == expected
+    assert parse_overrides(words) == expected
 
 
 @pytest.mark.parametrize("words", [["x"], ["--a", "1", "2"], ["-a", "1"], ["--a=1", "2"]])
 def test_a_word_that_belongs_to_no_key_is_refused(words: list[str]) -> None:
     with pytest.raises(InputError, match="expected --KEY VALUE"):
-        keys_of(words)
+        parse_overrides(words)
 
 
 BAD = [
@@ -149,9 +149,9 @@ BAD = [
 
 @pytest.mark.parametrize(("text", "message"), BAD, ids=[text.strip()[:30] for text, _ in BAD])
 def test_what_is_wrong_in_a_file_is_one_line(text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError) as found:
+    with pytest.raises(InputError) as error:
         read_config(written(tmp_path, LEAST + text))
-    assert message in str(found.value) and "\n" not in str(found.value) and "c.yaml" in str(found.value)
+    assert message in str(error.value) and "\n" not in str(error.value) and "c.yaml" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -174,9 +174,9 @@ def test_what_is_wrong_in_a_file_is_one_line(text: str, message: str, tmp_path: 
 def test_what_is_wrong_on_the_command_line_is_named_as_it_was_written(
     changes: dict[str, str], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError) as found:
+    with pytest.raises(InputError) as error:
         read_config(written(tmp_path, LEAST), changes)
-    assert str(found.value).startswith(message)
+    assert str(error.value).startswith(message)
 
 
 def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
@@ -188,9 +188,9 @@ def test_a_file_that_is_none_is_told(tmp_path: Path) -> None:
         str(binary): "not UTF-8 text (byte 3)",
         written(tmp_path, "- 1\n"): "expected lines of `key: value`",
     }.items():
-        with pytest.raises(InputError) as found:
+        with pytest.raises(InputError) as error:
             read_config(name)
-        assert message in str(found.value)
+        assert message in str(error.value)
     with pytest.raises(InputError, match="method must be one of d3po, prdp"):
         read_config(written(tmp_path, "reward: scene\n"))
     with pytest.raises(InputError, match="output_dir is missing: give it there, or with --output-dir"):

@@ -30,7 +30,7 @@ from steer.pipelines.training import d3po_prdp as preference
 from steer.pipelines.training import ddpo_grpo as policy
 from steer.pipelines.training import reward_backprop
 from steer.pipelines.training.evaluation import EvalResult
-from steer.training.trainable import Full, LoRA
+from steer.training.trainable import FullFinetuning, LoRA
 
 AWKWARD = "a_b*c* | [d](e) `f` <g> $1 & $2"
 CONFIG = {"model": "org/base", "method": "prdp", "reward": "r", "options": {"beta": 0.03}, "output_dir": "/home/me/x"}
@@ -38,27 +38,27 @@ CONFIG = {"model": "org/base", "method": "prdp", "reward": "r", "options": {"bet
 
 def records(count: int) -> tuple[dict[str, Any], ...]:
     """As PRDP makes them; every other one without a pair, and images drawn for every other one."""
-    found = []
+    collected = []
     for step in range(1, count + 1):
         one = {"step": step, "loss": 1 / step, "reward": step / 7, "accuracy": math.nan if step % 2 else 0.6}
         one |= {"kl": step * 0.123456, "kl_weight": 0.0, "grad_norm": 2.0, "seconds": 30.0}
-        found.append(one | ({"images_per_second": 3.0} if step % 2 else {}))
-    return tuple(found)
+        collected.append(one | ({"images_per_second": 3.0} if step % 2 else {}))
+    return tuple(collected)
 
 
 def evaluations(*steps: int, names: tuple[str, ...] = ("r", "s")) -> tuple[dict[str, Any], ...]:
-    def told(step: int, place: int) -> list[float]:
+    def described(step: int, place: int) -> list[float]:
         return [place + step / 37, place + step / 37 - 0.1234, place + step / 37 + 0.4321]
 
     return tuple(
-        {"step": step, **{f"eval/{name}": told(step, i) for i, name in enumerate(names)}, "eval/diversity": 0.2}
+        {"step": step, **{f"eval/{name}": described(step, i) for i, name in enumerate(names)}, "eval/diversity": 0.2}
         for step in steps
     )
 
 
 def result_of(count: int = 12, *steps: int, best: int | None = None, **changed: Any) -> TrainingResult:
-    found = TrainingResult(count, None, None, best, records(count), evaluations(*steps))
-    return replace(found, **changed)
+    collected = TrainingResult(count, None, None, best, records(count), evaluations(*steps))
+    return replace(collected, **changed)
 
 
 def evaluated(step: int, prompts: int, drawn: int, *shape: int) -> EvalResult:
@@ -73,9 +73,9 @@ def pixels(image: Tensor) -> np.ndarray:
 
 
 def cell(path: Path, number: int) -> np.ndarray:
-    told = grids.read_grid(path)
-    assert told is not None
-    return np.asarray(Image.open(path).convert("RGB").crop(tuple(told["boxes"][number])))
+    described = grids.read_grid(path)
+    assert described is not None
+    return np.asarray(Image.open(path).convert("RGB").crop(tuple(described["boxes"][number])))
 
 
 def card_of(out: Path, config: dict[str, Any], result: TrainingResult) -> str:
@@ -86,7 +86,7 @@ def card_of(out: Path, config: dict[str, Any], result: TrainingResult) -> str:
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingResult]:
+def described(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingResult]:
     """A report of a whole run."""
     out = tmp_path_factory.mktemp("run")
     for step in (0, 6, 12):
@@ -100,17 +100,19 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingResult
 
 
 def test_a_grid_shows_each_prompts_own_image_and_rewards(tmp_path: Path) -> None:
-    found = evaluated(20, 3, 2, 3, 64, 64)
-    path = write_grid(found, tmp_path, 2)
+    collected = evaluated(20, 3, 2, 3, 64, 64)
+    path = write_grid(collected, tmp_path, 2)
     assert path == tmp_path / "samples" / "step-000020.png"
-    told = grids.read_grid(path)
-    assert told is not None and told["step"] == 20 and told["rewards"] == ["r", "s"]
-    assert [one["prompt"] for one in told["cells"]] == [f"prompt {number // 2}" for number in range(6)]
+    described = grids.read_grid(path)
+    assert described is not None and described["step"] == 20 and described["rewards"] == ["r", "s"]
+    assert [one["prompt"] for one in described["cells"]] == [f"prompt {number // 2}" for number in range(6)]
     for number in range(6):
         place, k = divmod(number, 2)
-        assert told["cells"][number]["rewards"] == [found.rewards[name][place, k].item() for name in ("r", "s")]
+        assert described["cells"][number]["rewards"] == [
+            collected.rewards[name][place, k].item() for name in ("r", "s")
+        ]
         # The picture itself, enlarged by a whole factor, pixel for pixel.
-        assert np.array_equal(cell(path, number), pixels(found.images[number]).repeat(3, 0).repeat(3, 1))
+        assert np.array_equal(cell(path, number), pixels(collected.images[number]).repeat(3, 0).repeat(3, 1))
 
 
 @pytest.mark.parametrize(("prompts", "drawn", "samples", "shown"), [(60, 4, 1, 24), (10, 4, 4, 24), (5, 2, 9, 10)])
@@ -118,9 +120,9 @@ def test_few_enough_evenly_spaced_and_the_same_at_every_step(
     prompts: int, drawn: int, samples: int, shown: int, tmp_path: Path
 ) -> None:
     paths = [write_grid(evaluated(step, prompts, drawn, 3, 8, 8), tmp_path, samples) for step in (0, 20)]
-    found = [[one["prompt"] for one in (grids.read_grid(path) or {})["cells"]] for path in paths]
-    assert found[0] == found[1] and len(found[0]) == shown
-    numbers = sorted({int(prompt.split()[1]) for prompt in found[0]})
+    collected = [[one["prompt"] for one in (grids.read_grid(path) or {})["cells"]] for path in paths]
+    assert collected[0] == collected[1] and len(collected[0]) == shown
+    numbers = sorted({int(prompt.split()[1]) for prompt in collected[0]})
     gaps = np.diff(numbers)
     assert numbers[0] == 0 and numbers[-1] == prompts - 1 and gaps.max() - gaps.min() <= 1
     assert Image.open(paths[0]).width == 6 * 206 + 14
@@ -143,8 +145,8 @@ def test_captions_fit_and_dollars_are_no_mathematics() -> None:
     assert grids.numbers([-0.5, 1.23456]) == "−0.5 · 1.23"
 
 
-def test_before_and_after_hold_the_first_and_the_last_grid(told: tuple[Path, TrainingResult]) -> None:
-    out, _ = told
+def test_before_and_after_hold_the_first_and_the_last_grid(described: tuple[Path, TrainingResult]) -> None:
+    out, _ = described
     whole = np.asarray(Image.open(out / "plots" / "before-after.png").convert("RGB"))
     rows = []
     for step in (0, 12):
@@ -173,12 +175,12 @@ def test_grids_of_other_prompts_are_not_compared(tmp_path: Path) -> None:
 
 def panels(listed: list[Callable[..., None]]) -> dict[str, Any]:
     """Axes by title, drawn as in a report."""
-    found = {}
+    collected = {}
     for panel in listed:
         axes = Figure().subplots()
         panel(axes)
-        found[axes.get_title(loc="left")] = axes
-    return found
+        collected[axes.get_title(loc="left")] = axes
+    return collected
 
 
 def test_the_curves_are_the_records() -> None:
@@ -228,8 +230,8 @@ def test_a_budget_does_not_flatten_the_curve(budget: float, drawn: str) -> None:
 
 
 def test_nan_and_overflow_leave_gaps() -> None:
-    told = [{"step": 1, "loss": math.inf}, {"step": 2, "loss": 3.0}, {"step": 3}, {"step": 4, "loss": math.nan}]
-    steps, values = report._series(told, "loss")
+    described = [{"step": 1, "loss": math.inf}, {"step": 2, "loss": 3.0}, {"step": 3}, {"step": 4, "loss": math.nan}]
+    steps, values = report._series(described, "loss")
     assert steps.tolist() == [2] and values.tolist() == [3]
 
 
@@ -242,9 +244,9 @@ def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp
     write_report(tmp_path, CONFIG, result_of(count, *steps, stopped="interrupted"))
     text = (tmp_path / "README.md").read_text()
     assert f"interrupted at update {count}" in text and "```python" not in text
-    found = sorted((tmp_path / "plots").iterdir())
-    assert len(found) == files == text.count("](plots/")
-    assert all(Image.open(path).size[0] >= 500 for path in found)
+    collected = sorted((tmp_path / "plots").iterdir())
+    assert len(collected) == files == text.count("](plots/")
+    assert all(Image.open(path).size[0] >= 500 for path in collected)
 
 
 def test_without_evaluations_the_training_samples_are_told(tmp_path: Path) -> None:
@@ -255,8 +257,8 @@ def test_without_evaluations_the_training_samples_are_told(tmp_path: Path) -> No
 # The card.
 
 
-def test_the_hub_reads_the_card(told: tuple[Path, TrainingResult]) -> None:
-    card = ModelCard.load(told[0] / "README.md")
+def test_the_hub_reads_the_card(described: tuple[Path, TrainingResult]) -> None:
+    card = ModelCard.load(described[0] / "README.md")
     assert card.data.to_dict() == {
         "base_model": "org/base",
         "library_name": "diffusers",
@@ -280,8 +282,8 @@ def test_a_folder_is_no_base_model_of_the_hub(tmp_path: Path, monkeypatch: pytes
     assert "base_model" not in card_of(tmp_path / "out", CONFIG | {"model": "my/model"}, result_of(2))
 
 
-def test_the_table_is_what_was_recorded(told: tuple[Path, TrainingResult]) -> None:
-    out, result = told
+def test_the_table_is_what_was_recorded(described: tuple[Path, TrainingResult]) -> None:
+    out, result = described
     table = [line for line in (out / "README.md").read_text().splitlines() if line.startswith("|")]
     rows = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in table}
     assert table[0] == "|  | 0 updates (first) | 6 updates (best) | 12 updates (last) |"
@@ -294,15 +296,15 @@ def test_the_table_is_what_was_recorded(told: tuple[Path, TrainingResult]) -> No
     assert rows["KL, nats a trajectory"] == ["0", "0.7407", "1.481"]  # 6 and 12 × 0.123456
 
 
-def test_links_lead_to_files(told: tuple[Path, TrainingResult]) -> None:
-    text = (told[0] / "README.md").read_text()
+def test_links_lead_to_files(described: tuple[Path, TrainingResult]) -> None:
+    text = (described[0] / "README.md").read_text()
     links = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)
-    assert len(links) == 5 and all((told[0] / link).is_file() for link in links)
+    assert len(links) == 5 and all((described[0] / link).is_file() for link in links)
     assert links[-1] == "samples/step-000012.png"
 
 
-def test_settings_that_differ_are_listed_and_nobodys_folder(told: tuple[Path, TrainingResult]) -> None:
-    text = (told[0] / "README.md").read_text()
+def test_settings_that_differ_are_listed_and_nobodys_folder(described: tuple[Path, TrainingResult]) -> None:
+    text = (described[0] / "README.md").read_text()
     assert "- options.beta: 0.03" in text and "- lora\\_rank: 0" in text and "- kl\\_budget: 3" in text
     assert "- eta" not in text  # the default one
     assert "/home/me" not in text
@@ -313,13 +315,13 @@ def test_settings_that_differ_are_listed_and_nobodys_folder(told: tuple[Path, Tr
 
 def test_a_configuration_with_all_its_defaults_lists_none_of_them() -> None:
     plain = json.loads(json.dumps({**vars(TrainingConfig()), "method": "d3po"}))
-    flat = cards.Flat.of({"settings": plain, "call": {"height": 8}})
+    flat = cards.FlatConfig.of({"settings": plain, "call": {"height": 8}})
     assert flat.changed() == {"call": {"height": 8}} and flat.rest == {"settings.method": "d3po"}
 
 
 def test_awkward_names_stay_text(tmp_path: Path) -> None:
-    found = result_of(2, stopped=AWKWARD, evaluations=evaluations(0, 2, names=("r", AWKWARD)))
-    text = card_of(tmp_path, CONFIG | {"reward": AWKWARD, "prompts": [AWKWARD]}, found)
+    collected = result_of(2, stopped=AWKWARD, evaluations=evaluations(0, 2, names=("r", AWKWARD)))
+    text = card_of(tmp_path, CONFIG | {"reward": AWKWARD, "prompts": [AWKWARD]}, collected)
     plain = re.sub(r"\\([\\`*_\[\]<>|~$&#!])", "", text.split("---\n", 2)[2])  # without what is escaped
     for mark in ("a_b", "*c*", "](e)", "<g>", "`f`", "$1", "& $2"):
         assert mark not in plain
@@ -350,7 +352,7 @@ def test_the_code_of_the_card_gives_the_trained_model(
 ) -> None:
     pipe: Any = fresh_pipe(family)
     pipe.save_pretrained(tmp_path / "base")
-    trained = LoRA(pipe, rank, alpha=3 * rank) if rank else Full(pipe)
+    trained = LoRA(pipe, rank, alpha=3 * rank) if rank else FullFinetuning(pipe)
     move(trained, 0.2 if rank else 0.1)
     out = tmp_path / "run"
     weights = trained.write(trained.state(), out / "final")

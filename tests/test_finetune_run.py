@@ -17,7 +17,7 @@ from steer import D3POTrainer, DDPOTrainer, GRPOTrainer, PRDPTrainer, RewardBack
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import EvalResult, Evaluator, diversity, interval
 from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of
-from steer.pipelines.training.rollouts import learning_order
+from steer.pipelines.training.rollouts import batch_order
 from steer.training.gradient import Batch, reference_of, reward_gradient
 from steer.training.guards import kl
 from steer.training.rollout import Sampler
@@ -27,7 +27,7 @@ SHORT: dict[str, Any] = {
     "max_steps": 3,
     "steps_per_generation": 1,
     "num_iterations": 1,
-    "eval_every": 1,
+    "eval_steps": 1,
     "ema_decay": 0.0,
     "kl_weight": 0.0,
     "kl_target": None,
@@ -132,7 +132,7 @@ def test_a_reward_that_teaches_nothing_is_named(reward: Any, told: str, pipe: An
         (PRDPTrainer, {"timestep_fraction": 0.5}, "timestep_fraction must be 1, got 0.5"),
         (GRPOTrainer, {"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
         (GRPOTrainer, {"log_with": ("nonesuch",)}, "log_with nonesuch"),
-        (GRPOTrainer, {"lora_targets": ("nonesuch",)}, "no layer named nonesuch"),
+        (GRPOTrainer, {"lora_target_modules": ("nonesuch",)}, "no layer named nonesuch"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(
@@ -177,7 +177,7 @@ def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_t
 
 
 def test_a_spoilt_checkpoint_is_skipped_and_told(pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = settings_of("grpo", **SHORT | {"max_steps": 2, "checkpoint_every": 1})
+    settings = settings_of("grpo", **SHORT | {"max_steps": 2, "save_steps": 1})
     train("grpo", pipe, tmp_path, settings)
     spoilt = tmp_path / "checkpoints" / "step-00000002" / "weights.safetensors"
     spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"\0\1"[-1:])
@@ -190,7 +190,7 @@ def test_a_spoilt_checkpoint_is_skipped_and_told(pipe: Any, tmp_path: Path, capl
 def test_what_a_run_leaves(pipe: Any, tmp_path: Path) -> None:
     seen: list[EvalResult] = []
     told: list[dict[str, Any]] = []
-    settings = settings_of("d3po", **SHORT | {"eval_every": 2, "eval_samples": 2})
+    settings = settings_of("d3po", **SHORT | {"eval_steps": 2, "num_generations_eval": 2})
     result = train(
         "d3po", pipe, tmp_path, settings, about={"mine": [1, "two"]}, on_update=told.append, on_evaluation=seen.append
     )
@@ -229,8 +229,8 @@ def test_steps_are_chosen_evenly_over_the_updates() -> None:
 
 
 def test_the_first_pass_is_in_the_order_of_drawing() -> None:
-    assert learning_order(3, 1, 0, 0) == (0, 1, 2)
-    order = learning_order(3, 4, 0, 1)
+    assert batch_order(3, 1, 0, 0) == (0, 1, 2)
+    order = batch_order(3, 4, 0, 1)
     assert order[:3] == (0, 1, 2) and all(sorted(order[n : n + 3]) == [0, 1, 2] for n in (3, 6, 9))
 
 
@@ -353,7 +353,7 @@ def test_all_weights_trained_twice_in_one_process_are_not_taken_for_the_referenc
 
 def test_a_round_that_is_broken_off_leaves_no_trace_in_the_method(pipe: Any, tmp_path: Path) -> None:
     """DDPO remembers rewards of a round's first update before the second is drawn."""
-    settings = settings_of("ddpo", max_steps=4, eval_every=100, ema_decay=0.0)
+    settings = settings_of("ddpo", max_steps=4, eval_steps=100, ema_decay=0.0)
     whole = train("ddpo", fresh(), tmp_path / "whole", settings, eval_prompts=(), eval_rewards=())
     calls = 0
 
@@ -388,7 +388,7 @@ def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(la
         if loss.requires_grad:
             loss.backward()
 
-    class Flat:
+    class FlatConfig:
         name, differentiable = "flat", True
 
         def __call__(self, images: torch.Tensor, prompts: Any) -> torch.Tensor:
@@ -397,12 +397,12 @@ def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(la
     _, told = reward_gradient(
         sampler,
         batch,
-        Flat(),
+        FlatConfig(),
         last_steps,
         penalties={kl: 0.5},
-        unchanged=True,
+        on_policy=True,
         backward=backward,
-        before_each=lambda: None,
+        on_chunk=lambda: None,
     )
     found = {name: p.grad.clone() for name, p in trained.parameters.items()}
     for parameter in trained.parameters.values():

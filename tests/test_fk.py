@@ -24,7 +24,7 @@ from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import BestOfNPipeline, FKSteeringPipeline, StepReport
-from steer.diffusion.step_hooks import CannotSteer
+from steer.diffusion.step_hooks import UnsupportedPipelineError
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
@@ -85,17 +85,17 @@ def test_every_family_is_steered(pipe_of: Callable[[str], Any], name: str) -> No
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_several_prompts_keep_their_own_particles(pipe_of: Callable[[str], Any], name: str) -> None:
     call = steer_kwargs(name) | {"prompt": ["a red circle", "a blue star"]}
-    seen: list[list[str]] = []
+    scored_prompts: list[list[str]] = []
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen.append(list(prompts))
+        scored_prompts.append(list(prompts))
         return redness(images, prompts)
 
     out = FKSteeringPipeline(pipe_of(name), reward)(
         num_particles=K, lam=2000.0, ess_threshold=1.0, chunk_size=6, generator=seeded(), output_type="pt", **call
     )
     assert out.rewards.shape == (2, K) and len(out.images) == 2 * K
-    assert all(prompts == ["a red circle"] * K + ["a blue star"] * K for prompts in seen)
+    assert all(prompts == ["a red circle"] * K + ["a blue star"] * K for prompts in scored_prompts)
     assert torch.allclose(redness(out.images, []).view(2, K), out.rewards, atol=1e-6)
 
 
@@ -117,7 +117,9 @@ def test_copies_part_under_deterministic_and_stochastic_solvers(pipe_of: Callabl
 @pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])
 def test_deterministic_solvers_without_a_kernel_are_refused(pipe_of: Callable[[str], Any], scheduler: type) -> None:
     pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
-    with pytest.raises(CannotSteer, match=f"{scheduler.__name__} is deterministic and has no Gaussian kernel"):
+    with pytest.raises(
+        UnsupportedPipelineError, match=f"{scheduler.__name__} is deterministic and has no Gaussian kernel"
+    ):
         FKSteeringPipeline(pipe, redness)(num_particles=K, **steer_kwargs("sd"))
     BestOfNPipeline(pipe, redness)(num_particles=K, **steer_kwargs("sd"))
 
@@ -139,7 +141,7 @@ def test_copies_part_at_the_last_step_that_is_read_too(
 def test_steps_at_which_nothing_could_be_steered_are_refused(pipe_of: Callable[[str], Any], asked: list[int]) -> None:
     with pytest.raises(InputError, match="is not from 0 to 3, in a run of 5 steps"):
         FKSteeringPipeline(pipe_of("sd"), redness)(resample_steps=asked, **steer_kwargs("sd"))
-    with pytest.raises(CannotSteer, match="a run of 1 steps has none to resample at"):
+    with pytest.raises(UnsupportedPipelineError, match="a run of 1 steps has none to resample at"):
         FKSteeringPipeline(pipe_of("flux"), redness)(**steer_kwargs("flux", steps=1))
 
 
@@ -274,10 +276,10 @@ def test_a_video_is_scored_by_its_frames(pipe_of: Callable[[str], Any]) -> None:
 def test_prompt_embeddings_need_words_only_for_the_reward(pipe_of: Callable[[str], Any]) -> None:
     pipe, call = pipe_of("sd"), steer_kwargs("sd")
     embeds, negative = pipe.encode_prompt(call.pop("prompt"), "cpu", 1, True)
-    seen: set[str] = set()
+    scored_prompts: set[str] = set()
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen.update(prompts)
+        scored_prompts.update(prompts)
         return redness(images, prompts)
 
     out = FKSteeringPipeline(pipe, reward)(
@@ -288,7 +290,7 @@ def test_prompt_embeddings_need_words_only_for_the_reward(pipe_of: Callable[[str
         generator=seeded(),
         **call,
     )
-    assert len(out.images) == 2 and seen == {"a red circle"}
+    assert len(out.images) == 2 and scored_prompts == {"a red circle"}
 
 
 def test_the_users_callback_still_runs(pipe_of: Callable[[str], Any]) -> None:
@@ -352,12 +354,16 @@ def test_from_pretrained_loads_a_folder(tmp_path: Any, pipe_of: Callable[[str], 
 def test_best_of_n_shows_its_run_to_an_observer_and_stays_the_same(pipe_of: Callable[[str], Any]) -> None:
     pipe = pipe_of("sd")
     call = steer_kwargs("sd") | {"num_inference_steps": 5, "num_particles": K}
-    told: list[StepReport] = []
+    observed: list[StepReport] = []
     plain = BestOfNPipeline(pipe, redness)(**call | {"generator": seeded()})
-    shown = BestOfNPipeline(pipe, redness)(preview_steps=(1, 3), on_step=told.append, **call | {"generator": seeded()})
+    shown = BestOfNPipeline(pipe, redness)(
+        preview_steps=(1, 3), on_step=observed.append, **call | {"generator": seeded()}
+    )
     assert torch.equal(plain.latents, shown.latents) and torch.equal(plain.rewards, shown.rewards)
     assert not plain.history and [one.step for one in shown.history] == [1, 3]
-    assert [one.step for one in told] == [0, 1, 2, 3, 4] and [one.previews is not None for one in told].count(True) == 2
+    assert [one.step for one in observed] == [0, 1, 2, 3, 4] and [one.previews is not None for one in observed].count(
+        True
+    ) == 2
     assert shown.cost.decodes == plain.cost.decodes + 2 * K
     assert torch.equal(plain.log_weights, shown.log_weights)
     with pytest.raises(InputError, match="preview_steps: 9 is not from 0"):

@@ -13,7 +13,7 @@ from schedulers import BETAS, FLOW, build
 from torch import Generator, Tensor
 
 from steer import FKSteeringPipeline
-from steer.apps.methods import SampleSettings
+from steer.apps.methods import SamplingConfig
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
 from steer.pipelines.fk_steering import Run
@@ -81,8 +81,8 @@ def law(pipe: AnyGaussian, steps: int, noisy: set[int]) -> tuple[float, float]:
 
     The chain is affine in the starting noise and in what is drawn on the way: a basis of both, run once by hand.
     """
-    scheduler, drawn = pipe.scheduler, sorted(noisy)
-    x = torch.zeros(2 + len(drawn), 1, 1, 1, dtype=torch.float64)
+    scheduler, sample_particles = pipe.scheduler, sorted(noisy)
+    x = torch.zeros(2 + len(sample_particles), 1, 1, 1, dtype=torch.float64)
     x[1] = 1
     scheduler.set_timesteps(steps)
     for k, t in enumerate(scheduler.timesteps):
@@ -92,7 +92,7 @@ def law(pipe: AnyGaussian, steps: int, noisy: set[int]) -> tuple[float, float]:
             (alpha_t, sigma_t), (alpha_s, sigma_s) = pipe.level(t), pipe.level(scheduler.timesteps[k + 1])
             tau = sigma_s / sigma_t * math.sqrt(sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2)
             following = alpha_s * x0 + math.sqrt(sigma_s**2 - tau**2) * epsilon
-            following[2 + drawn.index(k)] += tau
+            following[2 + sample_particles.index(k)] += tau
         x = following
     x = x.flatten()
     return x[0].item(), (x[1:] - x[0]).square().sum().item()
@@ -131,14 +131,16 @@ def estimate(pipe: AnyGaussian, steps: int, size: int, groups: int = GROUPS, **o
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_default_law_holds_whatever_the_weights_do(solver: str, size: int, steps: int, threshold: float) -> None:
     """Adaptive: some groups resample at a step and others do not; all of them are noisy there."""
-    found = estimate(AnyGaussian(SOLVERS[solver]()), steps, size, ess_threshold=threshold)
-    assert abs(found.ratio - 1) <= 3 * found.error
+    result = estimate(AnyGaussian(SOLVERS[solver]()), steps, size, ess_threshold=threshold)
+    assert abs(result.ratio - 1) <= 3 * result.error
 
 
 @pytest.mark.parametrize("asynchronous_rewards", [False, True])
-def test_asynchronous_rewards_put_the_noise_a_step_later(overlap: bool) -> None:
-    found = estimate(AnyGaussian(SOLVERS["DDIM"]()), 20, 8, ess_threshold=1.0, asynchronous_rewards=overlap)
-    assert abs(found.ratio - 1) <= 3 * found.error
+def test_asynchronous_rewards_put_the_noise_a_step_later(asynchronous_rewards: bool) -> None:
+    result = estimate(
+        AnyGaussian(SOLVERS["DDIM"]()), 20, 8, ess_threshold=1.0, asynchronous_rewards=asynchronous_rewards
+    )
+    assert abs(result.ratio - 1) <= 3 * result.error
 
 
 def final_latents(lam: float, rewards: Any, **options: Any) -> Tensor:
@@ -213,16 +215,16 @@ def test_eta_makes_every_step_of_ddim_the_same_kernel(
     """All steps are draws from the kernel whose density finetuning takes, with or without resampling."""
     monkeypatch.setitem(globals(), "MEAN", 0.5 if config is ZERO_SNR else 1.5)  # beyond what x̂0 is clipped to
     scores: list[Tensor] = []
-    moved = Run._moved
+    moved = Run._next_latents
 
-    def watched(run: Run, event: SolverStep, rows: Tensor | None, reading: Any) -> Tensor | None:
-        found, kernel = moved(run, event, rows, reading), event.kernel(1.0, rows)
+    def recorded(run: Run, solver_step: SolverStep, rows: Tensor | None, intermediate: Any) -> Tensor | None:
+        result, kernel = moved(run, solver_step, rows, intermediate), solver_step.kernel(1.0, rows)
         if kernel.std > 0:
-            following = found if found is not None else event.prev if rows is None else event.prev[rows]
+            following = result if result is not None else solver_step.prev if rows is None else solver_step.prev[rows]
             scores.append((following - kernel.mean) / kernel.std)
-        return found
+        return result
 
-    monkeypatch.setattr(Run, "_moved", watched)
+    monkeypatch.setattr(Run, "_moved", recorded)
     scheduler = build("DDIM", **BETAS, **{"clip_sample": False} | config)
     out = FKSteeringPipeline(AnyGaussian(scheduler), TOTAL)(
         num_particles=4,
@@ -250,7 +252,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def drawn(draw: str, groups: int = 2000, **options: Any) -> Any:
+def sample_particles(draw: str, groups: int = 2000, **options: Any) -> Any:
     return FKSteeringPipeline(AnyGaussian(SOLVERS["DDIM"]()), TOTAL)(
         num_particles=4,
         reward_prompt=[""] * groups,
@@ -266,7 +268,7 @@ def drawn(draw: str, groups: int = 2000, **options: Any) -> Any:
 
 
 def test_the_first_image_is_the_best_or_one_draw_by_the_weights() -> None:
-    best, weighted, again = drawn("best"), drawn("weighted"), drawn("weighted")
+    best, weighted, again = sample_particles("best"), sample_particles("weighted"), sample_particles("weighted")
     assert (best.rewards.diff(dim=1) <= 0).all() and (weighted.rewards[:, 1:].diff(dim=1) <= 0).all()
     assert torch.equal(weighted.images, again.images) and torch.equal(weighted.order[:, 0], again.order[:, 0])
     assert torch.equal(weighted.in_slot_order().images, best.in_slot_order().images)
@@ -282,17 +284,17 @@ def test_the_first_image_is_the_best_or_one_draw_by_the_weights() -> None:
 )
 def test_a_search_has_no_weights_to_draw_by(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="leave no weights: use draw='best'"):
-        drawn("weighted", groups=1, **options)
+        sample_particles("weighted", groups=1, **options)
     with pytest.raises(InputError, match="unknown draw 'weigthed': did you mean weighted"):
-        drawn("weigthed", groups=1)
+        sample_particles("weigthed", groups=1)
 
 
 @pytest.mark.parametrize(
     "options", [{"method": "svdd"}, {"target": 9.0}, {"particle_schedule": "4:2", "particle_schedule_rule": "top_k"}]
 )
 def test_the_command_refuses_a_draw_without_weights(options: dict[str, Any]) -> None:
-    SampleSettings(**SETTINGS | {"draw": "weighted"}).check()
+    SamplingConfig(**SETTINGS | {"draw": "weighted"}).check()
     with pytest.raises(InputError, match="--draw weighted needs the weights of --method fk"):
-        SampleSettings(**SETTINGS | {"draw": "weighted"} | options).check()
+        SamplingConfig(**SETTINGS | {"draw": "weighted"} | options).check()
     with pytest.raises(InputError, match="unknown draw 'heaviest'"):
-        SampleSettings(**SETTINGS | {"draw": "heaviest"}).check()
+        SamplingConfig(**SETTINGS | {"draw": "heaviest"}).check()

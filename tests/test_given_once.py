@@ -9,7 +9,7 @@ from conftest import Steer
 
 from steer.apps.cli.finetune import keys_of
 from steer.apps.cli.main import steer as root
-from steer.apps.cli.options import Command, Group, takes_one
+from steer.apps.cli.options import Command, Group, is_single_valued
 from steer.errors import InputError
 
 
@@ -25,7 +25,7 @@ OPTIONS = [
     (path, option)
     for path, command in commands()
     for option in command.params
-    if isinstance(option, click.Option) and takes_one(option)
+    if isinstance(option, click.Option) and is_single_valued(option)
 ]
 
 

@@ -131,12 +131,12 @@ def test_a_weight_reaches_its_target_within_thirty_updates(start: float, power: 
 
 def test_a_weight_without_a_target_stays() -> None:
     control = KLControl(2.0)
-    assert control.after(1000.0) is control and not control.spent(1e9)
+    assert control.after(1000.0) is control and not control.is_exhausted(1e9)
 
 
 def test_a_budget() -> None:
     control = KLControl(budget=3.0)
-    assert [control.spent(found) for found in (0.0, 2.99, 3.0, 4.0)] == [False, False, True, True]
+    assert [control.is_exhausted(found) for found in (0.0, 2.99, 3.0, 4.0)] == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_a_watch_over_held_out_rewards(name: str) -> None:
         watch = watch.after(10 * number, proxy, held_out)
         if stopped is None and watch.stop():
             stopped = number
-        assert EarlyStopping(patience).restored(watch.state()) == watch  # as a run that is stopped here goes on
+        assert EarlyStopping(patience).load_state(watch.state()) == watch  # as a run that is stopped here goes on
     assert stopped == stops and watch.best_step == 10 * best and watch.best == evaluations[best]
 
 
@@ -191,8 +191,8 @@ def test_the_state_of_a_watch_is_plain() -> None:
 
     watch = EarlyStopping(3).after(0, 1.0, 0.3).after(10, 2.0, 0.1)
     assert watch.state() == {"best_step": 0, "best": [1.0, 0.3], "fooled": 1}
-    assert EarlyStopping(3).restored(json.loads(json.dumps(watch.state()))) == watch
-    assert EarlyStopping(2).restored(EarlyStopping().state()) == EarlyStopping(2)
+    assert EarlyStopping(3).load_state(json.loads(json.dumps(watch.state()))) == watch
+    assert EarlyStopping(2).load_state(EarlyStopping().state()) == EarlyStopping(2)
 
 
 @pytest.mark.parametrize("name", ["sd", "flux", "wan"])

@@ -19,8 +19,8 @@ from torch import Generator, Tensor
 from transformers import CLIPImageProcessor
 
 from steer import FKSteeringPipeline, SteeringOutput, StepReport
-from steer.diffusion.schedules import Gaussian, can_redraw, draw_guided
-from steer.diffusion.step_hooks import CannotSteer
+from steer.diffusion.schedules import Gaussian, can_resample_noise, draw_guided
+from steer.diffusion.step_hooks import UnsupportedPipelineError
 from steer.errors import InputError
 from steer.pipelines import fk_steering as guided
 from steer.reward import RewardError
@@ -163,16 +163,16 @@ class Leaning:
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaning]:
-    found = Leaning([], [])
+def proposals(monkeypatch: pytest.MonkeyPatch) -> Iterator[Leaning]:
+    recorded = Leaning([], [])
 
-    def watched(kernel: Gaussian, gradient: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        found.kernels.append(kernel)
-        found.gradients.append(gradient)
+    def record(kernel: Gaussian, gradient: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
+        recorded.kernels.append(kernel)
+        recorded.gradients.append(gradient)
         return draw_guided(kernel, gradient, generator)
 
-    monkeypatch.setattr(guided, "draw_guided", watched)
-    return found
+    monkeypatch.setattr(guided, "draw_guided", record)
+    return recorded
 
 
 def guided_run(pipe: Any, name: str, reward: Any = None, **options: Any) -> SteeringOutput:
@@ -197,7 +197,9 @@ def finite_differences(reward: Callable[[Tensor], Tensor], x: Tensor, step: floa
     return ((reward(x + nudges) - reward(x - nudges)) / (2 * step)).view_as(x)
 
 
-def test_gradients_are_each_particles_own_and_go_where_it_goes(pipe_of: Callable[[str], Any], seen: Leaning) -> None:
+def test_gradients_are_each_particles_own_and_go_where_it_goes(
+    pipe_of: Callable[[str], Any], proposals: Leaning
+) -> None:
     """Two prompts, resampled at every step, against finite differences of a hand-written reward in fp64."""
     pipe, prompts, guidance, lam = pipe_of("sd"), ["a red circle", "a blue star"], 0.7, 3000.0
     latents: list[Tensor] = []
@@ -213,7 +215,7 @@ def test_gradients_are_each_particles_own_and_go_where_it_goes(pipe_of: Callable
     embeds, negative = exact.encode_prompt(prompts, "cpu", 1, True)
     assert [evaluation.step for evaluation in out.history] == [1, 2, 3]
     assert any((ancestors != torch.arange(K)).any() for ancestors in out.ancestors)
-    for evaluation, gradient in zip(out.history, seen.gradients, strict=True):
+    for evaluation, gradient in zip(out.history, proposals.gradients, strict=True):
         timestep, x = int(scheduler.timesteps[evaluation.step]), latents[evaluation.step - 1].double()
         for row in range(2 * K):
             prompt = row // K
@@ -226,7 +228,9 @@ def test_gradients_are_each_particles_own_and_go_where_it_goes(pipe_of: Callable
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_every_family_is_guided_and_left_as_it_was(pipe_of: Callable[[str], Any], name: str, seen: Leaning) -> None:
+def test_every_family_is_guided_and_left_as_it_was(
+    pipe_of: Callable[[str], Any], name: str, proposals: Leaning
+) -> None:
     reports: list[StepReport] = []
     pipe = pipe_of(name)
     models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
@@ -236,8 +240,8 @@ def test_every_family_is_guided_and_left_as_it_was(pipe_of: Callable[[str], Any]
     again = guided_run(pipe, name)
     assert torch.equal(out.images, again.images) and torch.equal(out.log_weights, again.log_weights)
     steps = [evaluation.step for evaluation in out.history]
-    assert steps == list(range(1, out.history[-1].step + 1)) and len(seen.gradients) == 2 * len(steps)
-    assert all(gradient.flatten(1).norm(dim=1).min() > 0 for gradient in seen.gradients)
+    assert steps == list(range(1, out.history[-1].step + 1)) and len(proposals.gradients) == 2 * len(steps)
+    assert all(gradient.flatten(1).norm(dim=1).min() > 0 for gradient in proposals.gradients)
     assert out.cost.gradients == K * len(steps)
     kept = [out.images, out.latents, out.rewards, out.log_weights, out.log_normaliser]
     kept += [value for one in out.history for value in vars(one).values() if torch.is_tensor(value)]
@@ -248,7 +252,7 @@ def test_every_family_is_guided_and_left_as_it_was(pipe_of: Callable[[str], Any]
     assert all(vars(pipe)[attribute] is value for attribute, value in before.items() if attribute in pipe.components)
 
 
-@pytest.mark.parametrize("scheduler", [name for name in DIFFUSION if can_redraw(DIFFUSION[name]())])
+@pytest.mark.parametrize("scheduler", [name for name in DIFFUSION if can_resample_noise(DIFFUSION[name]())])
 def test_every_solver_that_has_the_kernel_is_guided(pipe_of: Callable[[str], Any], scheduler: str) -> None:
     pipe = with_scheduler(pipe_of("sd"), DIFFUSION[scheduler]())
     out = guided_run(pipe, "sd", num_particles=2)
@@ -273,7 +277,9 @@ def test_without_strength_the_images_are_those_of_the_kernel(pipe_of: Callable[[
     assert (still.log_weights == 0).all()
 
 
-def test_half_precision_gradients_are_those_of_single_precision(pipe_of: Callable[[str], Any], seen: Leaning) -> None:
+def test_half_precision_gradients_are_those_of_single_precision(
+    pipe_of: Callable[[str], Any], proposals: Leaning
+) -> None:
     """Of a reward so weak that fp16 would lose its gradients."""
 
     class Weak(Redness):
@@ -285,7 +291,7 @@ def test_half_precision_gradients_are_those_of_single_precision(pipe_of: Callabl
     options = {"lam": 1.0, "resample_steps": [1]}
     guided_run(copy.deepcopy(pipe).to(torch.float16), "sd", Weak(), latents=latents.half(), **options)
     guided_run(pipe, "sd", Weak(), latents=latents, **options)
-    half, single = seen.gradients
+    half, single = proposals.gradients
     assert half.dtype == torch.float32 and (half - single).norm() < 0.05 * single.norm()
 
 
@@ -386,7 +392,9 @@ def test_what_cannot_be_guided_is_refused(pipe_of: Callable[[str], Any], options
 @pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, LCMScheduler])
 def test_solvers_without_the_kernel_are_refused(pipe_of: Callable[[str], Any], scheduler: type) -> None:
     pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
-    with pytest.raises(CannotSteer, match=f"{scheduler.__name__} has no Gaussian kernel for reward_guidance"):
+    with pytest.raises(
+        UnsupportedPipelineError, match=f"{scheduler.__name__} has no Gaussian kernel for reward_guidance"
+    ):
         guided_run(pipe, "sd", num_particles=1)
 
 
@@ -399,5 +407,5 @@ class Blind(GaussianPipeline):
 
 
 def test_a_pipeline_that_lets_no_gradients_through_is_refused() -> None:
-    with pytest.raises(CannotSteer, match="Blind lets no gradients through: use reward_guidance=0"):
+    with pytest.raises(UnsupportedPipelineError, match="Blind lets no gradients through: use reward_guidance=0"):
         FKSteeringPipeline(Blind(), Near(0.5))(reward_guidance=1.0)

@@ -14,7 +14,7 @@ from steer import TrainingConfig
 from steer.diffusion.schedules import Gaussian
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
-from steer.pipelines.training.method import half_precision, window_of
+from steer.pipelines.training.method import half_precision, num_training_steps_of
 from steer.training.guards import check_rounding, kl
 from steer.training.rollout import Rows, Sampler, Trajectories
 from steer.training.trainable import LoRA
@@ -55,7 +55,7 @@ def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
     for dtype in (torch.float16, torch.bfloat16):
         other, small, _ = built(name, dtype)
         half = half_precision(small.denoiser, TrainingConfig())
-        steps = range(window_of(len(stored.stochastic), TrainingConfig(), half is not None))
+        steps = range(num_training_steps_of(len(stored.stochastic), TrainingConfig(), half is not None))
         assert half == dtype and len(steps) == len(stored.stochastic) - 2
         same = replace(stored, latents=stored.latents.to(dtype))
         truth = divergence(sampler, trained, stored, steps)
@@ -80,13 +80,13 @@ def test_a_precision_that_measures_rounding_is_refused(dtype: torch.dtype) -> No
 )
 def test_the_window(skip: int | None, half: bool, window: int) -> None:
     settings = TrainingConfig(skip_low_noise_steps=skip)
-    assert window_of(10, settings, half) == window
-    assert window_of(2, TrainingConfig(), True) == 1
+    assert num_training_steps_of(10, settings, half) == window
+    assert num_training_steps_of(2, TrainingConfig(), True) == 1
 
 
 def test_a_window_without_steps_is_refused() -> None:
     with pytest.raises(InputError, match="skip_low_noise_steps must be below the number of steps with noise, 4, got"):
-        window_of(4, TrainingConfig(skip_low_noise_steps=4), False)
+        num_training_steps_of(4, TrainingConfig(skip_low_noise_steps=4), False)
     with pytest.raises(InputError, match="skip_low_noise_steps must be from 0 to num_inference_steps - 1, got 20"):
         TrainingConfig(skip_low_noise_steps=20, num_inference_steps=20)
 

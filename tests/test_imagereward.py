@@ -118,7 +118,7 @@ class Published:
         added = self.linear(f"{part}.output.dense", attended(q, k, v, mask))
         return self.norm(f"{part}.output.LayerNorm", x + added, 1e-12)
 
-    def read(self, ids: Tensor, seen: Tensor) -> Tensor:
+    def read(self, ids: Tensor, inputs: Tensor) -> Tensor:
         embeddings = f"{READ}embeddings."
         x = self.state[f"{embeddings}word_embeddings.weight"][ids]
         x = x + self.state[f"{embeddings}position_embeddings.weight"][: ids.shape[1]]
@@ -126,7 +126,7 @@ class Published:
         for k in range(LAYERS):
             layer = f"{READ}encoder.layer.{k}."
             x = self.attend(f"{layer}attention", x, x, (ids != WORDS.index("[PAD]")).long())
-            x = self.attend(f"{layer}crossattention", x, seen, None)
+            x = self.attend(f"{layer}crossattention", x, inputs, None)
             hidden = gelu(self.linear(f"{layer}intermediate.dense", x))
             x = self.norm(f"{layer}output.LayerNorm", x + self.linear(f"{layer}output.dense", hidden), 1e-12)
         return x[:, 0]

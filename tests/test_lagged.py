@@ -17,23 +17,23 @@ from torch import Tensor
 from steer import FKSteeringPipeline, StepReport
 from steer.errors import InputError
 from steer.pipelines.fk_steering import AsynchronousRun
-from steer.reward import Begin, Modes, RewardError, at_once, in_background, with_timeout
+from steer.reward import RewardError, Submit, ThreadContext, run_in_background, run_synchronously, with_timeout
 from steer.smc.potentials import POTENTIALS
 
 CPU = torch.device("cpu")
-Beside = Callable[[torch.device], AbstractContextManager[Begin]]
+Beside = Callable[[torch.device], AbstractContextManager[Submit]]
 
 
 # The background
 
 
-@pytest.mark.parametrize("beside", [in_background, at_once])
-def test_work_is_done_in_turn_and_its_errors_are_raised_where_it_is_waited_for(beside: Beside) -> None:
+@pytest.mark.parametrize("beside", [run_in_background, run_synchronously])
+def test_work_is_done_in_turn_and_its_errors_are_raised_where_it_is_waited_for(background: Beside) -> None:
     done: list[int] = []
-    with beside(CPU) as begin:
+    with background(CPU) as begin:
         waits = [begin(lambda number=number: done.append(number) or number) for number in range(5)]
         assert [wait() for wait in waits] == list(range(5)) == done
-    with in_background(CPU) as begin:
+    with run_in_background(CPU) as begin:
         wait = begin(lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             wait()
@@ -41,7 +41,7 @@ def test_work_is_done_in_turn_and_its_errors_are_raised_where_it_is_waited_for(b
 
 def test_at_the_end_of_the_block_everything_is_done() -> None:
     done, may = [], threading.Event()
-    with in_background(CPU) as begin:
+    with run_in_background(CPU) as begin:
         begin(lambda: may.wait(10) and done.append(1))
         may.set()
     assert done == [1]
@@ -55,29 +55,31 @@ def test_a_thread_computes_under_its_callers_modes(gradients: bool, inference: b
         autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
         return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
-    images, seen = torch.zeros(1, 3, 2, 2), []
+    images, recorded_modes = torch.zeros(1, 3, 2, 2), []
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen.append(modes())
+        recorded_modes.append(modes())
         return torch.zeros(1)
 
     reward.name, reward.differentiable = "modes", False  # type: ignore[attr-defined]
     with torch.inference_mode(inference), torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=casts):
-        with in_background(CPU) as begin:
-            found = begin(modes)()
+        with run_in_background(CPU) as begin:
+            result = begin(modes)()
         with_timeout(reward, 10)(images, [""])  # type: ignore[arg-type]
-        assert found == modes() == seen[0]
+        assert result == modes() == recorded_modes[0]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_on_cuda_work_has_a_stream_and_comes_after_what_it_needs() -> None:
     device = torch.device("cuda")
     large = torch.randn(4096, 4096, device=device)
-    with in_background(device) as begin:
+    with run_in_background(device) as begin:
         product = large @ large
         wait = begin(lambda: (torch.cuda.current_stream(device), product.sum()))
         stream, total = wait()
-        assert stream != torch.cuda.current_stream(device) and Modes(device).stream == torch.cuda.current_stream(device)
+        assert stream != torch.cuda.current_stream(device) and ThreadContext(
+            device
+        ).stream == torch.cuda.current_stream(device)
         torch.testing.assert_close(total * 2, (large @ large).sum() * 2)
 
 
@@ -116,7 +118,7 @@ def test_narrowed_too() -> None:
 def test_beside_is_as_in_turn_to_the_bit(
     pipe_of: Callable[[str], Any], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe, told = pipe_of(name), []
+    pipe, observed = pipe_of(name), []
     options = {
         "num_particles": K,
         "lam": 3000.0,
@@ -125,8 +127,8 @@ def test_beside_is_as_in_turn_to_the_bit(
         "asynchronous_rewards": True,
     }
     call = steer_kwargs(name) | options | {"output_type": "pt"}
-    out = FKSteeringPipeline(pipe, redness)(generator=seeded(3), on_step=told.append, **call)
-    monkeypatch.setattr(AsynchronousRun, "beside", staticmethod(at_once))
+    out = FKSteeringPipeline(pipe, redness)(generator=seeded(3), on_step=observed.append, **call)
+    monkeypatch.setattr(AsynchronousRun, "beside", staticmethod(run_synchronously))
     turn = FKSteeringPipeline(pipe, redness)(generator=seeded(3), **call)
     assert torch.equal(out.images, turn.images) and torch.equal(out.log_weights, turn.log_weights)
     assert all(map(torch.equal, out.ancestors, turn.ancestors))
@@ -134,7 +136,7 @@ def test_beside_is_as_in_turn_to_the_bit(
     frames = out.images if out.images.dim() == 4 else out.images[:, 0]
     assert all(not torch.equal(frames[i], frames[j]) for i in range(K) for j in range(i))  # copies have parted
     assert [one.step for one in out.history] == [0, 1, 3]
-    reports: list[StepReport] = told
+    reports: list[StepReport] = observed
     assert [report.step for report in reports if report.evaluation] == [1, 2, 4]
     assert [report.step for report in reports] == list(range(reports[0].total))
 
@@ -153,8 +155,10 @@ def test_a_reward_is_that_of_the_step_before_and_the_weights_are_that_of_a_run_i
     """Until the first resampling nothing differs: the same x̂0, rewards and weights, and so the same ancestors."""
     call = steer_kwargs("sd") | {"num_particles": K, "lam": 300.0, "resample_steps": [2], "ess_threshold": 1.0}
     now, later = (
-        FKSteeringPipeline(pipe_of("sd"), redness)(asynchronous_rewards=overlap, generator=seeded(), **call)
-        for overlap in (False, True)
+        FKSteeringPipeline(pipe_of("sd"), redness)(
+            asynchronous_rewards=asynchronous_rewards, generator=seeded(), **call
+        )
+        for asynchronous_rewards in (False, True)
     )
     assert torch.equal(now.history[0].rewards, later.history[0].rewards)
     assert torch.equal(now.history[0].ancestors, later.history[0].ancestors)
@@ -164,12 +168,12 @@ def test_a_reward_is_that_of_the_step_before_and_the_weights_are_that_of_a_run_i
 def test_at_two_steps_running_the_second_reading_is_of_those_that_go_on(pipe_of: Callable[[str], Any]) -> None:
     """Copies that were made in between have one x̂0, that of their parent, which nobody has steered yet."""
     steer, call = FKSteeringPipeline(pipe_of("sd"), redness), steer_kwargs("sd") | {"resample_steps": [1, 2]}
-    free, steered = (
+    free, resampled = (
         steer(num_particles=K, lam=lam, asynchronous_rewards=True, generator=seeded(), **call) for lam in (0.0, 1e6)
     )
-    (parent,) = set(steered.ancestors[0][0].tolist())
+    (parent,) = set(resampled.ancestors[0][0].tolist())
     assert parent == free.history[0].rewards.argmax() != 0
-    torch.testing.assert_close(steered.history[1].rewards, free.history[1].rewards[:, parent].expand(1, K))
+    torch.testing.assert_close(resampled.history[1].rewards, free.history[1].rewards[:, parent].expand(1, K))
 
 
 def test_the_denoiser_goes_on_while_a_reward_is_read(pipe_of: Callable[[str], Any]) -> None:

@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from steer.apps.learning import learn, summary
+from steer.apps.learning import run_reward_training, summary
 from steer.apps.scenes.training import LENGTH, build_tokenizer
 from steer.errors import InputError
-from steer.files import SUMS
+from steer.files import CHECKSUMS
 from steer.reward import RewardError, score, score_components
-from steer.rewards.learned import Learned, Recipe, train_reward
+from steer.rewards.learned import LearnedReward, RewardTrainingConfig, train_reward
 from steer.rewards.parser import load_reward
 from steer.rewards.preference_pairs import Pairs, read_pairs
 
 SIDE = 16
-RECIPE = Recipe(backbone="", head="image", steps=250, batch=16, learning_rate=3e-3, held_out=0.25)
+RECIPE = RewardTrainingConfig(backbone="", head="image", steps=250, batch=16, learning_rate=3e-3, held_out=0.25)
 
 
 @pytest.fixture(scope="session")
@@ -33,15 +33,15 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text | {"hf_tokenizer_name": "tiny"}}
     config = {"model_cfg": model, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    captions = [{"image": image, "prompt": prompt} for image, prompt in drawn(folder / "images", 40)]
+    captions = [{"image": image, "prompt": prompt} for image, prompt in sample_image(folder / "images", 40)]
     data = folder / "captions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in captions))
-    recipe = Recipe(backbone=str(folder), objective="contrastive", whole=True, steps=40, batch=16)
-    learn(data, recipe, folder, folder / "work", "cpu")
+    recipe = RewardTrainingConfig(backbone=str(folder), objective="contrastive", whole=True, steps=40, batch=16)
+    run_reward_training(data, recipe, folder, folder / "work", "cpu")
     return folder
 
 
-def drawn(folder: Path, count: int) -> list[tuple[str, str]]:
+def sample_image(folder: Path, count: int) -> list[tuple[str, str]]:
     """`count` plain images, red or blue, light or dark, as files, and what each shows."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, rows = np.random.default_rng(0), []
@@ -59,7 +59,7 @@ def drawn(folder: Path, count: int) -> list[tuple[str, str]]:
 def pairs_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of two images of a prompt the lighter one is chosen."""
     folder = tmp_path_factory.mktemp("pairs")
-    images = drawn(folder / "images", 120)
+    images = sample_image(folder / "images", 120)
     light = [np.asarray(Image.open(folder / name)).mean() for name, _ in images]
     rng, rows = np.random.default_rng(1), []
     for _ in range(160):
@@ -78,7 +78,7 @@ def pairs(pairs_file: Path) -> Pairs:
 
 
 @pytest.fixture
-def recipe(clip_folder: Path) -> Recipe:
+def recipe(clip_folder: Path) -> RewardTrainingConfig:
     return replace(RECIPE, backbone=str(clip_folder))
 
 
@@ -94,13 +94,13 @@ def grey(level: float) -> torch.Tensor:
         {"head": "image", "whole": True, "steps": 40},
         {"head": "similarity", "whole": True, "steps": 60},
         {"head": "image", "objective": "regression"},
-        {"head": "image", "objective": "scaled-bradley-terry", "smoothing": 0.05},
+        {"head": "image", "objective": "scaled-bradley-terry", "label_smoothing": 0.05},
         {"head": "image", "flip": 0.1},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
 def test_what_people_choose_is_learned(
-    recipe: Recipe, pairs: Pairs, tmp_path: Path, changes: dict[str, object]
+    recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path, changes: dict[str, object]
 ) -> None:
     report = train_reward(pairs, replace(recipe, **changes), tmp_path / "light", tmp_path / "work")  # type: ignore[arg-type]
     assert report["ensemble"]["accuracy"] > 0.8
@@ -111,45 +111,48 @@ def test_what_people_choose_is_learned(
     assert light > dark
 
 
-def test_with_nothing_held_out_the_summary_says_so(recipe: Recipe, pairs: Pairs, tmp_path: Path) -> None:
+def test_with_nothing_held_out_the_summary_says_so(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
     report = train_reward(pairs, replace(recipe, held_out=0.0, steps=2), tmp_path / "r", tmp_path / "work")
     assert report["pairs"] == {"trained": len(pairs), "held_out": 0}
     assert summary(report).endswith("on the training pairs themselves")
 
 
-def test_members_differ_and_are_aggregated(recipe: Recipe, pairs: Pairs, tmp_path: Path) -> None:
+def test_members_differ_and_are_aggregated(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
     report = train_reward(pairs, replace(recipe, members=3), tmp_path / "r", tmp_path / "work")
     assert len(report["members"]) == 3
     images = torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     prompts = ["a blue star"] * 5
-    members = Learned(str(tmp_path / "r")).members(images, prompts)
+    members = LearnedReward(str(tmp_path / "r")).members(images, prompts)
     assert members.shape == (3, 5) and (members[0] - members[1]).abs().max() > 1e-3
     for name, expected in (
         ("mean", members.mean(0)),
         ("min", members.amin(0)),
         ("mean-std", members.mean(0) - members.std(0, correction=0)),
     ):
-        total, components = score_components(Learned(str(tmp_path / "r"), aggregate=name), images, prompts)
+        total, components = score_components(LearnedReward(str(tmp_path / "r"), aggregate=name), images, prompts)
         assert torch.allclose(total, expected, atol=1e-5)
         assert list(components) == ["r[0]", "r[1]", "r[2]"]
     alone = score(load_reward(f"preference:{tmp_path / 'r'},member=1"), images, prompts)
     assert torch.allclose(alone, members[1], atol=1e-5)
 
 
-def test_centred_members_agree_on_where_zero_is(recipe: Recipe, pairs: Pairs, tmp_path: Path) -> None:
+def test_centred_members_agree_on_where_zero_is(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
     """With the shift penalised, raw rewards of every prompt have a mean near 0: near that of all images."""
     raw = []
-    for centre in (0.0, 1.0):
+    for center_rewards_coefficient in (0.0, 1.0):
         train_reward(
-            pairs, replace(recipe, head="pair", centre=centre), tmp_path / f"{centre}", tmp_path / f"w{centre}"
+            pairs,
+            replace(recipe, head="pair", center_rewards_coefficient=center_rewards_coefficient),
+            tmp_path / f"{center_rewards_coefficient}",
+            tmp_path / f"w{center_rewards_coefficient}",
         )
-        card = json.loads((tmp_path / f"{centre}" / "reward.json").read_text())
+        card = json.loads((tmp_path / f"{center_rewards_coefficient}" / "reward.json").read_text())
         raw.append(abs(card["means"][0]) / card["stds"][0])
     assert raw[1] < 0.3 and raw[1] < raw[0]
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_reward(
-    recipe: Recipe, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = replace(recipe, members=2, steps=30)
     train_reward(pairs, recipe, tmp_path / "whole", tmp_path / "work-1")
@@ -181,16 +184,18 @@ def stop_in(monkeypatch: pytest.MonkeyPatch, path: str, call: int) -> None:
     monkeypatch.setattr(owner, name, stopping)
 
 
-def test_scores_depend_neither_on_batch_nor_on_order(recipe: Recipe, pairs: Pairs, tmp_path: Path) -> None:
+def test_scores_depend_neither_on_batch_nor_on_order(
+    recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path
+) -> None:
     train_reward(pairs, replace(recipe, head="pair", steps=10), tmp_path / "r", tmp_path / "work")
     images = torch.rand(7, 3, 20, 24, generator=torch.Generator().manual_seed(0))
     prompts = ["a red circle", "a star", "two blue stars and a cross", "a cross", "a", "a blue star", "four squares"]
-    together = score(Learned(str(tmp_path / "r")), images, prompts)
-    by_two = score(Learned(str(tmp_path / "r"), micro_batch=2), images.flip(0), prompts[::-1]).flip(0)
+    mean_ensemble = score(LearnedReward(str(tmp_path / "r")), images, prompts)
+    by_two = score(LearnedReward(str(tmp_path / "r"), micro_batch=2), images.flip(0), prompts[::-1]).flip(0)
     one_by_one = torch.cat(
         [score(load_reward(str(tmp_path / "r")), images[k : k + 1], prompts[k : k + 1]) for k in range(7)]
     )
-    assert torch.allclose(together, by_two, atol=1e-5) and torch.allclose(together, one_by_one, atol=1e-5)
+    assert torch.allclose(mean_ensemble, by_two, atol=1e-5) and torch.allclose(mean_ensemble, one_by_one, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +212,7 @@ def test_scores_depend_neither_on_batch_nor_on_order(recipe: Recipe, pairs: Pair
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(
-    recipe: Recipe,
+    recipe: RewardTrainingConfig,
     pairs: Pairs,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -219,7 +224,7 @@ def test_a_recipe_that_cannot_be_is_refused(
         train_reward(pairs, replace(recipe, **changes), tmp_path / "r", tmp_path / "work")  # type: ignore[arg-type]
 
 
-def test_another_run_in_the_same_folder_is_refused(recipe: Recipe, pairs: Pairs, tmp_path: Path) -> None:
+def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
     train_reward(pairs, replace(recipe, steps=2), tmp_path / "r", tmp_path / "work")
     with pytest.raises(RewardError, match="holds a run with other settings"):
         train_reward(pairs, replace(recipe, steps=3), tmp_path / "r", tmp_path / "work")
@@ -240,10 +245,10 @@ def test_another_run_in_the_same_folder_is_refused(recipe: Recipe, pairs: Pairs,
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(
-    recipe: Recipe, pairs: Pairs, tmp_path: Path, spoil: Callable[[Path], object], message: str
+    recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
     train_reward(pairs, replace(recipe, steps=2), tmp_path / "r", tmp_path / "work")
-    (tmp_path / "r" / SUMS).unlink()  # with it any change is told before: see test_sums
+    (tmp_path / "r" / CHECKSUMS).unlink()  # with it any change is told before: see test_sums
     spoil(tmp_path / "r")
     with pytest.raises(RewardError, match=message):
         load_reward(f"preference:{tmp_path / 'r'}")

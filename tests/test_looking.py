@@ -16,25 +16,25 @@ from torch import Tensor
 
 from steer.apps.scenes.world import TASKS, draw, random_request, random_scene
 from steer.apps.scoring import (
-    consistency_of_files,
     draw_scatter,
     images_with_prompts,
+    render_check_results,
     render_consistency,
-    render_findings,
     score_all,
+    score_consistency,
 )
 from steer.errors import InputError
 from steer.reward import Reward
 from steer.rewards.analysis import (
     CHECKS,
+    CheckResult,
     Consistency,
-    Finding,
     check_reward,
     compare,
     consistency,
     contrasts,
     kendall,
-    pairs_alike,
+    pairwise_agreement,
     spearman,
     starc_distance,
 )
@@ -43,14 +43,14 @@ from steer.rewards.jpeg import JpegCompressibility
 from steer.rewards.scene import SceneReward, SceneSoftReward, parse
 
 
-def drawn(count: int, seed: int) -> tuple[Tensor, list[str]]:
+def sample_scenes(count: int, seed: int) -> tuple[Tensor, list[str]]:
     rng = np.random.default_rng(seed)
     scenes = [random_scene(rng, random_request(rng, list(TASKS)[k % len(TASKS)])) for k in range(count)]
     pictures = np.stack([draw(scene, rng) for scene in scenes])
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255, [scene.prompt for scene in scenes]
 
 
-IMAGES, PROMPTS = drawn(6, seed=0)
+IMAGES, PROMPTS = sample_scenes(6, seed=0)
 
 
 def made(call: Callable[[Tensor, Sequence[str]], Any], differentiable: bool = False) -> Reward:
@@ -66,15 +66,15 @@ def made(call: Callable[[Tensor, Sequence[str]], Any], differentiable: bool = Fa
     return Made()
 
 
-def findings(reward: Reward, images: Tensor = IMAGES, prompts: Sequence[str] = PROMPTS) -> dict[str, Finding]:
-    found = check_reward(reward, images, prompts)
-    assert [finding.name for finding in found] == list(CHECKS)
-    assert all("\n" not in finding.detail for finding in found)
-    return {finding.name: finding for finding in found}
+def check_results(reward: Reward, images: Tensor = IMAGES, prompts: Sequence[str] = PROMPTS) -> dict[str, CheckResult]:
+    results = check_reward(reward, images, prompts)
+    assert [finding.name for finding in results] == list(CHECKS)
+    assert all("\n" not in finding.detail for finding in results)
+    return {finding.name: finding for finding in results}
 
 
 def failed(reward: Reward) -> set[str]:
-    return {name for name, finding in findings(reward).items() if finding.passed is False}
+    return {name for name, finding in check_results(reward).items() if finding.passed is False}
 
 
 def mean(images: Tensor) -> Tensor:
@@ -92,8 +92,8 @@ def test_good_rewards_pass(reward: Reward) -> None:
 
 def test_the_gradient_check_passes_a_reward_with_kinks_wherever_it_stands() -> None:
     for seed in range(1, 5):
-        found = check_reward(SceneSoftReward(), *drawn(4, seed))
-        assert next(finding for finding in found if finding.name == "gradient").passed
+        results = check_reward(SceneSoftReward(), *sample_scenes(4, seed))
+        assert next(finding for finding in results if finding.name == "gradient").passed
 
 
 def test_a_reward_that_changes_its_mind_is_caught() -> None:
@@ -104,7 +104,7 @@ def test_a_reward_that_changes_its_mind_is_caught() -> None:
         return mean(images) + 0.25 * len(calls)
 
     assert "determinism" in failed(made(call))
-    assert findings(made(call))["determinism"].detail == "two calls differ by at most 0.25"
+    assert check_results(made(call))["determinism"].detail == "two calls differ by at most 0.25"
 
 
 def test_a_reward_that_returns_one_buffer_again_and_again_is_seen_through() -> None:
@@ -154,16 +154,16 @@ def test_a_wrong_gradient_is_caught(factor: Tensor) -> None:
 
 
 def test_claims_about_gradients_must_hold() -> None:
-    detached = findings(made(lambda images, prompts: mean(images.detach()), differentiable=True))["gradient"]
+    detached = check_results(made(lambda images, prompts: mean(images.detach()), differentiable=True))["gradient"]
     assert detached.passed is False and "carry no gradient" in detached.detail
-    unsaid = findings(made(lambda images, prompts: mean(images)))["gradient"]
+    unsaid = check_results(made(lambda images, prompts: mean(images)))["gradient"]
     assert unsaid.passed is False and "differentiable = False" in unsaid.detail
     through_numpy = made(lambda images, prompts: torch.from_numpy(images.numpy().mean((1, 2, 3))))
-    assert findings(through_numpy)["gradient"].passed
+    assert check_results(through_numpy)["gradient"].passed
     infinite = made(lambda images, prompts: (mean(images) - mean(images)).sqrt(), differentiable=True)
-    assert findings(infinite)["gradient"] == Finding("gradient", False, "the gradient has nan or inf")
+    assert check_results(infinite)["gradient"] == CheckResult("gradient", False, "the gradient has nan or inf")
     constant = made(lambda images, prompts: 0 * mean(images), differentiable=True)
-    assert findings(constant)["gradient"].passed and "flat" in findings(constant)["gradient"].detail
+    assert check_results(constant)["gradient"].passed and "flat" in check_results(constant)["gradient"].detail
 
 
 @pytest.mark.parametrize("differentiable", [False, True])
@@ -180,9 +180,9 @@ def test_a_reward_that_writes_into_the_images_is_caught(differentiable: bool) ->
     ("returned", "message"), [(torch.nan, "returned nan for image 0"), (torch.inf, "returned inf for image 0")]
 )
 def test_scores_that_are_not_finite_break_the_contract(returned: float, message: str) -> None:
-    found = findings(made(lambda images, prompts: torch.full((len(images),), returned)))
-    assert found["contract"].passed is False and message in found["contract"].detail
-    assert all(finding.passed is None for name, finding in found.items() if name != "contract")
+    results = check_results(made(lambda images, prompts: torch.full((len(images),), returned)))
+    assert results["contract"].passed is False and message in results["contract"].detail
+    assert all(finding.passed is None for name, finding in results.items() if name != "contract")
 
 
 def test_a_reward_that_raises_fails_its_check_and_no_other() -> None:
@@ -192,17 +192,17 @@ def test_a_reward_that_raises_fails_its_check_and_no_other() -> None:
         return mean(images.detach())
 
     assert failed(made(call)) == {"batch invariance"}
-    assert "needs a batch of two" in findings(made(call))["batch invariance"].detail
+    assert "needs a batch of two" in check_results(made(call))["batch invariance"].detail
 
 
 def test_prompt_sensitivity_is_reported_and_judged_by_nobody() -> None:
     by_length = made(lambda images, prompts: torch.tensor([float(len(prompt)) for prompt in prompts]))
-    found = findings(by_length, IMAGES[:2], ["a", "abc"])["prompt sensitivity"]
-    assert found.passed is None and found.detail == "another prompt changes 100% of the scores, by 2 on average"
-    same = findings(by_length, IMAGES[:2], ["a red cat"] * 2)["prompt sensitivity"]  # against "a blue cat"
+    results = check_results(by_length, IMAGES[:2], ["a", "abc"])["prompt sensitivity"]
+    assert results.passed is None and results.detail == "another prompt changes 100% of the scores, by 2 on average"
+    same = check_results(by_length, IMAGES[:2], ["a red cat"] * 2)["prompt sensitivity"]  # against "a blue cat"
     assert same.detail == "another prompt changes 100% of the scores, by 1 on average"
-    assert "needs two prompts" in findings(by_length, IMAGES[:1], ["a cat"])["prompt sensitivity"].detail
-    assert findings(by_length, IMAGES[:1], ["a cat"])["batch invariance"].passed is None
+    assert "needs two prompts" in check_results(by_length, IMAGES[:1], ["a cat"])["prompt sensitivity"].detail
+    assert check_results(by_length, IMAGES[:1], ["a cat"])["batch invariance"].passed is None
 
 
 def test_images_and_prompts_that_do_not_fit_are_refused() -> None:
@@ -258,7 +258,7 @@ def test_colours_are_not_exchanged_where_that_says_the_same(prompt: str) -> None
 
 
 def test_contrasts_of_scenes_are_scenes_and_false() -> None:
-    images, prompts = drawn(240, seed=1)
+    images, prompts = sample_scenes(240, seed=1)
     kinds = set()
     for image, prompt in zip(images, prompts, strict=True):
         if SceneReward()(image[None], [prompt]) < 1:
@@ -271,16 +271,16 @@ def test_contrasts_of_scenes_are_scenes_and_false() -> None:
 
 
 def test_the_soft_reward_prefers_the_prompt_over_its_contrasts() -> None:
-    found = consistency(SceneSoftReward(), *drawn(240, seed=2))
-    assert list(found) == ["colour", "binding", "count", "relation", "all"]
-    assert all(kind.share > 0.9 and kind.pairs >= 40 and kind.margin > 0.1 for kind in found.values())
+    results = consistency(SceneSoftReward(), *sample_scenes(240, seed=2))
+    assert list(results) == ["colour", "binding", "count", "relation", "all"]
+    assert all(kind.share > 0.9 and kind.pairs >= 40 and kind.margin > 0.1 for kind in results.values())
 
 
 def test_consistency_by_hand() -> None:
     scores = {"two red cats": 1.0, "two blue cats": 0.5, "three red cats": 1.0, "a cat": 9.0, "a red cat": 0.0}
     reward = made(lambda images, prompts: torch.tensor([scores.get(prompt, 0.25) for prompt in prompts]))
-    found = consistency(reward, IMAGES[:3], ["two red cats", "a cat", "a red cat"])
-    assert found == {
+    results = consistency(reward, IMAGES[:3], ["two red cats", "a cat", "a red cat"])
+    assert results == {
         "colour": Consistency(0.5, 2, pytest.approx((0.5 - 0.25) / 2)),  # one right, one wrong
         "count": Consistency(0.5, 1, 0.0),  # a tie
         "all": Consistency(0.5, 3, pytest.approx(0.25 / 3)),
@@ -291,21 +291,21 @@ def test_consistency_by_hand() -> None:
 
 def test_agreement_by_hand() -> None:
     a, b, prompts = [1.0, 2.0, 3.0, 10.0, 11.0], [1.0, 3.0, 2.0, 5.0, 5.0], ["p", "p", "p", "q", "q"]
-    found = compare(torch.tensor(a), torch.tensor(b), prompts)
+    results = compare(torch.tensor(a), torch.tensor(b), prompts)
     # Within p: 12 and 13 alike, 23 unlike; within q: a tie.
-    assert found.pairs_alike == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    assert results.pairwise_agreement == pytest.approx((1 + 1 + 0 + 0.5) / 4)
     # Ranks 1 2 3 4 5 and 1 3 2 4.5 4.5; 8 pairs alike, 1 unlike, 1 tied in b.
-    assert found.spearman == pytest.approx(8.5 / math.sqrt(10 * 9.5))
-    assert found.kendall == pytest.approx(7 / math.sqrt(10 * 9))
+    assert results.spearman == pytest.approx(8.5 / math.sqrt(10 * 9.5))
+    assert results.kendall == pytest.approx(7 / math.sqrt(10 * 9))
     # Canonical (−1 0 1 −½ ½) and (−1 1 0 0 0): their cosine is 1 / √(2.5 · 2).
-    assert found.starc == pytest.approx(math.sqrt((1 - 1 / math.sqrt(5)) / 2))
-    assert found.n == 5
+    assert results.starc == pytest.approx(math.sqrt((1 - 1 / math.sqrt(5)) / 2))
+    assert results.n == 5
 
 
 def test_what_cannot_be_told_is_nan() -> None:
     assert math.isnan(spearman([1.0, 1.0], [0.0, 1.0])) and math.isnan(kendall([1.0, 2.0], [3.0, 3.0]))
     alone = compare([1.0, 2.0], [1.0, 2.0], ["p", "q"])
-    assert alone.spearman == pytest.approx(1) and math.isnan(alone.pairs_alike) and math.isnan(alone.starc)
+    assert alone.spearman == pytest.approx(1) and math.isnan(alone.pairwise_agreement) and math.isnan(alone.starc)
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_starc_sees_neither_scale_nor_a_shift_of_a_prompt(
     other = scale * a + np.array([shifts[k % 2] for k in range(len(scores))])
     assert starc_distance(a, other, groups) == pytest.approx(0, abs=1e-6)
     assert starc_distance(a, -other, groups) == pytest.approx(1)
-    assert pairs_alike(a, other, groups) == 1 and pairs_alike(a, -other, groups) == 0
+    assert pairwise_agreement(a, other, groups) == 1 and pairwise_agreement(a, -other, groups) == 0
 
 
 def test_a_constant_is_half_way_from_every_reward() -> None:
@@ -461,14 +461,14 @@ def test_consistency_of_files_is_that_of_their_images(tmp_path: Path) -> None:
     paths = [tmp_path / f"{k}.png" for k in range(len(pixels))]
     for path, picture in zip(paths, pixels, strict=True):
         Image.fromarray(picture).save(path)
-    found, expected = (
-        consistency_of_files(SceneSoftReward(), paths, PROMPTS, 4),
+    results, expected = (
+        score_consistency(SceneSoftReward(), paths, PROMPTS, 4),
         consistency(SceneSoftReward(), IMAGES, PROMPTS),
     )
-    assert {kind: (row.share, row.pairs) for kind, row in found.items()} == {
+    assert {kind: (row.share, row.pairs) for kind, row in results.items()} == {
         kind: (row.share, row.pairs) for kind, row in expected.items()
     }
-    assert consistency_of_files(SceneSoftReward(), paths[:1], ["a circle"]) == {}
+    assert score_consistency(SceneSoftReward(), paths[:1], ["a circle"]) == {}
 
 
 @pytest.mark.parametrize("kinds", [2, 11])
@@ -480,7 +480,9 @@ def test_the_scatter_is_drawn_for_few_and_many_prompts(tmp_path: Path, kinds: in
 
 
 def test_findings_and_consistency_as_text() -> None:
-    text = render_findings([Finding("contract", True, "x"), Finding("gradient", False, "y"), Finding("a", None, "z")])
+    text = render_check_results(
+        [CheckResult("contract", True, "x"), CheckResult("gradient", False, "y"), CheckResult("a", None, "z")]
+    )
     assert text == "ok      contract  x\nFAILED  gradient  y\n-       a         z"
     table = render_consistency({"count": Consistency(0.75, 4, 0.125), "all": Consistency(0.75, 4, 0.125)})
     assert table.splitlines()[1].split() == ["count", "75.0%", "4", "0.125"]

@@ -24,7 +24,7 @@ from steer.training.losses import (
     Filtered,
     LogProbs,
     Loss,
-    RunningNormaliser,
+    PerPromptStatTracker,
 )
 
 SEEDS = st.integers(0, 10_000)
@@ -446,7 +446,7 @@ def test_the_optimum_of_d3po_per_step_where_one_step_decides() -> None:
 
 def test_advantages_by_hand() -> None:
     # Until a prompt has 3 rewards the batch counts. "a" (0, 2), "b" (4, 6): mean 3, deviation √5.
-    normaliser = RunningNormaliser(size=4, minimum=3)
+    normaliser = PerPromptStatTracker(size=4, min_count=3)
     first = normaliser(["a", "b"], torch.tensor([[0.0, 2.0], [4.0, 6.0]]))
     close(first, [[-3 / 5**0.5, -1 / 5**0.5], [1 / 5**0.5, 3 / 5**0.5]])
     # Now "a" has (0, 2, 4, 6): mean 3, deviation √5. "c" has two only: the batch (4, 6, 0, 0), mean 2.5, √6.75.
@@ -459,7 +459,7 @@ def test_advantages_by_hand() -> None:
 
 
 def test_the_published_sixteen() -> None:
-    normaliser, batches = RunningNormaliser(), torch.randn(3, 1, 8, generator=seeded(0))
+    normaliser, batches = PerPromptStatTracker(), torch.randn(3, 1, 8, generator=seeded(0))
     normaliser(["a"], batches[0])
     for i in (1, 2):
         seen = batches[i - 1 : i + 1].flatten().double()
@@ -469,7 +469,7 @@ def test_the_published_sixteen() -> None:
 
 @given(st.floats(-1e4, 1e4, width=32), st.integers(2, 9))
 def test_rewards_without_spread_have_no_advantage(reward: float, samples: int) -> None:
-    normaliser = RunningNormaliser(4, 2)
+    normaliser = PerPromptStatTracker(4, 2)
     for _ in range(2):
         assert not normaliser(["a"], torch.full((1, samples), reward)).any()
 
@@ -477,7 +477,7 @@ def test_rewards_without_spread_have_no_advantage(reward: float, samples: int) -
 @given(SEEDS)
 def test_a_saved_normaliser_goes_on_to_the_last_bit(seed: int) -> None:
     batches = torch.randn(3, 2, 3, generator=seeded(seed))
-    one, other = RunningNormaliser(5, 4), RunningNormaliser(5, 4)
+    one, other = PerPromptStatTracker(5, 4), PerPromptStatTracker(5, 4)
     for batch in batches[:2]:
         one(["a", "b"], batch)
     other.load(json.loads(json.dumps(one.state())))
@@ -517,11 +517,11 @@ def test_the_table_holds_every_loss_with_the_published_defaults() -> None:
         (lambda: GRPO(unit="bit"), "unit 'bit' must be nat or element"),
         (lambda: Filtered(keep=0), "keep 0 must be above 0 and at most 1"),
         (lambda: Filtered(keep=1.5), "keep 1.5 must be above 0 and at most 1"),
-        (lambda: RunningNormaliser(size=1), "size 1 must be at least 2"),
-        (lambda: RunningNormaliser(size=8), "minimum 16 must be 2 to size = 8"),
-        (lambda: RunningNormaliser().load({}), "lacks rewards"),
-        (lambda: RunningNormaliser()(["a"], torch.zeros(2, 2)), "must be \\(1 prompts, samples\\)"),
-        (lambda: RunningNormaliser()(["a"], torch.tensor([[math.inf]])), "rewards must be finite"),
+        (lambda: PerPromptStatTracker(size=1), "size 1 must be at least 2"),
+        (lambda: PerPromptStatTracker(size=8), "minimum 16 must be 2 to size = 8"),
+        (lambda: PerPromptStatTracker().load({}), "lacks rewards"),
+        (lambda: PerPromptStatTracker()(["a"], torch.zeros(2, 2)), "must be \\(1 prompts, samples\\)"),
+        (lambda: PerPromptStatTracker()(["a"], torch.tensor([[math.inf]])), "rewards must be finite"),
         (lambda: steps([[0.0]], [[0.0, 1.0]]), "must all be one \\(prompts, samples, steps\\)"),
         (lambda: steps([[]]), "must all be one \\(prompts, samples, steps\\)"),
         (lambda: steps([[0.0]], elements=0), "elements 0 must be at least 1"),

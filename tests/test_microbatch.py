@@ -11,7 +11,7 @@ from rollouts import TWO_PROMPTS, call_of
 from soft_rewards import in_precision
 from torch import Generator, Tensor, nn
 
-from steer.diffusion.batching import MicroBatches, compiled, micro_batched, part
+from steer.diffusion.batching import MicroBatches, compiled, micro_batched, select_rows
 from steer.diffusion.preview import first_output
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
@@ -81,7 +81,9 @@ def test_positions_that_are_as_many_as_rows_stay_whole(images: int) -> None:
     with micro_batched(pipe, 3) as view:
         torch.testing.assert_close(run(view, "flux", images), run(pipe, "flux", images), **SMALL)
     ids = torch.zeros(images, 3)
-    cut = part({"img_ids": ids, "txt_ids": ids, "guidance": ids[:, 0], "timestep": ids[0, 0]}, images, slice(1, 3))
+    cut = select_rows(
+        {"img_ids": ids, "txt_ids": ids, "guidance": ids[:, 0], "timestep": ids[0, 0]}, images, slice(1, 3)
+    )
     assert [tuple(value.shape) for value in cut.values()] == [(images, 3), (images, 3), (2,), ()]
 
 

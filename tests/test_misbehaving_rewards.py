@@ -77,12 +77,12 @@ def test_what_is_only_odd_does_no_harm(
 
 
 @pytest.mark.parametrize("found", [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()])
-def test_scores_without_values_are_an_error_of_the_contract(found: torch.Tensor) -> None:
+def test_scores_without_values_are_an_error_of_the_contract(result: torch.Tensor) -> None:
     class Odd:
         name, differentiable = "odd", False
 
         def __call__(self, images: torch.Tensor, prompts: object) -> torch.Tensor:
-            return found
+            return result
 
     with pytest.raises(RewardError, match="reward 'odd' must return a dense tensor with values"):
         score(Odd(), torch.zeros(2, 3, 4, 4), ["a", "b"])

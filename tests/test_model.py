@@ -33,7 +33,7 @@ from steer.apps.scenes.training import (
 from steer.apps.scenes.world import LISTS, captions, draw, is_held_out, random_scene, requests_of
 from steer.assets import MODELS
 from steer.rewards.scene import SceneReward, parse
-from steer.training.supervised import Run, read_state
+from steer.training.supervised import TrainingRun, read_state
 
 EASY = ["a circle", "a red square", "a blue star", "a black cross", "two green circles", "a yellow triangle"]
 
@@ -118,7 +118,7 @@ def test_a_training_that_is_killed_goes_on_to_the_same_weights(tmp_path: Path) -
                 raise Killed
             return (layer(data[step : step + 8]) - data[step : step + 8]).square().mean()
 
-        Run(folder, steps=6, learning_rate=1e-2, log_every=2, save_every=2).train([layer], loss_at)
+        TrainingRun(folder, steps=6, learning_rate=1e-2, log_every=2, save_every=2).train([layer], loss_at)
         return layer.weight.detach().clone()
 
     whole = train(tmp_path / "whole", None)
@@ -182,7 +182,7 @@ def test_the_loss_of_a_denoiser_that_knows_the_velocity_is_zero_and_min_snr_weig
     velocity = scheduler.get_velocity(x0, noise, t)
     snr = scheduler.alphas_cumprod[t] / (1 - scheduler.alphas_cumprod[t])
 
-    class Off(torch.nn.Module):
+    class DisableAdapter(torch.nn.Module):
         def __init__(self, error: Tensor) -> None:
             super().__init__()
             self.error = error
@@ -191,11 +191,11 @@ def test_the_loss_of_a_denoiser_that_knows_the_velocity_is_zero_and_min_snr_weig
             return (velocity + self.error,)
 
     states = torch.zeros(4, 1, 1)
-    assert velocity_loss(Off(torch.zeros(1)), states, x0, t, noise, Recipe()) == 0  # type: ignore[arg-type]
+    assert velocity_loss(DisableAdapter(torch.zeros(1)), states, x0, t, noise, Recipe()) == 0  # type: ignore[arg-type]
     errors = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1, 1)
-    plain = velocity_loss(Off(errors), states, x0, t, noise, Recipe())  # type: ignore[arg-type]
+    plain = velocity_loss(DisableAdapter(errors), states, x0, t, noise, Recipe())  # type: ignore[arg-type]
     assert plain.item() == pytest.approx(30 / 4)
-    weighed = velocity_loss(Off(errors), states, x0, t, noise, Recipe(min_snr=5.0))  # type: ignore[arg-type]
+    weighed = velocity_loss(DisableAdapter(errors), states, x0, t, noise, Recipe(min_snr=5.0))  # type: ignore[arg-type]
     weights = torch.minimum(snr, torch.tensor(5.0)) / (snr + 1)
     assert weighed.item() == pytest.approx((weights * torch.tensor([1.0, 4.0, 9.0, 16.0])).mean().item(), rel=1e-5)
 
@@ -203,7 +203,7 @@ def test_the_loss_of_a_denoiser_that_knows_the_velocity_is_zero_and_min_snr_weig
 def test_the_rate_warms_up_stays_and_falls_and_the_end_may_be_moved() -> None:
     def rates(steps: int) -> list[float]:
         optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-        schedule = Run(Path("."), steps, 1.0, warmup=4, decay=0.25)._schedule(optimiser)
+        schedule = TrainingRun(Path("."), steps, 1.0, warmup=4, decay=0.25)._schedule(optimiser)
         values = []
         for _ in range(steps):
             values.append(schedule.get_last_lr()[0])

@@ -14,13 +14,13 @@ from soft_rewards import Soft, redness, seeded
 from torch import Tensor, nn
 
 from steer import FKSteeringPipeline, StepReport
-from steer.diffusion.batching import LiveRows
+from steer.diffusion.batching import ActiveRows
 from steer.diffusion.preview import first_output
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 from steer.smc.potentials import POTENTIALS
-from steer.smc.resampling import RESAMPLERS, systematic, thinned
+from steer.smc.resampling import RESAMPLERS, subsample, systematic
 
 K = 4
 
@@ -31,16 +31,16 @@ def steer_kwargs(name: str, steps: int = 6) -> dict[str, Any]:
 
 
 @contextmanager
-def rows_seen(module: nn.Module) -> Iterator[list[int]]:
+def record_rows(module: nn.Module) -> Iterator[list[int]]:
     """How many rows each call of a module has."""
-    seen: list[int] = []
+    recorded: list[int] = []
 
     def count(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append(len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))))
+        recorded.append(len(args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))))
 
     hook = module.register_forward_pre_hook(count, with_kwargs=True)
     try:
-        yield seen
+        yield recorded
     finally:
         hook.remove()
 
@@ -50,7 +50,7 @@ def rows_seen(module: nn.Module) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_living_are_as_if_the_dead_were_computed_too(pipe_of: Callable[[str], Any], name: str) -> None:
-    pipe, live, call = pipe_of(name), LiveRows(), call_kwargs(name, 5, 4)
+    pipe, live, call = pipe_of(name), ActiveRows(), call_kwargs(name, 5, 4)
     call |= {"output_type": "pt"}
     whole = first_output(pipe(**call, generator=seeded()))
     own, alive = dict(vars(pipe)), torch.tensor([1, 4])
@@ -60,25 +60,25 @@ def test_the_living_are_as_if_the_dead_were_computed_too(pipe_of: Callable[[str]
         if event.k == 0:
             live.keep(alive, 5)
 
-    with rows_seen(denoiser) as seen, hook_steps(live.view(pipe), die, rows=5) as view:
+    with record_rows(denoiser) as recorded, hook_steps(live.view(pipe), die, rows=5) as view:
         left = live.of(first_output(view(**call, generator=seeded())))
     torch.testing.assert_close(left, whole[alive], rtol=0, atol=1e-5)
-    blocks = seen[0] // 5
-    assert seen[0] in (5, 10) and seen[-1] == 2 * blocks and sum(seen) < len(seen) * 5 * blocks
+    blocks = recorded[0] // 5
+    assert recorded[0] in (5, 10) and recorded[-1] == 2 * blocks and sum(recorded) < len(recorded) * 5 * blocks
     assert vars(pipe) == own
 
 
 def test_a_decoder_and_a_controlnet_leave_the_dead_out_too(pipe_of: Callable[[str], Any]) -> None:
-    pipe, live = pipe_of("controlnet"), LiveRows()
+    pipe, live = pipe_of("controlnet"), ActiveRows()
     live.keep(torch.tensor([0, 2]), 3)
-    with rows_seen(pipe.controlnet) as control, rows_seen(pipe.vae.post_quant_conv) as decoded:
+    with record_rows(pipe.controlnet) as control, record_rows(pipe.vae.post_quant_conv) as decoded:
         images = live.view(pipe)(**call_kwargs("controlnet", 3, 2), generator=seeded(), output_type="pt").images
     assert control == [4, 4] and decoded == [2]
     assert len(images) == 3 and (images[1] == images[1, 0, 0, 0]).all() and not torch.equal(images[0], images[2])
 
 
 def test_gradients_reach_the_living_and_nobody_else(pipe_of: Callable[[str], Any]) -> None:
-    live = LiveRows()
+    live = ActiveRows()
     unet = live.view(pipe_of("sd")).unet
     live.keep(torch.tensor([2]), 3)
     x = torch.randn(6, 4, 8, 8, generator=seeded()).requires_grad_()
@@ -88,7 +88,7 @@ def test_gradients_reach_the_living_and_nobody_else(pipe_of: Callable[[str], Any
 
 
 def test_a_batch_that_is_no_multiple_is_refused(pipe_of: Callable[[str], Any]) -> None:
-    live = LiveRows()
+    live = ActiveRows()
     unet = live.view(pipe_of("sd")).unet
     live.keep(torch.tensor([0]), 4)
     with pytest.raises(InputError, match="6 rows, no multiple of 4"):
@@ -96,7 +96,7 @@ def test_a_batch_that_is_no_multiple_is_refused(pipe_of: Callable[[str], Any]) -
 
 
 def test_latents_that_are_no_one_tensor_are_told_in_a_line(pipe_of: Callable[[str], Any]) -> None:
-    live = LiveRows()
+    live = ActiveRows()
     unet = live.view(pipe_of("sd")).unet
     live.keep(torch.tensor([0]), 2)
     with pytest.raises(InputError, match="UNet2DConditionModel takes no batch of latents as one tensor"):
@@ -113,7 +113,7 @@ def test_fewer_offspring_are_unbiased(scheme: str, count: int) -> None:
     weights = torch.tensor([0.05, 0.4, 0.0, 0.15, 0.1, 0.02, 0.28, 0.0])
     tries = 20_000
     ancestors = RESAMPLERS[scheme](weights.log().expand(tries, 8), rng := seeded(1))
-    fewer = thinned(ancestors, count, rng)
+    fewer = subsample(ancestors, count, rng)
     assert fewer.shape == (tries, count)
     offspring = torch.nn.functional.one_hot(fewer, 8).sum(1).double()
     error = offspring.std(0) / tries**0.5
@@ -123,7 +123,7 @@ def test_fewer_offspring_are_unbiased(scheme: str, count: int) -> None:
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_of_a_systematic_draw_a_systematic_one_is_left(count: int) -> None:
     weights = torch.rand(500, 8, generator=seeded(2)).softmax(1)
-    fewer = thinned(systematic(weights.log(), rng := seeded(3)), count, rng)
+    fewer = subsample(systematic(weights.log(), rng := seeded(3)), count, rng)
     offspring = torch.nn.functional.one_hot(fewer, 8).sum(1)
     expected = count * weights
     assert ((offspring >= (expected - 1e-6).floor()) & (offspring <= (expected + 1e-6).ceil())).all()
@@ -170,13 +170,13 @@ def test_a_narrowed_gaussian_is_the_tilted_gaussian(potential: str, guidance: fl
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_narrows(pipe_of: Callable[[str], Any], name: str) -> None:
-    pipe, call, told = pipe_of(name), steer_kwargs(name), []
+    pipe, call, observed = pipe_of(name), steer_kwargs(name), []
     options = {
         "num_particles": K,
         "lam": 300.0,
         "particle_schedule": {1: 3, 3: 2},
         "resample_steps": [2],
-        "on_step": told.append,
+        "on_step": observed.append,
     }
     out = FKSteeringPipeline(pipe, redness)(**options, generator=seeded(3), output_type="pt", **call)
     again = FKSteeringPipeline(pipe, redness)(**options, generator=seeded(3), output_type="pt", **call)
@@ -184,7 +184,7 @@ def test_every_family_narrows(pipe_of: Callable[[str], Any], name: str) -> None:
     assert [tuple(one.rewards.shape) for one in out.history] == [(1, 4), (1, 3), (1, 3)]
     assert [one.shape[1] for one in out.ancestors] == [3, 3, 2]
     assert out.rewards.shape == out.order.shape == (1, 2) and len(out.images) == len(out.latents) == 2
-    reports: list[StepReport] = [report for report in told if report.evaluation]
+    reports: list[StepReport] = [report for report in observed if report.evaluation]
     assert [len(report.previews) for report in reports[:3] if report.previews is not None] == [4, 3, 3]
     steps = reports[0].total
     calls = out.cost.nfe // (2 * 4 + 2 * 3 + 2 * (steps - 4))
@@ -208,16 +208,16 @@ def test_one_who_goes_on_alone_goes_its_own_way(pipe_of: Callable[[str], Any]) -
 
 def test_prompts_narrow_each_for_itself(pipe_of: Callable[[str], Any]) -> None:
     call = steer_kwargs("sd") | {"prompt": ["a red circle", "a blue star"]}
-    seen: list[list[str]] = []
+    recorded: list[list[str]] = []
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen.append(list(prompts))
+        recorded.append(list(prompts))
         return redness(images, prompts)
 
     out = FKSteeringPipeline(pipe_of("sd"), reward)(
         num_particles=4, particle_schedule={2: 2}, resample_steps=[3], generator=seeded(), output_type="pt", **call
     )
-    assert seen == [["a red circle"] * n + ["a blue star"] * n for n in (4, 2, 2)]
+    assert recorded == [["a red circle"] * n + ["a blue star"] * n for n in (4, 2, 2)]
     assert out.rewards.shape == (2, 2) and torch.allclose(redness(out.images, []).view(2, 2), out.rewards, atol=1e-6)
 
 

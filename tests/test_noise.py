@@ -112,7 +112,7 @@ EVENTS = st.lists(
 )
 
 
-def lived(search: Search, rule: Optimiser, events: list[tuple[Tensor, Tensor, Tensor]], rows: slice) -> Search:
+def run_events(search: Search, rule: Optimiser, events: list[tuple[Tensor, Tensor, Tensor]], rows: slice) -> Search:
     for number, (rewards, retired, again) in enumerate(events):
         search = search.record(rewards[rows]).retire(retired[rows])
         search = search.ascend(uphill(search.noise), rule)
@@ -134,9 +134,9 @@ def told(history: list[tuple[list[float], list[str]]]) -> list[tuple[Tensor, Ten
 @given(history=EVENTS, rule=st.sampled_from(["sgd", "adam"]))
 def test_rows_of_a_batch_are_searches_of_their_own(history: list[tuple[list[float], list[str]]], rule: str) -> None:
     ours, events = RULES[rule][0], told(history)
-    together = lived(Search.start(noise(), ours), ours, events, slice(None))
+    together = run_events(Search.start(noise(), ours), ours, events, slice(None))
     for row in range(3):
-        alone = lived(Search.start(noise()[row : row + 1], ours), ours, events, slice(row, row + 1))
+        alone = run_events(Search.start(noise()[row : row + 1], ours), ours, events, slice(row, row + 1))
         expected = rows_of(together, row).tensors()
         assert all(torch.equal(value, expected[name]) for name, value in alone.tensors().items())
 
@@ -163,7 +163,7 @@ def test_the_best_is_kept_over_all_starts_and_staleness_is_counted_in_each(
                 fresh = noise(50 + number)[row : row + 1]
                 alone, present, starts = alone.restart(torch.tensor([True]), fresh), [], starts + 1
                 assert torch.equal(alone.noise, fresh) and alone.peak == -torch.inf and alone.stale == 0
-                assert all(not slot.any() for slot in alone.slots.values())
+                assert all(not slot.any() for slot in alone.optimizer_state.values())
             assert alone.starts == starts
 
 
@@ -179,7 +179,9 @@ def test_what_is_finished_stays_where_it_is() -> None:
 def test_searches_of_half_precision_noise_stand_in_fp32(dtype: torch.dtype) -> None:
     start = noise().to(dtype).requires_grad_()
     search = Search.start(start, Adam())
-    assert search.noise.dtype == search.slots["first"].dtype == torch.float32 and not search.noise.requires_grad
+    assert (
+        search.noise.dtype == search.optimizer_state["first"].dtype == torch.float32 and not search.noise.requires_grad
+    )
     little = search.ascend(torch.full(SHAPE, 1e-3), Adam(1e-5))
     assert (little.noise > search.noise).all()  # by less than half precision could tell
 
@@ -187,10 +189,12 @@ def test_searches_of_half_precision_noise_stand_in_fp32(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("rule", ["sgd", "adam"])
 def test_what_is_saved_is_what_is_read(rule: str) -> None:
     ours = RULES[rule][0]
-    search = lived(Search.start(noise(), ours), ours, told([([1.0, 2.0, 3.0], ["", "restart", "retire"])]), slice(None))
+    search = run_events(
+        Search.start(noise(), ours), ours, told([([1.0, 2.0, 3.0], ["", "restart", "retire"])]), slice(None)
+    )
     saved = search.tensors()
     read = Search.from_tensors(saved, torch.device("cpu"))
-    assert all(torch.equal(value, saved[name]) for name, value in read.tensors().items()) and len(read.slots)
+    assert all(torch.equal(value, saved[name]) for name, value in read.tensors().items()) and len(read.optimizer_state)
     del saved["best_noise"]
     with pytest.raises(InputError, match="a saved search lacks best_noise"):
         Search.from_tensors(saved, torch.device("cpu"))

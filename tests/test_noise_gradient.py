@@ -11,7 +11,7 @@ from soft_rewards import Function, Soft, images_of, in_precision, likeness, own_
 from torch import Tensor
 
 from steer import ReNOPipeline
-from steer.diffusion.differentiable import HALF_SCALES
+from steer.diffusion.differentiable import LOSS_SCALES
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import Backprop, Estimate, NoiseToImage, ZeroOrder
 from steer.rewards.parser import load_reward
@@ -48,23 +48,23 @@ def test_the_exact_gradient_is_the_chain_rule_by_hand(function: Function) -> Non
     slope = 1.0
     for gain, _, _ in GaussianPipeline(std=0.2).transitions(STEPS, eta=0.0):
         slope *= gain
-    seen = Backprop()(chain, chain.start, 0)
-    assert seen.images.min() > 0 and seen.images.max() < 1
-    x = seen.images.flatten(1)
+    result = Backprop()(chain, chain.start, 0)
+    assert result.images.min() > 0 and result.images.max() < 1
+    x = result.images.flatten(1)
     by_hand = {
         linear: torch.tensor([1.0, -2.0, 0.5]).expand(ROWS, 3),
         quadratic: torch.stack([5 * x[:, 1] + 1, 5 * x[:, 0], -6 * x[:, 2]], dim=1),
     }[function]
-    torch.testing.assert_close(seen.gradient.flatten(1), slope * by_hand, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(result.gradient.flatten(1), slope * by_hand, rtol=1e-4, atol=1e-5)
 
 
 def test_what_a_reward_cannot_see_has_no_slope() -> None:
     """It is shown images in [0, 1]."""
     chain = gaussian_chain(linear, torch.tensor([1.0, -1.0, 1.0]).view(3, 1, 1), mean=1.0)
-    seen = Backprop()(chain, chain.start, 0)
-    assert (seen.images[:, [0, 2]] > 1).all() and (seen.images[:, 1] < 1).all()
-    assert (seen.gradient[:, [0, 2]] == 0).all() and (seen.gradient[:, 1] < 0).all()
-    torch.testing.assert_close(seen.rewards[0], linear(seen.images.clamp(0, 1), []))
+    result = Backprop()(chain, chain.start, 0)
+    assert (result.images[:, [0, 2]] > 1).all() and (result.images[:, 1] < 1).all()
+    assert (result.gradient[:, [0, 2]] == 0).all() and (result.gradient[:, 1] < 0).all()
+    torch.testing.assert_close(result.rewards[0], linear(result.images.clamp(0, 1), []))
 
 
 @pytest.mark.parametrize("distance", [0.01, 0.2])
@@ -123,13 +123,13 @@ def latents_of(name: str) -> Tensor:
 
 def estimates(name: str, dtype: torch.dtype, function: Function) -> tuple[Estimate, Estimate, NoiseToImage]:
     """At the same noise in a precision and in fp32, and the chain of the first."""
-    found = []
+    results = []
     for precision in (torch.float32, dtype):
         pipe = in_precision(cached_pipe(name), precision)
         latents = latents_of(name).to(precision)
         chain = chain_of(pipe, Soft(function), 2, **own_kwargs(name), latents=latents, generator=seeded())
-        found.append(Backprop()(chain, chain.start, 0))
-    return found[1], found[0], chain
+        results.append(Backprop()(chain, chain.start, 0))
+    return results[1], results[0], chain
 
 
 def times(factor: float) -> Function:
@@ -148,7 +148,7 @@ def test_gradients_in_half_precision_are_those_of_fp32(name: str, dtype: torch.d
 def scaled_gradient(chain: NoiseToImage, scale: float) -> Tensor:
     leaf = chain.start.clone().requires_grad_()
     with torch.enable_grad():
-        rewards, _ = chain.population.score(chain.with_graph(leaf, True))
+        rewards, _ = chain.particle_batch.score(chain.differentiable_images(leaf, True))
     return torch.autograd.grad(rewards.sum() * scale, leaf)[0]
 
 
@@ -160,7 +160,7 @@ def test_gradients_too_small_or_too_large_for_fp16_are_right(name: str, factor: 
     if factor < 1:
         assert (scaled_gradient(chain, 1.0) == 0).float().mean() > 0.5
     else:
-        assert not scaled_gradient(chain, HALF_SCALES[0]).isfinite().all()
+        assert not scaled_gradient(chain, LOSS_SCALES[0]).isfinite().all()
 
 
 def test_a_scale_that_is_too_large_costs_no_second_image() -> None:
@@ -172,7 +172,7 @@ def test_a_scale_that_is_too_large_costs_no_second_image() -> None:
         return 1e4 * likeness(images, prompts)
 
     half, _, chain = estimates("flux", torch.float16, counted)
-    assert half.gradient.isfinite().all() and not scaled_gradient(chain, HALF_SCALES[0]).isfinite().all()
+    assert half.gradient.isfinite().all() and not scaled_gradient(chain, LOSS_SCALES[0]).isfinite().all()
     assert asked == [2] * 3  # fp32, fp16, and the line above
 
 
@@ -191,11 +191,11 @@ def test_half_precision_pipelines_run_and_are_reproduced(name: str, dtype: torch
 
 def test_a_vae_that_needs_fp32_decodes_in_it_on_the_way_and_stays_as_it_was() -> None:
     pipe = in_precision(cached_pipe("sdxl"), torch.float16)
-    seen: list[torch.dtype] = []
-    note: Callable[..., None] = lambda module, given: seen.append(given[0].dtype)  # noqa: E731
+    result: list[torch.dtype] = []
+    note: Callable[..., None] = lambda module, given: result.append(given[0].dtype)  # noqa: E731
     pipe.vae.post_quant_conv.register_forward_pre_hook(note)
     chain = chain_of(pipe, Soft(likeness), 2, **own_kwargs("sdxl"), generator=seeded())
     before = {name: (value.data_ptr(), value.dtype) for name, value in pipe.vae.state_dict().items()}
     assert Backprop()(chain, chain.start, 0).gradient.abs().sum() > 0
-    assert seen and set(seen) == {torch.float32}
+    assert result and set(result) == {torch.float32}
     assert {name: (value.data_ptr(), value.dtype) for name, value in pipe.vae.state_dict().items()} == before

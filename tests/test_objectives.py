@@ -10,18 +10,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from steer.rewards.analysis import BINS, judged
+from steer.rewards.analysis import BINS, preference_metrics
 from steer.rewards.objectives import (
     OBJECTIVES,
-    Choices,
     Objective,
+    PreferenceLabels,
     bradley_terry,
-    centred,
+    center_rewards_penalty,
     contrastive,
-    flipped,
+    noisy_difference,
     regression,
     scaled_bradley_terry,
-    smoothed,
+    smooth_labels,
 )
 
 DELTA = [-2.0, -0.5, 0.0, 1.0, 3.0]
@@ -33,13 +33,13 @@ def sigmoid(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
 
-def choices(choice: list[float], strength: list[float] | None = None) -> Choices:
-    return Choices(
+def choices(choice: list[float], strength: list[float] | None = None) -> PreferenceLabels:
+    return PreferenceLabels(
         torch.tensor(choice, dtype=torch.float64), torch.tensor(strength or [1.0] * len(choice), dtype=torch.float64)
     )
 
 
-def loss_and_slope(objective: Objective, of: Choices, delta: list[float]) -> tuple[float, list[float]]:
+def loss_and_slope(objective: Objective, of: PreferenceLabels, delta: list[float]) -> tuple[float, list[float]]:
     """The loss, and its gradient by each Δ times their number (losses are means)."""
     difference = torch.tensor(delta, dtype=torch.float64, requires_grad=True)
     loss = objective(difference, of)
@@ -92,7 +92,7 @@ def test_it_does_not_matter_which_image_is_a(objective: Objective) -> None:
 @pytest.mark.parametrize("far", [30.0, 90.0, 1e4])
 def test_losses_are_finite_for_any_difference(objective: Objective, far: float) -> None:
     difference = torch.tensor([far, -far], requires_grad=True)
-    loss = objective(flipped(difference, 0.1), Choices(torch.tensor([0.0, 1.0]), torch.ones(2)))
+    loss = objective(noisy_difference(difference, 0.1), PreferenceLabels(torch.tensor([0.0, 1.0]), torch.ones(2)))
     (slope,) = torch.autograd.grad(loss, difference)
     assert loss.isfinite() and slope.isfinite().all()
 
@@ -109,10 +109,10 @@ def minimiser(loss: Callable[[Tensor], Tensor]) -> float:
 
 @given(share=st.floats(0, 0.49))
 def test_smoothing_is_the_mean_over_labels_of_which_a_share_is_turned(share: float) -> None:
-    found = smoothed(choices(CHOICE, STRENGTH), share)
-    assert found.choice.tolist() == pytest.approx([(1 - share) * c + share * (1 - c) for c in CHOICE])
-    assert found.strength.tolist() == STRENGTH
-    loss, _ = loss_and_slope(bradley_terry, found, DELTA)
+    result = smooth_labels(choices(CHOICE, STRENGTH), share)
+    assert result.choice.tolist() == pytest.approx([(1 - share) * c + share * (1 - c) for c in CHOICE])
+    assert result.strength.tolist() == STRENGTH
+    loss, _ = loss_and_slope(bradley_terry, result, DELTA)
     plain, _ = loss_and_slope(bradley_terry, choices(CHOICE), DELTA)
     turned, _ = loss_and_slope(bradley_terry, choices([1 - c for c in CHOICE]), DELTA)
     assert loss == pytest.approx((1 - share) * plain + share * turned)
@@ -121,29 +121,29 @@ def test_smoothing_is_the_mean_over_labels_of_which_a_share_is_turned(share: flo
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.3])
 def test_smoothing_bounds_the_difference(share: float) -> None:
     """Of a choice that is sure, −[(1−ε) log σ(Δ) + ε log σ(−Δ)] is least at Δ = log((1−ε)/ε)."""
-    found = minimiser(lambda difference: bradley_terry(difference, smoothed(choices([1.0]), share)))
-    assert found == pytest.approx(math.log((1 - share) / share), abs=1e-6)
+    result = minimiser(lambda difference: bradley_terry(difference, smooth_labels(choices([1.0]), share)))
+    assert result == pytest.approx(math.log((1 - share) / share), abs=1e-6)
 
 
 @given(delta=st.floats(-8, 8), share=st.floats(1e-3, 0.49))
 def test_flipping_is_what_wrong_labels_do_to_a_probability(delta: float, share: float) -> None:
     difference = torch.tensor([delta, -delta], dtype=torch.float64)
-    seen = torch.sigmoid(flipped(difference, share))
-    assert seen[0].item() == pytest.approx((1 - share) * sigmoid(delta) + share * sigmoid(-delta))
-    assert seen.sum().item() == pytest.approx(1)
-    assert torch.equal(flipped(difference, 0.0), difference)
-    assert torch.autograd.gradcheck(lambda x: flipped(x, share), (difference.requires_grad_(),))
+    observed = torch.sigmoid(noisy_difference(difference, share))
+    assert observed[0].item() == pytest.approx((1 - share) * sigmoid(delta) + share * sigmoid(-delta))
+    assert observed.sum().item() == pytest.approx(1)
+    assert torch.equal(noisy_difference(difference, 0.0), difference)
+    assert torch.autograd.gradcheck(lambda x: noisy_difference(x, share), (difference.requires_grad_(),))
 
 
 def test_flipping_saturates_at_the_share_and_keeps_single_precision() -> None:
     for share in (1e-9, 1e-3, 0.2):
         difference = torch.tensor([-100.0, -20.0, 0.0, 20.0, 100.0], requires_grad=True)
-        seen = flipped(difference, share)
+        observed = noisy_difference(difference, share)
         bound = math.log((1 - share) / share)
-        assert seen[-1].item() == pytest.approx(bound, rel=1e-5) == -seen[0].item()
-        exact = flipped(difference.detach().double(), share)
-        assert torch.allclose(seen.double(), exact, rtol=1e-5)
-        (slope,) = torch.autograd.grad(seen.sum(), difference)
+        assert observed[-1].item() == pytest.approx(bound, rel=1e-5) == -observed[0].item()
+        exact = noisy_difference(difference.detach().double(), share)
+        assert torch.allclose(observed.double(), exact, rtol=1e-5)
+        (slope,) = torch.autograd.grad(observed.sum(), difference)
         assert slope.isfinite().all() and (slope >= 0).all()
 
 
@@ -155,17 +155,17 @@ def test_trained_through_flips_the_difference_stays_the_clean_one(share: float, 
     Without the correction it is least at the log-odds of the noisy labels, nearer 0.
     """
     noisy = (1 - share) * sigmoid(clean) + share * sigmoid(-clean)
-    seen = choices([noisy])  # the loss is linear in the choice: its mean over labels is the loss at their mean
-    corrected = minimiser(lambda difference: bradley_terry(flipped(difference, share), seen))
+    observed = choices([noisy])  # the loss is linear in the choice: its mean over labels is the loss at their mean
+    corrected = minimiser(lambda difference: bradley_terry(noisy_difference(difference, share), observed))
     assert corrected == pytest.approx(clean, abs=1e-6)
-    plain = minimiser(lambda difference: bradley_terry(difference, seen))
+    plain = minimiser(lambda difference: bradley_terry(difference, observed))
     assert plain == pytest.approx(math.log(noisy / (1 - noisy)), abs=1e-6)
     assert abs(plain) < abs(clean) or clean == 0
 
 
 def features(count: int, seed: int) -> Tensor:
-    drawn = torch.randn(count, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return F.normalize(drawn, dim=1)
+    sampled = torch.randn(count, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(sampled, dim=1)
 
 
 def plain_contrastive(images: Tensor, texts: Tensor, scale: float, prompts: list[str]) -> float:
@@ -183,12 +183,12 @@ def plain_contrastive(images: Tensor, texts: Tensor, scale: float, prompts: list
 def test_the_contrastive_loss_is_the_plain_double_loop(prompts: str) -> None:
     images, texts = features(len(prompts), 0), features(len(prompts), 1)
     scale = torch.tensor(3.0, dtype=torch.float64)
-    found = contrastive(images, texts, scale, list(prompts))
-    assert found.item() == pytest.approx(plain_contrastive(images, texts, 3.0, list(prompts)))
-    assert contrastive(texts, images, scale, list(prompts)).item() == pytest.approx(found.item())
+    result = contrastive(images, texts, scale, list(prompts))
+    assert result.item() == pytest.approx(plain_contrastive(images, texts, 3.0, list(prompts)))
+    assert contrastive(texts, images, scale, list(prompts)).item() == pytest.approx(result.item())
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(2)).tolist()
     turned = contrastive(images[order], texts[order], scale, [prompts[k] for k in order])
-    assert turned.item() == pytest.approx(found.item())
+    assert turned.item() == pytest.approx(result.item())
 
 
 def test_equal_prompts_are_no_rivals() -> None:
@@ -214,10 +214,10 @@ def test_the_judgement_by_hand() -> None:
     a = torch.tensor([2.0, 0.0, 1.0, 1.0, 0.5, 0.0], dtype=torch.float64)
     b = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.0, 3.0], dtype=torch.float64)
     choice = [1.0, 1.0, 1.0, 0.0, 0.5, 0.0]
-    found = judged([a, b], choices(choice))
-    assert found.accuracy == pytest.approx((1 + 0 + 0.5 + 0.5 + 1) / 5)
+    result = preference_metrics([a, b], choices(choice))
+    assert result.accuracy == pytest.approx((1 + 0 + 0.5 + 0.5 + 1) / 5)
     deltas = [2.0, -1.0, 0.0, 0.0, 0.5, -3.0]
-    assert found.log_loss == pytest.approx(sum(by_hand(d, c) for d, c in zip(deltas, choice, strict=True)) / 6)
+    assert result.log_loss == pytest.approx(sum(by_hand(d, c) for d, c in zip(deltas, choice, strict=True)) / 6)
     # σ: .881 .269 .5 .5 .622 .047, in the bins 8, 2, 5, 5, 6, 0.
     expected = [
         (sigmoid(-3), 0.0, 1),
@@ -226,32 +226,34 @@ def test_the_judgement_by_hand() -> None:
         (sigmoid(0.5), 0.5, 1),
         (sigmoid(2), 1.0, 1),
     ]
-    assert found.bins == tuple(pytest.approx(row) for row in expected)
-    assert found.ece == pytest.approx(sum(n * abs(p - o) for p, o, n in expected) / 6)
-    assert found.summary == f"accuracy 0.600, log loss {found.log_loss:.3f}, calibration error {found.ece:.3f}"
+    assert result.bins == tuple(pytest.approx(row) for row in expected)
+    assert result.ece == pytest.approx(sum(n * abs(p - o) for p, o, n in expected) / 6)
+    assert result.summary == f"accuracy 0.600, log loss {result.log_loss:.3f}, calibration error {result.ece:.3f}"
 
 
 @pytest.mark.parametrize("chosen", [0.0, 1.0])
 def test_equal_rewards_are_half_right_whichever_is_chosen(chosen: float) -> None:
     ones = torch.ones(3, dtype=torch.float64)
-    found = judged([ones, ones], choices([chosen] * 3))
-    assert found.accuracy == 0.5 and found.log_loss == pytest.approx(math.log(2))
-    assert judged([ones, ones], choices([0.5] * 3)).accuracy == 0.5
-    assert judged([ones, ones], choices([0.5] * 3)).ece == 0
+    result = preference_metrics([ones, ones], choices([chosen] * 3))
+    assert result.accuracy == 0.5 and result.log_loss == pytest.approx(math.log(2))
+    assert preference_metrics([ones, ones], choices([0.5] * 3)).accuracy == 0.5
+    assert preference_metrics([ones, ones], choices([0.5] * 3)).ece == 0
 
 
 def test_what_is_sure_falls_in_the_last_bin() -> None:
-    found = judged([torch.tensor([500.0, -500.0]), torch.zeros(2)], Choices(torch.tensor([1.0, 0.0]), torch.ones(2)))
-    assert found.bins == ((0.0, 0.0, 1), (1.0, 1.0, 1)) and found.ece == 0 and found.accuracy == 1
+    result = preference_metrics(
+        [torch.tensor([500.0, -500.0]), torch.zeros(2)], PreferenceLabels(torch.tensor([1.0, 0.0]), torch.ones(2))
+    )
+    assert result.bins == ((0.0, 0.0, 1), (1.0, 1.0, 1)) and result.ece == 0 and result.accuracy == 1
 
 
 def test_calibration_error_tells_the_honest_from_the_overconfident() -> None:
     generator = torch.Generator().manual_seed(0)
     delta = 2 * torch.randn(50_000, dtype=torch.float64, generator=generator)
     chosen = (torch.rand(len(delta), dtype=torch.float64, generator=generator) < torch.sigmoid(delta)).double()
-    drawn = Choices(chosen, torch.ones_like(chosen))
+    sampled = PreferenceLabels(chosen, torch.ones_like(chosen))
     zero = torch.zeros_like(delta)
-    honest, bold, shy = (judged([factor * delta, zero], drawn) for factor in (1, 3, 1 / 3))
+    honest, bold, shy = (preference_metrics([factor * delta, zero], sampled) for factor in (1, 3, 1 / 3))
     assert honest.ece < 0.01 < 0.08 < min(bold.ece, shy.ece)
     assert honest.log_loss < min(bold.log_loss, shy.log_loss)
     assert honest.accuracy == bold.accuracy == shy.accuracy  # the order is the same
@@ -262,6 +264,6 @@ def test_calibration_error_tells_the_honest_from_the_overconfident() -> None:
 
 def test_centring_minds_the_shift_and_not_the_difference() -> None:
     a, b = torch.tensor([1.0, -2.0]), torch.tensor([3.0, 2.0])
-    assert centred(a, b).item() == pytest.approx((16 + 0) / 2)
+    assert center_rewards_penalty(a, b).item() == pytest.approx((16 + 0) / 2)
     middle = (a + b) / 2
-    assert centred(a - middle, b - middle).item() == 0
+    assert center_rewards_penalty(a - middle, b - middle).item() == 0

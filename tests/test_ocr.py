@@ -22,11 +22,11 @@ SAYS_HELLO = 'a sign that says "hello world"'
 
 def picture(*lines: str, colour: str = "black", background: str = "white") -> Tensor:
     """(1, 3, 240, 320) in [0, 1]: the lines below one another."""
-    drawn = Image.new("RGB", (320, 240), background)
+    render_text = Image.new("RGB", (320, 240), background)
     for row, line in enumerate(lines):
         place = (20, 10 + 70 * row)
-        ImageDraw.Draw(drawn).text(place, line, fill=colour, font=ImageFont.load_default(size=40))
-    return torch.from_numpy(np.array(drawn)).permute(2, 0, 1)[None].float() / 255
+        ImageDraw.Draw(render_text).text(place, line, fill=colour, font=ImageFont.load_default(size=40))
+    return torch.from_numpy(np.array(render_text)).permute(2, 0, 1)[None].float() / 255
 
 
 @pytest.fixture(scope="module")

@@ -77,13 +77,13 @@ TABLES = {
 
 def preferred(path: Path, images: Path | None = None) -> list[tuple[str, int]]:
     """Prompt and shade of the preferred image of every pair; the other one has the other shade."""
-    found = read_pairs(path, images)
-    assert set(found.choices.choice.tolist()) <= {0.0, 1.0} and found.choices.strength.tolist() == [1] * len(found)
-    assert found.choices.choice.dtype == torch.float32
-    a, b = shades(found.a), shades(found.b)
+    loaded = read_pairs(path, images)
+    assert set(loaded.choices.choice.tolist()) <= {0.0, 1.0} and loaded.choices.strength.tolist() == [1] * len(loaded)
+    assert loaded.choices.choice.dtype == torch.float32
+    a, b = shades(loaded.a), shades(loaded.b)
     assert all({one, other} == {51, 204} for one, other in zip(a, b, strict=True))
-    won = [one if choice else other for one, other, choice in zip(a, b, found.choices.choice.tolist(), strict=True)]
-    return list(zip(found.prompts, won, strict=True))
+    won = [one if choice else other for one, other, choice in zip(a, b, loaded.choices.choice.tolist(), strict=True)]
+    return list(zip(loaded.prompts, won, strict=True))
 
 
 @pytest.mark.parametrize("writer", WRITERS)
@@ -98,8 +98,8 @@ def test_published_tables_are_read(
     path = WRITERS[writer](tmp_path, rows)
     with caplog.at_level(logging.WARNING):
         assert preferred(path, images if elsewhere else None) == [("x", 204), ("y", 204)]
-    told = f"left out {ties} ties and {unlabelled} pairs without a label of {len(rows)} pairs"
-    assert caplog.messages == ([f"{path}: {told}"] if ties or unlabelled else [])
+    error_text = f"left out {ties} ties and {unlabelled} pairs without a label of {len(rows)} pairs"
+    assert caplog.messages == ([f"{path}: {error_text}"] if ties or unlabelled else [])
 
 
 def test_pick_a_pic_with_its_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -144,10 +144,10 @@ def test_a_table_of_no_known_kind_lists_columns_found_and_wanted(tmp_path: Path)
     for rows in ([{"left": "a", "right": "b", "prompt": "x"}], [{"jpg_0": "a", "jpg_1": "b", "label_0": 1}]):
         with pytest.raises(RewardError) as raised:
             read_pairs(in_lines(tmp_path, rows))
-        told = str(raised.value)
-        assert f"columns found: {', '.join(rows[0])}; columns wanted: image_a, image_b, prompt, choice | " in told
+        error_text = str(raised.value)
+        assert f"columns found: {', '.join(rows[0])}; columns wanted: image_a, image_b, prompt, choice | " in error_text
         for wanted in ("jpg_0, jpg_1, label_0", "path1, path2", "generations, ranking", "chosen, rejected"):
-            assert wanted in told
+            assert wanted in error_text
 
 
 BAD = [

@@ -71,13 +71,13 @@ def test_lines_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     path = lines(folder, *rows)
     monkeypatch.chdir(folder / "images")  # paths are told from the file on, wherever one stands
-    found = read_pairs(path)
-    assert len(found) == 5
-    assert found.choices.choice.tolist() == pytest.approx([0, 1, 0.5, 0.8, 1])
-    assert found.choices.strength.tolist() == [1, 2, 0, 1, 1]
-    assert found.choices.choice.dtype == found.choices.strength.dtype == torch.float32
-    assert found.prompts == ("x", "x", "größer ½", "x", "x")
-    assert shades(found.a) == [51] * 5 and shades(found.b) == [204] * 4 + [51]
+    loaded = read_pairs(path)
+    assert len(loaded) == 5
+    assert loaded.choices.choice.tolist() == pytest.approx([0, 1, 0.5, 0.8, 1])
+    assert loaded.choices.strength.tolist() == [1, 2, 0, 1, 1]
+    assert loaded.choices.choice.dtype == loaded.choices.strength.dtype == torch.float32
+    assert loaded.prompts == ("x", "x", "größer ½", "x", "x")
+    assert shades(loaded.a) == [51] * 5 and shades(loaded.b) == [204] * 4 + [51]
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_parquet_by_hand(folder: Path, held: dict[str, Any]) -> None:
         held | {"prompt": "x", "choice": 1.0, "strength": 3},
         held | {"prompt": "y", "choice": 0.5, "strength": None},
     ]
-    found = read_pairs(table(folder, rows))
-    assert shades(found.a) == [51, 51] and shades(found.b) == [204, 204]
-    assert found.choices.choice.tolist() == [1, 0.5] and found.choices.strength.tolist() == [3, 1]
+    loaded = read_pairs(table(folder, rows))
+    assert shades(loaded.a) == [51, 51] and shades(loaded.b) == [204, 204]
+    assert loaded.choices.choice.tolist() == [1, 0.5] and loaded.choices.strength.tolist() == [3, 1]
     words = read_pairs(table(folder, [held | {"prompt": "x", "choice": word} for word in ("a", "b", "tie")]))
     assert words.choices.choice.tolist() == [1, 0, 0.5]
 
@@ -107,8 +107,8 @@ def test_parquet_by_hand(folder: Path, held: dict[str, Any]) -> None:
 def test_captions_are_rows_too(folder: Path) -> None:
     rows = [{"image": "images/light.png", "prompt": "x"}, {"image": "images/dark.png", "prompt": ""}]
     for path in (lines(folder, *rows), table(folder, rows)):
-        found = read_captions(path)
-        assert shades(found.images) == [204, 51] and found.prompts == ("x", "")
+        loaded = read_captions(path)
+        assert shades(loaded.images) == [204, 51] and loaded.prompts == ("x", "")
     with pytest.raises(RewardError, match=r"pairs\.jsonl, row 2: expected a text under \"prompt\""):
         read_captions(lines(folder, rows[0], {"image": "images/dark.png"}))
     with pytest.raises(RewardError, match=r"pairs\.jsonl, row 1: 'image' is neither"):
@@ -163,9 +163,9 @@ BAD_LINES = [
 def refused(path: Path, message: str) -> None:
     with pytest.raises(RewardError) as raised:
         read_pairs(path)
-    told = str(raised.value)
-    assert told.startswith(str(path)) and message in told
-    assert "\n" not in told and len(told) < len(str(path)) + 200
+    error_text = str(raised.value)
+    assert error_text.startswith(str(path)) and message in error_text
+    assert "\n" not in error_text and len(error_text) < len(str(path)) + 200
 
 
 @pytest.mark.parametrize(("row", "message"), [*BAD_ROWS, *BAD_LINES], ids=lambda value: str(value)[-40:])
@@ -201,24 +201,24 @@ def test_files_that_are_none_are_named(folder: Path) -> None:
 
 def test_broken_images_are_named_when_they_are_loaded(folder: Path) -> None:
     (folder / "images" / "broken.png").write_bytes(b"no image")
-    found = read_pairs(lines(folder, GOOD | {"image_a": "images/broken.png"}))
+    loaded = read_pairs(lines(folder, GOOD | {"image_a": "images/broken.png"}))
     with pytest.raises(InputError, match=r"images/broken\.png: not an image that can be read"):
-        load_images(found.a, lambda image: image)
-    found = read_pairs(table(folder, [GOOD | {"image_a": b"no image"}]))
+        load_images(loaded.a, lambda image: image)
+    loaded = read_pairs(table(folder, [GOOD | {"image_a": b"no image"}]))
     with pytest.raises(InputError, match="an image of 8 bytes: not an image that can be read"):
-        load_images(found.a, lambda image: image)
+        load_images(loaded.a, lambda image: image)
 
 
 def test_images_of_any_size_become_one_batch(folder: Path) -> None:
     sizes = [(4, 4), (9, 3), (1, 1), (2, 30)]
-    seen: list[tuple[int, ...]] = []
+    calls: list[tuple[int, ...]] = []
 
     def fit(image: Tensor) -> Tensor:
-        seen.append(tuple(image.shape))
+        calls.append(tuple(image.shape))
         return resize_and_crop(image, 5)
 
     batch = load_images([encoded(51 * (k + 1), size) for k, size in enumerate(sizes)], fit)
-    assert seen == [(1, 3, height, width) for width, height in sizes]
+    assert calls == [(1, 3, height, width) for width, height in sizes]
     assert batch.shape == (4, 3, 5, 5)
     expected = torch.tensor([0.2, 0.4, 0.6, 0.8])[:, None, None].expand(4, 5, 5)
     assert torch.allclose(batch[:, 0], expected, atol=1e-5)
@@ -227,11 +227,11 @@ def test_images_of_any_size_become_one_batch(folder: Path) -> None:
 def test_some_of_the_pairs_stay_together(folder: Path) -> None:
     rows = [GOOD | {"choice": choice, "strength": k, "prompt": f"p{k}"} for k, choice in enumerate(["a", "b", "tie"])]
     rows[1] |= {"image_a": "images/light.png", "image_b": "images/dark.png"}
-    found = read_pairs(lines(folder, *rows)).take([2, 1, 1])
-    assert found.prompts == ("p2", "p1", "p1") and len(found) == 3
-    assert found.choices.choice.tolist() == [0.5, 0, 0] and found.choices.strength.tolist() == [2, 1, 1]
-    assert shades(found.a) == [51, 204, 204] and shades(found.b) == [204, 51, 51]
-    assert len(found.take([])) == 0
+    loaded = read_pairs(lines(folder, *rows)).take([2, 1, 1])
+    assert loaded.prompts == ("p2", "p1", "p1") and len(loaded) == 3
+    assert loaded.choices.choice.tolist() == [0.5, 0, 0] and loaded.choices.strength.tolist() == [2, 1, 1]
+    assert shades(loaded.a) == [51, 204, 204] and shades(loaded.b) == [204, 51, 51]
+    assert len(loaded.take([])) == 0
 
 
 @given(

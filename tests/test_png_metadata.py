@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from steer.apps.methods import SampleSettings
-from steer.apps.recipes import KEY, Recipe, pixels_of, read_metadata, read_png, write_png
-from steer.apps.reward_specs import names_alone
+from steer.apps.methods import SamplingConfig
+from steer.apps.recipes import KEY, Recipe, pixel_hash, read_metadata, read_png, write_png
+from steer.apps.reward_specs import only_named_rewards
 from steer.errors import InputError
 from steer.reward import RewardError
 from steer.rewards import REWARDS
@@ -26,7 +26,7 @@ from steer.rewards import names as rewards
 from steer.rewards import parser as expression
 from steer.rewards.parser import load_reward
 
-SETTINGS = SampleSettings(
+SETTINGS = SamplingConfig(
     model="scenes",
     method="fk",
     reward="scene-soft",
@@ -57,7 +57,7 @@ RECIPE = Recipe(
     rank=2,
     reward=-0.125,
     components={"scene": 1 / 3},
-    pixels=pixels_of(picture()),
+    pixels=pixel_hash(picture()),
     steer="0.1.0",
     torch="2.11.0",
     diffusers="0.42.0",
@@ -112,8 +112,8 @@ def test_the_recipe_is_one_text_of_utf_8_that_any_reader_of_pngs_finds(png: Path
 def test_what_is_written_is_read(png: Path) -> None:
     assert read_metadata(png) == read_metadata(png.read_bytes()) == RECIPE
     recipe, image = read_png(png)
-    assert recipe == RECIPE and image.tobytes() == picture().tobytes() and pixels_of(image) == recipe.pixels
-    assert isinstance(recipe.settings, SampleSettings)
+    assert recipe == RECIPE and image.tobytes() == picture().tobytes() and pixel_hash(image) == recipe.pixels
+    assert isinstance(recipe.settings, SamplingConfig)
 
 
 def test_the_same_image_gives_the_same_bytes(png: Path, tmp_path: Path) -> None:
@@ -126,8 +126,8 @@ def test_the_hash_tells_pixels_shapes_and_modes_apart() -> None:
     other = one.copy()
     other.putpixel((6, 4), (*other.getpixel((6, 4))[:2], 255 - other.getpixel((6, 4))[2]))  # type: ignore[index]
     flat = Image.frombytes("RGB", (5, 7), one.tobytes())
-    assert len({pixels_of(image) for image in (one, other, flat, one.convert("L"))}) == 4
-    assert pixels_of(one) == pixels_of(one.copy())
+    assert len({pixel_hash(image) for image in (one, other, flat, one.convert("L"))}) == 4
+    assert pixel_hash(one) == pixel_hash(one.copy())
 
 
 def test_a_recipe_of_an_older_version_has_the_defaults_of_younger_settings() -> None:
@@ -274,7 +274,7 @@ def test_whatever_stands_in_it_ends_as_a_recipe_or_a_refusal(key: str, setting: 
         assert len(str(error).splitlines()) == 1
         return
     recipe.settings.check()
-    assert asdict(recipe) == told | {"settings": asdict(SampleSettings(**told["settings"]))}
+    assert asdict(recipe) == told | {"settings": asdict(SamplingConfig(**told["settings"]))}
 
 
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
@@ -304,7 +304,7 @@ def test_whatever_bytes_are_changed_it_ends_as_a_recipe_or_a_refusal(where: Any,
     ],
 )
 def test_rewards_that_have_a_name_may_stand_in_an_image(text: str) -> None:
-    assert names_alone(text)
+    assert only_named_rewards(text)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_rewards_that_have_a_name_may_stand_in_an_image(text: str) -> None:
     ],
 )
 def test_any_other_reward_needs_the_word_of_the_user(text: str) -> None:
-    assert not names_alone(text)
+    assert not only_named_rewards(text)
 
 
 ATOMS = ["scene", "jpeg:2", "brightness:0.5", "evil:x", "a.evil:x", "scene < a.evil:x", "x.yaml", "folder"]
@@ -355,7 +355,7 @@ SPECIFICATIONS = st.recursive(
 def test_what_is_called_names_alone_never_reaches_for_code_or_files(text: str, place: int, slip: str) -> None:
     """The reader itself is watched: what it imports, and which files it opens."""
     text = text[:place] + slip + text[place:]
-    if not names_alone(text):
+    if not only_named_rewards(text):
         return
     reached: list[str] = []
     known, attribute = {place for place, _ in REWARDS.values()}, rewards._attribute

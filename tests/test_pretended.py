@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from pretended import CPU, DEVICE, pretended
+from fake_devices import CPU, DEVICE, fake_devices
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 @pytest.fixture(autouse=True)
 def accelerator() -> Iterator[None]:
-    with pretended():
+    with fake_devices():
         yield
 
 

@@ -25,8 +25,8 @@ from steer.diffusion.preview import (
     LinearPreview,
     NormalEquations,
     Preview,
+    build_preview,
     first_output,
-    new_preview,
 )
 from steer.errors import InputError
 
@@ -142,7 +142,7 @@ def test_decoder_and_pipeline_stay_untouched() -> None:
     vae = set(vars(pipe.vae))
     latents = run(pipe, "sd", "latent")
     for option in ("linear", decoder):
-        preview = new_preview(option, pipe, call_kwargs("sd", COUNT), 8)
+        preview = build_preview(option, pipe, call_kwargs("sd", COUNT), 8)
         preview(latents)
         preview(latents)
     assert all(value is before[name] for name, value in vars(pipe).items()) and set(vars(pipe.vae)) == vae

@@ -62,10 +62,10 @@ def test_refitting_with_nothing_new_is_fitting_once() -> None:
     linear = LinearPreview(pipe, {"prompt": "a star", "num_images_per_prompt": 3, "guidance_scale": 4.0})
     with torch.no_grad():
         once = [linear(x0) for x0 in (first, first, second)]
-        again = study.refitted(pipe.vae, [first, first], 3)
+        again = study.refitted_previews(pipe.vae, [first, first], 3)
         for expected, found in zip(once[:2], again, strict=True):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-        assert not torch.allclose(study.refitted(pipe.vae, [first, second], 1)[1], once[2], atol=1e-2)
+        assert not torch.allclose(study.refitted_previews(pipe.vae, [first, second], 1)[1], once[2], atol=1e-2)
 
 
 def test_a_study_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from test_preview_decoders import tiny
 from torch import Generator
 
 from steer import FKSteeringPipeline
-from steer.apps.methods import preview_named
+from steer.apps.methods import load_preview
 from steer.assets import MODELS, TINY_VAES
 from steer.diffusion.preview import Preview
 from steer.errors import InputError
@@ -31,12 +31,12 @@ def scenes() -> Any:
 
 @pytest.mark.parametrize("word", ["full", "linear"])
 def test_names_of_the_core_pass(word: str) -> None:
-    assert preview_named(word, cached_pipe("sd")) == word
-    assert preview_named(word, cached_pipe("wan")) == word  # the run itself refuses linear
+    assert load_preview(word, cached_pipe("sd")) == word
+    assert load_preview(word, cached_pipe("wan")) == word  # the run itself refuses linear
 
 
 def test_tiny_is_the_embedded_models_own(scenes: Any) -> None:
-    decoder = preview_named("tiny", scenes)
+    decoder = load_preview("tiny", scenes)
     assert isinstance(decoder, AutoencoderTiny) and not decoder.training
     assert sum(file.stat().st_size for file in TINY_VAES["scenes"].iterdir()) < 1e6
     call = {"prompt": "three blue stars", "num_images_per_prompt": 4, **CALL}
@@ -51,7 +51,7 @@ def test_tiny_is_the_embedded_models_own(scenes: Any) -> None:
 
 
 def test_it_steers(scenes: Any) -> None:
-    decoder = preview_named("tiny", scenes)
+    decoder = load_preview("tiny", scenes)
     steer = FKSteeringPipeline(scenes, "scene-soft")
     out = steer("a star", num_particles=2, preview=decoder, generator=Generator().manual_seed(0), **CALL)
     assert out.cost.decodes == 2 and out.cost.other_decodes == 2 * len(out.history) > 0
@@ -60,7 +60,7 @@ def test_it_steers(scenes: Any) -> None:
 def test_a_folder_is_loaded_in_the_models_precision(tmp_path: Path) -> None:
     made = tiny()
     made.save_pretrained(tmp_path)
-    found = preview_named(str(tmp_path), cached_pipe("sd"))
+    found = load_preview(str(tmp_path), cached_pipe("sd"))
     assert found.config.scaling_factor == 0.7 and found.dtype == torch.float32
     assert all(torch.equal(value, made.state_dict()[name]) for name, value in found.state_dict().items())
 
@@ -75,20 +75,20 @@ def test_a_folder_is_loaded_in_the_models_precision(tmp_path: Path) -> None:
 )
 def test_tiny_is_for_the_embedded_models_latents(pipe: Any, says: str) -> None:
     with pytest.raises(InputError, match=says) as error:
-        preview_named("tiny", pipe)
+        load_preview("tiny", pipe)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("word", ["tny", "./nothing/there", "/a/b/c", "a/b/c", "", "~/x"])
 def test_what_is_neither_a_word_nor_a_folder_nor_on_the_hub_is_refused(word: str) -> None:
     with pytest.raises(InputError, match="use full, linear, tiny, a folder, or ORGANISATION/NAME"):
-        preview_named(word, cached_pipe("sd"))
+        load_preview(word, cached_pipe("sd"))
 
 
 def test_a_name_that_the_hub_does_not_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="'nobody/nothing' cannot be loaded") as error:
-        preview_named("nobody/nothing", cached_pipe("sd"))
+        load_preview("nobody/nothing", cached_pipe("sd"))
     assert "\n" not in str(error.value)
 
 
@@ -96,19 +96,19 @@ def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     tiny().save_pretrained(tmp_path, safe_serialization=False)
     assert list(tmp_path.glob("*.bin"))
     with pytest.raises(InputError, match="cannot be loaded"):
-        preview_named(str(tmp_path), cached_pipe("sd"))
+        load_preview(str(tmp_path), cached_pipe("sd"))
 
 
 def test_weights_of_another_autoencoder_are_not_made_up(tmp_path: Path, scenes: Any) -> None:
     scenes.vae.save_pretrained(tmp_path / "kl")
     with pytest.raises(InputError, match="is not an AutoencoderTiny: its weights have no"):
-        preview_named(str(tmp_path / "kl"), scenes)
+        load_preview(str(tmp_path / "kl"), scenes)
     shutil.copytree(TINY_VAES["scenes"], tmp_path / "wider")
     config = tmp_path / "wider/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"decoder_block_out_channels": [8] * 4}))
     with pytest.raises(InputError, match="cannot be loaded") as error:
-        preview_named(str(tmp_path / "wider"), scenes)
+        load_preview(str(tmp_path / "wider"), scenes)
     assert "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="cannot be loaded"):
-        preview_named(str(tmp_path / "empty"), scenes)
+        load_preview(str(tmp_path / "empty"), scenes)

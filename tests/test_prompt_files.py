@@ -12,20 +12,20 @@ from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPi
 from PIL import Image
 from pyarrow import parquet
 
-from steer.apps.methods import SampleSettings
+from steer.apps.methods import SamplingConfig
 from steer.apps.prompts import (
     PromptRow,
     argument_names,
-    asked_of,
     check_arguments,
-    find_prompts,
-    find_tagged,
+    load_prompts,
+    load_tagged_prompts,
     read_prompts,
     read_rows,
+    sample_requests,
 )
 from steer.apps.recipes import read_metadata
 from steer.errors import InputError
-from steer.files import unsummed
+from steer.files import loads_with_checksum
 
 TWO = ["a star", "a circle"]
 FILES: dict[str, tuple[str, str]] = {
@@ -50,7 +50,7 @@ FILES: dict[str, tuple[str, str]] = {
 def test_every_form_in_every_encoding_gives_its_prompts(tmp_path: Path, kind: str, encoding: str) -> None:
     name, text = FILES[kind]
     (tmp_path / name).write_bytes(text.encode(encoding))
-    assert read_prompts(tmp_path / name) == find_prompts(str(tmp_path / name)) == TWO
+    assert read_prompts(tmp_path / name) == load_prompts(str(tmp_path / name)) == TWO
 
 
 def test_quotes_commas_and_lines_inside_a_cell_are_the_prompts_own(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_columns_stay_with_their_prompts(tmp_path: Path) -> None:
     parquet.write_table(table, tmp_path / "p.parquet")
     assert read_rows(tmp_path / "p.parquet") == [PromptRow(TWO[0], {"seed": 1}), PromptRow(TWO[1], {"note": "n"})]
     (tmp_path / "p.json").write_text(FILES["json, lists by tag"][1])
-    assert find_tagged(str(tmp_path / "p.json")) == (TWO, ["stars", "others"])
+    assert load_tagged_prompts(str(tmp_path / "p.json")) == (TWO, ["stars", "others"])
     (tmp_path / "p.csv").write_text("text,caption\na,b\n")
     assert read_prompts(tmp_path / "p.csv", "Caption") == ["b"]
 
@@ -96,7 +96,7 @@ def test_columns_stay_with_their_prompts(tmp_path: Path) -> None:
 def test_columns_without_a_use_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "p.csv").write_text("prompt,tag,negative_prompt\na,t,n\nb,t,n\n")
     with caplog.at_level(logging.WARNING):
-        assert find_tagged(str(tmp_path / "p.csv"))[1] == ["t", "t"]
+        assert load_tagged_prompts(str(tmp_path / "p.csv"))[1] == ["t", "t"]
     assert [record.getMessage() for record in caplog.records] == [
         f"steer: {tmp_path / 'p.csv'}: columns without a use here: negative_prompt"
     ]
@@ -107,7 +107,7 @@ def test_columns_without_a_use_are_named_once(tmp_path: Path, caplog: pytest.Log
 VALUES: dict[str, Any] = {"model": "scenes", "method": "best-of-n", "reward": "brightness", "particles": 2, "steps": 2}
 VALUES |= {"guidance": 2.0, "lam": None, "potential": "difference", "resampler": "systematic", "tempering": "constant"}
 VALUES |= {"ess_threshold": 0.5, "eta": None, "seed": 5, "compare": False, "dtype": None}
-SETTINGS = SampleSettings(**VALUES)
+SETTINGS = SamplingConfig(**VALUES)
 
 
 def bare(kind: Any) -> Any:
@@ -123,7 +123,7 @@ def test_arguments_are_those_of_the_pipeline_that_a_cell_can_hold(kind: type) ->
 
 def test_cells_become_the_values_of_the_arguments() -> None:
     cells = {"Negative_Prompt": "7", "seed": "42.0", "height": " 64 ", "guidance_scale": "3", "note": "x"}
-    one = asked_of([PromptRow("a", cells)], SETTINGS, bare(StableDiffusionPipeline))[0]
+    one = sample_requests([PromptRow("a", cells)], SETTINGS, bare(StableDiffusionPipeline))[0]
     assert one.arguments == {"negative_prompt": "7", "height": 64}
     assert (one.settings.seed, one.settings.guidance, one.settings.steps) == (42, 3.0, 2)
 
@@ -133,13 +133,13 @@ def test_cells_become_the_values_of_the_arguments() -> None:
 )
 def test_a_cell_that_does_not_fit_is_named_with_its_prompt(cells: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="prompt 'a'") as raised:
-        asked_of([PromptRow("a", cells)], SETTINGS, bare(StableDiffusionPipeline))
+        sample_requests([PromptRow("a", cells)], SETTINGS, bare(StableDiffusionPipeline))
     assert next(iter(cells)).split("_")[-1] in str(raised.value)
 
 
 def test_equal_rows_have_seeds_of_their_own() -> None:
     rows = [PromptRow("a"), PromptRow("b"), PromptRow("a", {"id": 3}), PromptRow("a", {"seed": 1}), PromptRow("a")]
-    asked = asked_of(rows, SETTINGS, bare(StableDiffusionPipeline))
+    asked = sample_requests(rows, SETTINGS, bare(StableDiffusionPipeline))
     assert [one.settings.seed for one in asked] == [5, 5, 6, 1, 7]
 
 
@@ -176,7 +176,7 @@ def test_rows_are_sampled_with_their_own_arguments_and_equal_ones_differ(
     assert code == 0, err
     said = [record.getMessage() for record in caplog.records if "without a use" in record.getMessage()]
     assert said == ["steer: prompts: columns without a use here: Category"]
-    entries = unsummed((tmp_path / "o/report.json").read_text())["prompts"]
+    entries = loads_with_checksum((tmp_path / "o/report.json").read_text())["prompts"]
     first = [Image.open(tmp_path / "o" / sorted(entry["images"])[0]) for entry in entries]
     recipes = [read_metadata(tmp_path / "o" / sorted(entry["images"])[0]) for entry in entries]
     assert [one.settings.seed for one in recipes] == [0, 1, 0, 1]

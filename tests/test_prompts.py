@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from steer.apps.prompts import find_prompts, read_prompts
+from steer.apps.prompts import load_prompts, read_prompts
 from steer.assets import PROMPTS
 from steer.errors import InputError
 
@@ -40,7 +40,7 @@ def write(path: Path, prompts: list[str], column: str = "prompt") -> Path:
 
 def refused(source: str | Path, column: str | None = None) -> str:
     with pytest.raises(InputError) as raised:
-        read_prompts(source, column) if isinstance(source, Path) else find_prompts(source, column)
+        read_prompts(source, column) if isinstance(source, Path) else load_prompts(source, column)
     told = str(raised.value)
     assert "\n" not in told and len(told) < 500
     return told
@@ -50,7 +50,7 @@ def refused(source: str | Path, column: str | None = None) -> str:
 def test_every_format_holds_the_same_prompts(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"p{suffix.lower()}", [TWO[0], "  ", f" {TWO[1]} "])
     path = path.rename(path.with_suffix(suffix))
-    assert read_prompts(path) == find_prompts(str(path)) == TWO
+    assert read_prompts(path) == load_prompts(str(path)) == TWO
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".tsv", ".parquet"])
@@ -167,7 +167,7 @@ def test_reading_prompts_imports_nothing_heavy(tmp_path: Path) -> None:
 
 def test_embedded_lists_are_found_by_name_and_near_ones_are_told() -> None:
     for name, path in PROMPTS.items():
-        assert find_prompts(name) == read_prompts(path)
+        assert load_prompts(name) == read_prompts(path)
     assert "unknown prompts 'scenes-trainning': use scenes-training" in refused("scenes-trainning")
     assert "or a data set of the hub, ORGANISATION/NAME[:SPLIT]" in refused("nothing like it")
     for source in ("", "a/b/c", "/nowhere", "org/name:", "x" * 5000, "a\0b"):
@@ -235,15 +235,15 @@ def test_the_files_of_the_split_and_no_other_are_read_in_order(hub: Hub, layout:
     for name, prompts in LAYOUTS[layout].items():
         hub.add(name, prompts)
     hub.add("default/train/0000.parquet", ["converted"], revision=CONVERTED)
-    assert find_prompts("org/name") == find_prompts("org/name:train") == TWO
+    assert load_prompts("org/name") == load_prompts("org/name:train") == TWO
     if any("test" in name for name in LAYOUTS[layout]):
-        assert find_prompts("org/name:test") == ["held"]
+        assert load_prompts("org/name:test") == ["held"]
 
 
 def test_a_split_named_in_full_is_not_another(hub: Hub) -> None:
     hub.add("data/train-00000-of-00001.parquet", TWO)
     hub.add("data/train_unique-00000-of-00001.parquet", ["other"])
-    assert find_prompts("org/name:train_unique") == ["other"]
+    assert load_prompts("org/name:train_unique") == ["other"]
 
 
 def test_what_the_hub_made_of_a_data_set_is_read_where_it_has_no_such_files(hub: Hub) -> None:
@@ -252,8 +252,8 @@ def test_what_the_hub_made_of_a_data_set_is_read_where_it_has_no_such_files(hub:
     hub.add("default/partial-train/0000.parquet", ["part"], "words", CONVERTED)
     hub.add("other/train/0000.parquet", ["other"], "words", CONVERTED)
     hub.revisions[None] = ["prompts.csv", "README.md", "README.txt"]
-    assert find_prompts("org/name", "words") == TWO
-    assert find_prompts("org/name:other/train", "words") == ["other"]
+    assert load_prompts("org/name", "words") == TWO
+    assert load_prompts("org/name:other/train", "words") == ["other"]
     assert "choose the column, there are image, words" in refused("org/name")
 
 
@@ -261,14 +261,14 @@ def test_configurations_are_not_mixed(hub: Hub) -> None:
     hub.add("B/train.jsonl", ["b"])
     hub.add("A/train.jsonl", ["a"])
     assert refused("org/name").endswith("has A/train, B/train: name one, like org/name:A/train")
-    assert find_prompts("org/name:A/train") == ["a"] and find_prompts("org/name:b/train") == ["b"]
+    assert load_prompts("org/name:A/train") == ["a"] and load_prompts("org/name:b/train") == ["b"]
 
 
 def test_folders_of_a_data_set_without_splits_can_be_named(hub: Hub) -> None:
     hub.add("animals/all.txt", ["a cat"])
     hub.add("places/all.txt", ["a lake"])
     assert "name one, like org/name:animals/train" in refused("org/name")
-    assert find_prompts("org/name:places/train") == ["a lake"]
+    assert load_prompts("org/name:places/train") == ["a lake"]
 
 
 def test_a_split_that_there_is_not_is_told_with_what_there_is(hub: Hub) -> None:
@@ -285,19 +285,19 @@ def test_shards_may_be_empty_but_not_all(hub: Hub) -> None:
     hub.add("train-00000-of-00002.parquet", [])
     assert "data set 'org/name': no prompts in train-00000-of-00002.parquet" in refused("org/name")
     hub.add("train-00001-of-00002.parquet", TWO)
-    assert find_prompts("org/name") == TWO
+    assert load_prompts("org/name") == TWO
 
 
 def test_a_file_that_is_there_comes_before_a_data_set(hub: Hub) -> None:
     hub.add("train.txt", ["of the hub"])
     write(Path("org/name.txt"), TWO)
-    assert find_prompts("org/name.txt") == TWO and find_prompts("org/name") == ["of the hub"]
+    assert load_prompts("org/name.txt") == TWO and load_prompts("org/name") == ["of the hub"]
     Path("org/name.txt").rename("org/name")
     assert refused("org/name").startswith("org/name: prompts are read from")  # never another one in its place
     Path("org/name").unlink()
     Path("org/name").mkdir()
     assert "a folder; name a file in it (or a split of the data set of the hub, org/name:train)" in refused("org/name")
-    assert find_prompts("org/name:train") == ["of the hub"]
+    assert load_prompts("org/name:train") == ["of the hub"]
 
 
 # The hub's own library, before a server of one data set.
@@ -356,9 +356,9 @@ def test_a_data_set_is_downloaded_once_and_then_read_offline(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "(HF_HUB_OFFLINE=1) not in the hub's cache" in refused("org/name")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    assert find_prompts("org/name") == TWO
+    assert load_prompts("org/name") == TWO
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert find_prompts("org/name") == TWO
+    assert load_prompts("org/name") == TWO
     next((tmp_path / "cache").rglob("train-00000*.jsonl")).unlink()
     assert "1 of 2 files are in the hub's cache" in refused("org/name")
 
@@ -374,7 +374,7 @@ def test_a_data_set_is_downloaded_once_and_then_read_offline(
 def test_refusals_of_the_hub_are_one_line(server: Serve, code: str, status: int, message: str) -> None:
     server(code, status)
     with pytest.raises(InputError, match=message):
-        find_prompts("org/name")
+        load_prompts("org/name")
     refused("org/name")
 
 

@@ -15,11 +15,11 @@ from conftest import Steer
 from served import process, serving
 
 from steer.apps.recipes import read_png, write_png
-from steer.apps.reward_specs import names_alone
+from steer.apps.reward_specs import only_named_rewards
 from steer.errors import InputError
 from steer.reward import RewardError, score
 from steer.rewards.parser import load_reward
-from steer.rewards.remote import Remote, read_weight
+from steer.rewards.remote import RemoteReward, read_weight
 
 IMAGES = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "b", "c"]
@@ -33,7 +33,7 @@ def liar(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def test_what_is_true_comes_through(liar: str) -> None:
     reward = load_reward(f"{liar}good")
-    assert isinstance(reward, Remote) and reward.serves == "liar" and not reward.differentiable
+    assert isinstance(reward, RemoteReward) and reward.serves == "liar" and not reward.differentiable
     assert score(reward, IMAGES, PROMPTS).tolist() == [1, 2, 3]
     total = load_reward(f"{liar}good:2 + {liar}good,timeout=9,tries=1:-0.5 + brightness:0.3:0")
     assert torch.allclose(score(total, IMAGES, PROMPTS), torch.tensor([1.5, 3, 4.5]))
@@ -163,10 +163,10 @@ def test_a_run_goes_on_when_the_process_is_back(
     (tmp_path / "armed").unlink()
     with serving(f"own_served:{kind}", tmp_path, "--port", port):
         assert steer(*words, *out)[0] == 0
-    told = json.loads(report.read_text())
-    assert [entry["prompt"] for entry in told["prompts"]] == ["a circle", "a star"]
-    assert [entry["rewards"] for entry in told["prompts"]] == [
-        sorted(entry["rewards"], reverse=True) for entry in told["prompts"]
+    payload = json.loads(report.read_text())
+    assert [entry["prompt"] for entry in payload["prompts"]] == ["a circle", "a star"]
+    assert [entry["rewards"] for entry in payload["prompts"]] == [
+        sorted(entry["rewards"], reverse=True) for entry in payload["prompts"]
     ]
 
 
@@ -205,7 +205,7 @@ SPECS = ["{}", "{}:2", "brightness + {}", "min(brightness, {})", "product({} > 0
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_an_address_is_no_name(spec: str, canary: Canary) -> None:
-    assert not names_alone(spec.format(canary.url)) and not canary.called()
+    assert not only_named_rewards(spec.format(canary.url)) and not canary.called()
 
 
 @pytest.mark.parametrize("spec", SPECS[:3])

@@ -44,20 +44,20 @@ def published(
     pipe: Any, latents: Tensor, optimiser: torch.optim.Optimizer, iterations: int, weight: float, call: dict[str, Any]
 ) -> dict[str, list[Any]]:
     """The loop of the paper for one image, on the pipeline's own call with its no_grad taken off."""
-    run, told, size = inspect.unwrap(type(pipe).__call__), {"reward": [], "norm": [], "noise": []}, latents.numel()
+    run, reference, size = inspect.unwrap(type(pipe).__call__), {"reward": [], "norm": [], "noise": []}, latents.numel()
     for _ in range(iterations):
         output = run(pipe, **call, latents=latents, generator=[seeded()], output_type="pt")
         reward = likeness(first_output(output), [PROMPT])[0]
         length = latents.norm()
         loss = -reward + weight * (length**2 / 2 - (size - 1) * length.log())
         for name, value in {"reward": reward, "norm": length / size**0.5, "noise": latents}.items():
-            told[name].append(value.detach().clone())
+            reference[name].append(value.detach().clone())
         optimiser.zero_grad()
         loss.backward(inputs=[latents])
         nn.utils.clip_grad_norm_([latents], 0.1)
         optimiser.step()
-    told["noise"].append(latents.detach().clone())
-    return told
+    reference["noise"].append(latents.detach().clone())
+    return reference
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -92,14 +92,14 @@ def test_every_iteration_is_that_of_the_published_loop(
     for row, first in enumerate(torch.randn((2, 4, 4, 4), generator=seeded(5))):
         packed = first if name != "flux" else first.view(4, 2, 2, 2, 2).permute(1, 3, 0, 2, 4).reshape(shape)
         leaf = nn.Parameter(packed[None].clone())
-        told = published(pipe, leaf, OPTIMISERS[rule](lr, [leaf]), iterations, weight, call)
-        rewards, norms = torch.stack(told["reward"]), torch.stack(told["norm"])
+        reference = published(pipe, leaf, OPTIMISERS[rule](lr, [leaf]), iterations, weight, call)
+        rewards, norms = torch.stack(reference["reward"]), torch.stack(reference["norm"])
         torch.testing.assert_close(torch.stack([one.rewards[0, row] for one in out.trace]), rewards, **CLOSE)
         torch.testing.assert_close(torch.stack([one.norms[0, row] for one in out.trace]), norms, **CLOSE)
         torch.testing.assert_close(torch.stack([one.best[0, row] for one in out.trace]), rewards.cummax(0).values)
-        torch.testing.assert_close(last[row], told["noise"][-1][0], **CLOSE)
+        torch.testing.assert_close(last[row], reference["noise"][-1][0], **CLOSE)
         assert out.start is not None
-        torch.testing.assert_close(out.start.noise[row], told["noise"][int(rewards.argmax())][0], **CLOSE)
+        torch.testing.assert_close(out.start.noise[row], reference["noise"][int(rewards.argmax())][0], **CLOSE)
     assert (out.trace[-1].best > out.trace[0].best).all()
 
 
@@ -107,14 +107,14 @@ def test_the_defaults_are_the_published_numbers() -> None:
     run = ReNOPipeline(cached_pipe("sd"), REWARD)
     published_ones = {"optimiser": Nesterov(5.0, 0.9), "regularisation": 0.01, "max_grad_norm": 0.1}
     default = run(generator=seeded(), iterations=3, prompt=PROMPT, height=8, width=8)
-    told = run(
+    reference = run(
         generator=seeded(),
         iterations=3,
         gradient=Backprop(),
         **published_ones,
         **own_kwargs("sd") | {"guidance_scale": 0},
     )
-    assert torch.equal(default.start.noise, told.start.noise)
+    assert torch.equal(default.start.noise, reference.start.noise)
     assert inspect.signature(ReNOPipeline.__call__).parameters["iterations"].default == 50
 
 
@@ -134,18 +134,18 @@ def test_a_batch_of_prompts_gives_each_what_it_gets_alone(name: str, steps: int,
     run = ReNOPipeline(lcm() if name == "lcm" else cached_pipe(name), reward)
     call = own_kwargs("sd" if name == "lcm" else name, steps) | {"output_type": "pt", "guidance_scale": 0.0}
     call |= {"gradient": Backprop(checkpointing=False)} | options
-    together = run(**call | {"prompt": PROMPTS}, generator=[seeded(i) for i in range(8)])
+    batched = run(**call | {"prompt": PROMPTS}, generator=[seeded(i) for i in range(8)])
     ends = set()
     for row in range(0, 8, 2 if name == "lcm" else 1):
-        alone = run(**call | {"prompt": PROMPTS[row]}, generator=seeded(row))
-        for ours, theirs in zip(alone.trace, together.trace, strict=False):
+        single = run(**call | {"prompt": PROMPTS[row]}, generator=seeded(row))
+        for ours, theirs in zip(single.trace, batched.trace, strict=False):
             torch.testing.assert_close(ours.rewards[0], theirs.rewards[row], **CLOSE)
             torch.testing.assert_close(ours.norms[0], theirs.norms[row], **CLOSE)
-        torch.testing.assert_close(alone.rewards[0], together.rewards[row], **CLOSE)
-        torch.testing.assert_close(alone.trace[-1].best[0], together.trace[-1].best[row], **CLOSE)
-        torch.testing.assert_close(alone.start.noise[0], together.start.noise[row], **CLOSE)
-        torch.testing.assert_close(alone.images[0], together.images[row], **CLOSE)
-        ends.add(len(alone.trace))
+        torch.testing.assert_close(single.rewards[0], batched.rewards[row], **CLOSE)
+        torch.testing.assert_close(single.trace[-1].best[0], batched.trace[-1].best[row], **CLOSE)
+        torch.testing.assert_close(single.start.noise[0], batched.start.noise[row], **CLOSE)
+        torch.testing.assert_close(single.images[0], batched.images[row], **CLOSE)
+        ends.add(len(single.trace))
     assert len(ends) > 1 if "patience" in options else ends == {5}
 
 
@@ -191,15 +191,15 @@ def test_everything_is_sorted_by_the_reward_together(output_type: str) -> None:
 
 def test_latents_of_the_users_are_where_it_starts() -> None:
     latents = torch.randn(2, 4, 4, 4, generator=seeded(9))
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
     ReNOPipeline(cached_pipe("sd"), REWARD)(
         num_particles=2,
         iterations=1,
         latents=latents,
-        on_iteration=lambda iteration: seen.append(iteration.images),
+        on_iteration=lambda iteration: recorded.append(iteration.images),
         **own_kwargs("sd"),
     )
-    torch.testing.assert_close(seen[0], images_of(cached_pipe("sd"), latents=latents, **call_kwargs("sd", 2, 1)))
+    torch.testing.assert_close(recorded[0], images_of(cached_pipe("sd"), latents=latents, **call_kwargs("sd", 2, 1)))
 
 
 @pytest.mark.parametrize(("name", "encoders"), [("sd", 1), ("sd3", 3), ("pixart", 1)])

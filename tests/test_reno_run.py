@@ -18,7 +18,7 @@ from soft_rewards import Function, Soft, Sum, images_of, likeness, own_kwargs, r
 from torch import Tensor, nn
 
 from steer import Iteration, NoiseSearchPipeline, ReNOPipeline, SteeringOutput
-from steer.diffusion.step_hooks import CannotSteer
+from steer.diffusion.step_hooks import UnsupportedPipelineError
 from steer.errors import InputError
 from steer.noise import Adam
 from steer.pipelines.particle_batch import ParticleBatch
@@ -101,7 +101,7 @@ def test_a_reward_that_fails_at_once_raises(function: Function) -> None:
 
 
 def test_pipelines_without_latents_are_refused() -> None:
-    with pytest.raises(CannotSteer, match="StableDiffusionImg2ImgPipeline takes no latents"):
+    with pytest.raises(UnsupportedPipelineError, match="StableDiffusionImg2ImgPipeline takes no latents"):
         run(name="img2img")
 
 
@@ -152,19 +152,19 @@ def test_zero_order_numbers_that_do_not_fit_are_named(options: dict[str, Any]) -
         (with_a_root_of_zero, "the gradient of reward 'sum' is not finite at iteration 3", 4),
     ],
 )
-def test_a_later_failure_ends_with_the_best_so_far(then: Function, message: str, seen: int) -> None:
+def test_a_later_failure_ends_with_the_best_so_far(then: Function, message: str, recorded: int) -> None:
     def falling(images: Tensor, prompts: Sequence[str]) -> Tensor:
         return -likeness(images, prompts).detach() + likeness(images, prompts) * 1e-3
 
-    good, told = run(Sum(like=falling, red=redness)), []
+    good, observed = run(Sum(like=falling, red=redness)), []
     reward = Sum(like=from_call(3, then, falling), red=redness)
-    out = run(reward, on_iteration=told.append)
-    assert out.stopped is not None and re.search(message, out.stopped) and len(out.trace) == seen
-    assert good.stopped is None and same_traces(out.trace[:3], good.trace[:3]) and len(told) == 3
+    out = run(reward, on_iteration=observed.append)
+    assert out.stopped is not None and re.search(message, out.stopped) and len(out.trace) == recorded
+    assert good.stopped is None and same_traces(out.trace[:3], good.trace[:3]) and len(observed) == 3
     out = out.in_slot_order()
     torch.testing.assert_close(out.rewards, torch.stack([one.rewards for one in out.trace]).amax(0))
     asked = [own_kwargs("sd3")["prompt"]] * 2
-    if seen == 3:
+    if recorded == 3:
         for name, function in {"like": falling, "red": redness}.items():
             torch.testing.assert_close(out.parts[name][0], function(out.images, asked), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.parts["like"] + out.parts["red"], out.rewards)
@@ -187,35 +187,35 @@ def test_patience_ends_a_search_or_begins_it_anew(restarts: int) -> None:
     heights = [1.0, 3.0, 2.0, 3.0, 0.0, 0.5, 0.5, 0.0, 4.0, 0.0, 0.0, 9.0]  # twice none better: 3, 7, 10
 
     def scripted(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        height = heights[len(seen)]
-        seen.append(images.detach())
+        height = heights[len(recorded)]
+        recorded.append(images.detach())
         return 0 * images.sum((1, 2, 3)) + height
 
-    seen: list[Tensor] = []
+    recorded: list[Tensor] = []
     options = {"patience": 2, "restarts": restarts, "regularisation": 0.0}  # nothing moves it but new noise
     out = ReNOPipeline(pipe, Soft(scripted))(
         iterations=15, generator=seeded(3), num_inference_steps=5, output_type="pt", **options
     )
     assert len(out.trace) == [4, None, 11][restarts]
     assert out.trace[-1].best.item() == [3.0, None, 4.0][restarts]
-    torch.testing.assert_close(out.images, seen[[1, None, 8][restarts]])
-    jumps = [place for place, (a, b) in enumerate(pairwise(seen[: len(out.trace)])) if not torch.equal(a, b)]
+    torch.testing.assert_close(out.images, recorded[[1, None, 8][restarts]])
+    jumps = [place for place, (a, b) in enumerate(pairwise(recorded[: len(out.trace)])) if not torch.equal(a, b)]
     assert jumps == [[], None, [3, 7]][restarts]
 
 
 def test_the_observer_sees_every_iteration_and_can_end_the_run() -> None:
-    seen: list[Iteration] = []
+    recorded: list[Iteration] = []
 
-    def watch(iteration: Iteration) -> bool:
-        seen.append(iteration)
+    def observer(iteration: Iteration) -> bool:
+        recorded.append(iteration)
         return iteration.number == 2
 
     reward = Sum(like=likeness, red=redness)
-    out = run(reward, on_iteration=watch)
-    assert [(one.number, one.total) for one in seen] == [(0, 5), (1, 5), (2, 5)] and out.stopped is None
-    assert same_traces(seen, out.trace) and all(one.images is None for one in out.trace)
+    out = run(reward, on_iteration=observer)
+    assert [(one.number, one.total) for one in recorded] == [(0, 5), (1, 5), (2, 5)] and out.stopped is None
+    assert same_traces(recorded, out.trace) and all(one.images is None for one in out.trace)
     asked = [own_kwargs("sd3")["prompt"]] * 2
-    for one in seen:
+    for one in recorded:
         assert one.images is not None and one.images.shape == (2, 3, 8, 8) and one.norms.shape == (1, 2)
         torch.testing.assert_close(one.parts["red"][0], redness(one.images, asked))
         torch.testing.assert_close(one.rewards[0], likeness(one.images, asked) + redness(one.images, asked))
@@ -230,7 +230,7 @@ def chain_of(name: str, **options: Any) -> NoiseToImage:
 def test_a_negative_prompt_is_not_taken_for_the_prompt() -> None:
     """Flux encodes it in a call of its own."""
     chain = chain_of("flux", negative_prompt="blue", true_cfg_scale=4.0)
-    assert torch.equal(chain(chain.start), chain.quickly(chain.start))
+    assert torch.equal(chain(chain.start), chain.fast_images(chain.start))
 
 
 def test_a_pipeline_that_lets_no_gradients_through_is_named() -> None:
@@ -241,7 +241,7 @@ def test_a_pipeline_that_lets_no_gradients_through_is_named() -> None:
 
     call.__signature__ = inspect.signature(plain.__call__)  # type: ignore[attr-defined]
     pipe.__class__ = type("Deaf", (plain,), {"__call__": call})
-    with pytest.raises(CannotSteer, match=r"Deaf lets no gradients through.*zero-order"):
+    with pytest.raises(UnsupportedPipelineError, match=r"Deaf lets no gradients through.*zero-order"):
         ReNOPipeline(pipe, REWARD)(iterations=1, generator=seeded(), **own_kwargs("sd"))
 
 
@@ -255,4 +255,4 @@ def test_fewer_iterations_than_a_file_holds_are_refused(tmp_path: Path) -> None:
 def test_nothing_of_a_graph_outlives_its_iteration() -> None:
     chain = chain_of("sd")
     Backprop()(chain, chain.start, 0)
-    assert chain.population.latents.grad_fn is None
+    assert chain.particle_batch.latents.grad_fn is None

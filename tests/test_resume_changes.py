@@ -14,19 +14,19 @@ from test_trainable import image
 from steer.errors import InputError
 from steer.training.trainable import LoRA
 
-WARM = SHORT | {"warmup_steps": 0, "max_steps": 2, "checkpoint_every": 1}
+WARM = SHORT | {"warmup_steps": 0, "max_steps": 2, "save_steps": 1}
 
 
 def test_a_run_is_resumed_with_another_learning_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     train("grpo", fresh(), tmp_path, settings_of("grpo", **WARM))
-    changed = WARM | {"learning_rate": 0.002, "weight_decay": 0.0, "max_steps": 4, "eval_every": 2}
+    changed = WARM | {"learning_rate": 0.002, "weight_decay": 0.0, "max_steps": 4, "eval_steps": 2}
     with caplog.at_level(logging.WARNING):
         result = train("grpo", fresh(), tmp_path, settings_of("grpo", **changed))
     assert [record["learning_rate"] for record in result.records] == [0.01, 0.01, 0.002, 0.002]
     for line in (
         "resumed with another learning_rate: 0.002, before it was 0.01",
         "resumed with another max_steps: 4, before it was 2",
-        "resumed with another eval_every: 2, before it was 1",
+        "resumed with another eval_steps: 2, before it was 1",
     ):
         assert caplog.messages.count(line) == 1
     caplog.clear()
@@ -54,7 +54,7 @@ def test_a_lora_starts_from_a_trained_one_and_has_it_as_its_reference(tmp_path: 
     pipe = fresh()
     lora = LoRA(pipe, 2, 5.0)
     assert not torch.equal(image(pipe), there)
-    lora.start_from(str(tmp_path))
+    lora.load_initial_adapter(str(tmp_path))
     assert torch.equal(image(pipe), there)
     for parameter in lora.parameters.values():
         parameter.data += 0.1
@@ -88,13 +88,13 @@ def test_an_adapter_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     for options, message in (
         ({"rank": 3, "alpha": 5.0}, "is of rank 2: give lora_rank: 2"),
         ({"rank": 2}, "its alpha is 5: give lora_alpha: 5"),
-        ({"rank": 2, "alpha": 5.0, "targets": ["to_q"]}, "give its lora_targets"),
+        ({"rank": 2, "alpha": 5.0, "targets": ["to_q"]}, "give its lora_target_modules"),
     ):
         with pytest.raises(InputError, match=message):
-            LoRA(fresh(), **options).start_from(str(tmp_path))  # type: ignore[arg-type]
+            LoRA(fresh(), **options).load_initial_adapter(str(tmp_path))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="no LoRA there"):
-        LoRA(fresh(), 2).start_from(str(tmp_path / "nowhere"))
+        LoRA(fresh(), 2).load_initial_adapter(str(tmp_path / "nowhere"))
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(load_file(file) | {"unet.conv_out.weight": torch.ones(1)}, file)
     with pytest.raises(InputError, match=r"conv_out\.weight is not in both"):
-        LoRA(fresh(), 2).start_from(str(tmp_path))
+        LoRA(fresh(), 2).load_initial_adapter(str(tmp_path))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from steer import BestOfNPipeline, FKSteeringPipeline, ReNOPipeline, RewardBackpropTrainer, TrainingConfig
 from steer.errors import InputError
 from steer.reward import RewardError, score, score_components, with_metadata, with_timeout
-from steer.rewards.compose import Combined, Part
+from steer.rewards.compose import CombinedReward, WeightedReward
 from steer.rewards.parser import combine, load_reward
 
 IMAGES = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(0))
@@ -45,9 +45,13 @@ def test_scores_of_plain_kinds_are_read(kind: str, count: int) -> None:
     def red(images: Tensor, prompts: Sequence[str]) -> Any:
         return RETURNED[kind](images[:, 0].mean((1, 2)))
 
-    for reward in (load_reward(red), with_timeout(load_reward(red), 5), Combined([Part(load_reward(red))])):
-        found = score(reward, IMAGES[:count], PROMPTS[:count])
-        assert found.dtype == torch.float32 and found.tolist() == pytest.approx(RED[:count].tolist())
+    for reward in (
+        load_reward(red),
+        with_timeout(load_reward(red), 5),
+        CombinedReward([WeightedReward(load_reward(red))]),
+    ):
+        outcome = score(reward, IMAGES[:count], PROMPTS[:count])
+        assert outcome.dtype == torch.float32 and outcome.tolist() == pytest.approx(RED[:count].tolist())
 
 
 def test_whole_numbers_are_scores() -> None:
@@ -127,24 +131,24 @@ def test_rewards_of_pictures_get_pictures(reward: Any) -> None:
 
 
 def test_what_failed_with_a_tensor_once_is_not_asked_with_one_again() -> None:
-    seen: list[type] = []
+    calls: list[type] = []
 
     def picky(images, prompts):  # type: ignore[no-untyped-def]
-        seen.append(type(images))
+        calls.append(type(images))
         return undeclared(images, prompts)
 
     reward = load_reward(picky)
     for _ in range(3):
         score(reward, IMAGES, PROMPTS)
-    assert seen == [Tensor, list, list, list]
+    assert calls == [Tensor, list, list, list]
 
 
 def test_a_reward_that_took_a_tensor_once_is_not_asked_twice_when_it_fails() -> None:
-    seen: list[type] = []
+    calls: list[type] = []
 
     def later(images, prompts):  # type: ignore[no-untyped-def]
-        seen.append(type(images))
-        if len(seen) > 1:
+        calls.append(type(images))
+        if len(calls) > 1:
             raise ValueError("no more")
         return images.mean((1, 2, 3))
 
@@ -152,7 +156,7 @@ def test_a_reward_that_took_a_tensor_once_is_not_asked_twice_when_it_fails() -> 
     score(reward, IMAGES, PROMPTS)
     with pytest.raises(RewardError, match="reward 'later' failed: ValueError: no more"):
         score(reward, IMAGES, PROMPTS)
-    assert seen == [Tensor, Tensor]
+    assert calls == [Tensor, Tensor]
 
 
 def test_the_first_failure_is_the_one_that_is_reported() -> None:

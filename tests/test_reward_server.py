@@ -22,7 +22,7 @@ from served import Served, serving
 
 from steer.reward import RewardError, score
 from steer.rewards.parser import load_reward
-from steer.rewards.remote import MOST_BYTES, MOST_IMAGES, TOKEN, decode, encode
+from steer.rewards.remote import MAX_IMAGES, MAX_REQUEST_BYTES, TOKEN, decode, encode
 
 IMAGES = torch.rand(3, 3, 8, 6, generator=torch.Generator().manual_seed(0))
 PROMPTS = ["a", "“b” ü", "c"]
@@ -31,17 +31,17 @@ Reply = tuple[int, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serving("colour:red:2 + brightness", tmp_path_factory.mktemp("served")) as found:
-        yield found
+    with serving("colour:red:2 + brightness", tmp_path_factory.mktemp("served")) as result:
+        yield result
 
 
 def ask(url: str, method: str, path: str, body: bytes = b"", **headers: str) -> Reply:
     connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60)
     connection.request(method, path, body, headers)
     response = connection.getresponse()
-    told = json.loads(response.read())
+    payload = json.loads(response.read())
     connection.close()
-    return response.status, told
+    return response.status, payload
 
 
 def picture(image: Image.Image, form: str = "PNG") -> str:
@@ -68,15 +68,15 @@ def bomb() -> str:
 def test_scores_are_those_of_the_reward_on_rounded_images(served: Served) -> None:
     rounded = (IMAGES * 255).round() / 255
     wanted = score(load_reward("colour:red:2 + brightness"), rounded, PROMPTS)
-    found = score(load_reward(served.url), IMAGES, PROMPTS)
-    assert torch.allclose(found, wanted, atol=1e-6) and wanted.std() > 0.01
+    result = score(load_reward(served.url), IMAGES, PROMPTS)
+    assert torch.allclose(result, wanted, atol=1e-6) and wanted.std() > 0.01
 
 
 def test_many_images_go_in_several_requests_and_keep_their_order(served: Served) -> None:
-    images = torch.linspace(0, 1, 2 * MOST_IMAGES + 5).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    images = torch.linspace(0, 1, 2 * MAX_IMAGES + 5).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
     wanted = score(load_reward("colour:red:2 + brightness"), (images * 255).round() / 255, ["x"] * len(images))
-    found = score(load_reward(f"min({served.url})"), images, ["x"] * len(images))
-    assert torch.allclose(found, wanted, atol=1e-6) and wanted.unique().numel() > 60
+    result = score(load_reward(f"min({served.url})"), images, ["x"] * len(images))
+    assert torch.allclose(result, wanted, atol=1e-6) and wanted.unique().numel() > 60
 
 
 def test_what_is_encoded_is_decoded() -> None:
@@ -85,9 +85,9 @@ def test_what_is_encoded_is_decoded() -> None:
 
 
 def test_it_says_what_it_is(served: Served) -> None:
-    status, told = ask(served.url, "GET", "/")
-    assert status == 200 and told["protocol"] == 1 and told["differentiable"] is False
-    assert load_reward(served.url).serves == told["name"] != ""  # type: ignore[attr-defined]
+    status, payload = ask(served.url, "GET", "/")
+    assert status == 200 and payload["protocol"] == 1 and payload["differentiable"] is False
+    assert load_reward(served.url).serves == payload["name"] != ""  # type: ignore[attr-defined]
 
 
 RGB = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
@@ -102,7 +102,7 @@ REFUSED = [
     (request(picture(RGB), prompts=[None]), "must hold base64 texts"),
     (request(picture(RGB), prompts=["a", "b"]), "as many prompts: got 1 and 2"),
     (request(), "1 to 32 images"),
-    (request(*[picture(RGB)] * (MOST_IMAGES + 1)), "1 to 32 images"),
+    (request(*[picture(RGB)] * (MAX_IMAGES + 1)), "1 to 32 images"),
     (request("@@@"), "cannot be read as PNG"),
     (request("AAAA"), "cannot be read as PNG"),
     (request(picture(RGB)[:80] + "AAAA"), "cannot be read as PNG"),
@@ -117,8 +117,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("body", "message"), REFUSED, ids=[message for _, message in REFUSED])
 def test_a_bad_request_is_400_and_one_line(served: Served, body: bytes, message: str) -> None:
-    status, told = ask(served.url, "POST", "/score", body)
-    assert status == 400 and message in told["error"] and told["error"].isprintable()
+    status, payload = ask(served.url, "POST", "/score", body)
+    assert status == 400 and message in payload["error"] and payload["error"].isprintable()
     assert ask(served.url, "GET", "/")[0] == 200
 
 
@@ -127,7 +127,7 @@ def test_a_bad_request_is_400_and_one_line(served: Served, body: bytes, message:
     [
         ("GET", "/other", "0", 404),
         ("POST", "/", "0", 404),
-        ("POST", "/score", str(MOST_BYTES + 1), 413),
+        ("POST", "/score", str(MAX_REQUEST_BYTES + 1), 413),
         ("POST", "/score", "9" * 5000, 413),
         ("POST", "/score", "-1", 411),
         ("POST", "/score", "²", 411),
@@ -157,8 +157,8 @@ def test_calls_of_the_reward_are_one_by_one_and_it_ends_in_order(tmp_path: Path,
     with serving("own_served:alone", tmp_path) as served:
         reward = load_reward(f"{served.url},tries=9")
         with ThreadPoolExecutor(6) as pool:
-            found = list(pool.map(lambda _: score(reward, IMAGES, PROMPTS), range(12)))
-        assert all(torch.equal(found[0], one) for one in found)
+            result = list(pool.map(lambda _: score(reward, IMAGES, PROMPTS), range(12)))
+        assert all(torch.equal(result[0], one) for one in result)
         assert served.end(number) == (0, "", "")
 
 

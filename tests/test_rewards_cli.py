@@ -73,9 +73,9 @@ def test_train_makes_a_folder_that_scores(steer: Steer, scenes: Path, tmp_path: 
     data = scenes / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     out, work = tmp_path / "earlier", tmp_path / "work"
-    code, told, err = steer("rewards", "train", data, "--out", out, "--work", work, "--steps", 40, "--members", 2)
+    code, stdout, err = steer("rewards", "train", data, "--out", out, "--work", work, "--steps", 40, "--members", 2)
     assert code == 0, err
-    assert "accuracy" in told and Image.open(work / "training.png").width > 400
+    assert "accuracy" in stdout and Image.open(work / "training.png").width > 400
     code, scored, _ = steer("score", scenes / "0.png", "--prompt", "a star", "--reward", out)
     assert code == 0 and len(json.loads(scored)["scores"][0]["components"]) == 2
 

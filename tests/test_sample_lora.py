@@ -10,9 +10,9 @@ from PIL import Image
 from test_evaluate import lora
 
 from steer import BestOfNPipeline
-from steer.apps.methods import METHODS, STRENGTHS
+from steer.apps.methods import DEFAULT_LAMBDAS, METHODS
 from steer.apps.models import load_pipeline
-from steer.apps.plots import made_how
+from steer.apps.plots import image_title
 from steer.apps.recipes import read_png
 
 WORDS = ["a red star", "--steps", "3", "--particles", "2", "--seed", "5", "--guidance", "4", "--reward", "brightness"]
@@ -92,9 +92,9 @@ def test_weights_that_are_not_there_are_told_before_any_model_is_loaded(steer: S
     ],
 )
 def test_the_grid_says_what_its_sides_are(method: str, lora: str | None, said: str) -> None:
-    assert made_how({"method": method, "settings": {"lora": lora}}) == said
-    assert lora or made_how({"method": method, "settings": {}}) == said, "an older report"
+    assert image_title({"method": method, "settings": {"lora": lora}}) == said
+    assert lora or image_title({"method": method, "settings": {}}) == said, "an older report"
 
 
 def test_every_method_has_a_strength() -> None:
-    assert STRENGTHS.keys() == METHODS.keys()
+    assert DEFAULT_LAMBDAS.keys() == METHODS.keys()

@@ -15,11 +15,11 @@ import torch
 from conftest import Steer, replaced
 from PIL import Image
 
-from steer.apps.methods import SampleSettings
-from steer.apps.processes import Processes, processes
-from steer.apps.sampling import Record, open_record
+from steer.apps.methods import SamplingConfig
+from steer.apps.processes import LaunchContext, processes
+from steer.apps.sampling import PartialReport, open_report
 from steer.errors import InputError
-from steer.files import summed, unsummed
+from steer.files import dumps_with_checksum, loads_with_checksum
 
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TWO += ["-m", "steer.apps.cli.main"]
@@ -79,7 +79,7 @@ def made(out: Path) -> dict[str, bytes]:
 
 def report_of(out: Path) -> dict[str, Any]:
     """All of it but the seconds and its sum."""
-    report = unsummed((out / "report.json").read_text())
+    report = loads_with_checksum((out / "report.json").read_text())
     for one in (report, *report["prompts"]):
         del one["cost"]["seconds"]
     return report
@@ -127,7 +127,7 @@ def test_what_cannot_be_is_said_once(words: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [0, 1, 5, 12])
 def test_shares_are_all_of_it_once_and_even(count: int, n: int) -> None:
-    shares = [list(Processes(index, count).share(n)) for index in range(count)]
+    shares = [list(LaunchContext(index, count).share(n)) for index in range(count)]
     assert sorted(chain(*shares)) == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -151,7 +151,7 @@ def test_each_of_several_processes_has_its_own_card(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    four = [Processes(index, 4, local_index=index % 3) for index in range(4)]  # of which the last is elsewhere
+    four = [LaunchContext(index, 4, local_rank=index % 3) for index in range(4)]  # of which the last is elsewhere
     assert [one.device(None) for one in four] == [one.device("cuda") for one in four]
     assert chosen == ["cuda:0", "cuda:1", "cuda:0", "cuda:0"] * 2
     assert [four[1].device(given) for given in ("cpu", "cuda:0")] == ["cpu", "cuda:0"] and len(chosen) == 8
@@ -169,18 +169,18 @@ def entry_of(out: Path, number: int, prompt: str) -> dict[str, Any]:
 
 
 def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
-    settings = SampleSettings(**SETTINGS)
-    mine = open_record(tmp_path, PROMPTS, settings)
+    settings = SamplingConfig(**SETTINGS)
+    mine = open_report(tmp_path, PROMPTS, settings)
     assert mine.missing(5, False) == [0, 1, 2, 3, 4]
-    others = Record(mine.out, mine.told, {})
+    others = PartialReport(mine.out, mine.told, {})
     mine.keep(0, entry_of(tmp_path, 0, "a circle"), alone=False)
     others.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
-    alone = open_record(tmp_path, PROMPTS, settings)
+    alone = open_report(tmp_path, PROMPTS, settings)
     assert alone.missing(5, False) == [1, 2, 4]
     alone.keep(1, entry_of(tmp_path, 1, "a star"), alone=True)
     # What is not next to the others stays beside them, so that the list in the report is that of the prompts.
     assert [entry["prompt"] for entry in report_of(tmp_path)["prompts"]] == ["a circle", "a star"]
-    assert open_record(tmp_path, PROMPTS, settings).missing(5, False) == [2, 4]
+    assert open_report(tmp_path, PROMPTS, settings).missing(5, False) == [2, 4]
     with pytest.raises(InputError, match="lacks prompt 3 of 5: processes on several machines need one folder"):
         alone.merged(5)
     assert (tmp_path / "finished" / "00003.json").exists()
@@ -188,7 +188,7 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
     assert not (tmp_path / "finished" / "00003.json").exists()  # or it would come before what is made later
     others.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
     (tmp_path / "3.png").unlink()
-    again = open_record(tmp_path, PROMPTS, settings)
+    again = open_report(tmp_path, PROMPTS, settings)
     assert again.missing(5, False) == [2, 3, 4]
     for number in (2, 3, 4):
         again.keep(number, entry_of(tmp_path, number, PROMPTS[number]), alone=number != 3)
@@ -196,30 +196,35 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
     assert [entry["images"] for entry in report["prompts"]] == [[f"{n}.png"] for n in range(5)]
     spent = {"nfe": 10, "decodes": 0, "reward_calls": 0, "seconds": 5.0, "gradients": 0, "other_decodes": 0}
     assert report["cost"] == spent
-    assert not (tmp_path / "finished").exists() and open_record(tmp_path, PROMPTS, settings).missing(5, False) == []
+    assert not (tmp_path / "finished").exists() and open_report(tmp_path, PROMPTS, settings).missing(5, False) == []
 
 
 def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
-    settings = SampleSettings(**SETTINGS)
-    record = open_record(tmp_path, PROMPTS, settings)
+    settings = SamplingConfig(**SETTINGS)
+    record = open_report(tmp_path, PROMPTS, settings)
     record.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
     part = tmp_path / "finished" / "00003.json"
     with pytest.raises(InputError, match="holds a run with seed 0, not 1"):
-        open_record(tmp_path, PROMPTS, SampleSettings(**SETTINGS | {"seed": 1}))
+        open_report(tmp_path, PROMPTS, SamplingConfig(**SETTINGS | {"seed": 1}))
     for prompts in (PROMPTS[:3], [*PROMPTS[:3], "a cross"]):
         with pytest.raises(InputError, match="holds a run of other prompts"):
-            open_record(tmp_path, prompts, settings)
+            open_report(tmp_path, prompts, settings)
     before = json.loads(part.read_text())
     entry = before["prompts"][0]
     wrong = [{"cost": None}, {"cost": {"seconds": "1"}}, {"images": 3}, {"base": []}, {"base": {"images": "a"}}]
     for change in wrong:  # found by fuzzing: an older steer's, or an editor's
-        part.write_text(summed(before | {"prompts": [entry | change]}))
+        part.write_text(dumps_with_checksum(before | {"prompts": [entry | change]}))
         with pytest.raises(InputError, match="prompt 4 in its report is none of steer; choose another --out"):
-            open_record(tmp_path, PROMPTS, settings)
+            open_report(tmp_path, PROMPTS, settings)
     for name in ("x" * 400 + ".png", "a\0b", "\ud800", ".", ""):
-        part.write_text(summed(before | {"prompts": [entry | {"images": [name]}]}))
-        assert open_record(tmp_path, PROMPTS, settings).missing(5, False) == [0, 1, 2, 3, 4]
-    for told in ("{", "[]", summed(before | {"number": "3"}), summed(before | {"prompts": []})):
+        part.write_text(dumps_with_checksum(before | {"prompts": [entry | {"images": [name]}]}))
+        assert open_report(tmp_path, PROMPTS, settings).missing(5, False) == [0, 1, 2, 3, 4]
+    for told in (
+        "{",
+        "[]",
+        dumps_with_checksum(before | {"number": "3"}),
+        dumps_with_checksum(before | {"prompts": []}),
+    ):
         part.write_text(told)
         with pytest.raises(InputError, match=r"00003\.json is not a report of steer"):
-            open_record(tmp_path, PROMPTS, settings)
+            open_report(tmp_path, PROMPTS, settings)

@@ -121,10 +121,10 @@ def test_one_swapped_word_costs_both_rewards(prompt: str, wrong: str) -> None:
 def test_the_fraction_counts_requirements() -> None:
     image = np.full((64, 64, 3), 0.95)
     image[10:26, 10:26] = COLOURS["red"]
-    found = objects(image)
-    assert [(thing.colour, thing.shape) for thing in found] == [("red", "square")]
+    detected = objects(image)
+    assert [(thing.colour, thing.shape) for thing in detected] == [("red", "square")]
     both = SceneRequest((Phrase(1, "red", "square"), Phrase(1, "blue", "star")), "left of")
-    assert requirements(both, found) == [False, True, True, False, False, False]
+    assert requirements(both, detected) == [False, True, True, False, False, False]
 
 
 def test_the_exact_reward_reads_larger_images_too(fresh: tuple[torch.Tensor, list[str]]) -> None:
@@ -137,11 +137,11 @@ def test_the_soft_reward_still_tells_blurry_scenes_apart(fresh: tuple[torch.Tens
     images, prompts = fresh[0][:300], fresh[1][:300]
     others = prompts[1:] + prompts[:1]
     wrongly = torch.tensor([parse(a).canonical != parse(b).canonical for a, b in zip(prompts, others, strict=True)])
-    for blur, told in ((1, 0.93), (4, 0.88), (8, 0.7)):
+    for blur, error_text in ((1, 0.93), (4, 0.88), (8, 0.7)):
         blurry = torch.nn.functional.interpolate(torch.nn.functional.avg_pool2d(images, blur), size=64, mode="bilinear")
         right, wrong = (SceneSoftReward()(blurry, texts) for texts in (prompts, others))
         assert ((right >= 0) & (right <= 1)).all()
-        assert (right > wrong)[wrongly].float().mean() > told
+        assert (right > wrong)[wrongly].float().mean() > error_text
 
 
 def test_the_soft_reward_has_gradients_of_its_pixels() -> None:

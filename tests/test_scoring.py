@@ -10,7 +10,7 @@ from conftest import Steer
 from PIL import Image
 from pyarrow import parquet
 
-from steer.apps.scoring import Unprompted
+from steer.apps.scoring import MissingPrompts
 from steer.reward import RewardError
 
 REWARD = """
@@ -137,7 +137,7 @@ def test_no_images_and_two_sources_of_prompts_are_refused(steer: Steer, images: 
 
 
 def test_prompts_that_are_not_there_can_be_counted_and_cut_but_not_read() -> None:
-    none = Unprompted(3)
+    none = MissingPrompts(3)
     assert len(none) == 3 and len(none[1:]) == 2 and len(none[:0]) == 0
     for read in (lambda: none[0], lambda: list(none), lambda: "a" in none, lambda: list(reversed(none))):
         with pytest.raises(RewardError):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from steer.diffusion.preview import first_output
 from steer.diffusion.schedules import VERIFIED
-from steer.diffusion.step_hooks import CannotSteer, SolverStep, hook_steps
+from steer.diffusion.step_hooks import SolverStep, UnsupportedPipelineError, hook_steps
 from steer.errors import InputError
 
 PARTICLES = 3
@@ -305,7 +305,7 @@ def test_a_pipeline_that_edits_its_latents_between_the_steps_is_refused() -> Non
     def edit(pipe: Any, k: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"latents": tensors["latents"] * 0.9}
 
-    with pytest.raises(CannotSteer, match="StableDiffusionPipeline edits its latents between the steps"):
+    with pytest.raises(UnsupportedPipelineError, match="StableDiffusionPipeline edits its latents between the steps"):
         watch(sd(), "sd", lambda event: None, callback_on_step_end=edit)
 
 
@@ -322,7 +322,7 @@ def test_a_callback_that_only_looks_is_taken() -> None:
 
 def test_a_wrong_number_of_rows_is_refused() -> None:
     with (
-        pytest.raises(CannotSteer, match="the scheduler was given 3 rows for 5 particles"),
+        pytest.raises(UnsupportedPipelineError, match="the scheduler was given 3 rows for 5 particles"),
         hook_steps(sd(), lambda event: None, rows=5) as view,
     ):
         run(view, "sd")
@@ -349,7 +349,7 @@ def test_a_second_copy_of_the_scheduler_is_refused_when_resampling_only() -> Non
     with hook_steps(pipe, lambda event: None) as view:
         assert torch.equal(view(), pipe())
     with (
-        pytest.raises(CannotSteer, match="TwoSchedulers also steps copies of its scheduler"),
+        pytest.raises(UnsupportedPipelineError, match="TwoSchedulers also steps copies of its scheduler"),
         hook_steps(pipe, lambda event: (torch.arange(PARTICLES), None)) as view,
     ):
         view()
@@ -361,7 +361,7 @@ def test_a_feature_cache_is_refused_when_resampling() -> None:
     pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
     assert pipe.transformer.is_cache_enabled
     watch(pipe, "flux", lambda event: None)
-    with pytest.raises(CannotSteer, match="disable the feature cache"):
+    with pytest.raises(UnsupportedPipelineError, match="disable the feature cache"):
         watch(pipe, "flux", lambda event: (torch.arange(PARTICLES), None))
 
 
@@ -380,7 +380,7 @@ def test_per_token_timesteps_are_refused() -> None:
     pipe = copy.copy(cached_pipe("sd3"))
     pipe.__class__ = PerToken
     with (
-        pytest.raises(CannotSteer, match="per-token timesteps have no single noise level"),
+        pytest.raises(UnsupportedPipelineError, match="per-token timesteps have no single noise level"),
         hook_steps(pipe, lambda event: None) as view,
     ):
         view()
@@ -397,7 +397,7 @@ def test_a_pipeline_that_never_steps_its_scheduler_is_refused() -> None:
     pipe = copy.copy(sd())
     pipe.__class__ = NoSteps
     with (
-        pytest.raises(CannotSteer, match="NoSteps never stepped its own scheduler"),
+        pytest.raises(UnsupportedPipelineError, match="NoSteps never stepped its own scheduler"),
         hook_steps(pipe, lambda event: None) as view,
     ):
         view()

@@ -30,11 +30,11 @@ class Enough(Exception):
 
 
 def killed_at(number: int) -> Callable[[Iteration], None]:
-    def watch(iteration: Iteration) -> None:
+    def observer(iteration: Iteration) -> None:
         if iteration.number == number:
             raise Enough
 
-    return watch
+    return observer
 
 
 RULES = {
@@ -53,11 +53,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, rule: str) -> None:
     for number in (1, 3):
         with pytest.raises(Enough):
             run(reward, state_file=file, on_iteration=killed_at(number), **options)
-    told: list[int] = []
-    assert same(run(reward, state_file=file, on_iteration=lambda one: told.append(one.number), **options), whole)
-    assert told == [4] and [path.name for path in file.parent.iterdir()] == ["state"]
-    again = run(reward, state_file=file, on_iteration=lambda one: told.append(one.number), **options)
-    assert same(again, whole) and told == [4]
+    observed: list[int] = []
+    assert same(run(reward, state_file=file, on_iteration=lambda one: observed.append(one.number), **options), whole)
+    assert observed == [4] and [path.name for path in file.parent.iterdir()] == ["state"]
+    again = run(reward, state_file=file, on_iteration=lambda one: observed.append(one.number), **options)
+    assert same(again, whole) and observed == [4]
     longer = run(reward, state_file=file, iterations=7, **options)
     assert same(longer, run(reward, iterations=7, **options))
 

@@ -16,7 +16,7 @@ from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import BestOfNPipeline, SelectionPipeline, StepReport
-from steer.diffusion.step_hooks import CannotSteer
+from steer.diffusion.step_hooks import UnsupportedPipelineError
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
@@ -34,7 +34,7 @@ def bright_or_dark(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return images.mean((1, 2, 3)) * torch.tensor([1.0 if prompt == "up" else -1.0 for prompt in prompts])
 
 
-def told(pipe: GaussianPipeline, groups: int, **options: Any) -> tuple[SteeringOutput, list[StepReport]]:
+def observed_run(pipe: GaussianPipeline, groups: int, **options: Any) -> tuple[SteeringOutput, list[StepReport]]:
     """A run with one prompt in two going up, and all that its observer was told."""
     reports: list[StepReport] = []
     out = SelectionPipeline(pipe, bright_or_dark)(
@@ -76,7 +76,7 @@ def test_a_finite_strength_draws_in_proportion_to_exp_without_replacement(beams:
 def test_every_candidate_is_a_draw_from_the_exact_kernel_of_the_best_one_before_it() -> None:
     """x̂0 = a x + b of the closed form gives x back; z of x_s = mean(x of the best) + τ z must be standard normal."""
     pipe, groups = GaussianPipeline(), 300
-    out, reports = told(pipe, groups)
+    out, reports = observed_run(pipe, groups)
     ways, timesteps = pipe.transitions(STEPS, eta=1.0), pipe.scheduler.timesteps.tolist()
     sign = torch.tensor([1.0, -1.0]).repeat(groups // 2)[:, None]
     before: Tensor | None = None
@@ -102,7 +102,7 @@ def test_every_candidate_is_a_draw_from_the_exact_kernel_of_the_best_one_before_
 
 def test_a_finite_strength_chooses_by_the_softmax_in_a_run_too() -> None:
     groups, lam = 1200, 40.0
-    out, _ = told(GaussianPipeline(), groups, lam=lam, select_steps=[4])
+    out, _ = observed_run(GaussianPipeline(), groups, lam=lam, select_steps=[4])
     (evaluation,) = out.history
     chosen = evaluation.ancestors[:, :1]
     assert torch.equal(evaluation.ancestors, chosen.expand(groups, K))
@@ -119,7 +119,7 @@ def test_a_finite_strength_chooses_by_the_softmax_in_a_run_too() -> None:
 
 def test_beams_are_the_best_of_each_prompt_with_equally_many_children() -> None:
     groups = 6
-    out, _ = told(GaussianPipeline(), groups, num_particles=6, beams=3)
+    out, _ = observed_run(GaussianPipeline(), groups, num_particles=6, beams=3)
     assert len(out.history) == STEPS - 1
     for evaluation in out.history:
         for rewards, ancestors in zip(evaluation.rewards.tolist(), evaluation.ancestors.tolist(), strict=True):
@@ -145,17 +145,17 @@ def test_without_a_choice_it_is_the_pipelines_own_noisy_batch(pipe_of: Callable[
 @pytest.mark.parametrize("name", ["sd", "sd3", "flux", "wan"])
 @pytest.mark.parametrize("beams", [1, 2])
 def test_every_family_is_searched_each_prompt_by_itself(pipe_of: Callable[[str], Any], name: str, beams: int) -> None:
-    seen: list[list[str]] = []
+    scored_prompts: list[list[str]] = []
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
-        seen.append(list(prompts))
+        scored_prompts.append(list(prompts))
         return redness(images, prompts)
 
     call = steer_kwargs(name) | {"prompt": ["a red circle", "a blue star"], "output_type": "pt", "chunk_size": 2 * K}
     run = SelectionPipeline(pipe_of(name), reward)
     out, again = (run(num_particles=K, beams=beams, generator=seeded(3), **call) for _ in range(2))
     assert torch.equal(out.images, again.images) and all(map(torch.equal, out.ancestors, again.ancestors))
-    assert all(prompts == ["a red circle"] * K + ["a blue star"] * K for prompts in seen)
+    assert all(prompts == ["a red circle"] * K + ["a blue star"] * K for prompts in scored_prompts)
     assert [evaluation.step for evaluation in out.history] == [0, 1, 2, 3]
     for evaluation in out.history:
         best = evaluation.rewards.topk(beams, 1).indices.sort(1).values
@@ -199,9 +199,9 @@ def test_solvers_without_a_kernel_are_refused_unless_they_bring_noise_of_their_o
     )
     for pipe in (heun, lcm):
         name = type(pipe.scheduler).__name__
-        with pytest.raises(CannotSteer, match=f"{name} has no Gaussian kernel to draw candidates from"):
+        with pytest.raises(UnsupportedPipelineError, match=f"{name} has no Gaussian kernel to draw candidates from"):
             SelectionPipeline(pipe, redness)(num_particles=K, **call)
-    with pytest.raises(CannotSteer, match="HeunDiscreteScheduler is deterministic"):
+    with pytest.raises(UnsupportedPipelineError, match="HeunDiscreteScheduler is deterministic"):
         SelectionPipeline(heun, redness)(num_particles=K, eta=None, **call)
     out = SelectionPipeline(lcm, redness)(num_particles=K, eta=None, generator=seeded(), output_type="pt", **call)
     assert out.history and all(not torch.equal(out.images[i], out.images[j]) for i in range(K) for j in range(i))

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from steer.files import make_folder, staged, sync, write_text
+from steer.files import atomic_write, make_folder, sync, write_text
 
 
 def test_a_file_is_replaced_at_the_end_of_the_block_and_not_before(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.json"
-    with staged(path) as new:
+    with atomic_write(path) as new:
         new.write_text("one")
         assert new.parent == path.parent and not path.exists()
     assert path.read_text() == "one"
-    with staged(path) as new:
+    with atomic_write(path) as new:
         new.write_text("two")
         assert path.read_text() == "one"
     assert path.read_text() == "two" and list(path.parent.iterdir()) == [path]
@@ -32,7 +32,7 @@ def test_after_an_exception_the_old_file_stays_alone(tmp_path: Path, error: Base
     path = tmp_path / "file"
     if before:
         path.write_text(before)
-    with pytest.raises(type(error)), staged(path) as new:
+    with pytest.raises(type(error)), atomic_write(path) as new:
         new.write_text("half")
         raise error
     assert [one.read_text() for one in tmp_path.iterdir()] == ([before] if before else [])
@@ -46,7 +46,7 @@ def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
 
 def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old(tmp_path: Path) -> None:
     write_text(tmp_path / "file", "old")
-    with pytest.raises(FileNotFoundError), staged(tmp_path / "file"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "file"):
         pass
     assert (tmp_path / "file").read_text() == "old"
 
@@ -67,7 +67,7 @@ def test_bytes_then_the_name_then_the_folder_reach_the_disk(tmp_path: Path, monk
     monkeypatch.setattr(os, "fsync", watched)
     monkeypatch.setattr(os, "replace", moved)
     inodes[tmp_path.stat().st_ino] = "folder"
-    with staged(tmp_path / "file") as new:
+    with atomic_write(tmp_path / "file") as new:
         new.write_text("x")
         inodes[new.stat().st_ino] = "file"
     assert told == ["fsync file", "file.new → file", "fsync folder"]

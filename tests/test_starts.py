@@ -11,9 +11,9 @@ from gaussian import GaussianPipeline
 from soft_rewards import Soft, images_of, likeness, own_kwargs, seeded
 from torch import Tensor
 
-from steer.diffusion.step_hooks import CannotSteer
+from steer.diffusion.step_hooks import UnsupportedPipelineError
 from steer.errors import InputError
-from steer.pipelines.fk_steering import highest
+from steer.pipelines.fk_steering import top_k_indices
 from steer.pipelines.initial_noise import ScreenedNoise, screen_initial_noise, unscaled
 
 REWARD = Soft(likeness)
@@ -37,34 +37,34 @@ def test_as_many_candidates_as_are_kept_change_nothing(name: str, scheduler: Any
     pipe, generator = pipeline(name, scheduler), seeded(4)
     plain = images_of(pipe, **call_kwargs(name, 3, 4), generator=seeded(4))
     before = generator.get_state()
-    found = screened(name, scheduler, candidates=3, generator=generator)
-    assert torch.equal(generator.get_state(), before) and found.chosen.tolist() == [[0, 1, 2]]
+    result = screened(name, scheduler, candidates=3, generator=generator)
+    assert torch.equal(generator.get_state(), before) and result.chosen.tolist() == [[0, 1, 2]]
     for _ in range(2):
-        assert torch.equal(images_of(pipe, **call_kwargs(name, 3, 4) | found.arguments()), plain)
+        assert torch.equal(images_of(pipe, **call_kwargs(name, 3, 4) | result.arguments()), plain)
 
 
 def test_generators_of_the_rows_are_the_pipelines_own_too() -> None:
     pipe = pipeline("sd", EulerAncestralDiscreteScheduler)
     plain = images_of(pipe, **call_kwargs("sd", 3, 4), generator=[seeded(s) for s in (5, 6, 7)])
-    found = screened(scheduler=EulerAncestralDiscreteScheduler, candidates=3, generator=[seeded(s) for s in (5, 6, 7)])
-    assert torch.equal(images_of(pipe, **call_kwargs("sd", 3, 4) | found.arguments()), plain)
+    result = screened(scheduler=EulerAncestralDiscreteScheduler, candidates=3, generator=[seeded(s) for s in (5, 6, 7)])
+    assert torch.equal(images_of(pipe, **call_kwargs("sd", 3, 4) | result.arguments()), plain)
 
 
 @pytest.mark.parametrize(("name", "scheduler"), CASES)
 def test_the_best_of_the_candidates_are_kept(name: str, scheduler: Any) -> None:
     """Each candidate's reward is that of its own run, which its noise alone brings back."""
-    found = screened(name, scheduler)
-    best = sorted(range(7), key=lambda c: -found.rewards[0, c].item())[:3]
-    assert found.chosen.tolist() == [sorted(best)]
+    result = screened(name, scheduler)
+    best = sorted(range(7), key=lambda c: -result.rewards[0, c].item())[:3]
+    assert result.chosen.tolist() == [sorted(best)]
     everything = screened(name, scheduler, keep=7)
     if scheduler is None or scheduler is EulerDiscreteScheduler:  # what solvers add on the way is not the noise
-        call = own_kwargs(name, 2) | {"latents": found.noise, "generator": seeded(9)}
+        call = own_kwargs(name, 2) | {"latents": result.noise, "generator": seeded(9)}
         count = {key: 3 for key in call_kwargs(name, 3) if key.startswith("num_") and key.endswith("_per_prompt")}
         images = images_of(pipeline(name, scheduler), **call, **count)
         frames = images if images.dim() == 4 else images.flatten(0, 1)
         rewards = likeness(frames, [PROMPT] * len(frames)).view(3, -1).mean(1)
-        torch.testing.assert_close(rewards, found.rewards[0, found.chosen[0]], **CLOSE)
-    assert everything.noise.shape == (7, *found.noise.shape[1:])
+        torch.testing.assert_close(rewards, result.rewards[0, result.chosen[0]], **CLOSE)
+    assert everything.noise.shape == (7, *result.noise.shape[1:])
 
 
 def test_the_first_candidates_are_the_pipelines_own_and_more_only_add() -> None:
@@ -79,9 +79,9 @@ def test_the_first_candidates_are_the_pipelines_own_and_more_only_add() -> None:
 
 @pytest.mark.parametrize("scheduler", [None, EulerAncestralDiscreteScheduler])
 @pytest.mark.parametrize("together", [1, 2, 3, 7, 20])
-def test_batches_of_candidates_change_nothing(scheduler: Any, together: int) -> None:
-    whole = screened(scheduler=scheduler, together=7)
-    components = screened(scheduler=scheduler, together=together)
+def test_batches_of_candidates_change_nothing(scheduler: Any, candidate_batch_size: int) -> None:
+    whole = screened(scheduler=scheduler, candidate_batch_size=7)
+    components = screened(scheduler=scheduler, candidate_batch_size=candidate_batch_size)
     torch.testing.assert_close(components.rewards, whole.rewards, **CLOSE)
     assert torch.equal(components.chosen, whole.chosen) and torch.equal(components.noise, whole.noise)
 
@@ -94,19 +94,19 @@ def test_no_batch_is_larger_than_the_real_one_and_everything_is_counted() -> Non
         return likeness(images, prompts)
 
     prompts = ["a red circle", "a blue star"]
-    found = screened(reward=Soft(watching), prompt=prompts, chunk_size=99)
-    assert sizes == [6, 6, 2] and found.rewards.shape == (2, 7) and found.noise.shape[0] == 6
-    assert (found.cost.nfe, found.cost.decodes, found.cost.reward_calls) == (2 * 7 * 2, 14, 14)
-    assert found.cost.seconds > 0 and found.cost.gradients == 0
+    result = screened(reward=Soft(watching), prompt=prompts, chunk_size=99)
+    assert sizes == [6, 6, 2] and result.rewards.shape == (2, 7) and result.noise.shape[0] == 6
+    assert (result.cost.nfe, result.cost.decodes, result.cost.reward_calls) == (2 * 7 * 2, 14, 14)
+    assert result.cost.seconds > 0 and result.cost.gradients == 0
 
 
 def test_each_prompt_has_candidates_of_its_own() -> None:
-    found = screened(prompt=["a red circle", "a red circle"])
+    result = screened(prompt=["a red circle", "a red circle"])
     pool = screened(prompt=["a red circle", "a red circle"], keep=7, candidates=7)
-    assert not torch.equal(found.rewards[0], found.rewards[1])
-    rows = [found.rewards[b, c] for b in range(2) for c in found.chosen[b].tolist()]
+    assert not torch.equal(result.rewards[0], result.rewards[1])
+    rows = [result.rewards[b, c] for b in range(2) for c in result.chosen[b].tolist()]
     pipe, call = pipeline("sd"), own_kwargs("sd", 2) | {"prompt": ["a red circle"] * 2}
-    images = images_of(pipe, **call, latents=found.noise, generator=seeded(), num_images_per_prompt=3)
+    images = images_of(pipe, **call, latents=result.noise, generator=seeded(), num_images_per_prompt=3)
     torch.testing.assert_close(likeness(images, ["a red circle"] * 6), torch.stack(rows), **CLOSE)
     assert len({tuple(one.flatten().tolist()) for one in pool.noise}) == 14
 
@@ -121,15 +121,15 @@ def test_fresh_candidates_are_standard_normal_in_a_closed_form() -> None:
         return images[:, 0, 0, 0]
 
     options = {"keep": 4, "candidates": 600, "steps": 10, "together": 300}
-    found = screen_initial_noise(pipe, Soft(first_pixel), **options, generator=seeded(1), num_inference_steps=20)
-    noise = ((found.rewards - shift) / gain)[0]
-    torch.testing.assert_close(found.noise[:, 0, 0, 0], noise[found.chosen[0]], rtol=1e-3, atol=1e-3)
+    result = screen_initial_noise(pipe, Soft(first_pixel), **options, generator=seeded(1), num_inference_steps=20)
+    noise = ((result.rewards - shift) / gain)[0]
+    torch.testing.assert_close(result.noise[:, 0, 0, 0], noise[result.chosen[0]], rtol=1e-3, atol=1e-3)
     assert abs(noise.mean()) < 4 / math.sqrt(600) and abs(noise.std() - 1) < 4 / math.sqrt(1200)
-    assert found.noise[:, 0, 0, 0].min() >= noise.sort().values[-4] - 1e-3
+    assert result.noise[:, 0, 0, 0].min() >= noise.sort().values[-4] - 1e-3
 
 
 def test_of_equal_rewards_the_lower_number_wins() -> None:
-    assert highest(torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 1.0]]), 2).tolist() == [[1, 2], [0, 3]]
+    assert top_k_indices(torch.tensor([[1.0, 2.0, 2.0, 2.0], [0.0, 0.0, 0.0, 1.0]]), 2).tolist() == [[1, 2], [0, 3]]
     flat = screened(reward=Soft(lambda images, prompts: images.mean((1, 2, 3)) * 0))
     assert flat.chosen.tolist() == [[0, 1, 2]]
 
@@ -169,7 +169,7 @@ def test_calls_that_cannot_be_screened_are_named(options: dict[str, Any], messag
 
 
 def test_a_pipeline_that_starts_from_an_image_is_refused() -> None:
-    with pytest.raises(CannotSteer, match="does not start from noise of its caller's"):
+    with pytest.raises(UnsupportedPipelineError, match="does not start from noise of its caller's"):
         screened("img2img")
 
 

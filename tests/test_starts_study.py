@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 from torch import Generator, Tensor
 
-from steer.apps.scenes.evaluate import Found, Point, Spent
+from steer.apps.scenes.evaluate import Cost, Point, PromptResults
 from steer.apps.scenes.noise_studies import (
     PLAIN,
     SCREENED,
@@ -19,11 +19,11 @@ from steer.apps.scenes.noise_studies import (
 )
 
 
-def results(seed: int, steps: int, prompts: int = 3, images: int = 6) -> Found:
+def results(seed: int, steps: int, prompts: int = 3, images: int = 6) -> PromptResults:
     generator = Generator().manual_seed(seed)
     proxy = torch.rand(prompts, images, generator=generator)
     exact = torch.randint(0, 4, (prompts, images), generator=generator) / 3
-    return Found(proxy, exact, Spent(float(images * steps), float(images), images * steps / 100))
+    return PromptResults(proxy, exact, Cost(float(images * steps), float(images), images * steps / 100))
 
 
 def test_correlations_are_scipys() -> None:
@@ -37,7 +37,7 @@ def test_correlations_are_scipys() -> None:
 
 def test_a_short_run_that_ranks_as_the_whole_one_foretells_it_all() -> None:
     whole = results(1, 20)
-    short = Found(whole.proxy**3, whole.exact, whole.spent)
+    short = PromptResults(whole.proxy**3, whole.exact, whole.spent)
     told = foretold(4, short, whole)
     assert told["spearman"] == pytest.approx([1, 1, 1]) and told["pairs"] == 1
     assert told["pairs_exact"] == told["pairs_exact_of_the_whole_run"]
@@ -58,7 +58,7 @@ def test_screened_best_of_k_is_picked_and_paid_by_hand() -> None:
 
 def test_between_two_points_is_on_the_line() -> None:
     def at(size: int, value: Tensor) -> Point:
-        return Point(size, value, value, value, None, Spent(20.0 * size, 5.0 * size, 0.1 * size))
+        return Point(size, value, value, value, None, Cost(20.0 * size, 5.0 * size, 0.1 * size))
 
     points = [at(4, torch.tensor([0.0, 1.0])), at(8, torch.tensor([1.0, 1.0])), at(12, torch.tensor([3.0, 0.0]))]
     middle = between(points, 100.0, "evaluations")

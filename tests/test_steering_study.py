@@ -16,7 +16,16 @@ from steer.apps.models import load_pipeline
 from steer.apps.scenes import __main__ as stages
 from steer.apps.scenes import steering_studies as steering_ablations
 from steer.apps.scenes import steering_studies as steering_study
-from steer.apps.scenes.evaluate import STEERING, Contender, Found, KeptRuns, Point, Samples, Search, Spent
+from steer.apps.scenes.evaluate import (
+    STEERING,
+    BestOfN,
+    Cost,
+    NoiseSearch,
+    Point,
+    PromptResults,
+    ResultCache,
+    SteeringMethod,
+)
 from steer.apps.scenes.steering_studies import ablations, contenders, draw_ablations, draw_steering, variants
 from steer.apps.scenes.steering_studies import steering_study as study
 from steer.assets import MODELS
@@ -27,15 +36,15 @@ CALL = {"num_inference_steps": 4, "guidance_scale": 4.0}
 PROMPTS = ["a red circle", "two blue stars", "a green cross"]
 
 
-def results(prompts: int, images: int, seconds: float = 8.0) -> Found:
+def results(prompts: int, images: int, seconds: float = 8.0) -> PromptResults:
     generator = Generator().manual_seed(0)
     proxy = torch.rand(prompts, images, generator=generator)
     exact = torch.randint(0, 4, (prompts, images), generator=generator) / 3
-    return Found(proxy, exact, Spent(evaluations=images * 20.0, decodes=float(images), seconds=seconds))
+    return PromptResults(proxy, exact, Cost(evaluations=images * 20.0, decodes=float(images), seconds=seconds))
 
 
 def test_best_of_n_is_the_mean_over_subsets_and_costs_its_share() -> None:
-    found, samples = results(3, 6), Samples("best-of-n", 6, sizes=(1, 2, 4, 6))
+    found, samples = results(3, 6), BestOfN("best-of-n", 6, sizes=(1, 2, 4, 6))
     points = samples.points(found)
     assert [point.size for point in points] == [1, 2, 4, 6]
     for point in points:
@@ -52,7 +61,7 @@ def test_best_of_n_is_the_mean_over_subsets_and_costs_its_share() -> None:
 
 
 def test_equal_cost_is_equal_cost() -> None:
-    found, samples = results(3, 4), Samples("best-of-n", 4)
+    found, samples = results(3, 4), BestOfN("best-of-n", 4)
     at_seconds, at_evaluations = samples.at_seconds(found, 5.0), samples.at_evaluations(found, 60.0)
     assert at_seconds is not None and at_seconds.size == 2.5 and at_seconds.spent.seconds == 5.0
     assert at_evaluations is not None and at_evaluations.size == 3 and at_evaluations.spent.evaluations == 60
@@ -60,7 +69,7 @@ def test_equal_cost_is_equal_cost() -> None:
 
 
 def test_a_search_is_judged_after_every_iteration_at_what_it_took_until_then() -> None:
-    found, search = results(2, 3), Search("search", 3, neighbours=4)
+    found, search = results(2, 3), NoiseSearch("search", 3, neighbours=4)
     points = search.points(found)
     assert [point.size for point in points] == [1, 5, 9]
     assert [point.spent.seconds for point in points] == pytest.approx(
@@ -74,14 +83,14 @@ def test_a_search_is_judged_after_every_iteration_at_what_it_took_until_then() -
 def test_a_difference_is_over_the_prompts_that_both_have() -> None:
     def point(right: Sequence[float]) -> Point:
         values = torch.tensor(right)
-        return Point(1, values, values, values, None, Spent(1, 1, 1))
+        return Point(1, values, values, values, None, Cost(1, 1, 1))
 
     told = point([1.0, 1.0, 0.0, 1.0]).minus(point([0.0, 1.0]))
     assert told["prompts"] == 2 and told["right"][0] == 0.5
     assert told["right"][1] == 0 and told["right"][2] == 1
 
 
-def tiny(large: str = "no-such-model") -> list[Contender]:
+def tiny(large: str = "no-such-model") -> list[SteeringMethod]:
     return contenders(sizes=(1, 4), part=2, large=large)
 
 
@@ -109,8 +118,8 @@ def test_the_study_runs_and_goes_on_without_doing_anything_twice(
     assert (tmp_path / "study.png").stat().st_size > 20_000
 
     ran: list[str] = []
-    monkeypatch.setattr(Contender, "run", _told(ran, Contender.run))
-    monkeypatch.setattr(Search, "run", _told(ran, Search.run))
+    monkeypatch.setattr(SteeringMethod, "run", _told(ran, SteeringMethod.run))
+    monkeypatch.setattr(NoiseSearch, "run", _told(ran, NoiseSearch.run))
     assert study(tmp_path, "scene-soft", PROMPTS, tiny(), CALL) == found and ran == []
     (tmp_path / "fk-4/0000.json").unlink()
     again = study(tmp_path, "scene-soft", PROMPTS, tiny(), CALL)
@@ -128,7 +137,7 @@ def test_the_study_runs_and_goes_on_without_doing_anything_twice(
 
 
 def _told(ran: list[str], run: Any) -> Any:
-    def told(self: Contender, *arguments: Any) -> Found:
+    def told(self: SteeringMethod, *arguments: Any) -> PromptResults:
         ran.append(self.name)
         return run(self, *arguments)  # type: ignore[no-any-return]
 
@@ -136,8 +145,8 @@ def _told(ran: list[str], run: Any) -> Any:
 
 
 def test_what_is_kept_is_what_the_pipeline_gives(tmp_path: Path) -> None:
-    one = Contender("FK", 2, FKSteeringPipeline, STEERING)
-    (found,) = KeptRuns(tmp_path, "scene-soft", CALL).run([one], PROMPTS[:2])
+    one = SteeringMethod("FK", 2, FKSteeringPipeline, STEERING)
+    (found,) = ResultCache(tmp_path, "scene-soft", CALL).run([one], PROMPTS[:2])
     pipe = load_pipeline("scenes", "cpu")
     pipe.set_progress_bar_config(disable=True)
     out = FKSteeringPipeline(pipe, "scene-soft")(
@@ -171,7 +180,7 @@ def test_ablations_change_one_setting_at_a_time(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stage", ["steering", "ablations"])
 def test_the_stages_write_numbers_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
-    monkeypatch.setattr(steering_study, "contenders", lambda large: [Samples("best-of-n", 1, sizes=(1,))])
+    monkeypatch.setattr(steering_study, "contenders", lambda large: [BestOfN("best-of-n", 1, sizes=(1,))])
     monkeypatch.setattr(steering_ablations, "variants", lambda: variants({"η": {"0": {}}}, {}))
     words = [stage, "--count", "1", "--out", tmp_path, "--json", tmp_path / "found.json"]
     monkeypatch.setattr(sys, "argv", ["scenes", *map(str, words)])

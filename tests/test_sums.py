@@ -13,7 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from steer.errors import InputError
-from steer.files import SUMS, check_sums, staged_with_sums, summed, unsummed, write_sums
+from steer.files import (
+    CHECKSUMS,
+    atomic_write_with_checksums,
+    dumps_with_checksum,
+    loads_with_checksum,
+    verify_checksums,
+    write_checksums,
+)
 from steer.training.supervised import read_state, write_state
 
 FILES = {"a.bin": b"one", "deep/b.json": b"{}"}
@@ -24,40 +31,40 @@ def folder(tmp_path: Path) -> Path:
     for name, content in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    write_sums(tmp_path)
+    write_checksums(tmp_path)
     return tmp_path
 
 
 def test_another_program_reads_the_sums(folder: Path) -> None:
-    assert (folder / SUMS).read_text().split()[1::2] == [*FILES]
+    assert (folder / CHECKSUMS).read_text().split()[1::2] == [*FILES]
     if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "--strict", "-c", SUMS], cwd=folder, check=True, capture_output=True)
+        subprocess.run(["sha256sum", "--strict", "-c", CHECKSUMS], cwd=folder, check=True, capture_output=True)
 
 
 def test_files_are_held_against_the_sums_of_their_folder_or_the_one_above(folder: Path) -> None:
     paths = [folder / name for name in FILES]
     (folder / "other").write_text("x")
-    assert check_sums(*paths, folder / "other") == [folder / "other"]
+    assert verify_checksums(*paths, folder / "other") == [folder / "other"]
     for path in paths:
         whole = path.read_bytes()
         for spoilt in (whole[:-1], whole + b"x", bytes([whole[0] ^ 1]) + whole[1:]):
             path.write_bytes(spoilt)
-            with pytest.raises(InputError, match=f"{path} is damaged: its sha256 is not the one in {SUMS}"):
-                check_sums(*paths)
+            with pytest.raises(InputError, match=f"{path} is damaged: its sha256 is not the one in {CHECKSUMS}"):
+                verify_checksums(*paths)
         path.write_bytes(whole)
-    assert check_sums(*paths) == []
-    (folder / SUMS).unlink()
-    assert check_sums(*paths) == paths
+    assert verify_checksums(*paths) == []
+    (folder / CHECKSUMS).unlink()
+    assert verify_checksums(*paths) == paths
 
 
 @pytest.mark.parametrize("content", [b"x\n", b"\0\xff", b"0" * 64 + b" a.bin\n", b"G" * 64 + b"  a.bin\n"])
 def test_sums_that_are_none_are_refused(folder: Path, content: bytes) -> None:
-    (folder / SUMS).write_bytes(content)
-    with pytest.raises(InputError, match=f"{SUMS} is damaged; restore it, or delete it"):
-        check_sums(folder / "a.bin")
-    (folder / SUMS).write_bytes(b"0" * (1 << 21))
-    with pytest.raises(InputError, match=f"{SUMS} is too large"):
-        check_sums(folder / "a.bin")
+    (folder / CHECKSUMS).write_bytes(content)
+    with pytest.raises(InputError, match=f"{CHECKSUMS} is damaged; restore it, or delete it"):
+        verify_checksums(folder / "a.bin")
+    (folder / CHECKSUMS).write_bytes(b"0" * (1 << 21))
+    with pytest.raises(InputError, match=f"{CHECKSUMS} is too large"):
+        verify_checksums(folder / "a.bin")
 
 
 def test_files_take_their_places_together_and_their_sums_before_them(
@@ -66,19 +73,19 @@ def test_files_take_their_places_together_and_their_sums_before_them(
     told, replace = [], os.replace
 
     def moved(source: Path, target: Path) -> None:
-        assert all((tmp_path / f"{name}.new").exists() or name in told for name in ("a", "b", SUMS))
+        assert all((tmp_path / f"{name}.new").exists() or name in told for name in ("a", "b", CHECKSUMS))
         told.append(target.name)
         replace(source, target)
 
-    with staged_with_sums(tmp_path, ["a", "b"]) as new:
+    with atomic_write_with_checksums(tmp_path, ["a", "b"]) as new:
         for path in new.values():
             path.write_text(path.name)
         monkeypatch.setattr(os, "replace", moved)
-    assert told == [SUMS, "b", "a"] and check_sums(tmp_path / "a", tmp_path / "b") == []
+    assert told == [CHECKSUMS, "b", "a"] and verify_checksums(tmp_path / "a", tmp_path / "b") == []
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with (
         pytest.raises(InputError, match=r"cannot be written \(full\); make room"),
-        staged_with_sums(tmp_path, ["a"]) as new,
+        atomic_write_with_checksums(tmp_path, ["a"]) as new,
     ):
         new["a"].write_text("half")
         raise OSError("full")
@@ -95,12 +102,12 @@ VALUES = st.recursive(
 @given(st.dictionaries(st.text().filter(lambda key: key != "sha256"), VALUES, max_size=4), st.data())
 @settings(max_examples=60, deadline=None)
 def test_json_with_its_sum_comes_back_and_no_changed_bit_does(told: dict[str, object], data: st.DataObject) -> None:
-    text = summed(told)
-    assert unsummed(text) == told and list(json.loads(text))[-1] == "sha256"
+    text = dumps_with_checksum(told)
+    assert loads_with_checksum(text) == told and list(json.loads(text))[-1] == "sha256"
     place, bit = data.draw(st.integers(0, len(text) - 1)), data.draw(st.integers(0, 6))
     spoilt = text[:place] + chr(ord(text[place]) ^ 1 << bit) + text[place + 1 :]
     try:
-        found = unsummed(spoilt)
+        found = loads_with_checksum(spoilt)
     except ValueError:  # no JSON, or another sum
         return
     assert "sha256" not in found or place, spoilt
@@ -109,10 +116,10 @@ def test_json_with_its_sum_comes_back_and_no_changed_bit_does(told: dict[str, ob
 
 
 def test_numbers_that_json_lacks_and_json_without_a_sum_are_read() -> None:
-    assert unsummed(summed({"a": -math.inf, "b": "\ud800"})) == {"a": -math.inf, "b": "\ud800"}
-    assert unsummed('{"a": 1}') == {"a": 1} and unsummed("[]") == []
+    assert loads_with_checksum(dumps_with_checksum({"a": -math.inf, "b": "\ud800"})) == {"a": -math.inf, "b": "\ud800"}
+    assert loads_with_checksum('{"a": 1}') == {"a": 1} and loads_with_checksum("[]") == []
     with pytest.raises(InputError, match="it was changed since it was written: its sha256 is another"):
-        unsummed(summed({"a": 1}).replace("1", "2", 1))
+        loads_with_checksum(dumps_with_checksum({"a": 1}).replace("1", "2", 1))
 
 
 def test_a_training_state_of_another_bit_is_refused_and_an_older_one_is_read(tmp_path: Path) -> None:

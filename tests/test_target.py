@@ -90,11 +90,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, search: str) -> None:
     for number in (0, 2):
         with pytest.raises(Enough):
             run(state_file=file, on_iteration=killed_at(number), **call)
-    told: list[int] = []
-    assert same(run(state_file=file, on_iteration=lambda one: told.append(one.number), **call), whole)
-    assert told == list(range(3, len(whole.trace)))
-    ended = run(state_file=file, on_iteration=lambda one: told.append(-1), **call)
-    assert same(ended, whole) and -1 not in told
+    observed: list[int] = []
+    assert same(run(state_file=file, on_iteration=lambda one: observed.append(one.number), **call), whole)
+    assert observed == list(range(3, len(whole.trace)))
+    ended = run(state_file=file, on_iteration=lambda one: observed.append(-1), **call)
+    assert same(ended, whole) and -1 not in observed
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -117,8 +117,8 @@ def test_a_target_that_is_no_number_is_refused(search: str, target: float) -> No
 
 def test_a_search_at_its_target_moves_no_more() -> None:
     search = Search.start(torch.tensor([[1.0], [2.0]]), rule := Nesterov(0.5)).record(torch.tensor([3.0, 1.0]))
-    assert search.reach(None) is search and not search.reach(3.01).finished.any()
-    search = search.reach(3.0)
+    assert search.finish_at_target(None) is search and not search.finish_at_target(3.01).finished.any()
+    search = search.finish_at_target(3.0)
     assert search.finished.tolist() == [True, False]
     moved = search.ascend(torch.ones(2, 1), rule).noise
     assert moved[0] == 1.0 and moved[1] > 2.0

@@ -18,16 +18,16 @@ from team_child import fresh, gradients
 from steer import GRPOTrainer
 from steer.errors import InputError
 from steer.training.checkpoint import Checkpoints
-from steer.training.distributed import SINGLE_PROCESS, total
+from steer.training.distributed import SINGLE_PROCESS, sum_over_processes
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parent
 
 
 def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
     """Two gloo processes. accelerate launch --cpu --num_processes 2 would silently begin one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(HERE / "team_child.py"), str(folder), *what]
-    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    command += [str(TESTS / "team_child.py"), str(folder), *what]
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     return subprocess.run(command, env=given, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -41,7 +41,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def single_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two have: more of them round otherwise, and a chain of steps amplifies it
@@ -50,19 +50,23 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(path: Path) -> dict[str, Any]:
+def metrics(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["told"])
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(method: str, made: Path, alone: Path) -> None:
-    one, two, other = (load_file(path / f"{method}-{n}.safetensors") for path, n in ((alone, 0), (made, 0), (made, 1)))
+def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(
+    method: str, made: Path, single_process: Path
+) -> None:
+    one, two, other = (
+        load_file(path / f"{method}-{n}.safetensors") for path, n in ((single_process, 0), (made, 0), (made, 1))
+    )
     assert all(torch.equal(two[name], other[name]) for name in one), "both have the same"
     longest = max(value.abs().max() for value in one.values())
     assert longest > 0
     assert max((two[name] - value).abs().max() for name, value in one.items()) <= 1e-5 * longest
-    whole, half = told(alone / f"{method}-0.safetensors"), told(made / f"{method}-1.safetensors")
+    whole, half = metrics(single_process / f"{method}-0.safetensors"), metrics(made / f"{method}-1.safetensors")
     assert (whole.pop("processes"), half.pop("processes")) == (1, 2)
     assert whole.pop("rows") == 2 * half.pop("rows") == 12
     assert half == pytest.approx(whole, rel=1e-4, abs=1e-6, nan_ok=True)
@@ -105,22 +109,22 @@ def test_what_two_processes_began_one_goes_on_with(made: Path, tmp_path: Path) -
 def test_a_signal_to_one_process_stops_all_at_the_same_place(made: Path) -> None:
     ends = [json.loads((made / f"interrupted-{n}.json").read_text()) for n in (0, 1)]
     assert ends[0] == ends[1] and ends[0]["stopped"] == "interrupted" and 0 < ends[0]["step"] < 50
-    found, skipped = Checkpoints(made / "interrupted" / "checkpoints").latest()
-    assert found and not skipped and found.json("state")["step"] == ends[0]["step"]
+    newest_checkpoint, skipped = Checkpoints(made / "interrupted" / "checkpoints").latest()
+    assert newest_checkpoint and not skipped and newest_checkpoint.json("state")["step"] == ends[0]["step"]
 
 
 def test_a_process_that_dies_ends_the_run_within_a_minute(tmp_path: Path) -> None:
     ended = launched(tmp_path, "dies")
     assert ended.returncode != 0
     assert time.time() - float((tmp_path / "died.txt").read_text()) < 60
-    found, skipped = Checkpoints(tmp_path / "dies" / "checkpoints").latest()
-    assert found and not skipped, "what was saved before is whole"
+    newest_checkpoint, skipped = Checkpoints(tmp_path / "dies" / "checkpoints").latest()
+    assert newest_checkpoint and not skipped, "what was saved before is whole"
 
 
 def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from steer.pipelines.training import distributed as team
+    from steer.pipelines.training import distributed as context
 
-    class Three(team.AcceleratedTeam):
+    class Three(context.AcceleratedTeam):
         def __init__(self, accelerator: Any) -> None:
             super().__init__(accelerator)
             self.count = 3
@@ -133,7 +137,7 @@ def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.Monke
 
 
 def test_a_sum_over_one_process_is_what_it_has() -> None:
-    assert total(SINGLE_PROCESS, [1.5, -2.0]) == [1.5, -2.0]
+    assert sum_over_processes(SINGLE_PROCESS, [1.5, -2.0]) == [1.5, -2.0]
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -153,9 +157,9 @@ def test_divided_weights_learn_what_whole_ones_do_and_go_on_to_the_last_bit(
     result = train("prdp", pipe, tmp_path, settings)
     assert result.weights
     name = {"lora": "final/pytorch_lora_weights.safetensors", "full": "final/unet/diffusion_pytorch_model.safetensors"}
-    alone, divided = (load_file(path / name[kind]) for path in (tmp_path, straight))
-    assert alone.keys() == divided.keys()
+    single_process, divided = (load_file(path / name[kind]) for path in (tmp_path, straight))
+    assert single_process.keys() == divided.keys()
     # Four steps of Adam, 0.01 each in the end: what rounding turns round is less than a hundredth of that.
-    assert max((divided[key] - value).abs().max() for key, value in alone.items()) < 1e-4
+    assert max((divided[key] - value).abs().max() for key, value in single_process.items()) < 1e-4
     if kind == "full":
         assert json.loads((straight / "final/unet/config.json").read_text())["_class_name"] == type(pipe.unet).__name__

@@ -22,7 +22,7 @@ from steer.training.gradient import Batch, reference_of, two_pass_gradient
 from steer.training.guards import kl
 from steer.training.losses import PRDP
 from steer.training.rollout import Sampler, log_probs
-from steer.training.trainable import Full, LoRA, Trainable, denoiser_of
+from steer.training.trainable import FullFinetuning, LoRA, Trainable, get_denoiser
 
 FAMILIES = list(PIPELINES)
 FAR = 0.3  # deviation of weights that show in an image
@@ -64,7 +64,7 @@ def test_all_but_the_lora_is_frozen(name: str) -> None:
     before = {key: copy.deepcopy(model.state_dict()) for key, model in models_of(pipe).items()}
     trained = LoRA(pipe, 2)
     ours = {id(parameter) for parameter in trained.parameters.values()}
-    assert ours and trained.denoiser is denoiser_of(pipe)[1]
+    assert ours and trained.denoiser is get_denoiser(pipe)[1]
     for key, model in models_of(pipe).items():
         assert not model.training
         assert {id(p) for p in model.parameters() if p.requires_grad} == (ours if model is trained.denoiser else set())
@@ -257,9 +257,9 @@ def test_where_a_pipeline_knows_no_loras_peft_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_all_of_a_denoiser(name: str) -> None:
     pipe = fresh_pipe(name)
-    trained = Full(pipe)
+    trained = FullFinetuning(pipe)
     assert torch.equal(image(pipe, name), base_image(name))
-    assert list(trained.parameters) == [n for n, _ in denoiser_of(fresh_pipe(name))[1].named_parameters()]
+    assert list(trained.parameters) == [n for n, _ in get_denoiser(fresh_pipe(name))[1].named_parameters()]
     for model in models_of(pipe).values():
         assert not model.training
         assert all(p.requires_grad == (model is trained.denoiser) for p in model.parameters())
@@ -280,12 +280,12 @@ def test_all_of_a_denoiser(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_all_of_a_denoiser_in_half_precision_is_refused(dtype: torch.dtype) -> None:
     with pytest.raises(InputError, match=r"full finetuning needs weights in float32, .* is torch\..*float16.*LoRA"):
-        Full(fresh_pipe("sd").to(dtype))
+        FullFinetuning(fresh_pipe("sd").to(dtype))
 
 
 def test_all_of_a_denoiser_exports_for_from_pretrained(tmp_path: Path) -> None:
     pipe = fresh_pipe("sd")
-    trained = Full(pipe)
+    trained = FullFinetuning(pipe)
     move(trained, 0.1)
     assert trained.write(trained.state(), tmp_path) == tmp_path / "unet"
     fresh = fresh_pipe("sd")
@@ -312,7 +312,7 @@ def gradient(name: str, make: Callable[[Any], Trainable], checkpointing: bool) -
     return {n: p.grad for n, p in trained.parameters.items() if p.grad is not None}, len(calls)
 
 
-@pytest.mark.parametrize("make", [lambda pipe: LoRA(pipe, 2), Full], ids=["lora", "full"])
+@pytest.mark.parametrize("make", [lambda pipe: LoRA(pipe, 2), FullFinetuning], ids=["lora", "full"])
 @pytest.mark.parametrize("name", ["sd", "flux"])
 def test_gradient_checkpointing_changes_no_gradient(name: str, make: Callable[[Any], Trainable]) -> None:
     plain, calls = gradient(name, make, False)
@@ -323,7 +323,7 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, make: Callable[[A
         torch.testing.assert_close(saved[key], value, rtol=1e-5, atol=1e-6 * float(value.abs().max()) + 1e-12)
 
 
-@pytest.mark.parametrize("make", [lambda pipe: LoRA(pipe, 2), Full], ids=["lora", "full"])
+@pytest.mark.parametrize("make", [lambda pipe: LoRA(pipe, 2), FullFinetuning], ids=["lora", "full"])
 def test_the_reference_has_the_densities_of_the_pipeline_that_training_began_with(
     make: Callable[[Any], Trainable],
 ) -> None:

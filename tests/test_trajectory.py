@@ -17,10 +17,10 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Normal
 
 from steer.diffusion.schedules import Gaussian
-from steer.diffusion.seeds import drawn
+from steer.diffusion.seeds import seeded_normal
 from steer.errors import InputError
 from steer.training.rollout import Rows, Sampler, Trajectories, log_probs
-from steer.training.trainable import denoiser_of
+from steer.training.trainable import get_denoiser
 
 FAMILIES = list(PIPELINES)
 SMALL = {"rtol": 1e-5, "atol": 1e-5}
@@ -46,7 +46,7 @@ def case(name: str) -> tuple[Sampler, Trajectories, Tensor]:
 
 
 def denoiser(pipe: Any) -> nn.Module:
-    return denoiser_of(pipe)[1]
+    return get_denoiser(pipe)[1]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -130,7 +130,7 @@ def test_diffusers_own_ddim_with_the_same_noise(
     plain_step = diffusers.DDIMScheduler.step
 
     def step(self: Any, output: Tensor, t: Any, x: Tensor, eta: float, generator: Any, return_dict: bool) -> Any:
-        z = drawn(TWO_PROMPTS.noises, x, [f"step {len(path)}"] * 4)
+        z = seeded_normal(TWO_PROMPTS.noises, x, [f"step {len(path)}"] * 4)
         out = plain_step(self, output, t, x, eta, variance_noise=z, return_dict=return_dict)
         path.append(out[0])
         return out
@@ -154,7 +154,7 @@ def test_diffusers_own_stochastic_solvers_with_the_same_noise(kind: str, monkeyp
 
     def noise(shape: Any, **options: Any) -> Tensor:
         like = torch.empty(tuple(shape))
-        return drawn(TWO_PROMPTS.noises, like, [f"step {next(steps)}"] * 4)
+        return seeded_normal(TWO_PROMPTS.noises, like, [f"step {next(steps)}"] * 4)
 
     monkeypatch.setattr(__import__(type(scheduler).__module__, fromlist=["_"]), "randn_tensor", noise)
     truth = plain_images(pipe, call, TWO_PROMPTS, 0.0)
@@ -177,7 +177,7 @@ def test_every_solver_with_a_kernel(kind: str) -> None:
     standardised: list[Tensor] = []
     sampler.replay(stored, lambda t, kernel, x_s: standardised.append((x_s - kernel.mean) / kernel.std))
     for t, z in enumerate(standardised):
-        expected = drawn(TWO_PROMPTS.noises, z, [f"step {t}"] * 4)
+        expected = seeded_normal(TWO_PROMPTS.noises, z, [f"step {t}"] * 4)
         torch.testing.assert_close(z, expected, rtol=0, atol=1e-3)  # x_s of Euler's frame is rounded in its own size
 
 

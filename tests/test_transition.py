@@ -14,8 +14,8 @@ from torch.distributions import Independent, Normal, kl_divergence
 from steer.diffusion.schedules import (
     Gaussian,
     Level,
-    can_redraw,
-    copies_part,
+    can_resample_noise,
+    copies_diverge,
     gaussian_transition,
     has_gaussian_kernel,
     level,
@@ -235,13 +235,13 @@ def test_draws_follow_the_generator() -> None:
 def test_a_solver_of_several_calls_has_no_kernel(name: str) -> None:
     scheduler = DIFFUSION[name]()
     scheduler.set_timesteps(4)
-    assert not has_gaussian_kernel(scheduler) and not can_redraw(scheduler)
+    assert not has_gaussian_kernel(scheduler) and not can_resample_noise(scheduler)
     with pytest.raises(InputError, match=f"{name}Scheduler spends several model calls.*DDIMScheduler.from_config"):
         step_levels(scheduler, scheduler.timesteps[0], 0)
 
 
 def test_which_solvers_part_copies() -> None:
-    parting = {name for name, make in (DIFFUSION | FLOW).items() if copies_part(make())}
+    parting = {name for name, make in (DIFFUSION | FLOW).items() if copies_diverge(make())}
     together = {"PNDM", "PNDM-warm-up", "HeunDiscrete", "KDPM2Discrete", "FlowMatchHeunDiscrete"}
     assert parting == set(DIFFUSION | FLOW) - together
 
@@ -250,5 +250,5 @@ def test_which_solvers_part_copies() -> None:
 def test_a_consistency_model_is_not_redrawn_nor_is_a_subclass_of_one(name: str) -> None:
     base = getattr(diffusers, f"{name}Scheduler")
     mine = type("Mine", (base,), {})
-    assert not can_redraw(base()) and not can_redraw(mine())
-    assert copies_part(base()) and copies_part(mine())
+    assert not can_resample_noise(base()) and not can_resample_noise(mine())
+    assert copies_diverge(base()) and copies_diverge(mine())

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from steer import BestOfNPipeline
 from steer.assets import MODELS
-from steer.reward import note_cut, note_cut_by_pipeline, score
+from steer.reward import score, warn_if_pipeline_truncates, warn_if_truncated
 from steer.rewards.analysis import check_reward
 from steer.rewards.parser import load_reward
 
@@ -18,7 +18,7 @@ LONG = "a red circle and " * 30
 
 @pytest.fixture(autouse=True)
 def forgotten() -> None:
-    note_cut.cache_clear()
+    warn_if_truncated.cache_clear()
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -38,16 +38,16 @@ def test_a_prompt_that_the_pipeline_cuts_is_warned_about_once(caplog: pytest.Log
         line.startswith(f"steer: tokenizer of StableDiffusionPipeline reads {limit} tokens") and f"has {tokens}" in line
     )
     assert repr(LONG)[:50] in line and len(line.splitlines()) == 1
-    note_cut_by_pipeline(pipe, [LONG + "b"], {})
+    warn_if_pipeline_truncates(pipe, [LONG + "b"], {})
     assert len(told(caplog)) == 2, "another prompt"
 
 
 def test_every_tokenizer_has_its_own_limit(caplog: pytest.LogCaptureFixture) -> None:
     pipe = cached_pipe("sd3")
     for length in (16, 500):
-        note_cut.cache_clear()
+        warn_if_truncated.cache_clear()
         caplog.clear()
-        note_cut_by_pipeline(pipe, [LONG], {"max_sequence_length": length})
+        warn_if_pipeline_truncates(pipe, [LONG], {"max_sequence_length": length})
         own = pipe.tokenizer.model_max_length
         by_tokenizer = {line.split()[1]: int(line.split("reads ")[1].split()[0]) for line in told(caplog)}
         expected = {"tokenizer": own, "tokenizer_2": own} | ({"tokenizer_3": 16} if length == 16 else {})

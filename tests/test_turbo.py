@@ -14,7 +14,7 @@ from steer.apps.scenes import distil
 from steer.apps.scenes import noise_studies as noise_cost
 from steer.apps.scenes import noise_studies as noise_then
 from steer.apps.scenes.distil import STARTS, Distillation, assemble_turbo, denoised, noised, text_features
-from steer.apps.scenes.noise_studies import SEEDS, batch_ratio, draw_study, second_stage, study
+from steer.apps.scenes.noise_studies import SEEDS, batch_ratio, draw_study, reno_then_steering, study
 from steer.assets import MODELS
 from steer.rewards.scene import SceneReward
 
@@ -149,7 +149,7 @@ def test_the_study_runs_and_its_picture_is_drawn(tmp_path: Path) -> None:
 def test_the_second_stage_starts_from_the_optimised_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(noise_then, "CALL", {"num_inference_steps": 4})
     monkeypatch.setattr(noise_then, "ITERATIONS", 2)
-    found = second_stage("scenes-turbo", "scenes", "scene-soft", ["a circle", "a red star"])
+    found = reno_then_steering("scenes-turbo", "scenes", "scene-soft", ["a circle", "a red star"])
     assert set(found["methods"]) == {"ReNO", "base, random", "base, optimised", "fk, random", "fk, optimised"}
     base = found["methods"]
     gain = base["base, optimised"]["all"][0] - base["base, random"]["all"][0]

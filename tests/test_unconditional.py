@@ -31,8 +31,8 @@ SETTINGS = TrainingConfig(
     num_inference_steps=4,
     lora_rank=2,
     learning_rate=0.01,
-    eval_every=2,
-    checkpoint_every=2,
+    eval_steps=2,
+    save_steps=2,
 )
 
 
@@ -116,7 +116,7 @@ RISING = {
 @pytest.mark.parametrize("method", RISING)
 def test_the_reward_rises(method: str, tmp_path: Path) -> None:
     options, numbers = RISING[method]
-    settings = replace(SETTINGS, micro_batch=256, lora_rank=0, eval_every=12, eval_samples=64, **numbers)
+    settings = replace(SETTINGS, micro_batch=256, lora_rank=0, eval_steps=12, num_generations_eval=64, **numbers)
     settings = replace(settings, num_inference_steps=3 if method == "grpo" else 4)
     result = METHODS[method](pipeline("ddim"), "brightness", **options).train(1, tmp_path, settings, eval_prompts=1)
     first, *_, last = (one["eval/brightness"][0] for one in result.evaluations)
@@ -142,8 +142,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             GRPOTrainer(pipeline("ddim"), "brightness").train(prompts, tmp_path, SETTINGS)
     with pytest.raises(InputError, match="DDIMPipeline makes arrays of its images"):
         RewardBackpropTrainer(pipeline("ddim"), "brightness").train(1, tmp_path, SETTINGS)
-    with pytest.raises(InputError, match="no layer named to_x: give lora_targets"):
-        GRPOTrainer(pipeline("ddim"), "brightness").train(1, tmp_path, replace(SETTINGS, lora_targets=("to_x",)))
+    with pytest.raises(InputError, match="no layer named to_x: give lora_target_modules"):
+        GRPOTrainer(pipeline("ddim"), "brightness").train(1, tmp_path, replace(SETTINGS, lora_target_modules=("to_x",)))
 
 
 def near(

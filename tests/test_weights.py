@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from steer.reward import RewardError
 from steer.rewards.images import in_micro_batches
-from steer.rewards.weights import HubFile, WebFile, cast, load_weights, placed, read_checkpoint
+from steer.rewards.weights import HubFile, WebFile, cast, load_weights, read_checkpoint, to_module_device
 
 STATE = {"layer.weight": torch.arange(6.0).view(2, 3), "layer.bias": torch.ones(2, dtype=torch.float16)}
 HUB = HubFile("somebody/something", "weights.pt", "0123abcd")
@@ -104,15 +104,15 @@ def test_code_is_refused_and_not_run(
 def test_a_file_cut_or_spoilt_anywhere_is_read_or_refused(tmp_path: Path, kind: str) -> None:
     path = tmp_path / ("spoilt.safetensors" if kind == "safetensors" else "spoilt.pt")
     {"zip": torch.save, "legacy": legacy, "safetensors": save_file}[kind](STATE, path)
-    whole, drawn = path.read_bytes(), random.Random(0)
+    whole, sampled = path.read_bytes(), random.Random(0)
     for count in range(0, len(whole) - 1, 29):
         path.write_bytes(whole[:count])
         refused(lambda: read_checkpoint(path), path.name)
     for _ in range(200):
-        spoilt = bytearray(whole)
-        for place in drawn.sample(range(len(whole)), drawn.choice([1, 2, 8])):
-            spoilt[place] = drawn.randrange(256)
-        path.write_bytes(spoilt)
+        corrupt = bytearray(whole)
+        for place in sampled.sample(range(len(whole)), sampled.choice([1, 2, 8])):
+            corrupt[place] = sampled.randrange(256)
+        path.write_bytes(corrupt)
         try:
             read_checkpoint(path)
         except RewardError as error:
@@ -126,8 +126,10 @@ def test_weights_go_where_they_belong_or_are_named() -> None:
     assert module.state_dict()["layer.bias"].dtype == torch.float32
     before = module.state_dict()["layer.weight"].clone()
     wrong = {"layer.weight": torch.ones(3, 2), **{f"odd.{k}": torch.ones(1) for k in range(6)}}
-    told = "missing: layer.bias; unexpected: odd.0, odd.1, odd.2, odd.3 and 2 more; of another shape: layer.weight"
-    refused(lambda: load_weights(module, wrong, "weights.pt"), f"weights.pt: .*does not fit this model .{told}")
+    error_text = (
+        "missing: layer.bias; unexpected: odd.0, odd.1, odd.2, odd.3 and 2 more; of another shape: layer.weight"
+    )
+    refused(lambda: load_weights(module, wrong, "weights.pt"), f"weights.pt: .*does not fit this model .{error_text}")
     assert torch.equal(module.state_dict()["layer.weight"], before)
 
 
@@ -142,28 +144,28 @@ def test_cast_freezes_and_knows_its_dtypes() -> None:
 def test_a_module_that_moves_in_inference_mode_keeps_weights_for_gradients() -> None:
     module = nn.Linear(2, 2)
     with torch.inference_mode():
-        placed(torch.ones(1, device="meta"), module)
+        to_module_device(torch.ones(1, device="meta"), module)
     assert all(p.device.type == "meta" and not p.is_inference() for p in module.parameters())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, "4"])
 def test_micro_batches_are_bounded_and_pair_images_with_prompts(size: int | str) -> None:
-    seen: list[int] = []
+    calls: list[int] = []
 
     def lengths(images: Tensor, prompts: list[str]) -> Tensor:
-        seen.append(len(images))
+        calls.append(len(images))
         return images * torch.tensor([len(prompt) for prompt in prompts])
 
     batched = in_micro_batches(lengths, size)
     images = torch.arange(1.0, 6.0).requires_grad_()
     scores = batched(images, ["a", "bb", "ccc", "", "eeeee"])
-    assert scores.tolist() == [1, 4, 9, 0, 25] and max(seen) <= int(size) and sum(seen) == 5
+    assert scores.tolist() == [1, 4, 9, 0, 25] and max(calls) <= int(size) and sum(calls) == 5
     scores.sum().backward()
     assert images.grad is not None and images.grad.tolist() == [1, 2, 3, 0, 5]
-    assert sum(seen) == (5 if int(size) >= 5 else 10)  # computed once more on the way back, not kept
+    assert sum(calls) == (5 if int(size) >= 5 else 10)  # computed once more on the way back, not kept
     with torch.no_grad():
         batched(images, ["a"] * 5)
-    assert sum(seen[-5:]) >= 5
+    assert sum(calls[-5:]) >= 5
 
 
 @pytest.mark.parametrize("size", [0, -1, "many", "1.5", "", 2.0])
@@ -245,8 +247,8 @@ def test_a_download_that_fails_is_told_in_one_line(
     downloading: Downloading, file: HubFile | WebFile, error: Exception
 ) -> None:
     downloading(error)
-    told = str(error).split("\n")[0] or type(error).__name__
-    refused(file.fetch, f"cannot fetch .*: .*{told.replace('?', '.')}.*; .*path=")
+    error_text = str(error).split("\n")[0] or type(error).__name__
+    refused(file.fetch, f"cannot fetch .*: .*{error_text.replace('?', '.')}.*; .*path=")
 
 
 def test_offline_nothing_is_downloaded_and_the_cache_is_used(

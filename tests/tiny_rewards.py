@@ -18,7 +18,7 @@ from steer.apps.scenes.preferences import new_clip_folder
 from steer.apps.scenes.training import LENGTH
 from steer.rewards.clip import CONFIG, open_clip_folder
 from steer.rewards.images import CLIP_MEAN, CLIP_STD
-from steer.rewards.learned import Card, PairHead, save_learned
+from steer.rewards.learned import PairHead, RewardCard, save_learned
 
 State = dict[str, Tensor]
 SIDE, PATCH, HEAD, SPACE = 32, 8, 16, 16  # pixels, pixels, width of an attention head, width of the common space
@@ -113,7 +113,7 @@ def tiny_imagereward(folder: Path) -> str:
 @seeded()
 def tiny_learned(folder: Path, clip: Path) -> Path:
     """A learned reward of one member with its own backbone."""
-    card = Card("pair", ".", SPACE, (0.1,), (0.5,), {})
+    card = RewardCard("pair", ".", SPACE, (0.1,), (0.5,), {})
     save_learned(folder, card, [shaken(PairHead(SPACE))], [open_clip_folder(clip)], clip)
     return folder
 

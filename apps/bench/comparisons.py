@@ -19,29 +19,29 @@ from steer.apps.bench.sizes import REAL_SIZES, Flops, flops_of
 from steer.apps.bench.subject import (
     STRENGTH,
     Denoised,
-    Lesson,
+    PreferenceBatch,
     RealSize,
     Subject,
     build,
     denoise_steered,
-    lesson_of,
+    make_preference_batch,
     plain_call,
     search_of,
-    undecoded,
+    without_decoder,
 )
 from steer.apps.bench.timing import (
     Check,
-    Measured,
-    Opened,
+    Measurement,
     Predict,
-    Predicted,
+    Prediction,
+    PreparedComparison,
     Variant,
     amdahl,
     bounded,
-    by_counts,
     difference,
+    predict_by_counts,
 )
-from steer.apps.methods import preview_named
+from steer.apps.methods import load_preview
 from steer.apps.models import load_pipeline, precision
 from steer.diffusion.attention import attention_backend
 from steer.diffusion.batching import compiled, micro_batched
@@ -57,27 +57,30 @@ from steer.smc.particles import FeynmanKac
 from steer.training.gradient import two_pass_gradient
 from steer.training.losses import D3PO
 
-SAME, HALF = 1e-4, 0.1  # how far equal results may be apart in fp32; in half precision rounding is not what is checked
+TOLERANCE, HALF_PRECISION_TOLERANCE = (
+    1e-4,
+    0.1,
+)  # how far equal results may be apart in fp32; in half precision rounding is not what is checked
 BETA = 0.1  # of D3PO, as published
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images best first, rewards (B, K), ancestors
 
 
 @dataclass(frozen=True)
-class Turn:
+class UpdateKind:
     """Which update of a round it is.
 
-    unchanged       the weights are those that drew the samples: their log-probabilities are known
-    asks_reference  its answers are not at hand yet
+    on_policy       the weights are those that drew the samples: their log-probabilities are known
+    computes_reference  its answers are not at hand yet
     """
 
-    unchanged: bool = True
-    asks_reference: bool = False
+    on_policy: bool = True
+    computes_reference: bool = False
 
 
 def limit_of(subject: Subject) -> float:
     """How far results that are to be the same may be apart."""
-    return SAME if subject.pipe.dtype == torch.float32 else HALF
+    return TOLERANCE if subject.pipe.dtype == torch.float32 else HALF_PRECISION_TOLERANCE
 
 
 def steer_whole(subject: Subject, pipe: Any, reward: Any, options: Mapping[str, Any] = NO_OPTIONS) -> Steered:
@@ -118,21 +121,23 @@ def fewer(subject: Subject) -> dict[str, Any]:
     previews: what our steering is called with where other images of about the same reward will do, as
     `python -m steer.apps.scenes economies` found."""
     first, _, third, *_ = subject.read_at
-    narrow = {first: subject.size // 2, third: subject.size // 4}
-    preview = preview_named(subject.preview, subject.pipe)
+    particle_counts = {first: subject.size // 2, third: subject.size // 4}
+    preview = load_preview(subject.preview, subject.pipe)
     return {
         "num_particles": 3 * subject.size // 2,
-        "particle_schedule": narrow,
+        "particle_schedule": particle_counts,
         "particle_schedule_rule": "top_k",
         "preview": preview,
     }
 
 
 @contextmanager
-def fk(subject: Subject, on: On = nullcontext, lasting: On = nullcontext, cheaper: bool = False) -> Iterator[Opened]:
+def fk(
+    subject: Subject, on: On = nullcontext, persistent: On = nullcontext, cheaper: bool = False
+) -> Iterator[PreparedComparison]:
     """One prompt, rewards of images as PIL holds them.
 
-    on       what is switched on for each run of ours, `lasting` for all of them
+    on       what is switched on for each run of ours, `persistent` for all of them
     cheaper  ours makes other images, of fewer evaluations
     """
     one = replace(subject, prompts=subject.prompts[:1])
@@ -151,17 +156,19 @@ def fk(subject: Subject, on: On = nullcontext, lasting: On = nullcontext, cheape
         )
         return out.images, out.rewards[None], out.ancestors
 
-    with lasting(one.pipe) as own:
+    with persistent(one.pipe) as own:
 
         def ours() -> Steered:
             with on(own) as pipe:
                 return steer_whole(one, pipe, reward, options)
 
         check = None if cheaper else partial(same_steered, limit=limit_of(one))
-        yield Opened(Variant("naive", naive), Variant("ours", ours, counted=lasting is nullcontext), check)
+        yield PreparedComparison(
+            Variant("naive", naive), Variant("ours", ours, counted=persistent is nullcontext), check
+        )
 
 
-def searched(subject: Subject, checkpointing: bool) -> Variant:
+def reno_variant(subject: Subject, checkpointing: bool) -> Variant:
     """Iterations of our ReNO, from the start; neither the drawing of the start nor that of the result."""
     chain = search_of(subject)
     rule = Nesterov()
@@ -177,72 +184,82 @@ def searched(subject: Subject, checkpointing: bool) -> Variant:
 
 
 @contextmanager
-def reno(subject: Subject) -> Iterator[Opened]:
+def reno(subject: Subject) -> Iterator[PreparedComparison]:
     """Iterations alone, activations kept by both."""
-    ours, chain = searched(subject, checkpointing=False), search_of(subject)
-    reward, prompts = chain.population.reward, chain.population.prompts
+    ours, chain = reno_variant(subject, checkpointing=False), search_of(subject)
+    reward, prompts = chain.particle_batch.reward, chain.particle_batch.prompts
 
     def naive() -> tuple[Tensor, Tensor]:
         ascent = Ascent(Backprop(), Nesterov())
         settings = ascent.regularisation, ascent.max_grad_norm
         return naive_reno(subject.one_step, reward, prompts, chain.start, subject.iterations, Nesterov(), *settings)
 
-    yield Opened(Variant("naive", naive), ours, same_tensors(subject))
+    yield PreparedComparison(Variant("naive", naive), ours, same_tensors(subject))
 
 
-def taught(lesson: Lesson, turn: Turn) -> Variant:
+def d3po_variant(preference_batch: PreferenceBatch, turn: UpdateKind) -> Variant:
     """One update of our D3PO: the loss, and the gradient it leaves."""
 
     def run() -> tuple[Tensor, ...]:
-        forget(lesson)
-        batch = replace(lesson.batch, references=lesson.references()) if turn.asks_reference else lesson.batch
-        loss, _ = two_pass_gradient(lesson.sampler, batch, D3PO(BETA), unchanged=turn.unchanged)
-        return torch.tensor(loss), gradient_of(lesson)
+        zero_grad(preference_batch)
+        batch = (
+            replace(preference_batch.batch, references=preference_batch.references())
+            if turn.computes_reference
+            else preference_batch.batch
+        )
+        loss, _ = two_pass_gradient(preference_batch.sampler, batch, D3PO(BETA), on_policy=turn.on_policy)
+        return torch.tensor(loss), gradient_of(preference_batch)
 
     return Variant("ours", run)
 
 
-def untaught(subject: Subject, lesson: Lesson) -> Variant:
+def naive_d3po_variant(subject: Subject, preference_batch: PreferenceBatch) -> Variant:
     """The same by four passes for each step."""
 
     def run() -> tuple[Tensor, ...]:
-        forget(lesson)
-        numbers = BETA, subject.call["guidance_scale"], lesson.sampler.eta
-        loss = naive_d3po(lesson.pipe, lesson.trained, lesson.stored, lesson.winners, *numbers)
-        return torch.tensor(loss), gradient_of(lesson)
+        zero_grad(preference_batch)
+        numbers = BETA, subject.call["guidance_scale"], preference_batch.sampler.eta
+        loss = naive_d3po(
+            preference_batch.pipe, preference_batch.trained, preference_batch.stored, preference_batch.winners, *numbers
+        )
+        return torch.tensor(loss), gradient_of(preference_batch)
 
     return Variant("naive", run)
 
 
-def forget(lesson: Lesson) -> None:
+def zero_grad(preference_batch: PreferenceBatch) -> None:
     """Gradients of before."""
-    for parameter in lesson.trained.parameters.values():
+    for parameter in preference_batch.trained.parameters.values():
         parameter.grad = None
 
 
-def gradient_of(lesson: Lesson) -> Tensor:
+def gradient_of(preference_batch: PreferenceBatch) -> Tensor:
     """Of all trained weights in one row, in units of its length."""
-    whole = torch.cat([p.grad.flatten().cpu() for p in lesson.trained.parameters.values() if p.grad is not None])
+    whole = torch.cat(
+        [p.grad.flatten().cpu() for p in preference_batch.trained.parameters.values() if p.grad is not None]
+    )
     return whole / whole.norm()
 
 
-def d3po(turn: Turn) -> Callable[[Subject], AbstractContextManager[Opened]]:
+def d3po(turn: UpdateKind) -> Callable[[Subject], AbstractContextManager[PreparedComparison]]:
     """One update against the naive one."""
 
     @contextmanager
-    def opened(subject: Subject) -> Iterator[Opened]:
-        if (made := subject.learner) is None:
+    def opened(subject: Subject) -> Iterator[PreparedComparison]:
+        if (made := subject.make_trainable) is None:
             raise InputError("no model to train beside this one")
-        lesson = lesson_of(subject, made())
-        yield Opened(untaught(subject, lesson), taught(lesson, turn), same_tensors(subject))
+        preference_batch = make_preference_batch(subject, made())
+        yield PreparedComparison(
+            naive_d3po_variant(subject, preference_batch), d3po_variant(preference_batch, turn), same_tensors(subject)
+        )
 
     return opened
 
 
 @contextmanager
-def overhead(subject: Subject) -> Iterator[Opened]:
+def overhead(subject: Subject) -> Iterator[PreparedComparison]:
     """Steering with rewards that cost nothing against the plain batch, neither of them decoded."""
-    view = undecoded(subject.pipe)
+    view = without_decoder(subject.pipe)
 
     def check(steered: Denoised, plain: Tensor) -> Check:
         # Without strength nobody is resampled: then the steered batch is the plain one.
@@ -252,41 +269,41 @@ def overhead(subject: Subject) -> Iterator[Opened]:
         return Check(difference(images, plain_call(subject, subject.pipe)), limit_of(subject))
 
     steered = Variant("steered", lambda: denoise_steered(subject, subject.pipe))
-    yield Opened(steered, Variant("plain", lambda: plain_call(subject, view)), check)
+    yield PreparedComparison(steered, Variant("plain", lambda: plain_call(subject, view)), check)
 
 
 @contextmanager
-def whole(subject: Subject) -> Iterator[Opened]:
+def whole(subject: Subject) -> Iterator[PreparedComparison]:
     """Steering with previews and rewards against the plain batch, final images decoded and made PIL in both."""
     reward = subject.judge()
     steered = Variant("steered", lambda: steer_whole(subject, subject.pipe, reward))
-    yield Opened(steered, Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil")))
+    yield PreparedComparison(steered, Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil")))
 
 
 @contextmanager
-def overlapped(subject: Subject) -> Iterator[Opened]:
+def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
     """Steering that waits for its rewards against steering that reads them beside the denoiser's next call."""
-    reward, steps = subject.judge(), _read_early(subject)
+    reward, steps = subject.judge(), _async_resample_steps(subject)
 
     def steered(overlap: bool) -> Callable[[], Any]:
         return lambda: steer_whole(
             subject, subject.pipe, reward, {"asynchronous_rewards": overlap, "resample_steps": steps}
         )
 
-    yield Opened(Variant("in turn", steered(False)), Variant("overlapped", steered(True), counted=False))
+    yield PreparedComparison(Variant("in turn", steered(False)), Variant("overlapped", steered(True), counted=False))
 
 
-def _read_early(subject: Subject) -> list[int]:
+def _async_resample_steps(subject: Subject) -> list[int]:
     """Where rewards are read, without those steps that leave none to resample at one step later."""
     return [step for step in subject.read_at if step <= subject.steps - 3]
 
 
-def of_readings(subject: Subject) -> Predict:
+def async_rewards_prediction(subject: Subject) -> Predict:
     """At most the decoder's and the reward's seconds are hidden behind the denoiser's, the last images' not."""
-    readings = len(_read_early(subject))
+    readings = len(_async_resample_steps(subject))
     share = readings / (readings + 1)
 
-    def of(over: Measured, under: Measured) -> Predicted:
+    def of(over: Measurement, under: Measurement) -> Prediction:
         hidden = share * (over.parts.get("decoder", 0.0) + over.parts.get("reward", 0.0)) / median(over.seconds)
         return bounded(hidden)
 
@@ -294,15 +311,15 @@ def of_readings(subject: Subject) -> Predict:
 
 
 @dataclass(frozen=True)
-class Switch:
+class ComputeOption:
     """A gain.
 
     about    what is switched
     on       (pipeline) → a context that gives the pipeline to call
     off      what it is compared with; by default the pipeline as it is
-    lasting  one context for all repeats, not one for each call: what has to be compiled first
+    persistent  one context for all repeats, not one for each call: what has to be compiled first
     quick    whether `--quick` has the time for it
-    touched  (FLOPs of a denoiser call by operator and module) → the share of them that it touches
+    affected_share  (FLOPs of a denoiser call by operator and module) → the share of them that it touches
     removes  whether that share is saved; else it gets faster by an unknown factor
     memory   it saves memory, and may cost time
     """
@@ -310,15 +327,15 @@ class Switch:
     about: str
     on: On
     off: On
-    lasting: bool = False
+    persistent: bool = False
     quick: bool = True
-    touched: Callable[[Flops], float] = lambda flops: 0.0
+    affected_share: Callable[[Flops], float] = lambda flops: 0.0
     removes: bool = True
     memory: bool = False
 
 
 @contextmanager
-def as_it_is(pipe: Any) -> Iterator[Any]:
+def unmodified(pipe: Any) -> Iterator[Any]:
     """Nothing is switched."""
     yield pipe
 
@@ -358,41 +375,43 @@ def denoiser_compiled(pipe: Any) -> Iterator[Any]:
 
 
 @contextmanager
-def everything(pipe: Any) -> Iterator[Any]:
+def all_exact_options(pipe: Any) -> Iterator[Any]:
     """All exact gains that cost nothing where they do nothing, together."""
     with attention_backend(pipe, "auto"), shared_prompt(pipe):
         yield pipe
 
 
-SWITCHES = {
-    "shared_prompt": Switch(
+COMPUTE_OPTIONS = {
+    "shared_prompt": ComputeOption(
         "cross-attention: keys and values of prompts once, queries of a prompt in one sequence",
         shared,
-        as_it_is,
-        touched=lambda flops: flops.prompts / flops.all,
+        unmodified,
+        affected_share=lambda flops: flops.prompts / flops.all,
     ),
-    "sdpa": Switch(
+    "sdpa": ComputeOption(
         "attention by PyTorch's kernel against softmax(QKᵀ/√d) V as written",
         backend("sdpa"),
         backend("eager"),
-        touched=lambda flops: flops.attention / flops.all,
+        affected_share=lambda flops: flops.attention / flops.all,
         removes=False,
     ),
-    "xformers": Switch(
+    "xformers": ComputeOption(
         "attention by xformers against PyTorch's kernel",
         backend("xformers"),
         backend("sdpa"),
-        touched=lambda flops: flops.attention / flops.all,
+        affected_share=lambda flops: flops.attention / flops.all,
         removes=False,
     ),
-    "micro_batches": Switch("the denoiser 4 rows at a time against all rows", by_rows(4), as_it_is, memory=True),
-    "compiled": Switch(
+    "micro_batches": ComputeOption(
+        "the denoiser 4 rows at a time against all rows", by_rows(4), unmodified, memory=True
+    ),
+    "compiled": ComputeOption(
         "the denoiser through torch.compile (on CUDA: captured graphs)",
         denoiser_compiled,
-        as_it_is,
-        lasting=True,
+        unmodified,
+        persistent=True,
         quick=False,
-        touched=lambda flops: 1.0,
+        affected_share=lambda flops: 1.0,
         removes=False,
     ),
 }
@@ -411,9 +430,9 @@ class Comparison:
     """
 
     about: str
-    open: Callable[[Subject], AbstractContextManager[Opened]]
+    open: Callable[[Subject], AbstractContextManager[PreparedComparison]]
     fits: Callable[[Subject], str | None] = lambda subject: None
-    predict: Callable[[Subject], Predict] = lambda subject: by_counts
+    predict: Callable[[Subject], Predict] = lambda subject: predict_by_counts
     quick: bool = True
     samples: Callable[[Subject], int] = lambda subject: subject.size * len(subject.prompts)
 
@@ -434,19 +453,19 @@ def of_pairs(subject: Subject) -> int:
 
 
 @contextmanager
-def checkpointing(subject: Subject) -> Iterator[Opened]:
+def checkpointing(subject: Subject) -> Iterator[PreparedComparison]:
     """ReNO with activations recomputed, as it is by default, against activations kept."""
-    recomputed, kept = searched(subject, checkpointing=True), searched(subject, checkpointing=False)
-    yield Opened(recomputed, kept, same_tensors(subject))
+    recomputed, kept = reno_variant(subject, checkpointing=True), reno_variant(subject, checkpointing=False)
+    yield PreparedComparison(recomputed, kept, same_tensors(subject))
 
 
-def switched(switch: Switch) -> Callable[[Subject], AbstractContextManager[Opened]]:
+def option_comparison(switch: ComputeOption) -> Callable[[Subject], AbstractContextManager[PreparedComparison]]:
     """Steered denoising with a gain off, over the same with it on."""
 
     @contextmanager
-    def opened(subject: Subject) -> Iterator[Opened]:
+    def opened(subject: Subject) -> Iterator[PreparedComparison]:
         with ExitStack() as stack:
-            if switch.lasting:
+            if switch.persistent:
                 view = stack.enter_context(switch.on(subject.pipe))
                 on = Variant("on", lambda: denoise_steered(subject, view), counted=False)
             else:
@@ -457,7 +476,7 @@ def switched(switch: Switch) -> Callable[[Subject], AbstractContextManager[Opene
                 same = same_ancestors(a.ancestors, b.ancestors)
                 return Check(difference(a.latents, b.latents), limit_of(subject), same)
 
-            yield Opened(off, on, check)
+            yield PreparedComparison(off, on, check)
 
     return opened
 
@@ -467,43 +486,45 @@ def _inside(on: Callable[[Any], AbstractContextManager[Any]], subject: Subject) 
         return denoise_steered(subject, pipe)
 
 
-def of_flops(switch: Switch) -> Callable[[Subject], Predict]:
+def flops_prediction(switch: ComputeOption) -> Callable[[Subject], Predict]:
     """The share of FLOPs that a gain touches, times the denoiser's share of the seconds."""
 
     def predict(subject: Subject) -> Predict:
-        share = switch.touched(flops_of(subject.pipe, lambda: plain_call(subject, subject.pipe)))
+        share = switch.affected_share(flops_of(subject.pipe, lambda: plain_call(subject, subject.pipe)))
 
-        def of(over: Measured, under: Measured) -> Predicted:
-            touched = share * over.parts.get("denoiser", 0.0) / median(over.seconds)
-            return Predicted(touched, amdahl(touched)) if switch.removes else bounded(touched)
+        def of(over: Measurement, under: Measurement) -> Prediction:
+            affected_share = share * over.parts.get("denoiser", 0.0) / median(over.seconds)
+            return Prediction(affected_share, amdahl(affected_share)) if switch.removes else bounded(affected_share)
 
         return of
 
     return predict
 
 
-def takes_naive(subject: Subject) -> str | None:
+def requires_ddim(subject: Subject) -> str | None:
     """The naive loops are written out for one family and solver."""
     plain = type(subject.pipe) is StableDiffusionPipeline and type(subject.pipe.scheduler) is DDIMScheduler
     return None if plain else "the naive loop is written for Stable Diffusion under DDIM"
 
 
-def takes_fewer(subject: Subject) -> str | None:
+def requires_particle_schedule(subject: Subject) -> str | None:
     """A particle schedule needs particles, and steps to read rewards at."""
     enough = subject.size >= 4 and len(subject.read_at) >= 3
-    return takes_naive(subject) or (None if enough else "too few particles, or steps, to go on with fewer and fewer")
+    return requires_ddim(subject) or (None if enough else "too few particles, or steps, to go on with fewer and fewer")
 
 
-def takes_reno(subject: Subject) -> str | None:
+def requires_one_step(subject: Subject) -> str | None:
     """ReNO needs a one-step pipeline, too."""
-    return takes_naive(subject) or (None if subject.one_step is not None else "no one-step model beside this one")
+    return requires_ddim(subject) or (None if subject.one_step is not None else "no one-step model beside this one")
 
 
-def takes_d3po(subject: Subject) -> str | None:
+def requires_peft(subject: Subject) -> str | None:
     """D3PO needs weights to train, too, and something to train them with."""
     if find_spec("peft") is None:
         return "D3PO trains a LoRA, and needs peft: pip install 'steer-diffusion[train]'"
-    return takes_naive(subject) or (None if subject.learner is not None else "no model to train beside this one")
+    return requires_ddim(subject) or (
+        None if subject.make_trainable is not None else "no model to train beside this one"
+    )
 
 
 COMPARISONS: Mapping[str, Comparison] = {
@@ -514,46 +535,46 @@ COMPARISONS: Mapping[str, Comparison] = {
     "naive_fk_over_ours": Comparison(
         "one prompt, rewards, images: decode in one batch, PIL round trips, a second final decode / ours",
         fk,
-        takes_naive,
+        requires_ddim,
         samples=of_one_prompt,
     ),
-    "naive_reno_over_ours": Comparison("iterations of ReNO: text encoded in each / once", reno, takes_reno),
+    "naive_reno_over_ours": Comparison("iterations of ReNO: text encoded in each / once", reno, requires_one_step),
     "naive_d3po_over_ours": Comparison(
         "one update: four denoiser passes for each pair and step / ours, the reference's answers at hand",
-        d3po(Turn()),
-        takes_d3po,
+        d3po(UpdateKind()),
+        requires_peft,
         samples=of_pairs,
     ),
     "naive_fk_over_ours_fewer": Comparison(
         "FK to about the same reward in other images: ours with 3/2 K particles that get fewer, and cheap previews",
-        partial(fk, on=everything, cheaper=True),
-        takes_fewer,
+        partial(fk, on=all_exact_options, cheaper=True),
+        requires_particle_schedule,
         samples=of_one_prompt,
     ),
     "naive_d3po_over_ours_first_pass": Comparison(
         "D3PO, ours asking the reference within the update, as the first pass over a round has to",
-        d3po(Turn(asks_reference=True)),
-        takes_d3po,
+        d3po(UpdateKind(computes_reference=True)),
+        requires_peft,
         quick=False,
         samples=of_pairs,
     ),
     "naive_d3po_over_ours_later_pass": Comparison(
         "D3PO, ours of a later update of a round, when the weights are no longer those that drew the samples",
-        d3po(Turn(unchanged=False)),
-        takes_d3po,
+        d3po(UpdateKind(on_policy=False)),
+        requires_peft,
         quick=False,
         samples=of_pairs,
     ),
     "naive_fk_over_ours_everything_on": Comparison(
         "FK, ours with the exact gains on: attention backend auto, prompts' keys and values shared",
-        partial(fk, on=everything),
-        takes_naive,
+        partial(fk, on=all_exact_options),
+        requires_ddim,
         samples=of_one_prompt,
     ),
     "naive_fk_over_ours_fewer_compiled": Comparison(
         "FK to about the same reward, and the denoiser through torch.compile too",
-        partial(fk, lasting=denoiser_compiled, cheaper=True),
-        takes_fewer,
+        partial(fk, persistent=denoiser_compiled, cheaper=True),
+        requires_particle_schedule,
         quick=False,
         samples=of_one_prompt,
     ),
@@ -562,15 +583,20 @@ COMPARISONS: Mapping[str, Comparison] = {
     ),
     "fk_in_turn_over_overlapped": Comparison(
         "the whole: previews and rewards before the next denoiser call / beside it, resampled one step later",
-        overlapped,
-        predict=of_readings,
+        async_rewards,
+        predict=async_rewards_prediction,
     ),
     **{
-        f"{name}_off_over_on": Comparison(switch.about, switched(switch), predict=of_flops(switch), quick=switch.quick)
-        for name, switch in SWITCHES.items()
+        f"{name}_off_over_on": Comparison(
+            switch.about, option_comparison(switch), predict=flops_prediction(switch), quick=switch.quick
+        )
+        for name, switch in COMPUTE_OPTIONS.items()
     },
     "reno_recomputed_over_kept": Comparison(
-        "ReNO with activations recomputed (the default, for memory) / kept", checkpointing, takes_reno, quick=False
+        "ReNO with activations recomputed (the default, for memory) / kept",
+        checkpointing,
+        requires_one_step,
+        quick=False,
     ),
 }
 
@@ -583,7 +609,7 @@ GUIDANCE = 4.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class BenchOptions:
     """What the user said of all models.
 
     dtype       by default float32 on the CPU and bfloat16 elsewhere
@@ -605,57 +631,57 @@ class Asked:
         return call
 
 
-def subjects_of(models: Sequence[str], asked: Asked) -> list[tuple[str, Callable[[], Subject]]]:
+def subjects_of(models: Sequence[str], bench_options: BenchOptions) -> list[tuple[str, Callable[[], Subject]]]:
     """A name for each model, and how it is made when its turn comes.
 
     Raises InputError for a model that is not known, and a resolution that does not fit.
     """
-    if asked.resolution is not None and (asked.resolution < 64 or asked.resolution % 64):
-        raise InputError(f"--resolution must be a multiple of 64, got {asked.resolution}")
+    if bench_options.resolution is not None and (bench_options.resolution < 64 or bench_options.resolution % 64):
+        raise InputError(f"--resolution must be a multiple of 64, got {bench_options.resolution}")
     made: list[tuple[str, Callable[[], Subject]]] = []
     for name in dict.fromkeys(models):
         maker = choose("--model", name, {EMBEDDED: embedded} | {size: partial(real, size) for size in REAL_SIZES})
-        made.append((name, partial(maker, asked)))
+        made.append((name, partial(maker, bench_options)))
     return made
 
 
-def embedded(asked: Asked) -> Subject:
+def embedded(bench_options: BenchOptions) -> Subject:
     """The embedded model, with its one-step sister."""
 
     def load(name: str) -> Any:
-        pipe = load_pipeline(name, asked.device, asked.dtype)
+        pipe = load_pipeline(name, bench_options.device, bench_options.dtype)
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
     return Subject(
         EMBEDDED,
         load(EMBEDDED),
-        asked.call(GUIDANCE),
-        asked.particles,
+        bench_options.call(GUIDANCE),
+        bench_options.particles,
         one_step=load("scenes-turbo"),
-        learner=partial(load, EMBEDDED),
-        iterations=ITERATIONS[asked.quick],
-        pairs=PAIRS[asked.quick],
+        make_trainable=partial(load, EMBEDDED),
+        iterations=ITERATIONS[bench_options.quick],
+        pairs=PAIRS[bench_options.quick],
         preview="tiny",
     )
 
 
-def real(name: str, asked: Asked) -> Subject:
+def real(name: str, bench_options: BenchOptions) -> Subject:
     """A model of real size and random weights."""
-    return of_size(name, REAL_SIZES[name], asked)
+    return of_size(name, REAL_SIZES[name], bench_options)
 
 
-def of_size(name: str, size: RealSize, asked: Asked) -> Subject:
+def of_size(name: str, size: RealSize, bench_options: BenchOptions) -> Subject:
     """Whatever its size; it is its own one-step model, and as new for training."""
-    make = partial(build, size, asked.device, precision(asked.device, asked.dtype))
+    make = partial(build, size, bench_options.device, precision(bench_options.device, bench_options.dtype))
     pipe = make()
     return Subject(
         name,
         pipe,
-        asked.call(size.guidance),
-        asked.particles,
+        bench_options.call(size.guidance),
+        bench_options.particles,
         one_step=pipe,
-        learner=make,
-        iterations=ITERATIONS[asked.quick],
-        pairs=PAIRS[asked.quick],
+        make_trainable=make,
+        iterations=ITERATIONS[bench_options.quick],
+        pairs=PAIRS[bench_options.quick],
     )

@@ -63,14 +63,14 @@ def naive_fk(
         x_s = scheduler.step(output, t, x).prev_sample
         if k in at:
             x0 = predict_x0(scheduler, output, t, x, 0)
-            weighed = algorithm.weigh(particles, _judged(pipe, reward, prompt, x0)[None], k / steps)
+            weighed = algorithm.reweight(particles, _rewards_via_pil(pipe, reward, prompt, x0)[None], k / steps)
             particles, drawn = algorithm.select(weighed, rng)
             rows = torch.arange(size) if drawn is None else drawn[0]
             ancestors.append(rows[None])
             kernel = gaussian_transition(x[rows], x0[rows], *step_levels(scheduler, t, 0), 1.0)
             x_s = kernel.sample(rng).to(x_s.dtype)
         x = x_s
-    rewards = _judged(pipe, reward, prompt, x)
+    rewards = _rewards_via_pil(pipe, reward, prompt, x)
     images = _decoded(pipe, x)
     VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(images))
     order = rewards.sort(descending=True, stable=True).indices
@@ -103,7 +103,7 @@ def _decoded(pipe: Any, latents: Tensor) -> Tensor:
     return (images.float() / 2 + 0.5).clamp(0, 1)
 
 
-def _judged(pipe: Any, reward: Reward, prompt: str, latents: Tensor) -> Tensor:
+def _rewards_via_pil(pipe: Any, reward: Reward, prompt: str, latents: Tensor) -> Tensor:
     """Rewards (K,) by way of PIL."""
     pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(_decoded(pipe, latents)))
     images = torch.stack([_from_pil(picture) for picture in pictures]).to(latents.device)

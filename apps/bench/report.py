@@ -20,16 +20,16 @@ from torch._dynamo.exc import TorchDynamoException
 from steer.apps.bench.comparisons import COMPARISONS, Comparison
 from steer.apps.bench.sizes import ceilings
 from steer.apps.bench.subject import Subject
-from steer.apps.bench.timing import Check, Measured, Pace, Predicted, measure
-from steer.apps.evaluation.contest import versions
-from steer.apps.plots import FAINT, INK, SHADE, shown
+from steer.apps.bench.timing import Check, Measurement, Prediction, RepeatPolicy, measure
+from steer.apps.evaluation.spec import versions
+from steer.apps.plots import COLORMAP, FAINT, INK, shown
 from steer.errors import InputError
-from steer.files import staged, write_text
+from steer.files import atomic_write, write_text
 
 Json = dict[str, Any]
 
 
-def described(device: torch.device, quick: bool, seconds: float) -> Json:
+def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
     """A report of nothing yet: where it runs, and with what."""
     packages = versions(device)
     has_gpu = torch.cuda.is_available()
@@ -57,18 +57,18 @@ def described(device: torch.device, quick: bool, seconds: float) -> Json:
     }
 
 
-def outcome(
+def add_comparison(
     report: Json,
     name: str,
     about: str,
     samples: int,
-    found: tuple[Measured, Measured],
+    measurements: tuple[Measurement, Measurement],
     check: Check | None,
-    predicted: Predicted | None,
+    predicted: Prediction | None,
 ) -> None:
     """Puts a comparison into a report, as far as it got."""
-    over, under = found
-    report["runs"][name] = {"about": about, "variants": {one.name: _told(one, samples) for one in found}}
+    over, under = measurements
+    report["runs"][name] = {"about": about, "variants": {one.name: _summary(one, samples) for one in measurements}}
     report["ratios"][name] = median(over.seconds) / median(under.seconds)
     if report["device"].startswith("cpu") and all(over.cpu + under.cpu):
         report["cpu_ratios"][name] = median(over.cpu) / median(under.cpu)
@@ -80,12 +80,12 @@ def outcome(
         report["predicted"][name] = asdict(predicted)
 
 
-def _told(measured: Measured, samples: int) -> Json:
+def _summary(measured: Measurement, samples: int) -> Json:
     low, middle, high = quartiles(measured.seconds)
-    told = {"median": middle, "quartiles": [low, high], "repeats": len(measured.seconds), "seconds": measured.seconds}
-    told["cpu_seconds"] = measured.cpu
-    told["samples_per_second"] = samples / middle
-    return told | {"peak_bytes": measured.peak, "rows": measured.counts, "parts": measured.parts}
+    entry = {"median": middle, "quartiles": [low, high], "repeats": len(measured.seconds), "seconds": measured.seconds}
+    entry["cpu_seconds"] = measured.cpu
+    entry["samples_per_second"] = samples / middle
+    return entry | {"peak_bytes": measured.peak, "rows": measured.counts, "parts": measured.parts}
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
@@ -121,7 +121,9 @@ def table(report: Json) -> str:
         shown = "" if memory is None else f"{memory:.2f}"
         cpu = report["cpu_ratios"].get(name)
         busy = "" if cpu is None else f"{cpu:.3f}"
-        rows.append((name, f"{ratio:.3f}", f"{low:.2f}–{high:.2f}", busy, _foretold(report, name), shown, agree))
+        rows.append(
+            (name, f"{ratio:.3f}", f"{low:.2f}–{high:.2f}", busy, _format_prediction(report, name), shown, agree)
+        )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     reasons: dict[str, list[str]] = {}
@@ -137,17 +139,17 @@ def spread(run: Json) -> tuple[float, float]:
     return low, high
 
 
-def _foretold(report: Json, name: str) -> str:
-    told = report["predicted"].get(name)
-    if told is None:
+def _format_prediction(report: Json, name: str) -> str:
+    entry = report["predicted"].get(name)
+    if entry is None:
         return ""
-    if told["ratio"] is not None:
-        return f"{told['ratio']:.3f}"
-    bound = told["at_most"]  # infinite where the part is as good as all of it
+    if entry["ratio"] is not None:
+        return f"{entry['ratio']:.3f}"
+    bound = entry["at_most"]  # infinite where the part is as good as all of it
     return "" if bound is None or math.isinf(bound) else f"≤ {bound:.2f}"
 
 
-FOUND, FORETOLD = colormaps[SHADE](0.15), colormaps[SHADE](0.7)
+MEASURED_COLOUR, PREDICTED_COLOUR = colormaps[COLORMAP](0.15), colormaps[COLORMAP](0.7)
 ROW = 0.34  # inches of a ratio
 
 
@@ -163,7 +165,7 @@ def draw(report: Json, path: Path) -> Path | None:
     where = f"{report['device']}, {report['threads']} thread{'s' * (report['threads'] != 1)}"
     figure.suptitle(f"{where}{'; ' * bool(report['note'])}{report['note']}", size=9, x=0.01, ha="left", color=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with staged(path) as new:
+    with atomic_write(path) as new:
         figure.savefig(new, format="png")
     return path
 
@@ -171,12 +173,19 @@ def draw(report: Json, path: Path) -> Path | None:
 def _draw_ratios(axes: Axes, report: Json, names: list[str]) -> None:
     for row, name in enumerate(names):
         low, high = spread(report["runs"][name])
-        axes.plot([low, high], [row, row], color=FOUND, lw=2)
-        axes.plot(report["ratios"][name], row, "o", color=FOUND, ms=6, label="found, quartiles" if row == 0 else None)
-        foretold = report["predicted"].get(name) or {"ratio": None}
-        if foretold["ratio"] is not None:
-            axes.plot(foretold["ratio"], row, "D", mfc="white", mec=FORETOLD, ms=6, zorder=1)
-    axes.plot([], [], "D", mfc="white", mec=FORETOLD, label="predicted", ls="")
+        axes.plot([low, high], [row, row], color=MEASURED_COLOUR, lw=2)
+        axes.plot(
+            report["ratios"][name],
+            row,
+            "o",
+            color=MEASURED_COLOUR,
+            ms=6,
+            label="found, quartiles" if row == 0 else None,
+        )
+        prediction = report["predicted"].get(name) or {"ratio": None}
+        if prediction["ratio"] is not None:
+            axes.plot(prediction["ratio"], row, "D", mfc="white", mec=PREDICTED_COLOUR, ms=6, zorder=1)
+    axes.plot([], [], "D", mfc="white", mec=PREDICTED_COLOUR, label="predicted", ls="")
     axes.axvline(1, color=INK, lw=0.9, ls=":", zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -191,7 +200,7 @@ def _draw_ratios(axes: Axes, report: Json, names: list[str]) -> None:
 def _draw_parts(axes: Axes, report: Json, names: list[str]) -> None:
     """Seconds of both variants of each ratio, by the part that took them."""
     parts = sorted({part for name in names for one in _variants(report, name) for part in one["parts"]})
-    colors = {part: colormaps[SHADE](place / max(len(parts), 1)) for place, part in enumerate(parts)}
+    colors = {part: colormaps[COLORMAP](place / max(len(parts), 1)) for place, part in enumerate(parts)}
     for row, name in enumerate(names):
         for one, aside in zip(_variants(report, name), (-0.18, 0.18), strict=True):
             left = 0.0
@@ -221,7 +230,7 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 Say = Callable[[str], None]
-FIRST = 4  # comparisons that are measured at least once, even when the time is over
+ALWAYS_MEASURED = 4  # comparisons that are measured at least once, even when the time is over
 
 
 @dataclass
@@ -247,7 +256,7 @@ class Bench:
 
         Ctrl-C, and every error, leave what was measured in the JSON.
         """
-        self.report = described(device, self.quick, self.seconds)
+        self.report = new_report(device, self.quick, self.seconds)
         write(self.report, self.file)
         if self.report["note"]:
             self.say(self.report["note"])
@@ -255,14 +264,14 @@ class Bench:
         for number, (name, make) in enumerate(subjects):
             # What there is left is shared equally by the subjects that are to come.
             left = self.seconds - (time.perf_counter() - started)
-            with self._kept():
+            with self._write_on_exit():
                 self._measure_all(make(), "" if number == 0 else f"{name}: ", left / (len(subjects) - number))
         self.report["complete"] = True
         write(self.report, self.file)
         return self.report
 
     @contextmanager
-    def _kept(self) -> Iterator[None]:
+    def _write_on_exit(self) -> Iterator[None]:
         try:
             yield
         finally:
@@ -275,11 +284,11 @@ class Bench:
         for number, name in enumerate(names):
             comparison, left = COMPARISONS[name], end - time.perf_counter()
             reason = comparison.fits(subject)
-            if reason is None and left <= 0 and number >= FIRST:
+            if reason is None and left <= 0 and number >= ALWAYS_MEASURED:
                 reason = "no time left: give it more --seconds"
             if reason is None:
                 share = max(left, 0.0) / (len(names) - number)
-                pace = Pace(share, self.least if left > 0 else 1, self.most)
+                pace = RepeatPolicy(share, self.least if left > 0 else 1, self.most)
                 reason = self._measure(subject, prefix + name, comparison, pace)
             if reason is not None:
                 self.report["skipped"][prefix + name] = reason
@@ -287,23 +296,25 @@ class Bench:
             write(self.report, self.file)
         self.report["ceilings"][subject.name] = ceilings(subject, self.quick)
 
-    def _measure(self, subject: Subject, name: str, comparison: Comparison, pace: Pace) -> str | None:
+    def _measure(self, subject: Subject, name: str, comparison: Comparison, pace: RepeatPolicy) -> str | None:
         """One comparison; why it could not be measured, if so."""
         self.say(f"{name} … {comparison.about}")
-        found: tuple[Measured, Measured] | None = None
+        measurements: tuple[Measurement, Measurement] | None = None
         check: Check | None = None
-        predicted: Predicted | None = None
+        predicted: Prediction | None = None
         try:
             with comparison.open(subject) as opened:
-                found = Measured(opened.over.name), Measured(opened.under.name)
-                results = measure(opened, found, subject.kinds, subject.device, pace)
+                measurements = Measurement(opened.over.name), Measurement(opened.under.name)
+                results = measure(opened, measurements, subject.module_names, subject.device, pace)
                 check = opened.check and opened.check(*results)
-            predicted = comparison.predict(subject)(*found)
+            predicted = comparison.predict(subject)(*measurements)
         except (InputError, torch.OutOfMemoryError, TorchDynamoException) as error:
             return " ".join(str(error).split())[:300] or type(error).__name__
         finally:
-            if found is not None and all(measured.seconds for measured in found):
-                outcome(self.report, name, comparison.about, comparison.samples(subject), found, check, predicted)
+            if measurements is not None and all(measured.seconds for measured in measurements):
+                add_comparison(
+                    self.report, name, comparison.about, comparison.samples(subject), measurements, check, predicted
+                )
         ratio = self.report["ratios"][name]
         self.say(f"  {ratio:.3f}" + ("" if check is None or check.passed else f"  NOT THE SAME: {asdict(check)}"))
         return None

@@ -114,7 +114,7 @@ class Flops:
     prompts: int
 
 
-class _Called(Exception):
+class _FirstCall(Exception):
     """Carries the arguments of the first denoiser call out of a run."""
 
 
@@ -122,12 +122,12 @@ def first_call(denoiser: Any, run: Callable[[], Any]) -> tuple[Any, Any]:
     """What `run` calls a denoiser with first; the run ends there."""
 
     def stop(module: Any, args: Any, kwargs: Any) -> None:
-        raise _Called(args, kwargs)
+        raise _FirstCall(args, kwargs)
 
     handle = denoiser.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         run()
-    except _Called as called:
+    except _FirstCall as called:
         return called.args
     finally:
         handle.remove()

@@ -35,9 +35,9 @@ from transformers import (
     T5EncoderModel,
 )
 
-from steer.apps.bench.timing import Kinds
+from steer.apps.bench.timing import ModuleNames
 from steer.apps.scenes.training import build_tokenizer
-from steer.diffusion.preview import accepted_only
+from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import derived_seed
 from steer.diffusion.step_hooks import Output, denoisers_in
 from steer.pipelines.fk_steering import DEFAULT_STEPS, ResamplingSchedule, Run
@@ -52,7 +52,7 @@ from steer.training.rollout import Sampler, Trajectories
 from steer.training.trainable import LoRA
 
 STRENGTH = 10.0  # λ
-BOLD = 0.02  # standard deviation of a LoRA's B, which begins at 0: a policy that has learnt something
+LORA_STD = 0.02  # standard deviation of a LoRA's B, which begins at 0: a policy that has learnt something
 
 
 class BenchReward(nn.Module):
@@ -74,7 +74,7 @@ class Subject:
 
     pipe      called with `call` (num_inference_steps and guidance_scale among it) for `size` particles of each prompt
     one_step  a pipeline for ReNO, called for one step without guidance; None: no ReNO
-    learner   makes a pipeline for D3PO, which puts a LoRA into it; None: no D3PO
+    make_trainable   makes a pipeline for D3PO, which puts a LoRA into it; None: no D3PO
     iterations  of ReNO
     pairs, lesson_steps  of D3PO: its cost goes with pairs · steps
     preview   what decodes x̂0 where a cheap decoder will do, by a word of `steer sample`
@@ -88,10 +88,10 @@ class Subject:
     reward: Any = "scene-soft"
     seed: int = 0
     one_step: Any = None
-    learner: Callable[[], Any] | None = None
+    make_trainable: Callable[[], Any] | None = None
     iterations: int = 3
     pairs: int = 2
-    lesson_steps: int = 4
+    update_steps: int = 4
     preview: str = "linear"
     one_step_call: dict[str, Any] = field(default_factory=lambda: {"num_inference_steps": 1, "guidance_scale": 0.0})
 
@@ -105,15 +105,15 @@ class Subject:
         return Generator().manual_seed(derived_seed(self.seed, name))
 
     @property
-    def kinds(self) -> Kinds:
+    def module_names(self) -> ModuleNames:
         """Classes of the modules whose calls are counted. A VAE's decode calls its decoder."""
-        found: dict[type, str] = {Decoder: "decoder", DecoderTiny: "tiny decoder", BenchReward: "reward"}
+        names: dict[type, str] = {Decoder: "decoder", DecoderTiny: "tiny decoder", BenchReward: "reward"}
         for pipe in (self.pipe, self.one_step):
             if pipe is not None:
-                found |= {type(getattr(pipe, name)): "denoiser" for name in denoisers_in(pipe)}
+                names |= {type(getattr(pipe, name)): "denoiser" for name in denoisers_in(pipe)}
                 texts = [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
-                found |= {type(part): "text encoder" for part in texts if part is not None}
-        return found
+                names |= {type(part): "text encoder" for part in texts if part is not None}
+        return names
 
     def judge(self, eight_bits: bool = False) -> BenchReward:
         """The reward, where the model is."""
@@ -121,16 +121,16 @@ class Subject:
 
     def about(self) -> dict[str, Any]:
         """As plain values."""
-        told = {"call": {name: str(value) for name, value in self.call.items()}, "particles": self.size}
-        told |= {
+        summary = {"call": {name: str(value) for name, value in self.call.items()}, "particles": self.size}
+        summary |= {
             "prompts": list(self.prompts),
             "reward": load_reward(self.reward).name,
             "dtype": str(self.pipe.dtype).split(".")[-1],
         }
-        return told | {
+        return summary | {
             "reno_iterations": self.iterations,
             "d3po_pairs": self.pairs,
-            "d3po_steps": self.lesson_steps,
+            "d3po_steps": self.update_steps,
             "read_at": list(self.read_at),
         }
 
@@ -159,20 +159,20 @@ class _FreeRewards(ParticleBatch):
         return torch.rand(self.groups, self.size, generator=self._numbers), {}
 
 
-def undecoded(pipe: Any) -> Any:
+def without_decoder(pipe: Any) -> Any:
     """A view of a pipeline whose decoder hands the latents on: what is left is denoising."""
     view = copy.copy(pipe)
     if getattr(pipe, "vae", None) is not None:
-        silent = copy.copy(pipe.vae)
-        vars(silent)["decode"] = lambda z, *args, **kwargs: Output([z[:, :3]])
-        vars(view)["vae"] = silent
+        proxy_vae = copy.copy(pipe.vae)
+        vars(proxy_vae)["decode"] = lambda z, *args, **kwargs: Output([z[:, :3]])
+        vars(view)["vae"] = proxy_vae
     return view
 
 
 def plain_call(subject: Subject, pipe: Any) -> Tensor:
     """The plain pipeline's batch of B·K: what it returns as tensors."""
     given = {"num_images_per_prompt": subject.size, "generator": subject.generator(), "output_type": "pt"}
-    return pipe(list(subject.prompts), **accepted_only(pipe, subject.call | given)).images
+    return pipe(list(subject.prompts), **filter_call_kwargs(pipe, subject.call | given)).images
 
 
 @dataclass(frozen=True)
@@ -186,16 +186,16 @@ class Denoised:
 def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoised:
     """Feynman–Kac steering without decoder and reward: x̂0, weights, resampling and a noisy step of all particles at
     every evaluated step."""
-    population = _FreeRewards(
-        undecoded(pipe),
+    particle_batch = _FreeRewards(
+        without_decoder(pipe),
         subject.judge(),
         list(subject.prompts),
         subject.size,
         subject.call | {"generator": subject.generator()},
     )
-    run = Run(FeynmanKac(lam, ess_threshold=1.0), population, None, 1.0, ResamplingSchedule(subject.read_at), None)
+    run = Run(FeynmanKac(lam, ess_threshold=1.0), particle_batch, None, 1.0, ResamplingSchedule(subject.read_at), None)
     run.sample()
-    return Denoised(population.latents, tuple(told.ancestors for told in run.history))
+    return Denoised(particle_batch.latents, tuple(summary.ancestors for summary in run.history))
 
 
 def search_of(subject: Subject) -> NoiseToImage:
@@ -209,7 +209,7 @@ def search_of(subject: Subject) -> NoiseToImage:
 
 
 @dataclass(frozen=True)
-class Lesson:
+class PreferenceBatch:
     """What an update of D3PO learns from: pairs of samples, drawn by a LoRA that has learnt something; in two chunks,
     so that as many rows go through the denoiser at once as the naive way has winners."""
 
@@ -222,7 +222,7 @@ class Lesson:
     @property
     def stored(self) -> Trajectories:
         """The samples, two of each prompt."""
-        return Trajectories.joined(list(self.batch.chunks))
+        return Trajectories.concatenate(list(self.batch.chunks))
 
     def references(self) -> list[Reference]:
         """What the reference says of them, asked anew."""
@@ -230,21 +230,23 @@ class Lesson:
             return [reference_of(self.sampler, chunk, self.batch.steps) for chunk in self.batch.chunks]
 
 
-def lesson_of(subject: Subject, pipe: Any) -> Lesson:
+def make_preference_batch(subject: Subject, pipe: Any) -> PreferenceBatch:
     """Draws the samples, and asks the reference about them, as a round of finetuning does before its updates."""
     trained = LoRA(pipe, rank=4, seed=subject.seed)
     generator = subject.generator("LoRA")
     with torch.no_grad():
         for parameter in trained.parameters.values():
-            parameter.copy_(BOLD * torch.randn(parameter.shape, generator=generator))
-    sampler = Sampler(pipe, subject.call | {"num_inference_steps": subject.lesson_steps}, eta=1.0)
+            parameter.copy_(LORA_STD * torch.randn(parameter.shape, generator=generator))
+    sampler = Sampler(pipe, subject.call | {"num_inference_steps": subject.update_steps}, eta=1.0)
     prompts = [subject.prompts[n % len(subject.prompts)] for n in range(subject.pairs)]
     rows = rows_of(prompts, 2, subject.seed, "bench", shared_start=True)
     chunks = [sampler.rollout(some)[0] for some in rows.split(subject.pairs)]
     winners = tuple(n % 2 for n in range(subject.pairs))
     rewards = torch.tensor([[1.0 - winner, float(winner)] for winner in winners])
-    lesson = Lesson(pipe, trained, sampler, Batch(chunks, [], range(len(chunks[0].stochastic)), rewards), winners)
-    return replace(lesson, batch=replace(lesson.batch, references=lesson.references()))
+    preference_batch = PreferenceBatch(
+        pipe, trained, sampler, Batch(chunks, [], range(len(chunks[0].stochastic)), rewards), winners
+    )
+    return replace(preference_batch, batch=replace(preference_batch.batch, references=preference_batch.references()))
 
 
 Config = Mapping[str, Any]

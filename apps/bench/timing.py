@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 MEASURED_MEMORY = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak back to what there is now
 STATUS = Path("/proc/self/status")
-Kinds = Mapping[type, str]  # classes of modules whose calls are counted, and what they are called
+ModuleNames = Mapping[type, str]  # classes of modules whose calls are counted, and what they are called
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Opened:
+class PreparedComparison:
     """A comparison that is ready: the seconds of `over` are divided by those of `under`; `check` looks at what they
     returned."""
 
@@ -59,7 +59,7 @@ class Opened:
 
 
 @dataclass
-class Measured:
+class Measurement:
     """What was found of a variant.
 
     seconds  of each repeat
@@ -78,7 +78,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Pace:
+class RepeatPolicy:
     """How long a comparison may take: repeats go on until `seconds` are over, `least` to `most` times."""
 
     seconds: float
@@ -87,15 +87,16 @@ class Pace:
 
 
 def measure(
-    opened: Opened,
-    found: tuple[Measured, Measured],
-    kinds: Kinds,
+    opened: PreparedComparison,
+    measurements: tuple[Measurement, Measurement],
+    module_names: ModuleNames,
     device: torch.device,
-    pace: Pace,
+    pace: RepeatPolicy,
 ) -> tuple[Any, Any]:
     """One warm-up of each, then A B A B …, then one run of each in which calls and bytes are counted.
 
-    What is measured goes into `found` at once, so that it is there when the rest is broken off. Returns the results.
+    What is measured goes into `measurements` at once, so that it is there when the rest is
+    broken off. Returns the results.
     """
     variants, started = (opened.over, opened.under), time.perf_counter()
     results = tuple(variant.run() for variant in variants)
@@ -107,12 +108,12 @@ def measure(
         for variant in variants:
             cpu = time.process_time()
             turn.append((seconds_of(variant.run, device), time.process_time() - cpu))
-        for measured, (seconds, cpu) in zip(found, turn, strict=True):
+        for measured, (seconds, cpu) in zip(measurements, turn, strict=True):
             measured.seconds.append(seconds)
             measured.cpu.append(cpu)
         repeats, last = repeats + 1, sum(seconds for seconds, _ in turn)
-    for variant, measured in zip(variants, found, strict=True):
-        with _peak(device) as peak, _counting(kinds if variant.counted else {}, device) as (counts, parts):
+    for variant, measured in zip(variants, measurements, strict=True):
+        with _peak(device) as peak, _counting(module_names if variant.counted else {}, device) as (counts, parts):
             variant.run()
         measured.peak, measured.counts, measured.parts = peak[0] if peak else None, counts, parts
     return results[0], results[1]
@@ -143,20 +144,20 @@ def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
 @contextmanager
 def _peak(device: torch.device) -> Iterator[list[int]]:
     """Gives a list into which the peak of the block is put at its end, where it can be told."""
-    found: list[int] = []
+    measurements: list[int] = []
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device) - before)
+        yield measurements
+        measurements.append(torch.cuda.max_memory_allocated(device) - before)
         return
     if not _resets():
-        yield found
+        yield measurements
         return
     before = _status("VmRSS")
-    yield found
-    found.append(_status("VmHWM") - before)
+    yield measurements
+    measurements.append(_status("VmHWM") - before)
 
 
 def _resets() -> bool:
@@ -181,7 +182,7 @@ def _status(name: str) -> int:
 
 
 @contextmanager
-def _counting(kinds: Kinds, device: torch.device) -> Iterator[tuple[dict[str, int], dict[str, float]]]:
+def _counting(module_names: ModuleNames, device: torch.device) -> Iterator[tuple[dict[str, int], dict[str, float]]]:
     """Counts the rows of the modules' calls and times them, copies of modules included. Steps of which a graph is kept
     are counted apart: the way back goes through them."""
     counts: dict[str, int] = {}
@@ -189,20 +190,20 @@ def _counting(kinds: Kinds, device: torch.device) -> Iterator[tuple[dict[str, in
     began: list[float] = []
 
     def before(module: nn.Module, given: Any) -> None:
-        if type(module) in kinds:
+        if type(module) in module_names:
             synchronise(device)
             began.append(time.perf_counter())
 
     def after(module: nn.Module, given: Any, output: Any) -> None:
-        if type(module) in kinds:
+        if type(module) in module_names:
             synchronise(device)
             seconds = time.perf_counter() - began.pop()
             first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-            name = kinds[type(module)] + (" with a graph" if first.requires_grad else "")
+            name = module_names[type(module)] + (" with a graph" if first.requires_grad else "")
             counts[name] = counts.get(name, 0) + len(first)
             parts[name] = parts.get(name, 0.0) + seconds
 
-    if not kinds:
+    if not module_names:
         yield counts, parts
         return
     handles = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
@@ -214,7 +215,7 @@ def _counting(kinds: Kinds, device: torch.device) -> Iterator[tuple[dict[str, in
 
 
 @dataclass(frozen=True)
-class Predicted:
+class Prediction:
     """share   of the slower variant's seconds that the other does without, 0..1 (below 0: it does more)
     ratio   that follows; None where a part gets faster by an unknown factor
     at_most where so: what it would be if that part took no time
@@ -225,7 +226,7 @@ class Predicted:
     at_most: float | None = None
 
 
-Predict = Callable[[Measured, Measured], Predicted]
+Predict = Callable[[Measurement, Measurement], Prediction]
 
 
 # Amdahl 1967: if a share s of the time is saved, what is left is 1 − s, and the ratio is 1 / (1 − s).
@@ -234,21 +235,21 @@ def amdahl(share: float) -> float:
     return 1 / (1 - share) if share < 1 else float("inf")
 
 
-def by_counts(over: Measured, under: Measured) -> Predicted:
+def predict_by_counts(over: Measurement, under: Measurement) -> Prediction:
     """Every part costs in both what a row of it costs in `over` (or in `under`, where only that one has it).
 
     Of a variant whose calls cannot be counted nothing is foretold."""
     if not under.counts:
-        return Predicted(0.0)
+        return Prediction(0.0)
     saved = 0.0
     for part in over.counts.keys() | under.counts.keys():
-        told = over if over.counts.get(part) else under
-        row = told.parts[part] / told.counts[part]
+        counted_side = over if over.counts.get(part) else under
+        row = counted_side.parts[part] / counted_side.counts[part]
         saved += row * (over.counts.get(part, 0) - under.counts.get(part, 0))
     share = saved / median(over.seconds)
-    return Predicted(share, amdahl(share))
+    return Prediction(share, amdahl(share))
 
 
-def bounded(share: float) -> Predicted:
+def bounded(share: float) -> Prediction:
     """A share of the time gets faster, nobody knows how much."""
-    return Predicted(share, at_most=amdahl(share))
+    return Prediction(share, at_most=amdahl(share))

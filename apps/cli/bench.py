@@ -52,13 +52,13 @@ def bench(
         raise InputError(f"--json {file}: the picture would take that name; use .json")
     import torch
 
-    from steer.apps.bench.comparisons import EMBEDDED, Asked, subjects_of
+    from steer.apps.bench.comparisons import EMBEDDED, BenchOptions, subjects_of
     from steer.apps.bench.report import Bench, draw, table
-    from steer.apps.models import device_here
+    from steer.apps.models import default_device
 
-    where = device_here(device)
+    where = default_device(device)
     chosen = models or ((EMBEDDED,) if where == "cpu" else (EMBEDDED, "sd15", "sdxl", "sd3", "flux"))
-    subjects = subjects_of(chosen, Asked(where, dtype, particles, steps, resolution, quick))
+    subjects = subjects_of(chosen, BenchOptions(where, dtype, particles, steps, resolution, quick))
     run = Bench(file, seconds or (QUICK if quick else LONG), quick, lambda line: click.echo(line, err=True))
     try:
         run.run(subjects, torch.device(where))

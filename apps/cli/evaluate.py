@@ -8,7 +8,7 @@ import click
 
 from steer.apps.cli.options import DEVICE, Command
 from steer.apps.cli.sample import SPEC, TIMEOUT, sample
-from steer.apps.processes import processes, speaks
+from steer.apps.processes import is_main_process, processes
 from steer.errors import InputError
 
 # Of `steer sample` these decide images, and mean the same here; `particles` and `seed` mean a little else.
@@ -21,8 +21,8 @@ SHARED += [
     "target",
     "asynchronous_rewards",
     "preview",
-    "start_candidates",
-    "start_steps",
+    "noise_candidates",
+    "screening_steps",
     "beams",
 ]
 SHARED += ["iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"]
@@ -46,7 +46,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--method", "methods", multiple=True, default=("base",), help="As in `steer sample`; again.")
 @click.option("--prompts", required=True, help="Embedded list, file (as in `steer sample`), or data set.")
 @click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
-@click.option("--prompts-count", type=click.IntRange(1), help="So many of them, evenly spaced; by default all.")
+@click.option("--num-prompts", type=click.IntRange(1), help="So many of them, evenly spaced; by default all.")
 @click.option("--tag-column", help='Column of the prompts\' tasks; by default "tag", where there is one.')
 @click.option("--reward", "rewards", multiple=True, required=True, help=f"The first steers and picks. {SPEC} (*)")
 @TIMEOUT
@@ -64,7 +64,7 @@ def evaluate(
     methods: tuple[str, ...],
     prompts: str,
     prompt_column: str | None,
-    prompts_count: int | None,
+    num_prompts: int | None,
     tag_column: str | None,
     rewards: tuple[str, ...],
     reward_timeout: float | None,
@@ -85,20 +85,20 @@ def evaluate(
     """
     if loras and len(models) > 1:
         raise InputError(f"--lora belongs to one model, and there are {len(models)}: one evaluation for each")
-    from steer.apps.prompts import find_tagged
+    from steer.apps.prompts import load_tagged_prompts
 
     with processes().main_first():
-        texts, tags = find_tagged(prompts, prompt_column, tag_column)
-    count = min(prompts_count or len(texts), len(texts))
+        texts, tags = load_tagged_prompts(prompts, prompt_column, tag_column)
+    count = min(num_prompts or len(texts), len(texts))
     chosen = [place * len(texts) // count for place in range(count)]
     from steer.apps.evaluation.report import summary
     from steer.apps.evaluation.run import Contender
     from steer.apps.evaluation.run import evaluate as run
 
     contenders = [Contender(m, lora, method) for m in models for lora in (None, *loras) for method in methods]
-    told = None if tags is None else [tags[place] for place in chosen]
-    given: dict[str, Any] = {"tags": told, "kl_prompts": kl_prompts, "batch": batch}
+    tag_list = None if tags is None else [tags[place] for place in chosen]
+    given: dict[str, Any] = {"tags": tag_list, "kl_prompts": kl_prompts, "batch": batch}
     given |= {"device": device, "reward_timeout": reward_timeout}
     report = run(contenders, [texts[place] for place in chosen], rewards, seeds, out, options, **given)
-    if speaks():
+    if is_main_process():
         click.echo(f"{summary(report)}\n→ {out / 'evaluation.md'}")

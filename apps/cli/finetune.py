@@ -6,7 +6,7 @@ from importlib.util import find_spec
 import click
 
 from steer.apps.cli.options import DEVICE, Command
-from steer.apps.processes import speaks
+from steer.apps.processes import is_main_process
 from steer.assets import CONFIGS
 from steer.errors import InputError
 
@@ -21,7 +21,7 @@ from steer.errors import InputError
 @click.argument("changes", nargs=-1, type=click.UNPROCESSED, metavar="")
 @DEVICE
 @click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint; begin where there is none.")
-def finetune(config: str, changes: tuple[str, ...], device: str | None, resume: bool) -> None:
+def finetune(config: str, overrides: tuple[str, ...], device: str | None, resume: bool) -> None:
     """Trains a diffusion model on a reward, as CONFIG says: the name of an embedded configuration, or a YAML file.
 
     Any key of it can be given here, and goes before the file: --max-steps 20 --options.beta 0.01
@@ -32,36 +32,36 @@ def finetune(config: str, changes: tuple[str, ...], device: str | None, resume: 
     """
     if config.startswith("-"):
         raise InputError(f"{config}: the configuration comes first: steer finetune CONFIG --KEY VALUE …")
-    words = keys_of(changes) | ({} if device is None else {"device": device})
+    words = parse_overrides(overrides) | ({} if device is None else {"device": device})
     if missing := [package for package in ("pydantic", "peft") if find_spec(package) is None]:
         raise InputError(f"finetuning needs {missing[0]}: pip install 'steer-diffusion[train]'")
     from steer.apps.finetuning import finetune as run
     from steer.apps.finetuning import read_config, summary
     from steer.pipelines.training.trainer import INTERRUPTED
 
-    told = read_config(config, words)
-    result = run(told, resume)
+    config_values = read_config(config, words)
+    result = run(config_values, resume)
     if result.stopped == INTERRUPTED:
-        if speaks():
+        if is_main_process():
             click.echo(f"steer: interrupted at update {result.step}; the same command with --resume goes on", err=True)
         raise SystemExit(130)
-    if speaks():
-        click.echo(summary(told, result))
+    if is_main_process():
+        click.echo(summary(config_values, result))
 
 
-def keys_of(words: Sequence[str]) -> dict[str, str]:
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
     """Keys and values of `--key value`, `--key=value` and, for true, `--key`. Raises InputError for a repeated key."""
-    found: dict[str, str] = {}
+    parsed: dict[str, str] = {}
     waiting = None  # a key whose value may come next
     for word in words:
         if word.startswith("--") and len(word) > 2:
             name, equals, value = word[2:].partition("=")
             key = name.replace("-", "_")
-            if key in found:
+            if key in parsed:
                 raise InputError(f"--{name} is given twice and takes one value: give it once")
-            found[key], waiting = (value, None) if equals else ("true", key)
+            parsed[key], waiting = (value, None) if equals else ("true", key)
         elif waiting is not None:
-            found[waiting], waiting = word, None
+            parsed[waiting], waiting = word, None
         else:
             raise InputError(f"{word!r}: expected --KEY VALUE")
-    return found
+    return parsed

@@ -17,8 +17,8 @@ from steer.apps.cli.finetune import finetune
 from steer.apps.cli.options import DEVICE, Group
 from steer.apps.cli.rewards import rewards
 from steer.apps.cli.sample import SPEC, TIMEOUT, sample
-from steer.apps.errors import Ending, refusal
-from steer.apps.processes import part, speaks
+from steer.apps.errors import ExitGuard, describe_os_error
+from steer.apps.processes import is_main_process, part
 from steer.errors import InputError
 
 
@@ -58,16 +58,16 @@ def score(
     with columns of images and prompts. Prompts are needed where the reward reads them. Images that cannot be scored
     are listed; the others are scored, and the exit code is 2.
     """
-    from steer.apps.models import device_here
-    from steer.apps.reward_specs import reward_here
-    from steer.apps.scoring import score_images, shown_images
+    from steer.apps.models import default_device
+    from steer.apps.reward_specs import resolve_reward
+    from steer.apps.scoring import collect_images, score_images
 
-    shown = shown_images(images, texts, file, prompt_column)
-    scored = score_images(reward_here(reward, reward_timeout), shown, device_here(device))
+    shown = collect_images(images, texts, file, prompt_column)
+    scored = score_images(resolve_reward(reward, reward_timeout), shown, default_device(device))
     prompts = {one.prompt for one in shown}
-    told = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
+    output = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
     if len(scored.errors) < len(shown):
-        click.echo(json.dumps(told | {"scores": scored.rows}, indent=1))
+        click.echo(json.dumps(output | {"scores": scored.rows}, indent=1))
     if scored.errors:
         count = "" if len(shown) == 1 else f"{len(scored.errors)} of {len(shown)} images have no score: "
         raise InputError(count + "; ".join(scored.errors))
@@ -86,7 +86,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # a path need not be text, and a job is not to end in saying its name
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    with Ending():
+    with ExitGuard():
         _run()
 
 
@@ -97,13 +97,13 @@ def _run() -> None:
         steer(standalone_mode=False)
         part()
     except click.exceptions.Abort:
-        if speaks():
+        if is_main_process():
             click.echo("steer: interrupted; what was finished is kept, the same command goes on", err=True)
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
     except click.ClickException as error:
-        if speaks():  # of several processes all were told the same words
+        if is_main_process():  # of several processes all were told the same words
             click.echo(f"steer: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
     except InputError as error:
@@ -113,7 +113,7 @@ def _run() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        click.echo(f"steer: {' '.join(refusal(error).split())}; what was finished is kept", err=True)
+        click.echo(f"steer: {' '.join(describe_os_error(error).split())}; what was finished is kept", err=True)
         sys.exit(2)
 
 

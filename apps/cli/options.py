@@ -12,7 +12,7 @@ class Command(click.Command):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the words of the command line. Raises InputError for a single-valued option that is repeated."""
-        check_given_once(self, context, args)
+        check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
 
@@ -24,20 +24,20 @@ class Group(click.Group):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the options before the name of a command, as `Command.parse_args` does."""
-        check_given_once(self, context, args)
+        check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
 
-def takes_one(option: click.Parameter) -> bool:
+def is_single_valued(option: click.Parameter) -> bool:
     """Whether an option has one value: not `multiple`, not counted, and no `--help` or `--version`, which end it."""
     return isinstance(option, click.Option) and not (option.multiple or option.count or option.is_eager)
 
 
-def check_given_once(command: click.Command, context: click.Context, args: Sequence[str]) -> None:
+def check_not_repeated(command: click.Command, context: click.Context, args: Sequence[str]) -> None:
     """Raise InputError where the words give an option twice that has one value."""
     _, _, order = command.make_parser(context).parse_args(args=list(args))
     for option in order:
-        if takes_one(option) and order.count(option) > 1:
+        if is_single_valued(option) and order.count(option) > 1:
             flags = isinstance(option, click.Option) and option.is_flag
             value = "is a switch" if flags else "takes one value"
             name = "/".join([*option.opts, *option.secondary_opts])

@@ -37,17 +37,17 @@ def serve(reward: str, host: str, port: int, device: str | None) -> None:
 
     Where the environment variable STEER_REWARD_TOKEN is set, requests must bring it: set it for the client too.
     """
-    from steer.apps.errors import end_now
-    from steer.apps.models import device_here
-    from steer.apps.reward_specs import reward_here
+    from steer.apps.errors import exit_now
+    from steer.apps.models import default_device
+    from steer.apps.reward_specs import resolve_reward
     from steer.rewards.remote import LOCAL, RewardServer, read_token
 
-    with RewardServer(reward_here(reward), host, port, read_token(), device_here(device)) as server:
+    with RewardServer(resolve_reward(reward), host, port, read_token(), default_device(device)) as server:
         if host not in LOCAL:
             click.echo(f"steer: --host {host}: whoever reaches this machine can use the reward, unencrypted", err=True)
-        idle = server.serve_until_told(lambda: click.echo(server.url))
+        idle = server.serve_until_signal(lambda: click.echo(server.url))
     if not idle:  # a call that hangs
-        end_now(0)
+        exit_now(0)
 
 
 @rewards.command()
@@ -56,18 +56,18 @@ def serve(reward: str, host: str, port: int, device: str | None) -> None:
 @PROMPT
 @click.option("--most", default=8, type=click.IntRange(1), help="Images of one size that it is tested on.")
 @DEVICE
-def check(reward: str, images: Path, prompt: str | None, most: int, device: str | None) -> None:
+def check(reward: str, images: Path, prompt: str | None, max_images: int, device: str | None) -> None:
     """Tests REWARD: contract, determinism, batches, gradients, speed. Exit code 1 where a test fails."""
-    from steer.apps.models import device_here
-    from steer.apps.reward_specs import reward_here
-    from steer.apps.scoring import batch_of_files, images_with_prompts, render_findings
+    from steer.apps.models import default_device
+    from steer.apps.reward_specs import resolve_reward
+    from steer.apps.scoring import images_with_prompts, load_batch, render_check_results
     from steer.rewards.analysis import check_reward
 
     paths, prompts = images_with_prompts(images, prompt)
-    batch, texts = batch_of_files(paths, prompts, most)
-    findings = check_reward(reward_here(reward), batch.to(device_here(device)), texts)
-    click.echo(render_findings(findings))
-    if any(finding.passed is False for finding in findings):
+    batch, texts = load_batch(paths, prompts, max_images)
+    check_results = check_reward(resolve_reward(reward), batch.to(default_device(device)), texts)
+    click.echo(render_check_results(check_results))
+    if any(finding.passed is False for finding in check_results):
         raise SystemExit(1)
 
 
@@ -80,13 +80,15 @@ def check(reward: str, images: Path, prompt: str | None, most: int, device: str 
 @DEVICE
 def compare(first: str, second: str, images: Path, prompt: str | None, out: Path, device: str | None) -> None:
     """How much two rewards agree on images: rank correlations, STARC distance, and a scatter plot."""
-    from steer.apps.models import device_here
-    from steer.apps.reward_specs import reward_here
+    from steer.apps.models import default_device
+    from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import draw_scatter, images_with_prompts, render_agreement, score_all
     from steer.rewards.analysis import compare as agreement_of
 
     paths, prompts = images_with_prompts(images, prompt)
-    one, two = (score_all(reward_here(spec), paths, prompts, device=device_here(device)) for spec in (first, second))
+    one, two = (
+        score_all(resolve_reward(spec), paths, prompts, device=default_device(device)) for spec in (first, second)
+    )
     agreement = agreement_of(one, two, prompts)
     draw_scatter(first, one, second, two, prompts, agreement, out)
     click.echo(f"{render_agreement(agreement)}\n→ {out}")
@@ -99,16 +101,16 @@ def compare(first: str, second: str, images: Path, prompt: str | None, out: Path
 @DEVICE
 def contrast(reward: str, images: Path, prompt: str | None, device: str | None) -> None:
     """How often REWARD prefers an image's prompt to one with a colour, count or relation changed."""
-    from steer.apps.models import device_here
-    from steer.apps.reward_specs import reward_here
-    from steer.apps.scoring import consistency_of_files, images_with_prompts, render_consistency
+    from steer.apps.models import default_device
+    from steer.apps.reward_specs import resolve_reward
+    from steer.apps.scoring import images_with_prompts, render_consistency, score_consistency
     from steer.errors import InputError
 
     paths, prompts = images_with_prompts(images, prompt)
-    found = consistency_of_files(reward_here(reward), paths, prompts, device=device_here(device))
-    if not found:
+    results = score_consistency(resolve_reward(reward), paths, prompts, device=default_device(device))
+    if not results:
         raise InputError(f"--images {images}: no prompt names a colour, a count or a relation that could be changed")
-    click.echo(render_consistency(found))
+    click.echo(render_consistency(results))
 
 
 @rewards.command()
@@ -119,16 +121,16 @@ def contrast(reward: str, images: Path, prompt: str | None, device: str | None) 
 @DEVICE
 def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: Path, device: str | None) -> None:
     """Measures each REWARD's mean and spread, over all and per prompt, on images of `steer sample --method base`."""
-    from steer.apps.models import device_here
-    from steer.apps.reward_specs import reward_here
+    from steer.apps.models import default_device
+    from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import images_with_prompts, score_all
-    from steer.rewards.compose import Calibration, measured, read_calibration
+    from steer.rewards.compose import Calibration, read_calibration, reward_statistics
 
     paths, prompts = images_with_prompts(images, prompt)
     scales = dict(read_calibration(out).scales) if out.exists() else {}
-    for reward in map(reward_here, rewards_):
-        scores = score_all(reward, paths, prompts, device=device_here(device))
-        scales[reward.name] = scale = measured(scores, prompts)
+    for reward in map(resolve_reward, rewards_):
+        scores = score_all(reward, paths, prompts, device=default_device(device))
+        scales[reward.name] = scale = reward_statistics(scores, prompts)
         click.echo(f"{reward.name}: mean {scale.mean:.4g}, std {scale.std:.4g} over {scale.count} images")
         Calibration(scales, {"images": images.name, "count": len(paths)}).save(out)
 
@@ -148,7 +150,7 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
 @click.option("--steps", default=500)
 @click.option("--batch", default=64)
 @click.option("--learning-rate", default=1e-3)
-@click.option("--smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
+@click.option("--label-smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
 @click.option("--flip", default=0.0, help="Share of the labels that is taken to be wrong, 0 to 0.5.")
 @click.option("--centre", default=0.0, help="Pulls each prompt's rewards to a mean of 0; for ensembles 0.01 to 0.1.")
 @click.option("--held-out", default=0.1, help="Share of the prompts that the report is measured on.")
@@ -160,11 +162,11 @@ def train(data: Path, out: Path, images: Path | None, work: Path | None, device:
     Read are pairs (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's
     chosen and rejected, and a folder of choices that the demo recorded.
     """
-    from steer.apps.learning import learn, summary
-    from steer.apps.models import device_here
-    from steer.rewards.learned import Recipe
+    from steer.apps.learning import run_reward_training, summary
+    from steer.apps.models import default_device
+    from steer.rewards.learned import RewardTrainingConfig
 
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    chosen = Recipe(**{name: recipe[name] for name in fields})
-    report = learn(data, chosen, out, work or Path("runs") / out.name, device_here(device), images)
+    fields = {field.name for field in dataclasses.fields(RewardTrainingConfig)}
+    config = RewardTrainingConfig(**{name: recipe[name] for name in fields})
+    report = run_reward_training(data, config, out, work or Path("runs") / out.name, default_device(device), images)
     click.echo(f"{summary(report)} → {out}")

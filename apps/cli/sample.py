@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from steer.apps.cli.options import DEVICE, Command
-from steer.apps.processes import processes, speaks
+from steer.apps.processes import is_main_process, processes
 from steer.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ WITH_REPLAY = {
     help="fk: score beside the next denoiser call, resample one step later.",
 )
 @click.option("--preview", default="full", help="What decodes x̂0: full, linear, tiny, a folder, or ORGANISATION/NAME.")
-@click.option("--start-candidates", type=int, help="Starting noises of which the best K start, by short runs.")
-@click.option("--start-steps", default=4, help="Solver steps of those short runs.")
+@click.option("--noise-candidates", type=int, help="Starting noises of which the best K start, by short runs.")
+@click.option("--screening-steps", default=4, help="Solver steps of those short runs.")
 @click.option("--beams", default=2, help="beam: how many of the particles are kept at each step; divides them.")
 @click.option("--iterations", default=50, help="reno, noise-search: how often images are made and scored.")
 @click.option("--optimiser", default="sgd", help="reno: sgd or adam.")
@@ -135,22 +135,22 @@ def sample(
         return _replay(context)
     with processes().main_first():
         prompts = _prompts(prompt, prompt_file, prompt_column)
-    from steer.apps.methods import ComputeOptions, SampleSettings
+    from steer.apps.methods import ComputeOptions, SamplingConfig
     from steer.apps.sampling import sample as run
 
-    faster = ComputeOptions(attention, share_prompts, compiled, micro_batch)
-    report = run(prompts, SampleSettings(**settings), out, device, reward_timeout, animation, faster)
+    compute_options = ComputeOptions(attention, share_prompts, compiled, micro_batch)
+    report = run(prompts, SamplingConfig(**settings), out, device, reward_timeout, animation, compute_options)
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]
-    if speaks():
-        _warn_of_blackened(report["prompts"])
+    if is_main_process():
+        _warn_nsfw(report["prompts"])
         click.echo(
             f"{len(prompts)} prompts, {settings['reward']}: best {sum(best) / len(best):.3f}, "
             f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s → {out / 'grid.png'}"
         )
 
 
-def _warn_of_blackened(entries: Sequence[Mapping[str, Any]]) -> None:
+def _warn_nsfw(entries: Sequence[Mapping[str, Any]]) -> None:
     """Say how many images the safety checker blackened: their rewards are those of before."""
     flags = [flag for entry in entries for one in (entry, entry.get("base", {})) for flag in one.get(FLAGS, ())]
     if any(flags):
@@ -176,19 +176,19 @@ def _prompts(words: tuple[str, ...], file: Path | None, column: str | None) -> "
 
 def _replay(context: click.Context) -> None:
     """Writes the image again, says whether its pixels are the same, and exits with 1 where they are not."""
-    said = [
+    given_options = [
         option
         for option in context.command.params
         if context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
     ]
-    if surplus := [option for option in said if option.name not in WITH_REPLAY]:
+    if surplus := [option for option in given_options if option.name not in WITH_REPLAY]:
         name = surplus[0].opts[0] if isinstance(surplus[0], click.Option) else surplus[0].human_readable_name
         raise InputError(f"--replay takes all from the image: leave out {name}")
-    if not speaks():
+    if not is_main_process():
         return  # one image is for one process
     from steer.apps.replay import replay
 
-    given = {option.name: context.params[option.name] for option in said if option.name != "replay"}
+    given = {option.name: context.params[option.name] for option in given_options if option.name != "replay"}
     replayed = replay(context.params["replay"], **{"out": context.params["out"]} | given)
     click.echo(replayed.message)
     raise SystemExit(0 if replayed.same else 1)

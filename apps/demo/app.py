@@ -10,8 +10,8 @@ import gradio as gr
 from steer.apps.demo.finetune_tab import FinetuneTab
 from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.rewards_tab import RewardsTab
-from steer.apps.demo.steer_tab import METHODS, MOST, SteerTab, prompts_of, settings_of
-from steer.apps.demo.steering import Made, steering
+from steer.apps.demo.steer_tab import FIELD_LIMITS, METHODS, SteerTab, prompts_of, settings_of
+from steer.apps.demo.steering import PromptResult, steering
 from steer.apps.demo.studio import Studio, public
 from steer.errors import InputError
 
@@ -26,11 +26,11 @@ class PublicApi:
                 gr.Textbox(label="prompt"),
                 gr.Radio([*METHODS.values()], value="fk", label="method"),
                 gr.Textbox("scene-soft", label="reward"),
-                gr.Slider(1, MOST["particles"], 4, step=1, label="particles"),
-                gr.Slider(1, MOST["steps"], 20, step=1, label="steps"),
+                gr.Slider(1, FIELD_LIMITS["particles"], 4, step=1, label="particles"),
+                gr.Slider(1, FIELD_LIMITS["steps"], 20, step=1, label="steps"),
                 gr.Slider(0, 30, 4, label="guidance"),
                 gr.Number(25, label="strength"),
-                gr.Slider(1, MOST["iterations"], 20, step=1, label="iterations"),
+                gr.Slider(1, FIELD_LIMITS["iterations"], 20, step=1, label="iterations"),
                 gr.Number(0, label="seed"),
                 gr.Dropdown([*studio.models], value=studio.models[0], label="model"),
             ]
@@ -71,25 +71,25 @@ class PublicApi:
         asked = {"method": method, "reward": reward, "particles": particles, "steps": steps, "guidance": guidance}
         asked |= {"lam": strength, "iterations": iterations, "seed": seed, "model": model}
         try:
-            made = _made(self.studio, prompt, asked | {"fresh": False, "compare": False, "worn": False}, request)
+            made = _run_prompt(self.studio, prompt, asked | {"fresh": False, "compare": False, "worn": False}, request)
         except InputError as error:
             raise gr.Error(public(str(error)), print_exception=False) from error
         return [str(picture.path) for picture in made.images], told(made)
 
 
-def _made(studio: Studio, prompt: str, asked: dict[str, Any], request: gr.Request) -> Made:
+def _run_prompt(studio: Studio, prompt: str, asked: dict[str, Any], request: gr.Request) -> PromptResult:
     """One prompt, from its turn in the queue to its end."""
     prompts, settings = prompts_of(prompt), settings_of(asked)
     if len(prompts) > 1:
         raise InputError(f"{len(prompts)} prompts: one a call")
     work = steering(studio, prompts, settings, studio.run_folder(request))
-    made = [event for event in studio.begin(request, work).events() if isinstance(event, Made)]
+    made = [event for event in studio.begin(request, work).events() if isinstance(event, PromptResult)]
     if not made:
         raise InputError("stopped before there was an image")
     return made[0]
 
 
-def told(made: Made) -> dict[str, Any]:
+def told(made: PromptResult) -> dict[str, Any]:
     """Of the images, best first, what is known, as plain values."""
     return {
         "prompt": made.prompt,
@@ -102,15 +102,15 @@ def told(made: Made) -> dict[str, Any]:
 
 STYLE = Path(__file__).parent / "style.css"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MOST_UPLOADED = "10mb"
-MOST_QUEUED = 64  # events of all visitors that wait
-KEPT = (600, 6 * 3600)  # seconds: how often files that nobody needs are looked for, and how old they then are
+MAX_UPLOAD_SIZE = "10mb"
+MAX_QUEUED_EVENTS = 64  # events of all visitors that wait
+CACHE_LIMITS = (600, 6 * 3600)  # seconds: how often files that nobody needs are looked for, and how old they then are
 INTRODUCTION = "Images that score higher by a reward you choose, and a look at how they got there."
 
 
 def build(studio: Studio) -> gr.Blocks:
     """The app over a studio, not yet launched."""
-    with gr.Blocks(title="steer", analytics_enabled=False, delete_cache=KEPT) as app:
+    with gr.Blocks(title="steer", analytics_enabled=False, delete_cache=CACHE_LIMITS) as app:
         gr.Markdown(f"# steer\n{INTRODUCTION}")
         with gr.Tabs() as tabs:
             with gr.Tab("Steer", id="steer"):
@@ -124,7 +124,7 @@ def build(studio: Studio) -> gr.Blocks:
         finetune.loaded(steer.weights, tabs)
         PublicApi(studio)
         app.unload(studio.forget)
-    app.queue(max_size=MOST_QUEUED, default_concurrency_limit=8)
+    app.queue(max_size=MAX_QUEUED_EVENTS, default_concurrency_limit=8)
     return app
 
 
@@ -150,7 +150,7 @@ def serve(studio: Studio, **address: Any) -> gr.Blocks:
     app = build(studio)
     app.launch(
         **address,
-        max_file_size=MOST_UPLOADED,
+        max_file_size=MAX_UPLOAD_SIZE,
         ssr_mode=False,
         theme=theme(),
         css_paths=[STYLE],

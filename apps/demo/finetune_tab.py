@@ -30,12 +30,12 @@ from steer.apps.demo.studio import (
 )
 from steer.apps.demo.training import (
     CONFIGURATIONS,
+    MAX_RANK,
+    MAX_UPDATES,
     MODELS,
-    MOST_RANK,
-    MOST_UPDATES,
-    Asked,
     Evaluation,
     Trained,
+    TrainingRequest,
     Update,
     training,
 )
@@ -44,7 +44,7 @@ from steer.apps.model_card import held_out_names
 from steer.apps.plots import grids, read_grid
 from steer.errors import InputError
 from steer.pipelines.training.method import Record, TrainingResult
-from steer.pipelines.training.state import SERIES
+from steer.pipelines.training.state import LOG_FILES
 
 METHODS = {"D3PO, from a reward": "d3po", "PRDP, from a reward": "prdp", "D3PO, from labelled choices": "choices"}
 TRAINED_ON, JUDGED_BY, UPDATES = "aesthetic:scenes", "scene", 30
@@ -57,7 +57,7 @@ HELP = (
 
 
 def finetune_fields(studio: Studio) -> dict[str, Any]:
-    """The components, by the names that `asked_of` reads."""
+    """The components, by the names that `training_request` reads."""
     models, rewards = _models(studio), [*dict.fromkeys([*studio.rewards, JUDGED_BY, *REWARDS])]
     free: dict[str, Any] = {"choices": rewards, "allow_custom_value": True}
     fields: dict[str, Any] = {
@@ -74,7 +74,7 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
         ),
         "updates": gr.Slider(
             1,
-            MOST_UPDATES,
+            MAX_UPDATES,
             UPDATES,
             step=1,
             label="Updates",
@@ -86,9 +86,12 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
         gr.Markdown(HELP)
     with gr.Accordion("More", open=False):
         fields["learning_rate"] = gr.Number(
-            usual_rate("d3po"), label="Learning rate", info="Too high, and images fall apart.", elem_id="finetune-rate"
+            default_learning_rate("d3po"),
+            label="Learning rate",
+            info="Too high, and images fall apart.",
+            elem_id="finetune-rate",
         )
-        fields["rank"] = gr.Slider(1, MOST_RANK, 16, step=1, label="LoRA rank", info="How much it can learn.")
+        fields["rank"] = gr.Slider(1, MAX_RANK, 16, step=1, label="LoRA rank", info="How much it can learn.")
         fields["kl_weight"] = gr.Number(
             0, label="KL weight", minimum=0, info="What it costs to leave the base model; 0: only what the method asks."
         )
@@ -101,42 +104,42 @@ def _models(studio: Studio) -> list[str]:
     return [model for model in MODELS if model in studio.models]
 
 
-def usual_rate(method: str) -> float:
+def default_learning_rate(method: str) -> float:
     """The learning rate of the method's configuration."""
     return read_config(CONFIGURATIONS[method]).settings.learning_rate
 
 
-def asked_of(told: Mapping[str, Any], studio: Studio) -> Asked:
+def training_request(field_values: Mapping[str, Any], studio: Studio) -> TrainingRequest:
     """What the fields ask for. Raises InputError, and for rewards that visitors may not use."""
-    choices, model = None, str(told["model"])
-    if told["method"] == "choices":
+    choices, model = None, str(field_values["model"])
+    if field_values["method"] == "choices":
         choices, model = label_folder(studio), studio.models[0]
-    asked = Asked(
-        method=told["method"],
+    training_asked = TrainingRequest(
+        method=field_values["method"],
         model=model,
-        reward=str(told["reward"] or "").strip(),
-        held_out=str(told["held_out"] or "").strip(),
-        updates=whole("updates", told["updates"]),
-        learning_rate=number("learning rate", told["learning_rate"]),
-        rank=whole("rank", told["rank"]),
-        kl_weight=number("KL weight", told["kl_weight"]),
-        seed=whole("seed", told["seed"]),
+        reward=str(field_values["reward"] or "").strip(),
+        held_out=str(field_values["held_out"] or "").strip(),
+        updates=whole("updates", field_values["updates"]),
+        learning_rate=number("learning rate", field_values["learning_rate"]),
+        rank=whole("rank", field_values["rank"]),
+        kl_weight=number("KL weight", field_values["kl_weight"]),
+        seed=whole("seed", field_values["seed"]),
         choices=choices,
     )
-    for spec in [asked.held_out] if choices else [asked.reward, asked.held_out]:
+    for spec in [training_asked.held_out] if choices else [training_asked.reward, training_asked.held_out]:
         studio.reward(spec)
-    return asked
+    return training_asked
 
 
-NOTHING = "Images of prompts that the training never sees appear here, before the first update and after every few."
-EVERY = 0.3  # seconds between two drawings of the curves
+EMPTY_TEXT = "Images of prompts that the training never sees appear here, before the first update and after every few."
+REDRAW_INTERVAL = 0.3  # seconds between two drawings of the curves
 HIGH = 2  # place in [mean, low, high]
 SIDE = 128  # most pixels of a picture's side
 Points = list[tuple[float, float]]
 
 
 @dataclass
-class Story:
+class TrainingView:
     """What there is to see of a training of `updates` updates, and the line that says how far it is.
 
     frames  the HTML of the pictures of every evaluation, by their files
@@ -149,10 +152,10 @@ class Story:
     trained: Trained | None = None
     line: str = "Starting …"
     _since: tuple[int, float] | None = None  # updates and time at the first one that was seen
-    _told: float = 0.0
+    _last_redraw: float = 0.0
 
     @classmethod
-    def of(cls, folder: Path, updates: int) -> "Story":
+    def of(cls, folder: Path, updates: int) -> "TrainingView":
         """As the folder of a run tells it."""
         records, evaluations = records_of(folder)
         return cls(updates, records, evaluations, {path: _frame(path) for path in grids(folder)})
@@ -186,15 +189,15 @@ class Story:
         left = (self.updates - self.step) * (now - since[1]) / (self.step - since[0])
         reward = f", reward {short(record['reward'])}" if "reward" in record else ""
         self.line = f"Update {self.step} of {self.updates}{reward}, KL {short(record['kl'])}. {_about(left)}"
-        if now - self._told < EVERY and self.step < self.updates:
+        if now - self._last_redraw < REDRAW_INTERVAL and self.step < self.updates:
             return False
-        self._told = now
+        self._last_redraw = now
         return True
 
     def conclusion(self) -> str:
         """The last line: why it ended, and what came of it."""
         if self.trained is not None:
-            return f"{_ended(self.trained.result)} {_became(self.trained.result)}".strip()
+            return f"{_describe_end(self.trained.result)} {_describe_outcome(self.trained.result)}".strip()
         if not self.step:
             return "Stopped before the first update."
         return (
@@ -205,7 +208,7 @@ class Story:
 
 def records_of(out: Path) -> tuple[list[Record], list[Record]]:
     """The records of updates and of evaluations in the folder of a run, as far as it is."""
-    paths = [out / name for name in SERIES.values()]
+    paths = [out / name for name in LOG_FILES.values()]
     lines = [path.read_text(encoding="utf-8").splitlines() if path.exists() else [] for path in paths]
     updates, evaluations = ([json.loads(line) for line in some] for some in lines)
     return updates, evaluations
@@ -223,13 +226,13 @@ def _about(seconds: float) -> str:
     return f"About {seconds:.0f} s left." if seconds < 90 else f"About {seconds / 60:.0f} min left."
 
 
-def _ended(result: TrainingResult) -> str:
+def _describe_end(result: TrainingResult) -> str:
     updates = "1 update" if result.step == 1 else f"{result.step} updates"
     seconds = sum(record["seconds"] for record in result.records)
     return f"Ended after {updates}: {result.stopped}." if result.stopped else f"Done: {updates} in {seconds:.0f} s."
 
 
-def _became(result: TrainingResult) -> str:
+def _describe_outcome(result: TrainingResult) -> str:
     """The rewards of the held-out prompts, from the first evaluation to the last, and what is odd about them."""
     names = held_out_names(result.evaluations)
     if len(result.evaluations) < 2:
@@ -237,8 +240,8 @@ def _became(result: TrainingResult) -> str:
     first, last = (
         {name: one[f"eval/{name}"] for name in names} for one in (result.evaluations[0], result.evaluations[-1])
     )
-    told = "; ".join(f"{name} {first[name][0]:.3f} → {last[name][0]:.3f}" for name in names)
-    text = f"On prompts it never saw: {told}."
+    field_values = "; ".join(f"{name} {first[name][0]:.3f} → {last[name][0]:.3f}" for name in names)
+    text = f"On prompts it never saw: {field_values}."
     rose, fell = last[names[0]][0] > first[names[0]][0], last[names[-1]][HIGH] < first[names[-1]][0]
     if rose and fell:
         text += " The trained reward rose and the held-out one fell: it may be learning the reward's faults."
@@ -247,22 +250,22 @@ def _became(result: TrainingResult) -> str:
     return text
 
 
-def samples_view(story: Story, run: str) -> str:
+def samples_view(story: TrainingView, run: str) -> str:
     """The held-out images of every evaluation, of which run_view.js shows one; an invitation where there are none.
 
     run  another for each training
     """
     frames = [frame for _, frame in sorted(story.frames.items())]
     if not frames:
-        return f'<section class="steer-run"><p class="steer-empty">{NOTHING}</p></section>'
-    last, alone = len(frames) - 1, "true" if len(frames) == 1 else "false"
+        return f'<section class="steer-run"><p class="steer-empty">{EMPTY_TEXT}</p></section>'
+    last, single_frame = len(frames) - 1, "true" if len(frames) == 1 else "false"
     shown = [frame.replace("<div ", '<div hidden="" ', 1) for frame in frames[:-1]] + frames[-1:]
     names = " · ".join(held_out_names(story.evaluations))
     return (
         f'<section class="steer-run" data-run="{escape(run, quote=True)}"><div class="steer-gallery">'
         '<h3>The same prompts and noise as it learns</h3><div class="steer-scrub" role="group"'
         ' aria-label="After how many updates">'
-        f'<button type="button" data-move="-1" aria-label="Earlier" aria-disabled="{alone}">‹</button>'
+        f'<button type="button" data-move="-1" aria-label="Earlier" aria-disabled="{single_frame}">‹</button>'
         f'<input type="range" class="steer-scrubber" min="0" max="{last}" step="1" value="{last}"'
         ' aria-label="Updates"/>'
         '<button type="button" data-move="1" aria-label="Later" aria-disabled="true">›</button>'
@@ -273,11 +276,11 @@ def samples_view(story: Story, run: str) -> str:
 
 def _frame(grid: Path) -> str:
     """The pictures of an evaluation, cut out of its grid, with prompts and rewards."""
-    said = read_grid(grid) or {"step": 0, "cells": [], "boxes": []}
+    grid_metadata = read_grid(grid) or {"step": 0, "cells": [], "boxes": []}
     cells = ""
     with Image.open(grid) as whole:
         pixels = whole.convert("RGB")
-        for cell, box in zip(said["cells"], said["boxes"], strict=True):
+        for cell, box in zip(grid_metadata["cells"], grid_metadata["boxes"], strict=True):
             picture = pixels.crop(tuple(box))
             picture.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
             rewards, prompt = " · ".join(map(short, cell["rewards"])), escape(cell["prompt"], quote=True)
@@ -285,11 +288,11 @@ def _frame(grid: Path) -> str:
                 f'<figure class="steer-cell"><img src="{data_uri(picture)}" alt="{prompt}"/>'
                 f"<figcaption><b>{rewards}</b><span>{prompt}</span></figcaption></figure>"
             )
-    label = "before training" if said["step"] == 0 else f"after {said['step']} updates"
+    label = "before training" if grid_metadata["step"] == 0 else f"after {grid_metadata['step']} updates"
     return f'<div class="steer-frame steer-held" data-label="{label}">{cells}</div>'
 
 
-def charts_view(story: Story, run: str) -> str:
+def charts_view(story: TrainingView, run: str) -> str:
     """Curves by update, and their numbers."""
     if not story.evaluations and not story.records:
         return '<section class="steer-run"></section>'
@@ -314,16 +317,16 @@ def charts_view(story: Story, run: str) -> str:
 
 def _judged(evaluations: Sequence[Record], name: str) -> Series:
     """A reward on the held-out prompts, with the 95 % interval of its mean."""
-    told = [(float(one["step"]), *one[f"eval/{name}"]) for one in evaluations]
-    band = [(step, low, high) for step, _, low, high in told] if len(told) > 1 else []
-    return Series("held-out prompts, 95 %", [(step, mean) for step, mean, _, _ in told], band)
+    field_values = [(float(one["step"]), *one[f"eval/{name}"]) for one in evaluations]
+    band = [(step, low, high) for step, _, low, high in field_values] if len(field_values) > 1 else []
+    return Series("held-out prompts, 95 %", [(step, mean) for step, mean, _, _ in field_values], band)
 
 
 def _points(records: Sequence[Record], key: str) -> Points:
     return [(float(one["step"]), one[key]) for one in records if key in one]
 
 
-def _table(story: Story, names: Sequence[str]) -> str:
+def _table(story: TrainingView, names: Sequence[str]) -> str:
     by_step = {one["step"]: one for one in story.evaluations}
     updates = {one["step"]: one for one in story.records}
     rows = []
@@ -335,7 +338,7 @@ def _table(story: Story, names: Sequence[str]) -> str:
     return table("Rewards and KL by update", head, rows)
 
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 KEYS = {"--eval-rewards": "the held-out reward", "--reward": "the reward", "--choices": "the choices"}
 
 
@@ -343,7 +346,7 @@ KEYS = {"--eval-rewards": "the held-out reward", "--reward": "the reward", "--ch
 class Run:
     """A visitor's training: what they asked for, its folder, and its end, once there is one."""
 
-    asked: Asked
+    training_asked: TrainingRequest
     folder: Path
     trained: Trained | None = None
 
@@ -355,8 +358,12 @@ class FinetuneTab:
     """
 
     def __init__(self, studio: Studio) -> None:
-        self.studio, self.run, self.usual = studio, gr.State(None), gr.State(Defaults({"rate": usual_rate("d3po")}))
-        script = (HERE / "run_view.js").read_text()
+        self.studio, self.run, self.defaults = (
+            studio,
+            gr.State(None),
+            gr.State(Defaults({"rate": default_learning_rate("d3po")})),
+        )
+        script = (FOLDER / "run_view.js").read_text()
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.fields = finetune_fields(studio)
@@ -371,7 +378,7 @@ class FinetuneTab:
                 with gr.Row(visible=False, elem_id="finetune-results") as self.results:
                     self.load = gr.Button("Load into Steer", variant="primary", elem_id="finetune-load")
                     self.archive = gr.DownloadButton("Download (zip)", elem_id="finetune-archive")
-                self.samples = gr.HTML(samples_view(Story(0), ""), js_on_load=script, elem_id="finetune-samples")
+                self.samples = gr.HTML(samples_view(TrainingView(0), ""), js_on_load=script, elem_id="finetune-samples")
                 self.charts = gr.HTML(js_on_load=script, elem_id="finetune-charts")
         self._connect()
 
@@ -385,17 +392,19 @@ class FinetuneTab:
         ):
             ran.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
         self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
-        follows = [*(fields[name] for name in ("reward", "learning_rate", "model")), self.usual]
-        known = [fields["method"], fields["learning_rate"], self.usual]
+        follows = [*(fields[name] for name in ("reward", "learning_rate", "model")), self.defaults]
+        known = [fields["method"], fields["learning_rate"], self.defaults]
         fields["method"].input(self.fit, known, follows, **PRIVATE)
 
-    def begin(self, told: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
+    def begin(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
         """A new training, shown as it goes."""
         try:
-            asked = asked_of({name: told[field] for name, field in self.fields.items()}, self.studio)
+            training_asked = training_request(
+                {name: field_values[field] for name, field in self.fields.items()}, self.studio
+            )
             place = self.studio.folder(request) / "finetune"
-            run = Run(asked, place / f"run-{len([*place.glob('run-*')]) + 1}")
-            ticket = self.studio.begin(request, training(asked, run.folder, self.studio, resume=False))
+            run = Run(training_asked, place / f"run-{len([*place.glob('run-*')]) + 1}")
+            ticket = self.studio.begin(request, training(training_asked, run.folder, self.studio, resume=False))
         except InputError as error:
             yield self._refused(error)
         else:
@@ -409,12 +418,12 @@ class FinetuneTab:
     def go_on(self, run: Run, updates: float | None, request: gr.Request) -> Iterator[Change]:
         """The training from where it was, to as many updates as the field asks for now."""
         try:
-            asked = replace(run.asked, updates=whole("updates", updates))
-            ticket = self.studio.begin(request, training(asked, run.folder, self.studio, resume=True))
+            training_asked = replace(run.training_asked, updates=whole("updates", updates))
+            ticket = self.studio.begin(request, training(training_asked, run.folder, self.studio, resume=True))
         except InputError as error:
             yield self._refused(error)
         else:
-            yield from self._follow(Run(asked, run.folder), ticket)
+            yield from self._follow(Run(training_asked, run.folder), ticket)
 
     def finish_here(self, run: Run, request: gr.Request) -> Iterator[Change]:
         """The training's end, after the updates that were made."""
@@ -422,21 +431,25 @@ class FinetuneTab:
 
     def _follow(self, run: Run, ticket: Ticket) -> Iterator[Change]:
         """A training from its turn in the queue to its end."""
-        story = Story.of(run.folder, run.asked.updates)
-        yield self._drawn(story, run) | self._buttons(run, running=True) | {self.status: line(story.line)}
+        story = TrainingView.of(run.folder, run.training_asked.updates)
+        yield self._view_updates(story, run) | self._buttons(run, running=True) | {self.status: line(story.line)}
         try:
             for event in ticket.events():
                 if story.after(event):
-                    yield self._drawn(story, run, isinstance(event, Evaluation)) | {self.status: _progress(story)}
+                    yield self._view_updates(story, run, isinstance(event, Evaluation)) | {
+                        self.status: _progress(story)
+                    }
             if story.trained is None:
-                story = Story.of(run.folder, run.asked.updates)  # with what was made after the last event
+                story = TrainingView.of(
+                    run.folder, run.training_asked.updates
+                )  # with what was made after the last event
             run = replace(run, trained=story.trained)
-            yield self._drawn(story, run) | {self.status: line(story.conclusion())}
+            yield self._view_updates(story, run) | {self.status: line(story.conclusion())}
         except InputError as error:
             yield self._refused(error, run.folder)
         yield self._buttons(run)
 
-    def _drawn(self, story: Story, run: Run, whole: bool = True) -> Change:
+    def _view_updates(self, story: TrainingView, run: Run, whole: bool = True) -> Change:
         charts: Change = {self.charts: charts_view(story, run.folder.name)}
         return charts | ({self.samples: samples_view(story, run.folder.name)} if whole else {})
 
@@ -473,19 +486,19 @@ class FinetuneTab:
         assert run.trained is not None
         return run.trained.weights, gr.update(selected="steer")
 
-    def fit(self, method: str, rate: float | None, usual: Defaults) -> Change:
+    def fit(self, method: str, rate: float | None, defaults: Defaults) -> Change:
         """Other fields follow the method, but for a learning rate that the visitor has set."""
         choices, model = method == "choices", self.fields["model"]
-        new, follows = usual.changed({"rate": rate}, {"rate": usual_rate(method)})
+        new, follows = defaults.changed({"rate": rate}, {"rate": default_learning_rate(method)})
         return {
             self.fields["reward"]: gr.update(visible=not choices),
             self.fields["learning_rate"]: gr.update(value=follows.get("rate", rate)),
-            self.usual: new,
+            self.defaults: new,
             model: gr.update(visible=not choices and len(model.choices) > 1),
         }
 
 
-def _progress(story: Story) -> str:
+def _progress(story: TrainingView) -> str:
     """The line, and how much is done as a bar."""
     size = f'max="{story.updates}" value="{story.step}"'
     return f'{line(story.line)}<progress class="steer-progress" aria-label="Updates made" {size}></progress>'

@@ -16,28 +16,28 @@ import gradio as gr
 from gradio.context import Context
 
 from steer.apps.demo.labels import (
+    ARCHIVE_FOLDER,
     IMAGES,
     LONGEST_NAME,
-    ZIPPED,
-    LabelBook,
+    LabelRequest,
+    LabelStore,
     Progress,
-    Wish,
     command_of,
     label_folder,
-    place_told,
+    storage_notice,
     write_zip,
 )
 from steer.apps.demo.steering import Loading
-from steer.apps.demo.studio import MOST_CHARACTERS, PRIVATE, Busy, Change, Studio, Ticket, line, public
-from steer.apps.prompts import find_prompts
+from steer.apps.demo.studio import MAX_PROMPT_CHARACTERS, PRIVATE, Busy, Change, Studio, Ticket, line, public
+from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
 from steer.errors import InputError
-from steer.pipelines.training.preference_files import Lot, inside
+from steer.pipelines.training.preference_files import SampleGroup, file_inside
 
 TIE, BAD, UNDO = "tie", "bad", "undo"
 SAVED = {TIE: "Saved: a tie.", BAD: "Saved: all bad."}
-STALE = ""  # nothing to say of an answer to what is no longer shown
+NO_MESSAGE = ""  # nothing to say of an answer to what is no longer shown
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Drawing:
         return f"Drawing {self.images} images …"
 
 
-class Labelling:
+class LabelSession:
     """What an annotator is shown and answers; threads may use it at once.
 
     model   its name
@@ -60,17 +60,17 @@ class Labelling:
 
     def __init__(
         self,
-        book: LabelBook,
-        wish: Wish,
+        store: LabelStore,
+        label_request: LabelRequest,
         model: str,
         submit: Callable[[Callable[[Ticket], None]], Ticket],
         lend: Callable[[str], AbstractContextManager[Any]],
     ) -> None:
-        self.book, self.wish, self.model = book, wish, model
-        self.shown: Lot | None = None
+        self.store, self.label_request, self.model = store, label_request, model
+        self.shown: SampleGroup | None = None
         self.ended = False
         self._submit, self._lend = submit, lend
-        self._next: list[Lot] = []
+        self._next: list[SampleGroup] = []
         self._ticket: Ticket | None = None
         self._lock = threading.RLock()
 
@@ -106,8 +106,8 @@ class Labelling:
         """Sees to it that there is a next lot, or that one is being drawn."""
         if self._next or self._drawing:
             return
-        if (found := self.book.offer(self.wish)) is not None:
-            self._next.append(found)
+        if (offered := self.store.offer(self.label_request)) is not None:
+            self._next.append(offered)
             return
         try:
             self._ticket = self._submit(self._draw)
@@ -118,42 +118,42 @@ class Labelling:
     def _draw(self, ticket: Ticket) -> None:
         ticket.say(Loading(self.model))
         with self._lend(self.model) as pipe:
-            ticket.say(Drawing(self.wish.images))
-            lot = self.book.draw(pipe, self.wish, ticket.check)
+            ticket.say(Drawing(self.label_request.images))
+            group = self.store.draw(pipe, self.label_request, ticket.check)
         with self._lock:
-            self._next.append(lot)
+            self._next.append(group)
             if self.ended:
                 self.end()
 
-    def answer(self, lot: str, answer: str) -> str:
+    def answer(self, group: str, answer: str) -> str:
         """Takes an answer to what is shown: the number of an image, tie, bad or undo. Returns what is to be said.
 
-        lot  that was shown when they answered, or nothing; the answer to another than is shown is left out
+        group  that was shown when they answered, or nothing; the answer to another than is shown is left out
         Raises InputError for what is no answer, and where it could not be recorded.
         """
         with self._lock:
-            if self.ended or lot != (self.shown.id if self.shown else ""):
-                return STALE
+            if self.ended or group != (self.shown.id if self.shown else ""):
+                return NO_MESSAGE
             if answer == UNDO:
                 return self._undo()
             if self.shown is None:
-                return STALE
-            said = self._recorded(self.shown, answer)
+                return NO_MESSAGE
+            message = self._recorded(self.shown, answer)
             self.shown = None
-            return said
+            return message
 
-    def _recorded(self, lot: Lot, answer: str) -> str:
-        numbers = {str(number): number for number in range(len(lot.rows))}
+    def _recorded(self, group: SampleGroup, answer: str) -> str:
+        numbers = {str(number): number for number in range(len(group.rows))}
         if answer in SAVED:
-            self.book.tie(self.wish.annotator, lot.id, bad=answer == BAD)
+            self.store.tie(self.label_request.annotator, group.id, bad=answer == BAD)
             return SAVED[answer]
         if answer not in numbers:
             raise InputError(f"{answer!r:.40} is no answer: choose one of the {len(numbers)} images")
-        self.book.choose(self.wish.annotator, lot.id, numbers[answer])
+        self.store.choose(self.label_request.annotator, group.id, numbers[answer])
         return f"Saved: {name_of(numbers[answer], len(numbers))}."
 
     def _undo(self) -> str:
-        taken = self.book.undo(self.wish.annotator)
+        taken = self.store.undo(self.label_request.annotator)
         if taken is None:
             return "There is nothing to take back."
         self._next[:0] = [] if self.shown is None else [self.shown]
@@ -166,7 +166,7 @@ class Labelling:
             self.ended = True
             if self._ticket is not None:
                 self._ticket.stop()
-            self.book.release(self.wish.annotator, [*self._next, *([self.shown] if self.shown else [])])
+            self.store.release(self.label_request.annotator, [*self._next, *([self.shown] if self.shown else [])])
             self._next, self.shown = [], None
 
 
@@ -175,15 +175,15 @@ def name_of(number: int, images: int) -> str:
     return ("left", "right")[number] if images == 2 else f"image {number + 1}"
 
 
-IDLE = "Say who you are and press Start: the images to choose between appear here."
+IDLE_TEXT = "Say who you are and press Start: the images to choose between appear here."
 ARROWS = ("←", "→")
 
 
-def lot_view(turn: int, lot: str, prompt: str, pictures: Sequence[bytes]) -> str:
+def lot_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) -> str:
     """Two to four images side by side.
 
     turn      another for each view, so that the page takes it for a new one
-    lot       its name, which comes back with the answer
+    group       its name, which comes back with the answer
     pictures  PNG files
     """
     count = len(pictures)
@@ -191,7 +191,7 @@ def lot_view(turn: int, lot: str, prompt: str, pictures: Sequence[bytes]) -> str
     none, better = ("Both bad", "better") if count == 2 else ("All bad", "best")
     rest = _button(TIE, "Tie", "T") + _button(BAD, none, "B") + _button(UNDO, "Undo", "U")
     return (
-        f'<section class="steer-label" data-turn="{turn}" data-lot="{escape(lot, quote=True)}" tabindex="-1" '
+        f'<section class="steer-label" data-turn="{turn}" data-lot="{escape(group, quote=True)}" tabindex="-1" '
         f'aria-label="{count} images to choose between">'
         f'<p class="steer-asked">Which is the {better} image of <q>{escape(prompt)}</q>?</p>'
         f'<div class="steer-lot steer-lot-{count}">{figures}</div>'
@@ -199,7 +199,7 @@ def lot_view(turn: int, lot: str, prompt: str, pictures: Sequence[bytes]) -> str
     )
 
 
-def empty_view(turn: int, text: str = IDLE, undo: bool = False) -> str:
+def empty_view(turn: int, text: str = IDLE_TEXT, undo: bool = False) -> str:
     """Where there are no images, why; with a button where the last answer can be taken back meanwhile."""
     button = f'<div class="steer-answers">{_button(UNDO, "Undo", "U")}</div>' if undo else ""
     return (
@@ -224,7 +224,7 @@ def _button(answer: str, text: str, key: str) -> str:
     )
 
 
-NOBODY = "How far people agree shows once two of them have judged the same images."
+NO_AGREEMENT_TEXT = "How far people agree shows once two of them have judged the same images."
 
 
 @dataclass(frozen=True)
@@ -237,18 +237,18 @@ class Agreement:
     """
 
     annotators: tuple[str, ...]
-    lots: int
+    groups: int
     share: float
     kappa: float
 
     def __str__(self) -> str:
         people = len(self.annotators)
         who = "both of two people" if people == 2 else f"two or more of {people} people"
-        sets = "set of images was" if self.lots == 1 else "sets of images were"
-        told = f"{self.lots} {sets} judged by {who}. They gave the same answer {self.share:.0%} of the time"
+        sets = "set of images was" if self.groups == 1 else "sets of images were"
+        description = f"{self.groups} {sets} judged by {who}. They gave the same answer {self.share:.0%} of the time"
         name = "Cohen's" if people == 2 else "Fleiss'"
         kappa = "" if math.isnan(self.kappa) else f"; {name} κ = {self.kappa:.2f}, where 0 is chance and 1 is always"
-        return f"{told}{kappa}."
+        return f"{description}{kappa}."
 
 
 def agreement(judgements: Mapping[str, Mapping[str, Hashable]]) -> Agreement | None:
@@ -288,11 +288,11 @@ def fleiss(rows: Sequence[Sequence[Hashable]]) -> float:
     return (sum(alike) / len(alike) - p_e) / (1 - p_e) if p_e < 1 else math.nan
 
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 OTHER_CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # of models that are not embedded, as in d3po-sdxl
 PROMPTS = "scenes-training"
-MOST_PROMPTS = 200
-COMING, STOPPED = "The next images are on their way.", "Stopped. All that you chose is saved."
+MAX_PROMPTS = 200
+LOADING_TEXT, STOPPED_TEXT = "The next images are on their way.", "Stopped. All that you chose is saved."
 
 
 class LabelTab:
@@ -303,9 +303,9 @@ class LabelTab:
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.model = studio, studio.models[0]
-        self.book = LabelBook(label_folder(studio), CALL if self.model in MODELS else OTHER_CALL)
+        self.store = LabelStore(label_folder(studio), CALL if self.model in MODELS else OTHER_CALL)
         self._lock = threading.Lock()
-        self._visitors: dict[str, Labelling] = {}
+        self._visitors: dict[str, LabelSession] = {}
         self._turns = count()
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
@@ -314,8 +314,8 @@ class LabelTab:
                 self.status = gr.HTML(line("Ready."), elem_id="label-status")
                 self.view = gr.HTML(
                     empty_view(next(self._turns)),
-                    js_on_load=(HERE / "label_view.js").read_text(),
-                    css_template=(HERE / "label_view.css").read_text(),
+                    js_on_load=(FOLDER / "label_view.js").read_text(),
+                    css_template=(FOLDER / "label_view.css").read_text(),
                     elem_id="label-view",
                 )
                 self.progress = gr.HTML(elem_id="label-progress")
@@ -337,7 +337,7 @@ class LabelTab:
 
     def _place(self) -> None:
         with gr.Accordion("Where the choices are", open=False):
-            gr.HTML(f'<p class="steer-note">{escape(place_told(self.studio))}</p>', elem_id="label-place")
+            gr.HTML(f'<p class="steer-note">{escape(storage_notice(self.studio))}</p>', elem_id="label-place")
             gr.Code(
                 command_of(self.studio),
                 label="Learn from them",
@@ -367,74 +367,77 @@ class LabelTab:
     def begin(self, name: str, text: str, images: int, request: gr.Request) -> Iterator[Change]:
         """Shows the first lot."""
         try:
-            wish = Wish(" ".join(name.split()), prompts_of(text, self.model), int(images))
+            label_request = LabelRequest(" ".join(name.split()), prompts_of(text, self.model), int(images))
         except InputError as error:
             yield {self.status: line(str(error), "alert")}
             return
-        labelling = Labelling(self.book, wish, self.model, self.studio.worker.submit, self.studio.model)
-        self._replace(request, labelling)
+        session = LabelSession(self.store, label_request, self.model, self.studio.worker.submit, self.studio.model)
+        self._replace(request, session)
         yield {self.stop: gr.update(interactive=True)}
-        yield from self._advance(labelling, "")
+        yield from self._advance(session, "")
 
     def answer(self, event: gr.EventData, request: gr.Request) -> Iterator[Change]:
         """Records what somebody answered, and shows the next lot."""
-        if (labelling := self._visitors.get(str(request.session_hash))) is None:
+        if (session := self._visitors.get(str(request.session_hash))) is None:
             yield self._now(None, line("Press Start first.", "alert"))
             return
         try:
-            said = labelling.answer(str(event.lot), str(event.answer))
+            message = session.answer(str(event.group), str(event.answer))
         except InputError as error:
-            yield self._now(labelling, line(str(error), "alert"))
+            yield self._now(session, line(str(error), "alert"))
             return
-        yield from self._advance(labelling, said)
+        yield from self._advance(session, message)
 
-    def _advance(self, labelling: Labelling, said: str) -> Iterator[Change]:
+    def _advance(self, session: LabelSession, message: str) -> Iterator[Change]:
         """What there is to see until a lot is shown; nothing once it was ended: who ended it says so."""
-        status, empty = line(said or "Choose by button or by key."), COMING
+        status, empty = line(message or "Choose by button or by key."), LOADING_TEXT
         try:
-            for event in labelling.advance():
-                if labelling.ended:
+            for event in session.advance():
+                if session.ended:
                     return
-                yield self._now(labelling, line(f"{said} {event}".strip()))
+                yield self._now(session, line(f"{message} {event}".strip()))
         except InputError as error:
-            status, empty = line(f"{said} {error}".strip(), "alert"), "Press Start to try again."
-        if not labelling.ended:
-            yield self._now(labelling, status, empty)
+            status, empty = line(f"{message} {error}".strip(), "alert"), "Press Start to try again."
+        if not session.ended:
+            yield self._now(session, status, empty)
 
-    def _now(self, labelling: Labelling | None, status: str, empty: str = COMING) -> Change:
+    def _now(self, session: LabelSession | None, status: str, empty: str = LOADING_TEXT) -> Change:
         """What is to be seen; `empty` where a lot is not there yet."""
-        turn, lot = next(self._turns), labelling.shown if labelling else None
-        if labelling is None or labelling.ended:
+        turn, group = next(self._turns), session.shown if session else None
+        if session is None or session.ended:
             view = empty_view(turn)
-        elif lot is None:
+        elif group is None:
             view = empty_view(turn, empty, undo=True)
         else:
-            view = _images(turn, lot)
-        return {self.status: status, self.view: view, self.progress: self._progress(labelling)}
+            view = _images(turn, group)
+        return {self.status: status, self.view: view, self.progress: self._progress(session)}
 
-    def _progress(self, labelling: Labelling | None) -> str:
-        if labelling is None:
+    def _progress(self, session: LabelSession | None) -> str:
+        if session is None:
             return ""
-        name = labelling.wish.annotator
-        lines = (f"{name}: {told(self.book.progress(name))}", str(agreement(self.book.judgements()) or NOBODY))
+        name = session.label_request.annotator
+        lines = (
+            f"{name}: {description(self.store.progress(name))}",
+            str(agreement(self.store.judgements()) or NO_AGREEMENT_TEXT),
+        )
         return "".join(f'<p class="steer-note">{escape(one)}</p>' for one in lines)
 
     def end(self, request: gr.Request) -> Change:
         """Ends what a visitor began."""
-        labelling = self._replace(request, None)
-        return self._now(labelling, line(STOPPED)) | {self.stop: gr.update(interactive=False)}
+        session = self._replace(request, None)
+        return self._now(session, line(STOPPED_TEXT)) | {self.stop: gr.update(interactive=False)}
 
     def forget(self, request: gr.Request) -> None:
         """Stops drawing for a visitor, and gives back what they have not judged."""
         self._replace(request, None)
 
-    def _replace(self, request: gr.Request, labelling: Labelling | None) -> Labelling | None:
+    def _replace(self, request: gr.Request, session: LabelSession | None) -> LabelSession | None:
         """Puts another labelling, or none, in the place of a visitor's, which ends and is returned."""
         visitor = str(request.session_hash)
         with self._lock:
             before = self._visitors.pop(visitor, None)
-            if labelling is not None:
-                self._visitors[visitor] = labelling
+            if session is not None:
+                self._visitors[visitor] = session
         if before is not None:
             before.end()
         return before
@@ -442,34 +445,34 @@ class LabelTab:
     def download(self, request: gr.Request) -> Change:
         """All choices as one file."""
         try:
-            path = self.studio.folder(request) / f"{ZIPPED}.zip"
-            write_zip(self.book.path, path)
+            path = self.studio.folder(request) / f"{ARCHIVE_FOLDER}.zip"
+            write_zip(self.store.path, path)
         except InputError as error:
             return {self.status: line(str(error), "alert")}
         return {self.file: gr.update(value=str(path), visible=True)}
 
 
-def _images(turn: int, lot: Lot) -> str:
+def _images(turn: int, group: SampleGroup) -> str:
     try:
-        files = [inside(lot.folder, lot.image_file(number)) for number in range(len(lot.rows))]
+        files = [file_inside(group.folder, group.image_file(number)) for number in range(len(group.rows))]
     except InputError as error:  # somebody took them away
         return empty_view(turn, public(str(error)))
-    return lot_view(turn, lot.id, lot.rows.prompts[0], [file.read_bytes() for file in files])
+    return lot_view(turn, group.id, group.rows.prompts[0], [file.read_bytes() for file in files])
 
 
 def prompts_of(text: str, model: str) -> tuple[str, ...]:
     """The prompts of a field, one a line; of none, the embedded list. Raises InputError where that does not fit."""
     prompts = tuple(dict.fromkeys(one.strip() for one in text.splitlines() if one.strip()))
     if not prompts and model in MODELS:
-        return tuple(find_prompts(PROMPTS))
+        return tuple(load_prompts(PROMPTS))
     if not prompts:
         raise InputError("prompts: give one or more, one a line; the embedded list is for the embedded models")
-    if len(prompts) > MOST_PROMPTS or max(map(len, prompts)) > MOST_CHARACTERS:
-        raise InputError(f"prompts: at most {MOST_PROMPTS} of them, each of at most {MOST_CHARACTERS} characters")
+    if len(prompts) > MAX_PROMPTS or max(map(len, prompts)) > MAX_PROMPT_CHARACTERS:
+        raise InputError(f"prompts: at most {MAX_PROMPTS} of them, each of at most {MAX_PROMPT_CHARACTERS} characters")
     return prompts
 
 
-def told(done: Progress) -> str:
+def description(done: Progress) -> str:
     """What somebody did, in words."""
     ties = f"{done.ties} {'tie' if done.ties == 1 else 'ties'}" + (f" ({done.bad} all bad)" if done.bad else "")
     return f"{done.choices} {'choice' if done.choices == 1 else 'choices'}, {ties}, {done.undone} taken back."

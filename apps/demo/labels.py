@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from steer.apps.demo.steering import Frame, Loading, Made, Step
+from steer.apps.demo.steering import Frame, Loading, PromptResult, Step
 from steer.apps.demo.studio import Studio, Waiting
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
@@ -23,17 +23,25 @@ from steer.errors import InputError
 from steer.pipelines.training.config import DTYPES
 from steer.pipelines.training.method import prompts_at
 from steer.pipelines.training.preference_data import PreferenceFolder, append_line
-from steer.pipelines.training.preference_files import CHOICES, LOTS, SETTINGS, Lot, choice_of, inside, read_lines
+from steer.pipelines.training.preference_files import (
+    GROUPS,
+    PREFERENCES,
+    SETTINGS,
+    SampleGroup,
+    file_inside,
+    parse_preference,
+    read_lines,
+)
 from steer.training.rollout import Rows, Sampler
 
 IMAGES = (2, 3, 4)  # of a lot
 LONGEST_NAME = 40
-SHARED = 3  # of so many lots that somebody judges, one is such as others have judged
+OVERLAP_EVERY = 3  # of so many lots that somebody judges, one is such as others have judged
 ORDER = 0  # seed of the order that prompts come in
 
 
 @dataclass(frozen=True)
-class Wish:
+class LabelRequest:
     """Who is to choose, and between what.
 
     annotator  their name, 1 to 40 characters
@@ -51,9 +59,9 @@ class Wish:
         if not self.prompts or self.images not in IMAGES:
             raise InputError(f"images must be {', '.join(map(str, IMAGES))}, of one prompt or more")
 
-    def fits(self, lot: Lot) -> bool:
+    def fits(self, group: SampleGroup) -> bool:
         """Whether a lot is such as is wished for."""
-        return len(lot.rows) == self.images and lot.rows.prompts[0] in self._distinct
+        return len(group.rows) == self.images and group.rows.prompts[0] in self._distinct
 
     @cached_property
     def _distinct(self) -> frozenset[str]:
@@ -61,7 +69,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class PreferenceMetrics:
     """The number of the image that somebody preferred, or None; bad: they said that all are."""
 
     chosen: int | None
@@ -78,7 +86,7 @@ class Progress:
     undone: int
 
 
-class LabelBook:
+class LabelStore:
     """The lots and judgements of all annotators, in a folder that `steer finetune d3po-scenes --choices` reads.
 
     path  goes on as it was begun, where there is something; otherwise `call` is what lots are drawn with
@@ -89,23 +97,23 @@ class LabelBook:
         self.path = path
         self._lock = threading.RLock()
         self._folder: PreferenceFolder | None = None
-        self._verdicts: dict[str, dict[str, Verdict]] = {}  # of an annotator, by lot, the latest last
+        self._verdicts: dict[str, dict[str, PreferenceMetrics]] = {}  # of an annotator, by lot, the latest last
         self._undone = Counter[str]()
-        self._out: set[tuple[str, str]] = set()  # annotators and lots that they are to judge next
-        self._drawn: tuple[dict[str, Any], float, str] = dict(call), 1.0, "float32"
+        self._assigned: set[tuple[str, str]] = set()  # annotators and lots that they are to judge next
+        self._sampling: tuple[dict[str, Any], float, str] = dict(call), 1.0, "float32"
         self._checked = False
         if (path / SETTINGS).exists():
             self._folder = PreferenceFolder(path)
-            drawn = self._folder.drawn
-            self._drawn = drawn.call, drawn.eta, drawn.storage
+            sampling = self._folder.drawn
+            self._sampling = sampling.call, sampling.eta, sampling.latents_dtype
             self._read()
 
     def _read(self) -> None:
-        if not (self.path / CHOICES).exists():
+        if not (self.path / PREFERENCES).exists():
             return
-        path = inside(self.path, CHOICES)
+        path = file_inside(self.path, PREFERENCES)
         for number, row in read_lines(path):
-            choice, name = choice_of(f"{path}, line {number}", row, self.lots), row.get("annotator")
+            choice, name = parse_preference(f"{path}, line {number}", row, self.groups), row.get("annotator")
             if not isinstance(name, str):
                 continue  # a program's: nobody is to be shown it as their own
             if row.get("undo") is True:
@@ -113,110 +121,118 @@ class LabelBook:
                 self._undone[name] += 1
             else:
                 chosen = None if choice is None else choice.chosen
-                self._verdicts.setdefault(name, {})[row["lot"]] = Verdict(chosen, row.get("bad") is True)
+                self._verdicts.setdefault(name, {})[row["lot"]] = PreferenceMetrics(chosen, row.get("bad") is True)
 
     @property
     def call(self) -> dict[str, Any]:
         """What the pipeline is called with for every lot."""
-        return self._drawn[0]
+        return self._sampling[0]
 
     @property
-    def lots(self) -> dict[str, Lot]:
+    def groups(self) -> dict[str, SampleGroup]:
         """Those that were drawn, by name."""
-        return {} if self._folder is None else self._folder.lots
+        return {} if self._folder is None else self._folder.groups
 
-    def offer(self, wish: Wish) -> Lot | None:
+    def offer(self, request: LabelRequest) -> SampleGroup | None:
         """A lot that is there for the annotator, theirs until they judge it or it is released; None: one must be drawn.
 
         Every third is one that others have judged, the oldest first, so that people can be compared; others are new.
         """
         with self._lock:
-            mine = {lot for name, lot in self._out if name == wish.annotator} | self._of(wish.annotator).keys()
-            left = [lot for lot in self.lots.values() if lot.id not in mine and wish.fits(lot)]
-            judged = {lot for verdicts in self._verdicts.values() for lot in verdicts}
-            taken = judged | {lot for _, lot in self._out}
-            known = [lot for lot in left if lot.id in judged] if len(mine) % SHARED == SHARED - 1 else []
-            found = next(iter(known + [lot for lot in left if lot.id not in taken]), None)
-            if found is not None:
-                self._out.add((wish.annotator, found.id))
-            return found
+            mine = {group for name, group in self._assigned if name == request.annotator} | self._of(
+                request.annotator
+            ).keys()
+            left = [group for group in self.groups.values() if group.id not in mine and request.fits(group)]
+            judged = {group for verdicts in self._verdicts.values() for group in verdicts}
+            taken = judged | {group for _, group in self._assigned}
+            known = (
+                [group for group in left if group.id in judged]
+                if len(mine) % OVERLAP_EVERY == OVERLAP_EVERY - 1
+                else []
+            )
+            selected = next(iter(known + [group for group in left if group.id not in taken]), None)
+            if selected is not None:
+                self._assigned.add((request.annotator, selected.id))
+            return selected
 
-    def draw(self, pipe: Any, wish: Wish, check: Callable[[], object]) -> Lot:
+    def draw(self, pipe: Any, request: LabelRequest, check: Callable[[], object]) -> SampleGroup:
         """Draws a lot as one batch, for the annotator as `offer` gives it; one thread at a time may draw.
 
         check  is called before each step, and ends the drawing by what it raises: then nothing was written
         Raises InputError for a pipeline that did not draw the lots that are there.
         """
         with self._lock:
-            folder = self._begun(pipe)
-            fitting, number = sum(map(wish.fits, folder.lots.values())), len(folder.lots)
-        (prompt,) = prompts_at(fitting, 1, wish.prompts, ORDER)
-        start, *noises = (derived_seed(number, name) for name in ("start", *map(str, range(wish.images))))
-        drawn, denoiser = folder.drawn, getattr(pipe, denoisers_in(pipe)[0])
+            folder = self._open_folder(pipe)
+            fitting, number = sum(map(request.fits, folder.groups.values())), len(folder.groups)
+        (prompt,) = prompts_at(fitting, 1, request.prompts, ORDER)
+        start, *noises = (derived_seed(number, name) for name in ("start", *map(str, range(request.images))))
+        sampling, denoiser = folder.drawn, getattr(pipe, denoisers_in(pipe)[0])
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
+        def checked_denoiser(*args: Any, **kwargs: Any) -> Any:
             check()
             return denoiser(*args, **kwargs)
 
-        sampler = Sampler(pipe, drawn.call, drawn.eta, DTYPES[drawn.storage], watched)
-        drew, images = sampler.rollout(Rows((prompt,) * wish.images, (start,) * wish.images, tuple(noises)))
-        with self._lock, _told(self.path):
-            lot = folder.lots[folder.write_lot(drew, images)]
-            self._out.add((wish.annotator, lot.id))
-        return lot
+        sampler = Sampler(pipe, sampling.call, sampling.eta, DTYPES[sampling.latents_dtype], checked_denoiser)
+        sampled_rows, images = sampler.rollout(
+            Rows((prompt,) * request.images, (start,) * request.images, tuple(noises))
+        )
+        with self._lock, _write_errors(self.path):
+            group = folder.groups[folder.write_group(sampled_rows, images)]
+            self._assigned.add((request.annotator, group.id))
+        return group
 
-    def _begun(self, pipe: Any) -> PreferenceFolder:
+    def _open_folder(self, pipe: Any) -> PreferenceFolder:
         """The folder, once it is known that the pipeline draws as it was begun."""
         if self._folder is None or not self._checked:
-            self._folder = PreferenceFolder.create(self.path, pipe, *self._drawn)
+            self._folder = PreferenceFolder.create(self.path, pipe, *self._sampling)
             self._checked = True
         return self._folder
 
-    def choose(self, annotator: str, lot: str, chosen: int) -> bool:
+    def choose(self, annotator: str, group: str, chosen: int) -> bool:
         """Records that an image is better than each other one of its lot; False where they had judged it already."""
-        with self._lock, _told(self.path):
-            if (folder := self._to_judge(annotator, lot)) is None:
+        with self._lock, _write_errors(self.path):
+            if (folder := self._to_judge(annotator, group)) is None:
                 return False
-            for rejected in range(len(folder.lots[lot].rows)):
+            for rejected in range(len(folder.groups[group].rows)):
                 if rejected != chosen:
-                    folder.write_choice(lot, chosen, rejected, annotator=annotator, time=_now())
-            self._keep(annotator, lot, Verdict(chosen))
+                    folder.write_preference(group, chosen, rejected, annotator=annotator, time=_now())
+            self._remember(annotator, group, PreferenceMetrics(chosen))
             return True
 
-    def tie(self, annotator: str, lot: str, bad: bool = False) -> bool:
+    def tie(self, annotator: str, group: str, bad: bool = False) -> bool:
         """Records that no image is better; False where they had judged the lot already. bad: none is good."""
-        with self._lock, _told(self.path):
-            if (folder := self._to_judge(annotator, lot)) is None:
+        with self._lock, _write_errors(self.path):
+            if (folder := self._to_judge(annotator, group)) is None:
                 return False
-            folder.write_tie(lot, annotator=annotator, time=_now(), **({"bad": True} if bad else {}))
-            self._keep(annotator, lot, Verdict(None, bad))
+            folder.write_tie(group, annotator=annotator, time=_now(), **({"bad": True} if bad else {}))
+            self._remember(annotator, group, PreferenceMetrics(None, bad))
             return True
 
-    def _to_judge(self, annotator: str, lot: str) -> PreferenceFolder | None:
-        if self._folder is None or lot not in self._folder.lots:
-            raise InputError(f"there is no lot {lot!r:.70} here: press Start for one")
-        return None if lot in self._of(annotator) else self._folder
+    def _to_judge(self, annotator: str, group: str) -> PreferenceFolder | None:
+        if self._folder is None or group not in self._folder.groups:
+            raise InputError(f"there is no lot {group!r:.70} here: press Start for one")
+        return None if group in self._of(annotator) else self._folder
 
-    def _keep(self, annotator: str, lot: str, verdict: Verdict) -> None:
-        self._verdicts.setdefault(annotator, {})[lot] = verdict
-        self._out.discard((annotator, lot))
+    def _remember(self, annotator: str, group: str, verdict: PreferenceMetrics) -> None:
+        self._verdicts.setdefault(annotator, {})[group] = verdict
+        self._assigned.discard((annotator, group))
 
-    def undo(self, annotator: str) -> Lot | None:
+    def undo(self, annotator: str) -> SampleGroup | None:
         """Takes back the annotator's latest judgement; its lot is theirs again, None where there is none."""
-        with self._lock, _told(self.path):
+        with self._lock, _write_errors(self.path):
             if not (verdicts := self._of(annotator)):
                 return None
-            lot = next(reversed(verdicts))
-            append_line(self.path / CHOICES, {"lot": lot, "undo": True, "annotator": annotator, "time": _now()})
-            del verdicts[lot]
+            group = next(reversed(verdicts))
+            append_line(self.path / PREFERENCES, {"lot": group, "undo": True, "annotator": annotator, "time": _now()})
+            del verdicts[group]
             self._undone[annotator] += 1
-            self._out.add((annotator, lot))
-            return self.lots[lot]
+            self._assigned.add((annotator, group))
+            return self.groups[group]
 
-    def release(self, annotator: str, lots: Collection[Lot]) -> None:
+    def release(self, annotator: str, groups: Collection[SampleGroup]) -> None:
         """Gives back lots that they will not judge."""
         with self._lock:
-            self._out -= {(annotator, lot.id) for lot in lots}
+            self._assigned -= {(annotator, group.id) for group in groups}
 
     def progress(self, annotator: str) -> Progress:
         """What the annotator did so far."""
@@ -229,18 +245,18 @@ class LabelBook:
     def judgements(self) -> dict[str, dict[str, int | None]]:
         """Of each lot that somebody judged, the image that each annotator preferred, None for none of them."""
         with self._lock:
-            found: dict[str, dict[str, int | None]] = {}
+            selected: dict[str, dict[str, int | None]] = {}
             for name, verdicts in self._verdicts.items():
-                for lot, verdict in verdicts.items():
-                    found.setdefault(lot, {})[name] = verdict.chosen
-            return found
+                for group, verdict in verdicts.items():
+                    selected.setdefault(group, {})[name] = verdict.chosen
+            return selected
 
-    def _of(self, annotator: str) -> dict[str, Verdict]:
+    def _of(self, annotator: str) -> dict[str, PreferenceMetrics]:
         return self._verdicts.get(annotator, {})
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -251,8 +267,8 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-CONFIG, CONFIGURED = "d3po-scenes", "scenes"  # and the model in it
-ZIPPED = "choices"  # what the zip unpacks to
+CONFIG, CONFIG_MODEL = "d3po-scenes", "scenes"  # and the model in it
+ARCHIVE_FOLDER = "choices"  # what the zip unpacks to
 
 
 def label_folder(studio: Studio) -> Path:
@@ -260,7 +276,7 @@ def label_folder(studio: Studio) -> Path:
     return studio.labels or studio.home / "labels"
 
 
-def place_told(studio: Studio) -> str:
+def storage_notice(studio: Studio) -> str:
     """Where choices go, in plain words."""
     if studio.labels is not None:
         return f"Every choice is written to {studio.labels} at once, with the images and how they were drawn."
@@ -273,9 +289,9 @@ def place_told(studio: Studio) -> str:
 
 def command_of(studio: Studio) -> str:
     """A line for a shell that finetunes the model from the choices; of a zip, beside the unpacked folder."""
-    model, folder = studio.models[0], ZIPPED if studio.labels is None else str(studio.labels)
+    model, folder = studio.models[0], ARCHIVE_FOLDER if studio.labels is None else str(studio.labels)
     words = ["steer", "finetune", CONFIG, "--choices", folder]
-    if model != CONFIGURED:
+    if model != CONFIG_MODEL:
         words += ["--model", model]
     if model not in MODELS:  # what judges scenes is blind to other images
         words += ["--reward", "null", "--eval-prompts", "null", "--eval-rewards", "[]"]
@@ -284,22 +300,22 @@ def command_of(studio: Studio) -> str:
 
 def write_zip(folder: Path, path: Path) -> None:
     """All of a folder of choices, while it may be written to. Raises InputError where nobody has chosen yet."""
-    if not (folder / CHOICES).exists():
+    if not (folder / PREFERENCES).exists():
         raise InputError("nothing has been chosen yet: label some images first")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for one in kept_files(folder):
-            file.write(one, f"{ZIPPED}/{one.relative_to(folder)}")
+        for one in label_files(folder):
+            file.write(one, f"{ARCHIVE_FOLDER}/{one.relative_to(folder)}")
 
 
-def kept_files(folder: Path) -> Iterator[Path]:
+def label_files(folder: Path) -> Iterator[Path]:
     """The files of a folder of choices, written to meanwhile: each is to be read before the next is asked for."""
-    for name in (CHOICES, LOTS, SETTINGS):  # before the files that they name, which are there by then
+    for name in (PREFERENCES, GROUPS, SETTINGS):  # before the files that they name, which are there by then
         yield folder / name
     for kind in ("images", "trajectories"):
         yield from (one for one in sorted((folder / kind).iterdir()) if one.suffix != ".new")
 
 
-EVERY = 0.15  # seconds between two lines about single steps
+REDRAW_INTERVAL = 0.15  # seconds between two lines about single steps
 PHASES = {
     "fk": "Steering",
     "best-of-n": "Sampling",
@@ -310,24 +326,24 @@ PHASES = {
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedPrompt:
     """A prompt's images, and the readings on the way to them."""
 
-    made: Made
+    made: PromptResult
     frames: tuple[Frame, ...]
 
 
 @dataclass
-class Seen:
+class RunView:
     """The present prompt's readings, the prompts that are finished, and the line that says how far it is."""
 
     frames: tuple[Frame, ...] = ()
-    finished: tuple[Finished, ...] = ()
+    finished: tuple[FinishedPrompt, ...] = ()
     line: str = "Starting …"
-    _told: float = field(default=0.0, repr=False)
+    _write_errors: float = field(default=0.0, repr=False)
 
     @property
-    def made(self) -> Made | None:
+    def made(self) -> PromptResult | None:
         """What came out of the prompt whose readings are there, once it is finished."""
         last = self.finished[-1] if self.finished else None
         return last.made if last is not None and last.frames is self.frames else None
@@ -339,8 +355,8 @@ class Seen:
                 return self._stepped(event)
             case Frame():
                 self.frames = (*self.frames, event)
-            case Made():
-                self.finished = (*self.finished, Finished(event, self.frames))
+            case PromptResult():
+                self.finished = (*self.finished, FinishedPrompt(event, self.frames))
             case Waiting() | Loading():
                 self.line = str(event)
             case _:
@@ -353,9 +369,9 @@ class Seen:
         which = f"Prompt {event.number + 1} of {event.count}. " if event.count > 1 else ""
         self.line = f"{which}{PHASES[event.phase]}: {event.step} of {event.total}"
         now = time.monotonic()
-        if now - self._told < EVERY:
+        if now - self._write_errors < REDRAW_INTERVAL:
             return False
-        self._told = now
+        self._write_errors = now
         return True
 
     def conclusion(self, stopped: bool) -> str:

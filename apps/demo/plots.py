@@ -14,12 +14,12 @@ from matplotlib.colors import to_hex
 from matplotlib.ticker import MaxNLocator
 
 from steer.apps.demo.steering import Frame
-from steer.apps.plots import SHADE
+from steer.apps.plots import COLORMAP
 
 WIDTH, HEIGHT = 270.0, 170.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 8.0, 36.0  # around the axes, for their labels
-HUES = 4  # of style.css: further lines take them again, dashed
-MOST_DOTS = 24  # points of a line that are marked
+NUM_HUES = 4  # of style.css: further lines take them again, dashed
+MAX_MARKERS = 24  # points of a line that are marked
 UNKNOWN = "–"
 
 
@@ -72,18 +72,21 @@ def line_chart(
     tops = [(x, y) for one in series for x, y in one.points] + [
         (x, y) for one in series for x, *ys in one.band for y in ys
     ]
-    seen = [place for place in tops if all(map(math.isfinite, place))]
-    if not seen:
+    finite_points = [place for place in tops if all(map(math.isfinite, place))]
+    if not finite_points:
         return ""
-    xs, ys = [x for x, _ in seen] + [*(x_range or ())], [y for _, y in seen] + ([] if y_from is None else [y_from])
+    xs, ys = (
+        [x for x, _ in finite_points] + [*(x_range or ())],
+        [y for _, y in finite_points] + ([] if y_from is None else [y_from]),
+    )
     across = _axis(xs, LEFT, WIDTH - RIGHT, whole=all(float(x).is_integer() for x in xs))
     up = _axis(ys, HEIGHT - BOTTOM, TOP, widened=True)
-    told = "; ".join(filter(None, map(_told, series)))
+    description = "; ".join(filter(None, map(_describe_series, series)))
     lines = "".join(_line(one, number, across, up) for number, one in enumerate(series))
     return (
         f'<figure class="steer-chart"><figcaption>{escape(title)}</figcaption>{_legend(series)}'
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img"><title>{escape(title)}</title>'
-        f"<desc>{escape(f'By {x_label}. {told}.')}</desc>{_axes(across, up, x_label)}{lines}</svg></figure>"
+        f"<desc>{escape(f'By {x_label}. {description}.')}</desc>{_axes(across, up, x_label)}{lines}</svg></figure>"
     )
 
 
@@ -127,35 +130,37 @@ def _axis(values: Sequence[float], start: float, end: float, whole: bool = False
 
 def _axes(across: Axis, up: Axis, x_label: str) -> str:
     """Grid lines with their values, and the name of the horizontal axis."""
-    drawn = ""
+    markup = ""
     for tick in up.ticks:
         y = up.at(tick)
-        drawn += f'<path class="steer-grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
-        drawn += f'<text x="{LEFT - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
+        markup += f'<path class="steer-grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
+        markup += f'<text x="{LEFT - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
     floor = HEIGHT - BOTTOM
     for tick in across.ticks:
         x = across.at(tick)
-        drawn += f'<path class="steer-tick" d="M{x:.1f} {floor:g}v4"/>'
-        drawn += f'<text x="{x:.1f}" y="{floor + 16:g}" text-anchor="middle">{across.label(tick)}</text>'
+        markup += f'<path class="steer-tick" d="M{x:.1f} {floor:g}v4"/>'
+        markup += f'<text x="{x:.1f}" y="{floor + 16:g}" text-anchor="middle">{across.label(tick)}</text>'
     middle = (LEFT + WIDTH - RIGHT) / 2
-    return drawn + f'<text x="{middle:g}" y="{HEIGHT - 4:g}" text-anchor="middle">{escape(x_label)}</text>'
+    return markup + f'<text x="{middle:g}" y="{HEIGHT - 4:g}" text-anchor="middle">{escape(x_label)}</text>'
 
 
 def _line(one: Series, number: int, across: Axis, up: Axis) -> str:
     """A series: its band, its line, and a mark at every point where they are few, at single ones anyway."""
-    drawn, runs = "", list(_runs(one.points))
+    markup, runs = "", list(_runs(one.points))
     for run in _runs(one.band):
         edge = [(x, high) for x, _, high in run] + [(x, low) for x, low, _ in reversed(run)]
-        drawn += f'<path class="steer-band" d="{_path(edge, across, up)}Z"/>'
+        markup += f'<path class="steer-band" d="{_path(edge, across, up)}Z"/>'
     for run in runs:
         if len(run) > 1:
-            drawn += f'<path class="steer-curve" fill="none" d="{_path(run, across, up)}"/>'
+            markup += f'<path class="steer-curve" fill="none" d="{_path(run, across, up)}"/>'
     for run in runs:
-        if len(run) == 1 or sum(map(len, runs)) <= MOST_DOTS:
+        if len(run) == 1 or sum(map(len, runs)) <= MAX_MARKERS:
             for x, y in run:
-                told = escape(f"{one.name}, {short(x)}: {short(y)}")
-                drawn += f'<circle cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="3"><title>{told}</title></circle>'
-    return f'<g class="{_hue(number)}">{drawn}</g>'
+                description = escape(f"{one.name}, {short(x)}: {short(y)}")
+                markup += (
+                    f'<circle cx="{across.at(x):.1f}" cy="{up.at(y):.1f}" r="3"><title>{description}</title></circle>'
+                )
+    return f'<g class="{_hue(number)}">{markup}</g>'
 
 
 def _runs(points: Sequence[tuple[float, ...]]) -> Iterator[list[tuple[float, ...]]]:
@@ -170,7 +175,7 @@ def _path(points: Sequence[tuple[float, ...]], across: Axis, up: Axis) -> str:
 
 
 def _hue(number: int) -> str:
-    return f"steer-hue-{number % HUES + 1}" + (" steer-dashed" if number >= HUES else "")
+    return f"steer-hue-{number % NUM_HUES + 1}" + (" steer-dashed" if number >= NUM_HUES else "")
 
 
 def _legend(series: Sequence[Series]) -> str:
@@ -183,7 +188,7 @@ def _legend(series: Sequence[Series]) -> str:
     return f'<ul class="steer-legend">{entries}</ul>'
 
 
-def _told(one: Series) -> str:
+def _describe_series(one: Series) -> str:
     """A line in words."""
     points = [(x, y) for x, y in one.points if math.isfinite(y)]
     if not points:
@@ -194,8 +199,8 @@ def _told(one: Series) -> str:
     )
 
 
-VIRIDIS = colormaps[SHADE]
-MOST_VALUES = 8  # particles of a tree that says the reward at every dot
+VIRIDIS = colormaps[COLORMAP]
+MAX_LABELLED_PARTICLES = 8  # particles of a tree that says the reward at every dot
 TREE_LEFT, TREE_RIGHT, TREE_TOP = 44, 96, 52  # around the dots, for names and finished images
 WIDE, NARROWEST, WIDEST = 420, 58, 105  # of all columns together, of one
 ICON = 28  # of a finished image
@@ -226,7 +231,7 @@ class Column:
         """The rewards that are numbers."""
         return [reward for reward in self.frame.rewards if math.isfinite(reward)]
 
-    def told(self, slot: int) -> str:
+    def description(self, slot: int) -> str:
         """A particle in words."""
         reward = self.frame.rewards[slot]
         place = self.name if self.ended else f"at {self.name}"
@@ -248,38 +253,38 @@ class Shade:
         return to_hex(VIRIDIS((reward - self.low) / span if span > 0 else 0.5))
 
 
-def ways_back(parents: Sequence[Sequence[int]], size: int) -> Lineages:
+def ancestor_paths(parents: Sequence[Sequence[int]], size: int) -> Lineages:
     """Of each particle (column, slot) the way to it from the first column.
 
     parents  parents[c] of each slot in column c + 1: the slot in column c that it goes on from
     """
-    ways = {(0, slot): [(0, slot)] for slot in range(size)}
+    paths = {(0, slot): [(0, slot)] for slot in range(size)}
     for column, row in enumerate(parents):
-        ways |= {(column + 1, slot): [*ways[column, parent], (column + 1, slot)] for slot, parent in enumerate(row)}
-    return ways
+        paths |= {(column + 1, slot): [*paths[column, parent], (column + 1, slot)] for slot, parent in enumerate(row)}
+    return paths
 
 
-def lineages(ways: Lineages) -> Lineages:
+def full_lineages(paths: Lineages) -> Lineages:
     """Of each particle the way to it, and all that came of it, from the ways of all."""
-    found = {key: list(way) for key, way in ways.items()}
-    for key, way in ways.items():
+    result = {key: list(way) for key, way in paths.items()}
+    for key, way in paths.items():
         for older in way[:-1]:
-            found[older].append(key)
-    return found
+            result[older].append(key)
+    return result
 
 
-def ancestry(columns: Sequence[Column], ways: Lineages, icons: Sequence[str]) -> str:
+def ancestry(columns: Sequence[Column], paths: Lineages, icons: Sequence[str]) -> str:
     """The tree with its heading, and a legend of the colours.
 
-    ways   from `ways_back`
+    paths   from `ancestor_paths`
     icons  data: URIs of the last column's images by slot; none while the run goes on
     """
     last, size = len(columns) - 1, len(columns[0].frame.rewards)
-    pitch, row = max(NARROWEST, min(WIDEST, WIDE // max(last, 1))), 38 if size <= MOST_VALUES else 28
-    spots = {(column, slot): (TREE_LEFT + column * pitch, TREE_TOP + slot * row) for column, slot in ways}
+    pitch, row = max(NARROWEST, min(WIDEST, WIDE // max(last, 1))), 38 if size <= MAX_LABELLED_PARTICLES else 28
+    spots = {(column, slot): (TREE_LEFT + column * pitch, TREE_TOP + slot * row) for column, slot in paths}
     known = [reward for column in columns for reward in column.known]
     shade = Shade(min(known, default=0.0), max(known, default=0.0))
-    dots, wholes = "", lineages(ways)
+    dots, wholes = "", full_lineages(paths)
     for key, (x, y) in spots.items():
         dots += _dot(columns[key[0]], key, wholes[key], shade, f"translate({x} {y})")
     width, height = TREE_LEFT + last * pitch + TREE_RIGHT, TREE_TOP + (size - 1) * row + 20
@@ -288,63 +293,64 @@ def ancestry(columns: Sequence[Column], ways: Lineages, icons: Sequence[str]) ->
         f'<div class="steer-ancestry"><h3>Ancestry</h3><p class="steer-note">{HELP.format(end=end)}</p>'
         f'<div class="steer-scroll"><svg class="steer-tree" width="{width}" height="{height}"'
         f' viewBox="0 0 {width} {height}" role="group" aria-label="Ancestry of the particles">'
-        f'<g aria-hidden="true">{_names(columns, spots)}</g><g aria-hidden="true">{_links(spots, ways, last)}</g>'
+        f'<g aria-hidden="true">{_names(columns, spots)}</g><g aria-hidden="true">{_links(spots, paths, last)}</g>'
         f'<g>{dots}</g><g aria-hidden="true">{_ends(columns[-1], spots, last, icons)}</g></svg></div>'
         f"{_tree_legend(shade) if known else ''}</div>"
     )
 
 
-def _links(spots: dict[Key, Key], ways: Lineages, last: int) -> str:
+def _links(spots: dict[Key, Key], paths: Lineages, last: int) -> str:
     """A line to every particle from the one before; those that lead to the last column are alive, and on top."""
-    alive = {key for end, way in ways.items() if end[0] == last for key in way}
-    drawn = {True: "", False: ""}
-    for key, way in ways.items():
+    alive = {key for end, way in paths.items() if end[0] == last for key in way}
+    markup = {True: "", False: ""}
+    for key, way in paths.items():
         if len(way) > 1:
             (x, y), (to_x, to_y), lives = spots[way[-2]], spots[key], key in alive
             middle = (x + to_x) / 2
-            drawn[lives] += (
+            markup[lives] += (
                 f'<path class="steer-link{" steer-alive" if lives else ""}" data-key="{_name(key)}" fill="none"'
                 f' d="M{x} {y}C{middle:g} {y} {middle:g} {to_y} {to_x} {to_y}"/>'
             )
-    return drawn[False] + drawn[True]
+    return markup[False] + markup[True]
 
 
 def _dot(column: Column, key: Key, lineage: list[Key], shade: Shade, place: str) -> str:
-    reward, told = column.frame.rewards[key[1]], column.told(key[1])
+    reward, description = column.frame.rewards[key[1]], column.description(key[1])
     value = f'<text y="-11" text-anchor="middle">{short(reward)}</text>' if _valued(column) else ""
     return (
-        f'<g class="steer-dot" role="button" tabindex="0" aria-pressed="false" aria-label="{told}" transform="{place}"'
-        f' data-key="{_name(key)}" data-path="{" ".join(map(_name, lineage))}"><title>{told}</title>'
+        f'<g class="steer-dot" role="button" tabindex="0" aria-pressed="false" aria-label="{description}"'
+        f' transform="{place}"'
+        f' data-key="{_name(key)}" data-path="{" ".join(map(_name, lineage))}"><title>{description}</title>'
         f'<circle class="steer-hit" r="13"/><circle class="steer-mark" r="6" fill="{shade.of(reward)}"/>{value}</g>'
     )
 
 
 def _valued(column: Column) -> bool:
-    return not column.ended and len(column.frame.rewards) <= MOST_VALUES
+    return not column.ended and len(column.frame.rewards) <= MAX_LABELLED_PARTICLES
 
 
 def _names(columns: Sequence[Column], spots: dict[Key, Key]) -> str:
     """Above each column its step, with the ESS where it is known; left of each row its slot."""
-    drawn = ""
+    markup = ""
     for place, column in enumerate(columns):
         x, _ = spots[place, 0]
-        drawn += f'<text class="steer-name" x="{x}" y="12" text-anchor="middle">{column.name}</text>'
+        markup += f'<text class="steer-name" x="{x}" y="12" text-anchor="middle">{column.name}</text>'
         if column.frame.ess is not None:
-            drawn += f'<text x="{x}" y="25" text-anchor="middle">ESS {short(column.frame.ess)}</text>'
+            markup += f'<text x="{x}" y="25" text-anchor="middle">ESS {short(column.frame.ess)}</text>'
     for (place, slot), (_, y) in spots.items():
         if place == 0:
-            drawn += f'<text class="steer-name" x="14" y="{y + 4}" text-anchor="middle">{slot + 1}</text>'
-    return drawn
+            markup += f'<text class="steer-name" x="14" y="{y + 4}" text-anchor="middle">{slot + 1}</text>'
+    return markup
 
 
 def _ends(column: Column, spots: dict[Key, Key], last: int, icons: Sequence[str]) -> str:
     """Right of the finished dots what they are."""
-    drawn = ""
+    markup = ""
     for slot, icon in enumerate(icons):
         x, y = spots[last, slot]
-        drawn += f'<image href="{icon}" x="{x + 12}" y="{y - ICON // 2 + 1}" width="{ICON - 2}" height="{ICON - 2}"/>'
-        drawn += f'<text class="steer-name" x="{x + 42}" y="{y + 4}">{short(column.frame.rewards[slot])}</text>'
-    return drawn
+        markup += f'<image href="{icon}" x="{x + 12}" y="{y - ICON // 2 + 1}" width="{ICON - 2}" height="{ICON - 2}"/>'
+        markup += f'<text class="steer-name" x="{x + 42}" y="{y + 4}">{short(column.frame.rewards[slot])}</text>'
+    return markup
 
 
 def _tree_legend(shade: Shade) -> str:

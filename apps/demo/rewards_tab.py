@@ -15,21 +15,21 @@ from torch import Tensor
 from steer.apps.demo.plots import Axis, short, table
 from steer.apps.demo.steer_tab import EXAMPLE
 from steer.apps.demo.steering import data_uri
-from steer.apps.demo.studio import FAILED, MOST_CHARACTERS, PRIVATE, Change, Studio, Ticket, line, public
-from steer.apps.models import device_here
+from steer.apps.demo.studio import FAILED, MAX_PROMPT_CHARACTERS, PRIVATE, Change, Studio, Ticket, line, public
+from steer.apps.models import default_device
 from steer.apps.plots import thumbnail
-from steer.apps.recipes import prompt_inside
+from steer.apps.recipes import read_prompt
 from steer.errors import InputError
-from steer.files import BROKEN, FORMATS, read_image
+from steer.files import DECODE_ERRORS, FORMATS, read_image
 from steer.reward import Reward, score_components
 from steer.rewards.analysis import spearman
 from steer.rewards.names import reward_names
 
-MOST_FILES, MOST_REWARDS = 32, 8
-MOST_BYTES = 10 * 2**20
-MOST_PIXELS = 16_000_000
+MAX_FILES, MAX_REWARDS = 32, 8
+MAX_BYTES = 10 * 2**20
+MAX_PIXELS = 16_000_000
 # A longer side against the shorter one: rewards that bring the shorter side to a size would make huge images of strips.
-MOST_LENGTH = 8
+MAX_ASPECT_RATIO = 8
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,18 @@ class Scores:
         return sorted(self.rows, key=lambda row: -row.scores[reward].total if reward in row.scores else float("inf"))
 
 
-def check_asked(paths: Sequence[Path], prompt: str, rewards: Sequence[str]) -> None:
+def check_request(paths: Sequence[Path], prompt: str, rewards: Sequence[str]) -> None:
     """Raises InputError for nothing, or too much, to do."""
     if not paths:
         raise InputError("no images: drop some first")
-    if len(paths) > MOST_FILES:
-        raise InputError(f"{len(paths)} images: at most {MOST_FILES} at a time")
+    if len(paths) > MAX_FILES:
+        raise InputError(f"{len(paths)} images: at most {MAX_FILES} at a time")
     if not rewards:
         raise InputError("no rewards: tick one or more, or name one")
-    if len(rewards) > MOST_REWARDS:
-        raise InputError(f"{len(rewards)} rewards: at most {MOST_REWARDS} at a time")
-    if len(prompt) > MOST_CHARACTERS:
-        raise InputError(f"a prompt of {len(prompt)} characters: at most {MOST_CHARACTERS}")
+    if len(rewards) > MAX_REWARDS:
+        raise InputError(f"{len(rewards)} rewards: at most {MAX_REWARDS} at a time")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise InputError(f"a prompt of {len(prompt)} characters: at most {MAX_PROMPT_CHARACTERS}")
 
 
 def score_files(
@@ -111,14 +111,14 @@ def score_files(
     was found, or no image could be read.
     """
     notes: dict[str, None] = {}
-    found = {}
+    rewards_by_spec = {}
     for spec in rewards:
         ticket.check()
         try:
-            found[spec] = find(spec)
+            rewards_by_spec[spec] = find(spec)
         except InputError as error:
             notes[_line(spec, error)] = None
-    if not found:
+    if not rewards_by_spec:
         raise InputError(next(iter(notes)))
     rows = []
     for number, path in enumerate(paths):
@@ -128,12 +128,12 @@ def score_files(
         except InputError as error:
             notes[_line(path.name, error)] = None
             continue
-        own = None if prompt else prompt_inside(path)
+        own = None if prompt else read_prompt(path)
         row = Row(path.name, (image.shape[2], image.shape[1]), thumbnail(image), {}, own or prompt, own is not None)
-        rows.append(_scored(row, image.to(device), found, notes, ticket))
+        rows.append(_scored(row, image.to(device), rewards_by_spec, notes, ticket))
     if not rows:
         raise InputError("; ".join(notes))
-    ticket.say(Scores(prompt, tuple(found), tuple(rows), tuple(notes)))
+    ticket.say(Scores(prompt, tuple(rewards_by_spec), tuple(rows), tuple(notes)))
 
 
 def _scored(row: Row, image: Tensor, rewards: Mapping[str, Reward], notes: dict[str, None], ticket: Ticket) -> Row:
@@ -156,17 +156,17 @@ def read_upload(path: Path) -> Tensor:
 
     Raises InputError, without the file's place, for one that is too big, too long or no image.
     """
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise InputError(f"{size / 2**20:.1f} MB: at most {MOST_BYTES / 2**20:.0f} MB an image")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise InputError(f"{size / 2**20:.1f} MB: at most {MAX_BYTES / 2**20:.0f} MB an image")
     try:
         with Image.open(path, formats=FORMATS) as file:
             width, height = file.size
-    except BROKEN as error:  # Pillow's own words name the place
+    except DECODE_ERRORS as error:  # Pillow's own words name the place
         raise InputError("not an image that can be read: use PNG, JPEG or WebP") from error
-    if width * height > MOST_PIXELS:
-        raise InputError(f"{width} × {height} pixels: at most {MOST_PIXELS // 10**6} megapixels, make it smaller")
-    if max(width, height) > MOST_LENGTH * min(width, height):
-        raise InputError(f"{width} × {height} pixels: at most {MOST_LENGTH} times as long as wide, crop it")
+    if width * height > MAX_PIXELS:
+        raise InputError(f"{width} × {height} pixels: at most {MAX_PIXELS // 10**6} megapixels, make it smaller")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise InputError(f"{width} × {height} pixels: at most {MAX_ASPECT_RATIO} times as long as wide, crop it")
     try:
         return read_image(path)
     except InputError as error:
@@ -177,7 +177,7 @@ def _line(name: str, error: InputError) -> str:
     return f"{name:.80}: {public(str(error))}"
 
 
-NOTHING = "The images appear here with their scores, best first."
+EMPTY_TEXT = "The images appear here with their scores, best first."
 WIDTH, HEIGHT = 400.0, 340.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 24.0, 24.0, 46.0  # around the axes, for their labels and half a picture
 SIDE = 32.0  # of a picture among the axes
@@ -185,7 +185,7 @@ SIDE = 32.0  # of a picture among the axes
 
 def empty_view() -> str:
     """Before anything was scored."""
-    return f'<p class="steer-empty">{NOTHING}</p>'
+    return f'<p class="steer-empty">{EMPTY_TEXT}</p>'
 
 
 def scores_view(scores: Scores, by: str) -> str:
@@ -200,7 +200,7 @@ def scores_view(scores: Scores, by: str) -> str:
         f'<div class="steer-scores">{_notes(scores.notes)}<div class="steer-scroll" tabindex="0" role="region"'
         f' aria-label="Scores"><table class="steer-table"><caption>{caption}</caption>'
         f'<thead><tr><th scope="col">image</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"{_parts(scores, rows)}</div>"
+        f"{_components_table(scores, rows)}</div>"
     )
 
 
@@ -222,7 +222,7 @@ def _row(rank: int, row: Row, rewards: Sequence[str]) -> str:
     )
 
 
-def _parts(scores: Scores, rows: Sequence[Row]) -> str:
+def _components_table(scores: Scores, rows: Sequence[Row]) -> str:
     """The scores of rewards' components, where there are any."""
     columns = {
         (reward, part): f"{reward}: {part}"
@@ -235,8 +235,10 @@ def _parts(scores: Scores, rows: Sequence[Row]) -> str:
         return ""
     numbers: list[list[object]] = []
     for row in rows:
-        told = [row.scores[reward].components.get(part) if reward in row.scores else None for reward, part in columns]
-        numbers.append([row.name, *told])
+        description = [
+            row.scores[reward].components.get(part) if reward in row.scores else None for reward, part in columns
+        ]
+        numbers.append([row.name, *description])
     return (
         '<details class="steer-numbers"><summary>What the scores are made of</summary>'
         f"{table('Scores of components', ['image', *columns.values()], numbers)}</details>"
@@ -269,7 +271,7 @@ def scatter_view(scores: Scores, across: str, up: str) -> str:
     numbers = [[row.name, x, y] for row, (x, y) in zip(rows, places, strict=True)]
     return (
         f'<figure class="steer-chart steer-scatter"><figcaption>{escape(title)}</figcaption>'
-        f"<p>{_alike(xs, ys)}</p>"
+        f"<p>{_describe_correlation(xs, ys)}</p>"
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="group" aria-label="{escape(title)}">'
         f"{_axes(x_axis, y_axis, across, up)}<g>{pictures}</g></svg>"
         f'<details class="steer-numbers"><summary>As a table</summary>{table(title, ["image", across, up], numbers)}'
@@ -277,15 +279,15 @@ def scatter_view(scores: Scores, across: str, up: str) -> str:
     )
 
 
-def _alike(xs: Sequence[float], ys: Sequence[float]) -> str:
+def _describe_correlation(xs: Sequence[float], ys: Sequence[float]) -> str:
     """Spearman's rank correlation in a sentence."""
     rho = spearman(xs, ys)
     if math.isnan(rho):
         return "One of the two gives all images the same score: there is no order to compare."
-    told = f"{rho:.2f}".replace("-", "−")
+    description = f"{rho:.2f}".replace("-", "−")
     return (
-        f"Spearman's ρ = {told} over {len(xs)} images: 1 where both rank them alike, 0 where one says nothing of "
-        "the other, −1 where they rank them the other way round."
+        f"Spearman's ρ = {description} over {len(xs)} images: 1 where both rank them alike, 0 where one says nothing "
+        "of the other, −1 where they rank them the other way round."
     )
 
 
@@ -299,26 +301,26 @@ def _axis(values: Sequence[float], start: float, end: float) -> Axis:
 
 def _axes(across: Axis, up: Axis, x_label: str, y_label: str) -> str:
     """Grid lines with their values, and the names of both axes."""
-    drawn, floor = "", HEIGHT - BOTTOM
+    markup, floor = "", HEIGHT - BOTTOM
     for tick in up.ticks:
         y = up.at(tick)
-        drawn += f'<path class="steer-grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
-        drawn += f'<text x="{LEFT - 8:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
+        markup += f'<path class="steer-grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
+        markup += f'<text x="{LEFT - 8:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
     for tick in across.ticks:
         x = across.at(tick)
-        drawn += f'<path class="steer-grid" d="M{x:.1f} {TOP:g}V{floor:g}"/>'
-        drawn += f'<text x="{x:.1f}" y="{floor + 18:g}" text-anchor="middle">{across.label(tick)}</text>'
+        markup += f'<path class="steer-grid" d="M{x:.1f} {TOP:g}V{floor:g}"/>'
+        markup += f'<text x="{x:.1f}" y="{floor + 18:g}" text-anchor="middle">{across.label(tick)}</text>'
     middle = (TOP + floor) / 2
-    drawn += (
+    markup += (
         f'<text x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 8:g}" text-anchor="middle">{escape(x_label)}</text>'
     )
     turned = f'transform="translate(14 {middle:g}) rotate(-90)" text-anchor="middle"'
-    return f'<g aria-hidden="true">{drawn}<text {turned}>{escape(y_label)}</text></g>'
+    return f'<g aria-hidden="true">{markup}<text {turned}>{escape(y_label)}</text></g>'
 
 
-def _picture(row: Row, place: tuple[float, float], told: str) -> str:
+def _picture(row: Row, place: tuple[float, float], description: str) -> str:
     """A thumbnail around its place, in a frame that shows the focus."""
-    left, top, words = place[0] - SIDE / 2, place[1] - SIDE / 2, escape(told, quote=True)
+    left, top, words = place[0] - SIDE / 2, place[1] - SIDE / 2, escape(description, quote=True)
     box = f'x="{left:.1f}" y="{top:.1f}" width="{SIDE:g}" height="{SIDE:g}"'
     return (
         f'<g class="steer-spot" role="img" tabindex="0" aria-label="{words}"><title>{words}</title>'
@@ -342,7 +344,7 @@ EMBEDDED = (
     "jpeg",
     "brightness",
 )
-TICKED = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # they say something of any image
+DEFAULT_REWARDS = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # they say something of any image
 
 
 class RewardsTab:
@@ -368,7 +370,7 @@ class RewardsTab:
 
     def _form(self) -> None:
         self.files = gr.File(
-            label=f"Images, up to {MOST_FILES}",
+            label=f"Images, up to {MAX_FILES}",
             file_count="multiple",
             file_types=["image"],
             height=180,
@@ -377,12 +379,12 @@ class RewardsTab:
         self.prompt = gr.Textbox(
             label="Prompt",
             placeholder=EXAMPLE,
-            max_length=MOST_CHARACTERS,
+            max_length=MAX_PROMPT_CHARACTERS,
             info="What the images were to show, the same for all. Left empty: the prompts inside images of steer.",
             elem_id="rewards-prompt",
         )
         names = [*dict.fromkeys([*self.studio.rewards, *EMBEDDED])]
-        ticked = [*self.studio.rewards, *TICKED]
+        ticked = [*self.studio.rewards, *DEFAULT_REWARDS]
         self.ticked = gr.CheckboxGroup(names, value=ticked, label="Rewards", elem_id="rewards-ticked")
         self.others = gr.Textbox(
             label="Others, by name",
@@ -423,10 +425,10 @@ class RewardsTab:
         return ready | {self.status: line(FAILED, "alert")}
 
     def _run(self, paths: list[Path], prompt: str, specs: list[str], request: gr.Request) -> Iterator[Change]:
-        check_asked(paths, prompt, specs)
+        check_request(paths, prompt, specs)
 
         def work(ticket: Ticket) -> None:
-            score_files(paths, prompt, specs, self.studio.reward, ticket, device_here(self.studio.device))
+            score_files(paths, prompt, specs, self.studio.reward, ticket, default_device(self.studio.device))
 
         scores = None
         for event in self.studio.begin(request, work).events():

@@ -11,12 +11,12 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from steer.apps.demo.labels import Finished, Seen
-from steer.apps.demo.plots import Column, Lineages, Series, ancestry, line_chart, short, table, ways_back
-from steer.apps.demo.steering import Frame, Made, as_command, as_python, data_uri, steering
+from steer.apps.demo.labels import FinishedPrompt, RunView
+from steer.apps.demo.plots import Column, Lineages, Series, ancestor_paths, ancestry, line_chart, short, table
+from steer.apps.demo.steering import Frame, PromptResult, as_command, as_python, data_uri, steering
 from steer.apps.demo.studio import (
     FAILED,
-    MOST_CHARACTERS,
+    MAX_PROMPT_CHARACTERS,
     PRIVATE,
     RANDOM,
     Change,
@@ -27,9 +27,9 @@ from steer.apps.demo.studio import (
     seed_of,
     whole,
 )
-from steer.apps.methods import SampleSettings
+from steer.apps.methods import SamplingConfig
 from steer.apps.recipes import Recipe, read_metadata
-from steer.apps.sampling import Picture
+from steer.apps.sampling import SavedImage
 from steer.errors import InputError
 from steer.pipelines.base import Cost
 
@@ -48,8 +48,8 @@ REWARDS = {
     "jpeg": "how well it compresses: plain pictures",
 }
 # What one visitor may ask for of a machine that others wait for.
-MOST_PROMPTS = 4
-MOST = {"particles": 16, "steps": 100, "iterations": 100}
+MAX_PROMPTS = 4
+FIELD_LIMITS = {"particles": 16, "steps": 100, "iterations": 100}
 ONE_STEP = "scenes-turbo"
 EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
 
@@ -57,7 +57,7 @@ EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base im
 def steer_fields(studio: Studio) -> dict[str, Any]:
     """The components, by the names that `settings_of` reads."""
     fields: dict[str, Any] = {
-        "prompts": gr.Textbox(EXAMPLE, label="Prompt", lines=2, info=f"One a line, up to {MOST_PROMPTS}."),
+        "prompts": gr.Textbox(EXAMPLE, label="Prompt", lines=2, info=f"One a line, up to {MAX_PROMPTS}."),
         "method": gr.Radio([*METHODS.items()], value="fk", label="Method"),
         "reward": gr.Dropdown(
             [*dict.fromkeys([*studio.rewards, *REWARDS])],
@@ -68,15 +68,17 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
         ),
     }
     with gr.Accordion("What the rewards measure", open=False):
-        gr.Markdown("\n".join(f"- `{name}`: {told}" for name, told in REWARDS.items()))
+        gr.Markdown("\n".join(f"- `{name}`: {field_values}" for name, field_values in REWARDS.items()))
     with gr.Row():
-        fields["particles"] = gr.Slider(1, MOST["particles"], 4, step=1, label="Particles", info="images at a time")
+        fields["particles"] = gr.Slider(
+            1, FIELD_LIMITS["particles"], 4, step=1, label="Particles", info="images at a time"
+        )
         fields["lam"] = gr.Slider(0, 100, 25, step=1, label="Strength λ", info="0: no steering")
     with gr.Row():
-        fields["steps"] = gr.Slider(1, MOST["steps"], 20, step=1, label="Steps", info="of the solver")
+        fields["steps"] = gr.Slider(1, FIELD_LIMITS["steps"], 20, step=1, label="Steps", info="of the solver")
         fields["guidance"] = gr.Slider(0, 15, 4, step=0.5, label="Guidance", info="how closely to follow the words")
     fields["iterations"] = gr.Slider(
-        1, MOST["iterations"], 20, step=1, label="Iterations", info="of the noise, for ReNO", visible=False
+        1, FIELD_LIMITS["iterations"], 20, step=1, label="Iterations", info="of the noise, for ReNO", visible=False
     )
     with gr.Row():
         fields["seed"] = gr.Number(0, label="Seed", info="−1: a new one for every run")
@@ -88,12 +90,12 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     return fields
 
 
-def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> SampleSettings:
+def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> SamplingConfig:
     """What the fields ask for, with the weights that the visitor loaded.
 
     Raises InputError for numbers beyond what this app does.
     """
-    settings = SampleSettings(
+    settings = SamplingConfig(
         model=asked["model"],
         method=asked["method"],
         reward=asked["reward"].strip(),
@@ -110,16 +112,16 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
         compare=bool(asked["compare"]),
         dtype=None,
         iterations=whole("iterations", asked["iterations"]),
-        lora=_worn(asked["model"], weights) if asked["worn"] else None,
+        lora=_adapter_path(asked["model"], weights) if asked["worn"] else None,
     )
     settings.check()
-    for name, most in MOST.items():
+    for name, most in FIELD_LIMITS.items():
         if getattr(settings, name) > most:
             raise InputError(f"{name} can be at most {most} in this app, got {getattr(settings, name)}")
     return settings
 
 
-def _worn(model: str, weights: Weights | None) -> str:
+def _adapter_path(model: str, weights: Weights | None) -> str:
     """What settings say of finetuned weights that a model is to wear. Raises InputError where it cannot."""
     if weights is None:
         raise InputError("no finetuned weights are loaded here: train some in the Finetune tab")
@@ -133,14 +135,14 @@ def prompts_of(text: str) -> list[str]:
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise InputError("the prompt is empty: say what the image should show")
-    if len(prompts) > MOST_PROMPTS:
-        raise InputError(f"{len(prompts)} prompts: at most {MOST_PROMPTS} at a time in this app")
-    if (longest := max(map(len, prompts))) > MOST_CHARACTERS:
-        raise InputError(f"a prompt of {longest} characters: at most {MOST_CHARACTERS}")
+    if len(prompts) > MAX_PROMPTS:
+        raise InputError(f"{len(prompts)} prompts: at most {MAX_PROMPTS} at a time in this app")
+    if (longest := max(map(len, prompts))) > MAX_PROMPT_CHARACTERS:
+        raise InputError(f"a prompt of {longest} characters: at most {MAX_PROMPT_CHARACTERS}")
     return prompts
 
 
-def restored(recipe: Recipe, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
+def fields_from_recipe(recipe: Recipe, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
     """What the fields were when an image was made. Raises InputError for one that they cannot ask for."""
     settings = recipe.settings
     if settings.model not in models or settings.method not in METHODS.values():
@@ -187,7 +189,7 @@ def defaults_of(method: str, models: Sequence[str], weights: Weights | None = No
     }
 
 
-def shown_with(method: str, weights: Weights | None = None) -> dict[str, bool]:
+def visible_fields(method: str, weights: Weights | None = None) -> dict[str, bool]:
     """Which fields a method has."""
     return {
         "lam": method == "fk",
@@ -211,12 +213,12 @@ class Defaults:
         return Defaults({**self.values, **to}, kept), follows
 
 
-NOTHING = "The particles appear here while they are being steered."
-CROWDS = ((1, " steer-single"), (4, " steer-few"), (8, " steer-some"))  # up to so many images
+EMPTY_TEXT = "The particles appear here while they are being steered."
+GRID_CLASSES = ((1, " steer-single"), (4, " steer-few"), (8, " steer-some"))  # up to so many images
 FINISHED, SMALL = 256, 56  # pixels of a finished image's longer side, in the gallery and in the tree
 
 
-def run_view(frames: Sequence[Frame], made: Made | None) -> str:
+def run_view(frames: Sequence[Frame], made: PromptResult | None) -> str:
     """The HTML of a run as far as it is: an invitation, where nothing has been read yet.
 
     frames  the readings so far, each with as many particles
@@ -226,17 +228,17 @@ def run_view(frames: Sequence[Frame], made: Made | None) -> str:
     if made is not None:
         columns.append(Column(_finished(made, frames[-1].total if frames else 0), ended=True))
     if not columns:
-        return f'<section class="steer-run"><p class="steer-empty">{NOTHING}</p></section>'
+        return f'<section class="steer-run"><p class="steer-empty">{EMPTY_TEXT}</p></section>'
     parents, size = [frame.ancestors for frame in frames if frame.ancestors], len(columns[0].frame.rewards)
     related = size > 1 and bool(frames) and len(parents) == len(frames)
-    ways = ways_back(parents[: len(columns) - 1], size) if related else {}
-    tree = ancestry(columns, ways, _icons(columns[-1])) if related else ""
-    curves = _curves(columns, ways) if frames else ""
-    components = _gallery(columns) + tree + curves + _table(columns, ways)
-    return f'<section class="steer-run" data-run="{_mark(columns[0].frame)}">{components}</section>'
+    paths = ancestor_paths(parents[: len(columns) - 1], size) if related else {}
+    tree = ancestry(columns, paths, _icons(columns[-1])) if related else ""
+    curves = _curves(columns, paths) if frames else ""
+    components = _gallery(columns) + tree + curves + _table(columns, paths)
+    return f'<section class="steer-run" data-run="{_run_id(columns[0].frame)}">{components}</section>'
 
 
-def _finished(made: Made, total: int) -> Frame:
+def _finished(made: PromptResult, total: int) -> Frame:
     """The finished images as a last reading: in the slots that they come from."""
     pictures = [made.images[made.order.index(slot)] for slot in sorted(made.order)]
     images = []
@@ -256,7 +258,7 @@ def _icons(column: Column) -> list[str]:
     return [data_uri(_smaller(image, SMALL)) for image in column.frame.images] if column.ended else []
 
 
-def _mark(first: Frame) -> str:
+def _run_id(first: Frame) -> str:
     """Tells one run from another."""
     return f"{zlib.crc32(repr(first.rewards).encode() + first.images[0].tobytes()):08x}"
 
@@ -274,7 +276,7 @@ def _gallery(columns: Sequence[Column]) -> str:
     for place_of, column in enumerate(columns):
         cells = "".join(_cell(column, place_of, slot) for slot in range(len(column.frame.images)))
         hidden = "" if place_of == last else ' hidden=""'
-        frames += f'<div class="steer-frame{_crowd(column)}" data-label="{_place(column)}"{hidden}>{cells}</div>'
+        frames += f'<div class="steer-frame{_grid_class(column)}" data-label="{_place(column)}"{hidden}>{cells}</div>'
     return (
         '<div class="steer-gallery"><h3>Particles</h3><div class="steer-scrub" role="group" aria-label="Which reading">'
         f'<button type="button" data-move="-1" aria-label="Earlier reading" aria-disabled="{alone}">‹</button>'
@@ -286,10 +288,10 @@ def _gallery(columns: Sequence[Column]) -> str:
     )
 
 
-def _crowd(column: Column) -> str:
+def _grid_class(column: Column) -> str:
     """Of how many images style.css makes a row of which size."""
     size = len(column.frame.images)
-    return next((name for most, name in CROWDS if size <= most), "")
+    return next((name for most, name in GRID_CLASSES if size <= most), "")
 
 
 def _cell(column: Column, number: int, slot: int) -> str:
@@ -297,7 +299,7 @@ def _cell(column: Column, number: int, slot: int) -> str:
     best = several and reward == max(column.known, default=None)
     return (
         f'<figure class="steer-cell{" steer-best" if best else ""}" data-key="{number}-{slot}">'
-        f'<img src="{column.frame.sources[slot]}" alt="{column.told(slot)}{", the highest" if best else ""}"/>'
+        f'<img src="{column.frame.sources[slot]}" alt="{column.description(slot)}{", the highest" if best else ""}"/>'
         f"<figcaption><span>{slot + 1 if several else ''}</span> <b>{short(reward)}</b></figcaption></figure>"
     )
 
@@ -308,22 +310,22 @@ def _spread(column: Column) -> tuple[float, float, float] | None:
     return (min(known), sum(known) / len(known), max(known)) if known else None
 
 
-def _living(columns: Sequence[Column], ways: Lineages) -> list[int]:
+def _num_living_ancestors(columns: Sequence[Column], paths: Lineages) -> list[int]:
     """At each column, of how many first particles some descendant is there; nothing where ancestors are unknown."""
-    return [len({way[0] for (column, _), way in ways.items() if column == place}) for place in range(len(columns))]
+    return [len({way[0] for (column, _), way in paths.items() if column == place}) for place in range(len(columns))]
 
 
-def _curves(columns: Sequence[Column], ways: Lineages) -> str:
+def _curves(columns: Sequence[Column], paths: Lineages) -> str:
     """Small charts of rewards and, where several particles are related, of how many still count."""
     span, several = (1.0, float(columns[-1].frame.total)), len(columns[0].frame.rewards) > 1
     steps = [float(column.frame.step) for column in columns]
     spreads = [(step, spread) for step, column in zip(steps, columns, strict=True) if (spread := _spread(column))]
     mean = Series("mean", [(x, middle) for x, (_, middle, _) in spreads], _band(spreads) if several else ())
     charts = line_chart("Rewards: mean, lowest to highest" if several else "Reward", [mean], "step", x_range=span)
-    if ways:
+    if paths:
         ess = [(step, column.frame.ess) for step, column in zip(steps, columns, strict=True)]
         sizes = Series("ESS", [(x, size) for x, size in ess if size is not None])
-        living = Series("living", [*zip(steps, map(float, _living(columns, ways)), strict=True)])
+        living = Series("living", [*zip(steps, map(float, _num_living_ancestors(columns, paths)), strict=True)])
         charts += line_chart("Particles that count (ESS)", [sizes], "step", x_range=span, y_from=0)
         charts += line_chart("First particles that live on", [living], "step", x_range=span, y_from=0)
     return f'<div class="steer-curves"><h3>Curves</h3><div class="steer-charts">{charts}</div></div>' if charts else ""
@@ -333,18 +335,18 @@ def _band(spreads: Sequence[tuple[float, tuple[float, float, float]]]) -> list[t
     return [(x, low, high) for x, (low, _, high) in spreads]
 
 
-def _table(columns: Sequence[Column], ways: Lineages) -> str:
+def _table(columns: Sequence[Column], paths: Lineages) -> str:
     """The numbers of the tree and of the curves."""
     head = ["reading", "lowest reward", "mean", "highest"]
-    head += ["ESS", "first particles alive", "the next go on from"] if ways else []
+    head += ["ESS", "first particles alive", "the next go on from"] if paths else []
     rows: list[list[object]] = []
     for place, column in enumerate(columns):
         row: list[object] = [column.name, *(_spread(column) or (None, None, None))]
-        if ways:
+        if paths:
             onward = ", ".join(str(slot + 1) for slot in column.frame.ancestors or ()) or None
-            row += [column.frame.ess, _living(columns, ways)[place], onward]
+            row += [column.frame.ess, _num_living_ancestors(columns, paths)[place], onward]
         rows.append(row)
-    caption = "Rewards, and where particles go on" if ways else "Rewards"
+    caption = "Rewards, and where particles go on" if paths else "Rewards"
     return f'<details class="steer-numbers"><summary>As a table</summary>{table(caption, head, rows)}</details>'
 
 
@@ -383,7 +385,7 @@ class Results:
     def components(self) -> list[Any]:
         return [self.box, self.chooser, self.slider, self.gallery, self.table, self.files, self.command, self.python]
 
-    def updates(self, finished: Sequence[Finished], place: int = 0) -> dict[Any, Any]:
+    def updates(self, finished: Sequence[FinishedPrompt], place: int = 0) -> dict[Any, Any]:
         """Shows one of the finished prompts, and offers the others."""
         one = finished[place].made
         pair = compared(one)
@@ -397,14 +399,15 @@ class Results:
                 label=pair and sides(one, *pair),
             ),
             self.gallery: gr.update(value=base_captions(one), visible=bool(one.base)),
-            self.table: rewards_table(one) + f'<p class="steer-told">{escape(means_told(one) + cost_told(one))}</p>',
+            self.table: rewards_table(one)
+            + f'<p class="steer-told">{escape(describe_means(one) + describe_cost(one))}</p>',
             self.files: [str(picture.path) for picture in (*one.images, *one.base)],
             self.command: as_command(one.prompt, one.settings),
             self.python: as_python(one.prompt, one.settings),
         }
 
 
-def compared(made: Made) -> tuple[Picture, Picture] | None:
+def compared(made: PromptResult) -> tuple[SavedImage, SavedImage] | None:
     """The two sides of the slider: the best base image and the best image of as many, by the same reward.
 
     Plain sampling sorts nothing: with finetuned weights it is the same noise before and after. None where there are no
@@ -417,12 +420,12 @@ def compared(made: Made) -> tuple[Picture, Picture] | None:
     return best(made.base), best(made.images)
 
 
-def best(pictures: Sequence[Picture]) -> Picture:
+def best(pictures: Sequence[SavedImage]) -> SavedImage:
     """The one of the highest reward, the first of several."""
     return max(pictures, key=lambda one: one.recipe.reward)
 
 
-def sides(made: Made, left: Picture, right: Picture) -> str:
+def sides(made: PromptResult, left: SavedImage, right: SavedImage) -> str:
     """What the two sides of the slider are, in words."""
     steered, finetuned = made.settings.method != "base", made.settings.lora is not None
     kind = "finetuned, and steered" if steered and finetuned else "finetuned" if finetuned else "steered"
@@ -431,7 +434,7 @@ def sides(made: Made, left: Picture, right: Picture) -> str:
     return f"Left: base model, right: {kind} ({of}; rewards {rewards})"
 
 
-def base_captions(made: Made) -> list[tuple[str, str]]:
+def base_captions(made: PromptResult) -> list[tuple[str, str]]:
     """Every base image with its number and reward, the best with a star."""
     top = best(made.base) if made.base else None
     return [
@@ -440,12 +443,12 @@ def base_captions(made: Made) -> list[tuple[str, str]]:
     ]
 
 
-def rewards_table(made: Made) -> str:
+def rewards_table(made: PromptResult) -> str:
     """Every image's reward and its components: steered ones best first, then the base ones."""
     components = list(made.images[0].recipe.components)
     components = components if len(components) > 1 else []
 
-    def row(name: str, picture: Picture) -> list[object]:
+    def row(name: str, picture: SavedImage) -> list[object]:
         scores = (picture.recipe.reward, *(picture.recipe.components[part] for part in components))
         return [name, *scores]
 
@@ -455,7 +458,7 @@ def rewards_table(made: Made) -> str:
     return table(f"Rewards: {made.settings.reward}", ["image", "reward", *components], rows)
 
 
-def means_told(made: Made) -> str:
+def describe_means(made: PromptResult) -> str:
     """The mean rewards, in a sentence, where there is something to compare with."""
     if not made.base:
         return ""
@@ -466,7 +469,7 @@ def means_told(made: Made) -> str:
     return f"{text}{same} "
 
 
-def cost_told(made: Made) -> str:
+def describe_cost(made: PromptResult) -> str:
     """What it took, in a sentence."""
     base = f"; the base images beside them {_cost(made.base_cost)}" if made.base_cost else ""
     return f"It took {_cost(made.cost)}{base}. Seed {made.settings.seed}."
@@ -478,7 +481,7 @@ def _cost(cost: Cost) -> str:
     return f"{cost.nfe} denoiser evaluations, {scored}, {cost.seconds:.1f} s"
 
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 class SteerTab:
@@ -501,7 +504,7 @@ class SteerTab:
                 self.dropped = gr.File(label=label, file_types=[".png"], height=160, elem_id="steer-drop")
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(line("Ready."), elem_id="steer-status")
-                script = (HERE / "run_view.js").read_text()
+                script = (FOLDER / "run_view.js").read_text()
                 self.view = gr.HTML(run_view((), None), js_on_load=script, elem_id="steer-view")
                 self.results = Results()
         self._connect()
@@ -515,17 +518,17 @@ class SteerTab:
         self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
         follows, known = [self.status, self.defaults, *fields.values()], {self.weights, self.defaults, *fields.values()}
         fields["method"].input(self.fit, known, follows, **PRIVATE)
-        self.weights.change(self.wear, known, follows, **PRIVATE)
+        self.weights.change(self.load_adapter, known, follows, **PRIVATE)
         self.dropped.upload(self.restore, [self.dropped, self.weights], follows, **PRIVATE)
         chosen = [self.results.chooser, self.finished]
         self.results.chooser.input(self.show, chosen, [self.view, *self.results.components], **PRIVATE)
 
-    def run(self, told: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
+    def run(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
         """The whole run, shown as it goes."""
         yield {self.start: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
         try:
-            asked = {name: told[field] for name, field in self.fields.items()}
-            yield from self._run(asked, told[self.weights], request)
+            asked = {name: field_values[field] for name, field in self.fields.items()}
+            yield from self._run(asked, field_values[self.weights], request)
         except InputError as error:
             yield {self.status: line(str(error), "alert")}
         yield {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
@@ -538,7 +541,7 @@ class SteerTab:
     def _run(self, asked: dict[str, Any], weights: Weights | None, request: gr.Request) -> Iterator[Change]:
         prompts, settings = prompts_of(asked["prompts"]), settings_of(asked, weights)
         work = steering(self.studio, prompts, settings, self.studio.run_folder(request), weights)
-        ticket, seen = self.studio.begin(request, work), Seen()
+        ticket, run_view_state = self.studio.begin(request, work), RunView()
         yield {
             self.fields["seed"]: settings.seed,
             self.fields["fresh"]: bool(asked["fresh"]) or asked["seed"] == RANDOM,
@@ -546,46 +549,52 @@ class SteerTab:
             self.results.box: gr.update(visible=False),
         }
         for event in ticket.events():
-            if seen.after(event):
-                view = {self.view: run_view(seen.frames, seen.made)} if isinstance(event, Frame | Made) else {}
-                yield {self.status: line(seen.line), **view}
-        yield {self.status: line(seen.conclusion(ticket.stopped)), self.finished: seen.finished}
-        if seen.finished:
-            yield self.show(0, seen.finished)
+            if run_view_state.after(event):
+                view = (
+                    {self.view: run_view(run_view_state.frames, run_view_state.made)}
+                    if isinstance(event, Frame | PromptResult)
+                    else {}
+                )
+                yield {self.status: line(run_view_state.line), **view}
+        yield {self.status: line(run_view_state.conclusion(ticket.stopped)), self.finished: run_view_state.finished}
+        if run_view_state.finished:
+            yield self.show(0, run_view_state.finished)
 
-    def show(self, place: int, finished: tuple[Finished, ...]) -> Change:
+    def show(self, place: int, finished: tuple[FinishedPrompt, ...]) -> Change:
         """One of the finished prompts."""
         one = finished[place]
         return {self.view: run_view(one.frames, one.made), **self.results.updates(finished, place)}
 
-    def fit(self, told: dict[Any, Any]) -> Change:
+    def fit(self, field_values: dict[Any, Any]) -> Change:
         """Other fields follow the method, but for what the visitor has set."""
-        method, weights = told[self.fields["method"]], told[self.weights]
-        return self._follow(told, method, weights, defaults_of(method, self.studio.models, weights))
+        method, weights = field_values[self.fields["method"]], field_values[self.weights]
+        return self._follow(field_values, method, weights, defaults_of(method, self.studio.models, weights))
 
     def _follow(
-        self, told: dict[Any, Any], method: str, weights: Weights | None, defaults: Mapping[str, Any]
+        self, field_values: dict[Any, Any], method: str, weights: Weights | None, defaults: Mapping[str, Any]
     ) -> Change:
-        now = {name: told[field] for name, field in self.fields.items()}
-        new, values = told[self.defaults].changed(now, defaults)
-        return {self.defaults: new} | self._updates(values, method, weights)
+        now = {name: field_values[field] for name, field in self.fields.items()}
+        new, values = field_values[self.defaults].changed(now, defaults)
+        return {self.defaults: new} | self._training_loop(values, method, weights)
 
-    def _updates(self, values: Mapping[str, Any], method: str, weights: Weights | None) -> Change:
+    def _training_loop(self, values: Mapping[str, Any], method: str, weights: Weights | None) -> Change:
         """Shows the fields of a method, and gives some of them values."""
         shown: dict[str, dict[str, Any]] = {
-            name: {"visible": visible} for name, visible in shown_with(method, weights).items()
+            name: {"visible": visible} for name, visible in visible_fields(method, weights).items()
         }
         given: dict[str, dict[str, Any]] = {name: {"value": value} for name, value in values.items()}
         return {self.fields[name]: gr.update(**shown.get(name, {}), **given.get(name, {})) for name in shown | given}
 
-    def wear(self, told: dict[Any, Any]) -> Change:
+    def load_adapter(self, field_values: dict[Any, Any]) -> Change:
         """Finetuned weights that were just loaded: what they do is seen best without steering."""
-        weights: Weights = told[self.weights]
+        weights: Weights = field_values[self.weights]
         defaults = defaults_of("base", self.studio.models, weights)
         if weights.reward is not None:
             defaults["reward"] = weights.reward
-        change = self._follow(told, "base", weights, defaults)
-        change |= self._updates({"method": "base", "model": weights.model}, "base", weights)  # else they cannot be worn
+        change = self._follow(field_values, "base", weights, defaults)
+        change |= self._training_loop(
+            {"method": "base", "model": weights.model}, "base", weights
+        )  # else they cannot be worn
         change[self.fields["worn"]] = gr.update(value=True, visible=True, label=f"Finetuned weights: {weights.label}")
         text = f"{weights.label}: press Steer to see images of the same noise before and after."
         return change | {self.status: line(text)}
@@ -593,11 +602,11 @@ class SteerTab:
     def restore(self, path: str, weights: Weights | None) -> Change:
         """The settings of a PNG that was made here, or by `steer sample`."""
         try:
-            values = restored(read_metadata(Path(path)), self.studio.models, weights)
+            values = fields_from_recipe(read_metadata(Path(path)), self.studio.models, weights)
         except InputError as error:
             return {self.status: line(str(error).replace(path, Path(path).name), "alert")}
         method = values["method"]
-        return self._updates(values, method, weights) | {
+        return self._training_loop(values, method, weights) | {
             self.defaults: Defaults(defaults_of(method, self.studio.models, weights)),
             self.status: line(f"The settings of {Path(path).name} are back: press Steer for the same image."),
         }

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from steer.apps.demo.studio import Studio, Ticket, Weights
-from steer.apps.errors import errors_named
-from steer.apps.methods import METHODS, Job, Off, SampleSettings
+from steer.apps.errors import wrap_errors
+from steer.apps.methods import METHODS, DisableAdapter, Job, SamplingConfig
 from steer.apps.models import adapter_applied
-from steer.apps.sampling import Picture, base_of, written
+from steer.apps.sampling import SavedImage, base_output, written
 from steer.files import make_folder
 from steer.pipelines.base import Cost, Iteration
 from steer.pipelines.fk_steering import StepReport
@@ -28,8 +28,8 @@ from steer.reward import Reward
 
 THUMBNAIL = 160  # pixels of a preview's longer side
 LONGEST_NAME = 80  # bytes of a prompt in the names of its images
-KEPT, LESS = "nothing of it is kept", "fewer particles need less"
-MOST_FRAMES = 12  # of a noise optimisation, which has many more iterations than anybody looks at
+NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of it is kept", "fewer particles need less"
+MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations than anybody looks at
 
 
 def data_uri(image: Image.Image) -> str:
@@ -82,7 +82,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Made:
+class PromptResult:
     """The finished images of a prompt, best first, and the base ones of the same seed, by slot.
 
     order  the slot of the run that each image comes from
@@ -90,32 +90,32 @@ class Made:
     """
 
     prompt: str
-    settings: SampleSettings
-    images: tuple[Picture, ...]
+    settings: SamplingConfig
+    images: tuple[SavedImage, ...]
     order: tuple[int, ...]
-    base: tuple[Picture, ...]
+    base: tuple[SavedImage, ...]
     cost: Cost
     base_cost: Cost | None
 
 
 def steering(
-    studio: Studio, prompts: Sequence[str], settings: SampleSettings, folder: Path, weights: Weights | None = None
+    studio: Studio, prompts: Sequence[str], settings: SamplingConfig, folder: Path, weights: Weights | None = None
 ) -> Callable[[Ticket], None]:
     """A job for the worker that steers every prompt; where the settings name finetuned weights, they are these.
 
     Raises InputError for a reward that visitors may not use.
     """
     reward = studio.reward(settings.reward)
-    worn = None if weights is None or settings.lora is None else str(weights.folder)
+    adapter = None if weights is None or settings.lora is None else str(weights.folder)
 
     def work(ticket: Ticket) -> None:
         ticket.say(Loading(settings.model))
         for other in sorted(folder.parent.glob("run-*"), key=lambda one: one.stat().st_mtime)[:-1]:
             shutil.rmtree(other, ignore_errors=True)  # the latest may still be on its way to the page
         with (
-            errors_named("this run", KEPT, LESS),
+            wrap_errors("this run", NOTHING_KEPT_HINT, MEMORY_HINT),
             studio.model(settings.model) as pipe,
-            adapter_applied(pipe, worn) as off,
+            adapter_applied(pipe, adapter) as off,
         ):
             steer_all(pipe, reward, prompts, settings, folder, ticket, off)
 
@@ -126,10 +126,10 @@ def steer_all(
     pipe: Any,
     reward: Reward,
     prompts: Sequence[str],
-    settings: SampleSettings,
+    settings: SamplingConfig,
     folder: Path,
     ticket: Ticket,
-    adapter_disabled: Off = nullcontext,
+    adapter_disabled: DisableAdapter = nullcontext,
 ) -> None:
     """Steers every prompt; says Step, Frame and, of each prompt, Made.
 
@@ -145,7 +145,9 @@ def steer_all(
             pipe, reward, prompt, settings, state_file=None, adapter_disabled=adapter_disabled
         )  # a run here begins at its beginning
         which = f"prompt{number + 1}-" if len(prompts) > 1 else ""
-        ticket.say(_steered(job, folder, f"{_slug(prompt)}{settings.method}-seed{settings.seed}-{which}", ticket, step))
+        ticket.say(
+            _steer_one(job, folder, f"{_slug(prompt)}{settings.method}-seed{settings.seed}-{which}", ticket, step)
+        )
 
 
 def _slug(prompt: str) -> str:
@@ -154,7 +156,9 @@ def _slug(prompt: str) -> str:
     return f"{words}-" if words else ""
 
 
-def _steered(job: Job, folder: Path, start: str, ticket: Ticket, step: Callable[[str, int, int], None]) -> Made:
+def _steer_one(
+    job: Job, folder: Path, start: str, ticket: Ticket, step: Callable[[str, int, int], None]
+) -> PromptResult:
     settings, prefix = job.settings, f"{start}{folder.name}-"
 
     def on_step(report: StepReport) -> None:
@@ -164,14 +168,14 @@ def _steered(job: Job, folder: Path, start: str, ticket: Ticket, step: Callable[
 
     def on_iteration(one: Iteration) -> None:
         step(settings.method, one.number + 1, one.total)
-        if one.images is not None and one.number % max(1, one.total // MOST_FRAMES) == 0:
+        if one.images is not None and one.number % max(1, one.total // MAX_FRAMES) == 0:
             images = tuple(_thumbnail(image) for image in one.images)
             ticket.say(Frame(one.number + 1, one.total, images, _row(one.rewards)))
 
-    watched = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None)
-    output = METHODS[settings.method].run(watched)
-    base = base_of(replace(job, on_step=lambda report: step("beside", report.step + 1, report.total)), output)
-    return Made(
+    hooked_job = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None)
+    output = METHODS[settings.method].run(hooked_job)
+    base = base_output(replace(job, on_step=lambda report: step("beside", report.step + 1, report.total)), output)
+    return PromptResult(
         prompt=job.prompt,
         settings=settings,
         images=tuple(written(job, output, folder, prefix)),
@@ -228,7 +232,7 @@ print(out.rewards)
 """
 
 
-def as_python(prompt: str, settings: SampleSettings) -> str:
+def as_python(prompt: str, settings: SamplingConfig) -> str:
     """A program that makes the same images."""
     arguments: dict[str, Any] = {
         "num_particles": settings.particles,
@@ -243,7 +247,7 @@ def as_python(prompt: str, settings: SampleSettings) -> str:
         name=CLASSES[settings.method],
         model=settings.model,
         dtype=f", dtype={settings.dtype!r}" if settings.dtype else "",
-        worn=f"pipe.load_lora_weights({settings.lora!r})  # unpacked\n" if settings.lora else "",
+        adapter=f"pipe.load_lora_weights({settings.lora!r})  # unpacked\n" if settings.lora else "",
         reward=settings.reward,
         prompt=prompt,
         arguments="\n".join(f"    {name}={value!r}," for name, value in arguments.items() if value is not None),
@@ -252,7 +256,7 @@ def as_python(prompt: str, settings: SampleSettings) -> str:
     )
 
 
-def as_command(prompt: str, settings: SampleSettings) -> str:
+def as_command(prompt: str, settings: SamplingConfig) -> str:
     """A line for a shell that makes the same images."""
     given = {name: value for name in OPTIONS if (value := getattr(settings, name)) is not None}
     words = [

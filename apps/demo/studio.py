@@ -19,16 +19,16 @@ from typing import Any
 import gradio as gr
 
 from steer.apps.models import load_pipeline
-from steer.apps.reward_specs import names_alone, reward_here
+from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines.training.trainer import Stopped, StopRequest
 from steer.reward import Reward
 
-MOST_WAITING = 8
-MOST_EVENTS = 64
-PATIENCE = 20.0  # seconds that a job waits for a visitor who does not take its events
-TICK = 0.2
+MAX_WAITING_JOBS = 8
+MAX_EVENTS = 64
+EVENT_TIMEOUT = 20.0  # seconds that a job waits for a visitor who does not take its events
+POLL_INTERVAL = 0.2
 
 
 class Busy(InputError):
@@ -51,16 +51,16 @@ class Ticket:
 
     def __init__(self) -> None:
         self._request = StopRequest()
-        self._events: queue.Queue[Any] = queue.Queue(MOST_EVENTS)
+        self._events: queue.Queue[Any] = queue.Queue(MAX_EVENTS)
         self._place: Callable[[], int] = lambda: 0
         self.future: Future[None] = Future()
 
     def say(self, event: Any) -> None:
         """For the job: shows the visitor something. Raises Stopped where they left, or want no more."""
-        for _ in range(round(PATIENCE / TICK)):
+        for _ in range(round(EVENT_TIMEOUT / POLL_INTERVAL)):
             self._request.check()
             try:
-                return self._events.put(event, timeout=TICK)
+                return self._events.put(event, timeout=POLL_INTERVAL)
             except queue.Full:
                 continue
         self.stop()
@@ -73,11 +73,11 @@ class Ticket:
     @property
     def stopped(self) -> bool:
         """Whether somebody asked for the end."""
-        return self._request.asked
+        return self._request.requested
 
     def stop(self) -> None:
         """Asks for the end: a job that waits never begins, one that runs ends with its present step."""
-        self._request.asked = True
+        self._request.requested = True
         self.future.cancel()
 
     def events(self) -> Iterator[Any]:
@@ -93,7 +93,7 @@ class Ticket:
                     yield Waiting(before)
                 done = self.future.done()  # before the look into the queue: nothing is said after it
                 try:
-                    yield self._events.get(timeout=0.0 if done else TICK)
+                    yield self._events.get(timeout=0.0 if done else POLL_INTERVAL)
                 except queue.Empty:
                     if done:
                         break
@@ -113,7 +113,7 @@ def _run(work: Callable[[Ticket], None], ticket: Ticket) -> None:
 class Worker:
     """Runs jobs one after the other, in a thread of its own."""
 
-    def __init__(self, most_waiting: int = MOST_WAITING) -> None:
+    def __init__(self, most_waiting: int = MAX_WAITING_JOBS) -> None:
         self._pool = ThreadPoolExecutor(1, "steer-worker")
         self._most, self._lock = most_waiting, threading.Lock()
         self._tickets: list[Ticket] = []
@@ -191,9 +191,9 @@ class Studio:
         visitor = request.session_hash or ""
         if not VISITOR.fullmatch(visitor):
             raise InputError("this request has no session: open the app in a browser, or use its client")
-        found = self.home / "visitors" / visitor  # beside nothing else: the name comes from outside
-        found.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return found
+        checked_value = self.home / "visitors" / visitor  # beside nothing else: the name comes from outside
+        checked_value.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return checked_value
 
     def run_folder(self, request: gr.Request) -> Path:
         """One of the visitor's own for a single run, with a number that no other run of this app has: run-7."""
@@ -211,11 +211,11 @@ class Studio:
     def reward(self, spec: str) -> Reward:
         """A reward that visitors may use. Raises InputError for one that could run code or read files."""
         text = spec.strip()
-        if text not in self.rewards and not names_alone(text):
+        if text not in self.rewards and not only_named_rewards(text):
             raise InputError(
                 f"reward {text!r:.80}: here rewards have names (`steer rewards` lists them), with + between them"
             )
-        return reward_here(text)
+        return resolve_reward(text)
 
     @contextmanager
     def model(self, name: str) -> Iterator[Any]:
@@ -245,18 +245,18 @@ def embedded_models() -> tuple[str, ...]:
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # of an event
 Change = dict[Any, Any]  # by component
-MOST_CHARACTERS = 500  # of a prompt
+MAX_PROMPT_CHARACTERS = 500  # of a prompt
 RANDOM, LARGEST_SEED = -1, 2**53  # the seed that stands for a new one; above the other, a browser's numbers have gaps
 FAILED = "The run failed. What was wrong is in the message on this page, or else in the app's log."
 # An absolute path after a space, a quote, a bracket or a colon: all of it before its last name; no part of an address.
-FOLDERS = re.compile(r"""(?<![^\s'"`(\[{=,:])(?:/(?!/)|[A-Za-z]:\\)(?:[^/\\\s'"`:]+[/\\])*(?=[\w.-])""")
+ABSOLUTE_PATH = re.compile(r"""(?<![^\s'"`(\[{=,:])(?:/(?!/)|[A-Za-z]:\\)(?:[^/\\\s'"`:]+[/\\])*(?=[\w.-])""")
 
 
 def public(text: str) -> str:
     """A message without places on the owner's disk: of a file, its name stays."""
     for place in (tempfile.gettempdir(), str(Path.cwd()), str(Path.home())):  # which may have spaces in them
         text = text.replace(f"{place}/", "/") if len(place) > 1 else text
-    return FOLDERS.sub("", text)
+    return ABSOLUTE_PATH.sub("", text)
 
 
 def line(text: str, role: str = "status") -> str:
@@ -273,10 +273,10 @@ def number(name: str, value: float | None) -> float:
 
 def whole(name: str, value: float | None) -> int:
     """What a field of whole numbers says. Raises InputError where it is empty, or says a fraction."""
-    found = number(name, value)
-    if not found.is_integer():
-        raise InputError(f"{name} must be a whole number, got {found:g}")
-    return int(found)
+    checked_value = number(name, value)
+    if not checked_value.is_integer():
+        raise InputError(f"{name} must be a whole number, got {checked_value:g}")
+    return int(checked_value)
 
 
 def seed_of(value: float | None, fresh: bool = False) -> int:
@@ -289,7 +289,7 @@ def seed_of(value: float | None, fresh: bool = False) -> int:
     return seed
 
 
-PACKED = "finetuned"  # what the zip unpacks to, and what its files call the folder of the run
+ARCHIVE_NAME = "finetuned"  # what the zip unpacks to, and what its files call the folder of the run
 
 
 @dataclass(frozen=True)
@@ -312,4 +312,4 @@ class Weights:
     @property
     def told(self) -> str:
         """Where they lie for whoever unpacked the zip: what images, commands and programs say of them."""
-        return f"{PACKED}/final"
+        return f"{ARCHIVE_NAME}/final"

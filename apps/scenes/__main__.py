@@ -103,10 +103,10 @@ def _captions(options: argparse.Namespace) -> None:
 
 
 def _pairs(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.preferences import EACH, sample_prompts, trained_prompts, write_pairs
+    from steer.apps.scenes.preferences import IMAGES_PER_PROMPT, sample_prompts, trained_prompts, write_pairs
 
     folder = options.out / "samples"
-    list(sample_prompts(folder, str(options.model), trained_prompts(1760), EACH))
+    list(sample_prompts(folder, str(options.model), trained_prompts(1760), IMAGES_PER_PROMPT))
     print(json.dumps(write_pairs(folder, options.out)))
 
 

@@ -17,8 +17,8 @@ from steer.apps.scenes.evaluate import CALL
 from steer.apps.scenes.preferences import trained_prompts
 from steer.apps.scenes.training import CHANNELS, encode, image_loss, to_model, token_ids, training_scenes
 from steer.diffusion.step_hooks import SolverStep, hook_steps
-from steer.files import staged
-from steer.training.supervised import Run, batch_at
+from steer.files import atomic_write
+from steer.training.supervised import TrainingRun, batch_at
 
 PROMPTS = 20_000
 BATCH = 32
@@ -119,7 +119,7 @@ def distil(folder: Path, model: str | Path, steps: int, learning_rate: float = 2
     distillation = Distillation(teacher, student, fake, pipe.scheduler, texts, nothing)
     modules = torch.nn.ModuleList([student, fake])
     average = EMAModel(modules.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    Run(folder, steps, learning_rate).train([modules], distillation.loss_at, after=average)
+    TrainingRun(folder, steps, learning_rate).train([modules], distillation.loss_at, after=average)
     average.copy_to(modules.parameters())
     assemble_turbo(pipe, student).save_pretrained(folder / "pipeline")
 
@@ -131,8 +131,8 @@ def assemble_turbo(pipe: StableDiffusionPipeline, student: UNet2DConditionModel)
     runs it without classifier-free guidance whatever the scale.
     """
     unet = UNet2DConditionModel.from_config({**student.config, "time_cond_proj_dim": GUIDANCE_WIDTH})
-    deaf = {"time_embedding.cond_proj.weight": torch.zeros_like(unet.time_embedding.cond_proj.weight)}
-    unet.load_state_dict(student.state_dict() | deaf)
+    zero_projection = {"time_embedding.cond_proj.weight": torch.zeros_like(unet.time_embedding.cond_proj.weight)}
+    unet.load_state_dict(student.state_dict() | zero_projection)
     turbo = StableDiffusionPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
     turbo.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     return turbo
@@ -144,7 +144,7 @@ CLEAN_ROWS = 8  # of a batch: latents of drawn scenes; the other rows are x̂0 o
 SCENES = 4096
 DECODER_PROMPTS = 1024
 READ = range(4, 20, 2)  # solver steps of 20 whose x̂0 is learned from: blurry ones too, as previews are
-TOGETHER = 32  # images of one call
+IMAGES_PER_CALL = 32  # images of one call
 
 
 def new_tiny_vae() -> AutoencoderTiny:
@@ -161,23 +161,23 @@ def new_tiny_vae() -> AutoencoderTiny:
 @torch.no_grad()
 def path_latents(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
     """x̂0 (steps · P, 8, 8, 8) of one sampling run for each prompt, at the steps of READ."""
-    found: list[Tensor] = []
+    x0s: list[Tensor] = []
 
     def watch(event: SolverStep) -> None:
         if event.k in READ:
-            found.append(event.x0())
+            x0s.append(event.x0())
 
-    for start in range(0, len(prompts), TOGETHER):
-        some = prompts[start : start + TOGETHER]
+    for start in range(0, len(prompts), IMAGES_PER_CALL):
+        some = prompts[start : start + IMAGES_PER_CALL]
         with hook_steps(pipe, watch, rows=len(some)) as view:
             view(some, generator=Generator().manual_seed(start), output_type="latent", **CALL)
-    return torch.cat(found)
+    return torch.cat(x0s)
 
 
 @torch.no_grad()
 def full_images(vae: Any, latents: Tensor) -> Tensor:
     """What the full decoder makes of latents: uint8 (N, 3, 64, 64)."""
-    decoded = torch.cat([vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(TOGETHER)])
+    decoded = torch.cat([vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(IMAGES_PER_CALL)])
     return ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
@@ -191,7 +191,7 @@ def pairs(folder: Path, pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
         }
         images = {f"{name}_images": full_images(pipe.vae, z) for name, z in latents.items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        with staged(path) as new:
+        with atomic_write(path) as new:
             save_file({name: data.contiguous() for name, data in (latents | images).items()}, new)
     return load_file(path)
 
@@ -217,11 +217,11 @@ def train_tiny_decoder(folder: Path, model: str | Path, steps: int, learning_rat
         encoded = vae.encode(images[: len(clean)]).latents
         return image_loss(decoded, images) + F.mse_loss(encoded, z[: len(clean)])
 
-    Run(folder, steps, learning_rate).train([vae], loss_at, after=average)
+    TrainingRun(folder, steps, learning_rate).train([vae], loss_at, after=average)
     average.copy_to(vae.parameters())
     vae.half().save_pretrained(folder / "vae")
     config = folder / "vae/config.json"
-    told = json.loads(config.read_text())
-    del told["block_out_channels"]  # diffusers derives it, and warns where a file has it
-    config.write_text(json.dumps(told, indent=2) + "\n")
+    vae_config = json.loads(config.read_text())
+    del vae_config["block_out_channels"]  # diffusers derives it, and warns where a file has it
+    config.write_text(json.dumps(vae_config, indent=2) + "\n")
     return vae.float()

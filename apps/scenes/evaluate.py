@@ -30,7 +30,7 @@ from steer.rewards.compose import mean, mean_minus_std, worst
 from steer.rewards.parser import load_reward
 from steer.rewards.scene import SceneReward
 
-TOGETHER = 8  # prompts in one call
+PROMPTS_PER_CALL = 8  # prompts in one call
 # Chosen on scenes-tuning, never on the held-out prompts.
 STEERING = {"lam": 25.0}
 CALL: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}
@@ -47,7 +47,7 @@ def exactly_right(out: SteeringOutput, prompts: Sequence[str]) -> Tensor:
     return (SceneReward()(out.images, read) == 1).float().view_as(out.rewards)
 
 
-class Judge:
+class MethodRunner:
     """Runs one method over all prompts: exact correctness of every image (P, K), best first, and the cost."""
 
     def __init__(self, pipe: Any, prompts: Sequence[str], call: dict[str, Any]) -> None:
@@ -55,8 +55,8 @@ class Judge:
 
     def run(self, name: str, method: Any, **options: Any) -> tuple[Tensor, dict[str, float]]:
         right, outputs = [], []
-        for start in tqdm(range(0, len(self.prompts), TOGETHER), desc=name, leave=False, disable=None):
-            prompts = list(self.prompts[start : start + TOGETHER])
+        for start in tqdm(range(0, len(self.prompts), PROMPTS_PER_CALL), desc=name, leave=False, disable=None):
+            prompts = list(self.prompts[start : start + PROMPTS_PER_CALL])
             generator = torch.Generator().manual_seed(start)
             out: SteeringOutput = method(prompts, generator=generator, output_type="pt", **self.call, **options)
             right.append(exactly_right(out, prompts))
@@ -76,7 +76,7 @@ def compare(
     """
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    judge = Judge(pipe, prompts, call)
+    judge = MethodRunner(pipe, prompts, call)
     plain, plain_cost = judge.run("best-of-n", BestOfNPipeline(pipe, reward), num_particles=size)
     steered, cost = judge.run("fk", FKSteeringPipeline(pipe, reward), num_particles=size, **steering)
     more = max(size, round(size * cost["seconds"] / plain_cost["seconds"]))
@@ -116,12 +116,12 @@ def foresight(
     """
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    watching = FKSteeringPipeline(pipe, reward)
+    steering_pipe = FKSteeringPipeline(pipe, reward)
     early, final, right = [], [], []
-    for start in tqdm(range(0, len(prompts), TOGETHER), desc="foresight", leave=False, disable=None):
-        some = list(prompts[start : start + TOGETHER])
+    for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc="foresight", leave=False, disable=None):
+        some = list(prompts[start : start + PROMPTS_PER_CALL])
         options = {"num_particles": size, "lam": 0.0, "resample_steps": steps, "output_type": "pt", **call}
-        out = watching(some, generator=torch.Generator().manual_seed(start), **options).in_slot_order()
+        out = steering_pipe(some, generator=torch.Generator().manual_seed(start), **options).in_slot_order()
         early.append(torch.stack([evaluation.rewards for evaluation in out.history]))
         final.append(out.rewards)
         right.append(exactly_right(out, some))
@@ -136,9 +136,9 @@ def foresight(
 
 def agreement(guess: Tensor, truth: Tensor) -> float:
     """Of the pairs in a row of (P, K) that `truth` tells apart, the share that `guess` ranks alike; ties count half."""
-    apart = (truth[:, :, None] - truth[:, None]).sign()
+    separable = (truth[:, :, None] - truth[:, None]).sign()
     ranked = (guess[:, :, None] - guess[:, None]).sign()
-    pairs = apart > 0
+    pairs = separable > 0
     return ((ranked[pairs] + 1) / 2).mean().item()
 
 
@@ -246,25 +246,25 @@ def _scores(spec: str, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str
     return torch.cat(totals), {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
-def draw_curves(found: dict[str, Any], path: Path) -> None:
+def draw_curves(method_results: dict[str, Any], path: Path) -> None:
     """Left what each proxy says of the image that it picks, right what the exact reward says."""
     figure = Figure(figsize=(10.5, 4.3), dpi=120, layout="constrained")
-    oracle, *proxies = found["proxies"]
+    oracle, *proxies = method_results["proxies"]
     titles = {"proxy": "what the proxy says (its own standard deviations)", "gold": "what is true (exact reward)"}
     for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for name, colour in zip(proxies, CURVE_COLOURS, strict=True):
-            mean_, low, high = zip(*found["proxies"][name][kind], strict=True)
-            axes.plot(found["n"], mean_, color=colour, lw=1.7, marker="o", ms=3.5, label=name)
-            axes.fill_between(found["n"], low, high, color=colour, alpha=0.07, lw=0)
+            mean_, low, high = zip(*method_results["proxies"][name][kind], strict=True)
+            axes.plot(method_results["n"], mean_, color=colour, lw=1.7, marker="o", ms=3.5, label=name)
+            axes.fill_between(method_results["n"], low, high, color=colour, alpha=0.07, lw=0)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(found["n"], [str(n) for n in found["n"]])
+        axes.set_xticks(method_results["n"], [str(n) for n in method_results["n"]])
         axes.set_xlabel("n of best-of-n", color=INK)
         axes.set_title(title, size=10, loc="left", color=INK)
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(FAINT)
         axes.grid(color=FAINT, alpha=0.3)
-    best = [value for value, _, _ in found["proxies"][oracle]["gold"]]
-    figure.axes[1].plot(found["n"], best, color=INK, lw=1.2, ls=":", label=oracle)
+    best = [value for value, _, _ in method_results["proxies"][oracle]["gold"]]
+    figure.axes[1].plot(method_results["n"], best, color=INK, lw=1.2, ls=":", label=oracle)
     figure.axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     figure.savefig(path)
 
@@ -273,27 +273,27 @@ JUDGED = ("right", "met", "all_right")
 
 
 @dataclass(frozen=True)
-class Spent:
+class Cost:
     """What one prompt took: denoiser evaluations, decoded images, seconds of processor time."""
 
     evaluations: float
     decodes: float
     seconds: float
 
-    def times(self, share: float) -> "Spent":
+    def times(self, share: float) -> "Cost":
         """A share of it."""
-        return Spent(share * self.evaluations, share * self.decodes, share * self.seconds)
+        return Cost(share * self.evaluations, share * self.decodes, share * self.seconds)
 
 
 @dataclass(frozen=True)
-class Found:
+class PromptResults:
     """Of P prompts with M images: what the proxy and the exact reward say of them (P, M), and what one prompt took."""
 
     proxy: Tensor
     exact: Tensor
-    spent: Spent
+    spent: Cost
 
-    def first(self, prompts: int) -> "Found":
+    def first(self, prompts: int) -> "PromptResults":
         """The first so many prompts."""
         return replace(self, proxy=self.proxy[:prompts], exact=self.exact[:prompts])
 
@@ -308,11 +308,11 @@ class Point:
     right: Tensor
     proxy: Tensor
     all_right: Tensor | None
-    spent: Spent
+    spent: Cost
 
     def row(self) -> dict[str, Any]:
         """As plain values: [mean, low, high] over prompts, and the cost of one."""
-        told: dict[str, Any] = {
+        summary: dict[str, Any] = {
             "size": round(self.size, 2),
             "prompts": len(self.right),
             "evaluations": round(self.spent.evaluations),
@@ -320,7 +320,7 @@ class Point:
             "seconds": round(self.spent.seconds, 3),
         }
         values = {name: getattr(self, name) for name in ("proxy", *JUDGED)}
-        return told | {name: interval(value.float()) for name, value in values.items() if value is not None}
+        return summary | {name: interval(value.float()) for name, value in values.items() if value is not None}
 
     def minus(self, other: "Point") -> dict[str, Any]:
         """Differences over the prompts that both have."""
@@ -337,7 +337,7 @@ class Point:
 
 
 @dataclass(frozen=True, eq=False)
-class Contender:
+class SteeringMethod:
     """A method with K particles of each prompt, which picks the best by the proxy.
 
     method   a steering pipeline of `steer.pipelines`; `options` (plain values) go to its call
@@ -366,59 +366,70 @@ class Contender:
         method = getattr(self.method, "__name__", str(self.method))
         return {"method": method, "size": self.size, "options": dict(self.options), "model": Path(self.model).name}
 
-    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
+    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> PromptResults:
         """Judges all K images, best first."""
         options = {"num_particles": self.size, "generator": Generator().manual_seed(seed), "output_type": "pt"}
         started = time.process_time()
         out = self.method(pipe, reward)(list(prompts), **options, **call, **self.options)
         seconds = time.process_time() - started
-        exact = judged(out.images, prompts).view_as(out.rewards)
-        return Found(out.rewards, exact, Spent(out.cost.nfe, out.cost.decodes, seconds).times(1 / len(prompts)))
+        exact = exact_rewards(out.images, prompts).view_as(out.rewards)
+        return PromptResults(out.rewards, exact, Cost(out.cost.nfe, out.cost.decodes, seconds).times(1 / len(prompts)))
 
-    def points(self, found: Found) -> list[Point]:
+    def points(self, method_results: PromptResults) -> list[Point]:
         """One: the first image of every prompt."""
-        right = (found.exact == 1).double()
-        return [Point(self.size, found.exact[:, 0], right[:, 0], found.proxy[:, 0], right.mean(1), found.spent)]
+        right = (method_results.exact == 1).double()
+        return [
+            Point(
+                self.size,
+                method_results.exact[:, 0],
+                right[:, 0],
+                method_results.proxy[:, 0],
+                right.mean(1),
+                method_results.spent,
+            )
+        ]
 
 
 @dataclass(frozen=True, eq=False)
-class Samples(Contender):
+class BestOfN(SteeringMethod):
     """Best-of-n for many n, all from one plain batch of `size` images."""
 
     method: Callable[[Any, str], Any] = BestOfNPipeline
     sizes: Sequence[int] = (1, 2, 4, 8, 16)
 
-    def points(self, found: Found) -> list[Point]:
+    def points(self, method_results: PromptResults) -> list[Point]:
         """For each n, the mean over all its subsets: unbiased (arXiv 2112.09332, appendix I)."""
-        return [self.best_of(found, n) for n in self.sizes if n <= self.size]
+        return [self.best_of(method_results, n) for n in self.sizes if n <= self.size]
 
-    def best_of(self, found: Found, n: float) -> Point:
+    def best_of(self, method_results: PromptResults, n: float) -> Point:
         """Best-of-n; between two whole numbers on the line from one to the other."""
         below, rest = int(n), n - int(n)
 
         def expected(value: Tensor) -> Tensor:
-            low = expected_best(found.proxy, value, below)
-            return low if not rest else (1 - rest) * low + rest * expected_best(found.proxy, value, below + 1)
+            low = expected_best(method_results.proxy, value, below)
+            return low if not rest else (1 - rest) * low + rest * expected_best(method_results.proxy, value, below + 1)
 
-        right = (found.exact == 1).double()
-        spent = found.spent.times(n / self.size)
-        return Point(n, expected(found.exact), expected(right), expected(found.proxy), right.mean(1), spent)
+        right = (method_results.exact == 1).double()
+        spent = method_results.spent.times(n / self.size)
+        return Point(
+            n, expected(method_results.exact), expected(right), expected(method_results.proxy), right.mean(1), spent
+        )
 
-    def at_seconds(self, found: Found, seconds: float) -> Point | None:
+    def at_seconds(self, method_results: PromptResults, seconds: float) -> Point | None:
         """Best-of-n of as many n as so many seconds a prompt allow; None where that is more than there are."""
-        return self._of_share(found, seconds / found.spent.seconds)
+        return self._of_share(method_results, seconds / method_results.spent.seconds)
 
-    def at_evaluations(self, found: Found, evaluations: float) -> Point | None:
+    def at_evaluations(self, method_results: PromptResults, evaluations: float) -> Point | None:
         """The same at equally many denoiser evaluations."""
-        return self._of_share(found, evaluations / found.spent.evaluations)
+        return self._of_share(method_results, evaluations / method_results.spent.evaluations)
 
-    def _of_share(self, found: Found, share: float) -> Point | None:
+    def _of_share(self, method_results: PromptResults, share: float) -> Point | None:
         """Of a share of all images, at least of one; None for more than all, up to rounding."""
-        return self.best_of(found, min(max(self.size * share, 1.0), self.size)) if share <= 1 + 1e-9 else None
+        return self.best_of(method_results, min(max(self.size * share, 1.0), self.size)) if share <= 1 + 1e-9 else None
 
 
 @dataclass(frozen=True, eq=False)
-class Search(Contender):
+class NoiseSearch(SteeringMethod):
     """Zero-order search of one noise a prompt, judged after every iteration; `size` iterations in all."""
 
     method: Callable[[Any, str], Any] = NoiseSearchPipeline
@@ -435,7 +446,7 @@ class Search(Contender):
         """Images that so many iterations make."""
         return 1 + self.neighbours * (iterations - 1)
 
-    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
+    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> PromptResults:
         """Judges the best image so far, one for each iteration."""
         best: list[Tensor] = []
         proxies: list[Tensor] = []
@@ -452,33 +463,40 @@ class Search(Contender):
             list(prompts), neighbours=self.neighbours, on_iteration=watch, **options, **call, **self.options
         )
         seconds = time.process_time() - started
-        exact = torch.stack([judged(images, prompts) for images in best], 1)
-        spent = Spent(out.cost.nfe, out.cost.decodes, seconds).times(1 / len(prompts))
-        return Found(torch.stack(proxies, 1), exact, spent)
+        exact = torch.stack([exact_rewards(images, prompts) for images in best], 1)
+        spent = Cost(out.cost.nfe, out.cost.decodes, seconds).times(1 / len(prompts))
+        return PromptResults(torch.stack(proxies, 1), exact, spent)
 
-    def points(self, found: Found) -> list[Point]:
+    def points(self, method_results: PromptResults) -> list[Point]:
         """After each iteration; the pipeline's last image, which it makes once more, is not needed."""
-        right, last = (found.exact == 1).double(), self.made(self.size) + 1
+        right, last = (method_results.exact == 1).double(), self.made(self.size) + 1
 
         def after(number: int) -> Point:
-            made, best = self.made(number + 1), found.proxy[:, number]
-            return Point(made, found.exact[:, number], right[:, number], best, None, found.spent.times(made / last))
+            made, best = self.made(number + 1), method_results.proxy[:, number]
+            return Point(
+                made,
+                method_results.exact[:, number],
+                right[:, number],
+                best,
+                None,
+                method_results.spent.times(made / last),
+            )
 
         return [after(number) for number in range(self.size)]
 
 
-def judged(images: Tensor, prompts: Sequence[str]) -> Tensor:
+def exact_rewards(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """The exact reward (P·M,) of images (P·M, 3, H, W), M of each prompt."""
     return SceneReward()(images, [prompt for prompt in prompts for _ in range(len(images) // len(prompts))])
 
 
 logger = logging.getLogger(__name__)
 
-SIDE_BY_SIDE = 32  # images in one call, whatever K: seconds are then those of one and the same batch
+IMAGES_PER_BATCH = 32  # images in one call, whatever K: seconds are then those of one and the same batch
 
 
 @dataclass
-class KeptRuns:
+class ResultCache:
     """Results in `folder`, of contenders steered by `reward`; `call` goes to every pipeline.
 
     On the CPU, where seconds of processor time tell what a method costs, whatever else the machine does.
@@ -489,21 +507,21 @@ class KeptRuns:
     call: Mapping[str, Any]
     _pipes: dict[str, Any] = field(default_factory=dict)
 
-    def run(self, contenders: Sequence[Contender], prompts: Sequence[str]) -> list[Found]:
+    def run(self, contenders: Sequence[SteeringMethod], prompts: Sequence[str]) -> list[PromptResults]:
         """What each contender found; only what is not in the folder is computed.
 
         Raises InputError for results of other settings, or prompts, in the folder.
         """
         work = [(one, start, some) for one in contenders for start, some in _groups(one, prompts)]
-        groups: dict[Contender, list[dict[str, Any]]] = {one: [] for one in contenders}
+        groups: dict[SteeringMethod, list[dict[str, Any]]] = {one: [] for one in contenders}
         with tqdm(total=sum(len(some) for _, _, some in work), unit="prompt", disable=None) as bar:
             for one, start, some in work:
                 bar.set_description(f"{one.name}, {one.size}")
-                groups[one].append(self._kept(one, start, some))
+                groups[one].append(self._cached(one, start, some))
                 bar.update(len(some))
         return [_merged(groups[one]) for one in contenders]
 
-    def _kept(self, one: Contender, start: int, prompts: list[str]) -> dict[str, Any]:
+    def _cached(self, one: SteeringMethod, start: int, prompts: list[str]) -> dict[str, Any]:
         path = self.folder / one.key / f"{start:04d}.json"
         about = one.about() | {"reward": self.reward, "call": dict(self.call), "prompts": prompts}
         about = json.loads(json.dumps(about))  # as it comes back from the file
@@ -514,12 +532,12 @@ class KeptRuns:
                     f"{path} holds results of other settings or prompts; delete it, or choose another --out"
                 )
             return kept
-        found = one.run(self._pipe(one.model), self.reward, prompts, start, self.call)
-        spent = found.spent.times(len(prompts))
+        method_results = one.run(self._pipe(one.model), self.reward, prompts, start, self.call)
+        spent = method_results.spent.times(len(prompts))
         kept = {
             "about": about,
-            "proxy": found.proxy.tolist(),
-            "exact": found.exact.tolist(),
+            "proxy": method_results.proxy.tolist(),
+            "exact": method_results.exact.tolist(),
             "spent": {"evaluations": spent.evaluations, "decodes": spent.decodes, "seconds": spent.seconds},
         }
         write_text(path, json.dumps(kept) + "\n")
@@ -533,14 +551,14 @@ class KeptRuns:
         return self._pipes[model]
 
 
-def _groups(one: Contender, prompts: Sequence[str]) -> list[tuple[int, list[str]]]:
+def _groups(one: SteeringMethod, prompts: Sequence[str]) -> list[tuple[int, list[str]]]:
     """Its prompts in groups that fill one call, each with the number of its first."""
-    own, together = prompts[: one.prompts], max(1, SIDE_BY_SIDE // one.images)
-    return [(start, list(own[start : start + together])) for start in range(0, len(own), together)]
+    own, prompts_per_call = prompts[: one.prompts], max(1, IMAGES_PER_BATCH // one.images)
+    return [(start, list(own[start : start + prompts_per_call])) for start in range(0, len(own), prompts_per_call)]
 
 
-def _merged(groups: Sequence[Mapping[str, Any]]) -> Found:
+def _merged(groups: Sequence[Mapping[str, Any]]) -> PromptResults:
     count = sum(len(group["proxy"]) for group in groups)
     proxy, exact = (torch.tensor([row for group in groups for row in group[name]]) for name in ("proxy", "exact"))
     total = {name: sum(group["spent"][name] for group in groups) for name in groups[0]["spent"]}
-    return Found(proxy, exact, Spent(**total).times(1 / count))
+    return PromptResults(proxy, exact, Cost(**total).times(1 / count))

@@ -15,31 +15,31 @@ from matplotlib.figure import Figure
 from steer.apps.finetuning import FinetuneConfig, read_config
 from steer.apps.models import load_pipeline
 from steer.apps.plots import FAINT, INK
-from steer.apps.prompts import find_prompts
-from steer.apps.reward_specs import reward_here
+from steer.apps.prompts import load_prompts
+from steer.apps.reward_specs import resolve_reward
 from steer.apps.scenes.evaluate import interval
 from steer.apps.scenes.preferences import CHOICES, write_choices
-from steer.files import staged, write_text
+from steer.files import atomic_write, write_text
 from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import TrainingResult, prompts_at
 
-JUDGED = 96  # prompts that were learnt from, and as many that no training ever saw
+NUM_EVAL_PROMPTS = 96  # prompts that were learnt from, and as many that no training ever saw
 # Equal images and equal updates for all; each method's own options, and learning rate, are those of its configuration.
-EQUAL = {
+SHARED_CHANGES = {
     "train_batch_size": "4",
     "num_generations": "8",
     "micro_batch": "32",
     "steps_per_generation": "2",
     "max_steps": "60",
-    "eval_every": "20",
-    "eval_samples": "1",
-    "checkpoint_every": "20",
+    "eval_steps": "20",
+    "num_generations_eval": "1",
+    "save_steps": "20",
     "log_with": "[]",
 }
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunConfig:
     """A run: an embedded configuration, the keys it changes as on the command line, and what it shows."""
 
     config: str
@@ -48,96 +48,105 @@ class Plan:
 
     def read(self, folder: Path) -> FinetuneConfig:
         """All of its settings."""
-        return read_config(self.config, EQUAL | dict(self.changes) | {"output_dir": str(folder)})
+        return read_config(self.config, SHARED_CHANGES | dict(self.changes) | {"output_dir": str(folder)})
 
 
-def seeds_of(method: str, prompts: str, seeds: int, **changes: str) -> dict[str, Plan]:
+def seeds_of(method: str, prompts: str, seeds: int, **changes: str) -> dict[str, RunConfig]:
     """The same run with several seeds."""
-    told = {"prompts": f"scenes-{prompts}"} | changes
+    summary = {"prompts": f"scenes-{prompts}"} | changes
     shows = f"{method}, {prompts} prompts"
     return {
-        f"{method}-{prompts}-{seed}": Plan(f"{method}-scenes", shows, told | {"seed": str(seed)})
+        f"{method}-{prompts}-{seed}": RunConfig(f"{method}-scenes", shows, summary | {"seed": str(seed)})
         for seed in range(seeds)
     }
 
 
-STALE = {"prompts": "scenes-many", "steps_per_generation": "10"}  # a round's last update is nine updates old
-FOOLED = {"learning_rate": "3e-3", "max_steps": "80", "eval_every": "10", "checkpoint_every": "10"}
-WATCHED = {"patience": "2"}
-GUARDED = WATCHED | {"kl_weight": "1e-3", "kl_target": "50"}
+OFF_POLICY = {"prompts": "scenes-many", "steps_per_generation": "10"}  # a round's last update is nine updates old
+HIGH_LEARNING_RATE = {"learning_rate": "3e-3", "max_steps": "80", "eval_steps": "10", "save_steps": "10"}
+EARLY_STOPPING = {"patience": "2"}
+EARLY_STOPPING_AND_KL = EARLY_STOPPING | {"kl_weight": "1e-3", "kl_target": "50"}
 # As many images an update as the others, two for each choice.
-CHOSEN = {"prompts": "null", "train_batch_size": "16", "num_generations": "2"}
-PLANS = {
+FROM_PREFERENCES = {"prompts": "null", "train_batch_size": "16", "num_generations": "2"}
+RUN_CONFIGS = {
     **seeds_of("prdp", "many", 3),
     **seeds_of("ddpo", "many", 3),
     **seeds_of("prdp", "few", 3),
     **seeds_of("ddpo", "few", 3),
     **seeds_of("grpo", "many", 1),
     **seeds_of("grpo", "few", 1),
-    "prdp-stale": Plan("prdp-scenes", "prdp, ten updates a round", STALE),
-    "prdp-stale-unclipped": Plan("prdp-scenes", "the same without the clip", STALE | {"options.clip": "1e9"}),
-    "d3po-jpeg": Plan("d3po-scenes", "d3po on jpeg", {"reward": "jpeg"}),
-    "d3po-scene": Plan("d3po-scenes", "d3po on scene", {"reward": "scene", "eval_rewards": "[aesthetic:scenes]"}),
-    "d3po-choices": Plan("d3po-scenes", "d3po on 500 choices", CHOSEN),
-    "d3po-unguarded": Plan("d3po-scenes", "d3po, a high rate", FOOLED),
-    "d3po-watched": Plan("d3po-scenes", "the same, watched by the held-out reward", FOOLED | WATCHED),
-    "d3po-guarded": Plan("d3po-scenes", "the same, watched, and held by a KL penalty", FOOLED | GUARDED),
+    "prdp-stale": RunConfig("prdp-scenes", "prdp, ten updates a round", OFF_POLICY),
+    "prdp-stale-unclipped": RunConfig("prdp-scenes", "the same without the clip", OFF_POLICY | {"options.clip": "1e9"}),
+    "d3po-jpeg": RunConfig("d3po-scenes", "d3po on jpeg", {"reward": "jpeg"}),
+    "d3po-scene": RunConfig("d3po-scenes", "d3po on scene", {"reward": "scene", "eval_rewards": "[aesthetic:scenes]"}),
+    "d3po-choices": RunConfig("d3po-scenes", "d3po on 500 choices", FROM_PREFERENCES),
+    "d3po-unguarded": RunConfig("d3po-scenes", "d3po, a high rate", HIGH_LEARNING_RATE),
+    "d3po-watched": RunConfig(
+        "d3po-scenes", "the same, watched by the held-out reward", HIGH_LEARNING_RATE | EARLY_STOPPING
+    ),
+    "d3po-guarded": RunConfig(
+        "d3po-scenes", "the same, watched, and held by a KL penalty", HIGH_LEARNING_RATE | EARLY_STOPPING_AND_KL
+    ),
 }
 
 
 def train(name: str, folder: Path) -> TrainingResult:
     """Trains folder/NAME as planned, from where it stopped; judged/STEP.json holds the rewards of every prompt."""
-    plan, out = PLANS[name], folder / name
+    run_config, out = RUN_CONFIGS[name], folder / name
     choices = folder / "choices"
-    if plan.changes.get("prompts") == "null":
+    if run_config.changes.get("prompts") == "null":
         write_choices(choices)
-        config = Plan(plan.config, plan.shows, dict(plan.changes) | {"choices": str(choices)}).read(out)
+        config = RunConfig(
+            run_config.config, run_config.shows, dict(run_config.changes) | {"preferences": str(choices)}
+        ).read(out)
     else:
-        config = plan.read(out)
+        config = run_config.read(out)
     pipe = load_pipeline(config.job.model)
     pipe.set_progress_bar_config(disable=True)
     assert config.job.reward is not None
-    method = config.method(pipe, reward_here(config.job.reward))
-    prompts = find_prompts(config.job.prompts or "scenes-training")
-    learnt = prompts if config.job.choices is None else prompts[:CHOICES]
-    eval_prompts = [*prompts_at(0, JUDGED, learnt, config.settings.seed), *unseen(JUDGED)]
+    method = config.method(pipe, resolve_reward(config.job.reward))
+    prompts = load_prompts(config.job.prompts or "scenes-training")
+    learnt = prompts if config.job.preferences is None else prompts[:CHOICES]
+    eval_prompts = [*prompts_at(0, NUM_EVAL_PROMPTS, learnt, config.settings.seed), *unseen(NUM_EVAL_PROMPTS)]
     options: dict[str, Any] = {
         "eval_prompts": eval_prompts,
-        "eval_rewards": [reward_here(spec) for spec in config.job.eval_rewards],
+        "eval_rewards": [resolve_reward(spec) for spec in config.job.eval_rewards],
         "resume": True,
         "on_evaluation": partial(judged, out),
     }
-    if config.job.choices is not None:
-        return method.train_on_choices(choices, out, config.settings, **options)
+    if config.job.preferences is not None:
+        return method.train_on_preferences(choices, out, config.settings, **options)
     return method.train(prompts, out, config.settings, **options)
 
 
 def unseen(count: int) -> list[str]:
     """Of the held-out prompts so many, evenly spaced: of every task as many as there are."""
-    prompts = find_prompts("scenes-heldout")
+    prompts = load_prompts("scenes-heldout")
     return [prompts[place * len(prompts) // count] for place in range(count)]
 
 
-def judged(out: Path, found: EvalResult) -> None:
+def judged(out: Path, method_results: EvalResult) -> None:
     """Keeps what an evaluation found, prompt by prompt: those that were learnt from, then the others."""
-    told = {name: values.mean(1).tolist() for name, values in found.rewards.items()}
-    write_text(out / "judged" / f"{found.step:04d}.json", json.dumps({"prompts": found.prompts, "rewards": told}))
+    summary = {name: values.mean(1).tolist() for name, values in method_results.rewards.items()}
+    write_text(
+        out / "judged" / f"{method_results.step:04d}.json",
+        json.dumps({"prompts": method_results.prompts, "rewards": summary}),
+    )
 
 
-def read_judged(out: Path) -> dict[int, dict[str, Any]]:
+def read_evaluations(out: Path) -> dict[int, dict[str, Any]]:
     """What `judged` kept, by update."""
     return {int(path.stem): json.loads(path.read_text()) for path in sorted((out / "judged").glob("*.json"))}
 
 
 LAST = 5  # updates before the weights that were kept, whose KL is averaged
-HALVES = {"seen": slice(None, JUDGED), "unseen": slice(JUDGED, None)}
+HALVES = {"seen": slice(None, NUM_EVAL_PROMPTS), "unseen": slice(NUM_EVAL_PROMPTS, None)}
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished run: its plan, how it ended, and its evaluations by update."""
 
-    plan: Plan
+    run_config: RunConfig
     result: TrainingResult
     judged: Mapping[int, Mapping[str, Any]]
 
@@ -148,17 +157,17 @@ class Run:
         return self.result.weights_step
 
     @property
-    def before_kept(self) -> list[Any]:
+    def last_records(self) -> list[Any]:
         """Records of the last updates before those weights."""
         return [one for one in self.result.records if one["step"] <= self.last][-LAST:]
 
     def rewards(self, step: int, name: str, half: str) -> dict[str, float]:
         """Of each prompt of a half the mean reward after so many updates."""
         prompts, values = self.judged[step]["prompts"][HALVES[half]], self.judged[step]["rewards"][name][HALVES[half]]
-        found: dict[str, list[float]] = {}
+        method_results: dict[str, list[float]] = {}
         for prompt, value in zip(prompts, values, strict=True):
-            found.setdefault(prompt, []).append(value)
-        return {prompt: float(np.mean(some)) for prompt, some in found.items()}
+            method_results.setdefault(prompt, []).append(value)
+        return {prompt: float(np.mean(some)) for prompt, some in method_results.items()}
 
     def rises(self, step: int, name: str, half: str) -> dict[str, float]:
         """Since the start."""
@@ -171,18 +180,18 @@ def study(folder: Path, only: Sequence[str]) -> dict[str, Any]:
 
     Rises are [mean, low, high], 95 % bootstrap intervals over prompts of what several seeds have in the mean.
     """
-    names = [name for name in PLANS if not only or name.startswith(tuple(only))]
-    runs = [Run(PLANS[name], train(name, folder), read_judged(folder / name)) for name in names]
-    groups: dict[str, list[Run]] = {}
+    names = [name for name in RUN_CONFIGS if not only or name.startswith(tuple(only))]
+    runs = [FinishedRun(RUN_CONFIGS[name], train(name, folder), read_evaluations(folder / name)) for name in names]
+    groups: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        groups.setdefault(run.plan.shows, []).append(run)
+        groups.setdefault(run.run_config.shows, []).append(run)
     return {
         "rows": [row(shows, some) for shows, some in groups.items()],
         "differences": differences(groups),
     }
 
 
-def row(shows: str, runs: Sequence[Run]) -> dict[str, Any]:
+def row(shows: str, runs: Sequence[FinishedRun]) -> dict[str, Any]:
     """The runs of one plan with several seeds."""
     first, names = runs[0], list(runs[0].judged[0]["rewards"])
     records = [run.result.records for run in runs]
@@ -194,8 +203,8 @@ def row(shows: str, runs: Sequence[Run]) -> dict[str, Any]:
         "stopped": [run.result.stopped for run in runs],
         "images": len(records[0]) * 32,
         "seconds": round(float(np.mean([sum(one["seconds"] for one in some) for some in records]))),
-        "kl": round(float(np.mean([one["kl"] for run in runs for one in run.before_kept])), 1),
-        "rewards": {name: {half: told(runs, name, half) for half in HALVES} for name in names},
+        "kl": round(float(np.mean([one["kl"] for run in runs for one in run.last_records])), 1),
+        "rewards": {name: {half: summary(runs, name, half) for half in HALVES} for name in names},
         "curves": {
             name: {
                 half: [[step, *mean_rise(runs, step, name, half)] for step in sorted(first.judged)] for half in HALVES
@@ -205,7 +214,7 @@ def row(shows: str, runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def told(runs: Sequence[Run], name: str, half: str) -> dict[str, Any]:
+def summary(runs: Sequence[FinishedRun], name: str, half: str) -> dict[str, Any]:
     """Base, end, and the rise between the two; also the rise by each seed."""
     before = [run.rewards(0, name, half).values() for run in runs]
     after = [run.rewards(run.last, name, half).values() for run in runs]
@@ -219,7 +228,7 @@ def told(runs: Sequence[Run], name: str, half: str) -> dict[str, Any]:
     }
 
 
-def mean_rise(runs: Sequence[Run], step: int, name: str, half: str) -> list[float]:
+def mean_rise(runs: Sequence[FinishedRun], step: int, name: str, half: str) -> list[float]:
     """[mean, low, high] of the rise up to one update."""
     return interval(
         torch.tensor(list(mean_by_prompt([run.rises(step, name, half) for run in runs if step in run.judged]).values()))
@@ -232,22 +241,22 @@ def mean_by_prompt(rises: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {prompt: float(np.mean([some[prompt] for some in rises if prompt in some])) for prompt in prompts}
 
 
-def differences(groups: Mapping[str, Sequence[Run]]) -> dict[str, Any]:
+def differences(groups: Mapping[str, Sequence[FinishedRun]]) -> dict[str, Any]:
     """PRDP's rise minus another method's, prompt by prompt, where both were trained on the same prompts."""
-    found: dict[str, Any] = {}
+    method_results: dict[str, Any] = {}
     for size in ("few", "many"):
         ours = groups.get(f"prdp, {size} prompts")
         for other in ("ddpo", "grpo"):
             theirs = groups.get(f"{other}, {size} prompts")
             if ours and theirs:
                 names = list(ours[0].judged[0]["rewards"])
-                found[f"prdp minus {other}, {size} prompts"] = {
+                method_results[f"prdp minus {other}, {size} prompts"] = {
                     name: {half: paired(ours, theirs, name, half) for half in HALVES} for name in names
                 }
-    return found
+    return method_results
 
 
-def paired(ours: Sequence[Run], theirs: Sequence[Run], name: str, half: str) -> list[float]:
+def paired(ours: Sequence[FinishedRun], theirs: Sequence[FinishedRun], name: str, half: str) -> list[float]:
     """[mean, low, high] over the prompts that both have."""
     first, second = (mean_by_prompt([run.rises(run.last, name, half) for run in some]) for some in (ours, theirs))
     return interval(torch.tensor([first[prompt] - second[prompt] for prompt in first if prompt in second]))
@@ -264,9 +273,9 @@ TRAINED, HELD_OUT = "aesthetic:scenes", "scene"
 TITLES = {TRAINED: "rise of the trained reward", HELD_OUT: "rise of what was asked for, exact, not trained on"}
 
 
-def draw_methods(found: Mapping[str, Any], path: Path) -> None:
+def draw_methods(method_results: Mapping[str, Any], path: Path) -> None:
     """Trained and held-out reward by update, on few prompts and on many, for prompts seen and unseen."""
-    rows = {row["shows"]: row for row in found["rows"]}
+    rows = {row["shows"]: row for row in method_results["rows"]}
     figure = Figure(figsize=(10.5, 7.2), dpi=120, layout="constrained")
     for line, name in zip(figure.subplots(2, 2, sharex=True, sharey="row"), (TRAINED, HELD_OUT), strict=True):
         for axes, (size, shown) in zip(line, (("few", "32 prompts"), ("many", "1,024 prompts")), strict=True):
@@ -275,13 +284,13 @@ def draw_methods(found: Mapping[str, Any], path: Path) -> None:
                     _curves(axes, row, name, method.upper(), COLOURS[method])
             _finish(axes, f"{TITLES[name]}; {shown}")
     figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left", ncols=2)
-    with staged(path) as new:
+    with atomic_write(path) as new:
         figure.savefig(new, format="png")
 
 
-def draw_guards(found: Mapping[str, Any], path: Path) -> None:
+def draw_guards(method_results: Mapping[str, Any], path: Path) -> None:
     """The same run left alone, watched, and held: both rewards by update, on unseen prompts."""
-    rows = {row["shows"]: row for row in found["rows"]}
+    rows = {row["shows"]: row for row in method_results["rows"]}
     runs = {label: rows.get(shows) for label, shows in GUARDS.items()}
     figure = Figure(figsize=(10.5, 3.8), dpi=120, layout="constrained")
     for axes, name in zip(figure.subplots(1, 2), (TRAINED, HELD_OUT), strict=True):
@@ -291,7 +300,7 @@ def draw_guards(found: Mapping[str, Any], path: Path) -> None:
                 axes.axvline(row["kept"][0], color=colour, lw=1.2, ls=":", label=f"{label}: weights kept")
         _finish(axes, TITLES[name])
     figure.axes[0].legend(frameon=False, fontsize=8, labelcolor=INK, loc="upper left")
-    with staged(path) as new:
+    with atomic_write(path) as new:
         figure.savefig(new, format="png")
 
 

@@ -19,22 +19,22 @@ from steer.apps.models import load_pipeline
 from steer.apps.plots import FAINT, INK
 from steer.apps.scenes.evaluate import (
     CALL,
+    PROMPTS_PER_CALL,
     STEERING,
-    TOGETHER,
-    Contender,
-    Found,
-    KeptRuns,
+    BestOfN,
+    Cost,
     Point,
-    Samples,
-    Spent,
+    PromptResults,
+    ResultCache,
+    SteeringMethod,
     agreement,
+    exact_rewards,
     exactly_right,
     interval,
-    judged,
 )
 from steer.apps.scenes.preferences import trained_prompts
 from steer.pipelines.base import Iteration, SteeringOutput
-from steer.pipelines.fk_steering import FKSteeringPipeline, highest
+from steer.pipelines.fk_steering import FKSteeringPipeline, top_k_indices
 from steer.pipelines.initial_noise import screen_initial_noise
 from steer.pipelines.reno import Backprop, NoiseSearchPipeline, ReNOPipeline
 from steer.pipelines.selection import BestOfNPipeline
@@ -52,7 +52,7 @@ KEPT = Backprop(checkpointing=False)  # memory is no matter at 64×64 pixels
 
 
 @dataclass
-class Seen:
+class SearchResults:
     """What a method had found after so many evaluations of an image, over all prompts: a row of the table."""
 
     evaluations: int
@@ -87,7 +87,7 @@ class Seen:
 class Snapshots:
     """An observer that keeps, at some iterations, the best image so far of every search."""
 
-    def __init__(self, rows: dict[int, Seen]) -> None:
+    def __init__(self, rows: dict[int, SearchResults]) -> None:
         self.rows, self.started = rows, time.monotonic()
         self.images, self.lengths = torch.empty(0), torch.empty(0)
 
@@ -98,35 +98,41 @@ class Snapshots:
         first = not len(self.images)
         self.images = now.images if first else torch.where(newest[:, None, None, None], now.images, self.images)
         self.lengths = now.norms if first else torch.where(now.rewards >= now.best, now.norms, self.lengths)
-        if seen := self.rows.get(now.number + 1):
-            seen.add(self.images, now.best, self.lengths, time.monotonic() - self.started)
+        if results_at := self.rows.get(now.number + 1):
+            results_at.add(self.images, now.best, self.lengths, time.monotonic() - self.started)
 
 
-def searched(method: Any, prompts: Sequence[str], rows: dict[int, Seen], options: dict[str, Any]) -> list[Seen]:
+def run_search(
+    method: Any, prompts: Sequence[str], rows: dict[int, SearchResults], options: dict[str, Any]
+) -> list[SearchResults]:
     """A noise optimisation of all prompts, judged at the iterations that are the keys of `rows`."""
-    for start in tqdm(range(0, len(prompts), TOGETHER), desc=type(method).__name__, leave=False, disable=None):
-        some, generator = list(prompts[start : start + TOGETHER]), torch.Generator().manual_seed(start)
+    for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc=type(method).__name__, leave=False, disable=None):
+        some, generator = list(prompts[start : start + PROMPTS_PER_CALL]), torch.Generator().manual_seed(start)
         call = {"num_particles": SEEDS, "generator": generator, "output_type": "pt", "iterations": max(rows)}
         method(some, on_iteration=Snapshots(rows), **call, **options)
     return list(rows.values())
 
 
-def sampled(pipe: Any, reward: str, prompts: Sequence[str], sizes: Sequence[int], call: dict[str, Any]) -> list[Seen]:
+def run_best_of_n(
+    pipe: Any, reward: str, prompts: Sequence[str], sizes: Sequence[int], call: dict[str, Any]
+) -> list[SearchResults]:
     """Best-of-n for every n: two samples of the largest, and of each its first n."""
-    rows, most = [Seen(size) for size in sizes], max(sizes)
+    rows, most = [SearchResults(size) for size in sizes], max(sizes)
     method: Any = BestOfNPipeline(pipe, reward)
-    together = max(1, 400 // most)
-    for start in tqdm(range(0, len(prompts), together), desc=f"best of {most}", leave=False, disable=None):
-        some, generator = list(prompts[start : start + together]), torch.Generator().manual_seed(start)
+    prompts_per_call = max(1, 400 // most)
+    for start in tqdm(range(0, len(prompts), prompts_per_call), desc=f"best of {most}", leave=False, disable=None):
+        some, generator = list(prompts[start : start + prompts_per_call]), torch.Generator().manual_seed(start)
         options = {"num_particles": SEEDS * most, "generator": generator, "output_type": "pt", "chunk_size": 50} | call
         out = method(some, **options).in_slot_order()
         images = out.images.view(len(some) * SEEDS, most, *out.images.shape[1:])
         rewards = out.rewards.view(-1, most)
-        for seen in rows:
-            best = rewards[:, : seen.evaluations].max(1)
+        for results_at in rows:
+            best = rewards[:, : results_at.evaluations].max(1)
             picked = images[torch.arange(len(images)), best.indices]
             values = best.values.view(-1, SEEDS)
-            seen.add(picked, values, torch.full_like(values, torch.nan), out.cost.seconds * seen.evaluations / most)
+            results_at.add(
+                picked, values, torch.full_like(values, torch.nan), out.cost.seconds * results_at.evaluations / most
+            )
     return rows
 
 
@@ -136,26 +142,26 @@ def study(model: str, base: str, reward: str, prompts: Sequence[str], few: bool 
     for pipe in (turbo, teacher):
         pipe.set_progress_bar_config(disable=True)
     most = 2 if few else None
-    marks = {number: Seen(number) for number in RENO_MARKS[:most]}
-    images = {number: Seen(1 + NEIGHBOURS * (number - 1)) for number in SEARCH_MARKS[:most]}
+    marks = {number: SearchResults(number) for number in RENO_MARKS[:most]}
+    images = {number: SearchResults(1 + NEIGHBOURS * (number - 1)) for number in SEARCH_MARKS[:most]}
     search = {"neighbours": NEIGHBOURS, "num_inference_steps": 1, **SEARCH}
-    methods: dict[str, Callable[[], list[Seen]]] = {
-        "ReNO": partial(searched, ReNOPipeline(turbo, reward), prompts, marks, RENO | {"gradient": KEPT}),
-        "best-of-n": partial(sampled, turbo, reward, prompts, SIZES[:most], {"num_inference_steps": 1}),
-        "zero-order search": partial(searched, NoiseSearchPipeline(turbo, reward), prompts, images, search),
+    methods: dict[str, Callable[[], list[SearchResults]]] = {
+        "ReNO": partial(run_search, ReNOPipeline(turbo, reward), prompts, marks, RENO | {"gradient": KEPT}),
+        "best-of-n": partial(run_best_of_n, turbo, reward, prompts, SIZES[:most], {"num_inference_steps": 1}),
+        "zero-order search": partial(run_search, NoiseSearchPipeline(turbo, reward), prompts, images, search),
     }
     for name, pipe, steps in ((model, turbo, 2), (model, turbo, 4), (base, teacher, 20), (base, teacher, 50)):
         call = CALL | {"num_inference_steps": steps}
-        methods[f"{name}, {steps} steps"] = partial(sampled, pipe, reward, prompts, (1,), call)
+        methods[f"{name}, {steps} steps"] = partial(run_best_of_n, pipe, reward, prompts, (1,), call)
     return {
         "prompts": len(prompts),
         "seeds": SEEDS,
         "settings": {"model": model, "base": base, "reward": reward, "reno": RENO, "search": SEARCH},
-        "methods": {name: [seen.row(prompts) for seen in run()] for name, run in methods.items()},
+        "methods": {name: [results_at.row(prompts) for results_at in run()] for name, run in methods.items()},
     }
 
 
-def draw_study(found: dict[str, Any], path: Path) -> None:
+def draw_study(method_results: dict[str, Any], path: Path) -> None:
     """Accuracy, and what the proxy says, against images made and against seconds."""
     figure = Figure(figsize=(10.5, 6.4), dpi=120, layout="constrained")
     colours = {"ReNO": "#832db6", "best-of-n": "#e76300", "zero-order search": "#3f90da"}
@@ -164,11 +170,11 @@ def draw_study(found: dict[str, Any], path: Path) -> None:
     costs = {"evaluations": "evaluations of the reward, one image", "seconds": "seconds for one image"}
     for axes, (field_, cost) in zip(figure.subplots(2, 2, sharex="col").flatten(), panels, strict=True):
         for name, colour in colours.items():
-            rows = found["methods"][name]
+            rows = method_results["methods"][name]
             mean, low, high = zip(*(row[field_] for row in rows), strict=True)
             axes.plot([row[cost] for row in rows], mean, color=colour, marker="o", ms=4, lw=1.7, label=name)
             axes.fill_between([row[cost] for row in rows], low, high, color=colour, alpha=0.1, lw=0)
-        for dash, (name, rows) in zip(((0, (1, 1)), "--"), _references(found), strict=True):
+        for dash, (name, rows) in zip(((0, (1, 1)), "--"), _references(method_results), strict=True):
             axes.axhline(rows[0][field_][0], color=INK, lw=1, ls=dash, label=name)
         axes.set_xscale("log")
         axes.set_title(titles[field_], size=10, loc="left", color=INK)
@@ -181,9 +187,9 @@ def draw_study(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def _references(found: dict[str, Any]) -> list[tuple[str, Any]]:
-    base = found["settings"]["base"]
-    return [(name, found["methods"][name]) for name in (f"{base}, 20 steps", f"{base}, 50 steps")]
+def _references(method_results: dict[str, Any]) -> list[tuple[str, Any]]:
+    base = method_results["settings"]["base"]
+    return [(name, method_results["methods"][name]) for name in (f"{base}, 20 steps", f"{base}, 50 steps")]
 
 
 PROMPTS = 8
@@ -215,7 +221,7 @@ def measure(model: str, checkpointing: bool, steps: int, iterations: int) -> tup
     return round(_peak() - before), round((time.monotonic() - started) / iterations, 2)
 
 
-def _alone(*arguments: Any) -> tuple[float, float]:
+def _measure_in_subprocess(*arguments: Any) -> tuple[float, float]:
     """`measure` in a fresh process: memory that was once had is not given back in the old one."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
         return fresh.submit(measure, *arguments).result()
@@ -225,7 +231,7 @@ def costs(model: str, turbo: str) -> dict[str, Any]:
     """Peak memory and time of both ways back, at few and at more iterations; the time of a batch and of single runs."""
     memory = {
         f"{name}, {steps} steps, {iterations} iterations, checkpointing {'on' if on else 'off'}": dict(
-            zip(("MB", "seconds"), _alone(name, on, steps, iterations), strict=True)
+            zip(("MB", "seconds"), _measure_in_subprocess(name, on, steps, iterations), strict=True)
         )
         for name, steps in ((model, STEPS), (turbo, 1))
         for iterations in (2, 8)
@@ -239,11 +245,11 @@ def batch_ratio(model: str, iterations: int = 10) -> dict[str, float]:
     pipe, prompts = load_pipeline(model), trained_prompts(PROMPTS)
     pipe.set_progress_bar_config(disable=True)
     reno, options = ReNOPipeline(pipe, REWARD), {"iterations": iterations, **RENO}
-    together, single = [], []
+    prompts_per_call, single = [], []
     for _ in range(3):
-        together.append(reno(prompts, **options).cost.seconds)
+        prompts_per_call.append(reno(prompts, **options).cost.seconds)
         single.append(sum(reno(prompt, **options).cost.seconds for prompt in prompts))
-    best = min(together), min(single)
+    best = min(prompts_per_call), min(single)
     return {"batch": round(best[0], 2), "single": round(best[1], 2), "ratio": round(best[1] / best[0], 2)}
 
 
@@ -251,7 +257,7 @@ SIZE = 4  # images of each prompt
 ITERATIONS = 25
 
 
-def second_stage(turbo: str, base: str, reward: str, prompts: Sequence[str]) -> dict[str, Any]:
+def reno_then_steering(turbo: str, base: str, reward: str, prompts: Sequence[str]) -> dict[str, Any]:
     """Accuracy of base and steered images from random and from optimised noise, beside that of the noise's own images.
 
     [mean, low, high] over prompts: of the best image by `reward`, and of all; `gain` is optimised minus random.
@@ -262,27 +268,29 @@ def second_stage(turbo: str, base: str, reward: str, prompts: Sequence[str]) -> 
     first, plain = ReNOPipeline(one_step, reward), BestOfNPipeline(many_steps, reward)
     steered = FKSteeringPipeline(many_steps, reward)
     right: dict[str, list[Tensor]] = {}
-    for start in tqdm(range(0, len(prompts), TOGETHER), desc="then", leave=False, disable=None):
-        some = list(prompts[start : start + TOGETHER])
+    for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc="then", leave=False, disable=None):
+        some = list(prompts[start : start + PROMPTS_PER_CALL])
         climb = {"iterations": ITERATIONS, "gradient": KEPT, **RENO}
-        noise = {"latents": _judged(right, "ReNO", first, some, start, climb).in_slot_order().start.noise}
+        noise = {"latents": _run_and_score(right, "ReNO", first, some, start, climb).in_slot_order().start.noise}
         for kind, given in (("random", {}), ("optimised", noise)):
-            _judged(right, f"base, {kind}", plain, some, start, given | CALL)
-            _judged(right, f"fk, {kind}", steered, some, start, given | STEERING | CALL)
-    found = {name: torch.cat(rows) for name, rows in right.items()}
+            _run_and_score(right, f"base, {kind}", plain, some, start, given | CALL)
+            _run_and_score(right, f"fk, {kind}", steered, some, start, given | STEERING | CALL)
+    method_results = {name: torch.cat(rows) for name, rows in right.items()}
     return {
         "prompts": len(prompts),
         "iterations": ITERATIONS,
-        "methods": {name: {"best": interval(v[:, 0]), "all": interval(v.mean(1))} for name, v in found.items()},
+        "methods": {
+            name: {"best": interval(v[:, 0]), "all": interval(v.mean(1))} for name, v in method_results.items()
+        },
         "gain": {
             name: {"best": interval((new - old)[:, 0]), "all": interval((new - old).mean(1))}
             for name in ("base", "fk")
-            for new, old in [(found[f"{name}, optimised"], found[f"{name}, random"])]
+            for new, old in [(method_results[f"{name}, optimised"], method_results[f"{name}, random"])]
         },
     }
 
 
-def _judged(
+def _run_and_score(
     right: dict[str, list[Tensor]], name: str, method: Any, prompts: list[str], seed: int, call: dict[str, Any]
 ) -> Any:
     """What a method makes of some prompts; which images are right goes to `right[name]`."""
@@ -300,7 +308,7 @@ SCREENED = ((4, 8, 4), (4, 16, 4), (8, 16, 4))  # K, M, S of FK with it
 
 
 @dataclass(frozen=True, eq=False)
-class Whole(Samples):
+class PlainSampling(BestOfN):
     """Images of the plain pipeline by slot, not by reward, after `steps` solver steps from the same noise."""
 
     steps: int = WHOLE
@@ -308,11 +316,11 @@ class Whole(Samples):
     def about(self) -> dict[str, Any]:
         return super().about() | {"steps": self.steps}
 
-    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
+    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> PromptResults:
         return super().run(pipe, reward, prompts, seed, {**call, "num_inference_steps": self.steps})
 
 
-class InSlots(BestOfNPipeline):
+class UnsortedBestOfN(BestOfNPipeline):
     """Best-of-n that does not sort."""
 
     def __call__(self, *args: Any, **options: Any) -> SteeringOutput:
@@ -320,7 +328,7 @@ class InSlots(BestOfNPipeline):
 
 
 @dataclass(frozen=True, eq=False)
-class ScreenedNoise(Contender):
+class ScreenedNoise(SteeringMethod):
     """FK from the best starts of so many candidates."""
 
     candidates: int = 8
@@ -329,24 +337,24 @@ class ScreenedNoise(Contender):
     def about(self) -> dict[str, Any]:
         return super().about() | {"candidates": self.candidates, "steps": self.steps}
 
-    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
+    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> PromptResults:
         started = time.process_time()
-        searched: dict[str, Any] = {"keep": self.size, "candidates": self.candidates, "steps": self.steps}
+        run_search: dict[str, Any] = {"keep": self.size, "candidates": self.candidates, "steps": self.steps}
         generator = Generator().manual_seed(seed)
-        found = screen_initial_noise(pipe, reward, list(prompts), **searched, generator=generator, **call)
-        options = {"num_particles": self.size, "output_type": "pt", **found.arguments()}
+        method_results = screen_initial_noise(pipe, reward, list(prompts), **run_search, generator=generator, **call)
+        options = {"num_particles": self.size, "output_type": "pt", **method_results.arguments()}
         out = self.method(pipe, reward)(list(prompts), **options, **call, **self.options)
         seconds = time.process_time() - started
-        exact = judged(out.images, prompts).view_as(out.rewards)
-        nfe, decodes = out.cost.nfe + found.cost.nfe, out.cost.decodes + found.cost.decodes
-        return Found(out.rewards, exact, Spent(nfe, decodes, seconds).times(1 / len(prompts)))
+        exact = exact_rewards(out.images, prompts).view_as(out.rewards)
+        nfe, decodes = out.cost.nfe + method_results.cost.nfe, out.cost.decodes + method_results.cost.decodes
+        return PromptResults(out.rewards, exact, Cost(nfe, decodes, seconds).times(1 / len(prompts)))
 
 
-def contenders() -> tuple[list[Whole], list[Contender], list[ScreenedNoise]]:
+def contenders() -> tuple[list[PlainSampling], list[SteeringMethod], list[ScreenedNoise]]:
     """Plain runs of all lengths, the whole one first; FK without screened starts; FK with them."""
-    whole = Whole("best-of-n", POOL, InSlots, sizes=range(1, POOL + 1))
-    short = [Whole(f"after {steps} steps", POOL, InSlots, steps=steps) for steps in SHORT]
-    plain = [Contender("FK", size, FKSteeringPipeline, STEERING) for size in PLAIN]
+    whole = PlainSampling("best-of-n", POOL, UnsortedBestOfN, sizes=range(1, POOL + 1))
+    short = [PlainSampling(f"after {steps} steps", POOL, UnsortedBestOfN, steps=steps) for steps in SHORT]
+    plain = [SteeringMethod("FK", size, FKSteeringPipeline, STEERING) for size in PLAIN]
     screened = [
         ScreenedNoise(f"FK from {many} after {steps}", size, FKSteeringPipeline, STEERING, candidates=many, steps=steps)
         for size, many, steps in SCREENED
@@ -358,8 +366,8 @@ def starts_study(folder: Path, reward: str, prompts: Sequence[str], call: Mappin
     """What short runs foretell; screened best-of-K, from the same runs; FK with screened starts beside FK and
     best-of-n at equal evaluations and at equal seconds. It goes on in `folder`."""
     lengths, plain, screened = contenders()
-    rivals: list[Contender] = [*lengths, *plain, *screened]
-    runs = dict(zip(rivals, KeptRuns(folder, reward, call).run(rivals, prompts), strict=True))
+    rivals: list[SteeringMethod] = [*lengths, *plain, *screened]
+    runs = dict(zip(rivals, ResultCache(folder, reward, call).run(rivals, prompts), strict=True))
     whole, *short = lengths
     points = {one: one.points(runs[one])[0] for one in (*plain, *screened)}
     best_of_n = partial(whole.at_evaluations, runs[whole]), partial(whole.at_seconds, runs[whole])
@@ -374,7 +382,7 @@ def starts_study(folder: Path, reward: str, prompts: Sequence[str], call: Mappin
     }
 
 
-def foretold(steps: int, short: Found, whole: Found) -> dict[str, Any]:
+def foretold(steps: int, short: PromptResults, whole: PromptResults) -> dict[str, Any]:
     """How the reward after a few steps goes with that of the finished image, among candidates (P, M) of one prompt:
     Pearson's and Spearman's correlation, mean over prompts, and the share of pairs that are ranked alike."""
     guess = short.proxy
@@ -404,14 +412,14 @@ def ranks(values: Tensor) -> Tensor:
     return below + (alike - 1) / 2
 
 
-def screened_best(short: Found, whole: Found, steps: int, keep: int) -> Point:
+def screened_best(short: PromptResults, whole: PromptResults, steps: int, keep: int) -> Point:
     """The best by the proxy of the `keep` candidates that the short run scores highest."""
-    at = highest(short.proxy, keep)
+    at = top_k_indices(short.proxy, keep)
     pick = at.gather(1, whole.proxy.gather(1, at).argmax(1, keepdim=True))
     met, proxy = (one.gather(1, pick)[:, 0] for one in (whole.exact, whole.proxy))
     spent, share = whole.spent.times(keep / whole.proxy.shape[1]), short.spent
     total = (getattr(spent, name) + getattr(share, name) for name in ("evaluations", "decodes", "seconds"))
-    return Point(keep, met, (met == 1).double(), proxy, None, Spent(*total))
+    return Point(keep, met, (met == 1).double(), proxy, None, Cost(*total))
 
 
 def between(points: Sequence[Point], asked: float, cost: str) -> Point | None:
@@ -434,7 +442,9 @@ def _minus(point: Point, other: Point) -> dict[str, Any]:
     return point.minus(other) | {"proxy": interval((point.proxy - other.proxy).float())}
 
 
-def _screened_best(short: Sequence[Whole], runs: Mapping[Any, Found], whole: Whole) -> Iterator[dict[str, Any]]:
+def _screened_best(
+    short: Sequence[PlainSampling], runs: Mapping[Any, PromptResults], whole: PlainSampling
+) -> Iterator[dict[str, Any]]:
     """Beside best-of-n at equal evaluations and at equal seconds."""
     for one in short:
         for keep in STARTS_KEPT:
@@ -450,7 +460,7 @@ def _screened_best(short: Sequence[Whole], runs: Mapping[Any, Found], whole: Who
 
 
 def _differences(
-    points: Mapping[Contender, Point],
+    points: Mapping[SteeringMethod, Point],
     plain: Sequence[Point],
     screened: Sequence[ScreenedNoise],
     best_of_n: tuple[Callable[[float], Point | None], Callable[[float], Point | None]],
@@ -467,5 +477,5 @@ def _differences(
         }
         for name, rival in rivals.items():
             if rival is not None:
-                told = {"size": one.size, "candidates": one.candidates, "steps": one.steps, "against": name}
-                yield told | {"against_size": round(rival.size, 2)} | _minus(point, rival)
+                summary = {"size": one.size, "candidates": one.candidates, "steps": one.steps, "against": name}
+                yield summary | {"against_size": round(rival.size, 2)} | _minus(point, rival)

@@ -16,22 +16,22 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
-from steer.apps.prompts import find_prompts
-from steer.apps.reward_specs import reward_here
+from steer.apps.prompts import load_prompts
+from steer.apps.reward_specs import resolve_reward
 from steer.apps.scenes.evaluate import CALL
 from steer.apps.scenes.training import LENGTH, build_tokenizer, training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request
 from steer.diffusion.seeds import derived_seed
-from steer.files import read_image, staged
+from steer.files import atomic_write, read_image
 from steer.pipelines.selection import BestOfNPipeline
 from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.training.rollout import Rows, Sampler
 
 logger = logging.getLogger(__name__)
 
-TOGETHER = 32  # images in one call, where a prompt has no more
+IMAGES_PER_CALL = 32  # images in one call, where a prompt has no more
 PART = 640  # images in one file
-EACH = 4  # images of a prompt
+IMAGES_PER_PROMPT = 4  # images of a prompt
 
 Row = dict[str, Any]
 
@@ -56,7 +56,7 @@ def png(image: Image.Image) -> bytes:
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
     """Writes a parquet file, whole or not at all."""
-    with staged(path) as new:
+    with atomic_write(path) as new:
         pq.write_table(pa.Table.from_pylist(list(rows)), new)
 
 
@@ -66,13 +66,13 @@ def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) 
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     best = BestOfNPipeline(pipe, "scene")
-    part, together = max(PART // each, 1), max(TOGETHER // each, 1)
+    part, prompts_per_call = max(PART // each, 1), max(IMAGES_PER_CALL // each, 1)
     for first in tqdm(range(0, len(prompts), part), desc="samples", unit="file", disable=None):
         path = folder / f"{first:05d}.parquet"
         if not path.exists():
             rows: list[Row] = []
-            for start in range(first, min(first + part, len(prompts)), together):
-                some = list(prompts[start : min(start + together, first + part)])
+            for start in range(first, min(first + part, len(prompts)), prompts_per_call):
+                some = list(prompts[start : min(start + prompts_per_call, first + part)])
                 generator = torch.Generator().manual_seed(start)
                 out = best(some, num_particles=each, generator=generator, **CALL).in_slot_order()
                 texts = [prompt for prompt in some for _ in range(each)]
@@ -106,8 +106,8 @@ def write_captions(path: Path, count: int) -> None:
     write_rows([{"image": i, "prompt": p} for i, p in zip(pictures, prompts, strict=True)], path)
 
 
-GOLD_PATIENCE = 0.15  # difference of the exact reward at which the better image is chosen 73 % of the time
-TASTE_PATIENCE = 0.05
+GOLD_TEMPERATURE = 0.15  # difference of the exact reward at which the better image is chosen 73 % of the time
+COMPOSITION_TEMPERATURE = 0.05
 FOREGROUND = 0.25  # distance in RGB from the background at which a pixel belongs to an object
 
 
@@ -125,20 +125,22 @@ def composition(image: np.ndarray) -> float:
     return float(covered.mean() - 2 * np.linalg.norm(middle - 0.5))
 
 
-def choose(value_a: float, value_b: float, patience: float, rng: np.random.Generator) -> str:
+def choose(value_a: float, value_b: float, temperature: float, rng: np.random.Generator) -> str:
     """a, b or tie."""
     if value_a == value_b:
         return "tie"
-    return "a" if rng.random() < 1 / (1 + np.exp((value_b - value_a) / patience)) else "b"
+    return "a" if rng.random() < 1 / (1 + np.exp((value_b - value_a) / temperature)) else "b"
 
 
-def pairs_of(samples: Sequence[Row], values: Sequence[float], patience: float, rng: np.random.Generator) -> list[Row]:
+def pairs_of(
+    samples: Sequence[Row], values: Sequence[float], temperature: float, rng: np.random.Generator
+) -> list[Row]:
     """Every two of the images that were made for a prompt together, with the choice between them and its strength."""
     pairs: list[Row] = []
-    for start in range(0, len(samples), EACH):
-        for first, second in combinations(range(start, min(start + EACH, len(samples))), 2):
+    for start in range(0, len(samples), IMAGES_PER_PROMPT):
+        for first, second in combinations(range(start, min(start + IMAGES_PER_PROMPT, len(samples))), 2):
             a, b = (first, second) if rng.random() < 0.5 else (second, first)
-            choice = choose(values[a], values[b], patience, rng)
+            choice = choose(values[a], values[b], temperature, rng)
             images = {"image_a": samples[a]["image"], "image_b": samples[b]["image"]}
             strength = abs(values[a] - values[b])
             pairs.append({"prompt": samples[a]["prompt"], **images, "choice": choice, "strength": strength})
@@ -151,8 +153,11 @@ def write_pairs(samples_folder: Path, out: Path) -> dict[str, Any]:
     taste = [composition(read_image(row["image"]).permute(1, 2, 0).numpy()) for row in samples]
     gold = [row["gold"] for row in samples]
     counts = {}
-    for name, values, patience in (("preference", gold, GOLD_PATIENCE), ("aesthetic", taste, TASTE_PATIENCE)):
-        pairs = pairs_of(samples, values, patience, np.random.default_rng(2026))
+    for name, values, temperature in (
+        ("preference", gold, GOLD_TEMPERATURE),
+        ("aesthetic", taste, COMPOSITION_TEMPERATURE),
+    ):
+        pairs = pairs_of(samples, values, temperature, np.random.default_rng(2026))
         write_rows(pairs, out / f"{name}-pairs.parquet")
         counts[name] = len(pairs)
     return {"samples": len(samples), "pairs": counts}
@@ -160,24 +165,24 @@ def write_pairs(samples_folder: Path, out: Path) -> dict[str, Any]:
 
 CHOICES_CALL = {"num_inference_steps": 10, "guidance_scale": 1.0}  # those of the configuration d3po-scenes
 CHOICES = 500
-WRONG = 0.1  # share of choices that fall on the worse image
-VALUED = "aesthetic:scenes"  # what the annotator goes by
+LABEL_NOISE = 0.1  # share of choices that fall on the worse image
+ANNOTATOR_REWARD = "aesthetic:scenes"  # what the annotator goes by
 
 
 def write_choices(folder: Path, count: int = CHOICES) -> None:
     """`count` pairs of images of training prompts from one noise each, and a choice between the two; goes on where it
     stopped."""
-    pipe, reward = load_pipeline("scenes"), reward_here(VALUED)
+    pipe, reward = load_pipeline("scenes"), resolve_reward(ANNOTATOR_REWARD)
     pipe.set_progress_bar_config(disable=True)
-    kept, sampler = PreferenceFolder.create(folder, pipe, CHOICES_CALL), Sampler(pipe, CHOICES_CALL)
-    prompts = find_prompts("scenes-training")
+    dataset, sampler = PreferenceFolder.create(folder, pipe, CHOICES_CALL), Sampler(pipe, CHOICES_CALL)
+    prompts = load_prompts("scenes-training")
     done = len((folder / "choices.jsonl").read_text().splitlines()) if (folder / "choices.jsonl").exists() else 0
     for number in tqdm(range(done, count), desc="choices", initial=done, total=count, disable=None):
         prompt = prompts[number % len(prompts)]
         start, *noises = (derived_seed(number, name) for name in ("start", "a", "b"))
-        drew, images = sampler.rollout(Rows((prompt, prompt), (start, start), tuple(noises)))
+        trajectories, images = sampler.rollout(Rows((prompt, prompt), (start, start), tuple(noises)))
         with torch.no_grad():
             first, second = reward(images, [prompt, prompt]).tolist()
         better = int(second > first)
-        chosen = better ^ bool(np.random.default_rng(number).random() < WRONG)
-        kept.write_choice(kept.write_lot(drew, images), chosen=chosen, rejected=1 - chosen)
+        chosen = better ^ bool(np.random.default_rng(number).random() < LABEL_NOISE)
+        dataset.write_preference(dataset.write_group(trajectories, images), chosen=chosen, rejected=1 - chosen)

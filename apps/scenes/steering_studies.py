@@ -16,24 +16,24 @@ from scipy.stats import spearmanr
 from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
-from steer.apps.methods import preview_named
+from steer.apps.methods import load_preview
 from steer.apps.models import load_pipeline
 from steer.apps.plots import FAINT, INK
 from steer.apps.scenes.evaluate import (
     CALL,
-    SIDE_BY_SIDE,
+    IMAGES_PER_BATCH,
     STEERING,
-    Contender,
-    Found,
-    KeptRuns,
+    BestOfN,
+    NoiseSearch,
     Point,
-    Samples,
-    Search,
+    PromptResults,
+    ResultCache,
+    SteeringMethod,
     exactly_right,
     interval,
 )
 from steer.assets import MODELS
-from steer.diffusion.preview import NormalEquations, Previews, new_preview
+from steer.diffusion.preview import NormalEquations, PreviewDecoder, build_preview
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.pipelines.fk_steering import DEFAULT_STEPS, FKSteeringPipeline
 from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
@@ -48,31 +48,33 @@ BEAM: dict[str, Any] = SVDD | {"beams": 2}
 PLAIN = "best-of-n"
 
 
-def contenders(sizes: Sequence[int] = SIZES, part: int = PART, large: str = "scenes-large") -> list[Contender]:
+def contenders(sizes: Sequence[int] = SIZES, part: int = PART, large: str = "scenes-large") -> list[SteeringMethod]:
     """Everything of the study but the large model, where there is none of that name."""
     most = max(sizes)
-    found: list[Contender] = [Samples(PLAIN, most, sizes=sizes)]
+    method_results: list[SteeringMethod] = [BestOfN(PLAIN, most, sizes=sizes)]
     for size in sizes:
-        found.append(Contender("FK", size, FKSteeringPipeline, STEERING, prompts=part if size > 8 else None))
+        method_results.append(
+            SteeringMethod("FK", size, FKSteeringPipeline, STEERING, prompts=part if size > 8 else None)
+        )
     for size in (size for size in sizes if 4 <= size <= 8):
-        found.append(Contender("SVDD", size, SelectionPipeline, SVDD, prompts=part))
-        found.append(Contender("beam search", size, SelectionPipeline, BEAM, prompts=part))
+        method_results.append(SteeringMethod("SVDD", size, SelectionPipeline, SVDD, prompts=part))
+        method_results.append(SteeringMethod("beam search", size, SelectionPipeline, BEAM, prompts=part))
     if 4 in sizes:
-        found.append(Contender("SVDD, as published", 4, SelectionPipeline, prompts=part))
-    found.append(Search("zero-order search", 1 + most // 4, prompts=part))
+        method_results.append(SteeringMethod("SVDD, as published", 4, SelectionPipeline, prompts=part))
+    method_results.append(NoiseSearch("zero-order search", 1 + most // 4, prompts=part))
     folder = MODELS.get(large, Path(large))
     if (folder / "model_index.json").exists():
-        found.append(Samples(Path(large).name, 4, BestOfNPipeline, model=large, sizes=(1, 2, 4)))
+        method_results.append(BestOfN(Path(large).name, 4, BestOfNPipeline, model=large, sizes=(1, 2, 4)))
     else:
         logger.info("no model %s: its row is left out; the same command adds it when there is one", large)
-    return found
+    return method_results
 
 
 def steering_study(
     folder: Path,
     reward: str,
     prompts: Sequence[str],
-    rivals: Sequence[Contender],
+    rivals: Sequence[SteeringMethod],
     call: Mapping[str, Any] = CALL,
 ) -> dict[str, Any]:
     """Accuracy of what each contender picks, its cost, and differences over the same prompts; it goes on in `folder`.
@@ -80,10 +82,10 @@ def steering_study(
     The first contender is best-of-n with the small model, which all others are compared with. Under "panels" the
     contenders that had all prompts, and all contenders on the prompts that each of them had.
     """
-    runs = dict(zip(rivals, KeptRuns(folder, reward, call).run(rivals, prompts), strict=True))
-    fewest = min(len(found.proxy) for found in runs.values())
-    whole = {one: found for one, found in runs.items() if len(found.proxy) == len(prompts)}
-    part = {one: found.first(fewest) for one, found in runs.items()}
+    runs = dict(zip(rivals, ResultCache(folder, reward, call).run(rivals, prompts), strict=True))
+    fewest = min(len(method_results.proxy) for method_results in runs.values())
+    whole = {one: method_results for one, method_results in runs.items() if len(method_results.proxy) == len(prompts)}
+    part = {one: method_results.first(fewest) for one, method_results in runs.items()}
     panels = {str(len(prompts)): whole} | ({str(fewest): part} if fewest < len(prompts) else {})
     return {
         "prompts": len(prompts),
@@ -93,19 +95,19 @@ def steering_study(
     }
 
 
-def _curves(runs: Mapping[Contender, Found]) -> dict[str, list[dict[str, Any]]]:
+def _curves(runs: Mapping[SteeringMethod, PromptResults]) -> dict[str, list[dict[str, Any]]]:
     """Rows by the name of the method."""
     curves: dict[str, list[dict[str, Any]]] = {}
-    for one, found in runs.items():
-        curves.setdefault(one.name, []).extend(point.row() for point in one.points(found))
+    for one, method_results in runs.items():
+        curves.setdefault(one.name, []).extend(point.row() for point in one.points(method_results))
     return curves
 
 
-def _differences(runs: Mapping[Contender, Found]) -> Iterator[dict[str, Any]]:
+def _differences(runs: Mapping[SteeringMethod, PromptResults]) -> Iterator[dict[str, Any]]:
     """Of every point: from the base, from best-of-n at equal evaluations and at equal seconds, from FK with as many
     particles, from the other models unsteered."""
     plain, *others = runs
-    assert isinstance(plain, Samples)
+    assert isinstance(plain, BestOfN)
     base = plain.best_of(runs[plain], 1)
     named = [(one, point) for one in others for point in one.points(runs[one])]
     steered = {point.size: point for one, point in named if one.name == "FK"}
@@ -116,7 +118,7 @@ def _differences(runs: Mapping[Contender, Found]) -> Iterator[dict[str, Any]]:
             rivals["best-of-n, equal evaluations"] = plain.at_evaluations(runs[plain], point.spent.evaluations)
             rivals |= {f"{name}, unsteered": rival for name, rival in larger.items()}
         rivals["best-of-n, equal seconds"] = plain.at_seconds(runs[plain], point.spent.seconds)
-        if one.name != "FK" and not isinstance(one, Samples | Search):
+        if one.name != "FK" and not isinstance(one, BestOfN | NoiseSearch):
             rivals[f"FK, K = {one.size}"] = steered.get(one.size)
         for name, rival in rivals.items():
             if rival is not None:
@@ -155,17 +157,17 @@ SELECTIONS: dict[str, dict[str, Any]] = {
 def variants(
     factors: Mapping[str, Mapping[str, dict[str, Any]]] = FACTORS,
     selections: Mapping[str, dict[str, Any]] = SELECTIONS,
-) -> dict[str, dict[str, Contender]]:
+) -> dict[str, dict[str, SteeringMethod]]:
     """Contenders by factor and value; the standard settings are one and the same."""
-    standard = Contender(STANDARD, SIZE, FKSteeringPipeline, STEERING)
+    standard = SteeringMethod(STANDARD, SIZE, FKSteeringPipeline, STEERING)
 
-    def changed(factor: str, value: str, options: dict[str, Any]) -> Contender:
+    def changed(factor: str, value: str, options: dict[str, Any]) -> SteeringMethod:
         full = STEERING | options
-        return Contender(f"{factor} {value}", SIZE, FKSteeringPipeline, full) if options else standard
+        return SteeringMethod(f"{factor} {value}", SIZE, FKSteeringPipeline, full) if options else standard
 
-    others = {name: Contender(name, SIZE, SelectionPipeline, options) for name, options in selections.items()}
+    others = {name: SteeringMethod(name, SIZE, SelectionPipeline, options) for name, options in selections.items()}
     return {
-        "method": {"FK": standard, "best-of-4": Samples("best-of-n", SIZE, sizes=(SIZE,)), **others},
+        "method": {"FK": standard, "best-of-4": BestOfN("best-of-n", SIZE, sizes=(SIZE,)), **others},
         **{
             factor: {value: changed(factor, value, options) for value, options in values.items()}
             for factor, values in factors.items()
@@ -177,13 +179,13 @@ def ablations(
     folder: Path,
     reward: str,
     prompts: Sequence[str],
-    factors: Mapping[str, Mapping[str, Contender]],
+    factors: Mapping[str, Mapping[str, SteeringMethod]],
     call: Mapping[str, Any] = CALL,
 ) -> dict[str, Any]:
     """A row for every value of every factor, with its difference from the standard settings; it goes on in `folder`."""
     once = list(dict.fromkeys(one for values in factors.values() for one in values.values()))
-    found = KeptRuns(folder, reward, call).run(once, prompts)
-    points = {one: one.points(result)[0] for one, result in zip(once, found, strict=True)}
+    method_results = ResultCache(folder, reward, call).run(once, prompts)
+    points = {one: one.points(result)[0] for one, result in zip(once, method_results, strict=True)}
     standard = next(point for one, point in points.items() if one.name == STANDARD)
     return {
         "prompts": len(prompts),
@@ -211,9 +213,9 @@ COLOURS = {
 COSTS = {"evaluations": "denoiser evaluations of a prompt", "seconds": "seconds of a prompt, one thread"}
 
 
-def draw_steering(found: dict[str, Any], path: Path) -> None:
+def draw_steering(method_results: dict[str, Any], path: Path) -> None:
     """Share of prompts whose picked image is right, against evaluations and against seconds; a row for each panel."""
-    panels = found["panels"]
+    panels = method_results["panels"]
     figure = Figure(figsize=(10.5, 0.5 + 3.7 * len(panels)), dpi=120, layout="constrained")
     grid = figure.subplots(len(panels), 2, squeeze=False, sharey="row", sharex="col")
     for places, (count, curves) in zip(grid, panels.items(), strict=True):
@@ -229,8 +231,10 @@ def draw_steering(found: dict[str, Any], path: Path) -> None:
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(title, color=INK)
             _plain(axes)
-        said = f"{count} held-out prompts" if count == str(found["prompts"]) else f"{count} of them, all methods"
-        places[0].set_title(f"picked image right: {said}", size=10, loc="left", color=INK)
+        subtitle = (
+            f"{count} held-out prompts" if count == str(method_results["prompts"]) else f"{count} of them, all methods"
+        )
+        places[0].set_title(f"picked image right: {subtitle}", size=10, loc="left", color=INK)
         everything = places[1].get_legend_handles_labels()  # another model's points are drawn there only
         places[0].legend(*everything, frameon=False, fontsize=8, loc="upper left")
     figure.savefig(path)
@@ -251,9 +255,11 @@ def _reference(axes: Axes, name: str, rows: list[dict[str, Any]], cost: str) -> 
         axes.plot(at, mean, color=INK, marker="s", ms=4, lw=1, ls=":", label=f"{name}, best-of-n")
 
 
-def draw_ablations(found: dict[str, Any], path: Path) -> None:
+def draw_ablations(method_results: dict[str, Any], path: Path) -> None:
     """What is right with every value of every factor; hollow: the standard. Bars: 95 % of the difference from it."""
-    rows = [(factor, value, row) for factor, values in found["factors"].items() for value, row in values.items()]
+    rows = [
+        (factor, value, row) for factor, values in method_results["factors"].items() for value, row in values.items()
+    ]
     gaps = [sum(rows[i][0] != rows[i + 1][0] for i in range(place)) for place in range(len(rows))]
     heights = [-(place + 0.7 * gap) for place, gap in enumerate(gaps)]
     figure = Figure(figsize=(10.5, 1.2 + 0.24 * (len(rows) + 0.7 * gaps[-1])), dpi=120, layout="constrained")
@@ -286,7 +292,7 @@ FULL = "8 particles"  # that the others are to be as good as
 
 
 @dataclass(frozen=True, eq=False)
-class Alone(Contender):
+class SinglePromptSteering(SteeringMethod):
     """Steers one prompt a call, as `steer sample` does, and keeps the image that it picks: there may be any number.
 
     preview  what decodes x̂0, by a word of `steer sample`
@@ -296,20 +302,20 @@ class Alone(Contender):
 
     @property
     def images(self) -> int:
-        return SIDE_BY_SIDE
+        return IMAGES_PER_BATCH
 
     def about(self) -> dict[str, Any]:
         return super().about() | ({} if self.preview == "full" else {"preview": self.preview})
 
-    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> Found:
+    def run(self, pipe: Any, reward: str, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> PromptResults:
         """Judges the best image."""
-        decoder = preview_named(self.preview, pipe)
-        found = super().run(pipe, reward, prompts, seed, {**call, "preview": decoder})
-        return replace(found, proxy=found.proxy[:, :1], exact=found.exact[:, :1])
+        decoder = load_preview(self.preview, pipe)
+        method_results = super().run(pipe, reward, prompts, seed, {**call, "preview": decoder})
+        return replace(method_results, proxy=method_results.proxy[:, :1], exact=method_results.exact[:, :1])
 
-    def points(self, found: Found) -> list[Point]:
+    def points(self, method_results: PromptResults) -> list[Point]:
         """One; of the images beside the picked one nothing is known."""
-        return [replace(point, all_right=None) for point in super().points(found)]
+        return [replace(point, all_right=None) for point in super().points(method_results)]
 
 
 BEST = {"particle_schedule_rule": "top_k"}
@@ -334,10 +340,10 @@ VARIANTS: dict[str, tuple[int, dict[str, Any], str]] = {  # particles, options, 
 }
 
 
-def economy_variants() -> dict[str, Alone]:
+def economy_variants() -> dict[str, SinglePromptSteering]:
     """By name; the first is the standard."""
     return {
-        name: Alone(name, size, FKSteeringPipeline, STEERING | options, preview=preview)
+        name: SinglePromptSteering(name, size, FKSteeringPipeline, STEERING | options, preview=preview)
         for name, (size, options, preview) in VARIANTS.items()
     }
 
@@ -346,12 +352,12 @@ def economies(
     folder: Path,
     reward: str,
     prompts: Sequence[str],
-    some: Mapping[str, Contender],
+    some: Mapping[str, SteeringMethod],
     call: Mapping[str, Any] = CALL,
 ) -> dict[str, Any]:
     """A row for every variant, with its difference from the first over the same prompts; it goes on in `folder`."""
-    found = KeptRuns(folder, reward, call).run(list(some.values()), prompts)
-    points = {name: one.points(result)[0] for (name, one), result in zip(some.items(), found, strict=True)}
+    method_results = ResultCache(folder, reward, call).run(list(some.values()), prompts)
+    points = {name: one.points(result)[0] for (name, one), result in zip(some.items(), method_results, strict=True)}
     first = next(iter(points.values()))
     return {
         "prompts": len(prompts),
@@ -365,14 +371,14 @@ def economies(
     }
 
 
-def draw_economies(found: dict[str, Any], path: Path) -> None:
+def draw_economies(method_results: dict[str, Any], path: Path) -> None:
     """The reward of what is picked, and whether it is right, against evaluations and against seconds."""
     figure = Figure(figsize=(11, 8.5), dpi=120, layout="constrained")
     grid = figure.subplots(2, 2, sharey="row", sharex="col")
-    titles = {"proxy": f"{found['settings']['reward']} of the picked image", "right": "picked image right"}
+    titles = {"proxy": f"{method_results['settings']['reward']} of the picked image", "right": "picked image right"}
     for line, (field, title) in zip(grid, titles.items(), strict=True):
         for axes, (cost, name) in zip(line, COSTS.items(), strict=True):
-            _scatter(axes, found["rows"], field, cost)
+            _scatter(axes, method_results["rows"], field, cost)
             axes.set_title(title, size=10, loc="left", color=INK)
             axes.set_xlabel(name, color=INK)
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -418,22 +424,22 @@ def rank_correlation(truth: Tensor, guess: Tensor) -> float:
 
 
 @torch.no_grad()
-def guesses(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
+def predicted_latents(pipe: Any, prompt: str, seed: int, call: Mapping[str, Any]) -> tuple[list[Tensor], Tensor]:
     """x̂0 (K, …) of unsteered particles at each of the steps that are read, and their finished images (K, 3, H, W)."""
-    steps, found = read_steps(call["num_inference_steps"]), []
+    steps, method_results = read_steps(call["num_inference_steps"]), []
 
     def watch(event: SolverStep) -> None:
         if event.k in steps:
-            found.append(event.x0())
+            method_results.append(event.x0())
 
     with hook_steps(pipe, watch, rows=PARTICLES) as view:
         output = view(
             prompt, num_images_per_prompt=PARTICLES, generator=Generator().manual_seed(seed), output_type="pt", **call
         )
-    return found, output.images
+    return method_results, output.images
 
 
-def refitted(vae: Any, x0s: Sequence[Tensor], particles: int) -> list[Tensor]:
+def refitted_previews(vae: Any, x0s: Sequence[Tensor], particles: int) -> list[Tensor]:
     """Previews (K, 3, H, W) of each step's x̂0: the full decoder's, then a linear map's that learns on at every step."""
     equations, shown = NormalEquations(), []
     for place, x0 in enumerate(x0s):
@@ -449,7 +455,7 @@ def preview_study(model: str, prompts: Sequence[str], call: Mapping[str, Any]) -
     """Rank correlations by reward, decoder and step, seconds of each decoder, and steering with each of them."""
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
-    options = {name: preview_named(name, pipe) for name in DECODERS}
+    options = {name: load_preview(name, pipe) for name in DECODERS}
     return {
         "prompts": len(prompts),
         "settings": {"model": model, "particles": PARTICLES, "steps": read_steps(call["num_inference_steps"]), **call},
@@ -467,18 +473,18 @@ def _correlations(
     judges = {name: load_reward(name) for name in REWARDS}
     rows: dict[tuple[str, str, str], list[list[float]]] = {}
     for number, prompt in enumerate(tqdm(prompts, desc="previews", leave=False, disable=None)):
-        x0s, finished = guesses(pipe, prompt, number, call)
+        x0s, finished = predicted_latents(pipe, prompt, number, call)
         asked = {"prompt": prompt, "num_images_per_prompt": PARTICLES, **call}
-        previews = {name: new_preview(option, pipe, asked, PARTICLES) for name, option in options.items()}
+        previews = {name: build_preview(option, pipe, asked, PARTICLES) for name, option in options.items()}
         shown = {name: [preview(x0) for x0 in x0s] for name, preview in previews.items()}
-        shown |= {f"linear, refitted by {some}": refitted(pipe.vae, x0s, some) for some in REFITTED}
+        shown |= {f"linear, refitted by {some}": refitted_previews(pipe.vae, x0s, some) for some in REFITTED}
         for reward, judge in judges.items():
             scores = {name: [judge(images, [prompt] * PARTICLES) for images in some] for name, some in shown.items()}
             end = judge(finished, [prompt] * PARTICLES)
-            for name, found in scores.items():
+            for name, method_results in scores.items():
                 pairs = {"full": scores["full"], "finished": [end] * len(x0s)}
                 for what, truth in pairs.items():
-                    line = [rank_correlation(*pair) for pair in zip(truth, found, strict=True)]
+                    line = [rank_correlation(*pair) for pair in zip(truth, method_results, strict=True)]
                     rows.setdefault((reward, name, what), []).append(line)
         logger.info("previews of %d of %d prompts", number + 1, len(prompts))
     return {reward: _table(rows, reward) for reward in REWARDS}
@@ -499,20 +505,20 @@ def _table(rows: Mapping[tuple[str, str, str], list[list[float]]], reward: str) 
 
 def _seconds(pipe: Any, options: Mapping[str, Any], prompt: str, call: Mapping[str, Any]) -> dict[str, Any]:
     """Measure the median processor seconds of PARTICLES previews, the first one of a linear map left out."""
-    x0, _ = guesses(pipe, prompt, 0, call)
+    x0, _ = predicted_latents(pipe, prompt, 0, call)
     asked = {"prompt": prompt, "num_images_per_prompt": PARTICLES, **call}
-    previews = {name: new_preview(option, pipe, asked, PARTICLES) for name, option in options.items()}
-    first = {f"{name}, first": _taken(preview, x0[0]) for name, preview in previews.items()}
-    taken: dict[str, list[float]] = {name: [] for name in previews}
+    previews = {name: build_preview(option, pipe, asked, PARTICLES) for name, option in options.items()}
+    first = {f"{name}, first": _process_seconds(preview, x0[0]) for name, preview in previews.items()}
+    seconds_taken: dict[str, list[float]] = {name: [] for name in previews}
     for _ in range(REPEATS):  # in turns, so that what else the machine does meets all of them
         for name, preview in previews.items():
-            taken[name].append(_taken(preview, x0[-1]))
-    median = {name: float(np.median(some)) for name, some in taken.items()}
+            seconds_taken[name].append(_process_seconds(preview, x0[-1]))
+    median = {name: float(np.median(some)) for name, some in seconds_taken.items()}
     return {name: round(seconds, 4) for name, seconds in (median | first).items()}
 
 
 @torch.no_grad()
-def _taken(preview: Previews, x0: Tensor) -> float:
+def _process_seconds(preview: PreviewDecoder, x0: Tensor) -> float:
     started = time.process_time()
     preview(x0)
     return time.process_time() - started
@@ -523,7 +529,7 @@ def _steering(
 ) -> dict[str, dict[str, Any]]:
     """FK by scene-soft with each decoder: whether the best image is right, its reward, both less those of the first
     decoder on the same prompts and seeds, and the cost of a prompt."""
-    method, found = FKSteeringPipeline(pipe, REWARDS[0]), {}
+    method, method_results = FKSteeringPipeline(pipe, REWARDS[0]), {}
     first: tuple[Tensor, Tensor] | None = None
     for name, option in options.items():
         right, rewards, decodes, started = [], [], 0, time.process_time()
@@ -538,7 +544,7 @@ def _steering(
         seconds = time.process_time() - started
         picked = torch.stack(right), torch.stack(rewards)
         first = first or picked
-        found[name] = {
+        method_results[name] = {
             "right": interval(picked[0]),
             "reward": interval(picked[1]),
             "right_minus_full": interval(picked[0] - first[0]),
@@ -546,4 +552,4 @@ def _steering(
             "decodes": round(decodes / len(prompts), 1),
             "seconds": round(seconds / len(prompts), 3),
         }
-    return found
+    return method_results

@@ -38,9 +38,9 @@ def _foresight(options: argparse.Namespace) -> None:
 def _curves(options: argparse.Namespace) -> None:
     from steer.apps.scenes.evaluate import curves, draw_curves
 
-    found = curves(options.out / "many", options.reward)
-    _report(found, options.json)
-    draw_curves(found, options.json.with_suffix(".png"))
+    method_results = curves(options.out / "many", options.reward)
+    _report(method_results, options.json)
+    draw_curves(method_results, options.json.with_suffix(".png"))
 
 
 def _steering(options: argparse.Namespace) -> None:
@@ -48,18 +48,18 @@ def _steering(options: argparse.Namespace) -> None:
 
     options.count = options.count or 211  # all of the list, but shuffled: some methods get the first ones only
     rivals = contenders(large=options.large)
-    found = steering_study(options.out / "steering", options.reward, prompts_of(options), rivals)
-    _report(found, options.json)
-    draw_steering(found, options.json.with_suffix(".png"))
+    method_results = steering_study(options.out / "steering", options.reward, prompts_of(options), rivals)
+    _report(method_results, options.json)
+    draw_steering(method_results, options.json.with_suffix(".png"))
 
 
 def _ablations(options: argparse.Namespace) -> None:
     from steer.apps.scenes.steering_studies import ablations, draw_ablations, variants
 
     options.list, options.count = "scenes-tuning", options.count or 64
-    found = ablations(options.out / "ablations", options.reward, prompts_of(options), variants())
-    _report(found, options.json)
-    draw_ablations(found, options.json.with_suffix(".png"))
+    method_results = ablations(options.out / "ablations", options.reward, prompts_of(options), variants())
+    _report(method_results, options.json)
+    draw_ablations(method_results, options.json.with_suffix(".png"))
 
 
 def _economies(options: argparse.Namespace) -> None:
@@ -67,9 +67,9 @@ def _economies(options: argparse.Namespace) -> None:
     from steer.apps.scenes.steering_studies import economy_variants as variants
 
     options.count = options.count or 64
-    found = economies(options.out / "economies", options.reward, prompts_of(options), variants())
-    _report(found, options.json)
-    draw_economies(found, options.json.with_suffix(".png"))
+    method_results = economies(options.out / "economies", options.reward, prompts_of(options), variants())
+    _report(method_results, options.json)
+    draw_economies(method_results, options.json.with_suffix(".png"))
 
 
 def _starts_study(options: argparse.Namespace) -> None:
@@ -89,24 +89,24 @@ def _preview_study(options: argparse.Namespace) -> None:
 def _finetuning(options: argparse.Namespace) -> None:
     from steer.apps.scenes.finetune_studies import draw_guards, draw_methods, study
 
-    found = study(options.out, options.only)
-    _report(found, options.json)
-    draw_methods(found, options.json.with_suffix(".png"))
-    draw_guards(found, options.json.with_name(f"{options.json.stem}-guards.png"))
+    method_results = study(options.out, options.only)
+    _report(method_results, options.json)
+    draw_methods(method_results, options.json.with_suffix(".png"))
+    draw_guards(method_results, options.json.with_name(f"{options.json.stem}-guards.png"))
 
 
 def _reno(options: argparse.Namespace) -> None:
     from steer.apps.scenes.noise_studies import draw_study, study
 
-    found = study("scenes-turbo", "scenes", options.reward, prompts_of(options))
-    _report(found, options.json)
-    draw_study(found, options.json.with_suffix(".png"))
+    method_results = study("scenes-turbo", "scenes", options.reward, prompts_of(options))
+    _report(method_results, options.json)
+    draw_study(method_results, options.json.with_suffix(".png"))
 
 
 def _reno_then(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.noise_studies import second_stage
+    from steer.apps.scenes.noise_studies import reno_then_steering
 
-    _report(second_stage("scenes-turbo", "scenes", options.reward, prompts_of(options)), options.json)
+    _report(reno_then_steering("scenes-turbo", "scenes", options.reward, prompts_of(options)), options.json)
 
 
 def _reno_cost(options: argparse.Namespace) -> None:

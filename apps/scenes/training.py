@@ -22,9 +22,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from steer.apps.scenes.evaluate import CALL, interval
 from steer.apps.scenes.world import captions, draw, is_held_out, random_request, random_scene, requests_of
-from steer.files import staged
+from steer.files import atomic_write
 from steer.rewards.scene import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SceneRequest, SceneReward
-from steer.training.supervised import Run, batch_at, read_state
+from steer.training.supervised import TrainingRun, batch_at, read_state
 
 
 def training_scenes(count: int, first: int = 0) -> tuple[Tensor, list[str]]:
@@ -152,7 +152,7 @@ def train_autoencoder(folder: Path, steps: int, device: str) -> AutoencoderKL:
         batch = to_model(images[batch_at(step, BATCH, SCENES)]).to(device)
         return reconstruction_loss(vae, batch, torch.Generator(device).manual_seed(step))
 
-    Run(folder, steps, learning_rate=2e-3).train([vae], loss_at)
+    TrainingRun(folder, steps, learning_rate=2e-3).train([vae], loss_at)
     whiten(vae, encode(vae, images[:4000]))
     vae.save_pretrained(folder / "vae")
     return vae
@@ -321,7 +321,7 @@ class Scenes:
             latents = encode(self.vae, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
             tokens = token_ids(self.tokenizer, texts).view(PART, WORDINGS, LENGTH)
             self.folder.mkdir(parents=True, exist_ok=True)
-            with staged(path) as new:
+            with atomic_write(path) as new:
                 save_file({"latents": latents.half().contiguous(), "tokens": tokens.short()}, new)
         data = load_file(path)
         return data["latents"].float(), data["tokens"].long()
@@ -414,7 +414,7 @@ def train_denoiser(
         t, noise = timesteps(recipe, len(ids), generator), torch.randn(x0.shape, generator=generator)
         return velocity_loss(unet, text_encoder(ids)[0], x0, t, noise, recipe)
 
-    run = Run(folder, steps, recipe.learning_rate, save_every=500, decay=decay, start=first, stop_after=seconds)
+    run = TrainingRun(folder, steps, recipe.learning_rate, save_every=500, decay=decay, start=first, stop_after=seconds)
     run.train([modules], loss_at, after=average)
     average.copy_to(modules.parameters())
     pipe = assemble(vae, unet, text_encoder, tokenizer)

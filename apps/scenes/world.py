@@ -29,7 +29,7 @@ TASKS = {
 
 
 @dataclass(frozen=True)
-class Thing:
+class SceneObject:
     """One object: centre and radius in pixels."""
 
     colour: str
@@ -44,7 +44,7 @@ class Scene:
     """What is drawn (`things`) and how it is described (`request`)."""
 
     request: SceneRequest
-    things: tuple[Thing, ...]
+    things: tuple[SceneObject, ...]
 
     @property
     def prompt(self) -> str:
@@ -74,7 +74,7 @@ def random_request(rng: np.random.Generator, task: str) -> SceneRequest:
     return SceneRequest((Phrase(1, c1, str(first)), Phrase(1, c2, str(second))), relation)
 
 
-def true_requests(things: tuple[Thing, ...]) -> list[SceneRequest]:
+def true_requests(things: tuple[SceneObject, ...]) -> list[SceneRequest]:
     """Every description, canonical, that holds of a scene of one kind or of two single objects."""
     first, last = things[0], things[-1]
     if first.shape == last.shape:
@@ -104,7 +104,7 @@ def captions(scene: Scene) -> list[str]:
     return list(dict.fromkeys(map(str, requests)))
 
 
-def _clearly(things: Sequence[Thing], request: SceneRequest) -> bool:
+def _clearly(things: Sequence[SceneObject], request: SceneRequest) -> bool:
     """Whether the relation of a request holds of the two objects with a margin of one half."""
     first, second = (next(thing for thing in things if thing.shape == phrase.shape) for phrase in request.phrases)
     sx, sy = RELATIONS[request.relation or ""]
@@ -112,21 +112,21 @@ def _clearly(things: Sequence[Thing], request: SceneRequest) -> bool:
     return dx * sx + dy * sy >= 1.5 * (abs(dx * sy) + abs(dy * sx))
 
 
-def _apart(a: Thing, b: Thing) -> bool:
+def _separated(a: SceneObject, b: SceneObject) -> bool:
     return max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
 
 
-def _place(rng: np.random.Generator, request: SceneRequest) -> tuple[Thing, ...] | None:
+def _place(rng: np.random.Generator, request: SceneRequest) -> tuple[SceneObject, ...] | None:
     """Objects one after the other at random, or None where one finds no room or the relation does not come out."""
     wanted = [phrase for phrase in request.phrases for _ in range(phrase.count)]
     largest = 13.0 if len(wanted) <= 2 else 9.5
-    things: list[Thing] = []
+    things: list[SceneObject] = []
     for phrase in wanted:
         radius = rng.uniform(SMALLEST_RADIUS, largest)
         colour = phrase.colour or COLOUR_NAMES[rng.integers(len(COLOUR_NAMES))]
         spots = (radius + 1 + rng.random((TRIES, 2)) * (SIZE - 2 * radius - 2)).tolist()
-        candidates = (Thing(colour, phrase.shape, x, y, radius) for x, y in spots)
-        free = next((thing for thing in candidates if all(_apart(thing, other) for other in things)), None)
+        candidates = (SceneObject(colour, phrase.shape, x, y, radius) for x, y in spots)
+        free = next((thing for thing in candidates if all(_separated(thing, other) for other in things)), None)
         if free is None:
             return None
         things.append(free)
@@ -208,7 +208,7 @@ LISTS: dict[str, tuple[dict[str, int], Callable[[SceneRequest], bool]]] = {
 
 
 @cache
-def _drawn() -> dict[str, tuple[SceneRequest, ...]]:
+def _sampled_requests() -> dict[str, tuple[SceneRequest, ...]]:
     """What all lists are taken from: different requests of each task in the order of a fixed seed."""
     rng = np.random.default_rng(SEED)
     return {task: tuple(dict.fromkeys(random_request(rng, task) for _ in range(DRAWS))) for task in TASKS}
@@ -217,7 +217,11 @@ def _drawn() -> dict[str, tuple[SceneRequest, ...]]:
 def requests_of(name: str) -> list[SceneRequest]:
     """The requests of a list, task by task: of each the first that fit, as many as the table says."""
     counts, fits = LISTS[name]
-    return [request for task, drawn in _drawn().items() for request in islice(filter(fits, drawn), counts.get(task, 0))]
+    return [
+        request
+        for task, drawn in _sampled_requests().items()
+        for request in islice(filter(fits, drawn), counts.get(task, 0))
+    ]
 
 
 @cache

@@ -13,7 +13,7 @@ from steer.training.trainable import ATTENTION
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-COUNTS = (
+POSITIVE_FIELDS = (
     "max_steps",
     "train_batch_size",
     "num_generations",
@@ -21,10 +21,10 @@ COUNTS = (
     "num_iterations",
     "micro_batch",
     "num_inference_steps",
-    "eval_every",
-    "eval_samples",
-    "checkpoint_every",
-    "keep_checkpoints",
+    "eval_steps",
+    "num_generations_eval",
+    "save_steps",
+    "save_total_limit",
 )
 
 
@@ -49,11 +49,11 @@ class TrainingConfig:
                          dtype and mixed_precision are, or model: that of these (checked before the first update)
     timestep_fraction    share of the steps in that window that an update learns from; the denoiser is called for no
                          others
-    storage              dtype of stored latents, and of what is kept of the reference where a penalty needs it
+    latents_dtype              dtype of stored latents, and of what is kept of the reference where a penalty needs it
     call                 further arguments of the pipeline's call
     lora_rank            of the adapter; 0 trains all of the denoiser
     lora_alpha           by default the rank
-    lora_targets         ends of the names of the layers with an adapter
+    lora_target_modules         ends of the names of the layers with an adapter
     init_adapter         a trained LoRA, of this rank, alpha and targets, to start from: a folder such as RUN/final, or
                          its .safetensors file; the reference is then the model with it
     gradient_checkpointing  recompute the denoiser's blocks on the way back
@@ -64,11 +64,11 @@ class TrainingConfig:
     kl_weight            β of the KL to the reference, per nat summed over the elements and steps of a trajectory
     kl_target, kl_budget see `steer.training.guards.KLControl`; nats summed over the elements and steps of a trajectory
     chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
-    eval_every           updates between evaluations, which are also made before the first and after the last
-    eval_samples         images of each held-out prompt
-    patience             see `steer.training.guards.HoldOutWatch`
-    checkpoint_every     updates between checkpoints
-    keep_checkpoints     the newest ones; the best by the held-out reward stays as well
+    eval_steps           updates between evaluations, which are also made before the first and after the last
+    num_generations_eval         images of each held-out prompt
+    early_stopping_patience             see `steer.training.guards.HoldOutWatch`
+    save_steps     updates between checkpoints
+    save_total_limit     the newest ones; the best by the held-out reward stays as well
     log_with             names of trackers, as accelerate knows them: tensorboard, wandb, trackio …
     """
 
@@ -85,11 +85,11 @@ class TrainingConfig:
     skip_low_noise_steps: int | None = None
     log_prob_precision: Precision = "float32"
     timestep_fraction: float = 1.0
-    storage: Literal["float32", "float16", "bfloat16"] = "float32"
+    latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     call: Mapping[str, Any] = field(default_factory=dict)
     lora_rank: int = 16
     lora_alpha: float | None = None
-    lora_targets: tuple[str, ...] = ATTENTION
+    lora_target_modules: tuple[str, ...] = ATTENTION
     init_adapter: str | None = None
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -102,15 +102,15 @@ class TrainingConfig:
     kl_target: float | None = None
     kl_budget: float | None = None
     chi_square_weight: float = 0.0
-    eval_every: int = 20
-    eval_samples: int = 1
-    patience: int = 0
-    checkpoint_every: int = 20
-    keep_checkpoints: int = 2
+    eval_steps: int = 20
+    num_generations_eval: int = 1
+    early_stopping_patience: int = 0
+    save_steps: int = 20
+    save_total_limit: int = 2
     log_with: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in COUNTS:
+        for name in POSITIVE_FIELDS:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lora_rank", "warmup_steps", "weight_decay", "patience", "chi_square_weight", "seed"):
@@ -136,12 +136,12 @@ class TrainingConfig:
             raise InputError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
 
     @property
-    def divergence_counts(self) -> bool:
+    def needs_divergence(self) -> bool:
         """Whether anything depends on the KL or χ² to the reference, so that this is computed and not estimated."""
         return bool(self.kl_weight or self.kl_budget or self.chi_square_weight)
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def call_kwargs(self) -> dict[str, Any]:
         """What the pipeline is called with, the same for every row."""
-        said = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
-        return dict(self.call) | {name: value for name, value in said.items() if value is not None}
+        sampling = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
+        return dict(self.call) | {name: value for name, value in sampling.items() if value is not None}

@@ -9,7 +9,7 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
 from steer.training.losses import DDPO, GRPO, Filtered
-from steer.training.losses.advantages import RunningNormaliser
+from steer.training.losses.advantages import PerPromptStatTracker
 
 
 class DDPOTrainer(LossTrainer):
@@ -32,7 +32,7 @@ class DDPOTrainer(LossTrainer):
         enough: int = 16,
     ) -> None:
         super().__init__(pipe, reward, DDPO(clip=clip, advantage_clip=advantage_clip))
-        self.normaliser = RunningNormaliser(history, enough)
+        self.normaliser = PerPromptStatTracker(history, enough)
 
     def check(self, settings: TrainingConfig) -> None:
         """One sample of a prompt is enough: it is compared with earlier ones."""
@@ -41,8 +41,8 @@ class DDPOTrainer(LossTrainer):
         """Advantages (B, K)."""
         return self.normaliser(scored.prompts, scored.rewards)
 
-    def about(self) -> dict[str, Any]:
-        return super().about() | {"history": self.normaliser.size, "enough": self.normaliser.minimum}
+    def config_dict(self) -> dict[str, Any]:
+        return super().config_dict() | {"history": self.normaliser.size, "enough": self.normaliser.min_count}
 
     def state(self) -> dict[str, Any]:
         return self.normaliser.state()
@@ -65,8 +65,8 @@ class GRPOTrainer(LossTrainer):
 class FilteredTrainer(LossTrainer):
     """Reward-filtered finetuning (arXiv 2304.06767): the best samples of each prompt become likelier.
 
-    keep  share of them. Nothing but `kl_weight` holds the model near the reference.
+    keep_fraction  share of them. Nothing but `kl_weight` holds the model near the reference.
     """
 
-    def __init__(self, pipe: Any, reward: Any, *, keep: float = 0.25) -> None:
-        super().__init__(pipe, reward, Filtered(keep=keep))
+    def __init__(self, pipe: Any, reward: Any, *, keep_fraction: float = 0.25) -> None:
+        super().__init__(pipe, reward, Filtered(keep=keep_fraction))

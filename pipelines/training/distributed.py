@@ -10,10 +10,10 @@ from torch import distributed
 
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
-from steer.training.distributed import ending_together
+from steer.training.distributed import report_lost_process
 
 Item = TypeVar("Item")
-GOES_ON = ", see what it said; --resume goes on from a checkpoint"
+RESUME_HINT = ", see what it said; --resume goes on from a checkpoint"
 
 
 class AccelerateContext:
@@ -24,7 +24,7 @@ class AccelerateContext:
         self.index, self.count = accelerator.process_index, accelerator.num_processes
 
     @property
-    def is_main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this is the first one."""
         return self.index == 0
 
@@ -32,7 +32,7 @@ class AccelerateContext:
         """The items of all processes, in their order."""
         if self.count == 1:
             return list(items)
-        with ending_together(GOES_ON):
+        with report_lost_process(RESUME_HINT):
             return gather_object(list(items))
 
     def any(self, asked: bool) -> bool:
@@ -41,7 +41,7 @@ class AccelerateContext:
 
     def wait(self) -> None:
         """Returns when all have come here."""
-        with ending_together(GOES_ON):
+        with report_lost_process(RESUME_HINT):
             self._accelerator.wait_for_everyone()
 
     @contextmanager
@@ -51,9 +51,9 @@ class AccelerateContext:
         try:
             yield
         except RuntimeError as error:
-            if self.count == 1 or not _of_the_connection(error):
+            if self.count == 1 or not _is_connection_error(error):
                 raise
-            with ending_together(GOES_ON):
+            with report_lost_process(RESUME_HINT):
                 raise
 
     def check(self, settings: TrainingConfig) -> None:
@@ -65,7 +65,7 @@ class AccelerateContext:
             )
 
     @contextmanager
-    def accumulating(self, prepared: Any) -> Iterator[Any]:
+    def no_sync(self, prepared: Any) -> Iterator[Any]:
         """Inside, gradients are not exchanged until what it gives is called: one exchange for all of an update."""
         with ExitStack() as kept:
             kept.enter_context(self._accelerator.no_sync(prepared))
@@ -87,10 +87,10 @@ def main_first(cpu: bool) -> Iterator[None]:
 
 
 def _wait(state: PartialState) -> None:
-    with ending_together(GOES_ON):
+    with report_lost_process(RESUME_HINT):
         state.wait_for_everyone()
 
 
-def _of_the_connection(error: RuntimeError) -> bool:
+def _is_connection_error(error: RuntimeError) -> bool:
     """Whether the processes lost each other: NCCL has an error of its own, gloo one that names its source file."""
     return isinstance(error, distributed.DistError) or "/gloo/" in str(error)

@@ -10,11 +10,11 @@ from torch import Generator, Tensor
 
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
-from steer.pipelines.training.method import BeforeEach, rows_of, sampler_of
-from steer.reward import Reward, over_frames, score_components
+from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
+from steer.reward import Reward, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
 
-RESAMPLES = 10_000  # of the bootstrap
+BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,13 @@ class EvalResult:
 
     def means(self) -> tuple[float, float]:
         """Of the trained reward and the first held-out one, or the trained one again where there is no other."""
-        found = [values.mean().item() for values in self.rewards.values()]
-        return found[0], found[1] if len(found) > 1 else found[0]
+        collected = [values.mean().item() for values in self.rewards.values()]
+        return collected[0], collected[1] if len(collected) > 1 else collected[0]
 
     def record(self) -> dict[str, Any]:
         """As plain values: of every reward [mean, low, high], a 95 % bootstrap interval over the prompts."""
-        told = {f"eval/{name}": interval(values.mean(1)) for name, values in self.rewards.items()}
-        return {"step": self.step, **told, "eval/diversity": self.diversity}
+        intervals = {f"eval/{name}": interval(values.mean(1)) for name, values in self.rewards.items()}
+        return {"step": self.step, **intervals, "eval/diversity": self.diversity}
 
 
 @dataclass(frozen=True)
@@ -55,39 +55,39 @@ class Evaluator:
                 f"eval_rewards: {twice[0]!r} is there twice, or is what is trained on: it holds nothing out"
             )
 
-    def check(self, patience: int) -> None:
+    def check(self, early_stopping_patience: int) -> None:
         """Raises InputError where there is nothing to have patience with."""
-        if patience and not (self.prompts and self.held_out):
+        if early_stopping_patience and not (self.prompts and self.held_out):
             raise InputError("patience compares a held-out reward: give eval_prompts and eval_rewards, or patience 0")
 
-    def about(self) -> dict[str, Any]:
+    def config_dict(self) -> dict[str, Any]:
         """As plain values."""
         return {"eval_prompts": list(self.prompts), "eval_rewards": [reward.name for reward in self.held_out]}
 
-    def take(
+    def evaluate(
         self,
         pipe: Any,
         settings: TrainingConfig,
         step: int,
         prepared: Any,
-        before: BeforeEach,
-        team: DistributedContext,
+        before: OnChunk,
+        context: DistributedContext,
     ) -> EvalResult:
         """The same prompts and seeds at every step; the processes take turns with chunks of them."""
-        size, sampler = settings.eval_samples, sampler_of(pipe, settings, prepared, "model")
+        size, sampler = settings.num_generations_eval, sampler_of(pipe, settings, prepared, "model")
         components = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False).split(
             settings.micro_batch
         )
-        found: list[tuple[int, Tensor, list[Tensor]]] = []
-        for turn in range(0, len(components), team.count):
+        collected: list[tuple[int, Tensor, list[Tensor]]] = []
+        for turn in range(0, len(components), context.count):
             # All draw in every turn, as what they share of a denoiser asks for; what is drawn twice is left out.
-            number = min(turn + team.index, len(components) - 1)
+            number = min(turn + context.index, len(components) - 1)
             before()
             images = sampler.rollout(components[number])[1]
-            if turn + team.index < len(components):
+            if turn + context.index < len(components):
                 # Scored where they were made, and only then kept on the CPU.
-                found.append((number, images.cpu(), self._judged(images, components[number].prompts)))
-        _, drawn, scores = zip(*sorted(team.gather(found), key=lambda one: one[0]), strict=True)
+                collected.append((number, images.cpu(), self._score(images, components[number].prompts)))
+        _, drawn, scores = zip(*sorted(context.gather(collected), key=lambda one: one[0]), strict=True)
         names = [reward.name for reward in (self.trained, *self.held_out)]
         rewards = {
             name: torch.cat(some).view(-1, size) for name, some in zip(names, zip(*scores, strict=True), strict=True)
@@ -95,11 +95,13 @@ class Evaluator:
         images = torch.cat(drawn)
         return EvalResult(step, tuple(self.prompts), rewards, diversity(images, size), images)
 
-    def _judged(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
         """Rewards (N,) of images (N, …), by each reward."""
         with torch.no_grad():
             rewards = (self.trained, *self.held_out)
-            return [over_frames(images, partial(score_components, reward, prompts=prompts))[0] for reward in rewards]
+            return [
+                mean_over_frames(images, partial(score_components, reward, prompts=prompts))[0] for reward in rewards
+            ]
 
 
 def diversity(images: Tensor, samples: int) -> float:
@@ -112,6 +114,6 @@ def diversity(images: Tensor, samples: int) -> float:
 def interval(values: Tensor) -> list[float]:
     """Mean of (N,) values and its 95 % bootstrap interval over them."""
     generator = Generator().manual_seed(0)
-    rows = torch.randint(len(values), (RESAMPLES, len(values)), generator=generator)
+    rows = torch.randint(len(values), (BOOTSTRAP_RESAMPLES, len(values)), generator=generator)
     low, high = values[rows].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=values.dtype)).tolist()
     return [values.mean().item(), low, high]

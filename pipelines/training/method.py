@@ -16,15 +16,15 @@ from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.pipelines.base import SteeringPipeline
 from steer.pipelines.training.config import DTYPES, TrainingConfig
-from steer.reward import Reward, over_frames, score_components
+from steer.reward import Reward, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics
 from steer.training.rollout import Rows, Sampler, Trajectories
-from steer.training.trainable import denoiser_of
+from steer.training.trainable import get_denoiser
 
-SKIPPED_IN_HALF = 2  # the last steps, which carry nearly all of the rounding
-BeforeEach = Callable[[], None]
+HALF_PRECISION_SKIPPED_STEPS = 2  # the last steps, which carry nearly all of the rounding
+OnChunk = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Scored:
 
 def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
     """`count` prompts from a position on, in a stream that goes over all of them in one new order after another."""
-    found = []
+    result = []
     for place in range(position, position + count):
         turn, index = divmod(place, len(prompts))
         generator = Generator().manual_seed(derived_seed(seed, f"order {turn}"))
-        found.append(prompts[int(torch.randperm(len(prompts), generator=generator)[index])])
-    return tuple(found)
+        result.append(prompts[int(torch.randperm(len(prompts), generator=generator)[index])])
+    return tuple(result)
 
 
 def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_start: bool) -> Rows:
@@ -58,36 +58,39 @@ def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_s
     return Rows(tuple(prompts[place] for place, _ in places), tuple(starts), tuple(noises))
 
 
-def draw(
+def sample_and_score(
     sampler: Sampler,
     reward: Reward,
     rows: Rows,
     samples: int,
     chunk: int,
-    before_each: BeforeEach,
-    team: DistributedContext,
+    on_chunk: OnChunk,
+    context: DistributedContext,
 ) -> Scored:
     """Draws this process's share of the rows, `chunk` at a time, and scores their images."""
     chunks, scores = [], []
-    for some in rows.at(own_share(range(len(rows)), team)).split(chunk):
-        before_each()
-        drew, images = sampler.rollout(some)
-        chunks.append(drew)
+    for some in rows.at(process_shard(range(len(rows)), context)).split(chunk):
+        on_chunk()
+        trajectories, images = sampler.rollout(some)
+        chunks.append(trajectories)
         with torch.no_grad():
-            scores.append(over_frames(images, partial(score_components, reward, prompts=some.prompts)))
-    rewards, components = zip(*team.gather(scores), strict=True)
+            scores.append(mean_over_frames(images, partial(score_components, reward, prompts=some.prompts)))
+    rewards, components = zip(*context.gather(scores), strict=True)
     return Scored(
         prompts=rows.prompts[::samples],
         chunks=tuple(chunks),
         rewards=torch.cat(rewards).view(-1, samples),
-        components={name: torch.cat([told[name] for told in components]).view(-1, samples) for name in components[0]},
+        components={
+            name: torch.cat([scores_by_name[name] for scores_by_name in components]).view(-1, samples)
+            for name in components[0]
+        },
     )
 
 
-def own_share(numbers: range, team: DistributedContext) -> range:
+def process_shard(numbers: range, context: DistributedContext) -> range:
     """This process's part, one run of them, as long as everybody's."""
-    size = len(numbers) // team.count
-    return numbers[team.index * size : (team.index + 1) * size]
+    size = len(numbers) // context.count
+    return numbers[context.index * size : (context.index + 1) * size]
 
 
 def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int, ...]:
@@ -103,13 +106,13 @@ def half_precision(denoiser: Any, settings: TrainingConfig) -> torch.dtype | Non
     return dtype if dtype in HALF else None
 
 
-def window_of(total: int, settings: TrainingConfig, half: bool) -> int:
+def num_training_steps_of(total: int, settings: TrainingConfig, half: bool) -> int:
     """How many of `total` stochastic steps are learnt from: all but the last ones, whose τ is lowest.
 
     Raises InputError where none is left.
     """
     if settings.skip_low_noise_steps is None:
-        return total - min(SKIPPED_IN_HALF, total // 2) if half else total
+        return total - min(HALF_PRECISION_SKIPPED_STEPS, total // 2) if half else total
     if settings.skip_low_noise_steps >= total:
         raise InputError(
             f"skip_low_noise_steps must be below the number of steps with noise, {total}, got "
@@ -122,9 +125,9 @@ def sampler_of(
     pipe: Any, settings: TrainingConfig, prepared: Any = None, precision: Precision | None = None
 ) -> Sampler:
     """A new sampler, which remembers no texts; in the precision of log-probabilities, or another."""
-    storage = DTYPES[settings.storage]
+    latents_dtype = DTYPES[settings.latents_dtype]
     precision, autocast = precision or settings.log_prob_precision, settings.mixed_precision != "no"
-    return Sampler(pipe, settings.arguments, settings.eta, storage, prepared, precision, autocast)
+    return Sampler(pipe, settings.call_kwargs, settings.eta, latents_dtype, prepared, precision, autocast)
 
 
 Record = dict[str, Any]
@@ -170,8 +173,8 @@ class TrainingMethod(SteeringPipeline, ABC):
 
     def window(self, total: int, settings: TrainingConfig) -> int:
         """How many of the stochastic steps, the first ones, count in losses and penalties."""
-        half = half_precision(denoiser_of(self.pipe)[1], settings)
-        return window_of(total, settings, half is not None)
+        half = half_precision(get_denoiser(self.pipe)[1], settings)
+        return num_training_steps_of(total, settings, half is not None)
 
     def steps(self, total: int, settings: TrainingConfig, name: str) -> tuple[int, ...]:
         """Which of the stochastic steps 0 … total − 1 of the window an update of that name learns from."""
@@ -182,7 +185,7 @@ class TrainingMethod(SteeringPipeline, ABC):
         """Adds the gradient of one update to the weights' .grad; returns the loss, and metrics with `kl` and
         `kl_per_step` in nats. The options are those of `steer.training.gradient.two_pass_gradient`."""
 
-    def about(self) -> dict[str, Any]:
+    def config_dict(self) -> dict[str, Any]:
         """What makes this method, as plain values."""
         return {"method": type(self).__name__, "reward": self.reward.name}
 

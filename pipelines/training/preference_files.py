@@ -1,6 +1,6 @@
 """A folder of human choices, as it is read. Lines are only ever added, and a file is whole before a line names it.
 
-settings.json       what every lot was drawn with: see `DrawnWith`
+settings.json       what every lot was drawn with: see `SampleProvenance`
 lots.jsonl          {"lot": ID, "prompts": […], "starts": […], "noises": […],
                      "images": [{"file": "images/ID-0.png", "sha256": of its pixels}, …],
                      "trajectories": {"file": "trajectories/ID.safetensors", "sha256": of its bytes, "stochastic": […]}
@@ -32,19 +32,19 @@ from torch import Tensor
 from steer.diffusion.step_hooks import plain_values
 from steer.errors import InputError
 from steer.files import read_image
-from steer.pipelines.training.rollouts import trajectories_from
+from steer.pipelines.training.rollouts import trajectories_from_tensors
 from steer.training.rollout import Rows, Trajectories
 
 logger = logging.getLogger(__name__)
 
 VERSION = 1
-SETTINGS, LOTS, CHOICES = "settings.json", "lots.jsonl", "choices.jsonl"
+SETTINGS, GROUPS, PREFERENCES = "settings.json", "lots.jsonl", "choices.jsonl"
 ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 TYPES = {"version": int, "scheduler": dict, "call": dict, "eta": float}  # of other settings: text
 
 
 @dataclass(frozen=True)
-class DrawnWith:
+class SampleProvenance:
     """What the samples of a folder were drawn with.
 
     call    arguments of the pipeline's call beside prompts and random numbers; plain values
@@ -57,7 +57,7 @@ class DrawnWith:
     scheduler: dict[str, Any]
     call: dict[str, Any]
     eta: float
-    storage: str
+    latents_dtype: str
     dtype: str
     device: str
     torch: str
@@ -65,16 +65,16 @@ class DrawnWith:
     version: int = VERSION
 
     @classmethod
-    def of(cls, pipe: Any, call: Mapping[str, Any], eta: float, storage: str) -> "DrawnWith":
+    def of(cls, pipe: Any, call: Mapping[str, Any], eta: float, latents_dtype: str) -> "SampleProvenance":
         """By a pipeline as it is."""
-        told = json.loads(pipe.scheduler.to_json_string())
+        loaded = json.loads(pipe.scheduler.to_json_string())
         return cls(
             pipeline=type(pipe).__name__,
             model=str(getattr(pipe.config, "_name_or_path", "")),
-            scheduler={name: value for name, value in told.items() if name[0] != "_" or name == "_class_name"},
+            scheduler={name: value for name, value in loaded.items() if name[0] != "_" or name == "_class_name"},
             call=json.loads(json.dumps(plain_values(call))),
             eta=float(eta),
-            storage=storage,
+            latents_dtype=latents_dtype,
             dtype=str(pipe.dtype).removeprefix("torch."),
             device=pipe.device.type,
             torch=torch.__version__,
@@ -82,36 +82,36 @@ class DrawnWith:
         )
 
     @classmethod
-    def read(cls, folder: Path) -> "DrawnWith":
+    def read(cls, folder: Path) -> "SampleProvenance":
         """The settings of a folder. Raises InputError where they are missing or none."""
-        path = inside(folder, SETTINGS)
+        path = file_inside(folder, SETTINGS)
         try:
-            told = json.loads(path.read_bytes())
+            loaded = json.loads(path.read_bytes())
         except (ValueError, RecursionError, OSError) as error:
             raise InputError(f"{path}: cannot be read as JSON ({error})") from error
-        if not isinstance(told, dict) or told.get("version") != VERSION:
+        if not isinstance(loaded, dict) or loaded.get("version") != VERSION:
             raise InputError(f"{path}: not the settings of choices of version {VERSION}, which this steer reads")
         names = [one.name for one in fields(cls)]
-        if wrong := [name for name in names if not isinstance(told.get(name), TYPES.get(name, str))]:
+        if wrong := [name for name in names if not isinstance(loaded.get(name), TYPES.get(name, str))]:
             raise InputError(
                 f"{path}: {wrong[0]} is missing or of the wrong kind: let steer's PreferenceFolder write it"
             )
-        return cls(**{name: told[name] for name in names})
+        return cls(**{name: loaded[name] for name in names})
 
-    def differences(self, other: "DrawnWith") -> dict[str, tuple[Any, Any]]:
+    def diff(self, other: "SampleProvenance") -> dict[str, tuple[Any, Any]]:
         """What is not the same in both, by name; arguments of the call and values of the scheduler one by one."""
         mine, others = self._flat(), other._flat()
         names = sorted(mine.keys() | others.keys())
         return {name: (mine.get(name), others.get(name)) for name in names if mine.get(name) != others.get(name)}
 
     def _flat(self) -> dict[str, Any]:
-        told = asdict(self)
-        scheduler, call = told.pop("scheduler"), told.pop("call")
-        return told | {f"scheduler.{name}": value for name, value in scheduler.items()} | call
+        loaded = asdict(self)
+        scheduler, call = loaded.pop("scheduler"), loaded.pop("call")
+        return loaded | {f"scheduler.{name}": value for name, value in scheduler.items()} | call
 
 
 @dataclass(frozen=True)
-class Lot:
+class SampleGroup:
     """Samples of one prompt from one x_T, drawn as one batch.
 
     images        SHA-256 of the pixels of each
@@ -135,20 +135,20 @@ class Lot:
 
     def line(self) -> dict[str, Any]:
         """Its line in lots.jsonl."""
-        images = [{"file": self.image_file(number), "sha256": told} for number, told in enumerate(self.images)]
+        images = [{"file": self.image_file(number), "sha256": loaded} for number, loaded in enumerate(self.images)]
         stored = None
         if self.trajectories is not None:
-            told, steps = self.trajectories
-            stored = {"file": self.trajectory_file, "sha256": told, "stochastic": list(steps)}
+            loaded, steps = self.trajectories
+            stored = {"file": self.trajectory_file, "sha256": loaded, "stochastic": list(steps)}
         rows = {name: list(values) for name, values in asdict(self.rows).items()}
         return {"lot": self.id, **rows, "images": images, "trajectories": stored}
 
     def load(self) -> Trajectories:
         """The stored trajectories. Raises InputError where they are missing or not what the line tells."""
         assert self.trajectories is not None
-        path, (told, steps) = inside(self.folder, self.trajectory_file), self.trajectories
+        path, (loaded, steps) = file_inside(self.folder, self.trajectory_file), self.trajectories
         data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != told:
+        if hashlib.sha256(data).hexdigest() != loaded:
             raise InputError(f"{path} is not the file that was recorded: its sha256 is another. Restore it")
         try:
             tensors = load(data)
@@ -156,7 +156,7 @@ class Lot:
             raise InputError(f"{path}: not a file of tensors ({error})") from error
         if not _fit(tensors, len(self.rows), steps):
             raise InputError(f"{path}: not trajectories of lot {self.id}: let steer's PreferenceFolder write them")
-        return trajectories_from(tensors, asdict(self.rows) | {"stochastic": steps})
+        return trajectories_from_tensors(tensors, asdict(self.rows) | {"stochastic": steps})
 
 
 def _fit(tensors: Mapping[str, Tensor], rows: int, steps: tuple[int, ...]) -> bool:
@@ -175,7 +175,7 @@ def _fit(tensors: Mapping[str, Tensor], rows: int, steps: tuple[int, ...]) -> bo
     )
 
 
-def inside(folder: Path, name: str) -> Path:
+def file_inside(folder: Path, name: str) -> Path:
     """The path of a plain file of the folder. Raises InputError where there is none, or what leads elsewhere."""
     path = folder / name
     if not path.is_symlink() and not path.exists():
@@ -194,7 +194,7 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    found = []
+    selected = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -207,109 +207,122 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}, line {number}: expected an object")
-        found.append((number, row))
-    return found
+        selected.append((number, row))
+    return selected
 
 
-def standing(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
+def drop_undone(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
     """The rows of choices.jsonl without those that were taken back, and without what takes back."""
-    taken, found = set[str](), []
+    taken, selected = set[str](), []
     for number, row in reversed(rows):
-        said = json.dumps([row.get("lot"), row.get("annotator")])
+        group_key = json.dumps([row.get("lot"), row.get("annotator")])
         if row.get("undo") is True:
-            taken.add(said)
-        elif said not in taken:
-            found.append((number, row))
-    return found[::-1]
+            taken.add(group_key)
+        elif group_key not in taken:
+            selected.append((number, row))
+    return selected[::-1]
 
 
-PAIRS = {"image", "images", "image_a", "image_b", "image_0", "image_1", "jpg_0", "jpg_1"}  # keys of image pairs
-LARGEST = 1 << 63  # seeds of torch are below
-WHY_NOT = (
+IMAGE_PAIR_KEYS = {
+    "image",
+    "images",
+    "image_a",
+    "image_b",
+    "image_0",
+    "image_1",
+    "jpg_0",
+    "jpg_1",
+}  # keys of image pairs
+MAX_SEED = 1 << 63  # seeds of torch are below
+IMAGE_PAIRS_UNSUPPORTED = (
     "plain image pairs. D3PO learns from the denoising trajectory of both images (stored latents, or seed and "
     "settings), which an image does not tell; pairs of images alone are for Diffusion-DPO, another method. Record the "
-    "choices on images that steer draws: steer.pipelines.training.preference_data.ChoiceFolder writes them with "
+    "choices on images that steer draws: steer.pipelines.training.preference_data.PreferenceFolder writes them with "
     "their trajectories"
 )
 
 
 @dataclass(frozen=True)
-class Choice:
+class Preference:
     """Which of two images of a lot was preferred, by their numbers."""
 
-    lot: str
+    group: str
     chosen: int
     rejected: int
 
 
 @dataclass(frozen=True)
-class Recorded:
+class PreferenceRecords:
     """All of a folder that was not taken back; ties are counted and left out."""
 
     folder: Path
-    drawn: DrawnWith
-    lots: Mapping[str, Lot]
-    choices: tuple[Choice, ...]
+    drawn: SampleProvenance
+    groups: Mapping[str, SampleGroup]
+    preferences: tuple[Preference, ...]
     ties: int
 
     def digest(self) -> str:
         """A hash of the choices in their order and of all that was chosen from."""
-        found = hashlib.sha256(repr(self.drawn).encode())
-        for choice in self.choices:
-            lot = self.lots[choice.lot]
-            found.update(repr((choice.chosen, choice.rejected, lot.rows, lot.images)).encode())
-        return found.hexdigest()
+        selected = hashlib.sha256(repr(self.drawn).encode())
+        for preference in self.preferences:
+            group = self.groups[preference.group]
+            selected.update(repr((preference.chosen, preference.rejected, group.rows, group.images)).encode())
+        return selected.hexdigest()
 
 
-def check_choices(folder: Path) -> None:
+def check_preferences(folder: Path) -> None:
     """Raises InputError, one line, for the first thing in a folder of choices that does not fit."""
-    read_choices(folder)
+    read_preferences(folder)
 
 
-def read_choices(folder: Path) -> Recorded:
+def read_preferences(folder: Path) -> PreferenceRecords:
     """The folder, every file that its choices need being held against what was recorded of it."""
     if folder.is_file():
-        raise InputError(f"{folder} is a file. Choices are a folder; image pairs in a file are {WHY_NOT}")
+        raise InputError(
+            f"{folder} is a file. Choices are a folder; image pairs in a file are {IMAGE_PAIRS_UNSUPPORTED}"
+        )
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of choices")
-    if not (folder / CHOICES).exists():
-        raise InputError(f"{folder} has no {CHOICES}: it is no folder of choices, or nobody has chosen yet")
-    path = inside(folder, CHOICES)
+    if not (folder / PREFERENCES).exists():
+        raise InputError(f"{folder} has no {PREFERENCES}: it is no folder of choices, or nobody has chosen yet")
+    path = file_inside(folder, PREFERENCES)
     rows = read_lines(path)
     for number, row in rows:
-        if "lot" not in row and PAIRS & row.keys():
-            raise InputError(f"{path}, line {number}: these are {WHY_NOT}")
-    drawn, lots = DrawnWith.read(folder), read_lots(folder)
-    read = {number: choice_of(f"{path}, line {number}", row, lots) for number, row in rows}
-    told = [read[number] for number, _ in standing(rows)]
-    choices = tuple(choice for choice in told if choice is not None)
-    if not choices:
-        raise InputError(f"{path} holds no choice beside {len(told)} ties: there is nothing to learn from")
-    if ties := len(told) - len(choices):
-        logger.warning("%s: %d ties of %d choices are left out", path, ties, len(told))
-    for name in dict.fromkeys(choice.lot for choice in choices):
-        check_files(lots[name])
-    return Recorded(folder, drawn, lots, choices, ties)
+        if "lot" not in row and IMAGE_PAIR_KEYS & row.keys():
+            raise InputError(f"{path}, line {number}: these are {IMAGE_PAIRS_UNSUPPORTED}")
+    drawn, groups = SampleProvenance.read(folder), read_groups(folder)
+    read = {number: parse_preference(f"{path}, line {number}", row, groups) for number, row in rows}
+    loaded = [read[number] for number, _ in drop_undone(rows)]
+    preferences = tuple(preference for preference in loaded if preference is not None)
+    if not preferences:
+        raise InputError(f"{path} holds no choice beside {len(loaded)} ties: there is nothing to learn from")
+    if ties := len(loaded) - len(preferences):
+        logger.warning("%s: %d ties of %d choices are left out", path, ties, len(loaded))
+    for name in dict.fromkeys(preference.group for preference in preferences):
+        check_files(groups[name])
+    return PreferenceRecords(folder, drawn, groups, preferences, ties)
 
 
-def read_lots(folder: Path) -> dict[str, Lot]:
+def read_groups(folder: Path) -> dict[str, SampleGroup]:
     """The lots of a folder by their names; their files are not looked at."""
-    path, lots = inside(folder, LOTS), dict[str, Lot]()
+    path, groups = file_inside(folder, GROUPS), dict[str, SampleGroup]()
     for number, row in read_lines(path):
-        lot = _lot(f"{path}, line {number}", folder, row)
-        if lots.setdefault(lot.id, lot) != lot:
-            raise InputError(f"{path}, line {number}: lot {lot.id} was told before, and otherwise: remove one of both")
-    return lots
+        group = _group(f"{path}, line {number}", folder, row)
+        if groups.setdefault(group.id, group) != group:
+            raise InputError(
+                f"{path}, line {number}: lot {group.id} was told before, and otherwise: remove one of both"
+            )
+    return groups
 
 
-def check_files(lot: Lot) -> None:
+def check_files(group: SampleGroup) -> None:
     """Raises InputError where an image or the trajectories of a lot are missing, changed or elsewhere."""
-    for number, told in enumerate(lot.images):
-        path = inside(lot.folder, lot.image_file(number))
-        if pixel_hash(pixels_of(read_image(path))) != told:
+    for number, loaded in enumerate(group.images):
+        path = file_inside(group.folder, group.image_file(number))
+        if pixel_hash(pixels_of(read_image(path))) != loaded:
             raise InputError(f"{path} is not the image that was recorded: its pixels have another hash. Restore it")
-    if lot.trajectories is not None:
-        lot.load()
+    if group.trajectories is not None:
+        group.load()
 
 
 def pixels_of(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -323,21 +336,23 @@ def pixel_hash(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
     return hashlib.sha256(shape.encode() + pixels.tobytes()).hexdigest()
 
 
-def _lot(place: str, folder: Path, row: Mapping[str, Any]) -> Lot:
+def _group(place: str, folder: Path, row: Mapping[str, Any]) -> SampleGroup:
     name = row.get("lot")
     if not isinstance(name, str) or not ID.fullmatch(name):
         raise InputError(f"{place}: lot must be a name of letters, digits, - and _, got {name!r:.40}")
-    lot = Lot(folder, name, _rows(place, row), _images(place, row), _stored(place, row))
-    count = len(lot.rows)
-    if count < 2 or len(set(zip(lot.rows.prompts, lot.rows.starts, strict=True))) > 1 or len(lot.images) != count:
+    group = SampleGroup(folder, name, _rows(place, row), _images(place, row), _stored(place, row))
+    count = len(group.rows)
+    if count < 2 or len(set(zip(group.rows.prompts, group.rows.starts, strict=True))) > 1 or len(group.images) != count:
         raise InputError(
             f"{place}: a lot is two or more images of one prompt from one start (x_T), with a line of all three for "
-            f"each; here are prompts {len(set(lot.rows.prompts))}, starts {len(set(lot.rows.starts))}, samples "
-            f"{count}, images {len(lot.images)}"
+            f"each; here are prompts {len(set(group.rows.prompts))}, starts {len(set(group.rows.starts))}, samples "
+            f"{count}, images {len(group.images)}"
         )
-    if strange := [told for told in _named(row) if told not in _named(lot.line())]:
-        raise InputError(f"{place}: {strange[0]!r:.60} is no file of lot {name}: its first one is {lot.image_file(0)}")
-    return lot
+    if strange := [loaded for loaded in _named(row) if loaded not in _named(group.line())]:
+        raise InputError(
+            f"{place}: {strange[0]!r:.60} is no file of lot {name}: its first one is {group.image_file(0)}"
+        )
+    return group
 
 
 def _named(row: Mapping[str, Any]) -> list[Any]:
@@ -351,8 +366,8 @@ def _rows(place: str, row: Mapping[str, Any]) -> Rows:
     prompts, starts, noises = (tuple(column) if isinstance(column, list) else () for column in columns)
     if not all(isinstance(prompt, str) for prompt in prompts):
         raise InputError(f"{place}: prompts must be texts")
-    if not all(type(seed) is int and 0 <= seed < LARGEST for seed in starts + noises):
-        raise InputError(f"{place}: starts and noises must be seeds, whole numbers from 0 to {LARGEST - 1}")
+    if not all(type(seed) is int and 0 <= seed < MAX_SEED for seed in starts + noises):
+        raise InputError(f"{place}: starts and noises must be seeds, whole numbers from 0 to {MAX_SEED - 1}")
     if not 0 < len(prompts) == len(starts) == len(noises):
         raise InputError(f"{place}: prompts, starts and noises must be lists with one entry for each image")
     return Rows(prompts, starts, noises)
@@ -379,22 +394,22 @@ def _is_hashed(one: Any) -> bool:
     return isinstance(one, dict) and isinstance(one.get("file"), str) and isinstance(one.get("sha256"), str)
 
 
-def choice_of(place: str, row: Mapping[str, Any], lots: Mapping[str, Lot]) -> Choice | None:
+def parse_preference(place: str, row: Mapping[str, Any], groups: Mapping[str, SampleGroup]) -> Preference | None:
     """What a line of choices.jsonl says, None for a tie and for an undo.
 
     place  file and line, for the message
     Raises InputError for a line that fits none of the lots.
     """
     name = row.get("lot")
-    if not isinstance(name, str) or name not in lots:
-        raise InputError(f"{place}: lot {name!r:.70} is not in {LOTS}: record the lot before its choices")
+    if not isinstance(name, str) or name not in groups:
+        raise InputError(f"{place}: lot {name!r:.70} is not in {GROUPS}: record the lot before its choices")
     if row.get("tie") is True or row.get("undo") is True:
         return None
-    numbers, count = (row.get("chosen"), row.get("rejected")), len(lots[name].rows)
+    numbers, count = (row.get("chosen"), row.get("rejected")), len(groups[name].rows)
     for key, value in zip(("chosen", "rejected"), numbers, strict=True):
         if type(value) is not int or not 0 <= value < count:
             raise InputError(f"{place}: {key} must be the number of an image, 0 to {count - 1}, got {value!r:.40}")
     chosen, rejected = numbers
     if chosen == rejected:
         raise InputError(f'{place}: chosen and rejected are both {chosen}: two images, or "tie": true')
-    return Choice(name, int(chosen or 0), int(rejected or 0))
+    return Preference(name, int(chosen or 0), int(rejected or 0))

@@ -61,5 +61,5 @@ class RewardBackpropTrainer(Trainer):
         """Adds the gradient of one update; see `steer.training.gradient.reward_gradient`."""
         return reward_gradient(sampler, batch, self.reward, self.last_steps, **options)
 
-    def about(self) -> dict[str, Any]:
-        return super().about() | {"last_steps": self.last_steps}
+    def config_dict(self) -> dict[str, Any]:
+        return super().config_dict() | {"last_steps": self.last_steps}

@@ -9,7 +9,15 @@ from torch import Generator, Tensor
 
 from steer.diffusion.seeds import derived_seed
 from steer.pipelines.training.config import DTYPES, TrainingConfig
-from steer.pipelines.training.method import BeforeEach, Scored, TrainingMethod, draw, own_share, prompts_at, rows_of
+from steer.pipelines.training.method import (
+    OnChunk,
+    Scored,
+    TrainingMethod,
+    process_shard,
+    prompts_at,
+    rows_of,
+    sample_and_score,
+)
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference, reference_of
 from steer.training.guards import check_spread
@@ -18,8 +26,8 @@ from steer.training.trainable import Trainable
 
 
 @dataclass(frozen=True)
-class Round:
-    """Round `number`: a batch for each update, with the rewards (B, K) of its samples and what is told of them.
+class RolloutBuffer:
+    """RolloutBuffer `number`: a batch for each update, with the rewards (B, K) of its samples and what is told of them.
 
     Of several processes each has its own chunks of the batches; all else is the same in all of them.
 
@@ -30,7 +38,7 @@ class Round:
     number: int
     batches: tuple[Batch, ...]
     rewards: tuple[Tensor, ...]
-    told: tuple[dict[str, float], ...]
+    metrics: tuple[dict[str, float], ...]
     order: tuple[int, ...]
     cursor: int = 0
 
@@ -40,44 +48,44 @@ class Round:
         return self.batches[self.order[self.cursor]]
 
     @property
-    def untouched(self) -> bool:
+    def on_policy(self) -> bool:
         """Whether the weights are still those that drew the samples."""
         return self.cursor == 0
 
     def record(self) -> dict[str, float]:
         """What is told of the present batch's samples."""
-        return self.told[self.order[self.cursor]]
+        return self.metrics[self.order[self.cursor]]
 
-    def following(self) -> "Round | None":
+    def next_batch(self) -> "RolloutBuffer | None":
         """With the next batch as the present one; None after the last."""
         return replace(self, cursor=self.cursor + 1) if self.cursor + 1 < len(self.order) else None
 
 
-def learning_order(batches: int, passes: int, seed: int, number: int) -> tuple[int, ...]:
+def batch_order(batches: int, num_passes: int, seed: int, number: int) -> tuple[int, ...]:
     """All batches as they were drawn, then in a new order for each further pass."""
     order = list(range(batches))
-    for turn in range(1, passes):
+    for turn in range(1, num_passes):
         generator = Generator().manual_seed(derived_seed(seed, f"round {number} pass {turn}"))
         order += torch.randperm(batches, generator=generator).tolist()
     return tuple(order)
 
 
-class Source(Protocol):
+class RolloutSource(Protocol):
     """Where the samples of a run come from."""
 
-    def about(self) -> dict[str, Any]:
+    def config_dict(self) -> dict[str, Any]:
         """What decides them, as plain values."""
         ...
 
     def round(
-        self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: DistributedContext
-    ) -> Round:
-        """Round `number`, from 0: this process's share of it."""
+        self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
+    ) -> RolloutBuffer:
+        """RolloutBuffer `number`, from 0: this process's share of it."""
         ...
 
 
 @dataclass(frozen=True)
-class OnlineSamples:
+class OnlineRollouts:
     """Samples of prompts by the policy as it is, scored by a reward.
 
     method  says what its loss is told of them, whether those of a prompt begin at one x_T, and which steps count
@@ -87,35 +95,37 @@ class OnlineSamples:
     method: TrainingMethod
     settings: TrainingConfig
 
-    def about(self) -> dict[str, Any]:
+    def config_dict(self) -> dict[str, Any]:
         return {"prompts": list(self.prompts)}
 
     def round(
-        self, number: int, sampler: Sampler, trainable: Trainable, before_each: BeforeEach, team: DistributedContext
-    ) -> Round:
+        self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
+    ) -> RolloutBuffer:
         """Draws and scores the samples of every update of a round, and asks the reference about them.
 
         Raises InputError where the first round leaves nothing to learn.
         """
         size, samples, seed = self.settings.train_batch_size, self.settings.num_generations, self.settings.seed
-        batches, rewards, told = [], [], []
+        batches, rewards, metrics = [], [], []
         for update in range(
             number * self.settings.steps_per_generation, (number + 1) * self.settings.steps_per_generation
         ):
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
-            scored = draw(sampler, self.method.reward, rows, samples, self.settings.micro_batch, before_each, team)
+            scored = sample_and_score(
+                sampler, self.method.reward, rows, samples, self.settings.micro_batch, on_chunk, context
+            )
             window = self.method.window(scored.chunks[0].log_probs.shape[1], self.settings)
             steps = self.method.steps(window, self.settings, name)
-            references = references_of(sampler, trainable, scored.chunks, steps, before_each, self.settings)
+            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, self.settings)
             batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored), window))
             rewards.append(scored.rewards)
-            told.append(summary(scored))
+            metrics.append(summary(scored))
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
-        order = learning_order(len(batches), self.settings.num_iterations, seed, number)
-        return Round(number, tuple(batches), tuple(rewards), tuple(told), order)
+        order = batch_order(len(batches), self.settings.num_iterations, seed, number)
+        return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order)
 
 
 def references_of(
@@ -123,16 +133,16 @@ def references_of(
     trainable: Trainable,
     chunks: Sequence[Trajectories],
     steps: Sequence[int],
-    before_each: BeforeEach,
+    on_chunk: OnChunk,
     settings: TrainingConfig,
 ) -> list[Reference]:
     """Evaluate the reference on each chunk; keep its residuals, in the storage dtype, where a penalty needs them."""
-    found, dtype = [], DTYPES[settings.storage] if settings.divergence_counts else None
+    results, dtype = [], DTYPES[settings.latents_dtype] if settings.needs_divergence else None
     with trainable.reference():
         for chunk in chunks:
-            before_each()
-            found.append(reference_of(sampler, chunk, steps, dtype))
-    return found
+            on_chunk()
+            results.append(reference_of(sampler, chunk, steps, dtype))
+    return results
 
 
 def summary(scored: Scored) -> dict[str, Any]:
@@ -142,70 +152,81 @@ def summary(scored: Scored) -> dict[str, Any]:
     return {"reward": scored.rewards.mean().item(), "reward_spread": spread, **components}
 
 
-def trajectory_tensors(stored: Trajectories) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def trajectories_to_tensors(stored: Trajectories) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """One lot of rollouts."""
-    told = {**asdict(stored.rows), "stochastic": stored.stochastic}
-    return {"latents": stored.latents, "log_probs": stored.log_probs}, told
+    metrics = {**asdict(stored.rows), "stochastic": stored.stochastic}
+    return {"latents": stored.latents, "log_probs": stored.log_probs}, metrics
 
 
-def trajectories_from(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> Trajectories:
-    """The rollouts that `trajectory_tensors` told of."""
-    rows = Rows(tuple(told["prompts"]), tuple(told["starts"]), tuple(told["noises"]))
-    return Trajectories(rows, tensors["latents"], tuple(told["stochastic"]), tensors["log_probs"])
+def trajectories_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> Trajectories:
+    """The rollouts that `trajectories_to_tensors` told of."""
+    rows = Rows(tuple(metrics["prompts"]), tuple(metrics["starts"]), tuple(metrics["noises"]))
+    return Trajectories(rows, tensors["latents"], tuple(metrics["stochastic"]), tensors["log_probs"])
 
 
-def round_tensors(drew: Round) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def rollout_to_tensors(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """All of a round; lossless."""
     tensors: dict[str, Tensor] = {}
     batches = []
-    for number, (batch, rewards) in enumerate(zip(drew.batches, drew.rewards, strict=True)):
+    for number, (batch, rewards) in enumerate(zip(buffer.batches, buffer.rewards, strict=True)):
         tensors |= {f"{number}/signal": batch.rewards, f"{number}/rewards": rewards}
         chunks = []
         for place, (chunk, reference) in enumerate(zip(batch.chunks, batch.references, strict=True)):
-            own, told = trajectory_tensors(chunk)
+            own, metrics = trajectories_to_tensors(chunk)
             kept = {name: value for name, value in vars(reference).items() if value is not None}
             own |= {f"reference {name}": value for name, value in kept.items()}
             tensors |= {f"{number}/{place}/{name}": value for name, value in own.items()}
-            chunks.append(told)
+            chunks.append(metrics)
         batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": chunks})
-    told = {"number": drew.number, "told": drew.told, "order": drew.order, "cursor": drew.cursor, "batches": batches}
-    return tensors, told
+    metrics = {
+        "number": buffer.number,
+        "told": buffer.metrics,
+        "order": buffer.order,
+        "cursor": buffer.cursor,
+        "batches": batches,
+    }
+    return tensors, metrics
 
 
-def joined(drew: Round, team: DistributedContext) -> Round:
+def concatenate(buffer: RolloutBuffer, context: DistributedContext) -> RolloutBuffer:
     """The round with the chunks of all processes."""
     batches = []
-    for batch in drew.batches:
-        chunks, references = team.gather(batch.chunks), team.gather(batch.references)
+    for batch in buffer.batches:
+        chunks, references = context.gather(batch.chunks), context.gather(batch.references)
         batches.append(replace(batch, chunks=chunks, references=references))
-    return replace(drew, batches=tuple(batches))
+    return replace(buffer, batches=tuple(batches))
 
 
-def shared_out(whole: Round, team: DistributedContext, size: int) -> Round:
+def shard_rollout(whole: RolloutBuffer, context: DistributedContext, size: int) -> RolloutBuffer:
     """What this process has of a whole round, in chunks of at most `size` rows."""
     batches = []
     for batch in whole.batches:
-        stored, told = Trajectories.joined(batch.chunks), Reference.joined(batch.references)
-        own = own_share(range(len(stored.rows)), team)
+        stored, metrics = Trajectories.concatenate(batch.chunks), Reference.concatenate(batch.references)
+        own = process_shard(range(len(stored.rows)), context)
         components = [own[first : first + size] for first in range(0, len(own), size)]
-        chunks, references = [stored.at(part) for part in components], [told.at(part) for part in components]
+        chunks, references = [stored.at(part) for part in components], [metrics.at(part) for part in components]
         batches.append(replace(batch, chunks=chunks, references=references))
     return replace(whole, batches=tuple(batches))
 
 
-def round_from(tensors: Mapping[str, Tensor], told: Mapping[str, Any]) -> Round:
-    """The round that `round_tensors` told of."""
+def rollout_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> RolloutBuffer:
+    """The round that `rollout_to_tensors` told of."""
     batches, rewards = [], []
-    for number, batch in enumerate(told["batches"]):
+    for number, batch in enumerate(metrics["batches"]):
         chunks, references = [], []
         for place, about in enumerate(batch["chunks"]):
             start = f"{number}/{place}/"
             own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-            chunks.append(trajectories_from(own, about))
+            chunks.append(trajectories_from_tensors(own, about))
             residuals = own.get("reference residuals")
             references.append(Reference(residuals, own["reference deviations"], own["reference log_probs"]))
         batches.append(Batch(chunks, references, tuple(batch["steps"]), tensors[f"{number}/signal"], batch["window"]))
         rewards.append(tensors[f"{number}/rewards"])
-    return Round(
-        told["number"], tuple(batches), tuple(rewards), tuple(told["told"]), tuple(told["order"]), told["cursor"]
+    return RolloutBuffer(
+        metrics["number"],
+        tuple(batches),
+        tuple(rewards),
+        tuple(metrics["told"]),
+        tuple(metrics["order"]),
+        metrics["cursor"],
     )

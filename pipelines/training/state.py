@@ -14,21 +14,27 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from steer.diffusion.seeds import put_random_state, random_state
+from steer.diffusion.seeds import get_random_state, set_random_state
 from steer.errors import InputError
-from steer.files import write_sums, write_text
+from steer.files import write_checksums, write_text
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext
 from steer.pipelines.training.method import Record, TrainingMethod
-from steer.pipelines.training.rollouts import Round, joined, round_from, round_tensors, shared_out
+from steer.pipelines.training.rollouts import (
+    RolloutBuffer,
+    concatenate,
+    rollout_from_tensors,
+    rollout_to_tensors,
+    shard_rollout,
+)
 from steer.training.checkpoint import Checkpoint, Checkpoints, load_optimiser, optimiser_tensors
 from steer.training.guards import EarlyStopping, KLControl
-from steer.training.trainable import Trainable, put, whole
+from steer.training.trainable import Trainable, set_parameter, whole
 
 logger = logging.getLogger(__name__)
 
-CHANGEABLE = "changeable"
-SERIES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
+RESUMABLE = "changeable"
+LOG_FILES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 
 
 @dataclass
@@ -36,7 +42,7 @@ class RunState:
     """All that changes while a method trains.
 
     step, rounds  updates made, rounds drawn
-    round         the one that is being learnt from
+    rollout         the one that is being learnt from
     """
 
     method: TrainingMethod
@@ -46,10 +52,10 @@ class RunState:
     scaler: Any
     ema: Any
     control: KLControl
-    watch: EarlyStopping
+    early_stopping: EarlyStopping
     step: int = 0
-    rounds: int = 0
-    round: Round | None = None
+    num_rollouts: int = 0
+    rollout: RolloutBuffer | None = None
     records: list[Record] = field(default_factory=list)
     evaluations: list[Record] = field(default_factory=list)
 
@@ -58,13 +64,13 @@ class RunState:
         """What is trained, in a fixed order."""
         return list(self.trainable.parameters.values())
 
-    def put(self, weights: Mapping[str, Tensor]) -> None:
+    def set_parameter(self, weights: Mapping[str, Tensor]) -> None:
         """Puts weights, by name, in the place of the present ones."""
         for name, parameter in self.trainable.parameters.items():
-            put(parameter, weights[name])
+            set_parameter(parameter, weights[name])
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def ema_weights(self) -> Iterator[None]:
         """Inside, the weights are their average, where there is one."""
         if self.ema is None:
             yield
@@ -81,8 +87,8 @@ class RunFolder:
     """The folder `path` of one run.
 
     identity  plain values that make the run this run: what goes on must have the same
-    changeable  settings that may differ when it is resumed, as plain values: those that do are logged
-    about     plain values to be saved with every checkpoint
+    resumable  settings that may differ when it is resumed, as plain values: those that do are logged
+    config_dict     plain values to be saved with every checkpoint
     keep      checkpoints to keep
     """
 
@@ -90,51 +96,51 @@ class RunFolder:
         self,
         path: Path,
         identity: Mapping[str, Any],
-        about: Mapping[str, Any],
+        config_dict: Mapping[str, Any],
         settings: TrainingConfig,
-        team: AccelerateContext,
-        changeable: Mapping[str, Any] | None = None,
+        context: AccelerateContext,
+        resumable: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.about, self.team, self.chunk = path, dict(about), team, settings.micro_batch
+        self.path, self.config_dict, self.context, self.chunk = path, dict(config_dict), context, settings.micro_batch
         self.identity = json.loads(json.dumps(identity), parse_constant=str)  # inf is no JSON
-        self.changeable = json.loads(json.dumps(changeable or {}), parse_constant=str)
-        self.checkpoints = Checkpoints(path / "checkpoints", settings.keep_checkpoints)
+        self.resumable = json.loads(json.dumps(resumable or {}), parse_constant=str)
+        self.checkpoints = Checkpoints(path / "checkpoints", settings.save_total_limit)
 
     def find(self, resume: bool) -> Checkpoint | None:
         """The newest whole checkpoint, to be gone on from; None where nothing is there yet.
 
         Raises InputError for a folder that holds another run, or this one where nobody asked to resume.
         """
-        found, skipped = self.checkpoints.latest()
+        resume_from, skipped = self.checkpoints.latest()
         for line in skipped:
             logger.warning("skipped a checkpoint: %s", line)
-        if not resume and (found or skipped or (self.path / SERIES["records"]).exists()):
+        if not resume and (resume_from or skipped or (self.path / LOG_FILES["records"]).exists()):
             raise InputError(f"{self.path} holds a run already: resume it, or choose another output folder")
-        if found is None and skipped:
+        if resume_from is None and skipped:
             raise InputError(f"{self.path}: no checkpoint there is whole ({skipped[0]}); choose another output folder")
-        if found is not None:
-            _check_identity(self.identity, found)
-        return found
+        if resume_from is not None:
+            _check_identity(self.identity, resume_from)
+        return resume_from
 
-    def open(self, run: RunState, found: Checkpoint | None) -> None:
+    def open(self, run: RunState, resume_from: Checkpoint | None) -> None:
         """Puts the run where a checkpoint was, and writes down its records so far."""
-        if found is not None:
-            self._restore(run, found)
+        if resume_from is not None:
+            self._restore(run, resume_from)
             logger.info("resumed %s at update %d", self.path, run.step)
-            self._change(run, found)
-        if not self.team.is_main:
+            self._change(run, resume_from)
+        if not self.context.is_main_process:
             return
         with self._writing():
-            for series, name in SERIES.items():
+            for series, name in LOG_FILES.items():
                 lines = [json.dumps(record, allow_nan=False) + "\n" for record in getattr(run, series)]
                 write_text(self.path / name, "".join(lines))
 
-    def _change(self, run: RunState, found: Checkpoint) -> None:
+    def _change(self, run: RunState, resume_from: Checkpoint) -> None:
         """Apply the settings that differ from those of the checkpoint, and log each in one line."""
-        there = found.json("identity") | found.json("identity").get(CHANGEABLE, {})
-        changed = {name: value for name, value in self.changeable.items() if there.get(name, value) != value}
+        there = resume_from.json("identity") | resume_from.json("identity").get(RESUMABLE, {})
+        changed = {name: value for name, value in self.resumable.items() if there.get(name, value) != value}
         for name, value in changed.items():
-            if self.team.is_main:
+            if self.context.is_main_process:
                 logger.warning("resumed with another %s: %r, before it was %r", name, value, there[name])
         for group in run.optimiser.param_groups:
             group["weight_decay"] = changed.get("weight_decay", group["weight_decay"])
@@ -147,9 +153,9 @@ class RunFolder:
 
     def note(self, series: str, record: Record) -> None:
         """Adds a line to a series; what a crash leaves of it is written anew when the run goes on."""
-        if not self.team.is_main:
+        if not self.context.is_main_process:
             return
-        with self._writing(), (self.path / SERIES[series]).open("a", encoding="utf-8") as file:
+        with self._writing(), (self.path / LOG_FILES[series]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     @contextmanager
@@ -165,11 +171,14 @@ class RunFolder:
 
         All of them have to call it: what each knows alone is gathered.
         """
-        random, drew = self.team.gather([random_state()]), run.round and joined(run.round, self.team)
+        random, whole_rollout = (
+            self.context.gather([get_random_state()]),
+            run.rollout and concatenate(run.rollout, self.context),
+        )
         weights = {name: whole(value.detach()) for name, value in run.trainable.parameters.items()}
         moments, optimiser = optimiser_tensors(run.optimiser)
         shadow = [whole(value) for value in run.ema.shadow_params] if run.ema else []
-        if not self.team.is_main:
+        if not self.context.is_main_process:
             return
         tensors: dict[str, dict[str, Tensor]] = {
             "weights": weights,
@@ -179,61 +188,61 @@ class RunFolder:
         values: dict[str, Any] = {
             "state": {
                 "step": run.step,
-                "rounds": run.rounds,
+                "rounds": run.num_rollouts,
                 "optimiser": optimiser,
                 "schedule": run.schedule.state_dict(),
                 "kl_weight": run.control.weight,
-                "watch": run.watch.state(),
+                "watch": run.early_stopping.state(),
                 "method": run.method.state(),
                 "scaler": run.scaler.state_dict() if run.scaler else None,
                 # As lines: a checkpoint sorts keys, and the first reward of an evaluation is the trained one.
-                **{series: [json.dumps(record) for record in getattr(run, series)] for series in SERIES},
+                **{series: [json.dumps(record) for record in getattr(run, series)] for series in LOG_FILES},
             },
-            "identity": self.identity | {CHANGEABLE: self.changeable},
-            "config": self.about,
+            "identity": self.identity | {RESUMABLE: self.resumable},
+            "config": self.config_dict,
         }
         if run.ema:
             tensors["average"] = dict(zip(weights, shadow, strict=True))
             values["average"] = {"step": run.ema.optimization_step}
-        if drew:
-            tensors["round"], values["round"] = round_tensors(drew)
-        pinned = [] if run.watch.best_step is None else [run.watch.best_step]
+        if whole_rollout:
+            tensors["round"], values["round"] = rollout_to_tensors(whole_rollout)
+        pinned = [] if run.early_stopping.best_step is None else [run.early_stopping.best_step]
         self.checkpoints.save(run.step, tensors, values, pinned=pinned)
 
     def _restore(self, run: RunState, saved: Checkpoint) -> None:
         state = saved.json("state")
-        run.put(saved.tensors("weights"))
+        run.set_parameter(saved.tensors("weights"))
         load_optimiser(run.optimiser, saved.tensors("optimiser"), state["optimiser"])
         run.schedule.load_state_dict(state["schedule"])
         run.control = replace(run.control, weight=state["kl_weight"])
-        run.watch = run.watch.restored(state["watch"])
+        run.early_stopping = run.early_stopping.load_state(state["watch"])
         run.method.restore(state["method"])
-        run.step, run.rounds = state["step"], state["rounds"]
-        run.records, run.evaluations = ([json.loads(line) for line in state[series]] for series in SERIES)
+        run.step, run.num_rollouts = state["step"], state["rounds"]
+        run.records, run.evaluations = ([json.loads(line) for line in state[series]] for series in LOG_FILES)
         if run.scaler and state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
         if run.ema:
             average = saved.tensors("average")
             for name, value in zip(run.trainable.parameters, run.ema.shadow_params, strict=True):
-                put(value, average[name])
+                set_parameter(value, average[name])
             run.ema.optimization_step = saved.json("average")["step"]
         if (saved.path / "round.json").exists():
-            joined = round_from(saved.tensors("round"), saved.json("round"))
-            run.round = shared_out(joined, self.team, self.chunk)
+            gathered_rollout = rollout_from_tensors(saved.tensors("round"), saved.json("round"))
+            run.rollout = shard_rollout(gathered_rollout, self.context, self.chunk)
         random = saved.tensors("random")
-        if self.team.index < len(random["cpu"]):  # a process more than there were begins with its own
-            put_random_state({name: states[self.team.index] for name, states in random.items()})
+        if self.context.index < len(random["cpu"]):  # a process more than there were begins with its own
+            set_random_state({name: states[self.context.index] for name, states in random.items()})
 
     def load_best(self, run: RunState) -> None:
         """Puts the weights of the best evaluation, or their average, in the place of the present ones."""
-        saved = Checkpoint.open(self.checkpoints.folder / f"step-{run.watch.best_step:08d}")
-        run.put(saved.tensors("average" if run.ema else "weights"))
+        saved = Checkpoint.open(self.checkpoints.folder / f"step-{run.early_stopping.best_step:08d}")
+        run.set_parameter(saved.tensors("average" if run.ema else "weights"))
 
     def export(self, run: RunState, name: str) -> Path:
         """The present weights, as diffusers reads them, and their sums; those of before stay until they are whole."""
         state = run.trainable.state()
-        written = [self._export(run.trainable, state, name) if self.team.is_main else Path()]
-        return self.path / name / self.team.gather(written)[0]
+        written = [self._export(run.trainable, state, name) if self.context.is_main_process else Path()]
+        return self.path / name / self.context.gather(written)[0]
 
     def _export(self, trainable: Trainable, state: Mapping[str, Tensor], name: str) -> Path:
         new, old = (self.path / f".{name}.{kind}" for kind in ("new", "old"))
@@ -241,7 +250,7 @@ class RunFolder:
             for left in (new, old):
                 shutil.rmtree(left, ignore_errors=True)
             written = trainable.write(state, new)
-            write_sums(new)
+            write_checksums(new)
             if (self.path / name).exists():
                 os.rename(self.path / name, old)
             os.rename(new, self.path / name)
@@ -255,5 +264,5 @@ def _check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:
         if name == "init_adapter" and value is None and name not in there:
             continue  # a run from before there was such a setting
         if there.get(name) != value:
-            told = "" if len(str(value)) > 60 else f" ({there.get(name)!r} there, {value!r} here)"
-            raise InputError(f"{saved.path} is of a run with another {name}{told}: choose another output folder")
+            difference = "" if len(str(value)) > 60 else f" ({there.get(name)!r} there, {value!r} here)"
+            raise InputError(f"{saved.path} is of a run with another {name}{difference}: choose another output folder")

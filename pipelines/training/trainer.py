@@ -24,28 +24,28 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext
 from steer.pipelines.training.evaluation import EvalResult, Evaluator
 from steer.pipelines.training.method import Record, TrainingMethod, TrainingResult, half_precision, sampler_of
-from steer.pipelines.training.rollouts import OnlineSamples, Round, Source
+from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer, RolloutSource
 from steer.pipelines.training.state import RunFolder, RunState
-from steer.reward import note_cut_by_pipeline, with_metadata
+from steer.reward import warn_if_pipeline_truncates, with_metadata
 from steer.rewards.parser import load_reward
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
 from steer.training.guards import EarlyStopping, KLControl, check_replay, check_rounding, chi_square, kl
 from steer.training.losses import Loss, Metrics
 from steer.training.rollout import Sampler, takes_prompts
-from steer.training.trainable import Full, LoRA, Trainable, denoiser_of, fingerprint, whole
+from steer.training.trainable import FullFinetuning, LoRA, Trainable, fingerprint, get_denoiser, whole
 
 # What may differ when a run is resumed: logged where it does.
-FREE = {
+RESUMABLE_FIELDS = {
     "learning_rate",
     "weight_decay",
     "max_grad_norm",
     "max_steps",
     "micro_batch",
     "gradient_checkpointing",
-    "eval_every",
+    "eval_steps",
     "patience",
-    "checkpoint_every",
-    "keep_checkpoints",
+    "save_steps",
+    "save_total_limit",
     "kl_budget",
     "log_with",
 }
@@ -73,38 +73,40 @@ def accelerator_of(settings: TrainingConfig, folder: Path, cpu: bool) -> Acceler
 def trainable_of(pipe: Any, settings: TrainingConfig) -> Trainable:
     """A LoRA in the denoiser, or all of it; everything else is frozen."""
     if settings.gradient_checkpointing:
-        denoiser_of(pipe)[1].enable_gradient_checkpointing()
+        get_denoiser(pipe)[1].enable_gradient_checkpointing()
     if settings.lora_rank == 0:
-        return Full(pipe)
-    lora = LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_targets, settings.seed)
+        return FullFinetuning(pipe)
+    lora = LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_target_modules, settings.seed)
     if settings.init_adapter is not None:
-        lora.start_from(settings.init_adapter)
+        lora.load_initial_adapter(settings.init_adapter)
     return lora
 
 
-def changeable_of(settings: TrainingConfig) -> dict[str, Any]:
+def resumable_of(settings: TrainingConfig) -> dict[str, Any]:
     """Settings that may differ when the run is resumed, as plain values."""
-    return {name: plain_values(value) for name, value in asdict(settings).items() if name in FREE}
+    return {name: plain_values(value) for name, value in asdict(settings).items() if name in RESUMABLE_FIELDS}
 
 
-def identity_of(method: TrainingMethod, source: Source, exam: Evaluator, settings: TrainingConfig) -> dict[str, Any]:
+def identity_of(
+    method: TrainingMethod, source: RolloutSource, evaluator: Evaluator, settings: TrainingConfig
+) -> dict[str, Any]:
     """What makes a run this run, as plain values."""
     pipe = method.pipe
-    told = {name: value for name, value in asdict(settings).items() if name not in FREE}
+    fixed = {name: value for name, value in asdict(settings).items() if name not in RESUMABLE_FIELDS}
     return {
-        **method.about(),
-        **source.about(),
-        **exam.about(),
+        **method.config_dict(),
+        **source.config_dict(),
+        **evaluator.config_dict(),
         # By its own name, wherever it lies: a run goes on after its folder, or the checkout, was moved.
         "model": f"{type(pipe).__name__} {Path(getattr(pipe.config, '_name_or_path', '')).name}".strip(),
         "weights": fingerprint(pipe),
         "scheduler": pipe.scheduler.to_json_string(),
-        **{name: plain_values(value) for name, value in told.items()},
+        **{name: plain_values(value) for name, value in fixed.items()},
     }
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-PATIENCE = 1.0  # seconds between two signals of one wish
+SIGNAL_INTERVAL = 1.0  # seconds between two signals of one wish
 
 
 class Stopped(Exception):
@@ -114,33 +116,33 @@ class Stopped(Exception):
 class StopRequest:
     """Whether somebody asked for the end.
 
-    agreed  of several processes, whether one of them was asked: a signal reaches each at another time
+    any_process  of several processes, whether one of them was asked: a signal reaches each at another time
     """
 
-    def __init__(self, agreed: Callable[[bool], bool] = bool) -> None:
-        self.asked, self._agreed, self._first = False, agreed, 0.0
+    def __init__(self, any_process: Callable[[bool], bool] = bool) -> None:
+        self.requested, self._agreed, self._first = False, any_process, 0.0
 
     def check(self) -> None:
         """Raises Stopped once somebody asked."""
-        if self._agreed(self.asked):
+        if self._agreed(self.requested):
             raise Stopped
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _request(self, number: int, frame: FrameType | None) -> None:
         # Ctrl-C a second time: at once. Launchers send signals twice, but not so far apart.
-        if self.asked and number == signal.SIGINT and time.monotonic() - self._first > PATIENCE:
+        if self.requested and number == signal.SIGINT and time.monotonic() - self._first > SIGNAL_INTERVAL:
             raise KeyboardInterrupt
-        if not self.asked:
-            self.asked, self._first = True, time.monotonic()
+        if not self.requested:
+            self.requested, self._first = True, time.monotonic()
 
 
 @contextmanager
-def stop_request(agreed: Callable[[bool], bool] = bool) -> Iterator[StopRequest]:
+def stop_request(any_process: Callable[[bool], bool] = bool) -> Iterator[StopRequest]:
     """Inside, the signals of the main thread are taken as a request; the handlers of before come back."""
-    request = StopRequest(agreed)
+    request = StopRequest(any_process)
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.signal(number, request._ask) for number in SIGNALS}
+    before = {number: signal.signal(number, request._request) for number in SIGNALS}
     try:
         yield request
     finally:
@@ -157,27 +159,27 @@ class TrainingRun:
     def __init__(
         self,
         method: TrainingMethod,
-        source: Source,
-        exam: Evaluator,
+        source: RolloutSource,
+        evaluator: Evaluator,
         settings: TrainingConfig,
         folder: Path,
-        about: dict[str, Any],
+        config_dict: dict[str, Any],
         resume: bool,
     ) -> None:
-        self.method, self.source, self.exam, self.settings = method, source, exam, settings
+        self.method, self.source, self.evaluator, self.settings = method, source, evaluator, settings
         self.accelerator = accelerator_of(settings, folder, method.pipe.device.type == "cpu")
-        self.team = AccelerateContext(self.accelerator)
-        self.team.check(settings)
-        identity, changeable = identity_of(method, source, exam, settings), changeable_of(settings)
-        self.folder = RunFolder(folder, identity, about, settings, self.team, changeable)
-        self.found = self.folder.find(resume)
-        self.team.wait()  # nobody writes before all have looked
-        with self.team.together():
-            self.state = self._started(trainable_of(method.pipe, settings))
+        self.context = AccelerateContext(self.accelerator)
+        self.context.check(settings)
+        identity, resumable = identity_of(method, source, evaluator, settings), resumable_of(settings)
+        self.folder = RunFolder(folder, identity, config_dict, settings, self.context, resumable)
+        self.eval_result = self.folder.find(resume)
+        self.context.wait()  # nobody writes before all have looked
+        with self.context.together():
+            self.state = self._create_state(trainable_of(method.pipe, settings))
         self.sampler = self._sampler()
         self.stopped: str | None = None
 
-    def _started(self, trainable: Trainable) -> RunState:
+    def _create_state(self, trainable: Trainable) -> RunState:
         settings = self.settings
         parameters = trainable.parameters.values()
         optimiser = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
@@ -191,44 +193,44 @@ class TrainingRun:
             scaler=self.accelerator.scaler,
             ema=ema,
             control=KLControl(settings.kl_weight, settings.kl_target, settings.kl_budget),
-            watch=EarlyStopping(settings.patience),
+            early_stopping=EarlyStopping(settings.early_stopping_patience),
         )
 
     def train(self, on_update: Callable[[Record], None], on_evaluation: Callable[[EvalResult], None]) -> TrainingResult:
         """Goes on from what is there, updates until the last one, a guard or a signal; then exports the weights."""
-        with self.team.together(), torch.random.fork_rng():  # for pipelines that draw beside the generators
-            torch.manual_seed(self.settings.seed + self.team.index)
-            self.folder.open(self.state, self.found)
+        with self.context.together(), torch.random.fork_rng():  # for pipelines that draw beside the generators
+            torch.manual_seed(self.settings.seed + self.context.index)
+            self.folder.open(self.state, self.eval_result)
             try:
-                self._updates(on_update, on_evaluation)
-                return self._finished()
+                self._training_loop(on_update, on_evaluation)
+                return self._export_result()
             except Exception:
                 # What was learnt is not lost with a reward that fails; of several processes one alone cannot save it.
-                if self.state.step and self.team.count == 1:
+                if self.state.step and self.context.count == 1:
                     self.folder.save(self.state)
                 raise
             finally:
                 # The user's denoiser computes in its own precision again.
                 self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
 
-    def _updates(self, on_update: Callable[[Record], None], on_evaluation: Callable[[EvalResult], None]) -> None:
+    def _training_loop(self, on_update: Callable[[Record], None], on_evaluation: Callable[[EvalResult], None]) -> None:
         state, last = self.state, self.settings.max_steps
-        hidden, name = None if self.team.is_main else True, type(self.method).__name__
+        hidden, name = None if self.context.is_main_process else True, type(self.method).__name__
         bar = tqdm(total=last, initial=state.step, unit="update", disable=hidden, desc=name)
-        with stop_request(self.team.any) as request, bar, self._tracked():
+        with stop_request(self.context.any) as request, bar, self._trackers():
             try:
                 while True:
                     self._evaluate(request, on_evaluation)
-                    if state.step and state.step % self.settings.checkpoint_every == 0:
+                    if state.step and state.step % self.settings.save_steps == 0:
                         self.folder.save(state)
                     if self.stopped or state.step >= last:
                         break
                     if (record := self._update(request)) is not None:
-                        if self.team.is_main:
+                        if self.context.is_main_process:
                             on_update(record)
-                        self.accelerator.log(_numbers(record), state.step)
+                        self.accelerator.log(_scalars(record), state.step)
                         bar.update()
-                        bar.set_postfix(_shown(record))
+                        bar.set_postfix(_progress_metrics(record))
             except Stopped:
                 self.stopped = INTERRUPTED
             self.folder.save(state)
@@ -238,31 +240,31 @@ class TrainingRun:
         is spent."""
         started, state = time.monotonic(), self.state
         self.optimiser.zero_grad()  # of an update that was broken off
-        state.round = state.round or self._draw(request)
-        with self.team.accumulating(self.prepared) as exchange:
+        state.rollout = state.rollout or self._draw(request)
+        with self.context.no_sync(self.prepared) as exchange:
             loss, metrics = self.method.gradient(
                 self.sampler,
-                state.round.batch,
+                state.rollout.batch,
                 penalties=self._penalties(),
-                unchanged=state.round.untouched,
+                on_policy=state.rollout.on_policy,
                 backward=self.accelerator.backward,
-                before_each=request.check,
+                on_chunk=request.check,
                 before_last=exchange,
-                team=self.team,
+                context=self.context,
             )
-        if state.control.spent(metrics["kl"]):
+        if state.control.is_exhausted(metrics["kl"]):
             self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"
             return None
         rate = state.schedule.get_last_lr()[0]
         norm = self._step(loss)
         state.step += 1
-        record = {"step": state.step, "round": state.rounds, "loss": loss, **state.round.record(), **metrics}
+        record = {"step": state.step, "round": state.num_rollouts, "loss": loss, **state.rollout.record(), **metrics}
         record |= {"kl_weight": state.control.weight, "grad_norm": norm, "learning_rate": rate}
         seconds, images = time.monotonic() - started, self.settings.train_batch_size * self.settings.num_generations
-        record |= {"seconds": seconds, "images_per_second": images / seconds, "processes": self.team.count}
+        record |= {"seconds": seconds, "images_per_second": images / seconds, "processes": self.context.count}
         # No pairs, no accuracy; and a scaler tries its way with infinite gradients.
         record = {name: value for name, value in record.items() if math.isfinite(value)}
-        state.round = state.round.following()
+        state.rollout = state.rollout.next_batch()
         state.control = state.control.after(metrics["kl"])
         state.records.append(record)
         self.folder.note("records", record)
@@ -290,20 +292,22 @@ class TrainingRun:
     def _sampler(self) -> Sampler:
         return sampler_of(self.method.pipe, self.settings, self.prepared)
 
-    def _draw(self, request: StopRequest) -> Round:
+    def _draw(self, request: StopRequest) -> RolloutBuffer:
         """The next round; the first one is also held against its replay. One that is broken off leaves no trace."""
         before, random = self.method.state(), torch.get_rng_state()
         self.sampler = self._sampler()  # what it remembers of texts lasts for a round
         try:
-            drew = self.source.round(self.state.rounds, self.sampler, self.state.trainable, request.check, self.team)
-            if self.state.rounds == 0:
-                self._check(drew.batch)
+            buffer = self.source.round(
+                self.state.num_rollouts, self.sampler, self.state.trainable, request.check, self.context
+            )
+            if self.state.num_rollouts == 0:
+                self._check(buffer.batch)
         except BaseException:
             self.method.restore(before)
             torch.set_rng_state(random)
             raise
-        self.state.rounds += 1
-        return drew
+        self.state.num_rollouts += 1
+        return buffer
 
     def _check(self, batch: Batch) -> None:
         """Raises InputError where log-probabilities are not those of the samples, or are rounding."""
@@ -316,36 +320,36 @@ class TrainingRun:
 
     def _evaluate(self, request: StopRequest, on_evaluation: Callable[[EvalResult], None]) -> None:
         """Where one is due, and was not made before: at the start, every so often, and at the end."""
-        self._take(request, on_evaluation)
-        watch = self.state.watch
-        if watch.stop() and not self.stopped:
+        self._evaluate_if_due(request, on_evaluation)
+        early_stopping = self.state.early_stopping
+        if early_stopping.stop() and not self.stopped:
             self.stopped = (
-                f"the trained reward rose while the held-out one fell, {watch.fooled} evaluations in a row: the "
-                f"weights of update {watch.best_step} are kept"
+                f"the trained reward rose while the held-out one fell, {early_stopping.num_overoptimized} evaluations "
+                f"in a row: the weights of update {early_stopping.best_step} are kept"
             )
 
-    def _take(self, request: StopRequest, on_evaluation: Callable[[EvalResult], None]) -> None:
-        state, every = self.state, self.settings.eval_every
+    def _evaluate_if_due(self, request: StopRequest, on_evaluation: Callable[[EvalResult], None]) -> None:
+        state, every = self.state, self.settings.eval_steps
         due = state.step % every == 0 or state.step >= self.settings.max_steps or self.stopped
-        if not self.exam.prompts or not due or (state.evaluations and state.evaluations[-1]["step"] == state.step):
+        if not self.evaluator.prompts or not due or (state.evaluations and state.evaluations[-1]["step"] == state.step):
             return
-        with state.averaged():
+        with state.ema_weights():
             pipe, check = self.method.pipe, request.check
-            found = self.exam.take(pipe, self.settings, state.step, self.prepared, check, self.team)
-            if self.team.is_main:
-                on_evaluation(found)
-            state.watch = state.watch.after(state.step, *found.means())
-            best = state.watch.best_step == state.step
+            eval_result = self.evaluator.evaluate(pipe, self.settings, state.step, self.prepared, check, self.context)
+            if self.context.is_main_process:
+                on_evaluation(eval_result)
+            state.early_stopping = state.early_stopping.after(state.step, *eval_result.means())
+            best = state.early_stopping.best_step == state.step
             if best:
                 self.folder.export(state, "best")
-        state.evaluations.append(found.record())
+        state.evaluations.append(eval_result.record())
         if best:
             self.folder.save(state)  # pinned, whatever comes
-        self.folder.note("evaluations", found.record())
-        self.accelerator.log(_numbers(found.record()), state.step)
+        self.folder.note("evaluations", eval_result.record())
+        self.accelerator.log(_scalars(eval_result.record()), state.step)
 
     @contextmanager
-    def _tracked(self) -> Iterator[None]:
+    def _trackers(self) -> Iterator[None]:
         if self.settings.log_with:
             self.accelerator.init_trackers("steer")
         try:
@@ -354,26 +358,26 @@ class TrainingRun:
             for tracker in self.accelerator.trackers:  # end_training would part the processes as well
                 tracker.finish()
 
-    def _finished(self) -> TrainingResult:
+    def _export_result(self) -> TrainingResult:
         state, weights, of = self.state, None, None
         if self.stopped != INTERRUPTED:
-            fooled = state.watch.stop() and state.watch.best_step is not None
-            of = state.watch.best_step if fooled else state.step
-            if fooled:
+            num_overoptimized = state.early_stopping.stop() and state.early_stopping.best_step is not None
+            of = state.early_stopping.best_step if num_overoptimized else state.step
+            if num_overoptimized:
                 self.folder.load_best(state)
             elif state.ema:
                 state.ema.copy_to(state.parameters)  # the pipeline stays what is evaluated and exported
             weights = self.folder.export(state, "final")
-        records, evaluations, best = tuple(state.records), tuple(state.evaluations), state.watch.best_step
+        records, evaluations, best = tuple(state.records), tuple(state.evaluations), state.early_stopping.best_step
         return TrainingResult(state.step, self.stopped, weights, best, records, evaluations, of)
 
 
-def _numbers(record: Record) -> dict[str, float]:
+def _scalars(record: Record) -> dict[str, float]:
     """What trackers can draw; of [mean, low, high] the mean."""
     return {name: value[0] if isinstance(value, list) else value for name, value in record.items()}
 
 
-def _shown(record: Record) -> dict[str, str]:
+def _progress_metrics(record: Record) -> dict[str, str]:
     names = {"reward": "reward", "kl": "kl", "accuracy": "acc", "images_per_second": "img/s"}
     return {short: f"{record[name]:.3g}" for name, short in names.items() if name in record}
 
@@ -392,7 +396,7 @@ class Trainer(TrainingMethod):
         metadata: Sequence[Mapping[str, Any]] | None = None,
         eval_metadata: Sequence[Mapping[str, Any]] | None = None,
         resume: bool = False,
-        about: Mapping[str, Any] | None = None,
+        config_dict: Mapping[str, Any] | None = None,
         on_update: Callable[[Record], None] | None = None,
         on_evaluation: Callable[[EvalResult], None] | None = None,
     ) -> TrainingResult:
@@ -404,41 +408,41 @@ class Trainer(TrainingMethod):
         eval_rewards   kept apart from the trained reward; the first is what EarlyStopping watches (without any, the
                        trained reward on the held-out prompts)
         resume         go on from the newest whole checkpoint, or begin where there is none
-        about          plain values that are saved with every checkpoint
+        config_dict          plain values that are saved with every checkpoint
         on_update, on_evaluation  observers
 
         Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for what does not fit, before anything is drawn.
         """
         settings = settings or TrainingConfig()
-        learnt, held_out = (
+        train_prompts, held_out = (
             prompts_of(self.pipe, prompts, "prompts"),
             prompts_of(self.pipe, eval_prompts, "eval_prompts"),
         )
-        if not learnt:
+        if not train_prompts:
             raise InputError("prompts: at least one is needed")
-        rows = metadata_table((learnt, metadata), (held_out, eval_metadata))
+        rows = metadata_table((train_prompts, metadata), (held_out, eval_metadata))
         self.reward = with_metadata(self.reward, rows)
         self.check(settings)
-        note_cut_by_pipeline(self.pipe, (*learnt, *held_out), settings.call or {})
-        source = OnlineSamples(learnt, self, settings)
-        judges = tuple(with_metadata(load_reward(reward), rows) for reward in eval_rewards)
-        exam = Evaluator(held_out, self.reward, judges)
-        return self._run(source, exam, settings, output_dir, resume, about, on_update, on_evaluation)
+        warn_if_pipeline_truncates(self.pipe, (*train_prompts, *held_out), settings.call or {})
+        source = OnlineRollouts(train_prompts, self, settings)
+        evaluation_rewards = tuple(with_metadata(load_reward(reward), rows) for reward in eval_rewards)
+        evaluator = Evaluator(held_out, self.reward, evaluation_rewards)
+        return self._run(source, evaluator, settings, output_dir, resume, config_dict, on_update, on_evaluation)
 
     def _run(
         self,
-        source: Source,
-        exam: Evaluator,
+        source: RolloutSource,
+        evaluator: Evaluator,
         settings: TrainingConfig,
         output_dir: str | Path,
         resume: bool,
-        about: Mapping[str, Any] | None,
+        config_dict: Mapping[str, Any] | None,
         on_update: Callable[[Record], None] | None,
         on_evaluation: Callable[[EvalResult], None] | None,
     ) -> TrainingResult:
         """What a training is, wherever its samples come from."""
-        exam.check(settings.patience)
-        run = TrainingRun(self, source, exam, settings, Path(output_dir), dict(about or {}), resume)
+        evaluator.check(settings.early_stopping_patience)
+        run = TrainingRun(self, source, evaluator, settings, Path(output_dir), dict(config_dict or {}), resume)
         return run.train(on_update or (lambda record: None), on_evaluation or (lambda evaluated: None))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -506,5 +510,5 @@ class LossTrainer(Trainer):
         """Adds the gradient of one update to the weights' .grad; see `steer.training.gradient.two_pass_gradient`."""
         return two_pass_gradient(sampler, batch, self.loss, **options)
 
-    def about(self) -> dict[str, Any]:
-        return super().about() | {"loss": type(self.loss).__name__, **asdict(self.loss)}  # type: ignore[call-overload]
+    def config_dict(self) -> dict[str, Any]:
+        return super().config_dict() | {"loss": type(self.loss).__name__, **asdict(self.loss)}  # type: ignore[call-overload]

@@ -25,7 +25,7 @@ from steer.errors import InputError
 from steer.registry import choose
 
 
-class Attend(Protocol):
+class AttentionFunction(Protocol):
     """Q (B, H, L, d), K (B, H, S, d), V (B, H, S, e) → (B, H, L, e); the mask broadcasts to (B, H, L, S): true where a
     key is seen, or a number that is added to its score."""
 
@@ -60,11 +60,11 @@ def plain_attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
-        scores = scores + _added(attn_mask, scores.dtype)
+        scores = scores + _additive_mask(attn_mask, scores.dtype)
     return torch.dropout(scores.softmax(-1), dropout_p, True) @ value
 
 
-def xformers_attention(kernel: Callable[..., Tensor], causal: Callable[[], Any]) -> Attend:
+def xformers_attention(kernel: Callable[..., Tensor], causal: Callable[[], Any]) -> AttentionFunction:
     """`xformers.ops.memory_efficient_attention` with PyTorch's arguments; `causal`: xformers' own causal mask.
 
     It wants (B, L, H, d), and a mask of full shape in the queries' dtype, whose rows start at multiples of 8 numbers.
@@ -86,7 +86,7 @@ def xformers_attention(kernel: Callable[..., Tensor], causal: Callable[[], Any])
         if is_causal:
             bias = causal()
         elif attn_mask is not None:
-            bias = _aligned(_added(attn_mask, query.dtype), (*query.shape[:-1], key.shape[-2]))
+            bias = _aligned(_additive_mask(attn_mask, query.dtype), (*query.shape[:-1], key.shape[-2]))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         return kernel(q, k, v, attn_bias=bias, p=dropout_p, scale=scale).transpose(1, 2)
 
@@ -98,7 +98,7 @@ def _for_every_head(x: Tensor, query: Tensor, grouped: bool) -> Tensor:
     return x.repeat_interleave(query.shape[1] // x.shape[1], 1) if grouped else x
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
+def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """A mask as numbers to add to the scores."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
@@ -111,7 +111,7 @@ def _aligned(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
     return whole[..., : shape[-1]]
 
 
-SDPA: Attend = F.scaled_dot_product_attention
+SDPA: AttentionFunction = F.scaled_dot_product_attention
 LAYERS = (known.Attention, known.MochiAttention, AttentionModuleMixin)
 # Processors of diffusers that compute otherwise, and those that compute the same through PyTorch's function.
 THROUGH_SDPA: dict[type, type] = {
@@ -153,28 +153,28 @@ def attention_backend(target: Any, backend: str = "auto") -> Iterator[str]:
     with ExitStack() as stack:
         for layer in layers:
             if backend != "auto":
-                _bring_to_sdpa(layer, stack)
+                _use_sdpa_processor(layer, stack)
                 _route(layer, _Route(name, attend), stack)
             elif name != "sdpa" and _ROUTE not in vars(layer):
                 _route(layer, _Route(name, attend, strict=False), stack)
         yield name
 
 
-Found = tuple[str, Attend]
+NamedBackend = tuple[str, AttentionFunction]
 
 
-def _auto(device: torch.device) -> Found:
+def _auto(device: torch.device) -> NamedBackend:
     try:
-        return "xformers", _or(_xformers_kernel(device), SDPA)
+        return "xformers", _with_fallback(_xformers_kernel(device), SDPA)
     except InputError:  # not there, not on CUDA, or broken
         return "sdpa", SDPA
 
 
-def _xformers(device: torch.device) -> Found:
-    return "xformers", _or(_xformers_kernel(device), _refuse)
+def _xformers(device: torch.device) -> NamedBackend:
+    return "xformers", _with_fallback(_xformers_kernel(device), _raise_unsupported)
 
 
-def _xformers_kernel(device: torch.device) -> Attend:
+def _xformers_kernel(device: torch.device) -> AttentionFunction:
     if importlib.util.find_spec("xformers") is None:
         raise InputError("attention backend 'xformers' is not installed: pip install xformers, or take 'sdpa'")
     if device.type != "cuda":
@@ -186,7 +186,7 @@ def _xformers_kernel(device: torch.device) -> Attend:
     return xformers_attention(ops.memory_efficient_attention, ops.LowerTriangularMask)
 
 
-BACKENDS: dict[str, Callable[[torch.device], Found]] = {
+BACKENDS: dict[str, Callable[[torch.device], NamedBackend]] = {
     "auto": _auto,
     "xformers": _xformers,
     "sdpa": lambda device: ("sdpa", SDPA),
@@ -194,7 +194,7 @@ BACKENDS: dict[str, Callable[[torch.device], Found]] = {
 }
 
 
-def _or(attend: Attend, other: Attend) -> Attend:
+def _with_fallback(attend: AttentionFunction, other: AttentionFunction) -> AttentionFunction:
     """`attend` where it has a kernel, `other` elsewhere."""
 
     def either(*args: Any, **kwargs: Any) -> Tensor:
@@ -206,7 +206,7 @@ def _or(attend: Attend, other: Attend) -> Attend:
     return either
 
 
-def _refuse(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _raise_unsupported(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     raise InputError(
         f"attention backend 'xformers' has no kernel for {query.dtype}, heads of {query.shape[-1]} on {query.device}: "
         "take 'auto' or 'sdpa'"
@@ -221,7 +221,7 @@ def _device(target: Any, modules: list[nn.Module]) -> torch.device:
     return torch.device(next((place for place in places if place is not None), "cpu"))
 
 
-def _bring_to_sdpa(layer: nn.Module, stack: ExitStack) -> None:
+def _use_sdpa_processor(layer: nn.Module, stack: ExitStack) -> None:
     """Has a layer compute through PyTorch's function, where diffusers knows how, until the stack closes."""
     processor = getattr(layer, "processor", None)
     if hasattr(processor, _DISPATCH):
@@ -230,17 +230,17 @@ def _bring_to_sdpa(layer: nn.Module, stack: ExitStack) -> None:
     # That function divides by √d; a layer of another scale has to keep its processor.
     if twin is not None and getattr(layer, "scale_qk", True):
         space: Any = layer._modules if isinstance(processor, nn.Module) else vars(layer)
-        stack.enter_context(replaced(space, "processor", _made_like(processor, twin)))
+        stack.enter_context(replaced(space, "processor", _convert_processor(processor, twin)))
 
 
-def _made_like(processor: Any, twin: type) -> Any:
+def _convert_processor(processor: Any, twin: type) -> Any:
     """A processor of another class with the weights of the given one; only those of IP-adapters have any."""
     if not isinstance(processor, nn.Module):
         return twin()
     with torch.device("meta"):
-        made = twin(processor.hidden_size, processor.cross_attention_dim, processor.num_tokens, processor.scale)
-    made._modules.update(processor._modules)
-    return made
+        converted = twin(processor.hidden_size, processor.cross_attention_dim, processor.num_tokens, processor.scale)
+    converted._modules.update(processor._modules)
+    return converted
 
 
 @dataclass
@@ -248,7 +248,7 @@ class _Route:
     """A backend of a layer; a strict one has to be taken notice of."""
 
     name: str
-    attend: Attend
+    attend: AttentionFunction
     strict: bool = True
 
 
@@ -271,7 +271,7 @@ class _Routed:
         route: _Route = vars(self.layer)[_ROUTE]
         if route.attend is SDPA and _computes_through_sdpa(self.layer):
             return self.plain(*args, **kwargs)
-        with _InPlaceOfSdpa(route.attend) as mode:
+        with _SdpaOverride(route.attend) as mode:
             output = self.plain(*args, **kwargs)
         if route.strict and not mode.calls:
             raise InputError(
@@ -286,10 +286,10 @@ def _computes_through_sdpa(layer: nn.Module) -> bool:
     return type(layer.processor) in THROUGH_SDPA.values() or hasattr(layer.processor, _DISPATCH)
 
 
-class _InPlaceOfSdpa(TorchFunctionMode):
+class _SdpaOverride(TorchFunctionMode):
     """In this thread and block, calls of PyTorch's function go to another one, and are counted."""
 
-    def __init__(self, attend: Attend) -> None:
+    def __init__(self, attend: AttentionFunction) -> None:
         super().__init__()
         self.attend, self.calls = attend, 0
 

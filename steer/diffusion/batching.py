@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from steer.diffusion.preview import with_decode
-from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS, ModuleProxy, denoisers_in, standing_in
+from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS, ModuleProxy, denoisers_in, replace_modules
 from steer.errors import InputError
 
 LATENTS = ("sample", "hidden_states")  # what denoisers and ControlNets call their first argument
@@ -40,7 +40,7 @@ def micro_batched(pipe: Any, rows: int | None = None) -> Iterator[Any]:
     split = {name: MicroBatches(name, module, rows) for name, module in modules.items() if module is not None}
     if not set(split) & set(DENOISERS):
         raise InputError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: there is nothing to split")
-    with standing_in(pipe, {name: ModuleProxy(one.module, one) for name, one in split.items()}) as view:
+    with replace_modules(pipe, {name: ModuleProxy(one.module, one) for name, one in split.items()}) as view:
         yield view
 
 
@@ -56,12 +56,12 @@ class MicroBatches:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        batch = batch_of(given, self.module)
+        batch = batch_size_of(given, self.module)
         outputs: list[Any] = []
         done = 0
         while done < batch:
             count = min(self.rows or batch, batch - done)
-            output = self._called(part(given, batch, slice(done, done + count)), count)
+            output = self._try_call(select_rows(given, batch, slice(done, done + count)), count)
             if output is None:
                 self.rows = (count + 1) // 2
                 torch.cuda.empty_cache()
@@ -70,7 +70,7 @@ class MicroBatches:
             done += count
         return outputs[0] if len(outputs) == 1 else tree_map(_joined, outputs[0], *outputs[1:])
 
-    def _called(self, given: dict[str, Any], count: int) -> Any:
+    def _try_call(self, given: dict[str, Any], count: int) -> Any:
         """What the module says of so many rows; None where they do not fit into memory."""
         try:
             return self.module(**given)
@@ -83,7 +83,7 @@ class MicroBatches:
         return None  # here the error is gone, and with it the tensors that its traceback holds
 
 
-def batch_of(given: Mapping[str, Any], module: Any) -> int:
+def batch_size_of(given: Mapping[str, Any], module: Any) -> int:
     """Rows of a module's call, by its arguments. Raises InputError where its latents are not one tensor."""
     latents = next((given[name] for name in LATENTS if name in given), None)
     if not torch.is_tensor(latents):
@@ -92,7 +92,7 @@ def batch_of(given: Mapping[str, Any], module: Any) -> int:
     return len(latents)
 
 
-def part(given: Mapping[str, Any], batch: int, rows: slice | Tensor) -> dict[str, Any]:
+def select_rows(given: Mapping[str, Any], batch: int, rows: slice | Tensor) -> dict[str, Any]:
     """The arguments for some rows of a batch: of everything that has one entry a row, theirs."""
 
     def cut(tensor: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ def _joined(*outputs: Any) -> Any:
     return torch.cat(outputs) if torch.is_tensor(outputs[0]) else outputs[0]
 
 
-class LiveRows:
+class ActiveRows:
     """Which rows of a batch are alive: all of them, until some are kept.
 
     rows  (n,) int64, or None: all
@@ -154,22 +154,22 @@ class LiveRows:
     def _denoiser(self, module: Any) -> ModuleProxy:
         names = list(inspect.signature(module.forward).parameters)
 
-        def living(*args: Any, **kwargs: Any) -> Any:
+        def active_call(*args: Any, **kwargs: Any) -> Any:
             if self.rows is None:
                 return module(*args, **kwargs)
             given = dict(zip(names, args, strict=False)) | kwargs
-            batch = batch_of(given, module)
-            rows = self._in(batch)
-            return spread(module(**part(given, batch, rows)), rows, batch)
+            batch = batch_size_of(given, module)
+            rows = self._active_rows_in(batch)
+            return scatter_rows(module(**select_rows(given, batch, rows)), rows, batch)
 
-        return ModuleProxy(module, living)
+        return ModuleProxy(module, active_call)
 
     def _decoded(self, decode: Any, z: Tensor, *args: Any, **kwargs: Any) -> Any:
         if self.rows is None or len(z) != self.size:
             return decode(z, *args, **kwargs)
-        return spread(decode(self.of(z), *args, **kwargs), self.rows, self.size)
+        return scatter_rows(decode(self.of(z), *args, **kwargs), self.rows, self.size)
 
-    def _in(self, batch: int) -> Tensor:
+    def _active_rows_in(self, batch: int) -> Tensor:
         """The living in a batch that guidance made of several blocks."""
         assert self.rows is not None
         if batch % self.size:
@@ -177,7 +177,7 @@ class LiveRows:
         return torch.cat([self.rows + start for start in range(0, batch, self.size)])
 
 
-def spread(output: Any, rows: Tensor, batch: int) -> Any:
+def scatter_rows(output: Any, rows: Tensor, batch: int) -> Any:
     """What a module says of some rows of a batch, as if it had been asked of all: 0 for the others."""
 
     def whole(tensor: Tensor) -> Tensor:
@@ -218,16 +218,16 @@ def compiled(pipe: Any, *, cuda_graphs: bool | None = None, backend: Backend = "
     if not names:
         raise InputError(f"{type(pipe).__name__} has no unet or transformer: there is nothing to compile")
     for name in names:
-        _check_stays(name, getattr(pipe, name))
+        _check_compilable(name, getattr(pipe, name))
     on_cuda = all(getattr(pipe, name).device.type == "cuda" for name in names)
     if cuda_graphs and not (on_cuda and backend == "inductor"):
         raise InputError("cuda_graphs need the denoiser on CUDA and backend='inductor': leave cuda_graphs out")
     graphs = cuda_graphs if cuda_graphs is not None else on_cuda and backend == "inductor"
     modules = {name: getattr(pipe, name) for name in names}
-    stand_ins = {
+    proxies = {
         name: ModuleProxy(module, compiled_call(name, module, graphs, backend)) for name, module in modules.items()
     }
-    with standing_in(pipe, stand_ins) as view:
+    with replace_modules(pipe, proxies) as view:
         yield view
 
 
@@ -247,7 +247,7 @@ def compiled_call(name: str, module: Any, graphs: bool, backend: Backend) -> Cal
     return call
 
 
-def _check_stays(name: str, denoiser: Any) -> None:
+def _check_compilable(name: str, denoiser: Any) -> None:
     """Raises InputError unless the denoiser is a plain module whose weights stay where they are."""
     if type(denoiser) is ModuleProxy:
         raise InputError(f"{name} is micro-batched or watched: compile first, micro_batched(compiled_view) after it")

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS
 
-HALF_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # of the loss, where activations are fp16
+LOSS_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # of the loss, where activations are fp16
 
 
 def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False) -> Any:
@@ -26,7 +26,7 @@ def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False
                    steps by one set of latents each
     one_call       the graph holds one denoiser call: its blocks alone are computed once more
     """
-    twin = recording(pipe)
+    twin = differentiable_images(pipe)
     models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
     models = dict(zip(models, _frozen_twins(models.values()), strict=True))
     if models.get("vae") is not None:
@@ -37,12 +37,12 @@ def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False
     return twin
 
 
-def recording(pipe: Any) -> Any:
+def differentiable_images(pipe: Any) -> Any:
     """A copy of a pipeline, with the same models, whose call builds a graph where gradients are on."""
     cls = type(pipe)
     twin = copy.copy(pipe)
-    recorded = inspect.unwrap(cls.__call__)  # without the no_grad that diffusers puts around it
-    twin.__class__ = type(cls.__name__, (cls,), {"__call__": recorded, "__module__": cls.__module__})
+    differentiable_call = inspect.unwrap(cls.__call__)  # without the no_grad that diffusers puts around it
+    twin.__class__ = type(cls.__name__, (cls,), {"__call__": differentiable_call, "__module__": cls.__module__})
     vars(twin)["maybe_free_model_hooks"] = lambda: None
     return twin
 
@@ -98,7 +98,7 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def own_gradients(rewards: Tensor, x: Tensor, half: bool) -> Tensor | None:
+def per_sample_gradients(rewards: Tensor, x: Tensor, half: bool) -> Tensor | None:
     """∇ r_i of every particle with respect to its own x_i, (N, …) in fp32; None where no reward depends on x.
 
     half  where fp16 computes, rewards are multiplied by a power of two, as large as leaves the gradients finite:
@@ -106,7 +106,7 @@ def own_gradients(rewards: Tensor, x: Tensor, half: bool) -> Tensor | None:
     """
     if not rewards.requires_grad:
         return None
-    for scale in HALF_SCALES if half else (1.0,):
+    for scale in LOSS_SCALES if half else (1.0,):
         # Every reward depends on its own row alone: the gradient of the sum holds that of each.
         (gradient,) = torch.autograd.grad(rewards.sum() * scale, x, retain_graph=half, allow_unused=True)
         if gradient is None or gradient.isfinite().all():

@@ -83,12 +83,12 @@ class FusedGaussian(Gaussian):
         return self._run("x_s", noise=self.noise(generator))["x_s"]
 
     def draw(self, noise: Tensor, dtype: torch.dtype, storage: torch.dtype) -> tuple[Tensor, Tensor]:
-        drawn = self._run("x_s", "log_prob", noise=noise, dtype=dtype, storage=storage)
-        return drawn["x_s"], drawn["log_prob"]
+        sampled = self._run("x_s", "log_prob", noise=noise, dtype=dtype, storage=storage)
+        return sampled["x_s"], sampled["log_prob"]
 
     def log_prob(self, x: Tensor, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
-        told = self._run("log_prob", x_s=x)["log_prob"]
-        return told if reduce == "sum" else told / x[0].numel()
+        log_density = self._run("log_prob", x_s=x)["log_prob"]
+        return log_density if reduce == "sum" else log_density / x[0].numel()
 
 
 def fused_gaussian(

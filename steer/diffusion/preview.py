@@ -17,13 +17,13 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from steer.diffusion.step_hooks import Output, SolverStep, hook_steps, quiet, silences
+from steer.diffusion.step_hooks import Output, SolverStep, hook_steps, without_side_effects, zero_proxies
 from steer.errors import InputError
 from steer.registry import choose
 
-FEWEST_STEPS = 4  # PNDM with its Runge-Kutta warm-up takes no fewer
+MIN_STEPS = 4  # PNDM with its Runge-Kutta warm-up takes no fewer
 # What the user asked of the run but not of its tail.
-NOT_FOR_THE_TAIL = (
+EXCLUDED_ARGUMENTS = (
     "callback",
     "callback_steps",
     "callback_on_step_end",
@@ -78,30 +78,30 @@ class Preview:
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8, decoder: Any = None) -> None:
-        self._call = {name: value for name, value in call.items() if name not in NOT_FOR_THE_TAIL}
+        self._call = {name: value for name, value in call.items() if name not in EXCLUDED_ARGUMENTS}
         # Image-to-image runs only the last `strength` of its steps: enough of them that one is left.
-        self._call["num_inference_steps"] = max(FEWEST_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
-        self._tail = quiet(pipe)
-        changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None} | silences(pipe)
+        self._call["num_inference_steps"] = max(MIN_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
+        self._decoding_pipe = without_side_effects(pipe)
+        changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None} | zero_proxies(pipe)
         if decoder is not None:
             check_decoder(pipe, decoder)
             changed["vae"] = with_decode(decoder, _in_chunks(_in_own_precision(decoder), chunk))
         elif getattr(pipe, "vae", None) is not None:
             changed["vae"] = with_decode(pipe.vae, _in_chunks(pipe.vae.decode, chunk))
-        vars(self._tail).update(changed)
-        self._own = decoder is None
+        vars(self._decoding_pipe).update(changed)
+        self._uses_own_vae = decoder is None
         self.decodes = 0
 
     def __call__(self, x0: Tensor) -> Tensor:
-        self.decodes += len(x0) if self._own else 0
+        self.decodes += len(x0) if self._uses_own_vae else 0
 
-        def put_x0(event: SolverStep) -> tuple[None, Tensor]:
+        def insert_x0(event: SolverStep) -> tuple[None, Tensor]:
             return None, x0.to(event.prev)
 
         own = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
-        recording = torch.is_grad_enabled() and x0.requires_grad
-        with torch.set_grad_enabled(recording), hook_steps(self._tail, put_x0, rows=len(x0)) as view:
-            output = view(**accepted_only(self._tail, self._call | own))
+        needs_graph = torch.is_grad_enabled() and x0.requires_grad
+        with torch.set_grad_enabled(needs_graph), hook_steps(self._decoding_pipe, insert_x0, rows=len(x0)) as view:
+            output = view(**filter_call_kwargs(self._decoding_pipe, self._call | own))
         return first_output(output)
 
 
@@ -137,7 +137,7 @@ def check_decoder(pipe: Any, decoder: Any) -> None:
         )
 
 
-def accepted_only(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
+def filter_call_kwargs(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
     """Those arguments that the pipeline's `__call__` knows."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     return {name: value for name, value in call.items() if name in parameters}
@@ -235,9 +235,9 @@ class LinearPreview:
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8) -> None:
         check_image_vae(pipe)
-        watched = copy.copy(pipe)
-        vars(watched)["vae"] = with_decode(pipe.vae, self._decode)
-        self._preview = Preview(watched, call, chunk)
+        pipe_view = copy.copy(pipe)
+        vars(pipe_view)["vae"] = with_decode(pipe.vae, self._decode)
+        self._preview = Preview(pipe_view, call, chunk)
         self._vae, self._equations = pipe.vae, NormalEquations()
         self.decoder: LinearDecoder | None = None
         self.decodes = 0
@@ -257,7 +257,7 @@ class LinearPreview:
         return Output([images])
 
 
-class Previews(Protocol):
+class PreviewDecoder(Protocol):
     """x̂0 (N, …) of a call → images (N, 3, H, W) in [0, 1]; `decodes`: how many of them its own VAE has decoded."""
 
     decodes: int
@@ -265,13 +265,13 @@ class Previews(Protocol):
     def __call__(self, x0: Tensor) -> Tensor: ...
 
 
-PREVIEWS: dict[str, Callable[[Any, Mapping[str, Any], int], Previews]] = {
+PREVIEWS: dict[str, Callable[[Any, Mapping[str, Any], int], PreviewDecoder]] = {
     "full": Preview,  # the pipeline's own VAE
     "linear": LinearPreview,  # a linear map, fitted to what that VAE makes of the first x̂0
 }
 
 
-def new_preview(preview: Any, pipe: Any, call: Mapping[str, Any], chunk: int) -> Previews:
+def build_preview(preview: Any, pipe: Any, call: Mapping[str, Any], chunk: int) -> PreviewDecoder:
     """Previews of one call of `pipe`, decoded `chunk` at a time.
 
     preview  a name of PREVIEWS, or an autoencoder of diffusers for this model's latents, like AutoencoderTiny

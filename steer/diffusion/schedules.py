@@ -148,7 +148,7 @@ def clip_limit(scheduler: Scheduler) -> float:
     return float(scheduler.config.clip_sample_range) if clips else math.inf
 
 
-def in_the_middle(scheduler: Scheduler) -> bool:
+def mid_transition(scheduler: Scheduler) -> bool:
     """True between the model calls of one transition (Heun, KDPM2, DPMSolverSDE, PNDM's warm-up)."""
     if hasattr(scheduler, "state_in_first_order"):
         return not scheduler.state_in_first_order and scheduler.step_index < len(scheduler.timesteps)
@@ -253,17 +253,17 @@ _CONSISTENCY = {"LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"}
 _STOCHASTIC_STAGES = {"KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"}
 
 
-def can_redraw(scheduler: Scheduler) -> bool:
+def can_resample_noise(scheduler: Scheduler) -> bool:
     """Whether a transition of this solver may be drawn anew from the Gaussian kernel."""
     return has_gaussian_kernel(scheduler) and not descends_from(scheduler, _CONSISTENCY)
 
 
-def redraws(scheduler: Scheduler) -> bool:
+def matches_gaussian_kernel(scheduler: Scheduler) -> bool:
     """Whether the Gaussian kernel with η = 1 may take single steps of a run with this solver.
 
     False too for solvers whose own noise follows another kernel: two kernels in one run would mix two laws.
     """
-    return can_redraw(scheduler) and not _has_other_noise(scheduler)
+    return can_resample_noise(scheduler) and not _has_other_noise(scheduler)
 
 
 def _has_other_noise(scheduler: Scheduler) -> bool:
@@ -276,9 +276,9 @@ def _has_other_noise(scheduler: Scheduler) -> bool:
     return bool(config.get("stochastic_sampling"))
 
 
-def copies_part(scheduler: Scheduler) -> bool:
+def copies_diverge(scheduler: Scheduler) -> bool:
     """Whether two particles in one place ever part again: by a redrawn step, or by the solver's own noise."""
-    return can_redraw(scheduler) or descends_from(scheduler, _CONSISTENCY | _STOCHASTIC_STAGES)
+    return can_resample_noise(scheduler) or descends_from(scheduler, _CONSISTENCY | _STOCHASTIC_STAGES)
 
 
 def step_levels(scheduler: Scheduler, timestep: Any, index: int) -> tuple[Level, Level]:
@@ -410,16 +410,16 @@ def plain_pass(
     if step.limit < math.inf:
         x0 = x0.clamp(-step.limit, step.limit)
     mean = c * x.float() + d * x0
-    found: dict[Wanted, Tensor] = {"x0": x0, "mean": mean}
+    results: dict[Wanted, Tensor] = {"x0": x0, "mean": mean}
     if noise is not None:
         x_s = (mean + std * noise.float()).to(dtype).to(storage or dtype).to(dtype)
     if x_s is not None:
-        found["x_s"] = x_s
+        results["x_s"] = x_s
     if x_s is not None and "log_prob" in want:
         z, log_std = ((x_s.float() - mean) / std).to(widest(x.device)), log_std.to(widest(x.device))
         terms = -0.5 * z**2 - log_std - 0.5 * math.log(2 * math.pi)
-        found["log_prob"] = terms.reshape(len(x), -1).sum(1)
-    return {name: found[name] for name in want}
+        results["log_prob"] = terms.reshape(len(x), -1).sum(1)
+    return {name: results[name] for name in want}
 
 
 def check_pass(

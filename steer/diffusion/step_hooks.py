@@ -24,7 +24,7 @@ from steer.diffusion.schedules import (
     Scheduler,
     check_verified,
     gaussian_transition,
-    in_the_middle,
+    mid_transition,
     predict_x0,
     step_levels,
     total_transitions,
@@ -32,7 +32,7 @@ from steer.diffusion.schedules import (
 from steer.errors import InputError
 
 
-class CannotSteer(InputError):
+class UnsupportedPipelineError(InputError):
     """This pipeline, as called, gives its solver steps no place to act on."""
 
 
@@ -104,10 +104,10 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
     check_verified(pipe.scheduler)
     tracker = _Tracker(pipe, on_step, rows, grad)
     view = copy.copy(pipe)
-    vars(view)["scheduler"] = _watched(pipe.scheduler, tracker)
+    vars(view)["scheduler"] = _tracked_scheduler(pipe.scheduler, tracker)
     yield view
     if not tracker.transitions:
-        raise CannotSteer(f"{type(pipe).__name__} never stepped its own scheduler: it cannot be steered")
+        raise UnsupportedPipelineError(f"{type(pipe).__name__} never stepped its own scheduler: it cannot be steered")
 
 
 @dataclass
@@ -135,7 +135,7 @@ class _Tracker:
             self.event = SolverStep(self.transitions, t, x, scheduler, index, output)
         else:
             self.event.calls += 1
-        if not in_the_middle(scheduler):
+        if not mid_transition(scheduler):
             event, self.event, self.transitions = self.event, None, self.transitions + 1
             self.total = self.total or total_transitions(scheduler, event.t, t)
             event.prev, event.total = out[0], self.total
@@ -146,17 +146,19 @@ class _Tracker:
     def _check(self, arguments: dict[str, Any]) -> None:
         x = arguments["sample"]
         if arguments.get("per_token_timesteps") is not None:
-            raise CannotSteer("per-token timesteps have no single noise level: this pipeline cannot be steered")
+            raise UnsupportedPipelineError(
+                "per-token timesteps have no single noise level: this pipeline cannot be steered"
+            )
         if self.rows and len(x) != self.rows:
-            raise CannotSteer(f"the scheduler was given {len(x)} rows for {self.rows} particles")
+            raise UnsupportedPipelineError(f"the scheduler was given {len(x)} rows for {self.rows} particles")
         if self.last is not None and x is not self.last and not _same(x, self.last):
-            raise CannotSteer(
+            raise UnsupportedPipelineError(
                 f"{type(self.pipe).__name__} edits its latents between the steps (inpainting, or a callback): "
                 "it cannot be steered"
             )
 
-    def _apply(self, answer: StepOverride, scheduler: Scheduler, out: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
-        ancestors, next_latents = answer
+    def _apply(self, override: StepOverride, scheduler: Scheduler, out: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
+        ancestors, next_latents = override
         if ancestors is not None:
             self._check_resampling()
             for name, value in scheduler.__dict__.items():
@@ -164,7 +166,7 @@ class _Tracker:
             out = _reindexed(out, ancestors, out[0])
         if next_latents is None:
             return out
-        _start_from_here(scheduler)
+        _reset_solver_memory(scheduler)
         # A denoiser that answers in float32 leaves latents in half precision, and a decoder after them, as they are.
         latents = next_latents.to(x.dtype if x.dtype in HALF else out[0].dtype)
         # At the end x̂0 is the latents themselves, and some pipelines decode that output of the step.
@@ -172,13 +174,15 @@ class _Tracker:
 
     def _check_resampling(self) -> None:
         if self.copied:
-            raise CannotSteer(
+            raise UnsupportedPipelineError(
                 f"{type(self.pipe).__name__} also steps copies of its scheduler (a second modality, or views): "
                 "resampling would leave them behind"
             )
         denoiser = getattr(self.pipe, "transformer", None) or getattr(self.pipe, "unet", None)
         if getattr(denoiser, "is_cache_enabled", False):
-            raise CannotSteer("disable the feature cache of the denoiser: its state per sample cannot be resampled")
+            raise UnsupportedPipelineError(
+                "disable the feature cache of the denoiser: its state per sample cannot be resampled"
+            )
 
 
 def _same(x: Tensor, last: Tensor) -> bool:
@@ -195,7 +199,7 @@ def _reindexed(value: Any, ancestors: Tensor, like: Tensor) -> Any:
     return value
 
 
-def _start_from_here(scheduler: Scheduler) -> None:
+def _reset_solver_memory(scheduler: Scheduler) -> None:
     """Keeps solvers that go back to latents of an earlier step from passing over new ones."""
     if hasattr(scheduler, "last_sample"):  # the corrector of UniPC and SASolver
         scheduler.last_sample = None
@@ -203,16 +207,16 @@ def _start_from_here(scheduler: Scheduler) -> None:
         scheduler.model_outputs = [None] * len(scheduler.model_outputs)
 
 
-def _watched(base: Scheduler, tracker: _Tracker) -> Scheduler:
+def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
     """A copy of a scheduler, of a subclass of its own class, whose `step` goes through the tracker."""
     cls = type(base)
     leaves = [leaf for leaf in tree_leaves(vars(base)) if torch.is_tensor(leaf) and leaf.requires_grad]
-    watched = copy.deepcopy(base, {id(leaf): leaf.detach() for leaf in leaves})
+    tracked = copy.deepcopy(base, {id(leaf): leaf.detach() for leaf in leaves})
     signature = inspect.signature(cls.step)
 
     @functools.wraps(cls.step)
     def step(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-        if self is not watched:
+        if self is not tracked:
             tracker.copied = True
             return cls.step(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
@@ -233,48 +237,48 @@ def _watched(base: Scheduler, tracker: _Tracker) -> Scheduler:
         return copy.deepcopy(plain, memo)
 
     members = {"step": step, "__deepcopy__": deepcopy, "__module__": cls.__module__}
-    watched.__class__ = type(cls.__name__, (cls,), members)
-    return watched
+    tracked.__class__ = type(cls.__name__, (cls,), members)
+    return tracked
 
 
-MARKS = ("safety_checker", "watermark")  # what is done to finished images only
+POST_PROCESSORS = ("safety_checker", "watermark")  # what is done to finished images only
 # A fast tokenizer keeps the padding of the present call on itself: threads that share one would pad as others asked.
-ENCODING = threading.RLock()
+ENCODING_LOCK = threading.RLock()
 
 
-def quiet(pipe: Any) -> Any:
+def without_side_effects(pipe: Any) -> Any:
     """A copy of a pipeline for many runs of one call: text encoded once, no safety checker, watermark or bar.
 
     A safety checker would blacken images on the way, and none of these takes images with a graph.
     """
-    quiet = text_once(pipe)
-    vars(quiet).update(dict.fromkeys(MARKS) | {"_progress_bar_config": {"disable": True}})
-    return quiet
+    without_side_effects = cache_text_encoding(pipe)
+    vars(without_side_effects).update(dict.fromkeys(POST_PROCESSORS) | {"_progress_bar_config": {"disable": True}})
+    return without_side_effects
 
 
-def text_once(pipe: Any) -> Any:
+def cache_text_encoding(pipe: Any) -> Any:
     """A copy of a pipeline for one call of the user's and what it takes beside: it encodes a text once, without grad.
 
     Copies of the copy share what it has encoded.
     """
     once = copy.copy(pipe)
     if hasattr(pipe, "encode_prompt"):
-        vars(once)["encode_prompt"] = _once_each(torch.no_grad()(pipe.encode_prompt))
+        vars(once)["encode_prompt"] = _cached_calls(torch.no_grad()(pipe.encode_prompt))
     return once
 
 
-def _once_each(function: Callable[..., Any]) -> Callable[..., Any]:
+def _cached_calls(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function, called once for each of its arguments: some pipelines encode a negative prompt apart."""
-    answers: dict[str, Any] = {}
+    cache: dict[str, Any] = {}
 
-    def remember(*args: Any, **kwargs: Any) -> Any:
-        asked = json.dumps(plain_values([args, kwargs]))
-        if asked not in answers:
-            with ENCODING:
-                answers[asked] = function(*args, **kwargs)
-        return answers[asked]
+    def cached_call(*args: Any, **kwargs: Any) -> Any:
+        key = json.dumps(plain_values([args, kwargs]))
+        if key not in cache:
+            with ENCODING_LOCK:
+                cache[key] = function(*args, **kwargs)
+        return cache[key]
 
-    return remember
+    return cached_call
 
 
 def plain_values(value: Any) -> Any:
@@ -328,7 +332,7 @@ class Output(tuple[Tensor, ...]):
         return self[0]
 
 
-def silent_denoiser(denoiser: Any) -> ModuleProxy:
+def zero_denoiser(denoiser: Any) -> ModuleProxy:
     """Passes for a denoiser that predicts nothing: zeros, at no cost."""
     channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
 
@@ -342,21 +346,21 @@ def silent_denoiser(denoiser: Any) -> ModuleProxy:
     return ModuleProxy(denoiser, zeros)
 
 
-def silent_controlnet(controlnet: Any) -> ModuleProxy:
+def zero_controlnet(controlnet: Any) -> ModuleProxy:
     """Passes for a ControlNet that adds nothing."""
     return ModuleProxy(controlnet, lambda *args, **kwargs: ([], None))
 
 
-def silences(pipe: Any) -> dict[str, ModuleProxy]:
+def zero_proxies(pipe: Any) -> dict[str, ModuleProxy]:
     """For every denoiser and ControlNet of a pipeline, by name, one that says nothing."""
-    found: dict[str, ModuleProxy] = {}
-    for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
-        found |= {name: silence(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
-    return found
+    proxies: dict[str, ModuleProxy] = {}
+    for zero_proxy, names in ((zero_denoiser, DENOISERS), (zero_controlnet, CONTROLNETS)):
+        proxies |= {name: zero_proxy(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
+    return proxies
 
 
 @contextmanager
-def standing_in(pipe: Any, modules: Mapping[str, ModuleProxy]) -> Iterator[Any]:
+def replace_modules(pipe: Any, modules: Mapping[str, ModuleProxy]) -> Iterator[Any]:
     """Yields a view of a pipeline with these in place of its own modules; after the block it has those again.
 
     The pipeline stays as it is. Offloading hooks are on its own modules, and it is the one that puts them back.
@@ -369,7 +373,7 @@ def standing_in(pipe: Any, modules: Mapping[str, ModuleProxy]) -> Iterator[Any]:
         vars(view).update({name: getattr(pipe, name) for name in modules})
 
 
-_NOTHING = object()
+_MISSING = object()
 
 
 @contextmanager
@@ -378,12 +382,12 @@ def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
 
     Of an object, `space` is its `vars()`.
     """
-    before = space.get(name, _NOTHING)
+    before = space.get(name, _MISSING)
     space[name] = value
     try:
         yield
     finally:
-        if before is _NOTHING:
+        if before is _MISSING:
             space.pop(name, None)
         else:
             space[name] = before
@@ -393,11 +397,11 @@ def denoising_modules(target: Any) -> list[nn.Module]:
     """The modules that denoise: of a pipeline its denoisers and ControlNets, as far as it has any; a module itself."""
     if isinstance(target, nn.Module):
         return [target]
-    found = [getattr(target, name, None) for name in (*DENOISERS, *CONTROLNETS)]
-    return [module for module in found if isinstance(module, nn.Module)]
+    proxies = [getattr(target, name, None) for name in (*DENOISERS, *CONTROLNETS)]
+    return [module for module in proxies if isinstance(module, nn.Module)]
 
 
-NAME = "safety_checker"
+SAFETY_CHECKER = "safety_checker"
 
 
 class DeferredSafetyChecker:
@@ -426,8 +430,8 @@ class DeferredSafetyChecker:
 
 def with_deferred_checker(pipe: Any) -> tuple[Any, DeferredSafetyChecker | None]:
     """A copy of a pipeline whose safety checker defers its verdict, and that checker; None where it has none."""
-    if getattr(pipe, NAME, None) is None:
+    if getattr(pipe, SAFETY_CHECKER, None) is None:
         return pipe, None
-    view, deferred = copy.copy(pipe), DeferredSafetyChecker(getattr(pipe, NAME))
-    vars(view)[NAME] = deferred
+    view, deferred = copy.copy(pipe), DeferredSafetyChecker(getattr(pipe, SAFETY_CHECKER))
+    vars(view)[SAFETY_CHECKER] = deferred
     return view, deferred

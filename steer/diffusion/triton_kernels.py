@@ -46,8 +46,8 @@ def _step(
     inside = place < elements
     weights = table + row * table_row
     x_t = tl.load(x + row * x_row + place, mask=inside, other=0.0).to(tl.float32)
-    told = tl.load(output + row * output_row + place, mask=inside, other=0.0).to(tl.float32)
-    x0 = tl.load(weights) * x_t + tl.load(weights + 1) * told
+    prediction = tl.load(output + row * output_row + place, mask=inside, other=0.0).to(tl.float32)
+    x0 = tl.load(weights) * x_t + tl.load(weights + 1) * prediction
     if CLIPS:
         x0 = tl.clamp(x0, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
     mean = tl.load(weights + 2) * x_t + tl.load(weights + 3) * x0
@@ -92,12 +92,12 @@ def triton_pass(
     check_pass(step, x, output, want, noise, x_s)
     rows, elements = len(x), math.prod(x.shape[1:])
     blocks = triton.cdiv(elements, BLOCK)
-    found: dict[Wanted, Tensor] = {} if x_s is None else {"x_s": x_s}
+    results: dict[Wanted, Tensor] = {} if x_s is None else {"x_s": x_s}
     for name in ("x0", "mean"):
         if name in want:
-            found[name] = torch.empty(x.shape, device=x.device)
+            results[name] = torch.empty(x.shape, device=x.device)
     if noise is not None:
-        found["x_s"] = torch.empty(x.shape, dtype=dtype, device=x.device)
+        results["x_s"] = torch.empty(x.shape, dtype=dtype, device=x.device)
     sums = torch.empty((rows, blocks), device=x.device, dtype=torch.float64)
     table = step.table(x.device)
     given = next((tensor for tensor in (noise, x_s) if tensor is not None), x)
@@ -107,7 +107,7 @@ def triton_pass(
             step_kernel[blocks, rows](
                 *inputs,
                 table,
-                *(found.get(name, sums) for name in ("x0", "mean", "x_s")),
+                *(results.get(name, sums) for name in ("x0", "mean", "x_s")),
                 sums,
                 elements,
                 *(tensor.stride(0) for tensor in inputs),
@@ -124,8 +124,8 @@ def triton_pass(
                 enable_fp_fusion=False,  # a product and a sum are rounded each, as in plain_pass
             )
     if "log_prob" in want:
-        found["log_prob"] = sums.sum(1)
-    return {name: found[name] for name in want}
+        results["log_prob"] = sums.sum(1)
+    return {name: results[name] for name in want}
 
 
 def _rows(tensor: Tensor, elements: int) -> Tensor:

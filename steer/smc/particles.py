@@ -7,8 +7,8 @@ import torch
 from torch import Generator, Tensor
 
 from steer.errors import InputError
-from steer.smc.potentials import Moment, PathRewards, Potential, Tempering, constant, difference, ess_targeted
-from steer.smc.resampling import Resampler, systematic, thinned
+from steer.smc.potentials import PathRewards, Potential, Tempering, TemperingState, constant, difference, ess_targeted
+from steer.smc.resampling import Resampler, subsample, systematic
 
 
 def log_mean_exp(log_values: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Particles:
         )
 
 
-EQUAL = 1 - 1e-6  # weights whose ESS exceeds this share of K count as equal: they are never resampled
+UNIFORM_ESS_SHARE = 1 - 1e-6  # weights whose ESS exceeds this share of K count as equal: they are never resampled
 
 
 @dataclass(frozen=True)
@@ -101,17 +101,17 @@ class FeynmanKac:
         if not 0 < self.ess_threshold <= 1:
             raise InputError(f"ess_threshold must be above 0 and at most 1, got {self.ess_threshold}")
 
-    def weigh(self, particles: Particles, rewards: Tensor, progress: float) -> Particles:
+    def reweight(self, particles: Particles, rewards: Tensor, progress: float) -> Particles:
         """Multiplies the weights by G_j, from rewards (B, K) of x̂0 after the share `progress` of the run."""
 
-        def weighed(strength: Tensor) -> Particles:
+        def reweighted(strength: Tensor) -> Particles:
             path = particles.path.append(rewards, strength)
             return replace(particles, path=path).reweight(self.potential(path))
 
         strengths, size = particles.path.strengths, rewards.shape[1]
         previous = strengths[-1] if len(strengths) else torch.zeros(len(rewards), 1)
-        moment = Moment(progress, self.lam, previous, lambda strength: weighed(strength).ess / size)
-        return weighed(self.tempering(moment))
+        state = TemperingState(progress, self.lam, previous, lambda strength: reweighted(strength).ess / size)
+        return reweighted(self.tempering(state))
 
     def select(
         self, particles: Particles, generator: Generator, count: int | None = None
@@ -122,13 +122,13 @@ class FeynmanKac:
         count = size if count is None else count
         # An ESS that is steered to its target never falls below it: carried weights would keep λ_j down for good.
         threshold = 1.0 if self.tempering is ess_targeted else self.ess_threshold
-        low = (particles.ess < size * min(threshold, EQUAL)) | torch.tensor(count < size)
+        low = (particles.ess < size * min(threshold, UNIFORM_ESS_SHARE)) | torch.tensor(count < size)
         if not low.any():
             return particles, None
-        drawn = self.resampler(particles.log_weights, generator)
+        resampled = self.resampler(particles.log_weights, generator)
         if count < size:
-            drawn = thinned(drawn, count, generator)
-        ancestors = torch.where(low[:, None], drawn, torch.arange(count).expand(groups, count))
+            resampled = subsample(resampled, count, generator)
+        ancestors = torch.where(low[:, None], resampled, torch.arange(count).expand(groups, count))
         return particles.resample(ancestors, low), ancestors
 
     def finish(self, particles: Particles, rewards: Tensor) -> Particles:

@@ -60,7 +60,7 @@ POTENTIALS: dict[str, Potential] = {"difference": difference, "max": maximum, "s
 
 
 @dataclass(frozen=True)
-class Moment:
+class TemperingState:
     """Where the run stands when a strength is chosen.
 
     progress   solver steps done, 0..1
@@ -75,34 +75,34 @@ class Moment:
     ess_at: Callable[[Tensor], Tensor]
 
 
-Tempering = Callable[[Moment], Tensor]
+Tempering = Callable[[TemperingState], Tensor]
 
 
-def constant(moment: Moment) -> Tensor:
+def constant(state: TemperingState) -> Tensor:
     """λ_j = λ."""
-    return torch.full_like(moment.previous, moment.lam)
+    return torch.full_like(state.previous, state.lam)
 
 
-def geometric(moment: Moment) -> Tensor:
+def geometric(state: TemperingState) -> Tensor:
     """λ_j = λ min((1+γ)^i − 1, 1) after i of T steps; γ = 2^(1/T) − 1, so that it reaches λ at the end (after DAS)."""
-    return torch.full_like(moment.previous, moment.lam * min(2**moment.progress - 1, 1.0))
+    return torch.full_like(state.previous, state.lam * min(2**state.progress - 1, 1.0))
 
 
-def ess_targeted(moment: Moment, target: float = 0.5, halvings: int = 40, grid: int = 64) -> Tensor:
+def ess_targeted(state: TemperingState, target: float = 0.5, bisections: int = 40, grid: int = 64) -> Tensor:
     """The λ_j nearest to λ, from 0 on, that leaves an ESS of at least `target`·K: per group, by a grid and bisection.
 
     It may be below λ_{j−1}, since the terminal factor ends at λ anyway. The ESS need not fall with λ_j: log G_j may
     also take q_{j−1} back. Where no λ_j leaves so many, the one of the grid that leaves most.
     """
-    lams = torch.linspace(0, 1, grid + 1)[:, None, None] * moment.lam * torch.ones_like(moment.previous)
-    shares = torch.stack([moment.ess_at(lam) for lam in lams])  # (grid + 1, B)
-    enough = shares >= target
-    last = grid - enough.flip(0).float().argmax(0)  # the highest of the grid that leaves enough
-    last = torch.where(enough.any(0), last, shares.argmax(0))[None, :, None]
+    lams = torch.linspace(0, 1, grid + 1)[:, None, None] * state.lam * torch.ones_like(state.previous)
+    shares = torch.stack([state.ess_at(lam) for lam in lams])  # (grid + 1, B)
+    meets_target = shares >= target
+    last = grid - meets_target.flip(0).float().argmax(0)  # the highest of the grid that leaves enough
+    last = torch.where(meets_target.any(0), last, shares.argmax(0))[None, :, None]
     low, high = (lams.gather(0, place)[0] for place in (last, (last + 1).clamp(max=grid)))
-    for _ in range(halvings):
+    for _ in range(bisections):
         middle = (low + high) / 2
-        reached = moment.ess_at(middle)[:, None] >= target
+        reached = state.ess_at(middle)[:, None] >= target
         low, high = torch.where(reached, middle, low), torch.where(reached, high, middle)
     return low
 

@@ -69,8 +69,8 @@ def residual(log_weights: Tensor, generator: Generator) -> Tensor:
         open_places = int(size - counts[group].sum())
         if open_places:
             rest = (size * weights[group] - certain[group]).clamp(min=0)
-            drawn = _at(_uniform((open_places,), generator), rest)
-            counts[group] += torch.bincount(drawn, minlength=size)
+            sampled = _at(_uniform((open_places,), generator), rest)
+            counts[group] += torch.bincount(sampled, minlength=size)
     return _copies(counts)
 
 
@@ -82,7 +82,7 @@ def ssp(log_weights: Tensor, generator: Generator) -> Tensor:
     return _copies(torch.stack([_ssp_counts((size * weights[g]).tolist(), draws[g]) for g in range(groups)]))
 
 
-def thinned(ancestors: Tensor, count: int, generator: Generator) -> Tensor:
+def subsample(ancestors: Tensor, count: int, generator: Generator) -> Tensor:
     """`count` of the ancestors (B, K), each with the same chance: every K/count-th, from a random place on.
 
     Unbiased like the scheme that drew them: particle i gets count·w_i offspring on average. Of ancestors in order, as

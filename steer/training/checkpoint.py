@@ -26,15 +26,15 @@ from torch.optim import Optimizer
 
 from steer.errors import InputError
 from steer.files import make_folder, sync
-from steer.training.trainable import divided_as, whole
+from steer.training.trainable import shard_like, whole
 
 VERSION = 1
 MANIFEST = "manifest.json"
-LARGEST = 1 << 20  # bytes that are read of one that may come from anywhere
+MAX_MANIFEST_BYTES = 1 << 20  # bytes that are read of one that may come from anywhere
 NAME = re.compile(r"[A-Za-z0-9_-]+")
-FILE = re.compile(rf"(?!manifest\.json){NAME.pattern}\.(safetensors|json)")  # no folders, no links out of this one
+FILE_NAME = re.compile(rf"(?!manifest\.json){NAME.pattern}\.(safetensors|json)")  # no folders, no links out of this one
 
-Told = Mapping[str, Any]  # of one file: size in bytes, sha256 in hexadecimal
+FileRecord = Mapping[str, Any]  # of one file: size in bytes, sha256 in hexadecimal
 
 
 def check_tensors(name: str, named: Mapping[str, Tensor]) -> None:
@@ -86,13 +86,13 @@ def write_files(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
         paths.append(folder / f"{name}.json")
         paths[-1].write_text(text, encoding="utf-8")
         sync(paths[-1])
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sum(path)} for path in paths}
-    (folder / MANIFEST).write_bytes(_rendered(step, files))
+    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+    (folder / MANIFEST).write_bytes(_manifest_bytes(step, files))
     sync(folder / MANIFEST)
     sync(folder)
 
 
-def read_manifest(folder: Path) -> tuple[int, dict[str, Told]]:
+def read_manifest(folder: Path) -> tuple[int, dict[str, FileRecord]]:
     """The step, and what is told of each file by its name; a changed byte of the manifest is noticed.
 
     Raises InputError where it is missing, unreadable, of another version or leads out of the folder, and OSError.
@@ -102,64 +102,64 @@ def read_manifest(folder: Path) -> tuple[int, dict[str, Told]]:
         raise InputError(f"{folder} is no folder; give one that holds a checkpoint, such as run/step-00000120")
     if not path.exists():
         raise InputError(f"{path} is missing; give the folder of a checkpoint, such as run/step-00000120")
-    if _plain_size(path) > LARGEST:
+    if _plain_size(path) > MAX_MANIFEST_BYTES:
         raise InputError(f"{path} is too large for a manifest; choose another checkpoint")
     content = path.read_bytes()
     try:
-        told = json.loads(content)
+        record = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no manifest ({error}); choose another checkpoint") from error
-    if not isinstance(told, dict) or told.get("version") != VERSION:
+    if not isinstance(record, dict) or record.get("version") != VERSION:
         raise InputError(f"{path} is no manifest of version {VERSION}, which this steer reads; choose another one")
-    step, files = told.get("step"), told.get("files")
+    step, files = record.get("step"), record.get("files")
     if type(step) is not int or step < 0 or not isinstance(files, dict) or not all(map(_well_formed, files.values())):
         raise InputError(f"{path} is no manifest: step or files are wrong; choose another checkpoint")
-    if strange := [name for name in files if not FILE.fullmatch(name)]:
+    if strange := [name for name in files if not FILE_NAME.fullmatch(name)]:
         raise InputError(f"{path} names {strange[0]!r}, which is no file of a checkpoint; do not trust it")
-    if content != _rendered(step, files):
+    if content != _manifest_bytes(step, files):
         raise InputError(f"{path} is damaged: its sha256 is another; choose another checkpoint")
     return step, files
 
 
-def verify_file(path: Path, told: Told) -> None:
+def verify_file(path: Path, record: FileRecord) -> None:
     """Raises InputError where a file is missing, no plain file, or not what the manifest tells of it; and OSError."""
-    if (size := _plain_size(path)) != told["size"]:
-        raise InputError(f"{path} has {size} bytes, not {told['size']}; choose another checkpoint")
-    if _sum(path) != told["sha256"]:
+    if (size := _plain_size(path)) != record["size"]:
+        raise InputError(f"{path} has {size} bytes, not {record['size']}; choose another checkpoint")
+    if _sha256(path) != record["sha256"]:
         raise InputError(f"{path} is damaged: its sha256 is another; choose another checkpoint")
 
 
 def _plain_size(path: Path) -> int:
     """Bytes of a file. Raises InputError where there is none, or something that leads elsewhere."""
     try:
-        found = path.lstat()
+        candidate = path.lstat()
     except FileNotFoundError as error:
         raise InputError(f"{path} is missing; choose another checkpoint") from error
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(candidate.st_mode):
         raise InputError(f"{path} is a link, a folder or a device, not a file; choose another checkpoint")
-    return found.st_size
+    return candidate.st_size
 
 
-def _sum(path: Path) -> str:
+def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _well_formed(told: Any) -> bool:
+def _well_formed(record: Any) -> bool:
     keys = {"size": int, "sha256": str}
-    return isinstance(told, dict) and {key: type(value) for key, value in told.items()} == keys
+    return isinstance(record, dict) and {key: type(value) for key, value in record.items()} == keys
 
 
-def _rendered(step: int, files: Mapping[str, Told]) -> bytes:
+def _manifest_bytes(step: int, files: Mapping[str, FileRecord]) -> bytes:
     """The whole manifest, the only one that is right for these files."""
-    about = {"version": VERSION, "step": step, "files": files}
-    own = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    return (json.dumps(about | {"sha256": own}, sort_keys=True, indent=1) + "\n").encode()
+    body = {"version": VERSION, "step": step, "files": files}
+    own = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(body | {"sha256": own}, sort_keys=True, indent=1) + "\n").encode()
 
 
 # The second name: a checkpoint that another one of its step is about to replace.
 STEP = "([0-9]{8}|[1-9][0-9]{8,})"
-PLACE = re.compile(rf"step-{STEP}|\.step-{STEP}\.old")
+FOLDER_NAME = re.compile(rf"step-{STEP}|\.step-{STEP}\.old")
 
 
 @dataclass(frozen=True)
@@ -175,8 +175,8 @@ class Checkpoint:
         path = Path(path)
         try:
             step, files = read_manifest(path)
-            for name, told in sorted(files.items()):
-                verify_file(path / name, told)
+            for name, record in sorted(files.items()):
+                verify_file(path / name, record)
             if extra := sorted({one.name for one in path.iterdir()} - {MANIFEST, *files}):
                 raise InputError(f"{path / extra[0]} is not in the checkpoint's manifest; remove it")
         except OSError as error:
@@ -186,7 +186,7 @@ class Checkpoint:
     def file(self, name: str) -> Path:
         """The path of a file such as "weights.safetensors". Raises InputError where there is none."""
         path = self.path / name
-        if not FILE.fullmatch(name) or not path.is_file():
+        if not FILE_NAME.fullmatch(name) or not path.is_file():
             raise InputError(f"checkpoint {self.path} holds no {name!r}; choose one of the same kind of run")
         return path
 
@@ -240,8 +240,8 @@ class Checkpoints:
         texts = {name: json_text(name, value) for name, value in values.items()}
         try:
             make_folder(self.folder)
-            self._tidy()
-            path = self._place(step, tensors, texts)
+            self._recover()
+            path = self._write_folder(step, tensors, texts)
             self._rotate(step, pinned)
         except (OSError, SafetensorError) as error:
             raise InputError(
@@ -258,10 +258,10 @@ class Checkpoints:
         skipped: list[str] = []
         for step, path in reversed(self._places().items()):
             try:
-                found = Checkpoint.open(path)
-                if found.step == step:
-                    return found, skipped
-                skipped.append(f"{path} holds step {found.step}; rename it or delete it")
+                candidate = Checkpoint.open(path)
+                if candidate.step == step:
+                    return candidate, skipped
+                skipped.append(f"{path} holds step {candidate.step}; rename it or delete it")
             except InputError as error:
                 skipped.append(str(error))
         return None, skipped
@@ -279,11 +279,11 @@ class Checkpoints:
             paths = [path for path in paths if path.is_dir() and not path.is_symlink()]
         except OSError as error:
             raise InputError(f"{self.folder} cannot be read as a folder of checkpoints ({error})") from error
-        matches = [(PLACE.fullmatch(path.name), path) for path in paths]
+        matches = [(FOLDER_NAME.fullmatch(path.name), path) for path in paths]
         places = {int(match[1] or match[2]): path for match, path in matches if match}
         return dict(sorted(places.items()))
 
-    def _place(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> Path:
+    def _write_folder(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], texts: Mapping[str, str]) -> Path:
         """Writes a hidden folder, brings all of it to the disk, and only then gives it its name."""
         path = self.folder / f"step-{step:08d}"
         new, old = (self.folder / f".{path.name}.{kind}" for kind in (f"new-{secrets.token_hex(4)}", "old"))
@@ -315,7 +315,7 @@ class Checkpoints:
         for trash in hidden:
             shutil.rmtree(trash)
 
-    def _tidy(self) -> None:
+    def _recover(self) -> None:
         """Clears up after a crash: what was being written or removed goes, what was being replaced comes back."""
         for old in self.folder.glob(".step-*.old"):
             path = self.folder / old.name.removeprefix(".").removesuffix(".old")
@@ -378,7 +378,7 @@ def load_optimiser(optimiser: Optimizer, tensors: Mapping[str, Tensor], values: 
             *kind, number, key = name.split(".")
             place = (groups if kind == ["groups"] else state)[int(number)]
             alike = kind != ["groups"] and tensor.shape == parameters[int(number)].shape
-            place[key] = divided_as(tensor, parameters[int(number)]) if alike else tensor
+            place[key] = shard_like(tensor, parameters[int(number)]) if alike else tensor
             place[key] = place[key].clone()  # torch would keep ours
         for group, present in zip(groups, optimiser.param_groups, strict=True):
             # JSON has no tuples.

@@ -32,15 +32,15 @@ class SingleProcess:
 SINGLE_PROCESS = SingleProcess()
 
 
-def total(team: DistributedContext, values: Sequence[float]) -> list[float]:
+def sum_over_processes(context: DistributedContext, values: Sequence[float]) -> list[float]:
     """Of each value its sum over all processes, the same to the last bit in all of them."""
-    return [sum(column) for column in zip(*team.gather([tuple(values)]), strict=True)]
+    return [sum(column) for column in zip(*context.gather([tuple(values)]), strict=True)]
 
 
 @contextmanager
-def ending_together(goes_on: str) -> Iterator[None]:
-    """Where another process has ended before its time, who waits for it ends with an InputError; `goes_on` says how."""
+def report_lost_process(resume_hint: str) -> Iterator[None]:
+    """Raise InputError where another process has ended before its time; `resume_hint` says how to resume."""
     try:
         yield
     except RuntimeError as error:  # the connection to it is gone
-        raise InputError(f"another process of this run ended before its time{goes_on}") from error
+        raise InputError(f"another process of this run ended before its time{resume_hint}") from error

@@ -25,8 +25,8 @@ from torch import Tensor
 from steer.diffusion.precision import widest
 from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
-from steer.reward import Reward, over_frames, score_components
-from steer.training.distributed import SINGLE_PROCESS, DistributedContext, total
+from steer.reward import Reward, mean_over_frames, score_components
+from steer.training.distributed import SINGLE_PROCESS, DistributedContext, sum_over_processes
 from steer.training.guards import kl
 from steer.training.losses import LogProbs, Loss, Metrics
 from steer.training.rollout import Sampler, Trajectories, log_probs
@@ -52,7 +52,7 @@ class Reference:
         return replace(self, residuals=_rows(self.residuals, some), log_probs=self.log_probs[some])
 
     @staticmethod
-    def joined(components: Sequence["Reference"]) -> "Reference":
+    def concatenate(components: Sequence["Reference"]) -> "Reference":
         """Of all their rows; they have the same steps."""
         kept = [part.residuals for part in components if part.residuals is not None]
         log_probs = torch.cat([part.log_probs for part in components])
@@ -113,13 +113,15 @@ class Batch:
         """How many steps a sum over a trajectory has."""
         return self.window or self.chunks[0].log_probs.shape[1]
 
-    def matrix(self, values: Sequence[Tensor], team: DistributedContext = SINGLE_PROCESS) -> Tensor:
+    def matrix(self, values: Sequence[Tensor], context: DistributedContext = SINGLE_PROCESS) -> Tensor:
         """(N, S) of each chunk, of all processes, as one (B, K, S)."""
-        return torch.cat(team.gather(values)).view(*self.rewards.shape[:2], len(self.steps))
+        return torch.cat(context.gather(values)).view(*self.rewards.shape[:2], len(self.steps))
 
-    def shares(self, matrix: Tensor, team: DistributedContext = SINGLE_PROCESS) -> Sequence[Tensor]:
+    def local_rows(self, matrix: Tensor, context: DistributedContext = SINGLE_PROCESS) -> Sequence[Tensor]:
         """(n, S) of each of this process's chunks, views of the (B, K, S) of all."""
-        return matrix.flatten(0, 1).chunk(team.count)[team.index].split([len(chunk.rows) for chunk in self.chunks])
+        return (
+            matrix.flatten(0, 1).chunk(context.count)[context.index].split([len(chunk.rows) for chunk in self.chunks])
+        )
 
 
 class Coefficients(Protocol):
@@ -134,41 +136,41 @@ class Coefficients(Protocol):
         ...
 
 
-class AllSteps:
+class FullCoefficients:
     """∂L/∂ℓ where all of ℓ is known."""
 
-    def __init__(self, seen: LogProbs, loss: Loss, batch: Batch, team: DistributedContext) -> None:
-        leaf = seen.new.clone().requires_grad_(True)
-        self._value, self._metrics = loss(replace(seen, new=leaf), batch.rewards)
+    def __init__(self, policy_log_probs: LogProbs, loss: Loss, batch: Batch, context: DistributedContext) -> None:
+        leaf = policy_log_probs.new.clone().requires_grad_(True)
+        self._value, self._metrics = loss(replace(policy_log_probs, new=leaf), batch.rewards)
         (c,) = torch.autograd.grad(self._value, leaf)
-        self._shares = batch.shares(c, team)
+        self._local_rows = batch.local_rows(c, context)
 
     def __call__(self, chunk: int, column: int, log_prob: Tensor) -> Tensor:
-        return self._shares[chunk][:, column]
+        return self._local_rows[chunk][:, column]
 
     def loss(self) -> tuple[float, Metrics]:
         return self._value.item(), self._metrics
 
 
-class OwnStep:
+class StepwiseCoefficients:
     """∂L/∂ℓ of a loss in which a step of a prompt's samples meets nothing else: the others may stand as they were."""
 
-    def __init__(self, seen: LogProbs, loss: Loss, batch: Batch, team: DistributedContext) -> None:
-        self._seen, self._loss, self._batch, self._team = seen, loss, batch, team
+    def __init__(self, policy_log_probs: LogProbs, loss: Loss, batch: Batch, context: DistributedContext) -> None:
+        self._policy_log_probs, self._loss, self._batch, self._context = policy_log_probs, loss, batch, context
         self._new = [chunk.log_probs[:, list(batch.steps)].clone() for chunk in batch.chunks]
 
     def __call__(self, chunk: int, column: int, log_prob: Tensor) -> Tensor:
         self._new[chunk][:, column] = log_prob.detach().cpu()
-        leaf = self._seen.old.clone()
-        self._batch.shares(leaf, self._team)[chunk][:, column] = self._new[chunk][:, column]
+        leaf = self._policy_log_probs.old.clone()
+        self._batch.local_rows(leaf, self._context)[chunk][:, column] = self._new[chunk][:, column]
         with torch.enable_grad():
-            value, _ = self._loss(replace(self._seen, new=leaf.requires_grad_(True)), self._batch.rewards)
+            value, _ = self._loss(replace(self._policy_log_probs, new=leaf.requires_grad_(True)), self._batch.rewards)
             (c,) = torch.autograd.grad(value, leaf)
-        return self._batch.shares(c, self._team)[chunk][:, column]
+        return self._batch.local_rows(c, self._context)[chunk][:, column]
 
     def loss(self) -> tuple[float, Metrics]:
         value, metrics = self._loss(
-            replace(self._seen, new=self._batch.matrix(self._new, self._team)), self._batch.rewards
+            replace(self._policy_log_probs, new=self._batch.matrix(self._new, self._context)), self._batch.rewards
         )
         return value.item(), metrics
 
@@ -188,11 +190,11 @@ class GradientOptions(TypedDict):
     """How a run asks for a gradient; see `two_pass_gradient`."""
 
     penalties: Mapping[Penalty, float]
-    unchanged: bool
+    on_policy: bool
     backward: Backward
-    before_each: Callable[[], None]
+    on_chunk: Callable[[], None]
     before_last: Callable[[], None]
-    team: DistributedContext
+    context: DistributedContext
 
 
 def two_pass_gradient(
@@ -201,11 +203,11 @@ def two_pass_gradient(
     loss: Loss,
     *,
     penalties: Mapping[Penalty, float] | None = None,
-    unchanged: bool = False,
+    on_policy: bool = False,
     backward: Backward = Tensor.backward,
-    before_each: Callable[[], None] = lambda: None,
+    on_chunk: Callable[[], None] = lambda: None,
     before_last: Callable[[], None] = lambda: None,
-    team: DistributedContext = SINGLE_PROCESS,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[float, Metrics]:
     """Adds ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
@@ -213,42 +215,42 @@ def two_pass_gradient(
     the penalties'.
 
     penalties    with their weights w_p; where S < T their sum is scaled up
-    unchanged    the weights are those that drew the batch: pass 1 is not needed
+    on_policy    the weights are those that drew the batch: pass 1 is not needed
     backward     what is called on each step's scalar (a scaler may come between)
-    before_each  called before each chunk of rows
+    on_chunk  called before each chunk of rows
     before_last  called before the denoiser call whose backward is the last: then the processes' sums may be exchanged
-    team         each process adds its own share, `count` times: the mean over processes is the gradient
+    context         each process adds its own share, `count` times: the mean over processes is the gradient
     """
-    old = batch.matrix([chunk.log_probs[:, list(batch.steps)] for chunk in batch.chunks], team)
-    reference = batch.matrix([told.log_probs for told in batch.references], team)
-    seen = LogProbs(old, old, reference, batch.chunks[0].elements)
+    old = batch.matrix([chunk.log_probs[:, list(batch.steps)] for chunk in batch.chunks], context)
+    reference = batch.matrix([chunk_reference.log_probs for chunk_reference in batch.references], context)
+    policy_log_probs = LogProbs(old, old, reference, batch.chunks[0].elements)
     coefficients: Coefficients
-    if not unchanged and _step_by_step(loss, batch, team):
-        coefficients = OwnStep(seen, loss, batch, team)
+    if not on_policy and _step_by_step(loss, batch, context):
+        coefficients = StepwiseCoefficients(policy_log_probs, loss, batch, context)
     else:
-        new = old if unchanged else batch.matrix(_pass_one(sampler, batch, before_each), team)
-        coefficients = AllSteps(replace(seen, new=new), loss, batch, team)
+        new = old if on_policy else batch.matrix(_pass_one(sampler, batch, on_chunk), context)
+        coefficients = FullCoefficients(replace(policy_log_probs, new=new), loss, batch, context)
     weights: dict[Penalty, float] = {kl: 0.0, **(penalties or {})}
     backward = counted(backward, len(batch.chunks) * len(batch.steps), before_last)
-    found = _pass_two(sampler, batch, coefficients, weights, backward, before_each, team)
+    totals = _pass_two(sampler, batch, coefficients, weights, backward, on_chunk, context)
     value, metrics = coefficients.loss()
-    told_all = {penalty.__name__: cost for penalty, cost in found.items()}
-    return value, metrics | told_all | {"kl_per_step": found[kl] / batch.counted}
+    penalty_means = {penalty.__name__: cost for penalty, cost in totals.items()}
+    return value, metrics | penalty_means | {"kl_per_step": totals[kl] / batch.counted}
 
 
-def _step_by_step(loss: Loss, batch: Batch, team: DistributedContext) -> bool:
+def _step_by_step(loss: Loss, batch: Batch, context: DistributedContext) -> bool:
     """Whether c of a step follows from its own ℓ, and the samples of a prompt are in one chunk, in every process."""
     whole = all(len(chunk.rows) % batch.rewards.shape[1] == 0 for chunk in batch.chunks)
-    return bool(getattr(loss, "stepwise", False)) and all(team.gather([whole]))
+    return bool(getattr(loss, "stepwise", False)) and all(context.gather([whole]))
 
 
-def _pass_one(sampler: Sampler, batch: Batch, before_each: Callable[[], None]) -> list[Tensor]:
+def _pass_one(sampler: Sampler, batch: Batch, on_chunk: Callable[[], None]) -> list[Tensor]:
     """log pθ(x_s | x_t) (N, S) of each chunk, without a graph."""
-    steps, found = list(batch.steps), []
+    steps, totals = list(batch.steps), []
     for chunk in batch.chunks:
-        before_each()
-        found.append(log_probs(sampler, chunk, steps)[:, steps])
-    return found
+        on_chunk()
+        totals.append(log_probs(sampler, chunk, steps)[:, steps])
+    return totals
 
 
 def _pass_two(
@@ -257,28 +259,30 @@ def _pass_two(
     coefficients: Coefficients,
     weights: Mapping[Penalty, float],
     backward: Backward,
-    before_each: Callable[[], None],
-    team: DistributedContext,
+    on_chunk: Callable[[], None],
+    context: DistributedContext,
 ) -> dict[Penalty, float]:
     """Sends back c_t · ℓ_t and the penalties, step by step; returns these, without their weights."""
-    steps, found = list(batch.steps), dict.fromkeys(weights, 0.0)
+    steps, totals = list(batch.steps), dict.fromkeys(weights, 0.0)
     per_sample = batch.counted / len(steps) / batch.rewards.shape[:2].numel()
-    for number, (chunk, told) in enumerate(zip(batch.chunks, batch.references, strict=True)):
-        before_each()
+    for number, (chunk, chunk_reference) in enumerate(zip(batch.chunks, batch.references, strict=True)):
+        on_chunk()
 
-        def back(t: int, p: Gaussian, x_s: Tensor, number: int = number, told: Reference = told) -> None:
+        def backward_step(
+            t: int, p: Gaussian, x_s: Tensor, number: int = number, chunk_reference: Reference = chunk_reference
+        ) -> None:
             column = steps.index(t)
             log_prob = p.log_prob(x_s)
-            sent = (coefficients(number, column, log_prob).to(p.mean.device) * log_prob).sum()
+            scalar_loss = (coefficients(number, column, log_prob).to(p.mean.device) * log_prob).sum()
             for penalty, weight in weights.items():
                 with torch.set_grad_enabled(weight != 0):
-                    cost = per_sample * divergence(penalty, p, x_s, told, column).sum()
-                found[penalty] += cost.item()
-                sent = sent + weight * cost
-            backward(team.count * sent)
+                    cost = per_sample * divergence(penalty, p, x_s, chunk_reference, column).sum()
+                totals[penalty] += cost.item()
+                scalar_loss = scalar_loss + weight * cost
+            backward(context.count * scalar_loss)
 
-        sampler.replay(chunk, back, steps, grad=True)
-    return dict(zip(found, total(team, list(found.values())), strict=True))
+        sampler.replay(chunk, backward_step, steps, grad=True)
+    return dict(zip(totals, sum_over_processes(context, list(totals.values())), strict=True))
 
 
 def divergence(penalty: Penalty, p: Gaussian, x_s: Tensor, reference: Reference, column: int) -> Tensor:
@@ -316,11 +320,11 @@ def reward_gradient(
     last_steps: int,
     *,
     penalties: Mapping[Penalty, float],
-    unchanged: bool,
+    on_policy: bool,
     backward: Backward,
-    before_each: Callable[[], None],
+    on_chunk: Callable[[], None],
     before_last: Callable[[], None] = lambda: None,
-    team: DistributedContext = SINGLE_PROCESS,
+    context: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[float, Metrics]:
     """Adds ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
@@ -330,27 +334,27 @@ def reward_gradient(
 
     Raises InputError where the weights are not those that drew the batch any more.
     """
-    if not unchanged:
+    if not on_policy:
         raise InputError("reward backpropagation learns from samples of the present weights alone: draw a new round")
     count, steps = sum(len(chunk.rows) for chunk in batch.chunks), list(batch.steps)  # of each process
     weights: dict[Penalty, float] = {kl: 0.0, **penalties}
-    value, found = 0.0, dict.fromkeys(weights, 0.0)
+    value, totals = 0.0, dict.fromkeys(weights, 0.0)
     backward = counted(backward, len(batch.chunks) * (1 + len(steps) * bool(penalties)), before_last)
-    for chunk, told in zip(batch.chunks, batch.references, strict=True):
-        before_each()
+    for chunk, chunk_reference in zip(batch.chunks, batch.references, strict=True):
+        on_chunk()
         images = sampler.finish(chunk, last_steps)
-        rewards, _ = over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts))
+        rewards, _ = mean_over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts))
         value -= rewards.sum().item() / count
         backward(-rewards.sum().to(images.device) / count)
 
-        def back(t: int, p: Gaussian, x_s: Tensor, told: Reference = told) -> None:
-            costs = {one: divergence(one, p, x_s, told, steps.index(t)).sum() / count for one in weights}
+        def backward_step(t: int, p: Gaussian, x_s: Tensor, chunk_reference: Reference = chunk_reference) -> None:
+            costs = {one: divergence(one, p, x_s, chunk_reference, steps.index(t)).sum() / count for one in weights}
             for penalty, cost in costs.items():
-                found[penalty] += cost.item()
+                totals[penalty] += cost.item()
             if penalties:
                 backward(torch.stack([weights[penalty] * cost for penalty, cost in costs.items()]).sum())
 
-        sampler.replay(chunk, back, steps, grad=bool(penalties))
-    value, *costs = (one / team.count for one in total(team, [value, *found.values()]))
-    told_all = {penalty.__name__: cost for penalty, cost in zip(weights, costs, strict=True)}
-    return value, told_all | {"kl_per_step": told_all[kl.__name__] / len(steps)}
+        sampler.replay(chunk, backward_step, steps, grad=bool(penalties))
+    value, *costs = (one / context.count for one in sum_over_processes(context, [value, *totals.values()]))
+    penalty_means = {penalty.__name__: cost for penalty, cost in zip(weights, costs, strict=True)}
+    return value, penalty_means | {"kl_per_step": penalty_means[kl.__name__] / len(steps)}

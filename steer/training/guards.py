@@ -13,8 +13,13 @@ from steer.errors import InputError
 from steer.training.rollout import Sampler, Trajectories, log_probs
 
 LARGEST_EXPONENT = 10.0  # of the χ² penalty, which is linear beyond: its exponential would overflow
-SAME = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # |ratio − 1| of a replay
-SIZE = 16384  # elements of a sample up to which SAME holds; rounding grows with the root of their number
+RATIO_TOLERANCE = {
+    torch.float64: 1e-4,
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 1e-2,
+}  # |ratio − 1| of a replay
+TOLERANCE_ELEMENTS = 16384  # elements of a sample up to which SAME holds; rounding grows with the root of their number
 PERTURBATION, ROUNDING = 1e-4, 0.1  # of one entry of the weights; the share of its effect that may be rounding
 
 
@@ -58,16 +63,16 @@ class KLControl:
         if self.target is not None and self.weight == 0:
             raise InputError("kl_target moves kl_weight, which is 0: give it a start above 0")
 
-    def after(self, found: float) -> "KLControl":
-        """The control for the next update, where this one's KL was `found`."""
-        if self.target is None or not found > 0:  # before the first step there is none, and nothing to learn from it
+    def after(self, measured: float) -> "KLControl":
+        """The control for the next update, where this one's KL was `measured`."""
+        if self.target is None or not measured > 0:  # before the first step there is none, and nothing to learn from it
             return self
-        ratio = min(max(found / self.target, 0.01), 100.0)
+        ratio = min(max(measured / self.target, 0.01), 100.0)
         return replace(self, weight=self.weight * ratio**self.rate)
 
-    def spent(self, found: float) -> bool:
+    def is_exhausted(self, measured: float) -> bool:
         """Whether the budget is used up."""
-        return self.budget is not None and found >= self.budget
+        return self.budget is not None and measured >= self.budget
 
 
 @dataclass(frozen=True)
@@ -81,47 +86,51 @@ class EarlyStopping:
     patience: int = 0
     best_step: int | None = None
     best: tuple[float, float] = field(default=(0.0, 0.0))  # (trained, held out) at that step
-    fooled: int = 0
+    num_overoptimized: int = 0
 
     def after(self, step: int, proxy: float, held_out: float) -> "EarlyStopping":
         """The watch after one more evaluation."""
         if self.best_step is None or held_out > self.best[1]:
-            return replace(self, best_step=step, best=(proxy, held_out), fooled=0)
-        fooled = proxy > self.best[0] and held_out < self.best[1]
-        return replace(self, fooled=self.fooled + 1 if fooled else 0)
+            return replace(self, best_step=step, best=(proxy, held_out), num_overoptimized=0)
+        num_overoptimized = proxy > self.best[0] and held_out < self.best[1]
+        return replace(self, num_overoptimized=self.num_overoptimized + 1 if num_overoptimized else 0)
 
     def stop(self) -> bool:
         """Whether the trained reward has been rising alone for too long."""
-        return self.patience > 0 and self.fooled >= self.patience
+        return self.patience > 0 and self.num_overoptimized >= self.patience
 
     def state(self) -> dict[str, Any]:
         """As plain values."""
-        return {"best_step": self.best_step, "best": list(self.best), "fooled": self.fooled}
+        return {"best_step": self.best_step, "best": list(self.best), "fooled": self.num_overoptimized}
 
-    def restored(self, state: Mapping[str, Any]) -> "EarlyStopping":
+    def load_state(self, state: Mapping[str, Any]) -> "EarlyStopping":
         """The watch with what `state` told."""
-        return replace(self, best_step=state["best_step"], best=tuple(state["best"]), fooled=state["fooled"])
+        return replace(self, best_step=state["best_step"], best=tuple(state["best"]), num_overoptimized=state["fooled"])
 
 
-def check_replay(sampler: Sampler, drew: Trajectories, dtype: torch.dtype) -> float:
+def check_replay(sampler: Sampler, trajectories: Trajectories, dtype: torch.dtype) -> float:
     """Largest |ratio − 1| of any step between a rollout's own log-probs and its replay by the same weights.
 
     Raises InputError where it is above what rounding explains: every ratio of the training would be wrong.
     """
-    difference = (log_probs(sampler, drew) - drew.log_probs).abs().max().item()
-    found = torch.expm1(torch.tensor(difference)).item()
-    allowed = SAME[dtype] * max(1.0, math.sqrt(drew.elements / SIZE))
-    if not found <= allowed:
+    difference = (log_probs(sampler, trajectories) - trajectories.log_probs).abs().max().item()
+    measured = torch.expm1(torch.tensor(difference)).item()
+    allowed = RATIO_TOLERANCE[dtype] * max(1.0, math.sqrt(trajectories.elements / TOLERANCE_ELEMENTS))
+    if not measured <= allowed:
         raise InputError(
-            f"a replay of the first samples gives other log-probabilities (ratio off by {found:.2g}, at most "
+            f"a replay of the first samples gives other log-probabilities (ratio off by {measured:.2g}, at most "
             f"{allowed:.3g} in {str(dtype).removeprefix('torch.')}): the pipeline draws random numbers or edits its "
             "latents beside the solver, or dropout is on"
         )
-    return found
+    return measured
 
 
 def check_rounding(
-    sampler: Sampler, exact: Sampler, parameters: Mapping[str, Tensor], drew: Trajectories, steps: Collection[int]
+    sampler: Sampler,
+    exact: Sampler,
+    parameters: Mapping[str, Tensor],
+    trajectories: Trajectories,
+    steps: Collection[int],
 ) -> float:
     """Share of rounding in the change of a rollout's log-probs by 10⁻⁴ more in one entry of the weights.
 
@@ -129,7 +138,10 @@ def check_rounding(
 
     Raises InputError where it is above a tenth: a training would learn from rounding.
     """
-    some, named_b = drew.at(range(min(2, len(drew.rows)))), [name for name in parameters if "lora_B" in name]
+    some, named_b = (
+        trajectories.at(range(min(2, len(trajectories.rows)))),
+        [name for name in parameters if "lora_B" in name],
+    )
     names = named_b or list(parameters)
     for name in names[len(names) // 2 :] + names[: len(names) // 2]:
         truth = _change(exact, parameters[name], some, steps)
@@ -137,24 +149,24 @@ def check_rounding(
             break
     else:
         raise InputError("no entry of the trained weights changes any log-probability: train other layers")
-    found = (_change(sampler, parameters[name], some, steps) - truth).square().mean().sqrt().item() / size
-    if not found <= ROUNDING:
+    measured = (_change(sampler, parameters[name], some, steps) - truth).square().mean().sqrt().item() / size
+    if not measured <= ROUNDING:
         raise InputError(
-            f"rounding is {found:.2g} times the change in log-probability of one entry of the weights (at most "
+            f"rounding is {measured:.2g} times the change in log-probability of one entry of the weights (at most "
             f"{ROUNDING:g}): set log_prob_precision float32, or float32 weights without mixed_precision, or try "
             "float16 in place of bfloat16, or a larger skip_low_noise_steps"
         )
-    return found
+    return measured
 
 
-def _change(sampler: Sampler, parameter: Tensor, drew: Trajectories, steps: Collection[int]) -> Tensor:
+def _change(sampler: Sampler, parameter: Tensor, trajectories: Trajectories, steps: Collection[int]) -> Tensor:
     """What 10⁻⁴ more in the first entry of a parameter adds to log-probs (N, T)."""
     columns, local = list(steps), parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    before, entry = log_probs(sampler, drew, columns), local.detach().view(-1)[:1]
+    before, entry = log_probs(sampler, trajectories, columns), local.detach().view(-1)[:1]
     kept = entry.clone()
     entry += PERTURBATION
     try:
-        return (log_probs(sampler, drew, columns) - before)[:, columns]
+        return (log_probs(sampler, trajectories, columns) - before)[:, columns]
     finally:
         entry.copy_(kept)
 

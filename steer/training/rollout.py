@@ -15,11 +15,11 @@ import torch
 from torch import Generator, Tensor
 from torch.utils._pytree import tree_map_only
 
-from steer.diffusion.differentiable import recording
+from steer.diffusion.differentiable import differentiable_images
 from steer.diffusion.precision import HALF, Precision, in_float32
-from steer.diffusion.preview import accepted_only, first_output
-from steer.diffusion.schedules import Gaussian, can_redraw
-from steer.diffusion.seeds import drawn
+from steer.diffusion.preview import filter_call_kwargs, first_output
+from steer.diffusion.schedules import Gaussian, can_resample_noise
+from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import (
     CONTROLNETS,
     DENOISERS,
@@ -27,13 +27,13 @@ from steer.diffusion.step_hooks import (
     SolverStep,
     denoisers_in,
     hook_steps,
-    quiet,
-    silent_controlnet,
-    silent_denoiser,
+    without_side_effects,
+    zero_controlnet,
+    zero_denoiser,
 )
 from steer.errors import InputError
 
-AtStep = Callable[[int, Gaussian, Tensor], None]
+ReplayCallback = Callable[[int, Gaussian, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -82,15 +82,15 @@ class Trajectories:
         return replace(self, rows=self.rows.at(some), latents=self.latents[some], log_probs=self.log_probs[some])
 
     @staticmethod
-    def joined(components: Sequence["Trajectories"]) -> "Trajectories":
+    def concatenate(components: Sequence["Trajectories"]) -> "Trajectories":
         """All their rows; they have the same steps."""
         columns = zip(*(vars(part.rows).values() for part in components), strict=True)
         rows = Rows(*(tuple(chain.from_iterable(column)) for column in columns))
-        latents, told = (
+        latents, step_log_probs = (
             torch.cat([part.latents for part in components]),
             torch.cat([part.log_probs for part in components]),
         )
-        return replace(components[0], rows=rows, latents=latents, log_probs=told)
+        return replace(components[0], rows=rows, latents=latents, log_probs=step_log_probs)
 
 
 class Sampler:
@@ -119,20 +119,20 @@ class Sampler:
     ) -> None:
         if not 0 < eta <= 1:
             raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
-        if not can_redraw(pipe.scheduler):
+        if not can_resample_noise(pipe.scheduler):
             raise InputError(
                 f"{type(pipe.scheduler).__name__} has no Gaussian kernel: finetuning needs one. Use for example "
                 "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
             )
-        unknown = [name for name in call if name not in accepted_only(pipe, call)]
+        unknown = [name for name in call if name not in filter_call_kwargs(pipe, call)]
         if unknown:
             raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
         self.eta, self.storage, self._call = eta, storage, dict(call)
         denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
         exact = partial(in_float32, denoisers, autocast=autocast)
-        self._exactly = exact if precision == "float32" else nullcontext
-        self._gate = _Gate(self._exactly)
-        self._pipe = recording(quiet(pipe))
+        self._precision_context = exact if precision == "float32" else nullcontext
+        self._gate = _DenoiserGate(self._precision_context)
+        self._pipe = differentiable_images(without_side_effects(pipe))
         vars(self._pipe).update(self._gate.around(pipe, prepared))
 
     def rollout(self, rows: Rows) -> tuple[Trajectories, Tensor]:
@@ -147,8 +147,8 @@ class Sampler:
             x_s = event.prev.to(dtype)
             if noisy := bool(kernel.std > 0):
                 stochastic.append(event.k)
-                x_s, told = kernel.draw(self._noise(rows, event.k, event.x), dtype, self.storage)
-                log_probs.append(told.cpu())
+                x_s, step_log_probs = kernel.draw(self._noise(rows, event.k, event.x), dtype, self.storage)
+                log_probs.append(step_log_probs.cpu())
             latents.append(x_s.to(self.storage).cpu())
             return (None, x_s) if noisy or dtype != event.prev.dtype else None
 
@@ -156,10 +156,12 @@ class Sampler:
             images = self._run(rows, draw, "pt")
         if not stochastic:
             raise InputError("no step of this run has noise: there is nothing to learn from. Use more steps")
-        drew = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
-        return drew, images.float().clamp(0, 1)
+        trajectories = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
+        return trajectories, images.float().clamp(0, 1)
 
-    def replay(self, stored: Trajectories, at: AtStep, only: Collection[int] | None = None, grad: bool = False) -> None:
+    def replay(
+        self, stored: Trajectories, at: ReplayCallback, only: Collection[int] | None = None, grad: bool = False
+    ) -> None:
         """Calls `at(t, kernel, x_s)` for each stochastic step t = 0 … T − 1: p(· | x_t) by today's weights, and x_s.
 
         The kernel's mean (N, …) has a graph where `grad` is on; what of it is not kept is freed before the next step.
@@ -171,7 +173,7 @@ class Sampler:
         def force(event: SolverStep) -> tuple[None, Tensor]:
             x_s = stored.latents[:, event.k].to(event.prev.device, _latent_dtype(event))
             if event.k in wanted:
-                with self._exactly():  # a backward pass in it may evaluate blocks of the denoiser again
+                with self._precision_context():  # a backward pass in it may evaluate blocks of the denoiser again
                     at(wanted[event.k], event.exact_kernel(self.eta), x_s)
             self._gate.open = event.k + 1 in wanted
             return None, x_s
@@ -193,7 +195,7 @@ class Sampler:
         """
         first = stored.latents.shape[1] - last
 
-        def go_on(event: SolverStep) -> tuple[None, Tensor]:
+        def resample_tail(event: SolverStep) -> tuple[None, Tensor]:
             self._gate.open = event.k + 1 >= first
             if event.k < first:
                 return None, stored.latents[:, event.k].to(event.prev)
@@ -202,15 +204,15 @@ class Sampler:
                 return None, kernel.mean
             return None, kernel.mean + kernel.std * self._noise(stored.rows, event.k, kernel.mean)
 
-        self._gate.open, self._gate.exactly = first == 0, nullcontext
+        self._gate.open, self._gate.precision_context = first == 0, nullcontext
         try:
             with torch.enable_grad():
-                return self._run(stored.rows, go_on, "pt").float()
+                return self._run(stored.rows, resample_tail, "pt").float()
         finally:
-            self._gate.open, self._gate.exactly = True, self._exactly
+            self._gate.open, self._gate.precision_context = True, self._precision_context
 
     def _noise(self, rows: Rows, k: int, like: Tensor) -> Tensor:
-        return drawn(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"step {k}"] * len(rows))
+        return seeded_normal(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"step {k}"] * len(rows))
 
     def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], output_type: str) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in rows.starts]
@@ -219,7 +221,7 @@ class Sampler:
         given = {"prompt": list(rows.prompts), "generator": generators, "output_type": output_type}
         given |= {} if takes_prompts(self._pipe) else {"batch_size": len(rows)}
         with hook_steps(self._pipe, on_step, rows=len(rows), grad=False) as view:
-            return first_output(view(**accepted_only(self._pipe, self._call | per_row | given)))
+            return first_output(view(**filter_call_kwargs(self._pipe, self._call | per_row | given)))
 
 
 def _latent_dtype(event: SolverStep) -> torch.dtype:
@@ -229,32 +231,32 @@ def _latent_dtype(event: SolverStep) -> torch.dtype:
 
 def takes_prompts(pipe: Any) -> bool:
     """Whether a pipeline's call takes a prompt; without one it is unconditional, and told how many images to make."""
-    return "prompt" in accepted_only(pipe, {"prompt": None})
+    return "prompt" in filter_call_kwargs(pipe, {"prompt": None})
 
 
-class _Gate:
+class _DenoiserGate:
     """Lets the calls of a pipeline's denoisers through while it is open; else they predict nothing, at no cost.
 
-    exactly  the precision of those calls
+    precision_context  the precision of those calls
     """
 
-    def __init__(self, exactly: Callable[[], AbstractContextManager[None]]) -> None:
-        self.open, self.exactly = True, exactly
+    def __init__(self, precision_context: Callable[[], AbstractContextManager[None]]) -> None:
+        self.open, self.precision_context = True, precision_context
 
     def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, ModuleProxy]:
-        found, trained = {}, denoisers_in(pipe)[:1]
-        for silence, names in ((silent_denoiser, DENOISERS), (silent_controlnet, CONTROLNETS)):
+        outputs, trained = {}, denoisers_in(pipe)[:1]
+        for zero_proxy, names in ((zero_denoiser, DENOISERS), (zero_controlnet, CONTROLNETS)):
             for name in names:
                 if (module := getattr(pipe, name, None)) is not None:
                     call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
-                    found[name] = ModuleProxy(module, self._guarded(call, silence(module)))
-        return found
+                    outputs[name] = ModuleProxy(module, self._guarded(call, zero_proxy(module)))
+        return outputs
 
-    def _guarded(self, call: Callable[..., Any], silent: ModuleProxy) -> Callable[..., Any]:
+    def _guarded(self, call: Callable[..., Any], zero_call: ModuleProxy) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if not self.open:
-                return silent(*args, **kwargs)
-            with self.exactly():
+                return zero_call(*args, **kwargs)
+            with self.precision_context():
                 return call(*args, **kwargs)
 
         return guarded
@@ -271,10 +273,10 @@ def _in_dtype_of(module: Any, prepared: Callable[..., Any]) -> Callable[..., Any
 
 def log_probs(sampler: Sampler, stored: Trajectories, only: Collection[int] | None = None) -> Tensor:
     """log p(x_s | x_t) (N, T) of stored steps by today's weights, without a graph; steps left out are 0."""
-    found = torch.zeros_like(stored.log_probs)
+    outputs = torch.zeros_like(stored.log_probs)
 
     def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
-        found[:, t] = kernel.log_prob(x_s).cpu()
+        outputs[:, t] = kernel.log_prob(x_s).cpu()
 
     sampler.replay(stored, keep, only)
-    return found
+    return outputs

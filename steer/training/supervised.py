@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from steer.errors import InputError
-from steer.files import staged
+from steer.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
-class After(Stateful, Protocol):
+class StepCallback(Stateful, Protocol):
     """Something to do once a step, like a running average of the weights."""
 
     def step(self, parameters: Iterable[nn.Parameter]) -> None: ...
@@ -51,7 +51,7 @@ def batch_at(step: int, size: int, count: int, seed: int = 0) -> Tensor:
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A folder with `state.pt` (written whole, then renamed), `log.jsonl`, and how far the run should go."""
 
     folder: Path
@@ -75,7 +75,9 @@ class Run:
 
         return torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
 
-    def train(self, modules: Iterable[nn.Module], loss_at: Callable[[int], Tensor], after: After | None = None) -> None:
+    def train(
+        self, modules: Iterable[nn.Module], loss_at: Callable[[int], Tensor], after: StepCallback | None = None
+    ) -> None:
         """Minimises `loss_at(step)` from the last saved step on; `after` is called once a step (for averages)."""
         modules = list(modules)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
@@ -103,10 +105,10 @@ class Run:
                 seconds = (time.monotonic() - started) / (step + 1 - first)
                 self._log({"step": step + 1, "loss": float(np.mean(losses)), "seconds_per_step": round(seconds, 3)})
                 losses.clear()
-            spent = self.stop_after is not None and time.process_time() > self.stop_after
-            if (step + 1) % self.save_every == 0 or step + 1 == self.steps or spent:
+            time_is_up = self.stop_after is not None and time.process_time() > self.stop_after
+            if (step + 1) % self.save_every == 0 or step + 1 == self.steps or time_is_up:
                 self._save(step + 1, stateful)
-            if spent:
+            if time_is_up:
                 break
 
     def _load(self, stateful: list[Stateful], device: torch.device) -> int:
@@ -135,7 +137,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     torch.save(state, buffer)
     data = buffer.getvalue()
     try:
-        with staged(path) as new:
+        with atomic_write(path) as new:
             new.write_bytes(data + f"\nsha256 {hashlib.sha256(data).hexdigest()}\n".encode())
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}); make room, the same command goes on") from error
@@ -143,17 +145,17 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
 
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:
     """What `write_state` wrote; files of older versions have no sum. Raises InputError for one that is damaged."""
-    spoilt = f"{path} is damaged; delete it to begin anew"
+    corrupt = f"{path} is damaged; delete it to begin anew"
     try:
         data = path.read_bytes()
-        if told := TRAILER.fullmatch(data[-TRAILER_LENGTH:]):
+        if trailer := TRAILER.fullmatch(data[-TRAILER_LENGTH:]):
             data = data[:-TRAILER_LENGTH]
-            if hashlib.sha256(data).hexdigest() != told[1].decode():
-                raise InputError(f"{spoilt}: its sha256 is another")
+            if hashlib.sha256(data).hexdigest() != trailer[1].decode():
+                raise InputError(f"{corrupt}: its sha256 is another")
         buffer = BytesIO(data)
         saved: dict[str, Any] = torch.load(buffer, weights_only=True, map_location=device)
     except (InputError, MemoryError, torch.OutOfMemoryError):  # a full memory says nothing of the file
         raise
     except Exception as error:  # a broken file may raise nearly anything in torch's reader
-        raise InputError(f"{spoilt} ({' '.join(str(error).split())[:80]})") from error
+        raise InputError(f"{corrupt} ({' '.join(str(error).split())[:80]})") from error
     return saved

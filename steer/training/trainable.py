@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from steer.diffusion.step_hooks import denoisers_in
 from steer.errors import InputError
-from steer.files import check_sums
+from steer.files import verify_checksums
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -31,7 +31,7 @@ def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def divided_as(value: Tensor, like: Tensor) -> Tensor:
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor, which all processes have, divided as another one is."""
     if not isinstance(like, DTensor):
         return value
@@ -39,9 +39,9 @@ def divided_as(value: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def put(parameter: Tensor, value: Tensor) -> None:
+def set_parameter(parameter: Tensor, value: Tensor) -> None:
     """Writes a whole tensor into a parameter, or into this process's part of it."""
-    parameter.copy_(divided_as(value, parameter))
+    parameter.copy_(shard_like(value, parameter))
 
 
 ADAPTER = "steer"  # the LoRA's name among a user's own
@@ -71,22 +71,22 @@ class Trainable(Protocol):
         ...
 
 
-def denoiser_of(pipe: Any) -> tuple[str, Any]:
+def get_denoiser(pipe: Any) -> tuple[str, Any]:
     """The denoiser that is trained, and the name of the pipeline's component."""
-    found = denoisers_in(pipe)
-    if not found:
+    denoisers = denoisers_in(pipe)
+    if not denoisers:
         raise InputError(f"{type(pipe).__name__} has no unet and no transformer: it cannot be finetuned")
-    if len(found) > 1:
+    if len(denoisers) > 1:
         raise InputError(
-            f"{type(pipe).__name__} has several denoisers, {' and '.join(found)}: only one can be finetuned"
+            f"{type(pipe).__name__} has several denoisers, {' and '.join(denoisers)}: only one can be finetuned"
         )
-    return found[0], getattr(pipe, found[0])
+    return denoisers[0], getattr(pipe, denoisers[0])
 
 
 def fingerprint(pipe: Any) -> str:
     """A hash of the denoiser's weights, from their names, shapes and first numbers."""
     digest = hashlib.sha256()
-    for name, parameter in denoiser_of(pipe)[1].named_parameters():
+    for name, parameter in get_denoiser(pipe)[1].named_parameters():
         some = parameter.detach().flatten()[:16].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -99,11 +99,11 @@ def _freeze(pipe: Any) -> None:
 
 
 @contextmanager
-def _swapped(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
+def _swap_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, parameters have other values."""
     trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
-        put(parameter, values[name])
+        set_parameter(parameter, values[name])
     try:
         yield
     finally:
@@ -122,7 +122,7 @@ def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
     if not file.is_file():
         raise InputError(f"init_adapter {path}: no LoRA there; expected {' or '.join(names)}, as in RUN/final")
     try:
-        check_sums(file)
+        verify_checksums(file)
         with safe_open(file, "pt") as opened:
             state = {name.removeprefix("base_model.model."): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata") or "{}")
@@ -154,7 +154,7 @@ class LoRA:
             raise InputError(f"the rank of a LoRA must be at least 1, got {rank}")
         if alpha is not None and not alpha > 0:
             raise InputError(f"the alpha of a LoRA must be above 0, got {alpha}")
-        self.pipe, (self.name, self.denoiser) = pipe, denoiser_of(pipe)
+        self.pipe, (self.name, self.denoiser) = pipe, get_denoiser(pipe)
         if ADAPTER in getattr(self.denoiser, "peft_config", {}):
             raise InputError(f"this pipeline has a LoRA named {ADAPTER!r} already: load the pipeline anew")
         self.config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets))
@@ -166,12 +166,12 @@ class LoRA:
                 inject_adapter_in_model(self.config, self.denoiser, ADAPTER)
             except ValueError as error:
                 raise InputError(
-                    f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}: give lora_targets, ends of "
-                    "names of its layers, or lora_rank 0 to train all of it"
+                    f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}: give lora_target_modules, "
+                    "ends of names of its layers, or lora_rank 0 to train all of it"
                 ) from error
         self._initial: dict[str, Tensor] = {}  # of a trained LoRA that it starts from
-        self.layers = [layer for layer in self._tuned() if ADAPTER in layer.lora_A]
-        for layer in self._tuned():
+        self.layers = [layer for layer in self._lora_layers() if ADAPTER in layer.lora_A]
+        for layer in self._lora_layers():
             layer.enable_adapters(True)  # where a user switched all of his own off
             layer.set_adapter([*own, ADAPTER])
         _freeze(pipe)
@@ -183,19 +183,19 @@ class LoRA:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's A and B of every layer."""
-        found = named_parameters(self.denoiser)
-        return {name: found[name] for name in self._names}
+        denoisers = named_parameters(self.denoiser)
+        return {name: denoisers[name] for name in self._names}
 
-    def _tuned(self) -> list[Any]:
+    def _lora_layers(self) -> list[Any]:
         from peft.tuners.lora import LoraLayer
 
         return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
 
     def _active(self) -> list[str]:
-        layers = [layer for layer in self._tuned() if not layer.disable_adapters]
+        layers = [layer for layer in self._lora_layers() if not layer.disable_adapters]
         return sorted({name for layer in layers for name in layer.active_adapters})
 
-    def start_from(self, path: str) -> None:
+    def load_initial_adapter(self, path: str) -> None:
         """Put a trained LoRA of the same rank, alpha and targets in the place of the adapter, and of the reference.
 
         path  a folder such as RUN/final, or a .safetensors file in the names of diffusers or peft
@@ -206,7 +206,9 @@ class LoRA:
         wanted = {short: tuple(self.parameters[name].shape) for short, name in own.items()}
         given = {name.removeprefix(f"{self.name}."): value for name, value in state.items()}
         if odd := sorted(set(given) ^ set(wanted)):
-            raise InputError(f"init_adapter {path}: {odd[0]} is not in both it and this LoRA: give its lora_targets")
+            raise InputError(
+                f"init_adapter {path}: {odd[0]} is not in both it and this LoRA: give its lora_target_modules"
+            )
         if odd := [name for name in wanted if tuple(given[name].shape) != wanted[name]]:
             rank = min(given[odd[0]].shape[:2])
             raise InputError(f"init_adapter {path}: {odd[0]} is of rank {rank}: give lora_rank: {rank}")
@@ -215,13 +217,13 @@ class LoRA:
             raise InputError(f"init_adapter {path}: its alpha is {alpha:g}: give lora_alpha: {alpha:g}")
         self._initial = {name: given[short].detach().float().clone() for short, name in own.items()}
         for name, parameter in self.parameters.items():
-            put(parameter, self._initial[name])
+            set_parameter(parameter, self._initial[name])
 
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The model that training began with: the adapter's share is multiplied by 0, or its first weights put in."""
         if self._initial:
-            with _swapped(self.parameters, self._initial):
+            with _swap_parameters(self.parameters, self._initial):
                 yield
             return
         for layer in self.layers:
@@ -236,8 +238,8 @@ class LoRA:
         """A and B, under the names that peft gives them in files."""
         from peft import get_peft_model_state_dict
 
-        found = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
-        return {name: whole(value).contiguous().cpu() for name, value in found.items()}
+        denoisers = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        return {name: whole(value).contiguous().cpu() for name, value in denoisers.items()}
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
         """`folder` for `pipe.load_lora_weights(folder)`; where the pipeline knows no LoRAs, for peft."""
@@ -253,11 +255,11 @@ class LoRA:
         return folder / "adapter_model.safetensors"
 
 
-class Full:
+class FullFinetuning:
     """All of the denoiser. The weights that it began with are kept on the CPU, and put in for the reference."""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe, (self.name, self.denoiser) = pipe, denoiser_of(pipe)
+        self.pipe, (self.name, self.denoiser) = pipe, get_denoiser(pipe)
         self._kind = type(self.denoiser)
         _freeze(pipe)
         self.denoiser.requires_grad_(True)
@@ -276,7 +278,7 @@ class Full:
     @contextmanager
     def reference(self) -> Iterator[None]:
         """The first weights are written into the places of the present ones."""
-        with _swapped(self.parameters, self._initial):
+        with _swap_parameters(self.parameters, self._initial):
             yield
 
     def state(self) -> dict[str, Tensor]:

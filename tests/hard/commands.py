@@ -12,7 +12,7 @@ from forks import Ended, forked
 from safetensors.torch import load_file
 
 from steer.apps.cli import main as cli
-from steer.files import unsummed
+from steer.files import loads_with_checksum
 from steer.training.checkpoint import Checkpoints
 
 WORDS = ["--steps", "2", "--particles", "2", "--reward", "brightness", "--guidance", "3", "--lam", "5"]
@@ -28,8 +28,8 @@ CONFIG: dict[str, Any] = {
     "lora_rank": 2,
     "learning_rate": 0.01,
     "call": {"height": 8, "width": 8},
-    "checkpoint_every": 1,
-    "keep_checkpoints": 1,
+    "save_steps": 1,
+    "save_total_limit": 1,
     "log_with": [],
 }
 
@@ -53,7 +53,7 @@ class Command:
 
 
 def sampled(out: Path) -> Any:
-    report = unsummed((out / "report.json").read_text())
+    report = loads_with_checksum((out / "report.json").read_text())
     for one in (report, *report["prompts"]):
         del one["cost"]["seconds"]
     images = {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("0*/*.png"))}
@@ -63,7 +63,7 @@ def sampled(out: Path) -> Any:
 def nothing_amiss(out: Path) -> None:
     """What is there of a report reads."""
     if (out / "report.json").exists():
-        unsummed((out / "report.json").read_text())
+        loads_with_checksum((out / "report.json").read_text())
 
 
 def finetuned(out: Path) -> Any:

@@ -9,16 +9,23 @@ from typing import Any
 import torch
 from held import check_line
 
-from steer.apps.methods import SampleSettings
-from steer.apps.sampling import REPORT, open_record
+from steer.apps.methods import SamplingConfig
+from steer.apps.sampling import REPORT, open_report
 from steer.errors import InputError
 from steer.pipelines.training.preference_data import PreferenceFolder
-from steer.pipelines.training.preference_files import CHOICES, LOTS, SETTINGS, DrawnWith, Recorded, read_choices
+from steer.pipelines.training.preference_files import (
+    CHOICES,
+    GROUPS,
+    SETTINGS,
+    PreferenceRecords,
+    SampleProvenance,
+    read_preferences,
+)
 from steer.rewards.compose import read_calibration
 from steer.training.checkpoint import MANIFEST, Checkpoint, read_manifest, write_files
 from steer.training.rollout import Rows, Trajectories
 
-SAMPLE = SampleSettings(
+SAMPLE = SamplingConfig(
     *("scenes", "fk", "brightness", 2, 4, None, None, "difference", "systematic", "constant", 0.5, None, 0, True, None)
 )
 PARTED = b"\n---\n"  # between the files of a folder, in one input
@@ -34,9 +41,9 @@ def choices(data: bytes, folder: Path) -> Any:
     if not (folder / "images").exists():
         write_choices(folder)
     texts = (data.split(PARTED, 2) + [b""] * 2)[:3]
-    for name, text in zip((SETTINGS, LOTS, CHOICES), texts, strict=True):
+    for name, text in zip((SETTINGS, GROUPS, CHOICES), texts, strict=True):
         put(folder / name, text)
-    return _told(read_choices(folder))
+    return _told(read_preferences(folder))
 
 
 def write_choices(folder: Path) -> None:
@@ -53,17 +60,17 @@ def write_choices(folder: Path) -> None:
         "1",
         "1",
     )
-    recorded = PreferenceFolder.create_as(folder, DrawnWith(*plain))
+    recorded = PreferenceFolder.create_as(folder, SampleProvenance(*plain))
     for number in (1, 2):
         rows = Rows(("a star",) * 2, (number,) * 2, (3, 4))
         drew = Trajectories(rows, torch.zeros(2, 3, 1, 2, 2), (0, 2), torch.zeros(2, 2))
-        lot = recorded.write_lot(drew, torch.full((2, 3, 1, 1), number / 2), keep_trajectories=number == 2)
-        recorded.write_choice(lot, 0, 1)
+        group = recorded.write_group(drew, torch.full((2, 3, 1, 1), number / 2), keep_trajectories=number == 2)
+        recorded.write_preference(group, 0, 1)
 
 
-def _told(found: Recorded) -> Any:
-    lots = [lot.line() for lot in found.lots.values()]
-    return json.dumps([asdict(found.drawn), lots, [asdict(one) for one in found.choices]])
+def _told(found: PreferenceRecords) -> Any:
+    groups = [group.line() for group in found.groups.values()]
+    return json.dumps([asdict(found.drawn), groups, [asdict(one) for one in found.choices]])
 
 
 def choices_again(told: str, folder: Path) -> Any:
@@ -110,13 +117,13 @@ def report(data: bytes, folder: Path) -> Any:
 
 
 def _told_of(folder: Path) -> Any:
-    record = open_record(folder, ["a star", "a circle"], SAMPLE)
+    record = open_report(folder, ["a star", "a circle"], SAMPLE)
     record.missing(2, animation=True)
     return json.dumps([record.told, record.entries], sort_keys=True)
 
 
 def report_again(told: str, folder: Path) -> Any:
-    open_record(folder, ["a star", "a circle"], SAMPLE).save()
+    open_report(folder, ["a star", "a circle"], SAMPLE).save()
     return _told_of(folder)
 
 

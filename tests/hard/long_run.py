@@ -113,7 +113,7 @@ def train_for_long(count: int, every: int, folder: Path) -> Iterator[Level]:
 
     pipe = PIPELINES["sd"]()  # its own: a training leaves a pipeline changed
     pipe.set_progress_bar_config(disable=True)
-    settings = settings_of("prdp", max_steps=count, checkpoint_every=4, eval_every=4)
+    settings = settings_of("prdp", max_steps=count, save_steps=4, eval_steps=4)
     train("prdp", pipe, folder / "run", settings, on_update=look)
     return iter(levels)
 

@@ -35,7 +35,7 @@ from steer.apps.cli.finetune import keys_of
 from steer.apps.finetuning import read_config
 from steer.apps.prompts import read_prompts
 from steer.apps.recipes import KEY, read_metadata, read_png, write_png
-from steer.apps.reward_specs import names_alone
+from steer.apps.reward_specs import only_named_rewards
 from steer.errors import InputError
 from steer.rewards import names as reward
 
@@ -105,14 +105,14 @@ def _reward(data: bytes, folder: Path) -> str:
     if "://" in text:
         raise InputError("a remote reward: it has tests of its own")
     with _small_rewards():
-        names_alone(text)
+        only_named_rewards(text)
         return reward.load_reward(text).name
 
 
 def _reward_again(name: str, folder: Path) -> str:
     """The name of what is made of rewards that have one is a text that reads as it, but for what a file told."""
     with _small_rewards():
-        whole = names_alone(name) and "logsigmoid" not in name
+        whole = only_named_rewards(name) and "logsigmoid" not in name
     return _reward(name.encode(), folder) if whole else name
 
 
@@ -166,7 +166,7 @@ def _recipe(data: bytes, folder: Path) -> Any:
 
 def _recipe_again(recipe: Any, folder: Path) -> Any:
     with _small_rewards():
-        names_alone(recipe.settings.reward)
+        only_named_rewards(recipe.settings.reward)
     write_png(Image.new("RGB", (1, 1)), folder / "a.png", recipe)
     return read_metadata(folder / "a.png")
 

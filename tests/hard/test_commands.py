@@ -59,7 +59,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample, "_draw", lambda *given: None)
 
 
-def goes_on(command: Command, out: Path, expected: Any) -> bool:
+def resume_hint(command: Command, out: Path, expected: Any) -> bool:
     """Whether the same command, undisturbed, leaves what a run leaves that never was disturbed."""
     command.check(out)
     ended = command.forked(out)
@@ -82,7 +82,7 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(
         out = tmp_path / f"{number}"
         ended = killed_at(number * count // kills, lambda out=out: command.run(out), out)
         assert ended.code == -signal.SIGKILL, ended.said
-        tally.count("kills", goes_on(command, out, done[name]))
+        tally.count("kills", resume_hint(command, out, done[name]))
         shutil.rmtree(out, ignore_errors=True)
     assert count > kills and tally.lost == 0
     if kills >= 16:
@@ -113,7 +113,7 @@ def test_a_run_that_is_interrupted_ends_as_one_that_was_not(
         said = (tmp_path / "said").read_text()
         assert code in (0, 130, -signal.SIGTERM) and "Traceback" not in said, said
         assert code != 130 or said.strip().splitlines()[-1].startswith("steer: interrupted"), said
-        tally.count({0: "was done", 130: "ended with a word"}.get(code, "ended"), goes_on(command, out, done[name]))
+        tally.count({0: "was done", 130: "ended with a word"}.get(code, "ended"), resume_hint(command, out, done[name]))
     assert tally.lost == 0
     if times >= 8:
         tally.note(f"steer {name}, Ctrl-C and SIGTERM, then the same command")
@@ -154,8 +154,8 @@ def test_a_run_that_is_refused_something_says_so_in_a_line_and_goes_on(
         out = tmp_path / f"{number}"
         limit = LIMITS[kind](number)
         ended = forked(lambda limit=limit, out=out: limit(lambda: command.run(out)), out)
-        in_a_line(ended)
-        tally.count("done" if ended.code == 0 else "refused", goes_on(command, out, done[name]))
+        single_line(ended)
+        tally.count("done" if ended.code == 0 else "refused", resume_hint(command, out, done[name]))
     assert tally.lost == 0 and tally.told["refused"]
     if times >= 8:
         tally.note(f"steer {name}, {kind}, then the same command")
@@ -180,9 +180,9 @@ def test_a_folder_that_may_not_be_written_is_told_in_a_line(
 
     ended = forked(refused, out)
     assert ended.code == 2 and "cannot write there (Permission denied)" in ended.said, ended.said
-    in_a_line(ended)
+    single_line(ended)
 
 
-def in_a_line(ended: Ended) -> None:
+def single_line(ended: Ended) -> None:
     """No traceback: done, or exit code 2 and a last line of steer's own."""
     assert ended.clean() and ended.code in (0, 2), (ended.code, ended.said)

@@ -20,19 +20,19 @@ from writers import SETTINGS, WRITERS, found_noise, report, search_file
 from steer import TrainingConfig
 from steer.apps.models import find_adapter
 from steer.apps.recipes import read_metadata, write_png
-from steer.apps.sampling import open_record
+from steer.apps.sampling import open_report
 from steer.apps.scoring import images_with_prompts
 from steer.errors import InputError
-from steer.files import SUMS
-from steer.pipelines.training.preference_files import read_choices
+from steer.files import CHECKSUMS
+from steer.pipelines.training.preference_files import read_preferences
 from steer.pipelines.training.state import RunFolder
 from steer.reward import score
 from steer.rewards.compose import read_calibration
-from steer.rewards.learned import Learned
+from steer.rewards.learned import LearnedReward
 from steer.training.checkpoint import Checkpoint
 from steer.training.distributed import ALONE
 from steer.training.supervised import read_state, write_state
-from steer.training.trainable import Full, LoRA
+from steer.training.trainable import FullFinetuning, LoRA
 
 FULL = pytest.mark.hard
 CUTS, FLIPS = 100, 1000
@@ -61,7 +61,7 @@ def checkpoint_in(folder: Path) -> Any:
 def exported(family: str, rank: int) -> Callable[[Path], None]:
     def make(folder: Path) -> None:
         pipe = fresh_pipe(family)
-        trained = LoRA(pipe, rank=rank) if rank else Full(pipe)
+        trained = LoRA(pipe, rank=rank) if rank else FullFinetuning(pipe)
         state = {name: value + 0.25 for name, value in trained.state().items()}
         RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), ALONE)._export(trained, state, "final")  # type: ignore[arg-type]
 
@@ -84,7 +84,7 @@ def reward(folder: Path) -> None:
 
 
 def reward_in(folder: Path) -> Any:
-    loaded = Learned(str(folder / "reward"))
+    loaded = LearnedReward(str(folder / "reward"))
     prompts = ["a red circle", "zebra"]
     return score(loaded, torch.linspace(0, 1, 2 * 3 * 64).view(2, 3, 8, 8), prompts).tolist(), loaded.name
 
@@ -95,7 +95,7 @@ def noise_in(folder: Path) -> Any:
 
 
 def report_in(folder: Path) -> Any:
-    record = open_record(folder, ["a star", "a circle"], SETTINGS)
+    record = open_report(folder, ["a star", "a circle"], SETTINGS)
     told = {name: record.told[name] for name in ("model", "method", "settings")}  # and perhaps a key that nobody reads
     return told, record.entries, images_with_prompts(folder)
 
@@ -145,7 +145,7 @@ def tried(kind: Kind, folder: Path, cuts: int, flips: int, good: tuple[str, ...]
     assert kind.read(folder) == original
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in kind.but):
         whole = path.read_bytes()
-        few = 1 + 9 * (path.name != SUMS)  # of ten: where sums are spoilt, all that they tell of is loaded
+        few = 1 + 9 * (path.name != CHECKSUMS)  # of ten: where sums are spoilt, all that they tell of is loaded
         for what, data in spoilt(whole, cuts, flips * few // 10, random.Random(path.name)):
             path.write_bytes(data)
             told = verdict(kind, folder, original)
@@ -172,7 +172,7 @@ def without_sums(kind: Kind) -> Kind:
 
     def make(folder: Path) -> None:
         kind.make(folder)
-        for path in folder.rglob(SUMS):
+        for path in folder.rglob(CHECKSUMS):
             path.unlink()
 
     return Kind(make, kind.read)
@@ -187,7 +187,7 @@ UNSUMMED = {
     "LoRA without sums": without_sums(KINDS["LoRA"]),
     "LoRA of peft without sums": without_sums(KINDS["LoRA of peft"]),
     "learned reward without sums": without_sums(KINDS["learned reward"]),
-    "folder of choices": Kind(choices, read_choices),
+    "folder of choices": Kind(choices, read_preferences),
 }
 
 

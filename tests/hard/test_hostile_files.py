@@ -21,7 +21,7 @@ from steer.apps.finetuning import read_config
 from steer.apps.models import adapter_applied, load_pipeline
 from steer.apps.prompts import read_prompts
 from steer.errors import InputError
-from steer.pipelines.training.preference_files import read_choices
+from steer.pipelines.training.preference_files import read_preferences
 from steer.rewards.parser import load_reward
 from steer.rewards.preference_pairs import read_pairs
 from steer.training.supervised import read_state
@@ -210,9 +210,9 @@ FILES: dict[str, Callable[[Path, Path], Any]] = {
     "reward that is wide": lambda h, c: load_reward(card(h, c, width=10**9)),
     "training state, pickle": lambda h, c: read_state(put(h / "state.pt", code(c)), torch.device("cpu")),
     "noise search, pickle": lambda h, c: search_file(put(h / "state", code(c)).parent).load(torch.device("cpu"), 3),
-    "trajectories, pickle": lambda h, c: read_choices(choices(h, "trajectories/*", code(c))),
-    "choices, deep": lambda h, c: read_choices(choices(h, "choices.jsonl", b"[" * 10**5 + b"\n[")),
-    "choices, image": lambda h, c: read_choices(choices(h, "images/*", code(c))),
+    "trajectories, pickle": lambda h, c: read_preferences(choices(h, "trajectories/*", code(c))),
+    "choices, deep": lambda h, c: read_preferences(choices(h, "choices.jsonl", b"[" * 10**5 + b"\n[")),
+    "choices, image": lambda h, c: read_preferences(choices(h, "images/*", code(c))),
     "prompts, pickle": lambda h, c: read_prompts(put(h / "p.parquet", code(c))),
     "prompts, deep": lambda h, c: read_prompts(put(h / "p.jsonl", "[" * 10**5)),
     "prompts, no text": lambda h, c: read_prompts(put(h / "p.jsonl", '{"prompt": {"py/reduce": ["os.system"]}}')),

@@ -16,7 +16,7 @@ from PIL import Image, ImageCms, ImageOps
 
 from steer.apps.demo.rewards_tab import read_upload
 from steer.errors import InputError
-from steer.files import MOST_PIXELS, read_image
+from steer.files import MAX_PIXELS, read_image
 from steer.rewards.preference_pairs import load_images
 
 FULL = pytest.mark.hard
@@ -118,7 +118,7 @@ BMP = struct.pack("<IHHI", 54, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 0, 0,
 GIF = (
     b"GIF89a" + struct.pack("<HHBBB", 0, 0, 0, 0, 0) + b"\x2c" + struct.pack("<HHHHB", 0, 0, 0, 0, 0) + b"\x02\x00\x3b"
 )
-SIDE = int(MOST_PIXELS**0.5)
+SIDE = int(MAX_PIXELS**0.5)
 WRONG = {
     "bomb of 10^10 pixels": png(100_000, 100_000, 8, 2, b""),
     "bomb below Pillow's own limit": png(SIDE + 1, SIDE + 1, 8, 0, (b"\0" * (SIDE + 2)) * (SIDE + 1)),

@@ -21,7 +21,7 @@ from forks import REFUSED, Action, Ended, Steps
 from teams import Launched, Team
 from test_finetune import assert_same_end
 
-from steer.files import unsummed
+from steer.files import loads_with_checksum
 from steer.training.checkpoint import Checkpoints
 
 FULL = pytest.mark.hard
@@ -31,7 +31,7 @@ COUNTS = {1: "one process", 2: "two processes"}
 
 def training(method: str, out: Path, every: int = 3) -> Action:
     """Seven updates with averages, held-out prompts and a best one; in a child, whose models are its own."""
-    settings = settings_of(method, max_steps=UPDATES, checkpoint_every=every)
+    settings = settings_of(method, max_steps=UPDATES, save_steps=every)
     return lambda: train(method, cached_pipe("sd"), out, settings)
 
 
@@ -93,11 +93,11 @@ def killed_by_the_clock(
 ) -> list[Ended]:
     """Some are killed within the time of an update from the end of some update, or from where it goes on."""
     last = rng.randrange(min(updates_of(out), UPDATES - 1), UPDATES)
-    team = Team.begun(actions, out)
-    team.wait_until(lambda: updates_of(out) >= last and (out / "checkpoints").exists())
+    context = Team.begun(actions, out)
+    context.wait_until(lambda: updates_of(out) >= last and (out / "checkpoints").exists())
     time.sleep(rng.uniform(0, whole.update))
-    team.kill(members)
-    return team.ended()
+    context.kill(members)
+    return context.ended()
 
 
 def before_a_step(rng: random.Random, actions: list[Action], out: Path, whole: Whole) -> list[Ended]:
@@ -171,9 +171,7 @@ def test_a_run_of_torchrun_that_is_killed_twice_ends_the_same_to_the_last_bit(tm
     cached_pipe("sd").save_pretrained(tmp_path / "tiny")
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
     told = CONFIG | {"method": method, "model": str(tmp_path / "tiny"), "prompts": str(tmp_path / "prompts.txt")}
-    (tmp_path / "config.yaml").write_text(
-        yaml.safe_dump(told | {"max_steps": 12, "checkpoint_every": 2, "ema_decay": 0.9})
-    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(told | {"max_steps": 12, "save_steps": 2, "ema_decay": 0.9}))
     words = ["finetune", str(tmp_path / "config.yaml"), "--resume", "--output-dir"]
     whole, out, tally, rng = tmp_path / "whole", tmp_path / "killed", Tally(), random.Random(method)
     undisturbed = Launched([*words, str(whole)], tmp_path / "said").ended()
@@ -204,7 +202,7 @@ def made(out: Path) -> dict[str, int]:
     """The prompts that are finished, and when the last file of each was written."""
     if not (out / "report.json").exists():
         return {}
-    entries = unsummed((out / "report.json").read_text())["prompts"]
+    entries = loads_with_checksum((out / "report.json").read_text())["prompts"]
     assert len({one["prompt"] for one in entries}) == len(entries)
     return {one["prompt"]: max((out / name).stat().st_mtime_ns for name in one["images"]) for one in entries}
 
@@ -221,17 +219,19 @@ def test_samples_of_many_prompts_are_each_made_once_however_often_it_is_killed(
     out, before, expected = tmp_path / "killed", dict[str, int](), tmp_path / "whole"
     done_by([lambda: command.run(expected)], expected)
     for number, at in enumerate(sorted(rng.sample(range(count - 1), kills))):
-        team = Team.begun([lambda: command.run(out)] * (1 + number % 2), out)
-        team.wait_until(lambda at=at: (out / "report.json").exists() and len(list(out.glob("[0-9]*-*"))) > at)
+        context = Team.begun([lambda: command.run(out)] * (1 + number % 2), out)
+        context.wait_until(lambda at=at: (out / "report.json").exists() and len(list(out.glob("[0-9]*-*"))) > at)
         time.sleep(rng.uniform(0, 0.1))
-        team.kill(range(len(team.children)))
-        ended = team.ended()
+        context.kill(range(len(context.children)))
+        ended = context.ended()
         assert all(one.code in (0, -signal.SIGKILL) for one in ended), ended
         assert before.items() <= (before := made(out)).items()
         tally.count(f"{len(ended)} of one run" if any(one.code for one in ended) else "was done")
     done_by([lambda: command.run(out)], out)
     assert before.items() <= made(out).items()
-    assert [one["prompt"] for one in unsummed((out / "report.json").read_text())["prompts"]] == PROMPTS[:count]
+    assert [one["prompt"] for one in loads_with_checksum((out / "report.json").read_text())["prompts"]] == PROMPTS[
+        :count
+    ]
     assert len(list(out.glob("[0-9]*-*"))) == count and not (out / "finished").exists()
     assert command.left(out) == command.left(expected) and tally.told.get("was done", 0) <= kills // 2
     if kills >= 12:

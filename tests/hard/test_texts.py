@@ -10,10 +10,10 @@ from conftest import Steer, cached_pipe
 from figures import Tally
 from pyarrow import parquet
 
-from steer.apps.prompts import LONGEST, read_prompts
+from steer.apps.prompts import MAX_PROMPT_LENGTH, read_prompts
 from steer.apps.recipes import read_png
 from steer.errors import InputError
-from steer.files import unsummed
+from steer.files import loads_with_checksum
 
 FULL = pytest.mark.hard
 WORDS = [
@@ -32,7 +32,7 @@ WORDS = [
 TEXTS = {
     "one letter": "x",
     "10,000 tokens": "star " * 10_000,
-    "longest": "é" * LONGEST,
+    "longest": "é" * MAX_PROMPT_LENGTH,
     "right to left": "שלום عالم ‏star‏",
     "override": "\u202egnp.exe",
     "emoji": "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪",
@@ -57,7 +57,7 @@ REFUSED = {
     "NUL": "a\0b",
     "lone surrogate": "a\udcffb",
     "half a pair": "\ud83d",
-    "too long": "x" * (LONGEST + 1),
+    "too long": "x" * (MAX_PROMPT_LENGTH + 1),
 }
 
 
@@ -70,7 +70,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def comes_back(out: Path, prompt: str) -> bool:
     """Whether report and images tell the prompt, to the letter, and everything lies in the folder."""
-    entry = unsummed((out / "report.json").read_text())["prompts"][0]
+    entry = loads_with_checksum((out / "report.json").read_text())["prompts"][0]
     found = [read_png(out / name)[0].prompt for name in entry["images"]]
     inside = all((out / name).resolve().is_relative_to(out.resolve()) for name in entry["images"])
     return bool(inside and [entry["prompt"], *found] == [prompt.strip()] * 3)
@@ -94,7 +94,7 @@ def test_every_text_comes_back_to_the_letter(
         again = steer("sample", "--prompts", tmp_path / "prompts.jsonl", "--model", tiny, *WORDS, "--out", out)
         assert again[0] == 0 and "1 prompts" in again[1], "the same run: nothing is missing"
         tally.count("from a file, to the same run", comes_back(out, prompt))
-        image = out / unsummed((out / "report.json").read_text())["prompts"][0]["images"][0]
+        image = out / loads_with_checksum((out / "report.json").read_text())["prompts"][0]["images"][0]
         code, said, err = steer("sample", "--replay", image, "--out", out)
         tally.count("replayed from its PNG", code == 0 and "the same pixels" in said)
         assert tally.lost == 0 and not [*home.iterdir()], name
@@ -126,7 +126,7 @@ def test_prompts_of_one_slug_do_not_overwrite_each_other(steer: Steer, tiny: Pat
     prompts = ["A star!", "a star", "a * star?", "a star", "星", "☆"]
     code, _, err = steer("sample", *prompts, "--model", tiny, *WORDS, "--out", tmp_path)
     assert code == 0, err
-    entries = unsummed((tmp_path / "report.json").read_text())["prompts"]
+    entries = loads_with_checksum((tmp_path / "report.json").read_text())["prompts"]
     assert [entry["prompt"] for entry in entries] == prompts
     names = [name for entry in entries for name in entry["images"]]
     assert len(set(names)) == 2 * len(prompts)

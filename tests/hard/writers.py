@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 from steer import TrainingConfig
-from steer.apps.methods import SampleSettings
+from steer.apps.methods import SamplingConfig
 from steer.apps.models import find_adapter
-from steer.apps.sampling import open_record
+from steer.apps.sampling import open_report
 from steer.errors import InputError
 from steer.noise import Search
 from steer.pipelines.base import Iteration
-from steer.pipelines.reno import SearchFile
+from steer.pipelines.reno import SearchCheckpoint
 from steer.pipelines.training.preference_data import PreferenceFolder
-from steer.pipelines.training.preference_files import DrawnWith, read_choices
+from steer.pipelines.training.preference_files import SampleProvenance, read_preferences
 from steer.pipelines.training.state import RunFolder
 from steer.reward import score
-from steer.rewards.compose import Calibration, Scale, read_calibration
-from steer.rewards.learned import Card, ImageHead, Learned, save_learned
+from steer.rewards.compose import Calibration, RewardStatistics, read_calibration
+from steer.rewards.learned import ImageHead, LearnedReward, RewardCard, save_learned
 from steer.training.distributed import ALONE
 from steer.training.rollout import Rows, Sampler
 from steer.training.trainable import LoRA
@@ -55,17 +55,19 @@ def drew(seed: int) -> Any:
 
 
 @functools.cache
-def drawn_with() -> DrawnWith:
-    return DrawnWith.of(fresh_pipe("sd"), CALL, 1.0, "float32")
+def drawn_with() -> SampleProvenance:
+    return SampleProvenance.of(fresh_pipe("sd"), CALL, 1.0, "float32")
 
 
 def choices(folder: Path, seed: int) -> None:
     recorded = PreferenceFolder.create_as(folder, drawn_with())
-    recorded.write_choice(recorded.write_lot(*drew(seed)), 0, 1)
+    recorded.write_preference(recorded.write_group(*drew(seed)), 0, 1)
 
 
 def choices_in(folder: Path) -> str:
-    starts = {read_choices(folder).lots[choice.lot].rows.starts[0] for choice in read_choices(folder).choices}
+    starts = {
+        read_preferences(folder).groups[choice.group].rows.starts[0] for choice in read_preferences(folder).choices
+    }
     return which(starts, {1}, {1, 2})
 
 
@@ -84,11 +86,11 @@ def heads(seed: int) -> tuple[nn.Module, ...]:
 
 
 def reward(folder: Path, seed: int) -> None:
-    save_learned(folder, Card("image", "scenes", width(), (seed, 0.0), (1.0, 2.0), {}), heads(seed), [])
+    save_learned(folder, RewardCard("image", "scenes", width(), (seed, 0.0), (1.0, 2.0), {}), heads(seed), [])
 
 
 def reward_scores(folder: Path) -> list[float]:
-    return score(Learned(str(folder)), torch.full((1, 3, 32, 32), 0.3), ["a star"]).tolist()
+    return score(LearnedReward(str(folder)), torch.full((1, 3, 32, 32), 0.3), ["a star"]).tolist()
 
 
 @functools.cache
@@ -109,8 +111,8 @@ def found_noise(seed: int) -> tuple[Search, list[Iteration]]:
     return start, [Iteration(n, 3, rows, {"red": rows}, rows, rows) for n in range(seed)]
 
 
-def search_file(folder: Path) -> SearchFile:
-    return SearchFile(folder / "state", {"prompt": "a star"})
+def search_file(folder: Path) -> SearchCheckpoint:
+    return SearchCheckpoint(folder / "state", {"prompt": "a star"})
 
 
 def noise_in(folder: Path) -> str:
@@ -141,7 +143,7 @@ def export_in(folder: Path) -> str:
     return which(values, {1.0}, {2.0})
 
 
-SETTINGS = SampleSettings(
+SETTINGS = SamplingConfig(
     *(
         "scenes",
         "fk",
@@ -163,19 +165,19 @@ SETTINGS = SampleSettings(
 
 
 def report(folder: Path, number: int) -> None:
-    record = open_record(folder, ["a star", "a circle"], SETTINGS)
+    record = open_report(folder, ["a star", "a circle"], SETTINGS)
     Image.new("RGB", (2, 2)).save(folder / f"{number}.png")
     entry = {"prompt": ["a star", "a circle"][number], "images": [f"{number}.png"], "cost": {"seconds": 0.5}}
     record.keep(number, entry, alone=True)
 
 
 def report_in(folder: Path) -> str:
-    record = open_record(folder, ["a star", "a circle"], SETTINGS)
+    record = open_report(folder, ["a star", "a circle"], SETTINGS)
     return which(record.missing(2, False), [1], [])
 
 
 def calibration(folder: Path, mean: float) -> None:
-    Calibration({"scene": Scale(mean, 1.0, 4, {"a star": mean})}, {}).save(folder / "c.json")
+    Calibration({"scene": RewardStatistics(mean, 1.0, 4, {"a star": mean})}, {}).save(folder / "c.json")
 
 
 WRITERS = {

@@ -1,6 +1,6 @@
 """Losses of finetuning by a reward, as functions of log-probabilities (B, K, T) and rewards (B, K)."""
 
-from steer.training.losses.advantages import RunningNormaliser
+from steer.training.losses.advantages import PerPromptStatTracker
 from steer.training.losses.d3po import D3PO, D3POTrajectory
 from steer.training.losses.filtered import Filtered
 from steer.training.losses.log_probs import LogProbs, Loss, Metrics, Unit
@@ -27,6 +27,6 @@ __all__ = [
     "LogProbs",
     "Loss",
     "Metrics",
-    "RunningNormaliser",
+    "PerPromptStatTracker",
     "Unit",
 ]

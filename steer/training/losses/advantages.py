@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.training.losses.log_probs import demand
-from steer.training.losses.policy_gradient import TINY
+from steer.training.losses.log_probs import check_field
+from steer.training.losses.policy_gradient import EPS
 
 
-class RunningNormaliser:
+class PerPromptStatTracker:
     """Remembers the last `size` rewards of every prompt it has met; a run saves and loads it.
 
     size     how many rewards of a prompt count, at least 2; published 16
-    minimum  2..size, how many are needed before the prompt's own statistics are used; published 16
+    min_count  2..size, how many are needed before the prompt's own statistics are used; published 16
     """
 
-    def __init__(self, size: int = 16, minimum: int = 16) -> None:
-        demand(size >= 2, "size", size, "at least 2")
-        demand(2 <= minimum <= size, "minimum", minimum, f"2 to size = {size}")
+    def __init__(self, size: int = 16, min_count: int = 16) -> None:
+        check_field(size >= 2, "size", size, "at least 2")
+        check_field(2 <= min_count <= size, "minimum", min_count, f"2 to size = {size}")
         self.size = size
-        self.minimum = minimum
+        self.min_count = min_count
         self._rewards: dict[str, deque[float]] = {}
 
     def __call__(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class RunningNormaliser:
     def _known(self, prompt: str, batch: Tensor) -> Tensor:
         """The rewards that those of a prompt are measured by."""
         own = self._rewards[prompt]
-        return torch.tensor(own, dtype=torch.float64) if len(own) >= self.minimum else batch
+        return torch.tensor(own, dtype=torch.float64) if len(own) >= self.min_count else batch
 
     def state(self) -> dict[str, Any]:
         """What it remembers, for JSON: floats survive it to the last bit."""
@@ -63,4 +63,4 @@ class RunningNormaliser:
 
 def _standardised(rewards: Tensor, known: Tensor) -> Tensor:
     """(r − mean)/(std + 10⁻⁶), fp64: exactly 0 where all known rewards are this one."""
-    return (rewards - known.mean()) / (known.std(correction=0) + TINY)
+    return (rewards - known.mean()) / (known.std(correction=0) + EPS)

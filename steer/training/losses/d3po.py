@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from steer.training.losses.log_probs import LogProbs, Metrics, Unit, accuracy, checked_rewards, demand, demand_unit
+from steer.training.losses.log_probs import LogProbs, Metrics, Unit, accuracy, check_field, check_unit, checked_rewards
 
 
 def dominates(rewards: Tensor) -> Tensor:
@@ -63,8 +63,8 @@ class D3PO:
     stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        demand(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
-        demand_unit(self.unit)
+        check_field(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
+        check_unit(self.unit)
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         better = dominates(checked_rewards(log_probs, rewards, group=2, several=True))
@@ -92,8 +92,8 @@ class D3POTrajectory:
     stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        demand(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
-        demand_unit(self.unit)
+        check_field(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
+        check_unit(self.unit)
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         better = dominates(checked_rewards(log_probs, rewards, group=2, several=True))

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from steer.training.losses.log_probs import LogProbs, Metrics, checked_rewards, demand
+from steer.training.losses.log_probs import LogProbs, Metrics, check_field, checked_rewards
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Filtered:
     stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        demand(0 < self.keep <= 1, "keep", self.keep, "above 0 and at most 1")
+        check_field(0 < self.keep <= 1, "keep", self.keep, "above 0 and at most 1")
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         rewards = checked_rewards(log_probs, rewards)

@@ -43,7 +43,7 @@ class LogProbs:
             raise InputError(
                 f"log-probabilities (new, old, reference) of shapes {shapes} must all be one (prompts, samples, steps)"
             )
-        demand(self.elements >= 1, "elements", self.elements, "at least 1")
+        check_field(self.elements >= 1, "elements", self.elements, "at least 1")
 
     def per(self, unit: Unit) -> "LogProbs":
         """In nats, as they are, or divided by D: averaged over the elements, as DDPO's and D3PO's β and ε assume."""
@@ -74,15 +74,15 @@ class Loss(Protocol):
         ...
 
 
-def demand(fits: bool, name: str, value: object, allowed: str) -> None:
+def check_field(fits: bool, name: str, value: object, allowed: str) -> None:
     """Raises InputError, with the field, its value and what is allowed, unless the value fits."""
     if not fits:
         raise InputError(f"{name} {value!r} must be {allowed}")
 
 
-def demand_unit(unit: str) -> None:
+def check_unit(unit: str) -> None:
     """Raises InputError unless it is a unit of log-probabilities."""
-    demand(unit in get_args(Unit), "unit", unit, "nat or element")
+    check_field(unit in get_args(Unit), "unit", unit, "nat or element")
 
 
 def checked_rewards(log_probs: LogProbs, rewards: Tensor, group: int = 1, several: bool = False) -> Tensor:

@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steer.training.losses.log_probs import LogProbs, Metrics, Unit, checked_rewards, demand, demand_unit
+from steer.training.losses.log_probs import LogProbs, Metrics, Unit, check_field, check_unit, checked_rewards
 
-TINY = 1e-6  # beside a standard deviation of rewards: what differs by rounding alone must not count
+EPS = 1e-6  # beside a standard deviation of rewards: what differs by rounding alone must not count
 
 
 def clipped_objective(log_probs: LogProbs, advantages: Tensor, clip: float) -> tuple[Tensor, Metrics]:
@@ -24,17 +24,17 @@ def clipped_objective(log_probs: LogProbs, advantages: Tensor, clip: float) -> t
     Metrics: clipped, the share (0..1) of steps whose ρ_t is out of range; ratio, the largest |ρ_t − 1|.
     """
     ratio = (log_probs.new - log_probs.old.detach()).exp()
-    worth = -advantages[..., None]
-    loss = torch.maximum(worth * ratio, worth * ratio.clamp(1 - clip, 1 + clip)).mean()
-    moved = (ratio.detach() - 1).abs()
-    return loss, {"clipped": float((moved > clip).float().mean()), "ratio": float(moved.max())}
+    negated_advantages = -advantages[..., None]
+    loss = torch.maximum(negated_advantages * ratio, negated_advantages * ratio.clamp(1 - clip, 1 + clip)).mean()
+    deviation = (ratio.detach() - 1).abs()
+    return loss, {"clipped": float((deviation > clip).float().mean()), "ratio": float(deviation.max())}
 
 
 def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
     """A = (r − mean_K)/(std_K + 10⁻⁶) of rewards (B, K), or r − mean_K alone; exactly 0 for a group without spread."""
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale:
-        advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + TINY)
+        advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + EPS)
     # a mean of equal numbers may be off by its last bit
     return torch.where(rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True), advantages, 0.0)
 
@@ -57,9 +57,9 @@ class DDPO:
     stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        demand(self.clip > 0, "clip", self.clip, "above 0")
-        demand(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "above 0")
-        demand_unit(self.unit)
+        check_field(self.clip > 0, "clip", self.clip, "above 0")
+        check_field(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "above 0")
+        check_unit(self.unit)
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         advantages = checked_rewards(log_probs, rewards).clamp(-self.advantage_clip, self.advantage_clip)
@@ -85,8 +85,8 @@ class GRPO:
     stepwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        demand(self.clip > 0, "clip", self.clip, "above 0")
-        demand_unit(self.unit)
+        check_field(self.clip > 0, "clip", self.clip, "above 0")
+        check_unit(self.unit)
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         advantages = group_advantages(checked_rewards(log_probs, rewards, group=2), self.scale)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steer.training.losses.log_probs import LogProbs, Metrics, accuracy, checked_rewards, demand
+from steer.training.losses.log_probs import LogProbs, Metrics, accuracy, check_field, checked_rewards
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class PRDP:
     stepwise: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        demand(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
-        demand(self.clip > 0, "clip", self.clip, "above 0")
+        check_field(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
+        check_field(self.clip > 0, "clip", self.clip, "above 0")
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         rewards = checked_rewards(log_probs, rewards, group=2)

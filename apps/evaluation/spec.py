@@ -18,21 +18,21 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from steer import __version__
-from steer.apps.errors import errors_named, named
-from steer.apps.methods import METHODS, Job, SampleSettings
-from steer.apps.models import Finetuned, find_adapter
+from steer.apps.errors import named, wrap_errors
+from steer.apps.methods import METHODS, Job, SamplingConfig
+from steer.apps.models import FinetunedWeights, find_adapter
 from steer.apps.plots import thumbnail
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
-from steer.files import staged, write_text
+from steer.files import atomic_write, write_text
 from steer.pipelines.base import Cost, SteeringOutput, route_eta
 from steer.pipelines.training.evaluation import diversity
 from steer.registry import choose, nearest
-from steer.reward import Reward, over_frames, score_components
+from steer.reward import Reward, mean_over_frames, score_components
 
-PLAIN = "base"  # the method that looks at no reward: it makes one image
+BASE_METHOD = "base"  # the method that looks at no reward: it makes one image
 # Methods in which runs of one call share no random numbers, so that several may be made at a time.
-APART = ("base", "best-of-n")
+INDEPENDENT_METHODS = ("base", "best-of-n")
 # As in `steer sample`; λ None is each method's own.
 DEFAULTS: dict[str, Any] = {
     "particles": 4,
@@ -47,8 +47,10 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
     "dtype": None,
 }
-YOUNGER = {one.name: one.default for one in fields(SampleSettings) if one.default is not MISSING}
-DEFAULTS |= {name: value for name, value in YOUNGER.items() if name != "lora"}  # which makes a contender of its own
+LATER_DEFAULTS = {one.name: one.default for one in fields(SamplingConfig) if one.default is not MISSING}
+DEFAULTS |= {
+    name: value for name, value in LATER_DEFAULTS.items() if name != "lora"
+}  # which makes a contender of its own
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Contender:
 
     model: str = "scenes"
     lora: str | None = None
-    method: str = PLAIN
+    method: str = BASE_METHOD
     options: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
 
@@ -70,12 +72,12 @@ class Contender:
         """Such as "scenes", "scenes + runs/prdp/final", "scenes fk particles=8"."""
         if self.label is not None:
             return self.label
-        words = [self.model, f"+ {self.lora}" if self.lora else "", "" if self.method == PLAIN else self.method]
+        words = [self.model, f"+ {self.lora}" if self.lora else "", "" if self.method == BASE_METHOD else self.method]
         return " ".join(word for word in (*words, *(f"{key}={value}" for key, value in self.options.items())) if word)
 
 
 @dataclass(frozen=True)
-class Contest:
+class EvaluationSpec:
     """Prompts (and a tag for each, or none), rewards by name, the steering one first, seeds, and sampling options."""
 
     prompts: tuple[str, ...]
@@ -113,18 +115,18 @@ class Contest:
             "options": self.shared,
         }
 
-    def seed_of(self, place: int, number: int) -> int:
+    def run_seed(self, place: int, number: int) -> int:
         """Of one run: it follows from the prompt's place and the number of the seed, and from nothing else."""
         return derived_seed(self.shared["seed"], f"evaluate {place} {number}")
 
 
 @dataclass(frozen=True)
-class Entrant:
+class PreparedContender:
     """A contender with all that it needs but the model."""
 
     contender: Contender
-    settings: SampleSettings
-    finetuned: Finetuned | None
+    settings: SamplingConfig
+    finetuned: FinetunedWeights | None
 
     @property
     def particles(self) -> int:
@@ -135,40 +137,40 @@ class Entrant:
     def about(self) -> dict[str, Any]:
         """What it is, to the last byte of its weights, as plain values."""
         one = self.contender
-        told = {"name": one.name, "model": one.model, "lora": one.lora, "method": one.method}
-        return told | {"options": dict(one.options), "weights": self.finetuned and self.finetuned.digest()}
+        data = {"name": one.name, "model": one.model, "lora": one.lora, "method": one.method}
+        return data | {"options": dict(one.options), "weights": self.finetuned and self.finetuned.digest()}
 
-    def groups(self, contest: Contest, batch: int) -> list[range]:
+    def groups(self, spec: EvaluationSpec, batch: int) -> list[range]:
         """Places of prompts that are made and saved together: as many as fit `batch` images, at least one."""
-        several = batch // (self.particles * contest.seeds) if self.contender.method in APART else 1
-        size, count = max(1, several), len(contest.prompts)
+        several = batch // (self.particles * spec.seeds) if self.contender.method in INDEPENDENT_METHODS else 1
+        size, count = max(1, several), len(spec.prompts)
         return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
-def enter(contenders: Sequence[Contender], contest: Contest) -> list[Entrant]:
+def prepare_contenders(contenders: Sequence[Contender], spec: EvaluationSpec) -> list[PreparedContender]:
     """All contenders, looked at before any model is loaded. Raises InputError."""
     if not contenders:
         raise InputError("there is nobody to compare: give at least one model")
     names = [one.name for one in contenders]
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
         raise InputError(f"contender {twice[0]!r} is there twice")
-    _check_options(contest.options, "")
-    given: dict[str, Any] = {"model": "", "method": PLAIN, "reward": contest.first, "compare": False}
-    SampleSettings(**(contest.shared | given)).check()  # also what no contender may use
-    return [_entered(one, contest) for one in contenders]
+    _check_options(spec.options, "")
+    given: dict[str, Any] = {"model": "", "method": BASE_METHOD, "reward": spec.first, "compare": False}
+    SamplingConfig(**(spec.shared | given)).check()  # also what no contender may use
+    return [_prepare_contender(one, spec) for one in contenders]
 
 
-def _entered(one: Contender, contest: Contest) -> Entrant:
+def _prepare_contender(one: Contender, spec: EvaluationSpec) -> PreparedContender:
     _check_options(one.options, f"contender {one.name!r}: ")
     if "seed" in one.options:
         raise InputError(f"contender {one.name!r}: seeds are the same for all; leave out seed")
     method = choose("method", one.method, METHODS)
-    own: dict[str, Any] = {"model": one.model, "method": one.method, "reward": contest.first, "compare": False}
-    plain = {"particles": 1} if one.method == PLAIN else {}
-    settings = SampleSettings(**(contest.shared | plain | dict(one.options) | own))
+    own: dict[str, Any] = {"model": one.model, "method": one.method, "reward": spec.first, "compare": False}
+    plain = {"particles": 1} if one.method == BASE_METHOD else {}
+    settings = SamplingConfig(**(spec.shared | plain | dict(one.options) | own))
     settings.check()
-    method.check(settings, contest.rewards[contest.first])
-    return Entrant(one, settings, None if one.lora is None else find_adapter(one.lora))
+    method.check(settings, spec.rewards[spec.first])
+    return PreparedContender(one, settings, None if one.lora is None else find_adapter(one.lora))
 
 
 def _check_options(options: Mapping[str, Any], whose: str) -> None:
@@ -178,7 +180,7 @@ def _check_options(options: Mapping[str, Any], whose: str) -> None:
 
 
 @dataclass(frozen=True)
-class Together(Job):
+class BatchedJob(Job):
     """Several runs as one call of a method: a prompt and a seed for each of them.
 
     Every image has a generator of its own, so that it does not depend on the others in its call, and K images of a
@@ -207,10 +209,10 @@ Json = dict[str, Any]
 
 
 @dataclass
-class Stored:
+class ContenderResults:
     """What there is of one contender.
 
-    runs       by place of the prompt, its runs in the order of the seeds: see `steer.apps.evaluation.contest`
+    runs       by place of the prompt, its runs in the order of the seeds: see `steer.apps.evaluation.spec`
     diversity  by place of the prompt; None for one seed
     kl         of finetuned weights, by the number of prompts
     made       with which versions, on what device
@@ -225,10 +227,10 @@ class Stored:
     def text(self) -> str:
         """As a file holds it."""
         prompts = [{"place": n, "runs": self.runs[n], "diversity": self.diversity[n]} for n in sorted(self.runs)]
-        told = {"contender": self.about, "made": self.made, "kl": self.kl}
-        return json.dumps(told | {"prompts": prompts}, ensure_ascii=False)
+        data = {"contender": self.about, "made": self.made, "kl": self.kl}
+        return json.dumps(data | {"prompts": prompts}, ensure_ascii=False)
 
-    def add(self, other: "Stored") -> None:
+    def add(self, other: "ContenderResults") -> None:
         """Takes in what another process had."""
         self.runs |= other.runs
         self.diversity |= other.diversity
@@ -243,105 +245,105 @@ def versions(device: torch.device) -> Json:
     return packages | {"transformers": transformers.__version__, "device": named}
 
 
-def key_of(name: str) -> str:
+def file_key(name: str) -> str:
     """A contender's name as that of a file: no two have one."""
     words = re.sub("[^a-z0-9.]+", "-", name.lower()).strip("-.")[-40:].lstrip("-.")
     return f"{words}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
-class Store:
+class ResultStore:
     """The folder of an evaluation."""
 
     out: Path
 
-    def open(self, contest: Contest) -> None:
+    def open(self, spec: EvaluationSpec) -> None:
         """Makes the folder, or goes on with it. Raises InputError where it cannot take this contest."""
         try:
             write_text(self.out / ".writable", "")
             (self.out / ".writable").unlink()
         except OSError as error:
             raise InputError(f"--out {self.out}: cannot write there ({error.strerror})") from error
-        path, told = self.out / RUNS / IDENTITY, contest.identity()
+        path, data = self.out / RUNS / IDENTITY, spec.identity()
         if not path.exists():
-            write_text(path, json.dumps(told, indent=1, ensure_ascii=False))
+            write_text(path, json.dumps(data, indent=1, ensure_ascii=False))
             return
         old = _read(path)
         if not isinstance(old.get("options"), dict):
             raise InputError(f"{path} is no evaluation of steer; choose another --out")
-        if old.get("prompts") != told["prompts"]:
+        if old.get("prompts") != data["prompts"]:
             raise InputError(f"--out {self.out} holds an evaluation of other prompts; choose another --out")
-        both = [(name, old.get(name), told[name]) for name in ("rewards", "seeds")]
+        both = [(name, old.get(name), data[name]) for name in ("rewards", "seeds")]
         there = DEFAULTS | old["options"]
-        both += [(name, there.get(name), value) for name, value in told["options"].items()]
+        both += [(name, there.get(name), value) for name, value in data["options"].items()]
         if other := next((one for one in both if one[1] != one[2]), None):
             name, before, now = other
             raise InputError(
                 f"--out {self.out} holds an evaluation with {name} {before!r}, not {now!r}; choose another --out"
             )
 
-    def read(self, entrant: Entrant, process: int | None = None) -> Stored:
+    def read(self, prepared: PreparedContender, process: int | None = None) -> ContenderResults:
         """What there is of a contender, from all processes or from one. Raises InputError for another of that name."""
-        found = Stored(entrant.about)
-        pattern = f"{key_of(entrant.contender.name)}.{'*' if process is None else process}.json"
+        result = ContenderResults(prepared.about)
+        pattern = f"{file_key(prepared.contender.name)}.{'*' if process is None else process}.json"
         for path in sorted((self.out / RUNS).glob(pattern)):
-            found.add(_stored(path, entrant))
-        return found
+            result.add(_load_results(path, prepared))
+        return result
 
-    def write(self, stored: Stored, process: int) -> None:
+    def write(self, stored: ContenderResults, process: int) -> None:
         """Replaces what this process had of a contender."""
-        write_text(self.out / RUNS / f"{key_of(stored.about['name'])}.{process}.json", stored.text())
+        write_text(self.out / RUNS / f"{file_key(stored.about['name'])}.{process}.json", stored.text())
 
     def search(self, name: str, place: int, number: int) -> Path:
         """Where a run of a method that iterates keeps its state."""
-        return self.out / RUNS / f"{key_of(name)}.{place}.{number}.safetensors"
+        return self.out / RUNS / f"{file_key(name)}.{place}.{number}.safetensors"
 
     def image(self, name: str, place: int) -> Path:
         """Where the image of a contender for a prompt of the grid lies."""
-        return self.out / IMAGES / key_of(name) / f"{place:04d}.png"
+        return self.out / IMAGES / file_key(name) / f"{place:04d}.png"
 
     def keep_images(self, name: str, images: Iterable[tuple[int, Image.Image]]) -> None:
         """Writes images of the grid, by the place of their prompts."""
         for place, image in images:
-            with staged(self.image(name, place)) as new:
+            with atomic_write(self.image(name, place)) as new:
                 image.save(new, format="PNG")
 
 
-def _stored(path: Path, entrant: Entrant) -> Stored:
-    told, name = _read(path), entrant.contender.name
-    about = told.get("contender")
-    if not isinstance(about, dict) or not isinstance(told.get("prompts"), list):
+def _load_results(path: Path, prepared: PreparedContender) -> ContenderResults:
+    data, name = _read(path), prepared.contender.name
+    about = data.get("contender")
+    if not isinstance(about, dict) or not isinstance(data.get("prompts"), list):
         raise InputError(f"{path} is no evaluation of steer; delete it, or choose another --out")
-    for what, value in entrant.about.items():
+    for what, value in prepared.about.items():
         if about.get(what) != value:
             other = "its weights have changed" if what == "weights" else f"it has {what} {about.get(what)!r} there"
             raise InputError(f"{path.parent.parent} holds another contender {name!r}: {other}; choose another --out")
-    found = Stored(about, kl=told.get("kl", {}), made=told.get("made", []))
+    result = ContenderResults(about, kl=data.get("kl", {}), made=data.get("made", []))
     try:
-        for one in told["prompts"]:
-            found.runs[one["place"]], found.diversity[one["place"]] = one["runs"], one["diversity"]
+        for one in data["prompts"]:
+            result.runs[one["place"]], result.diversity[one["place"]] = one["runs"], one["diversity"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: its runs are not as steer writes them ({error!r}); delete it") from error
-    return found
+    return result
 
 
 def _read(path: Path) -> Json:
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--out {path.parent.parent}: cannot read {path.name} ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no evaluation of steer ({error}); choose another --out") from error
-    if not isinstance(told, dict):
+    if not isinstance(data, dict):
         raise InputError(f"{path} is no evaluation of steer; choose another --out")
-    return told
+    return data
 
 
-SCORED = 8  # images scored at a time
+SCORE_BATCH = 8  # images scored at a time
 
 
 @dataclass
-class Bench:
+class ContenderRunner:
     """Where one contender makes its images.
 
     pipe     the pipeline that wears what it wears
@@ -349,26 +351,26 @@ class Bench:
     shown    places of the prompts whose images are kept for the grid
     """
 
-    contest: Contest
-    entrant: Entrant
-    store: Store
+    spec: EvaluationSpec
+    prepared: PreparedContender
+    store: ResultStore
     pipe: Any
     batch: int
     shown: Collection[int]
     _picked: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def make(self, group: range, stored: Stored) -> None:
+    def make(self, group: range, stored: ContenderResults) -> None:
         """Makes the images of a group of prompts, all seeds, and adds what is known of them to `stored`.
 
         A run is {"seed", "rewards": by name those of the K images, as the method gives them: best first, but of
         `base`, which picks none; "stopped": why it ended before its time; "cost": its share of that of its call}.
         """
-        todo = [(place, number) for place in group for number in range(self.contest.seeds)]
-        size, self._picked = self._together(), {place: [] for place in group}
+        todo = [(place, number) for place in group for number in range(self.spec.seeds)]
+        size, self._picked = self._runs_per_call(), {place: [] for place in group}
         runs: dict[int, list[Json]] = {place: [] for place in group}
         for start in range(0, len(todo), size):
             some = todo[start : start + size]
-            for (place, _), run in zip(some, self._called(some), strict=True):
+            for (place, _), run in zip(some, self._run_call(some), strict=True):
                 runs[place].append(run)
         stored.runs |= runs
         for place, images in self._picked.items():
@@ -377,23 +379,23 @@ class Bench:
 
     @property
     def _name(self) -> str:
-        return self.entrant.contender.name
+        return self.prepared.contender.name
 
-    def _together(self) -> int:
+    def _runs_per_call(self) -> int:
         """Runs in one call. Where η is the seam's own, the noise of the steps is shared by the runs of a call."""
-        own_noise = route_eta(self.pipe, {}, self.entrant.settings.eta)[1] is None
-        apart = self.entrant.contender.method in APART and own_noise
-        return max(1, self.batch // self.entrant.particles) if apart else 1
+        own_noise = route_eta(self.pipe, {}, self.prepared.settings.eta)[1] is None
+        independent = self.prepared.contender.method in INDEPENDENT_METHODS and own_noise
+        return max(1, self.batch // self.prepared.particles) if independent else 1
 
-    def _called(self, some: Sequence[tuple[int, int]]) -> Iterator[Json]:
+    def _run_call(self, some: Sequence[tuple[int, int]]) -> Iterator[Json]:
         """One call of the method, and its runs one by one."""
-        contest = self.contest
-        prompts, seeds = [contest.prompts[n] for n, _ in some], tuple(contest.seed_of(n, s) for n, s in some)
-        reward, file = contest.rewards[contest.first], self.store.search(self._name, *some[0])
-        job = Together(self.pipe, reward, prompts, self.entrant.settings, file, seeds=seeds)
-        with blamed(f"{self._name}, prompt {prompts[0]!r}"):
-            output = METHODS[self.entrant.contender.method].run(job)
-            scores = {contest.first: output.rewards} | self._judged(output, prompts)
+        spec = self.spec
+        prompts, seeds = [spec.prompts[n] for n, _ in some], tuple(spec.run_seed(n, s) for n, s in some)
+        reward, file = spec.rewards[spec.first], self.store.search(self._name, *some[0])
+        job = BatchedJob(self.pipe, reward, prompts, self.prepared.settings, file, seeds=seeds)
+        with contender_errors(f"{self._name}, prompt {prompts[0]!r}"):
+            output = METHODS[self.prepared.contender.method].run(job)
+            scores = {spec.first: output.rewards} | self._other_scores(output, prompts)
         file.unlink(missing_ok=True)
         flags = output.nsfw_content_detected
         size = output.rewards.shape[1]  # fewer than there were particles, where they got fewer
@@ -407,12 +409,12 @@ class Bench:
                 "cost": {what: spent / len(some) for what, spent in asdict(output.cost).items()},
             }
 
-    def _judged(self, output: SteeringOutput, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def _other_scores(self, output: SteeringOutput, prompts: Sequence[str]) -> dict[str, Tensor]:
         """What the other rewards say of the finished images: (B, K) each."""
         size = output.rewards.shape[1]
         read = [prompt for prompt in prompts for _ in range(size)]
-        others = [name for name in self.contest.rewards if name != self.contest.first]
-        return {name: judged(self.contest.rewards[name], output.images, read).view(-1, size) for name in others}
+        others = [name for name in self.spec.rewards if name != self.spec.first]
+        return {name: judged(self.spec.rewards[name], output.images, read).view(-1, size) for name in others}
 
     def _pictures(self) -> Iterator[tuple[int, Image.Image]]:
         for place in set(self._picked) & set(self.shown):
@@ -422,27 +424,27 @@ class Bench:
 @torch.no_grad()
 def judged(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Scores (N,) of images (N, 3, H, W), or of videos (N, F, 3, H, W)."""
-    found = []
-    for start in range(0, len(images), SCORED):
-        cut = slice(start, start + SCORED)
+    result = []
+    for start in range(0, len(images), SCORE_BATCH):
+        cut = slice(start, start + SCORE_BATCH)
         score: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = partial(
             score_components, reward, prompts=prompts[cut]
         )
-        found.append(over_frames(images[cut].float().clamp(0, 1), score)[0])
-    return torch.cat(found)
+        result.append(mean_over_frames(images[cut].float().clamp(0, 1), score)[0])
+    return torch.cat(result)
 
 
 @contextmanager
-def blamed(whose: str) -> Iterator[None]:
+def contender_errors(whose: str) -> Iterator[None]:
     """Whatever ends a contender says whose it is."""
     less = "a smaller --batch or fewer --particles need less"
-    with errors_named(whose, "finished prompts are kept", less), named(whose):
+    with wrap_errors(whose, "finished prompts are kept", less), named(whose):
         yield
 
 
-def missing(entrant: Entrant, stored: Stored, contest: Contest, batch: int) -> list[range]:
+def missing(prepared: PreparedContender, stored: ContenderResults, spec: EvaluationSpec, batch: int) -> list[range]:
     """The groups of prompts that are not whole yet."""
-    return [group for group in entrant.groups(contest, batch) if not all(place in stored.runs for place in group)]
+    return [group for group in prepared.groups(spec, batch) if not all(place in stored.runs for place in group)]
 
 
 def mean_cost(runs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
