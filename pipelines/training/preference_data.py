@@ -374,6 +374,6 @@ def _regeneration_error(group: SampleGroup, number: int, drawn: SampleProvenance
         or "the settings are the same, so the weights are not, or the device is another of its kind"
     )
     return (
-        f"{file_inside(group.folder, group.image_file(number))}: sampled again from its seed the image is another one, "
-        f"so that its trajectory is lost ({why}): go back to what it was drawn with, or record choices with keep_trajectories"
+        f"{file_inside(group.folder, group.image_file(number))}: sampled again from its seed the image is another "
+        f"one, so that its trajectory is lost ({why}): go back to what it was drawn with, or record choices with keep_trajectories"
     )
