@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from steer.apps.bench.naive import naive_d3po, naive_fk, naive_reno
-from steer.apps.bench.sizes import REAL_SIZES, Flops, flops_of
+from steer.apps.bench.sizes import REAL_SIZES
 from steer.apps.bench.subject import (
     STRENGTH,
     Denoised,
@@ -29,18 +28,7 @@ from steer.apps.bench.subject import (
     search_of,
     without_decoder,
 )
-from steer.apps.bench.timing import (
-    Check,
-    Measurement,
-    Predict,
-    Prediction,
-    PreparedComparison,
-    Variant,
-    amdahl,
-    bounded,
-    difference,
-    predict_by_counts,
-)
+from steer.apps.bench.timing import Check, PreparedComparison, Variant, difference
 from steer.apps.methods import load_preview
 from steer.apps.models import load_pipeline, precision
 from steer.diffusion.attention import attention_backend
@@ -52,7 +40,6 @@ from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.particle_batch import ParticleBatch, as_type
 from steer.pipelines.reno import Ascent, Backprop
 from steer.registry import choose
-from steer.shared_prompt import shared_prompt
 from steer.smc.particles import FeynmanKac
 from steer.training.gradient import two_pass_gradient
 from steer.training.losses import D3PO
@@ -298,30 +285,15 @@ def _async_resample_steps(subject: Subject) -> list[int]:
     return [step for step in subject.read_at if step <= subject.steps - 3]
 
 
-def async_rewards_prediction(subject: Subject) -> Predict:
-    """At most the decoder's and the reward's seconds are hidden behind the denoiser's, the last images' not."""
-    readings = len(_async_resample_steps(subject))
-    share = readings / (readings + 1)
-
-    def of(over: Measurement, under: Measurement) -> Prediction:
-        hidden = share * (over.parts.get("decoder", 0.0) + over.parts.get("reward", 0.0)) / median(over.seconds)
-        return bounded(hidden)
-
-    return of
-
-
 @dataclass(frozen=True)
 class ComputeOption:
-    """A gain.
+    """A compute option that changes no result.
 
-    about    what is switched
-    on       (pipeline) → a context that gives the pipeline to call
-    off      what it is compared with; by default the pipeline as it is
+    about       for the report
+    on          (pipeline) → a context that gives the pipeline to call
+    off         what it is compared with
     persistent  one context for all repeats, not one for each call: what has to be compiled first
-    quick    whether `--quick` has the time for it
-    affected_share  (FLOPs of a denoiser call by operator and module) → the share of them that it touches
-    removes  whether that share is saved; else it gets faster by an unknown factor
-    memory   it saves memory, and may cost time
+    quick       whether `--quick` has the time for it
     """
 
     about: str
@@ -329,9 +301,6 @@ class ComputeOption:
     off: On
     persistent: bool = False
     quick: bool = True
-    affected_share: Callable[[Flops], float] = lambda flops: 0.0
-    removes: bool = True
-    memory: bool = False
 
 
 @contextmanager
@@ -351,15 +320,6 @@ def backend(name: str) -> On:
     return on
 
 
-@contextmanager
-def shared(pipe: Any) -> Iterator[Any]:
-    """Prompts' keys and values once, queries of a prompt's particles in one sequence."""
-    with shared_prompt(pipe) as sharing:
-        if not sharing.layers:
-            raise InputError(f"nothing to share: {'; '.join(sharing.reasons)}")
-        yield pipe
-
-
 def by_rows(rows: int) -> On:
     """The denoiser a few rows at a time."""
     return lambda pipe: micro_batched(pipe, rows)
@@ -374,45 +334,18 @@ def denoiser_compiled(pipe: Any) -> Iterator[Any]:
         yield view
 
 
-@contextmanager
-def all_exact_options(pipe: Any) -> Iterator[Any]:
-    """All exact gains that cost nothing where they do nothing, together."""
-    with attention_backend(pipe, "auto"), shared_prompt(pipe):
-        yield pipe
-
-
 COMPUTE_OPTIONS = {
-    "shared_prompt": ComputeOption(
-        "cross-attention: keys and values of prompts once, queries of a prompt in one sequence",
-        shared,
-        unmodified,
-        affected_share=lambda flops: flops.prompts / flops.all,
-    ),
     "sdpa": ComputeOption(
-        "attention by PyTorch's kernel against softmax(QKᵀ/√d) V as written",
-        backend("sdpa"),
-        backend("eager"),
-        affected_share=lambda flops: flops.attention / flops.all,
-        removes=False,
+        "attention by PyTorch's kernel against softmax(QKᵀ/√d) V as written", backend("sdpa"), backend("eager")
     ),
-    "xformers": ComputeOption(
-        "attention by xformers against PyTorch's kernel",
-        backend("xformers"),
-        backend("sdpa"),
-        affected_share=lambda flops: flops.attention / flops.all,
-        removes=False,
-    ),
-    "micro_batches": ComputeOption(
-        "the denoiser 4 rows at a time against all rows", by_rows(4), unmodified, memory=True
-    ),
+    "xformers": ComputeOption("attention by xformers against PyTorch's kernel", backend("xformers"), backend("sdpa")),
+    "micro_batches": ComputeOption("the denoiser 4 rows at a time against all rows", by_rows(4), unmodified),
     "compiled": ComputeOption(
         "the denoiser through torch.compile (on CUDA: captured graphs)",
         denoiser_compiled,
         unmodified,
         persistent=True,
         quick=False,
-        affected_share=lambda flops: 1.0,
-        removes=False,
     ),
 }
 
@@ -424,7 +357,6 @@ class Comparison:
     about    what is measured
     open     makes ready what both need; on leaving, all is as it was
     fits     None, or why it cannot be measured of a subject
-    predict  what the parts' calls foretell
     quick    whether `--quick` has the time for it
     samples  how many images, or samples learnt from, one run of a variant makes
     """
@@ -432,7 +364,6 @@ class Comparison:
     about: str
     open: Callable[[Subject], AbstractContextManager[PreparedComparison]]
     fits: Callable[[Subject], str | None] = lambda subject: None
-    predict: Callable[[Subject], Predict] = lambda subject: predict_by_counts
     quick: bool = True
     samples: Callable[[Subject], int] = lambda subject: subject.size * len(subject.prompts)
 
@@ -486,21 +417,6 @@ def _inside(on: Callable[[Any], AbstractContextManager[Any]], subject: Subject) 
         return denoise_steered(subject, pipe)
 
 
-def flops_prediction(switch: ComputeOption) -> Callable[[Subject], Predict]:
-    """The share of FLOPs that a gain touches, times the denoiser's share of the seconds."""
-
-    def predict(subject: Subject) -> Predict:
-        share = switch.affected_share(flops_of(subject.pipe, lambda: plain_call(subject, subject.pipe)))
-
-        def of(over: Measurement, under: Measurement) -> Prediction:
-            affected_share = share * over.parts.get("denoiser", 0.0) / median(over.seconds)
-            return Prediction(affected_share, amdahl(affected_share)) if switch.removes else bounded(affected_share)
-
-        return of
-
-    return predict
-
-
 def requires_ddim(subject: Subject) -> str | None:
     """The naive loops are written out for one family and solver."""
     plain = type(subject.pipe) is StableDiffusionPipeline and type(subject.pipe.scheduler) is DDIMScheduler
@@ -547,7 +463,7 @@ COMPARISONS: Mapping[str, Comparison] = {
     ),
     "naive_fk_over_ours_fewer": Comparison(
         "FK to about the same reward in other images: ours with 3/2 K particles that get fewer, and cheap previews",
-        partial(fk, on=all_exact_options, cheaper=True),
+        partial(fk, on=backend("auto"), cheaper=True),
         requires_particle_schedule,
         samples=of_one_prompt,
     ),
@@ -566,8 +482,8 @@ COMPARISONS: Mapping[str, Comparison] = {
         samples=of_pairs,
     ),
     "naive_fk_over_ours_everything_on": Comparison(
-        "FK, ours with the exact gains on: attention backend auto, prompts' keys and values shared",
-        partial(fk, on=all_exact_options),
+        "FK, ours with the attention backend auto",
+        partial(fk, on=backend("auto")),
         requires_ddim,
         samples=of_one_prompt,
     ),
@@ -584,12 +500,9 @@ COMPARISONS: Mapping[str, Comparison] = {
     "fk_in_turn_over_overlapped": Comparison(
         "the whole: previews and rewards before the next denoiser call / beside it, resampled one step later",
         async_rewards,
-        predict=async_rewards_prediction,
     ),
     **{
-        f"{name}_off_over_on": Comparison(
-            switch.about, option_comparison(switch), predict=flops_prediction(switch), quick=switch.quick
-        )
+        f"{name}_off_over_on": Comparison(switch.about, option_comparison(switch), quick=switch.quick)
         for name, switch in COMPUTE_OPTIONS.items()
     },
     "reno_recomputed_over_kept": Comparison(

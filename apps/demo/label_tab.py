@@ -179,7 +179,7 @@ IDLE_TEXT = "Say who you are and press Start: the images to choose between appea
 ARROWS = ("←", "→")
 
 
-def lot_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) -> str:
+def group_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) -> str:
     """Two to four images side by side.
 
     turn      another for each view, so that the page takes it for a new one
@@ -191,10 +191,10 @@ def lot_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) -> s
     none, better = ("Both bad", "better") if count == 2 else ("All bad", "best")
     rest = _button(TIE, "Tie", "T") + _button(BAD, none, "B") + _button(UNDO, "Undo", "U")
     return (
-        f'<section class="steer-label" data-turn="{turn}" data-lot="{escape(group, quote=True)}" tabindex="-1" '
+        f'<section class="steer-label" data-turn="{turn}" data-group="{escape(group, quote=True)}" tabindex="-1" '
         f'aria-label="{count} images to choose between">'
         f'<p class="steer-asked">Which is the {better} image of <q>{escape(prompt)}</q>?</p>'
-        f'<div class="steer-lot steer-lot-{count}">{figures}</div>'
+        f'<div class="steer-group steer-group-{count}">{figures}</div>'
         f'<div class="steer-answers">{rest}</div></section>'
     )
 
@@ -203,7 +203,7 @@ def empty_view(turn: int, text: str = IDLE_TEXT, undo: bool = False) -> str:
     """Where there are no images, why; with a button where the last answer can be taken back meanwhile."""
     button = f'<div class="steer-answers">{_button(UNDO, "Undo", "U")}</div>' if undo else ""
     return (
-        f'<section class="steer-label" data-turn="{turn}" data-lot="">'
+        f'<section class="steer-label" data-turn="{turn}" data-group="">'
         f'<p class="steer-empty">{escape(text)}</p>{button}</section>'
     )
 
@@ -457,7 +457,7 @@ def _images(turn: int, group: SampleGroup) -> str:
         files = [file_inside(group.folder, group.image_file(number)) for number in range(len(group.rows))]
     except InputError as error:  # somebody took them away
         return empty_view(turn, public(str(error)))
-    return lot_view(turn, group.id, group.rows.prompts[0], [file.read_bytes() for file in files])
+    return group_view(turn, group.id, group.rows.prompts[0], [file.read_bytes() for file in files])
 
 
 def prompts_of(text: str, model: str) -> tuple[str, ...]:

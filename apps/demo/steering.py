@@ -222,7 +222,7 @@ from steer.apps.models import load_pipeline
 from steer.pipelines import {name}
 
 pipe = load_pipeline({model!r}{dtype})
-{worn}out = {name}(pipe, reward={reward!r})(
+{adapter}out = {name}(pipe, reward={reward!r})(
     {prompt!r},
 {arguments}
     generator=torch.Generator().manual_seed({seed}),

@@ -200,7 +200,7 @@ def _weights(config: FinetuneConfig, result: TrainingResult) -> Weights:
 def _public_config(config: FinetuneConfig) -> dict[str, Any]:
     """The configuration as the files of the run tell it: without places on the owner's disk."""
     config_dict = config.plain() | {"output_dir": ARCHIVE_NAME}
-    return config_dict | ({} if config.job.preferences is None else {"choices": CHOICES_COPY})
+    return config_dict | ({} if config.job.preferences is None else {"preferences": CHOICES_COPY})
 
 
 def _write_zip(out: Path) -> Path:
