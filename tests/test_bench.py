@@ -8,23 +8,14 @@ import pytest
 import torch
 from bench_subject import PARTICLES, READS, STEPS, fresh, tiny_subject
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
 from steer.apps.bench import comparisons as against_naive
 from steer.apps.bench import timing as clock
 from steer.apps.bench.comparisons import COMPARISONS, BenchOptions, fk, of_size, reno, steer_whole
 from steer.apps.bench.naive import naive_d3po
 from steer.apps.bench.sizes import REAL_SIZES, SD_VAE
-from steer.apps.bench.subject import (
-    RealSize,
-    Subject,
-    build,
-    denoise_steered,
-    flux,
-    make_preference_batch,
-    sd3,
-    sdxl,
-)
-from steer.apps.bench.subject import sd as sd_of
+from steer.apps.bench.subject import Subject, build, denoise_steered, make_preference_batch
 from steer.apps.bench.timing import (
     Measurement,
     PreparedComparison,
@@ -241,34 +232,31 @@ SMALL_UNET = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_
 SMALL_DIT = {"num_layers": 1, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 24}
 SIXTEEN = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1}
 SMALL = {
-    "sd15": RealSize(sd_of, SMALL_UNET | {"sample_size": 8, "cross_attention_dim": 16}, SMALL_VAE, (16,)),
-    "sdxl": RealSize(
-        sdxl,
-        REAL_SIZES["sdxl"].denoiser
-        | {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "attention_head_dim": 4, "sample_size": 8}
-        | {"transformer_layers_per_block": 1, "cross_attention_dim": 32, "addition_time_embed_dim": 8}
-        | {"projection_class_embeddings_input_dim": 6 * 8 + 16},
-        SMALL_VAE,
-        (16, 16),
-    ),
-    "sd3": RealSize(
-        sd3,
-        REAL_SIZES["sd3"].denoiser
-        | SMALL_DIT
-        | {"caption_projection_dim": 32, "pooled_projection_dim": 32, "sample_size": 8, "pos_embed_max_size": 8},
-        SMALL_VAE | SIXTEEN,
-        (8, 24),
-        words=24,
-    ),
-    "flux": RealSize(
-        flux,
-        REAL_SIZES["flux"].denoiser
-        | SMALL_DIT
-        | {"num_single_layers": 1, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8)},
-        SMALL_VAE | SIXTEEN,
-        (16,),
-        words=24,
-    ),
+    name: replace(REAL_SIZES[name], denoiser=REAL_SIZES[name].denoiser | denoiser, vae=SMALL_VAE | vae, text=text)
+    for name, denoiser, vae, text in [
+        ("sd15", SMALL_UNET | {"sample_size": 8, "cross_attention_dim": 16}, {}, ((CLIPTextModel, 16),)),
+        (
+            "sdxl",
+            {"block_out_channels": (8, 8, 8), "norm_num_groups": 4, "attention_head_dim": 4, "sample_size": 8}
+            | {"transformer_layers_per_block": 1, "cross_attention_dim": 32, "addition_time_embed_dim": 8}
+            | {"projection_class_embeddings_input_dim": 6 * 8 + 16},
+            {},
+            ((CLIPTextModel, 16), (CLIPTextModelWithProjection, 16)),
+        ),
+        (
+            "sd3",
+            SMALL_DIT
+            | {"caption_projection_dim": 32, "pooled_projection_dim": 32, "sample_size": 8, "pos_embed_max_size": 8},
+            SIXTEEN,
+            ((CLIPTextModelWithProjection, 8), (CLIPTextModelWithProjection, 24), (T5EncoderModel, 24)),
+        ),
+        (
+            "flux",
+            SMALL_DIT | {"num_single_layers": 1, "pooled_projection_dim": 16, "axes_dims_rope": (4, 4, 8)},
+            SIXTEEN,
+            ((CLIPTextModel, 16), (T5EncoderModel, 24)),
+        ),
+    ]
 }
 
 

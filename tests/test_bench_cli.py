@@ -98,7 +98,7 @@ def test_the_command_tells_where_the_interrupted_report_is(
     monkeypatch.setattr(clock, "seconds_of", interrupted)
     file = tmp_path / "bench.json"
     code, _, err = steer("bench", "--quick", "--device", "cpu", "--steps", 3, "--particles", 2, "--json", file)
-    assert code == 130 and f"what was measured is in {file}" in err and "Traceback" not in err
+    assert code == 130 and f"all measurements so far are in {file}" in err and "Traceback" not in err
     assert not json.loads(file.read_text())["complete"]
 
 

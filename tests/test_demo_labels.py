@@ -21,11 +21,11 @@ pytest.importorskip("gradio")
 
 import gradio as gr
 from finetune_runs import PLAIN
-from finetune_runs import settings_of as plain_settings
+from finetune_runs import sampling_config_of as plain_settings
 from PIL import Image
 
 from steer import D3POTrainer
-from steer.apps.cli.finetune import keys_of
+from steer.apps.cli.finetune import parse_overrides
 from steer.apps.demo import label_tab as label_tab_module
 from steer.apps.demo.label_tab import (
     Drawing,
@@ -41,9 +41,9 @@ from steer.apps.demo.label_tab import (
 from steer.apps.demo.labels import LabelRequest, LabelStore, Progress, command_of, label_folder, write_zip
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Busy, Studio, Ticket, Waiting
-from steer.apps.finetuning import gather, read_config
+from steer.apps.finetuning import load_data, read_config
 from steer.errors import InputError
-from steer.pipelines.training.preference_data import check_preferences, settings_of
+from steer.pipelines.training.preference_data import check_preferences, sampling_config_of
 from steer.pipelines.training.preference_files import Preference, read_lines, read_preferences
 from steer.pipelines.training.trainer import Stopped
 
@@ -185,8 +185,8 @@ def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, store: La
 KILLED = """
 import sys
 from pathlib import Path
-from steer.apps.demo.labels import LabelBook
-book = LabelBook(Path(sys.argv[1]))
+from steer.apps.demo.labels import LabelStore
+book = LabelStore(Path(sys.argv[1]))
 lots, number = [*book.groups], 0
 while True:
     lot, name = lots[number % len(lots)], f"A{number // len(lots)}"
@@ -436,7 +436,7 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
         store.choose("Ada", group, number % 2)
     store.tie("Ada", next_lot(studio, store, ADA), bad=True)
     store.undo("Ada")
-    told = settings_of(store.path) | {"max_steps": 2, "warmup_steps": 0, "micro_batch": 4}
+    told = sampling_config_of(store.path) | {"max_steps": 2, "warmup_steps": 0, "micro_batch": 4}
     settings = replace(plain_settings("d3po", **PLAIN), **told)
     with studio.model("scenes") as pipe:
         pass
@@ -445,8 +445,8 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
     owners = Studio(models=("scenes",), labels=store.path)
     words = shlex.split(command_of(owners))
     assert words[:3] == ["steer", "finetune", "d3po-scenes"]
-    config = read_config(words[2], keys_of(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
-    assert gather(config, False).prompts == [] or config.job.choices == str(store.path)
+    config = read_config(words[2], parse_overrides(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
+    assert load_data(config, False).prompts == [] or config.job.choices == str(store.path)
     assert config.settings.num_inference_steps == 3 and config.settings.num_generations == 2
     owners.close()
     assert store.path.exists(), "what the owner named outlives the app"

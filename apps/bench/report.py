@@ -1,4 +1,4 @@
-"""What a benchmark found: JSON, a table for the screen and a picture."""
+"""The report of a benchmark: JSON, a table for the screen and a picture."""
 
 import json
 import math
@@ -29,10 +29,10 @@ Json = dict[str, Any]
 
 
 def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
-    """A report of nothing yet: where it runs, and with what."""
+    """An empty report: the device and the versions."""
     packages = versions(device)
     has_gpu = torch.cuda.is_available()
-    note = "" if has_gpu else "no GPU here: CUDA kernels, xformers and CUDA graphs are not measured, their twins are"
+    note = "" if has_gpu else "no GPU here: CUDA kernels, xformers and CUDA graphs are not measured"
     if has_gpu and device.type != "cuda":
         note = "there is a GPU, and it is not used: --device cuda"
     return {
@@ -87,13 +87,13 @@ def _summary(measured: Measurement, samples: int) -> Json:
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    """The first, the second and the third."""
+    """The three quartiles."""
     low, middle, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return low, middle, high
 
 
 def write(report: Json, file: Path) -> None:
-    """Replaces the JSON. Raises InputError where it cannot be written."""
+    """Replace the JSON. Raises InputError where it cannot be written."""
     try:
         write_text(file, json.dumps(_finite(report), indent=1, ensure_ascii=False))
     except OSError as error:
@@ -101,7 +101,7 @@ def write(report: Json, file: Path) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
+    """Replace infinity and NaN, which JSON does not have, by null."""
     if isinstance(value, Mapping):
         return {name: _finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -127,7 +127,7 @@ def table(report: Json) -> str:
 
 
 def spread(run: Json) -> tuple[float, float]:
-    """Quartiles of the ratio, turn by turn."""
+    """First and third quartile of the ratio over turns."""
     over, under = (variant["seconds"] for variant in run["variants"].values())
     low, _, high = quartiles([a / b for a, b in zip(over, under, strict=False)])
     return low, high
@@ -177,12 +177,12 @@ ALWAYS_MEASURED = 4  # comparisons that are measured at least once, even when th
 
 @dataclass
 class Bench:
-    """A benchmark that is under way.
+    """A benchmark.
 
     file     JSON, written after every comparison
-    seconds  for all of it: repeats are as many as fit, at least `least`
-    quick    without the comparisons that take minutes to make ready
-    say      where its lines go
+    seconds  for all comparisons: as many repeats as fit, `least` to `most`
+    quick    without the comparisons that take minutes to prepare
+    say      writes a line of progress
     """
 
     file: Path
@@ -194,9 +194,9 @@ class Bench:
     report: Json = field(default_factory=dict)
 
     def run(self, subjects: Sequence[tuple[str, Callable[[], Subject]]], device: torch.device) -> Json:
-        """Measures every subject; each is made when its turn comes, and gone after it.
+        """Measure every subject, one in memory at a time.
 
-        Ctrl-C, and every error, leave what was measured in the JSON.
+        After Ctrl-C or an error the JSON holds all measurements so far.
         """
         self.report = new_report(device, self.quick, self.seconds)
         write(self.report, self.file)
@@ -204,7 +204,7 @@ class Bench:
             self.say(self.report["note"])
         started = time.perf_counter()
         for number, (name, make) in enumerate(subjects):
-            # What there is left is shared equally by the subjects that are to come.
+            # The remaining subjects share the remaining time equally.
             left = self.seconds - (time.perf_counter() - started)
             with self._write_on_exit():
                 self._measure_all(make(), "" if number == 0 else f"{name}: ", left / (len(subjects) - number))
@@ -239,7 +239,7 @@ class Bench:
         self.report["ceilings"][subject.name] = ceilings(subject, self.quick)
 
     def _measure(self, subject: Subject, name: str, comparison: Comparison, pace: RepeatPolicy) -> str | None:
-        """One comparison; why it could not be measured, if so."""
+        """Measure one comparison. Returns why it could not be measured, if so."""
         self.say(f"{name} … {comparison.about}")
         measurements: tuple[Measurement, Measurement] | None = None
         check: Check | None = None

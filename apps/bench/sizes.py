@@ -1,18 +1,29 @@
-"""Models as large as the published ones.
+"""Models as large as the published ones, and the ceilings of the device they run on.
 
 Denoisers and VAEs have the published sizes. Text encoders have the published widths and two layers, or one: text is
 encoded once a call, and is not what is measured.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from steer.apps.bench import subject as models
-from steer.apps.bench.subject import Subject, plain_call, without_decoder
+from steer.apps.bench.subject import DDIM, RealSize, Subject, plain_call, without_decoder
 from steer.diffusion.kernels import one_pass
 from steer.diffusion.schedules import Level, linear_step
 
@@ -25,8 +36,10 @@ SD_VAE: dict[str, Any] = {
 SIXTEEN_CHANNELS = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 
 REAL_SIZES = {
-    "sd15": models.RealSize(
-        models.sd,
+    "sd15": RealSize(
+        partial(StableDiffusionPipeline, safety_checker=None, feature_extractor=None, requires_safety_checker=False),
+        DDIM,
+        UNet2DConditionModel,
         {
             "sample_size": 64,
             "block_out_channels": (320, 640, 1280, 1280),
@@ -35,10 +48,13 @@ REAL_SIZES = {
             "cross_attention_dim": 768,
         },
         SD_VAE | {"latent_channels": 4, "sample_size": 512, "scaling_factor": 0.18215},
+        ((CLIPTextModel, 768),),
         guidance=7.5,
     ),
-    "sdxl": models.RealSize(
-        models.sdxl,
+    "sdxl": RealSize(
+        partial(StableDiffusionXLPipeline, add_watermarker=False),
+        DDIM,
+        UNet2DConditionModel,
         {
             "sample_size": 128,
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -54,11 +70,13 @@ REAL_SIZES = {
             "projection_class_embeddings_input_dim": 2816,
         },
         SD_VAE | {"latent_channels": 4, "sample_size": 1024, "scaling_factor": 0.13025},
-        clips=(768, 1280),
+        ((CLIPTextModel, 768), (CLIPTextModelWithProjection, 1280)),
         guidance=5.0,
     ),
-    "sd3": models.RealSize(
-        models.sd3,
+    "sd3": RealSize(
+        StableDiffusion3Pipeline,
+        partial(FlowMatchEulerDiscreteScheduler, shift=3.0),
+        SD3Transformer2DModel,
         {
             "sample_size": 128,
             "patch_size": 2,
@@ -73,12 +91,13 @@ REAL_SIZES = {
             "pos_embed_max_size": 192,
         },
         SD_VAE | SIXTEEN_CHANNELS | {"sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609},
-        clips=(768, 1280),
-        words=4096,
+        ((CLIPTextModelWithProjection, 768), (CLIPTextModelWithProjection, 1280), (T5EncoderModel, 4096)),
         guidance=7.0,
     ),
-    "flux": models.RealSize(
-        models.flux,
+    "flux": RealSize(
+        FluxPipeline,
+        partial(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True),
+        FluxTransformer2DModel,
         {
             "patch_size": 1,
             "in_channels": 64,
@@ -91,7 +110,7 @@ REAL_SIZES = {
             "guidance_embeds": True,
         },
         SD_VAE | SIXTEEN_CHANNELS | {"sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159},
-        words=4096,
+        ((CLIPTextModel, 768), (T5EncoderModel, 4096)),
         guidance=3.5,
     ),
 }
