@@ -425,12 +425,12 @@ def test_who_went_back_stays_there_and_others_follow_the_newest(page: Any, tmp_p
     page.evaluate("update", run_view(frames, None))
     assert reading(page) == "step 1 of 20" and page.locator(".steer-table").is_visible()
     for _ in range(2):
-        page.get_by_label("Later reading").click()
+        page.get_by_label("Later").click()
     assert reading(page) == "step 9 of 20"
     page.evaluate("update", run_view(frames, result_of(tmp_path)))
     assert reading(page) == "finished"
     for _ in range(3):
-        page.get_by_label("Earlier reading").click()
+        page.get_by_label("Earlier").click()
     assert reading(page) == "step 1 of 20"
     page.evaluate("update", run_view(frames[1:], None))
     assert reading(page) == "step 9 of 20", "a new run is followed again"

@@ -12,20 +12,19 @@ import gradio as gr
 from PIL import Image
 
 from steer.apps.demo.labels import label_folder
-from steer.apps.demo.plots import Series, line_chart, short, table
+from steer.apps.demo.plots import Series, gallery, line_chart, short, table
 from steer.apps.demo.steer_tab import REWARDS, Defaults
 from steer.apps.demo.steering import Loading, data_uri
 from steer.apps.demo.studio import (
-    FAILED,
     PRIVATE,
     Change,
+    JobTab,
     Studio,
     Ticket,
     Waiting,
     Weights,
     line,
     number,
-    public,
     whole,
 )
 from steer.apps.demo.training import (
@@ -148,7 +147,7 @@ class TrainingView:
     updates: int
     records: list[Record] = field(default_factory=list)
     evaluations: list[Record] = field(default_factory=list)
-    frames: dict[Path, str] = field(default_factory=dict)
+    frames: dict[Path, tuple[str, str, str]] = field(default_factory=dict)
     trained: Trained | None = None
     line: str = "Starting …"
     _since: tuple[int, float] | None = None  # updates and time at the first one that was seen
@@ -201,8 +200,8 @@ class TrainingView:
         if not self.step:
             return "Stopped before the first update."
         return (
-            f"Stopped after {self.step} of {self.updates} updates. Nothing is lost: Go on continues, Finish here makes "
-            "the weights of now ready to use."
+            f"Stopped after {self.step} of {self.updates} updates. Nothing is lost: Resume continues, Finish here "
+            "exports the present weights."
         )
 
 
@@ -258,24 +257,13 @@ def samples_view(story: TrainingView, run: str) -> str:
     frames = [frame for _, frame in sorted(story.frames.items())]
     if not frames:
         return f'<section class="steer-run"><p class="steer-empty">{EMPTY_TEXT}</p></section>'
-    last, single_frame = len(frames) - 1, "true" if len(frames) == 1 else "false"
-    shown = [frame.replace("<div ", '<div hidden="" ', 1) for frame in frames[:-1]] + frames[-1:]
     names = " · ".join(held_out_names(story.evaluations))
-    return (
-        f'<section class="steer-run" data-run="{escape(run, quote=True)}"><div class="steer-gallery">'
-        '<h3>The same prompts and noise as it learns</h3><div class="steer-scrub" role="group"'
-        ' aria-label="After how many updates">'
-        f'<button type="button" data-move="-1" aria-label="Earlier" aria-disabled="{single_frame}">‹</button>'
-        f'<input type="range" class="steer-scrubber" min="0" max="{last}" step="1" value="{last}"'
-        ' aria-label="Updates"/>'
-        '<button type="button" data-move="1" aria-label="Later" aria-disabled="true">›</button>'
-        f'<span class="steer-reading" role="status"></span></div><div class="steer-frames">{"".join(shown)}</div>'
-        f'<p class="steer-note">Below each image: {escape(names)}.</p></div></section>'
-    )
+    images = gallery("The same prompts and noise as it learns", frames, f"Below each image: {escape(names)}.")
+    return f'<section class="steer-run" data-run="{escape(run, quote=True)}">{images}</section>'
 
 
-def _frame(grid: Path) -> str:
-    """The pictures of an evaluation, cut out of its grid, with prompts and rewards."""
+def _frame(grid: Path) -> tuple[str, str, str]:
+    """The pictures of an evaluation, cut out of its grid, with prompts and rewards, as `gallery` takes them."""
     grid_metadata = read_grid(grid) or {"step": 0, "cells": [], "boxes": []}
     cells = ""
     with Image.open(grid) as whole:
@@ -289,7 +277,7 @@ def _frame(grid: Path) -> str:
                 f"<figcaption><b>{rewards}</b><span>{prompt}</span></figcaption></figure>"
             )
     label = "before training" if grid_metadata["step"] == 0 else f"after {grid_metadata['step']} updates"
-    return f'<div class="steer-frame steer-held" data-label="{label}">{cells}</div>'
+    return label, "steer-held", cells
 
 
 def charts_view(story: TrainingView, run: str) -> str:
@@ -351,7 +339,7 @@ class Run:
     trained: Trained | None = None
 
 
-class FinetuneTab:
+class FinetuneTab(JobTab):
     """Its components and what they do; to be made inside the app's Blocks.
 
     A visitor has one training, which goes on from its folder.
@@ -367,11 +355,9 @@ class FinetuneTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.fields = finetune_fields(studio)
-                with gr.Row():
-                    self.start = gr.Button("Train", variant="primary", elem_id="finetune-start")
-                    self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="finetune-stop")
+                self._job_buttons("Train", "finetune")
                 with gr.Row(visible=False, elem_id="finetune-again") as self.again:
-                    self.more = gr.Button("Go on", elem_id="finetune-more")
+                    self.more = gr.Button("Resume", elem_id="finetune-more")
                     self.finish = gr.Button("Finish here", elem_id="finetune-finish")
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(line("Ready."), elem_id="finetune-status")
@@ -385,13 +371,11 @@ class FinetuneTab:
     def _connect(self) -> None:
         fields, seen = self.fields, [self.status, self.samples, self.charts, self.start, self.stop]
         live = [*seen, self.again, self.finish, self.results, self.archive, self.run]
-        for ran in (
+        self._connect_job(
             self.start.click(self.begin, {*fields.values()}, live, concurrency_limit=None, **PRIVATE),
-            self.more.click(self.go_on, [self.run, fields["updates"]], live, concurrency_limit=None, **PRIVATE),
+            self.more.click(self.resume, [self.run, fields["updates"]], live, concurrency_limit=None, **PRIVATE),
             self.finish.click(self.finish_here, self.run, live, concurrency_limit=None, **PRIVATE),
-        ):
-            ran.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
-        self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
+        )
         follows = [*(fields[name] for name in ("reward", "learning_rate", "model")), self.defaults]
         known = [fields["method"], fields["learning_rate"], self.defaults]
         fields["method"].input(self.fit, known, follows, **PRIVATE)
@@ -410,12 +394,7 @@ class FinetuneTab:
         else:
             yield from self._follow(run, ticket)
 
-    def fail(self) -> Change:
-        """After an error that a training does not know, and for fields whose values Gradio refuses."""
-        ready = {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-        return ready | {self.status: line(FAILED, "alert")}
-
-    def go_on(self, run: Run, updates: float | None, request: gr.Request) -> Iterator[Change]:
+    def resume(self, run: Run, updates: float | None, request: gr.Request) -> Iterator[Change]:
         """The training from where it was, to as many updates as the field asks for now."""
         try:
             training_asked = replace(run.training_asked, updates=whole("updates", updates))
@@ -427,7 +406,7 @@ class FinetuneTab:
 
     def finish_here(self, run: Run, request: gr.Request) -> Iterator[Change]:
         """The training's end, after the updates that were made."""
-        yield from self.go_on(run, updates_made(run.folder), request)
+        yield from self.resume(run, updates_made(run.folder), request)
 
     def _follow(self, run: Run, ticket: Ticket) -> Iterator[Change]:
         """A training from its turn in the queue to its end."""
@@ -456,10 +435,8 @@ class FinetuneTab:
     def _buttons(self, run: Run, running: bool = False) -> Change:
         """What can be pressed now, of this training."""
         trained = run.trained
-        return {
+        return self.running(running) | {
             self.run: run,
-            self.start: gr.update(interactive=not running),
-            self.stop: gr.update(interactive=running),
             self.again: gr.update(visible=not running and (run.folder / "checkpoints").exists()),
             self.finish: gr.update(visible=trained is None and updates_made(run.folder) > 0),
             self.results: gr.update(visible=trained is not None and not running),
@@ -473,9 +450,7 @@ class FinetuneTab:
             text = text.replace(f"{folder}/", "").replace(str(folder), "the folder")
         for key, name in KEYS.items():
             text = text.replace(key, name)
-        text = public(text)
-        gr.Warning(escape(text))
-        return {self.status: line(text, "alert")}
+        return self.refuse(text)
 
     def loaded(self, weights: gr.State, tabs: gr.Tabs) -> None:
         """Says where finetuned weights go when they are loaded, and where the tab is that then wears them."""

@@ -79,14 +79,14 @@ def line_chart(
         [x for x, _ in finite_points] + [*(x_range or ())],
         [y for _, y in finite_points] + ([] if y_from is None else [y_from]),
     )
-    across = _axis(xs, LEFT, WIDTH - RIGHT, whole=all(float(x).is_integer() for x in xs))
-    up = _axis(ys, HEIGHT - BOTTOM, TOP, widened=True)
+    across = axis(xs, LEFT, WIDTH - RIGHT, whole=all(float(x).is_integer() for x in xs))
+    up = axis(ys, HEIGHT - BOTTOM, TOP, widened=True)
     description = "; ".join(filter(None, map(_describe_series, series)))
     lines = "".join(_line(one, number, across, up) for number, one in enumerate(series))
     return (
         f'<figure class="steer-chart"><figcaption>{escape(title)}</figcaption>{_legend(series)}'
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img"><title>{escape(title)}</title>'
-        f"<desc>{escape(f'By {x_label}. {description}.')}</desc>{_axes(across, up, x_label)}{lines}</svg></figure>"
+        f"<desc>{escape(f'By {x_label}. {description}.')}</desc>{axes(across, up, x_label)}{lines}</svg></figure>"
     )
 
 
@@ -116,10 +116,10 @@ def _cell(value: object) -> str:
     return escape(short(value) if isinstance(value, float) or value is None else str(value))
 
 
-def _axis(values: Sequence[float], start: float, end: float, whole: bool = False, widened: bool = False) -> Axis:
+def axis(values: Sequence[float], start: float, end: float, whole: bool = False, widened: bool = False) -> Axis:
     """An axis over the values, in whole steps or not; widened, it ends in ticks."""
     low, high = min(values), max(values)
-    if widened and high - low <= 1e-6 * abs(high):  # rounding errors of what is one value
+    if widened and high - low <= 1e-6 * abs(high):  # rounding errors of one value
         low, high = low - (abs(low) / 10 or 1.0), high + (abs(high) / 10 or 1.0)
     locator = MaxNLocator(5 if whole else 4, integer=whole, steps=[1, 2, 2.5, 5, 10])
     ticks = [float(tick) for tick in locator.tick_values(low, high)] if high > low else [low]
@@ -128,20 +128,49 @@ def _axis(values: Sequence[float], start: float, end: float, whole: bool = False
     return Axis(low, high, start, end, tuple(tick for tick in ticks if low <= tick <= high) or (low,))
 
 
-def _axes(across: Axis, up: Axis, x_label: str) -> str:
-    """Grid lines with their values, and the name of the horizontal axis."""
-    markup = ""
+def axes(across: Axis, up: Axis, x_label: str, y_label: str = "") -> str:
+    """Grid lines with their values, and the names of the axes."""
+    markup, left, right, floor, top = "", across.start, across.end, up.start, up.end
     for tick in up.ticks:
         y = up.at(tick)
-        markup += f'<path class="steer-grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
-        markup += f'<text x="{LEFT - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
-    floor = HEIGHT - BOTTOM
+        markup += f'<path class="steer-grid" d="M{left:g} {y:.1f}H{right:g}"/>'
+        markup += f'<text x="{left - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
+    kind, line = ("grid", f"{top:g}V{floor:g}") if y_label else ("tick", f"{floor:g}v4")
     for tick in across.ticks:
         x = across.at(tick)
-        markup += f'<path class="steer-tick" d="M{x:.1f} {floor:g}v4"/>'
+        markup += f'<path class="steer-{kind}" d="M{x:.1f} {line}"/>'
         markup += f'<text x="{x:.1f}" y="{floor + 16:g}" text-anchor="middle">{across.label(tick)}</text>'
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    return markup + f'<text x="{middle:g}" y="{HEIGHT - 4:g}" text-anchor="middle">{escape(x_label)}</text>'
+    middle = (top + floor) / 2
+    turned = f'<text transform="translate(14 {middle:g}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    name = f'<text x="{(left + right) / 2:g}" y="{floor + BOTTOM - 4:g}" text-anchor="middle">{escape(x_label)}</text>'
+    return markup + name + (turned if y_label else "")
+
+
+def gallery(title: str, frames: Sequence[tuple[str, str, str]], note: str) -> str:
+    """Images of several places, of which the scrubber shows one; run_view.js moves it.
+
+    frames  for each place its label, its classes and its HTML
+    note    escaped, below the images
+    """
+    last = len(frames) - 1
+    moves = {-1: ("Earlier", "‹", "false" if last else "true"), 1: ("Later", "›", "true")}
+    earlier, later = (
+        f'<button type="button" data-move="{step}" aria-label="{name}" aria-disabled="{off}">{sign}</button>'
+        for step, (name, sign, off) in moves.items()
+    )
+    hidden = ['hidden=""'] * last + [""]
+    shown = "".join(
+        f'<div class="steer-frame {classes}" data-label="{label}" {off}>{cells}</div>'
+        for (label, classes, cells), off in zip(frames, hidden, strict=True)
+    )
+    label = frames[-1][0]
+    return (
+        f'<div class="steer-gallery"><h3>{title}</h3><div class="steer-scrub" role="group" aria-label="Which images">'
+        f'{earlier}<input type="range" class="steer-scrubber" min="0" max="{last}" step="1" value="{last}"'
+        f' aria-label="Which images" aria-valuetext="{label}"/>{later}'
+        f'<span class="steer-reading" role="status">{label}</span></div><div class="steer-frames">{shown}</div>'
+        f'<p class="steer-note">{note}</p></div>'
+    )
 
 
 def _line(one: Series, number: int, across: Axis, up: Axis) -> str:

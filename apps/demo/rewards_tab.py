@@ -8,14 +8,13 @@ from pathlib import Path
 
 import gradio as gr
 import torch
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from steer.apps.demo.plots import Axis, short, table
+from steer.apps.demo.plots import axes, axis, short, table
 from steer.apps.demo.steer_tab import EXAMPLE
 from steer.apps.demo.steering import data_uri
-from steer.apps.demo.studio import FAILED, MAX_PROMPT_CHARACTERS, PRIVATE, Change, Studio, Ticket, line, public
+from steer.apps.demo.studio import MAX_PROMPT_CHARACTERS, PRIVATE, Change, JobTab, Studio, Ticket, line, public
 from steer.apps.models import default_device
 from steer.apps.plots import thumbnail
 from steer.apps.recipes import read_prompt
@@ -262,7 +261,8 @@ def scatter_view(scores: Scores, across: str, up: str) -> str:
         return ""
     places = [(row.scores[across].total, row.scores[up].total) for row in rows]
     xs, ys = zip(*places, strict=True)
-    x_axis, y_axis = _axis(xs, LEFT, WIDTH - RIGHT), _axis(ys, HEIGHT - BOTTOM, TOP)
+    x_axis = axis(xs, LEFT, WIDTH - RIGHT, widened=True)
+    y_axis = axis(ys, HEIGHT - BOTTOM, TOP, widened=True)
     pictures = "".join(
         _picture(row, (x_axis.at(x), y_axis.at(y)), f"{row.name}: {across} {short(x)}, {up} {short(y)}")
         for row, (x, y) in zip(rows, places, strict=True)
@@ -273,7 +273,7 @@ def scatter_view(scores: Scores, across: str, up: str) -> str:
         f'<figure class="steer-chart steer-scatter"><figcaption>{escape(title)}</figcaption>'
         f"<p>{_describe_correlation(xs, ys)}</p>"
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="group" aria-label="{escape(title)}">'
-        f"{_axes(x_axis, y_axis, across, up)}<g>{pictures}</g></svg>"
+        f'<g aria-hidden="true">{axes(x_axis, y_axis, across, up)}</g><g>{pictures}</g></svg>'
         f'<details class="steer-numbers"><summary>As a table</summary>{table(title, ["image", across, up], numbers)}'
         "</details></figure>"
     )
@@ -289,33 +289,6 @@ def _describe_correlation(xs: Sequence[float], ys: Sequence[float]) -> str:
         f"Spearman's ρ = {description} over {len(xs)} images: 1 where both rank them alike, 0 where one says nothing "
         "of the other, −1 where they rank them the other way round."
     )
-
-
-def _axis(values: Sequence[float], start: float, end: float) -> Axis:
-    low, high = min(values), max(values)
-    if high - low <= 1e-6 * abs(high):  # rounding errors of what is one value
-        low, high = low - (abs(low) / 10 or 1.0), high + (abs(high) / 10 or 1.0)
-    ticks = [float(tick) for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
-    return Axis(min(low, ticks[0]), max(high, ticks[-1]), start, end, tuple(ticks))
-
-
-def _axes(across: Axis, up: Axis, x_label: str, y_label: str) -> str:
-    """Grid lines with their values, and the names of both axes."""
-    markup, floor = "", HEIGHT - BOTTOM
-    for tick in up.ticks:
-        y = up.at(tick)
-        markup += f'<path class="steer-grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
-        markup += f'<text x="{LEFT - 8:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
-    for tick in across.ticks:
-        x = across.at(tick)
-        markup += f'<path class="steer-grid" d="M{x:.1f} {TOP:g}V{floor:g}"/>'
-        markup += f'<text x="{x:.1f}" y="{floor + 18:g}" text-anchor="middle">{across.label(tick)}</text>'
-    middle = (TOP + floor) / 2
-    markup += (
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 8:g}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    turned = f'transform="translate(14 {middle:g}) rotate(-90)" text-anchor="middle"'
-    return f'<g aria-hidden="true">{markup}<text {turned}>{escape(y_label)}</text></g>'
 
 
 def _picture(row: Row, place: tuple[float, float], description: str) -> str:
@@ -347,7 +320,7 @@ EMBEDDED = (
 DEFAULT_REWARDS = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # they say something of any image
 
 
-class RewardsTab:
+class RewardsTab(JobTab):
     """Its components and what they do."""
 
     def __init__(self, studio: Studio) -> None:
@@ -392,37 +365,23 @@ class RewardsTab:
             info="One a line, such as colour:red or scene + jpeg:0.01. Some need files that this machine may not have.",
             elem_id="rewards-others",
         )
-        with gr.Row():
-            self.start = gr.Button("Score", variant="primary", elem_id="rewards-start")
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="rewards-stop")
+        self._job_buttons("Score", "rewards")
 
     def _connect(self) -> None:
         live = [self.status, self.start, self.stop, self.scores, self.by, self.view, self.axes, self.across, self.up]
         asked = [self.files, self.prompt, self.ticked, self.others]
-        ran = self.start.click(self.run, asked, [*live, self.scatter], concurrency_limit=None, **PRIVATE)
-        ran.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
-        self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
+        self._connect_job(self.start.click(self.run, asked, [*live, self.scatter], concurrency_limit=None, **PRIVATE))
         self.by.input(scores_view, [self.scores, self.by], self.view, **PRIVATE)
-        for axis in (self.across, self.up):
-            axis.input(scatter_view, [self.scores, self.across, self.up], self.scatter, **PRIVATE)
+        for field in (self.across, self.up):
+            field.input(scatter_view, [self.scores, self.across, self.up], self.scatter, **PRIVATE)
 
     def run(
         self, files: list[str] | None, prompt: str, ticked: list[str], others: str, request: gr.Request
     ) -> Iterator[Change]:
         """Scores the images, shown as it goes."""
-        yield {self.start: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
-        try:
-            specs = [*dict.fromkeys([*ticked, *filter(None, map(str.strip, (others or "").splitlines()))])]
-            yield from self._run([Path(file) for file in files or ()], (prompt or "").strip(), specs, request)
-        except InputError as error:
-            gr.Warning(escape(public(str(error))))
-            yield {self.status: line(str(error), "alert")}
-        yield {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-
-    def fail(self) -> Change:
-        """After an error that `run` does not know."""
-        ready = {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-        return ready | {self.status: line(FAILED, "alert")}
+        specs = [*dict.fromkeys([*ticked, *filter(None, map(str.strip, (others or "").splitlines()))])]
+        paths = [Path(file) for file in files or ()]
+        yield from self.guarded(self._run(paths, (prompt or "").strip(), specs, request))
 
     def _run(self, paths: list[Path], prompt: str, specs: list[str], request: gr.Request) -> Iterator[Change]:
         check_request(paths, prompt, specs)

@@ -12,14 +12,14 @@ import gradio as gr
 from PIL import Image
 
 from steer.apps.demo.labels import FinishedPrompt, RunView
-from steer.apps.demo.plots import Column, Lineages, Series, ancestor_paths, ancestry, line_chart, short, table
+from steer.apps.demo.plots import Column, Lineages, Series, ancestor_paths, ancestry, gallery, line_chart, short, table
 from steer.apps.demo.steering import Frame, PromptResult, as_command, as_python, data_uri, steering
 from steer.apps.demo.studio import (
-    FAILED,
     MAX_PROMPT_CHARACTERS,
     PRIVATE,
     RANDOM,
     Change,
+    JobTab,
     Studio,
     Weights,
     line,
@@ -214,7 +214,7 @@ class Defaults:
 
 
 EMPTY_TEXT = "The particles appear here while they are being steered."
-GRID_CLASSES = ((1, " steer-single"), (4, " steer-few"), (8, " steer-some"))  # up to so many images
+GRID_CLASSES = ((1, "steer-single"), (4, "steer-few"), (8, "steer-some"))  # up to so many images
 FINISHED, SMALL = 256, 56  # pixels of a finished image's longer side, in the gallery and in the tree
 
 
@@ -268,24 +268,18 @@ def _place(column: Column) -> str:
 
 
 def _gallery(columns: Sequence[Column]) -> str:
-    """The scrubber, and below it the images of every position, of which one is shown."""
+    """The particles at every evaluated step, of which one is shown."""
     several = len(columns[-1].frame.images) > 1
     note = "each image: the particle’s number and its reward, ★ the highest" if several else "the image: its reward"
-    last, place, alone = len(columns) - 1, _place(columns[-1]), "false" if len(columns) > 1 else "true"
-    frames = ""
-    for place_of, column in enumerate(columns):
-        cells = "".join(_cell(column, place_of, slot) for slot in range(len(column.frame.images)))
-        hidden = "" if place_of == last else ' hidden=""'
-        frames += f'<div class="steer-frame{_grid_class(column)}" data-label="{_place(column)}"{hidden}>{cells}</div>'
-    return (
-        '<div class="steer-gallery"><h3>Particles</h3><div class="steer-scrub" role="group" aria-label="Which reading">'
-        f'<button type="button" data-move="-1" aria-label="Earlier reading" aria-disabled="{alone}">‹</button>'
-        f'<input type="range" class="steer-scrubber" min="0" max="{last}" step="1" value="{last}"'
-        f' aria-label="Reading" aria-valuetext="{place}"/>'
-        '<button type="button" data-move="1" aria-label="Later reading" aria-disabled="true">›</button>'
-        f'<span class="steer-reading" role="status">{place}</span></div><div class="steer-frames">{frames}</div>'
-        f'<p class="steer-note">Below {note}.</p></div>'
-    )
+    frames = [
+        (
+            _place(column),
+            _grid_class(column),
+            "".join(_cell(column, place, slot) for slot in range(len(column.frame.images))),
+        )
+        for place, column in enumerate(columns)
+    ]
+    return gallery("Particles", frames, f"Below {note}.")
 
 
 def _grid_class(column: Column) -> str:
@@ -400,7 +394,7 @@ class Results:
             ),
             self.gallery: gr.update(value=base_captions(one), visible=bool(one.base)),
             self.table: rewards_table(one)
-            + f'<p class="steer-told">{escape(describe_means(one) + describe_cost(one))}</p>',
+            + f'<p class="steer-summary">{escape(describe_means(one) + describe_cost(one))}</p>',
             self.files: [str(picture.path) for picture in (*one.images, *one.base)],
             self.command: as_command(one.prompt, one.settings),
             self.python: as_python(one.prompt, one.settings),
@@ -484,7 +478,7 @@ def _cost(cost: Cost) -> str:
 FOLDER = Path(__file__).parent
 
 
-class SteerTab:
+class SteerTab(JobTab):
     """Its components and what they do; to be made inside the app's Blocks.
 
     `weights` holds the finetuned Weights that the visitor loaded, None before; `defaults` those of their fields.
@@ -497,9 +491,7 @@ class SteerTab:
                 self.fields = steer_fields(studio)
                 first = defaults_of(self.fields["method"].value, studio.models)
                 self.defaults = gr.State(Defaults(first | {"reward": self.fields["reward"].value}))
-                with gr.Row():
-                    self.start = gr.Button("Steer", variant="primary", elem_id="steer-start")
-                    self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="steer-stop")
+                self._job_buttons("Steer", "steer")
                 label = "Drop an image that was made here: its settings come back"
                 self.dropped = gr.File(label=label, file_types=[".png"], height=160, elem_id="steer-drop")
             with gr.Column(scale=3, min_width=300):
@@ -513,9 +505,7 @@ class SteerTab:
         fields, seed = self.fields, (self.fields["seed"], self.fields["fresh"])
         live = [self.status, self.view, self.start, self.stop, self.finished, *seed, *self.results.components]
         asked = {*fields.values(), self.weights}
-        ran = self.start.click(self.run, asked, live, concurrency_limit=None, **PRIVATE)
-        ran.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
-        self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
+        self._connect_job(self.start.click(self.run, asked, live, concurrency_limit=None, **PRIVATE))
         follows, known = [self.status, self.defaults, *fields.values()], {self.weights, self.defaults, *fields.values()}
         fields["method"].input(self.fit, known, follows, **PRIVATE)
         self.weights.change(self.load_adapter, known, follows, **PRIVATE)
@@ -525,18 +515,8 @@ class SteerTab:
 
     def run(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
         """The whole run, shown as it goes."""
-        yield {self.start: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
-        try:
-            asked = {name: field_values[field] for name, field in self.fields.items()}
-            yield from self._run(asked, field_values[self.weights], request)
-        except InputError as error:
-            yield {self.status: line(str(error), "alert")}
-        yield {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-
-    def fail(self) -> Change:
-        """After an error that `run` does not know, and for fields whose values Gradio refuses."""
-        ready = {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-        return ready | {self.status: line(FAILED, "alert")}
+        asked = {name: field_values[field] for name, field in self.fields.items()}
+        yield from self.guarded(self._run(asked, field_values[self.weights], request))
 
     def _run(self, asked: dict[str, Any], weights: Weights | None, request: gr.Request) -> Iterator[Change]:
         prompts, settings = prompts_of(asked["prompts"]), settings_of(asked, weights)
@@ -575,9 +555,9 @@ class SteerTab:
     ) -> Change:
         now = {name: field_values[field] for name, field in self.fields.items()}
         new, values = field_values[self.defaults].changed(now, defaults)
-        return {self.defaults: new} | self._training_loop(values, method, weights)
+        return {self.defaults: new} | self._set_fields(values, method, weights)
 
-    def _training_loop(self, values: Mapping[str, Any], method: str, weights: Weights | None) -> Change:
+    def _set_fields(self, values: Mapping[str, Any], method: str, weights: Weights | None) -> Change:
         """Shows the fields of a method, and gives some of them values."""
         shown: dict[str, dict[str, Any]] = {
             name: {"visible": visible} for name, visible in visible_fields(method, weights).items()
@@ -592,7 +572,7 @@ class SteerTab:
         if weights.reward is not None:
             defaults["reward"] = weights.reward
         change = self._follow(field_values, "base", weights, defaults)
-        change |= self._training_loop(
+        change |= self._set_fields(
             {"method": "base", "model": weights.model}, "base", weights
         )  # else they cannot be worn
         change[self.fields["worn"]] = gr.update(value=True, visible=True, label=f"Finetuned weights: {weights.label}")
@@ -606,7 +586,7 @@ class SteerTab:
         except InputError as error:
             return {self.status: line(str(error).replace(path, Path(path).name), "alert")}
         method = values["method"]
-        return self._training_loop(values, method, weights) | {
+        return self._set_fields(values, method, weights) | {
             self.defaults: Defaults(defaults_of(method, self.studio.models, weights)),
             self.status: line(f"The settings of {Path(path).name} are back: press Steer for the same image."),
         }

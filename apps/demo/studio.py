@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 
 from steer.apps.models import load_pipeline
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
@@ -287,6 +288,49 @@ def seed_of(value: float | None, fresh: bool = False) -> int:
     if not 0 <= seed <= LARGEST_SEED:
         raise InputError(f"seed must be 0 to {LARGEST_SEED}, or {RANDOM} for a new one, got {seed}")
     return seed
+
+
+class JobTab:
+    """A tab with a job that a visitor starts and stops: two buttons, and a line of status."""
+
+    studio: Studio
+    start: gr.Button
+    stop: gr.Button
+    status: gr.HTML
+
+    def _job_buttons(self, label: str, prefix: str) -> None:
+        """Lay out the two buttons."""
+        with gr.Row():
+            self.start = gr.Button(label, variant="primary", elem_id=f"{prefix}-start")
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{prefix}-stop")
+
+    def _connect_job(self, *events: Dependency) -> None:
+        """Connect the ways to start the job with `fail`, and the stop button with the studio."""
+        for event in events:
+            event.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
+        self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
+
+    def running(self, running: bool) -> Change:
+        """Enable one of the two buttons."""
+        return {self.start: gr.update(interactive=not running), self.stop: gr.update(interactive=running)}
+
+    def guarded(self, work: Iterator[Change]) -> Iterator[Change]:
+        """Show a job from its start to its end; bad input is a warning and the status."""
+        yield self.running(True)
+        try:
+            yield from work
+        except InputError as error:
+            yield self.refuse(str(error))
+        yield self.running(False)
+
+    def refuse(self, text: str) -> Change:
+        """Show why not, at once and in the status, without paths on the owner's disk."""
+        gr.Warning(escape(public(text)))
+        return {self.status: line(text, "alert")}
+
+    def fail(self) -> Change:
+        """Show that a job failed by an error it does not know, or that Gradio refuses the value of a field."""
+        return self.running(False) | {self.status: line(FAILED, "alert")}
 
 
 ARCHIVE_NAME = "finetuned"  # what the zip unpacks to, and what its files call the folder of the run

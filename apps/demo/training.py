@@ -41,7 +41,7 @@ PREFERENCE_CHANGES = {"train_batch_size": "8", "num_generations": "2"}  # of cho
 EVALUATIONS = 8  # of a run, beside the first
 MAX_UPDATES, MAX_RANK = 200, 64
 CHOICES_COPY = "choices"  # folder of a run with a copy of those that it learns from
-CHECKPOINT_HINT, MEMORY_HINT = "a checkpoint is kept: Go on continues", "a LoRA of a lower rank needs less"
+CHECKPOINT_HINT, MEMORY_HINT = "a checkpoint is kept: Resume continues", "a LoRA of a lower rank needs less"
 
 
 @dataclass(frozen=True)
