@@ -21,7 +21,7 @@ pytest.importorskip("gradio")
 
 import gradio as gr
 from finetune_runs import PLAIN
-from finetune_runs import sampling_config_of as plain_settings
+from finetune_runs import settings_of as plain_settings
 from PIL import Image
 
 from steer import D3POTrainer

@@ -51,7 +51,7 @@ def result_of(folder: Path, rewards: Sequence[float] = FINISHED, prompt: str = E
     """Finished images, best first; that of a slot has one of COLOURS."""
     settings = settings_of(
         {"method": "fk", "reward": "brightness", "particles": len(rewards), "lam": 5.0, "steps": 20, "guidance": 2.0}
-        | {"iterations": 3, "seed": 5, "fresh": False, "model": "scenes", "compare": False, "worn": False}
+        | {"iterations": 3, "seed": 5, "fresh": False, "model": "scenes", "compare": False, "adapter": False}
     )
     order, pictures = sorted(range(len(rewards)), key=lambda slot: -rewards[slot]), []
     for rank, slot in enumerate(order):

@@ -1,6 +1,7 @@
-"""The ancestry of a run's particles as SVG: columns are readings, rows are slots, lines lead to where particles go on.
+"""Charts, tables, galleries and the ancestry of particles as HTML and SVG.
 
-Every dot names its whole lineage in `data-path`, so that run_view.js has only to light it.
+In the ancestry columns are evaluated steps, rows are slots, and lines lead to descendants; every dot lists its whole
+lineage in `data-path`, which run_view.js highlights.
 """
 
 import math
@@ -18,7 +19,7 @@ from steer.apps.plots import COLORMAP
 
 WIDTH, HEIGHT = 270.0, 170.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 8.0, 36.0  # around the axes, for their labels
-NUM_HUES = 4  # of style.css: further lines take them again, dashed
+NUM_HUES = 4  # in style.css: further lines use them again, dashed
 MAX_MARKERS = 24  # points of a line that are marked
 UNKNOWN = "–"
 
@@ -43,13 +44,13 @@ class Axis:
     ticks: tuple[float, ...]
 
     def at(self, value: float) -> float:
-        """Where a value lies: in the middle, where the axis has no length."""
+        """The pixel of a value: the middle, where the axis has no length."""
         if self.high <= self.low:
             return (self.start + self.end) / 2
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def label(self, tick: float) -> str:
-        """A tick in as few digits as tell it from the next."""
+        """Format a tick with as few digits as distinguish it from the next."""
         size = max(map(abs, self.ticks))
         apart = min((b - a for a, b in pairwise(self.ticks)), default=size) or 1.0
         digits = math.floor(math.log10(max(size, apart))) - math.floor(math.log10(apart)) + 2
@@ -147,9 +148,9 @@ def axes(across: Axis, up: Axis, x_label: str, y_label: str = "") -> str:
 
 
 def gallery(title: str, frames: Sequence[tuple[str, str, str]], note: str) -> str:
-    """Images of several places, of which the scrubber shows one; run_view.js moves it.
+    """A scrubber and frames of images, of which it shows one; run_view.js moves it.
 
-    frames  for each place its label, its classes and its HTML
+    frames  label, classes and HTML of each
     note    escaped, below the images
     """
     last = len(frames) - 1
@@ -229,14 +230,14 @@ def _describe_series(one: Series) -> str:
 
 
 VIRIDIS = colormaps[COLORMAP]
-MAX_LABELLED_PARTICLES = 8  # particles of a tree that says the reward at every dot
+MAX_LABELLED_PARTICLES = 8  # particles up to which every dot has its reward
 TREE_LEFT, TREE_RIGHT, TREE_TOP = 44, 96, 52  # around the dots, for names and finished images
-WIDE, NARROWEST, WIDEST = 420, 58, 105  # of all columns together, of one
+WIDE, NARROWEST, WIDEST = 420, 58, 105  # of all columns together, of one column
 ICON = 28  # of a finished image
 SHADES = 12  # of the legend
 HELP = (
-    "Each dot is a particle; lines lead to where it goes on, thick ones to {end}. "
-    "Choose a dot to light where it came from and what came of it."
+    "Each dot is a particle; lines lead to its descendants, thick ones to {end}. "
+    "Choose a dot to highlight its ancestors and descendants."
 )
 
 Key = tuple[int, int]  # column and slot
@@ -245,7 +246,7 @@ Lineages = dict[Key, list[Key]]
 
 @dataclass(frozen=True)
 class Column:
-    """A reading, or the finished images as if they were one, by slot."""
+    """The particles of an evaluated step, or the finished images, by slot."""
 
     frame: Frame
     ended: bool = False
@@ -283,9 +284,9 @@ class Shade:
 
 
 def ancestor_paths(parents: Sequence[Sequence[int]], size: int) -> Lineages:
-    """Of each particle (column, slot) the way to it from the first column.
+    """Trace each particle (column, slot) back to the first column.
 
-    parents  parents[c] of each slot in column c + 1: the slot in column c that it goes on from
+    parents  parents[c][slot] is the parent in column c of a slot in column c + 1
     """
     paths = {(0, slot): [(0, slot)] for slot in range(size)}
     for column, row in enumerate(parents):
@@ -294,7 +295,7 @@ def ancestor_paths(parents: Sequence[Sequence[int]], size: int) -> Lineages:
 
 
 def full_lineages(paths: Lineages) -> Lineages:
-    """Of each particle the way to it, and all that came of it, from the ways of all."""
+    """The ancestors and descendants of each particle, from the paths of all."""
     result = {key: list(way) for key, way in paths.items()}
     for key, way in paths.items():
         for older in way[:-1]:
@@ -306,7 +307,7 @@ def ancestry(columns: Sequence[Column], paths: Lineages, icons: Sequence[str]) -
     """The tree with its heading, and a legend of the colours.
 
     paths   from `ancestor_paths`
-    icons  data: URIs of the last column's images by slot; none while the run goes on
+    icons  data: URIs of the last column's images by slot; none during the run
     """
     last, size = len(columns) - 1, len(columns[0].frame.rewards)
     pitch, row = max(NARROWEST, min(WIDEST, WIDE // max(last, 1))), 38 if size <= MAX_LABELLED_PARTICLES else 28
@@ -317,7 +318,7 @@ def ancestry(columns: Sequence[Column], paths: Lineages, icons: Sequence[str]) -
     for key, (x, y) in spots.items():
         dots += _dot(columns[key[0]], key, wholes[key], shade, f"translate({x} {y})")
     width, height = TREE_LEFT + last * pitch + TREE_RIGHT, TREE_TOP + (size - 1) * row + 20
-    end = "a finished image" if columns[-1].ended else "the newest reading"
+    end = "a finished image" if columns[-1].ended else "the latest step"
     return (
         f'<div class="steer-ancestry"><h3>Ancestry</h3><p class="steer-note">{HELP.format(end=end)}</p>'
         f'<div class="steer-scroll"><svg class="steer-tree" width="{width}" height="{height}"'
