@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--eta", type=float, help="η of the steering in `evaluate`; by default the solver's own")
     parser.add_argument("--large", default="scenes-large", help="larger model of `steering`, where there is one")
     parser.add_argument("--only", nargs="*", default=[], help="how the names of those runs of `finetuning` begin")
-    parser.add_argument("--json", type=Path, default=Path("runs/scenes/analysis.json"), help="file of an analysis")
+    parser.add_argument("--json", type=Path, help="copy of the figures; by default --out/STAGE.json")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run, _ = STAGES[options.stage]

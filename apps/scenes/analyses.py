@@ -252,8 +252,7 @@ def _foresight(options: argparse.Namespace) -> Figures:
 
 def _curves(options: argparse.Namespace) -> Figures:
     figures = curves(options.out / "many", options.reward)
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    draw_curves(figures, options.json.with_suffix(".png"))
+    draw_curves(figures, (options.json or options.out / "curves.json").with_suffix(".png"))
     return figures
 
 

@@ -14,11 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
+from steer.apps.evaluation.report import summary
 from steer.apps.evaluation.run import Contender, evaluate
 from steer.apps.finetuning import FinetuneConfig, finetune, read_config
 from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import CHOICES, write_choices
 from steer.assets import MODELS
+from steer.files import write_text
 from steer.pipelines.training.method import prompts_at
 from steer.reward import Reward
 from steer.rewards.scene import SceneReward
@@ -169,10 +171,15 @@ CONTENDER_TABLES = {
 }
 
 
-def _table(options: argparse.Namespace) -> None:
-    from steer.apps.evaluation.report import summary
+def write_figures(options: argparse.Namespace, figures: Mapping[str, Any]) -> None:
+    """Write the figures of a stage to --json, by default --out/STAGE.json."""
+    write_text(options.json or options.out / f"{options.stage}.json", json.dumps(figures, indent=1) + "\n")
 
-    print(summary(CONTENDER_TABLES[options.stage].run(options)))
+
+def _table(options: argparse.Namespace) -> None:
+    report = CONTENDER_TABLES[options.stage].run(options)
+    write_figures(options, report)
+    print(summary(report))
 
 
 # Equal images and updates for all; each method's own options and learning rate are those of its configuration.
@@ -275,22 +282,21 @@ def finetuning_study(folder: Path, only: Sequence[str], count: int = NUM_EVAL_PR
 
 
 def _finetuning(options: argparse.Namespace) -> None:
-    from steer.apps.evaluation.report import summary
-
-    for prompts, report in finetuning_study(options.out, options.only).items():
+    reports = finetuning_study(options.out, options.only)
+    write_figures(options, reports)
+    for prompts, report in reports.items():
         print(f"{prompts}\n{summary(report)}")
 
 
 def _analysis(name: str) -> Callable[[argparse.Namespace], None]:
-    """A stage of `steer.apps.scenes.analyses`, which writes its figures to --json."""
+    """A stage of `steer.apps.scenes.analyses`."""
 
     def run(options: argparse.Namespace) -> None:
         from steer.apps.scenes import analyses
 
-        figures = json.dumps(analyses.ANALYSES[name](options), indent=1)
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(figures + "\n")
-        print(figures)
+        figures = analyses.ANALYSES[name](options)
+        write_figures(options, figures)
+        print(json.dumps(figures, indent=1))
 
     return run
 
