@@ -324,7 +324,7 @@ def test_ip_adapters_are_converted_and_come_back() -> None:
     ("target", "backend", "message"),
     [
         ("sd", "xformer", "unknown attention backend 'xformer': did you mean.*xformers"),
-        ("sd", "xformers", "'xformers' is not installed: pip install xformers, or take 'sdpa'"),
+        ("sd", "xformers", "'xformers' is not installed: pip install xformers, or use 'sdpa'"),
         ("text", "sdpa", "CLIPTokenizer has no denoiser with attention layers"),
         ("linear", "sdpa", "Linear has no denoiser with attention layers"),
     ],

@@ -125,7 +125,7 @@ def test_scores_come_in_single_precision_on_the_cpu() -> None:
     [
         (["a", "b"], "one prompt an image, got 2 prompts and 3 images"),
         ([], "one prompt an image, got 0 prompts and 3 images"),
-        ("abc", "a list of prompts, one an image, got one text: 'abc'"),
+        ("abc", "a list of prompts, one per image, got one string: 'abc'"),
     ],
 )
 def test_there_is_one_prompt_an_image(prompts: Any, message: str) -> None:
@@ -195,7 +195,7 @@ def test_a_reward_without_parts_has_none() -> None:
 )
 def test_a_reward_that_hangs_is_an_error_in_time(slow: Reward) -> None:
     started = time.monotonic()
-    with pytest.raises(RewardError, match=rf"reward '{slow.name}' took longer than its 0\.2 s: give it more"):
+    with pytest.raises(RewardError, match=rf"reward '{slow.name}' timed out after 0\.2 s: raise its timeout"):
         score_components(with_timeout(slow, 0.2), IMAGES, PROMPTS)
     assert time.monotonic() - started < 1
     assert all(thread.daemon for thread in threading.enumerate() if thread.name == f"reward {slow.name}")

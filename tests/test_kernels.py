@@ -239,11 +239,11 @@ def wrong(**changed: Any) -> dict[str, Any]:
     [
         (
             wrong(output=normal(0, (2, 8, 3, 3))),
-            r"output has shape \(2, 8, 3, 3\), it must be that of x, \(2, 4, 3, 3\)",
+            r"output has shape \(2, 8, 3, 3\), but must have that of x, \(2, 4, 3, 3\)",
         ),
-        (wrong(x_s=normal(0, (1, 4, 3, 3))), "x_s has shape .* it must be that of x"),
+        (wrong(x_s=normal(0, (1, 4, 3, 3))), "x_s has shape .* but must have that of x"),
         (wrong(noise=normal(3)), "noise and x_s are both given"),
-        (wrong(x_s=None), "need noise to draw it from, or x_s itself"),
+        (wrong(x_s=None), "need the noise or x_s itself"),
         (wrong(step=a_step(eta=0.0)), r"deterministic \(τ = 0\): it has no log-probability. Use η > 0"),
         (wrong(step=linear_step("epsilon", *(flat_level([a] * 3) for a in (0.4, 0.6)), 1.0)), "for 3 rows and x has 2"),
     ],

@@ -225,5 +225,5 @@ def test_what_cannot_be_split_is_refused() -> None:
     nothing.unet = None
     with pytest.raises(InputError, match="has none of unet, transformer"), micro_batched(nothing):
         pass
-    with pytest.raises(InputError, match="takes no batch of latents as one tensor: it cannot be split"):
+    with pytest.raises(InputError, match="takes no single tensor of latents: its batch cannot be split"):
         MicroBatches("unet", cached_pipe("sd").unet, 1)([torch.zeros(4, 4, 4)], 3)

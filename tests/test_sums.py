@@ -49,7 +49,7 @@ def test_files_are_held_against_the_sums_of_their_folder_or_the_one_above(folder
         whole = path.read_bytes()
         for spoilt in (whole[:-1], whole + b"x", bytes([whole[0] ^ 1]) + whole[1:]):
             path.write_bytes(spoilt)
-            with pytest.raises(InputError, match=f"{path} is damaged: its sha256 is not the one in {CHECKSUMS}"):
+            with pytest.raises(InputError, match=f"{path} is corrupt: checksum mismatch with {CHECKSUMS}"):
                 verify_checksums(*paths)
         path.write_bytes(whole)
     assert verify_checksums(*paths) == []
@@ -60,7 +60,7 @@ def test_files_are_held_against_the_sums_of_their_folder_or_the_one_above(folder
 @pytest.mark.parametrize("content", [b"x\n", b"\0\xff", b"0" * 64 + b" a.bin\n", b"G" * 64 + b"  a.bin\n"])
 def test_sums_that_are_none_are_refused(folder: Path, content: bytes) -> None:
     (folder / CHECKSUMS).write_bytes(content)
-    with pytest.raises(InputError, match=f"{CHECKSUMS} is damaged; restore it, or delete it"):
+    with pytest.raises(InputError, match=f"{CHECKSUMS} is corrupt; restore it, or delete it"):
         verify_checksums(folder / "a.bin")
     (folder / CHECKSUMS).write_bytes(b"0" * (1 << 21))
     with pytest.raises(InputError, match=f"{CHECKSUMS} is too large"):
@@ -118,7 +118,7 @@ def test_json_with_its_sum_comes_back_and_no_changed_bit_does(told: dict[str, ob
 def test_numbers_that_json_lacks_and_json_without_a_sum_are_read() -> None:
     assert loads_with_checksum(dumps_with_checksum({"a": -math.inf, "b": "\ud800"})) == {"a": -math.inf, "b": "\ud800"}
     assert loads_with_checksum('{"a": 1}') == {"a": 1} and loads_with_checksum("[]") == []
-    with pytest.raises(InputError, match="it was changed since it was written: its sha256 is another"):
+    with pytest.raises(InputError, match="checksum mismatch: the file was changed after it was written"):
         loads_with_checksum(dumps_with_checksum({"a": 1}).replace("1", "2", 1))
 
 
@@ -130,18 +130,18 @@ def test_a_training_state_of_another_bit_is_refused_and_an_older_one_is_read(tmp
     weight = whole.index(torch.arange(64.0).numpy().tobytes()) + 30
     path.write_bytes(whole[:weight] + bytes([whole[weight] ^ 1]) + whole[weight + 1 :])
     assert torch.load(path, weights_only=True)["step"] == 3, "and would not notice"
-    with pytest.raises(InputError, match=r"state\.pt is damaged; delete it to begin anew: its sha256 is another"):
+    with pytest.raises(InputError, match=r"state\.pt is corrupt; delete it to start over: checksum mismatch"):
         read_state(path, cpu)
     torch.save(state, path)
     assert torch.equal(read_state(path, cpu)["states"][0]["w"], torch.arange(64.0))
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"state\.pt is damaged; delete it to begin anew"):
+    with pytest.raises(InputError, match=r"state\.pt is corrupt; delete it to start over"):
         read_state(path, cpu)
 
 
 @pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
 def test_a_full_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
-    """Whoever is told that a file is damaged deletes it."""
+    """Whoever reads that a file is corrupt deletes it."""
 
     def full(*_: object, **__: object) -> None:
         raise error

@@ -1,4 +1,4 @@
-"""Losses of finetuning by a reward, as functions of log-probabilities (B, K, T) and rewards (B, K)."""
+"""Losses of finetuning from rewards, as functions of log-probabilities (B, K, T) and rewards (B, K)."""
 
 from steer.training.losses.advantages import PerPromptStatTracker
 from steer.training.losses.d3po import D3PO, D3POTrajectory
