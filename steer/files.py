@@ -113,7 +113,9 @@ def atomic_write_with_checksums(folder: Path, names: Sequence[str]) -> Iterator[
             for path in new.values():
                 sync(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be written ({error}); make room, and run the command again to resume") from error
+        raise InputError(
+            f"{folder} cannot be written ({error}); make room, and run the command again to resume"
+        ) from error
 
 
 def verify_checksums(*files: Path) -> list[Path]:

@@ -118,16 +118,16 @@ def test_values_come_back_and_equal_state_gives_equal_bytes(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("named", "values", "message"),
     [
-        ({}, {"state": {"best": -math.inf}}, "state is not plain JSON.*non-finite numbers belong into a tensor"),
+        ({}, {"state": {"best": -math.inf}}, "state is not plain JSON.*save non-finite numbers in a tensor"),
         ({}, {"state": [math.nan]}, "state is not plain JSON"),
-        ({}, {"state": {"deep": [{3: "x"}]}}, "state has the key 3, which JSON would make a text"),
+        ({}, {"state": {"deep": [{3: "x"}]}}, "state has the key 3, which JSON would convert to a string"),
         ({}, {"state": torch.ones(1)}, "state is not plain JSON"),
         ({}, {"manifest": 1}, "a JSON file named 'manifest'"),
         ({}, {"../state": 1}, "a JSON file named '../state'"),
         ({"a/b": {}}, {}, "a file of tensors named 'a/b'"),
         ({"": {}}, {}, "a file of tensors named ''"),
-        ({"x": {"p": 3}}, {}, "x: 'p' is no dense tensor"),
-        ({"x": {"p": torch.eye(2).to_sparse()}}, {}, "x: 'p' is no dense tensor"),
+        ({"x": {"p": 3}}, {}, "x: 'p' is not a dense tensor"),
+        ({"x": {"p": torch.eye(2).to_sparse()}}, {}, "x: 'p' is not a dense tensor"),
         ({"x": {"__metadata__": torch.ones(1)}}, {}, "x has a tensor named '__metadata__'"),
     ],
 )
@@ -140,9 +140,9 @@ def test_what_would_not_come_back_is_refused_before_anything_is_written(
 
 
 def test_steps_and_numbers_to_keep_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="count steps from 0"):
+    with pytest.raises(InputError, match="must be at least 0, got -1"):
         save(tmp_path, -1)
-    with pytest.raises(InputError, match="keep 1 checkpoint or more"):
+    with pytest.raises(InputError, match="keep must be at least 1"):
         Checkpoints(tmp_path, keep=0)
     assert save(tmp_path, 10**9).name == "step-1000000000"
     assert save(tmp_path, 0, keep=2).name == "step-00000000"
@@ -177,22 +177,22 @@ def link(file: Path, target: Path) -> None:
 
 ENTRY = {"size": 4, "sha256": "0" * 64}
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "cut": (lambda p: os.truncate(p / "weights.safetensors", 9), "weights.safetensors has 9 bytes, not"),
-    "empty": (lambda p: os.truncate(p / "state.json", 0), "state.json has 0 bytes, not"),
-    "longer": (lambda p: (p / "state.json").open("a").write("\n"), "state.json has .* bytes, not"),
+    "cut": (lambda p: os.truncate(p / "weights.safetensors", 9), "weights.safetensors is corrupt: 9 bytes, not"),
+    "empty": (lambda p: os.truncate(p / "state.json", 0), "state.json is corrupt: 0 bytes, not"),
+    "longer": (lambda p: (p / "state.json").open("a").write("\n"), "state.json is corrupt: .* bytes, not"),
     "missing": (lambda p: (p / "weights.safetensors").unlink(), "weights.safetensors is missing"),
     "unknown": (lambda p: (p / "more.json").write_text("1"), "more.json is not in the checkpoint's manifest"),
     "unknown folder": (lambda p: (p / "more").mkdir(), "more is not in the checkpoint's manifest"),
     "hidden": (lambda p: (p / ".tmp3a").write_text("1"), ".tmp3a is not in the checkpoint's manifest"),
     "no manifest": (lambda p: (p / MANIFEST).unlink(), f"{MANIFEST} is missing"),
-    "cut manifest": (lambda p: os.truncate(p / MANIFEST, 100), "is no manifest"),
-    "empty manifest": (lambda p: os.truncate(p / MANIFEST, 0), "is no manifest"),
-    "garbage": (lambda p: (p / MANIFEST).write_bytes(b"\xff\x00\x80garbage"), "is no manifest"),
-    "a list": (lambda p: (p / MANIFEST).write_text("[]"), "is no manifest of version 1"),
-    "deep": (lambda p: (p / MANIFEST).write_text("[" * 10**5), "is no manifest"),
+    "cut manifest": (lambda p: os.truncate(p / MANIFEST, 100), "is not a manifest"),
+    "empty manifest": (lambda p: os.truncate(p / MANIFEST, 0), "is not a manifest"),
+    "garbage": (lambda p: (p / MANIFEST).write_bytes(b"\xff\x00\x80garbage"), "is not a manifest"),
+    "a list": (lambda p: (p / MANIFEST).write_text("[]"), "is not a manifest of version 1"),
+    "deep": (lambda p: (p / MANIFEST).write_text("[" * 10**5), "is not a manifest"),
     "huge": (lambda p: (p / MANIFEST).write_text(" " * 2**20 + "{}"), "is too large"),
-    "long number": (lambda p: (p / MANIFEST).write_text('{"version": ' + "9" * 5000 + "}"), "is no manifest"),
-    "later version": (lambda p: (p / MANIFEST).write_text('{"version": 2}'), "is no manifest of version 1"),
+    "long number": (lambda p: (p / MANIFEST).write_text('{"version": ' + "9" * 5000 + "}"), "is not a manifest"),
+    "later version": (lambda p: (p / MANIFEST).write_text('{"version": 2}'), "is not a manifest of version 1"),
     "no files": (lambda p: (p / MANIFEST).write_text('{"version": 1, "step": 1}'), "step or files are wrong"),
     "step": (lambda p: rewritten(p, lambda t: t.update(step=True)), "step or files are wrong"),
     "below": (lambda p: rewritten(p, lambda t: t.update(step=-1)), "step or files are wrong"),
@@ -248,10 +248,10 @@ def test_where_nothing_is_nothing_is_found(tmp_path: Path) -> None:
     (tmp_path / "run" / "step-00000008").write_text("")
     assert Checkpoints(tmp_path / "run").latest() == (None, [])
     for step in (1, 8):
-        with pytest.raises(InputError, match=f"step-0000000{step} is in the way of a checkpoint; remove it"):
+        with pytest.raises(InputError, match=f"step-0000000{step} is not a folder, .*; remove it"):
             save(tmp_path / "run", step)
     assert version_of(Checkpoint.open(good)) == 0
-    for path, message in ((tmp_path / "none", "is no folder"), (tmp_path, "manifest.json is missing")):
+    for path, message in ((tmp_path / "none", "is not a folder"), (tmp_path, "manifest.json is missing")):
         with pytest.raises(InputError, match=message):
             Checkpoint.open(path)
     (tmp_path / "file").write_text("")
@@ -262,7 +262,7 @@ def test_where_nothing_is_nothing_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["other", "../step-00000001/state", "manifest", "", "weights"])
 def test_a_file_that_a_checkpoint_lacks_is_refused(tmp_path: Path, name: str) -> None:
     found = Checkpoint.open(save(tmp_path, 1))
-    with pytest.raises(InputError, match="holds no"):
+    with pytest.raises(InputError, match="has no"):
         found.json(name)
     assert found.file("state.json").is_file()
 

@@ -124,7 +124,7 @@ class FeynmanKac:
         """
         groups, size = particles.log_weights.shape
         count = size if count is None else count
-        # Tempering by ESS holds the ESS at its target: without resampling the weights so far would keep λ_j small for good.
+        # Tempering by ESS keeps the ESS at its target: without resampling the weights would keep λ_j small for good.
         threshold = 1.0 if self.tempering is ess_targeted else self.ess_threshold
         low = (particles.ess < size * min(threshold, UNIFORM_ESS_SHARE)) | torch.tensor(count < size)
         if not low.any():

@@ -107,7 +107,7 @@ def checked_rewards(log_probs: LogProbs, rewards: Tensor, group: int = 1, severa
 
 
 def accuracy(implicit: Tensor, better: Tensor) -> float:
-    """Return the fraction (0..1) of pairs that implicit rewards r̂ (B, K) rank like the rewards, ties half; NaN without pairs.
+    """Return the fraction (0..1) of pairs that r̂ (B, K) ranks like the rewards, ties half; NaN without pairs.
 
     better: (B, K, K) true where the first of two samples of a prompt has the higher reward.
     """

@@ -31,7 +31,7 @@ def clipped_objective(log_probs: LogProbs, advantages: Tensor, clip: float) -> t
 
 
 def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
-    """Return A = (r − mean_K)/(std_K + 10⁻⁶) of rewards (B, K), or r − mean_K; exactly 0 for a group of equal rewards."""
+    """Return A = (r − mean_K)/(std_K + 10⁻⁶) of rewards (B, K), or r − mean_K; exactly 0 for equal rewards."""
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale:
         advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + EPS)

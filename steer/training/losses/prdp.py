@@ -22,7 +22,7 @@ from steer.training.losses.log_probs import LogProbs, Metrics, accuracy, check_f
 class PRDP:
     """PRDP, in nats summed over elements and steps; the reductions of the published β and ε are not documented.
 
-    beta  > 0, reward per nat. Start from std(r)/10: trajectories whose rewards differ by a standard deviation then differ
+    beta  > 0, reward per nat. Start from std(r)/10: trajectories with rewards a standard deviation apart then differ
           by 10 nats. The default assumes rewards standardised to a deviation of 1; sweep it otherwise.
     clip  ε > 0, nats per step, inf for none: how far a step may move before new samples are drawn. At 0.1, 20 steps
           can move by 2 nats, a fifth of those 10, while fp32 sums over 10⁴ elements are accurate to 10⁻³ nats.
