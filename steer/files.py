@@ -172,8 +172,8 @@ def loads_with_checksum(text: str) -> Any:
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other: some formats start outside programs
-MAX_PIXELS = 1 << 26  # 8192 x 8192: a few bytes can ask for more than any memory holds
-DECODE_ERRORS = (  # what Pillow raises; IndexError at a colour profile that has no end, TypeError at tags of a TIFF
+MAX_PIXELS = 1 << 26  # 8192 x 8192: small files can decode to more than the memory
+DECODE_ERRORS = (  # raised by Pillow; IndexError for a truncated colour profile, TypeError for TIFF tags
     OSError,
     ValueError,
     SyntaxError,

@@ -1,4 +1,4 @@
-"""The step in one pass: the plain twin against diffusers, `Gaussian` and torch.distributions; the kernel against it."""
+"""The fused step: the plain twin against diffusers, `Gaussian` and torch.distributions; the kernel against it."""
 
 import inspect
 import math

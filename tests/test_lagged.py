@@ -1,4 +1,4 @@
-"""Rewards that are read beside the denoiser's next call: the same as in turn, and used one step later."""
+"""Asynchronous rewards: the same as synchronous ones, and used one step later."""
 
 import threading
 import time

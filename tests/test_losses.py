@@ -1,4 +1,4 @@
-"""The losses against numbers derived by hand, their symmetries, and the optima that the papers promise."""
+"""Losses against numbers derived by hand, their symmetries, and the optima of the papers."""
 
 import json
 import math

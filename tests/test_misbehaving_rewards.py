@@ -1,4 +1,4 @@
-"""Rewards in this process that misbehave: one line within the time, exit code 2, finished prompts kept; or no harm."""
+"""Misbehaving rewards in this process: one line within the timeout, exit code 2, finished prompts kept."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Fewer and fewer particles: the dead cost nothing, and those that are left draw from the same distribution."""
+"""Particle schedules: dead rows cost nothing, and the others draw from the same distribution."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The searches apart from any model: against autograd, scipy's χ and torch's own optimisers."""
+"""Searches of noise without any model: against autograd, scipy's χ and torch's own optimisers."""
 
 from collections.abc import Callable
 

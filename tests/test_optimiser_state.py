@@ -1,4 +1,4 @@
-"""An optimiser that goes on from a checkpoint as if nothing had happened, bit for bit."""
+"""An optimiser restored from a checkpoint, bit for bit."""
 
 import copy
 from collections.abc import Callable

@@ -10,7 +10,7 @@ import torch
 from conftest import cached_pipe
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from gaussian import GaussianPipeline
-from test_preview_decoders import tiny
+from test_preview import tiny
 from torch import Generator
 
 from steer import FKSteeringPipeline

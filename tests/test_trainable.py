@@ -1,4 +1,4 @@
-"""LoRAs and whole denoisers: where training begins, what the reference is, what is saved."""
+"""LoRAs and full finetuning: initial state, reference and saved files."""
 
 import copy
 import functools

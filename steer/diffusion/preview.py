@@ -266,7 +266,7 @@ class PreviewDecoder(Protocol):
 
 PREVIEWS: dict[str, Callable[[Any, Mapping[str, Any], int], PreviewDecoder]] = {
     "full": Preview,  # the pipeline's own VAE
-    "linear": LinearPreview,  # a linear map, fitted to what that VAE makes of the first x̂0
+    "linear": LinearPreview,  # a linear map, fitted to that VAE's decoding of the first x̂0
 }
 
 

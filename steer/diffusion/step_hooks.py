@@ -229,7 +229,7 @@ def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
         return SimpleNamespace(prev_sample=out[0], pred_original_sample=x0, denoised=x0)
 
     def deepcopy(self: Scheduler, memo: dict[int, Any]) -> Scheduler:
-        """A pipeline that copies its scheduler gets a plain one."""
+        """Copy the scheduler without tracking, for pipelines that copy it."""
         tracker.copied = True
         plain = copy.copy(self)
         plain.__class__ = cls

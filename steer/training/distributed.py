@@ -39,7 +39,7 @@ def sum_over_processes(context: DistributedContext, values: Sequence[float]) -> 
 
 @contextmanager
 def report_lost_process(resume_hint: str) -> Iterator[None]:
-    """Raise InputError where another process ended prematurely; `resume_hint` tells how to resume."""
+    """Raise InputError where another process ended prematurely; `resume_hint` is appended to the message."""
     try:
         yield
     except RuntimeError as error:  # the connection is closed

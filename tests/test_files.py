@@ -1,27 +1,144 @@
-"""Sums beside files and inside JSON: what is spoilt is told, what is whole comes back."""
+"""Files: atomic writes, checksums, and images from outside."""
 
+import errno
 import json
 import math
 import os
 import shutil
+import struct
 import subprocess
+import zlib
+from io import BytesIO
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from steer.errors import InputError
 from steer.files import (
     CHECKSUMS,
+    atomic_write,
     atomic_write_with_checksums,
     dumps_with_checksum,
     loads_with_checksum,
+    make_folder,
+    read_image,
+    sync,
     verify_checksums,
     write_checksums,
+    write_text,
 )
 from steer.training.supervised import read_state, write_state
+
+# Atomic writes
+
+
+def test_a_file_is_replaced_at_the_end_of_the_block_and_not_before(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.json"
+    with atomic_write(path) as new:
+        new.write_text("one")
+        assert new.parent == path.parent and not path.exists()
+    assert path.read_text() == "one"
+    with atomic_write(path) as new:
+        new.write_text("two")
+        assert path.read_text() == "one"
+    assert path.read_text() == "two" and list(path.parent.iterdir()) == [path]
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "ε ∇ 星\n")
+    assert (tmp_path / "file").read_bytes() == "ε ∇ 星\n".encode()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt(), ValueError()])
+@pytest.mark.parametrize("before", [None, "old"])
+def test_after_an_exception_the_old_file_stays_alone(tmp_path: Path, error: BaseException, before: str | None) -> None:
+    path = tmp_path / "file"
+    if before:
+        path.write_text(before)
+    with pytest.raises(type(error)), atomic_write(path) as new:
+        new.write_text("half")
+        raise error
+    assert [one.read_text() for one in tmp_path.iterdir()] == ([before] if before else [])
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / "file.new").write_text("a long half of something")
+    write_text(tmp_path / "file", "short")
+    assert [one.read_text() for one in tmp_path.iterdir()] == ["short"]
+
+
+def test_a_block_that_writes_nothing_is_an_error_and_keeps_the_old(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", "old")
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "file"):
+        pass
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_bytes_then_the_name_then_the_folder_reach_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    inodes: dict[int, str] = {}
+    fsync, replace = os.fsync, os.replace
+
+    def watched(number: int) -> None:
+        told.append(f"fsync {inodes[os.fstat(number).st_ino]}")
+        fsync(number)
+
+    def moved(source: Path, target: Path) -> None:
+        told.append(f"{source.name} → {target.name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, "replace", moved)
+    inodes[tmp_path.stat().st_ino] = "folder"
+    with atomic_write(tmp_path / "file") as new:
+        new.write_text("x")
+        inodes[new.stat().st_ino] = "file"
+    assert told == ["fsync file", "file.new → file", "fsync folder"]
+
+
+def test_new_folders_reach_the_disk_from_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Path] = []
+    monkeypatch.setattr("steer.files.sync", told.append)
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert told == [tmp_path, tmp_path / "a"] and (tmp_path / "a" / "b").is_dir()
+
+
+@pytest.mark.parametrize(("number", "fatal"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_file_system_may_need_no_sync_of_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, fatal: bool
+) -> None:
+    def refuse(_: int) -> None:
+        raise OSError(number, "refused")
+
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="refused"):
+        sync(tmp_path / "file")
+    if fatal:
+        with pytest.raises(OSError, match="refused"):
+            sync(tmp_path)
+    else:
+        sync(tmp_path)
+
+
+def test_what_cannot_be_written_is_an_os_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError):
+        write_text(tmp_path / "file" / "below", "x")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):
+        write_text(tmp_path / "folder", "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+# Checksums
+
 
 FILES = {"a.bin": b"one", "deep/b.json": b"{}"}
 
@@ -150,3 +267,41 @@ def test_a_full_memory_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch, "load", full)
     with pytest.raises(error):
         read_state(tmp_path / "state.pt", torch.device("cpu"))
+
+
+# Images
+
+
+KINDS = (b"iCCP", b"tRNS", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"eXIf", b"zTXt", b"IHDR", b"PLTE")
+
+
+def whole() -> bytes:
+    file = BytesIO()
+    Image.new("RGB", (4, 4), "red").save(file, "PNG")
+    return file.getvalue()
+
+
+def with_chunk(raw: bytes, place: int, kind: bytes, data: bytes) -> bytes:
+    """A PNG with one more chunk, whose check sum is right."""
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return raw[:place] + chunk + raw[place:]
+
+
+@pytest.mark.parametrize(("kind", "data"), product(KINDS, (b"", b"x", b"x\0", b"x\0\1")))
+def test_a_chunk_that_is_cut_short_is_refused_or_passed_over(kind: bytes, data: bytes, tmp_path: Path) -> None:
+    raw = whole()
+    for name, place in (("before", 33), ("after", raw.index(b"IEND") - 4)):
+        path = tmp_path / f"{name}.png"
+        path.write_bytes(with_chunk(raw, place, kind, data))
+        for source, named in ((path, f"{name}.png"), (path.read_bytes(), "bytes")):
+            try:
+                assert read_image(source).shape == (3, 4, 4)
+            except InputError as error:
+                assert f"{named}: " in str(error) and "\n" not in str(error)
+
+
+def test_a_colour_profile_without_an_end_is_refused(tmp_path: Path) -> None:
+    raw = whole()
+    (tmp_path / "cut.png").write_bytes(with_chunk(raw, raw.index(b"IEND") - 4, b"iCCP", b""))
+    with pytest.raises(InputError, match=r"cut\.png: cannot read the image"):
+        read_image(tmp_path / "cut.png")
