@@ -59,7 +59,7 @@ class Optimiser(Protocol):
 
 @dataclass(frozen=True)
 class Nesterov:
-    """v ← μ v + g,  Δε = lr (g + μ v): gradient ascent with Nesterov momentum, in torch's form."""
+    """Gradient ascent with Nesterov momentum, in torch's form: v ← μ v + g,  Δε = lr (g + μ v)."""
 
     lr: float = 5.0
     momentum: float = 0.9
@@ -74,7 +74,7 @@ class Nesterov:
 
 @dataclass(frozen=True)
 class Adam:
-    """m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,  Δε = lr m̂ / (√v̂ + δ) (arXiv 1412.6980)."""
+    """Adam (arXiv 1412.6980): m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,  Δε = lr m̂ / (√v̂ + δ)."""
 
     lr: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)

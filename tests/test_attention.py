@@ -31,7 +31,9 @@ def images(pipe: Any, name: str) -> Tensor:
 
 
 def attention_layers(pipe: Any) -> list[Any]:
-    return [layer for module in denoising_modules(pipe) for layer in module.modules() if isinstance(layer, LAYERS)]
+    return [
+        layer for module in denoising_modules(pipe).values() for layer in module.modules() if isinstance(layer, LAYERS)
+    ]
 
 
 def state(pipe: Any) -> list[Any]:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import attention_processor as known
+from diffusers.models import attention_processor as processors
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
@@ -114,18 +114,18 @@ def _aligned(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 SDPA: AttentionFunction = F.scaled_dot_product_attention
-LAYERS = (known.Attention, known.MochiAttention, AttentionModuleMixin)
+LAYERS = (processors.Attention, processors.MochiAttention, AttentionModuleMixin)
 # Processors of diffusers with their own computation, and their equivalents through PyTorch's function.
 THROUGH_SDPA: dict[type, type] = {
-    known.AttnProcessor: known.AttnProcessor2_0,
-    known.SlicedAttnProcessor: known.AttnProcessor2_0,
-    known.XFormersAttnProcessor: known.AttnProcessor2_0,
-    known.AttnAddedKVProcessor: known.AttnAddedKVProcessor2_0,
-    known.SlicedAttnAddedKVProcessor: known.AttnAddedKVProcessor2_0,
-    known.XFormersAttnAddedKVProcessor: known.AttnAddedKVProcessor2_0,
-    known.XFormersJointAttnProcessor: known.JointAttnProcessor2_0,
-    known.IPAdapterAttnProcessor: known.IPAdapterAttnProcessor2_0,
-    known.IPAdapterXFormersAttnProcessor: known.IPAdapterAttnProcessor2_0,
+    processors.AttnProcessor: processors.AttnProcessor2_0,
+    processors.SlicedAttnProcessor: processors.AttnProcessor2_0,
+    processors.XFormersAttnProcessor: processors.AttnProcessor2_0,
+    processors.AttnAddedKVProcessor: processors.AttnAddedKVProcessor2_0,
+    processors.SlicedAttnAddedKVProcessor: processors.AttnAddedKVProcessor2_0,
+    processors.XFormersAttnAddedKVProcessor: processors.AttnAddedKVProcessor2_0,
+    processors.XFormersJointAttnProcessor: processors.JointAttnProcessor2_0,
+    processors.IPAdapterAttnProcessor: processors.IPAdapterAttnProcessor2_0,
+    processors.IPAdapterXFormersAttnProcessor: processors.IPAdapterAttnProcessor2_0,
 }
 _ROUTE = "_steer_attention"  # attribute of a layer: its route
 _DISPATCH = "_attention_backend"  # attribute of diffusers' newer processors: their backend
@@ -147,7 +147,8 @@ def attention_backend(target: Any, backend: str = "auto") -> Iterator[str]:
     Raises InputError for an unknown name, for xformers where it is not installed or the model is not on CUDA, and, when
     the model is called, where a layer's processor would ignore the backend or xformers has no kernel for it.
     """
-    modules = denoising_modules(target)
+    modules = [target] if isinstance(target, nn.Module) else denoising_modules(target).values()
+    modules = [module for module in modules if isinstance(module, nn.Module)]
     name, attend = choose("attention backend", backend, BACKENDS)(_device(target, modules))
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, LAYERS)]
     if backend != "auto" and not layers:

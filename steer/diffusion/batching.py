@@ -1,6 +1,5 @@
 """Batches of a denoiser: micro-batches, active rows and compiled calls."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +11,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from steer.diffusion.preview import with_decode
-from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS, ModuleProxy, denoisers_in, replace_modules
+from steer.diffusion.step_hooks import (
+    DENOISERS,
+    ModuleProxy,
+    denoisers_in,
+    denoising_modules,
+    replace_modules,
+    with_modules,
+)
 from steer.errors import InputError
 
 LATENTS = ("sample", "hidden_states")  # names of the first argument of denoisers and ControlNets
@@ -36,9 +42,8 @@ def micro_batched(pipe: Any, rows: int | None = None) -> Iterator[Any]:
     """
     if rows is not None and rows < 1:
         raise InputError(f"rows must be at least 1, got {rows}")
-    modules = {name: getattr(pipe, name, None) for name in (*DENOISERS, *CONTROLNETS)}
-    split = {name: MicroBatches(name, module, rows) for name, module in modules.items() if module is not None}
-    if not set(split) & set(DENOISERS):
+    split = {name: MicroBatches(name, module, rows) for name, module in denoising_modules(pipe).items()}
+    if not denoisers_in(pipe):
         raise InputError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: there is nothing to split")
     with replace_modules(pipe, {name: ModuleProxy(one.module, one) for name, one in split.items()}) as view:
         yield view
@@ -138,14 +143,10 @@ class ActiveRows:
         """
         if not denoisers_in(pipe):
             raise InputError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: no rows can be left out")
-        names = [name for name in (*DENOISERS, *CONTROLNETS) if getattr(pipe, name, None) is not None]
-        view = copy.copy(pipe)
-        modules: dict[str, Any] = {name: self._denoiser(getattr(pipe, name)) for name in names}
+        modules: dict[str, Any] = {name: self._denoiser(module) for name, module in denoising_modules(pipe).items()}
         if getattr(pipe, "vae", None) is not None:
             modules["vae"] = self.decoder(pipe.vae)
-        # Offloading hooks are on the pipeline's own modules, and it restores them itself.
-        vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
-        return view
+        return with_modules(pipe, modules)
 
     def decoder(self, vae: Any) -> Any:
         """Copy an autoencoder, on the same weights, to decode active rows only; anything else is returned as is."""

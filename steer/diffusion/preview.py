@@ -95,8 +95,8 @@ class Preview:
     def __call__(self, x0: Tensor) -> Tensor:
         self.decodes += len(x0) if self._uses_own_vae else 0
 
-        def insert_x0(event: SolverStep) -> tuple[None, Tensor]:
-            return None, x0.to(event.prev)
+        def insert_x0(solver_step: SolverStep) -> tuple[None, Tensor]:
+            return None, x0.to(solver_step.prev)
 
         own = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
         needs_graph = torch.is_grad_enabled() and x0.requires_grad

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from steer.diffusion.kernels import fused_gaussian, has_kernel
@@ -90,9 +90,9 @@ OnStep = Callable[[SolverStep], StepOverride | None]
 def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: bool = True) -> Iterator[Any]:
     """Yield a view of a diffusers pipeline with step hooks; call it like the pipeline itself.
 
-    After each transition `on_step(event)` is called. It returns None (no change) or `(ancestors, next_latents)`, each
-    or both None: `ancestors` (N,) int64 is the particle that each row continues, multistep solver history included;
-    `next_latents` (N, …) replace the latents of the rows after that.
+    After each transition `on_step(solver_step)` is called. It returns None (no change) or
+    `(ancestors, next_latents)`, each or both None: `ancestors` (N,) int64 is the particle that each row continues,
+    multistep solver history included; `next_latents` (N, …) replace the latents of the rows after that.
 
     `rows`: number of particles that the scheduler must receive. `grad=False` runs the solver without gradients.
     The pipeline, its scheduler and its configuration stay unchanged; several views may run at once.
@@ -120,7 +120,7 @@ class _Tracker:
     transitions: int = 0
     total: int = 0
     last: Tensor | None = None
-    event: SolverStep | None = None
+    pending: SolverStep | None = None
     copied: bool = False
 
     def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -130,15 +130,15 @@ class _Tracker:
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             out = tuple(plain_step(scheduler, **arguments, return_dict=False))
         index = (getattr(scheduler, "step_index", None) or 0) - 1
-        if self.event is None:
-            self.event = SolverStep(self.transitions, t, x, scheduler, index, output)
+        if self.pending is None:
+            self.pending = SolverStep(self.transitions, t, x, scheduler, index, output)
         else:
-            self.event.calls += 1
+            self.pending.calls += 1
         if not mid_transition(scheduler):
-            event, self.event, self.transitions = self.event, None, self.transitions + 1
-            self.total = self.total or total_transitions(scheduler, event.t, t)
-            event.prev, event.total = out[0], self.total
-            out = self._apply(self.on_step(event) or (None, None), scheduler, out, x)
+            solver_step, self.pending, self.transitions = self.pending, None, self.transitions + 1
+            self.total = self.total or total_transitions(scheduler, solver_step.t, t)
+            solver_step.prev, solver_step.total = out[0], self.total
+            out = self._apply(self.on_step(solver_step) or (None, None), scheduler, out, x)
         self.last = out[0]
         return out
 
@@ -300,9 +300,15 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 CONTROLNETS = ("controlnet",)
 
 
+def denoising_modules(pipe: Any) -> dict[str, Any]:
+    """Return the denoisers and ControlNets of a pipeline by name."""
+    modules = {name: getattr(pipe, name, None) for name in (*DENOISERS, *CONTROLNETS)}
+    return {name: module for name, module in modules.items() if module is not None}
+
+
 def denoisers_in(pipe: Any) -> list[str]:
     """Return the names of the pipeline's denoisers; the first is the one that is trained."""
-    return [name for name in DENOISERS if getattr(pipe, name, None) is not None]
+    return [name for name in denoising_modules(pipe) if name in DENOISERS]
 
 
 class ModuleProxy:
@@ -352,20 +358,26 @@ def zero_controlnet(controlnet: Any) -> ModuleProxy:
 
 def zero_proxies(pipe: Any) -> dict[str, ModuleProxy]:
     """Return a proxy without output for every denoiser and ControlNet of a pipeline, by name."""
-    proxies: dict[str, ModuleProxy] = {}
-    for zero_proxy, names in ((zero_denoiser, DENOISERS), (zero_controlnet, CONTROLNETS)):
-        proxies |= {name: zero_proxy(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
-    return proxies
+    return {
+        name: zero_controlnet(module) if name in CONTROLNETS else zero_denoiser(module)
+        for name, module in denoising_modules(pipe).items()
+    }
+
+
+def with_modules(pipe: Any, modules: Mapping[str, Any]) -> Any:
+    """Copy a pipeline with some modules replaced. The pipeline itself stays unchanged.
+
+    Offloading hooks are on its own modules, and it restores them itself.
+    """
+    view = copy.copy(pipe)
+    vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
+    return view
 
 
 @contextmanager
 def replace_modules(pipe: Any, modules: Mapping[str, ModuleProxy]) -> Iterator[Any]:
-    """Yield a view of a pipeline with some modules replaced; after the block it has its own again.
-
-    The pipeline stays unchanged. Offloading hooks are on its own modules, and it restores them itself.
-    """
-    view = copy.copy(pipe)
-    vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
+    """Yield a view of a pipeline with some modules replaced; after the block it has its own again."""
+    view = with_modules(pipe, modules)
     try:
         yield view
     finally:
@@ -390,14 +402,6 @@ def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
             space.pop(name, None)
         else:
             space[name] = before
-
-
-def denoising_modules(target: Any) -> list[nn.Module]:
-    """Return the denoisers and ControlNets of a pipeline, or a module itself."""
-    if isinstance(target, nn.Module):
-        return [target]
-    proxies = [getattr(target, name, None) for name in (*DENOISERS, *CONTROLNETS)]
-    return [module for module in proxies if isinstance(module, nn.Module)]
 
 
 SAFETY_CHECKER = "safety_checker"

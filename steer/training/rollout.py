@@ -137,15 +137,15 @@ class Sampler:
         """
         latents, log_probs, stochastic = [], [], []
 
-        def draw(event: SolverStep) -> tuple[None, Tensor] | None:
-            kernel, dtype = event.exact_kernel(self.eta), _latent_dtype(event)
-            x_s = event.prev.to(dtype)
+        def draw(solver_step: SolverStep) -> tuple[None, Tensor] | None:
+            kernel, dtype = solver_step.exact_kernel(self.eta), _latent_dtype(solver_step)
+            x_s = solver_step.prev.to(dtype)
             if noisy := bool(kernel.std > 0):
-                stochastic.append(event.k)
-                x_s, step_log_probs = kernel.draw(self._noise(rows, event.k, event.x), dtype, self.storage)
+                stochastic.append(solver_step.k)
+                x_s, step_log_probs = kernel.draw(self._noise(rows, solver_step.k, solver_step.x), dtype, self.storage)
                 log_probs.append(step_log_probs.cpu())
             latents.append(x_s.to(self.storage).cpu())
-            return (None, x_s) if noisy or dtype != event.prev.dtype else None
+            return (None, x_s) if noisy or dtype != solver_step.prev.dtype else None
 
         with torch.no_grad():
             images = self._run(rows, draw, "pt")
@@ -165,12 +165,12 @@ class Sampler:
         """
         wanted = {k: t for t, k in enumerate(stored.stochastic) if only is None or t in only}
 
-        def force(event: SolverStep) -> tuple[None, Tensor]:
-            x_s = stored.latents[:, event.k].to(event.prev.device, _latent_dtype(event))
-            if event.k in wanted:
+        def force(solver_step: SolverStep) -> tuple[None, Tensor]:
+            x_s = stored.latents[:, solver_step.k].to(solver_step.prev.device, _latent_dtype(solver_step))
+            if solver_step.k in wanted:
                 with self._precision_context():  # a backward pass in it may recompute blocks of the denoiser
-                    at(wanted[event.k], event.exact_kernel(self.eta), x_s)
-            self._gate.open = event.k + 1 in wanted
+                    at(wanted[solver_step.k], solver_step.exact_kernel(self.eta), x_s)
+            self._gate.open = solver_step.k + 1 in wanted
             return None, x_s
 
         self._gate.open = 0 in wanted
@@ -189,14 +189,14 @@ class Sampler:
         """
         first = stored.latents.shape[1] - last
 
-        def resample_tail(event: SolverStep) -> tuple[None, Tensor]:
-            self._gate.open = event.k + 1 >= first
-            if event.k < first:
-                return None, stored.latents[:, event.k].to(event.prev)
-            kernel = event.kernel(self.eta)
-            if event.k not in stored.stochastic:
+        def resample_tail(solver_step: SolverStep) -> tuple[None, Tensor]:
+            self._gate.open = solver_step.k + 1 >= first
+            if solver_step.k < first:
+                return None, stored.latents[:, solver_step.k].to(solver_step.prev)
+            kernel = solver_step.kernel(self.eta)
+            if solver_step.k not in stored.stochastic:
                 return None, kernel.mean
-            return None, kernel.mean + kernel.std * self._noise(stored.rows, event.k, kernel.mean)
+            return None, kernel.mean + kernel.std * self._noise(stored.rows, solver_step.k, kernel.mean)
 
         self._gate.open, self._gate.precision_context = first == 0, nullcontext
         try:
@@ -218,9 +218,9 @@ class Sampler:
             return first_output(view(**filter_call_kwargs(self._pipe, self._call | per_row | given)))
 
 
-def _latent_dtype(event: SolverStep) -> torch.dtype:
+def _latent_dtype(solver_step: SolverStep) -> torch.dtype:
     """Return the dtype of the latents: half precision is kept where the denoiser's output is float32."""
-    return event.x.dtype if event.x.dtype in HALF else event.prev.dtype
+    return solver_step.x.dtype if solver_step.x.dtype in HALF else solver_step.prev.dtype
 
 
 def takes_prompts(pipe: Any) -> bool:
