@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Collection
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,9 +86,8 @@ class FusedGaussian(Gaussian):
         sampled = self._run("x_s", "log_prob", noise=noise, dtype=dtype, storage=storage)
         return sampled["x_s"], sampled["log_prob"]
 
-    def log_prob(self, x: Tensor, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
-        log_density = self._run("log_prob", x_s=x)["log_prob"]
-        return log_density if reduce == "sum" else log_density / x[0].numel()
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self._run("log_prob", x_s=x)["log_prob"]
 
 
 def fused_gaussian(

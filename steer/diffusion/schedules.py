@@ -191,8 +191,8 @@ class Gaussian:
         device = generator.device if generator else self.mean.device
         return torch.randn(self.mean.shape, generator=generator, device=device).to(self.mean.device)
 
-    def log_prob(self, x: Tensor, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
-        """Return log N(x; mean, std² I) in nats (N,), summed or averaged in fp64 over the elements of a sample.
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return log N(x; mean, std² I) in nats (N,), summed in fp64 over the elements of a sample.
 
         Raises InputError where std = 0: a deterministic step has no density.
         """
@@ -201,8 +201,7 @@ class Gaussian:
         dtype = widest(self.mean.device)
         std = self.std.to(dtype)
         z = (x.to(dtype) - self.mean.to(dtype)) / std
-        terms = (-0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1)
-        return terms.sum(1) if reduce == "sum" else terms.mean(1)
+        return (-0.5 * z**2 - std.log() - 0.5 * math.log(2 * math.pi)).flatten(1).sum(1)
 
     def draw(self, noise: Tensor, dtype: torch.dtype, storage: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return the sample x_s (N, …) of given standard normal `noise`, and log p(x_s) in nats (N,).

@@ -261,11 +261,6 @@ class Checkpoints:
                 skipped.append(str(error))
         return None, skipped
 
-    @staticmethod
-    def verify(path: str | Path) -> None:
-        """Raise InputError with the file that is missing, changed, unknown or not regular, or with the manifest."""
-        Checkpoint.open(path)
-
     def _places(self) -> dict[int, Path]:
         """Return the folders by step, in ascending order."""
         try:
