@@ -209,12 +209,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "step or files are malformed",
     ),
     "more": (lambda p: rewritten(p, lambda t: t["files"].update(a=ENTRY | {"x": 1})), "step or files are malformed"),
-    "above": (lambda p: rewritten(p, lambda t: t["files"].update({"../a.json": ENTRY})), "names '../a.json'"),
-    "root": (lambda p: rewritten(p, lambda t: t["files"].update({"/etc/a.json": ENTRY})), "names '/etc/a.json'"),
-    "dots": (lambda p: rewritten(p, lambda t: t["files"].update({"..": ENTRY})), "names '..'"),
-    "line": (lambda p: rewritten(p, lambda t: t["files"].update({"a.json\n": ENTRY})), r"names 'a.json\\n'"),
-    "code": (lambda p: rewritten(p, lambda t: t["files"].update({"a.pkl": ENTRY})), "names 'a.pkl'"),
-    "itself": (lambda p: rewritten(p, lambda t: t["files"].update({MANIFEST: ENTRY})), f"names '{MANIFEST}'"),
+    "above": (lambda p: rewritten(p, lambda t: t["files"].update({"../a.json": ENTRY})), "refers to '../a.json'"),
+    "root": (lambda p: rewritten(p, lambda t: t["files"].update({"/etc/a.json": ENTRY})), "refers to '/etc/a.json'"),
+    "dots": (lambda p: rewritten(p, lambda t: t["files"].update({"..": ENTRY})), "refers to '..'"),
+    "line": (lambda p: rewritten(p, lambda t: t["files"].update({"a.json\n": ENTRY})), r"refers to 'a.json\\n'"),
+    "code": (lambda p: rewritten(p, lambda t: t["files"].update({"a.pkl": ENTRY})), "refers to 'a.pkl'"),
+    "itself": (lambda p: rewritten(p, lambda t: t["files"].update({MANIFEST: ENTRY})), f"refers to '{MANIFEST}'"),
     "link": (lambda p: link(p / "state.json", p.parent / "target"), "state.json is a link, a folder or a device"),
     "linked manifest": (lambda p: link(p / MANIFEST, p.parent / "target"), f"{MANIFEST} is a link"),
     "folder": (lambda p: ((p / "state.json").unlink(), (p / "state.json").mkdir()), "state.json is a link, a folder"),
@@ -280,7 +280,7 @@ def test_right_sums_of_what_is_no_tensor_file_are_refused_in_reading(tmp_path: P
     path = save(tmp_path, 1)
     for name in ("weights.safetensors", "state.json"):
         (path / name).write_bytes(b"[" * 10**5)
-        entry = {"size": 10**5, "sha256": checkpoint_files._sha256(path / name)}
+        entry = {"size": 10**5, "sha256": checkpoint_files.file_sha256(path / name)}
         rewritten(path, lambda manifest, name=name, entry=entry: manifest["files"].update({name: entry}))
     for read in (lambda: Checkpoint.open(path).tensors("weights"), lambda: Checkpoint.open(path).json("state")):
         with pytest.raises(InputError, match="cannot be read"):
@@ -581,4 +581,9 @@ def killed_many_times(folder: Path, repeats: int) -> None:
 def test_a_process_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     code = f"import pathlib, test_checkpoint as t; t.killed_many_times(pathlib.Path({str(tmp_path)!r}), 15)"
     here = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=here, env=os.environ | {"PYTHONPATH": str(here)})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
+    )

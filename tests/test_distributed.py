@@ -27,7 +27,7 @@ def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
     """Two gloo processes. accelerate launch --cpu --num_processes 2 would silently begin one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(TESTS / "distributed_child.py"), str(folder), *what]
-    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     return subprocess.run(command, env=given, capture_output=True, text=True, timeout=600, check=False)
 
 

@@ -143,8 +143,8 @@ def test_scores_come_in_single_precision_on_the_cpu() -> None:
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        (["a", "b"], "one prompt an image, got 2 prompts and 3 images"),
-        ([], "one prompt an image, got 0 prompts and 3 images"),
+        (["a", "b"], "one prompt per image, got 2 prompts and 3 images"),
+        ([], "one prompt per image, got 0 prompts and 3 images"),
         ("abc", "a list of prompts, one per image, got one string: 'abc'"),
     ],
 )
@@ -514,7 +514,7 @@ def test_metadata_reaches_every_reward_that_accepts_it(reward: Any) -> None:
 
 def test_a_reward_that_takes_none_gets_no_metadata() -> None:
     assert score(load_reward("brightness"), PICTURES, PROMPTS, ROWS).shape == (3,)
-    with pytest.raises(RewardError, match="metadata has one row an image, got 2 rows and 3 images"):
+    with pytest.raises(RewardError, match="metadata needs one row per image, got 2 rows and 3 images"):
         score(load_reward(by_name), PICTURES, PROMPTS, ROWS[:2])
 
 
@@ -581,7 +581,7 @@ def test_every_tokenizer_has_its_own_limit(caplog: pytest.LogCaptureFixture) -> 
         caplog.clear()
         warn_if_pipeline_truncates(pipe, [LONG], {"max_sequence_length": length})
         own = pipe.tokenizer.model_max_length
-        by_tokenizer = {line.split()[1]: int(line.split("reads ")[1].split()[0]) for line in told(caplog)}
+        by_tokenizer = {line.split()[1]: int(line.split("prompts to ")[1].split()[0]) for line in told(caplog)}
         expected = {"tokenizer": own, "tokenizer_2": own} | ({"tokenizer_3": 16} if length == 16 else {})
         assert by_tokenizer == expected
 
