@@ -70,7 +70,7 @@ def _place(tensor: Tensor) -> torch.device:
 def _put(tensor: Tensor, device: torch.device) -> Tensor:
     with torch._C.DisableTorchFunction():
         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
-            tensor.untyped_storage().fake_devices = device  # type: ignore[attr-defined]
+            tensor.untyped_storage().fake_device = device  # type: ignore[attr-defined]
     return tensor
 
 

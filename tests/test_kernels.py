@@ -66,7 +66,7 @@ def test_the_kernel_in_the_interpreter() -> None:
     tests = Path(__file__).parent
     told = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests / "kernels_interpreted.py"],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tests)},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])},
         cwd=tests.parent,
         capture_output=True,
         text=True,
