@@ -17,7 +17,7 @@ from steer import TrainingConfig
 from steer.apps.cli import main as cli
 from steer.apps.methods import SamplingConfig
 from steer.apps.models import adapter_applied
-from steer.apps.plots import opened, read_grid, shown
+from steer.apps.plots import open_image, plain_text, read_grid
 from steer.apps.sampling import open_report
 from steer.errors import InputError
 from steer.files import CHECKSUMS
@@ -88,16 +88,16 @@ def test_pictures_that_a_power_cut_took_the_end_of_are_made_again(tmp_path: Path
 def test_a_picture_that_is_spoilt_is_named_where_it_is_drawn(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20), "red").save(tmp_path / "0.png")
     whole = (tmp_path / "0.png").read_bytes()
-    assert opened(tmp_path / "0.png").size == (20, 20)
+    assert open_image(tmp_path / "0.png").size == (20, 20)
     for content in (b"", whole[:45], b"GIF89a"):
         (tmp_path / "0.png").write_bytes(content)
-        with pytest.raises(InputError, match=r"0\.png is damaged .*; delete it, the same command makes it again"):
-            opened(tmp_path / "0.png")
+        with pytest.raises(InputError, match=r"0\.png is damaged .*; delete it and run the command again"):
+            open_image(tmp_path / "0.png")
         assert read_grid(tmp_path / "0.png") is None
 
 
 def test_a_prompt_is_one_line_of_a_picture() -> None:
-    assert shown("a\n\tstar\x1b[31m\u2028$x$") == r"a star [31m \$x\$"
+    assert plain_text("a\n\tstar\x1b[31m\u2028$x$") == r"a star [31m \$x\$"
 
 
 def test_what_the_machine_refuses_is_one_line(steer: Steer, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_what_the_machine_refuses_is_one_line(steer: Steer, tmp_path: Path) -> N
     code, _, err = steer(
         "rewards", "calibrate", "brightness", "--images", tmp_path, "--prompt", "x", "--out", "/proc/c.json"
     )
-    assert code == 2 and err == "steer: /proc/c.json.new: No such file or directory; what was finished is kept\n"
+    assert code == 2 and err == "steer: /proc/c.json.new: No such file or directory; finished work is kept\n"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_what_the_machine_refuses_is_one_line(steer: Steer, tmp_path: Path) -> N
         (OSError(28, "No space left on device", "/x"), "/x: No space left on device; make room there, or choose"),
         (OSError(24, "Too many open files"), "Too many open files; let more files be open: ulimit -n 4096"),
         (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied; choose a folder that can be written"),
-        (OSError("odd"), "odd; what was finished is kept"),
+        (OSError("odd"), "odd; finished work is kept"),
     ],
 )
 def test_each_refusal_has_its_remedy(

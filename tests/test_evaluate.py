@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from steer.apps.cli.evaluate import SHARED
-from steer.apps.evaluation.report import figures, span
+from steer.apps.evaluation.report import figures, format_interval
 from steer.apps.evaluation.run import Contender, evaluate, trajectory_kl
 from steer.apps.evaluation.spec import DEFAULTS, ContenderResults, EvaluationSpec, ResultStore
 from steer.apps.models import find_adapter, load_pipeline
@@ -119,8 +119,8 @@ def test_everything_is_in_the_folder(done: tuple[Path, dict[str, Any]]) -> None:
     assert len(list(out.glob("images/*/*.png"))) == 9
     words = (out / "evaluation.md").read_text()
     for one in report["contenders"]:
-        assert f"| `{one['name']}` |" in words and span(one["rewards"]["jpeg"]["picked"]) in words
-    assert "counting (2) | colors (1)" in words and "KL is that of 2 trajectories with η = 1." in words
+        assert f"| `{one['name']}` |" in words and format_interval(one["rewards"]["jpeg"]["picked"]) in words
+    assert "counting (2) | colors (1)" in words and "KL is the mean of 2 trajectories with η = 1." in words
     assert report["options"]["steps"] == 4 and report["options"]["lam"] is None and report["seeds"] == 2
     assert report["contenders"][0]["made"][0]["torch"] == torch.__version__
 
@@ -218,10 +218,14 @@ def test_an_image_depends_on_its_own_seed_alone(tiny: Path, tmp_path: Path) -> N
 
 
 def test_numbers_are_told_with_three_digits_of_the_largest() -> None:
-    assert span([0.04166, -5e-9, 0.125]) == "0.042 [0.000, 0.125]"
-    assert span([-2.044, -2.23, -1.858]) == "−2.04 [−2.23, −1.86]"
-    assert span([149.3, 123.1, 178.9]) == "149 [123, 179]" and span([0, 0, 0]) == "0.00 [0.00, 0.00]"
-    assert span([1, 1, 1]) == "1.00 [1.00, 1.00]" and not math.isnan(float(span([1e-9, 0, 0]).split()[0]))
+    assert format_interval([0.04166, -5e-9, 0.125]) == "0.042 [0.000, 0.125]"
+    assert format_interval([-2.044, -2.23, -1.858]) == "−2.04 [−2.23, −1.86]"
+    assert (
+        format_interval([149.3, 123.1, 178.9]) == "149 [123, 179]" and format_interval([0, 0, 0]) == "0.00 [0.00, 0.00]"
+    )
+    assert format_interval([1, 1, 1]) == "1.00 [1.00, 1.00]" and not math.isnan(
+        float(format_interval([1e-9, 0, 0]).split()[0])
+    )
 
 
 def test_every_setting_of_a_sample_can_be_given() -> None:

@@ -87,7 +87,7 @@ def test_what_was_interrupted_goes_on_and_makes_nothing_twice(
     for stop in (1, 5):
         (tmp_path / "stop").write_text(str(stop))
         code, _, err = steer(*both, "--out", tmp_path / "twice")
-        assert code == 130 and "interrupted; what was finished is kept, the same command goes on" in err
+        assert code == 130 and "interrupted; finished work is kept: run the command again to resume" in err
     (tmp_path / "stop").unlink()
     code, out, _ = steer(*both, "--out", tmp_path / "twice")
     assert code == 0 and calls(tmp_path) == once

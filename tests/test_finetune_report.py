@@ -139,10 +139,10 @@ def test_large_pictures_are_scaled_down_and_of_videos_the_middle_is_shown(tmp_pa
 
 
 def test_captions_fit_and_dollars_are_no_mathematics() -> None:
-    assert grids.caption("short") == ["short"]
-    lines = grids.caption("word " * 40)
+    assert grids.wrap_caption("short") == ["short"]
+    lines = grids.wrap_caption("word " * 40)
     assert len(lines) == 2 and max(map(len, lines)) <= 30 and lines[1].endswith("…")
-    assert grids.numbers([-0.5, 1.23456]) == "−0.5 · 1.23"
+    assert grids.format_rewards([-0.5, 1.23456]) == "−0.5 · 1.23"
 
 
 def test_before_and_after_hold_the_first_and_the_last_grid(described: tuple[Path, TrainingResult]) -> None:

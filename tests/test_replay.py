@@ -112,7 +112,7 @@ def test_a_picture_that_was_painted_over_is_told_from_one_that_comes_out_otherwi
     pixels.putpixel((3, 4), (1, 2, 3))
     write_png(pixels, tmp_path / "painted.png", recipe)
     code, out, _ = steer("sample", "--replay", tmp_path / "painted.png", "--out", tmp_path)
-    assert code == 1 and ", 1 of 4096 differ by up to " in out and "the file was changed since" in out
+    assert code == 1 and ", 1 of 4096 differ by up to " in out and "so the file was edited" in out
     write_png(pixels.resize((8, 8)), tmp_path / "painted.png", recipe)
     _, out, _ = steer("sample", "--replay", tmp_path / "painted.png", "--out", tmp_path)
     assert "RGB 64x64 in place of RGB 8x8" in out
@@ -145,7 +145,7 @@ def test_no_code_that_an_image_names_runs_without_the_word_of_the_user(
     source, path = changed({"reward": spec}), list(sys.path)
     code, out, err = steer("sample", "--replay", source, "--out", canary.parent / "again")
     assert code == 2 and not out and len(err.splitlines()) == 1 and err.startswith(f"steer: {source}: its reward ")
-    assert spec in err and "say --reward SPEC with --replay" in err
+    assert spec in err and "add --reward SPEC" in err
     assert not canary.exists() and "evil_rewards" not in sys.modules and sys.path == path
     assert not (canary.parent / "again").exists()
 

@@ -62,7 +62,7 @@ def test_an_image_comes_out_again_with_the_weights_that_the_user_names(
     assert steer("sample", *WORDS, "--method", "fk", "--lora", weights, "--out", tmp_path)[0] == 0
     source, base = (tmp_path / "000-a-red-star" / name for name in ("00.png", "base-01.png"))
     code, _, told = steer("sample", "--replay", source, "--out", tmp_path / "again")
-    assert code == 2 and f"made with the finetuned weights {str(weights)!r}: say --lora PATH too" in told
+    assert code == 2 and f"made with the finetuned weights {str(weights)!r}: add --lora PATH" in told
     code, told, _ = steer("sample", "--replay", source, "--lora", weights, "--out", tmp_path / "again")
     assert code == 0 and "the same pixels" in told
     assert read_png(tmp_path / "again" / "00-replay.png")[0].settings.lora == str(weights)

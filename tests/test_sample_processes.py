@@ -216,7 +216,7 @@ def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
     wrong = [{"cost": None}, {"cost": {"seconds": "1"}}, {"images": 3}, {"base": []}, {"base": {"images": "a"}}]
     for change in wrong:  # found by fuzzing: an older steer's, or an editor's
         part.write_text(dumps_with_checksum(before | {"prompts": [entry | change]}))
-        with pytest.raises(InputError, match="prompt 4 in its report is none of steer; choose another --out"):
+        with pytest.raises(InputError, match="prompt 4 of its report is not as steer writes it; choose another --out"):
             open_report(tmp_path, PROMPTS, settings)
     for name in ("x" * 400 + ".png", "a\0b", "\ud800", ".", ""):
         part.write_text(dumps_with_checksum(before | {"prompts": [entry | {"images": [name]}]}))
