@@ -113,7 +113,10 @@ EXTRA = {
     "LoHa": ({f"{kohya(QUERY)}.hada_w1_a": torch.ones(8, 2)}, "hada_w1_a .LoHa"),
     "LoKr": ({f"{kohya(QUERY)}.lokr_w1": torch.ones(2, 2)}, "lokr_w1 .LoKr"),
     "a full difference": ({f"{kohya(CONV)}.diff": torch.ones(8, 8, 3, 3)}, "diff .whole tensors"),
-    "textual inversion": ({"bundle_emb.a.string_to_param": torch.ones(1)}, "string_to_param .whole tensors or keys"),
+    "textual inversion": (
+        {"bundle_emb.a.string_to_param": torch.ones(1)},
+        "string_to_param .full tensors or unknown keys",
+    ),
     "a layer that is not there": (
         {"unet.nowhere.to_q.lora_A.weight": torch.ones(2, 8), "unet.nowhere.to_q.lora_B.weight": torch.ones(8, 2)},
         "2 of its 4 tensors have a place .*not unet.nowhere",

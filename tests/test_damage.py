@@ -74,7 +74,7 @@ def test_pictures_that_a_power_cut_took_the_end_of_are_made_again(tmp_path: Path
     Image.new("RGB", (20, 20), "red").save(tmp_path / "0.png")
     (tmp_path / "noise.safetensors").write_bytes(b"x")
     entry = {"prompt": "a star", "images": ["0.png"], "noise": "noise.safetensors", "cost": {"seconds": 0.5}}
-    record.keep(0, entry, alone=True)
+    record.keep(0, entry, single_process=True)
     assert record.missing(1, False) == []
     whole = (tmp_path / "0.png").read_bytes()
     for cut in (b"", whole[:10], whole[:-1], whole[:-12] + bytes(12)):
@@ -113,7 +113,7 @@ def test_what_the_machine_refuses_is_one_line(steer: Steer, tmp_path: Path) -> N
     ("error", "said"),
     [
         (OSError(28, "No space left on device", "/x"), "/x: No space left on device; make room there, or choose"),
-        (OSError(24, "Too many open files"), "Too many open files; let more files be open: ulimit -n 4096"),
+        (OSError(24, "Too many open files"), "Too many open files; allow more open files: ulimit -n 4096"),
         (PermissionError(13, "Permission denied", "/x"), "/x: Permission denied; choose a folder that can be written"),
         (OSError("odd"), "odd; finished work is kept"),
     ],

@@ -235,15 +235,15 @@ def test_every_setting_of_a_sample_can_be_given() -> None:
 @pytest.mark.parametrize(
     ("contenders", "given", "message"),
     [
-        ([], {}, "nobody to compare"),
-        ([Contender(), Contender()], {}, "contender 'scenes' is there twice"),
+        ([], {}, "there are no contenders"),
+        ([Contender(), Contender()], {}, "contender 'scenes' is repeated"),
         ([Contender(options={"partcles": 2})], {}, "partcles=2': unknown option 'partcles': did you mean particles"),
         ([Contender(options={"seed": 2})], {}, "seeds are the same for all"),
         ([Contender()], {"rewards": []}, "no reward"),
         ([Contender()], {"prompts": []}, "no prompts"),
         ([Contender()], {"tags": ["x"]}, "one tag a prompt: got 1 for 3 prompts"),
         ([Contender()], {"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ([Contender()], {"rewards": ["jpeg", "jpeg"]}, "reward 'jpeg' is there twice"),
+        ([Contender()], {"rewards": ["jpeg", "jpeg"]}, "reward 'jpeg' is repeated"),
         ([Contender()], {"kl_prompts": -1}, "--kl-prompts"),
         ([Contender(method="reno")], {"rewards": ["jpeg"]}, "'jpeg' is not differentiable"),
     ],

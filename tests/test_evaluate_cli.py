@@ -122,17 +122,17 @@ def test_weights_are_contenders_and_may_not_change(
     shutil.rmtree(worn)
     lora(of(tiny), worn, 0.7)
     code, _, err = steer(*command)
-    assert code == 2 and "its weights have changed; choose another --out" in err
+    assert code == 2 and "its weights differ; choose another --out" in err
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         (["--model", "scnes"], "unknown model 'scnes': use scenes"),
-        (["--model", "scenes", "--lora", "x"], "--lora belongs to one model, and there are 2"),
+        (["--model", "scenes", "--lora", "x"], "--lora belongs to one model, got 2 models"),
         (["--method", "fkk"], "unknown method 'fkk': did you mean fk"),
         (["--reward", "scen"], "unknown reward 'scen': did you mean scene"),
-        (["--reward", "jpeg"], "reward 'jpeg' is there twice"),
+        (["--reward", "jpeg"], "reward 'jpeg' is repeated"),
         (["--prompts", "scenes-heldou"], "unknown prompts 'scenes-heldou': use scenes-heldout"),
         (["--prompts", "no.txt"], "no.txt: cannot read the prompt file"),
         (["--tag-column", "task"], 'text under "task"'),
@@ -187,7 +187,7 @@ def test_a_folder_of_another_evaluation_is_left_alone(steer: Steer, words: list[
     stored = next((tmp_path / "out" / "runs").glob("*.0.json"))
     stored.write_text(stored.read_text()[:-9])
     code, _, err = steer(*command)
-    assert code == 2 and f"{stored} is no evaluation of steer" in err and "Traceback" not in err
+    assert code == 2 and f"{stored} is not an evaluation of steer" in err and "Traceback" not in err
 
 
 @torch.no_grad()
@@ -236,18 +236,18 @@ def test_adapters_that_would_run_code_or_are_of_other_kinds_are_refused(tiny: Pa
     pipe = of(tiny)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    assert "of type 'IA3'; only LORA is read" in refused(tmp_path, pipe)
+    assert "of type 'IA3'; only LORA is supported" in refused(tmp_path, pipe)
     file = tmp_path / "mine.safetensors"
     for name in ("megatron_config", "unet.megatron_config", "text_encoder.megatron_config"):
         told = json.dumps({"unet.r": 2, name: {"x": 1}, "unet.megatron_core": "os"})
         told = told.replace("mega", "\\u006dega")  # JSON's other spelling
         save_file({"x": torch.zeros(1)}, file, metadata={"lora_adapter_metadata": told})
-        assert "names a module to be imported, which is never done" in refused(file, pipe)
+        assert "names a module to import, which is never done" in refused(file, pipe)
     file.write_text("no tensors")
     assert "does not fit StableDiffusionPipeline" in refused(file, pipe)
     lora(of(tiny), tmp_path / "lora", 0.5)
     assert not hasattr(PixArtSigmaPipeline, "load_lora_weights")
-    assert "PixArtSigmaPipeline reads no LoRA files" in refused(tmp_path / "lora", cached_pipe("pixart"))
+    assert "PixArtSigmaPipeline does not load LoRA files" in refused(tmp_path / "lora", cached_pipe("pixart"))
 
 
 def test_tags_are_read_beside_the_prompts(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def test_quotes_commas_and_lines_inside_a_cell_are_the_prompts_own(tmp_path: Pat
     ("name", "text", "message"),
     [
         ("p.csv", "prompt\na star, a circle\n", "line 2: 2 values for 1 columns: put a prompt with the separator"),
-        ("p.csv", 'prompt\n"a star\n', "not a table that can be read"),
+        ("p.csv", 'prompt\n"a star\n', "not a readable table"),
         ("p.csv", "a,b\n1,2\n", 'line 1: expected a column named "prompt" (--prompt-column names another); choose'),
         ("p.csv", "text,caption\n1,2\n", "text, caption could each be the prompts: choose one with --prompt-column"),
         ("p.jsonl", '{"text": "a", "caption": "b"}\n', "line 1: text, caption could each be the prompts"),
@@ -98,7 +98,7 @@ def test_columns_without_a_use_are_named_once(tmp_path: Path, caplog: pytest.Log
     with caplog.at_level(logging.WARNING):
         assert load_tagged_prompts(str(tmp_path / "p.csv"))[1] == ["t", "t"]
     assert [record.getMessage() for record in caplog.records] == [
-        f"steer: {tmp_path / 'p.csv'}: columns without a use here: negative_prompt"
+        f"steer: {tmp_path / 'p.csv'}: unused columns: negative_prompt"
     ]
 
 
@@ -175,7 +175,7 @@ def test_rows_are_sampled_with_their_own_arguments_and_equal_ones_differ(
     code, _, err = steer(*command)
     assert code == 0, err
     said = [record.getMessage() for record in caplog.records if "without a use" in record.getMessage()]
-    assert said == ["steer: prompts: columns without a use here: Category"]
+    assert said == ["steer: prompts: unused columns: Category"]
     entries = loads_with_checksum((tmp_path / "o/report.json").read_text())["prompts"]
     first = [Image.open(tmp_path / "o" / sorted(entry["images"])[0]) for entry in entries]
     recipes = [read_metadata(tmp_path / "o" / sorted(entry["images"])[0]) for entry in entries]
