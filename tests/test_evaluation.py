@@ -1,20 +1,23 @@
-"""`steer evaluate` against plain diffusers calls and hand computations, and what it leaves on disk."""
+"""`steer.apps.evaluation`: results against plain diffusers calls and hand computations, resuming, refusals."""
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import cached_pipe
+from conftest import Steer, cached_pipe, replaced
 from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
-from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from rollouts import random_lora
+from safetensors.torch import save_file
 from torch import Generator, Tensor
 
 from steer.apps.cli.evaluate import SHARED
+from steer.apps.evaluation import report as evaluation_report
 from steer.apps.evaluation.report import figures, format_interval
 from steer.apps.evaluation.run import Contender, evaluate, trajectory_kl
 from steer.apps.evaluation.spec import DEFAULTS, ContenderResults, EvaluationSpec, ResultStore
@@ -30,19 +33,6 @@ TAGS = ["counting", "colors", "counting"]
 OPTIONS = {"steps": 4, "guidance": 3.0, "seed": 5}
 
 
-def lora(pipe: Any, folder: Path, spread: float) -> Path:
-    """Gives a pipeline a LoRA of diffusers' own whose factors B are random, of this deviation, and saves it."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"]), "mine")
-        for name, parameter in pipe.unet.named_parameters():
-            if ".lora_B." in name:
-                torch.nn.init.normal_(parameter, std=spread)
-    state, told = get_peft_model_state_dict(pipe.unet, adapter_name="mine"), pipe.unet.peft_config["mine"].to_dict()
-    pipe.save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=told)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
@@ -54,7 +44,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """An evaluation of the embedded model: bare, with a LoRA that does nothing, and steered."""
     folder = tmp_path_factory.mktemp("evaluation")
-    zero = str(lora(load_pipeline("scenes"), folder / "zero", 0.0))
+    zero = str(random_lora(load_pipeline("scenes"), folder / "zero", 0.0))
     steered = Contender("scenes", None, "fk", {"particles": 2, "lam": 20.0})
     contenders = [Contender("scenes"), Contender("scenes", zero), steered]
     rewards = ["brightness", "scene", "jpeg"]
@@ -153,7 +143,7 @@ def test_kl_against_a_hand_computation(tmp_path: Path, kind: str) -> None:
     pipe.set_progress_bar_config(disable=True)
     other = load_pipeline("scenes")
     if kind == "lora":
-        folder = lora(other, tmp_path / "lora", 0.02)
+        folder = random_lora(other, tmp_path / "lora", 0.02)
     else:
         other.unet.conv_out.weight.data *= 1.01
         other.unet.save_pretrained(tmp_path / "unet")
@@ -190,7 +180,7 @@ def test_without_a_gaussian_kernel_there_is_no_kl_and_the_report_says_why(tiny: 
     pipe = StableDiffusionPipeline.from_pretrained(tiny)
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path / "heun")
-    worn = str(lora(pipe, tmp_path / "lora", 0.1))
+    worn = str(random_lora(pipe, tmp_path / "lora", 0.1))
     contenders = [Contender(str(tmp_path / "heun"), worn)]
     report = evaluate(contenders, ["a"], ["brightness"], 1, tmp_path / "out", {"steps": 3})
     assert "HeunDiscreteScheduler has no Gaussian kernel" in report["contenders"][0]["kl"]["skipped"]
@@ -255,3 +245,170 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(
     with pytest.raises(InputError, match=message.replace("(", r"\(")):
         evaluate(contenders, **(usual | given))
     assert not (tmp_path / "out").exists()
+
+
+# The command line.
+
+
+REWARD = """
+from pathlib import Path
+
+LOG, STOP = (Path(__file__).with_name(name) for name in ("log", "stop"))
+
+def brightness(images, prompts):
+    before = LOG.read_text().splitlines() if LOG.exists() else []
+    if STOP.exists() and len(before) == int(STOP.read_text()):
+        raise KeyboardInterrupt
+    LOG.write_text("".join(f"{line}\\n" for line in [*before, " ".join(prompts)]))
+    return images.mean((1, 2, 3))
+"""
+PICTURES = ("draw_rewards", "draw_tasks", "draw_costs", "draw_images")
+
+
+@pytest.fixture
+def words(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A command, without its methods and its folder, and without pictures, which take longer than all else."""
+    for name in PICTURES:
+        monkeypatch.setattr(evaluation_report, name, lambda *given: None)
+    (tmp_path / "counted.py").write_text(REWARD)
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(json.dumps({"tag": "ab"[n % 2], "prompt": f"p{n}"}) + "\n" for n in range(5))
+    )
+    model = Path(shutil.copytree(tiny, tmp_path / "model"))
+    options = ["--steps", 2, "--particles", 2, "--seeds", 2, "--batch", 4, "--kl-prompts", 2, "--iterations", 2]
+    rewards = ["--reward", "counted:brightness", "--reward", "jpeg"]
+    return ["evaluate", "--model", model, "--prompts", tmp_path / "prompts.jsonl", *rewards, *options]
+
+
+def of(model: Path) -> Any:
+    pipe = StableDiffusionPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def timeless(out: Path) -> Any:
+    report = json.loads((out / "evaluation.json").read_text())
+    for one in report["contenders"]:
+        for cost in (one["cost"], *(run["cost"] for run in one["runs"])):
+            assert cost.pop("seconds") > 0
+    return report
+
+
+def calls(folder: Path) -> list[str]:
+    """What the counting reward was asked, call by call."""
+    return (folder / "log").read_text().splitlines()
+
+
+def test_what_was_interrupted_goes_on_and_makes_nothing_twice(
+    steer: Steer, words: list[object], tmp_path: Path
+) -> None:
+    both = [*words, "--method", "base", "--method", "best-of-n"]
+    assert steer(*both, "--out", tmp_path / "once")[0] == 0
+    once = calls(tmp_path)
+    # Two prompts × two seeds at a time, then one prompt × two seeds × two particles.
+    assert once == ["p0 p0 p1 p1", "p2 p2 p3 p3", "p4 p4", *(" ".join([f"p{n}"] * 4) for n in range(5))]
+    (tmp_path / "log").unlink()
+    for stop in (1, 5):
+        (tmp_path / "stop").write_text(str(stop))
+        code, _, err = steer(*both, "--out", tmp_path / "twice")
+        assert code == 130 and "interrupted; finished work is kept: run the command again to resume" in err
+    (tmp_path / "stop").unlink()
+    code, out, _ = steer(*both, "--out", tmp_path / "twice")
+    assert code == 0 and calls(tmp_path) == once
+    assert timeless(tmp_path / "twice") == timeless(tmp_path / "once")
+    assert out.splitlines()[-1] == f"→ {tmp_path / 'twice' / 'evaluation.md'}" and "best-of-n" in out
+    model = tmp_path / "model"
+    model.rename(tmp_path / "gone")  # all is there: not even the model is needed
+    assert steer(*both, "--out", tmp_path / "twice")[0] == 0
+    model.symlink_to(tmp_path / "gone")
+    (tmp_path / "log").unlink()
+    assert steer(*words, "--method", "base", "--method", "noise-search", "--out", tmp_path / "twice")[0] == 0
+    assert set(calls(tmp_path)) == {f"p{n} p{n}" for n in range(5)}  # the new contender's alone, one run a call
+    report = timeless(tmp_path / "twice")
+    assert [one["method"] for one in report["contenders"]] == ["base", "noise-search"]
+    assert report["contenders"][0] == timeless(tmp_path / "once")["contenders"][0]
+    assert not list((tmp_path / "twice").rglob("*.safetensors"))
+
+
+def test_weights_are_contenders_and_may_not_change(
+    steer: Steer, words: list[object], tiny: Path, tmp_path: Path
+) -> None:
+    worn = random_lora(of(tiny), tmp_path / "lora", 0.5)
+    command = [*words, "--num-prompts", 2, "--lora", worn, "--out", tmp_path / "out"]
+    assert steer(*command)[0] == 0
+    report = timeless(tmp_path / "out")
+    assert [one["prompt"] for one in report["prompts"]] == ["p0", "p2"] and report["prompts"][1]["tag"] == "a"
+    bare, other = report["contenders"]
+    assert other["name"] == f"{bare['name']} + {worn}" and len(other["kl"]["by_prompt"]) == 2
+    assert other["kl"]["nats"][0] > 0 and other["runs"] != bare["runs"]
+    assert steer(*replaced(command, "--kl-prompts", 1))[0] == 0
+    assert len(timeless(tmp_path / "out")["contenders"][1]["kl"]["by_prompt"]) == 1
+    shutil.rmtree(worn)
+    random_lora(of(tiny), worn, 0.7)
+    code, _, err = steer(*command)
+    assert code == 2 and "its weights differ; choose another --out" in err
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "scnes"], "unknown model 'scnes': use scenes"),
+        (["--model", "scenes", "--lora", "x"], "--lora belongs to one model, got 2 models"),
+        (["--method", "fkk"], "unknown method 'fkk': did you mean fk"),
+        (["--reward", "scen"], "unknown reward 'scen': did you mean scene"),
+        (["--reward", "jpeg"], "reward 'jpeg' is repeated"),
+        (["--prompts", "scenes-heldou"], "unknown prompts 'scenes-heldou': use scenes-heldout"),
+        (["--prompts", "no.txt"], "no.txt: cannot read the prompt file"),
+        (["--tag-column", "task"], 'text under "task"'),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--batch", "0"], "--batch at least 1"),
+        (["--particles", "0"], "--particles must be at least 1"),
+        (["--lora", "nothing"], "nothing: no such folder"),
+        (["--lora", "{tmp}"], "{tmp}: no finetuned weights here; expected pytorch_lora_weights.safetensors"),
+        (["--lora", "{tmp}/run"], "did you mean {tmp}/run/best or {tmp}/run/final?"),
+        (["--lora", "{tmp}/wide"], "{tmp}/wide does not fit StableDiffusionPipeline"),
+        (["--lora", "{tmp}/other"], "{tmp}/other: 2 of its 4 tensors have a place"),
+        (["--lora", "{tmp}/model/vae"], "its tensors are not those of the model's UNet2DConditionModel"),
+        (["--out", "{tmp}/prompts.jsonl"], "--out {tmp}/prompts.jsonl: cannot write there"),
+        (["--device", "warp"], "--device 'warp' cannot be used"),
+        (["--steps", "2000"], "prompt 'p0': "),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_exit_code_2(
+    steer: Steer, words: list[object], tmp_path: Path, given: list[str], message: str
+) -> None:
+    for name in ("run/best", "run/final", "wide", "other"):
+        (tmp_path / name).mkdir(parents=True)
+    place = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    for name, keys, width in (("wide", [place], 99), ("other", [place, "unet.elsewhere.to_q"], 8)):
+        shapes = {"lora_A": (2, width), "lora_B": (width, 2)}
+        factors = {f"{key}.{factor}.weight": torch.zeros(shape) for key in keys for factor, shape in shapes.items()}
+        save_file(factors, tmp_path / name / "pytorch_lora_weights.safetensors")
+    said = [word.format(tmp=tmp_path) for word in given]
+    code, _, err = steer(*replaced([*words, "--out", tmp_path / "out"], *said))
+    last = err.strip().splitlines()[-1]
+    assert code == 2 and last.startswith("steer: ") and message.format(tmp=tmp_path) in last
+    assert "Traceback" not in err and not (tmp_path / "log").exists()
+
+
+def test_needs_prompts_and_rewards(steer: Steer) -> None:
+    assert "Missing option '--prompts'" in steer("evaluate", "--reward", "jpeg")[2]
+    assert "Missing option '--reward'" in steer("evaluate", "--prompts", "scenes-tuning")[2]
+
+
+def test_a_folder_of_another_evaluation_is_left_alone(steer: Steer, words: list[object], tmp_path: Path) -> None:
+    command = replaced(words, "--num-prompts", 1, "--seeds", 1, "--out", tmp_path / "out")
+    assert steer(*command)[0] == 0
+    for given, message in (
+        (["--num-prompts", 2], "holds an evaluation of other prompts"),
+        (["--reward", "brightness"], "with rewards ['counted:brightness', 'jpeg'], not "),
+        (["--seeds", 4], "with seeds 1, not 4"),
+        (["--steps", 3], "with steps 2, not 3"),
+        (["--seed", 1], "with seed 0, not 1"),
+    ):
+        code, _, err = steer(*replaced(command, *given))
+        assert code == 2 and message in err and err.rstrip().endswith("choose another --out")
+    stored = next((tmp_path / "out" / "runs").glob("*.0.json"))
+    stored.write_text(stored.read_text()[:-9])
+    code, _, err = steer(*command)
+    assert code == 2 and f"{stored} is not an evaluation of steer" in err and "Traceback" not in err
