@@ -60,7 +60,7 @@ def test_the_controls_have_the_same_report(steer: Steer, tmp_path: Path, method:
     assert entry["ancestors"] == [] and (method == "base" or entry["rewards"] == sorted(plain, reverse=True))
 
 
-def test_a_reward_that_raises_leaves_finished_prompts_and_the_same_command_goes_on(
+def test_a_reward_that_raises_leaves_finished_prompts_and_the_same_command_resumes(
     steer: Steer, tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -89,7 +89,7 @@ def test_a_folder_of_other_settings_or_prompts_is_left_alone(steer: Steer, tmp_p
     assert code == 2 and "not a report of steer" in err
 
 
-def test_only_a_prompt_whose_images_are_missing_is_made_again(steer: Steer, tmp_path: Path) -> None:
+def test_only_a_prompt_whose_images_are_missing_is_sampled_again(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a circle", "a star", "a cross", *FAST, "--out", tmp_path]
     assert steer(*words)[0] == 0
     before = digest(tmp_path)
@@ -237,9 +237,9 @@ OPTIONS = [
 
 
 def test_every_command_is_of_the_class_that_keeps_the_rule() -> None:
-    found = dict(all_commands())
-    assert {("sample",), ("score",), ("evaluate",), ("finetune",), ("rewards", "train")} <= found.keys()
-    assert all(isinstance(command, Command | Group) for command in found.values())
+    listed = dict(all_commands())
+    assert {("sample",), ("score",), ("evaluate",), ("finetune",), ("rewards", "train")} <= listed.keys()
+    assert all(isinstance(command, Command | Group) for command in listed.values())
     assert len(OPTIONS) > 100
 
 

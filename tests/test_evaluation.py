@@ -53,13 +53,13 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 def test_the_plain_contender_is_the_plain_pipeline(done: tuple[Path, dict[str, Any]]) -> None:
     """Every run again by diffusers alone, with the seeds that the report tells."""
-    pipe, told = load_pipeline("scenes"), done[1]["contenders"][0]
+    pipe, stats = load_pipeline("scenes"), done[1]["contenders"][0]
     pipe.set_progress_bar_config(disable=True)
     rewards = {name: load_reward(name) for name in done[1]["rewards"]}
     images: dict[int, list[Tensor]] = {}
-    assert [run["prompt"] for run in told["runs"]] == [0, 0, 1, 1, 2, 2]
-    assert len({run["seed"] for run in told["runs"]}) == 6
-    for run in told["runs"]:
+    assert [run["prompt"] for run in stats["runs"]] == [0, 0, 1, 1, 2, 2]
+    assert len({run["seed"] for run in stats["runs"]}) == 6
+    for run in stats["runs"]:
         generator = Generator().manual_seed(derived_seed(run["seed"], "image 0"))
         prompt = PROMPTS[run["prompt"]]
         image = pipe(prompt, num_inference_steps=4, guidance_scale=3.0, generator=generator, output_type="pt").images
@@ -67,9 +67,9 @@ def test_the_plain_contender_is_the_plain_pipeline(done: tuple[Path, dict[str, A
             assert run["rewards"][name] == pytest.approx(reward(image, [prompt]).tolist(), abs=0.01)
         images.setdefault(run["prompt"], []).append(image[0])
     apart = [(one - other).square().mean().sqrt().item() for one, other in images.values()]
-    assert told["diversity"][0] == pytest.approx(sum(apart) / 3, rel=1e-3)
+    assert stats["diversity"][0] == pytest.approx(sum(apart) / 3, rel=1e-3)
     spent = {"nfe": 4, "decodes": 1, "reward_calls": 1, "seconds": 0, "gradients": 0, "other_decodes": 0}
-    assert told["cost"] | {"seconds": 0} == spent
+    assert stats["cost"] | {"seconds": 0} == spent
 
 
 def test_a_lora_of_zeros_is_the_bare_model(done: tuple[Path, dict[str, Any]]) -> None:
@@ -77,9 +77,9 @@ def test_a_lora_of_zeros_is_the_bare_model(done: tuple[Path, dict[str, Any]]) ->
     assert [run["rewards"] for run in zero["runs"]] == [run["rewards"] for run in bare["runs"]]
     assert zero["kl"] == {"nats": [0, 0, 0], "by_prompt": [0, 0], "eta": 1.0} and "kl" not in bare
     for name in done[1]["rewards"]:
-        told = zero["rewards"][name]
-        assert told["wins"] == [0.5, 0.5, 0.5] and told["difference"] == [0, 0, 0]
-        assert told["picked"] == told["all"] == bare["rewards"][name]["picked"]
+        stats = zero["rewards"][name]
+        assert stats["wins"] == [0.5, 0.5, 0.5] and stats["difference"] == [0, 0, 0]
+        assert stats["picked"] == stats["all"] == bare["rewards"][name]["picked"]
         assert "wins" not in bare["rewards"][name]
 
 
@@ -128,10 +128,10 @@ def test_figures_by_hand() -> None:
         stored.append(one)
     first, second = figures(spec, [1, 2], stored, 0)["contenders"]
     assert first["rewards"]["r"] == {"picked": [2, 2, 2], "all": [2, 2, 2]}
-    told = second["rewards"]["r"]
-    assert told["picked"] == [2, 1, 3] and told["all"] == [1.25, 0.75, 1.75]
-    assert told["difference"] == [0, -1, 1]  # by prompt (0 + 2)/2 and (−1 − 1)/2
-    assert told["wins"] == [0.375, 0, 0.75]  # (½ + 1)/2 and 0
+    stats = second["rewards"]["r"]
+    assert stats["picked"] == [2, 1, 3] and stats["all"] == [1.25, 0.75, 1.75]
+    assert stats["difference"] == [0, -1, 1]  # by prompt (0 + 2)/2 and (−1 − 1)/2
+    assert stats["wins"] == [0.375, 0, 0.75]  # (½ + 1)/2 and 0
     assert second["tasks"]["x"] == {"prompts": 1, "rewards": {"r": {"picked": [3, 3, 3], "all": [1.75, 1.75, 1.75]}}}
     assert second["diversity"] == pytest.approx([0.4, 0.2, 0.6]) and second["cost"]["nfe"] == 3.5
 
@@ -151,11 +151,11 @@ def test_kl_against_a_hand_computation(tmp_path: Path, kind: str) -> None:
     call: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 3.0}
     rows = rows_of(PROMPTS[:2], 1, 0, "kl", shared_start=False)
     with find_adapter(str(folder)).applied_to(pipe) as off:
-        found = trajectory_kl(pipe, off, rows, call, 0.5, 2)
+        kl = trajectory_kl(pipe, off, rows, call, 0.5, 2)
     stored, _ = Sampler(other, call, 0.5).rollout(rows)
     starts = [torch.randn(stored.latents.shape[2:], generator=Generator().manual_seed(seed)) for seed in rows.starts]
     places = torch.cat([torch.stack(starts)[:, None], stored.latents[:, :-1]], 1)
-    assert found.tolist() == pytest.approx(by_hand(pipe, other, places).tolist(), rel=1e-3) and found.min() > 1e-3
+    assert kl.tolist() == pytest.approx(by_hand(pipe, other, places).tolist(), rel=1e-3) and kl.min() > 1e-3
 
 
 @torch.no_grad()
@@ -176,12 +176,12 @@ def by_hand(pipe: Any, other: Any, places: Tensor) -> Tensor:
     return total
 
 
-def test_without_a_gaussian_kernel_there_is_no_kl_and_the_report_says_why(tiny: Path, tmp_path: Path) -> None:
+def test_without_a_gaussian_kernel_there_is_no_kl_and_the_report_names_why(tiny: Path, tmp_path: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(tiny)
     pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.save_pretrained(tmp_path / "heun")
-    worn = str(random_lora(pipe, tmp_path / "lora", 0.1))
-    contenders = [Contender(str(tmp_path / "heun"), worn)]
+    weights = str(random_lora(pipe, tmp_path / "lora", 0.1))
+    contenders = [Contender(str(tmp_path / "heun"), weights)]
     report = evaluate(contenders, ["a"], ["brightness"], 1, tmp_path / "out", {"steps": 3})
     assert "HeunDiscreteScheduler has no Gaussian kernel" in report["contenders"][0]["kl"]["skipped"]
     assert "no KL, because HeunDiscreteScheduler" in (tmp_path / "out/evaluation.md").read_text()
@@ -196,10 +196,10 @@ def test_an_image_depends_on_its_own_seed_alone(tiny: Path, tmp_path: Path) -> N
     for one, other in ((together[0], alone[0]), (together[3], alone[1]), (together[0], together[1])):
         for run, again in zip(one["runs"], other["runs"], strict=True):
             assert run["rewards"]["brightness"] == pytest.approx(again["rewards"]["brightness"], abs=1e-5)
-    for told in together:  # the image in the grid is the one that was picked
+    for stats in together:  # the image in the grid is the one that was picked
         for place in range(3):
-            path = ResultStore(tmp_path / "together").image(told["name"], place)
-            picked = told["runs"][2 * place]["rewards"]["brightness"][0]
+            path = ResultStore(tmp_path / "together").image(stats["name"], place)
+            picked = stats["runs"][2 * place]["rewards"]["brightness"][0]
             luma = np.asarray(Image.open(path)).mean((0, 1)) @ [0.299, 0.587, 0.114] / 255
             assert luma == pytest.approx(picked, abs=2e-3)
     for two, four in zip(together[2]["runs"], together[3]["runs"], strict=True):
@@ -207,7 +207,7 @@ def test_an_image_depends_on_its_own_seed_alone(tiny: Path, tmp_path: Path) -> N
             assert min(abs(value - other) for other in four["rewards"]["brightness"]) < 1e-5
 
 
-def test_numbers_are_told_with_three_digits_of_the_largest() -> None:
+def test_numbers_are_reported_with_three_digits_of_the_largest() -> None:
     assert format_interval([0.04166, -5e-9, 0.125]) == "0.042 [0.000, 0.125]"
     assert format_interval([-2.044, -2.23, -1.858]) == "−2.04 [−2.23, −1.86]"
     assert (
@@ -238,7 +238,7 @@ def test_every_setting_of_a_sample_can_be_given() -> None:
         ([Contender(method="reno")], {"rewards": ["jpeg"]}, "'jpeg' is not differentiable"),
     ],
 )
-def test_what_cannot_be_is_said_before_a_model_is_loaded(
+def test_what_cannot_be_is_printed_before_a_model_is_loaded(
     contenders: list[Contender], given: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     usual: dict[str, Any] = {"prompts": PROMPTS, "rewards": ["brightness"], "seeds": 1, "out": tmp_path / "out"}
@@ -299,7 +299,7 @@ def calls(folder: Path) -> list[str]:
     return (folder / "log").read_text().splitlines()
 
 
-def test_what_was_interrupted_goes_on_and_makes_nothing_twice(
+def test_what_was_interrupted_resumes_and_makes_nothing_twice(
     steer: Steer, words: list[object], tmp_path: Path
 ) -> None:
     both = [*words, "--method", "base", "--method", "best-of-n"]
@@ -333,18 +333,18 @@ def test_what_was_interrupted_goes_on_and_makes_nothing_twice(
 def test_weights_are_contenders_and_may_not_change(
     steer: Steer, words: list[object], tiny: Path, tmp_path: Path
 ) -> None:
-    worn = random_lora(of(tiny), tmp_path / "lora", 0.5)
-    command = [*words, "--num-prompts", 2, "--lora", worn, "--out", tmp_path / "out"]
+    weights = random_lora(of(tiny), tmp_path / "lora", 0.5)
+    command = [*words, "--num-prompts", 2, "--lora", weights, "--out", tmp_path / "out"]
     assert steer(*command)[0] == 0
     report = timeless(tmp_path / "out")
     assert [one["prompt"] for one in report["prompts"]] == ["p0", "p2"] and report["prompts"][1]["tag"] == "a"
     bare, other = report["contenders"]
-    assert other["name"] == f"{bare['name']} + {worn}" and len(other["kl"]["by_prompt"]) == 2
+    assert other["name"] == f"{bare['name']} + {weights}" and len(other["kl"]["by_prompt"]) == 2
     assert other["kl"]["nats"][0] > 0 and other["runs"] != bare["runs"]
     assert steer(*replaced(command, "--kl-prompts", 1))[0] == 0
     assert len(timeless(tmp_path / "out")["contenders"][1]["kl"]["by_prompt"]) == 1
-    shutil.rmtree(worn)
-    random_lora(of(tiny), worn, 0.7)
+    shutil.rmtree(weights)
+    random_lora(of(tiny), weights, 0.7)
     code, _, err = steer(*command)
     assert code == 2 and "its weights differ; choose another --out" in err
 
@@ -384,8 +384,8 @@ def test_what_cannot_be_is_one_line_and_exit_code_2(
         shapes = {"lora_A": (2, width), "lora_B": (width, 2)}
         factors = {f"{key}.{factor}.weight": torch.zeros(shape) for key in keys for factor, shape in shapes.items()}
         save_file(factors, tmp_path / name / "pytorch_lora_weights.safetensors")
-    said = [word.format(tmp=tmp_path) for word in given]
-    code, _, err = steer(*replaced([*words, "--out", tmp_path / "out"], *said))
+    options = [word.format(tmp=tmp_path) for word in given]
+    code, _, err = steer(*replaced([*words, "--out", tmp_path / "out"], *options))
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("steer: ") and message.format(tmp=tmp_path) in last
     assert "Traceback" not in err and not (tmp_path / "log").exists()

@@ -184,14 +184,14 @@ def hashes(pipe: Any) -> dict[str, str]:
     }
 
 
-def drawn(*shape: int, seed: int) -> Tensor:
+def randn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.3
 
 
 def factors(layer: Any, rank: int, seed: int) -> tuple[Tensor, Tensor]:
     """Down and up of a linear layer or of a convolution."""
     weight = layer.weight
-    return drawn(rank, *weight.shape[1:], seed=seed), drawn(
+    return randn(rank, *weight.shape[1:], seed=seed), randn(
         weight.shape[0], rank, *([1] * (weight.dim() - 2)), seed=seed + 1
     )
 
@@ -202,7 +202,7 @@ def merged(layer: Any, down: Tensor, up: Tensor, scale: float) -> None:
 
 
 def unet_output(pipe: Any) -> Tensor:
-    x, text = drawn(1, 4, 4, 4, seed=1), drawn(1, 7, 16, seed=2)
+    x, text = randn(1, 4, 4, 4, seed=1), randn(1, 7, 16, seed=2)
     with torch.no_grad():
         return pipe.unet(x, 500, text).sample
 
@@ -227,8 +227,8 @@ def plain(folder: Path, extra: dict[str, Tensor] | None = None, metadata: dict[s
 def test_a_kohya_lora_with_alphas_of_its_own_equals_the_merged_weights(tmp_path: Path) -> None:
     """Linear layers, a convolution (LoCon) and a text encoder, each with another rank and α."""
     by_hand, state = fresh_pipe("sd"), dict[str, Tensor]()
-    asked = [(QUERY, 2, 1.0), (FF, 3, 6.0), (CONV, 2, 4.0)]
-    for seed, (name, rank, alpha) in enumerate(asked):
+    layers = [(QUERY, 2, 1.0), (FF, 3, 6.0), (CONV, 2, 4.0)]
+    for seed, (name, rank, alpha) in enumerate(layers):
         layer = by_hand.unet.get_submodule(name)
         down, up = factors(layer, rank, 10 * seed)
         merged(layer, down, up, alpha / rank)
@@ -304,13 +304,13 @@ def test_what_is_not_applied_is_named_and_the_base_stays(kind: str, tmp_path: Pa
 )
 @pytest.mark.parametrize("form", ["diffusers", "peft"])
 def test_a_configuration_that_asks_for_more_is_named(form: str, key: str, value: Any, tmp_path: Path) -> None:
-    told = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [QUERY], key: value}
-    file = plain(tmp_path, metadata={"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in told.items()})})
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [QUERY], key: value}
+    file = plain(tmp_path, metadata={"lora_adapter_metadata": json.dumps({f"unet.{k}": v for k, v in config.items()})})
     if form == "peft":
         state = {f"base_model.model.{name.removeprefix('unet.')}": value for name, value in load_file(file).items()}
         file.unlink()
         save_file(state, tmp_path / "adapter_model.safetensors")
-        (tmp_path / "adapter_config.json").write_text(json.dumps(told))
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     pipe = fresh_pipe("sd")
     before = hashes(pipe)
     with pytest.raises(InputError, match=f"its configuration has {key}="), adapter_applied(pipe, str(tmp_path)):
@@ -373,7 +373,7 @@ def test_an_adapter_of_every_family_equals_the_merged_weights(family: str, tmp_p
     """As `steer finetune` exports it; merged by hand into the layers of a fresh pipeline."""
     trained = LoRA(fresh_pipe(family), 2, 3.0)
     for place, parameter in enumerate(trained.parameters.values()):
-        parameter.data = drawn(*parameter.shape, seed=place)
+        parameter.data = randn(*parameter.shape, seed=place)
     trained.write(trained.state(), tmp_path)
     by_hand, pipe = fresh_pipe(family), fresh_pipe(family)
     for name, down in trained.parameters.items():
@@ -384,7 +384,7 @@ def test_an_adapter_of_every_family_equals_the_merged_weights(family: str, tmp_p
     with adapter_applied(pipe, str(tmp_path)):
         for name, layer in get_denoiser(by_hand)[1].named_modules():
             if hasattr(tuned := get_denoiser(pipe)[1].get_submodule(name), "lora_A"):
-                x = drawn(3, layer.weight.shape[1], seed=5)
+                x = randn(3, layer.weight.shape[1], seed=5)
                 torch.testing.assert_close(tuned(x), layer(x), rtol=0, atol=1e-5)
     assert hashes(pipe) == before
 
@@ -410,7 +410,7 @@ def answer(pipe: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["lora", "file", "peft", "whole"])
-def test_weights_are_put_on_switched_off_and_taken_off(tiny: Path, tmp_path: Path, kind: str) -> None:
+def test_weights_are_applied_switched_off_and_removed(tiny: Path, tmp_path: Path, kind: str) -> None:
     other, pipe = of(tiny), of(tiny)
     plain = answer(pipe)
     folder = random_lora(other, tmp_path / "lora", 0.5)
@@ -422,20 +422,20 @@ def test_weights_are_put_on_switched_off_and_taken_off(tiny: Path, tmp_path: Pat
         other = of(tiny)
         other.unet.conv_in.weight.data *= 2
         other.unet.save_pretrained(tmp_path / "unet")
-    found = find_adapter(str(path))
-    with found.applied_to(pipe) as off:
+    finetuned = find_adapter(str(path))
+    with finetuned.applied_to(pipe) as off:
         assert torch.equal(answer(pipe), answer(other)) and not torch.allclose(answer(pipe), plain, atol=1e-3)
         with off():
             assert torch.equal(answer(pipe), plain)
         assert torch.equal(answer(pipe), answer(other))
     assert torch.equal(answer(pipe), plain) and not any("lora" in name for name, _ in pipe.unet.named_parameters())
-    with pytest.raises(ZeroDivisionError), found.applied_to(pipe):
+    with pytest.raises(ZeroDivisionError), finetuned.applied_to(pipe):
         raise ZeroDivisionError
     assert torch.equal(answer(pipe), plain)
-    before = found.digest()
-    weights = load_file(found.files[0])
-    save_file({name: value + 1 for name, value in weights.items()}, found.files[0])
-    assert found.digest() != before
+    before = finetuned.digest()
+    weights = load_file(finetuned.files[0])
+    save_file({name: value + 1 for name, value in weights.items()}, finetuned.files[0])
+    assert finetuned.digest() != before
 
 
 def refused(path: Path, pipe: Any) -> str:
@@ -451,9 +451,9 @@ def test_adapters_that_would_run_code_or_are_of_other_kinds_are_refused(tiny: Pa
     assert "of type 'IA3'; only LORA is supported" in refused(tmp_path, pipe)
     file = tmp_path / "mine.safetensors"
     for name in ("megatron_config", "unet.megatron_config", "text_encoder.megatron_config"):
-        told = json.dumps({"unet.r": 2, name: {"x": 1}, "unet.megatron_core": "os"})
-        told = told.replace("mega", "\\u006dega")  # JSON's other spelling
-        save_file({"x": torch.zeros(1)}, file, metadata={"lora_adapter_metadata": told})
+        config = json.dumps({"unet.r": 2, name: {"x": 1}, "unet.megatron_core": "os"})
+        config = config.replace("mega", "\\u006dega")  # JSON's other spelling
+        save_file({"x": torch.zeros(1)}, file, metadata={"lora_adapter_metadata": config})
         assert "names a module to import, which is never done" in refused(file, pipe)
     file.write_text("no tensors")
     assert "does not fit StableDiffusionPipeline" in refused(file, pipe)

@@ -59,9 +59,9 @@ def write(path: Path, prompts: list[str], column: str = "prompt") -> Path:
 def refused(source: str | Path, column: str | None = None) -> str:
     with pytest.raises(InputError) as raised:
         read_prompts(source, column) if isinstance(source, Path) else load_prompts(source, column)
-    told = str(raised.value)
-    assert "\n" not in told and len(told) < 500
-    return told
+    message = str(raised.value)
+    assert "\n" not in message and len(message) < 500
+    return message
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".tsv", ".parquet", ".PARQUET"])
@@ -76,9 +76,9 @@ def test_another_column_is_chosen_by_name_and_the_error_names_those_there_are(tm
     path = write(tmp_path / f"p{suffix}", TWO, "Words")
     assert read_prompts(path, "Words") == read_prompts(path, "words") == TWO
     assert read_prompts(write(tmp_path / f"q{suffix}", TWO, "Prompt")) == TWO  # as PartiPrompts has it
-    told, of_another = refused(path), refused(path, "text")
-    assert told.startswith(str(path)) and 'under "prompt"' in told.replace("column named", "under")
-    assert told.endswith(f"choose the column, there are {'image' if suffix == '.parquet' else 'n'}, Words")
+    message, of_another = refused(path), refused(path, "text")
+    assert message.startswith(str(path)) and 'under "prompt"' in message.replace("column named", "under")
+    assert message.endswith(f"choose the column, there are {'image' if suffix == '.parquet' else 'n'}, Words")
     assert '"text"' in of_another and "Words" in of_another
 
 
@@ -179,11 +179,11 @@ def test_reading_prompts_imports_nothing_heavy(tmp_path: Path) -> None:
         f"import sys; from steer.apps.prompts import load_prompts; load_prompts({str(path)!r}); "
         "print({'torch', 'pyarrow', 'huggingface_hub', 'numpy'} & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "set()\n"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
 
 
-def test_embedded_lists_are_found_by_name_and_near_ones_are_told() -> None:
+def test_embedded_lists_are_found_by_name_and_near_ones_are_reported() -> None:
     for name, path in PROMPTS.items():
         assert load_prompts(name) == read_prompts(path)
     assert "unknown prompts 'scenes-trainning': use scenes-training" in refused("scenes-trainning")
@@ -289,12 +289,14 @@ def test_folders_of_a_data_set_without_splits_can_be_named(hub: Hub) -> None:
     assert load_prompts("org/name:places/train") == ["a lake"]
 
 
-def test_a_split_that_there_is_not_is_told_with_what_there_is(hub: Hub) -> None:
+def test_a_split_that_there_is_not_is_reported_with_what_there_is(hub: Hub) -> None:
     hub.add("train.txt", TWO)
     hub.revisions[None] += [f"image{n}.png" for n in range(30)]
-    told = refused("org/name:validation")
-    assert told.startswith("data set 'org/name': no ") and "split 'validation': only train.txt, image0.png" in told
-    assert told.endswith("and 23 more")
+    message = refused("org/name:validation")
+    assert (
+        message.startswith("data set 'org/name': no ") and "split 'validation': only train.txt, image0.png" in message
+    )
+    assert message.endswith("and 23 more")
     hub.revisions = {None: []}
     assert "it is empty" in refused("org/name")
 
@@ -333,10 +335,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     class Handler(BaseHTTPRequestHandler):
         def answer(self, body: bool) -> None:
             name = self.path.rpartition("/")[2]
-            told = json.dumps(
+            listing = json.dumps(
                 {"id": "org/name", "sha": SHA, "siblings": [{"rfilename": name} for name in content]}
             ).encode()
-            data = told if self.path.startswith("/api/datasets/org/name") else content.get(name, b"")
+            data = listing if self.path.startswith("/api/datasets/org/name") else content.get(name, b"")
             status, code = (refusal[0][1], refusal[0][0]) if refusal else (200, "")
             self.send_response(status)
             if code:
@@ -396,12 +398,16 @@ def test_refusals_of_the_hub_are_one_line(server: Serve, code: str, status: int,
     refused("org/name")
 
 
-def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_one_line_names_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody there
-    told = refused("org/name")
-    assert told.startswith("prompts 'org/name': no such file") and "HF_HUB_OFFLINE=1" in told and "refused" in told
+    message = refused("org/name")
+    assert (
+        message.startswith("prompts 'org/name': no such file")
+        and "HF_HUB_OFFLINE=1" in message
+        and "refused" in message
+    )
     assert "org/na--me" in refused("org/na--me")  # a name that no data set may have
 
 
@@ -443,12 +449,12 @@ def test_quotes_commas_and_lines_inside_a_cell_are_the_prompts_own(tmp_path: Pat
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("p.csv", "prompt\na star, a circle\n", "line 2: 2 values for 1 columns: put a prompt with the separator"),
+        ("p.csv", "prompt\na star, a circle\n", "line 2: 2 values for 1 columns: quote prompts that contain"),
         ("p.csv", 'prompt\n"a star\n', "not a readable table"),
         ("p.csv", "a,b\n1,2\n", 'line 1: expected a column named "prompt" (--prompt-column names another); choose'),
         ("p.csv", "text,caption\n1,2\n", "text, caption could each be the prompts: choose one with --prompt-column"),
         ("p.jsonl", '{"text": "a", "caption": "b"}\n', "line 1: text, caption could each be the prompts"),
-        ("p.csv", "prompt,n,n\na,1,2\n", "the column 'n' is there twice"),
+        ("p.csv", "prompt,n,n\na,1,2\n", "column 'n' is repeated"),
         ("p.json", '{"prompt": ["a", "b"], "seed": [1]}', "2 values under 'prompt', 1 under 'seed'"),
         ("p.json", "3", "expected a list of prompts or objects, got int"),
         ("p.json", "[3]", "entry 1: expected an object with a text"),
@@ -522,11 +528,11 @@ def test_a_cell_that_does_not_fit_is_named_with_its_prompt(cells: dict[str, Any]
 
 def test_equal_rows_have_seeds_of_their_own() -> None:
     rows = [PromptRow("a"), PromptRow("b"), PromptRow("a", {"id": 3}), PromptRow("a", {"seed": 1}), PromptRow("a")]
-    asked = sample_requests(rows, SETTINGS, bare(StableDiffusionPipeline))
-    assert [one.settings.seed for one in asked] == [5, 5, 6, 1, 7]
+    requests = sample_requests(rows, SETTINGS, bare(StableDiffusionPipeline))
+    assert [one.settings.seed for one in requests] == [5, 5, 6, 1, 7]
 
 
-def test_arguments_of_a_strangers_image_are_checked() -> None:
+def test_arguments_of_a_untrusted_image_are_checked() -> None:
     assert check_arguments({"negative_prompt": "x", "height": 64}, "arguments") == {
         "negative_prompt": "x",
         "height": 64,
@@ -568,8 +574,8 @@ def test_rows_are_sampled_with_their_own_arguments_and_equal_ones_differ(
     ]
     code, _, err = steer(*command)
     assert code == 0, err
-    said = [record.getMessage() for record in caplog.records if "without a use" in record.getMessage()]
-    assert said == ["steer: prompts: unused columns: Category"]
+    warnings = [record.getMessage() for record in caplog.records if "unused columns" in record.getMessage()]
+    assert warnings == ["steer: prompts: unused columns: Category"]
     entries = loads_with_checksum((tmp_path / "o/report.json").read_text())["prompts"]
     first = [Image.open(tmp_path / "o" / sorted(entry["images"])[0]) for entry in entries]
     recipes = [read_metadata(tmp_path / "o" / sorted(entry["images"])[0]) for entry in entries]
