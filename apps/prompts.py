@@ -13,14 +13,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from steer.apps.methods import SamplingConfig
 from steer.apps.processes import is_main_process
 from steer.arguments import annotations_of, coerce_value
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.registry import nearest
+
+if TYPE_CHECKING:
+    from steer.apps.methods import SamplingConfig  # imports torch
 
 CONVERTED = "refs/convert/parquet"  # the hub converts nearly every data set to CONFIG/SPLIT/0000.parquet
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
@@ -575,16 +577,16 @@ class SampleRequest:
     """A prompt to sample, with its settings and arguments of the pipeline's call."""
 
     prompt: str
-    settings: SamplingConfig
+    settings: "SamplingConfig"
     arguments: Mapping[str, Any]
 
 
-def row_config(row: PromptRow, settings: SamplingConfig) -> SamplingConfig:
+def row_config(row: PromptRow, settings: "SamplingConfig") -> "SamplingConfig":
     """Apply the seed, guidance, steps and η of a row to the settings of the run.
 
     Raises InputError for an invalid value.
     """
-    hints, own = annotations_of(SamplingConfig.__init__), {}
+    hints, own = annotations_of(type(settings).__init__), {}
     for name, value in row.columns.items():
         if (setting := SETTINGS.get(name.lower())) is not None:
             own[setting] = cell(name, hints[setting], value, row.prompt)
@@ -600,7 +602,7 @@ def row_config(row: PromptRow, settings: SamplingConfig) -> SamplingConfig:
     return made
 
 
-def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: Any) -> list[SampleRequest]:
+def sample_requests(rows: Sequence[PromptRow], settings: "SamplingConfig", pipe: Any) -> list[SampleRequest]:
     """Turn rows into requests for a pipeline.
 
     The n-th of equal rows without a seed column has seed + n, so that its images differ.

@@ -12,21 +12,13 @@ from steer.apps.processes import is_main_process, launch_context
 from steer.errors import InputError
 
 # Options of `steer sample` with the same meaning here; `particles` and `seed` differ.
-SHARED = ["steps", "guidance", "eta", "dtype"]
-SHARED += ["lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance"]
-SHARED += [
-    "draw",
-    "particle_schedule",
-    "particle_schedule_rule",
-    "target",
-    "asynchronous_rewards",
-    "preview",
-    "noise_candidates",
-    "screening_steps",
-    "beams",
-]
-SHARED += ["iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"]
-SHARED += ["neighbours", "distance", "variant", "model_config"]
+SHARED = (
+    *("steps", "guidance", "eta", "dtype", "variant", "model_config"),
+    *("lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance", "draw", "target", "preview"),
+    *("particle_schedule", "particle_schedule_rule", "asynchronous_rewards", "beams"),
+    *("noise_candidates", "screening_steps", "neighbours", "distance"),
+    *("iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"),
+)
 SAMPLING = [option for option in sample.params if option.name in SHARED]
 PARTICLES = click.option("--particles", default=4, help="K, images per run, of which the best is picked; 1 for base.")
 

@@ -22,6 +22,7 @@ from steer.apps.errors import named, wrap_errors
 from steer.apps.methods import METHODS, Job, SamplingConfig
 from steer.apps.models import FinetunedWeights, find_adapter
 from steer.apps.plots import thumbnail
+from steer.apps.sampling import check_writable
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.files import atomic_write, write_text
@@ -257,11 +258,7 @@ class ResultStore:
 
     def open(self, spec: EvaluationSpec) -> None:
         """Create the folder, or resume it. Raises InputError for a folder of another evaluation."""
-        try:
-            write_text(self.out / ".writable", "")
-            (self.out / ".writable").unlink()
-        except OSError as error:
-            raise InputError(f"--out {self.out}: cannot write there ({error.strerror})") from error
+        check_writable(self.out)
         path, data = self.out / RUNS / IDENTITY, spec.identity()
         if not path.exists():
             write_text(path, json.dumps(data, indent=1, ensure_ascii=False))
