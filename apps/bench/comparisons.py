@@ -30,7 +30,7 @@ from steer.apps.bench.subject import (
 )
 from steer.apps.bench.timing import Check, PreparedComparison, Variant, difference
 from steer.apps.methods import load_preview
-from steer.apps.models import load_pipeline, precision
+from steer.apps.models import load_pipeline, resolve_dtype
 from steer.diffusion.attention import attention_backend
 from steer.diffusion.batching import compiled, micro_batched
 from steer.diffusion.preview import Preview
@@ -552,7 +552,7 @@ def embedded(bench_options: BenchOptions) -> Subject:
 
 def of_size(name: str, size: RealSize, bench_options: BenchOptions) -> Subject:
     """A model of a size that is its own one-step model; made again for training."""
-    make = partial(build, size, bench_options.device, precision(bench_options.device, bench_options.dtype))
+    make = partial(build, size, bench_options.device, resolve_dtype(bench_options.device, bench_options.dtype))
     pipe = make()
     return Subject(
         name,

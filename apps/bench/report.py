@@ -21,9 +21,9 @@ from steer.apps.bench.sizes import ceilings
 from steer.apps.bench.subject import Subject
 from steer.apps.bench.timing import Check, Measurement, RepeatPolicy, measure
 from steer.apps.evaluation.spec import versions
-from steer.apps.plots import COLORMAP, FAINT, INK, shown
+from steer.apps.plots import COLORMAP, DPI, INK, plain_text, save_figure, set_title, style_axes
 from steer.errors import InputError
-from steer.files import atomic_write, write_text
+from steer.files import write_text
 
 Json = dict[str, Any]
 
@@ -142,7 +142,7 @@ def draw(report: Json, path: Path) -> Path | None:
     names = list(report["ratios"])
     if not names:
         return None
-    figure = Figure(figsize=(9, 1.6 + ROW * max(len(names), 4)), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 1.6 + ROW * max(len(names), 4)), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     for row, name in enumerate(names):
         axes.plot(spread(report["runs"][name]), [row, row], color=SECONDS_COLOUR, lw=2)
@@ -156,19 +156,15 @@ def draw(report: Json, path: Path) -> Path | None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks([0.5, 1, 2, 4])
-    axes.set_yticks(range(len(names)), [shown(name, 44) for name in names])
+    axes.set_yticks(range(len(names)), [plain_text(name, 44) for name in names])
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
-    axes.set_title("ratio", size=9, loc="left", color=INK)
-    axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="x", color=FAINT, lw=0.4, alpha=0.6)
+    set_title(axes, "ratio")
+    style_axes(axes, "x")
     where = f"{report['device']}, {report['threads']} thread{'s' * (report['threads'] != 1)}"
     figure.suptitle(f"{where}{'; ' * bool(report['note'])}{report['note']}", size=9, x=0.01, ha="left", color=INK)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as new:
-        figure.savefig(new, format="png")
-    return path
+    return save_figure(figure, path)
 
 
 Say = Callable[[str], None]

@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
-from steer.apps.plots import FAINT, INK
+from steer.apps.plots import DPI, INK, save_figure, set_title, style_axes
 from steer.apps.scenes.studies import LAM, ExactlyRight, prompts_of
 from steer.apps.scenes.training import CALL, interval
 from steer.files import read_image
@@ -226,7 +226,7 @@ def _scores(spec: str, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str
 
 def draw_curves(figures: Figures, path: Path) -> None:
     """Draw each proxy's score of its picks on the left, their exact reward on the right."""
-    figure = Figure(figsize=(10.5, 4.3), dpi=120, layout="constrained")
+    figure = Figure(figsize=(10.5, 4.3), dpi=DPI, layout="constrained")
     oracle, *proxies = figures["proxies"]
     titles = {"proxy": "score by the proxy (its own standard deviations)", "gold": "exact reward"}
     for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
@@ -237,13 +237,12 @@ def draw_curves(figures: Figures, path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks(figures["n"], [str(n) for n in figures["n"]])
         axes.set_xlabel("n of best-of-n", color=INK)
-        axes.set_title(title, size=10, loc="left", color=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color=FAINT, alpha=0.3)
+        set_title(axes, title)
+        style_axes(axes)
     best = [value for value, _, _ in figures["proxies"][oracle]["gold"]]
     figure.axes[1].plot(figures["n"], best, color=INK, lw=1.2, ls=":", label=oracle)
     figure.axes[1].legend(frameon=False, fontsize=8, loc="lower right")
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _foresight(options: argparse.Namespace) -> Figures:
