@@ -49,9 +49,7 @@ def demo(
 
     check_address(host, share, user)
     studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype)
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(0)
-    )  # as services are stopped: removes the folders of visitors too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services are stopped: run `finally`, too
     try:
         app = launch(studio, host, port, user, share)
         click.echo(f"steer demo: {app.share_url or app.local_url} (Ctrl-C ends it)")

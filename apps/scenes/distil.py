@@ -57,7 +57,7 @@ class Distillation:
     nothing: Tensor
 
     def loss_at(self, step: int) -> Tensor:
-        """Compute the loss of the student, or of the fake score in the FAKE_STEPS after it; a batch depends on its number."""
+        """Compute the loss of the student, or of the fake score in the FAKE_STEPS after it, by the step's number."""
         rng = Generator().manual_seed(step)
         text = self.texts[torch.randint(len(self.texts), (BATCH,), generator=rng)]
         if step % (1 + FAKE_STEPS) == 0:

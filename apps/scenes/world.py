@@ -136,7 +136,7 @@ def _place(rng: np.random.Generator, request: SceneRequest) -> tuple[SceneObject
 
 
 def random_scene(rng: np.random.Generator, request: SceneRequest | None = None) -> Scene:
-    """Draw a scene for `request`, or a training scene: of a random task, without a true description that is held out."""
+    """Draw a scene for `request`, or a training scene: of a random task, with no held-out description."""
     if request is not None:
         while (things := _place(rng, request)) is None:
             continue
