@@ -71,7 +71,7 @@ class PublicApi:
         asked = {"method": method, "reward": reward, "particles": particles, "steps": steps, "guidance": guidance}
         asked |= {"lam": strength, "iterations": iterations, "seed": seed, "model": model}
         try:
-            made = _run_prompt(self.studio, prompt, asked | {"fresh": False, "compare": False, "worn": False}, request)
+            made = _run_prompt(self.studio, prompt, asked | {"fresh": False, "compare": False, "adapter": False}, request)
         except InputError as error:
             raise gr.Error(public(str(error)), print_exception=False) from error
         return [str(picture.path) for picture in made.images], report_of(made)

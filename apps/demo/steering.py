@@ -219,7 +219,7 @@ CLASSES = {
 OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "lam", "iterations", "seed")
 PYTHON = """import torch
 from steer.apps.models import load_pipeline
-from steer.pipelines import {name}
+from steer import {name}
 
 pipe = load_pipeline({model!r}{dtype})
 {adapter}out = {name}(pipe, reward={reward!r})(
