@@ -124,12 +124,12 @@ def test_a_process_that_dies_ends_the_run_within_a_minute(tmp_path: Path) -> Non
 def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from steer.pipelines.training import distributed as context
 
-    class Three(context.AcceleratedTeam):
+    class Three(context.AccelerateContext):
         def __init__(self, accelerator: Any) -> None:
             super().__init__(accelerator)
             self.count = 3
 
-    monkeypatch.setattr("steer.pipelines.training.trainer.AcceleratedTeam", Three)
+    monkeypatch.setattr("steer.pipelines.training.trainer.AccelerateContext", Three)
     with pytest.raises(
         InputError, match="train_batch_size must be a multiple of the 3 processes that share them, got 2"
     ):
