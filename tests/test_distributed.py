@@ -1,4 +1,4 @@
-"""Several processes: the gradients of one, runs that stop and go on together, and one that dies."""
+"""Distributed training: the gradients of one process, checkpoints of several, and a process that dies."""
 
 import json
 import os
@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_child import fresh, gradients
 from finetune_runs import METHODS, settings_of, train
 from safetensors import safe_open
 from safetensors.torch import load_file
-from team_child import fresh, gradients
 
 from steer import GRPOTrainer
 from steer.errors import InputError
@@ -26,8 +26,8 @@ TESTS = Path(__file__).parent
 def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
     """Two gloo processes. accelerate launch --cpu --num_processes 2 would silently begin one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(TESTS / "team_child.py"), str(folder), *what]
-    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+    command += [str(TESTS / "distributed_child.py"), str(folder), *what]
+    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
     return subprocess.run(command, env=given, capture_output=True, text=True, timeout=600, check=False)
 
 
