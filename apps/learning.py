@@ -28,14 +28,14 @@ def run_reward_training(
     else:
         report = train_reward(read_pairs(data, images), config, out, work, device)
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
-    (work / "report.json").write_text(json.dumps(report | {"recipe": asdict(config)}, indent=1) + "\n")
+    (work / "report.json").write_text(json.dumps(report | {"config": asdict(config)}, indent=1) + "\n")
     return report
 
 
 def summary(report: dict[str, Any]) -> str:
     """One line about a report."""
     if "ensemble" not in report:
-        return f"own caption picked from 32 in {report['picked_of_32']:.1%} of held-out images"
+        return f"own caption picked from 32 in {report['caption_accuracy_of_32']:.1%} of held-out images"
     metrics, held = report["ensemble"], report["pairs"]["held_out"]
     pairs = f"{held} held-out pairs" if held else "the training pairs themselves"
     return f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f} on {pairs}"

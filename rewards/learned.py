@@ -276,20 +276,21 @@ class RewardTrainingConfig:
     backbone   a CLIP, as `steer.rewards.clip.load_backbone` names it
     head       similarity, image or pair (`steer.rewards.learned`)
     objective  bradley-terry, scaled-bradley-terry or regression
-    whole      train the CLIP too, not the head alone
-    members    how many, each with its own seed and its own bootstrap sample of the pairs
-    label_smoothing  ε of the labels, 0..½;  flip: share of labels taken to be wrong, 0..½
-    center_rewards_coefficient     η of `center_rewards_penalty`, ≥ 0: what makes members comparable that are aggregated
+    train_backbone  train the CLIP too, not the head alone
+    members    size of the ensemble; each member has its own seed and its own bootstrap sample of the pairs
+    label_smoothing  ε of the labels, 0..½
+    label_noise      assumed share of wrong labels, 0..½
+    center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
     held_out   share of the prompts that accuracy and calibration are measured on
     """
 
     backbone: str
     head: str = "pair"
     objective: str = "bradley-terry"
-    whole: bool = False
+    train_backbone: bool = False
     members: int = 1
     steps: int = 500
-    batch: int = 64
+    batch_size: int = 64
     learning_rate: float = 1e-3
     label_smoothing: float = 0.0
     label_noise: float = 0.0
@@ -299,16 +300,22 @@ class RewardTrainingConfig:
 
     def check(self) -> None:
         """Raises RewardError for a number that cannot be, before anything is read."""
-        for name in ("members", "steps", "batch"):
+        for name in ("members", "steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise RewardError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("label_smoothing", "flip"):
-            if not 0 <= getattr(self, name) < 0.5:
-                raise RewardError(f"--{name} must be from 0 to below 0.5, got {getattr(self, name)}")
-        if not 0 <= self.center_rewards_coefficient < float("inf"):
-            raise RewardError(f"--centre must be a number from 0 on, got {self.center_rewards_coefficient}")
-        if not 0 <= self.held_out < 1:
-            raise RewardError(f"--held-out must be from 0 to below 1, got {self.held_out}")
+                raise RewardError(f"{_option(name)} must be at least 1, got {getattr(self, name)}")
+        for name, below in (
+            ("label_smoothing", 0.5),
+            ("label_noise", 0.5),
+            ("center_rewards_coefficient", math.inf),
+            ("held_out", 1),
+        ):
+            if not 0 <= getattr(self, name) < below:
+                raise RewardError(f"{_option(name)} must be from 0 to below {below}, got {getattr(self, name)}")
+
+
+def _option(field: str) -> str:
+    """Return the command-line option of a field: label_noise → --label-noise."""
+    return f"--{field.replace('_', '-')}"
 
 
 class RewardMember(nn.Module):
@@ -319,7 +326,7 @@ class RewardMember(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = HEADS[config.head](width)
-        self.backbone = backbone if config.whole else None
+        self.backbone = backbone if config.train_backbone else None
 
     def rewards(self, features: Features) -> tuple[Tensor, Tensor]:
         """r(a) and r(b), raw: (N,) each."""
@@ -338,17 +345,17 @@ def train_reward(
     config.check()
     choose("head", config.head, HEADS)
     objective = choose("objective", config.objective, OBJECTIVES)
-    if config.head == "similarity" and not config.whole:
-        raise RewardError("--head similarity has nothing to train but a scale: add --whole, or take --head pair")
+    if config.head == "similarity" and not config.train_backbone:
+        raise RewardError("--head similarity has nothing to train but a scale: add --train-backbone, or take --head pair")
     write_run_config(work, config, len(pairs))
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
-    training, held = pairs.take(training_rows), pairs.take(held_rows or training_rows)
+    training, held = pairs.select(training_rows), pairs.select(held_rows or training_rows)
     backbone = load_backbone(config.backbone).to(device)
     width = backbone.width
-    frozen = None if config.whole else (pair_features(backbone, training), pair_features(backbone, held))
+    frozen = None if config.train_backbone else (pair_features(backbone, training), pair_features(backbone, held))
     members, outputs = [], []
     for number in range(config.members):
-        own = load_backbone(config.backbone).to(device) if config.whole else backbone
+        own = load_backbone(config.backbone).to(device) if config.train_backbone else backbone
         member = RewardMember(config, own, width, config.seed + number).to(device)
         encode = _cached_encoder(frozen[0], device) if frozen else _encoder(own, training)
         choices = training.choices.to(device)
@@ -361,7 +368,7 @@ def train_reward(
         [torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)], held.choices
     )
     card = _card(config, width, outputs, _report(config, len(training), len(held_rows), judgements, ensemble_metrics))
-    config_files = clip_folder(config.backbone) if config.whole and card.backbone == "." else None
+    config_files = clip_folder(config.backbone) if config.train_backbone and card.backbone == "." else None
     save_learned(out, card, [m.head for m in members], [m.backbone for m in members if m.backbone], config_files)
     return card.report
 
@@ -369,7 +376,7 @@ def train_reward(
 def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> None:
     """Notes in `work` what is trained there. Raises RewardError where that is something else already."""
     serialized = json.dumps(asdict(config) | {"rows": rows}, indent=1)
-    note = work / "recipe.json"
+    note = work / "config.json"
     if note.exists() and note.read_text() != serialized:
         raise RewardError(f"--work {work} holds a run with other settings or pairs; choose another, or remove it")
     work.mkdir(parents=True, exist_ok=True)
@@ -394,7 +401,7 @@ def image_features(backbone: Backbone, sources: Sequence[Source]) -> Tensor:
 
 def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
     """Features of some pairs; each distinct prompt is encoded once."""
-    chosen = pairs.take(rows.tolist())
+    chosen = pairs.select(rows.tolist())
     a, b = image_features(backbone, [*chosen.a, *chosen.b]).chunk(2)
     prompts = list(dict.fromkeys(chosen.prompts))
     text = backbone.texts(prompts)[[prompts.index(prompt) for prompt in chosen.prompts]]
@@ -429,7 +436,7 @@ def _train_member(
 
     def loss_at(step: int) -> Tensor:
         member.train()
-        rows = sample[batch_at(step, config.batch, count, seed)]
+        rows = sample[batch_at(step, config.batch_size, count, seed)]
         a, b = member.rewards(encode(rows))
         loss = objective(
             noisy_difference(a - b, config.label_noise), smooth_labels(choices[rows], config.label_smoothing)
@@ -452,7 +459,7 @@ def _raw_rewards(member: RewardMember, features: Features) -> list[Tensor]:
 def _card(
     config: RewardTrainingConfig, width: int, outputs: Sequence[list[Tensor]], report: dict[str, Any]
 ) -> RewardCard:
-    own = config.whole and (clip_folder(config.backbone) / CONFIG).is_file()
+    own = config.train_backbone and (clip_folder(config.backbone) / CONFIG).is_file()
     stds = tuple(torch.cat(raw).std().item() for raw in outputs)
     if not all(std > 0 for std in stds):
         raise RewardError("the trained reward gives every held-out image the same score: more steps, or more pairs")
@@ -468,7 +475,7 @@ def _report(
     ensemble_metrics: PreferenceMetrics,
 ) -> dict[str, Any]:
     return {
-        "recipe": asdict(config),
+        "config": asdict(config),
         "pairs": {"trained": trained, "held_out": held},
         "members": [asdict(member) for member in members],
         "ensemble": asdict(ensemble_metrics),
@@ -500,7 +507,7 @@ def train_clip(
 
     def loss_at(step: int) -> Tensor:
         backbone.train()
-        chosen = [rows[k] for k in batch_at(step, config.batch, len(rows), config.seed).tolist()]
+        chosen = [rows[k] for k in batch_at(step, config.batch_size, len(rows), config.seed).tolist()]
         prompts = [captions.prompts[row] for row in chosen]
         scale = backbone.logit_scale.clamp(max=LARGEST_SCALE)
         features = image_features(backbone, [captions.images[row] for row in chosen])

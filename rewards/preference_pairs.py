@@ -164,7 +164,7 @@ class Pairs:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def take(self, rows: Sequence[int]) -> "Pairs":
+    def select(self, rows: Sequence[int]) -> "Pairs":
         """Some of the pairs."""
         a, b = (tuple(column[row] for row in rows) for column in (self.a, self.b))
         return Pairs(a, b, tuple(self.prompts[row] for row in rows), self.choices[torch.tensor(rows, dtype=torch.long)])

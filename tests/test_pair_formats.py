@@ -186,7 +186,7 @@ def test_the_command_learns_from_them(tmp_path: Path, steer: Steer) -> None:
     put_images(tmp_path / "pictures")
     rows = [row | {"prompt": f"{row['prompt']} {number}"} for number in range(4) for row in HPDV3]
     words = ["--images", tmp_path / "pictures", "--out", tmp_path / "out", "--work", tmp_path / "work"]
-    code, out, err = steer("rewards", "train", in_json(tmp_path, rows), *words, "--steps", 2, "--batch", 4)
+    code, out, err = steer("rewards", "train", in_json(tmp_path, rows), *words, "--steps", 2, "--batch-size", 4)
     assert code == 0, err
     assert "accuracy" in out and (tmp_path / "out" / "reward.json").exists()
     code, _, err = steer("rewards", "train", in_json(tmp_path, [{"a": 1}]), *words)

@@ -227,11 +227,11 @@ def test_images_of_any_size_become_one_batch(folder: Path) -> None:
 def test_some_of_the_pairs_stay_together(folder: Path) -> None:
     rows = [GOOD | {"choice": choice, "strength": k, "prompt": f"p{k}"} for k, choice in enumerate(["a", "b", "tie"])]
     rows[1] |= {"image_a": "images/light.png", "image_b": "images/dark.png"}
-    loaded = read_pairs(lines(folder, *rows)).take([2, 1, 1])
+    loaded = read_pairs(lines(folder, *rows)).select([2, 1, 1])
     assert loaded.prompts == ("p2", "p1", "p1") and len(loaded) == 3
     assert loaded.choices.choice.tolist() == [0.5, 0, 0] and loaded.choices.strength.tolist() == [2, 1, 1]
     assert shades(loaded.a) == [51, 204, 204] and shades(loaded.b) == [204, 51, 51]
-    assert len(loaded.take([])) == 0
+    assert len(loaded.select([])) == 0
 
 
 @given(

@@ -54,7 +54,7 @@ def serve(reward: str, host: str, port: int, device: str | None) -> None:
 @click.argument("reward")
 @IMAGES
 @PROMPT
-@click.option("--most", default=8, type=click.IntRange(1), help="Images of one size that it is tested on.")
+@click.option("--max-images", default=8, type=click.IntRange(1), help="Images of one size to test on.")
 @DEVICE
 def check(reward: str, images: Path, prompt: str | None, max_images: int, device: str | None) -> None:
     """Tests REWARD: contract, determinism, batches, gradients, speed. Exit code 1 where a test fails."""
@@ -145,18 +145,22 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
 @click.option(
     "--objective", default="bradley-terry", help="bradley-terry, scaled-bradley-terry, regression, or contrastive."
 )
-@click.option("--whole", is_flag=True, help="Train the CLIP too, not the head alone.")
-@click.option("--members", default=1, help="An ensemble of so many, each with its own seed and sample of the pairs.")
+@click.option("--train-backbone", is_flag=True, help="Train the CLIP too, not the head alone.")
+@click.option("--members", default=1, help="Size of the ensemble; each member has its own seed and sample of the pairs.")
 @click.option("--steps", default=500)
-@click.option("--batch", default=64)
+@click.option("--batch-size", default=64)
 @click.option("--learning-rate", default=1e-3)
 @click.option("--label-smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
-@click.option("--flip", default=0.0, help="Share of the labels that is taken to be wrong, 0 to 0.5.")
-@click.option("--centre", default=0.0, help="Pulls each prompt's rewards to a mean of 0; for ensembles 0.01 to 0.1.")
+@click.option("--label-noise", default=0.0, help="Assumed share of wrong labels, 0 to 0.5.")
+@click.option(
+    "--center-rewards-coefficient",
+    default=0.0,
+    help="Weight of the penalty that centers each prompt's rewards at 0; for ensembles 0.01 to 0.1.",
+)
 @click.option("--held-out", default=0.1, help="Share of the prompts that the report is measured on.")
 @click.option("--seed", default=0)
 @DEVICE
-def train(data: Path, out: Path, images: Path | None, work: Path | None, device: str | None, **recipe: Any) -> None:
+def train(data: Path, out: Path, images: Path | None, work: Path | None, device: str | None, **options: Any) -> None:
     """Trains a reward from DATA: preferences between images of a prompt, in a .jsonl, .json or .parquet file.
 
     Read are pairs (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's
@@ -167,6 +171,6 @@ def train(data: Path, out: Path, images: Path | None, work: Path | None, device:
     from steer.rewards.learned import RewardTrainingConfig
 
     fields = {field.name for field in dataclasses.fields(RewardTrainingConfig)}
-    config = RewardTrainingConfig(**{name: recipe[name] for name in fields})
+    config = RewardTrainingConfig(**{name: options[name] for name in fields})
     report = run_reward_training(data, config, out, work or Path("runs") / out.name, default_device(device), images)
     click.echo(f"{summary(report)} → {out}")
