@@ -15,6 +15,7 @@ from steer.registry import nearest
 from steer.reward import RewardError
 from steer.rewards.clip import DEFAULT_CLIP, MICRO_BATCH, Backbone, load_backbone
 from steer.rewards.images import in_micro_batches
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.learned import LearnedAestheticReward
 from steer.rewards.weights import State, WebFile, cast, check_dtype, load_weights, read_checkpoint, to_module_device
 
@@ -117,6 +118,7 @@ class Aesthetic:
         cast(self.backbone, dtype)
         cast(self.head, None)
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._batched(to_module_device(images, self.backbone, self.head), prompts)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steer.reward import RewardError
 from steer.rewards.images import in_micro_batches, normalise, resize_and_crop
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.weights import load_weights, read_checkpoint, to_module_device
 
 SIZE = 224  # pixels per side that the network sees
@@ -43,6 +44,7 @@ class Classifier:
         load_weights(self._model, read_checkpoint(checkpoint, SHA256), self.name)
         self._score = in_micro_batches(self._score_batch, micro_batch)
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._score(images, prompts).float()
 

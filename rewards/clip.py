@@ -37,6 +37,7 @@ from steer.rewards.images import (
     normalise,
     resize_and_crop,
 )
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.weights import (
     NO_NETWORK,
     HubFile,
@@ -351,6 +352,7 @@ class ClipReward:
         )
         self._texts = PromptCache(encode)
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._batched(to_module_device(images, self.backbone), prompts)
 

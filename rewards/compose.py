@@ -22,6 +22,7 @@ from steer.arguments import is_number
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.reward import Metadata, Reward, RewardError, score_components
 from steer.rewards.grammar import NUMBER, PLUS, format_number, split
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.names import takes_number
 from steer.rewards.remote import is_remote, read_weight
 
@@ -96,6 +97,7 @@ class CompositeReward(ABC):
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """The reward's own scores (N,), of its components'."""
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         return self.total(self.components(images, prompts, metadata), prompts)
 

@@ -13,6 +13,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from steer.reward import RewardError, token_count, with_truncation_warning
 from steer.rewards.images import PromptCache, at_least_float32, in_micro_batches, normalise, resize_and_crop
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.weights import HubFile, State, cast, load_weights, read_checkpoint, to_module_device
 
 WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
@@ -72,6 +73,7 @@ class ImageReward:
         count = partial(token_count, self._tokenizer)
         self._tokens = PromptCache(with_truncation_warning("reward 'imagereward'", self._tokenize, count, TOKENS))
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._standardised(images, prompts).float()
 

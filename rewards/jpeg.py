@@ -7,14 +7,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from steer.rewards.inputs import as_uint8, takes_any_images
+
 QUALITY = 95
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
     """Sizes (N,) in kB (1,000 bytes) of images (N, 3, H, W) as JPEGs of quality 95 (DDPO, arXiv 2305.13301)."""
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     sizes = []
-    for picture in pixels:
+    for picture in as_uint8(images):
         buffer = io.BytesIO()
         Image.fromarray(picture).save(buffer, "JPEG", quality=QUALITY)
         sizes.append(len(buffer.getvalue()) / 1000)
@@ -27,6 +28,7 @@ class JpegCompressibility:
     name = "jpeg"
     differentiable = False
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return -jpeg_kilobytes(images)
 
@@ -37,5 +39,6 @@ class JpegIncompressibility:
     name = "jpeg-incompressible"
     differentiable = False
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return jpeg_kilobytes(images)

@@ -22,6 +22,7 @@ from steer.rewards.analysis import PreferenceMetrics, preference_metrics
 from steer.rewards.clip import CONFIG, Backbone, clip_folder, load_backbone, open_clip_folder
 from steer.rewards.compose import AGGREGATES
 from steer.rewards.images import PromptCache, in_micro_batches, resize_and_crop
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.objectives import (
     OBJECTIVES,
     Objective,
@@ -169,6 +170,7 @@ class LearnedReward:
         """The aggregate (N,) of the members' scores."""
         return self._aggregate(torch.stack(list(components.values())))
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._aggregate(self.members(images, prompts))
 
@@ -346,7 +348,9 @@ def train_reward(
     choose("head", config.head, HEADS)
     objective = choose("objective", config.objective, OBJECTIVES)
     if config.head == "similarity" and not config.train_backbone:
-        raise RewardError("--head similarity has nothing to train but a scale: add --train-backbone, or take --head pair")
+        raise RewardError(
+            "--head similarity has nothing to train but a scale: add --train-backbone, or take --head pair"
+        )
     write_run_config(work, config, len(pairs))
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
     training, held = pairs.select(training_rows), pairs.select(held_rows or training_rows)

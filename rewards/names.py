@@ -8,26 +8,67 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer.errors import InputError
 from steer.registry import nearest
-from steer.reward import Metadata, Reward, RewardError, attribute, evaluate
+from steer.reward import METADATA_PARAMETERS, Metadata, Reward, RewardError, _validated_scores, attribute, evaluate
 from steer.rewards import REWARDS
+from steer.rewards.inputs import takes_any_images
 
 
 class _FunctionReward:
-    """A plain function as a reward; its attribute `differentiable`, if it has one, says whether gradients flow."""
+    """A reward from a function or another callable; gradients flow where its attribute `differentiable` is true."""
 
-    images = "pt"  # the function's own form is found when it is called
+    images = "pt"  # `evaluate` converts them to the form that the function takes
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.name = attribute(function, "__name__", type(function).__name__)
+        self._function = _in_standard_order(function)
+        name = attribute(function, "name", None)
+        self.name = name if isinstance(name, str) else attribute(function, "__name__", type(function).__name__)
         self.differentiable = bool(attribute(function, "differentiable", False))
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Any:
-        return evaluate(self._function, images, prompts, metadata)
+    @takes_any_images
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+        return _validated_scores(self.name, prompts, evaluate(self._function, images, prompts, metadata))
+
+
+ARGUMENTS = ("images", "prompts")
+
+
+def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that is called as (images, prompts, …), whatever the order of these two parameters.
+
+    Parameters named images and prompts in another order, keyword-only ones, **kwargs, and a function of one of the two
+    are called by keyword; a function of one parameter of another name is called with the images. Any other function
+    is returned as it is.
+    """
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # C code may have no signature
+        return function
+    parameters = signature.parameters.values()
+    positional = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    any_keyword = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    by_keyword = [name for name in ARGUMENTS if name in signature.parameters or any_keyword]
+    swapped = positional[:1] == ["prompts"] or positional[1:2] == ["images"]
+    two = len(positional) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
+    if two and not swapped:
+        return function
+
+    def call(images: Any, prompts: Any, **rest: Any) -> Any:
+        given = {"images": images, "prompts": prompts}
+        return function(**{name: given[name] for name in by_keyword}, **rest) if by_keyword else function(images)
+
+    standard = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ARGUMENTS]
+    standard = [signature.parameters.get(one.name, one).replace(kind=one.kind, default=one.empty) for one in standard]
+    others = [one.replace(kind=one.KEYWORD_ONLY) for one in parameters if one.name in METADATA_PARAMETERS]
+    others += [one for one in parameters if one.kind is one.VAR_KEYWORD]
+    wrapped: Any = call
+    wrapped.__signature__ = inspect.Signature([*standard, *others])
+    wrapped.__name__ = attribute(function, "__name__", type(function).__name__)
+    wrapped.images, wrapped.differentiable = (attribute(function, name, None) for name in ("images", "differentiable"))
+    return call
 
 
 def reward_names() -> dict[str, str]:
@@ -117,7 +158,7 @@ def _as_reward(factory_or_reward: Any) -> Reward:
         if isinstance(factory_or_reward, type)
         else factory_or_reward
     )
-    if isinstance(made, Reward):
+    if isinstance(made, Reward) and _in_standard_order(made) is made:
         return made
     if callable(made):
         return _FunctionReward(made)

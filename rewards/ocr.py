@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from steer.reward import RewardError
+from steer.rewards.inputs import as_uint8, takes_any_images
 
 THREADS = 2  # of the processor, for each of the engine's three networks
 # What opens and what closes a quotation. Straight quotes after a digit are inches.
@@ -43,10 +44,10 @@ class Ocr:
     def __init__(self) -> None:
         self._read = _engine()
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         wanted = [_quoted_words(prompt) for prompt in prompts]
-        pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-        scores = [text_score(words, self._read(picture)) for words, picture in zip(wanted, pixels, strict=True)]
+        scores = [text_score(words, self._read(image)) for words, image in zip(wanted, as_uint8(images), strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
 
 

@@ -33,6 +33,7 @@ from steer.errors import InputError
 from steer.files import DECODE_ERRORS
 from steer.reward import Reward, RewardError, score
 from steer.rewards.grammar import NUMBER
+from steer.rewards.inputs import as_uint8, takes_any_images
 
 PROTOCOL = 1
 MAX_IMAGES, MAX_PIXELS = 32, 2**24  # of one request, all its images together
@@ -57,9 +58,8 @@ def read_weight(text: str) -> tuple[str, float]:
 
 def encode(images: Tensor, prompts: Sequence[str]) -> bytes:
     """The body of a request. images (N, 3, H, W), clamped to [0, 1] and rounded to 8 bits."""
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
     payload = []
-    for one in pixels:
+    for one in as_uint8(images):
         file = BytesIO()
         Image.fromarray(one).save(file, format="PNG", compress_level=1)
         payload.append(base64.b64encode(file.getvalue()).decode())
@@ -164,6 +164,7 @@ class RemoteReward:
         self.serves = line(payload.get("name"))
         """What the other side calls its reward."""
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = images.shape[-2] * images.shape[-1]
         if pixels > MAX_PIXELS:

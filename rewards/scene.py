@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steer.reward import RewardError
+from steer.rewards.inputs import takes_any_images
 
 COLOURS = {
     "red": (0.86, 0.12, 0.14),
@@ -248,6 +249,7 @@ class SceneReward:
     name = "scene"
     differentiable = False
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pictures = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
         scores = [
@@ -359,6 +361,7 @@ class SceneSoftReward:
     name = "scene-soft"
     differentiable = True
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         small = F.interpolate(images.float(), size=(SIDE, SIDE), mode="area")
         scores = small.new_zeros(len(prompts))

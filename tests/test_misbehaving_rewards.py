@@ -76,7 +76,7 @@ def test_what_is_only_odd_does_no_harm(
     assert torch.tensor(entry["rewards"]).isfinite().all() and len(entry["images"]) == 2
 
 
-@pytest.mark.parametrize("found", [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()])
+@pytest.mark.parametrize("result", [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()])
 def test_scores_without_values_are_an_error_of_the_contract(result: torch.Tensor) -> None:
     class Odd:
         name, differentiable = "odd", False
