@@ -27,7 +27,7 @@ class ColourMatch:
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        # The tiny offset keeps the gradient finite where a pixel has the colour exactly.
+        # The offset keeps the gradient finite where a pixel has the colour exactly.
         squared = ((images.float() - self._target.to(images.device)) ** 2).sum(1)
         return 1 - ((squared + 1e-12) / 3).sqrt().mean((1, 2))
 
@@ -43,7 +43,7 @@ class Brightness:
             self._target = None if target is None else float(target)
         except ValueError as error:
             raise RewardError(f"brightness:{target}: the target is a number from 0 to 1") from error
-        if self._target is not None and not 0 <= self._target <= 1:  # nan, too, is not
+        if self._target is not None and not 0 <= self._target <= 1:  # false for nan, too
             raise RewardError(f"brightness:{target}: the target is a number from 0 to 1")
         self.name = "brightness" if target is None else f"brightness:{target}"
 

@@ -58,7 +58,7 @@ def as_batch(images: Any, prompts: str | Sequence[str]) -> tuple[Tensor, Sequenc
 
 
 def _as_tensor(images: Any) -> Tensor:
-    """Channels before height and width, floats in [0, 1]."""
+    """Convert to floats in [0, 1], channels before height and width."""
     if isinstance(images, Image.Image):
         images = np.asarray(images.convert("RGB"))
     if isinstance(images, np.ndarray):

@@ -13,17 +13,17 @@ QUALITY = 95
 
 
 def jpeg_kilobytes(images: Tensor) -> Tensor:
-    """Sizes (N,) in kB (1,000 bytes) of images (N, 3, H, W) as JPEGs of quality 95 (DDPO, arXiv 2305.13301)."""
+    """Return the sizes (N,) in kB of images (N, 3, H, W) as JPEGs of quality 95 (DDPO, arXiv 2305.13301)."""
     sizes = []
-    for picture in as_uint8(images):
+    for image in as_uint8(images):
         buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "JPEG", quality=QUALITY)
+        Image.fromarray(image).save(buffer, "JPEG", quality=QUALITY)
         sizes.append(len(buffer.getvalue()) / 1000)
     return torch.tensor(sizes, dtype=torch.float32)
 
 
 class JpegCompressibility:
-    """Minus the size in kB: prefers plain pictures."""
+    """Minus the size in kB: prefers plain images."""
 
     name = "jpeg"
     differentiable = False
@@ -34,7 +34,7 @@ class JpegCompressibility:
 
 
 class JpegIncompressibility:
-    """The size in kB: prefers busy pictures."""
+    """The size in kB: prefers busy images."""
 
     name = "jpeg-incompressible"
     differentiable = False

@@ -72,7 +72,7 @@ def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def reward_names() -> dict[str, str]:
-    """Every reward that has a name, built in or from entry points `steer.rewards`: name → one line about it.
+    """Return all named rewards, built in or from entry points `steer.rewards`: name → one line about it.
 
     Reads tables only: no reward, and not torch beyond this module, is imported for it.
     """
@@ -82,7 +82,7 @@ def reward_names() -> dict[str, str]:
 
 
 def make_reward(atom: str) -> Reward:
-    """The reward of one NAME[:ARGUMENT][,option=value…].
+    """Make the reward of one NAME[:ARGUMENT][,option=value…].
 
     NAME is looked up among the built-in rewards, then the entry points `steer.rewards`, then as module:attribute.
     """
@@ -97,12 +97,12 @@ def make_reward(atom: str) -> Reward:
 
 
 def takes_number(name: str) -> bool:
-    """Whether a number after NAME: is the reward's own argument (it says `takes_number = True`), not a weight."""
+    """Return whether a number after NAME: is the reward's own argument (`takes_number = True`), not a weight."""
     return bool(getattr(_factory(name), "takes_number", False))
 
 
 def _factory(name: str) -> Any:
-    """What makes the reward of a name; None where nothing does."""
+    """Return the factory of a named reward, or None."""
     built_in = REWARDS
     if name in built_in:
         return _attribute(built_in[name][0])
@@ -128,7 +128,7 @@ def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
     positional, options = _arguments(argument)
     try:
         inspect.signature(factory).bind(*positional, **options)
-    except ValueError as error:  # what is written in C may not tell
+    except ValueError as error:  # C code may have no signature
         raise RewardError(f"reward {name!r} cannot be made: {error}") from error
     except TypeError as error:
         wrong = f"cannot take {argument!r} ({error})" if options else None
@@ -145,7 +145,7 @@ def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
 
 
 def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What stands behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma components only before option=."""
+    """Split the text behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma separates only before option=."""
     first, *rest = re.split(r",(?=[a-z_]+=)", argument)
     named = [first, *rest] if re.match(r"[a-z_]+=", first) else rest
     positional = () if first in named or not first else (first,)

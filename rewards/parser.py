@@ -43,26 +43,26 @@ MAX_REWARDS = 250  # rewards in one expression
 
 @dataclass(frozen=True)
 class ParserState:
-    """Where the reader stands: how deep inside functions and files, and what it has read so far."""
+    """State of the parser: depth inside functions and files, and the rewards read so far."""
 
     depth: int = 0
     read: list[str] = field(default_factory=list)
 
     def inside(self) -> "ParserState":
-        """One deeper. Raises RewardError where that is too deep."""
+        """Return the state one level deeper. Raises RewardError where that is too deep."""
         if self.depth == MAX_DEPTH:
-            raise RewardError(f"a reward of more than {MAX_DEPTH} functions or files inside each other is not read")
+            raise RewardError(f"a reward nests at most {MAX_DEPTH} functions or files")
         return ParserState(self.depth + 1, self.read)
 
 
 def read(text: str, state: ParserState | None = None) -> Reward:
-    """The reward that a text stands for. Raises RewardError, one line that names what cannot be read."""
+    """Parse the text of a reward. Raises RewardError, one line that names the part that cannot be read."""
     part = _weighted(text.strip(), state or ParserState())
     return part.reward if part.weight == 1 else CombinedReward([part])
 
 
 def _weighted(text: str, state: ParserState) -> WeightedReward:
-    """A term, or a sum of them as one part."""
+    """Parse a term, or a sum of terms as one component."""
     if _is_path(text):
         return WeightedReward(_atom(text, state))
     terms = [_term(term, state) for term in split(text, PLUS)]
@@ -70,7 +70,7 @@ def _weighted(text: str, state: ParserState) -> WeightedReward:
 
 
 def _term(text: str, state: ParserState) -> WeightedReward:
-    """One term of a sum: an atom or a function, and its weight."""
+    """Parse one term of a sum: a named reward or a function, and its weight."""
     if _is_path(text):
         return WeightedReward(_atom(text, state))
     if call := read_call(text):
@@ -80,10 +80,10 @@ def _term(text: str, state: ParserState) -> WeightedReward:
 
 
 def _atom(text: str, state: ParserState) -> Reward:
-    """A reward that is made of no others here; or those of a file."""
+    """Load a reward that is composed of no others here, or that of a file."""
     state.read.append(text)
     if len(state.read) > MAX_REWARDS:
-        raise RewardError(f"a reward of more than {MAX_REWARDS} rewards is not read")
+        raise RewardError(f"a reward has at most {MAX_REWARDS} rewards in it")
     if is_remote(text):
         from steer.rewards.remote import RemoteReward
 
@@ -99,16 +99,16 @@ def _atom(text: str, state: ParserState) -> Reward:
     except RewardError as error:
         if not re.search(r"\+|,(?![a-z_]+=)", text):
             raise
-        raise RewardError(f"{error}; terms are parted by ' + ', arguments by ', ', with their spaces") from error
+        raise RewardError(f"{error}; separate terms by ' + ', arguments by ', ', with the spaces") from error
 
 
 def _is_path(text: str) -> bool:
-    """Whether the whole text is a learned reward's folder or a YAML file that is there."""
+    """Return whether the whole text is the path of a learned reward's folder or of a YAML file."""
     return os.path.isfile(text if text.endswith(FILES) else os.path.join(text, CARD)) and _has_no_name(text)
 
 
 def _has_no_name(text: str) -> bool:
-    """Whether a text does not begin with the name of a reward."""
+    """Return whether a text does not begin with the name of a reward."""
     return bool(text) and text.partition(":")[0] not in reward_names()
 
 
@@ -190,13 +190,13 @@ def _read_file(path: Path, state: ParserState) -> Reward:
 
 
 def _check_yaml(path: Path, text: str) -> None:
-    """Raises RewardError for YAML that takes longer to read than it is to write: aliases, brackets in brackets."""
+    """Raise RewardError for YAML that expands without bound: aliases, deeply nested brackets."""
     depth = 0
     for token in yaml.scan(text):
         depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
         depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
         if isinstance(token, yaml.AliasToken):
-            raise RewardError(f"{path}: aliases (*name) are not read: write out what they stand for")
+            raise RewardError(f"{path}: aliases (*name) are not read: write out their values")
         if depth > 2 * MAX_DEPTH:
             raise RewardError(f"{path}: brackets more than {2 * MAX_DEPTH} deep are not read")
 
@@ -211,7 +211,7 @@ def _is_weights(data: Mapping[Any, Any]) -> bool:
 
 
 def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: ParserState | None = None) -> Reward:
-    """The reward of a mapping, as a YAML file holds it:
+    """Load the reward of a mapping, as a YAML file holds it:
 
         combine: sum            # sum, mean, min, mean-std or quantile
         rewards:
@@ -302,7 +302,7 @@ def score_components(
 
 
 def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate = total) -> CombinedReward:
-    """Σ w_m r_m, or another aggregate, of rewards given with their weights, or of a list of them (weights 1).
+    """Aggregate rewards, by default to Σ w_m r_m: a mapping from rewards to weights, or a list (weights 1).
 
     Each is whatever `load_reward` takes.
     """
