@@ -28,7 +28,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from steer import __version__
 from steer.errors import InputError
 from steer.files import DECODE_ERRORS
 from steer.reward import Reward, RewardError, score
@@ -357,7 +356,7 @@ class RewardServer(ThreadingHTTPServer):
 
     def about(self) -> dict[str, Any]:
         """Return the reply to GET."""
-        return {"protocol": PROTOCOL, "name": self.reward.name, "differentiable": False, "version": __version__}
+        return {"protocol": PROTOCOL, "name": self.reward.name, "differentiable": False}
 
     def check_token(self, header: str) -> None:
         """Raise RequestError where the bearer token is another."""

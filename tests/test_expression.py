@@ -607,7 +607,7 @@ def test_files_that_name_files_end(here: Path) -> None:
 
 def test_folders_of_learned_rewards_may_be_called_anything(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CARD == learned.CARD
-    monkeypatch.setattr(learned, "Learned", Labelled)
+    monkeypatch.setattr(learned, "LearnedReward", Labelled)
     for name in ("plain", "my run", "a:2", "runs/one + two", "c, d", "a", "min(a, b)", "x.y"):
         (here / name).mkdir(parents=True)
         (here / name / CARD).touch()

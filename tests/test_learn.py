@@ -156,7 +156,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_reward(
 ) -> None:
     recipe = replace(recipe, members=2, steps=30)
     train_reward(pairs, recipe, tmp_path / "whole", tmp_path / "work-1")
-    stop_in(monkeypatch, "steer.training.supervised.Run._save", call=2)
+    stop_in(monkeypatch, "steer.training.supervised.TrainingRun._save", call=2)
     with pytest.raises(KeyboardInterrupt):
         train_reward(pairs, recipe, tmp_path / "components", tmp_path / "work-2")
     monkeypatch.undo()
