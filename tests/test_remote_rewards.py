@@ -77,7 +77,7 @@ def test_a_lie_is_one_line_that_names_the_address(liar: str, lie: str, message: 
 
 
 def test_another_protocol_is_refused_at_once(liar: str) -> None:
-    with pytest.raises(RewardError, match="speaks protocol 2, this side 1"):
+    with pytest.raises(RewardError, match="uses protocol 2, this side 1"):
         load_reward(f"{liar}newer")
 
 
