@@ -74,15 +74,15 @@ def replay(
     ):
         job = Job(pipe, loaded, recipe.prompt, settings, state, arguments=_arguments(recipe, pipe))
         output = job.run("base" if recipe.base else None)
-        again = make_recipe(job, output, recipe.rank, recipe.base)
-        write_png(output.images[recipe.rank], path, again)
+        new_recipe = make_recipe(job, output, recipe.rank, recipe.base)
+        write_png(output.images[recipe.rank], path, new_recipe)
         state.unlink(missing_ok=True)
-    same = again.pixels == pixel_hash(before)
+    same = new_recipe.pixels == pixel_hash(before)
     if same:
         return ReplayResult(path, same, f"{path}: the same pixels as {image}")
     how = _describe_difference(before, output.images[recipe.rank])
     return ReplayResult(
-        path, same, f"{path}: not the pixels of {image}, {how}: {_difference_reason(recipe, again, before)}"
+        path, same, f"{path}: not the pixels of {image}, {how}: {_difference_reason(recipe, new_recipe, before)}"
     )
 
 
@@ -136,12 +136,14 @@ def _describe_difference(one: Image.Image, other: Image.Image) -> str:
     return f"{np.count_nonzero(differences)} of {differences.size} differ by up to {differences.max()} of 255"
 
 
-def _difference_reason(recipe: Recipe, again: Recipe, before: Image.Image) -> str:
+def _difference_reason(recipe: Recipe, new_recipe: Recipe, before: Image.Image) -> str:
     """Explain differing pixels: an edited file, other versions, another device."""
-    if again.pixels == recipe.pixels:
+    if new_recipe.pixels == recipe.pixels:
         return "they are those of its recipe, so the file was edited"
-    there, here = _environment(recipe), _environment(again)
-    differences = [f"{name} {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
+    original, current = _environment(recipe), _environment(new_recipe)
+    differences = [
+        f"{name} {original[name]} there, {current[name]} here" for name in original if original[name] != current[name]
+    ]
     edited = ["the file was edited"] if recipe.pixels != pixel_hash(before) else []
     unknown_cause = "versions and device are the same; the number of threads or the weights behind a name may differ"
     return "; ".join([*edited, *differences]) or unknown_cause

@@ -131,14 +131,14 @@ def open_report(
     """
     check_writable(out)
     path = out / REPORT
-    given = asdict(settings)
+    config = asdict(settings)
     header: Report = {"model": settings.model, "method": settings.method}
     entries: dict[int, Entry] = {}
     if path.exists():
-        old = _read(path, out, given)
+        old = _read(path, out, config)
         header |= {name: value for name, value in old.items() if name not in ("prompts", "cost")}
         entries.update(enumerate(old["prompts"]))
-    entries.update(_unmerged_entries(out, given))
+    entries.update(_unmerged_entries(out, config))
     for number, entry in entries.items():
         if number >= len(prompts) or not isinstance(entry, dict) or entry.get("prompt") != prompts[number]:
             raise InputError(f"--out {out} holds a run of other prompts; choose another --out")
@@ -148,7 +148,7 @@ def open_report(
             raise InputError(
                 f"--out {out}: prompt {number + 1} of its report is not as steer writes it; choose another --out"
             )
-    return PartialReport(out, header | {"settings": given}, entries)
+    return PartialReport(out, header | {"settings": config}, entries)
 
 
 def check_writable(out: Path) -> None:
@@ -177,18 +177,18 @@ def sum_costs(entries: Sequence[Entry]) -> dict[str, float]:
     return {cost.name: sum(entry["cost"].get(cost.name, 0) for entry in entries) for cost in fields(Cost)}
 
 
-def _unmerged_entries(out: Path, given: Mapping[str, Any]) -> dict[int, Entry]:
+def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
     """Read the entries that are not merged yet. Raises InputError for those of another run."""
     entries_by_number: dict[int, Entry] = {}
     for path in sorted((out / FINISHED).glob("*.json")):
-        part = _read(path, out, given)
+        part = _read(path, out, config)
         if type(number := part.get("number")) is not int or len(part["prompts"]) != 1:
             raise InputError(f"{path} is not a report of steer; choose another --out")
         entries_by_number[number] = part["prompts"][0]
     return entries_by_number
 
 
-def _read(path: Path, out: Path, given: Mapping[str, Any]) -> Report:
+def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
     """Read a report in `out`, or that of a single prompt. Raises InputError for another file or other settings."""
     try:
         old = loads_with_checksum(path.read_text(encoding="utf-8"))
@@ -201,10 +201,10 @@ def _read(path: Path, out: Path, given: Mapping[str, Any]) -> Report:
     if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
         raise InputError(f"{path} is not a report of steer; choose another --out")
     later_defaults = {one.name: one.default for one in fields(SamplingConfig) if one.default is not MISSING}
-    for name, value in given.items():
-        if (there := (later_defaults | old["settings"]).get(name)) != value:
+    for name, value in config.items():
+        if (stored := (later_defaults | old["settings"]).get(name)) != value:
             raise InputError(
-                f"--out {path.parent} holds a run with {name} {there!r}, not {value!r}; choose another --out"
+                f"--out {path.parent} holds a run with {name} {stored!r}, not {value!r}; choose another --out"
             )
     return old
 
@@ -267,15 +267,15 @@ def sample(
         METHODS[settings.method].check(settings, reward)
         if settings.lora is not None:
             find_adapter(settings.lora)
-    record, todo = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
-    if todo:
+    record, pending = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
+    if pending:
         with context.local_main_process_first():
             pipe = load_pipeline(settings.model, context.device(device), settings.dtype, **settings.loading)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
         requests = sample_requests(rows, settings, pipe)
         note_unused("prompts", unused_columns(rows, used_columns(pipe)))
-        with adapter_applied(pipe, settings.lora) as off:
-            for n in _local_prompts(todo, context, settings.method, len(rows)):
+        with adapter_applied(pipe, settings.lora) as adapter_disabled:
+            for n in _local_prompts(pending, context, settings.method, len(rows)):
                 one, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
                 job = Job(
                     pipe,
@@ -283,7 +283,7 @@ def sample(
                     one.prompt,
                     one.settings,
                     folder / SEARCH,
-                    adapter_disabled=off,
+                    adapter_disabled=adapter_disabled,
                     compute_options=compute_options,
                 )
                 entry = _sample_prompt(replace(job, arguments=one.arguments), folder, animation) | _columns(rows[n])
@@ -301,10 +301,10 @@ def sample(
 
 def _checked(row: str | PromptRow, settings: SamplingConfig) -> PromptRow:
     """Check a row as far as possible without the model. Raises InputError."""
-    made = row if isinstance(row, PromptRow) else PromptRow(row)
-    check_prompt(made.prompt, "prompt")
-    row_config(made, settings)
-    return made
+    checked = row if isinstance(row, PromptRow) else PromptRow(row)
+    check_prompt(checked.prompt, "prompt")
+    row_config(checked, settings)
+    return checked
 
 
 def _columns(row: PromptRow) -> Entry:
@@ -320,14 +320,14 @@ def _open_report(
     return record, record.missing(len(rows), animation)
 
 
-def _local_prompts(todo: Sequence[int], context: LaunchContext, method: str, count: int) -> Iterator[int]:
+def _local_prompts(pending: Sequence[int], context: LaunchContext, method: str, count: int) -> Iterator[int]:
     """Iterate over this process's share of the missing prompts; the main process shows a progress bar of its own."""
-    mine = [todo[place] for place in context.split_indices(len(todo))]
+    share = [pending[place] for place in context.split_indices(len(pending))]
     if context.world_size == 1:
-        yield from tqdm(mine, method, initial=count - len(todo), total=count, unit="prompt", disable=None)
+        yield from tqdm(share, method, initial=count - len(pending), total=count, unit="prompt", disable=None)
     else:
-        about = f"{method}, 1 of {context.world_size} processes"
-        yield from tqdm(mine, about, unit="prompt", disable=None if context.is_main_process else True)
+        label = f"{method}, 1 of {context.world_size} processes"
+        yield from tqdm(share, label, unit="prompt", disable=None if context.is_main_process else True)
 
 
 def _draw(report: Report, out: Path) -> None:

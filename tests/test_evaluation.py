@@ -112,7 +112,7 @@ def test_everything_is_in_the_folder(done: tuple[Path, dict[str, Any]]) -> None:
         assert f"| `{one['name']}` |" in words and format_interval(one["rewards"]["jpeg"]["picked"]) in words
     assert "counting (2) | colors (1)" in words and "KL is the mean of 2 trajectories with η = 1." in words
     assert report["options"]["steps"] == 4 and report["options"]["lam"] is None and report["seeds"] == 2
-    assert report["contenders"][0]["made"][0]["torch"] == torch.__version__
+    assert report["contenders"][0]["environments"][0]["torch"] == torch.__version__
 
 
 def test_figures_by_hand() -> None:

@@ -95,15 +95,15 @@ def evaluate(
     with launch_context().local_main_process_first():
         texts, tags = load_tagged_prompts(prompts, prompt_column, tag_column)
     count = min(num_prompts or len(texts), len(texts))
-    chosen = [place * len(texts) // count for place in range(count)]
+    places = [place * len(texts) // count for place in range(count)]
     from steer.apps.evaluation.report import summary
     from steer.apps.evaluation.run import Contender
     from steer.apps.evaluation.run import evaluate as run
 
     contenders = [Contender(m, lora, method) for m in models for lora in (None, *loras) for method in methods]
-    tag_list = None if tags is None else [tags[place] for place in chosen]
-    given: dict[str, Any] = {"tags": tag_list, "kl_prompts": kl_prompts, "batch": batch}
-    given |= {"device": device, "reward_timeout": reward_timeout}
-    report = run(contenders, [texts[place] for place in chosen], rewards, seeds, out, options, **given)
+    chosen_tags = None if tags is None else [tags[place] for place in places]
+    arguments: dict[str, Any] = {"tags": chosen_tags, "kl_prompts": kl_prompts, "batch": batch}
+    arguments |= {"device": device, "reward_timeout": reward_timeout}
+    report = run(contenders, [texts[place] for place in places], rewards, seeds, out, options, **arguments)
     if is_main_process():
         click.echo(f"{summary(report)}\n→ {out / 'evaluation.md'}")
