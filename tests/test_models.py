@@ -256,14 +256,14 @@ def test_a_kohya_lora_with_alphas_of_its_own_equals_the_merged_weights(tmp_path:
 
 
 EXTRA = {
-    "modules_to_save": ({"unet.conv_out.weight": torch.zeros(4, 8, 3, 3)}, "unet.conv_out.weight .whole tensors"),
-    "bias all": ({f"unet.{FF}.bias": torch.ones(8)}, f"unet.{FF}.bias .whole tensors"),
+    "modules_to_save": ({"unet.conv_out.weight": torch.zeros(4, 8, 3, 3)}, "unet.conv_out.weight .full tensors"),
+    "bias all": ({f"unet.{FF}.bias": torch.ones(8)}, f"unet.{FF}.bias .full tensors"),
     "lora_bias": ({f"unet.{QUERY}.lora_B.bias": torch.ones(8)}, "lora_B.bias .lora_bias"),
     "DoRA": ({f"unet.{QUERY}.lora_magnitude_vector": torch.ones(8)}, "lora_magnitude_vector .DoRA"),
     "kohya's DoRA": ({f"{kohya(QUERY)}.dora_scale": torch.ones(8, 1)}, "dora_scale .DoRA"),
     "LoHa": ({f"{kohya(QUERY)}.hada_w1_a": torch.ones(8, 2)}, "hada_w1_a .LoHa"),
     "LoKr": ({f"{kohya(QUERY)}.lokr_w1": torch.ones(2, 2)}, "lokr_w1 .LoKr"),
-    "a full difference": ({f"{kohya(CONV)}.diff": torch.ones(8, 8, 3, 3)}, "diff .whole tensors"),
+    "a full difference": ({f"{kohya(CONV)}.diff": torch.ones(8, 8, 3, 3)}, "diff .full tensors"),
     "textual inversion": (
         {"bundle_emb.a.string_to_param": torch.ones(1)},
         "string_to_param .full tensors or unknown keys",
