@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from test_evaluate import lora
+from rollouts import random_lora
 
 pytest.importorskip("gradio")
 
@@ -106,7 +106,7 @@ def test_images_tell_their_settings_and_base_images_are_the_plain_batch(studio: 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    folder = lora(load_pipeline("scenes"), tmp_path_factory.mktemp("weights"), 0.3)
+    folder = random_lora(load_pipeline("scenes"), tmp_path_factory.mktemp("weights"), 0.3)
     return Weights("scenes", folder, "scenes, D3PO on brightness, 3 updates", "brightness", 8, 2.0)
 
 

@@ -187,7 +187,9 @@ def test_a_token_is_asked_for_where_there_is_one(tmp_path: Path, monkeypatch: py
 def test_elsewhere_than_here_is_warned_of(tmp_path: Path) -> None:
     with serving("brightness", tmp_path, "--host", "0.0.0.0") as served:
         code, _, err = served.end(signal.SIGINT)
-        assert code == 0 and err.startswith("steer: --host 0.0.0.0: anyone who can reach this machine can use the reward")
+        assert code == 0 and err.startswith(
+            "steer: --host 0.0.0.0: anyone who can reach this machine can use the reward"
+        )
         assert len(err.splitlines()) == 1
 
 

@@ -22,7 +22,7 @@ from steer.apps.bench.sizes import ceilings
 from steer.apps.bench.subject import Subject
 from steer.apps.bench.timing import Check, Measurement, Prediction, RepeatPolicy, measure
 from steer.apps.evaluation.spec import versions
-from steer.apps.plots import COLORMAP, FAINT, INK, shown
+from steer.apps.plots import COLORMAP, FAINT, INK, plain_text
 from steer.errors import InputError
 from steer.files import atomic_write, write_text
 
@@ -191,7 +191,7 @@ def _draw_ratios(axes: Axes, report: Json, names: list[str]) -> None:
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks([0.5, 1, 2, 4])
-    axes.set_yticks(range(len(names)), [shown(name, 44) for name in names])
+    axes.set_yticks(range(len(names)), [plain_text(name, 44) for name in names])
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
     _finish(axes, "ratio of seconds")
