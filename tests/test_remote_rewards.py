@@ -77,7 +77,7 @@ def test_a_lie_is_one_line_that_names_the_address(liar: str, lie: str, message: 
 
 
 def test_another_protocol_is_refused_at_once(liar: str) -> None:
-    with pytest.raises(RewardError, match="speaks protocol 2, this side 1"):
+    with pytest.raises(RewardError, match="uses protocol 2, this side 1"):
         load_reward(f"{liar}newer")
 
 
@@ -216,7 +216,7 @@ def test_an_image_cannot_send_anybody_to_an_address(steer: Steer, canary: Canary
     source, settings = tmp_path / "changed.png", replace(recipe.settings, reward=spec.format(canary.url))
     write_png(pixels, source, replace(recipe, settings=settings))
     code, out, err = steer("sample", "--replay", source, "--out", tmp_path / "replayed")
-    assert code == 2 and not out and len(err.splitlines()) == 1 and "say --reward SPEC with --replay" in err
+    assert code == 2 and not out and len(err.splitlines()) == 1 and "add --reward SPEC" in err
     assert not canary.called()
 
 
