@@ -240,7 +240,7 @@ def test_parts_that_take_turns_cannot_work_together(tmp_path: Any, pipe_of: Call
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reward_guidance": 1.0}, "overlap: with reward_guidance"),
+        ({"reward_guidance": 1.0}, "asynchronous_rewards: with reward_guidance"),
         ({"resample_steps": [4]}, "resample_steps: 4 is not from 0 to 3, in a run of 6 steps"),
     ],
 )
