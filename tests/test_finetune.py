@@ -82,7 +82,7 @@ def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_last_bit(method: st
     train(method, loaded(model), tmp_path / "whole")
     command = [Path(__file__).with_name("finetune_child.py"), method, model, tmp_path / "killed"]
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     child = Forked(command, tmp_path, environment)

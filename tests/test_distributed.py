@@ -1,4 +1,4 @@
-"""Several processes: the gradients of one, runs that stop and go on together, and one that dies."""
+"""Distributed training: the gradients of one process, checkpoints of several, and a process that dies."""
 
 import json
 import os
@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_child import fresh, gradients
 from finetune_runs import METHODS, settings_of, train
 from preloaded import run_two
 from safetensors import safe_open
 from safetensors.torch import load_file
-from team_child import fresh, gradients
 
 from steer import GRPOTrainer
 from steer.errors import InputError
@@ -31,7 +31,7 @@ def environment() -> dict[str, str]:
 def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
     """Two gloo processes. accelerate launch --cpu --num_processes 2 would silently begin one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(TESTS / "team_child.py"), str(folder), *what]
+    command += [str(TESTS / "distributed_child.py"), str(folder), *what]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -39,7 +39,7 @@ def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes leave."""
     folder = tmp_path_factory.mktemp("two")
-    words = [TESTS / "team_child.py", folder, "first", "gradients", "resumed", "interrupted", "sharded"]
+    words = [TESTS / "distributed_child.py", folder, "first", "gradients", "resumed", "interrupted", "sharded"]
     ended = run_two(words, Path.cwd(), environment())
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
