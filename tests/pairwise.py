@@ -7,9 +7,9 @@ from itertools import combinations
 import pytest
 
 
-def all_pairs(rows: Sequence[tuple[int, ...]]) -> list[int]:
-    """The numbers of rows that hold every pair of values of two columns that is in any row, taken greedily."""
-    pairs = [set(combinations(enumerate(row), 2)) for row in rows]
+def covering(rows: Sequence[tuple[object, ...]], strength: int = 2) -> list[int]:
+    """The numbers of rows that hold all values of any `strength` columns that any row holds, taken greedily."""
+    pairs = [set(combinations(enumerate(row), strength)) for row in rows]
     missing, kept = set().union(*pairs), []
     while missing:
         kept.append(max(range(len(rows)), key=lambda n: len(pairs[n] & missing)))
@@ -26,7 +26,7 @@ def harden(items: Iterable[pytest.Item]) -> None:
             row = tuple(item.callspec.indices[name] for name in names)
             combined.setdefault(item.nodeid.split("[")[0], []).append((row, item))
     for tests in combined.values():
-        kept = set(all_pairs([row for row, _ in tests]))
+        kept = set(covering([row for row, _ in tests]))
         for number, (_, item) in enumerate(tests):
             if number not in kept:
                 item.add_marker("hard")
