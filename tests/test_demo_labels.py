@@ -1,11 +1,10 @@
 """Labelling: nothing that was said is lost or told twice, and what is recorded is what a finetuning learns from."""
 
 import json
+import os
 import random
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -23,6 +22,7 @@ import gradio as gr
 from finetune_runs import PLAIN
 from finetune_runs import settings_of as plain_settings
 from PIL import Image
+from preloaded import Forked
 
 from steer import D3POTrainer
 from steer.apps.cli.finetune import parse_overrides
@@ -202,8 +202,7 @@ while True:
 def test_a_kill_after_saved_loses_nothing(studio: Studio, store: LabelStore) -> None:
     for _ in range(3):
         drawn(studio, store, ADA)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(store.path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    process = Forked(["-c", KILLED, store.path], Path.cwd(), os.environ)
     told = [process.stdout.readline()]
     time.sleep(random.Random(0).uniform(0.1, 0.3))
     process.kill()
