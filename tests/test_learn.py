@@ -226,7 +226,7 @@ def test_a_recipe_that_cannot_be_is_refused(
 
 def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
     train_reward(pairs, replace(recipe, steps=2), tmp_path / "r", tmp_path / "work")
-    with pytest.raises(RewardError, match="holds a run with other settings"):
+    with pytest.raises(RewardError, match="holds a run with another configuration"):
         train_reward(pairs, replace(recipe, steps=3), tmp_path / "r", tmp_path / "work")
 
 
@@ -241,7 +241,7 @@ def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig,
         (lambda folder: change(folder, width=10**12), "not the card of a learned reward"),
         (lambda folder: change(folder, width=3), "does not fit this model"),
         (lambda folder: (folder / "member-0.safetensors").unlink(), "no such checkpoint"),
-        (lambda folder: (folder / "member-0.safetensors").write_bytes(b"\0" * 40), "cannot be read, is it whole"),
+        (lambda folder: (folder / "member-0.safetensors").write_bytes(b"\0" * 40), "cannot be read, is it complete"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(

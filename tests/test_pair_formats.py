@@ -98,13 +98,13 @@ def test_published_tables_are_read(
     path = WRITERS[writer](tmp_path, rows)
     with caplog.at_level(logging.WARNING):
         assert preferred(path, images if elsewhere else None) == [("x", 204), ("y", 204)]
-    error_text = f"left out {ties} ties and {unlabelled} pairs without a label of {len(rows)} pairs"
+    error_text = f"skipped {ties} ties and {unlabelled} pairs without a label of {len(rows)} pairs"
     assert caplog.messages == ([f"{path}: {error_text}"] if ties or unlabelled else [])
 
 
 def test_pick_a_pic_with_its_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert preferred(table(tmp_path, PICKAPIC)) == [("x", 204), ("y", 204)]
-    assert "left out 1 ties and 2 pairs without a label of 5 pairs" in caplog.text
+    assert "skipped 1 ties and 2 pairs without a label of 5 pairs" in caplog.text
     short = [{name: row[name] for name in ("jpg_0", "jpg_1", "label_0", "caption")} for row in PICKAPIC]
     assert preferred(table(tmp_path, short[:2])) == [("x", 204)]
     structs = [{"chosen": {"bytes": LIGHT, "path": "a"}, "rejected": {"bytes": DARK, "path": "b"}, "prompt": "x"}]
@@ -114,7 +114,7 @@ def test_pick_a_pic_with_its_bytes(tmp_path: Path, caplog: pytest.LogCaptureFixt
 def test_ranks_of_more_than_two_are_pairs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     put_images(tmp_path)
     assert preferred(in_json(tmp_path, HPDV2_TEST)) == [("x", 204), ("x", 204)]
-    assert "left out 1 ties and 2 pairs without a label of 5 pairs" in caplog.text
+    assert "skipped 1 ties and 2 pairs without a label of 5 pairs" in caplog.text
 
 
 def test_a_folder_of_choices_as_the_demo_records_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -131,7 +131,7 @@ def test_a_folder_of_choices_as_the_demo_records_it(tmp_path: Path, caplog: pyte
     for name, written in (("lots", lots), ("choices", rows)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     assert preferred(tmp_path) == preferred(tmp_path / "choices.jsonl") == [("x", 204), ("y", 204)]
-    assert "left out 1 ties and 0 pairs without a label of 3 pairs" in caplog.text
+    assert "skipped 1 ties and 0 pairs without a label of 3 pairs" in caplog.text
     lines_of(tmp_path, rows[0] | {"lot": "z"}).rename(tmp_path / "choices.jsonl")
     with pytest.raises(RewardError, match=r"choices\.jsonl, row 1: lot 'z' is not in lots\.jsonl"):
         read_pairs(tmp_path)
@@ -145,7 +145,7 @@ def test_a_table_of_no_known_kind_lists_columns_found_and_wanted(tmp_path: Path)
         with pytest.raises(RewardError) as raised:
             read_pairs(in_lines(tmp_path, rows))
         error_text = str(raised.value)
-        assert f"columns found: {', '.join(rows[0])}; columns wanted: image_a, image_b, prompt, choice | " in error_text
+        assert f"unknown columns {', '.join(rows[0])}; expected one of: image_a, image_b, prompt, choice | " in error_text
         for wanted in ("jpg_0, jpg_1, label_0", "path1, path2", "generations, ranking", "chosen, rejected"):
             assert wanted in error_text
 
@@ -154,10 +154,10 @@ BAD = [
     (HPDV2[0] | {"human_preference": [1]}, "row 1: human_preference must be a list of 2, one for each of image_path"),
     (HPDV2[0] | {"human_preference": ["a", "b"]}, "row 1: human_preference must hold numbers, got 'a'"),
     (HPDV2[0] | {"image_path": ["dark.png"]}, "row 1: image_path must be a list of two or more images"),
-    (HPDV3[0] | {"path2": "gone.png"}, "row 1: 'path2' is neither an image file that is there nor its bytes"),
+    (HPDV3[0] | {"path2": "gone.png"}, "row 1: 'path2' is neither an existing image file nor its bytes"),
     (DPO[0] | {"prompt": 3}, 'row 1: expected a text under "prompt"'),
     ({"jpg_0": "dark.png", "jpg_1": "light.png", "label_0": "left", "caption": "x"}, "row 1: label_0 must be a number"),
-    (HPDV2[1], "no preference to learn from: 1 ties and 0 pairs without a label of 1 pairs"),
+    (HPDV2[1], "no preferences to train on: 1 ties and 0 pairs without a label of 1 pairs"),
 ]
 
 
@@ -190,4 +190,4 @@ def test_the_command_learns_from_them(tmp_path: Path, steer: Steer) -> None:
     assert code == 0, err
     assert "accuracy" in out and (tmp_path / "out" / "reward.json").exists()
     code, _, err = steer("rewards", "train", in_json(tmp_path, [{"a": 1}]), *words)
-    assert code == 2 and "columns found: a; columns wanted: image_a" in err and len(err.strip().splitlines()) == 1
+    assert code == 2 and "unknown columns a; expected one of: image_a" in err and len(err.strip().splitlines()) == 1

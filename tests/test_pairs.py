@@ -119,7 +119,7 @@ def without(key: str) -> dict[str, Any]:
     return {name: value for name, value in GOOD.items() if name != key}
 
 
-NO_IMAGE = "is neither an image file that is there nor its bytes"
+NO_IMAGE = "is neither an existing image file nor its bytes"
 BAD_CHOICE = "choice must be a, b, tie or a number from 0 to 1, got "
 BAD_STRENGTH = "strength must be a number from 0 to 1e+06, got "
 BAD_ROWS = [
