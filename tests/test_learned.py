@@ -36,8 +36,8 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captions = [{"image": image, "prompt": prompt} for image, prompt in sample_image(folder / "images", 40)]
     data = folder / "captions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in captions))
-    recipe = RewardTrainingConfig(backbone=str(folder), objective="contrastive", train_backbone=True, steps=40, batch_size=16)
-    run_reward_training(data, recipe, folder, folder / "work", "cpu")
+    config = RewardTrainingConfig(str(folder), objective="contrastive", train_backbone=True, steps=40, batch_size=16)
+    run_reward_training(data, config, folder, folder / "work", "cpu")
     return folder
 
 

@@ -249,7 +249,7 @@ def test_texts_by_hand(text: str, expected: list[float] | None) -> None:
         ("no.such:thing + a", "cannot load reward 'no.such:thing': ModuleNotFoundError"),
         ("x" * 5000, "unknown reward 'xxx"),
         ("a\0b", "unknown reward 'a\\x00b'"),
-        ("min(" * (MAX_DEPTH + 1) + "a" + ")" * (MAX_DEPTH + 1), f"a reward nests at most {MAX_DEPTH} functions or files"),
+        ("min(" * (MAX_DEPTH + 1) + "a" + ")" * (MAX_DEPTH + 1), f"nests at most {MAX_DEPTH} functions or files"),
         ("min(" * 9000 + "a" + ")" * 9000, f"a reward nests at most {MAX_DEPTH} functions or files"),
         ("z(" * 9000, "a parenthesis is not closed, or never opened"),
         (" + ".join(["a"] * (MAX_REWARDS + 1)), f"a reward has at most {MAX_REWARDS} rewards in it"),

@@ -170,7 +170,8 @@ def test_micro_batches_are_bounded_and_pair_images_with_prompts(size: int | str)
 
 @pytest.mark.parametrize("size", [0, -1, "many", "1.5", "", 2.0])
 def test_a_micro_batch_is_a_whole_number(size: object) -> None:
-    refused(lambda: in_micro_batches(lambda images, prompts: images, size), f"micro_batch={size}: use a positive integer")  # type: ignore[arg-type]
+    message = f"micro_batch={size}: use a positive integer"
+    refused(lambda: in_micro_batches(lambda images, prompts: images, size), message)  # type: ignore[arg-type]
 
 
 class Download:
