@@ -189,7 +189,7 @@ class RemoteReward:
                 status, reply = self._endpoint.request(method, path, body, self._timeout)
             except TimeoutError as error:
                 raise self._error(
-                    f"took longer than its {self._timeout:g} s: increase ,timeout= or fix the reward"
+                    f"timed out after {self._timeout:g} s: increase ,timeout= or fix the reward"
                 ) from error
             except RETRYABLE_ERRORS as error:
                 if attempt == self._tries:

@@ -248,7 +248,7 @@ def test_a_folder_that_is_not_whole_is_refused(
     recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path, spoil: Callable[[Path], object], message: str
 ) -> None:
     train_reward(pairs, replace(recipe, steps=2), tmp_path / "r", tmp_path / "work")
-    (tmp_path / "r" / CHECKSUMS).unlink()  # with it any change is told before: see test_sums
+    (tmp_path / "r" / CHECKSUMS).unlink()  # with it any change is told before: see test_files
     spoil(tmp_path / "r")
     with pytest.raises(RewardError, match=message):
         load_reward(f"preference:{tmp_path / 'r'}")

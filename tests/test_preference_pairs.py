@@ -204,10 +204,10 @@ def test_files_that_are_none_are_named(folder: Path) -> None:
 def test_broken_images_are_named_when_they_are_loaded(folder: Path) -> None:
     (folder / "images" / "broken.png").write_bytes(b"no image")
     loaded = read_pairs(lines(folder, GOOD | {"image_a": "images/broken.png"}))
-    with pytest.raises(InputError, match=r"images/broken\.png: not an image that can be read"):
+    with pytest.raises(InputError, match=r"images/broken\.png: not a readable image format"):
         load_images(loaded.a, lambda image: image)
     loaded = read_pairs(table(folder, [GOOD | {"image_a": b"no image"}]))
-    with pytest.raises(InputError, match="an image of 8 bytes: not an image that can be read"):
+    with pytest.raises(InputError, match="an image of 8 bytes: not a readable image format"):
         load_images(loaded.a, lambda image: image)
 
 
