@@ -368,7 +368,7 @@ def test_weights_are_contenders_and_may_not_change(
         (["--lora", "{tmp}/run"], "did you mean {tmp}/run/best or {tmp}/run/final?"),
         (["--lora", "{tmp}/wide"], "{tmp}/wide does not fit StableDiffusionPipeline"),
         (["--lora", "{tmp}/other"], "{tmp}/other: 2 of its 4 tensors have a place"),
-        (["--lora", "{tmp}/model/vae"], "its tensors are not those of the model's UNet2DConditionModel"),
+        (["--lora", "{tmp}/model/vae"], "its tensors do not match the model's UNet2DConditionModel"),
         (["--out", "{tmp}/prompts.jsonl"], "--out {tmp}/prompts.jsonl: cannot write there"),
         (["--device", "warp"], "--device 'warp' cannot be used"),
         (["--steps", "2000"], "prompt 'p0': "),
