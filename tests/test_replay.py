@@ -169,7 +169,7 @@ def test_a_reward_that_the_user_names_is_taken(steer: Steer, changed: Changed, c
         (["--model", "scenes"], "leave out --model"),
     ],
 )
-def test_what_the_image_names_is_not_printed_again(
+def test_options_that_the_image_determines_are_refused(
     steer: Steer, tmp_path: Path, words: list[str], message: str
 ) -> None:
     code, _, err = steer("sample", "--replay", tmp_path / "nowhere.png", *words)
