@@ -276,17 +276,10 @@ def sample(
         note_unused("prompts", unused_columns(rows, used_columns(pipe)))
         with adapter_applied(pipe, settings.lora) as adapter_disabled:
             for n in _local_prompts(pending, context, settings.method, len(rows)):
-                one, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
-                job = Job(
-                    pipe,
-                    reward,
-                    one.prompt,
-                    one.settings,
-                    folder / SEARCH,
-                    adapter_disabled=adapter_disabled,
-                    compute_options=compute_options,
-                )
-                entry = _sample_prompt(replace(job, arguments=one.arguments), folder, animation) | _columns(rows[n])
+                request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
+                job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
+                job = replace(job, adapter_disabled=adapter_disabled, compute_options=compute_options)
+                entry = _sample_prompt(job, folder, animation) | _columns(rows[n])
                 with output_errors(out):
                     record.keep(n, entry, context.world_size == 1)
                     _clean(folder)
