@@ -398,7 +398,7 @@ def _trace(iterations: Sequence[Iteration]) -> dict[str, Any]:
         "rewards": rows([one.rewards for one in iterations]),
         "norms": rows([one.norms for one in iterations]),
         "best": rows([one.best for one in iterations]),
-        "parts": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
+        "components": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
     }
 
 

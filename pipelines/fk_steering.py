@@ -76,7 +76,7 @@ class ResamplingSchedule:
 
     def __post_init__(self) -> None:
         if self.requested_steps is not None:
-            object.__setattr__(self, "asked", frozenset(self.requested_steps))
+            object.__setattr__(self, "requested_steps", frozenset(self.requested_steps))
         choose("particle_schedule_rule", self.rule, PARTICLE_SCHEDULE_RULES)
         if self.target is not None and not math.isfinite(self.target):
             raise InputError(f"target_reward must be a finite number, got {self.target}")

@@ -224,7 +224,7 @@ def test_eta_makes_every_step_of_ddim_the_same_kernel(
             scores.append((following - kernel.mean) / kernel.std)
         return result
 
-    monkeypatch.setattr(Run, "_moved", recorded)
+    monkeypatch.setattr(Run, "_next_latents", recorded)
     scheduler = build("DDIM", **BETAS, **{"clip_sample": False} | config)
     out = FKSteeringPipeline(AnyGaussian(scheduler), TOTAL)(
         num_particles=4,
