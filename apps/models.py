@@ -86,10 +86,10 @@ def load_pipeline(
     device = default_device(device)
     try:
         if isinstance(source, Path) and source.is_file():
-            pipe = _from_single_file(model, source, precision(device, dtype), config)
+            pipe = _from_single_file(model, source, resolve_dtype(device, dtype), config)
         else:
             variant = _variant(source) if variant is None and isinstance(source, Path) else variant
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=precision(device, dtype), variant=variant)
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=resolve_dtype(device, dtype), variant=variant)
     except InputError:
         raise
     except UnpicklingError as error:
@@ -162,7 +162,7 @@ def _from_single_file(model: str, file: Path, dtype: "torch.dtype", given: str |
         raise InputError(f"model {model!r}: a single file needs a configuration{missing}: {remedy}") from error
 
 
-def precision(device: str, dtype: str | None) -> "torch.dtype":
+def resolve_dtype(device: str, dtype: str | None) -> "torch.dtype":
     """What a model computes in: float32 on the CPU and bfloat16 elsewhere, where nothing else is asked for."""
     import torch
 

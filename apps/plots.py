@@ -339,7 +339,7 @@ def write_grid(evaluated: EvalResult, out: Path, samples: int) -> Path:
     each = max(1, min(samples, samples_per_prompt, MAX_IMAGES))
     rewards = np.stack([values.float().cpu().numpy() for values in evaluated.rewards.values()])
     cells, pictures = [], []
-    for place in evenly(len(evaluated.prompts), MAX_IMAGES // each):
+    for place in evenly_spaced(len(evaluated.prompts), MAX_IMAGES // each):
         for k in range(each):
             grid_metadata = [float(value) for value in rewards[:MAX_REWARDS, place, k]]
             cells.append({"prompt": evaluated.prompts[place], "rewards": grid_metadata})
@@ -355,7 +355,7 @@ def write_grid(evaluated: EvalResult, out: Path, samples: int) -> Path:
     return path
 
 
-def evenly(count: int, most: int) -> list[int]:
+def evenly_spaced(count: int, most: int) -> list[int]:
     """At most `most` of `count` places, evenly spaced, the first and the last among them."""
     return sorted({int(place) for place in np.linspace(0, count - 1, min(count, max(most, 1))).round()})
 
@@ -463,7 +463,7 @@ def draw_before_after(out: Path) -> Path | None:
     grid_metadata = [read_grid(path) or {} for path in paths]
     if [cell["prompt"] for cell in grid_metadata[0]["cells"]] != [cell["prompt"] for cell in grid_metadata[1]["cells"]]:
         return None
-    chosen = evenly(len(grid_metadata[0]["cells"]), PAIRS)
+    chosen = evenly_spaced(len(grid_metadata[0]["cells"]), PAIRS)
     high = max(lower - upper for info_dict in grid_metadata for _, upper, _, lower in info_dict["boxes"])
     margin, step, row_height = 106, SIDE + GAP, high + BELOW + 8
     figure = _canvas(max(margin + len(chosen) * step, 460), TOP + CAPTION_HEIGHT + 2 * row_height)

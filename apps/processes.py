@@ -1,7 +1,7 @@
 """The processes that share one run, as `torchrun` or `accelerate launch` start them; one where it was started plainly.
 
-here = processes()
-with here.main_first():      # what is downloaded is downloaded once, what is wrong is said once
+here = launch_context()
+with here.local_main_process_first():      # what is downloaded is downloaded once, what is wrong is said once
     pipe = load(…)
 todo = here.from_main(lambda: …)
 for n in here.share(len(todo)): …
@@ -27,7 +27,7 @@ BARRIER_TIMEOUT = timedelta(
 )  # that one process may wait for the others; by default they give up after half an hour
 
 
-def processes(cpu: bool = True) -> "LaunchContext":
+def launch_context(cpu: bool = True) -> "LaunchContext":
     """This process among those of its run. A plain process is the only one, and nothing distributed is begun for it.
 
     cpu  whether they talk to each other over the CPU (gloo), which is all that sharing work takes; False: over their
@@ -43,7 +43,7 @@ def processes(cpu: bool = True) -> "LaunchContext":
     return LaunchContext(state.process_index, state.num_processes, state.local_process_index)
 
 
-def part() -> None:
+def shutdown_distributed() -> None:
     """Ends what the processes of a run have between them, once they have done all. Imports nothing.
 
     PyTorch may abort a process that exits without.
@@ -88,7 +88,7 @@ class LaunchContext:
                 PartialState().wait_for_everyone()
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
+    def local_main_process_first(self) -> Iterator[None]:
         """The first process of each machine runs the block before the others; if it raises, the others never do."""
         if self.local_rank > 0:
             self.wait_for_everyone()

@@ -52,11 +52,15 @@ def data_files(data_set: str, split: str, formats: Sequence[str]) -> list[Path]:
                     Path(huggingface_hub.hf_hub_download(data_set, name, repo_type="dataset", revision=revision))
                     for name in names
                 ]
-    content = f"only {some(available)}" if available else "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
+    content = (
+        f"only {summarize_names(available)}"
+        if available
+        else "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
+    )
     raise InputError(f"data set {data_set!r}: no {', '.join(formats)} files of split {split!r}: {content}")
 
 
-def some(names: Sequence[str]) -> str:
+def summarize_names(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
     return ", ".join(names[:MAX_SHOWN]) + more
@@ -111,7 +115,9 @@ def _one_folder(data_set: str, split: str, names: list[str]) -> list[str]:
     plain = [folder for folder in folders if not folder or "default" in folder.split("/")] or folders
     if len(plain) > 1:
         options = [folder if split in folder.split("/") else f"{folder}/{split}" for folder in folders if folder]
-        raise InputError(f"data set {data_set!r} has {some(options)}: name one, like {data_set}:{options[0]}")
+        raise InputError(
+            f"data set {data_set!r} has {summarize_names(options)}: name one, like {data_set}:{options[0]}"
+        )
     return [name for name in names if name.rpartition("/")[0] in plain]
 
 
@@ -191,7 +197,7 @@ def read_text(path: Path) -> str:
         raise InputError(f"{path}: {what} (byte {error.start}): save it as UTF-8") from error
 
 
-def chosen(names: Sequence[str], column: str | None, where: str) -> str | None:
+def find_column(names: Sequence[str], column: str | None, where: str) -> str | None:
     """The column of the prompts: the one asked for, else one called prompt, text or caption, in any letters.
 
     None where there is none. Raises InputError where several could be it.
@@ -204,7 +210,9 @@ def chosen(names: Sequence[str], column: str | None, where: str) -> str | None:
     for kind in NAMES:
         result = [name for name in names if name.strip().lower() in kind]
         if len(result) > 1:
-            raise InputError(f"{where}: {some(result)} could each be the prompts: choose one with --prompt-column")
+            raise InputError(
+                f"{where}: {summarize_names(result)} could each be the prompts: choose one with --prompt-column"
+            )
         if result:
             return result[0]
     return None
@@ -212,7 +220,7 @@ def chosen(names: Sequence[str], column: str | None, where: str) -> str | None:
 
 def others(names: Sequence[str]) -> str:
     """The end of a message about a column that is not there."""
-    return f"; choose the column, there are {some([str(name) for name in names])}" if any(names) else ""
+    return f"; choose the column, there are {summarize_names([str(name) for name in names])}" if any(names) else ""
 
 
 def expected(column: str | None, kind: str, names: Sequence[str]) -> str:
@@ -257,7 +265,7 @@ def _record(record: Any, where: str, column: str | None) -> dict[str, Any]:
     if isinstance(record, str):
         return {column or COLUMN: record}
     names = list(record) if isinstance(record, dict) else []
-    key = chosen(names, column, where)
+    key = find_column(names, column, where)
     if key is None or not isinstance(record[key], str):
         if key is not None:
             raise InputError(f'{where}: expected an object with a text under "{key}", got {kind_of(record[key])}')
@@ -277,7 +285,7 @@ def _records(content: Any, path: Path, column: str | None) -> Iterator[tuple[str
         return
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a list of prompts or objects, got {kind_of(content)}")
-    key = chosen(list(content), column, str(path))
+    key = find_column(list(content), column, str(path))
     if key is not None and isinstance(content[key], str):
         yield str(path), content
     elif key is not None and isinstance(content[key], list) and not any(isinstance(one, dict) for one in content[key]):
@@ -330,7 +338,7 @@ def _table_from_cells(path: Path, rows: Sequence[tuple[int, list[str]]], column:
     filled = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
     header = [name.strip() for name in (filled[0][1] if filled else [])]
     line = f"{path}, line {filled[0][0] if filled else 1}"
-    name = chosen(header, column, line)
+    name = find_column(header, column, line)
     if name is None:
         raise InputError(f"{line}: {expected(column, 'a column named', header)}")
     if twice := [one for one in header if one and header.count(one) > 1]:
@@ -357,7 +365,7 @@ def _parquet(path: Path, column: str | None) -> Table:
     try:
         with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
-            name = chosen(names, column, str(path))
+            name = find_column(names, column, str(path))
             if name is None:
                 raise InputError(f"{path}: {expected(column, 'a column named', names)}")
             if file.schema_arrow.field(name).type.num_fields:
@@ -468,7 +476,7 @@ def _rows(source: str, column: str | None, used: Collection[str]) -> list[Prompt
         raise InputError(
             f"{result}: no prompts in this file"
             if isinstance(result, Path)
-            else f"data set {source!r}: no prompts in {some([path.name for path in result])}"
+            else f"data set {source!r}: no prompts in {summarize_names([path.name for path in result])}"
         )
     if source not in PROMPTS:
         note_unused(source, [*unused_columns(rows, used), *dict.fromkeys(unread)])
@@ -478,7 +486,7 @@ def _rows(source: str, column: str | None, used: Collection[str]) -> list[Prompt
 def note_unused(source: object, names: Sequence[str]) -> None:
     """Log the columns of a source that have no use, in one line, by one of several processes."""
     if names and is_main_process():
-        logger.warning("steer: %s", InputError(f"{source}: columns without a use here: {some(names)}"))
+        logger.warning("steer: %s", InputError(f"{source}: columns without a use here: {summarize_names(names)}"))
 
 
 def _locate(source: str) -> Path | list[Path]:
@@ -532,7 +540,7 @@ def _read(path: Path, column: str | None) -> tuple[list[PromptRow], list[str]]:
         raise InputError(f"{path}: cannot read the prompt file ({error.strerror or one_line(error)})") from error
     rows = []
     for where, cells in table.rows:
-        key = chosen(list(cells), column, where) or COLUMN
+        key = find_column(list(cells), column, where) or COLUMN
         if prompt := cells[key].strip():
             check_prompt(prompt, str(path))
             columns = {name.strip(): value for name, value in cells.items() if name != key and filled(value)}

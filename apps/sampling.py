@@ -18,7 +18,7 @@ from steer.apps.errors import describe_os_error, wrap_errors
 from steer.apps.methods import METHODS, ComputeOptions, Job, SamplingConfig
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
-from steer.apps.processes import LaunchContext, processes
+from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.prompts import (
     PromptRow,
     check_prompt,
@@ -54,7 +54,7 @@ def base_output(job: Job, output: SteeringOutput) -> SteeringOutput | None:
         return job.run("base")
 
 
-def written(
+def write_images(
     job: Job, output: SteeringOutput, folder: Path, prefix: str = "", base: bool = False
 ) -> Iterator[SavedImage]:
     """Writes the images of an output, in their order: PREFIX00.png and so on."""
@@ -254,8 +254,8 @@ def sample(
     The processes share what is missing, and the main one merges and draws. With `animation`, a film of each noise
     optimisation.
     """
-    context = processes()
-    with context.main_first():
+    context = launch_context()
+    with context.local_main_process_first():
         settings.check()
         compute_options = compute_options or ComputeOptions()
         compute_options.check()
@@ -268,7 +268,7 @@ def sample(
             find_adapter(settings.lora)
     record, todo = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
     if todo:
-        with context.main_first():
+        with context.local_main_process_first():
             pipe = load_pipeline(settings.model, context.device(device), settings.dtype, **settings.loading)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
         requests = sample_requests(rows, settings, pipe)
@@ -422,7 +422,7 @@ def _clean(folder: Path) -> None:
 
 def _save_images(output: SteeringOutput, job: Job, folder: Path, base: bool = False) -> list[str]:
     """Saves images in order, each with its recipe; their names from the output folder on."""
-    pictures = written(job, output, folder, "base-" if base else "", base)
+    pictures = write_images(job, output, folder, "base-" if base else "", base)
     return [f"{folder.name}/{picture.path.name}" for picture in pictures]
 
 

@@ -7,7 +7,7 @@ import click
 import pytest
 from conftest import Steer
 
-from steer.apps.cli.finetune import keys_of
+from steer.apps.cli.finetune import parse_overrides
 from steer.apps.cli.main import steer as root
 from steer.apps.cli.options import Command, Group, is_single_valued
 from steer.errors import InputError
@@ -62,4 +62,4 @@ def test_options_with_several_values_are_not_refused() -> None:
 @pytest.mark.parametrize("words", ["--seed 1 --seed 2", "--seed=1 --seed=1", "--max-steps 1 --max_steps 2", "--a --a"])
 def test_a_key_of_a_configuration_is_given_once(words: str) -> None:
     with pytest.raises(InputError, match="is given twice and takes one value"):
-        keys_of(words.split())
+        parse_overrides(words.split())

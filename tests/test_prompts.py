@@ -109,7 +109,7 @@ def test_what_is_no_text_in_a_table_is_named_with_its_row(tmp_path: Path, values
 def test_a_table_of_more_rows_than_anybody_has_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet.write_table(pa.table({"prompt": pa.array(["a"] * 3).dictionary_encode()}), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet") == ["a"] * 3
-    monkeypatch.setattr("steer.apps.prompts.MOST", 2)
+    monkeypatch.setattr("steer.apps.prompts.MAX_ROWS", 2)
     assert refused(tmp_path / "p.parquet").endswith("p.parquet: 3 rows; at most 2 are read")
 
 
@@ -119,7 +119,7 @@ def test_some_bytes_that_stand_for_many_are_not_read_to_the_end(
     path = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"prompt": ["a star"] * 5000}), path)
     assert read_prompts(path) == ["a star"] * 5000
-    monkeypatch.setattr("steer.apps.prompts.LARGEST", 29_999)
+    monkeypatch.setattr("steer.apps.prompts.MAX_CHARACTERS", 29_999)
     assert refused(path).endswith("p.parquet: more than 29999 characters of text")
     forged = (Path(__file__).parent / "hard/corpus/parquet/values").read_bytes()  # it says −20 values, which took 7 GB
     path.write_bytes(forged)
@@ -158,7 +158,7 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_reading_prompts_imports_nothing_heavy(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", TWO)
     code = (
-        f"import sys; from steer.apps.prompts import find_prompts; find_prompts({str(path)!r}); "
+        f"import sys; from steer.apps.prompts import load_prompts; load_prompts({str(path)!r}); "
         "print({'torch', 'pyarrow', 'huggingface_hub', 'numpy'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

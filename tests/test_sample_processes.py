@@ -16,7 +16,7 @@ from conftest import Steer, replaced
 from PIL import Image
 
 from steer.apps.methods import SamplingConfig
-from steer.apps.processes import LaunchContext, processes
+from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.sampling import PartialReport, open_report
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum
@@ -127,7 +127,7 @@ def test_what_cannot_be_is_said_once(words: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [0, 1, 5, 12])
 def test_shares_are_all_of_it_once_and_even(count: int, n: int) -> None:
-    shares = [list(LaunchContext(index, count).share(n)) for index in range(count)]
+    shares = [list(LaunchContext(index, count).split_indices(n)) for index in range(count)]
     assert sorted(chain(*shares)) == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -135,13 +135,15 @@ def test_shares_are_all_of_it_once_and_even(count: int, n: int) -> None:
 def test_a_plain_process_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     code = (
-        "import sys\nfrom steer.apps.processes import processes\nhere = processes()\nhere.wait()\n"
-        "with here.main_first():\n    pass\n"
-        "print(here.index, here.count, here.from_main(lambda: 7), 'torch' in sys.modules, 'accelerate' in sys.modules)"
+        "import sys\nfrom steer.apps.processes import launch_context\ncontext = launch_context()\n"
+        "context.wait_for_everyone()\n"
+        "with context.local_main_process_first():\n    pass\n"
+        "print(context.rank, context.world_size, context.broadcast_from_main(lambda: 7))\n"
+        "print('torch' in sys.modules, 'accelerate' in sys.modules)"
     )
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout == "0 1 7 False False\n"
-    assert processes().device("cuda") == "cuda" and processes().device(None) is None
+    assert told.stdout == "0 1 7\nFalse False\n"
+    assert launch_context().device("cuda") == "cuda" and launch_context().device(None) is None
     assert not torch.distributed.is_initialized()
 
 
@@ -172,27 +174,27 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
     settings = SamplingConfig(**SETTINGS)
     mine = open_report(tmp_path, PROMPTS, settings)
     assert mine.missing(5, False) == [0, 1, 2, 3, 4]
-    others = PartialReport(mine.out, mine.told, {})
-    mine.keep(0, entry_of(tmp_path, 0, "a circle"), alone=False)
-    others.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
+    others = PartialReport(mine.out, mine.header, {})
+    mine.keep(0, entry_of(tmp_path, 0, "a circle"), single_process=False)
+    others.keep(3, entry_of(tmp_path, 3, "a star"), single_process=False)
     alone = open_report(tmp_path, PROMPTS, settings)
     assert alone.missing(5, False) == [1, 2, 4]
-    alone.keep(1, entry_of(tmp_path, 1, "a star"), alone=True)
+    alone.keep(1, entry_of(tmp_path, 1, "a star"), single_process=True)
     # What is not next to the others stays beside them, so that the list in the report is that of the prompts.
     assert [entry["prompt"] for entry in report_of(tmp_path)["prompts"]] == ["a circle", "a star"]
     assert open_report(tmp_path, PROMPTS, settings).missing(5, False) == [2, 4]
     with pytest.raises(InputError, match="lacks prompt 3 of 5: processes on several machines need one folder"):
-        alone.merged(5)
+        alone.merge(5)
     assert (tmp_path / "finished" / "00003.json").exists()
-    alone.keep(3, entry_of(tmp_path, 3, "a star"), alone=True)
+    alone.keep(3, entry_of(tmp_path, 3, "a star"), single_process=True)
     assert not (tmp_path / "finished" / "00003.json").exists()  # or it would come before what is made later
-    others.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
+    others.keep(3, entry_of(tmp_path, 3, "a star"), single_process=False)
     (tmp_path / "3.png").unlink()
     again = open_report(tmp_path, PROMPTS, settings)
     assert again.missing(5, False) == [2, 3, 4]
     for number in (2, 3, 4):
-        again.keep(number, entry_of(tmp_path, number, PROMPTS[number]), alone=number != 3)
-    report = again.merged(5)
+        again.keep(number, entry_of(tmp_path, number, PROMPTS[number]), single_process=number != 3)
+    report = again.merge(5)
     assert [entry["images"] for entry in report["prompts"]] == [[f"{n}.png"] for n in range(5)]
     spent = {"nfe": 10, "decodes": 0, "reward_calls": 0, "seconds": 5.0, "gradients": 0, "other_decodes": 0}
     assert report["cost"] == spent
@@ -202,7 +204,7 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
 def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
     settings = SamplingConfig(**SETTINGS)
     record = open_report(tmp_path, PROMPTS, settings)
-    record.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
+    record.keep(3, entry_of(tmp_path, 3, "a star"), single_process=False)
     part = tmp_path / "finished" / "00003.json"
     with pytest.raises(InputError, match="holds a run with seed 0, not 1"):
         open_report(tmp_path, PROMPTS, SamplingConfig(**SETTINGS | {"seed": 1}))

@@ -42,7 +42,7 @@ from steer.apps.bench.timing import (
     predict_by_counts,
 )
 from steer.apps.methods import load_preview
-from steer.apps.models import load_pipeline, precision
+from steer.apps.models import load_pipeline, resolve_dtype
 from steer.diffusion.attention import attention_backend
 from steer.diffusion.batching import compiled, micro_batched
 from steer.diffusion.preview import Preview
@@ -650,7 +650,7 @@ def real(name: str, bench_options: BenchOptions) -> Subject:
 
 def of_size(name: str, size: RealSize, bench_options: BenchOptions) -> Subject:
     """Whatever its size; it is its own one-step model, and as new for training."""
-    make = partial(build, size, bench_options.device, precision(bench_options.device, bench_options.dtype))
+    make = partial(build, size, bench_options.device, resolve_dtype(bench_options.device, bench_options.dtype))
     pipe = make()
     return Subject(
         name,

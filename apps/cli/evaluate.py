@@ -8,7 +8,7 @@ import click
 
 from steer.apps.cli.options import DEVICE, Command
 from steer.apps.cli.sample import SPEC, TIMEOUT, sample
-from steer.apps.processes import is_main_process, processes
+from steer.apps.processes import is_main_process, launch_context
 from steer.errors import InputError
 
 # Of `steer sample` these decide images, and mean the same here; `particles` and `seed` mean a little else.
@@ -87,7 +87,7 @@ def evaluate(
         raise InputError(f"--lora belongs to one model, and there are {len(models)}: one evaluation for each")
     from steer.apps.prompts import load_tagged_prompts
 
-    with processes().main_first():
+    with launch_context().local_main_process_first():
         texts, tags = load_tagged_prompts(prompts, prompt_column, tag_column)
     count = min(num_prompts or len(texts), len(texts))
     chosen = [place * len(texts) // count for place in range(count)]

@@ -18,7 +18,7 @@ from steer.apps.cli.options import DEVICE, Group
 from steer.apps.cli.rewards import rewards
 from steer.apps.cli.sample import SPEC, TIMEOUT, sample
 from steer.apps.errors import ExitGuard, describe_os_error
-from steer.apps.processes import is_main_process, part
+from steer.apps.processes import is_main_process, shutdown_distributed
 from steer.errors import InputError
 
 
@@ -95,7 +95,7 @@ def _run() -> None:
     logging.getLogger("steer.pipelines").addHandler(logging.NullHandler())
     try:
         steer(standalone_mode=False)
-        part()
+        shutdown_distributed()
     except click.exceptions.Abort:
         if is_main_process():
             click.echo("steer: interrupted; what was finished is kept, the same command goes on", err=True)

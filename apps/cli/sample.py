@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from steer.apps.cli.options import DEVICE, Command
-from steer.apps.processes import is_main_process, processes
+from steer.apps.processes import is_main_process, launch_context
 from steer.errors import InputError
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def sample(
     """
     if replay is not None:
         return _replay(context)
-    with processes().main_first():
+    with launch_context().local_main_process_first():
         prompts = _prompts(prompt, prompt_file, prompt_column)
     from steer.apps.methods import ComputeOptions, SamplingConfig
     from steer.apps.sampling import sample as run

@@ -19,7 +19,7 @@ from steer.apps.demo.studio import Studio, Ticket, Weights
 from steer.apps.errors import wrap_errors
 from steer.apps.methods import METHODS, DisableAdapter, Job, SamplingConfig
 from steer.apps.models import adapter_applied
-from steer.apps.sampling import SavedImage, base_output, written
+from steer.apps.sampling import SavedImage, base_output, write_images
 from steer.files import make_folder
 from steer.pipelines.base import Cost, Iteration
 from steer.pipelines.fk_steering import StepReport
@@ -178,9 +178,9 @@ def _steer_one(
     return PromptResult(
         prompt=job.prompt,
         settings=settings,
-        images=tuple(written(job, output, folder, prefix)),
+        images=tuple(write_images(job, output, folder, prefix)),
         order=tuple(output.order[0].tolist()),
-        base=() if base is None else tuple(written(job, base, folder, f"{prefix}base-", base=True)),
+        base=() if base is None else tuple(write_images(job, base, folder, f"{prefix}base-", base=True)),
         cost=output.cost,
         base_cost=None if base is None or base.cost is output.cost else base.cost,
     )

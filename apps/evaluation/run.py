@@ -28,8 +28,8 @@ from steer.apps.evaluation.spec import (
 )
 from steer.apps.methods import DisableAdapter
 from steer.apps.models import check_device, load_pipeline
-from steer.apps.plots import evenly
-from steer.apps.processes import LaunchContext, processes
+from steer.apps.plots import evenly_spaced
+from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.reward_specs import resolve_reward
 from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
@@ -139,15 +139,15 @@ def evaluate(
     The same call again does only what is missing, in any number of processes, of which the main one writes the report
     (the others return {}). Raises InputError for what cannot be, before anything is made.
     """
-    context, store = processes(), ResultStore(out)
-    with context.main_first():
+    context, store = launch_context(), ResultStore(out)
+    with context.local_main_process_first():
         check_device(device)
         if kl_prompts < 0 or batch < 1:
             raise InputError(f"--kl-prompts must be at least 0 and --batch at least 1, got {kl_prompts} and {batch}")
         loaded = _rewards(rewards, reward_timeout)
         spec = EvaluationSpec(tuple(prompts), None if tags is None else tuple(tags), loaded, seeds, options or {})
         prepared_contenders = prepare_contenders(contenders, spec)
-    kl_places = evenly(len(prompts), kl_prompts) if kl_prompts else []
+    kl_places = evenly_spaced(len(prompts), kl_prompts) if kl_prompts else []
     todo = context.broadcast_from_main(lambda: _missing(store, prepared_contenders, spec, batch, len(kl_places)))
     evaluation_runner = EvaluationRunner(
         spec, store, context, PipelineCache(context, context.device(device)), batch, kl_places
@@ -164,7 +164,7 @@ def evaluate(
         raise InputError(f"--out {out}: not all is there: the processes must write to the same folder")
     report = figures(spec, [prepared.particles for prepared in prepared_contenders], stored, len(kl_places))
     with contender_errors(f"--out {out}"):
-        write_report(report, store, evenly(len(prompts), SHOWN))
+        write_report(report, store, evenly_spaced(len(prompts), SHOWN))
     return report
 
 
@@ -208,7 +208,7 @@ class PipelineCache:
         key, loading = (model, dtype, loading or {}), loading or {}
         if self._key != key:
             self._pipe = self._key = None  # frees the memory of the one before
-            with self.context.main_first():
+            with self.context.local_main_process_first():
                 self._pipe = load_pipeline(model, self.device, dtype, **loading)
             self._pipe.set_progress_bar_config(disable=True)
             self._key = key
@@ -245,7 +245,7 @@ class EvaluationRunner:
             if (made := versions(pipe.device)) not in stored.made:
                 stored.made.append(made)
             runner = ContenderRunner(
-                self.spec, prepared, self.store, pipe, self.batch, evenly(len(self.spec.prompts), SHOWN)
+                self.spec, prepared, self.store, pipe, self.batch, evenly_spaced(len(self.spec.prompts), SHOWN)
             )
             share = [work.groups[n] for n in self.context.split_indices(len(work.groups))]
             quiet = None if self.context.is_main_process else True

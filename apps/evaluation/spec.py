@@ -414,7 +414,7 @@ class ContenderRunner:
         size = output.rewards.shape[1]
         read = [prompt for prompt in prompts for _ in range(size)]
         others = [name for name in self.spec.rewards if name != self.spec.first]
-        return {name: judged(self.spec.rewards[name], output.images, read).view(-1, size) for name in others}
+        return {name: score_in_batches(self.spec.rewards[name], output.images, read).view(-1, size) for name in others}
 
     def _pictures(self) -> Iterator[tuple[int, Image.Image]]:
         for place in set(self._picked) & set(self.shown):
@@ -422,7 +422,7 @@ class ContenderRunner:
 
 
 @torch.no_grad()
-def judged(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
+def score_in_batches(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Scores (N,) of images (N, 3, H, W), or of videos (N, F, 3, H, W)."""
     result = []
     for start in range(0, len(images), SCORE_BATCH):
