@@ -12,7 +12,6 @@ from PIL import Image
 
 from steer.apps import methods as room
 from steer.apps.methods import ComputeOptions, SamplingConfig
-from steer.errors import InputError
 
 WORDS = ["sample", "a red circle", "--steps", 4, "--particles", 4, "--lam", 40, "--seed", 3]
 

@@ -64,7 +64,9 @@ def same_traces(left: Sequence[Iteration], right: Sequence[Iteration]) -> bool:
         (one.number, one.total, one.components.keys()) for one in right
     ]
     pairs = [(getattr(a, name), getattr(b, name)) for a, b in zip(left, right, strict=True) for name in names]
-    pairs += [(a.components[name], b.components[name]) for a, b in zip(left, right, strict=True) for name in a.components]
+    pairs += [
+        (a.components[name], b.components[name]) for a, b in zip(left, right, strict=True) for name in a.components
+    ]
     return all(torch.equal(a, b) for a, b in pairs)
 
 
@@ -121,12 +123,12 @@ def test_pipelines_without_latents_are_refused() -> None:
         ({"regularisation": -0.1}, "regularisation must be at least 0"),
         ({"regularisation": math.nan}, "regularisation must be at least 0"),
         ({"regularisation": math.inf}, "regularisation must be at least 0"),
-        ({"output_type": "jpg"}, "output_type must be one of pil, np, pt, latent, got 'jpg'"),
+        ({"output_type": "jpg"}, "unknown output_type 'jpg'"),
         ({"optimiser": "adma"}, "unknown optimiser 'adma': did you mean adam"),
         ({"gradient": "backprob"}, "unknown gradient 'backprob': did you mean backprop"),
         ({"num_particles": 0}, "num_particles must be at least 1"),
         ({"chunk_size": 0}, "chunk_size"),
-        ({"num_images_per_prompt": 2}, "say num_particles"),
+        ({"num_images_per_prompt": 2}, "are the same: give one of them"),
         ({"stepz": 3}, "takes no argument 'stepz'"),
     ],
 )
