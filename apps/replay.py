@@ -4,7 +4,7 @@ The image may be a stranger's. Its recipe is checked by `png_metadata`; code is 
 user names it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from steer.apps.prompts import argument_names, cell
 from steer.apps.recipes import Recipe, make_recipe, pixel_hash, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.apps.sampling import check_writable
+from steer.apps.settings import SamplingConfig
 from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError
 from steer.reward import Reward, with_timeout
@@ -55,13 +56,9 @@ def replay(
     """
     recipe, before = read_png(image)
     loaded = _reward(image, recipe, reward, reward_timeout)
-    settings = replace(
-        recipe.settings,
-        reward=reward or recipe.settings.reward,
-        dtype=dtype or recipe.settings.dtype,
-        lora=_weights(image, recipe, lora),
-        preview=preview or _trusted_preview(image, recipe),
-    )
+    here = {"reward": reward or recipe.settings.reward, "dtype": dtype or recipe.settings.dtype}
+    here |= {"lora": _weights(image, recipe, lora), "preview": preview or _trusted_preview(image, recipe)}
+    settings = SamplingConfig.of(**recipe.settings.plain() | here)
     METHODS[settings.method].check(settings, loaded)
     check_device(device)
     check_writable(out)
@@ -95,10 +92,10 @@ def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
     return {name: cell(name, known[name], value, recipe.prompt) for name, value in recipe.arguments.items()}
 
 
-def _trusted_preview(image: Path, recipe: Recipe) -> str:
-    """The image's, where it is a name of ours: no file that an image names is opened, or fetched."""
-    source = recipe.settings.preview
-    if not recipe.base and source not in (*PREVIEWS, TINY):
+def _trusted_preview(image: Path, recipe: Recipe) -> str | None:
+    """Return the image's preview decoder where it is a name of ours: no file that an image names is opened."""
+    source: str | None = recipe.settings.plain().get("preview")
+    if not recipe.base and source not in (None, *PREVIEWS, TINY):
         raise InputError(f"{image}: its previews were decoded by {source!r:.200}: say --preview {TINY}, or a PATH, too")
     return source
 

@@ -190,15 +190,15 @@ class FKSettings(StepSettings):
 
     lam                     strength λ of the reward: images are drawn from p(x0) exp(λ r(x0)); 0 gives the pipeline's
                             own batch
-    potential               difference, max, sum or now; or a function of a path's rewards
-    resampler               systematic, stratified, residual, ssp or multinomial; or a function
-    tempering               schedule of λ along the run: constant, geometric or ess; or a function
+    potential               potential G_j: difference, max, sum or now. Also a function of a path's rewards
+    resampler               systematic, stratified, residual, ssp or multinomial. Also a function
+    tempering               schedule of λ along the run: constant, geometric or ess. Also a function
     resample_steps          solver steps, from 0, with intermediate rewards; by default at 40, 55, 70 and 85 % of the
                             run, with reward_guidance all of them from 1 on
     ess_threshold           resample when the ESS is below this share of K (adaptive); 1: at every one of those steps
-    reward_guidance         γ: at those steps the kernel's mean moves by γ τ² λ_j ∇r(x̂0), and the weights correct it.
-                            1 is DAS; the reward must be differentiable
-    particle_schedule       particles of each prompt from a solver step on, {8: 4, 14: 2} or 8:4,14:2. Fewer and fewer;
+    reward_guidance         the kernel's mean moves by γ τ² λ_j ∇r(x̂0) at those steps, corrected by the weights; 1 is
+                            DAS. The reward must be differentiable
+    particle_schedule       particles of each prompt from a solver step on, such as 8:4,14:2 or {8: 4, 14: 2}. Fewer and fewer;
                             rewards are evaluated at these steps too, and the particles left out have no images
     particle_schedule_rule  which particles stay: resample, by weight; or top_k, by reward, a search
     target_reward           intermediate reward at which its particle alone continues, without further resampling. One
@@ -208,8 +208,8 @@ class FKSettings(StepSettings):
     draw                    first image of each prompt: best, of the highest reward; or weighted, a draw by the final
                             weights. The others follow by reward
     preview                 decoder of x̂0 for the reward: full, the pipeline's VAE; linear, a map fitted to the first
-                            previews; or a small autoencoder of diffusers, by name or as an object. Finished images are
-                            the VAE's
+                            previews; or a small autoencoder (tiny, a folder, ORGANISATION/NAME on the command line, an
+                            object in Python). Finished images are the VAE's
     eta                     noise η of every solver step, from 0 to 1. By default, and with 0, the solver's own steps,
                             except that all particles take the Gaussian kernel with η = 1 where they may be resampled.
                             With reward_guidance every step is the kernel's, by default with η = 1
@@ -260,11 +260,11 @@ class SelectionSettings(StepSettings):
     """Settings of per-step selection: SVDD (arXiv 2408.08252) with one beam, beam search with several.
 
     beams         B of the K candidates that continue from each step, with K/B children each. 1 is SVDD, K a plain batch
-    lam           λ: candidates are drawn without replacement with probability ∝ exp(λ r(x̂0)); by default the best
+    lam           candidates are drawn without replacement with probability ∝ exp(λ r(x̂0)); inf takes the best
     select_steps  solver steps, from 0, at which candidates are scored and chosen; by default all but the last
     eta           noise η of every solver step, from 0 to 1, out of which candidates are drawn. None: the solver's own;
                   None and 0 leave the children of a candidate one step with η = 1 to diverge
-    preview       decoder of x̂0 for the reward, as in FKSettings
+    preview       decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
     """
 
     beams: int = option(1, "[1, inf]")
@@ -312,11 +312,11 @@ class IterationSettings(CallSettings):
 class ReNOSettings(IterationSettings):
     """Settings of ReNO (arXiv 2406.04312).
 
-    optimiser       sgd (Nesterov) or adam; or an object of steer.noise
+    optimiser       sgd (Nesterov) or adam. Also an object of steer.noise
     lr              learning rate; by default the optimiser's own: sgd 5 (published for 16,384 numbers), adam 0.05
     regularisation  weight of log p(‖ε‖), which keeps the norm of the noise that of a normal draw
     max_grad_norm   norm to which the gradient of each image is clipped
-    gradient        backprop; zero-order, for any reward; or an object of steer.pipelines.reno
+    gradient        backprop; or zero-order, for any reward. Also an object of steer.pipelines.reno
     patience        iterations without a better reward after which a search ends, or restarts from new noise
     restarts        restarts of each search when its patience is out
     """

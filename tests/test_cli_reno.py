@@ -18,8 +18,9 @@ from torch import Generator
 from steer import Iteration
 from steer.apps import methods
 from steer.apps.cli import main as cli
-from steer.apps.methods import METHODS, Job, SamplingConfig
+from steer.apps.methods import METHODS, Job
 from steer.apps.plots import Frames, draw_progress
+from steer.apps.settings import SamplingConfig
 from steer.assets import MODELS
 
 RENO = ["--method", "reno", "--seeds", "2", "--seed", "7", "--lr", "1"]
@@ -55,7 +56,7 @@ class Broken(Warm):
     def fail(self, images):
         return images.sum((1, 2, 3)) * float("nan")
 """
-SETTINGS = SamplingConfig(
+SETTINGS = SamplingConfig.of(
     model="scenes",
     method="reno",
     reward="scene-soft",
@@ -295,7 +296,7 @@ def test_every_option_reaches_its_pipeline(
 ) -> None:
     given = dict.fromkeys([*own_words, "particles", "steps", "eta"]) | {"method": method, "seed": 5}
     given |= {name: object() for name, value in given.items() if value is None}
-    job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig(**asdict(SETTINGS) | given), Path("x"))
+    job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig.of(**asdict(SETTINGS) | given), Path("x"))
 
     def tell(self: Any, *words: Any, **named: Any) -> None:
         raise FileRecord(words, named)

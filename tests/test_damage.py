@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from steer import TrainingConfig
 from steer.apps.cli import main as cli
-from steer.apps.methods import SamplingConfig
 from steer.apps.models import adapter_applied
 from steer.apps.plots import opened, read_grid, shown
 from steer.apps.sampling import open_report
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.files import CHECKSUMS
 from steer.pipelines.training.state import RunFolder
@@ -66,7 +66,7 @@ def test_a_lora_that_lacks_a_tensor_is_not_put_on(tmp_path: Path, family: str, c
 
 
 def test_pictures_that_a_power_cut_took_the_end_of_are_made_again(tmp_path: Path) -> None:
-    settings = SamplingConfig(
+    settings = SamplingConfig.of(
         *("scenes", "fk", "brightness", 2, 4, 4.0, 1.0),
         *("difference", "systematic", "constant", 0.5, None, 0, True, None),
     )

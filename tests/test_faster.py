@@ -11,7 +11,8 @@ from conftest import Steer, cached_pipe, replaced
 from PIL import Image
 
 from steer.apps import methods as room
-from steer.apps.methods import ComputeOptions, SamplingConfig
+from steer.apps.methods import ComputeOptions
+from steer.apps.settings import SamplingConfig
 
 WORDS = ["sample", "a red circle", "--steps", 4, "--particles", 4, "--lam", 40, "--seed", 3]
 
@@ -137,6 +138,6 @@ def test_settings_are_words_that_are_numbers() -> None:
     def schedule(words: str) -> dict[int, int]:
         given = {"model": "", "method": "fk", "reward": "", "particles": 8, "steps": 20, "guidance": 1.0, "lam": 1.0}
         given |= {"potential": "sum", "resampler": "ssp", "tempering": "ess", "ess_threshold": 0.5, "eta": None}
-        return SamplingConfig(**given, seed=0, compare=False, dtype=None, particle_schedule=words).schedule
+        return SamplingConfig.of(**given, seed=0, compare=False, dtype=None, particle_schedule=words).schedule
 
     assert schedule("") == {} and schedule(" 14:2, 8:4 ") == {14: 2, 8: 4}

@@ -13,7 +13,7 @@ from schedulers import BETAS, FLOW, build
 from torch import Generator, Tensor
 
 from steer import FKSteeringPipeline
-from steer.apps.methods import SamplingConfig
+from steer.apps.settings import SamplingConfig
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
 from steer.pipelines.fk_steering import Run
@@ -293,8 +293,8 @@ def test_a_search_has_no_weights_to_draw_by(options: dict[str, Any]) -> None:
     "options", [{"method": "svdd"}, {"target": 9.0}, {"particle_schedule": "4:2", "particle_schedule_rule": "top_k"}]
 )
 def test_the_command_refuses_a_draw_without_weights(options: dict[str, Any]) -> None:
-    SamplingConfig(**SETTINGS | {"draw": "weighted"}).check()
+    SamplingConfig.of(**SETTINGS | {"draw": "weighted"}).check()
     with pytest.raises(InputError, match="--draw weighted needs the weights of --method fk"):
-        SamplingConfig(**SETTINGS | {"draw": "weighted"} | options).check()
+        SamplingConfig.of(**SETTINGS | {"draw": "weighted"} | options).check()
     with pytest.raises(InputError, match="unknown draw 'heaviest'"):
-        SamplingConfig(**SETTINGS | {"draw": "heaviest"}).check()
+        SamplingConfig.of(**SETTINGS | {"draw": "heaviest"}).check()

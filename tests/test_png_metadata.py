@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from steer.apps.methods import SamplingConfig
 from steer.apps.recipes import KEY, Recipe, pixel_hash, read_metadata, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.reward import RewardError
 from steer.rewards import REWARDS
@@ -26,7 +26,7 @@ from steer.rewards import names as rewards
 from steer.rewards import parser as expression
 from steer.rewards.parser import load_reward
 
-SETTINGS = SamplingConfig(
+SETTINGS = SamplingConfig.of(
     model="scenes",
     method="fk",
     reward="scene-soft",
@@ -274,7 +274,7 @@ def test_whatever_stands_in_it_ends_as_a_recipe_or_a_refusal(key: str, setting: 
         assert len(str(error).splitlines()) == 1
         return
     recipe.settings.check()
-    assert asdict(recipe) == told | {"settings": asdict(SamplingConfig(**told["settings"]))}
+    assert asdict(recipe) == told | {"settings": asdict(SamplingConfig.of(**told["settings"]))}
 
 
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())

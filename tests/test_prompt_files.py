@@ -12,7 +12,6 @@ from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPi
 from PIL import Image
 from pyarrow import parquet
 
-from steer.apps.methods import SamplingConfig
 from steer.apps.prompts import (
     PromptRow,
     argument_names,
@@ -24,6 +23,7 @@ from steer.apps.prompts import (
     sample_requests,
 )
 from steer.apps.recipes import read_metadata
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.files import loads_with_checksum
 
@@ -107,7 +107,7 @@ def test_columns_without_a_use_are_named_once(tmp_path: Path, caplog: pytest.Log
 VALUES: dict[str, Any] = {"model": "scenes", "method": "best-of-n", "reward": "brightness", "particles": 2, "steps": 2}
 VALUES |= {"guidance": 2.0, "lam": None, "potential": "difference", "resampler": "systematic", "tempering": "constant"}
 VALUES |= {"ess_threshold": 0.5, "eta": None, "seed": 5, "compare": False, "dtype": None}
-SETTINGS = SamplingConfig(**VALUES)
+SETTINGS = SamplingConfig.of(**VALUES)
 
 
 def bare(kind: Any) -> Any:

@@ -15,9 +15,9 @@ import torch
 from conftest import Steer, replaced
 from PIL import Image
 
-from steer.apps.methods import SamplingConfig
 from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.sampling import PartialReport, open_report
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum
 
@@ -171,7 +171,7 @@ def entry_of(out: Path, number: int, prompt: str) -> dict[str, Any]:
 
 
 def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
-    settings = SamplingConfig(**SETTINGS)
+    settings = SamplingConfig.of(**SETTINGS)
     mine = open_report(tmp_path, PROMPTS, settings)
     assert mine.missing(5, False) == [0, 1, 2, 3, 4]
     others = PartialReport(mine.out, mine.header, {})
@@ -202,12 +202,12 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
 
 
 def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
-    settings = SamplingConfig(**SETTINGS)
+    settings = SamplingConfig.of(**SETTINGS)
     record = open_report(tmp_path, PROMPTS, settings)
     record.keep(3, entry_of(tmp_path, 3, "a star"), single_process=False)
     part = tmp_path / "finished" / "00003.json"
     with pytest.raises(InputError, match="holds a run with seed 0, not 1"):
-        open_report(tmp_path, PROMPTS, SamplingConfig(**SETTINGS | {"seed": 1}))
+        open_report(tmp_path, PROMPTS, SamplingConfig.of(**SETTINGS | {"seed": 1}))
     for prompts in (PROMPTS[:3], [*PROMPTS[:3], "a cross"]):
         with pytest.raises(InputError, match="holds a run of other prompts"):
             open_report(tmp_path, prompts, settings)

@@ -25,7 +25,12 @@ def climb(target: float | None, iterations: int = 12, **options: Any) -> Steerin
     """r = the sum of three pixels, each mean + gain · ε: one step of plain ascent adds a known amount."""
     pipe = GaussianPipeline()
     reward = Soft(lambda images, prompts: images.sum((1, 2, 3)))
-    call = {"regularisation": 0.0, "optimiser": Nesterov(0.5, momentum=0.0), "max_grad_norm": 1e9, "target_reward": target}
+    call = {
+        "regularisation": 0.0,
+        "optimiser": Nesterov(0.5, momentum=0.0),
+        "max_grad_norm": 1e9,
+        "target_reward": target,
+    }
     steps = {"num_inference_steps": 10, "output_type": "pt", "iterations": iterations, "generator": seeded(1)}
     return ReNOPipeline(pipe, reward)(**call | steps | options)
 

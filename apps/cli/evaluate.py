@@ -1,41 +1,19 @@
-"""`steer evaluate`: the words of the command line. Heavy imports wait inside the command."""
+"""`steer evaluate`: the command line. Heavy imports wait inside the command."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from steer.apps.cli.options import DEVICE, Command
-from steer.apps.cli.sample import SPEC, TIMEOUT, sample
+from steer.apps.cli.options import DEVICE, Command, setting_options
+from steer.apps.cli.sample import SPEC, TIMEOUT
 from steer.apps.processes import is_main_process, launch_context
+from steer.apps.settings import errors_with_flags
 from steer.errors import InputError
 
-# Of `steer sample` these decide images, and mean the same here; `particles` and `seed` mean a little else.
-SHARED = ["steps", "guidance", "eta", "dtype"]
-SHARED += ["lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance"]
-SHARED += [
-    "draw",
-    "particle_schedule",
-    "particle_schedule_rule",
-    "target",
-    "asynchronous_rewards",
-    "preview",
-    "noise_candidates",
-    "screening_steps",
-    "beams",
-]
-SHARED += ["iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"]
-SHARED += ["neighbours", "distance", "variant", "model_config"]
-SAMPLING = [option for option in sample.params if option.name in SHARED]
+# Settings of a contender or of the whole evaluation, which have options of their own here.
+OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed")
 PARTICLES = click.option("--particles", default=4, help="K, images of a run, of which the best is picked; base has 1.")
-
-
-def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command those options."""
-    # click gathers the options of decorators in this list, the last one first.
-    vars(command).setdefault("__click_params__", []).extend(reversed(SAMPLING))
-    return command
 
 
 @click.command(cls=Command)
@@ -53,7 +31,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--seeds", default=1, help="Runs of each prompt, the same for all contenders.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="What all random numbers follow from.")
 @PARTICLES
-@_sampling_options
+@setting_options(without=OWN)
 @click.option("--kl-prompts", default=16, help="Prompts for the KL of finetuned weights; 0: none.")
 @click.option("--batch", default=8, help="Images made in one call, where the method can.")
 @click.option("--out", default=Path("out/evaluation"), type=click.Path(path_type=Path), help="A folder; it goes on.")
@@ -99,6 +77,8 @@ def evaluate(
     tag_list = None if tags is None else [tags[place] for place in chosen]
     given: dict[str, Any] = {"tags": tag_list, "kl_prompts": kl_prompts, "batch": batch}
     given |= {"device": device, "reward_timeout": reward_timeout}
-    report = run(contenders, [texts[place] for place in chosen], rewards, seeds, out, options, **given)
+    options = {name: value for name, value in options.items() if value is not None}
+    with errors_with_flags():
+        report = run(contenders, [texts[place] for place in chosen], rewards, seeds, out, options, **given)
     if is_main_process():
         click.echo(f"{summary(report)}\n→ {out / 'evaluation.md'}")

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from steer import TrainingConfig
-from steer.apps.methods import SamplingConfig
+from steer.apps.settings import SamplingConfig
 from steer.apps.models import find_adapter
 from steer.apps.sampling import open_report
 from steer.errors import InputError
@@ -143,7 +143,7 @@ def export_in(folder: Path) -> str:
     return which(values, {1.0}, {2.0})
 
 
-SETTINGS = SamplingConfig(
+SETTINGS = SamplingConfig.of(
     *(
         "scenes",
         "fk",
