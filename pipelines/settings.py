@@ -198,8 +198,8 @@ class FKSettings(StepSettings):
     ess_threshold           resample when the ESS is below this share of K (adaptive); 1: at every one of those steps
     reward_guidance         the kernel's mean moves by γ τ² λ_j ∇r(x̂0) at those steps, corrected by the weights; 1 is
                             DAS. The reward must be differentiable
-    particle_schedule       particles of each prompt from a solver step on, such as 8:4,14:2 or {8: 4, 14: 2}. Fewer and fewer;
-                            rewards are evaluated at these steps too, and the particles left out have no images
+    particle_schedule       particles of each prompt from a solver step on, such as 8:4,14:2 or {8: 4, 14: 2}. Fewer and
+                            fewer; rewards are evaluated at these steps too, and particles left out have no images
     particle_schedule_rule  which particles stay: resample, by weight; or top_k, by reward, a search
     target_reward           intermediate reward at which its particle alone continues, without further resampling. One
                             prompt a call; a search, whose log-weights and log-normaliser are 0

@@ -66,10 +66,7 @@ def test_a_lora_that_lacks_a_tensor_is_not_put_on(tmp_path: Path, family: str, c
 
 
 def test_pictures_that_a_power_cut_took_the_end_of_are_made_again(tmp_path: Path) -> None:
-    settings = SamplingConfig.of(
-        *("scenes", "fk", "brightness", 2, 4, 4.0, 1.0),
-        *("difference", "systematic", "constant", 0.5, None, 0, True, None),
-    )
+    settings = SamplingConfig.of(reward="brightness", particles=2, steps=4, guidance=4.0, lam=1.0)
     record = open_report(tmp_path, ["a star"], settings)
     Image.new("RGB", (20, 20), "red").save(tmp_path / "0.png")
     (tmp_path / "noise.safetensors").write_bytes(b"x")

@@ -290,11 +290,13 @@ def test_a_search_has_no_weights_to_draw_by(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "svdd"}, {"target": 9.0}, {"particle_schedule": "4:2", "particle_schedule_rule": "top_k"}]
+    "options",
+    [{"method": "svdd"}, {"target_reward": 9.0}, {"particle_schedule": "4:2", "particle_schedule_rule": "top_k"}],
 )
 def test_the_command_refuses_a_draw_without_weights(options: dict[str, Any]) -> None:
-    SamplingConfig.of(**SETTINGS | {"draw": "weighted"}).check()
-    with pytest.raises(InputError, match="--draw weighted needs the weights of --method fk"):
-        SamplingConfig.of(**SETTINGS | {"draw": "weighted"} | options).check()
+    SamplingConfig.of(**SETTINGS | {"draw": "weighted"})
+    with pytest.raises(InputError, match=r"leave no weights: use draw='best'|draw is an option of fk, not of svdd"):
+        given = {"draw": "weighted"} if options.get("method") == "svdd" else SETTINGS | {"draw": "weighted"}
+        SamplingConfig.of(**given | options)
     with pytest.raises(InputError, match="unknown draw 'heaviest'"):
-        SamplingConfig.of(**SETTINGS | {"draw": "heaviest"}).check()
+        SamplingConfig.of(**SETTINGS | {"draw": "heaviest"})

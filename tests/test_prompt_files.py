@@ -105,8 +105,7 @@ def test_columns_without_a_use_are_named_once(tmp_path: Path, caplog: pytest.Log
 # Arguments.
 
 VALUES: dict[str, Any] = {"model": "scenes", "method": "best-of-n", "reward": "brightness", "particles": 2, "steps": 2}
-VALUES |= {"guidance": 2.0, "lam": None, "potential": "difference", "resampler": "systematic", "tempering": "constant"}
-VALUES |= {"ess_threshold": 0.5, "eta": None, "seed": 5, "compare": False, "dtype": None}
+VALUES |= {"guidance": 2.0, "seed": 5, "compare": False, "dtype": None}
 SETTINGS = SamplingConfig.of(**VALUES)
 
 

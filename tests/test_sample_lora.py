@@ -10,10 +10,11 @@ from PIL import Image
 from test_evaluate import lora
 
 from steer import BestOfNPipeline
-from steer.apps.methods import DEFAULT_LAMBDAS, METHODS
+from steer.apps.methods import METHODS
 from steer.apps.models import load_pipeline
 from steer.apps.plots import image_title
 from steer.apps.recipes import read_png
+from steer.apps.settings import METHOD_OPTIONS
 
 WORDS = ["a red star", "--steps", "3", "--particles", "2", "--seed", "5", "--guidance", "4", "--reward", "brightness"]
 NAMES = ("00", "01", "base-00", "base-01")
@@ -96,5 +97,5 @@ def test_the_grid_says_what_its_sides_are(method: str, lora: str | None, said: s
     assert lora or image_title({"method": method, "settings": {}}) == said, "an older report"
 
 
-def test_every_method_has_a_strength() -> None:
-    assert DEFAULT_LAMBDAS.keys() == METHODS.keys()
+def test_every_method_has_options() -> None:
+    assert METHOD_OPTIONS.keys() == METHODS.keys()

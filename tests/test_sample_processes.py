@@ -160,8 +160,7 @@ def test_each_of_several_processes_has_its_own_card(monkeypatch: pytest.MonkeyPa
 
 
 SETTINGS: dict[str, Any] = {"model": "scenes", "method": "base", "reward": "jpeg", "particles": 1, "steps": 2}
-SETTINGS |= {"guidance": None, "lam": 1.0, "potential": "max", "resampler": "ssp", "tempering": "constant"}
-SETTINGS |= {"ess_threshold": 0.5, "eta": None, "seed": 0, "compare": False, "dtype": None}
+SETTINGS |= {"seed": 0, "compare": False, "dtype": None}
 
 
 def entry_of(out: Path, number: int, prompt: str) -> dict[str, Any]:
