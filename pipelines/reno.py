@@ -442,6 +442,10 @@ class Ascent:
     restarts: int = 0
     target: float | None = field(default=None, repr=False)
 
+    def __post_init__(self) -> None:
+        if not 0 < self.optimiser.lr < float("inf"):  # an optimiser object has one of its own
+            raise InputError(f"lr must be above 0 and finite, got {self.optimiser.lr}")
+
     def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
         """Evaluate rewards and gradient at the current noise, keep the best, take a step."""
         estimate = self.gradient(chain, search.noise, number)
