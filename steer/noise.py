@@ -164,17 +164,19 @@ class Search:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of it by name, to be saved."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "slots"}
-        return plain | {f"slots.{name}": slot for name, slot in self.optimizer_state.items()}
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "optimizer_state"}
+        return plain | {f"optimizer_state.{name}": slot for name, slot in self.optimizer_state.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Search":
         """What `tensors` gave, the noise on `device`. Raises InputError where something is missing."""
         placed = {name: value.to(device) if value.dim() > 1 else value for name, value in tensors.items()}
         optimizer_state = {
-            name.removeprefix("slots."): value for name, value in placed.items() if name.startswith("slots.")
+            name.removeprefix("optimizer_state."): value
+            for name, value in placed.items()
+            if name.startswith("optimizer_state.")
         }
-        known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name != "slots"}
+        known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name != "optimizer_state"}
         if missing := [name for name, value in known.items() if value is None]:
             raise InputError(f"a saved search lacks {missing[0]}")
         return cls(**known, optimizer_state=optimizer_state)

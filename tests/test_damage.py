@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from steer import TrainingConfig
 from steer.apps.cli import main as cli
-from steer.apps.methods import SamplingConfig
 from steer.apps.models import adapter_applied
 from steer.apps.plots import open_image, plain_text, read_grid
 from steer.apps.sampling import open_report
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.files import CHECKSUMS
 from steer.pipelines.training.state import RunFolder
@@ -66,10 +66,7 @@ def test_a_lora_that_lacks_a_tensor_is_not_applied(tmp_path: Path, family: str, 
 
 
 def test_pictures_that_a_power_cut_took_the_end_of_are_sampled_again(tmp_path: Path) -> None:
-    settings = SamplingConfig(
-        *("scenes", "fk", "brightness", 2, 4, 4.0, 1.0),
-        *("difference", "systematic", "constant", 0.5, None, 0, True, None),
-    )
+    settings = SamplingConfig.of(reward="brightness", particles=2, steps=4, guidance=4.0, lam=1.0)
     record = open_report(tmp_path, ["a star"], settings)
     Image.new("RGB", (20, 20), "red").save(tmp_path / "0.png")
     (tmp_path / "noise.safetensors").write_bytes(b"x")

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from steer.apps.methods import SamplingConfig
 from steer.apps.prompts import (
     PromptRow,
     argument_names,
@@ -33,6 +32,7 @@ from steer.apps.prompts import (
     sample_requests,
 )
 from steer.apps.recipes import read_metadata
+from steer.apps.settings import SamplingConfig
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.files import loads_with_checksum
@@ -496,9 +496,8 @@ def test_unused_columns_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptur
 # Arguments.
 
 VALUES: dict[str, Any] = {"model": "scenes", "method": "best-of-n", "reward": "brightness", "particles": 2, "steps": 2}
-VALUES |= {"guidance": 2.0, "lam": None, "potential": "difference", "resampler": "systematic", "tempering": "constant"}
-VALUES |= {"ess_threshold": 0.5, "eta": None, "seed": 5, "compare": False, "dtype": None}
-SETTINGS = SamplingConfig(**VALUES)
+VALUES |= {"guidance": 2.0, "seed": 5, "compare": False, "dtype": None}
+SETTINGS = SamplingConfig.of(**VALUES)
 
 
 def bare(kind: Any) -> Any:

@@ -17,12 +17,13 @@ from PIL import Image
 from rollouts import random_lora
 
 from steer import BestOfNPipeline
-from steer.apps.methods import DEFAULT_LAMBDAS, METHODS, SamplingConfig
+from steer.apps.methods import METHODS
 from steer.apps.models import load_pipeline
 from steer.apps.plots import image_title
 from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.recipes import read_png
 from steer.apps.sampling import PartialReport, open_report
+from steer.apps.settings import METHOD_OPTIONS, SamplingConfig
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum
 
@@ -165,8 +166,7 @@ def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SETTINGS: dict[str, Any] = {"model": "scenes", "method": "base", "reward": "jpeg", "particles": 1, "steps": 2}
-SETTINGS |= {"guidance": None, "lam": 1.0, "potential": "max", "resampler": "ssp", "tempering": "constant"}
-SETTINGS |= {"ess_threshold": 0.5, "eta": None, "seed": 0, "compare": False, "dtype": None}
+SETTINGS |= {"seed": 0, "compare": False, "dtype": None}
 
 
 def entry_of(out: Path, number: int, prompt: str) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def entry_of(out: Path, number: int, prompt: str) -> dict[str, Any]:
 
 
 def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
-    settings = SamplingConfig(**SETTINGS)
+    settings = SamplingConfig.of(**SETTINGS)
     mine = open_report(tmp_path, PROMPTS, settings)
     assert mine.missing(5, False) == [0, 1, 2, 3, 4]
     others = PartialReport(mine.out, mine.header, {})
@@ -207,12 +207,12 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
 
 
 def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
-    settings = SamplingConfig(**SETTINGS)
+    settings = SamplingConfig.of(**SETTINGS)
     record = open_report(tmp_path, PROMPTS, settings)
     record.keep(3, entry_of(tmp_path, 3, "a star"), single_process=False)
     part = tmp_path / "finished" / "00003.json"
     with pytest.raises(InputError, match="holds a run with seed 0, not 1"):
-        open_report(tmp_path, PROMPTS, SamplingConfig(**SETTINGS | {"seed": 1}))
+        open_report(tmp_path, PROMPTS, SamplingConfig.of(**SETTINGS | {"seed": 1}))
     for prompts in (PROMPTS[:3], [*PROMPTS[:3], "a cross"]):
         with pytest.raises(InputError, match="holds a run of other prompts"):
             open_report(tmp_path, prompts, settings)
@@ -333,5 +333,5 @@ def test_the_title_of_a_grid_names_method_and_weights(method: str, lora: str | N
     assert lora or image_title({"method": method, "settings": {}}) == title, "an older report"
 
 
-def test_every_method_has_a_strength() -> None:
-    assert DEFAULT_LAMBDAS.keys() == METHODS.keys()
+def test_every_method_has_options() -> None:
+    assert METHOD_OPTIONS.keys() == METHODS.keys()

@@ -52,7 +52,6 @@ from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.particle_batch import ParticleBatch, as_type
 from steer.pipelines.reno import Ascent, Backprop
 from steer.registry import choose
-from steer.shared_prompt import shared_prompt
 from steer.smc.particles import FeynmanKac
 from steer.training.gradient import two_pass_gradient
 from steer.training.losses import D3PO
@@ -351,15 +350,6 @@ def backend(name: str) -> On:
     return on
 
 
-@contextmanager
-def shared(pipe: Any) -> Iterator[Any]:
-    """Prompts' keys and values once, queries of a prompt's particles in one sequence."""
-    with shared_prompt(pipe) as sharing:
-        if not sharing.layers:
-            raise InputError(f"nothing to share: {'; '.join(sharing.reasons)}")
-        yield pipe
-
-
 def by_rows(rows: int) -> On:
     """The denoiser a few rows at a time."""
     return lambda pipe: micro_batched(pipe, rows)
@@ -374,20 +364,7 @@ def denoiser_compiled(pipe: Any) -> Iterator[Any]:
         yield view
 
 
-@contextmanager
-def all_exact_options(pipe: Any) -> Iterator[Any]:
-    """All exact gains that cost nothing where they do nothing, together."""
-    with attention_backend(pipe, "auto"), shared_prompt(pipe):
-        yield pipe
-
-
 COMPUTE_OPTIONS = {
-    "shared_prompt": ComputeOption(
-        "cross-attention: keys and values of prompts once, queries of a prompt in one sequence",
-        shared,
-        unmodified,
-        affected_share=lambda flops: flops.prompts / flops.all,
-    ),
     "sdpa": ComputeOption(
         "attention by PyTorch's kernel against softmax(QKᵀ/√d) V as written",
         backend("sdpa"),
@@ -547,7 +524,7 @@ COMPARISONS: Mapping[str, Comparison] = {
     ),
     "naive_fk_over_ours_fewer": Comparison(
         "FK to about the same reward in other images: ours with 3/2 K particles that get fewer, and cheap previews",
-        partial(fk, on=all_exact_options, cheaper=True),
+        partial(fk, on=backend("auto"), cheaper=True),
         requires_particle_schedule,
         samples=of_one_prompt,
     ),
@@ -566,8 +543,8 @@ COMPARISONS: Mapping[str, Comparison] = {
         samples=of_pairs,
     ),
     "naive_fk_over_ours_everything_on": Comparison(
-        "FK, ours with the exact gains on: attention backend auto, prompts' keys and values shared",
-        partial(fk, on=all_exact_options),
+        "FK, ours with attention backend auto",
+        partial(fk, on=backend("auto")),
         requires_ddim,
         samples=of_one_prompt,
     ),

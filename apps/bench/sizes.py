@@ -5,13 +5,11 @@ encoded once a call, and is not what is measured.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from steer.apps.bench import subject as models
@@ -21,7 +19,6 @@ from steer.diffusion.attention import attention_backend
 from steer.diffusion.kernels import one_pass
 from steer.diffusion.schedules import Level, linear_step
 from steer.diffusion.step_hooks import denoisers_in
-from steer.shared_prompt import KEYS_AND_VALUES
 
 SD_VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
@@ -107,11 +104,10 @@ REAL_SIZES = {
 @dataclass(frozen=True)
 class Flops:
     """FLOPs (a multiplication and an addition are two) of one denoiser call: of all; of attention's scores and sums of
-    values; of the keys and values that cross-attention makes of prompts."""
+    values."""
 
     all: int
     attention: int
-    prompts: int
 
 
 class _FirstCall(Exception):
@@ -138,25 +134,12 @@ def flops_of(pipe: Any, run: Callable[[], Any]) -> Flops:
     """Counts the first denoiser call that `run` makes of a pipeline, guidance's rows included."""
     denoiser = getattr(pipe, denoisers_in(pipe)[0])
     args, kwargs = first_call(denoiser, run)
-    prompts = 0
-
-    def count(linear: Any, given: Any, output: Tensor) -> None:
-        nonlocal prompts
-        prompts += 2 * output[..., 0].numel() * linear.weight.numel()
-
-    layers = [layer for layer in denoiser.modules() if getattr(layer, "is_cross_attention", False)]
-    linears = [linear for layer in layers for name in KEYS_AND_VALUES if (linear := getattr(layer, name, None))]
     counter = FlopCounterMode(display=False)
-    with ExitStack() as stack:
-        for linear in linears:
-            stack.callback(linear.register_forward_hook(count).remove)
-        # The formula as it is written: its two products are counted wherever the model is.
-        stack.enter_context(attention_backend(denoiser, "eager"))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(counter)
+    # The formula as it is written: its two products are counted wherever the model is.
+    with attention_backend(denoiser, "eager"), torch.no_grad(), counter:
         denoiser(*args, **kwargs)
     by_operator = counter.get_flop_counts()["Global"]
-    return Flops(counter.get_total_flops(), by_operator.get(torch.ops.aten.bmm, 0), prompts)
+    return Flops(counter.get_total_flops(), by_operator.get(torch.ops.aten.bmm, 0))
 
 
 SIDES = {"cuda": 8192}  # of the matrices; elsewhere SMALL
