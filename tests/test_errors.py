@@ -1,4 +1,4 @@
-"""What every InputError is, whatever it quotes: one line that a terminal shows and does not obey."""
+"""InputError: one line that a terminal shows and does not execute, whatever it quotes."""
 
 import pickle
 

@@ -375,5 +375,6 @@ def _regeneration_error(group: SampleGroup, number: int, drawn: SampleProvenance
     )
     return (
         f"{file_inside(group.folder, group.image_file(number))}: sampled again from its seed the image is another "
-        f"one, so that its trajectory is lost ({why}): go back to what it was drawn with, or record choices with keep_trajectories"
+        f"one, so that its trajectory is lost ({why}): go back to what it was drawn with, or record choices with "
+        "keep_trajectories"
     )
