@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
     from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
     from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
+    from steer.pipelines.settings import (
+        BestOfNSettings,
+        FKSettings,
+        NoiseSearchSettings,
+        ReNOSettings,
+        SelectionSettings,
+    )
     from steer.pipelines.training.config import TrainingConfig
     from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
     from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
@@ -31,6 +38,13 @@ _MODULES = {
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
     "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
     "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
+    "steer.pipelines.settings": (
+        "BestOfNSettings",
+        "FKSettings",
+        "NoiseSearchSettings",
+        "ReNOSettings",
+        "SelectionSettings",
+    ),
     "steer.pipelines.training.config": ("TrainingConfig",),
     "steer.pipelines.training.d3po_prdp": ("D3POTrainer", "PRDPTrainer"),
     "steer.pipelines.training.ddpo_grpo": ("DDPOTrainer", "FilteredTrainer", "GRPOTrainer"),
@@ -43,9 +57,11 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "MODELS",
     "BestOfNPipeline",
+    "BestOfNSettings",
     "Cost",
     "D3POTrainer",
     "DDPOTrainer",
+    "FKSettings",
     "FKSteeringPipeline",
     "FilteredTrainer",
     "GRPOTrainer",
@@ -53,13 +69,16 @@ __all__ = [
     "InputError",
     "Iteration",
     "NoiseSearchPipeline",
+    "NoiseSearchSettings",
     "PRDPTrainer",
     "ReNOPipeline",
+    "ReNOSettings",
     "ResamplingInfo",
     "Reward",
     "RewardBackpropTrainer",
     "RewardError",
     "SelectionPipeline",
+    "SelectionSettings",
     "SteeringOutput",
     "StepReport",
     "TrainingConfig",
