@@ -12,10 +12,11 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from steer.apps.model_card import FlatConfig, held_out_names, model_card
 from steer.apps.plots import COLORMAP, FAINT, INK, draw_before_after, grids, shown, write_grid
 from steer.files import atomic_write, write_text
 from steer.pipelines.training.method import TrainingResult
+from steer.pipelines.training.model_card import held_out_names, model_card
+from steer.pipelines.training.trainer import Trainer
 
 __all__ = ["write_grid", "write_report"]
 
@@ -30,17 +31,15 @@ FAR_FACTOR = 3  # times the highest value
 LOG_SCALE_RATIO = 30  # largest by smallest value from which a scale is logarithmic
 
 
-def write_report(out: Path, config: dict[str, Any], result: TrainingResult) -> None:
-    """Writes plots/*.png and README.md, a model card, of what the records hold.
-
-    config  of the run: `model`, `method`, `reward`, the fields of TrainingConfig that were given (in a mapping of
-            their own, or among the rest), and whatever else the card should list
-    """
+def write_report(trainer: Trainer[Any], result: TrainingResult) -> None:
+    """Write plots/*.png and README.md, a model card, in the output folder of a trainer."""
+    out = Path(trainer.config.output_dir)
     _save(out / "plots" / "rewards.png", rewards_panels(result), result)
-    _save(out / "plots" / "divergence.png", divergence_panels(result, FlatConfig.of(config).settings), result)
+    _save(out / "plots" / "divergence.png", divergence_panels(result, vars(trainer.config)), result)
     _save(out / "plots" / "training.png", training_panels(result), result)
     draw_before_after(out)
-    write_text(out / "README.md", model_card(out, config, result, grids(out)))
+    card = model_card(out, trainer.pipe, trainer.config, result, trainer.describe(), grids(out))
+    write_text(out / "README.md", card)
 
 
 def _save(path: Path, panels: Sequence[Panel], result: TrainingResult) -> None:
@@ -136,9 +135,9 @@ def _against(axes: Axes, result: TrainingResult, trained: str, held_out: str) ->
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def divergence_panels(result: TrainingResult, settings: Mapping[str, Any]) -> list[Panel]:
+def divergence_panels(result: TrainingResult, config: Mapping[str, Any]) -> list[Panel]:
     """How far the model went from where it began, what that cost it, and how unlike its images still are."""
-    divergence_plots = _lines_of(result.records, {"kl": "KL from the start, nats a trajectory"}, settings)
+    divergence_plots = _lines_of(result.records, {"kl": "KL from the start, nats a trajectory"}, config)
     if any(record.get("kl_weight") for record in result.records):
         divergence_plots += _lines_of(result.records, {"kl_weight": "price of KL, β"}, {})
     divergence_plots += _lines_of(result.records, {"chi_square": "χ² from the start"}, {})
@@ -160,15 +159,15 @@ def training_panels(result: TrainingResult) -> list[Panel]:
     return _lines_of(result.records, titles | {"images_per_second": "images per second, updates included"}, {})
 
 
-def _lines_of(records: Records, titles: Mapping[str, str], settings: Mapping[str, Any]) -> list[Panel]:
-    """A panel for each series that holds a number; with the settings' target and budget of it, where there are any."""
+def _lines_of(records: Records, titles: Mapping[str, str], config: Mapping[str, Any]) -> list[Panel]:
+    """A panel for each series that holds a number; with the configured target and budget of it, where there are any."""
 
     def panel(name: str, title: str) -> Panel:
         def draw(axes: Axes) -> None:
             _curve(axes, records, name, "each update", TRAINED_COLOR)
             values = _series(records, name)[1]
             for word, style in (("target", "--"), ("budget", ":")):
-                if (level := settings.get(f"{name}_{word}")) is not None:
+                if (level := config.get(f"{name}_{word}")) is not None:
                     _level(axes, level, values.max(), style, f"{word}: {level:g} nats")
             if name == "accuracy":
                 _level(axes, 0.5, 1, ":", "chance")

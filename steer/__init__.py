@@ -17,10 +17,17 @@ if TYPE_CHECKING:
     from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
     from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
     from steer.pipelines.training.config import TrainingConfig
-    from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
-    from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
+    from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
+    from steer.pipelines.training.ddpo_grpo import (
+        DDPOConfig,
+        DDPOTrainer,
+        FilteredConfig,
+        FilteredTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+    )
     from steer.pipelines.training.method import TrainingResult
-    from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
+    from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from steer.reward import Reward, RewardError, score, score_components, with_timeout
     from steer.rewards.parser import combine, load_reward
 
@@ -32,10 +39,17 @@ _MODULES = {
     "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
     "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
     "steer.pipelines.training.config": ("TrainingConfig",),
-    "steer.pipelines.training.d3po_prdp": ("D3POTrainer", "PRDPTrainer"),
-    "steer.pipelines.training.ddpo_grpo": ("DDPOTrainer", "FilteredTrainer", "GRPOTrainer"),
+    "steer.pipelines.training.d3po_prdp": ("D3POConfig", "D3POTrainer", "PRDPConfig", "PRDPTrainer"),
+    "steer.pipelines.training.ddpo_grpo": (
+        "DDPOConfig",
+        "DDPOTrainer",
+        "FilteredConfig",
+        "FilteredTrainer",
+        "GRPOConfig",
+        "GRPOTrainer",
+    ),
     "steer.pipelines.training.method": ("TrainingResult",),
-    "steer.pipelines.training.reward_backprop": ("RewardBackpropTrainer",),
+    "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
     "steer.reward": ("Reward", "RewardError", "score", "score_components", "with_timeout"),
     "steer.rewards.parser": ("combine", "load_reward"),
 }
@@ -44,19 +58,25 @@ __all__ = [
     "MODELS",
     "BestOfNPipeline",
     "Cost",
+    "D3POConfig",
     "D3POTrainer",
+    "DDPOConfig",
     "DDPOTrainer",
     "FKSteeringPipeline",
+    "FilteredConfig",
     "FilteredTrainer",
+    "GRPOConfig",
     "GRPOTrainer",
     "InitialNoise",
     "InputError",
     "Iteration",
     "NoiseSearchPipeline",
+    "PRDPConfig",
     "PRDPTrainer",
     "ReNOPipeline",
     "ResamplingInfo",
     "Reward",
+    "RewardBackpropConfig",
     "RewardBackpropTrainer",
     "RewardError",
     "SelectionPipeline",

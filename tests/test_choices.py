@@ -12,17 +12,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROMPT
-from finetune_runs import PLAIN, settings_of
+from finetune_runs import PLAIN, config_of
 from PIL import Image
 from rollouts import call_of, fresh_pipe, move
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from steer import D3POTrainer, TrainingConfig
+from steer import D3POConfig, D3POTrainer
 from steer.errors import InputError
 from steer.pipelines.training.method import sampler_of
-from steer.pipelines.training.preference_data import PreferenceDataset, PreferenceFolder, check_preferences
-from steer.pipelines.training.preference_data import settings_of as sampling_config_of
+from steer.pipelines.training.preference_data import (
+    PreferenceDataset,
+    PreferenceFolder,
+    check_preferences,
+    sampling_config_of,
+)
 from steer.pipelines.training.preference_files import pixel_hash, pixels_of, read_lines, read_preferences
 from steer.training.distributed import SINGLE_PROCESS
 from steer.training.rollout import Rows, Sampler, log_probs
@@ -59,14 +63,18 @@ def stored(recorded: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(recorded["stored"], tmp_path / "choices"))
 
 
-def tiny(folder: Path, **changed: Any) -> TrainingConfig:
+def tiny(folder: Path, **changed: Any) -> D3POConfig:
     return replace(
-        settings_of("d3po", **PLAIN, warmup_steps=0), **sampling_config_of(folder) | {"max_steps": 3} | changed
+        config_of("d3po", **PLAIN, warmup_steps=0), **sampling_config_of(folder) | {"max_steps": 3} | changed
     )
 
 
-def train(folder: Path, out: Path, settings: TrainingConfig | None = None, pipe: Any = None, **options: Any) -> Any:
-    return D3POTrainer(pipe or fresh_pipe("sd")).train_on_preferences(folder, out, settings or tiny(folder), **options)
+def train(
+    folder: Path, out: Path, config: D3POConfig | None = None, pipe: Any = None, resume: bool = False, **options: Any
+) -> Any:
+    config = replace(config or tiny(folder), output_dir=str(out))
+    trainer = D3POTrainer(pipe or fresh_pipe("sd"), None, config, preferences=folder, **options)
+    return trainer.train(resume_from_checkpoint=resume)
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -109,15 +117,15 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
     trajectory: bool, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
     pipe, folder = fresh_pipe("sd"), recorded["stored"]
-    settings = tiny(folder, max_steps=4, train_batch_size=3, micro_batch=3, kl_weight=0.0, kl_target=None)
+    config = tiny(folder, max_steps=4, train_batch_size=3, micro_batch=3, kl_weight=0.0, kl_target=None)
     groups = list(read_preferences(folder).groups.values())
 
     def likelihoods() -> list[Tensor]:
-        sampler = sampler_of(pipe, settings)
+        sampler = sampler_of(pipe, config)
         return [log_probs(sampler, group.load()).sum(1) for group in groups]
 
     before = likelihoods()
-    D3POTrainer(pipe, trajectory=trajectory).train_on_preferences(folder, tmp_path, replace(settings, ema_decay=0.0))
+    train(folder, tmp_path, replace(config, ema_decay=0.0, trajectory=trajectory), pipe)
     gained = [after - start for start, after in zip(before, likelihoods(), strict=True)]
     for group, chosen, rejected in CHOICES:
         assert gained[group][chosen] > gained[group][rejected] + 1e-3
@@ -126,16 +134,16 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
 def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorded: dict[str, Path]) -> None:
     """Every choice once a turn, chosen before rejected, with the signal 1 and 0; the old policy is the present one."""
     folder, pipe = recorded["stored"], fresh_pipe("sd")
-    settings = tiny(folder, train_batch_size=1, steps_per_generation=3, micro_batch=1, timestep_fraction=0.5)
-    source = PreferenceDataset.of(folder, pipe, settings, folder / "unused")
+    config = tiny(folder, train_batch_size=1, steps_per_generation=3, micro_batch=1, timestep_fraction=0.5)
+    source = PreferenceDataset.of(folder, pipe, config, folder / "unused")
     lora = LoRA(pipe, 2)
     move(lora, 0.05)
-    sampler = sampler_of(pipe, settings)
+    sampler = sampler_of(pipe, config)
     groups = source.recorded.groups
     stream: list[int] = []
     for number in (0, 1):
         calls: list[int] = []
-        sampled = source.round(number, sampler, lora, lambda calls=calls: calls.append(1), SINGLE_PROCESS)
+        sampled = source.collect(number, sampler, lora, lambda calls=calls: calls.append(1), SINGLE_PROCESS)
         assert len(calls) == 3 * 2 * 2  # updates × chunks × (reference, today)
         pairs_seen = []
         for batch in sampled.batches:
@@ -159,8 +167,8 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
         assert sorted(pairs_seen) == sorted(
             (GROUPS[group].noises[a], GROUPS[group].noises[b]) for group, a, b in CHOICES
         )
-    assert (sampled.loaded[0]["turn"], sampled.loaded[2]["turn"]) == (1.0, pytest.approx(5 / 3))
-    sampled = replace(source, settings=replace(settings, train_batch_size=2)).round(
+    assert (sampled.metrics[0]["turn"], sampled.metrics[2]["turn"]) == (1.0, pytest.approx(5 / 3))
+    sampled = replace(source, config=replace(config, train_batch_size=2)).collect(
         0, sampler, lora, lambda: None, SINGLE_PROCESS
     )
     chosen = [batch.chunks[place].rows.noises[0] for batch in sampled.batches for place in (0, 2)]
@@ -178,28 +186,27 @@ def test_a_batch_of_micro_batches_is_the_batch(recorded: dict[str, Path], tmp_pa
 
 def test_stopped_amid_a_round_and_resumed_it_ends_the_same(recorded: dict[str, Path], tmp_path: Path) -> None:
     folder = recorded["seeds"]
-    settings = tiny(folder, save_steps=9, steps_per_generation=2)
-    train(folder, tmp_path / "whole", settings)
-    train(folder, tmp_path / "components", replace(settings, max_steps=1))
-    assert train(folder, tmp_path / "components", settings, resume=True).step == 3
+    config = tiny(folder, save_steps=9, steps_per_generation=2)
+    train(folder, tmp_path / "whole", config)
+    train(folder, tmp_path / "components", replace(config, max_steps=1))
+    assert train(folder, tmp_path / "components", config, resume=True).step == 3
     assert_same_weights(tmp_path / "whole", tmp_path / "components")
 
 
 def test_resuming_draws_nothing_anew_that_was_drawn(recorded: dict[str, Path], tmp_path: Path) -> None:
-    settings = tiny(recorded["seeds"], max_steps=3)
+    config = tiny(recorded["seeds"], max_steps=3)
     pipe = fresh_pipe("sd")
-    PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path)
+    PreferenceDataset.of(recorded["seeds"], pipe, config, tmp_path)
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(1.5)  # it would draw others, so it draws none
     assert all(
-        group.trajectories
-        for group in PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path).groups.values()
+        group.trajectories for group in PreferenceDataset.of(recorded["seeds"], pipe, config, tmp_path).groups.values()
     )
 
 
 def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Path], tmp_path: Path) -> None:
-    settings, pipe = tiny(recorded["seeds"]), fresh_pipe("sd")
-    PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path / "run")
+    config, pipe = tiny(recorded["seeds"]), fresh_pipe("sd")
+    PreferenceDataset.of(recorded["seeds"], pipe, config, tmp_path / "run")
     other = fresh_pipe("sd")
     with torch.no_grad():
         other.unet.conv_out.weight.mul_(1.5)
@@ -207,13 +214,13 @@ def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Pat
     sampled, images = Sampler(other, CALL).rollout(GROUPS[0])
     folder.write_preference(folder.write_group(sampled, images, keep_trajectories=False), 0, 1)
     with pytest.raises(InputError, match="is there with other images"):
-        PreferenceDataset.of(tmp_path / "other", other, settings, tmp_path / "run")
+        PreferenceDataset.of(tmp_path / "other", other, config, tmp_path / "run")
 
 
 def test_in_mixed_precision_what_was_chosen_from_is_drawn_as_it_was(recorded: dict[str, Path], tmp_path: Path) -> None:
-    settings = tiny(recorded["seeds"], max_steps=2, mixed_precision="bf16", timestep_fraction=0.5)
+    config = tiny(recorded["seeds"], max_steps=2, mixed_precision="bf16", timestep_fraction=0.5)
     for name, folder in recorded.items():
-        train(folder, tmp_path / name, settings)
+        train(folder, tmp_path / name, config)
     assert_same_weights(tmp_path / "stored", tmp_path / "seeds")
 
 
@@ -225,11 +232,11 @@ def test_only_the_lots_that_a_run_needs_are_drawn_anew(recorded: dict[str, Path]
 
 
 def test_other_choices_are_another_run(stored: Path, tmp_path: Path) -> None:
-    settings = tiny(stored, max_steps=1)
-    train(stored, tmp_path / "run", settings)
+    config = tiny(stored, max_steps=1)
+    train(stored, tmp_path / "run", config)
     change_line(stored / "choices.jsonl", 0, chosen=0)
-    with pytest.raises(InputError, match=r"another choices \('3 with the hash .*' there, '3 with"):
-        train(stored, tmp_path / "run", settings, resume=True)
+    with pytest.raises(InputError, match=r"another preferences \('3 with the hash .*' there, '3 with"):
+        train(stored, tmp_path / "run", config, resume=True)
 
 
 def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path, tmp_path: Path) -> None:
@@ -239,16 +246,16 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
         "guidance_scale": 3.0,
         "call": {"height": 8, "width": 8},
         "eta": 1.0,
-        "storage": "float32",
+        "latents_dtype": "float32",
         "num_generations": 2,
     }
-    with pytest.raises(InputError, match="eval_prompts are judged by rewards"):
+    with pytest.raises(InputError, match="eval_prompts need a reward"):
         train(stored, tmp_path / "a", eval_prompts=["a star"])
-    settings = tiny(stored, max_steps=1)
-    result = train(stored, tmp_path / "b", settings, eval_prompts=["a star"], eval_rewards=["brightness", "colour:red"])
+    config = replace(tiny(stored, max_steps=1), output_dir=str(tmp_path / "c"))
+    result = train(stored, tmp_path / "b", config, eval_prompts=["a star"], eval_rewards=["brightness", "colour:red"])
     assert [*result.evaluations[0]][1:3] == ["eval/brightness", "eval/colour:red"]
     with pytest.raises(InputError, match="without a reward"):
-        D3POTrainer(fresh_pipe("sd")).train(["a star"], tmp_path / "c", settings)
+        D3POTrainer(fresh_pipe("sd"), None, config, train_prompts=["a star"]).train()
 
 
 # ---- what a run refuses
@@ -262,7 +269,7 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
         ({"call": {"height": 16, "width": 8}}, "height is 16 in this run and was 8"),
         ({"call": {"height": 8, "width": 8, "clip_skip": 1}}, "clip_skip is 1 in this run and was not given"),
         ({"eta": 0.5}, "eta is 0.5 in this run and was 1.0"),
-        ({"storage": "float16"}, "storage is 'float16' in this run and was 'float32'"),
+        ({"latents_dtype": "float16"}, "latents_dtype is 'float16' in this run and was 'float32'"),
         ({"num_generations": 4}, "num_generations must be 2, got 4"),
     ],
 )
@@ -284,7 +291,7 @@ def test_another_scheduler_or_model_is_refused(recorded: dict[str, Path], tmp_pa
     with pytest.raises(InputError, match=r"have other log-probabilities by this model .* Train the model that"):
         train(recorded["stored"], tmp_path / "stored", pipe=pipe)
     with pytest.raises(
-        InputError, match=r"-\d\.png: drawn anew from its seed the image is another one.*so the weights"
+        InputError, match=r"-\d\.png: sampled again from its seed the image is another one.*so the weights"
     ):
         train(recorded["seeds"], tmp_path / "seeds", pipe=pipe)
 

@@ -75,11 +75,14 @@ def test_plans_are_equal_but_for_what_they_compare(tmp_path: Path) -> None:
     told = {name: run_config.read(tmp_path) for name, run_config in RUN_CONFIGS.items() if name != "d3po-choices"}
     assert {config.job.method for config in told.values()} <= set(METHODS)
     compared = [config for name, config in told.items() if name.split("-")[1] in ("few", "many")]
-    images = {(c.settings.train_batch_size, c.settings.num_generations, c.settings.max_steps) for c in compared}
-    assert images == {(4, 8, 60)} and {c.settings.steps_per_generation for c in compared} == {2}
+    images = {(c.training.train_batch_size, c.training.num_generations, c.training.max_steps) for c in compared}
+    assert images == {(4, 8, 60)} and {c.training.steps_per_generation for c in compared} == {2}
     assert {len(PROMPTS[c.job.prompts].read_text().splitlines()) for c in compared if c.job.prompts} == {32, 1024}
     clipped, unclipped = told["prdp-stale"], told["prdp-stale-unclipped"]
-    assert clipped.settings == unclipped.settings and unclipped.options["clip"] == 1e9 > clipped.options["clip"]
+    assert (
+        replace(unclipped.training, clip=clipped.training.clip) == clipped.training
+        and unclipped.training.clip == 1e9 > clipped.training.clip
+    )
 
 
 def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> None:
@@ -87,12 +90,12 @@ def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> No
     write_choices(tmp_path, 12)
     kept = [json.loads(line) for line in (tmp_path / "choices.jsonl").read_text().splitlines()]
     folder = PreferenceFolder(tmp_path)
-    assert len(kept) == len(folder.lots) == 12 and folder.drawn.call == CALL
+    assert len(kept) == len(folder.groups) == 12 and folder.drawn.call == CALL
     reward, right = aesthetic(ANNOTATOR_REWARD.partition(":")[2]), 0
     from steer.files import read_image
 
     for choice in kept:
-        lot = folder.lots[choice["lot"]]
+        lot = folder.groups[choice["lot"]]
         images = [read_image(tmp_path / lot.image_file(number)) for number in (0, 1)]
         values = [reward(image[None], [lot.rows.prompts[0]]).item() for image in images]
         right += values[choice["chosen"]] > values[choice["rejected"]]
@@ -104,13 +107,12 @@ def test_a_small_study_runs_and_goes_on_without_doing_anything_twice(
 ) -> None:
     small = {"max_steps": "2", "eval_steps": "2", "train_batch_size": "1", "num_generations": "2"}
     small |= {"num_inference_steps": "3"}
-    monkeypatch.setattr(finetune_runs, "JUDGED", 2)
+    monkeypatch.setattr(finetune_runs, "NUM_EVAL_PROMPTS", 2)
     monkeypatch.setitem(finetune_study.HALVES, "seen", slice(None, 2))
     monkeypatch.setitem(finetune_study.HALVES, "unseen", slice(2, None))
     chosen = ("prdp-few-0", "ddpo-few-0", "d3po-unguarded", "d3po-watched", "d3po-guarded")
     plans = {name: replace(RUN_CONFIGS[name], changes={**RUN_CONFIGS[name].changes, **small}) for name in chosen}
-    monkeypatch.setattr(finetune_runs, "PLANS", plans)
-    monkeypatch.setattr(finetune_study, "PLANS", plans)
+    monkeypatch.setattr(finetune_runs, "RUN_CONFIGS", plans)
     found: dict[str, Any] = study(tmp_path, [])
     assert [told["updates"] for told in found["rows"]] == [[2]] * 5
     assert set(found["differences"]) == {"prdp minus ddpo, few prompts"}

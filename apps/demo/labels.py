@@ -87,7 +87,7 @@ class Progress:
 
 
 class LabelStore:
-    """The lots and judgements of all annotators, in a folder that `steer finetune d3po-scenes --choices` reads.
+    """The lots and judgements of all annotators, in a folder that `steer finetune d3po-scenes --preferences` reads.
 
     path  goes on as it was begun, where there is something; otherwise `call` is what lots are drawn with
     Threads may use it at once; one program at a time may write. What a method has returned from is on the disk.
@@ -290,7 +290,7 @@ def storage_notice(studio: Studio) -> str:
 def command_of(studio: Studio) -> str:
     """A line for a shell that finetunes the model from the choices; of a zip, beside the unpacked folder."""
     model, folder = studio.models[0], ARCHIVE_FOLDER if studio.labels is None else str(studio.labels)
-    words = ["steer", "finetune", CONFIG, "--choices", folder]
+    words = ["steer", "finetune", CONFIG, "--preferences", folder]
     if model != CONFIG_MODEL:
         words += ["--model", model]
     if model not in MODELS:  # what judges scenes is blind to other images

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from steer.apps.finetuning import FinetuneConfig, read_config
+from steer.apps.finetuning import FinetuneConfig, TrainingData, read_config
 from steer.apps.models import load_pipeline
 from steer.apps.plots import FAINT, INK
 from steer.apps.prompts import load_prompts
@@ -63,7 +62,7 @@ def seeds_of(method: str, prompts: str, seeds: int, **changes: str) -> dict[str,
 
 OFF_POLICY = {"prompts": "scenes-many", "steps_per_generation": "10"}  # a round's last update is nine updates old
 HIGH_LEARNING_RATE = {"learning_rate": "3e-3", "max_steps": "80", "eval_steps": "10", "save_steps": "10"}
-EARLY_STOPPING = {"patience": "2"}
+EARLY_STOPPING = {"early_stopping_patience": "2"}
 EARLY_STOPPING_AND_KL = EARLY_STOPPING | {"kl_weight": "1e-3", "kl_target": "50"}
 # As many images an update as the others, two for each choice.
 FROM_PREFERENCES = {"prompts": "null", "train_batch_size": "16", "num_generations": "2"}
@@ -75,7 +74,7 @@ RUN_CONFIGS = {
     **seeds_of("grpo", "many", 1),
     **seeds_of("grpo", "few", 1),
     "prdp-stale": RunConfig("prdp-scenes", "prdp, ten updates a round", OFF_POLICY),
-    "prdp-stale-unclipped": RunConfig("prdp-scenes", "the same without the clip", OFF_POLICY | {"options.clip": "1e9"}),
+    "prdp-stale-unclipped": RunConfig("prdp-scenes", "the same without the clip", OFF_POLICY | {"clip": "1e9"}),
     "d3po-jpeg": RunConfig("d3po-scenes", "d3po on jpeg", {"reward": "jpeg"}),
     "d3po-scene": RunConfig("d3po-scenes", "d3po on scene", {"reward": "scene", "eval_rewards": "[aesthetic:scenes]"}),
     "d3po-choices": RunConfig("d3po-scenes", "d3po on 500 choices", FROM_PREFERENCES),
@@ -103,19 +102,23 @@ def train(name: str, folder: Path) -> TrainingResult:
     pipe = load_pipeline(config.job.model)
     pipe.set_progress_bar_config(disable=True)
     assert config.job.reward is not None
-    method = config.method(pipe, resolve_reward(config.job.reward))
     prompts = load_prompts(config.job.prompts or "scenes-training")
     learnt = prompts if config.job.preferences is None else prompts[:CHOICES]
-    eval_prompts = [*prompts_at(0, NUM_EVAL_PROMPTS, learnt, config.settings.seed), *unseen(NUM_EVAL_PROMPTS)]
-    options: dict[str, Any] = {
-        "eval_prompts": eval_prompts,
-        "eval_rewards": [resolve_reward(spec) for spec in config.job.eval_rewards],
-        "resume": True,
-        "on_evaluation": partial(judged, out),
-    }
-    if config.job.preferences is not None:
-        return method.train_on_preferences(choices, out, config.settings, **options)
-    return method.train(prompts, out, config.settings, **options)
+    eval_prompts = [*prompts_at(0, NUM_EVAL_PROMPTS, learnt, config.training.seed), *unseen(NUM_EVAL_PROMPTS)]
+    eval_rewards = [resolve_reward(spec) for spec in config.job.eval_rewards]
+    data = TrainingData(prompts, eval_prompts, resolve_reward(config.job.reward), eval_rewards)
+    return config.trainer(pipe, data, callbacks=[Judged(out)]).train(resume_from_checkpoint=True)
+
+
+class Judged:
+    """Keeps every evaluation, prompt by prompt."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+        """Write judged/STEP.json."""
+        judged(self.out, details["evaluation"])
 
 
 def unseen(count: int) -> list[str]:

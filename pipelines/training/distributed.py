@@ -21,16 +21,16 @@ class AccelerateContext:
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self.index, self.count = accelerator.process_index, accelerator.num_processes
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
 
     @property
     def is_main_process(self) -> bool:
         """Whether this is the first one."""
-        return self.index == 0
+        return self.rank == 0
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
         """The items of all processes, in their order."""
-        if self.count == 1:
+        if self.world_size == 1:
             return list(items)
         with report_lost_process(RESUME_HINT):
             return gather_object(list(items))
@@ -45,23 +45,23 @@ class AccelerateContext:
             self._accelerator.wait_for_everyone()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def translate_connection_errors(self) -> Iterator[None]:
         """Around work of this process amid which accelerate exchanges something: where another one has ended before
         its time, this one ends with an InputError. Its own errors stay what they are."""
         try:
             yield
         except RuntimeError as error:
-            if self.count == 1 or not _is_connection_error(error):
+            if self.world_size == 1 or not _is_connection_error(error):
                 raise
             with report_lost_process(RESUME_HINT):
                 raise
 
-    def check(self, settings: TrainingConfig) -> None:
+    def check(self, config: TrainingConfig) -> None:
         """Raises InputError where the prompts of an update cannot be shared out."""
-        if settings.train_batch_size % self.count:
+        if config.train_batch_size % self.world_size:
             raise InputError(
-                f"train_batch_size must be a multiple of the {self.count} processes that share them, "
-                f"got {settings.train_batch_size}"
+                f"train_batch_size must be a multiple of the {self.world_size} processes that share them, "
+                f"got {config.train_batch_size}"
             )
 
     @contextmanager

@@ -58,7 +58,10 @@ class Evaluator:
     def check(self, early_stopping_patience: int) -> None:
         """Raises InputError where there is nothing to have patience with."""
         if early_stopping_patience and not (self.prompts and self.held_out):
-            raise InputError("patience compares a held-out reward: give eval_prompts and eval_rewards, or patience 0")
+            raise InputError(
+                "early_stopping_patience compares a held-out reward: give eval_prompts and eval_rewards, or "
+                "early_stopping_patience 0"
+            )
 
     def config_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -67,24 +70,24 @@ class Evaluator:
     def evaluate(
         self,
         pipe: Any,
-        settings: TrainingConfig,
+        config: TrainingConfig,
         step: int,
         prepared: Any,
         before: OnChunk,
         context: DistributedContext,
     ) -> EvalResult:
         """The same prompts and seeds at every step; the processes take turns with chunks of them."""
-        size, sampler = settings.num_generations_eval, sampler_of(pipe, settings, prepared, "model")
-        components = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False).split(
-            settings.micro_batch
+        size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model")
+        components = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(
+            config.micro_batch
         )
         collected: list[tuple[int, Tensor, list[Tensor]]] = []
-        for turn in range(0, len(components), context.count):
+        for turn in range(0, len(components), context.world_size):
             # All draw in every turn, as what they share of a denoiser asks for; what is drawn twice is left out.
-            number = min(turn + context.index, len(components) - 1)
+            number = min(turn + context.rank, len(components) - 1)
             before()
             images = sampler.rollout(components[number])[1]
-            if turn + context.index < len(components):
+            if turn + context.rank < len(components):
                 # Scored where they were made, and only then kept on the CPU.
                 collected.append((number, images.cpu(), self._score(images, components[number].prompts)))
         _, drawn, scores = zip(*sorted(context.gather(collected), key=lambda one: one[0]), strict=True)

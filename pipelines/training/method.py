@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Generic, TypeVar, Unpack
 
 import torch
 from torch import Generator, Tensor
@@ -25,6 +25,7 @@ from steer.training.trainable import get_denoiser
 
 HALF_PRECISION_SKIPPED_STEPS = 2  # the last steps, which carry nearly all of the rounding
 OnChunk = Callable[[], None]
+ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def sample_and_score(
 
 def process_shard(numbers: range, context: DistributedContext) -> range:
     """This process's part, one run of them, as long as everybody's."""
-    size = len(numbers) // context.count
-    return numbers[context.index * size : (context.index + 1) * size]
+    size = len(numbers) // context.world_size
+    return numbers[context.rank * size : (context.rank + 1) * size]
 
 
 def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int, ...]:
@@ -100,34 +101,32 @@ def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int
     return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
 
 
-def half_precision(denoiser: Any, settings: TrainingConfig) -> torch.dtype | None:
+def half_precision(denoiser: Any, config: TrainingConfig) -> torch.dtype | None:
     """The half-precision dtype of a run, of autocast or of the weights; None in float32."""
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(settings.mixed_precision, denoiser.dtype)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, denoiser.dtype)
     return dtype if dtype in HALF else None
 
 
-def num_training_steps_of(total: int, settings: TrainingConfig, half: bool) -> int:
+def num_training_steps_of(total: int, config: TrainingConfig, half: bool) -> int:
     """How many of `total` stochastic steps are learnt from: all but the last ones, whose τ is lowest.
 
     Raises InputError where none is left.
     """
-    if settings.skip_low_noise_steps is None:
+    if config.skip_low_noise_steps is None:
         return total - min(HALF_PRECISION_SKIPPED_STEPS, total // 2) if half else total
-    if settings.skip_low_noise_steps >= total:
+    if config.skip_low_noise_steps >= total:
         raise InputError(
             f"skip_low_noise_steps must be below the number of steps with noise, {total}, got "
-            f"{settings.skip_low_noise_steps}: lower it, or raise num_inference_steps"
+            f"{config.skip_low_noise_steps}: lower it, or raise num_inference_steps"
         )
-    return total - settings.skip_low_noise_steps
+    return total - config.skip_low_noise_steps
 
 
-def sampler_of(
-    pipe: Any, settings: TrainingConfig, prepared: Any = None, precision: Precision | None = None
-) -> Sampler:
+def sampler_of(pipe: Any, config: TrainingConfig, prepared: Any = None, precision: Precision | None = None) -> Sampler:
     """A new sampler, which remembers no texts; in the precision of log-probabilities, or another."""
-    latents_dtype = DTYPES[settings.latents_dtype]
-    precision, autocast = precision or settings.log_prob_precision, settings.mixed_precision != "no"
-    return Sampler(pipe, settings.call_kwargs, settings.eta, latents_dtype, prepared, precision, autocast)
+    latents_dtype = DTYPES[config.latents_dtype]
+    precision, autocast = precision or config.log_prob_precision, config.mixed_precision != "no"
+    return Sampler(pipe, config.call_kwargs, config.eta, latents_dtype, prepared, precision, autocast)
 
 
 Record = dict[str, Any]
@@ -155,43 +154,39 @@ class TrainingResult:
     weights_step: int | None = None
 
 
-class TrainingMethod(SteeringPipeline, ABC):
-    """How a denoiser learns from samples; the rest of a training is the same for all methods.
+class TrainingMethod(SteeringPipeline, ABC, Generic[ConfigT]):
+    """A method by which a denoiser learns from samples; the rest of a training is the same for all methods.
 
-    shared_start  whether the samples of one prompt begin at one x_T
+    shared_start  whether the samples of one prompt start from one x_T
     """
 
     shared_start: ClassVar[bool] = False
+    config: ConfigT
 
-    @abstractmethod
-    def check(self, settings: TrainingConfig) -> None:
-        """Raises InputError for settings that this method can do nothing with."""
+    def check(self) -> None:
+        """Raises InputError for a reward or a pipeline that this method can do nothing with."""
 
     def signal(self, scored: Scored) -> Tensor:
-        """What the loss is told of the samples: by default their rewards (B, K)."""
+        """The input of the loss: by default the rewards (B, K) of the samples."""
         return scored.rewards
 
-    def window(self, total: int, settings: TrainingConfig) -> int:
-        """How many of the stochastic steps, the first ones, count in losses and penalties."""
-        half = half_precision(get_denoiser(self.pipe)[1], settings)
-        return num_training_steps_of(total, settings, half is not None)
+    def window(self, total: int) -> int:
+        """Number of stochastic steps, from the first on, that count in losses and penalties."""
+        half = half_precision(get_denoiser(self.pipe)[1], self.config)
+        return num_training_steps_of(total, self.config, half is not None)
 
-    def steps(self, total: int, settings: TrainingConfig, name: str) -> tuple[int, ...]:
-        """Which of the stochastic steps 0 … total − 1 of the window an update of that name learns from."""
-        return chosen_steps(total, settings.timestep_fraction, settings.seed, name)
+    def steps(self, total: int, name: str) -> tuple[int, ...]:
+        """The stochastic steps, of 0 … total − 1 of the window, that the update of that name learns from."""
+        return chosen_steps(total, self.config.timestep_fraction, self.config.seed, name)
 
     @abstractmethod
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
-        """Adds the gradient of one update to the weights' .grad; returns the loss, and metrics with `kl` and
+        """Add the gradient of one update to the weights' .grad; return the loss, and metrics with `kl` and
         `kl_per_step` in nats. The options are those of `steer.training.gradient.two_pass_gradient`."""
 
-    def config_dict(self) -> dict[str, Any]:
-        """What makes this method, as plain values."""
-        return {"method": type(self).__name__, "reward": self.reward.name}
-
-    def state(self) -> dict[str, Any]:
-        """What the method itself remembers from round to round, as plain values."""
+    def state_dict(self) -> dict[str, Any]:
+        """What the method remembers between rollouts, as plain values."""
         return {}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state` told."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore from a `state_dict`."""

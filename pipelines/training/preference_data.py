@@ -72,17 +72,17 @@ class PreferenceFolder:
     def create(
         cls, path: str | Path, pipe: Any, call: Mapping[str, Any], eta: float = 1.0, latents_dtype: str = "float32"
     ) -> "PreferenceFolder":
-        """A new folder, or one that was begun with the same settings, for what `Sampler(pipe, call, eta, …)` draws.
+        """A new folder, or one that was begun with the same config, for what `Sampler(pipe, call, eta, …)` draws.
 
         latents_dtype  dtype of the sampler's latents, by name
-        Raises InputError for a folder of other settings, and for those that a training could not take from it.
+        Raises InputError for a folder of other config, and for those that a training could not take from it.
         """
         if type(call.get("num_inference_steps")) is not int:
             raise InputError("num_inference_steps must be among the arguments of the call: a training needs the same")
         if odd := [name for name, value in call.items() if not _is_plain(value)]:
             raise InputError(f"{odd[0]} is no plain value: choices are recorded of calls that JSON can hold")
         if latents_dtype not in DTYPES:
-            raise InputError(f"storage must be one of {', '.join(DTYPES)}, got {latents_dtype!r}")
+            raise InputError(f"latents_dtype must be one of {', '.join(DTYPES)}, got {latents_dtype!r}")
         return cls.create_as(Path(path), SampleProvenance.of(pipe, call, eta, latents_dtype))
 
     @classmethod
@@ -207,7 +207,7 @@ def _is_plain(value: Any) -> bool:
 __all__ = ["NoReward", "PreferenceDataset", "PreferenceFolder", "check_preferences", "sampling_config_of"]
 
 REGENERATED = "regenerated"  # folder, in that of a run, of samples that were drawn anew
-MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "storage")  # of a folder and a run; other things may differ
+MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "latents_dtype")  # of a folder and a run; other things may differ
 # Nats per latent element between the log-probabilities that were stored and those of the reference, largest of all
 # steps: above what bf16 makes of the last ones, whose τ is small (hundredths), far below another model's (whole nats).
 MAX_LOG_PROB_DIFFERENCE = 0.3
@@ -228,7 +228,7 @@ def sampling_config_of(folder: str | Path) -> dict[str, Any]:
     drawn = SampleProvenance.read(Path(folder))
     call = dict(drawn.call)
     own: dict[str, Any] = {name: call.pop(name) for name in ("num_inference_steps", "guidance_scale") if name in call}
-    return own | {"call": call, "eta": drawn.eta, "storage": drawn.latents_dtype, "num_generations": 2}
+    return own | {"call": call, "eta": drawn.eta, "latents_dtype": drawn.latents_dtype, "num_generations": 2}
 
 
 @dataclass(frozen=True)
@@ -240,44 +240,42 @@ class PreferenceDataset:
 
     recorded: PreferenceRecords
     groups: Mapping[str, SampleGroup]
-    settings: TrainingConfig
+    config: TrainingConfig
 
     @classmethod
-    def of(cls, folder: Path, pipe: Any, settings: TrainingConfig, run: Path) -> "PreferenceDataset":
+    def of(cls, folder: Path, pipe: Any, config: TrainingConfig, run: Path) -> "PreferenceDataset":
         """The choices of a folder, for a run that trains `pipe`, which is still what they were drawn with.
 
         Lots without trajectories, as far as the run needs them, are drawn anew and kept in the run's folder.
         """
         recorded = read_preferences(folder)
-        _check_settings(recorded, pipe, settings)
+        _check_settings(recorded, pipe, config)
         num_rollouts = math.ceil(
-            settings.max_steps / (settings.steps_per_generation * settings.num_iterations)
+            config.max_steps / (config.steps_per_generation * config.num_iterations)
         )  # whole ones are drawn
         used = _preferences_at(
-            recorded, settings, 0, num_rollouts * settings.steps_per_generation * settings.train_batch_size
+            recorded, config, 0, num_rollouts * config.steps_per_generation * config.train_batch_size
         )
         groups = {preference.group: recorded.groups[preference.group] for preference in used}
         missing = [group for group in groups.values() if group.trajectories is None]
-        return cls(recorded, groups | _regenerate(missing, recorded, pipe, settings, run / REGENERATED), settings)
+        return cls(recorded, groups | _regenerate(missing, recorded, pipe, config, run / REGENERATED), config)
 
     def config_dict(self) -> dict[str, Any]:
-        return {"choices": f"{len(self.recorded.preferences)} with the hash {self.recorded.digest()[:16]}"}
+        return {"preferences": f"{len(self.recorded.preferences)} with the hash {self.recorded.digest()[:16]}"}
 
-    def round(
+    def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
         """The choices of every update of a round, in a stream over all of them in one new order after another."""
-        size, seed = self.settings.train_batch_size, self.settings.seed
+        size, seed = self.config.train_batch_size, self.config.seed
         batches, metrics = [], []
-        for update in range(
-            number * self.settings.steps_per_generation, (number + 1) * self.settings.steps_per_generation
-        ):
+        for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
             own = process_shard(range(update * size, (update + 1) * size), context)
-            chunks = self._chunks(_preferences_at(self.recorded, self.settings, own.start, len(own)))
-            half = half_precision(trainable.denoiser, self.settings)
-            window = num_training_steps_of(len(chunks[0].stochastic), self.settings, half is not None)
-            steps = chosen_steps(window, self.settings.timestep_fraction, seed, f"update {update}")
-            references = references_of(sampler, trainable, chunks, steps, on_chunk, self.settings)
+            chunks = self._chunks(_preferences_at(self.recorded, self.config, own.start, len(own)))
+            half = half_precision(trainable.denoiser, self.config)
+            window = num_training_steps_of(len(chunks[0].stochastic), self.config, half is not None)
+            steps = chosen_steps(window, self.config.timestep_fraction, seed, f"update {update}")
+            references = references_of(sampler, trainable, chunks, steps, on_chunk, self.config)
             _check_reference(chunks, references, steps)
             old = []
             for chunk in chunks:
@@ -286,7 +284,7 @@ class PreferenceDataset:
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
             batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), window))
             metrics.append({"turn": update * size / len(self.recorded.preferences)})
-        order = batch_order(len(batches), self.settings.num_iterations, seed, number)
+        order = batch_order(len(batches), self.config.num_iterations, seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(batch.rewards for batch in batches), tuple(metrics), order)
 
     def _chunks(self, preferences: Sequence[Preference]) -> list[Trajectories]:
@@ -303,23 +301,21 @@ class PreferenceDataset:
                     f"shapes {tuple(first.latents.shape[1:])} and {tuple(pair.latents.shape[1:])}: one folder is for "
                     "one size"
                 )
-        whole, size = Trajectories.concatenate(pairs), self.settings.micro_batch
+        whole, size = Trajectories.concatenate(pairs), self.config.micro_batch
         numbers = range(len(whole.rows))
         return [whole.at(numbers[place : place + size]) for place in numbers[::size]]
 
 
-def _preferences_at(
-    recorded: PreferenceRecords, settings: TrainingConfig, position: int, count: int
-) -> list[Preference]:
+def _preferences_at(recorded: PreferenceRecords, config: TrainingConfig, position: int, count: int) -> list[Preference]:
     numbers = [str(number) for number in range(len(recorded.preferences))]
-    return [recorded.preferences[int(one)] for one in prompts_at(position, count, numbers, settings.seed)]
+    return [recorded.preferences[int(one)] for one in prompts_at(position, count, numbers, config.seed)]
 
 
-def _check_settings(recorded: PreferenceRecords, pipe: Any, settings: TrainingConfig) -> None:
+def _check_settings(recorded: PreferenceRecords, pipe: Any, config: TrainingConfig) -> None:
     """Raises InputError where a run's samples would not be made as those of the folder were."""
-    if settings.num_generations != 2:
-        raise InputError(f"num_generations must be 2, got {settings.num_generations}: a choice is between two")
-    here = SampleProvenance.of(pipe, settings.call_kwargs, settings.eta, settings.latents_dtype)
+    if config.num_generations != 2:
+        raise InputError(f"num_generations must be 2, got {config.num_generations}: a choice is between two")
+    here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
     other = replace(recorded.drawn, **{name: getattr(here, name) for name in MUST_MATCH})
     for name, (there, asked) in recorded.drawn.diff(other).items():
         raise InputError(
@@ -346,7 +342,7 @@ def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Refere
 
 
 def _regenerate(
-    groups: Sequence[SampleGroup], recorded: PreferenceRecords, pipe: Any, settings: TrainingConfig, folder: Path
+    groups: Sequence[SampleGroup], recorded: PreferenceRecords, pipe: Any, config: TrainingConfig, folder: Path
 ) -> dict[str, SampleGroup]:
     """The lots with trajectories in `folder`, each drawn as the batch that it was, its images being the same.
 
@@ -354,8 +350,8 @@ def _regenerate(
     """
     if not groups:
         return {}
-    kept, sampler = PreferenceFolder.create_as(folder, recorded.drawn), sampler_of(pipe, settings)
-    here = SampleProvenance.of(pipe, settings.call_kwargs, settings.eta, settings.latents_dtype)
+    kept, sampler = PreferenceFolder.create_as(folder, recorded.drawn), sampler_of(pipe, config)
+    here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
     for group in tqdm(groups, unit="lot", disable=None, desc="drawing anew what was chosen from"):
         if (known := kept.groups.get(group_id(group.rows))) is not None and known.images == group.images:
             continue  # by this run, before it was stopped
@@ -375,5 +371,6 @@ def _regeneration_error(group: SampleGroup, number: int, drawn: SampleProvenance
     )
     return (
         f"{file_inside(group.folder, group.image_file(number))}: sampled again from its seed the image is another "
-        f"one, so that its trajectory is lost ({why}): go back to what it was drawn with, or record choices with keep_trajectories"
+        f"one, so that its trajectory is lost ({why}): restore what it was sampled with, or record "
+        "preferences with keep_trajectories"
     )

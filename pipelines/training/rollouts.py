@@ -77,7 +77,7 @@ class RolloutSource(Protocol):
         """What decides them, as plain values."""
         ...
 
-    def round(
+    def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
         """RolloutBuffer `number`, from 0: this process's share of it."""
@@ -92,39 +92,41 @@ class OnlineRollouts:
     """
 
     prompts: Sequence[str]
-    method: TrainingMethod
-    settings: TrainingConfig
+    method: TrainingMethod[Any]
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The configuration of the method."""
+        return self.method.config
 
     def config_dict(self) -> dict[str, Any]:
         return {"prompts": list(self.prompts)}
 
-    def round(
+    def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
         """Draws and scores the samples of every update of a round, and asks the reference about them.
 
         Raises InputError where the first round leaves nothing to learn.
         """
-        size, samples, seed = self.settings.train_batch_size, self.settings.num_generations, self.settings.seed
+        size, samples, seed = self.config.train_batch_size, self.config.num_generations, self.config.seed
         batches, rewards, metrics = [], [], []
-        for update in range(
-            number * self.settings.steps_per_generation, (number + 1) * self.settings.steps_per_generation
-        ):
+        for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
             scored = sample_and_score(
-                sampler, self.method.reward, rows, samples, self.settings.micro_batch, on_chunk, context
+                sampler, self.method.reward, rows, samples, self.config.micro_batch, on_chunk, context
             )
-            window = self.method.window(scored.chunks[0].log_probs.shape[1], self.settings)
-            steps = self.method.steps(window, self.settings, name)
-            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, self.settings)
+            window = self.method.window(scored.chunks[0].log_probs.shape[1])
+            steps = self.method.steps(window, name)
+            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, self.config)
             batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored), window))
             rewards.append(scored.rewards)
             metrics.append(summary(scored))
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
-        order = batch_order(len(batches), self.settings.num_iterations, seed, number)
+        order = batch_order(len(batches), self.config.num_iterations, seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order)
 
 
@@ -134,10 +136,10 @@ def references_of(
     chunks: Sequence[Trajectories],
     steps: Sequence[int],
     on_chunk: OnChunk,
-    settings: TrainingConfig,
+    config: TrainingConfig,
 ) -> list[Reference]:
     """Evaluate the reference on each chunk; keep its residuals, in the storage dtype, where a penalty needs them."""
-    results, dtype = [], DTYPES[settings.latents_dtype] if settings.needs_divergence else None
+    results, dtype = [], DTYPES[config.latents_dtype] if config.needs_divergence else None
     with trainable.reference():
         for chunk in chunks:
             on_chunk()
@@ -180,7 +182,7 @@ def rollout_to_tensors(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[s
         batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": chunks})
     metrics = {
         "number": buffer.number,
-        "told": buffer.metrics,
+        "metrics": buffer.metrics,
         "order": buffer.order,
         "cursor": buffer.cursor,
         "batches": batches,
@@ -226,7 +228,7 @@ def rollout_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, An
         metrics["number"],
         tuple(batches),
         tuple(rewards),
-        tuple(metrics["told"]),
+        tuple(metrics["metrics"]),
         tuple(metrics["order"]),
         metrics["cursor"],
     )

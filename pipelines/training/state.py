@@ -33,7 +33,7 @@ from steer.training.trainable import Trainable, set_parameter, whole
 
 logger = logging.getLogger(__name__)
 
-RESUMABLE = "changeable"
+RESUMABLE = "resumable"
 LOG_FILES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 
 
@@ -45,7 +45,7 @@ class RunState:
     rollout         the one that is being learnt from
     """
 
-    method: TrainingMethod
+    method: TrainingMethod[Any]
     trainable: Trainable
     optimiser: Any
     schedule: Any
@@ -97,14 +97,14 @@ class RunFolder:
         path: Path,
         identity: Mapping[str, Any],
         config_dict: Mapping[str, Any],
-        settings: TrainingConfig,
+        config: TrainingConfig,
         context: AccelerateContext,
         resumable: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.config_dict, self.context, self.chunk = path, dict(config_dict), context, settings.micro_batch
+        self.path, self.config_dict, self.context, self.chunk = path, dict(config_dict), context, config.micro_batch
         self.identity = json.loads(json.dumps(identity), parse_constant=str)  # inf is no JSON
         self.resumable = json.loads(json.dumps(resumable or {}), parse_constant=str)
-        self.checkpoints = Checkpoints(path / "checkpoints", settings.save_total_limit)
+        self.checkpoints = Checkpoints(path / "checkpoints", config.save_total_limit)
 
     def find(self, resume: bool) -> Checkpoint | None:
         """The newest whole checkpoint, to be gone on from; None where nothing is there yet.
@@ -151,7 +151,7 @@ class RunFolder:
             for group, present in zip(run.optimiser.param_groups, inner._last_lr, strict=True):
                 group["initial_lr"], group["lr"] = rate, present
 
-    def note(self, series: str, record: Record) -> None:
+    def log(self, series: str, record: Record) -> None:
         """Adds a line to a series; what a crash leaves of it is written anew when the run goes on."""
         if not self.context.is_main_process:
             return
@@ -188,12 +188,12 @@ class RunFolder:
         values: dict[str, Any] = {
             "state": {
                 "step": run.step,
-                "rounds": run.num_rollouts,
+                "num_rollouts": run.num_rollouts,
                 "optimiser": optimiser,
                 "schedule": run.schedule.state_dict(),
                 "kl_weight": run.control.weight,
-                "watch": run.early_stopping.state(),
-                "method": run.method.state(),
+                "early_stopping": run.early_stopping.state(),
+                "method": run.method.state_dict(),
                 "scaler": run.scaler.state_dict() if run.scaler else None,
                 # As lines: a checkpoint sorts keys, and the first reward of an evaluation is the trained one.
                 **{series: [json.dumps(record) for record in getattr(run, series)] for series in LOG_FILES},
@@ -205,7 +205,7 @@ class RunFolder:
             tensors["average"] = dict(zip(weights, shadow, strict=True))
             values["average"] = {"step": run.ema.optimization_step}
         if whole_rollout:
-            tensors["round"], values["round"] = rollout_to_tensors(whole_rollout)
+            tensors["rollout"], values["rollout"] = rollout_to_tensors(whole_rollout)
         pinned = [] if run.early_stopping.best_step is None else [run.early_stopping.best_step]
         self.checkpoints.save(run.step, tensors, values, pinned=pinned)
 
@@ -215,9 +215,9 @@ class RunFolder:
         load_optimiser(run.optimiser, saved.tensors("optimiser"), state["optimiser"])
         run.schedule.load_state_dict(state["schedule"])
         run.control = replace(run.control, weight=state["kl_weight"])
-        run.early_stopping = run.early_stopping.load_state(state["watch"])
-        run.method.restore(state["method"])
-        run.step, run.num_rollouts = state["step"], state["rounds"]
+        run.early_stopping = run.early_stopping.load_state(state["early_stopping"])
+        run.method.load_state_dict(state["method"])
+        run.step, run.num_rollouts = state["step"], state["num_rollouts"]
         run.records, run.evaluations = ([json.loads(line) for line in state[series]] for series in LOG_FILES)
         if run.scaler and state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
@@ -226,12 +226,12 @@ class RunFolder:
             for name, value in zip(run.trainable.parameters, run.ema.shadow_params, strict=True):
                 set_parameter(value, average[name])
             run.ema.optimization_step = saved.json("average")["step"]
-        if (saved.path / "round.json").exists():
-            gathered_rollout = rollout_from_tensors(saved.tensors("round"), saved.json("round"))
+        if (saved.path / "rollout.json").exists():
+            gathered_rollout = rollout_from_tensors(saved.tensors("rollout"), saved.json("rollout"))
             run.rollout = shard_rollout(gathered_rollout, self.context, self.chunk)
         random = saved.tensors("random")
-        if self.context.index < len(random["cpu"]):  # a process more than there were begins with its own
-            set_random_state({name: states[self.context.index] for name, states in random.items()})
+        if self.context.rank < len(random["cpu"]):  # a process more than there were begins with its own
+            set_random_state({name: states[self.context.rank] for name, states in random.items()})
 
     def load_best(self, run: RunState) -> None:
         """Puts the weights of the best evaluation, or their average, in the place of the present ones."""

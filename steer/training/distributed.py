@@ -10,10 +10,10 @@ Item = TypeVar("Item")
 
 
 class DistributedContext(Protocol):
-    """This process, number `index` of `count`; rows and chunks are shared out in the order of these numbers."""
+    """This process, `rank` of `world_size`; rows and chunks are distributed in the order of the ranks."""
 
-    index: int
-    count: int
+    rank: int
+    world_size: int
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
         """The items of all processes, in the order of their numbers; they must pickle. All have to call it."""
@@ -23,7 +23,7 @@ class DistributedContext(Protocol):
 class SingleProcess:
     """One process."""
 
-    index, count = 0, 1
+    rank, world_size = 0, 1
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
         return list(items)
