@@ -1,4 +1,4 @@
-"""Human choices: what is recorded comes back, what does not fit is refused, and both ways to learn from them agree."""
+"""Human preferences: records are read back, unsuitable ones are refused, and both ways to learn from them agree."""
 
 import hashlib
 import json
@@ -254,7 +254,7 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
     config = replace(tiny(stored, max_steps=1), output_dir=str(tmp_path / "c"))
     result = train(stored, tmp_path / "b", config, eval_prompts=["a star"], eval_rewards=["brightness", "colour:red"])
     assert [*result.evaluations[0]][1:3] == ["eval/brightness", "eval/colour:red"]
-    with pytest.raises(InputError, match="without a reward"):
+    with pytest.raises(InputError, match="created without a reward"):
         D3POTrainer(fresh_pipe("sd"), None, config, train_prompts=["a star"]).train()
 
 
@@ -304,7 +304,7 @@ def test_a_mismatch_tells_what_else_is_another(recorded: dict[str, Path], tmp_pa
     pipe = fresh_pipe("sd")
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(1.5)
-    with pytest.raises(InputError, match=r"device 'cuda' then, 'cpu' now; torch '1.0' then, '[\d.]+.*' now\): go back"):
+    with pytest.raises(InputError, match=r"device 'cuda' then, 'cpu' now; torch '1.0' then, '[\d.]+.*' now\): restore"):
         train(folder, tmp_path / "other pixels", pipe=pipe)
 
 
@@ -414,7 +414,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fewer trajectories": (other_tensors, "not trajectories of lot"),
     "outside": (name_outside, r"lots\.jsonl, line 1: .*secret\.png'\) is no file of lot"),
     "a lot outside": (
-        lambda folder: change_line(folder / "lots.jsonl", 0, group="../x"),
+        lambda folder: change_line(folder / "lots.jsonl", 0, lot="../x"),
         "lot must be a name of letters",
     ),
     "starts": (
@@ -453,7 +453,7 @@ def test_a_lot_told_twice_and_otherwise_is_refused(stored: Path) -> None:
     (stored / "lots.jsonl").write_text("\n".join([*lines, lines[0]]))
     check_preferences(stored)
     (stored / "lots.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"noises": [1, 2, 9]})]))
-    with pytest.raises(InputError, match=r"line 3: lot .* was told before, and otherwise"):
+    with pytest.raises(InputError, match=r"line 3: lot .* is recorded twice"):
         check_preferences(stored)
 
 
@@ -491,7 +491,7 @@ def test_what_no_training_could_learn_from_is_not_written(tmp_path: Path) -> Non
     ):
         with pytest.raises(InputError, match=said):
             PreferenceFolder.create(tmp_path / "x", pipe, call)
-    with pytest.raises(InputError, match="storage must be one of"):
+    with pytest.raises(InputError, match="latents_dtype must be one of"):
         PreferenceFolder.create(tmp_path / "x", pipe, CALL, storage="int8")
     assert not (tmp_path / "x").exists()
     folder = PreferenceFolder.create(tmp_path / "x", pipe, CALL)
@@ -532,7 +532,7 @@ def test_a_line_that_a_crash_broke_off_is_left_out_and_written_over(
                 assert [row for _, row in read_lines(stored / file)] == [
                     json.loads(line) for line in whole.splitlines()
                 ]
-            assert "broken off by a crash" in caplog.text
+            assert "cut off by a crash" in caplog.text
             caplog.clear()
     group = first_group(stored)
     if file == "choices.jsonl":

@@ -28,7 +28,7 @@ def written(tmp_path: Path, text: str) -> str:
 def test_embedded_configurations_are_whole(name: str) -> None:
     config = read_config(name)
     job = config.job
-    assert job.output_dir == f"out/{name}" and job.method == name.split("-")[0]
+    assert config.training.output_dir == f"out/{name}" and job.method == name.split("-")[0]
     assert f"steer finetune {name}" in CONFIGS[name].read_text()
     assert job.eval_rewards and {atom.split(":")[0] for atom in job.eval_rewards} <= set(reward_names())
     config.trainer(None, TrainingData([], [], load_reward("brightness + jpeg"), []))
@@ -131,7 +131,7 @@ BAD = [
     ("eval_prompts: e.txt\neval_prompts_count: 0\n", "eval_prompts_count must be at least 1, got 0"),
     ("eval_rewards: [jpeg]\n", "eval_rewards judge images of eval_prompts, and there are none"),
     ("eval_prompts: e\neval_rewards: [brightness]\n", "eval_rewards hold 'brightness', which is trained on"),
-    ("preferences: folder\n", "preferences are for d3po, not for prdp"),
+    ("preferences: folder\n", "prompts or preferences: give one of the two"),
     ("seed: 1\nseed: 2\n", "c.yaml, line 6: 'seed' is there twice"),
     ("seed: 1\n  x: 2\n", "c.yaml, line 6: mapping values are not allowed here"),
     ("seed: [1\n", "c.yaml, line 6: "),

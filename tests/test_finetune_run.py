@@ -167,11 +167,11 @@ def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_t
     config = config_of("grpo", **SHORT)
     first = train("grpo", pipe, tmp_path, config, resume=False)
     assert first.step == 3
-    with pytest.raises(InputError, match="holds a run already: resume it, or choose another output folder"):
+    with pytest.raises(InputError, match="holds a run already: resume it, or choose another output_dir"):
         train("grpo", fresh(), tmp_path, config, resume=False)
-    with pytest.raises(InputError, match=r"of a run with another seed \(5 there, 1 here\)"):
+    with pytest.raises(InputError, match=r"belongs to a run with another seed \(5 there, 1 here\)"):
         train("grpo", fresh(), tmp_path, config_of("grpo", **SHORT | {"seed": 1}))
-    with pytest.raises(InputError, match="of a run with another method"):
+    with pytest.raises(InputError, match="belongs to a run with another method"):
         train("filtered", fresh(), tmp_path, config)
     longer = train("grpo", fresh(), tmp_path, config_of("grpo", **SHORT | {"max_steps": 4}))
     assert longer.step == 4 and longer.records[:3] == first.records
@@ -246,10 +246,8 @@ def test_without_held_out_prompts_nothing_is_evaluated(pipe: Any, tmp_path: Path
     config = config_of("ddpo", **SHORT | {"num_generations": 1})
     result = train("ddpo", pipe, tmp_path, config, eval_prompts=(), eval_rewards=())
     assert result.evaluations == () and result.best_step is None and not (tmp_path / "best").exists()
-    assert Evaluator((), D3POTrainer(pipe, "brightness").reward, ()).config_dict() == {
-        "eval_prompts": [],
-        "eval_rewards": [],
-    }
+    evaluator = D3POTrainer(pipe, "brightness").evaluator()
+    assert evaluator.config_dict() == {"eval_prompts": [], "eval_rewards": []}
 
 
 def test_a_trained_pipeline_is_called_like_any_other(pipe: Any, tmp_path: Path) -> None:
@@ -317,7 +315,7 @@ def test_what_was_learnt_outlives_an_observer_that_fails(pipe: Any, tmp_path: Pa
 
 
 def test_two_held_out_rewards_of_one_name_are_refused(pipe: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="eval_rewards: 'brightness' is there twice, or is"):
+    with pytest.raises(InputError, match="eval_rewards: 'brightness' is given twice or is"):
         train("grpo", pipe, tmp_path, config_of("grpo", **SHORT), eval_rewards=["brightness"])
     with pytest.raises(InputError, match="early_stopping_patience compares a held-out reward"):
         train("grpo", pipe, tmp_path, config_of("grpo", **SHORT | {"early_stopping_patience": 2}), eval_rewards=[])
@@ -348,7 +346,7 @@ def test_the_forms_of_d3po_are_different_runs_and_pareto_needs_parts(pipe: Any, 
 def test_all_weights_trained_twice_in_one_process_are_not_taken_for_the_reference(pipe: Any, tmp_path: Path) -> None:
     config = config_of("grpo", **SHORT | {"lora_rank": 0})
     train("grpo", pipe, tmp_path, config)
-    with pytest.raises(InputError, match="of a run with another weights"):
+    with pytest.raises(InputError, match="belongs to a run with another weights"):
         train("grpo", pipe, tmp_path, config_of("grpo", **SHORT | {"lora_rank": 0, "max_steps": 5}))
 
 

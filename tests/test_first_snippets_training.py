@@ -99,17 +99,15 @@ def test_a_grpo_trainer_trains_calls_back_and_saves_a_lora_that_diffusers_loads(
     assert {one.metric_name for one in card.data.eval_results or []} == {"brightness", "colour:red"}
     assert "- clip: 0.001" in card.text and "load_lora_weights(run, weight_name=" in card.text
 
-    uploaded: dict[str, Any] = {}
+    uploaded: dict[str, list[str]] = {}
+
+    def upload(self: Any, repo_id: str, folder_path: str, **given: Any) -> None:
+        uploaded[repo_id] = sorted(path.name for path in Path(folder_path).iterdir())
+
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **given: f"hub/{repo_id}")
-    monkeypatch.setattr(
-        huggingface_hub.HfApi,
-        "upload_folder",
-        lambda self, repo_id, folder_path, **given: uploaded.update(
-            {repo_id: sorted(map(str, Path(folder_path).iterdir()))}
-        ),
-    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload)
     assert trainer.push_to_hub("me/bright") == "hub/me/bright"
-    assert [Path(name).name for name in uploaded["me/bright"]] == ["README.md", "pytorch_lora_weights.safetensors"]
+    assert uploaded == {"me/bright": ["README.md", "pytorch_lora_weights.safetensors"]}
 
 
 def test_a_trainer_takes_a_plain_training_config_and_a_function_as_reward(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_the_first_rollout_is_the_adapters_model(tmp_path: Path) -> None:
     assert first.records[0]["reward"] == pytest.approx(other.records[0]["reward"], abs=1e-6)
     assert first.records[0]["reward"] != pytest.approx(bare.records[0]["reward"], abs=1e-4)
     assert first.records[0]["kl"] == pytest.approx(0, abs=1e-6) and first.records[1]["kl"] > 0
-    with pytest.raises(InputError, match="of a run with another init_adapter"):
+    with pytest.raises(InputError, match="belongs to a run with another init_adapter"):
         train("grpo", fresh(), tmp_path / "run", config_of("grpo", **WARM | {"kl_weight": 0.1}))
     longer = config_of("grpo", **WARM | {"kl_weight": 0.1, "init_adapter": config.init_adapter, "max_steps": 3})
     assert train("grpo", fresh(), tmp_path / "run", longer).step == 3

@@ -129,9 +129,7 @@ def test_prompts_that_cannot_be_shared_out_are_refused(monkeypatch: pytest.Monke
             self.world_size = 3
 
     monkeypatch.setattr("steer.pipelines.training.trainer.AccelerateContext", Three)
-    with pytest.raises(
-        InputError, match="train_batch_size must be a multiple of the 3 processes that share them, got 2"
-    ):
+    with pytest.raises(InputError, match="train_batch_size must be a multiple of the 3 processes, got 2"):
         train("grpo", fresh(), tmp_path)
 
 

@@ -339,7 +339,7 @@ def _table(story: TrainingView, names: Sequence[str]) -> str:
 
 
 FOLDER = Path(__file__).parent
-KEYS = {"--eval-rewards": "the held-out reward", "--reward": "the reward", "--choices": "the choices"}
+KEYS = {"--eval-rewards": "the held-out reward", "--reward": "the reward", "--preferences": "the choices"}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a finetuning method is, and what its training returns."""
+"""The parts that all methods share: samples and their rewards, the choice of steps, the interface of a method."""
 
 import math
 from abc import ABC, abstractmethod
@@ -32,7 +32,7 @@ ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 class Scored:
     """Samples of B prompts × K, in chunks: rewards (B, K), and those of the reward's components.
 
-    Of several processes each has the chunks of its own share of the prompts; all else is of all of them.
+    In a distributed run each process has the chunks of its shard of the prompts; all else covers all processes.
     """
 
     prompts: tuple[str, ...]
@@ -42,7 +42,7 @@ class Scored:
 
 
 def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
-    """`count` prompts from a position on, in a stream that goes over all of them in one new order after another."""
+    """Return `count` prompts from a position on of a stream of shuffled passes over all of them."""
     result = []
     for place in range(position, position + count):
         turn, index = divmod(place, len(prompts))
@@ -52,7 +52,7 @@ def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> 
 
 
 def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_start: bool) -> Rows:
-    """K rows for each prompt; with `shared_start` they begin at one x_T, and only the noise on the way differs."""
+    """Return K rows per prompt; with `shared_start` they start from one x_T and differ in the noise of the steps."""
     places = [(place, k) for place in range(len(prompts)) for k in range(samples)]
     starts = [derived_seed(seed, f"{name} start {place} {0 if shared_start else k}") for place, k in places]
     noises = [derived_seed(seed, f"{name} noise {place} {k}") for place, k in places]
@@ -68,7 +68,7 @@ def sample_and_score(
     on_chunk: OnChunk,
     context: DistributedContext,
 ) -> Scored:
-    """Draws this process's share of the rows, `chunk` at a time, and scores their images."""
+    """Sample this process's shard of the rows, `chunk` at a time, and score their images."""
     chunks, scores = [], []
     for some in rows.at(process_shard(range(len(rows)), context)).split(chunk):
         on_chunk()
@@ -89,26 +89,26 @@ def sample_and_score(
 
 
 def process_shard(numbers: range, context: DistributedContext) -> range:
-    """This process's part, one run of them, as long as everybody's."""
+    """Return the contiguous shard of this process; all shards are equally long."""
     size = len(numbers) // context.world_size
     return numbers[context.rank * size : (context.rank + 1) * size]
 
 
 def chosen_steps(total: int, fraction: float, seed: int, name: str) -> tuple[int, ...]:
-    """A share of the steps 0 … total − 1, at least one, ascending."""
+    """Return a random share of the steps 0 … total − 1, at least one, ascending."""
     generator = Generator().manual_seed(derived_seed(seed, f"{name} steps"))
     count = max(1, math.ceil(fraction * total - 1e-9))
     return tuple(sorted(torch.randperm(total, generator=generator)[:count].tolist()))
 
 
 def half_precision(denoiser: Any, config: TrainingConfig) -> torch.dtype | None:
-    """The half-precision dtype of a run, of autocast or of the weights; None in float32."""
+    """Return the half-precision dtype of autocast or of the weights; None in float32."""
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(config.mixed_precision, denoiser.dtype)
     return dtype if dtype in HALF else None
 
 
 def num_training_steps_of(total: int, config: TrainingConfig, half: bool) -> int:
-    """How many of `total` stochastic steps are learnt from: all but the last ones, whose τ is lowest.
+    """Return the number of stochastic steps to learn from: all but the last ones, whose τ is lowest.
 
     Raises InputError where none is left.
     """
@@ -123,7 +123,7 @@ def num_training_steps_of(total: int, config: TrainingConfig, half: bool) -> int
 
 
 def sampler_of(pipe: Any, config: TrainingConfig, prepared: Any = None, precision: Precision | None = None) -> Sampler:
-    """A new sampler, which remembers no texts; in the precision of log-probabilities, or another."""
+    """Create a sampler, with no cached text embeddings, in the precision of log-probabilities or another."""
     latents_dtype = DTYPES[config.latents_dtype]
     precision, autocast = precision or config.log_prob_precision, config.mixed_precision != "no"
     return Sampler(pipe, config.call_kwargs, config.eta, latents_dtype, prepared, precision, autocast)
@@ -134,15 +134,15 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a training ended.
+    """The outcome of a training.
 
-    step         updates made
-    stopped      why it ended before its time, else None
-    weights      where the exported weights are: those of the end, or the best ones where the held-out reward fell
-    best_step    updates of the best evaluation by the held-out reward (`best/`); None without evaluations
-    records      one for every update
-    evaluations  one for every evaluation
-    weights_step updates behind the exported weights
+    step         number of updates
+    stopped      reason for an end before max_steps, else None
+    weights      path of the exported weights: the last ones, or the best ones where the held-out reward fell
+    best_step    update of the best evaluation by the held-out reward (`best/`); None without evaluations
+    records      metrics of every update
+    evaluations  metrics of every evaluation
+    weights_step update of the exported weights
     """
 
     step: int

@@ -11,13 +11,14 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from steer import __version__
 from steer.assets import MODELS
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import TrainingResult
 from steer.training.trainable import get_denoiser
 
 LORA, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"  # for diffusers, and for peft
-PACKAGES = ("steer-diffusion", "torch", "diffusers", "peft")
+PACKAGES = ("torch", "diffusers", "peft")
 PICTURES = {
     "before-after.png": "The same held-out prompts and seeds, before and after",
     "rewards.png": "The trained reward and the held-out ones",
@@ -91,7 +92,7 @@ def model_card(
         reward=escaped(about.get("reward") or "of its configuration"),
         title=config.title,
         paper=config.paper if config.paper[1] else None,
-        steer=versions.get("steer-diffusion", ""),
+        steer=__version__,
         step=result.step,
         results=_evaluations(result) if result.evaluations else _training_samples(result),
         pictures=pictures,
@@ -289,7 +290,7 @@ def escaped(value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    installed = {}
+    installed = {"steer-diffusion": __version__}
     for name in PACKAGES:
         try:
             installed[name] = version(name)

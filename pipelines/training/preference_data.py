@@ -1,4 +1,4 @@
-"""Learning from human choices: pairs of stored trajectories, or of such as are drawn anew and proven to be the same."""
+"""Learning from human preferences: pairs of stored trajectories, or of ones sampled again from seeds."""
 
 import hashlib
 import json
@@ -51,16 +51,16 @@ from steer.training.trainable import Trainable
 
 
 class PreferenceFolder:
-    """A folder that choices are written to; see `steer.pipelines.training.preference_files` for the format.
+    """Writer of a preference dataset; see `steer.pipelines.training.preference_files` for the format.
 
     call = {"num_inference_steps": 20, "guidance_scale": 5.0}
     folder = PreferenceFolder.create("choices", pipe, call)
     sampler = Sampler(pipe, call)
-    lot = folder.write_group(*sampler.rollout(Rows(("a star",) * 2, starts=(1, 1), noises=(2, 3))))
-    folder.write_preference(lot, chosen=1, rejected=0)
+    group = folder.write_group(*sampler.rollout(Rows(("a star",) * 2, starts=(1, 1), noises=(2, 3))))
+    folder.write_preference(group, chosen=1, rejected=0)
 
-    After a crash all that was returned from is there. One program at a time may write. Raises InputError where the
-    disk refuses; then nothing of a lot counts.
+    A call that returned survives a crash. One program at a time may write. Raises InputError where the disk refuses;
+    then the group is not recorded.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -72,22 +72,22 @@ class PreferenceFolder:
     def create(
         cls, path: str | Path, pipe: Any, call: Mapping[str, Any], eta: float = 1.0, latents_dtype: str = "float32"
     ) -> "PreferenceFolder":
-        """A new folder, or one that was begun with the same config, for what `Sampler(pipe, call, eta, …)` draws.
+        """Create a folder, or open one of the same provenance, for samples of `Sampler(pipe, call, eta, …)`.
 
         latents_dtype  dtype of the sampler's latents, by name
-        Raises InputError for a folder of other config, and for those that a training could not take from it.
+        Raises InputError for a folder of another provenance, and for arguments that a training cannot read back.
         """
         if type(call.get("num_inference_steps")) is not int:
             raise InputError("num_inference_steps must be among the arguments of the call: a training needs the same")
         if odd := [name for name, value in call.items() if not _is_plain(value)]:
-            raise InputError(f"{odd[0]} is no plain value: choices are recorded of calls that JSON can hold")
+            raise InputError(f"{odd[0]} is not a plain value: the arguments of recorded calls must fit in JSON")
         if latents_dtype not in DTYPES:
             raise InputError(f"latents_dtype must be one of {', '.join(DTYPES)}, got {latents_dtype!r}")
         return cls.create_as(Path(path), SampleProvenance.of(pipe, call, eta, latents_dtype))
 
     @classmethod
     def create_as(cls, path: Path, drawn: SampleProvenance) -> "PreferenceFolder":
-        """A new folder, or one that was begun, for samples that were drawn with `drawn`."""
+        """Create a folder, or open one, for samples of this provenance."""
         if not (path / SETTINGS).exists():
             with _writing(path):
                 write_text(path / SETTINGS, json.dumps(asdict(drawn), indent=1) + "\n")
@@ -97,10 +97,10 @@ class PreferenceFolder:
         return result
 
     def write_group(self, sampled: Trajectories, images: Tensor, keep_trajectories: bool = True) -> str:
-        """Writes samples of one prompt from one x_T, one batch as a sampler drew it; returns the name of the lot.
+        """Write samples of one prompt from one x_T, one batch of a sampler; return the name of the group.
 
-        keep_trajectories  else a training draws them anew from their seeds, on the same model, device and versions
-        Rows that are there already are not written again.
+        keep_trajectories  else a training samples them again from their seeds, with the same model, device and versions
+        Rows that are already recorded are not written again.
         """
         rows = sampled.rows
         self._check(sampled, images)
@@ -126,7 +126,7 @@ class PreferenceFolder:
         return name
 
     def write_preference(self, group: str, chosen: int, rejected: int, **more: Any) -> None:
-        """Image `chosen` of a lot was preferred to image `rejected`; `more` are plain values of one's own."""
+        """Record that image `chosen` of a group is preferred to image `rejected`; `more` are further plain values."""
         count = len(self._group(group).rows)
         if chosen == rejected or not (0 <= chosen < count and 0 <= rejected < count):
             raise InputError(f"chosen {chosen} and rejected {rejected} must be two different numbers below {count}")
@@ -134,7 +134,7 @@ class PreferenceFolder:
             append_line(self.path / PREFERENCES, more | {"lot": group, "chosen": chosen, "rejected": rejected})
 
     def write_tie(self, group: str, **more: Any) -> None:
-        """No image of a lot was preferred."""
+        """Record that no image of a group is preferred."""
         with _writing(self.path):
             append_line(self.path / PREFERENCES, more | {"lot": self._group(group).id, "tie": True})
 
@@ -166,12 +166,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def group_id(rows: Rows) -> str:
-    """The same for the same rows: what is written twice is there once."""
+    """Return the name of a group, the same for the same rows: a group that is written twice is recorded once."""
     return hashlib.sha256(json.dumps(asdict(rows)).encode()).hexdigest()[:16]
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds a line and brings it to the disk; one that a crash broke off goes."""
+    """Append a line and sync it to disk; remove a last line that a crash cut off."""
     line = json.dumps(row).encode() + b"\n"
     make_folder(path.parent)
     with path.open("a+b") as file:
@@ -206,7 +206,7 @@ def _is_plain(value: Any) -> bool:
 
 __all__ = ["NoReward", "PreferenceDataset", "PreferenceFolder", "check_preferences", "sampling_config_of"]
 
-REGENERATED = "regenerated"  # folder, in that of a run, of samples that were drawn anew
+REGENERATED = "regenerated"  # folder, in that of a run, of samples that were drawn again
 MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "latents_dtype")  # of a folder and a run; other things may differ
 # Nats per latent element between the log-probabilities that were stored and those of the reference, largest of all
 # steps: above what bf16 makes of the last ones, whose τ is small (hundredths), far below another model's (whole nats).
@@ -214,17 +214,17 @@ MAX_LOG_PROB_DIFFERENCE = 0.3
 
 
 class NoReward:
-    """Stands where a method has no reward."""
+    """The reward of a method that learns from preferences alone."""
 
     name = "none"
     differentiable = False
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        raise InputError("this method was made without a reward: give it one (for evaluations, eval_rewards will do)")
+        raise InputError("this trainer was created without a reward: give it one, or preferences")
 
 
 def sampling_config_of(folder: str | Path) -> dict[str, Any]:
-    """What TrainingConfig must be to learn from a folder; the others are free."""
+    """Return the fields of TrainingConfig that a preference dataset fixes."""
     drawn = SampleProvenance.read(Path(folder))
     call = dict(drawn.call)
     own: dict[str, Any] = {name: call.pop(name) for name in ("num_inference_steps", "guidance_scale") if name in call}
@@ -233,7 +233,7 @@ def sampling_config_of(folder: str | Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class PreferenceDataset:
-    """Pairs of samples of which a human preferred one: the chosen one has the reward 1, the other 0.
+    """Pairs of samples of which a person preferred one: the chosen one has the reward 1, the other 0.
 
     groups  with their trajectories, by name
     """
@@ -244,9 +244,9 @@ class PreferenceDataset:
 
     @classmethod
     def of(cls, folder: Path, pipe: Any, config: TrainingConfig, run: Path) -> "PreferenceDataset":
-        """The choices of a folder, for a run that trains `pipe`, which is still what they were drawn with.
+        """Read the preferences of a folder for a run that trains `pipe`, which must still be the model of the samples.
 
-        Lots without trajectories, as far as the run needs them, are drawn anew and kept in the run's folder.
+        Groups without trajectories, as far as the run needs them, are sampled again and kept in the run's folder.
         """
         recorded = read_preferences(folder)
         _check_settings(recorded, pipe, config)
@@ -266,7 +266,7 @@ class PreferenceDataset:
     def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
-        """The choices of every update of a round, in a stream over all of them in one new order after another."""
+        """Collect the preferences of every update of a rollout, from a stream of shuffled passes over all of them."""
         size, seed = self.config.train_batch_size, self.config.seed
         batches, metrics = [], []
         for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
@@ -280,7 +280,7 @@ class PreferenceDataset:
             old = []
             for chunk in chunks:
                 on_chunk()
-                # A round's samples count as today's policy's, and the first one is held against its replay, all steps.
+                # Samples count as the present policy's; the first batch is compared with its replay, all steps.
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
             batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), window))
             metrics.append({"turn": update * size / len(self.recorded.preferences)})
@@ -288,7 +288,7 @@ class PreferenceDataset:
         return RolloutBuffer(number, tuple(batches), tuple(batch.rewards for batch in batches), tuple(metrics), order)
 
     def _chunks(self, preferences: Sequence[Preference]) -> list[Trajectories]:
-        """Chosen and rejected, pair after pair, in chunks for the denoiser."""
+        """Return chosen and rejected samples, pair after pair, in chunks for the denoiser."""
         groups = {
             name: self.groups[name].load() for name in dict.fromkeys(preference.group for preference in preferences)
         }
@@ -312,15 +312,15 @@ def _preferences_at(recorded: PreferenceRecords, config: TrainingConfig, positio
 
 
 def _check_settings(recorded: PreferenceRecords, pipe: Any, config: TrainingConfig) -> None:
-    """Raises InputError where a run's samples would not be made as those of the folder were."""
+    """Raises InputError where a run would not draw the samples as those of the folder were drawn."""
     if config.num_generations != 2:
-        raise InputError(f"num_generations must be 2, got {config.num_generations}: a choice is between two")
+        raise InputError(f"num_generations must be 2, got {config.num_generations}: a preference compares two samples")
     here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
     other = replace(recorded.drawn, **{name: getattr(here, name) for name in MUST_MATCH})
     for name, (there, asked) in recorded.drawn.diff(other).items():
         raise InputError(
             f"{name} is {_described(asked)} in this run and was {_described(there)} when {recorded.folder} was "
-            "recorded: a choice is learnt from as its samples were drawn, use the same (see "
+            "recorded: train with the arguments that the samples were drawn with (see "
             "steer.pipelines.training.preference_data.sampling_config_of)"
         )
 
@@ -335,24 +335,24 @@ def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Refere
         difference = (metrics.log_probs - chunk.log_probs[:, list(steps)]).abs().max().item() / chunk.elements
         if not difference <= MAX_LOG_PROB_DIFFERENCE:
             raise InputError(
-                f"the trajectories of the choices about {chunk.rows.prompts[0]!r:.60} have other log-probabilities by "
-                f"this model ({difference:.2g} nats per latent element apart, at most {MAX_LOG_PROB_DIFFERENCE:g}): "
-                "another one drew them. Train the model that the choices were recorded with"
+                f"the trajectories of the preferences about {chunk.rows.prompts[0]!r:.60} have other log-probabilities "
+                f"by this model ({difference:.2g} nats per latent element apart, at most {MAX_LOG_PROB_DIFFERENCE:g}): "
+                "another one drew them. Train the model that the preferences were recorded with"
             )
 
 
 def _regenerate(
     groups: Sequence[SampleGroup], recorded: PreferenceRecords, pipe: Any, config: TrainingConfig, folder: Path
 ) -> dict[str, SampleGroup]:
-    """The lots with trajectories in `folder`, each drawn as the batch that it was, its images being the same.
+    """Sample groups again, each as the batch that it was, and verify its images; return them with trajectories.
 
-    It comes before a training changes the pipeline: neither an adapter nor another precision is in it yet.
+    This happens before a training changes the pipeline: it has neither an adapter nor another precision yet.
     """
     if not groups:
         return {}
     kept, sampler = PreferenceFolder.create_as(folder, recorded.drawn), sampler_of(pipe, config)
     here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
-    for group in tqdm(groups, unit="lot", disable=None, desc="drawing anew what was chosen from"):
+    for group in tqdm(groups, unit="group", disable=None, desc="sampling the recorded images again"):
         if (known := kept.groups.get(group_id(group.rows))) is not None and known.images == group.images:
             continue  # by this run, before it was stopped
         sampled, images = sampler.rollout(group.rows)

@@ -1,4 +1,4 @@
-"""The folder of a finetuning run: its records, its checkpoints and the weights it exports."""
+"""The output folder of a training: metrics, checkpoints and exported weights."""
 
 import json
 import logging
@@ -39,10 +39,10 @@ LOG_FILES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 
 @dataclass
 class RunState:
-    """All that changes while a method trains.
+    """The state of a training, as a checkpoint holds it.
 
-    step, rounds  updates made, rounds drawn
-    rollout         the one that is being learnt from
+    step, num_rollouts  updates and rollouts so far
+    rollout             the samples of the next updates; None: to be collected
     """
 
     method: TrainingMethod[Any]
@@ -61,17 +61,17 @@ class RunState:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in a fixed order."""
+        """The trained parameters, in a fixed order."""
         return list(self.trainable.parameters.values())
 
     def set_parameter(self, weights: Mapping[str, Tensor]) -> None:
-        """Puts weights, by name, in the place of the present ones."""
+        """Replace the weights, by name."""
         for name, parameter in self.trainable.parameters.items():
             set_parameter(parameter, weights[name])
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, the weights are their average, where there is one."""
+        """Use the moving average of the weights, where there is one, inside the block."""
         if self.ema is None:
             yield
             return
@@ -86,10 +86,9 @@ class RunState:
 class RunFolder:
     """The folder `path` of one run.
 
-    identity  plain values that make the run this run: what goes on must have the same
-    resumable  settings that may differ when it is resumed, as plain values: those that do are logged
-    config_dict     plain values to be saved with every checkpoint
-    keep      checkpoints to keep
+    identity     plain values that must be equal when the run is resumed
+    resumable    plain values that may differ then; differences are logged
+    config_dict  plain values to save with every checkpoint
     """
 
     def __init__(
@@ -107,23 +106,23 @@ class RunFolder:
         self.checkpoints = Checkpoints(path / "checkpoints", config.save_total_limit)
 
     def find(self, resume: bool) -> Checkpoint | None:
-        """The newest whole checkpoint, to be gone on from; None where nothing is there yet.
+        """Return the newest whole checkpoint to resume from; None where there is no run yet.
 
-        Raises InputError for a folder that holds another run, or this one where nobody asked to resume.
+        Raises InputError for a folder that holds another run, or this one where `resume` is false.
         """
         resume_from, skipped = self.checkpoints.latest()
         for line in skipped:
             logger.warning("skipped a checkpoint: %s", line)
         if not resume and (resume_from or skipped or (self.path / LOG_FILES["records"]).exists()):
-            raise InputError(f"{self.path} holds a run already: resume it, or choose another output folder")
+            raise InputError(f"{self.path} holds a run already: resume it, or choose another output_dir")
         if resume_from is None and skipped:
-            raise InputError(f"{self.path}: no checkpoint there is whole ({skipped[0]}); choose another output folder")
+            raise InputError(f"{self.path}: no checkpoint there is whole ({skipped[0]}); choose another output_dir")
         if resume_from is not None:
             _check_identity(self.identity, resume_from)
         return resume_from
 
     def open(self, run: RunState, resume_from: Checkpoint | None) -> None:
-        """Puts the run where a checkpoint was, and writes down its records so far."""
+        """Restore the run from a checkpoint, and rewrite its logs to that point."""
         if resume_from is not None:
             self._restore(run, resume_from)
             logger.info("resumed %s at update %d", self.path, run.step)
@@ -136,7 +135,7 @@ class RunFolder:
                 write_text(self.path / name, "".join(lines))
 
     def _change(self, run: RunState, resume_from: Checkpoint) -> None:
-        """Apply the settings that differ from those of the checkpoint, and log each in one line."""
+        """Apply the values that differ from those of the checkpoint, and log each in one line."""
         there = resume_from.json("identity") | resume_from.json("identity").get(RESUMABLE, {})
         changed = {name: value for name, value in self.resumable.items() if there.get(name, value) != value}
         for name, value in changed.items():
@@ -152,7 +151,7 @@ class RunFolder:
                 group["initial_lr"], group["lr"] = rate, present
 
     def log(self, series: str, record: Record) -> None:
-        """Adds a line to a series; what a crash leaves of it is written anew when the run goes on."""
+        """Append a line to a log file; resuming rewrites it to the last checkpoint."""
         if not self.context.is_main_process:
             return
         with self._writing(), (self.path / LOG_FILES[series]).open("a", encoding="utf-8") as file:
@@ -164,12 +163,12 @@ class RunFolder:
             yield
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{self.path}: cannot write there ({reason}); make room, --resume goes on") from error
+            raise InputError(f"{self.path}: cannot write there ({reason}); make room, then resume") from error
 
     def save(self, run: RunState) -> None:
-        """A checkpoint of everything that the next update depends on, whatever the number of processes that made it.
+        """Save everything that the next update depends on; independent of the number of processes.
 
-        All of them have to call it: what each knows alone is gathered.
+        All processes call it: their shards are gathered.
         """
         random, whole_rollout = (
             self.context.gather([get_random_state()]),
@@ -230,16 +229,16 @@ class RunFolder:
             gathered_rollout = rollout_from_tensors(saved.tensors("rollout"), saved.json("rollout"))
             run.rollout = shard_rollout(gathered_rollout, self.context, self.chunk)
         random = saved.tensors("random")
-        if self.context.rank < len(random["cpu"]):  # a process more than there were begins with its own
+        if self.context.rank < len(random["cpu"]):  # an additional process starts with its own
             set_random_state({name: states[self.context.rank] for name, states in random.items()})
 
     def load_best(self, run: RunState) -> None:
-        """Puts the weights of the best evaluation, or their average, in the place of the present ones."""
+        """Load the weights of the best evaluation, or their moving average."""
         saved = Checkpoint.open(self.checkpoints.folder / f"step-{run.early_stopping.best_step:08d}")
         run.set_parameter(saved.tensors("average" if run.ema else "weights"))
 
     def export(self, run: RunState, name: str) -> Path:
-        """The present weights, as diffusers reads them, and their sums; those of before stay until they are whole."""
+        """Write the weights as diffusers reads them, and their checksums; replace earlier ones once complete."""
         state = run.trainable.state()
         written = [self._export(run.trainable, state, name) if self.context.is_main_process else Path()]
         return self.path / name / self.context.gather(written)[0]
@@ -261,8 +260,8 @@ class RunFolder:
 def _check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:
     there = saved.json("identity")
     for name, value in identity.items():
-        if name == "init_adapter" and value is None and name not in there:
-            continue  # a run from before there was such a setting
         if there.get(name) != value:
             difference = "" if len(str(value)) > 60 else f" ({there.get(name)!r} there, {value!r} here)"
-            raise InputError(f"{saved.path} is of a run with another {name}{difference}: choose another output folder")
+            raise InputError(
+                f"{saved.path} belongs to a run with another {name}{difference}: choose another output_dir"
+            )

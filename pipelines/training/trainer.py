@@ -292,10 +292,12 @@ class TrainingRun:
         self.events.call("on_save")
 
     def _update(self, request: StopRequest) -> Record | None:
-        """One update: samples where none are left, the gradient, the optimiser, the record; None where the KL budget
-        is spent."""
+        """Make one update: collect a rollout where none is left, gradient, optimiser step, metrics.
+
+        Returns the metrics; None where the KL budget is spent.
+        """
         started, state = time.monotonic(), self.state
-        self.optimiser.zero_grad()  # of an update that was broken off
+        self.optimiser.zero_grad()  # of an interrupted update
         state.rollout = state.rollout or self._draw(request)
         with self.context.no_sync(self.prepared) as exchange:
             loss, metrics = self.trainer.gradient(
@@ -318,7 +320,7 @@ class TrainingRun:
         record |= {"kl_weight": state.control.weight, "grad_norm": norm, "learning_rate": rate}
         seconds, images = time.monotonic() - started, self.config.train_batch_size * self.config.num_generations
         record |= {"seconds": seconds, "images_per_second": images / seconds, "processes": self.context.world_size}
-        # No pairs, no accuracy; and a scaler tries its way with infinite gradients.
+        # Accuracy is NaN without pairs; a gradient scaler meets infinite gradients.
         record = {name: value for name, value in record.items() if math.isfinite(value)}
         state.rollout = state.rollout.next_batch()
         state.control = state.control.after(metrics["kl"])
@@ -327,13 +329,13 @@ class TrainingRun:
         return record
 
     def _step(self, loss: float) -> float:
-        """The optimiser's step; the gradient's norm. Raises InputError before the step where that is no number."""
+        """Make the optimiser step; return the gradient norm. Raises InputError where it is not finite."""
         state = self.state
         norm = float(whole(self.accelerator.clip_grad_norm_(state.parameters, self.config.max_grad_norm)))
         if not (math.isfinite(loss) and (math.isfinite(norm) or state.scaler)):
             raise InputError(
                 f"the loss of update {state.step + 1} is {loss:g}, its gradient as long as {norm:g}: lower "
-                "learning_rate, raise kl_weight, or mend a reward whose gradient is not finite"
+                "learning_rate, raise kl_weight, or fix a reward whose gradient is not finite"
             )
         self.optimiser.step()
         state.schedule.step()
@@ -349,9 +351,9 @@ class TrainingRun:
         return sampler_of(self.trainer.pipe, self.config, self.prepared)
 
     def _draw(self, request: StopRequest) -> RolloutBuffer:
-        """The next round; the first one is also held against its replay. One that is broken off leaves no trace."""
+        """Collect the next rollout and verify the first by its replay. An interrupted one leaves no trace."""
         before, random = self.trainer.state_dict(), torch.get_rng_state()
-        self.sampler = self._sampler()  # what it remembers of texts lasts for a round
+        self.sampler = self._sampler()  # its cached text embeddings last for a rollout
         try:
             buffer = self.source.collect(
                 self.state.num_rollouts, self.sampler, self.state.trainable, request.check, self.context
@@ -366,7 +368,7 @@ class TrainingRun:
         return buffer
 
     def _check(self, batch: Batch) -> None:
-        """Raises InputError where log-probabilities are not those of the samples, or are rounding."""
+        """Raises InputError where a replay gives other log-probabilities, or rounding dominates them."""
         dtype = half_precision(self.state.trainable.denoiser, self.config)
         as_model = self.config.log_prob_precision == "model"
         check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32)
@@ -411,7 +413,7 @@ class TrainingRun:
         try:
             yield
         finally:
-            for tracker in self.accelerator.trackers:  # end_training would part the processes as well
+            for tracker in self.accelerator.trackers:  # end_training would end the process group as well
                 tracker.finish()
 
     def _export_result(self) -> TrainingResult:
@@ -429,7 +431,7 @@ class TrainingRun:
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    """What trackers can draw; of [mean, low, high] the mean."""
+    """Return the values that trackers plot; of [mean, low, high] the mean."""
     return {name: value[0] if isinstance(value, list) else value for name, value in record.items()}
 
 
@@ -456,7 +458,7 @@ RESUMABLE_FIELDS = {
 
 
 def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerator:
-    """Raises InputError for a precision or a tracker that there is not here."""
+    """Create the accelerator. Raises InputError for a precision or a tracker that is not available."""
     if cpu and config.mixed_precision == "fp16":
         raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
@@ -475,7 +477,7 @@ def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerat
 
 
 def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
-    """A LoRA in the denoiser, or all of it; everything else is frozen."""
+    """Return a LoRA in the denoiser, or all of its weights, as trainable; everything else is frozen."""
     if config.gradient_checkpointing:
         get_denoiser(pipe)[1].enable_gradient_checkpointing()
     if config.lora_rank == 0:
@@ -511,7 +513,7 @@ def identity_of(trainer: Trainer[Any], source: RolloutSource, evaluator: Evaluat
 
 
 def prompts_of(pipe: Any, prompts: Sequence[str] | int, name: str) -> tuple[str, ...]:
-    """The prompts as texts. Raises InputError for empty ones and for a count, where the pipeline takes prompts."""
+    """Return prompts as texts. Raises InputError for empty ones and for a count, where the pipeline takes prompts."""
     conditional = takes_prompts(pipe)
     if isinstance(prompts, int):
         if conditional:
@@ -530,8 +532,10 @@ Rows = Sequence[Mapping[str, Any]] | None
 
 
 def metadata_table(*given: tuple[Sequence[str], Rows]) -> dict[str, Mapping[str, Any]] | None:
-    """Metadata by prompt, None where none is given. Raises InputError where it does not fit the prompts, is no plain
-    data, or where one prompt has two different rows."""
+    """Return metadata by prompt, None where none is given.
+
+    Raises InputError where it does not fit the prompts, or where one prompt has two different rows.
+    """
     table: dict[str, Mapping[str, Any]] = {}
     for prompts, rows in given:
         if rows is not None and len(rows) != len(prompts):
