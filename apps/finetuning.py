@@ -1,4 +1,4 @@
-"""The job behind `steer finetune`: a configuration in, a folder of weights, records and pictures out."""
+"""The job of `steer finetune`: read a configuration, train, and write weights, metrics and pictures to a folder."""
 
 import inspect
 import json
@@ -89,20 +89,19 @@ class FinetuneJob:
         if self.eval_prompts_count is not None and self.eval_prompts_count < 1:
             raise InputError(f"eval_prompts_count must be at least 1, got {self.eval_prompts_count}")
         if self.eval_rewards and self.eval_prompts is None:
-            raise InputError("eval_rewards judge images of eval_prompts, and there are none: give them too")
+            raise InputError("eval_rewards need eval_prompts, and there are none: give both")
         if self.eval_prompts is not None and not (self.reward or self.eval_rewards):
-            raise InputError("eval_prompts need eval_rewards to judge their images: give some")
+            raise InputError("eval_prompts need a reward to evaluate their images: give eval_rewards")
         terms = {re.sub(r":[-+.0-9e]+$", "", term) for term in re.split(r"\s\+\s|,\s|[()]", self.reward or "")}
         if trained := [one for one in self.eval_rewards if one.strip() in {self.reward, *map(str.strip, terms)}]:
             raise InputError(
-                f"eval_rewards hold {trained[0]!r}, which is trained on: a hold-out that is trained on holds nothing "
-                "out, take another"
+                f"eval_rewards hold {trained[0]!r}, which is trained on: take one that is not part of the reward"
             )
 
 
 DEFAULTS = {"log_with": ("tensorboard",), "output_dir": ...}  # where the command differs from TrainingConfig
 NESTED = "call"  # the key that holds others: --call.height
-TYPES = {  # pydantic's kinds of error, in the words of a YAML file
+TYPES = {  # pydantic's kinds of error, in the terms of a YAML file
     "int_type": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number (1e9 does for no limit)",
@@ -116,18 +115,18 @@ TYPES = {  # pydantic's kinds of error, in the words of a YAML file
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """Where keys came from, to say so: a configuration, and the keys that the command line changed."""
+    """The origin of keys, for error messages: a configuration, and the keys that the command line changed."""
 
     name: str
     changed: frozenset[str] = frozenset()
 
     def key(self, key: str) -> str:
-        """A key, or a place inside its value, as the user wrote it."""
+        """Return a key, or a place inside its value, as the user wrote it."""
         changed_keys = {key, key.partition(".")[0]} & self.changed
         return f"--{key.replace('_', '-')}" if changed_keys else f"{self.name}: {key}"
 
     def locate_error(self, error: InputError) -> InputError:
-        """The error with the place of the key that its message begins with."""
+        """Return the error with the origin of the key that its message begins with."""
         first, _, rest = str(error).partition(" ")
         return InputError(f"{self.key(first)} {rest}" if first in self.changed else f"{self.name}: {error}")
 
@@ -141,11 +140,11 @@ class FinetuneConfig:
     source: ConfigSource
 
     def plain(self) -> dict[str, Any]:
-        """Every key with its value, as a configuration file holds them."""
+        """Return every key with its value, as a configuration file holds them."""
         return json.loads(json.dumps(asdict(self.job) | asdict(self.training)))
 
     def trainer(self, pipe: Any, data: "TrainingData", **options: Any) -> Trainer[Any]:
-        """The trainer over a pipeline, or over None to check the arguments before a model is loaded."""
+        """Create the trainer over a pipeline, or over None to check the arguments before a model is loaded."""
         if self.job.preferences is not None:
             options |= {"preferences": self.job.preferences}
         return METHODS[self.job.method](
@@ -184,7 +183,7 @@ def read_config(name: str, overrides: Mapping[str, str] | None = None) -> Finetu
 
 @cache
 def schema_of(method: str) -> type[BaseModel]:
-    """The keys of a method's configuration with types and defaults: the fields of FinetuneJob and of its dataclass."""
+    """Return the schema of a method's configuration: the fields of FinetuneJob and of its config dataclass."""
     keys: dict[str, Any] = {}
     for cls in (FinetuneJob, METHODS[method].config_class):
         hints = get_type_hints(cls)
@@ -213,7 +212,7 @@ def _read_file(name: str) -> dict[str, Any]:
 def _with_overrides(
     config_values: dict[str, Any], overrides: Mapping[str, str], schema: type[BaseModel]
 ) -> dict[str, Any]:
-    """What the file says with the words of the command line in their places."""
+    """Override values of the file by those of the command line."""
     config_values = dict(config_values)
     for key, word in overrides.items():
         name, _, inner = key.partition(".")
@@ -226,9 +225,9 @@ def _with_overrides(
 
 
 def _with_preference_defaults(config_values: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
-    """The keys with what human choices were drawn with, where there are any: it stands for what nobody says otherwise.
+    """Fill in the sampling arguments of a preference dataset where the configuration has none.
 
-    Choices of the command line take the place of a file's prompts, and of what it says of sampling.
+    Preferences given on the command line override the prompts and the sampling arguments of the file.
     """
     changed_keys = {key.partition(".")[0] for key in source.changed}
     asked = "preferences" in changed_keys and config_values.get("preferences") is not None
@@ -245,7 +244,7 @@ def _with_preference_defaults(config_values: Mapping[str, Any], source: ConfigSo
 
 
 def _value(key: str, word: str, schema: type[BaseModel]) -> Any:
-    """A word of the command line as YAML; where text is asked for, it is the text as it stands."""
+    """Parse a value of the command line as YAML; where the key takes text, it is the text."""
     asked = schema.model_fields[key].annotation if key in schema.model_fields else None
     text = asked is str or (asked == str | None and word != "null")
     return word if text else read_yaml(word, f"--{key.replace('_', '-')}")
@@ -253,10 +252,10 @@ def _value(key: str, word: str, schema: type[BaseModel]) -> Any:
 
 def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
     try:
-        # By the rules of JSON: a list is a tuple, an integer is a float, and a text is never a number.
+        # By the rules of JSON: a list may be a tuple and an integer a float, but text is never a number.
         return schema.model_validate_json(json.dumps(config_values, default=str), strict=True).model_dump()
     except ValidationError as error:
-        # An unknown key first: the key that is missing may be the one that was meant.
+        # An unknown key first: it may be a typo of a missing key.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
@@ -274,22 +273,22 @@ def _unknown(key: str, schema: type[BaseModel], source: ConfigSource) -> str:
     return f"{source.key(key)}: unknown key, did you mean {nearest(key, schema.model_fields)}?"
 
 
-USAGE = {  # how exported weights are used, by the name of their file; other names are the denoiser's folder
+USAGE = {  # how to load exported weights, by the name of their file; other names are folders of a denoiser
     "pytorch_lora_weights.safetensors": "pipe.load_lora_weights({folder!r})",
     "adapter_model.safetensors": "peft, as README.md in {folder!r} shows",
 }
-RESUME_HINT = "checkpoints are kept, --resume goes on"
+RESUME_HINT = "checkpoints are kept: resume with --resume"
 MEMORY_HINT = "a smaller micro_batch or gradient_checkpointing: true need less"
 FULL_USAGE = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from and is judged by."""
+    """The prompts and rewards of a run."""
 
     prompts: Sequence[str]
     eval_prompts: Sequence[str]
-    reward: Reward | None  # None where humans choose
+    reward: Reward | None  # None where people annotate
     eval_rewards: Sequence[Reward]
 
     @property
@@ -344,12 +343,12 @@ class RunFiles:
 
 
 def write_config(out: Path, config_values: Mapping[str, Any]) -> None:
-    """Writes config.yaml in the folder of a run."""
+    """Write config.yaml in the folder of a run."""
     write_text(out / "config.yaml", yaml.safe_dump(dict(config_values), sort_keys=False, allow_unicode=True, width=120))
 
 
 def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
-    """Looks at all that can be wrong without a model, the cheapest first, and loads prompts and rewards."""
+    """Load prompts and rewards, and check all arguments before a model is loaded, the cheapest first."""
     job, source, folder = config.job, config.source, config.training.output_dir
     out, whose = Path(folder), f"{source.key('output_dir')} {folder}"
     _check_run(out, whose, resume)
@@ -365,7 +364,7 @@ def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
         train_data = TrainingData(prompts, eval_prompts, reward, [resolve_reward(spec) for spec in job.eval_rewards])
         names = [one.name for one in train_data.evaluation_rewards]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise InputError(f"{min(twice)!r} is there twice, or is trained on: each reward must be another one")
+            raise InputError(f"{min(twice)!r} is given twice or is trained on: each reward must be another one")
     try:
         config.trainer(None, train_data)
         if config.training.init_adapter is not None:
@@ -378,7 +377,7 @@ def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
 
 
 def _check_call(config: FinetuneConfig, pipe: Any) -> None:
-    """Raises InputError for an argument that this pipeline's call does not know: only the loaded one can tell."""
+    """Raises InputError for an argument that the call of the loaded pipeline does not have."""
     known = inspect.signature(type(pipe).__call__).parameters
     if unknown := [name for name in config.training.call if name not in known]:
         key = config.source.key(f"call.{unknown[0]}")
@@ -388,7 +387,7 @@ def _check_call(config: FinetuneConfig, pipe: Any) -> None:
 
 
 def _prompts(config: FinetuneConfig) -> tuple[list[str], list[str]]:
-    """Prompts to learn from and held-out ones. Those that are both are told, not refused: seen ones count too."""
+    """Load training and held-out prompts; warn about prompts that are both."""
     job, source = config.job, config.source
     prompts, held_out = [], []
     if job.prompts is not None:
@@ -403,7 +402,7 @@ def _prompts(config: FinetuneConfig) -> tuple[list[str], list[str]]:
     if is_main_process() and (both := [prompt for prompt in held_out if prompt in trained_prompts]):
         click.echo(
             f"steer: {len(both)} of {len(held_out)} eval_prompts are trained on too, such as {both[0]!r}: evaluations "
-            "tell less of prompts that were never seen",
+            "measure generalisation less",
             err=True,
         )
     return prompts, held_out
@@ -422,10 +421,10 @@ def _check_trackers(config: FinetuneConfig) -> None:
 
 
 def _check_run(out: Path, named: str, resume: bool) -> None:
-    """Raises InputError for a folder with a run that this one must not go over, or cannot go on with."""
+    """Raises InputError for a folder with a run that must not be overwritten, or cannot be resumed."""
     whole, skipped = Checkpoints(out / "checkpoints").latest()
     if not resume and (whole or skipped or (out / LOG_FILES["records"]).exists()):
-        raise InputError(f"{named} holds a run: go on with it by --resume, or choose another folder")
+        raise InputError(f"{named} holds a run: resume it with --resume, or choose another folder")
     if skipped and not whole:
         raise InputError(f"{named}: no checkpoint there is whole ({skipped[0]}); choose another folder")
     for line in skipped:
@@ -441,20 +440,20 @@ def _check_writable(out: Path, named: str) -> None:
 
 
 def summary(config: FinetuneConfig, result: TrainingResult) -> str:
-    """How a run ended, in one line."""
+    """Summarise a run in one line."""
     job = config.job
     name, key = (job.reward, "reward") if job.preferences is None else ("accuracy", "accuracy")
-    what, means = f"{name} in training", [record[key] for record in result.records]
+    title, means = f"{name} in training", [record[key] for record in result.records]
     if result.evaluations:
         trained = next(name for name, value in result.evaluations[0].items() if isinstance(value, list))
-        what = f"{trained.removeprefix('eval/')} on held-out prompts"
+        title = f"{trained.removeprefix('eval/')} on held-out prompts"
         means = [record[trained][0] for record in result.evaluations]
     seconds = sum(record["seconds"] for record in result.records)
     line = f"{job.method}: {result.step} updates in {seconds:.0f} s"
-    line += f", {what} {means[0]:.3f} → {means[-1]:.3f}" if means else ""
+    line += f", {title} {means[0]:.3f} → {means[-1]:.3f}" if means else ""
     line += f"; stopped because {result.stopped}" if result.stopped else ""
     if result.weights is None:
         return line
     name, path = result.weights.name, str(result.weights)
     use = USAGE.get(name, FULL_USAGE).format(folder=str(result.weights.parent), name=name, path=path)
-    return f"{line}; use the weights by {use}"
+    return f"{line}; load the weights by {use}"

@@ -239,7 +239,7 @@ def test_every_setting_of_a_sample_can_be_given() -> None:
         ([Contender()], {"prompts": []}, "no prompts"),
         ([Contender()], {"tags": ["x"]}, "one tag a prompt: got 1 for 3 prompts"),
         ([Contender()], {"seeds": 0}, "--seeds must be at least 1, got 0"),
-        ([Contender()], {"rewards": ["jpeg", "jpeg"]}, "reward 'jpeg' is there twice"),
+        ([Contender()], {"rewards": ["jpeg", "jpeg"]}, "reward 'jpeg' is given twice"),
         ([Contender()], {"kl_prompts": -1}, "--kl-prompts"),
         ([Contender(method="reno")], {"rewards": ["jpeg"]}, "'jpeg' is not differentiable"),
     ],

@@ -132,7 +132,7 @@ def test_weights_are_contenders_and_may_not_change(
         (["--model", "scenes", "--lora", "x"], "--lora belongs to one model, and there are 2"),
         (["--method", "fkk"], "unknown method 'fkk': did you mean fk"),
         (["--reward", "scen"], "unknown reward 'scen': did you mean scene"),
-        (["--reward", "jpeg"], "reward 'jpeg' is there twice"),
+        (["--reward", "jpeg"], "reward 'jpeg' is given twice"),
         (["--prompts", "scenes-heldou"], "unknown prompts 'scenes-heldou': use scenes-heldout"),
         (["--prompts", "no.txt"], "no.txt: cannot read the prompt file"),
         (["--tag-column", "task"], 'text under "task"'),

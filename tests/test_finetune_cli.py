@@ -189,7 +189,7 @@ def test_a_guard_that_stops_it_is_told(steer: Steer, config: Path) -> None:
 def test_without_held_out_prompts_the_summary_is_of_training(steer: Steer, config: Path) -> None:
     code, out, _ = steer("finetune", config, "--eval-prompts", "null", "--eval-rewards", "[]", "--lora-rank", 0)
     assert code == 0 and "brightness in training 0." in out
-    assert "use the weights by pipe.unet = type(pipe.unet).from_pretrained('" in out
+    assert "load the weights by pipe.unet = type(pipe.unet).from_pretrained('" in out
 
 
 def test_held_out_prompts_that_are_trained_on_are_told(steer: Steer, config: Path, tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def refused(steer: Steer, config: object, *words: object) -> str:
         (["--clip", "0"], "--clip 0.0 must be above 0"),
         (["--reward", "brightnes"], "--reward: unknown reward 'brightnes': did you mean brightness"),
         (["--eval-rewards", "[scen]"], "--eval-rewards: unknown reward 'scen': did you mean scene"),
-        (["--eval-rewards", "[jpeg, jpeg]"], "--eval-rewards: 'jpeg' is there twice"),
+        (["--eval-rewards", "[jpeg, jpeg]"], "--eval-rewards: 'jpeg' is given twice"),
         (["--eval-rewards", "[brightness]"], "--eval-rewards hold 'brightness', which is trained on"),
         (["--prompts", "nothing.txt"], "--prompts: nothing.txt: cannot read the prompt file"),
         (["--prompts", "scenes-trainin"], "--prompts: unknown prompts 'scenes-trainin': use scenes-training"),
@@ -277,7 +277,7 @@ def test_a_folder_with_a_run_is_left_alone(steer: Steer, config: Path, tmp_path:
     assert steer("finetune", config, "--max-steps", 1)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     err = refused(steer, config)
-    assert f"output_dir {tmp_path / 'run'} holds a run: go on with it by --resume, or choose another folder" in err
+    assert f"output_dir {tmp_path / 'run'} holds a run: resume it with --resume, or choose another folder" in err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 

@@ -129,7 +129,7 @@ BAD = [
     ("eval_rewards: [1]\n", "eval_rewards.0 must be text"),
     ("call: [1]\n", "call must be a mapping of keys to values, got [1]"),
     ("eval_prompts: e.txt\neval_prompts_count: 0\n", "eval_prompts_count must be at least 1, got 0"),
-    ("eval_rewards: [jpeg]\n", "eval_rewards judge images of eval_prompts, and there are none"),
+    ("eval_rewards: [jpeg]\n", "eval_rewards need eval_prompts"),
     ("eval_prompts: e\neval_rewards: [brightness]\n", "eval_rewards hold 'brightness', which is trained on"),
     ("preferences: folder\n", "prompts or preferences: give one of the two"),
     ("seed: 1\nseed: 2\n", "c.yaml, line 6: 'seed' is there twice"),
