@@ -82,8 +82,6 @@ class FinetuneJob:
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.preferences is None):
             raise InputError("prompts or preferences: give one of the two to learn from")
-        if self.preferences is not None and self.method != "d3po":
-            raise InputError(f"preferences are for d3po, not for {self.method}: give prompts")
         if self.reward is None and self.preferences is None:
             raise InputError("reward is missing: say what to train on, `steer rewards` lists names")
         if self.eval_prompts_count is not None and self.eval_prompts_count < 1:
@@ -145,12 +143,11 @@ class FinetuneConfig:
 
     def trainer(self, pipe: Any, data: "TrainingData", **options: Any) -> Trainer[Any]:
         """Create the trainer over a pipeline, or over None to check the arguments before a model is loaded."""
-        if self.job.preferences is not None:
-            options |= {"preferences": self.job.preferences}
         return METHODS[self.job.method](
             pipe,
             data.reward,
             self.training,
+            preferences=self.job.preferences,
             train_prompts=data.prompts,
             eval_prompts=data.eval_prompts,
             eval_rewards=data.eval_rewards,

@@ -77,6 +77,10 @@ def train(
     return trainer.train(resume_from_checkpoint=resume)
 
 
+def dataset(folder: Path, pipe: Any, config: D3POConfig, run: Path) -> PreferenceDataset:
+    return PreferenceDataset.of(folder, pipe, replace(config, output_dir=str(run)))
+
+
 def weights(out: Path) -> dict[str, Tensor]:
     return load_file(out / "final" / "pytorch_lora_weights.safetensors")
 
@@ -135,7 +139,7 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
     """Every choice once a turn, chosen before rejected, with the signal 1 and 0; the old policy is the present one."""
     folder, pipe = recorded["stored"], fresh_pipe("sd")
     config = tiny(folder, train_batch_size=1, steps_per_generation=3, micro_batch=1, timestep_fraction=0.5)
-    source = PreferenceDataset.of(folder, pipe, config, folder / "unused")
+    source = dataset(folder, pipe, config, folder / "unused")
     lora = LoRA(pipe, 2)
     move(lora, 0.05)
     sampler = sampler_of(pipe, config)
@@ -196,17 +200,15 @@ def test_stopped_amid_a_round_and_resumed_it_ends_the_same(recorded: dict[str, P
 def test_resuming_draws_nothing_anew_that_was_drawn(recorded: dict[str, Path], tmp_path: Path) -> None:
     config = tiny(recorded["seeds"], max_steps=3)
     pipe = fresh_pipe("sd")
-    PreferenceDataset.of(recorded["seeds"], pipe, config, tmp_path)
+    dataset(recorded["seeds"], pipe, config, tmp_path)
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(1.5)  # it would draw others, so it draws none
-    assert all(
-        group.trajectories for group in PreferenceDataset.of(recorded["seeds"], pipe, config, tmp_path).groups.values()
-    )
+    assert all(group.trajectories for group in dataset(recorded["seeds"], pipe, config, tmp_path).groups.values())
 
 
 def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Path], tmp_path: Path) -> None:
     config, pipe = tiny(recorded["seeds"]), fresh_pipe("sd")
-    PreferenceDataset.of(recorded["seeds"], pipe, config, tmp_path / "run")
+    dataset(recorded["seeds"], pipe, config, tmp_path / "run")
     other = fresh_pipe("sd")
     with torch.no_grad():
         other.unet.conv_out.weight.mul_(1.5)
@@ -214,7 +216,7 @@ def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Pat
     sampled, images = Sampler(other, CALL).rollout(GROUPS[0])
     folder.write_preference(folder.write_group(sampled, images, keep_trajectories=False), 0, 1)
     with pytest.raises(InputError, match="is there with other images"):
-        PreferenceDataset.of(tmp_path / "other", other, config, tmp_path / "run")
+        dataset(tmp_path / "other", other, config, tmp_path / "run")
 
 
 def test_in_mixed_precision_what_was_chosen_from_is_drawn_as_it_was(recorded: dict[str, Path], tmp_path: Path) -> None:
@@ -225,9 +227,8 @@ def test_in_mixed_precision_what_was_chosen_from_is_drawn_as_it_was(recorded: di
 
 
 def test_only_the_lots_that_a_run_needs_are_drawn_anew(recorded: dict[str, Path], tmp_path: Path) -> None:
-    source = PreferenceDataset.of(
-        recorded["seeds"], fresh_pipe("sd"), tiny(recorded["seeds"], max_steps=1, train_batch_size=1), tmp_path
-    )
+    config = tiny(recorded["seeds"], max_steps=1, train_batch_size=1)
+    source = dataset(recorded["seeds"], fresh_pipe("sd"), config, tmp_path)
     assert len(source.groups) == len(PreferenceFolder(tmp_path / "regenerated").groups) == 1
 
 
@@ -254,7 +255,7 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
     config = replace(tiny(stored, max_steps=1), output_dir=str(tmp_path / "c"))
     result = train(stored, tmp_path / "b", config, eval_prompts=["a star"], eval_rewards=["brightness", "colour:red"])
     assert [*result.evaluations[0]][1:3] == ["eval/brightness", "eval/colour:red"]
-    with pytest.raises(InputError, match="created without a reward"):
+    with pytest.raises(InputError, match="reward is missing: give one to train on, or preferences"):
         D3POTrainer(fresh_pipe("sd"), None, config, train_prompts=["a star"]).train()
 
 

@@ -102,7 +102,7 @@ def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_
 def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, tmp_path: Path) -> None:
     pipe.unet.register_forward_hook(lambda module, inputs, output: (output[0] + 0.01 * torch.randn_like(output[0]),))
     with pytest.raises(InputError, match="a replay of the first samples gives other log-probabilities"):
-        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT))
+        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT), eval_prompts=(), eval_rewards=())
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
@@ -172,7 +172,7 @@ def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_t
     with pytest.raises(InputError, match=r"belongs to a run with another seed \(5 there, 1 here\)"):
         train("grpo", fresh(), tmp_path, config_of("grpo", **SHORT | {"seed": 1}))
     with pytest.raises(InputError, match="belongs to a run with another method"):
-        train("filtered", fresh(), tmp_path, config)
+        train("filtered", fresh(), tmp_path, config_of("filtered", **SHORT))
     longer = train("grpo", fresh(), tmp_path, config_of("grpo", **SHORT | {"max_steps": 4}))
     assert longer.step == 4 and longer.records[:3] == first.records
 

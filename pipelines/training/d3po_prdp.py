@@ -1,20 +1,15 @@
 """Finetuning by comparing samples of one prompt: D3PO (arXiv 2311.13231) and PRDP (arXiv 2402.08714)."""
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Unpack
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.pipelines.training.config import LossConfig, TrainingConfig
-from steer.pipelines.training.distributed import main_first
-from steer.pipelines.training.evaluation import Evaluator
+from steer.pipelines.training.config import LossConfig
 from steer.pipelines.training.method import Scored
-from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
-from steer.pipelines.training.rollouts import RolloutSource
-from steer.pipelines.training.trainer import LossTrainer, TrainerOptions
+from steer.pipelines.training.trainer import LossTrainer
 from steer.reward import Composite
 from steer.training.losses import D3PO, PRDP, D3POTrajectory
 
@@ -47,29 +42,11 @@ class D3POTrainer(LossTrainer[D3POConfig]):
 
     D3POTrainer(pipe, "hpsv2.1", D3POConfig(max_steps=200), train_prompts=prompts).train()
     D3POTrainer(pipe, preferences="my-preferences").train()  # of people
-
-    reward       that ranks the samples; None where people did
-    preferences  folder of human comparisons, in place of train_prompts, as `preference_data.PreferenceFolder` writes
-                 it. Samples without stored trajectories are sampled again by `pipe` and must give the same pixels.
-                 The configuration is by default the one they were drawn with.
     """
 
     config_class = D3POConfig
     shared_start: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        pipe: Any,
-        reward: Any = None,
-        config: TrainingConfig | None = None,
-        *,
-        preferences: str | Path | None = None,
-        **options: Unpack[TrainerOptions],
-    ) -> None:
-        if config is None and preferences is not None:
-            config = D3POConfig(**sampling_config_of(preferences))
-        super().__init__(pipe, NoReward() if reward is None else reward, config, **options)
-        self.preferences = None if preferences is None else Path(preferences)
+    takes_preferences: ClassVar[bool] = True
 
     def check(self) -> None:
         if self.config.pareto and not isinstance(self.reward, Composite):
@@ -80,22 +57,6 @@ class D3POTrainer(LossTrainer[D3POConfig]):
     def signal(self, scored: Scored) -> Tensor:
         """Rewards (B, K), or those of the components (B, K, M)."""
         return torch.stack(list(scored.components.values()), -1) if self.config.pareto else scored.rewards
-
-    def rollout_source(self) -> RolloutSource:
-        """Samples of the prompts, or the recorded ones of the preferences."""
-        if self.preferences is None:
-            return super().rollout_source()
-        with main_first(self.pipe.device.type == "cpu"):
-            return PreferenceDataset.of(self.preferences, self.pipe, self.config, Path(self.config.output_dir))
-
-    def evaluator(self) -> Evaluator:
-        """The evaluator by the reward, where there is one, and the evaluation rewards."""
-        if not isinstance(self.reward, NoReward):
-            return super().evaluator()
-        if self.eval_prompts and not self.eval_rewards:
-            raise InputError("eval_prompts need a reward to evaluate their images: give eval_rewards")
-        first, *others = self.eval_rewards or (self.reward,)
-        return Evaluator(self.held_out(), first, others)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from functools import cached_property
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from steer.pipelines.training.config import LossConfig, TrainingConfig
+from steer.pipelines.training.config import LossConfig
 from steer.pipelines.training.method import Scored
-from steer.pipelines.training.trainer import LossTrainer, TrainerOptions
+from steer.pipelines.training.trainer import LossTrainer
 from steer.training.losses import DDPO, GRPO, Filtered
 from steer.training.losses.advantages import PerPromptStatTracker
 
@@ -49,11 +50,10 @@ class DDPOTrainer(LossTrainer[DDPOConfig]):
 
     config_class = DDPOConfig
 
-    def __init__(
-        self, pipe: Any, reward: Any, config: TrainingConfig | None = None, **options: Unpack[TrainerOptions]
-    ) -> None:
-        super().__init__(pipe, reward, config, **options)
-        self.tracker = self.config.tracker()
+    @cached_property
+    def tracker(self) -> PerPromptStatTracker:
+        """Reward statistics of each prompt so far."""
+        return self.config.tracker()
 
     def signal(self, scored: Scored) -> Tensor:
         """Advantages (B, K)."""

@@ -243,7 +243,7 @@ class PreferenceDataset:
     config: TrainingConfig
 
     @classmethod
-    def of(cls, folder: Path, pipe: Any, config: TrainingConfig, run: Path) -> "PreferenceDataset":
+    def of(cls, folder: Path, pipe: Any, config: TrainingConfig) -> "PreferenceDataset":
         """Read the preferences of a folder for a run that trains `pipe`, which must still be the model of the samples.
 
         Groups without trajectories, as far as the run needs them, are sampled again and kept in the run's folder.
@@ -258,7 +258,11 @@ class PreferenceDataset:
         )
         groups = {preference.group: recorded.groups[preference.group] for preference in used}
         missing = [group for group in groups.values() if group.trajectories is None]
-        return cls(recorded, groups | _regenerate(missing, recorded, pipe, config, run / REGENERATED), config)
+        return cls(
+            recorded,
+            groups | _regenerate(missing, recorded, pipe, config, Path(config.output_dir) / REGENERATED),
+            config,
+        )
 
     def config_dict(self) -> dict[str, Any]:
         return {"preferences": f"{len(self.recorded.preferences)} with the hash {self.recorded.digest()[:16]}"}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, TypeVar, Unpack
 
 import torch
 from accelerate import Accelerator
@@ -20,7 +20,7 @@ from steer.diffusion.step_hooks import plain_values
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.training.config import LossConfig, TrainingConfig
-from steer.pipelines.training.distributed import AccelerateContext
+from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
 from steer.pipelines.training.events import Events, Stopped, StopRequest, stop_request
 from steer.pipelines.training.method import (
@@ -32,6 +32,7 @@ from steer.pipelines.training.method import (
     sampler_of,
 )
 from steer.pipelines.training.model_card import base_model, model_card
+from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
 from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer, RolloutSource
 from steer.pipelines.training.state import RunFolder, RunState
 from steer.reward import warn_if_pipeline_truncates, with_metadata
@@ -46,18 +47,6 @@ INTERRUPTED = "interrupted"
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
 
 
-class TrainerOptions(TypedDict, total=False):
-    """Keyword arguments of every trainer; see `Trainer`."""
-
-    train_prompts: Sequence[str] | int
-    eval_prompts: Sequence[str] | int
-    eval_rewards: Sequence[Any]
-    metadata: Sequence[Mapping[str, Any]] | None
-    eval_metadata: Sequence[Mapping[str, Any]] | None
-    callbacks: Sequence[Any]
-    run_config: Mapping[str, Any] | None
-
-
 class Trainer(TrainingMethod[ConfigT]):
     """A method that trains the denoiser of `pipe` on `reward`; afterwards `pipe` is the trained pipeline.
 
@@ -65,7 +54,11 @@ class Trainer(TrainingMethod[ConfigT]):
     trainer.train()
     trainer.save_pretrained("lora")  # for pipe.load_lora_weights("lora")
 
+    reward         None where people annotated preferences
     config         the method's own, such as GRPOConfig, or a TrainingConfig with the method's options at their defaults
+    preferences    of D3PO, in place of train_prompts: folder of human comparisons (`preference_data.PreferenceFolder`).
+                   Samples without stored trajectories are sampled again by `pipe` and must give the same pixels. The
+                   configuration is by default the one that they were sampled with.
     train_prompts  of a pipeline without prompts (unconditional) a count, or texts that the reward reads
     eval_prompts   held out; without them nothing is evaluated
     eval_rewards   held out; early stopping watches the first (without any, the trained reward on the eval_prompts)
@@ -80,13 +73,15 @@ class Trainer(TrainingMethod[ConfigT]):
     """
 
     config_class: ClassVar[type[TrainingConfig]]
+    takes_preferences: ClassVar[bool] = False
 
     def __init__(
         self,
         pipe: Any,
-        reward: Any,
+        reward: Any = None,
         config: TrainingConfig | None = None,
         *,
+        preferences: str | Path | None = None,
         train_prompts: Sequence[str] | int = (),
         eval_prompts: Sequence[str] | int = (),
         eval_rewards: Sequence[Any] = (),
@@ -95,8 +90,15 @@ class Trainer(TrainingMethod[ConfigT]):
         callbacks: Sequence[Any] = (),
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(pipe, reward)
+        if preferences is not None and not self.takes_preferences:
+            raise InputError(f"preferences are for D3PO, not for {self.config_class.title}: give prompts and a reward")
+        if reward is None and preferences is None:
+            raise InputError("reward is missing: give one to train on, or preferences (D3PO)")
+        if config is None and preferences is not None:
+            config = self.config_class(**sampling_config_of(preferences))
+        super().__init__(pipe, NoReward() if reward is None else reward)
         self.config = self._own_config(config)
+        self.preferences = None if preferences is None else Path(preferences)
         self.train_prompts, self.eval_prompts = train_prompts, eval_prompts
         self.eval_rewards = tuple(load_reward(one) for one in eval_rewards)
         self.metadata, self.eval_metadata = metadata, eval_metadata
@@ -129,10 +131,12 @@ class Trainer(TrainingMethod[ConfigT]):
 
     def rollout_source(self) -> RolloutSource:
         """The samples that are learnt from. Raises InputError for prompts that do not fit the pipeline."""
-        prompts = prompts_of(self.pipe, self.train_prompts, "train_prompts")
+        if self.preferences is not None:
+            with main_first(self.pipe.device.type == "cpu"):
+                return PreferenceDataset.of(self.preferences, self.pipe, self.config)
+        prompts, held_out = prompts_of(self.pipe, self.train_prompts, "train_prompts"), self.held_out()
         if not prompts:
             raise InputError("train_prompts: at least one is needed")
-        held_out = self.held_out()
         rows = metadata_table((prompts, self.metadata), (held_out, self.eval_metadata))
         self.reward = with_metadata(self.reward, rows)
         self.eval_rewards = tuple(with_metadata(one, rows) for one in self.eval_rewards)
@@ -144,8 +148,12 @@ class Trainer(TrainingMethod[ConfigT]):
         return prompts_of(self.pipe, self.eval_prompts, "eval_prompts")
 
     def evaluator(self) -> Evaluator:
-        """The evaluator by the trained reward and the held-out ones."""
-        return Evaluator(self.held_out(), self.reward, self.eval_rewards)
+        """The evaluator by the trained reward, where there is one, and the held-out ones."""
+        rewards = (() if isinstance(self.reward, NoReward) else (self.reward,)) + self.eval_rewards
+        if self.eval_prompts and not rewards:
+            raise InputError("eval_prompts need a reward to evaluate their images: give eval_rewards")
+        first, *others = rewards or (self.reward,)
+        return Evaluator(self.held_out(), first, others)
 
     def describe(self) -> dict[str, Any]:
         """The run as plain values: `run_config`, or the model, the reward and the configuration."""
@@ -241,10 +249,8 @@ class TrainingRun:
 
     def train(self) -> TrainingResult:
         """Resume, update until the last step, a guard, a callback or a signal; then export the weights."""
-        with (
-            self.context.translate_connection_errors(),
-            torch.random.fork_rng(),
-        ):  # for pipelines that draw by themselves
+        # Some pipelines draw from the global generator.
+        with self.context.translate_connection_errors(), torch.random.fork_rng():
             torch.manual_seed(self.config.seed + self.context.rank)
             self.folder.open(self.state, self.resume_from)
             try:
@@ -271,7 +277,8 @@ class TrainingRun:
                 while True:
                     self._evaluate_if_due(request)
                     self._stop_if_overoptimized()
-                    if (state.step and state.step % self.config.save_steps == 0) or self.events.asked("should_save"):
+                    asked = self.events.asked("should_save")
+                    if asked or (state.step and state.step % self.config.save_steps == 0):
                         self._save()
                     if self.stopped or state.step >= last:
                         break
