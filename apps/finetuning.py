@@ -28,11 +28,10 @@ from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRP
 from steer.pipelines.training.method import TrainingResult
 from steer.pipelines.training.preference_data import check_preferences, sampling_config_of
 from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
-from steer.pipelines.training.state import LOG_FILES
+from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import INTERRUPTED, Trainer
 from steer.registry import choose, nearest
 from steer.reward import Reward
-from steer.training.checkpoint import Checkpoints
 from steer.training.trainable import read_lora
 
 METHODS: dict[str, type[Trainer[Any]]] = {
@@ -347,8 +346,9 @@ def write_config(out: Path, config_values: Mapping[str, Any]) -> None:
 def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
     """Load prompts and rewards, and check all arguments before a model is loaded, the cheapest first."""
     job, source, folder = config.job, config.source, config.training.output_dir
-    out, whose = Path(folder), f"{source.key('output_dir')} {folder}"
-    _check_run(out, whose, resume)
+    out = Path(folder)
+    with named(source.key("output_dir")):
+        checkpoint_to_resume(out, resume, lambda line: click.echo(f"steer: {line}", err=True))
     _check_trackers(config)
     prompts, eval_prompts = _prompts(config)
     if job.preferences is not None:
@@ -369,7 +369,7 @@ def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
     except InputError as error:
         raise source.locate_error(error) from error
     if is_main_process():
-        _check_writable(out, whose)
+        _check_writable(out, f"{source.key('output_dir')} {folder}")
     return train_data
 
 
@@ -417,23 +417,12 @@ def _check_trackers(config: FinetuneConfig) -> None:
                 raise InputError(f"{name} is not installed: pip install {name}, or use another tracker, [] for none")
 
 
-def _check_run(out: Path, named: str, resume: bool) -> None:
-    """Raises InputError for a folder with a run that must not be overwritten, or cannot be resumed."""
-    whole, skipped = Checkpoints(out / "checkpoints").latest()
-    if not resume and (whole or skipped or (out / LOG_FILES["records"]).exists()):
-        raise InputError(f"{named} holds a run: resume it with --resume, or choose another folder")
-    if skipped and not whole:
-        raise InputError(f"{named}: no checkpoint there is whole ({skipped[0]}); choose another folder")
-    for line in skipped:
-        click.echo(f"steer: skipped a checkpoint: {line}", err=True)
-
-
-def _check_writable(out: Path, named: str) -> None:
+def _check_writable(out: Path, place: str) -> None:
     try:
         write_text(out / ".writable", "")
         (out / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"{named}: cannot write there ({error.strerror})") from error
+        raise InputError(f"{place}: cannot write there ({error.strerror})") from error
 
 
 def summary(config: FinetuneConfig, result: TrainingResult) -> str:

@@ -143,7 +143,7 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
     lora = LoRA(pipe, 2)
     move(lora, 0.05)
     sampler = sampler_of(pipe, config)
-    groups = source.recorded.groups
+    groups = source.records.groups
     stream: list[int] = []
     for number in (0, 1):
         calls: list[int] = []

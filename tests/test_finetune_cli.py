@@ -152,7 +152,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(steer: Steer, 
             code, _, err = steer("finetune", config, "--resume")
             assert code == 0 and err.startswith("steer: skipped a checkpoint: ") and "weights.safetensors" in err
             (folder / "weights.safetensors").write_bytes(b"damaged")
-    assert f"output_dir {tmp_path / 'run'}: no checkpoint there is whole" in refused(steer, config, "--resume")
+    assert f"output_dir: {tmp_path / 'run'}: no checkpoint there is whole" in refused(steer, config, "--resume")
 
 
 INTERRUPTS = """
@@ -277,7 +277,7 @@ def test_a_folder_with_a_run_is_left_alone(steer: Steer, config: Path, tmp_path:
     assert steer("finetune", config, "--max-steps", 1)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     err = refused(steer, config)
-    assert f"output_dir {tmp_path / 'run'} holds a run: resume it with --resume, or choose another folder" in err
+    assert f"output_dir: {tmp_path / 'run'} holds a run already: resume it (--resume or" in err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 

@@ -90,7 +90,7 @@ def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> No
     write_choices(tmp_path, 12)
     kept = [json.loads(line) for line in (tmp_path / "choices.jsonl").read_text().splitlines()]
     folder = PreferenceFolder(tmp_path)
-    assert len(kept) == len(folder.groups) == 12 and folder.drawn.call == CALL
+    assert len(kept) == len(folder.groups) == 12 and folder.provenance.call == CALL
     reward, right = aesthetic(ANNOTATOR_REWARD.partition(":")[2]), 0
     from steer.files import read_image
 

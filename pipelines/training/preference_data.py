@@ -60,12 +60,12 @@ class PreferenceFolder:
     folder.write_preference(group, chosen=1, rejected=0)
 
     A call that returned survives a crash. One program at a time may write. Raises InputError where the disk refuses;
-    then the group is not recorded.
+    then the group is not records.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.drawn = SampleProvenance.read(self.path)
+        self.provenance = SampleProvenance.read(self.path)
         self.groups = read_groups(self.path) if (self.path / GROUPS).exists() else {}
 
     @classmethod
@@ -86,13 +86,13 @@ class PreferenceFolder:
         return cls.create_as(Path(path), SampleProvenance.of(pipe, call, eta, latents_dtype))
 
     @classmethod
-    def create_as(cls, path: Path, drawn: SampleProvenance) -> "PreferenceFolder":
+    def create_as(cls, path: Path, provenance: SampleProvenance) -> "PreferenceFolder":
         """Create a folder, or open one, for samples of this provenance."""
         if not (path / SETTINGS).exists():
             with _writing(path):
-                write_text(path / SETTINGS, json.dumps(asdict(drawn), indent=1) + "\n")
+                write_text(path / SETTINGS, json.dumps(asdict(provenance), indent=1) + "\n")
         result = cls(path)
-        for name, (there, here) in result.drawn.diff(drawn).items():
+        for name, (there, here) in result.provenance.diff(provenance).items():
             raise InputError(f"{path} holds samples drawn with {name} {there!r}, not {here!r}: use another folder")
         return result
 
@@ -151,9 +151,9 @@ class PreferenceFolder:
             raise InputError("two samples of this lot have the same noise: they are one image, give each its own seed")
         if images.dim() != 4 or len(images) != len(rows):
             raise InputError(f"images of shape {tuple(images.shape)} must be ({len(rows)}, 3, height, width)")
-        if sampled.latents.dtype != DTYPES[self.drawn.latents_dtype]:
+        if sampled.latents.dtype != DTYPES[self.provenance.latents_dtype]:
             raise InputError(
-                f"these trajectories hold {sampled.latents.dtype}, the folder is for {self.drawn.latents_dtype}"
+                f"these trajectories hold {sampled.latents.dtype}, the folder is for {self.provenance.latents_dtype}"
             )
 
 
@@ -225,10 +225,10 @@ class NoReward:
 
 def sampling_config_of(folder: str | Path) -> dict[str, Any]:
     """Return the fields of TrainingConfig that a preference dataset fixes."""
-    drawn = SampleProvenance.read(Path(folder))
-    call = dict(drawn.call)
+    provenance = SampleProvenance.read(Path(folder))
+    call = dict(provenance.call)
     own: dict[str, Any] = {name: call.pop(name) for name in ("num_inference_steps", "guidance_scale") if name in call}
-    return own | {"call": call, "eta": drawn.eta, "latents_dtype": drawn.latents_dtype, "num_generations": 2}
+    return own | {"call": call, "eta": provenance.eta, "latents_dtype": provenance.latents_dtype, "num_generations": 2}
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class PreferenceDataset:
     groups  with their trajectories, by name
     """
 
-    recorded: PreferenceRecords
+    records: PreferenceRecords
     groups: Mapping[str, SampleGroup]
     config: TrainingConfig
 
@@ -248,24 +248,22 @@ class PreferenceDataset:
 
         Groups without trajectories, as far as the run needs them, are sampled again and kept in the run's folder.
         """
-        recorded = read_preferences(folder)
-        _check_settings(recorded, pipe, config)
+        records = read_preferences(folder)
+        _check_settings(records, pipe, config)
         num_rollouts = math.ceil(
             config.max_steps / (config.steps_per_generation * config.num_iterations)
         )  # whole ones are drawn
-        used = _preferences_at(
-            recorded, config, 0, num_rollouts * config.steps_per_generation * config.train_batch_size
-        )
-        groups = {preference.group: recorded.groups[preference.group] for preference in used}
+        used = _preferences_at(records, config, 0, num_rollouts * config.steps_per_generation * config.train_batch_size)
+        groups = {preference.group: records.groups[preference.group] for preference in used}
         missing = [group for group in groups.values() if group.trajectories is None]
         return cls(
-            recorded,
-            groups | _regenerate(missing, recorded, pipe, config, Path(config.output_dir) / REGENERATED),
+            records,
+            groups | _regenerate(missing, records, pipe, config, Path(config.output_dir) / REGENERATED),
             config,
         )
 
     def config_dict(self) -> dict[str, Any]:
-        return {"preferences": f"{len(self.recorded.preferences)} with the hash {self.recorded.digest()[:16]}"}
+        return {"preferences": f"{len(self.records.preferences)} with the hash {self.records.digest()[:16]}"}
 
     def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
@@ -275,7 +273,7 @@ class PreferenceDataset:
         batches, metrics = [], []
         for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
             own = process_shard(range(update * size, (update + 1) * size), context)
-            chunks = self._chunks(_preferences_at(self.recorded, self.config, own.start, len(own)))
+            chunks = self._chunks(_preferences_at(self.records, self.config, own.start, len(own)))
             half = half_precision(trainable.denoiser, self.config)
             window = num_training_steps_of(len(chunks[0].stochastic), self.config, half is not None)
             steps = chosen_steps(window, self.config.timestep_fraction, seed, f"update {update}")
@@ -287,7 +285,7 @@ class PreferenceDataset:
                 # Samples count as the present policy's; the first batch is compared with its replay, all steps.
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
             batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), window))
-            metrics.append({"turn": update * size / len(self.recorded.preferences)})
+            metrics.append({"turn": update * size / len(self.records.preferences)})
         order = batch_order(len(batches), self.config.num_iterations, seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(batch.rewards for batch in batches), tuple(metrics), order)
 
@@ -301,7 +299,7 @@ class PreferenceDataset:
         for preference, pair in zip(preferences, pairs, strict=True):
             if pair.stochastic != first.stochastic or pair.latents.shape != first.latents.shape:
                 raise InputError(
-                    f"{self.recorded.folder}: lots {preferences[0].group} and {preference.group} have trajectories of "
+                    f"{self.records.folder}: lots {preferences[0].group} and {preference.group} have trajectories of "
                     f"shapes {tuple(first.latents.shape[1:])} and {tuple(pair.latents.shape[1:])}: one folder is for "
                     "one size"
                 )
@@ -310,20 +308,20 @@ class PreferenceDataset:
         return [whole.at(numbers[place : place + size]) for place in numbers[::size]]
 
 
-def _preferences_at(recorded: PreferenceRecords, config: TrainingConfig, position: int, count: int) -> list[Preference]:
-    numbers = [str(number) for number in range(len(recorded.preferences))]
-    return [recorded.preferences[int(one)] for one in prompts_at(position, count, numbers, config.seed)]
+def _preferences_at(records: PreferenceRecords, config: TrainingConfig, position: int, count: int) -> list[Preference]:
+    numbers = [str(number) for number in range(len(records.preferences))]
+    return [records.preferences[int(one)] for one in prompts_at(position, count, numbers, config.seed)]
 
 
-def _check_settings(recorded: PreferenceRecords, pipe: Any, config: TrainingConfig) -> None:
+def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfig) -> None:
     """Raises InputError where a run would not draw the samples as those of the folder were drawn."""
     if config.num_generations != 2:
         raise InputError(f"num_generations must be 2, got {config.num_generations}: a preference compares two samples")
     here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
-    other = replace(recorded.drawn, **{name: getattr(here, name) for name in MUST_MATCH})
-    for name, (there, asked) in recorded.drawn.diff(other).items():
+    other = replace(records.provenance, **{name: getattr(here, name) for name in MUST_MATCH})
+    for name, (there, asked) in records.provenance.diff(other).items():
         raise InputError(
-            f"{name} is {_described(asked)} in this run and was {_described(there)} when {recorded.folder} was "
+            f"{name} is {_described(asked)} in this run and was {_described(there)} when {records.folder} was "
             "recorded: train with the arguments that the samples were drawn with (see "
             "steer.pipelines.training.preference_data.sampling_config_of)"
         )
@@ -346,7 +344,7 @@ def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Refere
 
 
 def _regenerate(
-    groups: Sequence[SampleGroup], recorded: PreferenceRecords, pipe: Any, config: TrainingConfig, folder: Path
+    groups: Sequence[SampleGroup], records: PreferenceRecords, pipe: Any, config: TrainingConfig, folder: Path
 ) -> dict[str, SampleGroup]:
     """Sample groups again, each as the batch that it was, and verify its images; return them with trajectories.
 
@@ -354,7 +352,7 @@ def _regenerate(
     """
     if not groups:
         return {}
-    kept, sampler = PreferenceFolder.create_as(folder, recorded.drawn), sampler_of(pipe, config)
+    kept, sampler = PreferenceFolder.create_as(folder, records.provenance), sampler_of(pipe, config)
     here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
     for group in tqdm(groups, unit="group", disable=None, desc="sampling the recorded images again"):
         if (known := kept.groups.get(group_id(group.rows))) is not None and known.images == group.images:
@@ -362,13 +360,13 @@ def _regenerate(
         sampled, images = sampler.rollout(group.rows)
         for number, (image, metrics) in enumerate(zip(images, group.images, strict=True)):
             if pixel_hash(pixels_of(image)) != metrics:
-                raise InputError(_regeneration_error(group, number, recorded.drawn, here))
+                raise InputError(_regeneration_error(group, number, records.provenance, here))
         kept.write_group(sampled, images)
     return {group.id: kept.groups[group_id(group.rows)] for group in groups}
 
 
-def _regeneration_error(group: SampleGroup, number: int, drawn: SampleProvenance, here: SampleProvenance) -> str:
-    difference = [f"{name} {there!r} then, {now!r} now" for name, (there, now) in drawn.diff(here).items()]
+def _regeneration_error(group: SampleGroup, number: int, provenance: SampleProvenance, here: SampleProvenance) -> str:
+    difference = [f"{name} {there!r} then, {now!r} now" for name, (there, now) in provenance.diff(here).items()]
     why = (
         "; ".join(difference)
         or "the settings are the same, so the weights are not, or the device is another of its kind"

@@ -256,14 +256,14 @@ class PreferenceRecords:
     """The preferences of a folder that were not undone; ties are counted and left out."""
 
     folder: Path
-    drawn: SampleProvenance
+    provenance: SampleProvenance
     groups: Mapping[str, SampleGroup]
     preferences: tuple[Preference, ...]
     ties: int
 
     def digest(self) -> str:
         """Hash the preferences in their order, with their provenance and groups."""
-        selected = hashlib.sha256(repr(self.drawn).encode())
+        selected = hashlib.sha256(repr(self.provenance).encode())
         for preference in self.preferences:
             group = self.groups[preference.group]
             selected.update(repr((preference.chosen, preference.rejected, group.rows, group.images)).encode())
@@ -290,7 +290,7 @@ def read_preferences(folder: Path) -> PreferenceRecords:
     for number, row in rows:
         if "lot" not in row and IMAGE_PAIR_KEYS & row.keys():
             raise InputError(f"{path}, line {number}: these are {IMAGE_PAIRS_UNSUPPORTED}")
-    drawn, groups = SampleProvenance.read(folder), read_groups(folder)
+    provenance, groups = SampleProvenance.read(folder), read_groups(folder)
     read = {number: parse_preference(f"{path}, line {number}", row, groups) for number, row in rows}
     loaded = [read[number] for number, _ in drop_undone(rows)]
     preferences = tuple(preference for preference in loaded if preference is not None)
@@ -300,7 +300,7 @@ def read_preferences(folder: Path) -> PreferenceRecords:
         logger.warning("%s: %d ties of %d choices are left out", path, ties, len(loaded))
     for name in dict.fromkeys(preference.group for preference in preferences):
         check_files(groups[name])
-    return PreferenceRecords(folder, drawn, groups, preferences, ties)
+    return PreferenceRecords(folder, provenance, groups, preferences, ties)
 
 
 def read_groups(folder: Path) -> dict[str, SampleGroup]:

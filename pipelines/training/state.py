@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,22 +104,6 @@ class RunFolder:
         self.identity = json.loads(json.dumps(identity), parse_constant=str)  # inf is no JSON
         self.resumable = json.loads(json.dumps(resumable or {}), parse_constant=str)
         self.checkpoints = Checkpoints(path / "checkpoints", config.save_total_limit)
-
-    def find(self, resume: bool) -> Checkpoint | None:
-        """Return the newest whole checkpoint to resume from; None where there is no run yet.
-
-        Raises InputError for a folder that holds another run, or this one where `resume` is false.
-        """
-        resume_from, skipped = self.checkpoints.latest()
-        for line in skipped:
-            logger.warning("skipped a checkpoint: %s", line)
-        if not resume and (resume_from or skipped or (self.path / LOG_FILES["records"]).exists()):
-            raise InputError(f"{self.path} holds a run already: resume it, or choose another output_dir")
-        if resume_from is None and skipped:
-            raise InputError(f"{self.path}: no checkpoint there is whole ({skipped[0]}); choose another output_dir")
-        if resume_from is not None:
-            _check_identity(self.identity, resume_from)
-        return resume_from
 
     def open(self, run: RunState, resume_from: Checkpoint | None) -> None:
         """Restore the run from a checkpoint, and rewrite its logs to that point."""
@@ -257,7 +241,26 @@ class RunFolder:
         return written.relative_to(new)
 
 
-def _check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:
+def checkpoint_to_resume(path: Path, resume: bool, warn: Callable[[str], None] = logger.warning) -> Checkpoint | None:
+    """Return the newest whole checkpoint of the run in a folder; None where there is no run yet.
+
+    warn  takes a line about each checkpoint that is skipped
+    Raises InputError for a folder with a run where `resume` is false, and for one without a whole checkpoint.
+    """
+    newest, skipped = Checkpoints(path / "checkpoints").latest()
+    if not resume and (newest or skipped or (path / LOG_FILES["records"]).exists()):
+        raise InputError(
+            f"{path} holds a run already: resume it (--resume or resume_from_checkpoint) or choose another output_dir"
+        )
+    if newest is None and skipped:
+        raise InputError(f"{path}: no checkpoint there is whole ({skipped[0]}); choose another output_dir")
+    for line in skipped:
+        warn(f"skipped a checkpoint: {line}")
+    return newest
+
+
+def check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:
+    """Raises InputError for a checkpoint of another run."""
     there = saved.json("identity")
     for name, value in identity.items():
         if there.get(name) != value:

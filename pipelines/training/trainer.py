@@ -34,7 +34,7 @@ from steer.pipelines.training.method import (
 from steer.pipelines.training.model_card import base_model, model_card
 from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
 from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer, RolloutSource
-from steer.pipelines.training.state import RunFolder, RunState
+from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
 from steer.reward import warn_if_pipeline_truncates, with_metadata
 from steer.rewards.parser import load_reward
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
@@ -221,7 +221,9 @@ class TrainingRun:
         self.context.check(config)
         identity, resumable = identity_of(trainer, source, evaluator), resumable_of(config)
         self.folder = RunFolder(folder, identity, trainer.describe(), config, self.context, resumable)
-        self.resume_from = self.folder.find(resume)
+        self.resume_from = checkpoint_to_resume(folder, resume)
+        if self.resume_from is not None:
+            check_identity(self.folder.identity, self.resume_from)
         self.context.wait()  # nobody writes before all have looked
         with self.context.translate_connection_errors():
             self.state = self._create_state(trainable_of(trainer.pipe, config))
