@@ -458,7 +458,7 @@ def test_a_lot_told_twice_and_otherwise_is_refused(stored: Path) -> None:
         check_preferences(stored)
 
 
-@pytest.mark.parametrize("name", ["pipeline", "scheduler", "call", "eta", "storage", "dtype", "device", "torch"])
+@pytest.mark.parametrize("name", ["pipeline", "scheduler", "call", "eta", "latents_dtype", "dtype", "device", "torch"])
 def test_settings_that_are_missing_or_no_such_thing_are_refused(name: str, stored: Path) -> None:
     loaded = json.loads((stored / "settings.json").read_text())
     for wrong in ({key: value for key, value in loaded.items() if key != name}, loaded | {name: [1]}):
@@ -488,12 +488,12 @@ def test_what_no_training_could_learn_from_is_not_written(tmp_path: Path) -> Non
     pipe = fresh_pipe("sd")
     for call, said in (
         ({}, "num_inference_steps must be among"),
-        (CALL | {"image": torch.zeros(1)}, "image is no plain value"),
+        (CALL | {"image": torch.zeros(1)}, "image is not a plain value"),
     ):
         with pytest.raises(InputError, match=said):
             PreferenceFolder.create(tmp_path / "x", pipe, call)
     with pytest.raises(InputError, match="latents_dtype must be one of"):
-        PreferenceFolder.create(tmp_path / "x", pipe, CALL, storage="int8")
+        PreferenceFolder.create(tmp_path / "x", pipe, CALL, latents_dtype="int8")
     assert not (tmp_path / "x").exists()
     folder = PreferenceFolder.create(tmp_path / "x", pipe, CALL)
     sampled, images = Sampler(pipe, CALL).rollout(GROUPS[0])
