@@ -33,7 +33,6 @@ from steer.pipelines.reno import (
 from steer.pipelines.selection import BestOfNPipeline, Selection, SelectionPipeline
 from steer.registry import choose
 from steer.reward import Reward
-from steer.shared_prompt import shared_prompt
 from steer.smc.potentials import POTENTIALS, TEMPERINGS
 from steer.smc.resampling import RESAMPLERS
 
@@ -411,15 +410,13 @@ METHODS = {
 class ComputeOptions:
     """What is switched on while images are made.
 
-    attention      a backend of `steer.diffusion.attention`
-    share_prompts  keys and values of a prompt once for all its particles and steps (`steer.shared_prompt`)
-    compiled       the denoiser through torch.compile (`steer.diffusion.batching`)
-    micro_batch    rows of the denoiser's batch at a time (`steer.diffusion.batching`); 0: as many as the memory takes;
-                   None: all, or not at all
+    attention    a backend of `steer.diffusion.attention`
+    compiled     the denoiser through torch.compile (`steer.diffusion.batching`)
+    micro_batch  rows of the denoiser's batch at a time (`steer.diffusion.batching`); 0: as many as the memory takes;
+                 None: all, or not at all
     """
 
     attention: str = "auto"
-    share_prompts: bool = False
     compiled: bool = False
     micro_batch: int | None = None
 
@@ -428,8 +425,6 @@ class ComputeOptions:
         choose("attention backend", self.attention, BACKENDS)
         if self.micro_batch is not None and self.micro_batch < 0:
             raise InputError(f"--micro-batch must be at least 0, got {self.micro_batch}")
-        if self.share_prompts and self.compiled:
-            raise InputError("--share-prompts does nothing in compiled models: leave it out, or --compile")
 
     @contextmanager
     def __call__(self, pipe: Any) -> Iterator[Any]:
@@ -439,8 +434,6 @@ class ComputeOptions:
         """
         with ExitStack() as stack:
             stack.enter_context(attention_backend(pipe, self.attention))
-            if self.share_prompts and not (sharing := stack.enter_context(shared_prompt(pipe))).layers:
-                raise InputError(f"--share-prompts: there is nothing to share: {'; '.join(sharing.reasons)}")
             view = stack.enter_context(compiled(pipe)) if self.compiled else pipe
             if self.micro_batch is not None:
                 view = stack.enter_context(micro_batched(view, self.micro_batch or None))

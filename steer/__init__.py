@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     )
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-    from steer.reward import Reward, RewardError, score, score_components, with_timeout
-    from steer.rewards.parser import combine, load_reward
+    from steer.reward import Reward, RewardError, with_timeout
+    from steer.rewards.parser import combine, load_reward, score, score_components
 
 _MODULES = {
     "steer.assets": ("MODELS",),
@@ -50,8 +50,8 @@ _MODULES = {
     ),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
-    "steer.reward": ("Reward", "RewardError", "score", "score_components", "with_timeout"),
-    "steer.rewards.parser": ("combine", "load_reward"),
+    "steer.reward": ("Reward", "RewardError", "with_timeout"),
+    "steer.rewards.parser": ("combine", "load_reward", "score", "score_components"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [

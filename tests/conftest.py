@@ -350,7 +350,7 @@ def no_gradients_of_other_files() -> Iterator[None]:
     for pipe in SHARED:
         for model in pipe.components.values():
             if isinstance(model, torch.nn.Module):
-                model.zero_grad(set_to_none=True)
+                model.requires_grad_().zero_grad(set_to_none=True)  # a trainer freezes what it does not train
 
 
 def with_scheduler(pipe: DiffusionPipeline, scheduler: Any) -> DiffusionPipeline:

@@ -168,7 +168,7 @@ def test_interrupted_inside_a_prompt_the_same_command_goes_on_there(steer: Steer
     (own / "calls").unlink()
     out = own / "o"
     code, _, err = steer(*words, "--reward", "noisy_rewards:Interrupted", "--out", out)
-    assert code == 130 and "the same command goes on" in err and not (out / "report.json").exists()
+    assert code == 130 and "run the command again to resume" in err and not (out / "report.json").exists()
     assert (out / "000-a-star" / "search.safetensors").exists()
     code, _, err = steer(*replaced(words, "--lr", "2"), "--reward", "noisy_rewards:Interrupted", "--out", out)
     assert code == 2 and "000-a-star/search.safetensors belongs to another run" in err and len(err.splitlines()) == 1

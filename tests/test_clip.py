@@ -450,8 +450,8 @@ def test_known_prompts_are_bounded_the_least_recently_used_are_forgotten() -> No
     assert texts(["ccc"])[:, 0].tolist() == [3]  # bb goes: a was asked for after it
     assert texts(["a"])[:, 0].tolist() == [1] and asked == ["a", "bb", "ccc"]
     assert texts(["bb", "dddd", "eeeee"])[:, 0].tolist() == [2, 4, 5]
-    assert asked[3:] == ["bb", "dddd", "eeeee"] and len(texts._known) == 2
-    assert all(row.untyped_storage().nbytes() == 3 * 4 for row in texts._known.values())
+    assert asked[3:] == ["bb", "dddd", "eeeee"] and len(texts._cache) == 2
+    assert all(row.untyped_storage().nbytes() == 3 * 4 for row in texts._cache.values())
 
 
 def test_gradients_come_after_inference_mode(make: Make) -> None:

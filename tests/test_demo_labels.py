@@ -34,7 +34,7 @@ from steer.apps.demo.label_tab import (
     cohen,
     empty_view,
     fleiss,
-    lot_view,
+    group_view,
     prompts_of,
 )
 from steer.apps.demo.labels import LabelRequest, LabelStore, Progress, command_of, label_folder, write_zip
@@ -184,9 +184,9 @@ def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, store: La
 KILLED = """
 import sys
 from pathlib import Path
-from steer.apps.demo.labels import LabelBook
-book = LabelBook(Path(sys.argv[1]))
-lots, number = [*book.lots], 0
+from steer.apps.demo.labels import LabelStore
+book = LabelStore(Path(sys.argv[1]))
+lots, number = [*book.groups], 0
 while True:
     lot, name = lots[number % len(lots)], f"A{number // len(lots)}"
     book.choose(name, lot, number % 2)
@@ -575,10 +575,10 @@ def test_the_tab_has_no_public_endpoint_and_no_download_of_an_owners_folder(tmp_
 
 def test_the_view_escapes_prompts_and_names_each_image() -> None:
     evil = "\"><script>alert(1)</script><img src=x onerror='alert(1)'>"
-    view = lot_view(3, "abc", evil, [b"1", b"2"])
+    view = group_view(3, "abc", evil, [b"1", b"2"])
     assert "<script" not in view and view.count("<img") == 2 and view.count('alt="') == 2
-    assert 'data-turn="3" data-lot="abc"' in view and 'aria-keyshortcuts="ArrowLeft"' in view
-    assert "Both bad" in view and "All bad" in lot_view(4, "abc", "a", [b"1", b"2", b"3"])
+    assert 'data-turn="3" data-group="abc"' in view and 'aria-keyshortcuts="ArrowLeft"' in view
+    assert "Both bad" in view and "All bad" in group_view(4, "abc", "a", [b"1", b"2", b"3"])
     assert "<script" not in empty_view(1, evil) and 'data-answer="undo"' in empty_view(1, "x", undo=True)
 
 

@@ -301,7 +301,7 @@ def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[
     record = {"step": 1, "reward": 0.25, "kl": 0.0, "seconds": 20.0}
     story.after(Update(record))
     assert story.line == "Update 1 of 4, reward 0.25, KL 0. About 60 s left."
-    assert story.conclusion().startswith("Stopped after 1 of 4 updates. Nothing is lost: Go on continues")
+    assert story.conclusion().startswith("Stopped after 1 of 4 updates. Nothing is lost: Resume continues")
     assert TrainingView(4).conclusion() == "Stopped before the first update."
     whole = TrainingView(3)
     for event in told:
@@ -375,7 +375,7 @@ def test_a_visitor_trains_goes_on_and_hands_the_weights_to_steer(studio: Studio,
     assert not found[tab.finish]["visible"] and found[tab.archive]["value"] == str(done.trained.archive)
     assert str(studio.home) not in found[tab.samples] + found[tab.charts] + found[tab.status]
     assert tab.lend(done) == (done.trained.weights, gr.update(selected="steer"))
-    more: Run = seen(tab.go_on(done, 2, visitor("ada")))[tab.run]
+    more: Run = seen(tab.resume(done, 2, visitor("ada")))[tab.run]
     assert more.trained is not None and more.trained.result.step == 2 and more.folder == done.folder
 
 

@@ -19,7 +19,7 @@ from steer.pipelines.training.evaluation import Evaluator
 from steer.reward import RewardError
 from steer.rewards.remote import RequestError, RewardServer
 from steer.rewards.weights import to_module_device
-from steer.training.distributed import SINGLE_PROCESS
+from steer.training.distributed import SingleProcess
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -151,7 +151,7 @@ def test_held_out_images_are_scored_before_they_leave_the_device(monkeypatch: py
     }
     config = TrainingConfig(max_steps=1, num_generations_eval=2, call=call)
     found = Evaluator(("a star",), Reward(), []).evaluate(
-        cached_pipe("sd"), config, 0, None, lambda: None, SINGLE_PROCESS
+        cached_pipe("sd"), config, 0, None, lambda: None, SingleProcess()
     )
     assert order and scored and not any(scored)
     assert found.images.shape == (2, 3, 8, 8)

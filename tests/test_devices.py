@@ -1,4 +1,4 @@
-"""Everything on a pretended accelerator: no mix of devices, no fall back to the CPU, the numbers of the CPU."""
+"""Everything on a fake accelerator: no mixed devices, no fallback to the CPU, the numbers of the CPU."""
 
 import copy
 import itertools
@@ -14,7 +14,7 @@ from fake_devices import CPU, DEVICE, fake_devices
 from finetune_runs import METHODS, settings_of, train
 from rollouts import TWO_PROMPTS, call_of, fresh_pipe
 from soft_rewards import Soft, likeness, own_kwargs, seeded
-from test_preview_decoders import tiny
+from test_preview import tiny
 from tiny_rewards import tiny_specifications
 from torch import Tensor
 

@@ -12,7 +12,6 @@ from PIL import Image
 
 from steer.apps import methods as room
 from steer.apps.methods import ComputeOptions, SamplingConfig
-from steer.errors import InputError
 
 WORDS = ["sample", "a red circle", "--steps", 4, "--particles", 4, "--lam", 40, "--seed", 3]
 
@@ -30,9 +29,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     "words",
     [
         ["--attention", "eager"],
-        ["--share-prompts"],
         ["--micro-batch", 3],
-        ["--micro-batch", 0, "--attention", "sdpa", "--share-prompts"],
+        ["--micro-batch", 0, "--attention", "sdpa"],
     ],
 )
 def test_switches_change_no_image(steer: Steer, tmp_path: Path, plain: Path, words: list[Any]) -> None:
@@ -74,7 +72,6 @@ def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
     [
         (["--attention", "flash"], "unknown attention backend 'flash'"),
         (["--micro-batch", -1], "--micro-batch must be at least 0, got -1"),
-        (["--compile", "--share-prompts"], "--share-prompts does nothing in compiled models"),
         (["--particle-schedule", "3"], "--particle-schedule: write STEP:PARTICLES,… such as 8:4,14:2, got '3'"),
         (["--particle-schedule", "2:2,2:1"], "--particle-schedule: a step is there twice"),
         (
@@ -92,12 +89,6 @@ def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
 def test_what_cannot_be_is_one_line(steer: Steer, tmp_path: Path, words: list[Any], message: str) -> None:
     code, _, said = steer(*WORDS, *words, "--out", tmp_path)
     assert code == 2 and message in said and len(said.strip().splitlines()) == 1
-
-
-def test_nothing_to_share_is_said() -> None:
-    nothing = pytest.raises(InputError, match="--share-prompts: there is nothing to share")
-    with nothing, ComputeOptions(share_prompts=True)(cached_pipe("flux")):
-        pass
 
 
 def test_particles_get_fewer_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from conftest import PIPELINES
 from finetune_runs import METHODS, Recorder, config_of, train
+from preloaded import Forked
 from safetensors.torch import load_file
 
 from steer.apps.models import load_pipeline
@@ -79,13 +78,12 @@ def assert_same_end(one: Path, other: Path) -> None:
 @pytest.mark.parametrize("method", ["d3po", "prdp", "ddpo"])
 def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_last_bit(method: str, model: Path, tmp_path: Path) -> None:
     train(method, loaded(model), tmp_path / "whole")
-    command = [sys.executable, Path(__file__).with_name("finetune_child.py"), method, model, tmp_path / "killed"]
+    command = [Path(__file__).with_name("finetune_child.py"), method, model, tmp_path / "killed"]
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2])),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    child = subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE, text=True, env=environment)
-    assert child.stdout
+    child = Forked(command, tmp_path, environment)
     lines = [child.stdout.readline() for _ in range(random.Random(method).randint(1, 6))]
     child.send_signal(signal.SIGKILL)
     child.wait()

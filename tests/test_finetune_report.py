@@ -151,10 +151,10 @@ def test_large_pictures_are_scaled_down_and_of_videos_the_middle_is_shown(tmp_pa
 
 
 def test_captions_fit_and_dollars_are_no_mathematics() -> None:
-    assert grids.caption("short") == ["short"]
-    lines = grids.caption("word " * 40)
+    assert grids.wrap_caption("short") == ["short"]
+    lines = grids.wrap_caption("word " * 40)
     assert len(lines) == 2 and max(map(len, lines)) <= 30 and lines[1].endswith("…")
-    assert grids.numbers([-0.5, 1.23456]) == "−0.5 · 1.23"
+    assert grids.format_rewards([-0.5, 1.23456]) == "−0.5 · 1.23"
 
 
 def test_before_and_after_hold_the_first_and_the_last_grid(described: tuple[Path, TrainingResult]) -> None:
@@ -261,7 +261,7 @@ def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp
     assert all(Image.open(path).size[0] >= 500 for path in collected)
 
 
-def test_without_evaluations_the_training_samples_are_told(tmp_path: Path) -> None:
+def test_without_evaluations_the_training_samples_are_reported(tmp_path: Path) -> None:
     text = card_of(tmp_path, result_of(7))
     assert "0.1429 in update 1, 1 in update 7" in text and "0.8642 nats" in text and "\n|" not in text
 
@@ -354,7 +354,7 @@ def test_every_method_cites_the_paper_of_its_code(trainer: type[Trainer[Any]]) -
     assert number in (inspect.getsource(inspect.getmodule(trainer)) or "").replace(f'"{number}"', "")
 
 
-def test_weights_that_a_guard_kept_are_told_as_such(tmp_path: Path) -> None:
+def test_weights_that_a_guard_kept_are_named(tmp_path: Path) -> None:
     kept = result_of(9, 0, 3, 9, best=3, weights=tmp_path / "final" / "unet", stopped="fooled", weights_step=3)
     assert "They are those of update 3" in card_of(tmp_path, kept)
     assert "They are those" not in card_of(tmp_path, replace(kept, weights_step=9))

@@ -78,11 +78,11 @@ TABLES = {
 def preferred(path: Path, images: Path | None = None) -> list[tuple[str, int]]:
     """Prompt and shade of the preferred image of every pair; the other one has the other shade."""
     loaded = read_pairs(path, images)
-    assert set(loaded.choices.choice.tolist()) <= {0.0, 1.0} and loaded.choices.strength.tolist() == [1] * len(loaded)
-    assert loaded.choices.choice.dtype == torch.float32
+    assert set(loaded.labels.choice.tolist()) <= {0.0, 1.0} and loaded.labels.strength.tolist() == [1] * len(loaded)
+    assert loaded.labels.choice.dtype == torch.float32
     a, b = shades(loaded.a), shades(loaded.b)
     assert all({one, other} == {51, 204} for one, other in zip(a, b, strict=True))
-    won = [one if choice else other for one, other, choice in zip(a, b, loaded.choices.choice.tolist(), strict=True)]
+    won = [one if choice else other for one, other, choice in zip(a, b, loaded.labels.choice.tolist(), strict=True)]
     return list(zip(loaded.prompts, won, strict=True))
 
 
@@ -186,7 +186,7 @@ def test_the_command_learns_from_them(tmp_path: Path, steer: Steer) -> None:
     put_images(tmp_path / "pictures")
     rows = [row | {"prompt": f"{row['prompt']} {number}"} for number in range(4) for row in HPDV3]
     words = ["--images", tmp_path / "pictures", "--out", tmp_path / "out", "--work", tmp_path / "work"]
-    code, out, err = steer("rewards", "train", in_json(tmp_path, rows), *words, "--steps", 2, "--batch", 4)
+    code, out, err = steer("rewards", "train", in_json(tmp_path, rows), *words, "--steps", 2, "--batch-size", 4)
     assert code == 0, err
     assert "accuracy" in out and (tmp_path / "out" / "reward.json").exists()
     code, _, err = steer("rewards", "train", in_json(tmp_path, [{"a": 1}]), *words)

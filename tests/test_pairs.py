@@ -73,9 +73,9 @@ def test_lines_by_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder / "images")  # paths are told from the file on, wherever one stands
     loaded = read_pairs(path)
     assert len(loaded) == 5
-    assert loaded.choices.choice.tolist() == pytest.approx([0, 1, 0.5, 0.8, 1])
-    assert loaded.choices.strength.tolist() == [1, 2, 0, 1, 1]
-    assert loaded.choices.choice.dtype == loaded.choices.strength.dtype == torch.float32
+    assert loaded.labels.choice.tolist() == pytest.approx([0, 1, 0.5, 0.8, 1])
+    assert loaded.labels.strength.tolist() == [1, 2, 0, 1, 1]
+    assert loaded.labels.choice.dtype == loaded.labels.strength.dtype == torch.float32
     assert loaded.prompts == ("x", "x", "größer ½", "x", "x")
     assert shades(loaded.a) == [51] * 5 and shades(loaded.b) == [204] * 4 + [51]
 
@@ -99,9 +99,9 @@ def test_parquet_by_hand(folder: Path, held: dict[str, Any]) -> None:
     ]
     loaded = read_pairs(table(folder, rows))
     assert shades(loaded.a) == [51, 51] and shades(loaded.b) == [204, 204]
-    assert loaded.choices.choice.tolist() == [1, 0.5] and loaded.choices.strength.tolist() == [3, 1]
+    assert loaded.labels.choice.tolist() == [1, 0.5] and loaded.labels.strength.tolist() == [3, 1]
     words = read_pairs(table(folder, [held | {"prompt": "x", "choice": word} for word in ("a", "b", "tie")]))
-    assert words.choices.choice.tolist() == [1, 0, 0.5]
+    assert words.labels.choice.tolist() == [1, 0, 0.5]
 
 
 def test_captions_are_rows_too(folder: Path) -> None:
@@ -202,10 +202,10 @@ def test_files_that_are_none_are_named(folder: Path) -> None:
 def test_broken_images_are_named_when_they_are_loaded(folder: Path) -> None:
     (folder / "images" / "broken.png").write_bytes(b"no image")
     loaded = read_pairs(lines(folder, GOOD | {"image_a": "images/broken.png"}))
-    with pytest.raises(InputError, match=r"images/broken\.png: not an image that can be read"):
+    with pytest.raises(InputError, match=r"images/broken\.png: not a readable image format"):
         load_images(loaded.a, lambda image: image)
     loaded = read_pairs(table(folder, [GOOD | {"image_a": b"no image"}]))
-    with pytest.raises(InputError, match="an image of 8 bytes: not an image that can be read"):
+    with pytest.raises(InputError, match="an image of 8 bytes: not a readable image format"):
         load_images(loaded.a, lambda image: image)
 
 
@@ -227,11 +227,11 @@ def test_images_of_any_size_become_one_batch(folder: Path) -> None:
 def test_some_of_the_pairs_stay_together(folder: Path) -> None:
     rows = [GOOD | {"choice": choice, "strength": k, "prompt": f"p{k}"} for k, choice in enumerate(["a", "b", "tie"])]
     rows[1] |= {"image_a": "images/light.png", "image_b": "images/dark.png"}
-    loaded = read_pairs(lines(folder, *rows)).take([2, 1, 1])
+    loaded = read_pairs(lines(folder, *rows)).select([2, 1, 1])
     assert loaded.prompts == ("p2", "p1", "p1") and len(loaded) == 3
-    assert loaded.choices.choice.tolist() == [0.5, 0, 0] and loaded.choices.strength.tolist() == [2, 1, 1]
+    assert loaded.labels.choice.tolist() == [0.5, 0, 0] and loaded.labels.strength.tolist() == [2, 1, 1]
     assert shades(loaded.a) == [51, 204, 204] and shades(loaded.b) == [204, 51, 51]
-    assert len(loaded.take([])) == 0
+    assert len(loaded.select([])) == 0
 
 
 @given(

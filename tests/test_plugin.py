@@ -46,7 +46,9 @@ CODE = """
 import sys
 
 import torch
-from steer.reward import load_reward, score, score_components, takes_number
+from steer.reward import score, score_components
+from steer.rewards.names import takes_number
+from steer.rewards.parser import load_reward
 
 images = torch.tensor([0.7, 0.4, 0.2]).view(1, 3, 1, 1).expand(2, 3, 8, 8).clone().requires_grad_()
 total, components = score_components(load_reward("warmth + jpeg:0.1"), images, ["", ""])

@@ -64,9 +64,9 @@ def test_what_is_true_comes_through(liar: str) -> None:
         ("garbage", "does not answer in HTTP (BadStatusLine"),
         ("closes", "cannot be reached (Remote end closed connection"),
         ("moved", "answers with status 302, not JSON"),
-        ("stalls", "took longer than its 0.5 s"),
-        ("stalls-inside", "took longer than its 0.5 s"),
-        ("drips", "took longer than its 0.5 s"),
+        ("stalls", "timed out after 0.5 s"),
+        ("stalls-inside", "timed out after 0.5 s"),
+        ("drips", "timed out after 0.5 s"),
     ],
 )
 def test_a_lie_is_one_line_that_names_the_address(liar: str, lie: str, message: str) -> None:
@@ -77,7 +77,7 @@ def test_a_lie_is_one_line_that_names_the_address(liar: str, lie: str, message: 
 
 
 def test_another_protocol_is_refused_at_once(liar: str) -> None:
-    with pytest.raises(RewardError, match="speaks protocol 2, this side 1"):
+    with pytest.raises(RewardError, match="uses protocol 2, this side 1"):
         load_reward(f"{liar}newer")
 
 
@@ -140,7 +140,7 @@ def test_images_that_are_not_finite_are_not_sent(liar: str) -> None:
     [
         ("exits", 3, "cannot be reached"),
         ("crashes", -signal.SIGSEGV, "cannot be reached"),
-        ("stalls", None, "took longer than its 8 s"),  # it is there for as long as it likes
+        ("stalls", None, "timed out after 8 s"),  # it is there for as long as it likes
     ],
 )
 def test_a_run_goes_on_when_the_process_is_back(
@@ -216,7 +216,7 @@ def test_an_image_cannot_send_anybody_to_an_address(steer: Steer, canary: Canary
     source, settings = tmp_path / "changed.png", replace(recipe.settings, reward=spec.format(canary.url))
     write_png(pixels, source, replace(recipe, settings=settings))
     code, out, err = steer("sample", "--replay", source, "--out", tmp_path / "replayed")
-    assert code == 2 and not out and len(err.splitlines()) == 1 and "say --reward SPEC with --replay" in err
+    assert code == 2 and not out and len(err.splitlines()) == 1 and "add --reward SPEC" in err
     assert not canary.called()
 
 

@@ -96,7 +96,7 @@ REFUSED = [
     (b"\xff\xfe", "not JSON"),
     (b"[" * 100_000, "not JSON"),
     (b"[]", "not a JSON object but list"),
-    (request(picture(RGB), protocol=2), "speaks protocol 1, got 2"),
+    (request(picture(RGB), protocol=2), "this side uses protocol 1, got 2"),
     (request(picture(RGB), images="text"), "must be lists"),
     (request(picture(RGB), images=[1]), "must hold base64 texts"),
     (request(picture(RGB), prompts=[None]), "must hold base64 texts"),
@@ -165,7 +165,7 @@ def test_calls_of_the_reward_are_one_by_one_and_it_ends_in_order(tmp_path: Path,
 def test_a_reward_that_hangs_neither_holds_the_client_nor_the_end(tmp_path: Path) -> None:
     with serving("own_served:hangs", tmp_path) as served:
         reward = load_reward(f"{served.url},timeout=0.5")
-        with pytest.raises(RewardError, match=r"took longer than its 0\.5 s"):
+        with pytest.raises(RewardError, match=r"timed out after 0\.5 s"):
             score(reward, IMAGES, ["a star"] * 3)
         assert (tmp_path / "hanging").exists()
         assert served.end(signal.SIGTERM) == (0, "", "")
@@ -177,7 +177,7 @@ def test_a_token_is_asked_for_where_there_is_one(tmp_path: Path, monkeypatch: py
         for wrong in (None, "Secret", "secrets"):
             if wrong is not None:
                 monkeypatch.setenv(TOKEN, wrong)
-            with pytest.raises(RewardError, match="status 401: this server wants its token"):
+            with pytest.raises(RewardError, match="status 401: this server requires its token"):
                 load_reward(served.url)
             assert ask(served.url, "POST", "/score", encode(IMAGES, PROMPTS))[0] == 401
         monkeypatch.setenv(TOKEN, "secret")
@@ -187,7 +187,9 @@ def test_a_token_is_asked_for_where_there_is_one(tmp_path: Path, monkeypatch: py
 def test_elsewhere_than_here_is_warned_of(tmp_path: Path) -> None:
     with serving("brightness", tmp_path, "--host", "0.0.0.0") as served:
         code, _, err = served.end(signal.SIGINT)
-        assert code == 0 and err.startswith("steer: --host 0.0.0.0: whoever reaches this machine can use the reward")
+        assert code == 0 and err.startswith(
+            "steer: --host 0.0.0.0: anyone who can reach this machine can use the reward"
+        )
         assert len(err.splitlines()) == 1
 
 

@@ -1,4 +1,4 @@
-"""Base classes of all commands: what is given is used or refused, never dropped in silence."""
+"""Base classes of all commands: every given option is used or refused, none is dropped silently."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from steer.errors import InputError
 
 
 class Command(click.Command):
-    """A command that refuses an option with one value where it is given twice (click takes the last in silence)."""
+    """A command that refuses a repeated single-valued option; click would silently use the last."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the words of the command line. Raises InputError for a single-valued option that is repeated."""
@@ -17,7 +17,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group whose own options, and those of its commands, follow the same rule."""
+    """A group of such commands, whose own options follow the same rule."""
 
     command_class = Command
     group_class = type
@@ -29,12 +29,12 @@ class Group(click.Group):
 
 
 def is_single_valued(option: click.Parameter) -> bool:
-    """Whether an option has one value: not `multiple`, not counted, and no `--help` or `--version`, which end it."""
+    """Tell whether an option has one value: not `multiple`, not counted, not `--help` or `--version`."""
     return isinstance(option, click.Option) and not (option.multiple or option.count or option.is_eager)
 
 
 def check_not_repeated(command: click.Command, context: click.Context, args: Sequence[str]) -> None:
-    """Raise InputError where the words give an option twice that has one value."""
+    """Raise InputError for a repeated option that has one value."""
     _, _, order = command.make_parser(context).parse_args(args=list(args))
     for option in order:
         if is_single_valued(option) and order.count(option) > 1:
@@ -45,13 +45,13 @@ def check_not_repeated(command: click.Command, context: click.Context, args: Seq
 
 
 def _checked(context: click.Context, option: click.Parameter, device: str | None) -> str | None:
-    """Refuse a device that this machine lacks before anything is loaded. Nothing is imported where none is given."""
+    """Refuse a device that this machine lacks before anything is loaded; without --device nothing is imported."""
     if device is not None:
         from steer.apps.models import check_device
 
         try:
             check_device(device)
-        except InputError as error:  # as click's own, which only one of several processes prints
+        except InputError as error:  # which only the main process prints
             raise click.ClickException(str(error)) from error
     return device
 
@@ -59,5 +59,5 @@ def _checked(context: click.Context, option: click.Parameter, device: str | None
 DEVICE = click.option(
     "--device",
     callback=_checked,
-    help="Where models and rewards run, such as cpu, cuda or cuda:1; by default the GPU if there is one.",
+    help="Device of models and rewards, such as cpu, cuda or cuda:1; by default the GPU if there is one.",
 )

@@ -8,7 +8,7 @@ import click
 from click.core import ParameterSource
 
 from steer.apps.cli.options import DEVICE, Command
-from steer.apps.processes import is_main_process, processes
+from steer.apps.processes import is_main_process, launch_context
 from steer.errors import InputError
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ WITH_REPLAY = {
     help="By default float32 on the CPU, bfloat16 elsewhere.",
 )
 @click.option("--attention", default="auto", help="What computes it: auto, xformers, sdpa or eager.")
-@click.option("--share-prompts", is_flag=True, help="Keys and values of a prompt once for all particles and steps.")
 @click.option("--compile", "compiled", is_flag=True, help="The denoiser through torch.compile: pays for many prompts.")
 @click.option("--micro-batch", type=int, help="Rows of the denoiser at a time; 0: as many as the memory takes.")
 def sample(
@@ -114,7 +113,6 @@ def sample(
     animation: bool,
     replay: Path | None,
     attention: str,
-    share_prompts: bool,
     compiled: bool,
     micro_batch: int | None,
     **settings: Any,
@@ -133,12 +131,12 @@ def sample(
     """
     if replay is not None:
         return _replay(context)
-    with processes().main_first():
+    with launch_context().local_main_process_first():
         prompts = _prompts(prompt, prompt_file, prompt_column)
     from steer.apps.methods import ComputeOptions, SamplingConfig
     from steer.apps.sampling import sample as run
 
-    compute_options = ComputeOptions(attention, share_prompts, compiled, micro_batch)
+    compute_options = ComputeOptions(attention, compiled, micro_batch)
     report = run(prompts, SamplingConfig(**settings), out, device, reward_timeout, animation, compute_options)
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]

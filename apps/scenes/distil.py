@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from steer.apps.scenes.evaluate import CALL
 from steer.apps.scenes.preferences import trained_prompts
-from steer.apps.scenes.training import CHANNELS, encode, image_loss, to_model, token_ids, training_scenes
+from steer.apps.scenes.training import CALL, CHANNELS, encode, image_loss, to_model, token_ids, training_scenes
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.files import atomic_write
 from steer.training.supervised import TrainingRun, batch_at

@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from steer.apps.models import load_pipeline
 from steer.apps.prompts import load_prompts
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.scenes.evaluate import CALL
-from steer.apps.scenes.training import LENGTH, build_tokenizer, training_scenes
+from steer.apps.scenes.training import CALL, LENGTH, build_tokenizer, training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request
 from steer.diffusion.seeds import derived_seed
 from steer.files import atomic_write, read_image

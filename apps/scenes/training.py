@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from steer.apps.scenes.evaluate import CALL, interval
 from steer.apps.scenes.world import captions, draw, is_held_out, random_request, random_scene, requests_of
 from steer.files import atomic_write
+from steer.pipelines.training.evaluation import interval as bootstrap
 from steer.rewards.scene import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SceneRequest, SceneReward
 from steer.training.supervised import TrainingRun, batch_at, read_state
 
@@ -439,6 +439,7 @@ def assemble(
     )
 
 
+CALL: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}  # of all studies; chosen on scenes-tuning
 DEVELOPMENT = 200  # requests with a relation; the held-out list has every held-out request of the other tasks
 FIRST_PILOT_SCENE = 20_000_000  # scenes from this number on are never trained on
 
@@ -449,6 +450,11 @@ def development_requests() -> list[SceneRequest]:
     rng = np.random.default_rng(FIRST_PILOT_SCENE)
     drawn = dict.fromkeys(random_request(rng, "position") for _ in range(20_000))
     return [r for r in drawn if is_held_out(r) and r.canonical not in reserved][:DEVELOPMENT]
+
+
+def interval(values: Tensor) -> list[float]:
+    """Mean of (N,) values and its 95 % bootstrap interval over them, to four digits."""
+    return [round(number, 4) for number in bootstrap(values.float())]
 
 
 @torch.no_grad()

@@ -199,7 +199,7 @@ def test_what_has_no_density_is_refused(pipe: Any, eta: float, message: str) -> 
 
 
 def test_a_run_without_noise_is_refused() -> None:
-    with pytest.raises(InputError, match="no step of this run has noise: there is nothing to learn from"):
+    with pytest.raises(InputError, match="no step of this run has noise: there is nothing to learn"):
         Sampler(cached_pipe("sd"), call_of("sd", steps=1)).rollout(TWO_PROMPTS)
 
 

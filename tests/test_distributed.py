@@ -1,4 +1,4 @@
-"""Several processes: the gradients of one, runs that stop and go on together, and one that dies."""
+"""Distributed training: the gradients of one process, checkpoints of several, and a process that dies."""
 
 import json
 import os
@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_child import fresh, gradients
 from finetune_runs import METHODS, config_of, train
+from preloaded import run_two
 from safetensors import safe_open
 from safetensors.torch import load_file
-from team_child import fresh, gradients
 
 from steer.errors import InputError
 from steer.training.checkpoint import Checkpoints
@@ -22,19 +23,23 @@ from steer.training.distributed import SINGLE_PROCESS, sum_over_processes
 TESTS = Path(__file__).parent
 
 
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
+
+
 def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
     """Two gloo processes. accelerate launch --cpu --num_processes 2 would silently begin one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(TESTS / "team_child.py"), str(folder), *what]
-    given = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    return subprocess.run(command, env=given, capture_output=True, text=True, timeout=600, check=False)
+    command += [str(TESTS / "distributed_child.py"), str(folder), *what]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes leave; starting them takes longer than what they do."""
+    """What two processes leave."""
     folder = tmp_path_factory.mktemp("two")
-    ended = launched(folder, "first", "gradients", "resumed", "interrupted", "sharded")
+    words = [TESTS / "distributed_child.py", folder, "first", "gradients", "resumed", "interrupted", "sharded"]
+    ended = run_two(words, Path.cwd(), environment())
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 

@@ -1,4 +1,4 @@
-"""What several processes do together: python -m torch.distributed.run --nproc-per-node 2 team_child.py FOLDER WHAT…"""
+"""The program of several processes: torchrun --nproc-per-node 2 distributed_child.py FOLDER TASK…"""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """An accelerator without hardware: CPU tensors that report another device, and errors where devices mix.
 
-    with pretended():
+    with fake_devices():
         pipe.to(DEVICE)
         pipe(...)  # RuntimeError where a real accelerator would raise it
 
@@ -64,13 +64,13 @@ def _place(tensor: Tensor) -> torch.device:
     with torch._C.DisableTorchFunction():  # `.device` is the real one
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             return tensor.device
-        return getattr(tensor.untyped_storage(), "pretended", CPU)
+        return getattr(tensor.untyped_storage(), "fake_device", CPU)
 
 
 def _put(tensor: Tensor, device: torch.device) -> Tensor:
     with torch._C.DisableTorchFunction():
         if tensor.device.type == "cpu" and tensor.layout == torch.strided:
-            tensor.untyped_storage().fake_devices = device  # type: ignore[attr-defined]
+            tensor.untyped_storage().fake_device = device  # type: ignore[attr-defined]
     return tensor
 
 

@@ -1,4 +1,4 @@
-"""Feynman–Kac steering against closed forms, and each known mistake of the published code."""
+"""Feynman–Kac steering against closed forms, and against known mistakes of published code."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The seam on every model family and every verified scheduler."""
+"""Step hooks on every model family and every verified scheduler."""
 
 import copy
 import math

@@ -1,4 +1,4 @@
-"""`steer sample` on several processes: two real ones that talk over gloo, as torchrun starts them."""
+"""`steer.apps.sampling`: several processes, resuming, finetuned weights."""
 
 import json
 import os
@@ -14,9 +14,15 @@ import pytest
 import torch
 from conftest import Steer, replaced
 from PIL import Image
+from preloaded import run_two
+from rollouts import random_lora
 
-from steer.apps.methods import SamplingConfig
-from steer.apps.processes import LaunchContext, processes
+from steer import BestOfNPipeline
+from steer.apps.methods import DEFAULT_LAMBDAS, METHODS, SamplingConfig
+from steer.apps.models import load_pipeline
+from steer.apps.plots import image_title
+from steer.apps.processes import LaunchContext, launch_context
+from steer.apps.recipes import read_png
 from steer.apps.sampling import PartialReport, open_report
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum
@@ -24,13 +30,13 @@ from steer.files import dumps_with_checksum, loads_with_checksum
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 TWO += ["-m", "steer.apps.cli.main"]
 PROMPTS = ["a circle", "a star", "a cross", "a star", "a square"]
-TOLD = """
+LOGGED_REWARD = """
 from pathlib import Path
 from torch import distributed
 
 HERE = Path(__file__).parent
 
-def told(images, prompts):
+def logged(images, prompts):
     both = (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
     with (HERE / f"calls-{both[0]}").open("a") as file:
         file.write(f"{both[0]} of {both[1]}: {prompts[0]}\\n")
@@ -52,15 +58,18 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture
 def words(one_thread: None, steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A command whose reward tells who calls it."""
-    (tmp_path / "told_rewards.py").write_text(TOLD)
+    (tmp_path / "logged_rewards.py").write_text(LOGGED_REWARD)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-    monkeypatch.delitem(sys.modules, "told_rewards", raising=False)
-    quick = ["--steps", "2", "--particles", "2", "--reward", "told_rewards:told", "--no-compare", "--lam", "5"]
+    monkeypatch.delitem(sys.modules, "logged_rewards", raising=False)
+    quick = ["--steps", "2", "--particles", "2", "--reward", "logged_rewards:logged", "--no-compare", "--lam", "5"]
     return ["sample", "--prompts", str(tmp_path / "prompts.txt"), *quick]
 
 
-def on_two(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+def on_two(words: list[str], folder: Path, launcher: bool = False) -> subprocess.CompletedProcess[str]:
+    """By torchrun, or forked as it would start them, which takes less time."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
+    if not launcher:
+        return run_two(["-m", "steer.apps.cli.main", *words], folder, environment)
     return subprocess.run([*TWO, *words], env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
@@ -85,7 +94,7 @@ def report_of(out: Path) -> dict[str, Any]:
     return report
 
 
-def test_two_processes_make_what_one_makes_and_go_on_after_a_failure(
+def test_two_processes_make_what_one_makes_and_resume_after_a_failure(
     steer: Steer, words: list[str], tmp_path: Path
 ) -> None:
     """One reward fails in process 1; then two processes, and in a copy of the folder one, do what is missing."""
@@ -105,7 +114,7 @@ def test_two_processes_make_what_one_makes_and_go_on_after_a_failure(
         f"0 of 1: {prompt}" for prompt in dict.fromkeys(PROMPTS[n] for n in range(5) if n not in finished)
     ]
     again = on_two([*words, "--out", str(out)], tmp_path)
-    assert again.returncode == 0 and again.stdout.count("5 prompts, told_rewards:told: best ") == 1
+    assert again.returncode == 0 and again.stdout.count("5 prompts, logged_rewards:logged: best ") == 1
     assert set(calls(tmp_path)) >= {"0 of 2: a star", "1 of 2: a star"}  # numbers 1 and 3, the first two missing
     assert steer(*words, "--out", tmp_path / "whole")[0] == 0
     for folder in (out, copy):
@@ -116,9 +125,9 @@ def test_two_processes_make_what_one_makes_and_go_on_after_a_failure(
     assert [entry["prompt"] for entry in report_of(out)["prompts"]] == PROMPTS
 
 
-def test_what_cannot_be_is_said_once(words: list[str], tmp_path: Path) -> None:
+def test_what_cannot_be_is_printed_once(words: list[str], tmp_path: Path) -> None:
     refused = on_two(
-        [str(word) for word in replaced(words, "--prompts", "nowhere.txt", "--out", tmp_path / "o")], tmp_path
+        [str(word) for word in replaced(words, "--prompts", "nowhere.txt", "--out", tmp_path / "o")], tmp_path, True
     )
     assert refused.returncode != 0 and refused.stderr.count("cannot read the prompt file") == 1
     assert not (tmp_path / "o").exists()
@@ -127,21 +136,23 @@ def test_what_cannot_be_is_said_once(words: list[str], tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [0, 1, 5, 12])
 def test_shares_are_all_of_it_once_and_even(count: int, n: int) -> None:
-    shares = [list(LaunchContext(index, count).share(n)) for index in range(count)]
+    shares = [list(LaunchContext(index, count).split_indices(n)) for index in range(count)]
     assert sorted(chain(*shares)) == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_a_plain_process_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plain_process_initializes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     code = (
-        "import sys\nfrom steer.apps.processes import processes\nhere = processes()\nhere.wait()\n"
-        "with here.main_first():\n    pass\n"
-        "print(here.index, here.count, here.from_main(lambda: 7), 'torch' in sys.modules, 'accelerate' in sys.modules)"
+        "import sys\nfrom steer.apps.processes import launch_context\ncontext = launch_context()\n"
+        "context.wait_for_everyone()\n"
+        "with context.local_main_process_first():\n    pass\n"
+        "print(context.rank, context.world_size, context.broadcast_from_main(lambda: 7))\n"
+        "print('torch' in sys.modules, 'accelerate' in sys.modules)"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout == "0 1 7 False False\n"
-    assert processes().device("cuda") == "cuda" and processes().device(None) is None
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "0 1 7\nFalse False\n"
+    assert launch_context().device("cuda") == "cuda" and launch_context().device(None) is None
     assert not torch.distributed.is_initialized()
 
 
@@ -172,27 +183,27 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
     settings = SamplingConfig(**SETTINGS)
     mine = open_report(tmp_path, PROMPTS, settings)
     assert mine.missing(5, False) == [0, 1, 2, 3, 4]
-    others = PartialReport(mine.out, mine.told, {})
-    mine.keep(0, entry_of(tmp_path, 0, "a circle"), alone=False)
-    others.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
+    others = PartialReport(mine.out, mine.header, {})
+    mine.keep(0, entry_of(tmp_path, 0, "a circle"), single_process=False)
+    others.keep(3, entry_of(tmp_path, 3, "a star"), single_process=False)
     alone = open_report(tmp_path, PROMPTS, settings)
     assert alone.missing(5, False) == [1, 2, 4]
-    alone.keep(1, entry_of(tmp_path, 1, "a star"), alone=True)
+    alone.keep(1, entry_of(tmp_path, 1, "a star"), single_process=True)
     # What is not next to the others stays beside them, so that the list in the report is that of the prompts.
     assert [entry["prompt"] for entry in report_of(tmp_path)["prompts"]] == ["a circle", "a star"]
     assert open_report(tmp_path, PROMPTS, settings).missing(5, False) == [2, 4]
     with pytest.raises(InputError, match="lacks prompt 3 of 5: processes on several machines need one folder"):
-        alone.merged(5)
+        alone.merge(5)
     assert (tmp_path / "finished" / "00003.json").exists()
-    alone.keep(3, entry_of(tmp_path, 3, "a star"), alone=True)
+    alone.keep(3, entry_of(tmp_path, 3, "a star"), single_process=True)
     assert not (tmp_path / "finished" / "00003.json").exists()  # or it would come before what is made later
-    others.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
+    others.keep(3, entry_of(tmp_path, 3, "a star"), single_process=False)
     (tmp_path / "3.png").unlink()
     again = open_report(tmp_path, PROMPTS, settings)
     assert again.missing(5, False) == [2, 3, 4]
     for number in (2, 3, 4):
-        again.keep(number, entry_of(tmp_path, number, PROMPTS[number]), alone=number != 3)
-    report = again.merged(5)
+        again.keep(number, entry_of(tmp_path, number, PROMPTS[number]), single_process=number != 3)
+    report = again.merge(5)
     assert [entry["images"] for entry in report["prompts"]] == [[f"{n}.png"] for n in range(5)]
     spent = {"nfe": 10, "decodes": 0, "reward_calls": 0, "seconds": 5.0, "gradients": 0, "other_decodes": 0}
     assert report["cost"] == spent
@@ -202,7 +213,7 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
 def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
     settings = SamplingConfig(**SETTINGS)
     record = open_report(tmp_path, PROMPTS, settings)
-    record.keep(3, entry_of(tmp_path, 3, "a star"), alone=False)
+    record.keep(3, entry_of(tmp_path, 3, "a star"), single_process=False)
     part = tmp_path / "finished" / "00003.json"
     with pytest.raises(InputError, match="holds a run with seed 0, not 1"):
         open_report(tmp_path, PROMPTS, SamplingConfig(**SETTINGS | {"seed": 1}))
@@ -214,17 +225,119 @@ def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
     wrong = [{"cost": None}, {"cost": {"seconds": "1"}}, {"images": 3}, {"base": []}, {"base": {"images": "a"}}]
     for change in wrong:  # found by fuzzing: an older steer's, or an editor's
         part.write_text(dumps_with_checksum(before | {"prompts": [entry | change]}))
-        with pytest.raises(InputError, match="prompt 4 in its report is none of steer; choose another --out"):
+        with pytest.raises(InputError, match="prompt 4 of its report is not as steer writes it; choose another --out"):
             open_report(tmp_path, PROMPTS, settings)
     for name in ("x" * 400 + ".png", "a\0b", "\ud800", ".", ""):
         part.write_text(dumps_with_checksum(before | {"prompts": [entry | {"images": [name]}]}))
         assert open_report(tmp_path, PROMPTS, settings).missing(5, False) == [0, 1, 2, 3, 4]
-    for told in (
+    for text in (
         "{",
         "[]",
         dumps_with_checksum(before | {"number": "3"}),
         dumps_with_checksum(before | {"prompts": []}),
     ):
-        part.write_text(told)
+        part.write_text(text)
         with pytest.raises(InputError, match=r"00003\.json is not a report of steer"):
             open_report(tmp_path, PROMPTS, settings)
+
+
+# Finetuned weights.
+
+
+QUICK = [
+    "a red star",
+    "--steps",
+    "3",
+    "--particles",
+    "2",
+    "--seed",
+    "5",
+    "--guidance",
+    "4",
+    "--reward",
+    "brightness",
+]
+NAMES = ("00", "01", "base-00", "base-01")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_lora(load_pipeline("scenes"), tmp_path_factory.mktemp("lora"), 0.3)
+
+
+def plain_images(weights: Path | None) -> list[Image.Image]:
+    """Images of the same noise by diffusers' own loading of LoRAs."""
+    pipe = load_pipeline("scenes")
+    pipe.set_progress_bar_config(disable=True)
+    if weights is not None:
+        pipe.load_lora_weights(str(weights))
+    call = {"num_inference_steps": 3, "num_particles": 2, "guidance_scale": 4.0}
+    made = BestOfNPipeline(pipe, "brightness")("a red star", generator=torch.Generator().manual_seed(5), **call)
+    return made.in_slot_order().images
+
+
+def images(out: Path) -> dict[str, bytes]:
+    return {path.stem: Image.open(path).tobytes() for path in sorted((out / "000-a-red-star").glob("*.png"))}
+
+
+@pytest.mark.parametrize("method", ["base", "best-of-n", "fk"])
+def test_images_have_the_weights_and_base_images_do_not(
+    steer: Steer, weights: Path, tmp_path: Path, method: str
+) -> None:
+    code, _, _ = steer("sample", *QUICK, "--method", method, "--lora", weights, "--lam", 40, "--out", tmp_path)
+    assert code == 0
+    made, without, adapted = images(tmp_path), plain_images(None), plain_images(weights)
+    assert tuple(made) == NAMES
+    assert [made[name] for name in NAMES[2:]] == [image.tobytes() for image in without]
+    if method != "fk":
+        assert {made[name] for name in NAMES[:2]} == {image.tobytes() for image in adapted}
+    assert not {made[name] for name in NAMES[:2]} & {image.tobytes() for image in without}
+    assert json.loads((tmp_path / "report.json").read_text())["settings"]["lora"] == str(weights)
+    refused = steer("sample", *QUICK, "--method", method, "--lam", 40, "--out", tmp_path)
+    assert refused[0] == 2 and f"holds a run with lora {str(weights)!r}, not None" in refused[2]
+
+
+def test_an_image_comes_out_again_with_the_weights_that_the_user_names(
+    steer: Steer, weights: Path, tmp_path: Path
+) -> None:
+    assert steer("sample", *QUICK, "--method", "fk", "--lora", weights, "--out", tmp_path)[0] == 0
+    source, base = (tmp_path / "000-a-red-star" / name for name in ("00.png", "base-01.png"))
+    code, _, message = steer("sample", "--replay", source, "--out", tmp_path / "again")
+    assert code == 2 and f"made with the finetuned weights {str(weights)!r}: add --lora PATH" in message
+    code, message, _ = steer("sample", "--replay", source, "--lora", weights, "--out", tmp_path / "again")
+    assert code == 0 and "the same pixels" in message
+    assert read_png(tmp_path / "again" / "00-replay.png")[0].settings.lora == str(weights)
+    assert steer("sample", "--replay", base, "--out", tmp_path / "again")[0] == 0, "made without them"
+    plain_words = [*QUICK, "--method", "base", "--out", tmp_path / "plain"]
+    assert steer("sample", *plain_words)[0] == 0
+    source = tmp_path / "plain" / "000-a-red-star" / "00.png"
+    code, _, message = steer("sample", "--replay", source, "--lora", weights, "--out", tmp_path / "again")
+    assert code == 2 and "made without finetuned weights: leave out --lora" in message
+
+
+def test_weights_that_are_not_there_are_reported_before_any_model_is_loaded(steer: Steer, tmp_path: Path) -> None:
+    code, _, message = steer(
+        "sample", *QUICK, "--model", "no/model", "--lora", tmp_path / "none", "--out", tmp_path / "o"
+    )
+    assert code == 2 and message == (
+        f"steer: {tmp_path / 'none'}: no such folder; give one with weights, such as RUN/final of `steer finetune`\n"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "lora", "title"),
+    [
+        ("base", None, "base"),
+        ("fk", None, "fk, best first"),
+        ("base", "x", "finetuned"),
+        ("fk", "x", "finetuned, fk, best first"),
+    ],
+)
+def test_the_grid_names_what_its_sides_are(method: str, lora: str | None, title: str) -> None:
+    assert image_title({"method": method, "settings": {"lora": lora}}) == title
+    assert lora or image_title({"method": method, "settings": {}}) == title, "an older report"
+
+
+def test_every_method_has_a_strength() -> None:
+    assert DEFAULT_LAMBDAS.keys() == METHODS.keys()

@@ -1,4 +1,4 @@
-"""The pretended accelerator raises where a real one does, and nowhere else; numbers are those of the CPU."""
+"""The fake accelerator raises where a real one does, and nowhere else; its numbers are those of the CPU."""
 
 import copy
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""What a PNG tells of itself: written as any other program reads it, and read as if everybody lied."""
+"""`steer.apps.recipes`: metadata readable by other programs, and untrusted PNGs refused."""
 
 import json
 import struct
@@ -82,11 +82,11 @@ def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def joined(*components: tuple[bytes, bytes]) -> bytes:
-    told = [
+    data = [
         len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
         for kind, data in components
     ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(told)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(data)
 
 
 def saying(text: str) -> bytes:
@@ -105,8 +105,8 @@ def changed(**changes: Any) -> dict[str, Any]:
 def test_the_recipe_is_one_text_of_utf_8_that_any_reader_of_pngs_finds(png: Path) -> None:
     texts = [data for kind, data in chunks(png.read_bytes()) if kind == b"iTXt" and data.startswith(b"steer\0")]
     assert len(texts) == 1 and texts[0].startswith(b"steer\0\0\0\0\0")  # not compressed, no language
-    told = json.loads(texts[0][len(b"steer\0\0\0\0\0") :].decode("utf-8"))
-    assert told == asdict(RECIPE) and "三つの".encode() in texts[0]
+    data = json.loads(texts[0][len(b"steer\0\0\0\0\0") :].decode("utf-8"))
+    assert data == asdict(RECIPE) and "三つの".encode() in texts[0]
 
 
 def test_what_is_written_is_read(png: Path) -> None:
@@ -121,7 +121,7 @@ def test_the_same_image_gives_the_same_bytes(png: Path, tmp_path: Path) -> None:
     assert png.read_bytes() == (tmp_path / "b.png").read_bytes()
 
 
-def test_the_hash_tells_pixels_shapes_and_modes_apart() -> None:
+def test_the_hash_records_pixels_shapes_and_modes_apart() -> None:
     one = picture()
     other = one.copy()
     other.putpixel((6, 4), (*other.getpixel((6, 4))[:2], 255 - other.getpixel((6, 4))[2]))  # type: ignore[index]
@@ -136,8 +136,8 @@ def test_a_recipe_of_an_older_version_has_the_defaults_of_younger_settings() -> 
 
 
 def test_a_whole_number_is_a_number() -> None:
-    told = changed(reward=1, settings=asdict(SETTINGS) | {"lam": 25, "guidance": 4})
-    recipe = read_metadata(saying(json.dumps(told)))
+    data = changed(reward=1, settings=asdict(SETTINGS) | {"lam": 25, "guidance": 4})
+    recipe = read_metadata(saying(json.dumps(data)))
     assert (recipe.reward, recipe.settings.lam, recipe.settings.guidance) == (1.0, 25.0, 4.0)
     assert isinstance(recipe.settings.lam, float)
 
@@ -205,8 +205,8 @@ def test_a_setting_that_cannot_be_is_named(name: str, value: Any, message: str) 
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
         ("[]", "expected an object, got list"),
-        (json.dumps(changed()).replace("-0.125", "NaN"), "NaN is no number"),
-        (json.dumps(changed()).replace("-0.125", "-Infinity"), "-Infinity is no number"),
+        (json.dumps(changed()).replace("-0.125", "NaN"), "NaN is not a number"),
+        (json.dumps(changed()).replace("-0.125", "-Infinity"), "-Infinity is not a number"),
         (json.dumps(changed()).replace("-0.125", "1e999"), "reward: expected a finite number"),
         (json.dumps(changed()).replace('"rank": 2', '"rank": ' + "2" * 5000), "not JSON"),
         (json.dumps(changed()) + " " * 1_000_000, "longer than 1000000 characters"),
@@ -267,14 +267,14 @@ VALUES = st.recursive(
 @given(st.sampled_from([*asdict(RECIPE)]), st.sampled_from([*asdict(SETTINGS)]), VALUES, VALUES)
 @settings(max_examples=100, deadline=None)
 def test_whatever_stands_in_it_ends_as_a_recipe_or_a_refusal(key: str, setting: str, one: Any, other: Any) -> None:
-    told = changed(settings=asdict(SETTINGS) | {setting: other}) | ({key: one} if key != "settings" else {})
+    data = changed(settings=asdict(SETTINGS) | {setting: other}) | ({key: one} if key != "settings" else {})
     try:
-        recipe = read_metadata(saying(json.dumps(told)))
+        recipe = read_metadata(saying(json.dumps(data)))
     except InputError as error:
         assert len(str(error).splitlines()) == 1
         return
     recipe.settings.check()
-    assert asdict(recipe) == told | {"settings": asdict(SamplingConfig(**told["settings"]))}
+    assert asdict(recipe) == data | {"settings": asdict(SamplingConfig(**data["settings"]))}
 
 
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
@@ -283,9 +283,9 @@ def test_whatever_bytes_are_changed_it_ends_as_a_recipe_or_a_refusal(where: Any,
     data = bytearray(saying(json.dumps(changed())))
     for place, value in where:
         data[place * len(data) // 401] = value
-    told = joined(*chunks(bytes(data))) if sums else bytes(data)  # with sums that are right again
+    data = joined(*chunks(bytes(data))) if sums else bytes(data)  # with sums that are right again
     with suppress(InputError):
-        assert isinstance(read_png(told)[0], Recipe)
+        assert isinstance(read_png(data)[0], Recipe)
 
 
 @pytest.mark.parametrize(
