@@ -365,18 +365,21 @@ PLAIN_PAIRS = (
     r"plain image pairs\. D3PO learns from the denoising trajectory.*Diffusion-DPO, another method\. Record the"
 )
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, "no such folder of choices"),
+    "no folder": (shutil.rmtree, "no such preference dataset"),
     "no choices": (lambda folder: (folder / "choices.jsonl").unlink(), r"has no choices\.jsonl"),
-    "empty": (lines_of, "holds no choice beside 0 ties"),
+    "empty": (lines_of, "holds no preference beside 0 ties"),
     "only ties": (
         lambda folder: lines_of(folder, {"lot": first_group(folder), "tie": True}),
-        "no choice beside 1 ties",
+        "no preference beside 1 ties",
     ),
     "pairs": (lambda folder: lines_of(folder, PAIR), r"choices\.jsonl, line 1: these are " + PLAIN_PAIRS),
     "images": (lambda folder: lines_of(folder, {"images": ["a.png", "b.png"], "chosen": 0}), PLAIN_PAIRS),
     "a file": (lambda folder: [shutil.rmtree(folder), folder.write_text(json.dumps(PAIR))], PLAIN_PAIRS),
     "no settings": (lambda folder: (folder / "settings.json").unlink(), r"settings\.json is missing"),
-    "settings": (lambda folder: (folder / "settings.json").write_text('{"version": 2}'), "of choices of version 1"),
+    "settings": (
+        lambda folder: (folder / "settings.json").write_text('{"version": 2}'),
+        "not a preference dataset of version 1",
+    ),
     "unknown lot": (
         lambda folder: lines_of(folder, {"lot": "x", "chosen": 0, "rejected": 1}),
         "lot 'x' is not in lots",
@@ -553,7 +556,7 @@ def test_a_last_line_without_its_end_is_kept(stored: Path) -> None:
 def test_ties_are_dropped_and_counted(stored: Path, caplog: pytest.LogCaptureFixture) -> None:
     PreferenceFolder(stored).write_tie(first_group(stored))
     margins = read_preferences(stored)
-    assert (len(margins.preferences), margins.ties) == (3, 1) and "1 ties of 4 choices are left out" in caplog.text
+    assert (len(margins.preferences), margins.ties) == (3, 1) and "1 ties of 4 annotations are left out" in caplog.text
 
 
 def test_the_hash_is_of_pixels_and_their_shape() -> None:

@@ -54,7 +54,7 @@ class PreferenceFolder:
     """Writer of a preference dataset; see `steer.pipelines.training.preference_files` for the format.
 
     call = {"num_inference_steps": 20, "guidance_scale": 5.0}
-    folder = PreferenceFolder.create("choices", pipe, call)
+    folder = PreferenceFolder.create("my-preferences", pipe, call)
     sampler = Sampler(pipe, call)
     group = folder.write_group(*sampler.rollout(Rows(("a star",) * 2, starts=(1, 1), noises=(2, 3))))
     folder.write_preference(group, chosen=1, rejected=0)
@@ -140,7 +140,7 @@ class PreferenceFolder:
 
     def _group(self, name: str) -> SampleGroup:
         if name not in self.groups:
-            raise InputError(f"{self.path} has no lot {name!r:.70}: write the lot before its choices")
+            raise InputError(f"{self.path} has no lot {name!r:.70}: write the lot before its preferences")
         return self.groups[name]
 
     def _check(self, sampled: Trajectories, images: Tensor) -> None:

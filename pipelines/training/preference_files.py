@@ -90,7 +90,7 @@ class SampleProvenance:
         except (ValueError, RecursionError, OSError) as error:
             raise InputError(f"{path}: cannot be read as JSON ({error})") from error
         if not isinstance(loaded, dict) or loaded.get("version") != VERSION:
-            raise InputError(f"{path}: not the settings of choices of version {VERSION}, which this steer reads")
+            raise InputError(f"{path}: not a preference dataset of version {VERSION}, which this steer reads")
         names = [one.name for one in fields(cls)]
         if wrong := [name for name in names if not isinstance(loaded.get(name), TYPES.get(name, str))]:
             raise InputError(
@@ -237,7 +237,7 @@ MAX_SEED = 1 << 63  # seeds of torch are below
 IMAGE_PAIRS_UNSUPPORTED = (
     "plain image pairs. D3PO learns from the denoising trajectory of both images (stored latents, or seed and "
     "settings), which an image does not tell; pairs of images alone are for Diffusion-DPO, another method. Record the "
-    "choices on images that steer draws: steer.pipelines.training.preference_data.PreferenceFolder writes them with "
+    "preferences on images that steer draws: steer.pipelines.training.preference_data.PreferenceFolder writes them with "
     "their trajectories"
 )
 
@@ -271,7 +271,7 @@ class PreferenceRecords:
 
 
 def check_preferences(folder: Path) -> None:
-    """Raises InputError, one line, for the first thing in a folder of choices that does not fit."""
+    """Raises InputError, one line, for the first error in a preference dataset."""
     read_preferences(folder)
 
 
@@ -279,12 +279,12 @@ def read_preferences(folder: Path) -> PreferenceRecords:
     """Read a folder, and verify every file of its preferences against the recorded hashes."""
     if folder.is_file():
         raise InputError(
-            f"{folder} is a file. Choices are a folder; image pairs in a file are {IMAGE_PAIRS_UNSUPPORTED}"
+            f"{folder} is a file. A preference dataset is a folder; image pairs in a file are {IMAGE_PAIRS_UNSUPPORTED}"
         )
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of choices")
+        raise InputError(f"{folder}: no such preference dataset")
     if not (folder / PREFERENCES).exists():
-        raise InputError(f"{folder} has no {PREFERENCES}: it is no folder of choices, or nobody has chosen yet")
+        raise InputError(f"{folder} has no {PREFERENCES}: it is not a preference dataset, or nothing is annotated yet")
     path = file_inside(folder, PREFERENCES)
     rows = read_lines(path)
     for number, row in rows:
@@ -295,9 +295,9 @@ def read_preferences(folder: Path) -> PreferenceRecords:
     loaded = [read[number] for number, _ in drop_undone(rows)]
     preferences = tuple(preference for preference in loaded if preference is not None)
     if not preferences:
-        raise InputError(f"{path} holds no choice beside {len(loaded)} ties: there is nothing to learn from")
+        raise InputError(f"{path} holds no preference beside {len(loaded)} ties: there is nothing to learn from")
     if ties := len(loaded) - len(preferences):
-        logger.warning("%s: %d ties of %d choices are left out", path, ties, len(loaded))
+        logger.warning("%s: %d ties of %d annotations are left out", path, ties, len(loaded))
     for name in dict.fromkeys(preference.group for preference in preferences):
         check_files(groups[name])
     return PreferenceRecords(folder, provenance, groups, preferences, ties)
@@ -402,7 +402,7 @@ def parse_preference(place: str, row: Mapping[str, Any], groups: Mapping[str, Sa
     """
     name = row.get("lot")
     if not isinstance(name, str) or name not in groups:
-        raise InputError(f"{place}: lot {name!r:.70} is not in {GROUPS}: record the lot before its choices")
+        raise InputError(f"{place}: lot {name!r:.70} is not in {GROUPS}: record the lot before its preferences")
     if row.get("tie") is True or row.get("undo") is True:
         return None
     numbers, count = (row.get("chosen"), row.get("rejected")), len(groups[name].rows)
