@@ -237,8 +237,8 @@ MAX_SEED = 1 << 63  # seeds of torch are below
 IMAGE_PAIRS_UNSUPPORTED = (
     "plain image pairs. D3PO learns from the denoising trajectory of both images (stored latents, or seed and "
     "settings), which an image does not tell; pairs of images alone are for Diffusion-DPO, another method. Record the "
-    "preferences on images that steer draws: steer.pipelines.training.preference_data.PreferenceFolder writes them with "
-    "their trajectories"
+    "preferences on images of steer: steer.pipelines.training.preference_data.PreferenceFolder writes them with their "
+    "trajectories"
 )
 
 
