@@ -229,7 +229,7 @@ RUN_CONFIGS = {
     **seeds_of("grpo", "many", 1),
     **seeds_of("grpo", "few", 1),
     "prdp-off-policy": RunConfig("prdp-scenes", OFF_POLICY),
-    "prdp-off-policy-unclipped": RunConfig("prdp-scenes", OFF_POLICY | {"options.clip": "1e9"}),
+    "prdp-off-policy-unclipped": RunConfig("prdp-scenes", OFF_POLICY | {"clip": "1e9"}),
     "d3po-jpeg": RunConfig("d3po-scenes", {"reward": "jpeg"}),
     "d3po-scene": RunConfig("d3po-scenes", {"reward": "scene", "eval_rewards": "[aesthetic:scenes]"}),
     "d3po-preferences": RunConfig("d3po-scenes", PREFERENCES),
