@@ -77,8 +77,8 @@ def load_pipeline(
     if single and variant is not None:
         raise InputError(f"--variant {variant}: model {model!r} is a single file, which has none: leave it out")
     if config is not None and not (single and (Path(config) / INDEX).is_file()):
-        wrong = f"no {INDEX} in this folder" if single else f"model {model!r} is no single file: leave it out"
-        raise InputError(f"--config {config}: {wrong}")
+        problem = f"no {INDEX} in this folder" if single else f"model {model!r} is no single file: leave it out"
+        raise InputError(f"--config {config}: {problem}")
     device = default_device(device)
     try:
         if isinstance(source, Path) and source.is_file():
@@ -468,13 +468,15 @@ def _check_plain_lora(config: Mapping[str, Any], names: Sequence[str]) -> None:
             f"{len(names) - len(others)} of its {len(names)} tensors have a place in a plain LoRA, not "
             f"{', '.join(others[:MAX_SHOWN])}{more} ({kind}): merge it into the model's weights"
         )
-    strange = {name: value for name, value in config.items() if value and name not in (*APPLIED_KEYS, *IGNORED_KEYS)}
-    if strange.get("bias") == "none":
-        del strange["bias"]
-    if strange.get("init_lora_weights", "pissa") in PLAIN_INITIALISATIONS:
-        del strange["init_lora_weights"]
-    if strange:
-        named = ", ".join(f"{name}={value!r:.40}" for name, value in strange.items())
+    unsupported = {
+        name: value for name, value in config.items() if value and name not in (*APPLIED_KEYS, *IGNORED_KEYS)
+    }
+    if unsupported.get("bias") == "none":
+        del unsupported["bias"]
+    if unsupported.get("init_lora_weights", "pissa") in PLAIN_INITIALISATIONS:
+        del unsupported["init_lora_weights"]
+    if unsupported:
+        named = ", ".join(f"{name}={value!r:.40}" for name, value in unsupported.items())
         raise InputError(f"its configuration has {named}, which is not applied: merge it into the model's weights")
 
 
@@ -484,16 +486,16 @@ def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor],
     loaded = [pair for module in modules for pair in module.named_parameters() if f".{ADAPTER_NAME}." in pair[0]]
     if missing := [name for name, parameter in loaded if parameter.is_meta]:  # diffusers leaves it on the meta device
         raise InputError(f"it lacks a tensor for {missing[0]}")
-    absent = _missing_factors(factors, loaded)
+    unmatched = _missing_factors(factors, loaded)
     # Converters of transformers split tensors and multiply alphas into them; those of U-Nets only rename.
     exact = hasattr(pipe, "unet") or (
         len(loaded) == len(factors) and not any(name.endswith(".alpha") for name in state)
     )
-    if not loaded or len(loaded) < len(factors) or (exact and absent):
-        more = f" and {len(absent) - MAX_SHOWN} more" if len(absent) > MAX_SHOWN else ""
+    if not loaded or len(loaded) < len(factors) or (exact and unmatched):
+        more = f" and {len(unmatched) - MAX_SHOWN} more" if len(unmatched) > MAX_SHOWN else ""
         raise InputError(
-            f"{len(factors) - len(absent)} of its {len(factors)} tensors have a place in {type(pipe).__name__}, not "
-            f"{', '.join(absent[:MAX_SHOWN])}{more}: it is of another model"
+            f"{len(factors) - len(unmatched)} of its {len(factors)} tensors have a place in {type(pipe).__name__}, not "
+            f"{', '.join(unmatched[:MAX_SHOWN])}{more}: it is of another model"
         )
     if exact:
         _set_scales(modules, state)
@@ -501,14 +503,14 @@ def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor],
 
 def _missing_factors(factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
     """List the factors whose values no loaded parameter has; each parameter matches one factor."""
-    there, dtypes = Counter(_hash_tensor(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
+    counts, dtypes = Counter(_hash_tensor(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
     known = tuple(name.replace(f".{ADAPTER_NAME}.", ".") for name, _ in loaded)
-    absent = []
+    unmatched = []
     for name in sorted(factors, key=lambda name: not name.endswith(known)):  # of equal values, the same name first
-        same = [result for dtype in dtypes if there[result := _hash_tensor(factors[name].to(dtype))]]
-        there.subtract(same[:1])
-        absent += [] if same else [name]
-    return absent
+        same = [result for dtype in dtypes if counts[result := _hash_tensor(factors[name].to(dtype))]]
+        counts.subtract(same[:1])
+        unmatched += [] if same else [name]
+    return unmatched
 
 
 def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor]) -> None:

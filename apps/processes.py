@@ -97,10 +97,10 @@ class LaunchContext:
             return make()
         from accelerate.utils import broadcast_object_list
 
-        box = [make()] if self.is_main_process else [None]
+        values = [make()] if self.is_main_process else [None]
         with self._fail_with_main():
-            broadcast_object_list(box, from_process=0)
-        return box[0]  # type: ignore[return-value]
+            broadcast_object_list(values, from_process=0)
+        return values[0]  # type: ignore[return-value]
 
     def device(self, given: str | None) -> str | None:
         """Choose the device: with several processes, "cuda" or None becomes a GPU for each."""
@@ -108,9 +108,9 @@ class LaunchContext:
 
         if self.world_size == 1 or given not in (None, "cuda") or not torch.cuda.is_available():
             return given
-        own = f"cuda:{self.local_rank % torch.cuda.device_count()}"
-        torch.cuda.set_device(own)  # for code that asks for plain "cuda"
-        return own
+        name = f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(name)  # for code that asks for plain "cuda"
+        return name
 
     @contextmanager
     def _fail_with_main(self) -> Iterator[None]:

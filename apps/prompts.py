@@ -13,16 +13,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from steer.apps.processes import is_main_process
+from steer.apps.settings import SamplingConfig
 from steer.arguments import annotations_of, coerce_value
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.registry import nearest
-
-if TYPE_CHECKING:
-    from steer.apps.methods import SamplingConfig  # imports torch
 
 CONVERTED = "refs/convert/parquet"  # the hub converts nearly every data set to CONFIG/SPLIT/0000.parquet
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
@@ -45,9 +43,9 @@ def data_files(data_set: str, split: str, formats: Sequence[str]) -> list[Path]:
 
     available: list[str] = []
     for revision in (None, CONVERTED):
-        listed = _listed(data_set, revision)
+        listed = _list_files(data_set, revision)
         available += listed
-        if names := _one_folder(data_set, split, _select_split(listed, split, formats)):
+        if names := _select_folder(data_set, split, _select_split(listed, split, formats)):
             _check_all_shards(data_set, names)
             with _hub_errors(data_set):
                 return [
@@ -73,7 +71,7 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__
 
 
-def _listed(data_set: str, revision: str | None) -> list[str]:
+def _list_files(data_set: str, revision: str | None) -> list[str]:
     """List the files of a data set at a revision; none without such a revision or, offline, without a cached copy."""
     import huggingface_hub
     from huggingface_hub import constants, errors
@@ -99,8 +97,8 @@ def _select_split(names: Iterable[str], split: str, formats: Sequence[str]) -> l
     wanted = set(split.lower().split("/"))
     if not any(_words(name) & SPLITS for name in known):
         wanted -= {"train"}
-    fitting = sorted(name for name in known if wanted <= _words(name))
-    by_format = ([name for name in fitting if name.lower().endswith(suffix)] for suffix in formats)
+    matching = sorted(name for name in known if wanted <= _words(name))
+    by_format = ([name for name in matching if name.lower().endswith(suffix)] for suffix in formats)
     return next(filter(None, by_format), [])
 
 
@@ -111,7 +109,7 @@ def _words(name: str) -> set[str]:
     return {*folders, shard[1]} if shard else {*folders, stem, *re.split("[^a-z]+", stem)}
 
 
-def _one_folder(data_set: str, split: str, names: list[str]) -> list[str]:
+def _select_folder(data_set: str, split: str, names: list[str]) -> list[str]:
     """Select the files of one folder: the only one, the top one, or the default configuration. Raises InputError."""
     folders = sorted({name.rpartition("/")[0] for name in names})
     plain = [folder for folder in folders if not folder or "default" in folder.split("/")] or folders
@@ -195,10 +193,10 @@ def read_text(path: Path) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        what = (
+        problem = (
             "not UTF-8 text" if encoding == "utf-8-sig" else f"not the {encoding.upper()} text of its byte order mark"
         )
-        raise InputError(f"{path}: {what} (byte {error.start}): save it as UTF-8") from error
+        raise InputError(f"{path}: {problem} (byte {error.start}): save it as UTF-8") from error
 
 
 def find_column(names: Sequence[str], column: str | None, where: str) -> str | None:
@@ -207,8 +205,8 @@ def find_column(names: Sequence[str], column: str | None, where: str) -> str | N
     None if it is missing. Raises InputError if several columns qualify.
     """
     if column is not None:
-        alike = [name for name in names if name.strip().lower() == column.strip().lower()]
-        return column if column in names else next(iter(alike), None)
+        matches = [name for name in names if name.strip().lower() == column.strip().lower()]
+        return column if column in names else next(iter(matches), None)
     if COLUMN in names:
         return COLUMN
     for kind in NAMES:
@@ -227,12 +225,12 @@ def list_columns(names: Sequence[str]) -> str:
     return f"; choose the column, there are {summarize_names([str(name) for name in names])}" if any(names) else ""
 
 
-def expected(column: str | None, kind: str, names: Sequence[str]) -> str:
+def describe_expected(column: str | None, kind: str, names: Sequence[str]) -> str:
     """Describe the expected column, and the existing ones."""
     return f'expected {kind} "{column or COLUMN}" (--prompt-column names another){list_columns(names)}'
 
 
-def kind_of(value: object) -> str:
+def type_name(value: object) -> str:
     """Name a value's type; None is JSON's null."""
     return "null" if value is None else type(value).__name__
 
@@ -248,7 +246,7 @@ def _text(path: Path, column: str | None) -> Table:
     return Table([(f"{path}, line {n}", {COLUMN: line}) for n, line in enumerate(_lines(path), start=1)])
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -259,7 +257,7 @@ def _json_lines(path: Path, column: str | None) -> Table:
     rows = []
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            record = _parsed(line, where := f"{path}, line {number}")
+            record = _parse_json(line, where := f"{path}, line {number}")
             rows.append((where, _record(record, where, column)))
     return Table(rows)
 
@@ -272,13 +270,13 @@ def _record(record: Any, where: str, column: str | None) -> dict[str, Any]:
     key = find_column(names, column, where)
     if key is None or not isinstance(record[key], str):
         if key is not None:
-            raise InputError(f'{where}: expected an object with a text under "{key}", got {kind_of(record[key])}')
-        raise InputError(f"{where}: {expected(column, 'an object with a text under', names)}")
+            raise InputError(f'{where}: expected an object with a text under "{key}", got {type_name(record[key])}')
+        raise InputError(f"{where}: {describe_expected(column, 'an object with a text under', names)}")
     return dict(record)
 
 
 def _json(path: Path, column: str | None) -> Table:
-    content = _parsed(read_text(path), str(path)) if path.stat().st_size else []
+    content = _parse_json(read_text(path), str(path)) if path.stat().st_size else []
     return Table([(where, _record(one, where, column)) for where, one in _records(content, path, column)])
 
 
@@ -288,7 +286,7 @@ def _records(content: Any, path: Path, column: str | None) -> Iterator[tuple[str
         yield from ((f"{path}, entry {n}", one) for n, one in enumerate(content, start=1))
         return
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a list of prompts or objects, got {kind_of(content)}")
+        raise InputError(f"{path}: expected a list of prompts or objects, got {type_name(content)}")
     key = find_column(list(content), column, str(path))
     if key is not None and isinstance(content[key], str):
         yield str(path), content
@@ -299,16 +297,16 @@ def _records(content: Any, path: Path, column: str | None) -> Iterator[tuple[str
         columns = {name: one if isinstance(one, list) else [one] for name, one in content.items()}
         yield from ((f"{path}, entry {n + 1}", {c: v[n] for c, v in columns.items()}) for n in range(lengths[key]))
     else:
-        yield from _tagged(content, path, column)
+        yield from _tagged_records(content, path, column)
 
 
-def _tagged(content: Mapping[str, Any], path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+def _tagged_records(content: Mapping[str, Any], path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
     """Iterate over {tag: [prompt or object, …]} and {name: object}: keys become the tags of their records."""
     for key, value in content.items():
         for number, one in enumerate(value if isinstance(value, list) else [value], start=1):
             where = f"{path}, {key!r:.60}, entry {number}"
             if not isinstance(one, dict) and not (isinstance(one, str) and isinstance(value, list)):
-                raise InputError(f"{path}: {expected(column, 'a list under', list(content))}")
+                raise InputError(f"{path}: {describe_expected(column, 'a list under', list(content))}")
             record = {column or COLUMN: one} if isinstance(one, str) else one
             yield where, ({TAG: key} if len(content) > 1 else {}) | record
 
@@ -339,16 +337,16 @@ def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]
 
 
 def _table_from_cells(path: Path, rows: Sequence[tuple[int, list[str]]], column: str | None) -> Table:
-    filled = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
-    header = [name.strip() for name in (filled[0][1] if filled else [])]
-    line = f"{path}, line {filled[0][0] if filled else 1}"
+    full_rows = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
+    header = [name.strip() for name in (full_rows[0][1] if full_rows else [])]
+    line = f"{path}, line {full_rows[0][0] if full_rows else 1}"
     name = find_column(header, column, line)
     if name is None:
-        raise InputError(f"{line}: {expected(column, 'a column named', header)}")
-    if twice := [one for one in header if one and header.count(one) > 1]:
-        raise InputError(f"{line}: column {twice[0]!r} is repeated: remove one")
+        raise InputError(f"{line}: {describe_expected(column, 'a column named', header)}")
+    if repeated := [one for one in header if one and header.count(one) > 1]:
+        raise InputError(f"{line}: column {repeated[0]!r} is repeated: remove one")
     result = []
-    for number, row in filled[1:]:
+    for number, row in full_rows[1:]:
         if len(row) <= header.index(name):
             raise InputError(f"{path}, line {number}: no column {header.index(name) + 1}")
         if any(cell.strip() for cell in row[len(header) :]):
@@ -371,7 +369,7 @@ def _parquet(path: Path, column: str | None) -> Table:
             names = file.schema_arrow.names
             name = find_column(names, column, str(path))
             if name is None:
-                raise InputError(f"{path}: {expected(column, 'a column named', names)}")
+                raise InputError(f"{path}: {describe_expected(column, 'a column named', names)}")
             if file.schema_arrow.field(name).type.num_fields:
                 kind = f"{file.schema_arrow.field(name).type!s:.80}"
                 raise InputError(f'{path}: expected texts under "{name}", got {kind}')
@@ -381,7 +379,7 @@ def _parquet(path: Path, column: str | None) -> Table:
         raise InputError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row[name], str):
-            raise InputError(f'{path}, row {number}: expected a text under "{name}", got {kind_of(row[name])}')
+            raise InputError(f'{path}, row {number}: expected a text under "{name}", got {type_name(row[name])}')
     skipped = [one for one in names if one not in plain]
     return Table([(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)], skipped)
 
@@ -423,7 +421,7 @@ READERS: dict[str, Callable[[Path, str | None], Table]] = {
 }
 
 
-def filled(value: Any) -> bool:
+def has_value(value: Any) -> bool:
     """Tell whether a cell has a value: not empty, null or nan."""
     if isinstance(value, str):
         return bool(value.strip())
@@ -465,8 +463,8 @@ def load_tagged_prompts(
         elif tag is None:
             return [one.prompt for one in rows], None
         else:
-            got = f", got {kind_of(row.columns[name])}" if name is not None else list_columns(list(row.columns))
-            raise InputError(f'{source}: expected a text under "{tag}" beside the prompt {row.prompt!r:.60}{got}')
+            problem = f", got {type_name(row.columns[name])}" if name is not None else list_columns(list(row.columns))
+            raise InputError(f'{source}: expected a text under "{tag}" beside the prompt {row.prompt!r:.60}{problem}')
     return [row.prompt for row in rows], tags
 
 
@@ -547,7 +545,7 @@ def _read(path: Path, column: str | None) -> tuple[list[PromptRow], list[str]]:
         key = find_column(list(cells), column, where) or COLUMN
         if prompt := cells[key].strip():
             check_prompt(prompt, str(path))
-            columns = {name.strip(): value for name, value in cells.items() if name != key and filled(value)}
+            columns = {name.strip(): value for name, value in cells.items() if name != key and has_value(value)}
             rows.append(PromptRow(prompt, columns))
     return rows, list(table.skipped)
 
@@ -577,32 +575,28 @@ class SampleRequest:
     """A prompt to sample, with its settings and arguments of the pipeline's call."""
 
     prompt: str
-    settings: "SamplingConfig"
+    settings: SamplingConfig
     arguments: Mapping[str, Any]
 
 
-def row_config(row: PromptRow, settings: "SamplingConfig") -> "SamplingConfig":
+def row_config(row: PromptRow, settings: SamplingConfig) -> SamplingConfig:
     """Apply the seed, guidance, steps and η of a row to the settings of the run.
 
     Raises InputError for an invalid value.
     """
-    hints, own = annotations_of(type(settings).__init__), {}
+    hints, overrides = SamplingConfig.hints(), {}
     for name, value in row.columns.items():
         if (setting := SETTINGS.get(name.lower())) is not None:
-            own[setting] = cell(name, hints[setting], value, row.prompt)
-    if not own:
+            overrides[setting] = cell(name, hints[setting], value, row.prompt)
+    if not overrides:
         return settings
-    made = replace(settings, **own)
     try:
-        made.check()
-        if not 0 <= made.seed < 2**63:
-            raise InputError(f"seed must be from 0 to 2^63 - 1, got {made.seed}")
+        return replace(settings, **overrides)
     except InputError as error:
         raise InputError(f"prompt {row.prompt!r:.60}: {error}") from error
-    return made
 
 
-def sample_requests(rows: Sequence[PromptRow], settings: "SamplingConfig", pipe: Any) -> list[SampleRequest]:
+def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: Any) -> list[SampleRequest]:
     """Turn rows into requests for a pipeline.
 
     The n-th of equal rows without a seed column has seed + n, so that its images differ.
@@ -612,12 +606,12 @@ def sample_requests(rows: Sequence[PromptRow], settings: "SamplingConfig", pipe:
     before: dict[str, int] = {}
     for row in rows:
         arguments = _arguments(row, pipe)
-        own = row_config(row, settings)
+        config = row_config(row, settings)
         if "seed" not in map(str.lower, row.columns):
-            key = json.dumps([row.prompt, arguments, own.steps, own.guidance, own.eta], sort_keys=True)
+            key = json.dumps([row.prompt, arguments, config.steps, config.guidance, config.eta], sort_keys=True)
             number = before[key] = before.get(key, -1) + 1
-            own = replace(own, seed=(own.seed + number) % 2**63)
-        result.append(SampleRequest(row.prompt, own, arguments))
+            config = replace(config, seed=(config.seed + number) % 2**63)
+        result.append(SampleRequest(row.prompt, config, arguments))
     return result
 
 
@@ -628,7 +622,7 @@ def argument_names(pipe: Any) -> dict[str, Any]:
     return {
         name: hints.get(name, Any)
         for name in names
-        if name not in (*RESERVED_ARGUMENTS, *SETTINGS) and _holds(hints.get(name))
+        if name not in (*RESERVED_ARGUMENTS, *SETTINGS) and _takes_plain_value(hints.get(name))
     }
 
 
@@ -649,7 +643,7 @@ def cell(name: str, hint: Any, value: Any, prompt: str) -> Any:
     Raises InputError that names the prompt.
     """
     where = f"prompt {prompt!r:.60}, column {name!r}"
-    if isinstance(value, str) and not _holds_text(hint):
+    if isinstance(value, str) and not _takes_text(hint):
         try:
             value = json.loads(value.strip().lower())
         except ValueError as error:
@@ -668,14 +662,14 @@ def _arguments(row: PromptRow, pipe: Any) -> dict[str, Any]:
     }
 
 
-def _holds(hint: Any) -> bool:
+def _takes_plain_value(hint: Any) -> bool:
     """Tell whether an annotation takes a text, a number or a boolean, and no images or functions."""
     text = str(hint)
     plain = any(kind in text for kind in ("str", "int", "float", "bool"))
     return plain and not any(kind in text for kind in ("Image", "Tensor", "Callable", "Callback", "dict", "Dict"))
 
 
-def _holds_text(hint: Any) -> bool:
+def _takes_text(hint: Any) -> bool:
     return "str" in str(hint)
 
 

@@ -3,7 +3,7 @@
 The image is untrusted. `steer.apps.recipes` checks its recipe; code of a reward is imported only if the user names it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from steer.apps.prompts import argument_names, cell
 from steer.apps.recipes import Recipe, make_recipe, pixel_hash, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.apps.sampling import check_writable
+from steer.apps.settings import SamplingConfig
 from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError
 from steer.reward import Reward, with_timeout
@@ -54,13 +55,9 @@ def replay(
     """
     recipe, before = read_png(image)
     loaded = _reward(image, recipe, reward, reward_timeout)
-    settings = replace(
-        recipe.settings,
-        reward=reward or recipe.settings.reward,
-        dtype=dtype or recipe.settings.dtype,
-        lora=_weights(image, recipe, lora),
-        preview=preview or _trusted_preview(image, recipe),
-    )
+    here = {"reward": reward or recipe.settings.reward, "dtype": dtype or recipe.settings.dtype}
+    here |= {"lora": _weights(image, recipe, lora), "preview": preview or _trusted_preview(image, recipe)}
+    settings = SamplingConfig.of(**recipe.settings.plain() | here)
     METHODS[settings.method].check(settings, loaded)
     check_device(device)
     check_writable(out)
@@ -74,15 +71,15 @@ def replay(
     ):
         job = Job(pipe, loaded, recipe.prompt, settings, state, arguments=_arguments(recipe, pipe))
         output = job.run("base" if recipe.base else None)
-        again = make_recipe(job, output, recipe.rank, recipe.base)
-        write_png(output.images[recipe.rank], path, again)
+        new_recipe = make_recipe(job, output, recipe.rank, recipe.base)
+        write_png(output.images[recipe.rank], path, new_recipe)
         state.unlink(missing_ok=True)
-    same = again.pixels == pixel_hash(before)
+    same = new_recipe.pixels == pixel_hash(before)
     if same:
         return ReplayResult(path, same, f"{path}: the same pixels as {image}")
     how = _describe_difference(before, output.images[recipe.rank])
     return ReplayResult(
-        path, same, f"{path}: not the pixels of {image}, {how}: {_difference_reason(recipe, again, before)}"
+        path, same, f"{path}: not the pixels of {image}, {how}: {_difference_reason(recipe, new_recipe, before)}"
     )
 
 
@@ -94,10 +91,10 @@ def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
     return {name: cell(name, known[name], value, recipe.prompt) for name, value in recipe.arguments.items()}
 
 
-def _trusted_preview(image: Path, recipe: Recipe) -> str:
+def _trusted_preview(image: Path, recipe: Recipe) -> str | None:
     """Return the image's preview decoder if it is built in: no file that an image names is opened or downloaded."""
-    source = recipe.settings.preview
-    if not recipe.base and source not in (*PREVIEWS, TINY):
+    source: str | None = recipe.settings.plain().get("preview")
+    if not recipe.base and source not in (None, *PREVIEWS, TINY):
         raise InputError(
             f"{image}: its previews were decoded by {source!r:.200}: add --preview {TINY}, or --preview PATH"
         )
@@ -136,12 +133,14 @@ def _describe_difference(one: Image.Image, other: Image.Image) -> str:
     return f"{np.count_nonzero(differences)} of {differences.size} differ by up to {differences.max()} of 255"
 
 
-def _difference_reason(recipe: Recipe, again: Recipe, before: Image.Image) -> str:
+def _difference_reason(recipe: Recipe, new_recipe: Recipe, before: Image.Image) -> str:
     """Explain differing pixels: an edited file, other versions, another device."""
-    if again.pixels == recipe.pixels:
+    if new_recipe.pixels == recipe.pixels:
         return "they are those of its recipe, so the file was edited"
-    there, here = _environment(recipe), _environment(again)
-    differences = [f"{name} {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
+    original, current = _environment(recipe), _environment(new_recipe)
+    differences = [
+        f"{name} {original[name]} there, {current[name]} here" for name in original if original[name] != current[name]
+    ]
     edited = ["the file was edited"] if recipe.pixels != pixel_hash(before) else []
     unknown_cause = "versions and device are the same; the number of threads or the weights behind a name may differ"
     return "; ".join([*edited, *differences]) or unknown_cause

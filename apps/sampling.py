@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from steer.apps.errors import describe_os_error, wrap_errors
-from steer.apps.methods import METHODS, ComputeOptions, Job, SamplingConfig
+from steer.apps.methods import METHODS, ComputeOptions, Job
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
 from steer.apps.processes import LaunchContext, launch_context
@@ -30,6 +30,7 @@ from steer.apps.prompts import (
 )
 from steer.apps.recipes import Recipe, make_recipe, write_png
 from steer.apps.reward_specs import resolve_reward
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.pipelines.base import Cost, Iteration, SteeringOutput
@@ -131,14 +132,14 @@ def open_report(
     """
     check_writable(out)
     path = out / REPORT
-    given = asdict(settings)
+    config = settings.plain()
     header: Report = {"model": settings.model, "method": settings.method}
     entries: dict[int, Entry] = {}
     if path.exists():
-        old = _read(path, out, given)
+        old = _read(path, out, config)
         header |= {name: value for name, value in old.items() if name not in ("prompts", "cost")}
         entries.update(enumerate(old["prompts"]))
-    entries.update(_unmerged_entries(out, given))
+    entries.update(_unmerged_entries(out, config))
     for number, entry in entries.items():
         if number >= len(prompts) or not isinstance(entry, dict) or entry.get("prompt") != prompts[number]:
             raise InputError(f"--out {out} holds a run of other prompts; choose another --out")
@@ -148,7 +149,7 @@ def open_report(
             raise InputError(
                 f"--out {out}: prompt {number + 1} of its report is not as steer writes it; choose another --out"
             )
-    return PartialReport(out, header | {"settings": given}, entries)
+    return PartialReport(out, header | {"settings": config}, entries)
 
 
 def check_writable(out: Path) -> None:
@@ -177,18 +178,18 @@ def sum_costs(entries: Sequence[Entry]) -> dict[str, float]:
     return {cost.name: sum(entry["cost"].get(cost.name, 0) for entry in entries) for cost in fields(Cost)}
 
 
-def _unmerged_entries(out: Path, given: Mapping[str, Any]) -> dict[int, Entry]:
+def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
     """Read the entries that are not merged yet. Raises InputError for those of another run."""
     entries_by_number: dict[int, Entry] = {}
     for path in sorted((out / FINISHED).glob("*.json")):
-        part = _read(path, out, given)
+        part = _read(path, out, config)
         if type(number := part.get("number")) is not int or len(part["prompts"]) != 1:
             raise InputError(f"{path} is not a report of steer; choose another --out")
         entries_by_number[number] = part["prompts"][0]
     return entries_by_number
 
 
-def _read(path: Path, out: Path, given: Mapping[str, Any]) -> Report:
+def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
     """Read a report in `out`, or that of a single prompt. Raises InputError for another file or other settings."""
     try:
         old = loads_with_checksum(path.read_text(encoding="utf-8"))
@@ -200,11 +201,11 @@ def _read(path: Path, out: Path, given: Mapping[str, Any]) -> Report:
         raise InputError(f"{path} is not a report of steer ({error}); choose another --out") from error
     if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
         raise InputError(f"{path} is not a report of steer; choose another --out")
-    later_defaults = {one.name: one.default for one in fields(SamplingConfig) if one.default is not MISSING}
-    for name, value in given.items():
-        if (there := (later_defaults | old["settings"]).get(name)) != value:
+    defaults = SamplingConfig.of(method=config["method"]).plain()  # reports of older versions lack some settings
+    for name, value in config.items():
+        if (stored := (defaults | old["settings"]).get(name)) != value:
             raise InputError(
-                f"--out {path.parent} holds a run with {name} {there!r}, not {value!r}; choose another --out"
+                f"--out {path.parent} holds a run with {name} {stored!r}, not {value!r}; choose another --out"
             )
     return old
 
@@ -257,7 +258,6 @@ def sample(
     """
     context = launch_context()
     with context.local_main_process_first():
-        settings.check()
         compute_options = compute_options or ComputeOptions()
         compute_options.check()
         rows = [_checked(row, settings) for row in prompts]
@@ -267,26 +267,19 @@ def sample(
         METHODS[settings.method].check(settings, reward)
         if settings.lora is not None:
             find_adapter(settings.lora)
-    record, todo = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
-    if todo:
+    record, pending = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
+    if pending:
         with context.local_main_process_first():
             pipe = load_pipeline(settings.model, context.device(device), settings.dtype, **settings.loading)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
         requests = sample_requests(rows, settings, pipe)
         note_unused("prompts", unused_columns(rows, used_columns(pipe)))
-        with adapter_applied(pipe, settings.lora) as off:
-            for n in _local_prompts(todo, context, settings.method, len(rows)):
-                one, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
-                job = Job(
-                    pipe,
-                    reward,
-                    one.prompt,
-                    one.settings,
-                    folder / SEARCH,
-                    adapter_disabled=off,
-                    compute_options=compute_options,
-                )
-                entry = _sample_prompt(replace(job, arguments=one.arguments), folder, animation) | _columns(rows[n])
+        with adapter_applied(pipe, settings.lora) as adapter_disabled:
+            for n in _local_prompts(pending, context, settings.method, len(rows)):
+                request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
+                job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
+                job = replace(job, adapter_disabled=adapter_disabled, compute_options=compute_options)
+                entry = _sample_prompt(job, folder, animation) | _columns(rows[n])
                 with output_errors(out):
                     record.keep(n, entry, context.world_size == 1)
                     _clean(folder)
@@ -301,10 +294,10 @@ def sample(
 
 def _checked(row: str | PromptRow, settings: SamplingConfig) -> PromptRow:
     """Check a row as far as possible without the model. Raises InputError."""
-    made = row if isinstance(row, PromptRow) else PromptRow(row)
-    check_prompt(made.prompt, "prompt")
-    row_config(made, settings)
-    return made
+    checked = row if isinstance(row, PromptRow) else PromptRow(row)
+    check_prompt(checked.prompt, "prompt")
+    row_config(checked, settings)
+    return checked
 
 
 def _columns(row: PromptRow) -> Entry:
@@ -320,14 +313,14 @@ def _open_report(
     return record, record.missing(len(rows), animation)
 
 
-def _local_prompts(todo: Sequence[int], context: LaunchContext, method: str, count: int) -> Iterator[int]:
+def _local_prompts(pending: Sequence[int], context: LaunchContext, method: str, count: int) -> Iterator[int]:
     """Iterate over this process's share of the missing prompts; the main process shows a progress bar of its own."""
-    mine = [todo[place] for place in context.split_indices(len(todo))]
+    share = [pending[place] for place in context.split_indices(len(pending))]
     if context.world_size == 1:
-        yield from tqdm(mine, method, initial=count - len(todo), total=count, unit="prompt", disable=None)
+        yield from tqdm(share, method, initial=count - len(pending), total=count, unit="prompt", disable=None)
     else:
-        about = f"{method}, 1 of {context.world_size} processes"
-        yield from tqdm(mine, about, unit="prompt", disable=None if context.is_main_process else True)
+        label = f"{method}, 1 of {context.world_size} processes"
+        yield from tqdm(share, label, unit="prompt", disable=None if context.is_main_process else True)
 
 
 def _draw(report: Report, out: Path) -> None:
@@ -399,7 +392,7 @@ def _trace(iterations: Sequence[Iteration]) -> dict[str, Any]:
         "rewards": rows([one.rewards for one in iterations]),
         "norms": rows([one.norms for one in iterations]),
         "best": rows([one.best for one in iterations]),
-        "parts": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
+        "components": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
     }
 
 

@@ -149,7 +149,7 @@ def test_a_folder_of_half_precision_weights_alone(tmp_path: Path) -> None:
         ("models/", "unknown model"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_no_name_on_the_hub(
+def test_a_missing_path_is_not_a_name_on_the_hub(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -256,14 +256,14 @@ def test_a_kohya_lora_with_alphas_of_its_own_equals_the_merged_weights(tmp_path:
 
 
 EXTRA = {
-    "modules_to_save": ({"unet.conv_out.weight": torch.zeros(4, 8, 3, 3)}, "unet.conv_out.weight .whole tensors"),
-    "bias all": ({f"unet.{FF}.bias": torch.ones(8)}, f"unet.{FF}.bias .whole tensors"),
+    "modules_to_save": ({"unet.conv_out.weight": torch.zeros(4, 8, 3, 3)}, "unet.conv_out.weight .full tensors"),
+    "bias all": ({f"unet.{FF}.bias": torch.ones(8)}, f"unet.{FF}.bias .full tensors"),
     "lora_bias": ({f"unet.{QUERY}.lora_B.bias": torch.ones(8)}, "lora_B.bias .lora_bias"),
     "DoRA": ({f"unet.{QUERY}.lora_magnitude_vector": torch.ones(8)}, "lora_magnitude_vector .DoRA"),
     "kohya's DoRA": ({f"{kohya(QUERY)}.dora_scale": torch.ones(8, 1)}, "dora_scale .DoRA"),
     "LoHa": ({f"{kohya(QUERY)}.hada_w1_a": torch.ones(8, 2)}, "hada_w1_a .LoHa"),
     "LoKr": ({f"{kohya(QUERY)}.lokr_w1": torch.ones(2, 2)}, "lokr_w1 .LoKr"),
-    "a full difference": ({f"{kohya(CONV)}.diff": torch.ones(8, 8, 3, 3)}, "diff .whole tensors"),
+    "a full difference": ({f"{kohya(CONV)}.diff": torch.ones(8, 8, 3, 3)}, "diff .full tensors"),
     "textual inversion": (
         {"bundle_emb.a.string_to_param": torch.ones(1)},
         "string_to_param .full tensors or unknown keys",
@@ -280,7 +280,7 @@ EXTRA = {
 
 
 @pytest.mark.parametrize("kind", EXTRA)
-def test_what_is_not_applied_is_named_and_the_base_stays(kind: str, tmp_path: Path) -> None:
+def test_unsupported_tensors_are_named_and_the_base_is_unchanged(kind: str, tmp_path: Path) -> None:
     extra, message = EXTRA[kind]
     file, pipe = plain(tmp_path, extra), fresh_pipe("sd")
     before = hashes(pipe)
@@ -404,7 +404,7 @@ def of(model: Path) -> Any:
 
 @torch.no_grad()
 def answer(pipe: Any) -> Tensor:
-    """What the denoiser says of some noise."""
+    """The output of the denoiser for fixed noise."""
     noise, text = torch.randn(1, 4, 4, 4, generator=Generator().manual_seed(0)), torch.ones(1, 3, 16)
     return torch.as_tensor(pipe.unet(noise, 5, text).sample)
 

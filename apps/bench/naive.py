@@ -176,7 +176,7 @@ def naive_d3po(
         output = _guided(pipe, scheduler, x, t, texts, guidance)
         x0 = predict_x0(scheduler, output, t, x, k)
         kernel = gaussian_transition(x, x0, *step_levels(scheduler, t, k), eta)
-        return kernel.log_prob(places[rows, k + 1], "mean")
+        return kernel.log_prob(places[rows, k + 1]) / x[0].numel()
 
     return sum(_d3po_step(log_prob, k, better, worse, trained, beta, stored) for k in stored.stochastic)
 

@@ -60,15 +60,15 @@ def score(
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import collect_images, score_images
 
-    shown = collect_images(images, texts, file, prompt_column)
-    scored = score_images(resolve_reward(reward, reward_timeout), shown, default_device(device))
-    prompts = {one.prompt for one in shown}
+    samples = collect_images(images, texts, file, prompt_column)
+    results = score_images(resolve_reward(reward, reward_timeout), samples, default_device(device))
+    prompts = {one.prompt for one in samples}
     output = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
-    if len(scored.errors) < len(shown):
-        click.echo(json.dumps(output | {"scores": scored.rows}, indent=1))
-    if scored.errors:
-        count = "" if len(shown) == 1 else f"{len(scored.errors)} of {len(shown)} images have no score: "
-        raise InputError(count + "; ".join(scored.errors))
+    if len(results.errors) < len(samples):
+        click.echo(json.dumps(output | {"scores": results.rows}, indent=1))
+    if results.errors:
+        count = "" if len(samples) == 1 else f"{len(results.errors)} of {len(samples)} images have no score: "
+        raise InputError(count + "; ".join(results.errors))
 
 
 steer.add_command(bench)

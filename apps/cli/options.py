@@ -1,10 +1,14 @@
-"""Base classes of all commands: every given option is used or refused, none is dropped silently."""
+"""Base classes and common options of all commands: every given option is used or refused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import click
 
+from steer.apps.settings import ALL_OPTIONS, SHARED, flags_of, help_of, kinds_of
 from steer.errors import InputError
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 class Command(click.Command):
@@ -61,3 +65,20 @@ DEVICE = click.option(
     callback=_checked,
     help="Device of models and rewards, such as cpu, cuda or cuda:1; by default the GPU if there is one.",
 )
+
+
+def setting_options(without: Collection[str] = ()) -> Callable[[F], F]:
+    """Decorate a command with an option for every setting of `steer.apps.settings`; None is a setting's default."""
+
+    def decorate(command: F) -> F:
+        for name in reversed([name for name in (*SHARED, *ALL_OPTIONS) if name not in without]):
+            flags = flags_of(name)
+            kind = next((kind for kind in kinds_of(name) if kind in (bool, int, float)), str)
+            switch = True if kind is bool and "/" not in flags[0] else None
+            option = click.option(
+                *flags, name, type=None if kind is bool else kind, default=None, help=help_of(name), is_flag=switch
+            )
+            command = option(command)
+        return command
+
+    return decorate

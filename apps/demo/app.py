@@ -93,7 +93,7 @@ def report_of(made: PromptResult) -> dict[str, Any]:
     """Describe the images, best first, as plain values."""
     return {
         "prompt": made.prompt,
-        "settings": asdict(made.settings),
+        "settings": made.settings.plain(),
         "rewards": [picture.recipe.reward for picture in made.images],
         "components": [dict(picture.recipe.components) for picture in made.images],
         "cost": asdict(made.cost),

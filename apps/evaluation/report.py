@@ -53,11 +53,11 @@ def figures(
         prompts = [one | {"tag": tag} for one, tag in zip(prompts, spec.tags, strict=True)]
     contenders = []
     for size, one in zip(particles, stored, strict=True):
-        stats = one.about | {"particles": size} | _statistics(spec, one, stored[0])
-        if one.about["weights"] is not None:
+        stats = one.identity | {"particles": size} | _statistics(spec, one, stored[0])
+        if one.identity["weights"] is not None:
             stats["kl"] = one.kl.get(str(kl_prompts))
         runs = [{"prompt": place} | run for place in range(len(prompts)) for run in one.runs[place]]
-        contenders.append(stats | {"made": one.made, "runs": runs})
+        contenders.append(stats | {"environments": one.environments, "runs": runs})
     return spec.identity() | {"prompts": prompts, "contenders": contenders}
 
 
@@ -378,11 +378,11 @@ def write_report(report: Json, store: ResultStore, grid_places: Sequence[int]) -
 def markdown(report: Json) -> list[str]:
     """Format the tables: rewards, against the first contender, by task, costs."""
     prompts, seeds, rewards = report["prompts"], report["seeds"], report["rewards"]
-    about = (
+    introduction = (
         f"{_count(len(prompts), 'prompt')}, {_count(seeds, 'seed')} each; {rewards[0]} steers and picks. In brackets: "
         "95 % bootstrap intervals over prompts."
     )
-    sections = ["# Evaluation", about, _means(report)]
+    sections = ["# Evaluation", introduction, _means(report)]
     if len(report["contenders"]) > 1:
         sections += [f"## Against {_code(report['contenders'][0]['name'])}", _against(report)]
     if report["contenders"][0]["tasks"] is not None:
@@ -459,12 +459,12 @@ def _remarks(report: Json) -> list[str]:
         if "skipped" in kl:
             groups.setdefault(f"no KL, because {kl['skipped']}", []).append(name)
         elif "eta" in kl:
-            about = f"KL is the mean of {_count(len(kl['by_prompt']), 'trajectory')} with η = {kl['eta']:g}"
-            groups.setdefault(about, []).append(name)
+            remark = f"KL is the mean of {_count(len(kl['by_prompt']), 'trajectory')} with η = {kl['eta']:g}"
+            groups.setdefault(remark, []).append(name)
         if one["stopped"]:
-            about = f"{_count(one['stopped'], 'run')} stopped before the last iteration and kept the best so far"
-            groups.setdefault(about, []).append(name)
-    lines = [f"- {', '.join(names)}: {about.rstrip('.')}." for about, names in groups.items()]
+            remark = f"{_count(one['stopped'], 'run')} stopped before the last iteration and kept the best so far"
+            groups.setdefault(remark, []).append(name)
+    lines = [f"- {', '.join(names)}: {remark.rstrip('.')}." for remark, names in groups.items()]
     if len(report["prompts"]) == 1:
         lines.append("- A single prompt has no interval.")
     return ["\n".join(lines)] if lines else []

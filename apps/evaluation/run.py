@@ -80,8 +80,8 @@ def trajectory_kl(
     with off():
         reference = Sampler(pipe, call, eta)  # text embeddings differ if an encoder was finetuned
     results = []
-    for some in rows.split(chunk):
-        stored, _ = adapted.rollout(some)
+    for part in rows.split(chunk):
+        stored, _ = adapted.rollout(part)
         steps = _kernels(adapted, stored)
         with off():
             before = _kernels(reference, stored)
@@ -149,12 +149,12 @@ def evaluate(
         spec = EvaluationSpec(tuple(prompts), None if tags is None else tuple(tags), loaded, seeds, options or {})
         prepared_contenders = prepare_contenders(contenders, spec)
     kl_places = evenly_spaced(len(prompts), kl_prompts) if kl_prompts else []
-    todo = context.broadcast_from_main(lambda: _missing(store, prepared_contenders, spec, batch, len(kl_places)))
+    pending = context.broadcast_from_main(lambda: _missing(store, prepared_contenders, spec, batch, len(kl_places)))
     evaluation_runner = EvaluationRunner(
         spec, store, context, PipelineCache(context, context.device(device)), batch, kl_places
     )
-    evaluation_runner.check([prepared for prepared, work in zip(prepared_contenders, todo, strict=True) if work])
-    for number, (prepared, work) in enumerate(zip(prepared_contenders, todo, strict=True)):
+    evaluation_runner.check([prepared for prepared, work in zip(prepared_contenders, pending, strict=True) if work])
+    for number, (prepared, work) in enumerate(zip(prepared_contenders, pending, strict=True)):
         if work:
             evaluation_runner.run(prepared, work, kl=work.kl and number % context.world_size == context.rank)
     context.wait_for_everyone()
@@ -233,7 +233,9 @@ class EvaluationRunner:
 
         In reverse order: the first model then stays loaded.
         """
-        distinct = {(one.contender.model, one.settings.dtype, one.about["weights"]): one for one in prepared_contenders}
+        distinct = {
+            (one.contender.model, one.settings.dtype, one.identity["weights"]): one for one in prepared_contenders
+        }
         for prepared in reversed(distinct.values()):
             with self._loaded_pipeline(prepared):
                 pass
@@ -243,8 +245,8 @@ class EvaluationRunner:
         name, process = prepared.contender.name, self.context.rank
         with self._loaded_pipeline(prepared) as (pipe, off):
             stored = self.store.read(prepared, process)
-            if (made := versions(pipe.device)) not in stored.made:
-                stored.made.append(made)
+            if (environment := versions(pipe.device)) not in stored.environments:
+                stored.environments.append(environment)
             runner = ContenderRunner(
                 self.spec,
                 prepared,
@@ -254,8 +256,8 @@ class EvaluationRunner:
                 evenly_spaced(len(self.spec.prompts), MAX_GRID_PROMPTS),
             )
             share = [work.groups[n] for n in self.context.split_indices(len(work.groups))]
-            quiet = None if self.context.is_main_process else True
-            with tqdm(desc=name, unit="prompt", total=sum(map(len, share)), disable=quiet) as bar:
+            disable = None if self.context.is_main_process else True
+            with tqdm(desc=name, unit="prompt", total=sum(map(len, share)), disable=disable) as bar:
                 for group in share:
                     runner.make(group, stored)
                     self.store.write(stored, process)
@@ -269,7 +271,7 @@ class EvaluationRunner:
         settings, prompts = prepared.settings, [self.spec.prompts[place] for place in self.kl_places]
         reward = self.spec.rewards[self.spec.first]
         call = plain_call(BatchedJob(pipe, reward, prompts, settings, self.store.out))
-        key = json.dumps([prepared.about["model"], prepared.about["weights"], call, settings.eta, settings.dtype])
+        key = json.dumps([prepared.identity["model"], prepared.identity["weights"], call, settings.eta, settings.dtype])
         if key not in self.kl_cache:  # methods with the same weights share it
             self.kl_cache[key] = estimate_kl(pipe, off, prompts, call, settings.eta, settings.seed, self.batch)
         return self.kl_cache[key]

@@ -6,7 +6,7 @@ import platform
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from torch import Generator, Tensor
 
 from steer import __version__
 from steer.apps.errors import named, wrap_errors
-from steer.apps.methods import METHODS, Job, SamplingConfig
+from steer.apps.methods import METHODS, Job
 from steer.apps.models import FinetunedWeights, find_adapter
 from steer.apps.plots import thumbnail
 from steer.apps.sampling import check_writable
+from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingConfig
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.files import atomic_write, write_text
@@ -34,22 +35,10 @@ from steer.reward import Reward, mean_over_frames, score_components
 BASE_METHOD = "base"  # plain sampling without a reward: one image per run
 # Methods whose runs share no random numbers, so that one call may sample several.
 INDEPENDENT_METHODS = ("base", "best-of-n")
-# As in `steer sample`; λ None is the default of the method.
-DEFAULTS: dict[str, Any] = {
-    "particles": 4,
-    "steps": None,
-    "guidance": None,
-    "lam": None,
-    "potential": "difference",
-    "resampler": "systematic",
-    "tempering": "constant",
-    "ess_threshold": 0.5,
-    "eta": None,
-    "seed": 0,
-    "dtype": None,
-}
-LATER_DEFAULTS = {one.name: one.default for one in fields(SamplingConfig) if one.default is not MISSING}
-DEFAULTS |= {name: value for name, value in LATER_DEFAULTS.items() if name != "lora"}  # a field of Contender
+# Settings of `steer sample` that contenders share; None is the default of each method.
+_OF_A_CONTENDER = ("model", "lora", "method", "reward", "compare")
+DEFAULTS: dict[str, Any] = {name: SamplingConfig.field(name).default for name in SHARED if name not in _OF_A_CONTENDER}
+DEFAULTS |= dict.fromkeys(ALL_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -133,8 +122,8 @@ class PreparedContender:
         return self.settings.particles
 
     @cached_property
-    def about(self) -> dict[str, Any]:
-        """Identity, with a hash of its weights, as plain values."""
+    def identity(self) -> dict[str, Any]:
+        """Fields that identify the contender, with a hash of its weights, as plain values."""
         one = self.contender
         data = {"name": one.name, "model": one.model, "lora": one.lora, "method": one.method}
         return data | {"options": dict(one.options), "weights": self.finetuned and self.finetuned.digest()}
@@ -151,11 +140,11 @@ def prepare_contenders(contenders: Sequence[Contender], spec: EvaluationSpec) ->
     if not contenders:
         raise InputError("there are no contenders: give at least one model")
     names = [one.name for one in contenders]
-    if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-        raise InputError(f"contender {twice[0]!r} is repeated: give each contender once")
+    if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
+        raise InputError(f"contender {repeated[0]!r} is repeated: give each contender once")
     _check_options(spec.options, "")
-    given: dict[str, Any] = {"model": "", "method": BASE_METHOD, "reward": spec.first, "compare": False}
-    SamplingConfig(**(spec.shared | given)).check()  # even options that no contender uses
+    for method in set(METHODS) - {"beam"}:  # options without a contender too; beams need a number of particles
+        _settings_of(Contender("", None, method), spec)
     return [_prepare_contender(one, spec) for one in contenders]
 
 
@@ -164,18 +153,24 @@ def _prepare_contender(one: Contender, spec: EvaluationSpec) -> PreparedContende
     if "seed" in one.options:
         raise InputError(f"contender {one.name!r}: seeds are the same for all; leave out seed")
     method = choose("method", one.method, METHODS)
-    own: dict[str, Any] = {"model": one.model, "method": one.method, "reward": spec.first, "compare": False}
-    plain = {"particles": 1} if one.method == BASE_METHOD else {}
-    settings = SamplingConfig(**(spec.shared | plain | dict(one.options) | own))
-    settings.check()
+    settings = _settings_of(one, spec)
     method.check(settings, spec.rewards[spec.first])
     return PreparedContender(one, settings, None if one.lora is None else find_adapter(one.lora))
 
 
-def _check_options(options: Mapping[str, Any], whose: str) -> None:
+def _settings_of(one: Contender, spec: EvaluationSpec) -> SamplingConfig:
+    """Return the shared options that a contender's method has, with its own. Raises InputError."""
+    others = set(ALL_OPTIONS) - set(METHOD_OPTIONS[one.method].names)
+    shared = {name: value for name, value in spec.shared.items() if name not in others}
+    plain = {"particles": 1} if one.method == BASE_METHOD else {}
+    own: dict[str, Any] = {"model": one.model, "method": one.method, "reward": spec.first, "compare": False}
+    return SamplingConfig.of(**shared | plain | dict(one.options) | own)
+
+
+def _check_options(options: Mapping[str, Any], prefix: str) -> None:
     for name in options:
         if name not in DEFAULTS:
-            raise InputError(f"{whose}unknown option {name!r}: did you mean {nearest(name, DEFAULTS)}?")
+            raise InputError(f"{prefix}unknown option {name!r}: did you mean {nearest(name, DEFAULTS)}?")
 
 
 @dataclass(frozen=True)
@@ -214,19 +209,19 @@ class ContenderResults:
     runs       by index of the prompt, in the order of the seeds: see `ContenderRunner.make`
     diversity  by index of the prompt; None for one seed
     kl         of finetuned weights, by the number of prompts
-    made       versions and devices
+    environments  versions and devices
     """
 
-    about: Json
+    identity: Json
     runs: dict[int, list[Json]] = field(default_factory=dict)
     diversity: dict[int, float | None] = field(default_factory=dict)
     kl: Json = field(default_factory=dict)
-    made: list[Json] = field(default_factory=list)
+    environments: list[Json] = field(default_factory=list)
 
     def text(self) -> str:
         """Serialize to JSON."""
         prompts = [{"place": n, "runs": self.runs[n], "diversity": self.diversity[n]} for n in sorted(self.runs)]
-        data = {"contender": self.about, "made": self.made, "kl": self.kl}
+        data = {"contender": self.identity, "environments": self.environments, "kl": self.kl}
         return json.dumps(data | {"prompts": prompts}, ensure_ascii=False)
 
     def add(self, other: "ContenderResults") -> None:
@@ -234,7 +229,7 @@ class ContenderResults:
         self.runs |= other.runs
         self.diversity |= other.diversity
         self.kl |= other.kl
-        self.made += [one for one in other.made if one not in self.made]
+        self.environments += [one for one in other.environments if one not in self.environments]
 
 
 def versions(device: torch.device) -> Json:
@@ -268,18 +263,18 @@ class ResultStore:
             raise InputError(f"{path} is not an evaluation of steer; choose another --out")
         if old.get("prompts") != data["prompts"]:
             raise InputError(f"--out {self.out} holds an evaluation of other prompts; choose another --out")
-        both = [(name, old.get(name), data[name]) for name in ("rewards", "seeds")]
-        there = DEFAULTS | old["options"]
-        both += [(name, there.get(name), value) for name, value in data["options"].items()]
-        if other := next((one for one in both if one[1] != one[2]), None):
-            name, before, now = other
+        pairs = [(name, old.get(name), data[name]) for name in ("rewards", "seeds")]
+        options = DEFAULTS | old["options"]
+        pairs += [(name, options.get(name), value) for name, value in data["options"].items()]
+        if changed := next((one for one in pairs if one[1] != one[2]), None):
+            name, before, now = changed
             raise InputError(
                 f"--out {self.out} holds an evaluation with {name} {before!r}, not {now!r}; choose another --out"
             )
 
     def read(self, prepared: PreparedContender, process: int | None = None) -> ContenderResults:
         """Read the results of a contender, of all processes or of one. Raises InputError for another of that name."""
-        result = ContenderResults(prepared.about)
+        result = ContenderResults(prepared.identity)
         pattern = f"{file_key(prepared.contender.name)}.{'*' if process is None else process}.json"
         for path in sorted((self.out / RUNS).glob(pattern)):
             result.add(_load_results(path, prepared))
@@ -287,7 +282,7 @@ class ResultStore:
 
     def write(self, stored: ContenderResults, process: int) -> None:
         """Replace the results of a contender by this process."""
-        write_text(self.out / RUNS / f"{file_key(stored.about['name'])}.{process}.json", stored.text())
+        write_text(self.out / RUNS / f"{file_key(stored.identity['name'])}.{process}.json", stored.text())
 
     def search(self, name: str, place: int, number: int) -> Path:
         """Path of the checkpoint of an iterative run."""
@@ -306,14 +301,14 @@ class ResultStore:
 
 def _load_results(path: Path, prepared: PreparedContender) -> ContenderResults:
     data, name = _read(path), prepared.contender.name
-    about = data.get("contender")
-    if not isinstance(about, dict) or not isinstance(data.get("prompts"), list):
+    identity = data.get("contender")
+    if not isinstance(identity, dict) or not isinstance(data.get("prompts"), list):
         raise InputError(f"{path} is not an evaluation of steer; delete it, or choose another --out")
-    for what, value in prepared.about.items():
-        if about.get(what) != value:
-            other = "its weights differ" if what == "weights" else f"it has {what} {about.get(what)!r} there"
+    for key, value in prepared.identity.items():
+        if identity.get(key) != value:
+            other = "its weights differ" if key == "weights" else f"it has {key} {identity.get(key)!r} there"
             raise InputError(f"{path.parent.parent} holds another contender {name!r}: {other}; choose another --out")
-    result = ContenderResults(about, kl=data.get("kl", {}), made=data.get("made", []))
+    result = ContenderResults(identity, kl=data.get("kl", {}), environments=data.get("environments", []))
     try:
         for one in data["prompts"]:
             result.runs[one["place"]], result.diversity[one["place"]] = one["runs"], one["diversity"]
@@ -360,12 +355,12 @@ class ContenderRunner:
         A run is {"seed", "rewards": of the K images by name, best first (`base` does not sort); "stopped": the reason
         of an early stop or None; "cost": its share of the cost of its call}.
         """
-        todo = [(place, number) for place in group for number in range(self.spec.seeds)]
+        pending = [(place, number) for place in group for number in range(self.spec.seeds)]
         size, self._picked = self._runs_per_call(), {place: [] for place in group}
         runs: dict[int, list[Json]] = {place: [] for place in group}
-        for start in range(0, len(todo), size):
-            some = todo[start : start + size]
-            for (place, _), run in zip(some, self._run_call(some), strict=True):
+        for start in range(0, len(pending), size):
+            batch_runs = pending[start : start + size]
+            for (place, _), run in zip(batch_runs, self._run_call(batch_runs), strict=True):
                 runs[place].append(run)
         stored.runs |= runs
         for place, images in self._picked.items():
@@ -382,11 +377,11 @@ class ContenderRunner:
         independent = self.prepared.contender.method in INDEPENDENT_METHODS and own_noise
         return max(1, self.batch // self.prepared.particles) if independent else 1
 
-    def _run_call(self, some: Sequence[tuple[int, int]]) -> Iterator[Json]:
+    def _run_call(self, batch_runs: Sequence[tuple[int, int]]) -> Iterator[Json]:
         """Call the method once, and yield its runs."""
         spec = self.spec
-        prompts, seeds = [spec.prompts[n] for n, _ in some], tuple(spec.run_seed(n, s) for n, s in some)
-        reward, file = spec.rewards[spec.first], self.store.search(self._name, *some[0])
+        prompts, seeds = [spec.prompts[n] for n, _ in batch_runs], tuple(spec.run_seed(n, s) for n, s in batch_runs)
+        reward, file = spec.rewards[spec.first], self.store.search(self._name, *batch_runs[0])
         job = BatchedJob(self.pipe, reward, prompts, self.prepared.settings, file, seeds=seeds)
         with contender_errors(f"{self._name}, prompt {prompts[0]!r}"):
             output = METHODS[self.prepared.contender.method].run(job)
@@ -394,14 +389,14 @@ class ContenderRunner:
         file.unlink(missing_ok=True)
         flags = output.nsfw_content_detected
         size = output.rewards.shape[1]  # a particle schedule leaves fewer than `particles`
-        for row, (place, _) in enumerate(some):
+        for row, (place, _) in enumerate(batch_runs):
             self._picked[place].append(output.images[row * size].detach().float().cpu().clamp(0, 1))
             yield {
                 "seed": seeds[row],
                 "rewards": {name: values[row].tolist() for name, values in scores.items()},
                 "stopped": output.stopped,
                 **({} if flags is None else {"nsfw_content_detected": flags[row].tolist()}),
-                "cost": {what: spent / len(some) for what, spent in asdict(output.cost).items()},
+                "cost": {name: spent / len(batch_runs) for name, spent in asdict(output.cost).items()},
             }
 
     def _other_scores(self, output: SteeringOutput, prompts: Sequence[str]) -> dict[str, Tensor]:

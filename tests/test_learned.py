@@ -20,7 +20,7 @@ from steer.rewards.parser import load_reward
 from steer.rewards.preference_pairs import Pairs, read_pairs
 
 SIDE = 16
-RECIPE = RewardTrainingConfig(backbone="", head="image", steps=250, batch=16, learning_rate=3e-3, held_out=0.25)
+RECIPE = RewardTrainingConfig(backbone="", head="image", steps=250, batch_size=16, learning_rate=3e-3, held_out=0.25)
 
 
 @pytest.fixture(scope="session")
@@ -36,8 +36,8 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captions = [{"image": image, "prompt": prompt} for image, prompt in sample_image(folder / "images", 40)]
     data = folder / "captions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in captions))
-    recipe = RewardTrainingConfig(backbone=str(folder), objective="contrastive", whole=True, steps=40, batch=16)
-    run_reward_training(data, recipe, folder, folder / "work", "cpu")
+    config = RewardTrainingConfig(str(folder), objective="contrastive", train_backbone=True, steps=40, batch_size=16)
+    run_reward_training(data, config, folder, folder / "work", "cpu")
     return folder
 
 
@@ -91,11 +91,11 @@ def grey(level: float) -> torch.Tensor:
     [
         {"head": "image"},
         {"head": "pair"},
-        {"head": "image", "whole": True, "steps": 40},
-        {"head": "similarity", "whole": True, "steps": 60},
+        {"head": "image", "train_backbone": True, "steps": 40},
+        {"head": "similarity", "train_backbone": True, "steps": 60},
         {"head": "image", "objective": "regression"},
         {"head": "image", "objective": "scaled-bradley-terry", "label_smoothing": 0.05},
-        {"head": "image", "flip": 0.1},
+        {"head": "image", "label_noise": 0.1},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -156,7 +156,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_reward(
 ) -> None:
     recipe = replace(recipe, members=2, steps=30)
     train_reward(pairs, recipe, tmp_path / "whole", tmp_path / "work-1")
-    stop_in(monkeypatch, "steer.training.supervised.Run._save", call=2)
+    stop_in(monkeypatch, "steer.training.supervised.TrainingRun._save", call=2)
     with pytest.raises(KeyboardInterrupt):
         train_reward(pairs, recipe, tmp_path / "components", tmp_path / "work-2")
     monkeypatch.undo()
@@ -203,10 +203,10 @@ def test_scores_depend_neither_on_batch_nor_on_order(
     [
         ({"head": "pears"}, "unknown head 'pears': did you mean pair"),
         ({"objective": "bradley"}, "unknown objective 'bradley'"),
-        ({"head": "similarity"}, "add --whole"),
+        ({"head": "similarity"}, "add --train-backbone"),
         ({"members": 0}, "--members must be at least 1"),
-        ({"centre": -1.0}, "--centre must be a number from 0 on"),
-        ({"flip": 0.5}, "--flip must be from 0 to below 0.5"),
+        ({"center_rewards_coefficient": -1.0}, "--center-rewards-coefficient must be from 0 to below inf"),
+        ({"label_noise": 0.5}, "--label-noise must be from 0 to below 0.5"),
         ({"held_out": 1.0}, "--held-out must be from 0"),
         ({"backbone": "no/such"}, "CLIP 'no/such' cannot be loaded"),
     ],
@@ -226,7 +226,7 @@ def test_a_recipe_that_cannot_be_is_refused(
 
 def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
     train_reward(pairs, replace(recipe, steps=2), tmp_path / "r", tmp_path / "work")
-    with pytest.raises(RewardError, match="holds a run with other settings"):
+    with pytest.raises(RewardError, match="holds a run with another configuration"):
         train_reward(pairs, replace(recipe, steps=3), tmp_path / "r", tmp_path / "work")
 
 
@@ -241,7 +241,7 @@ def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig,
         (lambda folder: change(folder, width=10**12), "not the card of a learned reward"),
         (lambda folder: change(folder, width=3), "does not fit this model"),
         (lambda folder: (folder / "member-0.safetensors").unlink(), "no such checkpoint"),
-        (lambda folder: (folder / "member-0.safetensors").write_bytes(b"\0" * 40), "cannot be read, is it whole"),
+        (lambda folder: (folder / "member-0.safetensors").write_bytes(b"\0" * 40), "cannot be read, is it complete"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(
