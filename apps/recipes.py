@@ -227,7 +227,7 @@ def _settings(data: Any) -> SamplingConfig:
     if unknown := sorted(data.keys() - {*known}):
         raise InputError(f"unknown key {unknown[0]!r:.60}; was it written by a newer steer than {steer.__version__}?")
     kinds = {name: kinds_of(name, method) for name in data}
-    optional = {name: kinds[name] if name in REQUIRED else (*kinds[name], NoneType) for name in data}
+    optional = {name: kinds[name] if name in REQUIRED else (*dict.fromkeys((*kinds[name], NoneType)),) for name in data}
     return SamplingConfig.of(**{name: _value(name, value, optional[name]) for name, value in data.items()})
 
 

@@ -140,7 +140,7 @@ def _table(choices: str | tuple[str, ...]) -> Mapping[str, Any]:
 
 def _contains(interval: str, value: float) -> bool:
     """Return whether a value lies in an interval such as "(0, 1]"; nan lies in none."""
-    low, high = map(float, interval[1:-1].split(","))
+    low, high = (int(end) if end.strip("- ").isdigit() else float(end) for end in interval[1:-1].split(","))
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high)
 

@@ -295,7 +295,7 @@ def test_every_option_reaches_its_pipeline(monkeypatch: pytest.MonkeyPatch, meth
         fk_only = set.union(*EXCLUSIVE) - left_out if method == "fk" else set()
         given = {name: value for name, value in own.items() if name not in fk_only}
         given |= {"particles": 2, "steps": 3, "eta": 0.5, "seed": 5, "method": method}
-        job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig.of(**SETTINGS.plain() | given), Path("x"))
+        job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig.of(**given), Path("x"))
         with pytest.raises(FileRecord) as told:
             METHODS[method].run(job)
         (prompt,), named = told.value.args

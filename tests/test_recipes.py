@@ -140,8 +140,8 @@ def test_a_recipe_of_an_older_version_has_the_defaults_of_younger_settings() -> 
 def test_a_whole_number_is_a_number() -> None:
     data = changed(reward=1, settings=SETTINGS.plain() | {"lam": 25, "guidance": 4})
     recipe = read_metadata(saying(json.dumps(data)))
-    assert (recipe.reward, recipe.settings.lam, recipe.settings.guidance) == (1.0, 25.0, 4.0)
-    assert isinstance(recipe.settings.lam, float)
+    assert (recipe.reward, recipe.settings.options.lam, recipe.settings.guidance) == (1.0, 25.0, 4.0)
+    assert isinstance(recipe.settings.options.lam, float)
 
 
 @pytest.mark.parametrize(

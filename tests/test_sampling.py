@@ -284,7 +284,8 @@ def images(out: Path) -> dict[str, bytes]:
 def test_images_have_the_weights_and_base_images_do_not(
     steer: Steer, weights: Path, tmp_path: Path, method: str
 ) -> None:
-    code, _, _ = steer("sample", *QUICK, "--method", method, "--lora", weights, "--lam", 40, "--out", tmp_path)
+    words = ["sample", *QUICK, "--method", method, *(["--lam", 40] if method == "fk" else []), "--out", tmp_path]
+    code, _, _ = steer(*words, "--lora", weights)
     assert code == 0
     made, without, adapted = images(tmp_path), plain_images(None), plain_images(weights)
     assert tuple(made) == NAMES
@@ -293,7 +294,7 @@ def test_images_have_the_weights_and_base_images_do_not(
         assert {made[name] for name in NAMES[:2]} == {image.tobytes() for image in adapted}
     assert not {made[name] for name in NAMES[:2]} & {image.tobytes() for image in without}
     assert json.loads((tmp_path / "report.json").read_text())["settings"]["lora"] == str(weights)
-    refused = steer("sample", *QUICK, "--method", method, "--lam", 40, "--out", tmp_path)
+    refused = steer(*words)
     assert refused[0] == 2 and f"holds a run with lora {str(weights)!r}, not None" in refused[2]
 
 
