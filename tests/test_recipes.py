@@ -153,7 +153,7 @@ def test_a_whole_number_is_a_number() -> None:
         ({"prompt": "\ud800"}, "prompt: not text"),
         ({"base": 0}, "base: expected bool, got 0"),
         ({"rank": True}, "rank: expected int, got True"),
-        ({"rank": 3}, "rank 3 of 3 particles"),
+        ({"rank": 3}, "rank 3 is out of range for 3 particles"),
         ({"rank": -1}, "rank: expected 0 to"),
         ({"reward": "high"}, "reward: expected float"),
         ({"reward": 10**400}, "reward: expected float"),
