@@ -217,7 +217,7 @@ def _checked(data: Any) -> Recipe:
 
 
 def _settings(data: Any) -> SamplingConfig:
-    """Return the settings of a recipe, each of its type; those that are missing are younger, and have their default."""
+    """Check the settings of a recipe; missing ones, newer than the file, have their default."""
     if not isinstance(data, dict):
         raise InputError(f"expected an object, got {type(data).__name__}")
     if missing := [name for name in REQUIRED if name not in data]:

@@ -201,9 +201,9 @@ def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
         raise InputError(f"{path} is not a report of steer ({error}); choose another --out") from error
     if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
         raise InputError(f"{path} is not a report of steer; choose another --out")
-    later_defaults = SamplingConfig.of(method=config["method"]).plain()  # missing in reports of older versions
+    defaults = SamplingConfig.of(method=config["method"]).plain()  # reports of older versions lack some settings
     for name, value in config.items():
-        if (stored := (later_defaults | old["settings"]).get(name)) != value:
+        if (stored := (defaults | old["settings"]).get(name)) != value:
             raise InputError(
                 f"--out {path.parent} holds a run with {name} {stored!r}, not {value!r}; choose another --out"
             )
@@ -276,17 +276,10 @@ def sample(
         note_unused("prompts", unused_columns(rows, used_columns(pipe)))
         with adapter_applied(pipe, settings.lora) as adapter_disabled:
             for n in _local_prompts(pending, context, settings.method, len(rows)):
-                one, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
-                job = Job(
-                    pipe,
-                    reward,
-                    one.prompt,
-                    one.settings,
-                    folder / SEARCH,
-                    adapter_disabled=adapter_disabled,
-                    compute_options=compute_options,
-                )
-                entry = _sample_prompt(replace(job, arguments=one.arguments), folder, animation) | _columns(rows[n])
+                request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
+                job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
+                job = replace(job, adapter_disabled=adapter_disabled, compute_options=compute_options)
+                entry = _sample_prompt(job, folder, animation) | _columns(rows[n])
                 with output_errors(out):
                     record.keep(n, entry, context.world_size == 1)
                     _clean(folder)

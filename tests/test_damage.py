@@ -36,7 +36,7 @@ def exported(family: str, folder: Path) -> tuple[Any, Path]:
 
 
 @pytest.mark.parametrize("family", ["sd", "pixart"])
-def test_a_weight_of_another_bit_is_not_applied(tmp_path: Path, family: str) -> None:
+def test_a_weight_with_a_flipped_bit_is_refused(tmp_path: Path, family: str) -> None:
     pipe, folder = exported(family, tmp_path)
     with adapter_applied(pipe, str(folder)):
         pass
@@ -97,7 +97,7 @@ def test_a_prompt_is_one_line_of_a_picture() -> None:
     assert plain_text("a\n\tstar\x1b[31m\u2028$x$") == r"a star [31m \$x\$"
 
 
-def test_what_the_machine_refuses_is_one_line(steer: Steer, tmp_path: Path) -> None:
+def test_errors_of_the_operating_system_are_one_line(steer: Steer, tmp_path: Path) -> None:
     for number in range(2):
         Image.new("RGB", (8, 8), (number * 90,) * 3).save(tmp_path / f"{number}.png")
     code, _, err = steer(
@@ -128,7 +128,7 @@ def test_each_refusal_has_its_remedy(
     assert stop.value.code == 2 and err.startswith(f"steer: {message}") and len(err.splitlines()) == 1
 
 
-def test_who_stops_listening_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-c", "from steer.apps.cli.main import main; main()", "--help"]

@@ -109,7 +109,7 @@ def test_the_recipe_is_one_text_of_utf_8_that_any_reader_of_pngs_finds(png: Path
     assert data == RECIPE.plain() and "三つの".encode() in texts[0]
 
 
-def test_what_is_written_is_read(png: Path) -> None:
+def test_a_recipe_survives_writing_and_reading(png: Path) -> None:
     assert read_metadata(png) == read_metadata(png.read_bytes()) == RECIPE
     recipe, image = read_png(png)
     assert recipe == RECIPE and image.tobytes() == picture().tobytes() and pixel_hash(image) == recipe.pixels
@@ -220,7 +220,7 @@ def test_a_text_that_is_no_recipe_is_refused(text: str, message: str) -> None:
     assert len(str(error.value)) < 250
 
 
-def test_a_file_that_is_no_png_of_ours_is_refused(png: Path, tmp_path: Path) -> None:
+def test_other_files_are_refused(png: Path, tmp_path: Path) -> None:
     picture().save(tmp_path / "plain.png")
     picture().save(tmp_path / "really.jpg")
     (tmp_path / "really.jpg").rename(tmp_path / "jpg.png")
@@ -268,7 +268,7 @@ VALUES = st.recursive(
 
 @given(st.sampled_from([*RECIPE.plain()]), st.sampled_from([*SETTINGS.plain()]), VALUES, VALUES)
 @settings(max_examples=100, deadline=None)
-def test_whatever_stands_in_it_ends_as_a_recipe_or_a_refusal(key: str, setting: str, one: Any, other: Any) -> None:
+def test_any_json_becomes_a_recipe_or_an_input_error(key: str, setting: str, one: Any, other: Any) -> None:
     data = changed(settings=SETTINGS.plain() | {setting: other}) | ({key: one} if key != "settings" else {})
     try:
         recipe = read_metadata(saying(json.dumps(data)))
@@ -280,7 +280,7 @@ def test_whatever_stands_in_it_ends_as_a_recipe_or_a_refusal(key: str, setting: 
 
 @given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=4), st.booleans())
 @settings(max_examples=100, deadline=None)
-def test_whatever_bytes_are_changed_it_ends_as_a_recipe_or_a_refusal(where: Any, sums: bool) -> None:
+def test_any_changed_byte_gives_a_recipe_or_an_input_error(where: Any, sums: bool) -> None:
     data = bytearray(saying(json.dumps(changed())))
     for place, value in where:
         data[place * len(data) // 401] = value
@@ -353,8 +353,8 @@ SPECIFICATIONS = st.recursive(
 
 @given(SPECIFICATIONS, st.integers(0, 40), st.sampled_from(SLIPS))
 @settings(max_examples=100, deadline=None)
-def test_what_is_called_names_alone_never_reaches_for_code_or_files(text: str, place: int, slip: str) -> None:
-    """The reader itself is watched: what it imports, and which files it opens."""
+def test_builtin_reward_names_import_no_code_and_open_no_files(text: str, place: int, slip: str) -> None:
+    """Imports and opened files of the reader are recorded."""
     text = text[:place] + slip + text[place:]
     if not only_named_rewards(text):
         return

@@ -11,7 +11,7 @@ from steer.apps.processes import is_main_process, launch_context
 from steer.apps.settings import errors_with_flags
 from steer.errors import InputError
 
-# Settings of a contender or of the whole evaluation, which have options of their own here.
+# Settings with options of their own here: those of a contender or of the whole evaluation.
 OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed")
 PARTICLES = click.option("--particles", default=4, help="K, images per run, of which the best is picked; 1 for base.")
 

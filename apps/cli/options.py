@@ -1,4 +1,4 @@
-"""Base classes and common options of all commands: an option that is given is used or refused."""
+"""Base classes and common options of all commands: every given option is used or refused."""
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
