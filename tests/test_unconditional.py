@@ -89,7 +89,7 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.hard), 2])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_a_pipeline_without_prompts(method: str, rank: int, tmp_path: Path) -> None:
     pipe = pipeline("ddim")
