@@ -16,11 +16,25 @@ if TYPE_CHECKING:
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
     from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
     from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
+    from steer.pipelines.settings import (
+        BestOfNSettings,
+        FKSettings,
+        NoiseSearchSettings,
+        ReNOSettings,
+        SelectionSettings,
+    )
     from steer.pipelines.training.config import TrainingConfig
-    from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
-    from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
+    from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
+    from steer.pipelines.training.ddpo_grpo import (
+        DDPOConfig,
+        DDPOTrainer,
+        FilteredConfig,
+        FilteredTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+    )
     from steer.pipelines.training.method import TrainingResult
-    from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
+    from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from steer.reward import Reward, RewardError, with_timeout
     from steer.rewards.parser import combine, load_reward, score, score_components
 
@@ -31,11 +45,25 @@ _MODULES = {
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
     "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
     "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
+    "steer.pipelines.settings": (
+        "BestOfNSettings",
+        "FKSettings",
+        "NoiseSearchSettings",
+        "ReNOSettings",
+        "SelectionSettings",
+    ),
     "steer.pipelines.training.config": ("TrainingConfig",),
-    "steer.pipelines.training.d3po_prdp": ("D3POTrainer", "PRDPTrainer"),
-    "steer.pipelines.training.ddpo_grpo": ("DDPOTrainer", "FilteredTrainer", "GRPOTrainer"),
+    "steer.pipelines.training.d3po_prdp": ("D3POConfig", "D3POTrainer", "PRDPConfig", "PRDPTrainer"),
+    "steer.pipelines.training.ddpo_grpo": (
+        "DDPOConfig",
+        "DDPOTrainer",
+        "FilteredConfig",
+        "FilteredTrainer",
+        "GRPOConfig",
+        "GRPOTrainer",
+    ),
     "steer.pipelines.training.method": ("TrainingResult",),
-    "steer.pipelines.training.reward_backprop": ("RewardBackpropTrainer",),
+    "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
     "steer.reward": ("Reward", "RewardError", "with_timeout"),
     "steer.rewards.parser": ("combine", "load_reward", "score", "score_components"),
 }
@@ -43,23 +71,34 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "MODELS",
     "BestOfNPipeline",
+    "BestOfNSettings",
     "Cost",
+    "D3POConfig",
     "D3POTrainer",
+    "DDPOConfig",
     "DDPOTrainer",
+    "FKSettings",
     "FKSteeringPipeline",
+    "FilteredConfig",
     "FilteredTrainer",
+    "GRPOConfig",
     "GRPOTrainer",
     "InitialNoise",
     "InputError",
     "Iteration",
     "NoiseSearchPipeline",
+    "NoiseSearchSettings",
+    "PRDPConfig",
     "PRDPTrainer",
     "ReNOPipeline",
+    "ReNOSettings",
     "ResamplingInfo",
     "Reward",
+    "RewardBackpropConfig",
     "RewardBackpropTrainer",
     "RewardError",
     "SelectionPipeline",
+    "SelectionSettings",
     "SteeringOutput",
     "StepReport",
     "TrainingConfig",

@@ -31,10 +31,10 @@ from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Studio, Ticket, Waiting, Weights
 from steer.apps.demo.training import Evaluation, Trained, TrainingRequest, Update, configured, training
 from steer.apps.finetuning import load_data
-from steer.apps.model_card import held_out_names
 from steer.apps.models import find_adapter, load_pipeline
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import Evaluator
+from steer.pipelines.training.model_card import held_out_names
 from steer.rewards.parser import load_reward
 from steer.training.distributed import SINGLE_PROCESS
 
@@ -132,12 +132,12 @@ def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, stra
     assert trained.weights == Weights(
         "scenes", folder / "final-3", "scenes, D3PO on brightness, 3 updates", "brightness", steps=3, guidance=1.0
     )
-    settings = configured(ASKED, folder, studio).settings
-    material = load_data(configured(ASKED, folder.parent / "other", studio), False)
-    exam = Evaluator(material.eval_prompts, load_reward("brightness"), [load_reward("aesthetic:scenes")])
+    config = configured(ASKED, folder, studio).training
+    data = load_data(configured(ASKED, folder.parent / "other", studio), False)
+    evaluator = Evaluator(data.eval_prompts, load_reward("brightness"), [load_reward("aesthetic:scenes")])
     pipe = load_pipeline("scenes")
     with find_adapter(str(trained.weights.folder)).applied_to(pipe):
-        found = exam.take(pipe, settings, 3, pipe.unet, lambda: None, SINGLE_PROCESS).record()
+        found = evaluator.evaluate(pipe, config, 3, pipe.unet, lambda: None, SINGLE_PROCESS).record()
     for name in ("brightness", "aesthetic:scenes"):
         assert found[f"eval/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-4)
     first = of(Evaluation, told)[0].record
@@ -266,7 +266,7 @@ def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
         ({"method": "ddpo"}, "method 'ddpo': choose d3po, prdp, choices"),
         ({"model": "scenes-turbo"}, "cannot be finetuned here: choose scenes"),
         ({"model": "/etc"}, "cannot be finetuned here"),
-        ({"held_out": "brightness"}, "the held-out reward is the one that is trained on"),
+        ({"held_out": "brightness"}, "the held-out reward equals the training reward"),
         ({"reward": "os:system"}, "here rewards have names"),
         ({"reward": "/etc/passwd"}, "here rewards have names"),
         ({"held_out": "my_file:reward"}, "here rewards have names"),
@@ -388,10 +388,10 @@ def test_what_is_refused_is_a_warning_and_leaves_the_run_before_alone(studio: St
 
 
 def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
-    usual, rate, rates = tab.usual.value, 1e-3, []
+    usual, rate, rates = tab.defaults.value, 1e-3, []
     for method in ("d3po", "prdp", "choices"):
         change = tab.fit(method, rate, usual)
-        usual, rate = change[tab.usual], change[tab.fields["learning_rate"]]["value"]
+        usual, rate = change[tab.defaults], change[tab.fields["learning_rate"]]["value"]
         rates.append(rate)
     assert rates == [1e-3, 1.5e-3, 1e-3]
     choices, prdp = tab.fit("choices", rate, usual), tab.fit("prdp", rate, usual)
@@ -400,8 +400,8 @@ def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
 
 
 def test_a_learning_rate_that_was_set_stays(tab: FinetuneTab) -> None:
-    change = tab.fit("prdp", 0.002, tab.usual.value)
-    again = tab.fit("d3po", 0.002, change[tab.usual])
+    change = tab.fit("prdp", 0.002, tab.defaults.value)
+    again = tab.fit("d3po", 0.002, change[tab.defaults])
     assert [one[tab.fields["learning_rate"]]["value"] for one in (change, again)] == [0.002, 0.002]
 
 

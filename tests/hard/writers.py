@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from steer import TrainingConfig
-from steer.apps.methods import SamplingConfig
 from steer.apps.models import find_adapter
 from steer.apps.sampling import open_report
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.noise import Search
 from steer.pipelines.base import Iteration
@@ -27,7 +27,7 @@ from steer.pipelines.training.state import RunFolder
 from steer.reward import score
 from steer.rewards.compose import Calibration, RewardStatistics, read_calibration
 from steer.rewards.learned import ImageHead, LearnedReward, RewardCard, save_learned
-from steer.training.distributed import ALONE
+from steer.training.distributed import SINGLE_PROCESS
 from steer.training.rollout import Rows, Sampler
 from steer.training.trainable import LoRA
 
@@ -132,7 +132,7 @@ def adapter() -> tuple[LoRA, dict[int, dict[str, Any]]]:
 
 def export(folder: Path, seed: int) -> None:
     trained, states = adapter()
-    RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), ALONE)._export(trained, states[seed], "final")  # type: ignore[arg-type]
+    RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), SINGLE_PROCESS)._export(trained, states[seed], "final")  # type: ignore[arg-type]
 
 
 def export_in(folder: Path) -> str:
@@ -143,25 +143,7 @@ def export_in(folder: Path) -> str:
     return which(values, {1.0}, {2.0})
 
 
-SETTINGS = SamplingConfig(
-    *(
-        "scenes",
-        "fk",
-        "brightness",
-        2,
-        None,
-        None,
-        None,
-        "difference",
-        "systematic",
-        "constant",
-        0.5,
-        None,
-        0,
-        True,
-        None,
-    )
-)
+SETTINGS = SamplingConfig.of(reward="brightness", particles=2)
 
 
 def report(folder: Path, number: int) -> None:
