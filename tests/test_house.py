@@ -1,6 +1,5 @@
 """The structure of the project: layers, packages, promises of the front page."""
 
-import ast
 import itertools
 import re
 import subprocess
@@ -62,22 +61,17 @@ def test_import_and_help_need_no_torch() -> None:
 def test_a_checkout_that_is_not_installed_imports(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import steer, steer.rewards, steer.assets, steer.apps.cli.main, steer.pipelines.base\n"
+        "import steer, steer.rewards, steer.assets, steer.apps.cli.main, steer.pipelines\n"
         "from pathlib import Path\n"
         f"assert Path(steer.rewards.__file__).is_relative_to({str(ROOT)!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
-def test_files_hold_one_idea_and_functions_fit_a_page() -> None:
-    for path in SOURCES:
-        text = path.read_text()
-        assert len(text.splitlines()) <= 700, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                body = node.body[1:] if isinstance(node.body[0], ast.Expr) else node.body
-                lines = (body[-1].end_lineno or 0) - body[0].lineno if body else 0
-                assert lines < 40, f"{path}: {node.name} has {lines + 1} lines"
+def test_files_hold_one_idea() -> None:
+    """ruff holds the length of functions (PLR0915), and has no rule for that of files."""
+    long = [path for path in SOURCES if len(path.read_text().splitlines()) > 700]
+    assert not long
 
 
 def test_no_untrusted_file_can_run_code() -> None:
