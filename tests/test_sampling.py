@@ -1,7 +1,6 @@
 """`steer.apps.sampling`: several processes, resuming, finetuned weights."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 import torch
 from conftest import Steer, replaced
 from PIL import Image
-from preloaded import run_two
+from preloaded import beside, run_two
 from rollouts import random_lora
 
 from steer import BestOfNPipeline
@@ -68,10 +67,9 @@ def words(one_thread: None, steer: Steer, tmp_path: Path, monkeypatch: pytest.Mo
 
 def on_two(words: list[str], folder: Path, launcher: bool = False) -> subprocess.CompletedProcess[str]:
     """By torchrun, or forked as it would start them, which takes less time."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     if not launcher:
-        return run_two(["-m", "steer.apps.cli.main", *words], folder, environment)
-    return subprocess.run([*TWO, *words], env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
+        return run_two(["-m", "steer.apps.cli.main", *words], folder, beside(folder))
+    return subprocess.run([*TWO, *words], env=beside(folder), cwd=folder, capture_output=True, text=True, timeout=900)
 
 
 def calls(folder: Path) -> list[str]:
