@@ -92,6 +92,8 @@ class SamplingConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         options = self.options or method_settings(self.method, {}, self.particles)
+        if type(options) is not (kind := METHOD_OPTIONS[self.method].settings):
+            raise InputError(f"options of {self.method} must be {kind.__name__}, got {type(options).__name__}")
         object.__setattr__(self, "options", replace(options, num_particles=self.particles))
         if self.noise_candidates is not None and self.noise_candidates < self.particles:
             raise InputError(f"noise_candidates must be at least the particles, {self.particles}")

@@ -143,7 +143,7 @@ class ParticleBatch:
 
     def set_ancestors(self, ancestors: Tensor) -> Tensor:
         """Continue with as many particles as there are ancestors (B, K), slots of each group; return the rows (N,) of
-        the whole batch that its rows continue from. Where there are fewer than before, the slots after them are dropped."""
+        the whole batch that its rows continue from. Where there are fewer than before, the later slots are dropped."""
         rows = torch.arange(self.groups * self.size).view(self.groups, self.size)
         rows[:, : ancestors.shape[1]] = ancestors + rows[:, :1]
         if ancestors.shape[1] < self.alive:
