@@ -19,7 +19,7 @@ types: $(INSTALLED)
 	$(BIN)/mypy -p steer
 
 unit: $(INSTALLED)  ## two workers of one thread each: twice as fast as one of two
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or CHROMIUM=path), and in a flood
 	$(BIN)/python -m pytest -m browser tests/test_browser_demo.py tests/test_demo_hostile.py

@@ -13,16 +13,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from steer.apps.processes import is_main_process
+from steer.apps.settings import SamplingConfig
 from steer.arguments import annotations_of, coerce_value
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.registry import nearest
-
-if TYPE_CHECKING:
-    from steer.apps.methods import SamplingConfig  # imports torch
 
 CONVERTED = "refs/convert/parquet"  # the hub converts nearly every data set to CONFIG/SPLIT/0000.parquet
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
@@ -577,32 +575,28 @@ class SampleRequest:
     """A prompt to sample, with its settings and arguments of the pipeline's call."""
 
     prompt: str
-    settings: "SamplingConfig"
+    settings: SamplingConfig
     arguments: Mapping[str, Any]
 
 
-def row_config(row: PromptRow, settings: "SamplingConfig") -> "SamplingConfig":
+def row_config(row: PromptRow, settings: SamplingConfig) -> SamplingConfig:
     """Apply the seed, guidance, steps and η of a row to the settings of the run.
 
     Raises InputError for an invalid value.
     """
-    hints, overrides = annotations_of(type(settings).__init__), {}
+    hints, overrides = SamplingConfig.hints(), {}
     for name, value in row.columns.items():
         if (setting := SETTINGS.get(name.lower())) is not None:
             overrides[setting] = cell(name, hints[setting], value, row.prompt)
     if not overrides:
         return settings
-    config = replace(settings, **overrides)
     try:
-        config.check()
-        if not 0 <= config.seed < 2**63:
-            raise InputError(f"seed must be from 0 to 2^63 - 1, got {config.seed}")
+        return replace(settings, **overrides)
     except InputError as error:
         raise InputError(f"prompt {row.prompt!r:.60}: {error}") from error
-    return config
 
 
-def sample_requests(rows: Sequence[PromptRow], settings: "SamplingConfig", pipe: Any) -> list[SampleRequest]:
+def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: Any) -> list[SampleRequest]:
     """Turn rows into requests for a pipeline.
 
     The n-th of equal rows without a seed column has seed + n, so that its images differ.

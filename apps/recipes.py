@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import diffusers
@@ -22,15 +23,16 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 import steer
-from steer.apps.methods import Job, SamplingConfig
+from steer.apps.methods import Job
 from steer.apps.prompts import check_arguments
+from steer.apps.settings import SHARED, SamplingConfig, kinds_of, option_names
 from steer.errors import InputError
 from steer.files import DECODE_ERRORS
 from steer.pipelines.base import SteeringOutput
 
 KEY = "steer"  # of the iTXt chunk
 MAX_JSON_LENGTH = 1_000_000  # characters
-DTYPES = ("float32", "float16", "bfloat16")
+REQUIRED = ("model", "method", "reward", "particles", "seed")  # of the settings
 # A recipe from a stranger is run on the user's machine: numbers are limited to what anybody would ask for.
 MAX_VALUES = {"particles": 1024, "neighbours": 1024, "steps": 10_000, "seed": 2**63 - 1}
 MAX_VALUE = 100_000
@@ -65,6 +67,10 @@ class Recipe:
     scheduler: str = ""
     steps: int | None = None
     guidance: float | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return all fields as JSON holds them."""
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"settings": self.settings.plain()}
 
 
 def make_recipe(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe:
@@ -123,7 +129,7 @@ def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
     """Save an image with its recipe, and a text chunk "parameters" for other programs. Raises OSError."""
     info = PngInfo()
     info.add_text("parameters", parameters_text(recipe, image))
-    info.add_itxt(KEY, json.dumps(asdict(recipe), ensure_ascii=False, allow_nan=False))
+    info.add_itxt(KEY, json.dumps(recipe.plain(), ensure_ascii=False, allow_nan=False))
     image.save(path, format="PNG", pnginfo=info)
 
 
@@ -191,10 +197,7 @@ def _recipe(file: Image.Image, name: str) -> Recipe:
 
 def _checked(data: Any) -> Recipe:
     values = _values(data, Recipe, nested=("settings", "components", "arguments"))
-    settings = SamplingConfig(**_values(data["settings"], SamplingConfig))
-    settings.check()
-    if settings.dtype not in (None, *DTYPES):
-        raise InputError(f"dtype {settings.dtype!r:.40} is none of {', '.join(DTYPES)}")
+    settings = _settings(data["settings"])
     components = data["components"]
     if not isinstance(components, dict):
         raise InputError("components: expected an object of numbers")
@@ -211,6 +214,21 @@ def _checked(data: Any) -> Recipe:
         if not getattr(recipe, name).isprintable() or len(getattr(recipe, name)) > 100:
             raise InputError(f"{name}: expected a short text")
     return recipe
+
+
+def _settings(data: Any) -> SamplingConfig:
+    """Check the settings of a recipe; missing ones, newer than the file, have their default."""
+    if not isinstance(data, dict):
+        raise InputError(f"expected an object, got {type(data).__name__}")
+    if missing := [name for name in REQUIRED if name not in data]:
+        raise InputError(f"{missing[0]!r} is missing")
+    method = _value("method", data["method"], (str,))
+    known = [*SHARED, *option_names(method)]
+    if unknown := sorted(data.keys() - {*known}):
+        raise InputError(f"unknown key {unknown[0]!r:.60}; was it written by a newer steer than {steer.__version__}?")
+    kinds = {name: kinds_of(name, method) for name in data}
+    optional = {name: kinds[name] if name in REQUIRED else (*dict.fromkeys((*kinds[name], NoneType)),) for name in data}
+    return SamplingConfig.of(**{name: _value(name, value, optional[name]) for name, value in data.items()})
 
 
 def _values(data: Any, kind: type, nested: Collection[str] = ()) -> dict[str, Any]:

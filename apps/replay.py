@@ -3,7 +3,7 @@
 The image is untrusted. `steer.apps.recipes` checks its recipe; code of a reward is imported only if the user names it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from steer.apps.prompts import argument_names, cell
 from steer.apps.recipes import Recipe, make_recipe, pixel_hash, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.apps.sampling import check_writable
+from steer.apps.settings import SamplingConfig
 from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError
 from steer.reward import Reward, with_timeout
@@ -54,13 +55,9 @@ def replay(
     """
     recipe, before = read_png(image)
     loaded = _reward(image, recipe, reward, reward_timeout)
-    settings = replace(
-        recipe.settings,
-        reward=reward or recipe.settings.reward,
-        dtype=dtype or recipe.settings.dtype,
-        lora=_weights(image, recipe, lora),
-        preview=preview or _trusted_preview(image, recipe),
-    )
+    here = {"reward": reward or recipe.settings.reward, "dtype": dtype or recipe.settings.dtype}
+    here |= {"lora": _weights(image, recipe, lora), "preview": preview or _trusted_preview(image, recipe)}
+    settings = SamplingConfig.of(**recipe.settings.plain() | here)
     METHODS[settings.method].check(settings, loaded)
     check_device(device)
     check_writable(out)
@@ -94,10 +91,10 @@ def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
     return {name: cell(name, known[name], value, recipe.prompt) for name, value in recipe.arguments.items()}
 
 
-def _trusted_preview(image: Path, recipe: Recipe) -> str:
+def _trusted_preview(image: Path, recipe: Recipe) -> str | None:
     """Return the image's preview decoder if it is built in: no file that an image names is opened or downloaded."""
-    source = recipe.settings.preview
-    if not recipe.base and source not in (*PREVIEWS, TINY):
+    source: str | None = recipe.settings.plain().get("preview")
+    if not recipe.base and source not in (None, *PREVIEWS, TINY):
         raise InputError(
             f"{image}: its previews were decoded by {source!r:.200}: add --preview {TINY}, or --preview PATH"
         )

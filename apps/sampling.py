@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from steer.apps.errors import describe_os_error, wrap_errors
-from steer.apps.methods import METHODS, ComputeOptions, Job, SamplingConfig
+from steer.apps.methods import METHODS, ComputeOptions, Job
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
 from steer.apps.processes import LaunchContext, launch_context
@@ -30,6 +30,7 @@ from steer.apps.prompts import (
 )
 from steer.apps.recipes import Recipe, make_recipe, write_png
 from steer.apps.reward_specs import resolve_reward
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.pipelines.base import Cost, Iteration, SteeringOutput
@@ -131,7 +132,7 @@ def open_report(
     """
     check_writable(out)
     path = out / REPORT
-    config = asdict(settings)
+    config = settings.plain()
     header: Report = {"model": settings.model, "method": settings.method}
     entries: dict[int, Entry] = {}
     if path.exists():
@@ -200,9 +201,9 @@ def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
         raise InputError(f"{path} is not a report of steer ({error}); choose another --out") from error
     if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
         raise InputError(f"{path} is not a report of steer; choose another --out")
-    later_defaults = {one.name: one.default for one in fields(SamplingConfig) if one.default is not MISSING}
+    defaults = SamplingConfig.of(method=config["method"]).plain()  # reports of older versions lack some settings
     for name, value in config.items():
-        if (stored := (later_defaults | old["settings"]).get(name)) != value:
+        if (stored := (defaults | old["settings"]).get(name)) != value:
             raise InputError(
                 f"--out {path.parent} holds a run with {name} {stored!r}, not {value!r}; choose another --out"
             )
@@ -257,7 +258,6 @@ def sample(
     """
     context = launch_context()
     with context.local_main_process_first():
-        settings.check()
         compute_options = compute_options or ComputeOptions()
         compute_options.check()
         rows = [_checked(row, settings) for row in prompts]
@@ -276,17 +276,10 @@ def sample(
         note_unused("prompts", unused_columns(rows, used_columns(pipe)))
         with adapter_applied(pipe, settings.lora) as adapter_disabled:
             for n in _local_prompts(pending, context, settings.method, len(rows)):
-                one, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
-                job = Job(
-                    pipe,
-                    reward,
-                    one.prompt,
-                    one.settings,
-                    folder / SEARCH,
-                    adapter_disabled=adapter_disabled,
-                    compute_options=compute_options,
-                )
-                entry = _sample_prompt(replace(job, arguments=one.arguments), folder, animation) | _columns(rows[n])
+                request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
+                job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
+                job = replace(job, adapter_disabled=adapter_disabled, compute_options=compute_options)
+                entry = _sample_prompt(job, folder, animation) | _columns(rows[n])
                 with output_errors(out):
                     record.keep(n, entry, context.world_size == 1)
                     _clean(folder)
@@ -399,7 +392,7 @@ def _trace(iterations: Sequence[Iteration]) -> dict[str, Any]:
         "rewards": rows([one.rewards for one in iterations]),
         "norms": rows([one.norms for one in iterations]),
         "best": rows([one.best for one in iterations]),
-        "parts": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
+        "components": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
     }
 
 

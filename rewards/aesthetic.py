@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: how much people like a picture, whatever it shows.
+"""LAION's aesthetic predictors: predicted human rating of an image, independent of the prompt.
 
 v2  L2-normalised CLIP ViT-L/14 image embedding (768) → MLP 768-1024-128-64-16-1, trained on ratings 1..10
 v1  the same embedding of ViT-L/14, B/32 or B/16 → one linear layer

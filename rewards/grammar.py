@@ -59,14 +59,14 @@ def read_constraint(text: str) -> tuple[str, str, float]:
 
 def split(text: str, separator: str) -> list[str]:
     """Split a text at a separator (a pattern) outside of parentheses."""
-    components, depth, start = [], 0, 0
+    pieces, depth, start = [], 0, 0
     for token in re.finditer(rf"\(|\)|{separator}", text):
         depth += {"(": 1, ")": -1}.get(token[0], 0)
         if depth < 0:
             break
         if depth == 0 and token[0] not in "()":
-            components.append(text[start : token.start()])
+            pieces.append(text[start : token.start()])
             start = token.end()
     if depth != 0:
         raise RewardError(f"reward {text!r:.80}: a parenthesis is not closed, or never opened")
-    return [part.strip() for part in (*components, text[start:])]
+    return [part.strip() for part in (*pieces, text[start:])]

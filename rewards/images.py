@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.transforms.v2.functional import InterpolationMode, center_crop, normalize, pad, resize
 
 from steer.reward import RewardError
 
@@ -31,13 +31,9 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
     Values are clamped to [0, 1] as those of an 8-bit image, so that results equal the published preprocessing by PIL
     up to its rounding to 256 levels.
     """
-    height, width = images.shape[-2:]
-    short = min(height, width)
-    scaled = (size, int(size * width / height)) if height == short else (int(size * height / width), size)
-    if short != size:
-        images = F.interpolate(images, scaled, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    top, left = (round((side - size) / 2.0) for side in images.shape[-2:])
-    return images[..., top : top + size, left : left + size]
+    if min(images.shape[-2:]) != size:
+        images = resize(images, [size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    return center_crop(images, [size, size])
 
 
 def resize_and_pad(images: Tensor, size: int) -> Tensor:
@@ -50,9 +46,9 @@ def resize_and_pad(images: Tensor, size: int) -> Tensor:
     scale = size / max(height, width)
     scaled = (round(height * scale), round(width * scale))
     if scaled != (height, width):
-        images = F.interpolate(images, scaled, mode="bicubic", antialias=True, align_corners=False)
+        images = resize(images, [*scaled], InterpolationMode.BICUBIC, antialias=True)
     down, right = size - scaled[0], size - scaled[1]
-    return F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
+    return pad(images, [right // 2, down // 2, right - right // 2, down - down // 2])
 
 
 PREPROCESS: dict[str, Preprocess] = {"crop": resize_and_crop, "pad": resize_and_pad}
@@ -60,8 +56,7 @@ PREPROCESS: dict[str, Preprocess] = {"crop": resize_and_crop, "pad": resize_and_
 
 def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
     """Return (x − mean) / std, channel by channel."""
-    centre, spread = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
-    return (images - centre.to(images.dtype)) / spread.to(images.dtype)
+    return normalize(images, [*mean], [*std])
 
 
 PROMPT_CACHE_SIZE = 4096  # prompts

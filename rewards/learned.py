@@ -395,8 +395,8 @@ def pair_features(backbone: Backbone, pairs: Pairs) -> Features:
     """Encode every pair: image a, image b, prompt, on the CPU."""
     backbone.eval()
     rows = torch.arange(len(pairs)).split(FEATURE_BATCH)
-    components = [_encode(backbone, pairs, some) for some in rows]
-    a, b, text = (torch.cat([part[k].cpu() for part in components]) for k in range(3))
+    batches = [_encode(backbone, pairs, some) for some in rows]
+    a, b, text = (torch.cat([batch[k].cpu() for batch in batches]) for k in range(3))
     return a, b, text
 
 

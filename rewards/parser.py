@@ -196,7 +196,7 @@ def _check_yaml(path: Path, text: str) -> None:
         depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
         depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
         if isinstance(token, yaml.AliasToken):
-            raise RewardError(f"{path}: aliases (*name) are not read: write out their values")
+            raise RewardError(f"{path}: aliases (*name) are not supported: write out the values")
         if depth > 2 * MAX_DEPTH:
             raise RewardError(f"{path}: brackets more than {2 * MAX_DEPTH} deep are not read")
 

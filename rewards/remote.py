@@ -77,10 +77,10 @@ def decode(body: bytes) -> tuple[Tensor, list[str]]:
         raise InputError("`images` must hold base64 texts, `prompts` texts")
     if not 0 < len(images) <= MAX_IMAGES or len(images) != len(prompts):
         raise InputError(f"1 to {MAX_IMAGES} images, and as many prompts: got {len(images)} and {len(prompts)}")
-    return torch.stack(_pictures(images)), prompts
+    return torch.stack(_decode_images(images)), prompts
 
 
-def _pictures(images: Sequence[str]) -> list[Tensor]:
+def _decode_images(images: Sequence[str]) -> list[Tensor]:
     """Decode base64 texts, each to (3, H, W). All sizes are checked before the first pixel is decoded."""
     try:
         files = [Image.open(BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) for text in images]
@@ -189,7 +189,7 @@ class RemoteReward:
                 status, reply = self._endpoint.request(method, path, body, self._timeout)
             except TimeoutError as error:
                 raise self._error(
-                    f"took longer than its {self._timeout:g} s: increase ,timeout= or fix the reward"
+                    f"timed out after {self._timeout:g} s: increase ,timeout= or fix the reward"
                 ) from error
             except RETRYABLE_ERRORS as error:
                 if attempt == self._tries:
@@ -284,19 +284,19 @@ def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[threading.
 
 def _endpoint(address: str) -> _Endpoint:
     try:
-        components = urlsplit(address)
-        host, port = components.hostname, components.port
+        url = urlsplit(address)
+        host, port = url.hostname, url.port
         (host or "").encode("idna")
     except ValueError as error:
         raise RewardError(f"reward {address!r:.200}: not an address ({line(error)})") from error
-    if components.username or components.password or components.query or components.fragment:
+    if url.username or url.password or url.query or url.fragment:
         raise RewardError(
             f"reward at {host!r:.200}: addresses are written into reports and images, so they must not hold a name, "
             f"password, ? or #: put a token into the environment variable {TOKEN}"
         )
     if not host or not re.fullmatch(r"[!-~]*", address):
         raise RewardError(f"reward {address!r:.200}: not an address, http://HOST:PORT/ is one")
-    return _Endpoint(components.scheme == "https", host, port, components.path.rstrip("/") + "/")
+    return _Endpoint(url.scheme == "https", host, port, url.path.rstrip("/") + "/")
 
 
 def _options(name: str, options: Sequence[str]) -> dict[str, float]:

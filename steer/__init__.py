@@ -16,6 +16,13 @@ if TYPE_CHECKING:
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
     from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
     from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
+    from steer.pipelines.settings import (
+        BestOfNSettings,
+        FKSettings,
+        NoiseSearchSettings,
+        ReNOSettings,
+        SelectionSettings,
+    )
     from steer.pipelines.training.config import TrainingConfig
     from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
     from steer.pipelines.training.ddpo_grpo import (
@@ -38,6 +45,13 @@ _MODULES = {
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
     "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
     "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
+    "steer.pipelines.settings": (
+        "BestOfNSettings",
+        "FKSettings",
+        "NoiseSearchSettings",
+        "ReNOSettings",
+        "SelectionSettings",
+    ),
     "steer.pipelines.training.config": ("TrainingConfig",),
     "steer.pipelines.training.d3po_prdp": ("D3POConfig", "D3POTrainer", "PRDPConfig", "PRDPTrainer"),
     "steer.pipelines.training.ddpo_grpo": (
@@ -57,11 +71,13 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "MODELS",
     "BestOfNPipeline",
+    "BestOfNSettings",
     "Cost",
     "D3POConfig",
     "D3POTrainer",
     "DDPOConfig",
     "DDPOTrainer",
+    "FKSettings",
     "FKSteeringPipeline",
     "FilteredConfig",
     "FilteredTrainer",
@@ -71,15 +87,18 @@ __all__ = [
     "InputError",
     "Iteration",
     "NoiseSearchPipeline",
+    "NoiseSearchSettings",
     "PRDPConfig",
     "PRDPTrainer",
     "ReNOPipeline",
+    "ReNOSettings",
     "ResamplingInfo",
     "Reward",
     "RewardBackpropConfig",
     "RewardBackpropTrainer",
     "RewardError",
     "SelectionPipeline",
+    "SelectionSettings",
     "SteeringOutput",
     "StepReport",
     "TrainingConfig",

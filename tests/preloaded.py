@@ -79,6 +79,12 @@ class Forked:
         return out, err
 
 
+def beside(folder: Path) -> dict[str, str]:
+    """The environment of a process with one thread that also imports what lies in a folder."""
+    path = filter(None, [str(folder), os.environ.get("PYTHONPATH")])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+
+
 def run(words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> "subprocess.CompletedProcess[str]":
     """`python WORDS…`, to its end."""
     begun = Forked(words, cwd, env)

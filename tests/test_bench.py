@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from bench_subject import PARTICLES, READS, STEPS, fresh, tiny_subject
+from pairwise import hard_but
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
@@ -260,7 +261,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize("name", hard_but(SMALL, "sd15", "flux"))
 def test_what_is_measured_of_real_sizes_runs_on_small_ones(name: str) -> None:
     subject = of_size(name, SMALL[name], BenchOptions("cpu", particles=4, steps=6, resolution=64, quick=True))
     _, steered, plain, check = measured("fk_over_plain_batch", subject)
@@ -271,6 +272,7 @@ def test_what_is_measured_of_real_sizes_runs_on_small_ones(name: str) -> None:
     assert (reasons == {None}) == (name == "sd15")
 
 
+@pytest.mark.hard
 def test_naive_and_ours_run_in_half_precision() -> None:
     """As on a GPU: nothing but rounding lies between them."""
     subject = of_size("sd15", SMALL["sd15"], BenchOptions("cpu", "bfloat16", particles=2, steps=4, quick=True))

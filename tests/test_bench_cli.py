@@ -42,6 +42,7 @@ def test_the_command_measures_the_embedded_model(steer: Steer, tmp_path: Path) -
     assert file.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.hard
 def test_a_report_of_every_ratio(tmp_path: Path) -> None:
     bench, said = bench_of(tmp_path / "bench.json", 3600.0)  # two repeats of each, however slow the machine is
     bench.least = bench.most = 2

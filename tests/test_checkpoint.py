@@ -10,7 +10,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preloaded import beside, run
 from torch import Tensor
 
 from steer.errors import InputError
@@ -581,9 +581,4 @@ def killed_many_times(folder: Path, repeats: int) -> None:
 def test_a_process_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     code = f"import pathlib, test_checkpoint as t; t.killed_many_times(pathlib.Path({str(tmp_path)!r}), 15)"
     here = Path(__file__).parent
-    subprocess.run(
-        [sys.executable, "-c", code],
-        check=True,
-        cwd=here,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])},
-    )
+    run(["-c", code], here, beside(here)).check_returncode()

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from steer import TrainingConfig
 from steer.apps.cli import main as cli
-from steer.apps.methods import SamplingConfig
 from steer.apps.models import adapter_applied
 from steer.apps.plots import open_image, plain_text, read_grid
 from steer.apps.sampling import open_report
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.files import CHECKSUMS
 from steer.pipelines.training.state import RunFolder
@@ -36,7 +36,7 @@ def exported(family: str, folder: Path) -> tuple[Any, Path]:
 
 
 @pytest.mark.parametrize("family", ["sd", "pixart"])
-def test_a_weight_of_another_bit_is_not_applied(tmp_path: Path, family: str) -> None:
+def test_a_weight_with_a_flipped_bit_is_refused(tmp_path: Path, family: str) -> None:
     pipe, folder = exported(family, tmp_path)
     with adapter_applied(pipe, str(folder)):
         pass
@@ -66,10 +66,7 @@ def test_a_lora_that_lacks_a_tensor_is_not_applied(tmp_path: Path, family: str, 
 
 
 def test_pictures_that_a_power_cut_took_the_end_of_are_sampled_again(tmp_path: Path) -> None:
-    settings = SamplingConfig(
-        *("scenes", "fk", "brightness", 2, 4, 4.0, 1.0),
-        *("difference", "systematic", "constant", 0.5, None, 0, True, None),
-    )
+    settings = SamplingConfig.of(reward="brightness", particles=2, steps=4, guidance=4.0, lam=1.0)
     record = open_report(tmp_path, ["a star"], settings)
     Image.new("RGB", (20, 20), "red").save(tmp_path / "0.png")
     (tmp_path / "noise.safetensors").write_bytes(b"x")
@@ -100,7 +97,7 @@ def test_a_prompt_is_one_line_of_a_picture() -> None:
     assert plain_text("a\n\tstar\x1b[31m\u2028$x$") == r"a star [31m \$x\$"
 
 
-def test_what_the_machine_refuses_is_one_line(steer: Steer, tmp_path: Path) -> None:
+def test_errors_of_the_operating_system_are_one_line(steer: Steer, tmp_path: Path) -> None:
     for number in range(2):
         Image.new("RGB", (8, 8), (number * 90,) * 3).save(tmp_path / f"{number}.png")
     code, _, err = steer(
@@ -131,7 +128,7 @@ def test_each_refusal_has_its_remedy(
     assert stop.value.code == 2 and err.startswith(f"steer: {message}") and len(err.splitlines()) == 1
 
 
-def test_who_stops_listening_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-c", "from steer.apps.cli.main import main; main()", "--help"]

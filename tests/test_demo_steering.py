@@ -23,10 +23,10 @@ from steer.apps.demo.labels import RunView
 from steer.apps.demo.steer_tab import MAX_PROMPTS, fields_from_recipe, prompts_of, settings_of
 from steer.apps.demo.steering import Frame, PromptResult, Step, as_command, as_python, steer_all, steering
 from steer.apps.demo.studio import Studio, Weights
-from steer.apps.methods import SamplingConfig
 from steer.apps.models import load_pipeline
 from steer.apps.prompts import PromptRow
 from steer.apps.recipes import read_metadata
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 
 ASKED: dict[str, Any] = {

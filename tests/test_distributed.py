@@ -1,7 +1,6 @@
 """Distributed training: the gradients of one process, checkpoints of several, and a process that dies."""
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ import pytest
 import torch
 from distributed_child import fresh, gradients
 from finetune_runs import METHODS, config_of, train
-from preloaded import run_two
+from preloaded import beside, run_two
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,15 +22,11 @@ from steer.training.distributed import SINGLE_PROCESS, sum_over_processes
 TESTS = Path(__file__).parent
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-
-
 def launched(folder: Path, *what: str) -> subprocess.CompletedProcess[str]:
     """Two gloo processes. accelerate launch --cpu --num_processes 2 would silently begin one."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(TESTS / "distributed_child.py"), str(folder), *what]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=600, check=False)
+    return subprocess.run(command, env=beside(TESTS), capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes leave."""
     folder = tmp_path_factory.mktemp("two")
     words = [TESTS / "distributed_child.py", folder, "first", "gradients", "resumed", "interrupted", "sharded"]
-    ended = run_two(words, Path.cwd(), environment())
+    ended = run_two(words, Path.cwd(), beside(TESTS))
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder
 

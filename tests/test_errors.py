@@ -12,7 +12,7 @@ from steer.reward import RewardError
 
 
 @given(st.text(max_size=40) | st.text(st.characters(categories=["Cc", "Cs", "Zl", "Zp"]), max_size=10))
-def test_a_message_is_one_line_that_can_be_shown(quoted: str) -> None:
+def test_a_message_is_one_printable_line(quoted: str) -> None:
     line = str(InputError(f"file {quoted!s}: choose another"))
     assert line.splitlines() == [line] and line.encode("utf-8")
     assert not any(ord(one) < 32 or 127 <= ord(one) < 160 for one in line)
@@ -22,7 +22,7 @@ def test_a_message_is_one_line_that_can_be_shown(quoted: str) -> None:
         assert line == f"file {quoted}: choose another"
 
 
-def test_what_cannot_be_shown_is_reported_as_python_writes_it() -> None:
+def test_unprintable_characters_are_escaped_as_in_python() -> None:
     text = "a\nb\x1b[2J\x85\u2028\ud800 é 👩‍👧 \\n"
     assert str(InputError(text)) == "a\\nb\\x1b[2J\\x85\\u2028\\ud800 é 👩‍👧 \\n"
 
@@ -42,7 +42,7 @@ def test_errors_cross_processes_and_are_of_their_kind() -> None:
 
 
 def test_a_column_of_a_untrusted_table_does_not_speak_to_the_terminal(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Found by fuzzing: the names of columns are text as they are."""
+    """Found by fuzzing: names of columns are quoted in messages."""
     table = tmp_path_factory.mktemp("table") / "p.tsv"
     table.write_bytes(b"a\x1b]0;title\x07\x7f\tb\n")
     with pytest.raises(InputError) as error:

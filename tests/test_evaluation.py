@@ -16,7 +16,7 @@ from rollouts import random_lora
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from steer.apps.cli.evaluate import SHARED
+from steer.apps.cli.evaluate import evaluate as command
 from steer.apps.evaluation import report as evaluation_report
 from steer.apps.evaluation.report import figures, format_interval
 from steer.apps.evaluation.run import Contender, evaluate, trajectory_kl
@@ -52,7 +52,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 
 
 def test_the_plain_contender_is_the_plain_pipeline(done: tuple[Path, dict[str, Any]]) -> None:
-    """Every run again by diffusers alone, with the seeds that the report tells."""
+    """Repeat every run by diffusers alone, with the seeds of the report."""
     pipe, stats = load_pipeline("scenes"), done[1]["contenders"][0]
     pipe.set_progress_bar_config(disable=True)
     rewards = {name: load_reward(name) for name in done[1]["rewards"]}
@@ -83,7 +83,7 @@ def test_a_lora_of_zeros_is_the_bare_model(done: tuple[Path, dict[str, Any]]) ->
         assert "wins" not in bare["rewards"][name]
 
 
-def test_a_steered_run_begins_like_the_plain_one_and_picks_its_best(done: tuple[Path, dict[str, Any]]) -> None:
+def test_a_steered_run_starts_from_the_plain_noise_and_picks_its_best(done: tuple[Path, dict[str, Any]]) -> None:
     bare, _, steered = done[1]["contenders"]
     assert steered["name"] == "scenes fk particles=2 lam=20.0" and steered["particles"] == 2
     assert steered["cost"]["nfe"] == 8 and steered["cost"]["decodes"] > 2
@@ -219,7 +219,7 @@ def test_numbers_are_reported_with_three_digits_of_the_largest() -> None:
 
 
 def test_every_setting_of_a_sample_can_be_given() -> None:
-    assert set(SHARED) == set(DEFAULTS) - {"particles", "seed"}
+    assert set(DEFAULTS) <= {option.name for option in command.params}
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_every_setting_of_a_sample_can_be_given() -> None:
         ([Contender(method="reno")], {"rewards": ["jpeg"]}, "'jpeg' is not differentiable"),
     ],
 )
-def test_what_cannot_be_is_printed_before_a_model_is_loaded(
+def test_invalid_arguments_are_refused_before_a_model_is_loaded(
     contenders: list[Contender], given: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     usual: dict[str, Any] = {"prompts": PROMPTS, "rewards": ["brightness"], "seeds": 1, "out": tmp_path / "out"}
@@ -267,7 +267,7 @@ PICTURES = ("draw_rewards", "draw_tasks", "draw_costs", "draw_images")
 
 @pytest.fixture
 def words(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """A command, without its methods and its folder, and without pictures, which take longer than all else."""
+    """A command without methods, folder and figures, which are slow."""
     for name in PICTURES:
         monkeypatch.setattr(evaluation_report, name, lambda *given: None)
     (tmp_path / "counted.py").write_text(REWARD)
@@ -295,11 +295,11 @@ def timeless(out: Path) -> Any:
 
 
 def calls(folder: Path) -> list[str]:
-    """What the counting reward was asked, call by call."""
+    """The prompts of each call of the counting reward."""
     return (folder / "log").read_text().splitlines()
 
 
-def test_what_was_interrupted_resumes_and_makes_nothing_twice(
+def test_an_interrupted_evaluation_resumes_without_repeating_calls(
     steer: Steer, words: list[object], tmp_path: Path
 ) -> None:
     both = [*words, "--method", "base", "--method", "best-of-n"]
@@ -368,13 +368,13 @@ def test_weights_are_contenders_and_may_not_change(
         (["--lora", "{tmp}/run"], "did you mean {tmp}/run/best or {tmp}/run/final?"),
         (["--lora", "{tmp}/wide"], "{tmp}/wide does not fit StableDiffusionPipeline"),
         (["--lora", "{tmp}/other"], "{tmp}/other: 2 of its 4 tensors have a place"),
-        (["--lora", "{tmp}/model/vae"], "its tensors are not those of the model's UNet2DConditionModel"),
+        (["--lora", "{tmp}/model/vae"], "its tensors do not match the model's UNet2DConditionModel"),
         (["--out", "{tmp}/prompts.jsonl"], "--out {tmp}/prompts.jsonl: cannot write there"),
         (["--device", "warp"], "--device 'warp' cannot be used"),
         (["--steps", "2000"], "prompt 'p0': "),
     ],
 )
-def test_what_cannot_be_is_one_line_and_exit_code_2(
+def test_errors_are_one_line_and_exit_code_2(
     steer: Steer, words: list[object], tmp_path: Path, given: list[str], message: str
 ) -> None:
     for name in ("run/best", "run/final", "wide", "other"):

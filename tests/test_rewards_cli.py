@@ -87,7 +87,7 @@ def test_train_makes_a_folder_that_scores(steer: Steer, scenes: Path, tmp_path: 
         (["check", "nosuch", "--images", "{scenes}"], "unknown reward 'nosuch'"),
         (["train", "nowhere.jsonl", "--out", "r"], "nowhere.jsonl: no such file of pairs"),
         (["train", "{scenes}/0.png", "--out", "r"], "0.png: pairs are read from .jsonl and .parquet files"),
-        (["train", "{scenes}/prompts.jsonl", "--out", "r"], "columns found: image"),
+        (["train", "{scenes}/prompts.jsonl", "--out", "r"], "unknown columns image"),
         (["train", "x.jsonl", "--out", "r", "--device", "nosuch"], "--device 'nosuch' cannot be used"),
         (["calibrate", "colour:red", "--images", "{scenes}", "--out", "{scenes}/0.png"], "not a calibration"),
     ],

@@ -1,7 +1,6 @@
 """`steer.apps.sampling`: several processes, resuming, finetuned weights."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,16 +13,17 @@ import pytest
 import torch
 from conftest import Steer, replaced
 from PIL import Image
-from preloaded import run_two
+from preloaded import beside, run_two
 from rollouts import random_lora
 
 from steer import BestOfNPipeline
-from steer.apps.methods import DEFAULT_LAMBDAS, METHODS, SamplingConfig
+from steer.apps.methods import METHODS
 from steer.apps.models import load_pipeline
 from steer.apps.plots import image_title
 from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.recipes import read_png
 from steer.apps.sampling import PartialReport, open_report
+from steer.apps.settings import METHOD_OPTIONS, SamplingConfig
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum
 
@@ -48,7 +48,7 @@ def logged(images, prompts):
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As torchrun's processes have: another number moves pixels by a level here and there."""
+    """As in torchrun's processes: another number of threads changes some pixels by a level."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -57,7 +57,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def words(one_thread: None, steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A command whose reward tells who calls it."""
+    """A command whose reward logs its process."""
     (tmp_path / "logged_rewards.py").write_text(LOGGED_REWARD)
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     monkeypatch.delitem(sys.modules, "logged_rewards", raising=False)
@@ -67,14 +67,13 @@ def words(one_thread: None, steer: Steer, tmp_path: Path, monkeypatch: pytest.Mo
 
 def on_two(words: list[str], folder: Path, launcher: bool = False) -> subprocess.CompletedProcess[str]:
     """By torchrun, or forked as it would start them, which takes less time."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)}
     if not launcher:
-        return run_two(["-m", "steer.apps.cli.main", *words], folder, environment)
-    return subprocess.run([*TWO, *words], env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
+        return run_two(["-m", "steer.apps.cli.main", *words], folder, beside(folder))
+    return subprocess.run([*TWO, *words], env=beside(folder), cwd=folder, capture_output=True, text=True, timeout=900)
 
 
 def calls(folder: Path) -> list[str]:
-    """Who scored the finished images of which prompt since the last time, once each."""
+    """The lines logged since the last call, without repetitions."""
     files = sorted(folder.glob("calls-*"))
     lines = [line for file in files for line in dict.fromkeys(file.read_text().splitlines())]
     for file in files:
@@ -87,7 +86,7 @@ def made(out: Path) -> dict[str, bytes]:
 
 
 def report_of(out: Path) -> dict[str, Any]:
-    """All of it but the seconds and its sum."""
+    """The report without seconds and checksum."""
     report = loads_with_checksum((out / "report.json").read_text())
     for one in (report, *report["prompts"]):
         del one["cost"]["seconds"]
@@ -125,7 +124,7 @@ def test_two_processes_make_what_one_makes_and_resume_after_a_failure(
     assert [entry["prompt"] for entry in report_of(out)["prompts"]] == PROMPTS
 
 
-def test_what_cannot_be_is_printed_once(words: list[str], tmp_path: Path) -> None:
+def test_an_error_of_all_processes_is_printed_once(words: list[str], tmp_path: Path) -> None:
     refused = on_two(
         [str(word) for word in replaced(words, "--prompts", "nowhere.txt", "--out", tmp_path / "o")], tmp_path, True
     )
@@ -135,7 +134,7 @@ def test_what_cannot_be_is_printed_once(words: list[str], tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 @pytest.mark.parametrize("n", [0, 1, 5, 12])
-def test_shares_are_all_of_it_once_and_even(count: int, n: int) -> None:
+def test_indices_are_split_evenly_and_exactly_once(count: int, n: int) -> None:
     shares = [list(LaunchContext(index, count).split_indices(n)) for index in range(count)]
     assert sorted(chain(*shares)) == list(range(n))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -156,8 +155,8 @@ def test_a_plain_process_initializes_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert not torch.distributed.is_initialized()
 
 
-def test_each_of_several_processes_has_its_own_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a machine that says that it has two."""
+def test_each_process_has_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with two pretended GPUs."""
     chosen: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -169,8 +168,7 @@ def test_each_of_several_processes_has_its_own_card(monkeypatch: pytest.MonkeyPa
 
 
 SETTINGS: dict[str, Any] = {"model": "scenes", "method": "base", "reward": "jpeg", "particles": 1, "steps": 2}
-SETTINGS |= {"guidance": None, "lam": 1.0, "potential": "max", "resampler": "ssp", "tempering": "constant"}
-SETTINGS |= {"ess_threshold": 0.5, "eta": None, "seed": 0, "compare": False, "dtype": None}
+SETTINGS |= {"seed": 0, "compare": False, "dtype": None}
 
 
 def entry_of(out: Path, number: int, prompt: str) -> dict[str, Any]:
@@ -180,7 +178,7 @@ def entry_of(out: Path, number: int, prompt: str) -> dict[str, Any]:
 
 
 def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
-    settings = SamplingConfig(**SETTINGS)
+    settings = SamplingConfig.of(**SETTINGS)
     mine = open_report(tmp_path, PROMPTS, settings)
     assert mine.missing(5, False) == [0, 1, 2, 3, 4]
     others = PartialReport(mine.out, mine.header, {})
@@ -211,12 +209,12 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
 
 
 def test_unmerged_records_of_another_run_are_left_alone(tmp_path: Path) -> None:
-    settings = SamplingConfig(**SETTINGS)
+    settings = SamplingConfig.of(**SETTINGS)
     record = open_report(tmp_path, PROMPTS, settings)
     record.keep(3, entry_of(tmp_path, 3, "a star"), single_process=False)
     part = tmp_path / "finished" / "00003.json"
     with pytest.raises(InputError, match="holds a run with seed 0, not 1"):
-        open_report(tmp_path, PROMPTS, SamplingConfig(**SETTINGS | {"seed": 1}))
+        open_report(tmp_path, PROMPTS, SamplingConfig.of(**SETTINGS | {"seed": 1}))
     for prompts in (PROMPTS[:3], [*PROMPTS[:3], "a cross"]):
         with pytest.raises(InputError, match="holds a run of other prompts"):
             open_report(tmp_path, prompts, settings)
@@ -284,7 +282,8 @@ def images(out: Path) -> dict[str, bytes]:
 def test_images_have_the_weights_and_base_images_do_not(
     steer: Steer, weights: Path, tmp_path: Path, method: str
 ) -> None:
-    code, _, _ = steer("sample", *QUICK, "--method", method, "--lora", weights, "--lam", 40, "--out", tmp_path)
+    words = ["sample", *QUICK, "--method", method, *(["--lam", 40] if method == "fk" else []), "--out", tmp_path]
+    code, _, _ = steer(*words, "--lora", weights)
     assert code == 0
     made, without, adapted = images(tmp_path), plain_images(None), plain_images(weights)
     assert tuple(made) == NAMES
@@ -293,13 +292,11 @@ def test_images_have_the_weights_and_base_images_do_not(
         assert {made[name] for name in NAMES[:2]} == {image.tobytes() for image in adapted}
     assert not {made[name] for name in NAMES[:2]} & {image.tobytes() for image in without}
     assert json.loads((tmp_path / "report.json").read_text())["settings"]["lora"] == str(weights)
-    refused = steer("sample", *QUICK, "--method", method, "--lam", 40, "--out", tmp_path)
+    refused = steer(*words)
     assert refused[0] == 2 and f"holds a run with lora {str(weights)!r}, not None" in refused[2]
 
 
-def test_an_image_comes_out_again_with_the_weights_that_the_user_names(
-    steer: Steer, weights: Path, tmp_path: Path
-) -> None:
+def test_a_replay_uses_the_weights_that_the_user_names(steer: Steer, weights: Path, tmp_path: Path) -> None:
     assert steer("sample", *QUICK, "--method", "fk", "--lora", weights, "--out", tmp_path)[0] == 0
     source, base = (tmp_path / "000-a-red-star" / name for name in ("00.png", "base-01.png"))
     code, _, message = steer("sample", "--replay", source, "--out", tmp_path / "again")
@@ -315,7 +312,7 @@ def test_an_image_comes_out_again_with_the_weights_that_the_user_names(
     assert code == 2 and "made without finetuned weights: leave out --lora" in message
 
 
-def test_weights_that_are_not_there_are_reported_before_any_model_is_loaded(steer: Steer, tmp_path: Path) -> None:
+def test_missing_weights_are_reported_before_a_model_is_loaded(steer: Steer, tmp_path: Path) -> None:
     code, _, message = steer(
         "sample", *QUICK, "--model", "no/model", "--lora", tmp_path / "none", "--out", tmp_path / "o"
     )
@@ -334,10 +331,10 @@ def test_weights_that_are_not_there_are_reported_before_any_model_is_loaded(stee
         ("fk", "x", "finetuned, fk, best first"),
     ],
 )
-def test_the_grid_names_what_its_sides_are(method: str, lora: str | None, title: str) -> None:
+def test_the_title_of_a_grid_names_method_and_weights(method: str, lora: str | None, title: str) -> None:
     assert image_title({"method": method, "settings": {"lora": lora}}) == title
     assert lora or image_title({"method": method, "settings": {}}) == title, "an older report"
 
 
-def test_every_method_has_a_strength() -> None:
-    assert DEFAULT_LAMBDAS.keys() == METHODS.keys()
+def test_every_method_has_options() -> None:
+    assert METHOD_OPTIONS.keys() == METHODS.keys()

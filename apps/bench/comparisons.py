@@ -47,7 +47,7 @@ from steer.training.losses import D3PO
 TOLERANCE, HALF_PRECISION_TOLERANCE = (
     1e-4,
     0.1,
-)  # how far equal results may be apart in fp32; in half precision rounding is not what is checked
+)  # of equal results in fp32; in half precision they differ by rounding
 BETA = 0.1  # of D3PO, as published
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images best first, rewards (B, K), ancestors
@@ -191,7 +191,7 @@ def d3po(subject: Subject, on_policy: bool = True, computes_reference: bool = Fa
     computes_reference  the reference's log-probabilities are computed within the update
     """
     if subject.make_trainable is None:
-        raise InputError("no model to train beside this one")
+        raise InputError("there is no model to train")
     preferences = make_preference_batch(subject, subject.make_trainable())
 
     def ours() -> tuple[Tensor, ...]:
@@ -245,7 +245,9 @@ def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
             subject, subject.pipe, reward, {"asynchronous_rewards": overlap, "resample_steps": steps}
         )
 
-    yield PreparedComparison(Variant("in turn", steered(False)), Variant("overlapped", steered(True), counted=False))
+    yield PreparedComparison(
+        Variant("synchronous", steered(False)), Variant("asynchronous", steered(True), counted=False)
+    )
 
 
 def _async_resample_steps(subject: Subject) -> list[int]:
@@ -401,16 +403,14 @@ def requires_particle_schedule(subject: Subject) -> str | None:
 
 def requires_one_step(subject: Subject) -> str | None:
     """Why ReNO does not fit."""
-    return requires_ddim(subject) or (None if subject.one_step is not None else "no one-step model beside this one")
+    return requires_ddim(subject) or (None if subject.one_step is not None else "there is no one-step model")
 
 
 def requires_peft(subject: Subject) -> str | None:
     """Why D3PO does not fit."""
     if find_spec("peft") is None:
         return "D3PO trains a LoRA, and needs peft: pip install 'steer-diffusion[train]'"
-    return requires_ddim(subject) or (
-        None if subject.make_trainable is not None else "no model to train beside this one"
-    )
+    return requires_ddim(subject) or (None if subject.make_trainable is not None else "there is no model to train")
 
 
 COMPARISONS: Mapping[str, Comparison] = {
@@ -485,7 +485,7 @@ COMPARISONS: Mapping[str, Comparison] = {
 
 
 EMBEDDED = "scenes"
-STEPS = {True: 6, False: 20}  # of a quick run, and of another
+STEPS = {True: 6, False: 20}  # with --quick, and without
 ITERATIONS = {True: 2, False: 5}
 PAIRS = {True: 1, False: 2}  # of samples in an update of D3PO
 GUIDANCE = 4.0

@@ -287,7 +287,7 @@ def build(model: RealSize, device: str, dtype: torch.dtype, seed: int = 0) -> An
 
 @contextmanager
 def _default_device_and_dtype(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Make parameters there and so: twelve billion in fp32 would not fit where they fit in half of it."""
+    """Make parameters on the device in its precision: twelve billion fit in bfloat16, not in fp32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

@@ -34,7 +34,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the two are one result."""
+        """Whether the two results are the same."""
         return self.difference <= self.limit and self.same_ancestors
 
 

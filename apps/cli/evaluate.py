@@ -1,33 +1,19 @@
 """The command `steer evaluate`. Heavy imports are inside the command."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from steer.apps.cli.options import DEVICE, Command
-from steer.apps.cli.sample import SPEC, TIMEOUT, sample
+from steer.apps.cli.options import DEVICE, Command, setting_options
+from steer.apps.cli.sample import SPEC, TIMEOUT
 from steer.apps.processes import is_main_process, launch_context
+from steer.apps.settings import errors_with_flags
 from steer.errors import InputError
 
-# Options of `steer sample` with the same meaning here; `particles` and `seed` differ.
-SHARED = (
-    *("steps", "guidance", "eta", "dtype", "variant", "model_config"),
-    *("lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance", "draw", "target", "preview"),
-    *("particle_schedule", "particle_schedule_rule", "asynchronous_rewards", "beams"),
-    *("noise_candidates", "screening_steps", "neighbours", "distance"),
-    *("iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"),
-)
-SAMPLING = [option for option in sample.params if option.name in SHARED]
+# Settings with options of their own here: those of a contender or of the whole evaluation.
+OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed")
 PARTICLES = click.option("--particles", default=4, help="K, images per run, of which the best is picked; 1 for base.")
-
-
-def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the shared options to a command."""
-    # click gathers the options of decorators in this list, the last one first.
-    vars(command).setdefault("__click_params__", []).extend(reversed(SAMPLING))
-    return command
 
 
 @click.command(cls=Command)
@@ -53,7 +39,7 @@ def _sampling_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--seeds", default=1, help="Runs per prompt, with the same seeds for all contenders.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of all random numbers.")
 @PARTICLES
-@_sampling_options
+@setting_options(without=OWN)
 @click.option("--kl-prompts", default=16, help="Prompts for the KL of finetuned weights; 0: no KL.")
 @click.option("--batch", default=8, help="Images per call, for methods with independent runs.")
 @click.option(
@@ -104,6 +90,8 @@ def evaluate(
     chosen_tags = None if tags is None else [tags[place] for place in places]
     arguments: dict[str, Any] = {"tags": chosen_tags, "kl_prompts": kl_prompts, "batch": batch}
     arguments |= {"device": device, "reward_timeout": reward_timeout}
-    report = run(contenders, [texts[place] for place in places], rewards, seeds, out, options, **arguments)
+    options = {name: value for name, value in options.items() if value is not None}
+    with errors_with_flags():
+        report = run(contenders, [texts[place] for place in places], rewards, seeds, out, options, **arguments)
     if is_main_process():
         click.echo(f"{summary(report)}\n→ {out / 'evaluation.md'}")

@@ -70,8 +70,9 @@ class PublicApi:
         """
         asked = {"method": method, "reward": reward, "particles": particles, "steps": steps, "guidance": guidance}
         asked |= {"lam": strength, "iterations": iterations, "seed": seed, "model": model}
+        asked |= {"fresh": False, "compare": False, "adapter": False}
         try:
-            made = _run_prompt(self.studio, prompt, asked | {"fresh": False, "compare": False, "worn": False}, request)
+            made = _run_prompt(self.studio, prompt, asked, request)
         except InputError as error:
             raise gr.Error(public(str(error)), print_exception=False) from error
         return [str(picture.path) for picture in made.images], report_of(made)
@@ -93,7 +94,7 @@ def report_of(made: PromptResult) -> dict[str, Any]:
     """Describe the images, best first, as plain values."""
     return {
         "prompt": made.prompt,
-        "settings": asdict(made.settings),
+        "settings": made.settings.plain(),
         "rewards": [picture.recipe.reward for picture in made.images],
         "components": [dict(picture.recipe.components) for picture in made.images],
         "cost": asdict(made.cost),

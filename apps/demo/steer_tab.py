@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -23,13 +23,11 @@ from steer.apps.demo.studio import (
     Studio,
     Weights,
     line,
-    number,
     seed_of,
-    whole,
 )
-from steer.apps.methods import SamplingConfig
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
+from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names
 from steer.errors import InputError
 from steer.pipelines.base import Cost
 
@@ -50,6 +48,7 @@ REWARDS = {
 # Limits of one visitor on a shared machine.
 MAX_PROMPTS = 4
 FIELD_LIMITS = {"particles": 16, "steps": 100, "iterations": 100}
+FIELD_DEFAULTS = {"lam": 25, "iterations": 20}
 ONE_STEP = "scenes-turbo"
 EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
 
@@ -73,12 +72,18 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
         fields["particles"] = gr.Slider(
             1, FIELD_LIMITS["particles"], 4, step=1, label="Particles", info="images at a time"
         )
-        fields["lam"] = gr.Slider(0, 100, 25, step=1, label="Strength λ", info="0: no steering")
+        fields["lam"] = gr.Slider(0, 100, FIELD_DEFAULTS["lam"], step=1, label="Strength λ", info="0: no steering")
     with gr.Row():
         fields["steps"] = gr.Slider(1, FIELD_LIMITS["steps"], 20, step=1, label="Steps", info="of the solver")
         fields["guidance"] = gr.Slider(0, 15, 4, step=0.5, label="Guidance", info="how closely to follow the words")
     fields["iterations"] = gr.Slider(
-        1, FIELD_LIMITS["iterations"], 20, step=1, label="Iterations", info="of the noise, for ReNO", visible=False
+        1,
+        FIELD_LIMITS["iterations"],
+        FIELD_DEFAULTS["iterations"],
+        step=1,
+        label="Iterations",
+        info="of the noise, for ReNO",
+        visible=False,
     )
     with gr.Row():
         fields["seed"] = gr.Number(0, label="Seed", info="−1: a new one for every run")
@@ -95,29 +100,13 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
 
     Raises InputError for numbers beyond what this app does.
     """
-    settings = SamplingConfig(
-        model=asked["model"],
-        method=asked["method"],
-        reward=asked["reward"].strip(),
-        particles=whole("particles", asked["particles"]),
-        steps=whole("steps", asked["steps"]),
-        guidance=number("guidance", asked["guidance"]),
-        lam=number("strength", asked["lam"]),
-        potential="difference",
-        resampler="systematic",
-        tempering="constant",
-        ess_threshold=0.5,
-        eta=None,
-        seed=seed_of(asked["seed"], asked["fresh"]),
-        compare=bool(asked["compare"]),
-        dtype=None,
-        iterations=whole("iterations", asked["iterations"]),
-        lora=_adapter_path(asked["model"], weights) if asked["adapter"] else None,
-    )
-    settings.check()
+    own = set(ALL_OPTIONS) - set(option_names(asked["method"]))  # fields of other methods stay as they are
+    given = {name: value for name, value in asked.items() if name not in {*own, "prompts", "fresh", "adapter"}}
+    given |= {"reward": asked["reward"].strip(), "seed": seed_of(asked["seed"], asked["fresh"])}
+    settings = SamplingConfig.of(**given, lora=_adapter_path(asked["model"], weights) if asked["adapter"] else None)
     for name, most in FIELD_LIMITS.items():
-        if getattr(settings, name) > most:
-            raise InputError(f"{name} can be at most {most} in this app, got {getattr(settings, name)}")
+        if (value := settings.plain().get(name) or 0) > most:
+            raise InputError(f"{name} can be at most {most} in this app, got {value}")
     return settings
 
 
@@ -153,17 +142,17 @@ def fields_from_recipe(recipe: Recipe, models: Sequence[str], weights: Weights |
         "method": settings.method,
         "reward": settings.reward,
         "particles": settings.particles,
-        "lam": 0.0 if settings.lam is None else settings.lam,
+        "lam": settings.plain().get("lam", FIELD_DEFAULTS["lam"]),
         "steps": settings.steps or 1,
         "guidance": 0.0 if settings.guidance is None else settings.guidance,
-        "iterations": settings.iterations,
+        "iterations": settings.plain().get("iterations", FIELD_DEFAULTS["iterations"]),
         "seed": settings.seed,
         "fresh": False,
         "model": settings.model,
         "compare": settings.compare,
         "adapter": settings.lora is not None,
     }
-    again, first = asdict(settings_of(asked, weights)), asdict(settings)
+    again, first = settings_of(asked, weights).plain(), settings.plain()
     if apart := [name for name, value in first.items() if again[name] != value]:
         name = apart[0]
         raise InputError(

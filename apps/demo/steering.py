@@ -17,9 +17,10 @@ from torch import Tensor
 
 from steer.apps.demo.studio import Studio, Ticket, Weights
 from steer.apps.errors import wrap_errors
-from steer.apps.methods import METHODS, DisableAdapter, Job, SamplingConfig
+from steer.apps.methods import METHODS, DisableAdapter, Job
 from steer.apps.models import adapter_applied
 from steer.apps.sampling import SavedImage, base_output, write_images
+from steer.apps.settings import SamplingConfig, default_of
 from steer.files import make_folder
 from steer.pipelines.base import Cost, Iteration
 from steer.pipelines.fk_steering import StepReport
@@ -215,11 +216,11 @@ CLASSES = {
     "base": "BestOfNPipeline",
     "reno": "ReNOPipeline",
 }
-# of the command
-OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "lam", "iterations", "seed")
+# Shared options of the command.
+OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "seed")
 PYTHON = """import torch
 from steer.apps.models import load_pipeline
-from steer.pipelines import {name}
+from steer import {name}
 
 pipe = load_pipeline({model!r}{dtype})
 {adapter}out = {name}(pipe, reward={reward!r})(
@@ -232,6 +233,12 @@ print(out.rewards)
 """
 
 
+def changed_options(settings: SamplingConfig) -> dict[str, Any]:
+    """Return the options of the method that are not its defaults."""
+    values = {name: getattr(settings.options, name) for name in settings.option_names}
+    return {name: value for name, value in values.items() if value != default_of(settings.method, name)}
+
+
 def as_python(prompt: str, settings: SamplingConfig) -> str:
     """Write a program that makes the same images."""
     arguments: dict[str, Any] = {
@@ -239,10 +246,7 @@ def as_python(prompt: str, settings: SamplingConfig) -> str:
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
     }
-    if settings.method == "fk":
-        arguments["lam"] = settings.lam
-    if settings.method == "reno":
-        arguments["iterations"] = settings.iterations
+    arguments |= changed_options(settings)
     return PYTHON.format(
         name=CLASSES[settings.method],
         model=settings.model,
@@ -259,10 +263,11 @@ def as_python(prompt: str, settings: SamplingConfig) -> str:
 def as_command(prompt: str, settings: SamplingConfig) -> str:
     """Write a command that makes the same images."""
     given = {name: value for name in OPTIONS if (value := getattr(settings, name)) is not None}
+    given |= changed_options(settings)
     words = [
         word
         for name, value in given.items()
-        for word in (f"--{name}", f"{value:g}" if isinstance(value, float) else str(value))
+        for word in (f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value))
     ]
     dashed = ["--", prompt] if prompt.startswith("-") else [prompt]
     return shlex.join(["steer", "sample", *words, *([] if settings.compare else ["--no-compare"]), *dashed])

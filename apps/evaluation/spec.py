@@ -6,7 +6,7 @@ import platform
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from torch import Generator, Tensor
 
 from steer import __version__
 from steer.apps.errors import named, wrap_errors
-from steer.apps.methods import METHODS, Job, SamplingConfig
+from steer.apps.methods import METHODS, Job
 from steer.apps.models import FinetunedWeights, find_adapter
 from steer.apps.plots import thumbnail
 from steer.apps.sampling import check_writable
+from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingConfig
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.files import atomic_write, write_text
@@ -34,22 +35,10 @@ from steer.reward import Reward, mean_over_frames, score_components
 BASE_METHOD = "base"  # plain sampling without a reward: one image per run
 # Methods whose runs share no random numbers, so that one call may sample several.
 INDEPENDENT_METHODS = ("base", "best-of-n")
-# As in `steer sample`; λ None is the default of the method.
-DEFAULTS: dict[str, Any] = {
-    "particles": 4,
-    "steps": None,
-    "guidance": None,
-    "lam": None,
-    "potential": "difference",
-    "resampler": "systematic",
-    "tempering": "constant",
-    "ess_threshold": 0.5,
-    "eta": None,
-    "seed": 0,
-    "dtype": None,
-}
-LATER_DEFAULTS = {one.name: one.default for one in fields(SamplingConfig) if one.default is not MISSING}
-DEFAULTS |= {name: value for name, value in LATER_DEFAULTS.items() if name != "lora"}  # a field of Contender
+# Settings of `steer sample` that contenders share; None is the default of each method.
+_OF_A_CONTENDER = ("model", "lora", "method", "reward", "compare")
+DEFAULTS: dict[str, Any] = {name: SamplingConfig.field(name).default for name in SHARED if name not in _OF_A_CONTENDER}
+DEFAULTS |= dict.fromkeys(ALL_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -154,8 +143,8 @@ def prepare_contenders(contenders: Sequence[Contender], spec: EvaluationSpec) ->
     if repeated := [name for place, name in enumerate(names) if name in names[:place]]:
         raise InputError(f"contender {repeated[0]!r} is repeated: give each contender once")
     _check_options(spec.options, "")
-    shared_fields: dict[str, Any] = {"model": "", "method": BASE_METHOD, "reward": spec.first, "compare": False}
-    SamplingConfig(**(spec.shared | shared_fields)).check()  # even options that no contender uses
+    for method in set(METHODS) - {"beam"}:  # options without a contender too; beams need a number of particles
+        _settings_of(Contender("", None, method), spec)
     return [_prepare_contender(one, spec) for one in contenders]
 
 
@@ -164,12 +153,18 @@ def _prepare_contender(one: Contender, spec: EvaluationSpec) -> PreparedContende
     if "seed" in one.options:
         raise InputError(f"contender {one.name!r}: seeds are the same for all; leave out seed")
     method = choose("method", one.method, METHODS)
-    own: dict[str, Any] = {"model": one.model, "method": one.method, "reward": spec.first, "compare": False}
-    plain = {"particles": 1} if one.method == BASE_METHOD else {}
-    settings = SamplingConfig(**(spec.shared | plain | dict(one.options) | own))
-    settings.check()
+    settings = _settings_of(one, spec)
     method.check(settings, spec.rewards[spec.first])
     return PreparedContender(one, settings, None if one.lora is None else find_adapter(one.lora))
+
+
+def _settings_of(one: Contender, spec: EvaluationSpec) -> SamplingConfig:
+    """Return the shared options that a contender's method has, with its own. Raises InputError."""
+    others = set(ALL_OPTIONS) - set(METHOD_OPTIONS[one.method].names)
+    shared = {name: value for name, value in spec.shared.items() if name not in others}
+    plain = {"particles": 1} if one.method == BASE_METHOD else {}
+    own: dict[str, Any] = {"model": one.model, "method": one.method, "reward": spec.first, "compare": False}
+    return SamplingConfig.of(**shared | plain | dict(one.options) | own)
 
 
 def _check_options(options: Mapping[str, Any], prefix: str) -> None:

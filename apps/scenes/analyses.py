@@ -1,4 +1,4 @@
-"""What an evaluation of contenders does not answer: over-optimisation of a proxy reward, and foresight of x̂0."""
+"""Analyses beside the contender tables: over-optimisation of a proxy reward, prediction by x̂0, optimised noise."""
 
 import argparse
 import math
@@ -42,7 +42,7 @@ def quiet_pipeline(model: str) -> Any:
     return pipe
 
 
-# ---- foresight
+# ---- prediction by x̂0
 
 
 def foresight(
@@ -73,7 +73,7 @@ def foresight(
 
 
 def agreement(guess: Tensor, truth: Tensor) -> float:
-    """Of the pairs in a row of (P, K) that `truth` tells apart, the share that `guess` ranks alike; ties count half."""
+    """Share of the pairs in a row of (P, K) with different `truth` that `guess` ranks the same way; ties count half."""
     separable = (truth[:, :, None] - truth[:, None]).sign()
     ranked = (guess[:, :, None] - guess[:, None]).sign()
     return ((ranked[separable > 0] + 1) / 2).mean().item()
@@ -204,7 +204,7 @@ def curves(folder: Path, ensemble: str, others: Sequence[str] = OTHERS) -> Figur
 
 
 def _disagreement(members: Tensor) -> dict[str, float]:
-    """Of members' scores (K, P, M): by how much they differ about a prompt, and about an image beside that."""
+    """Measure the disagreement of members' scores (K, P, M) on prompts, and on the images of a prompt."""
     prompts = members.mean(2, keepdim=True)
     return {
         "std_of_prompt_means": round(prompts.std(0).mean().item(), 3),
@@ -214,7 +214,7 @@ def _disagreement(members: Tensor) -> dict[str, float]:
 
 @torch.no_grad()
 def _scores(spec: str, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Of a reward and of its components, (N,) each."""
+    """Score images by a reward and its components, (N,) each."""
     reward, scored = load_reward(spec), []
     for start in tqdm(range(0, len(rows), BATCH), desc=spec, leave=False, disable=None):
         some = rows[start : start + BATCH]

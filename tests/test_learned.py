@@ -36,10 +36,8 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     captions = [{"image": image, "prompt": prompt} for image, prompt in sample_image(folder / "images", 40)]
     data = folder / "captions.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in captions))
-    recipe = RewardTrainingConfig(
-        backbone=str(folder), objective="contrastive", train_backbone=True, steps=40, batch_size=16
-    )
-    run_reward_training(data, recipe, folder, folder / "work", "cpu")
+    config = RewardTrainingConfig(str(folder), objective="contrastive", train_backbone=True, steps=40, batch_size=16)
+    run_reward_training(data, config, folder, folder / "work", "cpu")
     return folder
 
 
@@ -228,7 +226,7 @@ def test_a_recipe_that_cannot_be_is_refused(
 
 def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig, pairs: Pairs, tmp_path: Path) -> None:
     train_reward(pairs, replace(recipe, steps=2), tmp_path / "r", tmp_path / "work")
-    with pytest.raises(RewardError, match="holds a run with other settings"):
+    with pytest.raises(RewardError, match="holds a run with another configuration"):
         train_reward(pairs, replace(recipe, steps=3), tmp_path / "r", tmp_path / "work")
 
 
@@ -243,7 +241,7 @@ def test_another_run_in_the_same_folder_is_refused(recipe: RewardTrainingConfig,
         (lambda folder: change(folder, width=10**12), "not the card of a learned reward"),
         (lambda folder: change(folder, width=3), "does not fit this model"),
         (lambda folder: (folder / "member-0.safetensors").unlink(), "no such checkpoint"),
-        (lambda folder: (folder / "member-0.safetensors").write_bytes(b"\0" * 40), "cannot be read, is it whole"),
+        (lambda folder: (folder / "member-0.safetensors").write_bytes(b"\0" * 40), "cannot be read, is it complete"),
     ],
 )
 def test_a_folder_that_is_not_whole_is_refused(

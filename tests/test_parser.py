@@ -200,9 +200,9 @@ def test_texts_by_hand(text: str, expected: list[float] | None) -> None:
         ("a +  + b", "unknown reward ''"),
         ("a + nosuch:2", "unknown reward 'nosuch': did you mean"),
         ("a+b", "unknown reward 'a+b': did you mean"),
-        ("a+b", "terms are parted by ' + ', arguments by ', ', with their spaces"),
+        ("a+b", "separate terms by ' + ', arguments by ', ', with the spaces"),
         ("min(a,b)", "unknown reward 'a,b'"),
-        ("min(a,b)", "arguments by ', ', with their spaces"),
+        ("min(a,b)", "arguments by ', ', with the spaces"),
         ("a:x", "reward 'a' takes no argument, got 'x'"),
         ("a:2:3", "reward 'a' takes no argument, got '2'"),
         ("a:nan", "reward 'a' takes no argument, got 'nan'"),
@@ -249,10 +249,10 @@ def test_texts_by_hand(text: str, expected: list[float] | None) -> None:
         ("no.such:thing + a", "cannot load reward 'no.such:thing': ModuleNotFoundError"),
         ("x" * 5000, "unknown reward 'xxx"),
         ("a\0b", "unknown reward 'a\\x00b'"),
-        ("min(" * (MAX_DEPTH + 1) + "a" + ")" * (MAX_DEPTH + 1), f"of more than {MAX_DEPTH} functions or files inside"),
-        ("min(" * 9000 + "a" + ")" * 9000, f"of more than {MAX_DEPTH} functions or files inside each other"),
+        ("min(" * (MAX_DEPTH + 1) + "a" + ")" * (MAX_DEPTH + 1), f"nests at most {MAX_DEPTH} functions or files"),
+        ("min(" * 9000 + "a" + ")" * 9000, f"a reward nests at most {MAX_DEPTH} functions or files"),
         ("z(" * 9000, "a parenthesis is not closed, or never opened"),
-        (" + ".join(["a"] * (MAX_REWARDS + 1)), f"a reward of more than {MAX_REWARDS} rewards is not read"),
+        (" + ".join(["a"] * (MAX_REWARDS + 1)), f"a reward has at most {MAX_REWARDS} rewards in it"),
     ],
     ids=lambda value: value[:40],
 )
@@ -531,7 +531,7 @@ def test_mappings_may_hold_objects() -> None:
         ("rewards: [{reward: a, weight: true}]", "r.yaml, reward 1: expected a text, or `reward:` and a finite number"),
         (f"rewards: [{{reward: a, weight: {10**400}}}]", "reward 1: expected a text, or `reward:` and a finite number"),
         ("rewards: [{reward: {rewards: 3}}]", "r.yaml, reward 1: its mapping: `rewards:` must be a list"),
-        ("rewards: [r.yaml]", f"of more than {MAX_DEPTH} functions or files inside each other is not read"),
+        ("rewards: [r.yaml]", f"a reward nests at most {MAX_DEPTH} functions or files"),
         ("a: &x [1]\nrewards: *x", "r.yaml: aliases (*name) are not supported: write out the values"),
         ("rewards: " + "[" * 9000, "r.yaml: brackets more than 40 deep are not read"),
         ("rewards: " + "{a: " * 9000 + "}" * 9000, "r.yaml: brackets more than 40 deep are not read"),
@@ -599,7 +599,7 @@ def test_files_that_name_files_end(here: Path) -> None:
         written(here, f"rewards: [{', '.join([f'{k + 1}.yaml'] * 9)}]", f"{k}.yaml")
     written(here, "rewards: [a, b]", f"{MAX_DEPTH // 2}.yaml")
     started = time.monotonic()
-    with pytest.raises(RewardError, match=f"of more than {MAX_REWARDS} rewards is not read"):
+    with pytest.raises(RewardError, match=f"a reward has at most {MAX_REWARDS} rewards in it"):
         load_reward("0.yaml")
     assert time.monotonic() - started < 5
     assert values(f"{MAX_DEPTH // 2 - 1}.yaml") == [9.0, 6.75]
