@@ -1,0 +1,39 @@
+"""A griffe extension: the aligned lists of fields in docstrings become Markdown lists.
+
+    num_particles   K, in place of num_images_per_prompt
+                    (continued lines are indented to the same column)
+
+`make docs` loads it; the package does not.
+"""
+
+import re
+from typing import Any
+
+import griffe
+
+FIELD = re.compile(r"^(?P<names>[a-z_][\w, *]*?)\s{2,}(?P<text>\S.*)$")
+
+
+def fields_to_list(docstring: str) -> str:
+    """Rewrite each `name  text` line, with its continued lines, as one item of a Markdown list."""
+    lines: list[str] = []
+    in_list = False
+    for line in docstring.splitlines():
+        if match := FIELD.match(line):
+            names = ", ".join(f"`{name.strip()}`" for name in match["names"].split(","))
+            lines += [*([] if in_list else [""]), f"- {names}: {match['text']}"]
+            in_list = True
+        elif in_list and line.startswith("    "):
+            lines[-1] += " " + line.strip()
+        else:
+            lines += ["", line] if in_list else [line]
+            in_list = False
+    return "\n".join(lines)
+
+
+class FieldLists(griffe.Extension):
+    """Apply `fields_to_list` to every docstring that griffe reads."""
+
+    def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = fields_to_list(obj.docstring.value)
