@@ -34,7 +34,7 @@ BANNED = {
     r"foretells?|foretold": "predicts",
     r"screened_starts|D3POPipeline|PRDPPipeline|DDPOPipeline|GRPOPipeline|FinetuneSettings": "the 0.2.0 name",
     r"steps_per_round|prompts_per_step|samples_per_prompt|keep_checkpoints|checkpoint_every|eval_every": "the 0.2.0 name",
-    r"overlap=\w+|--overlap|overlapped": "asynchronous_rewards",
+    r"overlap=\w+|--overlap": "asynchronous_rewards",
     r"on (?:its|their|the) way": "inside the chain, at intermediate steps",
     r"half-way": "interrupted",
     r"parts company|part from|parts from": "diverge",
