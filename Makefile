@@ -17,7 +17,7 @@ lint: $(INSTALLED)
 	$(BIN)/python docs/vocabulary.py
 
 docs: $(INSTALLED)  ## the site in site/; a broken link or an unknown name is an error
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 types: $(INSTALLED)  ## on the built wheel, where every name resolves
 	rm -rf build

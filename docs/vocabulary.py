@@ -33,7 +33,7 @@ BANNED = {
     r"unjudged": "without a reward",
     r"foretells?|foretold": "predicts",
     r"screened_starts|D3POPipeline|PRDPPipeline|DDPOPipeline|GRPOPipeline|FinetuneSettings": "the 0.2.0 name",
-    r"steps_per_round|prompts_per_step|samples_per_prompt|keep_checkpoints|checkpoint_every|eval_every": "the 0.2.0 name",
+    r"steps_per_round|prompts_per_step|keep_checkpoints|checkpoint_every|eval_every": "the 0.2.0 name",
     r"overlap=\w+|--overlap": "asynchronous_rewards",
     r"on (?:its|their|the) way": "inside the chain, at intermediate steps",
     r"half-way": "interrupted",
@@ -41,7 +41,7 @@ BANNED = {
     r"minus what|less what": "the difference from",
     r"said once|is said|says else": "reported, printed, given",
 }
-# Exact places where a banned word is the right one: a package, a published name, plain English about something else.
+# Phrases in which a banned word is the right one.
 ALLOWED = re.compile(
     r"seamless|narrower|narrowest|narrowing conversion|reading order|intervals? overlap", re.IGNORECASE
 )
@@ -58,7 +58,7 @@ ROOMS = {
     "assets": ["assets/configs/*.yaml", "assets/accelerate/*.yaml"],
     "docs": ["docs/*.md", "docs/*.ipynb", "README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "pyproject.toml"],
 }
-BASELINE = {"steer": 78, "pipelines": 128, "rewards": 43, "apps": 274, "assets": 4, "docs": 139}
+BASELINE = {"steer": 78, "pipelines": 127, "rewards": 43, "apps": 265, "assets": 4, "docs": 0}
 
 
 def files_of(room: str) -> list[Path]:
@@ -68,14 +68,12 @@ def files_of(room: str) -> list[Path]:
 
 
 def banned_words(text: str) -> Iterator[tuple[int, str]]:
-    """Yield line number and word of each banned word of a text."""
+    """Yield line number and word of each banned word of a text, also inside snake_case names."""
     for number, line in enumerate(text.splitlines(), start=1):
-        for match in PATTERN.finditer(ALLOWED.sub("", line.replace("_", " ") if "_" in line else line)):
-            yield number, match.group()
-        if "_" in line:
-            for match in PATTERN.finditer(ALLOWED.sub("", line)):
-                if "_" in match.group():
-                    yield number, match.group()
+        allowed = ALLOWED.sub("", line)
+        words = {match.group() for match in PATTERN.finditer(allowed)}
+        words |= {match.group() for match in PATTERN.finditer(allowed.replace("_", " "))}
+        yield from ((number, word) for word in sorted(words))
 
 
 def noun_clauses(text: str) -> Iterator[tuple[int, str]]:
