@@ -1,4 +1,4 @@
-"""A griffe extension: the aligned lists of fields in docstrings become Markdown lists.
+"""A griffe extension: aligned lists of fields in docstrings become Markdown lists, examples become code.
 
     num_particles   K, in place of num_images_per_prompt
                     (continued lines are indented to the same column)
@@ -12,6 +12,13 @@ from typing import Any
 import griffe
 
 FIELD = re.compile(r"^(?P<names>[a-z_][\w, *]*?)\s{2,}(?P<text>\S.*)$")
+EXAMPLE = re.compile(r"^[a-z_]+ = .*[()]")
+
+
+def examples_to_code(docstring: str) -> str:
+    """Fence each paragraph that begins with an assignment of a call."""
+    paragraphs = docstring.split("\n\n")
+    return "\n\n".join(f"```python\n{text}\n```" if EXAMPLE.match(text) else text for text in paragraphs)
 
 
 def fields_to_list(docstring: str) -> str:
@@ -32,8 +39,8 @@ def fields_to_list(docstring: str) -> str:
 
 
 class FieldLists(griffe.Extension):
-    """Apply `fields_to_list` to every docstring that griffe reads."""
+    """Apply both rewritings to every docstring that griffe reads."""
 
     def on_instance(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = fields_to_list(obj.docstring.value)
+            obj.docstring.value = fields_to_list(examples_to_code(obj.docstring.value))
