@@ -19,20 +19,17 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)  ## the site in site/; a broken link or an unknown name is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-types: $(INSTALLED)  ## on the built wheel, where every name resolves
-	rm -rf build
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
-	$(BIN)/python -m pip install --quiet --no-deps --target build/types build/wheel/*.whl
-	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p steer
+types: $(INSTALLED)
+	$(BIN)/mypy -p steer
 
 unit: $(INSTALLED)  ## two workers of one thread each: twice as fast as one of two
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or CHROMIUM=path), and in a flood
 	$(BIN)/python -m pytest -m browser tests/test_browser_demo.py tests/test_demo_hostile.py
 
 test-hard: $(INSTALLED)  ## kills, full disks, corrupt and hostile files, long runs: half an hour; figures in out/reliability.json
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests/hard
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests
 
 FUZZED ?= config config-words reward reward-file prompts choices manifest png recipe report calibration parquet
 SECONDS_EACH ?= 300

@@ -1,4 +1,4 @@
-"""Errors of jobs in one line, and the end of the process. Nothing heavy is imported: the command line ends here."""
+"""Errors as one line, and the exit of the process. Imports nothing heavy: the command line always loads it."""
 
 import atexit
 import errno
@@ -15,12 +15,12 @@ from steer.errors import InputError
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there, or choose another folder"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a folder that can be written"),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "let more files be open: ulimit -n 4096"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files: ulimit -n 4096"),
 }
 
 
 def describe_os_error(error: OSError) -> str:
-    """The file, what is wrong with it, and what can be done."""
+    """Describe a file error: the file, the reason, the remedy."""
     description = error.strerror or str(error) or type(error).__name__
     description = f"{error.filename}: {description}" if error.filename is not None else description
     remedy = REMEDIES.get(error.errno or 0)
@@ -28,13 +28,13 @@ def describe_os_error(error: OSError) -> str:
 
 
 class ExitGuard:
-    """Around the whole command: the process ends with its exit code, even where a reward still hangs in a thread.
+    """Context of the whole command: the process exits with its code even while a reward hangs in a thread.
 
-    It registers first, so that it acts after all else that runs at the end of a process. Imports nothing.
+    Register it first, so that it acts after all other exit handlers. Imports nothing.
     """
 
     def __init__(self) -> None:
-        self._code = 1  # what Python makes of any other exception
+        self._code = 1  # Python's code for any other exception
 
     def __enter__(self) -> None:
         atexit.register(self._exit_if_hanging)
@@ -54,26 +54,27 @@ class ExitGuard:
 
 
 def exit_now(code: int) -> None:
-    """Ends the process with what it has said, and without shutting the interpreter down."""
+    """Flush the output and end the process without shutting the interpreter down."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 @contextmanager
-def named(what: str) -> Iterator[None]:
-    """An InputError inside begins with what it is about."""
+def named(subject: str) -> Iterator[None]:
+    """Prefix the InputErrors of a block with their subject."""
     try:
         yield
     except InputError as error:
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"{subject}: {error}") from error
 
 
 @contextmanager
-def wrap_errors(named: str, kept: str, less: str) -> Iterator[None]:
-    """What diffusers refuses, the disk or the memory end as an InputError that begins with `named`.
+def wrap_errors(subject: str, kept: str, memory_hint: str) -> Iterator[None]:
+    """Turn errors of diffusers, of the disk and of memory into an InputError that begins with `subject`.
 
-    kept  what is not lost; less: what needs less memory
+    kept         the work that is not lost
+    memory_hint  how to need less memory
     """
     import torch
 
@@ -82,9 +83,9 @@ def wrap_errors(named: str, kept: str, less: str) -> Iterator[None]:
     except InputError:
         raise
     except torch.OutOfMemoryError as error:
-        raise InputError(f"{named}: the device's memory is full: {less} ({kept})") from error
+        raise InputError(f"{subject}: the device's memory is full: {memory_hint} ({kept})") from error
     except OSError as error:
-        raise InputError(f"{named}: {describe_os_error(error)} ({kept})") from error
+        raise InputError(f"{subject}: {describe_os_error(error)} ({kept})") from error
     except (ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise InputError(f"{named}: {reason} ({kept})") from error
+        raise InputError(f"{subject}: {reason} ({kept})") from error

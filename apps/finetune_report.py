@@ -1,4 +1,4 @@
-"""What a finetuning leaves to be looked at: curves, held-out images before and after, and a model card."""
+"""Report of a finetuning run: curves, held-out images before and after, and a model card."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,107 +10,115 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 
 from steer.apps.model_card import FlatConfig, held_out_names, model_card
-from steer.apps.plots import COLORMAP, FAINT, INK, draw_before_after, grids, shown, write_grid
-from steer.files import atomic_write, write_text
+from steer.apps.plots import (
+    COLORMAP,
+    DPI,
+    FAINT,
+    INK,
+    Numbers,
+    draw_band,
+    draw_before_after,
+    grids,
+    mark_integers,
+    plain_text,
+    save_figure,
+    set_title,
+    style_axes,
+    write_grid,
+)
+from steer.files import write_text
 from steer.pipelines.training.method import TrainingResult
 
 __all__ = ["write_grid", "write_report"]
 
-Numbers = NDArray[np.float64]
 Records = Sequence[Mapping[str, Any]]
 Panel = Callable[[Axes], None]
-TRAINED_COLOR, HELD_OUT_COLOR, SAMPLES_COLOR = (
-    colormaps[COLORMAP](place) for place in (0.12, 0.5, 0.78)
-)  # apart in grey too
-SMOOTH_FROM = 10  # values, below which a smoothed line says nothing more
-FAR_FACTOR = 3  # times the highest value
+# Colours that differ in lightness too.
+TRAINED_COLOR, HELD_OUT_COLOR, SAMPLES_COLOR = (colormaps[COLORMAP](place) for place in (0.12, 0.5, 0.78))
+MIN_SMOOTHED = 10  # values from which a moving mean is drawn
+FAR_FACTOR = 3  # a level more than so many times above the curve is named only
 LOG_SCALE_RATIO = 30  # largest by smallest value from which a scale is logarithmic
 
 
 def write_report(out: Path, config: dict[str, Any], result: TrainingResult) -> None:
-    """Writes plots/*.png and README.md, a model card, of what the records hold.
+    """Write plots/*.png and README.md, a model card, from the metrics of a run.
 
     config  of the run: `model`, `method`, `reward`, the fields of TrainingConfig that were given (in a mapping of
             their own, or among the rest), and whatever else the card should list
     """
-    _save(out / "plots" / "rewards.png", rewards_panels(result), result)
-    _save(out / "plots" / "divergence.png", divergence_panels(result, FlatConfig.of(config).settings), result)
-    _save(out / "plots" / "training.png", training_panels(result), result)
+    _draw_panels(out / "plots" / "rewards.png", rewards_panels(result))
+    _draw_panels(out / "plots" / "divergence.png", divergence_panels(result, FlatConfig.of(config).settings))
+    _draw_panels(out / "plots" / "training.png", training_panels(result))
     draw_before_after(out)
     write_text(out / "README.md", model_card(out, config, result, grids(out)))
 
 
-def _save(path: Path, panels: Sequence[Panel], result: TrainingResult) -> None:
-    """One picture of the panels; without any there is none, not even one of before."""
+def _draw_panels(path: Path, panels: Sequence[Panel]) -> None:
+    """Write a figure of the panels; without panels, delete an older figure."""
     path.unlink(missing_ok=True)
     if not panels:
         return
     columns = len(panels) if len(panels) <= 3 else 2
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(4.6 * columns, 3.5 * rows), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.5 * rows), dpi=DPI, layout="constrained")
     places = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes, panel in zip(places, panels, strict=False):
-        axes.tick_params(which="both", labelsize=8, color=FAINT, labelcolor=INK)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.grid(axis="y", color=FAINT, lw=0.4, alpha=0.6)
+        style_axes(axes)
         panel(axes)
     for axes in places[len(panels) :]:
         axes.set_visible(False)
-    with atomic_write(path) as new:
-        figure.savefig(new, format="png")
+    save_figure(figure, path)
 
 
 def rewards_panels(result: TrainingResult) -> list[Panel]:
-    """The trained reward, every one held out, and the first of these against it."""
+    """Create panels of the trained reward, of each held-out reward, and of the first of these against the trained."""
     names = held_out_names(result.evaluations)
     trained = names[0] if names else None
     panels: list[Panel] = []
     if trained or len(_series(result.records, "reward")[0]):
-        panels.append(lambda axes: _reward(axes, result, trained))
-    panels += [_held_out(result, name) for name in names[1:]]
+        panels.append(lambda axes: _draw_trained(axes, result, trained))
+    panels += [_held_out_panel(result, name) for name in names[1:]]
     if len(names) > 1 and len(result.evaluations) > 1:
-        panels.append(lambda axes: _against(axes, result, names[0], names[1]))
+        panels.append(lambda axes: _draw_against(axes, result, names[0], names[1]))
     return panels
 
 
-def _reward(axes: Axes, result: TrainingResult, name: str | None) -> None:
-    _curve(axes, result.records, "reward", "training samples", SAMPLES_COLOR)
+def _draw_trained(axes: Axes, result: TrainingResult, name: str | None) -> None:
+    _draw_curve(axes, result.records, "reward", "training samples", SAMPLES_COLOR)
     if name:
-        _band(axes, result.evaluations, name, TRAINED_COLOR)
-    _best(axes, result)
-    _finish(axes, f"reward that was trained{': ' + shown(name, 32) if name else ''}", legend=True)
+        _draw_evaluations(axes, result.evaluations, name, TRAINED_COLOR)
+    _mark_best(axes, result)
+    _finish(axes, f"reward that was trained{': ' + plain_text(name, 32) if name else ''}", legend=True)
 
 
-def _held_out(result: TrainingResult, name: str) -> Panel:
+def _held_out_panel(result: TrainingResult, name: str) -> Panel:
     def panel(axes: Axes) -> None:
-        _band(axes, result.evaluations, name, HELD_OUT_COLOR)
-        _best(axes, result)
-        _finish(axes, f"held-out reward: {shown(name, 38)}", legend=True)
+        _draw_evaluations(axes, result.evaluations, name, HELD_OUT_COLOR)
+        _mark_best(axes, result)
+        _finish(axes, f"held-out reward: {plain_text(name, 38)}", legend=True)
 
     return panel
 
 
-def _band(axes: Axes, evaluations: Records, name: str, color: Any) -> None:
-    """Means with their 95 % intervals over the prompts."""
+def _draw_evaluations(axes: Axes, evaluations: Records, name: str, color: Any) -> None:
+    """Draw means over held-out prompts with their 95 % intervals."""
     step_values = [(one["step"], *one[f"eval/{name}"]) for one in evaluations if f"eval/{name}" in one]
     steps, mean, low, high = np.array(step_values, dtype=float).T
-    axes.fill_between(steps, low, high, color=color, alpha=0.18, lw=0, label="95 % interval of the mean")
+    draw_band(axes, steps, low, high, color, "95 % interval of the mean")
     axes.plot(steps, mean, color=color, lw=2.2, marker="o", ms=4, label="held-out prompts", zorder=3)
-    if len(steps) == 1:  # a band of no width cannot be seen
+    if len(steps) == 1:  # the band has no width
         axes.errorbar(steps, mean, [mean - low, high - mean], color=color, capsize=3, alpha=0.5)
 
 
-def _best(axes: Axes, result: TrainingResult) -> None:
+def _mark_best(axes: Axes, result: TrainingResult) -> None:
     if result.best_step is not None:
         axes.axvline(result.best_step, color=INK, lw=0.9, ls=":", zorder=1, label=f"best: {result.best_step} updates")
 
 
-def _against(axes: Axes, result: TrainingResult, trained: str, held_out: str) -> None:
-    """A path from evaluation to evaluation: where it goes right and down, the reward is being fooled."""
+def _draw_against(axes: Axes, result: TrainingResult, trained: str, held_out: str) -> None:
+    """Draw a path through the evaluations: to the right and down is over-optimisation of the trained reward."""
     both = [one for one in result.evaluations if f"eval/{trained}" in one and f"eval/{held_out}" in one]
     x, y = (np.array([one[f"eval/{name}"][0] for one in both]) for name in (trained, held_out))
     axes.plot(x, y, color=FAINT, lw=1.2, zorder=1)
@@ -131,50 +139,50 @@ def _against(axes: Axes, result: TrainingResult, trained: str, held_out: str) ->
     for number, text in marked.items():
         axes.annotate(text, (x[number], y[number]), (0, 9), textcoords="offset points", **style)
     _finish(axes, "held out against trained, by updates")
-    axes.set_xlabel(f"trained: {shown(trained, 38)}", size=8, color=INK)
-    axes.set_ylabel(f"held out: {shown(held_out, 34)}", size=8, color=INK)
+    axes.set_xlabel(f"trained: {plain_text(trained, 38)}", size=8, color=INK)
+    axes.set_ylabel(f"held out: {plain_text(held_out, 34)}", size=8, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def divergence_panels(result: TrainingResult, settings: Mapping[str, Any]) -> list[Panel]:
-    """How far the model went from where it began, what that cost it, and how unlike its images still are."""
-    divergence_plots = _lines_of(result.records, {"kl": "KL from the start, nats a trajectory"}, settings)
+    """Create panels of the divergence from the reference model, its price, and the diversity of images."""
+    panels = _series_panels(result.records, {"kl": "KL from the start, nats a trajectory"}, settings)
     if any(record.get("kl_weight") for record in result.records):
-        divergence_plots += _lines_of(result.records, {"kl_weight": "price of KL, β"}, {})
-    divergence_plots += _lines_of(result.records, {"chi_square": "χ² from the start"}, {})
-    # One sample of each prompt has no diversity, and is recorded as 0.
+        panels += _series_panels(result.records, {"kl_weight": "price of KL, β"}, {})
+    panels += _series_panels(result.records, {"chi_square": "χ² from the start"}, {})
+    # The diversity of one sample per prompt is logged as 0.
     if any(one.get("eval/diversity") for one in result.evaluations):
-        divergence_plots.append(lambda axes: _diversity(axes, result))
-    return divergence_plots
+        panels.append(lambda axes: _draw_diversity(axes, result))
+    return panels
 
 
-def _diversity(axes: Axes, result: TrainingResult) -> None:
+def _draw_diversity(axes: Axes, result: TrainingResult) -> None:
     axes.plot(*_series(result.evaluations, "eval/diversity"), color=HELD_OUT_COLOR, lw=2.2, marker="o", ms=4)
     axes.set_ylim(0, 1.15 * axes.get_ylim()[1])
     _finish(axes, "diversity of a prompt's images, 0 to 1")
 
 
 def training_panels(result: TrainingResult) -> list[Panel]:
-    """Whether the optimisation itself is in order."""
+    """Create panels of the optimisation: loss, accuracy, gradient norm, speed."""
     titles = {"loss": "loss", "accuracy": "pairs ordered rightly, share", "grad_norm": "gradient norm, before clipping"}
-    return _lines_of(result.records, titles | {"images_per_second": "images per second, updates included"}, {})
+    return _series_panels(result.records, titles | {"images_per_second": "images per second, updates included"}, {})
 
 
-def _lines_of(records: Records, titles: Mapping[str, str], settings: Mapping[str, Any]) -> list[Panel]:
-    """A panel for each series that holds a number; with the settings' target and budget of it, where there are any."""
+def _series_panels(records: Records, titles: Mapping[str, str], settings: Mapping[str, Any]) -> list[Panel]:
+    """Create a panel for each series with values, with its target and budget from the settings."""
 
     def panel(name: str, title: str) -> Panel:
         def draw(axes: Axes) -> None:
-            _curve(axes, records, name, "each update", TRAINED_COLOR)
+            _draw_curve(axes, records, name, "each update", TRAINED_COLOR)
             values = _series(records, name)[1]
-            for word, style in (("target", "--"), ("budget", ":")):
-                if (level := settings.get(f"{name}_{word}")) is not None:
-                    _level(axes, level, values.max(), style, f"{word}: {level:g} nats")
+            for suffix, style in (("target", "--"), ("budget", ":")):
+                if (level := settings.get(f"{name}_{suffix}")) is not None:
+                    _draw_level(axes, level, values.max(), style, f"{suffix}: {level:g} nats")
             if name == "accuracy":
-                _level(axes, 0.5, 1, ":", "chance")
-            wide = values.min() > 0 and values.max() > LOG_SCALE_RATIO * values.min()
+                _draw_level(axes, 0.5, 1, ":", "chance")
+            log_scale = values.min() > 0 and values.max() > LOG_SCALE_RATIO * values.min()
             _finish(axes, title, legend=True)
-            if wide:
+            if log_scale:
                 axes.set_yscale("log")
 
         return draw
@@ -182,8 +190,8 @@ def _lines_of(records: Records, titles: Mapping[str, str], settings: Mapping[str
     return [panel(name, title) for name, title in titles.items() if len(_series(records, name)[0])]
 
 
-def _level(axes: Axes, level: float, highest: float, style: str, label: str) -> None:
-    """A horizontal line; one far above the curve would flatten it, and is only named."""
+def _draw_level(axes: Axes, level: float, highest: float, style: str, label: str) -> None:
+    """Draw a horizontal line; one far above the curve would flatten it, and is only named."""
     if level > FAR_FACTOR * highest:
         axes.plot([], [], color=INK, lw=0.9, ls=style, label=f"{label}, above")
     else:
@@ -191,16 +199,16 @@ def _level(axes: Axes, level: float, highest: float, style: str, label: str) -> 
 
 
 def _series(records: Records, name: str) -> tuple[Numbers, Numbers]:
-    """Steps and finite values. PRDP's accuracy is NaN where a batch had no pair, a loss may overflow."""
+    """Collect steps and finite values: PRDP's accuracy is NaN for a batch without a pair, a loss may overflow."""
     step_values = [(one["step"], one[name]) for one in records if one.get(name) is not None and np.isfinite(one[name])]
     steps, values = np.array(step_values, dtype=float).reshape(-1, 2).T
     return steps, values
 
 
-def _curve(axes: Axes, records: Records, name: str, label: str, color: Any) -> None:
-    """The values thin, and their moving mean bold, where it is a mean of so many; dots where there are few."""
+def _draw_curve(axes: Axes, records: Records, name: str, label: str, color: Any) -> None:
+    """Draw values as a thin line with their moving mean in bold; fewer than MIN_SMOOTHED values as dots."""
     steps, values = _series(records, name)
-    if len(values) < SMOOTH_FROM:
+    if len(values) < MIN_SMOOTHED:
         axes.plot(steps, values, color=color, lw=1.2, marker="o", ms=3.5, label=label)
         return
     reach = max(2, len(values) // 20)
@@ -210,12 +218,11 @@ def _curve(axes: Axes, records: Records, name: str, label: str, color: Any) -> N
 
 
 def _finish(axes: Axes, title: str, legend: bool = False) -> None:
-    axes.set_title(title, size=9, loc="left", color=INK)
-    axes.set_xlabel("updates", size=8, color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_formatter("{x:.6g}")  # no power of ten in a corner
+    set_title(axes, title)
+    mark_integers(axes, "updates")
+    axes.yaxis.set_major_formatter("{x:.6g}")  # no offset in a corner
     if legend and len(axes.get_legend_handles_labels()[0]) > 1:
-        # Below, where it hides no curve; no wider than the panel, which would shrink for it.
+        # Below the axes, and no wider: constrained layout would shrink the panel.
         letters = sum(map(len, axes.get_legend_handles_labels()[1]))
         below: dict[str, Any] = {
             "loc": "upper left",

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from steer.apps.errors import named, wrap_errors
 from steer.apps.models import check_device, load_pipeline
-from steer.apps.processes import is_main_process, processes
+from steer.apps.processes import is_main_process, launch_context
 from steer.apps.prompts import load_prompts
 from steer.apps.reward_specs import resolve_reward
 from steer.apps.yaml_text import read_yaml
@@ -316,8 +316,8 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
     from steer.apps.finetune_report import write_grid, write_report
 
     job, out, config_values = config.job, Path(config.job.output_dir), config.plain()
-    here = processes(cpu=job.device == "cpu")
-    with here.main_first():
+    here = launch_context(cpu=job.device == "cpu")
+    with here.local_main_process_first():
         train_data = load_data(config, resume)
         pipe = load_pipeline(
             job.model, here.device(job.device), job.dtype, variant=job.variant, config=job.model_config_dir

@@ -1,4 +1,4 @@
-"""The job behind `steer rewards train`: preferences in, a reward's folder and a picture of its training out."""
+"""`steer rewards train`: train a reward on preferences, and plot the training."""
 
 import json
 from dataclasses import asdict
@@ -19,30 +19,30 @@ CONTRASTIVE = "contrastive"
 def run_reward_training(
     data: Path, config: RewardTrainingConfig, out: Path, work: Path, device: str, images: Path | None = None
 ) -> dict[str, Any]:
-    """Trains, writes the folder `out` and the picture `work`/training.png, and returns the report.
+    """Train, write the folder `out` and the plot `work`/training.png, and return the report.
 
-    images  the folder that paths of images start from; by default that of `data`
+    images  the folder that image paths are relative to; by default that of `data`
     """
     if config.objective == CONTRASTIVE:
         report = train_clip(read_captions(data, images), clip_folder(config.backbone), out, work, config, device)
     else:
         report = train_reward(read_pairs(data, images), config, out, work, device)
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
-    (work / "report.json").write_text(json.dumps(report | {"recipe": asdict(config)}, indent=1) + "\n")
+    (work / "report.json").write_text(json.dumps(report | {"config": asdict(config)}, indent=1) + "\n")
     return report
 
 
 def summary(report: dict[str, Any]) -> str:
-    """One line about a report."""
+    """Summarise a report in one line."""
     if "ensemble" not in report:
-        return f"own caption picked from 32 in {report['picked_of_32']:.1%} of held-out images"
+        return f"correct caption of 32 for {report['caption_accuracy_of_32']:.1%} of held-out images"
     metrics, held = report["ensemble"], report["pairs"]["held_out"]
     pairs = f"{held} held-out pairs" if held else "the training pairs themselves"
     return f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f} on {pairs}"
 
 
 def draw_training(work: Path, bins: list[list[float]], path: Path) -> None:
-    """The loss of every member over the steps and, where there are held-out choices, how well they were foretold."""
+    """Plot the loss of every member over the steps and, with held-out pairs, a reliability diagram."""
     figure = Figure(figsize=(9 if bins else 5, 3.6), dpi=120, layout="constrained")
     axes = figure.subplots(1, 2 if bins else 1, squeeze=False)[0]
     for log in sorted(work.glob("**/log.jsonl")):
@@ -60,9 +60,9 @@ def draw_training(work: Path, bins: list[list[float]], path: Path) -> None:
 
 
 def _reliability(axes: Axes, bins: list[list[float]]) -> None:
-    """Predicted against observed share of choices; on the diagonal the reward's odds are right."""
+    """Plot predicted against observed shares of labels; a calibrated reward lies on the diagonal."""
     predicted, observed, counts = zip(*bins, strict=True)
     axes.plot([0, 1], [0, 1], color=FAINT, lw=1)
     axes.scatter(predicted, observed, s=[4 + 160 * count / max(counts) for count in counts], color=INK)
-    axes.set(xlabel="probability that a is chosen, predicted", ylabel="share observed", title="held-out pairs")
+    axes.set(xlabel="predicted probability that a is preferred", ylabel="observed share", title="held-out pairs")
     axes.set(xlim=(0, 1), ylim=(0, 1))

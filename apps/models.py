@@ -1,37 +1,34 @@
-"""A model by name: embedded, a folder, or on the hub."""
+"""Loading of pipelines (embedded, from folders, files or the hub) and of finetuned weights."""
 
-import json
-import re
-from _pickle import UnpicklingError  # the error's name only
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from steer.assets import MODELS
-from steer.errors import InputError
-from steer.registry import nearest
-
-if TYPE_CHECKING:
-    import torch  # else where it is needed: it takes seconds
 import copy
 import hashlib
+import json
 import logging
+import re
+from _pickle import UnpicklingError  # the exception class alone
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steer.apps.methods import DisableAdapter
+from steer.assets import MODELS
 from steer.diffusion.step_hooks import DENOISERS
+from steer.errors import InputError
 from steer.files import verify_checksums
+from steer.registry import nearest
 from steer.training.trainable import get_denoiser
 
-# Of single files, by the first letters of diffusers' name of the kind of checkpoint.
+# By prefix of the kind of checkpoint that diffusers infers from a single file.
 SINGLE_FILE_PIPELINES = {
     "xl_base": "StableDiffusionXLPipeline",
     "xl_refiner": "StableDiffusionXLImg2ImgPipeline",
@@ -55,19 +52,18 @@ def load_pipeline(
     variant: str | None = None,
     config: str | None = None,
 ) -> Any:
-    """A diffusers pipeline: the name of an embedded model, a folder in diffusers' format, a checkpoint in a single
-    .safetensors file, or ORGANISATION/NAME.
+    """Load a diffusers pipeline.
 
     A folder whose weights are all of one variant, such as *.fp16.safetensors, is loaded with that variant. A single
-    file's configuration is that of a folder in diffusers' format beside it (the file's own folder, or one of its name
-    without .safetensors), else that of the published model of its kind, from the hub or its cache.
+    file takes its configuration from a folder in diffusers' format beside it (its own folder, or one of its name
+    without .safetensors), else from the published model of its kind, on the hub or in its cache.
 
-    device  where to run; by default the GPU if there is one
-    variant of the weights, such as fp16; by default plain ones, or the folder's only one
-    config  for a single file: a folder of such a model in diffusers' format, JSON files and tokenizer
-    dtype   float32, float16 or bfloat16; by default float32 on the CPU and bfloat16 elsewhere
-
-    Raises InputError where there is no such model. Code that a model folder may hold is never run.
+    model    name of an embedded model, folder in diffusers' format, single .safetensors file, or ORGANISATION/NAME
+    device   by default the GPU if there is one
+    dtype    float32, float16 or bfloat16; by default float32 on the CPU and bfloat16 elsewhere
+    variant  of the weights, such as fp16; by default plain ones, or the folder's only one
+    config   for a single file: a folder of such a model in diffusers' format, JSON files and tokenizer
+    Raises InputError for a model that is missing or cannot be loaded. Code in a model folder is never run.
     """
     from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
@@ -81,30 +77,30 @@ def load_pipeline(
     if single and variant is not None:
         raise InputError(f"--variant {variant}: model {model!r} is a single file, which has none: leave it out")
     if config is not None and not (single and (Path(config) / INDEX).is_file()):
-        wrong = f"no {INDEX} in this folder" if single else f"model {model!r} is no single file: leave it out"
-        raise InputError(f"--config {config}: {wrong}")
+        problem = f"no {INDEX} in this folder" if single else f"model {model!r} is no single file: leave it out"
+        raise InputError(f"--config {config}: {problem}")
     device = default_device(device)
     try:
         if isinstance(source, Path) and source.is_file():
-            pipe = _from_single_file(model, source, precision(device, dtype), config)
+            pipe = _from_single_file(model, source, resolve_dtype(device, dtype), config)
         else:
             variant = _variant(source) if variant is None and isinstance(source, Path) else variant
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=precision(device, dtype), variant=variant)
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=resolve_dtype(device, dtype), variant=variant)
     except InputError:
         raise
     except UnpicklingError as error:
         raise InputError(
-            f"model {model!r} cannot be loaded: a file of its weights is broken, or holds code, which is never run; "
-            "take one with safetensors"
+            f"model {model!r} cannot be loaded: a file of its weights is corrupt or holds code, which is never run: "
+            "use safetensors"
         ) from error
-    except Exception as error:  # two libraries and a stranger's files: there is no list of what they raise
+    except Exception as error:  # two libraries on untrusted files: what they raise is not documented
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {model!r} cannot be loaded: {reason}") from error
     return pipe.to(device)
 
 
 def _source(model: str) -> str | Path:
-    """A folder or a file where there is one, else the name of a model on the hub. Raises InputError."""
+    """Resolve a model to a folder, a file, or a name on the hub. Raises InputError."""
     source = MODELS.get(model, Path(model).expanduser())
     if source.is_dir():
         if not (source / INDEX).exists():
@@ -115,7 +111,7 @@ def _source(model: str) -> str | Path:
             raise InputError(f"model {model!r}: a single file must be .safetensors: other formats may hold code")
         return source
     if model in MODELS:
-        raise InputError(f"model {model!r} lies in the repository, not in the package: clone it, give its folder")
+        raise InputError(f"model {model!r} is in the repository, not in the package: clone it and give its folder")
     if model.endswith(WEIGHTS) or model.startswith("~"):
         raise InputError(f"model {model!r}: no such file")
     if model.count("/") != 1 or model.startswith((".", "/")) or model.endswith("/"):
@@ -124,7 +120,7 @@ def _source(model: str) -> str | Path:
 
 
 def _variant(folder: Path) -> str | None:
-    """The variant that all weights of some component are of, such as fp16; None where each has plain ones."""
+    """Return the variant of a component that has no plain weights, such as fp16; None if all have plain ones."""
     for component in sorted(path for path in folder.iterdir() if path.is_dir()):
         result = [match["variant"] for path in component.iterdir() if (match := FILE.fullmatch(path.name))]
         if result and all(result):
@@ -132,8 +128,8 @@ def _variant(folder: Path) -> str | None:
     return None
 
 
-def _from_single_file(model: str, file: Path, dtype: "torch.dtype", given: str | None) -> Any:
-    """A pipeline of a checkpoint in one file, as its trainers publish them. Raises InputError."""
+def _from_single_file(model: str, file: Path, dtype: torch.dtype, given: str | None) -> Any:
+    """Load a pipeline from a checkpoint in one file. Raises InputError."""
     import diffusers
     from diffusers.loaders.single_file_utils import (
         DIFFUSERS_DEFAULT_PIPELINE_PATHS,
@@ -162,25 +158,19 @@ def _from_single_file(model: str, file: Path, dtype: "torch.dtype", given: str |
         raise InputError(f"model {model!r}: a single file needs a configuration{missing}: {remedy}") from error
 
 
-def precision(device: str, dtype: str | None) -> "torch.dtype":
-    """What a model computes in: float32 on the CPU and bfloat16 elsewhere, where nothing else is asked for."""
-    import torch
-
+def resolve_dtype(device: str, dtype: str | None) -> torch.dtype:
+    """Resolve a dtype: by default float32 on the CPU and bfloat16 elsewhere."""
     number: torch.dtype = getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16"))
     return number
 
 
 def default_device(device: str | None = None) -> str:
-    """The device, or where none is given the GPU if there is one, else the CPU."""
-    import torch
-
+    """Resolve a device: by default the GPU if there is one, else the CPU."""
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_device(device: str | None) -> None:
-    """Raises InputError for a device that there is not, or that holds no numbers."""
-    import torch
-
+    """Raise InputError for a device that is missing, or whose tensors hold no values."""
     if device is None:
         return
     try:
@@ -192,15 +182,15 @@ def check_device(device: str | None) -> None:
 
 logger = logging.getLogger(__name__)
 
-# What `steer finetune` writes: a LoRA of diffusers, one of peft, or a folder with the whole denoiser.
+# Files that `steer finetune` writes: a LoRA of diffusers, one of peft, or all weights of the denoiser.
 LORA, PEFT, FULL_WEIGHTS = (
     "pytorch_lora_weights.safetensors",
     "adapter_model.safetensors",
     "diffusion_pytorch_model*.safetensors",
 )
 CONFIGS = ("adapter_config.json", "config.json")
-ADAPTER_NAME = "worn"  # the adapter's own, on the pipeline
-# Of peft's configuration: what the peft loader passes on, and what decides nothing once the tensors are there.
+ADAPTER_NAME = "steer_finetuned"
+# Keys of peft's configuration that the loader applies, and those without effect on loaded tensors.
 APPLIED_KEYS = (
     *("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("exclude_modules", "layers_to_transform", "layers_pattern"),
@@ -210,21 +200,12 @@ IGNORED_KEYS = (
     *("inference_mode", "lora_dropout", "runtime_config", "megatron_core", "qalora_group_size", "format"),
     *("eva_config", "corda_config", "lora_ga_config"),
 )
-PLAIN_INITIALISATIONS = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # other initialisations also rewrite the base weights
-IMPORTING_KEYS = (
-    "megatron_config",
-)  # where it is set, some versions of peft import the module that megatron_core names
+PLAIN_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")  # others also change the base weights
+IMPORTING_KEYS = ("megatron_config",)  # some versions of peft import the module that megatron_core names
 DOWN = tuple(f"{one}.weight" for one in (".lora_A", "lora_down", "lora.down", "lora_linear_layer.down"))
 UP = tuple(f"{one}.weight" for one in (".lora_B", "lora_up", "lora.up", "lora_linear_layer.up"))
 FACTORS = (*DOWN, *UP)
-KINDS = {  # part of a key: the kind of adapter that has it
+KINDS = {  # part of a key: kind of adapter
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "hada_": "LoHa",
@@ -236,20 +217,20 @@ KINDS = {  # part of a key: the kind of adapter that has it
     "lora_embedding": "a LoRA of an embedding",
 }
 MAX_SHOWN = 3  # keys in a message
-# What diffusers, peft and safetensors raise for a file of another model, or of none.
+# Raised by diffusers, peft and safetensors for files that do not fit.
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError, SafetensorError)
 
 
 @dataclass(frozen=True)
 class FinetunedWeights:
-    """Weights that were found: `path` as the user named it, its files of tensors, and how a pipeline wears them."""
+    """Finetuned weights: `path` as the user gave it, the files of tensors, and how to load them into a pipeline."""
 
     path: str
     files: tuple[Path, ...]
     load_adapter: Callable[[Any, Path], AbstractContextManager[DisableAdapter]]
 
     def digest(self) -> str:
-        """A hash of all that decides what they do: the tensors, and the configuration beside them."""
+        """Hash the tensors and their configuration."""
         result = hashlib.sha256()
         try:
             for path in self._read():
@@ -265,14 +246,14 @@ class FinetunedWeights:
 
     @contextmanager
     def applied_to(self, pipe: Any) -> Iterator[DisableAdapter]:
-        """Inside, the pipeline has these weights; it gives what takes them off for a while.
+        """Apply the weights to a pipeline inside the block; yields a context that disables them.
 
-        Raises InputError, before the block, where they do not fit it, or are not what the sums beside them tell.
+        Raises InputError, before the block, if they do not fit the pipeline or their checksum.
         """
         with ExitStack() as stack:
             try:
                 if unknown := verify_checksums(*self._read()):
-                    logger.info("%s: nobody noted a sum of %s, it is read as it is", self.path, unknown[0].name)
+                    logger.info("%s: no checksum of %s, read unchecked", self.path, unknown[0].name)
                 off = stack.enter_context(self.load_adapter(pipe, self.files[0]))
             except InputError as error:
                 raise InputError(f"{self.path}: {error}") from error
@@ -284,9 +265,9 @@ class FinetunedWeights:
 
 @contextmanager
 def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
-    """Inside, the pipeline has the weights that a path leads to, or none; it gives what takes them off for a while.
+    """Apply the finetuned weights of a path, or none, to a pipeline inside the block; yields a context without them.
 
-    Raises InputError, before the block, where there are none, or they do not fit.
+    Raises InputError, before the block, if they are missing or do not fit.
     """
     if path is None:
         yield nullcontext
@@ -297,20 +278,20 @@ def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
 
 @contextmanager
 def _gradients_restored(pipe: Any) -> Iterator[None]:
-    """Afterwards weights take gradients that did before: injecting an adapter freezes what it is injected into."""
+    """Restore which weights require gradients: injecting an adapter freezes its layers."""
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     before = [(weight, weight.requires_grad) for module in modules for weight in module.parameters()]
     try:
         yield
     finally:
-        for weight, takes in before:
-            weight.requires_grad_(takes)
+        for weight, required in before:
+            weight.requires_grad_(required)
 
 
 def find_adapter(path: str) -> FinetunedWeights:
-    """The weights of a folder as `steer finetune` leaves it (best/, final/), of a peft adapter, or in a LoRA file.
+    """Find the weights in a folder of `steer finetune` (best/, final/), a peft adapter or a LoRA file.
 
-    Raises InputError where there are none.
+    Raises InputError if there are none.
     """
     place = Path(path)
     if place.is_file() and place.suffix == ".safetensors":
@@ -338,9 +319,9 @@ def _require_peft(
 
 @contextmanager
 def _lora(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
-    """A LoRA that diffusers reads, of the denoiser and perhaps of text encoders."""
+    """Load a LoRA in diffusers' format, of the denoiser and text encoders."""
     if not hasattr(pipe, "load_lora_weights"):
-        raise InputError(f"{type(pipe).__name__} reads no LoRA files")
+        raise InputError(f"{type(pipe).__name__} does not load LoRA files")
     with safe_open(file, "pt") as opened:
         names, metadata_json = list(opened.keys()), opened.metadata() or {}
     configured = json.loads(metadata_json.get(LORA_ADAPTER_METADATA_KEY) or "{}")  # keys such as unet.r
@@ -357,7 +338,7 @@ def _lora(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
 
 
 def _skip_missing_components(pipe: Any) -> Any:
-    """A copy of a pipeline whose loader leaves components alone for which the file has no key."""
+    """Copy a pipeline with a loader that skips components without a key in the file."""
     view = copy.copy(pipe)
 
     def only_with_keys(load: Callable[..., Any], prefix: str) -> Callable[..., Any]:
@@ -375,14 +356,14 @@ def _skip_missing_components(pipe: Any) -> Any:
 
 @contextmanager
 def _peft(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
-    """An adapter of peft in the denoiser, for pipelines that know no LoRAs."""
+    """Load an adapter of peft into the denoiser, for pipelines without LoRA support."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
     _, denoiser = get_denoiser(pipe)
     metadata_json = json.loads((file.parent / "adapter_config.json").read_text(encoding="utf-8"))
     if metadata_json.get("peft_type") != "LORA":
-        raise InputError(f"a peft adapter of type {metadata_json.get('peft_type')!r}; only LORA is read")
+        raise InputError(f"a peft adapter of type {metadata_json.get('peft_type')!r}; only LORA is supported")
     with safe_open(file, "pt") as opened:
         _check_plain_lora(metadata_json, list(opened.keys()))
     state = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
@@ -401,7 +382,7 @@ def _peft(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
 
 
 def _adapter_disabler(modules: Sequence[nn.Module]) -> DisableAdapter:
-    """Switches all adapters in some modules off for a while: what is left is the layers' own, to the last bit."""
+    """Make a context that disables all adapters of modules: outputs are then bit-identical to the base model."""
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)]
@@ -421,14 +402,14 @@ def _adapter_disabler(modules: Sequence[nn.Module]) -> DisableAdapter:
 
 @contextmanager
 def _full_denoiser(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
-    """A twin of the pipeline's denoiser with other weights, in its place."""
+    """Replace the pipeline's denoiser by a copy with other weights."""
     name, own = get_denoiser(pipe)
     files, shapes = sorted(file.parent.glob(FULL_WEIGHTS)), dict[str, tuple[int, ...]]()
     for path in files:
         with safe_open(path, "pt") as opened:
             shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     if shapes != {key: tuple(value.shape) for key, value in own.state_dict().items()}:
-        raise InputError(f"its tensors are not those of the model's {type(own).__name__}: another model's")
+        raise InputError(f"its tensors do not match the model's {type(own).__name__}: it is of another model")
     finetuned_denoiser = copy.deepcopy(own)
     for path in files:
         finetuned_denoiser.load_state_dict(load_file(path), strict=False)
@@ -449,7 +430,7 @@ def _full_denoiser(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
 
 
 class _LogBuffer(logging.Handler):
-    """Keeps records."""
+    """A log handler that keeps records in memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -461,7 +442,7 @@ class _LogBuffer(logging.Handler):
 
 @contextmanager
 def _defer_diffusers_logs() -> Iterator[None]:
-    """Logs what diffusers logs inside after the block; where that raises, the error alone says it, in one line."""
+    """Log the messages of diffusers after the block, or drop them if it raises: the error says the same in one line."""
     from diffusers.utils import logging as diffusers_logging
 
     library, buffer = diffusers_logging.get_logger("diffusers"), _LogBuffer()
@@ -476,67 +457,69 @@ def _defer_diffusers_logs() -> Iterator[None]:
 
 
 def _check_plain_lora(config: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Raises InputError for an adapter that is more than low-rank factors: it names the kind, settings and keys."""
+    """Raise InputError for an adapter that is more than low-rank factors, with its kind, settings and keys."""
     if any(config.get(name) for name in IMPORTING_KEYS):
-        raise InputError("its configuration names a module to be imported, which is never done")
+        raise InputError("its configuration names a module to import, which is never done")
     if others := [name for name in names if not name.endswith((*FACTORS, ".alpha"))]:
         kinds = sorted({kind for part, kind in KINDS.items() if any(part in name for name in others)})
-        kind = " and ".join(kinds) or "whole tensors or keys of no known kind"
+        kind = " and ".join(kinds) or "full tensors or unknown keys"
         more = f" and {len(others) - MAX_SHOWN} more" if len(others) > MAX_SHOWN else ""
         raise InputError(
             f"{len(names) - len(others)} of its {len(names)} tensors have a place in a plain LoRA, not "
             f"{', '.join(others[:MAX_SHOWN])}{more} ({kind}): merge it into the model's weights"
         )
-    strange = {name: value for name, value in config.items() if value and name not in (*APPLIED_KEYS, *IGNORED_KEYS)}
-    if strange.get("bias") == "none":
-        del strange["bias"]
-    if strange.get("init_lora_weights", "pissa") in PLAIN_INITIALISATIONS:
-        del strange["init_lora_weights"]
-    if strange:
-        named = ", ".join(f"{name}={value!r:.40}" for name, value in strange.items())
+    unsupported = {
+        name: value for name, value in config.items() if value and name not in (*APPLIED_KEYS, *IGNORED_KEYS)
+    }
+    if unsupported.get("bias") == "none":
+        del unsupported["bias"]
+    if unsupported.get("init_lora_weights", "pissa") in PLAIN_INITIALISATIONS:
+        del unsupported["init_lora_weights"]
+    if unsupported:
+        named = ", ".join(f"{name}={value!r:.40}" for name, value in unsupported.items())
         raise InputError(f"its configuration has {named}, which is not applied: merge it into the model's weights")
 
 
 def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor], pipe: Any) -> None:
-    """Raises InputError, which names keys, where a factor of the file is in none of the modules; sets each scale."""
+    """Raise InputError, which names keys, for factors of the file that no module has; set the scale of each layer."""
     factors = {name: value for name, value in state.items() if name.endswith(FACTORS)}
     loaded = [pair for module in modules for pair in module.named_parameters() if f".{ADAPTER_NAME}." in pair[0]]
-    if missing := [name for name, parameter in loaded if parameter.is_meta]:  # diffusers leaves it without numbers
+    if missing := [name for name, parameter in loaded if parameter.is_meta]:  # diffusers leaves it on the meta device
         raise InputError(f"it lacks a tensor for {missing[0]}")
-    absent = _missing_factors(factors, loaded)
-    # Converters of transformers split tensors and multiply alphas into them; those of a U-Net only rename.
+    unmatched = _missing_factors(factors, loaded)
+    # Converters of transformers split tensors and multiply alphas into them; those of U-Nets only rename.
     exact = hasattr(pipe, "unet") or (
         len(loaded) == len(factors) and not any(name.endswith(".alpha") for name in state)
     )
-    if not loaded or len(loaded) < len(factors) or (exact and absent):
-        more = f" and {len(absent) - MAX_SHOWN} more" if len(absent) > MAX_SHOWN else ""
+    if not loaded or len(loaded) < len(factors) or (exact and unmatched):
+        more = f" and {len(unmatched) - MAX_SHOWN} more" if len(unmatched) > MAX_SHOWN else ""
         raise InputError(
-            f"{len(factors) - len(absent)} of its {len(factors)} tensors have a place in {type(pipe).__name__}, not "
-            f"{', '.join(absent[:MAX_SHOWN])}{more}: another model's"
+            f"{len(factors) - len(unmatched)} of its {len(factors)} tensors have a place in {type(pipe).__name__}, not "
+            f"{', '.join(unmatched[:MAX_SHOWN])}{more}: it is of another model"
         )
     if exact:
         _set_scales(modules, state)
 
 
 def _missing_factors(factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
-    """Names of factors whose numbers no loaded parameter holds, each of which answers for one."""
-    there, dtypes = Counter(_hash_tensor(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
+    """List the factors whose values no loaded parameter has; each parameter matches one factor."""
+    counts, dtypes = Counter(_hash_tensor(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
     known = tuple(name.replace(f".{ADAPTER_NAME}.", ".") for name, _ in loaded)
-    absent = []
-    for name in sorted(factors, key=lambda name: not name.endswith(known)):  # of equal numbers, its own name first
-        same = [result for dtype in dtypes if there[result := _hash_tensor(factors[name].to(dtype))]]
-        there.subtract(same[:1])
-        absent += [] if same else [name]
-    return absent
+    unmatched = []
+    for name in sorted(factors, key=lambda name: not name.endswith(known)):  # of equal values, the same name first
+        same = [result for dtype in dtypes if counts[result := _hash_tensor(factors[name].to(dtype))]]
+        counts.subtract(same[:1])
+        unmatched += [] if same else [name]
+    return unmatched
 
 
 def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor]) -> None:
-    """Scales every layer by α/r where the file has its α: loaders that guess it from names may miss some."""
+    """Scale each layer by α/r for each α in the file: loaders that match names may miss some."""
     from peft.tuners.lora import LoraLayer
 
     layers: list[Any] = [layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)]
     for layer in layers:
-        layer.eval()  # a dropout of the configuration is for training
+        layer.eval()  # no dropout
     alphas = {name.removesuffix(".alpha"): value for name, value in state.items() if name.endswith(".alpha")}
     downs = {name: value for name, value in state.items() if name.endswith(DOWN)} if alphas else {}
     scales: dict[bytes, float] = {}
@@ -552,6 +535,6 @@ def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor]) -> No
 
 
 def _hash_tensor(tensor: Tensor) -> bytes:
-    """A hash of shape and numbers."""
+    """Hash the shape and values of a tensor."""
     numbers = tensor.detach().cpu().contiguous()
     return hashlib.sha256(f"{tuple(numbers.shape)}".encode() + numbers.float().numpy().tobytes()).digest()

@@ -1,4 +1,4 @@
-"""Pictures of a report: base beside steered images, and the tree of the particles."""
+"""Figures of sampling and training runs, and the style and canvas that all figures share."""
 
 import json
 import re
@@ -24,126 +24,216 @@ from steer.pipelines.base import Iteration
 from steer.pipelines.particle_batch import as_type
 from steer.pipelines.training.evaluation import EvalResult
 
-Report = dict[str, Any]
-MAX_ROWS = 24  # prompts in one grid
-MAX_TREES = 6
-COLORMAP = "viridis"  # tells rewards apart for colour-blind readers too
+Report = Mapping[str, Any]
+Numbers = NDArray[np.float64]
+
+# ---- Style: axes, titles, text ----
+
+COLORMAP = "viridis"  # its colours differ in lightness too, for colour-blind readers and grey prints
 INK, FAINT = "#222222", "#bbbbbb"
+DPI = 120
+
+
+def style_axes(axes: Axes, grid: str | None = "y") -> None:
+    """Remove the box around axes, and draw faint grid lines along `grid` ("x" or "y")."""
+    axes.tick_params(which="both", labelsize=8, color=FAINT, labelcolor=INK)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    if grid is not None:
+        axes.grid(axis=grid, color=FAINT, lw=0.4, alpha=0.6)  # type: ignore[arg-type]
+
+
+def set_title(axes: Axes, *lines: str) -> None:
+    """Write a small title at the upper left of axes."""
+    axes.set_title("\n".join(lines), size=9, loc="left", color=INK)
+
+
+def mark_integers(axes: Axes, label: str) -> None:
+    """Mark the x axis with whole numbers."""
+    axes.set_xlabel(label, size=8, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def save_figure(figure: Figure, path: Path, metadata: dict[str, str] | None = None) -> Path:
+    """Write a figure as PNG, atomically. Raises OSError."""
+    with atomic_write(path) as new:
+        figure.savefig(new, format="png", metadata=metadata)
+    return path
+
+
+def plain_text(prompt: str, length: int = 70) -> str:
+    """Shorten a prompt to one line of text for matplotlib, which would read $…$ as mathematics."""
+    prompt = re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", prompt)
+    return (prompt if len(prompt) <= length else prompt[: length - 1] + "…").replace("$", r"\$")
+
+
+def join_names(names: Sequence[str]) -> str:
+    """Join the names of rewards in one line that fits above a grid."""
+    return " · ".join(plain_text(name, 40) for name in names)
+
+
+def format_rewards(rewards: Sequence[float]) -> str:
+    """Format the rewards below an image, three digits each."""
+    return " · ".join(f"{reward:.3g}".replace("-", "−") for reward in rewards)
+
+
+def wrap_caption(prompt: str) -> list[str]:
+    """Wrap a prompt into at most two lines."""
+    lines = textwrap.wrap(prompt, CAPTION_LETTERS)
+    return lines if len(lines) <= 2 else [lines[0], lines[1][: CAPTION_LETTERS - 1] + "…"]
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 … count − 1, evenly spaced, including the first and the last."""
+    return sorted({int(place) for place in np.linspace(0, count - 1, min(count, max(most, 1))).round()})
+
+
+# ---- Canvas: images and text at pixels ----
+
+SIDE, GAP = 192, 14  # pixels: side of a cell (three times a 64-pixel image), space between cells
+TOP = 46  # pixels of a title with a subtitle
+CAPTION_HEIGHT, BELOW = 32, 20  # pixels: two lines of caption above an image, rewards below it
+CAPTION_LETTERS = 30
+MIN_WIDTH = 460
+
+
+def open_image(path: Path) -> Image.Image:
+    """Read a PNG of a run as RGB. Raises InputError for a damaged file."""
+    try:
+        with Image.open(path, formats=("PNG",)) as file:
+            return file.convert("RGB")
+    except DECODE_ERRORS as error:
+        raise InputError(f"{path} is damaged ({error}); delete it and run the command again") from error
+
+
+def thumbnail(image: Tensor) -> Image.Image:
+    """Fit an image (3, H, W), or the middle frame of a video (F, 3, H, W), into a cell."""
+    frame = image[len(image) // 2] if image.ndim == 4 else image
+    pixels = (frame.float().nan_to_num().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    return fit(Image.fromarray(pixels), SIDE)
+
+
+def fit(picture: Image.Image, side: int) -> Image.Image:
+    """Resize a picture so that its longer side is `side` pixels; small ones grow by a whole factor."""
+    largest = max(picture.size)
+    if (factor := side // largest) > 1:
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    width, height = (max(1, round(length * side / largest)) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+class Canvas:
+    """A figure whose text and images are placed in pixels from the top left corner."""
+
+    def __init__(self, width: int, height: int, title: str, subtitle: str) -> None:
+        self.width, self.height = max(width, MIN_WIDTH), height
+        self.figure = Figure(figsize=(self.width / DPI, height / DPI), dpi=DPI, layout=None)
+        self.text(title, GAP, 6, size=11, weight="bold")
+        self.text(subtitle, GAP, 26, size=8)
+
+    def text(self, text: str, left: float, top: float, **style: Any) -> None:
+        """Write text; `style` as of `Figure.text`."""
+        defaults: dict[str, Any] = {"va": "top", "color": INK, "linespacing": 1.1}
+        self.figure.text(left / self.width, 1 - top / self.height, text, **(defaults | style))
+
+    def caption(self, prompt: str, left: float, bottom: float) -> None:
+        """Write a prompt above a cell, line by line: in a block, letters of one line would shift the others."""
+        for number, line in enumerate(reversed(wrap_caption(prompt))):
+            self.text(plain_text(line), left, bottom - 5 - 12 * number, size=7, va="baseline")
+
+    def cell(
+        self, picture: Image.Image, rewards: Sequence[float], left: int, top: int, height: int, side: int = SIDE
+    ) -> list[int]:
+        """Draw a picture pixel by pixel, centred in a cell of side × height, over its rewards; return its box.
+
+        The box is (left, top, right, bottom) in pixels.
+        """
+        self.text(format_rewards(rewards), left + side / 2, top + height + 4, size=8, ha="center")
+        left, top = left + (side - picture.width) // 2, top + (height - picture.height) // 2
+        # matplotlib counts from the lower left corner.
+        bottom = self.height - top - picture.height
+        self.figure.figimage(np.asarray(picture), left, bottom, origin="upper", resize=False)
+        corner = ((left - 1) / self.width, (bottom - 1) / self.height)
+        size = ((picture.width + 2) / self.width, (picture.height + 2) / self.height)
+        self.figure.add_artist(Rectangle(corner, *size, fill=False, lw=0.6, ec=FAINT))
+        return [left, top, left + picture.width, top + picture.height]
+
+
+# ---- Sampling: grid.png, ancestry.png, progress.png, progress.gif ----
+
+MAX_ROWS, MAX_TREES, MAX_LINES = 24, 6, 6  # prompts in grid.png, in ancestry.png, with a line each in progress.png
+CELL = 144  # pixels
+BAND = (10, 90)  # percentiles over prompts
 
 
 def draw_grid(report: Report, out: Path) -> Path:
-    """Writes grid.png: a row a prompt, the base images (where there are any) left of the steered ones, best first."""
+    """Write grid.png: one row per prompt, base images on the left, steered images best first on the right."""
     entries = report["prompts"][:MAX_ROWS]
-    bases = [entry.get("base", {"images": [], "rewards": []}) for entry in entries]
-    left, right = max(len(base["images"]) for base in bases), max(len(entry["images"]) for entry in entries)
-    gap = 0.35 if left else 0.0
-    figure = Figure(figsize=(1.35 * (left + right) + gap + 0.3, 1.75 * len(entries) + 0.75), dpi=120, layout=None)
-    width, height = figure.get_size_inches()
-    for row, (entry, base) in enumerate(zip(entries, bases, strict=True)):
-        top = height - 0.75 - 1.75 * row
-        figure.text(0.15 / width, (top - 0.02) / height, shown(entry["prompt"]), size=9, va="top", color=INK)
-        cells = (
-            [*zip(base["images"], base["rewards"], strict=True)],
-            [*zip(entry["images"], entry["rewards"], strict=True)],
-        )
-        for images, start in zip(cells, (0.15, 0.15 + 1.35 * left + gap), strict=True):
-            for column, (name, reward) in enumerate(images):
-                place = ((start + 1.35 * column) / width, (top - 1.45) / height, 1.2 / width, 1.2 / height)
-                _draw_picture(figure.add_axes(place), out / name, reward)
-    if left:
-        figure.text(0.15 / width, 1 - 0.2 / height, "base", size=11, weight="bold", va="top", color=INK)
-    x = (0.15 + 1.35 * left + gap) / width
-    figure.text(x, 1 - 0.2 / height, image_title(report), size=11, weight="bold", va="top", color=INK)
-    figure.text(
-        0.15 / width,
-        1 - 0.42 / height,
-        f"below each image: {report['settings']['reward']}",
-        size=8,
-        va="top",
-        color=INK,
-    )
-    figure.savefig(out / "grid.png")
-    return out / "grid.png"
+    blocks = [(entry.get("base", {"images": [], "rewards": []}), entry) for entry in entries]
+    bases, columns = (max(len(block[side]["images"]) for block in blocks) for side in (0, 1))
+    starts = (GAP, GAP + bases * (CELL + GAP) + GAP * bool(bases))
+    rows = [[[fit(open_image(out / name), CELL) for name in side["images"]] for side in block] for block in blocks]
+    heights = [max(picture.height for side in row for picture in side) for row in rows]
+    subtitle = f"below each image: {report['settings']['reward']}"
+    size = (starts[1] + columns * (CELL + GAP), TOP + sum(heights) + (BELOW * 2 + GAP) * len(rows))
+    canvas = Canvas(*size, "base" if bases else image_title(report), plain_text(subtitle, 150))
+    if bases:
+        canvas.text(image_title(report), starts[1], 6, size=11, weight="bold")
+    top = TOP
+    for block, row, height in zip(blocks, rows, heights, strict=True):
+        canvas.text(plain_text(block[1]["prompt"]), GAP, top, size=9)
+        for start, side, pictures in zip(starts, block, row, strict=True):
+            for column, (picture, reward) in enumerate(zip(pictures, side["rewards"], strict=True)):
+                canvas.cell(picture, [reward], start + column * (CELL + GAP), top + BELOW, height, CELL)
+        top += height + BELOW * 2 + GAP
+    return save_figure(canvas.figure, out / "grid.png")
 
 
 def image_title(report: Report) -> str:
-    """What the images beside the base ones are, in a few words."""
+    """Name the method and weights of the images beside the base images."""
     finetuned = report["settings"].get("lora") is not None
     if report["method"] == "base":
         return "finetuned" if finetuned else "base"
     return f"{'finetuned, ' if finetuned else ''}{report['method']}, best first"
 
 
-def shown(prompt: str, length: int = 70) -> str:
-    """A prompt as one line of plain text for matplotlib, which would read $…$ as mathematics."""
-    prompt = re.sub("[\x00-\x1f\x7f-\x9f\u2028\u2029]+", " ", prompt)
-    return (prompt if len(prompt) <= length else prompt[: length - 1] + "…").replace("$", r"\$")
-
-
-def opened(path: Path) -> Image.Image:
-    """An image that a run has written, in RGB. Raises InputError where it was spoilt since."""
-    try:
-        with Image.open(path, formats=("PNG",)) as file:
-            return file.convert("RGB")
-    except DECODE_ERRORS as error:
-        raise InputError(f"{path} is damaged ({error}); delete it, the same command makes it again") from error
-
-
-def _draw_picture(axes: Axes, path: Path, reward: float) -> None:
-    axes.imshow(opened(path), interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    axes.set_xlabel(f"{reward:.3g}", size=8, labelpad=2, color=INK)
-    axes.spines[:].set_color(FAINT)
-
-
 def draw_ancestry(report: Report, out: Path) -> Path:
-    """Writes ancestry.png: for each prompt the particles from left to right through the evaluated steps.
+    """Write ancestry.png: the particles of each prompt, from left to right through the evaluated steps.
 
-    A dot is a particle, coloured by its reward; a line leads to where it goes on. Dark lines lead to a finished
-    image, shown at the right with its reward.
+    A dot is a particle, coloured by its reward; a line joins it to its children. Dark lines lead to a finished image,
+    shown at the right with its reward.
     """
     entries = report["prompts"][:MAX_TREES]
-    size = max(len(column) for entry in entries for column in _columns(entry))
-    figure = Figure(figsize=(9, (0.62 * size + 0.95) * len(entries)), dpi=120, layout="constrained")
+    size = max(len(column) for entry in entries for column in _reward_columns(entry))
+    figure = Figure(figsize=(9, (0.62 * size + 0.95) * len(entries)), dpi=DPI, layout="constrained")
     for axes, entry in zip(np.atleast_1d(figure.subplots(len(entries), 1)), entries, strict=True):
-        _tree(axes, entry, out)
-    figure.savefig(out / "ancestry.png")
-    return out / "ancestry.png"
+        _draw_tree(axes, entry, out)
+    return save_figure(figure, out / "ancestry.png")
 
 
-def _columns(entry: dict[str, Any]) -> list[list[float]]:
-    """Rewards by slot at each reading, and of the finished images."""
-    return [*entry["step_rewards"], _slot_order(entry["rewards"], entry["order"])]
+def _reward_columns(entry: Report) -> list[list[float]]:
+    """Rewards by slot at each evaluated step, and of the finished images."""
+    finished = [entry["rewards"][entry["order"].index(slot)] for slot in range(len(entry["order"]))]
+    return [*entry["step_rewards"], finished]
 
 
-def _tree(axes: Axes, entry: dict[str, Any], out: Path) -> None:
-    columns = _columns(entry)
+def _draw_tree(axes: Axes, entry: Report, out: Path) -> None:
+    columns = _reward_columns(entry)
     size, last = max(map(len, columns)), len(columns) - 1
-    _ancestry_lines(axes, entry["ancestors"], len(columns[-1]))
-    shade: dict[str, Any] = {"cmap": COLORMAP, "vmin": min(map(min, columns)), "vmax": max(map(max, columns))}
+    _draw_ancestry_lines(axes, entry["ancestors"], len(columns[-1]))
+    style: dict[str, Any] = {"cmap": COLORMAP, "vmin": min(map(min, columns)), "vmax": max(map(max, columns))}
+    style |= {"s": 46, "zorder": 2, "edgecolors": INK, "linewidths": 0.6}
     for column, rewards in enumerate(columns):
-        axes.scatter(
-            [column] * len(rewards),
-            range(len(rewards)),
-            c=rewards,
-            s=46,
-            zorder=2,
-            edgecolors=INK,
-            linewidths=0.6,
-            **shade,
-        )
-        if column < last:
-            for slot, reward in enumerate(rewards):
-                _label(axes, f"{reward:.2g}", (column, slot), (0, 7), size=6.5, ha="center")
+        axes.scatter([column] * len(rewards), range(len(rewards)), c=rewards, **style)
+        for slot, reward in enumerate(rewards if column < last else ()):
+            _annotate(axes, f"{reward:.2g}", (column, slot), (0, 7), size=6.5, ha="center")
     for rank, slot in enumerate(entry["order"]):
-        picture = opened(out / entry["images"][rank]).resize((64, 64))
-        thumbnail = OffsetImage(np.asarray(picture), zoom=0.42)
-        axes.add_artist(AnnotationBbox(thumbnail, (last, slot), (26, 0), boxcoords="offset points", frameon=False))
+        picture = OffsetImage(np.asarray(open_image(out / entry["images"][rank]).resize((64, 64))), zoom=0.42)
+        axes.add_artist(AnnotationBbox(picture, (last, slot), (26, 0), boxcoords="offset points", frameon=False))
         weight = "bold" if rank == 0 else "normal"
-        _label(axes, f"{entry['rewards'][rank]:.3g}", (last, slot), (46, 0), size=8, va="center", weight=weight)
+        _annotate(axes, f"{entry['rewards'][rank]:.3g}", (last, slot), (46, 0), size=8, va="center", weight=weight)
     steps = [f"step {step}\nESS {ess:.1f}" for step, ess in zip(entry["steps"], entry["ess"], strict=True)]
-    axes.set_title(shown(entry["prompt"]), size=9, loc="left", color=INK)
+    set_title(axes, plain_text(entry["prompt"]))
     axes.set_xticks(range(last + 1), [*steps, "end"], size=8)
     axes.set_yticks([])
     axes.set_xlim(-0.25, last + 0.75)
@@ -151,8 +241,8 @@ def _tree(axes: Axes, entry: dict[str, Any], out: Path) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _ancestry_lines(axes: Axes, ancestors: list[list[int]], size: int) -> None:
-    """From each particle to where it goes on, from the end backwards: what leads to an image is dark."""
+def _draw_ancestry_lines(axes: Axes, ancestors: list[list[int]], size: int) -> None:
+    """Draw lines from parents to children, last step first: ancestors of a finished image are dark."""
     alive = set(range(size))
     for column in range(len(ancestors) - 1, -1, -1):
         for slot, parent in enumerate(ancestors[column]):
@@ -161,37 +251,103 @@ def _ancestry_lines(axes: Axes, ancestors: list[list[int]], size: int) -> None:
         alive = {ancestors[column][slot] for slot in alive}
 
 
-def _label(axes: Axes, text: str, place: tuple[int, int], offset: tuple[int, int], **style: Any) -> None:
+def _annotate(axes: Axes, text: str, place: tuple[int, int], offset: tuple[int, int], **style: Any) -> None:
     axes.annotate(text, place, offset, textcoords="offset points", color=INK, **style)
 
 
-def _slot_order(rewards: list[float], order: list[int]) -> list[float]:
-    """Rewards by slot of the run, from rewards best first."""
-    return [rewards[order.index(slot)] for slot in range(len(order))]
+def draw_progress(report: Report, out: Path) -> Path:
+    """Write progress.png: the reward and ‖ε‖/√D by iteration, thin lines for seeds, bold for the best.
+
+    With more than MAX_LINES prompts, means over prompts with a band of 10 to 90 %.
+    """
+    entries = report["prompts"]
+    figure = Figure(figsize=(10, 4.1 + 0.18 * min(len(entries), MAX_LINES)), dpi=DPI, layout="constrained")
+    reward, norm = figure.subplots(1, 2)
+    (_draw_prompt_lines if len(entries) <= MAX_LINES else _draw_prompt_means)(reward, norm, entries)
+    norm.axhline(1, color=INK, lw=0.8, ls=":", zorder=0)
+    for axes in (reward, norm):
+        style_axes(axes)
+        mark_integers(axes, "iteration (0: initial noise)")
+    set_title(reward, f"reward {plain_text(report['settings']['reward'], 55)}")
+    set_title(norm, "norm of the noise, ‖ε‖/√D (dotted: random noise)")
+    handles, labels = reward.get_legend_handles_labels()
+    if len(handles) > 1:
+        figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, labelcolor=INK)
+    figure.suptitle(_progress_title(report), size=9, x=0.01, ha="left", color=INK)
+    return save_figure(figure, out / "progress.png")
 
 
-LARGEST = 512  # pixels of a side; more would only make the file heavy
-SMALLEST = 256  # smaller images are enlarged, or their caption would not fit
-CAPTION = 26  # pixels
-SECONDS, LAST = 0.12, 2.0  # that a frame stays, and the last one
+def _progress_title(report: Report) -> str:
+    entries, seeds = report["prompts"], report["settings"]["particles"]
+    prompts = f"“{plain_text(entries[0]['prompt'])}”" if len(entries) == 1 else f"{len(entries)} prompts"
+    each = f"{seeds} {'seed' if seeds == 1 else 'seeds'}{' each' * (len(entries) > 1)}"
+    return f"{report['method']}, {prompts}, {each}\nbold: the best; thin: all seeds"
+
+
+def _draw_prompt_lines(reward: Axes, norm: Axes, entries: Sequence[Report]) -> None:
+    """Draw each prompt in a colour of its own."""
+    for number, entry in enumerate(entries):
+        color = colormaps[COLORMAP](0.85 * number / (len(entries) - 1) if len(entries) > 1 else 0.25)
+        trace, first = entry["trace"], entry["order"][0]
+        norms = np.array(trace["norms"])
+        _draw_lines(reward, np.array(trace["rewards"]), color, bold=False)
+        _draw_lines(norm, norms, color, bold=False)
+        _draw_lines(reward, np.max(trace["best"], axis=1), color, bold=True, label=plain_text(entry["prompt"]))
+        _draw_lines(norm, norms[:, first], color, bold=True)
+
+
+def _draw_prompt_means(reward: Axes, norm: Axes, entries: Sequence[Report]) -> None:
+    """Draw means over prompts. The last values of a run that stopped early are repeated."""
+    longest = max(len(entry["trace"]["best"]) for entry in entries)
+
+    def series(name: str, entry: Report) -> Numbers:
+        values = np.array(entry["trace"][name])
+        return np.pad(values, ((0, longest - len(values)), (0, 0)), mode="edge")
+
+    color = colormaps[COLORMAP](0.25)
+    best = np.array([series("best", entry).max(1) for entry in entries])
+    norms = np.array([series("norms", entry)[:, entry["order"][0]] for entry in entries])
+    seeds = np.mean([series("rewards", entry).mean(1) for entry in entries], axis=0)
+    for axes, values in ((reward, best), (norm, norms)):
+        low, high = np.percentile(values, BAND, axis=0)
+        draw_band(axes, range(longest), low, high, color, f"{BAND[1] - BAND[0]} % of the prompts")
+        _draw_lines(axes, values.mean(0), color, bold=True, label="mean over prompts")
+    _draw_lines(reward, seeds, color, bold=False, label="mean over prompts and seeds")
+
+
+def draw_band(axes: Axes, x: Sequence[float] | Numbers, low: Numbers, high: Numbers, color: Any, label: str) -> None:
+    """Shade between two curves."""
+    axes.fill_between(x, low, high, color=color, alpha=0.18, lw=0, label=label)
+
+
+def _draw_lines(axes: Axes, values: Numbers, color: Any, *, bold: bool, label: str | None = None) -> None:
+    """Draw a line of (iterations,), or one per column of (iterations, seeds); a dot for a single iteration."""
+    style: dict[str, Any] = {"lw": 2.2, "zorder": 3} if bold else {"lw": 0.9, "alpha": 0.6}
+    marker = "o" if len(values) == 1 else None
+    axes.plot(range(len(values)), values, color=color, marker=marker, label=label, **style)
+
+
+MAX_FRAME, MIN_FRAME = 512, 256  # pixels of a side: larger frames are reduced, smaller ones enlarged for their caption
+FRAME_CAPTION = 26  # pixels
+FRAME_SECONDS, LAST_FRAME_SECONDS = 0.12, 2.0
 
 
 class Frames:
-    """A folder with one picture an iteration, the images of all slots side by side.
+    """A folder with one PNG per iteration, the images of all slots side by side, for an animation of the best slot.
 
-    Which slot ends best is known at the end only. On disk they cost no memory, and a run that was interrupted has them.
+    The best slot is known at the end only. Files use no memory and outlive an interruption.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def keep(self, iteration: Iteration) -> None:
-        """Saves the images of an iteration, whole or not at all."""
+        """Save the images of an iteration, atomically."""
         assert iteration.images is not None, "observers are given the images"
-        pixels = iteration.images if iteration.images.dim() == 4 else iteration.images[:, 0]  # of a video the first
+        pixels = iteration.images if iteration.images.dim() == 4 else iteration.images[:, 0]  # first frame of a video
         images: Sequence[Image.Image] = as_type(pixels.detach().float().cpu().clamp(0, 1), "pil")
         for image in images:
-            image.thumbnail((LARGEST, LARGEST))
+            image.thumbnail((MAX_FRAME, MAX_FRAME))
         width, height = images[0].size
         row = Image.new("RGB", (width * len(images), height))
         for slot, image in enumerate(images):
@@ -199,18 +355,18 @@ class Frames:
         with atomic_write(self._path(iteration.number)) as new:
             row.save(new, format="PNG")
 
-    def write(self, entry: Mapping[str, Any], best: Image.Image, path: Path) -> None:
-        """Writes the animation of the seed that ended best; its last frame is the image that it ended with."""
+    def write(self, entry: Report, best: Image.Image, path: Path) -> None:
+        """Write the animation of the best slot as GIF; its last frame is the finished image."""
         slot, size, series = entry["order"][0], len(entry["order"]), entry["trace"]["rewards"]
-        shown = [
-            captioned(self._image(number, slot, size), f"iteration {number}", rewards[slot])
+        frames = [
+            add_caption(self._image(number, slot, size), f"iteration {number}", rewards[slot])
             for number, rewards in enumerate(series)
             if self._path(number).exists()
         ]
         last = best.convert("RGB")
-        last.thumbnail((LARGEST, LARGEST))
-        frames = [*shown, captioned(last, "best", entry["rewards"][0])]
-        times = [round(1000 * SECONDS)] * len(shown) + [round(1000 * LAST)]
+        last.thumbnail((MAX_FRAME, MAX_FRAME))
+        times = [round(1000 * FRAME_SECONDS)] * len(frames) + [round(1000 * LAST_FRAME_SECONDS)]
+        frames.append(add_caption(last, "best", entry["rewards"][0]))
         frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
 
     def _path(self, number: int) -> Path:
@@ -222,265 +378,102 @@ class Frames:
             return row.crop((width * slot, 0, width * (slot + 1), row.height)).convert("RGB")
 
 
-def captioned(image: Image.Image, text: str, reward: float) -> Image.Image:
-    """The image over a line of text: words on the left, the reward on the right."""
-    larger = max(1, -(-SMALLEST // image.width))
-    image = image.resize((image.width * larger, image.height * larger), Image.Resampling.NEAREST)
-    frame = Image.new("RGB", (image.width, image.height + CAPTION), "white")
+def add_caption(image: Image.Image, text: str, reward: float) -> Image.Image:
+    """Add a line below an image: text on the left, the reward on the right."""
+    factor = max(1, -(-MIN_FRAME // image.width))
+    image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+    frame = Image.new("RGB", (image.width, image.height + FRAME_CAPTION), "white")
     frame.paste(image)
     draw, font = ImageDraw.Draw(frame), ImageFont.load_default(size=14)
-    middle = image.height + CAPTION / 2
+    middle = image.height + FRAME_CAPTION / 2
     draw.text((8, middle), text, INK, font, anchor="lm")
     draw.text((image.width - 8, middle), f"{reward:.3f}", INK, font, anchor="rm")
     return frame
 
 
-Numbers = NDArray[np.float64]
-MAX_LINES = 6  # prompts with a line of their own
-BAND = (10, 90)  # per cent of the prompts
+# ---- Training: samples/step-*.png, plots/before-after.png ----
 
-
-def draw_progress(report: Report, out: Path) -> Path:
-    """Writes progress.png: the reward and ‖ε‖/√D by iteration, each seed thin, the best bold.
-
-    Where there are too many prompts to tell apart, the means over them, with a band of most of them.
-    """
-    entries = report["prompts"]
-    figure = Figure(figsize=(10, 4.1 + 0.18 * min(len(entries), MAX_LINES)), dpi=120, layout="constrained")
-    reward, norm = figure.subplots(1, 2)
-    (_progress_lines if len(entries) <= MAX_LINES else _progress_means)(reward, norm, entries)
-    norm.axhline(1, color=INK, lw=0.8, ls=":", zorder=0)
-    _style_axes(reward, f"reward {shown(report['settings']['reward'], 55)}")
-    _style_axes(norm, "length of the noise, ‖ε‖/√D (dotted: random noise)")
-    handles, labels = reward.get_legend_handles_labels()
-    if len(handles) > 1:
-        figure.legend(handles, labels, loc="outside lower left", frameon=False, fontsize=8, labelcolor=INK)
-    figure.suptitle(_progress_title(report), size=9, x=0.01, ha="left", color=INK)
-    figure.savefig(out / "progress.png")
-    return out / "progress.png"
-
-
-def _progress_title(report: Report) -> str:
-    entries, seeds = report["prompts"], report["settings"]["particles"]
-    of = f"“{shown(entries[0]['prompt'])}”" if len(entries) == 1 else f"{len(entries)} prompts"
-    each = f"{seeds} {'seed' if seeds == 1 else 'seeds'}{' each' * (len(entries) > 1)}"
-    return f"{report['method']}, {of}, {each}\nbold: the best; thin: all seeds"
-
-
-def _progress_lines(reward: Axes, norm: Axes, entries: Sequence[dict[str, Any]]) -> None:
-    """A colour for each prompt."""
-    for number, entry in enumerate(entries):
-        color = colormaps[COLORMAP](0.85 * number / (len(entries) - 1) if len(entries) > 1 else 0.25)
-        trace, first = entry["trace"], entry["order"][0]
-        best, lengths = np.max(trace["best"], axis=1), np.array(trace["norms"])
-        _draw(reward, np.array(trace["rewards"]), color, bold=False)
-        _draw(norm, lengths, color, bold=False)
-        _draw(reward, best, color, bold=True, label=shown(entry["prompt"]))
-        _draw(norm, lengths[:, first], color, bold=True)
-
-
-def _progress_means(reward: Axes, norm: Axes, entries: Sequence[dict[str, Any]]) -> None:
-    """Means over prompts, drawn as the lines of one. A search that has ended keeps its last values."""
-    longest = max(len(entry["trace"]["best"]) for entry in entries)
-
-    def series(name: str, entry: dict[str, Any]) -> Numbers:
-        values = np.array(entry["trace"][name])
-        return np.pad(values, ((0, longest - len(values)), (0, 0)), mode="edge")
-
-    color = colormaps[COLORMAP](0.25)
-    best = np.array([series("best", entry).max(1) for entry in entries])
-    lengths = np.array([series("norms", entry)[:, entry["order"][0]] for entry in entries])
-    seeds = np.mean([series("rewards", entry).mean(1) for entry in entries], axis=0)
-    for axes, values in ((reward, best), (norm, lengths)):
-        low, high = np.percentile(values, BAND, axis=0)
-        band = f"{BAND[1] - BAND[0]} % of the prompts"
-        axes.fill_between(range(longest), low, high, color=color, alpha=0.18, lw=0, label=band)
-        _draw(axes, values.mean(0), color, bold=True, label="mean over prompts")
-    _draw(reward, seeds, color, bold=False, label="mean over prompts and seeds")
-
-
-def _draw(axes: Axes, values: Numbers, color: Any, *, bold: bool, label: str | None = None) -> None:
-    """A line, or of (iterations, seeds) several; a single iteration is a dot."""
-    style: dict[str, Any] = {"lw": 2.2, "zorder": 3} if bold else {"lw": 0.9, "alpha": 0.6}
-    dot = "o" if len(values) == 1 else None
-    axes.plot(range(len(values)), values, color=color, marker=dot, label=label, **style)
-
-
-def _style_axes(axes: Axes, title: str) -> None:
-    axes.set_title(title, size=9, loc="left", color=INK)
-    axes.set_xlabel("iteration (0: the noise it began with)", size=8, color=INK)
-    axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.grid(axis="y", color=FAINT, lw=0.4, alpha=0.6)
-
-
-DPI = 120
-MAX_IMAGES = 24
-COLUMNS = 6
-SIDE = 192  # most pixels of a picture's side: three times a 64-pixel image
-GAP = 14
-CAPTION_HEIGHT = 32  # pixels above an image, for two lines
-BELOW = 20  # pixels below it, for its rewards
-TOP = 46
-PAIRS = 8  # prompts in the comparison
-MAX_REWARDS = 3  # numbers below one image
-LETTERS = 30  # of a caption's line
-METADATA_KEY = "steer"  # a grid's own text chunk in the PNG: what is where, to be read again for the comparison
+MAX_IMAGES, COLUMNS = 24, 6  # in a grid
+MAX_PAIRS = 8  # prompts in the comparison
+MAX_REWARDS = 3  # below an image
+METADATA_KEY = "steer"  # text chunk of a grid's PNG: its cells and their boxes, read by the comparison
 
 
 def write_grid(evaluated: EvalResult, out: Path, samples: int) -> Path:
-    """Writes samples/step-000020.png: at most 24 images of evenly spaced prompts, the same ones at every step.
+    """Write samples/step-000020.png: at most 24 images of evenly spaced prompts, the same ones at every step.
 
-    samples  images of each prompt to show; no more than were drawn are
+    samples  images of each prompt to draw, at most as many as there are
     """
     samples_per_prompt = len(evaluated.images) // len(evaluated.prompts)
     each = max(1, min(samples, samples_per_prompt, MAX_IMAGES))
-    rewards = np.stack([values.float().cpu().numpy() for values in evaluated.rewards.values()])
+    rewards = np.stack([values.float().cpu().numpy() for values in evaluated.rewards.values()])[:MAX_REWARDS]
     cells, pictures = [], []
-    for place in evenly(len(evaluated.prompts), MAX_IMAGES // each):
+    for place in evenly_spaced(len(evaluated.prompts), MAX_IMAGES // each):
         for k in range(each):
-            grid_metadata = [float(value) for value in rewards[:MAX_REWARDS, place, k]]
-            cells.append({"prompt": evaluated.prompts[place], "rewards": grid_metadata})
+            cells.append({"prompt": evaluated.prompts[place], "rewards": rewards[:, place, k].tolist()})
             pictures.append(thumbnail(evaluated.images[place * samples_per_prompt + k]))
     names = list(evaluated.rewards)[:MAX_REWARDS]
     video = "   (videos: the middle frame)" if evaluated.images.ndim == 5 else ""
-    title = (f"after {evaluated.step} updates", f"below each image: {listed(names)}{video}")
-    figure, boxes = _layout_grid(cells, pictures, title)
-    info_dict = {"step": evaluated.step, "rewards": names, "cells": cells, "boxes": boxes}
-    path = out / "samples" / f"step-{evaluated.step:06d}.png"
-    with atomic_write(path) as new:
-        figure.savefig(new, format="png", metadata={METADATA_KEY: json.dumps(info_dict)})
-    return path
-
-
-def evenly(count: int, most: int) -> list[int]:
-    """At most `most` of `count` places, evenly spaced, the first and the last among them."""
-    return sorted({int(place) for place in np.linspace(0, count - 1, min(count, max(most, 1))).round()})
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in one line that fits above a grid."""
-    return " · ".join(shown(name, 40) for name in names)
-
-
-def thumbnail(image: Tensor) -> Image.Image:
-    """An image (3, H, W), or the middle frame of (F, 3, H, W), that fits a cell; small ones grow by whole factors."""
-    frame = image[len(image) // 2] if image.ndim == 4 else image
-    pixels = (frame.float().nan_to_num().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    picture = Image.fromarray(pixels)
-    largest = max(picture.size)
-    if (factor := SIDE // largest) > 1:
-        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
-    width, height = (max(1, round(length * SIDE / largest)) for length in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _layout_grid(
-    cells: Sequence[dict[str, Any]], pictures: Sequence[Image.Image], title: tuple[str, str]
-) -> tuple[Figure, list[list[int]]]:
-    """A grid, and where in it each picture is: left, top, right, bottom, in pixels from the top left."""
-    columns, high = min(COLUMNS, len(cells)), max(picture.height for picture in pictures)
-    row = CAPTION_HEIGHT + high + BELOW + GAP
-    size = (max(columns * (SIDE + GAP) + GAP, 460), TOP + row * -(-len(cells) // columns))
-    figure, boxes = _canvas(*size), []
-    _words(figure, title[0], GAP, 6, size=11, weight="bold")
-    _words(figure, title[1], GAP, 26, size=8)
+    columns, height = min(COLUMNS, len(cells)), max(picture.height for picture in pictures)
+    row_height = CAPTION_HEIGHT + height + BELOW + GAP
+    size = (columns * (SIDE + GAP) + GAP, TOP + row_height * -(-len(cells) // columns))
+    canvas = Canvas(*size, f"after {evaluated.step} updates", f"below each image: {join_names(names)}{video}")
+    boxes = []
     for number, (cell, picture) in enumerate(zip(cells, pictures, strict=True)):
-        left, top = GAP + (number % columns) * (SIDE + GAP), TOP + (number // columns) * row
-        _caption(figure, cell["prompt"], left, top + CAPTION_HEIGHT)
-        boxes.append(_place(figure, picture, left, top + CAPTION_HEIGHT, high))
-        _words(figure, numbers(cell["rewards"]), left + SIDE / 2, top + CAPTION_HEIGHT + high + 4, size=8, ha="center")
-    return figure, boxes
-
-
-def _canvas(width: int, height: int) -> Figure:
-    return Figure(figsize=(width / DPI, height / DPI), dpi=DPI, layout=None)
-
-
-def _words(figure: Figure, text: str, left: float, top: float, **style: Any) -> None:
-    """Text at a place in pixels from the top left."""
-    width, height = figure.get_size_inches() * DPI
-    info_dict: dict[str, Any] = {"va": "top", "color": INK, "linespacing": 1.05}
-    figure.text(left / width, 1 - top / height, text, **(info_dict | style))
-
-
-def _place(figure: Figure, picture: Image.Image, left: int, top: int, high: int) -> list[int]:
-    """Puts a picture amid a cell of this height, pixel on pixel, in a thin frame; returns its box."""
-    left, top = left + (SIDE - picture.width) // 2, top + (high - picture.height) // 2
-    width, height = (round(length * DPI) for length in figure.get_size_inches())
-    # A figure counts from its lower edge, and draws what it is given from the lower left on.
-    figure.figimage(np.asarray(picture), left, height - top - picture.height, origin="upper", resize=False)
-    edge = ((left - 1) / width, 1 - (top + picture.height + 1) / height)
-    frame = Rectangle(edge, (picture.width + 2) / width, (picture.height + 2) / height, fill=False, lw=0.6, ec=FAINT)
-    figure.add_artist(frame)
-    return [left, top, left + picture.width, top + picture.height]
-
-
-def _caption(figure: Figure, prompt: str, left: float, bottom: float) -> None:
-    """A prompt above a picture. Line by line: of several at once, the place of each hangs on the others' letters."""
-    for number, line in enumerate(reversed(caption(prompt))):
-        _words(figure, shown(line), left, bottom - 5 - 12 * number, size=7, va="baseline")
-
-
-def caption(prompt: str) -> list[str]:
-    """A prompt in at most two lines."""
-    lines = textwrap.wrap(prompt, LETTERS)
-    return lines if len(lines) <= 2 else [lines[0], lines[1][: LETTERS - 1] + "…"]
-
-
-def numbers(rewards: Sequence[float]) -> str:
-    """Rewards in one line."""
-    return " · ".join(f"{reward:.3g}".replace("-", "−") for reward in rewards)
+        row, column = divmod(number, columns)
+        left, top = GAP + column * (SIDE + GAP), TOP + row * row_height + CAPTION_HEIGHT
+        canvas.caption(cell["prompt"], left, top)
+        boxes.append(canvas.cell(picture, cell["rewards"], left, top, height))
+    metadata = {"step": evaluated.step, "rewards": names, "cells": cells, "boxes": boxes}
+    path = out / "samples" / f"step-{evaluated.step:06d}.png"
+    return save_figure(canvas.figure, path, {METADATA_KEY: json.dumps(metadata)})
 
 
 def read_grid(path: Path) -> dict[str, Any] | None:
-    """What a grid tells of itself: step, rewards, cells and boxes; None for another picture, and a damaged one."""
+    """Read the metadata of a grid: step, rewards, cells and boxes; None for another picture or a damaged one."""
     try:
         with Image.open(path) as picture:
             picture.load()
-            info_dict = picture.info.get(METADATA_KEY)
-        return json.loads(info_dict) if isinstance(info_dict, str) else None
+            text = picture.info.get(METADATA_KEY)
+        return json.loads(text) if isinstance(text, str) else None
     except DECODE_ERRORS:
         return None
 
 
 def grids(out: Path) -> list[Path]:
-    """The grids of a run, by step."""
+    """List the grids of a run, by step."""
     return [path for path in sorted((out / "samples").glob("step-*.png")) if read_grid(path)]
 
 
 def draw_before_after(out: Path) -> Path | None:
-    """Writes plots/before-after.png: prompts of the first and the last grid, one above the other, at equal seeds.
+    """Write plots/before-after.png: prompts of the first grid above the same prompts and seeds of the last one.
 
-    Without two grids of the same prompts there is nothing to compare: None.
+    None where there are no two grids of the same prompts.
     """
-    grid_paths = grids(out)
-    if len(grid_paths) < 2:
+    listed = grids(out)
+    if len(listed) < 2:
         return None
-    paths = (grid_paths[0], grid_paths[-1])
-    grid_metadata = [read_grid(path) or {} for path in paths]
-    if [cell["prompt"] for cell in grid_metadata[0]["cells"]] != [cell["prompt"] for cell in grid_metadata[1]["cells"]]:
+    paths = (listed[0], listed[-1])
+    before, after = metadata = [read_grid(path) or {} for path in paths]
+    if [cell["prompt"] for cell in before["cells"]] != [cell["prompt"] for cell in after["cells"]]:
         return None
-    chosen = evenly(len(grid_metadata[0]["cells"]), PAIRS)
-    high = max(lower - upper for info_dict in grid_metadata for _, upper, _, lower in info_dict["boxes"])
-    margin, step, row_height = 106, SIDE + GAP, high + BELOW + 8
-    figure = _canvas(max(margin + len(chosen) * step, 460), TOP + CAPTION_HEIGHT + 2 * row_height)
-    _words(figure, "The same prompts and seeds, before and after", GAP, 6, size=11, weight="bold")
-    _words(figure, f"below each image: {listed(grid_metadata[1]['rewards'])}", GAP, 26, size=8)
-    for row, (path, info_dict) in enumerate(zip(paths, grid_metadata, strict=True)):
+    numbers = evenly_spaced(len(before["cells"]), MAX_PAIRS)
+    height = max(lower - upper for grid in metadata for _, upper, _, lower in grid["boxes"])
+    margin, row_height = 106, height + BELOW + 8
+    canvas = Canvas(
+        margin + len(numbers) * (SIDE + GAP),
+        TOP + CAPTION_HEIGHT + 2 * row_height,
+        "The same prompts and seeds, before and after",
+        f"below each image: {join_names(after['rewards'])}",
+    )
+    for row, (path, grid, label) in enumerate(zip(paths, metadata, ("before", "after"), strict=True)):
         top = TOP + CAPTION_HEIGHT + row * row_height
-        _words(
-            figure, f"{('before', 'after')[row]}\n{info_dict['step']} updates", GAP, top + high / 2, size=8, va="center"
-        )
-        with Image.open(path) as whole:
-            for column, number in enumerate(chosen):
-                cell, left = info_dict["cells"][number], margin + column * step
-                if row == 0:
-                    _caption(figure, cell["prompt"], left, top)
-                _place(figure, whole.convert("RGB").crop(tuple(info_dict["boxes"][number])), left, top, high)
-                _words(figure, numbers(cell["rewards"]), left + SIDE / 2, top + high + 4, size=8, ha="center")
-    with atomic_write(out / "plots" / "before-after.png") as new:
-        figure.savefig(new, format="png")
-    return out / "plots" / "before-after.png"
+        canvas.text(f"{label}\n{grid['step']} updates", GAP, top + height / 2, size=8, va="center")
+        with Image.open(path) as file:
+            whole = file.convert("RGB")
+        for column, number in enumerate(numbers):
+            cell, left = grid["cells"][number], margin + column * (SIDE + GAP)
+            if row == 0:
+                canvas.caption(cell["prompt"], left, top)
+            canvas.cell(whole.crop(tuple(grid["boxes"][number])), cell["rewards"], left, top, height)
+    return save_figure(canvas.figure, out / "plots" / "before-after.png")

@@ -1,11 +1,11 @@
-"""The processes that share one run, as `torchrun` or `accelerate launch` start them; one where it was started plainly.
+"""The processes of one run, as started by `torchrun` or `accelerate launch`, or a single plain process.
 
-here = processes()
-with here.main_first():      # what is downloaded is downloaded once, what is wrong is said once
+context = launch_context()
+with context.local_main_process_first():  # one download, one error message
     pipe = load(…)
-todo = here.from_main(lambda: …)
-for n in here.share(len(todo)): …
-here.wait()                  # then here.is_main merges
+todo = context.broadcast_from_main(lambda: …)
+for n in context.split_indices(len(todo)): …
+context.wait_for_everyone()  # then context.is_main_process merges
 """
 
 import os
@@ -20,50 +20,45 @@ from steer.errors import InputError
 from steer.training.distributed import report_lost_process
 
 Value = TypeVar("Value")
-# Where launchers say how many processes they started, as accelerate reads it.
+# Set by launchers; the names that accelerate reads.
 WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-BARRIER_TIMEOUT = timedelta(
-    days=30
-)  # that one process may wait for the others; by default they give up after half an hour
+BARRIER_TIMEOUT = timedelta(days=30)  # PyTorch's default of half an hour is shorter than some prompts take
 
 
-def processes(cpu: bool = True) -> "LaunchContext":
-    """This process among those of its run. A plain process is the only one, and nothing distributed is begun for it.
+def launch_context(cpu: bool = True) -> "LaunchContext":
+    """Return the distributed context. A plain process initializes nothing distributed.
 
-    cpu  whether they talk to each other over the CPU (gloo), which is all that sharing work takes; False: over their
-         GPUs where there are any (NCCL), as training does. What accelerate has set up before stays as it is.
+    cpu  communicate over the CPU (gloo), enough to split work; False: over GPUs where there are any (NCCL), as training
+         does. An earlier set-up by accelerate is kept.
     """
     if all(os.environ.get(name, "1") == "1" for name in WORLD_SIZE_VARIABLES):
         return LaunchContext()
     import torch
     from accelerate import PartialState
 
-    # Without cpu=True accelerate would take each of several processes on a machine without a GPU for the only one.
+    # Without a GPU and cpu=True, accelerate would ignore the other processes.
     state = PartialState(cpu=cpu or not torch.cuda.is_available(), timeout=BARRIER_TIMEOUT)
     return LaunchContext(state.process_index, state.num_processes, state.local_process_index)
 
 
-def part() -> None:
-    """Ends what the processes of a run have between them, once they have done all. Imports nothing.
-
-    PyTorch may abort a process that exits without.
-    """
+def shutdown_distributed() -> None:
+    """Destroy the process group before exit: PyTorch may abort a process that exits without. Imports nothing."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that says what all of them would say. Imports nothing."""
+    """Tell whether this process prints messages and errors for all. Imports nothing."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)
 class LaunchContext:
-    """One of `world_size` processes; `local_rank` is its number on its own machine.
+    """The distributed context: process `rank` of `world_size`, `local_rank` on its machine.
 
-    Where another one has ended before its time, whoever waits ends too: the main process with an InputError, the
-    others, which have nothing to add, with exit code 2.
+    When a process of the run dies, waiting ones end too: the main process with an InputError, the others silently with
+    exit code 2.
     """
 
     rank: int = 0
@@ -72,15 +67,15 @@ class LaunchContext:
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this one merges what the others made, and has the last word."""
+        """Whether this process merges the results and prints."""
         return self.rank == 0
 
     def split_indices(self, n: int) -> range:
-        """The indices among 0 … n − 1 that are this process's: together the processes have each exactly once."""
+        """Return this process's share of the indices 0 … n − 1; each index belongs to exactly one process."""
         return range(self.rank, n, self.world_size)
 
     def wait_for_everyone(self) -> None:
-        """Returns when all have come here."""
+        """Wait until all processes have reached this point."""
         if self.world_size > 1:
             from accelerate import PartialState
 
@@ -88,8 +83,8 @@ class LaunchContext:
                 PartialState().wait_for_everyone()
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
-        """The first process of each machine runs the block before the others; if it raises, the others never do."""
+    def local_main_process_first(self) -> Iterator[None]:
+        """Run a block in the first process of each machine before the others; if it raises, the others never run it."""
         if self.local_rank > 0:
             self.wait_for_everyone()
         yield
@@ -97,30 +92,30 @@ class LaunchContext:
             self.wait_for_everyone()
 
     def broadcast_from_main(self, make: Callable[[], Value]) -> Value:
-        """What `make` returns in the main process, for all; it must pickle. In the others it is not called."""
+        """Call `make` in the main process alone and return its result, which must pickle, in all."""
         if self.world_size == 1:
             return make()
         from accelerate.utils import broadcast_object_list
 
-        box = [make()] if self.is_main_process else [None]
+        values = [make()] if self.is_main_process else [None]
         with self._fail_with_main():
-            broadcast_object_list(box, from_process=0)
-        return box[0]  # type: ignore[return-value]
+            broadcast_object_list(values, from_process=0)
+        return values[0]  # type: ignore[return-value]
 
     def device(self, given: str | None) -> str | None:
-        """Where to run: of several processes that are told "cuda" or nothing, each has a GPU of its own."""
+        """Choose the device: with several processes, "cuda" or None becomes a GPU for each."""
         import torch
 
         if self.world_size == 1 or given not in (None, "cuda") or not torch.cuda.is_available():
             return given
-        own = f"cuda:{self.local_rank % torch.cuda.device_count()}"
-        torch.cuda.set_device(own)  # for whatever says no more than "cuda"
-        return own
+        name = f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        torch.cuda.set_device(name)  # for code that asks for plain "cuda"
+        return name
 
     @contextmanager
     def _fail_with_main(self) -> Iterator[None]:
         try:
-            with report_lost_process("; what was finished is kept, the same command goes on"):
+            with report_lost_process("; finished work is kept: run the command again to resume"):
                 yield
         except InputError as error:
             if not self.is_main_process:

@@ -1,4 +1,4 @@
-"""Prompts as people have them: rows of files, embedded lists, data sets of the hub."""
+"""Prompts from files, embedded lists and data sets of the hub."""
 
 import codecs
 import csv
@@ -15,67 +15,71 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
-from steer.apps.methods import SamplingConfig
 from steer.apps.processes import is_main_process
+from steer.apps.settings import SamplingConfig
 from steer.arguments import annotations_of, coerce_value
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.registry import nearest
 
-CONVERTED = "refs/convert/parquet"  # where the hub keeps CONFIG/SPLIT/0000.parquet of nearly every data set
+CONVERTED = "refs/convert/parquet"  # the hub converts nearly every data set to CONFIG/SPLIT/0000.parquet
 SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
-SHARD = r"(.+)-\d+-of-(\d+)(-[0-9a-f]+)?"  # of the names that data sets are uploaded under
-NO_DATA = {"readme", "license", "requirements"}  # text files that are about a data set
+SHARD = r"(.+)-\d+-of-(\d+)(-[0-9a-f]+)?"  # as in train-00000-of-00003
+NO_DATA = {"readme", "license", "requirements"}  # text files that hold no prompts
 MAX_SHOWN = 8  # names in a message
 MAX_ERROR_LENGTH = 160  # characters of another library's message
 
 
 def data_files(data_set: str, split: str, formats: Sequence[str]) -> list[Path]:
-    """The files of a split in the first format that there is, downloaded where they are not in the hub's cache.
+    """Download the files of a split, in the first available format, to the hub's cache.
 
-    They are the data set's own or, where it has none like that, the parquet files that the hub made of it.
+    The data set's own files come before the hub's conversion to parquet.
 
-    split    a name, or FOLDER/NAME where several folders (configurations) have such a split
+    split    a name, or FOLDER/NAME if several folders (configurations) have such a split
     formats  suffixes, best first
-    Raises InputError. With HF_HUB_OFFLINE=1 the cache is all there is.
+    Raises InputError. With HF_HUB_OFFLINE=1 the cache alone is read.
     """
     import huggingface_hub
 
     available: list[str] = []
     for revision in (None, CONVERTED):
-        listed = _listed(data_set, revision)
+        listed = _list_files(data_set, revision)
         available += listed
-        if names := _one_folder(data_set, split, _select_split(listed, split, formats)):
+        if names := _select_folder(data_set, split, _select_split(listed, split, formats)):
             _check_all_shards(data_set, names)
             with _hub_errors(data_set):
                 return [
                     Path(huggingface_hub.hf_hub_download(data_set, name, repo_type="dataset", revision=revision))
                     for name in names
                 ]
-    content = f"only {some(available)}" if available else "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
+    content = (
+        f"only {summarize_names(available)}"
+        if available
+        else "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
+    )
     raise InputError(f"data set {data_set!r}: no {', '.join(formats)} files of split {split!r}: {content}")
 
 
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
+def summarize_names(names: Sequence[str]) -> str:
+    """Join the first names, and count the others."""
     more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
     return ", ".join(names[:MAX_SHOWN]) + more
 
 
 def one_line(error: Exception) -> str:
-    """What an error of another library says, on one line of bounded length."""
+    """Shorten the message of another library to one line."""
     return " ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__
 
 
-def _listed(data_set: str, revision: str | None) -> list[str]:
-    """Its files at a revision; none where there is no such revision or, offline, nothing of it in the cache."""
+def _list_files(data_set: str, revision: str | None) -> list[str]:
+    """List the files of a data set at a revision; none without such a revision or, offline, without a cached copy."""
     import huggingface_hub
     from huggingface_hub import constants, errors
 
     with _hub_errors(data_set):
         try:
             if not constants.HF_HUB_OFFLINE:
-                # list_repo_files would try again for half a minute where there is no network.
+                # list_repo_files retries for half a minute without a network.
                 files = huggingface_hub.HfApi().dataset_info(data_set, revision=revision).siblings
                 return [file.rfilename for file in files or ()]
             folder = huggingface_hub.snapshot_download(
@@ -87,36 +91,38 @@ def _listed(data_set: str, revision: str | None) -> list[str]:
 
 
 def _select_split(names: Iterable[str], split: str, formats: Sequence[str]) -> list[str]:
-    """Where no name speaks of a split, all are of train."""
+    """Select the files of a split; if no file name contains a split, all belong to train."""
     paths = ((name, Path(name.lower())) for name in names)
     known = [name for name, path in paths if path.suffix in formats and path.stem not in NO_DATA]
     wanted = set(split.lower().split("/"))
     if not any(_words(name) & SPLITS for name in known):
         wanted -= {"train"}
-    fitting = sorted(name for name in known if wanted <= _words(name))
-    by_format = ([name for name in fitting if name.lower().endswith(suffix)] for suffix in formats)
+    matching = sorted(name for name in known if wanted <= _words(name))
+    by_format = ([name for name in matching if name.lower().endswith(suffix)] for suffix in formats)
     return next(filter(None, by_format), [])
 
 
 def _words(name: str) -> set[str]:
-    """What a file's name says: its folders, and train of train-00000-of-00003.parquet or my_train2.jsonl."""
+    """Split a path into words: its folders, and train of train-00000-of-00003.parquet or my_train2.jsonl."""
     *folders, stem = Path(name.lower()).with_suffix("").parts
     shard = re.fullmatch(SHARD, stem)
     return {*folders, shard[1]} if shard else {*folders, stem, *re.split("[^a-z]+", stem)}
 
 
-def _one_folder(data_set: str, split: str, names: list[str]) -> list[str]:
-    """The names in one folder: the only one, else the topmost or the default configuration's. Raises InputError."""
+def _select_folder(data_set: str, split: str, names: list[str]) -> list[str]:
+    """Select the files of one folder: the only one, the top one, or the default configuration. Raises InputError."""
     folders = sorted({name.rpartition("/")[0] for name in names})
     plain = [folder for folder in folders if not folder or "default" in folder.split("/")] or folders
     if len(plain) > 1:
         options = [folder if split in folder.split("/") else f"{folder}/{split}" for folder in folders if folder]
-        raise InputError(f"data set {data_set!r} has {some(options)}: name one, like {data_set}:{options[0]}")
+        raise InputError(
+            f"data set {data_set!r} has {summarize_names(options)}: name one, like {data_set}:{options[0]}"
+        )
     return [name for name in names if name.rpartition("/")[0] in plain]
 
 
 def _check_all_shards(data_set: str, names: Sequence[str]) -> None:
-    """Raises InputError where the cache, all there is offline, holds some shards and not the others."""
+    """Raise InputError if, offline, the cache holds some shards and lacks others."""
     from huggingface_hub import constants
 
     shard = re.fullmatch(SHARD, Path(names[0]).stem)
@@ -129,10 +135,10 @@ def _check_all_shards(data_set: str, names: Sequence[str]) -> None:
 
 @contextmanager
 def _hub_errors(data_set: str) -> Iterator[None]:
-    """Turns what the hub's library raises into one line."""
+    """Turn errors of huggingface_hub into InputErrors of one line."""
     from huggingface_hub import errors
 
-    # OSError and the error of whichever HTTP library this version of the hub's is built on.
+    # OSError, and the error of the HTTP library that this version of huggingface_hub uses.
     network = cast(tuple[type[Exception], ...], (*errors.HfHubHTTPError.__bases__, ValueError, RuntimeError))
     try:
         yield
@@ -146,7 +152,7 @@ def _hub_errors(data_set: str) -> Iterator[None]:
     except network as error:
         raise InputError(
             f"prompts {data_set!r}: no such file, and as a data set of the hub it cannot be read: {one_line(error)}; "
-            "without a network set HF_HUB_OFFLINE=1 once it is in the cache, or name a file"
+            "without a network set HF_HUB_OFFLINE=1 if it is cached, or name a file"
         ) from error
 
 
@@ -154,7 +160,7 @@ COLUMN, TAG = "prompt", "tag"
 NAMES = (("prompt", "prompts"), ("text", "texts", "caption", "captions"))  # columns of prompts; the first kind wins
 MAX_ROWS, MAX_CHARACTERS = 10_000_000, 4_000_000_000  # rows of a table, and characters in them
 BATCH_ROWS = 1024  # rows
-# Longer marks first: that of UTF-32 begins with that of UTF-16.
+# UTF-32 first: its mark begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -166,7 +172,7 @@ DELIMITERS = ",;\t"
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A row of a prompt file: its prompt, and the other columns by name, without empty cells."""
+    """A row of a prompt file: the prompt, and the other non-empty columns by name."""
 
     prompt: str
     columns: Mapping[str, Any] = field(default_factory=dict)
@@ -174,59 +180,63 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as {column: value}, each with its place for messages, and columns that are not read (of images)."""
+    """Rows as (location for messages, {column: value}), and the names of skipped columns, such as images."""
 
     rows: Sequence[tuple[str, dict[str, Any]]]
-    unread: Sequence[str] = ()
+    skipped: Sequence[str] = ()
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Raises InputError, OSError."""
+    """Read a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Raises InputError, OSError."""
     data = path.read_bytes()
     encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        what = "not UTF-8 text" if encoding == "utf-8-sig" else f"not UTF-8 text, nor {encoding.upper()} as it begins"
-        raise InputError(f"{path}: {what} (byte {error.start}): save it as UTF-8") from error
+        problem = (
+            "not UTF-8 text" if encoding == "utf-8-sig" else f"not the {encoding.upper()} text of its byte order mark"
+        )
+        raise InputError(f"{path}: {problem} (byte {error.start}): save it as UTF-8") from error
 
 
-def chosen(names: Sequence[str], column: str | None, where: str) -> str | None:
-    """The column of the prompts: the one asked for, else one called prompt, text or caption, in any letters.
+def find_column(names: Sequence[str], column: str | None, where: str) -> str | None:
+    """Find the column of the prompts: `column`, else prompt, else text or caption, ignoring case.
 
-    None where there is none. Raises InputError where several could be it.
+    None if it is missing. Raises InputError if several columns qualify.
     """
     if column is not None:
-        alike = [name for name in names if name.strip().lower() == column.strip().lower()]
-        return column if column in names else next(iter(alike), None)
+        matches = [name for name in names if name.strip().lower() == column.strip().lower()]
+        return column if column in names else next(iter(matches), None)
     if COLUMN in names:
         return COLUMN
     for kind in NAMES:
         result = [name for name in names if name.strip().lower() in kind]
         if len(result) > 1:
-            raise InputError(f"{where}: {some(result)} could each be the prompts: choose one with --prompt-column")
+            raise InputError(
+                f"{where}: {summarize_names(result)} could each be the prompts: choose one with --prompt-column"
+            )
         if result:
             return result[0]
     return None
 
 
-def others(names: Sequence[str]) -> str:
-    """The end of a message about a column that is not there."""
-    return f"; choose the column, there are {some([str(name) for name in names])}" if any(names) else ""
+def list_columns(names: Sequence[str]) -> str:
+    """End a message about a missing column with the existing ones."""
+    return f"; choose the column, there are {summarize_names([str(name) for name in names])}" if any(names) else ""
 
 
-def expected(column: str | None, kind: str, names: Sequence[str]) -> str:
-    """The middle of that message."""
-    return f'expected {kind} "{column or COLUMN}" (--prompt-column names another){others(names)}'
+def describe_expected(column: str | None, kind: str, names: Sequence[str]) -> str:
+    """Describe the expected column, and the existing ones."""
+    return f'expected {kind} "{column or COLUMN}" (--prompt-column names another){list_columns(names)}'
 
 
-def kind_of(value: object) -> str:
-    """The name of a value's type, as JSON has it where it is null."""
+def type_name(value: object) -> str:
+    """Name a value's type; None is JSON's null."""
     return "null" if value is None else type(value).__name__
 
 
 def _lines(path: Path) -> list[str]:
-    """Lines that end as files end them; other separators of Unicode may stand inside a prompt."""
+    """Split a file at line ends alone: other Unicode separators may be part of a prompt."""
     return read_text(path).replace("\r\n", "\n").split("\n")
 
 
@@ -236,7 +246,7 @@ def _text(path: Path, column: str | None) -> Table:
     return Table([(f"{path}, line {n}", {COLUMN: line}) for n, line in enumerate(_lines(path), start=1)])
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parse_json(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -247,37 +257,37 @@ def _json_lines(path: Path, column: str | None) -> Table:
     rows = []
     for number, line in enumerate(_lines(path), start=1):
         if line.strip():
-            record = _parsed(line, where := f"{path}, line {number}")
+            record = _parse_json(line, where := f"{path}, line {number}")
             rows.append((where, _record(record, where, column)))
     return Table(rows)
 
 
 def _record(record: Any, where: str, column: str | None) -> dict[str, Any]:
-    """An object with its prompt; a text alone is one."""
+    """Check an object with a prompt; a plain text becomes one."""
     if isinstance(record, str):
         return {column or COLUMN: record}
     names = list(record) if isinstance(record, dict) else []
-    key = chosen(names, column, where)
+    key = find_column(names, column, where)
     if key is None or not isinstance(record[key], str):
         if key is not None:
-            raise InputError(f'{where}: expected an object with a text under "{key}", got {kind_of(record[key])}')
-        raise InputError(f"{where}: {expected(column, 'an object with a text under', names)}")
+            raise InputError(f'{where}: expected an object with a text under "{key}", got {type_name(record[key])}')
+        raise InputError(f"{where}: {describe_expected(column, 'an object with a text under', names)}")
     return dict(record)
 
 
 def _json(path: Path, column: str | None) -> Table:
-    content = _parsed(read_text(path), str(path)) if path.stat().st_size else []
+    content = _parse_json(read_text(path), str(path)) if path.stat().st_size else []
     return Table([(where, _record(one, where, column)) for where, one in _records(content, path, column)])
 
 
 def _records(content: Any, path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
-    """Of a list; of an object with lists as columns; of one with a list, or an object, for each tag."""
+    """Iterate over the records of a list, of an object of columns, or of an object of tags."""
     if isinstance(content, list):
         yield from ((f"{path}, entry {n}", one) for n, one in enumerate(content, start=1))
         return
     if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a list of prompts or objects, got {kind_of(content)}")
-    key = chosen(list(content), column, str(path))
+        raise InputError(f"{path}: expected a list of prompts or objects, got {type_name(content)}")
+    key = find_column(list(content), column, str(path))
     if key is not None and isinstance(content[key], str):
         yield str(path), content
     elif key is not None and isinstance(content[key], list) and not any(isinstance(one, dict) for one in content[key]):
@@ -287,16 +297,16 @@ def _records(content: Any, path: Path, column: str | None) -> Iterator[tuple[str
         columns = {name: one if isinstance(one, list) else [one] for name, one in content.items()}
         yield from ((f"{path}, entry {n + 1}", {c: v[n] for c, v in columns.items()}) for n in range(lengths[key]))
     else:
-        yield from _tagged(content, path, column)
+        yield from _tagged_records(content, path, column)
 
 
-def _tagged(content: Mapping[str, Any], path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
-    """Of {tag: [prompt or object, …]} and {name: object}: the key of a list is the tag of its entries."""
+def _tagged_records(content: Mapping[str, Any], path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
+    """Iterate over {tag: [prompt or object, …]} and {name: object}: keys become the tags of their records."""
     for key, value in content.items():
         for number, one in enumerate(value if isinstance(value, list) else [value], start=1):
             where = f"{path}, {key!r:.60}, entry {number}"
             if not isinstance(one, dict) and not (isinstance(one, str) and isinstance(value, list)):
-                raise InputError(f"{path}: {expected(column, 'a list under', list(content))}")
+                raise InputError(f"{path}: {describe_expected(column, 'a list under', list(content))}")
             record = {column or COLUMN: one} if isinstance(one, str) else one
             yield where, ({TAG: key} if len(content) > 1 else {}) | record
 
@@ -311,38 +321,38 @@ def _tsv(path: Path, column: str | None) -> Table:
     text = read_text(path)
     try:
         cells = _cells(path, text, "\t")
-    except InputError:  # quotes that are letters: tables of tabs are often written without quoting
+    except InputError:  # quotes are plain characters: many .tsv files are written without quoting
         lines = text.replace("\r\n", "\n").split("\n")
         cells = [(number, line.split("\t")) for number, line in enumerate(lines, start=1)]
     return _table_from_cells(path, cells, column)
 
 
 def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """The number of the last line of each row, and its cells."""
+    """Parse the rows as (number of the last line, cells)."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         return [(reader.line_num, row) for row in reader]
     except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not a table that can be read ({error})") from error
+        raise InputError(f"{path}, line {reader.line_num}: not a readable table ({error})") from error
 
 
 def _table_from_cells(path: Path, rows: Sequence[tuple[int, list[str]]], column: str | None) -> Table:
-    filled = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
-    header = [name.strip() for name in (filled[0][1] if filled else [])]
-    line = f"{path}, line {filled[0][0] if filled else 1}"
-    name = chosen(header, column, line)
+    full_rows = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
+    header = [name.strip() for name in (full_rows[0][1] if full_rows else [])]
+    line = f"{path}, line {full_rows[0][0] if full_rows else 1}"
+    name = find_column(header, column, line)
     if name is None:
-        raise InputError(f"{line}: {expected(column, 'a column named', header)}")
-    if twice := [one for one in header if one and header.count(one) > 1]:
-        raise InputError(f"{line}: the column {twice[0]!r} is there twice: leave one of them out")
+        raise InputError(f"{line}: {describe_expected(column, 'a column named', header)}")
+    if repeated := [one for one in header if one and header.count(one) > 1]:
+        raise InputError(f"{line}: column {repeated[0]!r} is repeated: remove one")
     result = []
-    for number, row in filled[1:]:
+    for number, row in full_rows[1:]:
         if len(row) <= header.index(name):
             raise InputError(f"{path}, line {number}: no column {header.index(name) + 1}")
         if any(cell.strip() for cell in row[len(header) :]):
             raise InputError(
-                f"{path}, line {number}: {len(row)} values for {len(header)} columns: put a prompt with the separator "
-                "in it in quotes"
+                f"{path}, line {number}: {len(row)} values for {len(header)} columns: quote prompts that contain "
+                "the separator"
             )
         result.append((f"{path}, line {number}", {one: cell for one, cell in zip(header, row, strict=False) if one}))
     return Table(result)
@@ -357,9 +367,9 @@ def _parquet(path: Path, column: str | None) -> Table:
     try:
         with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
             names = file.schema_arrow.names
-            name = chosen(names, column, str(path))
+            name = find_column(names, column, str(path))
             if name is None:
-                raise InputError(f"{path}: {expected(column, 'a column named', names)}")
+                raise InputError(f"{path}: {describe_expected(column, 'a column named', names)}")
             if file.schema_arrow.field(name).type.num_fields:
                 kind = f"{file.schema_arrow.field(name).type!s:.80}"
                 raise InputError(f'{path}: expected texts under "{name}", got {kind}')
@@ -369,13 +379,13 @@ def _parquet(path: Path, column: str | None) -> Table:
         raise InputError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row[name], str):
-            raise InputError(f'{path}, row {number}: expected a text under "{name}", got {kind_of(row[name])}')
-    unread = [one for one in names if one not in plain]
-    return Table([(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)], unread)
+            raise InputError(f'{path}, row {number}: expected a text under "{name}", got {type_name(row[name])}')
+    skipped = [one for one in names if one not in plain]
+    return Table([(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)], skipped)
 
 
 def _is_plain(pyarrow: Any, schema: Any, name: str) -> bool:
-    """Whether a column of a parquet file holds texts or numbers: images beside the prompts are not read."""
+    """Tell whether a column of a parquet file holds texts or numbers: images are skipped."""
     if schema.names.count(name) > 1:
         return False
     kind, types = schema.field(name).type, pyarrow.types
@@ -385,7 +395,7 @@ def _is_plain(pyarrow: Any, schema: Any, name: str) -> bool:
 
 
 def _parquet_rows(path: Path, file: Any, names: Sequence[str]) -> list[dict[str, Any]]:
-    """Some columns of a parquet file, a part at a time: some hundred bytes can stand for gigabytes."""
+    """Read columns of a parquet file in batches: a few hundred bytes can expand to gigabytes."""
     content = file.metadata
     if content.num_rows > MAX_ROWS:
         raise InputError(f"{path}: {content.num_rows} rows; at most {MAX_ROWS} are read")
@@ -411,26 +421,26 @@ READERS: dict[str, Callable[[Path, str | None], Table]] = {
 }
 
 
-def filled(value: Any) -> bool:
-    """Whether a cell holds something: not empty, null or nan, as tables write what is missing."""
+def has_value(value: Any) -> bool:
+    """Tell whether a cell has a value: not empty, null or nan."""
     if isinstance(value, str):
         return bool(value.strip())
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 logger = logging.getLogger(__name__)
-HUB = (".parquet", ".tsv", ".jsonl", ".txt")  # others come as the parquet that the hub makes of every data set
-MAX_PROMPT_LENGTH = 100_000  # characters of a prompt: far beyond what any text encoder reads
+HUB = (".parquet", ".tsv", ".jsonl", ".txt")  # other formats are read from the hub's conversion to parquet
+MAX_PROMPT_LENGTH = 100_000  # characters: far more than any text encoder reads
 
 
 def load_prompts(source: str, column: str | None = None) -> list[str]:
-    """Prompts by the name of an embedded list, from a file (`read_prompts`), or from a data set of the hub.
+    """Load prompts from an embedded list, a file (`read_prompts`) or a data set of the hub.
 
     source  a name in `steer.assets.PROMPTS`; a file; ORGANISATION/NAME or ORGANISATION/NAME:SPLIT (by default train;
-            with a configuration, or another folder of the data set, FOLDER/SPLIT). A file that is there comes first.
-    column  of a table, a key of JSON lines: as in `read_rows`
-    Other columns are named in one line of the log. Raises InputError. With HF_HUB_OFFLINE=1 data sets come from the
-    hub's cache.
+            FOLDER/SPLIT for a configuration or another folder). An existing file comes first.
+    column  of a table, key of JSON lines: as in `read_rows`
+    Unused columns are logged in one line. Raises InputError. With HF_HUB_OFFLINE=1 data sets are read from the hub's
+    cache.
     """
     return [row.prompt for row in _rows(source, column, ())]
 
@@ -438,9 +448,9 @@ def load_prompts(source: str, column: str | None = None) -> list[str]:
 def load_tagged_prompts(
     source: str, column: str | None = None, tag: str | None = None
 ) -> tuple[list[str], list[str] | None]:
-    """The prompts of `load_prompts`, and the tag of each: the task, the category.
+    """Load prompts as `load_prompts`, and the tag (task, category) of each.
 
-    tag  the column of the tags, which must be there; by default "tag", and no tags where there is no such text
+    tag  the column of the tags, which must exist; by default "tag", and None for prompts without such a column
     """
     rows = _rows(source, column, (tag or TAG,))
     if tag is None and not any(TAG in map(str.lower, row.columns) for row in rows):
@@ -453,36 +463,36 @@ def load_tagged_prompts(
         elif tag is None:
             return [one.prompt for one in rows], None
         else:
-            got = f", got {kind_of(row.columns[name])}" if name is not None else others(list(row.columns))
-            raise InputError(f'{source}: expected a text under "{tag}" beside the prompt {row.prompt!r:.60}{got}')
+            problem = f", got {type_name(row.columns[name])}" if name is not None else list_columns(list(row.columns))
+            raise InputError(f'{source}: expected a text under "{tag}" beside the prompt {row.prompt!r:.60}{problem}')
     return [row.prompt for row in rows], tags
 
 
 def _rows(source: str, column: str | None, used: Collection[str]) -> list[PromptRow]:
-    """The rows of a source. Columns that are neither prompts nor `used` are logged."""
+    """Load the rows of a source, and log the columns that are neither prompts nor `used`."""
     result = _locate(source)
     files = [result] if isinstance(result, Path) else result
     tables = [_read(path, column) for path in files]
-    rows, unread = [row for table, _ in tables for row in table], [name for _, names in tables for name in names]
+    rows, skipped = [row for table, _ in tables for row in table], [name for _, names in tables for name in names]
     if not rows:
         raise InputError(
             f"{result}: no prompts in this file"
             if isinstance(result, Path)
-            else f"data set {source!r}: no prompts in {some([path.name for path in result])}"
+            else f"data set {source!r}: no prompts in {summarize_names([path.name for path in result])}"
         )
     if source not in PROMPTS:
-        note_unused(source, [*unused_columns(rows, used), *dict.fromkeys(unread)])
+        note_unused(source, [*unused_columns(rows, used), *dict.fromkeys(skipped)])
     return rows
 
 
 def note_unused(source: object, names: Sequence[str]) -> None:
-    """Log the columns of a source that have no use, in one line, by one of several processes."""
+    """Log the unused columns of a source in one line, in the main process."""
     if names and is_main_process():
-        logger.warning("steer: %s", InputError(f"{source}: columns without a use here: {some(names)}"))
+        logger.warning("steer: %s", InputError(f"{source}: unused columns: {summarize_names(names)}"))
 
 
 def _locate(source: str) -> Path | list[Path]:
-    """The file of prompts, or those of a data set."""
+    """Locate the file of a source, or the files of a data set."""
     if source in PROMPTS:
         return PROMPTS[source]
     path, named = Path(source), re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", source)
@@ -493,24 +503,24 @@ def _locate(source: str) -> Path | list[Path]:
         raise InputError(f"{source}: a folder; name a file in it{hub}")
     if not named:
         raise InputError(
-            f"unknown prompts {source!r:.80}: use {nearest(source, PROMPTS)}, a file that is there "
+            f"unknown prompts {source!r:.80}: use {nearest(source, PROMPTS)}, an existing file "
             f"({', '.join(READERS)}), or a data set of the hub, ORGANISATION/NAME[:SPLIT]"
         )
     return data_files(named[1], named[2] or "train", HUB)
 
 
 def read_prompts(path: Path, column: str | None = None) -> list[str]:
-    """The prompts of a file, in order: `read_rows` without the other columns."""
+    """Read the prompts of a file, in order: `read_rows` without the other columns."""
     return [row.prompt for row in read_rows(path, column)]
 
 
 def read_rows(path: Path, column: str | None = None) -> list[PromptRow]:
-    """The rows of a file, in order: .txt (a prompt a line), .jsonl, .json, .csv, .tsv or .parquet.
+    """Read the rows of a file, in order: .txt (one prompt per line), .jsonl, .json, .csv, .tsv or .parquet.
 
-    Rows without a prompt are left out, and of a row the empty cells.
+    Rows without a prompt and empty cells are dropped.
 
-    column  key or column of the prompts, in small letters or large; by default prompt, else text or caption
-    Raises InputError that names the file, and the line or row where there is one.
+    column  key or column of the prompts, ignoring case; by default prompt, else text or caption
+    Raises InputError that names the file, and the line or row if any.
     """
     if not (rows := _read(path, column)[0]):
         raise InputError(f"{path}: no prompts in this file")
@@ -518,12 +528,12 @@ def read_rows(path: Path, column: str | None = None) -> list[PromptRow]:
 
 
 def unused_columns(rows: Sequence[PromptRow], used: Collection[str] = ()) -> list[str]:
-    """The columns of rows that are not in use, in order."""
+    """List the columns of rows that are not in `used`, in order."""
     return [name for name in dict.fromkeys(name for row in rows for name in row.columns) if name.lower() not in used]
 
 
 def _read(path: Path, column: str | None) -> tuple[list[PromptRow], list[str]]:
-    """The rows of a file, and the columns that are not read."""
+    """Read the rows of a file, and the names of skipped columns."""
     if path.suffix.lower() not in READERS:
         raise InputError(f"{path}: prompts are read from {', '.join(READERS)} files")
     try:
@@ -532,48 +542,37 @@ def _read(path: Path, column: str | None) -> tuple[list[PromptRow], list[str]]:
         raise InputError(f"{path}: cannot read the prompt file ({error.strerror or one_line(error)})") from error
     rows = []
     for where, cells in table.rows:
-        key = chosen(list(cells), column, where) or COLUMN
+        key = find_column(list(cells), column, where) or COLUMN
         if prompt := cells[key].strip():
             check_prompt(prompt, str(path))
-            columns = {name.strip(): value for name, value in cells.items() if name != key and filled(value)}
+            columns = {name.strip(): value for name, value in cells.items() if name != key and has_value(value)}
             rows.append(PromptRow(prompt, columns))
-    return rows, list(table.unread)
+    return rows, list(table.skipped)
 
 
 def check_prompt(prompt: str, where: str) -> None:
-    """Raises InputError, which begins with `where`, for what no tokenizer or image file can hold."""
+    """Raise InputError, which begins with `where`, for a prompt that a tokenizer or PNG cannot hold."""
     if len(prompt) > MAX_PROMPT_LENGTH:
         raise InputError(f"{where}: a prompt of {len(prompt)} characters: at most {MAX_PROMPT_LENGTH}, {prompt!r:.40}…")
     if result := re.search("[\0\ud800-\udfff]", prompt):
-        raise InputError(f"{where}: the prompt {prompt!r:.70} holds {result[0]!r}, which is no text: leave it out")
+        raise InputError(f"{where}: the prompt {prompt!r:.70} holds {result[0]!r}, which is not text: remove it")
 
 
-# Arguments of a pipeline that are settings of `steer sample`: {column: setting}.
+# Columns that set a setting of `steer sample`: {column: setting}.
 SETTINGS = {"seed": "seed", "guidance_scale": "guidance", "num_inference_steps": "steps", "eta": "eta"}
-# Arguments that steering has of its own, or that no cell can hold.
-RESERVED_ARGUMENTS: tuple[str, ...] = (
-    "prompt",
-    "generator",
-    "latents",
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-    "batch_size",
+# Arguments that steering sets itself, or that a cell cannot hold.
+RESERVED_ARGUMENTS = (
+    *("prompt", "generator", "latents", "num_images_per_prompt", "num_videos_per_prompt", "batch_size"),
+    *("output_type", "return_dict", "callback", "callback_steps"),
+    *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
 )
-RESERVED_ARGUMENTS += (
-    "output_type",
-    "return_dict",
-    "callback_on_step_end_tensor_inputs",
-    "callback",
-    "callback_steps",
-    "callback_on_step_end",
-)
-LARGEST_SIZES = {"height": 8192, "width": 8192}  # pixels; a recipe may come from a stranger
+LARGEST_SIZES = {"height": 8192, "width": 8192}  # pixels: a recipe is untrusted
 MAX_VALUE = 100_000
 
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """A prompt to sample, with the settings and the arguments of the pipeline's call that its row gives it."""
+    """A prompt to sample, with its settings and arguments of the pipeline's call."""
 
     prompt: str
     settings: SamplingConfig
@@ -581,58 +580,54 @@ class SampleRequest:
 
 
 def row_config(row: PromptRow, settings: SamplingConfig) -> SamplingConfig:
-    """The settings of a row: those of the run, with the row's seed, guidance, steps and η.
+    """Apply the seed, guidance, steps and η of a row to the settings of the run.
 
-    Raises InputError for a value that cannot be.
+    Raises InputError for an invalid value.
     """
-    hints, own = annotations_of(SamplingConfig.__init__), {}
+    hints, overrides = SamplingConfig.hints(), {}
     for name, value in row.columns.items():
         if (setting := SETTINGS.get(name.lower())) is not None:
-            own[setting] = cell(name, hints[setting], value, row.prompt)
-    if not own:
+            overrides[setting] = cell(name, hints[setting], value, row.prompt)
+    if not overrides:
         return settings
-    made = replace(settings, **own)
     try:
-        made.check()
-        if not 0 <= made.seed < 2**63:
-            raise InputError(f"seed must be from 0 to 2^63 - 1, got {made.seed}")
+        return replace(settings, **overrides)
     except InputError as error:
         raise InputError(f"prompt {row.prompt!r:.60}: {error}") from error
-    return made
 
 
 def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: Any) -> list[SampleRequest]:
-    """The rows as they are sampled by a pipeline.
+    """Turn rows into requests for a pipeline.
 
-    The n-th of equal rows that name no seed is sampled with seed + n, so that its images are its own.
+    The n-th of equal rows without a seed column has seed + n, so that its images differ.
     Raises InputError for a value that does not fit the pipeline's argument.
     """
     result: list[SampleRequest] = []
     before: dict[str, int] = {}
     for row in rows:
         arguments = _arguments(row, pipe)
-        own = row_config(row, settings)
+        config = row_config(row, settings)
         if "seed" not in map(str.lower, row.columns):
-            key = json.dumps([row.prompt, arguments, own.steps, own.guidance, own.eta], sort_keys=True)
+            key = json.dumps([row.prompt, arguments, config.steps, config.guidance, config.eta], sort_keys=True)
             number = before[key] = before.get(key, -1) + 1
-            own = replace(own, seed=(own.seed + number) % 2**63)
-        result.append(SampleRequest(row.prompt, own, arguments))
+            config = replace(config, seed=(config.seed + number) % 2**63)
+        result.append(SampleRequest(row.prompt, config, arguments))
     return result
 
 
 def argument_names(pipe: Any) -> dict[str, Any]:
-    """The arguments of a pipeline's call that a cell may give: {name: annotation}."""
+    """Collect the arguments of a pipeline's call that a cell may set: {name: annotation}."""
     hints = annotations_of(type(pipe).__call__)
     names = inspect.signature(type(pipe).__call__).parameters
     return {
         name: hints.get(name, Any)
         for name in names
-        if name not in (*RESERVED_ARGUMENTS, *SETTINGS) and _holds(hints.get(name))
+        if name not in (*RESERVED_ARGUMENTS, *SETTINGS) and _takes_plain_value(hints.get(name))
     }
 
 
 def check_arguments(arguments: Any, where: str) -> dict[str, Any]:
-    """Arguments that a stranger's image names: plain values in range. Raises InputError."""
+    """Check the arguments in an untrusted image: plain values in range. Raises InputError."""
     if not isinstance(arguments, dict) or len(arguments) > 64:
         raise InputError(f"{where}: expected an object of at most 64 arguments")
     for name, value in arguments.items():
@@ -643,17 +638,17 @@ def check_arguments(arguments: Any, where: str) -> dict[str, Any]:
 
 
 def cell(name: str, hint: Any, value: Any, prompt: str) -> Any:
-    """The value of a cell as an argument of some annotation: texts of tables are read as numbers where it has those.
+    """Convert a cell to the annotation of an argument: texts are parsed as numbers if it has those.
 
     Raises InputError that names the prompt.
     """
     where = f"prompt {prompt!r:.60}, column {name!r}"
-    if isinstance(value, str) and not _holds_text(hint):
+    if isinstance(value, str) and not _takes_text(hint):
         try:
             value = json.loads(value.strip().lower())
         except ValueError as error:
             raise InputError(
-                f"{where}: {value!r:.60} is no value of it: leave the cell empty for the default"
+                f"{where}: {value!r:.60} is not a value of it: leave the cell empty for the default"
             ) from error
     return coerce_value(where, hint, value)
 
@@ -667,14 +662,14 @@ def _arguments(row: PromptRow, pipe: Any) -> dict[str, Any]:
     }
 
 
-def _holds(hint: Any) -> bool:
-    """Whether an annotation has room for a text, a number or a switch, and not for images or functions."""
+def _takes_plain_value(hint: Any) -> bool:
+    """Tell whether an annotation takes a text, a number or a boolean, and no images or functions."""
     text = str(hint)
     plain = any(kind in text for kind in ("str", "int", "float", "bool"))
     return plain and not any(kind in text for kind in ("Image", "Tensor", "Callable", "Callback", "dict", "Dict"))
 
 
-def _holds_text(hint: Any) -> bool:
+def _takes_text(hint: Any) -> bool:
     return "str" in str(hint)
 
 
@@ -687,5 +682,5 @@ def _is_plain_value(name: str, value: Any) -> bool:
 
 
 def used_columns(pipe: Any) -> list[str]:
-    """The columns that a pipeline takes as arguments, and those that are settings."""
+    """List the columns that are settings or arguments of a pipeline."""
     return [*SETTINGS, *argument_names(pipe)]

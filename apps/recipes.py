@@ -1,7 +1,7 @@
-"""What a PNG of `steer sample` tells of itself: all that makes it again, as JSON in one text chunk.
+"""The recipe in a PNG of `steer sample`: everything that reproduces the image, as JSON in one text chunk.
 
-Writing is deterministic: the same run gives the same bytes. Reading trusts nothing: a file from a stranger ends as a
-Recipe whose every value has its type and range, or as an InputError. No reward or model is touched here.
+Equal runs give equal bytes. Files are untrusted: reading returns a Recipe whose every value has its type and range, or
+raises InputError. No reward or model is loaded here.
 """
 
 import hashlib
@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args, get_type_hints
 
 import diffusers
@@ -22,31 +23,32 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 import steer
-from steer.apps.methods import Job, SamplingConfig
+from steer.apps.methods import Job
 from steer.apps.prompts import check_arguments
+from steer.apps.settings import SHARED, SamplingConfig, kinds_of, option_names
 from steer.errors import InputError
 from steer.files import DECODE_ERRORS
 from steer.pipelines.base import SteeringOutput
 
 KEY = "steer"  # of the iTXt chunk
-MAX_JSON_LENGTH = 1_000_000  # characters of JSON that are read
-DTYPES = ("float32", "float16", "bfloat16")
-# A recipe runs on the machine of whoever was sent it: no number in it may ask for more than anybody would.
+MAX_JSON_LENGTH = 1_000_000  # characters
+REQUIRED = ("model", "method", "reward", "particles", "seed")  # of the settings
+# A recipe from a stranger is run on the user's machine: numbers are limited to what anybody would ask for.
 MAX_VALUES = {"particles": 1024, "neighbours": 1024, "steps": 10_000, "seed": 2**63 - 1}
 MAX_VALUE = 100_000
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How an image was made, and with what.
+    """The recipe of an image: settings, environment, reward.
 
-    base      whether it is one of the base images beside the steered ones
-    rank      its place among them: 0 is the best, of base images the first slot
-    reward    its score, and by name those of the reward's `components`
-    pixels    `pixel_hash` the image as it was written
-    steer, torch, diffusers, device, dtype    what it was made with, for when pixels come out otherwise
-    arguments of the pipeline's call that the prompt's row of a prompt file gave
-    scheduler, steps, guidance    as the call had them, for other programs
+    base        True for a base image, without steering
+    rank        index among the images of the prompt: best first, base images in slot order
+    reward, components    its reward, and those of the components by name
+    pixels      `pixel_hash` of the image
+    steer, torch, diffusers, device, dtype    versions and device, to explain differing pixels
+    arguments   of the pipeline's call, from the columns of a prompt file
+    scheduler, steps, guidance    of the call, for other programs
     """
 
     prompt: str
@@ -66,11 +68,17 @@ class Recipe:
     steps: int | None = None
     guidance: float | None = None
 
+    def plain(self) -> dict[str, Any]:
+        """Return all fields as JSON holds them."""
+        return {one.name: getattr(self, one.name) for one in fields(self)} | {"settings": self.settings.plain()}
+
 
 def make_recipe(job: Job, output: SteeringOutput, rank: int, base: bool) -> Recipe:
-    """The recipe of one image of a job's output. Raises InputError where that is no image but a video."""
+    """Make the recipe of one image of a job's output. Raises InputError for a video."""
     if not isinstance(output.images[rank], Image.Image):
-        raise InputError("this model makes videos: call steer.pipelines from Python, `steer sample` writes images")
+        raise InputError(
+            "this model makes videos, `steer sample` writes images: call the pipelines of steer from Python"
+        )
     device: torch.device = job.pipe.device
     named = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
     return Recipe(
@@ -94,14 +102,14 @@ def make_recipe(job: Job, output: SteeringOutput, rank: int, base: bool) -> Reci
 
 
 def _call_value(job: Job, name: str, kind: type) -> Any:
-    """What the pipeline's call has for an argument: the job's, else the pipeline's default where it is a number."""
+    """Look up a numeric argument of the pipeline's call: the job's, else the pipeline's default."""
     parameters = inspect.signature(type(job.pipe).__call__).parameters
     value = job.call.get(name, parameters[name].default if name in parameters else None)
     return kind(value) if type(value) in (int, float) else None
 
 
 def parameters_text(recipe: Recipe, image: Image.Image) -> str:
-    """How an image was made, in the form of the text chunk "parameters" that other programs read."""
+    """Format a recipe as the text chunk "parameters", which other programs read."""
     negative = recipe.arguments.get("negative_prompt", "")
     data: dict[str, Any] = {"Steps": recipe.steps, "Sampler": recipe.scheduler.removesuffix("Scheduler") or None}
     data |= {"CFG scale": recipe.guidance, "Seed": recipe.settings.seed, "Size": f"{image.width}x{image.height}"}
@@ -113,41 +121,41 @@ def parameters_text(recipe: Recipe, image: Image.Image) -> str:
 
 
 def _quoted(value: str) -> str:
-    """A value as those programs write it where a separator is in it."""
+    """Quote a value that contains a separator, as those programs do."""
     return json.dumps(value, ensure_ascii=False) if any(mark in value for mark in ",:\n") else value
 
 
 def write_png(image: Image.Image, path: Path, recipe: Recipe) -> None:
-    """Saves an image with its recipe, and beside it a text "parameters" for other programs. Raises OSError."""
+    """Save an image with its recipe, and a text chunk "parameters" for other programs. Raises OSError."""
     info = PngInfo()
     info.add_text("parameters", parameters_text(recipe, image))
-    info.add_itxt(KEY, json.dumps(asdict(recipe), ensure_ascii=False, allow_nan=False))
+    info.add_itxt(KEY, json.dumps(recipe.plain(), ensure_ascii=False, allow_nan=False))
     image.save(path, format="PNG", pnginfo=info)
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """A hash (SHA-256) of an image's mode, size and pixels."""
+    """Hash (SHA-256) an image's mode, size and pixels."""
     data = f"{image.mode} {image.width}x{image.height}\n".encode()
     return hashlib.sha256(data + image.tobytes()).hexdigest()
 
 
 def read_png(path: Path | bytes) -> tuple[Recipe, Image.Image]:
-    """The recipe of a PNG file, or of the bytes of one, and its image. Raises InputError as `read_metadata` does."""
+    """Read the recipe and the image of a PNG file, or of its bytes. Raises InputError as `read_metadata`."""
     with _opened(path) as file:
-        return _recipe(file, _name(path)), file.copy()  # which reads all of it
+        return _recipe(file, _name(path)), file.copy()  # reads all pixels
 
 
 def read_metadata(path: Path | bytes) -> Recipe:
-    """The recipe of a PNG file, or of the bytes of one. Its pixels are not looked at.
+    """Read the recipe of a PNG file, or of its bytes, without decoding pixels.
 
-    Raises InputError where it is no PNG, or none of `steer sample`, or where a value in it cannot be.
+    Raises InputError for a file that is no PNG, has no recipe, or holds an invalid value.
     """
     with _opened(path) as file:
         return _recipe(file, _name(path))
 
 
 def read_prompt(path: Path) -> str | None:
-    """The prompt that an image file of steer holds; None for another image, or one whose metadata cannot be."""
+    """Read the prompt of an image file of steer; None for another image, or invalid metadata."""
     try:
         return read_metadata(path).prompt
     except InputError:
@@ -174,7 +182,9 @@ def _opened(path: Path | bytes) -> Iterator[Image.Image]:
 def _recipe(file: Image.Image, name: str) -> Recipe:
     text = file.info.get(KEY)
     if not isinstance(text, str):
-        raise InputError(f"{name}: no metadata of `steer sample` in this image; many programs drop it when they save")
+        raise InputError(
+            f"{name}: no metadata of `steer sample` in this image: many programs drop it, use the original"
+        )
     try:
         if len(text) > MAX_JSON_LENGTH:
             raise InputError(f"longer than {MAX_JSON_LENGTH} characters")
@@ -187,10 +197,7 @@ def _recipe(file: Image.Image, name: str) -> Recipe:
 
 def _checked(data: Any) -> Recipe:
     values = _values(data, Recipe, nested=("settings", "components", "arguments"))
-    settings = SamplingConfig(**_values(data["settings"], SamplingConfig))
-    settings.check()
-    if settings.dtype not in (None, *DTYPES):
-        raise InputError(f"dtype {settings.dtype!r:.40} is none of {', '.join(DTYPES)}")
+    settings = _settings(data["settings"])
     components = data["components"]
     if not isinstance(components, dict):
         raise InputError("components: expected an object of numbers")
@@ -198,19 +205,34 @@ def _checked(data: Any) -> Recipe:
     arguments = check_arguments(data.get("arguments", {}), "arguments")
     recipe = Recipe(**values | {"settings": settings, "components": scores, "arguments": arguments})
     if not recipe.prompt.strip() or "\0" in recipe.prompt:
-        raise InputError("the prompt is empty, or holds what no prompt can")
+        raise InputError("the prompt is empty, or holds a null character")
     if recipe.rank >= settings.particles:
-        raise InputError(f"rank {recipe.rank} of {settings.particles} particles cannot be")
+        raise InputError(f"rank {recipe.rank} is out of range for {settings.particles} particles")
     if not re.fullmatch("[0-9a-f]{64}", recipe.pixels):
         raise InputError("pixels: expected a hash")
-    for name in ("steer", "torch", "diffusers", "device", "dtype", "scheduler"):  # they are shown as they are
+    for name in ("steer", "torch", "diffusers", "device", "dtype", "scheduler"):  # they are printed
         if not getattr(recipe, name).isprintable() or len(getattr(recipe, name)) > 100:
             raise InputError(f"{name}: expected a short text")
     return recipe
 
 
+def _settings(data: Any) -> SamplingConfig:
+    """Check the settings of a recipe; missing ones, newer than the file, have their default."""
+    if not isinstance(data, dict):
+        raise InputError(f"expected an object, got {type(data).__name__}")
+    if missing := [name for name in REQUIRED if name not in data]:
+        raise InputError(f"{missing[0]!r} is missing")
+    method = _value("method", data["method"], (str,))
+    known = [*SHARED, *option_names(method)]
+    if unknown := sorted(data.keys() - {*known}):
+        raise InputError(f"unknown key {unknown[0]!r:.60}; was it written by a newer steer than {steer.__version__}?")
+    kinds = {name: kinds_of(name, method) for name in data}
+    optional = {name: kinds[name] if name in REQUIRED else (*dict.fromkeys((*kinds[name], NoneType)),) for name in data}
+    return SamplingConfig.of(**{name: _value(name, value, optional[name]) for name, value in data.items()})
+
+
 def _values(data: Any, kind: type, nested: Collection[str] = ()) -> dict[str, Any]:
-    """The fields of a dataclass, each of its type. One that has a default is younger, and may be missing."""
+    """Check the fields of a dataclass. Those with a default are newer than some files, and may be missing."""
     if not isinstance(data, dict):
         raise InputError(f"expected an object, got {type(data).__name__}")
     known = {one.name: one for one in fields(kind)}
@@ -225,9 +247,9 @@ def _values(data: Any, kind: type, nested: Collection[str] = ()) -> dict[str, An
 
 
 def _value(name: str, value: Any, kinds: Collection[type]) -> Any:
-    """A value of one of some types, in its range."""
+    """Check a value against its types and range."""
     if type(value) is int and float in kinds and abs(value) <= MAX_VALUE:
-        value = float(value)  # JSON components 1 from 1.0 no more than people do
+        value = float(value)  # JSON does not distinguish 1 from 1.0
     if type(value) not in kinds:
         wanted = " or ".join("null" if one is type(None) else one.__name__ for one in kinds)
         raise InputError(f"{name}: expected {wanted}, got {value!r:.40}")
@@ -241,4 +263,4 @@ def _value(name: str, value: Any, kinds: Collection[type]) -> Any:
 
 
 def _reject_constant(text: str) -> Any:
-    raise InputError(f"{text} is no number")
+    raise InputError(f"{text} is not a number")

@@ -1,10 +1,9 @@
-"""`steer sample --replay IMAGE`: the run that an image tells of, once more, and whether its pixels come out the same.
+"""`steer sample --replay IMAGE`: run the recipe of an image again, and compare the pixels.
 
-The image may be a stranger's. Its recipe is checked by `png_metadata`; code is imported for a reward only where the
-user names it.
+The image is untrusted. `steer.apps.recipes` checks its recipe; code of a reward is imported only if the user names it.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from steer.apps.prompts import argument_names, cell
 from steer.apps.recipes import Recipe, make_recipe, pixel_hash, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.apps.sampling import check_writable
+from steer.apps.settings import SamplingConfig
 from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError
 from steer.reward import Reward, with_timeout
@@ -28,7 +28,7 @@ ENVIRONMENT_FIELDS = ("steer", "torch", "diffusers", "device", "dtype")
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """The image that was written, and whether it has the pixels of the one that it was made after, in words too."""
+    """The result of a replay: the image written, whether its pixels are the same, and a message."""
 
     path: Path
     same: bool
@@ -45,23 +45,19 @@ def replay(
     preview: str | None = None,
     reward_timeout: float | None = None,
 ) -> ReplayResult:
-    """Makes a PNG of `steer sample` again, as NAME-replay.png in `out`.
+    """Reproduce a PNG of `steer sample` as NAME-replay.png in `out`.
 
-    reward  in place of the one in the image; needed where that one is not made of names alone
-    dtype   in place of the one in the image; where neither says, the device's own
-    lora    where the finetuned weights lie that it was made with; needed where it was made with some
-    preview what decoded x̂0; needed where that is neither full, linear nor tiny
-    Raises InputError where the file is no such image, or what it asks for cannot be had here.
+    reward   replaces that of the image; required if that one is not made of built-in names alone
+    dtype    replaces that of the image; by default the device's
+    lora     path of the finetuned weights; required if the image was made with some
+    preview  decoder of previews; required if that of the image is neither full, linear nor tiny
+    Raises InputError for another file, or if something it needs is missing here.
     """
     recipe, before = read_png(image)
     loaded = _reward(image, recipe, reward, reward_timeout)
-    settings = replace(
-        recipe.settings,
-        reward=reward or recipe.settings.reward,
-        dtype=dtype or recipe.settings.dtype,
-        lora=_weights(image, recipe, lora),
-        preview=preview or _trusted_preview(image, recipe),
-    )
+    here = {"reward": reward or recipe.settings.reward, "dtype": dtype or recipe.settings.dtype}
+    here |= {"lora": _weights(image, recipe, lora), "preview": preview or _trusted_preview(image, recipe)}
+    settings = SamplingConfig.of(**recipe.settings.plain() | here)
     METHODS[settings.method].check(settings, loaded)
     check_device(device)
     check_writable(out)
@@ -70,58 +66,60 @@ def replay(
     pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
     lora_path = None if recipe.base else settings.lora
     with (
-        wrap_errors(str(image), "nothing was written", "it was made where there was more"),
+        wrap_errors(str(image), "nothing was written", "use a device with more memory"),
         adapter_applied(pipe, lora_path),
     ):
         job = Job(pipe, loaded, recipe.prompt, settings, state, arguments=_arguments(recipe, pipe))
         output = job.run("base" if recipe.base else None)
-        again = make_recipe(job, output, recipe.rank, recipe.base)
-        write_png(output.images[recipe.rank], path, again)
+        new_recipe = make_recipe(job, output, recipe.rank, recipe.base)
+        write_png(output.images[recipe.rank], path, new_recipe)
         state.unlink(missing_ok=True)
-    same = again.pixels == pixel_hash(before)
+    same = new_recipe.pixels == pixel_hash(before)
     if same:
         return ReplayResult(path, same, f"{path}: the same pixels as {image}")
     how = _describe_difference(before, output.images[recipe.rank])
     return ReplayResult(
-        path, same, f"{path}: not the pixels of {image}, {how}: {_difference_reason(recipe, again, before)}"
+        path, same, f"{path}: not the pixels of {image}, {how}: {_difference_reason(recipe, new_recipe, before)}"
     )
 
 
 def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
-    """The recipe's arguments of the call, each one that a row of a prompt file may give. Raises InputError."""
+    """Check the recipe's arguments of the call: those that a prompt file may give. Raises InputError."""
     known = argument_names(pipe)
     if unknown := sorted(recipe.arguments.keys() - known.keys()):
         raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r:.60} from an image")
     return {name: cell(name, known[name], value, recipe.prompt) for name, value in recipe.arguments.items()}
 
 
-def _trusted_preview(image: Path, recipe: Recipe) -> str:
-    """The image's, where it is a name of ours: no file that an image names is opened, or fetched."""
-    source = recipe.settings.preview
-    if not recipe.base and source not in (*PREVIEWS, TINY):
-        raise InputError(f"{image}: its previews were decoded by {source!r:.200}: say --preview {TINY}, or a PATH, too")
+def _trusted_preview(image: Path, recipe: Recipe) -> str | None:
+    """Return the image's preview decoder if it is built in: no file that an image names is opened or downloaded."""
+    source: str | None = recipe.settings.plain().get("preview")
+    if not recipe.base and source not in (None, *PREVIEWS, TINY):
+        raise InputError(
+            f"{image}: its previews were decoded by {source!r:.200}: add --preview {TINY}, or --preview PATH"
+        )
     return source
 
 
 def _reward(image: Path, recipe: Recipe, given: str | None, timeout: float | None) -> Reward:
-    """The reward that the user names, or the image's where it is made of names alone."""
+    """Load the reward that the user names, or the image's if it is made of built-in names alone."""
     if given is not None:
         return resolve_reward(given, timeout)
     source = recipe.settings.reward
     if not only_named_rewards(source):
         raise InputError(
-            f"{image}: its reward {source!r:.200} may run code or read files of this machine; if you trust it, or for "
-            "another one, say --reward SPEC with --replay"
+            f"{image}: its reward {source!r:.200} may run code or read files of this machine: if you trust it, or for "
+            "another one, add --reward SPEC"
         )
     return with_timeout(load_reward(source), timeout)
 
 
 def _weights(image: Path, recipe: Recipe, given: str | None) -> str | None:
-    """Where the finetuned weights lie that the user names: what a stranger's image names is not opened."""
+    """Return the path of finetuned weights that the user names; the path in an image is never opened."""
     if recipe.base:  # made without them
         return recipe.settings.lora
     if given is None and recipe.settings.lora is not None:
-        raise InputError(f"{image}: made with the finetuned weights {recipe.settings.lora!r:.200}: say --lora PATH too")
+        raise InputError(f"{image}: made with the finetuned weights {recipe.settings.lora!r:.200}: add --lora PATH")
     if given is not None and recipe.settings.lora is None:
         raise InputError(f"{image}: made without finetuned weights: leave out --lora")
     return given
@@ -135,14 +133,16 @@ def _describe_difference(one: Image.Image, other: Image.Image) -> str:
     return f"{np.count_nonzero(differences)} of {differences.size} differ by up to {differences.max()} of 255"
 
 
-def _difference_reason(recipe: Recipe, again: Recipe, before: Image.Image) -> str:
-    """What is otherwise here than where the image was made."""
-    if again.pixels == recipe.pixels:
-        return "they are those that it was made with, the file was changed since"
-    there, here = _environment(recipe), _environment(again)
-    differences = [f"{name} {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
-    edited = ["the file was changed after it was made"] if recipe.pixels != pixel_hash(before) else []
-    unknown_cause = "versions and device are the same; the number of threads, or what is behind a name, may not be"
+def _difference_reason(recipe: Recipe, new_recipe: Recipe, before: Image.Image) -> str:
+    """Explain differing pixels: an edited file, other versions, another device."""
+    if new_recipe.pixels == recipe.pixels:
+        return "they are those of its recipe, so the file was edited"
+    original, current = _environment(recipe), _environment(new_recipe)
+    differences = [
+        f"{name} {original[name]} there, {current[name]} here" for name in original if original[name] != current[name]
+    ]
+    edited = ["the file was edited"] if recipe.pixels != pixel_hash(before) else []
+    unknown_cause = "versions and device are the same; the number of threads or the weights behind a name may differ"
     return "; ".join([*edited, *differences]) or unknown_cause
 
 

@@ -1,4 +1,4 @@
-"""Reward specifications: as the command line names them, and those that untrusted text may name."""
+"""Reward specifications of the command line, and the safe subset for untrusted text."""
 
 import os
 import re
@@ -14,23 +14,23 @@ from steer.rewards.remote import ADDRESS
 
 
 def resolve_reward(text: str, timeout: float | None = None) -> Reward:
-    """The reward of a text; my_file:function is found in the current folder too.
+    """Load the reward of a text; my_file:function is looked up in the current folder too.
 
-    timeout  seconds that each call may take; None: any
+    timeout  limit of each call in seconds; None: no limit
     """
-    # For rewards that have a name, or an address, the folder stays out of reach.
+    # The current folder is importable only for rewards that have neither a name nor an address.
     if set(re.findall(r"([A-Za-z_][\w.]*):", re.sub(ADDRESS, "", text))) - set(reward_names()):
         sys.path.append(str(Path.cwd()))
     return with_timeout(load_reward(text), timeout)
 
 
 MAX_LENGTH, MAX_DEPTH = 2000, 10  # characters; parentheses
-# An argument such as scenes, red, #ff0000 or ViT-L-14/openai: no path but one below the current folder, no option.
+# An argument such as scenes, red, #ff0000 or ViT-L-14/openai: no option, no path but one below the current folder.
 ARGUMENT = re.compile(rf"{NUMBER}|[\w#][\w#. -]*(/[\w-][\w.-]*)*")
 
 
 def only_named_rewards(text: str) -> bool:
-    """Whether a specification is one reward that has a name, or a sum or function of such rewards."""
+    """Return whether a specification is one reward that has a name, or a sum or function of such rewards."""
     if len(text) > MAX_LENGTH or text.count("(") > MAX_DEPTH:
         return False
     try:
@@ -41,10 +41,10 @@ def only_named_rewards(text: str) -> bool:
 
 def _is_named(term: str) -> bool:
     if call := read_call(term):
-        # By the reader's own grammar: a text that the two took apart in two ways would be a way in.
+        # Parse with the reader's own grammar: a text that two parsers split differently would be a loophole.
         bare = [read_constraint(one)[0] if call.function == "product" else one for one in call.arguments]
         return call.function in FUNCTIONS and "from" not in call.options and all(map(only_named_rewards, bare))
     name, *arguments = term.split(":")
-    if any(argument not in CLIPS and os.path.exists(argument) for argument in arguments):  # what lies here is no name
+    if any(argument not in CLIPS and os.path.exists(argument) for argument in arguments):  # an existing path is no name
         return False
     return name in reward_names() and not term.endswith(FILES) and all(map(ARGUMENT.fullmatch, arguments))

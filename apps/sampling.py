@@ -1,4 +1,4 @@
-"""The job behind `steer sample`: prompts in, a folder of images and a report out; it goes on where it stopped."""
+"""The job behind `steer sample`: prompts in, a folder of images and a report out. Interrupted runs resume."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from steer.apps.errors import describe_os_error, wrap_errors
-from steer.apps.methods import METHODS, ComputeOptions, Job, SamplingConfig
+from steer.apps.methods import METHODS, ComputeOptions, Job
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
-from steer.apps.processes import LaunchContext, processes
+from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.prompts import (
     PromptRow,
     check_prompt,
@@ -30,6 +30,7 @@ from steer.apps.prompts import (
 )
 from steer.apps.recipes import Recipe, make_recipe, write_png
 from steer.apps.reward_specs import resolve_reward
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.pipelines.base import Cost, Iteration, SteeringOutput
@@ -37,27 +38,27 @@ from steer.pipelines.base import Cost, Iteration, SteeringOutput
 
 @dataclass(frozen=True)
 class SavedImage:
-    """A finished image: a PNG that holds its recipe."""
+    """A finished image, and the recipe in its PNG."""
 
     path: Path
     recipe: Recipe
 
 
 def base_output(job: Job, output: SteeringOutput) -> SteeringOutput | None:
-    """The images of the same seed without steering and finetuned weights, in slot order, where they were asked for."""
+    """Sample the images of the same seed without steering and finetuned weights, in slot order; None if not wanted."""
     plain = job.settings.lora is None
     if not job.settings.compare or (plain and job.settings.method == "base"):
         return None
     if plain and job.settings.method == "best-of-n":
-        return output.in_slot_order()  # the batch that it sorted is the base batch itself
+        return output.in_slot_order()  # its batch is the base batch
     with job.adapter_disabled():
         return job.run("base")
 
 
-def written(
+def write_images(
     job: Job, output: SteeringOutput, folder: Path, prefix: str = "", base: bool = False
 ) -> Iterator[SavedImage]:
-    """Writes the images of an output, in their order: PREFIX00.png and so on."""
+    """Write the images of an output, in order: PREFIX00.png and so on."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank, image in enumerate(output.images):
         picture = SavedImage(folder / f"{prefix}{rank:02d}.png", make_recipe(job, output, rank, base))
@@ -73,9 +74,9 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 @dataclass(frozen=True)
 class PartialReport:
-    """The entries of the prompts that are finished, by their number in the list.
+    """The report of the finished prompts, by their index in the list.
 
-    header  what report.json says beside them: model, method, settings
+    header  the other keys of report.json: model, method, settings
     """
 
     out: Path
@@ -83,11 +84,11 @@ class PartialReport:
     entries: dict[int, Entry]
 
     def missing(self, count: int, animation: bool) -> list[int]:
-        """The numbers, of `count` prompts, whose entry or one of whose files is not there, or cut off."""
+        """List the indices, of `count` prompts, whose entry or one of whose files is missing or truncated."""
         return [n for n in range(count) if not _is_complete(self.entries.get(n, {}), self.out, animation)]
 
     def keep(self, number: int, entry: Entry, single_process: bool) -> None:
-        """Writes the entry of a finished prompt: to report.json where this process is alone, else beside it."""
+        """Write the entry of a finished prompt: to report.json in a single process, else to a file of its own."""
         self.entries[number] = entry
         part = self.out / FINISHED / f"{number:05d}.json"
         if single_process:
@@ -97,7 +98,7 @@ class PartialReport:
             write_text(part, dumps_with_checksum(self.header | {"number": number, "prompts": [entry]}))
 
     def save(self) -> Report:
-        """Writes report.json, as far as no prompt is missing in between, and returns it."""
+        """Write report.json up to the first missing prompt, and return it."""
         entries: list[Entry] = []
         while len(entries) in self.entries:
             entries.append(self.entries[len(entries)])
@@ -106,16 +107,16 @@ class PartialReport:
         return report
 
     def merge(self, count: int) -> Report:
-        """The report of all `count` prompts, on disk too, where there is now no other record of them.
+        """Merge the entries of all processes into report.json, delete their files, and return the report.
 
-        Raises InputError where one is not there.
+        Raises InputError for a missing prompt.
         """
         self.entries.update(_unmerged_entries(self.out, self.header["settings"]))
         report = self.save()
         if len(report["prompts"]) < count:
             raise InputError(
                 f"--out {self.out} lacks prompt {len(report['prompts']) + 1} of {count}: processes on several machines "
-                "need one folder that all of them see"
+                "must share one folder"
             )
         shutil.rmtree(self.out / FINISHED, ignore_errors=True)
         return report
@@ -124,33 +125,35 @@ class PartialReport:
 def open_report(
     out: Path, prompts: Sequence[str], settings: SamplingConfig, columns: Sequence[Mapping[str, Any]] = ()
 ) -> PartialReport:
-    """The record in `out` as far as it got, or a new one.
+    """Open the report in `out`, or a new one.
 
     columns  of each prompt's row
-    Raises InputError where the folder cannot take this run.
+    Raises InputError for a folder of another run.
     """
     check_writable(out)
     path = out / REPORT
-    given = asdict(settings)
+    config = settings.plain()
     header: Report = {"model": settings.model, "method": settings.method}
     entries: dict[int, Entry] = {}
     if path.exists():
-        old = _read(path, out, given)
+        old = _read(path, out, config)
         header |= {name: value for name, value in old.items() if name not in ("prompts", "cost")}
         entries.update(enumerate(old["prompts"]))
-    entries.update(_unmerged_entries(out, given))
+    entries.update(_unmerged_entries(out, config))
     for number, entry in entries.items():
         if number >= len(prompts) or not isinstance(entry, dict) or entry.get("prompt") != prompts[number]:
             raise InputError(f"--out {out} holds a run of other prompts; choose another --out")
         if (dict(columns[number]) if columns else {}) != entry.get("columns", {}):
             raise InputError(f"--out {out} holds a run with other columns of prompt {number + 1}; choose another --out")
         if not _is_valid_entry(entry):
-            raise InputError(f"--out {out}: prompt {number + 1} in its report is none of steer; choose another --out")
-    return PartialReport(out, header | {"settings": given}, entries)
+            raise InputError(
+                f"--out {out}: prompt {number + 1} of its report is not as steer writes it; choose another --out"
+            )
+    return PartialReport(out, header | {"settings": config}, entries)
 
 
 def check_writable(out: Path) -> None:
-    """Makes the folder. Raises InputError where nothing can be written to it."""
+    """Create the folder. Raises InputError for one that cannot be written."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / ".writable", "")
@@ -161,33 +164,33 @@ def check_writable(out: Path) -> None:
 
 @contextmanager
 def output_errors(out: Path) -> Iterator[None]:
-    """What the disk refuses inside ends as an InputError that names the folder."""
+    """Turn errors of the disk into an InputError that names the folder."""
     try:
         yield
     except OSError as error:
         raise InputError(
-            f"--out {out}: {describe_os_error(error)}; finished prompts are kept, the same command goes on"
+            f"--out {out}: {describe_os_error(error)}; finished prompts are kept: run the command again to resume"
         ) from error
 
 
 def sum_costs(entries: Sequence[Entry]) -> dict[str, float]:
-    """Over all prompts; older entries count no gradients."""
+    """Sum the costs of all prompts; entries of older versions count no gradients."""
     return {cost.name: sum(entry["cost"].get(cost.name, 0) for entry in entries) for cost in fields(Cost)}
 
 
-def _unmerged_entries(out: Path, given: Mapping[str, Any]) -> dict[int, Entry]:
-    """Entries that are not merged yet. Raises InputError for those of another run."""
+def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
+    """Read the entries that are not merged yet. Raises InputError for those of another run."""
     entries_by_number: dict[int, Entry] = {}
     for path in sorted((out / FINISHED).glob("*.json")):
-        part = _read(path, out, given)
+        part = _read(path, out, config)
         if type(number := part.get("number")) is not int or len(part["prompts"]) != 1:
             raise InputError(f"{path} is not a report of steer; choose another --out")
         entries_by_number[number] = part["prompts"][0]
     return entries_by_number
 
 
-def _read(path: Path, out: Path, given: Mapping[str, Any]) -> Report:
-    """A report in `out`, or one of a single prompt. Raises InputError where it is none, or of other settings."""
+def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
+    """Read a report in `out`, or that of a single prompt. Raises InputError for another file or other settings."""
     try:
         old = loads_with_checksum(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -198,17 +201,17 @@ def _read(path: Path, out: Path, given: Mapping[str, Any]) -> Report:
         raise InputError(f"{path} is not a report of steer ({error}); choose another --out") from error
     if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
         raise InputError(f"{path} is not a report of steer; choose another --out")
-    later_defaults = {one.name: one.default for one in fields(SamplingConfig) if one.default is not MISSING}
-    for name, value in given.items():
-        if (there := (later_defaults | old["settings"]).get(name)) != value:
+    defaults = SamplingConfig.of(method=config["method"]).plain()  # reports of older versions lack some settings
+    for name, value in config.items():
+        if (stored := (defaults | old["settings"]).get(name)) != value:
             raise InputError(
-                f"--out {path.parent} holds a run with {name} {there!r}, not {value!r}; choose another --out"
+                f"--out {path.parent} holds a run with {name} {stored!r}, not {value!r}; choose another --out"
             )
     return old
 
 
 def _is_valid_entry(entry: Entry) -> bool:
-    """Whether what is read of it here has the kinds that steer writes."""
+    """Tell whether the values that are read here have the types that steer writes."""
     base, cost = entry.get("base", {}), entry.get("cost")
     if not isinstance(base, dict) or not isinstance(cost, dict):
         return False
@@ -217,7 +220,7 @@ def _is_valid_entry(entry: Entry) -> bool:
 
 
 def _is_complete(entry: Entry, out: Path, animation: bool) -> bool:
-    """Whether all files of an entry are there to their ends, inside the output folder."""
+    """Tell whether all files of an entry are complete and inside the output folder."""
     names = [*entry.get("images", [None]), *entry.get("base", {}).get("images", [])]
     names += [entry["noise"]] if "noise" in entry else []
     names += [entry.get("animation")] if animation else []
@@ -225,15 +228,15 @@ def _is_complete(entry: Entry, out: Path, animation: bool) -> bool:
 
 
 def _is_complete_file(path: Path) -> bool:
-    """Whether a file is there, and a PNG to its end, which a power cut or a broken copy may have taken."""
-    if not os.path.isfile(path) or not path.stat().st_size:  # which a name that is too long is not, to Path an error
+    """Tell whether a file exists and, for a PNG, ends as one: a power cut or a broken copy truncates."""
+    if not os.path.isfile(path) or not path.stat().st_size:  # Path.is_file raises for a name that is too long
         return False
     with path.open("rb") as file:
         file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)
         return path.suffix != ".png" or file.read() == PNG_END
 
 
-SEARCH, FRAMES = "search.safetensors", "frames"  # of a prompt that is not finished
+SEARCH, FRAMES = "search.safetensors", "frames"  # of an unfinished prompt
 MEMORY_HINT = "fewer particles need less"
 
 
@@ -246,46 +249,37 @@ def sample(
     animation: bool = False,
     compute_options: ComputeOptions | None = None,
 ) -> Report:
-    """Steers every prompt, writes images, pictures and report.json to `out`, and returns the report.
+    """Sample every prompt, write images, figures and report.json to `out`, and return the report.
 
-    After each prompt what is on disk is whole; the same call again does only what is missing. Each prompt has the same
-    seed, so that its images do not depend on its place in the list, nor on which of several processes makes them; of
-    equal prompts the n-th has seed + n. Columns of a row that are named after arguments of the pipeline are its own.
-    The processes share what is missing, and the main one merges and draws. With `animation`, a film of each noise
-    optimisation.
+    The folder is complete after each prompt; the same call resumes an interrupted run. All prompts have the same seed,
+    so that images depend neither on the order of prompts nor on the process; the n-th of equal prompts has seed + n.
+    Columns of a row that are named after arguments of the pipeline set them. Processes split the missing
+    prompts; the main one merges and draws. `animation` writes a GIF of each noise optimisation.
     """
-    context = processes()
-    with context.main_first():
-        settings.check()
+    context = launch_context()
+    with context.local_main_process_first():
         compute_options = compute_options or ComputeOptions()
         compute_options.check()
         rows = [_checked(row, settings) for row in prompts]
         if animation and not METHODS[settings.method].is_iterative:
-            raise InputError(f"--animation shows iterations, and --method {settings.method} has none: leave it out")
+            raise InputError(f"--animation shows iterations and --method {settings.method} has none: leave it out")
         reward = resolve_reward(settings.reward, reward_timeout)
         METHODS[settings.method].check(settings, reward)
         if settings.lora is not None:
             find_adapter(settings.lora)
-    record, todo = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
-    if todo:
-        with context.main_first():
+    record, pending = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
+    if pending:
+        with context.local_main_process_first():
             pipe = load_pipeline(settings.model, context.device(device), settings.dtype, **settings.loading)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
         requests = sample_requests(rows, settings, pipe)
         note_unused("prompts", unused_columns(rows, used_columns(pipe)))
-        with adapter_applied(pipe, settings.lora) as off:
-            for n in _local_prompts(todo, context, settings.method, len(rows)):
-                one, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
-                job = Job(
-                    pipe,
-                    reward,
-                    one.prompt,
-                    one.settings,
-                    folder / SEARCH,
-                    adapter_disabled=off,
-                    compute_options=compute_options,
-                )
-                entry = _sample_prompt(replace(job, arguments=one.arguments), folder, animation) | _columns(rows[n])
+        with adapter_applied(pipe, settings.lora) as adapter_disabled:
+            for n in _local_prompts(pending, context, settings.method, len(rows)):
+                request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
+                job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
+                job = replace(job, adapter_disabled=adapter_disabled, compute_options=compute_options)
+                entry = _sample_prompt(job, folder, animation) | _columns(rows[n])
                 with output_errors(out):
                     record.keep(n, entry, context.world_size == 1)
                     _clean(folder)
@@ -299,34 +293,34 @@ def sample(
 
 
 def _checked(row: str | PromptRow, settings: SamplingConfig) -> PromptRow:
-    """A row that can be sampled, as far as that is known without the model. Raises InputError."""
-    made = row if isinstance(row, PromptRow) else PromptRow(row)
-    check_prompt(made.prompt, "prompt")
-    row_config(made, settings)
-    return made
+    """Check a row as far as possible without the model. Raises InputError."""
+    checked = row if isinstance(row, PromptRow) else PromptRow(row)
+    check_prompt(checked.prompt, "prompt")
+    row_config(checked, settings)
+    return checked
 
 
 def _columns(row: PromptRow) -> Entry:
-    """The other columns of a row, for the report."""
+    """Collect the other columns of a row for the report."""
     return {"columns": dict(row.columns)} if row.columns else {}
 
 
 def _open_report(
     out: Path, rows: Sequence[PromptRow], settings: SamplingConfig, animation: bool
 ) -> tuple[PartialReport, list[int]]:
-    """The record of `out`, and which prompts it lacks."""
+    """Open the report of `out`, and list the missing prompts."""
     record = open_report(out, [row.prompt for row in rows], settings, [row.columns for row in rows])
     return record, record.missing(len(rows), animation)
 
 
-def _local_prompts(todo: Sequence[int], context: LaunchContext, method: str, count: int) -> Iterator[int]:
-    """This process's part of what is to be done, of `count` prompts; the main process shows how far it is with its."""
-    mine = [todo[place] for place in context.split_indices(len(todo))]
+def _local_prompts(pending: Sequence[int], context: LaunchContext, method: str, count: int) -> Iterator[int]:
+    """Iterate over this process's share of the missing prompts; the main process shows a progress bar of its own."""
+    share = [pending[place] for place in context.split_indices(len(pending))]
     if context.world_size == 1:
-        yield from tqdm(mine, method, initial=count - len(todo), total=count, unit="prompt", disable=None)
+        yield from tqdm(share, method, initial=count - len(pending), total=count, unit="prompt", disable=None)
     else:
-        about = f"{method}, 1 of {context.world_size} processes"
-        yield from tqdm(mine, about, unit="prompt", disable=None if context.is_main_process else True)
+        label = f"{method}, 1 of {context.world_size} processes"
+        yield from tqdm(share, label, unit="prompt", disable=None if context.is_main_process else True)
 
 
 def _draw(report: Report, out: Path) -> None:
@@ -335,19 +329,19 @@ def _draw(report: Report, out: Path) -> None:
 
 
 def _raise_if_stopped(entry: Entry, record: PartialReport, context: LaunchContext) -> None:
-    """Raises InputError where the run of this prompt ended before its time, with all that there is on disk."""
+    """Raise InputError for a prompt whose run stopped early, after everything is written."""
     if entry.get("stopped"):
         if context.world_size == 1:
             with output_errors(record.out):
                 _draw(record.save(), record.out)
         raise InputError(
-            f"prompt {entry['prompt']!r}: {entry['stopped']}; its best images so far are kept, the same command goes "
-            "on after it"
+            f"prompt {entry['prompt']!r}: {entry['stopped']}; its best images so far are kept: run the command "
+            "again to resume after it"
         )
 
 
 def _sample_prompt(job: Job, folder: Path, animation: bool) -> Entry:
-    """One prompt: its images on disk, and its entry in the report. Raises InputError that names the prompt."""
+    """Sample one prompt, write its images, return its entry of the report. Raises InputError with the prompt."""
     with wrap_errors(f"prompt {job.prompt!r}", "finished prompts are kept", MEMORY_HINT):
         return _run_job(job, folder, animation)
 
@@ -383,13 +377,13 @@ def _run_job(job: Job, folder: Path, animation: bool) -> Entry:
 
 
 def _nsfw_flags(output: SteeringOutput) -> dict[str, list[bool]]:
-    """Which images the safety checker blackened, where the pipeline has one; their rewards are of before."""
+    """List which images the safety checker blackened; they are scored before."""
     flags = output.nsfw_content_detected
     return {} if flags is None else {"nsfw_content_detected": flags[0].tolist()}
 
 
 def _trace(iterations: Sequence[Iteration]) -> dict[str, Any]:
-    """Numbers by iteration and slot, with as many digits as fp32 has."""
+    """Tabulate metrics by iteration and slot, with the seven digits of fp32."""
 
     def rows(values: Sequence[torch.Tensor]) -> list[list[float]]:
         return [[float(f"{number:.7g}") for number in value[0].tolist()] for value in values]
@@ -398,31 +392,31 @@ def _trace(iterations: Sequence[Iteration]) -> dict[str, Any]:
         "rewards": rows([one.rewards for one in iterations]),
         "norms": rows([one.norms for one in iterations]),
         "best": rows([one.best for one in iterations]),
-        "parts": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
+        "components": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
     }
 
 
 def _write_noise(output: SteeringOutput, job: Job, folder: Path) -> str:
-    """Saves the noise of each image, in their order, with all that the plain pipeline needs to make them again."""
-    assert output.start is not None, "of an optimised noise"
+    """Save the noise of each image, in order, with the arguments that reproduce it in the plain pipeline."""
+    assert output.start is not None, "only noise optimisation has a start"
     call = {name: value for name, value in job.call.items() if name not in ("generator", "num_particles")}
     header = {"model": job.settings.model, "prompt": job.prompt, "call": call, "seeds": output.start.seeds}
     folder.mkdir(parents=True, exist_ok=True)
-    # One text, because safetensors writes several in any order, and the same run is to give the same bytes.
+    # One key: safetensors writes several in any order, and equal runs must give equal bytes.
     metadata = {"start": json.dumps(header)}
     save_file({"noise": output.start.noise.cpu().contiguous()}, folder / "noise.safetensors", metadata)
     return f"{folder.name}/noise.safetensors"
 
 
 def _clean(folder: Path) -> None:
-    """Removes what only an unfinished prompt needs."""
+    """Remove the files of an unfinished prompt."""
     (folder / SEARCH).unlink(missing_ok=True)
     shutil.rmtree(folder / FRAMES, ignore_errors=True)
 
 
 def _save_images(output: SteeringOutput, job: Job, folder: Path, base: bool = False) -> list[str]:
-    """Saves images in order, each with its recipe; their names from the output folder on."""
-    pictures = written(job, output, folder, "base-" if base else "", base)
+    """Save images in order, each with its recipe; return their paths relative to the output folder."""
+    pictures = write_images(job, output, folder, "base-" if base else "", base)
     return [f"{folder.name}/{picture.path.name}" for picture in pictures]
 
 

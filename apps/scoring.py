@@ -1,4 +1,4 @@
-"""The job behind `steer score`: image files, folders and tables in, each image with its prompt, scores out."""
+"""Scores of image files for `steer score` and `steer rewards`: files, folders and tables, paired with prompts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ PROMPT_SOURCES = (
 
 
 def images_with_prompts(folder: Path, prompt: str | None = None) -> tuple[list[Path], list[str]]:
-    """The images of a folder and the prompt of each, as `images_and_prompts`. Raises InputError where there is none."""
+    """Return the images of a folder and the prompt of each. Raises InputError where one has no prompt."""
     paths, prompts = images_and_prompts(folder, prompt)
     if None in prompts:
         raise InputError(f"{folder}: no prompts for its images: it takes {PROMPT_SOURCES}")
@@ -36,7 +36,7 @@ def images_with_prompts(folder: Path, prompt: str | None = None) -> tuple[list[P
 
 
 def images_and_prompts(folder: Path, prompt: str | None = None) -> tuple[list[Path], list[str | None]]:
-    """The images of a folder, sorted by path, and the prompt of each; None where the folder has no prompts.
+    """Return the images of a folder, sorted by path, and the prompt of each; None where there are no prompts.
 
     From report.json (the images and base images of `steer sample`), prompts.jsonl or metadata.jsonl (lines
     {"image": path in the folder, "prompt": text}; file_name and text, caption do too), which name the images that
@@ -63,7 +63,7 @@ def images_and_prompts(folder: Path, prompt: str | None = None) -> tuple[list[Pa
 
 
 def _with_captions(folder: Path, paths: Sequence[Path], prompt: str | None) -> list[tuple[Path, str | None]]:
-    """Each image with the text of the .txt file of its name, or with `prompt` where no image has one."""
+    """Pair each image with the text of the .txt file of its name, or with `prompt` where no image has one."""
     captions = {path: path.with_suffix(".txt") for path in paths if path.with_suffix(".txt").is_file()}
     if not captions:
         return [(path, prompt) for path in paths]
@@ -97,7 +97,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _read_report(path: Path) -> list[tuple[str, str]]:
-    """The names and prompts of all images that `steer sample` wrote."""
+    """Return the names and prompts of all images that `steer sample` wrote."""
     report = _json(_read(path), str(path))
     listed: list[tuple[str, str]] = []
     try:
@@ -107,7 +107,7 @@ def _read_report(path: Path) -> list[tuple[str, str]]:
         if not all(isinstance(prompt, str) for _, prompt in listed):
             raise TypeError("a prompt that is no text")
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: not a report of `steer sample`; prompts may stand in prompts.jsonl") from error
+        raise InputError(f"{path}: not a report of `steer sample`; prompts can be given in prompts.jsonl") from error
     return listed
 
 
@@ -125,14 +125,14 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _first_value(record: Any, keys: Sequence[str]) -> Any:
-    """The value of the first of some keys that a record has."""
+    """Return the value of the first of some keys that a record has."""
     return next((record[key] for key in keys if key in record), None) if isinstance(record, dict) else None
 
 
 def _resolve_image(folder: Path, name: Any, source: Path) -> Path:
-    """The image of a name that a file gave. Raises InputError where it is none, or not in the folder."""
+    """Return the image that a file names. Raises InputError where it is none, or not in the folder."""
     if not isinstance(name, str) or "\0" in name:
-        raise InputError(f"{source}: {name!r} is no path of an image")
+        raise InputError(f"{source}: {name!r} is no image path")
     path, given = folder / name, PurePosixPath(name)
     if given.is_absolute() or ".." in given.parts or not path.resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{source}: {name!r} leads out of {folder}; paths of images stay inside")
@@ -146,11 +146,11 @@ IMAGE_COLUMNS = ("image", "image_path", "file_name", "path", "file")
 
 
 class MissingPromptError(RewardError):
-    """A reward read the prompt of an image that has none."""
+    """Error for a reward that reads the prompt of an image without one."""
 
 
 class MissingPrompts(Sequence[str]):
-    """The prompts of images that have none: a reward that reads one raises PromptMissing, others never notice."""
+    """Prompts of images without prompts: reading one raises MissingPromptError, rewards that ignore prompts work."""
 
     def __init__(self, count: int) -> None:
         self._count = count
@@ -173,7 +173,7 @@ class MissingPrompts(Sequence[str]):
 
 @dataclass(frozen=True)
 class ImageWithPrompt:
-    """An image file, and what it was asked to show; None where nobody says."""
+    """An image file and its prompt; None where it has none."""
 
     path: Path
     prompt: str | None
@@ -182,16 +182,16 @@ class ImageWithPrompt:
 def collect_images(
     sources: Sequence[Path], prompts: Sequence[str] = (), file: Path | None = None, column: str | None = None
 ) -> list[ImageWithPrompt]:
-    """Each image with its prompt.
+    """Pair each image with its prompt.
 
     sources  image files, folders (`images_and_prompts`) and tables with columns of images and prompts
     prompts  one for all images, or one for each, in order
-    file     a file of prompts in their place; without sources a table that names the images, too
-    column   of the prompts in it
-    Raises InputError, with both counts, where images and prompts do not pair, and where an image would have two.
+    file     a file of prompts instead; without sources a table with a column of images, too
+    column   its column of prompts
+    Raises InputError, with both counts, where images and prompts do not match, and where an image would have two.
     """
     if prompts and file is not None:
-        raise InputError("--prompt and --prompts both say what the images show: leave one of them out")
+        raise InputError("--prompt and --prompts both give the prompts of the images: use one of them")
     if not sources and file is None:
         raise InputError("no images: name files, folders or a table, or --prompts TABLE with a column of images")
     if not sources and file is not None:
@@ -217,7 +217,7 @@ def _read_source(source: Path, column: str | None) -> list[ImageWithPrompt]:
 
 
 def _read_table(table: Path, column: str | None) -> list[ImageWithPrompt]:
-    """The images that a table names, from its folder on."""
+    """Return the images that a table names, relative to its folder."""
     return [ImageWithPrompt(table.parent / _image(row, table), row.prompt) for row in read_rows(table, column)]
 
 
@@ -234,14 +234,14 @@ def _image(row: PromptRow, table: Path) -> str:
 
 @dataclass(frozen=True)
 class ScoreReport:
-    """The rows of a report, one an image, and the errors of those that have no score."""
+    """Rows of a report, one per image, and the errors of images without a score."""
 
     rows: Sequence[dict[str, Any]]
     errors: Sequence[str]
 
 
 def score_images(reward: Reward, shown: Sequence[ImageWithPrompt], device: str) -> ScoreReport:
-    """The score of each image, by itself; what cannot be read, or scored, is listed and the rest goes on.
+    """Score each image by itself; images that cannot be read or scored are listed as errors.
 
     Raises InputError where the reward reads a prompt that an image does not have.
     """
@@ -271,7 +271,7 @@ def _score(reward: Reward, one: ImageWithPrompt, device: str) -> dict[str, Any]:
     return {"score": total.item()} | extra
 
 
-# Ten colours that colour-blind readers can tell apart (Petroff, arXiv 2107.02270), and as many marks.
+# Ten colours that are distinct for colour-blind readers (Petroff, arXiv 2107.02270), and as many marks.
 COLOURS = (
     *("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"),
     *("#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"),
@@ -282,10 +282,9 @@ MARKS = "osD^vPX<>h"
 def score_all(
     reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
 ) -> Tensor:
-    """Scores (N,) fp32 of N image files, each with its prompt, with a progress bar.
+    """Score N image files, each with its prompt, with a progress bar: (N,) fp32.
 
-    Images of any sizes; at most `batch` neighbours of one size are scored together on `device`, and no more are in
-    memory.
+    Images of any sizes; at most `batch` consecutive ones of one size are loaded and scored together on `device`.
     Raises InputError for a file that is no image, RewardError where the reward does not score.
     """
     if batch < 1:
@@ -314,7 +313,7 @@ def score_all(
 
 
 def load_batch(paths: Sequence[Path], prompts: Sequence[str], max_images: int) -> tuple[Tensor, list[str]]:
-    """The first image and up to `max_images` − 1 others of its size: (N, 3, H, W), and their prompts."""
+    """Load the first image and up to `max_images` − 1 others of its size, (N, 3, H, W), and their prompts."""
     images: list[Tensor] = []
     texts: list[str] = []
     for path, prompt in zip(paths, prompts, strict=True):
@@ -330,7 +329,7 @@ def load_batch(paths: Sequence[Path], prompts: Sequence[str], max_images: int) -
 def score_consistency(
     reward: Reward, paths: Sequence[Path], prompts: Sequence[str], batch: int = 16, device: str = "cpu"
 ) -> dict[str, Consistency]:
-    """`steer.rewards.analysis.consistency` of image files of any sizes, each with the prompt that it shows."""
+    """Compute `steer.rewards.analysis.consistency` of image files of any sizes, each with its prompt."""
     pairs = contrast_pairs(prompts)
     if not pairs:
         return {}
@@ -349,7 +348,7 @@ def draw_scatter(
     agreement: Agreement,
     path: Path,
 ) -> Path:
-    """Writes a PNG: each image a mark at its two scores (N,), histograms of both at the sides, the measures above.
+    """Draw a PNG: each image a mark at its two scores (N,), histograms of both at the sides, the measures above.
 
     Up to ten prompts have a colour and a mark each.
     """
@@ -396,20 +395,20 @@ def _clean(axes: Axes) -> None:
 
 
 def _plain(text: str, length: int) -> str:
-    """Text for matplotlib, which would read $…$ as mathematics and hide a label that starts with _."""
+    """Escape text for matplotlib, which would read $…$ as mathematics and hide a label that starts with _."""
     shown = text if len(text) <= length else text[: length - 1] + "…"
     return shown.replace("$", r"\$").lstrip("_")
 
 
 def render_check_results(check_results: Sequence[CheckResult]) -> str:
-    """One line a finding: ok, FAILED, or - where there is nothing to pass."""
+    """Render one line per check: ok, FAILED, or - where the check does not apply."""
     width = max(len(finding.name) for finding in check_results)
     marks = {True: "ok", False: "FAILED", None: "-"}
     return "\n".join(f"{marks[cell.passed]:6}  {cell.name:{width}}  {cell.detail}" for cell in check_results)
 
 
 def render_consistency(consistency: Mapping[str, Consistency]) -> str:
-    """A table: how often the prompt scores higher than a changed one, by what was changed."""
+    """Render a table: how often the prompt scores higher than a changed one, by the kind of change."""
     if not consistency:
         return "no prompt has a colour, a number or a relation to change"
     rows = [f"{'changed':8}  {'prompt preferred':>16}  {'pairs':>6}  {'mean margin':>11}"]
@@ -419,7 +418,7 @@ def render_consistency(consistency: Mapping[str, Consistency]) -> str:
 
 
 def render_agreement(agreement: Agreement) -> str:
-    """The measures, a line each."""
+    """Render the measures, a line each."""
     rows = (
         ("images", f"{agreement.n}"),
         ("Spearman", f"{agreement.spearman:.3f}"),

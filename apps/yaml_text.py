@@ -1,4 +1,4 @@
-"""YAML as people mean it: the scalars of YAML 1.2, no key twice, no aliases."""
+"""Strict YAML: the scalars of YAML 1.2, no repeated keys, no aliases."""
 
 import re
 from typing import Any
@@ -7,7 +7,7 @@ import yaml
 
 from steer.errors import InputError
 
-# PyYAML reads by YAML 1.1, where 1e-5 is a text, `no` is false, 010 is eight and 1:30 is ninety.
+# PyYAML follows YAML 1.1: 1e-5 is a string, `no` is false, 010 is eight, 1:30 is ninety.
 SCALARS = {
     "null": (r"~|null|", ["~", "n", ""]),
     "bool": (r"true|false", ["t", "f"]),
@@ -23,8 +23,8 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own name
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for gigabytes
-            raise _problem("aliases (*name) are not read: write out what they stand for", self.peek_event())
+        if self.check_event(yaml.AliasEvent):  # a few lines of aliases can expand to gigabytes
+            raise _problem("aliases (*name) are not supported: write out the values", self.peek_event())
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
@@ -33,7 +33,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag != "tag:yaml.org,2002:str":
                 raise _problem("a key must be text: put it in quotes", key)
             if key.value in keys:
-                raise _problem(f"{key.value!r} is there twice: keep one", key)
+                raise _problem(f"{key.value!r} is repeated: keep one", key)
             keys.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -47,7 +47,7 @@ def _problem(message: str, place: Any) -> yaml.MarkedYAMLError:
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text. Raises InputError that begins with `where` and, in a text of lines, names the line."""
+    """Parse a YAML text. Raises InputError that begins with `where` and names the line of a text with several."""
     try:
         loader = _Loader(text)
         try:

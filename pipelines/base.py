@@ -1,24 +1,29 @@
-"""The steering pipeline that all methods share, and what it returns."""
+"""The base of the steering pipelines, and their output."""
 
+import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from os import PathLike
-from typing import Any, Self
+from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
+from steer.arguments import coerce_value
 from steer.diffusion.schedules import clip_limit, descends_from
 from steer.errors import InputError
+from steer.pipelines.settings import Prompts, Settings, StepSettings, read_arguments
+from steer.registry import nearest
 from steer.rewards.parser import load_reward
 
 
-class SteeringPipeline:
-    """A method over `pipe`, a diffusers pipeline that stays untouched, and `reward`: a Reward, a function
-    (images, prompts) → (N,), or a name (see `steer.rewards.parser.load_reward`)."""
+class RewardedPipeline:
+    """A diffusers pipeline, which stays as it is, and a reward: a Reward, a function (images, prompts) → (N,), a name,
+    a dict of weights or a list (see `steer.load_reward`)."""
 
     def __init__(self, pipe: Any, reward: Any) -> None:
         self.pipe = pipe
@@ -26,13 +31,86 @@ class SteeringPipeline:
 
     @classmethod
     def from_pretrained(cls, model: str | PathLike[str], reward: Any, **options: Any) -> Self:
-        """Loads a diffusers pipeline by hub name or folder; `options` go to DiffusionPipeline.from_pretrained."""
+        """Load a diffusers pipeline by hub name or folder; `options` go to DiffusionPipeline.from_pretrained."""
         return cls(DiffusionPipeline.from_pretrained(model, **options), reward)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Moves the diffusers pipeline, as its own `to` does."""
+        """Move the diffusers pipeline, as its own `to` does."""
         self.pipe.to(*args, **kwargs)
         return self
+
+
+class SteeringPipeline(RewardedPipeline):
+    """A steering method over a diffusers pipeline; attributes that it lacks are the pipeline's, read and set."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pipe" or name.startswith("__"):  # a copy that has no attributes yet
+            raise AttributeError(name)
+        return getattr(self.pipe, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in ("pipe", "reward") or not hasattr(self.pipe, name)
+        object.__setattr__(self if own else self.pipe, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *dir(self.pipe)})
+
+
+P = ParamSpec("P")
+S = TypeVar("S", bound=Settings)
+S_contra = TypeVar("S_contra", bound=Settings, contravariant=True)
+
+
+class SteeringMethod(Protocol[S_contra]):
+    """The body of a method's call: its settings are checked, `call` are the pipeline's own arguments."""
+
+    def __call__(
+        self, pipeline: Any, prompt: Prompts, settings: S_contra, call: dict[str, Any], /
+    ) -> "SteeringOutput": ...
+
+
+class SteeringCall(Protocol[P]):
+    """The call of a steering pipeline, for type checkers and editors: the fields of its settings by keyword."""
+
+    @overload
+    def __call__(self, prompt: Prompts = None, /, *args: P.args, **settings: P.kwargs) -> "SteeringOutput": ...
+    @overload
+    def __call__(self, prompt: Prompts = None, **settings_and_pipeline_call: Any) -> "SteeringOutput": ...
+
+
+def steering_call(settings: Callable[P, S]) -> Callable[[SteeringMethod[S]], SteeringCall[P]]:
+    """Decorate the body of a method's call: its signature and its docstring are made from the settings dataclass."""
+    kind = cast(type[Settings], settings)
+    shared = {one.name for one in fields(StepSettings)} - {"num_particles"}  # shown after the method's own
+    parameters = sorted(inspect.signature(kind).parameters.values(), key=lambda one: one.name in shared)
+
+    def decorate(method: SteeringMethod[S]) -> SteeringCall[P]:
+        @functools.wraps(method)
+        def call(self: Any, prompt: Prompts = None, **arguments: Any) -> SteeringOutput:
+            own, rest = read_arguments(kind, arguments)
+            check_known(rest, self.pipe, [one.name for one in parameters])
+            return method(self, coerce_value("prompt", Prompts, prompt), own, rest)
+
+        table = "\n".join(f"{one.name:23} {kind.help()[one.name]}" for one in parameters)
+        call.__doc__ = f"{inspect.cleandoc(method.__doc__ or '')}\n\n{table}"
+        shown = [inspect.Parameter("self", _POSITIONAL), inspect.Parameter("prompt", _POSITIONAL, default=None)]
+        rest = inspect.Parameter("pipeline_call", inspect.Parameter.VAR_KEYWORD, annotation=Any)
+        call.__dict__["__signature__"] = inspect.Signature([*shown, *parameters, rest])
+        return cast(SteeringCall[P], call)
+
+    return decorate
+
+
+def check_known(call: Mapping[str, Any], pipe: Any, settings: Sequence[str]) -> None:
+    """Raise InputError for an argument that neither the method nor the pipeline's own call knows."""
+    known = [*settings, *inspect.signature(type(pipe).__call__).parameters, "metadata"]
+    if unknown := [name for name in call if name not in known]:
+        raise InputError(
+            f"{type(pipe).__name__} takes no argument {unknown[0]!r}: did you mean {nearest(unknown[0], known)}?"
+        )
+
+
+_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
 
 def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[str, Any], float | None]:
@@ -42,8 +120,6 @@ def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[
     """
     if eta is None:
         return call, None
-    if not 0 <= eta <= 1:
-        raise InputError(f"eta must be from 0 to 1, got {eta}")
     accepts_eta = all("eta" in inspect.signature(f).parameters for f in (type(pipe).__call__, pipe.scheduler.step))
     own = accepts_eta and (eta == 0 or not _step_differs_from_kernel(pipe.scheduler))
     return (call | {"eta": eta}, None) if own else (call, eta)
@@ -61,7 +137,7 @@ def _step_differs_from_kernel(scheduler: Any) -> bool:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call spent. nfe: denoiser evaluations, one per particle and model call (a guided pair counts once);
+    """The cost of a call. nfe: denoiser evaluations, one per particle and model call (a guided pair counts once);
     decodes: images decoded by the model's own VAE, previews included; reward_calls: images scored; seconds: wall clock;
     gradients: images differentiated (about two more evaluations of everything for each, three where activations are
     recomputed); other_decodes: previews by a cheaper decoder, which `decodes` leaves out."""
@@ -74,7 +150,7 @@ class Cost:
     other_decodes: int = 0
 
     def plus(self, other: "Cost") -> "Cost":
-        """Of both together."""
+        """Return the sum of both costs."""
         return Cost(**{field.name: getattr(self, field.name) + getattr(other, field.name) for field in fields(Cost)})
 
 
@@ -106,38 +182,38 @@ class Iteration:
 
 @dataclass(frozen=True)
 class InitialNoise:
-    """Where images came from: noise (B·K, …) in the model's dtype, and a seed for each of what the solver adds."""
+    """Starting noise (B·K, …) of images in the model's dtype, and a seed of each for the noise that the solver adds."""
 
     noise: Tensor
     seeds: tuple[int, ...]
 
     def arguments(self) -> dict[str, Any]:
-        """For the pipeline's own call, which then makes these images again: `latents` and `generator`."""
+        """Return `latents` and `generator` for the pipeline's own call, which then makes these images again."""
         return {"latents": self.noise, "generator": [Generator().manual_seed(seed) for seed in self.seeds]}
 
     def rows(self, rows: Sequence[int]) -> "InitialNoise":
-        """Those of some images."""
+        """Select the noise of some images."""
         return InitialNoise(self.noise[list(rows)], tuple(self.seeds[row] for row in rows))
 
 
-@dataclass(frozen=True)
-class SteeringOutput:
-    """Images and what is known of them, by default best first within each of B prompts of K particles.
+@dataclass
+class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
+    """The images of a call, best first within each of B prompts of K particles; an object, a dict and a tuple.
 
     images          B·K of them, prompt after prompt, in the requested output type
     rewards         (B, K) of the finished images
-    components           of a reward made of others: the scores (B, K) of each, by name
+    components      scores (B, K) of the rewards that a composed reward is made of, by name
     log_weights     (B, K) unnormalised; their softmax weighs the images as draws from p(x0) exp(λ r(x0))
     log_normaliser  (B,)   log of the estimate of E_p[exp(λ r(x0))]
     latents         (B·K, …) final latents
     nsfw_content_detected  (B, K) bool: images that the pipeline's safety checker blackened, after they were scored;
                     None where it has none, or a noise was optimised
     order           (B, K) the slot of the run that each image comes from
-    history         one Evaluation per evaluated step, in slots of that step
+    history         one ResamplingInfo per evaluated step, in slots of that step
     cost            evaluations and seconds
-    start           of an optimised noise: that noise, in the order of the images
-    trace           of an optimised noise: its iterations, by slot
-    stopped         why a run ended before its time, with the best so far; else None
+    start           optimised noise, in the order of the images
+    trace           iterations of an optimised noise, by slot
+    stopped         reason of an early end, with the best so far; else None
     """
 
     images: Any
@@ -155,7 +231,7 @@ class SteeringOutput:
     nsfw_content_detected: Tensor | None = None
 
     def in_slot_order(self) -> "SteeringOutput":
-        """The same with images as the pipeline made them, not sorted by reward."""
+        """Return the output with images as the pipeline made them, not sorted by reward."""
         slots = self.order.argsort(1)
         groups, size = slots.shape
         rows = (slots + torch.arange(groups)[:, None] * size).flatten().tolist()

@@ -180,7 +180,7 @@ def _check(
         raise InputError(
             f"{conflicting[0]} and screened starts exclude each other: leave {conflicting[0]} out, or do not screen"
         )
-    for what, number in (("keep", keep), ("steps", steps), ("together", candidate_batch_size)):
+    for what, number in (("keep", keep), ("steps", steps), ("candidate_batch_size", candidate_batch_size)):
         if number < 1:
             raise InputError(f"{what} must be at least 1, got {number}")
     if candidates < keep:

@@ -1,4 +1,4 @@
-"""B prompts × K particles as one call of a diffusers pipeline: what every steering method runs on."""
+"""B prompts × K particles as one call of a diffusers pipeline, on which every steering method runs."""
 
 import hashlib
 import inspect
@@ -16,11 +16,9 @@ from steer.diffusion.preview import build_preview, filter_call_kwargs, first_out
 from steer.diffusion.step_hooks import SolverStep, StepOverride, cache_text_encoding, hook_steps, with_deferred_checker
 from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
+from steer.pipelines.settings import IMAGES_PER_PROMPT
 from steer.reward import Reward, mean_over_frames, score_components, warn_if_pipeline_truncates
 from steer.smc.particles import Particles
-
-IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
-OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def _best(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
@@ -28,17 +26,17 @@ def _best(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
 
 
 def _weighted(order: Tensor, log_weights: Tensor, generator: Generator) -> Tensor:
-    """`order` (B, K) of the slots with one slot first that is drawn by the weights (B, K)."""
+    """Move one slot, drawn by the weights (B, K), to the front of `order` (B, K)."""
     first_slot = torch.multinomial(log_weights.double().softmax(1), 1, generator=generator)
     return torch.cat([first_slot, order[order != first_slot].view(len(order), -1)], 1)
 
 
-# What stands first among the images of a prompt.
+# The first image of each prompt.
 DRAWS = {"best": _best, "weighted": _weighted}
 
 
 class ParticleBatch:
-    """One call of `pipe` with K particles for each prompt: samples, scores and counts what that costs."""
+    """One call of `pipe` with K particles for each prompt: it samples, scores and counts the cost."""
 
     def __init__(
         self,
@@ -87,8 +85,8 @@ class ParticleBatch:
     def sample(
         self, on_solver_step: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any
     ) -> Tensor:
-        """Runs the pipeline, or a twin of it, under the seam; returns the finished images (B·K, 3, H, W) in [0, 1] of
-        the K particles that are left.
+        """Run the pipeline, or a copy of it, with step hooks: the finished images (B·K, 3, H, W) in [0, 1] of the K
+        particles that are left.
 
         given  arguments of the pipeline's call in place of the user's own
         """
@@ -111,7 +109,7 @@ class ParticleBatch:
         return images
 
     def preview(self, x0: Tensor) -> Tensor:
-        """The images (B·K, 3, H, W) that x̂0, of the whole batch, stands for, of the K particles that are left."""
+        """Decode x̂0 of the whole batch: images (B·K, 3, H, W) of the K particles that are left."""
         before, images = self._preview.decodes, self.live.of(self._preview(x0))
         if self._preview.decodes > before:
             self._decodes += len(images)
@@ -120,9 +118,9 @@ class ParticleBatch:
         return images
 
     def score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards (B, K) of images (B·K, 3, H, W), and those of the reward's components where it has any.
+        """Score images (B·K, 3, H, W): rewards (B, K), and those of the reward's components where it has any.
 
-        Of videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
+        For videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             return mean_over_frames(images, self._score)
@@ -144,7 +142,7 @@ class ParticleBatch:
         }
 
     def set_ancestors(self, ancestors: Tensor) -> Tensor:
-        """Lets so many particles go on as there are ancestors (B, K), slots of each group; returns the rows (N,) of
+        """Continue with as many particles as there are ancestors (B, K), slots of each group; return the rows (N,) of
         the whole batch that its rows go on from. Where there are fewer than before, the slots after them die."""
         rows = torch.arange(self.groups * self.size).view(self.groups, self.size)
         rows[:, : ancestors.shape[1]] = ancestors + rows[:, :1]
@@ -154,7 +152,7 @@ class ParticleBatch:
         return rows.flatten()
 
     def rows(self, slots: Tensor) -> Tensor:
-        """Slots (B, K) inside each group → rows (B·K,) of the images."""
+        """Convert slots (B, K) inside each group to rows (B·K,) of the images."""
         return (slots + torch.arange(self.groups)[:, None] * self.alive).flatten()
 
     def output(
@@ -167,7 +165,7 @@ class ParticleBatch:
         output_type: str = "pil",
         draw: str = "best",
     ) -> SteeringOutput:
-        """Everything, within each prompt in the order of the rewards, after the slot that is drawn first."""
+        """Assemble the output: within each prompt by reward, after the slot that is drawn first."""
         order = rewards.sort(dim=1, descending=True, stable=True).indices
         order = DRAWS[draw](order, particles.log_weights, self.rng)
         rows = self.rows(order)
@@ -190,24 +188,18 @@ class ParticleBatch:
         )
 
     def count_gradients(self, images: int) -> None:
-        """Tells the cost of so many images differentiated."""
+        """Add n images to the gradient count."""
         self._gradients += images
 
 
 def as_type(images: Tensor, output_type: str) -> Any:
-    """Images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] as diffusers' "pil", "np" or "pt"."""
+    """Convert images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] to diffusers' "pil", "np" or "pt"."""
     if output_type == "pt":
         return images
     if images.dim() == 5:
         return [as_type(video, output_type) for video in images]
     arrays = VaeImageProcessor.pt_to_numpy(images)
     return arrays if output_type == "np" else VaeImageProcessor.numpy_to_pil(arrays)
-
-
-def check_output_type(output_type: str) -> None:
-    """Raises InputError before any work is done."""
-    if output_type not in OUTPUT_TYPES:
-        raise InputError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
 
 
 def _bound_call(
@@ -239,7 +231,7 @@ def _bound_call(
 
 
 def _rows_of_metadata(metadata: Any, groups: int) -> list[Mapping[str, Any]] | None:
-    """One row for each prompt. Raises InputError for another number of them, and for other things than rows."""
+    """Return one row for each prompt. Raises InputError for another number of them, and for other things than rows."""
     if metadata is None:
         return None
     rows = [metadata] if isinstance(metadata, Mapping) else list(metadata)
@@ -256,14 +248,14 @@ def _embedded_prompts(call: Mapping[str, Any]) -> int:
 
 
 def _row_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> list[int]:
-    """A seed for every row of the batch: of its own generator, where each has one."""
+    """Derive a seed for every row of the batch, from its own generator where each has one."""
     if isinstance(generator, Sequence) and len(generator) == rows:
         return [_derived_seed(one, b"rows") for one in generator]
     return [_derived_seed(generator, b"rows") + row for row in range(rows)]
 
 
 def _derived_seed(generator: Generator | Sequence[Generator] | None, salt: bytes = b"steer") -> int:
-    """A seed that follows from the state of the pipeline's random numbers, and uses up none of them."""
+    """Derive a seed from the state of the pipeline's random numbers, without advancing it."""
     given = [] if generator is None else [generator] if isinstance(generator, Generator) else list(generator)
     states = [one.get_state() for one in given] or [torch.get_rng_state(), *_gpu_states()]
     digest = hashlib.sha256(salt)

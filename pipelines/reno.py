@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,27 +15,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Generator, Tensor
 
-from steer.arguments import coerce_arguments
 from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import SolverStep, UnsupportedPipelineError, plain_values, without_side_effects
 from steer.errors import InputError
 from steer.files import atomic_write
-from steer.noise import OPTIMISERS, Optimiser, Search, clipped, neighbour, norms, prior_gradient, where_rows
-from steer.pipelines.base import InitialNoise, Iteration, SteeringOutput, SteeringPipeline
-from steer.pipelines.particle_batch import ParticleBatch, check_output_type
-from steer.registry import choose
+from steer.noise import Optimiser, Search, clipped, neighbour, norms, prior_gradient, where_rows
+from steer.pipelines.base import InitialNoise, Iteration, SteeringOutput, SteeringPipeline, steering_call
+from steer.pipelines.particle_batch import ParticleBatch
+from steer.pipelines.settings import IterationSettings, NoiseSearchSettings, Prompts, ReNOSettings
 from steer.reward import Reward, RewardError
 from steer.smc.particles import Particles
 
 
 class NoiseToImage:
-    """The run of a population as a function of its noise ε (B·K, …), standard normal and fp32.
+    """The images of a particle batch as a function of its noise ε (B·K, …), standard normal and fp32.
 
     start  the noise that the pipeline itself would have drawn, or the user's `latents`
     seeds  one for every row: of the noise that a stochastic solver adds on the way, which stays as it is
-    Text is encoded once. Raises CannotSteer for a pipeline that takes no `latents`.
+    Text is encoded once. Raises UnsupportedPipelineError for a pipeline without `latents`.
     """
 
     def __init__(self, particle_batch: ParticleBatch) -> None:
@@ -50,7 +48,7 @@ class NoiseToImage:
         self.start, self.dtype = self._first_noise()
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the images depend on beside the noise, as plain values."""
+        """Return all that the images depend on apart from the noise, as plain values."""
         particle_batch, pipe = self.particle_batch, self.particle_batch.pipe
         call = {name: value for name, value in particle_batch.call.items() if name not in ("generator", "latents")}
         return {
@@ -66,15 +64,15 @@ class NoiseToImage:
         }
 
     def __call__(self, noise: Tensor) -> Tensor:
-        """Images (B·K, 3, H, W) as the user's own pipeline makes them."""
+        """Make images (B·K, 3, H, W) as the user's own pipeline does."""
         return self._run(noise, self.particle_batch.pipe)
 
     def fast_images(self, noise: Tensor) -> Tensor:
-        """The same, with text encoded once, no safety checker, watermark or progress bar."""
+        """Make the images with text encoded once, without safety checker, watermark or progress bar."""
         return self._run(noise, self._quiet_pipe)
 
     def differentiable_images(self, noise: Tensor, checkpointing: bool) -> Tensor:
-        """The same, differentiable with respect to the noise. Raises CannotSteer where no gradients come through."""
+        """Make the images differentiable in the noise. Raises UnsupportedPipelineError where there is no gradient."""
         images = self._run(noise, self._differentiable_pipe(checkpointing))
         if not images.requires_grad:
             name = type(self.particle_batch.pipe).__name__
@@ -100,7 +98,7 @@ class NoiseToImage:
         return self.particle_batch.sample(lambda solver_step: None, pipe, latents=latents, generator=generators)
 
     def _first_noise(self) -> tuple[Tensor, torch.dtype]:
-        """What the first step of a run starts from, without the scheduler's scale, in fp32, and its dtype."""
+        """Return the noise before the first step, without the scheduler's scale, in fp32, and its dtype."""
 
         def stop(solver_step: SolverStep) -> None:
             raise _FirstStepReached(solver_step)
@@ -115,7 +113,7 @@ class NoiseToImage:
 
 
 class _FirstStepReached(Exception):
-    """Carries the first step of a run out of it."""
+    """Exception that carries the first step of a run out of it."""
 
 
 TRACE_FIELDS = ("rewards", "norms", "best")
@@ -123,14 +121,14 @@ CHECKSUM_KEY = "sha256"  # of the tensors
 
 
 class SearchCheckpoint:
-    """`path`, or nothing at all where it is None; `fingerprint` says which run it may belong to."""
+    """The file of a search, none where `path` is None; `fingerprint` identifies its run."""
 
     def __init__(self, path: str | Path | None, fingerprint: dict[str, Any]) -> None:
         self.path = None if path is None else Path(path)
         self.fingerprint = json.dumps(fingerprint, sort_keys=True)
 
     def save(self, search: Search, trace: Sequence[Iteration]) -> None:
-        """After an iteration: `search` stands where the next one begins."""
+        """Save the state after an iteration, from which the next one starts."""
         if self.path is None:
             return
         series = {name: torch.stack([getattr(one, name) for one in trace]) for name in TRACE_FIELDS}
@@ -146,9 +144,9 @@ class SearchCheckpoint:
             raise InputError(f"{self.path} cannot be written ({error}); make room, or choose another folder") from error
 
     def load(self, device: torch.device, total: int) -> tuple[Search, list[Iteration]] | None:
-        """What was saved, for a run of `total` iterations; None where nothing was.
+        """Load the saved state for a run of `total` iterations; None where there is none.
 
-        Raises InputError for the file of another run, and for one that is damaged.
+        Raises InputError for the file of another run, and for a corrupt one.
         """
         if self.path is None or not self.path.exists():
             return None
@@ -157,7 +155,7 @@ class SearchCheckpoint:
                 stored_metadata, tensors = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise InputError(
-                f"{self.path} cannot be read as a saved search ({error}); delete it to begin anew"
+                f"{self.path} cannot be read as a saved search ({error}); delete it to start again"
             ) from error
         expected_checksum = stored_metadata.pop(CHECKSUM_KEY, None)
         if stored_metadata != self._metadata():
@@ -165,9 +163,9 @@ class SearchCheckpoint:
         if expected_checksum is not None and expected_checksum != _checksum(
             tensors
         ):  # files of older versions have none
-            raise InputError(f"{self.path} is damaged: its sha256 is another; delete it to begin anew")
+            raise InputError(f"{self.path} is corrupt: its sha256 does not match; delete it to start again")
         if missing := sorted({*TRACE_FIELDS} - tensors.keys()):
-            raise InputError(f"{self.path} lacks {missing[0]}; delete it to begin anew")
+            raise InputError(f"{self.path} lacks {missing[0]}; delete it to start again")
         if (saved_count := len(tensors["rewards"])) > total:
             raise InputError(
                 f"{self.path} holds {saved_count} iterations, more than the {total} asked for; ask for {saved_count}"
@@ -192,7 +190,7 @@ class SearchCheckpoint:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of tensors: names, dtypes, shapes and bytes."""
+    """Compute the SHA-256 of tensors: names, dtypes, shapes and bytes."""
     result = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         result.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
@@ -217,7 +215,7 @@ class IterationResult:
 
 
 class UpdateRule(Protocol):
-    """What a method does in one iteration; its text tells all of its settings but the target."""
+    """One iteration of a method; its repr is part of the checkpoint's fingerprint, without the target."""
 
     @property
     def target(self) -> float | None: ...
@@ -225,17 +223,11 @@ class UpdateRule(Protocol):
     def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult: ...
 
 
-def check_target(target: float | None) -> None:
-    """Raises InputError for one that no reward reaches, or all do."""
-    if target is not None and not math.isfinite(target):
-        raise InputError(f"target must be finite, got {target}")
-
-
 class NoiseRun:
-    """A run to the last iteration, the end of all searches, an observer's word or a failure.
+    """A run to the last iteration, the end of all searches, an observer's request or a failure.
 
     A reward that fails in the first iteration raises its RewardError; later the best so far is kept. Raises
-    InputError for a number of iterations below 1, and for the state file of another run.
+    InputError for the state file of another run.
     """
 
     def __init__(
@@ -247,8 +239,6 @@ class NoiseRun:
         state_file: str | Path | None = None,
         observer: Callable[[Iteration], bool | None] | None = None,
     ) -> None:
-        if iterations < 1:
-            raise InputError(f"iterations must be at least 1, got {iterations}")
         self.chain, self.update_rule, self.iterations, self.observer = chain, update_rule, iterations, observer
         # A search that was finished stays where it is: another target is another run.
         target_setting = {} if update_rule.target is None else {"target": update_rule.target}
@@ -257,7 +247,7 @@ class NoiseRun:
         self.stopped: str | None = None
 
     def _iterate(self, number: int) -> bool:
-        """One iteration; true where the run ends with it."""
+        """Run one iteration; return whether the run ends with it."""
         try:
             updated = self.update_rule(self.chain, self.search, number)
         except RewardError as error:
@@ -274,7 +264,7 @@ class NoiseRun:
         return bool(self.observer and self.observer(replace(self.trace[-1], images=updated.images)))
 
     def output(self, output_type: str) -> SteeringOutput:
-        """Iterates to the end; the best iterate of each search, drawn once more by the plain pipeline."""
+        """Iterate to the end: the best iterate of each search, made once more by the plain pipeline."""
         particle_batch = self.chain.particle_batch
         for number in particle_batch.pipe.progress_bar(range(len(self.trace), self.iterations)):
             if self.search.finished.all() or self._iterate(number):
@@ -291,7 +281,7 @@ class NoiseRun:
         return replace(out, start=start, trace=tuple(self.trace), stopped=self.stopped)
 
     def _best_scores(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """As they were in the trace: a reward that failed is not asked again."""
+        """Return the scores of the trace: a reward that failed is not called again."""
         at = torch.stack([one.rewards for one in self.trace]).argmax(0, keepdim=True)
         names = self.trace[0].components
         components = {
@@ -373,7 +363,7 @@ GRADIENTS: dict[str, NoiseGradient] = {"backprop": Backprop(), "zero-order": Zer
 
 
 def check_differentiable(reward: Reward, gradient: NoiseGradient) -> None:
-    """Raises InputError where gradients are asked of a reward that says it has none."""
+    """Raise InputError where gradients are requested from a reward without them."""
     if isinstance(gradient, Backprop) and not reward.differentiable:
         raise _not_differentiable(reward.name)
 
@@ -389,84 +379,60 @@ ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 0.0}  # how one-step mod
 
 
 class ReNOPipeline(SteeringPipeline):
-    """Noise that is moved uphill, from images to better images of the same one-step (or few-step) model.
+    """ReNO: the starting noise of a one-step (or few-step) model, optimised by gradient ascent on the reward.
 
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes-turbo"])  # or SD-Turbo, SDXL-Turbo, FLUX.1-schnell
     out = ReNOPipeline(pipe, reward="scene-soft")("a red circle left of a blue star", iterations=20)
     out.images[0], out.trace[-1].best, out.start.noise
     """
 
-    @coerce_arguments
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        num_particles: int = 1,
-        iterations: int = 50,
-        optimiser: str | Optimiser = "sgd",
-        lr: float | None = None,
-        regularisation: float = 0.01,
-        max_grad_norm: float = 0.1,
-        gradient: str | NoiseGradient = "backprop",
-        patience: int | None = None,
-        restarts: int = 0,
-        target: float | None = None,
-        state_file: str | Path | None = None,
-        chunk_size: int = 8,
-        reward_prompt: str | Sequence[str] | None = None,
-        on_iteration: Callable[[Iteration], bool | None] | None = None,
-        output_type: str = "pil",
-        **call: Any,
-    ) -> SteeringOutput:
-        """Optimises the noise of one call; every other argument goes to the pipeline's own `__call__`.
+    @steering_call(ReNOSettings)
+    def __call__(self, prompt: Prompts, settings: ReNOSettings, call: dict[str, Any]) -> SteeringOutput:
+        """Optimise the noise of one call; all other arguments are those of the pipeline's own `__call__`.
 
-        By default that is called as one-step models want it, `num_inference_steps=1, guidance_scale=0`; for others
-        say yours: the gradient goes through all steps.
+        By default the pipeline is called as one-step models are, with `num_inference_steps=1, guidance_scale=0`. With
+        more steps the gradient goes through all of them.
 
-        prompt          one, or several
-        num_particles   K, seeds for each prompt; every image is a search of its own
-        iterations      evaluations of the reward for each
-        optimiser       sgd (Nesterov), adam, or an object of `steer.noise`
-        lr              learning rate; by default 5 (sgd, published for noise of 16,384 numbers), 0.05 (adam)
-        regularisation  weight of log p(‖ε‖), which keeps the noise as long as noise is
-        max_grad_norm   the gradient of each image is clipped to it
-        gradient        backprop, zero-order (for any reward), or an object of `steer.pipelines.reno`
-        patience        iterations without a better reward after which a search ends, or starts again from new noise
-        restarts        how often it may do that
-        target          a search whose best reward is as high as that is finished; the run ends once all are
-        state_file      saved after every iteration; a call with the same settings, and a generator of the same seed,
-                        goes on from there
-        on_iteration    an observer; true from it ends the run
-        chunk_size      images scored at a time
-        reward_prompt, output_type   as in `FKSteeringPipeline`
-
-        The best iterate of each search is returned, drawn again by the plain pipeline: `out.start` makes it anew. A
+        The best iterate of each search is returned, made once more by the plain pipeline; `out.start` reproduces it. A
         gradient that is not finite, or a reward that fails after the first iteration, ends all searches with the best
-        so far, and `out.stopped` says why. Raises InputError and its kinds as `FKSteeringPipeline` does.
+        so far, and `out.stopped` is the reason. Raises InputError and its kinds as `FKSteeringPipeline` does.
         """
-        check_output_type(output_type)
-        rule = choose("optimiser", optimiser, OPTIMISERS)
+        s = settings
+        rule = s.implementation("optimiser")
         ascent = Ascent(
-            choose("gradient", gradient, GRADIENTS),
-            rule if lr is None else replace(rule, lr=lr),
-            regularisation,
-            max_grad_norm,
-            patience,
-            restarts,
-            target,
+            s.implementation("gradient"),
+            rule if s.lr is None else replace(rule, lr=s.lr),
+            s.regularisation,
+            s.max_grad_norm,
+            s.patience,
+            s.restarts,
+            s.target_reward,
         )
         check_differentiable(self.reward, ascent.gradient)
         call = filter_call_kwargs(self.pipe, ONE_STEP) | call
-        particle_batch = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        chain = NoiseToImage(particle_batch)
-        search = Search.start(chain.start, ascent.optimiser)
-        run = NoiseRun(chain, ascent, search, iterations, state_file, on_iteration)
-        return run.output(output_type)
+        return _optimise(self, prompt, s, call, ascent, ascent.optimiser)
+
+
+def _optimise(
+    pipeline: SteeringPipeline,
+    prompt: Prompts,
+    s: IterationSettings,
+    call: dict[str, Any],
+    update_rule: "UpdateRule",
+    *optimiser: Optimiser,
+) -> SteeringOutput:
+    """Run all iterations of a search from the noise that the pipeline itself draws."""
+    particle_batch = ParticleBatch(
+        pipeline.pipe, pipeline.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size
+    )
+    chain = NoiseToImage(particle_batch)
+    search = Search.start(chain.start, *optimiser)
+    return NoiseRun(chain, update_rule, search, s.iterations, s.state_file, s.on_iteration).output(s.output_type)
 
 
 @dataclass(frozen=True)
 class Ascent:
-    """One iteration of ReNO: where each search goes on. Raises InputError for numbers that cannot be."""
+    """One iteration of ReNO: a gradient ascent step of each search."""
 
     gradient: NoiseGradient
     optimiser: Optimiser
@@ -477,19 +443,11 @@ class Ascent:
     target: float | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        check_target(self.target)
-        for name, number in (("lr", self.optimiser.lr), ("max_grad_norm", self.max_grad_norm)):
-            if not 0 < number < float("inf"):
-                raise InputError(f"{name} must be above 0 and finite, got {number}")
-        if not 0 <= self.regularisation < float("inf"):
-            raise InputError(f"regularisation must be at least 0 and finite, got {self.regularisation}")
-        if self.patience is not None and self.patience < 1:
-            raise InputError(f"patience must be at least 1, got {self.patience}")
-        if self.restarts < 0 or (self.restarts and self.patience is None):
-            raise InputError(f"restarts must be at least 0, and need a patience, got {self.restarts}")
+        if not 0 < self.optimiser.lr < float("inf"):  # an optimiser object has one of its own
+            raise InputError(f"lr must be above 0 and finite, got {self.optimiser.lr}")
 
     def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
-        """Rewards and gradient at the present noise, the best kept, a step."""
+        """Evaluate rewards and gradient at the current noise, keep the best, take a step."""
         estimate = self.gradient(chain, search.noise, number)
         recorded = search.record(estimate.rewards.flatten()).finish_at_target(self.target)
         uphill = estimate.gradient + self.regularisation * prior_gradient(search.noise)
@@ -499,7 +457,7 @@ class Ascent:
         return IterationResult(estimate.images, estimate.rewards, estimate.components, search.noise, updated, stopped)
 
     def _nonfinite_gradient(self, chain: NoiseToImage, uphill: Tensor, number: int) -> str | None:
-        """Which gradient is not finite, if any."""
+        """Return which gradient is not finite, if any."""
         rows = (~uphill.flatten(1).isfinite().all(1)).nonzero().flatten().tolist()
         if not rows:
             return None
@@ -507,7 +465,7 @@ class Ascent:
         return f"the gradient of reward {name!r} is not finite at iteration {number}, prompt {prompt!r}"
 
     def _ascend_rows(self, search: Search, uphill: Tensor, seeds: Sequence[int]) -> Search:
-        """ε ← ε + a step along ∇ [Σ_m w_m r_m(G(ε)) + w_reg log p(‖ε‖)]; searches out of patience begin anew."""
+        """ε ← ε + a step along ∇ [Σ_m w_m r_m(G(ε)) + w_reg log p(‖ε‖)]; searches out of patience restart."""
         step = clipped(uphill, self.max_grad_norm)
         if self.patience is None:
             return search.ascend(step, self.optimiser)
@@ -520,55 +478,26 @@ class Ascent:
 
 
 class NoiseSearchPipeline(SteeringPipeline):
-    """Noise from whose neighbours the best is taken, again and again; the control of gradient-based optimisation."""
+    """Search among random neighbours of the best noise so far, the control of gradient-based optimisation."""
 
-    @coerce_arguments
-    def __call__(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        num_particles: int = 1,
-        iterations: int = 12,
-        neighbours: int = 4,
-        distance: float = 0.5,
-        target: float | None = None,
-        state_file: str | Path | None = None,
-        chunk_size: int = 8,
-        reward_prompt: str | Sequence[str] | None = None,
-        on_iteration: Callable[[Iteration], bool | None] | None = None,
-        output_type: str = "pil",
-        **call: Any,
-    ) -> SteeringOutput:
-        """Searches the noise of one call; every other argument goes to the pipeline's own `__call__`.
+    @steering_call(NoiseSearchSettings)
+    def __call__(self, prompt: Prompts, settings: NoiseSearchSettings, call: dict[str, Any]) -> SteeringOutput:
+        """Search the noise of one call; all other arguments are those of the pipeline's own `__call__`.
 
-        neighbours  images made in each iteration, of every search
-        distance    d of √(1 − d²) ε + d u, above 0 and at most 1; 1 is best-of-N
-
-        The first iteration looks at ε itself. All else is as in `ReNOPipeline`, but for the steps and the guidance: by
-        default they are the pipeline's own.
+        The first iteration evaluates ε itself. Output and errors as in `ReNOPipeline`; steps and guidance are the
+        pipeline's own by default.
         """
-        check_output_type(output_type)
-        update_rule = Neighbours(neighbours, distance, target)
-        particle_batch = ParticleBatch(self.pipe, self.reward, prompt, num_particles, call, reward_prompt, chunk_size)
-        chain = NoiseToImage(particle_batch)
-        run = NoiseRun(chain, update_rule, Search.start(chain.start), iterations, state_file, on_iteration)
-        return run.output(output_type)
+        rule = Neighbours(settings.neighbours, settings.distance, settings.target_reward)
+        return _optimise(self, prompt, settings, call, rule)
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """One iteration: so many neighbours of the best noise so far, and the best of them all kept."""
+    """One iteration: `count` neighbours of the best noise so far, of which the best is kept."""
 
     count: int = 4
     distance: float = 0.5
     target: float | None = field(default=None, repr=False)
-
-    def __post_init__(self) -> None:
-        check_target(self.target)
-        if self.count < 1:
-            raise InputError(f"neighbours must be at least 1, got {self.count}")
-        if not 0 < self.distance <= 1:
-            raise InputError(f"distance must be above 0 and at most 1, got {self.distance}")
 
     def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
         pivot, candidates = search.best_noise, []
@@ -585,7 +514,7 @@ class Neighbours:
 
 
 def best_of(candidates: Sequence[IterationResult]) -> IterationResult:
-    """For each image the candidate with the highest reward; the searches of the last."""
+    """Return for each image the candidate with the highest reward, and the searches of the last."""
     at = torch.stack([one.rewards for one in candidates]).argmax(0)
     rows = range(at.numel())
 

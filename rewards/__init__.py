@@ -1,10 +1,13 @@
-"""Rewards: one a file. This table is all there is to registering one: name → (module:attribute, what it measures)."""
+"""The table of built-in rewards: name → (module:attribute, one line about it)."""
 
 REWARDS: dict[str, tuple[str, str]] = {
     "scene": ("steer.rewards.scene:SceneReward", "share of the prompt's requirements that a scene meets, exact, 0..1"),
-    "scene-soft": ("steer.rewards.scene:SceneSoftReward", "the same by template matching: graded, differentiable"),
+    "scene-soft": (
+        "steer.rewards.scene:SceneSoftReward",
+        "the same requirements by template matching: graded, differentiable",
+    ),
     "clip": ("steer.rewards.clip:clip", "clip:MODEL, cosine of image and prompt by any CLIP; clip:scenes is embedded"),
-    "pickscore": ("steer.rewards.clip:pickscore", "PickScore v1: what people pick, logit-scaled, about 15..25"),
+    "pickscore": ("steer.rewards.clip:pickscore", "PickScore v1: human choice, logit-scaled, about 15..25"),
     "hpsv2": ("steer.rewards.clip:hpsv2", "Human Preference Score v2, cosine, about 0.2..0.35"),
     "hpsv2.1": ("steer.rewards.clip:hpsv21", "Human Preference Score v2.1, cosine, about 0.2..0.35"),
     "imagereward": ("steer.rewards.imagereward:ImageReward", "ImageReward v1.0: human preference, standardised"),
@@ -20,9 +23,15 @@ REWARDS: dict[str, tuple[str, str]] = {
         "steer.rewards.classifier:Classifier",
         "classifier:LABEL, log-probability of an ImageNet class, nats",
     ),
-    "ocr": ("steer.rewards.ocr:Ocr", "how well the image says the prompt's quoted words, 0..1"),
-    "jpeg": ("steer.rewards.jpeg:JpegCompressibility", "minus the size as a JPEG of quality 95, in kB: plain pictures"),
-    "jpeg-incompressible": ("steer.rewards.jpeg:JpegIncompressibility", "the size as a JPEG in kB: busy pictures"),
+    "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
+    "jpeg": (
+        "steer.rewards.jpeg:JpegCompressibility",
+        "minus the size as a JPEG of quality 95, in kB: prefers plain images",
+    ),
+    "jpeg-incompressible": (
+        "steer.rewards.jpeg:JpegIncompressibility",
+        "the size as a JPEG in kB: prefers busy images",
+    ),
     "colour": (
         "steer.rewards.colour:ColourMatch",
         "colour:NAME or colour:#RRGGBB, mean closeness, 0..1, differentiable",

@@ -1,4 +1,4 @@
-"""LAION's aesthetic predictors: how much people like a picture, whatever it shows.
+"""LAION's aesthetic predictors: predicted human rating of an image, independent of the prompt.
 
 v2  L2-normalised CLIP ViT-L/14 image embedding (768) → MLP 768-1024-128-64-16-1, trained on ratings 1..10
 v1  the same embedding of ViT-L/14, B/32 or B/16 → one linear layer
@@ -15,6 +15,7 @@ from steer.registry import nearest
 from steer.reward import RewardError
 from steer.rewards.clip import DEFAULT_CLIP, MICRO_BATCH, Backbone, load_backbone
 from steer.rewards.images import in_micro_batches
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.learned import LearnedAestheticReward
 from steer.rewards.weights import State, WebFile, cast, check_dtype, load_weights, read_checkpoint, to_module_device
 
@@ -25,7 +26,7 @@ V1 = f"{RAW}/LAION-AI/aesthetic-predictor/6d122adad522ab246644d9dc1c6d7a3810ee25
 
 @dataclass(frozen=True)
 class Predictor:
-    """A published head and the CLIP that it stands on (of OpenAI, both versions)."""
+    """A published head and its CLIP (of OpenAI, both versions)."""
 
     head: WebFile
     backbone: str
@@ -58,13 +59,13 @@ PREDICTORS = {
         "openai/clip-vit-base-patch16",
     ),
 }
-# Where the linear layers stand in the two published layouts: with dropout between, or with ReLU and dropout.
+# Indices of the linear layers in the two published layouts: with dropout between, or with ReLU and dropout.
 LINEAR_LAYOUT = (0, 2, 4, 6, 7)
 RELU_LAYOUT = (0, 3, 6, 9, 11)
 
 
 class Mlp(nn.Module):
-    """The head of v2 in either layout; dropout, which does nothing when scoring, is left out but counted."""
+    """The head of v2 in either layout, with identities in place of dropouts."""
 
     def __init__(self, widths: Sequence[int], positions: Sequence[int]) -> None:
         super().__init__()
@@ -80,10 +81,10 @@ class Mlp(nn.Module):
 
 
 def build_head(state: State, what: str) -> nn.Module:
-    """The head that a checkpoint holds: v2's MLP in either layout, or v1's linear layer. Raises RewardError."""
+    """Build the head of a checkpoint: v2's MLP in either layout, or v1's linear layer. Raises RewardError."""
     layouts = {_keys(positions): positions for positions in (LINEAR_LAYOUT, RELU_LAYOUT)}
     matrices = all(tensor.dim() == 2 for key, tensor in state.items() if key.endswith("weight"))
-    with torch.random.fork_rng(devices=[]):  # no random number is drawn for what is filled at once
+    with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
         if matrices and (positions := layouts.get(frozenset(state))):
             head: nn.Module = Mlp([state[f"layers.{position}.weight"].shape[1] for position in positions], positions)
         elif matrices and state.keys() == {"weight", "bias"}:
@@ -100,9 +101,9 @@ def _keys(positions: Sequence[int]) -> frozenset[str]:
 
 
 class Aesthetic:
-    """The head's output, about 1..10; the prompt plays no part.
+    """The head's output, about 1..10, independent of the prompt.
 
-    `load` makes the CLIP and the head, once the options are known to be good; dtype is the CLIP's alone.
+    `load` is called after the options are validated; dtype is that of the CLIP, not of the head.
     """
 
     differentiable = True
@@ -117,6 +118,7 @@ class Aesthetic:
         cast(self.backbone, dtype)
         cast(self.head, None)
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._batched(to_module_device(images, self.backbone, self.head), prompts)
 
@@ -132,14 +134,14 @@ def aesthetic(
     micro_batch: str | int = MICRO_BATCH,
     dtype: str | None = None,
 ) -> Aesthetic | LearnedAestheticReward:
-    """An aesthetic predictor: v2 (default), v2-relu, v1, v1-b32, v1-b16, or the embedded scenes.
+    """Load an aesthetic predictor: v2 (default), v2-relu, v1, v1-b32, v1-b16, or the embedded scenes.
 
     path      a local head in one of the published layouts
-    backbone  the CLIP it stands on, where it is not the published one
+    backbone  its CLIP, where it is not the published one
     """
     if version in LearnedAestheticReward.embedded:
         if path or backbone:
-            raise RewardError(f"aesthetic:{version} is whole: it takes neither path nor backbone")
+            raise RewardError(f"aesthetic:{version} is complete: it takes neither path nor backbone")
         return LearnedAestheticReward(version, micro_batch=micro_batch, dtype=dtype)
     if version not in PREDICTORS:
         known = nearest(version, [*PREDICTORS, *LearnedAestheticReward.embedded])
@@ -153,7 +155,7 @@ def aesthetic(
         width = next(head.parameters()).shape[1]
         if clip.width != width:
             raise RewardError(
-                f"aesthetic: the head reads {width} numbers, this CLIP gives {clip.width}: backbone=… names another"
+                f"aesthetic: the head takes {width} features, this CLIP has {clip.width}: name another with backbone=…"
             )
         return clip, head
 

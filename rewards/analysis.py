@@ -1,4 +1,4 @@
-"""How alike two rewards are, measured on scores that both gave to the same images."""
+"""Analysis of rewards: agreement of two, accuracy on preferences, consistency with prompts, checks of one reward."""
 
 import re
 import time
@@ -18,14 +18,15 @@ from steer.reward import Reward, RewardError, score
 from steer.rewards.objectives import PreferenceLabels
 
 Scores = Tensor | Sequence[float] | np.ndarray
-ROUNDING = 1e-12  # of a score's size: smaller differences from a prompt's mean are rounding, not preference
+ROUNDING = 1e-12  # relative to a score: smaller differences from a prompt's mean are rounding errors
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of `n` images: rank correlations −1..1 over all of them, pairs alike and STARC distance 0..1 within prompts.
+    """Agreement of two rewards on `n` images: rank correlations −1..1, pairwise agreement and STARC distance 0..1.
 
-    nan where it cannot be told: correlations of a constant, the others where no prompt has two images.
+    Correlations are over all images, the others within prompts. nan where undefined: correlations of a constant, the
+    others where no prompt has two images.
     """
 
     n: int
@@ -36,9 +37,9 @@ class Agreement:
 
 
 def compare(a: Scores, b: Scores, groups: Sequence[str]) -> Agreement:
-    """All measures at once, of scores a and b (N,) and the N prompts `groups`.
+    """Compute all measures at once, of scores a and b (N,) and the N prompts `groups`.
 
-    Raises InputError where they do not fit together, are fewer than two, or are not finite.
+    Raises InputError where their numbers differ, are below two, or scores are not finite.
     """
     first, second = _validated(a, b, groups)
     comparable = max(map(len, _rows_by_group(groups))) > 1
@@ -52,24 +53,24 @@ def compare(a: Scores, b: Scores, groups: Sequence[str]) -> Agreement:
 
 
 def spearman(a: Scores, b: Scores) -> float:
-    """Spearman's ρ of scores (N,), −1..1: the linear correlation of their ranks. nan where one is constant."""
+    """Compute Spearman's ρ of scores (N,), −1..1: the linear correlation of ranks. nan where one is constant."""
     first, second = _validated(a, b)
     return float("nan") if _constant(first, second) else float(stats.spearmanr(first, second).statistic)
 
 
 def kendall(a: Scores, b: Scores) -> float:
-    """Kendall's τ_b of scores (N,), −1..1: pairs ranked alike minus unlike, mending ties. nan where one is constant."""
+    """Compute Kendall's τ_b of scores (N,), −1..1, corrected for ties. nan where one is constant."""
     first, second = _validated(a, b)
     return float("nan") if _constant(first, second) else float(stats.kendalltau(first, second).statistic)
 
 
 def pairwise_agreement(a: Scores, b: Scores, groups: Sequence[str]) -> float:
-    """Share 0..1 of the pairs of images of one prompt that both rewards rank alike; a tie in either counts 1/2.
+    """Return the share 0..1 of pairs of images of one prompt that both rewards rank alike; a tie counts 1/2.
 
         mean over i < j of one prompt of (1 + sign(aᵢ − aⱼ) · sign(bᵢ − bⱼ)) / 2
 
-    Only images of one prompt are compared: that is what steering and best-of-n choose among. nan where no prompt
-    has two images.
+    Only images of one prompt are compared, as steering and best-of-n choose among these. nan where no prompt has two
+    images.
     """
     first, second = _validated(a, b, groups)
     agreeing, pairs = 0.0, 0
@@ -82,7 +83,7 @@ def pairwise_agreement(a: Scores, b: Scores, groups: Sequence[str]) -> float:
 
 
 def starc_distance(a: Scores, b: Scores, groups: Sequence[str]) -> float:
-    """A STARC distance between rewards over images, 0..1, of scores (N,) and the N prompts `groups`.
+    """Compute a STARC distance between rewards over images, 0..1, of scores (N,) and the N prompts `groups`.
 
         c(r)ᵢ = rᵢ − mean of r over the images of i's prompt,   s(r) = c(r) / ‖c(r)‖₂,   d = ‖s(a) − s(b)‖₂ / 2
 
@@ -118,7 +119,7 @@ def _constant(*scores: np.ndarray) -> bool:
 
 
 def _validated(a: Scores, b: Scores, groups: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Both as (N,) fp64. Raises InputError where they cannot be compared."""
+    """Convert both to (N,) fp64. Raises InputError where they cannot be compared."""
     first, second = (np.asarray(scores, dtype=np.float64) for scores in (a, b))
     sizes = [first.shape, second.shape, *([] if groups is None else [(len(groups),)])]
     if first.ndim != 1 or any(one != other for one, other in pairwise(sizes)):
@@ -135,10 +136,10 @@ BINS = 10
 
 @dataclass(frozen=True)
 class PreferenceMetrics:
-    """Of pairs that training did not see.
+    """Metrics of a reward on held-out pairs.
 
-    accuracy  share of decided pairs (no ties) in which the chosen image has the higher reward; equal rewards: half
-    log_loss  mean −log of the probability given to the choice, nats; ln 2 = .693 is a coin's
+    accuracy  share of decided pairs (no ties) in which the preferred image has the higher reward; equal rewards: half
+    log_loss  mean −log of the predicted probability of the label, nats; ln 2 = .693 at chance
     ece       expected calibration error: mean over pairs of |predicted − observed| share, in bins of 0.1
     bins      (predicted, observed, pairs) of each bin of the probability σ(Δ) that a is chosen
     """
@@ -154,7 +155,7 @@ class PreferenceMetrics:
 
 
 def preference_metrics(raw: Sequence[Tensor], labels: PreferenceLabels) -> PreferenceMetrics:
-    """raw: rewards (N,) of the images a and of the images b, in nats."""
+    """Compute metrics of raw rewards (N,) of the images a and of the images b, in nats."""
     difference, chosen = raw[0] - raw[1], labels.choice
     decided = chosen != 0.5
     right = torch.where(difference == 0, 0.5, ((difference > 0) == (chosen > 0.5)).float())
@@ -166,17 +167,17 @@ def preference_metrics(raw: Sequence[Tensor], labels: PreferenceLabels) -> Prefe
 
 
 def _bins(predicted: Tensor, observed: Tensor) -> tuple[tuple[float, float, int], ...]:
-    place = (predicted * BINS).long().clamp(max=BINS - 1)
-    rows = [place == k for k in range(BINS)]
+    index = (predicted * BINS).long().clamp(max=BINS - 1)
+    rows = [index == k for k in range(BINS)]
     return tuple((predicted[r].mean().item(), observed[r].mean().item(), int(r.sum())) for r in rows if r.any())
 
 
 KINDS = ("colour", "binding", "count", "relation")
-# What replaces a colour: the next one of these that the prompt lacks. Neighbours are easy to tell apart, and the
-# language of scenes knows all six.
+# A colour is replaced by the next one of these that the prompt lacks. Neighbours differ clearly, and the language of
+# scenes has all six.
 RING = ("blue", "yellow", "purple", "green", "black", "red")
-# Colour words with the hue that each is taken for, so that "crimson" is not contrasted with "red". Words that mostly
-# name a thing (rose, olive, navy, lime) are left out.
+# Colour words with their hue, so that "crimson" is not contrasted with "red". Words that mostly name a thing (rose,
+# olive, navy, lime) are left out.
 HUES = {hue: hue for hue in (*RING, "orange", "pink", "brown", "white", "grey")} | {
     "gray": "grey",
     "silver": "grey",
@@ -209,13 +210,13 @@ OPPOSITES = {
 
 
 def _any_of(phrases: Sequence[str]) -> re.Pattern[str]:
-    """Any of the phrases as whole words, in any case, with any white space between them."""
+    """Compile a pattern of the phrases as whole words, in any case, with any white space between them."""
     spaced = (r"\s+".join(phrase.split()) for phrase in sorted(phrases, key=len, reverse=True))
     return re.compile(rf"\b(?:{'|'.join(spaced)})\b", re.IGNORECASE)
 
 
 _COLOUR, _NUMBER, _RELATION = _any_of(list(HUES)), _any_of(NUMBERS), _any_of(list(OPPOSITES))
-# An orange is a colour only before the thing that has it: "an orange car", not "an orange on a plate".
+# Orange is a colour only before a noun: "an orange car", not "an orange on a plate".
 _BEFORE_A_THING = re.compile(r"[\s-]+(?!(?:and|or|with|on|in|at|of|to|next|near|by|is|left|right|above|below)\b)\w")
 _JOINED = re.compile(r"[\s,/&-]*(?:(?:and|or)[\s-]*)?", re.IGNORECASE)  # "black-and-white", "red, blue"
 _ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)
@@ -223,7 +224,7 @@ _ARTICLE = re.compile(r"\ban?(?=\s+$)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Contrast:
-    """A changed prompt and what was changed: "colour", "binding" (two colours exchanged), "count" or "relation"."""
+    """A changed prompt and the kind of change: "colour", "binding" (two colours exchanged), "count" or "relation"."""
 
     kind: str
     prompt: str
@@ -231,7 +232,7 @@ class Contrast:
 
 @dataclass(frozen=True)
 class Consistency:
-    """Of `pairs` (image, contrast): the share 0..1 where the prompt scores higher, ties half; the mean of how much."""
+    """Share 0..1 of `pairs` (image, contrast) where the prompt scores higher, ties half; and the mean margin."""
 
     share: float
     pairs: int
@@ -239,7 +240,7 @@ class Consistency:
 
 
 def contrasts(prompt: str) -> list[Contrast]:
-    """What the prompt becomes with one fact changed, by plain-English word rules; the same every time.
+    """Change one fact of a prompt at a time, by deterministic plain-English word rules.
 
     Each colour word becomes a colour that the prompt lacks; two colours of different things change places; each
     number from two to ten becomes the one below it, two becomes three; each relation becomes its opposite. Empty where
@@ -254,24 +255,24 @@ def contrasts(prompt: str) -> list[Contrast]:
 
 
 def contrast_pairs(prompts: Sequence[str]) -> list[tuple[int, Contrast]]:
-    """Every contrast of every prompt, with the row of its prompt."""
+    """Return every contrast of every prompt, with the row of its prompt."""
     return [(row, contrast) for row, prompt in enumerate(prompts) for contrast in contrasts(prompt)]
 
 
 def consistency(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[str, Consistency]:
-    """How often a reward prefers the prompt over its contrasts, for images (N, 3, H, W) that show the prompts.
+    """Measure how often a reward prefers the prompt to its contrasts, for images (N, 3, H, W) of the prompts.
 
         share = mean over (image, contrast) of [r(x, prompt) > r(x, contrast)], a tie counts 1/2
 
-    1 is perfect, 1/2 is what a reward that ignores prompts gets. By kind of contrast and for "all"; a kind that does
-    not occur is absent. Sources: those of this module. Raises RewardError where the reward does not score.
+    1 is perfect, 1/2 is chance. By kind of contrast and for "all"; a kind that does not occur is absent. Hard negatives
+    as in arXiv 2204.03162 and 2210.01936. Raises RewardError where the reward fails.
     """
     pairs = contrast_pairs(prompts)
     if not pairs:
         return {}
     with torch.no_grad():
         right, wrong = score(reward, images, prompts), []
-        for start in range(0, len(pairs), len(images)):  # never more at once than the caller's own batch
+        for start in range(0, len(pairs), len(images)):  # the caller's batch size is the limit
             some = pairs[start : start + len(images)]
             wrong.append(score(reward, images[[row for row, _ in some]], [contrast.prompt for _, contrast in some]))
     margins = right[[row for row, _ in pairs]] - torch.cat(wrong)
@@ -279,7 +280,7 @@ def consistency(reward: Reward, images: Tensor, prompts: Sequence[str]) -> dict[
 
 
 def consistency_by_kind(kinds: Sequence[str], margins: Tensor) -> dict[str, Consistency]:
-    """Sums up margins (P,), score of the prompt minus score of its contrast, by the P kinds and for "all"."""
+    """Average margins (P,), score of the prompt minus score of its contrast, by the P kinds and for "all"."""
     results: dict[str, Consistency] = {}
     for kind in [kind for kind in KINDS if kind in kinds] + (["all"] if kinds else []):
         of_kind = margins[[k for k, name in enumerate(kinds) if kind in (name, "all")]].double()
@@ -308,21 +309,21 @@ def _other_colours(prompt: str) -> Iterator[str]:
 
 
 def _exchanged_colours(prompt: str) -> Iterator[str]:
-    """Neighbouring colours change places, where that says something else.
+    """Exchange neighbouring colours where that changes the meaning.
 
-    It does not for one thing of both colours ("a black and white photo") or two of a kind ("a red and a blue ball").
+    It does not for one object of both colours ("a black and white photo") or two of a kind ("a red and a blue ball").
     """
     for first, second in pairwise(_colour_words(prompt)):
         between = prompt[first.end() : second.start()]
         things = [re.match(r"[\s-]*(\w*)", prompt[word.end() :], re.IGNORECASE) for word in (first, second)]
         one_kind = len({thing[1].lower() for thing in things if thing}) == 1
         if _hue(first) != _hue(second) and not one_kind and not _only_conjunction(between):
-            # From the right, so that the place on the left stays where it was found.
+            # From the right, so that positions on the left stay valid.
             yield _with_colour(_with_colour(prompt, second, first[0]), first, second[0])
 
 
 def _only_conjunction(between: str) -> bool:
-    """Whether nothing that has a colour stands between two colour words."""
+    """Return whether nothing that has a colour stands between two colour words."""
     without_article = re.sub(r"\b(?:an?|the)\s+$", "", between, flags=re.IGNORECASE)
     return _JOINED.fullmatch(without_article) is not None
 
@@ -330,8 +331,8 @@ def _only_conjunction(between: str) -> bool:
 def _other_counts(prompt: str) -> Iterator[str]:
     for word in _NUMBER.finditer(prompt):
         # One fewer: 1 would need a singular, so that two becomes three.
-        place = NUMBERS.index(word[0].lower())
-        yield _replaced(prompt, word, NUMBERS[place - 1] if place else NUMBERS[1])
+        index = NUMBERS.index(word[0].lower())
+        yield _replaced(prompt, word, NUMBERS[index - 1] if index else NUMBERS[1])
 
 
 def _opposite_relations(prompt: str) -> Iterator[str]:
@@ -340,7 +341,7 @@ def _opposite_relations(prompt: str) -> Iterator[str]:
 
 
 def _with_colour(prompt: str, word: re.Match[str], colour: str) -> str:
-    """The prompt with another colour in the place of `word`, and "a" or "an" before it as it must be."""
+    """Replace the colour `word` of a prompt, and fix the "a" or "an" before it."""
     changed = _replaced(prompt, word, colour.lower())
     article = "an" if colour[0].lower() in "aeiou" else "a"
     before = _ARTICLE.sub(lambda old: _cased(article, old[0]), changed[: word.start()])
@@ -352,28 +353,24 @@ def _replaced(prompt: str, old: re.Match[str], new: str) -> str:
 
 
 def _cased(new: str, old: str) -> str:
-    """`new` in capitals, with a first capital, or small, as `old` was."""
+    """Write `new` in capitals, with a first capital, or small, as `old` is."""
     if old.isupper() and len(old) > 1:
         return new.upper()
     return new[0].upper() + new[1:] if old[0].isupper() else new
 
 
-BATCH_TOLERANCE = 1e-5  # of max(1, |score|): rounding differs between batch sizes, by less than this
+BATCH_TOLERANCE = 1e-5  # of max(1, |score|): bound of the rounding differences between batch sizes
 TIMED_CALLS = 3
-GRADED_IMAGES = 4  # whose gradients are checked: every one costs 34 evaluations
-STEP_SIZES = (
-    1e-4,
-    3e-4,
-    1e-3,
-    1e-2,
-)  # of all pixels at once; fp32 rounding spoils small ones, kinks and curvature large
+GRADED_IMAGES = 4  # images whose gradients are checked: each costs 34 evaluations
+# Steps of all pixels at once; small ones suffer from fp32 rounding, large ones from kinks and curvature.
+STEP_SIZES = (1e-4, 3e-4, 1e-3, 1e-2)
 GRADIENT_TOLERANCE = 5e-2  # relative, of the median slope
-FLAT_SLOPE = 3e-5  # of the largest |score|: slopes below this drown in the rounding of fp32 scores
+FLAT_SLOPE = 3e-5  # of the largest |score|: slopes below this are within the rounding of fp32 scores
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One check: whether it passed (None: does not apply, or is only reported), and the figure in one line."""
+    """Result of one check: whether it passed (None: not applicable, or only reported), and the figure in one line."""
 
     name: str
     passed: bool | None
@@ -384,10 +381,10 @@ Outcome = tuple[bool | None, str]
 
 
 def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list[CheckResult]:
-    """Checks a reward on images (N, 3, H, W) in [0, 1] and their N prompts: one finding for each of CHECKS.
+    """Check a reward on images (N, 3, H, W) in [0, 1] and their N prompts: one result for each of CHECKS.
 
-    A reward that raises or breaks the contract gives a failed finding with the message; where it cannot score the
-    batch at all, the other checks do not apply. Raises InputError for images or prompts of another form.
+    A reward that raises or breaks the contract fails the check with that message; where it cannot score the batch at
+    all, the other checks are skipped. Raises InputError for images or prompts of another form.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not len(images):
         raise InputError(f"images to check a reward are floats (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
@@ -396,7 +393,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list
     check_results: list[CheckResult] = []
     for name, check in CHECKS.items():
         if check_results and not check_results[0].passed:
-            check_results.append(CheckResult(name, None, "not tried: the contract does not hold"))
+            check_results.append(CheckResult(name, None, "skipped: the contract does not hold"))
             continue
         try:
             check_results.append(CheckResult(name, *check(reward, images, prompts)))
@@ -406,7 +403,7 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list
 
 
 def _scores(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """(N,) without gradients. Copies go in and come out: a reward may write into what it is given or has returned."""
+    """Score (N,) without gradients, on copies: a reward may write into its input or its returned tensor."""
     with torch.no_grad():
         return score(reward, images.clone(), list(prompts)).clone()
 
@@ -422,7 +419,7 @@ def _determinism(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outc
 
 
 def _batch_invariance(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
-    """A score must not depend on the images beside it: max |r − r′| / max(1, |r|) stays within BATCH_TOLERANCE."""
+    """Check that scores do not depend on the batch: max |r − r′| / max(1, |r|) within BATCH_TOLERANCE."""
     if len(images) < 2:
         return None, "needs two images"
     batched = _scores(reward, images, prompts)
@@ -437,7 +434,7 @@ def _batch_invariance(reward: Reward, images: Tensor, prompts: Sequence[str]) ->
 
 
 def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
-    """Each image once more with the next of the other prompts, or, where all are one, with a contrast of it."""
+    """Score each image with the next of the other prompts, or with a contrast where all prompts are equal."""
     known = list(dict.fromkeys(prompts))
     if len(known) == 1:
         known += [contrast.prompt for contrast in contrasts(known[0])[:1]]
@@ -450,27 +447,27 @@ def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) 
 
 
 def _prompt_limit(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
-    """How much of a prompt is read, as far as the reward says so in `prompt_limit`."""
+    """Report the number of tokens that are read of a prompt, if the reward has a `prompt_limit`."""
     limit = getattr(reward, "prompt_limit", None)
     if limit is None:
-        return None, "no limit is known (a reward with one says it as prompt_limit)"
-    return None, f"reads {limit} tokens of a prompt, its marks of beginning and end among them; more play no part"
+        return None, "no limit is known (rewards declare it as prompt_limit)"
+    return None, f"truncates prompts to {limit} tokens, start and end tokens included"
 
 
 def _gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
-    """Slopes along fixed random directions v, by the gradient and by central differences:
+    """Compare slopes along fixed random directions v, by the gradient and by central differences:
 
         ⟨∇r(x), v⟩  against  (r(x + hv) − r(x − hv)) / 2h
 
-    The error of a slope is |difference| / the larger of both, at the step h that suits it best. What passes or fails
-    is the median over images and directions: rewards have kinks (ReLU, max), where single slopes mean nothing.
+    The error of a slope is |difference| / the larger of both, at the best step h. The check passes on the median over
+    images and directions: at kinks (ReLU, max) single slopes mean nothing.
     """
     points, texts = _inner_points(images[:GRADED_IMAGES]), list(prompts[:GRADED_IMAGES])
     if not reward.differentiable:
         return _no_gradient(reward, points, texts)
     gradient = _gradient_of_sum(reward, points, texts)
     if gradient is None:
-        return False, "says differentiable = True, but its scores carry no gradient to the images"
+        return False, "declares differentiable = True, but no gradient reaches the images"
     if not gradient.isfinite().all():
         return False, "the gradient has nan or inf"
     flat = FLAT_SLOPE * _scores(reward, points, texts).abs().max()
@@ -493,20 +490,20 @@ def _no_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outc
     try:
         gradient = _gradient_of_sum(reward, images, prompts)
     except RewardError:  # like .numpy() of images that ask for gradients
-        return True, "says that it has none, and refuses to give one"
+        return True, "declared as not differentiable, and raises for gradients"
     if gradient is None:
-        return True, "says that it has none, and gives none"
-    return False, "says differentiable = False, but its scores carry gradients: say True, or detach them"
+        return True, "declared as not differentiable, and gives no gradient"
+    return False, "declares differentiable = False, but its scores carry gradients: declare True, or detach them"
 
 
 def _inner_points(images: Tensor) -> Tensor:
-    """The images in fp32, drawn in so that no step leaves [0, 1], and dithered: equal pixels sit on kinks of a max."""
+    """Shrink fp32 images into (0, 1), so that steps stay inside, and dither: equal pixels sit on kinks of a max."""
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)).to(images.device)
     return 0.03 + 0.9 * images.float() + 0.04 * noise
 
 
 def _gradient_of_sum(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor | None:
-    """The gradient of the sum of the scores, as each image's own; None where the scores carry none to the images."""
+    """Differentiate the sum of the scores by the images; None where no gradient reaches them."""
     pixels = images.clone().requires_grad_()
     with torch.enable_grad():
         # Times 1: a reward may write into its input, which autograd allows for no leaf.
@@ -521,7 +518,7 @@ def _gradient_of_sum(reward: Reward, images: Tensor, prompts: Sequence[str]) -> 
 
 
 def _directions(images: Tensor) -> list[Tensor]:
-    """Two of single pixels and two of patches, ±1 each: what is fine must be right, and so must be what is coarse."""
+    """Draw two directions of single pixels and two of patches, ±1 each, to test fine and coarse gradients."""
     generator, (count, _, height, width) = torch.Generator().manual_seed(1), images.shape
     grids = [(height, width), (height, width), (4, 4), (4, 4)]
     signs = (torch.randint(0, 2, (count, 3, *grid), generator=generator).float() * 2 - 1 for grid in grids)
@@ -558,6 +555,6 @@ CHECKS: dict[str, Callable[[Reward, Tensor, Sequence[str]], Outcome]] = {
     "prompt sensitivity": _prompt_sensitivity,
     "prompt limit": _prompt_limit,
     "gradient": _gradient,
-    "images untouched": _images_unmodified,
+    "images unmodified": _images_unmodified,
     "throughput": _throughput,
 }

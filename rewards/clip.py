@@ -1,11 +1,10 @@
-"""Rewards that compare image and prompt in a CLIP's space: CLIPScore, PickScore, HPSv2.
+"""Rewards of a CLIP: CLIPScore, PickScore, HPSv2.
 
-All are computed from tensors, differentiable through their preprocessing, with the prompts' features remembered
-and images taken in micro-batches; their weights go from the CPU to the device of the images. Common options, after the
-name:
+All are differentiable through their preprocessing, cache the features of prompts and process images in micro-batches;
+their weights move from the CPU to the device of the images. Common options, after the name:
 
-path=FILE|FOLDER  local weights      dtype=float32|float16|bfloat16  of the model
-micro_batch=N     images at a time   preprocess=crop|pad             CLIP's own, or HPSv2's
+path=FILE|FOLDER  local weights           dtype=float32|float16|bfloat16  of the model
+micro_batch=N     images per micro-batch  preprocess=crop|pad             of CLIP, or of HPSv2
 """
 
 import json
@@ -37,6 +36,7 @@ from steer.rewards.images import (
     normalise,
     resize_and_crop,
 )
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.weights import (
     NO_NETWORK,
     HubFile,
@@ -58,18 +58,18 @@ REVISIONS = {
     LAION_H: "1c2b8495b28150b8a4922ee1c8edee224c284c0c",
     PICKSCORE: "a4e4367c6dfa7288a00c550414478f865b875800",
 }
-# A tokenizer may lack this share of a model's rows, which some round up.
+# Some models round up their rows: a tokenizer may lack this share of them.
 VOCABULARY_SLACK = 0.1
 
 
 class Backbone(nn.Module):
-    """Features of images (N, 3, H, W) in [0, 1] and of prompts, in one space of D dimensions.
+    """Encoder of images (N, 3, H, W) in [0, 1] and of prompts, into one space of D dimensions.
 
     model        the open_clip or transformers module
     image, text  its two encoders: pixels (N, 3, size, size) → (N, D), token ids (N, L) → (N, D)
     tokenize     prompts → token ids (N, L), padded to one length whatever the prompts
-    size         pixels per side that it sees
-    limit        tokens that it reads of a prompt; count: prompt → how many it has
+    size         input pixels per side
+    limit        maximum number of tokens of a prompt; count: prompt → number of its tokens
     """
 
     def __init__(
@@ -92,34 +92,34 @@ class Backbone(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights; features are computed in it."""
+        """Return the dtype of the weights, in which features are computed."""
         return next(self.model.parameters()).dtype
 
     @property
     def width(self) -> int:
-        """D."""
+        """Return D."""
         with torch.no_grad():
             return self.texts([""]).shape[-1]
 
     @property
     def logit_scale(self) -> Tensor:
-        """exp of the learned log temperature; about 100 for published models."""
+        """Return exp of the learned log temperature; about 100 for published models."""
         scale: Any = self.model.logit_scale
         return at_least_float32(scale).exp()
 
     def images(self, images: Tensor, preprocess: Preprocess = resize_and_crop) -> Tensor:
-        """(N, D), of unit length, at least fp32; differentiable."""
+        """Encode images: (N, D), of unit length, at least fp32; differentiable."""
         pixels = normalise(preprocess(at_least_float32(images), self.size), self.mean, self.std)
         return F.normalize(at_least_float32(self._image(pixels.to(self.dtype))), dim=-1)
 
     def texts(self, prompts: Sequence[str]) -> Tensor:
-        """(N, D), of unit length, at least fp32."""
+        """Encode prompts: (N, D), of unit length, at least fp32."""
         ids = self._tokenize(list(prompts)).to(next(self.model.parameters()).device)
         return F.normalize(at_least_float32(self._text(ids)), dim=-1)
 
 
 def open_clip_backbone(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> Backbone:
-    """Of an open_clip model and its tokenizer."""
+    """Wrap an open_clip model and its tokenizer."""
     made: Any = model
     size = made.visual.image_size
     mean, std = made.visual.preprocess_cfg["mean"], made.visual.preprocess_cfg["std"]
@@ -136,7 +136,7 @@ def open_clip_backbone(model: nn.Module, tokenizer: Callable[[list[str]], Tensor
 
 
 def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
-    """Of a CLIPModel of transformers and its tokenizer. Raises RewardError where they do not belong together."""
+    """Wrap a CLIPModel of transformers and its tokenizer. Raises RewardError where they do not fit each other."""
     _check_vocabulary(len(tokenizer), model.config.text_config.vocab_size)
     length = model.config.text_config.max_position_embeddings
 
@@ -156,22 +156,22 @@ def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
     )
 
 
-def _check_vocabulary(known: int, wanted: int) -> None:
-    """Raises RewardError for a tokenizer of `known` tokens where a model was trained on `wanted`.
+def _check_vocabulary(known: int, expected: int) -> None:
+    """Raise RewardError for a tokenizer of `known` tokens where the model has `expected`.
 
-    What transformers makes of a tokenizer whose files it does not find knows a handful, and says nothing.
+    transformers silently builds a tokenizer of a handful of tokens where its files are missing.
     """
-    if not (1 - VOCABULARY_SLACK) * wanted <= known <= wanted:
-        raise RewardError(f"its tokenizer knows {known} tokens, the model {wanted}; are the tokenizer's files there?")
+    if not (1 - VOCABULARY_SLACK) * expected <= known <= expected:
+        raise RewardError(f"its tokenizer has {known} tokens, the model {expected}; are the tokenizer's files there?")
 
 
 def load_backbone(name: str, tokenizer: str | None = None) -> Backbone:
-    """A CLIP by name: embedded, ARCHITECTURE/TAG of open_clip, ORGANISATION/NAME on the hub, a folder of either maker.
+    """Load a CLIP: an embedded one, ARCHITECTURE/TAG of open_clip, ORGANISATION/NAME on the hub, or a folder of either.
 
     tokenizer  another repository or folder to take a transformers tokenizer from
-    Repositories in REVISIONS come at that revision, others at their newest. A folder of transformers is taken to
-    expect OpenAI's mean and deviation of pixels; one of open_clip tells its own. Weights come in fp32.
-    Raises RewardError, one line that names it, where it cannot be loaded. No code of a folder is run.
+    Repositories in REVISIONS are loaded at that revision, others at their newest. A transformers CLIP uses OpenAI's
+    mean and deviation of pixels, one of open_clip those of its configuration. Weights are fp32.
+    Raises RewardError, one line that names the CLIP, where it cannot be loaded. No code of a folder is run.
     """
     architecture, _, tag = name.partition("/")
     folder = clip_folder(name)
@@ -189,14 +189,14 @@ def load_backbone(name: str, tokenizer: str | None = None) -> Backbone:
 
 
 def clip_folder(name: str) -> Path:
-    """Where an embedded CLIP, or one in a folder, lies."""
+    """Return the folder of an embedded CLIP, or the folder that is named."""
     return CLIPS.get(name, Path(name))
 
 
 def open_clip_folder(folder: Path, weights: bool = True) -> Backbone:
-    """A folder in open_clip's own format: open_clip_config.json, the tokenizer's files, open_clip_model.safetensors.
+    """Load a folder of open_clip's format: open_clip_config.json, the tokenizer's files, open_clip_model.safetensors.
 
-    weights  False: a fresh model of that configuration
+    weights  False: an untrained model of that configuration
     Raises RewardError, one line that names the folder. No code of it is run.
     """
     with _loading(f"CLIP {str(folder)!r}"):
@@ -212,7 +212,7 @@ def open_clip_folder(folder: Path, weights: bool = True) -> Backbone:
 
 
 def open_clip_architecture(name: str) -> Backbone:
-    """A fresh open_clip model, by the name of its architecture or the folder of its configuration."""
+    """Build an untrained open_clip model, by its architecture's name or the folder of its configuration."""
     folder = clip_folder(name)
     if folder.is_dir():
         return open_clip_folder(folder, weights=False)
@@ -234,7 +234,7 @@ def _load_open_clip(architecture: str, tag: str) -> Backbone:
 
 
 def _load_transformers(name: str, tokenizer: str | None) -> Backbone:
-    # transformers only warns of keys that are missing, and draws them; a configuration could ask for any attention.
+    # transformers only warns of missing keys and initialises them; a configuration could ask for any attention.
     model, info = CLIPModel.from_pretrained(
         name,
         revision=REVISIONS.get(name),
@@ -253,7 +253,7 @@ def _load_transformers(name: str, tokenizer: str | None) -> Backbone:
 
 
 def _check_folder(folder: Path, config: dict[str, Any]) -> None:
-    """Raises RewardError where a folder asks for a loader that may run code, or for files from elsewhere."""
+    """Raise RewardError where a folder asks for a loader that may run code, or for files from elsewhere."""
     unsupported = [key for key in ("tokenizer_kwargs", "hf_model_name") if config["text_cfg"].get(key)]
     unsupported += ["timm_model_name"] if ":" in str(config["vision_cfg"].get("timm_model_name")) else []
     for file in (folder / "tokenizer_config.json", folder / "config.json"):
@@ -264,13 +264,13 @@ def _check_folder(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _keep_log_record(record: logging.LogRecord) -> bool:
-    """Whether a record of open_clip holds here: weights are loaded, and all checked, after it has made the model."""
+    """Drop open_clip's warning of missing weights: they are loaded, and all checked, after the model is built."""
     return not record.getMessage().startswith("No pretrained weights loaded for model")
 
 
 @contextmanager
 def _loading(what: str, remedy: str = "") -> Iterator[None]:
-    """Loading by other libraries: with their warnings, without drawing random numbers, with errors in one line."""
+    """Let other libraries load: warnings pass, no random number is drawn, errors become one line."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)  # open_clip logs every step at the root
     logging.root.addFilter(_keep_log_record)
@@ -279,7 +279,7 @@ def _loading(what: str, remedy: str = "") -> Iterator[None]:
             yield
     except RewardError as error:
         raise RewardError(str(error) if what in str(error) else f"{what}: {error}") from error
-    except Exception as error:  # two libraries and a stranger's files: there is no list of what they raise
+    except Exception as error:  # two libraries and untrusted files: the errors are not documented
         info = f"{what} cannot be loaded: {one_line(error)}"
         raise RewardError(f"{info}; {remedy}" if remedy else info) from error
     finally:
@@ -303,17 +303,17 @@ HPS = {
 
 
 def cosine(similarity: Tensor, logit_scale: float) -> Tensor:
-    """cos(image, text), −1..1; of published models about 0.1..0.4."""
+    """Return cos(image, text), −1..1; of published models about 0.1..0.4."""
     return similarity
 
 
 def logit(similarity: Tensor, logit_scale: float) -> Tensor:
-    """exp(t) cos(image, text): what the CLIP was trained on, about 100 times the cosine."""
+    """Return exp(t) cos(image, text), CLIP's training logit, about 100 times the cosine."""
     return logit_scale * similarity
 
 
 def clipscore(similarity: Tensor, logit_scale: float) -> Tensor:
-    """100 max(cos(image, text), 0), 0..100 (CLIPScore, arXiv 2104.08718, in the scale that is usual now)."""
+    """Return 100 max(cos(image, text), 0), 0..100 (CLIPScore, arXiv 2104.08718, rescaled as is common now)."""
     return 100 * similarity.clamp(min=0)
 
 
@@ -323,8 +323,8 @@ UNITS: dict[str, Unit] = {"cosine": cosine, "logit": logit, "clipscore": clipsco
 class ClipReward:
     """Similarity of image and prompt by a CLIP: (N,) in one of the units above, at least fp32.
 
-    `load` makes the CLIP, once the options are known to be good. The published temperature is kept in full
-    precision whatever the dtype: half of it would move all scores by up to 2 %.
+    `load` is called after the options are validated. The published temperature stays in fp32 whatever the dtype:
+    rounded to half precision it would change all scores by up to 2 %.
     """
 
     differentiable = True
@@ -351,6 +351,7 @@ class ClipReward:
         )
         self._texts = PromptCache(encode)
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._batched(to_module_device(images, self.backbone), prompts)
 
@@ -368,7 +369,7 @@ def clip(
     micro_batch: str | int = MICRO_BATCH,
     dtype: str | None = None,
 ) -> ClipReward:
-    """CLIPScore (arXiv 2104.08718) by any CLIP: scenes, ARCHITECTURE/TAG of open_clip, ORGANISATION/NAME, a folder.
+    """Load CLIPScore (arXiv 2104.08718) by any CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, a folder.
 
     unit  cosine (default), logit or clipscore
     """
@@ -380,13 +381,13 @@ def clip(
 def pickscore(
     *, path: str | None = None, unit: str = "logit", micro_batch: str | int = MICRO_BATCH, dtype: str | None = None
 ) -> ClipReward:
-    """PickScore v1 (arXiv 2305.01569): exp(t) cos(image, text), about 15..25; often divided by 26.
+    """Load PickScore v1 (arXiv 2305.01569): exp(t) cos(image, text), about 15..25; often divided by 26.
 
     path  a local folder as CLIPModel.save_pretrained writes it, with its tokenizer
     """
     if path and not Path(path).is_dir():
         raise RewardError(f"pickscore:path={path}: no such folder")
-    # The published repository has no tokenizer of its own: it is that of the CLIP that it was tuned from.
+    # The published repository has no tokenizer: it uses that of the CLIP that it was finetuned from.
     load = partial(load_backbone, path or PICKSCORE, None if path else LAION_H)
     return ClipReward(reward_name("pickscore", unit=(unit, "logit")), load, unit, "crop", micro_batch, dtype)
 
@@ -400,11 +401,11 @@ def hps(
     micro_batch: str | int = MICRO_BATCH,
     dtype: str | None = None,
 ) -> ClipReward:
-    """Human Preference Score v2 or v2.1 (arXiv 2306.09341): the cosine, about 0.2..0.35.
+    """Load Human Preference Score v2 or v2.1 (arXiv 2306.09341): the cosine, about 0.2..0.35.
 
     path        a local checkpoint in place of the hub's HPS_v2_compressed.pt or HPS_v2.1_compressed.pt
     model       its architecture, a name or folder of open_clip
-    preprocess  pad: the official one, the whole picture with black bars; crop: CLIP's own, as ReNO has it
+    preprocess  pad: the official one, the whole image with black bars; crop: CLIP's, as ReNO uses it
     """
 
     def load() -> Backbone:
@@ -423,8 +424,8 @@ hpsv21 = partial(hps, "hpsv2.1")
 
 
 def reward_name(name: str, **options: tuple[str, str]) -> str:
-    """A reward's name with the options that change its scores, where they are not the usual: (given, usual) each.
+    """Append to a name the options that change scores, where they differ from the default: (given, default) each.
 
-    Calibrations and components go by name: two scales must not share one.
+    Calibrations and components are keyed by name: two scales must not share one.
     """
     return ",".join([name, *(f"{option}={given}" for option, (given, usual) in options.items() if given != usual)])

@@ -7,6 +7,7 @@ from PIL import ImageColor
 from torch import Tensor
 
 from steer.reward import RewardError
+from steer.rewards.inputs import takes_any_images
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
@@ -24,8 +25,9 @@ class ColourMatch:
         self.name = f"colour:{colour}"
         self._target = torch.tensor(rgb).float().view(3, 1, 1) / 255
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        # The tiny offset keeps the gradient finite where a pixel has the colour exactly.
+        # The offset keeps the gradient finite where a pixel has the colour exactly.
         squared = ((images.float() - self._target.to(images.device)) ** 2).sum(1)
         return 1 - ((squared + 1e-12) / 3).sqrt().mean((1, 2))
 
@@ -41,10 +43,11 @@ class Brightness:
             self._target = None if target is None else float(target)
         except ValueError as error:
             raise RewardError(f"brightness:{target}: the target is a number from 0 to 1") from error
-        if self._target is not None and not 0 <= self._target <= 1:  # nan, too, is not
+        if self._target is not None and not 0 <= self._target <= 1:  # false for nan, too
             raise RewardError(f"brightness:{target}: the target is a number from 0 to 1")
         self.name = "brightness" if target is None else f"brightness:{target}"
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         weights = torch.tensor(LUMA, device=images.device).view(3, 1, 1)
         luma = (images.float() * weights).sum(1).mean((1, 2))

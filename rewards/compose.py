@@ -1,8 +1,8 @@
-"""Rewards made of rewards: sums, worst cases, products of constraints, each a Reward that reports its components.
+"""Composed rewards: sums, worst cases, products of constraints. Each is a Reward that reports its components.
 
 combine({"hpsv2.1": 5, "imagereward": 1})                       Σ w_m r_m
-Combined([a, b], aggregate=worst)                               min_m r_m
-Product([Constraint(a, ">", 0.3), Constraint(b, ">", 0.5)])     Π_m σ((r_m − c_m) / temperature)
+combine([a, b], aggregate=worst)                                min_m r_m
+ProductReward([Constraint(a, ">", 0.3), Constraint(b, ">", 0.5)])     Π_m σ((r_m − c_m) / temperature)
 """
 
 import math
@@ -22,12 +22,13 @@ from steer.arguments import is_number
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.reward import Metadata, Reward, RewardError, score_components
 from steer.rewards.grammar import NUMBER, PLUS, format_number, split
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.names import takes_number
 from steer.rewards.remote import is_remote, read_weight
 
 
 def read_term(text: str, takes: Callable[[str], bool] = takes_number) -> tuple[str, float]:
-    """The reward of a term and its weight. Behind a reward that takes a number, and a host, a number is no weight.
+    """Split a term into reward and weight. A number behind a host or a reward that takes a number is no weight.
 
     takes  whether the reward of a name takes a number
     """
@@ -40,7 +41,7 @@ def read_term(text: str, takes: Callable[[str], bool] = takes_number) -> tuple[s
 
 
 def weighted_name(reward: str, weight: float, takes: bool) -> str:
-    """A reward that has a name, with a weight: the shortest text that is read as both, in sum(…) where no other is.
+    """Write a named reward with its weight: the shortest text that is read as both, in sum(…) if necessary.
 
     takes  whether the reward takes a number
     """
@@ -52,24 +53,24 @@ def weighted_name(reward: str, weight: float, takes: bool) -> str:
 
 
 def weighted_expression(rewards: str, weight: float) -> str:
-    """The text of rewards that are one, with a weight; in sum(…) where it would else belong to the last of them."""
+    """Write a composed reward with its weight, in sum(…) where the weight would bind to its last term."""
     if weight == 1:
         return rewards
     try:
         single_term = len(split(rewards, PLUS)) == 1 and read_term(rewards, lambda name: False)[1] == 1
-    except RewardError:  # a name with half a parenthesis, for people alone
+    except RewardError:  # a display name with half a parenthesis
         single_term = True
     return f"{rewards if single_term else f'sum({rewards})'}:{format_number(weight)}"
 
 
 def component_names(rewards: Sequence[Reward]) -> list[str]:
-    """The rewards' names; where one comes twice, with its number behind it."""
+    """Return the rewards' names, numbered where a name occurs twice."""
     names = [reward.name for reward in rewards]
     return [f"{name}#{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
 
 
 class CompositeReward(ABC):
-    """A reward of other rewards: gradients flow where all of them allow it."""
+    """A reward composed of other rewards; gradients flow where all of them are differentiable."""
 
     images = "pt"
 
@@ -80,12 +81,12 @@ class CompositeReward(ABC):
 
     @property
     def prompt_limit(self) -> int | None:
-        """The tokens that the reward with the lowest limit reads of a prompt; None: no limit is known."""
+        """Return the lowest token limit for prompts of all rewards; None: no limit is known."""
         limits = [getattr(reward, "prompt_limit", None) for reward in self._rewards]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def components(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
-        """The scores (N,) of each reward as it gives them and, below NAME/, of its own components."""
+        """Return the scores (N,) of each reward and, below NAME/, of its own components."""
         scores_by_name: dict[str, Tensor] = {}
         for name, reward in zip(self._names, self._rewards, strict=True):
             scores_by_name[name], inner = score_components(reward, images, prompts, metadata)
@@ -94,8 +95,9 @@ class CompositeReward(ABC):
 
     @abstractmethod
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """The reward's own scores (N,), of its components'."""
+        """Compute the reward's own scores (N,) from its components'."""
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         return self.total(self.components(images, prompts, metadata), prompts)
 
@@ -104,29 +106,29 @@ Aggregate = Callable[[Tensor], Tensor]
 
 
 def mean(scores: Tensor) -> Tensor:
-    """(1/M) Σ_m r_m."""
+    """Return (1/M) Σ_m r_m."""
     return scores.mean(0)
 
 
 def total(scores: Tensor) -> Tensor:
-    """Σ_m r_m."""
+    """Return Σ_m r_m."""
     return scores.sum(0)
 
 
 def worst(scores: Tensor) -> Tensor:
-    """min_m r_m: only what pleases all pleases (worst-case optimisation, arXiv 2310.02743)."""
+    """Return min_m r_m (worst-case optimisation, arXiv 2310.02743)."""
     return scores.amin(0)
 
 
 def mean_minus_std(scores: Tensor, lam: float = 1.0) -> Tensor:
-    """mean_m r_m − λ std_m r_m, std with M in the denominator (uncertainty-weighted, arXiv 2310.02743)."""
-    # The tiny offset keeps the gradient finite where all agree.
+    """Return mean_m r_m − λ std_m r_m, std with M in the denominator (uncertainty-weighted, arXiv 2310.02743)."""
+    # The offset keeps the gradient finite where all agree.
     spread = (scores.var(0, correction=0) + 1e-12).sqrt()
     return scores.mean(0) - lam * spread
 
 
 def quantile(scores: Tensor, q: float = 0.25) -> Tensor:
-    """The q-quantile over the rewards, linear between neighbours; q = 0: the worst, ½: the median."""
+    """Return the q-quantile over the rewards, linear between neighbours; q = 0: the worst, ½: the median."""
     return torch.quantile(scores, q, dim=0)
 
 
@@ -141,7 +143,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {"mean-std": ("lam",), "quantile": ("q",)}
 
 
 def aggregate(name: str, options: Mapping[str, Any], where: str) -> Aggregate:
-    """One of them with its options. Raises RewardError, which begins with `where`, for options that cannot be."""
+    """Return an aggregate with its options. Raises RewardError, which begins with `where`, for invalid options."""
     allowed = OPTIONS.get(name, ())
     for option, value in options.items():
         if option not in allowed:
@@ -186,13 +188,13 @@ class CombinedReward(CompositeReward):
         self._weights, self._aggregate = [float(part.weight) for part in components], aggregate
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """The aggregate (N,) of the weighted components."""
+        """Aggregate the weighted components (N,)."""
         weighted = [weight * components[name] for name, weight in zip(self._names, self._weights, strict=True)]
         return self._aggregate(torch.stack(weighted))
 
 
 def _expression(components: Sequence[WeightedReward], aggregate: Aggregate) -> str:
-    """The text of a combination, as `steer.rewards.parser` reads it."""
+    """Write a combination as `steer.rewards.parser` reads it."""
     if aggregate is total:
         return " + ".join(map(str, components))
     function, options = (aggregate.func, aggregate.keywords) if isinstance(aggregate, partial) else (aggregate, {})
@@ -206,7 +208,7 @@ def _expression(components: Sequence[WeightedReward], aggregate: Aggregate) -> s
 class Constraint:
     """reward > bound (or <), softly: σ(±(r − bound) / temperature), 0..1, ½ at the bound.
 
-    Raises RewardError for another sign, for a bound or a temperature that cannot be.
+    Raises RewardError for another sign and for an invalid bound or temperature.
     """
 
     reward: Reward
@@ -226,12 +228,12 @@ class Constraint:
         return f"{self.reward.name} {self.sign} {format_number(self.bound)}"
 
     def degree(self, scores: Tensor) -> Tensor:
-        """How well scores (N,) meet it: (N,) in 0..1."""
+        """Return the degree 0..1 to which scores (N,) satisfy the constraint."""
         return torch.sigmoid(SIGNS[self.sign] * (scores - self.bound) / self.temperature)
 
 
 class ProductReward(CompositeReward):
-    """Π_m of the degrees, 0..1, to which constraints hold: near 1 only where all do."""
+    """Product of the degrees, 0..1, to which constraints hold: near 1 only where all do."""
 
     def __init__(self, constraints: Sequence[Constraint]) -> None:
         if not constraints:
@@ -243,14 +245,14 @@ class ProductReward(CompositeReward):
         self._constraints = tuple(constraints)
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """The product (N,) of the degrees."""
+        """Multiply the degrees (N,)."""
         degrees = [c.degree(components[name]) for name, c in zip(self._names, self._constraints, strict=True)]
         return torch.stack(degrees).prod(0)
 
 
 @dataclass(frozen=True)
 class RewardStatistics:
-    """What a reward gives on the base model's samples: mean and standard deviation over all of them, and the
+    """Statistics of a reward on the base model's samples: mean and standard deviation over all of them, and the
     mean over the images of each prompt."""
 
     mean: float
@@ -261,13 +263,13 @@ class RewardStatistics:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Scales by the reward's name, and what they were measured on."""
+    """Statistics by the reward's name, and the images that they were computed on."""
 
     scales: Mapping[str, RewardStatistics]
     source: Mapping[str, object]
 
     def scale(self, name: str) -> RewardStatistics:
-        """Raises RewardError where the reward was not calibrated."""
+        """Return the statistics of a reward. Raises RewardError where it was not calibrated."""
         if name not in self.scales:
             known = ", ".join(self.scales)
             raise RewardError(
@@ -276,13 +278,13 @@ class Calibration:
         return self.scales[name]
 
     def save(self, path: Path) -> None:
-        """Writes it as JSON, whole or not at all. Raises OSError."""
+        """Write JSON atomically. Raises OSError."""
         record = {"source": dict(self.source), "scales": {name: asdict(scale) for name, scale in self.scales.items()}}
         write_text(path, dumps_with_checksum(record))
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Of a file that `steer rewards calibrate` wrote. Raises RewardError where it is not one."""
+    """Read a file of `steer rewards calibrate`. Raises RewardError where it is not one."""
     try:
         record = loads_with_checksum(path.read_text(encoding="utf-8"))
         scales = {str(name): RewardStatistics(**scale) for name, scale in record["scales"].items()}
@@ -299,7 +301,7 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def reward_statistics(scores: Tensor, prompts: Sequence[str]) -> RewardStatistics:
-    """The scale of scores (N,), one prompt each. Raises RewardError where they are all the same."""
+    """Compute statistics of scores (N,), one prompt each. Raises RewardError where all scores are equal."""
     values = scores.double()
     if not len(values) or bool((values == values[0]).all()):
         raise RewardError("a reward that gives every sample the same score cannot be calibrated")
@@ -309,22 +311,22 @@ def reward_statistics(scores: Tensor, prompts: Sequence[str]) -> RewardStatistic
 
 
 class StandardisedReward(CompositeReward):
-    """(r − mean) / std over the base model's samples: rewards of any unit on one scale."""
+    """(r − mean) / std over the base model's samples: brings rewards of any unit to one scale."""
 
     def __init__(self, reward: Reward, scale: RewardStatistics) -> None:
         super().__init__([reward], f"z({reward.name})")
         self._scale = scale
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """(N,), in standard deviations."""
+        """Standardise the scores (N,), in standard deviations."""
         return (components[self._names[0]] - self._scale.mean) / self._scale.std
 
 
 class LogSigmoidReward(CompositeReward):
-    """log σ((r − r_ref(prompt)) / temperature), below 0: beyond the reference there is little more to win.
+    """log σ((r − r_ref(prompt)) / temperature), below 0: it saturates beyond the reference.
 
-    A sum of these says "good on all" (arXiv 2402.00742, equations 3 and 6): an image that fails one reward cannot
-    buy it back with another.
+    A sum of these is high only where all rewards are good (arXiv 2402.00742, equations 3 and 6): another reward does
+    not compensate for one that fails.
 
     reference    one number, or one for each prompt
     temperature  in the reward's unit
@@ -337,7 +339,7 @@ class LogSigmoidReward(CompositeReward):
         self._reference, self._temperature = reference, temperature
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """(N,), nats. Raises RewardError for a prompt that has no reference."""
+        """Compute (N,), nats. Raises RewardError for a prompt that has no reference."""
         scores = components[self._names[0]]
         reference = torch.tensor([self._of(prompt) for prompt in prompts], dtype=scores.dtype, device=scores.device)
         return F.logsigmoid((scores - reference) / self._temperature)

@@ -1,4 +1,4 @@
-"""The grammar of `steer.rewards.parser`: a text in its pieces. Nothing here knows a reward."""
+"""The grammar of `steer.rewards.parser`, independent of the rewards themselves."""
 
 import re
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ PLUS, COMMA = r"\s\+\s", r",\s"  # between terms, between arguments
 
 @dataclass(frozen=True)
 class Call:
-    """A function of rewards as it was written: its rewards or constraints, its options, its weight."""
+    """A parsed function of rewards: its rewards or constraints, its options, its weight."""
 
     function: str
     arguments: tuple[str, ...]
@@ -21,7 +21,7 @@ class Call:
     weight: float
 
     def number(self, option: str, default: float) -> float:
-        """An option as a number. Raises RewardError where it is none."""
+        """Return an option as a number. Raises RewardError where it is none."""
         given = self.options.get(option)
         if given is None:
             return default
@@ -31,13 +31,13 @@ class Call:
 
 
 def format_number(number: float) -> str:
-    """A number as `NUMBER` has it, the shortest text that is read as the same."""
+    """Write a number as the shortest text that `NUMBER` matches and that is read as the same."""
     short = f"{number:g}"
     return short if float(short) == number else repr(float(number))
 
 
 def read_call(text: str) -> Call | None:
-    """Of "function(A, B, option=value):WEIGHT"; None where a text is something else."""
+    """Parse "function(A, B, option=value):WEIGHT"; None where a text is something else."""
     if not (parsed := re.fullmatch(rf"([a-z-]+)\((.*)\)(?::({NUMBER}))?", text, re.DOTALL)):
         return None
     function, inside, weight = parsed[1], split(parsed[2], COMMA), float(parsed[3] or 1)
@@ -51,22 +51,22 @@ def read_call(text: str) -> Call | None:
 
 
 def read_constraint(text: str) -> tuple[str, str, float]:
-    """Of "REWARD > NUMBER": its three components. Raises RewardError where a text is something else."""
+    """Parse "REWARD > NUMBER" into three parts. Raises RewardError where a text is something else."""
     if not (parsed := re.fullmatch(rf"(.+?)\s*([<>])\s*({NUMBER})", text, re.DOTALL)):
         raise RewardError(f"product(…): {text!r:.80} is no constraint; write REWARD > NUMBER or REWARD < NUMBER")
     return parsed[1], parsed[2], float(parsed[3])
 
 
 def split(text: str, separator: str) -> list[str]:
-    """Parts of a text at a separator (a pattern) that stands in no parentheses."""
-    components, depth, start = [], 0, 0
+    """Split a text at a separator (a pattern) outside of parentheses."""
+    pieces, depth, start = [], 0, 0
     for token in re.finditer(rf"\(|\)|{separator}", text):
         depth += {"(": 1, ")": -1}.get(token[0], 0)
         if depth < 0:
             break
         if depth == 0 and token[0] not in "()":
-            components.append(text[start : token.start()])
+            pieces.append(text[start : token.start()])
             start = token.end()
     if depth != 0:
         raise RewardError(f"reward {text!r:.80}: a parenthesis is not closed, or never opened")
-    return [part.strip() for part in (*components, text[start:])]
+    return [part.strip() for part in (*pieces, text[start:])]

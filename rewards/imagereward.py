@@ -1,4 +1,4 @@
-"""ImageReward: how well people would like a picture as the answer to its prompt (arXiv 2304.05977)."""
+"""ImageReward v1.0: human preference for an image given its prompt (arXiv 2304.05977)."""
 
 import re
 from collections.abc import Sequence
@@ -13,6 +13,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 
 from steer.reward import RewardError, token_count, with_truncation_warning
 from steer.rewards.images import PromptCache, at_least_float32, in_micro_batches, normalise, resize_and_crop
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.weights import HubFile, State, cast, load_weights, read_checkpoint, to_module_device
 
 WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
@@ -22,10 +23,10 @@ TOKENS = 35  # per prompt: shorter ones are padded, longer ones cut
 HEAD = 64  # width of an attention head in both towers
 
 VISION, TEXT, SCORER = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
-LINEAR = (0, 2, 4, 6, 7)  # places of the scorer's linear layers
-# Of BLIP's contrastive training, and a table that counts from 0: the published file carries them, no score needs them.
+LINEAR = (0, 2, 4, 6, 7)  # indices of the scorer's linear layers
+# Parts of BLIP's contrastive training, and the position ids: in the published file, needed by no score.
 UNUSED_KEYS = ("blip.vision_proj.", "blip.text_proj.", f"{TEXT}embeddings.position_ids")
-# From the published names of the visual encoder, which are timm's, to those of transformers.
+# Key names of the visual encoder: published (timm) → transformers.
 KEY_RENAMES = (
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
@@ -39,16 +40,16 @@ KEY_RENAMES = (
 
 
 class ImageReward:
-    """Score standardised by the published mean and deviation: 0 is average, most pictures lie in −2..2.
+    """Score standardised by the published mean and deviation: 0 is average, most images lie in −2..2.
 
-    Images of any size, seen as their middle square (224 px officially); the first 35 tokens of a prompt count.
-    Differentiable. The model goes from the CPU to the device of the images; scores are fp32 there.
+    Images of any size are cropped to their middle square and resized (to 224 px officially); prompts are truncated to
+    35 tokens. Differentiable. The model moves from the CPU to the device of the images; scores are fp32 there.
 
-    path         a checkpoint in the layout of the published ImageReward.pt, of any size; None: that one, fetched
-    tokenizer    a folder with BERT's vocab.txt or tokenizer.json; None: bert-base-uncased, fetched
-    micro_batch  images in memory at a time; changes no score
+    path         a checkpoint in the layout of ImageReward.pt, of any size; None: download that one
+    tokenizer    a folder with BERT's vocab.txt or tokenizer.json; None: download bert-base-uncased
+    micro_batch  images per micro-batch; changes no score
     dtype        float32 (None), float16 or bfloat16: of the two towers; the scorer on top stays in fp32
-    Raises RewardError where a file cannot be fetched or read, or does not fit, and on other options.
+    Raises RewardError where a file cannot be downloaded or read, or does not fit, and for unknown options.
     """
 
     name = "imagereward"
@@ -72,24 +73,25 @@ class ImageReward:
         count = partial(token_count, self._tokenizer)
         self._tokens = PromptCache(with_truncation_warning("reward 'imagereward'", self._tokenize, count, TOKENS))
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._standardised(images, prompts).float()
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """(N,) in the scorer's dtype."""
+        """Score (N,), in the scorer's dtype."""
         images = to_module_device(images, self._network)
         ids, mask = self._tokens(prompts).to(images.device).unbind(1)
         raw = self._network(normalise(resize_and_crop(at_least_float32(images), self._network.side)), ids, mask)
         return (raw - MEAN) / STD
 
     def _tokenize(self, prompts: list[str]) -> Tensor:
-        """(N, 2, 35): token ids, and 1 where there is a token, 0 where there is padding."""
+        """Tokenize prompts: (N, 2, 35), token ids, and 1 for a token, 0 for padding."""
         tokens = self._tokenizer(prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
         return torch.stack([tokens.input_ids, tokens.attention_mask], 1)
 
 
 class _Network(nn.Module):
-    """BLIP's two towers and the scorer, under the names that the published file gives them."""
+    """BLIP's two towers and the scorer, under the key names of the published file."""
 
     def __init__(self, vision: BlipVisionConfig, text: BlipTextConfig, sizes: Sequence[int]) -> None:
         super().__init__()
@@ -98,35 +100,37 @@ class _Network(nn.Module):
         self.blip = nn.ModuleDict(
             {"visual_encoder": BlipVisionModel(vision), "text_encoder": BlipTextModel(text, add_pooling_layer=False)}
         )
-        # Where the published scorer has dropouts, which do nothing once trained. It has no activations.
+        # Identities take the place of the published scorer's dropouts. It has no activations.
         layers: list[nn.Module] = [nn.Identity() for _ in range(LINEAR[-1] + 1)]
-        for place, before, after in zip(LINEAR, sizes, sizes[1:], strict=False):
-            layers[place] = nn.Linear(before, after)
+        for index, before, after in zip(LINEAR, sizes, sizes[1:], strict=False):
+            layers[index] = nn.Linear(before, after)
         self.mlp = nn.ModuleDict({"layers": nn.Sequential(*layers)})
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """(N,) raw scores of pixels (N, 3, side, side) and of token ids and their mask, each (N, 35)."""
-        seen = self.blip["visual_encoder"](pixels).last_hidden_state
-        # Every word looks at every other one and at the whole picture: an encoder, though the config says decoder.
-        read = self.blip["text_encoder"](ids, attention_mask=mask, encoder_hidden_states=seen, is_decoder=False)
-        first = read.last_hidden_state[:, 0]
+        """Compute raw scores (N,) of pixels (N, 3, side, side) and of token ids and their mask, each (N, 35)."""
+        image_states = self.blip["visual_encoder"](pixels).last_hidden_state
+        # Bidirectional self-attention and cross-attention to the image: an encoder, though the config says decoder.
+        text_states = self.blip["text_encoder"](
+            ids, attention_mask=mask, encoder_hidden_states=image_states, is_decoder=False
+        )
+        first = text_states.last_hidden_state[:, 0]
         scorer = self.mlp["layers"]
         return scorer(first.to(next(scorer.parameters()).dtype))[:, 0]
 
 
 def _load(path: Path) -> _Network:
-    """The network of a checkpoint, its dimensions read off the shapes in it. Raises RewardError."""
+    """Load the network of a checkpoint, with the dimensions of the tensors in it. Raises RewardError."""
     what = f"imagereward ({path})"
     state = read_checkpoint(path)
     vision = _vision_config(state, what)
     text = _text_config(state, what, vision.hidden_size)
     sizes = [text.hidden_size, *(_shape(state, f"{SCORER}{k}.weight", 2, what)[0] for k in LINEAR[:-1]), 1]
-    # Without memory of its own at first: nothing is initialised in vain, and no random number is drawn.
+    # On the meta device: nothing is initialised in vain, and no random number is drawn.
     with torch.device("meta"):
         network = _Network(vision, text, sizes)
     network.to_empty(device="cpu")
     load_weights(network, {_renamed(key): tensor for key, tensor in state.items()}, what, UNUSED_KEYS)
-    # The one table that is in no state: it counts from 0.
+    # A non-persistent buffer.
     embeddings: Any = network.blip["text_encoder"].embeddings
     embeddings.position_ids = torch.arange(text.max_position_embeddings)[None]
     return network
@@ -157,23 +161,23 @@ def _vision_config(state: State, what: str) -> BlipVisionConfig:
     )
 
 
-def _text_config(state: State, what: str, seen: int) -> BlipTextConfig:
-    """The text tower's; `seen` is the width of what it looks at, the visual tower's."""
+def _text_config(state: State, what: str, image_width: int) -> BlipTextConfig:
+    """Configure the text tower; `image_width` is the width of the visual tower, to which it attends."""
     vocabulary, width = _shape(state, f"{TEXT}embeddings.word_embeddings.weight", 2, what)
     positions = _shape(state, f"{TEXT}embeddings.position_embeddings.weight", 2, what)[0]
     if positions < TOKENS:
-        raise RewardError(f"{what}: its text encoder takes {positions} tokens, ImageReward's takes {TOKENS} or more")
+        raise RewardError(f"{what}: its text encoder has {positions} positions, ImageReward needs at least {TOKENS}")
     return BlipTextConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        encoder_hidden_size=seen,
+        encoder_hidden_size=image_width,
         intermediate_size=_shape(state, f"{TEXT}encoder.layer.0.intermediate.dense.weight", 2, what)[0],
         num_hidden_layers=_layers(state, f"{TEXT}encoder.layer."),
         num_attention_heads=_heads(width, what),
         max_position_embeddings=positions,
         layer_norm_eps=1e-12,
         is_decoder=True,  # gives every layer its cross-attention
-        # Unused here, and warned of where a vocabulary is too small to hold them.
+        # Unused; transformers would warn where a small vocabulary lacks them.
         bos_token_id=None,
         sep_token_id=None,
     )
@@ -187,29 +191,31 @@ def _shape(state: State, key: str, dimensions: int, what: str) -> torch.Size:
 
 
 def _layers(state: State, prefix: str) -> int:
-    """How many layers there are; counted, so that one stray key cannot ask for a thousand of them."""
+    """Count the layers under a prefix; counted, so that one stray key cannot ask for a thousand of them."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
 def _heads(width: int, what: str) -> int:
     if width < HEAD or width % HEAD:
-        raise RewardError(f"{what}: not an ImageReward checkpoint: an encoder is {width} wide, no multiple of {HEAD}")
+        raise RewardError(
+            f"{what}: not an ImageReward checkpoint: an encoder has width {width}, which is no multiple of {HEAD}"
+        )
     return width // HEAD
 
 
 def _tokenizer(folder: str | None, vocabulary: int) -> Any:
-    """BERT's, with the two tokens that BLIP added. Raises RewardError where it is not that of the checkpoint."""
-    # One file, then a local folder: given the repository's name and no network, transformers 5 retries for minutes
-    # and then returns a tokenizer of five tokens without a word.
-    place = Path(folder) if folder is not None else _vocabulary()
-    if not any((place / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
+    """Load BERT's tokenizer with the two tokens that BLIP added. Raises RewardError where it does not fit."""
+    # Download one file, then load a local folder: given the repository's name and no network, transformers 5 retries
+    # for minutes and then silently returns a tokenizer of five tokens.
+    path = Path(folder) if folder is not None else _vocabulary()
+    if not any((path / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise RewardError(f"imagereward:tokenizer={folder}: name a folder with BERT's vocab.txt or tokenizer.json")
-    tokenizer = BertTokenizer.from_pretrained(place, local_files_only=True)
+    tokenizer = BertTokenizer.from_pretrained(path, local_files_only=True)
     tokenizer.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})
     if len(tokenizer) != vocabulary:
         raise RewardError(
-            f"imagereward: the tokenizer in {place} has {len(tokenizer)} tokens, the checkpoint {vocabulary}: "
-            "name the folder of the one it was trained with, tokenizer=…"
+            f"imagereward: the tokenizer in {path} has {len(tokenizer)} tokens, the checkpoint {vocabulary}: "
+            "name the folder of the tokenizer that it was trained with, tokenizer=…"
         )
     return tokenizer
 

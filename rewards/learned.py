@@ -1,4 +1,4 @@
-"""Rewards that `steer rewards train` made: a folder with reward.json and the weights of one or several members."""
+"""Learned rewards and their training: a folder with reward.json and the weights of one or several members."""
 
 import json
 import logging
@@ -22,6 +22,7 @@ from steer.rewards.analysis import PreferenceMetrics, preference_metrics
 from steer.rewards.clip import CONFIG, Backbone, clip_folder, load_backbone, open_clip_folder
 from steer.rewards.compose import AGGREGATES
 from steer.rewards.images import PromptCache, in_micro_batches, resize_and_crop
+from steer.rewards.inputs import takes_any_images
 from steer.rewards.objectives import (
     OBJECTIVES,
     Objective,
@@ -40,11 +41,11 @@ logger = logging.getLogger(__name__)
 CARD = "reward.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 HIDDEN = 128
-MAX_WIDTH = 65_536  # features; a card that asks for more asks for all memory
+MAX_WIDTH = 65_536  # features; bounds the memory that a card can ask for
 
 
 class Similarity(nn.Module):
-    """exp(t) · cos(image, text), the form of PickScore (arXiv 2305.01569); needs a backbone that is trained too."""
+    """exp(t) · cos(image, text), the form of PickScore (arXiv 2305.01569); needs --train-backbone."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class Similarity(nn.Module):
 
 
 class ImageHead(nn.Module):
-    """An MLP of the image alone, as aesthetic predictors are."""
+    """An MLP of the image, as of aesthetic predictors."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -66,14 +67,14 @@ class ImageHead(nn.Module):
 
 
 class PairHead(nn.Module):
-    """An MLP of image, text and their product."""
+    """An MLP of image features, text features and their product."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(3 * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 1))
 
     def forward(self, image: Tensor, text: Tensor) -> Tensor:
-        # Features of unit length have entries of about 1/√D: brought to about 1 for the layers.
+        # Entries of unit-length features are about 1/√D: scale them to about 1.
         image, text = (features * math.sqrt(features.shape[-1]) for features in (image, text))
         return self.layers(torch.cat([image, text, image * text], -1))[:, 0]
 
@@ -83,10 +84,10 @@ HEADS: dict[str, type[nn.Module]] = {"similarity": Similarity, "image": ImageHea
 
 @dataclass(frozen=True)
 class RewardCard:
-    """What reward.json says: how the members are built, and how each one's raw score becomes (raw − mean)/std."""
+    """Contents of reward.json: how to build the members, and the mean and std that standardise their raw scores."""
 
     head: str
-    backbone: str  # a name for `load_backbone`, or "." for the folder's own
+    backbone: str  # a name for `load_backbone`, or "." for the one in the folder
     width: int
     means: tuple[float, ...]
     stds: tuple[float, ...]
@@ -95,14 +96,14 @@ class RewardCard:
 
 
 class LearnedReward:
-    """A learned reward. Score: the members' own, each standardised over its held-out images, aggregated.
+    """A learned reward: the aggregate of its members' scores, each standardised over its held-out images.
 
     folder     of `steer rewards train`, or a name in `embedded`
     aggregate  mean, min, mean-std or quantile of the members
-    member     one of them alone
-    dtype      float32, float16 or bfloat16: what the backbones compute in
+    member     the number of a single member
+    dtype      float32, float16 or bfloat16, of the backbones
 
-    Raises RewardError where the folder does not hold a learned reward that is whole.
+    Raises RewardError where the folder does not hold a complete learned reward.
     """
 
     differentiable = True
@@ -124,23 +125,22 @@ class LearnedReward:
         self._aggregate = choose("aggregate", aggregate, AGGREGATES)
         self._label = f"{self.kind}:{folder}" if folder in self.embedded else path.name
         self.name = self._label if aggregate == "mean" else f"{aggregate}({self._label})"
-        wanted = range(len(card.means))
+        numbers = range(len(card.means))
         if member is not None:
-            wanted = _member(member, len(card.means), path)
+            numbers = _member(member, len(card.means), path)
             self.name = f"{self._label}[{member}]"
-        self._numbers = wanted
+        self._numbers = numbers
         own = card.backbone == "."
-        self._backbones = [_backbone(path, card) for _ in (wanted if own else wanted[:1])]
-        with torch.random.fork_rng(devices=[]):  # no random number is drawn for what is filled at once
-            self._heads = [HEADS[card.head](card.width) for _ in wanted]
-        for place, number in enumerate(wanted):
-            _load_member(
-                path / f"member-{number}.safetensors", self._heads[place], self._backbones[place] if own else None
-            )
+        self._backbones = [_backbone(path, card) for _ in (numbers if own else numbers[:1])]
+        with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
+            self._heads = [HEADS[card.head](card.width) for _ in numbers]
+        for index, number in enumerate(numbers):
+            backbone = self._backbones[index] if own else None
+            _load_member(path / f"member-{number}.safetensors", self._heads[index], backbone)
         for module in (*self._backbones, *self._heads):
             cast(module, dtype if isinstance(module, Backbone) else None)
-        self._centre = torch.tensor([card.means[number] for number in wanted])[:, None]
-        self._spread = torch.tensor([card.stds[number] for number in wanted])[:, None]
+        self._means = torch.tensor([card.means[number] for number in numbers])[:, None]
+        self._stds = torch.tensor([card.stds[number] for number in numbers])[:, None]
         self.prompt_limit = None if card.head == "image" else min(one.limit for one in self._backbones)
         self._texts = [
             PromptCache(with_truncation_warning(f"reward {self.name!r}", one.texts, one.count, one.limit))
@@ -149,57 +149,58 @@ class LearnedReward:
         self._members = in_micro_batches(self._score, micro_batch)
 
     def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Scores (M, N) of every member, standardised."""
+        """Score by every member, standardised: (M, N)."""
         return self._members(to_module_device(images, *self._backbones, *self._heads), prompts).T
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         image = [backbone.images(images) for backbone in self._backbones]
-        text = [known(prompts).to(images.device) for known in self._texts] if self.prompt_limit is not None else image
+        text = [encode(prompts).to(images.device) for encode in self._texts] if self.prompt_limit is not None else image
         shared = len(self._backbones) == 1
         raw = [head(image[0 if shared else k], text[0 if shared else k]) for k, head in enumerate(self._heads)]
         scores = torch.stack(raw)
-        return ((scores - self._centre.to(scores)) / self._spread.to(scores)).T
+        return ((scores - self._means.to(scores)) / self._stds.to(scores)).T
 
     def components(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Each member's scores (N,)."""
+        """Return each member's scores (N,)."""
         rows = self.members(images, prompts)
         return {f"{self._label}[{number}]": row for number, row in zip(self._numbers, rows, strict=True)}
 
     def total(self, components: dict[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        """The aggregate (N,) of the members' scores."""
+        """Aggregate the members' scores (N,)."""
         return self._aggregate(torch.stack(list(components.values())))
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         return self._aggregate(self.members(images, prompts))
 
 
 class Preference(LearnedReward):
-    """preference:scenes, learned from noisy choices between images of scenes; or preference:FOLDER."""
+    """preference:scenes, trained on noisy preferences between images of scenes; or preference:FOLDER."""
 
     kind = "preference"
     embedded = REWARDS[kind]
 
 
 class LearnedAestheticReward(LearnedReward):
-    """aesthetic:scenes, learned from noisy choices that look at the composition alone."""
+    """aesthetic:scenes, trained on noisy preferences by composition alone."""
 
     kind = "aesthetic"
     embedded = REWARDS[kind]
 
 
 def _verify_checksums(folder: Path) -> None:
-    """Raises RewardError where a file of the folder is not the one that its sums tell of."""
+    """Raise RewardError where the checksum of a file of the folder does not match."""
     named = [folder / name for name in (CARD, CONFIG, *TOKENIZER)]
     try:
         unknown = verify_checksums(*(path for path in (*named, *sorted(folder.glob("member-*"))) if path.is_file()))
     except (InputError, OSError) as error:
         raise RewardError(str(error)) from error
     if unknown:
-        logger.info("%s: nobody noted a sum of %s, it is read as it is", folder, unknown[0].name)
+        logger.info("%s: no checksum of %s, it is not verified", folder, unknown[0].name)
 
 
 def read_card(folder: Path) -> RewardCard:
-    """The folder's reward.json. Raises RewardError where it is missing or says what cannot be."""
+    """Read the folder's reward.json. Raises RewardError where it is missing or invalid."""
     try:
         data = json.loads((folder / CARD).read_text())
         card = RewardCard(**data)
@@ -241,10 +242,10 @@ def save_learned(
     backbones: Sequence[Backbone],
     configuration: Path | None = None,
 ) -> None:
-    """Writes a learned reward; the members' backbones, in half precision, where each has its own.
+    """Write a learned reward; the members' backbones, in half precision, where each has its own.
 
     configuration  an open_clip folder whose configuration and tokenizer belong to it
-    Raises InputError where the disk refuses; what was there before stays.
+    Raises InputError where writing fails; the previous contents stay.
     """
     members = [f"member-{number}.safetensors" for number in range(len(heads))]
     config_files = configuration_files(configuration) if configuration else []
@@ -260,36 +261,37 @@ def save_learned(
 
 
 def configuration_files(folder: Path) -> list[Path]:
-    """The configuration and the tokenizer of an open_clip folder, without its weights."""
+    """Return the configuration and the tokenizer of an open_clip folder, without its weights."""
     return [folder / name for name in (CONFIG, *TOKENIZER) if (folder / name).is_file()]
 
 
 FEATURE_BATCH = 64  # images whose features are computed at a time, outside training
 Features = tuple[Tensor, Tensor, Tensor]  # of image a, of image b, of the prompt: (N, D) each
-Encode = Callable[[Tensor], Features]  # of row numbers
+Encode = Callable[[Tensor], Features]  # of the rows' indices
 
 
 @dataclass(frozen=True)
 class RewardTrainingConfig:
-    """How a reward is trained. Published as part of its reward.json.
+    """Configuration of the training of a reward; published in its reward.json.
 
     backbone   a CLIP, as `steer.rewards.clip.load_backbone` names it
     head       similarity, image or pair (`steer.rewards.learned`)
     objective  bradley-terry, scaled-bradley-terry or regression
-    whole      train the CLIP too, not the head alone
-    members    how many, each with its own seed and its own bootstrap sample of the pairs
-    label_smoothing  ε of the labels, 0..½;  flip: share of labels taken to be wrong, 0..½
-    center_rewards_coefficient     η of `center_rewards_penalty`, ≥ 0: what makes members comparable that are aggregated
+    train_backbone  train the CLIP too, not the head alone
+    members    size of the ensemble; each member has its own seed and its own bootstrap sample of the pairs
+    label_smoothing  ε of the labels, 0..½
+    label_noise      assumed share of wrong labels, 0..½
+    center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
     held_out   share of the prompts that accuracy and calibration are measured on
     """
 
     backbone: str
     head: str = "pair"
     objective: str = "bradley-terry"
-    whole: bool = False
+    train_backbone: bool = False
     members: int = 1
     steps: int = 500
-    batch: int = 64
+    batch_size: int = 64
     learning_rate: float = 1e-3
     label_smoothing: float = 0.0
     label_noise: float = 0.0
@@ -298,31 +300,37 @@ class RewardTrainingConfig:
     seed: int = 0
 
     def check(self) -> None:
-        """Raises RewardError for a number that cannot be, before anything is read."""
-        for name in ("members", "steps", "batch"):
+        """Raise RewardError for a number out of range, before anything is read."""
+        for name in ("members", "steps", "batch_size"):
             if getattr(self, name) < 1:
-                raise RewardError(f"--{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("label_smoothing", "flip"):
-            if not 0 <= getattr(self, name) < 0.5:
-                raise RewardError(f"--{name} must be from 0 to below 0.5, got {getattr(self, name)}")
-        if not 0 <= self.center_rewards_coefficient < float("inf"):
-            raise RewardError(f"--centre must be a number from 0 on, got {self.center_rewards_coefficient}")
-        if not 0 <= self.held_out < 1:
-            raise RewardError(f"--held-out must be from 0 to below 1, got {self.held_out}")
+                raise RewardError(f"{_option(name)} must be at least 1, got {getattr(self, name)}")
+        for name, below in (
+            ("label_smoothing", 0.5),
+            ("label_noise", 0.5),
+            ("center_rewards_coefficient", math.inf),
+            ("held_out", 1),
+        ):
+            if not 0 <= getattr(self, name) < below:
+                raise RewardError(f"{_option(name)} must be from 0 to below {below}, got {getattr(self, name)}")
+
+
+def _option(field: str) -> str:
+    """Return the command-line option of a field: label_noise → --label-noise."""
+    return f"--{field.replace('_', '-')}"
 
 
 class RewardMember(nn.Module):
-    """A head and, where the whole is trained, its own CLIP."""
+    """A head and, with `train_backbone`, its own CLIP."""
 
     def __init__(self, config: RewardTrainingConfig, backbone: Backbone, width: int, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.head = HEADS[config.head](width)
-        self.backbone = backbone if config.whole else None
+        self.backbone = backbone if config.train_backbone else None
 
     def rewards(self, features: Features) -> tuple[Tensor, Tensor]:
-        """r(a) and r(b), raw: (N,) each."""
+        """Return r(a) and r(b), raw: (N,) each."""
         a, b, text = features
         return self.head(a, text), self.head(b, text)
 
@@ -330,71 +338,77 @@ class RewardMember(nn.Module):
 def train_reward(
     pairs: Pairs, config: RewardTrainingConfig, out: Path, work: Path, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Trains on pairs, writes the reward to `out`, and returns its report; an interrupted run in `work` goes on.
+    """Train on pairs, write the reward to `out`, and return its report; an interrupted run in `work` resumes.
 
-    The report holds the held-out accuracy and calibration of every member and of their mean; with nothing held out,
-    those on the training pairs.
+    The report holds the held-out accuracy and calibration of every member and of their mean; without held-out
+    pairs, those on the training pairs.
     """
     config.check()
     choose("head", config.head, HEADS)
     objective = choose("objective", config.objective, OBJECTIVES)
-    if config.head == "similarity" and not config.whole:
-        raise RewardError("--head similarity has nothing to train but a scale: add --whole, or take --head pair")
+    if config.head == "similarity" and not config.train_backbone:
+        raise RewardError(
+            "--head similarity has nothing to train but a scale: add --train-backbone, or take --head pair"
+        )
     write_run_config(work, config, len(pairs))
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
-    training, held = pairs.take(training_rows), pairs.take(held_rows or training_rows)
+    training, held = pairs.select(training_rows), pairs.select(held_rows or training_rows)
     backbone = load_backbone(config.backbone).to(device)
     width = backbone.width
-    frozen = None if config.whole else (pair_features(backbone, training), pair_features(backbone, held))
+    frozen = None if config.train_backbone else (pair_features(backbone, training), pair_features(backbone, held))
     members, outputs = [], []
     for number in range(config.members):
-        own = load_backbone(config.backbone).to(device) if config.whole else backbone
+        own = load_backbone(config.backbone).to(device) if config.train_backbone else backbone
         member = RewardMember(config, own, width, config.seed + number).to(device)
         encode = _cached_encoder(frozen[0], device) if frozen else _encoder(own, training)
-        choices = training.choices.to(device)
-        _train_member(member, encode, choices, objective, config, work / f"member-{number}", config.seed + number)
+        labels = training.labels.to(device)
+        _train_member(member, encode, labels, objective, config, work / f"member-{number}", config.seed + number)
         outputs.append(_raw_rewards(member, frozen[1] if frozen else pair_features(own, held)))
         members.append(member)
-        logger.info("member %d: %s", number, preference_metrics(outputs[-1], held.choices).summary)
-    judgements = [preference_metrics(raw, held.choices) for raw in outputs]
+        logger.info("member %d: %s", number, preference_metrics(outputs[-1], held.labels).summary)
+    member_metrics = [preference_metrics(raw, held.labels) for raw in outputs]
     ensemble_metrics = preference_metrics(
-        [torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)], held.choices
+        [torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)], held.labels
     )
-    card = _card(config, width, outputs, _report(config, len(training), len(held_rows), judgements, ensemble_metrics))
-    config_files = clip_folder(config.backbone) if config.whole and card.backbone == "." else None
+    card = _card(
+        config, width, outputs, _report(config, len(training), len(held_rows), member_metrics, ensemble_metrics)
+    )
+    config_files = clip_folder(config.backbone) if config.train_backbone and card.backbone == "." else None
     save_learned(out, card, [m.head for m in members], [m.backbone for m in members if m.backbone], config_files)
     return card.report
 
 
 def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> None:
-    """Notes in `work` what is trained there. Raises RewardError where that is something else already."""
+    """Write the run's configuration to `work`. Raises RewardError where another one is there."""
     serialized = json.dumps(asdict(config) | {"rows": rows}, indent=1)
-    note = work / "recipe.json"
+    note = work / "config.json"
     if note.exists() and note.read_text() != serialized:
-        raise RewardError(f"--work {work} holds a run with other settings or pairs; choose another, or remove it")
+        raise RewardError(
+            f"--work {work} holds a run with another configuration or other pairs; choose another folder, or remove it"
+        )
     work.mkdir(parents=True, exist_ok=True)
     write_text(note, serialized)
 
 
 @torch.no_grad()
 def pair_features(backbone: Backbone, pairs: Pairs) -> Features:
-    """Of every pair, on the CPU: image a, image b, prompt."""
+    """Encode every pair: image a, image b, prompt, on the CPU."""
     backbone.eval()
     rows = torch.arange(len(pairs)).split(FEATURE_BATCH)
-    components = [_encode(backbone, pairs, some) for some in rows]
-    a, b, text = (torch.cat([part[k].cpu() for part in components]) for k in range(3))
+    batches = [_encode(backbone, pairs, some) for some in rows]
+    a, b, text = (torch.cat([batch[k].cpu() for batch in batches]) for k in range(3))
     return a, b, text
 
 
 def image_features(backbone: Backbone, sources: Sequence[Source]) -> Tensor:
-    """Of image files or their bytes, of any sizes: (N, D), on the backbone's device."""
+    """Encode image files or their bytes, of any sizes: (N, D), on the backbone's device."""
     images = load_images(sources, lambda image: resize_and_crop(image, backbone.size))
     return backbone.images(images.to(next(backbone.parameters()).device))
 
 
 def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
-    """Features of some pairs; each distinct prompt is encoded once."""
-    chosen = pairs.take(rows.tolist())
+    """Encode some pairs; each distinct prompt is encoded once."""
+    chosen = pairs.select(rows.tolist())
     a, b = image_features(backbone, [*chosen.a, *chosen.b]).chunk(2)
     prompts = list(dict.fromkeys(chosen.prompts))
     text = backbone.texts(prompts)[[prompts.index(prompt) for prompt in chosen.prompts]]
@@ -402,37 +416,37 @@ def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
 
 
 def _cached_encoder(features: Features, device: str) -> Encode:
-    """Features of some rows of those that were computed before."""
+    """Return an encoder that looks up features computed before."""
     a, b, text = (part.to(device) for part in features)
     return lambda rows: (a[rows], b[rows], text[rows])
 
 
 def _encoder(backbone: Backbone, pairs: Pairs) -> Encode:
-    """Features of some rows, computed with gradients."""
+    """Return an encoder that computes features with gradients."""
     return lambda rows: _encode(backbone, pairs, rows)
 
 
 def _train_member(
     member: RewardMember,
     encode: Encode,
-    choices: PreferenceLabels,
+    labels: PreferenceLabels,
     objective: Objective,
     config: RewardTrainingConfig,
     folder: Path,
     seed: int,
 ) -> None:
-    """Minimises the objective over a bootstrap sample of the pairs (all of them where there is one member)."""
-    count = len(choices.choice)
+    """Minimise the objective over a bootstrap sample of the pairs (all of them where there is one member)."""
+    count = len(labels.choice)
     sample = torch.arange(count)
     if config.members > 1:
         sample = torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
 
     def loss_at(step: int) -> Tensor:
         member.train()
-        rows = sample[batch_at(step, config.batch, count, seed)]
+        rows = sample[batch_at(step, config.batch_size, count, seed)]
         a, b = member.rewards(encode(rows))
         loss = objective(
-            noisy_difference(a - b, config.label_noise), smooth_labels(choices[rows], config.label_smoothing)
+            noisy_difference(a - b, config.label_noise), smooth_labels(labels[rows], config.label_smoothing)
         )
         return loss + config.center_rewards_coefficient * center_rewards_penalty(a, b)
 
@@ -443,7 +457,7 @@ def _train_member(
 
 @torch.no_grad()
 def _raw_rewards(member: RewardMember, features: Features) -> list[Tensor]:
-    """Raw rewards of the images a and of the images b."""
+    """Compute raw rewards of the images a and of the images b."""
     device = next(member.parameters()).device
     a, b = member.rewards((features[0].to(device), features[1].to(device), features[2].to(device)))
     return [a.cpu(), b.cpu()]
@@ -452,10 +466,12 @@ def _raw_rewards(member: RewardMember, features: Features) -> list[Tensor]:
 def _card(
     config: RewardTrainingConfig, width: int, outputs: Sequence[list[Tensor]], report: dict[str, Any]
 ) -> RewardCard:
-    own = config.whole and (clip_folder(config.backbone) / CONFIG).is_file()
+    own = config.train_backbone and (clip_folder(config.backbone) / CONFIG).is_file()
     stds = tuple(torch.cat(raw).std().item() for raw in outputs)
     if not all(std > 0 for std in stds):
-        raise RewardError("the trained reward gives every held-out image the same score: more steps, or more pairs")
+        raise RewardError(
+            "the trained reward scores all held-out images equally: train for more steps, or on more pairs"
+        )
     means = tuple(torch.cat(raw).mean().item() for raw in outputs)
     return RewardCard(config.head, "." if own else config.backbone, width, means, stds, report)
 
@@ -468,7 +484,7 @@ def _report(
     ensemble_metrics: PreferenceMetrics,
 ) -> dict[str, Any]:
     return {
-        "recipe": asdict(config),
+        "config": asdict(config),
         "pairs": {"trained": trained, "held_out": held},
         "members": [asdict(member) for member in members],
         "ensemble": asdict(ensemble_metrics),
@@ -476,7 +492,7 @@ def _report(
 
 
 WEIGHTS = "open_clip_model.safetensors"
-LARGEST_SCALE = 100.0  # as CLIP's training clips it
+MAX_LOGIT_SCALE = 100.0  # as in CLIP's training
 CAPTION_CANDIDATES = 32  # captions to pick the right one from, in the report
 MAX_REPORT_IMAGES = 2000  # images in the report
 
@@ -484,10 +500,10 @@ MAX_REPORT_IMAGES = 2000  # images in the report
 def train_clip(
     captions: Captions, folder: Path, out: Path, work: Path, config: RewardTrainingConfig, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Trains a CLIP of the configuration in `folder` from its weights there, or afresh where it has none.
+    """Train a CLIP of the configuration in `folder`, from its weights there or from scratch.
 
     Writes a folder that open_clip, and `clip:FOLDER`, load, and returns a report: how often a held-out image's own
-    caption is picked from 32 different ones. An interrupted run in `work` goes on.
+    caption is picked from 32 different ones. An interrupted run in `work` resumes.
     """
     if not (folder / CONFIG).is_file():
         raise RewardError(f"--backbone {folder}: no {CONFIG} there; contrastive training needs an open_clip folder")
@@ -500,9 +516,9 @@ def train_clip(
 
     def loss_at(step: int) -> Tensor:
         backbone.train()
-        chosen = [rows[k] for k in batch_at(step, config.batch, len(rows), config.seed).tolist()]
+        chosen = [rows[k] for k in batch_at(step, config.batch_size, len(rows), config.seed).tolist()]
         prompts = [captions.prompts[row] for row in chosen]
-        scale = backbone.logit_scale.clamp(max=LARGEST_SCALE)
+        scale = backbone.logit_scale.clamp(max=MAX_LOGIT_SCALE)
         features = image_features(backbone, [captions.images[row] for row in chosen])
         return contrastive(features, backbone.texts(prompts), scale, prompts)
 
@@ -526,7 +542,7 @@ def _save(model: nn.Module, path: Path) -> None:
 
 @torch.no_grad()
 def caption_accuracy(backbone: Backbone, captions: Captions, rows: list[int]) -> float:
-    """Share of images whose own caption is nearest among 32 different ones, its own included; at most 2,000 images."""
+    """Return the share of images nearest to their own caption among 32 different ones; at most 2,000 images."""
     names = list(dict.fromkeys(captions.prompts[row] for row in rows))
     if len(names) < CAPTION_CANDIDATES:
         return float("nan")

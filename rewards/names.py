@@ -8,30 +8,71 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from steer.errors import InputError
 from steer.registry import nearest
-from steer.reward import Metadata, Reward, RewardError, attribute, evaluate
+from steer.reward import METADATA_PARAMETERS, Metadata, Reward, RewardError, _validated_scores, attribute, evaluate
 from steer.rewards import REWARDS
+from steer.rewards.inputs import takes_any_images
 
 
 class _FunctionReward:
-    """A plain function as a reward; its attribute `differentiable`, if it has one, says whether gradients flow."""
+    """A reward from a function or another callable; gradients flow where its attribute `differentiable` is true."""
 
-    images = "pt"  # the function's own form is found when it is called
+    images = "pt"  # `evaluate` converts them to the form that the function takes
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._function = function
-        self.name = attribute(function, "__name__", type(function).__name__)
+        self._function = _in_standard_order(function)
+        name = attribute(function, "name", None)
+        self.name = name if isinstance(name, str) else attribute(function, "__name__", type(function).__name__)
         self.differentiable = bool(attribute(function, "differentiable", False))
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Any:
-        return evaluate(self._function, images, prompts, metadata)
+    @takes_any_images
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+        return _validated_scores(self.name, prompts, evaluate(self._function, images, prompts, metadata))
+
+
+ARGUMENTS = ("images", "prompts")
+
+
+def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that is called as (images, prompts, …), whatever the order of these two parameters.
+
+    Parameters named images and prompts in another order, keyword-only ones, **kwargs, and a function of one of the two
+    are called by keyword; a function of one parameter of another name is called with the images. Any other function
+    is returned as it is.
+    """
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):  # C code may have no signature
+        return function
+    parameters = signature.parameters.values()
+    positional = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    any_keyword = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    by_keyword = [name for name in ARGUMENTS if name in signature.parameters or any_keyword]
+    swapped = positional[:1] == ["prompts"] or positional[1:2] == ["images"]
+    two = len(positional) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
+    if two and not swapped:
+        return function
+
+    def call(images: Any, prompts: Any, **rest: Any) -> Any:
+        given = {"images": images, "prompts": prompts}
+        return function(**{name: given[name] for name in by_keyword}, **rest) if by_keyword else function(images)
+
+    standard = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ARGUMENTS]
+    standard = [signature.parameters.get(one.name, one).replace(kind=one.kind, default=one.empty) for one in standard]
+    others = [one.replace(kind=one.KEYWORD_ONLY) for one in parameters if one.name in METADATA_PARAMETERS]
+    others += [one for one in parameters if one.kind is one.VAR_KEYWORD]
+    wrapped: Any = call
+    wrapped.__signature__ = inspect.Signature([*standard, *others])
+    wrapped.__name__ = attribute(function, "__name__", type(function).__name__)
+    wrapped.images, wrapped.differentiable = (attribute(function, name, None) for name in ("images", "differentiable"))
+    return call
 
 
 def reward_names() -> dict[str, str]:
-    """Every reward that has a name, built in or from entry points `steer.rewards`: name → one line about it.
+    """Return all named rewards, built in or from entry points `steer.rewards`: name → one line about it.
 
     Reads tables only: no reward, and not torch beyond this module, is imported for it.
     """
@@ -41,7 +82,7 @@ def reward_names() -> dict[str, str]:
 
 
 def make_reward(atom: str) -> Reward:
-    """The reward of one NAME[:ARGUMENT][,option=value…].
+    """Make the reward of one NAME[:ARGUMENT][,option=value…].
 
     NAME is looked up among the built-in rewards, then the entry points `steer.rewards`, then as module:attribute.
     """
@@ -56,12 +97,12 @@ def make_reward(atom: str) -> Reward:
 
 
 def takes_number(name: str) -> bool:
-    """Whether a number after NAME: is the reward's own argument (it says `takes_number = True`), not a weight."""
+    """Return whether a number after NAME: is the reward's own argument (`takes_number = True`), not a weight."""
     return bool(getattr(_factory(name), "takes_number", False))
 
 
 def _factory(name: str) -> Any:
-    """What makes the reward of a name; None where nothing does."""
+    """Return the factory of a named reward, or None."""
     built_in = REWARDS
     if name in built_in:
         return _attribute(built_in[name][0])
@@ -87,7 +128,7 @@ def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
     positional, options = _arguments(argument)
     try:
         inspect.signature(factory).bind(*positional, **options)
-    except ValueError as error:  # what is written in C may not tell
+    except ValueError as error:  # C code may have no signature
         raise RewardError(f"reward {name!r} cannot be made: {error}") from error
     except TypeError as error:
         wrong = f"cannot take {argument!r} ({error})" if options else None
@@ -104,7 +145,7 @@ def _make(factory: Callable[..., Any], name: str, argument: str) -> Any:
 
 
 def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
-    """What stands behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma components only before option=."""
+    """Split the text behind the colon: "A,b=c" → (("A",), {"b": "c"}). A comma separates only before option=."""
     first, *rest = re.split(r",(?=[a-z_]+=)", argument)
     named = [first, *rest] if re.match(r"[a-z_]+=", first) else rest
     positional = () if first in named or not first else (first,)
@@ -117,7 +158,7 @@ def _as_reward(factory_or_reward: Any) -> Reward:
         if isinstance(factory_or_reward, type)
         else factory_or_reward
     )
-    if isinstance(made, Reward):
+    if isinstance(made, Reward) and _in_standard_order(made) is made:
         return made
     if callable(made):
         return _FunctionReward(made)

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from steer.arguments import is_number
 from steer.registry import nearest
-from steer.reward import Reward, RewardError
+from steer.reward import Metadata, Reward, RewardError, mean_over_frames
+from steer.reward import score_components as reward_scores
 from steer.rewards.compose import (
     AGGREGATES,
     CONSTRAINT_TEMPERATURE,
@@ -29,6 +31,7 @@ from steer.rewards.compose import (
     total,
 )
 from steer.rewards.grammar import PLUS, Call, read_call, read_constraint, split
+from steer.rewards.inputs import as_batch
 from steer.rewards.names import _as_reward, make_reward, reward_names
 from steer.rewards.remote import is_remote
 
@@ -40,26 +43,26 @@ MAX_REWARDS = 250  # rewards in one expression
 
 @dataclass(frozen=True)
 class ParserState:
-    """Where the reader stands: how deep inside functions and files, and what it has read so far."""
+    """State of the parser: depth inside functions and files, and the rewards read so far."""
 
     depth: int = 0
     read: list[str] = field(default_factory=list)
 
     def inside(self) -> "ParserState":
-        """One deeper. Raises RewardError where that is too deep."""
+        """Return the state one level deeper. Raises RewardError where that is too deep."""
         if self.depth == MAX_DEPTH:
-            raise RewardError(f"a reward of more than {MAX_DEPTH} functions or files inside each other is not read")
+            raise RewardError(f"a reward nests at most {MAX_DEPTH} functions or files")
         return ParserState(self.depth + 1, self.read)
 
 
 def read(text: str, state: ParserState | None = None) -> Reward:
-    """The reward that a text stands for. Raises RewardError, one line that names what cannot be read."""
+    """Parse the text of a reward. Raises RewardError, one line that names the part that cannot be read."""
     part = _weighted(text.strip(), state or ParserState())
     return part.reward if part.weight == 1 else CombinedReward([part])
 
 
 def _weighted(text: str, state: ParserState) -> WeightedReward:
-    """A term, or a sum of them as one part."""
+    """Parse a term, or a sum of terms as one component."""
     if _is_path(text):
         return WeightedReward(_atom(text, state))
     terms = [_term(term, state) for term in split(text, PLUS)]
@@ -67,7 +70,7 @@ def _weighted(text: str, state: ParserState) -> WeightedReward:
 
 
 def _term(text: str, state: ParserState) -> WeightedReward:
-    """One term of a sum: an atom or a function, and its weight."""
+    """Parse one term of a sum: a named reward or a function, and its weight."""
     if _is_path(text):
         return WeightedReward(_atom(text, state))
     if call := read_call(text):
@@ -77,10 +80,10 @@ def _term(text: str, state: ParserState) -> WeightedReward:
 
 
 def _atom(text: str, state: ParserState) -> Reward:
-    """A reward that is made of no others here; or those of a file."""
+    """Load a reward that is composed of no others here, or that of a file."""
     state.read.append(text)
     if len(state.read) > MAX_REWARDS:
-        raise RewardError(f"a reward of more than {MAX_REWARDS} rewards is not read")
+        raise RewardError(f"a reward has at most {MAX_REWARDS} rewards in it")
     if is_remote(text):
         from steer.rewards.remote import RemoteReward
 
@@ -96,16 +99,16 @@ def _atom(text: str, state: ParserState) -> Reward:
     except RewardError as error:
         if not re.search(r"\+|,(?![a-z_]+=)", text):
             raise
-        raise RewardError(f"{error}; terms are parted by ' + ', arguments by ', ', with their spaces") from error
+        raise RewardError(f"{error}; separate terms by ' + ', arguments by ', ', with the spaces") from error
 
 
 def _is_path(text: str) -> bool:
-    """Whether the whole text is a learned reward's folder or a YAML file that is there."""
+    """Return whether the whole text is the path of a learned reward's folder or of a YAML file."""
     return os.path.isfile(text if text.endswith(FILES) else os.path.join(text, CARD)) and _has_no_name(text)
 
 
 def _has_no_name(text: str) -> bool:
-    """Whether a text does not begin with the name of a reward."""
+    """Return whether a text does not begin with the name of a reward."""
     return bool(text) and text.partition(":")[0] not in reward_names()
 
 
@@ -187,19 +190,28 @@ def _read_file(path: Path, state: ParserState) -> Reward:
 
 
 def _check_yaml(path: Path, text: str) -> None:
-    """Raises RewardError for YAML that takes longer to read than it is to write: aliases, brackets in brackets."""
+    """Raise RewardError for YAML that expands without bound: aliases, deeply nested brackets."""
     depth = 0
     for token in yaml.scan(text):
         depth += isinstance(token, yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken)
         depth -= isinstance(token, yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken)
         if isinstance(token, yaml.AliasToken):
-            raise RewardError(f"{path}: aliases (*name) are not read: write out what they stand for")
+            raise RewardError(f"{path}: aliases (*name) are not supported: write out the values")
         if depth > 2 * MAX_DEPTH:
             raise RewardError(f"{path}: brackets more than {2 * MAX_DEPTH} deep are not read")
 
 
+KEYS = ("combine", "rewards", "lam", "q")
+
+
+def _is_weights(data: Mapping[Any, Any]) -> bool:
+    """Return whether a mapping goes from rewards to weights."""
+    rewards = all(isinstance(key, str | Path) or callable(key) for key in data)
+    return bool(data) and rewards and not set(data) & set(KEYS) and all(map(is_number, data.values()))
+
+
 def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: ParserState | None = None) -> Reward:
-    """The reward of a mapping, as a YAML file holds it:
+    """Load the reward of a mapping, as a YAML file holds it:
 
         combine: sum            # sum, mean, min, mean-std or quantile
         rewards:
@@ -208,11 +220,14 @@ def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: 
           - logsigmoid(imagereward, reference=0)
         lam: 1                  # of mean-std;  q: of quantile
 
-    Raises RewardError that names the place and the remedy.
+    or of one from rewards to weights, {hpsv2.1: 5, imagereward: 1}: their weighted sum.
+    Raises RewardError that names the position in the mapping and the remedy.
     """
-    known = ("combine", "rewards", "lam", "q")
-    if unknown := sorted(set(map(str, data)) - set(known)):
-        raise RewardError(f"{where}: unknown key {unknown[0]!r:.80}; did you mean {nearest(unknown[0], known)}?")
+    if _is_weights(data):
+        data = {"rewards": [{"reward": reward, "weight": weight} for reward, weight in data.items()]}
+    if unknown := sorted(set(map(str, data)) - set(KEYS)):
+        near = nearest(unknown[0], KEYS)
+        raise RewardError(f"{where}: unknown key {unknown[0]!r:.80}; did you mean {near}? Weights are finite numbers")
     name, entries = data.get("combine", "sum"), data.get("rewards")
     if not isinstance(name, str) or name not in AGGREGATES:
         raise RewardError(f"{where}: `combine:` must be one of {', '.join(AGGREGATES)}")
@@ -226,37 +241,68 @@ def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: 
 
 
 def _entry(entry: Any, where: str, state: ParserState) -> WeightedReward:
-    entry = entry if isinstance(entry, Mapping) else {"reward": entry}
+    entry = entry if isinstance(entry, Mapping) and not _is_weights(entry) else {"reward": entry}
     if set(entry) - {"reward", "weight"} or "reward" not in entry or not is_number(entry.get("weight", 1)):
         raise RewardError(f"{where}: expected a text, or `reward:` and a finite number under `weight:`")
     data = entry["reward"]
     try:
         if isinstance(data, str | Path):
             return WeightedReward(read(str(data), state), entry.get("weight", 1))
-        if isinstance(data, Mapping):
-            return WeightedReward(read_mapping(data, "its mapping", state), entry.get("weight", 1))
+        if isinstance(data, Mapping | list | tuple):
+            nested = data if isinstance(data, Mapping) else {"rewards": data}
+            return WeightedReward(read_mapping(nested, "its mapping", state), entry.get("weight", 1))
         return WeightedReward(load_reward(data), entry.get("weight", 1))
     except RewardError as error:
         raise RewardError(f"{where}: {error}") from error
 
 
 def load_reward(reward: Any) -> Reward:
-    """A Reward from a Reward, a function (images, prompts) → (N,), or a specification.
+    """Return the Reward of a Reward, of a function (images, prompts) → (N,), or of a specification.
 
-    A specification is NAME or NAME:ARGUMENT, a weighted sum of them ("hpsv2.1:5 + imagereward:1"), a function of
-    them ("min(a, b)"), the path of a learned reward's folder or of a YAML file, or a mapping as such a file holds:
-    see `steer.rewards.parser`.
+    A specification is
+    - NAME or NAME:ARGUMENT, a weighted sum of them ("hpsv2.1:5 + imagereward:1") or a function of them ("min(a, b)"),
+    - the path of a learned reward's folder or of a YAML file,
+    - a mapping from rewards to weights ({"hpsv2.1": 5, "imagereward": 1}) or a list of rewards: their sum,
+    - a mapping as a YAML file holds it (`read_mapping`).
+
+    The result is called as reward(images, prompts) with images and prompts in every form of `steer.rewards.inputs`.
+    A function may name its parameters images and prompts in any order, or take them by keyword alone.
     Raises RewardError with the nearest names where there is none.
     """
     if isinstance(reward, str | Path):
         return read(str(reward))
     if isinstance(reward, Mapping):
         return read_mapping(reward)
+    if isinstance(reward, list | tuple):
+        return read_mapping({"rewards": reward}, "reward list")
     return _as_reward(reward)
 
 
+def score(images: Any, prompts: str | Sequence[str], reward: Any, metadata: Metadata | None = None) -> Tensor:
+    """Score images: (N,) finite fp32 numbers on the CPU, gradients kept.
+
+    images, prompts  in every form of `steer.rewards.inputs`, such as `out.images` and the prompt
+    reward           whatever `load_reward` takes; load it once where it is called often
+    metadata         one mapping per image, for rewards that take it
+    Raises RewardError, which names the reward, where it raises or breaks its contract.
+    """
+    return score_components(images, prompts, reward, metadata)[0]
+
+
+def score_components(
+    images: Any, prompts: str | Sequence[str], reward: Any, metadata: Metadata | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Score images as `score` does, and return the scores (N,) of the reward's components by name as well."""
+    if isinstance(images, str | Path | Mapping) or callable(images):
+        got = f"{images!r:.60}" if isinstance(images, str | Path) else type(images).__name__
+        raise RewardError(f"write score(images, prompts, reward): the images come first, got {got}")
+    batch, texts = as_batch(images, prompts)
+    loaded = load_reward(reward)
+    return mean_over_frames(batch, lambda frames: reward_scores(loaded, frames, texts, metadata))
+
+
 def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate = total) -> CombinedReward:
-    """Σ w_m r_m, or another aggregate, of rewards given with their weights, or of a list of them (weights 1).
+    """Aggregate rewards, by default to Σ w_m r_m: a mapping from rewards to weights, or a list (weights 1).
 
     Each is whatever `load_reward` takes.
     """

@@ -1,4 +1,4 @@
-"""Preferences as files: JSON or parquet, rows of images of a prompt and which of them was preferred."""
+"""Preference files: JSON or parquet tables, and the folders that the demo records."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ TableRow = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class LabelledPair:
-    """Two images as a table has them, their prompt, and whether the first is preferred: 1, 0, ½; None: no label."""
+    """Two images as in the table, their prompt, and the label: 1 (a preferred), 0 (b), ½ (tie), None (no label)."""
 
     a: Any
     b: Any
@@ -33,11 +33,11 @@ class LabelledPair:
 
 @dataclass(frozen=True)
 class TableFormat:
-    """How a kind of table is read.
+    """Format of a table.
 
     images  the columns of images, for messages
-    needed  columns beside the prompt that a table must have to be of this kind
-    pairs   the pairs of a row; raises ValueError, whose text says what is wrong, for a row that is not of this kind
+    needed  required columns beside the prompt
+    pairs   the pairs of a row; raises ValueError with a message for an invalid row
     """
 
     images: tuple[str, ...]
@@ -49,7 +49,7 @@ PROMPTS = ("prompt", "caption", "text")  # columns of the prompt, the first that
 
 
 def two_labels(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[LabelledPair]:
-    """Columns label_0 and label_1, or label_0 alone: 1 the preferred one, ½ a tie (Pick-a-Pic, arXiv 2305.01569)."""
+    """Read label_0 and label_1, or label_0 alone: 1 preferred, ½ a tie (Pick-a-Pic, arXiv 2305.01569)."""
     first = row.get("label_0")
     if row.get("has_label") is False or first is None:
         yield LabelledPair(row.get(a), row.get(b), prompt, None)
@@ -64,12 +64,12 @@ def two_labels(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[LabelledP
 
 
 def first_is_preferred(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[LabelledPair]:
-    """Columns of the preferred and of the other image (HPDv3, arXiv 2508.03789; DPO)."""
+    """Read columns of the preferred and of the other image (HPDv3, arXiv 2508.03789; DPO)."""
     yield LabelledPair(row.get(a), row.get(b), prompt, 1.0)
 
 
 def scored_list(images: str, scores: str, sign: int, row: TableRow, prompt: Any) -> Iterator[LabelledPair]:
-    """Lists of images and of their scores, every two of them a pair; sign −1: of ranks, the lowest is preferred."""
+    """Read lists of images and of scores, every two images a pair; sign −1: ranks, of which the lowest is preferred."""
     files, values = row.get(images), row.get(scores)
     if not isinstance(files, list) or len(files) < 2:
         raise ValueError(f"{images} must be a list of two or more images, got {files!r:.40}")
@@ -86,7 +86,7 @@ def scored_list(images: str, scores: str, sign: int, row: TableRow, prompt: Any)
 
 
 def preferred(first: float, second: float) -> float:
-    """1 where the first is higher, 0 where the second is, ½ where they are equal."""
+    """Return 1 where the first is higher, 0 where the second is, ½ where they are equal."""
     return 0.5 if first == second else float(first > second)
 
 
@@ -112,19 +112,19 @@ PAIR_COLUMNS = "image_a, image_b, prompt, choice"
 
 
 def format_of(columns: Sequence[str]) -> TableFormat | None:
-    """The kind of a table with these columns; None: none that is known."""
+    """Return the format of a table with these columns, or None."""
     if not any(name in columns for name in PROMPTS):
         return None
     return next((one for one in FORMATS if all(name in columns for name in one.needed)), None)
 
 
 def known_columns() -> str:
-    """The columns of every kind, for a message."""
+    """List the columns of every format, for a message."""
     return " | ".join([PAIR_COLUMNS, *(", ".join([*one.needed, "prompt"]) for one in FORMATS)])
 
 
 def labelled_pairs(where: str, rows: Sequence[TableRow], kind: TableFormat) -> Iterator[tuple[int, LabelledPair]]:
-    """The pairs of all rows, each with its row's number from 1 on. Raises RewardError that names file and row."""
+    """Yield the pairs of all rows, with row numbers from 1 on. Raises RewardError that names file and row."""
     for number, row in enumerate(rows, start=1):
         prompt = next((row[name] for name in PROMPTS if row.get(name) is not None), None)
         try:
@@ -135,7 +135,7 @@ def labelled_pairs(where: str, rows: Sequence[TableRow], kind: TableFormat) -> I
 
 logger = logging.getLogger(__name__)
 
-PREFERENCES, GROUPS = "choices.jsonl", "lots.jsonl"  # of a folder of choices, as the demo's Label tab records them
+PREFERENCES, GROUPS = "choices.jsonl", "lots.jsonl"  # of a preference dataset, as the demo's Label tab records it
 Row = dict[str, Any]
 Source = Path | bytes  # an image file, or the bytes of one
 CHOICE_VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
@@ -145,7 +145,7 @@ PARQUET_BATCH = 256  # rows of a table
 
 @dataclass(frozen=True)
 class Captions:
-    """Images and what each shows: rows "image", "prompt"."""
+    """Images and their captions: rows "image", "prompt"."""
 
     images: tuple[Source, ...]
     prompts: tuple[str, ...]
@@ -153,25 +153,25 @@ class Captions:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of images of one prompt: rows "image_a", "image_b", "prompt", "choice" (a, b, tie, or a number from
-    0 to 1: how surely a) and perhaps "strength" (≥ 0)."""
+    """Pairs of images of one prompt: rows "image_a", "image_b", "prompt", "choice" (a, b, tie, or the
+    probability of a, 0..1) and optionally "strength" (≥ 0)."""
 
     a: tuple[Source, ...]
     b: tuple[Source, ...]
     prompts: tuple[str, ...]
-    choices: PreferenceLabels
+    labels: PreferenceLabels
 
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def take(self, rows: Sequence[int]) -> "Pairs":
-        """Some of the pairs."""
+    def select(self, rows: Sequence[int]) -> "Pairs":
+        """Return the pairs at some rows."""
         a, b = (tuple(column[row] for row in rows) for column in (self.a, self.b))
-        return Pairs(a, b, tuple(self.prompts[row] for row in rows), self.choices[torch.tensor(rows, dtype=torch.long)])
+        return Pairs(a, b, tuple(self.prompts[row] for row in rows), self.labels[torch.tensor(rows, dtype=torch.long)])
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a .jsonl, .parquet or .json file (a list). Raises RewardError that names the file, and the line
+    """Read the rows of a .jsonl, .parquet or .json file (a list). Raises RewardError that names the file, and the line
     where it can."""
     readers = {".jsonl": _json_lines, ".parquet": _parquet, ".json": _json_list}
     if path.suffix.lower() not in readers:
@@ -220,16 +220,16 @@ def _parquet(path: Path) -> list[Row]:
         raise RewardError(f"{path}: parquet needs pyarrow: pip install 'steer-diffusion[train]'") from error
     try:
         with path.open("rb") as opened, parquet.ParquetFile(opened) as file:
-            # A part at a time: a forged file says that it holds more than memory does.
+            # In batches: a forged file may claim more rows than memory holds.
             return [row for batch in file.iter_batches(PARQUET_BATCH) for row in batch.to_pylist()]
     except (pyarrow.ArrowException, OSError) as error:
         raise RewardError(f"{path}: not a parquet file that can be read ({str(error)[:80]})") from error
 
 
 def read_captions(path: Path, images: Path | None = None) -> Captions:
-    """Rows of images and prompts. Raises RewardError that names file and row.
+    """Read rows of images and prompts. Raises RewardError that names file and row.
 
-    images  the folder that paths of images start from; by default, and for those that are not there, the table's own
+    images  the folder that image paths are relative to; by default, and for missing files, the table's folder
     """
     rows = read_rows(path)
     folders = _folders(path, images)
@@ -239,10 +239,10 @@ def read_captions(path: Path, images: Path | None = None) -> Captions:
 
 
 def read_pairs(path: Path, images: Path | None = None) -> Pairs:
-    """The pairs of a table of one of the known kinds, or of a folder of choices. Raises RewardError that names file
+    """Read the pairs of a table of a known format, or of a preference dataset. Raises RewardError that names file
     and row, or the columns where the kind is not known.
 
-    images  the folder that paths of images start from; by default, and for those that are not there, the table's own
+    images  the folder that image paths are relative to; by default, and for missing files, the table's folder
     """
     path = path / PREFERENCES if path.is_dir() else path
     rows = read_rows(path)
@@ -253,7 +253,7 @@ def read_pairs(path: Path, images: Path | None = None) -> Pairs:
     if kind := format_of(columns) if not {"image_a", "image_b"} & set(columns) else None:
         return _labelled_pairs(path, _rows_of_kind(path, rows, kind), folders)
     if not {"image_a", "image_b"} & set(columns):
-        raise RewardError(f"{path}: columns found: {', '.join(columns)[:200]}; columns wanted: {known_columns()}")
+        raise RewardError(f"{path}: unknown columns {', '.join(columns)[:200]}; expected one of: {known_columns()}")
     read = [
         (
             _image(path, n, row.get("image_a"), "image_a", folders),
@@ -287,29 +287,29 @@ def _rows_of_kind(path: Path, rows: Sequence[Row], kind: TableFormat) -> list[Na
 
 
 def _active_preferences(path: Path, rows: Sequence[Row]) -> list[NamedPair]:
-    """The choices of a folder that were not taken back: an undo takes back what its annotator said of the lot."""
-    lots = {row["lot"]: row for row in read_rows(path.parent / GROUPS) if isinstance(row.get("lot"), str)}
-    undone, found = set[str](), list[NamedPair]()
+    """Return the preferences of a dataset that their annotator did not undo."""
+    groups = {row["lot"]: row for row in read_rows(path.parent / GROUPS) if isinstance(row.get("lot"), str)}
+    undone, active = set[str](), list[NamedPair]()
     for number, row in reversed(list(enumerate(rows, start=1))):
         annotation_key = json.dumps([row.get("lot"), row.get("annotator")])
         if row.get("undo") is True:
             undone.add(annotation_key)
         elif annotation_key not in undone:
-            found.append((number, ("chosen", "rejected"), _pair_of_group(path, number, row, lots)))
-    return found[::-1]
+            active.append((number, ("chosen", "rejected"), _pair_of_group(path, number, row, groups)))
+    return active[::-1]
 
 
-def _pair_of_group(path: Path, number: int, row: Row, lots: dict[str, Row]) -> LabelledPair:
+def _pair_of_group(path: Path, number: int, row: Row, groups: dict[str, Row]) -> LabelledPair:
     name = row.get("lot")
-    lot = lots.get(name) if isinstance(name, str) else None
-    if lot is None:
+    group = groups.get(name) if isinstance(name, str) else None
+    if group is None:
         raise RewardError(f"{path}, row {number}: lot {name!r:.70} is not in {GROUPS}")
     if row.get("tie") is True:
         return LabelledPair(None, None, "", 0.5)
     try:
-        files = [lot["images"][row[key]]["file"] for key in ("chosen", "rejected") if type(row[key]) is int]
+        files = [group["images"][row[key]]["file"] for key in ("chosen", "rejected") if type(row[key]) is int]
         chosen, rejected = files
-        return LabelledPair(chosen, rejected, lot["prompts"][0], 1.0)
+        return LabelledPair(chosen, rejected, group["prompts"][0], 1.0)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise RewardError(
             f"{path}, row {number}: chosen and rejected must be numbers of images of lot {name}"
@@ -317,15 +317,15 @@ def _pair_of_group(path: Path, number: int, row: Row, lots: dict[str, Row]) -> L
 
 
 def _labelled_pairs(path: Path, rows: Sequence[NamedPair], folders: Sequence[Path]) -> Pairs:
-    """Ties and pairs without a label are left out, with their count in one line."""
+    """Load decided pairs; ties and pairs without a label are counted in one line and left out."""
     ties = sum(pair.choice == 0.5 for _, _, pair in rows)
     unlabelled = sum(pair.choice is None for _, _, pair in rows)
     skipped = f"{ties} ties and {unlabelled} pairs without a label of {len(rows)} pairs"
     kept = [one for one in rows if one[2].choice not in (0.5, None)]
     if not kept:
-        raise RewardError(f"{path}: no preference to learn from: {skipped}")
+        raise RewardError(f"{path}: no preferences to train on: {skipped}")
     if ties or unlabelled:
-        logger.warning("%s: left out %s", path, skipped)
+        logger.warning("%s: skipped %s", path, skipped)
     read = []
     for number, (first, second), pair in kept:
         images = (_image(path, number, pair.a, first, folders), _image(path, number, pair.b, second, folders))
@@ -336,14 +336,14 @@ def _labelled_pairs(path: Path, rows: Sequence[NamedPair], folders: Sequence[Pat
 
 
 def _image(path: Path, number: int, value: Any, column: str, folders: Sequence[Path]) -> Source:
-    """The file named, from one of the folders on, or the bytes (as data sets on the hub have them)."""
+    """Return the path of a file below one of the folders, or its bytes (as datasets on the hub have them)."""
     value = value.get("bytes") or value.get("path") if isinstance(value, dict) else value
     if isinstance(value, bytes):
         return value
     for folder in folders if isinstance(value, str) else ():
-        if os.path.isfile(folder / value):  # False, too, for what can be no name
+        if os.path.isfile(folder / value):  # False for invalid names, too
             return folder / value
-    raise RewardError(f"{path}, row {number}: {column!r} is neither an image file that is there nor its bytes")
+    raise RewardError(f"{path}, row {number}: {column!r} is neither an existing image file nor its bytes")
 
 
 def _text(path: Path, number: int, row: Row) -> str:
@@ -375,12 +375,12 @@ def _strength(path: Path, number: int, row: Row) -> float:
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:
-    """A batch (N, 3, size, size) of images of any sizes; `fit` brings each, as (1, 3, H, W), to (1, 3, size, size)."""
+    """Load images of any sizes as (N, 3, size, size); `fit` brings each, as (1, 3, H, W), to (1, 3, size, size)."""
     return torch.cat([fit(read_image(source)[None]) for source in sources])
 
 
 def split_by_prompt(prompts: Sequence[str], share: float, seed: int = 0) -> tuple[list[int], list[int]]:
-    """Rows to train on and rows held out: about `share` of the prompts, each with all of its rows on one side."""
+    """Split rows into training and held-out: about `share` of the prompts, each with all of its rows."""
     names = sorted(set(prompts))
     random.Random(seed).shuffle(names)
     count = min(max(round(share * len(names)), 1), len(names) - 1) if share > 0 and len(names) > 1 else 0

@@ -1,7 +1,7 @@
-"""`http://HOST:PORT/`: a reward that another process serves, by `steer rewards serve` or else in its protocol.
+"""Remote rewards `http://HOST:PORT/`: client, server (`steer rewards serve`) and protocol.
 
-Both sides are the standard library's HTTP: neither environment has to agree with the other on a version of anything.
-The other side is not believed: a reply is bounded in bytes and in time, no redirect is followed, no proxy asked.
+Both sides use the standard library's HTTP, so that the two environments need no common package versions.
+The client does not trust the server: replies are bounded in bytes and time, no redirect is followed, no proxy used.
 """
 
 import base64
@@ -28,38 +28,37 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from steer import __version__
 from steer.errors import InputError
 from steer.files import DECODE_ERRORS
 from steer.reward import Reward, RewardError, score
 from steer.rewards.grammar import NUMBER
+from steer.rewards.inputs import as_uint8, takes_any_images
 
 PROTOCOL = 1
-MAX_IMAGES, MAX_PIXELS = 32, 2**24  # of one request, all its images together
-MAX_REQUEST_BYTES = 80_000_000  # of a request: so many pixels of noise as PNG in base64, and the prompts
+MAX_IMAGES, MAX_PIXELS = 32, 2**24  # of one request
+MAX_REQUEST_BYTES = 80_000_000  # MAX_PIXELS of noise as PNG in base64, and the prompts
 MAX_REPLY_BYTES = 1_000_000  # bytes
-MAX_LINE_LENGTH = 300  # characters of what the other side says
+MAX_LINE_LENGTH = 300  # characters of the other side's message
 ADDRESS = r"https?://[^\s,()]+"
-TOKEN = "STEER_REWARD_TOKEN"  # an environment variable: an option would be in reports and in the list of processes
+TOKEN = "STEER_REWARD_TOKEN"  # an environment variable: options appear in reports and process lists
 
 
 def is_remote(text: str) -> bool:
-    """Whether a term is the address of a reward, with options and weight or without."""
+    """Return whether a term is the address of a reward, with or without options and weight."""
     return re.match(r"https?://", text) is not None
 
 
 def read_weight(text: str) -> tuple[str, float]:
-    """A term as (address with options, weight). Behind a host without a path a number is its port."""
+    """Split a term into (address with options, weight). Behind a host without a path a number is its port."""
     if written := re.fullmatch(rf"(https?://[^/\s]+(?:/\S*?|,\S*?)):({NUMBER})", text):
         return written[1], float(written[2])
     return text, 1.0
 
 
 def encode(images: Tensor, prompts: Sequence[str]) -> bytes:
-    """The body of a request. images (N, 3, H, W), clamped to [0, 1] and rounded to 8 bits."""
-    pixels = (images.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    """Encode the body of a request: images (N, 3, H, W), clamped to [0, 1] and rounded to 8 bits."""
     payload = []
-    for one in pixels:
+    for one in as_uint8(images):
         file = BytesIO()
         Image.fromarray(one).save(file, format="PNG", compress_level=1)
         payload.append(base64.b64encode(file.getvalue()).decode())
@@ -67,10 +66,10 @@ def encode(images: Tensor, prompts: Sequence[str]) -> bytes:
 
 
 def decode(body: bytes) -> tuple[Tensor, list[str]]:
-    """The images (N, 3, H, W) in [0, 1] and the prompts of a request. Raises InputError, one line."""
+    """Decode a request: images (N, 3, H, W) in [0, 1] and prompts. Raises InputError, one line."""
     payload = read_json(body)
     if payload.get("protocol") != PROTOCOL:
-        raise InputError(f"this side speaks protocol {PROTOCOL}, got {payload.get('protocol')!r:.20}")
+        raise InputError(f"this side uses protocol {PROTOCOL}, got {payload.get('protocol')!r:.20}")
     images, prompts = payload.get("images"), payload.get("prompts")
     if not isinstance(images, list) or not isinstance(prompts, list):
         raise InputError("`images` and `prompts` must be lists")
@@ -78,11 +77,11 @@ def decode(body: bytes) -> tuple[Tensor, list[str]]:
         raise InputError("`images` must hold base64 texts, `prompts` texts")
     if not 0 < len(images) <= MAX_IMAGES or len(images) != len(prompts):
         raise InputError(f"1 to {MAX_IMAGES} images, and as many prompts: got {len(images)} and {len(prompts)}")
-    return torch.stack(_pictures(images)), prompts
+    return torch.stack(_decode_images(images)), prompts
 
 
-def _pictures(images: Sequence[str]) -> list[Tensor]:
-    """Of base64 texts, each (3, H, W). All sizes are known before the first pixel is decoded."""
+def _decode_images(images: Sequence[str]) -> list[Tensor]:
+    """Decode base64 texts, each to (3, H, W). All sizes are checked before the first pixel is decoded."""
     try:
         files = [Image.open(BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) for text in images]
         sizes = {file.size for file in files}
@@ -99,7 +98,7 @@ def _pictures(images: Sequence[str]) -> list[Tensor]:
 
 
 def read_scores(payload: Mapping[str, Any], count: int) -> Tensor:
-    """The scores of a reply, (count,) fp32. What is finite is for the contract to say. Raises RewardError."""
+    """Read the scores of a reply, (count,) fp32; the contract checks that they are finite. Raises RewardError."""
     scores = payload.get("scores")
     if not isinstance(scores, list) or len(scores) != count:
         got = f"{len(scores)}" if isinstance(scores, list) else type(scores).__name__
@@ -113,7 +112,7 @@ def read_scores(payload: Mapping[str, Any], count: int) -> Tensor:
 
 
 def read_json(body: bytes) -> dict[str, Any]:
-    """A JSON object. Raises InputError."""
+    """Parse a JSON object. Raises InputError."""
     try:
         payload = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -124,31 +123,31 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 
 def line(message: object) -> str:
-    """What the other side says as one line that a terminal can show."""
+    """Reduce a message of the other side to one printable line."""
     text = " ".join(str(message).split())
     return "".join(letter if letter.isprintable() else "?" for letter in text)[:MAX_LINE_LENGTH]
 
 
 def read_token() -> str | None:
-    """The token of this environment, on both sides; None where there is none. Raises InputError."""
+    """Read the token of this environment, on both sides; None where there is none. Raises InputError."""
     token = os.environ.get(TOKEN, "").strip()
     if not re.fullmatch(r"[!-~]*", token):
         raise InputError(f"{TOKEN} must be of printable ASCII without spaces")
     return token or None
 
 
-TIMEOUT, MAX_ATTEMPTS = 120.0, 3  # seconds for one try from connecting to the last byte; tries
-RETRY_DELAY = 0.2  # seconds before the second try, doubled before each that follows
+TIMEOUT, MAX_ATTEMPTS = 120.0, 3  # seconds per attempt from connecting to the last byte; attempts
+RETRY_DELAY = 0.2  # seconds before the second attempt, doubled for each later one
 SERVICE_UNAVAILABLE = 503
-RETRYABLE_ERRORS = (OSError, IncompleteRead)  # worth another try: the process may be back
+RETRYABLE_ERRORS = (OSError, IncompleteRead)  # the process may be back
 
 
 class RemoteReward:
     """Scores images over HTTP, as 8-bit PNGs; never differentiable. The name is the address.
 
     address  http(s)://HOST[:PORT][/PATH][,timeout=SECONDS][,tries=COUNT]; a token comes from STEER_REWARD_TOKEN
-    The server is asked who it is at once. Raises RewardError where none answers, or not in this protocol; so does
-    every call that fails, in one line that names the address. Only connections that fail or break are tried again.
+    The server is contacted at once. Raises RewardError, one line that names the address, where it does not answer in
+    this protocol, and for every call that fails. Only failed or broken connections are retried.
     """
 
     differentiable = False
@@ -160,10 +159,11 @@ class RemoteReward:
         self._timeout, self._tries = given.get("timeout", TIMEOUT), int(given.get("tries", MAX_ATTEMPTS))
         payload = self._request("GET", "", None)
         if payload.get("protocol") != PROTOCOL:
-            raise self._error(f"speaks protocol {payload.get('protocol')!r:.20}, this side {PROTOCOL}")
+            raise self._error(f"uses protocol {payload.get('protocol')!r:.20}, this side {PROTOCOL}")
         self.serves = line(payload.get("name"))
-        """What the other side calls its reward."""
+        """Name of the reward on the server."""
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         pixels = images.shape[-2] * images.shape[-1]
         if pixels > MAX_PIXELS:
@@ -183,12 +183,14 @@ class RemoteReward:
             raise self._error(f"answers wrongly: {error}") from error
 
     def _request(self, method: str, path: str, body: bytes | None) -> Mapping[str, Any]:
-        """The JSON of a reply. Raises RewardError."""
+        """Send a request and return the JSON of the reply. Raises RewardError."""
         for attempt in range(1, self._tries + 1):
             try:
                 status, reply = self._endpoint.request(method, path, body, self._timeout)
             except TimeoutError as error:
-                raise self._error(f"took longer than its {self._timeout:g} s: raise ,timeout=, or mend it") from error
+                raise self._error(
+                    f"timed out after {self._timeout:g} s: increase ,timeout= or fix the reward"
+                ) from error
             except RETRYABLE_ERRORS as error:
                 if attempt == self._tries:
                     how = line(getattr(error, "strerror", None) or error) or type(error).__name__
@@ -199,7 +201,7 @@ class RemoteReward:
                 if status != SERVICE_UNAVAILABLE or attempt == self._tries:
                     return self._read(status, reply)
             time.sleep(RETRY_DELAY * 2 ** (attempt - 1))
-        raise AssertionError("the last try returns or raises")
+        raise AssertionError("the last attempt returns or raises")
 
     def _read(self, status: int, reply: bytes) -> Mapping[str, Any]:
         if len(reply) > MAX_REPLY_BYTES:
@@ -218,7 +220,7 @@ class RemoteReward:
 
 @dataclass(frozen=True)
 class _Endpoint:
-    """Where a server is."""
+    """Address of a server."""
 
     secure: bool
     host: str
@@ -226,7 +228,7 @@ class _Endpoint:
     path: str  # ends in /
 
     def request(self, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, bytes]:
-        """Status and body, of which no more is read than one byte above MOST_REPLY.
+        """Return status and body, of which at most MAX_REPLY_BYTES + 1 bytes are read.
 
         timeout  seconds for all of it. Raises TimeoutError, ConnectionError, HTTPException, OSError.
         """
@@ -236,7 +238,7 @@ class _Endpoint:
         connection = (HTTPSConnection if self.secure else HTTPConnection)(self.host, self.port, timeout=timeout)
         with _deadline(connection, timeout) as expired:
             connection.connect()
-            if expired.is_set():  # there was no connection yet that could be closed
+            if expired.is_set():  # there was no connection to close yet
                 raise TimeoutError
             connection.request(method, self.path + path, body, headers)
             response = connection.getresponse()
@@ -244,7 +246,7 @@ class _Endpoint:
 
 
 def _read_body(response: HTTPResponse) -> bytes:
-    """The body, or the first MOST_REPLY + 1 bytes of a longer one. Raises IncompleteRead where it breaks off."""
+    """Read at most MAX_REPLY_BYTES + 1 bytes of the body. Raises IncompleteRead where it breaks off."""
     body_bytes = b""
     while len(body_bytes) <= MAX_REPLY_BYTES and (piece := response.read(MAX_REPLY_BYTES + 1 - len(body_bytes))):
         body_bytes += piece
@@ -255,7 +257,7 @@ def _read_body(response: HTTPResponse) -> bytes:
 
 @contextmanager
 def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[threading.Event]:
-    """Closes the connection when the time is up, however many bytes trickle in. Raises TimeoutError then."""
+    """Close the connection at the deadline, whatever trickles in. Raises TimeoutError then."""
     expired = threading.Event()
 
     def end() -> None:
@@ -282,19 +284,19 @@ def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[threading.
 
 def _endpoint(address: str) -> _Endpoint:
     try:
-        components = urlsplit(address)
-        host, port = components.hostname, components.port
+        url = urlsplit(address)
+        host, port = url.hostname, url.port
         (host or "").encode("idna")
     except ValueError as error:
         raise RewardError(f"reward {address!r:.200}: not an address ({line(error)})") from error
-    if components.username or components.password or components.query or components.fragment:
+    if url.username or url.password or url.query or url.fragment:
         raise RewardError(
-            f"reward at {host!r:.200}: an address is written into reports and images, so it holds no name, password, "
-            f"? or #: a token goes into the environment variable {TOKEN}"
+            f"reward at {host!r:.200}: addresses are written into reports and images, so they must not hold a name, "
+            f"password, ? or #: put a token into the environment variable {TOKEN}"
         )
     if not host or not re.fullmatch(r"[!-~]*", address):
         raise RewardError(f"reward {address!r:.200}: not an address, http://HOST:PORT/ is one")
-    return _Endpoint(components.scheme == "https", host, port, components.path.rstrip("/") + "/")
+    return _Endpoint(url.scheme == "https", host, port, url.path.rstrip("/") + "/")
 
 
 def _options(name: str, options: Sequence[str]) -> dict[str, float]:
@@ -310,14 +312,14 @@ def _options(name: str, options: Sequence[str]) -> dict[str, float]:
     return given
 
 
-MAX_CONCURRENT_REQUESTS = 8  # requests that are read or wait; each holds its images
+MAX_CONCURRENT_REQUESTS = 8  # being read or waiting; each holds its images in memory
 IDLE_TIMEOUT = 30.0  # seconds without a byte after which a connection is closed
-SHUTDOWN_TIMEOUT = 10.0  # seconds that a call which is going on may take at the end
+SHUTDOWN_TIMEOUT = 10.0  # seconds for the running call to finish
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 class RequestError(Exception):
-    """A request that is not answered with scores: status, and one line."""
+    """A refused request: HTTP status, and one line."""
 
     def __init__(self, status: int, what: str) -> None:
         super().__init__(what)
@@ -327,9 +329,9 @@ class RequestError(Exception):
 class RewardServer(ThreadingHTTPServer):
     """Serves one reward. `serve_until_signal` is the loop; port 0 is any that is free, see `url`.
 
-    token   what requests must bring as a bearer; None: nothing
-    device  where the images are scored
-    Raises InputError where the address cannot be had.
+    token   bearer token that requests need; None: no token
+    device  on which images are scored
+    Raises InputError where the address cannot be used.
     """
 
     daemon_threads = True
@@ -353,17 +355,19 @@ class RewardServer(ThreadingHTTPServer):
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.server_address[1]}/"
 
     def about(self) -> dict[str, Any]:
-        """What GET answers."""
-        return {"protocol": PROTOCOL, "name": self.reward.name, "differentiable": False, "version": __version__}
+        """Return the reply to GET."""
+        return {"protocol": PROTOCOL, "name": self.reward.name, "differentiable": False}
 
     def check_token(self, header: str) -> None:
-        """Raises Refused where the bearer is another."""
+        """Raise RequestError where the bearer token is another."""
         if self._token is not None and not hmac.compare_digest(header.encode(), f"Bearer {self._token}".encode()):
-            raise RequestError(401, "this server wants its token, in the client's environment as STEER_REWARD_TOKEN")
+            raise RequestError(
+                401, "this server requires its token: set STEER_REWARD_TOKEN in the client's environment"
+            )
 
     @contextmanager
     def request_slot(self) -> Iterator[None]:
-        """One of the few requests at once. Raises Refused where all are taken."""
+        """Hold one of the few concurrent requests. Raises RequestError where all are in use."""
         if not self._free.acquire(blocking=False):
             raise RequestError(503, "busy: too many requests at once")
         try:
@@ -372,7 +376,7 @@ class RewardServer(ThreadingHTTPServer):
             self._free.release()
 
     def scores(self, body: bytes) -> list[float]:
-        """Of a request's body. Raises Refused."""
+        """Score a request's body. Raises RequestError."""
         try:
             images, prompts = decode(body)
         except InputError as error:
@@ -384,13 +388,13 @@ class RewardServer(ThreadingHTTPServer):
             raise RequestError(422, str(error)) from error
 
     def serve_until_signal(self, ready: Callable[[], None]) -> bool:
-        """Serves until SIGINT or SIGTERM. In the main thread. Whether no call of the reward was left going on."""
+        """Serve until SIGINT or SIGTERM, in the main thread; return whether all calls of the reward have ended."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: threading.Thread(target=self.shutdown, daemon=True).start())
         ready()
         self.serve_forever(poll_interval=0.1)
         self.server_close()
-        # A request is over when its reply is written, and gives its place back then.
+        # A request releases its slot when its reply is written.
         end = time.monotonic() + SHUTDOWN_TIMEOUT
         return all(self._free.acquire(timeout=max(0.0, end - time.monotonic())) for _ in range(MAX_CONCURRENT_REQUESTS))
 
@@ -412,13 +416,13 @@ class Handler(BaseHTTPRequestHandler):
     def _about(self) -> dict[str, Any]:
         self.server.check_token(self.headers.get("Authorization", ""))
         if self.path != "/":
-            raise RequestError(404, "GET / tells what this is, POST /score scores")
+            raise RequestError(404, "use GET / or POST /score")
         return self.server.about()
 
     def _score_batch(self) -> dict[str, Any]:
         self.server.check_token(self.headers.get("Authorization", ""))
         if self.path != "/score":
-            raise RequestError(404, "GET / tells what this is, POST /score scores")
+            raise RequestError(404, "use GET / or POST /score")
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise RequestError(411, "a request needs its Content-Length")
@@ -430,7 +434,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"scores": self.server.scores(body)}
 
     def _answer(self, work: Callable[[], dict[str, Any]]) -> None:
-        """One reply, and the connection is closed: what is left of a refused request is never read as another."""
+        """Send one reply and close the connection: the rest of a refused request is never read as another."""
         self.close_connection = True
         try:
             with self.server.request_slot():
@@ -440,7 +444,7 @@ class Handler(BaseHTTPRequestHandler):
                     self._send(error.status, {"error": line(error)})
         except RequestError as error:
             self._send(error.status, {"error": line(error)})
-        except OSError:  # the client is gone, or was idle
+        except OSError:  # the client disconnected, or was idle
             return
 
     def _send(self, status: int, payload: dict[str, Any]) -> None:
@@ -453,4 +457,4 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Says nothing: the one line with the address is for programs to read."""
+        """Log nothing: programs read the one line with the address."""

@@ -1,7 +1,7 @@
-"""The scene reward: what a prompt asks for, measured from the pixels. Gold for the embedded model.
+"""The scene reward: the requirements of a prompt, checked on the pixels. Ground truth for the embedded model.
 
-Source: GenEval's six tasks (arXiv 2310.11513), read without a detector because the scenes are drawn
-on a plain background: segment, label connected components, compare each with the drawn shapes.
+Source: GenEval's six tasks (arXiv 2310.11513). No detector is needed because scenes have a plain background: segment,
+label connected components, compare each with the known shapes.
 """
 
 import math
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from steer.reward import RewardError
+from steer.rewards.inputs import takes_any_images
 
 COLOURS = {
     "red": (0.86, 0.12, 0.14),
@@ -29,7 +30,7 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle", "cross", "star")
 PLURALS = {"crosses": "cross"} | {f"{shape}s": shape for shape in SHAPES if shape != "cross"}
 NUMBERS = {"a": 1, "one": 1, "two": 2, "three": 3, "four": 4}
-# Where the first object lies as seen from the second, in image coordinates (y points down).
+# Direction from the second object to the first, in image coordinates (y points down).
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 MIRRORED = {"right of": "left of", "below": "above"}
 
@@ -65,7 +66,7 @@ class SceneRequest:
 
     @property
     def task(self) -> str:
-        """The GenEval task that this request belongs to."""
+        """Return the GenEval task of this request."""
         if self.relation:
             return "position"
         coloured = any(phrase.colour for phrase in self.phrases)
@@ -77,7 +78,7 @@ class SceneRequest:
 
     @property
     def canonical(self) -> "SceneRequest":
-        """The same scene in one wording: "B right of A" is "A left of B", "B and A" is "A and B"."""
+        """Return the same scene in one wording: "B right of A" is "A left of B", "B and A" is "A and B"."""
         if self.relation in MIRRORED:
             return SceneRequest(self.phrases[::-1], MIRRORED[self.relation])
         return self if self.relation else replace(self, phrases=tuple(sorted(self.phrases, key=str)))
@@ -87,7 +88,7 @@ class SceneRequest:
 
 
 def parse(prompt: str) -> SceneRequest:
-    """Reads a prompt; the inverse of `str(request)`. Raises RewardError for anything else."""
+    """Parse a prompt; the inverse of `str(request)`. Raises RewardError for anything else."""
     words = re.sub(r"\s+", " ", prompt.strip().strip(".").lower())
     words = _PREFIX.sub("", words).replace(" to the left of ", " left of ").replace(" to the right of ", " right of ")
     head, *tail = _JOIN.split(words)
@@ -143,17 +144,15 @@ INSIDE: dict[str, Callable[[Array, Array], Array]] = {
 
 
 def coverage(shape: str, size: int, x: float, y: float, radius: float, oversample: int = 4) -> Array:
-    """How much of each pixel of a (size, size) image the shape at (x, y) covers: float, 0..1."""
+    """Return the share 0..1 of each pixel of a (size, size) image that the shape at (x, y) covers."""
     grid = (np.arange(size * oversample) + 0.5) / oversample
     u, v = np.meshgrid((grid - x) / radius, (grid - y) / radius)
     inside = INSIDE[shape](u, v).astype(np.float32)
     return inside.reshape(size, oversample, size, oversample).mean((1, 3))
 
 
-FOREGROUND = (
-    0.35  # distance in RGB from the background at which a pixel belongs to an object: under half of any colour's
-)
-SMALLEST = 0.008  # of the image's area: smaller specks are no objects
+FOREGROUND = 0.35  # RGB distance from the background of an object's pixels: under half of any colour's
+SMALLEST = 0.008  # of the image's area: smaller components are ignored
 TEMPLATE = 32  # pixels per side at which outlines are compared
 SIMILAR = 0.72  # intersection over union that makes an outline a shape
 NEAR = 0.33  # distance in RGB within which a colour has a name
@@ -171,7 +170,7 @@ class Object:
 
 @cache
 def _templates() -> tuple[np.ndarray, ...]:
-    """The outline of each shape, cut to its bounding box and stretched to a square."""
+    """Return the outline of each shape, cut to its bounding box and stretched to a square."""
     masks = (coverage(shape, 64, 32, 32, 28) > 0.5 for shape in SHAPES)
     return tuple(_stretch(mask[ndimage.find_objects(mask.astype(int))[0]]) for mask in masks)
 
@@ -183,7 +182,7 @@ def _stretch(mask: np.ndarray) -> np.ndarray:
 
 
 def _shape_of(mask: np.ndarray) -> str | None:
-    """The shape whose outline fits best, if it fits."""
+    """Return the shape whose outline fits best, if it fits."""
     height, width = mask.shape
     if max(height, width) > 1.5 * min(height, width):
         return None
@@ -200,14 +199,14 @@ def _colour_of(pixels: np.ndarray) -> str | None:
 
 
 def objects(image: np.ndarray) -> list[Object]:
-    """Finds the objects of an image (H, W, 3) in [0, 1]: components that differ from its border's colour."""
+    """Detect the objects of an image (H, W, 3) in [0, 1]: components that differ from its border's colour."""
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     contrast = np.linalg.norm(image - np.median(border, axis=0), axis=-1)
     labels, _ = ndimage.label(contrast > FOREGROUND, structure=np.ones((3, 3)))
     detected = []
     for label, box in enumerate(ndimage.find_objects(labels), start=1):
         mask = labels == label
-        # Half the contrast: where a soft edge really runs.
+        # Half the contrast: the middle of a soft edge.
         mask[box] &= contrast[box] > contrast[box][mask[box]].max() / 2
         if mask.sum() < SMALLEST * contrast.size:
             continue
@@ -220,7 +219,7 @@ def objects(image: np.ndarray) -> list[Object]:
 
 
 def requirements(request: SceneRequest, detected: Sequence[Object]) -> list[bool]:
-    """What the request asks for, one truth value each: how many objects, of each kind, of which colour, and where."""
+    """Evaluate a request, one truth value each: number of objects, of each kind, of each colour, and position."""
     kinds = [[thing for thing in detected if thing.shape == phrase.shape] for phrase in request.phrases]
     holds = [len(detected) == sum(phrase.count for phrase in request.phrases)]
     for phrase, kind in zip(request.phrases, kinds, strict=True):
@@ -239,36 +238,37 @@ def _related(a: Object, b: Object, relation: str) -> bool:
 
 
 class SceneReward:
-    """Fraction of the prompt's requirements that the picture meets: 0..1, 1 only when all hold.
+    """Fraction 0..1 of the prompt's requirements that the image meets.
 
-    Piecewise constant in the pixels, so it evaluates; `SceneSoftReward` steers. Prompts outside the
-    language of `steer.rewards.scene` raise RewardError.
+    Piecewise constant in the pixels, for evaluation; `SceneSoftReward` is for steering. Prompts outside the language of
+    `steer.rewards.scene` raise RewardError.
     """
 
     name = "scene"
     differentiable = False
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        pictures = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+        arrays = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
         scores = [
-            float(np.mean(requirements(parse(prompt), objects(picture))))
-            for picture, prompt in zip(pictures, prompts, strict=True)
+            float(np.mean(requirements(parse(prompt), objects(array))))
+            for array, prompt in zip(arrays, prompts, strict=True)
         ]
         return torch.tensor(scores, dtype=torch.float32)
 
 
-SIDE = 32  # pixels at which templates are compared
+SIDE = 32  # pixels per side at which templates are compared
 RADII = (4.0, 4.5, 5.0, 5.5, 6.0, 6.5)  # of the templates, in those pixels
-TEMPLATE_RADIUS = 8  # half the side of a template
+TEMPLATE_RADIUS = 8  # half the side of a template, pixels
 TOLERANCE = 0.3  # distance in RGB at which a colour counts for e^(-1/2)
-MARGIN = 0.04  # lead over the next shape at which a shape is believed to 73 %
-PEAK_WINDOW = 7  # window in which only the strongest match counts as an object
-RELATION_SCALE = 2.0  # pixels by which a relation must hold to be believed to 73 %
+MARGIN = 0.04  # lead over the next shape at which a shape has confidence 0.73
+PEAK_WINDOW = 7  # pixels per side; only the strongest match in it counts as an object
+RELATION_SCALE = 2.0  # pixels by which a relation must hold for the degree 0.73
 
 
 @cache
 def _soft_templates() -> Tensor:
-    """(5 shapes · 6 radii, 1, 17, 17): mean inside the shape minus mean in the frame around it."""
+    """Return (5 shapes · 6 radii, 1, 17, 17): mean inside the shape minus mean in the frame around it."""
     side, kernels = 2 * TEMPLATE_RADIUS + 1, []
     grid = abs(np.arange(side) - TEMPLATE_RADIUS)
     for shape in SHAPES:
@@ -280,20 +280,20 @@ def _soft_templates() -> Tensor:
 
 
 def _affinity(images: Tensor) -> Tensor:
-    """How much each pixel has each colour: (N, 6, H, W) in 0..1."""
+    """Return the closeness of each pixel to each colour: (N, 6, H, W) in 0..1."""
     palette = torch.tensor(list(COLOURS.values()), device=images.device)
     distance = (images[:, None] - palette[:, :, None, None]) ** 2
     return torch.exp(-distance.sum(2) / (2 * TOLERANCE**2))
 
 
 def _matches(maps: Tensor) -> Tensor:
-    """How well each shape fits at each place: (N, H, W) → (N, 5, H, W), the best of all radii."""
+    """Match each shape at each position: (N, H, W) → (N, 5, H, W), the best of all radii."""
     responses = F.conv2d(maps[:, None], _soft_templates().to(maps.device), padding=TEMPLATE_RADIUS)
     return responses.unflatten(1, (len(SHAPES), len(RADII))).amax(2)
 
 
 def _shape_confidence(matches: Tensor, shape: str) -> Tensor:
-    """(N, H, W) in 0..1: the match of one shape, discounted where another fits better."""
+    """Return the match of one shape, discounted where another fits better: (N, H, W) in 0..1."""
     mine = SHAPES.index(shape)
     own = matches[:, mine]
     others = matches[:, [k for k in range(len(SHAPES)) if k != mine]].amax(1)
@@ -301,37 +301,37 @@ def _shape_confidence(matches: Tensor, shape: str) -> Tensor:
 
 
 def _peaks(places: Tensor, count: int) -> Tensor:
-    """The `count` strongest local maxima of (N, H, W): (N, count), strongest first."""
+    """Return the `count` strongest local maxima of (N, H, W): (N, count), strongest first."""
     highest = F.max_pool2d(places[:, None], PEAK_WINDOW, stride=1, padding=PEAK_WINDOW // 2)[:, 0]
     return (places * (places >= highest)).flatten(1).topk(count).values
 
 
 def _count_degree(places: Tensor, count: int) -> Tensor:
-    """(N,) in 0..1: `count` strong matches and no further one."""
+    """Return the degree (N,) in 0..1 of `count` strong matches and no further one."""
     peaks = _peaks(places, count + 1)
     return peaks[:, :count].mean(1) * (1 - peaks[:, count].clamp(0, 1))
 
 
 def _centre(places: Tensor) -> Tensor:
-    """Where the strongest match lies, softly: (N, 2) as x, y in pixels."""
+    """Return the soft position of the strongest match: (N, 2) as x, y in pixels."""
     weights = (places.flatten(1) / 0.05).softmax(1).view_as(places)
     grid = torch.arange(SIDE, device=places.device, dtype=weights.dtype)
     return torch.stack([(weights.sum(1) * grid).sum(1), (weights.sum(2) * grid).sum(1)], 1)
 
 
 def _relation_degree(first: Tensor, second: Tensor, relation: str) -> Tensor:
-    """(N,) in 0..1: how surely the strongest match of one map lies in a relation to that of the other."""
+    """Return the degree (N,) in 0..1 to which the strongest matches of two maps stand in a relation."""
     sx, sy = RELATIONS[relation]
     dx, dy = (_centre(first) - _centre(second)).unbind(1)
     return torch.sigmoid((dx * sx + dy * sy - (dx * sy).abs() - (dy * sx).abs()) / RELATION_SCALE)
 
 
 def soft_requirements(request: SceneRequest, images: Tensor) -> Tensor:
-    """The requirements of the exact reward, each as a degree (N, R) in 0..1, of images (N, 3, 32, 32)."""
+    """Evaluate the requirements of the exact reward as degrees (N, R) in 0..1, of images (N, 3, 32, 32)."""
     affinity = _affinity(images)
     anything = _matches(affinity.amax(1))
-    wanted = sum(phrase.count for phrase in request.phrases)
-    degrees = [1 - _peaks(anything.amax(1), wanted + 1)[:, wanted].clamp(0, 1)]
+    total = sum(phrase.count for phrase in request.phrases)
+    degrees = [1 - _peaks(anything.amax(1), total + 1)[:, total].clamp(0, 1)]
     maps = []
     for phrase in request.phrases:
         degrees.append(_count_degree(_shape_confidence(anything, phrase.shape), phrase.count))
@@ -351,7 +351,7 @@ def _coloured(affinity: Tensor, anything: Tensor, phrase: Phrase) -> Tensor:
 
 
 class SceneSoftReward:
-    """Mean degree, 0..1, to which a picture meets the prompt's requirements. Differentiable.
+    """Mean degree, 0..1, to which an image meets the prompt's requirements. Differentiable.
 
     Any image size; prompts outside the language of `steer.rewards.scene` raise RewardError.
     """
@@ -359,6 +359,7 @@ class SceneSoftReward:
     name = "scene-soft"
     differentiable = True
 
+    @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         small = F.interpolate(images.float(), size=(SIDE, SIDE), mode="area")
         scores = small.new_zeros(len(prompts))

@@ -1,4 +1,4 @@
-"""Checkpoints from outside: fetched at a pinned revision, verified, read without running anything in them."""
+"""Published checkpoints: downloaded at a pinned revision, verified by sha256, read as tensors only."""
 
 import hashlib
 from _pickle import UnpicklingError  # the error's name only: nothing is unpickled but tensors
@@ -16,7 +16,7 @@ from steer.registry import nearest
 from steer.reward import RewardError
 
 State = Mapping[str, Tensor]
-MAX_KEYS_SHOWN = 4  # keys named in a message
+MAX_KEYS_SHOWN = 4  # in a message
 MAX_ERROR_LENGTH = 160  # characters of another library's message
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 NO_NETWORK = "without a network set HF_HUB_OFFLINE=1 (or --offline) once it is in the cache, or name a file: path=…"
@@ -32,7 +32,7 @@ class HubFile:
     sha256: str | None = None
 
     def fetch(self) -> Path:
-        """Its place in the hub's cache, downloaded (with a progress bar) if it is not there, and verified.
+        """Return its path in the hub's cache, downloaded (with a progress bar) if it is not there, and verified.
 
         Raises RewardError.
         """
@@ -54,7 +54,7 @@ class WebFile:
     sha256: str
 
     def fetch(self) -> Path:
-        """Its place in torch's hub cache, downloaded if it is not there, and verified. Raises RewardError."""
+        """Return its path in torch's hub cache, downloaded if it is not there, and verified. Raises RewardError."""
         path = Path(get_dir()) / "checkpoints" / f"{self.sha256[:16]}-{self.url.rsplit('/', 1)[1]}"
         if not path.exists():
             if constants.HF_HUB_OFFLINE:
@@ -62,32 +62,32 @@ class WebFile:
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 download_url_to_file(self.url, str(path), hash_prefix=self.sha256)
-            except Exception as error:  # whatever a network may do, and a file that is not the expected one
+            except Exception as error:  # network errors, and a checksum mismatch
                 raise RewardError(f"cannot fetch {self.url}: {one_line(error)}; or name a file: path=…") from error
         verify(path, self.sha256)
         return path
 
 
 def one_line(error: Exception) -> str:
-    """What an error of another library says, on one line of bounded length."""
+    """Reduce an error of another library to one line of bounded length."""
     return " ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__
 
 
 def verify(path: Path, sha256: str | None) -> None:
-    """Raises RewardError where the file's sha256 is another; None: not checked."""
+    """Raise RewardError where the file's sha256 is another; None: not checked."""
     if sha256 is None:
         return
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != sha256:
-        raise RewardError(f"{path}: sha256 is {found[:12]}…, expected {sha256[:12]}…: remove it, download it again")
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != sha256:
+        raise RewardError(f"{path}: sha256 is {digest[:12]}…, expected {sha256[:12]}…: remove it, download it again")
 
 
 def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a .safetensors or torch file, on the CPU. A file that holds code is refused, not run.
+    """Read the tensors of a .safetensors or torch file, on the CPU. A file that holds code is refused, not run.
 
-    sha256  refused when the file has another (`fetch` has checked it already); None: not checked
-    Raises RewardError, one line that names the file and what is wrong with it.
+    sha256  expected checksum (`fetch` has verified it already); None: not checked
+    Raises RewardError, one line that names the file and the problem.
     """
     path = Path(path)
     if not path.is_file():
@@ -97,15 +97,15 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
         loaded = _tensors(path)
     except UnpicklingError as error:
         raise RewardError(
-            f"{path}: refused, it is no checkpoint of tensors alone: broken, or with code that would run when read"
+            f"{path}: refused, not a checkpoint of tensors only: it is corrupt, or contains code that would run"
         ) from error
-    except Exception as error:  # a broken file may raise nearly anything on its way through the readers
-        raise RewardError(f"{path}: cannot be read, is it whole? ({one_line(error)})") from error
+    except Exception as error:  # a corrupt file may raise nearly anything in the readers
+        raise RewardError(f"{path}: cannot be read, is it complete? ({one_line(error)})") from error
     if not isinstance(loaded, dict):
         raise RewardError(f"{path}: expected a table of named tensors, got {type(loaded).__name__}")
     for key, value in loaded.items():
         if not (isinstance(key, str) and torch.is_tensor(value)):
-            raise RewardError(f"{path}: expected a table of named tensors, found {type(value).__name__} under {key!r}")
+            raise RewardError(f"{path}: expected a table of named tensors, got {type(value).__name__} under {key!r}")
     return loaded
 
 
@@ -118,9 +118,9 @@ def _tensors(path: Path) -> object:
 
 
 def load_weights(module: nn.Module, state: State, what: str, unused: Iterable[str] = ()) -> None:
-    """Puts every tensor of `state` where it belongs.
+    """Load every tensor of `state` into a module.
 
-    unused  beginnings of keys that the published files carry and nobody needs
+    unused  prefixes of keys in the published files that no score needs
     Raises RewardError that names `what` and the keys that are missing, unexpected or of another shape.
     """
     skipped = tuple(unused)
@@ -138,7 +138,7 @@ def load_weights(module: nn.Module, state: State, what: str, unused: Iterable[st
 
 
 def check_keys(what: str, complaints: Mapping[str, Collection[str]]) -> None:
-    """Raises RewardError that names `what` and the keys, where there are any: {"missing": keys, …}."""
+    """Raise RewardError that names `what` and the keys, where there are any: {"missing": keys, …}."""
     problems = "; ".join(f"{kind}: {_some(sorted(keys))}" for kind, keys in complaints.items() if keys)
     if problems:
         raise RewardError(f"{what}: the checkpoint does not fit this model ({problems})")
@@ -150,23 +150,23 @@ def _some(keys: list[str]) -> str:
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raises RewardError for the option dtype=… that names none; None is one."""
+    """Raise RewardError for an unknown dtype=…; None is valid."""
     if dtype is not None and dtype not in DTYPES:
         raise RewardError(f"dtype={dtype}: use {nearest(dtype, DTYPES)}")
 
 
 def cast(module: nn.Module, dtype: str | None) -> nn.Module:
-    """The module frozen, ready to evaluate, its weights in a dtype by name (None: as they are). Raises RewardError."""
+    """Freeze a module for evaluation, its weights in a dtype by name (None: unchanged). Raises RewardError."""
     check_dtype(dtype)
     module.eval().requires_grad_(False)
     return module if dtype is None else module.to(DTYPES[dtype])
 
 
 def to_module_device(images: Tensor, *modules: nn.Module) -> Tensor:
-    """The images on the device of the modules, which go from the CPU to that of the images, and nowhere else.
+    """Move images to the device of the modules; modules on the CPU move to the device of the images.
 
-    Weights that are on an accelerator stay there: images of another device are brought to them.
-    In torch.inference_mode, too, weights stay such that gradients can pass through them later.
+    Modules on an accelerator stay there, and images of other devices move to them. Weights are moved outside of
+    torch.inference_mode, so that gradients can pass through them later.
     """
     target_device = next(p.device for module in modules for p in module.parameters())
     target_device = images.device if target_device.type == "cpu" else target_device

@@ -16,13 +16,20 @@ if TYPE_CHECKING:
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
     from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
     from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
+    from steer.pipelines.settings import (
+        BestOfNSettings,
+        FKSettings,
+        NoiseSearchSettings,
+        ReNOSettings,
+        SelectionSettings,
+    )
     from steer.pipelines.training.config import TrainingConfig
     from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
     from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
-    from steer.reward import Reward, RewardError, score, score_components, with_timeout
-    from steer.rewards.parser import combine, load_reward
+    from steer.reward import Reward, RewardError, with_timeout
+    from steer.rewards.parser import combine, load_reward, score, score_components
 
 _MODULES = {
     "steer.assets": ("MODELS",),
@@ -31,21 +38,30 @@ _MODULES = {
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
     "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
     "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
+    "steer.pipelines.settings": (
+        "BestOfNSettings",
+        "FKSettings",
+        "NoiseSearchSettings",
+        "ReNOSettings",
+        "SelectionSettings",
+    ),
     "steer.pipelines.training.config": ("TrainingConfig",),
     "steer.pipelines.training.d3po_prdp": ("D3POTrainer", "PRDPTrainer"),
     "steer.pipelines.training.ddpo_grpo": ("DDPOTrainer", "FilteredTrainer", "GRPOTrainer"),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropTrainer",),
-    "steer.reward": ("Reward", "RewardError", "score", "score_components", "with_timeout"),
-    "steer.rewards.parser": ("combine", "load_reward"),
+    "steer.reward": ("Reward", "RewardError", "with_timeout"),
+    "steer.rewards.parser": ("combine", "load_reward", "score", "score_components"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "MODELS",
     "BestOfNPipeline",
+    "BestOfNSettings",
     "Cost",
     "D3POTrainer",
     "DDPOTrainer",
+    "FKSettings",
     "FKSteeringPipeline",
     "FilteredTrainer",
     "GRPOTrainer",
@@ -53,13 +69,16 @@ __all__ = [
     "InputError",
     "Iteration",
     "NoiseSearchPipeline",
+    "NoiseSearchSettings",
     "PRDPTrainer",
     "ReNOPipeline",
+    "ReNOSettings",
     "ResamplingInfo",
     "Reward",
     "RewardBackpropTrainer",
     "RewardError",
     "SelectionPipeline",
+    "SelectionSettings",
     "SteeringOutput",
     "StepReport",
     "TrainingConfig",

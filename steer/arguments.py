@@ -1,4 +1,4 @@
-"""Types of arguments: what plainly means a number, a switch or texts becomes one, all else is an InputError."""
+"""Coercion of arguments to their annotations: 2.0 becomes 2, an array of strings a list; all else is an InputError."""
 
 import functools
 import inspect
@@ -15,9 +15,9 @@ R = TypeVar("R")
 
 
 def coerce_arguments(call: Callable[P, R]) -> Callable[P, R]:
-    """Decorate a function: arguments are coerced to its annotations before it runs (2.0 → 2, arrays of texts → list).
+    """Decorate a function to coerce its arguments to their annotations before it runs (2.0 → 2, string array → list).
 
-    Raises InputError that names the argument where its value does not plainly mean one of the annotated kind.
+    Raises InputError with the name of the argument whose value does not fit its annotation.
     """
     hints = annotations_of(call)
     code = inspect.unwrap(call).__code__
@@ -36,10 +36,10 @@ def coerce_arguments(call: Callable[P, R]) -> Callable[P, R]:
 
 
 def annotations_of(call: Callable[..., Any]) -> dict[str, Any]:
-    """The annotations of a function's own arguments; none where they cannot be read."""
+    """Return the annotations of a function's own arguments; empty where they cannot be resolved."""
     try:
         hints = get_type_hints(call)
-    except (NameError, TypeError):  # annotations of another library that are not importable
+    except (NameError, TypeError):  # annotations of another library that cannot be imported
         hints = dict(getattr(call, "__annotations__", {}))
     code = getattr(inspect.unwrap(call), "__code__", None)
     known = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount] if code is not None else ()
@@ -47,9 +47,9 @@ def annotations_of(call: Callable[..., Any]) -> dict[str, Any]:
 
 
 def coerce_value(name: str, hint: Any, value: Any) -> Any:
-    """A value as its annotation has it: whole numbers, numbers, switches, texts, and lists and mappings of numbers.
+    """Coerce a value to its annotation: integers, floats, booleans, strings, and lists and mappings of numbers.
 
-    Annotations with other kinds in them (functions, tensors, objects) leave a value as it is.
+    Values whose annotation includes other types (functions, tensors, objects) are returned unchanged.
     """
     kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if value is None and (type(None) in kinds or Any in kinds):
@@ -67,7 +67,7 @@ def coerce_value(name: str, hint: Any, value: Any) -> Any:
 
 
 def whole(name: str, value: Any) -> int:
-    """A whole number. Raises InputError for a switch, a text and a number with a fraction."""
+    """Return an integer. Raises InputError for a boolean, a string and a number with a fraction."""
     number = _number(value)
     if number is None or not math.isfinite(number) or number != int(number):
         raise InputError(f"{name} must be a whole number, got {_describe(value)}")
@@ -75,7 +75,7 @@ def whole(name: str, value: Any) -> int:
 
 
 def number(name: str, value: Any) -> float:
-    """A number, which may be infinite or nan: its range is checked elsewhere. Raises InputError."""
+    """Return a number, possibly infinite or NaN: its range is checked elsewhere. Raises InputError."""
     converted = _number(value)
     if converted is None:
         raise InputError(f"{name} must be a number, got {_describe(value)}")
@@ -83,7 +83,7 @@ def number(name: str, value: Any) -> float:
 
 
 def texts(name: str, value: Any) -> str | list[str]:
-    """A text, or the list of texts that a list, a tuple or an array stands for. Raises InputError."""
+    """Return a string, or the list of strings in a list, tuple or array. Raises InputError."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str):
         return str(value)
@@ -112,7 +112,7 @@ def _scalar(name: str, kinds: Sequence[Any], value: Any) -> bool | int | float:
 
 
 def _number(value: Any) -> int | float | None:
-    """The Python number of a number, of an array or tensor of one; None for anything else."""
+    """Return the Python number of a scalar, 0-d array or tensor; None for anything else."""
     if hasattr(value, "item") and getattr(value, "size", None) is not None and getattr(value, "ndim", 0) == 0:
         value = value.item()
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
@@ -145,8 +145,8 @@ def _describe(value: Any) -> str:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether it is one real number, finite as a float."""
+    """Return whether the value is a real number, finite as a float."""
     try:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
+    except OverflowError:  # an integer too large for a float
         return False

@@ -1,17 +1,17 @@
-"""The one kind of error that a caller can put right."""
+"""InputError: the error that a caller can correct."""
 
 import re
 
 MAX_LENGTH = 1000  # characters of a message
-# Line breaks of every kind, control characters, which a terminal obeys, and halves of characters, which none can show.
+# Line breaks of every kind, control characters (a terminal executes them) and lone surrogates (none can be printed).
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class InputError(ValueError):
-    """Something given to steer does not fit; the message is one line that names it and the remedy.
+    """An invalid argument, file or setting; the message is one line with the value given and the remedy.
 
-    It is one line whatever it quotes: what cannot be shown in one is told as Python writes it (\\n, \\x1b), and of what
-    is longer than 1,000 characters the middle is left out, because the remedy stands at the end.
+    Line breaks and control characters in quoted values are escaped as Python writes them (\\n, \\x1b). Messages over
+    1,000 characters lose their middle, because the remedy stands at the end.
     """
 
     def __init__(self, message: str) -> None:

@@ -1,4 +1,4 @@
-"""Files: atomic writes, checksums, images from outside."""
+"""Files: atomic writes, checksums and reading of images."""
 
 import errno
 import hashlib
@@ -21,16 +21,16 @@ from torch import Tensor
 
 from steer.errors import InputError
 
-# What file systems answer that bring a folder to the disk by themselves (some of those over a network).
+# Errors of file systems that cannot sync a folder (some network file systems).
 SYNC_UNSUPPORTED = (errno.EINVAL, errno.ENOTSUP)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives the name to write to, `path` with .new after it, which takes the place of `path` at the end.
+    """Write a file atomically: yields `path`.new, which replaces `path` at the end of the block.
 
-    Folders above it are made. After an exception in the block the file of before stays, and nothing beside it; what a
-    killed process leaves is written over by the next. Raises OSError as any writing does.
+    Missing parent folders are created. After an exception in the block the previous file remains and the new one is
+    deleted; the remains of a killed process are overwritten by the next write. Raises OSError.
     """
     new = path.with_name(path.name + ".new")
     make_folder(path.parent)
@@ -44,13 +44,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """All of the file in UTF-8 or, after a crash, all of the one before. Raises OSError."""
+    """Write UTF-8 text atomically. Raises OSError."""
     with atomic_write(path) as new:
         new.write_text(text, encoding="utf-8")
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder and those above it, so that they outlive a power cut. Raises OSError."""
+    """Create a folder and its parents durably: they survive a power cut. Raises OSError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in reversed(missing):
@@ -58,10 +58,10 @@ def make_folder(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when the bytes of a file, or the names in a folder, are on the disk. Raises OSError."""
+    """Flush a file, or the names in a folder, to the disk. Raises OSError."""
     folder = path.is_dir()
     if folder and os.name == "nt":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     number = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:
         os.fsync(number)
@@ -74,23 +74,23 @@ def sync(path: Path) -> None:
 
 CHECKSUMS = "SHA256SUMS"
 LINE = re.compile(r"([0-9a-f]{64})  (.+)")
-MAX_CHECKSUMS_BYTES = 1 << 20  # bytes that are read of sums that may come from anywhere
-CHECKSUM_KEY = "sha256"  # of a JSON file that holds its own
+MAX_CHECKSUMS_BYTES = 1 << 20  # of a SHA256SUMS from an untrusted source
+CHECKSUM_KEY = "sha256"  # in a JSON file with its own checksum
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal. Raises OSError."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksum_lines(files: Mapping[str, Path]) -> str:
-    """What SHA256SUMS holds of some files, by their names in its folder. Raises OSError."""
+    """Return the text of SHA256SUMS for files by their names relative to its folder. Raises OSError."""
     return "".join(f"{file_sha256(path)}  {name}\n" for name, path in sorted(files.items()))
 
 
 def write_checksums(folder: Path) -> None:
-    """Brings all files of a folder and below it to the disk, and writes their sums. Raises OSError."""
+    """Flush all files below a folder to the disk and write their checksums to SHA256SUMS. Raises OSError."""
     paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS]
     for path in paths:
         sync(path)
@@ -99,13 +99,13 @@ def write_checksums(folder: Path) -> None:
 
 @contextmanager
 def atomic_write_with_checksums(folder: Path, names: Sequence[str]) -> Iterator[dict[str, Path]]:
-    """Gives the paths to write files of a folder to, by name; at the end they take their places, with their sums.
+    """Write several files of a folder and their checksums: yields the paths to write to, by name.
 
-    After an exception all files of before stay. The sums come first: of a process that is killed while one file after
-    the other takes its place, no mixture of old and new ones is read. Raises InputError where the disk refuses.
+    After an exception all previous files remain. The checksums are replaced first: a process killed between two
+    replacements leaves a mixture of old and new files that fails verification. Raises InputError where writing fails.
     """
     try:
-        with ExitStack() as stack:  # the last one that is entered is the first that takes its place
+        with ExitStack() as stack:  # the last one entered is the first to replace its file
             new = {name: stack.enter_context(atomic_write(folder / name)) for name in names}
             checksums = stack.enter_context(atomic_write(folder / CHECKSUMS))
             yield new
@@ -113,13 +113,15 @@ def atomic_write_with_checksums(folder: Path, names: Sequence[str]) -> Iterator[
             for path in new.values():
                 sync(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder} cannot be written ({error}); make room, the same command goes on") from error
+        raise InputError(
+            f"{folder} cannot be written ({error}); make room, and run the command again to resume"
+        ) from error
 
 
 def verify_checksums(*files: Path) -> list[Path]:
-    """Holds files against the SHA256SUMS of their folder or the one above it; returns those that no sums tell of.
+    """Verify files against the SHA256SUMS of their folder or its parent; return those without a checksum.
 
-    Raises InputError for one whose sum is another, and for sums that are no such file; OSError.
+    Raises InputError for a checksum mismatch and for a malformed SHA256SUMS; OSError.
     """
     unknown = []
     for path in files:
@@ -130,48 +132,48 @@ def verify_checksums(*files: Path) -> list[Path]:
         if stored is None:
             unknown.append(path)
         elif file_sha256(path) != stored:
-            raise InputError(f"{path} is damaged: its sha256 is not the one in {CHECKSUMS}; restore it from a copy")
+            raise InputError(f"{path} is corrupt: checksum mismatch with {CHECKSUMS}; restore it from a copy")
     return unknown
 
 
 def _read(path: Path) -> dict[str, str]:
-    """The sums by name, none where the file is missing."""
+    """Return the checksums by name; none where the file is missing."""
     if not path.is_file():
         return {}
     if path.stat().st_size > MAX_CHECKSUMS_BYTES:
-        raise InputError(f"{path} is too large for sums; restore it, or delete it to read the folder as it is")
+        raise InputError(f"{path} is too large for checksums; restore it, or delete it to skip verification")
     lines = [LINE.fullmatch(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     if not all(lines):
-        raise InputError(f"{path} is damaged; restore it, or delete it to read the folder as it is")
+        raise InputError(f"{path} is corrupt; restore it, or delete it to skip verification")
     return {line[2]: line[1] for line in lines if line}
 
 
 def dumps_with_checksum(stored: Mapping[str, Any]) -> str:
-    """JSON that holds, as its last key, the SHA-256 of the rest."""
+    """Serialise a mapping to JSON with the SHA-256 of the rest as its last key."""
     stored = {name: value for name, value in stored.items() if name != CHECKSUM_KEY}
     digest = hashlib.sha256(json.dumps(stored, indent=1).encode()).hexdigest()
     return json.dumps(stored | {CHECKSUM_KEY: digest}, indent=1) + "\n"
 
 
 def loads_with_checksum(text: str) -> Any:
-    """The value of a JSON text; of `dumps_with_checksum` without the sum, once that is right.
+    """Parse JSON; verify and remove the checksum of `dumps_with_checksum`, where there is one.
 
-    Raises ValueError for no JSON, InputError, which is one, where something was changed; and RecursionError.
+    Raises ValueError for invalid JSON, InputError (a ValueError) for a checksum mismatch, and RecursionError.
     """
     stored = json.loads(text)
     if not isinstance(stored, dict) or CHECKSUM_KEY not in stored:
         return stored
     if text != dumps_with_checksum(stored):
         raise InputError(
-            f"it was changed since it was written: its {CHECKSUM_KEY} is another; restore it, or delete its "
-            f"line {CHECKSUM_KEY!r} if the change was your own"
+            f"checksum mismatch: the file was changed after it was written; restore it, or delete its "
+            f"{CHECKSUM_KEY!r} line to accept the change"
         )
     return {name: value for name, value in stored.items() if name != CHECKSUM_KEY}
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # no other: some formats start outside programs
-MAX_PIXELS = 1 << 26  # 8192 x 8192: a few bytes can ask for more than any memory holds
-DECODE_ERRORS = (  # what Pillow raises; IndexError at a colour profile that has no end, TypeError at tags of a TIFF
+MAX_PIXELS = 1 << 26  # 8192 x 8192: small files can decode to more than the memory
+DECODE_ERRORS = (  # raised by Pillow; IndexError for a truncated colour profile, TypeError for TIFF tags
     OSError,
     ValueError,
     SyntaxError,
@@ -185,10 +187,10 @@ DECODE_ERRORS = (  # what Pillow raises; IndexError at a colour profile that has
 
 
 def read_image(path: Path | bytes) -> Tensor:
-    """An image file, or the bytes of one, as (3, H, W) in [0, 1]: upright as its EXIF says, transparency on white.
+    """Read an image file, or its bytes, as (3, H, W) in [0, 1]: EXIF rotation applied, transparency on white.
 
-    Of an animation the first picture; 16 bits a pixel are brought to 8. Raises InputError where it cannot be read as an
-    image, or is larger than 8192 x 8192 pixels.
+    The first frame of an animation; 16 bits per channel are reduced to 8. Raises InputError for a file that is not a
+    readable image, or larger than 8192 x 8192 pixels.
     """
     name = f"an image of {len(path)} bytes" if isinstance(path, bytes) else path
     try:
@@ -198,7 +200,7 @@ def read_image(path: Path | bytes) -> Tensor:
     except InputError:
         raise
     except UnidentifiedImageError as error:
-        raise InputError(f"{name}: not an image that can be read") from error
+        raise InputError(f"{name}: not a readable image format: save it as PNG or JPEG") from error
     except DECODE_ERRORS as error:
         raise InputError(f"{name}: cannot read the image ({getattr(error, 'strerror', None) or error})") from error
     white = Image.new("RGBA", image.size, "white")
@@ -207,16 +209,16 @@ def read_image(path: Path | bytes) -> Tensor:
 
 
 def _check(file: Image.Image, name: object) -> None:
-    """Raises InputError for what would fill the memory, and what has no right reading; no pixel is decoded yet."""
+    """Raise InputError for images that are too large or have no defined brightness; no pixel is decoded yet."""
     width, height = file.size
     if width * height > MAX_PIXELS:
-        raise InputError(f"{name}: {width} x {height} pixels: at most {MAX_PIXELS}, make it smaller")
+        raise InputError(f"{name}: {width} x {height} pixels, at most {MAX_PIXELS} are allowed: make it smaller")
     if file.mode in ("I", "F"):
-        raise InputError(f"{name}: 32 bits a pixel do not say how bright white is: save it with 8 or 16")
+        raise InputError(f"{name}: 32 bits per pixel have no defined white level: save it with 8 or 16")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of 16 bits as grey of 8, which Pillow would cut off above 255; other images as they are."""
+    """Convert 16-bit grey, which Pillow would clip at 255, to 8 bits; other images are returned as they are."""
     if not image.mode.startswith("I;16"):
         return image
     values = np.asarray(image)

@@ -1,9 +1,9 @@
-"""Optimising noise ε so that the image G(ε) scores higher (ReNO, arXiv 2406.04312), apart from any model.
+"""Optimisation of the initial noise ε so that the image G(ε) scores higher (ReNO, arXiv 2406.04312), without any model.
 
 max_ε  Σ_m w_m r_m(G(ε)) + w_reg · log p(‖ε‖)
-log p(‖ε‖) = (D − 1) log‖ε‖ − ½‖ε‖² + const, the χ distribution of D degrees of freedom
+log p(‖ε‖) = (D − 1) log‖ε‖ − ½‖ε‖² + const, the χ distribution with D degrees of freedom
 
-Every row of a batch is a search of its own: gradients are clipped, rows stop and start again, one by one.
+Every row of a batch is an independent search: gradients are clipped, and searches stopped and restarted, per row.
 """
 
 from collections.abc import Mapping
@@ -15,36 +15,37 @@ from torch import Tensor
 
 from steer.errors import InputError
 
-OptimizerState = Mapping[str, Tensor]  # what an update rule remembers: tensors of N rows, zero at a row's start
+OptimizerState = Mapping[str, Tensor]  # state of an update rule: tensors of N rows, zero at the start of a search
+STATE_PREFIX = "optimizer_state."  # of its tensors in a saved search
 
 
 def norms(noise: Tensor) -> Tensor:
-    """‖ε‖/√D of each row (N,), fp32: near 1 for what a model was trained on."""
+    """Return ‖ε‖/√D of each row (N,), fp32: near 1 for noise as in training."""
     flat = noise.float().flatten(1)
     return flat.norm(dim=1) / flat.shape[1] ** 0.5
 
 
 def neighbour(noise: Tensor, u: Tensor, distance: float) -> Tensor:
-    """√(1 − d²) ε + d u, for u ~ N(0, I): as long as noise is, wherever ε is; d = 1 is new noise."""
+    """Return √(1 − d²) ε + d u for u ~ N(0, I), which keeps the expected norm; d = 1 gives independent noise."""
     return (1 - distance**2) ** 0.5 * noise + distance * u
 
 
 def prior_gradient(noise: Tensor) -> Tensor:
-    """∇ log p(‖ε‖) = ((D − 1)/‖ε‖² − 1) ε, shaped like the noise, fp32; it vanishes at ‖ε‖ = √(D − 1)."""
+    """Return ∇ log p(‖ε‖) = ((D − 1)/‖ε‖² − 1) ε, shaped like the noise, fp32; it vanishes at ‖ε‖ = √(D − 1)."""
     flat = noise.float().flatten(1)
     square = (flat**2).sum(1, keepdim=True)
     return (((flat.shape[1] - 1) / square - 1) * flat).view_as(noise)
 
 
 def clipped(gradient: Tensor, max_norm: float) -> Tensor:
-    """The gradient of each row, shortened to a norm of at most `max_norm` (as torch's clip_grad_norm_ does it)."""
+    """Clip the gradient of each row to a norm of at most `max_norm`, as torch's clip_grad_norm_ does."""
     length = gradient.flatten(1).norm(dim=1)
     factor = (max_norm / (length + 1e-6)).clamp(max=1)
     return gradient * factor.view(-1, *[1] * (gradient.dim() - 1))
 
 
 class Optimiser(Protocol):
-    """An update rule, a dataclass: the step Δε (N, …) uphill along a gradient, and what it remembers after it."""
+    """An update rule, a dataclass: gradient (N, …) and state → ascent step Δε (N, …) and next state."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -58,7 +59,7 @@ class Optimiser(Protocol):
 
 @dataclass(frozen=True)
 class Nesterov:
-    """v ← μ v + g,  Δε = lr (g + μ v): gradient ascent with Nesterov momentum, in torch's form."""
+    """Gradient ascent with Nesterov momentum, in torch's form: v ← μ v + g,  Δε = lr (g + μ v)."""
 
     lr: float = 5.0
     momentum: float = 0.9
@@ -73,7 +74,7 @@ class Nesterov:
 
 @dataclass(frozen=True)
 class Adam:
-    """m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,  Δε = lr m̂ / (√v̂ + δ) (arXiv 1412.6980)."""
+    """Adam (arXiv 1412.6980): m ← β₁ m + (1 − β₁) g,  v ← β₂ v + (1 − β₂) g²,  Δε = lr m̂ / (√v̂ + δ)."""
 
     lr: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
@@ -98,14 +99,14 @@ OPTIMISERS: dict[str, Optimiser] = {"sgd": Nesterov(), "adam": Adam()}
 
 @dataclass(frozen=True)
 class Search:
-    """N searches at once, immutable.
+    """The state of N independent searches, immutable.
 
-    noise         (N, …) fp32, where they stand
-    optimizer_state         what the update rule remembers
-    best_noise    (N, …) of the best iterate so far, over all starts; best_rewards (N,) its reward
-    peak          (N,) best reward of the present start, since `stale` (N,) iterations
-    starts        (N,) how often each has started
-    finished      (N,) true where a search moves no more
+    noise            (N, …) fp32, current iterates
+    optimizer_state  state of the update rule
+    best_noise       (N, …) best iterates so far, over all restarts; best_rewards (N,) their rewards
+    peak             (N,) best reward since the last restart, not improved for `stale` (N,) iterations
+    starts           (N,) number of starts
+    finished         (N,) true where a search has stopped
     """
 
     noise: Tensor
@@ -119,14 +120,14 @@ class Search:
 
     @classmethod
     def start(cls, noise: Tensor, optimiser: Optimiser | None = None) -> "Search":
-        """From noise (N, …), nothing seen; without an update rule nothing is remembered beside it."""
+        """Start from noise (N, …), nothing evaluated; without an update rule the optimizer state is empty."""
         noise, rows = noise.detach().float(), len(noise)
         lowest, zero = torch.full((rows,), -torch.inf), torch.zeros(rows, dtype=torch.int64)
         optimizer_state = optimiser.start(noise) if optimiser else {}
         return cls(noise, optimizer_state, noise, lowest, lowest, zero, zero + 1, zero.bool())
 
     def record(self, rewards: Tensor) -> "Search":
-        """Keeps the best: `rewards` (N,) are those of the present noise."""
+        """Record the rewards (N,) of the current noise and keep the best iterates."""
         better, higher = rewards > self.best_rewards, rewards > self.peak
         return replace(
             self,
@@ -137,22 +138,22 @@ class Search:
         )
 
     def ascend(self, gradient: Tensor, optimiser: Optimiser) -> "Search":
-        """One step uphill of those that are not finished."""
+        """Take one ascent step in the searches that are not finished."""
         step, optimizer_state = optimiser.step(gradient, self.optimizer_state)
         return replace(
             self, noise=where_rows(self.finished, self.noise, self.noise + step), optimizer_state=optimizer_state
         )
 
     def retire(self, rows: Tensor) -> "Search":
-        """The searches in `rows` (N,) move no more."""
+        """Mark the searches in `rows` (N,) as finished."""
         return replace(self, finished=self.finished | rows)
 
     def finish_at_target(self, target: float | None) -> "Search":
-        """Those whose best reward is the target or above are finished; without a target none is."""
+        """Mark the searches whose best reward has reached the target as finished; None: no target."""
         return self if target is None else self.retire(self.best_rewards >= target)
 
     def restart(self, rows: Tensor, new_noise: Tensor) -> "Search":
-        """The searches in `rows` (N,) go on from `new_noise` (N, …), their best iterates kept."""
+        """Restart the searches in `rows` (N,) from `new_noise` (N, …), keeping their best iterates."""
         return replace(
             self,
             noise=where_rows(rows, new_noise, self.noise),
@@ -163,23 +164,23 @@ class Search:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of it by name, to be saved."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "slots"}
-        return plain | {f"slots.{name}": slot for name, slot in self.optimizer_state.items()}
+        """Return all tensors by name, for saving."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "optimizer_state"}
+        return plain | {f"{STATE_PREFIX}{name}": slot for name, slot in self.optimizer_state.items()}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], device: torch.device) -> "Search":
-        """What `tensors` gave, the noise on `device`. Raises InputError where something is missing."""
+        """Restore a search from `tensors`, the noise on `device`. Raises InputError where a tensor is missing."""
         placed = {name: value.to(device) if value.dim() > 1 else value for name, value in tensors.items()}
         optimizer_state = {
-            name.removeprefix("slots."): value for name, value in placed.items() if name.startswith("slots.")
+            name.removeprefix(STATE_PREFIX): value for name, value in placed.items() if name.startswith(STATE_PREFIX)
         }
-        known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name != "slots"}
+        known: dict[str, Any] = {f.name: placed.get(f.name) for f in fields(cls) if f.name != "optimizer_state"}
         if missing := [name for name, value in known.items() if value is None]:
-            raise InputError(f"a saved search lacks {missing[0]}")
+            raise InputError(f"the saved search has no {missing[0]}: delete it to start over")
         return cls(**known, optimizer_state=optimizer_state)
 
 
 def where_rows(rows: Tensor, then: Tensor | float, other: Tensor) -> Tensor:
-    """`then` in the rows (N,) that are true, `other` (N, …) elsewhere."""
+    """Select `then` in the rows (N,) that are true, `other` (N, …) elsewhere."""
     return torch.where(rows.to(other.device).view(-1, *[1] * (other.dim() - 1)), then, other)

@@ -1,4 +1,4 @@
-"""Options by name, with the nearest names where there is none."""
+"""Registries: implementations by name, with suggestions for unknown names."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -10,13 +10,13 @@ Option = TypeVar("Option")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The known names most like `name`, or all of them, as words to show: "a or b"."""
+    """Return the known names closest to `name`, or all of them, as text: "a or b"."""
     known = sorted(known)
     return " or ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known)
 
 
 def choose(kind: str, option: str | Option, table: Mapping[str, Option]) -> Option:
-    """An option by name, or the option itself. Raises InputError that names the nearest ones."""
+    """Look up an option by name; an object is returned as is. Raises InputError with the nearest names."""
     if not isinstance(option, str):
         return option
     if option not in table:

@@ -1,4 +1,4 @@
-"""The Reward protocol, the contract every call is checked against, and scores of images and of videos."""
+"""The Reward protocol, contract checks of every call, and scores of images and videos."""
 
 import functools
 import inspect
@@ -24,14 +24,16 @@ T = TypeVar("T")
 
 
 class Submit(Protocol):
-    """Begins some work; what it returns waits for the result, and raises what the work raised."""
+    """Submit work; the returned function waits for the result and raises the exceptions of the work."""
 
     def __call__(self, work: Callable[[], T], /) -> Callable[[], T]: ...
 
 
 class ThreadContext:
-    """What a thread computes under on a device: with or without gradients, in inference mode, with autocast, and on
-    CUDA in which stream. A new thread has none of them."""
+    """The PyTorch state of the current thread: gradients, inference mode, autocast and CUDA stream.
+
+    New threads start with the defaults of all of them.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.gradients, self.inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -41,7 +43,7 @@ class ThreadContext:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Another thread computes as this one did, within the block."""
+        """Apply the captured state to the current thread within the block."""
         with (
             torch.inference_mode(self.inference),
             torch.set_grad_enabled(self.gradients),
@@ -52,22 +54,11 @@ class ThreadContext:
 
 
 @contextmanager
-def run_synchronously(device: torch.device) -> Iterator[Submit]:
-    """Yields what does the work when it is begun: the slow twin of `run_in_background`."""
-
-    def begin(work: Callable[[], T]) -> Callable[[], T]:
-        result = work()
-        return lambda: result
-
-    yield begin
-
-
-@contextmanager
 def run_in_background(device: torch.device) -> Iterator[Submit]:
-    """Yields what does the work, piece after piece, in a thread while the caller goes on.
+    """Yield a function that submits work to one background thread, in order.
 
-    On CUDA it has a stream, which begins after what the caller's stream has been given so far; what the caller does
-    after it has waited for a result comes after that on the device too. At the end of the block all work is done.
+    On CUDA the work has its own stream, which waits for everything the caller's stream was given before; waiting for
+    a result orders the caller's stream after it. At the end of the block all work is done.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, "steer-background") as thread:
@@ -96,23 +87,23 @@ def run_in_background(device: torch.device) -> Iterator[Submit]:
 
 
 def _record_stream(output: object, stream: torch.cuda.Stream, to: torch.cuda.Stream) -> None:
-    """What was made in one stream is used in another from now on: its memory is not given away before that is done."""
+    """Make tensors of one stream usable in another: their memory is not reused before that stream is done."""
     to.wait_stream(stream)
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_cuda:
             leaf.record_stream(to)
 
 
-Metadata = Sequence[Mapping[str, Any]]  # one row an image, of the prompt that the image was made from
-METADATA_PARAMETERS = ("metadata", "prompt_metadata")  # parameters of a reward that receive it
+Metadata = Sequence[Mapping[str, Any]]  # one row per image: the metadata of its prompt
+METADATA_PARAMETERS = ("metadata", "prompt_metadata")  # names of the parameter that receives it
 IMAGE_FORMS = ("pt", "np", "pil")  # of images, as diffusers' output_type
 PIL_ONLY_ERRORS = (AttributeError, TypeError, ValueError)  # from code that expects PIL images
 
-CPU = torch.device("cpu")  # where scores are
+CPU = torch.device("cpu")  # the device of scores
 
 
 class RewardError(InputError):
-    """A reward that is not there, or that broke its contract."""
+    """A reward that is missing, fails or violates its contract."""
 
 
 @runtime_checkable
@@ -120,10 +111,10 @@ class Reward(Protocol):
     """Scores images; higher is better.
 
     `__call__(images, prompts)` takes images (N, 3, H, W) in [0, 1] and one prompt per image and returns
-    (N,) fp32. `differentiable` says whether gradients flow back to the images. Optional:
+    (N,) fp32. `differentiable` states whether gradients flow back to the images. Optional:
 
     images    "pt" (the default), "np" ((N, H, W, 3) in [0, 1]) or "pil" (a list): the form of the images
-    metadata  a parameter of `__call__` of this name receives the row of each image's prompt, a Mapping
+    metadata  a parameter of `__call__` of this name receives the metadata row of each image's prompt, a Mapping
     """
 
     @property
@@ -137,7 +128,7 @@ class Reward(Protocol):
 
 @runtime_checkable
 class Composite(Reward, Protocol):
-    """A reward made of others: `components` are their scores (N,) by name; `total` makes its own score of them."""
+    """A reward composed of others: `components` returns their scores (N,) by name, `total` the composed score."""
 
     def components(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]: ...
 
@@ -145,9 +136,9 @@ class Composite(Reward, Protocol):
 
 
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
-    """Calls a reward and checks what it returns: (N,) numbers, all finite; on the CPU in fp32, gradients kept.
+    """Score images with a reward and validate the result: (N,) finite fp32 on the CPU, gradients kept.
 
-    Raises RewardError, which names the reward, where it raises or breaks the contract.
+    Raises RewardError, which names the reward, where it fails or violates the contract.
     """
     _check_lengths(images, prompts, metadata)
     output = _call_reward(reward.name, lambda: evaluate(reward, images, prompts, metadata))
@@ -157,7 +148,7 @@ def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Meta
 def score_components(
     reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The score, as `score` gives it, and those of its components by name; a reward without components has none."""
+    """Score images as `score` does and return the scores of the components by name; {} for a plain reward."""
     if not isinstance(reward, Composite):
         return score(reward, images, prompts, metadata), {}
     _check_lengths(images, prompts, metadata)
@@ -198,14 +189,14 @@ def evaluate(
 
 
 def attribute(reward: Any, name: str, default: Any) -> Any:
-    """An attribute of a reward, of a functools.partial that of its function."""
+    """Return an attribute of a reward; of a functools.partial that of its function."""
     while isinstance(reward, partial) and name not in vars(reward):
         reward = reward.func
     return getattr(reward, name, default)
 
 
 def keywords(call: Callable[..., Any], count: int, metadata: Metadata | None) -> dict[str, Any]:
-    """The metadata as keyword argument of a call that accepts it; empty rows where it is required and not given."""
+    """Return the metadata as keyword argument of a call that accepts it; empty rows if required but missing."""
     try:
         parameters = inspect.signature(call.forward if isinstance(call, nn.Module) else call).parameters
     except (TypeError, ValueError):  # C code may have no signature
@@ -226,12 +217,12 @@ def _cache_form(reward: Any, form: str) -> None:
     key = id(reward)
     try:
         _known_forms[key] = weakref.ref(reward, lambda _: _known_forms.pop(key, None)), form
-    except TypeError:  # of a class with slots: it is found out again in every call
+    except TypeError:  # a class with __slots__ takes no weak reference: its form is determined in every call
         return
 
 
 def _form(reward: Any) -> str | None:
-    """The form in which a reward takes images; None: not known."""
+    """Return the form in which a reward takes images; None where it is unknown."""
     declared = attribute(reward, "images", None)
     if isinstance(declared, str):
         if declared not in IMAGE_FORMS:
@@ -270,11 +261,11 @@ def _as_form(images: Tensor, form: str) -> Any:
 
 def _check_lengths(images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -> None:
     if isinstance(prompts, str):
-        raise RewardError(f"a reward takes a list of prompts, one an image, got one text: {prompts[:40]!r}")
+        raise RewardError(f"a reward takes a list of prompts, one per image, got one string: {prompts[:40]!r}")
     if len(images) != len(prompts):
-        raise RewardError(f"a reward takes one prompt an image, got {len(prompts)} prompts and {len(images)} images")
+        raise RewardError(f"a reward takes one prompt per image, got {len(prompts)} prompts and {len(images)} images")
     if metadata is not None and len(metadata) != len(prompts):
-        raise RewardError(f"metadata has one row an image, got {len(metadata)} rows and {len(prompts)} images")
+        raise RewardError(f"metadata needs one row per image, got {len(metadata)} rows and {len(prompts)} images")
 
 
 def _call_reward(name: str, call: Callable[[], Any]) -> Any:
@@ -288,7 +279,7 @@ def _call_reward(name: str, call: Callable[[], Any]) -> Any:
 
 
 def _as_tensor(scores: Any) -> Any:
-    """Scores of the plain kinds that rewards return, as a tensor: (scores, info), arrays, lists of numbers."""
+    """Convert the results that rewards return to a tensor: (scores, info), arrays, lists of numbers."""
     if isinstance(scores, tuple) and len(scores) == 2 and (scores[1] is None or isinstance(scores[1], Mapping)):
         scores = scores[0]
     if isinstance(scores, np.ndarray | np.generic):
@@ -314,7 +305,7 @@ def _validated_scores(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
         raise RewardError(
             f"reward {name!r} must return a dense tensor with values, got {scores.layout}, {scores.device}"
         )
-    single = scores.float()  # where a large fp64 number becomes infinite
+    single = scores.float()  # a large fp64 number becomes infinite
     if not single.isfinite().all():
         row = int((~single.isfinite()).nonzero()[0])
         raise RewardError(
@@ -325,23 +316,23 @@ def _validated_scores(name: str, prompts: Sequence[str], scores: Any) -> Tensor:
 
 
 class TimedThread(threading.Thread):
-    """The thread of one call that has a limit."""
+    """The thread of one call with a timeout."""
 
 
 def has_abandoned_calls() -> bool:
-    """Whether a call that took too long is still going on in this process.
+    """Return whether a call that timed out is still running in this process.
 
-    Then the interpreter must not be shut down: Python (before 3.14) ends such a thread inside PyTorch's C++, which
-    aborts the process. `os._exit` is the way out, as the command line takes it.
+    Then the interpreter must not be shut down: Python before 3.14 ends such a thread inside PyTorch's C++, which
+    aborts the process. Exit by `os._exit`, as the command line does.
     """
     return any(isinstance(thread, TimedThread) for thread in threading.enumerate())
 
 
 class TimeLimitedReward:
-    """A reward whose calls may take at most so many seconds.
+    """A reward with a timeout in seconds on every call.
 
-    Each call runs in a thread of its own. Python cannot end a thread: one that hangs is left behind, and ends
-    with the process, see `has_abandoned_calls`. Raises RewardError, which names the reward, where the time is up.
+    Each call runs in its own thread. Python cannot end a thread: one that hangs is abandoned and ends with the
+    process, see `has_abandoned_calls`. Raises RewardError, which names the reward, on a timeout.
     """
 
     images = "pt"
@@ -371,7 +362,7 @@ class TimeLimitedReward:
         thread.join(min(self._seconds, threading.TIMEOUT_MAX))
         if thread.is_alive():
             raise RewardError(
-                f"reward {self.name!r} took longer than its {self._seconds:g} s: give it more, or mend it"
+                f"reward {self.name!r} timed out after {self._seconds:g} s: raise its timeout, or fix the reward"
             )
         if "error" in outcome:
             raise outcome["error"]
@@ -379,7 +370,7 @@ class TimeLimitedReward:
 
 
 class TimeLimitedComposite(TimeLimitedReward):
-    """The same for a reward made of others, which go on being reported one by one."""
+    """A composed reward with a timeout on every call; its components are still reported."""
 
     def __init__(self, reward: Composite, seconds: float) -> None:
         super().__init__(reward, seconds)
@@ -396,7 +387,7 @@ class TimeLimitedComposite(TimeLimitedReward):
 
 
 def with_timeout(reward: Reward, seconds: float | None) -> Reward:
-    """The reward with a limit in seconds on every call; None: no limit."""
+    """Limit every call of a reward to `seconds`; None: no limit."""
     if seconds is None:
         return reward
     return (
@@ -421,7 +412,7 @@ class PromptMetadata:
 
 
 class CompositeMetadata(PromptMetadata):
-    """The same for a reward made of others."""
+    """A composed reward that receives the metadata of each prompt from a table."""
 
     reward: Composite
 
@@ -435,19 +426,19 @@ class CompositeMetadata(PromptMetadata):
 
 
 def with_metadata(reward: Reward, rows: Mapping[str, Mapping[str, Any]] | None) -> Reward:
-    """The reward with metadata by prompt, in place of metadata that it was given before; None: without."""
+    """Attach metadata by prompt to a reward, replacing earlier metadata; None: detach it."""
     plain = reward.reward if isinstance(reward, PromptMetadata) else reward
     if rows is None:
         return plain
     return (CompositeMetadata if isinstance(plain, Composite) else PromptMetadata)(plain, rows)
 
 
-VIDEO_FRAMES = 8  # of a video that a reward sees, evenly spaced
+VIDEO_FRAMES = 8  # scored frames of a video, evenly spaced
 Scores = tuple[Tensor, dict[str, Tensor]]
 
 
 def mean_over_frames(images: Tensor, score: Callable[[Tensor], Scores]) -> Scores:
-    """What `score` says of images (N, 3, H, W); of videos (N, F, 3, H, W) the mean over evenly spaced frames."""
+    """Score images (N, 3, H, W), or evenly spaced frames of videos (N, F, 3, H, W), whose mean is returned."""
     if images.dim() == 4:
         return score(images)
     frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
@@ -459,34 +450,34 @@ def mean_over_frames(images: Tensor, score: Callable[[Tensor], Scores]) -> Score
 
 logger = logging.getLogger(__name__)
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3", "tokenizer_4")
-MAX_TOKENS = 1_000_000  # tokens: a tokenizer without a limit has one far beyond
+MAX_TOKENS = 1_000_000  # a tokenizer without a limit states one far beyond
 
 
 @functools.lru_cache(maxsize=65_536)
 def warn_if_truncated(reader: str, prompt: str, tokens: int, limit: int) -> None:
-    """Warn that a reader sees the first `limit` of a prompt's tokens alone; the same prompt is warned about once."""
+    """Warn once per prompt if a reader truncates it to the first `limit` tokens."""
     if tokens > limit:
-        message = f"{reader} reads {limit} tokens, and this prompt has {tokens}: its end plays no part: {prompt!r:.200}"
+        message = f"{reader} truncates prompts to {limit} tokens, and this one has {tokens}: {prompt!r:.200}"
         logger.warning("steer: %s", InputError(message))
 
 
 def warn_if_pipeline_truncates(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
-    """Warn of the prompts that a tokenizer of a diffusers pipeline cuts."""
+    """Warn about prompts that a tokenizer of a diffusers pipeline truncates."""
     for name, tokenizer, limit in _tokenizers(pipe, call):
         for prompt in dict.fromkeys(prompts):
-            if len(prompt) + 2 > limit:  # every token but the two marks is a character at least
+            if len(prompt) + 2 > limit:  # every token but begin and end is at least one character
                 warn_if_truncated(f"{name} of {type(pipe).__name__}", prompt, token_count(tokenizer, prompt), limit)
 
 
 def token_count(tokenizer: Any, prompt: str) -> int:
-    """The tokens of a prompt by a tokenizer of transformers, its marks of beginning and end among them."""
+    """Count the tokens of a prompt, begin and end tokens included."""
     return len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
 
 def with_truncation_warning(
     reader: str, encode: Callable[[list[str]], Tensor], count: Callable[[str], int], limit: int
 ) -> Callable[[list[str]], Tensor]:
-    """The same encoder of prompts, which warns of those that it cuts."""
+    """Wrap an encoder of prompts to warn about those it truncates."""
 
     def encoding(prompts: list[str]) -> Tensor:
         for prompt in prompts:
@@ -497,7 +488,7 @@ def with_truncation_warning(
 
 
 def _tokenizers(pipe: Any, call: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
-    """The tokenizers of a pipeline with their limits: CLIP's own, of others what the call says."""
+    """Yield the tokenizers of a pipeline with their limits: CLIP's own, otherwise the call's max_sequence_length."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     given = call.get("max_sequence_length")
     if given is None and "max_sequence_length" in parameters:

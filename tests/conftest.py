@@ -32,6 +32,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from hypothesis import settings
+from pairwise import harden
 from schedulers import BETAS
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -53,6 +54,12 @@ from steer.assets import MODELS
 
 settings.register_profile("same every time", derandomize=True)
 settings.load_profile("same every time")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    harden(items)
+
 
 PROMPT = "a red circle left of a blue star"
 T5_WIDTH = 32
@@ -350,7 +357,7 @@ def no_gradients_of_other_files() -> Iterator[None]:
     for pipe in SHARED:
         for model in pipe.components.values():
             if isinstance(model, torch.nn.Module):
-                model.zero_grad(set_to_none=True)
+                model.requires_grad_().zero_grad(set_to_none=True)  # a trainer freezes what it does not train
 
 
 def with_scheduler(pipe: DiffusionPipeline, scheduler: Any) -> DiffusionPipeline:

@@ -3,11 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import PIPELINES, PROMPT, call_kwargs
 from diffusers import DiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
 from torch import Generator, nn
 
 from steer.training.rollout import Rows, Trajectories
@@ -70,3 +72,16 @@ def counted(module: nn.Module) -> Iterator[list[int]]:
         yield calls
     finally:
         handle.remove()
+
+
+def random_lora(pipe: Any, folder: Path, spread: float) -> Path:
+    """Add a LoRA to a pipeline whose factors B have this standard deviation, and save it in diffusers' format."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v"]), "mine")
+        for name, parameter in pipe.unet.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=spread)
+    state, metadata = get_peft_model_state_dict(pipe.unet, adapter_name="mine"), pipe.unet.peft_config["mine"].to_dict()
+    pipe.save_lora_weights(folder, unet_lora_layers=state, unet_lora_adapter_metadata=metadata)
+    return folder

@@ -1,12 +1,12 @@
 """Processes that serve, started and reaped."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from preloaded import Forked
 
 # What a served reward may do. `armed` is a file beside it: while it is there, the process comes to harm at stars.
 REWARDS = """
@@ -69,29 +69,21 @@ def alone(images, prompts):
 class Served:
     """A process that listens, and the first line that it said."""
 
-    process: subprocess.Popen[str]
+    process: Forked
     url: str
 
     def end(self, number: int) -> tuple[int, str, str]:
         """(exit code, what else it said, its errors) after a signal."""
         self.process.send_signal(number)
         out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
+        return self.process.wait(), out, err
 
 
 @contextmanager
 def process(*words: object, folder: Path, **environment: str) -> Iterator[Served]:
     """Python with these words in a folder, where `own_served.py` lies. It does not outlive the block."""
     (folder / "own_served.py").write_text(REWARDS)
-    started = subprocess.Popen(
-        [sys.executable, *map(str, words)],
-        cwd=folder,
-        env=os.environ | {"PYTHONFAULTHANDLER": "0"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert started.stdout is not None
+    started = Forked(words, folder, os.environ | {"PYTHONFAULTHANDLER": "0"} | environment)
     try:
         yield Served(started, started.stdout.readline().strip())
     finally:

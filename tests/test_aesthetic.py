@@ -160,7 +160,7 @@ def test_loading_draws_no_random_number(make: Make) -> None:
         (dict.fromkeys(aesthetic_head()), "not an aesthetic head in a published layout"),
         (dict.fromkeys(aesthetic_head()) | {"weight": torch.ones(3), "bias": torch.ones(1)}, "not an aesthetic head"),
         (dict.fromkeys(aesthetic_head()) | {"weight": torch.ones(2, 16), "bias": torch.ones(2)}, "another shape: bias"),
-        ({"layers.0.weight": torch.ones(24, 15)}, "the head reads 15 numbers, this CLIP gives 16: backbone=…"),
+        ({"layers.0.weight": torch.ones(24, 15)}, "the head takes 15 features, this CLIP has 16: name another"),
     ],
 )
 def test_a_head_that_does_not_fit_is_refused(make: Make, change: dict[str, Tensor | None], message: str) -> None:
@@ -172,7 +172,7 @@ def test_a_head_that_does_not_fit_is_refused(make: Make, change: dict[str, Tenso
     ("options", "message"),
     [
         ({"dtype": "float8"}, "dtype=float8: use .*float16"),
-        ({"micro_batch": -1}, "micro_batch=-1: use a whole number above 0"),
+        ({"micro_batch": -1}, "micro_batch=-1: use a positive integer"),
         ({"backbone": "/nowhere"}, "CLIP '/nowhere' cannot be loaded"),
         ({"path": "/nowhere.pth"}, "/nowhere.pth: no such checkpoint"),
         ({"head": 3}, "'aesthetic' cannot take .*head"),

@@ -1,4 +1,4 @@
-"""Types of arguments: what plainly means a number or texts is taken, all else is one line."""
+"""Coercion of arguments: equivalent numbers and texts are accepted, anything else is one line."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any

@@ -31,7 +31,9 @@ def images(pipe: Any, name: str) -> Tensor:
 
 
 def attention_layers(pipe: Any) -> list[Any]:
-    return [layer for module in denoising_modules(pipe) for layer in module.modules() if isinstance(layer, LAYERS)]
+    return [
+        layer for module in denoising_modules(pipe).values() for layer in module.modules() if isinstance(layer, LAYERS)
+    ]
 
 
 def state(pipe: Any) -> list[Any]:
@@ -324,7 +326,7 @@ def test_ip_adapters_are_converted_and_come_back() -> None:
     ("target", "backend", "message"),
     [
         ("sd", "xformer", "unknown attention backend 'xformer': did you mean.*xformers"),
-        ("sd", "xformers", "'xformers' is not installed: pip install xformers, or take 'sdpa'"),
+        ("sd", "xformers", "'xformers' is not installed: pip install xformers, or use 'sdpa'"),
         ("text", "sdpa", "CLIPTokenizer has no denoiser with attention layers"),
         ("linear", "sdpa", "Linear has no denoiser with attention layers"),
     ],

@@ -260,11 +260,11 @@ def test_ten_choices_by_key_survive_a_kill(browser: object, tmp_path: Path) -> N
     page.keyboard.press("Enter")
     for number in range(10):
         seen(page.locator("#label-view img").first).to_be_visible(timeout=SLOW)
-        lot = page.locator(".steer-label").get_attribute("data-lot")
+        lot = page.locator(".steer-label").get_attribute("data-group")
         page.keyboard.press("ArrowLeft" if number % 2 else "ArrowRight")
         told = re.compile(rf"{number + 1} choices?,")
         seen(page.locator("#label-progress")).to_contain_text(told, timeout=SLOW)
-        seen(page.locator(f'.steer-label:not([data-lot="{lot}"]) img').first).to_be_visible(timeout=SLOW)
+        seen(page.locator(f'.steer-label:not([data-group="{lot}"]) img').first).to_be_visible(timeout=SLOW)
     running.process.kill()
     running.process.wait()
     lines = [json.loads(line) for line in (running.labels / "choices.jsonl").read_text().splitlines()]

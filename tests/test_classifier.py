@@ -141,7 +141,7 @@ def test_an_unknown_label_is_refused_with_the_nearest(label: str, message: str) 
 
 @pytest.mark.parametrize("size", ["0", "many", -1])
 def test_a_micro_batch_is_a_whole_number_above_0(size: str | int) -> None:
-    with pytest.raises(RewardError, match=f"micro_batch={size}: use a whole number above 0"):
+    with pytest.raises(RewardError, match=f"micro_batch={size}: use a positive integer"):
         Classifier("tabby", micro_batch=size)
 
 

@@ -1,14 +1,22 @@
-"""The command line on the embedded model: what it writes, how it goes on, and what it refuses."""
+"""`steer.apps.cli`: options and their refusals, and the commands on the embedded model."""
 
 import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
+import click
 import pytest
 from conftest import Steer
 from PIL import Image
+
+from steer.apps.cli.finetune import parse_overrides
+from steer.apps.cli.main import steer as root
+from steer.apps.cli.options import Command, Group, is_single_valued
+from steer.errors import InputError
 
 FAST = ["--steps", "4", "--particles", "3", "--seed", "7"]
 
@@ -52,7 +60,7 @@ def test_the_controls_have_the_same_report(steer: Steer, tmp_path: Path, method:
     assert entry["ancestors"] == [] and (method == "base" or entry["rewards"] == sorted(plain, reverse=True))
 
 
-def test_a_reward_that_raises_leaves_finished_prompts_and_the_same_command_goes_on(
+def test_a_reward_that_raises_leaves_finished_prompts_and_the_same_command_resumes(
     steer: Steer, tmp_path: Path
 ) -> None:
     prompts = tmp_path / "prompts.txt"
@@ -81,7 +89,7 @@ def test_a_folder_of_other_settings_or_prompts_is_left_alone(steer: Steer, tmp_p
     assert code == 2 and "not a report of steer" in err
 
 
-def test_only_a_prompt_whose_images_are_missing_is_made_again(steer: Steer, tmp_path: Path) -> None:
+def test_only_a_prompt_whose_images_are_missing_is_sampled_again(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a circle", "a star", "a cross", *FAST, "--out", tmp_path]
     assert steer(*words)[0] == 0
     before = digest(tmp_path)
@@ -207,3 +215,58 @@ def test_rewards_are_listed_and_help_answers_without_torch(steer: Steer) -> None
         "assert 'torch' not in sys.modules"
     )
     assert "sample" in subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+
+
+# Repeated options.
+
+
+def all_commands(
+    command: click.Command = root, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from all_commands(inner, (*path, name))
+
+
+OPTIONS = [
+    (path, option)
+    for path, command in all_commands()
+    for option in command.params
+    if isinstance(option, click.Option) and is_single_valued(option)
+]
+
+
+def test_every_command_is_of_the_class_that_keeps_the_rule() -> None:
+    listed = dict(all_commands())
+    assert {("sample",), ("score",), ("evaluate",), ("finetune",), ("rewards", "train")} <= listed.keys()
+    assert all(isinstance(command, Command | Group) for command in listed.values())
+    assert len(OPTIONS) > 100
+
+
+@pytest.mark.parametrize(
+    ("path", "option"), OPTIONS, ids=lambda one: one.name if isinstance(one, click.Option) else "-".join(one)
+)
+def test_an_option_with_one_value_is_given_once(steer: Steer, path: tuple[str, ...], option: click.Option) -> None:
+    """By any two of its names, with different values and equal ones, in front of arguments and behind them."""
+    ends = [] if option.is_flag else ["1"]
+    for first, second in product([*option.opts, *option.secondary_opts], repeat=2):
+        words = (
+            [first, *ends, "word", second, *ends] if path and path != ("rewards",) else [first, *ends, second, *ends]
+        )
+        code, out, err = steer(*path, *words)
+        assert (code, out) == (2, "") and len(err.splitlines()) == 1, err
+        assert err.startswith("steer: ") and first in err and "is given 2 times" in err, err
+    if ends:
+        assert "is given 3 times" in steer(*path, *[f"{first}=a", f"{first}=b", f"{first}=c"])[2]
+
+
+def test_options_with_several_values_are_not_refused() -> None:
+    words = ["--prompts", "p", "--reward", "jpeg", "--reward", "scene", "--model", "a", "--model", "b"]
+    context = root.commands["evaluate"].make_context("evaluate", words)
+    assert context.params["rewards"] == ("jpeg", "scene") and context.params["models"] == ("a", "b")
+
+
+@pytest.mark.parametrize("words", ["--seed 1 --seed 2", "--seed=1 --seed=1", "--max-steps 1 --max_steps 2", "--a --a"])
+def test_a_key_of_a_configuration_is_given_once(words: str) -> None:
+    with pytest.raises(InputError, match="is given twice and takes one value"):
+        parse_overrides(words.split())

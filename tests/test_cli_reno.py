@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from safetensors import safe_open
 from torch import Generator
 
 from steer import Iteration
-from steer.apps import methods
 from steer.apps.cli import main as cli
-from steer.apps.methods import METHODS, Job, SamplingConfig
+from steer.apps.methods import METHODS, Job
 from steer.apps.plots import Frames, draw_progress
+from steer.apps.settings import ALL_OPTIONS, SHARED, SamplingConfig, default_of, methods_with, option_names
 from steer.assets import MODELS
 
 RENO = ["--method", "reno", "--seeds", "2", "--seed", "7", "--lr", "1"]
@@ -55,19 +54,13 @@ class Broken(Warm):
     def fail(self, images):
         return images.sum((1, 2, 3)) * float("nan")
 """
-SETTINGS = SamplingConfig(
+SETTINGS = SamplingConfig.of(
     model="scenes",
     method="reno",
     reward="scene-soft",
     particles=3,
     steps=None,
     guidance=None,
-    lam=10.0,
-    potential="difference",
-    resampler="systematic",
-    tempering="constant",
-    ess_threshold=0.5,
-    eta=None,
     seed=0,
     compare=True,
     dtype=None,
@@ -168,7 +161,7 @@ def test_interrupted_inside_a_prompt_the_same_command_goes_on_there(steer: Steer
     (own / "calls").unlink()
     out = own / "o"
     code, _, err = steer(*words, "--reward", "noisy_rewards:Interrupted", "--out", out)
-    assert code == 130 and "the same command goes on" in err and not (out / "report.json").exists()
+    assert code == 130 and "run the command again to resume" in err and not (out / "report.json").exists()
     assert (out / "000-a-star" / "search.safetensors").exists()
     code, _, err = steer(*replaced(words, "--lr", "2"), "--reward", "noisy_rewards:Interrupted", "--out", out)
     assert code == 2 and "000-a-star/search.safetensors belongs to another run" in err and len(err.splitlines()) == 1
@@ -210,27 +203,30 @@ def test_a_prompt_without_its_noise_is_made_again(steer: Steer, tmp_path: Path) 
 
 
 def test_a_report_of_an_older_version_is_continued(steer: Steer, tmp_path: Path) -> None:
-    words = ["sample", "a star", "a circle", "--method", "base", "--steps", "2", "--particles", "1", "--out", tmp_path]
+    words = ["sample", "a star", "a circle", "--method", "noise-search", "--steps", "2", "--iterations", "2"]
+    words += ["--particles", "1", "--no-compare", "--out", tmp_path]
     assert steer(*words)[0] == 0
     path = tmp_path / "report.json"
     report = json.loads(path.read_text())
-    for name in [one.name for one in fields(SamplingConfig) if one.default is not MISSING]:
+    for name in ("neighbours", "distance", "target_reward", "noise_candidates", "lora"):
         del report["settings"][name]
     del report["prompts"][0]["cost"]["gradients"], report["cost"]["gradients"], report["prompts"][1]
     del report["prompts"][0]["cost"]["other_decodes"], report["cost"]["other_decodes"], report["sha256"]
     path.write_text(json.dumps(report))
-    code, _, err = steer(*replaced(words, "--iterations", "3"))
-    assert code == 2 and "holds a run with iterations 50, not 3" in err
+    code, _, err = steer(*replaced(words, "--neighbours", "3"))
+    assert code == 2 and "holds a run with neighbours 4, not 3" in err
     assert steer(*words)[0] == 0
     report = json.loads(path.read_text())
-    assert len(report["prompts"]) == 2 and report["cost"]["gradients"] == 0 and report["settings"]["optimiser"] == "sgd"
+    assert len(report["prompts"]) == 2 and report["cost"]["gradients"] == 0 and report["settings"]["distance"] == 0.5
 
 
-def test_the_defaults_of_the_command_are_those_of_older_reports() -> None:
-    said = {option.name: option.default for option in cli.sample.params}
-    for one in fields(SamplingConfig):
-        if one.default is not MISSING:
-            assert one.name in said and (said[one.name] == one.default or one.default is None), one.name
+def test_the_command_has_an_option_for_every_setting() -> None:
+    options = {option.name: option for option in cli.sample.params}
+    assert {*SHARED, *ALL_OPTIONS} <= options.keys()
+    for name in (*SHARED, *ALL_OPTIONS):
+        assert options[name].default is None and options[name].help
+    assert options["iterations"].help.endswith("[default: reno 50, noise-search 12]")
+    assert all(default_of(method, name) is not Ellipsis for name in ALL_OPTIONS for method in methods_with(name))
 
 
 @pytest.mark.parametrize(
@@ -247,12 +243,12 @@ def test_the_defaults_of_the_command_are_those_of_older_reports() -> None:
         (["--patience", "0"], "--patience must be at least 1, got 0"),
         (["--restarts", "-1"], "--restarts must be at least 0"),
         (["--restarts", "2"], "--restarts must be at least 0, and need a patience, got 2"),
-        (["--neighbours", "0"], "--neighbours must be at least 1, got 0"),
-        (["--distance", "0"], "--distance must be above 0 and at most 1, got 0.0"),
-        (["--distance", "1.5"], "--distance must be above 0 and at most 1"),
+        (["--method", "noise-search", "--neighbours", "0"], "--neighbours must be at least 1, got 0"),
+        (["--method", "noise-search", "--distance", "0"], "--distance must be above 0 and at most 1, got 0.0"),
+        (["--method", "noise-search", "--distance", "1.5"], "--distance must be above 0 and at most 1"),
         (["--eta", "-1"], "--eta must be from 0 to 1, got -1.0"),
-        (["--reward-guidance", "-1"], "--reward-guidance must be at least 0 and finite, got -1.0"),
-        (["--reward-guidance", "inf"], "--reward-guidance must be at least 0 and finite, got inf"),
+        (["--method", "fk", "--reward-guidance", "-1"], "--reward-guidance must be at least 0 and finite, got -1.0"),
+        (["--method", "fk", "--reward-guidance", "inf"], "--reward-guidance must be at least 0 and finite, got inf"),
         (["--method", "fk", "--animation"], "--animation shows iterations, and --method fk has none"),
     ],
 )
@@ -274,42 +270,47 @@ class OfTwoArguments:
     def __call__(self, prompt: str, num_inference_steps: int = 9, guidance_scale: float = 7.5) -> None: ...
 
 
-@pytest.mark.parametrize(
-    ("method", "pipeline", "own_words"),
-    [
-        (
-            "reno",
-            "ReNOPipeline",
-            ("iterations", "optimiser", "lr", "regularisation", "gradient", "patience", "restarts"),
-        ),
-        ("noise-search", "NoiseSearchPipeline", ("iterations", "neighbours", "distance")),
-        (
-            "fk",
-            "FKSteeringPipeline",
-            ("lam", "potential", "resampler", "tempering", "ess_threshold", "reward_guidance"),
-        ),
-    ],
-)
-def test_every_option_reaches_its_pipeline(
-    monkeypatch: pytest.MonkeyPatch, method: str, pipeline: str, own_words: tuple[str, ...]
-) -> None:
-    given = dict.fromkeys([*own_words, "particles", "steps", "eta"]) | {"method": method, "seed": 5}
-    given |= {name: object() for name, value in given.items() if value is None}
-    job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig(**asdict(SETTINGS) | given), Path("x"))
+OPTIONS: dict[str, Any] = {
+    **{"lam": 3.0, "potential": "max", "resampler": "ssp", "tempering": "ess", "resample_steps": (2, 3)},
+    **{"ess_threshold": 0.25, "reward_guidance": 0.5, "particle_schedule": {1: 1}, "particle_schedule_rule": "top_k"},
+    **{"target_reward": 9.0, "asynchronous_rewards": True, "draw": "weighted", "preview": "linear", "beams": 1},
+    **{"select_steps": (1,), "iterations": 7, "optimiser": "adam", "lr": 0.3, "regularisation": 0.2, "patience": 3},
+    **{"max_grad_norm": 0.7, "gradient": "zero-order", "restarts": 2, "neighbours": 5, "distance": 0.25},
+}
+EXCLUSIVE = ({"reward_guidance"}, {"asynchronous_rewards"}, {"draw"}, {"target_reward", "particle_schedule"})
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_reaches_its_pipeline(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    assert set(OPTIONS) == set(ALL_OPTIONS)
+    pipeline = METHODS[method].pipeline
 
     def tell(self: Any, *words: Any, **named: Any) -> None:
         raise FileRecord(words, named)
 
-    monkeypatch.setattr(getattr(methods, pipeline), "__init__", lambda self, pipe, reward: None)
-    monkeypatch.setattr(getattr(methods, pipeline), "__call__", tell)
-    with pytest.raises(FileRecord) as told:
-        METHODS[method].run(job)
-    (prompt,), named = told.value.args
-    assert prompt == "a star" and {name: named[name] for name in own_words} == {name: given[name] for name in own_words}
-    assert named["num_particles"] is given["particles"] and named["num_inference_steps"] is given["steps"]
-    assert named["eta"] is given["eta"] and named["generator"].initial_seed() == 5
-    assert named.get("guidance_scale", "its own") == (0.0 if method == "reno" else "its own")
-    assert method == "fk" or named["state_file"] == Path("x")
+    monkeypatch.setattr(pipeline, "__init__", lambda self, pipe, reward: None)
+    monkeypatch.setattr(pipeline, "__call__", tell)
+    own = {name: OPTIONS[name] for name in option_names(method)}
+    for left_out in EXCLUSIVE if method == "fk" else [set()]:
+        fk_only = set.union(*EXCLUSIVE) - left_out if method == "fk" else set()
+        given = {name: value for name, value in own.items() if name not in fk_only}
+        given |= {"particles": 2, "steps": 3, "eta": 0.5, "seed": 5, "method": method}
+        job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig.of(**given), Path("x"))
+        with pytest.raises(FileRecord) as told:
+            METHODS[method].run(job)
+        (prompt,), named = told.value.args
+        assert prompt == "a star" and {name: named[name] for name in given if name in own} == {
+            name: value for name, value in given.items() if name in own
+        }
+        assert (named["num_particles"], named["num_inference_steps"], named["eta"]) == (2, 3, 0.5)
+        assert named["generator"].initial_seed() == 5
+        assert named.get("guidance_scale", "its own") == (0.0 if method == "reno" else "its own")
+        assert named.get("state_file") == (Path("x") if METHODS[method].is_iterative else None)
+
+
+def test_an_option_of_another_method_is_refused(steer: Steer, tmp_path: Path) -> None:
+    code, _, err = steer("sample", "a", "--method", "reno", "--model", "nowhere", "--beams", 2, "--out", tmp_path / "o")
+    assert code == 2 and err == "steer: --beams is an option of beam, not of reno: leave it out\n"
 
 
 def test_steps_of_fk_lean_along_the_gradient(steer: Steer, tmp_path: Path) -> None:

@@ -450,8 +450,8 @@ def test_known_prompts_are_bounded_the_least_recently_used_are_forgotten() -> No
     assert texts(["ccc"])[:, 0].tolist() == [3]  # bb goes: a was asked for after it
     assert texts(["a"])[:, 0].tolist() == [1] and asked == ["a", "bb", "ccc"]
     assert texts(["bb", "dddd", "eeeee"])[:, 0].tolist() == [2, 4, 5]
-    assert asked[3:] == ["bb", "dddd", "eeeee"] and len(texts._known) == 2
-    assert all(row.untyped_storage().nbytes() == 3 * 4 for row in texts._known.values())
+    assert asked[3:] == ["bb", "dddd", "eeeee"] and len(texts._cache) == 2
+    assert all(row.untyped_storage().nbytes() == 3 * 4 for row in texts._cache.values())
 
 
 def test_gradients_come_after_inference_mode(make: Make) -> None:
@@ -534,8 +534,8 @@ def test_offline_what_is_not_in_the_cache_is_refused_at_once(
         ("clip:TINY/open_clip,unit=cosin", "unknown unit 'cosin': did you mean cosine"),
         ("clip:TINY/open_clip,preprocess=pat", "unknown preprocess 'pat': did you mean pad"),
         ("clip:TINY/open_clip,dtype=float64", "dtype=float64: use .*float16"),
-        ("clip:TINY/open_clip,micro_batch=0", "micro_batch=0: use a whole number above 0"),
-        ("clip:TINY/open_clip,micro_batch=1.5", "micro_batch=1.5: use a whole number above 0"),
+        ("clip:TINY/open_clip,micro_batch=0", "micro_batch=0: use a positive integer"),
+        ("clip:TINY/open_clip,micro_batch=1.5", "micro_batch=1.5: use a positive integer"),
         ("clip:TINY/open_clip,size=3", "'clip' cannot take .*size"),
         ("pickscore:path=TINY/nowhere", "pickscore:path=.*nowhere: no such folder"),
         ("pickscore:path=TINY/HPS.pt", "pickscore:path=.*HPS.pt: no such folder"),
@@ -637,7 +637,7 @@ def test_a_truncated_file_is_refused(tiny: Path, tmp_path: Path) -> None:
         refused(partial(load_reward, f"clip:{corrupt}"), f"CLIP '.*{folder}' cannot be loaded")
     (tmp_path / "HPS.pt").write_bytes((tiny / "HPS.pt").read_bytes()[:5000])
     spec = f"hpsv2:path={tmp_path / 'HPS.pt'},model={tiny / 'open_clip'}"
-    refused(lambda: load_reward(spec), "HPS.pt: cannot be read, is it whole")
+    refused(lambda: load_reward(spec), "HPS.pt: cannot be read, is it complete")
 
 
 class Trap:

@@ -1,11 +1,10 @@
 """Labelling: nothing that was said is lost or told twice, and what is recorded is what a finetuning learns from."""
 
 import json
+import os
 import random
 import shlex
 import signal
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -23,9 +22,10 @@ import gradio as gr
 from finetune_runs import PLAIN
 from finetune_runs import settings_of as plain_settings
 from PIL import Image
+from preloaded import Forked
 
 from steer import D3POTrainer
-from steer.apps.cli.finetune import keys_of
+from steer.apps.cli.finetune import parse_overrides
 from steer.apps.demo import label_tab as label_tab_module
 from steer.apps.demo.label_tab import (
     Drawing,
@@ -35,15 +35,15 @@ from steer.apps.demo.label_tab import (
     cohen,
     empty_view,
     fleiss,
-    lot_view,
+    group_view,
     prompts_of,
 )
 from steer.apps.demo.labels import LabelRequest, LabelStore, Progress, command_of, label_folder, write_zip
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Busy, Studio, Ticket, Waiting
-from steer.apps.finetuning import gather, read_config
+from steer.apps.finetuning import load_data, read_config
 from steer.errors import InputError
-from steer.pipelines.training.preference_data import check_preferences, settings_of
+from steer.pipelines.training.preference_data import check_preferences, sampling_config_of
 from steer.pipelines.training.preference_files import Preference, read_lines, read_preferences
 from steer.pipelines.training.trainer import Stopped
 
@@ -185,9 +185,9 @@ def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, store: La
 KILLED = """
 import sys
 from pathlib import Path
-from steer.apps.demo.labels import LabelBook
-book = LabelBook(Path(sys.argv[1]))
-lots, number = [*book.lots], 0
+from steer.apps.demo.labels import LabelStore
+book = LabelStore(Path(sys.argv[1]))
+lots, number = [*book.groups], 0
 while True:
     lot, name = lots[number % len(lots)], f"A{number // len(lots)}"
     book.choose(name, lot, number % 2)
@@ -202,8 +202,7 @@ while True:
 def test_a_kill_after_saved_loses_nothing(studio: Studio, store: LabelStore) -> None:
     for _ in range(3):
         drawn(studio, store, ADA)
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(store.path)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
+    process = Forked(["-c", KILLED, store.path], Path.cwd(), os.environ)
     told = [process.stdout.readline()]
     time.sleep(random.Random(0).uniform(0.1, 0.3))
     process.kill()
@@ -436,7 +435,7 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
         store.choose("Ada", group, number % 2)
     store.tie("Ada", next_lot(studio, store, ADA), bad=True)
     store.undo("Ada")
-    told = settings_of(store.path) | {"max_steps": 2, "warmup_steps": 0, "micro_batch": 4}
+    told = sampling_config_of(store.path) | {"max_steps": 2, "warmup_steps": 0, "micro_batch": 4}
     settings = replace(plain_settings("d3po", **PLAIN), **told)
     with studio.model("scenes") as pipe:
         pass
@@ -445,8 +444,8 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
     owners = Studio(models=("scenes",), labels=store.path)
     words = shlex.split(command_of(owners))
     assert words[:3] == ["steer", "finetune", "d3po-scenes"]
-    config = read_config(words[2], keys_of(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
-    assert gather(config, False).prompts == [] or config.job.choices == str(store.path)
+    config = read_config(words[2], parse_overrides(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
+    assert load_data(config, False).prompts == [] or config.job.choices == str(store.path)
     assert config.settings.num_inference_steps == 3 and config.settings.num_generations == 2
     owners.close()
     assert store.path.exists(), "what the owner named outlives the app"
@@ -576,10 +575,10 @@ def test_the_tab_has_no_public_endpoint_and_no_download_of_an_owners_folder(tmp_
 
 def test_the_view_escapes_prompts_and_names_each_image() -> None:
     evil = "\"><script>alert(1)</script><img src=x onerror='alert(1)'>"
-    view = lot_view(3, "abc", evil, [b"1", b"2"])
+    view = group_view(3, "abc", evil, [b"1", b"2"])
     assert "<script" not in view and view.count("<img") == 2 and view.count('alt="') == 2
-    assert 'data-turn="3" data-lot="abc"' in view and 'aria-keyshortcuts="ArrowLeft"' in view
-    assert "Both bad" in view and "All bad" in lot_view(4, "abc", "a", [b"1", b"2", b"3"])
+    assert 'data-turn="3" data-group="abc"' in view and 'aria-keyshortcuts="ArrowLeft"' in view
+    assert "Both bad" in view and "All bad" in group_view(4, "abc", "a", [b"1", b"2", b"3"])
     assert "<script" not in empty_view(1, evil) and 'data-answer="undo"' in empty_view(1, "x", undo=True)
 
 

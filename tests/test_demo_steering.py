@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
-from test_evaluate import lora
+from rollouts import random_lora
 
 pytest.importorskip("gradio")
 
@@ -23,10 +23,10 @@ from steer.apps.demo.labels import RunView
 from steer.apps.demo.steer_tab import MAX_PROMPTS, fields_from_recipe, prompts_of, settings_of
 from steer.apps.demo.steering import Frame, PromptResult, Step, as_command, as_python, steer_all, steering
 from steer.apps.demo.studio import Studio, Weights
-from steer.apps.methods import SamplingConfig
 from steer.apps.models import load_pipeline
 from steer.apps.prompts import PromptRow
 from steer.apps.recipes import read_metadata
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 
 ASKED: dict[str, Any] = {
@@ -41,7 +41,7 @@ ASKED: dict[str, Any] = {
     "fresh": False,
     "model": "scenes",
     "compare": True,
-    "worn": False,
+    "adapter": False,
 }
 ADAPTER = Weights("scenes", Path("finetuned/final"), "of a test", None, 8, 2.0)
 PROMPT = "a red circle and a blue star"
@@ -106,7 +106,7 @@ def test_images_tell_their_settings_and_base_images_are_the_plain_batch(studio: 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Weights:
-    folder = lora(load_pipeline("scenes"), tmp_path_factory.mktemp("weights"), 0.3)
+    folder = random_lora(load_pipeline("scenes"), tmp_path_factory.mktemp("weights"), 0.3)
     return Weights("scenes", folder, "scenes, D3PO on brightness, 3 updates", "brightness", 8, 2.0)
 
 
@@ -116,8 +116,8 @@ def test_finetuned_weights_are_worn_by_the_images_and_not_by_those_beside_them(
 ) -> None:
     asked = ASKED | {"method": method}
     (before,) = of(PromptResult, events(studio, settings_of(asked | {"method": "base"}), tmp_path / "before"))
-    settings = settings_of(asked | {"worn": True}, weights)
-    work = steering(studio, [PROMPT], settings, tmp_path / "worn", weights)
+    settings = settings_of(asked | {"adapter": True}, weights)
+    work = steering(studio, [PROMPT], settings, tmp_path / "adapter", weights)
     (made,) = of(PromptResult, list(studio.worker.submit(work).events()))
     (after,) = of(PromptResult, events(studio, settings_of(asked | {"method": "base"}), tmp_path / "after"))
     first, beside, last = (
@@ -126,7 +126,7 @@ def test_finetuned_weights_are_worn_by_the_images_and_not_by_those_beside_them(
     assert first == beside == last, "the studio's pipeline is what it was"
     assert not {Image.open(one.path).tobytes() for one in made.images} & {*first}
     assert made.base_cost is not None and settings.lora == "finetuned/final"
-    assert fields_from_recipe(made.images[0].recipe, studio.models, weights)["worn"]
+    assert fields_from_recipe(made.images[0].recipe, studio.models, weights)["adapter"]
     with pytest.raises(InputError, match="no finetuned weights are loaded here"):
         fields_from_recipe(made.images[0].recipe, studio.models)
     shutil.copytree(weights.folder, tmp_path / "finetuned" / "final")  # as the zip unpacks
@@ -137,7 +137,7 @@ def test_finetuned_weights_are_worn_by_the_images_and_not_by_those_beside_them(
 
 def test_weights_of_another_model_are_refused(weights: Weights) -> None:
     with pytest.raises(InputError, match="the finetuned weights are those of scenes"):
-        settings_of(ASKED | {"worn": True, "model": "scenes-turbo"}, weights)
+        settings_of(ASKED | {"adapter": True, "model": "scenes-turbo"}, weights)
 
 
 @pytest.mark.parametrize(("field", "name"), [("seed", "seed"), ("lam", "strength"), ("steps", "steps")])
@@ -206,7 +206,7 @@ def test_the_command_asks_for_the_same_settings(monkeypatch: pytest.MonkeyPatch)
         {},
         {"method": "reno", "model": "scenes-turbo", "compare": False},
         {"lam": 0.1, "guidance": 7.25},
-        {"worn": True},
+        {"adapter": True},
     ):
         settings = settings_of(ASKED | change, ADAPTER)
         for prompt in (PROMPT, ODD, f"-{ODD}"):

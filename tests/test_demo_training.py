@@ -30,7 +30,7 @@ from steer.apps.demo.labels import LabelRequest, LabelStore
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Studio, Ticket, Waiting, Weights
 from steer.apps.demo.training import Evaluation, Trained, TrainingRequest, Update, configured, training
-from steer.apps.finetuning import gather
+from steer.apps.finetuning import load_data
 from steer.apps.model_card import held_out_names
 from steer.apps.models import find_adapter, load_pipeline
 from steer.errors import InputError
@@ -133,7 +133,7 @@ def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, stra
         "scenes", folder / "final-3", "scenes, D3PO on brightness, 3 updates", "brightness", steps=3, guidance=1.0
     )
     settings = configured(ASKED, folder, studio).settings
-    material = gather(configured(ASKED, folder.parent / "other", studio), False)
+    material = load_data(configured(ASKED, folder.parent / "other", studio), False)
     exam = Evaluator(material.eval_prompts, load_reward("brightness"), [load_reward("aesthetic:scenes")])
     pipe = load_pipeline("scenes")
     with find_adapter(str(trained.weights.folder)).applied_to(pipe):
@@ -301,7 +301,7 @@ def test_the_story_says_how_long_it_takes_and_why_it_ended(straight: tuple[list[
     record = {"step": 1, "reward": 0.25, "kl": 0.0, "seconds": 20.0}
     story.after(Update(record))
     assert story.line == "Update 1 of 4, reward 0.25, KL 0. About 60 s left."
-    assert story.conclusion().startswith("Stopped after 1 of 4 updates. Nothing is lost: Go on continues")
+    assert story.conclusion().startswith("Stopped after 1 of 4 updates. Nothing is lost: Resume continues")
     assert TrainingView(4).conclusion() == "Stopped before the first update."
     whole = TrainingView(3)
     for event in told:
@@ -375,7 +375,7 @@ def test_a_visitor_trains_goes_on_and_hands_the_weights_to_steer(studio: Studio,
     assert not found[tab.finish]["visible"] and found[tab.archive]["value"] == str(done.trained.archive)
     assert str(studio.home) not in found[tab.samples] + found[tab.charts] + found[tab.status]
     assert tab.lend(done) == (done.trained.weights, gr.update(selected="steer"))
-    more: Run = seen(tab.go_on(done, 2, visitor("ada")))[tab.run]
+    more: Run = seen(tab.resume(done, 2, visitor("ada")))[tab.run]
     assert more.trained is not None and more.trained.result.step == 2 and more.folder == done.folder
 
 

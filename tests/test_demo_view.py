@@ -51,7 +51,7 @@ def result_of(folder: Path, rewards: Sequence[float] = FINISHED, prompt: str = E
     """Finished images, best first; that of a slot has one of COLOURS."""
     settings = settings_of(
         {"method": "fk", "reward": "brightness", "particles": len(rewards), "lam": 5.0, "steps": 20, "guidance": 2.0}
-        | {"iterations": 3, "seed": 5, "fresh": False, "model": "scenes", "compare": False, "worn": False}
+        | {"iterations": 3, "seed": 5, "fresh": False, "model": "scenes", "compare": False, "adapter": False}
     )
     order, pictures = sorted(range(len(rewards)), key=lambda slot: -rewards[slot]), []
     for rank, slot in enumerate(order):
@@ -425,12 +425,12 @@ def test_who_went_back_stays_there_and_others_follow_the_newest(page: Any, tmp_p
     page.evaluate("update", run_view(frames, None))
     assert reading(page) == "step 1 of 20" and page.locator(".steer-table").is_visible()
     for _ in range(2):
-        page.get_by_label("Later reading").click()
+        page.get_by_label("Later").click()
     assert reading(page) == "step 9 of 20"
     page.evaluate("update", run_view(frames, result_of(tmp_path)))
     assert reading(page) == "finished"
     for _ in range(3):
-        page.get_by_label("Earlier reading").click()
+        page.get_by_label("Earlier").click()
     assert reading(page) == "step 1 of 20"
     page.evaluate("update", run_view(frames[1:], None))
     assert reading(page) == "step 9 of 20", "a new run is followed again"

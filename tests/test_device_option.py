@@ -19,7 +19,7 @@ from steer.pipelines.training.evaluation import Evaluator
 from steer.reward import RewardError
 from steer.rewards.remote import RequestError, RewardServer
 from steer.rewards.weights import to_module_device
-from steer.training.distributed import Alone
+from steer.training.distributed import SingleProcess
 
 
 def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
@@ -150,7 +150,9 @@ def test_held_out_images_are_scored_before_they_leave_the_device(monkeypatch: py
         key: value for key, value in call_kwargs("sd", 1, 2).items() if key.startswith(("num_inf", "guid", "hei", "wi"))
     }
     settings = TrainingConfig(max_steps=1, num_generations_eval=2, call=call)
-    found = Evaluator(("a star",), Reward(), []).take(cached_pipe("sd"), settings, 0, None, lambda: None, Alone())
+    found = Evaluator(("a star",), Reward(), []).evaluate(
+        cached_pipe("sd"), settings, 0, None, lambda: None, SingleProcess()
+    )
     assert order and scored and not any(scored)
     assert found.images.shape == (2, 3, 8, 8)
 

@@ -1,4 +1,4 @@
-"""Gradients through whole pipelines against finite differences, and what the way back costs."""
+"""Gradients through whole pipelines against finite differences, and the memory of the backward pass."""
 
 import gc
 import weakref

@@ -1,4 +1,4 @@
-"""What every InputError is, whatever it quotes: one line that a terminal shows and does not obey."""
+"""InputError: one line that a terminal shows and does not execute, whatever it quotes."""
 
 import pickle
 
@@ -12,7 +12,7 @@ from steer.reward import RewardError
 
 
 @given(st.text(max_size=40) | st.text(st.characters(categories=["Cc", "Cs", "Zl", "Zp"]), max_size=10))
-def test_a_message_is_one_line_that_can_be_shown(quoted: str) -> None:
+def test_a_message_is_one_printable_line(quoted: str) -> None:
     line = str(InputError(f"file {quoted!s}: choose another"))
     assert line.splitlines() == [line] and line.encode("utf-8")
     assert not any(ord(one) < 32 or 127 <= ord(one) < 160 for one in line)
@@ -22,17 +22,17 @@ def test_a_message_is_one_line_that_can_be_shown(quoted: str) -> None:
         assert line == f"file {quoted}: choose another"
 
 
-def test_what_cannot_be_shown_is_told_as_python_writes_it() -> None:
-    told = "a\nb\x1b[2J\x85\u2028\ud800 é 👩‍👧 \\n"
-    assert str(InputError(told)) == "a\\nb\\x1b[2J\\x85\\u2028\\ud800 é 👩‍👧 \\n"
+def test_unprintable_characters_are_escaped_as_in_python() -> None:
+    text = "a\nb\x1b[2J\x85\u2028\ud800 é 👩‍👧 \\n"
+    assert str(InputError(text)) == "a\\nb\\x1b[2J\\x85\\u2028\\ud800 é 👩‍👧 \\n"
 
 
 @pytest.mark.parametrize("length", [MAX_LENGTH - 1, MAX_LENGTH, MAX_LENGTH + 1, 10**6])
 def test_of_a_long_message_the_middle_is_left_out(length: int) -> None:
-    told = "the name " + "x" * (length - 24) + ", the remedy  !"
-    line = str(InputError(told))
-    assert len(told) == length and len(line) == min(length, MAX_LENGTH)
-    assert (line == told) == (length <= MAX_LENGTH)
+    text = "the name " + "x" * (length - 24) + ", the remedy  !"
+    line = str(InputError(text))
+    assert len(text) == length and len(line) == min(length, MAX_LENGTH)
+    assert (line == text) == (length <= MAX_LENGTH)
     assert line.startswith("the name x") and line.endswith("x, the remedy  !")
 
 
@@ -41,8 +41,8 @@ def test_errors_cross_processes_and_are_of_their_kind() -> None:
     assert type(again) is RewardError and str(again) == "a\\nb" and isinstance(again, ValueError)
 
 
-def test_a_column_of_a_strangers_table_does_not_speak_to_the_terminal(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Found by fuzzing: the names of columns are told as they are."""
+def test_a_column_of_a_untrusted_table_does_not_speak_to_the_terminal(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Found by fuzzing: names of columns are quoted in messages."""
     table = tmp_path_factory.mktemp("table") / "p.tsv"
     table.write_bytes(b"a\x1b]0;title\x07\x7f\tb\n")
     with pytest.raises(InputError) as error:

@@ -11,8 +11,8 @@ from conftest import Steer, cached_pipe, replaced
 from PIL import Image
 
 from steer.apps import methods as room
-from steer.apps.methods import ComputeOptions, SamplingConfig
-from steer.errors import InputError
+from steer.apps.methods import ComputeOptions
+from steer.apps.settings import SamplingConfig
 
 WORDS = ["sample", "a red circle", "--steps", 4, "--particles", 4, "--lam", 40, "--seed", 3]
 
@@ -30,9 +30,8 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     "words",
     [
         ["--attention", "eager"],
-        ["--share-prompts"],
         ["--micro-batch", 3],
-        ["--micro-batch", 0, "--attention", "sdpa", "--share-prompts"],
+        ["--micro-batch", 0, "--attention", "sdpa"],
     ],
 )
 def test_switches_change_no_image(steer: Steer, tmp_path: Path, plain: Path, words: list[Any]) -> None:
@@ -74,7 +73,6 @@ def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
     [
         (["--attention", "flash"], "unknown attention backend 'flash'"),
         (["--micro-batch", -1], "--micro-batch must be at least 0, got -1"),
-        (["--compile", "--share-prompts"], "--share-prompts does nothing in compiled models"),
         (["--particle-schedule", "3"], "--particle-schedule: write STEP:PARTICLES,… such as 8:4,14:2, got '3'"),
         (["--particle-schedule", "2:2,2:1"], "--particle-schedule: a step is there twice"),
         (
@@ -82,22 +80,16 @@ def test_the_pipeline_is_as_it_was_and_compiled_views_are_given() -> None:
             "--particle-schedule: 3 particles from step 2 on, of 3: they must be fewer and fewer",
         ),
         (["--particle-schedule", "3:2"], "particle_schedule: 3 is not from 0 to 2, in a run of 4 steps"),
-        (["--target", "nan"], "--target must be a finite number"),
+        (["--target-reward", "nan"], "--target-reward must be a finite number"),
         (
             ["--asynchronous-rewards", "--reward-guidance", 1],
-            "--asynchronous-rewards: with --reward-guidance the step needs the gradient",
+            "--asynchronous-rewards: --reward-guidance needs the gradient",
         ),
     ],
 )
 def test_what_cannot_be_is_one_line(steer: Steer, tmp_path: Path, words: list[Any], message: str) -> None:
     code, _, said = steer(*WORDS, *words, "--out", tmp_path)
     assert code == 2 and message in said and len(said.strip().splitlines()) == 1
-
-
-def test_nothing_to_share_is_said() -> None:
-    nothing = pytest.raises(InputError, match="--share-prompts: there is nothing to share")
-    with nothing, ComputeOptions(share_prompts=True)(cached_pipe("flux")):
-        pass
 
 
 def test_particles_get_fewer_and_the_image_says_so(steer: Steer, tmp_path: Path) -> None:
@@ -124,7 +116,7 @@ def test_rewards_are_read_beside_the_denoiser_and_the_image_says_so(steer: Steer
 
 
 def test_a_target_ends_the_reading(steer: Steer, tmp_path: Path) -> None:
-    assert steer(*WORDS, "--target", -100, "--out", tmp_path)[0] == 0
+    assert steer(*WORDS, "--target-reward", -100, "--out", tmp_path)[0] == 0
     entry = json.loads((tmp_path / "report.json").read_text())["prompts"][0]
     assert len(entry["steps"]) == 1 and len(entry["images"]) == 1 and len(entry["base"]["images"]) == 4
 
@@ -133,7 +125,7 @@ def test_an_evaluation_takes_runs_of_fewer_images(steer: Steer, tmp_path: Path) 
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
     words = ["evaluate", "--prompts", tmp_path / "prompts.txt", "--method", "fk", "--reward", "scene-soft"]
     words += ["--steps", 4, "--particles", 4, "--kl-prompts", 0, "--seeds", 2, "--out", tmp_path / "e"]
-    code, _, said = steer(*words, "--particle-schedule", "1:2", "--target", 0.45)
+    code, _, said = steer(*words, "--particle-schedule", "1:2", "--target-reward", 0.45)
     assert code == 0, said
     found = json.loads((tmp_path / "e" / "evaluation.json").read_text())["contenders"][0]
     counts = {len(run["rewards"]["scene-soft"]) for run in found["runs"]}
@@ -144,8 +136,6 @@ def test_an_evaluation_takes_runs_of_fewer_images(steer: Steer, tmp_path: Path) 
 
 def test_settings_are_words_that_are_numbers() -> None:
     def schedule(words: str) -> dict[int, int]:
-        given = {"model": "", "method": "fk", "reward": "", "particles": 8, "steps": 20, "guidance": 1.0, "lam": 1.0}
-        given |= {"potential": "sum", "resampler": "ssp", "tempering": "ess", "ess_threshold": 0.5, "eta": None}
-        return SamplingConfig(**given, seed=0, compare=False, dtype=None, particle_schedule=words).schedule
+        return SamplingConfig.of(particles=8, particle_schedule=words).options.particle_schedule
 
-    assert schedule("") == {} and schedule(" 14:2, 8:4 ") == {14: 2, 8: 4}
+    assert schedule(" ") == {} and schedule(" 14:2, 8:4 ") == {14: 2, 8: 4}

@@ -139,10 +139,10 @@ def test_large_pictures_are_scaled_down_and_of_videos_the_middle_is_shown(tmp_pa
 
 
 def test_captions_fit_and_dollars_are_no_mathematics() -> None:
-    assert grids.caption("short") == ["short"]
-    lines = grids.caption("word " * 40)
+    assert grids.wrap_caption("short") == ["short"]
+    lines = grids.wrap_caption("word " * 40)
     assert len(lines) == 2 and max(map(len, lines)) <= 30 and lines[1].endswith("…")
-    assert grids.numbers([-0.5, 1.23456]) == "−0.5 · 1.23"
+    assert grids.format_rewards([-0.5, 1.23456]) == "−0.5 · 1.23"
 
 
 def test_before_and_after_hold_the_first_and_the_last_grid(described: tuple[Path, TrainingResult]) -> None:
@@ -202,7 +202,7 @@ def test_the_curves_are_the_records() -> None:
     assert [text.get_text() for text in path.texts] == ["0", "12", "6, best"]
 
 
-def test_only_what_the_records_hold_is_drawn() -> None:
+def test_only_recorded_metrics_are_drawn() -> None:
     plain = result_of(3)
     assert list(panels(report.rewards_panels(plain))) == ["reward that was trained"]
     assert list(panels(report.divergence_panels(plain, {}))) == ["KL from the start, nats a trajectory"]
@@ -237,7 +237,7 @@ def test_nan_and_overflow_leave_gaps() -> None:
 
 @pytest.mark.parametrize(("count", "steps", "files"), [(0, (), 0), (1, (0, 1), 3)])
 def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp_path: Path) -> None:
-    """Interrupted early, with and without evaluations; pictures of before do not outlive their records."""
+    """Interrupted early, with and without evaluations; outdated figures are deleted."""
     (tmp_path / "plots").mkdir()
     for name in ("rewards", "divergence", "training"):
         (tmp_path / "plots" / f"{name}.png").touch()
@@ -249,7 +249,7 @@ def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp
     assert all(Image.open(path).size[0] >= 500 for path in collected)
 
 
-def test_without_evaluations_the_training_samples_are_told(tmp_path: Path) -> None:
+def test_without_evaluations_the_training_samples_are_reported(tmp_path: Path) -> None:
     text = card_of(tmp_path, CONFIG, result_of(7))
     assert "0.1429 in update 1, 1 in update 7" in text and "0.8642 nats" in text and "\n|" not in text
 
@@ -269,7 +269,7 @@ def test_the_hub_reads_the_card(described: tuple[Path, TrainingResult]) -> None:
 
 
 @pytest.mark.parametrize("model", ["a: b # c", "no\n---\nyes", "/home/me/model", "", None])
-def test_what_is_no_name_of_the_hub_is_no_base_model(model: str | None, tmp_path: Path) -> None:
+def test_only_names_on_the_hub_are_base_models(model: str | None, tmp_path: Path) -> None:
     card_of(tmp_path, CONFIG | {"model": model}, result_of(2, 0, 2))
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model is None and "lora" in (data.tags or [])
@@ -340,7 +340,7 @@ def test_every_method_cites_the_paper_of_its_code(module: Any) -> None:
     assert cards._method("d3po")[2] == "2311.13231" and cards._method("own")[0] == "own"
 
 
-def test_weights_that_a_guard_kept_are_told_as_such(tmp_path: Path) -> None:
+def test_weights_that_a_guard_kept_are_named(tmp_path: Path) -> None:
     kept = result_of(9, 0, 3, 9, best=3, weights=tmp_path / "final" / "unet", stopped="fooled", weights_step=3)
     assert "They are those of update 3" in card_of(tmp_path, CONFIG, kept)
     assert "They are those" not in card_of(tmp_path, CONFIG, replace(kept, weights_step=9))

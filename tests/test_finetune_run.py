@@ -100,7 +100,7 @@ def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_
 
 def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, tmp_path: Path) -> None:
     pipe.unet.register_forward_hook(lambda module, inputs, output: (output[0] + 0.01 * torch.randn_like(output[0]),))
-    with pytest.raises(InputError, match="a replay of the first samples gives other log-probabilities"):
+    with pytest.raises(InputError, match="a replay of the first samples has other log-probabilities"):
         GRPOTrainer(pipe, "brightness").train(PROMPTS, tmp_path, settings_of("grpo", **SHORT))
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 

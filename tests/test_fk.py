@@ -316,8 +316,8 @@ def test_the_users_callback_still_runs(pipe_of: Callable[[str], Any]) -> None:
         ({"ess_threshold": 0}, "ess_threshold"),
         ({"eta": -1.0}, "eta must be from 0 to 1"),
         ({"chunk_size": 0}, "chunk_size"),
-        ({"output_type": "jpg"}, "output_type must be one of"),
-        ({"num_images_per_prompt": 3}, "say num_particles"),
+        ({"output_type": "jpg"}, "unknown output_type 'jpg'"),
+        ({"num_images_per_prompt": 3, "num_particles": 2}, "are the same: give one of them"),
         ({"stepz": 3}, "takes no argument 'stepz'"),
     ],
 )

@@ -13,7 +13,7 @@ from schedulers import BETAS, FLOW, build
 from torch import Generator, Tensor
 
 from steer import FKSteeringPipeline
-from steer.apps.methods import SamplingConfig
+from steer.apps.settings import SamplingConfig
 from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
 from steer.pipelines.fk_steering import Run
@@ -224,7 +224,7 @@ def test_eta_makes_every_step_of_ddim_the_same_kernel(
             scores.append((following - kernel.mean) / kernel.std)
         return result
 
-    monkeypatch.setattr(Run, "_moved", recorded)
+    monkeypatch.setattr(Run, "_next_latents", recorded)
     scheduler = build("DDIM", **BETAS, **{"clip_sample": False} | config)
     out = FKSteeringPipeline(AnyGaussian(scheduler), TOTAL)(
         num_particles=4,
@@ -290,11 +290,13 @@ def test_a_search_has_no_weights_to_draw_by(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"method": "svdd"}, {"target": 9.0}, {"particle_schedule": "4:2", "particle_schedule_rule": "top_k"}]
+    "options",
+    [{"method": "svdd"}, {"target_reward": 9.0}, {"particle_schedule": "4:2", "particle_schedule_rule": "top_k"}],
 )
 def test_the_command_refuses_a_draw_without_weights(options: dict[str, Any]) -> None:
-    SamplingConfig(**SETTINGS | {"draw": "weighted"}).check()
-    with pytest.raises(InputError, match="--draw weighted needs the weights of --method fk"):
-        SamplingConfig(**SETTINGS | {"draw": "weighted"} | options).check()
+    SamplingConfig.of(**SETTINGS | {"draw": "weighted"})
+    with pytest.raises(InputError, match=r"leave no weights: use draw='best'|draw is an option of fk, not of svdd"):
+        given = {"draw": "weighted"} if options.get("method") == "svdd" else SETTINGS | {"draw": "weighted"}
+        SamplingConfig.of(**given | options)
     with pytest.raises(InputError, match="unknown draw 'heaviest'"):
-        SamplingConfig(**SETTINGS | {"draw": "heaviest"}).check()
+        SamplingConfig.of(**SETTINGS | {"draw": "heaviest"})

@@ -149,7 +149,7 @@ def test_a_budget() -> None:
         ({"weight": 1.0, "target": math.nan}, "kl_target must be above 0 nats"),
         ({"budget": 0.0}, "kl_budget must be above 0 nats, got 0.0"),
         ({"budget": -2.0}, "kl_budget must be above 0 nats"),
-        ({"target": 4.0}, "kl_target moves kl_weight, which is 0: give it a start above 0"),
+        ({"target": 4.0}, "kl_target adapts kl_weight, which is 0: set a kl_weight above 0"),
     ],
 )
 def test_what_is_no_control(options: dict[str, float], message: str) -> None:
@@ -190,7 +190,7 @@ def test_the_state_of_a_watch_is_plain() -> None:
     import json
 
     watch = EarlyStopping(3).after(0, 1.0, 0.3).after(10, 2.0, 0.1)
-    assert watch.state() == {"best_step": 0, "best": [1.0, 0.3], "fooled": 1}
+    assert watch.state() == {"best_step": 0, "best": [1.0, 0.3], "num_overoptimized": 1}
     assert EarlyStopping(3).load_state(json.loads(json.dumps(watch.state()))) == watch
     assert EarlyStopping(2).load_state(EarlyStopping().state()) == EarlyStopping(2)
 
@@ -239,7 +239,7 @@ def test_a_replay_that_finds_other_densities(part: str, monkeypatch: pytest.Monk
         sampler = Sampler(pipe, call_of("sd") | {"guidance_scale": 3.1})
     if part == "not a number":
         stored.log_probs[0, 0] = torch.nan
-    with pytest.raises(InputError, match=r"a replay of the first samples gives other log-probabilities.*dropout is on"):
+    with pytest.raises(InputError, match=r"a replay of the first samples has other log-probabilities.*dropout is on"):
         check_replay(sampler, stored, torch.float32)
 
 

@@ -356,9 +356,9 @@ def elsewhere(images: Tensor) -> Tensor:
         (corner, "the gradient of reward 'broken' is not finite at step 1"),
         (
             lambda images: images.detach().mean((1, 2, 3)),
-            "reward 'broken' says that it is differentiable, but",
+            "reward 'broken' is declared differentiable, but",
         ),
-        (elsewhere, "reward 'broken' says that it is differentiable, but"),
+        (elsewhere, "reward 'broken' is declared differentiable, but"),
     ],
 )
 def test_a_reward_without_gradients_ends_the_run_by_name(
@@ -371,8 +371,8 @@ def test_a_reward_without_gradients_ends_the_run_by_name(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"eta": 0.0}, "eta must be above 0 and at most 1, got 0.0: steps need noise to lean"),
-        ({"eta": 1.5}, "eta must be above 0 and at most 1, got 1.5"),
+        ({"eta": 0.0}, "eta must be above 0 and at most 1, got 0: guided steps need noise"),
+        ({"eta": 1.5}, "eta must be from 0 to 1, got 1.5"),
         ({"reward_guidance": -1.0}, "reward_guidance must be at least 0 and finite, got -1.0"),
         ({"reward_guidance": math.nan}, "reward_guidance must be at least 0 and finite, got nan"),
         ({"reward_guidance": math.inf}, "reward_guidance must be at least 0 and finite, got inf"),

@@ -1,6 +1,7 @@
 """The structure of the project: layers, packages, promises of the front page."""
 
 import ast
+import itertools
 import re
 import runpy
 import subprocess
@@ -9,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from pairwise import covering
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -120,3 +122,11 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_all_pairs_are_kept_by_a_few_rows() -> None:
+    rows = list(itertools.product(range(4), range(3), range(3), range(2)))
+    kept = [rows[n] for n in covering(rows)]
+    assert len(kept) <= 15  # 12 at least, of 72
+    for i, j in itertools.combinations(range(4), 2):
+        assert {(row[i], row[j]) for row in kept} == {(row[i], row[j]) for row in rows}

@@ -295,7 +295,7 @@ QUERY = f"{READ}encoder.layer.1.attention.self.query.weight"
         ({f"{EYE}pos_embed": torch.ones(1, 9, 128)}, "of another shape: .*position_embedding"),
         ({f"{EYE}pos_embed": torch.ones(9)}, r"pos_embed is of shape \(9,\), expected 3 dimensions"),
         ({f"{EYE}pos_embed": None}, "not an ImageReward checkpoint: .*pos_embed is missing"),
-        ({f"{EYE}patch_embed.proj.weight": torch.ones(96, 3, 16, 16)}, "is 96 wide, no multiple of 64"),
+        ({f"{EYE}patch_embed.proj.weight": torch.ones(96, 3, 16, 16)}, "has width 96, which is no multiple of 64"),
         ({f"{READ}embeddings.position_embeddings.weight": torch.ones(34, 192)}, "takes 34 tokens"),
         ({"mlp.layers.1.weight": torch.ones(3)}, "unexpected: mlp.layers.1.weight"),
         ({"mlp.layers.4.weight": None}, "not an ImageReward checkpoint: mlp.layers.4.weight is missing"),
@@ -325,7 +325,7 @@ def test_broken_and_malicious_files_are_refused_and_run_nothing(make: Make, tmp_
     (tmp_path / "empty.pt").touch()
     torch.save(published() | {"mlp.layers.7.bias": Writes(canary)}, tmp_path / "code.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps({"mlp.layers.7.bias": Writes(canary)}, protocol=2))
-    broken = {"none": "no such checkpoint", "cut": "cannot be read, is it whole", "empty": "cannot be read"}
+    broken = {"none": "no such checkpoint", "cut": "cannot be read, is it complete", "empty": "cannot be read"}
     for name, message in (broken | {"code": "refused", "plain": "refused"}).items():
         refused(partial(make, path=str(tmp_path / f"{name}.pt")), f"{name}.pt: {message}")
     assert not canary.exists()
@@ -334,8 +334,8 @@ def test_broken_and_malicious_files_are_refused_and_run_nothing(make: Make, tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"micro_batch": "0"}, "micro_batch=0: use a whole number above 0"),
-        ({"micro_batch": "many"}, "micro_batch=many: use a whole number above 0"),
+        ({"micro_batch": "0"}, "micro_batch=0: use a positive integer"),
+        ({"micro_batch": "many"}, "micro_batch=many: use a positive integer"),
         ({"dtype": "float8"}, "dtype=float8: use .*float16"),
         ({"tokenizer": "/nowhere"}, "tokenizer=/nowhere: name a folder with BERT's vocab.txt"),
     ],

@@ -1,10 +1,10 @@
-"""Rewards that are read beside the denoiser's next call: the same as in turn, and used one step later."""
+"""Asynchronous rewards: the same as synchronous ones, and used one step later."""
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -17,18 +17,30 @@ from torch import Tensor
 from steer import FKSteeringPipeline, StepReport
 from steer.errors import InputError
 from steer.pipelines.fk_steering import AsynchronousRun
-from steer.reward import RewardError, Submit, ThreadContext, run_in_background, run_synchronously, with_timeout
+from steer.reward import RewardError, Submit, ThreadContext, run_in_background, with_timeout
 from steer.smc.potentials import POTENTIALS
 
 CPU = torch.device("cpu")
-Beside = Callable[[torch.device], AbstractContextManager[Submit]]
+Background = Callable[[torch.device], AbstractContextManager[Submit]]
+T = TypeVar("T")
+
+
+@contextmanager
+def run_synchronously(device: torch.device) -> Iterator[Submit]:
+    """The slow twin of `run_in_background`: work is done when it is submitted."""
+
+    def submit(work: Callable[[], T]) -> Callable[[], T]:
+        result = work()
+        return lambda: result
+
+    yield submit
 
 
 # The background
 
 
-@pytest.mark.parametrize("beside", [run_in_background, run_synchronously])
-def test_work_is_done_in_turn_and_its_errors_are_raised_where_it_is_waited_for(background: Beside) -> None:
+@pytest.mark.parametrize("background", [run_in_background, run_synchronously])
+def test_work_is_done_in_turn_and_its_errors_are_raised_where_it_is_waited_for(background: Background) -> None:
     done: list[int] = []
     with background(CPU) as begin:
         waits = [begin(lambda number=number: done.append(number) or number) for number in range(5)]
@@ -128,7 +140,7 @@ def test_beside_is_as_in_turn_to_the_bit(
     }
     call = steer_kwargs(name) | options | {"output_type": "pt"}
     out = FKSteeringPipeline(pipe, redness)(generator=seeded(3), on_step=observed.append, **call)
-    monkeypatch.setattr(AsynchronousRun, "beside", staticmethod(run_synchronously))
+    monkeypatch.setattr(AsynchronousRun, "background", staticmethod(run_synchronously))
     turn = FKSteeringPipeline(pipe, redness)(generator=seeded(3), **call)
     assert torch.equal(out.images, turn.images) and torch.equal(out.log_weights, turn.log_weights)
     assert all(map(torch.equal, out.ancestors, turn.ancestors))
@@ -221,14 +233,14 @@ def test_parts_that_take_turns_cannot_work_together(tmp_path: Any, pipe_of: Call
     pipe_of("sd").save_pretrained(tmp_path)
     pipe = type(pipe_of("sd")).from_pretrained(tmp_path)
     pipe.enable_model_cpu_offload(device="cpu")
-    with pytest.raises(InputError, match=r"overlap: .*unet.* are offloaded"):
+    with pytest.raises(InputError, match=r"asynchronous_rewards: .*unet.* are offloaded"):
         FKSteeringPipeline(pipe, redness)(num_particles=2, asynchronous_rewards=True, **steer_kwargs("sd"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reward_guidance": 1.0}, "overlap: with reward_guidance"),
+        ({"reward_guidance": 1.0}, "asynchronous_rewards: reward_guidance needs the gradient in the step"),
         ({"resample_steps": [4]}, "resample_steps: 4 is not from 0 to 3, in a run of 6 steps"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Rewards in this process that misbehave: one line within the time, exit code 2, finished prompts kept; or no harm."""
+"""Misbehaving rewards in this process: one line within the timeout, exit code 2, finished prompts kept."""
 
 import json
 import subprocess
@@ -76,7 +76,7 @@ def test_what_is_only_odd_does_no_harm(
     assert torch.tensor(entry["rewards"]).isfinite().all() and len(entry["images"]) == 2
 
 
-@pytest.mark.parametrize("found", [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()])
+@pytest.mark.parametrize("result", [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()])
 def test_scores_without_values_are_an_error_of_the_contract(result: torch.Tensor) -> None:
     class Odd:
         name, differentiable = "odd", False
@@ -97,5 +97,5 @@ def test_a_process_whose_reward_hangs_ends_with_its_line_and_code(tmp_path: Path
     ended = subprocess.run(
         [sys.executable, "-m", "steer.apps.cli.main", *words], cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
-    assert ended.stderr == f"steer: reward '{kind}' took longer than its 0.5 s: give it more, or mend it\n"
+    assert ended.stderr == f"steer: reward '{kind}' timed out after 0.5 s: raise its timeout, or fix the reward\n"
     assert ended.returncode == 2 and ended.stdout == ""

@@ -1,4 +1,4 @@
-"""Fewer and fewer particles: the dead cost nothing, and those that are left draw from the same distribution."""
+"""Particle schedules: dead rows cost nothing, and the others draw from the same distribution."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -99,7 +99,7 @@ def test_latents_that_are_no_one_tensor_are_told_in_a_line(pipe_of: Callable[[st
     live = ActiveRows()
     unet = live.view(pipe_of("sd")).unet
     live.keep(torch.tensor([0]), 2)
-    with pytest.raises(InputError, match="UNet2DConditionModel takes no batch of latents as one tensor"):
+    with pytest.raises(InputError, match="UNet2DConditionModel takes no single tensor of latents"):
         unet([torch.zeros(4, 8, 8)] * 2, 5, encoder_hidden_states=torch.zeros(2, 4, 8))
 
 

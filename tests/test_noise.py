@@ -1,4 +1,4 @@
-"""The searches apart from any model: against autograd, scipy's χ and torch's own optimisers."""
+"""Searches of noise without any model: against autograd, scipy's χ and torch's own optimisers."""
 
 from collections.abc import Callable
 
@@ -196,7 +196,7 @@ def test_what_is_saved_is_what_is_read(rule: str) -> None:
     read = Search.from_tensors(saved, torch.device("cpu"))
     assert all(torch.equal(value, saved[name]) for name, value in read.tensors().items()) and len(read.optimizer_state)
     del saved["best_noise"]
-    with pytest.raises(InputError, match="a saved search lacks best_noise"):
+    with pytest.raises(InputError, match="the saved search has no best_noise"):
         Search.from_tensors(saved, torch.device("cpu"))
 
 

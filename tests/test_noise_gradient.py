@@ -1,4 +1,4 @@
-"""The two gradients of the reward: estimated ones against exact ones, and exact ones in half precision."""
+"""The two gradients of the reward: estimated against exact ones, and exact ones in half precision."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -66,7 +66,7 @@ def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_prompt_without_quotations_is_refused(reward: Ocr) -> None:
-    with pytest.raises(RewardError, match="prompt 'a cat' quotes no words: put what the image shall say into double"):
+    with pytest.raises(RewardError, match="prompt 'a cat' quotes no words: put the text of the image into double"):
         score(reward, torch.ones(2, 3, 64, 64), [SAYS_HELLO, "a cat"])
 
 
@@ -81,7 +81,7 @@ def test_a_missing_system_library_is_one_too(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "rapidocr_onnxruntime.py").write_text(f"raise ImportError({missing!r})")
     monkeypatch.delitem(sys.modules, "rapidocr_onnxruntime", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
-    with pytest.raises(RewardError, match=f"^ocr: {missing}: install libgl1, or put opencv-python-headless"):
+    with pytest.raises(RewardError, match=f"^ocr: {missing}: install libgl1, or replace opencv-python"):
         Ocr()
 
 

@@ -1,4 +1,4 @@
-"""An optimiser that goes on from a checkpoint as if nothing had happened, bit for bit."""
+"""An optimiser restored from a checkpoint, bit for bit."""
 
 import copy
 from collections.abc import Callable
@@ -122,8 +122,8 @@ def test_the_state_goes_to_where_the_weights_are(tmp_path: Path, device: str) ->
     ("other", "message"),
     [
         (lambda: SGD(model().parameters()), "the saved optimiser is AdamW, not SGD"),
-        (lambda: AdamW(model().parameters()), "parameters in other shapes"),
-        (lambda: adamw(nn.ModuleDict({**model(), "two": nn.Linear(3, 2)})), "parameters in other shapes"),
+        (lambda: AdamW(model().parameters()), "parameters of other shapes"),
+        (lambda: adamw(nn.ModuleDict({**model(), "two": nn.Linear(3, 2)})), "parameters of other shapes"),
     ],
 )
 def test_the_state_of_something_else_is_refused(tmp_path: Path, other: Callable[[], Optimizer], message: str) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from steer.apps.scenes.evaluate import expected_best, kl_of_best_of_n
+from steer.apps.scenes.analyses import expected_best, kl_of_best_of_n
 from steer.apps.scenes.preferences import choose, composition, pairs_of
 
 

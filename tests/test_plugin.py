@@ -8,6 +8,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import preloaded
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +28,8 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])}
+        if arguments[0] == "-c":
+            return preloaded.run(arguments, Path.cwd(), environment)
         return subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False
         )
@@ -46,7 +49,9 @@ CODE = """
 import sys
 
 import torch
-from steer.reward import load_reward, score, score_components, takes_number
+from steer.reward import score, score_components
+from steer.rewards.names import takes_number
+from steer.rewards.parser import load_reward
 
 images = torch.tensor([0.7, 0.4, 0.2]).view(1, 3, 1, 1).expand(2, 3, 8, 8).clone().requires_grad_()
 total, components = score_components(load_reward("warmth + jpeg:0.1"), images, ["", ""])

@@ -10,7 +10,7 @@ import torch
 from conftest import cached_pipe
 from diffusers import AutoencoderTiny, StableDiffusionPipeline
 from gaussian import GaussianPipeline
-from test_preview_decoders import tiny
+from test_preview import tiny
 from torch import Generator
 
 from steer import FKSteeringPipeline
@@ -68,7 +68,7 @@ def test_a_folder_is_loaded_in_the_models_precision(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pipe", "says"),
     [
-        (cached_pipe("sd"), "takes latents of 8 channels, .* have 4: use one that was made for this model"),
+        (cached_pipe("sd"), "takes latents with 8 channels, .* have 4: use a decoder for this model"),
         (cached_pipe("wan"), "decodes video"),
         (GaussianPipeline(), "has no VAE"),
     ],

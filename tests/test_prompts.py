@@ -1,6 +1,7 @@
-"""Prompts against files that other writers wrote, and the hub against a small one of our own."""
+"""`steer.apps.prompts`: files in every format, data sets of a local hub, columns as arguments of the pipeline."""
 
 import json
+import logging
 import subprocess
 import sys
 import threading
@@ -8,19 +9,36 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
 import pytest
+from conftest import Steer
+from diffusers import FluxPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pyarrow import parquet
 
-from steer.apps.prompts import load_prompts, read_prompts
+from steer.apps.prompts import (
+    PromptRow,
+    argument_names,
+    check_arguments,
+    load_prompts,
+    load_tagged_prompts,
+    read_prompts,
+    read_rows,
+    sample_requests,
+)
+from steer.apps.recipes import read_metadata
+from steer.apps.settings import SamplingConfig
 from steer.assets import PROMPTS
 from steer.errors import InputError
+from steer.files import loads_with_checksum
 
 TWO = ["a circle", "a star"]
+STARS = ["a star", "a circle"]
 CONVERTED = "refs/convert/parquet"
 
 
@@ -41,9 +59,9 @@ def write(path: Path, prompts: list[str], column: str = "prompt") -> Path:
 def refused(source: str | Path, column: str | None = None) -> str:
     with pytest.raises(InputError) as raised:
         read_prompts(source, column) if isinstance(source, Path) else load_prompts(source, column)
-    told = str(raised.value)
-    assert "\n" not in told and len(told) < 500
-    return told
+    message = str(raised.value)
+    assert "\n" not in message and len(message) < 500
+    return message
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".tsv", ".parquet", ".PARQUET"])
@@ -54,13 +72,13 @@ def test_every_format_holds_the_same_prompts(tmp_path: Path, suffix: str) -> Non
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".tsv", ".parquet"])
-def test_another_column_is_chosen_by_name_and_the_error_names_those_there_are(tmp_path: Path, suffix: str) -> None:
+def test_a_column_is_selected_by_name_and_the_error_lists_the_existing_ones(tmp_path: Path, suffix: str) -> None:
     path = write(tmp_path / f"p{suffix}", TWO, "Words")
     assert read_prompts(path, "Words") == read_prompts(path, "words") == TWO
     assert read_prompts(write(tmp_path / f"q{suffix}", TWO, "Prompt")) == TWO  # as PartiPrompts has it
-    told, of_another = refused(path), refused(path, "text")
-    assert told.startswith(str(path)) and 'under "prompt"' in told.replace("column named", "under")
-    assert told.endswith(f"choose the column, there are {'image' if suffix == '.parquet' else 'n'}, Words")
+    message, of_another = refused(path), refused(path, "text")
+    assert message.startswith(str(path)) and 'under "prompt"' in message.replace("column named", "under")
+    assert message.endswith(f"choose the column, there are {'image' if suffix == '.parquet' else 'n'}, Words")
     assert '"text"' in of_another and "Words" in of_another
 
 
@@ -100,16 +118,18 @@ def test_parquet_gives_back_any_text(prompts: list[str], tmp_path_factory: pytes
         ([], "no prompts in this file"),
     ],
 )
-def test_what_is_no_text_in_a_table_is_named_with_its_row(tmp_path: Path, values: list[object], message: str) -> None:
+def test_cells_that_are_not_text_are_reported_with_their_row(
+    tmp_path: Path, values: list[object], message: str
+) -> None:
     path = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"prompt": values}), path)
     assert refused(path).startswith(str(path)) and message in refused(path)
 
 
-def test_a_table_of_more_rows_than_anybody_has_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_with_too_many_rows_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet.write_table(pa.table({"prompt": pa.array(["a"] * 3).dictionary_encode()}), tmp_path / "p.parquet")
     assert read_prompts(tmp_path / "p.parquet") == ["a"] * 3
-    monkeypatch.setattr("steer.apps.prompts.MOST", 2)
+    monkeypatch.setattr("steer.apps.prompts.MAX_ROWS", 2)
     assert refused(tmp_path / "p.parquet").endswith("p.parquet: 3 rows; at most 2 are read")
 
 
@@ -119,7 +139,7 @@ def test_some_bytes_that_stand_for_many_are_not_read_to_the_end(
     path = tmp_path / "p.parquet"
     parquet.write_table(pa.table({"prompt": ["a star"] * 5000}), path)
     assert read_prompts(path) == ["a star"] * 5000
-    monkeypatch.setattr("steer.apps.prompts.LARGEST", 29_999)
+    monkeypatch.setattr("steer.apps.prompts.MAX_CHARACTERS", 29_999)
     assert refused(path).endswith("p.parquet: more than 29999 characters of text")
     forged = (Path(__file__).parent / "hard/corpus/parquet/values").read_bytes()  # it says −20 values, which took 7 GB
     path.write_bytes(forged)
@@ -158,14 +178,14 @@ def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
 def test_reading_prompts_imports_nothing_heavy(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", TWO)
     code = (
-        f"import sys; from steer.apps.prompts import find_prompts; find_prompts({str(path)!r}); "
+        f"import sys; from steer.apps.prompts import load_prompts; load_prompts({str(path)!r}); "
         "print({'torch', 'pyarrow', 'huggingface_hub', 'numpy'} & set(sys.modules))"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout == "set()\n"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "set()\n"
 
 
-def test_embedded_lists_are_found_by_name_and_near_ones_are_told() -> None:
+def test_embedded_lists_are_found_by_name_and_near_ones_are_reported() -> None:
     for name, path in PROMPTS.items():
         assert load_prompts(name) == read_prompts(path)
     assert "unknown prompts 'scenes-trainning': use scenes-training" in refused("scenes-trainning")
@@ -246,7 +266,7 @@ def test_a_split_named_in_full_is_not_another(hub: Hub) -> None:
     assert load_prompts("org/name:train_unique") == ["other"]
 
 
-def test_what_the_hub_made_of_a_data_set_is_read_where_it_has_no_such_files(hub: Hub) -> None:
+def test_the_conversion_to_parquet_is_read_where_a_data_set_has_other_formats(hub: Hub) -> None:
     hub.add("default/train/0001.parquet", ["a star"], "words", CONVERTED)
     hub.add("default/train/0000.parquet", ["a circle"], "words", CONVERTED)
     hub.add("default/partial-train/0000.parquet", ["part"], "words", CONVERTED)
@@ -271,12 +291,14 @@ def test_folders_of_a_data_set_without_splits_can_be_named(hub: Hub) -> None:
     assert load_prompts("org/name:places/train") == ["a lake"]
 
 
-def test_a_split_that_there_is_not_is_told_with_what_there_is(hub: Hub) -> None:
+def test_a_missing_split_is_reported_with_the_existing_files(hub: Hub) -> None:
     hub.add("train.txt", TWO)
     hub.revisions[None] += [f"image{n}.png" for n in range(30)]
-    told = refused("org/name:validation")
-    assert told.startswith("data set 'org/name': no ") and "split 'validation': only train.txt, image0.png" in told
-    assert told.endswith("and 23 more")
+    message = refused("org/name:validation")
+    assert (
+        message.startswith("data set 'org/name': no ") and "split 'validation': only train.txt, image0.png" in message
+    )
+    assert message.endswith("and 23 more")
     hub.revisions = {None: []}
     assert "it is empty" in refused("org/name")
 
@@ -315,10 +337,10 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     class Handler(BaseHTTPRequestHandler):
         def answer(self, body: bool) -> None:
             name = self.path.rpartition("/")[2]
-            told = json.dumps(
+            listing = json.dumps(
                 {"id": "org/name", "sha": SHA, "siblings": [{"rfilename": name} for name in content]}
             ).encode()
-            data = told if self.path.startswith("/api/datasets/org/name") else content.get(name, b"")
+            data = listing if self.path.startswith("/api/datasets/org/name") else content.get(name, b"")
             status, code = (refusal[0][1], refusal[0][0]) if refusal else (200, "")
             self.send_response(status)
             if code:
@@ -378,10 +400,223 @@ def test_refusals_of_the_hub_are_one_line(server: Serve, code: str, status: int,
     refused("org/name")
 
 
-def test_without_a_network_one_line_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_network_one_line_names_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody there
-    told = refused("org/name")
-    assert told.startswith("prompts 'org/name': no such file") and "HF_HUB_OFFLINE=1" in told and "refused" in told
+    message = refused("org/name")
+    assert (
+        message.startswith("prompts 'org/name': no such file")
+        and "HF_HUB_OFFLINE=1" in message
+        and "refused" in message
+    )
     assert "org/na--me" in refused("org/na--me")  # a name that no data set may have
+
+
+# Columns.
+
+
+FILES: dict[str, tuple[str, str]] = {
+    "csv": ("p.csv", "Prompts,Kind\na star,x\na circle,y\n"),
+    "csv of Excel": ("p.csv", "Nr;Prompt\r\n1;a star\r\n2;a circle\r\n"),
+    "tsv, quoted": ("p.tsv", 'Prompt\tNote\n"a star"\t\n"a circle"\tx\n'),
+    "jsonl, caption": ("p.jsonl", '{"caption": "a star"}\n{"caption": "a circle"}\n'),
+    "jsonl, Text": ("p.jsonl", '{"Text": "a star", "id": 1}\n{"Text": "a circle", "id": 2}\n'),
+    "jsonl, texts alone": ("p.jsonl", '"a star"\n"a circle"\n'),
+    "json, texts": ("p.json", '["a star", "a circle"]'),
+    "json, objects": ("p.json", '[{"id": 1, "prompt": "a star"}, {"id": 2, "prompt": "a circle"}]'),
+    "json, columns": ("p.json", '{"id": [1, 2], "prompt": ["a star", "a circle"]}'),
+    "json, one list": ("p.json", '{"prompts": ["a star", "a circle"]}'),
+    "json, lists by tag": ("p.json", '{"stars": ["a star"], "others": ["a circle"]}'),
+    "json, objects by name": ("p.json", '{"001": {"prompt": "a star"}, "002": {"prompt": "a circle"}}'),
+    "json, a list of objects in an object": ("p.json", '{"data": [{"text": "a star"}, {"text": "a circle"}]}'),
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("kind", FILES)
+def test_every_form_in_every_encoding_gives_its_prompts(tmp_path: Path, kind: str, encoding: str) -> None:
+    name, text = FILES[kind]
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    assert read_prompts(tmp_path / name) == load_prompts(str(tmp_path / name)) == STARS
+
+
+def test_quotes_commas_and_line_breaks_inside_a_cell_belong_to_the_prompt(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text('prompt,n\n"a ""big"", red\nstar",1\n\n,2\n')
+    assert read_rows(tmp_path / "p.csv") == [PromptRow('a "big", red\nstar', {"n": "1"})]
+    (tmp_path / "p.tsv").write_text('prompt\tn\n"big" stars\t1\nan 8" disc\t2\n')  # written without quoting
+    assert read_prompts(tmp_path / "p.tsv") == ['"big" stars', 'an 8" disc']
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.csv", "prompt\na star, a circle\n", "line 2: 2 values for 1 columns: quote prompts that contain"),
+        ("p.csv", 'prompt\n"a star\n', "not a readable table"),
+        ("p.csv", "a,b\n1,2\n", 'line 1: expected a column named "prompt" (--prompt-column names another); choose'),
+        ("p.csv", "text,caption\n1,2\n", "text, caption could each be the prompts: choose one with --prompt-column"),
+        ("p.jsonl", '{"text": "a", "caption": "b"}\n', "line 1: text, caption could each be the prompts"),
+        ("p.csv", "prompt,n,n\na,1,2\n", "column 'n' is repeated"),
+        ("p.json", '{"prompt": ["a", "b"], "seed": [1]}', "2 values under 'prompt', 1 under 'seed'"),
+        ("p.json", "3", "expected a list of prompts or objects, got int"),
+        ("p.json", "[3]", "entry 1: expected an object with a text"),
+        ("p.json", "[", "not JSON"),
+        ("p.json", '{"a": 1}', 'expected a list under "prompt"'),
+    ],
+)
+def test_unreadable_files_are_reported_in_one_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError) as raised:
+        read_prompts(tmp_path / name)
+    assert str(raised.value).startswith(str(tmp_path / name)) and message in str(raised.value)
+
+
+def test_columns_stay_with_their_prompts(tmp_path: Path) -> None:
+    table = pa.table({"Prompt": STARS, "seed": [1, None], "image": [{"bytes": b"x"}] * 2, "note": ["", "n"]})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    assert read_rows(tmp_path / "p.parquet") == [
+        PromptRow(STARS[0], {"seed": 1}),
+        PromptRow(STARS[1], {"note": "n"}),
+    ]
+    (tmp_path / "p.json").write_text(FILES["json, lists by tag"][1])
+    assert load_tagged_prompts(str(tmp_path / "p.json")) == (STARS, ["stars", "others"])
+    (tmp_path / "p.csv").write_text("text,caption\na,b\n")
+    assert read_prompts(tmp_path / "p.csv", "Caption") == ["b"]
+
+
+def test_unused_columns_are_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "p.csv").write_text("prompt,tag,negative_prompt\na,t,n\nb,t,n\n")
+    with caplog.at_level(logging.WARNING):
+        assert load_tagged_prompts(str(tmp_path / "p.csv"))[1] == ["t", "t"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"steer: {tmp_path / 'p.csv'}: unused columns: negative_prompt"
+    ]
+
+
+# Arguments.
+
+VALUES: dict[str, Any] = {"model": "scenes", "method": "best-of-n", "reward": "brightness", "particles": 2, "steps": 2}
+VALUES |= {"guidance": 2.0, "seed": 5, "compare": False, "dtype": None}
+SETTINGS = SamplingConfig.of(**VALUES)
+
+
+def bare(kind: Any) -> Any:
+    return kind.__new__(kind)
+
+
+@pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline])
+def test_arguments_are_those_of_the_pipeline_that_a_cell_can_hold(kind: type) -> None:
+    names = argument_names(bare(kind))
+    assert {"negative_prompt", "height", "width"} <= names.keys()
+    assert not names.keys() & {"prompt", "latents", "generator", "output_type", "callback_on_step_end", "prompt_embeds"}
+
+
+def test_cells_become_the_values_of_the_arguments() -> None:
+    cells = {"Negative_Prompt": "7", "seed": "42.0", "height": " 64 ", "guidance_scale": "3", "note": "x"}
+    one = sample_requests([PromptRow("a", cells)], SETTINGS, bare(StableDiffusionPipeline))[0]
+    assert one.arguments == {"negative_prompt": "7", "height": 64}
+    assert (one.settings.seed, one.settings.guidance, one.settings.steps) == (42, 3.0, 2)
+
+
+@pytest.mark.parametrize(
+    "cells", [{"seed": "x"}, {"seed": -1}, {"seed": 2**63}, {"height": "tall"}, {"num_inference_steps": 0.5}]
+)
+def test_a_cell_that_does_not_fit_is_named_with_its_prompt(cells: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="prompt 'a'") as raised:
+        sample_requests([PromptRow("a", cells)], SETTINGS, bare(StableDiffusionPipeline))
+    assert next(iter(cells)).split("_")[-1] in str(raised.value)
+
+
+def test_equal_rows_have_different_seeds() -> None:
+    rows = [PromptRow("a"), PromptRow("b"), PromptRow("a", {"id": 3}), PromptRow("a", {"seed": 1}), PromptRow("a")]
+    requests = sample_requests(rows, SETTINGS, bare(StableDiffusionPipeline))
+    assert [one.settings.seed for one in requests] == [5, 5, 6, 1, 7]
+
+
+def test_arguments_of_a_untrusted_image_are_checked() -> None:
+    assert check_arguments({"negative_prompt": "x", "height": 64}, "arguments") == {
+        "negative_prompt": "x",
+        "height": 64,
+    }
+    refused: list[Any] = [
+        [],
+        {"height": 10**6},
+        {"x": {}},
+        {"x": [[1]]},
+        {"x": float("inf")},
+        {"x": "\0"},
+        {"x": [1] * 65},
+    ]
+    for wrong in refused:
+        with pytest.raises(InputError, match="arguments"):
+            check_arguments(wrong, "arguments")
+
+
+QUICK = ["--method", "best-of-n", "--reward", "brightness", "--particles", "2", "--steps", "2", "--no-compare"]
+
+
+def test_rows_are_sampled_with_their_own_arguments_and_equal_ones_differ(
+    steer: Steer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "p.csv").write_text(
+        "prompt,negative_prompt,seed,Category\na star,,,x\na star,,,x\na star,a circle,,x\na star,,1,x\n"
+    )
+    command = [
+        "sample",
+        "--prompts",
+        tmp_path / "p.csv",
+        *QUICK,
+        "--guidance",
+        4,
+        "--seed",
+        0,
+        "--out",
+        tmp_path / "o",
+    ]
+    code, _, err = steer(*command)
+    assert code == 0, err
+    warnings = [record.getMessage() for record in caplog.records if "unused columns" in record.getMessage()]
+    assert warnings == ["steer: prompts: unused columns: Category"]
+    entries = loads_with_checksum((tmp_path / "o/report.json").read_text())["prompts"]
+    first = [Image.open(tmp_path / "o" / sorted(entry["images"])[0]) for entry in entries]
+    recipes = [read_metadata(tmp_path / "o" / sorted(entry["images"])[0]) for entry in entries]
+    assert [one.settings.seed for one in recipes] == [0, 1, 0, 1]
+    assert len({one.pixels for one in recipes}) == 3 and recipes[1].pixels == recipes[3].pixels
+    assert recipes[2].arguments == {"negative_prompt": "a circle"} and entries[0]["columns"] == {"Category": "x"}
+    lines = first[2].text["parameters"].split("\n")  # type: ignore[attr-defined]
+    assert lines[:2] == ["a star", "Negative prompt: a circle"]
+    assert (
+        lines[2].startswith("Steps: 2, Sampler: ") and "CFG scale: 4.0, Seed: 0, Size: 64x64, Model: scenes" in lines[2]
+    )
+    code, out, err = steer("sample", "--replay", tmp_path / "o" / sorted(entries[2]["images"])[0], "--out", tmp_path)
+    assert code == 0 and "the same pixels" in out, err
+    (tmp_path / "p.csv").write_text((tmp_path / "p.csv").read_text().replace("a circle", "a cross"))
+    code, _, err = steer(*command)
+    assert code == 2 and "other columns of prompt 3; choose another --out" in err
+
+
+def test_the_column_can_be_chosen(steer: Steer, tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("text,caption\na circle,a star\n")
+    command = ["sample", "--prompts", tmp_path / "p.csv", *QUICK, "--out", tmp_path / "o"]
+    code, _, err = steer(*command)
+    assert code == 2 and "choose one with --prompt-column" in err
+    assert steer(*command, "--prompt-column", "caption")[0] == 0
+    assert json.loads((tmp_path / "o/report.json").read_text())["prompts"][0]["prompt"] == "a star"
+    code, _, err = steer("sample", "a star", *QUICK, "--prompt-column", "caption", "--out", tmp_path / "p")
+    assert code == 2 and "--prompt-column belongs to --prompts FILE" in err
+
+
+def test_tags_are_read_beside_the_prompts(tmp_path: Path) -> None:
+    lines = [{"tag": "x", "prompt": "one"}, {"tag": "y", "prompt": " "}, {"tag": " z", "prompt": "two"}]
+    path = tmp_path / "p.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    assert load_tagged_prompts(str(path)) == (["one", "two"], ["x", "z"])
+    (tmp_path / "p.tsv").write_text("Prompt\tCategory\none\tx\n\ntwo\tz\n")
+    assert load_tagged_prompts(str(tmp_path / "p.tsv")) == (["one", "two"], None)
+    assert load_tagged_prompts(str(tmp_path / "p.tsv"), tag="category") == (["one", "two"], ["x", "z"])
+    (tmp_path / "p.txt").write_text("one\n")
+    assert load_tagged_prompts(str(tmp_path / "p.txt")) == (["one"], None)
+    with pytest.raises(InputError, match="there are Category"):
+        load_tagged_prompts(str(tmp_path / "p.tsv"), tag="tag")
+    prompts, tags = load_tagged_prompts("scenes-heldout")
+    assert tags is not None and (prompts[2], tags[2]) == ("four black triangles", "counting")

@@ -176,13 +176,13 @@ def test_everything_is_sorted_by_the_reward_together(output_type: str) -> None:
     }
     out, other = outs["pt"], outs[output_type]
     asked = [prompt for prompt in PROMPTS[:2] for _ in range(3)]
-    torch.testing.assert_close(out.parts["like"].flatten(), likeness(out.images, asked))
-    torch.testing.assert_close(out.parts["red"].flatten(), redness(out.images, asked))
-    torch.testing.assert_close(out.rewards, out.parts["like"] + out.parts["red"])
+    torch.testing.assert_close(out.components["like"].flatten(), likeness(out.images, asked))
+    torch.testing.assert_close(out.components["red"].flatten(), redness(out.images, asked))
+    torch.testing.assert_close(out.rewards, out.components["like"] + out.components["red"])
     assert (out.rewards.diff(dim=1) <= 0).all() and out.order[0].tolist() != [0, 1, 2] != out.order[1].tolist()
     torch.testing.assert_close(out.in_slot_order().rewards, out.trace[-1].best)
     for iteration in out.trace:
-        torch.testing.assert_close(iteration.rewards, iteration.parts["like"] + iteration.parts["red"])
+        torch.testing.assert_close(iteration.rewards, iteration.components["like"] + iteration.components["red"])
     again = images_of(cached_pipe("flux"), **call, num_images_per_prompt=3, **out.start.arguments())
     assert torch.equal(again, out.images)
     assert len(other.images) == 6 and torch.equal(other.rewards, out.rewards)

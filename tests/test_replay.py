@@ -1,4 +1,4 @@
-"""An image once more from what it says of itself: the same pixels, or in one line why not; and no code of strangers."""
+"""`steer.apps.replay`: the same pixels again, or one line with the reason; untrusted recipes run no code."""
 
 import json
 import sys
@@ -34,7 +34,7 @@ def image(steer: Steer, shared: Path) -> Path:
 
 @pytest.fixture
 def changed(image: Path, tmp_path: Path) -> Changed:
-    """A copy of the image that says something else of itself, as a stranger may have made it."""
+    """A copy of the image with an edited recipe."""
 
     def change(settings: dict[str, Any] | None = None, **changes: Any) -> Path:
         recipe, pixels = read_png(image)
@@ -45,11 +45,11 @@ def changed(image: Path, tmp_path: Path) -> Changed:
     return change
 
 
-def test_every_image_tells_how_it_was_made(image: Path) -> None:
+def test_every_image_records_how_it_was_made(image: Path) -> None:
     folder = image.parent
     report = json.loads((folder.parent / "report.json").read_text())
     (entry,) = report["prompts"]
-    told: list[tuple[str, Recipe]] = []
+    recipes: list[tuple[str, Recipe]] = []
     for path in sorted(folder.glob("*.png")):
         recipe, pixels = read_png(path)
         assert recipe.pixels == read_png(path)[0].pixels and pixels.size == (64, 64)
@@ -59,14 +59,14 @@ def test_every_image_tells_how_it_was_made(image: Path) -> None:
         assert recipe.reward == scores[recipe.rank] == pytest.approx(sum(recipe.components.values()))
         if not recipe.base:
             assert recipe.components == {name: values[recipe.rank] for name, values in entry["components"].items()}
-        told.append((path.name, recipe))
-    assert [(name, recipe.base, recipe.rank) for name, recipe in told] == [
+        recipes.append((path.name, recipe))
+    assert [(name, recipe.base, recipe.rank) for name, recipe in recipes] == [
         *(("00.png", False, 0), ("01.png", False, 1), ("base-00.png", True, 0), ("base-01.png", True, 1))
     ]
 
 
 @pytest.mark.parametrize("name", ["01.png", "base-01.png"])
-def test_an_image_comes_out_the_same_to_the_byte(steer: Steer, image: Path, tmp_path: Path, name: str) -> None:
+def test_a_replay_is_identical_to_the_byte(steer: Steer, image: Path, tmp_path: Path, name: str) -> None:
     source, path = image.with_name(name), list(sys.path)
     code, out, _ = steer("sample", "--replay", source, "--out", tmp_path / "again")
     again = tmp_path / "again" / f"{source.stem}-replay.png"
@@ -94,7 +94,7 @@ def test_other_methods_are_replayed(steer: Steer, tmp_path: Path, words: list[st
     assert {path.name for path in (tmp_path / "again").iterdir()} == {f"{Path(name).stem}-replay.png" for name in names}
 
 
-def test_other_pixels_are_told_with_what_is_otherwise(steer: Steer, changed: Changed, tmp_path: Path) -> None:
+def test_other_pixels_are_reported_with_the_differing_versions(steer: Steer, changed: Changed, tmp_path: Path) -> None:
     source = changed({"lam": 0.5, "seed": 6}, torch="1.0", device="cuda (A Card)")
     code, out, _ = steer("sample", "--replay", source, "--out", tmp_path)
     assert code == 1 and len(out.splitlines()) == 1
@@ -105,14 +105,12 @@ def test_other_pixels_are_told_with_what_is_otherwise(steer: Steer, changed: Cha
     assert "versions and device are the same" in out
 
 
-def test_a_picture_that_was_painted_over_is_told_from_one_that_comes_out_otherwise(
-    steer: Steer, image: Path, tmp_path: Path
-) -> None:
+def test_an_edited_image_is_distinguished_from_a_differing_replay(steer: Steer, image: Path, tmp_path: Path) -> None:
     recipe, pixels = read_png(image)
     pixels.putpixel((3, 4), (1, 2, 3))
     write_png(pixels, tmp_path / "painted.png", recipe)
     code, out, _ = steer("sample", "--replay", tmp_path / "painted.png", "--out", tmp_path)
-    assert code == 1 and ", 1 of 4096 differ by up to " in out and "the file was changed since" in out
+    assert code == 1 and ", 1 of 4096 differ by up to " in out and "so the file was edited" in out
     write_png(pixels.resize((8, 8)), tmp_path / "painted.png", recipe)
     _, out, _ = steer("sample", "--replay", tmp_path / "painted.png", "--out", tmp_path)
     assert "RGB 64x64 in place of RGB 8x8" in out
@@ -130,7 +128,7 @@ def reward(images, prompts):
 
 @pytest.fixture
 def canary(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that is there once the module evil_rewards has run, which anybody can import here."""
+    """A file that exists once the importable module evil_rewards has run."""
     (tmp_path / "evil_rewards.py").write_text(EVIL.format(canary=str(tmp_path / "canary")))
     (tmp_path / "evil.yaml").write_text("rewards: ['evil_rewards:reward']\n")
     monkeypatch.chdir(tmp_path)
@@ -145,7 +143,7 @@ def test_no_code_that_an_image_names_runs_without_the_word_of_the_user(
     source, path = changed({"reward": spec}), list(sys.path)
     code, out, err = steer("sample", "--replay", source, "--out", canary.parent / "again")
     assert code == 2 and not out and len(err.splitlines()) == 1 and err.startswith(f"steer: {source}: its reward ")
-    assert spec in err and "say --reward SPEC with --replay" in err
+    assert spec in err and "add --reward SPEC" in err
     assert not canary.exists() and "evil_rewards" not in sys.modules and sys.path == path
     assert not (canary.parent / "again").exists()
 
@@ -171,12 +169,16 @@ def test_a_reward_that_the_user_names_is_taken(steer: Steer, changed: Changed, c
         (["--model", "scenes"], "leave out --model"),
     ],
 )
-def test_what_the_image_says_is_not_said_again(steer: Steer, tmp_path: Path, words: list[str], message: str) -> None:
+def test_options_that_the_image_determines_are_refused(
+    steer: Steer, tmp_path: Path, words: list[str], message: str
+) -> None:
     code, _, err = steer("sample", "--replay", tmp_path / "nowhere.png", *words)
     assert code == 2 and err == f"steer: --replay takes all from the image: {message}\n"
 
 
-def test_what_cannot_be_replayed_is_one_line(steer: Steer, image: Path, changed: Changed, tmp_path: Path) -> None:
+def test_recipes_that_cannot_be_replayed_are_one_line(
+    steer: Steer, image: Path, changed: Changed, tmp_path: Path
+) -> None:
     (tmp_path / "short.png").write_bytes(image.read_bytes()[:-2000])
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "in-the-way").touch()

@@ -92,7 +92,7 @@ def test_an_adapter_that_does_not_fit_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=message):
             LoRA(fresh(), **options).load_initial_adapter(str(tmp_path))  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="no LoRA there"):
+    with pytest.raises(InputError, match="no LoRA file"):
         LoRA(fresh(), 2).load_initial_adapter(str(tmp_path / "nowhere"))
     file = tmp_path / "pytorch_lora_weights.safetensors"
     save_file(load_file(file) | {"unet.conv_out.weight": torch.ones(1)}, file)

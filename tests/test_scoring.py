@@ -133,7 +133,7 @@ def test_one_bad_image_does_not_lose_the_others(steer: Steer, images: Path) -> N
 def test_no_images_and_two_sources_of_prompts_are_refused(steer: Steer, images: Path) -> None:
     assert "no images: name files" in score(steer, "--prompt", "x")[2]
     (images / "p.txt").write_text("x\n")
-    assert "leave one of them out" in score(steer, images, "--prompt", "x", "--prompts", images / "p.txt")[2]
+    assert "use one of them" in score(steer, images, "--prompt", "x", "--prompts", images / "p.txt")[2]
 
 
 def test_prompts_that_are_not_there_can_be_counted_and_cut_but_not_read() -> None:

@@ -78,7 +78,7 @@ def test_the_first_candidates_are_the_pipelines_own_and_more_only_add() -> None:
 
 
 @pytest.mark.parametrize("scheduler", [None, EulerAncestralDiscreteScheduler])
-@pytest.mark.parametrize("together", [1, 2, 3, 7, 20])
+@pytest.mark.parametrize("candidate_batch_size", [1, 2, 3, 7, 20])
 def test_batches_of_candidates_change_nothing(scheduler: Any, candidate_batch_size: int) -> None:
     whole = screened(scheduler=scheduler, candidate_batch_size=7)
     components = screened(scheduler=scheduler, candidate_batch_size=candidate_batch_size)
@@ -120,7 +120,7 @@ def test_fresh_candidates_are_standard_normal_in_a_closed_form() -> None:
     def first_pixel(images: Tensor, prompts: Any) -> Tensor:
         return images[:, 0, 0, 0]
 
-    options = {"keep": 4, "candidates": 600, "steps": 10, "together": 300}
+    options = {"keep": 4, "candidates": 600, "steps": 10, "candidate_batch_size": 300}
     result = screen_initial_noise(pipe, Soft(first_pixel), **options, generator=seeded(1), num_inference_steps=20)
     noise = ((result.rewards - shift) / gain)[0]
     torch.testing.assert_close(result.noise[:, 0, 0, 0], noise[result.chosen[0]], rtol=1e-3, atol=1e-3)
@@ -155,7 +155,7 @@ def test_without_a_generator_the_global_numbers_decide_and_move_on() -> None:
         ({"candidates": 2}, "candidates must be at least as many as are kept, 3, got 2"),
         ({"keep": 0}, "keep must be at least 1"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"together": 0}, "together must be at least 1"),
+        ({"candidate_batch_size": 0}, "candidate_batch_size must be at least 1"),
         ({"latents": torch.zeros(3, 4, 4, 4)}, "latents and screened starts exclude each other"),
         ({"timesteps": [900, 500]}, "timesteps and screened starts exclude each other"),
         ({"sigmas": [9.0, 0.5]}, "sigmas and screened starts exclude each other"),

@@ -25,7 +25,12 @@ def climb(target: float | None, iterations: int = 12, **options: Any) -> Steerin
     """r = the sum of three pixels, each mean + gain · ε: one step of plain ascent adds a known amount."""
     pipe = GaussianPipeline()
     reward = Soft(lambda images, prompts: images.sum((1, 2, 3)))
-    call = {"regularisation": 0.0, "optimiser": Nesterov(0.5, momentum=0.0), "max_grad_norm": 1e9, "target": target}
+    call = {
+        "regularisation": 0.0,
+        "optimiser": Nesterov(0.5, momentum=0.0),
+        "max_grad_norm": 1e9,
+        "target_reward": target,
+    }
     steps = {"num_inference_steps": 10, "output_type": "pt", "iterations": iterations, "generator": seeded(1)}
     return ReNOPipeline(pipe, reward)(**call | steps | options)
 
@@ -48,14 +53,14 @@ def test_the_climb_ends_at_the_iteration_that_arithmetic_says() -> None:
 def test_without_a_target_and_with_one_never_met_nothing_changes(search: str) -> None:
     method, options = SEARCHES[search]
     plain = run(method=method, **options)
-    assert same(run(method=method, target=None, **options), plain)
-    assert same(run(method=method, target=1e6, **options), plain)
+    assert same(run(method=method, target_reward=None, **options), plain)
+    assert same(run(method=method, target_reward=1e6, **options), plain)
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 def test_met_at_the_first_iteration_it_is_the_pipelines_own_image(search: str) -> None:
     method, options = SEARCHES[search]
-    out = run(method=method, target=-1e6, **options)
+    out = run(method=method, target_reward=-1e6, **options)
     first = run(method=method, iterations=1, **options)
     assert len(out.trace) == 1 and torch.equal(out.images, first.images) and torch.equal(out.rewards, first.rewards)
 
@@ -67,7 +72,7 @@ def test_rows_of_a_batch_stop_as_they_would_alone(search: str) -> None:
     free = run(method=method, iterations=8, num_particles=3, **options)
     best = torch.stack([one.best[0] for one in free.trace])  # (iterations, rows), rising
     target = best[3].max().item()  # the fastest row meets it at 3 at the latest
-    out = run(method=method, iterations=8, num_particles=3, target=target, **options)
+    out = run(method=method, iterations=8, num_particles=3, target_reward=target, **options)
     met = best >= target
     ends = [int(met[:, row].float().argmax()) if met[:, row].any() else 7 for row in range(3)]
     assert min(ends) < max(ends)  # they part
@@ -85,7 +90,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, search: str) -> None:
     method, options = SEARCHES[search]
     best = [one.best for one in run(method=method, iterations=8, **options).trace]
     target = best[2].max().item()
-    call = {"method": method, "iterations": 8, "target": target} | options
+    call = {"method": method, "iterations": 8, "target_reward": target} | options
     whole, file = run(**call), tmp_path / "state"
     for number in (0, 2):
         with pytest.raises(Enough):
@@ -100,19 +105,19 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, search: str) -> None:
 @pytest.mark.parametrize("search", SEARCHES)
 def test_another_target_is_another_run(tmp_path: Path, search: str) -> None:
     method, options = SEARCHES[search]
-    run(method=method, state_file=tmp_path / "with", iterations=1, target=1e6, **options)
+    run(method=method, state_file=tmp_path / "with", iterations=1, target_reward=1e6, **options)
     run(method=method, state_file=tmp_path / "without", iterations=1, **options)
     for file, target in (("with", 2e6), ("with", None), ("without", 1e6)):
         with pytest.raises(InputError, match="belongs to another run"):
-            run(method=method, state_file=tmp_path / file, target=target, **options)
+            run(method=method, state_file=tmp_path / file, target_reward=target, **options)
 
 
 @pytest.mark.parametrize("search", SEARCHES)
 @pytest.mark.parametrize("target", [math.nan, math.inf, -math.inf])
 def test_a_target_that_is_no_number_is_refused(search: str, target: float) -> None:
     method, _ = SEARCHES[search]
-    with pytest.raises(InputError, match="target must be finite, got"):
-        run(method=method, target=target)
+    with pytest.raises(InputError, match="target_reward must be a finite number, got"):
+        run(method=method, target_reward=target)
 
 
 def test_a_search_at_its_target_moves_no_more() -> None:
@@ -126,5 +131,5 @@ def test_a_search_at_its_target_moves_no_more() -> None:
 
 def test_patience_and_a_target_end_searches_side_by_side() -> None:
     free = run(Soft(likeness), iterations=8, num_particles=3, patience=1, restarts=1)
-    out = run(Soft(likeness), iterations=8, num_particles=3, patience=1, restarts=1, target=1e6)
+    out = run(Soft(likeness), iterations=8, num_particles=3, patience=1, restarts=1, target_reward=1e6)
     assert same_traces(out.trace, free.trace)

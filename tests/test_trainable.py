@@ -1,4 +1,4 @@
-"""LoRAs and whole denoisers: where training begins, what the reference is, what is saved."""
+"""LoRAs and full finetuning: initial state, reference and saved files."""
 
 import copy
 import functools
@@ -120,7 +120,7 @@ def test_what_is_no_lora(options: dict[str, Any], message: str) -> None:
 def test_a_pipeline_is_trained_once() -> None:
     pipe = fresh_pipe("sd")
     LoRA(pipe, 2)
-    with pytest.raises(InputError, match="has a LoRA named 'steer' already: load the pipeline anew"):
+    with pytest.raises(InputError, match="already has a LoRA named 'steer': reload the pipeline"):
         LoRA(pipe, 2)
 
 

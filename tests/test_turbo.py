@@ -1,9 +1,8 @@
-"""The one-step model: how it was distilled, and as a user meets it; the study of ReNO on it."""
+"""The one-step model: its distillation, its use, and its optimised noise as the start of the multi-step model."""
 
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -11,10 +10,8 @@ from diffusers import LCMScheduler, StableDiffusionPipeline
 from torch import Generator
 
 from steer.apps.scenes import distil
-from steer.apps.scenes import noise_studies as noise_cost
-from steer.apps.scenes import noise_studies as noise_then
+from steer.apps.scenes.analyses import reno_then_steering
 from steer.apps.scenes.distil import STARTS, Distillation, assemble_turbo, denoised, noised, text_features
-from steer.apps.scenes.noise_studies import SEEDS, batch_ratio, draw_study, reno_then_steering, study
 from steer.assets import MODELS
 from steer.rewards.scene import SceneReward
 
@@ -133,30 +130,10 @@ def test_the_student_says_in_the_pipeline_what_it_said_in_training(
         assert torch.equal(said, distillation.fake(x, 999, text, return_dict=False)[0])
 
 
-def test_the_study_runs_and_its_picture_is_drawn(tmp_path: Path) -> None:
-    found: dict[str, Any] = study("scenes-turbo", "scenes", "scene-soft", ["a circle", "a red star"], few=True)
-    methods = found["methods"]
-    assert [row["evaluations"] for row in methods["ReNO"]] == [1, 5]
-    assert methods["ReNO"][1]["proxy"][0] >= methods["ReNO"][0]["proxy"][0]
-    assert [row["evaluations"] for row in methods["zero-order search"]] == [1, 9]
-    # The first iterate of both is the noise that the pipeline itself draws.
-    assert methods["ReNO"][0]["proxy"] == methods["zero-order search"][0]["proxy"]
-    assert found["seeds"] == SEEDS and found["prompts"] == 2
-    draw_study(found, tmp_path / "study.png")
-    assert (tmp_path / "study.png").stat().st_size > 10_000
-
-
-def test_the_second_stage_starts_from_the_optimised_noise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise_then, "CALL", {"num_inference_steps": 4})
-    monkeypatch.setattr(noise_then, "ITERATIONS", 2)
-    found = reno_then_steering("scenes-turbo", "scenes", "scene-soft", ["a circle", "a red star"])
+def test_the_second_stage_starts_from_the_optimised_noise() -> None:
+    call = {"num_inference_steps": 4}
+    found = reno_then_steering("scenes-turbo", "scenes", "scene-soft", ["a circle", "a red star"], 2, 2, call)
     assert set(found["methods"]) == {"ReNO", "base, random", "base, optimised", "fk, random", "fk, optimised"}
     base = found["methods"]
     gain = base["base, optimised"]["all"][0] - base["base, random"]["all"][0]
     assert found["gain"]["base"]["all"][0] == pytest.approx(gain, abs=1e-3)
-
-
-def test_a_batch_is_compared_with_single_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(noise_cost, "PROMPTS", 2)
-    found = batch_ratio("scenes-turbo", iterations=1)
-    assert found["ratio"] == pytest.approx(found["single"] / found["batch"], rel=0.3)

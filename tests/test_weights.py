@@ -52,9 +52,9 @@ def test_tensors_come_back_as_they_were_saved(tmp_path: Path, name: str, save: C
     [
         (STATE["layer.bias"], "expected a table of named tensors, got Tensor"),
         ([1, 2], "expected a table of named tensors, got list"),
-        ({"a": 1}, "found int under 'a'"),
-        ({"a": {"b": torch.ones(1)}}, "found dict under 'a'"),
-        ({3: torch.ones(1)}, "found Tensor under 3"),
+        ({"a": 1}, "got int under 'a'"),
+        ({"a": {"b": torch.ones(1)}}, "got dict under 'a'"),
+        ({3: torch.ones(1)}, "got Tensor under 3"),
         ({"state_dict": None}, "got NoneType"),
         ({"a": nn.Linear(1, 1)}, "refused"),
     ],
@@ -68,11 +68,11 @@ def test_what_is_no_table_of_tensors_is_refused(tmp_path: Path, content: object,
     ("name", "content", "message"),
     [
         ("none.pt", None, "no such checkpoint"),
-        ("empty.pt", b"", "cannot be read, is it whole"),
-        ("empty.safetensors", b"", "cannot be read, is it whole"),
-        ("page.pt", b"<html>404: Not Found</html>", "refused, .* broken, or with code"),
-        ("page.safetensors", b"<html>404: Not Found</html>", "cannot be read, is it whole"),
-        ("pointer.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "refused, .* broken"),
+        ("empty.pt", b"", "cannot be read, is it complete"),
+        ("empty.safetensors", b"", "cannot be read, is it complete"),
+        ("page.pt", b"<html>404: Not Found</html>", "refused, .* corrupt, or contains code"),
+        ("page.safetensors", b"<html>404: Not Found</html>", "cannot be read, is it complete"),
+        ("pointer.pt", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "refused, .* corrupt"),
     ],
 )
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, name: str, content: bytes | None, message: str) -> None:
@@ -170,7 +170,8 @@ def test_micro_batches_are_bounded_and_pair_images_with_prompts(size: int | str)
 
 @pytest.mark.parametrize("size", [0, -1, "many", "1.5", "", 2.0])
 def test_a_micro_batch_is_a_whole_number(size: object) -> None:
-    refused(lambda: in_micro_batches(lambda images, prompts: images, size), f"micro_batch={size}: use a whole number")  # type: ignore[arg-type]
+    message = f"micro_batch={size}: use a positive integer"
+    refused(lambda: in_micro_batches(lambda images, prompts: images, size), message)  # type: ignore[arg-type]
 
 
 class Download:

@@ -1,4 +1,4 @@
-"""What `steer bench` compares: ratios by name, of variants that do the same work or give the same result."""
+"""The comparisons of `steer bench`: ratios by name, of variants that do the same work or give the same result."""
 
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from statistics import median
 from types import MappingProxyType
 from typing import Any
 
@@ -15,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
 from steer.apps.bench.naive import naive_d3po, naive_fk, naive_reno
-from steer.apps.bench.sizes import REAL_SIZES, Flops, flops_of
+from steer.apps.bench.sizes import REAL_SIZES
 from steer.apps.bench.subject import (
     STRENGTH,
     Denoised,
@@ -29,20 +28,9 @@ from steer.apps.bench.subject import (
     search_of,
     without_decoder,
 )
-from steer.apps.bench.timing import (
-    Check,
-    Measurement,
-    Predict,
-    Prediction,
-    PreparedComparison,
-    Variant,
-    amdahl,
-    bounded,
-    difference,
-    predict_by_counts,
-)
+from steer.apps.bench.timing import Check, PreparedComparison, Variant, difference
 from steer.apps.methods import load_preview
-from steer.apps.models import load_pipeline, precision
+from steer.apps.models import load_pipeline, resolve_dtype
 from steer.diffusion.attention import attention_backend
 from steer.diffusion.batching import compiled, micro_batched
 from steer.diffusion.preview import Preview
@@ -52,7 +40,6 @@ from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.particle_batch import ParticleBatch, as_type
 from steer.pipelines.reno import Ascent, Backprop
 from steer.registry import choose
-from steer.shared_prompt import shared_prompt
 from steer.smc.particles import FeynmanKac
 from steer.training.gradient import two_pass_gradient
 from steer.training.losses import D3PO
@@ -60,31 +47,19 @@ from steer.training.losses import D3PO
 TOLERANCE, HALF_PRECISION_TOLERANCE = (
     1e-4,
     0.1,
-)  # how far equal results may be apart in fp32; in half precision rounding is not what is checked
+)  # of equal results in fp32; in half precision they differ by rounding
 BETA = 0.1  # of D3PO, as published
 NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images best first, rewards (B, K), ancestors
 
 
-@dataclass(frozen=True)
-class UpdateKind:
-    """Which update of a round it is.
-
-    on_policy       the weights are those that drew the samples: their log-probabilities are known
-    computes_reference  its answers are not at hand yet
-    """
-
-    on_policy: bool = True
-    computes_reference: bool = False
-
-
 def limit_of(subject: Subject) -> float:
-    """How far results that are to be the same may be apart."""
+    """The largest difference of results that must be the same."""
     return TOLERANCE if subject.pipe.dtype == torch.float32 else HALF_PRECISION_TOLERANCE
 
 
 def steer_whole(subject: Subject, pipe: Any, reward: Any, options: Mapping[str, Any] = NO_OPTIONS) -> Steered:
-    """Feynman–Kac steering as a user calls it, PIL images included."""
+    """Steer as a user does, PIL images included."""
     usual: dict[str, Any] = {
         "num_particles": subject.size,
         "lam": STRENGTH,
@@ -98,17 +73,17 @@ def steer_whole(subject: Subject, pipe: Any, reward: Any, options: Mapping[str, 
 
 
 def same_ancestors(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether particles went on from the same ones at every evaluated step."""
+    """Whether the ancestors of all particles are the same at every evaluated step."""
     return len(first) == len(second) and all(map(torch.equal, first, second))
 
 
 def same_tensors(subject: Subject) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Check]:
-    """Holds the tensors of two results against each other, one by one."""
+    """Compare the tensors of two results one by one."""
     return lambda a, b: Check(max(map(difference, a, b)), limit_of(subject))
 
 
 def same_steered(first: Steered, second: Steered, limit: float) -> Check:
-    """Images and rewards, and the ancestors."""
+    """Compare images, rewards and ancestors of two steered runs."""
     apart = max(difference(first[0], second[0]), difference(first[1], second[1]))
     return Check(apart, limit, same_ancestors(first[2], second[2]))
 
@@ -117,9 +92,8 @@ On = Callable[[Any], AbstractContextManager[Any]]  # a pipeline → a context th
 
 
 def fewer(subject: Subject) -> dict[str, Any]:
-    """Half as many particles more at the start, half of K from the first reading on and a quarter from the third, cheap
-    previews: what our steering is called with where other images of about the same reward will do, as
-    `python -m steer.apps.scenes economies` found."""
+    """Arguments for other images of about the same reward: 3/2 K particles at the start, K/2 from the first evaluated
+    step on and K/4 from the third, cheap previews (measured by `python -m steer.apps.scenes economies`)."""
     first, _, third, *_ = subject.read_at
     particle_counts = {first: subject.size // 2, third: subject.size // 4}
     preview = load_preview(subject.preview, subject.pipe)
@@ -135,10 +109,10 @@ def fewer(subject: Subject) -> dict[str, Any]:
 def fk(
     subject: Subject, on: On = nullcontext, persistent: On = nullcontext, cheaper: bool = False
 ) -> Iterator[PreparedComparison]:
-    """One prompt, rewards of images as PIL holds them.
+    """Steering of one prompt by rewards of 8-bit images, naive against ours.
 
-    on       what is switched on for each run of ours, `persistent` for all of them
-    cheaper  ours makes other images, of fewer evaluations
+    on       compute options of each run of ours; `persistent`: entered once for all of them
+    cheaper  ours makes other images with fewer evaluations
     """
     one = replace(subject, prompts=subject.prompts[:1])
     options = fewer(one) if cheaper else NO_OPTIONS
@@ -169,7 +143,7 @@ def fk(
 
 
 def reno_variant(subject: Subject, checkpointing: bool) -> Variant:
-    """Iterations of our ReNO, from the start; neither the drawing of the start nor that of the result."""
+    """Iterations of our ReNO from its start, without drawing the start and the result."""
     chain = search_of(subject)
     rule = Nesterov()
 
@@ -185,7 +159,7 @@ def reno_variant(subject: Subject, checkpointing: bool) -> Variant:
 
 @contextmanager
 def reno(subject: Subject) -> Iterator[PreparedComparison]:
-    """Iterations alone, activations kept by both."""
+    """Iterations of ReNO, naive against ours, activations kept by both."""
     ours, chain = reno_variant(subject, checkpointing=False), search_of(subject)
     reward, prompts = chain.particle_batch.reward, chain.particle_batch.prompts
 
@@ -197,72 +171,53 @@ def reno(subject: Subject) -> Iterator[PreparedComparison]:
     yield PreparedComparison(Variant("naive", naive), ours, same_tensors(subject))
 
 
-def d3po_variant(preference_batch: PreferenceBatch, turn: UpdateKind) -> Variant:
-    """One update of our D3PO: the loss, and the gradient it leaves."""
-
-    def run() -> tuple[Tensor, ...]:
-        zero_grad(preference_batch)
-        batch = (
-            replace(preference_batch.batch, references=preference_batch.references())
-            if turn.computes_reference
-            else preference_batch.batch
-        )
-        loss, _ = two_pass_gradient(preference_batch.sampler, batch, D3PO(BETA), on_policy=turn.on_policy)
-        return torch.tensor(loss), gradient_of(preference_batch)
-
-    return Variant("ours", run)
-
-
-def naive_d3po_variant(subject: Subject, preference_batch: PreferenceBatch) -> Variant:
-    """The same by four passes for each step."""
-
-    def run() -> tuple[Tensor, ...]:
-        zero_grad(preference_batch)
-        numbers = BETA, subject.call["guidance_scale"], preference_batch.sampler.eta
-        loss = naive_d3po(
-            preference_batch.pipe, preference_batch.trained, preference_batch.stored, preference_batch.winners, *numbers
-        )
-        return torch.tensor(loss), gradient_of(preference_batch)
-
-    return Variant("naive", run)
-
-
 def zero_grad(preference_batch: PreferenceBatch) -> None:
-    """Gradients of before."""
+    """Drop the gradients of earlier runs."""
     for parameter in preference_batch.trained.parameters.values():
         parameter.grad = None
 
 
 def gradient_of(preference_batch: PreferenceBatch) -> Tensor:
-    """Of all trained weights in one row, in units of its length."""
-    whole = torch.cat(
-        [p.grad.flatten().cpu() for p in preference_batch.trained.parameters.values() if p.grad is not None]
-    )
-    return whole / whole.norm()
+    """The gradient of all trained weights in one row, normalised."""
+    gradients = [p.grad.flatten().cpu() for p in preference_batch.trained.parameters.values() if p.grad is not None]
+    return torch.cat(gradients) / torch.cat(gradients).norm()
 
 
-def d3po(turn: UpdateKind) -> Callable[[Subject], AbstractContextManager[PreparedComparison]]:
-    """One update against the naive one."""
+@contextmanager
+def d3po(subject: Subject, on_policy: bool = True, computes_reference: bool = False) -> Iterator[PreparedComparison]:
+    """One D3PO update: loss and gradient, by four passes for each step against our two.
 
-    @contextmanager
-    def opened(subject: Subject) -> Iterator[PreparedComparison]:
-        if (made := subject.make_trainable) is None:
-            raise InputError("no model to train beside this one")
-        preference_batch = make_preference_batch(subject, made())
-        yield PreparedComparison(
-            naive_d3po_variant(subject, preference_batch), d3po_variant(preference_batch, turn), same_tensors(subject)
-        )
+    on_policy           the weights are those that drew the samples: their log-probabilities are known
+    computes_reference  the reference's log-probabilities are computed within the update
+    """
+    if subject.make_trainable is None:
+        raise InputError("there is no model to train")
+    preferences = make_preference_batch(subject, subject.make_trainable())
 
-    return opened
+    def ours() -> tuple[Tensor, ...]:
+        zero_grad(preferences)
+        batch = preferences.batch
+        if computes_reference:
+            batch = replace(batch, references=preferences.references())
+        loss, _ = two_pass_gradient(preferences.sampler, batch, D3PO(BETA), on_policy=on_policy)
+        return torch.tensor(loss), gradient_of(preferences)
+
+    def naive() -> tuple[Tensor, ...]:
+        zero_grad(preferences)
+        numbers = BETA, subject.call["guidance_scale"], preferences.sampler.eta
+        loss = naive_d3po(preferences.pipe, preferences.trained, preferences.stored, preferences.winners, *numbers)
+        return torch.tensor(loss), gradient_of(preferences)
+
+    yield PreparedComparison(Variant("naive", naive), Variant("ours", ours), same_tensors(subject))
 
 
 @contextmanager
 def overhead(subject: Subject) -> Iterator[PreparedComparison]:
-    """Steering with rewards that cost nothing against the plain batch, neither of them decoded."""
+    """Steering with free rewards against the plain batch, neither of them decoded."""
     view = without_decoder(subject.pipe)
 
     def check(steered: Denoised, plain: Tensor) -> Check:
-        # Without strength nobody is resampled: then the steered batch is the plain one.
+        # With λ = 0 nothing is resampled: then the steered batch is the plain one.
         latents = denoise_steered(subject, subject.pipe, lam=0.0).latents
         given = subject.call | {"prompt": list(subject.prompts), "num_images_per_prompt": subject.size}
         images = Preview(subject.pipe, given, len(latents))(latents)
@@ -274,7 +229,7 @@ def overhead(subject: Subject) -> Iterator[PreparedComparison]:
 
 @contextmanager
 def whole(subject: Subject) -> Iterator[PreparedComparison]:
-    """Steering with previews and rewards against the plain batch, final images decoded and made PIL in both."""
+    """Steering with previews and rewards against the plain batch, final images decoded to PIL in both."""
     reward = subject.judge()
     steered = Variant("steered", lambda: steer_whole(subject, subject.pipe, reward))
     yield PreparedComparison(steered, Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil")))
@@ -282,7 +237,7 @@ def whole(subject: Subject) -> Iterator[PreparedComparison]:
 
 @contextmanager
 def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
-    """Steering that waits for its rewards against steering that reads them beside the denoiser's next call."""
+    """Steering that waits for its rewards against asynchronous rewards."""
     reward, steps = subject.judge(), _async_resample_steps(subject)
 
     def steered(overlap: bool) -> Callable[[], Any]:
@@ -290,38 +245,25 @@ def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
             subject, subject.pipe, reward, {"asynchronous_rewards": overlap, "resample_steps": steps}
         )
 
-    yield PreparedComparison(Variant("in turn", steered(False)), Variant("overlapped", steered(True), counted=False))
+    yield PreparedComparison(
+        Variant("synchronous", steered(False)), Variant("asynchronous", steered(True), counted=False)
+    )
 
 
 def _async_resample_steps(subject: Subject) -> list[int]:
-    """Where rewards are read, without those steps that leave none to resample at one step later."""
+    """The evaluated steps after which another solver step follows to resample at."""
     return [step for step in subject.read_at if step <= subject.steps - 3]
-
-
-def async_rewards_prediction(subject: Subject) -> Predict:
-    """At most the decoder's and the reward's seconds are hidden behind the denoiser's, the last images' not."""
-    readings = len(_async_resample_steps(subject))
-    share = readings / (readings + 1)
-
-    def of(over: Measurement, under: Measurement) -> Prediction:
-        hidden = share * (over.parts.get("decoder", 0.0) + over.parts.get("reward", 0.0)) / median(over.seconds)
-        return bounded(hidden)
-
-    return of
 
 
 @dataclass(frozen=True)
 class ComputeOption:
-    """A gain.
+    """A compute option that changes no result.
 
-    about    what is switched
-    on       (pipeline) → a context that gives the pipeline to call
-    off      what it is compared with; by default the pipeline as it is
+    about       for the report
+    on          (pipeline) → a context that gives the pipeline to call
+    off         what it is compared with
     persistent  one context for all repeats, not one for each call: what has to be compiled first
-    quick    whether `--quick` has the time for it
-    affected_share  (FLOPs of a denoiser call by operator and module) → the share of them that it touches
-    removes  whether that share is saved; else it gets faster by an unknown factor
-    memory   it saves memory, and may cost time
+    quick       whether `--quick` has the time for it
     """
 
     about: str
@@ -329,19 +271,16 @@ class ComputeOption:
     off: On
     persistent: bool = False
     quick: bool = True
-    affected_share: Callable[[Flops], float] = lambda flops: 0.0
-    removes: bool = True
-    memory: bool = False
 
 
 @contextmanager
 def unmodified(pipe: Any) -> Iterator[Any]:
-    """Nothing is switched."""
+    """The pipeline as it is."""
     yield pipe
 
 
 def backend(name: str) -> On:
-    """Attention computed by a backend of `steer.diffusion.attention`."""
+    """Compute attention by a backend of `steer.diffusion.attention`."""
 
     @contextmanager
     def on(pipe: Any) -> Iterator[Any]:
@@ -351,68 +290,32 @@ def backend(name: str) -> On:
     return on
 
 
-@contextmanager
-def shared(pipe: Any) -> Iterator[Any]:
-    """Prompts' keys and values once, queries of a prompt's particles in one sequence."""
-    with shared_prompt(pipe) as sharing:
-        if not sharing.layers:
-            raise InputError(f"nothing to share: {'; '.join(sharing.reasons)}")
-        yield pipe
-
-
 def by_rows(rows: int) -> On:
-    """The denoiser a few rows at a time."""
+    """Call the denoiser a few rows at a time."""
     return lambda pipe: micro_batched(pipe, rows)
 
 
 @contextmanager
 def denoiser_compiled(pipe: Any) -> Iterator[Any]:
-    """The denoiser through torch.compile, on CUDA as captured graphs."""
+    """Compile the denoiser, on CUDA to captured graphs."""
     if platform.system() == "Windows" and not torch.cuda.is_available():
         raise InputError("torch.compile needs a C++ compiler here")
     with compiled(pipe) as view:
         yield view
 
 
-@contextmanager
-def all_exact_options(pipe: Any) -> Iterator[Any]:
-    """All exact gains that cost nothing where they do nothing, together."""
-    with attention_backend(pipe, "auto"), shared_prompt(pipe):
-        yield pipe
-
-
 COMPUTE_OPTIONS = {
-    "shared_prompt": ComputeOption(
-        "cross-attention: keys and values of prompts once, queries of a prompt in one sequence",
-        shared,
-        unmodified,
-        affected_share=lambda flops: flops.prompts / flops.all,
-    ),
     "sdpa": ComputeOption(
-        "attention by PyTorch's kernel against softmax(QKᵀ/√d) V as written",
-        backend("sdpa"),
-        backend("eager"),
-        affected_share=lambda flops: flops.attention / flops.all,
-        removes=False,
+        "attention by PyTorch's kernel against softmax(QKᵀ/√d) V as written", backend("sdpa"), backend("eager")
     ),
-    "xformers": ComputeOption(
-        "attention by xformers against PyTorch's kernel",
-        backend("xformers"),
-        backend("sdpa"),
-        affected_share=lambda flops: flops.attention / flops.all,
-        removes=False,
-    ),
-    "micro_batches": ComputeOption(
-        "the denoiser 4 rows at a time against all rows", by_rows(4), unmodified, memory=True
-    ),
+    "xformers": ComputeOption("attention by xformers against PyTorch's kernel", backend("xformers"), backend("sdpa")),
+    "micro_batches": ComputeOption("the denoiser 4 rows at a time against all rows", by_rows(4), unmodified),
     "compiled": ComputeOption(
         "the denoiser through torch.compile (on CUDA: captured graphs)",
         denoiser_compiled,
         unmodified,
         persistent=True,
         quick=False,
-        affected_share=lambda flops: 1.0,
-        removes=False,
     ),
 }
 
@@ -421,10 +324,9 @@ COMPUTE_OPTIONS = {
 class Comparison:
     """A ratio: seconds of one variant over seconds of another.
 
-    about    what is measured
-    open     makes ready what both need; on leaving, all is as it was
-    fits     None, or why it cannot be measured of a subject
-    predict  what the parts' calls foretell
+    about    for the report
+    open     prepares both variants; on leaving, the pipeline is as it was
+    fits     None, or why a subject cannot be measured
     quick    whether `--quick` has the time for it
     samples  how many images, or samples learnt from, one run of a variant makes
     """
@@ -432,35 +334,34 @@ class Comparison:
     about: str
     open: Callable[[Subject], AbstractContextManager[PreparedComparison]]
     fits: Callable[[Subject], str | None] = lambda subject: None
-    predict: Callable[[Subject], Predict] = lambda subject: predict_by_counts
     quick: bool = True
     samples: Callable[[Subject], int] = lambda subject: subject.size * len(subject.prompts)
 
 
 def of_one_prompt(subject: Subject) -> int:
-    """Images."""
+    """Images of a run for one prompt."""
     return subject.size
 
 
 def of_searches(subject: Subject) -> int:
-    """Images of two searches for each prompt, differentiated."""
+    """Differentiated images of two searches for each prompt."""
     return 2 * len(subject.prompts) * subject.iterations
 
 
 def of_pairs(subject: Subject) -> int:
-    """Samples learnt from."""
+    """Samples of an update."""
     return 2 * subject.pairs
 
 
 @contextmanager
 def checkpointing(subject: Subject) -> Iterator[PreparedComparison]:
-    """ReNO with activations recomputed, as it is by default, against activations kept."""
+    """ReNO with activations recomputed (the default) against activations kept."""
     recomputed, kept = reno_variant(subject, checkpointing=True), reno_variant(subject, checkpointing=False)
     yield PreparedComparison(recomputed, kept, same_tensors(subject))
 
 
 def option_comparison(switch: ComputeOption) -> Callable[[Subject], AbstractContextManager[PreparedComparison]]:
-    """Steered denoising with a gain off, over the same with it on."""
+    """Steered denoising without a compute option, over the same with it."""
 
     @contextmanager
     def opened(subject: Subject) -> Iterator[PreparedComparison]:
@@ -486,50 +387,35 @@ def _inside(on: Callable[[Any], AbstractContextManager[Any]], subject: Subject) 
         return denoise_steered(subject, pipe)
 
 
-def flops_prediction(switch: ComputeOption) -> Callable[[Subject], Predict]:
-    """The share of FLOPs that a gain touches, times the denoiser's share of the seconds."""
-
-    def predict(subject: Subject) -> Predict:
-        share = switch.affected_share(flops_of(subject.pipe, lambda: plain_call(subject, subject.pipe)))
-
-        def of(over: Measurement, under: Measurement) -> Prediction:
-            affected_share = share * over.parts.get("denoiser", 0.0) / median(over.seconds)
-            return Prediction(affected_share, amdahl(affected_share)) if switch.removes else bounded(affected_share)
-
-        return of
-
-    return predict
-
-
 def requires_ddim(subject: Subject) -> str | None:
-    """The naive loops are written out for one family and solver."""
+    """Why the naive loops, written for one family and solver, do not fit."""
     plain = type(subject.pipe) is StableDiffusionPipeline and type(subject.pipe.scheduler) is DDIMScheduler
     return None if plain else "the naive loop is written for Stable Diffusion under DDIM"
 
 
 def requires_particle_schedule(subject: Subject) -> str | None:
-    """A particle schedule needs particles, and steps to read rewards at."""
+    """Why a particle schedule does not fit."""
     enough = subject.size >= 4 and len(subject.read_at) >= 3
-    return requires_ddim(subject) or (None if enough else "too few particles, or steps, to go on with fewer and fewer")
+    return requires_ddim(subject) or (
+        None if enough else "too few particles or evaluated steps for a particle schedule"
+    )
 
 
 def requires_one_step(subject: Subject) -> str | None:
-    """ReNO needs a one-step pipeline, too."""
-    return requires_ddim(subject) or (None if subject.one_step is not None else "no one-step model beside this one")
+    """Why ReNO does not fit."""
+    return requires_ddim(subject) or (None if subject.one_step is not None else "there is no one-step model")
 
 
 def requires_peft(subject: Subject) -> str | None:
-    """D3PO needs weights to train, too, and something to train them with."""
+    """Why D3PO does not fit."""
     if find_spec("peft") is None:
         return "D3PO trains a LoRA, and needs peft: pip install 'steer-diffusion[train]'"
-    return requires_ddim(subject) or (
-        None if subject.make_trainable is not None else "no model to train beside this one"
-    )
+    return requires_ddim(subject) or (None if subject.make_trainable is not None else "there is no model to train")
 
 
 COMPARISONS: Mapping[str, Comparison] = {
     "fk_over_plain_batch": Comparison(
-        "denoising: FK with free rewards, x̂0 and resampling where rewards are read / the plain pipeline's batch",
+        "denoising: FK with free rewards, x̂0 and resampling / the plain pipeline's batch",
         overhead,
     ),
     "naive_fk_over_ours": Comparison(
@@ -540,34 +426,34 @@ COMPARISONS: Mapping[str, Comparison] = {
     ),
     "naive_reno_over_ours": Comparison("iterations of ReNO: text encoded in each / once", reno, requires_one_step),
     "naive_d3po_over_ours": Comparison(
-        "one update: four denoiser passes for each pair and step / ours, the reference's answers at hand",
-        d3po(UpdateKind()),
+        "one update: four denoiser passes for each pair and step / ours, the reference's log-probabilities known",
+        d3po,
         requires_peft,
         samples=of_pairs,
     ),
     "naive_fk_over_ours_fewer": Comparison(
-        "FK to about the same reward in other images: ours with 3/2 K particles that get fewer, and cheap previews",
-        partial(fk, on=all_exact_options, cheaper=True),
+        "FK to about the same reward in other images: ours with a particle schedule and cheap previews",
+        partial(fk, on=backend("auto"), cheaper=True),
         requires_particle_schedule,
         samples=of_one_prompt,
     ),
     "naive_d3po_over_ours_first_pass": Comparison(
-        "D3PO, ours asking the reference within the update, as the first pass over a round has to",
-        d3po(UpdateKind(computes_reference=True)),
+        "D3PO, ours with the reference computed in the update, as the first pass over a rollout buffer does",
+        partial(d3po, computes_reference=True),
         requires_peft,
         quick=False,
         samples=of_pairs,
     ),
     "naive_d3po_over_ours_later_pass": Comparison(
-        "D3PO, ours of a later update of a round, when the weights are no longer those that drew the samples",
-        d3po(UpdateKind(on_policy=False)),
+        "D3PO, ours of an off-policy update: the weights are no longer those that drew the samples",
+        partial(d3po, on_policy=False),
         requires_peft,
         quick=False,
         samples=of_pairs,
     ),
     "naive_fk_over_ours_everything_on": Comparison(
-        "FK, ours with the exact gains on: attention backend auto, prompts' keys and values shared",
-        partial(fk, on=all_exact_options),
+        "FK, ours with the attention backend auto",
+        partial(fk, on=backend("auto")),
         requires_ddim,
         samples=of_one_prompt,
     ),
@@ -582,14 +468,11 @@ COMPARISONS: Mapping[str, Comparison] = {
         "the whole: FK with previews and rewards / the plain pipeline's batch without any", whole
     ),
     "fk_in_turn_over_overlapped": Comparison(
-        "the whole: previews and rewards before the next denoiser call / beside it, resampled one step later",
+        "the whole: previews and rewards before the next denoiser call / asynchronous rewards",
         async_rewards,
-        predict=async_rewards_prediction,
     ),
     **{
-        f"{name}_off_over_on": Comparison(
-            switch.about, option_comparison(switch), predict=flops_prediction(switch), quick=switch.quick
-        )
+        f"{name}_off_over_on": Comparison(switch.about, option_comparison(switch), quick=switch.quick)
         for name, switch in COMPUTE_OPTIONS.items()
     },
     "reno_recomputed_over_kept": Comparison(
@@ -602,7 +485,7 @@ COMPARISONS: Mapping[str, Comparison] = {
 
 
 EMBEDDED = "scenes"
-STEPS = {True: 6, False: 20}  # of a quick run, and of another
+STEPS = {True: 6, False: 20}  # with --quick, and without
 ITERATIONS = {True: 2, False: 5}
 PAIRS = {True: 1, False: 2}  # of samples in an update of D3PO
 GUIDANCE = 4.0
@@ -610,7 +493,7 @@ GUIDANCE = 4.0
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """What the user said of all models.
+    """Options of the command for all models.
 
     dtype       by default float32 on the CPU and bfloat16 elsewhere
     resolution  pixels of a side; by default the model's own
@@ -632,21 +515,22 @@ class BenchOptions:
 
 
 def subjects_of(models: Sequence[str], bench_options: BenchOptions) -> list[tuple[str, Callable[[], Subject]]]:
-    """A name for each model, and how it is made when its turn comes.
+    """The name of each model and a function that makes it.
 
-    Raises InputError for a model that is not known, and a resolution that does not fit.
+    Raises InputError for an unknown model, or a resolution that does not fit.
     """
     if bench_options.resolution is not None and (bench_options.resolution < 64 or bench_options.resolution % 64):
         raise InputError(f"--resolution must be a multiple of 64, got {bench_options.resolution}")
+    makers: dict[str, Callable[[BenchOptions], Subject]] = {EMBEDDED: embedded}
+    makers |= {name: partial(of_size, name, size) for name, size in REAL_SIZES.items()}
     made: list[tuple[str, Callable[[], Subject]]] = []
     for name in dict.fromkeys(models):
-        maker = choose("--model", name, {EMBEDDED: embedded} | {size: partial(real, size) for size in REAL_SIZES})
-        made.append((name, partial(maker, bench_options)))
+        made.append((name, partial(choose("--model", name, makers), bench_options)))
     return made
 
 
 def embedded(bench_options: BenchOptions) -> Subject:
-    """The embedded model, with its one-step sister."""
+    """The embedded model, with its one-step version."""
 
     def load(name: str) -> Any:
         pipe = load_pipeline(name, bench_options.device, bench_options.dtype)
@@ -666,14 +550,9 @@ def embedded(bench_options: BenchOptions) -> Subject:
     )
 
 
-def real(name: str, bench_options: BenchOptions) -> Subject:
-    """A model of real size and random weights."""
-    return of_size(name, REAL_SIZES[name], bench_options)
-
-
 def of_size(name: str, size: RealSize, bench_options: BenchOptions) -> Subject:
-    """Whatever its size; it is its own one-step model, and as new for training."""
-    make = partial(build, size, bench_options.device, precision(bench_options.device, bench_options.dtype))
+    """A model of a size that is its own one-step model; made again for training."""
+    make = partial(build, size, bench_options.device, resolve_dtype(bench_options.device, bench_options.dtype))
     pipe = make()
     return Subject(
         name,

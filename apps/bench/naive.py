@@ -1,4 +1,4 @@
-"""The same algorithms as the published repositories run them: the baselines of `steer bench`.
+"""Naive implementations, as the published repositories have them: the baselines of `steer bench`.
 
 Written from their description, for Stable Diffusion pipelines under one-call-a-step solvers. The mathematics and the
 random numbers are those of `steer`, so that the results are the same; what differs is what is computed more than once.
@@ -47,10 +47,10 @@ def naive_fk(
     steps: int,
     guidance: float,
 ) -> NaiveSteered:
-    """Feynman–Kac steering of one prompt. All particles are decoded at once for every evaluation, turned into PIL
-    images and back for the reward; at the end they are decoded for their rewards, and once more for the user.
+    """Steer one prompt. All particles are decoded at once for every evaluation, turned into PIL images and back for the
+    reward; at the end they are decoded for their rewards, and once more for the user.
 
-    at         solver steps at which rewards are read
+    at         solver steps at which rewards are evaluated
     generator  of the starting noise; rng: of resampling and of the steps of copies
     """
     scheduler = copy.deepcopy(pipe.scheduler)
@@ -78,7 +78,7 @@ def naive_fk(
 
 
 def _texts(pipe: Any, prompts: Sequence[str], copies: int) -> Tensor:
-    """(2·B·copies, L, C): the empty prompt's and then the prompts', for guidance in one batch."""
+    """Encode the empty prompt and the prompts, (2·B·copies, L, C), for guidance in one batch."""
     conditional, empty = pipe.encode_prompt(list(prompts), pipe.device, copies, True)
     return torch.cat([empty, conditional])
 
@@ -92,7 +92,7 @@ def _noise(pipe: Any, rows: int, generator: Generator | list[Generator]) -> Tens
 
 
 def _guided(pipe: Any, scheduler: Any, x: Tensor, t: Any, texts: Tensor, guidance: float) -> Tensor:
-    """u + g (c − u), both of one batch."""
+    """u + g (c − u), both from one batch."""
     both = scheduler.scale_model_input(torch.cat([x, x]), t)
     u, c = pipe.unet(both, t, encoder_hidden_states=texts).sample.chunk(2)
     return u + guidance * (c - u)
@@ -104,7 +104,7 @@ def _decoded(pipe: Any, latents: Tensor) -> Tensor:
 
 
 def _rewards_via_pil(pipe: Any, reward: Reward, prompt: str, latents: Tensor) -> Tensor:
-    """Rewards (K,) by way of PIL."""
+    """Rewards (K,) of images that went through PIL."""
     pictures = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(_decoded(pipe, latents)))
     images = torch.stack([_from_pil(picture) for picture in pictures]).to(latents.device)
     return reward(images, [prompt] * len(images)).float().cpu()
@@ -124,7 +124,7 @@ def naive_reno(
     regularisation: float,
     longest: float,
 ) -> tuple[Tensor, Tensor]:
-    """ReNO on a one-step model, the text encoded anew in every iteration: noise (N, …) and the last rewards (N,)."""
+    """Optimise noise with the text encoded in every iteration. Returns noise (N, …) and the last rewards (N,)."""
     noise, velocity, rewards = noise.clone(), torch.zeros_like(noise), torch.zeros(len(noise))
     scheduler = copy.deepcopy(pipe.scheduler)
     for _ in range(iterations):
@@ -153,10 +153,10 @@ def naive_d3po(
     guidance: float,
     eta: float,
 ) -> float:
-    """One update of D3PO, a backward for each step: adds its gradient to the weights' .grad, and returns the loss.
+    """Add the gradient of one D3PO update, a backward for each step, to the weights' .grad; returns the loss.
 
-    Rows 2b and 2b + 1 of `stored` are samples of prompt b, and winners[b], 0 or 1, says which is the better one. At
-    every step the policy and the reference are each asked about the winners, and then about the losers.
+    Rows 2b and 2b + 1 of `stored` are samples of prompt b, and winners[b], 0 or 1, is the better one. At every step
+    the policy and the reference each evaluate the winners, and then the losers.
     """
     if len(stored.rows) != 2 * len(winners):
         raise InputError(f"{len(winners)} pairs have two samples each, got {len(stored.rows)}")
@@ -176,7 +176,7 @@ def naive_d3po(
         output = _guided(pipe, scheduler, x, t, texts, guidance)
         x0 = predict_x0(scheduler, output, t, x, k)
         kernel = gaussian_transition(x, x0, *step_levels(scheduler, t, k), eta)
-        return kernel.log_prob(places[rows, k + 1], "mean")
+        return kernel.log_prob(places[rows, k + 1]) / x[0].numel()
 
     return sum(_d3po_step(log_prob, k, better, worse, trained, beta, stored) for k in stored.stochastic)
 

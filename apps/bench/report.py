@@ -1,4 +1,4 @@
-"""What a benchmark found: JSON, a table for the screen and a picture."""
+"""The report of a benchmark: JSON, a table for the screen and a picture."""
 
 import json
 import math
@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import quantiles
 from typing import Any
 
 import torch
 from matplotlib import colormaps
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 from torch._dynamo.exc import TorchDynamoException
@@ -20,20 +19,20 @@ from torch._dynamo.exc import TorchDynamoException
 from steer.apps.bench.comparisons import COMPARISONS, Comparison
 from steer.apps.bench.sizes import ceilings
 from steer.apps.bench.subject import Subject
-from steer.apps.bench.timing import Check, Measurement, Prediction, RepeatPolicy, measure
+from steer.apps.bench.timing import Check, Measurement, RepeatPolicy, measure
 from steer.apps.evaluation.spec import versions
-from steer.apps.plots import COLORMAP, FAINT, INK, shown
+from steer.apps.plots import COLORMAP, DPI, INK, plain_text, save_figure, set_title, style_axes
 from steer.errors import InputError
-from steer.files import atomic_write, write_text
+from steer.files import write_text
 
 Json = dict[str, Any]
 
 
 def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
-    """A report of nothing yet: where it runs, and with what."""
+    """An empty report: the device and the versions."""
     packages = versions(device)
     has_gpu = torch.cuda.is_available()
-    note = "" if has_gpu else "no GPU here: CUDA kernels, xformers and CUDA graphs are not measured, their twins are"
+    note = "" if has_gpu else "no GPU here: CUDA kernels, xformers and CUDA graphs are not measured"
     if has_gpu and device.type != "cuda":
         note = "there is a GPU, and it is not used: --device cuda"
     return {
@@ -49,7 +48,7 @@ def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
         "ratios": {},
         "cpu_ratios": {},
         "memory_ratios": {},
-        "predicted": {},
+        "flop_ratios": {},
         "checks": {},
         "runs": {},
         "ceilings": {},
@@ -64,20 +63,19 @@ def add_comparison(
     samples: int,
     measurements: tuple[Measurement, Measurement],
     check: Check | None,
-    predicted: Prediction | None,
 ) -> None:
-    """Puts a comparison into a report, as far as it got."""
+    """Add a comparison to a report, as far as it got."""
     over, under = measurements
     report["runs"][name] = {"about": about, "variants": {one.name: _summary(one, samples) for one in measurements}}
-    report["ratios"][name] = median(over.seconds) / median(under.seconds)
+    report["ratios"][name] = over.median / under.median
     if report["device"].startswith("cpu") and all(over.cpu + under.cpu):
-        report["cpu_ratios"][name] = median(over.cpu) / median(under.cpu)
+        report["cpu_ratios"][name] = quartiles(over.cpu)[1] / quartiles(under.cpu)[1]
     if over.peak is not None and under.peak:
         report["memory_ratios"][name] = over.peak / under.peak
     if check is not None:
         report["checks"][name] = asdict(check) | {"passed": check.passed}
-    if predicted is not None:
-        report["predicted"][name] = asdict(predicted)
+    if over.flops and under.flops:
+        report["flop_ratios"][name] = over.flops / under.flops
 
 
 def _summary(measured: Measurement, samples: int) -> Json:
@@ -85,17 +83,17 @@ def _summary(measured: Measurement, samples: int) -> Json:
     entry = {"median": middle, "quartiles": [low, high], "repeats": len(measured.seconds), "seconds": measured.seconds}
     entry["cpu_seconds"] = measured.cpu
     entry["samples_per_second"] = samples / middle
-    return entry | {"peak_bytes": measured.peak, "rows": measured.counts, "parts": measured.parts}
+    return entry | {"peak_bytes": measured.peak, "flops": measured.flops, "rows": measured.rows}
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
-    """The first, the second and the third."""
+    """The three quartiles."""
     low, middle, high = quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
     return low, middle, high
 
 
 def write(report: Json, file: Path) -> None:
-    """Replaces the JSON. Raises InputError where it cannot be written."""
+    """Replace the JSON. Raises InputError where it cannot be written."""
     try:
         write_text(file, json.dumps(_finite(report), indent=1, ensure_ascii=False))
     except OSError as error:
@@ -103,7 +101,7 @@ def write(report: Json, file: Path) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN: they become null."""
+    """Replace infinity and NaN, which JSON does not have, by null."""
     if isinstance(value, Mapping):
         return {name: _finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -112,18 +110,14 @@ def _finite(value: Any) -> Any:
 
 
 def table(report: Json) -> str:
-    """A line for each ratio: found, spread, foretold, memory, and whether results agree."""
-    rows = [("ratio of seconds", "found", "spread", "CPU time", "predicted", "memory", "results")]
+    """Format a line for each ratio: seconds, spread, CPU time, FLOPs, memory, and whether results agree."""
+    rows = [("ratio of seconds", "measured", "spread", "CPU time", "FLOPs", "memory", "results")]
     for name, ratio in report["ratios"].items():
-        memory, check = report["memory_ratios"].get(name), report["checks"].get(name)
-        low, high = spread(report["runs"][name])
+        check, (low, high) = report["checks"].get(name), spread(report["runs"][name])
         agree = "" if check is None else f"same to {check['difference']:.0e}" if check["passed"] else "DIFFER"
-        shown = "" if memory is None else f"{memory:.2f}"
-        cpu = report["cpu_ratios"].get(name)
-        busy = "" if cpu is None else f"{cpu:.3f}"
-        rows.append(
-            (name, f"{ratio:.3f}", f"{low:.2f}–{high:.2f}", busy, _format_prediction(report, name), shown, agree)
-        )
+        others = [report[kind].get(name) for kind in ("cpu_ratios", "flop_ratios", "memory_ratios")]
+        cpu, flops, memory = ("" if other is None else f"{other:.2f}" for other in others)
+        rows.append((name, f"{ratio:.3f}", f"{low:.2f}–{high:.2f}", cpu, flops, memory, agree))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     reasons: dict[str, list[str]] = {}
@@ -133,100 +127,44 @@ def table(report: Json) -> str:
 
 
 def spread(run: Json) -> tuple[float, float]:
-    """Quartiles of the ratio, turn by turn."""
+    """First and third quartile of the ratio over turns."""
     over, under = (variant["seconds"] for variant in run["variants"].values())
     low, _, high = quartiles([a / b for a, b in zip(over, under, strict=False)])
     return low, high
 
 
-def _format_prediction(report: Json, name: str) -> str:
-    entry = report["predicted"].get(name)
-    if entry is None:
-        return ""
-    if entry["ratio"] is not None:
-        return f"{entry['ratio']:.3f}"
-    bound = entry["at_most"]  # infinite where the part is as good as all of it
-    return "" if bound is None or math.isinf(bound) else f"≤ {bound:.2f}"
-
-
-MEASURED_COLOUR, PREDICTED_COLOUR = colormaps[COLORMAP](0.15), colormaps[COLORMAP](0.7)
+SECONDS_COLOUR, FLOPS_COLOUR = colormaps[COLORMAP](0.15), colormaps[COLORMAP](0.7)
 ROW = 0.34  # inches of a ratio
 
 
 def draw(report: Json, path: Path) -> Path | None:
-    """Writes a PNG; None where nothing was measured."""
+    """Draw the ratios of seconds with their quartiles beside those of FLOPs; None where nothing was measured."""
     names = list(report["ratios"])
     if not names:
         return None
-    figure = Figure(figsize=(12, 1.6 + ROW * max(len(names), 4)), dpi=120, layout="constrained")
-    ratios, parts = figure.subplots(1, 2)
-    _draw_ratios(ratios, report, names)
-    _draw_parts(parts, report, names)
-    where = f"{report['device']}, {report['threads']} thread{'s' * (report['threads'] != 1)}"
-    figure.suptitle(f"{where}{'; ' * bool(report['note'])}{report['note']}", size=9, x=0.01, ha="left", color=INK)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as new:
-        figure.savefig(new, format="png")
-    return path
-
-
-def _draw_ratios(axes: Axes, report: Json, names: list[str]) -> None:
+    figure = Figure(figsize=(9, 1.6 + ROW * max(len(names), 4)), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
     for row, name in enumerate(names):
-        low, high = spread(report["runs"][name])
-        axes.plot([low, high], [row, row], color=MEASURED_COLOUR, lw=2)
-        axes.plot(
-            report["ratios"][name],
-            row,
-            "o",
-            color=MEASURED_COLOUR,
-            ms=6,
-            label="found, quartiles" if row == 0 else None,
-        )
-        prediction = report["predicted"].get(name) or {"ratio": None}
-        if prediction["ratio"] is not None:
-            axes.plot(prediction["ratio"], row, "D", mfc="white", mec=PREDICTED_COLOUR, ms=6, zorder=1)
-    axes.plot([], [], "D", mfc="white", mec=PREDICTED_COLOUR, label="predicted", ls="")
+        axes.plot(spread(report["runs"][name]), [row, row], color=SECONDS_COLOUR, lw=2)
+    axes.plot([*report["ratios"].values()], range(len(names)), "o", color=SECONDS_COLOUR, label="seconds, quartiles")
+    flops = report["flop_ratios"]
+    rows = [row for row, name in enumerate(names) if name in flops]
+    hollow: dict[str, Any] = {"mfc": "white", "mec": FLOPS_COLOUR, "ls": "", "zorder": 1}
+    axes.plot([flops[names[row]] for row in rows], rows, "D", label="FLOPs", **hollow)
     axes.axvline(1, color=INK, lw=0.9, ls=":", zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xticks([0.5, 1, 2, 4])
-    axes.set_yticks(range(len(names)), [shown(name, 44) for name in names])
+    axes.set_yticks(range(len(names)), [plain_text(name, 44) for name in names])
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=2, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
-    _finish(axes, "ratio of seconds")
-
-
-def _draw_parts(axes: Axes, report: Json, names: list[str]) -> None:
-    """Seconds of both variants of each ratio, by the part that took them."""
-    parts = sorted({part for name in names for one in _variants(report, name) for part in one["parts"]})
-    colors = {part: colormaps[COLORMAP](place / max(len(parts), 1)) for place, part in enumerate(parts)}
-    for row, name in enumerate(names):
-        for one, aside in zip(_variants(report, name), (-0.18, 0.18), strict=True):
-            left = 0.0
-            for part, seconds in one["parts"].items():
-                axes.barh(row + aside, seconds, 0.3, left=left, color=colors[part])
-                left += seconds
-            axes.barh(row + aside, max(one["median"] - left, 0), 0.3, left=left, color=FAINT)
-    for part, color in [*colors.items(), ("all else", FAINT)]:
-        axes.barh(0, 0, color=color, label=part)
-    axes.set_yticks([])
-    axes.invert_yaxis()
-    # Below the axes: bars may be anywhere inside.
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK, ncols=3, loc="upper left", bbox_to_anchor=(-0.02, -0.05))
-    _finish(axes, "seconds; above the first variant, below the second")
-
-
-def _variants(report: Json, name: str) -> list[dict[str, Any]]:
-    return list(report["runs"][name]["variants"].values())
-
-
-def _finish(axes: Axes, title: str) -> None:
-    axes.set_title(title, size=9, loc="left", color=INK)
-    axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(FAINT)
-    axes.grid(axis="x", color=FAINT, lw=0.4, alpha=0.6)
+    set_title(axes, "ratio")
+    style_axes(axes, "x")
+    where = f"{report['device']}, {report['threads']} thread{'s' * (report['threads'] != 1)}"
+    figure.suptitle(f"{where}{'; ' * bool(report['note'])}{report['note']}", size=9, x=0.01, ha="left", color=INK)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return save_figure(figure, path)
 
 
 Say = Callable[[str], None]
@@ -235,12 +173,12 @@ ALWAYS_MEASURED = 4  # comparisons that are measured at least once, even when th
 
 @dataclass
 class Bench:
-    """A benchmark that is under way.
+    """A benchmark.
 
     file     JSON, written after every comparison
-    seconds  for all of it: repeats are as many as fit, at least `least`
-    quick    without the comparisons that take minutes to make ready
-    say      where its lines go
+    seconds  for all comparisons: as many repeats as fit, `least` to `most`
+    quick    without the comparisons that take minutes to prepare
+    say      writes a line of progress
     """
 
     file: Path
@@ -252,9 +190,9 @@ class Bench:
     report: Json = field(default_factory=dict)
 
     def run(self, subjects: Sequence[tuple[str, Callable[[], Subject]]], device: torch.device) -> Json:
-        """Measures every subject; each is made when its turn comes, and gone after it.
+        """Measure every subject, one in memory at a time.
 
-        Ctrl-C, and every error, leave what was measured in the JSON.
+        After Ctrl-C or an error the JSON holds all measurements so far.
         """
         self.report = new_report(device, self.quick, self.seconds)
         write(self.report, self.file)
@@ -262,7 +200,7 @@ class Bench:
             self.say(self.report["note"])
         started = time.perf_counter()
         for number, (name, make) in enumerate(subjects):
-            # What there is left is shared equally by the subjects that are to come.
+            # The remaining subjects share the remaining time equally.
             left = self.seconds - (time.perf_counter() - started)
             with self._write_on_exit():
                 self._measure_all(make(), "" if number == 0 else f"{name}: ", left / (len(subjects) - number))
@@ -297,24 +235,20 @@ class Bench:
         self.report["ceilings"][subject.name] = ceilings(subject, self.quick)
 
     def _measure(self, subject: Subject, name: str, comparison: Comparison, pace: RepeatPolicy) -> str | None:
-        """One comparison; why it could not be measured, if so."""
+        """Measure one comparison. Returns why it could not be measured, if so."""
         self.say(f"{name} … {comparison.about}")
         measurements: tuple[Measurement, Measurement] | None = None
         check: Check | None = None
-        predicted: Prediction | None = None
         try:
             with comparison.open(subject) as opened:
                 measurements = Measurement(opened.over.name), Measurement(opened.under.name)
                 results = measure(opened, measurements, subject.module_names, subject.device, pace)
                 check = opened.check and opened.check(*results)
-            predicted = comparison.predict(subject)(*measurements)
         except (InputError, torch.OutOfMemoryError, TorchDynamoException) as error:
             return " ".join(str(error).split())[:300] or type(error).__name__
         finally:
             if measurements is not None and all(measured.seconds for measured in measurements):
-                add_comparison(
-                    self.report, name, comparison.about, comparison.samples(subject), measurements, check, predicted
-                )
+                add_comparison(self.report, name, comparison.about, comparison.samples(subject), measurements, check)
         ratio = self.report["ratios"][name]
         self.say(f"  {ratio:.3f}" + ("" if check is None or check.passed else f"  NOT THE SAME: {asdict(check)}"))
         return None

@@ -1,27 +1,31 @@
-"""Models as large as the published ones.
+"""Models as large as the published ones, and the ceilings of the device they run on.
 
 Denoisers and VAEs have the published sizes. Text encoders have the published widths and two layers, or one: text is
 encoded once a call, and is not what is measured.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
 
-from steer.apps.bench import subject as models
-from steer.apps.bench.subject import Subject, plain_call
-from steer.apps.bench.timing import seconds_of
-from steer.diffusion.attention import attention_backend
+from steer.apps.bench.subject import DDIM, RealSize, Subject, plain_call, without_decoder
 from steer.diffusion.kernels import one_pass
 from steer.diffusion.schedules import Level, linear_step
-from steer.diffusion.step_hooks import denoisers_in
-from steer.shared_prompt import KEYS_AND_VALUES
 
 SD_VAE: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
@@ -32,8 +36,10 @@ SD_VAE: dict[str, Any] = {
 SIXTEEN_CHANNELS = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
 
 REAL_SIZES = {
-    "sd15": models.RealSize(
-        models.sd,
+    "sd15": RealSize(
+        partial(StableDiffusionPipeline, safety_checker=None, feature_extractor=None, requires_safety_checker=False),
+        DDIM,
+        UNet2DConditionModel,
         {
             "sample_size": 64,
             "block_out_channels": (320, 640, 1280, 1280),
@@ -42,10 +48,13 @@ REAL_SIZES = {
             "cross_attention_dim": 768,
         },
         SD_VAE | {"latent_channels": 4, "sample_size": 512, "scaling_factor": 0.18215},
+        ((CLIPTextModel, 768),),
         guidance=7.5,
     ),
-    "sdxl": models.RealSize(
-        models.sdxl,
+    "sdxl": RealSize(
+        partial(StableDiffusionXLPipeline, add_watermarker=False),
+        DDIM,
+        UNet2DConditionModel,
         {
             "sample_size": 128,
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -61,11 +70,13 @@ REAL_SIZES = {
             "projection_class_embeddings_input_dim": 2816,
         },
         SD_VAE | {"latent_channels": 4, "sample_size": 1024, "scaling_factor": 0.13025},
-        clips=(768, 1280),
+        ((CLIPTextModel, 768), (CLIPTextModelWithProjection, 1280)),
         guidance=5.0,
     ),
-    "sd3": models.RealSize(
-        models.sd3,
+    "sd3": RealSize(
+        StableDiffusion3Pipeline,
+        partial(FlowMatchEulerDiscreteScheduler, shift=3.0),
+        SD3Transformer2DModel,
         {
             "sample_size": 128,
             "patch_size": 2,
@@ -80,12 +91,13 @@ REAL_SIZES = {
             "pos_embed_max_size": 192,
         },
         SD_VAE | SIXTEEN_CHANNELS | {"sample_size": 1024, "scaling_factor": 1.5305, "shift_factor": 0.0609},
-        clips=(768, 1280),
-        words=4096,
+        ((CLIPTextModelWithProjection, 768), (CLIPTextModelWithProjection, 1280), (T5EncoderModel, 4096)),
         guidance=7.0,
     ),
-    "flux": models.RealSize(
-        models.flux,
+    "flux": RealSize(
+        FluxPipeline,
+        partial(FlowMatchEulerDiscreteScheduler, use_dynamic_shifting=True),
+        FluxTransformer2DModel,
         {
             "patch_size": 1,
             "in_channels": 64,
@@ -98,129 +110,55 @@ REAL_SIZES = {
             "guidance_embeds": True,
         },
         SD_VAE | SIXTEEN_CHANNELS | {"sample_size": 1024, "scaling_factor": 0.3611, "shift_factor": 0.1159},
-        words=4096,
+        ((CLIPTextModel, 768), (T5EncoderModel, 4096)),
         guidance=3.5,
     ),
 }
 
 
-@dataclass(frozen=True)
-class Flops:
-    """FLOPs (a multiplication and an addition are two) of one denoiser call: of all; of attention's scores and sums of
-    values; of the keys and values that cross-attention makes of prompts."""
-
-    all: int
-    attention: int
-    prompts: int
-
-
-class _FirstCall(Exception):
-    """Carries the arguments of the first denoiser call out of a run."""
-
-
-def first_call(denoiser: Any, run: Callable[[], Any]) -> tuple[Any, Any]:
-    """What `run` calls a denoiser with first; the run ends there."""
-
-    def stop(module: Any, args: Any, kwargs: Any) -> None:
-        raise _FirstCall(args, kwargs)
-
-    handle = denoiser.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        run()
-    except _FirstCall as called:
-        return called.args
-    finally:
-        handle.remove()
-    raise AssertionError("the run never called its denoiser")
-
-
-def flops_of(pipe: Any, run: Callable[[], Any]) -> Flops:
-    """Counts the first denoiser call that `run` makes of a pipeline, guidance's rows included."""
-    denoiser = getattr(pipe, denoisers_in(pipe)[0])
-    args, kwargs = first_call(denoiser, run)
-    prompts = 0
-
-    def count(linear: Any, given: Any, output: Tensor) -> None:
-        nonlocal prompts
-        prompts += 2 * output[..., 0].numel() * linear.weight.numel()
-
-    layers = [layer for layer in denoiser.modules() if getattr(layer, "is_cross_attention", False)]
-    linears = [linear for layer in layers for name in KEYS_AND_VALUES if (linear := getattr(layer, name, None))]
-    counter = FlopCounterMode(display=False)
-    with ExitStack() as stack:
-        for linear in linears:
-            stack.callback(linear.register_forward_hook(count).remove)
-        # The formula as it is written: its two products are counted wherever the model is.
-        stack.enter_context(attention_backend(denoiser, "eager"))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(counter)
-        denoiser(*args, **kwargs)
-    by_operator = counter.get_flop_counts()["Global"]
-    return Flops(counter.get_total_flops(), by_operator.get(torch.ops.aten.bmm, 0), prompts)
-
-
-SIDES = {"cuda": 8192}  # of the matrices; elsewhere SMALL
-SMALL = 1024
-BYTES = {"cuda": 2**30}  # that are copied; elsewhere FEW
-FEW = 2**25
-
-
-def ceilings(subject: Subject, quick: bool) -> dict[str, Any]:
-    """Measured on the subject's device, in its precision.
-
-    matrix_flops     FLOP/s of one large matrix product
-    copy_bytes       bytes a second, read and written, of one large copy
-    denoiser_flops   FLOP/s of the denoiser's call, and `denoiser_share` of the first
-    step_bytes       bytes a second of the fused step on latents that fill the device, and `step_share` of the second
-    fused            whether that was the kernel, or its twin in plain PyTorch
-    """
-    device, dtype = subject.device, subject.pipe.dtype
-    repeats = 3 if quick else 10
-    side = SIDES.get(device.type, SMALL)
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    matrix = 2 * side**3 / _fastest(lambda: a @ a, device, repeats)
-    source = torch.empty(BYTES.get(device.type, FEW), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    copied = 2 * len(source) / _fastest(lambda: target.copy_(source), device, repeats)
-    denoiser = _denoiser_rate(subject, repeats)
-    step = _step_rate(device, dtype, len(source) // 16, repeats)
-    return {
-        "matrix_flops": matrix,
-        "copy_bytes": copied,
-        "denoiser_flops": denoiser,
-        "denoiser_share": denoiser / matrix,
-        "step_bytes": step,
-        "step_share": step / copied,
-        "fused": device.type == "cuda",
-    }
-
-
-def _fastest(run: Callable[[], Any], device: torch.device, repeats: int) -> float:
-    """A ceiling is what the fastest repeat shows."""
-    run()
-    return min(seconds_of(run, device) for _ in range(repeats))
+SIDE = {"cuda": 8192, "cpu": 1024}  # of the matrices
+BYTES = {"cuda": 2**30, "cpu": 2**25}  # that are copied
 
 
 @torch.no_grad()
-def _denoiser_rate(subject: Subject, repeats: int) -> float:
-    def plain() -> Any:
-        return plain_call(subject, subject.pipe)
+def ceilings(subject: Subject, quick: bool) -> dict[str, Any]:
+    """Measure the ceilings of the subject's device in its precision, and how near the denoiser and the step come.
 
-    denoiser = getattr(subject.pipe, denoisers_in(subject.pipe)[0])
-    args, kwargs = first_call(denoiser, plain)
-    denoiser(*args, **kwargs)
-    seconds = [seconds_of(lambda: denoiser(*args, **kwargs), subject.device) for _ in range(repeats)]
-    return flops_of(subject.pipe, plain).all / median(seconds)
+    matrix_flops     FLOP/s of one large matrix product
+    copy_bytes       bytes a second, read and written, of one large copy
+    denoiser_flops   FLOP/s of the plain pipeline's call, and `denoiser_share` of the first
+    step_bytes       bytes a second of the fused step on latents that fill the device, and `step_share` of the second
+    fused            whether that was the kernel, or its twin in plain PyTorch
+    """
+    device, dtype, seconds = subject.device, subject.pipe.dtype, 0.1 if quick else 1.0
+    side, count = (table.get(device.type, table["cpu"]) for table in (SIDE, BYTES))
 
+    def rate(work: float, run: Callable[[], Any]) -> float:
+        """Work a second of the fastest block of repeats."""
+        timed = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
+        return work / min(timed.blocked_autorange(min_run_time=seconds).times)
 
-def _step_rate(device: torch.device, dtype: torch.dtype, elements: int, repeats: int) -> float:
-    """Bytes that have to move, noise in fp32, over seconds."""
-    before, after = (Level(torch.tensor(a).double().sqrt(), torch.tensor(1 - a).double().sqrt()) for a in (0.3, 0.6))
-    step = linear_step("epsilon", before, after, eta=1.0)
-    x, output = (torch.randn(16, elements // 16, device=device, dtype=dtype) for _ in range(2))
-    noise = torch.randn(16, elements // 16, device=device)
-    seconds = _fastest(
-        lambda: one_pass(step, x, output, ("x_s", "log_prob"), noise=noise, dtype=dtype), device, repeats
+    a, source = (
+        torch.randn(side, side, device=device, dtype=dtype),
+        torch.empty(count, dtype=torch.uint8, device=device),
     )
-    moved = x.numel() * (3 * x.element_size() + noise.element_size())
-    return moved / seconds
+    target = torch.empty_like(source)
+    view = without_decoder(subject.pipe)
+    with FlopCounterMode(display=False) as counter:
+        plain_call(subject, view)
+    before, after = (Level(torch.tensor(a).double().sqrt(), torch.tensor(1 - a).double().sqrt()) for a in (0.3, 0.6))
+    step, shape = linear_step("epsilon", before, after, eta=1.0), (16, count // 256)
+    x, output = (torch.randn(shape, device=device, dtype=dtype) for _ in range(2))
+    noise = torch.randn(shape, device=device)
+    moved = x.numel() * (3 * x.element_size() + noise.element_size())  # bytes that have to move, noise in fp32
+    rates = {
+        "matrix_flops": rate(2 * side**3, lambda: a @ a),
+        "copy_bytes": rate(2 * count, lambda: target.copy_(source)),
+        "denoiser_flops": rate(counter.get_total_flops(), lambda: plain_call(subject, view)),
+        "step_bytes": rate(moved, lambda: one_pass(step, x, output, ("x_s", "log_prob"), noise=noise, dtype=dtype)),
+    }
+    return rates | {
+        "denoiser_share": rates["denoiser_flops"] / rates["matrix_flops"],
+        "step_share": rates["step_bytes"] / rates["copy_bytes"],
+        "fused": device.type == "cuda",
+    }

@@ -1,34 +1,21 @@
-"""What `steer bench` measures on: a pipeline with a prompt, a reward and numbers, and the runs that are timed."""
+"""Subjects of `steer bench`: a pipeline with prompts, a reward and sizes, and the runs that are timed."""
 
 import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import Decoder, DecoderTiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Generator, Tensor, nn
 from transformers import (
     CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
     T5Config,
@@ -52,12 +39,12 @@ from steer.training.rollout import Sampler, Trajectories
 from steer.training.trainable import LoRA
 
 STRENGTH = 10.0  # λ
-LORA_STD = 0.02  # standard deviation of a LoRA's B, which begins at 0: a policy that has learnt something
+LORA_STD = 0.02  # of a LoRA's B, which begins at 0: a policy that differs from its reference
 
 
 class BenchReward(nn.Module):
-    """A reward that can be counted like a model. `eight_bits`: it reads images as PIL would hold them, so that a way
-    through PIL finds the same rewards."""
+    """A reward whose rows are counted like a model's. `eight_bits`: it rounds images as PIL does, so that a round trip
+    through PIL gives the same rewards."""
 
     def __init__(self, reward: Reward, eight_bits: bool) -> None:
         super().__init__()
@@ -70,14 +57,14 @@ class BenchReward(nn.Module):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure, and how.
+    """A model with all sizes of its measurements.
 
     pipe      called with `call` (num_inference_steps and guidance_scale among it) for `size` particles of each prompt
     one_step  a pipeline for ReNO, called for one step without guidance; None: no ReNO
-    make_trainable   makes a pipeline for D3PO, which puts a LoRA into it; None: no D3PO
+    make_trainable   makes a pipeline for D3PO, which adds a LoRA to it; None: no D3PO
     iterations  of ReNO
-    pairs, lesson_steps  of D3PO: its cost goes with pairs · steps
-    preview   what decodes x̂0 where a cheap decoder will do, by a word of `steer sample`
+    pairs, update_steps  of D3PO: its cost is proportional to pairs · steps
+    preview   the cheap decoder of x̂0, by a word of `steer sample`
     """
 
     name: str
@@ -97,16 +84,16 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The pipeline's device."""
         return torch.device(self.pipe.device)
 
     def generator(self, name: str = "start") -> Generator:
-        """Random numbers, new for each run."""
+        """A generator with the same numbers for each run."""
         return Generator().manual_seed(derived_seed(self.seed, name))
 
     @property
     def module_names(self) -> ModuleNames:
-        """Classes of the modules whose calls are counted. A VAE's decode calls its decoder."""
+        """Classes of the modules whose rows are counted. A VAE's decode calls its decoder."""
         names: dict[type, str] = {Decoder: "decoder", DecoderTiny: "tiny decoder", BenchReward: "reward"}
         for pipe in (self.pipe, self.one_step):
             if pipe is not None:
@@ -116,11 +103,11 @@ class Subject:
         return names
 
     def judge(self, eight_bits: bool = False) -> BenchReward:
-        """The reward, where the model is."""
+        """Load the reward."""
         return BenchReward(load_reward(self.reward), eight_bits)
 
     def about(self) -> dict[str, Any]:
-        """As plain values."""
+        """Describe the subject by plain values."""
         summary = {"call": {name: str(value) for name, value in self.call.items()}, "particles": self.size}
         summary |= {
             "prompts": list(self.prompts),
@@ -136,17 +123,17 @@ class Subject:
 
     @property
     def steps(self) -> int:
-        """T."""
+        """T, the number of solver steps."""
         return int(self.call["num_inference_steps"])
 
     @property
     def read_at(self) -> tuple[int, ...]:
-        """The solver steps at which Feynman–Kac steering reads rewards by default."""
+        """The solver steps at which Feynman–Kac steering evaluates rewards by default."""
         return tuple(sorted({min(round(share * self.steps), self.steps - 2) for share in DEFAULT_STEPS} - {-1}))
 
 
 class _FreeRewards(ParticleBatch):
-    """Rewards that cost nothing: random numbers; nothing is decoded for them."""
+    """A particle batch with random rewards that cost nothing; nothing is decoded for them."""
 
     @cached_property
     def _numbers(self) -> Generator:
@@ -160,7 +147,7 @@ class _FreeRewards(ParticleBatch):
 
 
 def without_decoder(pipe: Any) -> Any:
-    """A view of a pipeline whose decoder hands the latents on: what is left is denoising."""
+    """A copy of a pipeline whose decoder returns the latents, so that only denoising is left."""
     view = copy.copy(pipe)
     if getattr(pipe, "vae", None) is not None:
         proxy_vae = copy.copy(pipe.vae)
@@ -170,7 +157,7 @@ def without_decoder(pipe: Any) -> Any:
 
 
 def plain_call(subject: Subject, pipe: Any) -> Tensor:
-    """The plain pipeline's batch of B·K: what it returns as tensors."""
+    """Call the plain pipeline for a batch of B·K images, and return them as tensors."""
     given = {"num_images_per_prompt": subject.size, "generator": subject.generator(), "output_type": "pt"}
     return pipe(list(subject.prompts), **filter_call_kwargs(pipe, subject.call | given)).images
 
@@ -184,8 +171,8 @@ class Denoised:
 
 
 def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoised:
-    """Feynman–Kac steering without decoder and reward: x̂0, weights, resampling and a noisy step of all particles at
-    every evaluated step."""
+    """Steer without decoder and reward: x̂0, weights, resampling and a noisy step of all particles at every evaluated
+    step."""
     particle_batch = _FreeRewards(
         without_decoder(pipe),
         subject.judge(),
@@ -199,7 +186,7 @@ def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoi
 
 
 def search_of(subject: Subject) -> NoiseToImage:
-    """What ReNO runs on, two searches for each prompt: text is encoded and the starting noise drawn before the first
+    """Prepare ReNO with two searches for each prompt: text is encoded and the starting noise drawn before the first
     iteration."""
     for part in subject.one_step.components.values():
         if isinstance(part, nn.Module):
@@ -210,8 +197,8 @@ def search_of(subject: Subject) -> NoiseToImage:
 
 @dataclass(frozen=True)
 class PreferenceBatch:
-    """What an update of D3PO learns from: pairs of samples, drawn by a LoRA that has learnt something; in two chunks,
-    so that as many rows go through the denoiser at once as the naive way has winners."""
+    """The pairs of samples of a D3PO update, drawn by a LoRA that differs from its reference; in two chunks, so that as
+    many rows go through the denoiser at once as the naive way has winners."""
 
     pipe: Any
     trained: LoRA
@@ -225,13 +212,13 @@ class PreferenceBatch:
         return Trajectories.concatenate(list(self.batch.chunks))
 
     def references(self) -> list[Reference]:
-        """What the reference says of them, asked anew."""
+        """Compute the reference's log-probabilities of the samples."""
         with self.trained.reference():
             return [reference_of(self.sampler, chunk, self.batch.steps) for chunk in self.batch.chunks]
 
 
 def make_preference_batch(subject: Subject, pipe: Any) -> PreferenceBatch:
-    """Draws the samples, and asks the reference about them, as a round of finetuning does before its updates."""
+    """Draw the samples and the reference's log-probabilities, as finetuning does before its updates."""
     trained = LoRA(pipe, rank=4, seed=subject.seed)
     generator = subject.generator("LoRA")
     with torch.no_grad():
@@ -251,43 +238,56 @@ def make_preference_batch(subject: Subject, pipe: Any) -> PreferenceBatch:
 
 Config = Mapping[str, Any]
 NOISE_LEVELS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
+DDIM = partial(DDIMScheduler, **NOISE_LEVELS, set_alpha_to_one=False, steps_offset=1)
 
 
 @dataclass(frozen=True)
 class RealSize:
-    """A model's configurations.
+    """The classes and configurations of a model.
 
-    pipeline  makes a pipeline of these configurations
-    denoiser, vae  what their classes are called with
-    clips     widths of the CLIP text encoders
-    words     width of a T5; 0: none
-    guidance  scale of the pipeline's call
+    unet       the denoiser is a UNet, else a transformer
+    text       class and width of each text encoder, which T5 reads with a tokenizer of words
+    guidance   scale of the pipeline's call
     """
 
-    pipeline: Callable[["RealSize"], Any]
+    pipeline: Callable[..., Any]
+    scheduler: Callable[[], Any]
+    denoiser_class: type
     denoiser: Config
     vae: Config
-    clips: tuple[int, ...] = (768,)
-    words: int = 0
+    text: tuple[tuple[type, int], ...]
     guidance: float = 5.0
+
+    def components(self) -> dict[str, Any]:
+        """Make the arguments of the pipeline: random weights, and tokenizers that know every byte or no word."""
+        clip = clip_tokenizer()
+        made: dict[str, Any] = {"vae": AutoencoderKL(**self.vae), "scheduler": self.scheduler()}
+        made["unet" if self.denoiser_class is UNet2DConditionModel else "transformer"] = self.denoiser_class(
+            **self.denoiser
+        )
+        for place, (cls, width) in enumerate(self.text):
+            end = f"_{place + 1}" if place else ""
+            made[f"text_encoder{end}"] = _t5(width) if cls is T5EncoderModel else _clip(cls, width, clip)
+            made[f"tokenizer{end}"] = word_tokenizer() if cls is T5EncoderModel else clip
+        return made
 
 
 def build(model: RealSize, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """The pipeline, made on the device in its precision; on "meta" it takes no memory."""
-    with torch.random.fork_rng(), _made_as(device, dtype):
+    """Make the pipeline on the device in its precision; on "meta" it takes no memory."""
+    with torch.random.fork_rng(), _default_device_and_dtype(device, dtype):
         torch.manual_seed(seed)
-        pipe = model.pipeline(model)
+        pipe = model.pipeline(**model.components())
     pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)  # it keeps its numbers on the CPU
-    for part in pipe.components.values():
-        if isinstance(part, torch.nn.Module):
-            part.requires_grad_(False).eval()
+    for component in pipe.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @contextmanager
-def _made_as(device: str, dtype: torch.dtype) -> Iterator[None]:
-    """Parameters are made there and so: twelve billion in fp32 would not fit where they fit in half of it."""
+def _default_device_and_dtype(device: str, dtype: torch.dtype) -> Iterator[None]:
+    """Make parameters on the device in its precision: twelve billion fit in bfloat16, not in fp32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -298,7 +298,7 @@ def _made_as(device: str, dtype: torch.dtype) -> Iterator[None]:
 
 
 def clip_tokenizer(length: int = 77) -> CLIPTokenizer:
-    """One that knows every byte."""
+    """A tokenizer that knows every byte."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = build_tokenizer(Path(folder))
     tokenizer.model_max_length = length
@@ -306,7 +306,7 @@ def clip_tokenizer(length: int = 77) -> CLIPTokenizer:
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
-    """Every word is unknown, with an end token after them as T5 has it."""
+    """A tokenizer to which every word is unknown, with an end token after them as T5 has it."""
     words = {"<pad>": 0, "</s>": 1, "<unk>": 2}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -334,63 +334,3 @@ def _clip(cls: type, width: int, tokenizer: CLIPTokenizer) -> Any:
 
 def _t5(width: int) -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=3, d_model=width, d_kv=64, d_ff=width, num_heads=2, num_layers=1))
-
-
-def sd(model: RealSize) -> StableDiffusionPipeline:
-    """Stable Diffusion 1 and 2."""
-    tokenizer = clip_tokenizer()
-    return StableDiffusionPipeline(
-        vae=AutoencoderKL(**model.vae),
-        text_encoder=_clip(CLIPTextModel, model.clips[0], tokenizer),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**model.denoiser),
-        scheduler=DDIMScheduler(**NOISE_LEVELS, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-def sdxl(model: RealSize) -> StableDiffusionXLPipeline:
-    """Stable Diffusion XL."""
-    tokenizer, (one, two) = clip_tokenizer(), model.clips
-    return StableDiffusionXLPipeline(
-        vae=AutoencoderKL(**model.vae),
-        text_encoder=_clip(CLIPTextModel, one, tokenizer),
-        text_encoder_2=_clip(CLIPTextModelWithProjection, two, tokenizer),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=UNet2DConditionModel(**model.denoiser),
-        scheduler=DDIMScheduler(**NOISE_LEVELS, set_alpha_to_one=False, steps_offset=1),
-        add_watermarker=False,
-    )
-
-
-def sd3(model: RealSize) -> StableDiffusion3Pipeline:
-    """Stable Diffusion 3."""
-    tokenizer, (one, two) = clip_tokenizer(), model.clips
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**model.denoiser),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=AutoencoderKL(**model.vae),
-        text_encoder=_clip(CLIPTextModelWithProjection, one, tokenizer),
-        tokenizer=tokenizer,
-        text_encoder_2=_clip(CLIPTextModelWithProjection, two, tokenizer),
-        tokenizer_2=tokenizer,
-        text_encoder_3=_t5(model.words),
-        tokenizer_3=word_tokenizer(),
-    )
-
-
-def flux(model: RealSize) -> FluxPipeline:
-    """FLUX.1."""
-    tokenizer = clip_tokenizer()
-    return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=AutoencoderKL(**model.vae),
-        text_encoder=_clip(CLIPTextModel, model.clips[0], tokenizer),
-        tokenizer=tokenizer,
-        text_encoder_2=_t5(model.words),
-        tokenizer_2=word_tokenizer(),
-        transformer=FluxTransformer2DModel(**model.denoiser),
-    )

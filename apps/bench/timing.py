@@ -1,4 +1,4 @@
-"""Two ways to do one thing, measured side by side: seconds in turns, bytes, and the calls that each one makes."""
+"""Two variants measured side by side: seconds in turns, peak bytes, FLOPs, and rows through each module."""
 
 import ctypes
 import ctypes.util
@@ -6,7 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -14,17 +14,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import timer
+from torch.utils.flop_counter import FlopCounterMode
 
-MEASURED_MEMORY = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak back to what there is now
+PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak back to the present
 STATUS = Path("/proc/self/status")
-ModuleNames = Mapping[type, str]  # classes of modules whose calls are counted, and what they are called
+ModuleNames = Mapping[type, str]  # classes of modules whose rows are counted, and their names
 
 
 @dataclass(frozen=True)
 class Check:
-    """How far two results are apart, the largest absolute difference; and whether particles had the same ancestors."""
+    """The largest absolute difference of two results, and whether particles had the same ancestors."""
 
     difference: float
     limit: float
@@ -32,7 +34,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the two are one result."""
+        """Whether the two results are the same."""
         return self.difference <= self.limit and self.same_ancestors
 
 
@@ -40,7 +42,7 @@ class Check:
 class Variant:
     """One way to do it: each call of `run` does the same work and returns the same result.
 
-    counted  whether its calls may be counted: hooks would have a compiled denoiser compiled anew
+    counted  whether FLOPs and rows may be counted: hooks would recompile a compiled denoiser
     """
 
     name: str
@@ -50,8 +52,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class PreparedComparison:
-    """A comparison that is ready: the seconds of `over` are divided by those of `under`; `check` looks at what they
-    returned."""
+    """A comparison that is ready: seconds of `over` / seconds of `under`; `check` compares what they returned."""
 
     over: Variant
     under: Variant
@@ -60,30 +61,45 @@ class PreparedComparison:
 
 @dataclass
 class Measurement:
-    """What was found of a variant.
+    """Measurements of a variant.
 
     seconds  of each repeat
-    cpu      seconds of this process's threads in each repeat: less disturbed by what else a machine does
-    peak     bytes above what there was before the call, at most; None where this system does not tell
-    counts   rows that went through the denoiser, the decoder, the text encoders and the reward
-    parts    seconds that they took
+    cpu      seconds of this process's threads in each repeat: less disturbed by other load
+    peak     bytes above those before the call, at most; None where the system cannot tell
+    flops    of one run (a multiplication and an addition are two); 0 where they are not counted
+    rows     that went through the denoiser, the decoder, the text encoders and the reward
     """
 
     name: str
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     peak: int | None = None
-    counts: dict[str, int] = field(default_factory=dict)
-    parts: dict[str, float] = field(default_factory=dict)
+    flops: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def median(self) -> float:
+        """Seconds of the middle repeat."""
+        return median(self.seconds)
 
 
 @dataclass(frozen=True)
 class RepeatPolicy:
-    """How long a comparison may take: repeats go on until `seconds` are over, `least` to `most` times."""
+    """Repeat until `seconds` are over, `least` to `most` times."""
 
     seconds: float
     least: int = 3
     most: int = 15
+
+
+def seconds_of(run: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of one run and of the process's threads in it, by PyTorch's clock, which waits for the accelerator.
+
+    `torch.utils.benchmark.Timer` itself runs twice before each measured run, and cannot take turns with another.
+    """
+    wall, cpu = timer(), time.process_time()
+    run()
+    return timer() - wall, time.process_time() - cpu
 
 
 def measure(
@@ -91,31 +107,31 @@ def measure(
     measurements: tuple[Measurement, Measurement],
     module_names: ModuleNames,
     device: torch.device,
-    pace: RepeatPolicy,
+    policy: RepeatPolicy,
 ) -> tuple[Any, Any]:
-    """One warm-up of each, then A B A B …, then one run of each in which calls and bytes are counted.
+    """Run each variant once to warm up, then in turns A B A B …, then once each to count bytes, FLOPs and rows.
 
-    What is measured goes into `measurements` at once, so that it is there when the rest is
-    broken off. Returns the results.
+    Measurements are added at once, so that they stay when the rest is interrupted. Returns the results.
     """
     variants, started = (opened.over, opened.under), time.perf_counter()
     results = tuple(variant.run() for variant in variants)
     gc.collect()
     repeats, last = 0, 0.0
     # As much as one more turn is left for the run that counts.
-    while repeats < pace.least or (repeats < pace.most and time.perf_counter() - started + 2 * last < pace.seconds):
-        turn = []
-        for variant in variants:
-            cpu = time.process_time()
-            turn.append((seconds_of(variant.run, device), time.process_time() - cpu))
+    while repeats < policy.least or (
+        repeats < policy.most and time.perf_counter() - started + 2 * last < policy.seconds
+    ):
+        turn = [seconds_of(variant.run) for variant in variants]
         for measured, (seconds, cpu) in zip(measurements, turn, strict=True):
             measured.seconds.append(seconds)
             measured.cpu.append(cpu)
         repeats, last = repeats + 1, sum(seconds for seconds, _ in turn)
     for variant, measured in zip(variants, measurements, strict=True):
-        with _peak(device) as peak, _counting(module_names if variant.counted else {}, device) as (counts, parts):
+        flops = FlopCounterMode(display=False) if variant.counted else None
+        with _peak(device) as peak, _rows(module_names if variant.counted else {}) as rows, flops or nullcontext():
             variant.run()
-        measured.peak, measured.counts, measured.parts = peak[0] if peak else None, counts, parts
+        measured.peak, measured.rows = peak[0] if peak else None, rows
+        measured.flops = flops.get_total_flops() if flops else 0
     return results[0], results[1]
 
 
@@ -126,50 +142,34 @@ def difference(first: Tensor, second: Tensor) -> float:
     return (first.float() - second.float()).abs().max().item() if first.numel() else 0.0
 
 
-def synchronise(device: torch.device) -> None:
-    """Returns when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def seconds_of(run: Callable[[], Any], device: torch.device) -> float:
-    """Of one run, until the device has done it."""
-    synchronise(device)
-    started = time.perf_counter()
-    run()
-    synchronise(device)
-    return time.perf_counter() - started
-
-
 @contextmanager
 def _peak(device: torch.device) -> Iterator[list[int]]:
-    """Gives a list into which the peak of the block is put at its end, where it can be told."""
-    measurements: list[int] = []
+    """Yield a list that holds the peak of the block after it, where the system can tell."""
+    peak: list[int] = []
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield measurements
-        measurements.append(torch.cuda.max_memory_allocated(device) - before)
-        return
-    if not _resets():
-        yield measurements
-        return
-    before = _status("VmRSS")
-    yield measurements
-    measurements.append(_status("VmHWM") - before)
+        yield peak
+        peak.append(torch.cuda.max_memory_allocated(device) - before)
+    elif reset_peak():
+        before = _status("VmRSS")
+        yield peak
+        peak.append(_status("VmHWM") - before)
+    else:
+        yield peak
 
 
-def _resets() -> bool:
-    """Gives memory that is free back to the system, and sets its peak back. False where this system cannot."""
+def reset_peak() -> bool:
+    """Give free memory back to the system and reset its peak; False where the system cannot."""
     if sys.platform != "linux":
         return False
     name = ctypes.util.find_library("c")
     trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
     if trim is not None:
-        trim(0)  # else a run would live in what an earlier one left, and seem to need nothing
+        trim(0)  # else a run would reuse memory that an earlier one left, and seem to need nothing
     try:
-        MEASURED_MEMORY.write_text("5")
+        PEAK_RESET.write_text("5")
     except OSError:
         return False
     return True
@@ -182,74 +182,22 @@ def _status(name: str) -> int:
 
 
 @contextmanager
-def _counting(module_names: ModuleNames, device: torch.device) -> Iterator[tuple[dict[str, int], dict[str, float]]]:
-    """Counts the rows of the modules' calls and times them, copies of modules included. Steps of which a graph is kept
-    are counted apart: the way back goes through them."""
-    counts: dict[str, int] = {}
-    parts: dict[str, float] = {}
-    began: list[float] = []
+def _rows(module_names: ModuleNames) -> Iterator[dict[str, int]]:
+    """Count the rows of the modules' calls, copies of modules included.
 
-    def before(module: nn.Module, given: Any) -> None:
-        if type(module) in module_names:
-            synchronise(device)
-            began.append(time.perf_counter())
+    Calls that keep a graph are counted apart: a backward pass goes through them.
+    """
+    rows: dict[str, int] = {}
 
-    def after(module: nn.Module, given: Any, output: Any) -> None:
+    def count(module: nn.Module, given: Any, output: Any) -> None:
         if type(module) in module_names:
-            synchronise(device)
-            seconds = time.perf_counter() - began.pop()
             first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
             name = module_names[type(module)] + (" with a graph" if first.requires_grad else "")
-            counts[name] = counts.get(name, 0) + len(first)
-            parts[name] = parts.get(name, 0.0) + seconds
+            rows[name] = rows.get(name, 0) + len(first)
 
-    if not module_names:
-        yield counts, parts
-        return
-    handles = [register_module_forward_pre_hook(before), register_module_forward_hook(after)]
+    handle = register_module_forward_hook(count) if module_names else None
     try:
-        yield counts, parts
+        yield rows
     finally:
-        for handle in handles:
+        if handle is not None:
             handle.remove()
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """share   of the slower variant's seconds that the other does without, 0..1 (below 0: it does more)
-    ratio   that follows; None where a part gets faster by an unknown factor
-    at_most where so: what it would be if that part took no time
-    """
-
-    share: float
-    ratio: float | None = None
-    at_most: float | None = None
-
-
-Predict = Callable[[Measurement, Measurement], Prediction]
-
-
-# Amdahl 1967: if a share s of the time is saved, what is left is 1 − s, and the ratio is 1 / (1 − s).
-def amdahl(share: float) -> float:
-    """The ratio of the whole to what is left."""
-    return 1 / (1 - share) if share < 1 else float("inf")
-
-
-def predict_by_counts(over: Measurement, under: Measurement) -> Prediction:
-    """Every part costs in both what a row of it costs in `over` (or in `under`, where only that one has it).
-
-    Of a variant whose calls cannot be counted nothing is foretold."""
-    if not under.counts:
-        return Prediction(0.0)
-    saved = 0.0
-    for part in over.counts.keys() | under.counts.keys():
-        counted_side = over if over.counts.get(part) else under
-        row = counted_side.parts[part] / counted_side.counts[part]
-        saved += row * (over.counts.get(part, 0) - under.counts.get(part, 0))
-    share = saved / median(over.seconds)
-    return Prediction(share, amdahl(share))
-
-
-def bounded(share: float) -> Prediction:
-    """A share of the time gets faster, nobody knows how much."""
-    return Prediction(share, at_most=amdahl(share))

@@ -1,4 +1,4 @@
-"""`steer bench`: the words of the command line. Heavy imports wait inside the command."""
+"""`steer bench`: options of the command line. Heavy imports wait inside the command."""
 
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ QUICK, LONG = 24.0, 600.0  # seconds of measuring; on two idle cores a quick run
     "--model",
     "models",
     multiple=True,
-    help="scenes, or of real size and random weights: sd15, sdxl, sd3, flux; again. By default scenes, on CUDA all.",
+    help="scenes, or of real size and random weights: sd15, sdxl, sd3, flux; repeatable. Default: scenes, on CUDA all.",
 )
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="By default as in `sample`.")
 @click.option("--particles", default=8, type=click.IntRange(2), help="K.")
@@ -41,10 +41,10 @@ def bench(
     resolution: int | None,
     seconds: float | None,
 ) -> None:
-    """Measures what steering and finetuning cost: against the plain pipeline, and against naive implementations.
+    """Measure the cost of steering and finetuning against the plain pipeline and naive implementations.
 
     Ratios of medians, both sides measured in turns in this run, at equal work, and checked to give the same results.
-    Writes FILE and, beside it, a picture. Ctrl-C keeps what was measured. Exit code 1: results that differ.
+    Writes FILE and a picture beside it. Ctrl-C keeps all measurements so far. Exit code 1: results differ.
     """
     if file.is_dir():
         raise InputError(f"--json {file}: this is a folder; name a file")
@@ -63,7 +63,7 @@ def bench(
     try:
         run.run(subjects, torch.device(where))
     except KeyboardInterrupt:
-        click.echo(f"steer: interrupted; what was measured is in {file}", err=True)
+        click.echo(f"steer: interrupted; all measurements so far are in {file}", err=True)
         sys.exit(130)
     finally:
         if run.report.get("ratios"):

@@ -1,4 +1,4 @@
-"""`steer demo`: the words of the command line. Heavy imports wait inside the command."""
+"""`steer demo`: options of the command line. Heavy imports wait inside the command."""
 
 import os
 import signal
@@ -13,15 +13,13 @@ from steer.errors import InputError
 
 
 @click.command(cls=Command)
-@click.option("--host", default="127.0.0.1", help="Where to listen; beyond this machine only with --auth.")
-@click.option("--port", type=click.IntRange(1, 65535), help="By default the first free one from 7860 on.")
-@click.option("--auth", metavar="USER:PASSWORD", help="Who may come in.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; beyond this machine only with --auth.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Default: the first free one from 7860.")
+@click.option("--auth", metavar="USER:PASSWORD", help="Login that visitors need.")
 @click.option("--share", is_flag=True, help="A public address through gradio's servers; only with --auth.")
 @click.option("--model", "models", multiple=True, help="Beside the embedded ones: a folder, or ORGANISATION/NAME.")
-@click.option(
-    "--reward", "rewards", multiple=True, help="That you vouch for, beside those with names: my_file:function."
-)
-@click.option("--labels", type=click.Path(path_type=Path, file_okay=False), help="Folder that choices are kept in.")
+@click.option("--reward", "rewards", multiple=True, help="Allowed beside rewards with names: my_file:function.")
+@click.option("--labels", type=click.Path(path_type=Path, file_okay=False), help="Folder of preferences.")
 @DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the models.")
 def demo(
@@ -35,23 +33,23 @@ def demo(
     device: str | None,
     dtype: str | None,
 ) -> None:
-    """Opens the app in which particles are seen live and choices between images are recorded.
+    """Open the app: live particles, finetuning, scoring, and preferences of annotators.
 
-    It listens on this machine alone, needs no network and no GPU, and ends with Ctrl-C. Weights are fetched from the
-    hub only where --model or --reward is given; HF_HUB_OFFLINE=0 allows it else.
+    It listens on this machine only, needs no network and no GPU, and ends with Ctrl-C. Weights are fetched from the
+    hub only with --model or --reward, or with HF_HUB_OFFLINE=0.
     """
     if find_spec("gradio") is None:
         raise InputError("the app needs gradio: pip install 'steer-diffusion[app]'")
     user = None if auth is None else _user(auth)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is first imported, after this
-    if not (models or rewards):  # then nobody here asked for anything of the hub: visitors shall not either
+    if not (models or rewards):  # visitors shall not fetch from the hub where the owner does not
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from steer.apps.demo.app import check_address, launch
     from steer.apps.demo.studio import Studio, embedded_models
 
     check_address(host, share, user)
     studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as services are ended: what visitors left goes too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services are stopped: run `finally`, too
     try:
         app = launch(studio, host, port, user, share)
         click.echo(f"steer demo: {app.share_url or app.local_url} (Ctrl-C ends it)")

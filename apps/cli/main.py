@@ -1,4 +1,4 @@
-"""The `steer` command. Heavy imports wait inside the commands, so that `steer --help` answers at once."""
+"""The `steer` command. Heavy imports are inside the commands: `steer --help` answers at once."""
 
 import io
 import json
@@ -18,27 +18,25 @@ from steer.apps.cli.options import DEVICE, Group
 from steer.apps.cli.rewards import rewards
 from steer.apps.cli.sample import SPEC, TIMEOUT, sample
 from steer.apps.errors import ExitGuard, describe_os_error
-from steer.apps.processes import is_main_process, part
+from steer.apps.processes import is_main_process, shutdown_distributed
 from steer.errors import InputError
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(__version__, prog_name="steer")
 @click.option(
-    "--offline", is_flag=True, help="Use no network: models and rewards come from folders and the hub's cache."
+    "--offline", is_flag=True, help="Use no network: load models and rewards from folders and the hub's cache."
 )
 def steer(offline: bool) -> None:
     """Better images from a diffusion model and a reward."""
     if offline:
-        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is first imported, after this
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read at the first import of huggingface_hub, which comes later
 
 
 @steer.command()
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path), metavar="IMAGE...")
-@click.option(
-    "--prompt", "texts", multiple=True, help="What the images were asked to show: one for all, or one for each."
-)
-@click.option("--prompts", "file", type=click.Path(path_type=Path), help="File of prompts, one for each image.")
+@click.option("--prompt", "texts", multiple=True, help="Prompt of all images, or one per image; repeatable.")
+@click.option("--prompts", "file", type=click.Path(path_type=Path), help="File with one prompt per image.")
 @click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
 @click.option("--reward", required=True, help=SPEC)
 @TIMEOUT
@@ -52,25 +50,25 @@ def score(
     reward_timeout: float | None,
     device: str | None,
 ) -> None:
-    """Scores IMAGEs and prints JSON, every part of a composed reward too.
+    """Score IMAGEs and print JSON, with the components of a composed reward.
 
     IMAGE is a file, a folder (of `steer sample`, or with captions), or a table (.csv, .jsonl, .json, .tsv, .parquet)
-    with columns of images and prompts. Prompts are needed where the reward reads them. Images that cannot be scored
-    are listed; the others are scored, and the exit code is 2.
+    with columns of images and prompts. Prompts are required by rewards that read them. Images that cannot be scored
+    are listed in the error, the others are scored, and the exit code is 2.
     """
     from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import collect_images, score_images
 
-    shown = collect_images(images, texts, file, prompt_column)
-    scored = score_images(resolve_reward(reward, reward_timeout), shown, default_device(device))
-    prompts = {one.prompt for one in shown}
+    samples = collect_images(images, texts, file, prompt_column)
+    results = score_images(resolve_reward(reward, reward_timeout), samples, default_device(device))
+    prompts = {one.prompt for one in samples}
     output = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
-    if len(scored.errors) < len(shown):
-        click.echo(json.dumps(output | {"scores": scored.rows}, indent=1))
-    if scored.errors:
-        count = "" if len(shown) == 1 else f"{len(scored.errors)} of {len(shown)} images have no score: "
-        raise InputError(count + "; ".join(scored.errors))
+    if len(results.errors) < len(samples):
+        click.echo(json.dumps(output | {"scores": results.rows}, indent=1))
+    if results.errors:
+        count = "" if len(samples) == 1 else f"{len(results.errors)} of {len(samples)} images have no score: "
+        raise InputError(count + "; ".join(results.errors))
 
 
 steer.add_command(bench)
@@ -82,8 +80,8 @@ steer.add_command(sample)
 
 
 def main() -> None:
-    """Runs the command; what the user can put right is one line on stderr and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # a path need not be text, and a job is not to end in saying its name
+    """Run the command; errors of the input are one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):  # paths may hold bytes that are not text
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     with ExitGuard():
@@ -91,29 +89,29 @@ def main() -> None:
 
 
 def _run() -> None:
-    # A run that ended before its time ends in such a line too: the pipelines' own warning would say it twice.
+    # An early stop raises InputError, which repeats the pipelines' own warning.
     logging.getLogger("steer.pipelines").addHandler(logging.NullHandler())
     try:
         steer(standalone_mode=False)
-        part()
+        shutdown_distributed()
     except click.exceptions.Abort:
         if is_main_process():
-            click.echo("steer: interrupted; what was finished is kept, the same command goes on", err=True)
+            click.echo("steer: interrupted; finished work is kept: run the command again to resume", err=True)
         sys.exit(130)
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
     except click.ClickException as error:
-        if is_main_process():  # of several processes all were told the same words
+        if is_main_process():  # all processes parsed the same words
             click.echo(f"steer: {' '.join(error.format_message().split())}", err=True)
         sys.exit(2)
     except InputError as error:
         click.echo(f"steer: {error}", err=True)
         sys.exit(2)
-    except BrokenPipeError:  # who reads what is said has had enough, as `head` has
+    except BrokenPipeError:  # the reader of the output closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
-        click.echo(f"steer: {' '.join(describe_os_error(error).split())}; what was finished is kept", err=True)
+        click.echo(f"steer: {' '.join(describe_os_error(error).split())}; finished work is kept", err=True)
         sys.exit(2)
 
 

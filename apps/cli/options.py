@@ -1,14 +1,18 @@
-"""Base classes of all commands: what is given is used or refused, never dropped in silence."""
+"""Base classes and common options of all commands: every given option is used or refused."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import click
 
+from steer.apps.settings import ALL_OPTIONS, SHARED, flags_of, help_of, kinds_of
 from steer.errors import InputError
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 class Command(click.Command):
-    """A command that refuses an option with one value where it is given twice (click takes the last in silence)."""
+    """A command that refuses a repeated single-valued option; click would silently use the last."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the words of the command line. Raises InputError for a single-valued option that is repeated."""
@@ -17,7 +21,7 @@ class Command(click.Command):
 
 
 class Group(click.Group):
-    """A group whose own options, and those of its commands, follow the same rule."""
+    """A group of such commands, whose own options follow the same rule."""
 
     command_class = Command
     group_class = type
@@ -29,12 +33,12 @@ class Group(click.Group):
 
 
 def is_single_valued(option: click.Parameter) -> bool:
-    """Whether an option has one value: not `multiple`, not counted, and no `--help` or `--version`, which end it."""
+    """Tell whether an option has one value: not `multiple`, not counted, not `--help` or `--version`."""
     return isinstance(option, click.Option) and not (option.multiple or option.count or option.is_eager)
 
 
 def check_not_repeated(command: click.Command, context: click.Context, args: Sequence[str]) -> None:
-    """Raise InputError where the words give an option twice that has one value."""
+    """Raise InputError for a repeated option that has one value."""
     _, _, order = command.make_parser(context).parse_args(args=list(args))
     for option in order:
         if is_single_valued(option) and order.count(option) > 1:
@@ -45,13 +49,13 @@ def check_not_repeated(command: click.Command, context: click.Context, args: Seq
 
 
 def _checked(context: click.Context, option: click.Parameter, device: str | None) -> str | None:
-    """Refuse a device that this machine lacks before anything is loaded. Nothing is imported where none is given."""
+    """Refuse a device that this machine lacks before anything is loaded; without --device nothing is imported."""
     if device is not None:
         from steer.apps.models import check_device
 
         try:
             check_device(device)
-        except InputError as error:  # as click's own, which only one of several processes prints
+        except InputError as error:  # which only the main process prints
             raise click.ClickException(str(error)) from error
     return device
 
@@ -59,5 +63,22 @@ def _checked(context: click.Context, option: click.Parameter, device: str | None
 DEVICE = click.option(
     "--device",
     callback=_checked,
-    help="Where models and rewards run, such as cpu, cuda or cuda:1; by default the GPU if there is one.",
+    help="Device of models and rewards, such as cpu, cuda or cuda:1; by default the GPU if there is one.",
 )
+
+
+def setting_options(without: Collection[str] = ()) -> Callable[[F], F]:
+    """Decorate a command with an option for every setting of `steer.apps.settings`; None is a setting's default."""
+
+    def decorate(command: F) -> F:
+        for name in reversed([name for name in (*SHARED, *ALL_OPTIONS) if name not in without]):
+            flags = flags_of(name)
+            kind = next((kind for kind in kinds_of(name) if kind in (bool, int, float)), str)
+            switch = True if kind is bool and "/" not in flags[0] else None
+            option = click.option(
+                *flags, name, type=None if kind is bool else kind, default=None, help=help_of(name), is_flag=switch
+            )
+            command = option(command)
+        return command
+
+    return decorate

@@ -1,4 +1,4 @@
-"""`steer rewards …`: list, look at, calibrate and train rewards. Heavy imports wait inside the commands."""
+"""`steer rewards …`: list, analyse, calibrate, train and serve rewards. Commands import heavy modules themselves."""
 
 import dataclasses
 from pathlib import Path
@@ -9,14 +9,16 @@ import click
 from steer.apps.cli.options import DEVICE, Group
 
 FOLDER = click.Path(path_type=Path)
-IMAGES = click.option("--images", required=True, type=FOLDER, help="Folder of images: of `steer sample`, or any.")
-PROMPT = click.option("--prompt", help="What all images were asked to show, where the folder does not say.")
+IMAGES = click.option(
+    "--images", required=True, type=FOLDER, help="Folder of images, such as the output of `steer sample`."
+)
+PROMPT = click.option("--prompt", help="Prompt of all images, where the folder contains none.")
 
 
 @click.group(cls=Group, invoke_without_command=True)
 @click.pass_context
 def rewards(context: click.Context) -> None:
-    """Lists the rewards that have a name; with a command: looks at rewards, calibrates them, trains one."""
+    """List the named rewards, or run a command: analyse, calibrate, train or serve rewards."""
     if context.invoked_subcommand is None:
         from steer.rewards.names import reward_names
 
@@ -24,18 +26,20 @@ def rewards(context: click.Context) -> None:
         width = max(map(len, names))
         for name, about in sorted(names.items()):
             click.echo(f"{name:{width}}  {about}")
-        click.echo("http://HOST:PORT/  a reward of another process, there `steer rewards serve SPEC`")
+        click.echo("http://HOST:PORT/  a reward served by another process: `steer rewards serve SPEC`")
 
 
 @rewards.command()
 @click.argument("reward", metavar="SPEC")
-@click.option("--host", default="127.0.0.1", help="Address to listen at; any but this machine's own is open to others.")
-@click.option("--port", default=0, type=click.IntRange(0, 65535), help="0: any that is free.")
+@click.option(
+    "--host", default="127.0.0.1", help="Address to listen on; other than the default, other machines can connect."
+)
+@click.option("--port", default=0, type=click.IntRange(0, 65535), help="0: any free port.")
 @DEVICE
 def serve(reward: str, host: str, port: int, device: str | None) -> None:
-    """Scores over HTTP by SPEC, for `--reward http://…/` elsewhere, until Ctrl-C.
+    """Serve the reward SPEC over HTTP, for `--reward http://…/` elsewhere, until Ctrl-C.
 
-    Where the environment variable STEER_REWARD_TOKEN is set, requests must bring it: set it for the client too.
+    If the environment variable STEER_REWARD_TOKEN is set, requests need it: set it for the client too.
     """
     from steer.apps.errors import exit_now
     from steer.apps.models import default_device
@@ -44,7 +48,10 @@ def serve(reward: str, host: str, port: int, device: str | None) -> None:
 
     with RewardServer(resolve_reward(reward), host, port, read_token(), default_device(device)) as server:
         if host not in LOCAL:
-            click.echo(f"steer: --host {host}: whoever reaches this machine can use the reward, unencrypted", err=True)
+            click.echo(
+                f"steer: --host {host}: anyone who can reach this machine can use the reward; there is no encryption",
+                err=True,
+            )
         idle = server.serve_until_signal(lambda: click.echo(server.url))
     if not idle:  # a call that hangs
         exit_now(0)
@@ -54,10 +61,10 @@ def serve(reward: str, host: str, port: int, device: str | None) -> None:
 @click.argument("reward")
 @IMAGES
 @PROMPT
-@click.option("--most", default=8, type=click.IntRange(1), help="Images of one size that it is tested on.")
+@click.option("--max-images", default=8, type=click.IntRange(1), help="Images of one size to test on.")
 @DEVICE
 def check(reward: str, images: Path, prompt: str | None, max_images: int, device: str | None) -> None:
-    """Tests REWARD: contract, determinism, batches, gradients, speed. Exit code 1 where a test fails."""
+    """Test REWARD: contract, determinism, batches, gradients, speed. Exit code 1 where a test fails."""
     from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import images_with_prompts, load_batch, render_check_results
@@ -76,10 +83,10 @@ def check(reward: str, images: Path, prompt: str | None, max_images: int, device
 @click.argument("second")
 @IMAGES
 @PROMPT
-@click.option("--out", default=Path("scatter.png"), type=FOLDER, help="The picture.")
+@click.option("--out", default=Path("scatter.png"), type=FOLDER, help="The scatter plot, a PNG file.")
 @DEVICE
 def compare(first: str, second: str, images: Path, prompt: str | None, out: Path, device: str | None) -> None:
-    """How much two rewards agree on images: rank correlations, STARC distance, and a scatter plot."""
+    """Measure the agreement of two rewards on images: rank correlations, STARC distance, and a scatter plot."""
     from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import draw_scatter, images_with_prompts, render_agreement, score_all
@@ -100,7 +107,7 @@ def compare(first: str, second: str, images: Path, prompt: str | None, out: Path
 @PROMPT
 @DEVICE
 def contrast(reward: str, images: Path, prompt: str | None, device: str | None) -> None:
-    """How often REWARD prefers an image's prompt to one with a colour, count or relation changed."""
+    """Measure how often REWARD prefers an image's prompt to one with a colour, count or relation changed."""
     from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import images_with_prompts, render_consistency, score_consistency
@@ -117,10 +124,10 @@ def contrast(reward: str, images: Path, prompt: str | None, device: str | None) 
 @click.argument("rewards_", nargs=-1, required=True, metavar="REWARD...")
 @IMAGES
 @PROMPT
-@click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; rewards already in it stay.")
+@click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; other rewards in it are kept.")
 @DEVICE
 def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: Path, device: str | None) -> None:
-    """Measures each REWARD's mean and spread, over all and per prompt, on images of `steer sample --method base`."""
+    """Measure each REWARD's mean and spread, overall and per prompt, on images of `steer sample --method base`."""
     from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import images_with_prompts, score_all
@@ -137,36 +144,44 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
 
 @rewards.command()
 @click.argument("data", type=FOLDER)
-@click.option("--out", required=True, type=FOLDER, help="The reward's folder; `--reward FOLDER` loads it.")
-@click.option("--images", type=FOLDER, help="Folder that the paths of images start from.  [default: that of DATA]")
-@click.option("--work", type=FOLDER, help="Checkpoints and logs; the same command goes on there.  [default: runs/OUT]")
-@click.option("--backbone", default="scenes", help="A CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, a folder.")
+@click.option("--out", required=True, type=FOLDER, help="Folder of the reward; load it by `--reward FOLDER`.")
+@click.option("--images", type=FOLDER, help="Folder that image paths are relative to.  [default: that of DATA]")
+@click.option(
+    "--work", type=FOLDER, help="Folder of checkpoints and logs; run the command again to resume.  [default: runs/OUT]"
+)
+@click.option("--backbone", default="scenes", help="A CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, or a folder.")
 @click.option("--head", default="pair", help="similarity, image or pair.")
 @click.option(
     "--objective", default="bradley-terry", help="bradley-terry, scaled-bradley-terry, regression, or contrastive."
 )
-@click.option("--whole", is_flag=True, help="Train the CLIP too, not the head alone.")
-@click.option("--members", default=1, help="An ensemble of so many, each with its own seed and sample of the pairs.")
+@click.option("--train-backbone", is_flag=True, help="Train the CLIP too, not only the head.")
+@click.option(
+    "--members", default=1, help="Size of the ensemble; each member has its own seed and sample of the pairs."
+)
 @click.option("--steps", default=500)
-@click.option("--batch", default=64)
+@click.option("--batch-size", default=64)
 @click.option("--learning-rate", default=1e-3)
 @click.option("--label-smoothing", default=0.0, help="Label smoothing, 0 to 0.5.")
-@click.option("--flip", default=0.0, help="Share of the labels that is taken to be wrong, 0 to 0.5.")
-@click.option("--centre", default=0.0, help="Pulls each prompt's rewards to a mean of 0; for ensembles 0.01 to 0.1.")
-@click.option("--held-out", default=0.1, help="Share of the prompts that the report is measured on.")
+@click.option("--label-noise", default=0.0, help="Assumed share of wrong labels, 0 to 0.5.")
+@click.option(
+    "--center-rewards-coefficient",
+    default=0.0,
+    help="Weight of the penalty that centers each prompt's rewards at 0; for ensembles 0.01 to 0.1.",
+)
+@click.option("--held-out", default=0.1, help="Share of the prompts for evaluation.")
 @click.option("--seed", default=0)
 @DEVICE
-def train(data: Path, out: Path, images: Path | None, work: Path | None, device: str | None, **recipe: Any) -> None:
-    """Trains a reward from DATA: preferences between images of a prompt, in a .jsonl, .json or .parquet file.
+def train(data: Path, out: Path, images: Path | None, work: Path | None, device: str | None, **options: Any) -> None:
+    """Train a reward on DATA: preferences between images of a prompt, in a .jsonl, .json or .parquet file.
 
-    Read are pairs (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's
-    chosen and rejected, and a folder of choices that the demo recorded.
+    Formats: pairs (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's
+    chosen and rejected, and preference datasets that the demo recorded.
     """
     from steer.apps.learning import run_reward_training, summary
     from steer.apps.models import default_device
     from steer.rewards.learned import RewardTrainingConfig
 
     fields = {field.name for field in dataclasses.fields(RewardTrainingConfig)}
-    config = RewardTrainingConfig(**{name: recipe[name] for name in fields})
+    config = RewardTrainingConfig(**{name: options[name] for name in fields})
     report = run_reward_training(data, config, out, work or Path("runs") / out.name, default_device(device), images)
     click.echo(f"{summary(report)} → {out}")

@@ -1,4 +1,4 @@
-"""The app: its tabs, how it looks, and where it listens."""
+"""The app: its tabs, its style and its address."""
 
 import os
 from dataclasses import asdict
@@ -51,7 +51,7 @@ class PublicApi:
         model: str,
         request: gr.Request,
     ) -> tuple[list[str], dict[str, Any]]:
-        """Makes images of a prompt that score high by a reward.
+        """Make images of a prompt that score high by a reward.
 
         Args:
             prompt: what the image should show
@@ -74,11 +74,11 @@ class PublicApi:
             made = _run_prompt(self.studio, prompt, asked | {"fresh": False, "compare": False, "worn": False}, request)
         except InputError as error:
             raise gr.Error(public(str(error)), print_exception=False) from error
-        return [str(picture.path) for picture in made.images], told(made)
+        return [str(picture.path) for picture in made.images], report_of(made)
 
 
 def _run_prompt(studio: Studio, prompt: str, asked: dict[str, Any], request: gr.Request) -> PromptResult:
-    """One prompt, from its turn in the queue to its end."""
+    """Run one prompt from its turn in the queue to its end."""
     prompts, settings = prompts_of(prompt), settings_of(asked)
     if len(prompts) > 1:
         raise InputError(f"{len(prompts)} prompts: one a call")
@@ -89,11 +89,11 @@ def _run_prompt(studio: Studio, prompt: str, asked: dict[str, Any], request: gr.
     return made[0]
 
 
-def told(made: PromptResult) -> dict[str, Any]:
-    """Of the images, best first, what is known, as plain values."""
+def report_of(made: PromptResult) -> dict[str, Any]:
+    """Describe the images, best first, as plain values."""
     return {
         "prompt": made.prompt,
-        "settings": asdict(made.settings),
+        "settings": made.settings.plain(),
         "rewards": [picture.recipe.reward for picture in made.images],
         "components": [dict(picture.recipe.components) for picture in made.images],
         "cost": asdict(made.cost),
@@ -145,8 +145,8 @@ def launch(studio: Studio, host: str, port: int | None, auth: tuple[str, str] | 
 
 
 def serve(studio: Studio, **address: Any) -> gr.Blocks:
-    """Serves the app as gradio's `launch` is told; who may reach it is for the caller to decide."""
-    os.environ["GRADIO_TEMP_DIR"] = str(studio.home / "served")  # what gradio serves lies with the rest
+    """Serve the app with arguments of gradio's `launch`; the caller decides who may reach it."""
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.home / "served")  # files that gradio serves
     app = build(studio)
     app.launch(
         **address,

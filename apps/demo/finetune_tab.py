@@ -1,4 +1,4 @@
-"""The Finetune tab: a model learns from a reward or from choices, is watched, and goes on to the Steer tab."""
+"""The Finetune tab: train from a reward or preferences, follow the metrics, load the weights into Steer."""
 
 import json
 import time
@@ -12,20 +12,19 @@ import gradio as gr
 from PIL import Image
 
 from steer.apps.demo.labels import label_folder
-from steer.apps.demo.plots import Series, line_chart, short, table
+from steer.apps.demo.plots import Series, gallery, line_chart, short, table
 from steer.apps.demo.steer_tab import REWARDS, Defaults
 from steer.apps.demo.steering import Loading, data_uri
 from steer.apps.demo.studio import (
-    FAILED,
     PRIVATE,
     Change,
+    JobTab,
     Studio,
     Ticket,
     Waiting,
     Weights,
     line,
     number,
-    public,
     whole,
 )
 from steer.apps.demo.training import (
@@ -52,7 +51,7 @@ HELP = (
     "**D3PO** draws images in pairs and makes the better one of each likelier. **PRDP** learns by how much one is "
     "better than the other. Both train a small addition to the model, a LoRA; the model itself stays as it is. "
     "**Choices** are those of the Label tab. Whatever is trained on loses its meaning when it is pushed for long: "
-    "so a second reward, which is not trained on, judges images of prompts that the training never sees."
+    "so a second reward, which is not trained on, scores images of prompts that the training never sees."
 )
 
 
@@ -68,7 +67,7 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
         "held_out": gr.Dropdown(
             value=JUDGED_BY,
             label="Held-out reward",
-            info="Judges, and is never trained on: it shows when the other one is being fooled.",
+            info="Never trained on: it shows when the training exploits the other one.",
             elem_id="finetune-held-out",
             **free,
         ),
@@ -93,7 +92,7 @@ def finetune_fields(studio: Studio) -> dict[str, Any]:
         )
         fields["rank"] = gr.Slider(1, MAX_RANK, 16, step=1, label="LoRA rank", info="How much it can learn.")
         fields["kl_weight"] = gr.Number(
-            0, label="KL weight", minimum=0, info="What it costs to leave the base model; 0: only what the method asks."
+            0, label="KL weight", minimum=0, info="Penalty for leaving the base model; 0: only that of the method."
         )
         fields["seed"] = gr.Number(0, label="Seed")
         fields["model"] = gr.Dropdown([*models], value=next(iter(models), None), label="Model", visible=len(models) > 1)
@@ -110,7 +109,7 @@ def default_learning_rate(method: str) -> float:
 
 
 def training_request(field_values: Mapping[str, Any], studio: Studio) -> TrainingRequest:
-    """What the fields ask for. Raises InputError, and for rewards that visitors may not use."""
+    """Read a request from the fields. Raises InputError, also for rewards that visitors may not use."""
     choices, model = None, str(field_values["model"])
     if field_values["method"] == "choices":
         choices, model = label_folder(studio), studio.models[0]
@@ -140,15 +139,15 @@ Points = list[tuple[float, float]]
 
 @dataclass
 class TrainingView:
-    """What there is to see of a training of `updates` updates, and the line that says how far it is.
+    """The records, pictures and status line of a training of `updates` updates.
 
-    frames  the HTML of the pictures of every evaluation, by their files
+    frames  the pictures of every evaluation as `gallery` takes them, by their files
     """
 
     updates: int
     records: list[Record] = field(default_factory=list)
     evaluations: list[Record] = field(default_factory=list)
-    frames: dict[Path, str] = field(default_factory=dict)
+    frames: dict[Path, tuple[str, str, str]] = field(default_factory=dict)
     trained: Trained | None = None
     line: str = "Starting …"
     _since: tuple[int, float] | None = None  # updates and time at the first one that was seen
@@ -156,7 +155,7 @@ class TrainingView:
 
     @classmethod
     def of(cls, folder: Path, updates: int) -> "TrainingView":
-        """As the folder of a run tells it."""
+        """Read the folder of a run."""
         records, evaluations = records_of(folder)
         return cls(updates, records, evaluations, {path: _frame(path) for path in grids(folder)})
 
@@ -166,7 +165,7 @@ class TrainingView:
         return len(self.records)
 
     def after(self, event: Any) -> bool:
-        """Takes an event in; whether there is something to draw."""
+        """Add an event; returns whether the view changes."""
         match event:
             case Waiting() | Loading():
                 self.line = str(event)
@@ -195,14 +194,14 @@ class TrainingView:
         return True
 
     def conclusion(self) -> str:
-        """The last line: why it ended, and what came of it."""
+        """The last status: why the training ended, and its results."""
         if self.trained is not None:
             return f"{_describe_end(self.trained.result)} {_describe_outcome(self.trained.result)}".strip()
         if not self.step:
             return "Stopped before the first update."
         return (
-            f"Stopped after {self.step} of {self.updates} updates. Nothing is lost: Go on continues, Finish here makes "
-            "the weights of now ready to use."
+            f"Stopped after {self.step} of {self.updates} updates. Nothing is lost: Resume continues, Finish here "
+            "exports the present weights."
         )
 
 
@@ -215,12 +214,12 @@ def records_of(out: Path) -> tuple[list[Record], list[Record]]:
 
 
 def updates_made(out: Path) -> int:
-    """How many updates the folder of a run tells of."""
+    """Count the updates recorded in the folder of a run."""
     return len(records_of(out)[0])
 
 
 def _about(seconds: float) -> str:
-    """Time that is left, in words."""
+    """The remaining time in words."""
     if seconds < 1:
         return "It is being finished …"
     return f"About {seconds:.0f} s left." if seconds < 90 else f"About {seconds / 60:.0f} min left."
@@ -233,7 +232,7 @@ def _describe_end(result: TrainingResult) -> str:
 
 
 def _describe_outcome(result: TrainingResult) -> str:
-    """The rewards of the held-out prompts, from the first evaluation to the last, and what is odd about them."""
+    """The rewards of the held-out prompts from the first to the last evaluation, and a warning of over-optimisation."""
     names = held_out_names(result.evaluations)
     if len(result.evaluations) < 2:
         return ""
@@ -244,38 +243,27 @@ def _describe_outcome(result: TrainingResult) -> str:
     text = f"On prompts it never saw: {field_values}."
     rose, fell = last[names[0]][0] > first[names[0]][0], last[names[-1]][HIGH] < first[names[-1]][0]
     if rose and fell:
-        text += " The trained reward rose and the held-out one fell: it may be learning the reward's faults."
+        text += " The trained reward rose and the held-out one fell: it may be exploiting the reward."
     if result.best_step not in (None, 0, result.step):
         text += f" By {names[-1]} it was best after update {result.best_step}: those weights are in the zip as well."
     return text
 
 
 def samples_view(story: TrainingView, run: str) -> str:
-    """The held-out images of every evaluation, of which run_view.js shows one; an invitation where there are none.
+    """The held-out images of every evaluation, of which run_view.js shows one; a hint where there are none.
 
-    run  another for each training
+    run  another name for each training
     """
     frames = [frame for _, frame in sorted(story.frames.items())]
     if not frames:
         return f'<section class="steer-run"><p class="steer-empty">{EMPTY_TEXT}</p></section>'
-    last, single_frame = len(frames) - 1, "true" if len(frames) == 1 else "false"
-    shown = [frame.replace("<div ", '<div hidden="" ', 1) for frame in frames[:-1]] + frames[-1:]
     names = " · ".join(held_out_names(story.evaluations))
-    return (
-        f'<section class="steer-run" data-run="{escape(run, quote=True)}"><div class="steer-gallery">'
-        '<h3>The same prompts and noise as it learns</h3><div class="steer-scrub" role="group"'
-        ' aria-label="After how many updates">'
-        f'<button type="button" data-move="-1" aria-label="Earlier" aria-disabled="{single_frame}">‹</button>'
-        f'<input type="range" class="steer-scrubber" min="0" max="{last}" step="1" value="{last}"'
-        ' aria-label="Updates"/>'
-        '<button type="button" data-move="1" aria-label="Later" aria-disabled="true">›</button>'
-        f'<span class="steer-reading" role="status"></span></div><div class="steer-frames">{"".join(shown)}</div>'
-        f'<p class="steer-note">Below each image: {escape(names)}.</p></div></section>'
-    )
+    images = gallery("The same prompts and noise as it learns", frames, f"Below each image: {escape(names)}.")
+    return f'<section class="steer-run" data-run="{escape(run, quote=True)}">{images}</section>'
 
 
-def _frame(grid: Path) -> str:
-    """The pictures of an evaluation, cut out of its grid, with prompts and rewards."""
+def _frame(grid: Path) -> tuple[str, str, str]:
+    """The pictures of an evaluation, cut out of its grid, with prompts and rewards, as `gallery` takes them."""
     grid_metadata = read_grid(grid) or {"step": 0, "cells": [], "boxes": []}
     cells = ""
     with Image.open(grid) as whole:
@@ -289,7 +277,7 @@ def _frame(grid: Path) -> str:
                 f"<figcaption><b>{rewards}</b><span>{prompt}</span></figcaption></figure>"
             )
     label = "before training" if grid_metadata["step"] == 0 else f"after {grid_metadata['step']} updates"
-    return f'<div class="steer-frame steer-held" data-label="{label}">{cells}</div>'
+    return label, "steer-held", cells
 
 
 def charts_view(story: TrainingView, run: str) -> str:
@@ -339,22 +327,22 @@ def _table(story: TrainingView, names: Sequence[str]) -> str:
 
 
 FOLDER = Path(__file__).parent
-KEYS = {"--eval-rewards": "the held-out reward", "--reward": "the reward", "--choices": "the choices"}
+KEYS = {"--eval-rewards": "the held-out reward", "--reward": "the reward", "--preferences": "the choices"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A visitor's training: what they asked for, its folder, and its end, once there is one."""
+    """A visitor's training: the request, its folder, and the result once there is one."""
 
     training_asked: TrainingRequest
     folder: Path
     trained: Trained | None = None
 
 
-class FinetuneTab:
-    """Its components and what they do; to be made inside the app's Blocks.
+class FinetuneTab(JobTab):
+    """The components and their events; made inside the app's Blocks.
 
-    A visitor has one training, which goes on from its folder.
+    A visitor has one training, which resumes from its folder.
     """
 
     def __init__(self, studio: Studio) -> None:
@@ -367,11 +355,9 @@ class FinetuneTab:
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.fields = finetune_fields(studio)
-                with gr.Row():
-                    self.start = gr.Button("Train", variant="primary", elem_id="finetune-start")
-                    self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="finetune-stop")
+                self._job_buttons("Train", "finetune")
                 with gr.Row(visible=False, elem_id="finetune-again") as self.again:
-                    self.more = gr.Button("Go on", elem_id="finetune-more")
+                    self.more = gr.Button("Resume", elem_id="finetune-more")
                     self.finish = gr.Button("Finish here", elem_id="finetune-finish")
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(line("Ready."), elem_id="finetune-status")
@@ -385,19 +371,17 @@ class FinetuneTab:
     def _connect(self) -> None:
         fields, seen = self.fields, [self.status, self.samples, self.charts, self.start, self.stop]
         live = [*seen, self.again, self.finish, self.results, self.archive, self.run]
-        for ran in (
+        self._connect_job(
             self.start.click(self.begin, {*fields.values()}, live, concurrency_limit=None, **PRIVATE),
-            self.more.click(self.go_on, [self.run, fields["updates"]], live, concurrency_limit=None, **PRIVATE),
+            self.more.click(self.resume, [self.run, fields["updates"]], live, concurrency_limit=None, **PRIVATE),
             self.finish.click(self.finish_here, self.run, live, concurrency_limit=None, **PRIVATE),
-        ):
-            ran.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
-        self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
+        )
         follows = [*(fields[name] for name in ("reward", "learning_rate", "model")), self.defaults]
         known = [fields["method"], fields["learning_rate"], self.defaults]
         fields["method"].input(self.fit, known, follows, **PRIVATE)
 
     def begin(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
-        """A new training, shown as it goes."""
+        """Start a new training, and show its progress."""
         try:
             training_asked = training_request(
                 {name: field_values[field] for name, field in self.fields.items()}, self.studio
@@ -410,13 +394,8 @@ class FinetuneTab:
         else:
             yield from self._follow(run, ticket)
 
-    def fail(self) -> Change:
-        """After an error that a training does not know, and for fields whose values Gradio refuses."""
-        ready = {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-        return ready | {self.status: line(FAILED, "alert")}
-
-    def go_on(self, run: Run, updates: float | None, request: gr.Request) -> Iterator[Change]:
-        """The training from where it was, to as many updates as the field asks for now."""
+    def resume(self, run: Run, updates: float | None, request: gr.Request) -> Iterator[Change]:
+        """Resume the training up to the number of updates in the field."""
         try:
             training_asked = replace(run.training_asked, updates=whole("updates", updates))
             ticket = self.studio.begin(request, training(training_asked, run.folder, self.studio, resume=True))
@@ -426,11 +405,11 @@ class FinetuneTab:
             yield from self._follow(Run(training_asked, run.folder), ticket)
 
     def finish_here(self, run: Run, request: gr.Request) -> Iterator[Change]:
-        """The training's end, after the updates that were made."""
-        yield from self.go_on(run, updates_made(run.folder), request)
+        """End the training after the updates made so far."""
+        yield from self.resume(run, updates_made(run.folder), request)
 
     def _follow(self, run: Run, ticket: Ticket) -> Iterator[Change]:
-        """A training from its turn in the queue to its end."""
+        """Show a training from its turn in the queue to its end."""
         story = TrainingView.of(run.folder, run.training_asked.updates)
         yield self._view_updates(story, run) | self._buttons(run, running=True) | {self.status: line(story.line)}
         try:
@@ -440,9 +419,7 @@ class FinetuneTab:
                         self.status: _progress(story)
                     }
             if story.trained is None:
-                story = TrainingView.of(
-                    run.folder, run.training_asked.updates
-                )  # with what was made after the last event
+                story = TrainingView.of(run.folder, run.training_asked.updates)  # with the updates after the last event
             run = replace(run, trained=story.trained)
             yield self._view_updates(story, run) | {self.status: line(story.conclusion())}
         except InputError as error:
@@ -454,12 +431,10 @@ class FinetuneTab:
         return charts | ({self.samples: samples_view(story, run.folder.name)} if whole else {})
 
     def _buttons(self, run: Run, running: bool = False) -> Change:
-        """What can be pressed now, of this training."""
+        """Enable the buttons that apply to this training now."""
         trained = run.trained
-        return {
+        return self.running(running) | {
             self.run: run,
-            self.start: gr.update(interactive=not running),
-            self.stop: gr.update(interactive=running),
             self.again: gr.update(visible=not running and (run.folder / "checkpoints").exists()),
             self.finish: gr.update(visible=trained is None and updates_made(run.folder) > 0),
             self.results: gr.update(visible=trained is not None and not running),
@@ -467,27 +442,25 @@ class FinetuneTab:
         }
 
     def _refused(self, error: InputError, *folders: Path) -> Change:
-        """Says why not, where it is seen at once, and where it stays; without places on the owner's disk."""
+        """Show why not, in the words of the fields."""
         text = str(error)
         for folder in (*folders, label_folder(self.studio)):
             text = text.replace(f"{folder}/", "").replace(str(folder), "the folder")
         for key, name in KEYS.items():
             text = text.replace(key, name)
-        text = public(text)
-        gr.Warning(escape(text))
-        return {self.status: line(text, "alert")}
+        return self.refuse(text)
 
     def loaded(self, weights: gr.State, tabs: gr.Tabs) -> None:
-        """Says where finetuned weights go when they are loaded, and where the tab is that then wears them."""
+        """Connect the button that loads the weights into the Steer tab."""
         self.load.click(self.lend, self.run, [weights, tabs], **PRIVATE)
 
     def lend(self, run: Run) -> tuple[Weights, Change]:
-        """Hands the weights to the Steer tab, and opens it."""
+        """Load the weights into the Steer tab, and open it."""
         assert run.trained is not None
         return run.trained.weights, gr.update(selected="steer")
 
     def fit(self, method: str, rate: float | None, defaults: Defaults) -> Change:
-        """Other fields follow the method, but for a learning rate that the visitor has set."""
+        """Set the fields that depend on the method, but not a learning rate that the visitor has set."""
         choices, model = method == "choices", self.fields["model"]
         new, follows = defaults.changed({"rate": rate}, {"rate": default_learning_rate(method)})
         return {
@@ -499,6 +472,6 @@ class FinetuneTab:
 
 
 def _progress(story: TrainingView) -> str:
-    """The line, and how much is done as a bar."""
+    """The status line and a progress bar."""
     size = f'max="{story.updates}" value="{story.step}"'
     return f'{line(story.line)}<progress class="steer-progress" aria-label="Updates made" {size}></progress>'

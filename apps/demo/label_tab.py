@@ -1,4 +1,4 @@
-"""The Label tab: images of one prompt, and which of them somebody prefers."""
+"""The Label tab: annotators choose between images of one prompt."""
 
 import math
 import threading
@@ -37,25 +37,25 @@ from steer.pipelines.training.preference_files import SampleGroup, file_inside
 
 TIE, BAD, UNDO = "tie", "bad", "undo"
 SAVED = {TIE: "Saved: a tie.", BAD: "Saved: all bad."}
-NO_MESSAGE = ""  # nothing to say of an answer to what is no longer shown
+NO_MESSAGE = ""  # of an answer to a group that is no longer shown
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """So many images are being drawn."""
+    """An event: images are being sampled."""
 
     images: int
 
     def __str__(self) -> str:
-        return f"Drawing {self.images} images …"
+        return f"Sampling {self.images} images …"
 
 
 class LabelSession:
-    """What an annotator is shown and answers; threads may use it at once.
+    """The groups of images that an annotator sees and answers; thread-safe.
 
     model   its name
-    submit  takes a job to the worker, as `Worker.submit`
-    lend    gives the pipeline to a job
+    submit  submits a job to the worker, as `Worker.submit`
+    lend    a context that gives the pipeline to a job
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class LabelSession:
         self._lock = threading.RLock()
 
     def advance(self) -> Iterator[Any]:
-        """Shows a lot, where none is shown; yields what there is to say while it is drawn. Left early, it stops that.
+        """Show the next group; yields events while it is sampled. Closing the iterator early stops the sampling.
 
-        Raises InputError where it cannot be drawn, or too many wait.
+        Raises InputError where it cannot be sampled, or too many wait.
         """
         if self._step(must=True):
             return
@@ -86,9 +86,9 @@ class LabelSession:
         self._step(must=False)
 
     def _step(self, must: bool) -> bool:
-        """Shows the next lot if it is there, and sees to the one after it; whether one is shown, or none will be.
+        """Show the next group if there is one, and prepare another. Returns whether one is shown, or none will be.
 
-        must  say so where too many wait; else it is tried again when a lot is needed
+        must  raise Busy where too many wait; else the next call tries again
         """
         with self._lock:
             if not self.ended:
@@ -103,7 +103,7 @@ class LabelSession:
         return self._ticket is not None and not self._ticket.future.done()
 
     def _find(self, must: bool) -> None:
-        """Sees to it that there is a next lot, or that one is being drawn."""
+        """Offer a stored group, or start to sample one."""
         if self._next or self._drawing:
             return
         if (offered := self.store.offer(self.label_request)) is not None:
@@ -126,10 +126,10 @@ class LabelSession:
                 self.end()
 
     def answer(self, group: str, answer: str) -> str:
-        """Takes an answer to what is shown: the number of an image, tie, bad or undo. Returns what is to be said.
+        """Record an answer: the number of an image, tie, bad or undo. Returns a message.
 
-        group  that was shown when they answered, or nothing; the answer to another than is shown is left out
-        Raises InputError for what is no answer, and where it could not be recorded.
+        group  shown when they answered, or ""; an answer to another group than the one shown is ignored
+        Raises InputError for an unknown answer, and where it could not be recorded.
         """
         with self._lock:
             if self.ended or group != (self.shown.id if self.shown else ""):
@@ -148,20 +148,20 @@ class LabelSession:
             self.store.tie(self.label_request.annotator, group.id, bad=answer == BAD)
             return SAVED[answer]
         if answer not in numbers:
-            raise InputError(f"{answer!r:.40} is no answer: choose one of the {len(numbers)} images")
+            raise InputError(f"{answer!r:.40} is not an answer: choose one of the {len(numbers)} images")
         self.store.choose(self.label_request.annotator, group.id, numbers[answer])
         return f"Saved: {name_of(numbers[answer], len(numbers))}."
 
     def _undo(self) -> str:
         taken = self.store.undo(self.label_request.annotator)
         if taken is None:
-            return "There is nothing to take back."
+            return "There is nothing to undo."
         self._next[:0] = [] if self.shown is None else [self.shown]
         self.shown = taken
-        return "Taken back: choose again."
+        return "Undone: choose again."
 
     def end(self) -> None:
-        """Stops drawing, and gives back what was not judged."""
+        """Stop sampling, and release the groups without an answer."""
         with self._lock:
             self.ended = True
             if self._ticket is not None:
@@ -171,7 +171,7 @@ class LabelSession:
 
 
 def name_of(number: int, images: int) -> str:
-    """What an image of so many is called: left or right, or by its number."""
+    """The name of an image: left or right of two, else its number."""
     return ("left", "right")[number] if images == 2 else f"image {number + 1}"
 
 
@@ -179,11 +179,11 @@ IDLE_TEXT = "Say who you are and press Start: the images to choose between appea
 ARROWS = ("←", "→")
 
 
-def lot_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) -> str:
+def group_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) -> str:
     """Two to four images side by side.
 
-    turn      another for each view, so that the page takes it for a new one
-    group       its name, which comes back with the answer
+    turn      another number for each view, so that the page renews it
+    group     its name, which comes back with the answer
     pictures  PNG files
     """
     count = len(pictures)
@@ -191,19 +191,19 @@ def lot_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) -> s
     none, better = ("Both bad", "better") if count == 2 else ("All bad", "best")
     rest = _button(TIE, "Tie", "T") + _button(BAD, none, "B") + _button(UNDO, "Undo", "U")
     return (
-        f'<section class="steer-label" data-turn="{turn}" data-lot="{escape(group, quote=True)}" tabindex="-1" '
+        f'<section class="steer-label" data-turn="{turn}" data-group="{escape(group, quote=True)}" tabindex="-1" '
         f'aria-label="{count} images to choose between">'
         f'<p class="steer-asked">Which is the {better} image of <q>{escape(prompt)}</q>?</p>'
-        f'<div class="steer-lot steer-lot-{count}">{figures}</div>'
+        f'<div class="steer-group steer-group-{count}">{figures}</div>'
         f'<div class="steer-answers">{rest}</div></section>'
     )
 
 
 def empty_view(turn: int, text: str = IDLE_TEXT, undo: bool = False) -> str:
-    """Where there are no images, why; with a button where the last answer can be taken back meanwhile."""
+    """A view without images that says why; with a button where the last answer can be undone."""
     button = f'<div class="steer-answers">{_button(UNDO, "Undo", "U")}</div>' if undo else ""
     return (
-        f'<section class="steer-label" data-turn="{turn}" data-lot="">'
+        f'<section class="steer-label" data-turn="{turn}" data-group="">'
         f'<p class="steer-empty">{escape(text)}</p>{button}</section>'
     )
 
@@ -229,11 +229,11 @@ NO_AGREEMENT_TEXT = "How far people agree shows once two of them have judged the
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of the lots that two or more judged.
+    """Agreement of annotators on the groups that two or more of them answered.
 
-    annotators  names of those who judged some of them
-    share       of all pairs of judgements of one lot, how many are the same, 0..1
-    kappa       Cohen's of two annotators, Fleiss' of more, at most 1; not a number where chance alone would agree
+    annotators  their names
+    share       of equal answers among all pairs of answers to one group, 0..1
+    kappa       Cohen's of two annotators, Fleiss' of more, at most 1; NaN where chance alone would agree
     """
 
     annotators: tuple[str, ...]
@@ -252,7 +252,7 @@ class Agreement:
 
 
 def agreement(judgements: Mapping[str, Mapping[str, Hashable]]) -> Agreement | None:
-    """Of judgements by lot and annotator; None while no lot was judged by two."""
+    """Measure the agreement of answers by group and annotator; None while no group has two."""
     several = [given for given in judgements.values() if len(given) > 1]
     if not several:
         return None
@@ -276,7 +276,7 @@ def cohen(pairs: Sequence[tuple[Hashable, Hashable]]) -> float:
 def fleiss(rows: Sequence[Sequence[Hashable]]) -> float:
     """κ = (P − p_e) / (1 − p_e), p_e = Σ_c p(c)² of the shares of all judgements (Fleiss 1971).
 
-    rows  the judgements of each lot, two or more of it; P is the mean over lots of how many of its pairs are the same
+    rows  the answers to each group, two or more; P is the mean over groups of the share of equal pairs
     """
     counts = [Counter(row) for row in rows]
     alike = [
@@ -289,16 +289,16 @@ def fleiss(rows: Sequence[Sequence[Hashable]]) -> float:
 
 
 FOLDER = Path(__file__).parent
-OTHER_CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # of models that are not embedded, as in d3po-sdxl
+OTHER_CALL = {"num_inference_steps": 20, "guidance_scale": 5.0}  # for models that are not embedded, as in d3po-sdxl
 PROMPTS = "scenes-training"
 MAX_PROMPTS = 200
-LOADING_TEXT, STOPPED_TEXT = "The next images are on their way.", "Stopped. All that you chose is saved."
+LOADING_TEXT, STOPPED_TEXT = "The next images are being sampled.", "Stopped. All your choices are saved."
 
 
 class LabelTab:
-    """Its components and what they do. Images are of the first of the studio's models, for all annotators.
+    """The components and their events. All annotators see images of the first of the studio's models.
 
-    To be made inside the app's Blocks. Raises InputError for a broken folder of labels.
+    Made inside the app's Blocks. Raises InputError for a corrupt folder of preferences.
     """
 
     def __init__(self, studio: Studio) -> None:
@@ -352,11 +352,11 @@ class LabelTab:
 
     def _connect(self) -> None:
         asked, live = [self.name, self.prompts, self.images], [self.status, self.view, self.progress, self.stop]
-        # Out of the field that Enter was pressed in: otherwise keys would be typed there.
+        # Leave the field in which Enter was pressed: otherwise shortcuts would be typed there.
         leave = "(...given) => { document.activeElement?.blur(); return given; }"
         for begin in (self.start.click, self.name.submit):
             begin(self.begin, asked, live, js=leave, concurrency_limit=None, **PRIVATE)
-        # More than one at a time, for an undo while a lot is drawn: an answer names the lot that was seen.
+        # Several at a time, for an undo while a group is sampled: an answer names its group.
         self.view.answer(self.answer, None, live, concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
         self.stop.click(self.end, None, live, queue=False, **PRIVATE)
         if self.studio.labels is None:
@@ -365,7 +365,7 @@ class LabelTab:
         Context.root_block.unload(self.forget)
 
     def begin(self, name: str, text: str, images: int, request: gr.Request) -> Iterator[Change]:
-        """Shows the first lot."""
+        """Start a session, and show its first group."""
         try:
             label_request = LabelRequest(" ".join(name.split()), prompts_of(text, self.model), int(images))
         except InputError as error:
@@ -377,7 +377,7 @@ class LabelTab:
         yield from self._advance(session, "")
 
     def answer(self, event: gr.EventData, request: gr.Request) -> Iterator[Change]:
-        """Records what somebody answered, and shows the next lot."""
+        """Record an answer, and show the next group."""
         if (session := self._visitors.get(str(request.session_hash))) is None:
             yield self._now(None, line("Press Start first.", "alert"))
             return
@@ -389,7 +389,7 @@ class LabelTab:
         yield from self._advance(session, message)
 
     def _advance(self, session: LabelSession, message: str) -> Iterator[Change]:
-        """What there is to see until a lot is shown; nothing once it was ended: who ended it says so."""
+        """Show the progress until a group is there; nothing after the session has ended."""
         status, empty = line(message or "Choose by button or by key."), LOADING_TEXT
         try:
             for event in session.advance():
@@ -402,7 +402,7 @@ class LabelTab:
             yield self._now(session, status, empty)
 
     def _now(self, session: LabelSession | None, status: str, empty: str = LOADING_TEXT) -> Change:
-        """What is to be seen; `empty` where a lot is not there yet."""
+        """The present view; `empty` is shown while there is no group."""
         turn, group = next(self._turns), session.shown if session else None
         if session is None or session.ended:
             view = empty_view(turn)
@@ -423,16 +423,16 @@ class LabelTab:
         return "".join(f'<p class="steer-note">{escape(one)}</p>' for one in lines)
 
     def end(self, request: gr.Request) -> Change:
-        """Ends what a visitor began."""
+        """End a visitor's session."""
         session = self._replace(request, None)
         return self._now(session, line(STOPPED_TEXT)) | {self.stop: gr.update(interactive=False)}
 
     def forget(self, request: gr.Request) -> None:
-        """Stops drawing for a visitor, and gives back what they have not judged."""
+        """End the session of a visitor who left."""
         self._replace(request, None)
 
     def _replace(self, request: gr.Request, session: LabelSession | None) -> LabelSession | None:
-        """Puts another labelling, or none, in the place of a visitor's, which ends and is returned."""
+        """End a visitor's session, and start another one or none. Returns the ended one."""
         visitor = str(request.session_hash)
         with self._lock:
             before = self._visitors.pop(visitor, None)
@@ -443,7 +443,7 @@ class LabelTab:
         return before
 
     def download(self, request: gr.Request) -> Change:
-        """All choices as one file."""
+        """Download all preferences as one file."""
         try:
             path = self.studio.folder(request) / f"{ARCHIVE_FOLDER}.zip"
             write_zip(self.store.path, path)
@@ -455,13 +455,13 @@ class LabelTab:
 def _images(turn: int, group: SampleGroup) -> str:
     try:
         files = [file_inside(group.folder, group.image_file(number)) for number in range(len(group.rows))]
-    except InputError as error:  # somebody took them away
+    except InputError as error:  # the files were removed
         return empty_view(turn, public(str(error)))
-    return lot_view(turn, group.id, group.rows.prompts[0], [file.read_bytes() for file in files])
+    return group_view(turn, group.id, group.rows.prompts[0], [file.read_bytes() for file in files])
 
 
 def prompts_of(text: str, model: str) -> tuple[str, ...]:
-    """The prompts of a field, one a line; of none, the embedded list. Raises InputError where that does not fit."""
+    """Read the prompts of a field, one a line; by default the embedded list. Raises InputError."""
     prompts = tuple(dict.fromkeys(one.strip() for one in text.splitlines() if one.strip()))
     if not prompts and model in MODELS:
         return tuple(load_prompts(PROMPTS))
@@ -473,6 +473,6 @@ def prompts_of(text: str, model: str) -> tuple[str, ...]:
 
 
 def description(done: Progress) -> str:
-    """What somebody did, in words."""
+    """Describe an annotator's progress."""
     ties = f"{done.ties} {'tie' if done.ties == 1 else 'ties'}" + (f" ({done.bad} all bad)" if done.bad else "")
-    return f"{done.choices} {'choice' if done.choices == 1 else 'choices'}, {ties}, {done.undone} taken back."
+    return f"{done.choices} {'choice' if done.choices == 1 else 'choices'}, {ties}, {done.undone} undone."

@@ -1,22 +1,22 @@
-// For gr.HTML's js_on_load: `element` holds a view of label_view.py, `watch` says when it has been replaced, `trigger`
-// sends an answer with the lot that was seen. A view takes one answer; keys count unless somebody is typing.
+// For gr.HTML's js_on_load: `element` holds a view of label_tab.py, `watch` says when it has been replaced, `trigger`
+// sends an answer with the group of images that was seen. A view takes one answer; keys count unless somebody is typing.
 const KEYS = { 1: '0', 2: '1', 3: '2', 4: '3', t: 'tie', b: 'bad', u: 'undo' };
 const ARROWS = { ArrowLeft: '0', ArrowRight: '1' };
 const TYPING = 'input, textarea, select, [contenteditable="true"], [role="tab"], [role="slider"], [role="listbox"]';
 let answered = null;
-let lot = '';
+let group = '';
 
 const view = () => element.querySelector('.steer-label');
 const buttonOf = (answer) => element.querySelector(`button[data-answer="${answer}"]`);
 
 function answer(word) {
-  const { turn, lot: seen } = view().dataset;
+  const { turn, group: seen } = view().dataset;
   const button = buttonOf(word);
   if (!button || answered === turn) return false;
   answered = turn;
   view().classList.add('steer-sent');
   button.classList.add('steer-pressed');
-  trigger('answer', { lot: seen, answer: word });
+  trigger('answer', { group: seen, answer: word });
   return true;
 }
 
@@ -24,7 +24,7 @@ function onKey(event) {
   if (!element.isConnected) return document.removeEventListener('keydown', onKey);
   if (event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
   if (!view() || !element.checkVisibility() || (event.target instanceof Element && event.target.closest(TYPING))) return;
-  const arrows = element.querySelector('.steer-lot-2') ? ARROWS : {};
+  const arrows = element.querySelector('.steer-group-2') ? ARROWS : {};
   const word = arrows[event.key] ?? KEYS[event.key.toLowerCase()];
   if (word !== undefined && buttonOf(word)) {
     event.preventDefault(); // arrows would scroll
@@ -34,13 +34,13 @@ function onKey(event) {
 
 // What was in focus is gone when images come in place of a line: keys and screen readers go on from the images.
 function renew() {
-  const seen = view()?.dataset.lot ?? '';
+  const seen = view()?.dataset.group ?? '';
   const lost = document.activeElement === null || document.activeElement === document.body;
-  if (seen && !lot && lost && element.checkVisibility()) {
+  if (seen && !group && lost && element.checkVisibility()) {
     view().focus({ preventScroll: true });
     requestAnimationFrame(() => view()?.scrollIntoView({ block: 'nearest' }));
   }
-  lot = seen;
+  group = seen;
 }
 
 element.addEventListener('click', (event) => {

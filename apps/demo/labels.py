@@ -1,4 +1,4 @@
-"""Choices between images as people make them: who is shown what, and what they said, in a folder of choices."""
+"""Preferences of annotators between images: assignments and answers, in a preference folder; views of a steered run."""
 
 import shlex
 import threading
@@ -34,19 +34,19 @@ from steer.pipelines.training.preference_files import (
 )
 from steer.training.rollout import Rows, Sampler
 
-IMAGES = (2, 3, 4)  # of a lot
+IMAGES = (2, 3, 4)  # of a group
 LONGEST_NAME = 40
-OVERLAP_EVERY = 3  # of so many lots that somebody judges, one is such as others have judged
+OVERLAP_EVERY = 3  # every so many groups an annotator gets one that others have answered
 ORDER = 0  # seed of the order that prompts come in
 
 
 @dataclass(frozen=True)
 class LabelRequest:
-    """Who is to choose, and between what.
+    """A request of an annotator for images to choose between.
 
     annotator  their name, 1 to 40 characters
-    prompts    that the images may be of
-    images     of a lot, 2 to 4
+    prompts    of the images
+    images     of a group, 2 to 4
     """
 
     annotator: str
@@ -60,7 +60,7 @@ class LabelRequest:
             raise InputError(f"images must be {', '.join(map(str, IMAGES))}, of one prompt or more")
 
     def fits(self, group: SampleGroup) -> bool:
-        """Whether a lot is such as is wished for."""
+        """Whether a group fits the request."""
         return len(group.rows) == self.images and group.rows.prompts[0] in self._distinct
 
     @cached_property
@@ -70,7 +70,7 @@ class LabelRequest:
 
 @dataclass(frozen=True)
 class PreferenceMetrics:
-    """The number of the image that somebody preferred, or None; bad: they said that all are."""
+    """An answer: the number of the preferred image, or None; bad: all images are bad."""
 
     chosen: int | None
     bad: bool = False
@@ -78,7 +78,7 @@ class PreferenceMetrics:
 
 @dataclass(frozen=True)
 class Progress:
-    """What an annotator did: choices, ties (`bad` of which found all images bad), and judgements taken back."""
+    """Counts of an annotator's answers: choices, ties (`bad` of them: all images bad), and undone answers."""
 
     choices: int
     ties: int
@@ -87,19 +87,19 @@ class Progress:
 
 
 class LabelStore:
-    """The lots and judgements of all annotators, in a folder that `steer finetune d3po-scenes --choices` reads.
+    """The groups and answers of all annotators, in a folder that `steer finetune d3po-scenes --preferences` reads.
 
-    path  goes on as it was begun, where there is something; otherwise `call` is what lots are drawn with
-    Threads may use it at once; one program at a time may write. What a method has returned from is on the disk.
+    path  an existing folder keeps its sampling arguments; a new one takes `call`
+    Thread-safe; one program at a time may write. An answer is on the disk when its method returns.
     """
 
     def __init__(self, path: Path, call: Mapping[str, Any] = CALL) -> None:
         self.path = path
         self._lock = threading.RLock()
         self._folder: PreferenceFolder | None = None
-        self._verdicts: dict[str, dict[str, PreferenceMetrics]] = {}  # of an annotator, by lot, the latest last
+        self._verdicts: dict[str, dict[str, PreferenceMetrics]] = {}  # by annotator and group, the latest last
         self._undone = Counter[str]()
-        self._assigned: set[tuple[str, str]] = set()  # annotators and lots that they are to judge next
+        self._assigned: set[tuple[str, str]] = set()  # annotators and the groups they are to answer
         self._sampling: tuple[dict[str, Any], float, str] = dict(call), 1.0, "float32"
         self._checked = False
         if (path / SETTINGS).exists():
@@ -115,7 +115,7 @@ class LabelStore:
         for number, row in read_lines(path):
             choice, name = parse_preference(f"{path}, line {number}", row, self.groups), row.get("annotator")
             if not isinstance(name, str):
-                continue  # a program's: nobody is to be shown it as their own
+                continue  # written by a program: no annotator may undo it
             if row.get("undo") is True:
                 self._verdicts.get(name, {}).pop(row["lot"], None)
                 self._undone[name] += 1
@@ -125,18 +125,18 @@ class LabelStore:
 
     @property
     def call(self) -> dict[str, Any]:
-        """What the pipeline is called with for every lot."""
+        """Arguments of the pipeline for every group."""
         return self._sampling[0]
 
     @property
     def groups(self) -> dict[str, SampleGroup]:
-        """Those that were drawn, by name."""
+        """All groups by name."""
         return {} if self._folder is None else self._folder.groups
 
     def offer(self, request: LabelRequest) -> SampleGroup | None:
-        """A lot that is there for the annotator, theirs until they judge it or it is released; None: one must be drawn.
+        """Assign a stored group to the annotator until they answer or it is released; None: one must be sampled.
 
-        Every third is one that others have judged, the oldest first, so that people can be compared; others are new.
+        Every third is one that others have answered, the oldest first, to measure agreement; the others are new.
         """
         with self._lock:
             mine = {group for name, group in self._assigned if name == request.annotator} | self._of(
@@ -156,10 +156,10 @@ class LabelStore:
             return selected
 
     def draw(self, pipe: Any, request: LabelRequest, check: Callable[[], object]) -> SampleGroup:
-        """Draws a lot as one batch, for the annotator as `offer` gives it; one thread at a time may draw.
+        """Sample a group as one batch and assign it to the annotator; one thread at a time may sample.
 
-        check  is called before each step, and ends the drawing by what it raises: then nothing was written
-        Raises InputError for a pipeline that did not draw the lots that are there.
+        check  is called before each step; an exception of it ends the sampling, and nothing is written
+        Raises InputError for another pipeline than that of the stored groups.
         """
         with self._lock:
             folder = self._open_folder(pipe)
@@ -182,14 +182,14 @@ class LabelStore:
         return group
 
     def _open_folder(self, pipe: Any) -> PreferenceFolder:
-        """The folder, once it is known that the pipeline draws as it was begun."""
+        """The folder, after a check that the pipeline is that of its groups."""
         if self._folder is None or not self._checked:
             self._folder = PreferenceFolder.create(self.path, pipe, *self._sampling)
             self._checked = True
         return self._folder
 
     def choose(self, annotator: str, group: str, chosen: int) -> bool:
-        """Records that an image is better than each other one of its lot; False where they had judged it already."""
+        """Record that an image is the best of its group; False where the annotator had answered already."""
         with self._lock, _write_errors(self.path):
             if (folder := self._to_judge(annotator, group)) is None:
                 return False
@@ -200,7 +200,7 @@ class LabelStore:
             return True
 
     def tie(self, annotator: str, group: str, bad: bool = False) -> bool:
-        """Records that no image is better; False where they had judged the lot already. bad: none is good."""
+        """Record a tie; False where the annotator had answered already. bad: all images are bad."""
         with self._lock, _write_errors(self.path):
             if (folder := self._to_judge(annotator, group)) is None:
                 return False
@@ -210,7 +210,7 @@ class LabelStore:
 
     def _to_judge(self, annotator: str, group: str) -> PreferenceFolder | None:
         if self._folder is None or group not in self._folder.groups:
-            raise InputError(f"there is no lot {group!r:.70} here: press Start for one")
+            raise InputError(f"there is no group {group!r:.70} here: press Start for one")
         return None if group in self._of(annotator) else self._folder
 
     def _remember(self, annotator: str, group: str, verdict: PreferenceMetrics) -> None:
@@ -218,7 +218,7 @@ class LabelStore:
         self._assigned.discard((annotator, group))
 
     def undo(self, annotator: str) -> SampleGroup | None:
-        """Takes back the annotator's latest judgement; its lot is theirs again, None where there is none."""
+        """Undo the annotator's latest answer and assign its group again; None where there is none."""
         with self._lock, _write_errors(self.path):
             if not (verdicts := self._of(annotator)):
                 return None
@@ -230,12 +230,12 @@ class LabelStore:
             return self.groups[group]
 
     def release(self, annotator: str, groups: Collection[SampleGroup]) -> None:
-        """Gives back lots that they will not judge."""
+        """Release groups that the annotator will not answer."""
         with self._lock:
             self._assigned -= {(annotator, group.id) for group in groups}
 
     def progress(self, annotator: str) -> Progress:
-        """What the annotator did so far."""
+        """Count the annotator's answers so far."""
         with self._lock:
             verdicts = [*self._of(annotator).values()]
             choices = sum(verdict.chosen is not None for verdict in verdicts)
@@ -243,7 +243,7 @@ class LabelStore:
             return Progress(choices, len(verdicts) - choices, bad, self._undone[annotator])
 
     def judgements(self) -> dict[str, dict[str, int | None]]:
-        """Of each lot that somebody judged, the image that each annotator preferred, None for none of them."""
+        """The answers by group and annotator: the preferred image, or None for a tie."""
         with self._lock:
             selected: dict[str, dict[str, int | None]] = {}
             for name, verdicts in self._verdicts.items():
@@ -268,38 +268,38 @@ def _now() -> str:
 
 
 CONFIG, CONFIG_MODEL = "d3po-scenes", "scenes"  # and the model in it
-ARCHIVE_FOLDER = "choices"  # what the zip unpacks to
+ARCHIVE_FOLDER = "choices"  # folder inside the zip
 
 
 def label_folder(studio: Studio) -> Path:
-    """That of the owner, or one that goes with the app."""
+    """The owner's folder of preferences, or a temporary one."""
     return studio.labels or studio.home / "labels"
 
 
 def storage_notice(studio: Studio) -> str:
-    """Where choices go, in plain words."""
+    """A sentence that says where choices are stored."""
     if studio.labels is not None:
         return f"Every choice is written to {studio.labels} at once, with the images and how they were drawn."
     return (
-        "Every choice is written at once, but to a temporary folder: it goes when the app ends. Make a zip before, "
+        "Every choice is written at once, to a temporary folder that is removed when the app ends. Make a zip before, "
         "or start the app with `steer demo --labels FOLDER`. The zip holds the choices, prompts and names of all who "
         "label in this app."
     )
 
 
 def command_of(studio: Studio) -> str:
-    """A line for a shell that finetunes the model from the choices; of a zip, beside the unpacked folder."""
+    """The command that finetunes the model from the choices, or from the unpacked zip beside it."""
     model, folder = studio.models[0], ARCHIVE_FOLDER if studio.labels is None else str(studio.labels)
-    words = ["steer", "finetune", CONFIG, "--choices", folder]
+    words = ["steer", "finetune", CONFIG, "--preferences", folder]
     if model != CONFIG_MODEL:
         words += ["--model", model]
-    if model not in MODELS:  # what judges scenes is blind to other images
+    if model not in MODELS:  # rewards of scenes cannot score other images
         words += ["--reward", "null", "--eval-prompts", "null", "--eval-rewards", "[]"]
     return shlex.join(words)
 
 
 def write_zip(folder: Path, path: Path) -> None:
-    """All of a folder of choices, while it may be written to. Raises InputError where nobody has chosen yet."""
+    """Zip a preference folder, while it may be written to. Raises InputError where it is empty."""
     if not (folder / PREFERENCES).exists():
         raise InputError("nothing has been chosen yet: label some images first")
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
@@ -308,7 +308,7 @@ def write_zip(folder: Path, path: Path) -> None:
 
 
 def label_files(folder: Path) -> Iterator[Path]:
-    """The files of a folder of choices, written to meanwhile: each is to be read before the next is asked for."""
+    """List the files of a preference folder that may be written to: read each before the next."""
     for name in (PREFERENCES, GROUPS, SETTINGS):  # before the files that they name, which are there by then
         yield folder / name
     for kind in ("images", "trajectories"):
@@ -327,7 +327,7 @@ PHASES = {
 
 @dataclass(frozen=True)
 class FinishedPrompt:
-    """A prompt's images, and the readings on the way to them."""
+    """A prompt's images, and the particles at its evaluated steps."""
 
     made: PromptResult
     frames: tuple[Frame, ...]
@@ -335,21 +335,21 @@ class FinishedPrompt:
 
 @dataclass
 class RunView:
-    """The present prompt's readings, the prompts that are finished, and the line that says how far it is."""
+    """The frames of the present prompt, the finished prompts, and the status line."""
 
     frames: tuple[Frame, ...] = ()
     finished: tuple[FinishedPrompt, ...] = ()
     line: str = "Starting …"
-    _write_errors: float = field(default=0.0, repr=False)
+    _last_redraw: float = field(default=0.0, repr=False)
 
     @property
     def made(self) -> PromptResult | None:
-        """What came out of the prompt whose readings are there, once it is finished."""
+        """The result of the present prompt, once it is finished."""
         last = self.finished[-1] if self.finished else None
         return last.made if last is not None and last.frames is self.frames else None
 
     def after(self, event: Any) -> bool:
-        """Takes an event in; whether there is something to show."""
+        """Add an event; returns whether the view changes."""
         match event:
             case Step():
                 return self._stepped(event)
@@ -369,13 +369,13 @@ class RunView:
         which = f"Prompt {event.number + 1} of {event.count}. " if event.count > 1 else ""
         self.line = f"{which}{PHASES[event.phase]}: {event.step} of {event.total}"
         now = time.monotonic()
-        if now - self._write_errors < REDRAW_INTERVAL:
+        if now - self._last_redraw < REDRAW_INTERVAL:
             return False
-        self._write_errors = now
+        self._last_redraw = now
         return True
 
     def conclusion(self, stopped: bool) -> str:
-        """The last line."""
+        """The last status."""
         if stopped and not self.finished:
             return "Stopped. Nothing was finished."
         costs = [cost for one in self.finished for cost in (one.made.cost, one.made.base_cost) if cost is not None]

@@ -1,6 +1,7 @@
-"""The ancestry of a run's particles as SVG: columns are readings, rows are slots, lines lead to where particles go on.
+"""Charts, tables, galleries and the ancestry of particles as HTML and SVG.
 
-Every dot names its whole lineage in `data-path`, so that run_view.js has only to light it.
+In the ancestry columns are evaluated steps, rows are slots, and lines lead to descendants; every dot lists its whole
+lineage in `data-path`, which run_view.js highlights.
 """
 
 import math
@@ -18,7 +19,7 @@ from steer.apps.plots import COLORMAP
 
 WIDTH, HEIGHT = 270.0, 170.0
 LEFT, RIGHT, TOP, BOTTOM = 40.0, 10.0, 8.0, 36.0  # around the axes, for their labels
-NUM_HUES = 4  # of style.css: further lines take them again, dashed
+NUM_HUES = 4  # in style.css: further lines use them again, dashed
 MAX_MARKERS = 24  # points of a line that are marked
 UNKNOWN = "–"
 
@@ -43,13 +44,13 @@ class Axis:
     ticks: tuple[float, ...]
 
     def at(self, value: float) -> float:
-        """Where a value lies: in the middle, where the axis has no length."""
+        """The pixel of a value: the middle, where the axis has no length."""
         if self.high <= self.low:
             return (self.start + self.end) / 2
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def label(self, tick: float) -> str:
-        """A tick in as few digits as tell it from the next."""
+        """Format a tick with as few digits as distinguish it from the next."""
         size = max(map(abs, self.ticks))
         apart = min((b - a for a, b in pairwise(self.ticks)), default=size) or 1.0
         digits = math.floor(math.log10(max(size, apart))) - math.floor(math.log10(apart)) + 2
@@ -79,14 +80,14 @@ def line_chart(
         [x for x, _ in finite_points] + [*(x_range or ())],
         [y for _, y in finite_points] + ([] if y_from is None else [y_from]),
     )
-    across = _axis(xs, LEFT, WIDTH - RIGHT, whole=all(float(x).is_integer() for x in xs))
-    up = _axis(ys, HEIGHT - BOTTOM, TOP, widened=True)
+    across = axis(xs, LEFT, WIDTH - RIGHT, whole=all(float(x).is_integer() for x in xs))
+    up = axis(ys, HEIGHT - BOTTOM, TOP, widened=True)
     description = "; ".join(filter(None, map(_describe_series, series)))
     lines = "".join(_line(one, number, across, up) for number, one in enumerate(series))
     return (
         f'<figure class="steer-chart"><figcaption>{escape(title)}</figcaption>{_legend(series)}'
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img"><title>{escape(title)}</title>'
-        f"<desc>{escape(f'By {x_label}. {description}.')}</desc>{_axes(across, up, x_label)}{lines}</svg></figure>"
+        f"<desc>{escape(f'By {x_label}. {description}.')}</desc>{axes(across, up, x_label)}{lines}</svg></figure>"
     )
 
 
@@ -116,10 +117,10 @@ def _cell(value: object) -> str:
     return escape(short(value) if isinstance(value, float) or value is None else str(value))
 
 
-def _axis(values: Sequence[float], start: float, end: float, whole: bool = False, widened: bool = False) -> Axis:
+def axis(values: Sequence[float], start: float, end: float, whole: bool = False, widened: bool = False) -> Axis:
     """An axis over the values, in whole steps or not; widened, it ends in ticks."""
     low, high = min(values), max(values)
-    if widened and high - low <= 1e-6 * abs(high):  # rounding errors of what is one value
+    if widened and high - low <= 1e-6 * abs(high):  # rounding errors of one value
         low, high = low - (abs(low) / 10 or 1.0), high + (abs(high) / 10 or 1.0)
     locator = MaxNLocator(5 if whole else 4, integer=whole, steps=[1, 2, 2.5, 5, 10])
     ticks = [float(tick) for tick in locator.tick_values(low, high)] if high > low else [low]
@@ -128,20 +129,49 @@ def _axis(values: Sequence[float], start: float, end: float, whole: bool = False
     return Axis(low, high, start, end, tuple(tick for tick in ticks if low <= tick <= high) or (low,))
 
 
-def _axes(across: Axis, up: Axis, x_label: str) -> str:
-    """Grid lines with their values, and the name of the horizontal axis."""
-    markup = ""
+def axes(across: Axis, up: Axis, x_label: str, y_label: str = "") -> str:
+    """Grid lines with their values, and the names of the axes."""
+    markup, left, right, floor, top = "", across.start, across.end, up.start, up.end
     for tick in up.ticks:
         y = up.at(tick)
-        markup += f'<path class="steer-grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
-        markup += f'<text x="{LEFT - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
-    floor = HEIGHT - BOTTOM
+        markup += f'<path class="steer-grid" d="M{left:g} {y:.1f}H{right:g}"/>'
+        markup += f'<text x="{left - 6:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
+    kind, line = ("grid", f"{top:g}V{floor:g}") if y_label else ("tick", f"{floor:g}v4")
     for tick in across.ticks:
         x = across.at(tick)
-        markup += f'<path class="steer-tick" d="M{x:.1f} {floor:g}v4"/>'
+        markup += f'<path class="steer-{kind}" d="M{x:.1f} {line}"/>'
         markup += f'<text x="{x:.1f}" y="{floor + 16:g}" text-anchor="middle">{across.label(tick)}</text>'
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    return markup + f'<text x="{middle:g}" y="{HEIGHT - 4:g}" text-anchor="middle">{escape(x_label)}</text>'
+    middle = (top + floor) / 2
+    turned = f'<text transform="translate(14 {middle:g}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    name = f'<text x="{(left + right) / 2:g}" y="{floor + BOTTOM - 4:g}" text-anchor="middle">{escape(x_label)}</text>'
+    return markup + name + (turned if y_label else "")
+
+
+def gallery(title: str, frames: Sequence[tuple[str, str, str]], note: str) -> str:
+    """A scrubber and frames of images, of which it shows one; run_view.js moves it.
+
+    frames  label, classes and HTML of each
+    note    escaped, below the images
+    """
+    last = len(frames) - 1
+    moves = {-1: ("Earlier", "‹", "false" if last else "true"), 1: ("Later", "›", "true")}
+    earlier, later = (
+        f'<button type="button" data-move="{step}" aria-label="{name}" aria-disabled="{off}">{sign}</button>'
+        for step, (name, sign, off) in moves.items()
+    )
+    hidden = ['hidden=""'] * last + [""]
+    shown = "".join(
+        f'<div class="steer-frame {classes}" data-label="{label}" {off}>{cells}</div>'
+        for (label, classes, cells), off in zip(frames, hidden, strict=True)
+    )
+    label = frames[-1][0]
+    return (
+        f'<div class="steer-gallery"><h3>{title}</h3><div class="steer-scrub" role="group" aria-label="Which images">'
+        f'{earlier}<input type="range" class="steer-scrubber" min="0" max="{last}" step="1" value="{last}"'
+        f' aria-label="Which images" aria-valuetext="{label}"/>{later}'
+        f'<span class="steer-reading" role="status">{label}</span></div><div class="steer-frames">{shown}</div>'
+        f'<p class="steer-note">{note}</p></div>'
+    )
 
 
 def _line(one: Series, number: int, across: Axis, up: Axis) -> str:
@@ -200,14 +230,14 @@ def _describe_series(one: Series) -> str:
 
 
 VIRIDIS = colormaps[COLORMAP]
-MAX_LABELLED_PARTICLES = 8  # particles of a tree that says the reward at every dot
+MAX_LABELLED_PARTICLES = 8  # particles up to which every dot has its reward
 TREE_LEFT, TREE_RIGHT, TREE_TOP = 44, 96, 52  # around the dots, for names and finished images
-WIDE, NARROWEST, WIDEST = 420, 58, 105  # of all columns together, of one
+WIDE, NARROWEST, WIDEST = 420, 58, 105  # of all columns together, of one column
 ICON = 28  # of a finished image
 SHADES = 12  # of the legend
 HELP = (
-    "Each dot is a particle; lines lead to where it goes on, thick ones to {end}. "
-    "Choose a dot to light where it came from and what came of it."
+    "Each dot is a particle; lines lead to its descendants, thick ones to {end}. "
+    "Choose a dot to highlight its ancestors and descendants."
 )
 
 Key = tuple[int, int]  # column and slot
@@ -216,7 +246,7 @@ Lineages = dict[Key, list[Key]]
 
 @dataclass(frozen=True)
 class Column:
-    """A reading, or the finished images as if they were one, by slot."""
+    """The particles of an evaluated step, or the finished images, by slot."""
 
     frame: Frame
     ended: bool = False
@@ -254,9 +284,9 @@ class Shade:
 
 
 def ancestor_paths(parents: Sequence[Sequence[int]], size: int) -> Lineages:
-    """Of each particle (column, slot) the way to it from the first column.
+    """Trace each particle (column, slot) back to the first column.
 
-    parents  parents[c] of each slot in column c + 1: the slot in column c that it goes on from
+    parents  parents[c][slot] is the parent in column c of a slot in column c + 1
     """
     paths = {(0, slot): [(0, slot)] for slot in range(size)}
     for column, row in enumerate(parents):
@@ -265,7 +295,7 @@ def ancestor_paths(parents: Sequence[Sequence[int]], size: int) -> Lineages:
 
 
 def full_lineages(paths: Lineages) -> Lineages:
-    """Of each particle the way to it, and all that came of it, from the ways of all."""
+    """The ancestors and descendants of each particle, from the paths of all."""
     result = {key: list(way) for key, way in paths.items()}
     for key, way in paths.items():
         for older in way[:-1]:
@@ -277,7 +307,7 @@ def ancestry(columns: Sequence[Column], paths: Lineages, icons: Sequence[str]) -
     """The tree with its heading, and a legend of the colours.
 
     paths   from `ancestor_paths`
-    icons  data: URIs of the last column's images by slot; none while the run goes on
+    icons  data: URIs of the last column's images by slot; none during the run
     """
     last, size = len(columns) - 1, len(columns[0].frame.rewards)
     pitch, row = max(NARROWEST, min(WIDEST, WIDE // max(last, 1))), 38 if size <= MAX_LABELLED_PARTICLES else 28
@@ -288,7 +318,7 @@ def ancestry(columns: Sequence[Column], paths: Lineages, icons: Sequence[str]) -
     for key, (x, y) in spots.items():
         dots += _dot(columns[key[0]], key, wholes[key], shade, f"translate({x} {y})")
     width, height = TREE_LEFT + last * pitch + TREE_RIGHT, TREE_TOP + (size - 1) * row + 20
-    end = "a finished image" if columns[-1].ended else "the newest reading"
+    end = "a finished image" if columns[-1].ended else "the latest step"
     return (
         f'<div class="steer-ancestry"><h3>Ancestry</h3><p class="steer-note">{HELP.format(end=end)}</p>'
         f'<div class="steer-scroll"><svg class="steer-tree" width="{width}" height="{height}"'

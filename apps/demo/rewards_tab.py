@@ -1,4 +1,4 @@
-"""The Rewards tab: images that somebody drops, and what rewards say of them."""
+"""The Rewards tab: score dropped images by several rewards."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,14 +8,13 @@ from pathlib import Path
 
 import gradio as gr
 import torch
-from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from steer.apps.demo.plots import Axis, short, table
+from steer.apps.demo.plots import axes, axis, short, table
 from steer.apps.demo.steer_tab import EXAMPLE
 from steer.apps.demo.steering import data_uri
-from steer.apps.demo.studio import FAILED, MAX_PROMPT_CHARACTERS, PRIVATE, Change, Studio, Ticket, line, public
+from steer.apps.demo.studio import MAX_PROMPT_CHARACTERS, PRIVATE, Change, JobTab, Studio, Ticket, line, public
 from steer.apps.models import default_device
 from steer.apps.plots import thumbnail
 from steer.apps.recipes import read_prompt
@@ -28,7 +27,7 @@ from steer.rewards.names import reward_names
 MAX_FILES, MAX_REWARDS = 32, 8
 MAX_BYTES = 10 * 2**20
 MAX_PIXELS = 16_000_000
-# A longer side against the shorter one: rewards that bring the shorter side to a size would make huge images of strips.
+# Longer side / shorter side: rewards that resize the shorter side would make huge images of strips.
 MAX_ASPECT_RATIO = 8
 
 
@@ -68,7 +67,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Scores:
-    """All that could be scored: images in their order, rewards as they were named; notes: a line for what could not."""
+    """The scores of all images in their order; notes: a line for each image or reward that failed."""
 
     prompt: str
     rewards: tuple[str, ...]
@@ -76,12 +75,12 @@ class Scores:
     notes: tuple[str, ...]
 
     def best_first(self, reward: str) -> list[Row]:
-        """The images by one reward, those that it did not score last."""
+        """Sort the images by one reward, those without a score last."""
         return sorted(self.rows, key=lambda row: -row.scores[reward].total if reward in row.scores else float("inf"))
 
 
 def check_request(paths: Sequence[Path], prompt: str, rewards: Sequence[str]) -> None:
-    """Raises InputError for nothing, or too much, to do."""
+    """Check the amounts of a request. Raises InputError."""
     if not paths:
         raise InputError("no images: drop some first")
     if len(paths) > MAX_FILES:
@@ -102,12 +101,12 @@ def score_files(
     ticket: Ticket,
     device: str = "cpu",
 ) -> None:
-    """Scores image files, one in memory at a time; says Scoring and, at the end, Scores.
+    """Score image files, one in memory at a time; sends Scoring events and, at the end, Scores.
 
-    prompt  of all; empty: of each the one in its metadata, if any
-    find    gives the reward of a specification, or raises InputError
+    prompt  of all images; empty: that in the metadata of each, if any
+    find    returns the reward of a specification, or raises InputError
     device  where the images are scored
-    What cannot be read or scored has a line in the notes, once; the rest goes on. Raises InputError where no reward
+    Each failure is one line of the notes, and the rest is scored. Raises InputError where no reward
     was found, or no image could be read.
     """
     notes: dict[str, None] = {}
@@ -152,7 +151,7 @@ def _scored(row: Row, image: Tensor, rewards: Mapping[str, Reward], notes: dict[
 
 
 def read_upload(path: Path) -> Tensor:
-    """An image file of a visitor as (3, H, W) in [0, 1]. Its size is known before its pixels are decoded.
+    """Read an uploaded image as (3, H, W) in [0, 1]. Its size is checked before its pixels are decoded.
 
     Raises InputError, without the file's place, for one that is too big, too long or no image.
     """
@@ -180,16 +179,16 @@ def _line(name: str, error: InputError) -> str:
 EMPTY_TEXT = "The images appear here with their scores, best first."
 WIDTH, HEIGHT = 400.0, 340.0
 LEFT, RIGHT, TOP, BOTTOM = 58.0, 24.0, 24.0, 46.0  # around the axes, for their labels and half a picture
-SIDE = 32.0  # of a picture among the axes
+SIDE = 32.0  # of a thumbnail in the chart
 
 
 def empty_view() -> str:
-    """Before anything was scored."""
+    """The view before the first scores."""
     return f'<p class="steer-empty">{EMPTY_TEXT}</p>'
 
 
 def scores_view(scores: Scores, by: str) -> str:
-    """All scores, the best by one reward first; those of components, and a line for what could not be scored."""
+    """A table of all scores, the best by one reward first, one of components, and the notes."""
     rows = scores.best_first(by)
     head = "".join(_heading(reward, reward == by) for reward in scores.rewards)
     body = "".join(_row(rank, row, scores.rewards) for rank, row in enumerate(rows))
@@ -205,7 +204,7 @@ def scores_view(scores: Scores, by: str) -> str:
 
 
 def _heading(reward: str, leads: bool) -> str:
-    """A column's; the order of the rows is told at the reward that makes it."""
+    """The head of a column; that of the leading reward has the sort order."""
     order = ' aria-sort="descending"' if leads else ""
     return f'<th scope="col"{order}>{escape(reward)}</th>'
 
@@ -223,7 +222,7 @@ def _row(rank: int, row: Row, rewards: Sequence[str]) -> str:
 
 
 def _components_table(scores: Scores, rows: Sequence[Row]) -> str:
-    """The scores of rewards' components, where there are any."""
+    """A table of the components' scores, where there are any."""
     columns = {
         (reward, part): f"{reward}: {part}"
         for reward in scores.rewards
@@ -253,16 +252,17 @@ def _notes(notes: Sequence[str]) -> str:
 
 
 def scatter_view(scores: Scores, across: str, up: str) -> str:
-    """Every image that both rewards scored at its two scores, and how alike they rank the images.
+    """A scatter plot of the images by two rewards, and the rank correlation of the two.
 
-    Pictures can be reached by Tab, and say their scores; nothing where there are fewer than two.
+    Thumbnails can be reached by Tab, and have their scores as labels; nothing where there are fewer than two.
     """
     rows = [row for row in scores.rows if across in row.scores and up in row.scores]
     if len(rows) < 2:
         return ""
     places = [(row.scores[across].total, row.scores[up].total) for row in rows]
     xs, ys = zip(*places, strict=True)
-    x_axis, y_axis = _axis(xs, LEFT, WIDTH - RIGHT), _axis(ys, HEIGHT - BOTTOM, TOP)
+    x_axis = axis(xs, LEFT, WIDTH - RIGHT, widened=True)
+    y_axis = axis(ys, HEIGHT - BOTTOM, TOP, widened=True)
     pictures = "".join(
         _picture(row, (x_axis.at(x), y_axis.at(y)), f"{row.name}: {across} {short(x)}, {up} {short(y)}")
         for row, (x, y) in zip(rows, places, strict=True)
@@ -273,49 +273,22 @@ def scatter_view(scores: Scores, across: str, up: str) -> str:
         f'<figure class="steer-chart steer-scatter"><figcaption>{escape(title)}</figcaption>'
         f"<p>{_describe_correlation(xs, ys)}</p>"
         f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="group" aria-label="{escape(title)}">'
-        f"{_axes(x_axis, y_axis, across, up)}<g>{pictures}</g></svg>"
+        f'<g aria-hidden="true">{axes(x_axis, y_axis, across, up)}</g><g>{pictures}</g></svg>'
         f'<details class="steer-numbers"><summary>As a table</summary>{table(title, ["image", across, up], numbers)}'
         "</details></figure>"
     )
 
 
 def _describe_correlation(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """Spearman's rank correlation in a sentence."""
+    """Describe Spearman's rank correlation."""
     rho = spearman(xs, ys)
     if math.isnan(rho):
         return "One of the two gives all images the same score: there is no order to compare."
     description = f"{rho:.2f}".replace("-", "−")
     return (
-        f"Spearman's ρ = {description} over {len(xs)} images: 1 where both rank them alike, 0 where one says nothing "
-        "of the other, −1 where they rank them the other way round."
+        f"Spearman's ρ = {description} over {len(xs)} images: 1 for the same order, 0 for no "
+        "relation, −1 for the reverse order."
     )
-
-
-def _axis(values: Sequence[float], start: float, end: float) -> Axis:
-    low, high = min(values), max(values)
-    if high - low <= 1e-6 * abs(high):  # rounding errors of what is one value
-        low, high = low - (abs(low) / 10 or 1.0), high + (abs(high) / 10 or 1.0)
-    ticks = [float(tick) for tick in MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)]
-    return Axis(min(low, ticks[0]), max(high, ticks[-1]), start, end, tuple(ticks))
-
-
-def _axes(across: Axis, up: Axis, x_label: str, y_label: str) -> str:
-    """Grid lines with their values, and the names of both axes."""
-    markup, floor = "", HEIGHT - BOTTOM
-    for tick in up.ticks:
-        y = up.at(tick)
-        markup += f'<path class="steer-grid" d="M{LEFT:g} {y:.1f}H{WIDTH - RIGHT:g}"/>'
-        markup += f'<text x="{LEFT - 8:g}" y="{y + 3.5:.1f}" text-anchor="end">{up.label(tick)}</text>'
-    for tick in across.ticks:
-        x = across.at(tick)
-        markup += f'<path class="steer-grid" d="M{x:.1f} {TOP:g}V{floor:g}"/>'
-        markup += f'<text x="{x:.1f}" y="{floor + 18:g}" text-anchor="middle">{across.label(tick)}</text>'
-    middle = (TOP + floor) / 2
-    markup += (
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2:g}" y="{HEIGHT - 8:g}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    turned = f'transform="translate(14 {middle:g}) rotate(-90)" text-anchor="middle"'
-    return f'<g aria-hidden="true">{markup}<text {turned}>{escape(y_label)}</text></g>'
 
 
 def _picture(row: Row, place: tuple[float, float], description: str) -> str:
@@ -334,7 +307,7 @@ def names_view() -> str:
 
 
 SCRIPT = Path(__file__).parent / "run_view.js"  # keeps tables open when what is around them changes
-# Those that need nothing from a network.
+# Rewards that need no network.
 EMBEDDED = (
     "scene",
     "scene-soft",
@@ -344,11 +317,11 @@ EMBEDDED = (
     "jpeg",
     "brightness",
 )
-DEFAULT_REWARDS = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # they say something of any image
+DEFAULT_REWARDS = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # which score any image
 
 
-class RewardsTab:
-    """Its components and what they do."""
+class RewardsTab(JobTab):
+    """The components and their events."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.scores = studio, gr.State(None)
@@ -392,37 +365,23 @@ class RewardsTab:
             info="One a line, such as colour:red or scene + jpeg:0.01. Some need files that this machine may not have.",
             elem_id="rewards-others",
         )
-        with gr.Row():
-            self.start = gr.Button("Score", variant="primary", elem_id="rewards-start")
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="rewards-stop")
+        self._job_buttons("Score", "rewards")
 
     def _connect(self) -> None:
         live = [self.status, self.start, self.stop, self.scores, self.by, self.view, self.axes, self.across, self.up]
         asked = [self.files, self.prompt, self.ticked, self.others]
-        ran = self.start.click(self.run, asked, [*live, self.scatter], concurrency_limit=None, **PRIVATE)
-        ran.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
-        self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
+        self._connect_job(self.start.click(self.run, asked, [*live, self.scatter], concurrency_limit=None, **PRIVATE))
         self.by.input(scores_view, [self.scores, self.by], self.view, **PRIVATE)
-        for axis in (self.across, self.up):
-            axis.input(scatter_view, [self.scores, self.across, self.up], self.scatter, **PRIVATE)
+        for field in (self.across, self.up):
+            field.input(scatter_view, [self.scores, self.across, self.up], self.scatter, **PRIVATE)
 
     def run(
         self, files: list[str] | None, prompt: str, ticked: list[str], others: str, request: gr.Request
     ) -> Iterator[Change]:
-        """Scores the images, shown as it goes."""
-        yield {self.start: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
-        try:
-            specs = [*dict.fromkeys([*ticked, *filter(None, map(str.strip, (others or "").splitlines()))])]
-            yield from self._run([Path(file) for file in files or ()], (prompt or "").strip(), specs, request)
-        except InputError as error:
-            gr.Warning(escape(public(str(error))))
-            yield {self.status: line(str(error), "alert")}
-        yield {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-
-    def fail(self) -> Change:
-        """After an error that `run` does not know."""
-        ready = {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-        return ready | {self.status: line(FAILED, "alert")}
+        """Score the images, and show the progress."""
+        specs = [*dict.fromkeys([*ticked, *filter(None, map(str.strip, (others or "").splitlines()))])]
+        paths = [Path(file) for file in files or ()]
+        yield from self.guarded(self._run(paths, (prompt or "").strip(), specs, request))
 
     def _run(self, paths: list[Path], prompt: str, specs: list[str], request: gr.Request) -> Iterator[Change]:
         check_request(paths, prompt, specs)
@@ -439,7 +398,7 @@ class RewardsTab:
         yield {self.status: line("Stopped.")} if scores is None else self._shown(scores)
 
     def _shown(self, scores: Scores) -> Change:
-        """All of it, the best by the first reward first, the first two against each other."""
+        """Show all scores: sorted by the first reward, the first two plotted."""
         names, first = list(scores.rewards), scores.rewards[0]
         second = names[1] if len(names) > 1 else first
         several = len(names) > 1 and len(scores.rows) > 1

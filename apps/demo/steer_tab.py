@@ -1,8 +1,8 @@
-"""The Steer tab: a prompt, the particles while they are steered, and what came out."""
+"""The Steer tab: a prompt, the particles while they are steered, and the finished images."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -12,24 +12,22 @@ import gradio as gr
 from PIL import Image
 
 from steer.apps.demo.labels import FinishedPrompt, RunView
-from steer.apps.demo.plots import Column, Lineages, Series, ancestor_paths, ancestry, line_chart, short, table
+from steer.apps.demo.plots import Column, Lineages, Series, ancestor_paths, ancestry, gallery, line_chart, short, table
 from steer.apps.demo.steering import Frame, PromptResult, as_command, as_python, data_uri, steering
 from steer.apps.demo.studio import (
-    FAILED,
     MAX_PROMPT_CHARACTERS,
     PRIVATE,
     RANDOM,
     Change,
+    JobTab,
     Studio,
     Weights,
     line,
-    number,
     seed_of,
-    whole,
 )
-from steer.apps.methods import SamplingConfig
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
+from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names
 from steer.errors import InputError
 from steer.pipelines.base import Cost
 
@@ -47,9 +45,10 @@ REWARDS = {
     "preference:scenes + aesthetic:scenes:0.5": "both, the second at half weight",
     "jpeg": "how well it compresses: plain pictures",
 }
-# What one visitor may ask for of a machine that others wait for.
+# Limits of one visitor on a shared machine.
 MAX_PROMPTS = 4
 FIELD_LIMITS = {"particles": 16, "steps": 100, "iterations": 100}
+FIELD_DEFAULTS = {"lam": 25, "iterations": 20}
 ONE_STEP = "scenes-turbo"
 EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
 
@@ -64,7 +63,7 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
             value=studio.rewards[0] if studio.rewards else "scene-soft",
             allow_custom_value=True,
             label="Reward",
-            info="What is to rise. Add several with +, weigh one with :0.5.",
+            info="To be maximised. Add several with +, weight one with :0.5.",
         ),
     }
     with gr.Accordion("What the rewards measure", open=False):
@@ -73,12 +72,18 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
         fields["particles"] = gr.Slider(
             1, FIELD_LIMITS["particles"], 4, step=1, label="Particles", info="images at a time"
         )
-        fields["lam"] = gr.Slider(0, 100, 25, step=1, label="Strength λ", info="0: no steering")
+        fields["lam"] = gr.Slider(0, 100, FIELD_DEFAULTS["lam"], step=1, label="Strength λ", info="0: no steering")
     with gr.Row():
         fields["steps"] = gr.Slider(1, FIELD_LIMITS["steps"], 20, step=1, label="Steps", info="of the solver")
         fields["guidance"] = gr.Slider(0, 15, 4, step=0.5, label="Guidance", info="how closely to follow the words")
     fields["iterations"] = gr.Slider(
-        1, FIELD_LIMITS["iterations"], 20, step=1, label="Iterations", info="of the noise, for ReNO", visible=False
+        1,
+        FIELD_LIMITS["iterations"],
+        FIELD_DEFAULTS["iterations"],
+        step=1,
+        label="Iterations",
+        info="of the noise, for ReNO",
+        visible=False,
     )
     with gr.Row():
         fields["seed"] = gr.Number(0, label="Seed", info="−1: a new one for every run")
@@ -86,52 +91,36 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     with gr.Accordion("Model and comparison", open=len(studio.models) > 1):
         fields["model"] = gr.Dropdown([*studio.models], value=studio.models[0], label="Model")
         fields["compare"] = gr.Checkbox(True, label="Also make the base images of the same seed")
-        fields["worn"] = gr.Checkbox(False, label="Finetuned weights", visible=False, elem_id="steer-worn")
+        fields["adapter"] = gr.Checkbox(False, label="Finetuned weights", visible=False, elem_id="steer-adapter")
     return fields
 
 
 def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> SamplingConfig:
-    """What the fields ask for, with the weights that the visitor loaded.
+    """Read the settings from the fields, with the weights that the visitor loaded.
 
     Raises InputError for numbers beyond what this app does.
     """
-    settings = SamplingConfig(
-        model=asked["model"],
-        method=asked["method"],
-        reward=asked["reward"].strip(),
-        particles=whole("particles", asked["particles"]),
-        steps=whole("steps", asked["steps"]),
-        guidance=number("guidance", asked["guidance"]),
-        lam=number("strength", asked["lam"]),
-        potential="difference",
-        resampler="systematic",
-        tempering="constant",
-        ess_threshold=0.5,
-        eta=None,
-        seed=seed_of(asked["seed"], asked["fresh"]),
-        compare=bool(asked["compare"]),
-        dtype=None,
-        iterations=whole("iterations", asked["iterations"]),
-        lora=_adapter_path(asked["model"], weights) if asked["worn"] else None,
-    )
-    settings.check()
+    own = set(ALL_OPTIONS) - set(option_names(asked["method"]))  # fields of other methods stay as they are
+    given = {name: value for name, value in asked.items() if name not in {*own, "prompts", "fresh", "adapter"}}
+    given |= {"reward": asked["reward"].strip(), "seed": seed_of(asked["seed"], asked["fresh"])}
+    settings = SamplingConfig.of(**given, lora=_adapter_path(asked["model"], weights) if asked["adapter"] else None)
     for name, most in FIELD_LIMITS.items():
-        if getattr(settings, name) > most:
-            raise InputError(f"{name} can be at most {most} in this app, got {getattr(settings, name)}")
+        if (value := settings.plain().get(name) or 0) > most:
+            raise InputError(f"{name} can be at most {most} in this app, got {value}")
     return settings
 
 
 def _adapter_path(model: str, weights: Weights | None) -> str:
-    """What settings say of finetuned weights that a model is to wear. Raises InputError where it cannot."""
+    """The path of the finetuned weights in the settings. Raises InputError where they do not fit the model."""
     if weights is None:
         raise InputError("no finetuned weights are loaded here: train some in the Finetune tab")
     if weights.model != model:
-        raise InputError(f"the finetuned weights are those of {weights.model}: choose that model, or leave them off")
-    return weights.told
+        raise InputError(f"the finetuned weights are those of {weights.model}: choose that model, or switch them off")
+    return weights.archive_path
 
 
 def prompts_of(text: str) -> list[str]:
-    """The prompts of a field, one a line. Raises InputError where there are none, or too much of them."""
+    """Read the prompts of a field, one a line. Raises InputError for none, or too many."""
     prompts = [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise InputError("the prompt is empty: say what the image should show")
@@ -143,41 +132,39 @@ def prompts_of(text: str) -> list[str]:
 
 
 def fields_from_recipe(recipe: Recipe, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
-    """What the fields were when an image was made. Raises InputError for one that they cannot ask for."""
+    """Restore the fields from a recipe. Raises InputError for one without a field for each setting."""
     settings = recipe.settings
     if settings.model not in models or settings.method not in METHODS.values():
         what = f"model {settings.model!r:.80}, method {settings.method!r}"
-        raise InputError(
-            f"it was made with {what}, which this app does not have: `steer sample --replay` makes it again"
-        )
+        raise InputError(f"it was made with {what}, which this app does not have: use `steer sample --replay`")
     asked = {
         "prompts": recipe.prompt,
         "method": settings.method,
         "reward": settings.reward,
         "particles": settings.particles,
-        "lam": 0.0 if settings.lam is None else settings.lam,
+        "lam": settings.plain().get("lam", FIELD_DEFAULTS["lam"]),
         "steps": settings.steps or 1,
         "guidance": 0.0 if settings.guidance is None else settings.guidance,
-        "iterations": settings.iterations,
+        "iterations": settings.plain().get("iterations", FIELD_DEFAULTS["iterations"]),
         "seed": settings.seed,
         "fresh": False,
         "model": settings.model,
         "compare": settings.compare,
-        "worn": settings.lora is not None,
+        "adapter": settings.lora is not None,
     }
-    again, first = asdict(settings_of(asked, weights)), asdict(settings)
+    again, first = settings_of(asked, weights).plain(), settings.plain()
     if apart := [name for name, value in first.items() if again[name] != value]:
         name = apart[0]
         raise InputError(
-            f"it was made with {name} {first[name]!r}, which has no field here: `steer sample --replay` does it"
+            f"it was made with {name} {first[name]!r}, which has no field here: use `steer sample --replay`"
         )
     return asked
 
 
 def defaults_of(method: str, models: Sequence[str], weights: Weights | None = None) -> dict[str, Any]:
-    """Values of the fields that depend on the method: ReNO is for one-step models.
+    """Default values of the fields that depend on the method: ReNO is for one-step models.
 
-    Where finetuned weights are loaded, the other methods begin with them.
+    The other methods use finetuned weights where some are loaded.
     """
     reno = method == "reno"
     model, steps, guidance = (weights.model, weights.steps, weights.guidance) if weights else (models[0], 20, 4)
@@ -185,44 +172,44 @@ def defaults_of(method: str, models: Sequence[str], weights: Weights | None = No
         "steps": 1 if reno else steps,
         "guidance": 0 if reno else guidance,
         "model": ONE_STEP if reno and ONE_STEP in models else model,
-        "worn": weights is not None and not reno,
+        "adapter": weights is not None and not reno,
     }
 
 
 def visible_fields(method: str, weights: Weights | None = None) -> dict[str, bool]:
-    """Which fields a method has."""
+    """The visibility of the fields that not all methods have."""
     return {
         "lam": method == "fk",
         "iterations": method == "reno",
         "compare": method != "base" or weights is not None,
-        "worn": weights is not None,
+        "adapter": weights is not None,
     }
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """The defaults that fields had last, by name, and the names of those that the visitor has set otherwise."""
+    """The last defaults of fields by name, and the names of fields that the visitor has set."""
 
     values: Mapping[str, Any]
     kept: frozenset[str] = frozenset()
 
     def changed(self, now: Mapping[str, Any], to: Mapping[str, Any]) -> tuple["Defaults", dict[str, Any]]:
-        """Other defaults, and the fields that follow them: those that the visitor has left alone, of what they say."""
+        """New defaults, and values of the fields that the visitor has not set."""
         kept = self.kept | {name for name, value in self.values.items() if now[name] != value}
         follows = {name: value for name, value in to.items() if name not in kept}
         return Defaults({**self.values, **to}, kept), follows
 
 
 EMPTY_TEXT = "The particles appear here while they are being steered."
-GRID_CLASSES = ((1, " steer-single"), (4, " steer-few"), (8, " steer-some"))  # up to so many images
+GRID_CLASSES = ((1, "steer-single"), (4, "steer-few"), (8, "steer-some"))  # up to so many images
 FINISHED, SMALL = 256, 56  # pixels of a finished image's longer side, in the gallery and in the tree
 
 
 def run_view(frames: Sequence[Frame], made: PromptResult | None) -> str:
-    """The HTML of a run as far as it is: an invitation, where nothing has been read yet.
+    """The HTML of a run so far; a hint before the first evaluated step.
 
-    frames  the readings so far, each with as many particles
-    made    what came out, once it has
+    frames  the particles at the evaluated steps so far
+    made    the result, once there is one
     """
     columns = [Column(frame) for frame in frames]
     if made is not None:
@@ -239,7 +226,7 @@ def run_view(frames: Sequence[Frame], made: PromptResult | None) -> str:
 
 
 def _finished(made: PromptResult, total: int) -> Frame:
-    """The finished images as a last reading: in the slots that they come from."""
+    """The finished images as a last frame, in their slots."""
     pictures = [made.images[made.order.index(slot)] for slot in sorted(made.order)]
     images = []
     for picture in pictures:
@@ -259,7 +246,7 @@ def _icons(column: Column) -> list[str]:
 
 
 def _run_id(first: Frame) -> str:
-    """Tells one run from another."""
+    """A name that differs between runs."""
     return f"{zlib.crc32(repr(first.rewards).encode() + first.images[0].tobytes()):08x}"
 
 
@@ -268,28 +255,22 @@ def _place(column: Column) -> str:
 
 
 def _gallery(columns: Sequence[Column]) -> str:
-    """The scrubber, and below it the images of every position, of which one is shown."""
+    """The particles at every evaluated step, of which one is shown."""
     several = len(columns[-1].frame.images) > 1
     note = "each image: the particle’s number and its reward, ★ the highest" if several else "the image: its reward"
-    last, place, alone = len(columns) - 1, _place(columns[-1]), "false" if len(columns) > 1 else "true"
-    frames = ""
-    for place_of, column in enumerate(columns):
-        cells = "".join(_cell(column, place_of, slot) for slot in range(len(column.frame.images)))
-        hidden = "" if place_of == last else ' hidden=""'
-        frames += f'<div class="steer-frame{_grid_class(column)}" data-label="{_place(column)}"{hidden}>{cells}</div>'
-    return (
-        '<div class="steer-gallery"><h3>Particles</h3><div class="steer-scrub" role="group" aria-label="Which reading">'
-        f'<button type="button" data-move="-1" aria-label="Earlier reading" aria-disabled="{alone}">‹</button>'
-        f'<input type="range" class="steer-scrubber" min="0" max="{last}" step="1" value="{last}"'
-        f' aria-label="Reading" aria-valuetext="{place}"/>'
-        '<button type="button" data-move="1" aria-label="Later reading" aria-disabled="true">›</button>'
-        f'<span class="steer-reading" role="status">{place}</span></div><div class="steer-frames">{frames}</div>'
-        f'<p class="steer-note">Below {note}.</p></div>'
-    )
+    frames = [
+        (
+            _place(column),
+            _grid_class(column),
+            "".join(_cell(column, place, slot) for slot in range(len(column.frame.images))),
+        )
+        for place, column in enumerate(columns)
+    ]
+    return gallery("Particles", frames, f"Below {note}.")
 
 
 def _grid_class(column: Column) -> str:
-    """Of how many images style.css makes a row of which size."""
+    """The class that sets the size of images in style.css."""
     size = len(column.frame.images)
     return next((name for most, name in GRID_CLASSES if size <= most), "")
 
@@ -311,12 +292,12 @@ def _spread(column: Column) -> tuple[float, float, float] | None:
 
 
 def _num_living_ancestors(columns: Sequence[Column], paths: Lineages) -> list[int]:
-    """At each column, of how many first particles some descendant is there; nothing where ancestors are unknown."""
+    """At each column the number of first particles with a descendant."""
     return [len({way[0] for (column, _), way in paths.items() if column == place}) for place in range(len(columns))]
 
 
 def _curves(columns: Sequence[Column], paths: Lineages) -> str:
-    """Small charts of rewards and, where several particles are related, of how many still count."""
+    """Charts of rewards, of ESS and of surviving ancestors."""
     span, several = (1.0, float(columns[-1].frame.total)), len(columns[0].frame.rewards) > 1
     steps = [float(column.frame.step) for column in columns]
     spreads = [(step, spread) for step, column in zip(steps, columns, strict=True) if (spread := _spread(column))]
@@ -326,8 +307,8 @@ def _curves(columns: Sequence[Column], paths: Lineages) -> str:
         ess = [(step, column.frame.ess) for step, column in zip(steps, columns, strict=True)]
         sizes = Series("ESS", [(x, size) for x, size in ess if size is not None])
         living = Series("living", [*zip(steps, map(float, _num_living_ancestors(columns, paths)), strict=True)])
-        charts += line_chart("Particles that count (ESS)", [sizes], "step", x_range=span, y_from=0)
-        charts += line_chart("First particles that live on", [living], "step", x_range=span, y_from=0)
+        charts += line_chart("Effective sample size (ESS)", [sizes], "step", x_range=span, y_from=0)
+        charts += line_chart("First particles with descendants", [living], "step", x_range=span, y_from=0)
     return f'<div class="steer-curves"><h3>Curves</h3><div class="steer-charts">{charts}</div></div>' if charts else ""
 
 
@@ -336,9 +317,9 @@ def _band(spreads: Sequence[tuple[float, tuple[float, float, float]]]) -> list[t
 
 
 def _table(columns: Sequence[Column], paths: Lineages) -> str:
-    """The numbers of the tree and of the curves."""
-    head = ["reading", "lowest reward", "mean", "highest"]
-    head += ["ESS", "first particles alive", "the next go on from"] if paths else []
+    """The numbers of the ancestry and of the charts as a table."""
+    head = ["step", "lowest reward", "mean", "highest"]
+    head += ["ESS", "first particles alive", "ancestors of the next"] if paths else []
     rows: list[list[object]] = []
     for place, column in enumerate(columns):
         row: list[object] = [column.name, *(_spread(column) or (None, None, None))]
@@ -346,12 +327,12 @@ def _table(columns: Sequence[Column], paths: Lineages) -> str:
             onward = ", ".join(str(slot + 1) for slot in column.frame.ancestors or ()) or None
             row += [column.frame.ess, _num_living_ancestors(columns, paths)[place], onward]
         rows.append(row)
-    caption = "Rewards, and where particles go on" if paths else "Rewards"
+    caption = "Rewards and ancestors" if paths else "Rewards"
     return f'<details class="steer-numbers"><summary>As a table</summary>{table(caption, head, rows)}</details>'
 
 
 class Results:
-    """The components, hidden until there is something in them."""
+    """The components of the results, hidden until there are some."""
 
     def __init__(self) -> None:
         with gr.Column(visible=False, elem_id="steer-results") as self.box:
@@ -386,7 +367,7 @@ class Results:
         return [self.box, self.chooser, self.slider, self.gallery, self.table, self.files, self.command, self.python]
 
     def updates(self, finished: Sequence[FinishedPrompt], place: int = 0) -> dict[Any, Any]:
-        """Shows one of the finished prompts, and offers the others."""
+        """Show one of the finished prompts, and offer the others."""
         one = finished[place].made
         pair = compared(one)
         choices = [(f"{number + 1}. {each.made.prompt}", number) for number, each in enumerate(finished)]
@@ -400,7 +381,7 @@ class Results:
             ),
             self.gallery: gr.update(value=base_captions(one), visible=bool(one.base)),
             self.table: rewards_table(one)
-            + f'<p class="steer-told">{escape(describe_means(one) + describe_cost(one))}</p>',
+            + f'<p class="steer-summary">{escape(describe_means(one) + describe_cost(one))}</p>',
             self.files: [str(picture.path) for picture in (*one.images, *one.base)],
             self.command: as_command(one.prompt, one.settings),
             self.python: as_python(one.prompt, one.settings),
@@ -410,7 +391,7 @@ class Results:
 def compared(made: PromptResult) -> tuple[SavedImage, SavedImage] | None:
     """The two sides of the slider: the best base image and the best image of as many, by the same reward.
 
-    Plain sampling sorts nothing: with finetuned weights it is the same noise before and after. None where there are no
+    Plain sampling does not sort: with finetuned weights the sides are the same noise before and after. None without
     base images, and for best of N, whose image is the best base image itself.
     """
     if not made.base or (made.settings.method == "best-of-n" and made.base_cost is None):
@@ -426,7 +407,7 @@ def best(pictures: Sequence[SavedImage]) -> SavedImage:
 
 
 def sides(made: PromptResult, left: SavedImage, right: SavedImage) -> str:
-    """What the two sides of the slider are, in words."""
+    """Describe the two sides of the slider."""
     steered, finetuned = made.settings.method != "base", made.settings.lora is not None
     kind = "finetuned, and steered" if steered and finetuned else "finetuned" if finetuned else "steered"
     of = f"the best of {len(made.images)} each" if steered else "the same noise"
@@ -452,14 +433,14 @@ def rewards_table(made: PromptResult) -> str:
         scores = (picture.recipe.reward, *(picture.recipe.components[part] for part in components))
         return [name, *scores]
 
-    first = "1." if made.settings.method == "base" else "best"  # nothing has sorted plain images
+    first = "1." if made.settings.method == "base" else "best"  # plain images are not sorted
     rows = [row(f"{rank + 1}." if rank else first, picture) for rank, picture in enumerate(made.images)]
     rows += [row(f"base {slot + 1}", picture) for slot, picture in enumerate(made.base)]
     return table(f"Rewards: {made.settings.reward}", ["image", "reward", *components], rows)
 
 
 def describe_means(made: PromptResult) -> str:
-    """The mean rewards, in a sentence, where there is something to compare with."""
+    """Compare the mean rewards in a sentence, where there are base images."""
     if not made.base:
         return ""
     before, after = (fmean(one.recipe.reward for one in pictures) for pictures in (made.base, made.images))
@@ -470,9 +451,9 @@ def describe_means(made: PromptResult) -> str:
 
 
 def describe_cost(made: PromptResult) -> str:
-    """What it took, in a sentence."""
+    """Describe the cost in a sentence."""
     base = f"; the base images beside them {_cost(made.base_cost)}" if made.base_cost else ""
-    return f"It took {_cost(made.cost)}{base}. Seed {made.settings.seed}."
+    return f"Cost: {_cost(made.cost)}{base}. Seed {made.settings.seed}."
 
 
 def _cost(cost: Cost) -> str:
@@ -484,10 +465,10 @@ def _cost(cost: Cost) -> str:
 FOLDER = Path(__file__).parent
 
 
-class SteerTab:
-    """Its components and what they do; to be made inside the app's Blocks.
+class SteerTab(JobTab):
+    """The components and their events; made inside the app's Blocks.
 
-    `weights` holds the finetuned Weights that the visitor loaded, None before; `defaults` those of their fields.
+    `weights` holds the finetuned Weights that the visitor loaded, or None; `defaults` those of their fields.
     """
 
     def __init__(self, studio: Studio) -> None:
@@ -497,10 +478,8 @@ class SteerTab:
                 self.fields = steer_fields(studio)
                 first = defaults_of(self.fields["method"].value, studio.models)
                 self.defaults = gr.State(Defaults(first | {"reward": self.fields["reward"].value}))
-                with gr.Row():
-                    self.start = gr.Button("Steer", variant="primary", elem_id="steer-start")
-                    self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="steer-stop")
-                label = "Drop an image that was made here: its settings come back"
+                self._job_buttons("Steer", "steer")
+                label = "Drop an image that was made here to restore its settings"
                 self.dropped = gr.File(label=label, file_types=[".png"], height=160, elem_id="steer-drop")
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(line("Ready."), elem_id="steer-status")
@@ -513,9 +492,7 @@ class SteerTab:
         fields, seed = self.fields, (self.fields["seed"], self.fields["fresh"])
         live = [self.status, self.view, self.start, self.stop, self.finished, *seed, *self.results.components]
         asked = {*fields.values(), self.weights}
-        ran = self.start.click(self.run, asked, live, concurrency_limit=None, **PRIVATE)
-        ran.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
-        self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
+        self._connect_job(self.start.click(self.run, asked, live, concurrency_limit=None, **PRIVATE))
         follows, known = [self.status, self.defaults, *fields.values()], {self.weights, self.defaults, *fields.values()}
         fields["method"].input(self.fit, known, follows, **PRIVATE)
         self.weights.change(self.load_adapter, known, follows, **PRIVATE)
@@ -524,19 +501,9 @@ class SteerTab:
         self.results.chooser.input(self.show, chosen, [self.view, *self.results.components], **PRIVATE)
 
     def run(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
-        """The whole run, shown as it goes."""
-        yield {self.start: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
-        try:
-            asked = {name: field_values[field] for name, field in self.fields.items()}
-            yield from self._run(asked, field_values[self.weights], request)
-        except InputError as error:
-            yield {self.status: line(str(error), "alert")}
-        yield {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-
-    def fail(self) -> Change:
-        """After an error that `run` does not know, and for fields whose values Gradio refuses."""
-        ready = {self.start: gr.update(interactive=True), self.stop: gr.update(interactive=False)}
-        return ready | {self.status: line(FAILED, "alert")}
+        """Run the request, and show its progress."""
+        asked = {name: field_values[field] for name, field in self.fields.items()}
+        yield from self.guarded(self._run(asked, field_values[self.weights], request))
 
     def _run(self, asked: dict[str, Any], weights: Weights | None, request: gr.Request) -> Iterator[Change]:
         prompts, settings = prompts_of(asked["prompts"]), settings_of(asked, weights)
@@ -561,12 +528,12 @@ class SteerTab:
             yield self.show(0, run_view_state.finished)
 
     def show(self, place: int, finished: tuple[FinishedPrompt, ...]) -> Change:
-        """One of the finished prompts."""
+        """Show one of the finished prompts."""
         one = finished[place]
         return {self.view: run_view(one.frames, one.made), **self.results.updates(finished, place)}
 
     def fit(self, field_values: dict[Any, Any]) -> Change:
-        """Other fields follow the method, but for what the visitor has set."""
+        """Set the fields that depend on the method, but not those that the visitor has set."""
         method, weights = field_values[self.fields["method"]], field_values[self.weights]
         return self._follow(field_values, method, weights, defaults_of(method, self.studio.models, weights))
 
@@ -575,10 +542,10 @@ class SteerTab:
     ) -> Change:
         now = {name: field_values[field] for name, field in self.fields.items()}
         new, values = field_values[self.defaults].changed(now, defaults)
-        return {self.defaults: new} | self._training_loop(values, method, weights)
+        return {self.defaults: new} | self._set_fields(values, method, weights)
 
-    def _training_loop(self, values: Mapping[str, Any], method: str, weights: Weights | None) -> Change:
-        """Shows the fields of a method, and gives some of them values."""
+    def _set_fields(self, values: Mapping[str, Any], method: str, weights: Weights | None) -> Change:
+        """Show the fields of a method, and set some of them."""
         shown: dict[str, dict[str, Any]] = {
             name: {"visible": visible} for name, visible in visible_fields(method, weights).items()
         }
@@ -586,27 +553,29 @@ class SteerTab:
         return {self.fields[name]: gr.update(**shown.get(name, {}), **given.get(name, {})) for name in shown | given}
 
     def load_adapter(self, field_values: dict[Any, Any]) -> Change:
-        """Finetuned weights that were just loaded: what they do is seen best without steering."""
+        """Select newly loaded finetuned weights, and plain sampling, which shows their effect best."""
         weights: Weights = field_values[self.weights]
         defaults = defaults_of("base", self.studio.models, weights)
         if weights.reward is not None:
             defaults["reward"] = weights.reward
         change = self._follow(field_values, "base", weights, defaults)
-        change |= self._training_loop(
+        change |= self._set_fields(
             {"method": "base", "model": weights.model}, "base", weights
-        )  # else they cannot be worn
-        change[self.fields["worn"]] = gr.update(value=True, visible=True, label=f"Finetuned weights: {weights.label}")
+        )  # with which the weights fit
+        change[self.fields["adapter"]] = gr.update(
+            value=True, visible=True, label=f"Finetuned weights: {weights.label}"
+        )
         text = f"{weights.label}: press Steer to see images of the same noise before and after."
         return change | {self.status: line(text)}
 
     def restore(self, path: str, weights: Weights | None) -> Change:
-        """The settings of a PNG that was made here, or by `steer sample`."""
+        """Restore the settings of a PNG of this app, or of `steer sample`."""
         try:
             values = fields_from_recipe(read_metadata(Path(path)), self.studio.models, weights)
         except InputError as error:
             return {self.status: line(str(error).replace(path, Path(path).name), "alert")}
         method = values["method"]
-        return self._training_loop(values, method, weights) | {
+        return self._set_fields(values, method, weights) | {
             self.defaults: Defaults(defaults_of(method, self.studio.models, weights)),
-            self.status: line(f"The settings of {Path(path).name} are back: press Steer for the same image."),
+            self.status: line(f"Settings of {Path(path).name} restored: press Steer for the same image."),
         }

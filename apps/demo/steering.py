@@ -1,4 +1,4 @@
-"""What the Steer tab runs: one prompt after another, told step by step."""
+"""The job of the Steer tab: steer one prompt after another, with an event for each step."""
 
 import re
 import shlex
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from steer.apps.demo.studio import Studio, Ticket, Weights
 from steer.apps.errors import wrap_errors
-from steer.apps.methods import METHODS, DisableAdapter, Job, SamplingConfig
+from steer.apps.methods import METHODS, DisableAdapter, Job
 from steer.apps.models import adapter_applied
-from steer.apps.sampling import SavedImage, base_output, written
+from steer.apps.sampling import SavedImage, base_output, write_images
+from steer.apps.settings import SamplingConfig, default_of
 from steer.files import make_folder
 from steer.pipelines.base import Cost, Iteration
 from steer.pipelines.fk_steering import StepReport
@@ -28,12 +29,12 @@ from steer.reward import Reward
 
 THUMBNAIL = 160  # pixels of a preview's longer side
 LONGEST_NAME = 80  # bytes of a prompt in the names of its images
-NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of it is kept", "fewer particles need less"
-MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations than anybody looks at
+NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of this run is kept", "fewer particles need less"
+MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations
 
 
 def data_uri(image: Image.Image) -> str:
-    """An image as a page takes it, with no file to be served."""
+    """Encode an image for a page, with no file to serve."""
     file = BytesIO()
     image.convert("RGB").save(file, "JPEG", quality=88, subsampling=0)
     return f"data:image/jpeg;base64,{b64encode(file.getvalue()).decode()}"
@@ -41,10 +42,10 @@ def data_uri(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """The particles at one reading: images of x̂0, rewards, and by slot where they go on from; ESS before resampling.
+    """The particles at an evaluated step: previews, rewards, ancestors; ESS before resampling.
 
     step       of `total`, from 1
-    ancestors  of each slot the slot before; None in a method whose particles keep to themselves
+    ancestors  by slot; None in a method without resampling
     """
 
     step: int
@@ -56,13 +57,13 @@ class Frame:
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
-        """The images as data: URIs, made once: a view is drawn anew at every reading, with all that came before."""
+        """The images as data: URIs, cached, because every update of the view holds all earlier frames."""
         return tuple(map(data_uri, self.images))
 
 
 @dataclass(frozen=True)
 class Loading:
-    """The model is being loaded."""
+    """An event: the model is being loaded."""
 
     model: str
 
@@ -72,7 +73,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Step:
-    """How far a prompt is: number `number` of `count` prompts, in a phase such as fk or base."""
+    """Progress: a step of prompt `number` of `count`, in a phase such as fk or base."""
 
     number: int
     count: int
@@ -101,7 +102,7 @@ class PromptResult:
 def steering(
     studio: Studio, prompts: Sequence[str], settings: SamplingConfig, folder: Path, weights: Weights | None = None
 ) -> Callable[[Ticket], None]:
-    """A job for the worker that steers every prompt; where the settings name finetuned weights, they are these.
+    """Make a job for the worker that steers every prompt, with `weights` where the settings name an adapter.
 
     Raises InputError for a reward that visitors may not use.
     """
@@ -111,7 +112,7 @@ def steering(
     def work(ticket: Ticket) -> None:
         ticket.say(Loading(settings.model))
         for other in sorted(folder.parent.glob("run-*"), key=lambda one: one.stat().st_mtime)[:-1]:
-            shutil.rmtree(other, ignore_errors=True)  # the latest may still be on its way to the page
+            shutil.rmtree(other, ignore_errors=True)  # the page may still load the latest
         with (
             wrap_errors("this run", NOTHING_KEPT_HINT, MEMORY_HINT),
             studio.model(settings.model) as pipe,
@@ -131,7 +132,7 @@ def steer_all(
     ticket: Ticket,
     adapter_disabled: DisableAdapter = nullcontext,
 ) -> None:
-    """Steers every prompt; says Step, Frame and, of each prompt, Made.
+    """Steer every prompt; sends Step, Frame and, for each prompt, PromptResult events.
 
     adapter_disabled  inside, the pipeline is without its finetuned weights
     """
@@ -143,7 +144,7 @@ def steer_all(
 
         job = Job(
             pipe, reward, prompt, settings, state_file=None, adapter_disabled=adapter_disabled
-        )  # a run here begins at its beginning
+        )  # nothing resumes here
         which = f"prompt{number + 1}-" if len(prompts) > 1 else ""
         ticket.say(
             _steer_one(job, folder, f"{_slug(prompt)}{settings.method}-seed{settings.seed}-{which}", ticket, step)
@@ -151,7 +152,7 @@ def steer_all(
 
 
 def _slug(prompt: str) -> str:
-    """A prompt in a file's name, with a dash after it; nothing of one without letters and digits."""
+    """A prompt as the start of a file's name, with a dash after it; "" without letters and digits."""
     words = re.sub(r"\W+", "-", prompt.lower()).strip("-").encode()[:LONGEST_NAME].decode(errors="ignore").strip("-")
     return f"{words}-" if words else ""
 
@@ -178,9 +179,9 @@ def _steer_one(
     return PromptResult(
         prompt=job.prompt,
         settings=settings,
-        images=tuple(written(job, output, folder, prefix)),
+        images=tuple(write_images(job, output, folder, prefix)),
         order=tuple(output.order[0].tolist()),
-        base=() if base is None else tuple(written(job, base, folder, f"{prefix}base-", base=True)),
+        base=() if base is None else tuple(write_images(job, base, folder, f"{prefix}base-", base=True)),
         cost=output.cost,
         base_cost=None if base is None or base.cost is output.cost else base.cost,
     )
@@ -215,14 +216,14 @@ CLASSES = {
     "base": "BestOfNPipeline",
     "reno": "ReNOPipeline",
 }
-# Of the command.
-OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "lam", "iterations", "seed")
+# Shared options of the command.
+OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "seed")
 PYTHON = """import torch
 from steer.apps.models import load_pipeline
-from steer.pipelines import {name}
+from steer import {name}
 
 pipe = load_pipeline({model!r}{dtype})
-{worn}out = {name}(pipe, reward={reward!r})(
+{adapter}out = {name}(pipe, reward={reward!r})(
     {prompt!r},
 {arguments}
     generator=torch.Generator().manual_seed({seed}),
@@ -232,17 +233,20 @@ print(out.rewards)
 """
 
 
+def changed_options(settings: SamplingConfig) -> dict[str, Any]:
+    """Return the options of the method that are not its defaults."""
+    values = {name: getattr(settings.options, name) for name in settings.option_names}
+    return {name: value for name, value in values.items() if value != default_of(settings.method, name)}
+
+
 def as_python(prompt: str, settings: SamplingConfig) -> str:
-    """A program that makes the same images."""
+    """Write a program that makes the same images."""
     arguments: dict[str, Any] = {
         "num_particles": settings.particles,
         "num_inference_steps": settings.steps,
         "guidance_scale": settings.guidance,
     }
-    if settings.method == "fk":
-        arguments["lam"] = settings.lam
-    if settings.method == "reno":
-        arguments["iterations"] = settings.iterations
+    arguments |= changed_options(settings)
     return PYTHON.format(
         name=CLASSES[settings.method],
         model=settings.model,
@@ -257,12 +261,13 @@ def as_python(prompt: str, settings: SamplingConfig) -> str:
 
 
 def as_command(prompt: str, settings: SamplingConfig) -> str:
-    """A line for a shell that makes the same images."""
+    """Write a command that makes the same images."""
     given = {name: value for name in OPTIONS if (value := getattr(settings, name)) is not None}
+    given |= changed_options(settings)
     words = [
         word
         for name, value in given.items()
-        for word in (f"--{name}", f"{value:g}" if isinstance(value, float) else str(value))
+        for word in (f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value))
     ]
     dashed = ["--", prompt] if prompt.startswith("-") else [prompt]
     return shlex.join(["steer", "sample", *words, *([] if settings.compare else ["--no-compare"]), *dashed])

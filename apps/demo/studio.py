@@ -1,4 +1,4 @@
-"""What all tabs of the demo share: the worker, the models that visitors may choose, and a folder for each visitor."""
+"""The parts that all tabs share: the worker, the models, a folder for each visitor, and fields."""
 
 import math
 import queue
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio.events import Dependency
 
 from steer.apps.models import load_pipeline
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
@@ -32,12 +33,12 @@ POLL_INTERVAL = 0.2
 
 
 class Busy(InputError):
-    """Too many are waiting already."""
+    """Too many jobs are waiting."""
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """So many jobs come first."""
+    """An event: jobs that come first."""
 
     before: int
 
@@ -47,7 +48,7 @@ class Waiting:
 
 
 class Ticket:
-    """A job of one visitor: what it says, and the wish to stop it."""
+    """A visitor's job: its events, and a stop request."""
 
     def __init__(self) -> None:
         self._request = StopRequest()
@@ -56,7 +57,7 @@ class Ticket:
         self.future: Future[None] = Future()
 
     def say(self, event: Any) -> None:
-        """For the job: shows the visitor something. Raises Stopped where they left, or want no more."""
+        """For the job: send an event. Raises Stopped where the visitor left or stopped it."""
         for _ in range(round(EVENT_TIMEOUT / POLL_INTERVAL)):
             self._request.check()
             try:
@@ -67,31 +68,31 @@ class Ticket:
         self._request.check()
 
     def check(self) -> None:
-        """For the job, at every step: raises Stopped once somebody asked for the end."""
+        """For the job, at every step: raises Stopped after a stop request."""
         self._request.check()
 
     @property
     def stopped(self) -> bool:
-        """Whether somebody asked for the end."""
+        """Whether a stop was requested."""
         return self._request.requested
 
     def stop(self) -> None:
-        """Asks for the end: a job that waits never begins, one that runs ends with its present step."""
+        """Request a stop: a waiting job never begins, a running one ends with its present step."""
         self._request.requested = True
         self.future.cancel()
 
     def events(self) -> Iterator[Any]:
-        """What the job says, in order, to its end; while it waits, its place. Left early, it stops the job.
+        """Yield the job's events in order, and its place while it waits. Closing the iterator early stops the job.
 
-        What the job raises is raised here.
+        Exceptions of the job are raised here.
         """
-        told = -1
+        last_place = -1
         try:
             while True:
-                if not self.future.running() and not self.future.done() and (before := self._place()) != told:
-                    told = before
+                if not self.future.running() and not self.future.done() and (before := self._place()) != last_place:
+                    last_place = before
                     yield Waiting(before)
-                done = self.future.done()  # before the look into the queue: nothing is said after it
+                done = self.future.done()  # before the queue is read: no event comes after it
                 try:
                     yield self._events.get(timeout=0.0 if done else POLL_INTERVAL)
                 except queue.Empty:
@@ -111,7 +112,7 @@ def _run(work: Callable[[Ticket], None], ticket: Ticket) -> None:
 
 
 class Worker:
-    """Runs jobs one after the other, in a thread of its own."""
+    """A thread that runs jobs one after the other."""
 
     def __init__(self, most_waiting: int = MAX_WAITING_JOBS) -> None:
         self._pool = ThreadPoolExecutor(1, "steer-worker")
@@ -119,7 +120,7 @@ class Worker:
         self._tickets: list[Ticket] = []
 
     def submit(self, work: Callable[[Ticket], None]) -> Ticket:
-        """A job's ticket; it begins when those before it have ended. Raises Busy where too many wait."""
+        """Queue a job and return its ticket. Raises Busy where too many wait."""
         ticket = Ticket()
         with self._lock:
             self._tickets = [one for one in self._tickets if not one.future.done()]
@@ -142,7 +143,7 @@ class Worker:
             return sum(not one.future.done() for one in self._tickets)
 
     def close(self) -> None:
-        """Stops all jobs."""
+        """Stop all jobs."""
         with self._lock:
             for ticket in self._tickets:
                 ticket.stop()
@@ -154,11 +155,11 @@ VISITOR = re.compile(r"[A-Za-z0-9-]{1,40}")  # as Gradio names sessions
 
 @dataclass
 class Studio:
-    """What the owner of the app decided, and what its jobs use.
+    """The owner's configuration of the app, and the resources of its jobs.
 
     models   that visitors may choose, the first by default
-    rewards  specifications that the owner vouches for; of others, visitors may use those that have names
-    labels   where choices are kept; None: with the rest in `home`, which goes when the app ends
+    rewards  specifications that the owner allows; visitors may also use rewards that have names
+    labels   folder of preferences; None: one in `home`, which is removed when the app ends
     home     a temporary folder: nothing outside it is written, nothing else is served
     """
 
@@ -174,7 +175,7 @@ class Studio:
     _runs: Iterator[int] = field(default_factory=lambda: count(1))
 
     def begin(self, request: gr.Request, work: Callable[[Ticket], None]) -> Ticket:
-        """A visitor's job in the worker, in place of the one that they had before. Raises Busy."""
+        """Start a visitor's job in place of their last one. Raises Busy."""
         self.stop(request)
         visitor, ticket = str(request.session_hash), self.worker.submit(work)
         self._running = {name: one for name, one in self._running.items() if not one.future.done()}
@@ -182,25 +183,25 @@ class Studio:
         return ticket
 
     def stop(self, request: gr.Request) -> None:
-        """Ends a visitor's job with its present step."""
+        """Stop a visitor's job after its present step."""
         if (ticket := self._running.pop(str(request.session_hash), None)) is not None:
             ticket.stop()
 
     def folder(self, request: gr.Request) -> Path:
-        """The visitor's own."""
+        """The visitor's folder. Raises InputError without a session."""
         visitor = request.session_hash or ""
         if not VISITOR.fullmatch(visitor):
             raise InputError("this request has no session: open the app in a browser, or use its client")
-        checked_value = self.home / "visitors" / visitor  # beside nothing else: the name comes from outside
+        checked_value = self.home / "visitors" / visitor  # in a folder of its own, because the name comes from outside
         checked_value.mkdir(mode=0o700, parents=True, exist_ok=True)
         return checked_value
 
     def run_folder(self, request: gr.Request) -> Path:
-        """One of the visitor's own for a single run, with a number that no other run of this app has: run-7."""
+        """A folder for one run of the visitor, with a number unique in this app: run-7."""
         return self.folder(request) / "steer" / f"run-{next(self._runs)}"
 
     def forget(self, request: gr.Request) -> None:
-        """Ends a visitor's job, and removes what they left, once nothing writes there any more."""
+        """Stop a visitor's job, and remove their folder once nothing writes there."""
         folder, ticket = self.folder(request), self._running.get(str(request.session_hash))
         self.stop(request)
         if ticket is None:
@@ -209,7 +210,7 @@ class Studio:
             ticket.future.add_done_callback(lambda _: shutil.rmtree(folder, ignore_errors=True))
 
     def reward(self, spec: str) -> Reward:
-        """A reward that visitors may use. Raises InputError for one that could run code or read files."""
+        """Load a reward that visitors may use. Raises InputError for one that could run code or read files."""
         text = spec.strip()
         if text not in self.rewards and not only_named_rewards(text):
             raise InputError(
@@ -219,7 +220,7 @@ class Studio:
 
     @contextmanager
     def model(self, name: str) -> Iterator[Any]:
-        """For jobs in the worker: a pipeline.
+        """Load a pipeline for a job in the worker.
 
         Raises InputError for a model that is not among those of this app.
         """
@@ -233,46 +234,46 @@ class Studio:
         yield self._pipe[1]
 
     def close(self) -> None:
-        """Stops the worker and removes all that visitors left."""
+        """Stop the worker and remove all folders of visitors."""
         self.worker.close()
         shutil.rmtree(self.home, ignore_errors=True)
 
 
 def embedded_models() -> tuple[str, ...]:
-    """Those that are here: the package lacks some that the repository has."""
+    """The embedded models that are installed: the package lacks some of the repository."""
     return tuple(name for name, place in MODELS.items() if Path(place).is_dir())
 
 
-PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # of an event
+PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # for events
 Change = dict[Any, Any]  # by component
-MAX_PROMPT_CHARACTERS = 500  # of a prompt
+MAX_PROMPT_CHARACTERS = 500
 RANDOM, LARGEST_SEED = -1, 2**53  # the seed that stands for a new one; above the other, a browser's numbers have gaps
-FAILED = "The run failed. What was wrong is in the message on this page, or else in the app's log."
-# An absolute path after a space, a quote, a bracket or a colon: all of it before its last name; no part of an address.
+FAILED = "The run failed. The reason is in the message on this page, or in the app's log."
+# An absolute path after a space, a quote, a bracket or a colon: all before its last name; not a part of an address.
 ABSOLUTE_PATH = re.compile(r"""(?<![^\s'"`(\[{=,:])(?:/(?!/)|[A-Za-z]:\\)(?:[^/\\\s'"`:]+[/\\])*(?=[\w.-])""")
 
 
 def public(text: str) -> str:
-    """A message without places on the owner's disk: of a file, its name stays."""
+    """Remove paths on the owner's disk from a message; names of files stay."""
     for place in (tempfile.gettempdir(), str(Path.cwd()), str(Path.home())):  # which may have spaces in them
         text = text.replace(f"{place}/", "/") if len(place) > 1 else text
     return ABSOLUTE_PATH.sub("", text)
 
 
 def line(text: str, role: str = "status") -> str:
-    """One line about how it stands, which screen readers say too."""
+    """A status line, which screen readers announce."""
     return f'<p class="steer-line" role="{role}">{escape(public(text))}</p>'
 
 
 def number(name: str, value: float | None) -> float:
-    """What a field says. Raises InputError where it is empty."""
+    """Read a number from a field. Raises InputError where it is empty."""
     if value is None or not math.isfinite(value):
         raise InputError(f"{name}: the field is empty, give a number")
     return float(value)
 
 
 def whole(name: str, value: float | None) -> int:
-    """What a field of whole numbers says. Raises InputError where it is empty, or says a fraction."""
+    """Read a whole number from a field. Raises InputError where it is empty, or a fraction."""
     checked_value = number(name, value)
     if not checked_value.is_integer():
         raise InputError(f"{name} must be a whole number, got {checked_value:g}")
@@ -280,7 +281,7 @@ def whole(name: str, value: float | None) -> int:
 
 
 def seed_of(value: float | None, fresh: bool = False) -> int:
-    """The seed of a field; a new one for −1, or where one is wanted for every run. Raises InputError."""
+    """Read the seed of a field; a new one for −1 or `fresh`. Raises InputError."""
     if fresh or value == RANDOM:
         return random.randrange(2**32)
     seed = whole("seed", value)
@@ -289,17 +290,60 @@ def seed_of(value: float | None, fresh: bool = False) -> int:
     return seed
 
 
-ARCHIVE_NAME = "finetuned"  # what the zip unpacks to, and what its files call the folder of the run
+class JobTab:
+    """A tab with a job that a visitor starts and stops: two buttons, and a line of status."""
+
+    studio: Studio
+    start: gr.Button
+    stop: gr.Button
+    status: gr.HTML
+
+    def _job_buttons(self, label: str, prefix: str) -> None:
+        """Lay out the two buttons."""
+        with gr.Row():
+            self.start = gr.Button(label, variant="primary", elem_id=f"{prefix}-start")
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{prefix}-stop")
+
+    def _connect_job(self, *events: Dependency) -> None:
+        """Connect the ways to start the job with `fail`, and the stop button with the studio."""
+        for event in events:
+            event.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
+        self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
+
+    def running(self, running: bool) -> Change:
+        """Enable one of the two buttons."""
+        return {self.start: gr.update(interactive=not running), self.stop: gr.update(interactive=running)}
+
+    def guarded(self, work: Iterator[Change]) -> Iterator[Change]:
+        """Show a job from its start to its end; bad input is a warning and the status."""
+        yield self.running(True)
+        try:
+            yield from work
+        except InputError as error:
+            yield self.refuse(str(error))
+        yield self.running(False)
+
+    def refuse(self, text: str) -> Change:
+        """Show why not, at once and in the status, without paths on the owner's disk."""
+        gr.Warning(escape(public(text)))
+        return {self.status: line(text, "alert")}
+
+    def fail(self) -> Change:
+        """Show that a job failed by an error it does not know, or that Gradio refuses the value of a field."""
+        return self.running(False) | {self.status: line(FAILED, "alert")}
+
+
+ARCHIVE_NAME = "finetuned"  # folder inside the zip, and the name of the run's folder in its files
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Finetuned weights to steer with: `steer.apps.models.find_finetuned(str(folder))` reads them.
+    """Finetuned weights to steer with: `steer.apps.models.find_adapter(str(folder))` reads them.
 
     model            that they were trained from
-    label            what they are, for people
-    reward           that they were trained on; None: choices
-    steps, guidance  that they were trained with: there they do most
+    label            for people
+    reward           that they were trained on; None: preferences
+    steps, guidance  that they were trained with
     """
 
     model: str
@@ -310,6 +354,6 @@ class Weights:
     guidance: float
 
     @property
-    def told(self) -> str:
-        """Where they lie for whoever unpacked the zip: what images, commands and programs say of them."""
+    def archive_path(self) -> str:
+        """Their path beside the unpacked zip, for images, commands and programs."""
         return f"{ARCHIVE_NAME}/final"

@@ -1,4 +1,4 @@
-"""What the Finetune tab starts: a training of an embedded model that says how far it is, stops and goes on."""
+"""The job of the Finetune tab: train an embedded model, with events, a stop and a resume."""
 
 import json
 import math
@@ -27,7 +27,7 @@ from steer.training.trainable import get_denoiser
 
 CONFIGURATIONS = {"d3po": "d3po-scenes", "prdp": "prdp-scenes", "choices": "d3po-scenes"}
 MODELS = ("scenes", "scenes-large")  # embedded, and of several steps: one step leaves nothing to learn from
-# What runs of visitors have otherwise than these configurations: on a CPU an update takes seconds.
+# Changes of these configurations for runs of visitors: on a CPU an update takes seconds.
 DEMO_CHANGES = {
     "train_batch_size": "4",
     "num_generations": "4",
@@ -37,20 +37,20 @@ DEMO_CHANGES = {
     "save_steps": "5",
     "log_with": "[]",
 }
-PREFERENCE_CHANGES = {"train_batch_size": "8", "num_generations": "2"}  # of choices: as many images
-EVALUATIONS = 8  # of a run, beside the first
+PREFERENCE_CHANGES = {"train_batch_size": "8", "num_generations": "2"}  # with preferences: as many images
+EVALUATIONS = 8  # of a run, after the first
 MAX_UPDATES, MAX_RANK = 200, 64
-CHOICES_COPY = "choices"  # folder of a run with a copy of those that it learns from
-CHECKPOINT_HINT, MEMORY_HINT = "a checkpoint is kept: Go on continues", "a LoRA of a lower rank needs less"
+CHOICES_COPY = "choices"  # folder of a run with a copy of its preferences
+CHECKPOINT_HINT, MEMORY_HINT = "a checkpoint is kept: Resume continues", "a LoRA of a lower rank needs less"
 
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """What a visitor asks for.
+    """A visitor's request.
 
-    method    d3po or prdp, from a reward; choices: d3po from those of a folder
-    reward    that is trained on; held_out: another one, that only judges
-    choices   the folder; None where a reward is trained on
+    method    d3po or prdp, from a reward; choices: d3po from a preference folder
+    reward    that is trained on; held_out: another one, for evaluation only
+    choices   the preference folder; None with a reward
     """
 
     method: str
@@ -78,19 +78,19 @@ class TrainingRequest:
         if not 0 <= self.kl_weight < math.inf:
             raise InputError(f"the KL weight must be at least 0, got {self.kl_weight}")
         if self.choices is None and self.held_out == self.reward:
-            raise InputError("the held-out reward is the one that is trained on: choose another one to judge by")
+            raise InputError("the held-out reward equals the training reward: choose another one")
 
 
 @dataclass(frozen=True)
 class Update:
-    """An update was made."""
+    """An event: an update was made."""
 
     record: Record
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The held-out prompts were drawn and judged; `grid` as `steer.apps.plots` writes it."""
+    """An event: an evaluation; `grid` as `steer.apps.plots` writes it."""
 
     record: Record
     grid: Path
@@ -98,7 +98,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Trained:
-    """The end; `archive`: the weights, the model card and the records as a zip."""
+    """An event: the end; `archive`: the weights, the model card and the logs as a zip."""
 
     result: TrainingResult
     weights: Weights
@@ -106,7 +106,7 @@ class Trained:
 
 
 def configured(request: TrainingRequest, folder: Path, studio: Studio) -> FinetuneConfig:
-    """The run that is asked for, in a folder. Raises InputError."""
+    """Make the configuration of a request. Raises InputError."""
     changes = DEMO_CHANGES | {
         "output_dir": str(folder),
         "model": request.model,
@@ -122,7 +122,7 @@ def configured(request: TrainingRequest, folder: Path, studio: Studio) -> Finetu
     }
     if request.choices is None:
         return read_config(CONFIGURATIONS[request.method], changes | {"reward": request.reward})
-    own = folder / CHOICES_COPY  # not there before it begins
+    own = folder / CHOICES_COPY  # there once the run has begun
     source = own if own.exists() else request.choices
     if not (source / PREFERENCES).exists():
         raise InputError("nothing has been labelled yet: choose between some images in the Label tab first")
@@ -133,10 +133,10 @@ def configured(request: TrainingRequest, folder: Path, studio: Studio) -> Finetu
 
 
 def training(request: TrainingRequest, folder: Path, studio: Studio, resume: bool) -> Callable[[Ticket], None]:
-    """The work that is asked for, in a folder beside those of the visitor's other trainings. Raises InputError.
+    """Make the job of a request, in a folder beside those of the visitor's other trainings. Raises InputError.
 
-    Only the latest one can be gone on with: the checkpoints of the others make room. Choices are learnt from as they
-    are when it begins, whatever is chosen meanwhile.
+    Only the latest training can be resumed: the checkpoints of the others are removed. Preferences are copied when it
+    begins.
     """
     config = configured(request, folder, studio)
 
@@ -152,7 +152,7 @@ def training(request: TrainingRequest, folder: Path, studio: Studio, resume: boo
 
 
 def _copy_choices(source: Path, to: Path) -> None:
-    """A folder of choices as it is now, while it may be written to."""
+    """Copy a preference folder, while it may be written to."""
     for one in label_files(source):
         copy = to / one.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -160,15 +160,15 @@ def _copy_choices(source: Path, to: Path) -> None:
 
 
 def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
-    """Trains in the folder of the configuration; says Loading, Evaluation, Update and, if nobody stopped it, Trained.
+    """Train in the folder of the configuration; sends Loading, Evaluation, Update and, unless stopped, Trained events.
 
-    A stop acts within one call of the denoiser and leaves a checkpoint: with `resume` it goes on from there, to the
-    same weights as if nobody had. Raises InputError; what was learnt until then is in a checkpoint.
+    A stop acts within one call of the denoiser and leaves a checkpoint; `resume` continues to the same weights as an
+    uninterrupted training. Raises InputError; the latest checkpoint is kept.
     """
     job, out = config.job, Path(config.job.output_dir)
     material = load_data(config, resume)
     ticket.say(Loading(job.model))
-    pipe = load_pipeline(job.model, job.device, job.dtype)  # of its own: training changes it
+    pipe = load_pipeline(job.model, job.device, job.dtype)  # not the shared one: training changes it
     get_denoiser(pipe)[1].register_forward_pre_hook(lambda module, given: ticket.check())
     method, config_dict = config.method(pipe, material.reward), _public_config(config)
     write_config(out, config_dict)
@@ -187,7 +187,7 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
 
 
 def _weights(config: FinetuneConfig, result: TrainingResult) -> Weights:
-    """Those of the end, in a folder that stays as it is when the training goes on."""
+    """Copy the final weights to a folder that a resumed training leaves alone."""
     job, settings, out = config.job, config.settings, Path(config.job.output_dir)
     folder = out / f"final-{result.weights_step}"
     shutil.copytree(out / "final", folder, dirs_exist_ok=True)
@@ -198,13 +198,13 @@ def _weights(config: FinetuneConfig, result: TrainingResult) -> Weights:
 
 
 def _public_config(config: FinetuneConfig) -> dict[str, Any]:
-    """The configuration as the files of the run tell it: without places on the owner's disk."""
+    """The configuration for the files of the run, without paths on the owner's disk."""
     config_dict = config.plain() | {"output_dir": ARCHIVE_NAME}
-    return config_dict | ({} if config.job.preferences is None else {"choices": CHOICES_COPY})
+    return config_dict | ({} if config.job.preferences is None else {"preferences": CHOICES_COPY})
 
 
 def _write_zip(out: Path) -> Path:
-    """Writes finetuned-RUN.zip in a run's folder: weights, model card with its pictures, configuration, records."""
+    """Write finetuned-RUN.zip in a run's folder: weights, model card with its pictures, configuration, logs."""
     path = out / f"{ARCHIVE_NAME}-{out.name}.zip"
     inside = [out / name for name in ("README.md", "config.yaml", *LOG_FILES.values())]
     for name in ("final", "best", "plots", "samples"):

@@ -1,4 +1,4 @@
-"""The job behind `steer evaluate`: contenders, prompts, rewards and seeds in; a folder of figures and pictures out."""
+"""The job behind `steer evaluate`: contenders, prompts, rewards and seeds in; a folder of tables and figures out."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,8 +28,8 @@ from steer.apps.evaluation.spec import (
 )
 from steer.apps.methods import DisableAdapter
 from steer.apps.models import check_device, load_pipeline
-from steer.apps.plots import evenly
-from steer.apps.processes import LaunchContext, processes
+from steer.apps.plots import evenly_spaced
+from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.reward_specs import resolve_reward
 from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
@@ -51,16 +51,16 @@ def estimate_kl(
     seed: int,
     chunk: int,
 ) -> KLEstimate:
-    """KL of the pipeline from itself without its weights: {"nats": [mean, low, high], "by_prompt", "eta"}.
+    """Estimate the KL of finetuned weights from the base model: {"nats": [mean, low, high], "by_prompt", "eta"}.
 
-    eta  of the steps; None or 0, which have no density, stand for 1
-    Where there is none to be had, {"skipped": why}.
+    eta  of the steps; None and 0, which have no density, become 1
+    {"skipped": reason} for a solver without a Gaussian kernel.
     """
     noise = eta or 1.0
     rows = rows_of(prompts, 1, seed, "kl", shared_start=False)
     try:
         results = trajectory_kl(pipe, off, rows, call, noise, chunk)
-    except InputError as error:  # no Gaussian kernel, or no step with noise: what it says is the reason
+    except InputError as error:  # no Gaussian kernel, or no step with noise
         return {"skipped": str(error)}
     return {"nats": interval(results), "by_prompt": results.tolist(), "eta": noise}
 
@@ -68,19 +68,20 @@ def estimate_kl(
 def trajectory_kl(
     pipe: Any, off: DisableAdapter, rows: Rows, call: Mapping[str, Any], eta: float, chunk: int
 ) -> Tensor:
-    """KL(pθ ‖ p_ref) (N,) = Σ_t ‖μθ(x_t) − μ_ref(x_t)‖² / 2τ_t² in nats, along rollouts x of pθ: in the mean over them
-    it is that of the trajectories.
+    """Estimate KL(pθ ‖ p_ref) (N,) = Σ_t ‖μθ(x_t) − μ_ref(x_t)‖² / 2τ_t² in nats, along rollouts x of pθ.
 
-    pθ     the pipeline as it is; p_ref the same inside `off()`
-    chunk  rows drawn at a time
-    Raises InputError where the solver has no Gaussian kernel, or no step has noise.
+    The mean over rollouts is the KL of the trajectories.
+
+    pθ     the pipeline; p_ref the same inside `off()`
+    chunk  rows per batch
+    Raises InputError for a solver without a Gaussian kernel, or without noise.
     """
     adapted = Sampler(pipe, call, eta)
     with off():
-        reference = Sampler(pipe, call, eta)  # it has other texts, where an encoder was finetuned too
+        reference = Sampler(pipe, call, eta)  # text embeddings differ if an encoder was finetuned
     results = []
-    for some in rows.split(chunk):
-        stored, _ = adapted.rollout(some)
+    for part in rows.split(chunk):
+        stored, _ = adapted.rollout(part)
         steps = _kernels(adapted, stored)
         with off():
             before = _kernels(reference, stored)
@@ -89,7 +90,7 @@ def trajectory_kl(
 
 
 def _kernels(sampler: Sampler, stored: Trajectories) -> list[Gaussian]:
-    """p(· | x_t) of all stochastic steps, on the CPU."""
+    """Collect p(· | x_t) of all stochastic steps on the CPU."""
     results: list[Gaussian] = []
 
     def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
@@ -101,12 +102,12 @@ def _kernels(sampler: Sampler, stored: Trajectories) -> list[Gaussian]:
 
 __all__ = ["Contender", "evaluate"]
 
-SHOWN = 6  # prompts in the grid of images
+MAX_GRID_PROMPTS = 6  # in the grid of images
 
 
 @dataclass(frozen=True)
 class PendingWork:
-    """What is still to be done for one contender: groups of prompts, by their places, and its KL."""
+    """The missing work of a contender: groups of prompts by index, and its KL."""
 
     groups: list[range]
     kl: bool
@@ -129,31 +130,31 @@ def evaluate(
     device: str | None = None,
     reward_timeout: float | None = None,
 ) -> Json:
-    """Compares contenders on the same prompts and seeds, writes everything to `out`, and returns evaluation.json.
+    """Compare contenders on the same prompts and seeds, write everything to `out`, and return evaluation.json.
 
-    rewards     the first one steers and picks, the others only judge
-    options     fields of SampleSettings for all contenders; each one's own go before them
-    tags        a word for each prompt, such as its task
-    kl_prompts  so many, evenly spaced, for the KL of finetuned weights; 0: none
-    batch       images made in one call, where the method can
-    The same call again does only what is missing, in any number of processes, of which the main one writes the report
-    (the others return {}). Raises InputError for what cannot be, before anything is made.
+    rewards     the first one steers and picks images, the others score alone
+    options     fields of SamplingConfig for all contenders, overridden by a contender's own
+    tags        a tag per prompt, such as its task
+    kl_prompts  number of evenly spaced prompts for the KL of finetuned weights; 0: no KL
+    batch       images per call, for methods with independent runs
+    The same call resumes an interrupted evaluation, in any number of processes; the main one writes the report, the
+    others return {}. Raises InputError for invalid arguments before anything is sampled.
     """
-    context, store = processes(), ResultStore(out)
-    with context.main_first():
+    context, store = launch_context(), ResultStore(out)
+    with context.local_main_process_first():
         check_device(device)
         if kl_prompts < 0 or batch < 1:
             raise InputError(f"--kl-prompts must be at least 0 and --batch at least 1, got {kl_prompts} and {batch}")
         loaded = _rewards(rewards, reward_timeout)
         spec = EvaluationSpec(tuple(prompts), None if tags is None else tuple(tags), loaded, seeds, options or {})
         prepared_contenders = prepare_contenders(contenders, spec)
-    kl_places = evenly(len(prompts), kl_prompts) if kl_prompts else []
-    todo = context.broadcast_from_main(lambda: _missing(store, prepared_contenders, spec, batch, len(kl_places)))
+    kl_places = evenly_spaced(len(prompts), kl_prompts) if kl_prompts else []
+    pending = context.broadcast_from_main(lambda: _missing(store, prepared_contenders, spec, batch, len(kl_places)))
     evaluation_runner = EvaluationRunner(
         spec, store, context, PipelineCache(context, context.device(device)), batch, kl_places
     )
-    evaluation_runner.check([prepared for prepared, work in zip(prepared_contenders, todo, strict=True) if work])
-    for number, (prepared, work) in enumerate(zip(prepared_contenders, todo, strict=True)):
+    evaluation_runner.check([prepared for prepared, work in zip(prepared_contenders, pending, strict=True) if work])
+    for number, (prepared, work) in enumerate(zip(prepared_contenders, pending, strict=True)):
         if work:
             evaluation_runner.run(prepared, work, kl=work.kl and number % context.world_size == context.rank)
     context.wait_for_everyone()
@@ -161,10 +162,10 @@ def evaluate(
         return {}
     stored = [store.read(prepared) for prepared in prepared_contenders]
     if any(missing(prepared, one, spec, batch) for prepared, one in zip(prepared_contenders, stored, strict=True)):
-        raise InputError(f"--out {out}: not all is there: the processes must write to the same folder")
+        raise InputError(f"--out {out}: results are missing: all processes must write to the same folder")
     report = figures(spec, [prepared.particles for prepared in prepared_contenders], stored, len(kl_places))
     with contender_errors(f"--out {out}"):
-        write_report(report, store, evenly(len(prompts), SHOWN))
+        write_report(report, store, evenly_spaced(len(prompts), MAX_GRID_PROMPTS))
     return report
 
 
@@ -173,7 +174,7 @@ def _rewards(rewards: Sequence[str | Reward], timeout: float | None) -> dict[str
     for one in rewards:
         name = one if isinstance(one, str) else one.name
         if name in results:
-            raise InputError(f"reward {name!r} is there twice")
+            raise InputError(f"reward {name!r} is repeated: give each reward once")
         results[name] = resolve_reward(one, timeout) if isinstance(one, str) else one
     return results
 
@@ -196,7 +197,7 @@ def _missing(
 
 @dataclass
 class PipelineCache:
-    """The pipeline that was used last; another one takes its place."""
+    """A cache of one pipeline, the last one used."""
 
     context: LaunchContext
     device: str | None
@@ -204,11 +205,11 @@ class PipelineCache:
     _pipe: Any = None
 
     def get(self, model: str, dtype: str | None, loading: Mapping[str, str] | None = None) -> Any:
-        """Raises InputError where it cannot be loaded. To be called by all processes alike."""
+        """Load a pipeline, in all processes alike. Raises InputError if it cannot be loaded."""
         key, loading = (model, dtype, loading or {}), loading or {}
         if self._key != key:
-            self._pipe = self._key = None  # frees the memory of the one before
-            with self.context.main_first():
+            self._pipe = self._key = None  # frees the memory of the previous one
+            with self.context.local_main_process_first():
                 self._pipe = load_pipeline(model, self.device, dtype, **loading)
             self._pipe.set_progress_bar_config(disable=True)
             self._key = key
@@ -217,39 +218,46 @@ class PipelineCache:
 
 @dataclass
 class EvaluationRunner:
-    """Where contenders are called up, one after the other."""
+    """Sampling and scoring of the contenders, one after the other."""
 
     spec: EvaluationSpec
     store: ResultStore
     context: LaunchContext
     models: PipelineCache
     batch: int
-    kl_places: Sequence[int]  # places of the prompts for KL
+    kl_places: Sequence[int]  # indices of the prompts for KL
     kl_cache: dict[str, Json] = field(default_factory=dict)
 
     def check(self, prepared_contenders: Sequence[PreparedContender]) -> None:
-        """Raises InputError for a model that cannot be loaded, or weights that do not fit, before any image is made.
+        """Raise InputError for a model that cannot be loaded, or weights that do not fit, before any image is sampled.
 
-        From the last to the first: what is needed first is then loaded already.
+        In reverse order: the first model then stays loaded.
         """
-        distinct = {(one.contender.model, one.settings.dtype, one.about["weights"]): one for one in prepared_contenders}
+        distinct = {
+            (one.contender.model, one.settings.dtype, one.identity["weights"]): one for one in prepared_contenders
+        }
         for prepared in reversed(distinct.values()):
             with self._loaded_pipeline(prepared):
                 pass
 
     def run(self, prepared: PreparedContender, work: PendingWork, kl: bool) -> None:
-        """This process's share of the work; saved after each group."""
+        """Do this process's share of the work; results are saved after each group."""
         name, process = prepared.contender.name, self.context.rank
         with self._loaded_pipeline(prepared) as (pipe, off):
             stored = self.store.read(prepared, process)
-            if (made := versions(pipe.device)) not in stored.made:
-                stored.made.append(made)
+            if (environment := versions(pipe.device)) not in stored.environments:
+                stored.environments.append(environment)
             runner = ContenderRunner(
-                self.spec, prepared, self.store, pipe, self.batch, evenly(len(self.spec.prompts), SHOWN)
+                self.spec,
+                prepared,
+                self.store,
+                pipe,
+                self.batch,
+                evenly_spaced(len(self.spec.prompts), MAX_GRID_PROMPTS),
             )
             share = [work.groups[n] for n in self.context.split_indices(len(work.groups))]
-            quiet = None if self.context.is_main_process else True
-            with tqdm(desc=name, unit="prompt", total=sum(map(len, share)), disable=quiet) as bar:
+            disable = None if self.context.is_main_process else True
+            with tqdm(desc=name, unit="prompt", total=sum(map(len, share)), disable=disable) as bar:
                 for group in share:
                     runner.make(group, stored)
                     self.store.write(stored, process)
@@ -263,8 +271,8 @@ class EvaluationRunner:
         settings, prompts = prepared.settings, [self.spec.prompts[place] for place in self.kl_places]
         reward = self.spec.rewards[self.spec.first]
         call = plain_call(BatchedJob(pipe, reward, prompts, settings, self.store.out))
-        key = json.dumps([prepared.about["model"], prepared.about["weights"], call, settings.eta, settings.dtype])
-        if key not in self.kl_cache:  # of several methods with the same weights it is one
+        key = json.dumps([prepared.identity["model"], prepared.identity["weights"], call, settings.eta, settings.dtype])
+        if key not in self.kl_cache:  # methods with the same weights share it
             self.kl_cache[key] = estimate_kl(pipe, off, prompts, call, settings.eta, settings.seed, self.batch)
         return self.kl_cache[key]
 

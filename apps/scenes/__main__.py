@@ -16,7 +16,7 @@ def main() -> None:
     )
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="folder of checkpoints and logs")
-    parser.add_argument("--steps", type=int, help="optimiser steps in all; an interrupted run goes on where it stopped")
+    parser.add_argument("--steps", type=int, help="optimiser steps in all; the same command resumes an interrupted run")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--start", type=Path, help="checkpoint that `denoiser` begins with where --out has no state")
     parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each recipe of `pilot`")
@@ -25,18 +25,18 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
     parser.add_argument("--trained", default="denoiser", help="what `export` takes from --out: denoiser or turbo")
-    parser.add_argument("--count", type=int, help="prompts of --list, drawn from it; by default all")
+    parser.add_argument("--count", type=int, help="prompts of --list; by default the study's own number, or all")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of `evaluate`")
     parser.add_argument("--particles", type=int, default=4, help="K of `evaluate`")
     parser.add_argument(
-        "--reward", default="scene-soft", help="what steers in `evaluate` and `foresight`; the ensemble of `curves`"
+        "--reward", default="scene-soft", help="the reward that steers and picks; the ensemble of `curves`"
     )
     parser.add_argument("--lam", type=float, help="λ of `evaluate`; by default the one tuned for scene-soft")
     parser.add_argument("--reward-guidance", type=float, help="γ of `evaluate`: steps that lean along the gradient")
     parser.add_argument("--eta", type=float, help="η of the steering in `evaluate`; by default the solver's own")
-    parser.add_argument("--large", default="scenes-large", help="what `steering` compares with, where there is one")
+    parser.add_argument("--large", default="scenes-large", help="larger model of `steering`, where there is one")
     parser.add_argument("--only", nargs="*", default=[], help="how the names of those runs of `finetuning` begin")
-    parser.add_argument("--json", type=Path, default=Path("runs/scenes/evaluate.json"))
+    parser.add_argument("--json", type=Path, help="copy of the figures; by default --out/STAGE.json")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run, _ = STAGES[options.stage]
@@ -113,8 +113,7 @@ def _pairs(options: argparse.Namespace) -> None:
 def _many(options: argparse.Namespace) -> None:
     from steer.apps.scenes.preferences import sample_prompts
 
-    options.count = options.count or 48
-    list(sample_prompts(options.out / "many", str(options.model), prompts_of(options), 256))
+    list(sample_prompts(options.out / "many", str(options.model), prompts_of(options, 48), 256))
 
 
 def _turbo(options: argparse.Namespace) -> None:
@@ -147,7 +146,7 @@ STAGES = {
     "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
     "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
     "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
-    "many": (_many, "sample 256 images of 40 prompts of --list, or of --count"),
+    "many": (_many, "sample 256 images of 48 prompts of --list, or of --count"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
     "prompts": (_prompts, "write the prompt lists to --prompts"),

@@ -1,4 +1,4 @@
-"""scenes-turbo: the denoiser of scenes distilled to few steps, by matching distributions (DMD2, arXiv 2405.14867)."""
+"""Distillation of scenes to few steps (DMD2, arXiv 2405.14867), and of its decoder to a tiny one for previews."""
 
 import copy
 import json
@@ -13,21 +13,20 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from steer.apps.scenes.evaluate import CALL
 from steer.apps.scenes.preferences import trained_prompts
-from steer.apps.scenes.training import CHANNELS, encode, image_loss, to_model, token_ids, training_scenes
+from steer.apps.scenes.training import CALL, CHANNELS, encode, image_loss, to_model, token_ids, training_scenes
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.files import atomic_write
 from steer.training.supervised import TrainingRun, batch_at
 
 PROMPTS = 20_000
 BATCH = 32
-GUIDANCE = 4.0  # of the teacher: what it is at its best with, and what the student has built in
+GUIDANCE = 4.0  # of the teacher, chosen for its accuracy; built into the student
 STARTS = (999, 759, 499, 259)  # timesteps that LCMScheduler visits in 1, 2 and 4 steps
-SHARES = (0.7, 0.1, 0.1, 0.1)  # how often each is trained: one step is the hardest
-FAKE_STEPS = 1  # of the fake score, for one of the student
+SHARES = (0.7, 0.1, 0.1, 0.1)  # of the training steps: a single step is the hardest
+FAKE_STEPS = 1  # steps of the fake score for one of the student
 EARLIEST, LATEST = 20, 980  # timesteps at which distributions are compared
-GUIDANCE_WIDTH = 32  # of an embedding of the guidance scale that says nothing: guidance is built in
+GUIDANCE_WIDTH = 32  # of an embedding of the guidance scale without effect: guidance is built in
 
 
 def noised(scheduler: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -45,7 +44,7 @@ def denoised(unet: UNet2DConditionModel, scheduler: Any, x_t: Tensor, t: Tensor,
 
 @dataclass
 class Distillation:
-    """A student G, what it learns from, and the score of its own images, which is learned beside it.
+    """A student G, its teacher, and the learned score of its own images.
 
     texts  (P, L, C) features of the prompts; nothing  (1, L, C) those of no prompt
     """
@@ -58,7 +57,7 @@ class Distillation:
     nothing: Tensor
 
     def loss_at(self, step: int) -> Tensor:
-        """One step of the student, then FAKE_STEPS of the fake score; a batch depends on its number alone."""
+        """Compute the loss of the student, or of the fake score in the FAKE_STEPS after it, by the step's number."""
         rng = Generator().manual_seed(step)
         text = self.texts[torch.randint(len(self.texts), (BATCH,), generator=rng)]
         if step % (1 + FAKE_STEPS) == 0:
@@ -68,7 +67,7 @@ class Distillation:
         return self.denoising_loss(x0, text, rng)
 
     def images(self, text: Tensor, rng: Generator) -> Tensor:
-        """x0 (N, …) by the student, in one step from noise or from its own noised images."""
+        """Generate x0 (N, …) by the student, in one step from noise or from its own noised images."""
         x_t = self._noise(rng)
         t = torch.tensor(STARTS)[torch.multinomial(torch.tensor(SHARES), BATCH, replacement=True, generator=rng)]
         with torch.no_grad():
@@ -103,14 +102,14 @@ class Distillation:
 
 @torch.no_grad()
 def text_features(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
-    """(P, L, C), each prompt encoded once."""
+    """Encode each prompt once: (P, L, C)."""
     return torch.cat(
         [pipe.text_encoder(token_ids(pipe.tokenizer, prompts[n : n + 500]))[0] for n in range(0, len(prompts), 500)]
     )
 
 
 def distil(folder: Path, model: str | Path, steps: int, learning_rate: float = 2e-4) -> None:
-    """Distils `model`; the pipeline that folder/pipeline holds has the averaged weights and an LCMScheduler."""
+    """Distil `model` to folder/pipeline, with averaged weights and an LCMScheduler."""
     pipe = StableDiffusionPipeline.from_pretrained(model)
     teacher = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
     student, fake = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
@@ -140,7 +139,7 @@ def assemble_turbo(pipe: StableDiffusionPipeline, student: UNet2DConditionModel)
 
 WIDTH = 16
 DECODER_BATCH = 32
-CLEAN_ROWS = 8  # of a batch: latents of drawn scenes; the other rows are x̂0 of the sampling path
+CLEAN_ROWS = 8  # of a batch: latents of drawn scenes; the other rows are x̂0 of sampling runs
 SCENES = 4096
 DECODER_PROMPTS = 1024
 READ = range(4, 20, 2)  # solver steps of 20 whose x̂0 is learned from: blurry ones too, as previews are
@@ -148,7 +147,7 @@ IMAGES_PER_CALL = 32  # images of one call
 
 
 def new_tiny_vae() -> AutoencoderTiny:
-    """diffusers' TAESD with 16 channels, and most of its blocks where pixels are few."""
+    """diffusers' TAESD with 16 channels, and most of its blocks at low resolution."""
     return AutoencoderTiny(
         latent_channels=CHANNELS,
         encoder_block_out_channels=(WIDTH,) * 4,
@@ -176,13 +175,13 @@ def path_latents(pipe: StableDiffusionPipeline, prompts: list[str]) -> Tensor:
 
 @torch.no_grad()
 def full_images(vae: Any, latents: Tensor) -> Tensor:
-    """What the full decoder makes of latents: uint8 (N, 3, 64, 64)."""
+    """Decode latents by the full decoder: uint8 (N, 3, 64, 64)."""
     decoded = torch.cat([vae.decode(z / vae.config.scaling_factor).sample for z in latents.split(IMAGES_PER_CALL)])
     return ((decoded.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def pairs(folder: Path, pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
-    """Latents, and their images by the full decoder, of drawn scenes and of sampling paths: made once a folder."""
+    """Latents of drawn scenes and of sampling runs with their images by the full decoder, stored in the folder."""
     path = folder / "pairs.safetensors"
     if not path.exists():
         latents = {
@@ -197,7 +196,7 @@ def pairs(folder: Path, pipe: StableDiffusionPipeline) -> dict[str, Tensor]:
 
 
 def train_tiny_decoder(folder: Path, model: str | Path, steps: int, learning_rate: float = 2e-3) -> AutoencoderTiny:
-    """Trains on the latents of `model` and saves to folder/vae, with averaged weights in half precision.
+    """Train on the latents of `model` and saves to folder/vae, with averaged weights in half precision.
 
     L = image_loss(D(z), D_full(z)) over all z  +  ‖E(D_full(z)) − z‖² over those of drawn scenes
     """

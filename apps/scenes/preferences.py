@@ -1,4 +1,4 @@
-"""What the learned rewards of scenes are trained on: images of the embedded model, labelled by noisy gold."""
+"""Training data of the learned rewards of scenes: images of the embedded model, labelled by the noisy exact reward."""
 
 import io
 import json
@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 from steer.apps.models import load_pipeline
 from steer.apps.prompts import load_prompts
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.scenes.evaluate import CALL
-from steer.apps.scenes.training import LENGTH, build_tokenizer, training_scenes
+from steer.apps.scenes.training import CALL, LENGTH, build_tokenizer, training_scenes
 from steer.apps.scenes.world import TASKS, is_held_out, random_request
 from steer.diffusion.seeds import derived_seed
 from steer.files import atomic_write, read_image
@@ -48,20 +47,20 @@ def trained_prompts(count: int) -> list[str]:
 
 
 def png(image: Image.Image) -> bytes:
-    """An image as the bytes of a PNG file."""
+    """Encode an image as PNG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Writes a parquet file, whole or not at all."""
+    """Write a parquet file atomically."""
     with atomic_write(path) as new:
         pq.write_table(pa.Table.from_pylist(list(rows)), new)
 
 
 def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) -> Iterator[Path]:
-    """`each` images of every prompt and their exact rewards, in files of 640; files that are there stay."""
+    """Sample `each` images of every prompt with their exact rewards, in files of 640; existing files are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
@@ -87,7 +86,7 @@ def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) 
 
 
 def new_clip_folder(folder: Path) -> None:
-    """Writes the configuration of the CLIP of scenes and its tokenizer, without weights, in open_clip's format."""
+    """Write the configuration of the CLIP of scenes and its tokenizer, without weights, in open_clip's format."""
     tokenizer = build_tokenizer(folder)
     for name in ("vocab.json", "merges.txt"):  # tokenizer.json holds both
         (folder / name).unlink(missing_ok=True)
@@ -100,7 +99,7 @@ def new_clip_folder(folder: Path) -> None:
 
 
 def write_captions(path: Path, count: int) -> None:
-    """`count` drawn scenes and their prompts; scene n is number n of the denoiser's training."""
+    """Write `count` drawn scenes and their prompts; scene n is number n of the denoiser's training."""
     images, prompts = training_scenes(count)
     pictures = [png(Image.fromarray(image)) for image in images.permute(0, 2, 3, 1).numpy()]
     write_rows([{"image": i, "prompt": p} for i, p in zip(pictures, prompts, strict=True)], path)
@@ -112,8 +111,8 @@ FOREGROUND = 0.25  # distance in RGB from the background at which a pixel belong
 
 
 def composition(image: np.ndarray) -> float:
-    """What the annotators of aesthetic pairs value in an image (H, W, 3) in [0, 1]: objects that fill the picture
-    and balance around its middle. Share of pixels covered minus twice the distance of their centre from the middle,
+    """The value of an image (H, W, 3) in [0, 1] for annotators of aesthetic pairs: objects fill the picture and balance
+    around its middle. Share of pixels covered minus twice the distance of their centre from the middle,
     in sides of the image."""
     border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
     covered = np.linalg.norm(image - np.median(border, axis=0), axis=-1) > FOREGROUND
@@ -126,7 +125,7 @@ def composition(image: np.ndarray) -> float:
 
 
 def choose(value_a: float, value_b: float, temperature: float, rng: np.random.Generator) -> str:
-    """a, b or tie."""
+    """Choose a, b or tie, by Bradley and Terry's model."""
     if value_a == value_b:
         return "tie"
     return "a" if rng.random() < 1 / (1 + np.exp((value_b - value_a) / temperature)) else "b"
@@ -135,7 +134,7 @@ def choose(value_a: float, value_b: float, temperature: float, rng: np.random.Ge
 def pairs_of(
     samples: Sequence[Row], values: Sequence[float], temperature: float, rng: np.random.Generator
 ) -> list[Row]:
-    """Every two of the images that were made for a prompt together, with the choice between them and its strength."""
+    """All pairs of the images of a prompt, with the choice between them and its strength."""
     pairs: list[Row] = []
     for start in range(0, len(samples), IMAGES_PER_PROMPT):
         for first, second in combinations(range(start, min(start + IMAGES_PER_PROMPT, len(samples))), 2):
@@ -148,7 +147,7 @@ def pairs_of(
 
 
 def write_pairs(samples_folder: Path, out: Path) -> dict[str, Any]:
-    """Writes preference-pairs.parquet, chosen by gold, and aesthetic-pairs.parquet, chosen by composition."""
+    """Write preference-pairs.parquet, labelled by the exact reward, and aesthetic-pairs.parquet, by composition."""
     samples = [row for path in sorted(samples_folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
     taste = [composition(read_image(row["image"]).permute(1, 2, 0).numpy()) for row in samples]
     gold = [row["gold"] for row in samples]
@@ -163,15 +162,15 @@ def write_pairs(samples_folder: Path, out: Path) -> dict[str, Any]:
     return {"samples": len(samples), "pairs": counts}
 
 
-CHOICES_CALL = {"num_inference_steps": 10, "guidance_scale": 1.0}  # those of the configuration d3po-scenes
+CHOICES_CALL = {"num_inference_steps": 10, "guidance_scale": 1.0}  # as in the configuration d3po-scenes
 CHOICES = 500
 LABEL_NOISE = 0.1  # share of choices that fall on the worse image
-ANNOTATOR_REWARD = "aesthetic:scenes"  # what the annotator goes by
+ANNOTATOR_REWARD = "aesthetic:scenes"  # of the simulated annotator
 
 
 def write_choices(folder: Path, count: int = CHOICES) -> None:
-    """`count` pairs of images of training prompts from one noise each, and a choice between the two; goes on where it
-    stopped."""
+    """Write `count` pairs of images of training prompts, each from one noise, and a choice between the two; resumes an
+    unfinished folder."""
     pipe, reward = load_pipeline("scenes"), resolve_reward(ANNOTATOR_REWARD)
     pipe.set_progress_bar_config(disable=True)
     dataset, sampler = PreferenceFolder.create(folder, pipe, CHOICES_CALL), Sampler(pipe, CHOICES_CALL)

@@ -1,4 +1,4 @@
-"""The scenes that both trainings draw, by number."""
+"""Training of the embedded model: drawn scenes, tokenizer, autoencoder, denoiser, and the pilot of recipes."""
 
 import json
 import logging
@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from steer.apps.scenes.evaluate import CALL, interval
 from steer.apps.scenes.world import captions, draw, is_held_out, random_request, random_scene, requests_of
 from steer.files import atomic_write
+from steer.pipelines.training.evaluation import interval as bootstrap
 from steer.rewards.scene import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SceneRequest, SceneReward
 from steer.training.supervised import TrainingRun, batch_at, read_state
 
@@ -46,7 +46,7 @@ LENGTH = 24  # tokens, start and end included
 
 
 def _byte_alphabet() -> list[str]:
-    """GPT-2's 256 printable stand-ins for bytes: printable ones stand for themselves, the rest from U+0100 on."""
+    """GPT-2's 256 printable characters for bytes: printable bytes as they are, the others from U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     shifted = [256 + k for k in range(256 - len(printable))]
     return [chr(code) for code in (*printable, *shifted)]
@@ -108,7 +108,7 @@ FRESH = 10_000_000  # scenes from this number on are never trained on
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """Four blocks, so that diffusers takes latents for 8 times smaller than images."""
+    """An autoencoder of four blocks, so that diffusers computes latents 8 times smaller than images."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -123,12 +123,12 @@ def new_autoencoder() -> AutoencoderKL:
 
 
 def to_model(images: Tensor) -> Tensor:
-    """uint8 0..255 to float −1..1."""
+    """Convert uint8 0..255 to float −1..1."""
     return (images.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
 
 
 def reconstruction_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> Tensor:
-    """That of the images, and a whiff of KL."""
+    """The loss of the images, and a small KL term."""
     posterior = vae.encode(images).latent_dist
     decoded = vae.decode(posterior.sample(generator=generator)).sample
     return image_loss(decoded, images) + 1e-5 * posterior.kl().mean()
@@ -143,7 +143,7 @@ def image_loss(decoded: Tensor, images: Tensor) -> Tensor:
 
 
 def train_autoencoder(folder: Path, steps: int, device: str) -> AutoencoderKL:
-    """Trains, whitens and saves to folder/vae."""
+    """Train, whiten and save the autoencoder to folder/vae."""
     torch.manual_seed(0)
     vae = new_autoencoder().to(device, memory_format=torch.channels_last)
     images, _ = training_scenes(SCENES)
@@ -167,7 +167,7 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
-    """Folds z ↦ W(z − m) into quant_conv and its inverse into post_quant_conv: channels of unit covariance.
+    """Fold z ↦ W(z − m) into quant_conv and its inverse into post_quant_conv: channels of unit covariance.
 
     One scaling factor cannot do this: variances of raw channels differ a thousandfold, and the small
     ones, which noise would hide at every step, carry colours.
@@ -190,13 +190,13 @@ def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """What the autoencoder makes of uint8 images: float (N, 3, 64, 64) in [0, 1]."""
+    """Reconstruct uint8 images by the autoencoder: float (N, 3, 64, 64) in [0, 1]."""
     decoded = [vae.decode(z.to(vae.device)).sample.cpu() for z in encode(vae, images).split(100)]
     return (torch.cat(decoded) / 2 + 0.5).clamp(0, 1)
 
 
 def autoencoder_accuracy(vae: AutoencoderKL, scenes: int = 2000) -> float:
-    """Share of fresh scenes whose reconstruction still meets every requirement of its prompt."""
+    """Measure the share of fresh scenes whose reconstruction meets every requirement of its prompt."""
     images, prompts = training_scenes(scenes, first=FRESH)
     return float((SceneReward()(reconstruct(vae, images), prompts) == 1).float().mean())
 
@@ -210,7 +210,7 @@ UNCONDITIONAL = 0.1  # share of prompts dropped, for classifier-free guidance
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train a denoiser; the pilot compares such."""
+    """A recipe to train a denoiser; the pilot compares them."""
 
     channels: tuple[int, ...] = (64, 128)  # of the UNet's resolutions
     layers_per_block: int = 1
@@ -259,7 +259,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 def new_denoiser(recipe: Recipe = RECIPES["scenes"]) -> UNet2DConditionModel:
-    """8×8 and 4×4 latents, cross-attention at both."""
+    """A UNet of 8×8 and 4×4 latents with cross-attention at both."""
     return UNet2DConditionModel(
         sample_size=8,
         in_channels=CHANNELS,
@@ -293,12 +293,12 @@ def new_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe = RECIPES["scenes"
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
-    """Padded as diffusers pads: (N, LENGTH)."""
+    """Tokenize prompts, padded as in diffusers: (N, LENGTH)."""
     return tokenizer(prompts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
 
 
 class Scenes:
-    """Training scenes by number, drawn and encoded a part at a time and kept as files in `folder`.
+    """Training scenes by number, drawn and encoded a part at a time and stored as files in `folder`.
 
     Scene n depends on n alone, so that a resumed run, or one on another machine, sees the same data.
     """
@@ -425,7 +425,7 @@ def train_denoiser(
 def assemble(
     vae: AutoencoderKL, unet: UNet2DConditionModel, text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
-    """The parts as a plain Stable Diffusion pipeline."""
+    """Assemble a plain Stable Diffusion pipeline."""
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
@@ -439,16 +439,22 @@ def assemble(
     )
 
 
+CALL: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 4.0}  # of all studies; chosen on scenes-tuning
 DEVELOPMENT = 200  # requests with a relation; the held-out list has every held-out request of the other tasks
 FIRST_PILOT_SCENE = 20_000_000  # scenes from this number on are never trained on
 
 
 def development_requests() -> list[SceneRequest]:
-    """Combinations that training never sees and that are not in the held-out list either."""
+    """Requests that neither training nor the held-out list contains."""
     reserved = {request.canonical for request in requests_of("scenes-heldout")}
     rng = np.random.default_rng(FIRST_PILOT_SCENE)
     drawn = dict.fromkeys(random_request(rng, "position") for _ in range(20_000))
     return [r for r in drawn if is_held_out(r) and r.canonical not in reserved][:DEVELOPMENT]
+
+
+def interval(values: Tensor) -> list[float]:
+    """Mean of (N,) values and its 95 % bootstrap interval over them, to four digits."""
+    return [round(number, 4) for number in bootstrap(values.float())]
 
 
 @torch.no_grad()
@@ -470,7 +476,7 @@ def validation_loss(pipe: StableDiffusionPipeline, requests: list[SceneRequest])
 
 
 def accuracy(pipe: Any, requests: list[SceneRequest], each: int = 2, **call: Any) -> Tensor:
-    """Share of `each` unsteered images that are right, of every request (P,)."""
+    """Measure the share of right images among `each` unsteered ones of every request (P,)."""
     pipe.set_progress_bar_config(disable=True)
     right = []
     for start in range(0, len(requests), 32):

@@ -1,4 +1,4 @@
-"""Scenes at random, and the combinations that training never sees."""
+"""Random scenes, their prompts, and the combinations held out from training."""
 
 import hashlib
 import json
@@ -41,7 +41,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn (`things`) and how it is described (`request`)."""
+    """A scene: its objects (`things`) and its description (`request`)."""
 
     request: SceneRequest
     things: tuple[SceneObject, ...]
@@ -60,7 +60,7 @@ def is_held_out(request: SceneRequest) -> bool:
 
 
 def random_request(rng: np.random.Generator, task: str) -> SceneRequest:
-    """A request of one task, all combinations equally likely."""
+    """Draw a request of one task, all combinations equally likely."""
     first, second = rng.choice(SHAPES, 2, replace=False)
     colours = [str(colour) for colour in rng.choice(list(COLOURS), 2, replace=False)]
     count = int(rng.integers(2, 5))
@@ -75,7 +75,7 @@ def random_request(rng: np.random.Generator, task: str) -> SceneRequest:
 
 
 def true_requests(things: tuple[SceneObject, ...]) -> list[SceneRequest]:
-    """Every description, canonical, that holds of a scene of one kind or of two single objects."""
+    """All canonical descriptions of a scene of one kind or of two single objects."""
     first, last = things[0], things[-1]
     if first.shape == last.shape:
         colours = {thing.colour for thing in things}
@@ -89,7 +89,7 @@ def true_requests(things: tuple[SceneObject, ...]) -> list[SceneRequest]:
 
 
 def captions(scene: Scene) -> list[str]:
-    """Every wording of the prompt language that holds of a training scene, its own prompt first.
+    """List the prompts that are true of a training scene, its own first.
 
     A relation is worded only where it holds with the margin that drawing asks for.
     """
@@ -117,7 +117,7 @@ def _separated(a: SceneObject, b: SceneObject) -> bool:
 
 
 def _place(rng: np.random.Generator, request: SceneRequest) -> tuple[SceneObject, ...] | None:
-    """Objects one after the other at random, or None where one finds no room or the relation does not come out."""
+    """Place objects at random; None where one has no room or the relation does not hold."""
     wanted = [phrase for phrase in request.phrases for _ in range(phrase.count)]
     largest = 13.0 if len(wanted) <= 2 else 9.5
     things: list[SceneObject] = []
@@ -136,7 +136,7 @@ def _place(rng: np.random.Generator, request: SceneRequest) -> tuple[SceneObject
 
 
 def random_scene(rng: np.random.Generator, request: SceneRequest | None = None) -> Scene:
-    """A scene for `request`, or a training scene: of a random task, and no true description of it is held out."""
+    """Draw a scene for `request`, or a training scene: of a random task, with no held-out description."""
     if request is not None:
         while (things := _place(rng, request)) is None:
             continue
@@ -153,7 +153,7 @@ def random_scene(rng: np.random.Generator, request: SceneRequest | None = None) 
 
 
 def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """Paints a scene: (SIZE, SIZE, 3) uint8, on light grey, colours and grey slightly varied."""
+    """Paint a scene: (SIZE, SIZE, 3) uint8, on light grey, colours and grey slightly varied."""
     image = np.full((SIZE, SIZE, 3), rng.uniform(0.86, 0.98), np.float32)
     for thing in scene.things:
         colour = np.clip(np.array(COLOURS[thing.colour]) + rng.uniform(-0.03, 0.03, 3), 0, 1)
@@ -166,7 +166,7 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return (image * 255).round().astype(np.uint8)
 
 
-# How many prompts of each task; single_object has no combination that could be held out.
+# Prompts of each task; single_object has no combination to hold out.
 HELD_OUT = {"two_object": 2, "counting": 13, "colors": 4, "position": 120, "color_attr": 72}
 TUNING = {"single_object": 4, "two_object": 16, "counting": 24, "colors": 12, "position": 40, "color_attr": 32}
 # All that held-out and tuning prompts leave of four tasks, and as many of position as of color_attr.
@@ -179,7 +179,7 @@ DRAWS = 20_000  # of each task: enough to meet every combination of the small on
 
 
 def implied(request: SceneRequest) -> set[SceneRequest]:
-    """The request and what is true of each of its scenes too: the same without its colours, its relation, or both."""
+    """The request and its consequences: the same without its colours, its relation, or both."""
     plain = tuple(replace(phrase, colour=None) for phrase in request.phrases)
     return {
         SceneRequest(phrases, relation) for phrases in (request.phrases, plain) for relation in (request.relation, None)
@@ -187,7 +187,7 @@ def implied(request: SceneRequest) -> set[SceneRequest]:
 
 
 def is_for_training(request: SceneRequest) -> bool:
-    """Nothing held out is true of its scenes, as of every scene the model was trained on, and tuning does not ask it.
+    """Whether no held-out description is true of its scenes, as in training, and tuning does not have it.
 
     Tuning has every pair of the task two_object that is not held out; what is left are other wordings of two of them.
     """
@@ -209,13 +209,13 @@ LISTS: dict[str, tuple[dict[str, int], Callable[[SceneRequest], bool]]] = {
 
 @cache
 def _sampled_requests() -> dict[str, tuple[SceneRequest, ...]]:
-    """What all lists are taken from: different requests of each task in the order of a fixed seed."""
+    """Different requests of each task in the order of a fixed seed, from which all lists are taken."""
     rng = np.random.default_rng(SEED)
     return {task: tuple(dict.fromkeys(random_request(rng, task) for _ in range(DRAWS))) for task in TASKS}
 
 
 def requests_of(name: str) -> list[SceneRequest]:
-    """The requests of a list, task by task: of each the first that fit, as many as the table says."""
+    """The requests of a list by task: the first that fit, as many as the table says."""
     counts, fits = LISTS[name]
     return [
         request
@@ -230,7 +230,7 @@ def _tuning() -> frozenset[SceneRequest]:
 
 
 def write_prompt_lists(folder: Path) -> None:
-    """Writes every list as NAME.jsonl: {"tag": task, "prompt": …} a line, as GenEval has them."""
+    """Write every list as NAME.jsonl: {"tag": task, "prompt": …} a line, as GenEval has them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in LISTS:
         records = [{"tag": request.task, "prompt": str(request)} for request in requests_of(name)]

@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from steer.diffusion.precision import HALF, Precision
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
-from steer.pipelines.base import SteeringPipeline
+from steer.pipelines.base import RewardedPipeline
 from steer.pipelines.training.config import DTYPES, TrainingConfig
 from steer.reward import Reward, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
@@ -155,7 +155,7 @@ class TrainingResult:
     weights_step: int | None = None
 
 
-class TrainingMethod(SteeringPipeline, ABC):
+class TrainingMethod(RewardedPipeline, ABC):
     """How a denoiser learns from samples; the rest of a training is the same for all methods.
 
     shared_start  whether the samples of one prompt begin at one x_T

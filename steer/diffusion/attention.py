@@ -1,8 +1,8 @@
-"""Which kernel computes attention: xformers, PyTorch's own or the plain formula, for UNets and transformers alike.
+"""Attention backends: xformers, PyTorch's own or the plain formula, for UNets and transformers alike.
 
-Every attention layer of diffusers, whatever its family, can compute through one function of PyTorch:
-`scaled_dot_product_attention`. A backend is what stands in its place while a layer runs. That reaches UNets, which take
-no notice of diffusers' `set_attention_backend`, joint attention, and processors that users have written.
+Every attention layer of diffusers can compute through one function of PyTorch: `scaled_dot_product_attention`. A
+backend replaces that function while a layer runs. That works for UNets, which ignore diffusers'
+`set_attention_backend`, for joint attention, and for custom processors.
 """
 
 import importlib
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from diffusers.models import attention_processor as known
+from diffusers.models import attention_processor as processors
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
@@ -26,8 +26,10 @@ from steer.registry import choose
 
 
 class AttentionFunction(Protocol):
-    """Q (B, H, L, d), K (B, H, S, d), V (B, H, S, e) → (B, H, L, e); the mask broadcasts to (B, H, L, S): true where a
-    key is seen, or a number that is added to its score."""
+    """Attention: Q (B, H, L, d), K (B, H, S, d), V (B, H, S, e) → (B, H, L, e).
+
+    The mask broadcasts to (B, H, L, S): true where a key is attended to, or a number that is added to its score.
+    """
 
     def __call__(
         self,
@@ -53,7 +55,7 @@ def plain_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """The formula itself, all scores in memory: the slow twin of every other backend."""
+    """Compute the formula itself, all scores in memory: the slow twin of every other backend."""
     key, value = (_for_every_head(x, query, enable_gqa) for x in (key, value))
     d = query.shape[-1]
     scores = query @ key.transpose(-2, -1) * (d**-0.5 if scale is None else scale)
@@ -65,10 +67,10 @@ def plain_attention(
 
 
 def xformers_attention(kernel: Callable[..., Tensor], causal: Callable[[], Any]) -> AttentionFunction:
-    """`xformers.ops.memory_efficient_attention` with PyTorch's arguments; `causal`: xformers' own causal mask.
+    """Wrap `xformers.ops.memory_efficient_attention` in PyTorch's arguments; `causal`: xformers' own causal mask.
 
-    It wants (B, L, H, d), and a mask of full shape in the queries' dtype, whose rows start at multiples of 8 numbers.
-    It raises NotImplementedError for a dtype or head size that it has no kernel for.
+    It takes (B, L, H, d), and a mask of full shape in the queries' dtype, whose rows are aligned to 8 numbers.
+    It raises NotImplementedError for a dtype or head size without a kernel.
     """
 
     def attend(
@@ -94,12 +96,12 @@ def xformers_attention(kernel: Callable[..., Tensor], causal: Callable[[], Any])
 
 
 def _for_every_head(x: Tensor, query: Tensor, grouped: bool) -> Tensor:
-    """K or V of heads that several heads of the query share, once for each of them."""
+    """Repeat K or V for the query heads that share it."""
     return x.repeat_interleave(query.shape[1] // x.shape[1], 1) if grouped else x
 
 
 def _additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as numbers to add to the scores."""
+    """Convert a mask to numbers that are added to the scores."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
@@ -112,40 +114,41 @@ def _aligned(bias: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 SDPA: AttentionFunction = F.scaled_dot_product_attention
-LAYERS = (known.Attention, known.MochiAttention, AttentionModuleMixin)
-# Processors of diffusers that compute otherwise, and those that compute the same through PyTorch's function.
+LAYERS = (processors.Attention, processors.MochiAttention, AttentionModuleMixin)
+# Processors of diffusers with their own computation, and their equivalents through PyTorch's function.
 THROUGH_SDPA: dict[type, type] = {
-    known.AttnProcessor: known.AttnProcessor2_0,
-    known.SlicedAttnProcessor: known.AttnProcessor2_0,
-    known.XFormersAttnProcessor: known.AttnProcessor2_0,
-    known.AttnAddedKVProcessor: known.AttnAddedKVProcessor2_0,
-    known.SlicedAttnAddedKVProcessor: known.AttnAddedKVProcessor2_0,
-    known.XFormersAttnAddedKVProcessor: known.AttnAddedKVProcessor2_0,
-    known.XFormersJointAttnProcessor: known.JointAttnProcessor2_0,
-    known.IPAdapterAttnProcessor: known.IPAdapterAttnProcessor2_0,
-    known.IPAdapterXFormersAttnProcessor: known.IPAdapterAttnProcessor2_0,
+    processors.AttnProcessor: processors.AttnProcessor2_0,
+    processors.SlicedAttnProcessor: processors.AttnProcessor2_0,
+    processors.XFormersAttnProcessor: processors.AttnProcessor2_0,
+    processors.AttnAddedKVProcessor: processors.AttnAddedKVProcessor2_0,
+    processors.SlicedAttnAddedKVProcessor: processors.AttnAddedKVProcessor2_0,
+    processors.XFormersAttnAddedKVProcessor: processors.AttnAddedKVProcessor2_0,
+    processors.XFormersJointAttnProcessor: processors.JointAttnProcessor2_0,
+    processors.IPAdapterAttnProcessor: processors.IPAdapterAttnProcessor2_0,
+    processors.IPAdapterXFormersAttnProcessor: processors.IPAdapterAttnProcessor2_0,
 }
-_ROUTE = "_steer_attention"  # where a layer keeps its backend while it has one
-_DISPATCH = "_attention_backend"  # where diffusers' newer processors keep theirs
+_ROUTE = "_steer_attention"  # attribute of a layer: its route
+_DISPATCH = "_attention_backend"  # attribute of diffusers' newer processors: their backend
 
 
 @contextmanager
 def attention_backend(target: Any, backend: str = "auto") -> Iterator[str]:
-    """Sets how the denoiser of a pipeline (or a module) computes attention in the block; yields the backend's name.
+    """Set the attention backend of a pipeline's denoiser (or a module) in the block; yields the backend's name.
 
-    auto      xformers where it is installed, has a kernel and the model is on CUDA, PyTorch's own elsewhere. It leaves
-              alone what was chosen otherwise: a backend of a block around this one, of diffusers, or by a processor
+    auto      xformers where it is installed, has a kernel and the model is on CUDA, PyTorch's own elsewhere. It
+              respects other choices: an outer block's backend, one of diffusers, or a processor's
     xformers  `xformers.ops.memory_efficient_attention`
     sdpa      `torch.nn.functional.scaled_dot_product_attention`
-    eager     softmax(QKᵀ/√d) V as it is written: the slow twin
+    eager     softmax(QKᵀ/√d) V as written: the slow twin
 
-    After the block, whatever ends it, every layer and processor is as it was. Within another block the inner one
-    counts. One block at a time for a model: threads that share one see each other's.
+    After the block, also on errors, every layer and processor is restored. Of nested blocks the inner one counts. Use
+    one block at a time for a model: threads that share a model share its backend.
 
     Raises InputError for an unknown name, for xformers where it is not installed or the model is not on CUDA, and, when
-    the model is called, where a layer's processor would not take notice or xformers has no kernel for it.
+    the model is called, where a layer's processor would ignore the backend or xformers has no kernel for it.
     """
-    modules = denoising_modules(target)
+    modules = [target] if isinstance(target, nn.Module) else denoising_modules(target).values()
+    modules = [module for module in modules if isinstance(module, nn.Module)]
     name, attend = choose("attention backend", backend, BACKENDS)(_device(target, modules))
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, LAYERS)]
     if backend != "auto" and not layers:
@@ -166,7 +169,7 @@ NamedBackend = tuple[str, AttentionFunction]
 def _auto(device: torch.device) -> NamedBackend:
     try:
         return "xformers", _with_fallback(_xformers_kernel(device), SDPA)
-    except InputError:  # not there, not on CUDA, or broken
+    except InputError:  # not installed, not on CUDA, or broken
         return "sdpa", SDPA
 
 
@@ -176,9 +179,9 @@ def _xformers(device: torch.device) -> NamedBackend:
 
 def _xformers_kernel(device: torch.device) -> AttentionFunction:
     if importlib.util.find_spec("xformers") is None:
-        raise InputError("attention backend 'xformers' is not installed: pip install xformers, or take 'sdpa'")
+        raise InputError("attention backend 'xformers' is not installed: pip install xformers, or use 'sdpa'")
     if device.type != "cuda":
-        raise InputError(f"attention backend 'xformers' needs a model on CUDA, not on {device.type}: take 'sdpa'")
+        raise InputError(f"attention backend 'xformers' needs a model on CUDA, not on {device.type}: use 'sdpa'")
     try:
         ops = importlib.import_module("xformers.ops")
     except (ImportError, OSError) as error:
@@ -195,7 +198,7 @@ BACKENDS: dict[str, Callable[[torch.device], NamedBackend]] = {
 
 
 def _with_fallback(attend: AttentionFunction, other: AttentionFunction) -> AttentionFunction:
-    """`attend` where it has a kernel, `other` elsewhere."""
+    """Combine two functions: `attend` where it has a kernel, `other` elsewhere."""
 
     def either(*args: Any, **kwargs: Any) -> Tensor:
         try:
@@ -209,12 +212,12 @@ def _with_fallback(attend: AttentionFunction, other: AttentionFunction) -> Atten
 def _raise_unsupported(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     raise InputError(
         f"attention backend 'xformers' has no kernel for {query.dtype}, heads of {query.shape[-1]} on {query.device}: "
-        "take 'auto' or 'sdpa'"
+        "use 'auto' or 'sdpa'"
     )
 
 
 def _device(target: Any, modules: list[nn.Module]) -> torch.device:
-    """Where the modules compute, which under CPU offload is not where their weights lie."""
+    """Return the device of computation, which under CPU offload is not that of the weights."""
     hooks = [getattr(module, "_hf_hook", None) for module in modules]
     places = [getattr(target, "_execution_device", None), *(getattr(hook, "execution_device", None) for hook in hooks)]
     places += [parameter.device for module in modules for parameter in module.parameters()]
@@ -222,19 +225,19 @@ def _device(target: Any, modules: list[nn.Module]) -> torch.device:
 
 
 def _use_sdpa_processor(layer: nn.Module, stack: ExitStack) -> None:
-    """Has a layer compute through PyTorch's function, where diffusers knows how, until the stack closes."""
+    """Replace a layer's processor by diffusers' version through PyTorch's function, until the stack closes."""
     processor = getattr(layer, "processor", None)
     if hasattr(processor, _DISPATCH):
         stack.enter_context(replaced(vars(processor), _DISPATCH, AttentionBackendName.NATIVE))
     twin = THROUGH_SDPA.get(type(processor))
-    # That function divides by √d; a layer of another scale has to keep its processor.
+    # That function divides by √d; a layer with another scale keeps its processor.
     if twin is not None and getattr(layer, "scale_qk", True):
         space: Any = layer._modules if isinstance(processor, nn.Module) else vars(layer)
         stack.enter_context(replaced(space, "processor", _convert_processor(processor, twin)))
 
 
 def _convert_processor(processor: Any, twin: type) -> Any:
-    """A processor of another class with the weights of the given one; only those of IP-adapters have any."""
+    """Create a processor of another class with the weights of the given one; only those of IP-adapters have any."""
     if not isinstance(processor, nn.Module):
         return twin()
     with torch.device("meta"):
@@ -245,7 +248,7 @@ def _convert_processor(processor: Any, twin: type) -> Any:
 
 @dataclass
 class _Route:
-    """A backend of a layer; a strict one has to be taken notice of."""
+    """The backend of a layer; a strict one must take effect."""
 
     name: str
     attend: AttentionFunction
@@ -253,7 +256,7 @@ class _Route:
 
 
 def _route(layer: nn.Module, route: _Route, stack: ExitStack) -> None:
-    """Has a layer compute attention by a route, in place of one that it may have, until the stack closes."""
+    """Route the attention of a layer through a backend, replacing an earlier route, until the stack closes."""
     routed = _ROUTE in vars(layer)
     stack.enter_context(replaced(vars(layer), _ROUTE, route))
     if not routed:
@@ -262,7 +265,7 @@ def _route(layer: nn.Module, route: _Route, stack: ExitStack) -> None:
 
 @dataclass
 class _Routed:
-    """The forward of a layer under a route. An object and no closure: copies of a model then hold copies of it."""
+    """The forward of a routed layer; an object, not a closure, so that copies of a model copy it."""
 
     layer: nn.Module
     plain: Callable[..., Any]
@@ -276,18 +279,18 @@ class _Routed:
         if route.strict and not mode.calls:
             raise InputError(
                 f"attention backend {route.name!r} would do nothing: {type(self.layer.processor).__name__} does not "
-                "compute through scaled_dot_product_attention; set another processor, or take 'auto'"
+                "compute through scaled_dot_product_attention; set another processor, or use 'auto'"
             )
         return output
 
 
 def _computes_through_sdpa(layer: nn.Module) -> bool:
-    """Whether that is known of the layer's processor; if not, it is found out by watching."""
+    """Return whether the layer's processor is known to use PyTorch's function; otherwise its calls are counted."""
     return type(layer.processor) in THROUGH_SDPA.values() or hasattr(layer.processor, _DISPATCH)
 
 
 class _SdpaOverride(TorchFunctionMode):
-    """In this thread and block, calls of PyTorch's function go to another one, and are counted."""
+    """A mode that replaces PyTorch's function by another one in this thread, and counts its calls."""
 
     def __init__(self, attend: AttentionFunction) -> None:
         super().__init__()

@@ -1,6 +1,5 @@
-"""Batches of a denoiser: micro-batches, rows that are still alive, compiled calls."""
+"""Batches of a denoiser: micro-batches, active rows and compiled calls."""
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -12,42 +11,48 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from steer.diffusion.preview import with_decode
-from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS, ModuleProxy, denoisers_in, replace_modules
+from steer.diffusion.step_hooks import (
+    DENOISERS,
+    ModuleProxy,
+    denoisers_in,
+    denoising_modules,
+    replace_modules,
+    with_modules,
+)
 from steer.errors import InputError
 
-LATENTS = ("sample", "hidden_states")  # what denoisers and ControlNets call their first argument
-# Tables of positions that all rows share where they have no more than two axes, and weights of layers: their length
-# may be the number of rows by chance.
+LATENTS = ("sample", "hidden_states")  # names of the first argument of denoisers and ControlNets
+# Position tables, shared by all rows where they have at most two axes, and per-layer weights: their length may equal
+# the number of rows by chance.
 POSITIONS = {"img_ids", "txt_ids", "image_rotary_emb", "rotary_embedding", "video_rotary_emb", "position_ids"}
 PER_LAYER = {"control_hidden_states_scale"}
 
 
 @contextmanager
 def micro_batched(pipe: Any, rows: int | None = None) -> Iterator[Any]:
-    """Yields a view of a diffusers pipeline whose denoisers and ControlNets take at most `rows` rows at a time.
+    """Yield a view of a diffusers pipeline whose denoisers and ControlNets take at most `rows` rows at a time.
 
-    rows  of a denoiser's batch, which guidance may double; None: all of them, until the device's memory is full
+    rows  of a denoiser's batch, which guidance may double; None: the whole batch, until the device's memory is full
 
-    Where memory runs out the number is halved, the rows that were done are kept, and what fitted is remembered until
-    the block ends. Images are those of the whole batch. The pipeline itself stays as it is; offloading hooks work, and
-    a compiled view may be given (`compiled`). Gradients flow, but their memory is that of the whole batch.
+    Out of memory, the number is halved, finished rows are kept, and the smaller number is used until the block ends.
+    The images equal those of the whole batch. The pipeline stays unchanged; offloading hooks work, and a compiled view
+    may be given (`compiled`). Gradients flow, but need the memory of the whole batch.
 
     Raises InputError where `rows` is below 1, nothing can be split, or a single row does not fit.
     """
     if rows is not None and rows < 1:
         raise InputError(f"rows must be at least 1, got {rows}")
-    modules = {name: getattr(pipe, name, None) for name in (*DENOISERS, *CONTROLNETS)}
-    split = {name: MicroBatches(name, module, rows) for name, module in modules.items() if module is not None}
-    if not set(split) & set(DENOISERS):
+    split = {name: MicroBatches(name, module, rows) for name, module in denoising_modules(pipe).items()}
+    if not denoisers_in(pipe):
         raise InputError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: there is nothing to split")
     with replace_modules(pipe, {name: ModuleProxy(one.module, one) for name, one in split.items()}) as view:
         yield view
 
 
 class MicroBatches:
-    """Calls a module on a few rows at a time, and joins what it says of them.
+    """A module called on a few rows at a time, its outputs concatenated.
 
-    rows  how many at most; less once memory ran out
+    rows  the largest number of rows; reduced when memory runs out
     """
 
     def __init__(self, name: str, module: Any, rows: int | None) -> None:
@@ -71,7 +76,7 @@ class MicroBatches:
         return outputs[0] if len(outputs) == 1 else tree_map(_joined, outputs[0], *outputs[1:])
 
     def _try_call(self, given: dict[str, Any], count: int) -> Any:
-        """What the module says of so many rows; None where they do not fit into memory."""
+        """Call the module on `count` rows; None where they do not fit into memory."""
         try:
             return self.module(**given)
         except torch.OutOfMemoryError as error:
@@ -80,20 +85,20 @@ class MicroBatches:
                     f"{self.name}: the device's memory is full with a single row: use smaller images, half precision "
                     "or pipe.enable_model_cpu_offload()"
                 ) from error
-        return None  # here the error is gone, and with it the tensors that its traceback holds
+        return None  # after the except block, which frees the tensors held by the traceback
 
 
 def batch_size_of(given: Mapping[str, Any], module: Any) -> int:
-    """Rows of a module's call, by its arguments. Raises InputError where its latents are not one tensor."""
+    """Return the number of rows of a module's call. Raises InputError where its latents are not one tensor."""
     latents = next((given[name] for name in LATENTS if name in given), None)
     if not torch.is_tensor(latents):
         kind = type(module).__name__
-        raise InputError(f"{kind} takes no batch of latents as one tensor: it cannot be split, use fewer particles")
+        raise InputError(f"{kind} takes no single tensor of latents: its batch cannot be split, use fewer particles")
     return len(latents)
 
 
 def select_rows(given: Mapping[str, Any], batch: int, rows: slice | Tensor) -> dict[str, Any]:
-    """The arguments for some rows of a batch: of everything that has one entry a row, theirs."""
+    """Select rows of the arguments: of every tensor with one entry per row."""
 
     def cut(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0 or len(tensor) != batch:
@@ -112,7 +117,7 @@ def _joined(*outputs: Any) -> Any:
 
 
 class ActiveRows:
-    """Which rows of a batch are alive: all of them, until some are kept.
+    """The rows of a batch that are computed: all of them, until `keep` selects some.
 
     rows  (n,) int64, or None: all
     size  of the whole batch
@@ -123,32 +128,28 @@ class ActiveRows:
         self.size = 0
 
     def keep(self, rows: Tensor, size: int) -> None:
-        """From now on these rows of a batch of so many are computed."""
+        """Compute only these rows of a batch of `size` from now on."""
         self.rows, self.size = rows, size
 
     def of(self, values: Tensor) -> Tensor:
-        """The rows of the living, of a tensor (N, …) of the whole batch."""
+        """Return the active rows of a tensor (N, …) of the whole batch."""
         return values if self.rows is None else values[self.rows.to(values.device)]
 
     def view(self, pipe: Any) -> Any:
-        """A view of a pipeline that computes no dead rows: there they say 0. The pipeline stays as it is.
+        """Return a view of a pipeline that computes active rows only, zeros elsewhere. The pipeline stays unchanged.
 
         Guidance repeats the batch in blocks of its size, as diffusers does. Raises InputError for a pipeline without a
         denoiser of a known name.
         """
         if not denoisers_in(pipe):
             raise InputError(f"{type(pipe).__name__} has none of {', '.join(DENOISERS)}: no rows can be left out")
-        names = [name for name in (*DENOISERS, *CONTROLNETS) if getattr(pipe, name, None) is not None]
-        view = copy.copy(pipe)
-        modules: dict[str, Any] = {name: self._denoiser(getattr(pipe, name)) for name in names}
+        modules: dict[str, Any] = {name: self._denoiser(module) for name, module in denoising_modules(pipe).items()}
         if getattr(pipe, "vae", None) is not None:
             modules["vae"] = self.decoder(pipe.vae)
-        # Offloading hooks are on the pipeline's own modules, and it is the one that puts them back.
-        vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
-        return view
+        return with_modules(pipe, modules)
 
     def decoder(self, vae: Any) -> Any:
-        """A copy of an autoencoder, on the same weights, that decodes no dead rows; anything else stays what it is."""
+        """Copy an autoencoder, on the same weights, to decode active rows only; anything else is returned as is."""
         return with_decode(vae, functools.partial(self._decoded, vae.decode)) if hasattr(vae, "decode") else vae
 
     def _denoiser(self, module: Any) -> ModuleProxy:
@@ -170,7 +171,7 @@ class ActiveRows:
         return scatter_rows(decode(self.of(z), *args, **kwargs), self.rows, self.size)
 
     def _active_rows_in(self, batch: int) -> Tensor:
-        """The living in a batch that guidance made of several blocks."""
+        """Return the active rows of a batch that guidance made of several blocks."""
         assert self.rows is not None
         if batch % self.size:
             raise InputError(f"a denoiser was called with {batch} rows, no multiple of {self.size} particles")
@@ -178,7 +179,7 @@ class ActiveRows:
 
 
 def scatter_rows(output: Any, rows: Tensor, batch: int) -> Any:
-    """What a module says of some rows of a batch, as if it had been asked of all: 0 for the others."""
+    """Scatter a module's outputs for some rows to the full batch, zeros elsewhere."""
 
     def whole(tensor: Tensor) -> Tensor:
         if tensor.dim() == 0 or len(tensor) != len(rows):
@@ -189,7 +190,7 @@ def scatter_rows(output: Any, rows: Tensor, batch: int) -> Any:
 
 
 def is_offloaded(model: nn.Module) -> bool:
-    """Whether accelerate or diffusers moves the weights of a model, or of a part of it, at each call."""
+    """Return whether accelerate or diffusers moves the weights of a model, or of a part of it, at each call."""
     for module in model.modules():
         hook, registry = getattr(module, "_hf_hook", None), getattr(module, "_diffusers_hook", None)
         moves = type(hook).__name__ in ("CpuOffload", "SequentialHook") or getattr(hook, "offload", False)
@@ -203,16 +204,16 @@ Backend = str | Callable[..., Any]
 
 @contextmanager
 def compiled(pipe: Any, *, cuda_graphs: bool | None = None, backend: Backend = "inductor") -> Iterator[Any]:
-    """Yields a view of a diffusers pipeline whose denoisers are compiled at their first call, for each shape once.
+    """Yield a view of a diffusers pipeline whose denoisers are compiled at their first call of each shape.
 
-    cuda_graphs  capture the denoiser's kernels and launch them as one; None: on CUDA, with the inductor
-    backend      of torch.compile; "aot_eager" compiles fast and makes nothing faster, for tests
+    cuda_graphs  capture the denoiser's kernels and launch them as one; None: on CUDA, with inductor
+    backend      of torch.compile; "aot_eager" compiles fast without a speed-up, for tests
 
-    Another prompt, other latents and resampled particles are copied into the graph's own buffers, and what it says is
-    copied out: they need no new graph. Another batch size or image size does. The pipeline itself stays as it is.
+    Inputs are copied into the graph's buffers and outputs out of them, so that other prompts, latents and resampled
+    particles need no new graph. Another batch size or image size does. The pipeline itself stays unchanged.
 
-    Raises InputError for a denoiser that is moved or changed at each call (offloading, a feature cache), one that is
-    micro-batched already, CUDA graphs where there are none, and, when it is called, where gradients are asked for.
+    Raises InputError for a denoiser that is moved or modified at each call (offloading, a feature cache) or already
+    micro-batched, for CUDA graphs without CUDA, and, when called, where gradients are required.
     """
     names = denoisers_in(pipe)
     if not names:
@@ -232,15 +233,15 @@ def compiled(pipe: Any, *, cuda_graphs: bool | None = None, backend: Backend = "
 
 
 def compiled_call(name: str, module: Any, graphs: bool, backend: Backend) -> Callable[..., Any]:
-    """A module's call through torch.compile, without gradients; with `graphs` it answers in the graph's own memory."""
+    """Compile a module's call, without gradients; with `graphs` its output is copied out of the graph's memory."""
     run = torch.compile(module, backend=backend, mode="reduce-overhead" if graphs else None)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         _check_no_gradients(name, module, [args, kwargs])
         if not graphs:
             return run(*args, **kwargs)
-        # A new step: what the last one said may be overwritten now. Pipelines that call twice a step keep both
-        # outputs, and so does the seam, hence the copies.
+        # A new step may overwrite the outputs of the last one. Pipelines with two calls per step keep both outputs,
+        # and so do the step hooks, hence the copies.
         torch.compiler.cudagraph_mark_step_begin()
         return tree_map_only(Tensor, torch.clone, run(*args, **kwargs))
 
@@ -248,12 +249,12 @@ def compiled_call(name: str, module: Any, graphs: bool, backend: Backend) -> Cal
 
 
 def _check_compilable(name: str, denoiser: Any) -> None:
-    """Raises InputError unless the denoiser is a plain module whose weights stay where they are."""
+    """Raise InputError unless the denoiser is a plain module whose weights stay in place."""
     if type(denoiser) is ModuleProxy:
-        raise InputError(f"{name} is micro-batched or watched: compile first, micro_batched(compiled_view) after it")
+        raise InputError(f"{name} is already a proxy: compile first, then use micro_batched(compiled_view)")
     if is_offloaded(denoiser):
         raise InputError(
-            f"{name} is offloaded: its weights move at each call, and a compiled graph needs them in one place. "
+            f"{name} is offloaded: its weights move at each call, but a compiled graph needs them in place. "
             "Use pipe.remove_all_hooks() and pipe.to(device), or leave compiled out"
         )
     if getattr(denoiser, "is_cache_enabled", False):

@@ -1,4 +1,4 @@
-"""Gradients through a whole diffusers pipeline: from its latents to its images, the pipeline itself left as it is."""
+"""Gradients through a whole diffusers pipeline, from its latents to its images; the pipeline itself stays unchanged."""
 
 import copy
 import functools
@@ -12,19 +12,18 @@ from torch.utils.checkpoint import checkpoint
 
 from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS
 
-LOSS_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # of the loss, where activations are fp16
+LOSS_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # with fp16 activations
 
 
 def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False) -> Any:
-    """A twin of a diffusers pipeline whose call builds a graph: gradients flow from `latents=` to `output_type="pt"`.
+    """Copy a diffusers pipeline so that gradients flow from `latents=` to `output_type="pt"` images.
 
-    The twin's models share the weights of the pipeline's own, which ask for no gradients there; neither the models nor
-    their flags are changed. A safety checker takes no images with a graph: set the twin's to None, and check later.
+    The copy's models share the weights of the pipeline's own, without gradients for them; the pipeline's models and
+    their flags stay unchanged. A safety checker does not support gradients: set the copy's to None, and check later.
 
-    checkpointing  keep no activations: denoiser calls are each computed once more on the way back, and so are their
-                   blocks and the decoder's. Memory is then that of one block, and grows with the number of solver
-                   steps by one set of latents each
-    one_call       the graph holds one denoiser call: its blocks alone are computed once more
+    checkpointing  keep no activations: denoiser calls, their blocks and the decoder are recomputed in the backward
+                   pass. Memory is that of one block, and one set of latents per solver step
+    one_call       the graph holds one denoiser call: only its blocks are recomputed
     """
     twin = differentiable_images(pipe)
     models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
@@ -38,19 +37,19 @@ def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False
 
 
 def differentiable_images(pipe: Any) -> Any:
-    """A copy of a pipeline, with the same models, whose call builds a graph where gradients are on."""
+    """Copy a pipeline, with the same models, without the no_grad around its call."""
     cls = type(pipe)
     twin = copy.copy(pipe)
-    differentiable_call = inspect.unwrap(cls.__call__)  # without the no_grad that diffusers puts around it
+    differentiable_call = inspect.unwrap(cls.__call__)  # without the no_grad of diffusers
     twin.__class__ = type(cls.__name__, (cls,), {"__call__": differentiable_call, "__module__": cls.__module__})
     vars(twin)["maybe_free_model_hooks"] = lambda: None
     return twin
 
 
 def _frozen_twins(models: Iterable[nn.Module]) -> list[nn.Module]:
-    """Copies of the modules on the same weights and buffers, without gradients for them.
+    """Copy modules on the same weights and buffers, without gradients for them.
 
-    One memo for all: hooks of one model may hold another.
+    One memo for all: hooks of one model may refer to another.
     """
     memo: dict[int, Any] = {}
     for model in (models := list(models)):
@@ -60,12 +59,12 @@ def _frozen_twins(models: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _frozen(parameter: nn.Parameter) -> nn.Parameter:
-    # Parameters of other classes are quantised: they have no gradients to switch off, and would lose their class.
+    # Parameters of other classes are quantised: they have no gradients, and would lose their class.
     return nn.Parameter(parameter.detach(), requires_grad=False) if type(parameter) is nn.Parameter else parameter
 
 
 def _decode_in_its_own_precision(vae: Any) -> None:
-    """Some pipelines switch a half-precision VAE to fp32 for the call and back: that would break the way back."""
+    """Keep the dtype of a VAE: some pipelines cast it to fp32 for the call and back, which breaks the backward pass."""
     if getattr(vae.config, "force_upcast", False) and vae.dtype == torch.float16:
         vae.to(torch.float32)
     decode = vae.decode
@@ -87,7 +86,7 @@ def _checkpoint(models: dict[str, Any], one_call: bool) -> None:
 
 
 def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function; where a graph is built it keeps nothing but its inputs."""
+    """Checkpoint a function: where a graph is built it keeps only its inputs."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -99,15 +98,14 @@ def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def per_sample_gradients(rewards: Tensor, x: Tensor, half: bool) -> Tensor | None:
-    """∇ r_i of every particle with respect to its own x_i, (N, …) in fp32; None where no reward depends on x.
+    """Return ∇ r_i of each particle with respect to its own x_i, (N, …) in fp32; None where no reward depends on x.
 
-    half  where fp16 computes, rewards are multiplied by a power of two, as large as leaves the gradients finite:
-          small ones would be 0
+    half  for fp16 models: scale the rewards by the largest power of two with finite gradients, against underflow
     """
     if not rewards.requires_grad:
         return None
     for scale in LOSS_SCALES if half else (1.0,):
-        # Every reward depends on its own row alone: the gradient of the sum holds that of each.
+        # Each reward depends on its own row alone: the gradient of the sum holds all gradients.
         (gradient,) = torch.autograd.grad(rewards.sum() * scale, x, retain_graph=half, allow_unused=True)
         if gradient is None or gradient.isfinite().all():
             break
@@ -115,6 +113,6 @@ def per_sample_gradients(rewards: Tensor, x: Tensor, half: bool) -> Tensor | Non
 
 
 def computes_in_fp16(pipe: Any) -> bool:
-    """Whether any of a pipeline's models does. (Its latents need not tell: some keep them in fp32.)"""
+    """Return whether any model of a pipeline has fp16 weights (some pipelines keep their latents in fp32)."""
     models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
     return any(parameter.dtype == torch.float16 for model in models for parameter in model.parameters())

@@ -1,9 +1,9 @@
-"""The Gaussian step in one pass over memory where there is a kernel for it: Triton on CUDA, plain PyTorch elsewhere."""
+"""The Gaussian step in one pass over memory: Triton on CUDA, plain PyTorch elsewhere."""
 
 import functools
 from collections.abc import Collection
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def has_kernel(*tensors: Tensor) -> bool:
-    """Whether a step of these tensors goes through Triton: on CUDA, up to fp32, without a graph, triton there."""
+    """Return whether a step of these tensors runs in Triton: on CUDA, at most fp32, no graph, triton installed."""
     graph = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     fits = all(tensor.is_cuda and tensor.dtype in DTYPES for tensor in tensors)
     return fits and not graph and find_spec("triton") is not None
@@ -41,21 +41,21 @@ def one_pass(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
 ) -> dict[Wanted, Tensor]:
-    """`steer.diffusion.schedules.Pass` by the kernel where there is one, else by `plain_pass`; both give the same.
+    """Evaluate a step (`steer.diffusion.schedules.Pass`) by the kernel where there is one, else by `plain_pass`.
 
-    Raises InputError where shapes differ, or where something is wanted that was not given what it needs.
+    Raises InputError where shapes differ, or a requested result lacks its inputs.
     """
     tensors = [tensor for tensor in (x, output, noise, x_s) if tensor is not None]
     run: Pass = plain_pass
     if has_kernel(*tensors):
-        from steer.diffusion.triton_kernels import triton_pass  # not every system has triton
+        from steer.diffusion.triton_kernels import triton_pass  # triton is optional
 
         run = triton_pass
     return run(step, x, output, want, noise, x_s, dtype, storage)
 
 
 class FusedGaussian(Gaussian):
-    """A `Gaussian` whose mean is computed where it is asked for, and else in the pass that draws or judges x_s.
+    """A `Gaussian` whose mean is computed on access, otherwise in the pass that draws or evaluates x_s.
 
     x, output  x_t and the model output (N, …); no graph is built
     """
@@ -86,17 +86,16 @@ class FusedGaussian(Gaussian):
         sampled = self._run("x_s", "log_prob", noise=noise, dtype=dtype, storage=storage)
         return sampled["x_s"], sampled["log_prob"]
 
-    def log_prob(self, x: Tensor, reduce: Literal["sum", "mean"] = "sum") -> Tensor:
-        log_density = self._run("log_prob", x_s=x)["log_prob"]
-        return log_density if reduce == "sum" else log_density / x[0].numel()
+    def log_prob(self, x: Tensor) -> Tensor:
+        return self._run("log_prob", x_s=x)["log_prob"]
 
 
 def fused_gaussian(
     scheduler: Scheduler, x: Tensor, output: Tensor, before: Level, after: Level, eta: float
 ) -> FusedGaussian:
-    """What `gaussian_transition` makes of a scheduler's x̂0, without x̂0; not for schedulers with thresholding.
+    """Return `gaussian_transition` of a scheduler's step without computing x̂0; not for thresholding schedulers.
 
-    x, output      (N, C, …), a learned variance may ride along in the output's channels
+    x, output      (N, C, …); the output may have the channels of a learned variance after its own
     before, after  the levels of the step (`steer.diffusion.schedules.step_levels`)
     """
     step = linear_step(prediction_type(scheduler), before, after, eta, clip_limit(scheduler))

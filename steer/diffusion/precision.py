@@ -1,4 +1,4 @@
-"""Evaluation of half-precision models in float32, one operation at a time and without a copy of their weights."""
+"""Evaluation of half-precision models in float32, one operation at a time, without a copy of their weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,9 +15,9 @@ _TO_HALF = {torch.Tensor.half, torch.Tensor.bfloat16}
 
 
 class Float32(TorchFunctionMode):
-    """Inside, every operation takes its half-precision tensors in float32 and answers in float32, autocast or not.
+    """A mode in which every operation converts half-precision tensors to float32 and returns float32, autocast or not.
 
-    Casts to half precision are casts to float32, and half-precision weights report float32 as their dtype: a model
+    Casts to half precision become casts to float32, and half-precision weights report float32 as their dtype: a model
     keeps its stored weights and computes as `model.float()` would. Gradients flow to the stored weights.
     """
 
@@ -39,16 +39,16 @@ def _in_float32(value: Any) -> Any:
 
 
 def _computes_in_half(modules: Sequence[nn.Module]) -> bool:
-    """Whether weights or a surrounding autocast are half precision: else no operation needs a cast."""
+    """Return whether weights or an active autocast are half precision: otherwise no operation needs a cast."""
     parameters = [parameter for module in modules for parameter in module.parameters()]
     return any(parameter.dtype in HALF or torch.is_autocast_enabled(parameter.device.type) for parameter in parameters)
 
 
 @contextmanager
 def in_float32(modules: Sequence[nn.Module], autocast: bool = False) -> Iterator[None]:
-    """Evaluate modules in float32: no half precision, no autocast, no TF32 in products and convolutions.
+    """Evaluate modules in float32: no half precision, no autocast, no TF32 in matrix products and convolutions.
 
-    autocast  whether a forward pass enters an autocast of its own, as one prepared by accelerate may
+    autocast  whether a forward pass enters its own autocast, as a model prepared by accelerate may
     """
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32
@@ -61,5 +61,5 @@ def in_float32(modules: Sequence[nn.Module], autocast: bool = False) -> Iterator
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """float64, where the device has it: the dtype in which densities are summed over the elements of a sample."""
+    """Return float64 where the device supports it: the dtype in which densities are summed over elements."""
     return torch.float32 if device.type == "mps" else torch.float64

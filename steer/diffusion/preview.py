@@ -1,7 +1,7 @@
-"""x̂0 → image, by the pipeline's own tail: no code for any model family.
+"""Previews: x̂0 → image, by the decoding of the pipeline itself, without code for any model family.
 
-The pipeline is called once more, for a few steps, with a denoiser that says nothing and a seam that puts x̂0
-in place of the latents; what comes out is what the pipeline would make of x̂0.
+The pipeline is called again for a few steps, with proxies in place of its denoisers and a step hook that replaces the
+latents by x̂0; its output is the image that the pipeline decodes from x̂0.
 """
 
 import copy
@@ -21,8 +21,8 @@ from steer.diffusion.step_hooks import Output, SolverStep, hook_steps, without_s
 from steer.errors import InputError
 from steer.registry import choose
 
-MIN_STEPS = 4  # PNDM with its Runge-Kutta warm-up takes no fewer
-# What the user asked of the run but not of its tail.
+MIN_STEPS = 4  # the minimum of PNDM with its Runge-Kutta warm-up
+# Arguments of the user's call that do not apply to decoding.
 EXCLUDED_ARGUMENTS = (
     "callback",
     "callback_steps",
@@ -41,7 +41,7 @@ EXCLUDED_ARGUMENTS = (
 
 
 def _in_chunks(decode: Callable[..., Any], chunk: int) -> Callable[..., Any]:
-    """A VAE's decode, a few images at a time."""
+    """Wrap a VAE's decode to decode a few images at a time."""
 
     def chunked(z: Tensor, *args: Any, **kwargs: Any) -> Output:
         kwargs["return_dict"] = False
@@ -51,7 +51,7 @@ def _in_chunks(decode: Callable[..., Any], chunk: int) -> Callable[..., Any]:
 
 
 def _in_own_precision(decoder: Any) -> Callable[..., Any]:
-    """A decoder's decode, in its own precision, wherever the latents are: a copy of it follows them."""
+    """Wrap a decoder to decode in its own precision on the device of the latents, to which it is copied."""
     copies = {decoder.device: decoder}
 
     def decode(z: Tensor, *args: Any, **kwargs: Any) -> Output:
@@ -64,22 +64,22 @@ def _in_own_precision(decoder: Any) -> Callable[..., Any]:
 
 
 class Preview:
-    """Decodes latents of a call of `pipe`: x̂0 (N, …), shaped like that call's latents, to (N, 3, H, W) in [0, 1].
+    """Decoder of the latents of one call of `pipe`: x̂0 (N, …), shaped like them, to (N, 3, H, W) in [0, 1].
 
-    `call` are the arguments of the user's own call. `chunk`: images decoded at a time. The tail has its own
-    random numbers, no safety checker (which would blacken images), no watermark, no callbacks and no progress bar;
-    text is encoded once. Of a `differentiable` pipeline, x̂0 with a graph gives images with a graph.
+    `call` are the arguments of the user's call; `chunk` images are decoded at a time. Decoding has its own random
+    numbers, no safety checker (which would blacken images), no watermark, no callbacks and no progress bar; text is
+    encoded once. With a `differentiable` pipeline, gradients flow from the images to x̂0.
 
-    decoder  an autoencoder as diffusers has them, like AutoencoderTiny, in place of the pipeline's own. The tail scales
-             latents as it would with `pipe.vae = decoder`: by the scaling_factor and shift_factor of its configuration
+    decoder  an autoencoder of diffusers, like AutoencoderTiny, in place of the pipeline's own. Latents are scaled as
+             with `pipe.vae = decoder`: by the scaling_factor and shift_factor of its configuration
     decodes  images decoded by the pipeline's own VAE so far
 
-    Raises InputError for a decoder that cannot take the place of the pipeline's own.
+    Raises InputError for a decoder that does not fit the pipeline.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8, decoder: Any = None) -> None:
         self._call = {name: value for name, value in call.items() if name not in EXCLUDED_ARGUMENTS}
-        # Image-to-image runs only the last `strength` of its steps: enough of them that one is left.
+        # Image-to-image runs only the last `strength` of its steps: take enough to leave one.
         self._call["num_inference_steps"] = max(MIN_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
         self._decoding_pipe = without_side_effects(pipe)
         changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None} | zero_proxies(pipe)
@@ -95,8 +95,8 @@ class Preview:
     def __call__(self, x0: Tensor) -> Tensor:
         self.decodes += len(x0) if self._uses_own_vae else 0
 
-        def insert_x0(event: SolverStep) -> tuple[None, Tensor]:
-            return None, x0.to(event.prev)
+        def insert_x0(solver_step: SolverStep) -> tuple[None, Tensor]:
+            return None, x0.to(solver_step.prev)
 
         own = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
         needs_graph = torch.is_grad_enabled() and x0.requires_grad
@@ -106,23 +106,23 @@ class Preview:
 
 
 def with_decode(vae: Any, decode: Callable[..., Any]) -> Any:
-    """A copy of an autoencoder on the same weights, with another decode."""
+    """Copy an autoencoder, on the same weights, with another decode."""
     other = copy.copy(vae)
     vars(other)["decode"] = decode
     return other
 
 
 def check_image_vae(pipe: Any) -> None:
-    """Raises InputError for a pipeline that has no VAE of images, which another decoder could stand in for."""
+    """Raise InputError for a pipeline without an image VAE, which another decoder could replace."""
     vae = getattr(pipe, "vae", None)
     if vae is None:
-        raise InputError(f"{type(pipe).__name__} has no VAE that previews could do without: use preview='full'")
+        raise InputError(f"{type(pipe).__name__} has no VAE to replace in previews: use preview='full'")
     if any(isinstance(layer, nn.Conv3d) for layer in vae.modules()):
-        raise InputError(f"{type(pipe).__name__} decodes video, and previews of it only by its own VAE: preview='full'")
+        raise InputError(f"{type(pipe).__name__} decodes video, whose previews need its own VAE: use preview='full'")
 
 
 def check_decoder(pipe: Any, decoder: Any) -> None:
-    """Raises InputError for a decoder that cannot take the place of the pipeline's VAE."""
+    """Raise InputError for a decoder that cannot replace the pipeline's VAE."""
     if not (isinstance(decoder, nn.Module) and hasattr(decoder, "config") and hasattr(decoder, "decode")):
         raise InputError(
             "preview must be 'full', 'linear' or an autoencoder of diffusers, like AutoencoderTiny, got one of type "
@@ -132,21 +132,21 @@ def check_decoder(pipe: Any, decoder: Any) -> None:
     takes, given = (getattr(vae.config, "latent_channels", None) for vae in (decoder, pipe.vae))
     if takes != given:
         raise InputError(
-            f"preview: {type(decoder).__name__} takes latents of {takes} channels, those of {type(pipe).__name__} have "
-            f"{given}: use one that was made for this model (for SDXL madebyollin/taesdxl), or preview='linear'"
+            f"preview: {type(decoder).__name__} takes latents with {takes} channels, {type(pipe).__name__}'s have "
+            f"{given}: use a decoder for this model (for SDXL madebyollin/taesdxl), or preview='linear'"
         )
 
 
 def filter_call_kwargs(pipe: Any, call: Mapping[str, Any]) -> dict[str, Any]:
-    """Those arguments that the pipeline's `__call__` knows."""
+    """Return the arguments that the pipeline's `__call__` accepts."""
     parameters = inspect.signature(type(pipe).__call__).parameters
     return {name: value for name, value in call.items() if name in parameters}
 
 
 def first_output(output: Any) -> Tensor:
-    """The images of a pipeline's output, whatever its fields are called: (N, 3, H, W), of a video (N, F, 3, H, W).
+    """Return the images of a pipeline's output, whatever their field: (N, 3, H, W), of a video (N, F, 3, H, W).
 
-    Pipelines that know no "pt" give arrays (N, H, W, 3) or PIL images.
+    Pipelines without "pt" output give arrays (N, H, W, 3) or PIL images.
     """
     if isinstance(output, tuple):
         images = output[0]
@@ -164,10 +164,10 @@ RIDGE = 1e-2
 
 @dataclass(frozen=True)
 class LinearDecoder:
-    """z (N, C, h, w) → images (N, 3, s h, s w): a convolution, then pixels are put in their places.
+    """A linear map z (N, C, h, w) → images (N, 3, s h, s w): a convolution and a pixel shuffle.
 
-    weight (3 s², C, 2r+1, 2r+1), bias (3 s²), fp32; computed in fp32, given in the precision of z. Beyond the edge the
-    outermost latents are repeated.
+    weight (3 s², C, 2r+1, 2r+1), bias (3 s²), fp32; computed in fp32, returned in the dtype of z. Borders are padded
+    by replication.
     """
 
     weight: Tensor
@@ -181,12 +181,12 @@ class LinearDecoder:
 
 
 def padded(z: Tensor, radius: int) -> Tensor:
-    """`radius` further latents on every side, like the outermost."""
+    """Pad `radius` latents on every side by replication."""
     return F.pad(z, [radius] * 4, mode="replicate")
 
 
 class NormalEquations:
-    """Sums over latent sites in float64: of ΦᵀΦ and ΦᵀY, with a last feature that is 1."""
+    """Sums ΦᵀΦ and ΦᵀY over latent sites in float64; the last feature is 1."""
 
     def __init__(self, radius: int = RADIUS, ridge: float = RIDGE) -> None:
         self.radius, self.ridge = radius, ridge
@@ -196,15 +196,15 @@ class NormalEquations:
 
     @torch.no_grad()
     def add(self, z: Tensor, images: Tensor) -> None:
-        """Latents (N, C, h, w) and what the full decoder makes of them, (N, 3, s h, s w). Raises InputError."""
+        """Add latents (N, C, h, w) and their full decodings (N, 3, s h, s w). Raises InputError."""
         scale, rest = divmod(images.shape[-1], z.shape[-1])
         if rest or images.shape[-2] != scale * z.shape[-2] or images.shape[1] != 3:
             raise InputError(
-                f"preview='linear' needs a VAE that makes s × s pixels of each latent, this one made "
-                f"{tuple(images.shape)} of {tuple(z.shape)}: use preview='full'"
+                f"preview='linear' needs a VAE that decodes each latent to s × s pixels, this one decoded "
+                f"{tuple(z.shape)} to {tuple(images.shape)}: use preview='full'"
             )
         self._channels, self._device = z.shape[1], z.device
-        home = "cpu" if z.device.type == "mps" else z.device  # which has no float64
+        home = "cpu" if z.device.type == "mps" else z.device  # MPS has no float64
         z, images = z.to(home, torch.float64), images.to(home, torch.float64)
         features = F.unfold(padded(z, self.radius), 2 * self.radius + 1)  # (N, P, h w)
         rows = F.pad(features.movedim(1, 2).flatten(0, 1), (0, 1), value=1.0)
@@ -214,7 +214,7 @@ class NormalEquations:
         self._moment = moment if self._moment is None else self._moment + moment
 
     def solve(self) -> LinearDecoder:
-        """The map that fits best of all that was added."""
+        """Solve for the ridge regression of all added pairs."""
         assert self._gram is not None and self._moment is not None
         size = len(self._gram) - 1
         penalty = self.ridge * self._gram.diagonal()[:size].mean()
@@ -225,12 +225,11 @@ class NormalEquations:
 
 
 class LinearPreview:
-    """As `Preview`, but only the first x̂0 are decoded by the pipeline's VAE; a linear map is fitted to
-    them, which makes all later previews.
+    """A `Preview` that decodes only the first x̂0 by the pipeline's VAE and fits a linear map for all later ones.
 
     decodes  images decoded by the pipeline's own VAE so far
 
-    Raises InputError where the pipeline has no VAE of images.
+    Raises InputError for a pipeline without an image VAE.
     """
 
     def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8) -> None:
@@ -258,7 +257,7 @@ class LinearPreview:
 
 
 class PreviewDecoder(Protocol):
-    """x̂0 (N, …) of a call → images (N, 3, H, W) in [0, 1]; `decodes`: how many of them its own VAE has decoded."""
+    """A decoder x̂0 (N, …) → images (N, 3, H, W) in [0, 1]; `decodes` counts the images decoded by its own VAE."""
 
     decodes: int
 
@@ -267,16 +266,16 @@ class PreviewDecoder(Protocol):
 
 PREVIEWS: dict[str, Callable[[Any, Mapping[str, Any], int], PreviewDecoder]] = {
     "full": Preview,  # the pipeline's own VAE
-    "linear": LinearPreview,  # a linear map, fitted to what that VAE makes of the first x̂0
+    "linear": LinearPreview,  # a linear map, fitted to that VAE's decoding of the first x̂0
 }
 
 
 def build_preview(preview: Any, pipe: Any, call: Mapping[str, Any], chunk: int) -> PreviewDecoder:
-    """Previews of one call of `pipe`, decoded `chunk` at a time.
+    """Build the previews of one call of `pipe`, decoded `chunk` at a time.
 
     preview  a name of PREVIEWS, or an autoencoder of diffusers for this model's latents, like AutoencoderTiny
 
-    Raises InputError for an unknown name, a decoder that does not fit, or a pipeline that has no VAE of images.
+    Raises InputError for an unknown name, a decoder that does not fit, or a pipeline without an image VAE.
     """
     if isinstance(preview, str):
         return choose("preview", preview, PREVIEWS)(pipe, call, chunk)

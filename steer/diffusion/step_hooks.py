@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from steer.diffusion.kernels import fused_gaussian, has_kernel
@@ -33,19 +33,19 @@ from steer.errors import InputError
 
 
 class UnsupportedPipelineError(InputError):
-    """This pipeline, as called, gives its solver steps no place to act on."""
+    """A pipeline, as called, whose solver steps cannot be hooked."""
 
 
 @dataclass
 class SolverStep:
-    """One transition x_t → x_s of the solver, just made.
+    """A completed transition x_t → x_s of the solver.
 
     k       number of the transition, from 0, of `total`
     t       timestep of x
     x       latents before the transition, (N, …)
-    output  what the denoiser said of them, guidance included
-    prev    latents after it (diffusers' prev_sample), what the next step will start from
-    calls   denoiser calls that it took
+    output  output of the denoiser, guidance included
+    prev    latents after it (diffusers' prev_sample), where the next step starts
+    calls   denoiser calls of the transition
     """
 
     k: int
@@ -63,17 +63,17 @@ class SolverStep:
         return predict_x0(self.scheduler, self.output, self.t, self.x, self.index)
 
     def x0(self) -> Tensor:
-        """x̂0, the denoiser's guess of the end from x: fp32, shaped like x. Computed when first asked for."""
+        """Return x̂0, the predicted clean latents: fp32, shaped like x. Computed on the first call."""
         return self._x0
 
     def exact_kernel(self, eta: float) -> Gaussian:
-        """The Gaussian step p(x_s | x_t) with noise η, in fp64: log-ratios are differences of large sums."""
+        """Return the Gaussian step p(x_s | x_t) with noise η in fp64: log-ratios are differences of large sums."""
         levels, dtype = step_levels(self.scheduler, self.t, self.index), widest(self.x.device)
         x0 = predict_x0(self.scheduler, self.output, self.t, self.x, self.index, dtype)
         return gaussian_transition(self.x, x0, *levels, eta)
 
     def kernel(self, eta: float, rows: Tensor | None = None) -> Gaussian:
-        """The Gaussian step p(x_s | x_t) with noise η, of all particles or of those in `rows` (with repeats)."""
+        """Return the Gaussian step p(x_s | x_t) with noise η, of all particles or of `rows` (repeats allowed)."""
         levels = step_levels(self.scheduler, self.t, self.index)
         if has_kernel(self.x, self.output) and not self.scheduler.config.get("thresholding"):
             x, output = (self.x, self.output) if rows is None else (self.x[rows], self.output[rows])
@@ -88,18 +88,17 @@ OnStep = Callable[[SolverStep], StepOverride | None]
 
 @contextmanager
 def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: bool = True) -> Iterator[Any]:
-    """Yields a view of a diffusers pipeline; call it like the pipeline itself.
+    """Yield a view of a diffusers pipeline with step hooks; call it like the pipeline itself.
 
-    After each transition `on_step(event)` is called. It returns None (nothing changes) or
-    `(ancestors, next_latents)`, each or both None: `ancestors` (N,) int64 says which particle each slot
-    goes on from, multistep solver history included; `next_latents` (N, …) are the latents of the slots
-    after that.
+    After each transition `on_step(solver_step)` is called. It returns None (no change) or
+    `(ancestors, next_latents)`, each or both None: `ancestors` (N,) int64 is the particle that each row continues,
+    multistep solver history included; `next_latents` (N, …) replace the latents of the rows after that.
 
-    `rows`: number of particles that the scheduler must see. `grad=False` runs the solver without grad.
-    The pipeline, its scheduler and its configuration stay as they were; several views may run at once.
+    `rows`: number of particles that the scheduler must receive. `grad=False` runs the solver without gradients.
+    The pipeline, its scheduler and its configuration stay unchanged; several views may run at once.
 
-    Raises InputError for a scheduler that is not verified and CannotSteer for a pipeline that edits its
-    latents between the steps, or never steps its own scheduler.
+    Raises InputError for a scheduler that is not verified, and UnsupportedPipelineError for a pipeline that edits its
+    latents between the steps or never steps its own scheduler.
     """
     check_verified(pipe.scheduler)
     tracker = _Tracker(pipe, on_step, rows, grad)
@@ -112,7 +111,7 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
 
 @dataclass
 class _Tracker:
-    """What a view remembers from one scheduler call to the next."""
+    """The state of a view between scheduler calls."""
 
     pipe: Any
     on_step: OnStep
@@ -121,25 +120,25 @@ class _Tracker:
     transitions: int = 0
     total: int = 0
     last: Tensor | None = None
-    event: SolverStep | None = None
+    pending: SolverStep | None = None
     copied: bool = False
 
     def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
-        """One call of the scheduler's step: makes it, reports it once its transition is over, applies the answer."""
+        """Make one scheduler step, report its transition once complete, and apply the override."""
         x, t, output = arguments["sample"], arguments["timestep"], arguments["model_output"]
         self._check(arguments)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             out = tuple(plain_step(scheduler, **arguments, return_dict=False))
         index = (getattr(scheduler, "step_index", None) or 0) - 1
-        if self.event is None:
-            self.event = SolverStep(self.transitions, t, x, scheduler, index, output)
+        if self.pending is None:
+            self.pending = SolverStep(self.transitions, t, x, scheduler, index, output)
         else:
-            self.event.calls += 1
+            self.pending.calls += 1
         if not mid_transition(scheduler):
-            event, self.event, self.transitions = self.event, None, self.transitions + 1
-            self.total = self.total or total_transitions(scheduler, event.t, t)
-            event.prev, event.total = out[0], self.total
-            out = self._apply(self.on_step(event) or (None, None), scheduler, out, x)
+            solver_step, self.pending, self.transitions = self.pending, None, self.transitions + 1
+            self.total = self.total or total_transitions(scheduler, solver_step.t, t)
+            solver_step.prev, solver_step.total = out[0], self.total
+            out = self._apply(self.on_step(solver_step) or (None, None), scheduler, out, x)
         self.last = out[0]
         return out
 
@@ -167,9 +166,9 @@ class _Tracker:
         if next_latents is None:
             return out
         _reset_solver_memory(scheduler)
-        # A denoiser that answers in float32 leaves latents in half precision, and a decoder after them, as they are.
+        # Half-precision latents keep their dtype where the denoiser's output is float32: the decoder expects it.
         latents = next_latents.to(x.dtype if x.dtype in HALF else out[0].dtype)
-        # At the end x̂0 is the latents themselves, and some pipelines decode that output of the step.
+        # After the last step x̂0 is the latents themselves, and some pipelines decode that output of the step.
         return latents, *([latents] if self.transitions == self.total else out[1:2]), *out[2:]
 
     def _check_resampling(self) -> None:
@@ -190,7 +189,7 @@ def _same(x: Tensor, last: Tensor) -> bool:
 
 
 def _reindexed(value: Any, ancestors: Tensor, like: Tensor) -> Any:
-    """Takes the rows `ancestors` of every tensor, alone or in a list, that holds one row per particle."""
+    """Take the rows `ancestors` of every tensor, also in lists, that has one row per particle."""
     if torch.is_tensor(value):
         per_particle = value.dim() == like.dim() and len(value) == len(like)
         return value[ancestors.to(value.device)] if per_particle else value
@@ -200,15 +199,15 @@ def _reindexed(value: Any, ancestors: Tensor, like: Tensor) -> Any:
 
 
 def _reset_solver_memory(scheduler: Scheduler) -> None:
-    """Keeps solvers that go back to latents of an earlier step from passing over new ones."""
+    """Reset solver state that would replace new latents by those of an earlier step."""
     if hasattr(scheduler, "last_sample"):  # the corrector of UniPC and SASolver
         scheduler.last_sample = None
-    if hasattr(scheduler, "order_list"):  # DPMSolverSinglestep, amid its two or three steps from one place
+    if hasattr(scheduler, "order_list"):  # DPMSolverSinglestep, between its two or three steps from one sample
         scheduler.model_outputs = [None] * len(scheduler.model_outputs)
 
 
 def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
-    """A copy of a scheduler, of a subclass of its own class, whose `step` goes through the tracker."""
+    """Copy a scheduler into a subclass of its own class whose `step` goes through the tracker."""
     cls = type(base)
     leaves = [leaf for leaf in tree_leaves(vars(base)) if torch.is_tensor(leaf) and leaf.requires_grad]
     tracked = copy.deepcopy(base, {id(leaf): leaf.detach() for leaf in leaves})
@@ -230,7 +229,7 @@ def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
         return SimpleNamespace(prev_sample=out[0], pred_original_sample=x0, denoised=x0)
 
     def deepcopy(self: Scheduler, memo: dict[int, Any]) -> Scheduler:
-        """A pipeline that copies its scheduler gets a plain one."""
+        """Copy the scheduler without tracking, for pipelines that copy it."""
         tracker.copied = True
         plain = copy.copy(self)
         plain.__class__ = cls
@@ -241,15 +240,15 @@ def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
     return tracked
 
 
-POST_PROCESSORS = ("safety_checker", "watermark")  # what is done to finished images only
-# A fast tokenizer keeps the padding of the present call on itself: threads that share one would pad as others asked.
+POST_PROCESSORS = ("safety_checker", "watermark")  # of finished images only
+# A fast tokenizer stores the padding of the current call: threads that share one would use each other's.
 ENCODING_LOCK = threading.RLock()
 
 
 def without_side_effects(pipe: Any) -> Any:
-    """A copy of a pipeline for many runs of one call: text encoded once, no safety checker, watermark or bar.
+    """Copy a pipeline for many runs within one call: text encoded once; no safety checker, watermark or progress bar.
 
-    A safety checker would blacken images on the way, and none of these takes images with a graph.
+    A safety checker would blacken intermediate images, and none of these supports gradients.
     """
     without_side_effects = cache_text_encoding(pipe)
     vars(without_side_effects).update(dict.fromkeys(POST_PROCESSORS) | {"_progress_bar_config": {"disable": True}})
@@ -257,9 +256,9 @@ def without_side_effects(pipe: Any) -> Any:
 
 
 def cache_text_encoding(pipe: Any) -> Any:
-    """A copy of a pipeline for one call of the user's and what it takes beside: it encodes a text once, without grad.
+    """Copy a pipeline for one user call and its previews: each text is encoded once, without gradients.
 
-    Copies of the copy share what it has encoded.
+    Copies of the copy share the cache.
     """
     once = copy.copy(pipe)
     if hasattr(pipe, "encode_prompt"):
@@ -268,7 +267,7 @@ def cache_text_encoding(pipe: Any) -> Any:
 
 
 def _cached_calls(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, called once for each of its arguments: some pipelines encode a negative prompt apart."""
+    """Cache a function by its arguments: some pipelines encode the negative prompt in a separate call."""
     cache: dict[str, Any] = {}
 
     def cached_call(*args: Any, **kwargs: Any) -> Any:
@@ -282,7 +281,7 @@ def _cached_calls(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def plain_values(value: Any) -> Any:
-    """An argument to be written down: pictures and tensors become a hash of what they hold."""
+    """Convert an argument to plain JSON values; images and tensors become a hash of their content."""
     if value is None or isinstance(value, str | int | float):
         return value
     if isinstance(value, Mapping):
@@ -301,20 +300,26 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 CONTROLNETS = ("controlnet",)
 
 
+def denoising_modules(pipe: Any) -> dict[str, Any]:
+    """Return the denoisers and ControlNets of a pipeline by name."""
+    modules = {name: getattr(pipe, name, None) for name in (*DENOISERS, *CONTROLNETS)}
+    return {name: module for name, module in modules.items() if module is not None}
+
+
 def denoisers_in(pipe: Any) -> list[str]:
-    """Names of the pipeline's denoisers; the first is the one that is trained."""
-    return [name for name in DENOISERS if getattr(pipe, name, None) is not None]
+    """Return the names of the pipeline's denoisers; the first is the one that is trained."""
+    return [name for name in denoising_modules(pipe) if name in DENOISERS]
 
 
 class ModuleProxy:
-    """Passes for a module in everything but what its call returns."""
+    """A proxy of a module that differs only in the result of its call."""
 
     def __init__(self, target: Any, call: Callable[..., Any]) -> None:
         self.__dict__.update(_target=target, _call=call)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        kind: type = self._target.__class__  # of a stand-in for another one: that of the module itself
+        kind: type = self._target.__class__  # a proxy of a proxy reports the class of the module
         return kind
 
     def __getattr__(self, name: str) -> Any:
@@ -325,7 +330,7 @@ class ModuleProxy:
 
 
 class Output(tuple[Tensor, ...]):
-    """What a model returns, for callers that take `[0]` and for those that take `.sample`."""
+    """The output of a model, for callers that take `[0]` and for those that take `.sample`."""
 
     @property
     def sample(self) -> Tensor:
@@ -333,40 +338,46 @@ class Output(tuple[Tensor, ...]):
 
 
 def zero_denoiser(denoiser: Any) -> ModuleProxy:
-    """Passes for a denoiser that predicts nothing: zeros, at no cost."""
+    """Return a proxy of a denoiser that predicts zeros without computing anything."""
     channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
         x: Tensor = args[0] if args else kwargs["sample" if "sample" in kwargs else "hidden_states"]
         if x.dim() > 3:
             return Output([x.new_zeros((len(x), channels or x.shape[1], *x.shape[2:]))])
-        shape = (*x.shape[:-1], channels or x.shape[-1])  # a model of tokens
+        shape = (*x.shape[:-1], channels or x.shape[-1])  # tokens
         return Output([x.new_zeros(shape)])
 
     return ModuleProxy(denoiser, zeros)
 
 
 def zero_controlnet(controlnet: Any) -> ModuleProxy:
-    """Passes for a ControlNet that adds nothing."""
+    """Return a proxy of a ControlNet that adds nothing."""
     return ModuleProxy(controlnet, lambda *args, **kwargs: ([], None))
 
 
 def zero_proxies(pipe: Any) -> dict[str, ModuleProxy]:
-    """For every denoiser and ControlNet of a pipeline, by name, one that says nothing."""
-    proxies: dict[str, ModuleProxy] = {}
-    for zero_proxy, names in ((zero_denoiser, DENOISERS), (zero_controlnet, CONTROLNETS)):
-        proxies |= {name: zero_proxy(getattr(pipe, name)) for name in names if getattr(pipe, name, None) is not None}
-    return proxies
+    """Return a proxy without output for every denoiser and ControlNet of a pipeline, by name."""
+    return {
+        name: zero_controlnet(module) if name in CONTROLNETS else zero_denoiser(module)
+        for name, module in denoising_modules(pipe).items()
+    }
+
+
+def with_modules(pipe: Any, modules: Mapping[str, Any]) -> Any:
+    """Copy a pipeline with some modules replaced. The pipeline itself stays unchanged.
+
+    Offloading hooks are on its own modules, and it restores them itself.
+    """
+    view = copy.copy(pipe)
+    vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
+    return view
 
 
 @contextmanager
 def replace_modules(pipe: Any, modules: Mapping[str, ModuleProxy]) -> Iterator[Any]:
-    """Yields a view of a pipeline with these in place of its own modules; after the block it has those again.
-
-    The pipeline stays as it is. Offloading hooks are on its own modules, and it is the one that puts them back.
-    """
-    view = copy.copy(pipe)
-    vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
+    """Yield a view of a pipeline with some modules replaced; after the block it has its own again."""
+    view = with_modules(pipe, modules)
     try:
         yield view
     finally:
@@ -378,9 +389,9 @@ _MISSING = object()
 
 @contextmanager
 def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """`space[name]` is `value` in the block; after it, whatever ends it, it is what it was, or nothing again.
+    """Set `space[name]` to `value` in the block; afterwards, also on errors, restore or delete it.
 
-    Of an object, `space` is its `vars()`.
+    For an object, `space` is its `vars()`.
     """
     before = space.get(name, _MISSING)
     space[name] = value
@@ -393,22 +404,14 @@ def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
             space[name] = before
 
 
-def denoising_modules(target: Any) -> list[nn.Module]:
-    """The modules that denoise: of a pipeline its denoisers and ControlNets, as far as it has any; a module itself."""
-    if isinstance(target, nn.Module):
-        return [target]
-    proxies = [getattr(target, name, None) for name in (*DENOISERS, *CONTROLNETS)]
-    return [module for module in proxies if isinstance(module, nn.Module)]
-
-
 SAFETY_CHECKER = "safety_checker"
 
 
 class DeferredSafetyChecker:
-    """A pipeline's safety checker whose verdict is kept beside the images.
+    """A pipeline's safety checker that returns its images unchanged and keeps its verdict.
 
-    flags     (N,) bool of the last batch; None before one was checked
-    replaced  (N, 3, H, W) in [0, 1]: what the checker made of that batch
+    flags     (N,) bool of the last batch; None before the first
+    replaced  (N, 3, H, W) in [0, 1]: the checker's output for that batch
     """
 
     def __init__(self, checker: Any) -> None:
@@ -420,7 +423,7 @@ class DeferredSafetyChecker:
         return getattr(self.__dict__["checker"], name)
 
     def __call__(self, images: Any, **kwargs: Any) -> tuple[Any, list[bool]]:
-        """Return the images as they are, and no flag, so that the pipeline treats all of them alike."""
+        """Check the images, keep the verdict, and return the images with no flag set."""
         given = images.clone() if isinstance(images, Tensor) else copy.copy(images)
         replaced, flags = self.checker(images=given, **kwargs)
         self.flags = torch.as_tensor(flags, dtype=torch.bool).flatten().cpu()
@@ -429,7 +432,7 @@ class DeferredSafetyChecker:
 
 
 def with_deferred_checker(pipe: Any) -> tuple[Any, DeferredSafetyChecker | None]:
-    """A copy of a pipeline whose safety checker defers its verdict, and that checker; None where it has none."""
+    """Copy a pipeline with a deferred safety checker; returns the copy and the checker, None where it has none."""
     if getattr(pipe, SAFETY_CHECKER, None) is None:
         return pipe, None
     view, deferred = copy.copy(pipe), DeferredSafetyChecker(getattr(pipe, SAFETY_CHECKER))

@@ -1,4 +1,4 @@
-"""The Gaussian step in one pass over memory, in Triton. Needs triton: import it through `steer.diffusion.kernels`."""
+"""The Gaussian step in one pass over memory, in Triton. Requires triton: import it by `steer.diffusion.kernels`."""
 
 import math
 from collections.abc import Collection
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from steer.diffusion.schedules import LinearStep, Wanted, check_pass
 
-BLOCK = 1024  # elements of a row that one program takes
+BLOCK = 1024  # elements of a row per program
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 HALF_LOG_2PI = tl.constexpr(0.5 * math.log(2 * math.pi))
 
 
-# Steps of plain_pass, in its order, on one block of one row; the sums of the blocks are added after it, in order:
+# The operations of plain_pass, in its order, on one block of one row; the block sums are added afterwards, in order:
 # without atomics the log-prob is the same in every run.
 def _step(
     x: tl.tensor,
@@ -85,7 +85,7 @@ def triton_pass(
     dtype: torch.dtype = torch.float32,
     storage: torch.dtype | None = None,
 ) -> dict[Wanted, Tensor]:
-    """`steer.diffusion.schedules.Pass` as one kernel; x_s itself is handed back where it was given. No gradients.
+    """Evaluate a step (`steer.diffusion.schedules.Pass`) as one kernel; a given x_s is returned as is. No gradients.
 
     Rows that are not contiguous inside, channels-last for one, are copied first.
     """
@@ -121,7 +121,7 @@ def triton_pass(
                 LOG_PROB="log_prob" in want,
                 STORAGE=DTYPES[storage or dtype],
                 BLOCK=BLOCK,
-                enable_fp_fusion=False,  # a product and a sum are rounded each, as in plain_pass
+                enable_fp_fusion=False,  # products and sums are rounded separately, as in plain_pass
             )
     if "log_prob" in want:
         results["log_prob"] = sums.sum(1)
@@ -129,6 +129,6 @@ def triton_pass(
 
 
 def _rows(tensor: Tensor, elements: int) -> Tensor:
-    """(N, elements) whose rows may lie apart, but hold their elements side by side."""
+    """Return (N, elements) with contiguous rows."""
     flat = tensor.reshape(len(tensor), elements)
     return flat if elements == 1 or flat.stride(1) == 1 else flat.contiguous()

@@ -12,23 +12,23 @@ from steer.smc.resampling import Resampler, subsample, systematic
 
 
 def log_mean_exp(log_values: Tensor) -> Tensor:
-    """log of the mean of exp over the last axis: (B, K) → (B,)."""
+    """Return the log of the mean of exp over the last axis: (B, K) → (B,)."""
     return log_values.logsumexp(-1) - torch.tensor(float(log_values.shape[-1])).log()
 
 
 def ess(log_weights: Tensor) -> Tensor:
-    """Effective sample size 1/Σ W² of normalised weights W: (B, K) → (B,), between 1 and K."""
+    """Return the effective sample size 1/Σ W² of normalised weights W: (B, K) → (B,), between 1 and K."""
     return (-(2 * log_weights.log_softmax(-1)).logsumexp(-1)).exp()
 
 
 @dataclass(frozen=True)
 class Particles:
-    """K particles for each of B prompts.
+    """The weights of K particles for each of B prompts, immutable.
 
-    log_weights      (B, K)  gathered since the last resampling
+    log_weights      (B, K)  accumulated since the last resampling
     log_normaliser   (B,)    log Ẑ up to the last resampling
-    log_potentials   (B, K)  Σ_j log G_j along each particle's own path
-    path             rewards and strengths along each particle's own path, J evaluations
+    log_potentials   (B, K)  Σ_j log G_j along each particle's path
+    path             rewards and strengths along each particle's path, J evaluations
     """
 
     log_weights: Tensor
@@ -38,7 +38,7 @@ class Particles:
 
     @classmethod
     def start(cls, groups: int, size: int) -> "Particles":
-        """All weights equal, nothing evaluated."""
+        """Start with equal weights and no evaluation."""
         zeros = torch.zeros(groups, size)
         return cls(zeros, torch.zeros(groups), zeros, PathRewards.empty(groups, size))
 
@@ -49,24 +49,26 @@ class Particles:
 
     @property
     def log_evidence(self) -> Tensor:
-        """log Ẑ of everything so far (B,): the log-normaliser with the weights still carried."""
+        """log Ẑ so far (B,): the log-normaliser and the mean of the weights since."""
         return self.log_normaliser + log_mean_exp(self.log_weights)
 
     def reweight(self, log_g: Tensor) -> "Particles":
-        """Multiplies the weights by a potential: log w += log G."""
+        """Multiply the weights by a potential: log w += log G."""
         return replace(self, log_weights=self.log_weights + log_g, log_potentials=self.log_potentials + log_g)
 
     def correct(self, log_ratio: Tensor) -> "Particles":
-        """Pays for steps drawn from q instead of p: log w += log p − log q (B, K).
+        """Correct the weights for steps drawn from q instead of p: log w += log p − log q (B, K).
 
-        No potential of the reward: it stays out of Σ log G, which the terminal factor takes back.
+        The ratio is no potential: it stays out of Σ log G, which the terminal factor divides out.
         """
         return replace(self, log_weights=self.log_weights + log_ratio)
 
     def resample(self, ancestors: Tensor, groups: Tensor) -> "Particles":
-        """Follows `ancestors` (B, n), n of K, in the groups where `groups` (B,) is true: weights become equal, their
-        mean goes into log Ẑ, and the history of each path goes with its particle. Other groups, whose particles must
-        all be their own ancestors, keep theirs."""
+        """Take the ancestors (B, n), n of K, in the groups where `groups` (B,) is true.
+
+        Weights become equal, their mean is multiplied into Ẑ, and each path follows its particle. The particles of
+        other groups must be their own ancestors; their weights are kept.
+        """
         return Particles(
             log_weights=torch.where(groups[:, None], 0.0, self.log_weights.gather(1, ancestors)),
             log_normaliser=torch.where(groups, self.log_evidence, self.log_normaliser),
@@ -75,18 +77,18 @@ class Particles:
         )
 
 
-UNIFORM_ESS_SHARE = 1 - 1e-6  # weights whose ESS exceeds this share of K count as equal: they are never resampled
+UNIFORM_ESS_SHARE = 1 - 1e-6  # weights with an ESS above this fraction of K count as equal: never resampled
 
 
 @dataclass(frozen=True)
 class FeynmanKac:
-    """Draws from p(x0) exp(λ r(x0)), given the rewards of particles on their way.
+    """Sampling from p(x0) exp(λ r(x0)), given intermediate rewards of the particles.
 
-    lam            λ, the strength at the end
+    lam            λ, the final strength
     potential      path of rewards → log G_j
     resampler      log-weights (B, K) → ancestors (B, K)
-    tempering      where the run stands → λ_j
-    ess_threshold  resample a group when its ESS < threshold · K; 1, and tempering by ESS, at every evaluation
+    tempering      progress of the run → λ_j
+    ess_threshold  resample a group when its ESS < threshold · K; 1, and tempering by ESS: at every evaluation
     """
 
     lam: float = 10.0
@@ -102,7 +104,7 @@ class FeynmanKac:
             raise InputError(f"ess_threshold must be above 0 and at most 1, got {self.ess_threshold}")
 
     def reweight(self, particles: Particles, rewards: Tensor, progress: float) -> Particles:
-        """Multiplies the weights by G_j, from rewards (B, K) of x̂0 after the share `progress` of the run."""
+        """Multiply the weights by G_j, from rewards (B, K) of x̂0 after the fraction `progress` of the run."""
 
         def reweighted(strength: Tensor) -> Particles:
             path = particles.path.append(rewards, strength)
@@ -116,11 +118,13 @@ class FeynmanKac:
     def select(
         self, particles: Particles, generator: Generator, count: int | None = None
     ) -> tuple[Particles, Tensor | None]:
-        """Resamples the groups whose ESS is low, and all of them where only `count` of K particles are to go on: the
-        particles and their ancestors (B, count), None where all stay."""
+        """Resample the groups with low ESS, and every group where only `count` of the K particles remain.
+
+        Returns the particles and their ancestors (B, count); None where no group is resampled.
+        """
         groups, size = particles.log_weights.shape
         count = size if count is None else count
-        # An ESS that is steered to its target never falls below it: carried weights would keep λ_j down for good.
+        # Tempering by ESS keeps the ESS at its target: without resampling the weights would keep λ_j small for good.
         threshold = 1.0 if self.tempering is ess_targeted else self.ess_threshold
         low = (particles.ess < size * min(threshold, UNIFORM_ESS_SHARE)) | torch.tensor(count < size)
         if not low.any():
@@ -132,5 +136,5 @@ class FeynmanKac:
         return particles.resample(ancestors, low), ancestors
 
     def finish(self, particles: Particles, rewards: Tensor) -> Particles:
-        """The terminal factor, log G_end = λ r(x0) − Σ_j log G_j, from the rewards (B, K) of the finished images."""
+        """Multiply by the terminal factor log G_end = λ r(x0) − Σ_j log G_j; rewards (B, K) of the final images."""
         return particles.reweight(self.lam * rewards - particles.log_potentials)

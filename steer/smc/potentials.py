@@ -1,7 +1,7 @@
-"""Potentials G_j of Feynman–Kac steering (arXiv 2501.06848, section 3), and the strength λ_j along the run.
+"""Potentials G_j of Feynman–Kac steering (arXiv 2501.06848, section 3), and tempering of the strength λ_j.
 
-With q_j = λ_j r_j for the rewards r_1 … r_J of a path at its evaluated steps, and q_0 = 0. Whatever the potential,
-the engine ends with log G_end = λ r(x0) − Σ_j log G_j, so that the product over a path is exp(λ r(x0)).
+With q_j = λ_j r_j for the rewards r_1 … r_J of a path at its evaluated steps, and q_0 = 0. For every potential the
+terminal factor is log G_end = λ r(x0) − Σ_j log G_j, so that the product over a path is exp(λ r(x0)).
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PathRewards:
-    """What each particle's path has met: rewards r_j (J, B, K) and strengths λ_j (J, B, 1)."""
+    """Rewards r_j (J, B, K) along each particle's path and strengths λ_j (J, B, 1)."""
 
     rewards: Tensor
     strengths: Tensor
@@ -23,11 +23,11 @@ class PathRewards:
         return cls(torch.zeros(0, groups, size), torch.zeros(0, groups, 1))
 
     def append(self, rewards: Tensor, strength: Tensor) -> "PathRewards":
-        """Adds an evaluation: rewards (B, K), strength (B, 1)."""
+        """Append an evaluation: rewards (B, K), strength (B, 1)."""
         return PathRewards(torch.cat([self.rewards, rewards[None]]), torch.cat([self.strengths, strength[None]]))
 
     def follow(self, ancestors: Tensor) -> "PathRewards":
-        """The paths of the ancestors (B, n), n of K."""
+        """Return the paths of the ancestors (B, n), n of K."""
         every = ancestors.expand(len(self.rewards), *ancestors.shape)
         return PathRewards(self.rewards.gather(2, every), self.strengths)
 
@@ -36,23 +36,23 @@ Potential = Callable[[PathRewards], Tensor]
 
 
 def difference(path: PathRewards) -> Tensor:
-    """log G_j = q_j − q_{j−1}."""
+    """Return log G_j = q_j − q_{j−1}."""
     q = path.strengths * path.rewards
     return q[-1] - q[-2] if len(q) > 1 else q[-1]
 
 
 def maximum(path: PathRewards) -> Tensor:
-    """log G_j = λ_j max_{i≤j} r_i: the maximum starts from the first reward, which may be negative."""
+    """Return log G_j = λ_j max_{i≤j} r_i; the maximum starts at the first reward, which may be negative."""
     return path.strengths[-1] * path.rewards.amax(0)
 
 
 def total(path: PathRewards) -> Tensor:
-    """log G_j = λ_j Σ_{i≤j} r_i."""
+    """Return log G_j = λ_j Σ_{i≤j} r_i."""
     return path.strengths[-1] * path.rewards.sum(0)
 
 
 def now(path: PathRewards) -> Tensor:
-    """log G_j = q_j."""
+    """Return log G_j = q_j."""
     return path.strengths[-1] * path.rewards[-1]
 
 
@@ -61,12 +61,12 @@ POTENTIALS: dict[str, Potential] = {"difference": difference, "max": maximum, "s
 
 @dataclass(frozen=True)
 class TemperingState:
-    """Where the run stands when a strength is chosen.
+    """The state of a run when λ_j is chosen.
 
-    progress   solver steps done, 0..1
-    lam        the strength to end with
+    progress   fraction of solver steps done, 0..1
+    lam        the final strength
     previous   λ_{j−1} (B, 1), zero before the first evaluation
-    ess_at     λ (B, 1) → the ESS as a share of K (B,) that choosing it would leave
+    ess_at     λ (B, 1) → the resulting ESS as a fraction of K (B,)
     """
 
     progress: float
@@ -79,25 +79,25 @@ Tempering = Callable[[TemperingState], Tensor]
 
 
 def constant(state: TemperingState) -> Tensor:
-    """λ_j = λ."""
+    """Return λ_j = λ."""
     return torch.full_like(state.previous, state.lam)
 
 
 def geometric(state: TemperingState) -> Tensor:
-    """λ_j = λ min((1+γ)^i − 1, 1) after i of T steps; γ = 2^(1/T) − 1, so that it reaches λ at the end (after DAS)."""
+    """Return λ_j = λ min((1+γ)^i − 1, 1) after i of T steps; γ = 2^(1/T) − 1, so that λ_T = λ (after DAS)."""
     return torch.full_like(state.previous, state.lam * min(2**state.progress - 1, 1.0))
 
 
 def ess_targeted(state: TemperingState, target: float = 0.5, bisections: int = 40, grid: int = 64) -> Tensor:
-    """The λ_j nearest to λ, from 0 on, that leaves an ESS of at least `target`·K: per group, by a grid and bisection.
+    """Return the λ_j in [0, λ] nearest to λ with an ESS of at least `target`·K, per group, by a grid and bisection.
 
-    It may be below λ_{j−1}, since the terminal factor ends at λ anyway. The ESS need not fall with λ_j: log G_j may
-    also take q_{j−1} back. Where no λ_j leaves so many, the one of the grid that leaves most.
+    λ_j may be below λ_{j−1}, since the terminal factor ends at λ in any case. The ESS need not decrease in λ_j:
+    log G_j may also divide by q_{j−1}. Where no λ_j reaches the target, the grid point with the largest ESS.
     """
     lams = torch.linspace(0, 1, grid + 1)[:, None, None] * state.lam * torch.ones_like(state.previous)
     shares = torch.stack([state.ess_at(lam) for lam in lams])  # (grid + 1, B)
     meets_target = shares >= target
-    last = grid - meets_target.flip(0).float().argmax(0)  # the highest of the grid that leaves enough
+    last = grid - meets_target.flip(0).float().argmax(0)  # the highest grid point that reaches the target
     last = torch.where(meets_target.any(0), last, shares.argmax(0))[None, :, None]
     low, high = (lams.gather(0, place)[0] for place in (last, (last + 1).clamp(max=grid)))
     for _ in range(bisections):

@@ -1,7 +1,7 @@
-"""Resampling schemes: log-weights (B, K) → ancestors (B, K), each row a group of its own.
+"""Resampling schemes: log-weights (B, K) → ancestors (B, K), each row an independent group.
 
-All are unbiased: particle i gets K·w_i offspring on average. Weights of −inf are never drawn. Drawn in
-float64 on the CPU, so that one seed gives one answer on every device.
+All are unbiased: particle i gets K·w_i offspring in expectation. Weights of −inf are never drawn. Drawn in float64 on
+the CPU, so that one seed gives the same ancestors on every device.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Resampler = Callable[[Tensor, Generator], Tensor]
 
 
 def _weights(log_weights: Tensor) -> Tensor:
-    """Normalised weights (B, K), float64. Raises InputError where a group has no weight at all, or NaN."""
+    """Return normalised weights (B, K), float64. Raises InputError where a group has only zero weights, or NaN."""
     weights = log_weights.detach().cpu().double().softmax(-1)
     if not weights.isfinite().all():
         raise InputError("a group of particles has no finite weight: every log-weight is -inf, or one is NaN or +inf")
@@ -27,7 +27,7 @@ def _uniform(shape: tuple[int, ...], generator: Generator) -> Tensor:
 
 
 def _at(positions: Tensor, weights: Tensor) -> Tensor:
-    """The particle at each position in [0, 1) of the cumulative weights."""
+    """Return the particle at each position in [0, 1) of the cumulative weights."""
     cumulative = weights.cumsum(-1)
     cumulative = cumulative / cumulative[..., -1:]
     below_one = torch.tensor(1.0, dtype=torch.float64).nextafter(torch.tensor(0.0, dtype=torch.float64))
@@ -35,32 +35,32 @@ def _at(positions: Tensor, weights: Tensor) -> Tensor:
 
 
 def _copies(counts: Tensor) -> Tensor:
-    """Offspring counts (B, K) → ancestors (B, K)."""
+    """Expand offspring counts (B, K) to ancestors (B, K)."""
     return torch.stack([torch.arange(len(row)).repeat_interleave(row) for row in counts])
 
 
 def systematic(log_weights: Tensor, generator: Generator) -> Tensor:
-    """One uniform per group, a comb of K teeth: each particle gets ⌊K w⌋ or ⌈K w⌉ offspring (Kitagawa 1996)."""
+    """Draw one uniform per group and K evenly spaced positions: ⌊K w⌋ or ⌈K w⌉ offspring each (Kitagawa 1996)."""
     weights = _weights(log_weights)
     groups, size = weights.shape
     return _at((torch.arange(size) + _uniform((groups, 1), generator)) / size, weights)
 
 
 def stratified(log_weights: Tensor, generator: Generator) -> Tensor:
-    """One uniform in each of K equal strata (Kitagawa 1996)."""
+    """Draw one uniform in each of K equal strata (Kitagawa 1996)."""
     weights = _weights(log_weights)
     size = weights.shape[-1]
     return _at((torch.arange(size) + _uniform(tuple(weights.shape), generator)) / size, weights)
 
 
 def multinomial(log_weights: Tensor, generator: Generator) -> Tensor:
-    """K independent draws (Gordon et al. 1993): the most noise of all schemes. Ancestors come sorted."""
+    """Draw K independent ancestors (Gordon et al. 1993): the largest variance of all schemes. Ancestors are sorted."""
     weights = _weights(log_weights)
     return _at(_uniform(tuple(weights.shape), generator).sort(-1).values, weights)
 
 
 def residual(log_weights: Tensor, generator: Generator) -> Tensor:
-    """⌊K w⌋ offspring for certain, the rest drawn from what is left over (Liu and Chen 1998)."""
+    """Give ⌊K w⌋ offspring to each particle and draw the rest from the residual weights (Liu and Chen 1998)."""
     weights = _weights(log_weights)
     groups, size = weights.shape
     certain = (size * weights + 1e-12).floor()
@@ -75,7 +75,7 @@ def residual(log_weights: Tensor, generator: Generator) -> Tensor:
 
 
 def ssp(log_weights: Tensor, generator: Generator) -> Tensor:
-    """Srinivasan sampling process (Gerber, Chopin and Whiteley 2019): ⌊K w⌋ or ⌈K w⌉ offspring."""
+    """Draw by the Srinivasan sampling process (Gerber, Chopin and Whiteley 2019): ⌊K w⌋ or ⌈K w⌉ offspring."""
     weights = _weights(log_weights)
     groups, size = weights.shape
     draws = _uniform((groups, size), generator).tolist()
@@ -83,10 +83,10 @@ def ssp(log_weights: Tensor, generator: Generator) -> Tensor:
 
 
 def subsample(ancestors: Tensor, count: int, generator: Generator) -> Tensor:
-    """`count` of the ancestors (B, K), each with the same chance: every K/count-th, from a random place on.
+    """Draw `count` of the ancestors (B, K), each with equal probability: every K/count-th, from a random offset.
 
-    Unbiased like the scheme that drew them: particle i gets count·w_i offspring on average. Of ancestors in order, as
-    all schemes here give them, those of `systematic` stay systematic where count divides K.
+    Unbiased like the scheme that drew them: particle i gets count·w_i offspring in expectation. Sorted ancestors, as
+    all schemes here return them, of `systematic` remain systematic where count divides K.
     """
     groups, size = ancestors.shape
     places = (torch.arange(count) + _uniform((groups, 1), generator)) * (size / count)
@@ -94,7 +94,7 @@ def subsample(ancestors: Tensor, count: int, generator: Generator) -> Tensor:
 
 
 def _ssp_counts(expected: list[float], draws: list[float]) -> Tensor:
-    """Walks over the particles, moving fractions between two open ones until one of them is whole."""
+    """Visit the particles in order, shifting probability between two fractions until one of them is 0 or 1."""
     counts = [int(e + 1e-12) for e in expected]
     fractions = [max(e - count, 0.0) for e, count in zip(expected, counts, strict=True)]
     i = 0
@@ -110,7 +110,7 @@ def _ssp_counts(expected: list[float], draws: list[float]) -> Tensor:
             i = j
         elif fractions[j] > 1 - 1e-9:
             counts[j], fractions[j] = counts[j] + 1, 0.0
-    if sum(counts) < len(expected):  # the fraction that rounding left open
+    if sum(counts) < len(expected):  # the fraction left over by rounding
         counts[i] += 1
     return torch.tensor(counts)
 

@@ -1,4 +1,4 @@
-"""Several processes that train one model, each with a share of the samples."""
+"""Distributed context: several processes that train one model, each with some of the samples."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,18 +10,18 @@ Item = TypeVar("Item")
 
 
 class DistributedContext(Protocol):
-    """This process, number `index` of `count`; rows and chunks are shared out in the order of these numbers."""
+    """The processes of a run: this one has rank `index` of `count`; rows and chunks are assigned in order of rank."""
 
     index: int
     count: int
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
-        """The items of all processes, in the order of their numbers; they must pickle. All have to call it."""
+        """Gather picklable items of all processes in order of rank. Every process must call it."""
         ...
 
 
 class SingleProcess:
-    """One process."""
+    """The context of a run with one process."""
 
     index, count = 0, 1
 
@@ -33,14 +33,14 @@ SINGLE_PROCESS = SingleProcess()
 
 
 def sum_over_processes(context: DistributedContext, values: Sequence[float]) -> list[float]:
-    """Of each value its sum over all processes, the same to the last bit in all of them."""
+    """Sum each value over all processes; the result is the same to the last bit in all of them."""
     return [sum(column) for column in zip(*context.gather([tuple(values)]), strict=True)]
 
 
 @contextmanager
 def report_lost_process(resume_hint: str) -> Iterator[None]:
-    """Raise InputError where another process has ended before its time; `resume_hint` says how to resume."""
+    """Raise InputError where another process ended prematurely; `resume_hint` is appended to the message."""
     try:
         yield
-    except RuntimeError as error:  # the connection to it is gone
-        raise InputError(f"another process of this run ended before its time{resume_hint}") from error
+    except RuntimeError as error:  # the connection is closed
+        raise InputError(f"another process of this run ended prematurely{resume_hint}") from error

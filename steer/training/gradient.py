@@ -4,14 +4,14 @@ L depends on the weights θ through ℓ = log pθ(x_s | x_t) (B, K, T) alone. By
 
     ∇θ L = Σ_{b,k,t} c_bkt ∇θ ℓ_bkt,   c = ∂L/∂ℓ
 
-so pass 1 takes ℓ without a graph and differentiates L there, and pass 2 goes over the steps one at a time and sends
-back c_t · ℓ_t. Penalties are sums over steps of something that the step's own kernel tells: they join in pass 2.
+so pass 1 computes ℓ without a graph and differentiates L with respect to it, and pass 2 visits the steps one at a time
+and backpropagates c_t · ℓ_t. Penalties are sums over steps of functions of the step's own kernel: pass 2 adds them.
 
-Where a loss compares the samples of a prompt step by step, c_t follows from their ℓ_t alone: pass 2 finds both, and
-there is no pass 1.
+Where a loss compares the samples of a prompt step by step, c_t depends on their ℓ_t alone: pass 2 computes both, and
+pass 1 is skipped.
 
-Of several processes each has some of the prompts. ℓ of all is small: it is gathered, so that every process knows the
-whole L and its c, whatever the loss compares; in pass 2 each sends back its own rows.
+With several processes each has some of the prompts. ℓ of all is small: it is gathered, so that every process computes
+the whole L and its c; in pass 2 each backpropagates its own rows.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,10 +34,10 @@ from steer.training.rollout import Sampler, Trajectories, log_probs
 
 @dataclass(frozen=True)
 class Reference:
-    """What the reference policy says of S chosen steps.
+    """Log-probabilities and means of the reference policy at S chosen steps.
 
-    residuals   (μ_ref − x_s)/τ (N, S, …), kept where a penalty needs them: standard normal numbers, which lose less to
-                a short dtype than means do
+    residuals   (μ_ref − x_s)/τ (N, S, …), where a penalty needs them: standard normal numbers, which lose less to a
+                short dtype than means do
     deviations  τ (S,)
     log_probs   (N, S) fp64, nats
     """
@@ -47,19 +47,20 @@ class Reference:
     log_probs: Tensor
 
     def at(self, numbers: Collection[int]) -> "Reference":
-        """Of some rows."""
-        some = list(numbers)
-        return replace(self, residuals=_rows(self.residuals, some), log_probs=self.log_probs[some])
+        """Select rows."""
+        rows = list(numbers)
+        residuals = None if self.residuals is None else self.residuals[rows]
+        return replace(self, residuals=residuals, log_probs=self.log_probs[rows])
 
     @staticmethod
     def concatenate(components: Sequence["Reference"]) -> "Reference":
-        """Of all their rows; they have the same steps."""
+        """Concatenate the rows of references with the same steps."""
         kept = [part.residuals for part in components if part.residuals is not None]
         log_probs = torch.cat([part.log_probs for part in components])
         return replace(components[0], residuals=torch.cat(kept) if kept else None, log_probs=log_probs)
 
     def kernel(self, column: int, x_s: Tensor) -> Gaussian | None:
-        """Its p(· | x_t) at one of those steps, which led to x_s; None where no residuals are kept."""
+        """Return p_ref(· | x_t) at a chosen step that led to x_s; None without residuals."""
         if self.residuals is None:
             return None
         dtype = widest(x_s.device)
@@ -67,16 +68,12 @@ class Reference:
         return Gaussian(x_s.to(dtype) + std * self.residuals[:, column].to(x_s.device, dtype), std)
 
 
-def _rows(tensor: Tensor | None, some: Sequence[int]) -> Tensor | None:
-    return None if tensor is None else tensor[some]
-
-
 def reference_of(
     sampler: Sampler, stored: Trajectories, steps: Sequence[int], dtype: torch.dtype | None = torch.float32
 ) -> Reference:
-    """Evaluate the present weights, which are those of the reference where this is called.
+    """Evaluate the current weights as the reference.
 
-    dtype  of the residuals; None where no penalty needs them. bfloat16 ones are kept in float16, of the same size
+    dtype  of the residuals; None where no penalty needs them. bfloat16 is stored as float16, of the same size
     """
     dtype = torch.float16 if dtype == torch.bfloat16 else dtype
     log_probs, deviations, residuals = [], [], []
@@ -96,9 +93,9 @@ def reference_of(
 class Batch:
     """B prompts × K samples, prompt after prompt, in chunks of rows that go through the denoiser together.
 
-    chunks, references  of several processes, those of this one's prompts
-    steps    the stochastic steps to learn from, ascending: S of those in the window
-    window   how many of the T stochastic steps are in the window, the first ones; None: all
+    chunks, references  of this process's prompts
+    steps    the stochastic steps of the gradient, ascending: S of those in the window
+    window   number of the T stochastic steps in the window, the first ones; None: all
     rewards  (B, K), or (B, K, M) where a loss takes several; of all processes
     """
 
@@ -110,34 +107,34 @@ class Batch:
 
     @property
     def counted(self) -> int:
-        """How many steps a sum over a trajectory has."""
+        """Number of steps in a sum over a trajectory."""
         return self.window or self.chunks[0].log_probs.shape[1]
 
     def matrix(self, values: Sequence[Tensor], context: DistributedContext = SINGLE_PROCESS) -> Tensor:
-        """(N, S) of each chunk, of all processes, as one (B, K, S)."""
+        """Gather (N, S) of each chunk from all processes as one (B, K, S)."""
         return torch.cat(context.gather(values)).view(*self.rewards.shape[:2], len(self.steps))
 
     def local_rows(self, matrix: Tensor, context: DistributedContext = SINGLE_PROCESS) -> Sequence[Tensor]:
-        """(n, S) of each of this process's chunks, views of the (B, K, S) of all."""
+        """Return (n, S) of each of this process's chunks, views of the gathered (B, K, S)."""
         return (
             matrix.flatten(0, 1).chunk(context.count)[context.index].split([len(chunk.rows) for chunk in self.chunks])
         )
 
 
 class Coefficients(Protocol):
-    """c of the chunks of this process."""
+    """The coefficients c of the chunks of this process."""
 
     def __call__(self, chunk: int, column: int, log_prob: Tensor) -> Tensor:
-        """c (n,) of one step of a chunk, whose ℓ (n,) is known by now."""
+        """Return c (n,) of one step of a chunk, given its ℓ (n,)."""
         ...
 
     def loss(self) -> tuple[float, Metrics]:
-        """L and its metrics, once all steps are known."""
+        """Return L and its metrics, after all steps."""
         ...
 
 
 class FullCoefficients:
-    """∂L/∂ℓ where all of ℓ is known."""
+    """∂L/∂ℓ where all of ℓ is known beforehand."""
 
     def __init__(self, policy_log_probs: LogProbs, loss: Loss, batch: Batch, context: DistributedContext) -> None:
         leaf = policy_log_probs.new.clone().requires_grad_(True)
@@ -153,7 +150,7 @@ class FullCoefficients:
 
 
 class StepwiseCoefficients:
-    """∂L/∂ℓ of a loss in which a step of a prompt's samples meets nothing else: the others may stand as they were."""
+    """∂L/∂ℓ of a stepwise loss: a step depends on no other one, whose ℓ may stay at their old values."""
 
     def __init__(self, policy_log_probs: LogProbs, loss: Loss, batch: Batch, context: DistributedContext) -> None:
         self._policy_log_probs, self._loss, self._batch, self._context = policy_log_probs, loss, batch, context
@@ -179,7 +176,7 @@ Backward = Callable[[Tensor], None]
 
 
 class Penalty(Protocol):
-    """(pθ, p_ref) of one step → (N,), and a name to be told by."""
+    """A penalty (pθ, p_ref) of one step → (N,); its name is that of its metric."""
 
     __name__: str
 
@@ -187,7 +184,7 @@ class Penalty(Protocol):
 
 
 class GradientOptions(TypedDict):
-    """How a run asks for a gradient; see `two_pass_gradient`."""
+    """Options of a gradient; see `two_pass_gradient`."""
 
     penalties: Mapping[Penalty, float]
     on_policy: bool
@@ -209,17 +206,17 @@ def two_pass_gradient(
     before_last: Callable[[], None] = lambda: None,
     context: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[float, Metrics]:
-    """Adds ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
+    """Add ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
     Returns L, and its metrics with `kl`, the mean KL(pθ ‖ p_ref) of a trajectory's steps in the window, in nats, and
     the penalties'.
 
     penalties    with their weights w_p; where S < T their sum is scaled up
-    on_policy    the weights are those that drew the batch: pass 1 is not needed
-    backward     what is called on each step's scalar (a scaler may come between)
-    on_chunk  called before each chunk of rows
-    before_last  called before the denoiser call whose backward is the last: then the processes' sums may be exchanged
-    context         each process adds its own share, `count` times: the mean over processes is the gradient
+    on_policy    the weights are those that drew the batch: pass 1 is skipped
+    backward     called with each step's scalar (for a gradient scaler)
+    on_chunk     called before each chunk of rows
+    before_last  called before the denoiser call of the last backward: from then on gradients may be synchronised
+    context      each process adds `count` times its own part: the mean over processes is the gradient
     """
     old = batch.matrix([chunk.log_probs[:, list(batch.steps)] for chunk in batch.chunks], context)
     reference = batch.matrix([chunk_reference.log_probs for chunk_reference in batch.references], context)
@@ -239,13 +236,13 @@ def two_pass_gradient(
 
 
 def _step_by_step(loss: Loss, batch: Batch, context: DistributedContext) -> bool:
-    """Whether c of a step follows from its own ℓ, and the samples of a prompt are in one chunk, in every process."""
+    """Return whether the loss is stepwise and every chunk has all samples of its prompts, in every process."""
     whole = all(len(chunk.rows) % batch.rewards.shape[1] == 0 for chunk in batch.chunks)
     return bool(getattr(loss, "stepwise", False)) and all(context.gather([whole]))
 
 
 def _pass_one(sampler: Sampler, batch: Batch, on_chunk: Callable[[], None]) -> list[Tensor]:
-    """log pθ(x_s | x_t) (N, S) of each chunk, without a graph."""
+    """Compute log pθ(x_s | x_t) (N, S) of each chunk, without a graph."""
     steps, totals = list(batch.steps), []
     for chunk in batch.chunks:
         on_chunk()
@@ -262,7 +259,7 @@ def _pass_two(
     on_chunk: Callable[[], None],
     context: DistributedContext,
 ) -> dict[Penalty, float]:
-    """Sends back c_t · ℓ_t and the penalties, step by step; returns these, without their weights."""
+    """Backpropagate c_t · ℓ_t and the penalties, step by step; returns the unweighted penalties."""
     steps, totals = list(batch.steps), dict.fromkeys(weights, 0.0)
     per_sample = batch.counted / len(steps) / batch.rewards.shape[:2].numel()
     for number, (chunk, chunk_reference) in enumerate(zip(batch.chunks, batch.references, strict=True)):
@@ -286,19 +283,20 @@ def _pass_two(
 
 
 def divergence(penalty: Penalty, p: Gaussian, x_s: Tensor, reference: Reference, column: int) -> Tensor:
-    """The penalty (N,) of one step, from the means; without those of the reference, log pθ/p_ref of x_s for the KL.
+    """Return the penalty (N,) of one step from the means; without the reference's, an estimate of the KL.
 
-    That one has the KL as its mean where pθ drew x_s. Raises InputError for any other penalty.
+    The estimate, log pθ(x_s)/p_ref(x_s), has the KL as its mean where pθ drew x_s. Raises InputError for any other
+    penalty.
     """
     if (other := reference.kernel(column, x_s)) is not None:
         return penalty(p, other)
     if penalty is not kl:
-        raise InputError(f"{penalty.__name__} needs the means of the reference: keep its residuals")
+        raise InputError(f"{penalty.__name__} needs the means of the reference: store its residuals")
     return (p.log_prob(x_s) - reference.log_probs[:, column].to(p.mean.device)).detach()
 
 
 def counted(backward: Backward, times: int, before_last: Callable[[], None]) -> Backward:
-    """`backward`, to be called so many times; once all but one are done, it calls `before_last`."""
+    """Wrap `backward`, to be called `times` times, to call `before_last` before the last call."""
     left = times
 
     def call(scalar: Tensor) -> None:
@@ -326,16 +324,16 @@ def reward_gradient(
     before_last: Callable[[], None] = lambda: None,
     context: DistributedContext = SINGLE_PROCESS,
 ) -> tuple[float, Metrics]:
-    """Adds ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
+    """Add ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
-    The sums go over the batch's steps, at their stored x_t: a penalty is about where the policy is, not about how it
-    came there. Returns −mean reward, and the penalties of these steps with `kl`, in nats. The graph holds k denoiser
-    calls and the decoder. The options are those of `steer.training.gradient.two_pass_gradient`.
+    The sums go over the batch's steps, at their stored x_t: a penalty depends on the policy there, not on the path to
+    it. Returns −mean reward, and the penalties of these steps with `kl`, in nats. The graph holds k denoiser calls and
+    the decoder. The options are those of `two_pass_gradient`.
 
-    Raises InputError where the weights are not those that drew the batch any more.
+    Raises InputError where the weights are no longer those that drew the batch.
     """
     if not on_policy:
-        raise InputError("reward backpropagation learns from samples of the present weights alone: draw a new round")
+        raise InputError("reward backpropagation needs samples of the current weights: draw new ones")
     count, steps = sum(len(chunk.rows) for chunk in batch.chunks), list(batch.steps)  # of each process
     weights: dict[Penalty, float] = {kl: 0.0, **penalties}
     value, totals = 0.0, dict.fromkeys(weights, 0.0)

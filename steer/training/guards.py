@@ -1,4 +1,4 @@
-"""Guards against a reward optimised until it means nothing: penalties, budgets, a watch over held-out rewards."""
+"""Guards against reward over-optimisation: penalties, KL control, early stopping, checks before the first update."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -12,27 +12,27 @@ from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
 from steer.training.rollout import Sampler, Trajectories, log_probs
 
-LARGEST_EXPONENT = 10.0  # of the χ² penalty, which is linear beyond: its exponential would overflow
+LARGEST_EXPONENT = 10.0  # the χ² penalty is linear beyond: its exponential would overflow
 RATIO_TOLERANCE = {
     torch.float64: 1e-4,
     torch.float32: 1e-4,
     torch.float16: 1e-2,
     torch.bfloat16: 1e-2,
 }  # |ratio − 1| of a replay
-TOLERANCE_ELEMENTS = 16384  # elements of a sample up to which SAME holds; rounding grows with the root of their number
-PERTURBATION, ROUNDING = 1e-4, 0.1  # of one entry of the weights; the share of its effect that may be rounding
+TOLERANCE_ELEMENTS = 16384  # elements of a sample up to which it holds; rounding grows with the root of their number
+PERTURBATION, ROUNDING = 1e-4, 0.1  # of one entry of the weights; allowed fraction of rounding in its effect
 
 
 def kl(p: Gaussian, reference: Gaussian) -> Tensor:
-    """KL(pθ ‖ p_ref) of one step in nats (N,): ‖μθ − μ_ref‖² / 2τ²."""
+    """Return KL(pθ ‖ p_ref) of one step in nats (N,): ‖μθ − μ_ref‖² / 2τ²."""
     return p.kl(reference)
 
 
 def chi_square(p: Gaussian, reference: Gaussian) -> Tensor:
-    """χ²(pθ ‖ p_ref) of one step (N,): e^u − 1 with u = ‖μθ − μ_ref‖²/τ² (after arXiv 2403.03185); it has no unit.
+    """Return χ²(pθ ‖ p_ref) of one step (N,): e^u − 1 with u = ‖μθ − μ_ref‖²/τ² (after arXiv 2403.03185), without unit.
 
-    It punishes few large deviations more than many small ones, as a hacked reward makes them. From u = 10 on it is
-    continued by its tangent, e¹⁰ (u − 9) − 1, so that neither value nor gradient jumps.
+    It penalises few large deviations, as reward hacking makes them, more than many small ones. Beyond u = 10 it is
+    continued by its tangent, e¹⁰ (u − 9) − 1, so that value and gradient are continuous.
     """
     exponent = 2 * p.kl(reference)
     below = exponent.clamp(max=LARGEST_EXPONENT)
@@ -41,11 +41,11 @@ def chi_square(p: Gaussian, reference: Gaussian) -> Tensor:
 
 @dataclass(frozen=True)
 class KLControl:
-    """How much KL costs, and how much there may be. KL is in nats, summed over the elements and steps of a trajectory.
+    """Weight and budget of the KL penalty. KL is in nats, summed over the elements and steps of a trajectory.
 
     weight  β of the penalty, per nat
-    target  KL in nats that β is moved to: log β ← log β + rate · clip(log(KL/target), ± log 100). (The controller of
-            arXiv 1909.08593, sec. 2.2, moves β by 2 % an update: a start that is 10⁴ off takes it 460.)
+    target  KL in nats that β is adapted to: log β ← log β + rate · clip(log(KL/target), ± log 100). (The controller of
+            arXiv 1909.08593, sec. 2.2, moves β by 2 % per update: an initial β that is 10⁴ off takes it 460.)
     budget  KL in nats at which training stops
     """
 
@@ -61,26 +61,26 @@ class KLControl:
             if value is not None and not value > 0:
                 raise InputError(f"{name} must be above 0 nats, got {value}")
         if self.target is not None and self.weight == 0:
-            raise InputError("kl_target moves kl_weight, which is 0: give it a start above 0")
+            raise InputError("kl_target adapts kl_weight, which is 0: set a kl_weight above 0")
 
     def after(self, measured: float) -> "KLControl":
-        """The control for the next update, where this one's KL was `measured`."""
-        if self.target is None or not measured > 0:  # before the first step there is none, and nothing to learn from it
+        """Return the control for the next update, given the `measured` KL of this one."""
+        if self.target is None or not measured > 0:  # the KL is 0 before the first step
             return self
         ratio = min(max(measured / self.target, 0.01), 100.0)
         return replace(self, weight=self.weight * ratio**self.rate)
 
     def is_exhausted(self, measured: float) -> bool:
-        """Whether the budget is used up."""
+        """Return whether the budget is exhausted."""
         return self.budget is not None and measured >= self.budget
 
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """Compares the trained reward with a held-out one, evaluation by evaluation.
+    """Early stopping by a held-out reward.
 
-    patience  evaluations in a row, since the best held-out one, with a better trained reward and a worse held-out
-              one, that end the training; 0: never
+    patience  evaluations in a row, since the best held-out one, with a better trained and a worse held-out reward,
+              that end the training; 0: never
     """
 
     patience: int = 0
@@ -89,38 +89,40 @@ class EarlyStopping:
     num_overoptimized: int = 0
 
     def after(self, step: int, proxy: float, held_out: float) -> "EarlyStopping":
-        """The watch after one more evaluation."""
+        """Return the state after one more evaluation."""
         if self.best_step is None or held_out > self.best[1]:
             return replace(self, best_step=step, best=(proxy, held_out), num_overoptimized=0)
         num_overoptimized = proxy > self.best[0] and held_out < self.best[1]
         return replace(self, num_overoptimized=self.num_overoptimized + 1 if num_overoptimized else 0)
 
     def stop(self) -> bool:
-        """Whether the trained reward has been rising alone for too long."""
+        """Return whether only the trained reward has been rising for `patience` evaluations."""
         return self.patience > 0 and self.num_overoptimized >= self.patience
 
     def state(self) -> dict[str, Any]:
-        """As plain values."""
-        return {"best_step": self.best_step, "best": list(self.best), "fooled": self.num_overoptimized}
+        """Return the state as plain values."""
+        return {"best_step": self.best_step, "best": list(self.best), "num_overoptimized": self.num_overoptimized}
 
     def load_state(self, state: Mapping[str, Any]) -> "EarlyStopping":
-        """The watch with what `state` told."""
-        return replace(self, best_step=state["best_step"], best=tuple(state["best"]), num_overoptimized=state["fooled"])
+        """Restore from `state`."""
+        return replace(
+            self, best_step=state["best_step"], best=tuple(state["best"]), num_overoptimized=state["num_overoptimized"]
+        )
 
 
 def check_replay(sampler: Sampler, trajectories: Trajectories, dtype: torch.dtype) -> float:
-    """Largest |ratio − 1| of any step between a rollout's own log-probs and its replay by the same weights.
+    """Return the largest |ratio − 1| of any step between a rollout's log-probs and its replay by the same weights.
 
-    Raises InputError where it is above what rounding explains: every ratio of the training would be wrong.
+    Raises InputError where rounding does not explain it: every ratio of the training would be wrong.
     """
     difference = (log_probs(sampler, trajectories) - trajectories.log_probs).abs().max().item()
     measured = torch.expm1(torch.tensor(difference)).item()
     allowed = RATIO_TOLERANCE[dtype] * max(1.0, math.sqrt(trajectories.elements / TOLERANCE_ELEMENTS))
     if not measured <= allowed:
         raise InputError(
-            f"a replay of the first samples gives other log-probabilities (ratio off by {measured:.2g}, at most "
-            f"{allowed:.3g} in {str(dtype).removeprefix('torch.')}): the pipeline draws random numbers or edits its "
-            "latents beside the solver, or dropout is on"
+            f"a replay of the first samples has other log-probabilities (ratio off by {measured:.2g}, at most "
+            f"{allowed:.3g} in {str(dtype).removeprefix('torch.')}): the pipeline draws random numbers or modifies its "
+            "latents outside the solver, or dropout is on"
         )
     return measured
 
@@ -132,11 +134,11 @@ def check_rounding(
     trajectories: Trajectories,
     steps: Collection[int],
 ) -> float:
-    """Share of rounding in the change of a rollout's log-probs by 10⁻⁴ more in one entry of the weights.
+    """Return the fraction of rounding in the change of a rollout's log-probs by 10⁻⁴ more in one entry of the weights.
 
     exact  evaluates the same denoiser in float32
 
-    Raises InputError where it is above a tenth: a training would learn from rounding.
+    Raises InputError where it is above a tenth: a training would learn from rounding errors.
     """
     some, named_b = (
         trajectories.at(range(min(2, len(trajectories.rows)))),
@@ -160,7 +162,7 @@ def check_rounding(
 
 
 def _change(sampler: Sampler, parameter: Tensor, trajectories: Trajectories, steps: Collection[int]) -> Tensor:
-    """What 10⁻⁴ more in the first entry of a parameter adds to log-probs (N, T)."""
+    """Return the change of log-probs (N, T) by 10⁻⁴ more in the first entry of a parameter."""
     columns, local = list(steps), parameter.to_local() if hasattr(parameter, "to_local") else parameter
     before, entry = log_probs(sampler, trajectories, columns), local.detach().view(-1)[:1]
     kept = entry.clone()
@@ -172,10 +174,10 @@ def _change(sampler: Sampler, parameter: Tensor, trajectories: Trajectories, ste
 
 
 def check_spread(rewards: Tensor, name: str) -> None:
-    """Raises InputError where the samples (B, K) of every prompt have one reward: there is nothing to prefer."""
+    """Raise InputError where the samples (B, K) of every prompt have equal rewards: there is nothing to prefer."""
     if rewards.shape[1] > 1 and (rewards == rewards[:, :1]).all():
         raise InputError(
             f"reward {name!r} gave all {rewards.shape[1]} samples of every prompt the same score "
-            f"({rewards[0, 0].item():g} for the first): there is nothing to learn from. Use a finer reward, more "
-            "num_generations, or prompts that it tells apart"
+            f"({rewards[0, 0].item():g} for the first prompt): there is nothing to learn. Use a finer reward, more "
+            "num_generations, or prompts that it distinguishes"
         )

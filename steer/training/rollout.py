@@ -1,7 +1,7 @@
 """Rollouts of a diffusers pipeline: drawn step by step from Gaussian kernels, stored, and replayed with gradients.
 
-Every step is p(x_s | x_t) of `steer.diffusion.schedules` with one η; a replay puts the stored x_s in place of the
-solver's, so that each step can be differentiated, and forgotten, by itself.
+Every step is p(x_s | x_t) of `steer.diffusion.schedules` with one η; a replay forces the stored x_s, so that each step
+can be differentiated, and freed, by itself.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,15 +21,12 @@ from steer.diffusion.preview import filter_call_kwargs, first_output
 from steer.diffusion.schedules import Gaussian, can_resample_noise
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import (
-    CONTROLNETS,
-    DENOISERS,
     ModuleProxy,
     SolverStep,
     denoisers_in,
     hook_steps,
     without_side_effects,
-    zero_controlnet,
-    zero_denoiser,
+    zero_proxies,
 )
 from steer.errors import InputError
 
@@ -38,7 +35,7 @@ ReplayCallback = Callable[[int, Gaussian, Tensor], None]
 
 @dataclass(frozen=True)
 class Rows:
-    """What N trajectories follow from: a prompt, a seed of x_T and a seed of the noise on the way for each."""
+    """The prompt, the seed of x_T and the seed of the noise of each of N trajectories."""
 
     prompts: tuple[str, ...]
     starts: tuple[int, ...]
@@ -48,12 +45,12 @@ class Rows:
         return len(self.prompts)
 
     def split(self, size: int) -> list["Rows"]:
-        """Runs of at most `size` rows, in order."""
+        """Split into consecutive blocks of at most `size` rows."""
         numbers = range(len(self))
         return [self.at(numbers[first : first + size]) for first in numbers[::size]]
 
     def at(self, numbers: Collection[int]) -> "Rows":
-        """Some of them."""
+        """Select rows."""
         return Rows(*(tuple(column[number] for number in numbers) for column in vars(self).values()))
 
 
@@ -62,7 +59,7 @@ class Trajectories:
     """N rollouts, on the CPU.
 
     latents    (N, S, …) after each of the S transitions, in the storage dtype
-    stochastic the T transitions of them that have a density (τ > 0)
+    stochastic the T transitions that have a density (τ > 0)
     log_probs  (N, T) fp64, nats: log p(x_s | x_t) of the policy that drew them
     """
 
@@ -77,31 +74,29 @@ class Trajectories:
         return self.latents[0, 0].numel()
 
     def at(self, numbers: Collection[int]) -> "Trajectories":
-        """Some rows of them."""
+        """Select rows."""
         some = list(numbers)
         return replace(self, rows=self.rows.at(some), latents=self.latents[some], log_probs=self.log_probs[some])
 
     @staticmethod
     def concatenate(components: Sequence["Trajectories"]) -> "Trajectories":
-        """All their rows; they have the same steps."""
+        """Concatenate the rows of trajectories with the same steps."""
         columns = zip(*(vars(part.rows).values() for part in components), strict=True)
         rows = Rows(*(tuple(chain.from_iterable(column)) for column in columns))
-        latents, step_log_probs = (
-            torch.cat([part.latents for part in components]),
-            torch.cat([part.log_probs for part in components]),
-        )
+        latents = torch.cat([part.latents for part in components])
+        step_log_probs = torch.cat([part.log_probs for part in components])
         return replace(components[0], rows=rows, latents=latents, log_probs=step_log_probs)
 
 
 class Sampler:
-    """Draws and replays trajectories of a pipeline, whose weights it reads and never copies; text is encoded once.
+    """A sampler of trajectories of a pipeline, on its own weights; each text is encoded once.
 
-    call     arguments of the pipeline's own call, for every row the same; prompts and random numbers come with the rows
-    eta      η of every step, above 0 and at most 1
-    storage  dtype in which latents are kept
-    prepared the trained denoiser as accelerate wraps it, to be called in place of the pipeline's own
-    precision  in which the denoiser is evaluated: float32, whatever its weights and autocast are, since log-ratios of
-               half precision are rounding; or that of the model
+    call       arguments of the pipeline's own call, equal for all rows; prompts and seeds come with the rows
+    eta        η of every step, above 0 and at most 1
+    storage    dtype of stored latents
+    prepared   the trained denoiser as prepared by accelerate, called in place of the pipeline's own
+    precision  of the denoiser: float32, whatever its weights and autocast are, since log-ratios in half precision are
+               mostly rounding; or that of the model
     autocast   whether `prepared` enters an autocast to half precision
 
     Raises InputError for a scheduler without a Gaussian kernel.
@@ -136,46 +131,46 @@ class Sampler:
         vars(self._pipe).update(self._gate.around(pipe, prepared))
 
     def rollout(self, rows: Rows) -> tuple[Trajectories, Tensor]:
-        """Draws the rows as one batch; also their finished images (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
+        """Draw the rows as one batch; also returns their images (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
 
-        x_s is rounded through model and storage dtype before its density is taken, so that a replay finds the same.
+        x_s is rounded through model and storage dtype before its density is evaluated, so that a replay reproduces it.
         """
         latents, log_probs, stochastic = [], [], []
 
-        def draw(event: SolverStep) -> tuple[None, Tensor] | None:
-            kernel, dtype = event.exact_kernel(self.eta), _latent_dtype(event)
-            x_s = event.prev.to(dtype)
+        def draw(solver_step: SolverStep) -> tuple[None, Tensor] | None:
+            kernel, dtype = solver_step.exact_kernel(self.eta), _latent_dtype(solver_step)
+            x_s = solver_step.prev.to(dtype)
             if noisy := bool(kernel.std > 0):
-                stochastic.append(event.k)
-                x_s, step_log_probs = kernel.draw(self._noise(rows, event.k, event.x), dtype, self.storage)
+                stochastic.append(solver_step.k)
+                x_s, step_log_probs = kernel.draw(self._noise(rows, solver_step.k, solver_step.x), dtype, self.storage)
                 log_probs.append(step_log_probs.cpu())
             latents.append(x_s.to(self.storage).cpu())
-            return (None, x_s) if noisy or dtype != event.prev.dtype else None
+            return (None, x_s) if noisy or dtype != solver_step.prev.dtype else None
 
         with torch.no_grad():
             images = self._run(rows, draw, "pt")
         if not stochastic:
-            raise InputError("no step of this run has noise: there is nothing to learn from. Use more steps")
+            raise InputError("no step of this run has noise: there is nothing to learn. Use more steps")
         trajectories = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
         return trajectories, images.float().clamp(0, 1)
 
     def replay(
         self, stored: Trajectories, at: ReplayCallback, only: Collection[int] | None = None, grad: bool = False
     ) -> None:
-        """Calls `at(t, kernel, x_s)` for each stochastic step t = 0 … T − 1: p(· | x_t) by today's weights, and x_s.
+        """Call `at(t, kernel, x_s)` for each stochastic step t = 0 … T − 1: p(· | x_t) by the current weights, and x_s.
 
-        The kernel's mean (N, …) has a graph where `grad` is on; what of it is not kept is freed before the next step.
+        With `grad` the kernel's mean (N, …) has a graph; what the callback does not keep is freed before the next step.
 
         only  of these steps t; for others the denoiser is not called
         """
         wanted = {k: t for t, k in enumerate(stored.stochastic) if only is None or t in only}
 
-        def force(event: SolverStep) -> tuple[None, Tensor]:
-            x_s = stored.latents[:, event.k].to(event.prev.device, _latent_dtype(event))
-            if event.k in wanted:
-                with self._precision_context():  # a backward pass in it may evaluate blocks of the denoiser again
-                    at(wanted[event.k], event.exact_kernel(self.eta), x_s)
-            self._gate.open = event.k + 1 in wanted
+        def force(solver_step: SolverStep) -> tuple[None, Tensor]:
+            x_s = stored.latents[:, solver_step.k].to(solver_step.prev.device, _latent_dtype(solver_step))
+            if solver_step.k in wanted:
+                with self._precision_context():  # a backward pass in it may recompute blocks of the denoiser
+                    at(wanted[solver_step.k], solver_step.exact_kernel(self.eta), x_s)
+            self._gate.open = solver_step.k + 1 in wanted
             return None, x_s
 
         self._gate.open = 0 in wanted
@@ -186,23 +181,22 @@ class Sampler:
             self._gate.open = True
 
     def finish(self, stored: Trajectories, last: int) -> Tensor:
-        """Runs the last `last` solver steps anew by today's weights, with the same noise, and keeps the graph.
+        """Resample the last `last` solver steps by the current weights, with the stored noise, and keep the graph.
 
-        There is no density in it: the denoiser is evaluated in the precision of the model.
-
-        The run begins at the stored latents before them; the denoiser is not called for earlier steps. Returns images
-        (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
+        No density is computed: the denoiser is evaluated in the precision of the model. The run starts at the stored
+        latents before these steps; the denoiser is not called for earlier ones. Returns images (N, 3, H, W), of videos
+        (N, F, 3, H, W), in [0, 1].
         """
         first = stored.latents.shape[1] - last
 
-        def resample_tail(event: SolverStep) -> tuple[None, Tensor]:
-            self._gate.open = event.k + 1 >= first
-            if event.k < first:
-                return None, stored.latents[:, event.k].to(event.prev)
-            kernel = event.kernel(self.eta)
-            if event.k not in stored.stochastic:
+        def resample_tail(solver_step: SolverStep) -> tuple[None, Tensor]:
+            self._gate.open = solver_step.k + 1 >= first
+            if solver_step.k < first:
+                return None, stored.latents[:, solver_step.k].to(solver_step.prev)
+            kernel = solver_step.kernel(self.eta)
+            if solver_step.k not in stored.stochastic:
                 return None, kernel.mean
-            return None, kernel.mean + kernel.std * self._noise(stored.rows, event.k, kernel.mean)
+            return None, kernel.mean + kernel.std * self._noise(stored.rows, solver_step.k, kernel.mean)
 
         self._gate.open, self._gate.precision_context = first == 0, nullcontext
         try:
@@ -224,33 +218,32 @@ class Sampler:
             return first_output(view(**filter_call_kwargs(self._pipe, self._call | per_row | given)))
 
 
-def _latent_dtype(event: SolverStep) -> torch.dtype:
-    """Half-precision latents stay that, also where the denoiser answers in float32."""
-    return event.x.dtype if event.x.dtype in HALF else event.prev.dtype
+def _latent_dtype(solver_step: SolverStep) -> torch.dtype:
+    """Return the dtype of the latents: half precision is kept where the denoiser's output is float32."""
+    return solver_step.x.dtype if solver_step.x.dtype in HALF else solver_step.prev.dtype
 
 
 def takes_prompts(pipe: Any) -> bool:
-    """Whether a pipeline's call takes a prompt; without one it is unconditional, and told how many images to make."""
+    """Return whether a pipeline's call takes a prompt; an unconditional one takes a batch size instead."""
     return "prompt" in filter_call_kwargs(pipe, {"prompt": None})
 
 
 class _DenoiserGate:
-    """Lets the calls of a pipeline's denoisers through while it is open; else they predict nothing, at no cost.
+    """A gate around a pipeline's denoisers: while it is closed they predict zeros without computing anything.
 
-    precision_context  the precision of those calls
+    precision_context  the precision of the calls
     """
 
     def __init__(self, precision_context: Callable[[], AbstractContextManager[None]]) -> None:
         self.open, self.precision_context = True, precision_context
 
     def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, ModuleProxy]:
-        outputs, trained = {}, denoisers_in(pipe)[:1]
-        for zero_proxy, names in ((zero_denoiser, DENOISERS), (zero_controlnet, CONTROLNETS)):
-            for name in names:
-                if (module := getattr(pipe, name, None)) is not None:
-                    call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
-                    outputs[name] = ModuleProxy(module, self._guarded(call, zero_proxy(module)))
-        return outputs
+        gated, trained = {}, denoisers_in(pipe)[:1]
+        for name, zero_proxy in zero_proxies(pipe).items():
+            module = getattr(pipe, name)
+            call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
+            gated[name] = ModuleProxy(module, self._guarded(call, zero_proxy))
+        return gated
 
     def _guarded(self, call: Callable[..., Any], zero_call: ModuleProxy) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -263,7 +256,7 @@ class _DenoiserGate:
 
 
 def _in_dtype_of(module: Any, prepared: Callable[..., Any]) -> Callable[..., Any]:
-    """A prepared denoiser answers in fp32; the latents, and a decoder after them, are to keep their precision."""
+    """Cast the fp32 output of a prepared denoiser to the module's dtype, which latents and decoder expect."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return tree_map_only(Tensor, lambda value: value.to(module.dtype), prepared(*args, **kwargs))
@@ -272,7 +265,7 @@ def _in_dtype_of(module: Any, prepared: Callable[..., Any]) -> Callable[..., Any
 
 
 def log_probs(sampler: Sampler, stored: Trajectories, only: Collection[int] | None = None) -> Tensor:
-    """log p(x_s | x_t) (N, T) of stored steps by today's weights, without a graph; steps left out are 0."""
+    """Return log p(x_s | x_t) (N, T) of stored steps by the current weights, without a graph; omitted steps are 0."""
     outputs = torch.zeros_like(stored.log_probs)
 
     def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:

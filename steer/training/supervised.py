@@ -1,4 +1,4 @@
-"""A training loop that can be stopped: AdamW, cosine schedule, progress bar, a log that can be plotted."""
+"""A resumable training loop: AdamW, learning-rate schedule, progress bar, a log for plots."""
 
 import hashlib
 import json
@@ -22,13 +22,13 @@ from steer.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
-# After the end of the file that torch writes, where torch's reader does not mind it: it checks no sums itself.
+# Appended to torch's file, whose reader ignores it: torch verifies no checksum itself.
 TRAILER = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
 TRAILER_LENGTH = 73
 
 
 class Stateful(Protocol):
-    """Anything that is saved with the run."""
+    """An object that is saved with the run."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -36,13 +36,13 @@ class Stateful(Protocol):
 
 
 class StepCallback(Stateful, Protocol):
-    """Something to do once a step, like a running average of the weights."""
+    """A callback of every step, such as a running average of the weights."""
 
     def step(self, parameters: Iterable[nn.Parameter]) -> None: ...
 
 
 def batch_at(step: int, size: int, count: int, seed: int = 0) -> Tensor:
-    """Row numbers of the batch at one step: epochs in an order that depends on seed and epoch number alone."""
+    """Return the row numbers of the batch at one step: the order of an epoch depends on seed and epoch number alone."""
     per_epoch = max(count // size, 1)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step // per_epoch)
     order = torch.randperm(count, generator=generator)
@@ -52,7 +52,7 @@ def batch_at(step: int, size: int, count: int, seed: int = 0) -> Tensor:
 
 @dataclass
 class TrainingRun:
-    """A folder with `state.pt` (written whole, then renamed), `log.jsonl`, and how far the run should go."""
+    """A training in a folder: `state.pt` (atomically written), `log.jsonl`, and the number of steps."""
 
     folder: Path
     steps: int
@@ -60,12 +60,12 @@ class TrainingRun:
     log_every: int = 50
     save_every: int = 200
     warmup: int = 100
-    decay: float | None = None  # share of the steps over which the rate falls linearly to 0; None: a cosine over all
-    start: int = 0  # the step of a run without a saved state, whose weights were given: a warm start
-    stop_after: float | None = None  # processor seconds of this process, for runs of equal cost
+    decay: float | None = None  # fraction of the steps of a linear decay to 0; None: a cosine over all
+    start: int = 0  # first step of a run without a saved state: a warm start from given weights
+    stop_after: float | None = None  # CPU seconds of this process, for runs of equal cost
 
     def _schedule(self, optimiser: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Warm-up, constant rate, linear decay: `steps` may be raised as long as the decay has not begun."""
+        """Warm up, keep the rate, decay linearly: `steps` may be raised until the decay begins."""
         if self.decay is None:
             return get_cosine_schedule_with_warmup(optimiser, self.warmup, self.steps)
         last = self.decay * self.steps
@@ -78,7 +78,7 @@ class TrainingRun:
     def train(
         self, modules: Iterable[nn.Module], loss_at: Callable[[int], Tensor], after: StepCallback | None = None
     ) -> None:
-        """Minimises `loss_at(step)` from the last saved step on; `after` is called once a step (for averages)."""
+        """Minimise `loss_at(step)` from the last saved step; `after` is called once per step (for averages)."""
         modules = list(modules)
         parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=1e-4, betas=(0.9, 0.98))
@@ -86,7 +86,7 @@ class TrainingRun:
         stateful: list[Any] = [*modules, optimiser, schedule, *([after] if after else [])]
         first = self._load(stateful, parameters[0].device)
         schedule.last_epoch = first
-        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # the rate of the last run, where the end has moved
+        if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):  # recomputed, since `steps` may have changed
             for group, base, rate in zip(optimiser.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 group["lr"] = base * rate(first)
         started, losses = time.monotonic(), []
@@ -132,7 +132,7 @@ class TrainingRun:
 
 
 def write_state(path: Path, state: dict[str, Any]) -> None:
-    """Writes tensors and plain values as torch does, with their sum. Raises InputError where the disk refuses."""
+    """Write tensors and plain values in torch's format with their checksum. Raises InputError where writing fails."""
     buffer = BytesIO()
     torch.save(state, buffer)
     data = buffer.getvalue()
@@ -140,22 +140,24 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
         with atomic_write(path) as new:
             new.write_bytes(data + f"\nsha256 {hashlib.sha256(data).hexdigest()}\n".encode())
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); make room, the same command goes on") from error
+        raise InputError(
+            f"{path} cannot be written ({error.strerror}); make room and run it again to resume"
+        ) from error
 
 
 def read_state(path: Path, device: torch.device) -> dict[str, Any]:
-    """What `write_state` wrote; files of older versions have no sum. Raises InputError for one that is damaged."""
-    corrupt = f"{path} is damaged; delete it to begin anew"
+    """Read and verify a file of `write_state`; older files have no checksum. Raises InputError for a corrupt one."""
+    corrupt = f"{path} is corrupt; delete it to start over"
     try:
         data = path.read_bytes()
         if trailer := TRAILER.fullmatch(data[-TRAILER_LENGTH:]):
             data = data[:-TRAILER_LENGTH]
             if hashlib.sha256(data).hexdigest() != trailer[1].decode():
-                raise InputError(f"{corrupt}: its sha256 is another")
+                raise InputError(f"{corrupt}: checksum mismatch")
         buffer = BytesIO(data)
         saved: dict[str, Any] = torch.load(buffer, weights_only=True, map_location=device)
-    except (InputError, MemoryError, torch.OutOfMemoryError):  # a full memory says nothing of the file
+    except (InputError, MemoryError, torch.OutOfMemoryError):  # out of memory does not mean corrupt
         raise
-    except Exception as error:  # a broken file may raise nearly anything in torch's reader
+    except Exception as error:  # torch's reader may raise nearly anything on a corrupt file
         raise InputError(f"{corrupt} ({' '.join(str(error).split())[:80]})") from error
     return saved

@@ -1,4 +1,4 @@
-"""What is trained of a denoiser, a LoRA or all of it; and the reference, which is the denoiser without that."""
+"""Trainable parameters of a denoiser, a LoRA or all of it, and the reference policy without their changes."""
 
 import hashlib
 import json
@@ -18,8 +18,10 @@ from steer.files import verify_checksums
 
 
 def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's parameters by name. What FSDP has brought together for a call is divided again before: a whole copy
-    that a call left would hide what is written into the components."""
+    """Return a module's parameters by name, resharded under FSDP.
+
+    An unsharded copy left by a call would hide values written into the shards.
+    """
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
@@ -27,12 +29,12 @@ def named_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(value: Tensor) -> Tensor:
-    """All of it, in every process; all of them have to ask."""
+    """Return the full tensor, in every process; all of them must call it."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which all processes have, divided as another one is."""
+    """Shard a full tensor, which all processes have, like another one."""
     if not isinstance(like, DTensor):
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
@@ -40,39 +42,39 @@ def shard_like(value: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def set_parameter(parameter: Tensor, value: Tensor) -> None:
-    """Writes a whole tensor into a parameter, or into this process's part of it."""
+    """Write a full tensor into a parameter, or into this process's shard of it."""
     parameter.copy_(shard_like(value, parameter))
 
 
-ADAPTER = "steer"  # the LoRA's name among a user's own
+ADAPTER = "steer"  # the adapter's name
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class Trainable(Protocol):
-    """Trained parameters, in a fixed order, by name."""
+    """The trained parameters of a denoiser, in a fixed order, by name."""
 
     denoiser: Any
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those of the denoiser as it is now: where FSDP divides it, they become others."""
+        """Parameters of the denoiser at this moment: FSDP replaces them."""
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside, the pipeline is the one that training began with."""
+        """Use the reference policy, from the start of the training, in the block."""
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """The weights that are exported, whole; of a denoiser that is divided all processes have to ask."""
+        """Return the full weights to export; with a sharded denoiser every process must call it."""
         ...
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
-        """Writes them in the form that diffusers reads, and returns where."""
+        """Write the weights in diffusers' format and return the path."""
         ...
 
 
 def get_denoiser(pipe: Any) -> tuple[str, Any]:
-    """The denoiser that is trained, and the name of the pipeline's component."""
+    """Return the name and the denoiser to train. Raises InputError unless there is exactly one."""
     denoisers = denoisers_in(pipe)
     if not denoisers:
         raise InputError(f"{type(pipe).__name__} has no unet and no transformer: it cannot be finetuned")
@@ -84,7 +86,7 @@ def get_denoiser(pipe: Any) -> tuple[str, Any]:
 
 
 def fingerprint(pipe: Any) -> str:
-    """A hash of the denoiser's weights, from their names, shapes and first numbers."""
+    """Hash the denoiser's weights, by their names, shapes and first numbers."""
     digest = hashlib.sha256()
     for name, parameter in get_denoiser(pipe)[1].named_parameters():
         some = parameter.detach().flatten()[:16].float().cpu()
@@ -100,7 +102,7 @@ def _freeze(pipe: Any) -> None:
 
 @contextmanager
 def _swap_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, parameters have other values."""
+    """Replace the values of parameters in the block."""
     trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
         set_parameter(parameter, values[name])
@@ -113,14 +115,14 @@ def _swap_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str
 
 
 def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
-    """The tensors of a LoRA file, without peft's prefix, and its alpha where it says one. Raises InputError."""
+    """Read the tensors of a LoRA file, without peft's prefix, and its alpha if stated. Raises InputError."""
     from safetensors import SafetensorError, safe_open
 
     place = Path(path)
     names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
     file = next((place / name for name in names if (place / name).is_file()), place)
     if not file.is_file():
-        raise InputError(f"init_adapter {path}: no LoRA there; expected {' or '.join(names)}, as in RUN/final")
+        raise InputError(f"init_adapter {path}: no LoRA file; expected {' or '.join(names)}, as in RUN/final")
     try:
         verify_checksums(file)
         with safe_open(file, "pt") as opened:
@@ -132,17 +134,19 @@ def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
         raise InputError(f"init_adapter {path}: {' '.join(str(error).split())[:160]}") from error
     plain = {name.rpartition(".")[2]: value for name, value in config.items() if value}
     if odd := [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if name in plain]:
-        raise InputError(f"init_adapter {path}: its configuration has {odd[0]}, which is not trained here")
+        raise InputError(
+            f"init_adapter {path}: its configuration has {odd[0]}, which is not supported; train without it"
+        )
     return state, float(plain["lora_alpha"]) if "lora_alpha" in plain else None
 
 
 class LoRA:
-    """A low-rank adapter in the denoiser, W + (α/r) B A; a user's own LoRAs stay on, and belong to the reference.
+    """A low-rank adapter of the denoiser, W + (α/r) B A; a user's own LoRAs stay active, as part of the reference.
 
     rank     r, at least 1
-    alpha    by default the rank
-    targets  ends of the names of the linear layers it goes into
-    seed     of A; B begins at 0, so that training begins at the reference
+    alpha    the rank by default
+    targets  suffixes of the names of the adapted linear layers
+    seed     of A; B starts at 0, so that training starts at the reference
     """
 
     def __init__(
@@ -156,7 +160,7 @@ class LoRA:
             raise InputError(f"the alpha of a LoRA must be above 0, got {alpha}")
         self.pipe, (self.name, self.denoiser) = pipe, get_denoiser(pipe)
         if ADAPTER in getattr(self.denoiser, "peft_config", {}):
-            raise InputError(f"this pipeline has a LoRA named {ADAPTER!r} already: load the pipeline anew")
+            raise InputError(f"this pipeline already has a LoRA named {ADAPTER!r}: reload the pipeline")
         self.config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets))
         own = self._active()
         _freeze(pipe)
@@ -167,22 +171,22 @@ class LoRA:
             except ValueError as error:
                 raise InputError(
                     f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}: give lora_target_modules, "
-                    "ends of names of its layers, or lora_rank 0 to train all of it"
+                    "suffixes of its layers' names, or lora_rank 0 to train all of it"
                 ) from error
-        self._initial: dict[str, Tensor] = {}  # of a trained LoRA that it starts from
+        self._initial: dict[str, Tensor] = {}  # weights of the LoRA of load_initial_adapter
         self.layers = [layer for layer in self._lora_layers() if ADAPTER in layer.lora_A]
         for layer in self._lora_layers():
-            layer.enable_adapters(True)  # where a user switched all of his own off
+            layer.enable_adapters(True)  # the user may have disabled all adapters
             layer.set_adapter([*own, ADAPTER])
         _freeze(pipe)
         self._names = [name for name, _ in self.denoiser.named_parameters() if f".{ADAPTER}." in name]
         for parameter in self.parameters.values():
-            parameter.data = parameter.data.float()  # a half-precision denoiser learns in fp32
+            parameter.data = parameter.data.float()  # trained in fp32, also in a half-precision denoiser
             parameter.requires_grad_(True)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The adapter's A and B of every layer."""
+        """A and B of every adapted layer."""
         denoisers = named_parameters(self.denoiser)
         return {name: denoisers[name] for name in self._names}
 
@@ -196,10 +200,10 @@ class LoRA:
         return sorted({name for layer in layers for name in layer.active_adapters})
 
     def load_initial_adapter(self, path: str) -> None:
-        """Put a trained LoRA of the same rank, alpha and targets in the place of the adapter, and of the reference.
+        """Start from a trained LoRA of the same rank, alpha and targets, which becomes the reference too.
 
         path  a folder such as RUN/final, or a .safetensors file in the names of diffusers or peft
-        Raises InputError where its tensors or its scale are others.
+        Raises InputError where its tensors or its scale differ.
         """
         state, scales = read_lora(path)
         own = {name.replace(f".{ADAPTER}.", "."): name for name in self._names}
@@ -221,7 +225,7 @@ class LoRA:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The model that training began with: the adapter's share is multiplied by 0, or its first weights put in."""
+        """Use the reference policy in the block: the adapter scaled by 0, or its initial weights."""
         if self._initial:
             with _swap_parameters(self.parameters, self._initial):
                 yield
@@ -235,14 +239,14 @@ class LoRA:
                 layer.set_scale(ADAPTER, 1.0)
 
     def state(self) -> dict[str, Tensor]:
-        """A and B, under the names that peft gives them in files."""
+        """Return A and B under peft's file names."""
         from peft import get_peft_model_state_dict
 
         denoisers = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
         return {name: whole(value).contiguous().cpu() for name, value in denoisers.items()}
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
-        """`folder` for `pipe.load_lora_weights(folder)`; where the pipeline knows no LoRAs, for peft."""
+        """Write the adapter for `pipe.load_lora_weights(folder)`; for peft where the pipeline supports no LoRA."""
         folder.mkdir(parents=True, exist_ok=True)
         if hasattr(self.pipe, "save_lora_weights"):
             metadata = {f"{self.name}_lora_adapter_metadata": self.config.to_dict()}
@@ -256,7 +260,7 @@ class LoRA:
 
 
 class FullFinetuning:
-    """All of the denoiser. The weights that it began with are kept on the CPU, and put in for the reference."""
+    """All parameters of the denoiser; the initial weights are kept on the CPU for the reference."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe, (self.name, self.denoiser) = pipe, get_denoiser(pipe)
@@ -272,23 +276,23 @@ class FullFinetuning:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All that the denoiser has."""
+        """All parameters of the denoiser."""
         return named_parameters(self.denoiser)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The first weights are written into the places of the present ones."""
+        """Use the initial weights in the block."""
         with _swap_parameters(self.parameters, self._initial):
             yield
 
     def state(self) -> dict[str, Tensor]:
-        """All weights."""
+        """Return all weights."""
         return {name: whole(value) for name, value in self.denoiser.state_dict().items()}
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
-        """The denoiser's folder, for `from_pretrained`."""
+        """Write the denoiser's folder, for `from_pretrained`."""
         model = self.denoiser
-        if type(model) is not self._kind:  # it is divided, and cannot write itself
+        if type(model) is not self._kind:  # a sharded model cannot save itself
             model = self._kind.from_config(model.config)
             model.load_state_dict(state)
         model.save_pretrained(folder / self.name)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from held import check_line
 
-from steer.apps.methods import SamplingConfig
 from steer.apps.sampling import REPORT, open_report
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.pipelines.training.preference_files import (
@@ -25,9 +25,7 @@ from steer.rewards.compose import read_calibration
 from steer.training.checkpoint import MANIFEST, Checkpoint, read_manifest, write_files
 from steer.training.rollout import Rows, Trajectories
 
-SAMPLE = SamplingConfig(
-    *("scenes", "fk", "brightness", 2, 4, None, None, "difference", "systematic", "constant", 0.5, None, 0, True, None)
-)
+SAMPLE = SamplingConfig.of(reward="brightness", particles=2, steps=4)
 PARTED = b"\n---\n"  # between the files of a folder, in one input
 
 

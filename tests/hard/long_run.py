@@ -30,7 +30,6 @@ from steer.diffusion.batching import micro_batched
 from steer.pipelines.training.method import Record
 from steer.reward import with_timeout
 from steer.rewards.parser import load_reward
-from steer.shared_prompt import shared_prompt
 
 LOOKS = 50  # of a run, evenly spaced
 CALL = {"prompt": PROMPT, "num_inference_steps": 6, "output_type": "pt", "height": 8, "width": 8}
@@ -68,7 +67,7 @@ RED = Soft(redness)
 
 
 def micro_batched_fk(pipe: Any, **options: Any) -> Any:
-    with micro_batched(pipe, 1) as view, shared_prompt(pipe):
+    with micro_batched(pipe, 1) as view:
         return FKSteeringPipeline(view, RED)(**options)
 
 

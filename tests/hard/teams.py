@@ -15,7 +15,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState
 from forks import Action, Ended, started
 
-from steer.apps.processes import part
+from steer.apps.processes import shutdown_distributed
 
 LONGEST = 120.0  # seconds that one of these runs may take
 
@@ -122,7 +122,7 @@ def _member(action: Action, index: int, count: int, port: int) -> Action:
             where |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in where.items()}
         action()
-        part()
+        shutdown_distributed()
 
     return run
 

@@ -12,7 +12,7 @@ from conftest import cached_pipe
 from figures import Tally
 from rollouts import fresh_pipe
 from test_checkpoint import save
-from test_png_metadata import RECIPE, picture
+from test_recipes import RECIPE, picture
 from tiny_rewards import tiny_learned, tiny_open_clip
 from torch import Tensor
 from writers import SETTINGS, WRITERS, found_noise, report, search_file

@@ -161,7 +161,7 @@ def test_of_two_processes_of_which_one_is_gone_the_other_says_so_in_a_line(tmp_p
 
     other, killed = Team.begun([action, dying], out).ended(patience=60)
     assert killed.code == -signal.SIGKILL and other.code == REFUSED, other
-    assert other.said.startswith("another process of this run ended before its time, see what it said; --resume")
+    assert other.said.startswith("another process of this run ended prematurely, see what it said; --resume")
 
 
 @pytest.mark.hard

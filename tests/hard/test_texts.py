@@ -118,7 +118,7 @@ def test_what_is_no_text_is_refused_in_every_format(tmp_path: Path) -> None:
     (tmp_path / "p.tsv").write_bytes(b"prompt\na\0b\n")
     parquet.write_table(pa.table({"prompt": ["a star", "a\0b"]}), tmp_path / "p.parquet")
     for suffix in ("txt", "tsv", "parquet"):
-        with pytest.raises(InputError, match=r"p\.\w+: the prompt 'a\\x00b' holds '\\x00', which is no text"):
+        with pytest.raises(InputError, match=r"p\.\w+: the prompt 'a\\x00b' holds '\\x00', which is not text"):
             read_prompts(tmp_path / f"p.{suffix}")
 
 

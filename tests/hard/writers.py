@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from steer import TrainingConfig
-from steer.apps.methods import SamplingConfig
 from steer.apps.models import find_adapter
 from steer.apps.sampling import open_report
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.noise import Search
 from steer.pipelines.base import Iteration
@@ -143,25 +143,7 @@ def export_in(folder: Path) -> str:
     return which(values, {1.0}, {2.0})
 
 
-SETTINGS = SamplingConfig(
-    *(
-        "scenes",
-        "fk",
-        "brightness",
-        2,
-        None,
-        None,
-        None,
-        "difference",
-        "systematic",
-        "constant",
-        0.5,
-        None,
-        0,
-        True,
-        None,
-    )
-)
+SETTINGS = SamplingConfig.of(reward="brightness", particles=2)
 
 
 def report(folder: Path, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Losses of finetuning by a reward, as functions of log-probabilities (B, K, T) and rewards (B, K)."""
+"""Losses of finetuning from rewards, as functions of log-probabilities (B, K, T) and rewards (B, K)."""
 
 from steer.training.losses.advantages import PerPromptStatTracker
 from steer.training.losses.d3po import D3PO, D3POTrajectory
@@ -7,20 +7,10 @@ from steer.training.losses.log_probs import LogProbs, Loss, Metrics, Unit
 from steer.training.losses.policy_gradient import DDPO, GRPO
 from steer.training.losses.prdp import PRDP
 
-LOSSES: dict[str, type] = {
-    "d3po": D3PO,
-    "d3po-trajectory": D3POTrajectory,
-    "prdp": PRDP,
-    "ddpo": DDPO,
-    "grpo": GRPO,
-    "filtered": Filtered,
-}
-
 __all__ = [
     "D3PO",
     "DDPO",
     "GRPO",
-    "LOSSES",
     "PRDP",
     "D3POTrajectory",
     "Filtered",

@@ -1,6 +1,6 @@
-"""Advantages from a running mean and deviation of each prompt's rewards, as in DDPO (arXiv 2305.13301).
+"""Advantages from the running mean and deviation of each prompt's rewards, as in DDPO (arXiv 2305.13301).
 
-A = (r − mean)/(std + 10⁻⁶), over the last rewards of the prompt, these included, once there are enough of them;
+A = (r − mean)/(std + 10⁻⁶), over the prompt's latest rewards, the current ones included, once there are enough;
 until then, over the rewards of the whole batch.
 """
 
@@ -17,28 +17,28 @@ from steer.training.losses.policy_gradient import EPS
 
 
 class PerPromptStatTracker:
-    """Remembers the last `size` rewards of every prompt it has met; a run saves and loads it.
+    """A tracker of the last `size` rewards of every prompt; saved and restored with a run.
 
-    size     how many rewards of a prompt count, at least 2; published 16
-    min_count  2..size, how many are needed before the prompt's own statistics are used; published 16
+    size       rewards per prompt, at least 2; published 16
+    min_count  2..size, rewards needed before the prompt's own statistics are used; published 16
     """
 
     def __init__(self, size: int = 16, min_count: int = 16) -> None:
         check_field(size >= 2, "size", size, "at least 2")
-        check_field(2 <= min_count <= size, "minimum", min_count, f"2 to size = {size}")
+        check_field(2 <= min_count <= size, "min_count", min_count, f"2 to size = {size}")
         self.size = size
         self.min_count = min_count
         self._rewards: dict[str, deque[float]] = {}
 
     def __call__(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:
-        """Advantages (B, K) fp32 of rewards (B, K) of B prompts, which it remembers; a prompt may come several times.
+        """Record rewards (B, K) of B prompts, repeats allowed, and return their advantages (B, K) fp32.
 
-        Raises InputError, and remembers nothing, where shapes differ or a reward is not finite.
+        Raises InputError, and records nothing, where shapes differ or a reward is not finite.
         """
         if rewards.dim() != 2 or len(prompts) != len(rewards):
             raise InputError(f"rewards of shape {tuple(rewards.shape)} must be ({len(prompts)} prompts, samples)")
         if not rewards.isfinite().all():
-            raise InputError("rewards must be finite: mend or drop the samples where they are not")
+            raise InputError("rewards must be finite: fix or drop the samples where they are not")
         exact = rewards.detach().double().cpu()
         for prompt, row in zip(prompts, exact.tolist(), strict=True):
             self._rewards.setdefault(prompt, deque(maxlen=self.size)).extend(row)
@@ -46,21 +46,21 @@ class PerPromptStatTracker:
         return torch.stack(rows).to(rewards.device, torch.float32)
 
     def _known(self, prompt: str, batch: Tensor) -> Tensor:
-        """The rewards that those of a prompt are measured by."""
+        """Return the rewards that standardise those of a prompt."""
         own = self._rewards[prompt]
         return torch.tensor(own, dtype=torch.float64) if len(own) >= self.min_count else batch
 
     def state(self) -> dict[str, Any]:
-        """What it remembers, for JSON: floats survive it to the last bit."""
+        """Return the rewards for JSON, which keeps floats to the last bit."""
         return {"rewards": {prompt: list(rewards) for prompt, rewards in self._rewards.items()}}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state` gave. Raises InputError for anything else."""
+        """Restore from `state`. Raises InputError for anything else."""
         if not isinstance(saved := state.get("rewards"), Mapping):
-            raise InputError("a saved normaliser lacks rewards: start it afresh")
+            raise InputError("the saved tracker has no rewards: start with a new one")
         self._rewards = {prompt: deque(rewards, maxlen=self.size) for prompt, rewards in saved.items()}
 
 
 def _standardised(rewards: Tensor, known: Tensor) -> Tensor:
-    """(r − mean)/(std + 10⁻⁶), fp64: exactly 0 where all known rewards are this one."""
+    """Return (r − mean)/(std + 10⁻⁶), fp64: exactly 0 where all known rewards are equal."""
     return (rewards - known.mean()) / (known.std(correction=0) + EPS)

@@ -2,14 +2,14 @@
 
 With r̂_t = log π(x_s | x_t) − log π_ref(x_s | x_t), for each pair of a winner w and a loser l of one prompt:
 
-per step    − (1/T) Σ_t log sigmoid(β (r̂_t^w − r̂_t^l))      (an image's preference is that of every step)
-trajectory  − log sigmoid(β Σ_t (r̂_t^w − r̂_t^l))            (DPO, arXiv 2305.18290, with a trajectory as the answer)
+per step    − (1/T) Σ_t log sigmoid(β (r̂_t^w − r̂_t^l))      (an image's preference is applied to every step)
+trajectory  − log sigmoid(β Σ_t (r̂_t^w − r̂_t^l))            (DPO, arXiv 2305.18290, on whole trajectories)
 
-The authors' code clamps the ratio π/π_ref to 1 ± 0.1, which keeps the loss within [0.683, 0.703] and without a gradient
+The authors' code clamps the ratio π/π_ref to 1 ± 0.1, which keeps the loss within [0.683, 0.703] and has no gradient
 outside: it is not done here.
 
-Where preferences follow Bradley and Terry, P(w ≻ l) = sigmoid(r^w − r^l), the trajectory form is least at
-π(τ) ∝ π_ref(τ) exp(r(τ)/β). The form per step, in general, is not: each step is taught by what the others did.
+Where preferences follow Bradley and Terry, P(w ≻ l) = sigmoid(r^w − r^l), the trajectory form is minimised by
+π(τ) ∝ π_ref(τ) exp(r(τ)/β). The form per step, in general, is not: each step is credited with the others' effect.
 """
 
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ from steer.training.losses.log_probs import LogProbs, Metrics, Unit, accuracy, c
 
 
 def dominates(rewards: Tensor) -> Tensor:
-    """(B, K, K), true where the first of two samples of a prompt is the winner.
+    """Return (B, K, K), true where the first of two samples of a prompt is the winner.
 
-    rewards (B, K), or (B, K, M) for Pareto dominance: as good in all M, better in one. Ties and pairs that cannot be
-    compared are false both ways.
+    rewards (B, K), or (B, K, M) for Pareto dominance: no worse in all M, better in one. Ties and incomparable pairs
+    are false both ways.
     """
     rewards = rewards if rewards.dim() == 3 else rewards[..., None]
     first, second = rewards[:, :, None], rewards[:, None]
@@ -34,11 +34,11 @@ def dominates(rewards: Tensor) -> Tensor:
 
 
 def preference_metrics(log_probs: LogProbs, better: Tensor) -> Metrics:
-    """What preferences are judged by, over all pairs of the batch.
+    """Return the metrics of preference losses, over all pairs of the batch.
 
-    accuracy  share (0..1) of pairs whose winner has the higher implicit reward, ties half
+    accuracy  fraction (0..1) of pairs whose winner has the higher implicit reward, ties half
     margin    nats, mean of Σ_t (r̂_t^w − r̂_t^l)
-    pairs     how many; without any, the two above are NaN
+    pairs     their number; without any, accuracy and margin are NaN
     """
     implicit = log_probs.implicit_rewards().detach().sum(-1)
     margins = (implicit[:, :, None] - implicit[:, None, :])[better]
@@ -50,7 +50,7 @@ def preference_metrics(log_probs: LogProbs, better: Tensor) -> Metrics:
 class D3PO:
     """D3PO as published: every step of the winner is preferred to the same step of the loser.
 
-    beta  > 0, per `unit`; published 0.1 for log-probabilities that are averaged over the elements
+    beta  > 0, per `unit`; published 0.1 for log-probabilities averaged over the elements
     unit  of the log-probabilities: element or nat
 
     Takes rewards (B, K), or (B, K, M) whose winners are better in one and worse in none. K ≥ 2.
@@ -70,16 +70,16 @@ class D3PO:
         better = dominates(checked_rewards(log_probs, rewards, group=2, several=True))
         implicit = log_probs.per(self.unit).implicit_rewards()  # r̂_t (B, K, T)
         logits = self.beta * (implicit[:, :, None] - implicit[:, None, :])[better]  # (pairs, T)
-        loss = -logsigmoid(logits).sum() / max(logits.numel(), 1)  # a sum, so that no pair at all still has a gradient
+        loss = -logsigmoid(logits).sum() / max(logits.numel(), 1)  # a sum: it has a gradient (0) without any pair
         return loss, preference_metrics(log_probs, better)
 
 
 @dataclass(frozen=True)
 class D3POTrajectory:
-    """DPO on whole trajectories: what D3PO's authors could not afford (over 100 GB), one step at a time.
+    """DPO on whole trajectories, which D3PO's authors could not afford (over 100 GB); computed one step at a time.
 
-    beta  > 0, per `unit`. It weighs KL(π ‖ π_ref) of the whole trajectory against the reward, as D3PO's own does, whose
-          steps add up to this: hence the same 0.1. The first gradient is T times that of D3PO.
+    beta  > 0, per `unit`. It weighs KL(π ‖ π_ref) of the whole trajectory against the reward, as the sum of D3PO's
+          steps does: hence the same 0.1. The first gradient is T times that of D3PO.
     unit  of the log-probabilities: element or nat
 
     Takes rewards (B, K), or (B, K, M) whose winners are better in one and worse in none. K ≥ 2.

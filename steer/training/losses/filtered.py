@@ -3,8 +3,7 @@
 loss = − mean over the best n of K samples of each prompt, and over steps, of (1/D) log π(x_s | x_t)
 n    = max(1, keep·K rounded)
 
-Nothing holds the policy near the reference: a KL penalty, which is no function of log-probabilities alone, is added
-where the steps are.
+The loss does not keep the policy near the reference: add a KL penalty (`steer.training.gradient`).
 """
 
 from dataclasses import dataclass
@@ -17,12 +16,12 @@ from steer.training.losses.log_probs import LogProbs, Metrics, check_field, chec
 
 @dataclass(frozen=True)
 class Filtered:
-    """Imitates the best samples of each prompt.
+    """Imitation of the best samples of each prompt.
 
-    keep  the share of samples, above 0 and at most 1; at least one sample is kept. 0.25 is the best of four.
+    keep  fraction of samples, above 0 and at most 1; at least one sample is kept. 0.25 is the best of four.
 
     Takes rewards (B, K); of equal ones the earlier sample is kept. Metrics: kept, samples per prompt; lift, the mean
-    reward of those kept less that of all.
+    reward of those kept minus that of all.
     """
 
     keep: float = 0.25

@@ -1,11 +1,11 @@
-"""What every finetuning loss sees: log-probabilities of steps, and the rewards of the images they led to.
+"""The inputs of every finetuning loss: log-probabilities of steps and rewards of the final images.
 
 With T stochastic steps (τ > 0) from noise to an image, sample k of prompt b, policy π and reference π_ref:
 
 r̂_t = log π(x_s | x_t) − log π_ref(x_s | x_t)
 r̂   = Σ_t r̂_t = log π(τ)/π_ref(τ), the implicit reward of a whole trajectory (DPO, arXiv 2305.18290)
 
-A loss is a function of the matrices (B, K, T) and (B, K) alone: it never sees a model.
+A loss is a function of the matrices (B, K, T) and (B, K) alone: it has no access to a model.
 """
 
 from dataclasses import dataclass, replace
@@ -24,12 +24,12 @@ Unit = Literal["nat", "element"]
 class LogProbs:
     """log p(x_s | x_t) of the T stochastic steps of K samples for each of B prompts.
 
-    new        (B, K, T) fp64, nats summed over a sample's elements: of the policy being trained; may require grad
+    new        (B, K, T) fp64, nats summed over a sample's elements, of the trained policy; may require grad
     old        (B, K, T) of the policy that drew the samples, a constant
     reference  (B, K, T) of the reference policy, a constant
-    elements   D ≥ 1, how many elements a sample has
+    elements   D ≥ 1, elements per sample
 
-    Raises InputError where the shapes differ or hold no step.
+    Raises InputError where the shapes differ or have no step.
     """
 
     new: Tensor
@@ -46,50 +46,50 @@ class LogProbs:
         check_field(self.elements >= 1, "elements", self.elements, "at least 1")
 
     def per(self, unit: Unit) -> "LogProbs":
-        """In nats, as they are, or divided by D: averaged over the elements, as DDPO's and D3PO's β and ε assume."""
+        """Convert from nats to a unit: element divides by D, as β and ε of DDPO and D3PO assume."""
         scale = 1 / self.elements if unit == "element" else 1.0
         return replace(self, new=self.new * scale, old=self.old * scale, reference=self.reference * scale)
 
     def implicit_rewards(self) -> Tensor:
-        """r̂_t = new − reference (B, K, T), differentiable w.r.t. `new` alone."""
+        """Return r̂_t = new − reference (B, K, T), differentiable w.r.t. `new` alone."""
         return self.new - self.reference.detach()
 
 
 class Loss(Protocol):
-    """What finetuning minimises: a frozen dataclass of its hyperparameters, called once an update.
+    """A loss of finetuning: a frozen dataclass of its hyperparameters, called once per update.
 
-    whole_trajectory: it ties all steps of a sample together, so that it cannot do with some of them.
+    whole_trajectory: it couples all steps of a sample, and cannot be computed from some of them.
 
-    A loss whose derivative by a step of a prompt's samples depends on these, of that step, alone may say so by a class
-    attribute `stepwise = True`: then the engine need not ask the policy for all steps before it goes back through one.
+    A loss whose derivative w.r.t. a step of a prompt's samples depends on that step of these samples alone may set the
+    class attribute `stepwise = True`: then the gradient needs no first pass over all steps.
     """
 
     whole_trajectory: ClassVar[bool]
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
-        """The loss, a scalar differentiable w.r.t. `log_probs.new` alone, and what to log, plain numbers.
+        """Return the loss, a scalar differentiable w.r.t. `log_probs.new` alone, and metrics, plain numbers.
 
-        rewards: (B, K), the higher the better; what else a loss takes, it says. Raises InputError where they don't fit.
+        rewards: (B, K), higher is better; a loss may document other inputs. Raises InputError where they do not fit.
         """
         ...
 
 
 def check_field(fits: bool, name: str, value: object, allowed: str) -> None:
-    """Raises InputError, with the field, its value and what is allowed, unless the value fits."""
+    """Raise InputError, with the field, its value and the allowed range, unless the value fits."""
     if not fits:
         raise InputError(f"{name} {value!r} must be {allowed}")
 
 
 def check_unit(unit: str) -> None:
-    """Raises InputError unless it is a unit of log-probabilities."""
+    """Raise InputError unless it is a unit of log-probabilities."""
     check_field(unit in get_args(Unit), "unit", unit, "nat or element")
 
 
 def checked_rewards(log_probs: LogProbs, rewards: Tensor, group: int = 1, several: bool = False) -> Tensor:
-    """The rewards, where and as precise as the log-probabilities are.
+    """Return the rewards with the device and dtype of the log-probabilities.
 
     rewards   (B, K), or with `several` also (B, K, M)
-    group     how many samples per prompt the loss needs
+    group     samples per prompt that the loss needs
 
     Raises InputError for another shape, too few samples, or a reward that is not finite.
     """
@@ -102,12 +102,12 @@ def checked_rewards(log_probs: LogProbs, rewards: Tensor, group: int = 1, severa
     if samples < group:
         raise InputError(f"num_generations {samples} must be at least {group}: this loss compares samples")
     if count := int((~rewards.isfinite()).sum()):
-        raise InputError(f"rewards must be finite, {count} of {rewards.numel()} are not: mend or drop these samples")
+        raise InputError(f"rewards must be finite, {count} of {rewards.numel()} are not: fix or drop these samples")
     return rewards.detach().to(log_probs.new)
 
 
 def accuracy(implicit: Tensor, better: Tensor) -> float:
-    """The share of pairs (0..1) that implicit rewards r̂ (B, K) rank as the rewards do, ties half; NaN without a pair.
+    """Return the fraction (0..1) of pairs that r̂ (B, K) ranks like the rewards, ties half; NaN without pairs.
 
     better: (B, K, K) true where the first of two samples of a prompt has the higher reward.
     """

@@ -4,7 +4,7 @@ With the ratio ρ_t = π(x_s | x_t)/π_old(x_s | x_t) and an advantage A per sam
 
 loss = mean over samples and steps of max(−A ρ_t, −A clip(ρ_t, 1 − ε, 1 + ε))
 
-They differ in the advantage: DDPO is given one, GRPO standardises the rewards of each prompt's samples.
+They differ in the advantage: DDPO takes one, GRPO standardises the rewards of each prompt's samples.
 """
 
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from torch import Tensor
 
 from steer.training.losses.log_probs import LogProbs, Metrics, Unit, check_field, check_unit, checked_rewards
 
-EPS = 1e-6  # beside a standard deviation of rewards: what differs by rounding alone must not count
+EPS = 1e-6  # added to the standard deviation of rewards: differences by rounding alone must not count
 
 
 def clipped_objective(log_probs: LogProbs, advantages: Tensor, clip: float) -> tuple[Tensor, Metrics]:
-    """The loss above, for advantages (B, K), with ρ in whatever unit the log-probabilities have.
+    """Return the loss above for advantages (B, K), with ρ in the unit of the log-probabilities.
 
-    Metrics: clipped, the share (0..1) of steps whose ρ_t is out of range; ratio, the largest |ρ_t − 1|.
+    Metrics: clipped, the fraction (0..1) of steps with ρ_t out of range; ratio, the largest |ρ_t − 1|.
     """
     ratio = (log_probs.new - log_probs.old.detach()).exp()
     negated_advantages = -advantages[..., None]
@@ -31,7 +31,7 @@ def clipped_objective(log_probs: LogProbs, advantages: Tensor, clip: float) -> t
 
 
 def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
-    """A = (r − mean_K)/(std_K + 10⁻⁶) of rewards (B, K), or r − mean_K alone; exactly 0 for a group without spread."""
+    """Return A = (r − mean_K)/(std_K + 10⁻⁶) of rewards (B, K), or r − mean_K; exactly 0 for equal rewards."""
     advantages = rewards - rewards.mean(1, keepdim=True)
     if scale:
         advantages = advantages / (rewards.std(1, correction=0, keepdim=True) + EPS)
@@ -41,13 +41,13 @@ def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class DDPO:
-    """DDPO's importance-sampling estimator, one ratio a step.
+    """DDPO's importance-sampling estimator, one ratio per step.
 
-    clip            ε > 0, inf for none; published 1e-4 for log-probabilities that are averaged over the elements
+    clip            ε > 0, inf for none; published 1e-4 for log-probabilities averaged over the elements
     unit            of the log-probabilities: element or nat
-    advantage_clip  > 0, inf for none: advantages are brought into ± this; 5 in the authors' ddpo-pytorch
+    advantage_clip  > 0, inf for none: advantages are clipped to ± this; 5 in the authors' ddpo-pytorch
 
-    Takes ADVANTAGES (B, K) for rewards, normalised already (steer.training.losses.advantages.RunningNormaliser).
+    Takes ADVANTAGES (B, K) for rewards, normalised already (steer.training.losses.PerPromptStatTracker).
     """
 
     clip: float = 1e-4
@@ -73,9 +73,9 @@ class GRPO:
     clip   ε > 0, inf for none; 1e-4 in the authors' Flow-GRPO code (1e-5 to 1e-3 by task), averaged over the elements
     unit   of the log-probabilities: element or nat
     scale  divide by the group's standard deviation (over K, not K − 1, as in their code); without it Dr. GRPO
-           (arXiv 2503.20783), which gives no more weight to prompts whose samples hardly differ
+           (arXiv 2503.20783), which does not upweight prompts whose samples hardly differ
 
-    Takes rewards (B, K), K ≥ 2. A prompt whose samples all have the same reward teaches nothing: advantages 0.
+    Takes rewards (B, K), K ≥ 2. A prompt with equal rewards contributes nothing: advantages 0.
     """
 
     clip: float = 1e-4

@@ -1,4 +1,4 @@
-"""Regressing differences of rewards on differences of log-probability ratios: PRDP (arXiv 2402.08714).
+"""Regression of reward differences on differences of log-probability ratios: PRDP (arXiv 2402.08714).
 
 With r̂_t = log π(x_s | x_t) − log π_ref(x_s | x_t) and r̂ = Σ_t r̂_t, for each pair (a, b) of one prompt:
 
@@ -20,18 +20,18 @@ from steer.training.losses.log_probs import LogProbs, Metrics, accuracy, check_f
 
 @dataclass(frozen=True)
 class PRDP:
-    """PRDP, in nats summed over elements and steps: the published β and ε belong to reductions that nobody states.
+    """PRDP, in nats summed over elements and steps; the reductions of the published β and ε are not documented.
 
-    beta  > 0, reward per nat. Start from std(r)/10: trajectories whose rewards differ by a standard deviation are then
-          to differ by 10 nats. The default is that for rewards standardised to a deviation of 1; sweep it otherwise.
-    clip  ε > 0, nats per step, inf for none: how far a step may move before samples are drawn anew. At 0.1, 20 steps
-          can move by 2 nats, a fifth of the way above, while fp32 sums over 10⁴ elements are good to 10⁻³ nats.
+    beta  > 0, reward per nat. Start from std(r)/10: trajectories with rewards a standard deviation apart then differ
+          by 10 nats. The default assumes rewards standardised to a deviation of 1; sweep it otherwise.
+    clip  ε > 0, nats per step, inf for none: how far a step may move before new samples are drawn. At 0.1, 20 steps
+          can move by 2 nats, a fifth of those 10, while fp32 sums over 10⁴ elements are accurate to 10⁻³ nats.
 
-    Takes rewards (B, K), K ≥ 2. Right after sampling π = π_old and the clip does nothing: make several updates.
+    Takes rewards (B, K), K ≥ 2. Right after sampling π = π_old and the clip has no effect: make several updates.
     Metrics, over all pairs of the batch:
 
-    accuracy  share (0..1) of pairs of different rewards that r̂ ranks alike, ties half; NaN without such a pair
-    clipped   share of steps out of the proximal range
+    accuracy  fraction (0..1) of pairs of different rewards that r̂ ranks alike, ties half; NaN without such a pair
+    clipped   fraction of steps out of the proximal range
     error     nats, root mean square of r̂^a − r̂^b − (r^a − r^b)/β
     """
 
@@ -61,6 +61,6 @@ class PRDP:
 
 
 def _differences(values: Tensor) -> Tensor:
-    """(B, K) → (B, K(K−1)/2): value of a minus value of b, for every a < b."""
+    """Return (B, K) → (B, K(K−1)/2): value of a minus value of b, for every a < b."""
     a, b = torch.triu_indices(values.shape[1], values.shape[1], offset=1, device=values.device)
     return values[:, a] - values[:, b]

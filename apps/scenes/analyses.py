@@ -1,0 +1,266 @@
+"""Analyses beside the contender tables: over-optimisation of a proxy reward, prediction by x̂0, optimised noise."""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from matplotlib.figure import Figure
+from torch import Generator, Tensor
+from tqdm.auto import tqdm
+
+from steer.apps.models import load_pipeline
+from steer.apps.plots import DPI, INK, save_figure, set_title, style_axes
+from steer.apps.scenes.studies import LAM, ExactlyRight, prompts_of
+from steer.apps.scenes.training import CALL, interval
+from steer.files import read_image
+from steer.pipelines.base import SteeringOutput
+from steer.pipelines.fk_steering import FKSteeringPipeline
+from steer.pipelines.reno import Backprop, ReNOPipeline
+from steer.pipelines.selection import BestOfNPipeline
+from steer.reward import score_components
+from steer.rewards.compose import mean, mean_minus_std, worst
+from steer.rewards.parser import load_reward
+
+PROMPTS_PER_CALL = 8
+Figures = dict[str, Any]
+
+
+def exactly_right(out: SteeringOutput, prompts: Sequence[str]) -> Tensor:
+    """1 for every image (P, K) that meets all of its prompt's requirements, else 0."""
+    repeated = [prompt for prompt in prompts for _ in range(out.rewards.shape[1])]
+    return ExactlyRight()(out.images, repeated).view_as(out.rewards)
+
+
+def quiet_pipeline(model: str) -> Any:
+    """A pipeline without progress bars."""
+    pipe = load_pipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+# ---- prediction by x̂0
+
+
+def foresight(
+    model: str, prompts: Sequence[str], reward: str, size: int, steps: Sequence[int], call: Mapping[str, Any] = CALL
+) -> Figures:
+    """Measure how well the reward of x̂0 at each step predicts the final one, among unsteered images of one prompt.
+
+    For each step: `order`, the share of pairs that the finished images' rewards rank the same way, and `right`, the
+    share of pairs of a right and a wrong finished image (by the exact reward) in which the right one leads; its last
+    number is for the finished images themselves. 0.5 is chance.
+    """
+    steering_pipe = FKSteeringPipeline(quiet_pipeline(model), reward)
+    early, final, right = [], [], []
+    for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc="foresight", leave=False, disable=None):
+        some = list(prompts[start : start + PROMPTS_PER_CALL])
+        options = {"num_particles": size, "lam": 0.0, "resample_steps": steps, "output_type": "pt", **call}
+        out = steering_pipe(some, generator=Generator().manual_seed(start), **options).in_slot_order()
+        early.append(torch.stack([evaluation.rewards for evaluation in out.history]))
+        final.append(out.rewards)
+        right.append(exactly_right(out, some))
+    guesses = torch.cat(early, 1)
+    return {
+        "prompts": len(prompts),
+        "steps": list(steps),
+        "order": [round(agreement(guess, torch.cat(final)), 3) for guess in guesses],
+        "right": [round(agreement(guess, torch.cat(right)), 3) for guess in (*guesses, torch.cat(final))],
+    }
+
+
+def agreement(guess: Tensor, truth: Tensor) -> float:
+    """Share of the pairs in a row of (P, K) with different `truth` that `guess` ranks the same way; ties count half."""
+    separable = (truth[:, :, None] - truth[:, None]).sign()
+    ranked = (guess[:, :, None] - guess[:, None]).sign()
+    return ((ranked[separable > 0] + 1) / 2).mean().item()
+
+
+# ---- optimised noise for the multi-step model
+
+
+def reno_then_steering(
+    turbo: str,
+    base: str,
+    reward: str,
+    prompts: Sequence[str],
+    size: int = 4,
+    iterations: int = 25,
+    call: Mapping[str, Any] = CALL,
+) -> Figures:
+    """Compare the multi-step model, plain and steered, from random and from optimised noise.
+
+    [mean, low, high] over prompts of right images: of the best by `reward`, and of all; `gain` is optimised minus
+    random.
+    """
+    first, many_steps = ReNOPipeline(quiet_pipeline(turbo), reward), quiet_pipeline(base)
+    methods: list[tuple[str, Any, dict[str, Any]]] = [
+        ("base", BestOfNPipeline(many_steps, reward), {}),
+        ("fk", FKSteeringPipeline(many_steps, reward), {"lam": LAM}),
+    ]
+    right: dict[str, list[Tensor]] = {}
+
+    def run(name: str, method: Any, some: list[str], seed: int, **options: Any) -> Any:
+        out = method(some, num_particles=size, output_type="pt", generator=Generator().manual_seed(seed), **options)
+        right.setdefault(name, []).append(exactly_right(out, some))
+        return out
+
+    for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc="then", leave=False, disable=None):
+        some = list(prompts[start : start + PROMPTS_PER_CALL])
+        optimised = run("ReNO", first, some, start, iterations=iterations, gradient=Backprop(checkpointing=False))
+        noises = {"random": {}, "optimised": {"latents": optimised.in_slot_order().start.noise}}
+        for kind, noise in noises.items():
+            for name, method, options in methods:
+                run(f"{name}, {kind}", method, some, start, **noise, **options, **call)
+    rows = {name: torch.cat(values) for name, values in right.items()}
+    gains = {name: rows[f"{name}, optimised"] - rows[f"{name}, random"] for name, _, _ in methods}
+    return {"prompts": len(prompts), "iterations": iterations} | {
+        kind: {name: {"best": interval(v[:, 0]), "all": interval(v.mean(1))} for name, v in table.items()}
+        for kind, table in (("methods", rows), ("gain", gains))
+    }
+
+
+# ---- over-optimisation
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+BATCH = 256
+OTHERS = ("preference:scenes", "clip:scenes")
+COLOURS = ("#832db6", "#e76300", "#3f90da", "#a96b59", "#bd1f01", "#94a4a2")
+
+
+def kl_of_best_of_n(n: int) -> float:
+    """An upper bound of the KL from the base model, nats: log n − (n − 1)/n (arXiv 2204.05862, 2401.01879)."""
+    return math.log(n) - (n - 1) / n
+
+
+def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
+    """E[value of the image that the proxy likes best among n], for each prompt (P,), over all n-subsets of M images.
+
+    The k-th of M images, worst first, is the best of a random n-subset with probability C(k−1, n−1) / C(M, n): an
+    unbiased estimate from one sample of M (arXiv 2112.09332, appendix I). proxy, value: (P, M).
+    """
+    total = proxy.shape[1]
+    order = proxy.argsort(dim=1, stable=True)
+    ranks = torch.arange(1, total + 1, dtype=torch.float64)
+    log_chance = _log_choose(ranks - 1, n - 1) - _log_choose(torch.tensor(float(total)), n)
+    chance = torch.where(ranks >= n, log_chance.exp(), 0.0)
+    return (value.double().gather(1, order) * chance).sum(1)
+
+
+def _log_choose(n: Tensor, k: int) -> Tensor:
+    """log C(n, k), fp64; meaningless where n < k."""
+    n = n.double().clamp(min=k)
+    return torch.lgamma(n + 1) - math.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+
+def curves(folder: Path, ensemble: str, others: Sequence[str] = OTHERS) -> Figures:
+    """Measure best-of-n by every proxy: its standardised score and the exact reward of its picks, with intervals.
+
+    "one member" is the mean over the members of the picks of each alone.
+    folder    files of `python -m steer.apps.scenes many`
+    ensemble  a learned reward of several members
+    """
+    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    gold = torch.tensor([row["gold"] for row in rows]).view(len(prompts), -1)
+    members = torch.stack([*_scores(ensemble, rows)[1].values()])
+    scored = {
+        "picked by the exact reward": [gold],
+        "one member": [*members],
+        f"mean of {len(members)}": [mean(members)],
+        f"worst of {len(members)}": [worst(members)],
+        f"mean − std of {len(members)}": [mean_minus_std(members)],
+        **{spec: [_scores(spec, rows)[0]] for spec in others},
+    }
+    proxies = {name: [one.view_as(gold) for one in some] for name, some in scored.items()}
+
+    def picked(some: Sequence[Tensor], values: Sequence[Tensor], n: int) -> Tensor:
+        """Values (P,) of the picks of proxies of one kind, their mean."""
+        return torch.stack([expected_best(p, v, n) for p, v in zip(some, values, strict=True)]).mean(0)
+
+    def curve(some: Sequence[Tensor]) -> dict[str, list[list[float]]]:
+        own = [(proxy - proxy.mean()) / proxy.std() for proxy in some]
+        values = {"proxy": own, "gold": [gold] * len(own), "right": [(gold == 1).float()] * len(own)}
+        return {kind: [interval(picked(some, value, n)) for n in SIZES] for kind, value in values.items()}
+
+    def gold_of(name: str, n: int) -> Tensor:
+        return picked(proxies[name], [gold] * len(proxies[name]), n)
+
+    return {
+        "prompts": len(prompts),
+        "images": gold.shape[1],
+        "ensemble": ensemble,
+        "n": list(SIZES),
+        "kl": [round(kl_of_best_of_n(n), 3) for n in SIZES],
+        "proxies": {name: curve(some) for name, some in proxies.items()},
+        "against_one_member": {
+            name: [interval(gold_of(name, n) - gold_of("one member", n)) for n in SIZES] for name in proxies
+        },
+        "members": _disagreement(members.view(-1, *gold.shape)),
+    }
+
+
+def _disagreement(members: Tensor) -> dict[str, float]:
+    """Measure the disagreement of members' scores (K, P, M) on prompts, and on the images of a prompt."""
+    prompts = members.mean(2, keepdim=True)
+    return {
+        "std_of_prompt_means": round(prompts.std(0).mean().item(), 3),
+        "std_within_prompts": round((members - prompts).std(0).mean().item(), 3),
+    }
+
+
+@torch.no_grad()
+def _scores(spec: str, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Score images by a reward and its components, (N,) each."""
+    reward, scored = load_reward(spec), []
+    for start in tqdm(range(0, len(rows), BATCH), desc=spec, leave=False, disable=None):
+        some = rows[start : start + BATCH]
+        images = torch.stack([read_image(row["image"]) for row in some])
+        scored.append(score_components(reward, images, [row["prompt"] for row in some]))
+    totals, components = zip(*scored, strict=True)
+    return torch.cat(totals), {name: torch.cat([p[name] for p in components]) for name in components[0]}
+
+
+def draw_curves(figures: Figures, path: Path) -> None:
+    """Draw each proxy's score of its picks on the left, their exact reward on the right."""
+    figure = Figure(figsize=(10.5, 4.3), dpi=DPI, layout="constrained")
+    oracle, *proxies = figures["proxies"]
+    titles = {"proxy": "score by the proxy (its own standard deviations)", "gold": "exact reward"}
+    for axes, (kind, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for name, colour in zip(proxies, COLOURS, strict=True):
+            means, low, high = zip(*figures["proxies"][name][kind], strict=True)
+            axes.plot(figures["n"], means, color=colour, lw=1.7, marker="o", ms=3.5, label=name)
+            axes.fill_between(figures["n"], low, high, color=colour, alpha=0.07, lw=0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(figures["n"], [str(n) for n in figures["n"]])
+        axes.set_xlabel("n of best-of-n", color=INK)
+        set_title(axes, title)
+        style_axes(axes)
+    best = [value for value, _, _ in figures["proxies"][oracle]["gold"]]
+    figure.axes[1].plot(figures["n"], best, color=INK, lw=1.2, ls=":", label=oracle)
+    figure.axes[1].legend(frameon=False, fontsize=8, loc="lower right")
+    save_figure(figure, path)
+
+
+def _foresight(options: argparse.Namespace) -> Figures:
+    return foresight(str(options.model), prompts_of(options), options.reward, options.particles, range(2, 20, 3))
+
+
+def _curves(options: argparse.Namespace) -> Figures:
+    figures = curves(options.out / "many", options.reward)
+    draw_curves(figures, (options.json or options.out / "curves.json").with_suffix(".png"))
+    return figures
+
+
+def _reno_then(options: argparse.Namespace) -> Figures:
+    return reno_then_steering("scenes-turbo", "scenes", options.reward, prompts_of(options))
+
+
+ANALYSES: dict[str, Callable[[argparse.Namespace], Figures]] = {
+    "foresight": _foresight,
+    "curves": _curves,
+    "reno-then": _reno_then,
+}

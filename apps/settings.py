@@ -1,0 +1,219 @@
+"""Settings of a sampling run: those that all methods share, and the method's own.
+
+The options of `steer sample` and `steer evaluate`, report.json, the recipe inside a PNG and the demo's fields are
+derived from `SamplingConfig` and from the dataclasses of `steer.pipelines.settings`. Nothing heavy is imported.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, Self
+
+from steer.errors import InputError
+from steer.pipelines.settings import (
+    BestOfNSettings,
+    FKSettings,
+    NoiseSearchSettings,
+    ReNOSettings,
+    SelectionSettings,
+    Settings,
+    option,
+    plain_kinds,
+)
+from steer.registry import choose, nearest
+
+
+class MethodOptions(NamedTuple):
+    """The settings dataclass of a method's name, defaults in place of its own, and fields that the name excludes."""
+
+    settings: type[Settings]
+    defaults: Mapping[str, Any] = {}
+    without: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The options of the method."""
+        return [name for name in self.settings.saved() if name not in self.without]
+
+
+METHOD_OPTIONS = {
+    "fk": MethodOptions(FKSettings),
+    "svdd": MethodOptions(SelectionSettings, without=("beams",)),
+    "beam": MethodOptions(SelectionSettings, {"beams": 2}, without=("lam",)),
+    "best-of-n": MethodOptions(BestOfNSettings),
+    "base": MethodOptions(BestOfNSettings),
+    "reno": MethodOptions(ReNOSettings),
+    "noise-search": MethodOptions(NoiseSearchSettings),
+}
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Settings):
+    """All that decides the images. It is saved in the report, and compared when a run resumes.
+
+    model             embedded model, folder, .safetensors file, or ORGANISATION/NAME
+    variant           of the model's weights, such as fp16; by default plain ones, or the folder's only one
+    model_config      for a single file: folder of such a model in diffusers' format
+    method            fk, svdd, beam, best-of-n, base, reno (for one-step models, like scenes-turbo) or noise-search
+    lora              LoRA adapter to load: RUN/final, or a LoRA file
+    reward            NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards`
+                      lists names
+    particles         K, images for each prompt
+    steps             solver steps; by default the pipeline's own number, for reno 1
+    guidance          guidance scale; by default the pipeline's own, for reno 0
+    eta               noise of every step, 0 to 1; by default the solver's own, for svdd and beam 1
+    noise_candidates  starting noises of each prompt of which short runs select the best K
+    screening_steps   solver steps of those short runs
+    seed              random seed, the same for each prompt
+    compare           also make the base images of the same seed, for grid.png
+    dtype             float32, float16 or bfloat16; by default float32 on the CPU, bfloat16 elsewhere
+    options           settings of the method
+    """
+
+    model: str = option("scenes")
+    variant: str | None = option(None)
+    model_config: str | None = option(None, flags=("--config",))
+    method: str = option("fk", choices=tuple(METHOD_OPTIONS))
+    lora: str | None = option(None)
+    reward: str = option("scene-soft")
+    particles: int = option(4, "[1, inf]", flags=("--particles", "--seeds"))
+    steps: int | None = option(None, "[1, inf]")
+    guidance: float | None = option(None, "(-inf, inf)")
+    eta: float | None = option(None, "[0, 1]")
+    noise_candidates: int | None = option(None, "[1, inf]")
+    screening_steps: int = option(4, "[1, inf]")
+    seed: int = option(0, "[0, 9223372036854775807]")
+    compare: bool = option(True, flags=("--compare/--no-compare",))
+    dtype: str | None = option(None, choices=DTYPES)
+    options: Any = option(None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options = self.options or method_settings(self.method, {}, self.particles)
+        object.__setattr__(self, "options", replace(options, num_particles=self.particles))
+        if self.noise_candidates is not None and self.noise_candidates < self.particles:
+            raise InputError(f"noise_candidates must be at least the particles, {self.particles}")
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """Return the configuration of flat values: shared fields and options of the method; None is the default.
+
+        Raises InputError for a value that does not fit, and for an option of another method.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        method = given.get("method", "fk")
+        choose("method", method, METHOD_OPTIONS)
+        own = {name: value for name, value in given.items() if name not in SHARED}
+        shared = {name: value for name, value in given.items() if name in SHARED}
+        particles = cls(**{name: shared[name] for name in ("method", "particles") if name in shared}).particles
+        return cls(**shared, options=method_settings(method, own, particles))
+
+    def plain(self) -> dict[str, Any]:
+        """Return all values by name as JSON holds them, those of the method beside the shared ones."""
+        own = {name: value for name, value in self.options.plain().items() if name in self.option_names}
+        return {name: getattr(self, name) for name in SHARED} | own
+
+    @property
+    def option_names(self) -> list[str]:
+        """The options of the method."""
+        return METHOD_OPTIONS[self.method].names
+
+    @property
+    def loading(self) -> dict[str, str]:
+        """Arguments of `load_pipeline` beside model, device and dtype, where any are given."""
+        given = {"variant": self.variant, "config": self.model_config}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+SHARED = [name for name in SamplingConfig.saved() if name != "options"]
+ALL_OPTIONS = list(dict.fromkeys(name for one in METHOD_OPTIONS.values() for name in one.names))
+
+
+def method_settings(method: str, values: Mapping[str, Any], particles: int) -> Settings:
+    """Return the settings of a method. Raises InputError for an option that it does not have."""
+    settings, defaults, _ = METHOD_OPTIONS[method]
+    names = METHOD_OPTIONS[method].names
+    for name in values:
+        if name in names:
+            continue
+        if owners := methods_with(name):
+            raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out")
+        raise InputError(f"unknown option {name!r}: did you mean {nearest(name, [*SHARED, *names])}?")
+    return settings(**{**defaults, **values, "num_particles": particles})
+
+
+def option_names(method: str) -> list[str]:
+    """Return the options of a method. Raises InputError for an unknown one."""
+    return choose("method", method, METHOD_OPTIONS).names
+
+
+def methods_with(name: str) -> list[str]:
+    """Return the methods that have an option."""
+    return [method for method, options in METHOD_OPTIONS.items() if name in options.names]
+
+
+def default_of(method: str, name: str) -> Any:
+    """Return the default of a method's option."""
+    settings, defaults, _ = METHOD_OPTIONS[method]
+    return defaults.get(name, settings.field(name).default)
+
+
+def kinds_of(name: str, method: str | None = None) -> tuple[type, ...]:
+    """Return the plain types of a setting, of a method's where it is an option."""
+    if name in SHARED:
+        return plain_kinds(SamplingConfig.hints()[name])
+    owner = method if method is not None and name in METHOD_OPTIONS[method].names else methods_with(name)[0]
+    return plain_kinds(METHOD_OPTIONS[owner].settings.hints()[name])
+
+
+def flags_of(name: str) -> tuple[str, ...]:
+    """Return the flags of a setting on the command line."""
+    known: Iterable[str] = SamplingConfig.field(name).metadata["flags"] if name in SHARED else ()
+    return tuple(known) or (f"--{name.replace('_', '-')}",)
+
+
+def help_of(name: str) -> str:
+    """Return the help of a setting on the command line: its first sentence, after the methods that have it."""
+    if name in SHARED:
+        default = SamplingConfig.field(name).default
+        text = _sentence(SamplingConfig.help()[name])
+        return text[0].upper() + text[1:] + ("" if default is None else f" [default: {default}]")
+    methods: dict[str, list[str]] = {}
+    for method in methods_with(name):
+        methods.setdefault(_sentence(METHOD_OPTIONS[method].settings.help()[name]), []).append(method)
+    defaults = {method: default_of(method, name) for method in methods_with(name)}
+    distinct = dict.fromkeys(map(str, defaults.values()))
+    shown = (
+        next(iter(distinct))
+        if len(distinct) == 1
+        else ", ".join(f"{method} {default}" for method, default in defaults.items())
+    )
+    texts = "; ".join(f"{', '.join(names)}: {text}" for text, names in methods.items())
+    return texts if shown in ("None", "False") else f"{texts} [default: {shown}]"
+
+
+def _sentence(text: str) -> str:
+    """Return the first sentence of a text."""
+    return text.split(". ")[0].rstrip(".")
+
+
+def as_flags(message: str) -> str:
+    """Return a message with flags in place of the names of settings: a first word, or one with an underscore."""
+
+    def flag(word: re.Match[str]) -> str:
+        name = "particles" if word[0] == "num_particles" else word[0]
+        known = name in SHARED or name in ALL_OPTIONS
+        return flags_of(name)[0].partition("/")[0] if known and (word.start() == 0 or "_" in word[0]) else word[0]
+
+    return re.sub(r"\w+", flag, message)
+
+
+@contextmanager
+def errors_with_flags() -> Iterator[None]:
+    """Raise an InputError of the block with the flags of the command line in place of the names of settings."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(as_flags(str(error))) from error

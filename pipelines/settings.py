@@ -1,0 +1,362 @@
+"""Settings of the steering methods: one dataclass per method.
+
+A field, its type, range, default and help stand here alone. The signature of the pipeline's call, the options of
+`steer sample` and `steer evaluate`, the recipe inside a PNG and the fields of the demo are derived from them. Nothing
+heavy is imported, so that `steer sample --help` answers at once.
+"""
+
+import functools
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from pkgutil import resolve_name
+from types import NoneType
+from typing import Any, get_args, get_origin, get_type_hints
+
+from steer.arguments import coerce_value
+from steer.errors import InputError
+from steer.registry import choose
+
+Prompts = str | Sequence[str] | None
+Choices = str | tuple[str, ...] | None
+
+
+def option(default: Any, within: str | None = None, *, choices: Choices = None, flags: Sequence[str] = ()) -> Any:
+    """Return a field that decides the image: an argument in Python, an option of the command line, part of the recipe.
+
+    within   the interval of its values, such as "(0, 1]"
+    choices  the names it takes: a tuple, or "module:TABLE" of names and what they stand for
+    flags    of the command line, where they are not --name
+    """
+    return field(default=default, metadata={"within": within, "choices": choices, "flags": flags, "saved": True})
+
+
+def argument(default: Any, within: str | None = None, *, choices: Choices = None) -> Any:
+    """Return a field of the Python call alone: how much is computed at a time, what comes back, who observes."""
+    return field(default=default, metadata={"within": within, "choices": choices, "saved": False})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Fields with a range, choices and help. Raises InputError for a value that does not fit, by the field's name."""
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            value = _coerced(one.name, self.hints()[one.name], getattr(self, one.name))
+            object.__setattr__(self, one.name, value)
+            if (within := one.metadata["within"]) is not None and value is not None and not _contains(within, value):
+                raise InputError(f"{one.name} must be {_describe(within)}, got {value}")
+            if (choices := one.metadata["choices"]) is not None and value is not None:
+                choose(one.name, value, _table(choices))
+
+    def implementation(self, name: str) -> Any:
+        """Return what the value of a field with choices stands for: the function of a name, or the function itself."""
+        return choose(name, getattr(self, name), _table(type(self).field(name).metadata["choices"]))
+
+    @classmethod
+    def field(cls, name: str) -> "Field[Any]":
+        """Return one field of the dataclass."""
+        return {one.name: one for one in fields(cls)}[name]
+
+    @classmethod
+    def saved(cls) -> list[str]:
+        """Return the names of the fields that decide the image."""
+        return [one.name for one in fields(cls) if one.metadata["saved"]]
+
+    @classmethod
+    @functools.cache
+    def hints(cls) -> dict[str, Any]:
+        """Return the types of the fields."""
+        return get_type_hints(cls)
+
+    @classmethod
+    @functools.cache
+    def help(cls) -> dict[str, str]:
+        """Return the help of each field: the tables in the docstrings of the class and of its bases."""
+        texts: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            for name, text in re.findall(r"^(\w+) {2,}(.+(?:\n +.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M):
+                texts[name] = " ".join(text.split())
+        return {one.name: texts[one.name] for one in fields(cls)}
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields that decide the image as JSON holds them; None where there is no limit."""
+        return {name: _plain(getattr(self, name)) for name in self.saved()}
+
+
+def plain_kinds(hint: Any) -> tuple[type, ...]:
+    """Return the types of a field in JSON and on the command line, where mappings and lists are texts."""
+    functions = get_origin(Callable[..., Any])
+    kinds = [kind for kind in get_args(hint) or (hint,) if get_origin(kind) is not functions]
+    return tuple(kind if kind in (bool, int, float, NoneType) else str for kind in kinds)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return ",".join(f"{step}:{count}" for step, count in value.items())
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return None if value in (math.inf, -math.inf) else value
+
+
+def _coerced(name: str, hint: Any, value: Any) -> Any:
+    """Return a value as its annotation has it; texts such as "8:4,14:2" and "4,8" are mappings and lists."""
+    kinds = get_args(hint)
+    if isinstance(value, str) and Mapping[int, int] in kinds:
+        value = _schedule(name, value)
+    if isinstance(value, str) and Iterable[int] in kinds:
+        value = [_whole(name, word) for word in value.split(",")]
+    value = coerce_value(name, hint, value)
+    return tuple(value) if isinstance(value, list) and Iterable[int] in kinds else value
+
+
+def _schedule(name: str, text: str) -> dict[int, int]:
+    """Return {solver step: particles} of a text such as "8:4,14:2". Raises InputError."""
+    pairs = [part.split(":") for part in text.split(",") if text.strip()]
+    try:
+        schedule = {int(step): int(count) for step, count in pairs}
+    except ValueError as error:
+        raise InputError(f"{name}: write STEP:PARTICLES,… such as 8:4,14:2, got {text!r}") from error
+    if len(schedule) < len(pairs):
+        raise InputError(f"{name}: a step is there twice in {text!r}")
+    return schedule
+
+
+def _whole(name: str, word: str) -> int:
+    try:
+        return int(word)
+    except ValueError as error:
+        raise InputError(f"{name} must be whole numbers such as 4,8, got {word!r}") from error
+
+
+def _table(choices: str | tuple[str, ...]) -> Mapping[str, Any]:
+    table: Mapping[str, Any] = (
+        resolve_name(choices) if isinstance(choices, str) else {choice: choice for choice in choices}
+    )
+    return table
+
+
+def _contains(interval: str, value: float) -> bool:
+    """Return whether a value lies in an interval such as "(0, 1]"; nan lies in none."""
+    low, high = (int(end) if end.strip("- ").isdigit() else float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def _describe(interval: str) -> str:
+    """Return an interval in words: "(0, 1]" is "above 0 and at most 1"."""
+    low, high = interval[1:-1].split(", ")
+    if low == "-inf":
+        return "a finite number" if interval[-1] == ")" else "a finite number, or inf"
+    if interval[0] == "[" and interval[-1] == "]" and high != "inf":
+        return f"from {low} to {high}"
+    below = "" if high == "inf" and interval[-1] == "]" else " and finite" if high == "inf" else f" and at most {high}"
+    return f"{'at least' if interval[0] == '[' else 'above'} {low}{below}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallSettings(Settings):
+    """Arguments of every method's call.
+
+    num_particles  K, images for each prompt; num_images_per_prompt is the same
+    chunk_size     images decoded and scored at a time
+    reward_prompt  text for the reward in place of the prompt; needed with prompt_embeds
+    output_type    pil, np, pt or latent
+    """
+
+    num_particles: int = argument(4, "[1, inf]")
+    chunk_size: int = argument(8, "[1, inf]")
+    reward_prompt: str | Sequence[str] | None = argument(None)
+    output_type: str = argument("pil", choices=("pil", "np", "pt", "latent"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(CallSettings):
+    """Arguments of methods that act on the solver steps of one run.
+
+    eta      noise η of every solver step, from 0 to 1; by default the solver's own
+    on_step  observer of every solver step, called with a StepReport; an exception from it ends the run
+    """
+
+    eta: float | None = argument(None, "[0, 1]")
+    on_step: Callable[[Any], None] | None = argument(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FKSettings(StepSettings):
+    """Settings of Feynman–Kac steering (arXiv 2501.06848).
+
+    lam                     strength λ of the reward: images are drawn from p(x0) exp(λ r(x0)); 0 gives the pipeline's
+                            own batch
+    potential               potential G_j: difference, max, sum or now. Also a function of a path's rewards
+    resampler               systematic, stratified, residual, ssp or multinomial. Also a function
+    tempering               schedule of λ along the run: constant, geometric or ess. Also a function
+    resample_steps          solver steps, from 0, with intermediate rewards; by default at 40, 55, 70 and 85 % of the
+                            run, with reward_guidance all of them from 1 on
+    ess_threshold           resample when the ESS is below this share of K (adaptive); 1: at every one of those steps
+    reward_guidance         the kernel's mean moves by γ τ² λ_j ∇r(x̂0) at those steps, corrected by the weights; 1 is
+                            DAS. The reward must be differentiable
+    particle_schedule       particles of each prompt from a solver step on, such as 8:4,14:2 or {8: 4, 14: 2}. Fewer and
+                            fewer; rewards are evaluated at these steps too, and particles left out have no images
+    particle_schedule_rule  which particles stay: resample, by weight; or top_k, by reward, a search
+    target_reward           intermediate reward at which its particle alone continues, without further resampling. One
+                            prompt a call; a search, whose log-weights and log-normaliser are 0
+    asynchronous_rewards    decode and score in the background during the next denoiser call, and resample one step
+                            later
+    draw                    first image of each prompt: best, of the highest reward; or weighted, a draw by the final
+                            weights. The others follow by reward
+    preview                 decoder of x̂0 for the reward: full, the pipeline's VAE; linear, a map fitted to the first
+                            previews; or a small autoencoder (tiny, a folder, ORGANISATION/NAME on the command line, an
+                            object in Python). Finished images are the VAE's
+    eta                     noise η of every solver step, from 0 to 1. By default, and with 0, the solver's own steps,
+                            except that all particles take the Gaussian kernel with η = 1 where they may be resampled.
+                            With reward_guidance every step is the kernel's, by default with η = 1
+    """
+
+    lam: float = option(10.0, "(-inf, inf)")
+    potential: str | Callable[..., Any] = option("difference", choices="steer.smc.potentials:POTENTIALS")
+    resampler: str | Callable[..., Any] = option("systematic", choices="steer.smc.resampling:RESAMPLERS")
+    tempering: str | Callable[..., Any] = option("constant", choices="steer.smc.potentials:TEMPERINGS")
+    resample_steps: Iterable[int] | None = option(None)
+    ess_threshold: float = option(0.5, "(0, 1]")
+    reward_guidance: float = option(0.0, "[0, inf)")
+    particle_schedule: Mapping[int, int] | None = option(None)
+    particle_schedule_rule: str = option("resample", choices="steer.pipelines.fk_steering:PARTICLE_SCHEDULE_RULES")
+    target_reward: float | None = option(None, "(-inf, inf)")
+    asynchronous_rewards: bool = option(False)
+    draw: str = option("best", choices="steer.pipelines.particle_batch:DRAWS")
+    preview: Any = option("full")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.draw != "best" and self.is_search:
+            raise InputError(
+                f"draw={self.draw!r}: target_reward and particle_schedule_rule='top_k' leave no weights: "
+                "use draw='best'"
+            )
+        if self.asynchronous_rewards and self.reward_guidance:
+            raise InputError("asynchronous_rewards: reward_guidance needs the gradient in the step: leave one out")
+        before = self.num_particles
+        for step, count in sorted((self.particle_schedule or {}).items()):
+            if not 1 <= count < before:
+                raise InputError(
+                    f"particle_schedule: {count} particles from step {step} on, of {before}: they must be fewer and "
+                    "fewer, and at least 1"
+                )
+            before = count
+
+    @property
+    def is_search(self) -> bool:
+        """Whether particles may be chosen by reward alone, which leaves no weights."""
+        return self.target_reward is not None or (
+            bool(self.particle_schedule) and self.particle_schedule_rule == "top_k"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionSettings(StepSettings):
+    """Settings of per-step selection: SVDD (arXiv 2408.08252) with one beam, beam search with several.
+
+    beams         B of the K candidates that continue from each step, with K/B children each. 1 is SVDD, K a plain batch
+    lam           candidates are drawn without replacement with probability ∝ exp(λ r(x̂0)); inf takes the best
+    select_steps  solver steps, from 0, at which candidates are scored and chosen; by default all but the last
+    eta           noise η of every solver step, from 0 to 1, out of which candidates are drawn. None: the solver's own;
+                  None and 0 leave the children of a candidate one step with η = 1 to diverge
+    preview       decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
+    """
+
+    beams: int = option(1, "[1, inf]")
+    lam: float = option(math.inf, "(-inf, inf]")
+    select_steps: Iterable[int] | None = option(None)
+    eta: float | None = argument(1.0, "[0, 1]")
+    preview: Any = option("full")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_particles % self.beams:
+            raise InputError(f"beams must divide num_particles, got {self.beams} of {self.num_particles}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestOfNSettings(StepSettings):
+    """Settings of best-of-N: the pipeline's own batch, sorted by reward.
+
+    preview_steps  solver steps, from 0, at which x̂0 is decoded and scored for on_step and the history. The images stay
+                   as they are; None: the steps of FKSettings
+    """
+
+    preview_steps: Iterable[int] | None = argument(())
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterationSettings(CallSettings):
+    """Settings of methods that optimise the starting noise, iteration by iteration.
+
+    num_particles  K, seeds for each prompt; every image is a search of its own
+    iterations     evaluations of the reward for each image
+    target_reward  reward at which a search is finished; the run ends once all are
+    state_file     file saved after every iteration, from which the same call resumes
+    on_iteration   observer of every iteration; true from it ends the run
+    """
+
+    num_particles: int = argument(1, "[1, inf]")
+    iterations: int = option(50, "[1, inf]")
+    target_reward: float | None = option(None, "(-inf, inf)")
+    state_file: Any = argument(None)
+    on_iteration: Callable[[Any], bool | None] | None = argument(None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReNOSettings(IterationSettings):
+    """Settings of ReNO (arXiv 2406.04312).
+
+    optimiser       sgd (Nesterov) or adam. Also an object of steer.noise
+    lr              learning rate; by default the optimiser's own: sgd 5 (published for 16,384 numbers), adam 0.05
+    regularisation  weight of log p(‖ε‖), which keeps the norm of the noise that of a normal draw
+    max_grad_norm   norm to which the gradient of each image is clipped
+    gradient        backprop; or zero-order, for any reward. Also an object of steer.pipelines.reno
+    patience        iterations without a better reward after which a search ends, or restarts from new noise
+    restarts        restarts of each search when its patience is out
+    """
+
+    optimiser: Any = option("sgd", choices="steer.noise:OPTIMISERS")
+    lr: float | None = option(None, "(0, inf)")
+    regularisation: float = option(0.01, "[0, inf)")
+    max_grad_norm: float = option(0.1, "(0, inf)")
+    gradient: Any = option("backprop", choices="steer.pipelines.reno:GRADIENTS")
+    patience: int | None = option(None, "[1, inf]")
+    restarts: int = option(0, "[0, inf]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.restarts and self.patience is None:
+            raise InputError(f"restarts must be at least 0, and need a patience, got {self.restarts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSearchSettings(IterationSettings):
+    """Settings of the search among neighbours of the best noise, the control of ReNO.
+
+    neighbours  images of each search in an iteration
+    distance    d of √(1 − d²) ε + d u, from a noise to its neighbours; 1 is best-of-N
+    """
+
+    iterations: int = option(12, "[1, inf]")
+    neighbours: int = option(4, "[1, inf]")
+    distance: float = option(0.5, "(0, 1]")
+
+
+IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")  # diffusers' names of num_particles
+
+
+def read_arguments(kind: type[Settings], arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Split the arguments of a call into settings and those of the pipeline. Raises InputError."""
+    names = {one.name for one in fields(kind)}
+    if counts := [name for name in IMAGES_PER_PROMPT if name in arguments]:
+        if "num_particles" in arguments or len(counts) > 1:
+            raise InputError(f"{counts[0]} and num_particles are the same: give one of them")
+        arguments = {"num_particles": arguments[counts[0]]} | {n: v for n, v in arguments.items() if n != counts[0]}
+    given = {name: value for name, value in arguments.items() if name in names}
+    return kind(**given), {name: value for name, value in arguments.items() if name not in names}

@@ -1,0 +1,84 @@
+"""Images and prompts in the forms that callers have them, as the batch (N, 3, H, W) that rewards score.
+
+| images                                                        | prompts                                          |
+|---------------------------------------------------------------|--------------------------------------------------|
+| tensor (N, 3, H, W) or (3, H, W), floats in [0, 1] or uint8   | one text for all images                          |
+| array (N, H, W, 3) or (H, W, 3), floats in [0, 1] or uint8    | one for each image                               |
+| PIL image                                                     | fewer: image n has prompt n // (images / prompts), |
+| list of these; a list in it, or one more axis, is a video     | as pipelines order several images of a prompt    |
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image
+from torch import Tensor
+
+from steer.reward import RewardError, mean_over_frames
+
+FORMS = "(N, 3, H, W) tensors, (N, H, W, 3) arrays, PIL images, or a list of them"
+
+
+def takes_any_images(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate the `__call__` of a reward of tensors: it takes images and prompts in every form above.
+
+    The score of a video is the mean over evenly spaced frames.
+    """
+
+    @functools.wraps(call)
+    def converted(self: Any, images: Any, prompts: Any, *rest: Any, **named: Any) -> Tensor:
+        batch, texts = as_batch(images, prompts)
+        return mean_over_frames(batch, lambda frames: (call(self, frames, texts, *rest, **named), {}))[0]
+
+    return converted
+
+
+def as_batch(images: Any, prompts: str | Sequence[str]) -> tuple[Tensor, Sequence[str]]:
+    """Convert images to a tensor (N, 3, H, W), videos to (N, F, 3, H, W), and pair each with its prompt.
+
+    Raises RewardError, one line, for other forms, images of several sizes, and counts that do not fit.
+    """
+    batch = _as_tensor(images)
+    if batch.dim() == 3:
+        batch = batch[None]
+    if batch.dim() not in (4, 5) or batch.shape[-3] != 3:
+        raise RewardError(f"a reward takes {FORMS}; got the shape {tuple(batch.shape)}")
+    count = len(batch)
+    if isinstance(prompts, str):
+        return batch, [prompts] * count
+    if len(prompts) != count:
+        if not prompts or count % len(prompts) or count < len(prompts):
+            raise RewardError(f"a reward takes one prompt an image, got {len(prompts)} prompts and {count} images")
+        prompts = [prompt for prompt in prompts for _ in range(count // len(prompts))]
+    return batch, prompts
+
+
+def _as_tensor(images: Any) -> Tensor:
+    """Convert to floats in [0, 1], channels before height and width."""
+    if isinstance(images, Image.Image):
+        images = np.asarray(images.convert("RGB"))
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images.copy())
+        images = images.movedim(-1, -3) if images.dim() >= 3 else images
+    if isinstance(images, list | tuple) and images:
+        tensors = [_as_tensor(image) for image in images]
+        if len(shapes := {tuple(one.shape) for one in tensors}) > 1:
+            raise RewardError(f"images of one call have one size, got shapes {sorted(shapes)}: score them one by one")
+        return torch.stack(tensors)
+    if not torch.is_tensor(images):
+        raise RewardError(f"a reward takes {FORMS}; got {type(images).__name__}")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise RewardError(f"images are floats in [0, 1] or 8-bit integers, got {images.dtype}")
+    return images
+
+
+def as_uint8(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Convert images (N, 3, H, W) to (N, H, W, 3) of 8 bits, clamped and rounded as image files hold them."""
+    arrays = VaeImageProcessor.pt_to_numpy(images.detach().float().clamp(0, 1))
+    return (arrays * 255).round().astype(np.uint8)

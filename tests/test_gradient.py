@@ -1,0 +1,429 @@
+"""The two-pass gradient against one graph over all steps, and against Stable Diffusion's sampling by hand."""
+
+import functools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rollouts import MOVED, TWO_PROMPTS, call_of, counted, cut, fresh_pipe, move
+from torch import Generator, Tensor
+from torch.distributions import Normal, kl_divergence
+
+from steer.diffusion.schedules import Gaussian
+from steer.training.gradient import Batch, Penalty, Reference, reference_of, two_pass_gradient
+from steer.training.guards import LARGEST_EXPONENT, chi_square, kl
+from steer.training.losses import D3PO, DDPO, GRPO, PRDP, D3POTrajectory, Filtered, LogProbs, Loss, Metrics
+from steer.training.rollout import Sampler, Trajectories, log_probs
+from steer.training.trainable import LoRA
+
+FAMILIES = ["sd", "img2img", "controlnet", "sdxl", "sd3", "flux", "pixart", "wan"]
+PENALTIES: dict[Penalty, float] = {kl: 0.3, chi_square: 0.1}
+REWARDS = torch.tensor([[0.2, 0.9], [0.5, -0.4]])
+ALL = (0, 1, 2)
+# Of a gradient in fp32 against other arithmetic: coefficients follow from small differences of large log-probabilities.
+ROUNDING = 5e-4
+Gradient = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Trajectories drawn by one LoRA, to be learnt from by the next."""
+
+    sampler: Sampler
+    trained: LoRA
+    stored: Trajectories
+    reference: Reference
+
+    def batch(self, sizes: Sequence[int] = (4,), steps: Sequence[int] = ALL) -> Batch:
+        chunks = cut(self.stored, sizes)
+        with self.trained.reference():
+            references = [reference_of(self.sampler, chunk, steps) for chunk in chunks]
+        return Batch(chunks, references, steps, REWARDS)
+
+    def collected(self, run: Callable[[], Any]) -> tuple[Any, Gradient]:
+        """What `run` returns and adds to the gradients."""
+        for parameter in self.trained.parameters.values():
+            parameter.grad = None
+        answer = run()
+        return answer, {name: p.grad.clone() for name, p in self.trained.parameters.items() if p.grad is not None}
+
+    def two_pass(
+        self, loss: Loss, batch: Batch | None = None, **options: Any
+    ) -> tuple[tuple[float, Metrics], Gradient]:
+        batch = batch or self.batch()
+        return self.collected(lambda: two_pass_gradient(self.sampler, batch, loss, **options))
+
+
+@functools.cache
+def case(name: str) -> Case:
+    pipe = fresh_pipe(name)
+    trained = LoRA(pipe, 2)
+    move(trained, MOVED[name], seed=1)
+    sampler = Sampler(pipe, call_of(name))
+    stored, _ = sampler.rollout(TWO_PROMPTS)
+    move(trained, MOVED[name], seed=2)
+    with trained.reference():
+        reference = reference_of(sampler, stored, range(stored.log_probs.shape[1]))
+    return Case(sampler, trained, stored, reference)
+
+
+def one_graph(case: Case, loss: Loss, steps: Sequence[int], penalties: Mapping[Penalty, float]) -> Tensor:
+    """Loss and penalties; the way back through the graph of all steps at once."""
+    kernels: dict[int, Gaussian] = {}
+    found: dict[int, Tensor] = {}
+    drawn: dict[int, Tensor] = {}
+
+    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
+        kernels[t], found[t], drawn[t] = kernel, kernel.log_prob(x_s), x_s
+
+    case.sampler.replay(case.stored, keep, grad=True)
+    new = torch.stack([found[t] for t in steps], 1)
+    matrices = [new, case.stored.log_probs[:, steps], case.reference.log_probs[:, steps]]
+    total, _ = loss(LogProbs(*(matrix.view(2, 2, -1) for matrix in matrices), case.stored.elements), REWARDS)
+    for penalty, weight in penalties.items():
+        terms = torch.stack([penalty(kernels[t], case.reference.kernel(t, drawn[t])) for t in steps], 1)
+        total = total + weight * terms.mean() * case.stored.log_probs.shape[1]  # a mean, of a sum over all T
+    total.backward()
+    return total
+
+
+def error(found: Gradient, truth: Gradient) -> float:
+    """The largest relative error of any parameter's gradient."""
+    assert found.keys() == truth.keys() and all(value.norm() > 0 for value in truth.values())
+    return max(((found[name] - value).norm() / value.norm()).item() for name, value in truth.items())
+
+
+LOSSES: dict[str, Loss] = {
+    "prdp": PRDP(beta=0.5, clip=0.1),
+    "trajectory": D3POTrajectory(beta=0.5, unit="nat"),
+    "grpo": GRPO(clip=0.1, unit="nat"),
+    "ddpo": DDPO(clip=1e-3),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_passes_are_backpropagation_through_all_steps(name: str, kind: str) -> None:
+    one, loss = case(name), LOSSES[kind]
+    steps = range(one.stored.log_probs.shape[1])
+    (value, metrics), found = one.two_pass(loss, one.batch(steps=steps), penalties=PENALTIES)
+    total, truth = one.collected(lambda: one_graph(one, loss, steps, PENALTIES))
+    assert error(found, truth) <= 1e-5
+    assert metrics.get("clipped", 0.5) > 0  # some steps are out of range, and are told so
+    assert metrics["kl"] > 0.02 and total > value + 0.005  # and the penalties are more than nothing
+
+
+def test_no_exponent_of_these_is_at_its_bound() -> None:
+    """χ² is level there, and the tests above would not see its gradient."""
+    for name in FAMILIES:
+        one = case(name)
+        found: list[Tensor] = []
+
+        def keep(t: int, kernel: Gaussian, x_s: Tensor, one: Case = one, found: list[Tensor] = found) -> None:
+            found.append(2 * kernel.kl(one.reference.kernel(t, x_s)))
+
+        one.sampler.replay(one.stored, keep)
+        assert 0.05 < torch.stack(found).max() < LARGEST_EXPONENT
+
+
+def sampling_by_hand(pipe: Any, stored: Trajectories) -> list[tuple[Normal, Tensor]]:
+    """p(x_s | x_t) and x_s of every step of DDIM with η = 1 (arXiv 2010.02502, eq. 12 and 16) under guidance 3."""
+    text, empty = pipe.encode_prompt(list(stored.rows.prompts), "cpu", 1, True)
+    starts = [torch.randn(4, 4, 4, generator=Generator().manual_seed(seed)) for seed in stored.rows.starts]
+    x, found = torch.stack(starts).to(text), []
+    for k, (t, s) in enumerate([(751, 501), (501, 251), (251, 1)]):
+        unconditional, conditional = pipe.unet(torch.cat([x, x]), t, torch.cat([empty, text]).detach()).sample.chunk(2)
+        epsilon = unconditional + 3.0 * (conditional - unconditional)
+        before, after = pipe.scheduler.alphas_cumprod[[t, s]].to(text)
+        x0 = (x - (1 - before).sqrt() * epsilon) / before.sqrt()
+        variance = (1 - after) / (1 - before) * (1 - before / after)
+        kernel = Normal(after.sqrt() * x0 + (1 - after - variance).sqrt() * epsilon, variance.sqrt())
+        x = stored.latents[:, k].to(text)
+        found.append((kernel, x))
+    return found
+
+
+def summed(elements: Sequence[Tensor]) -> Tensor:
+    """(N, …) of every step as (B, K, T), summed over the elements."""
+    return torch.stack([values.flatten(1).sum(1) for values in elements], 1).view(2, 2, -1)
+
+
+def exact_lora(seed: int | None) -> LoRA:
+    """In fp64, and with the weights of the case above: None for those of the reference."""
+    trained = LoRA(fresh_pipe("sd"), 2)
+    if seed is not None:
+        move(trained, MOVED["sd"], seed)
+    trained.pipe.to(torch.float64)
+    return trained
+
+
+@pytest.mark.parametrize("kind", ["prdp", "trajectory", "grpo"])
+def test_stable_diffusion_written_out_by_hand(kind: str) -> None:
+    """Nothing of the truth goes through the seam: it is the UNet itself in fp64, the reference another pipeline."""
+    one, loss, exact = case("sd"), LOSSES[kind], exact_lora(seed=2)
+    with torch.no_grad():
+        base = sampling_by_hand(exact_lora(None).pipe, one.stored)
+        drew = sampling_by_hand(exact_lora(seed=1).pipe, one.stored)
+    old, reference = (summed([kernel.log_prob(x) for kernel, x in steps]) for steps in (drew, base))
+    steps = sampling_by_hand(exact.pipe, one.stored)
+    new = summed([kernel.log_prob(x) for kernel, x in steps])
+    truth, _ = loss(LogProbs(new, old, reference, 64), REWARDS)
+    apart = summed([kl_divergence(p, q) for (p, _), (q, _) in zip(steps, base, strict=True)])
+    total = truth + 0.3 * apart.sum(-1).mean() + 0.1 * (torch.exp(2 * apart) - 1).sum(-1).mean()
+    total.backward()
+    (value, metrics), found = one.two_pass(loss, penalties=PENALTIES)
+    assert error(found, {name: p.grad for name, p in exact.parameters.items()}) <= ROUNDING
+    assert value == pytest.approx(truth.item(), rel=1e-3)
+    assert metrics["kl"] == pytest.approx(apart.sum(-1).mean().item(), rel=1e-4)
+    assert metrics["kl_per_step"] == pytest.approx(apart.mean().item(), rel=1e-4)
+    assert metrics["chi_square"] == pytest.approx((torch.exp(2 * apart) - 1).sum(-1).mean().item(), rel=1e-3)
+    torch.testing.assert_close(one.stored.log_probs.double(), old.flatten(0, 1), rtol=0, atol=5e-4)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("steps", [(0, 2), (1,)])
+def test_some_of_the_steps(kind: str, steps: tuple[int, ...]) -> None:
+    """The loss of these columns, and penalties that stand for all steps; the others cost no call of the denoiser."""
+    one, loss = case("sd"), LOSSES[kind]
+    _, truth = one.collected(lambda: one_graph(one, loss, steps, PENALTIES))
+    with counted(one.trained.denoiser) as calls:
+        batch = one.batch(steps=steps)
+        assert len(calls) == len(steps)
+        calls.clear()
+        (_, metrics), found = one.two_pass(loss, batch, penalties=PENALTIES)
+        assert len(calls) == (1 if loss.stepwise else 2) * len(steps)
+    assert error(found, truth) <= 1e-5
+    columns = torch.stack([kl_of(one)[t] for t in steps])
+    assert metrics["kl"] == pytest.approx(columns.mean().item() * 3, rel=1e-4)
+
+
+def kl_of(one: Case) -> dict[int, Tensor]:
+    """KL of each step (N,) by torch.distributions."""
+    found: dict[int, Tensor] = {}
+
+    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
+        other = one.reference.kernel(t, x_s)
+        apart = kl_divergence(Normal(kernel.mean, kernel.std), Normal(other.mean, other.std))
+        found[t] = apart.flatten(1).sum(1)
+
+    one.sampler.replay(one.stored, keep)
+    return found
+
+
+def test_steps_that_are_not_learnt_from_cost_nothing_of_a_controlnet() -> None:
+    one = case("controlnet")
+    with counted(one.trained.pipe.controlnet) as calls:
+        one.two_pass(LOSSES["grpo"], one.batch(steps=(1,)))
+    assert len(calls) == 2  # the reference, and one pass: the loss goes step by step
+
+
+@pytest.mark.parametrize("kind", ["prdp", "grpo"])
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_chunks_of_any_size_add_up(name: str, kind: str) -> None:
+    """Up to the rounding of ℓ in batches of other shapes, which the machine's number of threads decides with them."""
+    one, loss = case(name), LOSSES[kind]
+    (value, metrics), whole = one.two_pass(loss, penalties=PENALTIES)
+    told = torch.cat([log_probs(one.sampler, chunk) for chunk in one.batch().chunks])
+    for sizes in ((1, 3), (2, 2), (3, 1), (1, 1, 1, 1)):
+        batch = one.batch(sizes)
+        (same_value, same_metrics), components = one.two_pass(loss, batch, penalties=PENALTIES)
+        moved = torch.cat([log_probs(one.sampler, chunk) for chunk in batch.chunks]) - told
+        assert moved.abs().max() <= 4e-6 * told.abs().max()
+        assert error(components, whole) <= ROUNDING
+        assert same_value == pytest.approx(value, rel=1e-4, abs=2 * moved.abs().max().item() + 1e-6)  # Σ |∂L/∂ℓ| < 2
+        assert same_metrics["kl"] == pytest.approx(metrics["kl"], rel=1e-4)
+
+
+def test_prompts_come_in_any_order() -> None:
+    one = case("sd")
+    batch = one.batch((2, 2))
+    turned = Batch(batch.chunks[::-1], batch.references[::-1], batch.steps, batch.rewards.flip(0))
+    for loss in (LOSSES["prdp"], LOSSES["grpo"]):
+        _, there = one.two_pass(loss, batch, penalties=PENALTIES)
+        _, back = one.two_pass(loss, turned, penalties=PENALTIES)
+        assert error(back, there) <= 1e-5
+    mismatched = Batch(batch.chunks[::-1], batch.references[::-1], batch.steps, batch.rewards)
+    assert error(one.two_pass(PRDP(), mismatched)[1], one.two_pass(PRDP(), batch)[1]) > 0.1
+
+
+def test_gradients_add_to_those_that_are_there() -> None:
+    one = case("sd")
+    _, once = one.two_pass(LOSSES["prdp"])
+
+    def twice() -> None:
+        for _ in range(2):
+            two_pass_gradient(one.sampler, one.batch(), LOSSES["prdp"])
+
+    _, both = one.collected(twice)
+    assert error({name: value / 2 for name, value in both.items()}, once) <= 1e-6
+
+
+STEPWISE: dict[str, Loss] = {
+    "d3po": D3PO(beta=0.5, unit="nat"),
+    "grpo": LOSSES["grpo"],
+    "ddpo": LOSSES["ddpo"],
+    "filtered": Filtered(),
+}
+
+
+@pytest.mark.parametrize("steps", [(0, 1, 2), (0, 2)])
+@pytest.mark.parametrize("kind", STEPWISE)
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_loss_that_goes_step_by_step_needs_no_first_pass(name: str, kind: str, steps: tuple[int, ...]) -> None:
+    one, loss = case(name), STEPWISE[kind]
+
+    class AskedFirst(type(loss)):  # type: ignore[misc]
+        stepwise = False
+
+    slow, batch = AskedFirst(**vars(loss)), one.batch((2, 2), steps)
+    with counted(one.trained.denoiser) as calls:
+        (value, metrics), found = one.two_pass(loss, batch, penalties=PENALTIES)
+        fast = len(calls)
+        (truth, same_metrics), gradient = one.two_pass(slow, batch, penalties=PENALTIES)
+    assert loss.stepwise and fast == 2 * len(steps) and len(calls) == 3 * fast
+    assert error(found, gradient) <= 1e-6
+    assert value == pytest.approx(truth, rel=1e-6) and metrics == pytest.approx(same_metrics, rel=1e-5, nan_ok=True)
+
+
+def test_samples_of_a_prompt_in_two_chunks_are_asked_first() -> None:
+    one = case("sd")
+    batch = one.batch((1, 3))
+    with counted(one.trained.denoiser) as calls:
+        _, components = one.two_pass(STEPWISE["d3po"], batch)
+    assert len(calls) == 2 * 2 * 3
+    assert error(components, one.two_pass(STEPWISE["d3po"], one.batch((2, 2)))[1]) <= ROUNDING
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_unchanged_weights_need_no_first_pass(kind: str) -> None:
+    one, loss = case("sd"), LOSSES[kind]
+    move(one.trained, MOVED["sd"], seed=1)  # those that drew
+    try:
+        batch, found = one.batch(), []
+        for on_policy, calls_needed in ((False, 3 if loss.stepwise else 6), (True, 3)):
+            with counted(one.trained.denoiser) as calls:
+                found.append(one.two_pass(loss, batch, penalties=PENALTIES, on_policy=on_policy))
+            assert len(calls) == calls_needed
+    finally:
+        move(one.trained, MOVED["sd"], seed=2)
+    (first, gradient), (second, same_gradient) = found
+    assert first == second
+    assert all(torch.equal(gradient[name], same_gradient[name]) for name in gradient)
+
+
+def test_one_backward_per_step_and_chunk_through_the_callers_scaler() -> None:
+    one = case("sd")
+    _, plain = one.two_pass(LOSSES["prdp"])
+    scalars: list[Tensor] = []
+    chunks: list[int] = []
+
+    def scaled(total: Tensor) -> None:
+        scalars.append(total.detach())
+        (8 * total).backward()
+
+    options: dict[str, Any] = {"backward": scaled, "on_chunk": lambda: chunks.append(len(scalars))}
+    _, eightfold = one.two_pass(LOSSES["prdp"], one.batch((2, 2)), **options)
+    assert error({name: value / 8 for name, value in eightfold.items()}, plain) <= 1e-5
+    assert len(scalars) == 6 and all(total.shape == () for total in scalars)
+    assert chunks == [0, 0, 0, 3]  # both chunks of pass 1, then each of pass 2
+
+
+@pytest.mark.parametrize("name", ["sd", "flux", "controlnet"])
+def test_no_more_than_one_step_is_kept_for_the_way_back(name: str) -> None:
+    one = case(name)
+    alive: list[Any] = []
+    before_back: list[int] = []
+    after_back: list[int] = []
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+            alive.append(None)
+
+        def __del__(self) -> None:
+            alive.pop()
+
+    def back(total: Tensor) -> None:
+        before_back.append(len(alive))
+        total.backward()
+        after_back.append(len(alive))
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        one.two_pass(LOSSES["prdp"], penalties=PENALTIES, backward=back)
+    assert len(before_back) == 3 and before_back[0] > 100
+    assert before_back == before_back[:1] * 3
+    assert max(after_back) < 0.02 * before_back[0]
+
+
+def test_nothing_but_the_trained_weights_gets_a_gradient() -> None:
+    one = case("sd")
+    one.two_pass(LOSSES["prdp"], penalties=PENALTIES)
+    names = [name for name, p in one.trained.denoiser.named_parameters() if p.grad is not None]
+    assert sorted(names) == sorted(one.trained.parameters)
+    others = (one.trained.pipe.vae, one.trained.pipe.text_encoder)
+    assert all(p.grad is None and not p.requires_grad for model in others for p in model.parameters())
+
+
+def test_the_reference_is_told_as_it_is() -> None:
+    """Means, deviations and log-probabilities of the weights without the LoRA, in columns of the chosen steps."""
+    one = case("sd")
+    with torch.no_grad():
+        base = sampling_by_hand(exact_lora(None).pipe, one.stored)
+    for steps in (ALL, (0, 2), (1,)):
+        (told,) = one.batch(steps=steps).references
+        for column, t in enumerate(steps):
+            (kernel, x), ours = base[t], told.kernel(column, one.stored.latents[:, one.stored.stochastic[t]])
+            torch.testing.assert_close(ours.mean.double(), kernel.mean, rtol=0, atol=1e-5)
+            assert ours.std.item() == pytest.approx(kernel.scale.mean().item(), rel=1e-5)
+            by_hand = kernel.log_prob(x).flatten(1).sum(1)
+            torch.testing.assert_close(told.log_probs[:, column].double(), by_hand, rtol=0, atol=5e-4)
+
+
+PEAK = """
+import sys
+import torch
+from diffusers import StableDiffusionPipeline
+from steer.assets import MODELS
+from steer.training.gradient import Batch, reference_of
+from steer.training.gradient import two_pass_gradient
+from steer.training.guards import kl
+from steer.training.losses import PRDP
+from steer.training.trainable import LoRA
+from steer.training.rollout import Rows, Sampler
+
+
+def kilobytes(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field))
+
+
+pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+trained = LoRA(pipe, 4)
+for steps in (2, *map(int, sys.argv[1:])):
+    sampler = Sampler(pipe, {"num_inference_steps": steps, "guidance_scale": 3.0})
+    stored, _ = sampler.rollout(Rows(("a star",) * 2, (1, 2), (3, 4)))
+    columns = range(stored.log_probs.shape[1])
+    with trained.reference():
+        told = reference_of(sampler, stored, columns)
+    batch = Batch([stored], [told], columns, torch.tensor([[0.0, 1.0]]))
+    before = kilobytes("VmRSS")
+    two_pass_gradient(sampler, batch, PRDP(), penalties={kl: 0.1})
+    print(len(columns), kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.hard
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak that Linux tells")
+def test_the_memory_of_fifty_steps_is_that_of_ten() -> None:
+    """Of a whole-trajectory gradient on the embedded model, beside weights and stored latents."""
+    exact = {"MALLOC_MMAP_THRESHOLD_": "8192", "OMP_NUM_THREADS": "1"}  # freed tensors go back to the system
+    command = [sys.executable, "-c", PEAK, "10", "50"]
+    ran = subprocess.run(command, capture_output=True, text=True, env=os.environ | exact, check=True)
+    _, (ten, little), (fifty, much) = (map(int, line.split()) for line in ran.stdout.splitlines())
+    assert (ten, fifty) == (10, 50) and little > 4000
+    assert much <= 1.05 * little + 512  # kilobytes, of other things that happen in a process

@@ -1,0 +1,114 @@
+"""Log-ratios and KL of half-precision pipelines against float32, and of float32 against float64."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from conftest import fresh_scenes, large_denoiser
+from diffusers import DDIMScheduler
+from rollouts import call_of
+from torch import Tensor
+
+from steer import TrainingConfig
+from steer.diffusion.schedules import Gaussian
+from steer.diffusion.step_hooks import SolverStep
+from steer.errors import InputError
+from steer.pipelines.training.method import half_precision, num_training_steps_of
+from steer.training.guards import check_rounding, kl
+from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.trainable import LoRA
+
+STEPS, ROWS = 6, Rows(("a star",), (1,), (3,))
+
+
+def built(name: str, dtype: torch.dtype) -> tuple[Any, LoRA, dict[str, Any]]:
+    """A pipeline in a dtype with a small LoRA that has moved, B ~ 1e-4; latents of D >= 65,536 but for scenes."""
+    pipe = fresh_scenes() if name == "scenes" else large_denoiser(name)
+    trained = LoRA(pipe, 4)
+    pipe.to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in trained.parameters.items():
+        parameter.data = parameter.data.float()
+        if "lora_B" in key:
+            parameter.data = 1e-4 * torch.randn(parameter.shape, generator=generator)
+    call = {} if name == "scenes" else call_of(name)
+    size = {} if name == "scenes" else {"height": 256, "width": 256}
+    return pipe, trained, call | size | {"num_inference_steps": STEPS, "guidance_scale": 1.0}
+
+
+def divergence(sampler: Sampler, trained: LoRA, stored: Trajectories, steps: range) -> float:
+    """KL of the LoRA from its reference over some steps."""
+    kernels: list[list[Gaussian]] = [[], []]
+    sampler.replay(stored, lambda t, kernel, x_s: kernels[0].append(kernel), steps)
+    with trained.reference():
+        sampler.replay(stored, lambda t, kernel, x_s: kernels[1].append(kernel), steps)
+    return sum(kl(p, q).sum().item() for p, q in zip(*kernels, strict=True))
+
+
+@pytest.mark.parametrize("name", ["scenes", pytest.param("sdxl", marks=pytest.mark.hard), "sd3", "flux"])
+def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
+    pipe, trained, call = built(name, torch.float32)
+    sampler = Sampler(pipe, call)
+    stored, _ = sampler.rollout(ROWS)
+    assert name == "scenes" or stored.elements >= 65_536
+    for dtype in (torch.float16, torch.bfloat16):
+        other, small, _ = built(name, dtype)
+        half = half_precision(small.denoiser, TrainingConfig())
+        steps = range(num_training_steps_of(len(stored.stochastic), TrainingConfig(), half is not None))
+        assert half == dtype and len(steps) == len(stored.stochastic) - 2
+        same = replace(stored, latents=stored.latents.to(dtype))
+        truth = divergence(sampler, trained, stored, steps)
+        found = divergence(Sampler(other, call, storage=dtype), small, same, steps)
+        assert truth > 0 and found == pytest.approx(truth, rel=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_precision_that_measures_rounding_is_refused(dtype: torch.dtype) -> None:
+    pipe, trained, call = built("scenes", dtype)
+    exact, rough = Sampler(pipe, call), Sampler(pipe, call, precision="model")
+    stored, _ = rough.rollout(ROWS)
+    before = {name: parameter.clone() for name, parameter in trained.parameters.items()}
+    assert check_rounding(exact, exact, trained.parameters, stored, range(3)) == 0
+    with pytest.raises(InputError, match=r"rounding is .* set log_prob_precision float32"):
+        check_rounding(rough, exact, trained.parameters, stored, range(3))
+    assert all(torch.equal(before[name], parameter) for name, parameter in trained.parameters.items())
+
+
+@pytest.mark.parametrize(
+    ("skip", "half", "window"), [(None, False, 10), (None, True, 8), (0, True, 10), (3, False, 7), (3, True, 7)]
+)
+def test_the_window(skip: int | None, half: bool, window: int) -> None:
+    settings = TrainingConfig(skip_low_noise_steps=skip)
+    assert num_training_steps_of(10, settings, half) == window
+    assert num_training_steps_of(2, TrainingConfig(), True) == 1
+
+
+def test_a_window_without_steps_is_refused() -> None:
+    with pytest.raises(InputError, match="skip_low_noise_steps must be below the number of steps with noise, 4, got"):
+        num_training_steps_of(4, TrainingConfig(skip_low_noise_steps=4), False)
+    with pytest.raises(InputError, match="skip_low_noise_steps must be from 0 to num_inference_steps - 1, got 20"):
+        TrainingConfig(skip_low_noise_steps=20, num_inference_steps=20)
+
+
+def test_a_log_ratio_of_many_elements() -> None:
+    """Root mean square error below 1e-4 nats at D = 262,144, against the equations of DDIM in fp64."""
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(20)
+    t, shape, errors = scheduler.timesteps[15], (1, 16, 128, 128), []
+    for seed in range(8):
+        x, output, noise, other = torch.randn((4, *shape), generator=torch.Generator().manual_seed(seed)).unbind()
+        moved = output + 1e-4 * other
+        steps = [SolverStep(0, t, x, scheduler, -1, one).exact_kernel(1.0) for one in (output, moved)]
+        x_s = (steps[0].mean + steps[0].std * noise).float()
+        before, after = (scheduler.alphas_cumprod[int(at)].double() for at in (t, t - 50))
+        variance = (1 - after) / (1 - before) * (1 - before / after)
+
+        def by_hand(epsilon: Tensor, before=before, after=after, variance=variance, x=x, x_s=x_s) -> Tensor:  # type: ignore[no-untyped-def]
+            x0 = (x.double() - (1 - before).sqrt() * epsilon.double()) / before.sqrt()
+            mean = after.sqrt() * x0 + (1 - after - variance).sqrt() * epsilon.double()
+            return -(((x_s.double() - mean) ** 2).sum()) / 2 / variance
+
+        truth = by_hand(moved) - by_hand(output)
+        errors.append((steps[1].log_prob(x_s) - steps[0].log_prob(x_s)).item() - truth.item())
+    assert torch.tensor(errors).square().mean().sqrt() < 1e-4
