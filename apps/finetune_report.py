@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from steer.apps.model_card import FlatConfig, held_out_names, model_card
 from steer.apps.plots import (
     COLORMAP,
     DPI,
@@ -30,6 +29,8 @@ from steer.apps.plots import (
 )
 from steer.files import write_text
 from steer.pipelines.training.method import TrainingResult
+from steer.pipelines.training.model_card import held_out_names, model_card
+from steer.pipelines.training.trainer import Trainer
 
 __all__ = ["write_grid", "write_report"]
 
@@ -42,17 +43,15 @@ FAR_FACTOR = 3  # a level more than so many times above the curve is named only
 LOG_SCALE_RATIO = 30  # largest by smallest value from which a scale is logarithmic
 
 
-def write_report(out: Path, config: dict[str, Any], result: TrainingResult) -> None:
-    """Write plots/*.png and README.md, a model card, from the metrics of a run.
-
-    config  of the run: `model`, `method`, `reward`, the fields of TrainingConfig that were given (in a mapping of
-            their own, or among the rest), and whatever else the card should list
-    """
+def write_report(trainer: Trainer[Any], result: TrainingResult) -> None:
+    """Write plots/*.png and README.md, a model card, in the output folder of a trainer."""
+    out = Path(trainer.config.output_dir)
     _draw_panels(out / "plots" / "rewards.png", rewards_panels(result))
-    _draw_panels(out / "plots" / "divergence.png", divergence_panels(result, FlatConfig.of(config).settings))
+    _draw_panels(out / "plots" / "divergence.png", divergence_panels(result, vars(trainer.config)))
     _draw_panels(out / "plots" / "training.png", training_panels(result))
     draw_before_after(out)
-    write_text(out / "README.md", model_card(out, config, result, grids(out)))
+    card = model_card(out, trainer.pipe, trainer.config, result, trainer.describe(), grids(out))
+    write_text(out / "README.md", card)
 
 
 def _draw_panels(path: Path, panels: Sequence[Panel]) -> None:
@@ -144,9 +143,9 @@ def _draw_against(axes: Axes, result: TrainingResult, trained: str, held_out: st
     axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
-def divergence_panels(result: TrainingResult, settings: Mapping[str, Any]) -> list[Panel]:
+def divergence_panels(result: TrainingResult, config: Mapping[str, Any]) -> list[Panel]:
     """Create panels of the divergence from the reference model, its price, and the diversity of images."""
-    panels = _series_panels(result.records, {"kl": "KL from the start, nats a trajectory"}, settings)
+    panels = _series_panels(result.records, {"kl": "KL from the start, nats a trajectory"}, config)
     if any(record.get("kl_weight") for record in result.records):
         panels += _series_panels(result.records, {"kl_weight": "price of KL, β"}, {})
     panels += _series_panels(result.records, {"chi_square": "χ² from the start"}, {})
@@ -168,15 +167,15 @@ def training_panels(result: TrainingResult) -> list[Panel]:
     return _series_panels(result.records, titles | {"images_per_second": "images per second, updates included"}, {})
 
 
-def _series_panels(records: Records, titles: Mapping[str, str], settings: Mapping[str, Any]) -> list[Panel]:
-    """Create a panel for each series with values, with its target and budget from the settings."""
+def _series_panels(records: Records, titles: Mapping[str, str], config: Mapping[str, Any]) -> list[Panel]:
+    """Create a panel for each series with values, with its target and budget from the configuration."""
 
     def panel(name: str, title: str) -> Panel:
         def draw(axes: Axes) -> None:
             _draw_curve(axes, records, name, "each update", TRAINED_COLOR)
             values = _series(records, name)[1]
             for suffix, style in (("target", "--"), ("budget", ":")):
-                if (level := settings.get(f"{name}_{suffix}")) is not None:
+                if (level := config.get(f"{name}_{suffix}")) is not None:
                     _draw_level(axes, level, values.max(), style, f"{suffix}: {level:g} nats")
             if name == "accuracy":
                 _draw_level(axes, 0.5, 1, ":", "chance")

@@ -1,9 +1,9 @@
-"""The job behind `steer finetune`: a configuration in, a folder of weights, records and pictures out."""
+"""The job of `steer finetune`: read a configuration, train, and write weights, metrics and pictures to a folder."""
 
 import inspect
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -25,19 +25,16 @@ from steer.files import write_text
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
 from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
-from steer.pipelines.training.evaluation import EvalResult
-from steer.pipelines.training.method import Record, TrainingResult
+from steer.pipelines.training.method import TrainingResult
 from steer.pipelines.training.preference_data import check_preferences, sampling_config_of
 from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
-from steer.pipelines.training.state import LOG_FILES
+from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import INTERRUPTED, Trainer
 from steer.registry import choose, nearest
 from steer.reward import Reward
-from steer.training.checkpoint import Checkpoints
-from steer.training.guards import KLControl
 from steer.training.trainable import read_lora
 
-METHODS: dict[str, type[Trainer]] = {
+METHODS: dict[str, type[Trainer[Any]]] = {
     "d3po": D3POTrainer,
     "prdp": PRDPTrainer,
     "ddpo": DDPOTrainer,
@@ -49,26 +46,24 @@ METHODS: dict[str, type[Trainer]] = {
 
 @dataclass(frozen=True)
 class FinetuneJob:
-    """What is trained, on what, and where to: the keys beside `options` and those of TrainingConfig.
+    """Model, rewards and data of a run: the keys of a configuration beside those of the method's TrainingConfig.
 
-    method              a name in METHODS; `options` are the keyword arguments of its class
-    reward              that is trained on (of choices, only what evaluations begin with), and
-    eval_rewards        others, that judge the held-out prompts as well; the first decides which weights are best
-    output_dir          the folder of the run
+    method              a name in METHODS
+    reward              to train on; of preferences only the first reward of evaluations
+    eval_rewards        held out, evaluated on eval_prompts too; the first decides which weights are best
     model               an embedded model, a folder, or ORGANISATION/NAME
     variant             of the model's weights, such as fp16
-    model_config_dir of a model in a single file: a folder of such a model in diffusers' format
-    prompts             to learn from: an embedded list, a file, or a data set of the hub; or
-    preferences             a folder of human choices, for d3po; what its samples were drawn with need not be said again
+    model_config_dir    for a model in a single file: a folder of such a model in diffusers' format
+    prompts             to learn from: an embedded list, a file, or a dataset of the hub; or
+    preferences         a folder of human comparisons, for d3po; it sets the arguments of sampling, too
     eval_prompts        held out, from the same kinds of places as `prompts`
-    eval_prompts_count  so many of them, evenly spaced; by default all
+    eval_prompts_count  number of them, evenly spaced; by default all
     prompt_column, eval_prompt_column  of a table; by default "prompt"
     device              by default the GPU if there is one
     dtype               of the model; by default float32 on the CPU, bfloat16 elsewhere
     """
 
     method: str
-    output_dir: str
     reward: str | None = None
     model: str = "scenes"
     prompts: str | None = None
@@ -85,29 +80,25 @@ class FinetuneJob:
 
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.preferences is None):
-            raise InputError("prompts or preferences, one of the two, must say what to learn from")
-        if self.preferences is not None and not hasattr(METHODS[self.method], "train_on_preferences"):
-            able = [name for name, cls in METHODS.items() if hasattr(cls, "train_on_preferences")]
-            raise InputError(f"choices are learnt from by {', '.join(able)}, not by {self.method}: give prompts")
+            raise InputError("prompts or preferences: give one of the two to learn from")
         if self.reward is None and self.preferences is None:
             raise InputError("reward is missing: say what to train on, `steer rewards` lists names")
         if self.eval_prompts_count is not None and self.eval_prompts_count < 1:
             raise InputError(f"eval_prompts_count must be at least 1, got {self.eval_prompts_count}")
         if self.eval_rewards and self.eval_prompts is None:
-            raise InputError("eval_rewards judge images of eval_prompts, and there are none: give them too")
+            raise InputError("eval_rewards need eval_prompts, and there are none: give both")
         if self.eval_prompts is not None and not (self.reward or self.eval_rewards):
-            raise InputError("eval_prompts need eval_rewards to judge their images: give some")
+            raise InputError("eval_prompts need a reward to evaluate their images: give eval_rewards")
         terms = {re.sub(r":[-+.0-9e]+$", "", term) for term in re.split(r"\s\+\s|,\s|[()]", self.reward or "")}
         if trained := [one for one in self.eval_rewards if one.strip() in {self.reward, *map(str.strip, terms)}]:
             raise InputError(
-                f"eval_rewards hold {trained[0]!r}, which is trained on: a hold-out that is trained on holds nothing "
-                "out, take another"
+                f"eval_rewards hold {trained[0]!r}, which is trained on: take one that is not part of the reward"
             )
 
 
-DEFAULTS = {"log_with": ("tensorboard",)}  # where the command has another than TrainingConfig
-NESTED = ("options", "call")  # keys that hold others: --options.beta
-TYPES = {  # pydantic's kinds of error, in the words of a YAML file
+DEFAULTS = {"log_with": ("tensorboard",), "output_dir": ...}  # where the command differs from TrainingConfig
+NESTED = "call"  # the key that holds others: --call.height
+TYPES = {  # pydantic's kinds of error, in the terms of a YAML file
     "int_type": "a whole number",
     "float_type": "a number",
     "finite_number": "a finite number (1e9 does for no limit)",
@@ -121,44 +112,50 @@ TYPES = {  # pydantic's kinds of error, in the words of a YAML file
 
 @dataclass(frozen=True)
 class ConfigSource:
-    """Where keys came from, to say so: a configuration, and the keys that the command line changed."""
+    """The origin of keys, for error messages: a configuration, and the keys that the command line changed."""
 
     name: str
     changed: frozenset[str] = frozenset()
 
     def key(self, key: str) -> str:
-        """A key, or a place inside its value, as the user wrote it."""
+        """Return a key, or a place inside its value, as the user wrote it."""
         changed_keys = {key, key.partition(".")[0]} & self.changed
         return f"--{key.replace('_', '-')}" if changed_keys else f"{self.name}: {key}"
 
     def locate_error(self, error: InputError) -> InputError:
-        """The error with the place of the key that its message begins with."""
+        """Return the error with the origin of the key that its message begins with."""
         first, _, rest = str(error).partition(" ")
-        known = next((key for key in (first, f"options.{first}") if key in self.changed), None)
-        return InputError(f"{self.key(known)} {rest}" if known else f"{self.name}: {error}")
+        return InputError(f"{self.key(first)} {rest}" if first in self.changed else f"{self.name}: {error}")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """All that is known of a run before it begins."""
+    """A run of `steer finetune`: the job, and the configuration of its method."""
 
     job: FinetuneJob
-    options: dict[str, Any]
-    settings: TrainingConfig
+    training: TrainingConfig
     source: ConfigSource
 
     def plain(self) -> dict[str, Any]:
-        """Every key with its value, as a configuration file holds them."""
-        config_values = asdict(self.job) | {"options": self.options} | asdict(self.settings)
-        return json.loads(json.dumps(config_values))
+        """Return every key with its value, as a configuration file holds them."""
+        return json.loads(json.dumps(asdict(self.job) | asdict(self.training)))
 
-    def method(self, pipe: Any, reward: Any) -> Any:
-        """The method, over a pipeline or, to look at the settings alone, over None."""
-        return METHODS[self.job.method](pipe, reward, **self.options)
+    def trainer(self, pipe: Any, data: "TrainingData", **options: Any) -> Trainer[Any]:
+        """Create the trainer over a pipeline, or over None to check the arguments before a model is loaded."""
+        return METHODS[self.job.method](
+            pipe,
+            data.reward,
+            self.training,
+            preferences=self.job.preferences,
+            train_prompts=data.prompts,
+            eval_prompts=data.eval_prompts,
+            eval_rewards=data.eval_rewards,
+            **options,
+        )
 
 
 def read_config(name: str, overrides: Mapping[str, str] | None = None) -> FinetuneConfig:
-    """The configuration of an embedded name or a file, with `overrides`, key → YAML, in place of what it says.
+    """Read an embedded configuration or a YAML file, with `overrides` (key → YAML) in place of its values.
 
     Raises InputError, one line, for the first thing that is wrong.
     """
@@ -169,33 +166,28 @@ def read_config(name: str, overrides: Mapping[str, str] | None = None) -> Finetu
         raise InputError(f"{source.key('method')} must be one of {', '.join(METHODS)}, got {json.dumps(given)}")
     with named(source.key("method")):
         choose("method", given, METHODS)
-    schema = schema_of(given)
+    schema, config_class = schema_of(given), METHODS[given].config_class
     config_values = _with_overrides(config_values, overrides, schema) | {"method": given}
     parsed = _validated(schema, _with_preference_defaults(config_values, source), source)
-    components = {cls: {one.name: parsed[one.name] for one in fields(cls)} for cls in (FinetuneJob, TrainingConfig)}
     try:
-        job, settings = FinetuneJob(**components[FinetuneJob]), TrainingConfig(**components[TrainingConfig])
+        job = FinetuneJob(**{one.name: parsed[one.name] for one in fields(FinetuneJob)})
+        training = config_class(**{one.name: parsed[one.name] for one in fields(config_class)})
     except InputError as error:
         raise source.locate_error(error) from error
-    return FinetuneConfig(job, parsed["options"], settings, source)
+    return FinetuneConfig(job, training, source)
 
 
 @cache
 def schema_of(method: str) -> type[BaseModel]:
-    """The keys of a method's configuration, with types and defaults: those of the classes that take them."""
-    strict = ConfigDict(extra="forbid", allow_inf_nan=False)
-    init = METHODS[method].__init__
-    hints, taken = get_type_hints(init), inspect.signature(init).parameters.values()
-    own: dict[str, Any] = {one.name: (hints[one.name], one.default) for one in taken if one.kind is one.KEYWORD_ONLY}
-    options: Any = create_model(f"options of {method}", __config__=strict, **own)
-    keys: dict[str, Any] = {"options": (options, Field(default_factory=options))}
-    for cls in (FinetuneJob, TrainingConfig):
+    """Return the schema of a method's configuration: the fields of FinetuneJob and of its config dataclass."""
+    keys: dict[str, Any] = {}
+    for cls in (FinetuneJob, METHODS[method].config_class):
         hints = get_type_hints(cls)
         for one in fields(cls):
             factory = Field(default_factory=one.default_factory) if one.default_factory is not MISSING else None
             default = factory or (... if one.default is MISSING else DEFAULTS.get(one.name, one.default))
             keys[one.name] = (hints[one.name], default)
-    return create_model(method, __config__=strict, **keys)
+    return create_model(method, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **keys)
 
 
 def _read_file(name: str) -> dict[str, Any]:
@@ -216,12 +208,12 @@ def _read_file(name: str) -> dict[str, Any]:
 def _with_overrides(
     config_values: dict[str, Any], overrides: Mapping[str, str], schema: type[BaseModel]
 ) -> dict[str, Any]:
-    """What the file says with the words of the command line in their places."""
+    """Override values of the file by those of the command line."""
     config_values = dict(config_values)
     for key, word in overrides.items():
         name, _, inner = key.partition(".")
         value = _value(key, word, schema)
-        if name not in NESTED or not inner:
+        if name != NESTED or not inner:
             config_values[key] = value
         elif isinstance(before := config_values.get(name, {}), dict):
             config_values[name] = before | {inner: value}
@@ -229,9 +221,9 @@ def _with_overrides(
 
 
 def _with_preference_defaults(config_values: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
-    """The keys with what human choices were drawn with, where there are any: it stands for what nobody says otherwise.
+    """Fill in the sampling arguments of a preference dataset where the configuration has none.
 
-    Choices of the command line take the place of a file's prompts, and of what it says of sampling.
+    Preferences given on the command line override the prompts and the sampling arguments of the file.
     """
     changed_keys = {key.partition(".")[0] for key in source.changed}
     asked = "preferences" in changed_keys and config_values.get("preferences") is not None
@@ -248,7 +240,7 @@ def _with_preference_defaults(config_values: Mapping[str, Any], source: ConfigSo
 
 
 def _value(key: str, word: str, schema: type[BaseModel]) -> Any:
-    """A word of the command line as YAML; where text is asked for, it is the text as it stands."""
+    """Parse a value of the command line as YAML; where the key takes text, it is the text."""
     asked = schema.model_fields[key].annotation if key in schema.model_fields else None
     text = asked is str or (asked == str | None and word != "null")
     return word if text else read_yaml(word, f"--{key.replace('_', '-')}")
@@ -256,10 +248,10 @@ def _value(key: str, word: str, schema: type[BaseModel]) -> Any:
 
 def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
     try:
-        # By the rules of JSON: a list is a tuple, an integer is a float, and a text is never a number.
+        # By the rules of JSON: a list may be a tuple and an integer a float, but text is never a number.
         return schema.model_validate_json(json.dumps(config_values, default=str), strict=True).model_dump()
     except ValidationError as error:
-        # An unknown key first: the key that is missing may be the one that was meant.
+        # An unknown key first: it may be a typo of a missing key.
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
@@ -271,35 +263,28 @@ def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source
 
 
 def _unknown(key: str, schema: type[BaseModel], source: ConfigSource) -> str:
-    method, options = schema.__name__, _options_of(schema).model_fields
-    outer, _, inner = key.partition(".")
-    if key in options:
-        return f"{source.key(key)}: unknown key, an option of {method}: write it under options, or --options.{key}"
-    if outer == "options" and inner:
-        return f"{source.key(key)}: unknown option of {method}: did you mean {nearest(inner, options)}?"
+    holders = [method for method in METHODS if key in schema_of(method).model_fields]
+    if holders:
+        return f"{source.key(key)}: {schema.__name__} has no such option, it is one of {', '.join(holders)}"
     return f"{source.key(key)}: unknown key, did you mean {nearest(key, schema.model_fields)}?"
 
 
-def _options_of(schema: type[BaseModel]) -> Any:
-    return schema.model_fields["options"].annotation
-
-
-USAGE = {  # how exported weights are used, by the name of their file; other names are the denoiser's folder
+USAGE = {  # how to load exported weights, by the name of their file; other names are folders of a denoiser
     "pytorch_lora_weights.safetensors": "pipe.load_lora_weights({folder!r})",
     "adapter_model.safetensors": "peft, as README.md in {folder!r} shows",
 }
-RESUME_HINT = "checkpoints are kept, --resume goes on"
+RESUME_HINT = "checkpoints are kept: resume with --resume"
 MEMORY_HINT = "a smaller micro_batch or gradient_checkpointing: true need less"
 FULL_USAGE = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from and is judged by."""
+    """The prompts and rewards of a run."""
 
     prompts: Sequence[str]
     eval_prompts: Sequence[str]
-    reward: Reward | None  # None where humans choose
+    reward: Reward | None  # None where people annotate
     eval_rewards: Sequence[Reward]
 
     @property
@@ -309,78 +294,61 @@ class TrainingData:
 
 
 def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
-    """Trains, and writes beside what `train` writes: config.yaml, samples/, and at the end plots/ and README.md.
+    """Train, and add config.yaml, samples/ and, at the end, plots/ and README.md to the output folder.
 
-    Raises InputError for what cannot be, before any model is loaded.
+    Raises InputError for bad arguments, before any model is loaded.
     """
-    from steer.apps.finetune_report import write_grid, write_report
+    from steer.apps import finetune_report
 
-    job, out, config_values = config.job, Path(config.job.output_dir), config.plain()
+    job, out = config.job, Path(config.training.output_dir)
     here = launch_context(cpu=job.device == "cpu")
     with here.local_main_process_first():
-        train_data = load_data(config, resume)
+        data = load_data(config, resume)
         pipe = load_pipeline(
             job.model, here.device(job.device), job.dtype, variant=job.variant, config=job.model_config_dir
         )
-    method = config.method(pipe, train_data.reward)
-    _check_call(config, method.pipe)
-
-    @cache
-    def write_once() -> None:  # once the folder is known to be this run's
-        write_config(out, config_values)
-
-    def on_evaluation(evaluated: EvalResult) -> None:
-        write_once()
-        write_grid(evaluated, out, config.settings.num_generations_eval)
-
+    _check_call(config, pipe)
+    values = config.plain()
+    trainer = config.trainer(pipe, data, callbacks=[RunFiles(out, values)], run_config=values)
     with wrap_errors(config.source.name, RESUME_HINT, MEMORY_HINT):
-        result = learn(config, method, train_data, resume, config_values, lambda record: write_once(), on_evaluation)
+        result = trainer.train(resume_from_checkpoint=resume)
         if here.is_main_process:
-            write_once()
+            write_config(out, values)
             if result.stopped != INTERRUPTED:
-                write_report(out, config_values, result)
+                finetune_report.write_report(trainer, result)
     return result
 
 
-def learn(
-    config: FinetuneConfig,
-    method: Any,
-    train_data: TrainingData,
-    resume: bool,
-    config_values: Mapping[str, Any],
-    on_update: Callable[[Record], None],
-    on_evaluation: Callable[[EvalResult], None],
-) -> TrainingResult:
-    """The training itself by `config.method`, from prompts or from choices.
+class RunFiles:
+    """Writes config.yaml and the pictures of evaluations; not before the folder is known to be of this run."""
 
-    config_values  what the files of the run say of the configuration
-    """
-    preferences = config.job.preferences
-    train = method.train if preferences is None else method.train_on_preferences
-    result: TrainingResult = train(
-        train_data.prompts if preferences is None else Path(preferences),
-        Path(config.job.output_dir),
-        config.settings,
-        eval_prompts=train_data.eval_prompts,
-        eval_rewards=train_data.eval_rewards,
-        resume=resume,
-        about=config_values,
-        on_update=on_update,
-        on_evaluation=on_evaluation,
-    )
-    return result
+    def __init__(self, out: Path, config_values: Mapping[str, Any]) -> None:
+        self.out, self.config_values = out, config_values
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+        """Write config.yaml."""
+        if state.is_world_process_zero:
+            write_config(self.out, self.config_values)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+        """Write the grid of held-out images."""
+        from steer.apps import finetune_report
+
+        if state.is_world_process_zero:
+            finetune_report.write_grid(details["evaluation"], self.out, args.num_generations_eval)
 
 
 def write_config(out: Path, config_values: Mapping[str, Any]) -> None:
-    """Writes config.yaml in the folder of a run."""
+    """Write config.yaml in the folder of a run."""
     write_text(out / "config.yaml", yaml.safe_dump(dict(config_values), sort_keys=False, allow_unicode=True, width=120))
 
 
 def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
-    """Looks at all that can be wrong without a model, the cheapest first, and loads prompts and rewards."""
-    job, source = config.job, config.source
-    out, whose = Path(job.output_dir), f"{source.key('output_dir')} {job.output_dir}"
-    _check_run(out, whose, resume)
+    """Load prompts and rewards, and check all arguments before a model is loaded, the cheapest first."""
+    job, source, folder = config.job, config.source, config.training.output_dir
+    out = Path(folder)
+    with named(source.key("output_dir")):
+        checkpoint_to_resume(out, resume, lambda line: click.echo(f"steer: {line}", err=True))
     _check_trackers(config)
     prompts, eval_prompts = _prompts(config)
     if job.preferences is not None:
@@ -393,23 +361,22 @@ def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
         train_data = TrainingData(prompts, eval_prompts, reward, [resolve_reward(spec) for spec in job.eval_rewards])
         names = [one.name for one in train_data.evaluation_rewards]
         if twice := {name for name in names if names.count(name) > 1}:
-            raise InputError(f"{min(twice)!r} is there twice, or is trained on: each reward must be another one")
+            raise InputError(f"{min(twice)!r} is given twice or is trained on: each reward must be another one")
     try:
-        KLControl(config.settings.kl_weight, config.settings.kl_target, config.settings.kl_budget)
-        config.method(None, reward).check(config.settings)
-        if config.settings.init_adapter is not None:
-            read_lora(config.settings.init_adapter)
+        config.trainer(None, train_data)
+        if config.training.init_adapter is not None:
+            read_lora(config.training.init_adapter)
     except InputError as error:
         raise source.locate_error(error) from error
     if is_main_process():
-        _check_writable(out, whose)
+        _check_writable(out, f"{source.key('output_dir')} {folder}")
     return train_data
 
 
 def _check_call(config: FinetuneConfig, pipe: Any) -> None:
-    """Raises InputError for an argument that this pipeline's call does not know: only the loaded one can tell."""
+    """Raises InputError for an argument that the call of the loaded pipeline does not have."""
     known = inspect.signature(type(pipe).__call__).parameters
-    if unknown := [name for name in config.settings.call if name not in known]:
+    if unknown := [name for name in config.training.call if name not in known]:
         key = config.source.key(f"call.{unknown[0]}")
         raise InputError(
             f"{key}: {type(pipe).__name__} has no such argument, did you mean {nearest(unknown[0], known)}?"
@@ -417,7 +384,7 @@ def _check_call(config: FinetuneConfig, pipe: Any) -> None:
 
 
 def _prompts(config: FinetuneConfig) -> tuple[list[str], list[str]]:
-    """Prompts to learn from and held-out ones. Those that are both are told, not refused: seen ones count too."""
+    """Load training and held-out prompts; warn about prompts that are both."""
     job, source = config.job, config.source
     prompts, held_out = [], []
     if job.prompts is not None:
@@ -432,7 +399,7 @@ def _prompts(config: FinetuneConfig) -> tuple[list[str], list[str]]:
     if is_main_process() and (both := [prompt for prompt in held_out if prompt in trained_prompts]):
         click.echo(
             f"steer: {len(both)} of {len(held_out)} eval_prompts are trained on too, such as {both[0]!r}: evaluations "
-            "tell less of prompts that were never seen",
+            "measure generalisation less",
             err=True,
         )
     return prompts, held_out
@@ -444,46 +411,35 @@ def _check_trackers(config: FinetuneConfig) -> None:
 
     known, here = ({one.value for one in some} - {"all"} for some in (LoggerType, get_available_trackers()))
     with named(config.source.key("log_with")):
-        for name in config.settings.log_with:
+        for name in config.training.log_with:
             choose("tracker", name, dict.fromkeys(known))
             if name not in here:
                 raise InputError(f"{name} is not installed: pip install {name}, or use another tracker, [] for none")
 
 
-def _check_run(out: Path, named: str, resume: bool) -> None:
-    """Raises InputError for a folder with a run that this one must not go over, or cannot go on with."""
-    whole, skipped = Checkpoints(out / "checkpoints").latest()
-    if not resume and (whole or skipped or (out / LOG_FILES["records"]).exists()):
-        raise InputError(f"{named} holds a run: go on with it by --resume, or choose another folder")
-    if skipped and not whole:
-        raise InputError(f"{named}: no checkpoint there is whole ({skipped[0]}); choose another folder")
-    for line in skipped:
-        click.echo(f"steer: skipped a checkpoint: {line}", err=True)
-
-
-def _check_writable(out: Path, named: str) -> None:
+def _check_writable(out: Path, place: str) -> None:
     try:
         write_text(out / ".writable", "")
         (out / ".writable").unlink()
     except OSError as error:
-        raise InputError(f"{named}: cannot write there ({error.strerror})") from error
+        raise InputError(f"{place}: cannot write there ({error.strerror})") from error
 
 
 def summary(config: FinetuneConfig, result: TrainingResult) -> str:
-    """How a run ended, in one line."""
+    """Summarise a run in one line."""
     job = config.job
     name, key = (job.reward, "reward") if job.preferences is None else ("accuracy", "accuracy")
-    what, means = f"{name} in training", [record[key] for record in result.records]
+    title, means = f"{name} in training", [record[key] for record in result.records]
     if result.evaluations:
         trained = next(name for name, value in result.evaluations[0].items() if isinstance(value, list))
-        what = f"{trained.removeprefix('eval/')} on held-out prompts"
+        title = f"{trained.removeprefix('eval/')} on held-out prompts"
         means = [record[trained][0] for record in result.evaluations]
     seconds = sum(record["seconds"] for record in result.records)
     line = f"{job.method}: {result.step} updates in {seconds:.0f} s"
-    line += f", {what} {means[0]:.3f} → {means[-1]:.3f}" if means else ""
+    line += f", {title} {means[0]:.3f} → {means[-1]:.3f}" if means else ""
     line += f"; stopped because {result.stopped}" if result.stopped else ""
     if result.weights is None:
         return line
     name, path = result.weights.name, str(result.weights)
     use = USAGE.get(name, FULL_USAGE).format(folder=str(result.weights.parent), name=name, path=path)
-    return f"{line}; use the weights by {use}"
+    return f"{line}; load the weights by {use}"

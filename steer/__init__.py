@@ -24,10 +24,17 @@ if TYPE_CHECKING:
         SelectionSettings,
     )
     from steer.pipelines.training.config import TrainingConfig
-    from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
-    from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
+    from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
+    from steer.pipelines.training.ddpo_grpo import (
+        DDPOConfig,
+        DDPOTrainer,
+        FilteredConfig,
+        FilteredTrainer,
+        GRPOConfig,
+        GRPOTrainer,
+    )
     from steer.pipelines.training.method import TrainingResult
-    from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
+    from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from steer.reward import Reward, RewardError, with_timeout
     from steer.rewards.parser import combine, load_reward, score, score_components
 
@@ -46,10 +53,17 @@ _MODULES = {
         "SelectionSettings",
     ),
     "steer.pipelines.training.config": ("TrainingConfig",),
-    "steer.pipelines.training.d3po_prdp": ("D3POTrainer", "PRDPTrainer"),
-    "steer.pipelines.training.ddpo_grpo": ("DDPOTrainer", "FilteredTrainer", "GRPOTrainer"),
+    "steer.pipelines.training.d3po_prdp": ("D3POConfig", "D3POTrainer", "PRDPConfig", "PRDPTrainer"),
+    "steer.pipelines.training.ddpo_grpo": (
+        "DDPOConfig",
+        "DDPOTrainer",
+        "FilteredConfig",
+        "FilteredTrainer",
+        "GRPOConfig",
+        "GRPOTrainer",
+    ),
     "steer.pipelines.training.method": ("TrainingResult",),
-    "steer.pipelines.training.reward_backprop": ("RewardBackpropTrainer",),
+    "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
     "steer.reward": ("Reward", "RewardError", "with_timeout"),
     "steer.rewards.parser": ("combine", "load_reward", "score", "score_components"),
 }
@@ -59,22 +73,28 @@ __all__ = [
     "BestOfNPipeline",
     "BestOfNSettings",
     "Cost",
+    "D3POConfig",
     "D3POTrainer",
+    "DDPOConfig",
     "DDPOTrainer",
     "FKSettings",
     "FKSteeringPipeline",
+    "FilteredConfig",
     "FilteredTrainer",
+    "GRPOConfig",
     "GRPOTrainer",
     "InitialNoise",
     "InputError",
     "Iteration",
     "NoiseSearchPipeline",
     "NoiseSearchSettings",
+    "PRDPConfig",
     "PRDPTrainer",
     "ReNOPipeline",
     "ReNOSettings",
     "ResamplingInfo",
     "Reward",
+    "RewardBackpropConfig",
     "RewardBackpropTrainer",
     "RewardError",
     "SelectionPipeline",

@@ -15,12 +15,11 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import PIPELINES
-from finetune_runs import METHODS, PROMPTS, settings_of, train
+from finetune_runs import METHODS, PROMPTS, config_of, train, trainer_of
 from safetensors.torch import save_file
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
-from steer import GRPOTrainer
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.method import sampler_of
 from steer.pipelines.training.rollouts import OnlineRollouts
@@ -50,14 +49,14 @@ def gradients(folder: Path) -> None:
     with the numbers it tells of them."""
     accelerator = Accelerator(cpu=True)
     context = AccelerateContext(accelerator)
-    for name, make in METHODS.items():
+    for name in METHODS:
         # Chunks that hold more than one row, so that processes and chunks do not coincide.
-        settings = settings_of(name, train_batch_size=4, num_generations=3, micro_batch=4, steps_per_generation=1)
-        method = make(fresh())
+        config = config_of(name, train_batch_size=4, num_generations=3, micro_batch=4, steps_per_generation=1)
+        method = trainer_of(name, fresh(), folder, config)
         lora = LoRA(method.pipe, rank=2)
         prepared = accelerator.prepare(lora.denoiser)
-        sampler = sampler_of(method.pipe, settings, prepared)
-        rollout = OnlineRollouts(PROMPTS, method, settings).round(0, sampler, lora, lambda: None, context)
+        sampler = sampler_of(method.pipe, config, prepared)
+        rollout = OnlineRollouts(PROMPTS, method).collect(0, sampler, lora, lambda: None, context)
         on_policy = name == "reward-backprop"
         if not on_policy:
             for seed, parameter in enumerate(lora.parameters.values()):
@@ -80,19 +79,19 @@ def gradients(folder: Path) -> None:
         assert len(gradients_by_name) == len(lora.parameters)
         metrics |= {
             "loss": value,
-            "processes": context.count,
+            "processes": context.world_size,
             "rows": sum(len(one.rows) for one in rollout.batch.chunks),
         }
-        save_file(gradients_by_name, folder / f"{name}-{context.index}.safetensors", {"told": json.dumps(metrics)})
+        save_file(gradients_by_name, folder / f"{name}-{context.rank}.safetensors", {"metrics": json.dumps(metrics)})
 
 
 def resumed(folder: Path) -> None:
     """Runs of four updates, one of them in two parts that meet amid a round; the end of a tracker parts nobody."""
     for method in ("prdp", "ddpo"):
-        tracked = settings_of(method, max_steps=4, log_with=("tensorboard",))
+        tracked = config_of(method, max_steps=4, log_with=("tensorboard",))
         train(method, fresh(), folder / f"{method}-straight", tracked)
-        train(method, fresh(), folder / f"{method}-parted", settings_of(method, max_steps=3))
-        train(method, fresh(), folder / f"{method}-parted", settings_of(method, max_steps=4))
+        train(method, fresh(), folder / f"{method}-parted", config_of(method, max_steps=3))
+        train(method, fresh(), folder / f"{method}-parted", config_of(method, max_steps=4))
 
 
 class InterruptingReward:
@@ -113,8 +112,8 @@ class InterruptingReward:
 def interrupted(folder: Path) -> None:
     """A signal that one process alone receives."""
     reward = InterruptingReward(lambda: os.kill(os.getpid(), signal.SIGTERM))
-    settings = settings_of("grpo", max_steps=50)
-    result = GRPOTrainer(fresh(), reward).train(PROMPTS, folder / "interrupted", settings)
+    options = {"reward": reward, "eval_prompts": (), "eval_rewards": ()}
+    result = train("grpo", fresh(), folder / "interrupted", config_of("grpo", max_steps=50), **options)
     metrics = {name: value for name, value in asdict(result).items() if name in ("step", "stopped")}
     (folder / f"interrupted-{os.environ['RANK']}.json").write_text(json.dumps(metrics))
 
@@ -126,8 +125,8 @@ def killed(folder: Path) -> None:
         (folder / "died.txt").write_text(str(time.time()))
         os._exit(9)
 
-    settings = settings_of("grpo", max_steps=50, save_steps=1)
-    GRPOTrainer(fresh(), InterruptingReward(die)).train(PROMPTS, folder / "dies", settings)
+    options = {"reward": InterruptingReward(die), "eval_prompts": (), "eval_rewards": ()}
+    train("grpo", fresh(), folder / "dies", config_of("grpo", max_steps=50, save_steps=1), **options)
 
 
 def sharded(folder: Path) -> None:
@@ -144,10 +143,10 @@ def sharded(folder: Path) -> None:
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     for kind, changed in (("full", {"lora_rank": 0}), ("lora", {})):
-        train("prdp", fresh(), folder / f"{kind}-straight", settings_of("prdp", max_steps=4, **changed))
-        train("prdp", fresh(), folder / f"{kind}-parted", settings_of("prdp", max_steps=3, **changed))
+        train("prdp", fresh(), folder / f"{kind}-straight", config_of("prdp", max_steps=4, **changed))
+        train("prdp", fresh(), folder / f"{kind}-parted", config_of("prdp", max_steps=3, **changed))
         pipe = fresh()
-        train("prdp", pipe, folder / f"{kind}-parted", settings_of("prdp", max_steps=4, **changed))
+        train("prdp", pipe, folder / f"{kind}-parted", config_of("prdp", max_steps=4, **changed))
         assert all(isinstance(parameter, DTensor) for parameter in pipe.unet.parameters())
 
 

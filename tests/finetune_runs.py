@@ -1,6 +1,5 @@
 """Tiny finetuning runs, the same in every process."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,23 @@ from steer import (
     TrainingConfig,
     TrainingResult,
 )
+from steer.pipelines.training.evaluation import EvalResult
+from steer.pipelines.training.trainer import Trainer
 
-METHODS: dict[str, Callable[[Any], Any]] = {
-    "d3po": lambda pipe: D3POTrainer(pipe, "brightness"),
-    "d3po-trajectory": lambda pipe: D3POTrainer(pipe, "brightness", trajectory=True),
-    "prdp": lambda pipe: PRDPTrainer(pipe, "brightness", beta=0.0003, clip=0.5),
-    "ddpo": lambda pipe: DDPOTrainer(pipe, "brightness", history=4, enough=4),
-    "grpo": lambda pipe: GRPOTrainer(pipe, "brightness"),
-    "filtered": lambda pipe: FilteredTrainer(pipe, "brightness"),
-    "reward-backprop": lambda pipe: RewardBackpropTrainer(pipe, "brightness", last_steps=2),
+# Of every method and form: its trainer, and the options that differ from the defaults of its configuration.
+METHODS: dict[str, tuple[type[Trainer[Any]], dict[str, Any]]] = {
+    "d3po": (D3POTrainer, {}),
+    "d3po-trajectory": (D3POTrainer, {"trajectory": True}),
+    "prdp": (PRDPTrainer, {"beta": 0.0003, "clip": 0.5}),
+    "ddpo": (DDPOTrainer, {"history": 4, "min_history": 4}),
+    "grpo": (GRPOTrainer, {}),
+    "filtered": (FilteredTrainer, {}),
+    "reward-backprop": (RewardBackpropTrainer, {"last_steps": 2}),
 }
 PROMPTS = ("a red circle", "a blue star", "two green squares")
 HELD_OUT = ("a yellow cross", "three stars")
 # Rounds of two updates gone over twice: checkpoints after every third update fall amid them.
-SETTINGS = TrainingConfig(
+BASE = TrainingConfig(
     max_steps=7,
     seed=5,
     train_batch_size=2,
@@ -51,12 +53,39 @@ SETTINGS = TrainingConfig(
 PLAIN = {"steps_per_generation": 1, "num_iterations": 1}  # what reward backpropagation asks for
 
 
-def settings_of(method: str, **changed: Any) -> TrainingConfig:
-    return replace(SETTINGS, **(PLAIN if method == "reward-backprop" else {}) | changed)
+def config_of(method: str, **changed: Any) -> Any:
+    """The configuration of a method's tiny run."""
+    trainer, options = METHODS[method]
+    return trainer.config_class(**vars(BASE) | options | (PLAIN if method == "reward-backprop" else {}) | changed)
+
+
+class Recorder:
+    """A callback that keeps the metrics of updates and the evaluations."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, Any]] = []
+        self.evaluations: list[EvalResult] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+        self.logs.append(details["logs"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+        self.evaluations.append(details["evaluation"])
+
+
+def trainer_of(method: str, pipe: Any, folder: str | Path, config: TrainingConfig | None = None, **options: Any) -> Any:
+    """A trainer of the method by brightness, with held-out prompts."""
+    given = {"train_prompts": PROMPTS, "eval_prompts": HELD_OUT, "eval_rewards": ["colour:red"]} | options
+    reward = given.pop("reward", "brightness")
+    return METHODS[method][0](pipe, reward, replace(config or config_of(method), output_dir=str(folder)), **given)
 
 
 def train(
-    method: str, pipe: Any, folder: str | Path, settings: TrainingConfig | None = None, **options: Any
+    method: str,
+    pipe: Any,
+    folder: str | Path,
+    config: TrainingConfig | None = None,
+    resume: bool = True,
+    **options: Any,
 ) -> TrainingResult:
-    given = {"eval_prompts": HELD_OUT, "eval_rewards": ["colour:red"], "resume": True} | options
-    return METHODS[method](pipe).train(PROMPTS, folder, settings or settings_of(method), **given)
+    return trainer_of(method, pipe, folder, config, **options).train(resume_from_checkpoint=resume)

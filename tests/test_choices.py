@@ -1,4 +1,4 @@
-"""Human choices: what is recorded comes back, what does not fit is refused, and both ways to learn from them agree."""
+"""Human preferences: records are read back, unsuitable ones are refused, and both ways to learn from them agree."""
 
 import hashlib
 import json
@@ -12,17 +12,21 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROMPT
-from finetune_runs import PLAIN, settings_of
+from finetune_runs import PLAIN, config_of
 from PIL import Image
 from rollouts import call_of, fresh_pipe, move
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from steer import D3POTrainer, TrainingConfig
+from steer import D3POConfig, D3POTrainer
 from steer.errors import InputError
 from steer.pipelines.training.method import sampler_of
-from steer.pipelines.training.preference_data import PreferenceDataset, PreferenceFolder, check_preferences
-from steer.pipelines.training.preference_data import settings_of as sampling_config_of
+from steer.pipelines.training.preference_data import (
+    PreferenceDataset,
+    PreferenceFolder,
+    check_preferences,
+    sampling_config_of,
+)
 from steer.pipelines.training.preference_files import pixel_hash, pixels_of, read_lines, read_preferences
 from steer.training.distributed import SINGLE_PROCESS
 from steer.training.rollout import Rows, Sampler, log_probs
@@ -59,14 +63,22 @@ def stored(recorded: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(recorded["stored"], tmp_path / "choices"))
 
 
-def tiny(folder: Path, **changed: Any) -> TrainingConfig:
+def tiny(folder: Path, **changed: Any) -> D3POConfig:
     return replace(
-        settings_of("d3po", **PLAIN, warmup_steps=0), **sampling_config_of(folder) | {"max_steps": 3} | changed
+        config_of("d3po", **PLAIN, warmup_steps=0), **sampling_config_of(folder) | {"max_steps": 3} | changed
     )
 
 
-def train(folder: Path, out: Path, settings: TrainingConfig | None = None, pipe: Any = None, **options: Any) -> Any:
-    return D3POTrainer(pipe or fresh_pipe("sd")).train_on_preferences(folder, out, settings or tiny(folder), **options)
+def train(
+    folder: Path, out: Path, config: D3POConfig | None = None, pipe: Any = None, resume: bool = False, **options: Any
+) -> Any:
+    config = replace(config or tiny(folder), output_dir=str(out))
+    trainer = D3POTrainer(pipe or fresh_pipe("sd"), None, config, preferences=folder, **options)
+    return trainer.train(resume_from_checkpoint=resume)
+
+
+def dataset(folder: Path, pipe: Any, config: D3POConfig, run: Path) -> PreferenceDataset:
+    return PreferenceDataset.of(folder, pipe, replace(config, output_dir=str(run)))
 
 
 def weights(out: Path) -> dict[str, Tensor]:
@@ -109,15 +121,15 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
     trajectory: bool, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
     pipe, folder = fresh_pipe("sd"), recorded["stored"]
-    settings = tiny(folder, max_steps=4, train_batch_size=3, micro_batch=3, kl_weight=0.0, kl_target=None)
+    config = tiny(folder, max_steps=4, train_batch_size=3, micro_batch=3, kl_weight=0.0, kl_target=None)
     groups = list(read_preferences(folder).groups.values())
 
     def likelihoods() -> list[Tensor]:
-        sampler = sampler_of(pipe, settings)
+        sampler = sampler_of(pipe, config)
         return [log_probs(sampler, group.load()).sum(1) for group in groups]
 
     before = likelihoods()
-    D3POTrainer(pipe, trajectory=trajectory).train_on_preferences(folder, tmp_path, replace(settings, ema_decay=0.0))
+    train(folder, tmp_path, replace(config, ema_decay=0.0, trajectory=trajectory), pipe)
     gained = [after - start for start, after in zip(before, likelihoods(), strict=True)]
     for group, chosen, rejected in CHOICES:
         assert gained[group][chosen] > gained[group][rejected] + 1e-3
@@ -126,16 +138,16 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
 def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorded: dict[str, Path]) -> None:
     """Every choice once a turn, chosen before rejected, with the signal 1 and 0; the old policy is the present one."""
     folder, pipe = recorded["stored"], fresh_pipe("sd")
-    settings = tiny(folder, train_batch_size=1, steps_per_generation=3, micro_batch=1, timestep_fraction=0.5)
-    source = PreferenceDataset.of(folder, pipe, settings, folder / "unused")
+    config = tiny(folder, train_batch_size=1, steps_per_generation=3, micro_batch=1, timestep_fraction=0.5)
+    source = dataset(folder, pipe, config, folder / "unused")
     lora = LoRA(pipe, 2)
     move(lora, 0.05)
-    sampler = sampler_of(pipe, settings)
-    groups = source.recorded.groups
+    sampler = sampler_of(pipe, config)
+    groups = source.records.groups
     stream: list[int] = []
     for number in (0, 1):
         calls: list[int] = []
-        sampled = source.round(number, sampler, lora, lambda calls=calls: calls.append(1), SINGLE_PROCESS)
+        sampled = source.collect(number, sampler, lora, lambda calls=calls: calls.append(1), SINGLE_PROCESS)
         assert len(calls) == 3 * 2 * 2  # updates × chunks × (reference, today)
         pairs_seen = []
         for batch in sampled.batches:
@@ -159,8 +171,8 @@ def test_each_update_is_the_chosen_and_the_rejected_row_by_todays_policy(recorde
         assert sorted(pairs_seen) == sorted(
             (GROUPS[group].noises[a], GROUPS[group].noises[b]) for group, a, b in CHOICES
         )
-    assert (sampled.loaded[0]["turn"], sampled.loaded[2]["turn"]) == (1.0, pytest.approx(5 / 3))
-    sampled = replace(source, settings=replace(settings, train_batch_size=2)).round(
+    assert (sampled.metrics[0]["turn"], sampled.metrics[2]["turn"]) == (1.0, pytest.approx(5 / 3))
+    sampled = replace(source, config=replace(config, train_batch_size=2)).collect(
         0, sampler, lora, lambda: None, SINGLE_PROCESS
     )
     chosen = [batch.chunks[place].rows.noises[0] for batch in sampled.batches for place in (0, 2)]
@@ -178,28 +190,25 @@ def test_a_batch_of_micro_batches_is_the_batch(recorded: dict[str, Path], tmp_pa
 
 def test_stopped_amid_a_round_and_resumed_it_ends_the_same(recorded: dict[str, Path], tmp_path: Path) -> None:
     folder = recorded["seeds"]
-    settings = tiny(folder, save_steps=9, steps_per_generation=2)
-    train(folder, tmp_path / "whole", settings)
-    train(folder, tmp_path / "components", replace(settings, max_steps=1))
-    assert train(folder, tmp_path / "components", settings, resume=True).step == 3
+    config = tiny(folder, save_steps=9, steps_per_generation=2)
+    train(folder, tmp_path / "whole", config)
+    train(folder, tmp_path / "components", replace(config, max_steps=1))
+    assert train(folder, tmp_path / "components", config, resume=True).step == 3
     assert_same_weights(tmp_path / "whole", tmp_path / "components")
 
 
 def test_resuming_draws_nothing_anew_that_was_drawn(recorded: dict[str, Path], tmp_path: Path) -> None:
-    settings = tiny(recorded["seeds"], max_steps=3)
+    config = tiny(recorded["seeds"], max_steps=3)
     pipe = fresh_pipe("sd")
-    PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path)
+    dataset(recorded["seeds"], pipe, config, tmp_path)
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(1.5)  # it would draw others, so it draws none
-    assert all(
-        group.trajectories
-        for group in PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path).groups.values()
-    )
+    assert all(group.trajectories for group in dataset(recorded["seeds"], pipe, config, tmp_path).groups.values())
 
 
 def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Path], tmp_path: Path) -> None:
-    settings, pipe = tiny(recorded["seeds"]), fresh_pipe("sd")
-    PreferenceDataset.of(recorded["seeds"], pipe, settings, tmp_path / "run")
+    config, pipe = tiny(recorded["seeds"]), fresh_pipe("sd")
+    dataset(recorded["seeds"], pipe, config, tmp_path / "run")
     other = fresh_pipe("sd")
     with torch.no_grad():
         other.unet.conv_out.weight.mul_(1.5)
@@ -207,29 +216,28 @@ def test_what_another_folder_had_drawn_anew_is_not_taken(recorded: dict[str, Pat
     sampled, images = Sampler(other, CALL).rollout(GROUPS[0])
     folder.write_preference(folder.write_group(sampled, images, keep_trajectories=False), 0, 1)
     with pytest.raises(InputError, match="is there with other images"):
-        PreferenceDataset.of(tmp_path / "other", other, settings, tmp_path / "run")
+        dataset(tmp_path / "other", other, config, tmp_path / "run")
 
 
 def test_in_mixed_precision_what_was_chosen_from_is_drawn_as_it_was(recorded: dict[str, Path], tmp_path: Path) -> None:
-    settings = tiny(recorded["seeds"], max_steps=2, mixed_precision="bf16", timestep_fraction=0.5)
+    config = tiny(recorded["seeds"], max_steps=2, mixed_precision="bf16", timestep_fraction=0.5)
     for name, folder in recorded.items():
-        train(folder, tmp_path / name, settings)
+        train(folder, tmp_path / name, config)
     assert_same_weights(tmp_path / "stored", tmp_path / "seeds")
 
 
 def test_only_the_lots_that_a_run_needs_are_drawn_anew(recorded: dict[str, Path], tmp_path: Path) -> None:
-    source = PreferenceDataset.of(
-        recorded["seeds"], fresh_pipe("sd"), tiny(recorded["seeds"], max_steps=1, train_batch_size=1), tmp_path
-    )
+    config = tiny(recorded["seeds"], max_steps=1, train_batch_size=1)
+    source = dataset(recorded["seeds"], fresh_pipe("sd"), config, tmp_path)
     assert len(source.groups) == len(PreferenceFolder(tmp_path / "regenerated").groups) == 1
 
 
 def test_other_choices_are_another_run(stored: Path, tmp_path: Path) -> None:
-    settings = tiny(stored, max_steps=1)
-    train(stored, tmp_path / "run", settings)
+    config = tiny(stored, max_steps=1)
+    train(stored, tmp_path / "run", config)
     change_line(stored / "choices.jsonl", 0, chosen=0)
-    with pytest.raises(InputError, match=r"another choices \('3 with the hash .*' there, '3 with"):
-        train(stored, tmp_path / "run", settings, resume=True)
+    with pytest.raises(InputError, match=r"another preferences \('3 with the hash .*' there, '3 with"):
+        train(stored, tmp_path / "run", config, resume=True)
 
 
 def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path, tmp_path: Path) -> None:
@@ -239,16 +247,16 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
         "guidance_scale": 3.0,
         "call": {"height": 8, "width": 8},
         "eta": 1.0,
-        "storage": "float32",
+        "latents_dtype": "float32",
         "num_generations": 2,
     }
-    with pytest.raises(InputError, match="eval_prompts are judged by rewards"):
+    with pytest.raises(InputError, match="eval_prompts need a reward"):
         train(stored, tmp_path / "a", eval_prompts=["a star"])
-    settings = tiny(stored, max_steps=1)
-    result = train(stored, tmp_path / "b", settings, eval_prompts=["a star"], eval_rewards=["brightness", "colour:red"])
+    config = replace(tiny(stored, max_steps=1), output_dir=str(tmp_path / "c"))
+    result = train(stored, tmp_path / "b", config, eval_prompts=["a star"], eval_rewards=["brightness", "colour:red"])
     assert [*result.evaluations[0]][1:3] == ["eval/brightness", "eval/colour:red"]
-    with pytest.raises(InputError, match="without a reward"):
-        D3POTrainer(fresh_pipe("sd")).train(["a star"], tmp_path / "c", settings)
+    with pytest.raises(InputError, match="reward is missing: give one to train on, or preferences"):
+        D3POTrainer(fresh_pipe("sd"), None, config, train_prompts=["a star"]).train()
 
 
 # ---- what a run refuses
@@ -262,7 +270,7 @@ def test_the_folder_has_the_settings_and_evaluations_need_a_reward(stored: Path,
         ({"call": {"height": 16, "width": 8}}, "height is 16 in this run and was 8"),
         ({"call": {"height": 8, "width": 8, "clip_skip": 1}}, "clip_skip is 1 in this run and was not given"),
         ({"eta": 0.5}, "eta is 0.5 in this run and was 1.0"),
-        ({"storage": "float16"}, "storage is 'float16' in this run and was 'float32'"),
+        ({"latents_dtype": "float16"}, "latents_dtype is 'float16' in this run and was 'float32'"),
         ({"num_generations": 4}, "num_generations must be 2, got 4"),
     ],
 )
@@ -284,7 +292,7 @@ def test_another_scheduler_or_model_is_refused(recorded: dict[str, Path], tmp_pa
     with pytest.raises(InputError, match=r"have other log-probabilities by this model .* Train the model that"):
         train(recorded["stored"], tmp_path / "stored", pipe=pipe)
     with pytest.raises(
-        InputError, match=r"-\d\.png: drawn anew from its seed the image is another one.*so the weights"
+        InputError, match=r"-\d\.png: sampled again from its seed the image is another one.*so the weights"
     ):
         train(recorded["seeds"], tmp_path / "seeds", pipe=pipe)
 
@@ -297,7 +305,7 @@ def test_a_mismatch_tells_what_else_is_another(recorded: dict[str, Path], tmp_pa
     pipe = fresh_pipe("sd")
     with torch.no_grad():
         pipe.unet.conv_out.weight.mul_(1.5)
-    with pytest.raises(InputError, match=r"device 'cuda' then, 'cpu' now; torch '1.0' then, '[\d.]+.*' now\): go back"):
+    with pytest.raises(InputError, match=r"device 'cuda' then, 'cpu' now; torch '1.0' then, '[\d.]+.*' now\): restore"):
         train(folder, tmp_path / "other pixels", pipe=pipe)
 
 
@@ -357,18 +365,21 @@ PLAIN_PAIRS = (
     r"plain image pairs\. D3PO learns from the denoising trajectory.*Diffusion-DPO, another method\. Record the"
 )
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, "no such folder of choices"),
+    "no folder": (shutil.rmtree, "no such preference dataset"),
     "no choices": (lambda folder: (folder / "choices.jsonl").unlink(), r"has no choices\.jsonl"),
-    "empty": (lines_of, "holds no choice beside 0 ties"),
+    "empty": (lines_of, "holds no preference beside 0 ties"),
     "only ties": (
         lambda folder: lines_of(folder, {"lot": first_group(folder), "tie": True}),
-        "no choice beside 1 ties",
+        "no preference beside 1 ties",
     ),
     "pairs": (lambda folder: lines_of(folder, PAIR), r"choices\.jsonl, line 1: these are " + PLAIN_PAIRS),
     "images": (lambda folder: lines_of(folder, {"images": ["a.png", "b.png"], "chosen": 0}), PLAIN_PAIRS),
     "a file": (lambda folder: [shutil.rmtree(folder), folder.write_text(json.dumps(PAIR))], PLAIN_PAIRS),
     "no settings": (lambda folder: (folder / "settings.json").unlink(), r"settings\.json is missing"),
-    "settings": (lambda folder: (folder / "settings.json").write_text('{"version": 2}'), "of choices of version 1"),
+    "settings": (
+        lambda folder: (folder / "settings.json").write_text('{"version": 2}'),
+        "not a preference dataset of version 1",
+    ),
     "unknown lot": (
         lambda folder: lines_of(folder, {"lot": "x", "chosen": 0, "rejected": 1}),
         "lot 'x' is not in lots",
@@ -407,7 +418,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "fewer trajectories": (other_tensors, "not trajectories of lot"),
     "outside": (name_outside, r"lots\.jsonl, line 1: .*secret\.png'\) is no file of lot"),
     "a lot outside": (
-        lambda folder: change_line(folder / "lots.jsonl", 0, group="../x"),
+        lambda folder: change_line(folder / "lots.jsonl", 0, lot="../x"),
         "lot must be a name of letters",
     ),
     "starts": (
@@ -446,11 +457,11 @@ def test_a_lot_told_twice_and_otherwise_is_refused(stored: Path) -> None:
     (stored / "lots.jsonl").write_text("\n".join([*lines, lines[0]]))
     check_preferences(stored)
     (stored / "lots.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"noises": [1, 2, 9]})]))
-    with pytest.raises(InputError, match=r"line 3: lot .* was told before, and otherwise"):
+    with pytest.raises(InputError, match=r"line 3: lot .* is recorded twice"):
         check_preferences(stored)
 
 
-@pytest.mark.parametrize("name", ["pipeline", "scheduler", "call", "eta", "storage", "dtype", "device", "torch"])
+@pytest.mark.parametrize("name", ["pipeline", "scheduler", "call", "eta", "latents_dtype", "dtype", "device", "torch"])
 def test_settings_that_are_missing_or_no_such_thing_are_refused(name: str, stored: Path) -> None:
     loaded = json.loads((stored / "settings.json").read_text())
     for wrong in ({key: value for key, value in loaded.items() if key != name}, loaded | {name: [1]}):
@@ -480,12 +491,12 @@ def test_what_no_training_could_learn_from_is_not_written(tmp_path: Path) -> Non
     pipe = fresh_pipe("sd")
     for call, said in (
         ({}, "num_inference_steps must be among"),
-        (CALL | {"image": torch.zeros(1)}, "image is no plain value"),
+        (CALL | {"image": torch.zeros(1)}, "image is not a plain value"),
     ):
         with pytest.raises(InputError, match=said):
             PreferenceFolder.create(tmp_path / "x", pipe, call)
-    with pytest.raises(InputError, match="storage must be one of"):
-        PreferenceFolder.create(tmp_path / "x", pipe, CALL, storage="int8")
+    with pytest.raises(InputError, match="latents_dtype must be one of"):
+        PreferenceFolder.create(tmp_path / "x", pipe, CALL, latents_dtype="int8")
     assert not (tmp_path / "x").exists()
     folder = PreferenceFolder.create(tmp_path / "x", pipe, CALL)
     sampled, images = Sampler(pipe, CALL).rollout(GROUPS[0])
@@ -525,7 +536,7 @@ def test_a_line_that_a_crash_broke_off_is_left_out_and_written_over(
                 assert [row for _, row in read_lines(stored / file)] == [
                     json.loads(line) for line in whole.splitlines()
                 ]
-            assert "broken off by a crash" in caplog.text
+            assert "cut off by a crash" in caplog.text
             caplog.clear()
     group = first_group(stored)
     if file == "choices.jsonl":
@@ -545,7 +556,7 @@ def test_a_last_line_without_its_end_is_kept(stored: Path) -> None:
 def test_ties_are_dropped_and_counted(stored: Path, caplog: pytest.LogCaptureFixture) -> None:
     PreferenceFolder(stored).write_tie(first_group(stored))
     margins = read_preferences(stored)
-    assert (len(margins.preferences), margins.ties) == (3, 1) and "1 ties of 4 choices are left out" in caplog.text
+    assert (len(margins.preferences), margins.ties) == (3, 1) and "1 ties of 4 annotations are left out" in caplog.text
 
 
 def test_the_hash_is_of_pixels_and_their_shape() -> None:

@@ -19,8 +19,7 @@ import pytest
 pytest.importorskip("gradio")
 
 import gradio as gr
-from finetune_runs import PLAIN
-from finetune_runs import settings_of as plain_settings
+from finetune_runs import PLAIN, config_of
 from PIL import Image
 from preloaded import Forked
 
@@ -43,9 +42,9 @@ from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Busy, Studio, Ticket, Waiting
 from steer.apps.finetuning import load_data, read_config
 from steer.errors import InputError
+from steer.pipelines.training.events import Stopped
 from steer.pipelines.training.preference_data import check_preferences, sampling_config_of
 from steer.pipelines.training.preference_files import Preference, read_lines, read_preferences
-from steer.pipelines.training.trainer import Stopped
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 1.0}
 PROMPTS = ("a red circle", "a blue star")
@@ -435,18 +434,18 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
         store.choose("Ada", group, number % 2)
     store.tie("Ada", next_lot(studio, store, ADA), bad=True)
     store.undo("Ada")
-    told = sampling_config_of(store.path) | {"max_steps": 2, "warmup_steps": 0, "micro_batch": 4}
-    settings = replace(plain_settings("d3po", **PLAIN), **told)
+    changed = sampling_config_of(store.path) | {"max_steps": 2, "warmup_steps": 0, "micro_batch": 4}
+    config = config_of("d3po", **PLAIN | changed, output_dir=str(tmp_path / "run"))
     with studio.model("scenes") as pipe:
         pass
-    result = D3POTrainer(pipe).train_on_preferences(store.path, tmp_path / "run", settings)
+    result = D3POTrainer(pipe, None, config, preferences=store.path).train()
     assert result.step == 2 and [record["pairs"] for record in result.records] == [2, 2]
     owners = Studio(models=("scenes",), labels=store.path)
     words = shlex.split(command_of(owners))
     assert words[:3] == ["steer", "finetune", "d3po-scenes"]
     config = read_config(words[2], parse_overrides(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
-    assert load_data(config, False).prompts == [] or config.job.choices == str(store.path)
-    assert config.settings.num_inference_steps == 3 and config.settings.num_generations == 2
+    assert load_data(config, False).prompts == [] and config.job.preferences == str(store.path)
+    assert config.training.num_inference_steps == 3 and config.training.num_generations == 2
     owners.close()
     assert store.path.exists(), "what the owner named outlives the app"
 

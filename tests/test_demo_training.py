@@ -31,10 +31,10 @@ from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Studio, Ticket, Waiting, Weights
 from steer.apps.demo.training import Evaluation, Trained, TrainingRequest, Update, configured, training
 from steer.apps.finetuning import load_data
-from steer.apps.model_card import held_out_names
 from steer.apps.models import find_adapter, load_pipeline
 from steer.errors import InputError
 from steer.pipelines.training.evaluation import Evaluator
+from steer.pipelines.training.model_card import held_out_names
 from steer.rewards.parser import load_reward
 from steer.training.distributed import SINGLE_PROCESS
 
@@ -132,12 +132,12 @@ def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, stra
     assert trained.weights == Weights(
         "scenes", folder / "final-3", "scenes, D3PO on brightness, 3 updates", "brightness", steps=3, guidance=1.0
     )
-    settings = configured(ASKED, folder, studio).settings
-    material = load_data(configured(ASKED, folder.parent / "other", studio), False)
-    exam = Evaluator(material.eval_prompts, load_reward("brightness"), [load_reward("aesthetic:scenes")])
+    config = configured(ASKED, folder, studio).training
+    data = load_data(configured(ASKED, folder.parent / "other", studio), False)
+    evaluator = Evaluator(data.eval_prompts, load_reward("brightness"), [load_reward("aesthetic:scenes")])
     pipe = load_pipeline("scenes")
     with find_adapter(str(trained.weights.folder)).applied_to(pipe):
-        found = exam.take(pipe, settings, 3, pipe.unet, lambda: None, SINGLE_PROCESS).record()
+        found = evaluator.evaluate(pipe, config, 3, pipe.unet, lambda: None, SINGLE_PROCESS).record()
     for name in ("brightness", "aesthetic:scenes"):
         assert found[f"eval/{name}"] == pytest.approx(last[f"eval/{name}"], abs=1e-4)
     first = of(Evaluation, told)[0].record

@@ -149,9 +149,9 @@ def test_held_out_images_are_scored_before_they_leave_the_device(monkeypatch: py
     call = {
         key: value for key, value in call_kwargs("sd", 1, 2).items() if key.startswith(("num_inf", "guid", "hei", "wi"))
     }
-    settings = TrainingConfig(max_steps=1, num_generations_eval=2, call=call)
+    config = TrainingConfig(max_steps=1, num_generations_eval=2, call=call)
     found = Evaluator(("a star",), Reward(), []).evaluate(
-        cached_pipe("sd"), settings, 0, None, lambda: None, SingleProcess()
+        cached_pipe("sd"), config, 0, None, lambda: None, SingleProcess()
     )
     assert order and scored and not any(scored)
     assert found.images.shape == (2, 3, 8, 8)

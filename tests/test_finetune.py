@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import PIPELINES
-from finetune_runs import METHODS, settings_of, train
+from finetune_runs import METHODS, Recorder, config_of, train
 from pairwise import hard_but
 from preloaded import Forked
 from safetensors.torch import load_file
 
 from steer.apps.models import load_pipeline
 from steer.files import CHECKSUMS, verify_checksums
-from steer.pipelines.training.evaluation import EvalResult
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +128,7 @@ def interrupt_after(pipe: Any, calls: int) -> None:
 @pytest.mark.parametrize("method", hard_but(METHODS, "d3po", "prdp", "grpo", "reward-backprop"))
 def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
     """All weights of the tiny denoiser learn brightness in a few updates, on prompts that they were not trained on."""
-    settings = settings_of(
+    config = config_of(
         method,
         max_steps=15,
         train_batch_size=3,
@@ -147,8 +146,9 @@ def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
         eval_steps=15,
         num_generations_eval=64,
     )
-    evaluated: list[EvalResult] = []
-    result = train(method, loaded(model), tmp_path, settings, on_evaluation=evaluated.append)
+    recorder = Recorder()
+    result = train(method, loaded(model), tmp_path, config, callbacks=[recorder])
+    evaluated = recorder.evaluations
     gain = evaluated[-1].rewards["brightness"] - evaluated[0].rewards["brightness"]  # of the same seeds
     assert gain.mean() > 4 * gain.std() / gain.numel() ** 0.5
     assert result.records[0]["kl"] == 0 < result.records[-1]["kl"]

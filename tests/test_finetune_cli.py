@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
     "method": "prdp",
     "reward": "brightness",
     "eval_rewards": ["colour:red"],
-    "options": {"beta": 0.001},
+    "beta": 0.001,
     "max_steps": 2,
     "train_batch_size": 2,
     "num_generations": 2,
@@ -67,6 +67,11 @@ def config(drawn: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return drawn
 
 
+def drop_keys(config: Path, *keys: str) -> None:
+    values = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({key: value for key, value in values.items() if key not in keys}))
+
+
 def records(run: Path, name: str = "metrics") -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
 
@@ -78,14 +83,15 @@ def same_weights(*runs: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("method", "words"),
-    [*((method, []) for method in METHODS), ("d3po", ["--options.trajectory"])],
+    [*((method, []) for method in METHODS), ("d3po", ["--trajectory"])],
     ids=[*METHODS, "d3po-trajectory"],
 )
 def test_every_method_runs_and_says_how_its_weights_are_used(
     method: str, words: list[str], steer: Steer, config: Path, tmp_path: Path
 ) -> None:
-    own = ["--options", "{}", "--options.beta", "0.001"] if method in ("prdp", "d3po") else ["--options", "{}"]
-    code, out, err = steer("finetune", config, "--method", method, *own, *words)
+    if method not in ("prdp", "d3po"):
+        drop_keys(config, "beta")
+    code, out, err = steer("finetune", config, "--method", method, *words)
     assert (code, err) == (0, "")
     assert out.startswith(f"{method}: 2 updates in ") and "brightness on held-out prompts 0." in out
     assert f"pipe.load_lora_weights('{tmp_path / 'run' / 'final'}')" in out and out.count("\n") == 1
@@ -95,11 +101,11 @@ def test_every_method_runs_and_says_how_its_weights_are_used(
 
 def test_a_run_leaves_everything_that_it_was_and_found(steer: Steer, drawn: Path, tmp_path: Path) -> None:
     run, config = tmp_path / "run", drawn
-    words = ["--max-steps", 1, "--log-with", "[tensorboard]", "--eval-prompts-count", 2, "--options.clip", "0.5"]
+    words = ["--max-steps", 1, "--log-with", "[tensorboard]", "--eval-prompts-count", 2, "--clip", "0.5"]
     assert steer("finetune", config, *words)[0] == 0
     config_values = yaml.safe_load((run / "config.yaml").read_text())
     assert (
-        config_values["options"] == {"beta": 0.001, "clip": 0.5}
+        (config_values["beta"], config_values["clip"]) == (0.001, 0.5)
         and config_values["eval_prompts_count"] == 2
         and config_values["seed"] == 0
     )
@@ -146,7 +152,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(steer: Steer, 
             code, _, err = steer("finetune", config, "--resume")
             assert code == 0 and err.startswith("steer: skipped a checkpoint: ") and "weights.safetensors" in err
             (folder / "weights.safetensors").write_bytes(b"damaged")
-    assert f"output_dir {tmp_path / 'run'}: no checkpoint there is whole" in refused(steer, config, "--resume")
+    assert f"output_dir: {tmp_path / 'run'}: no checkpoint there is whole" in refused(steer, config, "--resume")
 
 
 INTERRUPTS = """
@@ -166,10 +172,10 @@ def interrupts(images, prompts):
 def test_a_signal_ends_it_with_a_checkpoint_and_a_word(name: str, steer: Steer, config: Path, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
     (tmp_path / f"own_{name}.py").write_text(INTERRUPTS.format(name=name))
-    words = ["--reward", f"own_{name}:interrupts", "--options.beta", "0.1"]
+    words = ["--reward", f"own_{name}:interrupts", "--beta", "0.1"]
     code, out, err = steer("finetune", config, *words)
     assert (code, out) == (130, "")
-    assert err == "steer: interrupted at update 1; the same command with --resume goes on\n"
+    assert err == "steer: interrupted at update 1; run the command again with --resume\n"
     assert not (tmp_path / "run/README.md").exists() and signal.getsignal(signal.SIGTERM) == before
     code, out, _ = steer("finetune", config, *words, "--resume")
     assert code == 0 and out.startswith("prdp: 2 updates")
@@ -183,7 +189,7 @@ def test_a_guard_that_stops_it_is_told(steer: Steer, config: Path) -> None:
 def test_without_held_out_prompts_the_summary_is_of_training(steer: Steer, config: Path) -> None:
     code, out, _ = steer("finetune", config, "--eval-prompts", "null", "--eval-rewards", "[]", "--lora-rank", 0)
     assert code == 0 and "brightness in training 0." in out
-    assert "use the weights by pipe.unet = type(pipe.unet).from_pretrained('" in out
+    assert "load the weights by pipe.unet = type(pipe.unet).from_pretrained('" in out
 
 
 def test_held_out_prompts_that_are_trained_on_are_told(steer: Steer, config: Path, tmp_path: Path) -> None:
@@ -219,12 +225,12 @@ def refused(steer: Steer, config: object, *words: object) -> str:
         (["--max-steps", "3.5"], "--max-steps must be a whole number, got 3.5"),
         (["max_steps=3"], "'max_steps=3': expected --KEY VALUE"),
         (["--method", "prd"], "--method: unknown method 'prd': did you mean prdp"),
-        (["--num-generations", "1"], "--num-generations must be at least 2, got 1: PRDPTrainer compares"),
+        (["--num-generations", "1"], "--num-generations must be at least 2, got 1: PRDP compares"),
         (["--timestep-fraction", "0.5"], "--timestep-fraction must be 1, got 0.5"),
-        (["--options.clip", "0"], "--options.clip 0.0 must be above 0"),
+        (["--clip", "0"], "--clip 0.0 must be above 0"),
         (["--reward", "brightnes"], "--reward: unknown reward 'brightnes': did you mean brightness"),
         (["--eval-rewards", "[scen]"], "--eval-rewards: unknown reward 'scen': did you mean scene"),
-        (["--eval-rewards", "[jpeg, jpeg]"], "--eval-rewards: 'jpeg' is there twice"),
+        (["--eval-rewards", "[jpeg, jpeg]"], "--eval-rewards: 'jpeg' is given twice"),
         (["--eval-rewards", "[brightness]"], "--eval-rewards hold 'brightness', which is trained on"),
         (["--prompts", "nothing.txt"], "--prompts: nothing.txt: cannot read the prompt file"),
         (["--prompts", "scenes-trainin"], "--prompts: unknown prompts 'scenes-trainin': use scenes-training"),
@@ -235,8 +241,7 @@ def refused(steer: Steer, config: object, *words: object) -> str:
         (["--log-with", "[dvclive]"], "--log-with: dvclive is not installed: pip install dvclive"),
         (["--device", "warp"], "--device 'warp' cannot be used"),
         (["--output-dir", "/proc/run"], "--output-dir /proc/run: cannot write there"),
-        (["--method", "reward-backprop", "--options", "{}", "--reward", "jpeg"], "is not differentiable"),
-        (["--method", "reward-backprop", "--options", "{last_steps: 9}"], "last_steps must be from 1 to 3, got 9"),
+        (["--method", "grpo"], "beta: grpo has no such option, it is one of d3po, prdp"),
     ],
 )
 def test_bad_input_is_one_line_before_a_model_is_loaded(
@@ -244,6 +249,20 @@ def test_bad_input_is_one_line_before_a_model_is_loaded(
 ) -> None:
     assert message in refused(steer, config, *words)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--reward", "jpeg"], "is not differentiable"),
+        (["--last-steps", "9"], "--last-steps must be from 1 to 3, got 9"),
+    ],
+)
+def test_bad_reward_backpropagation_is_one_line_before_a_model_is_loaded(
+    words: list[str], message: str, steer: Steer, config: Path
+) -> None:
+    drop_keys(config, "beta")
+    assert message in refused(steer, config, "--method", "reward-backprop", *words)
 
 
 def test_bad_files_are_one_line_before_a_model_is_loaded(steer: Steer, config: Path, tmp_path: Path) -> None:
@@ -258,7 +277,7 @@ def test_a_folder_with_a_run_is_left_alone(steer: Steer, config: Path, tmp_path:
     assert steer("finetune", config, "--max-steps", 1)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     err = refused(steer, config)
-    assert f"output_dir {tmp_path / 'run'} holds a run: go on with it by --resume, or choose another folder" in err
+    assert f"output_dir: {tmp_path / 'run'} holds a run already: resume it (--resume or" in err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
@@ -275,13 +294,13 @@ def preferences(tmp_path: Path, tiny: Path) -> Path:
 
 
 def test_choices_on_the_command_line_take_the_place_of_a_files_prompts(preferences: Path) -> None:
-    config = read_config("d3po-scenes", {"choices": str(preferences)})
-    assert config.job.prompts is None and config.settings.max_steps == 80
-    assert (config.settings.num_inference_steps, config.settings.num_generations) == (2, 2)
-    config = read_config("d3po-scenes", {"choices": str(preferences), "num_inference_steps": "9"})
-    assert config.settings.num_inference_steps == 9, "what was said goes before"
-    with pytest.raises(InputError, match="prompts or choices, one of the two"):
-        read_config("d3po-scenes", {"choices": str(preferences), "prompts": "scenes-few"})
+    config = read_config("d3po-scenes", {"preferences": str(preferences)})
+    assert config.job.prompts is None and config.training.max_steps == 80
+    assert (config.training.num_inference_steps, config.training.num_generations) == (2, 2)
+    config = read_config("d3po-scenes", {"preferences": str(preferences), "num_inference_steps": "9"})
+    assert config.training.num_inference_steps == 9, "what was said goes before"
+    with pytest.raises(InputError, match="prompts or preferences: give one of the two"):
+        read_config("d3po-scenes", {"preferences": str(preferences), "prompts": "scenes-few"})
 
 
 def test_choices_are_learnt_from_as_they_were_drawn(
@@ -290,17 +309,17 @@ def test_choices_are_learnt_from_as_they_were_drawn(
     config_values = yaml.safe_load(config.read_text())
     for key in ("prompts", "reward", "num_inference_steps", "call", "num_generations"):
         del config_values[key]
-    config.write_text(yaml.safe_dump(config_values | {"method": "d3po", "options": {}, "choices": str(preferences)}))
+    config.write_text(yaml.safe_dump(config_values | {"method": "d3po", "preferences": str(preferences)}))
     code, out, err = steer("finetune", config)
     assert (code, err) == (0, "") and "colour:red on held-out prompts 0." in out
     saved = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
-    assert (saved["num_inference_steps"], saved["guidance_scale"], saved["choices"]) == (2, 3.0, str(preferences))
+    assert (saved["num_inference_steps"], saved["guidance_scale"], saved["preferences"]) == (2, 3.0, str(preferences))
     words = ["--eval-rewards", "[]", "--eval-prompts", "null", "--output-dir", tmp_path / "other"]
     code, out, err = steer("finetune", config, *words)
     assert (code, err) == (0, "") and "accuracy in training 0." in out
     code, _, err = steer("finetune", config, "--eta", "0.5", "--output-dir", tmp_path / "third")
     assert code == 2 and "eta is 0.5 in this run and was 1.0" in err
     err = refused(steer, config, "--method", "prdp", "--output-dir", tmp_path / "third")
-    assert "choices are learnt from by d3po, not by prdp: give prompts" in err
+    assert "preferences are for D3PO, not for PRDP: give prompts" in err
     next(preferences.rglob("*.png")).unlink()
-    assert f"{config}: choices: {preferences}" in refused(steer, config, "--output-dir", tmp_path / "third")
+    assert f"{config}: preferences: {preferences}" in refused(steer, config, "--output-dir", tmp_path / "third")

@@ -1,20 +1,19 @@
-"""What `steer finetune` is told: one strict schema, made of the classes that take the values."""
+"""The configuration of `steer finetune`: one strict schema, derived from the dataclasses."""
 
-import inspect
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
-from steer import TrainingConfig
 from steer.apps.cli.finetune import parse_overrides
-from steer.apps.finetuning import DEFAULTS, METHODS, FinetuneJob, read_config, schema_of
+from steer.apps.finetuning import METHODS, FinetuneJob, TrainingData, read_config, schema_of
 from steer.apps.prompts import load_prompts
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
 from steer.errors import InputError
 from steer.rewards.names import reward_names
+from steer.rewards.parser import load_reward
 
 LEAST = "method: prdp\nreward: brightness\nprompts: p.txt\noutput_dir: out\n"
 
@@ -29,10 +28,10 @@ def written(tmp_path: Path, text: str) -> str:
 def test_embedded_configurations_are_whole(name: str) -> None:
     config = read_config(name)
     job = config.job
-    assert job.output_dir == f"out/{name}" and job.method == name.split("-")[0]
+    assert config.training.output_dir == f"out/{name}" and job.method == name.split("-")[0]
     assert f"steer finetune {name}" in CONFIGS[name].read_text()
     assert job.eval_rewards and {atom.split(":")[0] for atom in job.eval_rewards} <= set(reward_names())
-    config.method(None, "brightness").check(config.settings)
+    config.trainer(None, TrainingData([], [], load_reward("brightness + jpeg"), []))
     if name.endswith("-scenes"):
         assert job.prompts and job.eval_prompts
         assert not set(load_prompts(job.prompts)) & set(load_prompts(job.eval_prompts))
@@ -48,19 +47,17 @@ def test_one_embedded_configuration_explains_every_key() -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_defaults_are_those_of_the_classes(method: str, tmp_path: Path) -> None:
     config = read_config(written(tmp_path, LEAST.replace("prdp", method)))
-    assert config.settings == TrainingConfig(**DEFAULTS)
-    assert config.job == FinetuneJob(method, "out", "brightness", prompts="p.txt")
-    taken = inspect.signature(METHODS[method]).parameters.values()
-    assert config.options == {one.name: one.default for one in taken if one.kind is one.KEYWORD_ONLY} != {}
+    assert config.training == METHODS[method].config_class(log_with=("tensorboard",), output_dir="out")
+    assert config.job == FinetuneJob(method, "brightness", prompts="p.txt")
 
 
 def test_a_resolved_configuration_is_one_again(tmp_path: Path) -> None:
     changes = {"call.height": "64", "mixed_precision": "no", "learning_rate": "1e-5", "output_dir": "2024-01-01"}
     first = read_config("prdp-scenes", changes)
     again = read_config(written(tmp_path, yaml.safe_dump(first.plain(), allow_unicode=True)))
-    assert again.plain() == first.plain() and (again.job, again.settings) == (first.job, first.settings)
+    assert again.plain() == first.plain() and (again.job, again.training) == (first.job, first.training)
     assert first.plain()["call"] == {"height": 64} and first.plain()["lora_target_modules"] == list(
-        first.settings.lora_target_modules
+        first.training.lora_target_modules
     )
 
 
@@ -73,21 +70,21 @@ def test_scalars_are_what_people_mean() -> None:
 
 
 def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
-    path = written(tmp_path, LEAST + "max_steps: 5\nseed: 3\noptions: {beta: 2, clip: 3}\ncall: {height: 8}\n")
-    words = "--max-steps 7 --options.beta=1e-3 --call.max-sequence-length 9 --gradient-checkpointing --eval-prompts e"
+    path = written(tmp_path, LEAST + "max_steps: 5\nseed: 3\nbeta: 2\nclip: 3\ncall: {height: 8}\n")
+    words = "--max-steps 7 --beta=1e-3 --call.max-sequence-length 9 --gradient-checkpointing --eval-prompts e"
     words += " --reward clip:scenes:2 --eval-rewards"
     config = read_config(path, parse_overrides([*words.split(), "[scene, jpeg]"]))
-    assert (config.settings.max_steps, config.settings.seed, config.settings.gradient_checkpointing) == (7, 3, True)
-    assert config.options == {"beta": 1e-3, "clip": 3}
-    assert config.settings.call == {"height": 8, "max_sequence_length": 9}
+    assert (config.training.max_steps, config.training.seed, config.training.gradient_checkpointing) == (7, 3, True)
+    assert (config.training.beta, config.training.clip) == (1e-3, 3)
+    assert config.training.call == {"height": 8, "max_sequence_length": 9}
     assert (config.job.reward, config.job.eval_rewards) == ("clip:scenes:2", ("scene", "jpeg"))
 
 
 def test_text_stands_as_it_is_on_the_command_line(tmp_path: Path) -> None:
     path = written(tmp_path, LEAST)
     config = read_config(path, {"output_dir": "2024", "reward": "min(scene, jpeg)", "device": "null"})
-    assert (config.job.output_dir, config.job.reward, config.job.device) == ("2024", "min(scene, jpeg)", None)
-    assert read_config(path, {"method": "ddpo"}).options["history"] == 16
+    assert (config.training.output_dir, config.job.reward, config.job.device) == ("2024", "min(scene, jpeg)", None)
+    assert read_config(path, {"method": "ddpo"}).training.history == 16
 
 
 @pytest.mark.parametrize(
@@ -97,7 +94,7 @@ def test_text_stands_as_it_is_on_the_command_line(tmp_path: Path) -> None:
         (["--a-b", "1", "--c=2=3", "--d"], {"a_b": "1", "c": "2=3", "d": "true"}),
         (["--a", "-1", "--b", "--c", "x y"], {"a": "-1", "b": "true", "c": "x y"}),
         (["--a", "2", "--e="], {"a": "2", "e": ""}),
-        (["--options.beta", "[1, 2]"], {"options.beta": "[1, 2]"}),
+        (["--call.x", "[1, 2]"], {"call.x": "[1, 2]"}),
     ],
 )
 def test_words_are_keys_and_values(words: list[str], expected: dict[str, str]) -> None:
@@ -112,10 +109,9 @@ def test_a_word_that_belongs_to_no_key_is_refused(words: list[str]) -> None:
 
 BAD = [
     ("promts: p.txt\n", "c.yaml: promts: unknown key, did you mean prompts"),
-    ("beta: 1\n", "c.yaml: beta: unknown key, an option of prdp: write it under options, or --options.beta"),
-    ("options: {bata: 1}\n", "c.yaml: options.bata: unknown option of prdp: did you mean beta"),
-    ("options: {history: 1}\n", "options.history: unknown option of prdp: did you mean beta or clip"),
-    ("options: 3\n", "c.yaml: options must be a mapping of keys to values, got 3"),
+    ("bata: 1\n", "c.yaml: bata: unknown key, did you mean beta"),
+    ("history: 1\n", "c.yaml: history: prdp has no such option, it is one of ddpo"),
+    ("call: 3\n", "c.yaml: call must be a mapping of keys to values, got 3"),
     ("max_steps: 1.0\n", "c.yaml: max_steps must be a whole number, got 1.0"),
     ("max_steps: '3'\n", 'max_steps must be a whole number, got "3"'),
     ("max_steps: true\n", "max_steps must be a whole number, got true"),
@@ -125,7 +121,7 @@ BAD = [
     ("learning_rate: false\n", "learning_rate must be a number, got false"),
     ("learning_rate: -1e-3\n", "c.yaml: learning_rate must be above 0, got -0.001"),
     ("kl_weight: .nan\n", "kl_weight must be a finite number"),
-    ("options: {clip: .inf}\n", "options.clip must be a finite number (1e9 does for no limit)"),
+    ("clip: .inf\n", "clip must be a finite number (1e9 does for no limit)"),
     ("gradient_checkpointing: yes\n", 'gradient_checkpointing must be true or false, got "yes"'),
     ("mixed_precision: bf8\n", "mixed_precision must be 'no', 'fp16' or 'bf16', got \"bf8\""),
     ("model: 3\n", "model must be text (a number in quotes is one), got 3"),
@@ -133,14 +129,14 @@ BAD = [
     ("eval_rewards: [1]\n", "eval_rewards.0 must be text"),
     ("call: [1]\n", "call must be a mapping of keys to values, got [1]"),
     ("eval_prompts: e.txt\neval_prompts_count: 0\n", "eval_prompts_count must be at least 1, got 0"),
-    ("eval_rewards: [jpeg]\n", "eval_rewards judge images of eval_prompts, and there are none"),
+    ("eval_rewards: [jpeg]\n", "eval_rewards need eval_prompts"),
     ("eval_prompts: e\neval_rewards: [brightness]\n", "eval_rewards hold 'brightness', which is trained on"),
-    ("choices: folder\n", "prompts or choices, one of the two"),
+    ("preferences: folder\n", "prompts or preferences: give one of the two"),
     ("seed: 1\nseed: 2\n", "c.yaml, line 6: 'seed' is repeated"),
     ("seed: 1\n  x: 2\n", "c.yaml, line 6: mapping values are not allowed here"),
     ("seed: [1\n", "c.yaml, line 6: "),
     ("1: 2\n", "c.yaml, line 5: a key must be text"),
-    ("call: &a {x: 1}\noptions: *a\n", "c.yaml, line 6: aliases (*name) are not supported"),
+    ("call: &a {x: 1}\nmodel: *a\n", "c.yaml, line 6: aliases (*name) are not supported"),
     ("call: !!python/object:os.system {}\n", "c.yaml, line 5: could not determine a constructor"),
     ("call: " + "[" * 5000 + "\n", "c.yaml: not YAML"),
     ("\x07\n", "c.yaml: not YAML"),
@@ -162,13 +158,14 @@ def test_what_is_wrong_in_a_file_is_one_line(text: str, message: str, tmp_path: 
         ({"max_steps": ""}, "--max-steps must be a whole number, got null"),
         ({"max_steps": "0"}, "--max-steps must be at least 1, got 0"),
         ({"max_steps.x": "0"}, "--max-steps.x: unknown key, did you mean max_steps"),
-        ({"options.bata": "0"}, "--options.bata: unknown option of prdp: did you mean beta"),
-        ({"options.beta": "x"}, '--options.beta must be a number, got "x"'),
-        ({"options": "[1"}, "--options: "),
+        ({"bata": "0"}, "--bata: unknown key, did you mean beta"),
+        ({"beta": "x"}, '--beta must be a number, got "x"'),
+        ({"clip": "0"}, "--clip 0.0 must be above 0"),
+        ({"call": "[1"}, "--call: "),
         ({"method": "prpd"}, "--method: unknown method 'prpd': did you mean prdp"),
         ({"reward": "null"}, "--reward is missing: say what to train on"),
         ({"eval_prompts": "e", "eval_prompts_count": "0"}, "--eval-prompts-count must be at least 1"),
-        ({"choices": "nowhere", "prompts": "null"}, "--choices: nowhere"),
+        ({"preferences": "nowhere", "prompts": "null"}, "--preferences: nowhere"),
     ],
 )
 def test_what_is_wrong_on_the_command_line_is_named_as_it_was_written(
@@ -205,5 +202,7 @@ def test_a_part_of_the_trained_reward_is_no_hold_out(reward: str, tmp_path: Path
     assert read_config(written(tmp_path, LEAST), changes | {"eval_rewards": "[scene-soft]"}).job.reward == reward
 
 
-def test_job_and_settings_share_no_key() -> None:
-    assert not {one.name for one in fields(FinetuneJob)} & {one.name for one in fields(TrainingConfig)}
+@pytest.mark.parametrize("method", METHODS)
+def test_job_and_training_share_no_key(method: str) -> None:
+    names = [{one.name for one in fields(cls)} for cls in (FinetuneJob, METHODS[method].config_class)]
+    assert not names[0] & names[1]

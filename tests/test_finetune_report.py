@@ -1,7 +1,6 @@
 """Pictures and model card of a finetuning: what they show is what the records hold."""
 
 import inspect
-import json
 import math
 import re
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, call_kwargs
+from conftest import PROMPT, cached_pipe, call_kwargs
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
@@ -21,19 +20,19 @@ from rollouts import fresh_pipe, move
 from torch import Generator, Tensor
 
 import steer
-from steer import TrainingConfig, TrainingResult
+from steer import D3POConfig, PRDPConfig, PRDPTrainer, TrainingConfig, TrainingResult
 from steer.apps import finetune_report as report
-from steer.apps import model_card as cards
 from steer.apps import plots as grids
 from steer.apps.finetune_report import write_grid, write_report
-from steer.pipelines.training import d3po_prdp as preference
-from steer.pipelines.training import ddpo_grpo as policy
-from steer.pipelines.training import reward_backprop
+from steer.apps.finetuning import METHODS
+from steer.pipelines.training import model_card as cards
 from steer.pipelines.training.evaluation import EvalResult
+from steer.pipelines.training.trainer import Trainer
 from steer.training.trainable import FullFinetuning, LoRA
 
 AWKWARD = "a_b*c* | [d](e) `f` <g> $1 & $2"
-CONFIG = {"model": "org/base", "method": "prdp", "reward": "r", "options": {"beta": 0.03}, "output_dir": "/home/me/x"}
+ABOUT = {"model": "org/base", "method": "prdp", "reward": "r", "output_dir": "/home/me/x"}
+CONFIG = PRDPConfig(beta=0.03, output_dir="/home/me/x")
 
 
 def records(count: int) -> tuple[dict[str, Any], ...]:
@@ -78,11 +77,24 @@ def cell(path: Path, number: int) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB").crop(tuple(described["boxes"][number])))
 
 
-def card_of(out: Path, config: dict[str, Any], result: TrainingResult) -> str:
+def card_of(
+    out: Path,
+    result: TrainingResult,
+    about: dict[str, Any] | None = None,
+    config: TrainingConfig = CONFIG,
+    pipe: Any = None,
+) -> str:
     """The card alone, without the pictures, which take seconds."""
     out.mkdir(exist_ok=True)
-    (out / "README.md").write_text(cards.model_card(out, config, result))
-    return (out / "README.md").read_text()
+    card = cards.model_card(out, pipe or cached_pipe("sd"), config, result, ABOUT | (about or {}))
+    (out / "README.md").write_text(card)
+    return card
+
+
+def report_of(out: Path, result: TrainingResult, **changed: Any) -> None:
+    """The report of a run that had this result."""
+    config = replace(CONFIG, output_dir=str(out), **changed)
+    write_report(PRDPTrainer(cached_pipe("sd"), "brightness", config, run_config=ABOUT), result)
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +103,8 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingR
     out = tmp_path_factory.mktemp("run")
     for step in (0, 6, 12):
         write_grid(evaluated(step, 3, 2, 3, 16, 16), out, 2)
-    result = result_of(12, 0, 6, 12, best=6, stopped="why | not", weights=out / "final" / "unet")
-    write_report(out, CONFIG | {"lora_rank": 0, "eta": 1.0, "kl_budget": 3.0}, result)
+    result = result_of(12, 0, 6, 12, best=6, stopped="why | not", weights=out / "final" / "unet", weights_step=12)
+    report_of(out, result, lora_rank=0, eta=1.0, kl_budget=3.0)
     return out, result
 
 
@@ -241,7 +253,7 @@ def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp
     (tmp_path / "plots").mkdir()
     for name in ("rewards", "divergence", "training"):
         (tmp_path / "plots" / f"{name}.png").touch()
-    write_report(tmp_path, CONFIG, result_of(count, *steps, stopped="interrupted"))
+    report_of(tmp_path, result_of(count, *steps, stopped="interrupted"))
     text = (tmp_path / "README.md").read_text()
     assert f"interrupted at update {count}" in text and "```python" not in text
     collected = sorted((tmp_path / "plots").iterdir())
@@ -250,7 +262,7 @@ def test_one_update_and_none(count: int, steps: tuple[int, ...], files: int, tmp
 
 
 def test_without_evaluations_the_training_samples_are_reported(tmp_path: Path) -> None:
-    text = card_of(tmp_path, CONFIG, result_of(7))
+    text = card_of(tmp_path, result_of(7))
     assert "0.1429 in update 1, 1 in update 7" in text and "0.8642 nats" in text and "\n|" not in text
 
 
@@ -259,7 +271,12 @@ def test_without_evaluations_the_training_samples_are_reported(tmp_path: Path) -
 
 def test_the_hub_reads_the_card(described: tuple[Path, TrainingResult]) -> None:
     card = ModelCard.load(described[0] / "README.md")
-    assert card.data.to_dict() == {
+    told = [(one.metric_name, one.metric_value) for one in card.data.eval_results or []]
+    last = described[1].evaluations[-1]
+    assert told == [("r", last["eval/r"][0]), ("s", last["eval/s"][0])]
+    data = card.data.to_dict()
+    assert data.pop("model-index")[0]["name"] == "org/base-prdp"
+    assert data == {
         "base_model": "org/base",
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
@@ -270,7 +287,7 @@ def test_the_hub_reads_the_card(described: tuple[Path, TrainingResult]) -> None:
 
 @pytest.mark.parametrize("model", ["a: b # c", "no\n---\nyes", "/home/me/model", "", None])
 def test_only_names_on_the_hub_are_base_models(model: str | None, tmp_path: Path) -> None:
-    card_of(tmp_path, CONFIG | {"model": model}, result_of(2, 0, 2))
+    card_of(tmp_path, result_of(2, 0, 2), {"model": model})
     data = ModelCard.load(tmp_path / "README.md").data
     assert data.base_model is None and "lora" in (data.tags or [])
 
@@ -279,7 +296,7 @@ def test_a_folder_is_no_base_model_of_the_hub(tmp_path: Path, monkeypatch: pytes
     """Though its path may look like one."""
     (tmp_path / "my" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert "base_model" not in card_of(tmp_path / "out", CONFIG | {"model": "my/model"}, result_of(2))
+    assert "base_model" not in card_of(tmp_path / "out", result_of(2), {"model": "my/model"})
 
 
 def test_the_table_is_what_was_recorded(described: tuple[Path, TrainingResult]) -> None:
@@ -293,7 +310,7 @@ def test_the_table_is_what_was_recorded(described: tuple[Path, TrainingResult]) 
                 float(f"{value:.4g}") for value in one[f"eval/{name}"]
             ]
     assert rows["diversity"] == ["0.2"] * 3
-    assert rows["KL, nats a trajectory"] == ["0", "0.7407", "1.481"]  # 6 and 12 × 0.123456
+    assert rows["KL, nats per trajectory"] == ["0", "0.7407", "1.481"]  # 6 and 12 × 0.123456
 
 
 def test_links_lead_to_files(described: tuple[Path, TrainingResult]) -> None:
@@ -305,23 +322,23 @@ def test_links_lead_to_files(described: tuple[Path, TrainingResult]) -> None:
 
 def test_settings_that_differ_are_listed_and_nobodys_folder(described: tuple[Path, TrainingResult]) -> None:
     text = (described[0] / "README.md").read_text()
-    assert "- options.beta: 0.03" in text and "- lora\\_rank: 0" in text and "- kl\\_budget: 3" in text
+    assert "- beta: 0.03" in text and "- lora\\_rank: 0" in text and "- kl\\_budget: 3" in text
     assert "- eta" not in text  # the default one
     assert "/home/me" not in text
     assert f"steer-diffusion {steer.__version__}, torch {torch.__version__.split('+')[0]}" in text
     assert "time in updates, without evaluations: 6 minutes" in text
-    assert "ended before its time: why \\| not" in text and "1.481 nats a trajectory from it" in text
+    assert "ended before max_steps: why \\| not" in text and "1.481 nats per trajectory" in text
 
 
-def test_a_configuration_with_all_its_defaults_lists_none_of_them() -> None:
-    plain = json.loads(json.dumps({**vars(TrainingConfig()), "method": "d3po"}))
-    flat = cards.FlatConfig.of({"settings": plain, "call": {"height": 8}})
-    assert flat.changed() == {"call": {"height": 8}} and flat.rest == {"settings.method": "d3po"}
+def test_a_configuration_with_all_its_defaults_lists_none_of_them(tmp_path: Path) -> None:
+    text = card_of(tmp_path, result_of(2), config=D3POConfig(call={"height": 8}))
+    listed = text.split("## Training")[1].split("## Limits")[0]
+    assert re.findall(r"^- (\S+):", listed, re.MULTILINE) == ["model", "method", "reward", "call", "versions"]
 
 
 def test_awkward_names_stay_text(tmp_path: Path) -> None:
     collected = result_of(2, stopped=AWKWARD, evaluations=evaluations(0, 2, names=("r", AWKWARD)))
-    text = card_of(tmp_path, CONFIG | {"reward": AWKWARD, "prompts": [AWKWARD]}, collected)
+    text = card_of(tmp_path, collected, {"reward": AWKWARD, "prompts": [AWKWARD]})
     plain = re.sub(r"\\([\\`*_\[\]<>|~$&#!])", "", text.split("---\n", 2)[2])  # without what is escaped
     for mark in ("a_b", "*c*", "](e)", "<g>", "`f`", "$1", "& $2"):
         assert mark not in plain
@@ -331,19 +348,16 @@ def test_awkward_names_stay_text(tmp_path: Path) -> None:
     assert cards.escaped("a\n\n# b") == r"a \# b"
 
 
-@pytest.mark.parametrize("module", [preference, policy, reward_backprop], ids=lambda module: module.__name__)
-def test_every_method_cites_the_paper_of_its_code(module: Any) -> None:
-    source = inspect.getsource(module)
-    for name in re.findall(r"^class (\w+Pipeline)", source, re.MULTILINE):
-        assert cards._method(name)[2] in re.findall(r"\d{4}\.\d{5}", source)
-    assert cards._method("reward-backprop") == cards._method("RewardBackpropTrainer")
-    assert cards._method("d3po")[2] == "2311.13231" and cards._method("own")[0] == "own"
+@pytest.mark.parametrize("trainer", METHODS.values(), ids=METHODS)
+def test_every_method_cites_the_paper_of_its_code(trainer: type[Trainer[Any]]) -> None:
+    number = trainer.config_class.paper[1]
+    assert number in (inspect.getsource(inspect.getmodule(trainer)) or "").replace(f'"{number}"', "")
 
 
 def test_weights_that_a_guard_kept_are_named(tmp_path: Path) -> None:
     kept = result_of(9, 0, 3, 9, best=3, weights=tmp_path / "final" / "unet", stopped="fooled", weights_step=3)
-    assert "They are those of update 3" in card_of(tmp_path, CONFIG, kept)
-    assert "They are those" not in card_of(tmp_path, CONFIG, replace(kept, weights_step=9))
+    assert "They are those of update 3" in card_of(tmp_path, kept)
+    assert "They are those" not in card_of(tmp_path, replace(kept, weights_step=9))
 
 
 @pytest.mark.parametrize(("family", "rank"), [("sd", 2), ("sd", 0), ("pixart", 2)])
@@ -359,10 +373,9 @@ def test_the_code_of_the_card_gives_the_trained_model(
     call = {name: value for name, value in call_kwargs(family, 1).items() if isinstance(value, int | float)}
     steps, guidance = call.pop("num_inference_steps"), call.pop("guidance_scale", 3.0)
     call.pop("num_images_per_prompt", None)
-    config = CONFIG | {"model": str(tmp_path / "base"), "num_inference_steps": steps, "guidance_scale": guidance}
-    text = card_of(
-        out, config | {"call": call | {"output_type": "pt"}, "lora_rank": rank}, result_of(1, weights=weights)
-    )
+    sampling = {"num_inference_steps": steps, "guidance_scale": guidance, "lora_rank": rank}
+    config = PRDPConfig(**sampling, call=call | {"output_type": "pt"})
+    text = card_of(out, result_of(1, weights=weights), {"model": str(tmp_path / "base")}, config, pipe)
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0].replace('"…"', repr(PROMPT))
     monkeypatch.chdir(out)
     # Loading draws random numbers here and there: the noise gets some of its own.

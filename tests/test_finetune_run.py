@@ -4,18 +4,19 @@ import json
 import logging
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import PIPELINES
-from finetune_runs import HELD_OUT, PROMPTS, settings_of, train
+from finetune_runs import Recorder, config_of, train, trainer_of
 from safetensors.torch import load_file
 
-from steer import D3POTrainer, DDPOTrainer, GRPOTrainer, PRDPTrainer, RewardBackpropTrainer, TrainingConfig
+from steer import D3POTrainer, TrainingConfig
 from steer.errors import InputError
-from steer.pipelines.training.evaluation import EvalResult, Evaluator, diversity, interval
+from steer.pipelines.training.evaluation import diversity, interval
 from steer.pipelines.training.method import chosen_steps, prompts_at, rows_of
 from steer.pipelines.training.rollouts import batch_order
 from steer.training.gradient import Batch, reference_of, reward_gradient
@@ -49,13 +50,13 @@ def pipe() -> Any:
 
 
 def test_a_spent_budget_ends_the_run_with_its_weights(pipe: Any, tmp_path: Path) -> None:
-    settings = settings_of("prdp", kl_budget=1e-9, kl_weight=0.0, kl_target=None, warmup_steps=0)
-    result = train("prdp", pipe, tmp_path, settings)
+    config = config_of("prdp", kl_budget=1e-9, kl_weight=0.0, kl_target=None, warmup_steps=0)
+    result = train("prdp", pipe, tmp_path, config)
     assert result.stopped and result.stopped.startswith("the KL budget is spent")
     assert result.step == 1, "the first update's KL is 0, and the second is not made"
     assert result.weights and result.weights.is_file()
     assert result.evaluations[-1]["step"] == 1, "judged once more at the end"
-    again = train("prdp", fresh(), tmp_path, settings)
+    again = train("prdp", fresh(), tmp_path, config)
     assert again.step == 1 and again.stopped == result.stopped, "resumed, it stays there"
 
 
@@ -85,8 +86,8 @@ def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_
 ) -> None:
     """Evaluations after 0, 1, 2, 3 updates; the second is the best, the two after it are fooled."""
     reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.5, 0.9, 0.8, 0.7, 0.6])
-    settings = settings_of("grpo", **SHORT | {"max_steps": 9, "patience": 2, "micro_batch": 4})
-    result = GRPOTrainer(pipe, reward).train(PROMPTS, tmp_path, settings, eval_prompts=HELD_OUT, eval_rewards=[honest])
+    config = config_of("grpo", **SHORT | {"max_steps": 9, "early_stopping_patience": 2, "micro_batch": 4})
+    result = train("grpo", pipe, tmp_path, config, reward=reward, eval_rewards=[honest])
     assert result.best_step == result.weights_step == 1 and result.step == 3
     assert result.stopped and "held-out one fell, 2 evaluations in a row" in result.stopped
     final, best = (load_file(tmp_path / name / "pytorch_lora_weights.safetensors") for name in ("final", "best"))
@@ -101,7 +102,7 @@ def test_a_reward_that_rises_while_the_held_out_one_falls_ends_the_run_with_the_
 def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, tmp_path: Path) -> None:
     pipe.unet.register_forward_hook(lambda module, inputs, output: (output[0] + 0.01 * torch.randn_like(output[0]),))
     with pytest.raises(InputError, match="a replay of the first samples has other log-probabilities"):
-        GRPOTrainer(pipe, "brightness").train(PROMPTS, tmp_path, settings_of("grpo", **SHORT))
+        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT), eval_prompts=(), eval_rewards=())
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
@@ -122,28 +123,28 @@ def broken(images: torch.Tensor, prompts: Any) -> torch.Tensor:
 )
 def test_a_reward_that_teaches_nothing_is_named(reward: Any, told: str, pipe: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=told):
-        PRDPTrainer(pipe, reward).train(PROMPTS, tmp_path, settings_of("prdp", **SHORT))
+        train("prdp", pipe, tmp_path, config_of("prdp", **SHORT), reward=reward)
 
 
 @pytest.mark.parametrize(
     ("method", "changed", "told"),
     [
-        (PRDPTrainer, {"num_generations": 1}, "num_generations must be at least 2, got 1"),
-        (PRDPTrainer, {"timestep_fraction": 0.5}, "timestep_fraction must be 1, got 0.5"),
-        (GRPOTrainer, {"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
-        (GRPOTrainer, {"log_with": ("nonesuch",)}, "log_with nonesuch"),
-        (GRPOTrainer, {"lora_target_modules": ("nonesuch",)}, "no layer named nonesuch"),
+        ("prdp", {"num_generations": 1}, "num_generations must be at least 2, got 1"),
+        ("prdp", {"timestep_fraction": 0.5}, "timestep_fraction must be 1, got 0.5"),
+        ("grpo", {"mixed_precision": "fp16"}, "mixed_precision fp16 needs a GPU"),
+        ("grpo", {"log_with": ("nonesuch",)}, "log_with nonesuch"),
+        ("grpo", {"lora_target_modules": ("nonesuch",)}, "no layer named nonesuch"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(
-    method: Any, changed: dict[str, Any], told: str, pipe: Any, tmp_path: Path
+    method: str, changed: dict[str, Any], told: str, pipe: Any, tmp_path: Path
 ) -> None:
     def never(*_: Any) -> None:
         raise AssertionError("the denoiser was called")
 
     pipe.unet.register_forward_pre_hook(never)
     with pytest.raises(InputError, match=told):
-        method(pipe, "brightness").train(PROMPTS, tmp_path, settings_of("grpo", **SHORT | changed))
+        train(method, pipe, tmp_path, config_of(method, **SHORT | changed))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_drawn(
         ("max_steps", 0), ("train_batch_size", 0), ("num_iterations", 0),
         ("micro_batch", 0), ("eta", 0.0), ("eta", 1.1),
         ("timestep_fraction", 0.0), ("learning_rate", 0.0), ("learning_rate", float("inf")), ("ema_decay", 1.0),
-        ("lora_rank", -1), ("guidance_scale", float("nan")), ("max_grad_norm", 0.0), ("patience", -1),
+        ("lora_rank", -1), ("guidance_scale", float("nan")), ("max_grad_norm", 0.0), ("early_stopping_patience", -1),
     ],
 )  # fmt: skip
 def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
@@ -163,39 +164,37 @@ def test_numbers_out_of_range_are_named(name: str, value: float) -> None:
 def test_a_folder_that_holds_a_run_is_gone_on_with_only_when_asked_and_only_by_the_same_run(
     pipe: Any, tmp_path: Path
 ) -> None:
-    settings = settings_of("grpo", **SHORT)
-    first = train("grpo", pipe, tmp_path, settings, resume=False)
+    config = config_of("grpo", **SHORT)
+    first = train("grpo", pipe, tmp_path, config, resume=False)
     assert first.step == 3
-    with pytest.raises(InputError, match="holds a run already: resume it, or choose another output folder"):
-        train("grpo", fresh(), tmp_path, settings, resume=False)
-    with pytest.raises(InputError, match=r"of a run with another seed \(5 there, 1 here\)"):
-        train("grpo", fresh(), tmp_path, settings_of("grpo", **SHORT | {"seed": 1}))
-    with pytest.raises(InputError, match="of a run with another method"):
-        train("filtered", fresh(), tmp_path, settings)
-    longer = train("grpo", fresh(), tmp_path, settings_of("grpo", **SHORT | {"max_steps": 4}))
+    with pytest.raises(InputError, match=r"holds a run already: resume it .* or choose another output_dir"):
+        train("grpo", fresh(), tmp_path, config, resume=False)
+    with pytest.raises(InputError, match=r"belongs to a run with another seed \(5 there, 1 here\)"):
+        train("grpo", fresh(), tmp_path, config_of("grpo", **SHORT | {"seed": 1}))
+    with pytest.raises(InputError, match="belongs to a run with another method"):
+        train("filtered", fresh(), tmp_path, config_of("filtered", **SHORT))
+    longer = train("grpo", fresh(), tmp_path, config_of("grpo", **SHORT | {"max_steps": 4}))
     assert longer.step == 4 and longer.records[:3] == first.records
 
 
 def test_a_spoilt_checkpoint_is_skipped_and_told(pipe: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    settings = settings_of("grpo", **SHORT | {"max_steps": 2, "save_steps": 1})
-    train("grpo", pipe, tmp_path, settings)
+    config = config_of("grpo", **SHORT | {"max_steps": 2, "save_steps": 1})
+    train("grpo", pipe, tmp_path, config)
     spoilt = tmp_path / "checkpoints" / "step-00000002" / "weights.safetensors"
     spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"\0\1"[-1:])
     with caplog.at_level(logging.WARNING):
-        result = train("grpo", fresh(), tmp_path, settings_of("grpo", **SHORT | {"max_steps": 3}))
+        result = train("grpo", fresh(), tmp_path, config_of("grpo", **SHORT | {"max_steps": 3}))
     assert "skipped a checkpoint" in caplog.text and "weights.safetensors" in caplog.text
     assert [record["step"] for record in result.records] == [1, 2, 3]
 
 
 def test_what_a_run_leaves(pipe: Any, tmp_path: Path) -> None:
-    seen: list[EvalResult] = []
-    told: list[dict[str, Any]] = []
-    settings = settings_of("d3po", **SHORT | {"eval_steps": 2, "num_generations_eval": 2})
-    result = train(
-        "d3po", pipe, tmp_path, settings, about={"mine": [1, "two"]}, on_update=told.append, on_evaluation=seen.append
-    )
+    config = config_of("d3po", **SHORT | {"eval_steps": 2, "num_generations_eval": 2})
+    recorder = Recorder()
+    result = train("d3po", pipe, tmp_path, config, run_config={"mine": [1, "two"]}, callbacks=[recorder])
+    seen = recorder.evaluations
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == list(result.records) == told
+    assert [json.loads(line) for line in lines] == list(result.records) == recorder.logs
     assert [json.loads(line)["step"] for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()] == [0, 2, 3]
     assert [one.step for one in seen] == [0, 2, 3]
     assert seen[0].images.shape == (4, 3, 8, 8) and seen[0].rewards.keys() == {"brightness", "colour:red"}
@@ -244,34 +243,34 @@ def test_diversity_and_intervals_by_hand() -> None:
 
 
 def test_without_held_out_prompts_nothing_is_evaluated(pipe: Any, tmp_path: Path) -> None:
-    result = DDPOTrainer(pipe, "brightness").train(
-        PROMPTS, tmp_path, settings_of("ddpo", **SHORT | {"num_generations": 1})
-    )
+    config = config_of("ddpo", **SHORT | {"num_generations": 1})
+    result = train("ddpo", pipe, tmp_path, config, eval_prompts=(), eval_rewards=())
     assert result.evaluations == () and result.best_step is None and not (tmp_path / "best").exists()
-    assert Evaluator((), D3POTrainer(pipe, "brightness").reward, ()).about() == {"eval_prompts": [], "eval_rewards": []}
+    evaluator = D3POTrainer(pipe, "brightness").evaluator()
+    assert evaluator.config_dict() == {"eval_prompts": [], "eval_rewards": []}
 
 
 def test_a_trained_pipeline_is_called_like_any_other(pipe: Any, tmp_path: Path) -> None:
-    trainer = GRPOTrainer(pipe, "brightness")
-    trainer.train(PROMPTS, tmp_path, settings_of("grpo", **SHORT))
+    trainer = trainer_of("grpo", pipe, tmp_path, config_of("grpo", **SHORT))
+    trainer.train()
     images = trainer("a star", num_inference_steps=2, height=8, width=8, output_type="pt").images
     assert images.shape == (1, 3, 8, 8)
     with pytest.raises(InputError, match="has a LoRA named 'steer' already"):
-        trainer.train(PROMPTS, tmp_path / "again", settings_of("grpo", **SHORT))
+        train("grpo", pipe, tmp_path / "again", config_of("grpo", **SHORT))
 
 
 def test_a_run_that_was_fooled_stays_stopped_when_it_is_resumed(pipe: Any, tmp_path: Path) -> None:
     reward, honest = Rising([float(n) for n in range(100)]), Fooled([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
-    settings = settings_of("grpo", **SHORT | {"max_steps": 9, "patience": 2, "micro_batch": 4})
-    options = {"eval_prompts": HELD_OUT, "eval_rewards": [honest], "resume": True}
-    first = GRPOTrainer(pipe, reward).train(PROMPTS, tmp_path, settings, **options)
-    again = GRPOTrainer(fresh(), reward).train(PROMPTS, tmp_path, settings, **options)
+    config = config_of("grpo", **SHORT | {"max_steps": 9, "early_stopping_patience": 2, "micro_batch": 4})
+    first, again = (
+        train("grpo", one, tmp_path, config, reward=reward, eval_rewards=[honest]) for one in (pipe, fresh())
+    )
     assert again.step == first.step == 2 and again.stopped == first.stopped
     assert again.weights_step == first.weights_step == 0 and len(again.evaluations) == 3
 
 
 def test_the_pipeline_is_what_is_exported_average_included(pipe: Any, tmp_path: Path) -> None:
-    train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT | {"ema_decay": 0.9, "warmup_steps": 0, "max_steps": 4}))
+    train("grpo", pipe, tmp_path, config_of("grpo", **SHORT | {"ema_decay": 0.9, "warmup_steps": 0, "max_steps": 4}))
     there = load_file(tmp_path / "final" / "pytorch_lora_weights.safetensors")
     other = fresh()
     other.load_lora_weights(tmp_path / "final")
@@ -298,63 +297,63 @@ class Endless:
 
 
 def test_a_gradient_that_is_no_number_moves_nothing(pipe: Any, tmp_path: Path) -> None:
-    trainer = RewardBackpropTrainer(pipe, Endless())
     with pytest.raises(InputError, match=r"the loss of update 1 is .*, its gradient as long as nan: lower"):
-        trainer.train(PROMPTS, tmp_path, settings_of("reward-backprop", **SHORT))
+        train("reward-backprop", pipe, tmp_path, config_of("reward-backprop", **SHORT), reward=Endless())
     trained = [value for name, value in pipe.unet.named_parameters() if ".steer." in name]
     assert trained and all(value.isfinite().all() for value in trained)
 
 
 def test_what_was_learnt_outlives_an_observer_that_fails(pipe: Any, tmp_path: Path) -> None:
-    def fails(record: dict[str, Any]) -> None:
-        if record["step"] == 2:
-            raise RuntimeError("the disk of the observer is full")
+    class Fails:
+        def on_log(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+            if state.global_step == 2:
+                raise RuntimeError("the disk of the observer is full")
 
     with pytest.raises(RuntimeError, match="of the observer"):
-        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT), on_update=fails)
+        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT), callbacks=[Fails()])
     assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
 
 
 def test_two_held_out_rewards_of_one_name_are_refused(pipe: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="eval_rewards: 'brightness' is there twice, or is"):
-        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT), eval_rewards=["brightness"])
-    with pytest.raises(InputError, match="patience compares a held-out reward"):
-        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT | {"patience": 2}), eval_rewards=[])
+    with pytest.raises(InputError, match="eval_rewards: 'brightness' is given twice or is"):
+        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT), eval_rewards=["brightness"])
+    with pytest.raises(InputError, match="early_stopping_patience compares a held-out reward"):
+        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT | {"early_stopping_patience": 2}), eval_rewards=[])
 
 
 def test_an_argument_that_the_pipeline_does_not_take_is_named(pipe: Any, tmp_path: Path) -> None:
-    settings = settings_of("grpo", **SHORT | {"call": {"negative_promt": "dull"}})
+    config = config_of("grpo", **SHORT | {"call": {"negative_promt": "dull"}})
     with pytest.raises(InputError, match="StableDiffusionPipeline takes no argument 'negative_promt'"):
-        train("grpo", pipe, tmp_path, settings)
+        train("grpo", pipe, tmp_path, config)
 
 
 def test_a_pipeline_of_two_denoisers_is_refused(tmp_path: Path) -> None:
     pipe = fresh("wan")
     pipe.transformer_2 = pipe.transformer
     with pytest.raises(InputError, match="WanPipeline has several denoisers, transformer and transformer_2: only one"):
-        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT))
+        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT))
 
 
 def test_the_forms_of_d3po_are_different_runs_and_pareto_needs_parts(pipe: Any, tmp_path: Path) -> None:
-    settings = settings_of("d3po", **SHORT | {"max_steps": 1})
-    train("d3po", pipe, tmp_path, settings)
-    with pytest.raises(InputError, match="another loss"):
-        train("d3po-trajectory", fresh(), tmp_path, settings)
+    config = config_of("d3po", **SHORT | {"max_steps": 1})
+    train("d3po", pipe, tmp_path, config)
+    with pytest.raises(InputError, match=r"another trajectory \(False there, True here\)"):
+        train("d3po", fresh(), tmp_path, replace(config, trajectory=True))
     with pytest.raises(InputError, match="pareto compares the components of a reward, and 'brightness' has none"):
-        D3POTrainer(pipe, "brightness", pareto=True).train(PROMPTS, tmp_path / "other", settings)
+        train("d3po", pipe, tmp_path / "other", replace(config, pareto=True))
 
 
 def test_all_weights_trained_twice_in_one_process_are_not_taken_for_the_reference(pipe: Any, tmp_path: Path) -> None:
-    settings = settings_of("grpo", **SHORT | {"lora_rank": 0})
-    train("grpo", pipe, tmp_path, settings)
-    with pytest.raises(InputError, match="of a run with another weights"):
-        train("grpo", pipe, tmp_path, settings_of("grpo", **SHORT | {"lora_rank": 0, "max_steps": 5}))
+    config = config_of("grpo", **SHORT | {"lora_rank": 0})
+    train("grpo", pipe, tmp_path, config)
+    with pytest.raises(InputError, match="belongs to a run with another weights"):
+        train("grpo", pipe, tmp_path, config_of("grpo", **SHORT | {"lora_rank": 0, "max_steps": 5}))
 
 
 def test_a_round_that_is_broken_off_leaves_no_trace_in_the_method(pipe: Any, tmp_path: Path) -> None:
     """DDPO remembers rewards of a round's first update before the second is drawn."""
-    settings = settings_of("ddpo", max_steps=4, eval_steps=100, ema_decay=0.0)
-    whole = train("ddpo", fresh(), tmp_path / "whole", settings, eval_prompts=(), eval_rewards=())
+    config = config_of("ddpo", max_steps=4, eval_steps=100, ema_decay=0.0)
+    whole = train("ddpo", fresh(), tmp_path / "whole", config, eval_prompts=(), eval_rewards=())
     calls = 0
 
     def hook(*_: Any) -> None:
@@ -364,9 +363,9 @@ def test_a_round_that_is_broken_off_leaves_no_trace_in_the_method(pipe: Any, tmp
             os.kill(os.getpid(), signal.SIGTERM)
 
     pipe.unet.register_forward_pre_hook(hook)
-    stopped = train("ddpo", pipe, tmp_path / "stopped", settings, eval_prompts=(), eval_rewards=())
+    stopped = train("ddpo", pipe, tmp_path / "stopped", config, eval_prompts=(), eval_rewards=())
     assert stopped.stopped == "interrupted" and stopped.step == 0
-    resumed = train("ddpo", fresh(), tmp_path / "stopped", settings, eval_prompts=(), eval_rewards=())
+    resumed = train("ddpo", fresh(), tmp_path / "stopped", config, eval_prompts=(), eval_rewards=())
     assert [record["loss"] for record in resumed.records] == [record["loss"] for record in whole.records]
 
 

@@ -21,11 +21,12 @@ def test_runs_are_equal_but_for_what_they_compare(tmp_path: Path) -> None:
     configs = {name: run.read(tmp_path) for name, run in RUN_CONFIGS.items() if name != "d3po-preferences"}
     assert {config.job.method for config in configs.values()} <= set(METHODS)
     compared = [config for name, config in configs.items() if name.split("-")[1] in ("few", "many")]
-    images = {(c.settings.train_batch_size, c.settings.num_generations, c.settings.max_steps) for c in compared}
-    assert images == {(4, 8, 60)} and {c.settings.steps_per_generation for c in compared} == {2}
+    images = {(c.training.train_batch_size, c.training.num_generations, c.training.max_steps) for c in compared}
+    assert images == {(4, 8, 60)} and {c.training.steps_per_generation for c in compared} == {2}
     assert {len(PROMPTS[c.job.prompts].read_text().splitlines()) for c in compared if c.job.prompts} == {32, 1024}
     clipped, unclipped = configs["prdp-off-policy"], configs["prdp-off-policy-unclipped"]
-    assert clipped.settings == unclipped.settings and unclipped.options["clip"] == 1e9 > clipped.options["clip"]
+    assert replace(unclipped.training, clip=clipped.training.clip) == clipped.training
+    assert unclipped.training.clip == 1e9 > clipped.training.clip
 
 
 def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> None:
@@ -33,7 +34,7 @@ def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> No
     write_choices(tmp_path, 12)
     kept = [json.loads(line) for line in (tmp_path / "choices.jsonl").read_text().splitlines()]
     folder = PreferenceFolder(tmp_path)
-    assert len(kept) == len(folder.groups) == 12 and folder.drawn.call == CALL
+    assert len(kept) == len(folder.groups) == 12 and folder.provenance.call == CALL
     reward, right = aesthetic(ANNOTATOR_REWARD.partition(":")[2]), 0
     for choice in kept:
         lot = folder.groups[choice["lot"]]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from finetune_runs import settings_of, train
+from finetune_runs import config_of, train
 from safetensors.torch import load_file, save_file
 from test_finetune_run import SHORT, fresh
 from test_trainable import image
@@ -18,10 +18,10 @@ WARM = SHORT | {"warmup_steps": 0, "max_steps": 2, "save_steps": 1}
 
 
 def test_a_run_is_resumed_with_another_learning_rate(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    train("grpo", fresh(), tmp_path, settings_of("grpo", **WARM))
+    train("grpo", fresh(), tmp_path, config_of("grpo", **WARM))
     changed = WARM | {"learning_rate": 0.002, "weight_decay": 0.0, "max_steps": 4, "eval_steps": 2}
     with caplog.at_level(logging.WARNING):
-        result = train("grpo", fresh(), tmp_path, settings_of("grpo", **changed))
+        result = train("grpo", fresh(), tmp_path, config_of("grpo", **changed))
     assert [record["learning_rate"] for record in result.records] == [0.01, 0.01, 0.002, 0.002]
     for line in (
         "resumed with another learning_rate: 0.002, before it was 0.01",
@@ -31,10 +31,10 @@ def test_a_run_is_resumed_with_another_learning_rate(tmp_path: Path, caplog: pyt
         assert caplog.messages.count(line) == 1
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        train("grpo", fresh(), tmp_path, settings_of("grpo", **changed))
+        train("grpo", fresh(), tmp_path, config_of("grpo", **changed))
     assert "resumed with another" not in caplog.text
     with pytest.raises(InputError, match=r"another lora_rank \(2 there, 3 here\)"):
-        train("grpo", fresh(), tmp_path, settings_of("grpo", **changed | {"lora_rank": 3}))
+        train("grpo", fresh(), tmp_path, config_of("grpo", **changed | {"lora_rank": 3}))
 
 
 def trained(folder: Path, alpha: float | None = None) -> Any:
@@ -68,18 +68,18 @@ def test_a_lora_starts_from_a_trained_one_and_has_it_as_its_reference(tmp_path: 
 def test_the_first_rollout_is_the_adapters_model(tmp_path: Path) -> None:
     """The rewards of the first update are those of diffusers' pipeline with the adapter loaded; KL begins at 0."""
     trained(tmp_path / "lora")
-    settings = settings_of("grpo", **WARM | {"kl_weight": 0.1, "init_adapter": str(tmp_path / "lora")})
-    first = train("grpo", fresh(), tmp_path / "run", settings)
+    config = config_of("grpo", **WARM | {"kl_weight": 0.1, "init_adapter": str(tmp_path / "lora")})
+    first = train("grpo", fresh(), tmp_path / "run", config)
     loaded = fresh()
     loaded.load_lora_weights(tmp_path / "lora", adapter_name="own")
-    other = train("grpo", loaded, tmp_path / "other", settings_of("grpo", **WARM | {"kl_weight": 0.1}))
-    bare = train("grpo", fresh(), tmp_path / "bare", settings_of("grpo", **WARM | {"kl_weight": 0.1}))
+    other = train("grpo", loaded, tmp_path / "other", config_of("grpo", **WARM | {"kl_weight": 0.1}))
+    bare = train("grpo", fresh(), tmp_path / "bare", config_of("grpo", **WARM | {"kl_weight": 0.1}))
     assert first.records[0]["reward"] == pytest.approx(other.records[0]["reward"], abs=1e-6)
     assert first.records[0]["reward"] != pytest.approx(bare.records[0]["reward"], abs=1e-4)
     assert first.records[0]["kl"] == pytest.approx(0, abs=1e-6) and first.records[1]["kl"] > 0
-    with pytest.raises(InputError, match="of a run with another init_adapter"):
-        train("grpo", fresh(), tmp_path / "run", settings_of("grpo", **WARM | {"kl_weight": 0.1}))
-    longer = settings_of("grpo", **WARM | {"kl_weight": 0.1, "init_adapter": settings.init_adapter, "max_steps": 3})
+    with pytest.raises(InputError, match="belongs to a run with another init_adapter"):
+        train("grpo", fresh(), tmp_path / "run", config_of("grpo", **WARM | {"kl_weight": 0.1}))
+    longer = config_of("grpo", **WARM | {"kl_weight": 0.1, "init_adapter": config.init_adapter, "max_steps": 3})
     assert train("grpo", fresh(), tmp_path / "run", longer).step == 3
 
 

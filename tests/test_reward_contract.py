@@ -469,10 +469,9 @@ def test_a_function_says_that_it_is_differentiable(tmp_path: Path) -> None:
     assert not load_reward(red).differentiable
     red.differentiable = True  # type: ignore[attr-defined]
     assert load_reward(red).differentiable and combine({red: 1}).differentiable
-    settings = TrainingConfig(
-        max_steps=1, train_batch_size=1, num_generations=2, num_inference_steps=2, lora_rank=2, call={"height": 8}
-    )
-    result = RewardBackpropTrainer(sd(), red).train([PROMPT], tmp_path, settings)
+    size: dict[str, Any] = {"train_batch_size": 1, "num_generations": 2, "num_inference_steps": 2, "lora_rank": 2}
+    config = TrainingConfig(output_dir=str(tmp_path), max_steps=1, call={"height": 8}, **size)
+    result = RewardBackpropTrainer(sd(), red, config, train_prompts=[PROMPT]).train()
     assert result.records[0]["grad_norm"] > 0
     call = CALL | {"generator": torch.Generator().manual_seed(0)}
     assert ReNOPipeline(sd(), red)(PROMPT, iterations=2, output_type="latent", **call).cost.gradients > 0

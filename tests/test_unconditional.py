@@ -9,21 +9,14 @@ import pytest
 import torch
 from conftest import PROMPT, sd
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from finetune_runs import METHODS
 from torch import Generator, Tensor
 
-from steer import (
-    D3POTrainer,
-    DDPOTrainer,
-    FilteredTrainer,
-    GRPOTrainer,
-    PRDPTrainer,
-    RewardBackpropTrainer,
-    TrainingConfig,
-)
+from steer import TrainingConfig, TrainingResult
 from steer.errors import InputError
 from steer.training.rollout import Rows, Sampler, log_probs
 
-SETTINGS = TrainingConfig(
+BASE = TrainingConfig(
     max_steps=3,
     train_batch_size=2,
     num_generations=2,
@@ -80,30 +73,28 @@ def test_a_replay_has_the_rollouts_log_probs_which_are_those_of_diffusers_own_st
     assert torch.allclose(stored.log_probs[:, 0], expected.double(), rtol=1e-3)
 
 
-METHODS = {
-    "d3po": D3POTrainer,
-    "prdp": PRDPTrainer,
-    "ddpo": DDPOTrainer,
-    "grpo": GRPOTrainer,
-    "filtered": FilteredTrainer,
-}
+def train(
+    method: str, pipe: Any, folder: Path, config: TrainingConfig, reward: Any = "brightness", **options: Any
+) -> TrainingResult:
+    resume = options.pop("resume", False)
+    trainer = METHODS[method][0](pipe, reward, replace(config, output_dir=str(folder)), **options)
+    return trainer.train(resume_from_checkpoint=resume)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["d3po", "prdp", "ddpo", "grpo", "filtered"])
 def test_every_method_trains_a_pipeline_without_prompts(method: str, rank: int, tmp_path: Path) -> None:
     pipe = pipeline("ddim")
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
-    settings = replace(SETTINGS, lora_rank=rank)
-    result = METHODS[method](pipe, "brightness").train(2, tmp_path, settings, eval_prompts=3)
+    config = replace(BASE, lora_rank=rank)
+    result = train(method, pipe, tmp_path, config, train_prompts=2, eval_prompts=3)
     assert result.step == 3 and len(result.records) == 3 and result.weights is not None and result.weights.exists()
     assert all(record["grad_norm"] > 0 for record in result.records) and result.records[0]["kl"] == 0
     now = pipe.unet.state_dict()
     changed = [name for name, value in before.items() if name in now and not torch.equal(now[name], value)]
     assert bool(changed) == (rank == 0)
-    again = METHODS[method](pipeline("ddim"), "brightness").train(
-        [""] * 2, tmp_path, replace(settings, max_steps=4), eval_prompts=[""] * 3, resume=True
-    )
+    longer, texts = replace(config, max_steps=4), {"train_prompts": [""] * 2, "eval_prompts": [""] * 3}
+    again = train(method, pipeline("ddim"), tmp_path, longer, **texts, resume=True)
     assert again.step == 4
 
 
@@ -116,9 +107,10 @@ RISING = {
 @pytest.mark.parametrize("method", RISING)
 def test_the_reward_rises(method: str, tmp_path: Path) -> None:
     options, numbers = RISING[method]
-    settings = replace(SETTINGS, micro_batch=256, lora_rank=0, eval_steps=12, num_generations_eval=64, **numbers)
-    settings = replace(settings, num_inference_steps=3 if method == "grpo" else 4)
-    result = METHODS[method](pipeline("ddim"), "brightness", **options).train(1, tmp_path, settings, eval_prompts=1)
+    changed = {"micro_batch": 256, "lora_rank": 0, "eval_steps": 12, "num_generations_eval": 64} | numbers | options
+    changed |= {"num_inference_steps": 3 if method == "grpo" else 4}
+    config = METHODS[method][0].config_class(**vars(BASE) | changed)
+    result = train(method, pipeline("ddim"), tmp_path, config, train_prompts=1, eval_prompts=1)
     first, *_, last = (one["eval/brightness"][0] for one in result.evaluations)
     assert last > first + 0.003
 
@@ -130,20 +122,20 @@ def test_a_reward_may_read_prompts_that_the_pipeline_does_not_take(tmp_path: Pat
         seen.update(prompts)
         return images.mean((1, 2, 3))
 
-    GRPOTrainer(pipeline("ddpm"), reads).train(["a", "b"], tmp_path, replace(SETTINGS, max_steps=1))
+    train("grpo", pipeline("ddpm"), tmp_path, replace(BASE, max_steps=1), reads, train_prompts=["a", "b"])
     assert seen == {"a", "b"}
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="prompts must be texts, got 3: a count is for pipelines without prompts"):
-        GRPOTrainer(sd(), "brightness").train(3, tmp_path, SETTINGS)
+        train("grpo", sd(), tmp_path, BASE, train_prompts=3)
     for prompts, message in ((0, "at least one is needed"), (-1, "at least 0"), ("a star", "got one text: 'a star'")):
         with pytest.raises(InputError, match=message):
-            GRPOTrainer(pipeline("ddim"), "brightness").train(prompts, tmp_path, SETTINGS)
+            train("grpo", pipeline("ddim"), tmp_path, BASE, train_prompts=prompts)
     with pytest.raises(InputError, match="DDIMPipeline makes arrays of its images"):
-        RewardBackpropTrainer(pipeline("ddim"), "brightness").train(1, tmp_path, SETTINGS)
+        train("reward-backprop", pipeline("ddim"), tmp_path, BASE, train_prompts=1)
     with pytest.raises(InputError, match="no layer named to_x: give lora_target_modules"):
-        GRPOTrainer(pipeline("ddim"), "brightness").train(1, tmp_path, replace(SETTINGS, lora_target_modules=("to_x",)))
+        train("grpo", pipeline("ddim"), tmp_path, replace(BASE, lora_target_modules=("to_x",)), train_prompts=1)
 
 
 def near(
@@ -156,7 +148,7 @@ def near(
 
 
 def test_metadata_reaches_the_reward_of_a_training_and_of_its_evaluations(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, max_steps=1, call={"height": 8, "width": 8})
+    config = replace(BASE, max_steps=1, call={"height": 8, "width": 8})
 
     def rows(*prompts: str) -> list[dict[str, Any]]:
         return [{"factor": 100.0, "of": prompt} for prompt in prompts]
@@ -164,19 +156,13 @@ def test_metadata_reaches_the_reward_of_a_training_and_of_its_evaluations(tmp_pa
     def named(images: Tensor, prompts: Sequence[str], metadata: Any) -> Any:
         return near(images, prompts, metadata)
 
-    trainer, held_out = GRPOTrainer(sd(), near), ["a star", "a cross"]
+    held_out = ["a star", "a cross"]
     with pytest.raises(InputError, match="metadata must be one mapping for each prompt, got 1 of them and 2 prompts"):
-        trainer.train([PROMPT, "a"], tmp_path, settings, metadata=rows(PROMPT))
+        train("grpo", sd(), tmp_path, config, near, train_prompts=[PROMPT, "a"], metadata=rows(PROMPT))
     with pytest.raises(InputError, match="metadata: prompt 'a' has two different rows"):
-        trainer.train(["a", "a"], tmp_path, settings, metadata=[{"k": 1}, {"k": 2}])
-    result = trainer.train(
-        [PROMPT, "a"],
-        tmp_path,
-        settings,
-        eval_prompts=held_out,
-        eval_rewards=[named],
-        metadata=rows(PROMPT, "a"),
-        eval_metadata=rows(*held_out),
-    )
+        train("grpo", sd(), tmp_path, config, near, train_prompts=["a", "a"], metadata=[{"k": 1}, {"k": 2}])
+    given = {"train_prompts": [PROMPT, "a"], "eval_prompts": held_out, "eval_rewards": [named]}
+    metadata = {"metadata": rows(PROMPT, "a"), "eval_metadata": rows(*held_out)}
+    result = train("grpo", sd(), tmp_path, config, near, **given, **metadata)
     assert result.records[0]["reward"] > 5
     assert result.evaluations[0]["eval/near"] == result.evaluations[0]["eval/named"]

@@ -18,14 +18,14 @@ from steer.errors import InputError
     epilog=f"Embedded: {', '.join(CONFIGS)}. Each key is explained in prdp-sd15, which lies in steer/assets/configs.",
 )
 @click.argument("config")
-@click.argument("changes", nargs=-1, type=click.UNPROCESSED, metavar="")
+@click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="")
 @DEVICE
-@click.option("--resume", is_flag=True, help="Go on from the newest whole checkpoint; begin where there is none.")
+@click.option("--resume", is_flag=True, help="Continue from the newest whole checkpoint; start where there is none.")
 def finetune(config: str, overrides: tuple[str, ...], device: str | None, resume: bool) -> None:
-    """Trains a diffusion model on a reward, as CONFIG says: the name of an embedded configuration, or a YAML file.
+    """Train a diffusion model on a reward. CONFIG is the name of an embedded configuration, or a YAML file.
 
-    Any key of it can be given here, and goes before the file: --max-steps 20 --options.beta 0.01
-    --eval-rewards '[scene, jpeg]'. Relative paths begin at the current folder.
+    Any key of the configuration is an option here, which overrides the file: --max-steps 20 --beta 0.01
+    --eval-rewards '[scene, jpeg]'. Relative paths start at the current folder.
 
     The run's folder, output_dir, receives the weights (best/, final/), checkpoints/, metrics.jsonl, evaluations.jsonl,
     config.yaml, samples/, plots/ and a model card. Ctrl-C ends it with a checkpoint.
@@ -43,7 +43,7 @@ def finetune(config: str, overrides: tuple[str, ...], device: str | None, resume
     result = run(config_values, resume)
     if result.stopped == INTERRUPTED:
         if is_main_process():
-            click.echo(f"steer: interrupted at update {result.step}; the same command with --resume goes on", err=True)
+            click.echo(f"steer: interrupted at update {result.step}; run the command again with --resume", err=True)
         raise SystemExit(130)
     if is_main_process():
         click.echo(summary(config_values, result))

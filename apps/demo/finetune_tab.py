@@ -39,10 +39,10 @@ from steer.apps.demo.training import (
     training,
 )
 from steer.apps.finetuning import read_config
-from steer.apps.model_card import held_out_names
 from steer.apps.plots import grids, read_grid
 from steer.errors import InputError
 from steer.pipelines.training.method import Record, TrainingResult
+from steer.pipelines.training.model_card import held_out_names
 from steer.pipelines.training.state import LOG_FILES
 
 METHODS = {"D3PO, from a reward": "d3po", "PRDP, from a reward": "prdp", "D3PO, from labelled choices": "choices"}
@@ -105,7 +105,7 @@ def _models(studio: Studio) -> list[str]:
 
 def default_learning_rate(method: str) -> float:
     """The learning rate of the method's configuration."""
-    return read_config(CONFIGURATIONS[method]).settings.learning_rate
+    return read_config(CONFIGURATIONS[method]).training.learning_rate
 
 
 def training_request(field_values: Mapping[str, Any], studio: Studio) -> TrainingRequest:

@@ -104,7 +104,7 @@ class LabelStore:
         self._checked = False
         if (path / SETTINGS).exists():
             self._folder = PreferenceFolder(path)
-            sampling = self._folder.drawn
+            sampling = self._folder.provenance
             self._sampling = sampling.call, sampling.eta, sampling.latents_dtype
             self._read()
 
@@ -166,7 +166,7 @@ class LabelStore:
             fitting, number = sum(map(request.fits, folder.groups.values())), len(folder.groups)
         (prompt,) = prompts_at(fitting, 1, request.prompts, ORDER)
         start, *noises = (derived_seed(number, name) for name in ("start", *map(str, range(request.images))))
-        sampling, denoiser = folder.drawn, getattr(pipe, denoisers_in(pipe)[0])
+        sampling, denoiser = folder.provenance, getattr(pipe, denoisers_in(pipe)[0])
 
         def checked_denoiser(*args: Any, **kwargs: Any) -> Any:
             check()

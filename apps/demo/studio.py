@@ -23,7 +23,7 @@ from steer.apps.models import load_pipeline
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.assets import MODELS
 from steer.errors import InputError
-from steer.pipelines.training.trainer import Stopped, StopRequest
+from steer.pipelines.training.events import Stopped, StopRequest
 from steer.reward import Reward
 
 MAX_WAITING_JOBS = 8

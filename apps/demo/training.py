@@ -14,10 +14,9 @@ from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import ARCHIVE_NAME, LARGEST_SEED, Studio, Ticket, Weights
 from steer.apps.errors import wrap_errors
 from steer.apps.finetune_report import write_grid, write_report
-from steer.apps.finetuning import FinetuneConfig, learn, load_data, read_config, write_config
+from steer.apps.finetuning import FinetuneConfig, load_data, read_config, write_config
 from steer.apps.models import load_pipeline
 from steer.errors import InputError
-from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.preference_data import sampling_config_of
 from steer.pipelines.training.preference_files import PREFERENCES
@@ -165,30 +164,40 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
     A stop acts within one call of the denoiser and leaves a checkpoint; `resume` continues to the same weights as an
     uninterrupted training. Raises InputError; the latest checkpoint is kept.
     """
-    job, out = config.job, Path(config.job.output_dir)
-    material = load_data(config, resume)
+    job = config.job
+    data = load_data(config, resume)
     ticket.say(Loading(job.model))
     pipe = load_pipeline(job.model, job.device, job.dtype)  # not the shared one: training changes it
     get_denoiser(pipe)[1].register_forward_pre_hook(lambda module, given: ticket.check())
-    method, config_dict = config.method(pipe, material.reward), _public_config(config)
+    out, config_dict = Path(config.training.output_dir), _public_config(config)
     write_config(out, config_dict)
-
-    def on_update(record: Record) -> None:
-        ticket.say(Update(record))
-
-    def on_evaluation(eval_result: EvalResult) -> None:
-        ticket.say(Evaluation(eval_result.record(), write_grid(eval_result, out, config.settings.num_generations_eval)))
-
+    trainer = config.trainer(pipe, data, callbacks=[Progress(ticket, out)], run_config=config_dict)
     with wrap_errors("the training", CHECKPOINT_HINT, MEMORY_HINT):
-        result = learn(config, method, material, resume, config_dict, on_update, on_evaluation)
+        result = trainer.train(resume_from_checkpoint=resume)
     if result.stopped != INTERRUPTED:
-        write_report(out, config_dict, result)
+        write_report(trainer, result)
         ticket.say(Trained(result, _weights(config, result), _write_zip(out)))
+
+
+class Progress:
+    """Shows updates and evaluations to the visitor."""
+
+    def __init__(self, ticket: Ticket, out: Path) -> None:
+        self.ticket, self.out = ticket, out
+
+    def on_log(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+        """Show an update."""
+        self.ticket.say(Update(details["logs"]))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+        """Show an evaluation."""
+        grid = write_grid(details["evaluation"], self.out, args.num_generations_eval)
+        self.ticket.say(Evaluation(details["metrics"], grid))
 
 
 def _weights(config: FinetuneConfig, result: TrainingResult) -> Weights:
     """Copy the final weights to a folder that a resumed training leaves alone."""
-    job, settings, out = config.job, config.settings, Path(config.job.output_dir)
+    job, settings, out = config.job, config.training, Path(config.training.output_dir)
     folder = out / f"final-{result.weights_step}"
     shutil.copytree(out / "final", folder, dirs_exist_ok=True)
     source = f"on {job.reward}" if job.preferences is None else "on choices"

@@ -3,9 +3,10 @@
 import argparse
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
-from steer.apps.scenes.studies import STUDIES, prompts_of
+from steer.apps.scenes.studies import STUDIES, Stage, prompts_of, write_figures
 
 
 def main() -> None:
@@ -134,23 +135,48 @@ def _prompts(options: argparse.Namespace) -> None:
     write_prompt_lists(options.prompts)
 
 
-STAGES = {
-    "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
-    "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
-    "checkpoint": (
-        _checkpoint,
-        "write the averaged weights of an unfinished `denoiser` to --model; --start resumes it",
-    ),
-    "pilot": (_pilot, "compare recipes for the denoiser at equal processor time (--seconds, --only)"),
-    "check": (_check, "share of fresh scenes that pass after the autoencoder"),
-    "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
-    "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
-    "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
-    "many": (_many, "sample 256 images of 48 prompts of --list, or of --count"),
-    "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
-    "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
-    "prompts": (_prompts, "write the prompt lists to --prompts"),
-} | STUDIES
+def _analysis(name: str) -> Callable[[argparse.Namespace], None]:
+    """Return the stage that runs an analysis of `steer.apps.scenes.analyses`."""
+
+    def run(options: argparse.Namespace) -> None:
+        from steer.apps.scenes.analyses import ANALYSES
+
+        figures = ANALYSES[name](options)
+        write_figures(options, figures)
+        print(json.dumps(figures, indent=1))
+
+    return run
+
+
+ANALYSIS_STAGES: dict[str, Stage] = {
+    "foresight": (_analysis("foresight"), "how well the reward of x̂0 at each step predicts the final one, to --json"),
+    "curves": (_analysis("curves"), "best-of-n of `many`'s images by --reward and others, to --json and a picture"),
+    "reno-then": (_analysis("reno-then"), "whether optimised noise serves the multi-step model, to --json"),
+}
+STAGES = (
+    {
+        "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
+        "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
+        "checkpoint": (
+            _checkpoint,
+            "write the averaged weights of an unfinished `denoiser` to --model; --start resumes it",
+        ),
+        "pilot": (_pilot, "compare recipes for the denoiser at equal processor time (--seconds, --only)"),
+        "check": (_check, "share of fresh scenes that pass after the autoencoder"),
+        "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
+        "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
+        "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
+        "many": (_many, "sample 256 images of 48 prompts of --list, or of --count"),
+        "turbo": (
+            _turbo,
+            "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it",
+        ),
+        "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
+        "prompts": (_prompts, "write the prompt lists to --prompts"),
+    }
+    | STUDIES
+    | ANALYSIS_STAGES
+)
 
 if __name__ == "__main__":
     main()

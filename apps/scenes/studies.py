@@ -229,7 +229,7 @@ RUN_CONFIGS = {
     **seeds_of("grpo", "many", 1),
     **seeds_of("grpo", "few", 1),
     "prdp-off-policy": RunConfig("prdp-scenes", OFF_POLICY),
-    "prdp-off-policy-unclipped": RunConfig("prdp-scenes", OFF_POLICY | {"options.clip": "1e9"}),
+    "prdp-off-policy-unclipped": RunConfig("prdp-scenes", OFF_POLICY | {"clip": "1e9"}),
     "d3po-jpeg": RunConfig("d3po-scenes", {"reward": "jpeg"}),
     "d3po-scene": RunConfig("d3po-scenes", {"reward": "scene", "eval_rewards": "[aesthetic:scenes]"}),
     "d3po-preferences": RunConfig("d3po-scenes", PREFERENCES),
@@ -288,24 +288,8 @@ def _finetuning(options: argparse.Namespace) -> None:
         print(f"{prompts}\n{summary(report)}")
 
 
-def _analysis(name: str) -> Callable[[argparse.Namespace], None]:
-    """A stage of `steer.apps.scenes.analyses`."""
-
-    def run(options: argparse.Namespace) -> None:
-        from steer.apps.scenes import analyses
-
-        figures = analyses.ANALYSES[name](options)
-        write_figures(options, figures)
-        print(json.dumps(figures, indent=1))
-
-    return run
-
-
 Stage = tuple[Callable[[argparse.Namespace], None], str]
 STUDIES: dict[str, Stage] = {
     **{name: (_table, f"{study.about}, to --out") for name, study in CONTENDER_TABLES.items()},
     "finetuning": (_finetuning, "train what is not finished of 22 small runs in --out, and evaluate them"),
-    "foresight": (_analysis("foresight"), "how well the reward of x̂0 at each step predicts the final one, to --json"),
-    "curves": (_analysis("curves"), "best-of-n of `many`'s images by --reward and others, to --json and a picture"),
-    "reno-then": (_analysis("reno-then"), "whether optimised noise serves the multi-step model, to --json"),
 }

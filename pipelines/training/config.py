@@ -1,14 +1,21 @@
-"""The numbers of a finetuning run, whatever the method."""
+"""The configuration of a training: the arguments that all methods share, each written once.
+
+Python (`TrainingConfig`, `GRPOConfig` …), the YAML files and options of `steer finetune`, the model card and the app
+derive from these dataclasses. Names are those of TRL, transformers and accelerate where they mean the same.
+"""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from steer.diffusion.precision import Precision
 from steer.errors import InputError
+from steer.training.guards import KLControl
+from steer.training.losses import Loss
 from steer.training.trainable import ATTENTION
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,52 +33,66 @@ POSITIVE_FIELDS = (
     "save_steps",
     "save_total_limit",
 )
+NON_NEGATIVE_FIELDS = (
+    "lora_rank",
+    "warmup_steps",
+    "weight_decay",
+    "early_stopping_patience",
+    "chi_square_weight",
+    "seed",
+)
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One update learns from `train_batch_size` prompts × `num_generations` samples.
+    """Arguments that all methods share. One update learns from `train_batch_size` prompts × `num_generations` samples.
 
-    max_steps            updates in all
-    seed                 of everything that is random
-    train_batch_size     B
-    num_generations   K
-    steps_per_generation      updates whose samples are drawn together, by one policy
-    num_iterations               how often a round's samples are gone over
-    micro_batch          rows in one call of the denoiser; the gradients of an update's micro-batches are added up
-    num_inference_steps  solver steps, in training and in evaluation
-    guidance_scale       the same in both; by default the pipeline's own
+    output_dir           folder of metrics.jsonl, evaluations.jsonl, checkpoints/, best/ and final/
+    max_steps            number of updates
+    seed                 of every random number of the run
+    train_batch_size     B, prompts per update, over all processes
+    num_generations      K, samples per prompt
+    steps_per_generation updates per rollout: their samples are drawn together, by one policy
+    num_iterations       passes over the samples of a rollout
+    micro_batch          rows per call of the denoiser; the gradients of an update's micro-batches are accumulated
+    num_inference_steps  solver steps, in training and evaluation
+    guidance_scale       in training and evaluation; None: the default of the pipeline
     eta                  η of every step, above 0 and at most 1
-    skip_low_noise_steps how many of the last steps with noise, whose τ is lowest, are left out of loss, KL and
-                         penalties, by the policy, the old one and the reference alike; None: 2, and at most half of
-                         them, where weights or autocast are half precision, else 0
-    log_prob_precision   of the denoiser wherever it gives log-probabilities and KL: float32, whatever the weights'
-                         dtype and mixed_precision are, or model: that of these (checked before the first update)
-    timestep_fraction    share of the steps in that window that an update learns from; the denoiser is called for no
-                         others
-    latents_dtype              dtype of stored latents, and of what is kept of the reference where a penalty needs it
+    skip_low_noise_steps the last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old and
+                         reference policy alike; None: 2, and at most half of the steps, where weights or autocast are
+                         half precision, else 0
+    log_prob_precision   of the denoiser where it computes log-probabilities and KL: float32, whatever the dtype of the
+                         weights and mixed_precision; or model, theirs (checked before the first update)
+    timestep_fraction    share of the remaining steps that an update learns from; the others cost no denoiser call
+    latents_dtype        of stored latents, and of the reference residuals where a penalty needs them
     call                 further arguments of the pipeline's call
-    lora_rank            of the adapter; 0 trains all of the denoiser
-    lora_alpha           by default the rank
-    lora_target_modules         ends of the names of the layers with an adapter
-    init_adapter         a trained LoRA, of this rank, alpha and targets, to start from: a folder such as RUN/final, or
-                         its .safetensors file; the reference is then the model with it
-    gradient_checkpointing  recompute the denoiser's blocks on the way back
-    mixed_precision      no, fp16 or bf16, as accelerate has them; of log-probabilities see log_prob_precision
-    learning_rate        of AdamW, reached after `warmup_steps`
-    max_grad_norm        longer gradients are shortened to it
-    ema_decay            of an average of the weights, which is evaluated and exported in their place; 0: none
+    lora_rank            of the adapter; 0 trains all weights of the denoiser
+    lora_alpha           None: the rank
+    lora_target_modules  suffixes of the names of the layers that get an adapter
+    init_adapter         trained LoRA of the same rank, alpha and targets to start from: a folder such as RUN/final or
+                         its .safetensors file; the reference is then the model with this LoRA
+    gradient_checkpointing  recompute the blocks of the denoiser in the backward pass
+    mixed_precision      no, fp16 or bf16, as in accelerate; for log-probabilities see log_prob_precision
+    learning_rate        of AdamW, after `warmup_steps` of linear warmup
+    max_grad_norm        gradients are clipped to this norm
+    ema_decay            decay of an exponential moving average of the weights, evaluated and exported in their place;
+                         0: none
     kl_weight            β of the KL to the reference, per nat summed over the elements and steps of a trajectory
     kl_target, kl_budget see `steer.training.guards.KLControl`; nats summed over the elements and steps of a trajectory
     chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
-    eval_steps           updates between evaluations, which are also made before the first and after the last
-    num_generations_eval         images of each held-out prompt
-    early_stopping_patience             see `steer.training.guards.HoldOutWatch`
-    save_steps     updates between checkpoints
-    save_total_limit     the newest ones; the best by the held-out reward stays as well
-    log_with             names of trackers, as accelerate knows them: tensorboard, wandb, trackio …
+    eval_steps           updates between evaluations; one more comes before the first update and after the last
+    num_generations_eval images per held-out prompt
+    early_stopping_patience  evaluations in a row with a higher trained and a lower held-out reward that end the
+                         training, see `steer.training.guards.EarlyStopping`; 0: never
+    save_steps           updates between checkpoints
+    save_total_limit     newest checkpoints to keep; the best by the held-out reward stays as well
+    log_with             trackers, as in accelerate: tensorboard, wandb, trackio …
     """
 
+    title: ClassVar[str] = "Finetuning"  # of the method
+    paper: ClassVar[tuple[str, str]] = ("", "")  # its title and arXiv number
+
+    output_dir: str = "trainer_output"
     max_steps: int = 100
     seed: int = 0
     train_batch_size: int = 8
@@ -113,7 +134,7 @@ class TrainingConfig:
         for name in POSITIVE_FIELDS:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lora_rank", "warmup_steps", "weight_decay", "patience", "chi_square_weight", "seed"):
+        for name in NON_NEGATIVE_FIELDS:
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
         if not 0 <= (self.skip_low_noise_steps or 0) < self.num_inference_steps:
@@ -134,6 +155,11 @@ class TrainingConfig:
             raise InputError("init_adapter starts from a LoRA, and lora_rank 0 trains all weights: leave one out")
         if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
             raise InputError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
+        self.kl_control()
+
+    def kl_control(self) -> KLControl:
+        """The control of the KL weight before the first update. Raises InputError for weights that it cannot move."""
+        return KLControl(self.kl_weight, self.kl_target, self.kl_budget)
 
     @property
     def needs_divergence(self) -> bool:
@@ -142,6 +168,33 @@ class TrainingConfig:
 
     @property
     def call_kwargs(self) -> dict[str, Any]:
-        """What the pipeline is called with, the same for every row."""
+        """The arguments of the pipeline's call, the same for every row."""
         sampling = {"num_inference_steps": self.num_inference_steps, "guidance_scale": self.guidance_scale}
         return dict(self.call) | {name: value for name, value in sampling.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class LossConfig(TrainingConfig):
+    """TrainingConfig of a method that minimises a loss of log-probabilities and rewards.
+
+    Raises InputError for arguments that the loss can do nothing with.
+    """
+
+    min_generations: ClassVar[int] = 2
+
+    @abstractmethod
+    def loss(self) -> Loss:
+        """The loss with the options of this configuration."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss().whole_trajectory and self.timestep_fraction < 1:
+            raise InputError(
+                f"timestep_fraction must be 1, got {self.timestep_fraction}: the loss of {self.title} ties all steps "
+                "of a trajectory together"
+            )
+        if self.num_generations < self.min_generations:
+            raise InputError(
+                f"num_generations must be at least {self.min_generations}, got {self.num_generations}: {self.title} "
+                "compares the samples of a prompt"
+            )

@@ -1,72 +1,120 @@
-"""Finetuning by policy gradients, and by imitation of the best: the baselines of D3PO and PRDP."""
+"""Finetuning by policy gradients (DDPO, GRPO), and by imitation of the best samples: the baselines of D3PO and PRDP."""
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.config import LossConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
 from steer.training.losses import DDPO, GRPO, Filtered
 from steer.training.losses.advantages import PerPromptStatTracker
 
 
-class DDPOTrainer(LossTrainer):
-    """DDPO (arXiv 2305.13301): a clipped policy gradient, rewards standardised by each prompt's own history.
+@dataclass(frozen=True)
+class DDPOConfig(LossConfig):
+    """TrainingConfig with the options of DDPO.
 
-    clip            ε of the ratio, for log-probabilities per latent element
-    advantage_clip  advantages beyond are shortened to it
-    history         rewards of a prompt that are remembered
-    enough          of them before they are used in place of the batch's
+    clip            ε of the ratio, for log-probabilities per latent element; published 1e-4
+    advantage_clip  advantages are clipped to ± this
+    history         rewards remembered per prompt
+    min_history     rewards of a prompt before they are used in place of the batch's
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        reward: Any,
-        *,
-        clip: float = 1e-4,
-        advantage_clip: float = 5.0,
-        history: int = 16,
-        enough: int = 16,
-    ) -> None:
-        super().__init__(pipe, reward, DDPO(clip=clip, advantage_clip=advantage_clip))
-        self.normaliser = PerPromptStatTracker(history, enough)
+    title: ClassVar[str] = "DDPO"
+    paper: ClassVar[tuple[str, str]] = ("Training Diffusion Models with Reinforcement Learning", "2305.13301")
+    min_generations: ClassVar[int] = 1  # a sample is compared with earlier ones of its prompt
 
-    def check(self, settings: TrainingConfig) -> None:
-        """One sample of a prompt is enough: it is compared with earlier ones."""
+    clip: float = DDPO.clip
+    advantage_clip: float = DDPO.advantage_clip
+    history: int = 16
+    min_history: int = 16
+
+    def loss(self) -> DDPO:
+        return DDPO(clip=self.clip, advantage_clip=self.advantage_clip)
+
+    def tracker(self) -> PerPromptStatTracker:
+        """Reward statistics of each prompt, still empty."""
+        return PerPromptStatTracker(self.history, self.min_history)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.tracker()
+
+
+class DDPOTrainer(LossTrainer[DDPOConfig]):
+    """DDPO (arXiv 2305.13301): a clipped policy gradient, rewards standardised by each prompt's own history."""
+
+    config_class = DDPOConfig
+
+    @cached_property
+    def tracker(self) -> PerPromptStatTracker:
+        """Reward statistics of each prompt so far."""
+        return self.config.tracker()
 
     def signal(self, scored: Scored) -> Tensor:
         """Advantages (B, K)."""
-        return self.normaliser(scored.prompts, scored.rewards)
+        return self.tracker(scored.prompts, scored.rewards)
 
-    def config_dict(self) -> dict[str, Any]:
-        return super().config_dict() | {"history": self.normaliser.size, "enough": self.normaliser.min_count}
+    def state_dict(self) -> dict[str, Any]:
+        return self.tracker.state()
 
-    def state(self) -> dict[str, Any]:
-        return self.normaliser.state()
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        self.normaliser.load(state)
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.tracker.load(state)
 
 
-class GRPOTrainer(LossTrainer):
-    """GRPO (arXiv 2505.05470): a clipped policy gradient, the samples of a prompt being each other's baseline.
+@dataclass(frozen=True)
+class GRPOConfig(LossConfig):
+    """TrainingConfig with the options of GRPO.
 
-    clip   ε of the ratio, for log-probabilities per latent element
-    scale  divide by the standard deviation of a prompt's rewards
+    clip           ε of the ratio, for log-probabilities per latent element; published 1e-4
+    scale_rewards  divide by the standard deviation of a prompt's rewards; False: Dr. GRPO
     """
 
-    def __init__(self, pipe: Any, reward: Any, *, clip: float = 1e-4, scale: bool = True) -> None:
-        super().__init__(pipe, reward, GRPO(clip=clip, scale=scale))
+    title: ClassVar[str] = "GRPO"
+    paper: ClassVar[tuple[str, str]] = ("Flow-GRPO: Training Flow Matching Models via Online RL", "2505.05470")
+
+    clip: float = GRPO.clip
+    scale_rewards: bool = GRPO.scale
+
+    def loss(self) -> GRPO:
+        return GRPO(clip=self.clip, scale=self.scale_rewards)
 
 
-class FilteredTrainer(LossTrainer):
-    """Reward-filtered finetuning (arXiv 2304.06767): the best samples of each prompt become likelier.
+class GRPOTrainer(LossTrainer[GRPOConfig]):
+    """GRPO (Flow-GRPO, arXiv 2505.05470): a clipped policy gradient, the samples of a prompt as each other's baseline.
 
-    keep_fraction  share of them. Nothing but `kl_weight` holds the model near the reference.
+    trainer = GRPOTrainer(pipe, "hpsv2.1", GRPOConfig(max_steps=200), train_prompts=["a red circle", "two stars"])
+    trainer.train()
+    trainer.save_pretrained("lora")
     """
 
-    def __init__(self, pipe: Any, reward: Any, *, keep_fraction: float = 0.25) -> None:
-        super().__init__(pipe, reward, Filtered(keep=keep_fraction))
+    config_class = GRPOConfig
+
+
+@dataclass(frozen=True)
+class FilteredConfig(LossConfig):
+    """TrainingConfig with the option of reward-filtered finetuning.
+
+    keep_fraction  share of a prompt's samples that are imitated. Only `kl_weight` keeps the model near the reference.
+    """
+
+    title: ClassVar[str] = "Reward-filtered finetuning"
+    paper: ClassVar[tuple[str, str]] = (
+        "RAFT: Reward rAnked FineTuning for Generative Foundation Model Alignment",
+        "2304.06767",
+    )
+
+    keep_fraction: float = Filtered.keep
+
+    def loss(self) -> Filtered:
+        return Filtered(keep=self.keep_fraction)
+
+
+class FilteredTrainer(LossTrainer[FilteredConfig]):
+    """Reward-filtered finetuning (RAFT, arXiv 2304.06767): the likelihood of the best samples of each prompt."""
+
+    config_class = FilteredConfig

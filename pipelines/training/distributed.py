@@ -1,4 +1,4 @@
-"""The processes of a training, as accelerate joins them."""
+"""The distributed context of a training, by accelerate."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,60 +13,60 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.training.distributed import report_lost_process
 
 Item = TypeVar("Item")
-RESUME_HINT = ", see what it said; --resume goes on from a checkpoint"
+RESUME_HINT = ": see its output, and resume from the last checkpoint"
 
 
 class AccelerateContext:
-    """Of the processes that accelerate joined; the first one writes and tells."""
+    """The processes of a run, launched by accelerate or torchrun; the main process writes and reports."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self._accelerator = accelerator
-        self.index, self.count = accelerator.process_index, accelerator.num_processes
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
 
     @property
     def is_main_process(self) -> bool:
-        """Whether this is the first one."""
-        return self.index == 0
+        """Whether this process has rank 0."""
+        return self.rank == 0
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
-        """The items of all processes, in their order."""
-        if self.count == 1:
+        """Gather the items of all processes, in the order of ranks."""
+        if self.world_size == 1:
             return list(items)
         with report_lost_process(RESUME_HINT):
             return gather_object(list(items))
 
     def any(self, asked: bool) -> bool:
-        """Whether one of them asks for it: all go the same way, or they would wait for each other for ever."""
+        """Whether any process asks for it; all take the same branch, else they would wait for each other forever."""
         return any(self.gather([asked]))
 
     def wait(self) -> None:
-        """Returns when all have come here."""
+        """Wait for all processes."""
         with report_lost_process(RESUME_HINT):
             self._accelerator.wait_for_everyone()
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Around work of this process amid which accelerate exchanges something: where another one has ended before
-        its time, this one ends with an InputError. Its own errors stay what they are."""
+    def translate_connection_errors(self) -> Iterator[None]:
+        """Raise InputError where another process ended before its time, for work with collectives of accelerate.
+
+        Errors of this process are not changed."""
         try:
             yield
         except RuntimeError as error:
-            if self.count == 1 or not _is_connection_error(error):
+            if self.world_size == 1 or not _is_connection_error(error):
                 raise
             with report_lost_process(RESUME_HINT):
                 raise
 
-    def check(self, settings: TrainingConfig) -> None:
-        """Raises InputError where the prompts of an update cannot be shared out."""
-        if settings.train_batch_size % self.count:
+    def check(self, config: TrainingConfig) -> None:
+        """Raises InputError where the prompts of an update cannot be distributed evenly."""
+        if config.train_batch_size % self.world_size:
             raise InputError(
-                f"train_batch_size must be a multiple of the {self.count} processes that share them, "
-                f"got {settings.train_batch_size}"
+                f"train_batch_size must be a multiple of the {self.world_size} processes, got {config.train_batch_size}"
             )
 
     @contextmanager
     def no_sync(self, prepared: Any) -> Iterator[Any]:
-        """Inside, gradients are not exchanged until what it gives is called: one exchange for all of an update."""
+        """Defer the exchange of gradients until the yielded function is called: one exchange per update."""
         with ExitStack() as kept:
             kept.enter_context(self._accelerator.no_sync(prepared))
             yield kept.close
@@ -74,7 +74,7 @@ class AccelerateContext:
 
 @contextmanager
 def main_first(cpu: bool) -> Iterator[None]:
-    """The first process runs the block before the others: they find what it wrote; if it raises, they never do.
+    """Run the block in the main process first, then in the others; if it raises, they never run it.
 
     cpu  whether the model is on the CPU, where accelerate would else take each of several for the only one
     """

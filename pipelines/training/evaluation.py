@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts at fixed seeds: the trained reward, rewards kept apart from it, and diversity."""
+"""Evaluation on held-out prompts at fixed seeds: the trained reward, held-out rewards, and diversity."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
 
 @dataclass(frozen=True)
 class EvalResult:
-    """After `step` updates, of P prompts × K: rewards (P, K) by name, the trained one first; diversity, the mean
-    distance between two samples of a prompt (root mean square of the pixels' differences, 0..1; 0 for K = 1);
+    """An evaluation after `step` updates of P prompts × K: rewards (P, K) by name, the trained one first; diversity,
+    the mean distance between two samples of a prompt (root mean square of the pixels' differences, 0..1; 0 for K = 1);
     the images (P·K, 3, H, W)."""
 
     step: int
@@ -30,12 +30,12 @@ class EvalResult:
     images: Tensor
 
     def means(self) -> tuple[float, float]:
-        """Of the trained reward and the first held-out one, or the trained one again where there is no other."""
+        """Return the means of the trained reward and the first held-out one (the trained one where there is none)."""
         collected = [values.mean().item() for values in self.rewards.values()]
         return collected[0], collected[1] if len(collected) > 1 else collected[0]
 
     def record(self) -> dict[str, Any]:
-        """As plain values: of every reward [mean, low, high], a 95 % bootstrap interval over the prompts."""
+        """Return plain values: [mean, low, high] of every reward, a 95 % bootstrap interval over the prompts."""
         intervals = {f"eval/{name}": interval(values.mean(1)) for name, values in self.rewards.items()}
         return {"step": self.step, **intervals, "eval/diversity": self.diversity}
 
@@ -51,41 +51,42 @@ class Evaluator:
     def __post_init__(self) -> None:
         names = [self.trained.name, *(reward.name for reward in self.held_out)]
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-            raise InputError(
-                f"eval_rewards: {twice[0]!r} is there twice, or is what is trained on: it holds nothing out"
-            )
+            raise InputError(f"eval_rewards: {twice[0]!r} is given twice or is the trained reward: take another one")
 
     def check(self, early_stopping_patience: int) -> None:
-        """Raises InputError where there is nothing to have patience with."""
+        """Raises InputError where early stopping has no held-out reward to compare."""
         if early_stopping_patience and not (self.prompts and self.held_out):
-            raise InputError("patience compares a held-out reward: give eval_prompts and eval_rewards, or patience 0")
+            raise InputError(
+                "early_stopping_patience compares a held-out reward: give eval_prompts and eval_rewards, or "
+                "early_stopping_patience 0"
+            )
 
     def config_dict(self) -> dict[str, Any]:
-        """As plain values."""
+        """Return the plain values that determine the evaluations."""
         return {"eval_prompts": list(self.prompts), "eval_rewards": [reward.name for reward in self.held_out]}
 
     def evaluate(
         self,
         pipe: Any,
-        settings: TrainingConfig,
+        config: TrainingConfig,
         step: int,
         prepared: Any,
         before: OnChunk,
         context: DistributedContext,
     ) -> EvalResult:
-        """The same prompts and seeds at every step; the processes take turns with chunks of them."""
-        size, sampler = settings.num_generations_eval, sampler_of(pipe, settings, prepared, "model")
-        components = rows_of(self.prompts, size, settings.seed, "evaluation", shared_start=False).split(
-            settings.micro_batch
+        """Evaluate the same prompts and seeds at every step; the processes take turns with chunks of them."""
+        size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model")
+        components = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(
+            config.micro_batch
         )
         collected: list[tuple[int, Tensor, list[Tensor]]] = []
-        for turn in range(0, len(components), context.count):
-            # All draw in every turn, as what they share of a denoiser asks for; what is drawn twice is left out.
-            number = min(turn + context.index, len(components) - 1)
+        for turn in range(0, len(components), context.world_size):
+            # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
+            number = min(turn + context.rank, len(components) - 1)
             before()
             images = sampler.rollout(components[number])[1]
-            if turn + context.index < len(components):
-                # Scored where they were made, and only then kept on the CPU.
+            if turn + context.rank < len(components):
+                # Scored on the device of the pipeline, and only then moved to the CPU.
                 collected.append((number, images.cpu(), self._score(images, components[number].prompts)))
         _, drawn, scores = zip(*sorted(context.gather(collected), key=lambda one: one[0]), strict=True)
         names = [reward.name for reward in (self.trained, *self.held_out)]
@@ -96,7 +97,7 @@ class Evaluator:
         return EvalResult(step, tuple(self.prompts), rewards, diversity(images, size), images)
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
-        """Rewards (N,) of images (N, …), by each reward."""
+        """Score images (N, …) by each reward, (N,) each."""
         with torch.no_grad():
             rewards = (self.trained, *self.held_out)
             return [

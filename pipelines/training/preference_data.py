@@ -1,4 +1,4 @@
-"""Learning from human choices: pairs of stored trajectories, or of such as are drawn anew and proven to be the same."""
+"""Learning from human preferences: pairs of stored trajectories, or of ones sampled again from seeds."""
 
 import hashlib
 import json
@@ -51,56 +51,56 @@ from steer.training.trainable import Trainable
 
 
 class PreferenceFolder:
-    """A folder that choices are written to; see `steer.pipelines.training.preference_files` for the format.
+    """Writer of a preference dataset; see `steer.pipelines.training.preference_files` for the format.
 
     call = {"num_inference_steps": 20, "guidance_scale": 5.0}
-    folder = PreferenceFolder.create("choices", pipe, call)
+    folder = PreferenceFolder.create("my-preferences", pipe, call)
     sampler = Sampler(pipe, call)
-    lot = folder.write_group(*sampler.rollout(Rows(("a star",) * 2, starts=(1, 1), noises=(2, 3))))
-    folder.write_preference(lot, chosen=1, rejected=0)
+    group = folder.write_group(*sampler.rollout(Rows(("a star",) * 2, starts=(1, 1), noises=(2, 3))))
+    folder.write_preference(group, chosen=1, rejected=0)
 
-    After a crash all that was returned from is there. One program at a time may write. Raises InputError where the
-    disk refuses; then nothing of a lot counts.
+    A call that returned survives a crash. One program at a time may write. Raises InputError where the disk refuses;
+    then the group is not records.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.drawn = SampleProvenance.read(self.path)
+        self.provenance = SampleProvenance.read(self.path)
         self.groups = read_groups(self.path) if (self.path / GROUPS).exists() else {}
 
     @classmethod
     def create(
         cls, path: str | Path, pipe: Any, call: Mapping[str, Any], eta: float = 1.0, latents_dtype: str = "float32"
     ) -> "PreferenceFolder":
-        """A new folder, or one that was begun with the same settings, for what `Sampler(pipe, call, eta, …)` draws.
+        """Create a folder, or open one of the same provenance, for samples of `Sampler(pipe, call, eta, …)`.
 
         latents_dtype  dtype of the sampler's latents, by name
-        Raises InputError for a folder of other settings, and for those that a training could not take from it.
+        Raises InputError for a folder of another provenance, and for arguments that a training cannot read back.
         """
         if type(call.get("num_inference_steps")) is not int:
             raise InputError("num_inference_steps must be among the arguments of the call: a training needs the same")
         if odd := [name for name, value in call.items() if not _is_plain(value)]:
-            raise InputError(f"{odd[0]} is no plain value: choices are recorded of calls that JSON can hold")
+            raise InputError(f"{odd[0]} is not a plain value: the arguments of recorded calls must fit in JSON")
         if latents_dtype not in DTYPES:
-            raise InputError(f"storage must be one of {', '.join(DTYPES)}, got {latents_dtype!r}")
+            raise InputError(f"latents_dtype must be one of {', '.join(DTYPES)}, got {latents_dtype!r}")
         return cls.create_as(Path(path), SampleProvenance.of(pipe, call, eta, latents_dtype))
 
     @classmethod
-    def create_as(cls, path: Path, drawn: SampleProvenance) -> "PreferenceFolder":
-        """A new folder, or one that was begun, for samples that were drawn with `drawn`."""
+    def create_as(cls, path: Path, provenance: SampleProvenance) -> "PreferenceFolder":
+        """Create a folder, or open one, for samples of this provenance."""
         if not (path / SETTINGS).exists():
             with _writing(path):
-                write_text(path / SETTINGS, json.dumps(asdict(drawn), indent=1) + "\n")
+                write_text(path / SETTINGS, json.dumps(asdict(provenance), indent=1) + "\n")
         result = cls(path)
-        for name, (there, here) in result.drawn.diff(drawn).items():
+        for name, (there, here) in result.provenance.diff(provenance).items():
             raise InputError(f"{path} holds samples drawn with {name} {there!r}, not {here!r}: use another folder")
         return result
 
     def write_group(self, sampled: Trajectories, images: Tensor, keep_trajectories: bool = True) -> str:
-        """Writes samples of one prompt from one x_T, one batch as a sampler drew it; returns the name of the lot.
+        """Write samples of one prompt from one x_T, one batch of a sampler; return the name of the group.
 
-        keep_trajectories  else a training draws them anew from their seeds, on the same model, device and versions
-        Rows that are there already are not written again.
+        keep_trajectories  else a training samples them again from their seeds, with the same model, device and versions
+        Rows that are already recorded are not written again.
         """
         rows = sampled.rows
         self._check(sampled, images)
@@ -126,7 +126,7 @@ class PreferenceFolder:
         return name
 
     def write_preference(self, group: str, chosen: int, rejected: int, **more: Any) -> None:
-        """Image `chosen` of a lot was preferred to image `rejected`; `more` are plain values of one's own."""
+        """Record that image `chosen` of a group is preferred to image `rejected`; `more` are further plain values."""
         count = len(self._group(group).rows)
         if chosen == rejected or not (0 <= chosen < count and 0 <= rejected < count):
             raise InputError(f"chosen {chosen} and rejected {rejected} must be two different numbers below {count}")
@@ -134,13 +134,13 @@ class PreferenceFolder:
             append_line(self.path / PREFERENCES, more | {"lot": group, "chosen": chosen, "rejected": rejected})
 
     def write_tie(self, group: str, **more: Any) -> None:
-        """No image of a lot was preferred."""
+        """Record that no image of a group is preferred."""
         with _writing(self.path):
             append_line(self.path / PREFERENCES, more | {"lot": self._group(group).id, "tie": True})
 
     def _group(self, name: str) -> SampleGroup:
         if name not in self.groups:
-            raise InputError(f"{self.path} has no lot {name!r:.70}: write the lot before its choices")
+            raise InputError(f"{self.path} has no lot {name!r:.70}: write the lot before its preferences")
         return self.groups[name]
 
     def _check(self, sampled: Trajectories, images: Tensor) -> None:
@@ -151,9 +151,9 @@ class PreferenceFolder:
             raise InputError("two samples of this lot have the same noise: they are one image, give each its own seed")
         if images.dim() != 4 or len(images) != len(rows):
             raise InputError(f"images of shape {tuple(images.shape)} must be ({len(rows)}, 3, height, width)")
-        if sampled.latents.dtype != DTYPES[self.drawn.latents_dtype]:
+        if sampled.latents.dtype != DTYPES[self.provenance.latents_dtype]:
             raise InputError(
-                f"these trajectories hold {sampled.latents.dtype}, the folder is for {self.drawn.latents_dtype}"
+                f"these trajectories hold {sampled.latents.dtype}, the folder is for {self.provenance.latents_dtype}"
             )
 
 
@@ -166,12 +166,12 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def group_id(rows: Rows) -> str:
-    """The same for the same rows: what is written twice is there once."""
+    """Return the name of a group, the same for the same rows: a group that is written twice is recorded once."""
     return hashlib.sha256(json.dumps(asdict(rows)).encode()).hexdigest()[:16]
 
 
 def append_line(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds a line and brings it to the disk; one that a crash broke off goes."""
+    """Append a line and sync it to disk; remove a last line that a crash cut off."""
     line = json.dumps(row).encode() + b"\n"
     make_folder(path.parent)
     with path.open("a+b") as file:
@@ -206,91 +206,91 @@ def _is_plain(value: Any) -> bool:
 
 __all__ = ["NoReward", "PreferenceDataset", "PreferenceFolder", "check_preferences", "sampling_config_of"]
 
-REGENERATED = "regenerated"  # folder, in that of a run, of samples that were drawn anew
-MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "storage")  # of a folder and a run; other things may differ
+REGENERATED = "regenerated"  # folder, in that of a run, of samples that were drawn again
+MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "latents_dtype")  # of a folder and a run; other things may differ
 # Nats per latent element between the log-probabilities that were stored and those of the reference, largest of all
 # steps: above what bf16 makes of the last ones, whose τ is small (hundredths), far below another model's (whole nats).
 MAX_LOG_PROB_DIFFERENCE = 0.3
 
 
 class NoReward:
-    """Stands where a method has no reward."""
+    """The reward of a method that learns from preferences alone."""
 
     name = "none"
     differentiable = False
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        raise InputError("this method was made without a reward: give it one (for evaluations, eval_rewards will do)")
+        raise InputError("this trainer was created without a reward: give it one, or preferences")
 
 
 def sampling_config_of(folder: str | Path) -> dict[str, Any]:
-    """What TrainingConfig must be to learn from a folder; the others are free."""
-    drawn = SampleProvenance.read(Path(folder))
-    call = dict(drawn.call)
+    """Return the fields of TrainingConfig that a preference dataset fixes."""
+    provenance = SampleProvenance.read(Path(folder))
+    call = dict(provenance.call)
     own: dict[str, Any] = {name: call.pop(name) for name in ("num_inference_steps", "guidance_scale") if name in call}
-    return own | {"call": call, "eta": drawn.eta, "storage": drawn.latents_dtype, "num_generations": 2}
+    return own | {"call": call, "eta": provenance.eta, "latents_dtype": provenance.latents_dtype, "num_generations": 2}
 
 
 @dataclass(frozen=True)
 class PreferenceDataset:
-    """Pairs of samples of which a human preferred one: the chosen one has the reward 1, the other 0.
+    """Pairs of samples of which a person preferred one: the chosen one has the reward 1, the other 0.
 
     groups  with their trajectories, by name
     """
 
-    recorded: PreferenceRecords
+    records: PreferenceRecords
     groups: Mapping[str, SampleGroup]
-    settings: TrainingConfig
+    config: TrainingConfig
 
     @classmethod
-    def of(cls, folder: Path, pipe: Any, settings: TrainingConfig, run: Path) -> "PreferenceDataset":
-        """The choices of a folder, for a run that trains `pipe`, which is still what they were drawn with.
+    def of(cls, folder: Path, pipe: Any, config: TrainingConfig) -> "PreferenceDataset":
+        """Read the preferences of a folder for a run that trains `pipe`, which must still be the model of the samples.
 
-        Lots without trajectories, as far as the run needs them, are drawn anew and kept in the run's folder.
+        Groups without trajectories, as far as the run needs them, are sampled again and kept in the run's folder.
         """
-        recorded = read_preferences(folder)
-        _check_settings(recorded, pipe, settings)
+        records = read_preferences(folder)
+        _check_settings(records, pipe, config)
         num_rollouts = math.ceil(
-            settings.max_steps / (settings.steps_per_generation * settings.num_iterations)
+            config.max_steps / (config.steps_per_generation * config.num_iterations)
         )  # whole ones are drawn
-        used = _preferences_at(
-            recorded, settings, 0, num_rollouts * settings.steps_per_generation * settings.train_batch_size
-        )
-        groups = {preference.group: recorded.groups[preference.group] for preference in used}
+        used = _preferences_at(records, config, 0, num_rollouts * config.steps_per_generation * config.train_batch_size)
+        groups = {preference.group: records.groups[preference.group] for preference in used}
         missing = [group for group in groups.values() if group.trajectories is None]
-        return cls(recorded, groups | _regenerate(missing, recorded, pipe, settings, run / REGENERATED), settings)
+        return cls(
+            records,
+            groups | _regenerate(missing, records, pipe, config, Path(config.output_dir) / REGENERATED),
+            config,
+        )
 
     def config_dict(self) -> dict[str, Any]:
-        return {"choices": f"{len(self.recorded.preferences)} with the hash {self.recorded.digest()[:16]}"}
+        return {"preferences": f"{len(self.records.preferences)} with the hash {self.records.digest()[:16]}"}
 
-    def round(
+    def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
-        """The choices of every update of a round, in a stream over all of them in one new order after another."""
-        size, seed = self.settings.train_batch_size, self.settings.seed
+        """Collect the preferences of every update of a rollout, from a stream of shuffled passes over all of them."""
+        size, seed = self.config.train_batch_size, self.config.seed
         batches, metrics = [], []
-        for update in range(
-            number * self.settings.steps_per_generation, (number + 1) * self.settings.steps_per_generation
-        ):
+        for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
             own = process_shard(range(update * size, (update + 1) * size), context)
-            chunks = self._chunks(_preferences_at(self.recorded, self.settings, own.start, len(own)))
-            half = half_precision(trainable.denoiser, self.settings)
-            window = num_training_steps_of(len(chunks[0].stochastic), self.settings, half is not None)
-            steps = chosen_steps(window, self.settings.timestep_fraction, seed, f"update {update}")
-            references = references_of(sampler, trainable, chunks, steps, on_chunk, self.settings)
+            chunks = self._chunks(_preferences_at(self.records, self.config, own.start, len(own)))
+            half = half_precision(trainable.denoiser, self.config)
+            window = num_training_steps_of(len(chunks[0].stochastic), self.config, half is not None)
+            steps = chosen_steps(window, self.config.timestep_fraction, seed, f"update {update}")
+            references = references_of(sampler, trainable, chunks, steps, on_chunk, self.config)
             _check_reference(chunks, references, steps)
             old = []
             for chunk in chunks:
                 on_chunk()
-                # A round's samples count as today's policy's, and the first one is held against its replay, all steps.
+                # Samples count as the present policy's; the first batch is compared with its replay, all steps.
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
             batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), window))
-            metrics.append({"turn": update * size / len(self.recorded.preferences)})
-        order = batch_order(len(batches), self.settings.num_iterations, seed, number)
+            metrics.append({"turn": update * size / len(self.records.preferences)})
+        order = batch_order(len(batches), self.config.num_iterations, seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(batch.rewards for batch in batches), tuple(metrics), order)
 
     def _chunks(self, preferences: Sequence[Preference]) -> list[Trajectories]:
-        """Chosen and rejected, pair after pair, in chunks for the denoiser."""
+        """Return chosen and rejected samples, pair after pair, in chunks for the denoiser."""
         groups = {
             name: self.groups[name].load() for name in dict.fromkeys(preference.group for preference in preferences)
         }
@@ -299,32 +299,30 @@ class PreferenceDataset:
         for preference, pair in zip(preferences, pairs, strict=True):
             if pair.stochastic != first.stochastic or pair.latents.shape != first.latents.shape:
                 raise InputError(
-                    f"{self.recorded.folder}: lots {preferences[0].group} and {preference.group} have trajectories of "
+                    f"{self.records.folder}: lots {preferences[0].group} and {preference.group} have trajectories of "
                     f"shapes {tuple(first.latents.shape[1:])} and {tuple(pair.latents.shape[1:])}: one folder is for "
                     "one size"
                 )
-        whole, size = Trajectories.concatenate(pairs), self.settings.micro_batch
+        whole, size = Trajectories.concatenate(pairs), self.config.micro_batch
         numbers = range(len(whole.rows))
         return [whole.at(numbers[place : place + size]) for place in numbers[::size]]
 
 
-def _preferences_at(
-    recorded: PreferenceRecords, settings: TrainingConfig, position: int, count: int
-) -> list[Preference]:
-    numbers = [str(number) for number in range(len(recorded.preferences))]
-    return [recorded.preferences[int(one)] for one in prompts_at(position, count, numbers, settings.seed)]
+def _preferences_at(records: PreferenceRecords, config: TrainingConfig, position: int, count: int) -> list[Preference]:
+    numbers = [str(number) for number in range(len(records.preferences))]
+    return [records.preferences[int(one)] for one in prompts_at(position, count, numbers, config.seed)]
 
 
-def _check_settings(recorded: PreferenceRecords, pipe: Any, settings: TrainingConfig) -> None:
-    """Raises InputError where a run's samples would not be made as those of the folder were."""
-    if settings.num_generations != 2:
-        raise InputError(f"num_generations must be 2, got {settings.num_generations}: a choice is between two")
-    here = SampleProvenance.of(pipe, settings.call_kwargs, settings.eta, settings.latents_dtype)
-    other = replace(recorded.drawn, **{name: getattr(here, name) for name in MUST_MATCH})
-    for name, (there, asked) in recorded.drawn.diff(other).items():
+def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfig) -> None:
+    """Raises InputError where a run would not draw the samples as those of the folder were drawn."""
+    if config.num_generations != 2:
+        raise InputError(f"num_generations must be 2, got {config.num_generations}: a preference compares two samples")
+    here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
+    other = replace(records.provenance, **{name: getattr(here, name) for name in MUST_MATCH})
+    for name, (there, asked) in records.provenance.diff(other).items():
         raise InputError(
-            f"{name} is {_described(asked)} in this run and was {_described(there)} when {recorded.folder} was "
-            "recorded: a choice is learnt from as its samples were drawn, use the same (see "
+            f"{name} is {_described(asked)} in this run and was {_described(there)} when {records.folder} was "
+            "recorded: train with the arguments that the samples were drawn with (see "
             "steer.pipelines.training.preference_data.sampling_config_of)"
         )
 
@@ -339,42 +337,42 @@ def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Refere
         difference = (metrics.log_probs - chunk.log_probs[:, list(steps)]).abs().max().item() / chunk.elements
         if not difference <= MAX_LOG_PROB_DIFFERENCE:
             raise InputError(
-                f"the trajectories of the choices about {chunk.rows.prompts[0]!r:.60} have other log-probabilities by "
-                f"this model ({difference:.2g} nats per latent element apart, at most {MAX_LOG_PROB_DIFFERENCE:g}): "
-                "another one drew them. Train the model that the choices were recorded with"
+                f"the trajectories of the preferences about {chunk.rows.prompts[0]!r:.60} have other log-probabilities "
+                f"by this model ({difference:.2g} nats per latent element apart, at most {MAX_LOG_PROB_DIFFERENCE:g}): "
+                "another one drew them. Train the model that the preferences were recorded with"
             )
 
 
 def _regenerate(
-    groups: Sequence[SampleGroup], recorded: PreferenceRecords, pipe: Any, settings: TrainingConfig, folder: Path
+    groups: Sequence[SampleGroup], records: PreferenceRecords, pipe: Any, config: TrainingConfig, folder: Path
 ) -> dict[str, SampleGroup]:
-    """The lots with trajectories in `folder`, each drawn as the batch that it was, its images being the same.
+    """Sample groups again, each as the batch that it was, and verify its images; return them with trajectories.
 
-    It comes before a training changes the pipeline: neither an adapter nor another precision is in it yet.
+    This happens before a training changes the pipeline: it has neither an adapter nor another precision yet.
     """
     if not groups:
         return {}
-    kept, sampler = PreferenceFolder.create_as(folder, recorded.drawn), sampler_of(pipe, settings)
-    here = SampleProvenance.of(pipe, settings.call_kwargs, settings.eta, settings.latents_dtype)
-    for group in tqdm(groups, unit="lot", disable=None, desc="drawing anew what was chosen from"):
+    kept, sampler = PreferenceFolder.create_as(folder, records.provenance), sampler_of(pipe, config)
+    here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
+    for group in tqdm(groups, unit="group", disable=None, desc="sampling the recorded images again"):
         if (known := kept.groups.get(group_id(group.rows))) is not None and known.images == group.images:
             continue  # by this run, before it was stopped
         sampled, images = sampler.rollout(group.rows)
         for number, (image, metrics) in enumerate(zip(images, group.images, strict=True)):
             if pixel_hash(pixels_of(image)) != metrics:
-                raise InputError(_regeneration_error(group, number, recorded.drawn, here))
+                raise InputError(_regeneration_error(group, number, records.provenance, here))
         kept.write_group(sampled, images)
     return {group.id: kept.groups[group_id(group.rows)] for group in groups}
 
 
-def _regeneration_error(group: SampleGroup, number: int, drawn: SampleProvenance, here: SampleProvenance) -> str:
-    difference = [f"{name} {there!r} then, {now!r} now" for name, (there, now) in drawn.diff(here).items()]
+def _regeneration_error(group: SampleGroup, number: int, provenance: SampleProvenance, here: SampleProvenance) -> str:
+    difference = [f"{name} {there!r} then, {now!r} now" for name, (there, now) in provenance.diff(here).items()]
     why = (
         "; ".join(difference)
         or "the settings are the same, so the weights are not, or the device is another of its kind"
     )
     return (
         f"{file_inside(group.folder, group.image_file(number))}: sampled again from its seed the image is another "
-        f"one, so that its trajectory is lost ({why}): go back to what it was drawn with, or record choices with "
-        "keep_trajectories"
+        f"one, so that its trajectory is lost ({why}): restore what it was sampled with, or record "
+        "preferences with keep_trajectories"
     )

@@ -1,16 +1,16 @@
-"""A folder of human choices, as it is read. Lines are only ever added, and a file is whole before a line names it.
+"""The files of a preference dataset. Lines are only appended, and a file is complete before a line names it.
 
-settings.json       what every lot was drawn with: see `SampleProvenance`
+settings.json       the provenance of all samples: see `SampleProvenance`
 lots.jsonl          {"lot": ID, "prompts": […], "starts": […], "noises": […],
                      "images": [{"file": "images/ID-0.png", "sha256": of its pixels}, …],
                      "trajectories": {"file": "trajectories/ID.safetensors", "sha256": of its bytes, "stochastic": […]}
-                     or null, where the seeds are to do}
+                     or null: sampled again from the seeds}
 choices.jsonl       {"lot": ID, "chosen": 0, "rejected": 1}, numbers of images, or {"lot": ID, "tie": true}, or
-                    {"lot": ID, "undo": true, "annotator": NAME}: takes back all that NAME has said of the lot so far,
+                    {"lot": ID, "undo": true, "annotator": NAME}: removes all earlier lines of NAME on the group,
                     lines with the same "annotator"; without the key, those without it
 
-A lot is some samples of one prompt from one x_T, drawn as one batch: drawn anew as that batch they are the same to the
-last bit. Further keys, of who chose and when, are free.
+A group ("lot" in the files) is some samples of one prompt from one x_T, drawn as one batch: sampled again as that batch
+they are the same to the last bit. Further keys, such as annotator and time, are free.
 """
 
 import hashlib
@@ -45,7 +45,7 @@ TYPES = {"version": int, "scheduler": dict, "call": dict, "eta": float}  # of ot
 
 @dataclass(frozen=True)
 class SampleProvenance:
-    """What the samples of a folder were drawn with.
+    """Model, arguments and versions that the samples of a folder were drawn with.
 
     call    arguments of the pipeline's call beside prompts and random numbers; plain values
     device  its kind: cpu, cuda …
@@ -66,7 +66,7 @@ class SampleProvenance:
 
     @classmethod
     def of(cls, pipe: Any, call: Mapping[str, Any], eta: float, latents_dtype: str) -> "SampleProvenance":
-        """By a pipeline as it is."""
+        """Describe a pipeline and the arguments of its call."""
         loaded = json.loads(pipe.scheduler.to_json_string())
         return cls(
             pipeline=type(pipe).__name__,
@@ -83,14 +83,14 @@ class SampleProvenance:
 
     @classmethod
     def read(cls, folder: Path) -> "SampleProvenance":
-        """The settings of a folder. Raises InputError where they are missing or none."""
+        """Read the provenance of a folder. Raises InputError where it is missing or malformed."""
         path = file_inside(folder, SETTINGS)
         try:
             loaded = json.loads(path.read_bytes())
         except (ValueError, RecursionError, OSError) as error:
             raise InputError(f"{path}: cannot be read as JSON ({error})") from error
         if not isinstance(loaded, dict) or loaded.get("version") != VERSION:
-            raise InputError(f"{path}: not the settings of choices of version {VERSION}, which this steer reads")
+            raise InputError(f"{path}: not a preference dataset of version {VERSION}, which this steer reads")
         names = [one.name for one in fields(cls)]
         if wrong := [name for name in names if not isinstance(loaded.get(name), TYPES.get(name, str))]:
             raise InputError(
@@ -99,7 +99,7 @@ class SampleProvenance:
         return cls(**{name: loaded[name] for name in names})
 
     def diff(self, other: "SampleProvenance") -> dict[str, tuple[Any, Any]]:
-        """What is not the same in both, by name; arguments of the call and values of the scheduler one by one."""
+        """Return the differences by name; arguments of the call and values of the scheduler one by one."""
         mine, others = self._flat(), other._flat()
         names = sorted(mine.keys() | others.keys())
         return {name: (mine.get(name), others.get(name)) for name in names if mine.get(name) != others.get(name)}
@@ -115,7 +115,7 @@ class SampleGroup:
     """Samples of one prompt from one x_T, drawn as one batch.
 
     images        SHA-256 of the pixels of each
-    trajectories  SHA-256 of their file and the steps that have a density; None where the seeds are to do
+    trajectories  SHA-256 of their file and the stochastic steps; None where they are sampled again from the seeds
     """
 
     folder: Path
@@ -144,7 +144,7 @@ class SampleGroup:
         return {"lot": self.id, **rows, "images": images, "trajectories": stored}
 
     def load(self) -> Trajectories:
-        """The stored trajectories. Raises InputError where they are missing or not what the line tells."""
+        """Load the stored trajectories. Raises InputError where they are missing or do not match their line."""
         assert self.trajectories is not None
         path, (loaded, steps) = file_inside(self.folder, self.trajectory_file), self.trajectories
         data = path.read_bytes()
@@ -179,16 +179,16 @@ def file_inside(folder: Path, name: str) -> Path:
     """The path of a plain file of the folder. Raises InputError where there is none, or what leads elsewhere."""
     path = folder / name
     if not path.is_symlink() and not path.exists():
-        raise InputError(f"{path} is missing: restore it, or record the choices anew")
+        raise InputError(f"{path} is missing: restore it, or record the preferences again")
     if path.resolve() != folder.resolve() / name or not path.is_file():
         raise InputError(f"{path} is a link or no file: put the file itself there")
     return path
 
 
 def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a file of JSON lines with their numbers.
+    """Read the rows of a file of JSON lines with their numbers.
 
-    A last line that a crash broke off is left out, with a warning. Raises InputError for any other that is no object.
+    A last line that a crash cut off is left out, with a warning. Raises InputError for any other that is no object.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -202,7 +202,7 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number == len(lines):
-                logger.warning("%s, line %d: broken off by a crash, left out", path, number)
+                logger.warning("%s, line %d: cut off by a crash, left out", path, number)
                 break
             raise InputError(f"{path}, line {number}: not JSON ({error})") from error
         if not isinstance(row, dict):
@@ -212,7 +212,7 @@ def read_lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
 
 
 def drop_undone(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of choices.jsonl without those that were taken back, and without what takes back."""
+    """Drop the rows of choices.jsonl that were undone, and the undo rows."""
     taken, selected = set[str](), []
     for number, row in reversed(rows):
         group_key = json.dumps([row.get("lot"), row.get("annotator")])
@@ -237,14 +237,14 @@ MAX_SEED = 1 << 63  # seeds of torch are below
 IMAGE_PAIRS_UNSUPPORTED = (
     "plain image pairs. D3PO learns from the denoising trajectory of both images (stored latents, or seed and "
     "settings), which an image does not tell; pairs of images alone are for Diffusion-DPO, another method. Record the "
-    "choices on images that steer draws: steer.pipelines.training.preference_data.PreferenceFolder writes them with "
-    "their trajectories"
+    "preferences on images of steer: steer.pipelines.training.preference_data.PreferenceFolder writes them with their "
+    "trajectories"
 )
 
 
 @dataclass(frozen=True)
 class Preference:
-    """Which of two images of a lot was preferred, by their numbers."""
+    """A preference between two images of a group, by their numbers."""
 
     group: str
     chosen: int
@@ -253,17 +253,17 @@ class Preference:
 
 @dataclass(frozen=True)
 class PreferenceRecords:
-    """All of a folder that was not taken back; ties are counted and left out."""
+    """The preferences of a folder that were not undone; ties are counted and left out."""
 
     folder: Path
-    drawn: SampleProvenance
+    provenance: SampleProvenance
     groups: Mapping[str, SampleGroup]
     preferences: tuple[Preference, ...]
     ties: int
 
     def digest(self) -> str:
-        """A hash of the choices in their order and of all that was chosen from."""
-        selected = hashlib.sha256(repr(self.drawn).encode())
+        """Hash the preferences in their order, with their provenance and groups."""
+        selected = hashlib.sha256(repr(self.provenance).encode())
         for preference in self.preferences:
             group = self.groups[preference.group]
             selected.update(repr((preference.chosen, preference.rejected, group.rows, group.images)).encode())
@@ -271,46 +271,46 @@ class PreferenceRecords:
 
 
 def check_preferences(folder: Path) -> None:
-    """Raises InputError, one line, for the first thing in a folder of choices that does not fit."""
+    """Raises InputError, one line, for the first error in a preference dataset."""
     read_preferences(folder)
 
 
 def read_preferences(folder: Path) -> PreferenceRecords:
-    """The folder, every file that its choices need being held against what was recorded of it."""
+    """Read a folder, and verify every file of its preferences against the recorded hashes."""
     if folder.is_file():
         raise InputError(
-            f"{folder} is a file. Choices are a folder; image pairs in a file are {IMAGE_PAIRS_UNSUPPORTED}"
+            f"{folder} is a file. A preference dataset is a folder; image pairs in a file are {IMAGE_PAIRS_UNSUPPORTED}"
         )
     if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of choices")
+        raise InputError(f"{folder}: no such preference dataset")
     if not (folder / PREFERENCES).exists():
-        raise InputError(f"{folder} has no {PREFERENCES}: it is no folder of choices, or nobody has chosen yet")
+        raise InputError(f"{folder} has no {PREFERENCES}: it is not a preference dataset, or nothing is annotated yet")
     path = file_inside(folder, PREFERENCES)
     rows = read_lines(path)
     for number, row in rows:
         if "lot" not in row and IMAGE_PAIR_KEYS & row.keys():
             raise InputError(f"{path}, line {number}: these are {IMAGE_PAIRS_UNSUPPORTED}")
-    drawn, groups = SampleProvenance.read(folder), read_groups(folder)
+    provenance, groups = SampleProvenance.read(folder), read_groups(folder)
     read = {number: parse_preference(f"{path}, line {number}", row, groups) for number, row in rows}
     loaded = [read[number] for number, _ in drop_undone(rows)]
     preferences = tuple(preference for preference in loaded if preference is not None)
     if not preferences:
-        raise InputError(f"{path} holds no choice beside {len(loaded)} ties: there is nothing to learn from")
+        raise InputError(f"{path} holds no preference beside {len(loaded)} ties: there is nothing to learn from")
     if ties := len(loaded) - len(preferences):
-        logger.warning("%s: %d ties of %d choices are left out", path, ties, len(loaded))
+        logger.warning("%s: %d ties of %d annotations are left out", path, ties, len(loaded))
     for name in dict.fromkeys(preference.group for preference in preferences):
         check_files(groups[name])
-    return PreferenceRecords(folder, drawn, groups, preferences, ties)
+    return PreferenceRecords(folder, provenance, groups, preferences, ties)
 
 
 def read_groups(folder: Path) -> dict[str, SampleGroup]:
-    """The lots of a folder by their names; their files are not looked at."""
+    """Read the groups of a folder by their names, without verifying their files."""
     path, groups = file_inside(folder, GROUPS), dict[str, SampleGroup]()
     for number, row in read_lines(path):
         group = _group(f"{path}, line {number}", folder, row)
         if groups.setdefault(group.id, group) != group:
             raise InputError(
-                f"{path}, line {number}: lot {group.id} was told before, and otherwise: remove one of both"
+                f"{path}, line {number}: lot {group.id} is recorded twice with different contents: remove one of both"
             )
     return groups
 
@@ -331,7 +331,7 @@ def pixels_of(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def pixel_hash(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
-    """SHA-256 of "H W 3 " and the bytes of (H, W, 3): of what is seen, not of how a PNG packs it."""
+    """SHA-256 of "H W 3 " and the bytes of (H, W, 3), independent of the compression of a PNG."""
     shape = "".join(f"{size} " for size in pixels.shape)
     return hashlib.sha256(shape.encode() + pixels.tobytes()).hexdigest()
 
@@ -395,14 +395,14 @@ def _is_hashed(one: Any) -> bool:
 
 
 def parse_preference(place: str, row: Mapping[str, Any], groups: Mapping[str, SampleGroup]) -> Preference | None:
-    """What a line of choices.jsonl says, None for a tie and for an undo.
+    """Parse a line of choices.jsonl; None for a tie and for an undo.
 
     place  file and line, for the message
-    Raises InputError for a line that fits none of the lots.
+    Raises InputError for a line that fits none of the groups.
     """
     name = row.get("lot")
     if not isinstance(name, str) or name not in groups:
-        raise InputError(f"{place}: lot {name!r:.70} is not in {GROUPS}: record the lot before its choices")
+        raise InputError(f"{place}: lot {name!r:.70} is not in {GROUPS}: record the lot before its preferences")
     if row.get("tie") is True or row.get("undo") is True:
         return None
     numbers, count = (row.get("chosen"), row.get("rejected")), len(groups[name].rows)

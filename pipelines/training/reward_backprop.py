@@ -1,6 +1,7 @@
 """Finetuning along the reward's own gradient: DRaFT-K (arXiv 2309.17400)."""
 
-from typing import Any, Unpack
+from dataclasses import dataclass
+from typing import ClassVar, Unpack
 
 import torch
 
@@ -12,25 +13,46 @@ from steer.training.losses import Metrics
 from steer.training.rollout import Sampler, takes_prompts
 
 
-class RewardBackpropTrainer(Trainer):
-    """The gradient of a differentiable reward, through the decoder and the last k solver steps.
+@dataclass(frozen=True)
+class RewardBackpropConfig(TrainingConfig):
+    """TrainingConfig with the option of reward backpropagation.
 
-    last_steps  k; 1 is cheapest and often enough
+    last_steps  K, solver steps that the gradient goes through; 1 is cheapest and often enough
     """
 
-    def __init__(self, pipe: Any, reward: Any, *, last_steps: int = 1) -> None:
-        super().__init__(pipe, reward)
-        self.last_steps = last_steps
+    title: ClassVar[str] = "Reward backpropagation (DRaFT-K)"
+    paper: ClassVar[tuple[str, str]] = (
+        "Directly Fine-Tuning Diffusion Models on Differentiable Rewards",
+        "2309.17400",
+    )
 
-    def check(self, settings: TrainingConfig) -> None:
-        """Raises InputError for a reward without gradients, and for more steps than there are."""
+    last_steps: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.last_steps <= self.num_inference_steps:
+            raise InputError(f"last_steps must be from 1 to {self.num_inference_steps}, got {self.last_steps}")
+        if self.skip_low_noise_steps:
+            raise InputError("skip_low_noise_steps must be unset: reward backpropagation learns from the last steps")
+        if self.steps_per_generation * self.num_iterations > 1 or self.timestep_fraction < 1:
+            raise InputError(
+                "reward backpropagation differentiates samples of the present weights: steps_per_generation, "
+                "num_iterations and timestep_fraction must be 1"
+            )
+
+
+class RewardBackpropTrainer(Trainer[RewardBackpropConfig]):
+    """The gradient of a differentiable reward, through the decoder and the last K solver steps."""
+
+    config_class = RewardBackpropConfig
+
+    def check(self) -> None:
+        """Raises InputError for a reward or a pipeline without gradients."""
         if not self.reward.differentiable:
             raise InputError(f"reward {self.reward.name!r} is not differentiable: use prdp or d3po, or another reward")
-        if not 1 <= self.last_steps <= settings.num_inference_steps:
-            raise InputError(f"last_steps must be from 1 to {settings.num_inference_steps}, got {self.last_steps}")
-        if self.pipe is not None and not takes_prompts(
-            self.pipe
-        ):  # None: settings are checked before a model is loaded
+        if self.pipe is None:  # arguments are checked before a model is loaded
+            return
+        if not takes_prompts(self.pipe):
             raise InputError(
                 f"{type(self.pipe).__name__} makes arrays of its images, which let no gradients through: use another "
                 "method, for example grpo or d3po"
@@ -41,25 +63,15 @@ class RewardBackpropTrainer(Trainer):
                 "the decoder of this pipeline is cast to float32 and back in every call, amid the gradient: load the "
                 "model with dtype bfloat16 or float32, or give it a VAE that is made for float16"
             )
-        if settings.skip_low_noise_steps:
-            raise InputError("skip_low_noise_steps must be unset: reward backpropagation learns from the last steps")
-        if settings.steps_per_generation * settings.num_iterations > 1 or settings.timestep_fraction < 1:
-            raise InputError(
-                "reward backpropagation goes along the samples of the present weights: steps_per_generation, "
-                "num_iterations and timestep_fraction must be 1"
-            )
 
-    def window(self, total: int, settings: TrainingConfig) -> int:
-        """All: the gradient goes through the last steps."""
+    def window(self, total: int) -> int:
+        """All steps: the gradient goes through the last ones."""
         return total
 
-    def steps(self, total: int, settings: TrainingConfig, name: str) -> tuple[int, ...]:
-        """The last k: the KL and penalties are told of these alone."""
-        return tuple(range(max(total - self.last_steps, 0), total))
+    def steps(self, total: int, name: str) -> tuple[int, ...]:
+        """The last K steps, which the KL and penalties are taken over."""
+        return tuple(range(max(total - self.config.last_steps, 0), total))
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
-        """Adds the gradient of one update; see `steer.training.gradient.reward_gradient`."""
-        return reward_gradient(sampler, batch, self.reward, self.last_steps, **options)
-
-    def config_dict(self) -> dict[str, Any]:
-        return super().config_dict() | {"last_steps": self.last_steps}
+        """Add the gradient of one update; see `steer.training.gradient.reward_gradient`."""
+        return reward_gradient(sampler, batch, self.reward, self.config.last_steps, **options)

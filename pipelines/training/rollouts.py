@@ -1,4 +1,4 @@
-"""A round of finetuning: the samples that several updates learn from, all drawn by one policy."""
+"""The rollout buffer: the samples that several updates learn from, all drawn by one policy."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,12 +27,12 @@ from steer.training.trainable import Trainable
 
 @dataclass(frozen=True)
 class RolloutBuffer:
-    """RolloutBuffer `number`: a batch for each update, with the rewards (B, K) of its samples and what is told of them.
+    """Rollout `number`: a batch per update, with the rewards (B, K) of its samples and their metrics.
 
-    Of several processes each has its own chunks of the batches; all else is the same in all of them.
+    In a distributed run each process has its own chunks of the batches; all else is equal in all processes.
 
-    order   numbers of batches as they are learnt from, pass after pass
-    cursor  place in it
+    order   numbers of the batches in the order of the updates, pass after pass
+    cursor  position in it
     """
 
     number: int
@@ -44,25 +44,25 @@ class RolloutBuffer:
 
     @property
     def batch(self) -> Batch:
-        """The one to learn from now."""
+        """The batch of the next update."""
         return self.batches[self.order[self.cursor]]
 
     @property
     def on_policy(self) -> bool:
-        """Whether the weights are still those that drew the samples."""
+        """Whether the weights are those that drew the samples."""
         return self.cursor == 0
 
     def record(self) -> dict[str, float]:
-        """What is told of the present batch's samples."""
+        """Return the metrics of the present batch."""
         return self.metrics[self.order[self.cursor]]
 
     def next_batch(self) -> "RolloutBuffer | None":
-        """With the next batch as the present one; None after the last."""
+        """Advance to the next batch; None after the last."""
         return replace(self, cursor=self.cursor + 1) if self.cursor + 1 < len(self.order) else None
 
 
 def batch_order(batches: int, num_passes: int, seed: int, number: int) -> tuple[int, ...]:
-    """All batches as they were drawn, then in a new order for each further pass."""
+    """Return the batches in the order of sampling, then shuffled for each further pass."""
     order = list(range(batches))
     for turn in range(1, num_passes):
         generator = Generator().manual_seed(derived_seed(seed, f"round {number} pass {turn}"))
@@ -71,60 +71,62 @@ def batch_order(batches: int, num_passes: int, seed: int, number: int) -> tuple[
 
 
 class RolloutSource(Protocol):
-    """Where the samples of a run come from."""
+    """A source of rollouts: a policy and its prompts, or recorded samples."""
 
     def config_dict(self) -> dict[str, Any]:
-        """What decides them, as plain values."""
+        """Return the plain values that determine the samples."""
         ...
 
-    def round(
+    def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
-        """RolloutBuffer `number`, from 0: this process's share of it."""
+        """Collect rollout `number`, from 0: this process's shard of it."""
         ...
 
 
 @dataclass(frozen=True)
 class OnlineRollouts:
-    """Samples of prompts by the policy as it is, scored by a reward.
+    """Samples of prompts by the present policy, scored by the reward of `method`.
 
-    method  says what its loss is told of them, whether those of a prompt begin at one x_T, and which steps count
+    method  defines the signal of its loss, the steps that count, and whether samples of a prompt share one x_T
     """
 
     prompts: Sequence[str]
-    method: TrainingMethod
-    settings: TrainingConfig
+    method: TrainingMethod[Any]
+
+    @property
+    def config(self) -> TrainingConfig:
+        """The configuration of the method."""
+        return self.method.config
 
     def config_dict(self) -> dict[str, Any]:
         return {"prompts": list(self.prompts)}
 
-    def round(
+    def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
-        """Draws and scores the samples of every update of a round, and asks the reference about them.
+        """Sample and score every update of a rollout, and evaluate the reference on the samples.
 
-        Raises InputError where the first round leaves nothing to learn.
+        Raises InputError where the first rollout leaves nothing to learn.
         """
-        size, samples, seed = self.settings.train_batch_size, self.settings.num_generations, self.settings.seed
+        size, samples, seed = self.config.train_batch_size, self.config.num_generations, self.config.seed
         batches, rewards, metrics = [], [], []
-        for update in range(
-            number * self.settings.steps_per_generation, (number + 1) * self.settings.steps_per_generation
-        ):
+        for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
             scored = sample_and_score(
-                sampler, self.method.reward, rows, samples, self.settings.micro_batch, on_chunk, context
+                sampler, self.method.reward, rows, samples, self.config.micro_batch, on_chunk, context
             )
-            window = self.method.window(scored.chunks[0].log_probs.shape[1], self.settings)
-            steps = self.method.steps(window, self.settings, name)
-            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, self.settings)
+            window = self.method.window(scored.chunks[0].log_probs.shape[1])
+            steps = self.method.steps(window, name)
+            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, self.config)
             batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored), window))
             rewards.append(scored.rewards)
             metrics.append(summary(scored))
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
-        order = batch_order(len(batches), self.settings.num_iterations, seed, number)
+        order = batch_order(len(batches), self.config.num_iterations, seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order)
 
 
@@ -134,10 +136,10 @@ def references_of(
     chunks: Sequence[Trajectories],
     steps: Sequence[int],
     on_chunk: OnChunk,
-    settings: TrainingConfig,
+    config: TrainingConfig,
 ) -> list[Reference]:
     """Evaluate the reference on each chunk; keep its residuals, in the storage dtype, where a penalty needs them."""
-    results, dtype = [], DTYPES[settings.latents_dtype] if settings.needs_divergence else None
+    results, dtype = [], DTYPES[config.latents_dtype] if config.needs_divergence else None
     with trainable.reference():
         for chunk in chunks:
             on_chunk()
@@ -146,26 +148,26 @@ def references_of(
 
 
 def summary(scored: Scored) -> dict[str, Any]:
-    """The rewards' mean, their standard deviation among the samples of a prompt, and the means of components."""
+    """Return the mean reward, its standard deviation among samples of a prompt, and the means of the components."""
     spread = scored.rewards.std(1).mean().item() if scored.rewards.shape[1] > 1 else 0.0
     components = {f"reward/{name}": values.mean().item() for name, values in scored.components.items()}
     return {"reward": scored.rewards.mean().item(), "reward_spread": spread, **components}
 
 
 def trajectories_to_tensors(stored: Trajectories) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """One lot of rollouts."""
+    """Convert trajectories to tensors and plain values; lossless."""
     metrics = {**asdict(stored.rows), "stochastic": stored.stochastic}
     return {"latents": stored.latents, "log_probs": stored.log_probs}, metrics
 
 
 def trajectories_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> Trajectories:
-    """The rollouts that `trajectories_to_tensors` told of."""
+    """Restore trajectories from `trajectories_to_tensors`."""
     rows = Rows(tuple(metrics["prompts"]), tuple(metrics["starts"]), tuple(metrics["noises"]))
     return Trajectories(rows, tensors["latents"], tuple(metrics["stochastic"]), tensors["log_probs"])
 
 
 def rollout_to_tensors(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """All of a round; lossless."""
+    """Convert a rollout to tensors and plain values; lossless."""
     tensors: dict[str, Tensor] = {}
     batches = []
     for number, (batch, rewards) in enumerate(zip(buffer.batches, buffer.rewards, strict=True)):
@@ -180,7 +182,7 @@ def rollout_to_tensors(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[s
         batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": chunks})
     metrics = {
         "number": buffer.number,
-        "told": buffer.metrics,
+        "metrics": buffer.metrics,
         "order": buffer.order,
         "cursor": buffer.cursor,
         "batches": batches,
@@ -189,7 +191,7 @@ def rollout_to_tensors(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[s
 
 
 def concatenate(buffer: RolloutBuffer, context: DistributedContext) -> RolloutBuffer:
-    """The round with the chunks of all processes."""
+    """Gather the chunks of all processes."""
     batches = []
     for batch in buffer.batches:
         chunks, references = context.gather(batch.chunks), context.gather(batch.references)
@@ -198,7 +200,7 @@ def concatenate(buffer: RolloutBuffer, context: DistributedContext) -> RolloutBu
 
 
 def shard_rollout(whole: RolloutBuffer, context: DistributedContext, size: int) -> RolloutBuffer:
-    """What this process has of a whole round, in chunks of at most `size` rows."""
+    """Return this process's shard of a whole rollout, in chunks of at most `size` rows."""
     batches = []
     for batch in whole.batches:
         stored, metrics = Trajectories.concatenate(batch.chunks), Reference.concatenate(batch.references)
@@ -210,7 +212,7 @@ def shard_rollout(whole: RolloutBuffer, context: DistributedContext, size: int) 
 
 
 def rollout_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> RolloutBuffer:
-    """The round that `rollout_to_tensors` told of."""
+    """Restore a rollout from `rollout_to_tensors`."""
     batches, rewards = [], []
     for number, batch in enumerate(metrics["batches"]):
         chunks, references = [], []
@@ -226,7 +228,7 @@ def rollout_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, An
         metrics["number"],
         tuple(batches),
         tuple(rewards),
-        tuple(metrics["told"]),
+        tuple(metrics["metrics"]),
         tuple(metrics["order"]),
         metrics["cursor"],
     )

@@ -1,10 +1,10 @@
-"""The folder of a finetuning run: its records, its checkpoints and the weights it exports."""
+"""The output folder of a training: metrics, checkpoints and exported weights."""
 
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,19 +33,19 @@ from steer.training.trainable import Trainable, set_parameter, whole
 
 logger = logging.getLogger(__name__)
 
-RESUMABLE = "changeable"
+RESUMABLE = "resumable"
 LOG_FILES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 
 
 @dataclass
 class RunState:
-    """All that changes while a method trains.
+    """The state of a training, as a checkpoint holds it.
 
-    step, rounds  updates made, rounds drawn
-    rollout         the one that is being learnt from
+    step, num_rollouts  updates and rollouts so far
+    rollout             the samples of the next updates; None: to be collected
     """
 
-    method: TrainingMethod
+    method: TrainingMethod[Any]
     trainable: Trainable
     optimiser: Any
     schedule: Any
@@ -61,17 +61,17 @@ class RunState:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained, in a fixed order."""
+        """The trained parameters, in a fixed order."""
         return list(self.trainable.parameters.values())
 
     def set_parameter(self, weights: Mapping[str, Tensor]) -> None:
-        """Puts weights, by name, in the place of the present ones."""
+        """Replace the weights, by name."""
         for name, parameter in self.trainable.parameters.items():
             set_parameter(parameter, weights[name])
 
     @contextmanager
     def ema_weights(self) -> Iterator[None]:
-        """Inside, the weights are their average, where there is one."""
+        """Use the moving average of the weights, where there is one, inside the block."""
         if self.ema is None:
             yield
             return
@@ -86,10 +86,9 @@ class RunState:
 class RunFolder:
     """The folder `path` of one run.
 
-    identity  plain values that make the run this run: what goes on must have the same
-    resumable  settings that may differ when it is resumed, as plain values: those that do are logged
-    config_dict     plain values to be saved with every checkpoint
-    keep      checkpoints to keep
+    identity     plain values that must be equal when the run is resumed
+    resumable    plain values that may differ then; differences are logged
+    config_dict  plain values to save with every checkpoint
     """
 
     def __init__(
@@ -97,33 +96,17 @@ class RunFolder:
         path: Path,
         identity: Mapping[str, Any],
         config_dict: Mapping[str, Any],
-        settings: TrainingConfig,
+        config: TrainingConfig,
         context: AccelerateContext,
         resumable: Mapping[str, Any] | None = None,
     ) -> None:
-        self.path, self.config_dict, self.context, self.chunk = path, dict(config_dict), context, settings.micro_batch
+        self.path, self.config_dict, self.context, self.chunk = path, dict(config_dict), context, config.micro_batch
         self.identity = json.loads(json.dumps(identity), parse_constant=str)  # inf is no JSON
         self.resumable = json.loads(json.dumps(resumable or {}), parse_constant=str)
-        self.checkpoints = Checkpoints(path / "checkpoints", settings.save_total_limit)
-
-    def find(self, resume: bool) -> Checkpoint | None:
-        """The newest whole checkpoint, to be gone on from; None where nothing is there yet.
-
-        Raises InputError for a folder that holds another run, or this one where nobody asked to resume.
-        """
-        resume_from, skipped = self.checkpoints.latest()
-        for line in skipped:
-            logger.warning("skipped a checkpoint: %s", line)
-        if not resume and (resume_from or skipped or (self.path / LOG_FILES["records"]).exists()):
-            raise InputError(f"{self.path} holds a run already: resume it, or choose another output folder")
-        if resume_from is None and skipped:
-            raise InputError(f"{self.path}: no checkpoint there is whole ({skipped[0]}); choose another output folder")
-        if resume_from is not None:
-            _check_identity(self.identity, resume_from)
-        return resume_from
+        self.checkpoints = Checkpoints(path / "checkpoints", config.save_total_limit)
 
     def open(self, run: RunState, resume_from: Checkpoint | None) -> None:
-        """Puts the run where a checkpoint was, and writes down its records so far."""
+        """Restore the run from a checkpoint, and rewrite its logs to that point."""
         if resume_from is not None:
             self._restore(run, resume_from)
             logger.info("resumed %s at update %d", self.path, run.step)
@@ -136,7 +119,7 @@ class RunFolder:
                 write_text(self.path / name, "".join(lines))
 
     def _change(self, run: RunState, resume_from: Checkpoint) -> None:
-        """Apply the settings that differ from those of the checkpoint, and log each in one line."""
+        """Apply the values that differ from those of the checkpoint, and log each in one line."""
         there = resume_from.json("identity") | resume_from.json("identity").get(RESUMABLE, {})
         changed = {name: value for name, value in self.resumable.items() if there.get(name, value) != value}
         for name, value in changed.items():
@@ -151,8 +134,8 @@ class RunFolder:
             for group, present in zip(run.optimiser.param_groups, inner._last_lr, strict=True):
                 group["initial_lr"], group["lr"] = rate, present
 
-    def note(self, series: str, record: Record) -> None:
-        """Adds a line to a series; what a crash leaves of it is written anew when the run goes on."""
+    def log(self, series: str, record: Record) -> None:
+        """Append a line to a log file; resuming rewrites it to the last checkpoint."""
         if not self.context.is_main_process:
             return
         with self._writing(), (self.path / LOG_FILES[series]).open("a", encoding="utf-8") as file:
@@ -164,12 +147,12 @@ class RunFolder:
             yield
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise InputError(f"{self.path}: cannot write there ({reason}); make room, --resume goes on") from error
+            raise InputError(f"{self.path}: cannot write there ({reason}); make room, then resume") from error
 
     def save(self, run: RunState) -> None:
-        """A checkpoint of everything that the next update depends on, whatever the number of processes that made it.
+        """Save everything that the next update depends on; independent of the number of processes.
 
-        All of them have to call it: what each knows alone is gathered.
+        All processes call it: their shards are gathered.
         """
         random, whole_rollout = (
             self.context.gather([get_random_state()]),
@@ -188,12 +171,12 @@ class RunFolder:
         values: dict[str, Any] = {
             "state": {
                 "step": run.step,
-                "rounds": run.num_rollouts,
+                "num_rollouts": run.num_rollouts,
                 "optimiser": optimiser,
                 "schedule": run.schedule.state_dict(),
                 "kl_weight": run.control.weight,
-                "watch": run.early_stopping.state(),
-                "method": run.method.state(),
+                "early_stopping": run.early_stopping.state(),
+                "method": run.method.state_dict(),
                 "scaler": run.scaler.state_dict() if run.scaler else None,
                 # As lines: a checkpoint sorts keys, and the first reward of an evaluation is the trained one.
                 **{series: [json.dumps(record) for record in getattr(run, series)] for series in LOG_FILES},
@@ -205,7 +188,7 @@ class RunFolder:
             tensors["average"] = dict(zip(weights, shadow, strict=True))
             values["average"] = {"step": run.ema.optimization_step}
         if whole_rollout:
-            tensors["round"], values["round"] = rollout_to_tensors(whole_rollout)
+            tensors["rollout"], values["rollout"] = rollout_to_tensors(whole_rollout)
         pinned = [] if run.early_stopping.best_step is None else [run.early_stopping.best_step]
         self.checkpoints.save(run.step, tensors, values, pinned=pinned)
 
@@ -215,9 +198,9 @@ class RunFolder:
         load_optimiser(run.optimiser, saved.tensors("optimiser"), state["optimiser"])
         run.schedule.load_state_dict(state["schedule"])
         run.control = replace(run.control, weight=state["kl_weight"])
-        run.early_stopping = run.early_stopping.load_state(state["watch"])
-        run.method.restore(state["method"])
-        run.step, run.num_rollouts = state["step"], state["rounds"]
+        run.early_stopping = run.early_stopping.load_state(state["early_stopping"])
+        run.method.load_state_dict(state["method"])
+        run.step, run.num_rollouts = state["step"], state["num_rollouts"]
         run.records, run.evaluations = ([json.loads(line) for line in state[series]] for series in LOG_FILES)
         if run.scaler and state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
@@ -226,20 +209,20 @@ class RunFolder:
             for name, value in zip(run.trainable.parameters, run.ema.shadow_params, strict=True):
                 set_parameter(value, average[name])
             run.ema.optimization_step = saved.json("average")["step"]
-        if (saved.path / "round.json").exists():
-            gathered_rollout = rollout_from_tensors(saved.tensors("round"), saved.json("round"))
+        if (saved.path / "rollout.json").exists():
+            gathered_rollout = rollout_from_tensors(saved.tensors("rollout"), saved.json("rollout"))
             run.rollout = shard_rollout(gathered_rollout, self.context, self.chunk)
         random = saved.tensors("random")
-        if self.context.index < len(random["cpu"]):  # a process more than there were begins with its own
-            set_random_state({name: states[self.context.index] for name, states in random.items()})
+        if self.context.rank < len(random["cpu"]):  # an additional process starts with its own
+            set_random_state({name: states[self.context.rank] for name, states in random.items()})
 
     def load_best(self, run: RunState) -> None:
-        """Puts the weights of the best evaluation, or their average, in the place of the present ones."""
+        """Load the weights of the best evaluation, or their moving average."""
         saved = Checkpoint.open(self.checkpoints.folder / f"step-{run.early_stopping.best_step:08d}")
         run.set_parameter(saved.tensors("average" if run.ema else "weights"))
 
     def export(self, run: RunState, name: str) -> Path:
-        """The present weights, as diffusers reads them, and their sums; those of before stay until they are whole."""
+        """Write the weights as diffusers reads them, and their checksums; replace earlier ones once complete."""
         state = run.trainable.state()
         written = [self._export(run.trainable, state, name) if self.context.is_main_process else Path()]
         return self.path / name / self.context.gather(written)[0]
@@ -258,11 +241,30 @@ class RunFolder:
         return written.relative_to(new)
 
 
-def _check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:
+def checkpoint_to_resume(path: Path, resume: bool, warn: Callable[[str], None] = logger.warning) -> Checkpoint | None:
+    """Return the newest whole checkpoint of the run in a folder; None where there is no run yet.
+
+    warn  takes a line about each checkpoint that is skipped
+    Raises InputError for a folder with a run where `resume` is false, and for one without a whole checkpoint.
+    """
+    newest, skipped = Checkpoints(path / "checkpoints").latest()
+    if not resume and (newest or skipped or (path / LOG_FILES["records"]).exists()):
+        raise InputError(
+            f"{path} holds a run already: resume it (--resume or resume_from_checkpoint) or choose another output_dir"
+        )
+    if newest is None and skipped:
+        raise InputError(f"{path}: no checkpoint there is whole ({skipped[0]}); choose another output_dir")
+    for line in skipped:
+        warn(f"skipped a checkpoint: {line}")
+    return newest
+
+
+def check_identity(identity: Mapping[str, Any], saved: Checkpoint) -> None:
+    """Raises InputError for a checkpoint of another run."""
     there = saved.json("identity")
     for name, value in identity.items():
-        if name == "init_adapter" and value is None and name not in there:
-            continue  # a run from before there was such a setting
         if there.get(name) != value:
             difference = "" if len(str(value)) > 60 else f" ({there.get(name)!r} there, {value!r} here)"
-            raise InputError(f"{saved.path} is of a run with another {name}{difference}: choose another output folder")
+            raise InputError(
+                f"{saved.path} belongs to a run with another {name}{difference}: choose another output_dir"
+            )

@@ -1,15 +1,13 @@
-"""Finetuning methods: a diffusers pipeline whose denoiser learns from a reward."""
+"""The training, from top to bottom: Trainer (its arguments and what it saves), the run, its loop and one update."""
 
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Unpack
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, TypeVar, Unpack
 
 import torch
 from accelerate import Accelerator
@@ -20,229 +18,298 @@ from tqdm.auto import tqdm
 
 from steer.diffusion.step_hooks import plain_values
 from steer.errors import InputError
-from steer.pipelines.training.config import TrainingConfig
-from steer.pipelines.training.distributed import AccelerateContext
-from steer.pipelines.training.evaluation import EvalResult, Evaluator
-from steer.pipelines.training.method import Record, TrainingMethod, TrainingResult, half_precision, sampler_of
+from steer.files import write_text
+from steer.pipelines.training.config import LossConfig, TrainingConfig
+from steer.pipelines.training.distributed import AccelerateContext, main_first
+from steer.pipelines.training.evaluation import Evaluator
+from steer.pipelines.training.events import Events, Stopped, StopRequest, stop_request
+from steer.pipelines.training.method import (
+    ConfigT,
+    Record,
+    TrainingMethod,
+    TrainingResult,
+    half_precision,
+    sampler_of,
+)
+from steer.pipelines.training.model_card import base_model, model_card
+from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
 from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer, RolloutSource
-from steer.pipelines.training.state import RunFolder, RunState
+from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
 from steer.reward import warn_if_pipeline_truncates, with_metadata
 from steer.rewards.parser import load_reward
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
-from steer.training.guards import EarlyStopping, KLControl, check_replay, check_rounding, chi_square, kl
-from steer.training.losses import Loss, Metrics
+from steer.training.guards import EarlyStopping, check_replay, check_rounding, chi_square, kl
+from steer.training.losses import Metrics
 from steer.training.rollout import Sampler, takes_prompts
 from steer.training.trainable import FullFinetuning, LoRA, Trainable, fingerprint, get_denoiser, whole
 
-# What may differ when a run is resumed: logged where it does.
-RESUMABLE_FIELDS = {
-    "learning_rate",
-    "weight_decay",
-    "max_grad_norm",
-    "max_steps",
-    "micro_batch",
-    "gradient_checkpointing",
-    "eval_steps",
-    "patience",
-    "save_steps",
-    "save_total_limit",
-    "kl_budget",
-    "log_with",
-}
+INTERRUPTED = "interrupted"
+LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
 
 
-def accelerator_of(settings: TrainingConfig, folder: Path, cpu: bool) -> Accelerator:
-    """Raises InputError for a precision or a tracker that there is not here."""
-    if cpu and settings.mixed_precision == "fp16":
-        raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != settings.mixed_precision:
-        AcceleratorState._reset_state()  # an earlier run of this process had another precision
-    try:
-        accelerator = Accelerator(
-            mixed_precision=settings.mixed_precision,
-            log_with=list(settings.log_with) or None,
-            project_dir=folder,
-            cpu=cpu,
-            device_placement=False,  # the pipeline is where its owner put it
-        )
-    except (ImportError, ValueError) as error:
-        raise InputError(f"log_with {', '.join(settings.log_with)}: {str(error).splitlines()[0]}") from error
-    return accelerator
+class Trainer(TrainingMethod[ConfigT]):
+    """A method that trains the denoiser of `pipe` on `reward`; afterwards `pipe` is the trained pipeline.
 
+    trainer = GRPOTrainer(pipe, "hpsv2.1", config=GRPOConfig(max_steps=200), train_prompts=["a red circle"])
+    trainer.train()
+    trainer.save_pretrained("lora")  # for pipe.load_lora_weights("lora")
 
-def trainable_of(pipe: Any, settings: TrainingConfig) -> Trainable:
-    """A LoRA in the denoiser, or all of it; everything else is frozen."""
-    if settings.gradient_checkpointing:
-        get_denoiser(pipe)[1].enable_gradient_checkpointing()
-    if settings.lora_rank == 0:
-        return FullFinetuning(pipe)
-    lora = LoRA(pipe, settings.lora_rank, settings.lora_alpha, settings.lora_target_modules, settings.seed)
-    if settings.init_adapter is not None:
-        lora.load_initial_adapter(settings.init_adapter)
-    return lora
+    reward         None where people annotated preferences
+    config         the method's own, such as GRPOConfig, or a TrainingConfig with the method's options at their defaults
+    preferences    of D3PO, in place of train_prompts: folder of human comparisons (`preference_data.PreferenceFolder`).
+                   Samples without stored trajectories are sampled again by `pipe` and must give the same pixels. The
+                   configuration is by default the one that they were sampled with.
+    train_prompts  of a pipeline without prompts (unconditional) a count, or texts that the reward reads
+    eval_prompts   held out; without them nothing is evaluated
+    eval_rewards   held out; early stopping watches the first (without any, the trained reward on the eval_prompts)
+    metadata, eval_metadata  one mapping per prompt, for rewards that accept `metadata`
+    callbacks      `transformers.TrainerCallback`s, or objects with some of its methods: on_train_begin, on_step_end,
+                   on_log (`logs`: the metrics of an update), on_evaluate (`metrics`, and `evaluation`: an EvalResult
+                   with images), on_save, on_train_end. They are called in every process, and may set
+                   should_training_stop, should_save and should_evaluate of their TrainerControl.
+    run_config     plain values that describe the run, in its checkpoints and model card
 
-
-def resumable_of(settings: TrainingConfig) -> dict[str, Any]:
-    """Settings that may differ when the run is resumed, as plain values."""
-    return {name: plain_values(value) for name, value in asdict(settings).items() if name in RESUMABLE_FIELDS}
-
-
-def identity_of(
-    method: TrainingMethod, source: RolloutSource, evaluator: Evaluator, settings: TrainingConfig
-) -> dict[str, Any]:
-    """What makes a run this run, as plain values."""
-    pipe = method.pipe
-    fixed = {name: value for name, value in asdict(settings).items() if name not in RESUMABLE_FIELDS}
-    return {
-        **method.config_dict(),
-        **source.config_dict(),
-        **evaluator.config_dict(),
-        # By its own name, wherever it lies: a run goes on after its folder, or the checkout, was moved.
-        "model": f"{type(pipe).__name__} {Path(getattr(pipe.config, '_name_or_path', '')).name}".strip(),
-        "weights": fingerprint(pipe),
-        "scheduler": pipe.scheduler.to_json_string(),
-        **{name: plain_values(value) for name, value in fixed.items()},
-    }
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SIGNAL_INTERVAL = 1.0  # seconds between two signals of one wish
-
-
-class Stopped(Exception):
-    """Ends a run between two things that belong together."""
-
-
-class StopRequest:
-    """Whether somebody asked for the end.
-
-    any_process  of several processes, whether one of them was asked: a signal reaches each at another time
+    Raises InputError for arguments that do not fit.
     """
 
-    def __init__(self, any_process: Callable[[bool], bool] = bool) -> None:
-        self.requested, self._agreed, self._first = False, any_process, 0.0
-
-    def check(self) -> None:
-        """Raises Stopped once somebody asked."""
-        if self._agreed(self.requested):
-            raise Stopped
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        # Ctrl-C a second time: at once. Launchers send signals twice, but not so far apart.
-        if self.requested and number == signal.SIGINT and time.monotonic() - self._first > SIGNAL_INTERVAL:
-            raise KeyboardInterrupt
-        if not self.requested:
-            self.requested, self._first = True, time.monotonic()
-
-
-@contextmanager
-def stop_request(any_process: Callable[[bool], bool] = bool) -> Iterator[StopRequest]:
-    """Inside, the signals of the main thread are taken as a request; the handlers of before come back."""
-    request = StopRequest(any_process)
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {number: signal.signal(number, request._request) for number in SIGNALS}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python
-
-
-INTERRUPTED = "interrupted"
-
-
-class TrainingRun:
-    """One training of one method, in one folder."""
+    config_class: ClassVar[type[TrainingConfig]]
+    takes_preferences: ClassVar[bool] = False
 
     def __init__(
         self,
-        method: TrainingMethod,
-        source: RolloutSource,
-        evaluator: Evaluator,
-        settings: TrainingConfig,
-        folder: Path,
-        config_dict: dict[str, Any],
-        resume: bool,
+        pipe: Any,
+        reward: Any = None,
+        config: TrainingConfig | None = None,
+        *,
+        preferences: str | Path | None = None,
+        train_prompts: Sequence[str] | int = (),
+        eval_prompts: Sequence[str] | int = (),
+        eval_rewards: Sequence[Any] = (),
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        eval_metadata: Sequence[Mapping[str, Any]] | None = None,
+        callbacks: Sequence[Any] = (),
+        run_config: Mapping[str, Any] | None = None,
     ) -> None:
-        self.method, self.source, self.evaluator, self.settings = method, source, evaluator, settings
-        self.accelerator = accelerator_of(settings, folder, method.pipe.device.type == "cpu")
+        if preferences is not None and not self.takes_preferences:
+            raise InputError(f"preferences are for D3PO, not for {self.config_class.title}: give prompts and a reward")
+        if reward is None and preferences is None:
+            raise InputError("reward is missing: give one to train on, or preferences (D3PO)")
+        if config is None and preferences is not None:
+            config = self.config_class(**sampling_config_of(preferences))
+        super().__init__(pipe, NoReward() if reward is None else reward)
+        self.config = self._own_config(config)
+        self.preferences = None if preferences is None else Path(preferences)
+        self.train_prompts, self.eval_prompts = train_prompts, eval_prompts
+        self.eval_rewards = tuple(load_reward(one) for one in eval_rewards)
+        self.metadata, self.eval_metadata = metadata, eval_metadata
+        self.callbacks, self.run_config = tuple(callbacks), run_config
+        self._run: TrainingRun | None = None
+        self.check()
+
+    def _own_config(self, config: TrainingConfig | None) -> Any:
+        own = self.config_class
+        if config is None or isinstance(config, own):
+            return config or own()
+        if type(config) is not TrainingConfig:
+            raise InputError(
+                f"config must be a {own.__name__} or a TrainingConfig, got {type(config).__name__}: "
+                "it holds options of another method"
+            )
+        return own(**{one.name: getattr(config, one.name) for one in fields(config)})
+
+    def train(self, resume_from_checkpoint: bool = False) -> TrainingResult:
+        """Train, and write metrics, evaluations, checkpoints and weights (final/, best/) to `config.output_dir`.
+
+        resume_from_checkpoint  continue from the newest whole checkpoint there; start where there is none
+
+        Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for bad arguments, before anything is sampled.
+        """
+        source, evaluator = self.rollout_source(), self.evaluator()
+        evaluator.check(self.config.early_stopping_patience)
+        self._run = TrainingRun(self, source, evaluator, resume_from_checkpoint)
+        return self._run.train()
+
+    def rollout_source(self) -> RolloutSource:
+        """The samples that are learnt from. Raises InputError for prompts that do not fit the pipeline."""
+        if self.preferences is not None:
+            with main_first(self.pipe.device.type == "cpu"):
+                return PreferenceDataset.of(self.preferences, self.pipe, self.config)
+        prompts, held_out = prompts_of(self.pipe, self.train_prompts, "train_prompts"), self.held_out()
+        if not prompts:
+            raise InputError("train_prompts: at least one is needed")
+        rows = metadata_table((prompts, self.metadata), (held_out, self.eval_metadata))
+        self.reward = with_metadata(self.reward, rows)
+        self.eval_rewards = tuple(with_metadata(one, rows) for one in self.eval_rewards)
+        warn_if_pipeline_truncates(self.pipe, (*prompts, *held_out), self.config.call)
+        return OnlineRollouts(prompts, self)
+
+    def held_out(self) -> tuple[str, ...]:
+        """The evaluation prompts as texts."""
+        return prompts_of(self.pipe, self.eval_prompts, "eval_prompts")
+
+    def evaluator(self) -> Evaluator:
+        """The evaluator by the trained reward, where there is one, and the held-out ones."""
+        rewards = (() if isinstance(self.reward, NoReward) else (self.reward,)) + self.eval_rewards
+        if self.eval_prompts and not rewards:
+            raise InputError("eval_prompts need a reward to evaluate their images: give eval_rewards")
+        first, *others = rewards or (self.reward,)
+        return Evaluator(self.held_out(), first, others)
+
+    def describe(self) -> dict[str, Any]:
+        """The run as plain values: `run_config`, or the model, the reward and the configuration."""
+        if self.run_config is not None:
+            return dict(self.run_config)
+        names = {"model": base_model(self.pipe), "reward": self.reward.name}
+        return names | {"eval_rewards": [one.name for one in self.eval_rewards]} | plain_values(asdict(self.config))
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the trained weights as diffusers reads them, and a model card; return the folder.
+
+        A LoRA loads with `pipe.load_lora_weights(folder)`, all weights with the denoiser's `from_pretrained`. In a
+        distributed run every process calls it.
+        """
+        run, folder = self._run, Path(folder)
+        if run is None or (result := run.result) is None:
+            raise InputError("nothing is trained yet: call train() before save_pretrained() or push_to_hub()")
+        weights = run.state.trainable.state()
+        if run.context.is_main_process:
+            result = replace(result, weights=run.state.trainable.write(weights, folder))
+            write_text(folder / "README.md", model_card(folder, self.pipe, self.config, result, self.describe()))
+        return folder
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub; return its address.
+
+        repo_id  ORGANISATION/NAME, created where it does not exist
+        """
+        from huggingface_hub import HfApi
+
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            if self._run is not None and not self._run.context.is_main_process:
+                return ""
+            api = HfApi(token=token)
+            repository = api.create_repo(repo_id, private=private, exist_ok=True)
+            message = f"{self.config.title} with steer"
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message)
+        return str(repository)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the diffusers pipeline itself."""
+        return self.pipe(*args, **kwargs)
+
+
+class LossTrainer(Trainer[LossConfigT]):
+    """A method that is a loss of log-probabilities and of the signal that `signal` makes of rewards."""
+
+    def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
+        """Add the gradient of one update; see `steer.training.gradient.two_pass_gradient`."""
+        return two_pass_gradient(sampler, batch, self.config.loss(), **options)
+
+
+class TrainingRun:
+    """One training of one trainer, in its output folder.
+
+    result  once it has ended
+    """
+
+    def __init__(self, trainer: Trainer[Any], source: RolloutSource, evaluator: Evaluator, resume: bool) -> None:
+        config, folder = trainer.config, Path(trainer.config.output_dir)
+        self.trainer, self.source, self.evaluator, self.config = trainer, source, evaluator, config
+        self.accelerator = accelerator_of(config, folder, trainer.pipe.device.type == "cpu")
         self.context = AccelerateContext(self.accelerator)
-        self.context.check(settings)
-        identity, resumable = identity_of(method, source, evaluator, settings), resumable_of(settings)
-        self.folder = RunFolder(folder, identity, config_dict, settings, self.context, resumable)
-        self.eval_result = self.folder.find(resume)
+        self.context.check(config)
+        identity, resumable = identity_of(trainer, source, evaluator), resumable_of(config)
+        self.folder = RunFolder(folder, identity, trainer.describe(), config, self.context, resumable)
+        self.resume_from = checkpoint_to_resume(folder, resume)
+        if self.resume_from is not None:
+            check_identity(self.folder.identity, self.resume_from)
         self.context.wait()  # nobody writes before all have looked
-        with self.context.together():
-            self.state = self._create_state(trainable_of(method.pipe, settings))
+        with self.context.translate_connection_errors():
+            self.state = self._create_state(trainable_of(trainer.pipe, config))
         self.sampler = self._sampler()
         self.stopped: str | None = None
+        self.result: TrainingResult | None = None
+        self.events = Events(trainer.callbacks, config, self.state, self.context)
 
     def _create_state(self, trainable: Trainable) -> RunState:
-        settings = self.settings
+        config = self.config
         parameters = trainable.parameters.values()
-        optimiser = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=settings.weight_decay)
+        optimiser = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
         self.prepared, self.optimiser = self.accelerator.prepare(trainable.denoiser, optimiser)
-        ema = EMAModel(list(trainable.parameters.values()), settings.ema_decay) if settings.ema_decay else None
+        ema = EMAModel(list(trainable.parameters.values()), config.ema_decay) if config.ema_decay else None
         return RunState(
-            method=self.method,
+            method=self.trainer,
             trainable=trainable,
             optimiser=optimiser,
-            schedule=get_constant_schedule_with_warmup(optimiser, settings.warmup_steps),
+            schedule=get_constant_schedule_with_warmup(optimiser, config.warmup_steps),
             scaler=self.accelerator.scaler,
             ema=ema,
-            control=KLControl(settings.kl_weight, settings.kl_target, settings.kl_budget),
-            early_stopping=EarlyStopping(settings.early_stopping_patience),
+            control=config.kl_control(),
+            early_stopping=EarlyStopping(config.early_stopping_patience),
         )
 
-    def train(self, on_update: Callable[[Record], None], on_evaluation: Callable[[EvalResult], None]) -> TrainingResult:
-        """Goes on from what is there, updates until the last one, a guard or a signal; then exports the weights."""
-        with self.context.together(), torch.random.fork_rng():  # for pipelines that draw beside the generators
-            torch.manual_seed(self.settings.seed + self.context.index)
-            self.folder.open(self.state, self.eval_result)
+    def train(self) -> TrainingResult:
+        """Resume, update until the last step, a guard, a callback or a signal; then export the weights."""
+        # Some pipelines draw from the global generator.
+        with self.context.translate_connection_errors(), torch.random.fork_rng():
+            torch.manual_seed(self.config.seed + self.context.rank)
+            self.folder.open(self.state, self.resume_from)
             try:
-                self._training_loop(on_update, on_evaluation)
-                return self._export_result()
+                self.events.call("on_train_begin")
+                self._training_loop()
+                self.result = self._export_result()
+                self.events.call("on_train_end")
+                return self.result
             except Exception:
-                # What was learnt is not lost with a reward that fails; of several processes one alone cannot save it.
-                if self.state.step and self.context.count == 1:
+                # A failing reward does not lose what was learnt; one of several processes cannot save it alone.
+                if self.state.step and self.context.world_size == 1:
                     self.folder.save(self.state)
                 raise
             finally:
                 # The user's denoiser computes in its own precision again.
                 self.accelerator.unwrap_model(self.prepared, keep_fp32_wrapper=False)
 
-    def _training_loop(self, on_update: Callable[[Record], None], on_evaluation: Callable[[EvalResult], None]) -> None:
-        state, last = self.state, self.settings.max_steps
-        hidden, name = None if self.context.is_main_process else True, type(self.method).__name__
+    def _training_loop(self) -> None:
+        state, last = self.state, self.config.max_steps
+        hidden, name = None if self.context.is_main_process else True, type(self.trainer).__name__
         bar = tqdm(total=last, initial=state.step, unit="update", disable=hidden, desc=name)
         with stop_request(self.context.any) as request, bar, self._trackers():
             try:
                 while True:
-                    self._evaluate(request, on_evaluation)
-                    if state.step and state.step % self.settings.save_steps == 0:
-                        self.folder.save(state)
+                    self._evaluate_if_due(request)
+                    self._stop_if_overoptimized()
+                    asked = self.events.asked("should_save")
+                    if asked or (state.step and state.step % self.config.save_steps == 0):
+                        self._save()
                     if self.stopped or state.step >= last:
                         break
                     if (record := self._update(request)) is not None:
-                        if self.context.is_main_process:
-                            on_update(record)
+                        self.events.call("on_step_end")
+                        self.events.call("on_log", logs=record)
+                        if self.events.asked("should_training_stop"):
+                            self.stopped = "a callback asked for it"
                         self.accelerator.log(_scalars(record), state.step)
                         bar.update()
                         bar.set_postfix(_progress_metrics(record))
             except Stopped:
                 self.stopped = INTERRUPTED
-            self.folder.save(state)
+            self._save()
+
+    def _save(self) -> None:
+        self.folder.save(self.state)
+        self.events.call("on_save")
 
     def _update(self, request: StopRequest) -> Record | None:
-        """One update: samples where none are left, the gradient, the optimiser, the record; None where the KL budget
-        is spent."""
+        """Make one update: collect a rollout where none is left, gradient, optimiser step, metrics.
+
+        Returns the metrics; None where the KL budget is spent.
+        """
         started, state = time.monotonic(), self.state
-        self.optimiser.zero_grad()  # of an update that was broken off
+        self.optimiser.zero_grad()  # of an interrupted update
         state.rollout = state.rollout or self._draw(request)
         with self.context.no_sync(self.prepared) as exchange:
-            loss, metrics = self.method.gradient(
+            loss, metrics = self.trainer.gradient(
                 self.sampler,
                 state.rollout.batch,
                 penalties=self._penalties(),
@@ -258,26 +325,26 @@ class TrainingRun:
         rate = state.schedule.get_last_lr()[0]
         norm = self._step(loss)
         state.step += 1
-        record = {"step": state.step, "round": state.num_rollouts, "loss": loss, **state.rollout.record(), **metrics}
+        record = {"step": state.step, "rollout": state.num_rollouts, "loss": loss, **state.rollout.record(), **metrics}
         record |= {"kl_weight": state.control.weight, "grad_norm": norm, "learning_rate": rate}
-        seconds, images = time.monotonic() - started, self.settings.train_batch_size * self.settings.num_generations
-        record |= {"seconds": seconds, "images_per_second": images / seconds, "processes": self.context.count}
-        # No pairs, no accuracy; and a scaler tries its way with infinite gradients.
+        seconds, images = time.monotonic() - started, self.config.train_batch_size * self.config.num_generations
+        record |= {"seconds": seconds, "images_per_second": images / seconds, "processes": self.context.world_size}
+        # Accuracy is NaN without pairs; a gradient scaler meets infinite gradients.
         record = {name: value for name, value in record.items() if math.isfinite(value)}
         state.rollout = state.rollout.next_batch()
         state.control = state.control.after(metrics["kl"])
         state.records.append(record)
-        self.folder.note("records", record)
+        self.folder.log("records", record)
         return record
 
     def _step(self, loss: float) -> float:
-        """The optimiser's step; the gradient's norm. Raises InputError before the step where that is no number."""
+        """Make the optimiser step; return the gradient norm. Raises InputError where it is not finite."""
         state = self.state
-        norm = float(whole(self.accelerator.clip_grad_norm_(state.parameters, self.settings.max_grad_norm)))
+        norm = float(whole(self.accelerator.clip_grad_norm_(state.parameters, self.config.max_grad_norm)))
         if not (math.isfinite(loss) and (math.isfinite(norm) or state.scaler)):
             raise InputError(
                 f"the loss of update {state.step + 1} is {loss:g}, its gradient as long as {norm:g}: lower "
-                "learning_rate, raise kl_weight, or mend a reward whose gradient is not finite"
+                "learning_rate, raise kl_weight, or fix a reward whose gradient is not finite"
             )
         self.optimiser.step()
         state.schedule.step()
@@ -286,41 +353,39 @@ class TrainingRun:
         return norm
 
     def _penalties(self) -> dict[Penalty, float]:
-        penalties: dict[Penalty, float] = {kl: self.state.control.weight, chi_square: self.settings.chi_square_weight}
+        penalties: dict[Penalty, float] = {kl: self.state.control.weight, chi_square: self.config.chi_square_weight}
         return {penalty: weight for penalty, weight in penalties.items() if weight}
 
     def _sampler(self) -> Sampler:
-        return sampler_of(self.method.pipe, self.settings, self.prepared)
+        return sampler_of(self.trainer.pipe, self.config, self.prepared)
 
     def _draw(self, request: StopRequest) -> RolloutBuffer:
-        """The next round; the first one is also held against its replay. One that is broken off leaves no trace."""
-        before, random = self.method.state(), torch.get_rng_state()
-        self.sampler = self._sampler()  # what it remembers of texts lasts for a round
+        """Collect the next rollout and verify the first by its replay. An interrupted one leaves no trace."""
+        before, random = self.trainer.state_dict(), torch.get_rng_state()
+        self.sampler = self._sampler()  # its cached text embeddings last for a rollout
         try:
-            buffer = self.source.round(
+            buffer = self.source.collect(
                 self.state.num_rollouts, self.sampler, self.state.trainable, request.check, self.context
             )
             if self.state.num_rollouts == 0:
                 self._check(buffer.batch)
         except BaseException:
-            self.method.restore(before)
+            self.trainer.load_state_dict(before)
             torch.set_rng_state(random)
             raise
         self.state.num_rollouts += 1
         return buffer
 
     def _check(self, batch: Batch) -> None:
-        """Raises InputError where log-probabilities are not those of the samples, or are rounding."""
-        dtype = half_precision(self.state.trainable.denoiser, self.settings)
-        as_model = self.settings.log_prob_precision == "model"
+        """Raises InputError where a replay gives other log-probabilities, or rounding dominates them."""
+        dtype = half_precision(self.state.trainable.denoiser, self.config)
+        as_model = self.config.log_prob_precision == "model"
         check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32)
-        if as_model and (dtype or self.method.pipe.device.type == "cuda"):  # where TF32 may be on
-            exact = sampler_of(self.method.pipe, self.settings, self.prepared, "float32")
+        if as_model and (dtype or self.trainer.pipe.device.type == "cuda"):  # where TF32 may be on
+            exact = sampler_of(self.trainer.pipe, self.config, self.prepared, "float32")
             check_rounding(self.sampler, exact, self.state.trainable.parameters, batch.chunks[0], batch.steps)
 
-    def _evaluate(self, request: StopRequest, on_evaluation: Callable[[EvalResult], None]) -> None:
-        """Where one is due, and was not made before: at the start, every so often, and at the end."""
-        self._evaluate_if_due(request, on_evaluation)
+    def _stop_if_overoptimized(self) -> None:
         early_stopping = self.state.early_stopping
         if early_stopping.stop() and not self.stopped:
             self.stopped = (
@@ -328,34 +393,36 @@ class TrainingRun:
                 f"in a row: the weights of update {early_stopping.best_step} are kept"
             )
 
-    def _evaluate_if_due(self, request: StopRequest, on_evaluation: Callable[[EvalResult], None]) -> None:
-        state, every = self.state, self.settings.eval_steps
-        due = state.step % every == 0 or state.step >= self.settings.max_steps or self.stopped
+    def _evaluate_if_due(self, request: StopRequest) -> None:
+        """Evaluate at the start, every `eval_steps`, at the end and where a callback asks for it."""
+        state, every = self.state, self.config.eval_steps
+        due = state.step % every == 0 or state.step >= self.config.max_steps or self.stopped
+        due = self.events.asked("should_evaluate") or due
         if not self.evaluator.prompts or not due or (state.evaluations and state.evaluations[-1]["step"] == state.step):
             return
         with state.ema_weights():
-            pipe, check = self.method.pipe, request.check
-            eval_result = self.evaluator.evaluate(pipe, self.settings, state.step, self.prepared, check, self.context)
-            if self.context.is_main_process:
-                on_evaluation(eval_result)
-            state.early_stopping = state.early_stopping.after(state.step, *eval_result.means())
+            pipe, check = self.trainer.pipe, request.check
+            result = self.evaluator.evaluate(pipe, self.config, state.step, self.prepared, check, self.context)
+            record = result.record()
+            self.events.call("on_evaluate", metrics=record, evaluation=result)
+            state.early_stopping = state.early_stopping.after(state.step, *result.means())
             best = state.early_stopping.best_step == state.step
             if best:
                 self.folder.export(state, "best")
-        state.evaluations.append(eval_result.record())
+        state.evaluations.append(record)
         if best:
-            self.folder.save(state)  # pinned, whatever comes
-        self.folder.note("evaluations", eval_result.record())
-        self.accelerator.log(_scalars(eval_result.record()), state.step)
+            self._save()  # pinned: it is never rotated away
+        self.folder.log("evaluations", record)
+        self.accelerator.log(_scalars(record), state.step)
 
     @contextmanager
     def _trackers(self) -> Iterator[None]:
-        if self.settings.log_with:
+        if self.config.log_with:
             self.accelerator.init_trackers("steer")
         try:
             yield
         finally:
-            for tracker in self.accelerator.trackers:  # end_training would part the processes as well
+            for tracker in self.accelerator.trackers:  # end_training would end the process group as well
                 tracker.finish()
 
     def _export_result(self) -> TrainingResult:
@@ -373,7 +440,7 @@ class TrainingRun:
 
 
 def _scalars(record: Record) -> dict[str, float]:
-    """What trackers can draw; of [mean, low, high] the mean."""
+    """Return the values that trackers plot; of [mean, low, high] the mean."""
     return {name: value[0] if isinstance(value, list) else value for name, value in record.items()}
 
 
@@ -382,76 +449,80 @@ def _progress_metrics(record: Record) -> dict[str, str]:
     return {short: f"{record[name]:.3g}" for name, short in names.items() if name in record}
 
 
-class Trainer(TrainingMethod):
-    """A method that trains `pipe`'s denoiser on `reward`; afterwards `pipe` is the trained one."""
+# Fields that may differ when a run is resumed; differences are logged.
+RESUMABLE_FIELDS = {
+    "learning_rate",
+    "weight_decay",
+    "max_grad_norm",
+    "max_steps",
+    "micro_batch",
+    "gradient_checkpointing",
+    "eval_steps",
+    "early_stopping_patience",
+    "save_steps",
+    "save_total_limit",
+    "kl_budget",
+    "log_with",
+}
 
-    def train(
-        self,
-        prompts: Sequence[str] | int,
-        output_dir: str | Path,
-        settings: TrainingConfig | None = None,
-        *,
-        eval_prompts: Sequence[str] | int = (),
-        eval_rewards: Sequence[Any] = (),
-        metadata: Sequence[Mapping[str, Any]] | None = None,
-        eval_metadata: Sequence[Mapping[str, Any]] | None = None,
-        resume: bool = False,
-        config_dict: Mapping[str, Any] | None = None,
-        on_update: Callable[[Record], None] | None = None,
-        on_evaluation: Callable[[EvalResult], None] | None = None,
-    ) -> TrainingResult:
-        """Trains, and writes to `output_dir`: metrics.jsonl, evaluations.jsonl, checkpoints/, final/ and best/ weights.
 
-        prompts        to learn from; of a pipeline without prompts (unconditional) a count, or what the reward reads
-        eval_prompts   held out; without them nothing is evaluated
-        metadata, eval_metadata  one mapping for each of these, for rewards that accept `metadata`
-        eval_rewards   kept apart from the trained reward; the first is what EarlyStopping watches (without any, the
-                       trained reward on the held-out prompts)
-        resume         go on from the newest whole checkpoint, or begin where there is none
-        config_dict          plain values that are saved with every checkpoint
-        on_update, on_evaluation  observers
-
-        Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for what does not fit, before anything is drawn.
-        """
-        settings = settings or TrainingConfig()
-        train_prompts, held_out = (
-            prompts_of(self.pipe, prompts, "prompts"),
-            prompts_of(self.pipe, eval_prompts, "eval_prompts"),
+def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerator:
+    """Create the accelerator. Raises InputError for a precision or a tracker that is not available."""
+    if cpu and config.mixed_precision == "fp16":
+        raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
+        AcceleratorState._reset_state()  # an earlier run of this process had another precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=list(config.log_with) or None,
+            project_dir=folder,
+            cpu=cpu,
+            device_placement=False,  # the pipeline is where its owner put it
         )
-        if not train_prompts:
-            raise InputError("prompts: at least one is needed")
-        rows = metadata_table((train_prompts, metadata), (held_out, eval_metadata))
-        self.reward = with_metadata(self.reward, rows)
-        self.check(settings)
-        warn_if_pipeline_truncates(self.pipe, (*train_prompts, *held_out), settings.call or {})
-        source = OnlineRollouts(train_prompts, self, settings)
-        evaluation_rewards = tuple(with_metadata(load_reward(reward), rows) for reward in eval_rewards)
-        evaluator = Evaluator(held_out, self.reward, evaluation_rewards)
-        return self._run(source, evaluator, settings, output_dir, resume, config_dict, on_update, on_evaluation)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"log_with {', '.join(config.log_with)}: {str(error).splitlines()[0]}") from error
+    return accelerator
 
-    def _run(
-        self,
-        source: RolloutSource,
-        evaluator: Evaluator,
-        settings: TrainingConfig,
-        output_dir: str | Path,
-        resume: bool,
-        config_dict: Mapping[str, Any] | None,
-        on_update: Callable[[Record], None] | None,
-        on_evaluation: Callable[[EvalResult], None] | None,
-    ) -> TrainingResult:
-        """What a training is, wherever its samples come from."""
-        evaluator.check(settings.early_stopping_patience)
-        run = TrainingRun(self, source, evaluator, settings, Path(output_dir), dict(config_dict or {}), resume)
-        return run.train(on_update or (lambda record: None), on_evaluation or (lambda evaluated: None))
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the diffusers pipeline itself."""
-        return self.pipe(*args, **kwargs)
+def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
+    """Return a LoRA in the denoiser, or all of its weights, as trainable; everything else is frozen."""
+    if config.gradient_checkpointing:
+        get_denoiser(pipe)[1].enable_gradient_checkpointing()
+    if config.lora_rank == 0:
+        return FullFinetuning(pipe)
+    lora = LoRA(pipe, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
+    if config.init_adapter is not None:
+        lora.load_initial_adapter(config.init_adapter)
+    return lora
+
+
+def resumable_of(config: TrainingConfig) -> dict[str, Any]:
+    """Return the fields that may differ when the run is resumed, as plain values."""
+    return {name: plain_values(value) for name, value in asdict(config).items() if name in RESUMABLE_FIELDS}
+
+
+def identity_of(trainer: Trainer[Any], source: RolloutSource, evaluator: Evaluator) -> dict[str, Any]:
+    """Return the plain values that a run keeps when it is resumed."""
+    pipe = trainer.pipe
+    fixed = {
+        name: value for name, value in asdict(trainer.config).items() if name not in {*RESUMABLE_FIELDS, "output_dir"}
+    }
+    return {
+        "method": type(trainer).__name__,
+        "reward": trainer.reward.name,
+        **source.config_dict(),
+        **evaluator.config_dict(),
+        # By its own name, in any folder: a run resumes after its folder, or the checkout, was moved.
+        "model": f"{type(pipe).__name__} {Path(getattr(pipe.config, '_name_or_path', '')).name}".strip(),
+        "weights": fingerprint(pipe),
+        "scheduler": pipe.scheduler.to_json_string(),
+        **{name: plain_values(value) for name, value in fixed.items()},
+    }
 
 
 def prompts_of(pipe: Any, prompts: Sequence[str] | int, name: str) -> tuple[str, ...]:
-    """The prompts as texts. Raises InputError for empty ones and for a count, where the pipeline takes prompts."""
+    """Return prompts as texts. Raises InputError for empty ones and for a count, where the pipeline takes prompts."""
     conditional = takes_prompts(pipe)
     if isinstance(prompts, int):
         if conditional:
@@ -470,8 +541,10 @@ Rows = Sequence[Mapping[str, Any]] | None
 
 
 def metadata_table(*given: tuple[Sequence[str], Rows]) -> dict[str, Mapping[str, Any]] | None:
-    """Metadata by prompt, None where none is given. Raises InputError where it does not fit the prompts, is no plain
-    data, or where one prompt has two different rows."""
+    """Return metadata by prompt, None where none is given.
+
+    Raises InputError where it does not fit the prompts, or where one prompt has two different rows.
+    """
     table: dict[str, Mapping[str, Any]] = {}
     for prompts, rows in given:
         if rows is not None and len(rows) != len(prompts):
@@ -484,31 +557,3 @@ def metadata_table(*given: tuple[Sequence[str], Rows]) -> dict[str, Mapping[str,
             if table.setdefault(prompt, row) != row:
                 raise InputError(f"metadata: prompt {prompt[:60]!r} has two different rows: leave one of them out")
     return None if all(rows is None for _, rows in given) else table
-
-
-class LossTrainer(Trainer):
-    """A method that is a loss of log-probabilities and of the signal that `signal` makes of rewards."""
-
-    def __init__(self, pipe: Any, reward: Any, loss: Loss) -> None:
-        super().__init__(pipe, reward)
-        self.loss = loss
-
-    def check(self, settings: TrainingConfig) -> None:
-        """Raises InputError for settings that this method can do nothing with."""
-        if self.loss.whole_trajectory and settings.timestep_fraction < 1:
-            raise InputError(
-                f"timestep_fraction must be 1, got {settings.timestep_fraction}: the loss of {type(self).__name__} "
-                "ties all steps of a trajectory together"
-            )
-        if settings.num_generations < 2:
-            raise InputError(
-                f"num_generations must be at least 2, got {settings.num_generations}: "
-                f"{type(self).__name__} compares the samples of a prompt"
-            )
-
-    def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
-        """Adds the gradient of one update to the weights' .grad; see `steer.training.gradient.two_pass_gradient`."""
-        return two_pass_gradient(sampler, batch, self.loss, **options)
-
-    def config_dict(self) -> dict[str, Any]:
-        return super().config_dict() | {"loss": type(self.loss).__name__, **asdict(self.loss)}  # type: ignore[call-overload]

@@ -10,10 +10,10 @@ Item = TypeVar("Item")
 
 
 class DistributedContext(Protocol):
-    """The processes of a run: this one has rank `index` of `count`; rows and chunks are assigned in order of rank."""
+    """The processes of a run: this one is `rank` of `world_size`; rows and chunks are assigned in order of rank."""
 
-    index: int
-    count: int
+    rank: int
+    world_size: int
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
         """Gather picklable items of all processes in order of rank. Every process must call it."""
@@ -23,7 +23,7 @@ class DistributedContext(Protocol):
 class SingleProcess:
     """The context of a run with one process."""
 
-    index, count = 0, 1
+    rank, world_size = 0, 1
 
     def gather(self, items: Sequence[Item]) -> list[Item]:
         return list(items)

@@ -117,7 +117,9 @@ class Batch:
     def local_rows(self, matrix: Tensor, context: DistributedContext = SINGLE_PROCESS) -> Sequence[Tensor]:
         """Return (n, S) of each of this process's chunks, views of the gathered (B, K, S)."""
         return (
-            matrix.flatten(0, 1).chunk(context.count)[context.index].split([len(chunk.rows) for chunk in self.chunks])
+            matrix.flatten(0, 1)
+            .chunk(context.world_size)[context.rank]
+            .split([len(chunk.rows) for chunk in self.chunks])
         )
 
 
@@ -276,7 +278,7 @@ def _pass_two(
                     cost = per_sample * divergence(penalty, p, x_s, chunk_reference, column).sum()
                 totals[penalty] += cost.item()
                 scalar_loss = scalar_loss + weight * cost
-            backward(context.count * scalar_loss)
+            backward(context.world_size * scalar_loss)
 
         sampler.replay(chunk, backward_step, steps, grad=True)
     return dict(zip(totals, sum_over_processes(context, list(totals.values())), strict=True))
@@ -353,6 +355,6 @@ def reward_gradient(
                 backward(torch.stack([weights[penalty] * cost for penalty, cost in costs.items()]).sum())
 
         sampler.replay(chunk, backward_step, steps, grad=bool(penalties))
-    value, *costs = (one / context.count for one in sum_over_processes(context, [value, *totals.values()]))
+    value, *costs = (one / context.world_size for one in sum_over_processes(context, [value, *totals.values()]))
     penalty_means = {penalty.__name__: cost for penalty, cost in zip(weights, costs, strict=True)}
     return value, penalty_means | {"kl_per_step": penalty_means[kl.__name__] / len(steps)}

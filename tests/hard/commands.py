@@ -19,7 +19,7 @@ WORDS = ["--steps", "2", "--particles", "2", "--reward", "brightness", "--guidan
 CONFIG: dict[str, Any] = {
     "method": "prdp",
     "reward": "brightness",
-    "options": {"beta": 0.001},
+    "beta": 0.001,
     "max_steps": 3,
     "train_batch_size": 2,
     "num_generations": 2,

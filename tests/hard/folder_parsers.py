@@ -14,8 +14,8 @@ from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 from steer.pipelines.training.preference_data import PreferenceFolder
 from steer.pipelines.training.preference_files import (
-    CHOICES,
     GROUPS,
+    PREFERENCES,
     SETTINGS,
     PreferenceRecords,
     SampleProvenance,
@@ -39,7 +39,7 @@ def choices(data: bytes, folder: Path) -> Any:
     if not (folder / "images").exists():
         write_choices(folder)
     texts = (data.split(PARTED, 2) + [b""] * 2)[:3]
-    for name, text in zip((SETTINGS, GROUPS, CHOICES), texts, strict=True):
+    for name, text in zip((SETTINGS, GROUPS, PREFERENCES), texts, strict=True):
         put(folder / name, text)
     return _told(read_preferences(folder))
 

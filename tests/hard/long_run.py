@@ -22,12 +22,11 @@ from torch import Generator, Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import PIPELINES, PROMPT, cached_pipe
-from finetune_runs import settings_of, train
+from finetune_runs import config_of, train
 from soft_rewards import Soft, redness
 
 from steer import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
 from steer.diffusion.batching import micro_batched
-from steer.pipelines.training.method import Record
 from steer.reward import with_timeout
 from steer.rewards.parser import load_reward
 
@@ -106,14 +105,15 @@ def train_for_long(count: int, every: int, folder: Path) -> Iterator[Level]:
     """So many updates of PRDP, with checkpoints, held-out prompts and averaged weights."""
     levels: list[Level] = []
 
-    def look(record: Record) -> None:
-        if record["step"] % every == 0:
-            levels.append(level(record["step"]))
+    class Look:
+        def on_log(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+            if state.global_step % every == 0:
+                levels.append(level(state.global_step))
 
     pipe = PIPELINES["sd"]()  # its own: a training leaves a pipeline changed
     pipe.set_progress_bar_config(disable=True)
-    settings = settings_of("prdp", max_steps=count, save_steps=4, eval_steps=4)
-    train("prdp", pipe, folder / "run", settings, on_update=look)
+    config = config_of("prdp", max_steps=count, save_steps=4, eval_steps=4)
+    train("prdp", pipe, folder / "run", config, callbacks=[Look()])
     return iter(levels)
 
 

@@ -30,7 +30,7 @@ from steer.reward import score
 from steer.rewards.compose import read_calibration
 from steer.rewards.learned import LearnedReward
 from steer.training.checkpoint import Checkpoint
-from steer.training.distributed import ALONE
+from steer.training.distributed import SINGLE_PROCESS
 from steer.training.supervised import read_state, write_state
 from steer.training.trainable import FullFinetuning, LoRA
 
@@ -63,7 +63,7 @@ def exported(family: str, rank: int) -> Callable[[Path], None]:
         pipe = fresh_pipe(family)
         trained = LoRA(pipe, rank=rank) if rank else FullFinetuning(pipe)
         state = {name: value + 0.25 for name, value in trained.state().items()}
-        RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), ALONE)._export(trained, state, "final")  # type: ignore[arg-type]
+        RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), SINGLE_PROCESS)._export(trained, state, "final")  # type: ignore[arg-type]
 
     return make
 

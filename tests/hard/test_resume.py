@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from commands import CONFIG, WORDS, Command, finetuned, nothing_amiss, sampled
 from conftest import cached_pipe
 from figures import Tally
-from finetune_runs import settings_of, train
+from finetune_runs import config_of, train
 from forks import REFUSED, Action, Ended, Steps
 from teams import Launched, Team
 from test_finetune import assert_same_end
@@ -31,8 +31,8 @@ COUNTS = {1: "one process", 2: "two processes"}
 
 def training(method: str, out: Path, every: int = 3) -> Action:
     """Seven updates with averages, held-out prompts and a best one; in a child, whose models are its own."""
-    settings = settings_of(method, max_steps=UPDATES, save_steps=every)
-    return lambda: train(method, cached_pipe("sd"), out, settings)
+    config = config_of(method, max_steps=UPDATES, save_steps=every)
+    return lambda: train(method, cached_pipe("sd"), out, config)
 
 
 def done_by(actions: list[Action], out: Path) -> list[Ended]:
@@ -161,7 +161,7 @@ def test_of_two_processes_of_which_one_is_gone_the_other_says_so_in_a_line(tmp_p
 
     other, killed = Team.begun([action, dying], out).ended(patience=60)
     assert killed.code == -signal.SIGKILL and other.code == REFUSED, other
-    assert other.said.startswith("another process of this run ended prematurely, see what it said; --resume")
+    assert other.said.startswith("another process of this run ended prematurely: see its output")
 
 
 @pytest.mark.hard

@@ -27,7 +27,7 @@ from steer.pipelines.training.state import RunFolder
 from steer.reward import score
 from steer.rewards.compose import Calibration, RewardStatistics, read_calibration
 from steer.rewards.learned import ImageHead, LearnedReward, RewardCard, save_learned
-from steer.training.distributed import ALONE
+from steer.training.distributed import SINGLE_PROCESS
 from steer.training.rollout import Rows, Sampler
 from steer.training.trainable import LoRA
 
@@ -132,7 +132,7 @@ def adapter() -> tuple[LoRA, dict[int, dict[str, Any]]]:
 
 def export(folder: Path, seed: int) -> None:
     trained, states = adapter()
-    RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), ALONE)._export(trained, states[seed], "final")  # type: ignore[arg-type]
+    RunFolder(folder, {}, {}, TrainingConfig(max_steps=1), SINGLE_PROCESS)._export(trained, states[seed], "final")  # type: ignore[arg-type]
 
 
 def export_in(folder: Path) -> str:

@@ -1,0 +1,102 @@
+"""Events between a running training and the outside: callbacks, and signals that end it."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.distributed import AccelerateContext
+from steer.pipelines.training.state import RunState
+
+
+class Events:
+    """The events of transformers' callbacks, with its TrainerState and TrainerControl.
+
+    Its classes are imported where there are callbacks: they load much of transformers.
+    """
+
+    def __init__(
+        self, callbacks: Sequence[Any], config: TrainingConfig, state: RunState, context: AccelerateContext
+    ) -> None:
+        self.callbacks, self.config, self.state, self.context = callbacks, config, state, context
+        if callbacks:
+            from transformers import TrainerControl, TrainerState
+
+            self.control: Any = TrainerControl()
+            self.trainer_state = TrainerState(
+                max_steps=config.max_steps,
+                eval_steps=config.eval_steps,
+                save_steps=config.save_steps,
+                train_batch_size=config.train_batch_size,
+                is_local_process_zero=context.is_main_process,
+                is_world_process_zero=context.is_main_process,
+            )
+
+    def call(self, event: str, **details: Any) -> None:
+        """Call one event of every callback; `details` are its further keyword arguments."""
+        if not self.callbacks:
+            return
+        state = self.trainer_state
+        state.global_step, state.log_history = self.state.step, self.state.records
+        state.best_global_step = self.state.early_stopping.best_step
+        details |= {"model": self.state.trainable.denoiser}
+        for callback in self.callbacks:
+            if (function := getattr(callback, event, None)) is not None:
+                self.control = function(self.config, state, self.control, **details) or self.control
+
+    def asked(self, name: str) -> bool:
+        """Whether a callback of any process set this field of the TrainerControl, which is then unset."""
+        if not self.callbacks:
+            return False
+        asked = self.context.any(bool(getattr(self.control, name)))
+        setattr(self.control, name, False)
+        return asked
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNAL_INTERVAL = 1.0  # seconds within which signals are one request
+
+
+class Stopped(Exception):
+    """Ends a run at a point that it can resume from."""
+
+
+class StopRequest:
+    """A request to end the run.
+
+    any_process  whether any process of the run has the request: a signal reaches each at another time
+    """
+
+    def __init__(self, any_process: Callable[[bool], bool] = bool) -> None:
+        self.requested, self._agreed, self._first = False, any_process, 0.0
+
+    def check(self) -> None:
+        """Raise Stopped once the end is requested."""
+        if self._agreed(self.requested):
+            raise Stopped
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        # Ctrl-C a second time: at once. Launchers send signals twice, but not so far apart.
+        if self.requested and number == signal.SIGINT and time.monotonic() - self._first > SIGNAL_INTERVAL:
+            raise KeyboardInterrupt
+        if not self.requested:
+            self.requested, self._first = True, time.monotonic()
+
+
+@contextmanager
+def stop_request(any_process: Callable[[bool], bool] = bool) -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM of the main thread into a request while the block runs."""
+    request = StopRequest(any_process)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.signal(number, request._request) for number in SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python

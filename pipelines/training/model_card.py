@@ -1,0 +1,299 @@
+"""The model card of a training: a README.md as the Hugging Face hub reads it, by huggingface_hub's ModelCard."""
+
+import inspect
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from steer import __version__
+from steer.assets import MODELS
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.method import TrainingResult
+from steer.training.trainable import get_denoiser
+
+LORA, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"  # for diffusers, and for peft
+PACKAGES = ("torch", "diffusers", "peft")
+PICTURES = {
+    "before-after.png": "The same held-out prompts and seeds, before and after",
+    "rewards.png": "The trained reward and the held-out ones",
+    "divergence.png": "Divergence from the base model",
+    "training.png": "Metrics of the updates",
+}
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ model }}, finetuned by {{ title }}
+
+A {{ kind }} of {{ model }}, trained to score higher by the reward {{ reward }} with {{ title }}{% if paper %}, \
+after [{{ paper[0] }}](https://arxiv.org/abs/{{ paper[1] }}) (arXiv {{ paper[1] }}){% endif %}, by steer {{ steer }}. \
+It made {{ step }} update{{ "" if step == 1 else "s" }}.
+
+## Results
+
+{{ results }}
+{% for text, file in pictures %}
+![{{ text }}]({{ file }})
+{% endfor %}
+## How to use it
+
+{{ usage }}
+
+## Training
+
+All other arguments are the defaults of steer's {{ config_class }}.
+
+{% for name, value in arguments %}- {{ name }}: {{ value }}
+{% endfor %}{% if minutes %}- time in updates, without evaluations: {{ minutes }} minutes
+{% endif %}- versions: {{ versions }}
+
+## Limits
+
+- A reward is not quality: the model learnt what raises this number, its faults included.
+- The model was moved away from the base model on purpose, and may be worse at what the reward does not measure.\
+{% if kl %} In the last update the KL was {{ kl }} nats per trajectory.{% endif %}
+- Held-out rewards are numbers of models or programs too: they are not human judgement.
+- The intervals are over prompts, of one training: another seed may give other results.
+- The licence and the limits of the base model hold for this one too.
+{% if stopped %}- The training ended before max_steps: {{ stopped }}.
+{% endif %}"""
+
+
+def model_card(
+    folder: Path,
+    pipe: Any,
+    config: TrainingConfig,
+    result: TrainingResult,
+    about: Mapping[str, Any],
+    grids: Sequence[Path] = (),
+) -> str:
+    """Return the text of folder/README.md.
+
+    about  `model` and `reward` by name, and other plain values that the card lists
+    grids  pictures of evaluations in folder/samples, of which the last is shown
+    """
+    model, kind = escaped(about.get("model") or "a diffusion model"), "LoRA" if config.lora_rank else "full finetuning"
+    pictures = [(text, f"plots/{file}") for file, text in PICTURES.items() if (folder / "plots" / file).exists()]
+    pictures += [("Held-out images of the last evaluation", f"samples/{path.name}") for path in grids[-1:]]
+    kl = next((record["kl"] for record in reversed(result.records) if record.get("kl") is not None), None)
+    seconds = sum(record.get("seconds", 0.0) for record in result.records)
+    versions = _versions()
+    card = ModelCard.from_template(
+        _card_data(pipe, config, result, about),
+        template_str=TEMPLATE,
+        model=model,
+        kind=kind,
+        reward=escaped(about.get("reward") or "of its configuration"),
+        title=config.title,
+        paper=config.paper if config.paper[1] else None,
+        steer=__version__,
+        step=result.step,
+        results=_evaluations(result) if result.evaluations else _training_samples(result),
+        pictures=pictures,
+        usage=_usage(folder, pipe, about.get("model"), config, result),
+        config_class=type(config).__name__,
+        arguments=_arguments(config, about),
+        minutes=f"{seconds / 60:.3g}" if seconds else None,
+        versions=", ".join(f"{name} {number}" for name, number in versions.items()),
+        kl=None if kl is None else _number(kl),
+        stopped=None if result.stopped is None else escaped(result.stopped),
+    )
+    return str(card)
+
+
+def _card_data(pipe: Any, config: TrainingConfig, result: TrainingResult, about: Mapping[str, Any]) -> ModelCardData:
+    """The metadata, with the rewards of the exported weights as evaluation results."""
+    task = "text-to-video" if re.search("Video|Wan|LTX|Mochi", type(pipe).__name__) else "text-to-image"
+    kind, method = "lora" if config.lora_rank else "full-finetuning", type(config).__name__.removesuffix("Config")
+    model = str(about.get("model") or "")
+    # A path is private, and nothing that the hub could link to.
+    public = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", model) and not Path(model).exists()
+    last = {one["step"]: one for one in result.evaluations}.get(result.weights_step, {})
+    rewards = {name: last[f"eval/{name}"][0] for name in held_out_names([last])}
+    return ModelCardData(
+        base_model=model if public else None,
+        library_name="diffusers",
+        pipeline_tag=task,
+        tags=[task, kind, "steer", method.lower()],
+        model_name=f"{model if public else 'model'}-{method.lower()}" if rewards else None,
+        eval_results=[
+            EvalResult(task, "prompts", "held-out prompts", "reward", value, metric_name=name)
+            for name, value in rewards.items()
+            if math.isfinite(value)
+        ]
+        or None,
+    )
+
+
+def _usage(folder: Path, pipe: Any, model: Any, config: TrainingConfig, result: TrainingResult) -> str:
+    """Python code that loads the weights and samples as the training did."""
+    if result.weights is None:
+        best = f" `best/` holds those after update {result.best_step}." if result.best_step is not None else ""
+        return (
+            f"The training was interrupted at update {result.step} and has no final weights yet: resume it from "
+            f"`checkpoints/`.{best}"
+        )
+    kept = result.weights_step not in (None, result.step)
+    best = f" They are those of update {result.best_step}, the best by the held-out reward." if kept else ""
+    code = "\n".join([*_loading(folder, pipe, model, result.weights), *_call(pipe, config)])
+    where = f"The weights are in `{_relative(folder, result.weights)}`.{best}"
+    guidance = config.guidance_scale
+    text = (
+        "It was trained and evaluated with the base model's own scheduler at "
+        f"η = {config.eta:g}, {config.num_inference_steps} steps and "
+        f"{'the default guidance of the pipeline' if guidance is None else f'guidance {guidance:g}'}."
+    )
+    if not _takes_eta(pipe):
+        text += (
+            " This call takes no η, so the scheduler makes its own steps, which may be without noise: images then "
+            "differ from those of the evaluation, which were made by steer's stochastic steps."
+        )
+    return f"{where}\n\n```python\n{code}\n```\n\n{text}"
+
+
+def _loading(folder: Path, pipe: Any, model: Any, weights: Path) -> list[str]:
+    """The lines up to a pipeline with the weights in it."""
+    where = _relative(folder, weights.parent)
+    place = "run" if where == Path() else f"run, subfolder={str(where)!r}"
+    source = f"MODELS[{model!r}]" if model in MODELS else repr(str(model))
+    assets = ["from steer import MODELS"] if model in MODELS else []
+    run, load = 'run = "."  # this folder, or its name on the hub', f"DiffusionPipeline.from_pretrained({source}"
+    if weights.name == LORA:
+        lora = f"pipe.load_lora_weights({place}, weight_name={LORA!r})"
+        return ["from diffusers import DiffusionPipeline", *assets, "", run, f"pipe = {load})", lora]
+    name = get_denoiser(pipe)[0]
+    if weights.name == PEFT:  # the pipeline loads no LoRAs; written without PeftModel's prefix of every name
+        return [
+            "from diffusers import DiffusionPipeline",
+            "from peft import PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict",
+            *assets,
+            "",
+            run,
+            f"pipe = {load})",
+            f"inject_adapter_in_model(PeftConfig.from_pretrained({place}), pipe.{name})",
+            f"set_peft_model_state_dict(pipe.{name}, load_peft_weights({place}))",
+        ]
+    denoiser = f"{name} = AutoModel.from_pretrained(run, subfolder={str(where / name)!r})"
+    return [
+        "from diffusers import AutoModel, DiffusionPipeline",
+        *assets,
+        "",
+        run,
+        denoiser,
+        f"pipe = {load}, {name}={name})",
+    ]
+
+
+def _call(pipe: Any, config: TrainingConfig) -> list[str]:
+    """The lines that sample, with η where the pipeline and its solver take it, as in training."""
+    given = config.call_kwargs | ({"eta": config.eta} if _takes_eta(pipe) else {})
+    plain = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
+    arguments = ", ".join(f"{name}={value!r}" for name, value in plain.items())
+    return ['prompt = "…"', f"output = pipe(prompt, {arguments})"]
+
+
+def _takes_eta(pipe: Any) -> bool:
+    """Whether both pipeline and scheduler take η, as `steer.pipelines.base.route_eta` asks."""
+    return all(
+        "eta" in inspect.signature(function).parameters for function in (type(pipe).__call__, pipe.scheduler.step)
+    )
+
+
+def _relative(folder: Path, path: Path) -> Path:
+    """A path as seen from the folder of the card."""
+    return path.resolve().relative_to(folder.resolve()) if path.resolve().is_relative_to(folder.resolve()) else path
+
+
+def base_model(pipe: Any) -> str:
+    """The name of an embedded model, else where a pipeline was loaded from; empty where that is unknown."""
+    source = str(getattr(pipe.config, "_name_or_path", ""))
+    return next((name for name, folder in MODELS.items() if str(folder) == source), source)
+
+
+def held_out_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rewards of the evaluations, the trained one first."""
+    first = evaluations[0] if evaluations else {}
+    return [name.removeprefix("eval/") for name, value in first.items() if isinstance(value, list)]
+
+
+def _evaluations(result: TrainingResult) -> str:
+    """A table of the first, the best and the last evaluation."""
+    shown = {one["step"]: one for one in result.evaluations}
+    marks: dict[int, list[str]] = {}
+    for step, mark in ((min(shown), "first"), (max(shown), "last"), (result.best_step, "best")):
+        if step is not None and step in shown:
+            marks.setdefault(step, []).append(mark)
+    chosen = {step: shown[step] for step in sorted(marks)}
+    rows = [["", *[f"{step} update{'' if step == 1 else 's'} ({', '.join(marks[step])})" for step in chosen]]]
+    for place, name in enumerate(held_out_names(result.evaluations)):
+        kind = "held out" if place else "trained"
+        rows.append([f"{escaped(name)} ({kind})", *[_interval(one.get(f"eval/{name}")) for one in chosen.values()]])
+    if any(one.get("eval/diversity") for one in chosen.values()):
+        rows.append(["diversity", *[_number(one.get("eval/diversity")) for one in chosen.values()]])
+    kl = {0: 0.0} | {record["step"]: record.get("kl") for record in result.records}
+    rows.append(["KL, nats per trajectory", *[_number(kl.get(step)) for step in chosen]])
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    table = "\n".join([lines[0], "|---" * (len(chosen) + 1) + "|", *lines[1:]])
+    return (
+        f"{table}\n\nRewards: mean over held-out prompts at fixed seeds, with its 95 % bootstrap interval over the "
+        "prompts. Diversity: mean distance between two images of a prompt (root mean square of the pixels' "
+        "differences, 0 to 1). KL: of the training samples of that update, from the base model."
+    )
+
+
+def _training_samples(result: TrainingResult) -> str:
+    scored = [record for record in result.records if record.get("reward") is not None]
+    if not scored:
+        return "Nothing was evaluated."
+    first, last = scored[0], scored[-1]
+    return (
+        "Nothing was evaluated on held-out prompts. Mean reward of the training samples: "
+        f"{_number(first['reward'])} in update {first['step']}, {_number(last['reward'])} in update {last['step']}; "
+        f"the two are of different prompts. KL in the last: {_number(last.get('kl'))} nats per trajectory."
+    )
+
+
+def _arguments(config: TrainingConfig, about: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was given beside the configuration, and the fields of the configuration that are not at their defaults."""
+    default = type(config)()
+    own = [one.name for one in fields(config)]
+    given = {name: value for name, value in about.items() if name not in own and value not in (None, [], ())}
+    given |= {name: value for name in own if (value := getattr(config, name)) != getattr(default, name)}
+    given.pop("output_dir", None)  # a place on somebody's disk
+    return [(escaped(name), _text(value)) for name, value in given.items()]
+
+
+def _text(value: Any) -> str:
+    """A value as text; of a long list its length."""
+    if isinstance(value, list | tuple):
+        return f"{len(value)} entries" if len(value) > 8 else escaped(", ".join(map(str, value)))
+    return escaped(value)
+
+
+def _interval(value: Any) -> str:
+    return "–" if value is None else f"{_number(value[0])} [{_number(value[1])}, {_number(value[2])}]"
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+
+
+def escaped(value: Any) -> str:
+    """A value as text in one line that Markdown and HTML leave as it is, in a table too."""
+    return re.sub(r"([\\`*_\[\]<>|~$&#!])", r"\\\1", " ".join(str(value).split()))
+
+
+def _versions() -> dict[str, str]:
+    installed = {"steer-diffusion": __version__}
+    for name in PACKAGES:
+        try:
+            installed[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return installed
