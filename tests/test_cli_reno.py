@@ -308,6 +308,25 @@ def test_every_option_reaches_its_pipeline(monkeypatch: pytest.MonkeyPatch, meth
         assert named.get("state_file") == (Path("x") if METHODS[method].is_iterative else None)
 
 
+def test_settings_may_come_from_a_yaml_file(steer: Steer, tmp_path: Path) -> None:
+    file = tmp_path / "fk.yaml"
+    file.write_text("method: fk\nsteps: 4\nparticles: 3\nlam: 40\nparticle_schedule: 1:2\ncompare: false\n")
+    assert steer("sample", "a star", "--settings", file, "--particles", "4", "--out", tmp_path / "o")[0] == 0
+    settings = json.loads((tmp_path / "o" / "report.json").read_text())["settings"]
+    expected = {"steps": 4, "particles": 4, "lam": 40.0, "particle_schedule": "1:2", "compare": False}
+    assert {name: settings[name] for name in expected} == expected
+    for text, message in {
+        "lamb: 3": "unknown key 'lamb': did you mean lam",
+        "- lam": "expected lines of `name: value`",
+        "lam: [": "fk.yaml",
+        "beams: 2": "--beams is an option of beam, not of fk",
+        "ess_threshold: 2": "--ess-threshold must be above 0 and at most 1, got 2.0",
+    }.items():
+        file.write_text(text)
+        code, _, err = steer("sample", "a star", "--settings", file, "--model", "nowhere", "--out", tmp_path / "p")
+        assert code == 2 and message in err and len(err.splitlines()) == 1
+
+
 def test_an_option_of_another_method_is_refused(steer: Steer, tmp_path: Path) -> None:
     code, _, err = steer("sample", "a", "--method", "reno", "--model", "nowhere", "--beams", 2, "--out", tmp_path / "o")
     assert code == 2 and err == "steer: --beams is an option of beam, not of reno: leave it out\n"

@@ -104,7 +104,7 @@ def test_what_is_said_comes_back_from_the_folder(studio: Studio, store: LabelSto
     ]
     assert all(row["time"].endswith("+00:00") for row in lines(store))
     found = read_preferences(store.path)
-    assert found.choices == (Preference(group, 1, 0), Preference(group, 1, 2)) and found.ties == 2
+    assert found.preferences == (Preference(group, 1, 0), Preference(group, 1, 2)) and found.ties == 2
     again = LabelStore(store.path)
     for one in (store, again):
         assert one.progress("Ada") == Progress(choices=1, ties=2, bad=1, undone=0)
@@ -121,7 +121,7 @@ def test_a_lot_is_judged_once_and_a_click_too_many_is_left_out(studio: Studio, s
     assert store.choose("Ada", group, 0)
     before = lines(store)
     assert not store.choose("Ada", group, 1) and not store.tie("Ada", group)
-    with pytest.raises(InputError, match="there is no lot 'x'"):
+    with pytest.raises(InputError, match="there is no group 'x'"):
         store.choose("Ada", "x", 0)
     with pytest.raises(InputError, match="must be two different numbers below 2"):
         store.choose("Ben", group, 2)
@@ -141,16 +141,16 @@ def test_undo_takes_back_the_latest_of_ones_own_in_a_line_that_is_added(studio: 
         Preference(second, 2, 0),
         Preference(second, 2, 1),
     )
-    assert sorted(map(repr, read_preferences(store.path).choices)) == sorted(map(repr, others))
+    assert sorted(map(repr, read_preferences(store.path).preferences)) == sorted(map(repr, others))
     assert store.judgements()[second] == {"Ben": 2} and store.progress("Ada").undone == 1
-    assert store.choose("Ada", second, 1) and read_preferences(store.path).choices[-1] == Preference(second, 1, 2)
+    assert store.choose("Ada", second, 1) and read_preferences(store.path).preferences[-1] == Preference(second, 1, 2)
     assert LabelStore(store.path).judgements() == store.judgements()
     assert [store.undo("Ada"), store.undo("Ada"), store.undo("Ada")] == [
         store.groups[second],
         store.groups[first],
         None,
     ]
-    assert read_preferences(store.path).choices == tuple(
+    assert read_preferences(store.path).preferences == tuple(
         Preference(group, a, b) for group, a, b in ((first, 0, 1), (first, 0, 2), (second, 2, 0), (second, 2, 1))
     )
     assert LabelStore(store.path).progress("Ada") == Progress(0, 0, 0, 3)
@@ -168,10 +168,10 @@ def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, store: La
     path = store.path / "choices.jsonl"
     path.write_text("".join(json.dumps({"lot": group} | row) + "\n" for row in said))
     found = read_preferences(store.path)
-    assert (found.choices, found.ties) == ((Preference(group, 0, 1), Preference(group, 1, 0)), 0)
+    assert (found.preferences, found.ties) == ((Preference(group, 0, 1), Preference(group, 1, 0)), 0)
     with path.open("a") as file:
         file.write(json.dumps({"lot": group, "undo": True}) + "\n")  # of lines that name nobody
-    assert read_preferences(store.path).choices == (Preference(group, 0, 1),)
+    assert read_preferences(store.path).preferences == (Preference(group, 0, 1),)
     with path.open("a") as file:
         file.write(json.dumps({"lot": "gone", "undo": True}) + "\n")
     with pytest.raises(InputError, match="line 7: lot 'gone' is not in"):
@@ -299,7 +299,7 @@ def test_the_next_lot_is_there_when_the_one_before_is_answered(studio: Studio, s
     assert [row["chosen"] for row in lines(store)] == [0, 1, 0, 1]
     way.end()
     until(lambda: studio.worker.pending == 0)
-    assert not store._out
+    assert not store._assigned
 
 
 def test_two_quick_answers_are_one_and_undo_shows_the_lot_again(studio: Studio, store: LabelStore) -> None:
@@ -313,18 +313,18 @@ def test_two_quick_answers_are_one_and_undo_shows_the_lot_again(studio: Studio, 
         thread.join()
     assert len(lines(store)) == 1
     assert way.shown is None and way.answer(group, "undo") == "" and way.answer("", "0") == ""
-    assert way.answer("", "undo") == "Taken back: choose again." and way.shown is not None and way.shown.id == group
+    assert way.answer("", "undo") == "Undone: choose again." and way.shown is not None and way.shown.id == group
     assert way.answer("", "undo") == "", "a second press at once"
-    assert way.answer(group, "undo") == "There is nothing to take back."
+    assert way.answer(group, "undo") == "There is nothing to undo."
     for word in ("2", "-1", "x", "9" * 5000, "²", ""):
         with pytest.raises(InputError, match="is no answer: choose one of the 2 images"):
             way.answer(group, word)
     assert way.answer(group, "bad") == "Saved: all bad."
     list(way.advance())
     other = way.shown.id if way.shown else ""
-    assert other not in ("", group) and way.answer(other, "undo") == "Taken back: choose again."
+    assert other not in ("", group) and way.answer(other, "undo") == "Undone: choose again."
     assert way.answer(group, "tie") == "Saved: a tie." and list(way.advance()) == []
-    assert way.shown is not None and way.shown.id == other, "it comes again after the one taken back"
+    assert way.shown is not None and way.shown.id == other, "it comes again after the one undone"
     way.end()
 
 
@@ -345,7 +345,7 @@ def test_a_stop_ends_a_drawing_between_two_steps_and_breaks_nothing(studio: Stud
     way.end()
     list(events)
     until(lambda: studio.worker.pending == 0)
-    assert way.shown is None and not store._out and way.answer("", "undo") == "" and list(way.advance()) == []
+    assert way.shown is None and not store._assigned and way.answer("", "undo") == "" and list(way.advance()) == []
     assert drawn(studio, store, ADA) in LabelStore(store.path).groups
 
 
@@ -498,13 +498,13 @@ def test_visitors_label_each_for_themselves(tab: LabelTab) -> None:
     before = press(tab, ben, shown["a"], "0")  # not what Ben sees
     assert before[-1][tab.view].count(shown["b"]) == 1 and not (tab.store.path / "choices.jsonl").exists()
     last = press(tab, ada, shown["a"], "0")[-1]
-    assert "Saved: left." in last[tab.status] and "1 choice, 0 ties, 0 taken back" in last[tab.progress]
+    assert "Saved: left." in last[tab.status] and "1 choice, 0 ties, 0 undone" in last[tab.progress]
     told = tab.begin("Ben", "", 3, ben)
     assert [*told][-1][tab.view].count("<img") == 3
     ended = tab.end(ada)
     assert "Stopped" in ended[tab.status] and "press Start" in ended[tab.view]
     tab.forget(ben)
-    assert not tab._visitors and not tab.store._out
+    assert not tab._visitors and not tab.store._assigned
 
 
 def test_a_stop_while_a_lot_is_drawn_is_the_last_word(tab: LabelTab) -> None:

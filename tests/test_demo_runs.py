@@ -91,7 +91,7 @@ def test_a_run_after_one_that_failed(tab: SteerTab, studio: Studio, monkeypatch:
         raise OSError(errno.ENOSPC, "No space left on device", str(studio.home / "visitors" / "ada" / "x.png"))
 
     with monkeypatch.context() as patched:
-        patched.setattr(steering_module, "written", full)
+        patched.setattr(steering_module, "write_images", full)
         shown = run(tab)
     assert "No space left on device" in shown[tab.status] and str(studio.home) not in shown[tab.status]
     assert shown[tab.start]["interactive"] and not shown[tab.stop]["interactive"]

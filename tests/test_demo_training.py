@@ -265,7 +265,7 @@ def test_a_reward_that_says_nothing_ends_the_run_with_a_line(
         ({"method": "ddpo"}, "method 'ddpo': choose d3po, prdp, choices"),
         ({"model": "scenes-turbo"}, "cannot be finetuned here: choose scenes"),
         ({"model": "/etc"}, "cannot be finetuned here"),
-        ({"held_out": "brightness"}, "the held-out reward is the one that is trained on"),
+        ({"held_out": "brightness"}, "the held-out reward equals the training reward"),
         ({"reward": "os:system"}, "here rewards have names"),
         ({"reward": "/etc/passwd"}, "here rewards have names"),
         ({"held_out": "my_file:reward"}, "here rewards have names"),
@@ -387,10 +387,10 @@ def test_what_is_refused_is_a_warning_and_leaves_the_run_before_alone(studio: St
 
 
 def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
-    usual, rate, rates = tab.usual.value, 1e-3, []
+    usual, rate, rates = tab.defaults.value, 1e-3, []
     for method in ("d3po", "prdp", "choices"):
         change = tab.fit(method, rate, usual)
-        usual, rate = change[tab.usual], change[tab.fields["learning_rate"]]["value"]
+        usual, rate = change[tab.defaults], change[tab.fields["learning_rate"]]["value"]
         rates.append(rate)
     assert rates == [1e-3, 1.5e-3, 1e-3]
     choices, prdp = tab.fit("choices", rate, usual), tab.fit("prdp", rate, usual)
@@ -399,8 +399,8 @@ def test_the_method_brings_its_own_learning_rate(tab: FinetuneTab) -> None:
 
 
 def test_a_learning_rate_that_was_set_stays(tab: FinetuneTab) -> None:
-    change = tab.fit("prdp", 0.002, tab.usual.value)
-    again = tab.fit("d3po", 0.002, change[tab.usual])
+    change = tab.fit("prdp", 0.002, tab.defaults.value)
+    again = tab.fit("d3po", 0.002, change[tab.defaults])
     assert [one[tab.fields["learning_rate"]]["value"] for one in (change, again)] == [0.002, 0.002]
 
 

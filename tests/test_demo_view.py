@@ -213,7 +213,7 @@ def test_the_table_says_what_the_frames_say(tmp_path: Path) -> None:
     root = by_class(parsed(run_view(three_readings(), result_of(tmp_path))), "steer-table")[0]
     head, *rows = rows_of(root)
     assert head == [
-        "reading",
+        "step",
         "lowest reward",
         "mean",
         "highest",
@@ -327,7 +327,7 @@ def test_one_particle_has_no_ancestry(tmp_path: Path) -> None:
 
 def test_particles_that_keep_to_themselves_have_no_ancestry(tmp_path: Path) -> None:
     root = parsed(run_view([frame(number, REWARDS[number], None, None) for number in range(3)], result_of(tmp_path)))
-    assert not by_class(root, "steer-tree") and rows_of(root)[0] == ["reading", "lowest reward", "mean", "highest"]
+    assert not by_class(root, "steer-tree") and rows_of(root)[0] == ["step", "lowest reward", "mean", "highest"]
     assert len(by_class(root, "steer-chart")) == 1
 
 

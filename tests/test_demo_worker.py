@@ -120,7 +120,7 @@ def test_a_generator_that_is_closed_stops_its_job(worker: Worker) -> None:
 def test_a_thousand_events_that_nobody_takes_are_held_back_and_then_given_up(
     worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "PATIENCE", 0.4)
+    monkeypatch.setattr(worker_module, "EVENT_TIMEOUT", 0.4)
     said: list[int] = []
 
     def floods(ticket: Ticket) -> None:

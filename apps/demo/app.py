@@ -70,8 +70,9 @@ class PublicApi:
         """
         asked = {"method": method, "reward": reward, "particles": particles, "steps": steps, "guidance": guidance}
         asked |= {"lam": strength, "iterations": iterations, "seed": seed, "model": model}
+        asked |= {"fresh": False, "compare": False, "adapter": False}
         try:
-            made = _run_prompt(self.studio, prompt, asked | {"fresh": False, "compare": False, "worn": False}, request)
+            made = _run_prompt(self.studio, prompt, asked, request)
         except InputError as error:
             raise gr.Error(public(str(error)), print_exception=False) from error
         return [str(picture.path) for picture in made.images], report_of(made)
