@@ -48,7 +48,7 @@ class ScreenedNoise:
     def arguments(self) -> dict[str, Any]:
         """For the pipeline's call in place of its own: `latents` and `generator`, always in the same state.
 
-        A solver that draws noise on the way must not draw once more the numbers that the start is made of.
+        A stochastic solver must not draw once more the numbers that the start is made of.
         """
         return {"latents": self.noise, "generator": _copy_generators(self.generator)}
 
@@ -134,7 +134,7 @@ def _screen_batch(
 
 
 def _first_latents(quiet_pipe: Any, call: Mapping[str, Any]) -> Tensor:
-    """What a call draws as its starting noise, without the scheduler's scale; its generators are then past it.
+    """The initial noise of a call, without the scheduler's scale; its generators are then past it.
 
     The call ends where the solver would make its first step; the denoiser is not asked.
     """
