@@ -26,7 +26,7 @@ BANNED = {
     r"lagged|lagging": "asynchronous",
     r"narrow(?:ed|s|ing)?": "particle schedule",
     r"exams?": "evaluator",
-    r"round's|rounds|(?:a|the|each|per|every|this|that|one) round": "rollout, rollout buffer",
+    r"round's|rounds(?! images)|(?:a|the|each|per|every|this|that|one) round": "rollout, rollout buffer",
     r"weigh(?:ed|s|ing)?": "reweight",
     r"readings|(?:a|the|each|every|one|first|third) reading|read off": "evaluation, intermediate reward",
     r"lots": "groups",

@@ -51,7 +51,7 @@ class ParticleBatch:
         live: ActiveRows | None = None,
     ) -> None:
         """`call`: arguments for `pipe.__call__`, and `metadata` for the reward, a Mapping for each
-        prompt; `preview`: see `steer.diffusion.preview`; `live`: whose view `pipe` is, where fewer particles may be kept.
+        prompt; `preview`: see `steer.diffusion.preview`; `live`: whose view `pipe` is, where particles may be removed.
         Raises InputError where arguments do not fit the pipeline or each other."""
         if size < 1:
             raise InputError(f"num_particles must be at least 1, got {size}")
