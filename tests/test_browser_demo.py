@@ -151,7 +151,7 @@ def test_an_image_brings_its_settings_back(page: Page, tmp_path: Path) -> None:
     download.value.save_as(tmp_path / "best.png")
     page.reload()
     page.locator("#steer-drop input[type=file]").set_input_files(tmp_path / "best.png")
-    seen(page.locator("#steer-status")).to_contain_text("are back", timeout=SLOW)
+    seen(page.locator("#steer-status")).to_contain_text("restored", timeout=SLOW)
     seen(page.get_by_label("number input for Steps")).to_have_value("7")
     seen(page.get_by_label("Seed").first).to_have_value("11")
 

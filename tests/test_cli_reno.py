@@ -249,7 +249,7 @@ def test_the_command_has_an_option_for_every_setting() -> None:
         (["--eta", "-1"], "--eta must be from 0 to 1, got -1.0"),
         (["--method", "fk", "--reward-guidance", "-1"], "--reward-guidance must be at least 0 and finite, got -1.0"),
         (["--method", "fk", "--reward-guidance", "inf"], "--reward-guidance must be at least 0 and finite, got inf"),
-        (["--method", "fk", "--animation"], "--animation shows iterations, and --method fk has none"),
+        (["--method", "fk", "--animation"], "--animation shows iterations and --method fk has none"),
     ],
 )
 def test_options_are_checked_before_the_model(steer: Steer, tmp_path: Path, words: list[str], message: str) -> None:

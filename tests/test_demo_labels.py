@@ -317,7 +317,7 @@ def test_two_quick_answers_are_one_and_undo_shows_the_lot_again(studio: Studio, 
     assert way.answer("", "undo") == "", "a second press at once"
     assert way.answer(group, "undo") == "There is nothing to undo."
     for word in ("2", "-1", "x", "9" * 5000, "²", ""):
-        with pytest.raises(InputError, match="is no answer: choose one of the 2 images"):
+        with pytest.raises(InputError, match="is not an answer: choose one of the 2 images"):
             way.answer(group, word)
     assert way.answer(group, "bad") == "Saved: all bad."
     list(way.advance())

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -95,6 +96,20 @@ def snippets() -> list[tuple[str, str]]:
 def test_snippets_of_the_documentation_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+
+
+def test_the_site_has_every_page_and_every_public_name() -> None:
+    """The navigation is written by hand; the reference follows `steer.__all__`."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in navigation]
+    assert "::: steer\n" in (ROOT / "docs" / "api.md").read_text()
+
+
+def test_banned_words_are_counted_in_names_and_prose() -> None:
+    checker = runpy.run_path(str(ROOT / "docs" / "vocabulary.py"))
+    text = "def what_was_told(): ...\n# the run goes on\nresume, contain, retold\n"
+    assert list(checker["banned_words"](text)) == [(1, "told"), (2, "goes on")]
+    assert list(checker["noun_clauses"]('def f():\n    """What it is."""\n')) == [(2, '"""What …')]
 
 
 def test_links_between_pages_lead_somewhere() -> None:

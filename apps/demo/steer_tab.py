@@ -49,6 +49,7 @@ REWARDS = {
 MAX_PROMPTS = 4
 FIELD_LIMITS = {"particles": 16, "steps": 100, "iterations": 100}
 FIELD_DEFAULTS = {"lam": 25, "iterations": 20}
+FIELD_LABELS = {"lam": "strength"}
 ONE_STEP = "scenes-turbo"
 EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
 
@@ -102,6 +103,8 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
     """
     own = set(ALL_OPTIONS) - set(option_names(asked["method"]))  # fields of other methods stay as they are
     given = {name: value for name, value in asked.items() if name not in {*own, "prompts", "fresh", "adapter"}}
+    if empty := [name for name, value in given.items() if value is None and name != "seed"]:
+        raise InputError(f"{FIELD_LABELS.get(empty[0], empty[0])}: the field is empty, give a number")
     given |= {"reward": asked["reward"].strip(), "seed": seed_of(asked["seed"], asked["fresh"])}
     settings = SamplingConfig.of(**given, lora=_adapter_path(asked["model"], weights) if asked["adapter"] else None)
     for name, most in FIELD_LIMITS.items():

@@ -1,4 +1,4 @@
-"""python -m steer.apps.scenes STAGE: how the embedded model in assets/ was made."""
+"""python -m steer.apps.scenes STAGE: training of the embedded models in assets/, and their studies."""
 
 import argparse
 import json
@@ -10,7 +10,7 @@ from steer.apps.scenes.studies import STUDIES, Stage, prompts_of, write_figures
 
 
 def main() -> None:
-    """Reads the stage and its options, and runs it."""
+    """Parse the stage and its options, and run it."""
     parser = argparse.ArgumentParser(
         prog="python -m steer.apps.scenes",
         description="; ".join(f"{name}: {about}" for name, (_, about) in STAGES.items()),
@@ -21,22 +21,24 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--start", type=Path, help="checkpoint that `denoiser` begins with where --out has no state")
     parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each recipe of `pilot`")
-    parser.add_argument("--size", default="scenes", help="what `denoiser` trains: scenes or scenes-large")
+    parser.add_argument("--size", default="scenes", help="model of `denoiser`: scenes or scenes-large")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
-    parser.add_argument("--trained", default="denoiser", help="what `export` takes from --out: denoiser or turbo")
+    parser.add_argument("--trained", default="denoiser", help="model in --out that `export` writes: denoiser or turbo")
     parser.add_argument("--count", type=int, help="prompts of --list; by default the study's own number, or all")
-    parser.add_argument("--list", default="scenes-heldout", help="prompt list of `evaluate`")
+    parser.add_argument("--list", default="scenes-heldout", help="prompt list of the studies")
     parser.add_argument("--particles", type=int, default=4, help="K of `evaluate`")
     parser.add_argument(
         "--reward", default="scene-soft", help="the reward that steers and picks; the ensemble of `curves`"
     )
     parser.add_argument("--lam", type=float, help="λ of `evaluate`; by default the one tuned for scene-soft")
-    parser.add_argument("--reward-guidance", type=float, help="γ of `evaluate`: steps that lean along the gradient")
+    parser.add_argument("--reward-guidance", type=float, help="γ of `evaluate`: guidance by the reward's gradient")
     parser.add_argument("--eta", type=float, help="η of the steering in `evaluate`; by default the solver's own")
     parser.add_argument("--large", default="scenes-large", help="larger model of `steering`, where there is one")
-    parser.add_argument("--only", nargs="*", default=[], help="how the names of those runs of `finetuning` begin")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="runs of `finetuning`, or recipes of `pilot`, by the start of their names"
+    )
     parser.add_argument("--json", type=Path, help="copy of the figures; by default --out/STAGE.json")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
