@@ -28,7 +28,7 @@ unit: $(INSTALLED)  ## two workers of one thread each: twice as fast as one of t
 test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or CHROMIUM=path), and in a flood
 	$(BIN)/python -m pytest -m browser tests/test_browser_demo.py tests/test_demo_hostile.py
 
-test-hard: $(INSTALLED)  ## kills, full disks, corrupt and hostile files, long runs: half an hour; figures in out/reliability.json
+test-hard: $(INSTALLED)  ## kills, full disks, corrupt and hostile files, long runs, products of parameters: 45 minutes; figures in out/reliability.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests
 
 FUZZED ?= config config-words reward reward-file prompts choices manifest png recipe report calibration parquet

@@ -38,6 +38,7 @@ from steer.apps.recipes import KEY, read_metadata, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards
 from steer.errors import InputError
 from steer.rewards import names as reward
+from steer.rewards.parser import load_reward
 
 SMALL = {"scene", "jpeg", "jpeg-incompressible", "colour", "brightness"}  # the rewards that load no weights
 
@@ -106,7 +107,7 @@ def _reward(data: bytes, folder: Path) -> str:
         raise InputError("a remote reward: it has tests of its own")
     with _small_rewards():
         only_named_rewards(text)
-        return reward.load_reward(text).name
+        return load_reward(text).name
 
 
 def _reward_again(name: str, folder: Path) -> str:
