@@ -103,14 +103,15 @@ def steering_call(settings: Callable[P, S]) -> Callable[[SteeringMethod[S]], Ste
 
 def check_known(call: Mapping[str, Any], pipe: Any, settings: Sequence[str]) -> None:
     """Raise InputError for an argument that neither the method nor the pipeline's own call knows."""
-    known = [*settings, *inspect.signature(type(pipe).__call__).parameters, "metadata"]
+    accepted = inspect.signature(type(pipe).__call__).parameters.values()
+    known = [*settings, "metadata", *(one.name for one in accepted if one.kind in (_POSITIONAL, _KEYWORD))]
     if unknown := [name for name in call if name not in known]:
         raise InputError(
             f"{type(pipe).__name__} takes no argument {unknown[0]!r}: did you mean {nearest(unknown[0], known)}?"
         )
 
 
-_POSITIONAL = inspect.Parameter.POSITIONAL_OR_KEYWORD
+_POSITIONAL, _KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
 def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[str, Any], float | None]:
