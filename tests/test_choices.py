@@ -408,7 +408,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a list": (lambda folder: lines_of(folder, [1]), "line 1: expected an object"),
     "no image": (lambda folder: image(folder).unlink(), r"-0\.png is missing"),
     "another image": (repaint, r"-0\.png is not the image that was recorded"),
-    "no png": (lambda folder: image(folder).write_bytes(b"no"), r"-0\.png: not an image"),
+    "no png": (lambda folder: image(folder).write_bytes(b"no"), r"-0\.png: not a readable image format"),
     "a linked image": (lambda folder: link(image(folder)), r"-0\.png is a link or no file"),
     "linked images": (lambda folder: link(folder / "images"), r"-0\.png is a link or no file"),
     "linked choices": (lambda folder: link(folder / "choices.jsonl"), r"choices\.jsonl is a link"),
