@@ -48,7 +48,7 @@ class NoiseToImage:
         self.start, self.dtype = self._first_noise()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return all that the images depend on apart from the noise, as plain values."""
+        """Return all that the images depend on except the noise, as plain values."""
         particle_batch, pipe = self.particle_batch, self.particle_batch.pipe
         call = {name: value for name, value in particle_batch.call.items() if name not in ("generator", "latents")}
         return {
