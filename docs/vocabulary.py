@@ -37,7 +37,7 @@ BANNED = {
     r"overlap=\w+|--overlap": "asynchronous_rewards",
     r"on (?:its|their|the) way": "inside the chain, at intermediate steps",
     r"half-way": "interrupted",
-    r"parts company|part from|parts from": "diverge",
+    r"parts company|(?<!a)part from|parts from": "diverge",
     r"minus what|less what": "the difference from",
     r"said once|is said|says else": "reported, printed, given",
 }
