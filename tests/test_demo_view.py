@@ -219,7 +219,7 @@ def test_the_table_says_what_the_frames_say(tmp_path: Path) -> None:
         "highest",
         "ESS",
         "first particles alive",
-        "the next go on from",
+        "ancestors of the next",
     ]
     assert [row[0] for row in rows] == ["step 1", "step 5", "step 9", "finished"]
     for row, rewards in zip(rows, (*REWARDS, FINISHED), strict=True):
