@@ -26,7 +26,7 @@ from steer.apps.demo.studio import Studio, Weights
 from steer.apps.models import load_pipeline
 from steer.apps.prompts import PromptRow
 from steer.apps.recipes import read_metadata
-from steer.apps.settings import SHARED, SamplingConfig
+from steer.apps.settings import SamplingConfig
 from steer.errors import InputError
 
 ASKED: dict[str, Any] = {
