@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: sample test test-browser test-hard fuzz audit sbom lint types unit format clean
+.PHONY: sample test test-browser test-hard fuzz audit sbom docs lint types unit format clean
 
 sample: $(INSTALLED)  ## the main job: base against steered images for three prompts
 	$(BIN)/steer sample "a red circle left of a blue star" "three green triangles" "a yellow square and a purple cross" \
@@ -14,6 +14,10 @@ test: lint types unit  ## everything that needs no browser
 lint: $(INSTALLED)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python docs/vocabulary.py
+
+docs: $(INSTALLED)  ## the site in site/; a broken link or an unknown name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 types: $(INSTALLED)
 	$(BIN)/mypy -p steer
@@ -24,7 +28,7 @@ unit: $(INSTALLED)  ## two workers of one thread each: twice as fast as one of t
 test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or CHROMIUM=path), and in a flood
 	$(BIN)/python -m pytest -m browser tests/test_browser_demo.py tests/test_demo_hostile.py
 
-test-hard: $(INSTALLED)  ## kills, full disks, spoilt and hostile files, long runs: half an hour; figures in out/reliability.json
+test-hard: $(INSTALLED)  ## kills, full disks, corrupt and hostile files, long runs: half an hour; figures in out/reliability.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests
 
 FUZZED ?= config config-words reward reward-file prompts choices manifest png recipe report calibration parquet
@@ -60,4 +64,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build out *.egg-info
+	rm -rf .venv build out site *.egg-info

@@ -1,1 +1,1 @@
-"""What people start: the command line and the jobs behind it."""
+"""The applications: the command line and its jobs."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Self
 from steer.errors import InputError
 from steer.pipelines.settings import (
     BestOfNSettings,
+    CallSettings,
     FKSettings,
     NoiseSearchSettings,
     ReNOSettings,
@@ -27,7 +28,7 @@ from steer.registry import choose, nearest
 class MethodOptions(NamedTuple):
     """The settings dataclass of a method's name, defaults in place of its own, and fields that the name excludes."""
 
-    settings: type[Settings]
+    settings: type[CallSettings]
     defaults: Mapping[str, Any] = {}
     without: tuple[str, ...] = ()
 
@@ -92,6 +93,8 @@ class SamplingConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         options = self.options or method_settings(self.method, {}, self.particles)
+        if type(options) is not (kind := METHOD_OPTIONS[self.method].settings):
+            raise InputError(f"options of {self.method} must be {kind.__name__}, got {type(options).__name__}")
         object.__setattr__(self, "options", replace(options, num_particles=self.particles))
         if self.noise_candidates is not None and self.noise_candidates < self.particles:
             raise InputError(f"noise_candidates must be at least the particles, {self.particles}")
@@ -131,7 +134,7 @@ SHARED = [name for name in SamplingConfig.saved() if name != "options"]
 ALL_OPTIONS = list(dict.fromkeys(name for one in METHOD_OPTIONS.values() for name in one.names))
 
 
-def method_settings(method: str, values: Mapping[str, Any], particles: int) -> Settings:
+def method_settings(method: str, values: Mapping[str, Any], particles: int) -> CallSettings:
     """Return the settings of a method. Raises InputError for an option that it does not have."""
     settings, defaults, _ = METHOD_OPTIONS[method]
     names = METHOD_OPTIONS[method].names

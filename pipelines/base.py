@@ -157,7 +157,7 @@ class Cost:
 @dataclass(frozen=True)
 class ResamplingInfo:
     """The rewards (B, K) of x̂0 at one solver step, the strength λ_j (B, 1) used, the ESS (B,) before resampling and the
-    ancestors (B, K) that the slots went on from."""
+    ancestors (B, K) of the slots."""
 
     step: int
     rewards: Tensor
@@ -203,7 +203,7 @@ class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no type
     images          B·K of them, prompt after prompt, in the requested output type
     rewards         (B, K) of the finished images
     components      scores (B, K) of the rewards that a composed reward is made of, by name
-    log_weights     (B, K) unnormalised; their softmax weighs the images as draws from p(x0) exp(λ r(x0))
+    log_weights     (B, K) unnormalised; their softmax are the weights of the images as draws from p(x0) exp(λ r(x0))
     log_normaliser  (B,)   log of the estimate of E_p[exp(λ r(x0))]
     latents         (B·K, …) final latents
     nsfw_content_detected  (B, K) bool: images that the pipeline's safety checker blackened, after they were scored;
@@ -254,5 +254,5 @@ class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no type
 
     @property
     def ancestors(self) -> list[Tensor]:
-        """Ancestors (B, K) at each evaluated step: the slot before it that each slot goes on from."""
+        """Ancestors (B, K) at each evaluated step: the slot that each slot is resampled from."""
         return [evaluation.ancestors for evaluation in self.history]

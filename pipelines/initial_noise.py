@@ -1,4 +1,4 @@
-"""Reward-aware starting noise: of many candidates those that a short run of the pipeline scores highest."""
+"""Screened starting noise: the candidates that a short run of the pipeline scores highest."""
 
 import copy
 import functools
@@ -24,18 +24,18 @@ from steer.smc.particles import Particles
 
 Generators = Generator | list[Generator]
 INT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → the integer type of its bits
-RESERVED_ARGUMENTS = ("latents", "timesteps", "sigmas")  # what a call that is screened may not say itself
+RESERVED_ARGUMENTS = ("latents", "timesteps", "sigmas")  # arguments that a screened call may not have
 CALLBACK_ARGUMENTS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
 
 
 @dataclass(frozen=True)
 class ScreenedNoise:
-    """B prompts × M candidates, K of them kept.
+    """The screening of B prompts × M candidates, K of which are kept.
 
     noise      (B·K, …) of those kept, prompt after prompt, for the `latents` argument of the pipeline's call
     rewards    (B, M) of the images of the short runs
     chosen     (B, K) which candidates were kept, in ascending order
-    generator  the call's own, or its own ones, after the pipeline drew the starting noise
+    generator  the call's own, one or several, after the pipeline drew the starting noise
     cost       of the short runs
     """
 
@@ -46,9 +46,9 @@ class ScreenedNoise:
     cost: Cost
 
     def arguments(self) -> dict[str, Any]:
-        """For the pipeline's call in place of its own: `latents` and `generator`, always in the same state.
+        """Return `latents` and `generator` for the pipeline's call, always in the same state.
 
-        A solver that draws noise on the way must not draw once more the numbers that the start is made of.
+        A stochastic solver must not draw again the numbers that the starting noise is made of.
         """
         return {"latents": self.noise, "generator": _copy_generators(self.generator)}
 
@@ -68,21 +68,20 @@ def screen_initial_noise(
     reward_prompt: str | Sequence[str] | None = None,
     **call: Any,
 ) -> ScreenedNoise:
-    """The `keep` (K) best of `candidates` (M) starting noises of each prompt, by the reward after `steps` solver steps.
+    """Select the `keep` (K) best of `candidates` (M) starting noises of each prompt by short runs of `steps` steps.
 
-    The first K candidates are what the pipeline itself draws for K images with this generator: M = K changes nothing.
-    The others are drawn from seeds that follow from it. Nothing of a generator is used up; without one, the seed of
-    one is drawn from PyTorch's global numbers. Of equal rewards the lower candidate wins. It is a search: the starts
-    kept are no longer draws from the model's noise, and what is sampled from them no longer has the distribution that
-    steering promises.
+    The first K candidates are the pipeline's own draws for K images with this generator: M = K changes nothing. The
+    others are drawn from seeds derived from it. The generator does not advance; without one, a seed is drawn from
+    PyTorch's global generator. The lower candidate wins ties. It is a search: the noises kept are no longer draws from
+    the model's prior, and images sampled from them do not have the distribution of Feynman–Kac steering.
 
-    steps        of the short runs, in place of the call's num_inference_steps
-    candidate_batch_size  of each prompt; by default K, so that memory is that of the real run
-    chunk_size   images scored at a time
-    call         arguments of the pipeline's own call, those of the real run
+    steps                 of the short runs, in place of the call's num_inference_steps
+    candidate_batch_size  candidates of each prompt at a time; by default K, with the memory of the real run
+    chunk_size            images scored at a time
+    call                  arguments of the pipeline's own call, those of the real run
 
-    Raises InputError for numbers and calls that do not fit, CannotSteer for pipelines that take no noise, RewardError
-    for a reward that breaks its contract.
+    Raises InputError for numbers and calls that do not fit, UnsupportedPipelineError for pipelines without `latents`,
+    RewardError for a reward that breaks its contract.
     """
     _check(pipe, keep, candidates, steps, keep if candidate_batch_size is None else candidate_batch_size, call)
     scorer = load_reward(reward)
@@ -114,7 +113,7 @@ def screen_initial_noise(
 
 
 def unscaled(x: Tensor, scale: Any) -> Tensor:
-    """ε with ε · scale = x to the bit, where x is such a product: division alone may miss it by a last place."""
+    """Return ε with ε · scale = x to the bit, where x is such a product; division alone may differ in the last bit."""
     noise = (x.double() / float(scale)).to(x.dtype)
     bits = noise.view(INT_DTYPES[x.element_size()])
     for ulps in (1, -1, 2, -2):
@@ -125,7 +124,7 @@ def unscaled(x: Tensor, scale: Any) -> Tensor:
 def _screen_batch(
     particle_batch: ParticleBatch, quiet_pipe: Any, noise: Tensor, seeds: Sequence[int]
 ) -> tuple[Tensor, Cost]:
-    """Rewards (B, n) after a run from noise (B·n, …), and what that cost."""
+    """Return the rewards (B, n) of a run from noise (B·n, …), and its cost."""
     generators = [Generator().manual_seed(seed) for seed in seeds]
     images = particle_batch.sample(lambda solver_step: None, quiet_pipe, latents=noise, generator=generators)
     rewards, components = particle_batch.score(images)
@@ -134,9 +133,9 @@ def _screen_batch(
 
 
 def _first_latents(quiet_pipe: Any, call: Mapping[str, Any]) -> Tensor:
-    """What a call draws as its starting noise, without the scheduler's scale; its generators are then past it.
+    """Return the starting noise of a call without the scheduler's scale; its generators have drawn it.
 
-    The call ends where the solver would make its first step; the denoiser is not asked.
+    The call ends at the solver's first step; the denoiser is not evaluated.
     """
     scheduler = copy.deepcopy(quiet_pipe.scheduler)
     signature = inspect.signature(scheduler.step)
@@ -159,7 +158,7 @@ def _first_latents(quiet_pipe: Any, call: Mapping[str, Any]) -> Tensor:
 
 
 class _FirstStepReached(Exception):
-    """Carries the first latents of a run out of it."""
+    """Exception that carries the first latents of a run out of it."""
 
 
 def _copy_generators(generator: Generator | Sequence[Generator]) -> Generators:
@@ -173,15 +172,13 @@ def _check(
 ) -> None:
     accepted, name = inspect.signature(type(pipe).__call__).parameters, type(pipe).__name__
     if "latents" not in accepted or "strength" in accepted:
-        raise UnsupportedPipelineError(
-            f"{name} does not start from noise of its caller's: its starts cannot be screened"
-        )
+        raise UnsupportedPipelineError(f"{name} does not take its starting noise as latents: it cannot be screened")
     if conflicting := [one for one in RESERVED_ARGUMENTS if call.get(one) is not None]:
         raise InputError(
-            f"{conflicting[0]} and screened starts exclude each other: leave {conflicting[0]} out, or do not screen"
+            f"{conflicting[0]} and screened noise exclude each other: leave {conflicting[0]} out, or do not screen"
         )
     for what, number in (("keep", keep), ("steps", steps), ("candidate_batch_size", candidate_batch_size)):
         if number < 1:
             raise InputError(f"{what} must be at least 1, got {number}")
     if candidates < keep:
-        raise InputError(f"candidates must be at least as many as are kept, {keep}, got {candidates}")
+        raise InputError(f"candidates must be at least keep, {keep}, got {candidates}")

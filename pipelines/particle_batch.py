@@ -51,7 +51,7 @@ class ParticleBatch:
         live: ActiveRows | None = None,
     ) -> None:
         """`call`: arguments for `pipe.__call__`, and `metadata` for the reward, a Mapping for each
-        prompt; `preview`: see `steer.diffusion.preview`; `live`: whose view `pipe` is, where fewer particles may go on.
+        prompt; `preview`: see `steer.diffusion.preview`; `live`: the rows in use, where particles may get fewer.
         Raises InputError where arguments do not fit the pipeline or each other."""
         if size < 1:
             raise InputError(f"num_particles must be at least 1, got {size}")
@@ -143,7 +143,7 @@ class ParticleBatch:
 
     def set_ancestors(self, ancestors: Tensor) -> Tensor:
         """Continue with as many particles as there are ancestors (B, K), slots of each group; return the rows (N,) of
-        the whole batch that its rows go on from. Where there are fewer than before, the slots after them die."""
+        the whole batch that its rows continue from. Where there are fewer than before, the later slots are dropped."""
         rows = torch.arange(self.groups * self.size).view(self.groups, self.size)
         rows[:, : ancestors.shape[1]] = ancestors + rows[:, :1]
         if ancestors.shape[1] < self.alive:

@@ -33,7 +33,7 @@ class NoiseToImage:
     """The images of a particle batch as a function of its noise ε (B·K, …), standard normal and fp32.
 
     start  the noise that the pipeline itself would have drawn, or the user's `latents`
-    seeds  one for every row: of the noise that a stochastic solver adds on the way, which stays as it is
+    seeds  one for every row: of the noise that a stochastic solver adds inside the chain, which is kept fixed
     Text is encoded once. Raises UnsupportedPipelineError for a pipeline without `latents`.
     """
 
@@ -48,7 +48,7 @@ class NoiseToImage:
         self.start, self.dtype = self._first_noise()
 
     def fingerprint(self) -> dict[str, Any]:
-        """Return all that the images depend on apart from the noise, as plain values."""
+        """Return all that the images depend on adiffer from the noise, as plain values."""
         particle_batch, pipe = self.particle_batch, self.particle_batch.pipe
         call = {name: value for name, value in particle_batch.call.items() if name not in ("generator", "latents")}
         return {
@@ -310,10 +310,10 @@ class NoiseGradient(Protocol):
 class Backprop:
     """∇_ε r(G(ε)) by automatic differentiation. Raises InputError for a reward that lets no gradients through.
 
-    checkpointing  recompute activations on the way back instead of keeping them
+    checkpointing  recompute activations in the backward pass instead of storing them
     """
 
-    checkpointing: bool = field(default=True, repr=False)  # changes no number: not told of a saved search
+    checkpointing: bool = field(default=True, repr=False)  # changes no result: not in the fingerprint
 
     def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
         leaf = noise.detach().requires_grad_(True)
@@ -472,7 +472,7 @@ class Ascent:
         out_of_patience = (search.stale >= self.patience) & ~search.finished
         restarting = out_of_patience & (search.starts <= self.restarts)
         seed_streams = [f"start {number}" for number in search.starts.tolist()]
-        # Retired before the step: where the rest of a batch goes on, a finished row is seen again as it was.
+        # Retired before the step: while others of the batch continue, a finished row is evaluated again unchanged.
         updated = search.retire(out_of_patience & ~restarting).ascend(step, self.optimiser)
         return updated.restart(restarting, seeded_normal(seeds, search.noise, seed_streams))
 
@@ -503,7 +503,7 @@ class Neighbours:
         pivot, candidates = search.best_noise, []
         for place in range(self.count if number else 1):
             u = seeded_normal(chain.seeds, pivot, [f"neighbour {number} {place}"] * len(pivot))
-            # A finished search is seen again as it was, while others of its batch go on.
+            # A finished search is evaluated again unchanged, while others of its batch continue.
             noise = where_rows(search.finished, pivot, neighbour(pivot, u, self.distance)) if number else pivot
             images = chain.fast_images(noise)
             rewards, components = chain.particle_batch.score(images)

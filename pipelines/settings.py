@@ -83,7 +83,7 @@ class Settings:
 
     def plain(self) -> dict[str, Any]:
         """Return the fields that decide the image as JSON holds them; None where there is no limit."""
-        return {name: _plain(getattr(self, name)) for name in self.saved()}
+        return {name: plain_value(getattr(self, name)) for name in self.saved()}
 
 
 def plain_kinds(hint: Any) -> tuple[type, ...]:
@@ -93,10 +93,11 @@ def plain_kinds(hint: Any) -> tuple[type, ...]:
     return tuple(kind if kind in (bool, int, float, NoneType) else str for kind in kinds)
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
+    """Return a value as JSON and the command line hold it: "8:4,14:2", "4,8", None for no limit."""
     if isinstance(value, Mapping):
         return ",".join(f"{step}:{count}" for step, count in value.items())
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return ",".join(map(str, value))
     return None if value in (math.inf, -math.inf) else value
 

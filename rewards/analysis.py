@@ -451,7 +451,7 @@ def _prompt_limit(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Out
     limit = getattr(reward, "prompt_limit", None)
     if limit is None:
         return None, "no limit is known (rewards declare it as prompt_limit)"
-    return None, f"truncates prompts to {limit} tokens, start and end tokens included"
+    return None, f"reads {limit} tokens of a prompt, start and end tokens included; longer prompts are truncated"
 
 
 def _gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:

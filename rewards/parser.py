@@ -207,7 +207,8 @@ KEYS = ("combine", "rewards", "lam", "q")
 def _is_weights(data: Mapping[Any, Any]) -> bool:
     """Return whether a mapping goes from rewards to weights."""
     rewards = all(isinstance(key, str | Path) or callable(key) for key in data)
-    return bool(data) and rewards and not set(data) & set(KEYS) and all(map(is_number, data.values()))
+    reserved = {*KEYS, "reward", "weight"}
+    return bool(data) and rewards and not reserved & set(data) and all(map(is_number, data.values()))
 
 
 def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: ParserState | None = None) -> Reward:

@@ -33,6 +33,7 @@ from steer.apps import sampling  # noqa: F401
 
 for _name in steer.__all__:
     getattr(steer, _name)
+ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([__name__])
 
@@ -81,7 +82,7 @@ class Forked:
 
 def beside(folder: Path) -> dict[str, str]:
     """The environment of a process with one thread that also imports what lies in a folder."""
-    path = filter(None, [str(folder), os.environ.get("PYTHONPATH")])
+    path = filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")])
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 
@@ -113,8 +114,7 @@ def run_two(words: Sequence[object], cwd: Path, env: Mapping[str, str]) -> "subp
 def _parent() -> None:
     """Starts the process that all are forked from, with one thread and the tests on its path."""
     before = dict(os.environ)
-    path = [str(Path(__file__).parent), before.get("PYTHONPATH", "")]
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, path))}
+    os.environ |= beside(ROOT / "tests")
     try:
         forkserver.ensure_running()
     finally:

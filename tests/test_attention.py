@@ -30,10 +30,9 @@ def images(pipe: Any, name: str) -> Tensor:
     return first_output(pipe(**call_kwargs(name), generator=Generator().manual_seed(0), output_type="pt"))
 
 
-def attention_layers(pipe: Any) -> list[Any]:
-    return [
-        layer for module in denoising_modules(pipe).values() for layer in module.modules() if isinstance(layer, LAYERS)
-    ]
+def attention_layers(target: Any) -> list[Any]:
+    modules = [target] if isinstance(target, nn.Module) else denoising_modules(target).values()
+    return [layer for module in modules for layer in module.modules() if isinstance(layer, LAYERS)]
 
 
 def state(pipe: Any) -> list[Any]:

@@ -24,6 +24,7 @@ def bench_of(file: Path, seconds: float) -> tuple[Bench, list[str]]:
     return Bench(file, seconds, quick=True, say=said.append), said
 
 
+@pytest.mark.hard
 def test_the_command_measures_the_embedded_model(steer: Steer, tmp_path: Path) -> None:
     """With no time to spare: the main ratios are measured once all the same."""
     file = tmp_path / "new" / "bench.json"

@@ -140,7 +140,7 @@ def test_bad_options_are_one_line_and_exit_code_2(steer: Steer, tmp_path: Path, 
         ("p.tsv", "Name\tNote\na\tb\n", 'line 1: expected a column named "prompt"'),
         ("p.tsv", "Note\tPrompt\nonly one\n", "line 2: no column 2"),
         ("p.xlsx", "a", "prompts are read from"),
-        ("p.txt", b"\xff\xfe\xff", "not UTF-8"),
+        ("p.txt", b"\xff\xfe\xff", "not the UTF-16 text of its byte order mark"),
         ("p.txt", None, "cannot read the prompt file"),
     ],
 )

@@ -249,7 +249,7 @@ def test_the_command_has_an_option_for_every_setting() -> None:
         (["--eta", "-1"], "--eta must be from 0 to 1, got -1.0"),
         (["--method", "fk", "--reward-guidance", "-1"], "--reward-guidance must be at least 0 and finite, got -1.0"),
         (["--method", "fk", "--reward-guidance", "inf"], "--reward-guidance must be at least 0 and finite, got inf"),
-        (["--method", "fk", "--animation"], "--animation shows iterations, and --method fk has none"),
+        (["--method", "fk", "--animation"], "--animation shows iterations and --method fk has none"),
     ],
 )
 def test_options_are_checked_before_the_model(steer: Steer, tmp_path: Path, words: list[str], message: str) -> None:
@@ -306,6 +306,25 @@ def test_every_option_reaches_its_pipeline(monkeypatch: pytest.MonkeyPatch, meth
         assert named["generator"].initial_seed() == 5
         assert named.get("guidance_scale", "its own") == (0.0 if method == "reno" else "its own")
         assert named.get("state_file") == (Path("x") if METHODS[method].is_iterative else None)
+
+
+def test_settings_may_come_from_a_yaml_file(steer: Steer, tmp_path: Path) -> None:
+    file = tmp_path / "fk.yaml"
+    file.write_text("method: fk\nsteps: 4\nparticles: 3\nlam: 40\nparticle_schedule: 1:2\ncompare: false\n")
+    assert steer("sample", "a star", "--settings", file, "--particles", "4", "--out", tmp_path / "o")[0] == 0
+    settings = json.loads((tmp_path / "o" / "report.json").read_text())["settings"]
+    expected = {"steps": 4, "particles": 4, "lam": 40.0, "particle_schedule": "1:2", "compare": False}
+    assert {name: settings[name] for name in expected} == expected
+    for text, message in {
+        "lamb: 3": "unknown key 'lamb': did you mean lam",
+        "- lam": "expected lines of `name: value`",
+        "lam: [": "fk.yaml",
+        "beams: 2": "--beams is an option of beam, not of fk",
+        "ess_threshold: 2": "--ess-threshold must be above 0 and at most 1, got 2.0",
+    }.items():
+        file.write_text(text)
+        code, _, err = steer("sample", "a star", "--settings", file, "--model", "nowhere", "--out", tmp_path / "p")
+        assert code == 2 and message in err and len(err.splitlines()) == 1
 
 
 def test_an_option_of_another_method_is_refused(steer: Steer, tmp_path: Path) -> None:

@@ -156,6 +156,7 @@ def test_the_zip_holds_weights_and_card_and_no_place_on_the_disk(straight: tuple
     assert not any(str(straight[1].parent).encode() in text or b"/tmp" in text for text in texts)
 
 
+@pytest.mark.hard
 def test_a_run_that_was_stopped_twice_and_finished_early_goes_on_to_the_same_weights(
     studio: Studio, straight: tuple[list[Any], Path], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import torch
 from conftest import PIPELINES, PROMPT, cached_pipe, with_scheduler
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from fake_devices import CPU, DEVICE, fake_devices
-from finetune_runs import METHODS, settings_of, train
+from finetune_runs import METHODS, config_of, train
 from pairwise import covering, hard_but
 from rollouts import TWO_PROMPTS, call_of, fresh_pipe
 from soft_rewards import Soft, likeness, own_kwargs, seeded
@@ -191,7 +191,7 @@ def test_rollouts_replay_to_the_same_densities(family: str) -> None:
 @pytest.mark.parametrize("method", hard_but(METHODS, "d3po", "grpo", "reward-backprop"))
 def test_updates_and_evaluations(method: str, tmp_path: Path) -> None:
     """Held-out rewards see images of the accelerator; metrics are those of the CPU."""
-    settings, found = settings_of(method, max_steps=2, warmup_steps=0, eval_steps=2), []
+    settings, found = config_of(method, max_steps=2, warmup_steps=0, eval_steps=2), []
     for device in (DEVICE, CPU):
         pipe, seen = fresh_pipe("sd"), Placed()
         pipe.to(device)
@@ -206,14 +206,14 @@ def test_a_training_resumes_there(tmp_path: Path) -> None:
     for steps in (2, 3):
         pipe = fresh_pipe("sd")
         pipe.to(DEVICE)
-        settings = settings_of("grpo", max_steps=steps, warmup_steps=0, save_steps=1)
+        settings = config_of("grpo", max_steps=steps, warmup_steps=0, save_steps=1)
         assert train("grpo", pipe, tmp_path, settings).step == steps
 
 
 def test_all_weights_and_gradient_checkpointing(tmp_path: Path) -> None:
     pipe = fresh_pipe("sd")
     pipe.to(DEVICE)
-    settings = settings_of("grpo", max_steps=2, lora_rank=0, gradient_checkpointing=True, learning_rate=1e-5)
+    settings = config_of("grpo", max_steps=2, lora_rank=0, gradient_checkpointing=True, learning_rate=1e-5)
     assert train("grpo", pipe, tmp_path, settings).step == 2
 
 

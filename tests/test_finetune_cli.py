@@ -236,7 +236,7 @@ def refused(steer: Steer, config: object, *words: object) -> str:
         (["--prompts", "scenes-trainin"], "--prompts: unknown prompts 'scenes-trainin': use scenes-training"),
         (["--eval-prompts", "nothing.txt"], "--eval-prompts: nothing.txt: cannot read"),
         (["--prompt-column", "text"], "prompts.txt: a .txt file has no columns"),
-        (["--kl-target", "3"], "--kl-target moves kl_weight, which is 0"),
+        (["--kl-target", "3"], "--kl-target adapts kl_weight, which is 0"),
         (["--log-with", "[wandbb]"], "--log-with: unknown tracker 'wandbb': did you mean wandb"),
         (["--log-with", "[dvclive]"], "--log-with: dvclive is not installed: pip install dvclive"),
         (["--device", "warp"], "--device 'warp' cannot be used"),

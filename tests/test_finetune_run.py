@@ -255,7 +255,7 @@ def test_a_trained_pipeline_is_called_like_any_other(pipe: Any, tmp_path: Path) 
     trainer.train()
     images = trainer("a star", num_inference_steps=2, height=8, width=8, output_type="pt").images
     assert images.shape == (1, 3, 8, 8)
-    with pytest.raises(InputError, match="has a LoRA named 'steer' already"):
+    with pytest.raises(InputError, match="already has a LoRA named 'steer'"):
         train("grpo", pipe, tmp_path / "again", config_of("grpo", **SHORT))
 
 

@@ -28,7 +28,7 @@ PIPELINES = {
     FKSteeringPipeline: CALL | {"lam": 20.0},
     SelectionPipeline: CALL,
     BestOfNPipeline: CALL,
-    ReNOPipeline: {"iterations": 2, "gradient": "zero-order"},
+    ReNOPipeline: {"iterations": 2},
     NoiseSearchPipeline: CALL | {"iterations": 2},
 }
 

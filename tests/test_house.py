@@ -1,8 +1,8 @@
 """The structure of the project: layers, packages, promises of the front page."""
 
-import ast
 import itertools
 import re
+import runpy
 import subprocess
 import sys
 import tomllib
@@ -62,22 +62,17 @@ def test_import_and_help_need_no_torch() -> None:
 def test_a_checkout_that_is_not_installed_imports(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "import steer, steer.rewards, steer.assets, steer.apps.cli.main, steer.pipelines.base\n"
+        "import steer, steer.rewards, steer.assets, steer.apps.cli.main, steer.pipelines\n"
         "from pathlib import Path\n"
         f"assert Path(steer.rewards.__file__).is_relative_to({str(ROOT)!r})"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
 
 
-def test_files_hold_one_idea_and_functions_fit_a_page() -> None:
-    for path in SOURCES:
-        text = path.read_text()
-        assert len(text.splitlines()) <= 700, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                body = node.body[1:] if isinstance(node.body[0], ast.Expr) else node.body
-                lines = (body[-1].end_lineno or 0) - body[0].lineno if body else 0
-                assert lines < 40, f"{path}: {node.name} has {lines + 1} lines"
+def test_files_hold_one_idea() -> None:
+    """ruff holds the length of functions (PLR0915), and has no rule for that of files."""
+    long = [path for path in SOURCES if len(path.read_text().splitlines()) > 700]
+    assert not long
 
 
 def test_no_untrusted_file_can_run_code() -> None:
@@ -101,6 +96,20 @@ def snippets() -> list[tuple[str, str]]:
 def test_snippets_of_the_documentation_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+
+
+def test_the_site_has_every_page_and_every_public_name() -> None:
+    """The navigation is written by hand; the reference follows `steer.__all__`."""
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    assert not [page.name for page in (ROOT / "docs").glob("*.md") if f": {page.name}\n" not in navigation]
+    assert "::: steer\n" in (ROOT / "docs" / "api.md").read_text()
+
+
+def test_banned_words_are_counted_in_names_and_prose() -> None:
+    checker = runpy.run_path(str(ROOT / "docs" / "vocabulary.py"))
+    text = "def what_was_told(): ...\n# the run goes on\nresume, contain, retold\n"
+    assert list(checker["banned_words"](text)) == [(1, "told"), (2, "goes on")]
+    assert list(checker["noun_clauses"]('def f():\n    """What it is."""\n')) == [(2, '"""What …')]
 
 
 def test_links_between_pages_lead_somewhere() -> None:

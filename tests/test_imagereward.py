@@ -296,7 +296,7 @@ QUERY = f"{READ}encoder.layer.1.attention.self.query.weight"
         ({f"{EYE}pos_embed": torch.ones(9)}, r"pos_embed is of shape \(9,\), expected 3 dimensions"),
         ({f"{EYE}pos_embed": None}, "not an ImageReward checkpoint: .*pos_embed is missing"),
         ({f"{EYE}patch_embed.proj.weight": torch.ones(96, 3, 16, 16)}, "has width 96, which is no multiple of 64"),
-        ({f"{READ}embeddings.position_embeddings.weight": torch.ones(34, 192)}, "takes 34 tokens"),
+        ({f"{READ}embeddings.position_embeddings.weight": torch.ones(34, 192)}, "has 34 positions"),
         ({"mlp.layers.1.weight": torch.ones(3)}, "unexpected: mlp.layers.1.weight"),
         ({"mlp.layers.4.weight": None}, "not an ImageReward checkpoint: mlp.layers.4.weight is missing"),
         ({"mlp.layers.7.weight": torch.ones(2, 8)}, "of another shape: mlp.layers.7.weight"),

@@ -522,7 +522,10 @@ def test_mappings_may_hold_objects() -> None:
         ("combine: mean-std\nlam: .nan\nrewards: [a]", "r.yaml: lam must be a finite number"),
         ("combine: mean-std\nlam: yes\nrewards: [a]", "r.yaml: lam must be a finite number"),
         ("rewards: [a, nosuch]", "r.yaml, reward 2: unknown reward 'nosuch'"),
-        ("rewards: [[a]]", "r.yaml, reward 1: a reward is a callable (images, prompts) → scores or a name, got list"),
+        (
+            "rewards: [[3]]",
+            "r.yaml, reward 1: its mapping, reward 1: a reward is a callable (images, prompts) → scores",
+        ),
         ("rewards:\n-", "r.yaml, reward 1: a reward is a callable"),
         ("rewards: [{weight: 2}]", "r.yaml, reward 1: expected a text, or `reward:` and a finite number"),
         ("rewards: [{reward: a, wait: 2}]", "r.yaml, reward 1: expected a text, or `reward:`"),

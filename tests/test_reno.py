@@ -153,7 +153,7 @@ def test_a_batch_of_prompts_gives_each_what_it_gets_alone(name: str, steps: int,
 SOLVED = [(name, "own") for name in FAMILIES] + [(name, "lcm") for name in ("sd", "sdxl", "controlnet")]
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("steps", [1, pytest.param(3, marks=pytest.mark.hard)])
 @pytest.mark.parametrize(("name", "solver"), SOLVED)
 def test_the_noise_makes_the_images_again_bit_for_bit(name: str, solver: str, steps: int) -> None:
     pipe = lcm(name) if solver == "lcm" else cached_pipe(name)

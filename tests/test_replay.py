@@ -12,6 +12,7 @@ from conftest import Steer, replaced
 from PIL import Image
 
 from steer.apps.recipes import Recipe, read_png, write_png
+from steer.apps.settings import SHARED, SamplingConfig, option_names
 
 FAST = ["--steps", "3", "--particles", "2", "--seed", "5"]
 Changed = Callable[..., Path]
@@ -38,7 +39,10 @@ def changed(image: Path, tmp_path: Path) -> Changed:
 
     def change(settings: dict[str, Any] | None = None, **changes: Any) -> Path:
         recipe, pixels = read_png(image)
-        recipe = replace(recipe, settings=replace(recipe.settings, **settings or {}), **changes)
+        values = recipe.settings.plain() | (settings or {})
+        names = (*SHARED, *option_names(values["method"]))
+        values = {name: value for name, value in values.items() if name in names}
+        recipe = replace(recipe, settings=SamplingConfig.of(**values), **changes)
         write_png(pixels, tmp_path / "changed.png", recipe)
         return tmp_path / "changed.png"
 
@@ -54,7 +58,7 @@ def test_every_image_records_how_it_was_made(image: Path) -> None:
         recipe, pixels = read_png(path)
         assert recipe.pixels == read_png(path)[0].pixels and pixels.size == (64, 64)
         assert recipe.prompt == entry["prompt"] == "a red star – “ein roter Stern”"
-        assert recipe.settings.__dict__ == report["settings"]
+        assert recipe.settings.plain() == report["settings"]
         scores = entry["base"]["rewards"] if recipe.base else entry["rewards"]
         assert recipe.reward == scores[recipe.rank] == pytest.approx(sum(recipe.components.values()))
         if not recipe.base:

@@ -190,7 +190,7 @@ def test_records_of_any_number_of_processes_are_one(tmp_path: Path) -> None:
     # What is not next to the others stays beside them, so that the list in the report is that of the prompts.
     assert [entry["prompt"] for entry in report_of(tmp_path)["prompts"]] == ["a circle", "a star"]
     assert open_report(tmp_path, PROMPTS, settings).missing(5, False) == [2, 4]
-    with pytest.raises(InputError, match="lacks prompt 3 of 5: processes on several machines need one folder"):
+    with pytest.raises(InputError, match="lacks prompt 3 of 5: processes on several machines must share one folder"):
         alone.merge(5)
     assert (tmp_path / "finished" / "00003.json").exists()
     alone.keep(3, entry_of(tmp_path, 3, "a star"), single_process=True)

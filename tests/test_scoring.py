@@ -124,7 +124,7 @@ def test_one_bad_image_does_not_lose_the_others(steer: Steer, images: Path) -> N
     (images / "b.png").write_bytes(b"no image")
     code, out, err = score(steer, images, images / "none.png", reward="own_scores:red")
     assert code == 2 and err.startswith("steer: 2 of 4 images have no score: ") and len(err.splitlines()) == 1
-    assert "b.png: not an image" in err and "none.png: cannot read the image (No such file" in err
+    assert "b.png: not a readable image" in err and "none.png: cannot read the image (No such file" in err
     rows = json.loads(out)["scores"]
     assert [round(row["score"], 2) if "score" in row else None for row in rows] == [0, None, 0.4, None]
     assert "b.png" in rows[1]["error"] and "none.png" in rows[3]["error"]

@@ -152,13 +152,13 @@ def test_without_a_generator_the_global_numbers_decide_and_move_on() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"candidates": 2}, "candidates must be at least as many as are kept, 3, got 2"),
+        ({"candidates": 2}, "candidates must be at least keep, 3, got 2"),
         ({"keep": 0}, "keep must be at least 1"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"candidate_batch_size": 0}, "candidate_batch_size must be at least 1"),
-        ({"latents": torch.zeros(3, 4, 4, 4)}, "latents and screened starts exclude each other"),
-        ({"timesteps": [900, 500]}, "timesteps and screened starts exclude each other"),
-        ({"sigmas": [9.0, 0.5]}, "sigmas and screened starts exclude each other"),
+        ({"latents": torch.zeros(3, 4, 4, 4)}, "latents and screened noise exclude each other"),
+        ({"timesteps": [900, 500]}, "timesteps and screened noise exclude each other"),
+        ({"sigmas": [9.0, 0.5]}, "sigmas and screened noise exclude each other"),
         ({"num_images_per_prompt": 2}, "num_images_per_prompt is the steering pipeline's own"),
         ({"stepz": 2}, "takes no argument 'stepz'"),
     ],

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -275,6 +276,25 @@ def test_threads_that_share_one_pipeline_equal_runs_in_turn() -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(one, range(4)))
     assert all(torch.equal(a, b) for a, b in zip(in_turn, together, strict=True))
+
+
+def test_threads_encode_texts_one_at_a_time() -> None:
+    """A fast tokenizer keeps the padding of its last call: two calls at once would mix theirs."""
+    pipe, inside, most = sd("DDIM"), 0, 0
+    encode = pipe.encode_prompt
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.02)
+        inside -= 1
+        return encode(*args, **kwargs)
+
+    vars(pipe)["encode_prompt"] = watched
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda seed: watch(pipe, "sd", lambda solver_step: None, seed=seed), range(4)))
+    assert most == 1
 
 
 # --- what is refused, and why

@@ -81,7 +81,7 @@ def train(
     return trainer.train(resume_from_checkpoint=resume)
 
 
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.hard), 2])
 @pytest.mark.parametrize("method", ["d3po", "prdp", "ddpo", "grpo", "filtered"])
 def test_every_method_trains_a_pipeline_without_prompts(method: str, rank: int, tmp_path: Path) -> None:
     pipe = pipeline("ddim")

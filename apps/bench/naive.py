@@ -63,8 +63,8 @@ def naive_fk(
         x_s = scheduler.step(output, t, x).prev_sample
         if k in at:
             x0 = predict_x0(scheduler, output, t, x, 0)
-            weighed = algorithm.reweight(particles, _rewards_via_pil(pipe, reward, prompt, x0)[None], k / steps)
-            particles, drawn = algorithm.select(weighed, rng)
+            reweighted = algorithm.reweight(particles, _rewards_via_pil(pipe, reward, prompt, x0)[None], k / steps)
+            particles, drawn = algorithm.select(reweighted, rng)
             rows = torch.arange(size) if drawn is None else drawn[0]
             ancestors.append(rows[None])
             kernel = gaussian_transition(x[rows], x0[rows], *step_levels(scheduler, t, 0), 1.0)

@@ -32,7 +32,7 @@ function onKey(event) {
   }
 }
 
-// What was in focus is gone when images come in place of a line: keys and screen readers go on from the images.
+// What was in focus is gone when images come in place of a line: keys and screen readers start from the images.
 function renew() {
   const seen = view()?.dataset.group ?? '';
   const lost = document.activeElement === null || document.activeElement === document.body;

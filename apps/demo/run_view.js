@@ -1,5 +1,5 @@
 // The view of a run, for gr.HTML's js_on_load: `element` holds run_view's HTML, `watch` says when it has been replaced.
-// Gradio mends the page in place of building it anew, so what a visitor chose is kept here and put on again.
+// Gradio updates the page in place instead of rebuilding it, so what a visitor chose is kept here and put on again.
 const chosen = { run: null, place: null, path: null, table: false };
 
 const one = (selector) => element.querySelector(selector);

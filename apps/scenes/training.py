@@ -135,7 +135,7 @@ def reconstruction_loss(vae: AutoencoderKL, images: Tensor, generator: torch.Gen
 
 
 def image_loss(decoded: Tensor, images: Tensor) -> Tensor:
-    """Absolute and squared error of images −1..1, objects weighing five times the background."""
+    """Absolute and squared error of images −1..1, objects weighted five times the background."""
     error = decoded - images
     background = images.flatten(2).median(2).values[..., None, None]
     weight = 1 + 4 * ((images - background).abs().amax(1, keepdim=True) > 0.2)

@@ -185,7 +185,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         `kl_per_step` in nats. The options are those of `steer.training.gradient.two_pass_gradient`."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the method remembers between rollouts, as plain values."""
+        """State of the method between rollouts, as plain values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

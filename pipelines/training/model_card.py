@@ -260,7 +260,7 @@ def _training_samples(result: TrainingResult) -> str:
 
 
 def _arguments(config: TrainingConfig, about: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was given beside the configuration, and the fields of the configuration that are not at their defaults."""
+    """Arguments beside the configuration, and the fields of the configuration that differ from their defaults."""
     default = type(config)()
     own = [one.name for one in fields(config)]
     given = {name: value for name, value in about.items() if name not in own and value not in (None, [], ())}

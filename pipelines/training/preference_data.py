@@ -299,7 +299,7 @@ class PreferenceDataset:
         for preference, pair in zip(preferences, pairs, strict=True):
             if pair.stochastic != first.stochastic or pair.latents.shape != first.latents.shape:
                 raise InputError(
-                    f"{self.records.folder}: lots {preferences[0].group} and {preference.group} have trajectories of "
+                    f"{self.records.folder}: groups {preferences[0].group} and {preference.group} have trajectories of "
                     f"shapes {tuple(first.latents.shape[1:])} and {tuple(pair.latents.shape[1:])}: one folder is for "
                     "one size"
                 )

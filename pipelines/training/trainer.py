@@ -160,7 +160,8 @@ class Trainer(TrainingMethod[ConfigT]):
         if self.run_config is not None:
             return dict(self.run_config)
         names = {"model": base_model(self.pipe), "reward": self.reward.name}
-        return names | {"eval_rewards": [one.name for one in self.eval_rewards]} | plain_values(asdict(self.config))
+        values = {name: value for name, value in asdict(self.config).items() if name != "output_dir"}  # may be moved
+        return names | {"eval_rewards": [one.name for one in self.eval_rewards]} | plain_values(values)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the trained weights as diffusers reads them, and a model card; return the folder.

@@ -104,6 +104,8 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
     tracker = _Tracker(pipe, on_step, rows, grad)
     view = copy.copy(pipe)
     vars(view)["scheduler"] = _tracked_scheduler(pipe.scheduler, tracker)
+    if hasattr(view, "encode_prompt"):
+        vars(view)["encode_prompt"] = _exclusive(view.encode_prompt)
     yield view
     if not tracker.transitions:
         raise UnsupportedPipelineError(f"{type(pipe).__name__} never stepped its own scheduler: it cannot be steered")
@@ -266,6 +268,17 @@ def cache_text_encoding(pipe: Any) -> Any:
     return once
 
 
+def _exclusive(encode: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap an encoder of texts to run in one thread at a time."""
+
+    @functools.wraps(encode)
+    def exclusive(*args: Any, **kwargs: Any) -> Any:
+        with ENCODING_LOCK:
+            return encode(*args, **kwargs)
+
+    return exclusive
+
+
 def _cached_calls(function: Callable[..., Any]) -> Callable[..., Any]:
     """Cache a function by its arguments: some pipelines encode the negative prompt in a separate call."""
     cache: dict[str, Any] = {}
@@ -273,8 +286,7 @@ def _cached_calls(function: Callable[..., Any]) -> Callable[..., Any]:
     def cached_call(*args: Any, **kwargs: Any) -> Any:
         key = json.dumps(plain_values([args, kwargs]))
         if key not in cache:
-            with ENCODING_LOCK:
-                cache[key] = function(*args, **kwargs)
+            cache[key] = _exclusive(function)(*args, **kwargs)
         return cache[key]
 
     return cached_call

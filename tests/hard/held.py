@@ -10,16 +10,16 @@ from typing import Any
 SECONDS = 2  # of CPU, for one input
 
 
-class CheckResult(AssertionError):
+class Finding(AssertionError):
     """A parser did what none may do."""
 
 
 def check_line(told: str) -> None:
     """Raises Finding for a message that is not one line, or could not be shown."""
     if len(told.splitlines()) != 1 or re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", told):
-        raise CheckResult(f"no line of text: {told!r}")
+        raise Finding(f"no line of text: {told!r}")
     if len(told) > 2000:
-        raise CheckResult(f"a line of {len(told)} characters: {told!r:.400}")
+        raise Finding(f"a line of {len(told)} characters: {told!r:.400}")
 
 
 _reached: list[str] = []
@@ -41,7 +41,7 @@ sys.addaudithook(_watch)
 
 
 def _late(number: int, frame: Any) -> None:
-    raise CheckResult(f"more than {SECONDS} seconds of CPU")
+    raise Finding(f"more than {SECONDS} seconds of CPU")
 
 
 @contextmanager
@@ -58,4 +58,4 @@ def held() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
     if _reached:
-        raise CheckResult(f"reached for {_reached}")
+        raise Finding(f"reached for {_reached}")

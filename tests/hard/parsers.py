@@ -31,7 +31,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from steer import rewards
-from steer.apps.cli.finetune import keys_of
+from steer.apps.cli.finetune import parse_overrides
 from steer.apps.finetuning import read_config
 from steer.apps.prompts import read_prompts
 from steer.apps.recipes import KEY, read_metadata, read_png, write_png
@@ -78,7 +78,7 @@ def _config(data: bytes, folder: Path) -> Any:
 
 def _words(data: bytes, folder: Path) -> Any:
     """What a person writes behind the name of a configuration, a word a line."""
-    return read_config("d3po-scenes", keys_of(_text(data).split("\n"))).plain()
+    return read_config("d3po-scenes", parse_overrides(_text(data).split("\n"))).plain()
 
 
 def _config_again(told: Any, folder: Path) -> Any:

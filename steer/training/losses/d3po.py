@@ -78,7 +78,7 @@ class D3PO:
 class D3POTrajectory:
     """DPO on whole trajectories, which D3PO's authors could not afford (over 100 GB); computed one step at a time.
 
-    beta  > 0, per `unit`. It weighs KL(π ‖ π_ref) of the whole trajectory against the reward, as the sum of D3PO's
+    beta  > 0, per `unit`. The weight of KL(π ‖ π_ref) of the whole trajectory against the reward, as the sum of D3PO's
           steps does: hence the same 0.1. The first gradient is T times that of D3PO.
     unit  of the log-probabilities: element or nat
 

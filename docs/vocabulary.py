@@ -1,0 +1,111 @@
+"""Check names and prose of all rooms against the words of the field (docs/glossary.md). `make lint` runs it.
+
+A room may hold no more banned words than its baseline below, and a baseline only goes down. `--show ROOM` lists the
+places. Exit code 1: a room holds more than its baseline.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Pattern (whole words, any case) → the word of the field. The left column of the glossary and phrases of no field.
+BANNED = {
+    r"seams?": "step hooks",
+    r"told|tells? of": "reports, contains, log; or name the object",
+    r"anew": "again, resampled",
+    r"wears?|worn|wearing|unworn": "load, apply or disable an adapter",
+    r"goes on|going on|gone on|go on": "resume, continue",
+    r"spoilt|spoiled": "corrupt",
+    r"mended": "fixed",
+    r"what came of|came of it|what comes of": "result",
+    r"stands? in for|stand-ins?|stood in": "proxy, replacement",
+    r"lagged|lagging": "asynchronous",
+    r"narrow(?:ed|s|ing)?": "particle schedule",
+    r"exams?": "evaluator",
+    r"round's|rounds(?! images)|(?:a|the|each|per|every|this|that|one) round": "rollout, rollout buffer",
+    r"weigh(?:ed|s|ing)?": "reweight",
+    r"readings|(?:a|the|each|every|one|first|third) reading|read off": "evaluation, intermediate reward",
+    r"lots": "groups",
+    r"unjudged": "without a reward",
+    r"foretells?|foretold": "predicts",
+    r"screened_starts|D3POPipeline|PRDPPipeline|DDPOPipeline|GRPOPipeline|FinetuneSettings": "the 0.2.0 name",
+    r"steps_per_round|prompts_per_step|keep_checkpoints|checkpoint_every|eval_every": "the 0.2.0 name",
+    r"overlap=\w+|--overlap": "asynchronous_rewards",
+    r"on (?:its|their|the) way": "inside the chain, at intermediate steps",
+    r"half-way": "interrupted",
+    r"parts company|part from|parts from": "diverge",
+    r"minus what|less what": "the difference from",
+    r"said once|is said|says else": "reported, printed, given",
+}
+# Phrases in which a banned word is the right one, and a file of the preference format.
+ALLOWED = re.compile(r"lots\.jsonl|round trip|reading order", re.IGNORECASE)
+PATTERN = re.compile("|".join(rf"(?:(?<![\w-]){pattern}(?![\w]))" for pattern in BANNED), re.IGNORECASE)
+
+# No docstring begins with one of these: a noun phrase or an imperative verb does.
+NOUN_CLAUSES = ("What", "Of", "That", "Which", "Those")
+
+ROOMS = {
+    "steer": ["steer/**/*.py"],
+    "pipelines": ["pipelines/**/*.py"],
+    "rewards": ["rewards/**/*.py"],
+    "apps": ["apps/**/*.py", "apps/**/*.js", "apps/**/*.css", "apps/**/*.md"],
+    "assets": ["assets/configs/*.yaml", "assets/accelerate/*.yaml"],
+    "docs": ["docs/*.md", "docs/*.ipynb", "README.md", "CONTRIBUTING.md", "SECURITY.md", "Makefile", "pyproject.toml"],
+}
+BASELINE = dict.fromkeys(ROOMS, 0)
+
+
+def files_of(room: str) -> list[Path]:
+    """Return the files of a room; links to other rooms are not followed."""
+    found = {path for pattern in ROOMS[room] for path in ROOT.glob(pattern)}
+    return sorted(path for path in found if not any(parent.is_symlink() for parent in path.parents))
+
+
+def banned_words(text: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and word of each banned word of a text, also inside snake_case names."""
+    for number, line in enumerate(text.splitlines(), start=1):
+        allowed = ALLOWED.sub("", line)
+        words = {match.group() for match in PATTERN.finditer(allowed)}
+        words |= {match.group() for match in PATTERN.finditer(allowed.replace("_", " "))}
+        yield from ((number, word) for word in sorted(words))
+
+
+def noun_clauses(text: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and first words of each docstring that begins with a relative clause."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (docstring := ast.get_docstring(node)):
+            first = docstring.split(maxsplit=1)[0].rstrip(",")
+            if first in NOUN_CLAUSES:
+                yield node.body[0].lineno, f'"""{first} …'
+
+
+def violations(room: str) -> Iterator[str]:
+    """Yield one line for each banned word or docstring of a room."""
+    for path in files_of(room):
+        text = path.read_text()
+        places = [*banned_words(text), *(noun_clauses(text) if path.suffix == ".py" else ())]
+        for number, word in sorted(places):
+            yield f"{path.relative_to(ROOT)}:{number}: {word}"
+
+
+def main(arguments: list[str]) -> int:
+    """Print the count of each room, or with `--show ROOM` its places; return the exit code."""
+    failed = False
+    for room in arguments[1:] if arguments[:1] == ["--show"] else ROOMS:
+        places = list(violations(room))
+        if arguments:
+            print("\n".join(places))
+        elif len(places) > BASELINE[room]:
+            failed = True
+            print(f"{room}: {len(places)} banned words, at most {BASELINE[room]}: docs/vocabulary.py --show {room}")
+        elif len(places) < BASELINE[room]:
+            print(f"{room}: {len(places)} banned words; lower its baseline in docs/vocabulary.py to that")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
