@@ -26,7 +26,7 @@ from steer.apps.demo.studio import Studio, Weights
 from steer.apps.models import load_pipeline
 from steer.apps.prompts import PromptRow
 from steer.apps.recipes import read_metadata
-from steer.apps.settings import SamplingConfig
+from steer.apps.settings import SHARED, SamplingConfig
 from steer.errors import InputError
 
 ASKED: dict[str, Any] = {
@@ -266,7 +266,8 @@ def test_what_the_fields_cannot_ask_for_is_not_restored(studio: Studio, tmp_path
         ({"steps": None}, "made with steps None"),
         ({"particles": 64}, "particles can be at most 16"),
     ):
-        values = change if "method" in change else recipe.settings.plain() | change
-        other = replace(recipe, settings=SamplingConfig.of(**values))
+        names = SHARED if "method" in change else recipe.settings.plain()
+        values = {name: value for name, value in recipe.settings.plain().items() if name in names}
+        other = replace(recipe, settings=SamplingConfig.of(**values | change))
         with pytest.raises(InputError, match=message):
             fields_from_recipe(other, studio.models)

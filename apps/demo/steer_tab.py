@@ -1,7 +1,7 @@
 """The Steer tab: a prompt, the particles while they are steered, and the finished images."""
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -23,9 +23,7 @@ from steer.apps.demo.studio import (
     Studio,
     Weights,
     line,
-    number,
     seed_of,
-    whole,
 )
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
@@ -98,23 +96,15 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     return fields
 
 
-NUMBERS: dict[str, Callable[[str, float | None], float]] = {
-    **dict.fromkeys(("particles", "steps", "iterations"), whole),
-    **dict.fromkeys(("guidance", "lam"), number),
-}
-FIELD_NAMES = {"lam": "strength"}
-
-
 def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> SamplingConfig:
     """Read the settings from the fields, with the weights that the visitor loaded.
 
     Raises InputError for numbers beyond what this app does.
     """
-    numbers = {name: read(FIELD_NAMES.get(name, name), asked[name]) for name, read in NUMBERS.items()}
     own = set(ALL_OPTIONS) - set(option_names(asked["method"]))  # fields of other methods stay as they are
-    given = {
-        name: value for name, value in {**asked, **numbers}.items() if name not in {*own, "prompts", "fresh", "adapter"}
-    }
+    given = {name: value for name, value in asked.items() if name not in {*own, "prompts", "fresh", "adapter"}}
+    if empty := [name for name, value in given.items() if value is None and name != "seed"]:
+        raise InputError(f"{FIELD_LABELS.get(empty[0], empty[0])}: the field is empty, give a number")
     given |= {"reward": asked["reward"].strip(), "seed": seed_of(asked["seed"], asked["fresh"])}
     settings = SamplingConfig.of(**given, lora=_adapter_path(asked["model"], weights) if asked["adapter"] else None)
     for name, most in FIELD_LIMITS.items():
