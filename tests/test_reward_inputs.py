@@ -198,7 +198,7 @@ def test_a_function_of_the_prompts_alone_is_a_reward() -> None:
         {"brightness": 2, load_reward("jpeg"): 0.5},
         {load_reward("brightness"): 2, (lambda images, prompts: load_reward("jpeg")(images, prompts)): 0.5},
     ],
-    ids=str,
+    ids=["weights", "rows", "list", "nested mapping", "nested list", "an object", "a function"],
 )
 def test_mappings_to_weights_and_lists_are_sums(rewards: Any) -> None:
     expected = 2 * BRIGHTNESS + 0.5 * score(IMAGES, "", "jpeg")
