@@ -68,7 +68,7 @@ def write_choices(folder: Path) -> None:
 
 def _told(found: PreferenceRecords) -> Any:
     groups = [group.line() for group in found.groups.values()]
-    return json.dumps([asdict(found.drawn), groups, [asdict(one) for one in found.choices]])
+    return json.dumps([asdict(found.provenance), groups, [asdict(one) for one in found.preferences]])
 
 
 def choices_again(told: str, folder: Path) -> Any:
@@ -117,7 +117,7 @@ def report(data: bytes, folder: Path) -> Any:
 def _told_of(folder: Path) -> Any:
     record = open_report(folder, ["a star", "a circle"], SAMPLE)
     record.missing(2, animation=True)
-    return json.dumps([record.told, record.entries], sort_keys=True)
+    return json.dumps([record.header, record.entries], sort_keys=True)
 
 
 def report_again(told: str, folder: Path) -> Any:
