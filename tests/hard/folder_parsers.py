@@ -68,7 +68,8 @@ def write_choices(folder: Path) -> None:
 
 def _told(found: PreferenceRecords) -> Any:
     groups = [group.line() for group in found.groups.values()]
-    return json.dumps([asdict(found.provenance), groups, [asdict(one) for one in found.preferences]])
+    judged = [{"lot": one.group, "chosen": one.chosen, "rejected": one.rejected} for one in found.preferences]
+    return json.dumps([asdict(found.provenance), groups, judged])
 
 
 def choices_again(told: str, folder: Path) -> Any:
