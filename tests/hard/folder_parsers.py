@@ -68,7 +68,8 @@ def write_choices(folder: Path) -> None:
 
 def _told(found: PreferenceRecords) -> Any:
     groups = [group.line() for group in found.groups.values()]
-    return json.dumps([asdict(found.drawn), groups, [asdict(one) for one in found.choices]])
+    judged = [{"lot": one.group, "chosen": one.chosen, "rejected": one.rejected} for one in found.preferences]
+    return json.dumps([asdict(found.provenance), groups, judged])
 
 
 def choices_again(told: str, folder: Path) -> Any:
@@ -117,7 +118,7 @@ def report(data: bytes, folder: Path) -> Any:
 def _told_of(folder: Path) -> Any:
     record = open_report(folder, ["a star", "a circle"], SAMPLE)
     record.missing(2, animation=True)
-    return json.dumps([record.told, record.entries], sort_keys=True)
+    return json.dumps([record.header, record.entries], sort_keys=True)
 
 
 def report_again(told: str, folder: Path) -> Any:

@@ -96,7 +96,9 @@ def noise_in(folder: Path) -> Any:
 
 def report_in(folder: Path) -> Any:
     record = open_report(folder, ["a star", "a circle"], SETTINGS)
-    told = {name: record.told[name] for name in ("model", "method", "settings")}  # and perhaps a key that nobody reads
+    told = {
+        name: record.header[name] for name in ("model", "method", "settings")
+    }  # and perhaps a key that nobody reads
     return told, record.entries, images_with_prompts(folder)
 
 
