@@ -101,7 +101,7 @@ def economy_contenders(options: argparse.Namespace) -> list[Contender]:
         (8, {"particle_schedule": FEWEST}),
         *((8, {"particle_schedule": steps} | TOP) for steps in (FEWER, FEWEST, "14:2", "17:1")),
         (12, {"particle_schedule": FEWEST} | TOP),
-        (8, {"target": 0.8}),
+        (8, {"target_reward": 0.8}),
         *((8, {"preview": preview}) for preview in ("tiny", "linear")),
         *((size, {"particle_schedule": FEWEST, "preview": "tiny"} | TOP) for size in (8, 12)),
     ]
