@@ -46,7 +46,7 @@ BASE = TrainingConfig(
     warmup_steps=3,
     ema_decay=0.9,
     kl_weight=0.1,
-    kl_target=0.5,
+    kl_target_nats=0.5,
     eval_steps=3,
     save_steps=3,
 )

@@ -121,7 +121,7 @@ def test_the_chosen_sample_becomes_likelier_than_the_rejected_one(
     trajectory: bool, recorded: dict[str, Path], tmp_path: Path
 ) -> None:
     pipe, folder = fresh_pipe("sd"), recorded["stored"]
-    config = tiny(folder, max_steps=4, train_batch_size=3, micro_batch=3, kl_weight=0.0, kl_target=None)
+    config = tiny(folder, max_steps=4, train_batch_size=3, micro_batch=3, kl_weight=0.0, kl_target_nats=None)
     groups = list(read_preferences(folder).groups.values())
 
     def likelihoods() -> list[Tensor]:

@@ -142,7 +142,7 @@ def test_the_reward_rises(method: str, model: Path, tmp_path: Path) -> None:
         warmup_steps=0,
         ema_decay=0.0,
         kl_weight=0.0,
-        kl_target=None,
+        kl_target_nats=None,
         eval_steps=15,
         num_generations_eval=64,
     )

@@ -182,7 +182,7 @@ def test_a_signal_ends_it_with_a_checkpoint_and_a_word(name: str, steer: Steer, 
 
 
 def test_a_guard_that_stops_it_is_told(steer: Steer, config: Path) -> None:
-    code, out, _ = steer("finetune", config, "--max-steps", 5, "--kl-budget", "1e-9")
+    code, out, _ = steer("finetune", config, "--max-steps", 5, "--kl-budget-nats", "1e-9")
     assert code == 0 and "stopped because the KL budget is spent" in out and out.count("\n") == 1
 
 
@@ -236,7 +236,7 @@ def refused(steer: Steer, config: object, *words: object) -> str:
         (["--prompts", "scenes-trainin"], "--prompts: unknown prompts 'scenes-trainin': use scenes-training"),
         (["--eval-prompts", "nothing.txt"], "--eval-prompts: nothing.txt: cannot read"),
         (["--prompt-column", "text"], "prompts.txt: a .txt file has no columns"),
-        (["--kl-target", "3"], "--kl-target adapts kl_weight, which is 0"),
+        (["--kl-target-nats", "3"], "--kl-target-nats adapts kl_weight, which is 0"),
         (["--log-with", "[wandbb]"], "--log-with: unknown tracker 'wandbb': did you mean wandb"),
         (["--log-with", "[dvclive]"], "--log-with: dvclive is not installed: pip install dvclive"),
         (["--device", "warp"], "--device 'warp' cannot be used"),

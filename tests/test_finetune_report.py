@@ -104,7 +104,7 @@ def described(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainingR
     for step in (0, 6, 12):
         write_grid(evaluated(step, 3, 2, 3, 16, 16), out, 2)
     result = result_of(12, 0, 6, 12, best=6, stopped="why | not", weights=out / "final" / "unet", weights_step=12)
-    report_of(out, result, lora_rank=0, eta=1.0, kl_budget=3.0)
+    report_of(out, result, lora_rank=0, eta=1.0, kl_budget_nats=3.0)
     return out, result
 
 
@@ -237,7 +237,7 @@ def test_only_recorded_metrics_are_drawn() -> None:
 
 @pytest.mark.parametrize(("budget", "drawn"), [(1.0, "budget: 1 nats"), (1000.0, "budget: 1000 nats, above")])
 def test_a_budget_does_not_flatten_the_curve(budget: float, drawn: str) -> None:
-    (axes,) = panels(report.divergence_panels(result_of(12), {"kl_budget": budget})).values()
+    (axes,) = panels(report.divergence_panels(result_of(12), {"kl_budget_nats": budget})).values()
     assert drawn in axes.get_legend_handles_labels()[1] and axes.get_ylim()[1] < 3
 
 

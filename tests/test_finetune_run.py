@@ -31,7 +31,7 @@ SHORT: dict[str, Any] = {
     "eval_steps": 1,
     "ema_decay": 0.0,
     "kl_weight": 0.0,
-    "kl_target": None,
+    "kl_target_nats": None,
 }
 
 
@@ -50,7 +50,7 @@ def pipe() -> Any:
 
 
 def test_a_spent_budget_ends_the_run_with_its_weights(pipe: Any, tmp_path: Path) -> None:
-    config = config_of("prdp", kl_budget=1e-9, kl_weight=0.0, kl_target=None, warmup_steps=0)
+    config = config_of("prdp", kl_budget_nats=1e-9, kl_weight=0.0, kl_target_nats=None, warmup_steps=0)
     result = train("prdp", pipe, tmp_path, config)
     assert result.stopped and result.stopped.startswith("the KL budget is spent")
     assert result.step == 1, "the first update's KL is 0, and the second is not made"

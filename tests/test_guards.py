@@ -144,12 +144,12 @@ def test_a_budget() -> None:
     [
         ({"weight": -0.1}, "kl_weight must be at least 0, got -0.1"),
         ({"weight": math.nan}, "kl_weight must be at least 0"),
-        ({"weight": 1.0, "target": 0.0}, "kl_target must be above 0 nats, got 0.0"),
-        ({"weight": 1.0, "target": -1.0}, "kl_target must be above 0 nats, got -1.0"),
-        ({"weight": 1.0, "target": math.nan}, "kl_target must be above 0 nats"),
-        ({"budget": 0.0}, "kl_budget must be above 0 nats, got 0.0"),
-        ({"budget": -2.0}, "kl_budget must be above 0 nats"),
-        ({"target": 4.0}, "kl_target adapts kl_weight, which is 0: set a kl_weight above 0"),
+        ({"weight": 1.0, "target": 0.0}, "kl_target_nats must be above 0 nats, got 0.0"),
+        ({"weight": 1.0, "target": -1.0}, "kl_target_nats must be above 0 nats, got -1.0"),
+        ({"weight": 1.0, "target": math.nan}, "kl_target_nats must be above 0 nats"),
+        ({"budget": 0.0}, "kl_budget_nats must be above 0 nats, got 0.0"),
+        ({"budget": -2.0}, "kl_budget_nats must be above 0 nats"),
+        ({"target": 4.0}, "kl_target_nats adapts kl_weight, which is 0: set a kl_weight above 0"),
     ],
 )
 def test_what_is_no_control(options: dict[str, float], message: str) -> None:

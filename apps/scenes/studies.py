@@ -235,7 +235,7 @@ RUN_CONFIGS = {
     "d3po-preferences": RunConfig("d3po-scenes", PREFERENCES),
     "d3po-unguarded": RunConfig("d3po-scenes", HIGH_LEARNING_RATE),
     "d3po-early-stopping": RunConfig("d3po-scenes", EARLY_STOPPING),
-    "d3po-early-stopping-kl": RunConfig("d3po-scenes", EARLY_STOPPING | {"kl_weight": "1e-3", "kl_target": "50"}),
+    "d3po-early-stopping-kl": RunConfig("d3po-scenes", EARLY_STOPPING | {"kl_weight": "1e-3", "kl_target_nats": "50"}),
 }
 
 

@@ -78,7 +78,8 @@ class TrainingConfig:
     ema_decay            decay of an exponential moving average of the weights, evaluated and exported in their place;
                          0: none
     kl_weight            β of the KL to the reference, per nat summed over the elements and steps of a trajectory
-    kl_target, kl_budget see `steer.training.guards.KLControl`; nats summed over the elements and steps of a trajectory
+    kl_target_nats, kl_budget_nats  see `steer.training.guards.KLControl`; nats summed over the elements and steps of a
+                         trajectory
     chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
     eval_steps           updates between evaluations; one more comes before the first update and after the last
     num_generations_eval images per held-out prompt
@@ -120,8 +121,8 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     ema_decay: float = 0.0
     kl_weight: float = 0.0
-    kl_target: float | None = None
-    kl_budget: float | None = None
+    kl_target_nats: float | None = None
+    kl_budget_nats: float | None = None
     chi_square_weight: float = 0.0
     eval_steps: int = 20
     num_generations_eval: int = 1
@@ -159,12 +160,12 @@ class TrainingConfig:
 
     def kl_control(self) -> KLControl:
         """The control of the KL weight before the first update. Raises InputError for weights that it cannot move."""
-        return KLControl(self.kl_weight, self.kl_target, self.kl_budget)
+        return KLControl(self.kl_weight, self.kl_target_nats, self.kl_budget_nats)
 
     @property
     def needs_divergence(self) -> bool:
         """Whether anything depends on the KL or χ² to the reference, so that this is computed and not estimated."""
-        return bool(self.kl_weight or self.kl_budget or self.chi_square_weight)
+        return bool(self.kl_weight or self.kl_budget_nats or self.chi_square_weight)
 
     @property
     def call_kwargs(self) -> dict[str, Any]:

@@ -462,7 +462,7 @@ RESUMABLE_FIELDS = {
     "early_stopping_patience",
     "save_steps",
     "save_total_limit",
-    "kl_budget",
+    "kl_budget_nats",
     "log_with",
 }
 

@@ -57,11 +57,11 @@ class KLControl:
     def __post_init__(self) -> None:
         if not self.weight >= 0:
             raise InputError(f"kl_weight must be at least 0, got {self.weight}")
-        for name, value in (("kl_target", self.target), ("kl_budget", self.budget)):
+        for name, value in (("kl_target_nats", self.target), ("kl_budget_nats", self.budget)):
             if value is not None and not value > 0:
                 raise InputError(f"{name} must be above 0 nats, got {value}")
         if self.target is not None and self.weight == 0:
-            raise InputError("kl_target adapts kl_weight, which is 0: set a kl_weight above 0")
+            raise InputError("kl_target_nats adapts kl_weight, which is 0: set a kl_weight above 0")
 
     def after(self, measured: float) -> "KLControl":
         """Return the control for the next update, given the `measured` KL of this one."""
