@@ -538,7 +538,7 @@ def test_videos_and_pixel_pipelines_are_refused_before_the_run() -> None:
         ("tiny", "unknown preview 'tiny'"),  # a word of the command line, where a model is known
         (3, "got one of type int"),
         (UNet2DModel, "got one of type"),
-        (tiny(latents=16), "latents of 16 channels, those of .* have 4"),
+        (tiny(latents=16), "takes latents with 16 channels, .* have 4"),
     ],
 )
 def test_what_is_no_decoder_is_refused(option: Any, says: str) -> None:

@@ -169,7 +169,7 @@ def test_calls_that_cannot_be_screened_are_named(options: dict[str, Any], messag
 
 
 def test_a_pipeline_that_starts_from_an_image_is_refused() -> None:
-    with pytest.raises(UnsupportedPipelineError, match="does not start from noise of its caller's"):
+    with pytest.raises(UnsupportedPipelineError, match="does not take its starting noise as latents"):
         screened("img2img")
 
 

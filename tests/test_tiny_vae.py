@@ -25,7 +25,7 @@ def scenes() -> Any:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SCENES": 16, "PROMPTS": 2, "BATCH": 8, "CLEAN_ROWS": 4}.items():
+    for name, value in {"SCENES": 16, "DECODER_PROMPTS": 2, "DECODER_BATCH": 8, "CLEAN_ROWS": 4}.items():
         monkeypatch.setattr(tiny_decoder, name, value)
 
 

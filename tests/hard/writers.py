@@ -66,7 +66,7 @@ def choices(folder: Path, seed: int) -> None:
 
 def choices_in(folder: Path) -> str:
     starts = {
-        read_preferences(folder).groups[choice.group].rows.starts[0] for choice in read_preferences(folder).choices
+        read_preferences(folder).groups[choice.group].rows.starts[0] for choice in read_preferences(folder).preferences
     }
     return which(starts, {1}, {1, 2})
 
@@ -150,7 +150,7 @@ def report(folder: Path, number: int) -> None:
     record = open_report(folder, ["a star", "a circle"], SETTINGS)
     Image.new("RGB", (2, 2)).save(folder / f"{number}.png")
     entry = {"prompt": ["a star", "a circle"][number], "images": [f"{number}.png"], "cost": {"seconds": 0.5}}
-    record.keep(number, entry, alone=True)
+    record.keep(number, entry, single_process=True)
 
 
 def report_in(folder: Path) -> str:
