@@ -135,8 +135,10 @@ def test_an_editable_install_resolves(symlinks: str, tmp_path: Path) -> None:
     source, site = checkout(tmp_path / "source", symlinks), tmp_path / "site"
     quiet = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
     python("-m", "pip", "install", *quiet, "--target", site, "--editable", source, cwd=tmp_path)
-    # Before other finders: the environment of the tests may have an editable install of its own.
-    hooked = f"import site, sys\nbefore = sys.meta_path[:]\nsite.addsitedir({str(site)!r})\n"
+    # Before other finders: the environment of the tests may have an editable install of its own, of the same name.
+    hooked = "import site, sys\nbefore = sys.meta_path[:]\n"
+    hooked += "[sys.modules.pop(name) for name in [*sys.modules] if name.startswith('__editable__')]\n"
+    hooked += f"sys.path.insert(0, {str(site)!r})\nsite.addsitedir({str(site)!r})\n"
     hooked += "sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in before] + before\n"
     places = python("-c", hooked + IMPORTED, cwd=tmp_path).splitlines()
     assert len(places) > 8 and all(Path(place).is_relative_to(source) for place in places)
