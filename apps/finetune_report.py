@@ -175,7 +175,7 @@ def _series_panels(records: Records, titles: Mapping[str, str], config: Mapping[
             _draw_curve(axes, records, name, "each update", TRAINED_COLOR)
             values = _series(records, name)[1]
             for suffix, style in (("target", "--"), ("budget", ":")):
-                if (level := config.get(f"{name}_{suffix}")) is not None:
+                if (level := config.get(f"{name}_{suffix}_nats")) is not None:
                     _draw_level(axes, level, values.max(), style, f"{suffix}: {level:g} nats")
             if name == "accuracy":
                 _draw_level(axes, 0.5, 1, ":", "chance")

@@ -322,7 +322,7 @@ def test_links_lead_to_files(described: tuple[Path, TrainingResult]) -> None:
 
 def test_settings_that_differ_are_listed_and_nobodys_folder(described: tuple[Path, TrainingResult]) -> None:
     text = (described[0] / "README.md").read_text()
-    assert "- beta: 0.03" in text and "- lora\\_rank: 0" in text and "- kl\\_budget: 3" in text
+    assert "- beta: 0.03" in text and "- lora\\_rank: 0" in text and "- kl\\_budget\\_nats: 3" in text
     assert "- eta" not in text  # the default one
     assert "/home/me" not in text
     assert f"steer-diffusion {steer.__version__}, torch {torch.__version__.split('+')[0]}" in text
