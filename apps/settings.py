@@ -115,8 +115,8 @@ class SamplingConfig(Settings):
 
     def plain(self) -> dict[str, Any]:
         """Return all values by name as JSON holds them, those of the method beside the shared ones."""
-        own = {name: value for name, value in self.options.plain().items() if name in self.option_names}
-        return {name: getattr(self, name) for name in SHARED} | own
+        names, options = self.option_names, self.options.plain()
+        return {name: getattr(self, name) for name in SHARED} | {name: options[name] for name in names}
 
     @property
     def option_names(self) -> list[str]:

@@ -61,9 +61,10 @@ class Settings:
         return {one.name: one for one in fields(cls)}[name]
 
     @classmethod
-    def saved(cls) -> list[str]:
+    @functools.cache
+    def saved(cls) -> tuple[str, ...]:
         """Return the names of the fields that decide the image."""
-        return [one.name for one in fields(cls) if one.metadata["saved"]]
+        return tuple(one.name for one in fields(cls) if one.metadata["saved"])
 
     @classmethod
     @functools.cache
@@ -133,9 +134,9 @@ def _whole(name: str, word: str) -> int:
 
 
 def _table(choices: str | tuple[str, ...]) -> Mapping[str, Any]:
-    table: Mapping[str, Any] = (
-        resolve_name(choices) if isinstance(choices, str) else {choice: choice for choice in choices}
-    )
+    if isinstance(choices, tuple):
+        return {choice: choice for choice in choices}
+    table: Mapping[str, Any] = resolve_name(choices)
     return table
 
 
