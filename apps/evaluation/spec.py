@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import torch
@@ -54,6 +54,16 @@ class Contender:
     method: str = BASE_METHOD
     options: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the contender of flat settings: model, lora, method, label, and its options. Raises InputError."""
+        options = dict(settings)
+        own = {name: options.pop(name) for name in ("model", "lora", "method", "label") if name in options}
+        for name, value in own.items():
+            if not isinstance(value, str):
+                raise InputError(f"{name} of a contender must be text, got {value!r:.60}")
+        return cls(**own, options=options)
 
     @property
     def name(self) -> str:

@@ -1,11 +1,11 @@
 """Analyses beside the contender tables: over-optimisation of a proxy reward, prediction by x̂0, optimised noise."""
 
-import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import torch
 from matplotlib.figure import Figure
@@ -14,10 +14,9 @@ from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
 from steer.apps.plots import DPI, INK, save_figure, set_title, style_axes
-from steer.apps.scenes.studies import LAM, ExactlyRight, prompts_of
 from steer.apps.scenes.training import CALL, interval
+from steer.apps.scenes.world import right
 from steer.files import read_image
-from steer.pipelines.base import SteeringOutput
 from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.reno import Backprop, ReNOPipeline
 from steer.pipelines.selection import BestOfNPipeline
@@ -26,13 +25,8 @@ from steer.rewards.compose import mean, mean_minus_std, worst
 from steer.rewards.parser import load_reward
 
 PROMPTS_PER_CALL = 8
+LAM = 25.0  # of Feynman–Kac steering, chosen on scenes-tuning, never on the held-out prompts
 Figures = dict[str, Any]
-
-
-def exactly_right(out: SteeringOutput, prompts: Sequence[str]) -> Tensor:
-    """1 for every image (P, K) that meets all of its prompt's requirements, else 0."""
-    repeated = [prompt for prompt in prompts for _ in range(out.rewards.shape[1])]
-    return ExactlyRight()(out.images, repeated).view_as(out.rewards)
 
 
 def quiet_pipeline(model: str) -> Any:
@@ -55,20 +49,20 @@ def foresight(
     number is for the finished images themselves. 0.5 is chance.
     """
     steering_pipe = FKSteeringPipeline(quiet_pipeline(model), reward)
-    early, final, right = [], [], []
+    early, final, correct = [], [], []
     for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc="foresight", leave=False, disable=None):
         some = list(prompts[start : start + PROMPTS_PER_CALL])
         options = {"num_particles": size, "lam": 0.0, "resample_steps": steps, "output_type": "pt", **call}
         out = steering_pipe(some, generator=Generator().manual_seed(start), **options).in_slot_order()
         early.append(torch.stack([evaluation.rewards for evaluation in out.history]))
         final.append(out.rewards)
-        right.append(exactly_right(out, some))
+        correct.append(right(out.images, np.repeat(some, size).tolist()).view(-1, size))
     guesses = torch.cat(early, 1)
     return {
         "prompts": len(prompts),
         "steps": list(steps),
         "order": [round(agreement(guess, torch.cat(final)), 3) for guess in guesses],
-        "right": [round(agreement(guess, torch.cat(right)), 3) for guess in (*guesses, torch.cat(final))],
+        "right": [round(agreement(guess, torch.cat(correct)), 3) for guess in (*guesses, torch.cat(final))],
     }
 
 
@@ -101,11 +95,12 @@ def reno_then_steering(
         ("base", BestOfNPipeline(many_steps, reward), {}),
         ("fk", FKSteeringPipeline(many_steps, reward), {"lam": LAM}),
     ]
-    right: dict[str, list[Tensor]] = {}
+    correct: dict[str, list[Tensor]] = {}
 
     def run(name: str, method: Any, some: list[str], seed: int, **options: Any) -> Any:
         out = method(some, num_particles=size, output_type="pt", generator=Generator().manual_seed(seed), **options)
-        right.setdefault(name, []).append(exactly_right(out, some))
+        rows = right(out.images, np.repeat(some, size).tolist()).view(-1, size)
+        correct.setdefault(name, []).append(rows)
         return out
 
     for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc="then", leave=False, disable=None):
@@ -115,7 +110,7 @@ def reno_then_steering(
         for kind, noise in noises.items():
             for name, method, options in methods:
                 run(f"{name}, {kind}", method, some, start, **noise, **options, **call)
-    rows = {name: torch.cat(values) for name, values in right.items()}
+    rows = {name: torch.cat(values) for name, values in correct.items()}
     gains = {name: rows[f"{name}, optimised"] - rows[f"{name}, random"] for name, _, _ in methods}
     return {"prompts": len(prompts), "iterations": iterations} | {
         kind: {name: {"best": interval(v[:, 0]), "all": interval(v.mean(1))} for name, v in table.items()}
@@ -243,24 +238,3 @@ def draw_curves(figures: Figures, path: Path) -> None:
     figure.axes[1].plot(figures["n"], best, color=INK, lw=1.2, ls=":", label=oracle)
     figure.axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     save_figure(figure, path)
-
-
-def _foresight(options: argparse.Namespace) -> Figures:
-    return foresight(str(options.model), prompts_of(options), options.reward, options.particles, range(2, 20, 3))
-
-
-def _curves(options: argparse.Namespace) -> Figures:
-    figures = curves(options.out / "many", options.reward)
-    draw_curves(figures, (options.json or options.out / "curves.json").with_suffix(".png"))
-    return figures
-
-
-def _reno_then(options: argparse.Namespace) -> Figures:
-    return reno_then_steering("scenes-turbo", "scenes", options.reward, prompts_of(options))
-
-
-ANALYSES: dict[str, Callable[[argparse.Namespace], Figures]] = {
-    "foresight": _foresight,
-    "curves": _curves,
-    "reno-then": _reno_then,
-}

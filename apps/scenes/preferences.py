@@ -3,7 +3,7 @@
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(list(rows)), new)
 
 
-def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) -> Iterator[Path]:
+def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) -> None:
     """Sample `each` images of every prompt with their exact rewards, in files of 640; existing files are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(model)
@@ -82,7 +82,6 @@ def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) 
                 ]
             write_rows(rows, path)
             logger.info("%s: gold %.3f", path, np.mean([row["gold"] for row in rows]))
-        yield path
 
 
 def new_clip_folder(folder: Path) -> None:
