@@ -16,12 +16,12 @@ from steer.errors import InputError
 OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed")
 PARTICLES = click.option("--particles", default=4, help="K, images per run, of which the best is picked; 1 for base.")
 # Options of its own that a settings file may hold.
-IN_A_FILE = ("models", "loras", "methods", "contenders", "prompts", "prompt_column", "num_prompts", "tag_column")
-IN_A_FILE += ("rewards", "reward_timeout", "seeds", "kl_prompts", "batch")
+IN_A_FILE = {"models", "loras", "methods", "contenders", "prompts", "prompt_column", "num_prompts", "tag_column"}
+IN_A_FILE |= {"rewards", "reward_timeout", "seeds", "kl_prompts", "batch"}
 UNSET = (None, ParameterSource.DEFAULT)
 
 
-class ContenderType(click.ParamType):
+class ContenderType(click.ParamType[dict[str, Any]]):
     """A mapping of a contender's settings: from a settings file, or as text of the command line."""
 
     name = "mapping"

@@ -399,8 +399,13 @@ def summary(report: Json) -> str:
         win_rate = format_interval(stats["wins"]) if "wins" in stats else ""
         short = label if len(label) <= MAX_NAME else f"…{label[1 - MAX_NAME :]}"
         rows.append([short, format_interval(stats["picked"]), win_rate, f"{cost['nfe']:.4g}", f"{cost['seconds']:.3g}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Format a table for the terminal, its columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def format_interval(values: Sequence[float]) -> str:
