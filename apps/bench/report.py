@@ -146,10 +146,9 @@ def draw(report: Json, path: Path) -> Path | None:
     for row, name in enumerate(names):
         axes.plot(spread(report["runs"][name]), [row, row], color=SECONDS_COLOUR, lw=2)
     axes.plot([*report["ratios"].values()], range(len(names)), "o", color=SECONDS_COLOUR, label="seconds, quartiles")
-    flops = report["flop_ratios"]
-    rows = [row for row, name in enumerate(names) if name in flops]
-    hollow: dict[str, Any] = {"mfc": "white", "mec": FLOPS_COLOUR, "ls": "", "zorder": 1}
-    axes.plot([flops[names[row]] for row in rows], rows, "D", label="FLOPs", **hollow)
+    if flops := {row: report["flop_ratios"][name] for row, name in enumerate(names) if name in report["flop_ratios"]}:
+        hollow: dict[str, Any] = {"mfc": "white", "mec": FLOPS_COLOUR, "ls": "", "zorder": 1}
+        axes.plot([*flops.values()], [*flops], "D", label="FLOPs", **hollow)
     axes.axvline(1, color=INK, lw=0.9, ls=":", zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())

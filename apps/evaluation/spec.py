@@ -340,6 +340,7 @@ def _read(path: Path) -> Json:
 
 
 SCORE_BATCH = 8  # images scored at a time
+Scores = tuple[Tensor, Mapping[str, Tensor]]  # of a reward, and of its components by name
 
 
 @dataclass
@@ -362,7 +363,8 @@ class ContenderRunner:
     def make(self, group: range, stored: ContenderResults) -> None:
         """Sample a group of prompts with all seeds, and add the results to `stored`.
 
-        A run is {"seed", "rewards": of the K images by name, best first (`base` does not sort); "stopped": the reason
+        A run is {"seed", "rewards": of the K images by name, best first (`base` does not sort),
+        and their "components" where a reward is composed; "stopped": the reason
         of an early stop or None; "cost": its share of the cost of its call}.
         """
         pending = [(place, number) for place in group for number in range(self.spec.seeds)]
@@ -395,7 +397,7 @@ class ContenderRunner:
         job = BatchedJob(self.pipe, reward, prompts, self.prepared.settings, file, seeds=seeds)
         with contender_errors(f"{self._name}, prompt {prompts[0]!r}"):
             output = METHODS[self.prepared.contender.method].run(job)
-            scores = {spec.first: output.rewards} | self._other_scores(output, prompts)
+            scores = {spec.first: (output.rewards, output.components)} | self._other_scores(output, prompts)
         file.unlink(missing_ok=True)
         flags = output.nsfw_content_detected
         size = output.rewards.shape[1]  # a particle schedule leaves fewer than `particles`
@@ -403,18 +405,27 @@ class ContenderRunner:
             self._picked[place].append(output.images[row * size].detach().float().cpu().clamp(0, 1))
             yield {
                 "seed": seeds[row],
-                "rewards": {name: values[row].tolist() for name, values in scores.items()},
+                "rewards": {name: totals[row].tolist() for name, (totals, _) in scores.items()},
+                "components": {
+                    name: {component: values[row].tolist() for component, values in components.items()}
+                    for name, (_, components) in scores.items()
+                    if components
+                },
                 "stopped": output.stopped,
                 **({} if flags is None else {"nsfw_content_detected": flags[row].tolist()}),
                 "cost": {name: spent / len(batch_runs) for name, spent in asdict(output.cost).items()},
             }
 
-    def _other_scores(self, output: SteeringOutput, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Score the finished images by the other rewards: (B, K) each."""
+    def _other_scores(self, output: SteeringOutput, prompts: Sequence[str]) -> dict[str, Scores]:
+        """Score the finished images by the other rewards and their components: (B, K) each."""
         size = output.rewards.shape[1]
         read = [prompt for prompt in prompts for _ in range(size)]
-        others = [name for name in self.spec.rewards if name != self.spec.first]
-        return {name: score_in_batches(self.spec.rewards[name], output.images, read).view(-1, size) for name in others}
+        scores = {}
+        for name, reward in self.spec.rewards.items():
+            if name != self.spec.first:
+                totals, components = score_in_batches(reward, output.images, read)
+                scores[name] = totals.view(-1, size), {key: one.view(-1, size) for key, one in components.items()}
+        return scores
 
     def _pictures(self) -> Iterator[tuple[int, Image.Image]]:
         for place in set(self._picked) & set(self.grid_places):
@@ -422,16 +433,15 @@ class ContenderRunner:
 
 
 @torch.no_grad()
-def score_in_batches(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Score images (N, 3, H, W) or videos (N, F, 3, H, W) in batches: (N,)."""
-    result = []
+def score_in_batches(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
+    """Score images (N, 3, H, W) or videos (N, F, 3, H, W) in batches by a reward and its components: (N,) each."""
+    scored = []
     for start in range(0, len(images), SCORE_BATCH):
         cut = slice(start, start + SCORE_BATCH)
-        score: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = partial(
-            score_components, reward, prompts=prompts[cut]
-        )
-        result.append(mean_over_frames(images[cut].float().clamp(0, 1), score)[0])
-    return torch.cat(result)
+        score: Callable[[Tensor], Scores] = partial(score_components, reward, prompts=prompts[cut])
+        scored.append(mean_over_frames(images[cut].float().clamp(0, 1), score))
+    totals, components = zip(*scored, strict=True)
+    return torch.cat(totals), {name: torch.cat([one[name] for one in components]) for name in components[0]}
 
 
 @contextmanager

@@ -34,9 +34,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
     parser.add_argument("--trained", default="denoiser", help="model in --out that `export` writes: denoiser or turbo")
-    parser.add_argument("--count", type=int, help="prompts of --list, shuffled; by default all, 48 of `many`")
+    parser.add_argument("--count", type=int, help="prompts of --list, shuffled; by default all")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of the studies")
-    parser.add_argument("--reward", default="scene-soft", help="reward of the studies; the ensemble of `curves`")
+    parser.add_argument("--reward", default="scene-soft", help="reward of the studies")
     parser.add_argument("--plan", type=Path, default=Path("docs/studies/finetuning.yaml"), help="runs of `finetuning`")
     parser.add_argument(
         "--only", nargs="*", default=[], help="runs of `finetuning`, or recipes of `pilot`, by the start of their names"
@@ -50,12 +50,12 @@ def main() -> None:
         write_text(options.json or options.out / f"{options.stage}.json", json.dumps(figures, indent=1) + "\n")
 
 
-def prompts_of(options: argparse.Namespace, count: int | None = None) -> list[str]:
-    """All prompts of --list, or --count of them (by default `count`) after a shuffle that is always the same."""
+def prompts_of(options: argparse.Namespace) -> list[str]:
+    """All prompts of --list, or --count of them after a shuffle that is always the same."""
     prompts = load_prompts(options.list)
-    if (count := options.count or count) is not None:
+    if options.count is not None:
         random.Random(0).shuffle(prompts)
-    return prompts[:count]
+    return prompts[: options.count]
 
 
 def _vae(options: argparse.Namespace) -> AutoencoderKL:
@@ -106,10 +106,6 @@ def _pairs(options: argparse.Namespace) -> None:
     print(json.dumps(preferences.write_pairs(folder, options.out)))
 
 
-def _many(options: argparse.Namespace) -> None:
-    preferences.sample_prompts(options.out / "many", str(options.model), prompts_of(options, 48), 256)
-
-
 def _turbo(options: argparse.Namespace) -> None:
     distil.distil(options.out / "turbo", options.model, options.steps or 10_000)
 
@@ -130,7 +126,8 @@ def _foresight(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _curves(options: argparse.Namespace) -> dict[str, Any]:
-    figures = analyses.curves(options.out / "many", options.reward)
+    report = json.loads((options.out / "evaluation.json").read_text())
+    figures = analyses.curves(report, report["rewards"][1])
     analyses.draw_curves(figures, (options.json or options.out / "curves.json").with_suffix(".png"))
     return figures
 
@@ -151,13 +148,12 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
     "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
     "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
     "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
-    "many": (_many, "sample 256 images of 48 prompts of --list, or of --count"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
     "prompts": (lambda options: world.write_prompt_lists(options.prompts), "write the prompt lists to --prompts"),
     "finetuning": (_finetuning, "train what is not finished of the runs of --plan in --out, and evaluate them"),
     "foresight": (_foresight, "how well the reward of x̂0 at each step predicts the final one, to --json"),
-    "curves": (_curves, "best-of-n of `many`'s images by --reward and others, to --json and a picture"),
+    "curves": (_curves, "best-of-n by an ensemble and others, from the evaluation in --out, to --json and a picture"),
     "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, to --json"),
 }
 
