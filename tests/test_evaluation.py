@@ -422,9 +422,7 @@ def test_contenders_of_the_command_line_have_settings_of_their_own(steer: Steer,
     assert steer("evaluate", *words, "--out", tmp_path / "out")[0] == 0
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert [(one["name"], one["particles"]) for one in report["contenders"]] == [("of 2", 2), ("of 3", 3)]
-    for run in (
-        run for one in report["contenders"] for run in one["runs"]
-    ):  # of composed rewards, the steering one too
+    for run in (run for one in report["contenders"] for run in one["runs"]):
         assert run["components"].keys() == {"brightness + jpeg", "min(brightness, jpeg)"}
         for name, combine in (("brightness + jpeg", sum), ("min(brightness, jpeg)", min)):
             parts = run["components"][name]

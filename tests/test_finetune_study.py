@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from steer.apps.finetuning import METHODS
-from steer.apps.scenes.finetuning import finetuning_study, read_plan
+from steer.apps.scenes.finetuning import finetuning_study, read_plan, read_run
 from steer.apps.scenes.preferences import ANNOTATOR_REWARD, write_choices
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import PROMPTS
@@ -17,7 +17,7 @@ RUN_CONFIGS = read_plan(Path(__file__).resolve().parent.parent / "docs/studies/f
 
 
 def test_runs_are_equal_but_for_what_they_compare(tmp_path: Path) -> None:
-    configs = {name: run.read(tmp_path) for name, run in RUN_CONFIGS.items() if name != "d3po-preferences"}
+    configs = {name: read_run(run, tmp_path) for name, run in RUN_CONFIGS.items() if name != "d3po-preferences"}
     assert len(RUN_CONFIGS) == 22 and {config.job.method for config in configs.values()} <= set(METHODS)
     compared = [config for name, config in configs.items() if name.split("-")[1] in ("few", "many")]
     images = {(c.training.train_batch_size, c.training.num_generations, c.training.max_steps) for c in compared}
@@ -48,8 +48,7 @@ def test_a_small_study_is_trained_once_and_evaluated_on_seen_and_unseen_prompts(
 ) -> None:
     small = {"max_steps": "1", "eval_steps": "1", "train_batch_size": "1", "num_generations": "2"}
     small |= {"num_inference_steps": "3", "eval_prompts_count": "2"}
-    runs = {name: replace(RUN_CONFIGS[name], changes={**RUN_CONFIGS[name].changes, **small}) for name in RUN_CONFIGS}
-    runs = {name: runs[name] for name in ("prdp-few-0", "d3po-early-stopping-kl")}
+    runs = {name: {**RUN_CONFIGS[name], **small} for name in ("prdp-few-0", "d3po-early-stopping-kl")}
     reports = finetuning_study(runs, tmp_path, count=2)
     assert set(reports) == {"scenes-few", "scenes-training"}
     base, finetuned = reports["scenes-few"]["contenders"]

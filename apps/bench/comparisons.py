@@ -378,12 +378,15 @@ class BenchOptions:
     resolution: int | None = None
     quick: bool = False
 
-    def call(self, guidance: float) -> dict[str, Any]:
-        """Arguments of the pipelines' calls."""
+    def subject(
+        self, name: str, pipe: Any, guidance: float, one_step: Any, make_trainable: Callable[[], Any], **options: Any
+    ) -> Subject:
+        """Return a model with the sizes of its measurements."""
         call: dict[str, Any] = {"num_inference_steps": self.steps or STEPS[self.quick], "guidance_scale": guidance}
         if self.resolution is not None:
             call |= {"height": self.resolution, "width": self.resolution}
-        return call
+        options |= {"iterations": ITERATIONS[self.quick], "pairs": PAIRS[self.quick]}
+        return Subject(name, pipe, call, self.particles, one_step=one_step, make_trainable=make_trainable, **options)
 
 
 def subjects_of(models: Sequence[str], bench_options: BenchOptions) -> list[tuple[str, Callable[[], Subject]]]:
@@ -395,10 +398,7 @@ def subjects_of(models: Sequence[str], bench_options: BenchOptions) -> list[tupl
         raise InputError(f"--resolution must be a multiple of 64, got {bench_options.resolution}")
     makers: dict[str, Callable[[BenchOptions], Subject]] = {EMBEDDED: embedded}
     makers |= {name: partial(of_size, name, size) for name, size in REAL_SIZES.items()}
-    made: list[tuple[str, Callable[[], Subject]]] = []
-    for name in dict.fromkeys(models):
-        made.append((name, partial(choose("--model", name, makers), bench_options)))
-    return made
+    return [(name, partial(choose("--model", name, makers), bench_options)) for name in dict.fromkeys(models)]
 
 
 def embedded(bench_options: BenchOptions) -> Subject:
@@ -409,16 +409,8 @@ def embedded(bench_options: BenchOptions) -> Subject:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    return Subject(
-        EMBEDDED,
-        load(EMBEDDED),
-        bench_options.call(GUIDANCE),
-        bench_options.particles,
-        one_step=load("scenes-turbo"),
-        make_trainable=partial(load, EMBEDDED),
-        iterations=ITERATIONS[bench_options.quick],
-        pairs=PAIRS[bench_options.quick],
-        preview="tiny",
+    return bench_options.subject(
+        EMBEDDED, load(EMBEDDED), GUIDANCE, load("scenes-turbo"), partial(load, EMBEDDED), preview="tiny"
     )
 
 
@@ -426,13 +418,4 @@ def of_size(name: str, size: RealSize, bench_options: BenchOptions) -> Subject:
     """A model of a size that is its own one-step model; made again for training."""
     make = partial(build, size, bench_options.device, resolve_dtype(bench_options.device, bench_options.dtype))
     pipe = make()
-    return Subject(
-        name,
-        pipe,
-        bench_options.call(size.guidance),
-        bench_options.particles,
-        one_step=pipe,
-        make_trainable=make,
-        iterations=ITERATIONS[bench_options.quick],
-        pairs=PAIRS[bench_options.quick],
-    )
+    return bench_options.subject(name, pipe, size.guidance, pipe, make)

@@ -27,6 +27,8 @@ from steer.errors import InputError
 from steer.files import write_text
 
 Json = dict[str, Any]
+# Of the report, each by the name of a subject or a comparison.
+TABLES = ("subjects", "ratios", "cpu_ratios", "memory_ratios", "flop_ratios", "checks", "runs", "ceilings", "skipped")
 
 
 def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
@@ -45,16 +47,7 @@ def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
         "threads": torch.get_num_threads(),
         "quick": quick,
         "seconds": seconds,
-        "subjects": {},
-        "ratios": {},
-        "cpu_ratios": {},
-        "memory_ratios": {},
-        "flop_ratios": {},
-        "checks": {},
-        "runs": {},
-        "ceilings": {},
-        "skipped": {},
-    }
+    } | {name: {} for name in TABLES}
 
 
 def add_comparison(

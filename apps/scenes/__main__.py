@@ -102,7 +102,7 @@ def _captions(options: argparse.Namespace) -> None:
 
 def _pairs(options: argparse.Namespace) -> None:
     folder, prompts = options.out / "samples", preferences.trained_prompts(1760)
-    preferences.sample_prompts(folder, str(options.model), prompts, preferences.IMAGES_PER_PROMPT)
+    preferences.sample_prompts(folder, str(options.model), prompts)
     print(json.dumps(preferences.write_pairs(folder, options.out)))
 
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +16,45 @@ from steer.pipelines.training.method import prompts_at
 NUM_EVAL_PROMPTS = 96  # prompts that were learnt from, and as many that no training ever saw
 
 
-@dataclass(frozen=True)
-class RunConfig:
-    """A training run: a configuration of `steer finetune` and the keys it changes, as on the command line."""
-
-    config: str
-    changes: Mapping[str, str]
-
-    def read(self, folder: Path) -> FinetuneConfig:
-        """Read the configuration with its changes. Raises InputError."""
-        return read_config(self.config, dict(self.changes) | {"output_dir": str(folder)})
+Run = Mapping[
+    str, str
+]  # "config", a configuration of `steer finetune`, and the keys it changes, as on its command line
 
 
-def read_plan(path: Path) -> dict[str, RunConfig]:
+def read_plan(path: Path) -> dict[str, Run]:
     """Read the runs of a plan by name: the keys that all share, and those of each run."""
     plan = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    runs = {name: plan["shared"] | run for name, run in plan["runs"].items()}
-    texts = {
-        name: {key: value if isinstance(value, str) else json.dumps(value) for key, value in run.items()}
-        for name, run in runs.items()
+    return {
+        name: {
+            key: value if isinstance(value, str) else json.dumps(value) for key, value in (plan["shared"] | run).items()
+        }
+        for name, run in plan["runs"].items()
     }
-    return {name: RunConfig(run.pop("config"), run) for name, run in texts.items()}
 
 
-def train(run: RunConfig, out: Path) -> FinetuneConfig:
+def read_run(run: Run, out: Path) -> FinetuneConfig:
+    """Read the configuration of a run in a folder. Raises InputError."""
+    changes = dict(run) | {"output_dir": str(out)}
+    return read_config(changes.pop("config"), changes)
+
+
+def train(run: Run, out: Path) -> FinetuneConfig:
     """Train a run as `steer finetune` does, or resume it; a finished one is left alone.
 
     A run without prompts learns from the simulated annotator's choices in the folder beside it.
     """
-    changes, preferences = dict(run.changes), out.parent / "choices"
-    if changes.get("prompts") == "null":
+    preferences = out.parent / "choices"
+    if run.get("prompts") == "null":
         write_choices(preferences)
-        changes["preferences"] = str(preferences)
-    config = RunConfig(run.config, changes).read(out)
+        run = {**run, "preferences": str(preferences)}
+    config = read_run(run, out)
     if not (out / "final").exists():
         finetune(config, resume=(out / "checkpoints").exists())
     return config
 
 
 def finetuning_study(
-    runs: Mapping[str, RunConfig], folder: Path, only: Sequence[str] = (), count: int = NUM_EVAL_PROMPTS
+    runs: Mapping[str, Run], folder: Path, only: Sequence[str] = (), count: int = NUM_EVAL_PROMPTS
 ) -> dict[str, Any]:
     """Train the runs whose names begin with one of `only` (by default all), and evaluate each beside the base model.
 
