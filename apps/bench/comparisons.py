@@ -42,6 +42,7 @@ from steer.training.gradient import two_pass_gradient
 from steer.training.losses import D3PO
 
 TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1  # of equal results; in half precision they differ by rounding
+DEFAULT = ComputeOptions()
 BETA = 0.1  # of D3PO, as published
 Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images best first, rewards (B, K), ancestors
 
@@ -254,7 +255,7 @@ def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
 
 
 @contextmanager
-def switched(subject: Subject, on: On, off: On = nullcontext, persistent: bool = False) -> Iterator[PreparedComparison]:
+def switched(subject: Subject, on: On, off: On = DEFAULT, persistent: bool = False) -> Iterator[PreparedComparison]:
     """Steered denoising without a compute option, which changes no result, over the same with it."""
 
     def run(option: On) -> Denoised:
@@ -304,7 +305,7 @@ COMPARISONS: Mapping[str, Comparison] = {
     ),
     "naive_fk_over_ours_fewer": Comparison(
         "FK to about the same reward in other images: ours with a particle schedule and cheap previews",
-        partial(fk, on=ComputeOptions(), cheaper=True),
+        partial(fk, on=DEFAULT, cheaper=True),
     ),
     "naive_d3po_over_ours_first_pass": Comparison(
         "D3PO, ours with the reference computed in the update, as the first pass over a rollout buffer does",
@@ -318,7 +319,7 @@ COMPARISONS: Mapping[str, Comparison] = {
     ),
     "naive_fk_over_ours_everything_on": Comparison(
         "FK, ours with the attention backend auto",
-        partial(fk, on=ComputeOptions()),
+        partial(fk, on=DEFAULT),
     ),
     "naive_fk_over_ours_fewer_compiled": Comparison(
         "FK to about the same reward, and the denoiser through torch.compile too",

@@ -30,7 +30,7 @@ from steer.files import atomic_write, write_text
 from steer.pipelines.base import Cost, SteeringOutput, route_eta
 from steer.pipelines.training.evaluation import diversity
 from steer.registry import choose, nearest
-from steer.reward import Reward, mean_over_frames, score_components
+from steer.reward import Reward, Scores, mean_over_frames, score_components
 
 BASE_METHOD = "base"  # plain sampling without a reward: one image per run
 # Methods whose runs share no random numbers, so that one call may sample several.
@@ -340,7 +340,6 @@ def _read(path: Path) -> Json:
 
 
 SCORE_BATCH = 8  # images scored at a time
-Scores = tuple[Tensor, Mapping[str, Tensor]]  # of a reward, and of its components by name
 
 
 @dataclass
@@ -397,7 +396,7 @@ class ContenderRunner:
         job = BatchedJob(self.pipe, reward, prompts, self.prepared.settings, file, seeds=seeds)
         with contender_errors(f"{self._name}, prompt {prompts[0]!r}"):
             output = METHODS[self.prepared.contender.method].run(job)
-            scores = {spec.first: (output.rewards, output.components)} | self._other_scores(output, prompts)
+            scores = {spec.first: (output.rewards, dict(output.components))} | self._other_scores(output, prompts)
         file.unlink(missing_ok=True)
         flags = output.nsfw_content_detected
         size = output.rewards.shape[1]  # a particle schedule leaves fewer than `particles`
