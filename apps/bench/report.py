@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -61,7 +61,8 @@ def add_comparison(
     if over.peak is not None and under.peak:
         report["memory_ratios"][name] = over.peak / under.peak
     if check is not None:
-        report["checks"][name] = asdict(check) | {"passed": check.passed}
+        known = check.difference if math.isfinite(check.difference) else None  # JSON has no infinity
+        report["checks"][name] = asdict(check) | {"passed": check.passed, "difference": known}
     if over.flops and under.flops:
         report["flop_ratios"][name] = over.flops / under.flops
 
@@ -89,18 +90,9 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
 def write(report: Json, file: Path) -> None:
     """Replace the JSON. Raises InputError where it cannot be written."""
     try:
-        write_text(file, json.dumps(_finite(report), indent=1, ensure_ascii=False))
+        write_text(file, json.dumps(report, indent=1, ensure_ascii=False))
     except OSError as error:
         raise InputError(f"--json {file}: cannot write there ({error.strerror})") from error
-
-
-def _finite(value: Any) -> Any:
-    """Replace infinity and NaN, which JSON does not have, by null."""
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(report: Json) -> str:
