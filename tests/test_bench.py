@@ -1,12 +1,13 @@
 """`steer bench`: naive and ours are one mathematics, do the work that is said of them, and are measured in turns."""
 
 import math
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
-from bench_subject import PARTICLES, READS, STEPS, fresh, tiny_subject
+from bench_subject import PARTICLES, READS, STEPS, fresh, rows_of, tiny_subject
 from pairwise import hard_but
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5EncoderModel
@@ -16,14 +17,16 @@ from steer.apps.bench import timing as clock
 from steer.apps.bench.comparisons import COMPARISONS, BenchOptions, fk, of_size, reno, steer_whole
 from steer.apps.bench.naive import naive_d3po
 from steer.apps.bench.sizes import REAL_SIZES, SD_VAE
-from steer.apps.bench.subject import Subject, build, denoise_steered, make_preference_batch
+from steer.apps.bench.subject import EightBits, Subject, build, denoise_steered, make_preference_batch
 from steer.apps.bench.timing import (
     Measurement,
     PreparedComparison,
     RepeatPolicy,
     Variant,
+    compare,
     measure,
 )
+from steer.errors import InputError
 
 CPU = torch.device("cpu")
 ONCE = RepeatPolicy(0.0, least=1)
@@ -34,18 +37,27 @@ def subject() -> Subject:
     return tiny_subject()
 
 
-def measured(name: str, subject: Subject) -> tuple[PreparedComparison, Measurement, Measurement, Any]:
+@dataclass
+class Counted(Measurement):
+    """A measurement with the rows of a run."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+def measured(name: str, subject: Subject) -> tuple[PreparedComparison, Counted, Counted, Any]:
     """A comparison measured once: what was found of both, and how their results compare."""
     with COMPARISONS[name].open(subject) as opened:
-        found = Measurement(opened.over.name), Measurement(opened.under.name)
-        results = measure(opened, found, subject.module_names, CPU, ONCE)
+        found = Counted(opened.over.name), Counted(opened.under.name)
+        results = measure(opened, found, CPU, ONCE)
+        for counted, variant in zip(found, (opened.over, opened.under), strict=True):
+            counted.rows = rows_of(variant.run, subject)
         return opened, *found, opened.check and opened.check(*results)
 
 
 def test_the_naive_steering_gives_our_images_rewards_and_ancestors(subject: Subject) -> None:
     _, _, _, check = measured("naive_fk_over_ours", subject)
     assert check.passed and check.difference <= 1e-4
-    _, _, ancestors = steer_whole(subject, subject.pipe, subject.judge(eight_bits=True))
+    _, _, ancestors = steer_whole(subject, subject.pipe, EightBits(subject.judge()))
     moved = [not torch.equal(rows[0], torch.arange(PARTICLES)) for rows in ancestors]
     assert any(moved) and len(moved) == READS  # else there was nothing to agree on
 
@@ -176,12 +188,12 @@ def test_variants_take_turns(subject: Subject) -> None:
     said: list[str] = []
     variants = [Variant(name, lambda name=name: said.append(name)) for name in "AB"]
     found = Measurement("A"), Measurement("B")
-    measure(PreparedComparison(*variants), found, {}, CPU, RepeatPolicy(60.0, least=2, most=4))
+    measure(PreparedComparison(*variants, 1), found, CPU, RepeatPolicy(60.0, least=2, most=4))
     assert "".join(said) == "AB" + "AB" * 4 + "AB"  # a warm-up, as many turns as may be, one that counts
     assert [len(one.seconds) for one in found] == [4, 4]
     said.clear()
     measure(
-        PreparedComparison(*variants), (Measurement("A"), Measurement("B")), {}, CPU, RepeatPolicy(0.0, least=2, most=4)
+        PreparedComparison(*variants, 1), (Measurement("A"), Measurement("B")), CPU, RepeatPolicy(0.0, least=2, most=4)
     )
     assert "".join(said) == "AB" * 4
 
@@ -196,23 +208,30 @@ def test_the_peak_is_what_a_run_needs_at_most() -> None:
         torch.ones(size, dtype=torch.uint8).add_(1)
 
     found = Measurement("A"), Measurement("B")
-    measure(PreparedComparison(Variant("A", run), Variant("B", lambda: None)), found, {}, CPU, ONCE)
+    measure(PreparedComparison(Variant("A", run), Variant("B", lambda: None), 1), found, CPU, ONCE)
     assert found[0].peak is not None and 0.9 * size < found[0].peak < 1.5 * size
     assert found[1].peak is not None and found[1].peak < 0.1 * size
 
 
-def test_flops_and_rows_are_counted_where_hooks_may_be() -> None:
-    """2 · 3 · 4 · 5 FLOPs of a matrix product, of 3 rows."""
+def test_flops_are_counted_where_they_may_be() -> None:
+    """2 · 3 · 4 · 5 FLOPs of a matrix product."""
     linear = torch.nn.Linear(4, 5, bias=False)
 
     def run() -> torch.Tensor:
         return linear(torch.ones(3, 4))
 
     counted, not_counted = Measurement("A"), Measurement("B")
-    opened = PreparedComparison(Variant("A", run), Variant("B", run, counted=False))
-    measure(opened, (counted, not_counted), {torch.nn.Linear: "linear"}, CPU, ONCE)
-    assert (counted.flops, counted.rows) == (2 * 3 * 4 * 5, {"linear with a graph": 3})
-    assert (not_counted.flops, not_counted.rows) == (0, {})
+    measure(PreparedComparison(Variant("A", run), Variant("B", run, False), 3), (counted, not_counted), CPU, ONCE)
+    assert (counted.flops, not_counted.flops) == (2 * 3 * 4 * 5, 0)
+
+
+def test_numbers_are_compared_within_the_limit_and_ancestors_exactly() -> None:
+    images, rows = torch.zeros(2, 3), (torch.tensor([0, 1]),)
+    assert compare((images, rows), (images + 0.5, rows), 0.5).passed
+    assert compare((images, rows), (images + 0.5, rows), 0.5).difference == 0.5
+    assert not compare((images, rows), (images + 0.6, rows), 0.5).passed
+    assert not compare((images, rows), (images, (torch.tensor([0, 0]),)), 0.5).passed
+    assert not compare((images, rows), (images[:1], rows), 0.5).passed
 
 
 PARAMETERS = {"sd15": 859.52e6, "sdxl": 2567.46e6, "sd3": 2028.33e6, "flux": 11901.41e6}
@@ -268,8 +287,12 @@ def test_what_is_measured_of_real_sizes_runs_on_small_ones(name: str) -> None:
     assert check.passed and steered.rows["denoiser"] == plain.rows["denoiser"] > 0
     _, steered, _, _ = measured("whole_fk_over_plain_batch", subject)
     assert steered.rows["reward"] == 4 * (len(subject.read_at) + 1)
-    reasons = {COMPARISONS[one].fits(subject) for one in COMPARISONS if one.startswith("naive")}
-    assert (reasons == {None}) == (name == "sd15")
+    for comparison in (COMPARISONS[one] for one in COMPARISONS if one.startswith("naive")):
+        with (
+            nullcontext() if name == "sd15" else pytest.raises(InputError, match="under DDIM"),
+            comparison.open(subject),
+        ):
+            pass
 
 
 @pytest.mark.hard

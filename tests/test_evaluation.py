@@ -372,6 +372,9 @@ def test_weights_are_contenders_and_may_not_change(
         (["--out", "{tmp}/prompts.jsonl"], "--out {tmp}/prompts.jsonl: cannot write there"),
         (["--device", "warp"], "--device 'warp' cannot be used"),
         (["--steps", "2000"], "prompt 'p0': "),
+        (["--contender", "method: fk"], "--model and contenders exclude each other: name the model in each contender"),
+        (["--settings", "{tmp}/study.yaml"], "--contender must be a mapping such as 'method: fk, particles: 8', got 3"),
+        (["--settings", "{tmp}/prompts.jsonl"], "prompts.jsonl, line 2: expected '<document start>'"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(
@@ -379,6 +382,7 @@ def test_errors_are_one_line_and_exit_code_2(
 ) -> None:
     for name in ("run/best", "run/final", "wide", "other"):
         (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "study.yaml").write_text("contenders: [3]")
     place = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     for name, keys, width in (("wide", [place], 99), ("other", [place, "unet.elsewhere.to_q"], 8)):
         shapes = {"lora_A": (2, width), "lora_B": (width, 2)}
@@ -389,6 +393,42 @@ def test_errors_are_one_line_and_exit_code_2(
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("steer: ") and message.format(tmp=tmp_path) in last
     assert "Traceback" not in err and not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("contender", "message"),
+    [
+        ("fk", "contender 'scenes fk=None': unknown option 'fk': did you mean"),
+        ("method: [", "--contender"),
+        ("methd: fk", "contender 'scenes methd=fk': unknown option 'methd': did you mean"),
+        ("model: 3", "model of a contender must be text, got 3"),
+        ("method: fkk", "unknown method 'fkk': did you mean fk"),
+        ("particles: 0", "particles must be at least 1"),
+    ],
+)
+def test_a_contender_that_does_not_fit_is_one_line(steer: Steer, tmp_path: Path, contender: str, message: str) -> None:
+    words = ["--prompts", "scenes-tuning", "--reward", "jpeg", "--out", tmp_path / "out"]
+    code, _, err = steer("evaluate", "--contender", contender, *words)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+def test_contenders_of_the_command_line_have_settings_of_their_own(steer: Steer, tiny: Path, tmp_path: Path) -> None:
+    fk = [f'model: "{tiny}", label: of {k}, method: fk, particles: {k}' for k in (2, 3)]
+    words = [word for text in fk for word in ("--contender", text)]
+    (tmp_path / "prompts.txt").write_text("a\n")
+    words += ["--prompts", tmp_path / "prompts.txt", "--steps", 2, "--kl-prompts", 0]
+    for reward in ("brightness + jpeg", "brightness", "min(brightness, jpeg)"):
+        words += ["--reward", reward]
+    assert steer("evaluate", *words, "--out", tmp_path / "out")[0] == 0
+    report = json.loads((tmp_path / "out/evaluation.json").read_text())
+    assert [(one["name"], one["particles"]) for one in report["contenders"]] == [("of 2", 2), ("of 3", 3)]
+    for run in (run for one in report["contenders"] for run in one["runs"]):
+        assert run["components"].keys() == {"brightness + jpeg", "min(brightness, jpeg)"}
+        for name, combine in (("brightness + jpeg", sum), ("min(brightness, jpeg)", min)):
+            parts = run["components"][name]
+            totals = [combine(pair) for pair in zip(parts["brightness"], parts["jpeg"], strict=True)]
+            assert run["rewards"][name] == pytest.approx(totals, rel=1e-5)
+    assert [len(one["runs"][0]["rewards"]["brightness"]) for one in report["contenders"]] == [2, 3]
 
 
 def test_needs_prompts_and_rewards(steer: Steer) -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from steer.apps.scenes import analyses
 from steer.apps.scenes.analyses import expected_best, kl_of_best_of_n
 from steer.apps.scenes.preferences import choose, composition, pairs_of
 
@@ -28,6 +29,25 @@ def test_one_of_one_is_the_mean_and_one_of_all_the_best() -> None:
 def test_kl_of_best_of_n() -> None:
     assert kl_of_best_of_n(1) == 0
     assert kl_of_best_of_n(4) == pytest.approx(np.log(4) - 0.75)
+
+
+def test_curves_of_an_evaluation_by_hand() -> None:
+    """Two prompts × two images: best-of-two by a proxy is its favourite, best-of-one the mean."""
+    runs = [
+        {"rewards": {"scene": [1.0, 0.5], "ensemble": [0.0, 0.0], "other": [2.0, 1.0]}, "components": {}},
+        {"rewards": {"scene": [0.0, 0.5], "ensemble": [0.0, 0.0], "other": [1.0, 2.0]}, "components": {}},
+    ]
+    for run in runs:  # the first member likes the first image, the second, of two, by far the second one
+        run["components"] = {"ensemble": {"a": [1.0, 0.0], "b": [0.0, 3.0]}}
+    report = {"rewards": ["scene", "ensemble", "other"], "contenders": [{"runs": runs}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analyses, "SIZES", (1, 2))
+        found = analyses.curves(report, "ensemble")
+    gold = {name: [mean for mean, _, _ in kinds["gold"]] for name, kinds in found["proxies"].items()}
+    assert gold["picked by the exact reward"] == [0.5, 0.75] and gold["other"] == [0.5, 0.75]
+    assert gold["one member"] == [0.5, 0.5] and gold["mean of 2"] == [0.5, 0.5]
+    assert found["prompts"] == found["images"] == 2
+    assert found["against_one_member"]["other"][1][0] == 0.25
 
 
 def test_annotators_choose_by_bradley_and_terry() -> None:

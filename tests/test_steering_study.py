@@ -1,46 +1,57 @@
-"""The contender tables of the embedded model: `evaluate` accepts each, and a stage writes what it returns."""
+"""The studies in docs/studies: `steer evaluate` accepts each, and runs one with settings of the command line."""
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
+from conftest import Steer
 from torch import Tensor
 
-from steer.apps.evaluation.run import Contender
-from steer.apps.evaluation.spec import EvaluationSpec, prepare_contenders
-from steer.apps.scenes import __main__ as stages
-from steer.apps.scenes import studies
-from steer.apps.scenes.studies import CONTENDER_TABLES, SAMPLING, ExactlyRight, Study, fk, prompts_of
+from steer.apps.cli.evaluate import evaluate as command
+from steer.apps.evaluation.spec import Contender, EvaluationSpec, PreparedContender, prepare_contenders
+from steer.apps.scenes.__main__ import prompts_of
+from steer.apps.scenes.world import RIGHT, right
+from steer.apps.settings import ALL_OPTIONS
 from steer.rewards.parser import load_reward
 
-OPTIONS = argparse.Namespace(
-    model="scenes", particles=4, lam=None, reward_guidance=None, eta=None, large="scenes-large", reward="scene-soft"
-)
+FOLDER = Path(__file__).resolve().parent.parent / "docs/studies"
+STUDIES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem not in ("finetuning", "overoptimisation"))
 
 
-@pytest.mark.parametrize("name", list(CONTENDER_TABLES))
-def test_every_table_is_accepted_by_the_evaluation(name: str) -> None:
-    spec = EvaluationSpec(("a circle",), None, {"scene-soft": load_reward("scene-soft")}, 1, SAMPLING)
-    prepared = prepare_contenders(CONTENDER_TABLES[name].contenders(OPTIONS), spec)
+def read(path: Path) -> tuple[click.Context, list[PreparedContender]]:
+    """The options of a settings file as click reads them, and its contenders as the evaluation prepares them."""
+    context = command.make_context("evaluate", ["--settings", str(path)])
+    names = ("steps", "guidance", "particles", "seed", *ALL_OPTIONS)
+    options = {name: value for name in names if (value := context.params.get(name)) is not None}
+    rewards = {name: load_reward(name) for name in context.params["rewards"]}
+    contenders = [Contender.of(settings) for settings in context.params["contenders"]]
+    return context, prepare_contenders(contenders, EvaluationSpec(("a circle",), None, rewards, 1, options))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_is_accepted_by_the_evaluation(path: Path) -> None:
+    context, prepared = read(path)
+    assert context.params["rewards"] == ("scene-soft", "scene", RIGHT) and context.params["batch"] == 32
     assert len({one.contender.name for one in prepared}) == len(prepared) > 2
-    assert {one.settings.steps for one in prepared} == ({1, 2, 4, 20, 50} if name == "reno" else {20})
+    assert {one.settings.steps for one in prepared} == ({1, 2, 4, 20, 50} if path.stem == "reno" else {20})
+    assert {one.settings.guidance for one in prepared} == {4.0}
+    assert {one.settings.options.lam for one in prepared if one.contender.method == "fk"} <= {25.0, 5.0, 10.0, 60.0}
+
+
+def test_the_study_of_overoptimisation_makes_plain_images_in_one_call_each() -> None:
+    context = command.make_context("evaluate", ["--settings", str(FOLDER / "overoptimisation.yaml")])
+    assert context.params["contenders"] == ({"label": "base", "particles": 256},)
+    assert context.params["rewards"][0] == "scene" and context.params["num_prompts"] == 40
 
 
 def test_an_ablation_changes_one_setting_of_the_standard_ones() -> None:
-    standard, *others = CONTENDER_TABLES["ablations"].contenders(OPTIONS)
-    for one in others:
+    _, (standard, *others) = read(FOLDER / "ablations.yaml")
+    for one in (other.contender for other in others):
         if one.method == "fk":
-            changed = {key for key, value in one.options.items() if standard.options.get(key) != value}
-            assert len(changed) == 1 and one.name.startswith(changed.pop())
-
-
-def test_the_main_table_takes_the_settings_of_the_command() -> None:
-    given = argparse.Namespace(**vars(OPTIONS) | {"lam": 5.0, "reward_guidance": 0.5, "eta": 0.5, "particles": 2})
-    steered = CONTENDER_TABLES["evaluate"].contenders(given)[-1]
-    assert steered.options == {"particles": 2, "lam": 5.0, "reward_guidance": 0.5, "eta": 0.5}
+            assert len(set(one.options.items()) - set(standard.contender.options.items())) == 1
 
 
 def test_prompts_are_the_same_ones_for_every_count() -> None:
@@ -53,19 +64,21 @@ def test_exactly_right_is_one_where_the_scene_reward_is(monkeypatch: pytest.Monk
         return torch.tensor([1.0, 0.75, 0.0])
 
     monkeypatch.setattr("steer.rewards.scene.SceneReward.__call__", scores)
-    assert ExactlyRight()(torch.zeros(3, 3, 8, 8), ["a"] * 3).tolist() == [1, 0, 0]
+    assert right(torch.zeros(3, 3, 8, 8), ["a"] * 3).tolist() == [1, 0, 0]
 
 
-def test_a_stage_writes_the_evaluation_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "SAMPLING", {"steps": 4, "guidance": 4.0})
-    table = Study("a small table", lambda options: [Contender(label="base"), fk(2)])
-    monkeypatch.setitem(CONTENDER_TABLES, "steering", table)
-    monkeypatch.setattr(sys, "argv", ["scenes", "steering", "--count", "2", "--out", str(tmp_path)])
-    stages.main()
-    report = json.loads((tmp_path / "steering/evaluation.json").read_text())
+def test_a_settings_file_is_evaluated_and_the_command_line_takes_its_place(steer: Steer, tmp_path: Path) -> None:
+    text = (FOLDER / "steering.yaml").read_text()
+    file = tmp_path / "small.yaml"
+    lines = [line for line in text.splitlines() if "contenders" in line or not line.startswith("  -")]
+    file.write_text("\n".join([*lines, "  - {label: base}", "  - {method: fk, particles: 2, lam: 25.0}"]))
+    words = ["evaluate", "--settings", file, "--num-prompts", 2, "--steps", 4, "--out", tmp_path / "out"]
+    assert steer(*words)[0] == 0
+    report = json.loads((tmp_path / "out/evaluation.json").read_text())
     base, steered = report["contenders"]
-    assert report["rewards"] == ["scene-soft", "scene", "right"] and len(report["prompts"]) == 2
-    assert (base["cost"]["nfe"], steered["cost"]["nfe"]) == (4, 8) and "difference" in steered["rewards"]["right"]
-    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "steering/runs").glob("*.0.json")}
-    stages.main()
-    assert runs and runs == {path: path.stat().st_mtime_ns for path in (tmp_path / "steering/runs").glob("*.0.json")}
+    assert report["rewards"] == ["scene-soft", "scene", RIGHT] and len(report["prompts"]) == 2
+    assert (base["name"], base["particles"], steered["particles"]) == ("base", 1, 2)
+    assert (base["cost"]["nfe"], steered["cost"]["nfe"]) == (4, 8) and "difference" in steered["rewards"][RIGHT]
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/runs").glob("*.0.json")}
+    assert steer(*words)[0] == 0
+    assert runs and runs == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/runs").glob("*.0.json")}

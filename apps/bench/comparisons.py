@@ -1,12 +1,10 @@
 """The comparisons of `steer bench`: ratios by name, of variants that do the same work or give the same result."""
 
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from steer.apps.bench.sizes import REAL_SIZES
 from steer.apps.bench.subject import (
     STRENGTH,
     Denoised,
+    EightBits,
     PreferenceBatch,
     RealSize,
     Subject,
@@ -28,11 +27,9 @@ from steer.apps.bench.subject import (
     search_of,
     without_decoder,
 )
-from steer.apps.bench.timing import Check, PreparedComparison, Variant, difference
-from steer.apps.methods import load_preview
+from steer.apps.bench.timing import Check, PreparedComparison, Variant, compare, difference
+from steer.apps.methods import ComputeOptions, load_preview
 from steer.apps.models import load_pipeline, resolve_dtype
-from steer.diffusion.attention import attention_backend
-from steer.diffusion.batching import compiled, micro_batched
 from steer.diffusion.preview import Preview
 from steer.errors import InputError
 from steer.noise import Nesterov, Search
@@ -44,12 +41,9 @@ from steer.smc.particles import FeynmanKac
 from steer.training.gradient import two_pass_gradient
 from steer.training.losses import D3PO
 
-TOLERANCE, HALF_PRECISION_TOLERANCE = (
-    1e-4,
-    0.1,
-)  # of equal results in fp32; in half precision they differ by rounding
+TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1  # of equal results; in half precision they differ by rounding
+DEFAULT = ComputeOptions()
 BETA = 0.1  # of D3PO, as published
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 Steered = tuple[Tensor, Tensor, tuple[Tensor, ...]]  # images best first, rewards (B, K), ancestors
 
 
@@ -58,7 +52,12 @@ def limit_of(subject: Subject) -> float:
     return TOLERANCE if subject.pipe.dtype == torch.float32 else HALF_PRECISION_TOLERANCE
 
 
-def steer_whole(subject: Subject, pipe: Any, reward: Any, options: Mapping[str, Any] = NO_OPTIONS) -> Steered:
+def same(subject: Subject) -> Callable[[Any, Any], Check]:
+    """Compare two results that must be the same."""
+    return partial(compare, limit=limit_of(subject))
+
+
+def steer_whole(subject: Subject, pipe: Any, reward: Any, **options: Any) -> Steered:
     """Steer as a user does, PIL images included."""
     usual: dict[str, Any] = {
         "num_particles": subject.size,
@@ -66,60 +65,61 @@ def steer_whole(subject: Subject, pipe: Any, reward: Any, options: Mapping[str, 
         "resample_steps": subject.read_at,
         "output_type": "pt",
     }
-    call = usual | subject.call | dict(options)
+    call = usual | subject.call | options
     out = FKSteeringPipeline(pipe, reward)(list(subject.prompts), generator=subject.generator(), **call)
     as_type(out.images, "pil")
     return out.images, out.rewards, tuple(out.ancestors)
 
 
-def same_ancestors(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
-    """Whether the ancestors of all particles are the same at every evaluated step."""
-    return len(first) == len(second) and all(map(torch.equal, first, second))
-
-
-def same_tensors(subject: Subject) -> Callable[[Sequence[Tensor], Sequence[Tensor]], Check]:
-    """Compare the tensors of two results one by one."""
-    return lambda a, b: Check(max(map(difference, a, b)), limit_of(subject))
-
-
-def same_steered(first: Steered, second: Steered, limit: float) -> Check:
-    """Compare images, rewards and ancestors of two steered runs."""
-    apart = max(difference(first[0], second[0]), difference(first[1], second[1]))
-    return Check(apart, limit, same_ancestors(first[2], second[2]))
-
-
 On = Callable[[Any], AbstractContextManager[Any]]  # a pipeline → a context that gives the pipeline to call
+
+
+def check_family(subject: Subject) -> None:
+    """Raise InputError for a pipeline or solver that the naive loops are not written for."""
+    if type(subject.pipe) is not StableDiffusionPipeline or type(subject.pipe.scheduler) is not DDIMScheduler:
+        raise InputError("the naive loop is written for Stable Diffusion under DDIM")
 
 
 def fewer(subject: Subject) -> dict[str, Any]:
     """Arguments for other images of about the same reward: 3/2 K particles at the start, K/2 from the first evaluated
-    step on and K/4 from the third, cheap previews (measured by `python -m steer.apps.scenes economies`)."""
-    first, _, third, *_ = subject.read_at
-    particle_counts = {first: subject.size // 2, third: subject.size // 4}
-    preview = load_preview(subject.preview, subject.pipe)
+    step on and K/4 from the third, cheap previews (measured by docs/studies/economies.yaml)."""
+    if subject.size < 4 or len(subject.read_at) < 3:
+        raise InputError("too few particles or evaluated steps for a particle schedule")
     return {
         "num_particles": 3 * subject.size // 2,
-        "particle_schedule": particle_counts,
+        "particle_schedule": {subject.read_at[0]: subject.size // 2, subject.read_at[2]: subject.size // 4},
         "particle_schedule_rule": "top_k",
-        "preview": preview,
+        "preview": load_preview(subject.preview, subject.pipe),
     }
 
 
 @contextmanager
-def fk(
-    subject: Subject, on: On = nullcontext, persistent: On = nullcontext, cheaper: bool = False
-) -> Iterator[PreparedComparison]:
-    """Steering of one prompt by rewards of 8-bit images, naive against ours.
+def entered(subject: Subject, on: On, persistent: bool) -> Iterator[On]:
+    """Yield a context for each run: `on` itself, or with `persistent` one that is entered here, for all runs.
 
-    on       compute options of each run of ours; `persistent`: entered once for all of them
+    What has to be compiled first is persistent.
+    """
+    if not persistent:
+        yield on
+        return
+    with on(subject.pipe) as view:
+        yield lambda pipe: nullcontext(view)
+
+
+@contextmanager
+def fk(
+    subject: Subject, on: On = nullcontext, persistent: bool = False, cheaper: bool = False
+) -> Iterator[PreparedComparison]:
+    """Steering of one prompt by rewards of 8-bit images, naive against ours with the compute options `on`.
+
     cheaper  ours makes other images with fewer evaluations
     """
+    check_family(subject)
     one = replace(subject, prompts=subject.prompts[:1])
-    options = fewer(one) if cheaper else NO_OPTIONS
-    reward, prompt = one.judge(eight_bits=True), one.prompts[0]
-    numbers = ParticleBatch(
-        one.pipe, reward, prompt, one.size, one.call | {"generator": one.generator()}
-    ).rng.get_state()
+    options = fewer(one) if cheaper else {}
+    reward, prompt = EightBits(one.judge()), one.prompts[0]
+    call = one.call | {"generator": one.generator()}
+    numbers = ParticleBatch(one.pipe, reward, prompt, one.size, call).rng.get_state()
 
     def naive() -> Steered:
         rng = torch.Generator()
@@ -130,20 +130,19 @@ def fk(
         )
         return out.images, out.rewards[None], out.ancestors
 
-    with persistent(one.pipe) as own:
+    with entered(one, on, persistent) as context:
 
         def ours() -> Steered:
-            with on(own) as pipe:
-                return steer_whole(one, pipe, reward, options)
+            with context(one.pipe) as pipe:
+                return steer_whole(one, pipe, reward, **options)
 
-        check = None if cheaper else partial(same_steered, limit=limit_of(one))
-        yield PreparedComparison(
-            Variant("naive", naive), Variant("ours", ours, counted=persistent is nullcontext), check
-        )
+        under = Variant("ours", ours, counted=not persistent)
+        yield PreparedComparison(Variant("naive", naive), under, one.size, None if cheaper else same(one))
 
 
 def reno_variant(subject: Subject, checkpointing: bool) -> Variant:
     """Iterations of our ReNO from its start, without drawing the start and the result."""
+    check_family(subject)
     chain = search_of(subject)
     rule = Nesterov()
 
@@ -168,7 +167,7 @@ def reno(subject: Subject) -> Iterator[PreparedComparison]:
         settings = ascent.regularisation, ascent.max_grad_norm
         return naive_reno(subject.one_step, reward, prompts, chain.start, subject.iterations, Nesterov(), *settings)
 
-    yield PreparedComparison(Variant("naive", naive), ours, same_tensors(subject))
+    yield PreparedComparison(Variant("naive", naive), ours, subject.images, same(subject))
 
 
 def zero_grad(preference_batch: PreferenceBatch) -> None:
@@ -190,8 +189,11 @@ def d3po(subject: Subject, on_policy: bool = True, computes_reference: bool = Fa
     on_policy           the weights are those that drew the samples: their log-probabilities are known
     computes_reference  the reference's log-probabilities are computed within the update
     """
+    check_family(subject)
     if subject.make_trainable is None:
         raise InputError("there is no model to train")
+    if find_spec("peft") is None:
+        raise InputError("D3PO trains a LoRA, and needs peft: pip install 'steer-diffusion[train]'")
     preferences = make_preference_batch(subject, subject.make_trainable())
 
     def ours() -> tuple[Tensor, ...]:
@@ -208,7 +210,7 @@ def d3po(subject: Subject, on_policy: bool = True, computes_reference: bool = Fa
         loss = naive_d3po(preferences.pipe, preferences.trained, preferences.stored, preferences.winners, *numbers)
         return torch.tensor(loss), gradient_of(preferences)
 
-    yield PreparedComparison(Variant("naive", naive), Variant("ours", ours), same_tensors(subject))
+    yield PreparedComparison(Variant("naive", naive), Variant("ours", ours), 2 * subject.pairs, same(subject))
 
 
 @contextmanager
@@ -224,7 +226,7 @@ def overhead(subject: Subject) -> Iterator[PreparedComparison]:
         return Check(difference(images, plain_call(subject, subject.pipe)), limit_of(subject))
 
     steered = Variant("steered", lambda: denoise_steered(subject, subject.pipe))
-    yield PreparedComparison(steered, Variant("plain", lambda: plain_call(subject, view)), check)
+    yield PreparedComparison(steered, Variant("plain", lambda: plain_call(subject, view)), subject.images, check)
 
 
 @contextmanager
@@ -232,92 +234,37 @@ def whole(subject: Subject) -> Iterator[PreparedComparison]:
     """Steering with previews and rewards against the plain batch, final images decoded to PIL in both."""
     reward = subject.judge()
     steered = Variant("steered", lambda: steer_whole(subject, subject.pipe, reward))
-    yield PreparedComparison(steered, Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil")))
+    plain = Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil"))
+    yield PreparedComparison(steered, plain, subject.images)
 
 
 @contextmanager
 def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
     """Steering that waits for its rewards against asynchronous rewards."""
-    reward, steps = subject.judge(), _async_resample_steps(subject)
+    reward = subject.judge()
+    steps = [step for step in subject.read_at if step <= subject.steps - 3]  # after which another one can resample
 
-    def steered(overlap: bool) -> Callable[[], Any]:
-        return lambda: steer_whole(
-            subject, subject.pipe, reward, {"asynchronous_rewards": overlap, "resample_steps": steps}
-        )
+    def steered(overlap: bool) -> Steered:
+        return steer_whole(subject, subject.pipe, reward, asynchronous_rewards=overlap, resample_steps=steps)
 
     yield PreparedComparison(
-        Variant("synchronous", steered(False)), Variant("asynchronous", steered(True), counted=False)
+        Variant("synchronous", partial(steered, False)),
+        Variant("asynchronous", partial(steered, True), counted=False),
+        subject.images,
     )
 
 
-def _async_resample_steps(subject: Subject) -> list[int]:
-    """The evaluated steps after which another solver step follows to resample at."""
-    return [step for step in subject.read_at if step <= subject.steps - 3]
-
-
-@dataclass(frozen=True)
-class ComputeOption:
-    """A compute option that changes no result.
-
-    about       for the report
-    on          (pipeline) → a context that gives the pipeline to call
-    off         what it is compared with
-    persistent  one context for all repeats, not one for each call: what has to be compiled first
-    quick       whether `--quick` has the time for it
-    """
-
-    about: str
-    on: On
-    off: On
-    persistent: bool = False
-    quick: bool = True
-
-
 @contextmanager
-def unmodified(pipe: Any) -> Iterator[Any]:
-    """The pipeline as it is."""
-    yield pipe
+def switched(subject: Subject, on: On, off: On = DEFAULT, persistent: bool = False) -> Iterator[PreparedComparison]:
+    """Steered denoising without a compute option, which changes no result, over the same with it."""
 
+    def run(option: On) -> Denoised:
+        with option(subject.pipe) as pipe:
+            return denoise_steered(subject, pipe)
 
-def backend(name: str) -> On:
-    """Compute attention by a backend of `steer.diffusion.attention`."""
-
-    @contextmanager
-    def on(pipe: Any) -> Iterator[Any]:
-        with attention_backend(pipe, name):
-            yield pipe
-
-    return on
-
-
-def by_rows(rows: int) -> On:
-    """Call the denoiser a few rows at a time."""
-    return lambda pipe: micro_batched(pipe, rows)
-
-
-@contextmanager
-def denoiser_compiled(pipe: Any) -> Iterator[Any]:
-    """Compile the denoiser, on CUDA to captured graphs."""
-    if platform.system() == "Windows" and not torch.cuda.is_available():
-        raise InputError("torch.compile needs a C++ compiler here")
-    with compiled(pipe) as view:
-        yield view
-
-
-COMPUTE_OPTIONS = {
-    "sdpa": ComputeOption(
-        "attention by PyTorch's kernel against softmax(QKᵀ/√d) V as written", backend("sdpa"), backend("eager")
-    ),
-    "xformers": ComputeOption("attention by xformers against PyTorch's kernel", backend("xformers"), backend("sdpa")),
-    "micro_batches": ComputeOption("the denoiser 4 rows at a time against all rows", by_rows(4), unmodified),
-    "compiled": ComputeOption(
-        "the denoiser through torch.compile (on CUDA: captured graphs)",
-        denoiser_compiled,
-        unmodified,
-        persistent=True,
-        quick=False,
-    ),
-}
+    with entered(subject, on, persistent) as context:
+        under = Variant("on", partial(run, context), counted=not persistent)
+        yield PreparedComparison(Variant("off", partial(run, off)), under, subject.images, same(subject))
 
 
 @dataclass(frozen=True)
@@ -325,92 +272,21 @@ class Comparison:
     """A ratio: seconds of one variant over seconds of another.
 
     about    for the report
-    open     prepares both variants; on leaving, the pipeline is as it was
-    fits     None, or why a subject cannot be measured
+    open     prepares both variants, or raises InputError for a subject that cannot be measured; on leaving, the
+             pipeline is as it was
     quick    whether `--quick` has the time for it
-    samples  how many images, or samples learnt from, one run of a variant makes
     """
 
     about: str
     open: Callable[[Subject], AbstractContextManager[PreparedComparison]]
-    fits: Callable[[Subject], str | None] = lambda subject: None
     quick: bool = True
-    samples: Callable[[Subject], int] = lambda subject: subject.size * len(subject.prompts)
-
-
-def of_one_prompt(subject: Subject) -> int:
-    """Images of a run for one prompt."""
-    return subject.size
-
-
-def of_searches(subject: Subject) -> int:
-    """Differentiated images of two searches for each prompt."""
-    return 2 * len(subject.prompts) * subject.iterations
-
-
-def of_pairs(subject: Subject) -> int:
-    """Samples of an update."""
-    return 2 * subject.pairs
 
 
 @contextmanager
 def checkpointing(subject: Subject) -> Iterator[PreparedComparison]:
     """ReNO with activations recomputed (the default) against activations kept."""
     recomputed, kept = reno_variant(subject, checkpointing=True), reno_variant(subject, checkpointing=False)
-    yield PreparedComparison(recomputed, kept, same_tensors(subject))
-
-
-def option_comparison(switch: ComputeOption) -> Callable[[Subject], AbstractContextManager[PreparedComparison]]:
-    """Steered denoising without a compute option, over the same with it."""
-
-    @contextmanager
-    def opened(subject: Subject) -> Iterator[PreparedComparison]:
-        with ExitStack() as stack:
-            if switch.persistent:
-                view = stack.enter_context(switch.on(subject.pipe))
-                on = Variant("on", lambda: denoise_steered(subject, view), counted=False)
-            else:
-                on = Variant("on", lambda: _inside(switch.on, subject))
-            off = Variant("off", lambda: _inside(switch.off, subject))
-
-            def check(a: Denoised, b: Denoised) -> Check:
-                same = same_ancestors(a.ancestors, b.ancestors)
-                return Check(difference(a.latents, b.latents), limit_of(subject), same)
-
-            yield PreparedComparison(off, on, check)
-
-    return opened
-
-
-def _inside(on: Callable[[Any], AbstractContextManager[Any]], subject: Subject) -> Denoised:
-    with on(subject.pipe) as pipe:
-        return denoise_steered(subject, pipe)
-
-
-def requires_ddim(subject: Subject) -> str | None:
-    """Why the naive loops, written for one family and solver, do not fit."""
-    plain = type(subject.pipe) is StableDiffusionPipeline and type(subject.pipe.scheduler) is DDIMScheduler
-    return None if plain else "the naive loop is written for Stable Diffusion under DDIM"
-
-
-def requires_particle_schedule(subject: Subject) -> str | None:
-    """Why a particle schedule does not fit."""
-    enough = subject.size >= 4 and len(subject.read_at) >= 3
-    return requires_ddim(subject) or (
-        None if enough else "too few particles or evaluated steps for a particle schedule"
-    )
-
-
-def requires_one_step(subject: Subject) -> str | None:
-    """Why ReNO does not fit."""
-    return requires_ddim(subject) or (None if subject.one_step is not None else "there is no one-step model")
-
-
-def requires_peft(subject: Subject) -> str | None:
-    """Why D3PO does not fit."""
-    if find_spec("peft") is None:
-        return "D3PO trains a LoRA, and needs peft: pip install 'steer-diffusion[train]'"
-    return requires_ddim(subject) or (None if subject.make_trainable is not None else "there is no model to train")
+    yield PreparedComparison(recomputed, kept, subject.images, same(subject))
 
 
 COMPARISONS: Mapping[str, Comparison] = {
@@ -421,48 +297,34 @@ COMPARISONS: Mapping[str, Comparison] = {
     "naive_fk_over_ours": Comparison(
         "one prompt, rewards, images: decode in one batch, PIL round trips, a second final decode / ours",
         fk,
-        requires_ddim,
-        samples=of_one_prompt,
     ),
-    "naive_reno_over_ours": Comparison("iterations of ReNO: text encoded in each / once", reno, requires_one_step),
+    "naive_reno_over_ours": Comparison("iterations of ReNO: text encoded in each / once", reno),
     "naive_d3po_over_ours": Comparison(
         "one update: four denoiser passes for each pair and step / ours, the reference's log-probabilities known",
         d3po,
-        requires_peft,
-        samples=of_pairs,
     ),
     "naive_fk_over_ours_fewer": Comparison(
         "FK to about the same reward in other images: ours with a particle schedule and cheap previews",
-        partial(fk, on=backend("auto"), cheaper=True),
-        requires_particle_schedule,
-        samples=of_one_prompt,
+        partial(fk, on=DEFAULT, cheaper=True),
     ),
     "naive_d3po_over_ours_first_pass": Comparison(
         "D3PO, ours with the reference computed in the update, as the first pass over a rollout buffer does",
         partial(d3po, computes_reference=True),
-        requires_peft,
         quick=False,
-        samples=of_pairs,
     ),
     "naive_d3po_over_ours_later_pass": Comparison(
         "D3PO, ours of an off-policy update: the weights are no longer those that drew the samples",
         partial(d3po, on_policy=False),
-        requires_peft,
         quick=False,
-        samples=of_pairs,
     ),
     "naive_fk_over_ours_everything_on": Comparison(
         "FK, ours with the attention backend auto",
-        partial(fk, on=backend("auto")),
-        requires_ddim,
-        samples=of_one_prompt,
+        partial(fk, on=DEFAULT),
     ),
     "naive_fk_over_ours_fewer_compiled": Comparison(
         "FK to about the same reward, and the denoiser through torch.compile too",
-        partial(fk, persistent=denoiser_compiled, cheaper=True),
-        requires_particle_schedule,
+        partial(fk, on=ComputeOptions(compiled=True), persistent=True, cheaper=True),
         quick=False,
-        samples=of_one_prompt,
     ),
     "whole_fk_over_plain_batch": Comparison(
         "the whole: FK with previews and rewards / the plain pipeline's batch without any", whole
@@ -471,14 +333,25 @@ COMPARISONS: Mapping[str, Comparison] = {
         "the whole: previews and rewards before the next denoiser call / asynchronous rewards",
         async_rewards,
     ),
-    **{
-        f"{name}_off_over_on": Comparison(switch.about, option_comparison(switch), quick=switch.quick)
-        for name, switch in COMPUTE_OPTIONS.items()
-    },
+    "sdpa_off_over_on": Comparison(
+        "attention by PyTorch's kernel against softmax(QKᵀ/√d) V as written",
+        partial(switched, on=ComputeOptions("sdpa"), off=ComputeOptions("eager")),
+    ),
+    "xformers_off_over_on": Comparison(
+        "attention by xformers against PyTorch's kernel",
+        partial(switched, on=ComputeOptions("xformers"), off=ComputeOptions("sdpa")),
+    ),
+    "micro_batches_off_over_on": Comparison(
+        "the denoiser 4 rows at a time against all rows", partial(switched, on=ComputeOptions(micro_batch=4))
+    ),
+    "compiled_off_over_on": Comparison(
+        "the denoiser through torch.compile (on CUDA: captured graphs)",
+        partial(switched, on=ComputeOptions(compiled=True), persistent=True),
+        quick=False,
+    ),
     "reno_recomputed_over_kept": Comparison(
         "ReNO with activations recomputed (the default, for memory) / kept",
         checkpointing,
-        requires_one_step,
         quick=False,
     ),
 }
@@ -506,12 +379,15 @@ class BenchOptions:
     resolution: int | None = None
     quick: bool = False
 
-    def call(self, guidance: float) -> dict[str, Any]:
-        """Arguments of the pipelines' calls."""
+    def subject(
+        self, name: str, pipe: Any, guidance: float, one_step: Any, make_trainable: Callable[[], Any], **options: Any
+    ) -> Subject:
+        """Return a model with the sizes of its measurements."""
         call: dict[str, Any] = {"num_inference_steps": self.steps or STEPS[self.quick], "guidance_scale": guidance}
         if self.resolution is not None:
             call |= {"height": self.resolution, "width": self.resolution}
-        return call
+        options |= {"iterations": ITERATIONS[self.quick], "pairs": PAIRS[self.quick]}
+        return Subject(name, pipe, call, self.particles, one_step=one_step, make_trainable=make_trainable, **options)
 
 
 def subjects_of(models: Sequence[str], bench_options: BenchOptions) -> list[tuple[str, Callable[[], Subject]]]:
@@ -523,10 +399,7 @@ def subjects_of(models: Sequence[str], bench_options: BenchOptions) -> list[tupl
         raise InputError(f"--resolution must be a multiple of 64, got {bench_options.resolution}")
     makers: dict[str, Callable[[BenchOptions], Subject]] = {EMBEDDED: embedded}
     makers |= {name: partial(of_size, name, size) for name, size in REAL_SIZES.items()}
-    made: list[tuple[str, Callable[[], Subject]]] = []
-    for name in dict.fromkeys(models):
-        made.append((name, partial(choose("--model", name, makers), bench_options)))
-    return made
+    return [(name, partial(choose("--model", name, makers), bench_options)) for name in dict.fromkeys(models)]
 
 
 def embedded(bench_options: BenchOptions) -> Subject:
@@ -537,16 +410,8 @@ def embedded(bench_options: BenchOptions) -> Subject:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    return Subject(
-        EMBEDDED,
-        load(EMBEDDED),
-        bench_options.call(GUIDANCE),
-        bench_options.particles,
-        one_step=load("scenes-turbo"),
-        make_trainable=partial(load, EMBEDDED),
-        iterations=ITERATIONS[bench_options.quick],
-        pairs=PAIRS[bench_options.quick],
-        preview="tiny",
+    return bench_options.subject(
+        EMBEDDED, load(EMBEDDED), GUIDANCE, load("scenes-turbo"), partial(load, EMBEDDED), preview="tiny"
     )
 
 
@@ -554,13 +419,4 @@ def of_size(name: str, size: RealSize, bench_options: BenchOptions) -> Subject:
     """A model of a size that is its own one-step model; made again for training."""
     make = partial(build, size, bench_options.device, resolve_dtype(bench_options.device, bench_options.dtype))
     pipe = make()
-    return Subject(
-        name,
-        pipe,
-        bench_options.call(size.guidance),
-        bench_options.particles,
-        one_step=pipe,
-        make_trainable=make,
-        iterations=ITERATIONS[bench_options.quick],
-        pairs=PAIRS[bench_options.quick],
-    )
+    return bench_options.subject(name, pipe, size.guidance, pipe, make)

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,12 +20,15 @@ from steer.apps.bench.comparisons import COMPARISONS, Comparison
 from steer.apps.bench.sizes import ceilings
 from steer.apps.bench.subject import Subject
 from steer.apps.bench.timing import Check, Measurement, RepeatPolicy, measure
+from steer.apps.evaluation.report import aligned
 from steer.apps.evaluation.spec import versions
 from steer.apps.plots import COLORMAP, DPI, INK, plain_text, save_figure, set_title, style_axes
 from steer.errors import InputError
 from steer.files import write_text
 
 Json = dict[str, Any]
+# Of the report, each by the name of a subject or a comparison.
+TABLES = ("subjects", "ratios", "cpu_ratios", "memory_ratios", "flop_ratios", "checks", "runs", "ceilings", "skipped")
 
 
 def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
@@ -44,46 +47,38 @@ def new_report(device: torch.device, quick: bool, seconds: float) -> Json:
         "threads": torch.get_num_threads(),
         "quick": quick,
         "seconds": seconds,
-        "subjects": {},
-        "ratios": {},
-        "cpu_ratios": {},
-        "memory_ratios": {},
-        "flop_ratios": {},
-        "checks": {},
-        "runs": {},
-        "ceilings": {},
-        "skipped": {},
-    }
+    } | {name: {} for name in TABLES}
 
 
 def add_comparison(
-    report: Json,
-    name: str,
-    about: str,
-    samples: int,
-    measurements: tuple[Measurement, Measurement],
-    check: Check | None,
+    report: Json, name: str, about: str, samples: int, over: Measurement, under: Measurement, check: Check | None
 ) -> None:
     """Add a comparison to a report, as far as it got."""
-    over, under = measurements
-    report["runs"][name] = {"about": about, "variants": {one.name: _summary(one, samples) for one in measurements}}
+    report["runs"][name] = {"about": about, "variants": {one.name: _summary(one, samples) for one in (over, under)}}
     report["ratios"][name] = over.median / under.median
     if report["device"].startswith("cpu") and all(over.cpu + under.cpu):
         report["cpu_ratios"][name] = quartiles(over.cpu)[1] / quartiles(under.cpu)[1]
     if over.peak is not None and under.peak:
         report["memory_ratios"][name] = over.peak / under.peak
     if check is not None:
-        report["checks"][name] = asdict(check) | {"passed": check.passed}
+        known = check.difference if math.isfinite(check.difference) else None  # JSON has no infinity
+        report["checks"][name] = asdict(check) | {"passed": check.passed, "difference": known}
     if over.flops and under.flops:
         report["flop_ratios"][name] = over.flops / under.flops
 
 
 def _summary(measured: Measurement, samples: int) -> Json:
     low, middle, high = quartiles(measured.seconds)
-    entry = {"median": middle, "quartiles": [low, high], "repeats": len(measured.seconds), "seconds": measured.seconds}
-    entry["cpu_seconds"] = measured.cpu
-    entry["samples_per_second"] = samples / middle
-    return entry | {"peak_bytes": measured.peak, "flops": measured.flops, "rows": measured.rows}
+    return {
+        "median": middle,
+        "quartiles": [low, high],
+        "repeats": len(measured.seconds),
+        "seconds": measured.seconds,
+        "cpu_seconds": measured.cpu,
+        "samples_per_second": samples / middle,
+        "peak_bytes": measured.peak,
+        "flops": measured.flops,
+    }
 
 
 def quartiles(seconds: list[float]) -> tuple[float, float, float]:
@@ -95,18 +90,9 @@ def quartiles(seconds: list[float]) -> tuple[float, float, float]:
 def write(report: Json, file: Path) -> None:
     """Replace the JSON. Raises InputError where it cannot be written."""
     try:
-        write_text(file, json.dumps(_finite(report), indent=1, ensure_ascii=False))
+        write_text(file, json.dumps(report, indent=1, ensure_ascii=False))
     except OSError as error:
         raise InputError(f"--json {file}: cannot write there ({error.strerror})") from error
-
-
-def _finite(value: Any) -> Any:
-    """Replace infinity and NaN, which JSON does not have, by null."""
-    if isinstance(value, Mapping):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def table(report: Json) -> str:
@@ -118,12 +104,10 @@ def table(report: Json) -> str:
         others = [report[kind].get(name) for kind in ("cpu_ratios", "flop_ratios", "memory_ratios")]
         cpu, flops, memory = ("" if other is None else f"{other:.2f}" for other in others)
         rows.append((name, f"{ratio:.3f}", f"{low:.2f}–{high:.2f}", cpu, flops, memory, agree))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     reasons: dict[str, list[str]] = {}
     for name, why in report["skipped"].items():
         reasons.setdefault(why, []).append(name)
-    return "\n".join([*lines, *(f"not measured ({why}): {', '.join(names)}" for why, names in reasons.items())])
+    return "\n".join([aligned(rows), *(f"not measured ({why}): {', '.join(names)}" for why, names in reasons.items())])
 
 
 def spread(run: Json) -> tuple[float, float]:
@@ -147,10 +131,9 @@ def draw(report: Json, path: Path) -> Path | None:
     for row, name in enumerate(names):
         axes.plot(spread(report["runs"][name]), [row, row], color=SECONDS_COLOUR, lw=2)
     axes.plot([*report["ratios"].values()], range(len(names)), "o", color=SECONDS_COLOUR, label="seconds, quartiles")
-    flops = report["flop_ratios"]
-    rows = [row for row, name in enumerate(names) if name in flops]
-    hollow: dict[str, Any] = {"mfc": "white", "mec": FLOPS_COLOUR, "ls": "", "zorder": 1}
-    axes.plot([flops[names[row]] for row in rows], rows, "D", label="FLOPs", **hollow)
+    if flops := {row: report["flop_ratios"][name] for row, name in enumerate(names) if name in report["flop_ratios"]}:
+        hollow: dict[str, Any] = {"mfc": "white", "mec": FLOPS_COLOUR, "ls": "", "zorder": 1}
+        axes.plot([*flops.values()], [*flops], "D", label="FLOPs", **hollow)
     axes.axvline(1, color=INK, lw=0.9, ls=":", zorder=0)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(ScalarFormatter())
@@ -221,10 +204,9 @@ class Bench:
         end = time.perf_counter() + seconds
         for number, name in enumerate(names):
             comparison, left = COMPARISONS[name], end - time.perf_counter()
-            reason = comparison.fits(subject)
-            if reason is None and left <= 0 and number >= ALWAYS_MEASURED:
-                reason = "no time left: give it more --seconds"
-            if reason is None:
+            if left <= 0 and number >= ALWAYS_MEASURED:
+                reason: str | None = "no time left: give it more --seconds"
+            else:
                 share = max(left, 0.0) / (len(names) - number)
                 pace = RepeatPolicy(share, self.least if left > 0 else 1, self.most)
                 reason = self._measure(subject, prefix + name, comparison, pace)
@@ -237,18 +219,18 @@ class Bench:
     def _measure(self, subject: Subject, name: str, comparison: Comparison, pace: RepeatPolicy) -> str | None:
         """Measure one comparison. Returns why it could not be measured, if so."""
         self.say(f"{name} … {comparison.about}")
-        measurements: tuple[Measurement, Measurement] | None = None
         check: Check | None = None
         try:
             with comparison.open(subject) as opened:
-                measurements = Measurement(opened.over.name), Measurement(opened.under.name)
-                results = measure(opened, measurements, subject.module_names, subject.device, pace)
-                check = opened.check and opened.check(*results)
+                over, under = Measurement(opened.over.name), Measurement(opened.under.name)
+                try:
+                    results = measure(opened, (over, under), subject.device, pace)
+                    check = opened.check and opened.check(*results)
+                finally:
+                    if over.seconds and under.seconds:
+                        add_comparison(self.report, name, comparison.about, opened.samples, over, under, check)
         except (InputError, torch.OutOfMemoryError, TorchDynamoException) as error:
             return " ".join(str(error).split())[:300] or type(error).__name__
-        finally:
-            if measurements is not None and all(measured.seconds for measured in measurements):
-                add_comparison(self.report, name, comparison.about, comparison.samples(subject), measurements, check)
         ratio = self.report["ratios"][name]
         self.say(f"  {ratio:.3f}" + ("" if check is None or check.passed else f"  NOT THE SAME: {asdict(check)}"))
         return None

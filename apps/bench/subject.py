@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.autoencoders.vae import Decoder, DecoderTiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Generator, Tensor, nn
 from transformers import (
@@ -22,11 +21,11 @@ from transformers import (
     T5EncoderModel,
 )
 
-from steer.apps.bench.timing import ModuleNames
 from steer.apps.scenes.training import build_tokenizer
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import derived_seed
-from steer.diffusion.step_hooks import Output, denoisers_in
+from steer.diffusion.step_hooks import Output
+from steer.errors import InputError
 from steer.pipelines.fk_steering import DEFAULT_STEPS, ResamplingSchedule, Run
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import NoiseToImage
@@ -42,17 +41,16 @@ STRENGTH = 10.0  # λ
 LORA_STD = 0.02  # of a LoRA's B, which begins at 0: a policy that differs from its reference
 
 
-class BenchReward(nn.Module):
-    """A reward whose rows are counted like a model's. `eight_bits`: it rounds images as PIL does, so that a round trip
-    through PIL gives the same rewards."""
+class EightBits:
+    """A reward that rounds images as PIL does, so that a round trip through PIL gives the same rewards."""
 
-    def __init__(self, reward: Reward, eight_bits: bool) -> None:
-        super().__init__()
-        self.reward, self.eight_bits = reward, eight_bits
-        self.name, self.differentiable = reward.name, reward.differentiable and not eight_bits
+    differentiable = False
 
-    def forward(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return self.reward((images * 255).round() / 255 if self.eight_bits else images, prompts)
+    def __init__(self, reward: Reward) -> None:
+        self.reward, self.name = reward, reward.name
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self.reward((images * 255).round() / 255, prompts)
 
 
 @dataclass(frozen=True)
@@ -91,35 +89,28 @@ class Subject:
         """A generator with the same numbers for each run."""
         return Generator().manual_seed(derived_seed(self.seed, name))
 
-    @property
-    def module_names(self) -> ModuleNames:
-        """Classes of the modules whose rows are counted. A VAE's decode calls its decoder."""
-        names: dict[type, str] = {Decoder: "decoder", DecoderTiny: "tiny decoder", BenchReward: "reward"}
-        for pipe in (self.pipe, self.one_step):
-            if pipe is not None:
-                names |= {type(getattr(pipe, name)): "denoiser" for name in denoisers_in(pipe)}
-                texts = [part for name, part in pipe.components.items() if name.startswith("text_encoder")]
-                names |= {type(part): "text encoder" for part in texts if part is not None}
-        return names
-
-    def judge(self, eight_bits: bool = False) -> BenchReward:
+    def judge(self) -> Reward:
         """Load the reward."""
-        return BenchReward(load_reward(self.reward), eight_bits)
+        return load_reward(self.reward)
 
     def about(self) -> dict[str, Any]:
         """Describe the subject by plain values."""
-        summary = {"call": {name: str(value) for name, value in self.call.items()}, "particles": self.size}
-        summary |= {
+        return {
+            "call": {name: str(value) for name, value in self.call.items()},
+            "particles": self.size,
             "prompts": list(self.prompts),
-            "reward": load_reward(self.reward).name,
+            "reward": self.judge().name,
             "dtype": str(self.pipe.dtype).split(".")[-1],
-        }
-        return summary | {
             "reno_iterations": self.iterations,
             "d3po_pairs": self.pairs,
             "d3po_steps": self.update_steps,
             "read_at": list(self.read_at),
         }
+
+    @property
+    def images(self) -> int:
+        """Images of a run for all prompts."""
+        return self.size * len(self.prompts)
 
     @property
     def steps(self) -> int:
@@ -162,8 +153,7 @@ def plain_call(subject: Subject, pipe: Any) -> Tensor:
     return pipe(list(subject.prompts), **filter_call_kwargs(pipe, subject.call | given)).images
 
 
-@dataclass(frozen=True)
-class Denoised:
+class Denoised(NamedTuple):
     """Final latents (B·K, …) of a steered run, and the ancestors at its evaluated steps."""
 
     latents: Tensor
@@ -187,7 +177,9 @@ def denoise_steered(subject: Subject, pipe: Any, lam: float = STRENGTH) -> Denoi
 
 def search_of(subject: Subject) -> NoiseToImage:
     """Prepare ReNO with two searches for each prompt: text is encoded and the starting noise drawn before the first
-    iteration."""
+    iteration. Raises InputError where there is no one-step model."""
+    if subject.one_step is None:
+        raise InputError("there is no one-step model")
     for part in subject.one_step.components.values():
         if isinstance(part, nn.Module):
             part.requires_grad_(False)
@@ -245,7 +237,6 @@ DDIM = partial(DDIMScheduler, **NOISE_LEVELS, set_alpha_to_one=False, steps_offs
 class RealSize:
     """The classes and configurations of a model.
 
-    unet       the denoiser is a UNet, else a transformer
     text       class and width of each text encoder, which T5 reads with a tokenizer of words
     guidance   scale of the pipeline's call
     """

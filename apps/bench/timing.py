@@ -1,27 +1,25 @@
-"""Two variants measured side by side: seconds in turns, peak bytes, FLOPs, and rows through each module."""
+"""Two variants measured side by side: seconds in turns, peak bytes and FLOPs."""
 
 import ctypes
 import ctypes.util
 import gc
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
 PEAK_RESET = Path("/proc/self/clear_refs")  # Linux: writing 5 sets the peak back to the present
 STATUS = Path("/proc/self/status")
-ModuleNames = Mapping[type, str]  # classes of modules whose rows are counted, and their names
 
 
 @dataclass(frozen=True)
@@ -38,11 +36,25 @@ class Check:
         return self.difference <= self.limit and self.same_ancestors
 
 
+def compare(first: Any, second: Any, limit: float) -> Check:
+    """Compare two results tensor by tensor: ancestors, which are integers, exactly, others within the limit."""
+    pairs = list(zip(tree_leaves(first), tree_leaves(second), strict=True))
+    ancestors = [torch.equal(a, b) for a, b in pairs if not a.is_floating_point()]
+    return Check(max(difference(a, b) for a, b in pairs if a.is_floating_point()), limit, all(ancestors))
+
+
+def difference(first: Tensor, second: Tensor) -> float:
+    """The largest absolute difference; infinite where the shapes differ."""
+    if first.shape != second.shape:
+        return float("inf")
+    return (first.float() - second.float()).abs().max().item() if first.numel() else 0.0
+
+
 @dataclass(frozen=True)
 class Variant:
     """One way to do it: each call of `run` does the same work and returns the same result.
 
-    counted  whether FLOPs and rows may be counted: hooks would recompile a compiled denoiser
+    counted  whether FLOPs may be counted: that would recompile a compiled denoiser
     """
 
     name: str
@@ -52,10 +64,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class PreparedComparison:
-    """A comparison that is ready: seconds of `over` / seconds of `under`; `check` compares what they returned."""
+    """A comparison that is ready: seconds of `over` / seconds of `under`.
+
+    samples  how many images, or samples learnt from, one run of a variant makes
+    check    compares what the two returned
+    """
 
     over: Variant
     under: Variant
+    samples: int
     check: Callable[[Any, Any], Check] | None = None
 
 
@@ -67,7 +84,6 @@ class Measurement:
     cpu      seconds of this process's threads in each repeat: less disturbed by other load
     peak     bytes above those before the call, at most; None where the system cannot tell
     flops    of one run (a multiplication and an addition are two); 0 where they are not counted
-    rows     that went through the denoiser, the decoder, the text encoders and the reward
     """
 
     name: str
@@ -75,7 +91,6 @@ class Measurement:
     cpu: list[float] = field(default_factory=list)
     peak: int | None = None
     flops: int = 0
-    rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -105,11 +120,10 @@ def seconds_of(run: Callable[[], Any]) -> tuple[float, float]:
 def measure(
     opened: PreparedComparison,
     measurements: tuple[Measurement, Measurement],
-    module_names: ModuleNames,
     device: torch.device,
     policy: RepeatPolicy,
 ) -> tuple[Any, Any]:
-    """Run each variant once to warm up, then in turns A B A B …, then once each to count bytes, FLOPs and rows.
+    """Run each variant once to warm up, then in turns A B A B …, then once each to count bytes and FLOPs.
 
     Measurements are added at once, so that they stay when the rest is interrupted. Returns the results.
     """
@@ -127,37 +141,25 @@ def measure(
             measured.cpu.append(cpu)
         repeats, last = repeats + 1, sum(seconds for seconds, _ in turn)
     for variant, measured in zip(variants, measurements, strict=True):
-        flops = FlopCounterMode(display=False) if variant.counted else None
-        with _peak(device) as peak, _rows(module_names if variant.counted else {}) as rows, flops or nullcontext():
-            variant.run()
-        measured.peak, measured.rows = peak[0] if peak else None, rows
-        measured.flops = flops.get_total_flops() if flops else 0
+        counter = FlopCounterMode(display=False) if variant.counted else None
+        with counter or nullcontext():
+            measured.peak = peak_of(variant.run, device)
+        measured.flops = counter.get_total_flops() if counter else 0
     return results[0], results[1]
 
 
-def difference(first: Tensor, second: Tensor) -> float:
-    """The largest absolute difference; infinite where the shapes differ."""
-    if first.shape != second.shape:
-        return float("inf")
-    return (first.float() - second.float()).abs().max().item() if first.numel() else 0.0
-
-
-@contextmanager
-def _peak(device: torch.device) -> Iterator[list[int]]:
-    """Yield a list that holds the peak of the block after it, where the system can tell."""
-    peak: list[int] = []
+def peak_of(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Run, and return the bytes it needed at most above those before; None where the system cannot tell."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield peak
-        peak.append(torch.cuda.max_memory_allocated(device) - before)
-    elif reset_peak():
-        before = _status("VmRSS")
-        yield peak
-        peak.append(_status("VmHWM") - before)
-    else:
-        yield peak
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    known = reset_peak()
+    before = _status("VmRSS") if known else 0
+    run()
+    return _status("VmHWM") - before if known else None
 
 
 def reset_peak() -> bool:
@@ -179,25 +181,3 @@ def _status(name: str) -> int:
     """Bytes of one line of this process's status."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{name}:"))
     return int(line.split()[1]) * 1024
-
-
-@contextmanager
-def _rows(module_names: ModuleNames) -> Iterator[dict[str, int]]:
-    """Count the rows of the modules' calls, copies of modules included.
-
-    Calls that keep a graph are counted apart: a backward pass goes through them.
-    """
-    rows: dict[str, int] = {}
-
-    def count(module: nn.Module, given: Any, output: Any) -> None:
-        if type(module) in module_names:
-            first = next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
-            name = module_names[type(module)] + (" with a graph" if first.requires_grad else "")
-            rows[name] = rows.get(name, 0) + len(first)
-
-    handle = register_module_forward_hook(count) if module_names else None
-    try:
-        yield rows
-    finally:
-        if handle is not None:
-            handle.remove()

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from steer.apps.cli.options import DEVICE, Command, setting_options
 from steer.apps.cli.sample import SPEC, TIMEOUT
@@ -14,9 +15,29 @@ from steer.errors import InputError
 # Settings with options of their own here: those of a contender or of the whole evaluation.
 OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed")
 PARTICLES = click.option("--particles", default=4, help="K, images per run, of which the best is picked; 1 for base.")
+# Options of its own that a settings file may hold.
+IN_A_FILE = {"models", "loras", "methods", "contenders", "prompts", "prompt_column", "num_prompts", "tag_column"}
+IN_A_FILE |= {"rewards", "reward_timeout", "seeds", "kl_prompts", "batch"}
+UNSET = (None, ParameterSource.DEFAULT)
+
+
+class ContenderType(click.ParamType[dict[str, Any]]):
+    """A mapping of a contender's settings: from a settings file, or as text of the command line."""
+
+    name = "mapping"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> dict[str, Any]:
+        """Return the mapping. Raises InputError for another value."""
+        from steer.apps.yaml_text import read_yaml
+
+        settings = read_yaml(f"{{{value}}}", "--contender") if isinstance(value, str) else value
+        if not isinstance(settings, dict):
+            raise InputError(f"--contender must be a mapping such as 'method: fk, particles: 8', got {value!r:.60}")
+        return settings
 
 
 @click.command(cls=Command)
+@click.pass_context
 @click.option(
     "--model",
     "models",
@@ -28,6 +49,13 @@ PARTICLES = click.option("--particles", default=4, help="K, images per run, of w
     "--lora", "loras", multiple=True, help="Finetuned weights, compared with the plain model: RUN/final; repeatable."
 )
 @click.option("--method", "methods", multiple=True, default=("base",), help="As in `steer sample`; repeatable.")
+@click.option(
+    "--contender",
+    "contenders",
+    multiple=True,
+    type=ContenderType(),
+    help="In place of those three, with settings of its own: 'model: scenes, method: fk, lam: 5'; repeatable.",
+)
 @click.option("--prompts", required=True, help="Embedded list, file (as in `steer sample`), or data set.")
 @click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
 @click.option("--num-prompts", type=click.IntRange(1), help="Number of evenly spaced prompts; by default all.")
@@ -39,7 +67,7 @@ PARTICLES = click.option("--particles", default=4, help="K, images per run, of w
 @click.option("--seeds", default=1, help="Runs per prompt, with the same seeds for all contenders.")
 @click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of all random numbers.")
 @PARTICLES
-@setting_options(without=OWN)
+@setting_options(without=OWN, others=IN_A_FILE)
 @click.option("--kl-prompts", default=16, help="Prompts for the KL of finetuned weights; 0: no KL.")
 @click.option("--batch", default=8, help="Images per call, for methods with independent runs.")
 @click.option(
@@ -50,9 +78,12 @@ PARTICLES = click.option("--particles", default=4, help="K, images per run, of w
 )
 @DEVICE
 def evaluate(
+    context: click.Context,
+    /,
     models: tuple[str, ...],
     loras: tuple[str, ...],
     methods: tuple[str, ...],
+    contenders: tuple[dict[str, Any], ...],
     prompts: str,
     prompt_column: str | None,
     num_prompts: int | None,
@@ -71,9 +102,12 @@ def evaluate(
     Writes evaluation.md, evaluation.json and figures: rewards of the picked image and of all images of a run, with
     intervals, against the first contender, by task and by cost; diversity; KL of finetuned weights.
 
-    Run the command again to resume; models, methods and weights may be added to a folder. An option whose help begins
-    with a method is for that method.
+    Run the command again to resume; contenders may be added to a folder. An option whose help begins with a method is
+    for that method. --settings may hold the contenders, prompts, rewards, seeds and batch too.
     """
+    defined = [name for name in ("model", "lora", "method") if context.get_parameter_source(f"{name}s") not in UNSET]
+    if contenders and defined:
+        raise InputError(f"--{defined[0]} and contenders exclude each other: name the {defined[0]} in each contender")
     if loras and len(models) > 1:
         raise InputError(f"--lora belongs to one model, got {len(models)} models: run one evaluation for each")
     from steer.apps.prompts import load_tagged_prompts
@@ -83,15 +117,16 @@ def evaluate(
     count = min(num_prompts or len(texts), len(texts))
     places = [place * len(texts) // count for place in range(count)]
     from steer.apps.evaluation.report import summary
-    from steer.apps.evaluation.run import Contender
     from steer.apps.evaluation.run import evaluate as run
+    from steer.apps.evaluation.spec import Contender
 
-    contenders = [Contender(m, lora, method) for m in models for lora in (None, *loras) for method in methods]
+    combined = [Contender(m, lora, method) for m in models for lora in (None, *loras) for method in methods]
+    compared = [Contender.of(settings) for settings in contenders] or combined
     chosen_tags = None if tags is None else [tags[place] for place in places]
     arguments: dict[str, Any] = {"tags": chosen_tags, "kl_prompts": kl_prompts, "batch": batch}
     arguments |= {"device": device, "reward_timeout": reward_timeout}
     options = {name: value for name, value in options.items() if value is not None}
     with errors_with_flags():
-        report = run(contenders, [texts[place] for place in places], rewards, seeds, out, options, **arguments)
+        report = run(compared, [texts[place] for place in places], rewards, seeds, out, options, **arguments)
     if is_main_process():
         click.echo(f"{summary(report)}\n→ {out / 'evaluation.md'}")

@@ -1,6 +1,7 @@
 """Base classes and common options of all commands: every given option is used or refused."""
 
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -70,8 +71,8 @@ DEVICE = click.option(
 )
 
 
-def _read_settings(context: click.Context, option: click.Parameter, path: Path | None) -> None:
-    """Take the settings of a YAML file as defaults of a command. Raises InputError for an unknown one."""
+def _read_settings(others: Collection[str], context: click.Context, option: click.Parameter, path: Path | None) -> None:
+    """Take the settings and `others` of a YAML file as defaults of a command. Raises InputError for an unknown one."""
     if path is None:
         return
     from steer.apps.yaml_text import read_yaml
@@ -80,28 +81,34 @@ def _read_settings(context: click.Context, option: click.Parameter, path: Path |
         values = read_yaml(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--settings {path}: cannot be read ({error})") from error
-    known = {option.name for option in context.command.params} & {*SHARED, *ALL_OPTIONS}
+    options = {option.name: option for option in context.command.params if isinstance(option, click.Option)}
+    known = options.keys() & {*SHARED, *ALL_OPTIONS, *others}
     if not isinstance(values, dict):
         raise InputError(f"--settings {path}: expected lines of `name: value`, such as lam: 25")
     if unknown := [str(name) for name in values if name not in known]:
         raise InputError(
             f"--settings {path}: unknown key {unknown[0]!r:.60}: did you mean {nearest(unknown[0], known)}?"
         )
-    context.default_map = {name: plain_value(value) for name, value in values.items() if value is not None}
+    given = {name: value for name, value in values.items() if value is not None}
+    context.default_map = {
+        name: (value if isinstance(value, list) else [value]) if options[name].multiple else plain_value(value)
+        for name, value in given.items()
+    }
 
 
-SETTINGS_FILE = click.option(
-    "--settings",
-    type=click.Path(path_type=Path),
-    is_eager=True,
-    expose_value=False,
-    callback=_read_settings,
-    help="YAML file of the settings below, by name; options of the command line take their place.",
-)
+def setting_options(without: Collection[str] = (), others: Collection[str] = ()) -> Callable[[F], F]:
+    """Decorate a command with an option for every setting of `steer.apps.settings`; None is a setting's default.
 
-
-def setting_options(without: Collection[str] = ()) -> Callable[[F], F]:
-    """Decorate a command with an option for every setting of `steer.apps.settings`; None is a setting's default."""
+    others  the command's own options that a settings file may hold too
+    """
+    settings_file = click.option(
+        "--settings",
+        type=click.Path(path_type=Path),
+        is_eager=True,
+        expose_value=False,
+        callback=partial(_read_settings, others),
+        help="YAML file of the settings below, by name; options of the command line take their place.",
+    )
 
     def decorate(command: F) -> F:
         for name in reversed([name for name in (*SHARED, *ALL_OPTIONS) if name not in without]):
@@ -112,6 +119,6 @@ def setting_options(without: Collection[str] = ()) -> Callable[[F], F]:
                 *flags, name, type=None if kind is bool else kind, default=None, help=help_of(name), is_flag=switch
             )
             command = option(command)
-        return SETTINGS_FILE(command)
+        return settings_file(command)
 
     return decorate

@@ -399,8 +399,13 @@ def summary(report: Json) -> str:
         win_rate = format_interval(stats["wins"]) if "wins" in stats else ""
         short = label if len(label) <= MAX_NAME else f"…{label[1 - MAX_NAME :]}"
         rows.append([short, format_interval(stats["picked"]), win_rate, f"{cost['nfe']:.4g}", f"{cost['seconds']:.3g}"])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Format a table for the terminal, its columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
 def format_interval(values: Sequence[float]) -> str:
@@ -414,15 +419,14 @@ def format_interval(values: Sequence[float]) -> str:
 def _means(report: Json) -> str:
     parts = ("picked", "all") if any(one["particles"] > 1 for one in report["contenders"]) else ("picked",)
     columns = [f"{name}, {part}" if len(parts) > 1 else name for name in report["rewards"] for part in parts]
-    rows = [[_code(one["name"]), str(one["particles"]), *_intervals(one, parts)] for one in report["contenders"]]
-    return _table(["", "images", *columns], rows)
+    header = ["", "images", *columns]
+    return _table(header, report["contenders"], lambda one: [str(one["particles"]), *_intervals(one, parts)])
 
 
 def _against(report: Json) -> str:
     parts = ("difference", "wins")
     columns = [f"{name}, {part}" for name in report["rewards"] for part in parts]
-    rows = [[_code(one["name"]), *_intervals(one, parts)] for one in report["contenders"][1:]]
-    return _table(["picked image", *columns], rows)
+    return _table(["picked image", *columns], report["contenders"][1:], lambda one: _intervals(one, parts))
 
 
 def _intervals(one: Json, parts: Sequence[str]) -> list[str]:
@@ -431,24 +435,24 @@ def _intervals(one: Json, parts: Sequence[str]) -> list[str]:
 
 def _tasks(report: Json) -> str:
     name, contenders = report["rewards"][0], report["contenders"]
-    header = [f"{tag} ({stats['prompts']})" for tag, stats in contenders[0]["tasks"].items()]
-    rows = []
-    for one in contenders:
-        stats = [task["rewards"][name]["picked"] for task in one["tasks"].values()]
-        rows.append([_code(one["name"]), *map(format_interval, stats)])
-    return _table(["", *header], rows)
+    header = ["", *(f"{tag} ({stats['prompts']})" for tag, stats in contenders[0]["tasks"].items())]
+
+    def cells(one: Json) -> list[str]:
+        return [format_interval(task["rewards"][name]["picked"]) for task in one["tasks"].values()]
+
+    return _table(header, contenders, cells)
 
 
 def _costs(report: Json) -> str:
-    rows = []
-    for one in report["contenders"]:
+    def cells(one: Json) -> list[str]:
         kl, cost = one.get("kl") or {}, one["cost"]
         diversity = format_interval(one["diversity"]) if one["diversity"] else "–"
-        costs = [f"{cost[key]:.3g}" for key in ("decodes", "reward_calls", "gradients", "seconds")]
         divergence = format_interval(kl["nats"]) if "nats" in kl else "–"
-        rows.append([_code(one["name"]), diversity, divergence, f"{cost['nfe']:.6g}", *costs])
+        costs = [f"{cost[key]:.3g}" for key in ("decodes", "reward_calls", "gradients", "seconds")]
+        return [diversity, divergence, f"{cost['nfe']:.6g}", *costs]
+
     header = ["", "diversity", "KL, nats", "evaluations", "decodes", "images scored", "gradients", "seconds"]
-    return _table(header, rows)
+    return _table(header, report["contenders"], cells)
 
 
 def _remarks(report: Json) -> list[str]:
@@ -470,8 +474,9 @@ def _remarks(report: Json) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
+def _table(header: Sequence[str], contenders: Sequence[Json], cells: Callable[[Json], Sequence[str]]) -> str:
+    """Format a line of Markdown for each contender: its name and its cells."""
+    lines = [header, ["---"] * len(header), *([_code(one["name"]), *cells(one)] for one in contenders)]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import torch
@@ -30,7 +30,7 @@ from steer.files import atomic_write, write_text
 from steer.pipelines.base import Cost, SteeringOutput, route_eta
 from steer.pipelines.training.evaluation import diversity
 from steer.registry import choose, nearest
-from steer.reward import Reward, mean_over_frames, score_components
+from steer.reward import Reward, Scores, mean_over_frames, score_components
 
 BASE_METHOD = "base"  # plain sampling without a reward: one image per run
 # Methods whose runs share no random numbers, so that one call may sample several.
@@ -54,6 +54,16 @@ class Contender:
     method: str = BASE_METHOD
     options: Mapping[str, Any] = field(default_factory=dict)
     label: str | None = None
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the contender of flat settings: model, lora, method, label, and its options. Raises InputError."""
+        options = dict(settings)
+        own = {name: options.pop(name) for name in ("model", "lora", "method", "label") if name in options}
+        for name, value in own.items():
+            if not isinstance(value, str):
+                raise InputError(f"{name} of a contender must be text, got {value!r:.60}")
+        return cls(**own, options=options)
 
     @property
     def name(self) -> str:
@@ -352,7 +362,8 @@ class ContenderRunner:
     def make(self, group: range, stored: ContenderResults) -> None:
         """Sample a group of prompts with all seeds, and add the results to `stored`.
 
-        A run is {"seed", "rewards": of the K images by name, best first (`base` does not sort); "stopped": the reason
+        A run is {"seed", "rewards": of the K images by name, best first (`base` does not sort),
+        and their "components" where a reward is composed; "stopped": the reason
         of an early stop or None; "cost": its share of the cost of its call}.
         """
         pending = [(place, number) for place in group for number in range(self.spec.seeds)]
@@ -385,7 +396,7 @@ class ContenderRunner:
         job = BatchedJob(self.pipe, reward, prompts, self.prepared.settings, file, seeds=seeds)
         with contender_errors(f"{self._name}, prompt {prompts[0]!r}"):
             output = METHODS[self.prepared.contender.method].run(job)
-            scores = {spec.first: output.rewards} | self._other_scores(output, prompts)
+            scores = {spec.first: (output.rewards, dict(output.components))} | self._other_scores(output, prompts)
         file.unlink(missing_ok=True)
         flags = output.nsfw_content_detected
         size = output.rewards.shape[1]  # a particle schedule leaves fewer than `particles`
@@ -393,18 +404,27 @@ class ContenderRunner:
             self._picked[place].append(output.images[row * size].detach().float().cpu().clamp(0, 1))
             yield {
                 "seed": seeds[row],
-                "rewards": {name: values[row].tolist() for name, values in scores.items()},
+                "rewards": {name: totals[row].tolist() for name, (totals, _) in scores.items()},
+                "components": {
+                    name: {component: values[row].tolist() for component, values in components.items()}
+                    for name, (_, components) in scores.items()
+                    if components
+                },
                 "stopped": output.stopped,
                 **({} if flags is None else {"nsfw_content_detected": flags[row].tolist()}),
                 "cost": {name: spent / len(batch_runs) for name, spent in asdict(output.cost).items()},
             }
 
-    def _other_scores(self, output: SteeringOutput, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Score the finished images by the other rewards: (B, K) each."""
+    def _other_scores(self, output: SteeringOutput, prompts: Sequence[str]) -> dict[str, Scores]:
+        """Score the finished images by the other rewards and their components: (B, K) each."""
         size = output.rewards.shape[1]
         read = [prompt for prompt in prompts for _ in range(size)]
-        others = [name for name in self.spec.rewards if name != self.spec.first]
-        return {name: score_in_batches(self.spec.rewards[name], output.images, read).view(-1, size) for name in others}
+        scores = {}
+        for name, reward in self.spec.rewards.items():
+            if name != self.spec.first:
+                totals, components = score_in_batches(reward, output.images, read)
+                scores[name] = totals.view(-1, size), {key: one.view(-1, size) for key, one in components.items()}
+        return scores
 
     def _pictures(self) -> Iterator[tuple[int, Image.Image]]:
         for place in set(self._picked) & set(self.grid_places):
@@ -412,16 +432,15 @@ class ContenderRunner:
 
 
 @torch.no_grad()
-def score_in_batches(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Score images (N, 3, H, W) or videos (N, F, 3, H, W) in batches: (N,)."""
-    result = []
+def score_in_batches(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Scores:
+    """Score images (N, 3, H, W) or videos (N, F, 3, H, W) in batches by a reward and its components: (N,) each."""
+    scored = []
     for start in range(0, len(images), SCORE_BATCH):
         cut = slice(start, start + SCORE_BATCH)
-        score: Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]] = partial(
-            score_components, reward, prompts=prompts[cut]
-        )
-        result.append(mean_over_frames(images[cut].float().clamp(0, 1), score)[0])
-    return torch.cat(result)
+        score: Callable[[Tensor], Scores] = partial(score_components, reward, prompts=prompts[cut])
+        scored.append(mean_over_frames(images[cut].float().clamp(0, 1), score))
+    totals, components = zip(*scored, strict=True)
+    return torch.cat(totals), {name: torch.cat([one[name] for one in components]) for name in components[0]}
 
 
 @contextmanager

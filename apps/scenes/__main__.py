@@ -1,12 +1,20 @@
-"""python -m steer.apps.scenes STAGE: training of the embedded models in assets/, and their studies."""
+"""python -m steer.apps.scenes STAGE: training of the embedded models in assets/, and studies beside docs/studies."""
 
 import argparse
 import json
 import logging
+import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from steer.apps.scenes.studies import STUDIES, Stage, prompts_of, write_figures
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+
+from steer.apps.evaluation.report import summary
+from steer.apps.prompts import load_prompts
+from steer.apps.scenes import analyses, distil, preferences, training, world
+from steer.apps.scenes.finetuning import finetuning_study, read_plan
+from steer.files import write_text
 
 
 def main() -> None:
@@ -26,16 +34,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
     parser.add_argument("--trained", default="denoiser", help="model in --out that `export` writes: denoiser or turbo")
-    parser.add_argument("--count", type=int, help="prompts of --list; by default the study's own number, or all")
+    parser.add_argument("--count", type=int, help="prompts of --list, shuffled; by default all")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of the studies")
-    parser.add_argument("--particles", type=int, default=4, help="K of `evaluate`")
-    parser.add_argument(
-        "--reward", default="scene-soft", help="the reward that steers and picks; the ensemble of `curves`"
-    )
-    parser.add_argument("--lam", type=float, help="λ of `evaluate`; by default the one tuned for scene-soft")
-    parser.add_argument("--reward-guidance", type=float, help="γ of `evaluate`: guidance by the reward's gradient")
-    parser.add_argument("--eta", type=float, help="η of the steering in `evaluate`; by default the solver's own")
-    parser.add_argument("--large", default="scenes-large", help="larger model of `steering`, where there is one")
+    parser.add_argument("--reward", default="scene-soft", help="reward of the studies")
+    parser.add_argument("--plan", type=Path, default=Path("docs/studies/finetuning.yaml"), help="runs of `finetuning`")
     parser.add_argument(
         "--only", nargs="*", default=[], help="runs of `finetuning`, or recipes of `pilot`, by the start of their names"
     )
@@ -43,55 +45,50 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     run, _ = STAGES[options.stage]
-    run(options)
+    figures = run(options)
+    if figures is not None:
+        write_text(options.json or options.out / f"{options.stage}.json", json.dumps(figures, indent=1) + "\n")
+
+
+def prompts_of(options: argparse.Namespace) -> list[str]:
+    """All prompts of --list, or --count of them after a shuffle that is always the same."""
+    prompts = load_prompts(options.list)
+    if options.count is not None:
+        random.Random(0).shuffle(prompts)
+    return prompts[: options.count]
+
+
+def _vae(options: argparse.Namespace) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
+
+
+def _print_accuracy(vae: AutoencoderKL) -> None:
+    print(f"{training.autoencoder_accuracy(vae):.2%} of fresh scenes pass after the autoencoder")
 
 
 def _autoencoder(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.training import autoencoder_accuracy, train_autoencoder
-
-    vae = train_autoencoder(options.out / "autoencoder", options.steps or 2500, options.device)
-    print(f"{autoencoder_accuracy(vae):.2%} of fresh scenes pass after the autoencoder")
+    _print_accuracy(training.train_autoencoder(options.out / "autoencoder", options.steps or 2500, options.device))
 
 
 def _denoiser(options: argparse.Namespace) -> None:
-    from diffusers import AutoencoderKL
-
-    from steer.apps.scenes.training import RECIPES, train_denoiser
-
-    vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
-    train_denoiser(options.out / "denoiser", vae, RECIPES[options.size], options.steps or 85_000, start=options.start)
+    recipe, steps = training.RECIPES[options.size], options.steps or 85_000
+    training.train_denoiser(options.out / "denoiser", _vae(options), recipe, steps, start=options.start)
 
 
 def _checkpoint(options: argparse.Namespace) -> None:
-    from diffusers import AutoencoderKL
-
-    from steer.apps.scenes.training import RECIPES, save_checkpoint
-
-    vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
-    save_checkpoint(options.out / "denoiser", vae, RECIPES[options.size], options.model)
+    recipe = training.RECIPES[options.size]
+    training.save_checkpoint(options.out / "denoiser", _vae(options), recipe, options.model)
 
 
 def _pilot(options: argparse.Namespace) -> None:
-    from diffusers import AutoencoderKL
-
-    from steer.apps.scenes.training import pilot
-
-    vae = AutoencoderKL.from_pretrained(options.vae or options.out / "autoencoder" / "vae").eval()
-    pilot(options.out / "pilot", vae, options.seconds, options.only)
+    training.pilot(options.out / "pilot", _vae(options), options.seconds, options.only)
 
 
 def _check(options: argparse.Namespace) -> None:
-    from diffusers import AutoencoderKL
-
-    from steer.apps.scenes.training import autoencoder_accuracy
-
-    vae = AutoencoderKL.from_pretrained(options.model / "vae").to(options.device).eval()
-    print(f"{autoencoder_accuracy(vae):.2%} of fresh scenes pass after the autoencoder")
+    _print_accuracy(AutoencoderKL.from_pretrained(options.model / "vae").to(options.device).eval())
 
 
 def _export(options: argparse.Namespace) -> None:
-    from diffusers import StableDiffusionPipeline
-
     pipe = StableDiffusionPipeline.from_pretrained(options.out / options.trained / "pipeline")
     pipe.unet.half()
     pipe.vae.half()
@@ -99,86 +96,66 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _captions(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.preferences import new_clip_folder, write_captions
-
-    new_clip_folder(options.out / "clip-new")
-    write_captions(options.out / "captions.parquet", 40_000)
+    preferences.new_clip_folder(options.out / "clip-new")
+    preferences.write_captions(options.out / "captions.parquet", 40_000)
 
 
 def _pairs(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.preferences import IMAGES_PER_PROMPT, sample_prompts, trained_prompts, write_pairs
-
-    folder = options.out / "samples"
-    list(sample_prompts(folder, str(options.model), trained_prompts(1760), IMAGES_PER_PROMPT))
-    print(json.dumps(write_pairs(folder, options.out)))
-
-
-def _many(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.preferences import sample_prompts
-
-    list(sample_prompts(options.out / "many", str(options.model), prompts_of(options, 48), 256))
+    folder, prompts = options.out / "samples", preferences.trained_prompts(1760)
+    preferences.sample_prompts(folder, str(options.model), prompts)
+    print(json.dumps(preferences.write_pairs(folder, options.out)))
 
 
 def _turbo(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.distil import distil
-
-    distil(options.out / "turbo", options.model, options.steps or 10_000)
+    distil.distil(options.out / "turbo", options.model, options.steps or 10_000)
 
 
 def _tiny_vae(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.distil import train_tiny_decoder
-
-    train_tiny_decoder(options.out / "tiny-vae", options.model, options.steps or 7000)
+    distil.train_tiny_decoder(options.out / "tiny-vae", options.model, options.steps or 7000)
 
 
-def _prompts(options: argparse.Namespace) -> None:
-    from steer.apps.scenes.world import write_prompt_lists
-
-    write_prompt_lists(options.prompts)
-
-
-def _analysis(name: str) -> Callable[[argparse.Namespace], None]:
-    """Return the stage that runs an analysis of `steer.apps.scenes.analyses`."""
-
-    def run(options: argparse.Namespace) -> None:
-        from steer.apps.scenes.analyses import ANALYSES
-
-        figures = ANALYSES[name](options)
-        write_figures(options, figures)
-        print(json.dumps(figures, indent=1))
-
-    return run
+def _finetuning(options: argparse.Namespace) -> dict[str, Any]:
+    reports = finetuning_study(read_plan(options.plan), options.out, options.only)
+    for prompts, report in reports.items():
+        print(f"{prompts}\n{summary(report)}")
+    return reports
 
 
-ANALYSIS_STAGES: dict[str, Stage] = {
-    "foresight": (_analysis("foresight"), "how well the reward of x̂0 at each step predicts the final one, to --json"),
-    "curves": (_analysis("curves"), "best-of-n of `many`'s images by --reward and others, to --json and a picture"),
-    "reno-then": (_analysis("reno-then"), "whether optimised noise serves the multi-step model, to --json"),
+def _foresight(options: argparse.Namespace) -> dict[str, Any]:
+    return analyses.foresight(str(options.model), prompts_of(options), options.reward, 4, range(2, 20, 3))
+
+
+def _curves(options: argparse.Namespace) -> dict[str, Any]:
+    report = json.loads((options.out / "evaluation.json").read_text())
+    figures = analyses.curves(report, report["rewards"][1])
+    analyses.draw_curves(figures, (options.json or options.out / "curves.json").with_suffix(".png"))
+    return figures
+
+
+def _reno_then(options: argparse.Namespace) -> dict[str, Any]:
+    return analyses.reno_then_steering("scenes-turbo", "scenes", options.reward, prompts_of(options))
+
+
+STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], str]] = {
+    "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
+    "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
+    "checkpoint": (
+        _checkpoint,
+        "write the averaged weights of an unfinished `denoiser` to --model, for --start",
+    ),
+    "pilot": (_pilot, "compare recipes for the denoiser at equal processor time (--seconds, --only)"),
+    "check": (_check, "share of fresh scenes that pass after the autoencoder"),
+    "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
+    "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
+    "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
+    "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
+    "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
+    "prompts": (lambda options: world.write_prompt_lists(options.prompts), "write the prompt lists to --prompts"),
+    "finetuning": (_finetuning, "train what is not finished of the runs of --plan in --out, and evaluate them"),
+    "foresight": (_foresight, "how well the reward of x̂0 at each step predicts the final one, to --json"),
+    "curves": (_curves, "best-of-n by an ensemble and others, from the evaluation in --out, to --json and a picture"),
+    "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, to --json"),
 }
-STAGES = (
-    {
-        "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
-        "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
-        "checkpoint": (
-            _checkpoint,
-            "write the averaged weights of an unfinished `denoiser` to --model; --start resumes it",
-        ),
-        "pilot": (_pilot, "compare recipes for the denoiser at equal processor time (--seconds, --only)"),
-        "check": (_check, "share of fresh scenes that pass after the autoencoder"),
-        "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
-        "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
-        "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
-        "many": (_many, "sample 256 images of 48 prompts of --list, or of --count"),
-        "turbo": (
-            _turbo,
-            "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it",
-        ),
-        "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
-        "prompts": (_prompts, "write the prompt lists to --prompts"),
-    }
-    | STUDIES
-    | ANALYSIS_STAGES
-)
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,11 @@
 """Analyses beside the contender tables: over-optimisation of a proxy reward, prediction by x̂0, optimised noise."""
 
-import argparse
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Generator, Tensor
@@ -14,25 +13,16 @@ from tqdm.auto import tqdm
 
 from steer.apps.models import load_pipeline
 from steer.apps.plots import DPI, INK, save_figure, set_title, style_axes
-from steer.apps.scenes.studies import LAM, ExactlyRight, prompts_of
 from steer.apps.scenes.training import CALL, interval
-from steer.files import read_image
-from steer.pipelines.base import SteeringOutput
+from steer.apps.scenes.world import right
 from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.reno import Backprop, ReNOPipeline
 from steer.pipelines.selection import BestOfNPipeline
-from steer.reward import score_components
 from steer.rewards.compose import mean, mean_minus_std, worst
-from steer.rewards.parser import load_reward
 
 PROMPTS_PER_CALL = 8
+LAM = 25.0  # of Feynman–Kac steering, chosen on scenes-tuning, never on the held-out prompts
 Figures = dict[str, Any]
-
-
-def exactly_right(out: SteeringOutput, prompts: Sequence[str]) -> Tensor:
-    """1 for every image (P, K) that meets all of its prompt's requirements, else 0."""
-    repeated = [prompt for prompt in prompts for _ in range(out.rewards.shape[1])]
-    return ExactlyRight()(out.images, repeated).view_as(out.rewards)
 
 
 def quiet_pipeline(model: str) -> Any:
@@ -55,20 +45,20 @@ def foresight(
     number is for the finished images themselves. 0.5 is chance.
     """
     steering_pipe = FKSteeringPipeline(quiet_pipeline(model), reward)
-    early, final, right = [], [], []
+    early, final, correct = [], [], []
     for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc="foresight", leave=False, disable=None):
         some = list(prompts[start : start + PROMPTS_PER_CALL])
         options = {"num_particles": size, "lam": 0.0, "resample_steps": steps, "output_type": "pt", **call}
         out = steering_pipe(some, generator=Generator().manual_seed(start), **options).in_slot_order()
         early.append(torch.stack([evaluation.rewards for evaluation in out.history]))
         final.append(out.rewards)
-        right.append(exactly_right(out, some))
+        correct.append(right(out.images, np.repeat(some, size).tolist()).view(-1, size))
     guesses = torch.cat(early, 1)
     return {
         "prompts": len(prompts),
         "steps": list(steps),
         "order": [round(agreement(guess, torch.cat(final)), 3) for guess in guesses],
-        "right": [round(agreement(guess, torch.cat(right)), 3) for guess in (*guesses, torch.cat(final))],
+        "right": [round(agreement(guess, torch.cat(correct)), 3) for guess in (*guesses, torch.cat(final))],
     }
 
 
@@ -101,11 +91,12 @@ def reno_then_steering(
         ("base", BestOfNPipeline(many_steps, reward), {}),
         ("fk", FKSteeringPipeline(many_steps, reward), {"lam": LAM}),
     ]
-    right: dict[str, list[Tensor]] = {}
+    correct: dict[str, list[Tensor]] = {}
 
     def run(name: str, method: Any, some: list[str], seed: int, **options: Any) -> Any:
         out = method(some, num_particles=size, output_type="pt", generator=Generator().manual_seed(seed), **options)
-        right.setdefault(name, []).append(exactly_right(out, some))
+        rows = right(out.images, np.repeat(some, size).tolist()).view(-1, size)
+        correct.setdefault(name, []).append(rows)
         return out
 
     for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc="then", leave=False, disable=None):
@@ -115,7 +106,7 @@ def reno_then_steering(
         for kind, noise in noises.items():
             for name, method, options in methods:
                 run(f"{name}, {kind}", method, some, start, **noise, **options, **call)
-    rows = {name: torch.cat(values) for name, values in right.items()}
+    rows = {name: torch.cat(values) for name, values in correct.items()}
     gains = {name: rows[f"{name}, optimised"] - rows[f"{name}, random"] for name, _, _ in methods}
     return {"prompts": len(prompts), "iterations": iterations} | {
         kind: {name: {"best": interval(v[:, 0]), "all": interval(v.mean(1))} for name, v in table.items()}
@@ -126,8 +117,6 @@ def reno_then_steering(
 # ---- over-optimisation
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-BATCH = 256
-OTHERS = ("preference:scenes", "clip:scenes")
 COLOURS = ("#832db6", "#e76300", "#3f90da", "#a96b59", "#bd1f01", "#94a4a2")
 
 
@@ -143,39 +132,30 @@ def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
     unbiased estimate from one sample of M (arXiv 2112.09332, appendix I). proxy, value: (P, M).
     """
     total = proxy.shape[1]
+    chance = [math.comb(k - 1, n - 1) / math.comb(total, n) for k in range(1, total + 1)]
     order = proxy.argsort(dim=1, stable=True)
-    ranks = torch.arange(1, total + 1, dtype=torch.float64)
-    log_chance = _log_choose(ranks - 1, n - 1) - _log_choose(torch.tensor(float(total)), n)
-    chance = torch.where(ranks >= n, log_chance.exp(), 0.0)
-    return (value.double().gather(1, order) * chance).sum(1)
+    return (value.double().gather(1, order) * torch.tensor(chance, dtype=torch.float64)).sum(1)
 
 
-def _log_choose(n: Tensor, k: int) -> Tensor:
-    """log C(n, k), fp64; meaningless where n < k."""
-    n = n.double().clamp(min=k)
-    return torch.lgamma(n + 1) - math.lgamma(k + 1) - torch.lgamma(n - k + 1)
-
-
-def curves(folder: Path, ensemble: str, others: Sequence[str] = OTHERS) -> Figures:
+def curves(report: Mapping[str, Any], ensemble: str) -> Figures:
     """Measure best-of-n by every proxy: its standardised score and the exact reward of its picks, with intervals.
 
     "one member" is the mean over the members of the picks of each alone.
-    folder    files of `python -m steer.apps.scenes many`
-    ensemble  a learned reward of several members
+    report    evaluation.json of docs/studies/overoptimisation.yaml: many images of each prompt, and their rewards
+    ensemble  one of these rewards, learned, of several members; `scene` is the exact one, the others are proxies too
     """
-    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    gold = torch.tensor([row["gold"] for row in rows]).view(len(prompts), -1)
-    members = torch.stack([*_scores(ensemble, rows)[1].values()])
-    scored = {
+    runs = report["contenders"][0]["runs"]
+    rewards = {name: torch.tensor([run["rewards"][name] for run in runs]) for name in report["rewards"]}
+    gold, components = rewards.pop("scene"), [run["components"][ensemble] for run in runs]
+    members = torch.stack([torch.tensor([run[name] for run in components]) for name in components[0]])
+    proxies = {
         "picked by the exact reward": [gold],
         "one member": [*members],
         f"mean of {len(members)}": [mean(members)],
         f"worst of {len(members)}": [worst(members)],
         f"mean − std of {len(members)}": [mean_minus_std(members)],
-        **{spec: [_scores(spec, rows)[0]] for spec in others},
+        **{name: [scores] for name, scores in rewards.items() if name != ensemble},
     }
-    proxies = {name: [one.view_as(gold) for one in some] for name, some in scored.items()}
 
     def picked(some: Sequence[Tensor], values: Sequence[Tensor], n: int) -> Tensor:
         """Values (P,) of the picks of proxies of one kind, their mean."""
@@ -190,7 +170,7 @@ def curves(folder: Path, ensemble: str, others: Sequence[str] = OTHERS) -> Figur
         return picked(proxies[name], [gold] * len(proxies[name]), n)
 
     return {
-        "prompts": len(prompts),
+        "prompts": len(gold),
         "images": gold.shape[1],
         "ensemble": ensemble,
         "n": list(SIZES),
@@ -199,7 +179,7 @@ def curves(folder: Path, ensemble: str, others: Sequence[str] = OTHERS) -> Figur
         "against_one_member": {
             name: [interval(gold_of(name, n) - gold_of("one member", n)) for n in SIZES] for name in proxies
         },
-        "members": _disagreement(members.view(-1, *gold.shape)),
+        "members": _disagreement(members),
     }
 
 
@@ -210,18 +190,6 @@ def _disagreement(members: Tensor) -> dict[str, float]:
         "std_of_prompt_means": round(prompts.std(0).mean().item(), 3),
         "std_within_prompts": round((members - prompts).std(0).mean().item(), 3),
     }
-
-
-@torch.no_grad()
-def _scores(spec: str, rows: Sequence[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Score images by a reward and its components, (N,) each."""
-    reward, scored = load_reward(spec), []
-    for start in tqdm(range(0, len(rows), BATCH), desc=spec, leave=False, disable=None):
-        some = rows[start : start + BATCH]
-        images = torch.stack([read_image(row["image"]) for row in some])
-        scored.append(score_components(reward, images, [row["prompt"] for row in some]))
-    totals, components = zip(*scored, strict=True)
-    return torch.cat(totals), {name: torch.cat([p[name] for p in components]) for name in components[0]}
 
 
 def draw_curves(figures: Figures, path: Path) -> None:
@@ -243,24 +211,3 @@ def draw_curves(figures: Figures, path: Path) -> None:
     figure.axes[1].plot(figures["n"], best, color=INK, lw=1.2, ls=":", label=oracle)
     figure.axes[1].legend(frameon=False, fontsize=8, loc="lower right")
     save_figure(figure, path)
-
-
-def _foresight(options: argparse.Namespace) -> Figures:
-    return foresight(str(options.model), prompts_of(options), options.reward, options.particles, range(2, 20, 3))
-
-
-def _curves(options: argparse.Namespace) -> Figures:
-    figures = curves(options.out / "many", options.reward)
-    draw_curves(figures, (options.json or options.out / "curves.json").with_suffix(".png"))
-    return figures
-
-
-def _reno_then(options: argparse.Namespace) -> Figures:
-    return reno_then_steering("scenes-turbo", "scenes", options.reward, prompts_of(options))
-
-
-ANALYSES: dict[str, Callable[[argparse.Namespace], Figures]] = {
-    "foresight": _foresight,
-    "curves": _curves,
-    "reno-then": _reno_then,
-}

@@ -3,7 +3,7 @@
 import io
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from steer.training.rollout import Rows, Sampler
 
 logger = logging.getLogger(__name__)
 
-IMAGES_PER_CALL = 32  # images in one call, where a prompt has no more
+IMAGES_PER_CALL = 32  # images in one call
 PART = 640  # images in one file
 IMAGES_PER_PROMPT = 4  # images of a prompt
 
@@ -59,13 +59,13 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
         pq.write_table(pa.Table.from_pylist(list(rows)), new)
 
 
-def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) -> Iterator[Path]:
+def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int = IMAGES_PER_PROMPT) -> None:
     """Sample `each` images of every prompt with their exact rewards, in files of 640; existing files are kept."""
     folder.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     best = BestOfNPipeline(pipe, "scene")
-    part, prompts_per_call = max(PART // each, 1), max(IMAGES_PER_CALL // each, 1)
+    part, prompts_per_call = PART // each, IMAGES_PER_CALL // each
     for first in tqdm(range(0, len(prompts), part), desc="samples", unit="file", disable=None):
         path = folder / f"{first:05d}.parquet"
         if not path.exists():
@@ -82,7 +82,6 @@ def sample_prompts(folder: Path, model: str, prompts: Sequence[str], each: int) 
                 ]
             write_rows(rows, path)
             logger.info("%s: gold %.3f", path, np.mean([row["gold"] for row in rows]))
-        yield path
 
 
 def new_clip_folder(folder: Path) -> None:

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from steer.apps.scenes.world import captions, draw, is_held_out, random_request, random_scene, requests_of
+from steer.apps.evaluation.run import evaluate
+from steer.apps.evaluation.spec import Contender
+from steer.apps.scenes.world import RIGHT, captions, draw, is_held_out, random_request, random_scene, requests_of
 from steer.files import atomic_write
 from steer.pipelines.training.evaluation import interval as bootstrap
 from steer.rewards.scene import COLOURS, NUMBERS, PLURALS, RELATIONS, SHAPES, SceneRequest, SceneReward
@@ -475,22 +477,10 @@ def validation_loss(pipe: StableDiffusionPipeline, requests: list[SceneRequest])
     return [at(t) for t in range(50, 1000, 100)]
 
 
-def accuracy(pipe: Any, requests: list[SceneRequest], each: int = 2, **call: Any) -> Tensor:
-    """Measure the share of right images among `each` unsteered ones of every request (P,)."""
-    pipe.set_progress_bar_config(disable=True)
-    right = []
-    for start in range(0, len(requests), 32):
-        prompts = [str(request) for request in requests[start : start + 32]]
-        generator = Generator().manual_seed(start)
-        images = pipe(prompts, num_images_per_prompt=each, generator=generator, output_type="pt", **CALL | call).images
-        scores = SceneReward()(images, [prompt for prompt in prompts for _ in range(each)])
-        right.append((scores == 1).float().view(len(prompts), each).mean(1))
-    return torch.cat(right)
-
-
 def pilot(folder: Path, vae: AutoencoderKL, seconds: float, only: list[str]) -> None:
     """Train each recipe for so much processor time and append its figures to folder/pilot.jsonl."""
     requests = development_requests()
+    sampling = {"steps": CALL["num_inference_steps"], "guidance": CALL["guidance_scale"]}
     for name in only or PILOT:
         record: dict[str, Any] = {"recipe": name, "seconds": seconds}
         # steps far beyond: no decay, so that all stop at the constant rate
@@ -498,7 +488,9 @@ def pilot(folder: Path, vae: AutoencoderKL, seconds: float, only: list[str]) -> 
         log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
         losses = validation_loss(pipe, requests)
         record |= {"steps": log[-1]["step"], "loss": round(float(np.mean(losses)), 4), "losses": losses}
-        record["right"] = interval(accuracy(pipe, requests))
+        model, prompts, out = str(folder / name / "pipeline"), list(map(str, requests)), folder / name / "evaluation"
+        report = evaluate([Contender(model)], prompts, [RIGHT], 2, out, sampling, batch=64)
+        record["right"] = report["contenders"][0]["rewards"][RIGHT]["picked"]
         logger.info("%s", record)
         with (folder / "pilot.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")

@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
-from steer.rewards.scene import COLOURS, MIRRORED, RELATIONS, SHAPES, Phrase, SceneRequest, coverage
+from steer.rewards.scene import COLOURS, MIRRORED, RELATIONS, SHAPES, Phrase, SceneRequest, SceneReward, coverage
 
 SIZE = 64
 GAP = 3.0  # pixels of background between two objects
@@ -26,6 +27,12 @@ TASKS = {
     "position": 0.28,
     "color_attr": 0.26,
 }
+RIGHT = f"{__name__}:right"  # as `steer evaluate --reward` reads it
+
+
+def right(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Mark images that meet all requirements of their prompts with 1, others with 0."""
+    return (SceneReward()(images, prompts) == 1).float()
 
 
 @dataclass(frozen=True)
