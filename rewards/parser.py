@@ -33,7 +33,7 @@ from steer.rewards.compose import (
 from steer.rewards.grammar import PLUS, Call, read_call, read_constraint, split
 from steer.rewards.inputs import as_batch
 from steer.rewards.names import _as_reward, make_reward, reward_names
-from steer.rewards.remote import is_remote
+from steer.rewards.remote import RemoteReward, is_remote
 
 FILES = (".yaml", ".yml")
 CARD = "reward.json"  # in the folder of a learned reward
@@ -63,9 +63,8 @@ def read(text: str, state: ParserState | None = None) -> Reward:
 
 def _weighted(text: str, state: ParserState) -> WeightedReward:
     """Parse a term, or a sum of terms as one component."""
-    if _is_path(text):
-        return WeightedReward(_atom(text, state))
-    terms = [_term(term, state) for term in split(text, PLUS)]
+    parts = [text] if _is_path(text) else split(text, PLUS)
+    terms = [_term(part, state) for part in parts]
     return terms[0] if len(terms) == 1 else WeightedReward(CombinedReward(terms))
 
 
@@ -85,8 +84,6 @@ def _atom(text: str, state: ParserState) -> Reward:
     if len(state.read) > MAX_REWARDS:
         raise RewardError(f"a reward has at most {MAX_REWARDS} rewards in it")
     if is_remote(text):
-        from steer.rewards.remote import RemoteReward
-
         return RemoteReward(text)
     if text.endswith(FILES) and _has_no_name(text):
         return _read_file(Path(text), state)
@@ -156,9 +153,8 @@ def _log_sigmoid(call: Call, state: ParserState) -> Reward:
     reward, temperature = _single_reward(call, state), call.number("temperature", 1.0)
     if "reference" in call.options:
         return LogSigmoidReward(reward, call.number("reference", 0.0), temperature)
-    return LogSigmoidReward(
-        reward, read_calibration(Path(call.options["from"])).scale(reward.name).prompts, temperature
-    )
+    scale = read_calibration(Path(call.options["from"])).scale(reward.name)
+    return LogSigmoidReward(reward, scale.prompts, temperature)
 
 
 def _single_reward(call: Call, state: ParserState) -> Reward:
@@ -243,16 +239,17 @@ def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: 
 
 def _entry(entry: Any, where: str, state: ParserState) -> WeightedReward:
     entry = entry if isinstance(entry, Mapping) and not _is_weights(entry) else {"reward": entry}
-    if set(entry) - {"reward", "weight"} or "reward" not in entry or not is_number(entry.get("weight", 1)):
+    data, weight = entry.get("reward"), entry.get("weight", 1)
+    if set(entry) - {"reward", "weight"} or "reward" not in entry or not is_number(weight):
         raise RewardError(f"{where}: expected a text, or `reward:` and a finite number under `weight:`")
-    data = entry["reward"]
     try:
         if isinstance(data, str | Path):
-            return WeightedReward(read(str(data), state), entry.get("weight", 1))
-        if isinstance(data, Mapping | list | tuple):
-            nested = data if isinstance(data, Mapping) else {"rewards": data}
-            return WeightedReward(read_mapping(nested, "its mapping", state), entry.get("weight", 1))
-        return WeightedReward(load_reward(data), entry.get("weight", 1))
+            return WeightedReward(read(str(data), state), weight)
+        if isinstance(data, list | tuple):
+            data = {"rewards": data}
+        if isinstance(data, Mapping):
+            return WeightedReward(read_mapping(data, "its mapping", state), weight)
+        return WeightedReward(load_reward(data), weight)
     except RewardError as error:
         raise RewardError(f"{where}: {error}") from error
 
