@@ -211,7 +211,7 @@ def _read_table(table: Path, column: str | None) -> list[ImageWithPrompt]:
     """Return the images that a table names, relative to its folder."""
     shown = []
     for row in read_rows(table, column):
-        cells = {name.lower(): cell for name, cell in reversed(row.columns.items()) if isinstance(cell, str)}
+        cells = {name.lower(): cell for name, cell in reversed([*row.columns.items()]) if isinstance(cell, str)}
         image = next((cells[name] for name in IMAGE_COLUMNS if name in cells and "\0" not in cells[name]), None)
         if image is None:
             raise InputError(

@@ -300,7 +300,9 @@ def reward_statistics(scores: Tensor, prompts: Sequence[str]) -> RewardStatistic
     values = scores.double()
     if not len(values) or bool((values == values[0]).all()):
         raise RewardError("a reward that gives every sample the same score cannot be calibrated")
-    rows = {prompt: [k for k, text in enumerate(prompts) if text == prompt] for prompt in dict.fromkeys(prompts)}
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
     means = {prompt: values[some].mean().item() for prompt, some in rows.items()}
     return RewardStatistics(values.mean().item(), values.std().item(), len(values), means)
 

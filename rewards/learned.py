@@ -18,21 +18,13 @@ from steer.assets import REWARDS
 from steer.errors import InputError
 from steer.files import atomic_write_with_checksums, verify_checksums, write_text
 from steer.registry import choose
-from steer.reward import RewardError, with_truncation_warning
+from steer.reward import RewardError
+from steer.rewards import objectives
 from steer.rewards.analysis import preference_metrics
 from steer.rewards.clip import CONFIG, Backbone, clip_folder, load_backbone, open_clip_folder
 from steer.rewards.compose import AGGREGATES
-from steer.rewards.images import PromptCache, in_micro_batches, resize_and_crop
+from steer.rewards.images import in_micro_batches, resize_and_crop
 from steer.rewards.inputs import takes_any_images
-from steer.rewards.objectives import (
-    OBJECTIVES,
-    Objective,
-    PreferenceLabels,
-    center_rewards_penalty,
-    contrastive,
-    noisy_difference,
-    smooth_labels,
-)
 from steer.rewards.preference_pairs import Captions, Pairs, Source, load_images, split_by_prompt
 from steer.rewards.weights import cast, load_weights, read_checkpoint, to_module_device
 from steer.training.supervised import TrainingRun, batch_at
@@ -146,10 +138,7 @@ class LearnedReward:
         means_and_stds = torch.tensor([card.means, card.stds])[:, self._numbers.start : self._numbers.stop, None]
         self._means, self._stds = means_and_stds
         self.prompt_limit = None if card.head == "image" else min(one.limit for one in self._backbones)
-        self._texts = [
-            PromptCache(with_truncation_warning(f"reward {self.name!r}", one.texts, one.count, one.limit))
-            for one in self._backbones
-        ]
+        self._texts = [one.prompt_cache(self.name) for one in self._backbones]
         self._members = in_micro_batches(self._score, micro_batch)
 
     def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -311,7 +300,7 @@ def train_reward(
     """
     config.check()
     choose("head", config.head, HEADS)
-    objective = choose("objective", config.objective, OBJECTIVES)
+    objective = choose("objective", config.objective, objectives.OBJECTIVES)
     if config.head == "similarity" and not config.train_backbone:
         raise RewardError(
             "--head similarity has nothing to train but a scale: add --train-backbone, or take --head pair"
@@ -381,8 +370,8 @@ def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
 def _train_member(
     member: nn.ModuleDict,
     encode: Callable[[Tensor], Features],
-    labels: PreferenceLabels,
-    objective: Objective,
+    labels: objectives.PreferenceLabels,
+    objective: objectives.Objective,
     config: RewardTrainingConfig,
     work: Path,
     number: int,
@@ -398,9 +387,9 @@ def _train_member(
         rows = sample[batch_at(step, config.batch_size, count, seed)]
         image_a, image_b, text = encode(rows)
         a, b = member["head"](image_a, text), member["head"](image_b, text)
-        smoothed = smooth_labels(labels[rows], config.label_smoothing)
-        loss = objective(noisy_difference(a - b, config.label_noise), smoothed)
-        return loss + config.center_rewards_coefficient * center_rewards_penalty(a, b)
+        smoothed = objectives.smooth_labels(labels[rows], config.label_smoothing)
+        loss = objective(objectives.noisy_difference(a - b, config.label_noise), smoothed)
+        return loss + config.center_rewards_coefficient * objectives.center_rewards_penalty(a, b)
 
     run = TrainingRun(
         work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
@@ -413,7 +402,7 @@ def _card(
     config: RewardTrainingConfig,
     width: int,
     outputs: Sequence[Sequence[Tensor]],
-    labels: PreferenceLabels,
+    labels: objectives.PreferenceLabels,
     counts: dict[str, int],
 ) -> RewardCard:
     """Describe members by their raw rewards of the held-out images a and b. Raises RewardError where all are equal."""
@@ -464,7 +453,7 @@ def train_clip(
         prompts = [captions.prompts[row] for row in chosen]
         scale = backbone.logit_scale.clamp(max=MAX_LOGIT_SCALE)
         features = image_features(backbone, [captions.images[row] for row in chosen])
-        return contrastive(features, backbone.texts(prompts), scale, prompts)
+        return objectives.contrastive(features, backbone.texts(prompts), scale, prompts)
 
     warmup = min(200, config.steps // 10)
     TrainingRun(work, config.steps, config.learning_rate, warmup=warmup).train([backbone], loss_at)

@@ -110,9 +110,9 @@ def takes_number(name: str) -> bool:
 
 def _factory(name: str) -> Any:
     """Return the factory of a named reward, or None."""
-    plugins = {point.name: point.value for point in reversed(entry_points(group="steer.rewards"))}
-    path = REWARDS[name][0] if name in REWARDS else plugins.get(name)
-    return None if path is None else _attribute(path)
+    if name in REWARDS:
+        return _attribute(REWARDS[name][0])
+    return next((_attribute(point.value) for point in entry_points(group="steer.rewards") if point.name == name), None)
 
 
 def _is_module(name: str) -> bool:

@@ -62,7 +62,8 @@ def probability(row: Row) -> Iterator[LabelledPair]:
 
 def two_labels(a: str, b: str, row: Row) -> Iterator[LabelledPair]:
     """Read label_0 and label_1, or label_0 alone: 1 preferred, ½ a tie (Pick-a-Pic, arXiv 2305.01569)."""
-    first, choice = row.get("label_0"), None
+    first: Any = row.get("label_0")
+    choice = None
     if row.get("has_label") is not False and first is not None:
         second = row.get("label_1")
         second = 1 - first if second is None and is_number(first) else second
