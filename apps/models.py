@@ -275,18 +275,12 @@ def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
     if path is None:
         yield nullcontext
         return
-    with _gradients_restored(pipe), find_adapter(path).applied_to(pipe) as off:
-        yield off
-
-
-@contextmanager
-def _gradients_restored(pipe: Any) -> Iterator[None]:
-    """Restore which weights require gradients: injecting an adapter freezes its layers."""
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     before = [(weight, weight.requires_grad) for module in modules for weight in module.parameters()]
     try:
-        yield
-    finally:
+        with find_adapter(path).applied_to(pipe) as off:
+            yield off
+    finally:  # injecting an adapter freezes its layers
         for weight, required in before:
             weight.requires_grad_(required)
 

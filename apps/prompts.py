@@ -177,10 +177,8 @@ def read_text(path: Path) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        problem = (
-            "not UTF-8 text" if encoding == "utf-8-sig" else f"not the {encoding.upper()} text of its byte order mark"
-        )
-        raise InputError(f"{path}: {problem} (byte {error.start}): save it as UTF-8") from error
+        kind = "UTF-8 text" if encoding == "utf-8-sig" else f"the {encoding.upper()} text of its byte order mark"
+        raise InputError(f"{path}: not {kind} (byte {error.start}): save it as UTF-8") from error
 
 
 def find_column(names: Sequence[str], column: str | None, where: str) -> str | None:
@@ -188,17 +186,14 @@ def find_column(names: Sequence[str], column: str | None, where: str) -> str | N
 
     None if it is missing. Raises InputError if several columns qualify.
     """
-    if column is not None:
-        matches = [name for name in names if name.strip().lower() == column.strip().lower()]
-        return column if column in names else next(iter(matches), None)
-    if COLUMN in names:
-        return COLUMN
-    for kind in NAMES:
+    exact, kinds = (COLUMN, NAMES) if column is None else (column, [(column.strip().lower(),)])
+    if exact in names:
+        return exact
+    for kind in kinds:
         result = [name for name in names if name.strip().lower() in kind]
-        if len(result) > 1:
-            raise InputError(
-                f"{where}: {summarize_names(result)} could each be the prompts: choose one with --prompt-column"
-            )
+        if len(result) > 1 and column is None:
+            choices = summarize_names(result)
+            raise InputError(f"{where}: {choices} could each be the prompts: choose one with --prompt-column")
         if result:
             return result[0]
     return None
@@ -598,6 +593,12 @@ def check_arguments(arguments: Any, where: str) -> dict[str, Any]:
     return arguments
 
 
+def _is_plain_value(name: str, value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_VALUE and "\0" not in value
+    return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST_SIZES.get(name, MAX_VALUE))
+
+
 def cell(name: str, hint: Any, value: Any, prompt: str) -> Any:
     """Convert a cell to the annotation of an argument: texts are parsed as numbers if it has those.
 
@@ -618,9 +619,3 @@ def _takes_plain_value(hint: Any) -> bool:
     text = str(hint)
     plain = any(kind in text for kind in ("str", "int", "float", "bool"))
     return plain and not any(kind in text for kind in ("Image", "Tensor", "Callable", "Callback", "dict", "Dict"))
-
-
-def _is_plain_value(name: str, value: Any) -> bool:
-    if isinstance(value, str):
-        return len(value) <= MAX_VALUE and "\0" not in value
-    return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST_SIZES.get(name, MAX_VALUE))

@@ -102,7 +102,9 @@ class PartialReport:
         """Write report.json up to the first missing prompt, and return it."""
         missing = min({*range(len(self.entries) + 1)} - self.entries.keys())
         entries = [self.entries[n] for n in range(missing)]
-        report = self.header | {"prompts": entries, "cost": sum_costs(entries)}
+        # Entries of older versions count no gradients.
+        cost = {one.name: sum(entry["cost"].get(one.name, 0) for entry in entries) for one in fields(Cost)}
+        report = self.header | {"prompts": entries, "cost": cost}
         write_text(self.out / REPORT, dumps_with_checksum(report))
         return report
 
@@ -171,11 +173,6 @@ def output_errors(out: Path) -> Iterator[None]:
         raise InputError(
             f"--out {out}: {describe_os_error(error)}; finished prompts are kept: run the command again to resume"
         ) from error
-
-
-def sum_costs(entries: Sequence[Entry]) -> dict[str, float]:
-    """Sum the costs of all prompts; entries of older versions count no gradients."""
-    return {cost.name: sum(entry["cost"].get(cost.name, 0) for entry in entries) for cost in fields(Cost)}
 
 
 def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:

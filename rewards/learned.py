@@ -228,8 +228,8 @@ def save_learned(
     members = [f"member-{number}.safetensors" for number in range(len(heads))]
     config_files = configuration_files(configuration) if configuration else []
     with atomic_write_with_checksums(folder, [CARD, *members, *(path.name for path in config_files)]) as new:
-        for name, head, backbone in zip(members, heads, backbones or [None] * len(heads), strict=True):
-            state = member_module(head, backbone).state_dict()
+        for number, (name, head) in enumerate(zip(members, heads, strict=True)):
+            state = member_module(head, backbones[number] if backbones else None).state_dict()
             save_file({key: _saved(value, half=key.startswith("backbone")) for key, value in state.items()}, new[name])
         for path in config_files:
             shutil.copyfile(path, new[path.name])
@@ -328,7 +328,7 @@ def train_reward(
         logger.info("member %d: %s", number, preference_metrics(outputs[-1], held.labels).summary)
     card = _card(config, width, outputs, held.labels, {"trained": len(training), "held_out": len(held_rows)})
     own_folder = clip_folder(config.backbone) if config.train_backbone and card.backbone == "." else None
-    backbones = [member["backbone"] for member in members] if config.train_backbone else []
+    backbones: list[Any] = [member["backbone"] for member in members] if config.train_backbone else []
     save_learned(out, card, [member["head"] for member in members], backbones, own_folder)
     return card.report
 

@@ -90,7 +90,12 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
         raise RewardError(f"{path}: no such checkpoint")
     verify(path, sha256)
     try:
-        loaded = _tensors(path)
+        if path.suffix == ".safetensors":
+            loaded: object = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # Training scripts wrap the weights in a table with their epoch and optimiser.
+            loaded = loaded["state_dict"] if isinstance(loaded, dict) and "state_dict" in loaded else loaded
     except UnpicklingError as error:
         raise RewardError(
             f"{path}: refused, not a checkpoint of tensors only: it is corrupt, or contains code that would run"
@@ -103,14 +108,6 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
         if not (isinstance(key, str) and torch.is_tensor(value)):
             raise RewardError(f"{path}: expected a table of named tensors, got {type(value).__name__} under {key!r}")
     return loaded
-
-
-def _tensors(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # Training scripts wrap the weights in a table with their epoch and optimiser.
-    return loaded["state_dict"] if isinstance(loaded, dict) and "state_dict" in loaded else loaded
 
 
 def load_weights(module: nn.Module, state: State, what: str, unused: Sequence[str] = ()) -> None:

@@ -78,20 +78,16 @@ def run_in_background(device: torch.device) -> Iterator[Submit]:
             def result() -> T:
                 output = future.result()
                 if stream is not None:
-                    _record_stream(output, stream, torch.cuda.current_stream(device))
+                    caller = torch.cuda.current_stream(device)
+                    caller.wait_stream(stream)
+                    for leaf in tree_leaves(output):  # their memory is not reused before the caller is done
+                        if isinstance(leaf, Tensor) and leaf.is_cuda:
+                            leaf.record_stream(caller)
                 return output
 
             return result
 
         yield begin
-
-
-def _record_stream(output: object, stream: torch.cuda.Stream, to: torch.cuda.Stream) -> None:
-    """Make tensors of one stream usable in another: their memory is not reused before that stream is done."""
-    to.wait_stream(stream)
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_cuda:
-            leaf.record_stream(to)
 
 
 Metadata = Sequence[Mapping[str, Any]]  # one row per image: the metadata of its prompt
@@ -227,7 +223,7 @@ def _cache_form(reward: Any, form: str) -> None:
 
 
 def _form(reward: Any) -> str | None:
-    """Return the form in which a reward takes images; None where it is unknown."""
+    """Return the form in which a reward takes images, declared or annotated; None where it is unknown."""
     declared = attribute(reward, "images", None)
     if isinstance(declared, str):
         if declared not in IMAGE_FORMS:
@@ -237,21 +233,14 @@ def _form(reward: Any) -> str | None:
     known = _known_forms.get(id(reward))
     if known is not None and known[0]() is reward:
         return known[1]
-    form = _annotated_form(reward)
+    parameters = parameters_of(reward) or {}
+    annotation = next((one.annotation for one in parameters.values()), None)
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    patterns = {"pt": "Tensor", "pil": r"PIL|Image\b", "np": "ndarray"}
+    form = next((form for form, pattern in patterns.items() if re.search(pattern, text)), None)
     if form is not None:
         _cache_form(reward, form)
     return form
-
-
-def _annotated_form(reward: Any) -> str | None:
-    parameters = parameters_of(reward) or {}
-    annotation = next((one.annotation for one in parameters.values()), inspect.Parameter.empty)
-    text = annotation if isinstance(annotation, str) else str(annotation)
-    if "Tensor" in text:
-        return "pt"
-    if re.search(r"PIL|Image\b", text):
-        return "pil"
-    return "np" if "ndarray" in text else None
 
 
 def _as_form(images: Tensor, form: str) -> Any:
@@ -439,10 +428,22 @@ def warn_if_truncated(reader: str, prompt: str, tokens: int, limit: int) -> None
 
 
 def warn_if_pipeline_truncates(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
-    """Warn about prompts that a tokenizer of a diffusers pipeline truncates."""
-    for name, tokenizer, limit in _tokenizers(pipe, call):
+    """Warn about prompts that a tokenizer of a diffusers pipeline truncates.
+
+    The limit of CLIP's tokenizers is their own, that of others the call's max_sequence_length.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    given = call.get("max_sequence_length")
+    if given is None and "max_sequence_length" in parameters:
+        given = parameters["max_sequence_length"].default
+    for name in TOKENIZERS:
+        tokenizer = getattr(pipe, name, None)
+        own = getattr(tokenizer, "model_max_length", None)
+        if not isinstance(own, int) or not callable(tokenizer):
+            continue
+        limit = own if "CLIP" in type(tokenizer).__name__ or not isinstance(given, int) else given
         for prompt in dict.fromkeys(prompts):
-            if len(prompt) + 2 > limit:  # every token but begin and end is at least one character
+            if limit < MAX_TOKENS and len(prompt) + 2 > limit:  # all but begin and end are at least one character
                 warn_if_truncated(f"{name} of {type(pipe).__name__}", prompt, token_count(tokenizer, prompt), limit)
 
 
@@ -462,18 +463,3 @@ def with_truncation_warning(
         return encode(prompts)
 
     return encoding
-
-
-def _tokenizers(pipe: Any, call: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
-    """Yield the tokenizers of a pipeline with their limits: CLIP's own, otherwise the call's max_sequence_length."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    given = call.get("max_sequence_length")
-    if given is None and "max_sequence_length" in parameters:
-        given = parameters["max_sequence_length"].default
-    for name in TOKENIZERS:
-        tokenizer = getattr(pipe, name, None)
-        own = getattr(tokenizer, "model_max_length", None)
-        if isinstance(own, int) and callable(tokenizer):
-            limit = own if "CLIP" in type(tokenizer).__name__ or not isinstance(given, int) else given
-            if limit < MAX_TOKENS:
-                yield name, tokenizer, limit
