@@ -331,8 +331,8 @@ def _skip_missing_components(pipe: Any) -> Any:
     """Copy a pipeline with a loader that skips components without a key in the file."""
     view = copy.copy(pipe)
 
-    def load_known(load: Callable[..., Any], prefix: str, state_dict: Any, *args: Any, **kwargs: Any) -> None:
-        if any(key.startswith(f"{kwargs.get('prefix') or prefix}.") for key in state_dict):
+    def load_known(load: Callable[..., Any], name: str, /, state_dict: Any, *args: Any, **kwargs: Any) -> None:
+        if any(key.startswith(f"{kwargs.get('prefix') or name}.") for key in state_dict):
             load(state_dict, *args, **kwargs)
 
     for name in ("text_encoder", *DENOISERS):
