@@ -48,8 +48,9 @@ def read(text: str, state: ParserState | None = None) -> Reward:
 
 def _weighted(text: str, state: ParserState) -> compose.WeightedReward:
     """Parse a term, or a sum of terms as one component."""
-    parts = [text] if _is_path(text) else split(text, PLUS)
-    terms = [_term(part, state) for part in parts]
+    if _is_path(text):
+        return compose.WeightedReward(_atom(text, state))
+    terms = [_term(term, state) for term in split(text, PLUS)]
     return terms[0] if len(terms) == 1 else compose.WeightedReward(compose.CombinedReward(terms))
 
 
