@@ -63,9 +63,9 @@ def probability(row: Row) -> Iterator[LabelledPair]:
 def two_labels(a: str, b: str, row: Row) -> Iterator[LabelledPair]:
     """Read label_0 and label_1, or label_0 alone: 1 preferred, ½ a tie (Pick-a-Pic, arXiv 2305.01569)."""
     first: Any = row.get("label_0")
+    second: Any = row.get("label_1")
     choice = None
     if row.get("has_label") is not False and first is not None:
-        second = row.get("label_1")
         second = 1 - first if second is None and is_number(first) else second
         for name, value in (("label_0", first), ("label_1", second)):
             if not is_number(value) or not 0 <= value <= 1:
