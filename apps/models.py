@@ -5,12 +5,15 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from _pickle import UnpicklingError  # the exception class alone
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
+from logging.handlers import BufferingHandler
 from pathlib import Path
 from typing import Any
 
@@ -272,18 +275,12 @@ def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
     if path is None:
         yield nullcontext
         return
-    with _gradients_restored(pipe), find_adapter(path).applied_to(pipe) as off:
-        yield off
-
-
-@contextmanager
-def _gradients_restored(pipe: Any) -> Iterator[None]:
-    """Restore which weights require gradients: injecting an adapter freezes its layers."""
     modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
     before = [(weight, weight.requires_grad) for module in modules for weight in module.parameters()]
     try:
-        yield
-    finally:
+        with find_adapter(path).applied_to(pipe) as off:
+            yield off
+    finally:  # injecting an adapter freezes its layers
         for weight, required in before:
             weight.requires_grad_(required)
 
@@ -294,11 +291,12 @@ def find_adapter(path: str) -> FinetunedWeights:
     Raises InputError if there are none.
     """
     place = Path(path)
-    if place.is_file() and place.suffix == ".safetensors":
-        return _require_peft(path, place, _lora)
-    for name, load_adapter in ((LORA, _lora), (PEFT, _peft)):
-        if (place / name).is_file():
-            return _require_peft(path, place / name, load_adapter)
+    file = (place, _lora) if place.suffix == ".safetensors" else None
+    for lora, load_adapter in filter(None, (file, (place / LORA, _lora), (place / PEFT, _peft))):
+        if lora.is_file():
+            if find_spec("peft") is None:
+                raise InputError(f"{path}: a LoRA needs peft: pip install 'steer-diffusion[train]'")
+            return FinetunedWeights(path, (lora,), load_adapter)
     for folder in (place, *(place / name for name in DENOISERS)):
         if (folder / "config.json").is_file() and (files := sorted(folder.glob(FULL_WEIGHTS))):
             return FinetunedWeights(path, tuple(files), _full_denoiser)
@@ -307,14 +305,6 @@ def find_adapter(path: str) -> FinetunedWeights:
     inside = [str(place / name) for name in ("best", "final") if (place / name).is_dir()]
     hint = f"did you mean {' or '.join(inside)}?" if inside else f"expected {LORA}, {PEFT} or a denoiser's folder"
     raise InputError(f"{path}: no finetuned weights here; {hint}")
-
-
-def _require_peft(
-    path: str, file: Path, load_adapter: Callable[[Any, Path], AbstractContextManager[DisableAdapter]]
-) -> FinetunedWeights:
-    if find_spec("peft") is None:
-        raise InputError(f"{path}: a LoRA needs peft: pip install 'steer-diffusion[train]'")
-    return FinetunedWeights(path, (file,), load_adapter)
 
 
 @contextmanager
@@ -341,16 +331,13 @@ def _skip_missing_components(pipe: Any) -> Any:
     """Copy a pipeline with a loader that skips components without a key in the file."""
     view = copy.copy(pipe)
 
-    def only_with_keys(load: Callable[..., Any], prefix: str) -> Callable[..., Any]:
-        def loading(state_dict: Any, *args: Any, **kwargs: Any) -> None:
-            if any(key.startswith(f"{kwargs.get('prefix') or prefix}.") for key in state_dict):
-                load(state_dict, *args, **kwargs)
-
-        return loading
+    def load_known(load: Callable[..., Any], name: str, /, state_dict: Any, *args: Any, **kwargs: Any) -> None:
+        if any(key.startswith(f"{kwargs.get('prefix') or name}.") for key in state_dict):
+            load(state_dict, *args, **kwargs)
 
     for name in ("text_encoder", *DENOISERS):
         if (load := getattr(pipe, f"load_lora_into_{name}", None)) is not None:
-            vars(view)[f"load_lora_into_{name}"] = only_with_keys(load, name)
+            vars(view)[f"load_lora_into_{name}"] = partial(load_known, load, name)
     return view
 
 
@@ -381,11 +368,15 @@ def _peft(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
         vars(denoiser).pop("peft_config", None)
 
 
-def _adapter_disabler(modules: Sequence[nn.Module]) -> DisableAdapter:
-    """Make a context that disables all adapters of modules: outputs are then bit-identical to the base model."""
+def _lora_layers(modules: Sequence[nn.Module]) -> list[Any]:
     from peft.tuners.lora import LoraLayer
 
-    layers: list[Any] = [layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)]
+    return [layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)]
+
+
+def _adapter_disabler(modules: Sequence[nn.Module]) -> DisableAdapter:
+    """Make a context that disables all adapters of modules: outputs are then bit-identical to the base model."""
+    layers = _lora_layers(modules)
 
     @contextmanager
     def off() -> Iterator[None]:
@@ -410,34 +401,20 @@ def _full_denoiser(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
             shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
     if shapes != {key: tuple(value.shape) for key, value in own.state_dict().items()}:
         raise InputError(f"its tensors do not match the model's {type(own).__name__}: it is of another model")
-    finetuned_denoiser = copy.deepcopy(own)
+    finetuned = copy.deepcopy(own)
     for path in files:
-        finetuned_denoiser.load_state_dict(load_file(path), strict=False)
+        finetuned.load_state_dict(load_file(path), strict=False)
 
     @contextmanager
-    def off() -> Iterator[None]:
-        setattr(pipe, name, own)
+    def with_denoiser(inside: nn.Module, after: nn.Module) -> Iterator[None]:
+        setattr(pipe, name, inside)
         try:
             yield
         finally:
-            setattr(pipe, name, finetuned_denoiser)
+            setattr(pipe, name, after)
 
-    setattr(pipe, name, finetuned_denoiser)
-    try:
-        yield off
-    finally:
-        setattr(pipe, name, own)
-
-
-class _LogBuffer(logging.Handler):
-    """A log handler that keeps records in memory."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: list[logging.LogRecord] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.kept.append(record)
+    with with_denoiser(finetuned, after=own):
+        yield partial(with_denoiser, own, after=finetuned)
 
 
 @contextmanager
@@ -445,14 +422,14 @@ def _defer_diffusers_logs() -> Iterator[None]:
     """Log the messages of diffusers after the block, or drop them if it raises: the error says the same in one line."""
     from diffusers.utils import logging as diffusers_logging
 
-    library, buffer = diffusers_logging.get_logger("diffusers"), _LogBuffer()
+    library, buffer = diffusers_logging.get_logger("diffusers"), BufferingHandler(sys.maxsize)
     handlers, propagate = library.handlers[:], library.propagate
     library.handlers[:], library.propagate = [buffer], False
     try:
         yield
     finally:
         library.handlers[:], library.propagate = handlers, propagate
-    for record in buffer.kept:
+    for record in buffer.buffer:
         library.handle(record)
 
 
@@ -463,21 +440,24 @@ def _check_plain_lora(config: Mapping[str, Any], names: Sequence[str]) -> None:
     if others := [name for name in names if not name.endswith((*FACTORS, ".alpha"))]:
         kinds = sorted({kind for part, kind in KINDS.items() if any(part in name for name in others)})
         kind = " and ".join(kinds) or "full tensors or unknown keys"
-        more = f" and {len(others) - MAX_SHOWN} more" if len(others) > MAX_SHOWN else ""
         raise InputError(
             f"{len(names) - len(others)} of its {len(names)} tensors have a place in a plain LoRA, not "
-            f"{', '.join(others[:MAX_SHOWN])}{more} ({kind}): merge it into the model's weights"
+            f"{_first_names(others)} ({kind}): merge it into the model's weights"
         )
-    unsupported = {
-        name: value for name, value in config.items() if value and name not in (*APPLIED_KEYS, *IGNORED_KEYS)
-    }
-    if unsupported.get("bias") == "none":
-        del unsupported["bias"]
-    if unsupported.get("init_lora_weights", "pissa") in PLAIN_INITIALISATIONS:
-        del unsupported["init_lora_weights"]
+    harmless = {"bias": ("none",), "init_lora_weights": PLAIN_INITIALISATIONS}
+    unsupported = [
+        f"{name}={value!r:.40}"
+        for name, value in config.items()
+        if value and name not in (*APPLIED_KEYS, *IGNORED_KEYS) and value not in harmless.get(name, ())
+    ]
     if unsupported:
-        named = ", ".join(f"{name}={value!r:.40}" for name, value in unsupported.items())
-        raise InputError(f"its configuration has {named}, which is not applied: merge it into the model's weights")
+        raise InputError(
+            f"its configuration has {', '.join(unsupported)}, which is not applied: merge it into the model's weights"
+        )
+
+
+def _first_names(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else "")
 
 
 def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor], pipe: Any) -> None:
@@ -492,10 +472,9 @@ def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor],
         len(loaded) == len(factors) and not any(name.endswith(".alpha") for name in state)
     )
     if not loaded or len(loaded) < len(factors) or (exact and unmatched):
-        more = f" and {len(unmatched) - MAX_SHOWN} more" if len(unmatched) > MAX_SHOWN else ""
         raise InputError(
             f"{len(factors) - len(unmatched)} of its {len(factors)} tensors have a place in {type(pipe).__name__}, not "
-            f"{', '.join(unmatched[:MAX_SHOWN])}{more}: it is of another model"
+            f"{_first_names(unmatched)}: it is of another model"
         )
     if exact:
         _set_scales(modules, state)
@@ -515,9 +494,7 @@ def _missing_factors(factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, 
 
 def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor]) -> None:
     """Scale each layer by α/r for each α in the file: loaders that match names may miss some."""
-    from peft.tuners.lora import LoraLayer
-
-    layers: list[Any] = [layer for module in modules for layer in module.modules() if isinstance(layer, LoraLayer)]
+    layers = _lora_layers(modules)
     for layer in layers:
         layer.eval()  # no dropout
     alphas = {name.removesuffix(".alpha"): value for name, value in state.items() if name.endswith(".alpha")}

@@ -6,12 +6,12 @@ import inspect
 import io
 import json
 import logging
-import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,17 +46,17 @@ def data_files(data_set: str, split: str, formats: Sequence[str]) -> list[Path]:
         listed = _list_files(data_set, revision)
         available += listed
         if names := _select_folder(data_set, split, _select_split(listed, split, formats)):
-            _check_all_shards(data_set, names)
+            shard = re.fullmatch(SHARD, Path(names[0]).stem)
+            if huggingface_hub.constants.HF_HUB_OFFLINE and shard and len(names) < int(shard[2]):
+                raise InputError(
+                    f"data set {data_set!r}: {len(names)} of {int(shard[2])} files are in the hub's cache: "
+                    "unset HF_HUB_OFFLINE (no --offline) once to download the others"
+                )
+            download = partial(huggingface_hub.hf_hub_download, data_set, repo_type="dataset", revision=revision)
             with _hub_errors(data_set):
-                return [
-                    Path(huggingface_hub.hf_hub_download(data_set, name, repo_type="dataset", revision=revision))
-                    for name in names
-                ]
-    content = (
-        f"only {summarize_names(available)}"
-        if available
-        else "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
-    )
+                return [Path(download(name)) for name in names]
+    empty = "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
+    content = f"only {summarize_names(available)}" if available else empty
     raise InputError(f"data set {data_set!r}: no {', '.join(formats)} files of split {split!r}: {content}")
 
 
@@ -121,18 +121,6 @@ def _select_folder(data_set: str, split: str, names: list[str]) -> list[str]:
     return [name for name in names if name.rpartition("/")[0] in plain]
 
 
-def _check_all_shards(data_set: str, names: Sequence[str]) -> None:
-    """Raise InputError if, offline, the cache holds some shards and lacks others."""
-    from huggingface_hub import constants
-
-    shard = re.fullmatch(SHARD, Path(names[0]).stem)
-    if constants.HF_HUB_OFFLINE and shard and len(names) < int(shard[2]):
-        raise InputError(
-            f"data set {data_set!r}: {len(names)} of {int(shard[2])} files are in the hub's cache: "
-            "unset HF_HUB_OFFLINE (no --offline) once to download the others"
-        )
-
-
 @contextmanager
 def _hub_errors(data_set: str) -> Iterator[None]:
     """Turn errors of huggingface_hub into InputErrors of one line."""
@@ -178,12 +166,8 @@ class PromptRow:
     columns: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows as (location for messages, {column: value}), and the names of skipped columns, such as images."""
-
-    rows: Sequence[tuple[str, dict[str, Any]]]
-    skipped: Sequence[str] = ()
+# The records of a file, each with its place for messages, and the names of skipped columns, such as images.
+Table = tuple[Iterable[tuple[str, Any]], Sequence[str]]
 
 
 def read_text(path: Path) -> str:
@@ -193,10 +177,8 @@ def read_text(path: Path) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        problem = (
-            "not UTF-8 text" if encoding == "utf-8-sig" else f"not the {encoding.upper()} text of its byte order mark"
-        )
-        raise InputError(f"{path}: {problem} (byte {error.start}): save it as UTF-8") from error
+        kind = "UTF-8 text" if encoding == "utf-8-sig" else f"the {encoding.upper()} text of its byte order mark"
+        raise InputError(f"{path}: not {kind} (byte {error.start}): save it as UTF-8") from error
 
 
 def find_column(names: Sequence[str], column: str | None, where: str) -> str | None:
@@ -204,17 +186,14 @@ def find_column(names: Sequence[str], column: str | None, where: str) -> str | N
 
     None if it is missing. Raises InputError if several columns qualify.
     """
-    if column is not None:
-        matches = [name for name in names if name.strip().lower() == column.strip().lower()]
-        return column if column in names else next(iter(matches), None)
-    if COLUMN in names:
-        return COLUMN
-    for kind in NAMES:
+    exact, kinds = (COLUMN, NAMES) if column is None else (column, [(column.strip().lower(),)])
+    if exact in names:
+        return exact
+    for kind in kinds:
         result = [name for name in names if name.strip().lower() in kind]
-        if len(result) > 1:
-            raise InputError(
-                f"{where}: {summarize_names(result)} could each be the prompts: choose one with --prompt-column"
-            )
+        if len(result) > 1 and column is None:
+            choices = summarize_names(result)
+            raise InputError(f"{where}: {choices} could each be the prompts: choose one with --prompt-column")
         if result:
             return result[0]
     return None
@@ -235,15 +214,16 @@ def type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> list[tuple[str, str]]:
     """Split a file at line ends alone: other Unicode separators may be part of a prompt."""
-    return read_text(path).replace("\r\n", "\n").split("\n")
+    lines = read_text(path).replace("\r\n", "\n").split("\n")
+    return [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1)]
 
 
 def _text(path: Path, column: str | None) -> Table:
     if column is not None:
         raise InputError(f"{path}: a .txt file has no columns, leave out column {column!r}")
-    return Table([(f"{path}, line {n}", {COLUMN: line}) for n, line in enumerate(_lines(path), start=1)])
+    return _lines(path), ()
 
 
 def _parse_json(text: str, where: str) -> Any:
@@ -254,30 +234,25 @@ def _parse_json(text: str, where: str) -> Any:
 
 
 def _json_lines(path: Path, column: str | None) -> Table:
-    rows = []
-    for number, line in enumerate(_lines(path), start=1):
-        if line.strip():
-            record = _parse_json(line, where := f"{path}, line {number}")
-            rows.append((where, _record(record, where, column)))
-    return Table(rows)
+    return ((where, _parse_json(line, where)) for where, line in _lines(path) if line.strip()), ()
 
 
-def _record(record: Any, where: str, column: str | None) -> dict[str, Any]:
-    """Check an object with a prompt; a plain text becomes one."""
-    if isinstance(record, str):
-        return {column or COLUMN: record}
-    names = list(record) if isinstance(record, dict) else []
+def _prompt_and_columns(record: Any, where: str, column: str | None) -> tuple[str, dict[str, Any]]:
+    """Split a record, a plain text or an object with one, into its prompt and the other columns that have a value."""
+    cells = {column or COLUMN: record} if isinstance(record, str) else record
+    names = list(cells) if isinstance(cells, dict) else []
     key = find_column(names, column, where)
-    if key is None or not isinstance(record[key], str):
-        if key is not None:
-            raise InputError(f'{where}: expected an object with a text under "{key}", got {type_name(record[key])}')
+    if key is None:
         raise InputError(f"{where}: {describe_expected(column, 'an object with a text under', names)}")
-    return dict(record)
+    if not isinstance(cells[key], str):
+        raise InputError(f'{where}: expected a text under "{key}", got {type_name(cells[key])}')
+    others = {name.strip(): value for name, value in cells.items() if name != key and has_value(value)}
+    return cells[key].strip(), others
 
 
 def _json(path: Path, column: str | None) -> Table:
     content = _parse_json(read_text(path), str(path)) if path.stat().st_size else []
-    return Table([(where, _record(one, where, column)) for where, one in _records(content, path, column)])
+    return _records(content, path, column), ()
 
 
 def _records(content: Any, path: Path, column: str | None) -> Iterator[tuple[str, Any]]:
@@ -314,48 +289,43 @@ def _tagged_records(content: Mapping[str, Any], path: Path, column: str | None) 
 def _csv(path: Path, column: str | None) -> Table:
     text = read_text(path)
     head = text.lstrip("\r\n").partition("\n")[0]
-    return _table_from_cells(path, _cells(path, text, max(DELIMITERS, key=head.count)), column)
+    return _table_from_cells(path, _cells(path, text, max(DELIMITERS, key=head.count)), column), ()
 
 
 def _tsv(path: Path, column: str | None) -> Table:
-    text = read_text(path)
     try:
-        cells = _cells(path, text, "\t")
+        cells = _cells(path, read_text(path), "\t")
     except InputError:  # quotes are plain characters: many .tsv files are written without quoting
-        lines = text.replace("\r\n", "\n").split("\n")
-        cells = [(number, line.split("\t")) for number, line in enumerate(lines, start=1)]
-    return _table_from_cells(path, cells, column)
+        cells = [(where, line.split("\t")) for where, line in _lines(path)]
+    return _table_from_cells(path, cells, column), ()
 
 
-def _cells(path: Path, text: str, delimiter: str) -> list[tuple[int, list[str]]]:
-    """Parse the rows as (number of the last line, cells)."""
+def _cells(path: Path, text: str, delimiter: str) -> list[tuple[str, list[str]]]:
+    """Parse the cells of each row, with the row's last line."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        return [(reader.line_num, row) for row in reader]
+        return [(f"{path}, line {reader.line_num}", row) for row in reader]
     except csv.Error as error:
         raise InputError(f"{path}, line {reader.line_num}: not a readable table ({error})") from error
 
 
-def _table_from_cells(path: Path, rows: Sequence[tuple[int, list[str]]], column: str | None) -> Table:
-    full_rows = [(number, row) for number, row in rows if any(cell.strip() for cell in row)]
-    header = [name.strip() for name in (full_rows[0][1] if full_rows else [])]
-    line = f"{path}, line {full_rows[0][0] if full_rows else 1}"
+def _table_from_cells(
+    path: Path, rows: Sequence[tuple[str, list[str]]], column: str | None
+) -> list[tuple[str, dict[str, str]]]:
+    (line, names), *full_rows = [row for row in rows if any(map(str.strip, row[1]))] or [(f"{path}, line 1", [])]
+    header = [name.strip() for name in names]
     name = find_column(header, column, line)
     if name is None:
         raise InputError(f"{line}: {describe_expected(column, 'a column named', header)}")
     if repeated := [one for one in header if one and header.count(one) > 1]:
         raise InputError(f"{line}: column {repeated[0]!r} is repeated: remove one")
-    result = []
-    for number, row in full_rows[1:]:
+    for where, row in full_rows:
         if len(row) <= header.index(name):
-            raise InputError(f"{path}, line {number}: no column {header.index(name) + 1}")
+            raise InputError(f"{where}: no column {header.index(name) + 1}")
         if any(cell.strip() for cell in row[len(header) :]):
-            raise InputError(
-                f"{path}, line {number}: {len(row)} values for {len(header)} columns: quote prompts that contain "
-                "the separator"
-            )
-        result.append((f"{path}, line {number}", {one: cell for one, cell in zip(header, row, strict=False) if one}))
-    return Table(result)
+            problem = f"{len(row)} values for {len(header)} columns"
+            raise InputError(f"{where}: {problem}: quote prompts that contain the separator")
+    return [(where, {one: cell for one, cell in zip(header, row, strict=False) if one}) for where, row in full_rows]
 
 
 def _parquet(path: Path, column: str | None) -> Table:
@@ -377,11 +347,8 @@ def _parquet(path: Path, column: str | None) -> Table:
             rows = _parquet_rows(path, file, plain)
     except pyarrow.ArrowException as error:
         raise InputError(f"{path}: not a parquet file that can be read ({one_line(error)})") from error
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row[name], str):
-            raise InputError(f'{path}, row {number}: expected a text under "{name}", got {type_name(row[name])}')
     skipped = [one for one in names if one not in plain]
-    return Table([(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)], skipped)
+    return [(f"{path}, row {number}", row) for number, row in enumerate(rows, start=1)], skipped
 
 
 def _is_plain(pyarrow: Any, schema: Any, name: str) -> bool:
@@ -423,9 +390,7 @@ READERS: dict[str, Callable[[Path, str | None], Table]] = {
 
 def has_value(value: Any) -> bool:
     """Tell whether a cell has a value: not empty, null or nan."""
-    if isinstance(value, str):
-        return bool(value.strip())
-    return value is not None and not (isinstance(value, float) and math.isnan(value))
+    return bool(value.strip()) if isinstance(value, str) else value is not None and value == value
 
 
 logger = logging.getLogger(__name__)
@@ -452,34 +417,27 @@ def load_tagged_prompts(
 
     tag  the column of the tags, which must exist; by default "tag", and None for prompts without such a column
     """
-    rows = _rows(source, column, (tag or TAG,))
-    if tag is None and not any(TAG in map(str.lower, row.columns) for row in rows):
-        return [row.prompt for row in rows], None
-    tags: list[str] = []
-    for row in rows:
-        name = next((name for name in row.columns if name.lower() == (tag or TAG).lower()), None)
-        if name is not None and isinstance(row.columns[name], str):
-            tags.append(row.columns[name].strip())
-        elif tag is None:
-            return [one.prompt for one in rows], None
-        else:
-            problem = f", got {type_name(row.columns[name])}" if name is not None else list_columns(list(row.columns))
+    rows, name = _rows(source, column, (tag or TAG,)), (tag or TAG).lower()
+    cells = [next((value for key, value in row.columns.items() if key.lower() == name), None) for row in rows]
+    prompts, tags = [row.prompt for row in rows], [cell.strip() for cell in cells if isinstance(cell, str)]
+    if tag is None:
+        return prompts, tags if len(tags) == len(prompts) else None
+    for row, cell in zip(rows, cells, strict=True):
+        if not isinstance(cell, str):
+            problem = list_columns(list(row.columns)) if cell is None else f", got {type_name(cell)}"
             raise InputError(f'{source}: expected a text under "{tag}" beside the prompt {row.prompt!r:.60}{problem}')
-    return [row.prompt for row in rows], tags
+    return prompts, tags
 
 
 def _rows(source: str, column: str | None, used: Collection[str]) -> list[PromptRow]:
     """Load the rows of a source, and log the columns that are neither prompts nor `used`."""
-    result = _locate(source)
-    files = [result] if isinstance(result, Path) else result
+    files = _locate(source)
     tables = [_read(path, column) for path in files]
     rows, skipped = [row for table, _ in tables for row in table], [name for _, names in tables for name in names]
+    if not rows and files == [Path(source)]:
+        raise InputError(f"{source}: no prompts in this file")
     if not rows:
-        raise InputError(
-            f"{result}: no prompts in this file"
-            if isinstance(result, Path)
-            else f"data set {source!r}: no prompts in {summarize_names([path.name for path in result])}"
-        )
+        raise InputError(f"data set {source!r}: no prompts in {summarize_names([path.name for path in files])}")
     if source not in PROMPTS:
         note_unused(source, [*unused_columns(rows, used), *dict.fromkeys(skipped)])
     return rows
@@ -491,13 +449,13 @@ def note_unused(source: object, names: Sequence[str]) -> None:
         logger.warning("steer: %s", InputError(f"{source}: unused columns: {summarize_names(names)}"))
 
 
-def _locate(source: str) -> Path | list[Path]:
+def _locate(source: str) -> list[Path]:
     """Locate the file of a source, or the files of a data set."""
     if source in PROMPTS:
-        return PROMPTS[source]
+        return [PROMPTS[source]]
     path, named = Path(source), re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", source)
     if os.path.isfile(source) or path.suffix.lower() in READERS:
-        return path
+        return [path]
     if os.path.isdir(source):
         hub = f" (or a split of the data set of the hub, {source}:train)" if named else ""
         raise InputError(f"{source}: a folder; name a file in it{hub}")
@@ -532,22 +490,21 @@ def unused_columns(rows: Sequence[PromptRow], used: Collection[str] = ()) -> lis
     return [name for name in dict.fromkeys(name for row in rows for name in row.columns) if name.lower() not in used]
 
 
-def _read(path: Path, column: str | None) -> tuple[list[PromptRow], list[str]]:
+def _read(path: Path, column: str | None) -> tuple[list[PromptRow], Sequence[str]]:
     """Read the rows of a file, and the names of skipped columns."""
     if path.suffix.lower() not in READERS:
         raise InputError(f"{path}: prompts are read from {', '.join(READERS)} files")
     try:
-        table = READERS[path.suffix.lower()](path, column)
+        records, skipped = READERS[path.suffix.lower()](path, column)
     except OSError as error:
         raise InputError(f"{path}: cannot read the prompt file ({error.strerror or one_line(error)})") from error
     rows = []
-    for where, cells in table.rows:
-        key = find_column(list(cells), column, where) or COLUMN
-        if prompt := cells[key].strip():
+    for where, record in records:
+        prompt, columns = _prompt_and_columns(record, where, column)
+        if prompt:
             check_prompt(prompt, str(path))
-            columns = {name.strip(): value for name, value in cells.items() if name != key and has_value(value)}
             rows.append(PromptRow(prompt, columns))
-    return rows, list(table.skipped)
+    return rows, skipped
 
 
 def check_prompt(prompt: str, where: str) -> None:
@@ -584,14 +541,11 @@ def row_config(row: PromptRow, settings: SamplingConfig) -> SamplingConfig:
 
     Raises InputError for an invalid value.
     """
-    hints, overrides = SamplingConfig.hints(), {}
-    for name, value in row.columns.items():
-        if (setting := SETTINGS.get(name.lower())) is not None:
-            overrides[setting] = cell(name, hints[setting], value, row.prompt)
-    if not overrides:
-        return settings
+    given = {name: SETTINGS[name.lower()] for name in row.columns if name.lower() in SETTINGS}
+    hints = SamplingConfig.hints()
+    overrides = {to: cell(name, hints[to], row.columns[name], row.prompt) for name, to in given.items()}
     try:
-        return replace(settings, **overrides)
+        return replace(settings, **overrides) if overrides else settings
     except InputError as error:
         raise InputError(f"prompt {row.prompt!r:.60}: {error}") from error
 
@@ -604,8 +558,10 @@ def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: A
     """
     result: list[SampleRequest] = []
     before: dict[str, int] = {}
+    hints = argument_names(pipe)
     for row in rows:
-        arguments = _arguments(row, pipe)
+        given = {name.lower(): (name, value) for name, value in row.columns.items() if name.lower() in hints}
+        arguments = {key: cell(name, hints[key], value, row.prompt) for key, (name, value) in given.items()}
         config = row_config(row, settings)
         if "seed" not in map(str.lower, row.columns):
             key = json.dumps([row.prompt, arguments, config.steps, config.guidance, config.eta], sort_keys=True)
@@ -618,11 +574,11 @@ def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: A
 def argument_names(pipe: Any) -> dict[str, Any]:
     """Collect the arguments of a pipeline's call that a cell may set: {name: annotation}."""
     hints = annotations_of(type(pipe).__call__)
-    names = inspect.signature(type(pipe).__call__).parameters
+    names = [name for name in inspect.signature(type(pipe).__call__).parameters if name in hints]
     return {
-        name: hints.get(name, Any)
+        name: hints[name]
         for name in names
-        if name not in (*RESERVED_ARGUMENTS, *SETTINGS) and _takes_plain_value(hints.get(name))
+        if name not in (*RESERVED_ARGUMENTS, *SETTINGS) and _takes_plain_value(hints[name])
     }
 
 
@@ -637,29 +593,25 @@ def check_arguments(arguments: Any, where: str) -> dict[str, Any]:
     return arguments
 
 
+def _is_plain_value(name: str, value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= MAX_VALUE and "\0" not in value
+    return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST_SIZES.get(name, MAX_VALUE))
+
+
 def cell(name: str, hint: Any, value: Any, prompt: str) -> Any:
     """Convert a cell to the annotation of an argument: texts are parsed as numbers if it has those.
 
     Raises InputError that names the prompt.
     """
     where = f"prompt {prompt!r:.60}, column {name!r}"
-    if isinstance(value, str) and not _takes_text(hint):
+    if isinstance(value, str) and "str" not in str(hint):
         try:
             value = json.loads(value.strip().lower())
         except ValueError as error:
-            raise InputError(
-                f"{where}: {value!r:.60} is not a value of it: leave the cell empty for the default"
-            ) from error
+            problem = f"{value!r:.60} is not a value of it"
+            raise InputError(f"{where}: {problem}: leave the cell empty for the default") from error
     return coerce_value(where, hint, value)
-
-
-def _arguments(row: PromptRow, pipe: Any) -> dict[str, Any]:
-    names = argument_names(pipe)
-    return {
-        name.lower(): cell(name, names[name.lower()], value, row.prompt)
-        for name, value in row.columns.items()
-        if name.lower() in names
-    }
 
 
 def _takes_plain_value(hint: Any) -> bool:
@@ -667,20 +619,3 @@ def _takes_plain_value(hint: Any) -> bool:
     text = str(hint)
     plain = any(kind in text for kind in ("str", "int", "float", "bool"))
     return plain and not any(kind in text for kind in ("Image", "Tensor", "Callable", "Callback", "dict", "Dict"))
-
-
-def _takes_text(hint: Any) -> bool:
-    return "str" in str(hint)
-
-
-def _is_plain_value(name: str, value: Any) -> bool:
-    if isinstance(value, bool) or value is None:
-        return True
-    if isinstance(value, str):
-        return len(value) <= MAX_VALUE and "\0" not in value
-    return isinstance(value, int | float) and abs(value) <= LARGEST_SIZES.get(name, MAX_VALUE)
-
-
-def used_columns(pipe: Any) -> list[str]:
-    """List the columns that are settings or arguments of a pipeline."""
-    return [*SETTINGS, *argument_names(pipe)]

@@ -196,14 +196,18 @@ def _recipe(file: Image.Image, name: str) -> Recipe:
 
 
 def _checked(data: Any) -> Recipe:
-    values = _values(data, Recipe, nested=("settings", "components", "arguments"))
+    known, hints = {one.name: one for one in fields(Recipe)}, get_type_hints(Recipe)
+    # Fields with a default are newer than some files, and may be missing.
+    needed = [name for name, one in known.items() if one.default is MISSING and one.default_factory is MISSING]
+    _check_keys(data, needed, known)
     settings = _settings(data["settings"])
-    components = data["components"]
-    if not isinstance(components, dict):
+    plain = [name for name in known if name in data and name not in ("settings", "components", "arguments")]
+    values = {name: _value(name, data[name], get_args(hints[name]) or (hints[name],)) for name in plain}
+    if not isinstance(data["components"], dict):
         raise InputError("components: expected an object of numbers")
-    scores = {name: _value(f"part {name!r:.40}", score, (float,)) for name, score in components.items()}
+    scores = {name: _value(f"part {name!r:.40}", score, (float,)) for name, score in data["components"].items()}
     arguments = check_arguments(data.get("arguments", {}), "arguments")
-    recipe = Recipe(**values | {"settings": settings, "components": scores, "arguments": arguments})
+    recipe = Recipe(**values, settings=settings, components=scores, arguments=arguments)
     if not recipe.prompt.strip() or "\0" in recipe.prompt:
         raise InputError("the prompt is empty, or holds a null character")
     if recipe.rank >= settings.particles:
@@ -218,32 +222,22 @@ def _checked(data: Any) -> Recipe:
 
 def _settings(data: Any) -> SamplingConfig:
     """Check the settings of a recipe; missing ones, newer than the file, have their default."""
-    if not isinstance(data, dict):
-        raise InputError(f"expected an object, got {type(data).__name__}")
-    if missing := [name for name in REQUIRED if name not in data]:
-        raise InputError(f"{missing[0]!r} is missing")
+    _check_keys(data, REQUIRED)
     method = _value("method", data["method"], (str,))
-    known = [*SHARED, *option_names(method)]
-    if unknown := sorted(data.keys() - {*known}):
-        raise InputError(f"unknown key {unknown[0]!r:.60}; was it written by a newer steer than {steer.__version__}?")
-    kinds = {name: kinds_of(name, method) for name in data}
-    optional = {name: kinds[name] if name in REQUIRED else (*dict.fromkeys((*kinds[name], NoneType)),) for name in data}
-    return SamplingConfig.of(**{name: _value(name, value, optional[name]) for name, value in data.items()})
+    _check_keys(data, REQUIRED, [*SHARED, *option_names(method)])
+    optional = {name: () if name in REQUIRED else (NoneType,) for name in data}
+    kinds = {name: (*dict.fromkeys((*kinds_of(name, method), *optional[name])),) for name in data}
+    return SamplingConfig.of(**{name: _value(name, value, kinds[name]) for name, value in data.items()})
 
 
-def _values(data: Any, kind: type, nested: Collection[str] = ()) -> dict[str, Any]:
-    """Check the fields of a dataclass. Those with a default are newer than some files, and may be missing."""
+def _check_keys(data: Any, needed: Collection[str], known: Collection[str] | None = None) -> None:
+    """Raise InputError where data is no object, lacks a needed key, or has one that is not known; None: any."""
     if not isinstance(data, dict):
         raise InputError(f"expected an object, got {type(data).__name__}")
-    known = {one.name: one for one in fields(kind)}
-    if unknown := sorted(data.keys() - known.keys()):
+    if known is not None and (unknown := sorted(data.keys() - {*known})):
         raise InputError(f"unknown key {unknown[0]!r:.60}; was it written by a newer steer than {steer.__version__}?")
-    needed = [name for name, one in known.items() if one.default is MISSING and one.default_factory is MISSING]
     if missing := [name for name in needed if name not in data]:
         raise InputError(f"{missing[0]!r} is missing")
-    hints = get_type_hints(kind)
-    kinds = {name: get_args(hints[name]) or (hints[name],) for name in known if name not in nested}
-    return {name: _value(name, data[name], kinds[name]) for name in kinds if name in data}
 
 
 def _value(name: str, value: Any, kinds: Collection[type]) -> Any:

@@ -28,7 +28,7 @@ ENVIRONMENT_FIELDS = ("steer", "torch", "diffusers", "device", "dtype")
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """The result of a replay: the image written, whether its pixels are the same, and a message."""
+    """The image written by a replay, whether its pixels are the same, and a message."""
 
     path: Path
     same: bool
@@ -137,14 +137,11 @@ def _difference_reason(recipe: Recipe, new_recipe: Recipe, before: Image.Image) 
     """Explain differing pixels: an edited file, other versions, another device."""
     if new_recipe.pixels == recipe.pixels:
         return "they are those of its recipe, so the file was edited"
-    original, current = _environment(recipe), _environment(new_recipe)
-    differences = [
-        f"{name} {original[name]} there, {current[name]} here" for name in original if original[name] != current[name]
-    ]
-    edited = ["the file was edited"] if recipe.pixels != pixel_hash(before) else []
+    original, current = (
+        {name: getattr(one, name) for name in ENVIRONMENT_FIELDS} | {"reward": repr(one.settings.reward)}
+        for one in (recipe, new_recipe)
+    )
+    reasons = ["the file was edited"] if recipe.pixels != pixel_hash(before) else []
+    reasons += [f"{name} {old} there, {current[name]} here" for name, old in original.items() if old != current[name]]
     unknown_cause = "versions and device are the same; the number of threads or the weights behind a name may differ"
-    return "; ".join([*edited, *differences]) or unknown_cause
-
-
-def _environment(recipe: Recipe) -> dict[str, str]:
-    return {name: getattr(recipe, name) for name in ENVIRONMENT_FIELDS} | {"reward": repr(recipe.settings.reward)}
+    return "; ".join(reasons) or unknown_cause

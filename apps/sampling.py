@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -20,13 +20,14 @@ from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
 from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.prompts import (
+    SETTINGS,
     PromptRow,
+    argument_names,
     check_prompt,
     note_unused,
     row_config,
     sample_requests,
     unused_columns,
-    used_columns,
 )
 from steer.apps.recipes import Recipe, make_recipe, write_png
 from steer.apps.reward_specs import resolve_reward
@@ -99,10 +100,11 @@ class PartialReport:
 
     def save(self) -> Report:
         """Write report.json up to the first missing prompt, and return it."""
-        entries: list[Entry] = []
-        while len(entries) in self.entries:
-            entries.append(self.entries[len(entries)])
-        report = self.header | {"prompts": entries, "cost": sum_costs(entries)}
+        missing = min({*range(len(self.entries) + 1)} - self.entries.keys())
+        entries = [self.entries[n] for n in range(missing)]
+        # Entries of older versions count no gradients.
+        cost = {one.name: sum(entry["cost"].get(one.name, 0) for entry in entries) for one in fields(Cost)}
+        report = self.header | {"prompts": entries, "cost": cost}
         write_text(self.out / REPORT, dumps_with_checksum(report))
         return report
 
@@ -131,24 +133,24 @@ def open_report(
     Raises InputError for a folder of another run.
     """
     check_writable(out)
-    path = out / REPORT
     config = settings.plain()
     header: Report = {"model": settings.model, "method": settings.method}
     entries: dict[int, Entry] = {}
-    if path.exists():
-        old = _read(path, out, config)
+    if (out / REPORT).exists():
+        old = _read(out / REPORT, out, config)
         header |= {name: value for name, value in old.items() if name not in ("prompts", "cost")}
         entries.update(enumerate(old["prompts"]))
     entries.update(_unmerged_entries(out, config))
     for number, entry in entries.items():
+        problem = None
         if number >= len(prompts) or not isinstance(entry, dict) or entry.get("prompt") != prompts[number]:
-            raise InputError(f"--out {out} holds a run of other prompts; choose another --out")
-        if (dict(columns[number]) if columns else {}) != entry.get("columns", {}):
-            raise InputError(f"--out {out} holds a run with other columns of prompt {number + 1}; choose another --out")
-        if not _is_valid_entry(entry):
-            raise InputError(
-                f"--out {out}: prompt {number + 1} of its report is not as steer writes it; choose another --out"
-            )
+            problem = " holds a run of other prompts"
+        elif (dict(columns[number]) if columns else {}) != entry.get("columns", {}):
+            problem = f" holds a run with other columns of prompt {number + 1}"
+        elif not _is_valid_entry(entry):
+            problem = f": prompt {number + 1} of its report is not as steer writes it"
+        if problem:
+            raise InputError(f"--out {out}{problem}; choose another --out")
     return PartialReport(out, header | {"settings": config}, entries)
 
 
@@ -173,11 +175,6 @@ def output_errors(out: Path) -> Iterator[None]:
         ) from error
 
 
-def sum_costs(entries: Sequence[Entry]) -> dict[str, float]:
-    """Sum the costs of all prompts; entries of older versions count no gradients."""
-    return {cost.name: sum(entry["cost"].get(cost.name, 0) for entry in entries) for cost in fields(Cost)}
-
-
 def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
     """Read the entries that are not merged yet. Raises InputError for those of another run."""
     entries_by_number: dict[int, Entry] = {}
@@ -191,6 +188,7 @@ def _unmerged_entries(out: Path, config: Mapping[str, Any]) -> dict[int, Entry]:
 
 def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
     """Read a report in `out`, or that of a single prompt. Raises InputError for another file or other settings."""
+    foreign = f"{path} is not a report of steer"
     try:
         old = loads_with_checksum(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -198,42 +196,42 @@ def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a report of steer ({error}); choose another --out") from error
+        raise InputError(f"{foreign} ({error}); choose another --out") from error
     if not (isinstance(old, dict) and isinstance(old.get("settings"), dict) and isinstance(old.get("prompts"), list)):
-        raise InputError(f"{path} is not a report of steer; choose another --out")
-    defaults = SamplingConfig.of(method=config["method"]).plain()  # reports of older versions lack some settings
+        raise InputError(f"{foreign}; choose another --out")
+    stored = SamplingConfig.of(method=config["method"]).plain() | old["settings"]  # older reports lack some settings
     for name, value in config.items():
-        if (stored := (defaults | old["settings"]).get(name)) != value:
-            raise InputError(
-                f"--out {path.parent} holds a run with {name} {stored!r}, not {value!r}; choose another --out"
-            )
+        if stored.get(name) != value:
+            given = f"{stored.get(name)!r}, not {value!r}"
+            raise InputError(f"--out {path.parent} holds a run with {name} {given}; choose another --out")
     return old
 
 
 def _is_valid_entry(entry: Entry) -> bool:
     """Tell whether the values that are read here have the types that steer writes."""
     base, cost = entry.get("base", {}), entry.get("cost")
-    if not isinstance(base, dict) or not isinstance(cost, dict):
-        return False
-    lists = (entry.get("images", []), base.get("images", []))
-    return all(isinstance(one, list) for one in lists) and all(type(one) in (int, float) for one in cost.values())
+    return (
+        isinstance(base, dict)
+        and isinstance(cost, dict)
+        and all(isinstance(one.get("images", []), list) for one in (entry, base))
+        and all(type(one) in (int, float) for one in cost.values())
+    )
 
 
 def _is_complete(entry: Entry, out: Path, animation: bool) -> bool:
-    """Tell whether all files of an entry are complete and inside the output folder."""
+    """Tell whether all files of an entry are in the output folder, and PNGs are not truncated as by a power cut."""
     names = [*entry.get("images", [None]), *entry.get("base", {}).get("images", [])]
     names += [entry["noise"]] if "noise" in entry else []
     names += [entry.get("animation")] if animation else []
-    return all(isinstance(name, str) and ".." not in name and _is_complete_file(out / name) for name in names)
-
-
-def _is_complete_file(path: Path) -> bool:
-    """Tell whether a file exists and, for a PNG, ends as one: a power cut or a broken copy truncates."""
-    if not os.path.isfile(path) or not path.stat().st_size:  # Path.is_file raises for a name that is too long
-        return False
-    with path.open("rb") as file:
-        file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)
-        return path.suffix != ".png" or file.read() == PNG_END
+    for name in names:
+        # Path.is_file raises for a name that is too long.
+        if not isinstance(name, str) or ".." in name or not os.path.isfile(out / name):
+            return False
+        with (out / name).open("rb") as file:
+            file.seek(max(os.path.getsize(out / name) - len(PNG_END), 0))
+            if not (end := file.read()) or (name.endswith(".png") and end != PNG_END):
+                return False
+    return True
 
 
 SEARCH, FRAMES = "search.safetensors", "frames"  # of an unfinished prompt
@@ -273,13 +271,13 @@ def sample(
             pipe = load_pipeline(settings.model, context.device(device), settings.dtype, **settings.loading)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
         requests = sample_requests(rows, settings, pipe)
-        note_unused("prompts", unused_columns(rows, used_columns(pipe)))
+        note_unused("prompts", unused_columns(rows, [*SETTINGS, *argument_names(pipe)]))
         with adapter_applied(pipe, settings.lora) as adapter_disabled:
             for n in _local_prompts(pending, context, settings.method, len(rows)):
                 request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
                 job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
                 job = replace(job, adapter_disabled=adapter_disabled, compute_options=compute_options)
-                entry = _sample_prompt(job, folder, animation) | _columns(rows[n])
+                entry = _sample_prompt(job, rows[n], folder, animation)
                 with output_errors(out):
                     record.keep(n, entry, context.world_size == 1)
                     _clean(folder)
@@ -298,11 +296,6 @@ def _checked(row: str | PromptRow, settings: SamplingConfig) -> PromptRow:
     check_prompt(checked.prompt, "prompt")
     row_config(checked, settings)
     return checked
-
-
-def _columns(row: PromptRow) -> Entry:
-    """Collect the other columns of a row for the report."""
-    return {"columns": dict(row.columns)} if row.columns else {}
 
 
 def _open_report(
@@ -330,50 +323,45 @@ def _draw(report: Report, out: Path) -> None:
 
 def _raise_if_stopped(entry: Entry, record: PartialReport, context: LaunchContext) -> None:
     """Raise InputError for a prompt whose run stopped early, after everything is written."""
-    if entry.get("stopped"):
-        if context.world_size == 1:
-            with output_errors(record.out):
-                _draw(record.save(), record.out)
-        raise InputError(
-            f"prompt {entry['prompt']!r}: {entry['stopped']}; its best images so far are kept: run the command "
-            "again to resume after it"
-        )
+    if not entry.get("stopped"):
+        return
+    if context.world_size == 1:
+        with output_errors(record.out):
+            _draw(record.save(), record.out)
+    kept = "its best images so far are kept: run the command again to resume after it"
+    raise InputError(f"prompt {entry['prompt']!r}: {entry['stopped']}; {kept}")
 
 
-def _sample_prompt(job: Job, folder: Path, animation: bool) -> Entry:
+def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> Entry:
     """Sample one prompt, write its images, return its entry of the report. Raises InputError with the prompt."""
-    with wrap_errors(f"prompt {job.prompt!r}", "finished prompts are kept", MEMORY_HINT):
-        return _run_job(job, folder, animation)
-
-
-def _run_job(job: Job, folder: Path, animation: bool) -> Entry:
     frames = Frames(folder / FRAMES)
-    output = (replace(job, on_iteration=frames.keep) if animation else job).run()
-    entry: Entry = {
-        "prompt": job.prompt,
-        "images": _save_images(output, job, folder),
-        "rewards": output.rewards[0].tolist(),
-        "components": {name: scores[0].tolist() for name, scores in output.components.items()},
-        "log_weights": output.log_weights[0].tolist(),
-        "log_normaliser": output.log_normaliser[0].item(),
-        "ess": [value[0].item() for value in output.ess],
-        "ancestors": [value[0].tolist() for value in output.ancestors],
-        "steps": [evaluation.step for evaluation in output.history],
-        "step_rewards": [evaluation.rewards[0].tolist() for evaluation in output.history],
-        "order": output.order[0].tolist(),
-        "cost": asdict(output.cost),
-    }
-    entry |= _nsfw_flags(output)
-    if output.start is not None:
-        entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}
-        entry |= {"trace": _trace(output.trace), "stopped": output.stopped}
-    if animation:
-        frames.write(entry, output.images[0], folder / "progress.gif")
-        entry["animation"] = f"{folder.name}/progress.gif"
-    if (base := base_output(job, output)) is not None:
-        entry["base"] = {"images": _save_images(base, job, folder, base=True), "rewards": base.rewards[0].tolist()}
-        entry["base"] |= _nsfw_flags(base)
-    return entry
+    with wrap_errors(f"prompt {job.prompt!r}", "finished prompts are kept", MEMORY_HINT):
+        output = (replace(job, on_iteration=frames.keep) if animation else job).run()
+        entry: Entry = {
+            "prompt": job.prompt,
+            "images": _save_images(output, job, folder),
+            "rewards": output.rewards[0].tolist(),
+            "components": {name: scores[0].tolist() for name, scores in output.components.items()},
+            "log_weights": output.log_weights[0].tolist(),
+            "log_normaliser": output.log_normaliser[0].item(),
+            "ess": [value[0].item() for value in output.ess],
+            "ancestors": [value[0].tolist() for value in output.ancestors],
+            "steps": [evaluation.step for evaluation in output.history],
+            "step_rewards": [evaluation.rewards[0].tolist() for evaluation in output.history],
+            "order": output.order[0].tolist(),
+            "cost": asdict(output.cost),
+        }
+        entry |= _nsfw_flags(output)
+        if output.start is not None:
+            entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}
+            entry |= {"trace": _trace(output.trace), "stopped": output.stopped}
+        if animation:
+            frames.write(entry, output.images[0], folder / "progress.gif")
+            entry["animation"] = f"{folder.name}/progress.gif"
+        if (base := base_output(job, output)) is not None:
+            entry["base"] = {"images": _save_images(base, job, folder, base=True), "rewards": base.rewards[0].tolist()}
+            entry["base"] |= _nsfw_flags(base)
+        return entry | ({"columns": dict(row.columns)} if row.columns else {})
 
 
 def _nsfw_flags(output: SteeringOutput) -> dict[str, list[bool]]:
@@ -385,15 +373,12 @@ def _nsfw_flags(output: SteeringOutput) -> dict[str, list[bool]]:
 def _trace(iterations: Sequence[Iteration]) -> dict[str, Any]:
     """Tabulate metrics by iteration and slot, with the seven digits of fp32."""
 
-    def rows(values: Sequence[torch.Tensor]) -> list[list[float]]:
+    def rows(values: Iterable[torch.Tensor]) -> list[list[float]]:
         return [[float(f"{number:.7g}") for number in value[0].tolist()] for value in values]
 
-    return {
-        "rewards": rows([one.rewards for one in iterations]),
-        "norms": rows([one.norms for one in iterations]),
-        "best": rows([one.best for one in iterations]),
-        "components": {name: rows([one.components[name] for one in iterations]) for name in iterations[0].components},
-    }
+    components = {name: rows(one.components[name] for one in iterations) for name in iterations[0].components}
+    metrics = {name: rows(getattr(one, name) for one in iterations) for name in ("rewards", "norms", "best")}
+    return metrics | {"components": components}
 
 
 def _write_noise(output: SteeringOutput, job: Job, folder: Path) -> str:
@@ -416,8 +401,8 @@ def _clean(folder: Path) -> None:
 
 def _save_images(output: SteeringOutput, job: Job, folder: Path, base: bool = False) -> list[str]:
     """Save images in order, each with its recipe; return their paths relative to the output folder."""
-    pictures = write_images(job, output, folder, "base-" if base else "", base)
-    return [f"{folder.name}/{picture.path.name}" for picture in pictures]
+    saved = write_images(job, output, folder, "base-" if base else "", base)
+    return [f"{folder.name}/{one.path.name}" for one in saved]
 
 
 def _slug(prompt: str) -> str:

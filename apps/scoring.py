@@ -2,24 +2,24 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, overload
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from steer.apps.plots import FAINT, INK
-from steer.apps.prompts import PromptRow, read_rows, read_text
+from steer.apps.plots import FAINT, INK, plain_text, save_figure, style_axes
+from steer.apps.prompts import read_rows, read_text
 from steer.errors import InputError
 from steer.files import loads_with_checksum, read_image
 from steer.reward import Reward, RewardError, score, score_components
 from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-LISTS = ("prompts.jsonl", "metadata.jsonl")
+REPORT, LISTS = "report.json", ("prompts.jsonl", "metadata.jsonl")
 IMAGE_KEYS, PROMPT_KEYS = ("image", "file_name", "image_path"), ("prompt", "text", "caption")
 PROMPT_SOURCES = (
     "a report.json of `steer sample`, a prompts.jsonl or metadata.jsonl with image and prompt on each line, a .txt "
@@ -27,16 +27,25 @@ PROMPT_SOURCES = (
 )
 
 
+@dataclass(frozen=True)
+class ImageWithPrompt:
+    """An image file and its prompt; None where it has none."""
+
+    path: Path
+    prompt: str | None
+
+
 def images_with_prompts(folder: Path, prompt: str | None = None) -> tuple[list[Path], list[str]]:
     """Return the images of a folder and the prompt of each. Raises InputError where one has no prompt."""
-    paths, prompts = images_and_prompts(folder, prompt)
-    if None in prompts:
+    shown = images_of_folder(folder, prompt)
+    prompts = [one.prompt for one in shown if one.prompt is not None]
+    if len(prompts) < len(shown):
         raise InputError(f"{folder}: no prompts for its images: it takes {PROMPT_SOURCES}")
-    return paths, [text for text in prompts if text is not None]
+    return [one.path for one in shown], prompts
 
 
-def images_and_prompts(folder: Path, prompt: str | None = None) -> tuple[list[Path], list[str | None]]:
-    """Return the images of a folder, sorted by path, and the prompt of each; None where there are no prompts.
+def images_of_folder(folder: Path, prompt: str | None = None) -> list[ImageWithPrompt]:
+    """Return the images of a folder, sorted by path, each with its prompt if there is one.
 
     From report.json (the images and base images of `steer sample`), prompts.jsonl or metadata.jsonl (lines
     {"image": path in the folder, "prompt": text}; file_name and text, caption do too), which name the images that
@@ -46,38 +55,36 @@ def images_and_prompts(folder: Path, prompt: str | None = None) -> tuple[list[Pa
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder of images")
-    report = folder / "report.json"
-    source = next((path for path in (report, *(folder / name for name in LISTS)) if path.exists()), None)
+    source = next((path for name in (REPORT, *LISTS) if (path := folder / name).exists()), None)
     if source is not None:
         if prompt is not None:
             raise InputError(f"{folder} has its prompts in {source.name}: give no other prompt, or move that file away")
-        listed = _read_report(source) if source == report else _read_lines(source)
-        named: list[tuple[Path, str | None]] = [(_resolve_image(folder, name, source), text) for name, text in listed]
+        listed = (_read_report if source.name == REPORT else _read_lines)(source)
+        shown = [ImageWithPrompt(_resolve_image(folder, name, source), text) for name, text in listed]
     else:
         paths = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-        named = _with_captions(folder, sorted(paths), prompt)
-    if not named:
+        shown = _with_captions(folder, sorted(paths), prompt)
+    if not shown:
         raise InputError(f"{source or folder}: no images ({', '.join(SUFFIXES)})")
-    named.sort(key=lambda one: (one[0], one[1] or ""))
-    return [path for path, _ in named], [text for _, text in named]
+    return sorted(shown, key=lambda one: (one.path, one.prompt or ""))
 
 
-def _with_captions(folder: Path, paths: Sequence[Path], prompt: str | None) -> list[tuple[Path, str | None]]:
+def _with_captions(folder: Path, paths: Sequence[Path], prompt: str | None) -> list[ImageWithPrompt]:
     """Pair each image with the text of the .txt file of its name, or with `prompt` where no image has one."""
-    captions = {path: path.with_suffix(".txt") for path in paths if path.with_suffix(".txt").is_file()}
-    if not captions:
-        return [(path, prompt) for path in paths]
+    captions = [path.with_suffix(".txt") for path in paths]
+    missing = [caption for caption in captions if not caption.is_file()]
+    if len(missing) == len(paths):
+        return [ImageWithPrompt(path, prompt) for path in paths]
     if prompt is not None:
         raise InputError(f"{folder} has its prompts in .txt files beside the images: give no other prompt")
-    if without := [path for path in paths if path not in captions]:
-        raise InputError(
-            f"{folder}: {len(captions)} captions for {len(paths)} images: {without[0].name} has no "
-            f"{without[0].with_suffix('.txt').name}"
-        )
-    texts = [(path, " ".join(_read(caption).split())) for path, caption in captions.items()]
-    if empty := [path for path, text in texts if not text]:
-        raise InputError(f"{captions[empty[0]]}: an empty caption")
-    return [*texts]
+    if missing:
+        image = paths[captions.index(missing[0])].name
+        count = len(paths) - len(missing)
+        raise InputError(f"{folder}: {count} captions for {len(paths)} images: {image} has no {missing[0].name}")
+    texts = [" ".join(_read(caption).split()) for caption in captions]
+    if "" in texts:
+        raise InputError(f"{captions[texts.index('')]}: an empty caption")
+    return [ImageWithPrompt(path, text) for path, text in zip(paths, texts, strict=True)]
 
 
 def _read(path: Path) -> str:
@@ -117,16 +124,12 @@ def _read_lines(path: Path) -> list[tuple[str, str]]:
         if not line.strip():
             continue
         record = _json(line, f"{path}, line {number}")
-        image, prompt = (_first_value(record, keys) for keys in (IMAGE_KEYS, PROMPT_KEYS))
+        known = record if isinstance(record, dict) else {}
+        image, prompt = (next((known[key] for key in keys if key in known), None) for keys in (IMAGE_KEYS, PROMPT_KEYS))
         if not (isinstance(image, str) and isinstance(prompt, str)):
             raise InputError(f'{path}, line {number}: expected {{"image": "path", "prompt": "text"}}')
         listed.append((image, prompt))
     return listed
-
-
-def _first_value(record: Any, keys: Sequence[str]) -> Any:
-    """Return the value of the first of some keys that a record has."""
-    return next((record[key] for key in keys if key in record), None) if isinstance(record, dict) else None
 
 
 def _resolve_image(folder: Path, name: Any, source: Path) -> Path:
@@ -171,20 +174,12 @@ class MissingPrompts(Sequence[str]):
         raise MissingPromptError("no prompt")
 
 
-@dataclass(frozen=True)
-class ImageWithPrompt:
-    """An image file and its prompt; None where it has none."""
-
-    path: Path
-    prompt: str | None
-
-
 def collect_images(
     sources: Sequence[Path], prompts: Sequence[str] = (), file: Path | None = None, column: str | None = None
 ) -> list[ImageWithPrompt]:
     """Pair each image with its prompt.
 
-    sources  image files, folders (`images_and_prompts`) and tables with columns of images and prompts
+    sources  image files, folders (`images_of_folder`) and tables with columns of images and prompts
     prompts  one for all images, or one for each, in order
     file     a file of prompts instead; without sources a table with a column of images, too
     column   its column of prompts
@@ -192,11 +187,15 @@ def collect_images(
     """
     if prompts and file is not None:
         raise InputError("--prompt and --prompts both give the prompts of the images: use one of them")
-    if not sources and file is None:
-        raise InputError("no images: name files, folders or a table, or --prompts TABLE with a column of images")
-    if not sources and file is not None:
+    if not sources:
+        if file is None:
+            raise InputError("no images: name files, folders or a table, or --prompts TABLE with a column of images")
         return _read_table(file, column)
-    shown = [one for source in sources for one in _read_source(source, column)]
+    shown: list[ImageWithPrompt] = []
+    for source in sources:
+        table = source.suffix.lower() in TABLES and not source.is_dir()
+        whole = images_of_folder(source) if source.is_dir() else [ImageWithPrompt(source, None)]
+        shown += _read_table(source, column) if table else whole
     given = [row.prompt for row in read_rows(file, column)] if file is not None else list(prompts)
     if not given:
         return shown
@@ -204,53 +203,43 @@ def collect_images(
         raise InputError(f"{own.path} has the prompt {own.prompt!r:.60} of its folder or table: give no other one")
     if len(given) not in (1, len(shown)):
         raise InputError(f"{len(given)} prompts for {len(shown)} images: give one for all, or one for each in order")
-    if len(given) == 1:
-        given *= len(shown)
+    given = given * len(shown) if len(given) == 1 else given
     return [ImageWithPrompt(one.path, prompt) for one, prompt in zip(shown, given, strict=True)]
-
-
-def _read_source(source: Path, column: str | None) -> list[ImageWithPrompt]:
-    if source.is_dir():
-        paths, prompts = images_and_prompts(source)
-        return [ImageWithPrompt(path, prompt) for path, prompt in zip(paths, prompts, strict=True)]
-    return _read_table(source, column) if source.suffix.lower() in TABLES else [ImageWithPrompt(source, None)]
 
 
 def _read_table(table: Path, column: str | None) -> list[ImageWithPrompt]:
     """Return the images that a table names, relative to its folder."""
-    return [ImageWithPrompt(table.parent / _image(row, table), row.prompt) for row in read_rows(table, column)]
+    shown = []
+    for row in read_rows(table, column):
+        cells = {name.lower(): cell for name, cell in reversed([*row.columns.items()]) if isinstance(cell, str)}
+        image = next((cells[name] for name in IMAGE_COLUMNS if name in cells and "\0" not in cells[name]), None)
+        if image is None:
+            raise InputError(
+                f"{table}: the prompt {row.prompt!r:.60} has no path of an image under {', '.join(IMAGE_COLUMNS)}; its "
+                f"columns are {', '.join(row.columns) or 'none'}"
+            )
+        shown.append(ImageWithPrompt(table.parent / image, row.prompt))
+    return shown
 
 
-def _image(row: PromptRow, table: Path) -> str:
-    for name in IMAGE_COLUMNS:
-        cell = next((value for key, value in row.columns.items() if key.lower() == name), None)
-        if isinstance(cell, str) and "\0" not in cell:
-            return cell
-    raise InputError(
-        f"{table}: the prompt {row.prompt!r:.60} has no path of an image under {', '.join(IMAGE_COLUMNS)}; its columns "
-        f"are {', '.join(row.columns) or 'none'}"
-    )
-
-
-@dataclass(frozen=True)
-class ScoreReport:
-    """Rows of a report, one per image, and the errors of images without a score."""
-
-    rows: Sequence[dict[str, Any]]
-    errors: Sequence[str]
-
-
-def score_images(reward: Reward, shown: Sequence[ImageWithPrompt], device: str) -> ScoreReport:
-    """Score each image by itself; images that cannot be read or scored are listed as errors.
+def score_images(
+    reward: Reward, shown: Sequence[ImageWithPrompt], device: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Score each image by itself: a row for each, and the errors of images that cannot be read or scored.
 
     Raises InputError where the reward reads a prompt that an image does not have.
     """
     rows: list[dict[str, Any]] = []
     errors: list[str] = []
     for one in shown:
-        row: dict[str, Any] = {"image": str(one.path), "prompt": one.prompt}
+        rows.append({"image": str(one.path), "prompt": one.prompt})
+        prompts = MissingPrompts(1) if one.prompt is None else [one.prompt]
         try:
-            rows.append(row | _score(reward, one, device))
+            with torch.no_grad():
+                total, components = score_components(reward, read_image(one.path)[None].to(device), prompts)
+            rows[-1]["score"] = total.item()
+            if components:
+                rows[-1]["components"] = {name: value.item() for name, value in components.items()}
         except MissingPromptError as error:
             raise InputError(
                 f"reward {reward.name!r} reads the prompt, and {one.path} has none: give --prompt, one for all "
@@ -259,16 +248,8 @@ def score_images(reward: Reward, shown: Sequence[ImageWithPrompt], device: str) 
         except InputError as error:
             known = len(shown) == 1 or str(one.path) in str(error)
             errors.append(str(error) if known else f"{one.path}: {error}")
-            rows.append(row | {"error": errors[-1]})
-    return ScoreReport(rows, errors)
-
-
-def _score(reward: Reward, one: ImageWithPrompt, device: str) -> dict[str, Any]:
-    prompts = MissingPrompts(1) if one.prompt is None else [one.prompt]
-    with torch.no_grad():
-        total, components = score_components(reward, read_image(one.path)[None].to(device), prompts)
-    extra = {"components": {name: value.item() for name, value in components.items()}} if components else {}
-    return {"score": total.item()} | extra
+            rows[-1]["error"] = errors[-1]
+    return rows, errors
 
 
 # Ten colours that are distinct for colour-blind readers (Petroff, arXiv 2107.02270), and as many marks.
@@ -291,39 +272,22 @@ def score_all(
         raise InputError(f"the batch must be at least 1 image, got {batch}")
     if len(paths) != len(prompts):
         raise InputError(f"images are scored with one prompt each, got {len(prompts)} for {len(paths)} images")
-    scores: list[Tensor] = []
-    waiting: list[Tensor] = []
-
-    def flush() -> None:
-        if waiting:
-            done = sum(map(len, scores))
-            texts = list(prompts[done : done + len(waiting)])
-            scores.append(score(reward, torch.stack(waiting).to(device), texts))
-            progress.update(len(waiting))
-            waiting.clear()
-
+    loaded, scores = zip(map(read_image, paths), prompts, strict=True), [torch.zeros(0)]
     with torch.no_grad(), tqdm(total=len(paths), desc=reward.name, unit="image", disable=None) as progress:
-        for path in paths:
-            image = read_image(path)
-            if len(waiting) == batch or (waiting and waiting[0].shape != image.shape):
-                flush()
-            waiting.append(image)
-        flush()
-    return torch.cat(scores) if scores else torch.zeros(0)
+        for _, group in groupby(loaded, key=lambda one: one[0].shape):
+            while some := list(islice(group, batch)):
+                images, texts = zip(*some, strict=True)
+                scores.append(score(reward, torch.stack(images).to(device), list(texts)))
+                progress.update(len(some))
+    return torch.cat(scores)
 
 
 def load_batch(paths: Sequence[Path], prompts: Sequence[str], max_images: int) -> tuple[Tensor, list[str]]:
     """Load the first image and up to `max_images` − 1 others of its size, (N, 3, H, W), and their prompts."""
-    images: list[Tensor] = []
-    texts: list[str] = []
-    for path, prompt in zip(paths, prompts, strict=True):
-        if len(images) == max_images:
-            break
-        image = read_image(path)
-        if not images or image.shape == images[0].shape:
-            images.append(image)
-            texts.append(prompt)
-    return torch.stack(images), texts
+    first = read_image(paths[0])
+    loaded = chain([(first, prompts[0])], zip(map(read_image, paths[1:]), prompts[1:], strict=True))
+    images, texts = zip(*islice((one for one in loaded if one[0].shape == first.shape), max_images), strict=True)
+    return torch.stack(images), list(texts)
 
 
 def score_consistency(
@@ -340,13 +304,7 @@ def score_consistency(
 
 
 def draw_scatter(
-    a_name: str,
-    a: Tensor,
-    b_name: str,
-    b: Tensor,
-    prompts: Sequence[str],
-    agreement: Agreement,
-    path: Path,
+    a_name: str, a: Tensor, b_name: str, b: Tensor, prompts: Sequence[str], agreement: Agreement, path: Path
 ) -> Path:
     """Draw a PNG: each image a mark at its two scores (N,), histograms of both at the sides, the measures above.
 
@@ -362,13 +320,22 @@ def draw_scatter(
     axes = figure.add_subplot(grid[1, 0])
     for kind, prompt in enumerate(named or [""]):
         rows = [row for row, text in enumerate(prompts) if not named or text == prompt]
-        style: dict[str, Any] = {"color": COLOURS[kind], "marker": MARKS[kind], "label": _plain(prompt, 90)}
+        # matplotlib hides a label that starts with _.
+        style: dict[str, Any] = {
+            "color": COLOURS[kind],
+            "marker": MARKS[kind],
+            "label": plain_text(prompt, 90).lstrip("_"),
+        }
         axes.scatter(a[rows], b[rows], s=34, alpha=0.85, edgecolors="white", linewidths=0.5, **style)
-    axes.set_xlabel(_plain(a_name, 80), size=9, color=INK)
-    axes.set_ylabel(_plain(b_name, 80), size=9, color=INK)
-    _clean(axes)
-    _side(figure.add_subplot(grid[0, 0], sharex=axes), a, "vertical")
-    _side(figure.add_subplot(grid[1, 1], sharey=axes), b, "horizontal")
+    axes.set_xlabel(plain_text(a_name, 80), size=9, color=INK)
+    axes.set_ylabel(plain_text(b_name, 80), size=9, color=INK)
+    axes.set_axisbelow(True)
+    style_axes(axes, "both")
+    above, beside = figure.add_subplot(grid[0, 0], sharex=axes), figure.add_subplot(grid[1, 1], sharey=axes)
+    above.hist(a.tolist(), bins=24, color=FAINT)
+    beside.hist(b.tolist(), bins=24, color=FAINT, orientation="horizontal")
+    for side in (above, beside):
+        side.axis("off")
     if named:
         figure.legend(loc="lower left", bbox_to_anchor=(0.1, 0.04 / height), fontsize=7.5, frameon=False)
     measures = (
@@ -376,28 +343,9 @@ def draw_scatter(
         f"pairs of one prompt ranked alike {agreement.pairwise_agreement:.0%}"
     )
     title: dict[str, Any] = {"x": 0.12, "va": "top", "color": INK}
-    figure.text(y=1 - 0.14 / height, s=f"{_plain(a_name, 32)} against {_plain(b_name, 32)}", size=11, **title)
+    figure.text(y=1 - 0.14 / height, s=f"{plain_text(a_name, 32)} against {plain_text(b_name, 32)}", size=11, **title)
     figure.text(y=1 - 0.38 / height, s=measures, size=8.5, **title)
-    figure.savefig(path, format="png")
-    return path
-
-
-def _side(axes: Axes, scores: Tensor, orientation: Any) -> None:
-    axes.hist(scores.tolist(), bins=24, color=FAINT, orientation=orientation)
-    axes.axis("off")
-
-
-def _clean(axes: Axes) -> None:
-    axes.grid(color=FAINT, alpha=0.35, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=8, color=FAINT, labelcolor=INK)
-    axes.spines[:].set_color(FAINT)
-
-
-def _plain(text: str, length: int) -> str:
-    """Escape text for matplotlib, which would read $…$ as mathematics and hide a label that starts with _."""
-    shown = text if len(text) <= length else text[: length - 1] + "…"
-    return shown.replace("$", r"\$").lstrip("_")
+    return save_figure(figure, path)
 
 
 def render_check_results(check_results: Sequence[CheckResult]) -> str:

@@ -4,8 +4,9 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import combinations, pairwise
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,14 +55,18 @@ def compare(a: Scores, b: Scores, groups: Sequence[str]) -> Agreement:
 
 def spearman(a: Scores, b: Scores) -> float:
     """Compute Spearman's ρ of scores (N,), −1..1: the linear correlation of ranks. nan where one is constant."""
-    first, second = _validated(a, b)
-    return float("nan") if _constant(first, second) else float(stats.spearmanr(first, second).statistic)
+    return _correlation(stats.spearmanr, a, b)
 
 
 def kendall(a: Scores, b: Scores) -> float:
     """Compute Kendall's τ_b of scores (N,), −1..1, corrected for ties. nan where one is constant."""
+    return _correlation(stats.kendalltau, a, b)
+
+
+def _correlation(measure: Callable[..., Any], a: Scores, b: Scores) -> float:
     first, second = _validated(a, b)
-    return float("nan") if _constant(first, second) else float(stats.kendalltau(first, second).statistic)
+    constant = 0 in (np.ptp(first), np.ptp(second))  # scipy warns, and returns nan
+    return float("nan") if constant else float(measure(first, second).statistic)
 
 
 def pairwise_agreement(a: Scores, b: Scores, groups: Sequence[str]) -> float:
@@ -73,13 +78,11 @@ def pairwise_agreement(a: Scores, b: Scores, groups: Sequence[str]) -> float:
     images.
     """
     first, second = _validated(a, b, groups)
-    agreeing, pairs = 0.0, 0
-    for rows in _rows_by_group(groups):
-        x, y = first[rows], second[rows]
-        for k in range(len(rows) - 1):
-            agreeing += float(np.sum(1 + np.sign(x[k] - x[k + 1 :]) * np.sign(y[k] - y[k + 1 :]))) / 2
-            pairs += len(rows) - 1 - k
-    return agreeing / pairs if pairs else float("nan")
+    pairs = [pair for rows in _rows_by_group(groups) for pair in combinations(rows, 2)]
+    if not pairs:
+        return float("nan")
+    i, j = np.array(pairs).T
+    return float(np.mean(1 + np.sign(first[i] - first[j]) * np.sign(second[i] - second[j])) / 2)
 
 
 def starc_distance(a: Scores, b: Scores, groups: Sequence[str]) -> float:
@@ -114,15 +117,11 @@ def _rows_by_group(groups: Sequence[str]) -> list[list[int]]:
     return list(rows.values())
 
 
-def _constant(*scores: np.ndarray) -> bool:
-    return any(np.ptp(some) == 0 for some in scores)
-
-
 def _validated(a: Scores, b: Scores, groups: Sequence[str] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Convert both to (N,) fp64. Raises InputError where they cannot be compared."""
     first, second = (np.asarray(scores, dtype=np.float64) for scores in (a, b))
     sizes = [first.shape, second.shape, *([] if groups is None else [(len(groups),)])]
-    if first.ndim != 1 or any(one != other for one, other in pairwise(sizes)):
+    if first.ndim != 1 or len(set(sizes)) > 1:
         raise InputError(f"two rewards are compared on scores of the same images, one number each, got shapes {sizes}")
     if len(first) < 2:
         raise InputError(f"two rewards are compared on at least 2 images, got {len(first)}")
@@ -160,16 +159,13 @@ def preference_metrics(raw: Sequence[Tensor], labels: PreferenceLabels) -> Prefe
     decided = chosen != 0.5
     right = torch.where(difference == 0, 0.5, ((difference > 0) == (chosen > 0.5)).float())
     loss = F.binary_cross_entropy_with_logits(difference, chosen)
-    bins = _bins(torch.sigmoid(difference), chosen)
-    ece = sum(count * abs(predicted - observed) for predicted, observed, count in bins) / max(len(chosen), 1)
+    predicted = torch.sigmoid(difference)
+    index = (predicted * BINS).long().clamp(max=BINS - 1)
+    rows = [index == k for k in index.unique(sorted=True)]
+    bins = tuple((predicted[r].mean().item(), chosen[r].mean().item(), int(r.sum())) for r in rows)
+    ece = sum(count * abs(share - observed) for share, observed, count in bins) / max(len(chosen), 1)
     accuracy = right[decided].mean().item() if decided.any() else 0.5
     return PreferenceMetrics(accuracy, loss.item(), ece, bins)
-
-
-def _bins(predicted: Tensor, observed: Tensor) -> tuple[tuple[float, float, int], ...]:
-    index = (predicted * BINS).long().clamp(max=BINS - 1)
-    rows = [index == k for k in range(BINS)]
-    return tuple((predicted[r].mean().item(), observed[r].mean().item(), int(r.sum())) for r in rows if r.any())
 
 
 KINDS = ("colour", "binding", "count", "relation")
@@ -246,12 +242,8 @@ def contrasts(prompt: str) -> list[Contrast]:
     number from two to ten becomes the one below it, two becomes three; each relation becomes its opposite. Empty where
     the prompt has none of these. The rules see words, not meaning: "Red Square" becomes "Blue Square".
     """
-    return [
-        *(Contrast("colour", text) for text in _other_colours(prompt)),
-        *(Contrast("binding", text) for text in _exchanged_colours(prompt)),
-        *(Contrast("count", text) for text in _other_counts(prompt)),
-        *(Contrast("relation", text) for text in _opposite_relations(prompt)),
-    ]
+    rules = (_other_colours, _exchanged_colours, _other_counts, _opposite_relations)
+    return [Contrast(kind, text) for kind, rule in zip(KINDS, rules, strict=True) for text in rule(prompt)]
 
 
 def contrast_pairs(prompts: Sequence[str]) -> list[tuple[int, Contrast]]:
@@ -314,18 +306,12 @@ def _exchanged_colours(prompt: str) -> Iterator[str]:
     It does not for one object of both colours ("a black and white photo") or two of a kind ("a red and a blue ball").
     """
     for first, second in pairwise(_colour_words(prompt)):
-        between = prompt[first.end() : second.start()]
+        between = re.sub(r"\b(?:an?|the)\s+$", "", prompt[first.end() : second.start()], flags=re.IGNORECASE)
         things = [re.match(r"[\s-]*(\w*)", prompt[word.end() :], re.IGNORECASE) for word in (first, second)]
         one_kind = len({thing[1].lower() for thing in things if thing}) == 1
-        if _hue(first) != _hue(second) and not one_kind and not _only_conjunction(between):
+        if _hue(first) != _hue(second) and not one_kind and not _JOINED.fullmatch(between):
             # From the right, so that positions on the left stay valid.
             yield _with_colour(_with_colour(prompt, second, first[0]), first, second[0])
-
-
-def _only_conjunction(between: str) -> bool:
-    """Return whether nothing that has a colour stands between two colour words."""
-    without_article = re.sub(r"\b(?:an?|the)\s+$", "", between, flags=re.IGNORECASE)
-    return _JOINED.fullmatch(without_article) is not None
 
 
 def _other_counts(prompt: str) -> Iterator[str]:
@@ -390,16 +376,16 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list
         raise InputError(f"images to check a reward are floats (N, 3, H, W), got {images.dtype} {tuple(images.shape)}")
     if len(prompts) != len(images):
         raise InputError(f"a reward is checked with one prompt an image, got {len(prompts)} for {len(images)} images")
-    check_results: list[CheckResult] = []
+    results: list[CheckResult] = []
     for name, check in CHECKS.items():
-        if check_results and not check_results[0].passed:
-            check_results.append(CheckResult(name, None, "skipped: the contract does not hold"))
-            continue
-        try:
-            check_results.append(CheckResult(name, *check(reward, images, prompts)))
-        except RewardError as error:
-            check_results.append(CheckResult(name, False, " ".join(str(error).split())))
-    return check_results
+        outcome: Outcome = None, "skipped: the contract does not hold"
+        if not results or results[0].passed:
+            try:
+                outcome = check(reward, images, prompts)
+            except RewardError as error:
+                outcome = False, " ".join(str(error).split())
+        results.append(CheckResult(name, *outcome))
+    return results
 
 
 def _scores(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -425,12 +411,11 @@ def _batch_invariance(reward: Reward, images: Tensor, prompts: Sequence[str]) ->
     batched = _scores(reward, images, prompts)
     one_by_one = torch.cat([_scores(reward, images[k : k + 1], prompts[k : k + 1]) for k in range(len(images))])
     reversed_order = _scores(reward, images.flip(0), prompts[::-1]).flip(0)
-    single_difference, reversed_difference = (
+    single, flipped = (
         ((other - batched).abs() / batched.abs().clamp(min=1)).max().item() for other in (one_by_one, reversed_order)
     )
-    detail = f"one by one differs by {single_difference:.2g}, reversed order by {reversed_difference:.2g} "
-    detail += f"(at most {BATCH_TOLERANCE:g})"
-    return max(single_difference, reversed_difference) <= BATCH_TOLERANCE, detail
+    detail = f"one by one differs by {single:.2g}, reversed order by {flipped:.2g} (at most {BATCH_TOLERANCE:g})"
+    return max(single, flipped) <= BATCH_TOLERANCE, detail
 
 
 def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
@@ -488,11 +473,10 @@ def _gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome
 
 def _no_gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
     try:
-        gradient = _gradient_of_sum(reward, images, prompts)
+        if _gradient_of_sum(reward, images, prompts) is None:
+            return True, "declared as not differentiable, and gives no gradient"
     except RewardError:  # like .numpy() of images that ask for gradients
         return True, "declared as not differentiable, and raises for gradients"
-    if gradient is None:
-        return True, "declared as not differentiable, and gives no gradient"
     return False, "declares differentiable = False, but its scores carry gradients: declare True, or detach them"
 
 

@@ -72,23 +72,19 @@ def label_index(label: str, categories: Sequence[str]) -> int:
         return int(name)
     if name in categories:
         return categories.index(name)
-    names = [category.casefold() for category in categories]
-    indices = [index for index, other in enumerate(names) if other == name.casefold()]
+    given, names = name.casefold(), [category.casefold() for category in categories]
+    indices = [index for index, other in enumerate(names) if other == given]
     if len(indices) == 1:
         return indices[0]
     if indices:
         matches = " or ".join(f"{categories[index]} ({index})" for index in indices)
         raise RewardError(f"classifier:{label}: more than one category has this name: write {matches}")
-    raise RewardError(
-        f"classifier:{label}: no such ImageNet category: {_near(name.casefold(), names)}, "
-        f"or a number from 0 to {len(categories) - 1}"
-    )
-
-
-def _near(given: str, names: Sequence[str]) -> str:
-    """Suggest names that contain the given one as a word ("cat": tiger cat), or else are spelled like it."""
+    # Names that contain the given one as a word ("cat": tiger cat), or else are spelled like it.
     near = [name for name in names if given in name.split()] or difflib.get_close_matches(given, names, cutoff=0.4)
-    return f"did you mean {' or '.join(near[:3])}" if near else "use a name of torchvision's list, like daisy"
+    hint = f"did you mean {' or '.join(near[:3])}" if near else "use a name of torchvision's list, like daisy"
+    raise RewardError(
+        f"classifier:{label}: no such ImageNet category: {hint}, or a number from 0 to {len(categories) - 1}"
+    )
 
 
 def _packages(name: str) -> tuple[Any, str, Sequence[str]]:

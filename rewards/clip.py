@@ -117,39 +117,36 @@ class Backbone(nn.Module):
         ids = self._tokenize(list(prompts)).to(next(self.model.parameters()).device)
         return F.normalize(at_least_float32(self._text(ids)), dim=-1)
 
+    def prompt_cache(self, reward: str) -> PromptCache:
+        """Return a cache of prompt features for a reward, which warns of prompts longer than the limit."""
+        return PromptCache(with_truncation_warning(f"reward {reward!r}", self.texts, self.count, self.limit))
 
-def open_clip_backbone(model: nn.Module, tokenizer: Callable[[list[str]], Tensor]) -> Backbone:
+
+def open_clip_backbone(model: Any, tokenizer: Any) -> Backbone:
     """Wrap an open_clip model and its tokenizer."""
-    made: Any = model
-    size = made.visual.image_size
-    mean, std = made.visual.preprocess_cfg["mean"], made.visual.preprocess_cfg["std"]
+    size = model.visual.image_size
+    mean, std = model.visual.preprocess_cfg["mean"], model.visual.preprocess_cfg["std"]
     side = size[0] if isinstance(size, tuple | list) else size
-    words: Any = tokenizer
 
     def count(prompt: str) -> int:
-        if hasattr(words, "tokenizer"):  # of transformers
-            return token_count(words.tokenizer, prompt)
-        return len(words.encode(prompt)) + 2  # with the marks of beginning and end
+        if hasattr(tokenizer, "tokenizer"):  # of transformers
+            return token_count(tokenizer.tokenizer, prompt)
+        return len(tokenizer.encode(prompt)) + 2  # with the marks of beginning and end
 
-    limit = int(words.context_length)
-    return Backbone(made, made.encode_image, made.encode_text, tokenizer, side, limit, count, mean, std)
+    limit = int(tokenizer.context_length)
+    return Backbone(model, model.encode_image, model.encode_text, tokenizer, side, limit, count, mean, std)
 
 
 def transformers_backbone(model: CLIPModel, tokenizer: Any) -> Backbone:
     """Wrap a CLIPModel of transformers and its tokenizer. Raises RewardError where they do not fit each other."""
     _check_vocabulary(len(tokenizer), model.config.text_config.vocab_size)
     length = model.config.text_config.max_position_embeddings
-
-    def tokenize(prompts: list[str]) -> Tensor:
-        options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-        ids: Tensor = tokenizer(prompts, **options).input_ids
-        return ids
-
+    tokens = partial(tokenizer, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     return Backbone(
         model,
         lambda pixels: model.get_image_features(pixel_values=pixels).pooler_output,
         lambda ids: model.get_text_features(input_ids=ids).pooler_output,
-        tokenize,
+        lambda prompts: tokens(prompts).input_ids,
         model.config.vision_config.image_size,
         length,
         partial(token_count, tokenizer),
@@ -177,13 +174,10 @@ def load_backbone(name: str, tokenizer: str | None = None) -> Backbone:
     folder = clip_folder(name)
     if (folder / CONFIG).is_file():
         return open_clip_folder(folder)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():  # transformers would take its default one for it
-            raise RewardError(f"CLIP {name!r} has neither {CONFIG} nor config.json")
-        with _loading(f"CLIP {name!r}"):
-            return _load_transformers(name, tokenizer)
-    with _loading(f"CLIP {name!r}", NO_NETWORK):
-        if architecture in open_clip.list_models():
+    if folder.is_dir() and not (folder / "config.json").is_file():  # transformers would take its default one for it
+        raise RewardError(f"CLIP {name!r} has neither {CONFIG} nor config.json")
+    with _loading(f"CLIP {name!r}", "" if folder.is_dir() else NO_NETWORK):
+        if architecture in open_clip.list_models() and not folder.is_dir():
             return _load_open_clip(architecture, tag)
         return _load_transformers(name, tokenizer)
 
@@ -263,17 +257,17 @@ def _check_folder(folder: Path, config: dict[str, Any]) -> None:
         raise RewardError(f"CLIP {str(folder)!r}: {' and '.join(unsupported)} are not read from a folder; remove them")
 
 
-def _keep_log_record(record: logging.LogRecord) -> bool:
-    """Drop open_clip's warning of missing weights: they are loaded, and all checked, after the model is built."""
-    return not record.getMessage().startswith("No pretrained weights loaded for model")
-
-
 @contextmanager
 def _loading(what: str, remedy: str = "") -> Iterator[None]:
     """Let other libraries load: warnings pass, no random number is drawn, errors become one line."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)  # open_clip logs every step at the root
-    logging.root.addFilter(_keep_log_record)
+
+    def keep(record: logging.LogRecord) -> bool:
+        """Drop open_clip's warning of missing weights: they are loaded, and all checked, after the model is built."""
+        return not record.getMessage().startswith("No pretrained weights loaded for model")
+
+    logging.root.addFilter(keep)
     try:
         with torch.random.fork_rng(devices=[]):
             yield
@@ -284,10 +278,8 @@ def _loading(what: str, remedy: str = "") -> Iterator[None]:
         raise RewardError(f"{info}; {remedy}" if remedy else info) from error
     finally:
         logging.disable(before)
-        logging.root.removeFilter(_keep_log_record)
+        logging.root.removeFilter(keep)
 
-
-Unit = Callable[[Tensor, float], Tensor]
 
 MICRO_BATCH = 16
 HPS_REVISION = "697403c78157020a1ae59d23f111aa58ced35b0a"
@@ -302,22 +294,13 @@ HPS = {
 }
 
 
-def cosine(similarity: Tensor, logit_scale: float) -> Tensor:
-    """Return cos(image, text), −1..1; of published models about 0.1..0.4."""
-    return similarity
-
-
-def logit(similarity: Tensor, logit_scale: float) -> Tensor:
-    """Return exp(t) cos(image, text), CLIP's training logit, about 100 times the cosine."""
-    return logit_scale * similarity
-
-
-def clipscore(similarity: Tensor, logit_scale: float) -> Tensor:
-    """Return 100 max(cos(image, text), 0), 0..100 (CLIPScore, arXiv 2104.08718, rescaled as is common now)."""
-    return 100 * similarity.clamp(min=0)
-
-
-UNITS: dict[str, Unit] = {"cosine": cosine, "logit": logit, "clipscore": clipscore}
+# Of the cosine of image and text, −1..1 (of published models about 0.1..0.4), and CLIP's learned scale exp(t).
+UNITS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "cosine": lambda similarity, scale: similarity,
+    "logit": lambda similarity, scale: scale * similarity,  # CLIP's training logit, about 100 times the cosine
+    # 0..100 (CLIPScore, arXiv 2104.08718, rescaled as is common now).
+    "clipscore": lambda similarity, scale: 100 * similarity.clamp(min=0),
+}
 
 
 class ClipReward:
@@ -346,10 +329,7 @@ class ClipReward:
         self._logit_scale = self.backbone.logit_scale.item()
         cast(self.backbone, dtype)
         self.prompt_limit = self.backbone.limit
-        encode = with_truncation_warning(
-            f"reward {name!r}", self.backbone.texts, self.backbone.count, self.backbone.limit
-        )
-        self._texts = PromptCache(encode)
+        self._texts = self.backbone.prompt_cache(name)
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -39,13 +39,13 @@ class Brightness:
     takes_number = True  # brightness:0.3 is a target, not a weight
 
     def __init__(self, target: str | float | None = None) -> None:
+        self.name = "brightness" if target is None else f"brightness:{target}"
         try:
             self._target = None if target is None else float(target)
+            if self._target is not None and not 0 <= self._target <= 1:  # false for nan, too
+                raise ValueError("out of range")
         except ValueError as error:
-            raise RewardError(f"brightness:{target}: the target is a number from 0 to 1") from error
-        if self._target is not None and not 0 <= self._target <= 1:  # false for nan, too
-            raise RewardError(f"brightness:{target}: the target is a number from 0 to 1")
-        self.name = "brightness" if target is None else f"brightness:{target}"
+            raise RewardError(f"{self.name}: the target is a number from 0 to 1") from error
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -63,20 +63,15 @@ def weighted_expression(rewards: str, weight: float) -> str:
     return f"{rewards if single_term else f'sum({rewards})'}:{format_number(weight)}"
 
 
-def component_names(rewards: Sequence[Reward]) -> list[str]:
-    """Return the rewards' names, numbered where a name occurs twice."""
-    names = [reward.name for reward in rewards]
-    return [f"{name}#{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
-
-
 class CompositeReward(ABC):
     """A reward composed of other rewards; gradients flow where all of them are differentiable."""
 
     images = "pt"
 
     def __init__(self, rewards: Sequence[Reward], name: str) -> None:
-        self._rewards, self._names = tuple(rewards), component_names(rewards)
-        self.name = name
+        self._rewards, self.name = tuple(rewards), name
+        names = [reward.name for reward in rewards]  # numbered where a name occurs twice
+        self._names = [f"{name}#{k}" if names.count(name) > 1 else name for k, name in enumerate(names)]
         self.differentiable = all(reward.differentiable for reward in rewards)
 
     @property
@@ -305,7 +300,9 @@ def reward_statistics(scores: Tensor, prompts: Sequence[str]) -> RewardStatistic
     values = scores.double()
     if not len(values) or bool((values == values[0]).all()):
         raise RewardError("a reward that gives every sample the same score cannot be calibrated")
-    rows = {prompt: [k for k, text in enumerate(prompts) if text == prompt] for prompt in dict.fromkeys(prompts)}
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
     means = {prompt: values[some].mean().item() for prompt, some in rows.items()}
     return RewardStatistics(values.mean().item(), values.std().item(), len(values), means)
 
@@ -340,15 +337,13 @@ class LogSigmoidReward(CompositeReward):
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """Compute (N,), nats. Raises RewardError for a prompt that has no reference."""
-        scores = components[self._names[0]]
-        reference = torch.tensor([self._of(prompt) for prompt in prompts], dtype=scores.dtype, device=scores.device)
-        return F.logsigmoid((scores - reference) / self._temperature)
-
-    def _of(self, prompt: str) -> float:
-        if not isinstance(self._reference, Mapping):
-            return self._reference
-        if prompt not in self._reference:
-            raise RewardError(
-                f"{self.name}: no reference for the prompt {prompt!r}: calibrate with it, or give one number for all"
-            )
-        return self._reference[prompt]
+        scores, reference = components[self._names[0]], self._reference
+        if isinstance(reference, Mapping):
+            if missing := [prompt for prompt in prompts if prompt not in reference]:
+                problem = f"no reference for the prompt {missing[0]!r}"
+                raise RewardError(f"{self.name}: {problem}: calibrate with it, or give one number for all")
+            numbers = [reference[prompt] for prompt in prompts]
+        else:
+            numbers = [reference] * len(prompts)
+        reference_scores = torch.tensor(numbers, dtype=scores.dtype, device=scores.device)
+        return F.logsigmoid((scores - reference_scores) / self._temperature)

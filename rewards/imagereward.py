@@ -12,18 +12,17 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from steer.reward import RewardError, token_count, with_truncation_warning
+from steer.rewards import weights
 from steer.rewards.images import PromptCache, at_least_float32, in_micro_batches, normalise, resize_and_crop
 from steer.rewards.inputs import takes_any_images
-from steer.rewards.weights import HubFile, State, cast, load_weights, read_checkpoint, to_module_device
 
-WEIGHTS = HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
-VOCABULARY = HubFile("google-bert/bert-base-uncased", "vocab.txt", "86b5e0934494bd15c9632b12f734a8a67f723594")
+WEIGHTS = weights.HubFile("zai-org/ImageReward", "ImageReward.pt", "5736be03b2652728fb87788c9797b0570450ab72")
+VOCABULARY = weights.HubFile("google-bert/bert-base-uncased", "vocab.txt", "86b5e0934494bd15c9632b12f734a8a67f723594")
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, as published with the weights
 TOKENS = 35  # per prompt: shorter ones are padded, longer ones cut
 HEAD = 64  # width of an attention head in both towers
 
 VISION, TEXT, SCORER = "blip.visual_encoder.", "blip.text_encoder.", "mlp.layers."
-LINEAR = (0, 2, 4, 6, 7)  # indices of the scorer's linear layers
 # Parts of BLIP's contrastive training, and the position ids: in the published file, needed by no score.
 UNUSED_KEYS = ("blip.vision_proj.", "blip.text_proj.", f"{TEXT}embeddings.position_ids")
 # Key names of the visual encoder: published (timm) → transformers.
@@ -67,8 +66,8 @@ class ImageReward:
         self._standardised = in_micro_batches(self._score, micro_batch)
         file = Path(path) if path is not None else WEIGHTS.fetch()
         self._network = _load(file)
-        cast(self._network, None)
-        cast(self._network.blip, dtype)
+        weights.cast(self._network, None)
+        weights.cast(self._network.blip, dtype)
         self._tokenizer = _tokenizer(tokenizer, self._network.vocabulary)
         count = partial(token_count, self._tokenizer)
         self._tokens = PromptCache(with_truncation_warning("reward 'imagereward'", self._tokenize, count, TOKENS))
@@ -79,7 +78,7 @@ class ImageReward:
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score (N,), in the scorer's dtype."""
-        images = to_module_device(images, self._network)
+        images = weights.to_module_device(images, self._network)
         ids, mask = self._tokens(prompts).to(images.device).unbind(1)
         raw = self._network(normalise(resize_and_crop(at_least_float32(images), self._network.side)), ids, mask)
         return (raw - MEAN) / STD
@@ -100,11 +99,9 @@ class _Network(nn.Module):
         self.blip = nn.ModuleDict(
             {"visual_encoder": BlipVisionModel(vision), "text_encoder": BlipTextModel(text, add_pooling_layer=False)}
         )
-        # Identities take the place of the published scorer's dropouts. It has no activations.
-        layers: list[nn.Module] = [nn.Identity() for _ in range(LINEAR[-1] + 1)]
-        for index, before, after in zip(LINEAR, sizes, sizes[1:], strict=False):
-            layers[index] = nn.Linear(before, after)
-        self.mlp = nn.ModuleDict({"layers": nn.Sequential(*layers)})
+        self.mlp = nn.ModuleDict(
+            {"layers": weights.linear_layers(sizes, weights.LINEAR_LAYOUT)}
+        )  # it has no activations
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Compute raw scores (N,) of pixels (N, 3, side, side) and of token ids and their mask, each (N, 35)."""
@@ -121,15 +118,20 @@ class _Network(nn.Module):
 def _load(path: Path) -> _Network:
     """Load the network of a checkpoint, with the dimensions of the tensors in it. Raises RewardError."""
     what = f"imagereward ({path})"
-    state = read_checkpoint(path)
+    state = weights.read_checkpoint(path)
     vision = _vision_config(state, what)
     text = _text_config(state, what, vision.hidden_size)
-    sizes = [text.hidden_size, *(_shape(state, f"{SCORER}{k}.weight", 2, what)[0] for k in LINEAR[:-1]), 1]
+    for width in (vision.hidden_size, text.hidden_size):
+        if width < HEAD or width % HEAD:
+            problem = f"an encoder has width {width}, which is no multiple of {HEAD}"
+            raise RewardError(f"{what}: not an ImageReward checkpoint: {problem}")
+    layout = weights.LINEAR_LAYOUT
+    sizes = [text.hidden_size, *(_shape(state, f"{SCORER}{k}.weight", 2, what)[0] for k in layout[:-1]), 1]
     # On the meta device: nothing is initialised in vain, and no random number is drawn.
     with torch.device("meta"):
         network = _Network(vision, text, sizes)
     network.to_empty(device="cpu")
-    load_weights(network, {_renamed(key): tensor for key, tensor in state.items()}, what, UNUSED_KEYS)
+    weights.load_weights(network, {_renamed(key): tensor for key, tensor in state.items()}, what, UNUSED_KEYS)
     # A non-persistent buffer.
     embeddings: Any = network.blip["text_encoder"].embeddings
     embeddings.position_ids = torch.arange(text.max_position_embeddings)[None]
@@ -140,28 +142,24 @@ def _renamed(key: str) -> str:
     if not key.startswith(VISION):
         return key
     name = key.removeprefix(VISION)
-    for published, ours in KEY_RENAMES:
-        name, count_replaced = re.subn(published, ours, name)
-        if count_replaced:
-            break
-    return VISION + name
+    return VISION + next((re.sub(old, new, name) for old, new in KEY_RENAMES if re.search(old, name)), name)
 
 
-def _vision_config(state: State, what: str) -> BlipVisionConfig:
+def _vision_config(state: weights.State, what: str) -> BlipVisionConfig:
     width, _, patch, _ = _shape(state, f"{VISION}patch_embed.proj.weight", 4, what)
     patches = _shape(state, f"{VISION}pos_embed", 3, what)[1] - 1
     return BlipVisionConfig(
         hidden_size=width,
         intermediate_size=_shape(state, f"{VISION}blocks.0.mlp.fc1.weight", 2, what)[0],
         num_hidden_layers=_layers(state, f"{VISION}blocks."),
-        num_attention_heads=_heads(width, what),
+        num_attention_heads=max(width // HEAD, 1),
         image_size=patch * isqrt(max(patches, 0)),
         patch_size=patch,
         layer_norm_eps=1e-6,
     )
 
 
-def _text_config(state: State, what: str, image_width: int) -> BlipTextConfig:
+def _text_config(state: weights.State, what: str, image_width: int) -> BlipTextConfig:
     """Configure the text tower; `image_width` is the width of the visual tower, to which it attends."""
     vocabulary, width = _shape(state, f"{TEXT}embeddings.word_embeddings.weight", 2, what)
     positions = _shape(state, f"{TEXT}embeddings.position_embeddings.weight", 2, what)[0]
@@ -173,7 +171,7 @@ def _text_config(state: State, what: str, image_width: int) -> BlipTextConfig:
         encoder_hidden_size=image_width,
         intermediate_size=_shape(state, f"{TEXT}encoder.layer.0.intermediate.dense.weight", 2, what)[0],
         num_hidden_layers=_layers(state, f"{TEXT}encoder.layer."),
-        num_attention_heads=_heads(width, what),
+        num_attention_heads=max(width // HEAD, 1),
         max_position_embeddings=positions,
         layer_norm_eps=1e-12,
         is_decoder=True,  # gives every layer its cross-attention
@@ -183,31 +181,26 @@ def _text_config(state: State, what: str, image_width: int) -> BlipTextConfig:
     )
 
 
-def _shape(state: State, key: str, dimensions: int, what: str) -> torch.Size:
+def _shape(state: weights.State, key: str, dimensions: int, what: str) -> torch.Size:
     if key not in state or state[key].dim() != dimensions:
         got = f"is of shape {tuple(state[key].shape)}" if key in state else "is missing"
         raise RewardError(f"{what}: not an ImageReward checkpoint: {key} {got}, expected {dimensions} dimensions")
     return state[key].shape
 
 
-def _layers(state: State, prefix: str) -> int:
+def _layers(state: weights.State, prefix: str) -> int:
     """Count the layers under a prefix; counted, so that one stray key cannot ask for a thousand of them."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
-
-
-def _heads(width: int, what: str) -> int:
-    if width < HEAD or width % HEAD:
-        raise RewardError(
-            f"{what}: not an ImageReward checkpoint: an encoder has width {width}, which is no multiple of {HEAD}"
-        )
-    return width // HEAD
 
 
 def _tokenizer(folder: str | None, vocabulary: int) -> Any:
     """Load BERT's tokenizer with the two tokens that BLIP added. Raises RewardError where it does not fit."""
     # Download one file, then load a local folder: given the repository's name and no network, transformers 5 retries
     # for minutes and then silently returns a tokenizer of five tokens.
-    path = Path(folder) if folder is not None else _vocabulary()
+    try:
+        path = Path(folder) if folder is not None else VOCABULARY.fetch().parent
+    except RewardError as error:
+        raise RewardError(f"{error}, and its tokenizer by tokenizer=FOLDER") from error
     if not any((path / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         raise RewardError(f"imagereward:tokenizer={folder}: name a folder with BERT's vocab.txt or tokenizer.json")
     tokenizer = BertTokenizer.from_pretrained(path, local_files_only=True)
@@ -218,10 +211,3 @@ def _tokenizer(folder: str | None, vocabulary: int) -> Any:
             "name the folder of the tokenizer that it was trained with, tokenizer=…"
         )
     return tokenizer
-
-
-def _vocabulary() -> Path:
-    try:
-        return VOCABULARY.fetch().parent
-    except RewardError as error:
-        raise RewardError(f"{error}, and its tokenizer by tokenizer=FOLDER") from error

@@ -59,9 +59,6 @@ def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[f
     return normalize(images, [*mean], [*std])
 
 
-PROMPT_CACHE_SIZE = 4096  # prompts
-
-
 def in_micro_batches(score: Callable[[Tensor, Sequence[str]], Tensor], size: int | str) -> Callable[..., Tensor]:
     """Return the function of (images, prompts) that processes at most `size` images at a time.
 
@@ -94,7 +91,7 @@ class PromptCache:
     Features are kept and returned on the CPU: the model may move to another device between calls.
     """
 
-    def __init__(self, encode: Callable[[list[str]], Tensor], size: int = PROMPT_CACHE_SIZE) -> None:
+    def __init__(self, encode: Callable[[list[str]], Tensor], size: int = 4096) -> None:
         self._encode, self._size = encode, size
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
 

@@ -22,23 +22,18 @@ def jpeg_kilobytes(images: Tensor) -> Tensor:
     return torch.tensor(sizes, dtype=torch.float32)
 
 
-class JpegCompressibility:
-    """Minus the size in kB: prefers plain images."""
-
-    name = "jpeg"
-    differentiable = False
-
-    @takes_any_images
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return -jpeg_kilobytes(images)
-
-
 class JpegIncompressibility:
     """The size in kB: prefers busy images."""
 
-    name = "jpeg-incompressible"
+    name, sign = "jpeg-incompressible", 1
     differentiable = False
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return jpeg_kilobytes(images)
+        return self.sign * jpeg_kilobytes(images)
+
+
+class JpegCompressibility(JpegIncompressibility):
+    """Minus the size in kB: prefers plain images."""
+
+    name, sign = "jpeg", -1

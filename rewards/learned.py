@@ -5,7 +5,8 @@ import logging
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,13 @@ from steer.assets import REWARDS
 from steer.errors import InputError
 from steer.files import atomic_write_with_checksums, verify_checksums, write_text
 from steer.registry import choose
-from steer.reward import RewardError, with_truncation_warning
-from steer.rewards.analysis import PreferenceMetrics, preference_metrics
+from steer.reward import RewardError
+from steer.rewards import objectives
+from steer.rewards.analysis import preference_metrics
 from steer.rewards.clip import CONFIG, Backbone, clip_folder, load_backbone, open_clip_folder
 from steer.rewards.compose import AGGREGATES
-from steer.rewards.images import PromptCache, in_micro_batches, resize_and_crop
+from steer.rewards.images import in_micro_batches, resize_and_crop
 from steer.rewards.inputs import takes_any_images
-from steer.rewards.objectives import (
-    OBJECTIVES,
-    Objective,
-    PreferenceLabels,
-    center_rewards_penalty,
-    contrastive,
-    noisy_difference,
-    smooth_labels,
-)
 from steer.rewards.preference_pairs import Captions, Pairs, Source, load_images, split_by_prompt
 from steer.rewards.weights import cast, load_weights, read_checkpoint, to_module_device
 from steer.training.supervised import TrainingRun, batch_at
@@ -120,32 +113,32 @@ class LearnedReward:
         dtype: str | None = None,
     ) -> None:
         path = self.embedded.get(folder, Path(folder))
-        _verify_checksums(path)
         card = read_card(path)
         self._aggregate = choose("aggregate", aggregate, AGGREGATES)
         self._label = f"{self.kind}:{folder}" if folder in self.embedded else path.name
         self.name = self._label if aggregate == "mean" else f"{aggregate}({self._label})"
-        numbers = range(len(card.means))
+        self._numbers = range(len(card.means))
         if member is not None:
-            numbers = _member(member, len(card.means), path)
+            if not str(member).isdecimal() or int(member) not in self._numbers:
+                last = len(card.means) - 1
+                raise RewardError(f"{path}: member={member} is not one of its {last + 1} members, 0 to {last}")
+            self._numbers = range(int(member), int(member) + 1)
             self.name = f"{self._label}[{member}]"
-        self._numbers = numbers
         own = card.backbone == "."
-        self._backbones = [_backbone(path, card) for _ in (numbers if own else numbers[:1])]
+        load = partial(open_clip_folder, path, weights=False) if own else partial(load_backbone, card.backbone)
+        self._backbones = [load() for _ in (self._numbers if own else self._numbers[:1])]
         with torch.random.fork_rng(devices=[]):  # the initial weights are overwritten
-            self._heads = [HEADS[card.head](card.width) for _ in numbers]
-        for index, number in enumerate(numbers):
-            backbone = self._backbones[index] if own else None
-            _load_member(path / f"member-{number}.safetensors", self._heads[index], backbone)
+            self._heads = [HEADS[card.head](card.width) for _ in self._numbers]
+        for index, number in enumerate(self._numbers):
+            file = path / f"member-{number}.safetensors"
+            state = {key: value.float() for key, value in read_checkpoint(file).items()}
+            load_weights(member_module(self._heads[index], self._backbones[index] if own else None), state, str(file))
         for module in (*self._backbones, *self._heads):
             cast(module, dtype if isinstance(module, Backbone) else None)
-        self._means = torch.tensor([card.means[number] for number in numbers])[:, None]
-        self._stds = torch.tensor([card.stds[number] for number in numbers])[:, None]
+        means_and_stds = torch.tensor([card.means, card.stds])[:, self._numbers.start : self._numbers.stop, None]
+        self._means, self._stds = means_and_stds
         self.prompt_limit = None if card.head == "image" else min(one.limit for one in self._backbones)
-        self._texts = [
-            PromptCache(with_truncation_warning(f"reward {self.name!r}", one.texts, one.count, one.limit))
-            for one in self._backbones
-        ]
+        self._texts = [one.prompt_cache(self.name) for one in self._backbones]
         self._members = in_micro_batches(self._score, micro_batch)
 
     def members(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -188,51 +181,36 @@ class LearnedAestheticReward(LearnedReward):
     embedded = REWARDS[kind]
 
 
-def _verify_checksums(folder: Path) -> None:
-    """Raise RewardError where the checksum of a file of the folder does not match."""
-    named = [folder / name for name in (CARD, CONFIG, *TOKENIZER)]
+def read_card(folder: Path) -> RewardCard:
+    """Read the folder's reward.json, and verify the checksums of the folder's files.
+
+    Raises RewardError where a checksum does not match, and where reward.json is missing or invalid.
+    """
+    files = [*(folder / name for name in (CARD, CONFIG, *TOKENIZER)), *sorted(folder.glob("member-*"))]
     try:
-        unknown = verify_checksums(*(path for path in (*named, *sorted(folder.glob("member-*"))) if path.is_file()))
+        if unknown := verify_checksums(*filter(Path.is_file, files)):
+            logger.info("%s: no checksum of %s, it is not verified", folder, unknown[0].name)
     except (InputError, OSError) as error:
         raise RewardError(str(error)) from error
-    if unknown:
-        logger.info("%s: no checksum of %s, it is not verified", folder, unknown[0].name)
-
-
-def read_card(folder: Path) -> RewardCard:
-    """Read the folder's reward.json. Raises RewardError where it is missing or invalid."""
     try:
-        data = json.loads((folder / CARD).read_text())
-        card = RewardCard(**data)
-        card = RewardCard(**{**asdict(card), "means": tuple(card.means), "stds": tuple(card.stds)})
+        card = RewardCard(**json.loads((folder / CARD).read_text()))
+        card = replace(card, means=tuple(card.means), stds=tuple(card.stds))
         numbers = [float(number) for number in (*card.means, *card.stds)]
-        valid = (
-            card.format == 1 and card.head in HEADS and isinstance(card.backbone, str) and 0 < card.width <= MAX_WIDTH
-        )
-        valid = valid and len(card.means) == len(card.stds) > 0 and all(map(math.isfinite, numbers))
+        valid = card.format == 1 and card.head in HEADS and isinstance(card.backbone, str)
+        valid = valid and 0 < card.width <= MAX_WIDTH and len(card.means) == len(card.stds) > 0
+        valid = valid and all(map(math.isfinite, numbers)) and min(card.stds) > 0
     except FileNotFoundError as error:
         raise RewardError(f"{folder}: no {CARD} there; give a folder of `steer rewards train`, or scenes") from error
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RewardError(f"{folder / CARD}: cannot be read ({str(error)[:80]})") from error
-    if not valid or min(card.stds) <= 0:
+    if not valid:
         raise RewardError(f"{folder / CARD}: not the card of a learned reward of this version")
     return card
 
 
-def _member(member: str | int, count: int, path: Path) -> range:
-    if not str(member).isdecimal() or int(member) >= count:
-        raise RewardError(f"{path}: member={member} is not one of its {count} members, 0 to {count - 1}")
-    return range(int(member), int(member) + 1)
-
-
-def _backbone(folder: Path, card: RewardCard) -> Backbone:
-    return open_clip_folder(folder, weights=False) if card.backbone == "." else load_backbone(card.backbone)
-
-
-def _load_member(path: Path, head: nn.Module, backbone: Backbone | None) -> None:
-    state = read_checkpoint(path)
-    net = nn.ModuleDict({"head": head} | ({"backbone": backbone} if backbone else {}))
-    load_weights(net, {key: value.float() for key, value in state.items()}, str(path))
+def member_module(head: nn.Module, backbone: Backbone | None) -> nn.ModuleDict:
+    """Return one member as it is trained and saved: its head and, where it has its own, its CLIP."""
+    return nn.ModuleDict({"head": head} | ({"backbone": backbone} if backbone else {}))
 
 
 def save_learned(
@@ -251,13 +229,16 @@ def save_learned(
     config_files = configuration_files(configuration) if configuration else []
     with atomic_write_with_checksums(folder, [CARD, *members, *(path.name for path in config_files)]) as new:
         for number, (name, head) in enumerate(zip(members, heads, strict=True)):
-            net = nn.ModuleDict({"head": head} | ({"backbone": backbones[number]} if backbones else {}))
-            state = {key: value.detach().cpu().contiguous() for key, value in net.state_dict().items()}
-            halved = {key: value.half() if key.startswith("backbone") else value for key, value in state.items()}
-            save_file(halved, new[name])
+            state = member_module(head, backbones[number] if backbones else None).state_dict()
+            save_file({key: _saved(value, half=key.startswith("backbone")) for key, value in state.items()}, new[name])
         for path in config_files:
             shutil.copyfile(path, new[path.name])
         new[CARD].write_text(json.dumps(asdict(card), indent=1) + "\n", encoding="utf-8")
+
+
+def _saved(weight: Tensor, half: bool) -> Tensor:
+    weight = weight.detach().cpu().contiguous()
+    return weight.half() if half else weight
 
 
 def configuration_files(folder: Path) -> list[Path]:
@@ -266,8 +247,7 @@ def configuration_files(folder: Path) -> list[Path]:
 
 
 FEATURE_BATCH = 64  # images whose features are computed at a time, outside training
-Features = tuple[Tensor, Tensor, Tensor]  # of image a, of image b, of the prompt: (N, D) each
-Encode = Callable[[Tensor], Features]  # of the rows' indices
+Features = Sequence[Tensor]  # of image a, of image b, of the prompt: (N, D) each
 
 
 @dataclass(frozen=True)
@@ -301,38 +281,13 @@ class RewardTrainingConfig:
 
     def check(self) -> None:
         """Raise RewardError for a number out of range, before anything is read."""
-        for name in ("members", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise RewardError(f"{_option(name)} must be at least 1, got {getattr(self, name)}")
-        for name, below in (
-            ("label_smoothing", 0.5),
-            ("label_noise", 0.5),
-            ("center_rewards_coefficient", math.inf),
-            ("held_out", 1),
-        ):
-            if not 0 <= getattr(self, name) < below:
-                raise RewardError(f"{_option(name)} must be from 0 to below {below}, got {getattr(self, name)}")
-
-
-def _option(field: str) -> str:
-    """Return the command-line option of a field: label_noise → --label-noise."""
-    return f"--{field.replace('_', '-')}"
-
-
-class RewardMember(nn.Module):
-    """A head and, with `train_backbone`, its own CLIP."""
-
-    def __init__(self, config: RewardTrainingConfig, backbone: Backbone, width: int, seed: int) -> None:
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.head = HEADS[config.head](width)
-        self.backbone = backbone if config.train_backbone else None
-
-    def rewards(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Return r(a) and r(b), raw: (N,) each."""
-        a, b, text = features
-        return self.head(a, text), self.head(b, text)
+        below = {"label_smoothing": 0.5, "label_noise": 0.5, "center_rewards_coefficient": math.inf, "held_out": 1}
+        for name in ("members", "steps", "batch_size", *below):
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if name not in below and value < 1:
+                raise RewardError(f"{flag} must be at least 1, got {value}")
+            if name in below and not 0 <= value < below[name]:
+                raise RewardError(f"{flag} must be from 0 to below {below[name]}, got {value}")
 
 
 def train_reward(
@@ -345,7 +300,7 @@ def train_reward(
     """
     config.check()
     choose("head", config.head, HEADS)
-    objective = choose("objective", config.objective, OBJECTIVES)
+    objective = choose("objective", config.objective, objectives.OBJECTIVES)
     if config.head == "similarity" and not config.train_backbone:
         raise RewardError(
             "--head similarity has nothing to train but a scale: add --train-backbone, or take --head pair"
@@ -354,27 +309,27 @@ def train_reward(
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
     training, held = pairs.select(training_rows), pairs.select(held_rows or training_rows)
     backbone = load_backbone(config.backbone).to(device)
-    width = backbone.width
-    frozen = None if config.train_backbone else (pair_features(backbone, training), pair_features(backbone, held))
+    width, frozen, frozen_held = backbone.width, [], []
+    if not config.train_backbone:
+        frozen, frozen_held = ([f.to(device) for f in pair_features(backbone, part)] for part in (training, held))
     members, outputs = [], []
     for number in range(config.members):
         own = load_backbone(config.backbone).to(device) if config.train_backbone else backbone
-        member = RewardMember(config, own, width, config.seed + number).to(device)
-        encode = _cached_encoder(frozen[0], device) if frozen else _encoder(own, training)
-        labels = training.labels.to(device)
-        _train_member(member, encode, labels, objective, config, work / f"member-{number}", config.seed + number)
-        outputs.append(_raw_rewards(member, frozen[1] if frozen else pair_features(own, held)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed + number)
+            head = HEADS[config.head](width)
+        member = member_module(head, own if config.train_backbone else None).to(device)
+        encode = partial(_encode, own, training) if config.train_backbone else lambda rows: [f[rows] for f in frozen]
+        _train_member(member, encode, training.labels.to(device), objective, config, work, number)
+        with torch.no_grad():
+            a, b, text = frozen_held or [feature.to(device) for feature in pair_features(own, held)]
+            outputs.append([head(image, text).cpu() for image in (a, b)])
         members.append(member)
         logger.info("member %d: %s", number, preference_metrics(outputs[-1], held.labels).summary)
-    member_metrics = [preference_metrics(raw, held.labels) for raw in outputs]
-    ensemble_metrics = preference_metrics(
-        [torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)], held.labels
-    )
-    card = _card(
-        config, width, outputs, _report(config, len(training), len(held_rows), member_metrics, ensemble_metrics)
-    )
-    config_files = clip_folder(config.backbone) if config.train_backbone and card.backbone == "." else None
-    save_learned(out, card, [m.head for m in members], [m.backbone for m in members if m.backbone], config_files)
+    card = _card(config, width, outputs, held.labels, {"trained": len(training), "held_out": len(held_rows)})
+    own_folder = clip_folder(config.backbone) if config.train_backbone and card.backbone == "." else None
+    backbones: list[Any] = [member["backbone"] for member in members] if config.train_backbone else []
+    save_learned(out, card, [member["head"] for member in members], backbones, own_folder)
     return card.report
 
 
@@ -386,7 +341,6 @@ def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> Non
         raise RewardError(
             f"--work {work} holds a run with another configuration or other pairs; choose another folder, or remove it"
         )
-    work.mkdir(parents=True, exist_ok=True)
     write_text(note, serialized)
 
 
@@ -394,10 +348,8 @@ def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> Non
 def pair_features(backbone: Backbone, pairs: Pairs) -> Features:
     """Encode every pair: image a, image b, prompt, on the CPU."""
     backbone.eval()
-    rows = torch.arange(len(pairs)).split(FEATURE_BATCH)
-    batches = [_encode(backbone, pairs, some) for some in rows]
-    a, b, text = (torch.cat([batch[k].cpu() for batch in batches]) for k in range(3))
-    return a, b, text
+    batches = [_encode(backbone, pairs, rows) for rows in torch.arange(len(pairs)).split(FEATURE_BATCH)]
+    return [torch.cat([batch[k].cpu() for batch in batches]) for k in range(3)]
 
 
 def image_features(backbone: Backbone, sources: Sequence[Source]) -> Tensor:
@@ -415,28 +367,17 @@ def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
     return a, b, text
 
 
-def _cached_encoder(features: Features, device: str) -> Encode:
-    """Return an encoder that looks up features computed before."""
-    a, b, text = (part.to(device) for part in features)
-    return lambda rows: (a[rows], b[rows], text[rows])
-
-
-def _encoder(backbone: Backbone, pairs: Pairs) -> Encode:
-    """Return an encoder that computes features with gradients."""
-    return lambda rows: _encode(backbone, pairs, rows)
-
-
 def _train_member(
-    member: RewardMember,
-    encode: Encode,
-    labels: PreferenceLabels,
-    objective: Objective,
+    member: nn.ModuleDict,
+    encode: Callable[[Tensor], Features],
+    labels: objectives.PreferenceLabels,
+    objective: objectives.Objective,
     config: RewardTrainingConfig,
-    folder: Path,
-    seed: int,
+    work: Path,
+    number: int,
 ) -> None:
     """Minimise the objective over a bootstrap sample of the pairs (all of them where there is one member)."""
-    count = len(labels.choice)
+    count, seed = len(labels.choice), config.seed + number
     sample = torch.arange(count)
     if config.members > 1:
         sample = torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
@@ -444,51 +385,43 @@ def _train_member(
     def loss_at(step: int) -> Tensor:
         member.train()
         rows = sample[batch_at(step, config.batch_size, count, seed)]
-        a, b = member.rewards(encode(rows))
-        loss = objective(
-            noisy_difference(a - b, config.label_noise), smooth_labels(labels[rows], config.label_smoothing)
-        )
-        return loss + config.center_rewards_coefficient * center_rewards_penalty(a, b)
+        image_a, image_b, text = encode(rows)
+        a, b = member["head"](image_a, text), member["head"](image_b, text)
+        smoothed = objectives.smooth_labels(labels[rows], config.label_smoothing)
+        loss = objective(objectives.noisy_difference(a - b, config.label_noise), smoothed)
+        return loss + config.center_rewards_coefficient * objectives.center_rewards_penalty(a, b)
 
-    warmup = min(100, config.steps // 10)
-    TrainingRun(folder, config.steps, config.learning_rate, warmup=warmup).train([member], loss_at)
+    run = TrainingRun(
+        work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
+    )
+    run.train([member], loss_at)
     member.eval()
 
 
-@torch.no_grad()
-def _raw_rewards(member: RewardMember, features: Features) -> list[Tensor]:
-    """Compute raw rewards of the images a and of the images b."""
-    device = next(member.parameters()).device
-    a, b = member.rewards((features[0].to(device), features[1].to(device), features[2].to(device)))
-    return [a.cpu(), b.cpu()]
-
-
 def _card(
-    config: RewardTrainingConfig, width: int, outputs: Sequence[list[Tensor]], report: dict[str, Any]
+    config: RewardTrainingConfig,
+    width: int,
+    outputs: Sequence[Sequence[Tensor]],
+    labels: objectives.PreferenceLabels,
+    counts: dict[str, int],
 ) -> RewardCard:
+    """Describe members by their raw rewards of the held-out images a and b. Raises RewardError where all are equal."""
     own = config.train_backbone and (clip_folder(config.backbone) / CONFIG).is_file()
-    stds = tuple(torch.cat(raw).std().item() for raw in outputs)
+    means, stds = (
+        tuple(statistic(torch.cat([*raw])).item() for raw in outputs) for statistic in (torch.mean, torch.std)
+    )
     if not all(std > 0 for std in stds):
         raise RewardError(
             "the trained reward scores all held-out images equally: train for more steps, or on more pairs"
         )
-    means = tuple(torch.cat(raw).mean().item() for raw in outputs)
-    return RewardCard(config.head, "." if own else config.backbone, width, means, stds, report)
-
-
-def _report(
-    config: RewardTrainingConfig,
-    trained: int,
-    held: int,
-    members: Sequence[PreferenceMetrics],
-    ensemble_metrics: PreferenceMetrics,
-) -> dict[str, Any]:
-    return {
+    ensemble = [torch.stack(rows).mean(0) for rows in zip(*outputs, strict=True)]
+    report = {
         "config": asdict(config),
-        "pairs": {"trained": trained, "held_out": held},
-        "members": [asdict(member) for member in members],
-        "ensemble": asdict(ensemble_metrics),
+        "pairs": counts,
+        "members": [asdict(preference_metrics(raw, labels)) for raw in outputs],
+        "ensemble": asdict(preference_metrics(ensemble, labels)),
     }
+    return RewardCard(config.head, "." if own else config.backbone, width, means, stds, report)
 
 
 WEIGHTS = "open_clip_model.safetensors"
@@ -520,7 +453,7 @@ def train_clip(
         prompts = [captions.prompts[row] for row in chosen]
         scale = backbone.logit_scale.clamp(max=MAX_LOGIT_SCALE)
         features = image_features(backbone, [captions.images[row] for row in chosen])
-        return contrastive(features, backbone.texts(prompts), scale, prompts)
+        return objectives.contrastive(features, backbone.texts(prompts), scale, prompts)
 
     warmup = min(200, config.steps // 10)
     TrainingRun(work, config.steps, config.learning_rate, warmup=warmup).train([backbone], loss_at)
@@ -529,15 +462,11 @@ def train_clip(
     report = {"captions": {"trained": len(rows), "held_out": len(held)}, "caption_accuracy_of_32": share}
     config_files = configuration_files(folder)
     with atomic_write_with_checksums(out, [WEIGHTS, *(path.name for path in config_files)]) as new:
-        _save(backbone.model, new[WEIGHTS])
+        save_file({key: _saved(value, half=True) for key, value in backbone.model.state_dict().items()}, new[WEIGHTS])
         for path in config_files:
             shutil.copyfile(path, new[path.name])
     logger.info("%s", report)
     return report
-
-
-def _save(model: nn.Module, path: Path) -> None:
-    save_file({key: value.detach().cpu().half().contiguous() for key, value in model.state_dict().items()}, path)
 
 
 @torch.no_grad()

@@ -8,11 +8,20 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from steer.errors import InputError
 from steer.registry import nearest
-from steer.reward import METADATA_PARAMETERS, Metadata, Reward, RewardError, _validated_scores, attribute, evaluate
+from steer.reward import (
+    METADATA_PARAMETERS,
+    Metadata,
+    Reward,
+    RewardError,
+    _validated_scores,
+    attribute,
+    evaluate,
+    parameters_of,
+)
 from steer.rewards import REWARDS
 from steer.rewards.inputs import takes_any_images
 
@@ -43,14 +52,13 @@ def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
     are called by keyword; a function of one parameter of another name is called with the images. Any other function
     is returned as it is.
     """
-    try:
-        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except (TypeError, ValueError):  # C code may have no signature
+    by_name = parameters_of(function)
+    if by_name is None:
         return function
-    parameters = signature.parameters.values()
+    parameters = by_name.values()
     positional = [one.name for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
     any_keyword = any(one.kind is one.VAR_KEYWORD for one in parameters)
-    by_keyword = [name for name in ARGUMENTS if name in signature.parameters or any_keyword]
+    by_keyword = [name for name in ARGUMENTS if name in by_name or any_keyword]
     swapped = positional[:1] == ["prompts"] or positional[1:2] == ["images"]
     two = len(positional) > 1 or any(one.kind is one.VAR_POSITIONAL for one in parameters)
     if two and not swapped:
@@ -61,7 +69,7 @@ def _in_standard_order(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(**{name: given[name] for name in by_keyword}, **rest) if by_keyword else function(images)
 
     standard = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ARGUMENTS]
-    standard = [signature.parameters.get(one.name, one).replace(kind=one.kind, default=one.empty) for one in standard]
+    standard = [by_name.get(one.name, one).replace(kind=one.kind, default=one.empty) for one in standard]
     others = [one.replace(kind=one.KEYWORD_ONLY) for one in parameters if one.name in METADATA_PARAMETERS]
     others += [one for one in parameters if one.kind is one.VAR_KEYWORD]
     wrapped: Any = call
@@ -77,8 +85,7 @@ def reward_names() -> dict[str, str]:
     Reads tables only: no reward, and not torch beyond this module, is imported for it.
     """
     plugins = {point.name: f"{point.value} (plugin)" for point in entry_points(group="steer.rewards")}
-    built_in = {name: about for name, (_, about) in REWARDS.items()}
-    return plugins | built_in
+    return plugins | {name: about for name, (_, about) in REWARDS.items()}
 
 
 def make_reward(atom: str) -> Reward:
@@ -103,9 +110,8 @@ def takes_number(name: str) -> bool:
 
 def _factory(name: str) -> Any:
     """Return the factory of a named reward, or None."""
-    built_in = REWARDS
-    if name in built_in:
-        return _attribute(built_in[name][0])
+    if name in REWARDS:
+        return _attribute(REWARDS[name][0])
     return next((_attribute(point.value) for point in entry_points(group="steer.rewards") if point.name == name), None)
 
 
@@ -152,12 +158,9 @@ def _arguments(argument: str) -> tuple[tuple[str, ...], dict[str, str]]:
     return positional, dict(option.split("=", 1) for option in named)
 
 
-def _as_reward(factory_or_reward: Any) -> Reward:
-    made = (
-        _make(factory_or_reward, factory_or_reward.__name__, "")
-        if isinstance(factory_or_reward, type)
-        else factory_or_reward
-    )
+def _as_reward(made: Any) -> Reward:
+    if isinstance(made, type):
+        made = _make(made, made.__name__, "")
     if isinstance(made, Reward) and _in_standard_order(made) is made:
         return made
     if callable(made):

@@ -45,10 +45,13 @@ class Ocr:
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        words = [_quoted_words(prompt) for prompt in prompts]
-        scores = [
-            text_score(quotations, self._read(image)) for quotations, image in zip(words, as_uint8(images), strict=True)
-        ]
+        words = [quoted(prompt) for prompt in prompts]
+        if [] in words:
+            raise RewardError(
+                f"ocr: the prompt {prompts[words.index([])]!r} quotes no words: put the text of the image into double "
+                'quotes, like a sign that says "open"'
+            )
+        scores = [text_score(some, self._read(image)) for some, image in zip(words, as_uint8(images), strict=True)]
         return torch.tensor(scores, dtype=torch.float32)
 
 
@@ -100,15 +103,6 @@ def quoted(prompt: str) -> list[str]:
         if any(matches):
             return [words for words in matches if words]
     return []
-
-
-def _quoted_words(prompt: str) -> list[str]:
-    if words := quoted(prompt):
-        return words
-    raise RewardError(
-        f"ocr: the prompt {prompt!r} quotes no words: put the text of the image into double quotes, "
-        'like a sign that says "open"'
-    )
 
 
 def _engine() -> Callable[[np.ndarray[Any, Any]], list[str]]:

@@ -14,26 +14,11 @@ from steer.arguments import is_number
 from steer.registry import nearest
 from steer.reward import Metadata, Reward, RewardError, mean_over_frames
 from steer.reward import score_components as reward_scores
-from steer.rewards.compose import (
-    AGGREGATES,
-    CONSTRAINT_TEMPERATURE,
-    OPTIONS,
-    Aggregate,
-    CombinedReward,
-    Constraint,
-    LogSigmoidReward,
-    ProductReward,
-    StandardisedReward,
-    WeightedReward,
-    aggregate,
-    read_calibration,
-    read_term,
-    total,
-)
+from steer.rewards import compose
 from steer.rewards.grammar import PLUS, Call, read_call, read_constraint, split
 from steer.rewards.inputs import as_batch
 from steer.rewards.names import _as_reward, make_reward, reward_names
-from steer.rewards.remote import is_remote
+from steer.rewards.remote import RemoteReward, is_remote
 
 FILES = (".yaml", ".yml")
 CARD = "reward.json"  # in the folder of a learned reward
@@ -58,25 +43,25 @@ class ParserState:
 def read(text: str, state: ParserState | None = None) -> Reward:
     """Parse the text of a reward. Raises RewardError, one line that names the part that cannot be read."""
     part = _weighted(text.strip(), state or ParserState())
-    return part.reward if part.weight == 1 else CombinedReward([part])
+    return part.reward if part.weight == 1 else compose.CombinedReward([part])
 
 
-def _weighted(text: str, state: ParserState) -> WeightedReward:
+def _weighted(text: str, state: ParserState) -> compose.WeightedReward:
     """Parse a term, or a sum of terms as one component."""
     if _is_path(text):
-        return WeightedReward(_atom(text, state))
+        return compose.WeightedReward(_atom(text, state))
     terms = [_term(term, state) for term in split(text, PLUS)]
-    return terms[0] if len(terms) == 1 else WeightedReward(CombinedReward(terms))
+    return terms[0] if len(terms) == 1 else compose.WeightedReward(compose.CombinedReward(terms))
 
 
-def _term(text: str, state: ParserState) -> WeightedReward:
+def _term(text: str, state: ParserState) -> compose.WeightedReward:
     """Parse one term of a sum: a named reward or a function, and its weight."""
     if _is_path(text):
-        return WeightedReward(_atom(text, state))
+        return compose.WeightedReward(_atom(text, state))
     if call := read_call(text):
-        return WeightedReward(_function(call, state.inside()), call.weight)
-    name, weight = read_term(text)
-    return WeightedReward(_atom(name, state), weight)
+        return compose.WeightedReward(_function(call, state.inside()), call.weight)
+    name, weight = compose.read_term(text)
+    return compose.WeightedReward(_atom(name, state), weight)
 
 
 def _atom(text: str, state: ParserState) -> Reward:
@@ -85,8 +70,6 @@ def _atom(text: str, state: ParserState) -> Reward:
     if len(state.read) > MAX_REWARDS:
         raise RewardError(f"a reward has at most {MAX_REWARDS} rewards in it")
     if is_remote(text):
-        from steer.rewards.remote import RemoteReward
-
         return RemoteReward(text)
     if text.endswith(FILES) and _has_no_name(text):
         return _read_file(Path(text), state)
@@ -129,25 +112,25 @@ def _function(call: Call, state: ParserState) -> Reward:
 def _aggregate_function(call: Call, state: ParserState) -> Reward:
     components = [_weighted(argument, state) for argument in call.arguments]
     numbers = {name: call.number(name, 0.0) for name in call.options}
-    return CombinedReward(components, aggregate(call.function, numbers, f"{call.function}(…)"))
+    return compose.CombinedReward(components, compose.aggregate(call.function, numbers, f"{call.function}(…)"))
 
 
 def _product(call: Call, state: ParserState) -> Reward:
-    temperature = call.number("temperature", CONSTRAINT_TEMPERATURE)
+    temperature = call.number("temperature", compose.CONSTRAINT_TEMPERATURE)
     if not temperature > 0:
         raise RewardError(f"product(…, temperature={temperature:g}): it must be above 0")
     constraints = []
     for argument in call.arguments:
         text, sign, bound = read_constraint(argument)
-        constraints.append(Constraint(read(text, state), sign, bound, temperature))
-    return ProductReward(constraints)
+        constraints.append(compose.Constraint(read(text, state), sign, bound, temperature))
+    return compose.ProductReward(constraints)
 
 
 def _standardised(call: Call, state: ParserState) -> Reward:
     if "from" not in call.options:
         raise RewardError("z(…) needs a calibration: z(REWARD, from=FILE), see `steer rewards calibrate`")
     reward = _single_reward(call, state)
-    return StandardisedReward(reward, read_calibration(Path(call.options["from"])).scale(reward.name))
+    return compose.StandardisedReward(reward, compose.read_calibration(Path(call.options["from"])).scale(reward.name))
 
 
 def _log_sigmoid(call: Call, state: ParserState) -> Reward:
@@ -155,10 +138,9 @@ def _log_sigmoid(call: Call, state: ParserState) -> Reward:
         raise RewardError("logsigmoid(…) needs reference=NUMBER or from=CALIBRATION, one of the two")
     reward, temperature = _single_reward(call, state), call.number("temperature", 1.0)
     if "reference" in call.options:
-        return LogSigmoidReward(reward, call.number("reference", 0.0), temperature)
-    return LogSigmoidReward(
-        reward, read_calibration(Path(call.options["from"])).scale(reward.name).prompts, temperature
-    )
+        return compose.LogSigmoidReward(reward, call.number("reference", 0.0), temperature)
+    scale = compose.read_calibration(Path(call.options["from"])).scale(reward.name)
+    return compose.LogSigmoidReward(reward, scale.prompts, temperature)
 
 
 def _single_reward(call: Call, state: ParserState) -> Reward:
@@ -168,7 +150,7 @@ def _single_reward(call: Call, state: ParserState) -> Reward:
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Call, ParserState], Reward], Sequence[str]]] = {
-    **{name: (_aggregate_function, OPTIONS.get(name, ())) for name in AGGREGATES},
+    **{name: (_aggregate_function, compose.OPTIONS.get(name, ())) for name in compose.AGGREGATES},
     "product": (_product, ("temperature",)),
     "z": (_standardised, ("from",)),
     "logsigmoid": (_log_sigmoid, ("from", "reference", "temperature")),
@@ -230,29 +212,30 @@ def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: 
         near = nearest(unknown[0], KEYS)
         raise RewardError(f"{where}: unknown key {unknown[0]!r:.80}; did you mean {near}? Weights are finite numbers")
     name, entries = data.get("combine", "sum"), data.get("rewards")
-    if not isinstance(name, str) or name not in AGGREGATES:
-        raise RewardError(f"{where}: `combine:` must be one of {', '.join(AGGREGATES)}")
+    if not isinstance(name, str) or name not in compose.AGGREGATES:
+        raise RewardError(f"{where}: `combine:` must be one of {', '.join(compose.AGGREGATES)}")
     if not isinstance(entries, list | tuple) or not entries:
         raise RewardError(f"{where}: `rewards:` must be a list of rewards")
-    aggregator = aggregate(name, {key: data[key] for key in ("lam", "q") if key in data}, where)
+    aggregator = compose.aggregate(name, {key: data[key] for key in ("lam", "q") if key in data}, where)
     inside = (state or ParserState()).inside()
-    return CombinedReward(
+    return compose.CombinedReward(
         [_entry(entry, f"{where}, reward {k}", inside) for k, entry in enumerate(entries, 1)], aggregator
     )
 
 
-def _entry(entry: Any, where: str, state: ParserState) -> WeightedReward:
+def _entry(entry: Any, where: str, state: ParserState) -> compose.WeightedReward:
     entry = entry if isinstance(entry, Mapping) and not _is_weights(entry) else {"reward": entry}
-    if set(entry) - {"reward", "weight"} or "reward" not in entry or not is_number(entry.get("weight", 1)):
+    data, weight = entry.get("reward"), entry.get("weight", 1)
+    if set(entry) - {"reward", "weight"} or "reward" not in entry or not is_number(weight):
         raise RewardError(f"{where}: expected a text, or `reward:` and a finite number under `weight:`")
-    data = entry["reward"]
     try:
         if isinstance(data, str | Path):
-            return WeightedReward(read(str(data), state), entry.get("weight", 1))
-        if isinstance(data, Mapping | list | tuple):
-            nested = data if isinstance(data, Mapping) else {"rewards": data}
-            return WeightedReward(read_mapping(nested, "its mapping", state), entry.get("weight", 1))
-        return WeightedReward(load_reward(data), entry.get("weight", 1))
+            return compose.WeightedReward(read(str(data), state), weight)
+        if isinstance(data, list | tuple):
+            data = {"rewards": data}
+        if isinstance(data, Mapping):
+            return compose.WeightedReward(read_mapping(data, "its mapping", state), weight)
+        return compose.WeightedReward(load_reward(data), weight)
     except RewardError as error:
         raise RewardError(f"{where}: {error}") from error
 
@@ -302,10 +285,13 @@ def score_components(
     return mean_over_frames(batch, lambda frames: reward_scores(loaded, frames, texts, metadata))
 
 
-def combine(rewards: Mapping[Any, float] | Sequence[Any], aggregate: Aggregate = total) -> CombinedReward:
+def combine(
+    rewards: Mapping[Any, float] | Sequence[Any], aggregate: compose.Aggregate = compose.total
+) -> compose.CombinedReward:
     """Aggregate rewards, by default to Σ w_m r_m: a mapping from rewards to weights, or a list (weights 1).
 
     Each is whatever `load_reward` takes.
     """
     weighted = rewards.items() if isinstance(rewards, Mapping) else [(reward, 1.0) for reward in rewards]
-    return CombinedReward([WeightedReward(load_reward(reward), weight) for reward, weight in weighted], aggregate)
+    components = [compose.WeightedReward(load_reward(reward), weight) for reward, weight in weighted]
+    return compose.CombinedReward(components, aggregate)

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,71 +19,78 @@ from steer.files import read_image
 from steer.reward import RewardError
 from steer.rewards.objectives import PreferenceLabels
 
-TableRow = Mapping[str, Any]
+logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class LabelledPair:
-    """Two images as in the table, their prompt, and the label: 1 (a preferred), 0 (b), ½ (tie), None (no label)."""
-
-    a: Any
-    b: Any
-    prompt: Any
-    choice: float | None
+PROMPTS = ("prompt", "caption", "text")  # columns of the prompt, the first that is there
+PREFERENCES, GROUPS = "choices.jsonl", "lots.jsonl"  # of a preference dataset, as the demo's Label tab records it
+CHOICE_VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
+MAX_STRENGTH = 1e6  # strength
+PARQUET_BATCH = 256  # rows of a table
+Row = dict[str, Any]
+Source = Path | bytes  # an image file, or the bytes of one
+# Image a, image b, the label: 1 (a preferred), 0 (b), ½ (tie) or None (no label), and the strength of the preference.
+LabelledPair = tuple[Any, Any, float | None, float]
+# A row's number from 1 on, the columns of its images, its prompt, one of its pairs.
+NumberedPair = tuple[int, tuple[str, str], Any, LabelledPair]
 
 
 @dataclass(frozen=True)
 class TableFormat:
     """Format of a table.
 
-    images  the columns of images, for messages
+    images  the columns of the images a and b, for messages
     needed  required columns beside the prompt
     pairs   the pairs of a row; raises ValueError with a message for an invalid row
     """
 
-    images: tuple[str, ...]
+    images: tuple[str, str]
     needed: tuple[str, ...]
-    pairs: Callable[[TableRow, Any], Iterator[LabelledPair]]
+    pairs: Callable[[Row], Iterator[LabelledPair]]
 
 
-PROMPTS = ("prompt", "caption", "text")  # columns of the prompt, the first that is there
+def probability(row: Row) -> Iterator[LabelledPair]:
+    """Read image_a, image_b, choice (a, b, tie or the probability of a) and strength (1 by default)."""
+    given, strength = row.get("choice"), row.get("strength")
+    choice = CHOICE_VALUES.get(given) if isinstance(given, str) else given
+    if not is_number(choice) or not 0 <= choice <= 1:
+        raise ValueError(f"choice must be a, b, tie or a number from 0 to 1, got {given!r:.40}")
+    strength = 1.0 if strength is None else strength
+    if not is_number(strength) or not 0 <= strength <= MAX_STRENGTH:
+        raise ValueError(f"strength must be a number from 0 to {MAX_STRENGTH:g}, got {strength!r:.40}")
+    yield row.get("image_a"), row.get("image_b"), float(choice), float(strength)
 
 
-def two_labels(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[LabelledPair]:
+def two_labels(a: str, b: str, row: Row) -> Iterator[LabelledPair]:
     """Read label_0 and label_1, or label_0 alone: 1 preferred, ½ a tie (Pick-a-Pic, arXiv 2305.01569)."""
-    first = row.get("label_0")
-    if row.get("has_label") is False or first is None:
-        yield LabelledPair(row.get(a), row.get(b), prompt, None)
-        return
-    second = row.get("label_1")
-    second = 1 - first if second is None and is_number(first) else second
-    for name, value in (("label_0", first), ("label_1", second)):
-        if not is_number(value) or not 0 <= value <= 1:
-            raise ValueError(f"{name} must be a number from 0 to 1, got {value!r:.40}")
-    assert first is not None and second is not None
-    yield LabelledPair(row.get(a), row.get(b), prompt, preferred(first, second))
+    first: Any = row.get("label_0")
+    second: Any = row.get("label_1")
+    choice = None
+    if row.get("has_label") is not False and first is not None:
+        second = 1 - first if second is None and is_number(first) else second
+        for name, value in (("label_0", first), ("label_1", second)):
+            if not is_number(value) or not 0 <= value <= 1:
+                raise ValueError(f"{name} must be a number from 0 to 1, got {value!r:.40}")
+        choice = preferred(first, second)
+    yield row.get(a), row.get(b), choice, 1.0
 
 
-def first_is_preferred(a: str, b: str, row: TableRow, prompt: Any) -> Iterator[LabelledPair]:
+def first_is_preferred(a: str, b: str, row: Row) -> Iterator[LabelledPair]:
     """Read columns of the preferred and of the other image (HPDv3, arXiv 2508.03789; DPO)."""
-    yield LabelledPair(row.get(a), row.get(b), prompt, 1.0)
+    yield row.get(a), row.get(b), 1.0, 1.0
 
 
-def scored_list(images: str, scores: str, sign: int, row: TableRow, prompt: Any) -> Iterator[LabelledPair]:
+def scored_list(images: str, scores: str, sign: int, row: Row) -> Iterator[LabelledPair]:
     """Read lists of images and of scores, every two images a pair; sign −1: ranks, of which the lowest is preferred."""
     files, values = row.get(images), row.get(scores)
     if not isinstance(files, list) or len(files) < 2:
         raise ValueError(f"{images} must be a list of two or more images, got {files!r:.40}")
-    if values is None:
-        values = [None] * len(files)
+    values = [None] * len(files) if values is None else values
     if not isinstance(values, list) or len(values) != len(files):
         raise ValueError(f"{scores} must be a list of {len(files)}, one for each of {images}, got {values!r:.40}")
     if wrong := [value for value in values if value is not None and not is_number(value)]:
         raise ValueError(f"{scores} must hold numbers, got {wrong[0]!r:.40}")
-    for i, j in itertools.combinations(range(len(files)), 2):
-        known = values[i] is not None and values[j] is not None
-        choice = preferred(sign * values[i], sign * values[j]) if known else None
-        yield LabelledPair(files[i], files[j], prompt, choice)
+    for (a, first), (b, second) in itertools.combinations(zip(files, values, strict=True), 2):
+        yield a, b, None if None in (first, second) else preferred(sign * first, sign * second), 1.0
 
 
 def preferred(first: float, second: float) -> float:
@@ -91,14 +99,14 @@ def preferred(first: float, second: float) -> float:
 
 
 def _two(a: str, b: str, *labels: str) -> TableFormat:
-    read = two_labels if labels else first_is_preferred
-    return TableFormat((a, b), (a, b, *labels), lambda row, prompt: read(a, b, row, prompt))
+    return TableFormat((a, b), (a, b, *labels), partial(two_labels if labels else first_is_preferred, a, b))
 
 
 def _list(images: str, scores: str, sign: int) -> TableFormat:
-    return TableFormat((images,), (images, scores), lambda row, prompt: scored_list(images, scores, sign, row, prompt))
+    return TableFormat((images, images), (images, scores), partial(scored_list, images, scores, sign))
 
 
+PAIRS = TableFormat(("image_a", "image_b"), ("image_a", "image_b"), probability)
 FORMATS = (
     _two("jpg_0", "jpg_1", "label_0"),  # Pick-a-Pic
     _two("image_0", "image_1", "label_0"),
@@ -108,39 +116,6 @@ FORMATS = (
     _two("path1", "path2"),  # HPDv3
     _two("chosen", "rejected"),  # DPO
 )
-PAIR_COLUMNS = "image_a, image_b, prompt, choice"
-
-
-def format_of(columns: Sequence[str]) -> TableFormat | None:
-    """Return the format of a table with these columns, or None."""
-    if not any(name in columns for name in PROMPTS):
-        return None
-    return next((one for one in FORMATS if all(name in columns for name in one.needed)), None)
-
-
-def known_columns() -> str:
-    """List the columns of every format, for a message."""
-    return " | ".join([PAIR_COLUMNS, *(", ".join([*one.needed, "prompt"]) for one in FORMATS)])
-
-
-def labelled_pairs(where: str, rows: Sequence[TableRow], kind: TableFormat) -> Iterator[tuple[int, LabelledPair]]:
-    """Yield the pairs of all rows, with row numbers from 1 on. Raises RewardError that names file and row."""
-    for number, row in enumerate(rows, start=1):
-        prompt = next((row[name] for name in PROMPTS if row.get(name) is not None), None)
-        try:
-            yield from ((number, pair) for pair in kind.pairs(row, prompt))
-        except ValueError as error:
-            raise RewardError(f"{where}, row {number}: {error}") from error
-
-
-logger = logging.getLogger(__name__)
-
-PREFERENCES, GROUPS = "choices.jsonl", "lots.jsonl"  # of a preference dataset, as the demo's Label tab records it
-Row = dict[str, Any]
-Source = Path | bytes  # an image file, or the bytes of one
-CHOICE_VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
-MAX_STRENGTH = 1e6  # strength
-PARQUET_BATCH = 256  # rows of a table
 
 
 @dataclass(frozen=True)
@@ -193,12 +168,11 @@ def _json_lines(path: Path) -> list[Row]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                row = json.loads(line)
+                rows.append(json.loads(line))
             except (ValueError, RecursionError) as error:
                 raise RewardError(f"{path}, line {number}: not JSON ({error})") from error
-            if not isinstance(row, dict):
+            if not isinstance(rows[-1], dict):
                 raise RewardError(f"{path}, line {number}: expected an object")
-            rows.append(row)
     return rows
 
 
@@ -233,7 +207,10 @@ def read_captions(path: Path, images: Path | None = None) -> Captions:
     """
     rows = read_rows(path)
     folders = _folders(path, images)
-    read = [(_image(path, n, row.get("image"), "image", folders), _text(path, n, row)) for n, row in enumerate(rows, 1)]
+    read = [
+        (_image(path, n, row.get("image"), "image", folders), _text(path, n, _prompt(row)))
+        for n, row in enumerate(rows, 1)
+    ]
     files, prompts = zip(*read, strict=True)
     return Captions(files, prompts)
 
@@ -242,34 +219,34 @@ def read_pairs(path: Path, images: Path | None = None) -> Pairs:
     """Read the pairs of a table of a known format, or of a preference dataset. Raises RewardError that names file
     and row, or the columns where the kind is not known.
 
+    Ties and pairs without a label are left out, except the ties of rows with a choice.
+
     images  the folder that image paths are relative to; by default, and for missing files, the table's folder
     """
     path = path / PREFERENCES if path.is_dir() else path
     rows = read_rows(path)
     folders = _folders(path, images)
-    if any("lot" in row for row in rows):
-        return _labelled_pairs(path, _active_preferences(path, rows), folders)
-    columns = _columns(rows)
-    if kind := format_of(columns) if not {"image_a", "image_b"} & set(columns) else None:
-        return _labelled_pairs(path, _rows_of_kind(path, rows, kind), folders)
-    if not {"image_a", "image_b"} & set(columns):
-        raise RewardError(f"{path}: unknown columns {', '.join(columns)[:200]}; expected one of: {known_columns()}")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if "lot" in columns:
+        pairs = _decided(path, _active_preferences(path, rows))
+    elif {*PAIRS.images} & {*columns}:
+        pairs = _pairs_of(path, rows, PAIRS)
+    elif kind := next((one for one in FORMATS if {*one.needed} <= {*columns} and {*PROMPTS} & {*columns}), None):
+        pairs = _decided(path, _pairs_of(path, rows, kind))
+    else:
+        known = ["image_a, image_b, prompt, choice", *(", ".join([*one.needed, "prompt"]) for one in FORMATS)]
+        raise RewardError(f"{path}: unknown columns {', '.join(columns)[:200]}; expected one of: {' | '.join(known)}")
     read = [
         (
-            _image(path, n, row.get("image_a"), "image_a", folders),
-            _image(path, n, row.get("image_b"), "image_b", folders),
-            _text(path, n, row),
+            _image(path, number, a, names[0], folders),
+            _image(path, number, b, names[1], folders),
+            _text(path, number, prompt),
         )
-        for n, row in enumerate(rows, start=1)
+        for number, names, prompt, (a, b, _, _) in pairs
     ]
-    choice = [_choice(path, n, row) for n, row in enumerate(rows, start=1)]
-    strength = [_strength(path, n, row) for n, row in enumerate(rows, start=1)]
-    a, b, prompts = zip(*read, strict=True)
-    return Pairs(a, b, prompts, PreferenceLabels(torch.tensor(choice), torch.tensor(strength)))
-
-
-def _columns(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(name for row in rows for name in row))
+    first, second, prompts = zip(*read, strict=True)
+    choice, strength = (torch.tensor([pair[column] for *_, pair in pairs]) for column in (2, 3))
+    return Pairs(first, second, prompts, PreferenceLabels(choice, strength))
 
 
 def _folders(path: Path, images: Path | None) -> list[Path]:
@@ -278,61 +255,60 @@ def _folders(path: Path, images: Path | None) -> list[Path]:
     return [path.parent] if images is None else [images, path.parent]
 
 
-NamedPair = tuple[int, tuple[str, str], LabelledPair]
+def _prompt(row: Row) -> Any:
+    return next((row[name] for name in PROMPTS if row.get(name) is not None), None)
 
 
-def _rows_of_kind(path: Path, rows: Sequence[Row], kind: TableFormat) -> list[NamedPair]:
-    names = kind.images if len(kind.images) == 2 else kind.images * 2
-    return [(number, (names[0], names[1]), pair) for number, pair in labelled_pairs(str(path), rows, kind)]
+def _pairs_of(path: Path, rows: Sequence[Row], kind: TableFormat) -> list[NumberedPair]:
+    """Return the pairs of all rows. Raises RewardError that names file and row."""
+    pairs: list[NumberedPair] = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            pairs += ((number, kind.images, _prompt(row), pair) for pair in kind.pairs(row))
+        except ValueError as error:
+            raise RewardError(f"{path}, row {number}: {error}") from error
+    return pairs
 
 
-def _active_preferences(path: Path, rows: Sequence[Row]) -> list[NamedPair]:
+def _decided(path: Path, pairs: Sequence[NumberedPair]) -> list[NumberedPair]:
+    """Leave out ties and pairs without a label, and log their numbers. Raises RewardError where no pair is left."""
+    ties, unlabelled = (sum(pair[2] == choice for *_, pair in pairs) for choice in (0.5, None))
+    skipped = f"{ties} ties and {unlabelled} pairs without a label of {len(pairs)} pairs"
+    if ties + unlabelled == len(pairs):
+        raise RewardError(f"{path}: no preferences to train on: {skipped}")
+    if ties or unlabelled:
+        logger.warning("%s: skipped %s", path, skipped)
+    return [one for one in pairs if one[3][2] not in (0.5, None)]
+
+
+def _active_preferences(path: Path, rows: Sequence[Row]) -> list[NumberedPair]:
     """Return the preferences of a dataset that their annotator did not undo."""
     groups = {row["lot"]: row for row in read_rows(path.parent / GROUPS) if isinstance(row.get("lot"), str)}
-    undone, active = set[str](), list[NamedPair]()
+    undone, active = set[str](), list[NumberedPair]()
     for number, row in reversed(list(enumerate(rows, start=1))):
         annotation_key = json.dumps([row.get("lot"), row.get("annotator")])
         if row.get("undo") is True:
             undone.add(annotation_key)
         elif annotation_key not in undone:
-            active.append((number, ("chosen", "rejected"), _pair_of_group(path, number, row, groups)))
+            prompt, pair = _pair_of_group(path, number, row, groups)
+            active.append((number, ("chosen", "rejected"), prompt, pair))
     return active[::-1]
 
 
-def _pair_of_group(path: Path, number: int, row: Row, groups: dict[str, Row]) -> LabelledPair:
+def _pair_of_group(path: Path, number: int, row: Row, groups: Mapping[Any, Row]) -> tuple[Any, LabelledPair]:
+    """Return the prompt and the pair of a recorded preference. Raises RewardError."""
     name = row.get("lot")
-    group = groups.get(name) if isinstance(name, str) else None
-    if group is None:
+    if not isinstance(name, str) or name not in groups:
         raise RewardError(f"{path}, row {number}: lot {name!r:.70} is not in {GROUPS}")
     if row.get("tie") is True:
-        return LabelledPair(None, None, "", 0.5)
+        return "", (None, None, 0.5, 1.0)
     try:
-        files = [group["images"][row[key]]["file"] for key in ("chosen", "rejected") if type(row[key]) is int]
+        files = [groups[name]["images"][row[key]]["file"] for key in ("chosen", "rejected") if type(row[key]) is int]
         chosen, rejected = files
-        return LabelledPair(chosen, rejected, group["prompts"][0], 1.0)
+        return groups[name]["prompts"][0], (chosen, rejected, 1.0, 1.0)
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise RewardError(
-            f"{path}, row {number}: chosen and rejected must be numbers of images of lot {name}"
-        ) from error
-
-
-def _labelled_pairs(path: Path, rows: Sequence[NamedPair], folders: Sequence[Path]) -> Pairs:
-    """Load decided pairs; ties and pairs without a label are counted in one line and left out."""
-    ties = sum(pair.choice == 0.5 for _, _, pair in rows)
-    unlabelled = sum(pair.choice is None for _, _, pair in rows)
-    skipped = f"{ties} ties and {unlabelled} pairs without a label of {len(rows)} pairs"
-    kept = [one for one in rows if one[2].choice not in (0.5, None)]
-    if not kept:
-        raise RewardError(f"{path}: no preferences to train on: {skipped}")
-    if ties or unlabelled:
-        logger.warning("%s: skipped %s", path, skipped)
-    read = []
-    for number, (first, second), pair in kept:
-        images = (_image(path, number, pair.a, first, folders), _image(path, number, pair.b, second, folders))
-        read.append((*images, _prompt(path, number, pair.prompt)))
-    a, b, prompts = zip(*read, strict=True)
-    choice = torch.tensor([pair.choice for _, _, pair in kept])
-    return Pairs(a, b, prompts, PreferenceLabels(choice, torch.ones_like(choice)))
+        problem = f"chosen and rejected must be numbers of images of lot {name}"
+        raise RewardError(f"{path}, row {number}: {problem}") from error
 
 
 def _image(path: Path, number: int, value: Any, column: str, folders: Sequence[Path]) -> Source:
@@ -346,32 +322,10 @@ def _image(path: Path, number: int, value: Any, column: str, folders: Sequence[P
     raise RewardError(f"{path}, row {number}: {column!r} is neither an existing image file nor its bytes")
 
 
-def _text(path: Path, number: int, row: Row) -> str:
-    return _prompt(path, number, next((row[name] for name in PROMPTS if row.get(name) is not None), None))
-
-
-def _prompt(path: Path, number: int, prompt: Any) -> str:
+def _text(path: Path, number: int, prompt: Any) -> str:
     if not isinstance(prompt, str):
         raise RewardError(f'{path}, row {number}: expected a text under "prompt"')
     return prompt
-
-
-def _choice(path: Path, number: int, row: Row) -> float:
-    value = row.get("choice")
-    if isinstance(value, str) and value in CHOICE_VALUES:
-        return CHOICE_VALUES[value]
-    if is_number(value) and 0 <= value <= 1:
-        return float(value)
-    raise RewardError(f"{path}, row {number}: choice must be a, b, tie or a number from 0 to 1, got {value!r:.40}")
-
-
-def _strength(path: Path, number: int, row: Row) -> float:
-    value = row.get("strength")
-    if value is None:
-        return 1.0
-    if is_number(value) and 0 <= value <= MAX_STRENGTH:
-        return float(value)
-    raise RewardError(f"{path}, row {number}: strength must be a number from 0 to {MAX_STRENGTH:g}, got {value!r:.40}")
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:

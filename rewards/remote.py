@@ -16,12 +16,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
+from http.client import HTTPConnection, HTTPException, HTTPSConnection, IncompleteRead
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 import torch
@@ -77,24 +76,19 @@ def decode(body: bytes) -> tuple[Tensor, list[str]]:
         raise InputError("`images` must hold base64 texts, `prompts` texts")
     if not 0 < len(images) <= MAX_IMAGES or len(images) != len(prompts):
         raise InputError(f"1 to {MAX_IMAGES} images, and as many prompts: got {len(images)} and {len(prompts)}")
-    return torch.stack(_decode_images(images)), prompts
-
-
-def _decode_images(images: Sequence[str]) -> list[Tensor]:
-    """Decode base64 texts, each to (3, H, W). All sizes are checked before the first pixel is decoded."""
     try:
+        # All sizes are checked before the first pixel is decoded.
         files = [Image.open(BytesIO(base64.b64decode(text, validate=True)), formats=("PNG",)) for text in images]
-        sizes = {file.size for file in files}
-        if len(sizes) > 1 or any(file.mode != "RGB" for file in files):
+        if len({file.size for file in files}) > 1 or any(file.mode != "RGB" for file in files):
             raise InputError("images must be 8-bit RGB and all of one size")
         if (pixels := len(files) * files[0].width * files[0].height) > MAX_PIXELS:
             raise InputError(f"{pixels} pixels in one request: at most {MAX_PIXELS}")
-        arrays = [np.asarray(file).copy() for file in files]
+        arrays = np.stack([np.asarray(file) for file in files])
     except InputError:
         raise
     except (*DECODE_ERRORS, binascii.Error) as error:
         raise InputError(f"an image cannot be read as PNG ({line(error)})") from error
-    return [torch.from_numpy(array).permute(2, 0, 1).float() / 255 for array in arrays]
+    return torch.from_numpy(arrays).permute(0, 3, 1, 2).float() / 255, prompts
 
 
 def read_scores(payload: Mapping[str, Any], count: int) -> Tensor:
@@ -154,7 +148,7 @@ class RemoteReward:
 
     def __init__(self, address: str) -> None:
         self.name, *options = address.split(",")
-        self._endpoint = _endpoint(self.name)
+        self._url = _checked_url(self.name)
         given = _options(self.name, options)
         self._timeout, self._tries = given.get("timeout", TIMEOUT), int(given.get("tries", MAX_ATTEMPTS))
         payload = self._request("GET", "", None)
@@ -171,26 +165,24 @@ class RemoteReward:
         if not images.isfinite().all():
             raise RewardError(f"reward {self.name!r}: images that are not finite cannot be sent")
         batch_size = min(MAX_IMAGES, MAX_PIXELS // max(pixels, 1))
-        starts = range(0, len(prompts), batch_size)
-        scores = [self._score_batch(images[n : n + batch_size], prompts[n : n + batch_size]) for n in starts]
-        return torch.cat([torch.zeros(0), *scores]).to(images.device)
-
-    def _score_batch(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        payload = self._request("POST", "score", encode(images, prompts))
-        try:
-            return read_scores(payload, len(prompts))
-        except RewardError as error:
-            raise self._error(f"answers wrongly: {error}") from error
+        scores = [torch.zeros(0)]
+        for n in range(0, len(prompts), batch_size):
+            some = prompts[n : n + batch_size]
+            payload = self._request("POST", "score", encode(images[n : n + batch_size], some))
+            try:
+                scores.append(read_scores(payload, len(some)))
+            except RewardError as error:
+                raise self._error(f"answers wrongly: {error}") from error
+        return torch.cat(scores).to(images.device)
 
     def _request(self, method: str, path: str, body: bytes | None) -> Mapping[str, Any]:
         """Send a request and return the JSON of the reply. Raises RewardError."""
         for attempt in range(1, self._tries + 1):
             try:
-                status, reply = self._endpoint.request(method, path, body, self._timeout)
+                status, reply = self._send(method, path, body)
             except TimeoutError as error:
-                raise self._error(
-                    f"timed out after {self._timeout:g} s: increase ,timeout= or fix the reward"
-                ) from error
+                remedy = "increase ,timeout= or fix the reward"
+                raise self._error(f"timed out after {self._timeout:g} s: {remedy}") from error
             except RETRYABLE_ERRORS as error:
                 if attempt == self._tries:
                     how = line(getattr(error, "strerror", None) or error) or type(error).__name__
@@ -202,6 +194,28 @@ class RemoteReward:
                     return self._read(status, reply)
             time.sleep(RETRY_DELAY * 2 ** (attempt - 1))
         raise AssertionError("the last attempt returns or raises")
+
+    def _send(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
+        """Return status and body, of which at most MAX_REPLY_BYTES + 1 bytes are read, all within the timeout.
+
+        Raises TimeoutError, ConnectionError, HTTPException (IncompleteRead where the body breaks off), OSError.
+        """
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if token := read_token():
+            headers["Authorization"] = f"Bearer {token}"
+        kind = HTTPSConnection if self._url.scheme == "https" else HTTPConnection
+        connection = kind(self._url.hostname or "", self._url.port, timeout=self._timeout)
+        with _deadline(connection, self._timeout) as expired:
+            connection.connect()
+            if expired.is_set():  # there was no connection to close yet
+                raise TimeoutError
+            connection.request(method, f"{self._url.path.rstrip('/')}/{path}", body, headers)
+            response, reply = connection.getresponse(), b""
+            while len(reply) <= MAX_REPLY_BYTES and (piece := response.read(MAX_REPLY_BYTES + 1 - len(reply))):
+                reply += piece
+            if len(reply) <= MAX_REPLY_BYTES and response.length:
+                raise IncompleteRead(reply, response.length)
+            return response.status, reply
 
     def _read(self, status: int, reply: bytes) -> Mapping[str, Any]:
         if len(reply) > MAX_REPLY_BYTES:
@@ -216,43 +230,6 @@ class RemoteReward:
 
     def _error(self, what: str) -> RewardError:
         return RewardError(f"reward {self.name!r} {what}")
-
-
-@dataclass(frozen=True)
-class _Endpoint:
-    """Address of a server."""
-
-    secure: bool
-    host: str
-    port: int | None
-    path: str  # ends in /
-
-    def request(self, method: str, path: str, body: bytes | None, timeout: float) -> tuple[int, bytes]:
-        """Return status and body, of which at most MAX_REPLY_BYTES + 1 bytes are read.
-
-        timeout  seconds for all of it. Raises TimeoutError, ConnectionError, HTTPException, OSError.
-        """
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if token := read_token():
-            headers["Authorization"] = f"Bearer {token}"
-        connection = (HTTPSConnection if self.secure else HTTPConnection)(self.host, self.port, timeout=timeout)
-        with _deadline(connection, timeout) as expired:
-            connection.connect()
-            if expired.is_set():  # there was no connection to close yet
-                raise TimeoutError
-            connection.request(method, self.path + path, body, headers)
-            response = connection.getresponse()
-            return response.status, _read_body(response)
-
-
-def _read_body(response: HTTPResponse) -> bytes:
-    """Read at most MAX_REPLY_BYTES + 1 bytes of the body. Raises IncompleteRead where it breaks off."""
-    body_bytes = b""
-    while len(body_bytes) <= MAX_REPLY_BYTES and (piece := response.read(MAX_REPLY_BYTES + 1 - len(body_bytes))):
-        body_bytes += piece
-    if len(body_bytes) <= MAX_REPLY_BYTES and response.length:
-        raise IncompleteRead(body_bytes, response.length)
-    return body_bytes
 
 
 @contextmanager
@@ -282,11 +259,12 @@ def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[threading.
         raise TimeoutError
 
 
-def _endpoint(address: str) -> _Endpoint:
+def _checked_url(address: str) -> SplitResult:
+    """Split an address. Raises RewardError for one that is none, or holds more than host, port and path."""
     try:
         url = urlsplit(address)
-        host, port = url.hostname, url.port
-        (host or "").encode("idna")
+        _, host = url.port, url.hostname or ""
+        host.encode("idna")
     except ValueError as error:
         raise RewardError(f"reward {address!r:.200}: not an address ({line(error)})") from error
     if url.username or url.password or url.query or url.fragment:
@@ -296,15 +274,14 @@ def _endpoint(address: str) -> _Endpoint:
         )
     if not host or not re.fullmatch(r"[!-~]*", address):
         raise RewardError(f"reward {address!r:.200}: not an address, http://HOST:PORT/ is one")
-    return _Endpoint(url.scheme == "https", host, port, url.path.rstrip("/") + "/")
+    return url
 
 
 def _options(name: str, options: Sequence[str]) -> dict[str, float]:
-    given = {}
+    patterns, given = {"tries": r"[1-9]\d?", "timeout": NUMBER}, {}
     for option in options:
         key, _, value = option.partition("=")
-        whole = key == "tries"
-        if key not in ("timeout", "tries") or not re.fullmatch(r"[1-9]\d?" if whole else NUMBER, value):
+        if key not in patterns or not re.fullmatch(patterns[key], value):
             raise RewardError(f"reward {name!r}: takes timeout=SECONDS and tries=1 to 99, got {option!r:.80}")
         given[key] = float(value)
     if not given.get("timeout", 1) > 0:
@@ -408,21 +385,12 @@ class Handler(BaseHTTPRequestHandler):
     timeout = IDLE_TIMEOUT
 
     def do_GET(self) -> None:
-        self._answer(self._about)
+        self._answer("/", self.server.about)
 
     def do_POST(self) -> None:
-        self._answer(self._score_batch)
-
-    def _about(self) -> dict[str, Any]:
-        self.server.check_token(self.headers.get("Authorization", ""))
-        if self.path != "/":
-            raise RequestError(404, "use GET / or POST /score")
-        return self.server.about()
+        self._answer("/score", self._score_batch)
 
     def _score_batch(self) -> dict[str, Any]:
-        self.server.check_token(self.headers.get("Authorization", ""))
-        if self.path != "/score":
-            raise RequestError(404, "use GET / or POST /score")
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdigit()):
             raise RequestError(411, "a request needs its Content-Length")
@@ -433,19 +401,24 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(400, "the request broke off")
         return {"scores": self.server.scores(body)}
 
-    def _answer(self, work: Callable[[], dict[str, Any]]) -> None:
+    def _answer(self, path: str, work: Callable[[], dict[str, Any]]) -> None:
         """Send one reply and close the connection: the rest of a refused request is never read as another."""
         self.close_connection = True
+        with suppress(OSError):  # the client disconnected, or was idle
+            try:
+                with self.server.request_slot():
+                    self._send(*self._reply(path, work))
+            except RequestError as error:
+                self._send(error.status, {"error": line(error)})
+
+    def _reply(self, path: str, work: Callable[[], dict[str, Any]]) -> tuple[int, dict[str, Any]]:
         try:
-            with self.server.request_slot():
-                try:
-                    self._send(200, work())
-                except RequestError as error:
-                    self._send(error.status, {"error": line(error)})
+            self.server.check_token(self.headers.get("Authorization", ""))
+            if self.path != path:
+                raise RequestError(404, "use GET / or POST /score")
+            return 200, work()
         except RequestError as error:
-            self._send(error.status, {"error": line(error)})
-        except OSError:  # the client disconnected, or was idle
-            return
+            return error.status, {"error": line(error)}
 
     def _send(self, status: int, payload: dict[str, Any]) -> None:
         body = json.dumps(payload, allow_nan=False).encode()

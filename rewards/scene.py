@@ -92,39 +92,21 @@ def parse(prompt: str) -> SceneRequest:
     words = re.sub(r"\s+", " ", prompt.strip().strip(".").lower())
     words = _PREFIX.sub("", words).replace(" to the left of ", " left of ").replace(" to the right of ", " right of ")
     head, *tail = _JOIN.split(words)
-    matches = [_PHRASE.fullmatch(part) for part in (head, *tail[1::2])]
-    shapes = [match and PLURALS.get(match["shape"], match["shape"]) for match in matches]
-    if None in matches or len(matches) > 2 or len(set(shapes)) < len(shapes):
+    matches = [match for part in (head, *tail[1::2]) if (match := _PHRASE.fullmatch(part))]
+    phrases = tuple(
+        Phrase(NUMBERS[match["count"]], match["colour"], PLURALS.get(match["shape"], match["shape"]))
+        for match in matches
+    )
+    if len(phrases) < 1 + len(tail) // 2 or len(phrases) > 2 or len({one.shape for one in phrases}) < len(phrases):
         raise RewardError(
             f"the scene reward cannot read {prompt!r}: it asks for one kind of object or two different ones, like "
             f"'three red circles' or 'a red circle left of a blue star' (colours: {', '.join(COLOURS)}; "
             f"shapes: {', '.join(SHAPES)}; joined by: and, {', '.join(RELATIONS)})"
         )
-    phrases = tuple(
-        Phrase(NUMBERS[match["count"]], match["colour"], shape)
-        for match, shape in zip(matches, shapes, strict=True)
-        if match and shape
-    )
     return SceneRequest(phrases, tail[0] if tail and tail[0] in RELATIONS else None)
 
 
 Array = np.ndarray
-
-
-def _circle(u: Array, v: Array) -> Array:
-    return u**2 + v**2 <= 1
-
-
-def _square(u: Array, v: Array) -> Array:
-    return np.maximum(abs(u), abs(v)) <= 0.88
-
-
-def _triangle(u: Array, v: Array) -> Array:
-    return (abs(u) <= (v + 0.95) / 1.9) & (v <= 0.95)
-
-
-def _cross(u: Array, v: Array) -> Array:
-    return (np.minimum(abs(u), abs(v)) <= 0.32) & (np.maximum(abs(u), abs(v)) <= 1)
 
 
 def _star(u: Array, v: Array) -> Array:
@@ -135,10 +117,10 @@ def _star(u: Array, v: Array) -> Array:
 
 
 INSIDE: dict[str, Callable[[Array, Array], Array]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "cross": _cross,
+    "circle": lambda u, v: u**2 + v**2 <= 1,
+    "square": lambda u, v: np.maximum(abs(u), abs(v)) <= 0.88,
+    "triangle": lambda u, v: (abs(u) <= (v + 0.95) / 1.9) & (v <= 0.95),
+    "cross": lambda u, v: (np.minimum(abs(u), abs(v)) <= 0.32) & (np.maximum(abs(u), abs(v)) <= 1),
     "star": _star,
 }
 
@@ -183,8 +165,7 @@ def _stretch(mask: np.ndarray) -> np.ndarray:
 
 def _shape_of(mask: np.ndarray) -> str | None:
     """Return the shape whose outline fits best, if it fits."""
-    height, width = mask.shape
-    if max(height, width) > 1.5 * min(height, width):
+    if max(mask.shape) > 1.5 * min(mask.shape):
         return None
     outline = _stretch(mask)
     scores = [(outline & shape).sum() / (outline | shape).sum() for shape in _templates()]
@@ -227,14 +208,10 @@ def requirements(request: SceneRequest, detected: Sequence[Object]) -> list[bool
         if phrase.colour:
             holds.append(sum(thing.colour == phrase.colour for thing in kind) == phrase.count)
     if request.relation:
-        holds.append(any(_related(a, b, request.relation) for a in kinds[0] for b in kinds[1]))
+        sx, sy = RELATIONS[request.relation]
+        offsets = [(a.x - b.x, a.y - b.y) for a in kinds[0] for b in kinds[1]]
+        holds.append(any(dx * sx + dy * sy > abs(dx * sy) + abs(dy * sx) for dx, dy in offsets))
     return holds
-
-
-def _related(a: Object, b: Object, relation: str) -> bool:
-    sx, sy = RELATIONS[relation]
-    dx, dy = a.x - b.x, a.y - b.y
-    return dx * sx + dy * sy > abs(dx * sy) + abs(dy * sx)
 
 
 class SceneReward:
@@ -250,11 +227,8 @@ class SceneReward:
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         arrays = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
-        scores = [
-            float(np.mean(requirements(parse(prompt), objects(array))))
-            for array, prompt in zip(arrays, prompts, strict=True)
-        ]
-        return torch.tensor(scores, dtype=torch.float32)
+        holds = [requirements(parse(prompt), objects(array)) for array, prompt in zip(arrays, prompts, strict=True)]
+        return torch.tensor([np.mean(one) for one in holds], dtype=torch.float32)
 
 
 SIDE = 32  # pixels per side at which templates are compared
@@ -277,13 +251,6 @@ def _soft_templates() -> Tensor:
             frame = (np.maximum(grid[:, None], grid[None]) <= radius + 2.5) * (1 - inside)
             kernels.append(inside / inside.sum() - frame / frame.sum())
     return torch.from_numpy(np.stack(kernels)).float()[:, None]
-
-
-def _affinity(images: Tensor) -> Tensor:
-    """Return the closeness of each pixel to each colour: (N, 6, H, W) in 0..1."""
-    palette = torch.tensor(list(COLOURS.values()), device=images.device)
-    distance = (images[:, None] - palette[:, :, None, None]) ** 2
-    return torch.exp(-distance.sum(2) / (2 * TOLERANCE**2))
 
 
 def _matches(maps: Tensor) -> Tensor:
@@ -328,26 +295,24 @@ def _relation_degree(first: Tensor, second: Tensor, relation: str) -> Tensor:
 
 def soft_requirements(request: SceneRequest, images: Tensor) -> Tensor:
     """Evaluate the requirements of the exact reward as degrees (N, R) in 0..1, of images (N, 3, 32, 32)."""
-    affinity = _affinity(images)
+    palette = torch.tensor(list(COLOURS.values()), device=images.device)
+    distance = (images[:, None] - palette[:, :, None, None]) ** 2
+    affinity = torch.exp(-distance.sum(2) / (2 * TOLERANCE**2))  # of each pixel to each colour: (N, 6, H, W) in 0..1
     anything = _matches(affinity.amax(1))
     total = sum(phrase.count for phrase in request.phrases)
     degrees = [1 - _peaks(anything.amax(1), total + 1)[:, total].clamp(0, 1)]
     maps = []
     for phrase in request.phrases:
-        degrees.append(_count_degree(_shape_confidence(anything, phrase.shape), phrase.count))
-        places = _shape_confidence(_coloured(affinity, anything, phrase), phrase.shape)
+        places = _shape_confidence(anything, phrase.shape)
+        degrees.append(_count_degree(places, phrase.count))
         if phrase.colour:
+            coloured = _matches(affinity[:, list(COLOURS).index(phrase.colour)])
+            places = _shape_confidence(coloured, phrase.shape)
             degrees.append(_count_degree(places, phrase.count))
         maps.append(places)
     if request.relation:
         degrees.append(_relation_degree(maps[0], maps[1], request.relation))
     return torch.stack(degrees, 1)
-
-
-def _coloured(affinity: Tensor, anything: Tensor, phrase: Phrase) -> Tensor:
-    if phrase.colour is None:
-        return anything
-    return _matches(affinity[:, list(COLOURS).index(phrase.colour)])
 
 
 class SceneSoftReward:

@@ -1,8 +1,7 @@
 """Published checkpoints: downloaded at a pinned revision, verified by sha256, read as tensors only."""
 
-import hashlib
 from _pickle import UnpicklingError  # the error's name only: nothing is unpickled but tensors
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.hub import download_url_to_file, get_dir
 
+from steer.files import file_sha256
 from steer.registry import nearest
 from steer.reward import RewardError
 
@@ -75,11 +75,7 @@ def one_line(error: Exception) -> str:
 
 def verify(path: Path, sha256: str | None) -> None:
     """Raise RewardError where the file's sha256 is another; None: not checked."""
-    if sha256 is None:
-        return
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256:
+    if sha256 is not None and (digest := file_sha256(path)) != sha256:
         raise RewardError(f"{path}: sha256 is {digest[:12]}…, expected {sha256[:12]}…: remove it, download it again")
 
 
@@ -94,7 +90,12 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
         raise RewardError(f"{path}: no such checkpoint")
     verify(path, sha256)
     try:
-        loaded = _tensors(path)
+        if path.suffix == ".safetensors":
+            loaded: object = load_file(path)
+        else:
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            # Training scripts wrap the weights in a table with their epoch and optimiser.
+            loaded = loaded["state_dict"] if isinstance(loaded, dict) and "state_dict" in loaded else loaded
     except UnpicklingError as error:
         raise RewardError(
             f"{path}: refused, not a checkpoint of tensors only: it is corrupt, or contains code that would run"
@@ -109,29 +110,19 @@ def read_checkpoint(path: str | Path, sha256: str | None = None) -> dict[str, Te
     return loaded
 
 
-def _tensors(path: Path) -> object:
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    # Training scripts wrap the weights in a table with their epoch and optimiser.
-    return loaded["state_dict"] if isinstance(loaded, dict) and "state_dict" in loaded else loaded
-
-
-def load_weights(module: nn.Module, state: State, what: str, unused: Iterable[str] = ()) -> None:
+def load_weights(module: nn.Module, state: State, what: str, unused: Sequence[str] = ()) -> None:
     """Load every tensor of `state` into a module.
 
     unused  prefixes of keys in the published files that no score needs
     Raises RewardError that names `what` and the keys that are missing, unexpected or of another shape.
     """
-    skipped = tuple(unused)
-    selected = {key: tensor for key, tensor in state.items() if not (skipped and key.startswith(skipped))}
-    expected_state = module.state_dict()
+    selected = {key: tensor for key, tensor in state.items() if not key.startswith(tuple(unused))}
+    expected = module.state_dict()
+    shared = expected.keys() & selected.keys()
     complaints = {
-        "missing": expected_state.keys() - selected.keys(),
-        "unexpected": selected.keys() - expected_state.keys(),
-        "of another shape": {
-            key for key in expected_state.keys() & selected.keys() if expected_state[key].shape != selected[key].shape
-        },
+        "missing": expected.keys() - shared,
+        "unexpected": selected.keys() - shared,
+        "of another shape": {key for key in shared if expected[key].shape != selected[key].shape},
     }
     check_keys(what, complaints)
     module.load_state_dict(selected)
@@ -139,14 +130,28 @@ def load_weights(module: nn.Module, state: State, what: str, unused: Iterable[st
 
 def check_keys(what: str, complaints: Mapping[str, Collection[str]]) -> None:
     """Raise RewardError that names `what` and the keys, where there are any: {"missing": keys, …}."""
-    problems = "; ".join(f"{kind}: {_some(sorted(keys))}" for kind, keys in complaints.items() if keys)
+    problems = []
+    for kind, keys in complaints.items():
+        more = f" and {len(keys) - MAX_KEYS_SHOWN} more" if len(keys) > MAX_KEYS_SHOWN else ""
+        problems += [f"{kind}: {', '.join(sorted(keys)[:MAX_KEYS_SHOWN])}{more}"] if keys else []
     if problems:
-        raise RewardError(f"{what}: the checkpoint does not fit this model ({problems})")
+        raise RewardError(f"{what}: the checkpoint does not fit this model ({'; '.join(problems)})")
 
 
-def _some(keys: list[str]) -> str:
-    more = f" and {len(keys) - MAX_KEYS_SHOWN} more" if len(keys) > MAX_KEYS_SHOWN else ""
-    return ", ".join(keys[:MAX_KEYS_SHOWN]) + more
+LINEAR_LAYOUT = (0, 2, 4, 6, 7)  # indices of the linear layers where dropouts are between them
+
+
+def linear_layers(widths: Sequence[int], layout: Sequence[int], after: type[nn.Module] = nn.Identity) -> nn.Sequential:
+    """Build linear layers at their indices in published checkpoints, each but the last followed by `after`.
+
+    Identities take the place of dropouts.
+    """
+    layers: list[nn.Module] = [nn.Identity() for _ in range(layout[-1] + 1)]
+    for index, before, width in zip(layout, widths, widths[1:], strict=False):
+        layers[index] = nn.Linear(before, width)
+        if index != layout[-1]:
+            layers[index + 1] = after()
+    return nn.Sequential(*layers)
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -78,20 +78,16 @@ def run_in_background(device: torch.device) -> Iterator[Submit]:
             def result() -> T:
                 output = future.result()
                 if stream is not None:
-                    _record_stream(output, stream, torch.cuda.current_stream(device))
+                    caller = torch.cuda.current_stream(device)
+                    caller.wait_stream(stream)
+                    for leaf in tree_leaves(output):  # their memory is not reused before the caller is done
+                        if isinstance(leaf, Tensor) and leaf.is_cuda:
+                            leaf.record_stream(caller)
                 return output
 
             return result
 
         yield begin
-
-
-def _record_stream(output: object, stream: torch.cuda.Stream, to: torch.cuda.Stream) -> None:
-    """Make tensors of one stream usable in another: their memory is not reused before that stream is done."""
-    to.wait_stream(stream)
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.is_cuda:
-            leaf.record_stream(to)
 
 
 Metadata = Sequence[Mapping[str, Any]]  # one row per image: the metadata of its prompt
@@ -195,12 +191,17 @@ def attribute(reward: Any, name: str, default: Any) -> Any:
     return getattr(reward, name, default)
 
 
+def parameters_of(call: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    """Return the parameters of a function, or of a module's `forward`; None for C code without a signature."""
+    try:
+        return inspect.signature(call.forward if isinstance(call, nn.Module) else call).parameters
+    except (TypeError, ValueError):
+        return None
+
+
 def keywords(call: Callable[..., Any], count: int, metadata: Metadata | None) -> dict[str, Any]:
     """Return the metadata as keyword argument of a call that accepts it; empty rows if required but missing."""
-    try:
-        parameters = inspect.signature(call.forward if isinstance(call, nn.Module) else call).parameters
-    except (TypeError, ValueError):  # C code may have no signature
-        return {}
+    parameters = parameters_of(call) or {}
     name = next((name for name in METADATA_PARAMETERS if name in parameters), None)
     if name is None:
         rest = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
@@ -222,7 +223,7 @@ def _cache_form(reward: Any, form: str) -> None:
 
 
 def _form(reward: Any) -> str | None:
-    """Return the form in which a reward takes images; None where it is unknown."""
+    """Return the form in which a reward takes images, declared or annotated; None where it is unknown."""
     declared = attribute(reward, "images", None)
     if isinstance(declared, str):
         if declared not in IMAGE_FORMS:
@@ -232,24 +233,14 @@ def _form(reward: Any) -> str | None:
     known = _known_forms.get(id(reward))
     if known is not None and known[0]() is reward:
         return known[1]
-    form = _annotated_form(reward)
+    parameters = parameters_of(reward) or {}
+    annotation = next((one.annotation for one in parameters.values()), None)
+    text = annotation if isinstance(annotation, str) else str(annotation)
+    patterns = {"pt": "Tensor", "pil": r"PIL|Image\b", "np": "ndarray"}
+    form = next((form for form, pattern in patterns.items() if re.search(pattern, text)), None)
     if form is not None:
         _cache_form(reward, form)
     return form
-
-
-def _annotated_form(reward: Any) -> str | None:
-    try:
-        parameters = inspect.signature(reward.forward if isinstance(reward, nn.Module) else reward).parameters
-    except (TypeError, ValueError):  # C code may have no signature
-        return None
-    annotation = next((one.annotation for one in parameters.values()), inspect.Parameter.empty)
-    text = annotation if isinstance(annotation, str) else str(annotation)
-    if "Tensor" in text:
-        return "pt"
-    if re.search(r"PIL|Image\b", text):
-        return "pil"
-    return "np" if "ndarray" in text else None
 
 
 def _as_form(images: Tensor, form: str) -> Any:
@@ -274,8 +265,7 @@ def _call_reward(name: str, call: Callable[[], Any]) -> Any:
     except RewardError:
         raise
     except Exception as error:  # foreign code: whatever it raises is reported as the reward's failure
-        message_line = " ".join(str(error).split())
-        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {message_line}") from error
+        raise RewardError(f"reward {name!r} failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _as_tensor(scores: Any) -> Any:
@@ -328,25 +318,34 @@ def has_abandoned_calls() -> bool:
     return any(isinstance(thread, TimedThread) for thread in threading.enumerate())
 
 
-class TimeLimitedReward:
-    """A reward with a timeout in seconds on every call.
+class WrappedReward:
+    """A reward with a timeout on every call, or with the metadata of each prompt from a table.
 
-    Each call runs in its own thread. Python cannot end a thread: one that hangs is abandoned and ends with the
-    process, see `has_abandoned_calls`. Raises RewardError, which names the reward, on a timeout.
+    With a timeout, each call runs in its own thread. Python cannot end a thread: one that hangs is abandoned and ends
+    with the process, see `has_abandoned_calls`. Raises RewardError, which names the reward, on a timeout.
+
+    seconds   the timeout; None: no limit
+    metadata  a row for each prompt, in place of the caller's rows; None: the caller's
     """
 
     images = "pt"
 
-    def __init__(self, reward: Reward, seconds: float) -> None:
-        if not seconds > 0:
-            raise RewardError(f"the timeout of reward {reward.name!r} must be above 0 seconds, got {seconds}")
+    def __init__(
+        self, reward: Any, seconds: float | None = None, metadata: Mapping[str, Mapping[str, Any]] | None = None
+    ) -> None:
         self.name, self.differentiable = reward.name, reward.differentiable
-        self._reward, self._seconds = reward, seconds
+        self.reward, self.metadata, self._seconds = reward, metadata, seconds
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
-        return self._with_timeout(lambda: evaluate(self._reward, images, prompts, metadata), images.device)
+        rows = self._rows(prompts, metadata)
+        return self._with_timeout(lambda: evaluate(self.reward, images, prompts, rows), images.device)
+
+    def _rows(self, prompts: Sequence[str], given: Metadata | None) -> Metadata | None:
+        return given if self.metadata is None else [self.metadata.get(prompt, {}) for prompt in prompts]
 
     def _with_timeout(self, call: Callable[[], Any], device: torch.device) -> Any:
+        if self._seconds is None:
+            return call()
         outcome: dict[str, Any] = {}
         thread_context = ThreadContext(device)
 
@@ -369,68 +368,35 @@ class TimeLimitedReward:
         return outcome["value"]
 
 
-class TimeLimitedComposite(TimeLimitedReward):
-    """A composed reward with a timeout on every call; its components are still reported."""
-
-    def __init__(self, reward: Composite, seconds: float) -> None:
-        super().__init__(reward, seconds)
-        self._composite = reward
+class WrappedComposite(WrappedReward):
+    """A composed reward with a timeout or metadata; its components are still reported."""
 
     def components(
         self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None
     ) -> Mapping[str, Tensor]:
-        given = keywords(self._composite.components, len(prompts), metadata)
-        return self._with_timeout(lambda: self._composite.components(images, prompts, **given), images.device)
+        given = keywords(self.reward.components, len(prompts), self._rows(prompts, metadata))
+        return self._with_timeout(lambda: self.reward.components(images, prompts, **given), images.device)
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        return self._with_timeout(lambda: self._composite.total(components, prompts), CPU)
+        return self._with_timeout(lambda: self.reward.total(components, prompts), CPU)
 
 
 def with_timeout(reward: Reward, seconds: float | None) -> Reward:
-    """Limit every call of a reward to `seconds`; None: no limit."""
+    """Limit every call of a reward to `seconds`; None: no limit. Raises RewardError for a limit that is not above 0."""
     if seconds is None:
         return reward
-    return (
-        TimeLimitedComposite(reward, seconds) if isinstance(reward, Composite) else TimeLimitedReward(reward, seconds)
-    )
-
-
-class PromptMetadata:
-    """A reward that receives the metadata of each prompt from a table."""
-
-    images = "pt"
-
-    def __init__(self, reward: Reward, rows: Mapping[str, Mapping[str, Any]]) -> None:
-        self.name, self.differentiable = reward.name, reward.differentiable
-        self.reward, self._rows = reward, rows
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        return evaluate(self.reward, images, prompts, self._of(prompts))
-
-    def _of(self, prompts: Sequence[str]) -> Metadata:
-        return [self._rows.get(prompt, {}) for prompt in prompts]
-
-
-class CompositeMetadata(PromptMetadata):
-    """A composed reward that receives the metadata of each prompt from a table."""
-
-    reward: Composite
-
-    def components(self, images: Tensor, prompts: Sequence[str]) -> Mapping[str, Tensor]:
-        return self.reward.components(
-            images, prompts, **keywords(self.reward.components, len(prompts), self._of(prompts))
-        )
-
-    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
-        return self.reward.total(components, prompts)
+    if not seconds > 0:
+        raise RewardError(f"the timeout of reward {reward.name!r} must be above 0 seconds, got {seconds}")
+    return (WrappedComposite if isinstance(reward, Composite) else WrappedReward)(reward, seconds=seconds)
 
 
 def with_metadata(reward: Reward, rows: Mapping[str, Mapping[str, Any]] | None) -> Reward:
     """Attach metadata by prompt to a reward, replacing earlier metadata; None: detach it."""
-    plain = reward.reward if isinstance(reward, PromptMetadata) else reward
+    attached = isinstance(reward, WrappedReward) and reward.metadata is not None
+    plain: Reward = reward.reward if attached else reward  # type: ignore[attr-defined]
     if rows is None:
         return plain
-    return (CompositeMetadata if isinstance(plain, Composite) else PromptMetadata)(plain, rows)
+    return (WrappedComposite if isinstance(plain, Composite) else WrappedReward)(plain, metadata=rows)
 
 
 VIDEO_FRAMES = 8  # scored frames of a video, evenly spaced
@@ -462,10 +428,22 @@ def warn_if_truncated(reader: str, prompt: str, tokens: int, limit: int) -> None
 
 
 def warn_if_pipeline_truncates(pipe: Any, prompts: Sequence[str], call: Mapping[str, Any]) -> None:
-    """Warn about prompts that a tokenizer of a diffusers pipeline truncates."""
-    for name, tokenizer, limit in _tokenizers(pipe, call):
+    """Warn about prompts that a tokenizer of a diffusers pipeline truncates.
+
+    The limit of CLIP's tokenizers is their own, that of others the call's max_sequence_length.
+    """
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    given = call.get("max_sequence_length")
+    if given is None and "max_sequence_length" in parameters:
+        given = parameters["max_sequence_length"].default
+    for name in TOKENIZERS:
+        tokenizer = getattr(pipe, name, None)
+        own = getattr(tokenizer, "model_max_length", None)
+        if not isinstance(own, int) or not callable(tokenizer):
+            continue
+        limit = own if "CLIP" in type(tokenizer).__name__ or not isinstance(given, int) else given
         for prompt in dict.fromkeys(prompts):
-            if len(prompt) + 2 > limit:  # every token but begin and end is at least one character
+            if limit < MAX_TOKENS and len(prompt) + 2 > limit:  # all but begin and end are at least one character
                 warn_if_truncated(f"{name} of {type(pipe).__name__}", prompt, token_count(tokenizer, prompt), limit)
 
 
@@ -485,18 +463,3 @@ def with_truncation_warning(
         return encode(prompts)
 
     return encoding
-
-
-def _tokenizers(pipe: Any, call: Mapping[str, Any]) -> Iterator[tuple[str, Any, int]]:
-    """Yield the tokenizers of a pipeline with their limits: CLIP's own, otherwise the call's max_sequence_length."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
-    given = call.get("max_sequence_length")
-    if given is None and "max_sequence_length" in parameters:
-        given = parameters["max_sequence_length"].default
-    for name in TOKENIZERS:
-        tokenizer = getattr(pipe, name, None)
-        own = getattr(tokenizer, "model_max_length", None)
-        if isinstance(own, int) and callable(tokenizer):
-            limit = own if "CLIP" in type(tokenizer).__name__ or not isinstance(given, int) else given
-            if limit < MAX_TOKENS:
-                yield name, tokenizer, limit

@@ -206,5 +206,5 @@ def test_a_published_head_is_fetched_by_commit_and_another_file_in_its_place_ref
     monkeypatch.setattr("steer.rewards.weights.download_url_to_file", download)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     refused(lambda: load_reward(f"aesthetic:{version}"), "sha256 is .*, expected .*: remove it, download it again")
-    assert asked == [PREDICTORS[version].head.url]
+    assert asked == [PREDICTORS[version][0].url]
     assert set("/".join(asked).split("/")[5]) <= set("0123456789abcdef")  # a commit, not a branch

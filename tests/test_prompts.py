@@ -148,7 +148,7 @@ def test_some_bytes_that_stand_for_many_are_not_read_to_the_end(
 
 def test_null_in_json_lines_is_named_with_its_line(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": null}\n')
-    assert 'line 2: expected an object with a text under "prompt", got null' in refused(tmp_path / "p.jsonl")
+    assert 'line 2: expected a text under "prompt", got null' in refused(tmp_path / "p.jsonl")
 
 
 def test_broken_parquet_is_one_line(tmp_path: Path) -> None:

@@ -365,7 +365,7 @@ def test_builtin_reward_names_import_no_code_and_open_no_files(text: str, place:
         patch.setattr(rewards, "_is_module", lambda name: True)
         patch.setattr(expression, "_is_path", lambda text: text.endswith(".yaml") and expression._has_no_name(text))
         patch.setattr(expression, "_read_file", lambda path, place: reached.append(str(path)))
-        patch.setattr(expression, "read_calibration", lambda path: reached.append(str(path)))
+        patch.setattr(expression.compose, "read_calibration", lambda path: reached.append(str(path)))
         with suppress(RewardError):
             load_reward(text)
     assert set(reached) <= known

@@ -61,14 +61,14 @@ def score(
     from steer.apps.scoring import collect_images, score_images
 
     samples = collect_images(images, texts, file, prompt_column)
-    results = score_images(resolve_reward(reward, reward_timeout), samples, default_device(device))
+    rows, errors = score_images(resolve_reward(reward, reward_timeout), samples, default_device(device))
     prompts = {one.prompt for one in samples}
     output = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
-    if len(results.errors) < len(samples):
-        click.echo(json.dumps(output | {"scores": results.rows}, indent=1))
-    if results.errors:
-        count = "" if len(samples) == 1 else f"{len(results.errors)} of {len(samples)} images have no score: "
-        raise InputError(count + "; ".join(results.errors))
+    if len(errors) < len(samples):
+        click.echo(json.dumps(output | {"scores": rows}, indent=1))
+    if errors:
+        count = "" if len(samples) == 1 else f"{len(errors)} of {len(samples)} images have no score: "
+        raise InputError(count + "; ".join(errors))
 
 
 steer.add_command(bench)

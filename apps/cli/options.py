@@ -44,12 +44,11 @@ def is_single_valued(option: click.Parameter) -> bool:
 def check_not_repeated(command: click.Command, context: click.Context, args: Sequence[str]) -> None:
     """Raise InputError for a repeated option that has one value."""
     _, _, order = command.make_parser(context).parse_args(args=list(args))
-    for option in order:
-        if is_single_valued(option) and order.count(option) > 1:
-            flags = isinstance(option, click.Option) and option.is_flag
-            value = "is a switch" if flags else "takes one value"
+    for option in filter(is_single_valued, order):
+        if (times := order.count(option)) > 1:
+            value = "is a switch" if isinstance(option, click.Option) and option.is_flag else "takes one value"
             name = "/".join([*option.opts, *option.secondary_opts])
-            raise InputError(f"{name} is given {order.count(option)} times and {value}: give it once")
+            raise InputError(f"{name} is given {times} times and {value}: give it once")
 
 
 def _checked(context: click.Context, option: click.Parameter, device: str | None) -> str | None:
@@ -86,9 +85,8 @@ def _read_settings(others: Collection[str], context: click.Context, option: clic
     if not isinstance(values, dict):
         raise InputError(f"--settings {path}: expected lines of `name: value`, such as lam: 25")
     if unknown := [str(name) for name in values if name not in known]:
-        raise InputError(
-            f"--settings {path}: unknown key {unknown[0]!r:.60}: did you mean {nearest(unknown[0], known)}?"
-        )
+        near = nearest(unknown[0], known)
+        raise InputError(f"--settings {path}: unknown key {unknown[0]!r:.60}: did you mean {near}?")
     given = {name: value for name, value in values.items() if value is not None}
     context.default_map = {
         name: (value if isinstance(value, list) else [value]) if options[name].multiple else plain_value(value)

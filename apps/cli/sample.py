@@ -19,16 +19,8 @@ if TYPE_CHECKING:
 SPEC = help_of("reward")
 TIMEOUT = click.option("--reward-timeout", type=float, help="Time limit of one call of the reward, in seconds.")
 FLAGS = "nsfw_content_detected"
-WITH_REPLAY = {
-    "replay",
-    "out",
-    "device",
-    "dtype",
-    "reward",
-    "reward_timeout",
-    "lora",
-    "preview",
-}  # all other options come from the image
+# All other options come from the image.
+WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "lora", "preview"}
 
 
 @click.command(cls=Command)
