@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from steer.errors import InputError
-from steer.training.losses.log_probs import check_field
 from steer.training.losses.policy_gradient import EPS
 
 
@@ -24,10 +23,9 @@ class PerPromptStatTracker:
     """
 
     def __init__(self, size: int = 16, min_count: int = 16) -> None:
-        check_field(size >= 2, "size", size, "at least 2")
-        check_field(2 <= min_count <= size, "min_count", min_count, f"2 to size = {size}")
-        self.size = size
-        self.min_count = min_count
+        if not 2 <= min_count <= size:
+            raise InputError(f"min_count must be from 2 to size, got {min_count} and {size}")
+        self.size, self.min_count = size, min_count
         self._rewards: dict[str, deque[float]] = {}
 
     def __call__(self, prompts: Sequence[str], rewards: Tensor) -> Tensor:

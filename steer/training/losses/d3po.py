@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from steer.training.losses.log_probs import LogProbs, Metrics, Unit, accuracy, check_field, check_unit, checked_rewards
+from steer.arguments import Settings, argument
+from steer.training.losses.log_probs import LogProbs, Metrics, Unit, accuracy, checked_rewards
 
 
 def dominates(rewards: Tensor) -> Tensor:
@@ -47,7 +48,7 @@ def preference_metrics(log_probs: LogProbs, better: Tensor) -> Metrics:
 
 
 @dataclass(frozen=True)
-class D3PO:
+class D3PO(Settings):
     """D3PO as published: every step of the winner is preferred to the same step of the loser.
 
     beta  > 0, per `unit`; published 0.1 for log-probabilities averaged over the elements
@@ -57,47 +58,30 @@ class D3PO:
     The loss is the mean over pairs and steps; without a pair it is 0, and so is its gradient.
     """
 
-    beta: float = 0.1
+    beta: float = argument(0.1, "(0, inf)")
     unit: Unit = "element"
     whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        check_field(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
-        check_unit(self.unit)
-
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         better = dominates(checked_rewards(log_probs, rewards, group=2, several=True))
         implicit = log_probs.per(self.unit).implicit_rewards()  # r̂_t (B, K, T)
-        logits = self.beta * (implicit[:, :, None] - implicit[:, None, :])[better]  # (pairs, T)
+        if self.whole_trajectory:
+            implicit = implicit.sum(-1)  # r̂ (B, K)
+        logits = self.beta * (implicit[:, :, None] - implicit[:, None, :])[better]  # (pairs, T), or (pairs,)
         loss = -logsigmoid(logits).sum() / max(logits.numel(), 1)  # a sum: it has a gradient (0) without any pair
         return loss, preference_metrics(log_probs, better)
 
 
 @dataclass(frozen=True)
-class D3POTrajectory:
+class D3POTrajectory(D3PO):
     """DPO on whole trajectories, which D3PO's authors could not afford (over 100 GB); computed one step at a time.
 
     beta  > 0, per `unit`. The weight of KL(π ‖ π_ref) of the whole trajectory against the reward, as the sum of D3PO's
           steps does: hence the same 0.1. The first gradient is T times that of D3PO.
-    unit  of the log-probabilities: element or nat
 
-    Takes rewards (B, K), or (B, K, M) whose winners are better in one and worse in none. K ≥ 2.
-    The loss is the mean over pairs; without a pair it is 0, and so is its gradient.
+    The loss is the mean over pairs.
     """
 
-    beta: float = 0.1
-    unit: Unit = "element"
     whole_trajectory: ClassVar[bool] = True
     stepwise: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_field(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
-        check_unit(self.unit)
-
-    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
-        better = dominates(checked_rewards(log_probs, rewards, group=2, several=True))
-        implicit = log_probs.per(self.unit).implicit_rewards().sum(-1)  # r̂ (B, K)
-        logits = self.beta * (implicit[:, :, None] - implicit[:, None, :])[better]  # (pairs,)
-        loss = -logsigmoid(logits).sum() / max(logits.numel(), 1)
-        return loss, preference_metrics(log_probs, better)

@@ -11,11 +11,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from steer.training.losses.log_probs import LogProbs, Metrics, check_field, checked_rewards
+from steer.arguments import Settings, argument
+from steer.training.losses.log_probs import LogProbs, Metrics, checked_rewards
 
 
 @dataclass(frozen=True)
-class Filtered:
+class Filtered(Settings):
     """Imitation of the best samples of each prompt.
 
     keep  fraction of samples, above 0 and at most 1; at least one sample is kept. 0.25 is the best of four.
@@ -24,12 +25,9 @@ class Filtered:
     reward of those kept minus that of all.
     """
 
-    keep: float = 0.25
+    keep: float = argument(0.25, "(0, 1]")
     whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_field(0 < self.keep <= 1, "keep", self.keep, "above 0 and at most 1")
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         rewards = checked_rewards(log_probs, rewards)

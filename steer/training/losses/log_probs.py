@@ -9,7 +9,7 @@ A loss is a function of the matrices (B, K, T) and (B, K) alone: it has no acces
 """
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,8 @@ class LogProbs:
             raise InputError(
                 f"log-probabilities (new, old, reference) of shapes {shapes} must all be one (prompts, samples, steps)"
             )
-        check_field(self.elements >= 1, "elements", self.elements, "at least 1")
+        if self.elements < 1:
+            raise InputError(f"elements must be at least 1, got {self.elements}")
 
     def per(self, unit: Unit) -> "LogProbs":
         """Convert from nats to a unit: element divides by D, as β and ε of DDPO and D3PO assume."""
@@ -72,17 +73,6 @@ class Loss(Protocol):
         rewards: (B, K), higher is better; a loss may document other inputs. Raises InputError where they do not fit.
         """
         ...
-
-
-def check_field(fits: bool, name: str, value: object, allowed: str) -> None:
-    """Raise InputError, with the field, its value and the allowed range, unless the value fits."""
-    if not fits:
-        raise InputError(f"{name} {value!r} must be {allowed}")
-
-
-def check_unit(unit: str) -> None:
-    """Raise InputError unless it is a unit of log-probabilities."""
-    check_field(unit in get_args(Unit), "unit", unit, "nat or element")
 
 
 def checked_rewards(log_probs: LogProbs, rewards: Tensor, group: int = 1, several: bool = False) -> Tensor:

@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steer.training.losses.log_probs import LogProbs, Metrics, Unit, check_field, check_unit, checked_rewards
+from steer.arguments import Settings, argument
+from steer.training.losses.log_probs import LogProbs, Metrics, Unit, checked_rewards
 
 EPS = 1e-6  # added to the standard deviation of rewards: differences by rounding alone must not count
 
@@ -40,7 +41,7 @@ def group_advantages(rewards: Tensor, scale: bool) -> Tensor:
 
 
 @dataclass(frozen=True)
-class DDPO:
+class DDPO(Settings):
     """DDPO's importance-sampling estimator, one ratio per step.
 
     clip            ε > 0, inf for none; published 1e-4 for log-probabilities averaged over the elements
@@ -50,16 +51,11 @@ class DDPO:
     Takes ADVANTAGES (B, K) for rewards, normalised already (steer.training.losses.PerPromptStatTracker).
     """
 
-    clip: float = 1e-4
+    clip: float = argument(1e-4, "(0, inf]")
     unit: Unit = "element"
-    advantage_clip: float = 5.0
+    advantage_clip: float = argument(5.0, "(0, inf]")
     whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_field(self.clip > 0, "clip", self.clip, "above 0")
-        check_field(self.advantage_clip > 0, "advantage_clip", self.advantage_clip, "above 0")
-        check_unit(self.unit)
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         advantages = checked_rewards(log_probs, rewards).clamp(-self.advantage_clip, self.advantage_clip)
@@ -67,7 +63,7 @@ class DDPO:
 
 
 @dataclass(frozen=True)
-class GRPO:
+class GRPO(Settings):
     """GRPO: the samples of a prompt are each other's baseline.
 
     clip   ε > 0, inf for none; 1e-4 in the authors' Flow-GRPO code (1e-5 to 1e-3 by task), averaged over the elements
@@ -78,15 +74,11 @@ class GRPO:
     Takes rewards (B, K), K ≥ 2. A prompt with equal rewards contributes nothing: advantages 0.
     """
 
-    clip: float = 1e-4
+    clip: float = argument(1e-4, "(0, inf]")
     unit: Unit = "element"
     scale: bool = True
     whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_field(self.clip > 0, "clip", self.clip, "above 0")
-        check_unit(self.unit)
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         advantages = group_advantages(checked_rewards(log_probs, rewards, group=2), self.scale)

@@ -15,11 +15,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steer.training.losses.log_probs import LogProbs, Metrics, accuracy, check_field, checked_rewards
+from steer.arguments import Settings, argument
+from steer.training.losses.log_probs import LogProbs, Metrics, accuracy, checked_rewards
 
 
 @dataclass(frozen=True)
-class PRDP:
+class PRDP(Settings):
     """PRDP, in nats summed over elements and steps; the reductions of the published β and ε are not documented.
 
     beta  > 0, reward per nat. Start from std(r)/10: trajectories with rewards a standard deviation apart then differ
@@ -35,14 +36,10 @@ class PRDP:
     error     nats, root mean square of r̂^a − r̂^b − (r^a − r^b)/β
     """
 
-    beta: float = 0.1
-    clip: float = 0.1
+    beta: float = argument(0.1, "(0, inf)")
+    clip: float = argument(0.1, "(0, inf]")
     whole_trajectory: ClassVar[bool] = True
     stepwise: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        check_field(0 < self.beta < torch.inf, "beta", self.beta, "above 0 and finite")
-        check_field(self.clip > 0, "clip", self.clip, "above 0")
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         rewards = checked_rewards(log_probs, rewards, group=2)
