@@ -295,8 +295,7 @@ def _in_words(interval: str) -> str:
         return "a finite number, or inf" if closed else "a finite number"
     if interval[0] == "[" and closed and high != "inf":
         return f"from {low} to {high}"
+    below = f" and {'at most' if closed else 'below'} {high}"
     if high == "inf":
         below = "" if closed else " and finite"
-    else:
-        below = f" and {'at most' if closed else 'below'} {high}"
     return f"{'at least' if interval[0] == '[' else 'above'} {low}{below}"
