@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -31,7 +31,6 @@ from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
 from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import INTERRUPTED, Trainer
 from steer.registry import choose, nearest
-from steer.reward import Reward
 from steer.training.trainable import read_lora
 
 METHODS: dict[str, type[Trainer[Any]]] = {
@@ -124,8 +123,9 @@ class ConfigSource:
 
     def locate_error(self, error: InputError) -> InputError:
         """Return the error with the origin of the key that its message begins with."""
-        first, _, rest = str(error).partition(" ")
-        return InputError(f"{self.key(first)} {rest}" if first in self.changed else f"{self.name}: {error}")
+        first = re.match(r"\w*", str(error))[0]  # type: ignore[index]
+        changed = first in self.changed
+        return InputError(f"{self.key(first)}{str(error)[len(first) :]}" if changed else f"{self.name}: {error}")
 
 
 @dataclass(frozen=True)
@@ -140,18 +140,9 @@ class FinetuneConfig:
         """Return every key with its value, as a configuration file holds them."""
         return json.loads(json.dumps(asdict(self.job) | asdict(self.training)))
 
-    def trainer(self, pipe: Any, data: "TrainingData", **options: Any) -> Trainer[Any]:
+    def trainer(self, pipe: Any, **data: Any) -> Trainer[Any]:
         """Create the trainer over a pipeline, or over None to check the arguments before a model is loaded."""
-        return METHODS[self.job.method](
-            pipe,
-            data.reward,
-            self.training,
-            preferences=self.job.preferences,
-            train_prompts=data.prompts,
-            eval_prompts=data.eval_prompts,
-            eval_rewards=data.eval_rewards,
-            **options,
-        )
+        return METHODS[self.job.method](pipe, config=self.training, preferences=self.job.preferences, **data)
 
 
 def read_config(name: str, overrides: Mapping[str, str] | None = None) -> FinetuneConfig:
@@ -278,21 +269,6 @@ MEMORY_HINT = "a smaller micro_batch or gradient_checkpointing: true need less"
 FULL_USAGE = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """The prompts and rewards of a run."""
-
-    prompts: Sequence[str]
-    eval_prompts: Sequence[str]
-    reward: Reward | None  # None where people annotate
-    eval_rewards: Sequence[Reward]
-
-    @property
-    def evaluation_rewards(self) -> list[Reward]:
-        """The rewards of evaluations, in their order."""
-        return [reward for reward in (self.reward, *self.eval_rewards) if reward is not None]
-
-
 def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
     """Train, and add config.yaml, samples/ and, at the end, plots/ and README.md to the output folder.
 
@@ -309,7 +285,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
         )
     _check_call(config, pipe)
     values = config.plain()
-    trainer = config.trainer(pipe, data, callbacks=[RunFiles(out, values)], run_config=values)
+    trainer = config.trainer(pipe, **data, callbacks=[RunFiles(out, values)], run_config=values)
     with wrap_errors(config.source.name, RESUME_HINT, MEMORY_HINT):
         result = trainer.train(resume_from_checkpoint=resume)
         if here.is_main_process:
@@ -343,8 +319,11 @@ def write_config(out: Path, config_values: Mapping[str, Any]) -> None:
     write_text(out / "config.yaml", yaml.safe_dump(dict(config_values), sort_keys=False, allow_unicode=True, width=120))
 
 
-def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
-    """Load prompts and rewards, and check all arguments before a model is loaded, the cheapest first."""
+def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
+    """Return prompts and rewards by the names of the trainer's arguments.
+
+    All arguments are checked before a model is loaded, the cheapest first.
+    """
     job, source, folder = config.job, config.source, config.training.output_dir
     out = Path(folder)
     with named(source.key("output_dir")):
@@ -358,19 +337,17 @@ def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
     with named(source.key("reward")):
         reward = None if job.reward is None else resolve_reward(job.reward)
     with named(source.key("eval_rewards")):
-        train_data = TrainingData(prompts, eval_prompts, reward, [resolve_reward(spec) for spec in job.eval_rewards])
-        names = [one.name for one in train_data.evaluation_rewards]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise InputError(f"{min(twice)!r} is given twice or is trained on: each reward must be another one")
+        eval_rewards = [resolve_reward(spec) for spec in job.eval_rewards]
+    data = {"train_prompts": prompts, "eval_prompts": eval_prompts, "reward": reward, "eval_rewards": eval_rewards}
     try:
-        config.trainer(None, train_data)
+        config.trainer(None, **data)
         if config.training.init_adapter is not None:
             read_lora(config.training.init_adapter)
     except InputError as error:
         raise source.locate_error(error) from error
     if is_main_process():
         _check_writable(out, f"{source.key('output_dir')} {folder}")
-    return train_data
+    return data
 
 
 def _check_call(config: FinetuneConfig, pipe: Any) -> None:

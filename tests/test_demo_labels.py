@@ -444,7 +444,7 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
     words = shlex.split(command_of(owners))
     assert words[:3] == ["steer", "finetune", "d3po-scenes"]
     config = read_config(words[2], parse_overrides(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
-    assert load_data(config, False).prompts == [] and config.job.preferences == str(store.path)
+    assert load_data(config, False)["train_prompts"] == [] and config.job.preferences == str(store.path)
     assert config.training.num_inference_steps == 3 and config.training.num_generations == 2
     owners.close()
     assert store.path.exists(), "what the owner named outlives the app"

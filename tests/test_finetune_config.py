@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from steer.apps.cli.finetune import parse_overrides
-from steer.apps.finetuning import METHODS, FinetuneJob, TrainingData, read_config, schema_of
+from steer.apps.finetuning import METHODS, FinetuneJob, read_config, schema_of
 from steer.apps.prompts import load_prompts
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
@@ -31,7 +31,7 @@ def test_embedded_configurations_are_whole(name: str) -> None:
     assert config.training.output_dir == f"out/{name}" and job.method == name.split("-")[0]
     assert f"steer finetune {name}" in CONFIGS[name].read_text()
     assert job.eval_rewards and {atom.split(":")[0] for atom in job.eval_rewards} <= set(reward_names())
-    config.trainer(None, TrainingData([], [], load_reward("brightness + jpeg"), []))
+    config.trainer(None, reward=load_reward("brightness + jpeg"))
     if name.endswith("-scenes"):
         assert job.prompts and job.eval_prompts
         assert not set(load_prompts(job.prompts)) & set(load_prompts(job.eval_prompts))

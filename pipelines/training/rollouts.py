@@ -156,79 +156,46 @@ def summary(scored: Scored) -> dict[str, Any]:
 
 def trajectories_to_tensors(stored: Trajectories) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Convert trajectories to tensors and plain values; lossless."""
-    metrics = {**asdict(stored.rows), "stochastic": stored.stochastic}
-    return {"latents": stored.latents, "log_probs": stored.log_probs}, metrics
+    values = {**asdict(stored.rows), "stochastic": stored.stochastic}
+    return {"latents": stored.latents, "log_probs": stored.log_probs}, values
 
 
-def trajectories_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> Trajectories:
+def trajectories_from_tensors(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Trajectories:
     """Restore trajectories from `trajectories_to_tensors`."""
-    rows = Rows(tuple(metrics["prompts"]), tuple(metrics["starts"]), tuple(metrics["noises"]))
-    return Trajectories(rows, tensors["latents"], tuple(metrics["stochastic"]), tensors["log_probs"])
+    rows = Rows(tuple(values["prompts"]), tuple(values["starts"]), tuple(values["noises"]))
+    return Trajectories(rows, tensors["latents"], tuple(values["stochastic"]), tensors["log_probs"])
 
 
-def rollout_to_tensors(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert a rollout to tensors and plain values; lossless."""
+def rollout_to_tensors(buffer: RolloutBuffer, context: DistributedContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Convert a rollout, gathered from all processes, to tensors and plain values; lossless."""
     tensors: dict[str, Tensor] = {}
     batches = []
     for number, (batch, rewards) in enumerate(zip(buffer.batches, buffer.rewards, strict=True)):
+        stored, values = trajectories_to_tensors(Trajectories.concatenate(context.gather(batch.chunks)))
+        for name, value in vars(Reference.concatenate(context.gather(batch.references))).items():
+            stored |= {} if value is None else {f"reference {name}": value}
         tensors |= {f"{number}/signal": batch.rewards, f"{number}/rewards": rewards}
-        chunks = []
-        for place, (chunk, reference) in enumerate(zip(batch.chunks, batch.references, strict=True)):
-            own, metrics = trajectories_to_tensors(chunk)
-            kept = {name: value for name, value in vars(reference).items() if value is not None}
-            own |= {f"reference {name}": value for name, value in kept.items()}
-            tensors |= {f"{number}/{place}/{name}": value for name, value in own.items()}
-            chunks.append(metrics)
-        batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": chunks})
-    metrics = {
-        "number": buffer.number,
-        "metrics": buffer.metrics,
-        "order": buffer.order,
-        "cursor": buffer.cursor,
-        "batches": batches,
-    }
-    return tensors, metrics
+        tensors |= {f"{number}/0/{name}": value for name, value in stored.items()}
+        batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": [values]})
+    plain = {name: getattr(buffer, name) for name in ("number", "metrics", "order", "cursor")}
+    return tensors, plain | {"batches": batches}
 
 
-def concatenate(buffer: RolloutBuffer, context: DistributedContext) -> RolloutBuffer:
-    """Gather the chunks of all processes."""
-    batches = []
-    for batch in buffer.batches:
-        chunks, references = context.gather(batch.chunks), context.gather(batch.references)
-        batches.append(replace(batch, chunks=chunks, references=references))
-    return replace(buffer, batches=tuple(batches))
-
-
-def shard_rollout(whole: RolloutBuffer, context: DistributedContext, size: int) -> RolloutBuffer:
-    """Return this process's shard of a whole rollout, in chunks of at most `size` rows."""
-    batches = []
-    for batch in whole.batches:
-        stored, metrics = Trajectories.concatenate(batch.chunks), Reference.concatenate(batch.references)
-        own = process_shard(range(len(stored.rows)), context)
-        components = [own[first : first + size] for first in range(0, len(own), size)]
-        chunks, references = [stored.at(part) for part in components], [metrics.at(part) for part in components]
-        batches.append(replace(batch, chunks=chunks, references=references))
-    return replace(whole, batches=tuple(batches))
-
-
-def rollout_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> RolloutBuffer:
-    """Restore a rollout from `rollout_to_tensors`."""
+def rollout_from_tensors(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Any], context: DistributedContext, size: int
+) -> RolloutBuffer:
+    """Restore this process's shard of a rollout from `rollout_to_tensors`, in chunks of at most `size` rows."""
     batches, rewards = [], []
-    for number, batch in enumerate(metrics["batches"]):
-        chunks, references = [], []
-        for place, about in enumerate(batch["chunks"]):
-            start = f"{number}/{place}/"
-            own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-            chunks.append(trajectories_from_tensors(own, about))
-            residuals = own.get("reference residuals")
-            references.append(Reference(residuals, own["reference deviations"], own["reference log_probs"]))
+    for number, batch in enumerate(values["batches"]):
+        start = f"{number}/0/"
+        own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+        stored = trajectories_from_tensors(own, batch["chunks"][0])
+        residuals = own.get("reference residuals")
+        reference = Reference(residuals, own["reference deviations"], own["reference log_probs"])
+        shard = process_shard(range(len(stored.rows)), context)
+        parts = [shard[first : first + size] for first in range(0, len(shard), size)]
+        chunks, references = [stored.at(part) for part in parts], [reference.at(part) for part in parts]
         batches.append(Batch(chunks, references, tuple(batch["steps"]), tensors[f"{number}/signal"], batch["window"]))
         rewards.append(tensors[f"{number}/rewards"])
-    return RolloutBuffer(
-        metrics["number"],
-        tuple(batches),
-        tuple(rewards),
-        tuple(metrics["metrics"]),
-        tuple(metrics["order"]),
-        metrics["cursor"],
-    )
+    metrics, order = tuple(values["metrics"]), tuple(values["order"])
+    return RolloutBuffer(values["number"], tuple(batches), tuple(rewards), metrics, order, values["cursor"])
