@@ -26,7 +26,8 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
 from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
 from steer.pipelines.training.method import TrainingResult
-from steer.pipelines.training.preference_data import check_preferences, sampling_config_of
+from steer.pipelines.training.preference_data import sampling_config_of
+from steer.pipelines.training.preference_files import read_preferences
 from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
 from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import INTERRUPTED, Trainer
@@ -332,7 +333,7 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
     prompts, eval_prompts = _prompts(config)
     if job.preferences is not None:
         with named(source.key("preferences")):
-            check_preferences(Path(job.preferences))
+            read_preferences(Path(job.preferences))
     check_device(job.device)
     with named(source.key("reward")):
         reward = None if job.reward is None else resolve_reward(job.reward)

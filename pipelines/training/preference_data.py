@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from steer.pipelines.training.preference_files import (
     PreferenceRecords,
     SampleGroup,
     SampleProvenance,
-    check_preferences,
     file_inside,
     pixel_hash,
     pixels_of,
@@ -79,7 +79,8 @@ class PreferenceFolder:
         """
         if type(call.get("num_inference_steps")) is not int:
             raise InputError("num_inference_steps must be among the arguments of the call: a training needs the same")
-        if odd := [name for name, value in call.items() if not _is_plain(value)]:
+        to_json = partial(json.dumps, allow_nan=False)
+        if odd := [name for name, value in call.items() if not _accepts(to_json, value)]:
             raise InputError(f"{odd[0]} is not a plain value: the arguments of recorded calls must fit in JSON")
         if latents_dtype not in DTYPES:
             raise InputError(f"latents_dtype must be one of {', '.join(DTYPES)}, got {latents_dtype!r}")
@@ -178,7 +179,7 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         file.seek(0)
         metrics = file.read()
         last = metrics[metrics.rfind(b"\n") + 1 :]
-        if _is_json(last):
+        if _accepts(json.loads, last):
             line = b"\n" + line  # somebody's editor left the end of the line out
         elif last:
             file.truncate(len(metrics) - len(last))
@@ -188,23 +189,13 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     sync(path.parent)
 
 
-def _is_json(text: bytes) -> bool:
+def _accepts(convert: Callable[[Any], Any], value: Any) -> bool:
     try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_plain(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
+        convert(value)
     except (TypeError, ValueError):
         return False
     return True
 
-
-__all__ = ["NoReward", "PreferenceDataset", "PreferenceFolder", "check_preferences", "sampling_config_of"]
 
 REGENERATED = "regenerated"  # folder, in that of a run, of samples that were drawn again
 MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "latents_dtype")  # of a folder and a run; other things may differ
@@ -250,17 +241,13 @@ class PreferenceDataset:
         """
         records = read_preferences(folder)
         _check_settings(records, pipe, config)
-        num_rollouts = math.ceil(
-            config.max_steps / (config.steps_per_generation * config.num_iterations)
-        )  # whole ones are drawn
-        used = _preferences_at(records, config, 0, num_rollouts * config.steps_per_generation * config.train_batch_size)
+        updates, passes, size = config.steps_per_generation, config.num_iterations, config.train_batch_size
+        num_rollouts = math.ceil(config.max_steps / (updates * passes))  # whole ones are drawn
+        used = _preferences_at(records, config, 0, num_rollouts * updates * size)
         groups = {preference.group: records.groups[preference.group] for preference in used}
         missing = [group for group in groups.values() if group.trajectories is None]
-        return cls(
-            records,
-            groups | _regenerate(missing, records, pipe, config, Path(config.output_dir) / REGENERATED),
-            config,
-        )
+        again = _regenerate(missing, records, pipe, config, Path(config.output_dir) / REGENERATED)
+        return cls(records, groups | again, config)
 
     def config_dict(self) -> dict[str, Any]:
         return {"preferences": f"{len(self.records.preferences)} with the hash {self.records.digest()[:16]}"}
@@ -291,9 +278,7 @@ class PreferenceDataset:
 
     def _chunks(self, preferences: Sequence[Preference]) -> list[Trajectories]:
         """Return chosen and rejected samples, pair after pair, in chunks for the denoiser."""
-        groups = {
-            name: self.groups[name].load() for name in dict.fromkeys(preference.group for preference in preferences)
-        }
+        groups = {name: self.groups[name].load() for name in {preference.group for preference in preferences}}
         pairs = [groups[preference.group].at([preference.chosen, preference.rejected]) for preference in preferences]
         first = pairs[0]
         for preference, pair in zip(preferences, pairs, strict=True):
@@ -367,10 +352,8 @@ def _regenerate(
 
 def _regeneration_error(group: SampleGroup, number: int, provenance: SampleProvenance, here: SampleProvenance) -> str:
     difference = [f"{name} {there!r} then, {now!r} now" for name, (there, now) in provenance.diff(here).items()]
-    why = (
-        "; ".join(difference)
-        or "the settings are the same, so the weights are not, or the device is another of its kind"
-    )
+    same = "the settings are the same, so the weights are not, or the device is another of its kind"
+    why = "; ".join(difference) or same
     return (
         f"{file_inside(group.folder, group.image_file(number))}: sampled again from its seed the image is another "
         f"one, so that its trajectory is lost ({why}): restore what it was sampled with, or record "
