@@ -250,6 +250,7 @@ class PreferenceDataset:
         return cls(records, groups | again, config)
 
     def config_dict(self) -> dict[str, Any]:
+        """Return the plain values that determine the samples."""
         return {"preferences": f"{len(self.records.preferences)} with the hash {self.records.digest()[:16]}"}
 
     def collect(

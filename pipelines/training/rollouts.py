@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -70,20 +70,6 @@ def batch_order(batches: int, num_passes: int, seed: int, number: int) -> tuple[
     return tuple(order)
 
 
-class RolloutSource(Protocol):
-    """A source of rollouts: a policy and its prompts, or recorded samples."""
-
-    def config_dict(self) -> dict[str, Any]:
-        """Return the plain values that determine the samples."""
-        ...
-
-    def collect(
-        self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
-    ) -> RolloutBuffer:
-        """Collect rollout `number`, from 0: this process's shard of it."""
-        ...
-
-
 @dataclass(frozen=True)
 class OnlineRollouts:
     """Samples of prompts by the present policy, scored by the reward of `method`.
@@ -94,39 +80,35 @@ class OnlineRollouts:
     prompts: Sequence[str]
     method: TrainingMethod[Any]
 
-    @property
-    def config(self) -> TrainingConfig:
-        """The configuration of the method."""
-        return self.method.config
-
     def config_dict(self) -> dict[str, Any]:
+        """Return the plain values that determine the samples."""
         return {"prompts": list(self.prompts)}
 
     def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
-        """Sample and score every update of a rollout, and evaluate the reference on the samples.
+        """Collect rollout `number`, from 0: sample and score this process's shard of every update.
 
-        Raises InputError where the first rollout leaves nothing to learn.
+        The reference is evaluated on the samples. Raises InputError where the first rollout leaves nothing to learn.
         """
-        size, samples, seed = self.config.train_batch_size, self.config.num_generations, self.config.seed
+        config = self.method.config
+        size, samples, seed = config.train_batch_size, config.num_generations, config.seed
+        updates = config.steps_per_generation
         batches, rewards, metrics = [], [], []
-        for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
+        for update in range(number * updates, (number + 1) * updates):
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
-            scored = sample_and_score(
-                sampler, self.method.reward, rows, samples, self.config.micro_batch, on_chunk, context
-            )
+            scored = sample_and_score(sampler, self.method.reward, rows, samples, config.micro_batch, on_chunk, context)
             window = self.method.window(scored.chunks[0].log_probs.shape[1])
             steps = self.method.steps(window, name)
-            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, self.config)
+            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, config)
             batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored), window))
             rewards.append(scored.rewards)
             metrics.append(summary(scored))
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
-        order = batch_order(len(batches), self.config.num_iterations, seed, number)
+        order = batch_order(len(batches), config.num_iterations, seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order)
 
 

@@ -33,7 +33,7 @@ from steer.pipelines.training.method import (
 )
 from steer.pipelines.training.model_card import base_model, model_card
 from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
-from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer, RolloutSource
+from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer
 from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
 from steer.reward import Reward, warn_if_pipeline_truncates, with_metadata
 from steer.rewards.parser import load_reward
@@ -45,6 +45,7 @@ from steer.training.trainable import FullFinetuning, LoRA, Trainable, fingerprin
 
 INTERRUPTED = "interrupted"
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
+RolloutSource = OnlineRollouts | PreferenceDataset
 
 
 class Trainer(TrainingMethod[ConfigT]):

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -48,29 +50,7 @@ def set_parameter(parameter: Tensor, value: Tensor) -> None:
 
 ADAPTER = "steer"  # the adapter's name
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-class Trainable(Protocol):
-    """The trained parameters of a denoiser, in a fixed order, by name."""
-
-    denoiser: Any
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the denoiser at this moment: FSDP replaces them."""
-        ...
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Use the reference policy, from the start of the training, in the block."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the full weights to export; with a sharded denoiser every process must call it."""
-        ...
-
-    def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
-        """Write the weights in diffusers' format and return the path."""
-        ...
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # for diffusers, and for peft
 
 
 def get_denoiser(pipe: Any) -> tuple[str, Any]:
@@ -116,13 +96,10 @@ def _swap_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str
 
 def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
     """Read the tensors of a LoRA file, without peft's prefix, and its alpha if stated. Raises InputError."""
-    from safetensors import SafetensorError, safe_open
-
     place = Path(path)
-    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-    file = next((place / name for name in names if (place / name).is_file()), place)
+    file = next((place / name for name in LORA_FILES if (place / name).is_file()), place)
     if not file.is_file():
-        raise InputError(f"init_adapter {path}: no LoRA file; expected {' or '.join(names)}, as in RUN/final")
+        raise InputError(f"init_adapter {path}: no LoRA file; expected {' or '.join(LORA_FILES)}, as in RUN/final")
     try:
         verify_checksums(file)
         with safe_open(file, "pt") as opened:
@@ -239,7 +216,7 @@ class LoRA:
                 layer.set_scale(ADAPTER, 1.0)
 
     def state(self) -> dict[str, Tensor]:
-        """Return A and B under peft's file names."""
+        """Return A and B under peft's file names; with a sharded denoiser every process must call it."""
         from peft import get_peft_model_state_dict
 
         denoisers = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
@@ -248,15 +225,13 @@ class LoRA:
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
         """Write the adapter for `pipe.load_lora_weights(folder)`; for peft where the pipeline supports no LoRA."""
         folder.mkdir(parents=True, exist_ok=True)
-        if hasattr(self.pipe, "save_lora_weights"):
-            metadata = {f"{self.name}_lora_adapter_metadata": self.config.to_dict()}
-            self.pipe.save_lora_weights(folder, **{f"{self.name}_lora_layers": dict(state)}, **metadata)
-            return folder / "pytorch_lora_weights.safetensors"
-        from safetensors.torch import save_file
-
-        self.config.save_pretrained(folder)
-        save_file(dict(state), folder / "adapter_model.safetensors")
-        return folder / "adapter_model.safetensors"
+        if not hasattr(self.pipe, "save_lora_weights"):
+            self.config.save_pretrained(folder)
+            save_file(dict(state), folder / LORA_FILES[1])
+            return folder / LORA_FILES[1]
+        metadata = {f"{self.name}_lora_adapter_metadata": self.config.to_dict()}
+        self.pipe.save_lora_weights(folder, **{f"{self.name}_lora_layers": dict(state)}, **metadata)
+        return folder / LORA_FILES[0]
 
 
 class FullFinetuning:
@@ -286,7 +261,7 @@ class FullFinetuning:
             yield
 
     def state(self) -> dict[str, Tensor]:
-        """Return all weights."""
+        """Return all weights; with a sharded denoiser every process must call it."""
         return {name: whole(value) for name, value in self.denoiser.state_dict().items()}
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
@@ -297,3 +272,6 @@ class FullFinetuning:
             model.load_state_dict(state)
         model.save_pretrained(folder / self.name)
         return folder / self.name
+
+
+Trainable = LoRA | FullFinetuning  # `parameters`: those of the denoiser at this moment, by name; FSDP replaces them
