@@ -176,8 +176,9 @@ def schema_of(method: str) -> type[BaseModel]:
     for cls in (FinetuneJob, METHODS[method].config_class):
         hints = get_type_hints(cls)
         for one in fields(cls):
-            factory = Field(default_factory=one.default_factory) if one.default_factory is not MISSING else None
-            default = factory or (... if one.default is MISSING else DEFAULTS.get(one.name, one.default))
+            default = ... if one.default is MISSING else DEFAULTS.get(one.name, one.default)
+            if one.default_factory is not MISSING:
+                default = Field(default_factory=one.default_factory)
             keys[one.name] = (hints[one.name], default)
     return create_model(method, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **keys)
 
@@ -200,11 +201,13 @@ def _read_file(name: str) -> dict[str, Any]:
 def _with_overrides(
     config_values: dict[str, Any], overrides: Mapping[str, str], schema: type[BaseModel]
 ) -> dict[str, Any]:
-    """Override values of the file by those of the command line."""
+    """Override values of the file by those of the command line: YAML, or text where the key takes text."""
     config_values = dict(config_values)
     for key, word in overrides.items():
         name, _, inner = key.partition(".")
-        value = _value(key, word, schema)
+        asked = schema.model_fields[key].annotation if key in schema.model_fields else None
+        text = asked is str or (asked == str | None and word != "null")
+        value = word if text else read_yaml(word, f"--{key.replace('_', '-')}")
         if name != NESTED or not inner:
             config_values[key] = value
         elif isinstance(before := config_values.get(name, {}), dict):
@@ -231,13 +234,6 @@ def _with_preference_defaults(config_values: Mapping[str, Any], source: ConfigSo
     }
 
 
-def _value(key: str, word: str, schema: type[BaseModel]) -> Any:
-    """Parse a value of the command line as YAML; where the key takes text, it is the text."""
-    asked = schema.model_fields[key].annotation if key in schema.model_fields else None
-    text = asked is str or (asked == str | None and word != "null")
-    return word if text else read_yaml(word, f"--{key.replace('_', '-')}")
-
-
 def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
     try:
         # By the rules of JSON: a list may be a tuple and an integer a float, but text is never a number.
@@ -247,18 +243,14 @@ def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        raise InputError(_unknown(key, schema, source))
+        if holders := [method for method in METHODS if key in schema_of(method).model_fields]:
+            owners = ", ".join(holders)
+            raise InputError(f"{source.key(key)}: {schema.__name__} has no such option, it is one of {owners}")
+        raise InputError(f"{source.key(key)}: unknown key, did you mean {nearest(key, schema.model_fields)}?")
     if first["type"] == "missing":
         raise InputError(f"{source.name}: {key} is missing: give it there, or with --{key.replace('_', '-')}")
     asked = TYPES.get(first["type"]) or first["msg"].removeprefix("Input should be ")
     raise InputError(f"{source.key(key)} must be {asked}, got {json.dumps(first['input'], ensure_ascii=False):.80}")
-
-
-def _unknown(key: str, schema: type[BaseModel], source: ConfigSource) -> str:
-    holders = [method for method in METHODS if key in schema_of(method).model_fields]
-    if holders:
-        return f"{source.key(key)}: {schema.__name__} has no such option, it is one of {', '.join(holders)}"
-    return f"{source.key(key)}: unknown key, did you mean {nearest(key, schema.model_fields)}?"
 
 
 USAGE = {  # how to load exported weights, by the name of their file; other names are folders of a denoiser

@@ -55,8 +55,8 @@ trajectory.
 
 {% if weights is none %}The training was interrupted at update {{ step }} and has no final weights yet: resume it \
 from `checkpoints/`.{% if best is not none %} `best/` holds those after update {{ best }}.{% endif %}
-{% else %}The weights are in `{{ weights }}`.{% if kept is not none %} They are those of update {{ kept }}, the best by \
-the held-out reward.{% endif %}
+{% else %}The weights are in `{{ weights }}`.{% if kept is not none %} They are those of update {{ kept }}, the best \
+by the held-out reward.{% endif %}
 
 ```python
 {{ code }}
