@@ -178,8 +178,8 @@ class Settings:
                 continue
             if within is not None and not _contains(within, value):
                 raise InputError(f"{name} must be {_in_words(within)}, got {value}")
-            if choices is not None:
-                choose(name, value, _table(choices))
+            if choices is not None and isinstance(value, str) and value not in _table(choices):
+                choose(name, value, _table(choices))  # raises
 
     def implementation(self, name: str) -> Any:
         """Return what the value of a field with choices stands for: the function of a name, or the function itself."""

@@ -284,8 +284,15 @@ def read_preferences(folder: Path) -> PreferenceRecords:
         raise InputError(f"{path} holds no preference beside {len(loaded)} ties: there is nothing to learn from")
     if ties := len(loaded) - len(preferences):
         logger.warning("%s: %d ties of %d annotations are left out", path, ties, len(loaded))
-    for name in dict.fromkeys(preference.group for preference in preferences):
-        check_files(groups[name])
+    for group in dict.fromkeys(groups[preference.group] for preference in preferences):
+        for number, stored in enumerate(group.images):
+            image = file_inside(folder, group.image_file(number))
+            if pixel_hash(pixels_of(read_image(image))) != stored:
+                raise InputError(
+                    f"{image} is not the image that was recorded: its pixels have another hash. Restore it"
+                )
+        if group.trajectories is not None:
+            group.load()
     return PreferenceRecords(folder, provenance, groups, preferences, ties)
 
 
@@ -299,16 +306,6 @@ def read_groups(folder: Path) -> dict[str, SampleGroup]:
                 f"{path}, line {number}: lot {group.id} is recorded twice with different contents: remove one of both"
             )
     return groups
-
-
-def check_files(group: SampleGroup) -> None:
-    """Raises InputError where an image or the trajectories of a lot are missing, changed or elsewhere."""
-    for number, loaded in enumerate(group.images):
-        path = file_inside(group.folder, group.image_file(number))
-        if pixel_hash(pixels_of(read_image(path))) != loaded:
-            raise InputError(f"{path} is not the image that was recorded: its pixels have another hash. Restore it")
-    if group.trajectories is not None:
-        group.load()
 
 
 def pixels_of(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

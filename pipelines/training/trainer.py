@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from steer.diffusion.step_hooks import plain_values
 from steer.errors import InputError
 from steer.files import write_text
+from steer.pipelines.particle_batch import rows_of_metadata
 from steer.pipelines.training.config import LossConfig, TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
@@ -555,15 +556,7 @@ def metadata_table(
     """
     table: dict[str, Mapping[str, Any]] = {}
     for prompts, rows in given:
-        if rows is None:
-            continue
-        if len(rows) != len(prompts):
-            raise InputError(
-                f"metadata must be one mapping for each prompt, got {len(rows)} of them and {len(prompts)} prompts"
-            )
-        for prompt, row in zip(prompts, rows, strict=True):
-            if not isinstance(row, Mapping):
-                raise InputError(f"metadata must be one mapping for each prompt, got {type(row).__name__}")
+        for prompt, row in zip(prompts, rows_of_metadata(rows, len(prompts)) or (), strict=rows is not None):
             if table.setdefault(prompt, row) != row:
                 raise InputError(f"metadata: prompt {prompt[:60]!r} has two different rows: leave one of them out")
     return table or None

@@ -139,7 +139,8 @@ class LoRA:
         if ADAPTER in getattr(self.denoiser, "peft_config", {}):
             raise InputError(f"this pipeline already has a LoRA named {ADAPTER!r}: reload the pipeline")
         self.config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets))
-        own = self._active()
+        active = [layer for layer in self._lora_layers() if not layer.disable_adapters]
+        own = sorted({name for layer in active for name in layer.active_adapters})
         _freeze(pipe)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -164,17 +165,13 @@ class LoRA:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """A and B of every adapted layer."""
-        denoisers = named_parameters(self.denoiser)
-        return {name: denoisers[name] for name in self._names}
+        parameters = named_parameters(self.denoiser)
+        return {name: parameters[name] for name in self._names}
 
     def _lora_layers(self) -> list[Any]:
         from peft.tuners.lora import LoraLayer
 
         return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
-
-    def _active(self) -> list[str]:
-        layers = [layer for layer in self._lora_layers() if not layer.disable_adapters]
-        return sorted({name for layer in layers for name in layer.active_adapters})
 
     def load_initial_adapter(self, path: str) -> None:
         """Start from a trained LoRA of the same rank, alpha and targets, which becomes the reference too.
@@ -182,7 +179,7 @@ class LoRA:
         path  a folder such as RUN/final, or a .safetensors file in the names of diffusers or peft
         Raises InputError where its tensors or its scale differ.
         """
-        state, scales = read_lora(path)
+        state, stated = read_lora(path)
         own = {name.replace(f".{ADAPTER}.", "."): name for name in self._names}
         wanted = {short: tuple(self.parameters[name].shape) for short, name in own.items()}
         given = {name.removeprefix(f"{self.name}."): value for name, value in state.items()}
@@ -193,7 +190,7 @@ class LoRA:
         if odd := [name for name in wanted if tuple(given[name].shape) != wanted[name]]:
             rank = min(given[odd[0]].shape[:2])
             raise InputError(f"init_adapter {path}: {odd[0]} is of rank {rank}: give lora_rank: {rank}")
-        alpha = scales if scales is not None else float(self.config.r)
+        alpha = float(self.config.r) if stated is None else stated
         if alpha != self.config.lora_alpha:
             raise InputError(f"init_adapter {path}: its alpha is {alpha:g}: give lora_alpha: {alpha:g}")
         self._initial = {name: given[short].detach().float().clone() for short, name in own.items()}
@@ -219,8 +216,8 @@ class LoRA:
         """Return A and B under peft's file names; with a sharded denoiser every process must call it."""
         from peft import get_peft_model_state_dict
 
-        denoisers = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
-        return {name: whole(value).contiguous().cpu() for name, value in denoisers.items()}
+        state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        return {name: whole(value).contiguous().cpu() for name, value in state.items()}
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
         """Write the adapter for `pipe.load_lora_weights(folder)`; for peft where the pipeline supports no LoRA."""
