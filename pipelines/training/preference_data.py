@@ -46,7 +46,7 @@ from steer.pipelines.training.preference_files import (
 from steer.pipelines.training.rollouts import RolloutBuffer, batch_order, references_of, trajectories_to_tensors
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference
-from steer.training.rollout import Rows, Sampler, Trajectories, log_probs
+from steer.training.rollout import Rows, Sampler, Trajectories, blocks, log_probs
 from steer.training.trainable import Trainable
 
 
@@ -257,15 +257,15 @@ class PreferenceDataset:
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
         """Collect the preferences of every update of a rollout, from a stream of shuffled passes over all of them."""
-        size, seed = self.config.train_batch_size, self.config.seed
+        config, size, updates = self.config, self.config.train_batch_size, self.config.steps_per_generation
+        half = half_precision(trainable.denoiser, config) is not None
         batches, metrics = [], []
-        for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
+        for update in range(number * updates, (number + 1) * updates):
             own = process_shard(range(update * size, (update + 1) * size), context)
-            chunks = self._chunks(_preferences_at(self.records, self.config, own.start, len(own)))
-            half = half_precision(trainable.denoiser, self.config)
-            window = num_training_steps_of(len(chunks[0].stochastic), self.config, half is not None)
-            steps = chosen_steps(window, self.config.timestep_fraction, seed, f"update {update}")
-            references = references_of(sampler, trainable, chunks, steps, on_chunk, self.config)
+            chunks = self._chunks(_preferences_at(self.records, config, own.start, len(own)))
+            window = num_training_steps_of(len(chunks[0].stochastic), config, half)
+            steps = chosen_steps(window, config.timestep_fraction, config.seed, f"update {update}")
+            references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
             _check_reference(chunks, references, steps)
             old = []
             for chunk in chunks:
@@ -274,7 +274,7 @@ class PreferenceDataset:
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
             batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), window))
             metrics.append({"turn": update * size / len(self.records.preferences)})
-        order = batch_order(len(batches), self.config.num_iterations, seed, number)
+        order = batch_order(len(batches), config.num_iterations, config.seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(batch.rewards for batch in batches), tuple(metrics), order)
 
     def _chunks(self, preferences: Sequence[Preference]) -> list[Trajectories]:
@@ -289,9 +289,8 @@ class PreferenceDataset:
                     f"shapes {tuple(first.latents.shape[1:])} and {tuple(pair.latents.shape[1:])}: one folder is for "
                     "one size"
                 )
-        whole, size = Trajectories.concatenate(pairs), self.config.micro_batch
-        numbers = range(len(whole.rows))
-        return [whole.at(numbers[place : place + size]) for place in numbers[::size]]
+        whole = Trajectories.concatenate(pairs)
+        return [whole.at(block) for block in blocks(range(len(whole.rows)), self.config.micro_batch)]
 
 
 def _preferences_at(records: PreferenceRecords, config: TrainingConfig, position: int, count: int) -> list[Preference]:
@@ -305,16 +304,13 @@ def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfi
         raise InputError(f"num_generations must be 2, got {config.num_generations}: a preference compares two samples")
     here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
     other = replace(records.provenance, **{name: getattr(here, name) for name in MUST_MATCH})
-    for name, (there, asked) in records.provenance.diff(other).items():
+    for name, values in records.provenance.diff(other).items():
+        there, asked = ("not given" if value is None else repr(value) for value in values)
         raise InputError(
-            f"{name} is {_described(asked)} in this run and was {_described(there)} when {records.folder} was "
-            "recorded: train with the arguments that the samples were drawn with (see "
+            f"{name} is {asked} in this run and was {there} when {records.folder} was recorded: train with the "
+            "arguments that the samples were drawn with (see "
             "steer.pipelines.training.preference_data.sampling_config_of)"
         )
-
-
-def _described(value: Any) -> str:
-    return "not given" if value is None else repr(value)
 
 
 def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Reference], steps: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ from steer.pipelines.training.method import (
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference, reference_of
 from steer.training.guards import check_spread
-from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.rollout import Rows, Sampler, Trajectories, blocks
 from steer.training.trainable import Trainable
 
 
@@ -174,8 +174,7 @@ def rollout_from_tensors(
         stored = trajectories_from_tensors(own, batch["chunks"][0])
         residuals = own.get("reference residuals")
         reference = Reference(residuals, own["reference deviations"], own["reference log_probs"])
-        shard = process_shard(range(len(stored.rows)), context)
-        parts = [shard[first : first + size] for first in range(0, len(shard), size)]
+        parts = blocks(process_shard(range(len(stored.rows)), context), size)
         chunks, references = [stored.at(part) for part in parts], [reference.at(part) for part in parts]
         batches.append(Batch(chunks, references, tuple(batch["steps"]), tensors[f"{number}/signal"], batch["window"]))
         rewards.append(tensors[f"{number}/rewards"])
