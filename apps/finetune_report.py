@@ -1,6 +1,7 @@
 """Report of a finetuning run: curves, held-out images before and after, and a model card."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,11 +75,10 @@ def _draw_panels(path: Path, panels: Sequence[Panel]) -> None:
 def rewards_panels(result: TrainingResult) -> list[Panel]:
     """Create panels of the trained reward, of each held-out reward, and of the first of these against the trained."""
     names = held_out_names(result.evaluations)
-    trained = names[0] if names else None
     panels: list[Panel] = []
-    if trained or len(_series(result.records, "reward")[0]):
-        panels.append(lambda axes: _draw_trained(axes, result, trained))
-    panels += [_held_out_panel(result, name) for name in names[1:]]
+    if names or len(_series(result.records, "reward")[0]):
+        panels.append(lambda axes: _draw_trained(axes, result, names[0] if names else None))
+    panels += [partial(_draw_held_out, result=result, name=name) for name in names[1:]]
     if len(names) > 1 and len(result.evaluations) > 1:
         panels.append(lambda axes: _draw_against(axes, result, names[0], names[1]))
     return panels
@@ -87,33 +87,25 @@ def rewards_panels(result: TrainingResult) -> list[Panel]:
 def _draw_trained(axes: Axes, result: TrainingResult, name: str | None) -> None:
     _draw_curve(axes, result.records, "reward", "training samples", SAMPLES_COLOR)
     if name:
-        _draw_evaluations(axes, result.evaluations, name, TRAINED_COLOR)
-    _mark_best(axes, result)
+        _draw_evaluations(axes, result, name, TRAINED_COLOR)
     _finish(axes, f"reward that was trained{': ' + plain_text(name, 32) if name else ''}", legend=True)
 
 
-def _held_out_panel(result: TrainingResult, name: str) -> Panel:
-    def panel(axes: Axes) -> None:
-        _draw_evaluations(axes, result.evaluations, name, HELD_OUT_COLOR)
-        _mark_best(axes, result)
-        _finish(axes, f"held-out reward: {plain_text(name, 38)}", legend=True)
-
-    return panel
+def _draw_held_out(axes: Axes, result: TrainingResult, name: str) -> None:
+    _draw_evaluations(axes, result, name, HELD_OUT_COLOR)
+    _finish(axes, f"held-out reward: {plain_text(name, 38)}", legend=True)
 
 
-def _draw_evaluations(axes: Axes, evaluations: Records, name: str, color: Any) -> None:
-    """Draw means over held-out prompts with their 95 % intervals."""
-    step_values = [(one["step"], *one[f"eval/{name}"]) for one in evaluations if f"eval/{name}" in one]
+def _draw_evaluations(axes: Axes, result: TrainingResult, name: str, color: Any) -> None:
+    """Draw means over held-out prompts with their 95 % intervals, and mark the best evaluation."""
+    step_values = [(one["step"], *one[f"eval/{name}"]) for one in result.evaluations if f"eval/{name}" in one]
     steps, mean, low, high = np.array(step_values, dtype=float).T
     draw_band(axes, steps, low, high, color, "95 % interval of the mean")
     axes.plot(steps, mean, color=color, lw=2.2, marker="o", ms=4, label="held-out prompts", zorder=3)
     if len(steps) == 1:  # the band has no width
         axes.errorbar(steps, mean, [mean - low, high - mean], color=color, capsize=3, alpha=0.5)
-
-
-def _mark_best(axes: Axes, result: TrainingResult) -> None:
-    if result.best_step is not None:
-        axes.axvline(result.best_step, color=INK, lw=0.9, ls=":", zorder=1, label=f"best: {result.best_step} updates")
+    if (best := result.best_step) is not None:
+        axes.axvline(best, color=INK, lw=0.9, ls=":", zorder=1, label=f"best: {best} updates")
 
 
 def _draw_against(axes: Axes, result: TrainingResult, trained: str, held_out: str) -> None:
@@ -129,12 +121,8 @@ def _draw_against(axes: Axes, result: TrainingResult, trained: str, held_out: st
         if one["step"] == result.best_step:
             marked[number] = f"{one['step']}, best"
             axes.scatter(x[number], y[number], s=110, facecolors="none", edgecolors=INK, linewidths=1.1, zorder=3)
-    style: dict[str, Any] = {
-        "size": 8,
-        "ha": "center",
-        "color": INK,
-        "path_effects": [withStroke(linewidth=2.5, foreground="white")],
-    }
+    outline = [withStroke(linewidth=2.5, foreground="white")]
+    style: dict[str, Any] = {"size": 8, "ha": "center", "color": INK, "path_effects": outline}
     for number, text in marked.items():
         axes.annotate(text, (x[number], y[number]), (0, 9), textcoords="offset points", **style)
     _finish(axes, "held out against trained, by updates")
@@ -145,10 +133,10 @@ def _draw_against(axes: Axes, result: TrainingResult, trained: str, held_out: st
 
 def divergence_panels(result: TrainingResult, config: Mapping[str, Any]) -> list[Panel]:
     """Create panels of the divergence from the reference model, its price, and the diversity of images."""
-    panels = _series_panels(result.records, {"kl": "KL from the start, nats a trajectory"}, config)
+    titles = {"kl": "KL from the start, nats a trajectory"}
     if any(record.get("kl_weight") for record in result.records):
-        panels += _series_panels(result.records, {"kl_weight": "price of KL, β"}, {})
-    panels += _series_panels(result.records, {"chi_square": "χ² from the start"}, {})
+        titles |= {"kl_weight": "price of KL, β"}
+    panels = _series_panels(result.records, titles | {"chi_square": "χ² from the start"}, config)
     # The diversity of one sample per prompt is logged as 0.
     if any(one.get("eval/diversity") for one in result.evaluations):
         panels.append(lambda axes: _draw_diversity(axes, result))
@@ -169,24 +157,21 @@ def training_panels(result: TrainingResult) -> list[Panel]:
 
 def _series_panels(records: Records, titles: Mapping[str, str], config: Mapping[str, Any]) -> list[Panel]:
     """Create a panel for each series with values, with its target and budget from the configuration."""
+    drawn = {name: title for name, title in titles.items() if len(_series(records, name)[0])}
+    return [partial(_draw_series, records=records, name=one, title=drawn[one], config=config) for one in drawn]
 
-    def panel(name: str, title: str) -> Panel:
-        def draw(axes: Axes) -> None:
-            _draw_curve(axes, records, name, "each update", TRAINED_COLOR)
-            values = _series(records, name)[1]
-            for suffix, style in (("target", "--"), ("budget", ":")):
-                if (level := config.get(f"{name}_{suffix}_nats")) is not None:
-                    _draw_level(axes, level, values.max(), style, f"{suffix}: {level:g} nats")
-            if name == "accuracy":
-                _draw_level(axes, 0.5, 1, ":", "chance")
-            log_scale = values.min() > 0 and values.max() > LOG_SCALE_RATIO * values.min()
-            _finish(axes, title, legend=True)
-            if log_scale:
-                axes.set_yscale("log")
 
-        return draw
-
-    return [panel(name, title) for name, title in titles.items() if len(_series(records, name)[0])]
+def _draw_series(axes: Axes, records: Records, name: str, title: str, config: Mapping[str, Any]) -> None:
+    _draw_curve(axes, records, name, "each update", TRAINED_COLOR)
+    values = _series(records, name)[1]
+    for suffix, style in (("target", "--"), ("budget", ":")):
+        if (level := config.get(f"{name}_{suffix}_nats")) is not None:
+            _draw_level(axes, level, values.max(), style, f"{suffix}: {level:g} nats")
+    if name == "accuracy":
+        _draw_level(axes, 0.5, 1, ":", "chance")
+    _finish(axes, title, legend=True)
+    if values.min() > 0 and values.max() > LOG_SCALE_RATIO * values.min():
+        axes.set_yscale("log")
 
 
 def _draw_level(axes: Axes, level: float, highest: float, style: str, label: str) -> None:
@@ -223,9 +208,5 @@ def _finish(axes: Axes, title: str, legend: bool = False) -> None:
     if legend and len(axes.get_legend_handles_labels()[0]) > 1:
         # Below the axes, and no wider: constrained layout would shrink the panel.
         letters = sum(map(len, axes.get_legend_handles_labels()[1]))
-        below: dict[str, Any] = {
-            "loc": "upper left",
-            "bbox_to_anchor": (-0.02, -0.15),
-            "ncols": 3 if letters < 45 else 2,
-        }
-        axes.legend(frameon=False, fontsize=7, labelcolor=INK, borderaxespad=0, **below)
+        below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.15), "borderaxespad": 0}
+        axes.legend(frameon=False, fontsize=7, labelcolor=INK, ncols=3 if letters < 45 else 2, **below)

@@ -3,7 +3,7 @@
 import inspect
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -26,12 +26,12 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
 from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
 from steer.pipelines.training.method import TrainingResult
-from steer.pipelines.training.preference_data import check_preferences, sampling_config_of
+from steer.pipelines.training.preference_data import sampling_config_of
+from steer.pipelines.training.preference_files import read_preferences
 from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
 from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import INTERRUPTED, Trainer
 from steer.registry import choose, nearest
-from steer.reward import Reward
 from steer.training.trainable import read_lora
 
 METHODS: dict[str, type[Trainer[Any]]] = {
@@ -124,8 +124,9 @@ class ConfigSource:
 
     def locate_error(self, error: InputError) -> InputError:
         """Return the error with the origin of the key that its message begins with."""
-        first, _, rest = str(error).partition(" ")
-        return InputError(f"{self.key(first)} {rest}" if first in self.changed else f"{self.name}: {error}")
+        first = re.match(r"\w*", str(error))[0]  # type: ignore[index]
+        changed = first in self.changed
+        return InputError(f"{self.key(first)}{str(error)[len(first) :]}" if changed else f"{self.name}: {error}")
 
 
 @dataclass(frozen=True)
@@ -140,18 +141,9 @@ class FinetuneConfig:
         """Return every key with its value, as a configuration file holds them."""
         return json.loads(json.dumps(asdict(self.job) | asdict(self.training)))
 
-    def trainer(self, pipe: Any, data: "TrainingData", **options: Any) -> Trainer[Any]:
+    def trainer(self, pipe: Any, **data: Any) -> Trainer[Any]:
         """Create the trainer over a pipeline, or over None to check the arguments before a model is loaded."""
-        return METHODS[self.job.method](
-            pipe,
-            data.reward,
-            self.training,
-            preferences=self.job.preferences,
-            train_prompts=data.prompts,
-            eval_prompts=data.eval_prompts,
-            eval_rewards=data.eval_rewards,
-            **options,
-        )
+        return METHODS[self.job.method](pipe, config=self.training, preferences=self.job.preferences, **data)
 
 
 def read_config(name: str, overrides: Mapping[str, str] | None = None) -> FinetuneConfig:
@@ -184,8 +176,9 @@ def schema_of(method: str) -> type[BaseModel]:
     for cls in (FinetuneJob, METHODS[method].config_class):
         hints = get_type_hints(cls)
         for one in fields(cls):
-            factory = Field(default_factory=one.default_factory) if one.default_factory is not MISSING else None
-            default = factory or (... if one.default is MISSING else DEFAULTS.get(one.name, one.default))
+            default = ... if one.default is MISSING else DEFAULTS.get(one.name, one.default)
+            if one.default_factory is not MISSING:
+                default = Field(default_factory=one.default_factory)
             keys[one.name] = (hints[one.name], default)
     return create_model(method, __config__=ConfigDict(extra="forbid", allow_inf_nan=False), **keys)
 
@@ -208,11 +201,13 @@ def _read_file(name: str) -> dict[str, Any]:
 def _with_overrides(
     config_values: dict[str, Any], overrides: Mapping[str, str], schema: type[BaseModel]
 ) -> dict[str, Any]:
-    """Override values of the file by those of the command line."""
+    """Override values of the file by those of the command line: YAML, or text where the key takes text."""
     config_values = dict(config_values)
     for key, word in overrides.items():
         name, _, inner = key.partition(".")
-        value = _value(key, word, schema)
+        asked = schema.model_fields[key].annotation if key in schema.model_fields else None
+        text = asked is str or (asked == str | None and word != "null")
+        value = word if text else read_yaml(word, f"--{key.replace('_', '-')}")
         if name != NESTED or not inner:
             config_values[key] = value
         elif isinstance(before := config_values.get(name, {}), dict):
@@ -239,13 +234,6 @@ def _with_preference_defaults(config_values: Mapping[str, Any], source: ConfigSo
     }
 
 
-def _value(key: str, word: str, schema: type[BaseModel]) -> Any:
-    """Parse a value of the command line as YAML; where the key takes text, it is the text."""
-    asked = schema.model_fields[key].annotation if key in schema.model_fields else None
-    text = asked is str or (asked == str | None and word != "null")
-    return word if text else read_yaml(word, f"--{key.replace('_', '-')}")
-
-
 def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source: ConfigSource) -> dict[str, Any]:
     try:
         # By the rules of JSON: a list may be a tuple and an integer a float, but text is never a number.
@@ -255,18 +243,14 @@ def _validated(schema: type[BaseModel], config_values: Mapping[str, Any], source
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = ".".join(map(str, first["loc"]))
     if first["type"] == "extra_forbidden":
-        raise InputError(_unknown(key, schema, source))
+        if holders := [method for method in METHODS if key in schema_of(method).model_fields]:
+            owners = ", ".join(holders)
+            raise InputError(f"{source.key(key)}: {schema.__name__} has no such option, it is one of {owners}")
+        raise InputError(f"{source.key(key)}: unknown key, did you mean {nearest(key, schema.model_fields)}?")
     if first["type"] == "missing":
         raise InputError(f"{source.name}: {key} is missing: give it there, or with --{key.replace('_', '-')}")
     asked = TYPES.get(first["type"]) or first["msg"].removeprefix("Input should be ")
     raise InputError(f"{source.key(key)} must be {asked}, got {json.dumps(first['input'], ensure_ascii=False):.80}")
-
-
-def _unknown(key: str, schema: type[BaseModel], source: ConfigSource) -> str:
-    holders = [method for method in METHODS if key in schema_of(method).model_fields]
-    if holders:
-        return f"{source.key(key)}: {schema.__name__} has no such option, it is one of {', '.join(holders)}"
-    return f"{source.key(key)}: unknown key, did you mean {nearest(key, schema.model_fields)}?"
 
 
 USAGE = {  # how to load exported weights, by the name of their file; other names are folders of a denoiser
@@ -276,21 +260,6 @@ USAGE = {  # how to load exported weights, by the name of their file; other name
 RESUME_HINT = "checkpoints are kept: resume with --resume"
 MEMORY_HINT = "a smaller micro_batch or gradient_checkpointing: true need less"
 FULL_USAGE = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The prompts and rewards of a run."""
-
-    prompts: Sequence[str]
-    eval_prompts: Sequence[str]
-    reward: Reward | None  # None where people annotate
-    eval_rewards: Sequence[Reward]
-
-    @property
-    def evaluation_rewards(self) -> list[Reward]:
-        """The rewards of evaluations, in their order."""
-        return [reward for reward in (self.reward, *self.eval_rewards) if reward is not None]
 
 
 def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
@@ -309,7 +278,7 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
         )
     _check_call(config, pipe)
     values = config.plain()
-    trainer = config.trainer(pipe, data, callbacks=[RunFiles(out, values)], run_config=values)
+    trainer = config.trainer(pipe, **data, callbacks=[RunFiles(out, values)], run_config=values)
     with wrap_errors(config.source.name, RESUME_HINT, MEMORY_HINT):
         result = trainer.train(resume_from_checkpoint=resume)
         if here.is_main_process:
@@ -343,8 +312,11 @@ def write_config(out: Path, config_values: Mapping[str, Any]) -> None:
     write_text(out / "config.yaml", yaml.safe_dump(dict(config_values), sort_keys=False, allow_unicode=True, width=120))
 
 
-def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
-    """Load prompts and rewards, and check all arguments before a model is loaded, the cheapest first."""
+def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
+    """Return prompts and rewards by the names of the trainer's arguments.
+
+    All arguments are checked before a model is loaded, the cheapest first.
+    """
     job, source, folder = config.job, config.source, config.training.output_dir
     out = Path(folder)
     with named(source.key("output_dir")):
@@ -353,24 +325,22 @@ def load_data(config: FinetuneConfig, resume: bool) -> TrainingData:
     prompts, eval_prompts = _prompts(config)
     if job.preferences is not None:
         with named(source.key("preferences")):
-            check_preferences(Path(job.preferences))
+            read_preferences(Path(job.preferences))
     check_device(job.device)
     with named(source.key("reward")):
         reward = None if job.reward is None else resolve_reward(job.reward)
     with named(source.key("eval_rewards")):
-        train_data = TrainingData(prompts, eval_prompts, reward, [resolve_reward(spec) for spec in job.eval_rewards])
-        names = [one.name for one in train_data.evaluation_rewards]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise InputError(f"{min(twice)!r} is given twice or is trained on: each reward must be another one")
+        eval_rewards = [resolve_reward(spec) for spec in job.eval_rewards]
+    data = {"train_prompts": prompts, "eval_prompts": eval_prompts, "reward": reward, "eval_rewards": eval_rewards}
     try:
-        config.trainer(None, train_data)
+        config.trainer(None, **data)
         if config.training.init_adapter is not None:
             read_lora(config.training.init_adapter)
     except InputError as error:
         raise source.locate_error(error) from error
     if is_main_process():
         _check_writable(out, f"{source.key('output_dir')} {folder}")
-    return train_data
+    return data
 
 
 def _check_call(config: FinetuneConfig, pipe: Any) -> None:

@@ -5,11 +5,12 @@ derived from `SamplingConfig` and from the dataclasses of `steer.pipelines.setti
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
+from steer.arguments import Settings, option, plain_kinds
 from steer.errors import InputError
 from steer.pipelines.settings import (
     BestOfNSettings,
@@ -18,9 +19,6 @@ from steer.pipelines.settings import (
     NoiseSearchSettings,
     ReNOSettings,
     SelectionSettings,
-    Settings,
-    option,
-    plain_kinds,
 )
 from steer.registry import choose, nearest
 
@@ -70,7 +68,7 @@ class SamplingConfig(Settings):
     seed              random seed, the same for each prompt
     compare           also make the base images of the same seed, for grid.png
     dtype             float32, float16 or bfloat16; by default float32 on the CPU, bfloat16 elsewhere
-    options           settings of the method
+    options           settings of the method, or their values by name
     """
 
     model: str = option("scenes")
@@ -92,10 +90,14 @@ class SamplingConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        options = self.options or method_settings(self.method, {}, self.particles)
-        if type(options) is not (kind := METHOD_OPTIONS[self.method].settings):
+        options = self.options
+        if options is None or isinstance(options, Mapping):
+            options = method_settings(self.method, options or {}, self.particles)
+        elif type(options) is not (kind := METHOD_OPTIONS[self.method].settings):
             raise InputError(f"options of {self.method} must be {kind.__name__}, got {type(options).__name__}")
-        object.__setattr__(self, "options", replace(options, num_particles=self.particles))
+        elif options.num_particles != self.particles:
+            options = replace(options, num_particles=self.particles)
+        object.__setattr__(self, "options", options)
         if self.noise_candidates is not None and self.noise_candidates < self.particles:
             raise InputError(f"noise_candidates must be at least the particles, {self.particles}")
 
@@ -106,12 +108,8 @@ class SamplingConfig(Settings):
         Raises InputError for a value that does not fit, and for an option of another method.
         """
         given = {name: value for name, value in values.items() if value is not None}
-        method = given.get("method", "fk")
-        choose("method", method, METHOD_OPTIONS)
-        own = {name: value for name, value in given.items() if name not in SHARED}
-        shared = {name: value for name, value in given.items() if name in SHARED}
-        particles = cls(**{name: shared[name] for name in ("method", "particles") if name in shared}).particles
-        return cls(**shared, options=method_settings(method, own, particles))
+        own = {name: given.pop(name) for name in [*given] if name not in SHARED}
+        return cls(**given, options=own)
 
     def plain(self) -> dict[str, Any]:
         """Return all values by name as JSON holds them, those of the method beside the shared ones."""
@@ -139,11 +137,10 @@ def method_settings(method: str, values: Mapping[str, Any], particles: int) -> C
     settings, defaults, _ = METHOD_OPTIONS[method]
     names = METHOD_OPTIONS[method].names
     for name in values:
-        if name in names:
-            continue
-        if owners := methods_with(name):
-            raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out")
-        raise InputError(f"unknown option {name!r}: did you mean {nearest(name, [*SHARED, *names])}?")
+        if name not in names:
+            if owners := methods_with(name):
+                raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out")
+            raise InputError(f"unknown option {name!r}: did you mean {nearest(name, [*SHARED, *names])}?")
     return settings(**{**defaults, **values, "num_particles": particles})
 
 
@@ -167,14 +164,14 @@ def kinds_of(name: str, method: str | None = None) -> tuple[type, ...]:
     """Return the plain types of a setting, of a method's where it is an option."""
     if name in SHARED:
         return plain_kinds(SamplingConfig.hints()[name])
-    owner = method if method is not None and name in METHOD_OPTIONS[method].names else methods_with(name)[0]
-    return plain_kinds(METHOD_OPTIONS[owner].settings.hints()[name])
+    owners = methods_with(name)
+    return plain_kinds(METHOD_OPTIONS[method if method in owners else owners[0]].settings.hints()[name])
 
 
 def flags_of(name: str) -> tuple[str, ...]:
     """Return the flags of a setting on the command line."""
-    known: Iterable[str] = SamplingConfig.field(name).metadata["flags"] if name in SHARED else ()
-    return tuple(known) or (f"--{name.replace('_', '-')}",)
+    flags: tuple[str, ...] = SamplingConfig.field(name).metadata["flags"] if name in SHARED else ()
+    return flags or (f"--{name.replace('_', '-')}",)
 
 
 def help_of(name: str) -> str:
@@ -186,14 +183,11 @@ def help_of(name: str) -> str:
     methods: dict[str, list[str]] = {}
     for method in methods_with(name):
         methods.setdefault(_sentence(METHOD_OPTIONS[method].settings.help()[name]), []).append(method)
-    defaults = {method: default_of(method, name) for method in methods_with(name)}
-    distinct = dict.fromkeys(map(str, defaults.values()))
-    shown = (
-        next(iter(distinct))
-        if len(distinct) == 1
-        else ", ".join(f"{method} {default}" for method, default in defaults.items())
-    )
     texts = "; ".join(f"{', '.join(names)}: {text}" for text, names in methods.items())
+    defaults = {method: str(default_of(method, name)) for method in methods_with(name)}
+    shown = ", ".join(f"{method} {default}" for method, default in defaults.items())
+    if len(distinct := set(defaults.values())) == 1:
+        shown = distinct.pop()
     return texts if shown in ("None", "False") else f"{texts} [default: {shown}]"
 
 

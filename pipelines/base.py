@@ -13,10 +13,10 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
-from steer.arguments import coerce_value
+from steer.arguments import Settings, coerce_value
 from steer.diffusion.schedules import clip_limit, descends_from
 from steer.errors import InputError
-from steer.pipelines.settings import Prompts, Settings, StepSettings, read_arguments
+from steer.pipelines.settings import Prompts, StepSettings, read_arguments
 from steer.registry import nearest
 from steer.rewards.parser import load_reward
 

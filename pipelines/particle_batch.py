@@ -67,7 +67,7 @@ class ParticleBatch:
         )
         self.groups = len(read_by_prompt)
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
-        self._metadata = _rows_of_metadata(metadata, self.groups)
+        self._metadata = rows_of_metadata(metadata, self.groups)
         self.call = _bound_call(pipe, prompt, self.groups, size, call)
         encoded_texts = [self.call.get(name) or () for name in ("prompt", "negative_prompt")]
         warn_if_pipeline_truncates(
@@ -230,7 +230,7 @@ def _bound_call(
     return bound
 
 
-def _rows_of_metadata(metadata: Any, groups: int) -> list[Mapping[str, Any]] | None:
+def rows_of_metadata(metadata: Any, groups: int) -> list[Mapping[str, Any]] | None:
     """Return one row for each prompt. Raises InputError for another number of them, and for other things than rows."""
     if metadata is None:
         return None

@@ -1,161 +1,18 @@
 """Settings of the steering methods: one dataclass per method.
 
 A field, its type, range, default and help stand here alone. The signature of the pipeline's call, the options of
-`steer sample` and `steer evaluate`, the recipe inside a PNG and the fields of the demo are derived from them. Nothing
-heavy is imported, so that `steer sample --help` answers at once.
+`steer sample` and `steer evaluate`, the recipe inside a PNG and the fields of the demo are derived from them.
 """
 
-import functools
-import inspect
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
-from pkgutil import resolve_name
-from types import NoneType
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, fields
+from typing import Any
 
-from steer.arguments import coerce_value
+from steer.arguments import Settings, argument, option
 from steer.errors import InputError
-from steer.registry import choose
 
 Prompts = str | Sequence[str] | None
-Choices = str | tuple[str, ...] | None
-
-
-def option(default: Any, within: str | None = None, *, choices: Choices = None, flags: Sequence[str] = ()) -> Any:
-    """Return a field that decides the image: an argument in Python, an option of the command line, part of the recipe.
-
-    within   the interval of its values, such as "(0, 1]"
-    choices  the names it takes: a tuple, or "module:TABLE" of names and what they stand for
-    flags    of the command line, where they are not --name
-    """
-    return field(default=default, metadata={"within": within, "choices": choices, "flags": flags, "saved": True})
-
-
-def argument(default: Any, within: str | None = None, *, choices: Choices = None) -> Any:
-    """Return a field of the Python call alone: how much is computed at a time, what comes back, who observes."""
-    return field(default=default, metadata={"within": within, "choices": choices, "saved": False})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Fields with a range, choices and help. Raises InputError for a value that does not fit, by the field's name."""
-
-    def __post_init__(self) -> None:
-        for one in fields(self):
-            value = _coerced(one.name, self.hints()[one.name], getattr(self, one.name))
-            object.__setattr__(self, one.name, value)
-            if (within := one.metadata["within"]) is not None and value is not None and not _contains(within, value):
-                raise InputError(f"{one.name} must be {_describe(within)}, got {value}")
-            if (choices := one.metadata["choices"]) is not None and value is not None:
-                choose(one.name, value, _table(choices))
-
-    def implementation(self, name: str) -> Any:
-        """Return what the value of a field with choices stands for: the function of a name, or the function itself."""
-        return choose(name, getattr(self, name), _table(type(self).field(name).metadata["choices"]))
-
-    @classmethod
-    def field(cls, name: str) -> "Field[Any]":
-        """Return one field of the dataclass."""
-        return {one.name: one for one in fields(cls)}[name]
-
-    @classmethod
-    @functools.cache
-    def saved(cls) -> tuple[str, ...]:
-        """Return the names of the fields that decide the image."""
-        return tuple(one.name for one in fields(cls) if one.metadata["saved"])
-
-    @classmethod
-    @functools.cache
-    def hints(cls) -> dict[str, Any]:
-        """Return the types of the fields."""
-        return get_type_hints(cls)
-
-    @classmethod
-    @functools.cache
-    def help(cls) -> dict[str, str]:
-        """Return the help of each field: the tables in the docstrings of the class and of its bases."""
-        texts: dict[str, str] = {}
-        for base in reversed(cls.__mro__):
-            for name, text in re.findall(r"^(\w+) {2,}(.+(?:\n +.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M):
-                texts[name] = " ".join(text.split())
-        return {one.name: texts[one.name] for one in fields(cls)}
-
-    def plain(self) -> dict[str, Any]:
-        """Return the fields that decide the image as JSON holds them; None where there is no limit."""
-        return {name: plain_value(getattr(self, name)) for name in self.saved()}
-
-
-def plain_kinds(hint: Any) -> tuple[type, ...]:
-    """Return the types of a field in JSON and on the command line, where mappings and lists are texts."""
-    functions = get_origin(Callable[..., Any])
-    kinds = [kind for kind in get_args(hint) or (hint,) if get_origin(kind) is not functions]
-    return tuple(kind if kind in (bool, int, float, NoneType) else str for kind in kinds)
-
-
-def plain_value(value: Any) -> Any:
-    """Return a value as JSON and the command line hold it: "8:4,14:2", "4,8", None for no limit."""
-    if isinstance(value, Mapping):
-        return ",".join(f"{step}:{count}" for step, count in value.items())
-    if isinstance(value, tuple | list):
-        return ",".join(map(str, value))
-    return None if value in (math.inf, -math.inf) else value
-
-
-def _coerced(name: str, hint: Any, value: Any) -> Any:
-    """Return a value as its annotation has it; texts such as "8:4,14:2" and "4,8" are mappings and lists."""
-    kinds = get_args(hint)
-    if isinstance(value, str) and Mapping[int, int] in kinds:
-        value = _schedule(name, value)
-    if isinstance(value, str) and Iterable[int] in kinds:
-        value = [_whole(name, word) for word in value.split(",")]
-    value = coerce_value(name, hint, value)
-    return tuple(value) if isinstance(value, list) and Iterable[int] in kinds else value
-
-
-def _schedule(name: str, text: str) -> dict[int, int]:
-    """Return {solver step: particles} of a text such as "8:4,14:2". Raises InputError."""
-    pairs = [part.split(":") for part in text.split(",") if text.strip()]
-    try:
-        schedule = {int(step): int(count) for step, count in pairs}
-    except ValueError as error:
-        raise InputError(f"{name}: write STEP:PARTICLES,… such as 8:4,14:2, got {text!r}") from error
-    if len(schedule) < len(pairs):
-        raise InputError(f"{name}: a step is there twice in {text!r}")
-    return schedule
-
-
-def _whole(name: str, word: str) -> int:
-    try:
-        return int(word)
-    except ValueError as error:
-        raise InputError(f"{name} must be whole numbers such as 4,8, got {word!r}") from error
-
-
-def _table(choices: str | tuple[str, ...]) -> Mapping[str, Any]:
-    if isinstance(choices, tuple):
-        return {choice: choice for choice in choices}
-    table: Mapping[str, Any] = resolve_name(choices)
-    return table
-
-
-def _contains(interval: str, value: float) -> bool:
-    """Return whether a value lies in an interval such as "(0, 1]"; nan lies in none."""
-    low, high = (int(end) if end.strip("- ").isdigit() else float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    return above and (value <= high if interval[-1] == "]" else value < high)
-
-
-def _describe(interval: str) -> str:
-    """Return an interval in words: "(0, 1]" is "above 0 and at most 1"."""
-    low, high = interval[1:-1].split(", ")
-    if low == "-inf":
-        return "a finite number" if interval[-1] == ")" else "a finite number, or inf"
-    if interval[0] == "[" and interval[-1] == "]" and high != "inf":
-        return f"from {low} to {high}"
-    below = "" if high == "inf" and interval[-1] == "]" else " and finite" if high == "inf" else f" and at most {high}"
-    return f"{'at least' if interval[0] == '[' else 'above'} {low}{below}"
 
 
 @dataclass(frozen=True, kw_only=True)

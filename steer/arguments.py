@@ -1,17 +1,26 @@
-"""Coercion of arguments to their annotations: 2.0 becomes 2, an array of strings a list; all else is an InputError."""
+"""Arguments and settings: values coerced to their annotations, and dataclasses whose fields know range and choices.
+
+2.0 becomes 2, an array of strings a list; all else is an InputError. Nothing heavy is imported.
+"""
 
 import functools
 import inspect
 import math
-import types
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
 from numbers import Real
-from typing import Any, ParamSpec, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
+from pkgutil import resolve_name
+from types import NoneType, UnionType
+from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from steer.errors import InputError
+from steer.registry import choose
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Choices = str | tuple[str, ...] | None
+LISTS = (list, Sequence, Iterable)
 
 
 def coerce_arguments(call: Callable[P, R]) -> Callable[P, R]:
@@ -19,18 +28,14 @@ def coerce_arguments(call: Callable[P, R]) -> Callable[P, R]:
 
     Raises InputError with the name of the argument whose value does not fit its annotation.
     """
-    hints = annotations_of(call)
-    code = inspect.unwrap(call).__code__
-    names = code.co_varnames[: code.co_argcount]
+    hints, signature = annotations_of(call), inspect.signature(call)
 
     @functools.wraps(call)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = [
-            coerce_value(name, hints[name], value) if name in hints else value
-            for name, value in zip(names, args, strict=False)
-        ]
-        named = {name: coerce_value(name, hints[name], v) if name in hints else v for name, v in kwargs.items()}
-        return call(*given, *args[len(given) :], **named)  # type: ignore[arg-type]
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = coerce_value(name, hints.get(name, Any), value)
+        return call(*bound.args, **bound.kwargs)
 
     return checked
 
@@ -51,34 +56,40 @@ def coerce_value(name: str, hint: Any, value: Any) -> Any:
 
     Values whose annotation includes other types (functions, tensors, objects) are returned unchanged.
     """
-    kinds = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if value is None and (type(None) in kinds or Any in kinds):
-        return None
-    plain = [kind for kind in kinds if kind is not type(None)]
-    if str in plain and any(_is_list_of(kind, str) for kind in plain) and len(plain) == len(_text_kinds(plain)):
-        return texts(name, value)
+    coercion, optional = _coercion(hint)
+    return value if coercion is None or (value is None and optional) else coercion(name, value)
+
+
+@functools.cache
+def _coercion(hint: Any) -> tuple[Callable[[str, Any], Any] | None, bool]:
+    """Return the coercion to an annotation, None where its values stay as they are; and whether it includes None."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    plain = [kind for kind in kinds if kind is not NoneType]
+    items = [get_args(kind) for kind in plain if get_origin(kind) in LISTS]
+    coercion: Callable[[str, Any], Any] | None = None
     if plain and all(kind in (bool, int, float) for kind in plain):
-        return _scalar(name, plain, value)
-    if len(plain) == 1 and (_is_list_of(plain[0], int) or _is_list_of(plain[0], float)):
-        return _numbers(name, plain[0], value)
-    if len(plain) == 1 and get_origin(plain[0]) is Mapping and get_args(plain[0]) == (int, int):
-        return _counts(name, value)
-    return value
+        coercion = functools.partial(_scalar, plain)
+    elif plain.count(str) + items.count((str,)) == len(plain) > plain.count(str) > 0:
+        coercion = texts
+    elif len(plain) == 1 and items in ([(int,)], [(float,)]):
+        coercion = functools.partial(_numbers, whole if items == [(int,)] else number)
+    elif len(plain) == 1 and get_origin(plain[0]) is Mapping and get_args(plain[0]) == (int, int):
+        coercion = _counts
+    return coercion, NoneType in kinds
 
 
 def whole(name: str, value: Any) -> int:
     """Return an integer. Raises InputError for a boolean, a string and a number with a fraction."""
     number = _number(value)
     if number is None or not math.isfinite(number) or number != int(number):
-        raise InputError(f"{name} must be a whole number, got {_describe(value)}")
+        raise InputError(f"{name} must be a whole number, got {_quoted(value)}")
     return int(number)
 
 
 def number(name: str, value: Any) -> float:
     """Return a number, possibly infinite or NaN: its range is checked elsewhere. Raises InputError."""
-    converted = _number(value)
-    if converted is None:
-        raise InputError(f"{name} must be a number, got {_describe(value)}")
+    if (converted := _number(value)) is None:
+        raise InputError(f"{name} must be a number, got {_quoted(value)}")
     return converted
 
 
@@ -88,27 +99,24 @@ def texts(name: str, value: Any) -> str | list[str]:
     if isinstance(value, str):
         return str(value)
     if isinstance(value, bytes | Mapping | set | frozenset) or not isinstance(value, Iterable):
-        raise InputError(f"{name} must be a text or a list of texts, got {_describe(value)}")
+        raise InputError(f"{name} must be a text or a list of texts, got {_quoted(value)}")
     converted = list(value)
     if not converted:
         raise InputError(f"{name}: an empty list; give at least one text")
     for place, one in enumerate(converted):
         if not isinstance(one, str):
-            raise InputError(f"{name} must be a text or a list of texts, got {_describe(one)} at place {place}")
+            raise InputError(f"{name} must be a text or a list of texts, got {_quoted(one)} at place {place}")
     return [str(one) for one in converted]
 
 
-def _scalar(name: str, kinds: Sequence[Any], value: Any) -> bool | int | float:
+def _scalar(kinds: Sequence[Any], name: str, value: Any) -> bool | int | float:
     scalar = value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
     if bool in kinds:
         if isinstance(scalar, bool) or (len(kinds) == 1 and scalar in (0, 1) and not isinstance(scalar, str)):
             return bool(scalar)
         if len(kinds) == 1:
-            raise InputError(f"{name} must be True or False, got {_describe(value)}")
-    if float in kinds:
-        converted = number(name, value)
-        return value if type(value) in (int, float) else int(converted) if isinstance(scalar, int) else converted
-    return whole(name, value)
+            raise InputError(f"{name} must be True or False, got {_quoted(value)}")
+    return number(name, value) if float in kinds else whole(name, value)
 
 
 def _number(value: Any) -> int | float | None:
@@ -118,29 +126,20 @@ def _number(value: Any) -> int | float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _numbers(name: str, kind: Any, value: Any) -> list[Any]:
+def _numbers(one: Callable[[str, Any], Any], name: str, value: Any) -> list[Any]:
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-        raise InputError(f"{name} must be a list of numbers, got {_describe(value)}")
-    one = whole if _is_list_of(kind, int) else number
+        raise InputError(f"{name} must be a list of numbers, got {_quoted(value)}")
     return [one(name, item) for item in value]
 
 
 def _counts(name: str, value: Any) -> dict[int, int]:
     if not isinstance(value, Mapping):
-        raise InputError(f"{name} must be a mapping of whole numbers, like {{8: 4, 14: 2}}, got {_describe(value)}")
+        raise InputError(f"{name} must be a mapping of whole numbers, like {{8: 4, 14: 2}}, got {_quoted(value)}")
     return {whole(name, key): whole(name, one) for key, one in value.items()}
 
 
-def _is_list_of(kind: Any, inner: type) -> bool:
-    return get_origin(kind) in (list, Sequence, Iterable) and get_args(kind) == (inner,)
-
-
-def _text_kinds(kinds: Sequence[Any]) -> list[Any]:
-    return [kind for kind in kinds if kind is str or _is_list_of(kind, str)]
-
-
-def _describe(value: Any) -> str:
+def _quoted(value: Any) -> str:
     return f"{value!r:.60} of type {type(value).__name__}"
 
 
@@ -150,3 +149,153 @@ def is_number(value: Any) -> TypeGuard[float]:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # an integer too large for a float
         return False
+
+
+def option(default: Any, within: str | None = None, *, choices: Choices = None, flags: Sequence[str] = ()) -> Any:
+    """Return a field that decides the image: an argument in Python, an option of the command line, part of the recipe.
+
+    within   the interval of its values, such as "(0, 1]"
+    choices  the names it takes: a tuple, or "module:TABLE" of names and what they stand for
+    flags    of the command line, where they are not --name
+    """
+    return field(default=default, metadata={"within": within, "choices": choices, "flags": flags, "saved": True})
+
+
+def argument(default: Any, within: str | None = None, *, choices: Choices = None) -> Any:
+    """Return a field of the Python call alone: how much is computed at a time, what comes back, who observes."""
+    return field(default=default, metadata={"within": within, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Fields with a range, choices and help. Raises InputError for a value that does not fit, by the field's name."""
+
+    def __post_init__(self) -> None:
+        for name, hint, within, choices in self._rules():
+            value = _setting(name, hint, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if value is None:
+                continue
+            if within is not None and not _contains(within, value):
+                raise InputError(f"{name} must be {_in_words(within)}, got {value}")
+            if choices is not None and isinstance(value, str) and value not in _table(choices):
+                choose(name, value, _table(choices))  # raises
+
+    def implementation(self, name: str) -> Any:
+        """Return what the value of a field with choices stands for: the function of a name, or the function itself."""
+        return choose(name, getattr(self, name), _table(type(self).field(name).metadata["choices"]))
+
+    @classmethod
+    @functools.cache
+    def _rules(cls) -> list[tuple[str, Any, str | None, Choices]]:
+        """Return name, type, interval and choices of every field."""
+        rules: list[tuple[str, Any, str | None, Choices]] = []
+        for one in fields(cls):
+            hint = cls.hints()[one.name]
+            names = get_args(hint) if get_origin(hint) is Literal else None
+            rules.append((one.name, hint, one.metadata.get("within"), one.metadata.get("choices") or names))
+        return rules
+
+    @classmethod
+    def field(cls, name: str) -> "Field[Any]":
+        """Return one field of the dataclass."""
+        return {one.name: one for one in fields(cls)}[name]
+
+    @classmethod
+    @functools.cache
+    def saved(cls) -> tuple[str, ...]:
+        """Return the names of the fields that decide the image."""
+        return tuple(one.name for one in fields(cls) if one.metadata.get("saved"))
+
+    @classmethod
+    @functools.cache
+    def hints(cls) -> dict[str, Any]:
+        """Return the types of the fields."""
+        return get_type_hints(cls)
+
+    @classmethod
+    @functools.cache
+    def help(cls) -> dict[str, str]:
+        """Return the help of each field: the tables in the docstrings of the class and of its bases."""
+        texts: dict[str, str] = {}
+        for base in reversed(cls.__mro__):
+            for name, text in re.findall(r"^(\w+) {2,}(.+(?:\n +.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M):
+                texts[name] = " ".join(text.split())
+        return {one.name: texts[one.name] for one in fields(cls)}
+
+    def plain(self) -> dict[str, Any]:
+        """Return the fields that decide the image as JSON holds them; None where there is no limit."""
+        return {name: plain_value(getattr(self, name)) for name in self.saved()}
+
+
+def plain_kinds(hint: Any) -> tuple[type, ...]:
+    """Return the types of a field in JSON and on the command line, where mappings and lists are texts."""
+    functions = get_origin(Callable[..., Any])
+    kinds = [kind for kind in get_args(hint) or (hint,) if get_origin(kind) is not functions]
+    return tuple(kind if kind in (bool, int, float, NoneType) else str for kind in kinds)
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value as JSON and the command line hold it: "8:4,14:2", "4,8", None for no limit."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{step}:{count}" for step, count in value.items())
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return None if value in (math.inf, -math.inf) else value
+
+
+def _setting(name: str, hint: Any, value: Any) -> Any:
+    """Return a value as its annotation has it; texts such as "8:4,14:2" and "4,8" are mappings and lists."""
+    kinds = get_args(hint)
+    if isinstance(value, str) and Mapping[int, int] in kinds:
+        value = _schedule(name, value)
+    if Iterable[int] not in kinds:
+        return coerce_value(name, hint, value)
+    if isinstance(value, str):
+        try:
+            value = [int(word) for word in value.split(",")]
+        except ValueError as error:
+            raise InputError(f"{name} must be whole numbers such as 4,8, got {value!r}") from error
+    value = coerce_value(name, hint, value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _schedule(name: str, text: str) -> dict[int, int]:
+    """Return {solver step: particles} of a text such as "8:4,14:2". Raises InputError."""
+    pairs = [part.split(":") for part in text.split(",") if text.strip()]
+    try:
+        schedule = {int(step): int(count) for step, count in pairs}
+    except ValueError as error:
+        raise InputError(f"{name}: write STEP:PARTICLES,… such as 8:4,14:2, got {text!r}") from error
+    if len(schedule) < len(pairs):
+        raise InputError(f"{name}: a step is there twice in {text!r}")
+    return schedule
+
+
+@functools.cache
+def _table(choices: str | tuple[str, ...]) -> Mapping[str, Any]:
+    if isinstance(choices, tuple):
+        return {choice: choice for choice in choices}
+    table: Mapping[str, Any] = resolve_name(choices)
+    return table
+
+
+def _contains(interval: str, value: float) -> bool:
+    """Return whether a value lies in an interval such as "(0, 1]"; nan lies in none."""
+    low, high = (int(end) if end.strip("- ").isdigit() else float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def _in_words(interval: str) -> str:
+    """Return an interval in words: "(0, 1]" is "above 0 and at most 1"."""
+    low, high = interval[1:-1].split(", ")
+    closed = interval[-1] == "]"
+    if low == "-inf":
+        return "a finite number, or inf" if closed else "a finite number"
+    if interval[0] == "[" and closed and high != "inf":
+        return f"from {low} to {high}"
+    below = f" and {'at most' if closed else 'below'} {high}"
+    if high == "inf":
+        below = "" if closed else " and finite"
+    return f"{'at least' if interval[0] == '[' else 'above'} {low}{below}"

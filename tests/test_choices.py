@@ -24,7 +24,6 @@ from steer.pipelines.training.method import sampler_of
 from steer.pipelines.training.preference_data import (
     PreferenceDataset,
     PreferenceFolder,
-    check_preferences,
     sampling_config_of,
 )
 from steer.pipelines.training.preference_files import pixel_hash, pixels_of, read_lines, read_preferences
@@ -444,21 +443,21 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_folder_is_refused(case: str, stored: Path) -> None:
-    check_preferences(stored)
+    read_preferences(stored)
     spoil, said = REFUSED[case]
     spoil(stored)
     with pytest.raises(InputError, match=said) as refused:
-        check_preferences(stored)
+        read_preferences(stored)
     assert "\n" not in str(refused.value)
 
 
 def test_a_lot_told_twice_and_otherwise_is_refused(stored: Path) -> None:
     lines = (stored / "lots.jsonl").read_text().splitlines()
     (stored / "lots.jsonl").write_text("\n".join([*lines, lines[0]]))
-    check_preferences(stored)
+    read_preferences(stored)
     (stored / "lots.jsonl").write_text("\n".join([*lines, json.dumps(json.loads(lines[0]) | {"noises": [1, 2, 9]})]))
     with pytest.raises(InputError, match=r"line 3: lot .* is recorded twice"):
-        check_preferences(stored)
+        read_preferences(stored)
 
 
 @pytest.mark.parametrize("name", ["pipeline", "scheduler", "call", "eta", "latents_dtype", "dtype", "device", "torch"])
@@ -467,7 +466,7 @@ def test_settings_that_are_missing_or_no_such_thing_are_refused(name: str, store
     for wrong in ({key: value for key, value in loaded.items() if key != name}, loaded | {name: [1]}):
         (stored / "settings.json").write_text(json.dumps(wrong))
         with pytest.raises(InputError, match=f"{name} is missing or of the wrong kind"):
-            check_preferences(stored)
+            read_preferences(stored)
 
 
 # ---- writing
@@ -543,7 +542,7 @@ def test_a_line_that_a_crash_broke_off_is_left_out_and_written_over(
         PreferenceFolder(stored).write_preference(group, 1, 2, who="me")
         assert (stored / file).read_bytes().startswith(whole)
         assert read_lines(stored / file)[-1] == (4, {"who": "me", "lot": group, "chosen": 1, "rejected": 2})
-    check_preferences(stored)
+    read_preferences(stored)
 
 
 def test_a_last_line_without_its_end_is_kept(stored: Path) -> None:

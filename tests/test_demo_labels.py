@@ -43,7 +43,7 @@ from steer.apps.demo.studio import Busy, Studio, Ticket, Waiting
 from steer.apps.finetuning import load_data, read_config
 from steer.errors import InputError
 from steer.pipelines.training.events import Stopped
-from steer.pipelines.training.preference_data import check_preferences, sampling_config_of
+from steer.pipelines.training.preference_data import sampling_config_of
 from steer.pipelines.training.preference_files import Preference, read_lines, read_preferences
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 1.0}
@@ -175,7 +175,7 @@ def test_the_reader_knows_an_undo_by_lot_and_annotator(studio: Studio, store: La
     with path.open("a") as file:
         file.write(json.dumps({"lot": "gone", "undo": True}) + "\n")
     with pytest.raises(InputError, match="line 7: lot 'gone' is not in"):
-        check_preferences(store.path)
+        read_preferences(store.path)
     path.write_text("".join(json.dumps({"lot": group} | row) + "\n" for row in [{"chosen": 5, "rejected": 0}, said[3]]))
     with pytest.raises(InputError, match="line 1: chosen must be"):
         LabelStore(store.path)
@@ -212,7 +212,7 @@ def test_a_kill_after_saved_loses_nothing(studio: Studio, store: LabelStore) -> 
     for name, group, chosen, undone in whole:
         assert found.get(group, {}).get(name) == (None if undone == "True" else int(chosen))
     assert sum(map(len, found.values())) - sum(undone == "False" for *_, undone in whole) in (0, 1)
-    check_preferences(store.path)
+    read_preferences(store.path)
 
 
 def test_a_full_disk_is_told_in_a_line_and_nothing_counts(
@@ -444,7 +444,7 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
     words = shlex.split(command_of(owners))
     assert words[:3] == ["steer", "finetune", "d3po-scenes"]
     config = read_config(words[2], parse_overrides(words[3:]) | {"output_dir": str(tmp_path / "out"), "device": "cpu"})
-    assert load_data(config, False).prompts == [] and config.job.preferences == str(store.path)
+    assert load_data(config, False)["train_prompts"] == [] and config.job.preferences == str(store.path)
     assert config.training.num_inference_steps == 3 and config.training.num_generations == 2
     owners.close()
     assert store.path.exists(), "what the owner named outlives the app"

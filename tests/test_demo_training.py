@@ -134,7 +134,7 @@ def test_the_weights_give_a_fresh_model_the_last_evaluation(studio: Studio, stra
     )
     config = configured(ASKED, folder, studio).training
     data = load_data(configured(ASKED, folder.parent / "other", studio), False)
-    evaluator = Evaluator(data.eval_prompts, load_reward("brightness"), [load_reward("aesthetic:scenes")])
+    evaluator = Evaluator(data["eval_prompts"], load_reward("brightness"), [load_reward("aesthetic:scenes")])
     pipe = load_pipeline("scenes")
     with find_adapter(str(trained.weights.folder)).applied_to(pipe):
         found = evaluator.evaluate(pipe, config, 3, pipe.unet, lambda: None, SINGLE_PROCESS).record()

@@ -227,7 +227,7 @@ def refused(steer: Steer, config: object, *words: object) -> str:
         (["--method", "prd"], "--method: unknown method 'prd': did you mean prdp"),
         (["--num-generations", "1"], "--num-generations must be at least 2, got 1: PRDP compares"),
         (["--timestep-fraction", "0.5"], "--timestep-fraction must be 1, got 0.5"),
-        (["--clip", "0"], "--clip 0.0 must be above 0"),
+        (["--clip", "0"], "--clip must be above 0, got 0.0"),
         (["--reward", "brightnes"], "--reward: unknown reward 'brightnes': did you mean brightness"),
         (["--eval-rewards", "[scen]"], "--eval-rewards: unknown reward 'scen': did you mean scene"),
         (["--eval-rewards", "[jpeg, jpeg]"], "--eval-rewards: 'jpeg' is given twice"),

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from steer.apps.cli.finetune import parse_overrides
-from steer.apps.finetuning import METHODS, FinetuneJob, TrainingData, read_config, schema_of
+from steer.apps.finetuning import METHODS, FinetuneJob, read_config, schema_of
 from steer.apps.prompts import load_prompts
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
@@ -31,7 +31,7 @@ def test_embedded_configurations_are_whole(name: str) -> None:
     assert config.training.output_dir == f"out/{name}" and job.method == name.split("-")[0]
     assert f"steer finetune {name}" in CONFIGS[name].read_text()
     assert job.eval_rewards and {atom.split(":")[0] for atom in job.eval_rewards} <= set(reward_names())
-    config.trainer(None, TrainingData([], [], load_reward("brightness + jpeg"), []))
+    config.trainer(None, reward=load_reward("brightness + jpeg"))
     if name.endswith("-scenes"):
         assert job.prompts and job.eval_prompts
         assert not set(load_prompts(job.prompts)) & set(load_prompts(job.eval_prompts))
@@ -119,7 +119,7 @@ BAD = [
     ("max_steps: 0\n", "c.yaml: max_steps must be at least 1, got 0"),
     ("learning_rate: fast\n", 'learning_rate must be a number, got "fast"'),
     ("learning_rate: false\n", "learning_rate must be a number, got false"),
-    ("learning_rate: -1e-3\n", "c.yaml: learning_rate must be above 0, got -0.001"),
+    ("learning_rate: -1e-3\n", "c.yaml: learning_rate must be above 0 and finite, got -0.001"),
     ("kl_weight: .nan\n", "kl_weight must be a finite number"),
     ("clip: .inf\n", "clip must be a finite number (1e9 does for no limit)"),
     ("gradient_checkpointing: yes\n", 'gradient_checkpointing must be true or false, got "yes"'),
@@ -160,7 +160,7 @@ def test_what_is_wrong_in_a_file_is_one_line(text: str, message: str, tmp_path: 
         ({"max_steps.x": "0"}, "--max-steps.x: unknown key, did you mean max_steps"),
         ({"bata": "0"}, "--bata: unknown key, did you mean beta"),
         ({"beta": "x"}, '--beta must be a number, got "x"'),
-        ({"clip": "0"}, "--clip 0.0 must be above 0"),
+        ({"clip": "0"}, "--clip must be above 0, got 0.0"),
         ({"call": "[1"}, "--call: "),
         ({"method": "prpd"}, "--method: unknown method 'prpd': did you mean prdp"),
         ({"reward": "null"}, "--reward is missing: say what to train on"),

@@ -247,7 +247,7 @@ def test_without_held_out_prompts_nothing_is_evaluated(pipe: Any, tmp_path: Path
     result = train("ddpo", pipe, tmp_path, config, eval_prompts=(), eval_rewards=())
     assert result.evaluations == () and result.best_step is None and not (tmp_path / "best").exists()
     evaluator = D3POTrainer(pipe, "brightness").evaluator()
-    assert evaluator.config_dict() == {"eval_prompts": [], "eval_rewards": []}
+    assert (evaluator.prompts, evaluator.held_out) == ((), [])
 
 
 def test_a_trained_pipeline_is_called_like_any_other(pipe: Any, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ from typing import TypeVar
 import click
 
 from steer.apps.settings import ALL_OPTIONS, SHARED, flags_of, help_of, kinds_of
+from steer.arguments import plain_value
 from steer.errors import InputError
-from steer.pipelines.settings import plain_value
 from steer.registry import nearest
 
 F = TypeVar("F", bound=Callable[..., object])

@@ -171,7 +171,7 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
     get_denoiser(pipe)[1].register_forward_pre_hook(lambda module, given: ticket.check())
     out, config_dict = Path(config.training.output_dir), _public_config(config)
     write_config(out, config_dict)
-    trainer = config.trainer(pipe, data, callbacks=[Progress(ticket, out)], run_config=config_dict)
+    trainer = config.trainer(pipe, **data, callbacks=[Progress(ticket, out)], run_config=config_dict)
     with wrap_errors("the training", CHECKPOINT_HINT, MEMORY_HINT):
         result = trainer.train(resume_from_checkpoint=resume)
     if result.stopped != INTERRUPTED:

@@ -4,7 +4,6 @@ Python (`TrainingConfig`, `GRPOConfig` …), the YAML files and options of `stee
 derive from these dataclasses. Names are those of TRL, transformers and accelerate where they mean the same.
 """
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from steer.arguments import Settings, argument
 from steer.diffusion.precision import Precision
 from steer.errors import InputError
 from steer.training.guards import KLControl
@@ -20,31 +20,9 @@ from steer.training.trainable import ATTENTION
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
-POSITIVE_FIELDS = (
-    "max_steps",
-    "train_batch_size",
-    "num_generations",
-    "steps_per_generation",
-    "num_iterations",
-    "micro_batch",
-    "num_inference_steps",
-    "eval_steps",
-    "num_generations_eval",
-    "save_steps",
-    "save_total_limit",
-)
-NON_NEGATIVE_FIELDS = (
-    "lora_rank",
-    "warmup_steps",
-    "weight_decay",
-    "early_stopping_patience",
-    "chi_square_weight",
-    "seed",
-)
-
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Settings):
     """Arguments that all methods share. One update learns from `train_batch_size` prompts × `num_generations` samples.
 
     output_dir           folder of metrics.jsonl, evaluations.jsonl, checkpoints/, best/ and final/
@@ -94,68 +72,51 @@ class TrainingConfig:
     paper: ClassVar[tuple[str, str]] = ("", "")  # its title and arXiv number
 
     output_dir: str = "trainer_output"
-    max_steps: int = 100
-    seed: int = 0
-    train_batch_size: int = 8
-    num_generations: int = 4
-    steps_per_generation: int = 1
-    num_iterations: int = 1
-    micro_batch: int = 16
-    num_inference_steps: int = 20
-    guidance_scale: float | None = None
-    eta: float = 1.0
+    max_steps: int = argument(100, "[1, inf]")
+    seed: int = argument(0, "[0, 9223372036854775807]")
+    train_batch_size: int = argument(8, "[1, inf]")
+    num_generations: int = argument(4, "[1, inf]")
+    steps_per_generation: int = argument(1, "[1, inf]")
+    num_iterations: int = argument(1, "[1, inf]")
+    micro_batch: int = argument(16, "[1, inf]")
+    num_inference_steps: int = argument(20, "[1, inf]")
+    guidance_scale: float | None = argument(None, "(-inf, inf)")
+    eta: float = argument(1.0, "(0, 1]")
     skip_low_noise_steps: int | None = None
     log_prob_precision: Precision = "float32"
-    timestep_fraction: float = 1.0
+    timestep_fraction: float = argument(1.0, "(0, 1]")
     latents_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     call: Mapping[str, Any] = field(default_factory=dict)
-    lora_rank: int = 16
+    lora_rank: int = argument(16, "[0, inf]")
     lora_alpha: float | None = None
     lora_target_modules: tuple[str, ...] = ATTENTION
     init_adapter: str | None = None
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    learning_rate: float = 1e-4
-    warmup_steps: int = 0
-    weight_decay: float = 1e-4
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
+    learning_rate: float = argument(1e-4, "(0, inf)")
+    warmup_steps: int = argument(0, "[0, inf]")
+    weight_decay: float = argument(1e-4, "[0, inf)")
+    max_grad_norm: float = argument(1.0, "(0, inf)")
+    ema_decay: float = argument(0.0, "[0, 1)")
     kl_weight: float = 0.0
     kl_target_nats: float | None = None
     kl_budget_nats: float | None = None
-    chi_square_weight: float = 0.0
-    eval_steps: int = 20
-    num_generations_eval: int = 1
-    early_stopping_patience: int = 0
-    save_steps: int = 20
-    save_total_limit: int = 2
+    chi_square_weight: float = argument(0.0, "[0, inf)")
+    eval_steps: int = argument(20, "[1, inf]")
+    num_generations_eval: int = argument(1, "[1, inf]")
+    early_stopping_patience: int = argument(0, "[0, inf]")
+    save_steps: int = argument(20, "[1, inf]")
+    save_total_limit: int = argument(2, "[1, inf]")
     log_with: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in POSITIVE_FIELDS:
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in NON_NEGATIVE_FIELDS:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+        super().__post_init__()
         if not 0 <= (self.skip_low_noise_steps or 0) < self.num_inference_steps:
             raise InputError(
                 f"skip_low_noise_steps must be from 0 to num_inference_steps - 1, got {self.skip_low_noise_steps}"
             )
-        if self.seed >= 2**63:
-            raise InputError(f"seed must be below 2^63, got {self.seed}")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("eta", "timestep_fraction"):
-            if not 0 < getattr(self, name) <= 1:
-                raise InputError(f"{name} must be above 0 and at most 1, got {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay must be at least 0 and below 1, got {self.ema_decay}")
         if self.init_adapter is not None and self.lora_rank == 0:
             raise InputError("init_adapter starts from a LoRA, and lora_rank 0 trains all weights: leave one out")
-        if self.guidance_scale is not None and not math.isfinite(self.guidance_scale):
-            raise InputError(f"guidance_scale must be a finite number, got {self.guidance_scale}")
         self.kl_control()
 
     def kl_control(self) -> KLControl:

@@ -10,8 +10,7 @@ from torch import Tensor
 from steer.pipelines.training.config import LossConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
-from steer.training.losses import DDPO, GRPO, Filtered
-from steer.training.losses.advantages import PerPromptStatTracker
+from steer.training.losses import DDPO, GRPO, Filtered, PerPromptStatTracker
 
 
 @dataclass(frozen=True)

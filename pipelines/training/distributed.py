@@ -52,7 +52,9 @@ class AccelerateContext:
         try:
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or not _is_connection_error(error):
+            # NCCL has an error of its own, gloo one that names its source file.
+            lost = isinstance(error, distributed.DistError) or "/gloo/" in str(error)
+            if self.world_size == 1 or not lost:
                 raise
             with report_lost_process(RESUME_HINT):
                 raise
@@ -89,8 +91,3 @@ def main_first(cpu: bool) -> Iterator[None]:
 def _wait(state: PartialState) -> None:
     with report_lost_process(RESUME_HINT):
         state.wait_for_everyone()
-
-
-def _is_connection_error(error: RuntimeError) -> bool:
-    """Whether the processes lost each other: NCCL has an error of its own, gloo one that names its source file."""
-    return isinstance(error, distributed.DistError) or "/gloo/" in str(error)

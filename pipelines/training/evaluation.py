@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
 from steer.reward import Reward, mean_over_frames, score_components
@@ -48,23 +47,6 @@ class Evaluator:
     trained: Reward
     held_out: Sequence[Reward]
 
-    def __post_init__(self) -> None:
-        names = [self.trained.name, *(reward.name for reward in self.held_out)]
-        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
-            raise InputError(f"eval_rewards: {twice[0]!r} is given twice or is the trained reward: take another one")
-
-    def check(self, early_stopping_patience: int) -> None:
-        """Raises InputError where early stopping has no held-out reward to compare."""
-        if early_stopping_patience and not (self.prompts and self.held_out):
-            raise InputError(
-                "early_stopping_patience compares a held-out reward: give eval_prompts and eval_rewards, or "
-                "early_stopping_patience 0"
-            )
-
-    def config_dict(self) -> dict[str, Any]:
-        """Return the plain values that determine the evaluations."""
-        return {"eval_prompts": list(self.prompts), "eval_rewards": [reward.name for reward in self.held_out]}
-
     def evaluate(
         self,
         pipe: Any,
@@ -76,33 +58,25 @@ class Evaluator:
     ) -> EvalResult:
         """Evaluate the same prompts and seeds at every step; the processes take turns with chunks of them."""
         size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model")
-        components = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(
-            config.micro_batch
-        )
+        chunks = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(config.micro_batch)
+        rewards = {reward.name: reward for reward in (self.trained, *self.held_out)}
         collected: list[tuple[int, Tensor, list[Tensor]]] = []
-        for turn in range(0, len(components), context.world_size):
+        for turn in range(0, len(chunks), context.world_size):
             # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
-            number = min(turn + context.rank, len(components) - 1)
+            number = min(turn + context.rank, len(chunks) - 1)
             before()
-            images = sampler.rollout(components[number])[1]
-            if turn + context.rank < len(components):
+            images = sampler.rollout(chunks[number])[1]
+            if turn + context.rank < len(chunks):
                 # Scored on the device of the pipeline, and only then moved to the CPU.
-                collected.append((number, images.cpu(), self._score(images, components[number].prompts)))
-        _, drawn, scores = zip(*sorted(context.gather(collected), key=lambda one: one[0]), strict=True)
-        names = [reward.name for reward in (self.trained, *self.held_out)]
-        rewards = {
-            name: torch.cat(some).view(-1, size) for name, some in zip(names, zip(*scores, strict=True), strict=True)
-        }
+                scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]
+                with torch.no_grad():
+                    scores = [mean_over_frames(images, scorer)[0] for scorer in scorers]
+                collected.append((number, images.cpu(), scores))
+        _, drawn, chunk_scores = zip(*sorted(context.gather(collected), key=lambda one: one[0]), strict=True)
+        columns = zip(rewards, zip(*chunk_scores, strict=True), strict=True)
+        scored = {name: torch.cat(column).view(-1, size) for name, column in columns}
         images = torch.cat(drawn)
-        return EvalResult(step, tuple(self.prompts), rewards, diversity(images, size), images)
-
-    def _score(self, images: Tensor, prompts: Sequence[str]) -> list[Tensor]:
-        """Score images (N, …) by each reward, (N,) each."""
-        with torch.no_grad():
-            rewards = (self.trained, *self.held_out)
-            return [
-                mean_over_frames(images, partial(score_components, reward, prompts=prompts))[0] for reward in rewards
-            ]
+        return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images)
 
 
 def diversity(images: Tensor, samples: int) -> float:

@@ -77,15 +77,8 @@ def sample_and_score(
         with torch.no_grad():
             scores.append(mean_over_frames(images, partial(score_components, reward, prompts=some.prompts)))
     rewards, components = zip(*context.gather(scores), strict=True)
-    return Scored(
-        prompts=rows.prompts[::samples],
-        chunks=tuple(chunks),
-        rewards=torch.cat(rewards).view(-1, samples),
-        components={
-            name: torch.cat([scores_by_name[name] for scores_by_name in components]).view(-1, samples)
-            for name in components[0]
-        },
-    )
+    named = {name: torch.cat([some[name] for some in components]).view(-1, samples) for name in components[0]}
+    return Scored(rows.prompts[::samples], tuple(chunks), torch.cat(rewards).view(-1, samples), named)
 
 
 def process_shard(numbers: range, context: DistributedContext) -> range:

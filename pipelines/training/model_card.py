@@ -15,9 +15,9 @@ from steer import __version__
 from steer.assets import MODELS
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import TrainingResult
-from steer.training.trainable import get_denoiser
+from steer.training.trainable import LORA_FILES, get_denoiser
 
-LORA, PEFT = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"  # for diffusers, and for peft
+LORA, PEFT = LORA_FILES
 PACKAGES = ("torch", "diffusers", "peft")
 PICTURES = {
     "before-after.png": "The same held-out prompts and seeds, before and after",
@@ -37,14 +37,36 @@ It made {{ step }} update{{ "" if step == 1 else "s" }}.
 
 ## Results
 
-{{ results }}
-{% for text, file in pictures %}
+{% if table %}{% for row in table %}| {{ row | join(" | ") }} |
+{% if loop.first %}{{ "|---" * row | length }}|
+{% endif %}{% endfor %}
+Rewards: mean over held-out prompts at fixed seeds, with its 95 % bootstrap interval over the prompts. Diversity: mean \
+distance between two images of a prompt (root mean square of the pixels' differences, 0 to 1). KL: of the training \
+samples of that update, from the base model.
+{% elif scored %}Nothing was evaluated on held-out prompts. Mean reward of the training samples: \
+{{ number(scored[0].reward) }} in update {{ scored[0].step }}, {{ number(scored[-1].reward) }} in update \
+{{ scored[-1].step }}; the two are of different prompts. KL in the last: {{ number(scored[-1].kl) }} nats per \
+trajectory.
+{% else %}Nothing was evaluated.
+{% endif %}{% for text, file in pictures %}
 ![{{ text }}]({{ file }})
 {% endfor %}
 ## How to use it
 
-{{ usage }}
+{% if weights is none %}The training was interrupted at update {{ step }} and has no final weights yet: resume it \
+from `checkpoints/`.{% if best is not none %} `best/` holds those after update {{ best }}.{% endif %}
+{% else %}The weights are in `{{ weights }}`.{% if kept is not none %} They are those of update {{ kept }}, the best \
+by the held-out reward.{% endif %}
 
+```python
+{{ code }}
+```
+
+It was trained and evaluated with the base model's own scheduler at η = {{ "%g" % eta }}, {{ num_steps }} steps and \
+{% if guidance is none %}the default guidance of the pipeline{% else %}guidance {{ "%g" % guidance }}{% endif %}.\
+{% if not takes_eta %} This call takes no η, so the scheduler makes its own steps, which may be without noise: images \
+then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
+{% endif %}
 ## Training
 
 All other arguments are the defaults of steer's {{ config_class }}.
@@ -57,7 +79,7 @@ All other arguments are the defaults of steer's {{ config_class }}.
 
 - A reward is not quality: the model learnt what raises this number, its faults included.
 - The model was moved away from the base model on purpose, and may be worse at what the reward does not measure.\
-{% if kl %} In the last update the KL was {{ kl }} nats per trajectory.{% endif %}
+{% if kl is not none %} In the last update the KL was {{ number(kl) }} nats per trajectory.{% endif %}
 - Held-out rewards are numbers of models or programs too: they are not human judgement.
 - The intervals are over prompts, of one training: another seed may give other results.
 - The licence and the limits of the base model hold for this one too.
@@ -94,14 +116,23 @@ def model_card(
         paper=config.paper if config.paper[1] else None,
         steer=__version__,
         step=result.step,
-        results=_evaluations(result) if result.evaluations else _training_samples(result),
+        number=_number,
+        table=_evaluations(result) if result.evaluations else None,
+        scored=[record for record in result.records if record.get("reward") is not None],
         pictures=pictures,
-        usage=_usage(folder, pipe, about.get("model"), config, result),
+        weights=None if result.weights is None else _relative(folder, result.weights),
+        best=result.best_step,
+        kept=None if result.weights_step == result.step else result.weights_step,
+        code="" if result.weights is None else _code(folder, pipe, about.get("model"), config, result.weights),
+        eta=config.eta,
+        num_steps=config.num_inference_steps,
+        guidance=config.guidance_scale,
+        takes_eta=_takes_eta(pipe),
         config_class=type(config).__name__,
         arguments=_arguments(config, about),
         minutes=f"{seconds / 60:.3g}" if seconds else None,
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
-        kl=None if kl is None else _number(kl),
+        kl=kl,
         stopped=None if result.stopped is None else escaped(result.stopped),
     )
     return str(card)
@@ -131,71 +162,40 @@ def _card_data(pipe: Any, config: TrainingConfig, result: TrainingResult, about:
     )
 
 
-def _usage(folder: Path, pipe: Any, model: Any, config: TrainingConfig, result: TrainingResult) -> str:
-    """Python code that loads the weights and samples as the training did."""
-    if result.weights is None:
-        best = f" `best/` holds those after update {result.best_step}." if result.best_step is not None else ""
-        return (
-            f"The training was interrupted at update {result.step} and has no final weights yet: resume it from "
-            f"`checkpoints/`.{best}"
-        )
-    kept = result.weights_step not in (None, result.step)
-    best = f" They are those of update {result.best_step}, the best by the held-out reward." if kept else ""
-    code = "\n".join([*_loading(folder, pipe, model, result.weights), *_call(pipe, config)])
-    where = f"The weights are in `{_relative(folder, result.weights)}`.{best}"
-    guidance = config.guidance_scale
-    text = (
-        "It was trained and evaluated with the base model's own scheduler at "
-        f"η = {config.eta:g}, {config.num_inference_steps} steps and "
-        f"{'the default guidance of the pipeline' if guidance is None else f'guidance {guidance:g}'}."
-    )
-    if not _takes_eta(pipe):
-        text += (
-            " This call takes no η, so the scheduler makes its own steps, which may be without noise: images then "
-            "differ from those of the evaluation, which were made by steer's stochastic steps."
-        )
-    return f"{where}\n\n```python\n{code}\n```\n\n{text}"
-
-
-def _loading(folder: Path, pipe: Any, model: Any, weights: Path) -> list[str]:
-    """The lines up to a pipeline with the weights in it."""
-    where = _relative(folder, weights.parent)
+def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: Path) -> str:
+    """Python code that loads the weights into the pipeline and samples as the training did."""
+    where, name = _relative(folder, weights.parent), get_denoiser(pipe)[0]
     place = "run" if where == Path() else f"run, subfolder={str(where)!r}"
-    source = f"MODELS[{model!r}]" if model in MODELS else repr(str(model))
-    assets = ["from steer import MODELS"] if model in MODELS else []
-    run, load = 'run = "."  # this folder, or its name on the hub', f"DiffusionPipeline.from_pretrained({source}"
+    source, imports, more = f"MODELS[{model!r}]" if model in MODELS else repr(str(model)), "DiffusionPipeline", ""
+    before: list[str] = []
+    after: list[str] = []
     if weights.name == LORA:
-        lora = f"pipe.load_lora_weights({place}, weight_name={LORA!r})"
-        return ["from diffusers import DiffusionPipeline", *assets, "", run, f"pipe = {load})", lora]
-    name = get_denoiser(pipe)[0]
-    if weights.name == PEFT:  # the pipeline loads no LoRAs; written without PeftModel's prefix of every name
-        return [
-            "from diffusers import DiffusionPipeline",
-            "from peft import PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict",
-            *assets,
-            "",
-            run,
-            f"pipe = {load})",
+        after = [f"pipe.load_lora_weights({place}, weight_name={LORA!r})"]
+    elif weights.name == PEFT:  # the pipeline loads no LoRAs; written without PeftModel's prefix of every name
+        peft = "PeftConfig, inject_adapter_in_model, load_peft_weights, set_peft_model_state_dict"
+        imports += f"\nfrom peft import {peft}"
+        after = [
             f"inject_adapter_in_model(PeftConfig.from_pretrained({place}), pipe.{name})",
             f"set_peft_model_state_dict(pipe.{name}, load_peft_weights({place}))",
         ]
-    denoiser = f"{name} = AutoModel.from_pretrained(run, subfolder={str(where / name)!r})"
-    return [
-        "from diffusers import AutoModel, DiffusionPipeline",
-        *assets,
-        "",
-        run,
-        denoiser,
-        f"pipe = {load}, {name}={name})",
-    ]
-
-
-def _call(pipe: Any, config: TrainingConfig) -> list[str]:
-    """The lines that sample, with η where the pipeline and its solver take it, as in training."""
+    else:
+        imports, more = "AutoModel, DiffusionPipeline", f", {name}={name}"
+        before = [f"{name} = AutoModel.from_pretrained(run, subfolder={str(where / name)!r})"]
+    # As in training, with η where the pipeline and its solver take it.
     given = config.call_kwargs | ({"eta": config.eta} if _takes_eta(pipe) else {})
-    plain = {name: value for name, value in given.items() if isinstance(value, str | int | float)}
-    arguments = ", ".join(f"{name}={value!r}" for name, value in plain.items())
-    return ['prompt = "…"', f"output = pipe(prompt, {arguments})"]
+    arguments = ", ".join(f"{key}={value!r}" for key, value in given.items() if isinstance(value, str | int | float))
+    lines = [
+        f"from diffusers import {imports}",
+        *(["from steer import MODELS"] if model in MODELS else []),
+        "",
+        'run = "."  # this folder, or its name on the hub',
+        *before,
+        f"pipe = DiffusionPipeline.from_pretrained({source}{more})",
+        *after,
+        'prompt = "…"',
+        f"output = pipe(prompt, {arguments})",
+    ]
+    return "\n".join(lines)
 
 
 def _takes_eta(pipe: Any) -> bool:
@@ -222,8 +222,8 @@ def held_out_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
     return [name.removeprefix("eval/") for name, value in first.items() if isinstance(value, list)]
 
 
-def _evaluations(result: TrainingResult) -> str:
-    """A table of the first, the best and the last evaluation."""
+def _evaluations(result: TrainingResult) -> list[list[str]]:
+    """The rows of a table of the first, the best and the last evaluation."""
     shown = {one["step"]: one for one in result.evaluations}
     marks: dict[int, list[str]] = {}
     for step, mark in ((min(shown), "first"), (max(shown), "last"), (result.best_step, "best")):
@@ -237,26 +237,7 @@ def _evaluations(result: TrainingResult) -> str:
     if any(one.get("eval/diversity") for one in chosen.values()):
         rows.append(["diversity", *[_number(one.get("eval/diversity")) for one in chosen.values()]])
     kl = {0: 0.0} | {record["step"]: record.get("kl") for record in result.records}
-    rows.append(["KL, nats per trajectory", *[_number(kl.get(step)) for step in chosen]])
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    table = "\n".join([lines[0], "|---" * (len(chosen) + 1) + "|", *lines[1:]])
-    return (
-        f"{table}\n\nRewards: mean over held-out prompts at fixed seeds, with its 95 % bootstrap interval over the "
-        "prompts. Diversity: mean distance between two images of a prompt (root mean square of the pixels' "
-        "differences, 0 to 1). KL: of the training samples of that update, from the base model."
-    )
-
-
-def _training_samples(result: TrainingResult) -> str:
-    scored = [record for record in result.records if record.get("reward") is not None]
-    if not scored:
-        return "Nothing was evaluated."
-    first, last = scored[0], scored[-1]
-    return (
-        "Nothing was evaluated on held-out prompts. Mean reward of the training samples: "
-        f"{_number(first['reward'])} in update {first['step']}, {_number(last['reward'])} in update {last['step']}; "
-        f"the two are of different prompts. KL in the last: {_number(last.get('kl'))} nats per trajectory."
-    )
+    return [*rows, ["KL, nats per trajectory", *[_number(kl.get(step)) for step in chosen]]]
 
 
 def _arguments(config: TrainingConfig, about: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from steer.pipelines.training.preference_files import (
     PreferenceRecords,
     SampleGroup,
     SampleProvenance,
-    check_preferences,
     file_inside,
     pixel_hash,
     pixels_of,
@@ -46,7 +46,7 @@ from steer.pipelines.training.preference_files import (
 from steer.pipelines.training.rollouts import RolloutBuffer, batch_order, references_of, trajectories_to_tensors
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference
-from steer.training.rollout import Rows, Sampler, Trajectories, log_probs
+from steer.training.rollout import Rows, Sampler, Trajectories, blocks, log_probs
 from steer.training.trainable import Trainable
 
 
@@ -79,7 +79,8 @@ class PreferenceFolder:
         """
         if type(call.get("num_inference_steps")) is not int:
             raise InputError("num_inference_steps must be among the arguments of the call: a training needs the same")
-        if odd := [name for name, value in call.items() if not _is_plain(value)]:
+        to_json = partial(json.dumps, allow_nan=False)
+        if odd := [name for name, value in call.items() if not _accepts(to_json, value)]:
             raise InputError(f"{odd[0]} is not a plain value: the arguments of recorded calls must fit in JSON")
         if latents_dtype not in DTYPES:
             raise InputError(f"latents_dtype must be one of {', '.join(DTYPES)}, got {latents_dtype!r}")
@@ -178,7 +179,7 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
         file.seek(0)
         metrics = file.read()
         last = metrics[metrics.rfind(b"\n") + 1 :]
-        if _is_json(last):
+        if _accepts(json.loads, last):
             line = b"\n" + line  # somebody's editor left the end of the line out
         elif last:
             file.truncate(len(metrics) - len(last))
@@ -188,23 +189,13 @@ def append_line(path: Path, row: Mapping[str, Any]) -> None:
     sync(path.parent)
 
 
-def _is_json(text: bytes) -> bool:
+def _accepts(convert: Callable[[Any], Any], value: Any) -> bool:
     try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_plain(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
+        convert(value)
     except (TypeError, ValueError):
         return False
     return True
 
-
-__all__ = ["NoReward", "PreferenceDataset", "PreferenceFolder", "check_preferences", "sampling_config_of"]
 
 REGENERATED = "regenerated"  # folder, in that of a run, of samples that were drawn again
 MUST_MATCH = ("pipeline", "scheduler", "call", "eta", "latents_dtype")  # of a folder and a run; other things may differ
@@ -250,34 +241,31 @@ class PreferenceDataset:
         """
         records = read_preferences(folder)
         _check_settings(records, pipe, config)
-        num_rollouts = math.ceil(
-            config.max_steps / (config.steps_per_generation * config.num_iterations)
-        )  # whole ones are drawn
-        used = _preferences_at(records, config, 0, num_rollouts * config.steps_per_generation * config.train_batch_size)
+        updates, passes, size = config.steps_per_generation, config.num_iterations, config.train_batch_size
+        num_rollouts = math.ceil(config.max_steps / (updates * passes))  # whole ones are drawn
+        used = _preferences_at(records, config, 0, num_rollouts * updates * size)
         groups = {preference.group: records.groups[preference.group] for preference in used}
         missing = [group for group in groups.values() if group.trajectories is None]
-        return cls(
-            records,
-            groups | _regenerate(missing, records, pipe, config, Path(config.output_dir) / REGENERATED),
-            config,
-        )
+        again = _regenerate(missing, records, pipe, config, Path(config.output_dir) / REGENERATED)
+        return cls(records, groups | again, config)
 
     def config_dict(self) -> dict[str, Any]:
+        """Return the plain values that determine the samples."""
         return {"preferences": f"{len(self.records.preferences)} with the hash {self.records.digest()[:16]}"}
 
     def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
         """Collect the preferences of every update of a rollout, from a stream of shuffled passes over all of them."""
-        size, seed = self.config.train_batch_size, self.config.seed
+        config, size, updates = self.config, self.config.train_batch_size, self.config.steps_per_generation
+        half = half_precision(trainable.denoiser, config) is not None
         batches, metrics = [], []
-        for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
+        for update in range(number * updates, (number + 1) * updates):
             own = process_shard(range(update * size, (update + 1) * size), context)
-            chunks = self._chunks(_preferences_at(self.records, self.config, own.start, len(own)))
-            half = half_precision(trainable.denoiser, self.config)
-            window = num_training_steps_of(len(chunks[0].stochastic), self.config, half is not None)
-            steps = chosen_steps(window, self.config.timestep_fraction, seed, f"update {update}")
-            references = references_of(sampler, trainable, chunks, steps, on_chunk, self.config)
+            chunks = self._chunks(_preferences_at(self.records, config, own.start, len(own)))
+            window = num_training_steps_of(len(chunks[0].stochastic), config, half)
+            steps = chosen_steps(window, config.timestep_fraction, config.seed, f"update {update}")
+            references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
             _check_reference(chunks, references, steps)
             old = []
             for chunk in chunks:
@@ -286,14 +274,12 @@ class PreferenceDataset:
                 old.append(replace(chunk, log_probs=log_probs(sampler, chunk, steps if number else None)))
             batches.append(Batch(old, references, steps, torch.tensor([[1.0, 0.0]] * size), window))
             metrics.append({"turn": update * size / len(self.records.preferences)})
-        order = batch_order(len(batches), self.config.num_iterations, seed, number)
+        order = batch_order(len(batches), config.num_iterations, config.seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(batch.rewards for batch in batches), tuple(metrics), order)
 
     def _chunks(self, preferences: Sequence[Preference]) -> list[Trajectories]:
         """Return chosen and rejected samples, pair after pair, in chunks for the denoiser."""
-        groups = {
-            name: self.groups[name].load() for name in dict.fromkeys(preference.group for preference in preferences)
-        }
+        groups = {name: self.groups[name].load() for name in {preference.group for preference in preferences}}
         pairs = [groups[preference.group].at([preference.chosen, preference.rejected]) for preference in preferences]
         first = pairs[0]
         for preference, pair in zip(preferences, pairs, strict=True):
@@ -303,9 +289,8 @@ class PreferenceDataset:
                     f"shapes {tuple(first.latents.shape[1:])} and {tuple(pair.latents.shape[1:])}: one folder is for "
                     "one size"
                 )
-        whole, size = Trajectories.concatenate(pairs), self.config.micro_batch
-        numbers = range(len(whole.rows))
-        return [whole.at(numbers[place : place + size]) for place in numbers[::size]]
+        whole = Trajectories.concatenate(pairs)
+        return [whole.at(block) for block in blocks(range(len(whole.rows)), self.config.micro_batch)]
 
 
 def _preferences_at(records: PreferenceRecords, config: TrainingConfig, position: int, count: int) -> list[Preference]:
@@ -319,16 +304,13 @@ def _check_settings(records: PreferenceRecords, pipe: Any, config: TrainingConfi
         raise InputError(f"num_generations must be 2, got {config.num_generations}: a preference compares two samples")
     here = SampleProvenance.of(pipe, config.call_kwargs, config.eta, config.latents_dtype)
     other = replace(records.provenance, **{name: getattr(here, name) for name in MUST_MATCH})
-    for name, (there, asked) in records.provenance.diff(other).items():
+    for name, values in records.provenance.diff(other).items():
+        there, asked = ("not given" if value is None else repr(value) for value in values)
         raise InputError(
-            f"{name} is {_described(asked)} in this run and was {_described(there)} when {records.folder} was "
-            "recorded: train with the arguments that the samples were drawn with (see "
+            f"{name} is {asked} in this run and was {there} when {records.folder} was recorded: train with the "
+            "arguments that the samples were drawn with (see "
             "steer.pipelines.training.preference_data.sampling_config_of)"
         )
-
-
-def _described(value: Any) -> str:
-    return "not given" if value is None else repr(value)
 
 
 def _check_reference(chunks: Sequence[Trajectories], references: Sequence[Reference], steps: Sequence[int]) -> None:
@@ -367,10 +349,8 @@ def _regenerate(
 
 def _regeneration_error(group: SampleGroup, number: int, provenance: SampleProvenance, here: SampleProvenance) -> str:
     difference = [f"{name} {there!r} then, {now!r} now" for name, (there, now) in provenance.diff(here).items()]
-    why = (
-        "; ".join(difference)
-        or "the settings are the same, so the weights are not, or the device is another of its kind"
-    )
+    same = "the settings are the same, so the weights are not, or the device is another of its kind"
+    why = "; ".join(difference) or same
     return (
         f"{file_inside(group.folder, group.image_file(number))}: sampled again from its seed the image is another "
         f"one, so that its trajectory is lost ({why}): restore what it was sampled with, or record "

@@ -223,16 +223,7 @@ def drop_undone(rows: Sequence[tuple[int, dict[str, Any]]]) -> list[tuple[int, d
     return selected[::-1]
 
 
-IMAGE_PAIR_KEYS = {
-    "image",
-    "images",
-    "image_a",
-    "image_b",
-    "image_0",
-    "image_1",
-    "jpg_0",
-    "jpg_1",
-}  # keys of image pairs
+IMAGE_PAIR_KEYS = {"image", "images", "image_a", "image_b", "image_0", "image_1", "jpg_0", "jpg_1"}
 MAX_SEED = 1 << 63  # seeds of torch are below
 IMAGE_PAIRS_UNSUPPORTED = (
     "plain image pairs. D3PO learns from the denoising trajectory of both images (stored latents, or seed and "
@@ -270,11 +261,6 @@ class PreferenceRecords:
         return selected.hexdigest()
 
 
-def check_preferences(folder: Path) -> None:
-    """Raises InputError, one line, for the first error in a preference dataset."""
-    read_preferences(folder)
-
-
 def read_preferences(folder: Path) -> PreferenceRecords:
     """Read a folder, and verify every file of its preferences against the recorded hashes."""
     if folder.is_file():
@@ -298,8 +284,15 @@ def read_preferences(folder: Path) -> PreferenceRecords:
         raise InputError(f"{path} holds no preference beside {len(loaded)} ties: there is nothing to learn from")
     if ties := len(loaded) - len(preferences):
         logger.warning("%s: %d ties of %d annotations are left out", path, ties, len(loaded))
-    for name in dict.fromkeys(preference.group for preference in preferences):
-        check_files(groups[name])
+    for group in dict.fromkeys(groups[preference.group] for preference in preferences):
+        for number, stored in enumerate(group.images):
+            image = file_inside(folder, group.image_file(number))
+            if pixel_hash(pixels_of(read_image(image))) != stored:
+                raise InputError(
+                    f"{image} is not the image that was recorded: its pixels have another hash. Restore it"
+                )
+        if group.trajectories is not None:
+            group.load()
     return PreferenceRecords(folder, provenance, groups, preferences, ties)
 
 
@@ -315,16 +308,6 @@ def read_groups(folder: Path) -> dict[str, SampleGroup]:
     return groups
 
 
-def check_files(group: SampleGroup) -> None:
-    """Raises InputError where an image or the trajectories of a lot are missing, changed or elsewhere."""
-    for number, loaded in enumerate(group.images):
-        path = file_inside(group.folder, group.image_file(number))
-        if pixel_hash(pixels_of(read_image(path))) != loaded:
-            raise InputError(f"{path} is not the image that was recorded: its pixels have another hash. Restore it")
-    if group.trajectories is not None:
-        group.load()
-
-
 def pixels_of(image: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """(3, H, W) in [0, 1] as it is saved: (H, W, 3), 0 to 255."""
     return (image.float().cpu() * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
@@ -337,18 +320,25 @@ def pixel_hash(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
 
 
 def _group(place: str, folder: Path, row: Mapping[str, Any]) -> SampleGroup:
-    name = row.get("lot")
+    name, images, stored, trajectories = row.get("lot"), row.get("images"), row.get("trajectories"), None
     if not isinstance(name, str) or not ID.fullmatch(name):
         raise InputError(f"{place}: lot must be a name of letters, digits, - and _, got {name!r:.40}")
-    group = SampleGroup(folder, name, _rows(place, row), _images(place, row), _stored(place, row))
-    count = len(group.rows)
-    if count < 2 or len(set(zip(group.rows.prompts, group.rows.starts, strict=True))) > 1 or len(group.images) != count:
+    rows = _rows(place, row)
+    if not isinstance(images, list) or not all(_is_hashed(one) for one in images):
+        raise InputError(f'{place}: images must be a list of {{"file": …, "sha256": …}}')
+    if stored is not None:
+        steps = stored.get("stochastic") if _is_hashed(stored) else None
+        if not isinstance(steps, list) or any(type(step) is not int for step in steps):
+            raise InputError(f'{place}: trajectories must be null or {{"file": …, "sha256": …, "stochastic": […]}}')
+        trajectories = stored["sha256"], tuple(steps)
+    group = SampleGroup(folder, name, rows, tuple(one["sha256"] for one in images), trajectories)
+    if len(rows) < 2 or len(set(zip(rows.prompts, rows.starts, strict=True))) > 1 or len(images) != len(rows):
         raise InputError(
             f"{place}: a lot is two or more images of one prompt from one start (x_T), with a line of all three for "
-            f"each; here are prompts {len(set(group.rows.prompts))}, starts {len(set(group.rows.starts))}, samples "
-            f"{count}, images {len(group.images)}"
+            f"each; here are prompts {len(set(rows.prompts))}, starts {len(set(rows.starts))}, samples {len(rows)}, "
+            f"images {len(images)}"
         )
-    if strange := [loaded for loaded in _named(row) if loaded not in _named(group.line())]:
+    if strange := [named for named in _named(row) if named not in _named(group.line())]:
         raise InputError(
             f"{place}: {strange[0]!r:.60} is no file of lot {name}: its first one is {group.image_file(0)}"
         )
@@ -371,23 +361,6 @@ def _rows(place: str, row: Mapping[str, Any]) -> Rows:
     if not 0 < len(prompts) == len(starts) == len(noises):
         raise InputError(f"{place}: prompts, starts and noises must be lists with one entry for each image")
     return Rows(prompts, starts, noises)
-
-
-def _images(place: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    images = row.get("images")
-    if not isinstance(images, list) or not all(_is_hashed(one) for one in images):
-        raise InputError(f'{place}: images must be a list of {{"file": …, "sha256": …}}')
-    return tuple(one["sha256"] for one in images)
-
-
-def _stored(place: str, row: Mapping[str, Any]) -> tuple[str, tuple[int, ...]] | None:
-    stored = row.get("trajectories")
-    if stored is None:
-        return None
-    steps = stored.get("stochastic") if _is_hashed(stored) else None
-    if not isinstance(steps, list) or any(type(step) is not int for step in steps):
-        raise InputError(f'{place}: trajectories must be null or {{"file": …, "sha256": …, "stochastic": […]}}')
-    return stored["sha256"], tuple(steps)
 
 
 def _is_hashed(one: Any) -> bool:

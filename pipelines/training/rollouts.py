@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -21,7 +21,7 @@ from steer.pipelines.training.method import (
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference, reference_of
 from steer.training.guards import check_spread
-from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.rollout import Rows, Sampler, Trajectories, blocks
 from steer.training.trainable import Trainable
 
 
@@ -70,20 +70,6 @@ def batch_order(batches: int, num_passes: int, seed: int, number: int) -> tuple[
     return tuple(order)
 
 
-class RolloutSource(Protocol):
-    """A source of rollouts: a policy and its prompts, or recorded samples."""
-
-    def config_dict(self) -> dict[str, Any]:
-        """Return the plain values that determine the samples."""
-        ...
-
-    def collect(
-        self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
-    ) -> RolloutBuffer:
-        """Collect rollout `number`, from 0: this process's shard of it."""
-        ...
-
-
 @dataclass(frozen=True)
 class OnlineRollouts:
     """Samples of prompts by the present policy, scored by the reward of `method`.
@@ -94,39 +80,35 @@ class OnlineRollouts:
     prompts: Sequence[str]
     method: TrainingMethod[Any]
 
-    @property
-    def config(self) -> TrainingConfig:
-        """The configuration of the method."""
-        return self.method.config
-
     def config_dict(self) -> dict[str, Any]:
+        """Return the plain values that determine the samples."""
         return {"prompts": list(self.prompts)}
 
     def collect(
         self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
     ) -> RolloutBuffer:
-        """Sample and score every update of a rollout, and evaluate the reference on the samples.
+        """Collect rollout `number`, from 0: sample and score this process's shard of every update.
 
-        Raises InputError where the first rollout leaves nothing to learn.
+        The reference is evaluated on the samples. Raises InputError where the first rollout leaves nothing to learn.
         """
-        size, samples, seed = self.config.train_batch_size, self.config.num_generations, self.config.seed
+        config = self.method.config
+        size, samples, seed = config.train_batch_size, config.num_generations, config.seed
+        updates = config.steps_per_generation
         batches, rewards, metrics = [], [], []
-        for update in range(number * self.config.steps_per_generation, (number + 1) * self.config.steps_per_generation):
+        for update in range(number * updates, (number + 1) * updates):
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
-            scored = sample_and_score(
-                sampler, self.method.reward, rows, samples, self.config.micro_batch, on_chunk, context
-            )
+            scored = sample_and_score(sampler, self.method.reward, rows, samples, config.micro_batch, on_chunk, context)
             window = self.method.window(scored.chunks[0].log_probs.shape[1])
             steps = self.method.steps(window, name)
-            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, self.config)
+            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, config)
             batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored), window))
             rewards.append(scored.rewards)
             metrics.append(summary(scored))
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
-        order = batch_order(len(batches), self.config.num_iterations, seed, number)
+        order = batch_order(len(batches), config.num_iterations, seed, number)
         return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order)
 
 
@@ -156,79 +138,45 @@ def summary(scored: Scored) -> dict[str, Any]:
 
 def trajectories_to_tensors(stored: Trajectories) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Convert trajectories to tensors and plain values; lossless."""
-    metrics = {**asdict(stored.rows), "stochastic": stored.stochastic}
-    return {"latents": stored.latents, "log_probs": stored.log_probs}, metrics
+    values = {**asdict(stored.rows), "stochastic": stored.stochastic}
+    return {"latents": stored.latents, "log_probs": stored.log_probs}, values
 
 
-def trajectories_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> Trajectories:
+def trajectories_from_tensors(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> Trajectories:
     """Restore trajectories from `trajectories_to_tensors`."""
-    rows = Rows(tuple(metrics["prompts"]), tuple(metrics["starts"]), tuple(metrics["noises"]))
-    return Trajectories(rows, tensors["latents"], tuple(metrics["stochastic"]), tensors["log_probs"])
+    rows = Rows(tuple(values["prompts"]), tuple(values["starts"]), tuple(values["noises"]))
+    return Trajectories(rows, tensors["latents"], tuple(values["stochastic"]), tensors["log_probs"])
 
 
-def rollout_to_tensors(buffer: RolloutBuffer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Convert a rollout to tensors and plain values; lossless."""
+def rollout_to_tensors(buffer: RolloutBuffer, context: DistributedContext) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Convert a rollout, gathered from all processes, to tensors and plain values; lossless."""
     tensors: dict[str, Tensor] = {}
     batches = []
     for number, (batch, rewards) in enumerate(zip(buffer.batches, buffer.rewards, strict=True)):
+        stored, values = trajectories_to_tensors(Trajectories.concatenate(context.gather(batch.chunks)))
+        for name, value in vars(Reference.concatenate(context.gather(batch.references))).items():
+            stored |= {} if value is None else {f"reference {name}": value}
         tensors |= {f"{number}/signal": batch.rewards, f"{number}/rewards": rewards}
-        chunks = []
-        for place, (chunk, reference) in enumerate(zip(batch.chunks, batch.references, strict=True)):
-            own, metrics = trajectories_to_tensors(chunk)
-            kept = {name: value for name, value in vars(reference).items() if value is not None}
-            own |= {f"reference {name}": value for name, value in kept.items()}
-            tensors |= {f"{number}/{place}/{name}": value for name, value in own.items()}
-            chunks.append(metrics)
-        batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": chunks})
-    metrics = {
-        "number": buffer.number,
-        "metrics": buffer.metrics,
-        "order": buffer.order,
-        "cursor": buffer.cursor,
-        "batches": batches,
-    }
-    return tensors, metrics
+        tensors |= {f"{number}/0/{name}": value for name, value in stored.items()}
+        batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": [values]})
+    plain = {name: getattr(buffer, name) for name in ("number", "metrics", "order", "cursor")}
+    return tensors, plain | {"batches": batches}
 
 
-def concatenate(buffer: RolloutBuffer, context: DistributedContext) -> RolloutBuffer:
-    """Gather the chunks of all processes."""
-    batches = []
-    for batch in buffer.batches:
-        chunks, references = context.gather(batch.chunks), context.gather(batch.references)
-        batches.append(replace(batch, chunks=chunks, references=references))
-    return replace(buffer, batches=tuple(batches))
-
-
-def shard_rollout(whole: RolloutBuffer, context: DistributedContext, size: int) -> RolloutBuffer:
-    """Return this process's shard of a whole rollout, in chunks of at most `size` rows."""
-    batches = []
-    for batch in whole.batches:
-        stored, metrics = Trajectories.concatenate(batch.chunks), Reference.concatenate(batch.references)
-        own = process_shard(range(len(stored.rows)), context)
-        components = [own[first : first + size] for first in range(0, len(own), size)]
-        chunks, references = [stored.at(part) for part in components], [metrics.at(part) for part in components]
-        batches.append(replace(batch, chunks=chunks, references=references))
-    return replace(whole, batches=tuple(batches))
-
-
-def rollout_from_tensors(tensors: Mapping[str, Tensor], metrics: Mapping[str, Any]) -> RolloutBuffer:
-    """Restore a rollout from `rollout_to_tensors`."""
+def rollout_from_tensors(
+    tensors: Mapping[str, Tensor], values: Mapping[str, Any], context: DistributedContext, size: int
+) -> RolloutBuffer:
+    """Restore this process's shard of a rollout from `rollout_to_tensors`, in chunks of at most `size` rows."""
     batches, rewards = [], []
-    for number, batch in enumerate(metrics["batches"]):
-        chunks, references = [], []
-        for place, about in enumerate(batch["chunks"]):
-            start = f"{number}/{place}/"
-            own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
-            chunks.append(trajectories_from_tensors(own, about))
-            residuals = own.get("reference residuals")
-            references.append(Reference(residuals, own["reference deviations"], own["reference log_probs"]))
+    for number, batch in enumerate(values["batches"]):
+        start = f"{number}/0/"
+        own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+        stored = trajectories_from_tensors(own, batch["chunks"][0])
+        residuals = own.get("reference residuals")
+        reference = Reference(residuals, own["reference deviations"], own["reference log_probs"])
+        parts = blocks(process_shard(range(len(stored.rows)), context), size)
+        chunks, references = [stored.at(part) for part in parts], [reference.at(part) for part in parts]
         batches.append(Batch(chunks, references, tuple(batch["steps"]), tensors[f"{number}/signal"], batch["window"]))
         rewards.append(tensors[f"{number}/rewards"])
-    return RolloutBuffer(
-        metrics["number"],
-        tuple(batches),
-        tuple(rewards),
-        tuple(metrics["metrics"]),
-        tuple(metrics["order"]),
-        metrics["cursor"],
-    )
+    metrics, order = tuple(values["metrics"]), tuple(values["order"])
+    return RolloutBuffer(values["number"], tuple(batches), tuple(rewards), metrics, order, values["cursor"])

@@ -20,13 +20,7 @@ from steer.files import write_checksums, write_text
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext
 from steer.pipelines.training.method import Record, TrainingMethod
-from steer.pipelines.training.rollouts import (
-    RolloutBuffer,
-    concatenate,
-    rollout_from_tensors,
-    rollout_to_tensors,
-    shard_rollout,
-)
+from steer.pipelines.training.rollouts import RolloutBuffer, rollout_from_tensors, rollout_to_tensors
 from steer.training.checkpoint import Checkpoint, Checkpoints, load_optimiser, optimiser_tensors
 from steer.training.guards import EarlyStopping, KLControl
 from steer.training.trainable import Trainable, set_parameter, whole
@@ -154,10 +148,8 @@ class RunFolder:
 
         All processes call it: their shards are gathered.
         """
-        random, whole_rollout = (
-            self.context.gather([get_random_state()]),
-            run.rollout and concatenate(run.rollout, self.context),
-        )
+        random = self.context.gather([get_random_state()])
+        rollout = run.rollout and rollout_to_tensors(run.rollout, self.context)
         weights = {name: whole(value.detach()) for name, value in run.trainable.parameters.items()}
         moments, optimiser = optimiser_tensors(run.optimiser)
         shadow = [whole(value) for value in run.ema.shadow_params] if run.ema else []
@@ -187,8 +179,8 @@ class RunFolder:
         if run.ema:
             tensors["average"] = dict(zip(weights, shadow, strict=True))
             values["average"] = {"step": run.ema.optimization_step}
-        if whole_rollout:
-            tensors["rollout"], values["rollout"] = rollout_to_tensors(whole_rollout)
+        if rollout:
+            tensors["rollout"], values["rollout"] = rollout
         pinned = [] if run.early_stopping.best_step is None else [run.early_stopping.best_step]
         self.checkpoints.save(run.step, tensors, values, pinned=pinned)
 
@@ -210,8 +202,8 @@ class RunFolder:
                 set_parameter(value, average[name])
             run.ema.optimization_step = saved.json("average")["step"]
         if (saved.path / "rollout.json").exists():
-            gathered_rollout = rollout_from_tensors(saved.tensors("rollout"), saved.json("rollout"))
-            run.rollout = shard_rollout(gathered_rollout, self.context, self.chunk)
+            rollout = saved.tensors("rollout"), saved.json("rollout")
+            run.rollout = rollout_from_tensors(*rollout, self.context, self.chunk)
         random = saved.tensors("random")
         if self.context.rank < len(random["cpu"]):  # an additional process starts with its own
             set_random_state({name: states[self.context.rank] for name, states in random.items()})

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from steer.diffusion.step_hooks import plain_values
 from steer.errors import InputError
 from steer.files import write_text
+from steer.pipelines.particle_batch import rows_of_metadata
 from steer.pipelines.training.config import LossConfig, TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
@@ -33,9 +34,9 @@ from steer.pipelines.training.method import (
 )
 from steer.pipelines.training.model_card import base_model, model_card
 from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
-from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer, RolloutSource
+from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer
 from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
-from steer.reward import warn_if_pipeline_truncates, with_metadata
+from steer.reward import Reward, warn_if_pipeline_truncates, with_metadata
 from steer.rewards.parser import load_reward
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
 from steer.training.guards import EarlyStopping, check_replay, check_rounding, chi_square, kl
@@ -45,6 +46,7 @@ from steer.training.trainable import FullFinetuning, LoRA, Trainable, fingerprin
 
 INTERRUPTED = "interrupted"
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
+RolloutSource = OnlineRollouts | PreferenceDataset
 
 
 class Trainer(TrainingMethod[ConfigT]):
@@ -104,6 +106,9 @@ class Trainer(TrainingMethod[ConfigT]):
         self.metadata, self.eval_metadata = metadata, eval_metadata
         self.callbacks, self.run_config = tuple(callbacks), run_config
         self._run: TrainingRun | None = None
+        names = [one.name for one in self._rewards()]
+        if twice := [name for place, name in enumerate(names) if name in names[:place]]:
+            raise InputError(f"eval_rewards: {twice[0]!r} is given twice or is the trained reward: take another one")
         self.check()
 
     def _own_config(self, config: TrainingConfig | None) -> Any:
@@ -124,9 +129,7 @@ class Trainer(TrainingMethod[ConfigT]):
 
         Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for bad arguments, before anything is sampled.
         """
-        source, evaluator = self.rollout_source(), self.evaluator()
-        evaluator.check(self.config.early_stopping_patience)
-        self._run = TrainingRun(self, source, evaluator, resume_from_checkpoint)
+        self._run = TrainingRun(self, self.rollout_source(), self.evaluator(), resume_from_checkpoint)
         return self._run.train()
 
     def rollout_source(self) -> RolloutSource:
@@ -148,12 +151,23 @@ class Trainer(TrainingMethod[ConfigT]):
         return prompts_of(self.pipe, self.eval_prompts, "eval_prompts")
 
     def evaluator(self) -> Evaluator:
-        """The evaluator by the trained reward, where there is one, and the held-out ones."""
-        rewards = (() if isinstance(self.reward, NoReward) else (self.reward,)) + self.eval_rewards
+        """The evaluator by the trained reward, where there is one, and the held-out ones.
+
+        Raises InputError where there are none, and where early stopping has no held-out reward to compare.
+        """
+        rewards = self._rewards()
         if self.eval_prompts and not rewards:
             raise InputError("eval_prompts need a reward to evaluate their images: give eval_rewards")
-        first, *others = rewards or (self.reward,)
+        first, *others = rewards or [self.reward]
+        if self.config.early_stopping_patience and not (self.eval_prompts and others):
+            raise InputError(
+                "early_stopping_patience compares a held-out reward: give eval_prompts and eval_rewards, or "
+                "early_stopping_patience 0"
+            )
         return Evaluator(self.held_out(), first, others)
+
+    def _rewards(self) -> list[Reward]:
+        return [one for one in (self.reward, *self.eval_rewards) if not isinstance(one, NoReward)]
 
     def describe(self) -> dict[str, Any]:
         """The run as plain values: `run_config`, or the model, the reward and the configuration."""
@@ -220,7 +234,7 @@ class TrainingRun:
         self.accelerator = accelerator_of(config, folder, trainer.pipe.device.type == "cpu")
         self.context = AccelerateContext(self.accelerator)
         self.context.check(config)
-        identity, resumable = identity_of(trainer, source, evaluator), resumable_of(config)
+        identity, resumable = identity_of(trainer, source, evaluator)
         self.folder = RunFolder(folder, identity, trainer.describe(), config, self.context, resumable)
         self.resume_from = checkpoint_to_resume(folder, resume)
         if self.resume_from is not None:
@@ -228,7 +242,7 @@ class TrainingRun:
         self.context.wait()  # nobody writes before all have looked
         with self.context.translate_connection_errors():
             self.state = self._create_state(trainable_of(trainer.pipe, config))
-        self.sampler = self._sampler()
+        self.sampler = sampler_of(trainer.pipe, config, self.prepared)
         self.stopped: str | None = None
         self.result: TrainingResult | None = None
         self.events = Events(trainer.callbacks, config, self.state, self.context)
@@ -357,13 +371,12 @@ class TrainingRun:
         penalties: dict[Penalty, float] = {kl: self.state.control.weight, chi_square: self.config.chi_square_weight}
         return {penalty: weight for penalty, weight in penalties.items() if weight}
 
-    def _sampler(self) -> Sampler:
-        return sampler_of(self.trainer.pipe, self.config, self.prepared)
-
     def _draw(self, request: StopRequest) -> RolloutBuffer:
         """Collect the next rollout and verify the first by its replay. An interrupted one leaves no trace."""
         before, random = self.trainer.state_dict(), torch.get_rng_state()
-        self.sampler = self._sampler()  # its cached text embeddings last for a rollout
+        self.sampler = sampler_of(
+            self.trainer.pipe, self.config, self.prepared
+        )  # its cached text embeddings last for a rollout
         try:
             buffer = self.source.collect(
                 self.state.num_rollouts, self.sampler, self.state.trainable, request.check, self.context
@@ -474,7 +487,7 @@ def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerat
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
         AcceleratorState._reset_state()  # an earlier run of this process had another precision
     try:
-        accelerator = Accelerator(
+        return Accelerator(
             mixed_precision=config.mixed_precision,
             log_with=list(config.log_with) or None,
             project_dir=folder,
@@ -483,7 +496,6 @@ def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerat
         )
     except (ImportError, ValueError) as error:
         raise InputError(f"log_with {', '.join(config.log_with)}: {str(error).splitlines()[0]}") from error
-    return accelerator
 
 
 def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
@@ -498,28 +510,25 @@ def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
     return lora
 
 
-def resumable_of(config: TrainingConfig) -> dict[str, Any]:
-    """Return the fields that may differ when the run is resumed, as plain values."""
-    return {name: plain_values(value) for name, value in asdict(config).items() if name in RESUMABLE_FIELDS}
-
-
-def identity_of(trainer: Trainer[Any], source: RolloutSource, evaluator: Evaluator) -> dict[str, Any]:
-    """Return the plain values that a run keeps when it is resumed."""
+def identity_of(
+    trainer: Trainer[Any], source: RolloutSource, evaluator: Evaluator
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the plain values that a run keeps when it is resumed, and those that may then differ."""
     pipe = trainer.pipe
-    fixed = {
-        name: value for name, value in asdict(trainer.config).items() if name not in {*RESUMABLE_FIELDS, "output_dir"}
-    }
-    return {
+    values = {name: plain_values(value) for name, value in asdict(trainer.config).items() if name != "output_dir"}
+    identity = {
         "method": type(trainer).__name__,
         "reward": trainer.reward.name,
         **source.config_dict(),
-        **evaluator.config_dict(),
+        "eval_prompts": list(evaluator.prompts),
+        "eval_rewards": [reward.name for reward in evaluator.held_out],
         # By its own name, in any folder: a run resumes after its folder, or the checkout, was moved.
         "model": f"{type(pipe).__name__} {Path(getattr(pipe.config, '_name_or_path', '')).name}".strip(),
         "weights": fingerprint(pipe),
         "scheduler": pipe.scheduler.to_json_string(),
-        **{name: plain_values(value) for name, value in fixed.items()},
+        **{name: value for name, value in values.items() if name not in RESUMABLE_FIELDS},
     }
+    return identity, {name: value for name, value in values.items() if name in RESUMABLE_FIELDS}
 
 
 def prompts_of(pipe: Any, prompts: Sequence[str] | int, name: str) -> tuple[str, ...]:
@@ -538,23 +547,16 @@ def prompts_of(pipe: Any, prompts: Sequence[str] | int, name: str) -> tuple[str,
     return tuple(prompts)
 
 
-Rows = Sequence[Mapping[str, Any]] | None
-
-
-def metadata_table(*given: tuple[Sequence[str], Rows]) -> dict[str, Mapping[str, Any]] | None:
+def metadata_table(
+    *given: tuple[Sequence[str], Sequence[Mapping[str, Any]] | None],
+) -> dict[str, Mapping[str, Any]] | None:
     """Return metadata by prompt, None where none is given.
 
     Raises InputError where it does not fit the prompts, or where one prompt has two different rows.
     """
     table: dict[str, Mapping[str, Any]] = {}
     for prompts, rows in given:
-        if rows is not None and len(rows) != len(prompts):
-            raise InputError(
-                f"metadata must be one mapping for each prompt, got {len(rows)} of them and {len(prompts)} prompts"
-            )
-        for prompt, row in zip(prompts, rows or (), strict=rows is not None):
-            if not isinstance(row, Mapping):
-                raise InputError(f"metadata must be one mapping for each prompt, got {type(row).__name__}")
+        for prompt, row in zip(prompts, rows_of_metadata(rows, len(prompts)) or (), strict=rows is not None):
             if table.setdefault(prompt, row) != row:
                 raise InputError(f"metadata: prompt {prompt[:60]!r} has two different rows: leave one of them out")
-    return None if all(rows is None for _, rows in given) else table
+    return table or None

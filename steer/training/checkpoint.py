@@ -121,14 +121,6 @@ def read_manifest(folder: Path) -> tuple[int, dict[str, FileRecord]]:
     return step, files
 
 
-def verify_file(path: Path, record: FileRecord) -> None:
-    """Raise InputError where a file is missing, not a regular file, or does not match its record; and OSError."""
-    if (size := _plain_size(path)) != record["size"]:
-        raise InputError(f"{path} is corrupt: {size} bytes, not {record['size']}; choose another checkpoint")
-    if file_sha256(path) != record["sha256"]:
-        raise InputError(f"{path} is corrupt: checksum mismatch; choose another checkpoint")
-
-
 def _plain_size(path: Path) -> int:
     """Return the size of a file in bytes. Raises InputError where it is missing or not a regular file."""
     try:
@@ -171,7 +163,10 @@ class Checkpoint:
         try:
             step, files = read_manifest(path)
             for name, record in sorted(files.items()):
-                verify_file(path / name, record)
+                size = _plain_size(path / name)
+                if size != record["size"] or file_sha256(path / name) != record["sha256"]:
+                    reason = "checksum mismatch" if size == record["size"] else f"{size} bytes, not {record['size']}"
+                    raise InputError(f"{path / name} is corrupt: {reason}; choose another checkpoint")
             if extra := sorted({one.name for one in path.iterdir()} - {MANIFEST, *files}):
                 raise InputError(f"{path / extra[0]} is not in the checkpoint's manifest; remove it")
         except OSError as error:

@@ -123,57 +123,6 @@ class Batch:
         )
 
 
-class Coefficients(Protocol):
-    """The coefficients c of the chunks of this process."""
-
-    def __call__(self, chunk: int, column: int, log_prob: Tensor) -> Tensor:
-        """Return c (n,) of one step of a chunk, given its ℓ (n,)."""
-        ...
-
-    def loss(self) -> tuple[float, Metrics]:
-        """Return L and its metrics, after all steps."""
-        ...
-
-
-class FullCoefficients:
-    """∂L/∂ℓ where all of ℓ is known beforehand."""
-
-    def __init__(self, policy_log_probs: LogProbs, loss: Loss, batch: Batch, context: DistributedContext) -> None:
-        leaf = policy_log_probs.new.clone().requires_grad_(True)
-        self._value, self._metrics = loss(replace(policy_log_probs, new=leaf), batch.rewards)
-        (c,) = torch.autograd.grad(self._value, leaf)
-        self._local_rows = batch.local_rows(c, context)
-
-    def __call__(self, chunk: int, column: int, log_prob: Tensor) -> Tensor:
-        return self._local_rows[chunk][:, column]
-
-    def loss(self) -> tuple[float, Metrics]:
-        return self._value.item(), self._metrics
-
-
-class StepwiseCoefficients:
-    """∂L/∂ℓ of a stepwise loss: a step depends on no other one, whose ℓ may stay at their old values."""
-
-    def __init__(self, policy_log_probs: LogProbs, loss: Loss, batch: Batch, context: DistributedContext) -> None:
-        self._policy_log_probs, self._loss, self._batch, self._context = policy_log_probs, loss, batch, context
-        self._new = [chunk.log_probs[:, list(batch.steps)].clone() for chunk in batch.chunks]
-
-    def __call__(self, chunk: int, column: int, log_prob: Tensor) -> Tensor:
-        self._new[chunk][:, column] = log_prob.detach().cpu()
-        leaf = self._policy_log_probs.old.clone()
-        self._batch.local_rows(leaf, self._context)[chunk][:, column] = self._new[chunk][:, column]
-        with torch.enable_grad():
-            value, _ = self._loss(replace(self._policy_log_probs, new=leaf.requires_grad_(True)), self._batch.rewards)
-            (c,) = torch.autograd.grad(value, leaf)
-        return self._batch.local_rows(c, self._context)[chunk][:, column]
-
-    def loss(self) -> tuple[float, Metrics]:
-        value, metrics = self._loss(
-            replace(self._policy_log_probs, new=self._batch.matrix(self._new, self._context)), self._batch.rewards
-        )
-        return value.item(), metrics
-
-
 Backward = Callable[[Tensor], None]
 
 
@@ -220,49 +169,11 @@ def two_pass_gradient(
     before_last  called before the denoiser call of the last backward: from then on gradients may be synchronised
     context      each process adds `count` times its own part: the mean over processes is the gradient
     """
-    old = batch.matrix([chunk.log_probs[:, list(batch.steps)] for chunk in batch.chunks], context)
-    reference = batch.matrix([chunk_reference.log_probs for chunk_reference in batch.references], context)
-    policy_log_probs = LogProbs(old, old, reference, batch.chunks[0].elements)
-    coefficients: Coefficients
-    if not on_policy and _step_by_step(loss, batch, context):
-        coefficients = StepwiseCoefficients(policy_log_probs, loss, batch, context)
-    else:
-        new = old if on_policy else batch.matrix(_pass_one(sampler, batch, on_chunk), context)
-        coefficients = FullCoefficients(replace(policy_log_probs, new=new), loss, batch, context)
+    steps = list(batch.steps)
+    coefficients, final_loss = _pass_one(sampler, batch, loss, on_policy, on_chunk, context)
     weights: dict[Penalty, float] = {kl: 0.0, **(penalties or {})}
-    backward = counted(backward, len(batch.chunks) * len(batch.steps), before_last)
-    totals = _pass_two(sampler, batch, coefficients, weights, backward, on_chunk, context)
-    value, metrics = coefficients.loss()
-    penalty_means = {penalty.__name__: cost for penalty, cost in totals.items()}
-    return value, metrics | penalty_means | {"kl_per_step": totals[kl] / batch.counted}
-
-
-def _step_by_step(loss: Loss, batch: Batch, context: DistributedContext) -> bool:
-    """Return whether the loss is stepwise and every chunk has all samples of its prompts, in every process."""
-    whole = all(len(chunk.rows) % batch.rewards.shape[1] == 0 for chunk in batch.chunks)
-    return bool(getattr(loss, "stepwise", False)) and all(context.gather([whole]))
-
-
-def _pass_one(sampler: Sampler, batch: Batch, on_chunk: Callable[[], None]) -> list[Tensor]:
-    """Compute log pθ(x_s | x_t) (N, S) of each chunk, without a graph."""
-    steps, totals = list(batch.steps), []
-    for chunk in batch.chunks:
-        on_chunk()
-        totals.append(log_probs(sampler, chunk, steps)[:, steps])
-    return totals
-
-
-def _pass_two(
-    sampler: Sampler,
-    batch: Batch,
-    coefficients: Coefficients,
-    weights: Mapping[Penalty, float],
-    backward: Backward,
-    on_chunk: Callable[[], None],
-    context: DistributedContext,
-) -> dict[Penalty, float]:
-    """Backpropagate c_t · ℓ_t and the penalties, step by step; returns the unweighted penalties."""
-    steps, totals = list(batch.steps), dict.fromkeys(weights, 0.0)
+    backward = counted(backward, len(batch.chunks) * len(steps), before_last)
+    totals = dict.fromkeys(weights, 0.0)
     per_sample = batch.counted / len(steps) / batch.rewards.shape[:2].numel()
     for number, (chunk, chunk_reference) in enumerate(zip(batch.chunks, batch.references, strict=True)):
         on_chunk()
@@ -281,7 +192,52 @@ def _pass_two(
             backward(context.world_size * scalar_loss)
 
         sampler.replay(chunk, backward_step, steps, grad=True)
-    return dict(zip(totals, sum_over_processes(context, list(totals.values())), strict=True))
+    value, metrics = final_loss()
+    costs = dict(zip(totals, sum_over_processes(context, list(totals.values())), strict=True))
+    penalty_means = {penalty.__name__: cost for penalty, cost in costs.items()}
+    return value, metrics | penalty_means | {"kl_per_step": costs[kl] / batch.counted}
+
+
+Coefficients = Callable[[int, int, Tensor], Tensor]  # (chunk, column, ℓ (n,)) → c (n,) of one step of a chunk
+
+
+def _pass_one(
+    sampler: Sampler,
+    batch: Batch,
+    loss: Loss,
+    on_policy: bool,
+    on_chunk: Callable[[], None],
+    context: DistributedContext,
+) -> tuple[Coefficients, Callable[[], tuple[float, Metrics]]]:
+    """Return c = ∂L/∂ℓ of this process's chunks, and a function that returns L and its metrics after all steps."""
+    steps = list(batch.steps)
+    new = [chunk.log_probs[:, steps].clone() for chunk in batch.chunks]  # ℓ of this process, the old ones at first
+    old = batch.matrix(new, context)
+    reference = batch.matrix([chunk_reference.log_probs for chunk_reference in batch.references], context)
+
+    def differentiate(values: Tensor) -> tuple[float, Metrics, Sequence[Tensor]]:
+        leaf = values.clone().requires_grad_(True)
+        with torch.enable_grad():
+            value, metrics = loss(LogProbs(leaf, old, reference, batch.chunks[0].elements), batch.rewards)
+            (c,) = torch.autograd.grad(value, leaf)
+        return value.item(), metrics, batch.local_rows(c, context)
+
+    def stepwise_coefficient(chunk: int, column: int, log_prob: Tensor) -> Tensor:
+        new[chunk][:, column] = log_prob.detach().cpu()
+        values = old.clone()  # a step depends on no other one, whose ℓ may stay at their old values
+        batch.local_rows(values, context)[chunk][:, column] = new[chunk][:, column]
+        return differentiate(values)[2][chunk][:, column]
+
+    # Pass 1 is skipped where every chunk, in every process, has all samples of its prompts.
+    whole = all(len(chunk.rows) % batch.rewards.shape[1] == 0 for chunk in batch.chunks)
+    if not on_policy and getattr(loss, "stepwise", False) and all(context.gather([whole])):
+        return stepwise_coefficient, lambda: differentiate(batch.matrix(new, context))[:2]
+    if not on_policy:
+        for chunk, values in zip(batch.chunks, new, strict=True):
+            on_chunk()
+            values.copy_(log_probs(sampler, chunk, steps)[:, steps])
+    value, metrics, full = differentiate(old if on_policy else batch.matrix(new, context))
+    return lambda chunk, column, log_prob: full[chunk][:, column], lambda: (value, metrics)
 
 
 def divergence(penalty: Penalty, p: Gaussian, x_s: Tensor, reference: Reference, column: int) -> Tensor:

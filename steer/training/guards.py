@@ -13,12 +13,7 @@ from steer.errors import InputError
 from steer.training.rollout import Sampler, Trajectories, log_probs
 
 LARGEST_EXPONENT = 10.0  # the χ² penalty is linear beyond: its exponential would overflow
-RATIO_TOLERANCE = {
-    torch.float64: 1e-4,
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 1e-2,
-}  # |ratio − 1| of a replay
+RATIO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # |ratio − 1|
 TOLERANCE_ELEMENTS = 16384  # elements of a sample up to which it holds; rounding grows with the root of their number
 PERTURBATION, ROUNDING = 1e-4, 0.1  # of one entry of the weights; allowed fraction of rounding in its effect
 
@@ -105,9 +100,7 @@ class EarlyStopping:
 
     def load_state(self, state: Mapping[str, Any]) -> "EarlyStopping":
         """Restore from `state`."""
-        return replace(
-            self, best_step=state["best_step"], best=tuple(state["best"]), num_overoptimized=state["num_overoptimized"]
-        )
+        return replace(self, **{**state, "best": tuple(state["best"])})
 
 
 def check_replay(sampler: Sampler, trajectories: Trajectories, dtype: torch.dtype) -> float:
@@ -140,11 +133,8 @@ def check_rounding(
 
     Raises InputError where it is above a tenth: a training would learn from rounding errors.
     """
-    some, named_b = (
-        trajectories.at(range(min(2, len(trajectories.rows)))),
-        [name for name in parameters if "lora_B" in name],
-    )
-    names = named_b or list(parameters)
+    some = trajectories.at(range(min(2, len(trajectories.rows))))
+    names = [name for name in parameters if "lora_B" in name] or list(parameters)
     for name in names[len(names) // 2 :] + names[: len(names) // 2]:
         truth = _change(exact, parameters[name], some, steps)
         if (size := truth.square().mean().sqrt().item()) > 0:

@@ -33,6 +33,11 @@ from steer.errors import InputError
 ReplayCallback = Callable[[int, Gaussian, Tensor], None]
 
 
+def blocks(numbers: range, size: int) -> list[range]:
+    """Split numbers into consecutive blocks of at most `size`."""
+    return [numbers[first : first + size] for first in range(0, len(numbers), size)]
+
+
 @dataclass(frozen=True)
 class Rows:
     """The prompt, the seed of x_T and the seed of the noise of each of N trajectories."""
@@ -46,8 +51,7 @@ class Rows:
 
     def split(self, size: int) -> list["Rows"]:
         """Split into consecutive blocks of at most `size` rows."""
-        numbers = range(len(self))
-        return [self.at(numbers[first : first + size]) for first in numbers[::size]]
+        return [self.at(block) for block in blocks(range(len(self)), size)]
 
     def at(self, numbers: Collection[int]) -> "Rows":
         """Select rows."""
@@ -238,30 +242,23 @@ class _DenoiserGate:
         self.open, self.precision_context = True, precision_context
 
     def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, ModuleProxy]:
-        gated, trained = {}, denoisers_in(pipe)[:1]
+        trained, gated = denoisers_in(pipe)[:1], {}
         for name, zero_proxy in zero_proxies(pipe).items():
             module = getattr(pipe, name)
-            call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
-            gated[name] = ModuleProxy(module, self._guarded(call, zero_proxy))
+            call = partial(self._call, module, zero_proxy, prepared if name in trained else None)
+            gated[name] = ModuleProxy(module, call)
         return gated
 
-    def _guarded(self, call: Callable[..., Any], zero_call: ModuleProxy) -> Callable[..., Any]:
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            if not self.open:
-                return zero_call(*args, **kwargs)
-            with self.precision_context():
-                return call(*args, **kwargs)
-
-        return guarded
-
-
-def _in_dtype_of(module: Any, prepared: Callable[..., Any]) -> Callable[..., Any]:
-    """Cast the fp32 output of a prepared denoiser to the module's dtype, which latents and decoder expect."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return tree_map_only(Tensor, lambda value: value.to(module.dtype), prepared(*args, **kwargs))
-
-    return call
+    def _call(
+        self, module: Any, zero_call: ModuleProxy, prepared: Callable[..., Any] | None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not self.open:
+            return zero_call(*args, **kwargs)
+        with self.precision_context():
+            if prepared is None:
+                return module(*args, **kwargs)
+            # Latents and decoder expect the dtype of the module; what accelerate prepared returns float32.
+            return tree_map_only(Tensor, lambda value: value.to(module.dtype), prepared(*args, **kwargs))
 
 
 def log_probs(sampler: Sampler, stored: Trajectories, only: Collection[int] | None = None) -> Tensor:

@@ -27,18 +27,14 @@ TRAILER = re.compile(rb"\nsha256 ([0-9a-f]{64})\n")
 TRAILER_LENGTH = 73
 
 
-class Stateful(Protocol):
-    """An object that is saved with the run."""
+class StepCallback(Protocol):
+    """A callback of every step that is saved with the run, such as a running average of the weights."""
+
+    def step(self, parameters: Iterable[nn.Parameter]) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
-
-
-class StepCallback(Stateful, Protocol):
-    """A callback of every step, such as a running average of the weights."""
-
-    def step(self, parameters: Iterable[nn.Parameter]) -> None: ...
 
 
 def batch_at(step: int, size: int, count: int, seed: int = 0) -> Tensor:
@@ -111,7 +107,7 @@ class TrainingRun:
             if time_is_up:
                 break
 
-    def _load(self, stateful: list[Stateful], device: torch.device) -> int:
+    def _load(self, stateful: list[Any], device: torch.device) -> int:
         path = self.folder / "state.pt"
         if not path.exists():
             return self.start
@@ -121,7 +117,7 @@ class TrainingRun:
         logger.info("resumed %s at step %d", self.folder, saved["step"])
         return saved["step"]
 
-    def _save(self, step: int, stateful: list[Stateful]) -> None:
+    def _save(self, step: int, stateful: list[Any]) -> None:
         write_state(self.folder / "state.pt", {"step": step, "states": [target.state_dict() for target in stateful]})
 
     def _log(self, record: dict[str, float]) -> None:

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -48,29 +50,7 @@ def set_parameter(parameter: Tensor, value: Tensor) -> None:
 
 ADAPTER = "steer"  # the adapter's name
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-
-
-class Trainable(Protocol):
-    """The trained parameters of a denoiser, in a fixed order, by name."""
-
-    denoiser: Any
-
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the denoiser at this moment: FSDP replaces them."""
-        ...
-
-    def reference(self) -> AbstractContextManager[None]:
-        """Use the reference policy, from the start of the training, in the block."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """Return the full weights to export; with a sharded denoiser every process must call it."""
-        ...
-
-    def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
-        """Write the weights in diffusers' format and return the path."""
-        ...
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # for diffusers, and for peft
 
 
 def get_denoiser(pipe: Any) -> tuple[str, Any]:
@@ -116,13 +96,10 @@ def _swap_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str
 
 def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
     """Read the tensors of a LoRA file, without peft's prefix, and its alpha if stated. Raises InputError."""
-    from safetensors import SafetensorError, safe_open
-
     place = Path(path)
-    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-    file = next((place / name for name in names if (place / name).is_file()), place)
+    file = next((place / name for name in LORA_FILES if (place / name).is_file()), place)
     if not file.is_file():
-        raise InputError(f"init_adapter {path}: no LoRA file; expected {' or '.join(names)}, as in RUN/final")
+        raise InputError(f"init_adapter {path}: no LoRA file; expected {' or '.join(LORA_FILES)}, as in RUN/final")
     try:
         verify_checksums(file)
         with safe_open(file, "pt") as opened:
@@ -162,7 +139,8 @@ class LoRA:
         if ADAPTER in getattr(self.denoiser, "peft_config", {}):
             raise InputError(f"this pipeline already has a LoRA named {ADAPTER!r}: reload the pipeline")
         self.config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets))
-        own = self._active()
+        active = [layer for layer in self._lora_layers() if not layer.disable_adapters]
+        own = sorted({name for layer in active for name in layer.active_adapters})
         _freeze(pipe)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -187,17 +165,13 @@ class LoRA:
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """A and B of every adapted layer."""
-        denoisers = named_parameters(self.denoiser)
-        return {name: denoisers[name] for name in self._names}
+        parameters = named_parameters(self.denoiser)
+        return {name: parameters[name] for name in self._names}
 
     def _lora_layers(self) -> list[Any]:
         from peft.tuners.lora import LoraLayer
 
         return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
-
-    def _active(self) -> list[str]:
-        layers = [layer for layer in self._lora_layers() if not layer.disable_adapters]
-        return sorted({name for layer in layers for name in layer.active_adapters})
 
     def load_initial_adapter(self, path: str) -> None:
         """Start from a trained LoRA of the same rank, alpha and targets, which becomes the reference too.
@@ -205,7 +179,7 @@ class LoRA:
         path  a folder such as RUN/final, or a .safetensors file in the names of diffusers or peft
         Raises InputError where its tensors or its scale differ.
         """
-        state, scales = read_lora(path)
+        state, stated = read_lora(path)
         own = {name.replace(f".{ADAPTER}.", "."): name for name in self._names}
         wanted = {short: tuple(self.parameters[name].shape) for short, name in own.items()}
         given = {name.removeprefix(f"{self.name}."): value for name, value in state.items()}
@@ -216,7 +190,7 @@ class LoRA:
         if odd := [name for name in wanted if tuple(given[name].shape) != wanted[name]]:
             rank = min(given[odd[0]].shape[:2])
             raise InputError(f"init_adapter {path}: {odd[0]} is of rank {rank}: give lora_rank: {rank}")
-        alpha = scales if scales is not None else float(self.config.r)
+        alpha = float(self.config.r) if stated is None else stated
         if alpha != self.config.lora_alpha:
             raise InputError(f"init_adapter {path}: its alpha is {alpha:g}: give lora_alpha: {alpha:g}")
         self._initial = {name: given[short].detach().float().clone() for short, name in own.items()}
@@ -239,24 +213,22 @@ class LoRA:
                 layer.set_scale(ADAPTER, 1.0)
 
     def state(self) -> dict[str, Tensor]:
-        """Return A and B under peft's file names."""
+        """Return A and B under peft's file names; with a sharded denoiser every process must call it."""
         from peft import get_peft_model_state_dict
 
-        denoisers = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
-        return {name: whole(value).contiguous().cpu() for name, value in denoisers.items()}
+        state = get_peft_model_state_dict(self.denoiser, adapter_name=ADAPTER)
+        return {name: whole(value).contiguous().cpu() for name, value in state.items()}
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
         """Write the adapter for `pipe.load_lora_weights(folder)`; for peft where the pipeline supports no LoRA."""
         folder.mkdir(parents=True, exist_ok=True)
-        if hasattr(self.pipe, "save_lora_weights"):
-            metadata = {f"{self.name}_lora_adapter_metadata": self.config.to_dict()}
-            self.pipe.save_lora_weights(folder, **{f"{self.name}_lora_layers": dict(state)}, **metadata)
-            return folder / "pytorch_lora_weights.safetensors"
-        from safetensors.torch import save_file
-
-        self.config.save_pretrained(folder)
-        save_file(dict(state), folder / "adapter_model.safetensors")
-        return folder / "adapter_model.safetensors"
+        if not hasattr(self.pipe, "save_lora_weights"):
+            self.config.save_pretrained(folder)
+            save_file(dict(state), folder / LORA_FILES[1])
+            return folder / LORA_FILES[1]
+        metadata = {f"{self.name}_lora_adapter_metadata": self.config.to_dict()}
+        self.pipe.save_lora_weights(folder, **{f"{self.name}_lora_layers": dict(state)}, **metadata)
+        return folder / LORA_FILES[0]
 
 
 class FullFinetuning:
@@ -286,7 +258,7 @@ class FullFinetuning:
             yield
 
     def state(self) -> dict[str, Tensor]:
-        """Return all weights."""
+        """Return all weights; with a sharded denoiser every process must call it."""
         return {name: whole(value) for name, value in self.denoiser.state_dict().items()}
 
     def write(self, state: Mapping[str, Tensor], folder: Path) -> Path:
@@ -297,3 +269,6 @@ class FullFinetuning:
             model.load_state_dict(state)
         model.save_pretrained(folder / self.name)
         return folder / self.name
+
+
+Trainable = LoRA | FullFinetuning  # `parameters`: those of the denoiser at this moment, by name; FSDP replaces them
