@@ -23,14 +23,25 @@ Prompts = str | Sequence[str] | None
 Choices = str | tuple[str, ...] | None
 
 
-def option(default: Any, within: str | None = None, *, choices: Choices = None, flags: Sequence[str] = ()) -> Any:
+def option(
+    default: Any,
+    within: str | None = None,
+    *,
+    choices: Choices = None,
+    flags: Sequence[str] = (),
+    label: str | None = None,
+    slider: tuple[float, float, float] | None = None,
+) -> Any:
     """Return a field that decides the image: an argument in Python, an option of the command line, part of the recipe.
 
     within   the interval of its values, such as "(0, 1]"
     choices  the names it takes: a tuple, or "module:TABLE" of names and what they stand for
     flags    of the command line, where they are not --name
+    label    its name in the app, where it is not `name`
+    slider   lowest value, highest value and step of its slider in the app
     """
-    return field(default=default, metadata={"within": within, "choices": choices, "flags": flags, "saved": True})
+    metadata = {"within": within, "choices": choices, "flags": flags, "label": label, "slider": slider, "saved": True}
+    return field(default=default, metadata=metadata)
 
 
 def argument(default: Any, within: str | None = None, *, choices: Choices = None) -> Any:
@@ -76,15 +87,21 @@ class Settings:
     @functools.cache
     def help(cls) -> dict[str, str]:
         """Return the help of each field: the tables in the docstrings of the class and of its bases."""
-        texts: dict[str, str] = {}
-        for base in reversed(cls.__mro__):
-            for name, text in re.findall(r"^(\w+) {2,}(.+(?:\n +.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M):
-                texts[name] = " ".join(text.split())
+        texts = documented_fields(cls)
         return {one.name: texts[one.name] for one in fields(cls)}
 
     def plain(self) -> dict[str, Any]:
         """Return the fields that decide the image as JSON holds them; None where there is no limit."""
         return {name: plain_value(getattr(self, name)) for name in self.saved()}
+
+
+def documented_fields(cls: type) -> dict[str, str]:
+    """Return the texts of the tables in the docstrings of a class and of its bases, by name."""
+    texts: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        for name, text in re.findall(r"^(\w+) {2,}(.+(?:\n +.+)*)", inspect.cleandoc(base.__doc__ or ""), re.M):
+            texts[name] = " ".join(text.split())
+    return texts
 
 
 def plain_kinds(hint: Any) -> tuple[type, ...]:
@@ -217,7 +234,7 @@ class FKSettings(StepSettings):
                             With reward_guidance every step is the kernel's, by default with η = 1
     """
 
-    lam: float = option(10.0, "(-inf, inf)")
+    lam: float = option(10.0, "(-inf, inf)", label="strength", slider=(0, 100, 1))
     potential: str | Callable[..., Any] = option("difference", choices="steer.smc.potentials:POTENTIALS")
     resampler: str | Callable[..., Any] = option("systematic", choices="steer.smc.resampling:RESAMPLERS")
     tempering: str | Callable[..., Any] = option("constant", choices="steer.smc.potentials:TEMPERINGS")
@@ -304,7 +321,7 @@ class IterationSettings(CallSettings):
     """
 
     num_particles: int = argument(1, "[1, inf]")
-    iterations: int = option(50, "[1, inf]")
+    iterations: int = option(50, "[1, inf]", slider=(1, 100, 1))
     target_reward: float | None = option(None, "(-inf, inf)")
     state_file: Any = argument(None)
     on_iteration: Callable[[Any], bool | None] | None = argument(None)

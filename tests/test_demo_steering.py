@@ -19,7 +19,7 @@ pytest.importorskip("gradio")
 
 from steer.apps import sampling as sample_module
 from steer.apps.cli.sample import sample
-from steer.apps.demo.labels import RunView
+from steer.apps.demo.run_view import RunView
 from steer.apps.demo.steer_tab import MAX_PROMPTS, fields_from_recipe, prompts_of, settings_of
 from steer.apps.demo.steering import Frame, PromptResult, Step, as_command, as_python, steer_all, steering
 from steer.apps.demo.studio import Studio, Weights

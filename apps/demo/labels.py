@@ -1,20 +1,18 @@
-"""Preferences of annotators between images: assignments and answers, in a preference folder; views of a steered run."""
+"""Preferences of annotators between images: assignments and answers, in a preference folder."""
 
 import shlex
 import threading
-import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from steer.apps.demo.steering import Frame, Loading, PromptResult, Step
-from steer.apps.demo.studio import Studio, Waiting
+from steer.apps.demo.studio import Studio
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
 from steer.diffusion.seeds import derived_seed
@@ -313,73 +311,3 @@ def label_files(folder: Path) -> Iterator[Path]:
         yield folder / name
     for kind in ("images", "trajectories"):
         yield from (one for one in sorted((folder / kind).iterdir()) if one.suffix != ".new")
-
-
-REDRAW_INTERVAL = 0.15  # seconds between two lines about single steps
-PHASES = {
-    "fk": "Steering",
-    "best-of-n": "Sampling",
-    "base": "Sampling",
-    "beside": "Base images",
-    "reno": "Optimising the noise",
-}
-
-
-@dataclass(frozen=True)
-class FinishedPrompt:
-    """A prompt's images, and the particles at its evaluated steps."""
-
-    made: PromptResult
-    frames: tuple[Frame, ...]
-
-
-@dataclass
-class RunView:
-    """The frames of the present prompt, the finished prompts, and the status line."""
-
-    frames: tuple[Frame, ...] = ()
-    finished: tuple[FinishedPrompt, ...] = ()
-    line: str = "Starting …"
-    _last_redraw: float = field(default=0.0, repr=False)
-
-    @property
-    def made(self) -> PromptResult | None:
-        """The result of the present prompt, once it is finished."""
-        last = self.finished[-1] if self.finished else None
-        return last.made if last is not None and last.frames is self.frames else None
-
-    def after(self, event: Any) -> bool:
-        """Add an event; returns whether the view changes."""
-        match event:
-            case Step():
-                return self._stepped(event)
-            case Frame():
-                self.frames = (*self.frames, event)
-            case PromptResult():
-                self.finished = (*self.finished, FinishedPrompt(event, self.frames))
-            case Waiting() | Loading():
-                self.line = str(event)
-            case _:
-                raise TypeError(f"no event of a run: {event!r}")
-        return True
-
-    def _stepped(self, event: Step) -> bool:
-        if event.step == 1 and event.phase != "beside":
-            self.frames = ()
-        which = f"Prompt {event.number + 1} of {event.count}. " if event.count > 1 else ""
-        self.line = f"{which}{PHASES[event.phase]}: {event.step} of {event.total}"
-        now = time.monotonic()
-        if now - self._last_redraw < REDRAW_INTERVAL:
-            return False
-        self._last_redraw = now
-        return True
-
-    def conclusion(self, stopped: bool) -> str:
-        """The last status."""
-        if stopped and not self.finished:
-            return "Stopped. Nothing was finished."
-        costs = [cost for one in self.finished for cost in (one.made.cost, one.made.base_cost) if cost is not None]
-        seconds = sum(cost.seconds for cost in costs)
-        about = "1 prompt" if len(self.finished) == 1 else f"{len(self.finished)} prompts"
-        seed = f", seed {self.finished[0].made.settings.seed}" if self.finished else ""
-        return f"{'Stopped' if stopped else 'Done'}: {about} in {seconds:.1f} s{seed}."

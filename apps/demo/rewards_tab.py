@@ -7,16 +7,18 @@ from html import escape
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from steer.apps.demo.plots import axes, axis, short, table
-from steer.apps.demo.steer_tab import EXAMPLE
+from steer.apps.demo.fields import EXAMPLE
+from steer.apps.demo.markup import RUN_SCRIPT, folded, table
 from steer.apps.demo.steering import data_uri
-from steer.apps.demo.studio import MAX_PROMPT_CHARACTERS, PRIVATE, Change, JobTab, Studio, Ticket, line, public
+from steer.apps.demo.studio import MAX_PROMPT_CHARACTERS, PRIVATE, RUNS, Change, JobTab, Studio, Ticket, line, public
 from steer.apps.models import default_device
-from steer.apps.plots import thumbnail
+from steer.apps.plots import INK, as_svg, plain_text, short, style_axes, thumbnail
 from steer.apps.recipes import read_prompt
 from steer.errors import InputError
 from steer.files import DECODE_ERRORS, FORMATS, read_image
@@ -177,9 +179,7 @@ def _line(name: str, error: InputError) -> str:
 
 
 EMPTY_TEXT = "The images appear here with their scores, best first."
-WIDTH, HEIGHT = 400.0, 340.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 24.0, 24.0, 46.0  # around the axes, for their labels and half a picture
-SIDE = 32.0  # of a thumbnail in the chart
+SIZE, SIDE = (5.6, 4.7), 32.0  # inches of the chart, points of a thumbnail in it
 
 
 def empty_view() -> str:
@@ -234,14 +234,9 @@ def _components_table(scores: Scores, rows: Sequence[Row]) -> str:
         return ""
     numbers: list[list[object]] = []
     for row in rows:
-        description = [
-            row.scores[reward].components.get(part) if reward in row.scores else None for reward, part in columns
-        ]
-        numbers.append([row.name, *description])
-    return (
-        '<details class="steer-numbers"><summary>What the scores are made of</summary>'
-        f"{table('Scores of components', ['image', *columns.values()], numbers)}</details>"
-    )
+        by_reward = {reward: score.components for reward, score in row.scores.items()}
+        numbers.append([row.name, *(by_reward.get(reward, {}).get(part) for reward, part in columns)])
+    return folded("What the scores are made of", table("Scores of components", ["image", *columns.values()], numbers))
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -259,23 +254,26 @@ def scatter_view(scores: Scores, across: str, up: str) -> str:
     rows = [row for row in scores.rows if across in row.scores and up in row.scores]
     if len(rows) < 2:
         return ""
-    places = [(row.scores[across].total, row.scores[up].total) for row in rows]
-    xs, ys = zip(*places, strict=True)
-    x_axis = axis(xs, LEFT, WIDTH - RIGHT, widened=True)
-    y_axis = axis(ys, HEIGHT - BOTTOM, TOP, widened=True)
+    xs, ys = ([row.scores[reward].total for row in rows] for reward in (across, up))
+    title, numbers = f"{up} against {across}", [[row.name, x, y] for row, x, y in zip(rows, xs, ys, strict=True)]
+    figure = Figure(figsize=SIZE, dpi=72, layout="constrained")
+    axes = figure.subplots()
+    style_axes(axes, "both")
+    axes.margins(0.1)
+    axes.set_xlabel(plain_text(across), size=8, color=INK)
+    axes.set_ylabel(plain_text(up), size=8, color=INK)
+    axes.plot(xs, ys, ls="")
+    svg = as_svg(figure, title, role="group")  # lays the axes out
+    places = axes.transData.transform(np.column_stack([xs, ys])).tolist()
+    height = figure.bbox.height
     pictures = "".join(
-        _picture(row, (x_axis.at(x), y_axis.at(y)), f"{row.name}: {across} {short(x)}, {up} {short(y)}")
-        for row, (x, y) in zip(rows, places, strict=True)
+        _picture(row, (left, height - low), f"{row.name}: {across} {short(x)}, {up} {short(y)}")
+        for row, (left, low), x, y in zip(rows, places, xs, ys, strict=True)
     )
-    title = f"{up} against {across}"
-    numbers = [[row.name, x, y] for row, (x, y) in zip(rows, places, strict=True)]
     return (
         f'<figure class="steer-chart steer-scatter"><figcaption>{escape(title)}</figcaption>'
-        f"<p>{_describe_correlation(xs, ys)}</p>"
-        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="group" aria-label="{escape(title)}">'
-        f'<g aria-hidden="true">{axes(x_axis, y_axis, across, up)}</g><g>{pictures}</g></svg>'
-        f'<details class="steer-numbers"><summary>As a table</summary>{table(title, ["image", across, up], numbers)}'
-        "</details></figure>"
+        f"<p>{_describe_correlation(xs, ys)}</p>{svg.removesuffix('</svg>')}<g>{pictures}</g></svg>"
+        f"{folded('As a table', table(title, ['image', across, up], numbers))}</figure>"
     )
 
 
@@ -306,7 +304,6 @@ def names_view() -> str:
     return table("Rewards that have a name", ["name", "what it measures"], sorted(reward_names().items()))
 
 
-SCRIPT = Path(__file__).parent / "run_view.js"  # keeps tables open when what is around them changes
 # Rewards that need no network.
 EMBEDDED = (
     "scene",
@@ -325,18 +322,17 @@ class RewardsTab(JobTab):
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.scores = studio, gr.State(None)
-        script = SCRIPT.read_text()
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self._form()
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(line("Ready."), elem_id="rewards-status")
                 self.by = gr.Dropdown([], label="Best first by", visible=False, elem_id="rewards-by")
-                self.view = gr.HTML(empty_view(), js_on_load=script, elem_id="rewards-view")
+                self.view = gr.HTML(empty_view(), js_on_load=RUN_SCRIPT, elem_id="rewards-view")
                 with gr.Row(visible=False) as self.axes:
                     self.across = gr.Dropdown([], label="Across", min_width=140, elem_id="rewards-across")
                     self.up = gr.Dropdown([], label="Up", min_width=140, elem_id="rewards-up")
-                self.scatter = gr.HTML(js_on_load=script, elem_id="rewards-scatter")
+                self.scatter = gr.HTML(js_on_load=RUN_SCRIPT, elem_id="rewards-scatter")
         with gr.Accordion("What the rewards measure", open=False):
             gr.HTML(names_view(), elem_id="rewards-names")
         self._connect()
@@ -370,7 +366,7 @@ class RewardsTab(JobTab):
     def _connect(self) -> None:
         live = [self.status, self.start, self.stop, self.scores, self.by, self.view, self.axes, self.across, self.up]
         asked = [self.files, self.prompt, self.ticked, self.others]
-        self._connect_job(self.start.click(self.run, asked, [*live, self.scatter], concurrency_limit=None, **PRIVATE))
+        self._connect_job(self.start.click(self.run, asked, [*live, self.scatter], **RUNS))
         self.by.input(scores_view, [self.scores, self.by], self.view, **PRIVATE)
         for field in (self.across, self.up):
             field.input(scatter_view, [self.scores, self.across, self.up], self.scatter, **PRIVATE)

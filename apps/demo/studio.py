@@ -245,6 +245,7 @@ def embedded_models() -> tuple[str, ...]:
 
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # for events
+RUNS = PRIVATE | {"concurrency_limit": None}  # for events that start a job: the worker has a queue
 Change = dict[Any, Any]  # by component
 MAX_PROMPT_CHARACTERS = 500
 RANDOM, LARGEST_SEED = -1, 2**53  # the seed that stands for a new one; above the other, a browser's numbers have gaps
@@ -263,6 +264,16 @@ def public(text: str) -> str:
 def line(text: str, role: str = "status") -> str:
     """A status line, which screen readers announce."""
     return f'<p class="steer-line" role="{role}">{escape(public(text))}</p>'
+
+
+def prompts_in(text: str, most: int) -> list[str]:
+    """Read the prompts of a field, one a line. Raises InputError for too many, or too long ones."""
+    prompts = [one.strip() for one in text.splitlines() if one.strip()]
+    if len(prompts) > most:
+        raise InputError(f"{len(prompts)} prompts: at most {most} at a time in this app")
+    if (longest := max(map(len, prompts), default=0)) > MAX_PROMPT_CHARACTERS:
+        raise InputError(f"a prompt of {longest} characters: at most {MAX_PROMPT_CHARACTERS}")
+    return prompts
 
 
 def number(name: str, value: float | None) -> float:
