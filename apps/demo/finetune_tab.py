@@ -16,7 +16,7 @@ from steer.apps.demo.fields import REWARDS, Defaults, training_field
 from steer.apps.demo.labels import label_folder
 from steer.apps.demo.markup import RUN_SCRIPT, folded, gallery, table
 from steer.apps.demo.steering import Loading, data_uri
-from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, number, whole
+from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, number, plural, whole
 from steer.apps.demo.training import (
     CONFIGURATIONS,
     MAX_RANK,
@@ -200,7 +200,7 @@ def _about(seconds: float) -> str:
 
 
 def _describe_end(result: TrainingResult) -> str:
-    updates = "1 update" if result.step == 1 else f"{result.step} updates"
+    updates = plural(result.step, "update")
     seconds = sum(record["seconds"] for record in result.records)
     return f"Ended after {updates}: {result.stopped}." if result.stopped else f"Done: {updates} in {seconds:.0f} s."
 
@@ -344,7 +344,7 @@ class FinetuneTab(JobTab):
         """Start a new training, and show its progress."""
 
         def new_run() -> Run:
-            asked = training_request({name: field_values[field] for name, field in self.fields.items()}, self.studio)
+            asked = training_request(self.values(field_values), self.studio)
             place = self.studio.folder(request) / "finetune"
             return Run(asked, place / f"run-{len([*place.glob('run-*')]) + 1}")
 

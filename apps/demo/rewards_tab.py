@@ -16,7 +16,19 @@ from torch import Tensor
 from steer.apps.demo.fields import EXAMPLE
 from steer.apps.demo.markup import RUN_SCRIPT, folded, table
 from steer.apps.demo.steering import data_uri
-from steer.apps.demo.studio import MAX_PROMPT_CHARACTERS, PRIVATE, RUNS, Change, JobTab, Studio, Ticket, line, public
+from steer.apps.demo.studio import (
+    MAX_PROMPT_CHARACTERS,
+    PRIVATE,
+    RUNS,
+    Change,
+    JobTab,
+    Studio,
+    Ticket,
+    line,
+    guarded,
+    plural,
+    public,
+)
 from steer.apps.models import default_device
 from steer.apps.plots import INK, as_svg, plain_text, short, style_axes, thumbnail
 from steer.apps.recipes import read_prompt
@@ -85,12 +97,11 @@ def check_request(paths: Sequence[Path], prompt: str, rewards: Sequence[str]) ->
     """Check the amounts of a request. Raises InputError."""
     if not paths:
         raise InputError("no images: drop some first")
-    if len(paths) > MAX_FILES:
-        raise InputError(f"{len(paths)} images: at most {MAX_FILES} at a time")
     if not rewards:
         raise InputError("no rewards: tick one or more, or name one")
-    if len(rewards) > MAX_REWARDS:
-        raise InputError(f"{len(rewards)} rewards: at most {MAX_REWARDS} at a time")
+    for name, count, most in (("images", len(paths), MAX_FILES), ("rewards", len(rewards), MAX_REWARDS)):
+        if count > most:
+            raise InputError(f"{count} {name}: at most {most} at a time")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise InputError(f"a prompt of {len(prompt)} characters: at most {MAX_PROMPT_CHARACTERS}")
 
@@ -178,21 +189,17 @@ def _line(name: str, error: InputError) -> str:
     return f"{name:.80}: {public(str(error))}"
 
 
-EMPTY_TEXT = "The images appear here with their scores, best first."
+EMPTY_VIEW = '<p class="steer-empty">The images appear here with their scores, best first.</p>'
 SIZE, SIDE = (5.6, 4.7), 32.0  # inches of the chart, points of a thumbnail in it
-
-
-def empty_view() -> str:
-    """The view before the first scores."""
-    return f'<p class="steer-empty">{EMPTY_TEXT}</p>'
 
 
 def scores_view(scores: Scores, by: str) -> str:
     """A table of all scores, the best by one reward first, one of components, and the notes."""
     rows = scores.best_first(by)
-    head = "".join(_heading(reward, reward == by) for reward in scores.rewards)
+    order = {by: ' aria-sort="descending"'}
+    head = "".join(f'<th scope="col"{order.get(name, "")}>{escape(name)}</th>' for name in scores.rewards)
     body = "".join(_row(rank, row, scores.rewards) for rank, row in enumerate(rows))
-    images = "1 image" if len(rows) == 1 else f"{len(rows)} images, the best by {by} first"
+    images = plural(len(rows), "image") + (f", the best by {by} first" if len(rows) > 1 else "")
     own = any(row.inside for row in rows)
     caption = escape(f"{images}. Prompt: {scores.prompt or ('inside the images' if own else '(none)')}")
     return (
@@ -203,21 +210,14 @@ def scores_view(scores: Scores, by: str) -> str:
     )
 
 
-def _heading(reward: str, leads: bool) -> str:
-    """The head of a column; that of the leading reward has the sort order."""
-    order = ' aria-sort="descending"' if leads else ""
-    return f'<th scope="col"{order}>{escape(reward)}</th>'
-
-
 def _row(rank: int, row: Row, rewards: Sequence[str]) -> str:
-    totals = [row.scores[reward].total if reward in row.scores else None for reward in rewards]
+    totals = (row.scores[reward].total if reward in row.scores else None for reward in rewards)
     cells = "".join(f"<td>{short(total)}</td>" for total in totals)
     name, star = escape(row.name, quote=True), "★ " if rank == 0 else ""
-    pixels = f"{row.size[0]} × {row.size[1]}"
-    pixels += f", its own prompt: {escape(row.prompt)}" if row.inside else ""
+    prompt = f", its own prompt: {escape(row.prompt)}" if row.inside else ""
     return (
         f'<tr><th scope="row"><span class="steer-scored"><img src="{data_uri(row.thumbnail)}" alt="{name}"/>'
-        f"<span>{star}{name}<small>{pixels}</small></span></span></th>{cells}</tr>"
+        f"<span>{star}{name}<small>{row.size[0]} × {row.size[1]}{prompt}</small></span></span></th>{cells}</tr>"
     )
 
 
@@ -304,17 +304,8 @@ def names_view() -> str:
     return table("Rewards that have a name", ["name", "what it measures"], sorted(reward_names().items()))
 
 
-# Rewards that need no network.
-EMBEDDED = (
-    "scene",
-    "scene-soft",
-    "preference:scenes",
-    "aesthetic:scenes",
-    "clip:scenes",
-    "jpeg",
-    "brightness",
-)
 DEFAULT_REWARDS = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # which score any image
+EMBEDDED = ("scene", "scene-soft", *DEFAULT_REWARDS, "jpeg", "brightness")  # which need no network
 
 
 class RewardsTab(JobTab):
@@ -328,7 +319,7 @@ class RewardsTab(JobTab):
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(line("Ready."), elem_id="rewards-status")
                 self.by = gr.Dropdown([], label="Best first by", visible=False, elem_id="rewards-by")
-                self.view = gr.HTML(empty_view(), js_on_load=RUN_SCRIPT, elem_id="rewards-view")
+                self.view = gr.HTML(EMPTY_VIEW, js_on_load=RUN_SCRIPT, elem_id="rewards-view")
                 with gr.Row(visible=False) as self.axes:
                     self.across = gr.Dropdown([], label="Across", min_width=140, elem_id="rewards-across")
                     self.up = gr.Dropdown([], label="Up", min_width=140, elem_id="rewards-up")
@@ -338,13 +329,8 @@ class RewardsTab(JobTab):
         self._connect()
 
     def _form(self) -> None:
-        self.files = gr.File(
-            label=f"Images, up to {MAX_FILES}",
-            file_count="multiple",
-            file_types=["image"],
-            height=180,
-            elem_id="rewards-files",
-        )
+        several = {"file_count": "multiple", "file_types": ["image"], "height": 180}
+        self.files = gr.File(label=f"Images, up to {MAX_FILES}", elem_id="rewards-files", **several)
         self.prompt = gr.Textbox(
             label="Prompt",
             placeholder=EXAMPLE,
@@ -371,15 +357,13 @@ class RewardsTab(JobTab):
         for field in (self.across, self.up):
             field.input(scatter_view, [self.scores, self.across, self.up], self.scatter, **PRIVATE)
 
+    @guarded
     def run(
         self, files: list[str] | None, prompt: str, ticked: list[str], others: str, request: gr.Request
     ) -> Iterator[Change]:
         """Score the images, and show the progress."""
         specs = [*dict.fromkeys([*ticked, *filter(None, map(str.strip, (others or "").splitlines()))])]
-        paths = [Path(file) for file in files or ()]
-        yield from self.guarded(self._run(paths, (prompt or "").strip(), specs, request))
-
-    def _run(self, paths: list[Path], prompt: str, specs: list[str], request: gr.Request) -> Iterator[Change]:
+        paths, prompt = [Path(file) for file in files or ()], (prompt or "").strip()
         check_request(paths, prompt, specs)
 
         def work(ticket: Ticket) -> None:
@@ -395,16 +379,15 @@ class RewardsTab(JobTab):
 
     def _shown(self, scores: Scores) -> Change:
         """Show all scores: sorted by the first reward, the first two plotted."""
-        names, first = list(scores.rewards), scores.rewards[0]
-        second = names[1] if len(names) > 1 else first
+        names = list(scores.rewards)
+        first, second = names[0], names[min(1, len(names) - 1)]
         several = len(names) > 1 and len(scores.rows) > 1
-        images = "1 image" if len(scores.rows) == 1 else f"{len(scores.rows)} images"
+        images, rewards = plural(len(scores.rows), "image"), plural(len(names), "reward")
         left = " Some were left out: see below." if scores.notes else ""
         inside = sum(row.inside for row in scores.rows)
         which = f" The prompts of {inside} of them are those inside the images." if inside else ""
-        rewards = "reward" if len(names) == 1 else "rewards"
         return {
-            self.status: line(f"Done: {images} by {len(names)} {rewards}.{which}{left}"),
+            self.status: line(f"Done: {images} by {rewards}.{which}{left}"),
             self.scores: scores,
             self.by: gr.update(choices=names, value=first, visible=several),
             self.view: scores_view(scores, first),

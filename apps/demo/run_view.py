@@ -16,7 +16,7 @@ from PIL import Image
 
 from steer.apps.demo.markup import folded, gallery, table
 from steer.apps.demo.steering import Frame, Loading, PromptResult, Step
-from steer.apps.demo.studio import Waiting
+from steer.apps.demo.studio import Waiting, plural
 from steer.apps.plots import COLORMAP, chart, draw_series, short
 
 EMPTY_TEXT = "The particles appear here while they are being steered."
@@ -89,7 +89,7 @@ class RunView:
             return "Stopped. Nothing was finished."
         costs = [cost for one in self.finished for cost in (one.made.cost, one.made.base_cost) if cost is not None]
         seconds = sum(cost.seconds for cost in costs)
-        about = "1 prompt" if len(self.finished) == 1 else f"{len(self.finished)} prompts"
+        about = plural(len(self.finished), "prompt")
         seed = f", seed {self.finished[0].made.settings.seed}" if self.finished else ""
         return f"{'Stopped' if stopped else 'Done'}: {about} in {seconds:.1f} s{seed}."
 

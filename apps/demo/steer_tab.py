@@ -12,7 +12,19 @@ from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, Defaults, check_l
 from steer.apps.demo.markup import RUN_SCRIPT, table
 from steer.apps.demo.run_view import FinishedPrompt, RunView, run_view
 from steer.apps.demo.steering import Frame, PromptResult, as_command, as_python, steering
-from steer.apps.demo.studio import PRIVATE, RANDOM, RUNS, Change, JobTab, Studio, Weights, line, prompts_in, seed_of
+from steer.apps.demo.studio import (
+    PRIVATE,
+    RANDOM,
+    RUNS,
+    Change,
+    JobTab,
+    Studio,
+    Weights,
+    guarded,
+    line,
+    prompts_in,
+    seed_of,
+)
 from steer.apps.plots import short
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
@@ -277,12 +289,10 @@ class SteerTab(JobTab):
         chosen = [self.results.chooser, self.finished]
         self.results.chooser.input(self.show, chosen, [self.view, *self.results.components], **PRIVATE)
 
+    @guarded
     def run(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
         """Run the request, and show its progress."""
-        asked = {name: field_values[field] for name, field in self.fields.items()}
-        yield from self.guarded(self._run(asked, field_values[self.weights], request))
-
-    def _run(self, asked: dict[str, Any], weights: Weights | None, request: gr.Request) -> Iterator[Change]:
+        asked, weights = self.values(field_values), field_values[self.weights]
         prompts, settings = prompts_of(asked["prompts"]), settings_of(asked, weights)
         work = steering(self.studio, prompts, settings, self.studio.run_folder(request), weights)
         ticket, state = self.studio.begin(request, work), RunView()
@@ -313,8 +323,7 @@ class SteerTab(JobTab):
     def _follow(
         self, field_values: dict[Any, Any], method: str, weights: Weights | None, defaults: Mapping[str, Any]
     ) -> Change:
-        now = {name: field_values[field] for name, field in self.fields.items()}
-        new, values = field_values[self.defaults].changed(now, defaults)
+        new, values = field_values[self.defaults].changed(self.values(field_values), defaults)
         return {self.defaults: new} | self._set_fields(values, method, weights)
 
     def _set_fields(self, values: Mapping[str, Any], method: str, weights: Weights | None) -> Change:

@@ -7,11 +7,13 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from html import escape
+from functools import wraps
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -244,6 +246,14 @@ def embedded_models() -> tuple[str, ...]:
     return tuple(name for name, place in MODELS.items() if Path(place).is_dir())
 
 
+def write_zip(path: Path, root: Path, files: Iterable[Path], name: str) -> Path:
+    """Zip files of the folder `root`, in a folder `name` inside; each is read before the next is listed."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            archive.write(file, f"{name}/{file.relative_to(root)}")
+    return path
+
+
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # for events
 RUNS = PRIVATE | {"concurrency_limit": None}  # for events that start a job: the worker has a queue
 Change = dict[Any, Any]  # by component
@@ -264,6 +274,11 @@ def public(text: str) -> str:
 def line(text: str, role: str = "status") -> str:
     """A status line, which screen readers announce."""
     return f'<p class="steer-line" role="{role}">{escape(public(text))}</p>'
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def prompts_in(text: str, most: int) -> list[str]:
@@ -305,6 +320,7 @@ class JobTab:
     """A tab with a job that a visitor starts and stops: two buttons, and a line of status."""
 
     studio: Studio
+    fields: dict[str, Any]
     start: gr.Button
     stop: gr.Button
     status: gr.HTML
@@ -321,18 +337,13 @@ class JobTab:
             event.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
         self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
 
+    def values(self, field_values: Change) -> dict[str, Any]:
+        """The values of the tab's fields by their names."""
+        return {name: field_values[field] for name, field in self.fields.items()}
+
     def running(self, running: bool) -> Change:
         """Enable one of the two buttons."""
         return {self.start: gr.update(interactive=not running), self.stop: gr.update(interactive=running)}
-
-    def guarded(self, work: Iterator[Change]) -> Iterator[Change]:
-        """Show a job from its start to its end; bad input is a warning and the status."""
-        yield self.running(True)
-        try:
-            yield from work
-        except InputError as error:
-            yield self.refuse(str(error))
-        yield self.running(False)
 
     def refuse(self, text: str) -> Change:
         """Show why not, at once and in the status, without paths on the owner's disk."""
@@ -342,6 +353,21 @@ class JobTab:
     def fail(self) -> Change:
         """Show that a job failed by an error it does not know, or that Gradio refuses the value of a field."""
         return self.running(False) | {self.status: line(FAILED, "alert")}
+
+
+def guarded(handler: Callable[..., Iterator[Change]]) -> Callable[..., Iterator[Change]]:
+    """Decorate a handler of a JobTab that shows a job from its start to its end: bad input is a warning and the status."""
+
+    @wraps(handler)
+    def shown(self: JobTab, *given: Any) -> Iterator[Change]:
+        yield self.running(True)
+        try:
+            yield from handler(self, *given)
+        except InputError as error:
+            yield self.refuse(str(error))
+        yield self.running(False)
+
+    return shown
 
 
 ARCHIVE_NAME = "finetuned"  # folder inside the zip, and the name of the run's folder in its files

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from steer.apps.demo.labels import label_files
 from steer.apps.demo.steering import Loading
-from steer.apps.demo.studio import ARCHIVE_NAME, LARGEST_SEED, Studio, Ticket, Weights
+from steer.apps.demo.studio import ARCHIVE_NAME, LARGEST_SEED, Studio, Ticket, Weights, write_zip
 from steer.apps.errors import wrap_errors
 from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.finetuning import FinetuneConfig, load_data, read_config, write_config
@@ -68,8 +67,7 @@ class TrainingRequest:
             raise InputError(f"method {self.method!r:.40}: choose {', '.join(CONFIGURATIONS)}")
         if self.model not in MODELS:
             raise InputError(f"model {self.model!r:.80} cannot be finetuned here: choose {' or '.join(MODELS)}")
-        whole = {"updates": (1, MAX_UPDATES), "rank": (1, MAX_RANK), "seed": (0, LARGEST_SEED)}
-        for name, (least, most) in whole.items():
+        for name, least, most in (("updates", 1, MAX_UPDATES), ("rank", 1, MAX_RANK), ("seed", 0, LARGEST_SEED)):
             if not least <= getattr(self, name) <= most:
                 raise InputError(f"{name} must be {least} to {most} in this app, got {getattr(self, name)}")
         if not 0 < self.learning_rate <= 1:
@@ -176,7 +174,7 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
         result = trainer.train(resume_from_checkpoint=resume)
     if result.stopped != INTERRUPTED:
         write_report(trainer, result)
-        ticket.say(Trained(result, _weights(config, result), _write_zip(out)))
+        ticket.say(Trained(result, _weights(config, result), _write_archive(out)))
 
 
 class Progress:
@@ -212,13 +210,9 @@ def _public_config(config: FinetuneConfig) -> dict[str, Any]:
     return config_dict | ({} if config.job.preferences is None else {"preferences": CHOICES_COPY})
 
 
-def _write_zip(out: Path) -> Path:
+def _write_archive(out: Path) -> Path:
     """Write finetuned-RUN.zip in a run's folder: weights, model card with its pictures, configuration, logs."""
-    path = out / f"{ARCHIVE_NAME}-{out.name}.zip"
     inside = [out / name for name in ("README.md", "config.yaml", *LOG_FILES.values())]
     for name in ("final", "best", "plots", "samples"):
         inside += sorted(one for one in (out / name).rglob("*") if one.is_file())
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for one in inside:
-            file.write(one, f"{ARCHIVE_NAME}/{one.relative_to(out)}")
-    return path
+    return write_zip(out / f"{ARCHIVE_NAME}-{out.name}.zip", out, inside, ARCHIVE_NAME)
