@@ -202,7 +202,7 @@ def chart(panel: Panel) -> str:
 
 def as_svg(figure: Figure, title: str, role: str = "img") -> str:
     """Write a figure as <svg>: the ends of its lines as a description, the value of every marker as its tooltip."""
-    lines = [line for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")]
+    lines = [line for axes in figure.axes for line in axes.lines if not str(line.get_label()).startswith("_")]
     for number, line in enumerate(lines):
         line.set_gid(f"line-{number}")
     file = BytesIO()
@@ -236,7 +236,6 @@ def _finite_points(line: Line2D) -> list[tuple[float, float]]:
 
 
 def _describe_line(line: Line2D) -> str:
-    """Describe a line by its ends."""
     points = _finite_points(line)
     ends = dict.fromkeys((points[0], points[-1])) if points else ()
     return f"{line.get_label()}: " + ", ".join(f"{short(y)} at {short(x)}" for x, y in ends) if ends else ""

@@ -82,7 +82,6 @@ class PublicApi:
         }
 
     def _run(self, prompt: str, asked: dict[str, Any], request: gr.Request) -> PromptResult:
-        """Run one prompt from its turn in the queue to its end."""
         prompts, settings = prompts_of(prompt), settings_of(asked)
         if len(prompts) > 1:
             raise InputError(f"{len(prompts)} prompts: one a call")

@@ -1,5 +1,6 @@
 """Fields of the tabs, derived from the settings dataclasses: type, range, default, label and help stand there."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from typing import Any
@@ -25,9 +26,14 @@ LIMITED = ("particles", "steps", "iterations")  # to the ends of their sliders, 
 
 
 def _setting(name: str) -> "tuple[Field[Any], str]":
-    """The dataclass field of a setting, and the first sentence of its help."""
+    """The dataclass field of a setting, and its help."""
     owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
-    return owner.field(name), owner.help()[name].split(". ")[0].rstrip(".")
+    return owner.field(name), owner.help()[name]
+
+
+def _hint(text: str) -> str:
+    """The first clause of a help."""
+    return text[0].upper() + re.split(r"[.;:] ", text)[0][1:]
 
 
 def label_of(name: str) -> str:
@@ -38,7 +44,7 @@ def label_of(name: str) -> str:
 def setting_field(name: str, **look: Any) -> Any:
     """Make the field of a setting; `look` takes the place of derived arguments of its component."""
     one, text = _setting(name)
-    derived = {"label": label_of(name).capitalize(), "info": text[0].upper() + text[1:]}
+    derived = {"label": label_of(name).capitalize(), "info": _hint(text)}
     look = derived | {"value": DEFAULTS.get(name, one.default)} | look
     if (slider := one.metadata["slider"]) is not None:
         low, high, step = slider
@@ -49,8 +55,8 @@ def setting_field(name: str, **look: Any) -> Any:
 
 def training_field(name: str, config: TrainingConfig, **look: Any) -> Any:
     """Make the field of a training argument, with its value in a configuration: a slider where `maximum` is given."""
-    text = documented_fields(TrainingConfig)[name].split(". ")[0]
-    derived = {"label": name.replace("_", " ").capitalize(), "info": text[0].upper() + text[1:]}
+    hint = _hint(documented_fields(TrainingConfig)[name])
+    derived = {"label": name.replace("_", " ").capitalize(), "info": hint}
     look = derived | {"value": getattr(config, name)} | look
     return gr.Slider(minimum=1, step=1, **look) if "maximum" in look else gr.Number(**look)
 

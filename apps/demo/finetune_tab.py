@@ -16,7 +16,7 @@ from steer.apps.demo.fields import REWARDS, Defaults, training_field
 from steer.apps.demo.labels import label_folder
 from steer.apps.demo.markup import RUN_SCRIPT, folded, gallery, table
 from steer.apps.demo.steering import Loading, data_uri
-from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, number, plural, whole
+from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, plural, whole
 from steer.apps.demo.training import (
     CONFIGURATIONS,
     MAX_RANK,
@@ -77,22 +77,11 @@ def usual_config(method: str) -> TrainingConfig:
 
 def training_request(field_values: Mapping[str, Any], studio: Studio) -> TrainingRequest:
     """Read a request from the fields. Raises InputError, also for rewards that visitors may not use."""
-    choices, model = None, str(field_values["model"])
+    own: dict[str, Any] = {}
     if field_values["method"] == "choices":
-        choices, model = label_folder(studio), studio.models[0]
-    asked = TrainingRequest(
-        method=field_values["method"],
-        model=model,
-        reward=str(field_values["reward"] or "").strip(),
-        held_out=str(field_values["held_out"] or "").strip(),
-        updates=whole("updates", field_values["updates"]),
-        learning_rate=number("learning rate", field_values["learning_rate"]),
-        rank=whole("rank", field_values["rank"]),
-        kl_weight=number("KL weight", field_values["kl_weight"]),
-        seed=whole("seed", field_values["seed"]),
-        choices=choices,
-    )
-    for spec in [asked.held_out] if choices else [asked.reward, asked.held_out]:
+        own = {"choices": label_folder(studio), "model": studio.models[0]}
+    asked = TrainingRequest(**{**field_values, **own})
+    for spec in [asked.held_out] if own else [asked.reward, asked.held_out]:
         studio.reward(spec)
     return asked
 
@@ -128,12 +117,10 @@ class TrainingView:
 
     @property
     def step(self) -> int:
-        """Updates made."""
         return len(self.records)
 
     @property
     def result(self) -> TrainingResult:
-        """The result, so far."""
         if self.trained is not None:
             return self.trained.result
         return TrainingResult(self.step, None, None, None, tuple(self.records), tuple(self.evaluations))
@@ -193,7 +180,6 @@ def updates_made(out: Path) -> int:
 
 
 def _about(seconds: float) -> str:
-    """The remaining time in words."""
     if seconds < 1:
         return "It is being finished …"
     return f"About {seconds:.0f} s left." if seconds < 90 else f"About {seconds / 60:.0f} min left."
@@ -341,7 +327,6 @@ class FinetuneTab(JobTab):
         fields["method"].input(self.fit, known, follows, **PRIVATE)
 
     def begin(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
-        """Start a new training, and show its progress."""
 
         def new_run() -> Run:
             asked = training_request(self.values(field_values), self.studio)
@@ -432,6 +417,5 @@ class FinetuneTab(JobTab):
 
 
 def _progress(story: TrainingView) -> str:
-    """The status line and a progress bar."""
     size = f'max="{story.updates}" value="{story.step}"'
     return f'{line(story.line)}<progress class="steer-progress" aria-label="Updates made" {size}></progress>'

@@ -160,7 +160,6 @@ class LabelSession:
         return "Undone: choose again."
 
     def end(self) -> None:
-        """Stop sampling, and release the groups without an answer."""
         with self._lock:
             self.ended = True
             if self._ticket is not None:
@@ -355,7 +354,6 @@ class LabelTab(JobTab):
         Context.root_block.unload(self.forget)
 
     def begin(self, name: str, text: str, images: int, request: gr.Request) -> Iterator[Change]:
-        """Start a session, and show its first group."""
         try:
             label_request = LabelRequest(" ".join(name.split()), prompts_of(text, self.model), int(images))
         except InputError as error:
@@ -367,7 +365,6 @@ class LabelTab(JobTab):
         yield from self._advance(session, "")
 
     def answer(self, event: gr.EventData, request: gr.Request) -> Iterator[Change]:
-        """Record an answer, and show the next group."""
         if (session := self._visitors.get(str(request.session_hash))) is None:
             yield self._now(None, line("Press Start first.", "alert"))
             return
@@ -410,7 +407,6 @@ class LabelTab(JobTab):
         return "".join(f'<p class="steer-note">{escape(one)}</p>' for one in lines)
 
     def end(self, request: gr.Request) -> Change:
-        """End a visitor's session."""
         session = self._replace(request, None)
         return self._now(session, line(STOPPED_TEXT)) | {self.stop: gr.update(interactive=False)}
 

@@ -56,7 +56,6 @@ class LabelRequest:
             raise InputError(f"images must be {', '.join(map(str, IMAGES))}, of one prompt or more")
 
     def fits(self, group: SampleGroup) -> bool:
-        """Whether a group fits the request."""
         return len(group.rows) == self.images and group.rows.prompts[0] in self._distinct
 
     @cached_property
@@ -130,7 +129,6 @@ class LabelStore:
 
     @property
     def groups(self) -> dict[str, SampleGroup]:
-        """All groups by name."""
         return {} if self._folder is None else self._folder.groups
 
     def offer(self, request: LabelRequest) -> SampleGroup | None:

@@ -10,9 +10,17 @@ RUN_SCRIPT = (Path(__file__).parent / "run_view.js").read_text()  # of views wit
 HIDDEN = ' hidden=""'
 
 
-def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A <table>: the first cell of each row is its name. Floats are shortened; None is a dash."""
-    columns = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+class Html(str):
+    """A cell that is not escaped."""
+
+
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]], by: str | None = None) -> str:
+    """A <table>: the first cell of each row is its name. Floats are shortened; None is a dash.
+
+    by  the column that the rows are sorted by, the highest first
+    """
+    order = {by: ' aria-sort="descending"'}
+    columns = "".join(f'<th scope="col"{order.get(name, "")}>{escape(name)}</th>' for name in head)
     body = ""
     for name, *cells in rows:
         values = "".join(f"<td>{_cell(cell)}</td>" for cell in cells)
@@ -25,6 +33,8 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, Html):
+        return value
     return escape(short(value) if isinstance(value, float) or value is None else str(value))
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from steer.apps.demo.fields import EXAMPLE
-from steer.apps.demo.markup import RUN_SCRIPT, folded, table
+from steer.apps.demo.markup import RUN_SCRIPT, Html, folded, table
 from steer.apps.demo.steering import data_uri
 from steer.apps.demo.studio import (
     MAX_PROMPT_CHARACTERS,
@@ -24,8 +25,8 @@ from steer.apps.demo.studio import (
     JobTab,
     Studio,
     Ticket,
-    line,
     guarded,
+    line,
     plural,
     public,
 )
@@ -196,28 +197,22 @@ SIZE, SIDE = (5.6, 4.7), 32.0  # inches of the chart, points of a thumbnail in i
 def scores_view(scores: Scores, by: str) -> str:
     """A table of all scores, the best by one reward first, one of components, and the notes."""
     rows = scores.best_first(by)
-    order = {by: ' aria-sort="descending"'}
-    head = "".join(f'<th scope="col"{order.get(name, "")}>{escape(name)}</th>' for name in scores.rewards)
-    body = "".join(_row(rank, row, scores.rewards) for rank, row in enumerate(rows))
     images = plural(len(rows), "image") + (f", the best by {by} first" if len(rows) > 1 else "")
     own = any(row.inside for row in rows)
-    caption = escape(f"{images}. Prompt: {scores.prompt or ('inside the images' if own else '(none)')}")
-    return (
-        f'<div class="steer-scores">{_notes(scores.notes)}<div class="steer-scroll" tabindex="0" role="region"'
-        f' aria-label="Scores"><table class="steer-table"><caption>{caption}</caption>'
-        f'<thead><tr><th scope="col">image</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"{_components_table(scores, rows)}</div>"
-    )
+    caption = f"{images}. Prompt: {scores.prompt or ('inside the images' if own else '(none)')}"
+    cells: list[list[object]] = []
+    for rank, row in enumerate(rows):
+        totals = (row.scores[reward].total if reward in row.scores else None for reward in scores.rewards)
+        cells.append([_picture_cell(row, "" if rank else "★ "), *totals])
+    shown = table(caption, ["image", *scores.rewards], cells, by)
+    return f'<div class="steer-scores">{_notes(scores.notes)}{shown}{_components_table(scores, rows)}</div>'
 
 
-def _row(rank: int, row: Row, rewards: Sequence[str]) -> str:
-    totals = (row.scores[reward].total if reward in row.scores else None for reward in rewards)
-    cells = "".join(f"<td>{short(total)}</td>" for total in totals)
-    name, star = escape(row.name, quote=True), "★ " if rank == 0 else ""
-    prompt = f", its own prompt: {escape(row.prompt)}" if row.inside else ""
-    return (
-        f'<tr><th scope="row"><span class="steer-scored"><img src="{data_uri(row.thumbnail)}" alt="{name}"/>'
-        f"<span>{star}{name}<small>{row.size[0]} × {row.size[1]}{prompt}</small></span></span></th>{cells}</tr>"
+def _picture_cell(row: Row, star: str) -> Html:
+    name, prompt = escape(row.name, quote=True), f", its own prompt: {escape(row.prompt)}" if row.inside else ""
+    return Html(
+        f'<span class="steer-scored"><img src="{data_uri(row.thumbnail)}" alt="{name}"/>'
+        f"<span>{star}{name}<small>{row.size[0]} × {row.size[1]}{prompt}</small></span></span>"
     )
 
 
@@ -278,7 +273,6 @@ def scatter_view(scores: Scores, across: str, up: str) -> str:
 
 
 def _describe_correlation(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """Describe Spearman's rank correlation."""
     rho = spearman(xs, ys)
     if math.isnan(rho):
         return "One of the two gives all images the same score: there is no order to compare."
@@ -329,7 +323,7 @@ class RewardsTab(JobTab):
         self._connect()
 
     def _form(self) -> None:
-        several = {"file_count": "multiple", "file_types": ["image"], "height": 180}
+        several: dict[str, Any] = {"file_count": "multiple", "file_types": ["image"], "height": 180}
         self.files = gr.File(label=f"Images, up to {MAX_FILES}", elem_id="rewards-files", **several)
         self.prompt = gr.Textbox(
             label="Prompt",
@@ -361,7 +355,6 @@ class RewardsTab(JobTab):
     def run(
         self, files: list[str] | None, prompt: str, ticked: list[str], others: str, request: gr.Request
     ) -> Iterator[Change]:
-        """Score the images, and show the progress."""
         specs = [*dict.fromkeys([*ticked, *filter(None, map(str.strip, (others or "").splitlines()))])]
         paths, prompt = [Path(file) for file in files or ()], (prompt or "").strip()
         check_request(paths, prompt, specs)

@@ -8,6 +8,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from matplotlib import colormaps
@@ -23,74 +24,48 @@ EMPTY_TEXT = "The particles appear here while they are being steered."
 GRID_CLASSES = ((1, "steer-single"), (4, "steer-few"), (8, "steer-some"))  # up to so many images
 FINISHED = 256  # pixels of a finished image's longer side
 REDRAW_INTERVAL = 0.15  # seconds between two lines about single steps
-PHASES = {
-    "fk": "Steering",
-    "best-of-n": "Sampling",
-    "base": "Sampling",
-    "beside": "Base images",
-    "reno": "Optimising the noise",
-}
 
 Key = tuple[int, int]  # column and slot
 Lineages = dict[Key, list[Key]]
 
 
-@dataclass(frozen=True)
-class FinishedPrompt:
-    """A prompt's images, and the particles at its evaluated steps."""
-
-    made: PromptResult
-    frames: tuple[Frame, ...]
-
-
 @dataclass
 class RunView:
-    """The frames of the present prompt, the finished prompts, and the status line."""
+    """The frames of the present prompt, its result and those of all finished prompts, and the status line."""
 
     frames: tuple[Frame, ...] = ()
-    finished: tuple[FinishedPrompt, ...] = ()
+    made: PromptResult | None = None
+    finished: tuple[PromptResult, ...] = ()
     line: str = "Starting …"
     _last_redraw: float = field(default=0.0, repr=False)
 
     def after(self, event: Any) -> bool:
         """Add an event; returns whether the view changes."""
         match event:
-            case Step():
-                return self._stepped(event)
             case Frame():
                 self.frames = (*self.frames, event)
             case PromptResult():
-                self.finished = (*self.finished, FinishedPrompt(event, self.frames))
-            case Waiting() | Loading():
+                self.made, self.finished = event, (*self.finished, event)
+            case Step() | Waiting() | Loading():
                 self.line = str(event)
             case _:
                 raise TypeError(f"no event of a run: {event!r}")
-        return True
-
-    def _stepped(self, event: Step) -> bool:
+        if not isinstance(event, Step):
+            return True
         if event.step == 1 and event.phase != "beside":
-            self.frames = ()
-        which = f"Prompt {event.number + 1} of {event.count}. " if event.count > 1 else ""
-        self.line = f"{which}{PHASES[event.phase]}: {event.step} of {event.total}"
-        now = time.monotonic()
-        if now - self._last_redraw < REDRAW_INTERVAL:
+            self.frames, self.made = (), None
+        if (now := time.monotonic()) - self._last_redraw < REDRAW_INTERVAL:
             return False
         self._last_redraw = now
         return True
 
-    def html(self) -> str:
-        """The view of the present prompt."""
-        last = self.finished[-1] if self.finished else None
-        return run_view(self.frames, last.made if last is not None and last.frames is self.frames else None)
-
     def conclusion(self, stopped: bool) -> str:
-        """The last status."""
         if stopped and not self.finished:
             return "Stopped. Nothing was finished."
-        costs = [cost for one in self.finished for cost in (one.made.cost, one.made.base_cost) if cost is not None]
+        costs = [cost for one in self.finished for cost in (one.cost, one.base_cost) if cost is not None]
         seconds = sum(cost.seconds for cost in costs)
         about = plural(len(self.finished), "prompt")
-        seed = f", seed {self.finished[0].made.settings.seed}" if self.finished else ""
+        seed = f", seed {self.finished[0].settings.seed}" if self.finished else ""
         return f"{'Stopped' if stopped else 'Done'}: {about} in {seconds:.1f} s{seed}."
 
 
@@ -149,7 +124,6 @@ def _cell(column: Frame, number: int, slot: int) -> str:
 
 
 def _spread(column: Frame) -> tuple[float, float, float] | None:
-    """Mean, lowest and highest reward."""
     known = column.known
     return (sum(known) / len(known), min(known), max(known)) if known else None
 
@@ -163,14 +137,19 @@ def _curves(columns: Sequence[Frame], paths: Lineages) -> str:
     """Charts of rewards, of ESS and of surviving ancestors."""
     span, several = (1.0, float(columns[-1].total)), len(columns[0].rewards) > 1
     spreads = [(column.step, *spread[: 3 if several else 1]) for column in columns if (spread := _spread(column))]
-    drawn = [("Rewards: mean, lowest to highest" if several else "Reward", "mean", spreads)]
+    drawn: dict[tuple[str, str], Sequence[tuple[float, ...]]] = {
+        ("Rewards: mean, lowest to highest" if several else "Reward", "mean"): spreads
+    }
     if paths:
-        living = _num_living_ancestors(columns, paths)
-        sizes = [(column.step, column.ess) for column in columns if column.ess is not None]
-        drawn += [("Effective sample size (ESS)", "ESS", sizes)]
-        numbers = [(column.step, number) for column, number in zip(columns, living, strict=True)]
-        drawn += [("First particles with descendants", "living", numbers)]
-    charts = "".join(chart(lambda axes, one=one: draw_series(axes, *one, span)) for one in drawn if one[2])
+        alive = _num_living_ancestors(columns, paths)
+        drawn["Effective sample size (ESS)", "ESS"] = [(one.step, one.ess) for one in columns if one.ess is not None]
+        drawn["First particles with descendants", "living"] = [
+            (column.step, number) for column, number in zip(columns, alive, strict=True)
+        ]
+    charts = ""
+    for (title, name), points in drawn.items():
+        if points:
+            charts += chart(partial(draw_series, title=title, name=name, points=points, x_range=span))
     return f'<div class="steer-curves"><h3>Curves</h3><div class="steer-charts">{charts}</div></div>' if charts else ""
 
 

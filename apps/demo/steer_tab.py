@@ -10,7 +10,7 @@ import gradio as gr
 
 from steer.apps.demo.fields import DEFAULTS, EXAMPLE, REWARDS, Defaults, check_limits, label_of, setting_field
 from steer.apps.demo.markup import RUN_SCRIPT, table
-from steer.apps.demo.run_view import FinishedPrompt, RunView, run_view
+from steer.apps.demo.run_view import RunView, run_view
 from steer.apps.demo.steering import Frame, PromptResult, as_command, as_python, steering
 from steer.apps.demo.studio import (
     PRIVATE,
@@ -160,11 +160,11 @@ class Results:
     def components(self) -> list[Any]:
         return [self.box, self.chooser, self.slider, self.gallery, self.table, self.files, self.command, self.python]
 
-    def updates(self, finished: Sequence[FinishedPrompt], place: int = 0) -> dict[Any, Any]:
+    def updates(self, finished: Sequence[PromptResult], place: int = 0) -> dict[Any, Any]:
         """Show one of the finished prompts, and offer the others."""
-        one = finished[place].made
+        one = finished[place]
         pair, summary = compared(one), escape(describe_means(one) + describe_cost(one))
-        choices = [(f"{number + 1}. {each.made.prompt}", number) for number, each in enumerate(finished)]
+        choices = [(f"{number + 1}. {each.prompt}", number) for number, each in enumerate(finished)]
         return {
             self.box: gr.update(visible=True),
             self.chooser: gr.update(choices=choices, value=place, visible=len(finished) > 1),
@@ -291,7 +291,6 @@ class SteerTab(JobTab):
 
     @guarded
     def run(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
-        """Run the request, and show its progress."""
         asked, weights = self.values(field_values), field_values[self.weights]
         prompts, settings = prompts_of(asked["prompts"]), settings_of(asked, weights)
         work = steering(self.studio, prompts, settings, self.studio.run_folder(request), weights)
@@ -304,16 +303,16 @@ class SteerTab(JobTab):
         }
         for event in ticket.events():
             if state.after(event):
-                view = {self.view: state.html()} if isinstance(event, Frame | PromptResult) else {}
+                view = (
+                    {self.view: run_view(state.frames, state.made)} if isinstance(event, Frame | PromptResult) else {}
+                )
                 yield {self.status: line(state.line), **view}
         yield {self.status: line(state.conclusion(ticket.stopped)), self.finished: state.finished}
         if state.finished:
             yield self.show(0, state.finished)
 
-    def show(self, place: int, finished: tuple[FinishedPrompt, ...]) -> Change:
-        """Show one of the finished prompts."""
-        one = finished[place]
-        return {self.view: run_view(one.frames, one.made), **self.results.updates(finished, place)}
+    def show(self, place: int, finished: tuple[PromptResult, ...]) -> Change:
+        return {self.view: run_view(finished[place].frames, finished[place]), **self.results.updates(finished, place)}
 
     def fit(self, field_values: dict[Any, Any]) -> Change:
         """Set the fields that depend on the method, but not those that the visitor has set."""

@@ -32,6 +32,13 @@ from steer.reward import Reward
 THUMBNAIL = 160  # pixels of a preview's longer side
 LONGEST_NAME = 80  # bytes of a prompt in the names of its images
 NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of this run is kept", "fewer particles need less"
+PHASES = {
+    "fk": "Steering",
+    "best-of-n": "Sampling",
+    "base": "Sampling",
+    "beside": "Base images",
+    "reno": "Optimising the noise",
+}
 MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations
 
 
@@ -65,16 +72,13 @@ class Frame:
 
     @property
     def name(self) -> str:
-        """Its short name."""
         return "finished" if self.finished else f"step {self.step}"
 
     @property
     def known(self) -> list[float]:
-        """The rewards that are numbers."""
         return [reward for reward in self.rewards if math.isfinite(reward)]
 
     def describe(self, slot: int) -> str:
-        """Describe a particle in words."""
         reward, place = self.rewards[slot], self.name if self.finished else f"at {self.name}"
         return f"particle {slot + 1} {place}, reward {short(reward) if math.isfinite(reward) else 'unknown'}"
 
@@ -91,7 +95,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: a step of prompt `number` of `count`, in a phase such as fk or base."""
+    """Progress: a step of prompt `number` of `count`, in a phase of PHASES."""
 
     number: int
     count: int
@@ -99,13 +103,18 @@ class Step:
     step: int
     total: int
 
+    def __str__(self) -> str:
+        which = f"Prompt {self.number + 1} of {self.count}. " if self.count > 1 else ""
+        return f"{which}{PHASES[self.phase]}: {self.step} of {self.total}"
+
 
 @dataclass(frozen=True)
 class PromptResult:
     """The finished images of a prompt, best first, and the base ones of the same seed, by slot.
 
-    order  the slot of the run that each image comes from
-    cost   of steering; that of the base images, where they were not the same run
+    order   the slot of the run that each image comes from
+    cost    of steering; that of the base images, where they were not the same run
+    frames  the particles at the evaluated steps
     """
 
     prompt: str
@@ -115,6 +124,7 @@ class PromptResult:
     base: tuple[SavedImage, ...]
     cost: Cost
     base_cost: Cost | None
+    frames: tuple[Frame, ...] = ()
 
 
 def steering(
@@ -175,18 +185,25 @@ def _slug(prompt: str) -> str:
 def _steer_one(
     job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callable[[str, int, int], None]
 ) -> PromptResult:
-    method = job.settings.method
+    method, frames = job.settings.method, list[Frame]()
+
+    def show(number: int, total: int, images: Tensor, rewards: Tensor, *resampling: Any) -> None:
+        thumbnails = tuple(Image.fromarray(pixels_of(image.detach().clamp(0, 1))) for image in images)
+        for thumbnail in thumbnails:
+            thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+        frames.append(Frame(number + 1, total, thumbnails, tuple(rewards[0].tolist()), *resampling))
+        ticket.say(frames[-1])
 
     def on_step(report: StepReport) -> None:
         step(method, report.step + 1, report.total)
         if (evaluation := report.evaluation) is not None and report.previews is not None:
             ess, ancestors = evaluation.ess[0].item(), tuple(evaluation.ancestors[0].tolist())
-            ticket.say(_frame(report.step, report.total, report.previews, evaluation.rewards, ess, ancestors))
+            show(report.step, report.total, report.previews, evaluation.rewards, ess, ancestors)
 
     def on_iteration(one: Iteration) -> None:
         step(method, one.number + 1, one.total)
         if one.images is not None and one.number % max(1, one.total // MAX_FRAMES) == 0:
-            ticket.say(_frame(one.number, one.total, one.images, one.rewards))
+            show(one.number, one.total, one.images, one.rewards)
 
     output = METHODS[method].run(replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None))
     base = base_output(replace(job, on_step=lambda report: step("beside", report.step + 1, report.total)), output)
@@ -198,14 +215,8 @@ def _steer_one(
         base=() if base is None else tuple(write_images(job, base, folder, f"{prefix}base-", base=True)),
         cost=output.cost,
         base_cost=None if base is None or base.cost is output.cost else base.cost,
+        frames=tuple(frames),
     )
-
-
-def _frame(number: int, total: int, images: Tensor, rewards: Tensor, *resampling: Any) -> Frame:
-    thumbnails = tuple(Image.fromarray(pixels_of(image.detach().clamp(0, 1))) for image in images)
-    for thumbnail in thumbnails:
-        thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
-    return Frame(number + 1, total, thumbnails, tuple(rewards[0].tolist()), *resampling)
 
 
 # Shared options of the command, and as arguments of Python.

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from html import escape
 from functools import wraps
+from html import escape
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,6 @@ class Ticket:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop was requested."""
         return self._request.requested
 
     def stop(self) -> None:
@@ -326,7 +325,6 @@ class JobTab:
     status: gr.HTML
 
     def _job_buttons(self, label: str, prefix: str) -> None:
-        """Lay out the two buttons."""
         with gr.Row():
             self.start = gr.Button(label, variant="primary", elem_id=f"{prefix}-start")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{prefix}-stop")
@@ -338,11 +336,9 @@ class JobTab:
         self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
 
     def values(self, field_values: Change) -> dict[str, Any]:
-        """The values of the tab's fields by their names."""
         return {name: field_values[field] for name, field in self.fields.items()}
 
     def running(self, running: bool) -> Change:
-        """Enable one of the two buttons."""
         return {self.start: gr.update(interactive=not running), self.stop: gr.update(interactive=running)}
 
     def refuse(self, text: str) -> Change:
@@ -356,7 +352,7 @@ class JobTab:
 
 
 def guarded(handler: Callable[..., Iterator[Change]]) -> Callable[..., Iterator[Change]]:
-    """Decorate a handler of a JobTab that shows a job from its start to its end: bad input is a warning and the status."""
+    """Decorate a handler of a JobTab that shows a job to its end; bad input is a warning and the status."""
 
     @wraps(handler)
     def shown(self: JobTab, *given: Any) -> Iterator[Change]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from steer.apps.demo.labels import label_files
 from steer.apps.demo.steering import Loading
-from steer.apps.demo.studio import ARCHIVE_NAME, LARGEST_SEED, Studio, Ticket, Weights, write_zip
+from steer.apps.demo.studio import ARCHIVE_NAME, LARGEST_SEED, Studio, Ticket, Weights, number, whole, write_zip
 from steer.apps.errors import wrap_errors
 from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.finetuning import FinetuneConfig, load_data, read_config, write_config
@@ -68,12 +68,15 @@ class TrainingRequest:
         if self.model not in MODELS:
             raise InputError(f"model {self.model!r:.80} cannot be finetuned here: choose {' or '.join(MODELS)}")
         for name, least, most in (("updates", 1, MAX_UPDATES), ("rank", 1, MAX_RANK), ("seed", 0, LARGEST_SEED)):
-            if not least <= getattr(self, name) <= most:
-                raise InputError(f"{name} must be {least} to {most} in this app, got {getattr(self, name)}")
-        if not 0 < self.learning_rate <= 1:
+            object.__setattr__(self, name, value := whole(name, getattr(self, name)))
+            if not least <= value <= most:
+                raise InputError(f"{name} must be {least} to {most} in this app, got {value}")
+        if not 0 < number("learning rate", self.learning_rate) <= 1:
             raise InputError(f"the learning rate must be above 0 and at most 1, got {self.learning_rate}")
-        if not 0 <= self.kl_weight < math.inf:
+        if number("KL weight", self.kl_weight) < 0:
             raise InputError(f"the KL weight must be at least 0, got {self.kl_weight}")
+        for name in ("reward", "held_out"):
+            object.__setattr__(self, name, str(getattr(self, name) or "").strip())
         if self.choices is None and self.held_out == self.reward:
             raise InputError("the held-out reward equals the training reward: choose another one")
 
@@ -184,11 +187,9 @@ class Progress:
         self.ticket, self.out = ticket, out
 
     def on_log(self, args: Any, state: Any, control: Any, **details: Any) -> None:
-        """Show an update."""
         self.ticket.say(Update(details["logs"]))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **details: Any) -> None:
-        """Show an evaluation."""
         grid = write_grid(details["evaluation"], self.out, args.num_generations_eval)
         self.ticket.say(Evaluation(details["metrics"], grid))
 
