@@ -242,13 +242,19 @@ def _describe_line(line: Line2D) -> str:
 
 
 def draw_series(
-    axes: Axes, title: str, name: str, points: Sequence[tuple[float, ...]], x_range: tuple[float, float]
+    axes: Axes,
+    title: str,
+    name: str,
+    points: Sequence[tuple[float, ...]],
+    x_range: tuple[float, float],
+    bottom: float | None = None,
 ) -> None:
-    """Draw points (x, y), or (x, y, low, high) with a band, by solver step."""
+    """Draw points (x, y), or (x, y, low, high) with a band, by solver step; `bottom` of the vertical axis."""
     columns = np.array(points, dtype=float).reshape(len(points), -1).T
     if len(columns) == 4:
         draw_band(axes, columns[0], columns[2], columns[3], LINE_COLORS[0], "lowest to highest")
-    axes.plot(columns[0], columns[1], color=LINE_COLORS[0], lw=2, marker="o", ms=4, label=name)
+    axes.plot(columns[0], columns[1], color=LINE_COLORS[0], lw=2, marker="o", ms=4, label=name, clip_on=False)
+    axes.set_ylim(bottom=bottom)
     axes.set_xlim(*(x_range if x_range[1] > x_range[0] else (None, None)))
     axes.ticklabel_format(axis="y", useOffset=False)
     set_title(axes, title)

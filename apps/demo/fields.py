@@ -33,7 +33,8 @@ def _setting(name: str) -> "tuple[Field[Any], str]":
 
 def _hint(text: str) -> str:
     """The first clause of a help."""
-    return text[0].upper() + re.split(r"[.;:] ", text)[0][1:]
+    clause = re.split(r"[.;:] ", text)[0]
+    return clause[0].upper() + clause[1:] if clause[0].isascii() else clause
 
 
 def label_of(name: str) -> str:

@@ -149,7 +149,8 @@ def _curves(columns: Sequence[Frame], paths: Lineages) -> str:
     charts = ""
     for (title, name), points in drawn.items():
         if points:
-            charts += chart(partial(draw_series, title=title, name=name, points=points, x_range=span))
+            bottom = None if name == "mean" else 0.0
+            charts += chart(partial(draw_series, title=title, name=name, points=points, x_range=span, bottom=bottom))
     return f'<div class="steer-curves"><h3>Curves</h3><div class="steer-charts">{charts}</div></div>' if charts else ""
 
 
