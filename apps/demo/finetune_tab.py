@@ -174,11 +174,6 @@ def records_of(out: Path) -> tuple[list[Record], list[Record]]:
     return updates, evaluations
 
 
-def updates_made(out: Path) -> int:
-    """Count the updates recorded in the folder of a run."""
-    return len(records_of(out)[0])
-
-
 def _about(seconds: float) -> str:
     if seconds < 1:
         return "It is being finished …"
@@ -345,7 +340,7 @@ class FinetuneTab(JobTab):
 
     def finish_here(self, run: Run, request: gr.Request) -> Iterator[Change]:
         """End the training after the updates made so far."""
-        yield from self.resume(run, updates_made(run.folder), request)
+        yield from self.resume(run, len(records_of(run.folder)[0]), request)
 
     def _follow(self, make_run: Callable[[], Run], request: gr.Request, resume: bool) -> Iterator[Change]:
         """Show a training from its turn in the queue to its end."""
@@ -381,7 +376,7 @@ class FinetuneTab(JobTab):
         return self.running(running) | {
             self.run: run,
             self.again: gr.update(visible=not running and (run.folder / "checkpoints").exists()),
-            self.finish: gr.update(visible=trained is None and updates_made(run.folder) > 0),
+            self.finish: gr.update(visible=trained is None and bool(records_of(run.folder)[0])),
             self.results: gr.update(visible=trained is not None and not running),
             self.archive: gr.update(value=str(trained.archive) if trained else None),
         }

@@ -97,13 +97,9 @@ class LabelSession:
                 self._find(False)
             return self.ended or self.shown is not None
 
-    @property
-    def _drawing(self) -> bool:
-        return self._ticket is not None and not self._ticket.future.done()
-
     def _find(self, must: bool) -> None:
         """Offer a stored group, or start to sample one."""
-        if self._next or self._drawing:
+        if self._next or (self._ticket is not None and not self._ticket.future.done()):
             return
         if (offered := self.store.offer(self.label_request)) is not None:
             self._next.append(offered)

@@ -49,11 +49,11 @@ class Waiting:
         return f"Waiting: {first} first." if self.before else "Starting …"
 
 
-class Ticket:
-    """A visitor's job: its events, and a stop request."""
+class Ticket(StopRequest):
+    """A visitor's job: its events, and a stop request, which its `check` raises at every step."""
 
     def __init__(self) -> None:
-        self._request = StopRequest()
+        super().__init__()
         self._events: queue.Queue[Any] = queue.Queue(MAX_EVENTS)
         self._place: Callable[[], int] = lambda: 0
         self.future: Future[None] = Future()
@@ -61,25 +61,21 @@ class Ticket:
     def say(self, event: Any) -> None:
         """For the job: send an event. Raises Stopped where the visitor left or stopped it."""
         for _ in range(round(EVENT_TIMEOUT / POLL_INTERVAL)):
-            self._request.check()
+            self.check()
             try:
                 return self._events.put(event, timeout=POLL_INTERVAL)
             except queue.Full:
                 continue
         self.stop()
-        self._request.check()
-
-    def check(self) -> None:
-        """For the job, at every step: raises Stopped after a stop request."""
-        self._request.check()
+        self.check()
 
     @property
     def stopped(self) -> bool:
-        return self._request.requested
+        return self.requested
 
     def stop(self) -> None:
         """Request a stop: a waiting job never begins, a running one ends with its present step."""
-        self._request.requested = True
+        self.requested = True
         self.future.cancel()
 
     def events(self) -> Iterator[Any]:
