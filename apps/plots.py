@@ -191,8 +191,16 @@ def chart(panel: Panel) -> str:
     axes = figure.subplots()
     style_axes(axes)
     panel(axes)
-    # Constrained layout would take as long as the drawing.
-    figure.subplots_adjust(0.16, 0.38 if axes.get_legend() else 0.2, 0.97, 0.96)
+    # Room for the legend below the axis; constrained layout would take as long as the drawing.
+    legend = axes.get_legend()
+    texts = legend.get_texts() if legend else []
+    bottom = 0.2 + 0.08 * len(texts)
+    figure.subplots_adjust(0.16, bottom, 0.97, 0.96)
+    for text in texts:
+        text.set_fontsize(10)  # as style.css has it
+    if legend:
+        legend.set_ncols(1)
+        legend.set_bbox_to_anchor((-0.02, -0.18 / (0.96 - bottom)), axes.transAxes)
     if not any(_finite_points(line) for line in axes.lines):
         return ""
     title = axes.get_title(loc="left").replace(r"\$", "$")
