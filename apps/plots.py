@@ -192,15 +192,12 @@ def chart(panel: Panel) -> str:
     style_axes(axes)
     panel(axes)
     # Room for the legend below the axis; constrained layout would take as long as the drawing.
-    legend = axes.get_legend()
-    texts = legend.get_texts() if legend else []
-    bottom = 0.2 + 0.08 * len(texts)
+    rows = len(legend.get_texts()) if (legend := axes.get_legend()) else 0
+    bottom = 0.2 + 0.09 * rows
     figure.subplots_adjust(0.16, bottom, 0.97, 0.96)
-    for text in texts:
-        text.set_fontsize(10)  # as style.css has it
-    if legend:
-        legend.set_ncols(1)
-        legend.set_bbox_to_anchor((-0.02, -0.18 / (0.96 - bottom)), axes.transAxes)
+    if rows:
+        below = (-0.02, -0.18 / (0.96 - bottom))
+        axes.legend(loc="upper left", bbox_to_anchor=below, frameon=False, fontsize=10, labelcolor=INK, borderaxespad=0)
     if not any(_finite_points(line) for line in axes.lines):
         return ""
     title = axes.get_title(loc="left").replace(r"\$", "$")
