@@ -1,6 +1,6 @@
 """Report of a finetuning run: curves, held-out images before and after, and a model card."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from steer.apps.plots import (
     DPI,
     FAINT,
     INK,
+    LINE_COLORS,
     Numbers,
+    Panel,
     draw_band,
     draw_before_after,
     grids,
@@ -36,9 +38,7 @@ from steer.pipelines.training.trainer import Trainer
 __all__ = ["write_grid", "write_report"]
 
 Records = Sequence[Mapping[str, Any]]
-Panel = Callable[[Axes], None]
-# Colours that differ in lightness too.
-TRAINED_COLOR, HELD_OUT_COLOR, SAMPLES_COLOR = (colormaps[COLORMAP](place) for place in (0.12, 0.5, 0.78))
+TRAINED_COLOR, HELD_OUT_COLOR, SAMPLES_COLOR = LINE_COLORS
 MIN_SMOOTHED = 10  # values from which a moving mean is drawn
 FAR_FACTOR = 3  # a level more than so many times above the curve is named only
 LOG_SCALE_RATIO = 30  # largest by smallest value from which a scale is logarithmic
@@ -136,7 +136,7 @@ def divergence_panels(result: TrainingResult, config: Mapping[str, Any]) -> list
     titles = {"kl": "KL from the start, nats a trajectory"}
     if any(record.get("kl_weight") for record in result.records):
         titles |= {"kl_weight": "price of KL, β"}
-    panels = _series_panels(result.records, titles | {"chi_square": "χ² from the start"}, config)
+    panels = series_panels(result.records, titles | {"chi_square": "χ² from the start"}, config)
     # The diversity of one sample per prompt is logged as 0.
     if any(one.get("eval/diversity") for one in result.evaluations):
         panels.append(lambda axes: _draw_diversity(axes, result))
@@ -152,10 +152,10 @@ def _draw_diversity(axes: Axes, result: TrainingResult) -> None:
 def training_panels(result: TrainingResult) -> list[Panel]:
     """Create panels of the optimisation: loss, accuracy, gradient norm, speed."""
     titles = {"loss": "loss", "accuracy": "pairs ordered rightly, share", "grad_norm": "gradient norm, before clipping"}
-    return _series_panels(result.records, titles | {"images_per_second": "images per second, updates included"}, {})
+    return series_panels(result.records, titles | {"images_per_second": "images per second, updates included"}, {})
 
 
-def _series_panels(records: Records, titles: Mapping[str, str], config: Mapping[str, Any]) -> list[Panel]:
+def series_panels(records: Records, titles: Mapping[str, str], config: Mapping[str, Any]) -> list[Panel]:
     """Create a panel for each series with values, with its target and budget from the configuration."""
     drawn = {name: title for name, title in titles.items() if len(_series(records, name)[0])}
     return [partial(_draw_series, records=records, name=one, title=drawn[one], config=config) for one in drawn]

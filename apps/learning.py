@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from steer.apps.plots import FAINT, INK
+from steer.apps.plots import DPI, FAINT, INK, style_axes
 from steer.rewards.clip import clip_folder
 from steer.rewards.learned import RewardTrainingConfig, train_clip, train_reward
 from steer.rewards.preference_pairs import read_captions, read_pairs
@@ -43,8 +43,10 @@ def summary(report: dict[str, Any]) -> str:
 
 def draw_training(work: Path, bins: list[list[float]], path: Path) -> None:
     """Plot the loss of every member over the steps and, with held-out pairs, a reliability diagram."""
-    figure = Figure(figsize=(9 if bins else 5, 3.6), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9 if bins else 5, 3.6), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, 2 if bins else 1, squeeze=False)[0]
+    for each in axes:
+        style_axes(each, grid=None)
     for log in sorted(work.glob("**/log.jsonl")):
         records = [json.loads(line) for line in log.read_text().splitlines()]
         axes[0].plot([r["step"] for r in records], [r["loss"] for r in records], lw=1.3, label=log.parent.name)
@@ -53,9 +55,6 @@ def draw_training(work: Path, bins: list[list[float]], path: Path) -> None:
         axes[0].legend(frameon=False, fontsize=8)
     if bins:
         _reliability(axes[1], bins)
-    for each in axes:
-        each.spines[["top", "right"]].set_visible(False)
-        each.spines[["left", "bottom"]].set_color(FAINT)
     figure.savefig(path)
 
 

@@ -1,16 +1,23 @@
-"""Figures of sampling and training runs, and the style and canvas that all figures share."""
+"""Figures of sampling and training runs, as files and as SVG of a page, and the style and canvas that all share."""
 
 import json
+import math
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.offsetbox import AnnotationBbox, OffsetImage
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
@@ -26,12 +33,15 @@ from steer.pipelines.training.evaluation import EvalResult
 
 Report = Mapping[str, Any]
 Numbers = NDArray[np.float64]
+Panel = Callable[[Axes], None]
 
 # ---- Style: axes, titles, text ----
 
 COLORMAP = "viridis"  # its colours differ in lightness too, for colour-blind readers and grey prints
 INK, FAINT = "#222222", "#bbbbbb"
 DPI = 120
+# Colours of lines, which differ in lightness too.
+LINE_COLORS = tuple(to_hex(colormaps[COLORMAP](place)) for place in (0.12, 0.5, 0.78))
 
 
 def style_axes(axes: Axes, grid: str | None = "y") -> None:
@@ -75,6 +85,13 @@ def join_names(names: Sequence[str]) -> str:
 def format_rewards(rewards: Sequence[float]) -> str:
     """Format the rewards below an image, three digits each."""
     return " · ".join(f"{reward:.3g}".replace("-", "−") for reward in rewards)
+
+
+def short(value: float | None) -> str:
+    """Three digits of a number; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def wrap_caption(prompt: str) -> list[str]:
@@ -157,6 +174,96 @@ class Canvas:
         size = ((picture.width + 2) / self.width, (picture.height + 2) / self.height)
         self.figure.add_artist(Rectangle(corner, *size, fill=False, lw=0.6, ec=FAINT))
         return [left, top, left + picture.width, top + picture.height]
+
+
+# ---- Pages: a panel as SVG, with the variables of apps/demo/style.css as colours ----
+
+CHART_SIZE = (3.75, 2.4)  # inches
+PAGE_COLORS = {INK: "body-text-color", FAINT: "border-color-primary", "#ffffff": "background-fill-primary"}
+PAGE_COLORS |= {color: f"steer-hue-{number + 1}" for number, color in enumerate(LINE_COLORS)}
+SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}href"
+_SVG_LOCK = Lock()  # matplotlib's rc_context is not thread-safe
+
+
+def chart(panel: Panel) -> str:
+    """Draw a panel as the <figure> of a page; "" without a finite point. Its title becomes the caption."""
+    figure = Figure(figsize=CHART_SIZE, dpi=72)
+    axes = figure.subplots()
+    style_axes(axes)
+    panel(axes)
+    # Room for the legend below the axis; constrained layout would take as long as the drawing.
+    rows = len(legend.get_texts()) if (legend := axes.get_legend()) else 0
+    bottom = 0.2 + 0.09 * rows
+    figure.subplots_adjust(0.16, bottom, 0.97, 0.96)
+    if rows:
+        below = (-0.02, -0.18 / (0.96 - bottom))
+        axes.legend(loc="upper left", bbox_to_anchor=below, frameon=False, fontsize=10, labelcolor=INK, borderaxespad=0)
+    if not any(_finite_points(line) for line in axes.lines):
+        return ""
+    title = axes.get_title(loc="left").replace(r"\$", "$")
+    set_title(axes, "")
+    return f'<figure class="steer-chart"><figcaption>{escape(title)}</figcaption>{as_svg(figure, title)}</figure>'
+
+
+def as_svg(figure: Figure, title: str, role: str = "img") -> str:
+    """Write a figure as <svg>: the ends of its lines as a description, the value of every marker as its tooltip."""
+    lines = [line for axes in figure.axes for line in axes.lines if not str(line.get_label()).startswith("_")]
+    for number, line in enumerate(lines):
+        line.set_gid(f"line-{number}")
+    file = BytesIO()
+    with _SVG_LOCK, rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file, format="svg", transparent=True)
+    root = ElementTree.fromstring(file.getvalue())
+    del root[:2]  # metadata, and a style that would be the whole page's
+    for number, line in enumerate(lines):
+        marks = root.iterfind(f".//{SVG}g[@id='line-{number}']//{SVG}use")
+        for mark, (x, y) in zip(marks, _finite_points(line), strict=False):
+            ElementTree.SubElement(mark, "title").text = f"{line.get_label()}, {short(x)}: {short(y)}"
+    for element in root.iter():
+        element.tag = element.tag.removeprefix(SVG)
+        if (target := element.attrib.pop(LINK, None)) is not None:
+            element.set("href", target)
+        elif element.tag == "g":
+            element.attrib.pop("id", None)  # the same in every figure
+    root.set("role", role)
+    for tag, text in (("desc", ". ".join(filter(None, map(_describe_line, lines)))), ("title", title)):
+        described = ElementTree.Element(tag)
+        described.text = text
+        root.insert(0, described)
+    svg = ElementTree.tostring(root, encoding="unicode")
+    for color, variable in PAGE_COLORS.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return svg
+
+
+def _finite_points(line: Line2D) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in np.asarray(line.get_xydata(), dtype=float).tolist() if math.isfinite(x + y)]
+
+
+def _describe_line(line: Line2D) -> str:
+    points = _finite_points(line)
+    ends = dict.fromkeys((points[0], points[-1])) if points else ()
+    return f"{line.get_label()}: " + ", ".join(f"{short(y)} at {short(x)}" for x, y in ends) if ends else ""
+
+
+def draw_series(
+    axes: Axes,
+    title: str,
+    name: str,
+    points: Sequence[tuple[float, ...]],
+    x_range: tuple[float, float],
+    bottom: float | None = None,
+) -> None:
+    """Draw points (x, y), or (x, y, low, high) with a band, by solver step; `bottom` of the vertical axis."""
+    columns = np.array(points, dtype=float).reshape(len(points), -1).T
+    if len(columns) == 4:
+        draw_band(axes, columns[0], columns[2], columns[3], LINE_COLORS[0], "lowest to highest")
+    axes.plot(columns[0], columns[1], color=LINE_COLORS[0], lw=2, marker="o", ms=4, label=name, clip_on=False)
+    axes.set_ylim(bottom=bottom)
+    axes.set_xlim(*(x_range if x_range[1] > x_range[0] else (None, None)))
+    axes.ticklabel_format(axis="y", useOffset=False)
+    set_title(axes, title)
+    mark_integers(axes, "step")
 
 
 # ---- Sampling: grid.png, ancestry.png, progress.png, progress.gif ----

@@ -74,7 +74,7 @@ class FKSettings(StepSettings):
                             With reward_guidance every step is the kernel's, by default with η = 1
     """
 
-    lam: float = option(10.0, "(-inf, inf)")
+    lam: float = option(10.0, "(-inf, inf)", label="strength", slider=(0, 100, 1))
     potential: str | Callable[..., Any] = option("difference", choices="steer.smc.potentials:POTENTIALS")
     resampler: str | Callable[..., Any] = option("systematic", choices="steer.smc.resampling:RESAMPLERS")
     tempering: str | Callable[..., Any] = option("constant", choices="steer.smc.potentials:TEMPERINGS")
@@ -161,7 +161,7 @@ class IterationSettings(CallSettings):
     """
 
     num_particles: int = argument(1, "[1, inf]")
-    iterations: int = option(50, "[1, inf]")
+    iterations: int = option(50, "[1, inf]", slider=(1, 100, 1))
     target_reward: float | None = option(None, "(-inf, inf)")
     state_file: Any = argument(None)
     on_iteration: Callable[[Any], bool | None] | None = argument(None)

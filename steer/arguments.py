@@ -151,14 +151,25 @@ def is_number(value: Any) -> TypeGuard[float]:
         return False
 
 
-def option(default: Any, within: str | None = None, *, choices: Choices = None, flags: Sequence[str] = ()) -> Any:
+def option(
+    default: Any,
+    within: str | None = None,
+    *,
+    choices: Choices = None,
+    flags: Sequence[str] = (),
+    label: str | None = None,
+    slider: tuple[float, float, float] | None = None,
+) -> Any:
     """Return a field that decides the image: an argument in Python, an option of the command line, part of the recipe.
 
     within   the interval of its values, such as "(0, 1]"
     choices  the names it takes: a tuple, or "module:TABLE" of names and what they stand for
     flags    of the command line, where they are not --name
+    label    its name in the app, where it is not `name`
+    slider   lowest value, highest value and step of its slider in the app
     """
-    return field(default=default, metadata={"within": within, "choices": choices, "flags": flags, "saved": True})
+    metadata = {"within": within, "choices": choices, "flags": flags, "label": label, "slider": slider, "saved": True}
+    return field(default=default, metadata=metadata)
 
 
 def argument(default: Any, within: str | None = None, *, choices: Choices = None) -> Any:

@@ -37,7 +37,7 @@ from steer.apps.demo.label_tab import (
     group_view,
     prompts_of,
 )
-from steer.apps.demo.labels import LabelRequest, LabelStore, Progress, command_of, label_folder, write_zip
+from steer.apps.demo.labels import LabelRequest, LabelStore, Progress, command_of, label_folder, write_label_zip
 from steer.apps.demo.steering import Loading
 from steer.apps.demo.studio import Busy, Studio, Ticket, Waiting
 from steer.apps.finetuning import load_data, read_config
@@ -452,11 +452,11 @@ def test_d3po_learns_from_the_folder_and_the_command_is_one_that_runs(
 
 def test_a_zip_is_the_folder(studio: Studio, store: LabelStore, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing has been chosen yet"):
-        write_zip(store.path, tmp_path / "x.zip")
+        write_label_zip(store.path, tmp_path / "x.zip")
     group = drawn(studio, store, ADA)
     store.choose("Ada", group, 1)
     (store.path / "images" / "half.png.new").write_bytes(b"not yet whole")
-    write_zip(store.path, tmp_path / "x.zip")
+    write_label_zip(store.path, tmp_path / "x.zip")
     with zipfile.ZipFile(tmp_path / "x.zip") as file:
         file.extractall(tmp_path / "there")
     assert read_preferences(tmp_path / "there" / "choices").digest() == read_preferences(store.path).digest()
@@ -539,8 +539,8 @@ def test_what_does_not_fit_is_said_in_the_status(tab: LabelTab) -> None:
     for name, prompts, said in (
         ("", "", "the name must have"),
         ("x" * 41, "", "the name must have"),
-        ("Ada", "\n".join(map(str, range(201))), "at most 200 of them"),
-        ("Ada", "x" * 501, "each of at most 500 characters"),
+        ("Ada", "\n".join(map(str, range(201))), "201 prompts: at most 200"),
+        ("Ada", "x" * 501, "a prompt of 501 characters: at most 500"),
     ):
         (only,) = tab.begin(name, prompts, 2, visitor("a"))
         assert said in only[tab.status] and 'role="alert"' in only[tab.status] and list(only) == [tab.status]

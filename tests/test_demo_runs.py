@@ -56,7 +56,7 @@ def run(tab: SteerTab, **values: Any) -> dict[Any, Any]:
 
 def result_of(tab: SteerTab, shown: dict[Any, Any]) -> PromptResult:
     assert shown.get(tab.finished), shown[tab.status]
-    made: PromptResult = shown[tab.finished][0].made
+    made: PromptResult = shown[tab.finished][0]
     return made
 
 
@@ -268,7 +268,7 @@ def test_files_of_different_runs_have_different_names(tab: SteerTab) -> None:
     for change in ({}, {"seed": 8}, {"method": "base"}, {"steps": 5}, {"prompts": "a star\na star"}, {"prompts": "星"}):
         shown = run(tab, **change)
         for one in shown[tab.finished]:
-            names += [picture.path.name for picture in (*one.made.images, *one.made.base)]
+            names += [picture.path.name for picture in (*one.images, *one.base)]
     assert len(set(names)) == len(names)
     assert names[0].startswith("a-red-star-fk-seed0-run-") and names[0].endswith("-00.png")
     assert any("-base-" in name for name in names) and any(name.startswith("星-") for name in names)

@@ -19,7 +19,7 @@ pytest.importorskip("gradio")
 
 from steer.apps import sampling as sample_module
 from steer.apps.cli.sample import sample
-from steer.apps.demo.labels import RunView
+from steer.apps.demo.run_view import RunView
 from steer.apps.demo.steer_tab import MAX_PROMPTS, fields_from_recipe, prompts_of, settings_of
 from steer.apps.demo.steering import Frame, PromptResult, Step, as_command, as_python, steer_all, steering
 from steer.apps.demo.studio import Studio, Weights
@@ -171,7 +171,7 @@ def test_several_prompts_come_one_after_the_other(studio: Studio, tmp_path: Path
     events_ = events(studio, settings_of(ASKED | {"compare": False}), tmp_path, "a star", "a cross")
     seen = RunView()
     shown = [(event, seen.after(event), seen.frames) for event in events_]
-    assert [one.made.prompt for one in seen.finished] == ["a star", "a cross"]
+    assert [one.prompt for one in seen.finished] == ["a star", "a cross"]
     assert all(len(one.frames) == len(of(Frame, events_)) / 2 for one in seen.finished)
     assert {frames for event, _, frames in shown if isinstance(event, Step) and event.step == 1} == {()}
     assert seen.conclusion(False).startswith("Done: 2 prompts in ")

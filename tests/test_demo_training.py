@@ -337,7 +337,7 @@ def test_the_views_hold_every_evaluation_and_escape_what_was_typed(straight: tup
     assert seen.count('class="steer-frame steer-held"') == 2 and seen.count('hidden=""') == 1
     assert seen.count("<img ") == 4 and 'alt=""' not in seen and 'data-label="after 3 updates"' in seen
     charts = charts_view(story, "run-1")
-    assert charts.count("<svg") >= 4 and "Held-out reward: aesthetic:scenes" in charts and "<table" in charts
+    assert charts.count("<svg") >= 4 and "held-out reward: aesthetic:scenes" in charts and "<table" in charts
     evil = {"step": 0, f"eval/{SCRIPT}": [0.1, 0.0, 0.2], "eval/diversity": 0.0}
     odd = TrainingView(4, story.records, [evil], story.frames)
     assert "<script" not in samples_view(odd, SCRIPT) + charts_view(odd, SCRIPT)

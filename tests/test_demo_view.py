@@ -16,14 +16,17 @@ from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as limits
 from hypothesis import strategies as st
 from PIL import Image, ImageColor
 
 pytest.importorskip("gradio")
 
-from steer.apps.demo.plots import Axis, Series, ancestor_paths, full_lineages, line_chart, short, table
-from steer.apps.demo.steer_tab import EMPTY_TEXT, run_view, settings_of
+from steer.apps.demo.markup import table
+from steer.apps.demo.run_view import EMPTY_TEXT, ancestor_paths, full_lineages, run_view
+from steer.apps.demo.steer_tab import settings_of
 from steer.apps.demo.steering import Frame, PromptResult
+from steer.apps.plots import chart, draw_series, mark_integers, set_title, short
 from steer.apps.recipes import Recipe
 from steer.apps.sampling import SavedImage
 from steer.pipelines.base import Cost
@@ -72,8 +75,17 @@ def by_class(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
 
 def words(root: ElementTree.Element) -> str:
     """All that can be read or heard, without the images themselves."""
-    told = [value for each in root.iter() for key, value in each.items() if key not in ("src", "href")]
+    told = [value for each in root.iter() for key, value in each.items() if key not in ("src", "href", "style")]
     return " ".join([*root.itertext(), *told])
+
+
+def line_chart(title: str, name: str, points: Sequence[tuple[float, ...]], x_range: tuple[float, float]) -> str:
+    return chart(lambda axes: draw_series(axes, title, name, points, x_range))
+
+
+def marks(root: ElementTree.Element) -> list[ElementTree.Element]:
+    """The markers of a chart: each names its values."""
+    return [mark for mark in root.iter("use") if mark.find("title") is not None]
 
 
 def rows_of(root: ElementTree.Element) -> list[list[str]]:
@@ -238,19 +250,24 @@ def test_curves_are_of_rewards_of_the_ess_and_of_the_particles_that_live_on(tmp_
     assert [title.text for title in rewards.iter("title")][1:] == [
         "mean, 1: 0.2", "mean, 5: 0.167", "mean, 9: 0.5", "mean, 20: 0.8"
     ]  # fmt: skip
-    assert len(by_class(rewards, "steer-band")) == 1 and len([*ess.iter("circle")]) == 3
+    assert len(bands(rewards)) == 1 and not bands(ess) and len(marks(ess)) == 3
     assert [title.text for title in living.iter("title")][1:] == [
         "living, 1: 3", "living, 5: 2", "living, 9: 2", "living, 20: 2"
     ]  # fmt: skip
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12), st.floats(-1e3, 1e3))
-def test_points_of_a_chart_keep_their_order_and_stay_inside(values: list[float], start: float) -> None:
+def bands(root: ElementTree.Element) -> list[ElementTree.Element]:
+    return [each for each in root.iter() if "fill-opacity" in each.get("style", "")]
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=12), st.integers(-1000, 1000))
+@limits(max_examples=30, deadline=None)  # drawing takes longer on a busy machine
+def test_points_of_a_chart_keep_their_order_and_stay_inside(values: list[float], start: int) -> None:
     points = [(start + number, value) for number, value in enumerate(values)]
-    root = parsed(line_chart("a", [Series("b", points)], "c"))
+    root = parsed(line_chart("a", "b", points, (start, start + len(points) - 1)))
     svg = next(root.iter("svg"))
     width, height = map(float, svg.attrib["viewBox"].split()[2:])
-    spots = [(float(dot.attrib["cx"]), float(dot.attrib["cy"])) for dot in svg.iter("circle")]
+    spots = [(float(dot.attrib["x"]), float(dot.attrib["y"])) for dot in marks(svg)]
     assert len(spots) == len(points)
     assert all(0 <= x <= width and 0 <= y <= height for x, y in spots)
     assert all(a <= b for (a, _), (b, _) in pairwise(spots))
@@ -258,36 +275,42 @@ def test_points_of_a_chart_keep_their_order_and_stay_inside(values: list[float],
     assert all(above >= below for above, below in pairwise(by_value)), "more is higher up"
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6), st.lists(st.floats(0, 1), min_size=2, max_size=9))
-def test_an_axis_is_monotone_and_meets_its_ends(low: float, length: float, shares: list[float]) -> None:
-    axis = Axis(low, low + length, 30.0, 230.0, (low,))
-    places = [axis.at(low + share * length) for share in sorted(shares)]
-    assert places == sorted(places)
-    assert axis.at(low) == 30.0 and axis.at(low + length) == pytest.approx(230.0)
-
-
 @pytest.mark.parametrize("values", [(0.5, 0.5), (0.0, 0.0), (1e-7, 2e-7), (123456.0, 123457.0), (-1.0, 1e9)])
 def test_ticks_are_told_apart_and_in_order(values: tuple[float, float]) -> None:
-    svg = next(parsed(line_chart("a", [Series("b", [*enumerate(values)])], "c")).iter("svg"))
-    labels = [text.text for text in svg.iter("text") if text.get("text-anchor") == "end"]
-    assert len(labels) >= 2 and [float(label) for label in labels if label] == sorted(
-        {float(label or "") for label in labels}
-    )
+    svg = next(parsed(line_chart("a", "b", [*enumerate(values)], (0, 1))).iter("svg"))
+    texts = [text.text or "" for text in svg.iter("text") if "text-anchor: end" in text.get("style", "")]
+    labels = [float(text.replace("−", "-")) for text in texts]
+    assert len(labels) >= 2 and labels == sorted(set(labels))
 
 
 def test_what_is_not_finite_leaves_a_gap() -> None:
     points = [(1, 1.0), (2, 2.0), (3, math.nan), (4, 3.0), (5, math.inf), (6, 1.0)]
-    root = parsed(line_chart("a", [Series("b", points), Series("c", [(1, math.nan)])], "step"))
-    assert len(by_class(root, "steer-curve")) == 3, "one line of two points, two keys of the legend"
-    assert len([*root.iter("circle")]) == 4
-    assert line_chart("a", [Series("b", [(1, math.nan)])], "step") == ""
+    root = parsed(line_chart("a", "b", points, (1, 6)))
+    (line,) = [path for path in root.iter("path") if "fill: none; stroke: var(--steer-hue-1)" in path.get("style", "")]
+    assert line.attrib["d"].count("L") == 1, "one line of two points"
+    assert len(marks(root)) == 4
+    assert line_chart("a", "b", [(1, math.nan)], (1, 6)) == ""
 
 
-def test_a_legend_names_the_lines_where_there_is_more_than_one() -> None:
-    one, two = Series("train", [(0, 1.0), (1, 2.0)]), Series("held out", [(0, 1.0), (1, 2.0)])
-    assert not by_class(parsed(line_chart("a", [one], "step")), "steer-legend")
-    legend = by_class(parsed(line_chart("a", [one, two], "step")), "steer-legend")[0]
-    assert ["".join(each.itertext()) for each in legend] == ["train", "held out"]
+def test_a_chart_says_how_each_line_begins_and_ends() -> None:
+    def panel(axes: Any) -> None:
+        axes.plot([0, 1, 4], [1.0, 3.0, 2.5], label="train")
+        axes.plot([2], [0.125], label="held out")
+        axes.legend()
+        set_title(axes, "a & b")
+        mark_integers(axes, "step")
+
+    root = parsed(chart(panel))
+    assert "".join(root[0].itertext()) == "a & b" == next(root.iter("title")).text
+    assert next(root.iter("desc")).text == "train: 1 at 0, 2.5 at 4. held out: 0.125 at 2"
+    assert {"train", "held out", "step"} <= {text.text for text in root.iter("text")}
+
+
+def test_a_chart_has_the_colours_of_the_page_and_no_name_twice_on_it() -> None:
+    first, second = (parsed(line_chart("a", "b", [(0, 1.0), (1, 2.0)], (0, 1))) for _ in range(2))
+    assert not re.search("#[0-9a-f]{6}", ElementTree.tostring(first, encoding="unicode"))
+    names, others = ({each.get("id") for each in root.iter()} - {None} for root in (first, second))
+    assert names and not names & others, "two charts may share a page"
 
 
 @pytest.mark.parametrize(
@@ -303,9 +326,9 @@ def test_numbers_are_short(value: float | None, told: str) -> None:
 
 
 def test_names_of_strangers_stay_text(tmp_path: Path) -> None:
-    chart = line_chart(EVIL, [Series(EVIL, [(0, 1.0)], [(0, 0.5, 1.5)]), Series("b", [(0, 1.0)])], EVIL)
+    curve = line_chart(EVIL, EVIL, [(0, 1.0, 0.5, 1.5)], (0, 0))
     rows = table(EVIL, [EVIL, "b"], [[EVIL, EVIL], ["x", None]])
-    for html in (chart, rows):
+    for html in (curve, rows):
         root = parsed(html)
         assert not [*root.iter("script")] and not [*root.iter("img")] and EVIL in words(root)
     assert "script" not in run_view(three_readings(), result_of(tmp_path)) and "alert" not in run_view(

@@ -7,10 +7,11 @@ from typing import Any
 
 import gradio as gr
 
+from steer.apps.demo.fields import DEFAULTS, setting_field
 from steer.apps.demo.finetune_tab import FinetuneTab
 from steer.apps.demo.label_tab import LabelTab
 from steer.apps.demo.rewards_tab import RewardsTab
-from steer.apps.demo.steer_tab import FIELD_LIMITS, METHODS, SteerTab, prompts_of, settings_of
+from steer.apps.demo.steer_tab import METHODS, SteerTab, prompts_of, settings_of
 from steer.apps.demo.steering import PromptResult, steering
 from steer.apps.demo.studio import Studio, public
 from steer.errors import InputError
@@ -26,12 +27,9 @@ class PublicApi:
                 gr.Textbox(label="prompt"),
                 gr.Radio([*METHODS.values()], value="fk", label="method"),
                 gr.Textbox("scene-soft", label="reward"),
-                gr.Slider(1, FIELD_LIMITS["particles"], 4, step=1, label="particles"),
-                gr.Slider(1, FIELD_LIMITS["steps"], 20, step=1, label="steps"),
-                gr.Slider(0, 30, 4, label="guidance"),
-                gr.Number(25, label="strength"),
-                gr.Slider(1, FIELD_LIMITS["iterations"], 20, step=1, label="iterations"),
-                gr.Number(0, label="seed"),
+                *(setting_field(name, label=name) for name in ("particles", "steps", "guidance")),
+                gr.Number(DEFAULTS["lam"], label="strength"),
+                *(setting_field(name, label=name) for name in ("iterations", "seed")),
                 gr.Dropdown([*studio.models], value=studio.models[0], label="model"),
             ]
             outputs = [gr.Gallery(label="images", format="png", type="filepath"), gr.JSON(label="report")]
@@ -72,33 +70,26 @@ class PublicApi:
         asked |= {"lam": strength, "iterations": iterations, "seed": seed, "model": model}
         asked |= {"fresh": False, "compare": False, "adapter": False}
         try:
-            made = _run_prompt(self.studio, prompt, asked, request)
+            made = self._run(prompt, asked, request)
         except InputError as error:
             raise gr.Error(public(str(error)), print_exception=False) from error
-        return [str(picture.path) for picture in made.images], report_of(made)
+        return [str(picture.path) for picture in made.images], {
+            "prompt": made.prompt,
+            "settings": made.settings.plain(),
+            "rewards": [picture.recipe.reward for picture in made.images],
+            "components": [dict(picture.recipe.components) for picture in made.images],
+            "cost": asdict(made.cost),
+        }
 
-
-def _run_prompt(studio: Studio, prompt: str, asked: dict[str, Any], request: gr.Request) -> PromptResult:
-    """Run one prompt from its turn in the queue to its end."""
-    prompts, settings = prompts_of(prompt), settings_of(asked)
-    if len(prompts) > 1:
-        raise InputError(f"{len(prompts)} prompts: one a call")
-    work = steering(studio, prompts, settings, studio.run_folder(request))
-    made = [event for event in studio.begin(request, work).events() if isinstance(event, PromptResult)]
-    if not made:
+    def _run(self, prompt: str, asked: dict[str, Any], request: gr.Request) -> PromptResult:
+        prompts, settings = prompts_of(prompt), settings_of(asked)
+        if len(prompts) > 1:
+            raise InputError(f"{len(prompts)} prompts: one a call")
+        work = steering(self.studio, prompts, settings, self.studio.run_folder(request))
+        for event in self.studio.begin(request, work).events():
+            if isinstance(event, PromptResult):
+                return event
         raise InputError("stopped before there was an image")
-    return made[0]
-
-
-def report_of(made: PromptResult) -> dict[str, Any]:
-    """Describe the images, best first, as plain values."""
-    return {
-        "prompt": made.prompt,
-        "settings": made.settings.plain(),
-        "rewards": [picture.recipe.reward for picture in made.images],
-        "components": [dict(picture.recipe.components) for picture in made.images],
-        "cost": asdict(made.cost),
-    }
 
 
 STYLE = Path(__file__).parent / "style.css"

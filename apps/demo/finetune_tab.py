@@ -2,31 +2,21 @@
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from matplotlib.axes import Axes
 from PIL import Image
 
+from steer.apps.demo.fields import REWARDS, Defaults, training_field
 from steer.apps.demo.labels import label_folder
-from steer.apps.demo.plots import Series, gallery, line_chart, short, table
-from steer.apps.demo.steer_tab import REWARDS, Defaults
+from steer.apps.demo.markup import RUN_SCRIPT, folded, gallery, table
 from steer.apps.demo.steering import Loading, data_uri
-from steer.apps.demo.studio import (
-    PRIVATE,
-    Change,
-    JobTab,
-    Studio,
-    Ticket,
-    Waiting,
-    Weights,
-    line,
-    number,
-    whole,
-)
+from steer.apps.demo.studio import PRIVATE, RUNS, Change, JobTab, Studio, Waiting, Weights, line, plural, whole
 from steer.apps.demo.training import (
     CONFIGURATIONS,
     MAX_RANK,
@@ -38,9 +28,11 @@ from steer.apps.demo.training import (
     Update,
     training,
 )
+from steer.apps.finetune_report import divergence_panels, rewards_panels, series_panels
 from steer.apps.finetuning import read_config
-from steer.apps.plots import grids, read_grid
+from steer.apps.plots import Panel, chart, grids, read_grid, short
 from steer.errors import InputError
+from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.model_card import held_out_names
 from steer.pipelines.training.state import LOG_FILES
@@ -53,88 +45,52 @@ HELP = (
     "**Choices** are those of the Label tab. Whatever is trained on loses its meaning when it is pushed for long: "
     "so a second reward, which is not trained on, scores images of prompts that the training never sees."
 )
+HELD_OUT_INFO = "Never trained on: it shows when the training exploits the other one."
 
 
 def finetune_fields(studio: Studio) -> dict[str, Any]:
     """The components, by the names that `training_request` reads."""
-    models, rewards = _models(studio), [*dict.fromkeys([*studio.rewards, JUDGED_BY, *REWARDS])]
-    free: dict[str, Any] = {"choices": rewards, "allow_custom_value": True}
-    fields: dict[str, Any] = {
-        "method": gr.Radio([*METHODS.items()], value="d3po", label="Method", elem_id="finetune-method"),
-        "reward": gr.Dropdown(
-            value=TRAINED_ON, label="Reward", info="What is to rise.", elem_id="finetune-reward", **free
-        ),
-        "held_out": gr.Dropdown(
-            value=JUDGED_BY,
-            label="Held-out reward",
-            info="Never trained on: it shows when the training exploits the other one.",
-            elem_id="finetune-held-out",
-            **free,
-        ),
-        "updates": gr.Slider(
-            1,
-            MAX_UPDATES,
-            UPDATES,
-            step=1,
-            label="Updates",
-            info="Each learns from 16 images.",
-            elem_id="finetune-updates",
-        ),
-    }
+    models, config = [model for model in MODELS if model in studio.models], usual_config("d3po")
+    rewards = [*dict.fromkeys([*studio.rewards, JUDGED_BY, *REWARDS])]
+    fields: dict[str, Any] = {"method": gr.Radio([*METHODS.items()], value="d3po", label="Method")}
+    for name, label, value, info in (
+        ("reward", "Reward", TRAINED_ON, "What is to rise."),
+        ("held_out", "Held-out reward", JUDGED_BY, HELD_OUT_INFO),
+    ):
+        fields[name] = gr.Dropdown(rewards, value=value, label=label, info=info, allow_custom_value=True)
+    fields["updates"] = training_field("max_steps", config, label="Updates", value=UPDATES, maximum=MAX_UPDATES)
     with gr.Accordion("What this does", open=False):
         gr.Markdown(HELP)
     with gr.Accordion("More", open=False):
-        fields["learning_rate"] = gr.Number(
-            default_learning_rate("d3po"),
-            label="Learning rate",
-            info="Too high, and images fall apart.",
-            elem_id="finetune-rate",
-        )
-        fields["rank"] = gr.Slider(1, MAX_RANK, 16, step=1, label="LoRA rank", info="How much it can learn.")
-        fields["kl_weight"] = gr.Number(
-            0, label="KL weight", minimum=0, info="Penalty for leaving the base model; 0: only that of the method."
-        )
-        fields["seed"] = gr.Number(0, label="Seed")
-        fields["model"] = gr.Dropdown([*models], value=next(iter(models), None), label="Model", visible=len(models) > 1)
+        fields["learning_rate"] = training_field("learning_rate", config)
+        fields["rank"] = training_field("lora_rank", config, label="LoRA rank", info=None, maximum=MAX_RANK)
+        fields["kl_weight"] = training_field("kl_weight", config, label="KL weight", minimum=0)
+        fields["seed"] = training_field("seed", config)
+        fields["model"] = gr.Dropdown(models, value=next(iter(models), None), label="Model", visible=len(models) > 1)
     return fields
 
 
-def _models(studio: Studio) -> list[str]:
-    return [model for model in MODELS if model in studio.models]
-
-
-def default_learning_rate(method: str) -> float:
-    """The learning rate of the method's configuration."""
-    return read_config(CONFIGURATIONS[method]).training.learning_rate
+def usual_config(method: str) -> TrainingConfig:
+    """The configuration of a method that a request changes."""
+    return read_config(CONFIGURATIONS[method]).training
 
 
 def training_request(field_values: Mapping[str, Any], studio: Studio) -> TrainingRequest:
     """Read a request from the fields. Raises InputError, also for rewards that visitors may not use."""
-    choices, model = None, str(field_values["model"])
+    own: dict[str, Any] = {}
     if field_values["method"] == "choices":
-        choices, model = label_folder(studio), studio.models[0]
-    training_asked = TrainingRequest(
-        method=field_values["method"],
-        model=model,
-        reward=str(field_values["reward"] or "").strip(),
-        held_out=str(field_values["held_out"] or "").strip(),
-        updates=whole("updates", field_values["updates"]),
-        learning_rate=number("learning rate", field_values["learning_rate"]),
-        rank=whole("rank", field_values["rank"]),
-        kl_weight=number("KL weight", field_values["kl_weight"]),
-        seed=whole("seed", field_values["seed"]),
-        choices=choices,
-    )
-    for spec in [training_asked.held_out] if choices else [training_asked.reward, training_asked.held_out]:
+        own = {"choices": label_folder(studio), "model": studio.models[0]}
+    asked = TrainingRequest(**{**field_values, **own})
+    for spec in [asked.held_out] if own else [asked.reward, asked.held_out]:
         studio.reward(spec)
-    return training_asked
+    return asked
 
 
 EMPTY_TEXT = "Images of prompts that the training never sees appear here, before the first update and after every few."
-REDRAW_INTERVAL = 0.3  # seconds between two drawings of the curves
+ACCURACY = {"accuracy": "pairs put in the right order, share"}
+REDRAW_INTERVAL = 1.0  # seconds between two drawings of the curves
 HIGH = 2  # place in [mean, low, high]
 SIDE = 128  # most pixels of a picture's side
-Points = list[tuple[float, float]]
 
 
 @dataclass
@@ -161,8 +117,13 @@ class TrainingView:
 
     @property
     def step(self) -> int:
-        """Updates made."""
         return len(self.records)
+
+    @property
+    def result(self) -> TrainingResult:
+        if self.trained is not None:
+            return self.trained.result
+        return TrainingResult(self.step, None, None, None, tuple(self.records), tuple(self.evaluations))
 
     def after(self, event: Any) -> bool:
         """Add an event; returns whether the view changes."""
@@ -213,20 +174,14 @@ def records_of(out: Path) -> tuple[list[Record], list[Record]]:
     return updates, evaluations
 
 
-def updates_made(out: Path) -> int:
-    """Count the updates recorded in the folder of a run."""
-    return len(records_of(out)[0])
-
-
 def _about(seconds: float) -> str:
-    """The remaining time in words."""
     if seconds < 1:
         return "It is being finished …"
     return f"About {seconds:.0f} s left." if seconds < 90 else f"About {seconds / 60:.0f} min left."
 
 
 def _describe_end(result: TrainingResult) -> str:
-    updates = "1 update" if result.step == 1 else f"{result.step} updates"
+    updates = plural(result.step, "update")
     seconds = sum(record["seconds"] for record in result.records)
     return f"Ended after {updates}: {result.stopped}." if result.stopped else f"Done: {updates} in {seconds:.0f} s."
 
@@ -281,52 +236,40 @@ def _frame(grid: Path) -> tuple[str, str, str]:
 
 
 def charts_view(story: TrainingView, run: str) -> str:
-    """Curves by update, and their numbers."""
+    """Curves by update as in the report of the training, and their numbers."""
     if not story.evaluations and not story.records:
         return '<section class="steer-run"></section>'
-    span, names = (0.0, float(story.updates)), held_out_names(story.evaluations)
-    judged = {name: _judged(story.evaluations, name) for name in names}
-    drawn = _points(story.records, "reward")
-    charts = ""
-    if drawn:
-        both = [Series("training samples", drawn)] + [judged[name] for name in names[:1]]
-        charts = line_chart(f"Trained reward: {(names or ['reward'])[0]}", both, "update", x_range=span)
-        names = names[1:]
-    for name in names:
-        charts += line_chart(f"Held-out reward: {name}", [judged[name]], "update", x_range=span)
-    for key, title in (("kl", "KL from the base model, nats"), ("accuracy", "Pairs put in the right order")):
-        if points := _points(story.records, key):
-            charts += line_chart(title, [Series(title, points)], "update", x_range=span, y_from=0)
+    result = story.result
+    panels = [*rewards_panels(result), *divergence_panels(result, {}), *series_panels(result.records, ACCURACY, {})]
+    charts = "".join(chart(_over_updates(panel, story.updates)) for panel in panels)
     return (
         f'<section class="steer-run" data-run="{escape(run, quote=True)}"><div class="steer-charts">{charts}</div>'
-        f'<details class="steer-numbers"><summary>As a table</summary>{_table(story, [*judged])}</details></section>'
+        f"{folded('As a table', _table(story))}</section>"
     )
 
 
-def _judged(evaluations: Sequence[Record], name: str) -> Series:
-    """A reward on the held-out prompts, with the 95 % interval of its mean."""
-    field_values = [(float(one["step"]), *one[f"eval/{name}"]) for one in evaluations]
-    band = [(step, low, high) for step, _, low, high in field_values] if len(field_values) > 1 else []
-    return Series("held-out prompts, 95 %", [(step, mean) for step, mean, _, _ in field_values], band)
+def _over_updates(panel: Panel, updates: int) -> Panel:
+    """Extend a panel by update to the end of the training."""
+
+    def draw(axes: Axes) -> None:
+        panel(axes)
+        if axes.get_xlabel() == "updates":
+            axes.set_xlim(0, updates)
+
+    return draw
 
 
-def _points(records: Sequence[Record], key: str) -> Points:
-    return [(float(one["step"]), one[key]) for one in records if key in one]
-
-
-def _table(story: TrainingView, names: Sequence[str]) -> str:
-    by_step = {one["step"]: one for one in story.evaluations}
-    updates = {one["step"]: one for one in story.records}
-    rows = []
-    for step in sorted({*by_step, *updates}):
-        made, seen = updates.get(step, {}), by_step.get(step, {})
-        held = [seen[f"eval/{name}"][0] if seen else None for name in names]
-        rows.append([step, made.get("reward"), made.get("kl"), made.get("accuracy"), *held])
+def _table(story: TrainingView) -> str:
+    names, rows = held_out_names(story.evaluations), []
+    evaluations, updates = ({one["step"]: one for one in some} for some in (story.evaluations, story.records))
+    for step in sorted({*evaluations, *updates}):
+        update, evaluation = updates.get(step, {}), evaluations.get(step, {})
+        held = [evaluation[f"eval/{name}"][0] if evaluation else None for name in names]
+        rows.append([step, *map(update.get, ("reward", "kl", "accuracy")), *held])
     head = ["updates", "reward in training", "KL", "pairs right", *(f"held out: {name}" for name in names)]
     return table("Rewards and KL by update", head, rows)
 
 
-FOLDER = Path(__file__).parent
 KEYS = {"--eval-rewards": "the held-out reward", "--reward": "the reward", "--preferences": "the choices"}
 
 
@@ -346,12 +289,8 @@ class FinetuneTab(JobTab):
     """
 
     def __init__(self, studio: Studio) -> None:
-        self.studio, self.run, self.defaults = (
-            studio,
-            gr.State(None),
-            gr.State(Defaults({"rate": default_learning_rate("d3po")})),
-        )
-        script = (FOLDER / "run_view.js").read_text()
+        self.studio, self.run = studio, gr.State(None)
+        self.defaults = gr.State(Defaults({"rate": usual_config("d3po").learning_rate}))
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self.fields = finetune_fields(studio)
@@ -364,62 +303,63 @@ class FinetuneTab(JobTab):
                 with gr.Row(visible=False, elem_id="finetune-results") as self.results:
                     self.load = gr.Button("Load into Steer", variant="primary", elem_id="finetune-load")
                     self.archive = gr.DownloadButton("Download (zip)", elem_id="finetune-archive")
-                self.samples = gr.HTML(samples_view(TrainingView(0), ""), js_on_load=script, elem_id="finetune-samples")
-                self.charts = gr.HTML(js_on_load=script, elem_id="finetune-charts")
+                self.samples = gr.HTML(
+                    samples_view(TrainingView(0), ""), js_on_load=RUN_SCRIPT, elem_id="finetune-samples"
+                )
+                self.charts = gr.HTML(js_on_load=RUN_SCRIPT, elem_id="finetune-charts")
         self._connect()
 
     def _connect(self) -> None:
         fields, seen = self.fields, [self.status, self.samples, self.charts, self.start, self.stop]
         live = [*seen, self.again, self.finish, self.results, self.archive, self.run]
         self._connect_job(
-            self.start.click(self.begin, {*fields.values()}, live, concurrency_limit=None, **PRIVATE),
-            self.more.click(self.resume, [self.run, fields["updates"]], live, concurrency_limit=None, **PRIVATE),
-            self.finish.click(self.finish_here, self.run, live, concurrency_limit=None, **PRIVATE),
+            self.start.click(self.begin, {*fields.values()}, live, **RUNS),
+            self.more.click(self.resume, [self.run, fields["updates"]], live, **RUNS),
+            self.finish.click(self.finish_here, self.run, live, **RUNS),
         )
         follows = [*(fields[name] for name in ("reward", "learning_rate", "model")), self.defaults]
         known = [fields["method"], fields["learning_rate"], self.defaults]
         fields["method"].input(self.fit, known, follows, **PRIVATE)
 
     def begin(self, field_values: dict[Any, Any], request: gr.Request) -> Iterator[Change]:
-        """Start a new training, and show its progress."""
-        try:
-            training_asked = training_request(
-                {name: field_values[field] for name, field in self.fields.items()}, self.studio
-            )
+
+        def new_run() -> Run:
+            asked = training_request(self.values(field_values), self.studio)
             place = self.studio.folder(request) / "finetune"
-            run = Run(training_asked, place / f"run-{len([*place.glob('run-*')]) + 1}")
-            ticket = self.studio.begin(request, training(training_asked, run.folder, self.studio, resume=False))
-        except InputError as error:
-            yield self._refused(error)
-        else:
-            yield from self._follow(run, ticket)
+            return Run(asked, place / f"run-{len([*place.glob('run-*')]) + 1}")
+
+        yield from self._follow(new_run, request, resume=False)
 
     def resume(self, run: Run, updates: float | None, request: gr.Request) -> Iterator[Change]:
         """Resume the training up to the number of updates in the field."""
-        try:
-            training_asked = replace(run.training_asked, updates=whole("updates", updates))
-            ticket = self.studio.begin(request, training(training_asked, run.folder, self.studio, resume=True))
-        except InputError as error:
-            yield self._refused(error)
-        else:
-            yield from self._follow(Run(training_asked, run.folder), ticket)
+
+        def longer_run() -> Run:
+            return Run(replace(run.training_asked, updates=whole("updates", updates)), run.folder)
+
+        yield from self._follow(longer_run, request, resume=True)
 
     def finish_here(self, run: Run, request: gr.Request) -> Iterator[Change]:
         """End the training after the updates made so far."""
-        yield from self.resume(run, updates_made(run.folder), request)
+        yield from self.resume(run, len(records_of(run.folder)[0]), request)
 
-    def _follow(self, run: Run, ticket: Ticket) -> Iterator[Change]:
+    def _follow(self, make_run: Callable[[], Run], request: gr.Request, resume: bool) -> Iterator[Change]:
         """Show a training from its turn in the queue to its end."""
-        story = TrainingView.of(run.folder, run.training_asked.updates)
+        try:
+            run = make_run()
+            asked = run.training_asked
+            ticket = self.studio.begin(request, training(asked, run.folder, self.studio, resume))
+        except InputError as error:
+            yield self._refused(error)
+            return
+        story = TrainingView.of(run.folder, asked.updates)
         yield self._view_updates(story, run) | self._buttons(run, running=True) | {self.status: line(story.line)}
         try:
             for event in ticket.events():
                 if story.after(event):
-                    yield self._view_updates(story, run, isinstance(event, Evaluation)) | {
-                        self.status: _progress(story)
-                    }
+                    view = self._view_updates(story, run, isinstance(event, Evaluation))
+                    yield view | {self.status: _progress(story)}
             if story.trained is None:
-                story = TrainingView.of(run.folder, run.training_asked.updates)  # with the updates after the last event
+                story = TrainingView.of(run.folder, asked.updates)  # with the updates after the last event
             run = replace(run, trained=story.trained)
             yield self._view_updates(story, run) | {self.status: line(story.conclusion())}
         except InputError as error:
@@ -436,7 +376,7 @@ class FinetuneTab(JobTab):
         return self.running(running) | {
             self.run: run,
             self.again: gr.update(visible=not running and (run.folder / "checkpoints").exists()),
-            self.finish: gr.update(visible=trained is None and updates_made(run.folder) > 0),
+            self.finish: gr.update(visible=trained is None and bool(records_of(run.folder)[0])),
             self.results: gr.update(visible=trained is not None and not running),
             self.archive: gr.update(value=str(trained.archive) if trained else None),
         }
@@ -462,7 +402,7 @@ class FinetuneTab(JobTab):
     def fit(self, method: str, rate: float | None, defaults: Defaults) -> Change:
         """Set the fields that depend on the method, but not a learning rate that the visitor has set."""
         choices, model = method == "choices", self.fields["model"]
-        new, follows = defaults.changed({"rate": rate}, {"rate": default_learning_rate(method)})
+        new, follows = defaults.changed({"rate": rate}, {"rate": usual_config(method).learning_rate})
         return {
             self.fields["reward"]: gr.update(visible=not choices),
             self.fields["learning_rate"]: gr.update(value=follows.get("rate", rate)),
@@ -472,6 +412,5 @@ class FinetuneTab(JobTab):
 
 
 def _progress(story: TrainingView) -> str:
-    """The status line and a progress bar."""
     size = f'max="{story.updates}" value="{story.step}"'
     return f'{line(story.line)}<progress class="steer-progress" aria-label="Updates made" {size}></progress>'

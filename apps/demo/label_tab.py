@@ -21,14 +21,13 @@ from steer.apps.demo.labels import (
     LONGEST_NAME,
     LabelRequest,
     LabelStore,
-    Progress,
     command_of,
     label_folder,
     storage_notice,
-    write_zip,
+    write_label_zip,
 )
 from steer.apps.demo.steering import Loading
-from steer.apps.demo.studio import MAX_PROMPT_CHARACTERS, PRIVATE, Busy, Change, Studio, Ticket, line, public
+from steer.apps.demo.studio import PRIVATE, RUNS, Busy, Change, JobTab, Studio, Ticket, line, prompts_in, public
 from steer.apps.prompts import load_prompts
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
@@ -98,13 +97,9 @@ class LabelSession:
                 self._find(False)
             return self.ended or self.shown is not None
 
-    @property
-    def _drawing(self) -> bool:
-        return self._ticket is not None and not self._ticket.future.done()
-
     def _find(self, must: bool) -> None:
         """Offer a stored group, or start to sample one."""
-        if self._next or self._drawing:
+        if self._next or (self._ticket is not None and not self._ticket.future.done()):
             return
         if (offered := self.store.offer(self.label_request)) is not None:
             self._next.append(offered)
@@ -161,7 +156,6 @@ class LabelSession:
         return "Undone: choose again."
 
     def end(self) -> None:
-        """Stop sampling, and release the groups without an answer."""
         with self._lock:
             self.ended = True
             if self._ticket is not None:
@@ -295,7 +289,7 @@ MAX_PROMPTS = 200
 LOADING_TEXT, STOPPED_TEXT = "The next images are being sampled.", "Stopped. All your choices are saved."
 
 
-class LabelTab:
+class LabelTab(JobTab):
     """The components and their events. All annotators see images of the first of the studio's models.
 
     Made inside the app's Blocks. Raises InputError for a corrupt folder of preferences.
@@ -331,21 +325,12 @@ class LabelTab:
             label="Prompts", lines=3, info=f"One a line, kept with the images. {empty}", elem_id="label-prompts"
         )
         self.images = gr.Radio([*IMAGES], value=IMAGES[0], label="Images at a time", elem_id="label-images")
-        with gr.Row():
-            self.start = gr.Button("Start", variant="primary", elem_id="label-start")
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id="label-stop")
+        self._job_buttons("Start", "label")
 
     def _place(self) -> None:
         with gr.Accordion("Where the choices are", open=False):
             gr.HTML(f'<p class="steer-note">{escape(storage_notice(self.studio))}</p>', elem_id="label-place")
-            gr.Code(
-                command_of(self.studio),
-                label="Learn from them",
-                language=None,
-                lines=1,
-                interactive=False,
-                wrap_lines=True,
-            )
+            gr.Code(command_of(self.studio), label="Learn from them", lines=1, interactive=False, wrap_lines=True)
             if self.studio.labels is None:
                 self.zip = gr.Button("Make a zip of all choices", elem_id="label-zip")
                 self.file = gr.File(label="Choices", interactive=False, visible=False, elem_id="label-file")
@@ -355,9 +340,9 @@ class LabelTab:
         # Leave the field in which Enter was pressed: otherwise shortcuts would be typed there.
         leave = "(...given) => { document.activeElement?.blur(); return given; }"
         for begin in (self.start.click, self.name.submit):
-            begin(self.begin, asked, live, js=leave, concurrency_limit=None, **PRIVATE)
+            begin(self.begin, asked, live, js=leave, **RUNS)
         # Several at a time, for an undo while a group is sampled: an answer names its group.
-        self.view.answer(self.answer, None, live, concurrency_limit=None, trigger_mode="multiple", **PRIVATE)
+        self.view.answer(self.answer, None, live, trigger_mode="multiple", **RUNS)
         self.stop.click(self.end, None, live, queue=False, **PRIVATE)
         if self.studio.labels is None:
             self.zip.click(self.download, None, [self.file, self.status], **PRIVATE)
@@ -365,7 +350,6 @@ class LabelTab:
         Context.root_block.unload(self.forget)
 
     def begin(self, name: str, text: str, images: int, request: gr.Request) -> Iterator[Change]:
-        """Start a session, and show its first group."""
         try:
             label_request = LabelRequest(" ".join(name.split()), prompts_of(text, self.model), int(images))
         except InputError as error:
@@ -377,7 +361,6 @@ class LabelTab:
         yield from self._advance(session, "")
 
     def answer(self, event: gr.EventData, request: gr.Request) -> Iterator[Change]:
-        """Record an answer, and show the next group."""
         if (session := self._visitors.get(str(request.session_hash))) is None:
             yield self._now(None, line("Press Start first.", "alert"))
             return
@@ -416,14 +399,10 @@ class LabelTab:
         if session is None:
             return ""
         name = session.label_request.annotator
-        lines = (
-            f"{name}: {description(self.store.progress(name))}",
-            str(agreement(self.store.judgements()) or NO_AGREEMENT_TEXT),
-        )
+        lines = f"{name}: {self.store.progress(name)}", str(agreement(self.store.judgements()) or NO_AGREEMENT_TEXT)
         return "".join(f'<p class="steer-note">{escape(one)}</p>' for one in lines)
 
     def end(self, request: gr.Request) -> Change:
-        """End a visitor's session."""
         session = self._replace(request, None)
         return self._now(session, line(STOPPED_TEXT)) | {self.stop: gr.update(interactive=False)}
 
@@ -446,7 +425,7 @@ class LabelTab:
         """Download all preferences as one file."""
         try:
             path = self.studio.folder(request) / f"{ARCHIVE_FOLDER}.zip"
-            write_zip(self.store.path, path)
+            write_label_zip(self.store.path, path)
         except InputError as error:
             return {self.status: line(str(error), "alert")}
         return {self.file: gr.update(value=str(path), visible=True)}
@@ -462,17 +441,8 @@ def _images(turn: int, group: SampleGroup) -> str:
 
 def prompts_of(text: str, model: str) -> tuple[str, ...]:
     """Read the prompts of a field, one a line; by default the embedded list. Raises InputError."""
-    prompts = tuple(dict.fromkeys(one.strip() for one in text.splitlines() if one.strip()))
-    if not prompts and model in MODELS:
-        return tuple(load_prompts(PROMPTS))
-    if not prompts:
+    if prompts := prompts_in(text, MAX_PROMPTS):
+        return tuple(dict.fromkeys(prompts))
+    if model not in MODELS:
         raise InputError("prompts: give one or more, one a line; the embedded list is for the embedded models")
-    if len(prompts) > MAX_PROMPTS or max(map(len, prompts)) > MAX_PROMPT_CHARACTERS:
-        raise InputError(f"prompts: at most {MAX_PROMPTS} of them, each of at most {MAX_PROMPT_CHARACTERS} characters")
-    return prompts
-
-
-def description(done: Progress) -> str:
-    """Describe an annotator's progress."""
-    ties = f"{done.ties} {'tie' if done.ties == 1 else 'ties'}" + (f" ({done.bad} all bad)" if done.bad else "")
-    return f"{done.choices} {'choice' if done.choices == 1 else 'choices'}, {ties}, {done.undone} undone."
+    return tuple(load_prompts(PROMPTS))

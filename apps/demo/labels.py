@@ -1,20 +1,16 @@
-"""Preferences of annotators between images: assignments and answers, in a preference folder; views of a steered run."""
+"""Preferences of annotators between images: assignments and answers, in a preference folder."""
 
 import shlex
 import threading
-import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from steer.apps.demo.steering import Frame, Loading, PromptResult, Step
-from steer.apps.demo.studio import Studio, Waiting
+from steer.apps.demo.studio import Studio, plural, write_zip
 from steer.apps.scenes.preferences import CHOICES_CALL as CALL
 from steer.assets import MODELS
 from steer.diffusion.seeds import derived_seed
@@ -22,7 +18,7 @@ from steer.diffusion.step_hooks import denoisers_in
 from steer.errors import InputError
 from steer.pipelines.training.config import DTYPES
 from steer.pipelines.training.method import prompts_at
-from steer.pipelines.training.preference_data import PreferenceFolder, append_line
+from steer.pipelines.training.preference_data import PreferenceFolder, append_line, write_errors
 from steer.pipelines.training.preference_files import (
     GROUPS,
     PREFERENCES,
@@ -60,7 +56,6 @@ class LabelRequest:
             raise InputError(f"images must be {', '.join(map(str, IMAGES))}, of one prompt or more")
 
     def fits(self, group: SampleGroup) -> bool:
-        """Whether a group fits the request."""
         return len(group.rows) == self.images and group.rows.prompts[0] in self._distinct
 
     @cached_property
@@ -69,7 +64,7 @@ class LabelRequest:
 
 
 @dataclass(frozen=True)
-class PreferenceMetrics:
+class Verdict:
     """An answer: the number of the preferred image, or None; bad: all images are bad."""
 
     chosen: int | None
@@ -85,6 +80,10 @@ class Progress:
     bad: int
     undone: int
 
+    def __str__(self) -> str:
+        bad = f" ({self.bad} all bad)" if self.bad else ""
+        return f"{plural(self.choices, 'choice')}, {plural(self.ties, 'tie')}{bad}, {self.undone} undone."
+
 
 class LabelStore:
     """The groups and answers of all annotators, in a folder that `steer finetune d3po-scenes --preferences` reads.
@@ -97,7 +96,7 @@ class LabelStore:
         self.path = path
         self._lock = threading.RLock()
         self._folder: PreferenceFolder | None = None
-        self._verdicts: dict[str, dict[str, PreferenceMetrics]] = {}  # by annotator and group, the latest last
+        self._verdicts: dict[str, dict[str, Verdict]] = {}  # by annotator and group, the latest last
         self._undone = Counter[str]()
         self._assigned: set[tuple[str, str]] = set()  # annotators and the groups they are to answer
         self._sampling: tuple[dict[str, Any], float, str] = dict(call), 1.0, "float32"
@@ -121,7 +120,7 @@ class LabelStore:
                 self._undone[name] += 1
             else:
                 chosen = None if choice is None else choice.chosen
-                self._verdicts.setdefault(name, {})[row["lot"]] = PreferenceMetrics(chosen, row.get("bad") is True)
+                self._verdicts.setdefault(name, {})[row["lot"]] = Verdict(chosen, row.get("bad") is True)
 
     @property
     def call(self) -> dict[str, Any]:
@@ -130,7 +129,6 @@ class LabelStore:
 
     @property
     def groups(self) -> dict[str, SampleGroup]:
-        """All groups by name."""
         return {} if self._folder is None else self._folder.groups
 
     def offer(self, request: LabelRequest) -> SampleGroup | None:
@@ -139,17 +137,12 @@ class LabelStore:
         Every third is one that others have answered, the oldest first, to measure agreement; the others are new.
         """
         with self._lock:
-            mine = {group for name, group in self._assigned if name == request.annotator} | self._of(
-                request.annotator
-            ).keys()
+            answered = self._of(request.annotator).keys()
+            mine = {group for name, group in self._assigned if name == request.annotator} | answered
             left = [group for group in self.groups.values() if group.id not in mine and request.fits(group)]
             judged = {group for verdicts in self._verdicts.values() for group in verdicts}
             taken = judged | {group for _, group in self._assigned}
-            known = (
-                [group for group in left if group.id in judged]
-                if len(mine) % OVERLAP_EVERY == OVERLAP_EVERY - 1
-                else []
-            )
+            known = [group for group in left if group.id in judged and len(mine) % OVERLAP_EVERY == OVERLAP_EVERY - 1]
             selected = next(iter(known + [group for group in left if group.id not in taken]), None)
             if selected is not None:
                 self._assigned.add((request.annotator, selected.id))
@@ -176,7 +169,7 @@ class LabelStore:
         sampled_rows, images = sampler.rollout(
             Rows((prompt,) * request.images, (start,) * request.images, tuple(noises))
         )
-        with self._lock, _write_errors(self.path):
+        with self._lock, write_errors(self.path):
             group = folder.groups[folder.write_group(sampled_rows, images)]
             self._assigned.add((request.annotator, group.id))
         return group
@@ -190,36 +183,32 @@ class LabelStore:
 
     def choose(self, annotator: str, group: str, chosen: int) -> bool:
         """Record that an image is the best of its group; False where the annotator had answered already."""
-        with self._lock, _write_errors(self.path):
-            if (folder := self._to_judge(annotator, group)) is None:
-                return False
-            for rejected in range(len(folder.groups[group].rows)):
-                if rejected != chosen:
-                    folder.write_preference(group, chosen, rejected, annotator=annotator, time=_now())
-            self._remember(annotator, group, PreferenceMetrics(chosen))
-            return True
+        return self._judge(annotator, group, Verdict(chosen))
 
     def tie(self, annotator: str, group: str, bad: bool = False) -> bool:
         """Record a tie; False where the annotator had answered already. bad: all images are bad."""
-        with self._lock, _write_errors(self.path):
-            if (folder := self._to_judge(annotator, group)) is None:
+        return self._judge(annotator, group, Verdict(None, bad))
+
+    def _judge(self, annotator: str, group: str, verdict: Verdict) -> bool:
+        with self._lock, write_errors(self.path):
+            if self._folder is None or group not in self._folder.groups:
+                raise InputError(f"there is no group {group!r:.70} here: press Start for one")
+            if group in self._of(annotator):
                 return False
-            folder.write_tie(group, annotator=annotator, time=_now(), **({"bad": True} if bad else {}))
-            self._remember(annotator, group, PreferenceMetrics(None, bad))
+            said = {"annotator": annotator, "time": _now()}
+            if verdict.chosen is None:
+                self._folder.write_tie(group, **said, **({"bad": True} if verdict.bad else {}))
+            else:
+                for rejected in range(len(self._folder.groups[group].rows)):
+                    if rejected != verdict.chosen:
+                        self._folder.write_preference(group, verdict.chosen, rejected, **said)
+            self._verdicts.setdefault(annotator, {})[group] = verdict
+            self._assigned.discard((annotator, group))
             return True
-
-    def _to_judge(self, annotator: str, group: str) -> PreferenceFolder | None:
-        if self._folder is None or group not in self._folder.groups:
-            raise InputError(f"there is no group {group!r:.70} here: press Start for one")
-        return None if group in self._of(annotator) else self._folder
-
-    def _remember(self, annotator: str, group: str, verdict: PreferenceMetrics) -> None:
-        self._verdicts.setdefault(annotator, {})[group] = verdict
-        self._assigned.discard((annotator, group))
 
     def undo(self, annotator: str) -> SampleGroup | None:
         """Undo the annotator's latest answer and assign its group again; None where there is none."""
-        with self._lock, _write_errors(self.path):
+        with self._lock, write_errors(self.path):
             if not (verdicts := self._of(annotator)):
                 return None
             group = next(reversed(verdicts))
@@ -251,16 +240,8 @@ class LabelStore:
                     selected.setdefault(group, {})[name] = verdict.chosen
             return selected
 
-    def _of(self, annotator: str) -> dict[str, PreferenceMetrics]:
+    def _of(self, annotator: str) -> dict[str, Verdict]:
         return self._verdicts.get(annotator, {})
-
-
-@contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"{path}: it cannot be written there ({error.strerror}): make room, then try again") from error
 
 
 def _now() -> str:
@@ -298,13 +279,11 @@ def command_of(studio: Studio) -> str:
     return shlex.join(words)
 
 
-def write_zip(folder: Path, path: Path) -> None:
+def write_label_zip(folder: Path, path: Path) -> None:
     """Zip a preference folder, while it may be written to. Raises InputError where it is empty."""
     if not (folder / PREFERENCES).exists():
         raise InputError("nothing has been chosen yet: label some images first")
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for one in label_files(folder):
-            file.write(one, f"{ARCHIVE_FOLDER}/{one.relative_to(folder)}")
+    write_zip(path, folder, label_files(folder), ARCHIVE_FOLDER)
 
 
 def label_files(folder: Path) -> Iterator[Path]:
@@ -313,73 +292,3 @@ def label_files(folder: Path) -> Iterator[Path]:
         yield folder / name
     for kind in ("images", "trajectories"):
         yield from (one for one in sorted((folder / kind).iterdir()) if one.suffix != ".new")
-
-
-REDRAW_INTERVAL = 0.15  # seconds between two lines about single steps
-PHASES = {
-    "fk": "Steering",
-    "best-of-n": "Sampling",
-    "base": "Sampling",
-    "beside": "Base images",
-    "reno": "Optimising the noise",
-}
-
-
-@dataclass(frozen=True)
-class FinishedPrompt:
-    """A prompt's images, and the particles at its evaluated steps."""
-
-    made: PromptResult
-    frames: tuple[Frame, ...]
-
-
-@dataclass
-class RunView:
-    """The frames of the present prompt, the finished prompts, and the status line."""
-
-    frames: tuple[Frame, ...] = ()
-    finished: tuple[FinishedPrompt, ...] = ()
-    line: str = "Starting …"
-    _last_redraw: float = field(default=0.0, repr=False)
-
-    @property
-    def made(self) -> PromptResult | None:
-        """The result of the present prompt, once it is finished."""
-        last = self.finished[-1] if self.finished else None
-        return last.made if last is not None and last.frames is self.frames else None
-
-    def after(self, event: Any) -> bool:
-        """Add an event; returns whether the view changes."""
-        match event:
-            case Step():
-                return self._stepped(event)
-            case Frame():
-                self.frames = (*self.frames, event)
-            case PromptResult():
-                self.finished = (*self.finished, FinishedPrompt(event, self.frames))
-            case Waiting() | Loading():
-                self.line = str(event)
-            case _:
-                raise TypeError(f"no event of a run: {event!r}")
-        return True
-
-    def _stepped(self, event: Step) -> bool:
-        if event.step == 1 and event.phase != "beside":
-            self.frames = ()
-        which = f"Prompt {event.number + 1} of {event.count}. " if event.count > 1 else ""
-        self.line = f"{which}{PHASES[event.phase]}: {event.step} of {event.total}"
-        now = time.monotonic()
-        if now - self._last_redraw < REDRAW_INTERVAL:
-            return False
-        self._last_redraw = now
-        return True
-
-    def conclusion(self, stopped: bool) -> str:
-        """The last status."""
-        if stopped and not self.finished:
-            return "Stopped. Nothing was finished."
-        costs = [cost for one in self.finished for cost in (one.made.cost, one.made.base_cost) if cost is not None]
-        seconds = sum(cost.seconds for cost in costs)
-        about = "1 prompt" if len(self.finished) == 1 else f"{len(self.finished)} prompts"
-        seed = f", seed {self.finished[0].made.settings.seed}" if self.finished else ""
-        return f"{'Stopped' if stopped else 'Done'}: {about} in {seconds:.1f} s{seed}."

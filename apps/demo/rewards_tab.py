@@ -5,18 +5,33 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
+import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from steer.apps.demo.plots import axes, axis, short, table
-from steer.apps.demo.steer_tab import EXAMPLE
+from steer.apps.demo.fields import EXAMPLE
+from steer.apps.demo.markup import RUN_SCRIPT, Html, folded, table
 from steer.apps.demo.steering import data_uri
-from steer.apps.demo.studio import MAX_PROMPT_CHARACTERS, PRIVATE, Change, JobTab, Studio, Ticket, line, public
+from steer.apps.demo.studio import (
+    MAX_PROMPT_CHARACTERS,
+    PRIVATE,
+    RUNS,
+    Change,
+    JobTab,
+    Studio,
+    Ticket,
+    guarded,
+    line,
+    plural,
+    public,
+)
 from steer.apps.models import default_device
-from steer.apps.plots import thumbnail
+from steer.apps.plots import INK, as_svg, plain_text, short, style_axes, thumbnail
 from steer.apps.recipes import read_prompt
 from steer.errors import InputError
 from steer.files import DECODE_ERRORS, FORMATS, read_image
@@ -83,12 +98,11 @@ def check_request(paths: Sequence[Path], prompt: str, rewards: Sequence[str]) ->
     """Check the amounts of a request. Raises InputError."""
     if not paths:
         raise InputError("no images: drop some first")
-    if len(paths) > MAX_FILES:
-        raise InputError(f"{len(paths)} images: at most {MAX_FILES} at a time")
     if not rewards:
         raise InputError("no rewards: tick one or more, or name one")
-    if len(rewards) > MAX_REWARDS:
-        raise InputError(f"{len(rewards)} rewards: at most {MAX_REWARDS} at a time")
+    for name, count, most in (("images", len(paths), MAX_FILES), ("rewards", len(rewards), MAX_REWARDS)):
+        if count > most:
+            raise InputError(f"{count} {name}: at most {most} at a time")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise InputError(f"a prompt of {len(prompt)} characters: at most {MAX_PROMPT_CHARACTERS}")
 
@@ -176,48 +190,29 @@ def _line(name: str, error: InputError) -> str:
     return f"{name:.80}: {public(str(error))}"
 
 
-EMPTY_TEXT = "The images appear here with their scores, best first."
-WIDTH, HEIGHT = 400.0, 340.0
-LEFT, RIGHT, TOP, BOTTOM = 58.0, 24.0, 24.0, 46.0  # around the axes, for their labels and half a picture
-SIDE = 32.0  # of a thumbnail in the chart
-
-
-def empty_view() -> str:
-    """The view before the first scores."""
-    return f'<p class="steer-empty">{EMPTY_TEXT}</p>'
+EMPTY_VIEW = '<p class="steer-empty">The images appear here with their scores, best first.</p>'
+SIZE, SIDE = (5.6, 4.7), 32.0  # inches of the chart, points of a thumbnail in it
 
 
 def scores_view(scores: Scores, by: str) -> str:
     """A table of all scores, the best by one reward first, one of components, and the notes."""
     rows = scores.best_first(by)
-    head = "".join(_heading(reward, reward == by) for reward in scores.rewards)
-    body = "".join(_row(rank, row, scores.rewards) for rank, row in enumerate(rows))
-    images = "1 image" if len(rows) == 1 else f"{len(rows)} images, the best by {by} first"
+    images = plural(len(rows), "image") + (f", the best by {by} first" if len(rows) > 1 else "")
     own = any(row.inside for row in rows)
-    caption = escape(f"{images}. Prompt: {scores.prompt or ('inside the images' if own else '(none)')}")
-    return (
-        f'<div class="steer-scores">{_notes(scores.notes)}<div class="steer-scroll" tabindex="0" role="region"'
-        f' aria-label="Scores"><table class="steer-table"><caption>{caption}</caption>'
-        f'<thead><tr><th scope="col">image</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f"{_components_table(scores, rows)}</div>"
-    )
+    caption = f"{images}. Prompt: {scores.prompt or ('inside the images' if own else '(none)')}"
+    cells: list[list[object]] = []
+    for rank, row in enumerate(rows):
+        totals = (row.scores[reward].total if reward in row.scores else None for reward in scores.rewards)
+        cells.append([_picture_cell(row, "" if rank else "★ "), *totals])
+    shown = table(caption, ["image", *scores.rewards], cells, by)
+    return f'<div class="steer-scores">{_notes(scores.notes)}{shown}{_components_table(scores, rows)}</div>'
 
 
-def _heading(reward: str, leads: bool) -> str:
-    """The head of a column; that of the leading reward has the sort order."""
-    order = ' aria-sort="descending"' if leads else ""
-    return f'<th scope="col"{order}>{escape(reward)}</th>'
-
-
-def _row(rank: int, row: Row, rewards: Sequence[str]) -> str:
-    totals = [row.scores[reward].total if reward in row.scores else None for reward in rewards]
-    cells = "".join(f"<td>{short(total)}</td>" for total in totals)
-    name, star = escape(row.name, quote=True), "★ " if rank == 0 else ""
-    pixels = f"{row.size[0]} × {row.size[1]}"
-    pixels += f", its own prompt: {escape(row.prompt)}" if row.inside else ""
-    return (
-        f'<tr><th scope="row"><span class="steer-scored"><img src="{data_uri(row.thumbnail)}" alt="{name}"/>'
-        f"<span>{star}{name}<small>{pixels}</small></span></span></th>{cells}</tr>"
+def _picture_cell(row: Row, star: str) -> Html:
+    name, prompt = escape(row.name, quote=True), f", its own prompt: {escape(row.prompt)}" if row.inside else ""
+    return Html(
+        f'<span class="steer-scored"><img src="{data_uri(row.thumbnail)}" alt="{name}"/>'
+        f"<span>{star}{name}<small>{row.size[0]} × {row.size[1]}{prompt}</small></span></span>"
     )
 
 
@@ -234,14 +229,9 @@ def _components_table(scores: Scores, rows: Sequence[Row]) -> str:
         return ""
     numbers: list[list[object]] = []
     for row in rows:
-        description = [
-            row.scores[reward].components.get(part) if reward in row.scores else None for reward, part in columns
-        ]
-        numbers.append([row.name, *description])
-    return (
-        '<details class="steer-numbers"><summary>What the scores are made of</summary>'
-        f"{table('Scores of components', ['image', *columns.values()], numbers)}</details>"
-    )
+        by_reward = {reward: score.components for reward, score in row.scores.items()}
+        numbers.append([row.name, *(by_reward.get(reward, {}).get(part) for reward, part in columns)])
+    return folded("What the scores are made of", table("Scores of components", ["image", *columns.values()], numbers))
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -259,28 +249,30 @@ def scatter_view(scores: Scores, across: str, up: str) -> str:
     rows = [row for row in scores.rows if across in row.scores and up in row.scores]
     if len(rows) < 2:
         return ""
-    places = [(row.scores[across].total, row.scores[up].total) for row in rows]
-    xs, ys = zip(*places, strict=True)
-    x_axis = axis(xs, LEFT, WIDTH - RIGHT, widened=True)
-    y_axis = axis(ys, HEIGHT - BOTTOM, TOP, widened=True)
+    xs, ys = ([row.scores[reward].total for row in rows] for reward in (across, up))
+    title, numbers = f"{up} against {across}", [[row.name, x, y] for row, x, y in zip(rows, xs, ys, strict=True)]
+    figure = Figure(figsize=SIZE, dpi=72, layout="constrained")
+    axes = figure.subplots()
+    style_axes(axes, "both")
+    axes.margins(0.1)
+    axes.set_xlabel(plain_text(across), size=8, color=INK)
+    axes.set_ylabel(plain_text(up), size=8, color=INK)
+    axes.plot(xs, ys, ls="")
+    svg = as_svg(figure, title, role="group")  # lays the axes out
+    places = axes.transData.transform(np.column_stack([xs, ys])).tolist()
+    height = figure.bbox.height
     pictures = "".join(
-        _picture(row, (x_axis.at(x), y_axis.at(y)), f"{row.name}: {across} {short(x)}, {up} {short(y)}")
-        for row, (x, y) in zip(rows, places, strict=True)
+        _picture(row, (left, height - low), f"{row.name}: {across} {short(x)}, {up} {short(y)}")
+        for row, (left, low), x, y in zip(rows, places, xs, ys, strict=True)
     )
-    title = f"{up} against {across}"
-    numbers = [[row.name, x, y] for row, (x, y) in zip(rows, places, strict=True)]
     return (
         f'<figure class="steer-chart steer-scatter"><figcaption>{escape(title)}</figcaption>'
-        f"<p>{_describe_correlation(xs, ys)}</p>"
-        f'<svg viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="group" aria-label="{escape(title)}">'
-        f'<g aria-hidden="true">{axes(x_axis, y_axis, across, up)}</g><g>{pictures}</g></svg>'
-        f'<details class="steer-numbers"><summary>As a table</summary>{table(title, ["image", across, up], numbers)}'
-        "</details></figure>"
+        f"<p>{_describe_correlation(xs, ys)}</p>{svg.removesuffix('</svg>')}<g>{pictures}</g></svg>"
+        f"{folded('As a table', table(title, ['image', across, up], numbers))}</figure>"
     )
 
 
 def _describe_correlation(xs: Sequence[float], ys: Sequence[float]) -> str:
-    """Describe Spearman's rank correlation."""
     rho = spearman(xs, ys)
     if math.isnan(rho):
         return "One of the two gives all images the same score: there is no order to compare."
@@ -306,18 +298,8 @@ def names_view() -> str:
     return table("Rewards that have a name", ["name", "what it measures"], sorted(reward_names().items()))
 
 
-SCRIPT = Path(__file__).parent / "run_view.js"  # keeps tables open when what is around them changes
-# Rewards that need no network.
-EMBEDDED = (
-    "scene",
-    "scene-soft",
-    "preference:scenes",
-    "aesthetic:scenes",
-    "clip:scenes",
-    "jpeg",
-    "brightness",
-)
 DEFAULT_REWARDS = ("preference:scenes", "aesthetic:scenes", "clip:scenes")  # which score any image
+EMBEDDED = ("scene", "scene-soft", *DEFAULT_REWARDS, "jpeg", "brightness")  # which need no network
 
 
 class RewardsTab(JobTab):
@@ -325,30 +307,24 @@ class RewardsTab(JobTab):
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.scores = studio, gr.State(None)
-        script = SCRIPT.read_text()
         with gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 self._form()
             with gr.Column(scale=3, min_width=300):
                 self.status = gr.HTML(line("Ready."), elem_id="rewards-status")
                 self.by = gr.Dropdown([], label="Best first by", visible=False, elem_id="rewards-by")
-                self.view = gr.HTML(empty_view(), js_on_load=script, elem_id="rewards-view")
+                self.view = gr.HTML(EMPTY_VIEW, js_on_load=RUN_SCRIPT, elem_id="rewards-view")
                 with gr.Row(visible=False) as self.axes:
                     self.across = gr.Dropdown([], label="Across", min_width=140, elem_id="rewards-across")
                     self.up = gr.Dropdown([], label="Up", min_width=140, elem_id="rewards-up")
-                self.scatter = gr.HTML(js_on_load=script, elem_id="rewards-scatter")
+                self.scatter = gr.HTML(js_on_load=RUN_SCRIPT, elem_id="rewards-scatter")
         with gr.Accordion("What the rewards measure", open=False):
             gr.HTML(names_view(), elem_id="rewards-names")
         self._connect()
 
     def _form(self) -> None:
-        self.files = gr.File(
-            label=f"Images, up to {MAX_FILES}",
-            file_count="multiple",
-            file_types=["image"],
-            height=180,
-            elem_id="rewards-files",
-        )
+        several: dict[str, Any] = {"file_count": "multiple", "file_types": ["image"], "height": 180}
+        self.files = gr.File(label=f"Images, up to {MAX_FILES}", elem_id="rewards-files", **several)
         self.prompt = gr.Textbox(
             label="Prompt",
             placeholder=EXAMPLE,
@@ -370,20 +346,17 @@ class RewardsTab(JobTab):
     def _connect(self) -> None:
         live = [self.status, self.start, self.stop, self.scores, self.by, self.view, self.axes, self.across, self.up]
         asked = [self.files, self.prompt, self.ticked, self.others]
-        self._connect_job(self.start.click(self.run, asked, [*live, self.scatter], concurrency_limit=None, **PRIVATE))
+        self._connect_job(self.start.click(self.run, asked, [*live, self.scatter], **RUNS))
         self.by.input(scores_view, [self.scores, self.by], self.view, **PRIVATE)
         for field in (self.across, self.up):
             field.input(scatter_view, [self.scores, self.across, self.up], self.scatter, **PRIVATE)
 
+    @guarded
     def run(
         self, files: list[str] | None, prompt: str, ticked: list[str], others: str, request: gr.Request
     ) -> Iterator[Change]:
-        """Score the images, and show the progress."""
         specs = [*dict.fromkeys([*ticked, *filter(None, map(str.strip, (others or "").splitlines()))])]
-        paths = [Path(file) for file in files or ()]
-        yield from self.guarded(self._run(paths, (prompt or "").strip(), specs, request))
-
-    def _run(self, paths: list[Path], prompt: str, specs: list[str], request: gr.Request) -> Iterator[Change]:
+        paths, prompt = [Path(file) for file in files or ()], (prompt or "").strip()
         check_request(paths, prompt, specs)
 
         def work(ticket: Ticket) -> None:
@@ -399,16 +372,15 @@ class RewardsTab(JobTab):
 
     def _shown(self, scores: Scores) -> Change:
         """Show all scores: sorted by the first reward, the first two plotted."""
-        names, first = list(scores.rewards), scores.rewards[0]
-        second = names[1] if len(names) > 1 else first
+        names = list(scores.rewards)
+        first, second = names[0], names[min(1, len(names) - 1)]
         several = len(names) > 1 and len(scores.rows) > 1
-        images = "1 image" if len(scores.rows) == 1 else f"{len(scores.rows)} images"
+        images, rewards = plural(len(scores.rows), "image"), plural(len(names), "reward")
         left = " Some were left out: see below." if scores.notes else ""
         inside = sum(row.inside for row in scores.rows)
         which = f" The prompts of {inside} of them are those inside the images." if inside else ""
-        rewards = "reward" if len(names) == 1 else "rewards"
         return {
-            self.status: line(f"Done: {images} by {len(names)} {rewards}.{which}{left}"),
+            self.status: line(f"Done: {images} by {rewards}.{which}{left}"),
             self.scores: scores,
             self.by: gr.update(choices=names, value=first, visible=several),
             self.view: scores_view(scores, first),

@@ -1,10 +1,11 @@
 """The job of the Steer tab: steer one prompt after another, with an event for each step."""
 
+import math
 import re
 import shlex
 import shutil
 from base64 import b64encode
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,6 +20,7 @@ from steer.apps.demo.studio import Studio, Ticket, Weights
 from steer.apps.errors import wrap_errors
 from steer.apps.methods import METHODS, DisableAdapter, Job
 from steer.apps.models import adapter_applied
+from steer.apps.plots import short
 from steer.apps.sampling import SavedImage, base_output, write_images
 from steer.apps.settings import SamplingConfig, default_of
 from steer.files import make_folder
@@ -30,6 +32,13 @@ from steer.reward import Reward
 THUMBNAIL = 160  # pixels of a preview's longer side
 LONGEST_NAME = 80  # bytes of a prompt in the names of its images
 NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of this run is kept", "fewer particles need less"
+PHASES = {
+    "fk": "Steering",
+    "best-of-n": "Sampling",
+    "base": "Sampling",
+    "beside": "Base images",
+    "reno": "Optimising the noise",
+}
 MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations
 
 
@@ -42,7 +51,7 @@ def data_uri(image: Image.Image) -> str:
 
 @dataclass(frozen=True)
 class Frame:
-    """The particles at an evaluated step: previews, rewards, ancestors; ESS before resampling.
+    """The particles at an evaluated step, or the finished images: previews, rewards, ancestors; ESS before resampling.
 
     step       of `total`, from 1
     ancestors  by slot; None in a method without resampling
@@ -54,11 +63,24 @@ class Frame:
     rewards: tuple[float, ...]
     ess: float | None = None
     ancestors: tuple[int, ...] | None = None
+    finished: bool = False
 
     @cached_property
     def sources(self) -> tuple[str, ...]:
         """The images as data: URIs, cached, because every update of the view holds all earlier frames."""
         return tuple(map(data_uri, self.images))
+
+    @property
+    def name(self) -> str:
+        return "finished" if self.finished else f"step {self.step}"
+
+    @property
+    def known(self) -> list[float]:
+        return [reward for reward in self.rewards if math.isfinite(reward)]
+
+    def describe(self, slot: int) -> str:
+        reward, place = self.rewards[slot], self.name if self.finished else f"at {self.name}"
+        return f"particle {slot + 1} {place}, reward {short(reward) if math.isfinite(reward) else 'unknown'}"
 
 
 @dataclass(frozen=True)
@@ -73,7 +95,7 @@ class Loading:
 
 @dataclass(frozen=True)
 class Step:
-    """Progress: a step of prompt `number` of `count`, in a phase such as fk or base."""
+    """Progress: a step of prompt `number` of `count`, in a phase of PHASES."""
 
     number: int
     count: int
@@ -81,13 +103,18 @@ class Step:
     step: int
     total: int
 
+    def __str__(self) -> str:
+        which = f"Prompt {self.number + 1} of {self.count}. " if self.count > 1 else ""
+        return f"{which}{PHASES[self.phase]}: {self.step} of {self.total}"
+
 
 @dataclass(frozen=True)
 class PromptResult:
     """The finished images of a prompt, best first, and the base ones of the same seed, by slot.
 
-    order  the slot of the run that each image comes from
-    cost   of steering; that of the base images, where they were not the same run
+    order   the slot of the run that each image comes from
+    cost    of steering; that of the base images, where they were not the same run
+    frames  the particles at the evaluated steps
     """
 
     prompt: str
@@ -97,6 +124,7 @@ class PromptResult:
     base: tuple[SavedImage, ...]
     cost: Cost
     base_cost: Cost | None
+    frames: tuple[Frame, ...] = ()
 
 
 def steering(
@@ -142,13 +170,10 @@ def steer_all(
         def step(phase: str, step: int, total: int, number: int = number) -> None:
             ticket.say(Step(number, len(prompts), phase, step, total))
 
-        job = Job(
-            pipe, reward, prompt, settings, state_file=None, adapter_disabled=adapter_disabled
-        )  # nothing resumes here
         which = f"prompt{number + 1}-" if len(prompts) > 1 else ""
-        ticket.say(
-            _steer_one(job, folder, f"{_slug(prompt)}{settings.method}-seed{settings.seed}-{which}", ticket, step)
-        )
+        prefix = f"{_slug(prompt)}{settings.method}-seed{settings.seed}-{which}{folder.name}-"
+        job = Job(pipe, reward, prompt, settings, state_file=None, adapter_disabled=adapter_disabled)
+        ticket.say(_steer_one(job, folder, prefix, ticket, step))
 
 
 def _slug(prompt: str) -> str:
@@ -158,66 +183,45 @@ def _slug(prompt: str) -> str:
 
 
 def _steer_one(
-    job: Job, folder: Path, start: str, ticket: Ticket, step: Callable[[str, int, int], None]
+    job: Job, folder: Path, prefix: str, ticket: Ticket, step: Callable[[str, int, int], None]
 ) -> PromptResult:
-    settings, prefix = job.settings, f"{start}{folder.name}-"
+    method, frames = job.settings.method, list[Frame]()
+
+    def show(number: int, total: int, images: Tensor, rewards: Tensor, *resampling: Any) -> None:
+        thumbnails = tuple(Image.fromarray(pixels_of(image.detach().clamp(0, 1))) for image in images)
+        for thumbnail in thumbnails:
+            thumbnail.thumbnail((THUMBNAIL, THUMBNAIL))
+        frames.append(Frame(number + 1, total, thumbnails, tuple(rewards[0].tolist()), *resampling))
+        ticket.say(frames[-1])
 
     def on_step(report: StepReport) -> None:
-        step(settings.method, report.step + 1, report.total)
-        if report.evaluation is not None and report.previews is not None:
-            ticket.say(_frame(report))
+        step(method, report.step + 1, report.total)
+        if (evaluation := report.evaluation) is not None and report.previews is not None:
+            ess, ancestors = evaluation.ess[0].item(), tuple(evaluation.ancestors[0].tolist())
+            show(report.step, report.total, report.previews, evaluation.rewards, ess, ancestors)
 
     def on_iteration(one: Iteration) -> None:
-        step(settings.method, one.number + 1, one.total)
+        step(method, one.number + 1, one.total)
         if one.images is not None and one.number % max(1, one.total // MAX_FRAMES) == 0:
-            images = tuple(_thumbnail(image) for image in one.images)
-            ticket.say(Frame(one.number + 1, one.total, images, _row(one.rewards)))
+            show(one.number, one.total, one.images, one.rewards)
 
-    hooked_job = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None)
-    output = METHODS[settings.method].run(hooked_job)
+    output = METHODS[method].run(replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None))
     base = base_output(replace(job, on_step=lambda report: step("beside", report.step + 1, report.total)), output)
     return PromptResult(
         prompt=job.prompt,
-        settings=settings,
+        settings=job.settings,
         images=tuple(write_images(job, output, folder, prefix)),
         order=tuple(output.order[0].tolist()),
         base=() if base is None else tuple(write_images(job, base, folder, f"{prefix}base-", base=True)),
         cost=output.cost,
         base_cost=None if base is None or base.cost is output.cost else base.cost,
+        frames=tuple(frames),
     )
 
 
-def _frame(report: StepReport) -> Frame:
-    evaluation, previews = report.evaluation, report.previews
-    assert evaluation is not None and previews is not None
-    return Frame(
-        step=report.step + 1,
-        total=report.total,
-        images=tuple(_thumbnail(image) for image in previews),
-        rewards=_row(evaluation.rewards),
-        ess=evaluation.ess[0].item(),
-        ancestors=tuple(evaluation.ancestors[0].tolist()),
-    )
-
-
-def _row(values: Tensor) -> tuple[float, ...]:
-    return tuple(values[0].tolist())
-
-
-def _thumbnail(image: Tensor) -> Image.Image:
-    picture = Image.fromarray(pixels_of(image.detach().clamp(0, 1)))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return picture
-
-
-CLASSES = {
-    "fk": "FKSteeringPipeline",
-    "best-of-n": "BestOfNPipeline",
-    "base": "BestOfNPipeline",
-    "reno": "ReNOPipeline",
-}
-# Shared options of the command.
+# Shared options of the command, and as arguments of Python.
 OPTIONS = ("model", "lora", "method", "reward", "particles", "steps", "guidance", "seed")
+ARGUMENTS = {"particles": "num_particles", "steps": "num_inference_steps", "guidance": "guidance_scale"}
 PYTHON = """import torch
 from steer.apps.models import load_pipeline
 from steer import {name}
@@ -233,41 +237,33 @@ print(out.rewards)
 """
 
 
-def changed_options(settings: SamplingConfig) -> dict[str, Any]:
-    """Return the options of the method that are not its defaults."""
-    values = {name: getattr(settings.options, name) for name in settings.option_names}
-    return {name: value for name, value in values.items() if value != default_of(settings.method, name)}
+def given_options(settings: SamplingConfig, shared: Iterable[str]) -> dict[str, Any]:
+    """Return those shared options that are given, and the options of the method that are not its defaults."""
+    given = {name: value for name in shared if (value := getattr(settings, name)) is not None}
+    own = {name: getattr(settings.options, name) for name in settings.option_names}
+    return given | {name: value for name, value in own.items() if value != default_of(settings.method, name)}
 
 
 def as_python(prompt: str, settings: SamplingConfig) -> str:
     """Write a program that makes the same images."""
-    arguments: dict[str, Any] = {
-        "num_particles": settings.particles,
-        "num_inference_steps": settings.steps,
-        "guidance_scale": settings.guidance,
-    }
-    arguments |= changed_options(settings)
+    method, arguments = METHODS[settings.method], given_options(settings, ARGUMENTS)
     return PYTHON.format(
-        name=CLASSES[settings.method],
+        name=method.pipeline.__name__,
         model=settings.model,
         dtype=f", dtype={settings.dtype!r}" if settings.dtype else "",
         adapter=f"pipe.load_lora_weights({settings.lora!r})  # unpacked\n" if settings.lora else "",
         reward=settings.reward,
         prompt=prompt,
-        arguments="\n".join(f"    {name}={value!r}," for name, value in arguments.items() if value is not None),
+        arguments="\n".join(f"    {ARGUMENTS.get(name, name)}={value!r}," for name, value in arguments.items()),
         seed=settings.seed,
-        ordered=".in_slot_order()" if settings.method == "base" else "",
+        ordered=".in_slot_order()" if method.in_slot_order else "",
     )
 
 
 def as_command(prompt: str, settings: SamplingConfig) -> str:
     """Write a command that makes the same images."""
-    given = {name: value for name in OPTIONS if (value := getattr(settings, name)) is not None}
-    given |= changed_options(settings)
-    words = [
-        word
-        for name, value in given.items()
-        for word in (f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value))
-    ]
+    words = [] if settings.compare else ["--no-compare"]
+    for name, value in given_options(settings, OPTIONS).items():
+        words += [f"--{name.replace('_', '-')}", f"{value:g}" if isinstance(value, float) else str(value)]
     dashed = ["--", prompt] if prompt.startswith("-") else [prompt]
-    return shlex.join(["steer", "sample", *words, *([] if settings.compare else ["--no-compare"]), *dashed])
+    return shlex.join(["steer", "sample", *words, *dashed])

@@ -7,10 +7,12 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import wraps
 from html import escape
 from itertools import count
 from pathlib import Path
@@ -47,11 +49,11 @@ class Waiting:
         return f"Waiting: {first} first." if self.before else "Starting …"
 
 
-class Ticket:
-    """A visitor's job: its events, and a stop request."""
+class Ticket(StopRequest):
+    """A visitor's job: its events, and a stop request, which its `check` raises at every step."""
 
     def __init__(self) -> None:
-        self._request = StopRequest()
+        super().__init__()
         self._events: queue.Queue[Any] = queue.Queue(MAX_EVENTS)
         self._place: Callable[[], int] = lambda: 0
         self.future: Future[None] = Future()
@@ -59,26 +61,21 @@ class Ticket:
     def say(self, event: Any) -> None:
         """For the job: send an event. Raises Stopped where the visitor left or stopped it."""
         for _ in range(round(EVENT_TIMEOUT / POLL_INTERVAL)):
-            self._request.check()
+            self.check()
             try:
                 return self._events.put(event, timeout=POLL_INTERVAL)
             except queue.Full:
                 continue
         self.stop()
-        self._request.check()
-
-    def check(self) -> None:
-        """For the job, at every step: raises Stopped after a stop request."""
-        self._request.check()
+        self.check()
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop was requested."""
-        return self._request.requested
+        return self.requested
 
     def stop(self) -> None:
         """Request a stop: a waiting job never begins, a running one ends with its present step."""
-        self._request.requested = True
+        self.requested = True
         self.future.cancel()
 
     def events(self) -> Iterator[Any]:
@@ -244,7 +241,16 @@ def embedded_models() -> tuple[str, ...]:
     return tuple(name for name, place in MODELS.items() if Path(place).is_dir())
 
 
+def write_zip(path: Path, root: Path, files: Iterable[Path], name: str) -> Path:
+    """Zip files of the folder `root`, in a folder `name` inside; each is read before the next is listed."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in files:
+            archive.write(file, f"{name}/{file.relative_to(root)}")
+    return path
+
+
 PRIVATE: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}  # for events
+RUNS = PRIVATE | {"concurrency_limit": None}  # for events that start a job: the worker has a queue
 Change = dict[Any, Any]  # by component
 MAX_PROMPT_CHARACTERS = 500
 RANDOM, LARGEST_SEED = -1, 2**53  # the seed that stands for a new one; above the other, a browser's numbers have gaps
@@ -263,6 +269,21 @@ def public(text: str) -> str:
 def line(text: str, role: str = "status") -> str:
     """A status line, which screen readers announce."""
     return f'<p class="steer-line" role="{role}">{escape(public(text))}</p>'
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def prompts_in(text: str, most: int) -> list[str]:
+    """Read the prompts of a field, one a line. Raises InputError for too many, or too long ones."""
+    prompts = [one.strip() for one in text.splitlines() if one.strip()]
+    if len(prompts) > most:
+        raise InputError(f"{len(prompts)} prompts: at most {most} at a time in this app")
+    if (longest := max(map(len, prompts), default=0)) > MAX_PROMPT_CHARACTERS:
+        raise InputError(f"a prompt of {longest} characters: at most {MAX_PROMPT_CHARACTERS}")
+    return prompts
 
 
 def number(name: str, value: float | None) -> float:
@@ -294,12 +315,12 @@ class JobTab:
     """A tab with a job that a visitor starts and stops: two buttons, and a line of status."""
 
     studio: Studio
+    fields: dict[str, Any]
     start: gr.Button
     stop: gr.Button
     status: gr.HTML
 
     def _job_buttons(self, label: str, prefix: str) -> None:
-        """Lay out the two buttons."""
         with gr.Row():
             self.start = gr.Button(label, variant="primary", elem_id=f"{prefix}-start")
             self.stop = gr.Button("Stop", variant="stop", interactive=False, elem_id=f"{prefix}-stop")
@@ -310,18 +331,11 @@ class JobTab:
             event.failure(self.fail, None, [self.status, self.start, self.stop], **PRIVATE)
         self.stop.click(self.studio.stop, None, None, queue=False, **PRIVATE)
 
-    def running(self, running: bool) -> Change:
-        """Enable one of the two buttons."""
-        return {self.start: gr.update(interactive=not running), self.stop: gr.update(interactive=running)}
+    def values(self, field_values: Change) -> dict[str, Any]:
+        return {name: field_values[field] for name, field in self.fields.items()}
 
-    def guarded(self, work: Iterator[Change]) -> Iterator[Change]:
-        """Show a job from its start to its end; bad input is a warning and the status."""
-        yield self.running(True)
-        try:
-            yield from work
-        except InputError as error:
-            yield self.refuse(str(error))
-        yield self.running(False)
+    def running(self, running: bool) -> Change:
+        return {self.start: gr.update(interactive=not running), self.stop: gr.update(interactive=running)}
 
     def refuse(self, text: str) -> Change:
         """Show why not, at once and in the status, without paths on the owner's disk."""
@@ -331,6 +345,21 @@ class JobTab:
     def fail(self) -> Change:
         """Show that a job failed by an error it does not know, or that Gradio refuses the value of a field."""
         return self.running(False) | {self.status: line(FAILED, "alert")}
+
+
+def guarded(handler: Callable[..., Iterator[Change]]) -> Callable[..., Iterator[Change]]:
+    """Decorate a handler of a JobTab that shows a job to its end; bad input is a warning and the status."""
+
+    @wraps(handler)
+    def shown(self: JobTab, *given: Any) -> Iterator[Change]:
+        yield self.running(True)
+        try:
+            yield from handler(self, *given)
+        except InputError as error:
+            yield self.refuse(str(error))
+        yield self.running(False)
+
+    return shown
 
 
 ARCHIVE_NAME = "finetuned"  # folder inside the zip, and the name of the run's folder in its files

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from steer.apps.demo.labels import label_files
 from steer.apps.demo.steering import Loading
-from steer.apps.demo.studio import ARCHIVE_NAME, LARGEST_SEED, Studio, Ticket, Weights
+from steer.apps.demo.studio import ARCHIVE_NAME, LARGEST_SEED, Studio, Ticket, Weights, number, whole, write_zip
 from steer.apps.errors import wrap_errors
 from steer.apps.finetune_report import write_grid, write_report
 from steer.apps.finetuning import FinetuneConfig, load_data, read_config, write_config
@@ -68,14 +67,16 @@ class TrainingRequest:
             raise InputError(f"method {self.method!r:.40}: choose {', '.join(CONFIGURATIONS)}")
         if self.model not in MODELS:
             raise InputError(f"model {self.model!r:.80} cannot be finetuned here: choose {' or '.join(MODELS)}")
-        whole = {"updates": (1, MAX_UPDATES), "rank": (1, MAX_RANK), "seed": (0, LARGEST_SEED)}
-        for name, (least, most) in whole.items():
-            if not least <= getattr(self, name) <= most:
-                raise InputError(f"{name} must be {least} to {most} in this app, got {getattr(self, name)}")
-        if not 0 < self.learning_rate <= 1:
+        for name, least, most in (("updates", 1, MAX_UPDATES), ("rank", 1, MAX_RANK), ("seed", 0, LARGEST_SEED)):
+            object.__setattr__(self, name, value := whole(name, getattr(self, name)))
+            if not least <= value <= most:
+                raise InputError(f"{name} must be {least} to {most} in this app, got {value}")
+        if not 0 < number("learning rate", self.learning_rate) <= 1:
             raise InputError(f"the learning rate must be above 0 and at most 1, got {self.learning_rate}")
-        if not 0 <= self.kl_weight < math.inf:
+        if number("KL weight", self.kl_weight) < 0:
             raise InputError(f"the KL weight must be at least 0, got {self.kl_weight}")
+        for name in ("reward", "held_out"):
+            object.__setattr__(self, name, str(getattr(self, name) or "").strip())
         if self.choices is None and self.held_out == self.reward:
             raise InputError("the held-out reward equals the training reward: choose another one")
 
@@ -176,7 +177,7 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
         result = trainer.train(resume_from_checkpoint=resume)
     if result.stopped != INTERRUPTED:
         write_report(trainer, result)
-        ticket.say(Trained(result, _weights(config, result), _write_zip(out)))
+        ticket.say(Trained(result, _weights(config, result), _write_archive(out)))
 
 
 class Progress:
@@ -186,11 +187,9 @@ class Progress:
         self.ticket, self.out = ticket, out
 
     def on_log(self, args: Any, state: Any, control: Any, **details: Any) -> None:
-        """Show an update."""
         self.ticket.say(Update(details["logs"]))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **details: Any) -> None:
-        """Show an evaluation."""
         grid = write_grid(details["evaluation"], self.out, args.num_generations_eval)
         self.ticket.say(Evaluation(details["metrics"], grid))
 
@@ -212,13 +211,9 @@ def _public_config(config: FinetuneConfig) -> dict[str, Any]:
     return config_dict | ({} if config.job.preferences is None else {"preferences": CHOICES_COPY})
 
 
-def _write_zip(out: Path) -> Path:
+def _write_archive(out: Path) -> Path:
     """Write finetuned-RUN.zip in a run's folder: weights, model card with its pictures, configuration, logs."""
-    path = out / f"{ARCHIVE_NAME}-{out.name}.zip"
     inside = [out / name for name in ("README.md", "config.yaml", *LOG_FILES.values())]
     for name in ("final", "best", "plots", "samples"):
         inside += sorted(one for one in (out / name).rglob("*") if one.is_file())
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
-        for one in inside:
-            file.write(one, f"{ARCHIVE_NAME}/{one.relative_to(out)}")
-    return path
+    return write_zip(out / f"{ARCHIVE_NAME}-{out.name}.zip", out, inside, ARCHIVE_NAME)

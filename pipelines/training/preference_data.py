@@ -90,7 +90,7 @@ class PreferenceFolder:
     def create_as(cls, path: Path, provenance: SampleProvenance) -> "PreferenceFolder":
         """Create a folder, or open one, for samples of this provenance."""
         if not (path / SETTINGS).exists():
-            with _writing(path):
+            with write_errors(path):
                 write_text(path / SETTINGS, json.dumps(asdict(provenance), indent=1) + "\n")
         result = cls(path)
         for name, (there, here) in result.provenance.diff(provenance).items():
@@ -115,7 +115,7 @@ class PreferenceFolder:
         data = save(trajectories_to_tensors(sampled)[0]) if keep_trajectories else b""
         stored = (hashlib.sha256(data).hexdigest(), sampled.stochastic) if keep_trajectories else None
         group = SampleGroup(self.path, name, rows, hashes, stored)
-        with _writing(self.path):
+        with write_errors(self.path):
             for number, one in enumerate(pixels):
                 with atomic_write(self.path / group.image_file(number)) as new:
                     Image.fromarray(one).save(new, "PNG")
@@ -131,12 +131,12 @@ class PreferenceFolder:
         count = len(self._group(group).rows)
         if chosen == rejected or not (0 <= chosen < count and 0 <= rejected < count):
             raise InputError(f"chosen {chosen} and rejected {rejected} must be two different numbers below {count}")
-        with _writing(self.path):
+        with write_errors(self.path):
             append_line(self.path / PREFERENCES, more | {"lot": group, "chosen": chosen, "rejected": rejected})
 
     def write_tie(self, group: str, **more: Any) -> None:
         """Record that no image of a group is preferred."""
-        with _writing(self.path):
+        with write_errors(self.path):
             append_line(self.path / PREFERENCES, more | {"lot": self._group(group).id, "tie": True})
 
     def _group(self, name: str) -> SampleGroup:
@@ -159,7 +159,8 @@ class PreferenceFolder:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
+    """Raise an InputError in place of an OSError of the block."""
     try:
         yield
     except OSError as error:

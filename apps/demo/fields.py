@@ -1,0 +1,83 @@
+"""Fields of the tabs, derived from the settings dataclasses: type, range, default, label and help stand there."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import Field, dataclass
+from typing import Any
+
+import gradio as gr
+
+from steer.apps.settings import METHOD_OPTIONS, SHARED, SamplingConfig, kinds_of, methods_with
+from steer.errors import InputError
+from steer.pipelines.training.config import TrainingConfig
+
+REWARDS = {
+    "scene-soft": "how well the scene's components are there, in degrees",
+    "preference:scenes": "what people would prefer, learned from choices",
+    "aesthetic:scenes": "how calm and balanced it looks, learned",
+    "clip:scenes": "how well a small CLIP thinks it fits the words",
+    "preference:scenes + aesthetic:scenes:0.5": "both, the second at half weight",
+    "jpeg": "how well it compresses: plain pictures",
+}
+EXAMPLE = "three green triangles"  # with the fields as they are: 1 of 4 base images is right, steered all are
+DEFAULTS: dict[str, Any] = {"steps": 20, "guidance": 4.0, "lam": 25.0, "iterations": 20}  # where the app has its own
+LIMITED = ("particles", "steps", "iterations")  # to the ends of their sliders, on a machine that visitors share
+
+
+def _setting(name: str) -> "tuple[Field[Any], str]":
+    """The dataclass field of a setting, and its help."""
+    owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
+    return owner.field(name), owner.help()[name]
+
+
+def _hint(text: str) -> str:
+    """The first clause of a help."""
+    clause = re.split(r"[.;:] ", text)[0]
+    return clause[0].upper() + clause[1:] if clause[0].isascii() else clause
+
+
+def label_of(name: str) -> str:
+    """The name of a setting in the app."""
+    return _setting(name)[0].metadata["label"] or name
+
+
+def setting_field(name: str, **look: Any) -> Any:
+    """Make the field of a setting; `look` takes the place of derived arguments of its component."""
+    one, text = _setting(name)
+    derived = {"label": label_of(name).capitalize(), "info": _hint(text)}
+    look = derived | {"value": DEFAULTS.get(name, one.default)} | look
+    if (slider := one.metadata["slider"]) is not None:
+        low, high, step = slider
+        return gr.Slider(low, high, step=step, **look)
+    kinds = kinds_of(name)
+    return (gr.Checkbox if bool in kinds else gr.Dropdown if str in kinds else gr.Number)(**look)
+
+
+def training_field(name: str, config: TrainingConfig, **look: Any) -> Any:
+    """Make the field of a training argument, with its value in a configuration: a slider where `maximum` is given."""
+    hint = _hint(TrainingConfig.help()[name])
+    derived = {"label": name.replace("_", " ").capitalize(), "info": hint}
+    look = derived | {"value": getattr(config, name)} | look
+    return gr.Slider(minimum=1, step=1, **look) if "maximum" in look else gr.Number(**look)
+
+
+def check_limits(settings: SamplingConfig) -> None:
+    """Raise InputError for numbers beyond what this app does."""
+    values = settings.plain()
+    for name in LIMITED:
+        if (value := values.get(name) or 0) > (most := _setting(name)[0].metadata["slider"][1]):
+            raise InputError(f"{name} can be at most {most} in this app, got {value}")
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The last defaults of fields by name, and the names of fields that the visitor has set."""
+
+    values: Mapping[str, Any]
+    kept: frozenset[str] = frozenset()
+
+    def changed(self, now: Mapping[str, Any], to: Mapping[str, Any]) -> tuple["Defaults", dict[str, Any]]:
+        """New defaults, and values of the fields that the visitor has not set."""
+        kept = self.kept | {name for name, value in self.values.items() if now[name] != value}
+        follows = {name: value for name, value in to.items() if name not in kept}
+        return Defaults({**self.values, **to}, kept), follows
