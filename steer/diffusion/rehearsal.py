@@ -58,6 +58,7 @@ def reason_against(scheduler: Scheduler) -> str | None:
     if "LongTensor" in str(getattr(parameters.get("sample"), "annotation", "")):
         return f"steps discrete tokens: there are no latents with a noise level to steer. {RANK}"
     needed = {name for name, parameter in parameters.items() if parameter.default is inspect.Parameter.empty}
+    needed |= {name for name in parameters if name.startswith("dmd_")}  # HeliosDMD: optional by name only
     if unknown := sorted(needed - KNOWN_ARGUMENTS):
         return f"takes {', '.join(unknown)} in its step, which only its own pipeline can give. {RANK}"
     if scheduler.config.get("stages", 1) > 1:
@@ -65,10 +66,10 @@ def reason_against(scheduler: Scheduler) -> str | None:
     try:
         return rehearse(type(scheduler).from_config(scheduler.config))
     except InputError as error:
-        return f"{error}".removeprefix(f"{type(scheduler).__name__} ") + f": it is not supported. {_remedy(scheduler)}"
+        return f"{error}".removeprefix(f"{type(scheduler).__name__} ") + f": it is not supported. {RANK}"
     except MISFITS as error:
         reason = str(error).splitlines()[0][:120]
-        return f"could not sample a known image ({reason}): it is not supported. {_remedy(scheduler)}"
+        return f"could not sample a known image ({reason}): it is not supported. {RANK}"
 
 
 def _remedy(scheduler: Scheduler) -> str:
@@ -85,14 +86,14 @@ def rehearse(scheduler: Scheduler) -> str | None:
         return "runs from data to noise (an inversion): there is nothing to steer. Use the scheduler that samples"
     generator = Generator().manual_seed(0)
     image = torch.rand(SHAPE, generator=generator, dtype=torch.float64) - 0.5
-    end, latents = Level(torch.ones(()), torch.zeros(())), image
-    for t, index, x0, latents in transitions(scheduler, image, generator):
+    end, final = Level(torch.ones(()), torch.zeros(())), image
+    for t, index, x0, final in transitions(scheduler, image, generator):
         end = step_levels(scheduler, t, index)[1]
         if not _levels_agree(scheduler, t, index):
             return f"has other noise levels in its add_noise than in its steps. {_remedy(scheduler)}"
         if x0 is not None and _far(x0, image):
             return f"has another x̂0 than its noise levels and prediction type give. {_remedy(scheduler)}"
-    if _far(latents, end.alpha * image, 5 * float(end.sigma)):
+    if _far(final, end.alpha * image, 5 * float(end.sigma)):
         return (
             f"does not end at the image that its denoiser predicts: its noise levels are unknown. {_remedy(scheduler)}"
         )
