@@ -26,7 +26,7 @@ from steer.diffusion.schedules import (
 )
 from steer.errors import InputError
 
-STEPS = (6, 2)  # consistency decoders and SCM take two
+STEPS = (20, 2)  # consistency decoders and SCM take two
 SHAPE = (2, 2, 2, 2)
 TOLERANCE = 2e-2  # of an image in [−½, ½]; another convention is wrong by its own size
 # Arguments of `step` that a rehearsal knows how to give.
@@ -87,7 +87,8 @@ def rehearse(scheduler: Scheduler) -> str | None:
     generator = Generator().manual_seed(0)
     image = torch.rand(SHAPE, generator=generator, dtype=torch.float64) - 0.5
     end, final = Level(torch.ones(()), torch.zeros(())), image
-    for t, index, x0, final in transitions(scheduler, image, generator):
+    for t, index, x0, x_s in transitions(scheduler, image, generator):
+        final = x_s
         end = step_levels(scheduler, t, index)[1]
         if not _levels_agree(scheduler, t, index):
             return f"has other noise levels in its add_noise than in its steps. {_remedy(scheduler)}"
@@ -137,10 +138,23 @@ def _own_x0(out: Any) -> Tensor | None:
 
 def _exact_output(scheduler: Scheduler, x: Tensor, image: Tensor, timestep: Tensor, index: int) -> Tensor:
     """Return the output o with image = a x + b o, and a learned variance where the scheduler takes one."""
-    a, b = x0_weights(scheduler, level(scheduler, timestep, index))
+    at = _inner_level(scheduler, timestep) if mid_transition(scheduler) else level(scheduler, timestep, index)
+    a, b = x0_weights(scheduler, at)
     output = (image - a * x) / b
     learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
     return torch.cat([output, torch.zeros_like(output)], 1) if learned else output
+
+
+def _inner_level(scheduler: Scheduler, timestep: Tensor) -> Level:
+    """Return the level of a later call of one transition, which `sigmas` does not list: by its fractional timestep."""
+    if not hasattr(scheduler, "alphas_cumprod"):
+        return level(scheduler, timestep, scheduler.step_index)
+    if not hasattr(scheduler, "sigmas"):  # PNDM
+        return level(scheduler, timestep, -1)
+    grid, time = scheduler.alphas_cumprod.double(), float(timestep)
+    log_sigmas, low = ((1 - grid) / grid).log() / 2, min(int(time), len(grid) - 2)
+    sigma = torch.lerp(log_sigmas[low], log_sigmas[low + 1], time - low).exp()
+    return Level(torch.ones_like(sigma), sigma)
 
 
 def _set_timesteps(scheduler: Scheduler) -> None:
