@@ -351,7 +351,13 @@ def step_levels(scheduler: Scheduler, timestep: Any, index: int) -> tuple[Level,
     """Return (α, σ) before and after the transition that begins with `scheduler.step` at a timestep.
 
     A transition of several model calls (Heun, KDPM2, PNDM's warm-up) has those of its first call and of its end.
+    Raises InputError for a run that changes the size of its latents.
     """
+    if getattr(scheduler, "_scale_factors", None):
+        raise InputError(
+            f"{type(scheduler).__name__} upscales its latents between steps: particles cannot be resampled. "
+            "Run it without scale factors"
+        )
     before, after = level(scheduler, timestep, index), _next_level(scheduler, timestep, index)
     return before, FreshLevel(*after) if draws_fresh_noise(scheduler) else after
 
@@ -377,7 +383,7 @@ def _next_timestep(scheduler: Scheduler, timestep: Any, index: int) -> Any:
     if descends_from(scheduler, {"TCDScheduler"}) and index + 1 == len(scheduler.timesteps):
         return 0
     goes_by_schedule = hasattr(scheduler, "step_index") or hasattr(scheduler, "c_skip")  # LCM, TCD; ConsistencyDecoder
-    if not goes_by_schedule and "prev_timestep" not in inspect.signature(scheduler.step).parameters:  # DDIM, PNDM
+    if not goes_by_schedule and "prev_timestep" not in inspect.signature(type(scheduler).step).parameters:  # DDIM, PNDM
         return timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     timesteps = torch.as_tensor(scheduler.timesteps)
     if not hasattr(scheduler, "step_index"):  # UnCLIP, ConsistencyDecoder
