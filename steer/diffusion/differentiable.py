@@ -99,7 +99,7 @@ def module_state(model: nn.Module) -> list[Any]:
                 state += key, value
             elif key in ("_parameters", "_buffers"):
                 state += [one for tensor in value.values() for one in _tensor_state(tensor)]
-            elif key != "_modules" and (value or kind not in _CONTAINERS):
+            elif key != "_modules" and (kind not in _CONTAINERS or value):
                 state += key, _value_state(value)
     return state
 
@@ -134,7 +134,10 @@ def differentiable_images(pipe: Any) -> Any:
     cls = type(pipe)
     twin = copy.copy(pipe)
     differentiable_call = inspect.unwrap(cls.__call__)  # without the no_grad of diffusers
-    twin.__class__ = type(cls.__name__, (cls,), {"__call__": differentiable_call, "__module__": cls.__module__})
+    members = {"__call__": differentiable_call, "__module__": cls.__module__}
+    if hasattr(pipe, "_execution_device"):  # the same in all calls; looking through all modules takes time
+        members["_execution_device"] = pipe._execution_device
+    twin.__class__ = type(cls.__name__, (cls,), members)
     vars(twin)["maybe_free_model_hooks"] = lambda: None
     return twin
 
