@@ -14,7 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
+from steer.diffusion.differentiable import (
+    computes_in_fp16,
+    differentiable,
+    per_sample_gradients,
+    with_fixed_device,
+)
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import UnsupportedPipelineError, denoisers_in, plain_values, without_side_effects
@@ -114,7 +119,7 @@ class NoiseToImage:
 
     @functools.cached_property
     def _quiet_pipe(self) -> Any:
-        return without_side_effects(self.particle_batch.pipe)
+        return with_fixed_device(without_side_effects(self.particle_batch.pipe))
 
     def _differentiable_pipe(self, checkpointing: bool) -> Any:
         if checkpointing not in self._differentiable_pipes:

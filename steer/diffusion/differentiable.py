@@ -134,12 +134,19 @@ def differentiable_images(pipe: Any) -> Any:
     cls = type(pipe)
     twin = copy.copy(pipe)
     differentiable_call = inspect.unwrap(cls.__call__)  # without the no_grad of diffusers
-    members = {"__call__": differentiable_call, "__module__": cls.__module__}
-    if hasattr(pipe, "_execution_device"):  # the same in all calls; looking through all modules takes time
-        members["_execution_device"] = pipe._execution_device
-    twin.__class__ = type(cls.__name__, (cls,), members)
+    twin.__class__ = type(cls.__name__, (cls,), {"__call__": differentiable_call, "__module__": cls.__module__})
     vars(twin)["maybe_free_model_hooks"] = lambda: None
     return twin
+
+
+def with_fixed_device(pipe: Any) -> Any:
+    """Copy a pipeline for many runs on one device, which it would look for in all its modules in each of them."""
+    if not hasattr(pipe, "_execution_device"):
+        return pipe
+    cls, view = type(pipe), copy.copy(pipe)
+    members = {"_execution_device": pipe._execution_device, "__module__": cls.__module__}
+    view.__class__ = type(cls.__name__, (cls,), members)
+    return view
 
 
 def _frozen_twins(models: Iterable[nn.Module]) -> list[nn.Module]:
@@ -151,6 +158,8 @@ def _frozen_twins(models: Iterable[nn.Module]) -> list[nn.Module]:
     for model in (models := list(models)):
         memo |= {id(buffer): buffer for buffer in model.buffers()}
         memo |= {id(p): _frozen(p) for p in model.parameters()}
+        computed = [one for part in model.modules() for one in vars(part).values() if isinstance(one, Tensor)]
+        memo |= {id(one): one.detach() for one in computed if one.grad_fn is not None}  # by weight_norm, in every call
     return [copy.deepcopy(model, memo) for model in models]
 
 
