@@ -234,6 +234,7 @@ def screen_initial_noise(
     real = ParticleBatch(pipe, scorer, prompt, keep, call | {"generator": given}, reward_prompt, chunk_size)
     quiet_pipe = without_side_effects(pipe)
     first = _first_latents(quiet_pipe, real.call | {"generator": generator}).unflatten(0, (real.groups, keep))
+    _check_latents(real, quiet_pipe, first.flatten(0, 1), given)
     seeds = real.seeds[::keep]  # one for each prompt
     extra_candidates = [
         seeded_normal(seeds, first[:, 0], [f"candidate {c}"] * len(seeds)) for c in range(keep, candidates)
@@ -253,6 +254,16 @@ def screen_initial_noise(
     chosen = top_k_indices(candidate_rewards, keep)
     noise = torch.cat([pool[b, at.to(pool.device)] for b, at in enumerate(chosen)])
     return ScreenedNoise(noise, candidate_rewards, chosen, generator, functools.reduce(Cost.plus, costs))
+
+
+def _check_latents(particle_batch: ParticleBatch, quiet_pipe: Any, noise: Tensor, given: Generators) -> None:
+    """Raise UnsupportedPipelineError unless a call with its own noise as `latents` begins as the plain call does."""
+    plain = _start_of(particle_batch, quiet_pipe, generator=copy_generators(given))
+    initial = InitialNoise(noise, tuple(particle_batch.seeds), draws=True)
+    if not _reaches(initial, particle_batch, quiet_pipe, plain):
+        raise UnsupportedPipelineError(
+            f"{type(quiet_pipe).__name__} does not take its own starting noise back as latents: it cannot be screened"
+        )
 
 
 def unscaled(x: Tensor, scale: Any) -> Tensor:
