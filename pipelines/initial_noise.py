@@ -129,8 +129,8 @@ def _same_numbers(noise: Tensor, draw: Tensor) -> bool:
     """Return whether both are the same numbers in any order, up to rounding."""
     if noise.numel() != draw.numel():
         return False
-    values = [one.flatten().double().sort().values for one in (noise, draw)]
-    return torch.allclose(*values, rtol=4 * torch.finfo(noise.dtype).eps, atol=1e-6)
+    one, other = (values.flatten().double().sort().values for values in (noise, draw))
+    return torch.allclose(one, other, rtol=4 * torch.finfo(noise.dtype).eps, atol=1e-6)
 
 
 def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = False, **given: Any) -> _CallStart:
