@@ -98,8 +98,8 @@ def _candidates(
     noise = unscaled(plain.x, plain.scale)
     if "latents" in inspect.signature(type(quiet_pipe).__call__).parameters and _same_numbers(noise, draw):
         yield InitialNoise(noise, seeds, draws=True)
-    by_row = {"generator": [Generator().manual_seed(seed) for seed in seeds]}
-    if (drawn := find_draw(_start_of(particle_batch, quiet_pipe, **by_row).draws, sizes, rows)) is not None:
+    by_row = _start_of(particle_batch, quiet_pipe, generator=[Generator().manual_seed(seed) for seed in seeds])
+    if (drawn := find_draw(by_row.draws, sizes, rows)) is not None:
         yield InitialNoise(draw, seeds, draw=drawn[0])
     if copies is not None:
         yield InitialNoise(draw, seeds, draw=number, generator=copies)
