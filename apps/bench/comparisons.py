@@ -284,7 +284,7 @@ class Comparison:
 
 @contextmanager
 def checkpointing(subject: Subject) -> Iterator[PreparedComparison]:
-    """ReNO with activations recomputed (the default) against activations kept."""
+    """ReNO with activations recomputed against activations kept."""
     recomputed, kept = reno_variant(subject, checkpointing=True), reno_variant(subject, checkpointing=False)
     yield PreparedComparison(recomputed, kept, subject.images, same(subject))
 
@@ -350,7 +350,7 @@ COMPARISONS: Mapping[str, Comparison] = {
         quick=False,
     ),
     "reno_recomputed_over_kept": Comparison(
-        "ReNO with activations recomputed (the default, for memory) / kept",
+        "ReNO with activations recomputed (for memory) / kept",
         checkpointing,
         quick=False,
     ),
