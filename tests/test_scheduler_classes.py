@@ -59,7 +59,8 @@ class Case:
         return scheduler
 
     def __str__(self) -> str:
-        return "-".join([self.name, *(f"{key}={value}" for key, value in self.config.items() if key not in BETAS)])
+        config = {key: getattr(value, "__name__", value) for key, value in self.config.items() if key not in BETAS}
+        return "-".join([self.name, *(f"{key}={value}" for key, value in config.items())])
 
 
 V = {"prediction_type": "v_prediction"}
