@@ -207,6 +207,7 @@ logger = logging.getLogger(__name__)
 
 PART = 4_000  # scenes drawn and encoded at a time
 WORDINGS = 4  # captions kept of each scene
+TEXT_BATCH = 250  # of the text encoder's own training
 UNCONDITIONAL = 0.1  # share of prompts dropped, for classifier-free guidance
 
 
@@ -223,10 +224,12 @@ class Recipe:
     whole_words: bool = True  # one token a word
     all_captions: bool = True  # any true wording of a scene, not the one it was drawn for
     batch: int = 64
-    learning_rate: float = 1e-3
+    learning_rate: float = 7e-4
+    text_steps: int = 5_000  # of the text encoder's own training, before the denoiser's
     min_snr: float | None = None  # γ of min-SNR weighting (arXiv 2303.09556)
     logit_normal: bool = False  # timesteps around the middle of the noise range more often (arXiv 2403.03206)
-    average: float = 0.999  # decay of the averaged weights
+    tilt: float = 0.7  # timesteps are 1,000·u^tilt of uniform u: below 1 more of them have much noise
+    average: float = 0.9995  # decay of the averaged weights
 
 
 RECIPES = {
@@ -339,10 +342,32 @@ class Scenes:
 
 
 def timesteps(recipe: Recipe, count: int, generator: torch.Generator) -> Tensor:
-    """Training timesteps (count,): uniform, or the sigmoid of a normal of mean 0.5."""
+    """Training timesteps (count,): powers of uniform numbers, or the sigmoid of a normal of mean 0.5."""
     if recipe.logit_normal:
         return (torch.sigmoid(0.5 + torch.randn(count, generator=generator)) * 1000).long().clamp(max=999)
-    return torch.randint(1000, (count,), generator=generator)
+    return (torch.rand(count, generator=generator) ** recipe.tilt * 1000).long()
+
+
+def train_text_encoder(folder: Path, vae: AutoencoderKL, recipe: Recipe) -> CLIPTextModel:
+    """Train the text encoder to predict the mean latents of a prompt: min E ‖x0 − f(pooled state of the prompt)‖².
+
+    A denoiser alone does not find which of two objects is the left one: after 21,000 steps of batch 64 the loss of a
+    prompt and of its mirror image were equal. From text to mean latents a step takes a tenth of the seconds.
+    """
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(folder / "tokenizer", recipe.whole_words)
+    scenes = Scenes(folder.parent / "parts", vae, tokenizer, replace(recipe, batch=TEXT_BATCH))
+    text_encoder = new_text_encoder(tokenizer, recipe)
+    head = torch.nn.Sequential(
+        torch.nn.Linear(recipe.width, 256), torch.nn.GELU(), torch.nn.Linear(256, CHANNELS * 64)
+    )
+
+    def loss_at(step: int) -> Tensor:
+        x0, ids = scenes.batch(step, torch.Generator().manual_seed(step))
+        return torch.nn.functional.mse_loss(head(text_encoder(ids).pooler_output), x0.flatten(1))
+
+    TrainingRun(folder, recipe.text_steps, 1e-3, save_every=1000).train([text_encoder, head], loss_at)
+    return text_encoder
 
 
 def velocity_loss(
@@ -398,8 +423,8 @@ def train_denoiser(
     tokenizer = build_tokenizer(folder / "tokenizer", recipe.whole_words)
     scenes = Scenes(folder.parent / "parts", vae, tokenizer, recipe)
     empty = token_ids(tokenizer, [""])
+    text_encoder = train_text_encoder(folder.parent / "text", vae, recipe)
     unet = new_denoiser(recipe).to(memory_format=torch.channels_last)
-    text_encoder = new_text_encoder(tokenizer, recipe)
     modules, first = torch.nn.ModuleList([unet, text_encoder]), 0
     if start is not None:
         pipe = StableDiffusionPipeline.from_pretrained(start, dtype=torch.float32)
