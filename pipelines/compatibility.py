@@ -1,0 +1,208 @@
+"""Compatibility of a diffusers pipeline with steer, measured by short runs of two particles.
+
+Each check has an independent truth: the pipeline's own call, or a second path to the same images.
+"""
+
+import copy
+import inspect
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from steer.diffusion.preview import filter_call_kwargs, first_output
+from steer.diffusion.step_hooks import SolverStep, hook_steps
+from steer.errors import InputError
+from steer.pipelines.fk_steering import FKSteeringPipeline
+from steer.pipelines.particle_batch import ParticleBatch
+from steer.pipelines.reno import ReNOPipeline
+from steer.reward import Reward
+from steer.rewards.parser import load_reward
+from steer.training.rollout import Rows, Sampler, log_probs, takes_prompts
+
+PARTICLES = 2
+TOLERANCE = 2e-3  # of pixels in [0, 1], and of log-densities relative to their size
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one check: "ok", "refused" (an InputError), "differs" (a wrong result) or "traceback"."""
+
+    state: str
+    reason: str = ""
+
+
+class _Differs(Exception):
+    """A result that differs from the truth."""
+
+
+@dataclass
+class PipelineCheck:
+    """The checks of one pipeline: `call` are the arguments of its call for one prompt, without a generator."""
+
+    pipe: Any
+    call: Mapping[str, Any]
+    reward: Reward = field(default_factory=lambda: load_reward("brightness"))
+
+    def row(self, names: Any = None) -> dict[str, Outcome]:
+        """Run the checks, by name."""
+        return {name: self._outcome(CHECKS[name]) for name in names or CHECKS}
+
+    def _outcome(self, check: Callable[["PipelineCheck"], None]) -> Outcome:
+        try:
+            check(self)
+        except InputError as error:
+            return Outcome("refused", str(error).splitlines()[0])
+        except _Differs as error:
+            return Outcome("differs", str(error))
+        except Exception as error:  # noqa: BLE001  # a foreign traceback is the finding that this check reports
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            return Outcome("traceback", f"{type(error).__name__}: {error} ({last.name}:{last.lineno})".splitlines()[0])
+        return Outcome("ok")
+
+    def split(self) -> tuple[Any, dict[str, Any]]:
+        """Return the prompt and the other arguments, fresh."""
+        call = {name: _copied(value) for name, value in self.call.items()}
+        return call.pop("prompt", None), call
+
+    def plain(self, seed: int) -> Tensor:
+        """Make the images of one plain call."""
+        prompt, call = self.split()
+        given = call | ({} if prompt is None else {"prompt": prompt})
+        pt = filter_call_kwargs(self.pipe, {"output_type": "pt", "generator": Generator().manual_seed(seed)})
+        return first_output(self.pipe(**given, **pt))
+
+    def batch(self, generators: bool = True) -> ParticleBatch:
+        """Make the particle batch of the call; `generators`: one for each row."""
+        prompt, call = self.split()
+        seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
+        return ParticleBatch(self.pipe, self.reward, prompt, PARTICLES, call | {"generator": seeds})
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else copy.copy(value)
+
+
+def _nothing(solver_step: SolverStep) -> None:
+    return None
+
+
+def check_steps(check: PipelineCheck) -> None:
+    """Compare the images of a watched run with those of the plain call: equal to the bit."""
+    prompt, call = check.split()
+    given = call | ({} if prompt is None else {"prompt": prompt})
+    given |= filter_call_kwargs(check.pipe, {"output_type": "pt", "generator": Generator().manual_seed(SEED)})
+    with hook_steps(check.pipe, _nothing) as view:
+        _equal(first_output(view(**given)), check.plain(SEED), 0.0, "a watched run")
+
+
+def check_rows(check: PipelineCheck) -> None:
+    """Compare each particle of a batch with a plain call of its own generator."""
+    images = check.batch().sample(_nothing)
+    plain = torch.cat([_batched(check.plain(SEED + row), images) for row in range(PARTICLES)])
+    _equal(images, plain, TOLERANCE, "a particle of a batch")
+
+
+def check_swap(check: PipelineCheck) -> None:
+    """Let two particles trade places after the second step: their images trade places."""
+    plain = check.batch().sample(_nothing)
+
+    def swap(solver_step: SolverStep) -> tuple[Tensor, None] | None:
+        return (torch.tensor([1, 0]), None) if solver_step.k == min(1, solver_step.total - 1) else None
+
+    _equal(check.batch().sample(swap), plain.flip(0), TOLERANCE, "a run of particles that trade places")
+    if plain[0].shape == plain[1].shape and torch.equal(plain[0], plain[1]):
+        raise _Differs("both particles made the same image")
+
+
+def check_unsteered(check: PipelineCheck) -> None:
+    """Compare the images at λ = 0 with those of the plain batch: equal to the bit."""
+    prompt, call = check.split()
+    plain = check.batch().sample(_nothing)
+    seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
+    out = FKSteeringPipeline(check.pipe, check.reward)(
+        prompt, num_particles=PARTICLES, lam=0.0, generator=seeds, output_type="pt", **call
+    )
+    _equal(out.in_slot_order().images, plain, 0.0, "λ = 0")
+
+
+def check_fk(check: PipelineCheck) -> None:
+    """Steer: resample by the reward of previews, with finite rewards."""
+    prompt, call = check.split()
+    seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
+    out = FKSteeringPipeline(check.pipe, check.reward)(
+        prompt, num_particles=PARTICLES, lam=1e8, ess_threshold=1.0, generator=seeds, output_type="pt", **call
+    )
+    if not out.rewards.isfinite().all():
+        raise _Differs("rewards are not finite")
+    if not any((ancestors != torch.arange(PARTICLES)).any() for ancestors in out.ancestors):
+        raise _Differs("no particle was resampled")
+
+
+def check_preview(check: PipelineCheck) -> None:
+    """Compare the preview of the final latents with the images."""
+    batch = check.batch()
+    images = batch.sample(_nothing)
+    _equal(batch.preview(batch.latents), images, TOLERANCE, "the preview of the final latents")
+
+
+def check_reno(check: PipelineCheck) -> None:
+    """Take one step of noise optimisation; the first image is that of the plain pipeline."""
+    plain = check.batch().sample(_nothing)
+    prompt, call = check.split()
+    seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
+    first: list[Tensor] = []
+
+    def observe(iteration: Any) -> None:
+        first.append(iteration.images)
+
+    out = ReNOPipeline(check.pipe, check.reward)(
+        prompt, num_particles=PARTICLES, iterations=2, generator=seeds, on_iteration=observe, output_type="pt", **call
+    )
+    if not out.rewards.isfinite().all():
+        raise _Differs("rewards are not finite")
+    _equal(first[0], plain, TOLERANCE, "the first image of the search")
+
+
+def check_rollout(check: PipelineCheck) -> None:
+    """Compare the log-densities of a replay with those of the rollout."""
+    prompt, call = check.split()
+    sampler = Sampler(check.pipe, call)
+    texts = (prompt,) * PARTICLES if isinstance(prompt, str) else tuple(prompt or ("",) * PARTICLES)
+    texts = texts if len(texts) == PARTICLES else (texts[0],) * PARTICLES
+    seeds = tuple(range(SEED, SEED + PARTICLES))
+    stored, _ = sampler.rollout(Rows(texts, seeds, seeds))
+    again = log_probs(sampler, stored)
+    scale = float(stored.log_probs.abs().max())
+    _equal(again / scale, stored.log_probs / scale, TOLERANCE, "a replay")
+
+
+CHECKS: dict[str, Callable[[PipelineCheck], None]] = {
+    "steps": check_steps,
+    "rows": check_rows,
+    "swap": check_swap,
+    "lam0": check_unsteered,
+    "fk": check_fk,
+    "preview": check_preview,
+    "reno": check_reno,
+    "rollout": check_rollout,
+}
+
+
+def _batched(images: Tensor, like: Tensor) -> Tensor:
+    return images[None] if images.dim() < like.dim() else images
+
+
+def _equal(given: Tensor, truth: Tensor, tolerance: float, what: str) -> None:
+    """Raise _Differs unless two tensors agree."""
+    if given.shape != truth.shape:
+        raise _Differs(f"{what} has shape {tuple(given.shape)}, not {tuple(truth.shape)}")
+    if not torch.isfinite(given).all() or not torch.isfinite(truth).all():
+        raise _Differs(f"{what} is not finite")
+    gap = float((given.double() - truth.double()).abs().max())
+    if gap > tolerance:
+        raise _Differs(f"{what} differs by {gap:.2g}")
