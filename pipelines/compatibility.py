@@ -4,7 +4,6 @@ Each check has an independent truth: the pipeline's own call, or a second path t
 """
 
 import copy
-import inspect
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import ReNOPipeline
 from steer.reward import Reward
 from steer.rewards.parser import load_reward
-from steer.training.rollout import Rows, Sampler, log_probs, takes_prompts
+from steer.training.rollout import Rows, Sampler, log_probs
 
 PARTICLES = 2
 TOLERANCE = 2e-3  # of pixels in [0, 1], and of log-densities relative to their size

@@ -12,11 +12,17 @@ from torch import Generator, Tensor
 
 from steer.arguments import annotations_of, coerce_value
 from steer.diffusion.batching import ActiveRows
-from steer.diffusion.preview import build_preview, filter_call_kwargs, first_output
-from steer.diffusion.step_hooks import SolverStep, StepOverride, cache_text_encoding, hook_steps, with_deferred_checker
+from steer.diffusion.preview import build_preview
+from steer.diffusion.rows import IMAGES_PER_PROMPT, RowsCall
+from steer.diffusion.step_hooks import (
+    OutputShapes,
+    SolverStep,
+    StepOverride,
+    cache_text_encoding,
+    with_deferred_checker,
+)
 from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
-from steer.pipelines.settings import IMAGES_PER_PROMPT
 from steer.reward import Reward, mean_over_frames, score_components, warn_if_pipeline_truncates
 from steer.smc.particles import Particles
 
@@ -68,7 +74,8 @@ class ParticleBatch:
         self.groups = len(read_by_prompt)
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
         self._metadata = _rows_of_metadata(metadata, self.groups)
-        self.call = _bound_call(pipe, prompt, self.groups, size, call)
+        bound = _bound_call(pipe, prompt, self.groups, call)
+        self._rows_call = RowsCall(pipe, bound, self.groups, size)
         encoded_texts = [self.call.get(name) or () for name in ("prompt", "negative_prompt")]
         warn_if_pipeline_truncates(
             pipe, [t for one in encoded_texts for t in ([one] if isinstance(one, str) else one)], self.call
@@ -78,9 +85,15 @@ class ParticleBatch:
         self.latents = torch.empty(0)
         self._flags: Tensor | None = None  # (B·K,) of the finished images by the safety checker, and its images
         self._replaced = torch.empty(0)
-        self._preview = build_preview(self.live.decoder(preview), self.pipe, self.call, chunk_size)
+        self._shapes = OutputShapes()
+        self._preview = build_preview(self.live.decoder(preview), self.pipe, self._rows_call, chunk_size, self._shapes)
         self._nfe = self._decodes = self._other_decodes = self._reward_calls = self._gradients = 0
         self._start_time = time.monotonic()
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call, of its first row where it has one call for each."""
+        return self._rows_call.call
 
     def sample(
         self, on_solver_step: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any
@@ -90,7 +103,7 @@ class ParticleBatch:
 
         given  arguments of the pipeline's call in place of the user's own
         """
-        pipe, checker = with_deferred_checker(self.pipe if pipe is None else pipe)
+        pipe, checker = with_deferred_checker(self._shapes.recorded(self.pipe if pipe is None else pipe))
 
         def tracked_step(solver_step: SolverStep) -> StepOverride:
             self._nfe += solver_step.calls * self.groups * self.alive
@@ -99,10 +112,7 @@ class ParticleBatch:
             self.latents = (moved if latents is None else latents.to(moved.dtype)).detach()
             return ancestors, latents
 
-        with hook_steps(pipe, tracked_step, rows=len(self.prompts)) as view:
-            images = self.live.of(
-                first_output(view(**filter_call_kwargs(pipe, self.call | given | {"output_type": "pt"})))
-            )
+        images = self.live.of(self._rows_call.run(pipe, tracked_step, given | {"output_type": "pt"}))
         self._decodes += len(images)
         if checker is not None and checker.flags is not None and checker.replaced is not None:
             self._flags, self._replaced = self.live.of(checker.flags), self.live.of(checker.replaced)
@@ -202,9 +212,7 @@ def as_type(images: Tensor, output_type: str) -> Any:
     return arrays if output_type == "np" else VaeImageProcessor.numpy_to_pil(arrays)
 
 
-def _bound_call(
-    pipe: Any, prompt: str | Sequence[str] | None, groups: int, size: int, call: Mapping[str, Any]
-) -> dict[str, Any]:
+def _bound_call(pipe: Any, prompt: str | Sequence[str] | None, groups: int, call: Mapping[str, Any]) -> dict[str, Any]:
     accepted = inspect.signature(type(pipe).__call__).parameters
     unknown = [name for name in call if name not in accepted]
     if unknown:
@@ -218,13 +226,6 @@ def _bound_call(
         )
     hints = annotations_of(type(pipe).__call__)
     bound = {name: coerce_value(name, hints.get(name, Any), value) for name, value in call.items()}
-    count = next((name for name in IMAGES_PER_PROMPT if name in accepted), None)
-    if count:
-        bound[count] = size
-    elif "batch_size" in accepted:
-        bound["batch_size"] = groups * size
-    elif prompt is not None:
-        prompt = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(size)]
     if prompt is not None and "prompt" in accepted:
         bound["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
     return bound

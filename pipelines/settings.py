@@ -350,7 +350,12 @@ class NoiseSearchSettings(IterationSettings):
     distance: float = option(0.5, "(0, 1]")
 
 
-IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")  # diffusers' names of num_particles
+IMAGES_PER_PROMPT = (
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "num_waveforms_per_prompt",
+    "num_images_per_text",
+)  # diffusers' names of num_particles
 
 
 def read_arguments(kind: type[Settings], arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

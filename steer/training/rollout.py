@@ -17,16 +17,17 @@ from torch.utils._pytree import tree_map_only
 
 from steer.diffusion.differentiable import differentiable_images
 from steer.diffusion.precision import HALF, Precision, in_float32
-from steer.diffusion.preview import filter_call_kwargs, first_output
+from steer.diffusion.preview import filter_call_kwargs
+from steer.diffusion.rows import RowsCall
 from steer.diffusion.schedules import Gaussian, can_resample_noise
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
+    OutputShapes,
     SolverStep,
     denoisers_in,
-    hook_steps,
+    denoising_modules,
     without_side_effects,
-    zero_proxies,
 )
 from steer.errors import InputError
 
@@ -128,6 +129,7 @@ class Sampler:
         self._precision_context = exact if precision == "float32" else nullcontext
         self._gate = _DenoiserGate(self._precision_context)
         self._pipe = differentiable_images(without_side_effects(pipe))
+        self._form = 0  # of the call that makes several rows: see `RowsCall`
         vars(self._pipe).update(self._gate.around(pipe, prepared))
 
     def rollout(self, rows: Rows) -> tuple[Trajectories, Tensor]:
@@ -210,12 +212,12 @@ class Sampler:
 
     def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], output_type: str) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in rows.starts]
-        per_row = {name: [text] * len(rows) for name, text in self._call.items() if isinstance(text, str)}
-        per_row = {name: texts for name, texts in per_row.items() if name.startswith(("prompt", "negative_prompt"))}
-        given = {"prompt": list(rows.prompts), "generator": generators, "output_type": output_type}
-        given |= {} if takes_prompts(self._pipe) else {"batch_size": len(rows)}
-        with hook_steps(self._pipe, on_step, rows=len(rows), grad=False) as view:
-            return first_output(view(**filter_call_kwargs(self._pipe, self._call | per_row | given)))
+        prompt = {"prompt": list(rows.prompts)} if takes_prompts(self._pipe) else {}
+        call = RowsCall(self._pipe, self._call | prompt, len(rows), 1)
+        call.start_at(self._form)
+        images = call.run(self._pipe, on_step, {"generator": generators, "output_type": output_type}, grad=False)
+        self._form = call.place
+        return images
 
 
 def _latent_dtype(solver_step: SolverStep) -> torch.dtype:
@@ -236,21 +238,21 @@ class _DenoiserGate:
 
     def __init__(self, precision_context: Callable[[], AbstractContextManager[None]]) -> None:
         self.open, self.precision_context = True, precision_context
+        self._shapes = OutputShapes()
 
     def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, ModuleProxy]:
         gated, trained = {}, denoisers_in(pipe)[:1]
-        for name, zero_proxy in zero_proxies(pipe).items():
-            module = getattr(pipe, name)
+        for name, module in denoising_modules(pipe).items():
             call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
-            gated[name] = ModuleProxy(module, self._guarded(call, zero_proxy))
+            gated[name] = ModuleProxy(module, self._guarded(name, call))
         return gated
 
-    def _guarded(self, call: Callable[..., Any], zero_call: ModuleProxy) -> Callable[..., Any]:
+    def _guarded(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(*args: Any, **kwargs: Any) -> Any:
             if not self.open:
-                return zero_call(*args, **kwargs)
+                return self._shapes.zeros(name, call, *args, **kwargs)
             with self.precision_context():
-                return call(*args, **kwargs)
+                return self._shapes.call(name, call, *args, **kwargs)
 
         return guarded
 

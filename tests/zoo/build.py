@@ -19,6 +19,7 @@ import PIL.Image
 import torch
 import transformers
 from torch import nn
+
 from zoo.texts import processor, tokenizer
 
 CASES: dict[str, dict[str, Any]] = json.loads((Path(__file__).with_name("cases.json")).read_text())
@@ -144,7 +145,9 @@ def call_of(name: str) -> dict[str, Any]:
     draws = torch.Generator().manual_seed(7)
     call = {key: value(one, draws) for key, one in CASES[name]["call"].items() if key in pipe_call}
     if "num_inference_steps" in pipe_call:
-        call["num_inference_steps"] = STEPS if call.get("strength", 1) in (None, 1) else math.ceil(STEPS / call["strength"])
+        call["num_inference_steps"] = (
+            STEPS if call.get("strength", 1) in (None, 1) else math.ceil(STEPS / call["strength"])
+        )
     return copy.copy(call)
 
 

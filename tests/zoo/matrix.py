@@ -12,9 +12,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from zoo.build import CASES, build, call_of
 
 from steer.pipelines.compatibility import CHECKS, Outcome, PipelineCheck
+from zoo.build import CASES, build, call_of
 
 LIMIT = 120  # seconds of one check
 

@@ -60,7 +60,9 @@ def tokenizer(kind: str, length: int | None = None) -> PreTrainedTokenizerFast:
     """Build the tokenizer of a kind; `length`: another model_max_length."""
     first, last, pad, own_length = KINDS[kind]
     fast = Tokenizer.from_str(_trained())
-    template = " ".join([*([first] if first else []), "$A", *([last] if last and kind not in ("qwen", "gemma", "llama") else [])])
+    template = " ".join(
+        [*([first] if first else []), "$A", *([last] if last and kind not in ("qwen", "gemma", "llama") else [])]
+    )
     specials = [(name, fast.token_to_id(name)) for name in (first, last) if name]
     fast.post_processor = processors.TemplateProcessing(single=template, pair=f"{template} $B", special_tokens=specials)
     names = {"bos_token": first or None, "eos_token": last, "pad_token": pad, "unk_token": "<unk>"}
