@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from steer.arguments import annotations_of, coerce_value
+from steer.audio import AudioReward, check_media, is_audio, sample_rate_of
 from steer.diffusion.batching import ActiveRows
 from steer.diffusion.preview import build_preview
 from steer.diffusion.rows import IMAGES_PER_PROMPT, RowsCall
@@ -63,6 +65,8 @@ class ParticleBatch:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
+        if isinstance(reward, AudioReward):
+            reward = replace(reward, sample_rate=sample_rate_of(pipe))
         self.pipe, self.reward, self.size, self.chunk_size = cache_text_encoding(pipe), reward, size, chunk_size
         self.live, self.alive = live or ActiveRows(), size  # particles of a prompt that are left, in its first slots
         call = dict(call)
@@ -131,7 +135,9 @@ class ParticleBatch:
         """Score images (B·K, 3, H, W): rewards (B, K), and those of the reward's components where it has any.
 
         For videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
+        Raises InputError for audio and a reward of images, and the other way round.
         """
+        check_media(self.pipe, self.reward, images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             return mean_over_frames(images, self._score)
 
@@ -142,7 +148,7 @@ class ParticleBatch:
         chunks = [slice(start, start + self.chunk_size) for start in starts]
         self._reward_calls += len(images)
         scored = [
-            score_components(self.reward, images[c].float().clamp(0, 1), prompts[c], None if rows is None else rows[c])
+            score_components(self.reward, _as_scored(images[c]), prompts[c], None if rows is None else rows[c])
             for c in chunks
         ]
         rewards, components = zip(*scored, strict=True)
@@ -202,10 +208,20 @@ class ParticleBatch:
         self._gradients += images
 
 
+def _as_scored(media: Tensor) -> Tensor:
+    """Return images in [0, 1], and waveforms as they are, in fp32."""
+    return media.float() if is_audio(media) else media.float().clamp(0, 1)
+
+
 def as_type(images: Tensor, output_type: str) -> Any:
-    """Convert images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] to diffusers' "pil", "np" or "pt"."""
+    """Convert images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] to diffusers' "pil", "np" or "pt".
+
+    Waveforms are arrays but for "pt".
+    """
     if output_type == "pt":
         return images
+    if is_audio(images):
+        return images.float().cpu().numpy()
     if images.dim() == 5:
         return [as_type(video, output_type) for video in images]
     arrays = VaeImageProcessor.pt_to_numpy(images)

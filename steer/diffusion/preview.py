@@ -177,6 +177,8 @@ def first_output(output: Any) -> Tensor:
         images = next(iter(output.values())) if isinstance(output, Mapping) else output.images
     if torch.is_tensor(images):
         return images
+    if isinstance(images, np.ndarray) and isinstance(output, Mapping) and "audios" in output:
+        return torch.from_numpy(images)
     arrays = images if isinstance(images, np.ndarray) else VaeImageProcessor.pil_to_numpy(images)
     return VaeImageProcessor.numpy_to_pt(arrays)
 

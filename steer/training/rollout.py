@@ -15,6 +15,7 @@ import torch
 from torch import Generator, Tensor
 from torch.utils._pytree import tree_map_only
 
+from steer.audio import is_audio
 from steer.diffusion.differentiable import differentiable_images
 from steer.diffusion.precision import HALF, Precision, in_float32
 from steer.diffusion.preview import filter_call_kwargs
@@ -154,7 +155,7 @@ class Sampler:
         if not stochastic:
             raise InputError("no step of this run has noise: there is nothing to learn. Use more steps")
         trajectories = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
-        return trajectories, images.float().clamp(0, 1)
+        return trajectories, images.float() if is_audio(images) else images.float().clamp(0, 1)
 
     def replay(
         self, stored: Trajectories, at: ReplayCallback, only: Collection[int] | None = None, grad: bool = False

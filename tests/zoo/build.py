@@ -36,6 +36,8 @@ def build(name: str) -> Any:
             if isinstance(part, nn.Module):
                 part.eval().requires_grad_(True)
                 _fill_zeros(part)
+                _narrow_posterior(part)
+    _share_tokens(parts)
     pipe = imported(case["module"], case["pipeline"])(**parts)
     pipe.set_progress_bar_config(disable=True)
     if case.get("tiling"):
@@ -131,6 +133,36 @@ def _fill_zeros(module: nn.Module) -> None:
     for parameter in module.parameters():
         if parameter.dim() > 1 and parameter.is_floating_point() and not parameter.any():
             nn.init.normal_(parameter, std=0.1)
+
+
+def _share_tokens(parts: Mapping[str, Any]) -> None:
+    """Tell text encoders that read images which tokens of the zoo's tokenizers stand for them."""
+    tokens = next((one for one in map(tokens_of, parts.values()) if one is not None), None)
+    names = {"image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>"}
+    names |= {"vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>"}
+    for part in parts.values():
+        config = getattr(part, "config", None)
+        for name, token in names.items():
+            if isinstance(part, transformers.PreTrainedModel) and tokens is not None and hasattr(config, name):
+                setattr(config, name, tokens.convert_tokens_to_ids(token))
+
+
+def tokens_of(part: Any) -> Any:
+    """Return the tokenizer that a component is or has, else None."""
+    own = getattr(part, "tokenizer", part)
+    return own if isinstance(own, transformers.PreTrainedTokenizerFast) else None
+
+
+@torch.no_grad()
+def _narrow_posterior(module: nn.Module) -> None:
+    """Encode images almost without noise, as trained autoencoders do: σ = e^−15."""
+    if not (hasattr(module, "encode") and hasattr(module, "decode") and hasattr(module, "encoder")):
+        return
+    convolutions = [one for one in module.encoder.modules() if isinstance(one, nn.Conv2d | nn.Conv3d)]
+    last = getattr(module, "quant_conv", None) or (convolutions[-1] if convolutions else None)
+    channels = getattr(module.config, "latent_channels", None) or getattr(module.config, "z_dim", None)
+    if isinstance(last, nn.Conv2d | nn.Conv3d) and last.bias is not None and last.out_channels == 2 * (channels or 0):
+        last.weight[channels:], last.bias[channels:] = 0.0, -30.0
 
 
 @functools.cache
