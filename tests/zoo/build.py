@@ -24,6 +24,7 @@ from zoo.texts import processor, tokenizer
 
 CASES: dict[str, dict[str, Any]] = json.loads((Path(__file__).with_name("cases.json")).read_text())
 STEPS = 4
+WORDS = 700  # more than the tokens of the zoo's tokenizers
 
 
 def build(name: str) -> Any:
@@ -82,8 +83,23 @@ def _with_tuples(cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _transformers(spec: Mapping[str, Any]) -> Any:
-    config = getattr(transformers, spec["cfg"])(**spec["config"])
+    config = getattr(transformers, spec["cfg"])(**_with_words(spec["config"]))
     return imported(spec["module"], spec["transformers"])(config)
+
+
+def _with_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fit the vocabulary of a text encoder to the zoo's tokenizers."""
+    fitted: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            fitted[name] = _with_words(value)
+        elif name == "vocab_size":
+            fitted[name] = WORDS
+        elif name.endswith("token_id") and isinstance(value, int):
+            fitted[name] = min(value, WORDS - 1)
+        else:
+            fitted[name] = value
+    return fitted
 
 
 def _frontend(spec: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ CORPUS = [
     "dance monkey, a painting of a squirrel eating a burger, low quality, bad quality, negative, a cat",
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
     "objects and background",
-    "Describe the key features of the input image, then explain how the user's text instruction should alter or "
+    "Describe the key features of the input image, then explain how the text instruction should alter or "
     "modify the image. Generate a new image that meets the user's requirements while maintaining consistency with the original",
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
     "on textual prompts or user prompts. system user assistant Picture",
