@@ -14,7 +14,7 @@ from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
 from steer.arguments import coerce_value
-from steer.diffusion.schedules import clip_limit, descends_from
+from steer.diffusion.schedules import clip_limit, descends_from, ignores_eta
 from steer.errors import InputError
 from steer.pipelines.settings import Prompts, Settings, StepSettings, read_arguments
 from steer.registry import nearest
@@ -122,7 +122,9 @@ def route_eta(pipe: Any, call: dict[str, Any], eta: float | None) -> tuple[dict[
     if eta is None:
         return call, None
     accepts_eta = all("eta" in inspect.signature(f).parameters for f in (type(pipe).__call__, pipe.scheduler.step))
-    own = accepts_eta and (eta == 0 or not _step_differs_from_kernel(pipe.scheduler))
+    own = (
+        accepts_eta and not ignores_eta(pipe.scheduler) and (eta == 0 or not _step_differs_from_kernel(pipe.scheduler))
+    )
     return (call | {"eta": eta}, None) if own else (call, eta)
 
 

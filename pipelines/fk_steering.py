@@ -10,7 +10,8 @@ from torch import Generator, Tensor, nn
 
 from steer.diffusion.batching import ActiveRows, is_offloaded
 from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
-from steer.diffusion.schedules import can_resample_noise, copies_diverge, draw_guided, matches_gaussian_kernel
+from steer.diffusion.rehearsal import check_verified
+from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
 from steer.diffusion.step_hooks import SolverStep, StepOverride, UnsupportedPipelineError
 from steer.errors import InputError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
@@ -363,16 +364,12 @@ class GuidedRun(Run):
 
 
 def check_guidance(scheduler: Any, reward: Reward, eta: float) -> None:
-    """Raise InputError where the steps cannot be guided by the reward: UnsupportedPipelineError for the solver."""
+    """Raise InputError where the steps cannot be guided by the reward."""
     if eta == 0:
         raise InputError("with reward_guidance eta must be above 0 and at most 1, got 0: guided steps need noise")
     if not reward.differentiable:
         raise InputError(f"reward {reward.name!r} is not differentiable: use reward_guidance=0, or a reward that is")
-    if not can_resample_noise(scheduler):
-        raise UnsupportedPipelineError(
-            f"{type(scheduler).__name__} has no Gaussian kernel for reward_guidance: use another one, for "
-            "example pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or reward_guidance=0"
-        )
+    check_verified(scheduler)
 
 
 __all__ = ["FKSettings", "FKSteeringPipeline", "StepReport"]
@@ -426,8 +423,6 @@ class FKSteeringPipeline(SteeringPipeline):
             check_guidance(pipe.scheduler, self.reward, guided_eta)
             pipe = differentiable(pipe, one_call=True)
         else:
-            if s.num_particles > 1 and s.lam != 0:
-                check_copies_diverge(pipe.scheduler)
             call, kernel_eta = route_eta(pipe, call, s.eta)
         pipe = active_rows.view(pipe) if schedule.reduces_particles else pipe
         particle_batch = ParticleBatch(
@@ -440,12 +435,3 @@ class FKSteeringPipeline(SteeringPipeline):
         kind = AsynchronousRun if s.asynchronous_rewards else Run
         # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
         return kind(algorithm, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step)
-
-
-def check_copies_diverge(scheduler: Any) -> None:
-    """Raise UnsupportedPipelineError for a deterministic solver without a Gaussian kernel: copies would stay equal."""
-    if not copies_diverge(scheduler):
-        raise UnsupportedPipelineError(
-            f"{type(scheduler).__name__} is deterministic and has no Gaussian kernel: resampled particles would never "
-            "part. Use another one, for example pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
-        )

@@ -9,14 +9,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from steer.diffusion.schedules import can_resample_noise
-from steer.diffusion.step_hooks import SolverStep, UnsupportedPipelineError
+from steer.diffusion.step_hooks import SolverStep
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.fk_steering import (
     IntermediateRewards,
     ResamplingSchedule,
     Run,
-    check_copies_diverge,
     top_k_indices,
 )
 from steer.pipelines.particle_batch import ParticleBatch
@@ -41,8 +39,6 @@ class SelectionPipeline(SteeringPipeline):
         `log_weights` and `log_normaliser` are 0, and the ESS is K.
         """
         s = settings
-        if s.num_particles > 1:
-            check_candidates_diverge(self.pipe.scheduler, s.eta)
         call, kernel_eta = route_eta(self.pipe, call, s.eta)
         particle_batch = ParticleBatch(
             self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview
@@ -111,7 +107,7 @@ class SelectionRun(Run):
             return sampled
         moved = (solver_step.prev if sampled is None else sampled)[rows]
         copies = duplicate_rows(rows)
-        if not (can_resample_noise(solver_step.scheduler) and copies.any()):
+        if not copies.any():
             return None if sampled is None else moved
         moved[copies] = (
             solver_step.kernel(self.resampling_eta, rows[copies]).sample(self.particle_batch.rng).to(moved.dtype)
@@ -119,23 +115,12 @@ class SelectionRun(Run):
         return moved
 
     def _resamples_noise(self, scheduler: Any) -> bool:
-        return can_resample_noise(scheduler)
+        return True
 
 
 def duplicate_rows(rows: Tensor) -> Tensor:
     """Return (N,) true where a row number is a repetition."""
     return torch.stack([(rows[:place] == row).any() for place, row in enumerate(rows)])
-
-
-def check_candidates_diverge(scheduler: Any, eta: float | None) -> None:
-    """Raise UnsupportedPipelineError for a solver without the Gaussian kernel that candidates are drawn from."""
-    if eta is None:
-        check_copies_diverge(scheduler)
-    elif not can_resample_noise(scheduler):
-        raise UnsupportedPipelineError(
-            f"{type(scheduler).__name__} has no Gaussian kernel to draw candidates from: use another one, for example "
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config), or eta=None for noise of its own"
-        )
 
 
 class BestOfNPipeline(SteeringPipeline):

@@ -1,4 +1,4 @@
-"""Every verified diffusers scheduler, in the settings that matter."""
+"""The common diffusers schedulers, in the settings that matter; every class is in test_scheduler_classes.py."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_line
 
 
 def build(name: str, **config: Any) -> Any:
-    """A scheduler by the short name that steer.diffusion.schedules.VERIFIED has."""
+    """A scheduler by the short name in diffusers."""
     return getattr(diffusers, f"{name}Scheduler")(**config)
 
 

@@ -177,15 +177,15 @@ def test_an_unwritable_folder_is_refused(steer: Steer, tmp_path: Path) -> None:
 
 
 def test_a_scheduler_that_cannot_be_steered_is_refused(steer: Steer, tmp_path: Path) -> None:
-    from diffusers import HeunDiscreteScheduler, StableDiffusionPipeline
+    from diffusers import DDIMInverseScheduler, StableDiffusionPipeline
 
     from steer.assets import MODELS
 
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
-    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
-    pipe.save_pretrained(tmp_path / "heun")
-    code, _, err = steer("sample", "a circle", *FAST, "--model", tmp_path / "heun", "--out", tmp_path / "o")
-    assert code == 2 and "HeunDiscreteScheduler is deterministic" in err and "DDIMScheduler" in err
+    pipe.scheduler = DDIMInverseScheduler.from_config(pipe.scheduler.config)
+    pipe.save_pretrained(tmp_path / "inverse")
+    code, _, err = steer("sample", "a circle", *FAST, "--model", tmp_path / "inverse", "--out", tmp_path / "o")
+    assert code == 2 and "DDIMInverseScheduler runs from data to noise" in err
 
 
 def test_score_prints_json(steer: Steer, tmp_path: Path) -> None:

@@ -100,7 +100,11 @@ def test_several_prompts_keep_their_own_particles(pipe_of: Callable[[str], Any],
 
 
 @pytest.mark.parametrize(
-    "scheduler", [DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDPMScheduler, LCMScheduler]
+    "scheduler",
+    [
+        *(DDIMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDPMScheduler, LCMScheduler),
+        *(PNDMScheduler, HeunDiscreteScheduler),
+    ],
 )
 def test_copies_part_under_deterministic_and_stochastic_solvers(pipe_of: Callable[[str], Any], scheduler: type) -> None:
     pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
@@ -112,16 +116,6 @@ def test_copies_part_under_deterministic_and_stochastic_solvers(pipe_of: Callabl
     assert all(not torch.equal(out.latents[i], out.latents[j]) for i in range(K) for j in range(i))  # … and parted
     plain = pipe(**call, num_images_per_prompt=K, generator=seeded(), output_type="latent").images
     assert not torch.allclose(out.in_slot_order().latents[0], plain[parent], rtol=1e-3, atol=1e-3)  # the first too
-
-
-@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, PNDMScheduler])
-def test_deterministic_solvers_without_a_kernel_are_refused(pipe_of: Callable[[str], Any], scheduler: type) -> None:
-    pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
-    with pytest.raises(
-        UnsupportedPipelineError, match=f"{scheduler.__name__} is deterministic and has no Gaussian kernel"
-    ):
-        FKSteeringPipeline(pipe, redness)(num_particles=K, **steer_kwargs("sd"))
-    BestOfNPipeline(pipe, redness)(num_particles=K, **steer_kwargs("sd"))
 
 
 @pytest.mark.parametrize("steps", [3, 4, 6, 8])

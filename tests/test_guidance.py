@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import PIPELINES, with_scheduler
-from diffusers import HeunDiscreteScheduler, LCMScheduler
+from diffusers import DDIMInverseScheduler
 from gaussian import GaussianPipeline
 from schedulers import DIFFUSION
 from test_fk import seeded, steer_kwargs
@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from transformers import CLIPImageProcessor
 
 from steer import FKSteeringPipeline, SteeringOutput, StepReport
-from steer.diffusion.schedules import Gaussian, can_resample_noise, draw_guided
+from steer.diffusion.schedules import Gaussian, draw_guided
 from steer.diffusion.step_hooks import UnsupportedPipelineError
 from steer.errors import InputError
 from steer.pipelines import fk_steering as guided
@@ -252,8 +252,8 @@ def test_every_family_is_guided_and_left_as_it_was(
     assert all(vars(pipe)[attribute] is value for attribute, value in before.items() if attribute in pipe.components)
 
 
-@pytest.mark.parametrize("scheduler", [name for name in DIFFUSION if can_resample_noise(DIFFUSION[name]())])
-def test_every_solver_that_has_the_kernel_is_guided(pipe_of: Callable[[str], Any], scheduler: str) -> None:
+@pytest.mark.parametrize("scheduler", DIFFUSION)
+def test_every_solver_is_guided(pipe_of: Callable[[str], Any], scheduler: str) -> None:
     pipe = with_scheduler(pipe_of("sd"), DIFFUSION[scheduler]())
     out = guided_run(pipe, "sd", num_particles=2)
     assert out.cost.gradients == 2 * len(out.history) > 0 and out.images.isfinite().all()
@@ -389,12 +389,9 @@ def test_what_cannot_be_guided_is_refused(pipe_of: Callable[[str], Any], options
         guided_run(pipe_of("sd"), "sd", **options)
 
 
-@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, LCMScheduler])
-def test_solvers_without_the_kernel_are_refused(pipe_of: Callable[[str], Any], scheduler: type) -> None:
-    pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
-    with pytest.raises(
-        UnsupportedPipelineError, match=f"{scheduler.__name__} has no Gaussian kernel for reward_guidance"
-    ):
+def test_an_inversion_is_refused(pipe_of: Callable[[str], Any]) -> None:
+    pipe = with_scheduler(pipe_of("sd"), DDIMInverseScheduler.from_config(pipe_of("sd").scheduler.config))
+    with pytest.raises(InputError, match="DDIMInverseScheduler runs from data to noise"):
         guided_run(pipe, "sd", num_particles=1)
 
 

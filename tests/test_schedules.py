@@ -12,15 +12,11 @@ from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
 from steer.diffusion.schedules import (
-    VERIFIED,
     Gaussian,
     Level,
-    can_resample_noise,
-    check_verified,
-    copies_diverge,
     gaussian_transition,
-    has_gaussian_kernel,
     level,
+    matches_gaussian_kernel,
     predict_x0,
     step_levels,
 )
@@ -200,18 +196,6 @@ def test_a_negative_timestep_is_the_end() -> None:
     assert level(kept, -249, -1) == level(kept, 0, -1)
 
 
-def test_verified_schedulers_are_diffusers_own() -> None:
-    assert len(VERIFIED) == 20 and all(hasattr(diffusers, name) for name in VERIFIED)
-
-
-def test_verification_names_what_is_wrong_and_what_to_use() -> None:
-    check_verified(build("DDIM"))
-    with pytest.raises(InputError, match=r"EDMEulerScheduler is not a verified scheduler.*Use one of DDIM.*UniPC"):
-        check_verified(build("EDMEuler"))
-    with pytest.raises(InputError, match="invert_sigmas runs from image to noise"):
-        check_verified(build("FlowMatchEulerDiscrete", invert_sigmas=True))
-
-
 # Gaussian transitions
 
 
@@ -327,14 +311,14 @@ def test_a_noiseless_first_order_solver_takes_the_mean_at_eta_0(scheduler: Any) 
         x = following
 
 
-@pytest.mark.parametrize("name", ["LCM", "TCD"])
-def test_a_consistency_model_goes_to_the_next_timestep_of_its_own(name: str) -> None:
+@pytest.mark.parametrize(("name", "end"), [("LCM", -1), ("TCD", 0)])  # TCD's last step ends at timestep 0
+def test_a_consistency_model_goes_to_the_next_timestep_of_its_own(name: str, end: int) -> None:
     scheduler = build(name, **BETAS)
     scheduler.set_timesteps(4)
     for k, t in enumerate(scheduler.timesteps):
         scheduler.step(noise(k), t, noise(k + 1))
         before, after = step_levels(scheduler, t, position(scheduler))
-        following = scheduler.timesteps[k + 1] if k + 1 < len(scheduler.timesteps) else -1
+        following = scheduler.timesteps[k + 1] if k + 1 < len(scheduler.timesteps) else end
         assert before == level(scheduler, t, k) and after == level(scheduler, following, k)
 
 
@@ -412,24 +396,15 @@ def test_draws_follow_the_generator() -> None:
     assert not torch.equal(gaussian.sample(seeded(3)), gaussian.sample(seeded(4)))
 
 
-@pytest.mark.parametrize("name", ["HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "PNDM"])
-def test_a_solver_of_several_calls_has_no_kernel(name: str) -> None:
-    scheduler = DIFFUSION[name]()
-    scheduler.set_timesteps(4)
-    assert not has_gaussian_kernel(scheduler) and not can_resample_noise(scheduler)
-    with pytest.raises(InputError, match=f"{name}Scheduler spends several model calls.*DDIMScheduler.from_config"):
+def test_which_solvers_keep_noise_of_their_own() -> None:
+    own = {name for name, make in (DIFFUSION | FLOW).items() if not matches_gaussian_kernel(make())}
+    assert own - {"DPMSolverSDE"} == {"TCD", "KDPM2AncestralDiscrete", "DPMSolverMultistep-sde"}
+    mine = type("Mine", (diffusers.TCDScheduler,), {})
+    assert not matches_gaussian_kernel(mine())
+
+
+def test_a_run_that_upscales_its_latents_has_no_kernel() -> None:
+    scheduler = ready(FLOW["FlowMatchLCM"]())
+    scheduler.set_scale_factors([1.0, 2.0], upscale_mode="bicubic")
+    with pytest.raises(InputError, match="FlowMatchLCMScheduler upscales its latents between steps"):
         step_levels(scheduler, scheduler.timesteps[0], 0)
-
-
-def test_which_solvers_part_copies() -> None:
-    parting = {name for name, make in (DIFFUSION | FLOW).items() if copies_diverge(make())}
-    together = {"PNDM", "PNDM-warm-up", "HeunDiscrete", "KDPM2Discrete", "FlowMatchHeunDiscrete"}
-    assert parting == set(DIFFUSION | FLOW) - together
-
-
-@pytest.mark.parametrize("name", ["LCM", "TCD", "FlowMatchLCM"])
-def test_a_consistency_model_is_not_redrawn_nor_is_a_subclass_of_one(name: str) -> None:
-    base = getattr(diffusers, f"{name}Scheduler")
-    mine = type("Mine", (base,), {})
-    assert not can_resample_noise(base()) and not can_resample_noise(mine())
-    assert copies_diverge(base()) and copies_diverge(mine())

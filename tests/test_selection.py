@@ -16,7 +16,6 @@ from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import BestOfNPipeline, SelectionPipeline, StepReport
-from steer.diffusion.step_hooks import UnsupportedPipelineError
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
@@ -189,21 +188,14 @@ def test_the_solvers_own_way_is_kept_where_it_is_asked_for(pipe_of: Callable[[st
         assert all(not torch.equal(out.latents[i], out.latents[j]) for i in range(K) for j in range(i))
 
 
-def test_solvers_without_a_kernel_are_refused_unless_they_bring_noise_of_their_own(
-    pipe_of: Callable[[str], Any],
+@pytest.mark.parametrize("eta", [None, 1.0])
+@pytest.mark.parametrize("scheduler", [HeunDiscreteScheduler, LCMScheduler])
+def test_candidates_differ_under_solvers_of_several_calls_and_consistency_models(
+    pipe_of: Callable[[str], Any], scheduler: type, eta: float | None
 ) -> None:
-    call = steer_kwargs("sd")
-    heun, lcm = (
-        with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
-        for scheduler in (HeunDiscreteScheduler, LCMScheduler)
-    )
-    for pipe in (heun, lcm):
-        name = type(pipe.scheduler).__name__
-        with pytest.raises(UnsupportedPipelineError, match=f"{name} has no Gaussian kernel to draw candidates from"):
-            SelectionPipeline(pipe, redness)(num_particles=K, **call)
-    with pytest.raises(UnsupportedPipelineError, match="HeunDiscreteScheduler is deterministic"):
-        SelectionPipeline(heun, redness)(num_particles=K, eta=None, **call)
-    out = SelectionPipeline(lcm, redness)(num_particles=K, eta=None, generator=seeded(), output_type="pt", **call)
+    pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))
+    run = SelectionPipeline(pipe, redness)
+    out = run(num_particles=K, eta=eta, generator=seeded(), output_type="pt", **steer_kwargs("sd"))
     assert out.history and all(not torch.equal(out.images[i], out.images[j]) for i in range(K) for j in range(i))
 
 

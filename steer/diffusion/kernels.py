@@ -16,9 +16,9 @@ from steer.diffusion.schedules import (
     Scheduler,
     Wanted,
     clip_limit,
-    linear_step,
     plain_pass,
-    prediction_type,
+    weighted_step,
+    x0_weights,
 )
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -98,5 +98,5 @@ def fused_gaussian(
     x, output      (N, C, …); the output may have the channels of a learned variance after its own
     before, after  the levels of the step (`steer.diffusion.schedules.step_levels`)
     """
-    step = linear_step(prediction_type(scheduler), before, after, eta, clip_limit(scheduler))
+    step = weighted_step(x0_weights(scheduler, before), before, after, eta, clip_limit(scheduler))
     return FusedGaussian(step, x, output[:, : x.shape[1]])

@@ -1,8 +1,10 @@
-"""Noise levels and x̂0 of every verified diffusers scheduler, in the scaling of the latents that its `step` receives.
+"""Noise levels, x̂0 and transitions of diffusers' schedulers, in the scaling of the latents that its `step` receives.
 
 One forward marginal for all of them: x_t = α_t x0 + σ_t ε.
 """
 
+import copy
+import inspect
 import math
 from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
@@ -16,35 +18,6 @@ from steer.errors import InputError
 
 Scheduler = Any  # diffusers' schedulers share no base class that has `step`
 
-VERIFIED = frozenset(
-    f"{name}Scheduler"
-    for name in (
-        "DDIM",
-        "DDPM",
-        "PNDM",
-        "LCM",
-        "TCD",
-        "EulerDiscrete",
-        "EulerAncestralDiscrete",
-        "LMSDiscrete",
-        "HeunDiscrete",
-        "KDPM2Discrete",
-        "KDPM2AncestralDiscrete",
-        "DPMSolverSDE",
-        "DPMSolverMultistep",
-        "DPMSolverSinglestep",
-        "UniPCMultistep",
-        "DEISMultistep",
-        "SASolver",
-        "FlowMatchEulerDiscrete",
-        "FlowMatchHeunDiscrete",
-        "FlowMatchLCM",
-    )
-)
-
-
-FLOW_MATCHING = frozenset(name for name in VERIFIED if name.startswith("FlowMatch"))
-
 
 class Level(NamedTuple):
     """α and σ of x = α x0 + σ ε: float64 scalars."""
@@ -53,28 +26,34 @@ class Level(NamedTuple):
     sigma: Tensor
 
 
+class FreshLevel(Level):
+    """The level after a transition that draws all of its noise afresh: x_s ~ N(α_s x̂0, σ_s² I), whatever η."""
+
+    __slots__ = ()
+
+
 def descends_from(scheduler: Scheduler, names: Set[str]) -> bool:
     """Return whether a scheduler is of one of these diffusers classes, or of a subclass of one."""
     return any(cls.__name__ in names for cls in type(scheduler).__mro__)
 
 
-def check_verified(scheduler: Scheduler) -> None:
-    """Raise InputError unless the levels and x̂0 of this scheduler were verified against diffusers."""
-    name = type(scheduler).__name__
-    if not descends_from(scheduler, VERIFIED):
-        raise InputError(
-            f"{name} is not a verified scheduler: its noise levels are unknown here. Use one of "
-            f"{', '.join(sorted(VERIFIED))}, for example "
-            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
-        )
-    if scheduler.config.get("invert_sigmas"):
-        raise InputError(f"{name} with invert_sigmas runs from image to noise: it cannot be steered")
+def is_flow(scheduler: Scheduler) -> bool:
+    """Return whether a scheduler interpolates x = (1 − σ) x0 + σ ε and its denoiser predicts a velocity.
+
+    Flow schedulers of diffusers say so in their configuration, or have `sigmas` without an `add_noise`.
+    """
+    says = scheduler.config.get("use_flow_sigmas") or scheduler.config.get("prediction_type") == "flow_prediction"
+    return bool(says) or (hasattr(scheduler, "sigmas") and not hasattr(scheduler, "add_noise"))
 
 
 def prediction_type(scheduler: Scheduler) -> str:
-    """Return the denoiser's prediction type: epsilon, v_prediction, sample or flow_prediction."""
-    if descends_from(scheduler, FLOW_MATCHING) or scheduler.config.get("use_flow_sigmas"):
-        return "flow_prediction"
+    """Return the denoiser's prediction type, a key of X0_WEIGHTS where it is known.
+
+    Where time runs from noise to data (`invert_sigmas`, MiniMax H3), the velocity points to the data too.
+    """
+    if is_flow(scheduler):
+        times = torch.as_tensor(scheduler.timesteps)
+        return "reverse_flow_prediction" if times[0] == 0 or times[0] < times[-1] else "flow_prediction"
     return str(scheduler.config.get("prediction_type", "epsilon"))
 
 
@@ -83,25 +62,63 @@ def level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
 
     A negative timestep stands for the end of the run.
     """
-    if getattr(scheduler, "sigmas", None) is None:
-        cumulative = (
-            (
-                scheduler.alphas_cumprod[int(timestep)]
-                if timestep >= 0
-                else torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0))
-            )
-            .cpu()
-            .double()
-        )
+    if getattr(scheduler, "sigmas", None) is not None:
+        alpha, sigma = _level_at_sigma(scheduler, torch.as_tensor(scheduler.sigmas[index]))
+    elif hasattr(scheduler, "alphas_cumprod") or hasattr(scheduler, "sqrt_alphas_cumprod"):
+        cumulative = _cumulative_alpha(scheduler, int(first_of(timestep)))
         return Level(cumulative.sqrt(), (1 - cumulative).sqrt())
-    sigma = torch.as_tensor(scheduler.sigmas[index])
+    elif prediction_type(scheduler) == "trigflow":
+        angle = torch.as_tensor(scheduler.timesteps[index]).cpu().double()
+        alpha, sigma = angle.cos(), angle.sin() * scheduler.config.sigma_data
+    else:
+        alpha, sigma = measure_level(scheduler, timestep, index)
+    return Level(alpha.cpu().double(), sigma.cpu().double())  # not every device has float64
+
+
+def _level_at_sigma(scheduler: Scheduler, sigma: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         alpha, sigma = map(torch.as_tensor, scheduler._sigma_to_alpha_sigma_t(sigma))
-    elif prediction_type(scheduler) == "flow_prediction":
-        alpha = 1 - sigma
+        return alpha, sigma
+    if not is_flow(scheduler):
+        return torch.ones_like(sigma), sigma
+    inverted = scheduler.sigmas[0] < scheduler.sigmas[-1]  # `sigmas` then holds α
+    return (sigma, 1 - sigma) if inverted else (1 - sigma, sigma)
+
+
+def _cumulative_alpha(scheduler: Scheduler, timestep: int) -> Tensor:
+    if timestep < 0:
+        cumulative = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0))
+    elif hasattr(scheduler, "alphas_cumprod"):
+        cumulative = scheduler.alphas_cumprod[timestep]
+    else:  # ConsistencyDecoder
+        return scheduler.sqrt_alphas_cumprod[timestep].cpu().double() ** 2
+    return cumulative.cpu().double()
+
+
+def measure_level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
+    """Measure α and σ by the scheduler's own `add_noise` or `scale_noise` on ones and zeros.
+
+    index  of the timestep, for schedulers that look up their level by it; their copy is put there
+
+    Raises InputError for a scheduler with neither.
+    """
+    if not (hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")):
+        raise InputError(f"{type(scheduler).__name__} has no add_noise to measure its noise levels by")
+    at = copy.copy(scheduler)
+    if hasattr(at, "_step_index"):
+        at._step_index = at._begin_index = index
+    one, zero = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    times = torch.as_tensor(timestep).cpu().reshape(-1)[:1]
+    if hasattr(at, "scale_noise"):
+        alpha, sigma = at.scale_noise(one, times, zero), at.scale_noise(zero, times, one)
     else:
-        alpha = torch.ones_like(sigma)
-    return Level(alpha.cpu().double(), sigma.cpu().double())  # not every device has float64
+        alpha, sigma = at.add_noise(one, zero, times), at.add_noise(zero, one, times)
+    return Level(alpha.reshape(()).double(), sigma.reshape(()).double())
+
+
+def first_of(timestep: Any) -> float:
+    """Return a timestep as a number: some pipelines pass one per row, all equal."""
+    return float(torch.as_tensor(timestep).reshape(-1)[0])
 
 
 def predict_x0(
@@ -116,23 +133,45 @@ def predict_x0(
 
     Raises InputError for an unknown prediction type.
     """
-    kind, output, x = prediction_type(scheduler), model_output.to(dtype), sample.to(dtype)
-    alpha, sigma = (value.to(x) for value in level(scheduler, timestep, index))
+    output, x = model_output.to(dtype), sample.to(dtype)
+    before = level(scheduler, timestep, index)
     if output.shape[1] == 2 * x.shape[1]:  # a learned variance
         output = output[:, : x.shape[1]]
-    if kind == "epsilon":
-        x0 = (x - sigma * output) / alpha
-    elif kind in ("sample", "original_sample"):
-        x0 = output
-    elif kind == "flow_prediction":
-        x0 = (x - sigma * output) / (alpha + sigma)
-    elif kind == "v_prediction":
-        # Where α² + σ² ≠ 1 (Euler) the input of the model is x/r, and v belongs to the scaled x.
-        r = (alpha**2 + sigma**2).sqrt()
-        x0 = (alpha * x / r - sigma * output) / r
-    else:
+    if not _has_own_weights(scheduler) and prediction_type(scheduler) == "epsilon":
+        alpha, sigma = (value.to(x) for value in before)
+        return _clip(scheduler, (x - sigma * output) / alpha)
+    a, b = (value.to(x) for value in x0_weights(scheduler, before))
+    return _clip(scheduler, a * x + b * output)
+
+
+def _has_own_weights(scheduler: Scheduler) -> bool:
+    return any(hasattr(scheduler, name) for name in ("precondition_outputs", CONSISTENCY_WEIGHTS, "c_skip"))
+
+
+def x0_weights(scheduler: Scheduler, before: Level) -> tuple[Tensor, Tensor]:
+    """Return (a, b) of x̂0 = a x_t + b o for a model output o at a level, before any clipping.
+
+    Where a scheduler has its own weights (EDM preconditioning, the boundary condition of consistency models), they are
+    measured by its own function on ones and zeros. Raises InputError for an unknown prediction type.
+    """
+    alpha, sigma = before
+    one, zero, kind = torch.ones_like(sigma), torch.zeros_like(sigma), prediction_type(scheduler)
+    if hasattr(scheduler, "precondition_outputs") and kind in ("epsilon", "v_prediction"):
+        return scheduler.precondition_outputs(one, zero, sigma), scheduler.precondition_outputs(zero, one, sigma)
+    if hasattr(scheduler, CONSISTENCY_WEIGHTS):
+        skip, out = getattr(scheduler, CONSISTENCY_WEIGHTS)(sigma)
+        return skip, out
+    if hasattr(scheduler, "c_skip"):  # ConsistencyDecoder: at the step with this α
+        at = (scheduler.sqrt_alphas_cumprod.cpu().double() - alpha).abs().argmin()
+        return scheduler.c_skip[at].cpu().double(), scheduler.c_out[at].cpu().double()
+    if kind == "trigflow":  # x = cos t x0 + sin t z with z of standard deviation σ_data (arXiv 2410.11081, eq. 4)
+        return alpha, -sigma / scheduler.config.sigma_data
+    if hasattr(scheduler, "precondition_outputs") or kind not in X0_WEIGHTS:
         raise InputError(f"{type(scheduler).__name__}: no rule for x̂0 from prediction_type {kind!r}: use epsilon")
-    return _clip(scheduler, x0)
+    return X0_WEIGHTS[kind](alpha, sigma)
+
+
+CONSISTENCY_WEIGHTS = "get_scalings_for_boundary_condition"
 
 
 def _clip(scheduler: Scheduler, x0: Tensor) -> Tensor:
@@ -144,8 +183,14 @@ def _clip(scheduler: Scheduler, x0: Tensor) -> Tensor:
 
 def clip_limit(scheduler: Scheduler) -> float:
     """Return the bound of the scheduler's configuration on |x̂0|, infinite where there is none."""
-    clips = scheduler.config.get("clip_sample") and not descends_from(scheduler, {"TCDScheduler"})
+    if scheduler.config.get("clip_denoised"):  # consistency models
+        return 1.0
+    clips = scheduler.config.get("clip_sample") and not descends_from(scheduler, _NEVER_CLIP)
     return float(scheduler.config.clip_sample_range) if clips else math.inf
+
+
+# They have `clip_sample` in their configuration, and never apply it.
+_NEVER_CLIP = {"TCDScheduler", "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"}
 
 
 def mid_transition(scheduler: Scheduler) -> bool:
@@ -161,8 +206,8 @@ def mid_transition(scheduler: Scheduler) -> bool:
 
 def total_transitions(scheduler: Scheduler, first: Any, latest: Any) -> int:
     """Return the number of transitions of a run after its first one, made by calls at timesteps `first` to `latest`."""
-    timesteps = torch.as_tensor(scheduler.timesteps).tolist()
-    first, latest = float(first), float(latest)
+    timesteps = stepped_timesteps(scheduler).tolist()
+    first, latest = first_of(first), first_of(latest)
     if hasattr(scheduler, "prk_timesteps"):
         if warm_up := len(scheduler.prk_timesteps):  # four calls each, and then one
             return warm_up // 4 + len(timesteps) - warm_up
@@ -173,6 +218,17 @@ def total_transitions(scheduler: Scheduler, first: Any, latest: Any) -> int:
     begin = getattr(scheduler, "begin_index", None)
     rest = len(timesteps) - (timesteps.index(first) if begin is None else begin)
     return (rest + 1) // 2 if getattr(scheduler, "order", 1) == 2 else rest
+
+
+def stepped_timesteps(scheduler: Scheduler) -> Tensor:
+    """Return the timesteps that a run steps at: without a last one that only marks the end (SCM, Würstchen, LTX)."""
+    timesteps = torch.as_tensor(scheduler.timesteps)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is not None:
+        marks_end = len(sigmas) == len(timesteps)
+    else:
+        marks_end = not (hasattr(scheduler, "alphas_cumprod") or hasattr(scheduler, "sqrt_alphas_cumprod"))
+    return timesteps[:-1] if marks_end else timesteps
 
 
 @dataclass(frozen=True)
@@ -237,68 +293,102 @@ def gaussian_transition(x: Tensor, x0: Tensor, before: Level, after: Level, eta:
 def split_noise(before: Level, after: Level, eta: float) -> tuple[Tensor, Tensor]:
     """Return τ and √(σ_s² − τ²): the fresh noise of a step, and the noise it keeps in the direction of ε̂."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = before, after
+    if isinstance(after, FreshLevel):
+        return sigma_s, torch.zeros_like(sigma_s)
     tau = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0).sqrt()
     return tau, (sigma_s**2 - tau**2).clamp(min=0).sqrt()
 
 
-def has_gaussian_kernel(scheduler: Scheduler) -> bool:
-    """Return False for solvers that take several model calls per transition."""
-    return getattr(scheduler, "order", 1) == 1 and not hasattr(scheduler, "prk_timesteps")
+def draws_fresh_noise(scheduler: Scheduler) -> bool:
+    """Return whether the solver's own transition is x_s = α_s x̂0 + σ_s z: consistency models, stochastic flows."""
+    return (
+        any(hasattr(scheduler, name) for name in (CONSISTENCY_WEIGHTS, f"{CONSISTENCY_WEIGHTS}_discrete", "c_skip"))
+        or scheduler.config.get("prediction_type") == "trigflow"
+        or bool(scheduler.config.get("stochastic_sampling"))
+        or descends_from(scheduler, {"FlowMatchLCMScheduler"})
+    )
 
 
-# Consistency models and samplers with inner stages draw their own noise at every transition.
-_CONSISTENCY = {"LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler"}
-_STOCHASTIC_STAGES = {"KDPM2AncestralDiscreteScheduler", "DPMSolverSDEScheduler"}
+# Their noise is drawn within a transition, around a higher-order mean, or by a rule of their own.
+_OTHER_NOISE = {
+    "KDPM2AncestralDiscreteScheduler",
+    "DPMSolverSDEScheduler",
+    "CosineDPMSolverMultistepScheduler",
+    "CogVideoXDPMScheduler",
+    "TCDScheduler",
+}
 
 
-def can_resample_noise(scheduler: Scheduler) -> bool:
-    """Return whether the noise of a transition of this solver may be resampled from the Gaussian kernel."""
-    return has_gaussian_kernel(scheduler) and not descends_from(scheduler, _CONSISTENCY)
+def ignores_eta(scheduler: Scheduler) -> bool:
+    """Return whether `step` takes an `eta` that changes nothing."""
+    return descends_from(scheduler, {"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"})
+
+
+def has_other_noise(scheduler: Scheduler) -> bool:
+    """Return whether the solver's own noise has another law than the Gaussian kernel with η = 1."""
+    config = scheduler.config
+    variance_type = config.get("variance_type")
+    if variance_type is not None:  # DDPM, UnCLIP
+        return variance_type not in ("fixed_small", "fixed_small_log")
+    algorithm = str(config.get("algorithm_type", ""))
+    if algorithm.startswith("sde"):
+        return algorithm != "sde-dpmsolver++" or config.solver_order > 1
+    if hasattr(scheduler, "tau_func"):  # SASolver
+        return any(scheduler.tau_func(t) for t in range(0, config.num_train_timesteps, 50))
+    ancestral_flow = is_flow(scheduler) and bool(config.get("eta")) and bool(config.get("s_noise"))  # LTX
+    return ancestral_flow or descends_from(scheduler, _OTHER_NOISE)
 
 
 def matches_gaussian_kernel(scheduler: Scheduler) -> bool:
     """Return whether the Gaussian kernel with η = 1 may take single steps of a run with this solver.
 
-    False too for solvers whose own noise has another kernel: two kernels in one run would mix two laws.
+    False for solvers whose own noise has another law: two kernels in one run would mix two laws.
     """
-    return can_resample_noise(scheduler) and not _has_other_noise(scheduler)
-
-
-def _has_other_noise(scheduler: Scheduler) -> bool:
-    config = scheduler.config
-    if descends_from(scheduler, {"DDPMScheduler"}):
-        return config.variance_type not in ("fixed_small", "fixed_small_log")
-    algorithm = str(config.get("algorithm_type", ""))
-    if algorithm.startswith("sde"):
-        return algorithm != "sde-dpmsolver++" or config.solver_order > 1
-    return bool(config.get("stochastic_sampling"))
-
-
-def copies_diverge(scheduler: Scheduler) -> bool:
-    """Return whether two equal particles ever differ again: by resampled noise, or by the solver's own."""
-    return can_resample_noise(scheduler) or descends_from(scheduler, _CONSISTENCY | _STOCHASTIC_STAGES)
+    return not has_other_noise(scheduler)
 
 
 def step_levels(scheduler: Scheduler, timestep: Any, index: int) -> tuple[Level, Level]:
-    """Return (α, σ) before and after the transition that `scheduler.step` makes at a timestep.
+    """Return (α, σ) before and after the transition that begins with `scheduler.step` at a timestep.
 
-    Raises InputError where the solver has no Gaussian kernel.
+    A transition of several model calls (Heun, KDPM2, PNDM's warm-up) has those of its first call and of its end.
+    Raises InputError for a run that changes the size of its latents.
     """
-    if not has_gaussian_kernel(scheduler):
+    if getattr(scheduler, "_scale_factors", None):
         raise InputError(
-            f"{type(scheduler).__name__} spends several model calls on one transition: it has no Gaussian kernel. "
-            "Use a first-order or multistep scheduler, for example DDIMScheduler.from_config(pipe.scheduler.config)"
+            f"{type(scheduler).__name__} upscales its latents between steps: particles cannot be resampled. "
+            "Run it without scale factors"
         )
-    before = level(scheduler, timestep, index)
-    if getattr(scheduler, "sigmas", None) is not None:
-        return before, level(scheduler, timestep, index + 1)
-    if hasattr(scheduler, "previous_timestep"):  # DDPM
-        following = scheduler.previous_timestep(timestep)
-    elif hasattr(scheduler, "step_index"):  # LCM, TCD
-        following = scheduler.timesteps[index + 1] if index + 1 < len(scheduler.timesteps) else -1
-    else:  # DDIM
-        following = timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
-    return before, level(scheduler, following, index)
+    before, after = level(scheduler, timestep, index), _next_level(scheduler, timestep, index)
+    return before, FreshLevel(*after) if draws_fresh_noise(scheduler) else after
+
+
+def _next_level(scheduler: Scheduler, timestep: Any, index: int) -> Level:
+    if hasattr(scheduler, CONSISTENCY_WEIGHTS):  # its data is the level σ_min
+        config, sigma = scheduler.config, scheduler.sigmas[index + 1].double()
+        fresh = (sigma.clamp(config.sigma_min, config.sigma_max) ** 2 - config.sigma_min**2).clamp(min=0).sqrt()
+        return Level(torch.ones_like(fresh), config.s_noise * fresh)
+    by_index = not hasattr(scheduler, "alphas_cumprod") and hasattr(scheduler, "step_index")
+    if getattr(scheduler, "sigmas", None) is not None or by_index:
+        return level(scheduler, timestep, index + 1)
+    following = _next_timestep(scheduler, timestep, index)
+    if first_of(following) < 0 and draws_fresh_noise(scheduler):  # ends with x̂0 itself
+        return Level(torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64))
+    return level(scheduler, following, index)
+
+
+def _next_timestep(scheduler: Scheduler, timestep: Any, index: int) -> Any:
+    """Return the timestep after a transition, below 0 at the end."""
+    if hasattr(scheduler, "previous_timestep") and not hasattr(scheduler, "step_index"):  # DDPM, Würstchen
+        return scheduler.previous_timestep(timestep)
+    if descends_from(scheduler, {"TCDScheduler"}) and index + 1 == len(scheduler.timesteps):
+        return 0
+    goes_by_schedule = hasattr(scheduler, "step_index") or hasattr(scheduler, "c_skip")  # LCM, TCD; ConsistencyDecoder
+    if not goes_by_schedule and "prev_timestep" not in inspect.signature(type(scheduler).step).parameters:  # DDIM, PNDM
+        return timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    timesteps = torch.as_tensor(scheduler.timesteps)
+    if not hasattr(scheduler, "step_index"):  # UnCLIP, ConsistencyDecoder
+        index = int((timesteps == timestep).nonzero()[0])
+    return timesteps[index + 1] if index + 1 < len(timesteps) else -1
 
 
 # The proposal of DAS (arXiv 2501.05803): the optimal one for p(x_s | x_t) exp(g·x_s).
@@ -348,6 +438,8 @@ X0_WEIGHTS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "sample": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),
     "original_sample": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),
     "flow_prediction": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)),
+    "reverse_flow_prediction": lambda alpha, sigma: (1 / (alpha + sigma), sigma / (alpha + sigma)),
+    # Where α² + σ² ≠ 1 (Euler) the input of the model is x/r, r² = α² + σ², and v belongs to the scaled x.
     "v_prediction": lambda alpha, sigma: (alpha / (alpha**2 + sigma**2), -sigma / (alpha**2 + sigma**2).sqrt()),
 }
 
@@ -364,9 +456,16 @@ def linear_step(kind: str, before: Level, after: Level, eta: float, limit: float
     """
     if kind not in X0_WEIGHTS:
         raise InputError(f"no rule for x̂0 from prediction_type {kind!r}: use one of {', '.join(X0_WEIGHTS)}")
+    return weighted_step(X0_WEIGHTS[kind](*before), before, after, eta, limit)
+
+
+def weighted_step(
+    weights: tuple[Tensor, Tensor], before: Level, after: Level, eta: float, limit: float = math.inf
+) -> LinearStep:
+    """Return `linear_step` for the weights (a, b) of x̂0 = a x_t + b o."""
     tau, rest = split_noise(before, after, eta)
     c = rest / before.sigma
-    return LinearStep(*X0_WEIGHTS[kind](*before), c, after.alpha - c * before.alpha, tau, limit)
+    return LinearStep(*weights, c, after.alpha - c * before.alpha, tau, limit)
 
 
 class Pass(Protocol):

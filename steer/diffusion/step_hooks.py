@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from steer.diffusion.kernels import fused_gaussian, has_kernel
 from steer.diffusion.precision import HALF, widest
+from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import (
     Gaussian,
     Scheduler,
-    check_verified,
     gaussian_transition,
     mid_transition,
     predict_x0,

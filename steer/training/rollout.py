@@ -19,8 +19,9 @@ from steer.audio import is_audio
 from steer.diffusion.differentiable import differentiable_images
 from steer.diffusion.precision import HALF, Precision, in_float32
 from steer.diffusion.preview import filter_call_kwargs
+from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.rows import RowsCall
-from steer.diffusion.schedules import Gaussian, can_resample_noise
+from steer.diffusion.schedules import Gaussian
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
@@ -101,7 +102,7 @@ class Sampler:
                mostly rounding; or that of the model
     autocast   whether `prepared` enters an autocast to half precision
 
-    Raises InputError for a scheduler without a Gaussian kernel.
+    Raises InputError for a scheduler whose noise levels are not known.
     """
 
     def __init__(
@@ -116,11 +117,7 @@ class Sampler:
     ) -> None:
         if not 0 < eta <= 1:
             raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
-        if not can_resample_noise(pipe.scheduler):
-            raise InputError(
-                f"{type(pipe.scheduler).__name__} has no Gaussian kernel: finetuning needs one. Use for example "
-                "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"
-            )
+        check_verified(pipe.scheduler)
         unknown = [name for name in call if name not in filter_call_kwargs(pipe, call)]
         if unknown:
             raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
