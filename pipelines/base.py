@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from os import PathLike
 from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
@@ -14,7 +15,9 @@ from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
 from steer.arguments import coerce_value
+from steer.diffusion.draws import replaced_draw
 from steer.diffusion.schedules import clip_limit, descends_from, ignores_eta
+from steer.diffusion.seeds import Generators, copy_generators
 from steer.errors import InputError
 from steer.pipelines.settings import Prompts, Settings, StepSettings, read_arguments
 from steer.registry import nearest
@@ -185,18 +188,45 @@ class Iteration:
 
 @dataclass(frozen=True)
 class InitialNoise:
-    """Starting noise (B·K, …) of images in the model's dtype, and a seed of each for the noise that the solver adds."""
+    """Starting noise (B·K, …) of images in the model's dtype, and how the pipeline's own call takes it.
+
+    seeds      one for each image, of everything else that the call draws
+    draws      the call without this noise draws it first: so do the generators, for the same numbers after it
+    draw       number of the normal draw of the call that the noise replaces; None: the noise is its `latents`
+    generator  the call's own, one or several, where images need them; rows that share one come in its order
+    """
 
     noise: Tensor
     seeds: tuple[int, ...]
+    draws: bool = False
+    draw: int | None = None
+    generator: Generators | None = None
 
     def arguments(self) -> dict[str, Any]:
-        """Return `latents` and `generator` for the pipeline's own call, which then makes these images again."""
-        return {"latents": self.noise, "generator": [Generator().manual_seed(seed) for seed in self.seeds]}
+        """Return `latents` and `generator` for the pipeline's own call, which then makes these images again.
+
+        Where `draw` is a number the generators alone: make the call inside `applied()`.
+        """
+        if self.generator is not None:
+            return {"generator": copy_generators(self.generator)}
+        generators = [Generator().manual_seed(seed) for seed in self.seeds]
+        if self.draw is not None:
+            return {"generator": generators}
+        if self.draws:
+            for generator in generators:
+                torch.randn(self.noise.shape[1:], dtype=self.noise.dtype, generator=generator)
+        return {"latents": self.noise, "generator": generators}
+
+    def applied(self) -> AbstractContextManager[None]:
+        """Return a context in which the pipeline's next call in this thread starts from this noise."""
+        return nullcontext() if self.draw is None else replaced_draw(self.noise, self.draw)
 
     def rows(self, rows: Sequence[int]) -> "InitialNoise":
         """Select the noise of some images."""
-        return InitialNoise(self.noise[list(rows)], tuple(self.seeds[row] for row in rows))
+        several = self.generator if isinstance(self.generator, list) else None
+        generator = self.generator if several is None else [several[row] for row in rows]
+        seeds = tuple(self.seeds[row] for row in rows)
+        return replace(self, noise=self.noise[list(rows)], seeds=seeds, generator=generator)
 
 
 @dataclass

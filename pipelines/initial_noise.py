@@ -1,31 +1,174 @@
-"""Screened starting noise: the candidates that a short run of the pipeline scores highest."""
+"""The starting noise of a pipeline's call: found, taken by the call in another value, and screened by short runs."""
 
 import copy
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
+from torch.utils._pytree import tree_leaves
 
 from steer.arguments import coerce_arguments
+from steer.diffusion.draws import find_draw, recorded_draws
 from steer.diffusion.preview import filter_call_kwargs
-from steer.diffusion.seeds import derived_seed, seeded_normal
-from steer.diffusion.step_hooks import UnsupportedPipelineError, without_side_effects, zero_proxies
+from steer.diffusion.seeds import Generators, copy_generators, derived_seed, seeded_normal
+from steer.diffusion.step_hooks import (
+    ModuleProxy,
+    SolverStep,
+    UnsupportedPipelineError,
+    denoising_modules,
+    with_modules,
+    without_side_effects,
+    zero_proxies,
+)
 from steer.errors import InputError
-from steer.pipelines.base import Cost
+from steer.pipelines.base import Cost, InitialNoise
 from steer.pipelines.fk_steering import top_k_indices
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.reward import Reward
 from steer.rewards.parser import load_reward
 from steer.smc.particles import Particles
 
-Generators = Generator | list[Generator]
 INT_DTYPES = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of a number → the integer type of its bits
 RESERVED_ARGUMENTS = ("latents", "timesteps", "sigmas")  # arguments that a screened call may not have
 CALLBACK_ARGUMENTS = ("callback", "callback_steps", "callback_on_step_end", "callback_on_step_end_tensor_inputs")
+
+
+@dataclass
+class _CallStart:
+    """The start of a call: tensors (R, …) of the first denoiser call, the normal draws before it, and, where the run
+    went on to the first solver step, latents x (N, …), the scale of their noise and the number of steps."""
+
+    inputs: list[Tensor]
+    draws: list[Tensor]
+    x: Tensor | None = None
+    scale: Any = 1.0
+    total: int = 1
+
+
+def find_initial_noise(particle_batch: ParticleBatch, quiet_pipe: Any) -> tuple[InitialNoise, int]:
+    """Return the noise that a call starts from, with the way in which the call takes another, and its solver steps.
+
+    The noise goes in as `latents` where the pipeline takes its own draw back there, scaled by the scheduler and
+    rearranged at most: also what it returns can then be given to the plain pipeline. Else it replaces the draw itself
+    (`steer.diffusion.draws.find_draw`): in pipelines without `latents`, and in those that add an image or a video to
+    the noise. Each row draws everything else from a seed of its own: that of its generator, or one derived from the
+    state of the generators. Where this gives other numbers than the plain call, all rows use copies of the call's own.
+
+    Raises UnsupportedPipelineError where no way gives the denoiser the inputs of the plain call, bit for bit.
+    """
+    own, rows = particle_batch.call.get("generator"), len(particle_batch.prompts)
+    copies = None if own is None else copy_generators(own)
+    seeds = tuple(own_seeds(own, rows) or particle_batch.seeds)
+    plain = _start_of(particle_batch, quiet_pipe, to_step=True)
+    for candidate in _candidates(particle_batch, quiet_pipe, plain, seeds, copies):
+        if _reaches(candidate, particle_batch, quiet_pipe, plain):
+            return candidate, plain.total
+    if own is None and plain.draws:  # a state of the global numbers cannot be used twice
+        particle_batch.call["generator"] = Generator().manual_seed(int(torch.randint(2**62, ())))
+        return find_initial_noise(particle_batch, quiet_pipe)
+    raise UnsupportedPipelineError(
+        f"{type(quiet_pipe).__name__} does not start from a normal draw that another can replace: its noise cannot be "
+        "optimised"
+    )
+
+
+def _candidates(
+    particle_batch: ParticleBatch,
+    quiet_pipe: Any,
+    plain: _CallStart,
+    seeds: tuple[int, ...],
+    copies: Generators | None,
+) -> Iterator[InitialNoise]:
+    """Yield the ways in which a call may take its noise, the plainest first."""
+    assert plain.x is not None, "the run went to the first step"
+    rows = len(plain.x)
+    latents = particle_batch.call.get("latents")
+    if latents is not None:
+        yield InitialNoise(latents.to(plain.x.device), seeds)
+        return
+    sizes = [one[0].numel() for one in (plain.x, *(one for one in plain.inputs if one.dim() > 2))]
+    if (drawn := find_draw(plain.draws, sizes, rows)) is None:
+        return
+    number, draw = drawn
+    noise = unscaled(plain.x, plain.scale)
+    if "latents" in inspect.signature(type(quiet_pipe).__call__).parameters and _same_numbers(noise, draw):
+        yield InitialNoise(noise, seeds, draws=True)
+    by_row = {"generator": [Generator().manual_seed(seed) for seed in seeds]}
+    if (drawn := find_draw(_start_of(particle_batch, quiet_pipe, **by_row).draws, sizes, rows)) is not None:
+        yield InitialNoise(draw, seeds, draw=drawn[0])
+    if copies is not None:
+        yield InitialNoise(draw, seeds, draw=number, generator=copies)
+
+
+def _reaches(candidate: InitialNoise, particle_batch: ParticleBatch, quiet_pipe: Any, plain: _CallStart) -> bool:
+    """Return whether a call with this noise begins as the plain call does, and one with another noise does not."""
+
+    def inputs_from(noise: Tensor) -> list[Tensor]:
+        initial = replace(candidate, noise=noise)
+        with initial.applied():
+            return _start_of(particle_batch, quiet_pipe, **initial.arguments()).inputs
+
+    def begins_alike(noise: Tensor) -> bool:
+        inputs = inputs_from(noise)
+        return len(inputs) == len(plain.inputs) and all(map(torch.equal, inputs, plain.inputs))
+
+    if candidate.draws:  # tried unasked: the pipeline may want other latents than those of its steps
+        try:
+            return begins_alike(candidate.noise)
+        except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
+            return False
+    return begins_alike(candidate.noise) and (candidate.draw is None or not begins_alike(-candidate.noise))
+
+
+def _same_numbers(noise: Tensor, draw: Tensor) -> bool:
+    """Return whether both are the same numbers in any order, up to rounding."""
+    if noise.numel() != draw.numel():
+        return False
+    values = [one.flatten().double().sort().values for one in (noise, draw)]
+    return torch.allclose(*values, rtol=4 * torch.finfo(noise.dtype).eps, atol=1e-6)
+
+
+def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = False, **given: Any) -> _CallStart:
+    """Run a call up to its first denoiser call, or through its first solver step; without a denoiser, through that."""
+    start = _CallStart([], [])
+    modules = denoising_modules(quiet_pipe)
+
+    def watch(module: Any) -> ModuleProxy:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not start.inputs:
+                tensors = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+                start.inputs, start.draws = [one.detach().clone() for one in tensors], list(draws)
+                if not to_step:
+                    raise _FirstStepReached
+            return module(*args, **kwargs)
+
+        return ModuleProxy(module, call)
+
+    def stop(solver_step: SolverStep) -> None:
+        start.x, start.total = solver_step.x, solver_step.total
+        start.scale = getattr(solver_step.scheduler, "init_noise_sigma", 1.0)
+        start.inputs, start.draws = start.inputs or [solver_step.x], start.draws or list(draws)
+        raise _FirstStepReached
+
+    watched = with_modules(quiet_pipe, {name: watch(module) for name, module in modules.items()})
+    with suppress(_FirstStepReached), recorded_draws() as draws, torch.no_grad():
+        particle_batch.sample(stop, watched, **given)
+    return start
+
+
+def own_seeds(generator: Generator | Sequence[Generator] | None, rows: int) -> list[int] | None:
+    """Return the seed of each row's own generator; None where they share one, or one has drawn numbers before."""
+    given = [generator] if isinstance(generator, Generator) else list(generator or [])
+    if len(given) != rows or any(one.device.type != "cpu" for one in given):
+        return None
+    seeds = [one.initial_seed() for one in given]
+    unused = [Generator().manual_seed(seed).get_state() for seed in seeds]
+    return seeds if all(torch.equal(one.get_state(), a) for one, a in zip(given, unused, strict=True)) else None
 
 
 @dataclass(frozen=True)
@@ -50,7 +193,7 @@ class ScreenedNoise:
 
         A stochastic solver must not draw again the numbers that the starting noise is made of.
         """
-        return {"latents": self.noise, "generator": _copy_generators(self.generator)}
+        return {"latents": self.noise, "generator": copy_generators(self.generator)}
 
 
 @coerce_arguments
@@ -87,7 +230,7 @@ def screen_initial_noise(
     scorer = load_reward(reward)
     call = {name: value for name, value in call.items() if name not in (*RESERVED_ARGUMENTS, *CALLBACK_ARGUMENTS)}
     given = call.pop("generator", None) or Generator().manual_seed(int(torch.randint(2**62, ())))
-    generator = _copy_generators(given)
+    generator = copy_generators(given)
     real = ParticleBatch(pipe, scorer, prompt, keep, call | {"generator": given}, reward_prompt, chunk_size)
     quiet_pipe = without_side_effects(pipe)
     first = _first_latents(quiet_pipe, real.call | {"generator": generator}).unflatten(0, (real.groups, keep))
@@ -159,12 +302,6 @@ def _first_latents(quiet_pipe: Any, call: Mapping[str, Any]) -> Tensor:
 
 class _FirstStepReached(Exception):
     """Exception that carries the first latents of a run out of it."""
-
-
-def _copy_generators(generator: Generator | Sequence[Generator]) -> Generators:
-    if not isinstance(generator, Generator):
-        return [Generator(one.device).set_state(one.get_state()) for one in generator]
-    return Generator(generator.device).set_state(generator.get_state())
 
 
 def _check(

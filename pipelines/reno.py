@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import inspect
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -13,39 +12,45 @@ from typing import Any, Protocol
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Generator, Tensor
+from torch import Tensor
 
-from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
+from steer.diffusion.differentiable import (
+    computes_in_fp16,
+    differentiable,
+    per_sample_gradients,
+    with_fixed_device,
+)
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.seeds import seeded_normal
-from steer.diffusion.step_hooks import SolverStep, UnsupportedPipelineError, plain_values, without_side_effects
+from steer.diffusion.step_hooks import UnsupportedPipelineError, denoisers_in, plain_values, without_side_effects
 from steer.errors import InputError
 from steer.files import atomic_write
 from steer.noise import Optimiser, Search, clipped, neighbour, norms, prior_gradient, where_rows
-from steer.pipelines.base import InitialNoise, Iteration, SteeringOutput, SteeringPipeline, steering_call
+from steer.pipelines.base import Iteration, SteeringOutput, SteeringPipeline, steering_call
+from steer.pipelines.initial_noise import find_initial_noise
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import IterationSettings, NoiseSearchSettings, Prompts, ReNOSettings
 from steer.reward import Reward, RewardError
 from steer.smc.particles import Particles
 
+logger = logging.getLogger(__name__)
+
 
 class NoiseToImage:
     """The images of a particle batch as a function of its noise ε (B·K, …), standard normal and fp32.
 
-    start  the noise that the pipeline itself would have drawn, or the user's `latents`
-    seeds  one for every row: of the noise that a stochastic solver adds inside the chain, which is kept fixed
-    Text is encoded once. Raises UnsupportedPipelineError for a pipeline without `latents`.
+    initial  the noise that the pipeline itself draws, or the user's `latents`, and how its call takes another
+    start    its values, in fp32
+    seeds    one for every row: of what else a call draws, which is the same in all calls
+    Text is encoded once. Raises UnsupportedPipelineError for a pipeline whose noise cannot be replaced.
     """
 
     def __init__(self, particle_batch: ParticleBatch) -> None:
-        if "latents" not in inspect.signature(type(particle_batch.pipe).__call__).parameters:
-            raise UnsupportedPipelineError(
-                f"{type(particle_batch.pipe).__name__} takes no latents: its noise cannot be optimised"
-            )
-        self.particle_batch, self.seeds = particle_batch, particle_batch.seeds
+        self.particle_batch = particle_batch
         self.in_fp16 = computes_in_fp16(particle_batch.pipe)
         self._differentiable_pipes: dict[bool, Any] = {}
-        self.start, self.dtype = self._first_noise()
+        self.initial, self.steps = find_initial_noise(particle_batch, self._quiet_pipe)
+        self.start, self.dtype, self.seeds = self.initial.noise.float(), self.initial.noise.dtype, self.initial.seeds
 
     def fingerprint(self) -> dict[str, Any]:
         """Return everything but the noise that decides the images, as plain values."""
@@ -71,50 +76,66 @@ class NoiseToImage:
         """Make the images with text encoded once, without safety checker, watermark or progress bar."""
         return self._run(noise, self._quiet_pipe)
 
-    def differentiable_images(self, noise: Tensor, checkpointing: bool) -> Tensor:
-        """Make the images differentiable in the noise. Raises UnsupportedPipelineError where there is no gradient."""
-        images = self._run(noise, self._differentiable_pipe(checkpointing))
+    def differentiable_images(self, noise: Tensor, checkpointing: bool | None = None) -> Tensor:
+        """Make the images differentiable in the noise. Raises UnsupportedPipelineError where there is no gradient.
+
+        checkpointing  recompute activations in the backward pass; None: above a size (`needs_checkpointing`)
+        """
+        checkpointing = self.needs_checkpointing if checkpointing is None else checkpointing
+        try:
+            images = self._run(noise, self._differentiable_pipe(checkpointing))
+        except REJECTED as error:
+            if checkpointing:
+                images = self._without_checkpoints(noise, error)
+            elif "requires grad" in str(error):  # Tensor.numpy() inside the pipeline
+                raise self._no_gradient() from error
+            else:
+                raise
         if not images.requires_grad:
-            name = type(self.particle_batch.pipe).__name__
-            raise UnsupportedPipelineError(
-                f"{name} lets no gradients through: use the zero-order estimator "
-                "(gradient='zero-order', on the command line --gradient zero-order)"
-            )
+            raise self._no_gradient()
+        return images
+
+    @functools.cached_property
+    def needs_checkpointing(self) -> bool:
+        """Whether activations would take much memory: more than KEPT_ELEMENTS of noise times solver steps, or a
+        denoiser of more than KEPT_PARAMETERS."""
+        pipe = self.particle_batch.pipe
+        weights = sum(p.numel() for name in denoisers_in(pipe) for p in getattr(pipe, name).parameters())
+        return self.start.numel() * self.steps > KEPT_ELEMENTS or weights > KEPT_PARAMETERS
+
+    def _no_gradient(self) -> UnsupportedPipelineError:
+        return UnsupportedPipelineError(
+            f"{type(self.particle_batch.pipe).__name__} lets no gradients through: use the zero-order estimator "
+            "(gradient='zero-order', on the command line --gradient zero-order)"
+        )
+
+    def _without_checkpoints(self, noise: Tensor, error: Exception) -> Tensor:
+        """Make the images with activations kept, in this run and all later ones, where blocks reject checkpointing."""
+        images = self._run(noise, self._differentiable_pipe(False))
+        name = type(self.particle_batch.pipe).__name__
+        logger.warning("%s rejects gradient checkpointing (%s): activations are kept", name, error)
+        self._differentiable_pipes[True] = self._differentiable_pipes[False]
         return images
 
     @functools.cached_property
     def _quiet_pipe(self) -> Any:
-        return without_side_effects(self.particle_batch.pipe)
+        return with_fixed_device(without_side_effects(self.particle_batch.pipe))
 
     def _differentiable_pipe(self, checkpointing: bool) -> Any:
         if checkpointing not in self._differentiable_pipes:
-            one_call = self.particle_batch.call.get("num_inference_steps") == 1
-            self._differentiable_pipes[checkpointing] = differentiable(self._quiet_pipe, checkpointing, one_call)
+            twin = differentiable(self._quiet_pipe, checkpointing, one_call=self.steps == 1)
+            self._differentiable_pipes[checkpointing] = twin
         return self._differentiable_pipes[checkpointing]
 
     def _run(self, noise: Tensor, pipe: Any) -> Tensor:
-        generators = [Generator().manual_seed(seed) for seed in self.seeds]
-        latents = noise.to(self.dtype)
-        return self.particle_batch.sample(lambda solver_step: None, pipe, latents=latents, generator=generators)
-
-    def _first_noise(self) -> tuple[Tensor, torch.dtype]:
-        """Return the noise before the first step, without the scheduler's scale, in fp32, and its dtype."""
-
-        def stop(solver_step: SolverStep) -> None:
-            raise _FirstStepReached(solver_step)
-
-        try:
-            self.particle_batch.sample(stop, self._quiet_pipe)
-        except _FirstStepReached as reached:  # the run ends there
-            solver_step: SolverStep = reached.args[0]
-        return solver_step.x.float() / float(
-            getattr(solver_step.scheduler, "init_noise_sigma", 1.0)
-        ), solver_step.x.dtype
+        initial = replace(self.initial, noise=noise.to(self.dtype))
+        with initial.applied():
+            return self.particle_batch.sample(lambda solver_step: None, pipe, **initial.arguments())
 
 
-class _FirstStepReached(Exception):
-    """Exception that carries the first step of a run out of it."""
-
+KEPT_ELEMENTS = 2**14  # of the noise of one 512×512 image of Stable Diffusion, in one solver step
+KEPT_PARAMETERS = 10**9
+REJECTED = (TypeError, ValueError, AttributeError, RuntimeError)  # by blocks whose arguments do not fit a checkpoint
 
 TRACE_FIELDS = ("rewards", "norms", "best")
 CHECKSUM_KEY = "sha256"  # of the tensors
@@ -198,9 +219,6 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return result.hexdigest()
 
 
-logger = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class IterationResult:
     """One iteration: images (B·K, 3, H, W), rewards (B, K) and components at `noise` (B·K, …), the searches after it,
@@ -277,7 +295,7 @@ class NoiseRun:
         out = particle_batch.output(
             images, rewards, components, Particles.start(*rewards.shape), output_type=output_type
         )
-        start = InitialNoise(noise, tuple(self.chain.seeds)).rows(particle_batch.rows(out.order).tolist())
+        start = replace(self.chain.initial, noise=noise).rows(particle_batch.rows(out.order).tolist())
         return replace(out, start=start, trace=tuple(self.trace), stopped=self.stopped)
 
     def _best_scores(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -292,38 +310,38 @@ class NoiseRun:
 
 @dataclass(frozen=True)
 class Estimate:
-    """At some noise: images (B·K, 3, H, W), rewards (B, K) with their components, ∇_ε r (B·K, …) in fp32."""
+    """At some noise: images (B·K, 3, H, W), rewards (B, K) with their components, ∇_ε r (B·K, …) in fp32 if wanted."""
 
     images: Tensor
     rewards: Tensor
     components: Mapping[str, Tensor]
-    gradient: Tensor
+    gradient: Tensor | None
 
 
 class NoiseGradient(Protocol):
-    """(chain, noise, number of the iteration) → Estimate."""
+    """(chain, noise, number of the iteration) → Estimate, without the gradient in the last iteration."""
 
-    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate: ...
+    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate: ...
 
 
 @dataclass(frozen=True)
 class Backprop:
     """∇_ε r(G(ε)) by automatic differentiation. Raises InputError for a reward that lets no gradients through.
 
-    checkpointing  recompute activations in the backward pass instead of storing them
+    checkpointing  recompute activations in the backward pass instead of storing them; None: above a size
     """
 
-    checkpointing: bool = field(default=True, repr=False)  # changes no result: not in the fingerprint
+    checkpointing: bool | None = field(default=None, repr=False)  # changes no result: not in the fingerprint
 
-    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
+    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate:
         leaf = noise.detach().requires_grad_(True)
         with torch.enable_grad():
             images = chain.differentiable_images(leaf, self.checkpointing)
             rewards, components = chain.particle_batch.score(images)
-            gradient = per_sample_gradients(rewards, leaf, chain.in_fp16)
-        if gradient is None:
+            gradient = per_sample_gradients(rewards, leaf, chain.in_fp16) if wanted else None
+        if wanted and gradient is None:
             raise _not_differentiable(chain.particle_batch.reward.name)
-        chain.particle_batch.count_gradients(len(noise))
+        chain.particle_batch.count_gradients(len(noise) if wanted else 0)
         return Estimate(images.detach(), rewards.detach(), {n: p.detach() for n, p in components.items()}, gradient)
 
 
@@ -344,9 +362,11 @@ class ZeroOrder:
         if self.directions < 1 or not self.distance > 0:
             raise InputError(f"zero-order: directions must be at least 1 and distance above 0, got {self}")
 
-    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int) -> Estimate:
+    def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate:
         images = chain.fast_images(noise)
         rewards, components = chain.particle_batch.score(images)
+        if not wanted:
+            return Estimate(images, rewards, components, None)
         gradient = torch.zeros_like(noise)
         for number in range(self.directions):
             u = seeded_normal(chain.seeds, noise, [f"direction {iteration} {number}"] * len(noise))
@@ -399,14 +419,18 @@ class ReNOPipeline(SteeringPipeline):
         """
         s = settings
         rule = s.implementation("optimiser")
+        gradient = s.implementation("gradient")
+        if isinstance(gradient, Backprop) and s.gradient_checkpointing != "auto":
+            gradient = replace(gradient, checkpointing=bool(s.gradient_checkpointing))
         ascent = Ascent(
-            s.implementation("gradient"),
+            gradient,
             rule if s.lr is None else replace(rule, lr=s.lr),
             s.regularisation,
             s.max_grad_norm,
             s.patience,
             s.restarts,
             s.target_reward,
+            last=s.iterations - 1 if s.state_file is None else None,
         )
         check_differentiable(self.reward, ascent.gradient)
         call = filter_call_kwargs(self.pipe, ONE_STEP) | call
@@ -432,7 +456,10 @@ def _optimise(
 
 @dataclass(frozen=True)
 class Ascent:
-    """One iteration of ReNO: a gradient ascent step of each search."""
+    """One iteration of ReNO: a gradient ascent step of each search.
+
+    last  number of the last iteration, after which no step is taken; None: a later run may continue from its step
+    """
 
     gradient: NoiseGradient
     optimiser: Optimiser
@@ -441,6 +468,7 @@ class Ascent:
     patience: int | None = None
     restarts: int = 0
     target: float | None = field(default=None, repr=False)
+    last: int | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 < self.optimiser.lr < float("inf"):  # an optimiser object has one of its own
@@ -448,8 +476,10 @@ class Ascent:
 
     def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
         """Evaluate rewards and gradient at the current noise, keep the best, take a step."""
-        estimate = self.gradient(chain, search.noise, number)
+        estimate = self.gradient(chain, search.noise, number, number == 0 or number != self.last)
         recorded = search.record(estimate.rewards.flatten()).finish_at_target(self.target)
+        if estimate.gradient is None:
+            return IterationResult(estimate.images, estimate.rewards, estimate.components, search.noise, recorded)
         uphill = estimate.gradient + self.regularisation * prior_gradient(search.noise)
         stopped, updated = self._nonfinite_gradient(chain, uphill, number), recorded
         if stopped is None:

@@ -321,6 +321,8 @@ class ReNOSettings(IterationSettings):
     gradient        backprop; or zero-order, for any reward. Also an object of steer.pipelines.reno
     patience        iterations without a better reward after which a search ends, or restarts from new noise
     restarts        restarts of each search when its patience is out
+    gradient_checkpointing  recompute activations in the backward pass: true, false, or auto: above 16,384 elements of
+                    noise times solver steps, or a billion weights
     """
 
     optimiser: Any = option("sgd", choices="steer.noise:OPTIMISERS")
@@ -330,11 +332,14 @@ class ReNOSettings(IterationSettings):
     gradient: Any = option("backprop", choices="steer.pipelines.reno:GRADIENTS")
     patience: int | None = option(None, "[1, inf]")
     restarts: int = option(0, "[0, inf]")
+    gradient_checkpointing: bool | str = argument("auto")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.restarts and self.patience is None:
             raise InputError(f"restarts must be at least 0, and need a patience, got {self.restarts}")
+        if self.gradient_checkpointing not in ("auto", True, False):
+            raise InputError(f"gradient_checkpointing must be true, false or auto, got {self.gradient_checkpointing!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

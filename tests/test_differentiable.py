@@ -1,5 +1,6 @@
 """Gradients through whole pipelines against finite differences, and the memory of the backward pass."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -8,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import PIPELINES, cached_pipe, call_kwargs
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
 from soft_rewards import Soft, images_of, in_precision, likeness, models_of, own_kwargs, pattern, seeded
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+import steer.pipelines.reno
 from steer import Iteration, ReNOPipeline
 from steer.diffusion.differentiable import differentiable
 from steer.diffusion.step_hooks import hook_steps
+from steer.errors import InputError
 from steer.pipelines.reno import NoiseToImage
 
 FAMILIES = [name for name in PIPELINES if name != "img2img"]
@@ -191,3 +196,81 @@ def test_nothing_of_a_run_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ReNOPipeline(cached_pipe("sd3"), Soft(likeness))(iterations=1, **own_kwargs("sd3"))
     gc.collect()
     assert [one() for one in made] == [None]
+
+
+def test_a_twin_is_built_once_and_again_after_every_change() -> None:
+    pipe = in_precision(cached_pipe("sd"))
+    vae, rank = pipe.vae, {"r": 4, "target_modules": ["to_q"]}
+
+    def model(name: str = "unet", checkpointing: bool = True) -> nn.Module:
+        return getattr(differentiable(copy.copy(pipe), checkpointing), name)  # type: ignore[no-any-return]
+
+    first = model()
+    assert model() is first
+    assert model(checkpointing=False) is not first
+    user, second = differentiable(pipe), model()
+    assert user.unet is not second  # two calls at once
+    changes: dict[str, Callable[[], object]] = {
+        "adapter": lambda: pipe.unet.add_adapter(LoraConfig(**rank)),
+        "scale": lambda: pipe.unet.set_adapters(["default"], [0.5]),
+        "processor": lambda: pipe.unet.set_attn_processor(AttnProcessor()),
+        "mode": pipe.unet.train,
+        "tiling": vae.enable_tiling,
+        "hook": lambda: vae.register_forward_pre_hook(lambda *_: None),
+        "precision": lambda: vae.to(torch.float64),
+        "weight": lambda: setattr(vae.decoder.conv_in, "bias", nn.Parameter(torch.zeros(4))),
+    }
+    for name, change in changes.items():
+        before = model()
+        assert model() is before, name
+        change()
+        assert model() is not before, name
+
+
+def test_weights_that_change_in_place_change_in_the_twin() -> None:
+    pipe, call = in_precision(cached_pipe("sd")), call_kwargs("sd", 1, 1)
+    latents = first_latents(pipe, call)
+    before = images_from(differentiable(pipe), call, latents.clone().requires_grad_())
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.add_(1.0)
+    after = images_from(differentiable(pipe), call, latents.clone().requires_grad_())
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after.detach(), images_from(pipe, call, latents))
+
+
+@pytest.mark.parametrize("where", ["blocks", "model"])
+def test_blocks_that_reject_checkpointing_keep_their_activations(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    def reject(*_: Any, **__: Any) -> None:
+        raise TypeError("block takes 3 positional arguments")
+
+    pipe = in_precision(cached_pipe("sd"))
+    if where == "blocks":
+        pipe.unet._set_gradient_checkpointing = reject
+    else:
+        pipe.unet.enable_gradient_checkpointing = reject
+    call = own_kwargs("sd") | {"iterations": 3, "generator": seeded()}
+    out = ReNOPipeline(pipe, Soft(likeness))(**call, gradient_checkpointing=True)
+    kept = ReNOPipeline(cached_pipe("sd"), Soft(likeness))(
+        **call | {"generator": seeded()}, gradient_checkpointing=False
+    )
+    assert torch.equal(out.rewards, kept.rewards) and caplog.text.count("rejects gradient checkpointing") == 1
+
+
+@pytest.mark.parametrize(("setting", "expected"), [("auto", False), (False, False), (True, True)])
+def test_checkpoints_are_for_large_runs_or_on_request(setting: Any, expected: bool, monkeypatch: Any) -> None:
+    asked: list[bool] = []
+    plain = NoiseToImage._differentiable_pipe
+
+    def note(self: NoiseToImage, checkpointing: bool) -> Any:
+        asked.append(checkpointing)
+        return plain(self, checkpointing)
+
+    monkeypatch.setattr(NoiseToImage, "_differentiable_pipe", note)
+    run = ReNOPipeline(cached_pipe("sd"), Soft(likeness))
+    run(**own_kwargs("sd"), iterations=2, gradient_checkpointing=setting)
+    assert asked == [expected] * 2
+    monkeypatch.setattr(steer.pipelines.reno, "KEPT_ELEMENTS", 4 * 4 * 4 * 2 - 1)
+    run(**own_kwargs("sd", steps=2), iterations=1, gradient_checkpointing=setting)
+    assert asked[2:] == [setting is not False]
+    with pytest.raises(InputError, match="gradient_checkpointing must be true, false or auto, got 'yes'"):
+        run(**own_kwargs("sd"), gradient_checkpointing="yes")

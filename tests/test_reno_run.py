@@ -102,9 +102,9 @@ def test_a_reward_that_fails_at_once_raises(function: Function) -> None:
         run(Soft(function))
 
 
-def test_pipelines_without_latents_are_refused() -> None:
-    with pytest.raises(UnsupportedPipelineError, match="StableDiffusionImg2ImgPipeline takes no latents"):
-        run(name="img2img")
+def test_pipelines_without_latents_are_optimised_too() -> None:
+    out = run(name="img2img", num_inference_steps=4, iterations=4)
+    assert (out.trace[-1].best > out.trace[0].best).all()
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,16 @@
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,13 +33,100 @@ def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False
     """
     twin = differentiable_images(pipe)
     models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
-    models = dict(zip(models, _frozen_twins(models.values()), strict=True))
-    if models.get("vae") is not None:
-        _decode_in_its_own_precision(models["vae"])
-    if checkpointing:
-        _checkpoint(models, one_call)
-    vars(twin).update(models)
+    vars(twin).update(_TWINS.models(twin, models, checkpointing, one_call))
     return twin
+
+
+def _build_models(models: Mapping[str, nn.Module], checkpointing: bool, one_call: bool) -> dict[str, nn.Module]:
+    twins = dict(zip(models, _frozen_twins(models.values()), strict=True))
+    if twins.get("vae") is not None:
+        _decode_in_its_own_precision(twins["vae"])
+    if checkpointing:
+        _checkpoint(twins, one_call)
+    return twins
+
+
+@dataclass
+class _Built:
+    """Models of a twin, the state of the originals that they are built from, and the twin that uses them."""
+
+    models: dict[str, nn.Module]
+    state: list[Any]
+    user: weakref.ref[Any]
+
+
+class _Twins:
+    """The latest twin of each set of models: copying them takes longer than some iterations of an optimisation.
+
+    It is built again once anything about the originals has changed, or where another call still uses it.
+    """
+
+    def __init__(self) -> None:
+        self.built: weakref.WeakKeyDictionary[nn.Module, _Built] = weakref.WeakKeyDictionary()
+        self.lock = threading.Lock()
+
+    def models(
+        self, twin: Any, originals: Mapping[str, nn.Module], checkpointing: bool, one_call: bool
+    ) -> dict[str, nn.Module]:
+        """Return the models of a twin pipeline, built or kept."""
+        if not originals:
+            return {}
+        state = [checkpointing, one_call, *map(module_state, originals.values())]
+        key = next(iter(originals.values()))
+        with self.lock:
+            kept = self.built.get(key)
+            if kept is None or kept.state != state or kept.user() is not None:
+                kept = _Built(_build_models(originals, checkpointing, one_call), state, weakref.ref(twin))
+                self.built[key] = kept
+            kept.user = weakref.ref(twin)
+        return kept.models
+
+
+_TWINS = _Twins()
+
+
+def module_state(model: nn.Module) -> list[Any]:
+    """Return everything about a module but the values of its weights, to be compared with a later state.
+
+    Modules, weights and other objects count by their identity; the objects also by their attributes, three deep.
+    """
+    state: list[Any] = []
+    for part in model.modules():
+        state += id(part), type(part)
+        for key, value in vars(part).items():
+            kind = type(value)
+            if kind in _PLAIN:
+                state += key, value
+            elif key in ("_parameters", "_buffers"):
+                state += [one for tensor in value.values() for one in _tensor_state(tensor)]
+            elif key != "_modules" and (kind not in _CONTAINERS or value):
+                state += key, _value_state(value)
+    return state
+
+
+_PLAIN = {bool, int, float, complex, str, bytes, NoneType, torch.dtype, torch.device, type}
+_CONTAINERS = {dict, OrderedDict, list, tuple, set}
+
+
+def _tensor_state(value: Tensor | None) -> tuple[Any, ...]:
+    if value is None:
+        return (None,)
+    storage = value.data_ptr() if type(value) in (nn.Parameter, Tensor) else None  # quantised ones may have none
+    return id(value), storage, value.dtype, value.device
+
+
+def _value_state(value: Any, depth: int = 3) -> Any:
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if isinstance(value, FrozenDict) or not depth:  # a changed configuration is another object
+        return kind, id(value)
+    if isinstance(value, dict):
+        return kind, [(key, _value_state(one, depth - 1)) for key, one in value.items()]
+    if isinstance(value, list | tuple):
+        return kind, [_value_state(one, depth - 1) for one in value]
+    inside = {} if isinstance(value, nn.Module | Tensor) else getattr(value, "__dict__", {})
+    return kind, id(value), [(key, _value_state(one, depth - 1)) for key, one in inside.items()]
 
 
 def differentiable_images(pipe: Any) -> Any:
@@ -46,6 +139,16 @@ def differentiable_images(pipe: Any) -> Any:
     return twin
 
 
+def with_fixed_device(pipe: Any) -> Any:
+    """Copy a pipeline for many runs on one device, which it would look for in all its modules in each of them."""
+    if not hasattr(pipe, "_execution_device"):
+        return pipe
+    cls, view = type(pipe), copy.copy(pipe)
+    members = {"_execution_device": pipe._execution_device, "__module__": cls.__module__}
+    view.__class__ = type(cls.__name__, (cls,), members)
+    return view
+
+
 def _frozen_twins(models: Iterable[nn.Module]) -> list[nn.Module]:
     """Copy modules on the same weights and buffers, without gradients for them.
 
@@ -55,6 +158,8 @@ def _frozen_twins(models: Iterable[nn.Module]) -> list[nn.Module]:
     for model in (models := list(models)):
         memo |= {id(buffer): buffer for buffer in model.buffers()}
         memo |= {id(p): _frozen(p) for p in model.parameters()}
+        computed = [one for part in model.modules() for one in vars(part).values() if isinstance(one, Tensor)]
+        memo |= {id(one): one.detach() for one in computed if one.grad_fn is not None}  # by weight_norm, in every call
     return [copy.deepcopy(model, memo) for model in models]
 
 

@@ -6,10 +6,12 @@ For pipelines that cannot make several images in one call. The calls run in thre
 import copy
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 
 from steer.diffusion.preview import first_output
 from steer.diffusion.step_hooks import (
@@ -33,6 +35,7 @@ class _Turn:
     def __init__(self, call: Callable[[OnStep], Tensor]) -> None:
         self._resumed, self._paused = threading.Semaphore(0), threading.Semaphore(0)
         self._call, self._grad = call, torch.is_grad_enabled()
+        self._modes = _get_current_function_mode_stack()  # replaced draws, which are of one thread
         self.step: SolverStep | None = None
         self.override: StepOverride | Continue | None = None
         self.images: Tensor | None = None
@@ -59,7 +62,10 @@ class _Turn:
         self._resumed.acquire()
         try:
             if not self._stop:
-                with torch.set_grad_enabled(self._grad):
+                with ExitStack() as stack:
+                    stack.enter_context(torch.set_grad_enabled(self._grad))
+                    for mode in self._modes:
+                        stack.enter_context(mode)
                     self.images = self._call(self._at_step)
         except BaseException as error:  # noqa: BLE001  # raised again by `resume`, in the caller's thread
             self.error = error

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Generator, Tensor
 
+Generators = Generator | list[Generator]
+
 
 def seeded_normal(seeds: Sequence[int], like: Tensor, streams: Sequence[str]) -> Tensor:
     """Draw standard normal numbers shaped like (N, …), each row from its own seed and stream name."""
@@ -30,3 +32,10 @@ def set_random_state(state: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(state["cpu"].clone())  # set_rng_state crashes on a view
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].clone())
+
+
+def copy_generators(generator: Generator | Sequence[Generator]) -> Generators:
+    """Copy one or several generators in their present state."""
+    if not isinstance(generator, Generator):
+        return [Generator(one.device).set_state(one.get_state()) for one in generator]
+    return Generator(generator.device).set_state(generator.get_state())
