@@ -11,11 +11,11 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
-from steer.arguments import annotations_of, coerce_value
+from steer.arguments import IMAGES_PER_PROMPT, annotations_of, coerce_value
 from steer.audio import AudioReward, check_media, is_audio, sample_rate_of
 from steer.diffusion.batching import ActiveRows
 from steer.diffusion.preview import build_preview
-from steer.diffusion.rows import IMAGES_PER_PROMPT, RowsCall
+from steer.diffusion.rows import RowsCall
 from steer.diffusion.step_hooks import (
     OutputShapes,
     SolverStep,

@@ -15,7 +15,7 @@ from pkgutil import resolve_name
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from steer.arguments import coerce_value
+from steer.arguments import IMAGES_PER_PROMPT, coerce_value
 from steer.errors import InputError
 from steer.registry import choose
 
@@ -353,14 +353,6 @@ class NoiseSearchSettings(IterationSettings):
     iterations: int = option(12, "[1, inf]")
     neighbours: int = option(4, "[1, inf]")
     distance: float = option(0.5, "(0, 1]")
-
-
-IMAGES_PER_PROMPT = (
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-    "num_waveforms_per_prompt",
-    "num_images_per_text",
-)  # diffusers' names of num_particles
 
 
 def read_arguments(kind: type[Settings], arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -10,6 +10,14 @@ from typing import Any, ParamSpec, TypeGuard, TypeVar, Union, get_args, get_orig
 
 from steer.errors import InputError
 
+# diffusers' names of num_particles
+IMAGES_PER_PROMPT = (
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "num_waveforms_per_prompt",
+    "num_images_per_text",
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -14,17 +14,11 @@ import PIL.Image
 import torch
 from torch import Generator, Tensor
 
+from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.lockstep import run_in_lock_step
 from steer.diffusion.preview import filter_call_kwargs, first_output
 from steer.diffusion.step_hooks import OnStep, SolverStep, StepOverride, UnsupportedPipelineError, hook_steps
-from steer.errors import InputError
 
-IMAGES_PER_PROMPT = (
-    "num_images_per_prompt",
-    "num_videos_per_prompt",
-    "num_waveforms_per_prompt",
-    "num_images_per_text",
-)
 TEXTS = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt", "class_labels")
 # Arguments that are one for the whole call, whatever their length.
 SHARED = (
@@ -94,7 +88,8 @@ class RowsCall:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                if started or (isinstance(error, InputError) and not isinstance(error, UnsupportedPipelineError)):
+                own = type(error).__module__.startswith("steer.") and not isinstance(error, UnsupportedPipelineError)
+                if started or own:
                     raise
                 reasons.append(error)
             if self.place + 1 == len(self._forms):

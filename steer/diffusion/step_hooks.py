@@ -111,7 +111,8 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
     scheduler, one that never steps it, or whose steps have no common noise level.
     """
     scheduler = scheduler_of(pipe)
-    check_verified(scheduler)
+    with torch._C.DisableTorchFunction():  # the rehearsal's draws are not the call's, which a caller may replace
+        check_verified(scheduler)
     tracker = _Tracker(pipe, on_step, rows, grad)
     view = replace_parts(pipe, {id(scheduler): _tracked_scheduler(scheduler, tracker)})
     if hasattr(view, "encode_prompt"):

@@ -177,7 +177,9 @@ def _narrow_posterior(module: nn.Module) -> None:
     convolutions = [one for one in module.encoder.modules() if isinstance(one, nn.Conv2d | nn.Conv3d)]
     last = getattr(module, "quant_conv", None) or (convolutions[-1] if convolutions else None)
     channels = getattr(module.config, "latent_channels", None) or getattr(module.config, "z_dim", None)
-    if isinstance(last, nn.Conv2d | nn.Conv3d) and last.bias is not None and last.out_channels == 2 * (channels or 0):
+    if channels is None or not isinstance(last, nn.Conv2d | nn.Conv3d) or last.bias is None:
+        return
+    if last.out_channels in (2 * channels, channels + 1):  # LTX has one variance for all
         last.weight[channels:], last.bias[channels:] = 0.0, -30.0
 
 

@@ -12,7 +12,7 @@ CORPUS = [
     "Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of the "
     "objects and background",
     "Describe the key features of the input image, then explain how the text instruction should alter or "
-    "modify the image. Generate a new image that meets the user's requirements while maintaining consistency with the original",
+    "modify the image. Generate a new image that meets the requirements while maintaining consistency with the input",
     "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
     "on textual prompts or user prompts. system user assistant Picture",
 ]
