@@ -156,6 +156,7 @@ def joined_step(steps: Sequence[SolverStep]) -> SolverStep:
         first.index,
         joined([one.output for one in steps]),
         calls=first.calls,
+        own_x0=None if first.own_x0 is None else joined([one.own_x0 for one in steps if one.own_x0 is not None]),
     )
     joint.prev, joint.total = joined([one.prev for one in steps]), first.total
     return joint

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
@@ -175,12 +176,19 @@ def first_output(output: Any) -> Tensor:
         images = output[0]
     else:
         images = next(iter(output.values())) if isinstance(output, Mapping) else output.images
+    return _as_tensor(images)
+
+
+def _as_tensor(images: Any) -> Tensor:
+    """Convert tensors, arrays with channels last, PIL images, or lists of any of these, to one tensor."""
     if torch.is_tensor(images):
         return images
-    if isinstance(images, np.ndarray) and isinstance(output, Mapping) and "audios" in output:
-        return torch.from_numpy(images)
-    arrays = images if isinstance(images, np.ndarray) else VaeImageProcessor.pil_to_numpy(images)
-    return VaeImageProcessor.numpy_to_pt(arrays)
+    if isinstance(images, np.ndarray):
+        tensor = torch.from_numpy(images)
+        return tensor.movedim(-1, -3) if tensor.dim() > 3 else tensor  # waveforms have no channels last
+    if isinstance(images, list | tuple) and not isinstance(images[0], PIL.Image.Image):
+        return torch.stack([_as_tensor(one) for one in images])
+    return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(images))
 
 
 RADIUS = 2

@@ -57,9 +57,12 @@ class SolverStep:
     prev: Tensor = field(init=False)
     total: int = field(init=False)
     calls: int = 1
+    own_x0: Tensor | None = field(default=None, repr=False)  # x̂0 that the pipeline itself gives to the scheduler
 
     @functools.cached_property
     def _x0(self) -> Tensor:
+        if self.own_x0 is not None:
+            return self.own_x0.float()
         return predict_x0(self.scheduler, self.output, self.t, self.x, self.index)
 
     def x0(self) -> Tensor:
@@ -69,13 +72,17 @@ class SolverStep:
     def exact_kernel(self, eta: float) -> Gaussian:
         """Return the Gaussian step p(x_s | x_t) with noise η in fp64: log-ratios are differences of large sums."""
         levels, dtype = step_levels(self.scheduler, self.t, self.index), widest(self.x.device)
-        x0 = predict_x0(self.scheduler, self.output, self.t, self.x, self.index, dtype)
+        if self.own_x0 is not None:
+            x0 = self.own_x0.to(dtype)
+        else:
+            x0 = predict_x0(self.scheduler, self.output, self.t, self.x, self.index, dtype)
         return gaussian_transition(self.x, x0, *levels, eta)
 
     def kernel(self, eta: float, rows: Tensor | None = None) -> Gaussian:
         """Return the Gaussian step p(x_s | x_t) with noise η, of all particles or of `rows` (repeats allowed)."""
         levels = step_levels(self.scheduler, self.t, self.index)
-        if has_kernel(self.x, self.output) and not self.scheduler.config.get("thresholding"):
+        plain = self.own_x0 is None and has_kernel(self.x, self.output)
+        if plain and not self.scheduler.config.get("thresholding"):
             x, output = (self.x, self.output) if rows is None else (self.x[rows], self.output[rows])
             return fused_gaussian(self.scheduler, x, output, *levels, eta)
         x, x0 = (self.x, self.x0()) if rows is None else (self.x[rows], self.x0()[rows])
@@ -165,6 +172,8 @@ class _Tracker:
     def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Make one scheduler step, report its transition once complete, and apply the override."""
         arguments = bound.arguments
+        if OWN_X0 in arguments and arguments[OWN_X0] is None and _passes_argument(self.pipe, OWN_X0):
+            return plain_step(*bound.args, **bound.kwargs)  # the conversion to x̂0 before the step that is given it
         x, t, output = (arguments.get(name) for name in ("sample", "timestep", "model_output"))
         self._check(x, output, t, arguments)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
@@ -172,7 +181,8 @@ class _Tracker:
         index = (getattr(scheduler, "step_index", None) or 0) - 1
         if self.pending is None:
             t = t.flatten()[0] if torch.is_tensor(t) and t.dim() else t
-            self.pending = SolverStep(self.transitions, t, x, scheduler, index, output)
+            own_x0 = arguments.get(OWN_X0)
+            self.pending = SolverStep(self.transitions, t, x, scheduler, index, output, own_x0=own_x0)
         else:
             self.pending.calls += 1
         if not mid_transition(scheduler):
@@ -251,6 +261,15 @@ class _Tracker:
             raise UnsupportedPipelineError(
                 "disable the feature cache of the denoiser: its state per sample cannot be resampled"
             )
+
+
+OWN_X0 = "pred_original_sample"  # argument of EDM's step
+
+
+def _passes_argument(pipe: Any, name: str) -> bool:
+    """Return whether the call of a pipeline passes an argument of this name to some function."""
+    constants = inspect.unwrap(type(pipe).__call__).__code__.co_consts
+    return any(isinstance(names, tuple) and name in names for names in constants)
 
 
 def _first(out: Any) -> Tensor:
