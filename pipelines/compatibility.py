@@ -30,6 +30,7 @@ from steer.training.rollout import Rows, Sampler, log_probs
 
 PARTICLES = 2
 TOLERANCE = 2e-3  # of pixels in [0, 1], and of log-densities relative to their size
+ROUNDING = 4e-3  # of pixels, where a safety checker rounds them to 8 bits
 SEED = 3
 
 
@@ -170,17 +171,28 @@ def check_rows(check: PipelineCheck) -> None:
     Others may draw in another order: some pipelines draw once for all rows, then for each.
     """
     _, images = check.plain_batch
-    _equal(images[:1], _batched(check.plain(SEED), images), TOLERANCE, "a particle of a batch")
+    _equal(images[:1], _batched(check.plain(SEED), images), ROUNDING, "a particle of a batch")
 
 
 def check_swap(check: PipelineCheck) -> None:
-    """Let two particles trade places after the second step: their images trade places."""
+    """Let two particles trade places after the second step: their images trade places.
+
+    A solver that adds noise of its own, to each slot another, is exempt: copies of one particle part.
+    """
     _, plain = check.plain_batch
 
-    def swap(solver_step: SolverStep) -> tuple[Tensor, None] | None:
-        return (torch.tensor([1, 0]), None) if solver_step.k == min(1, solver_step.total - 1) else None
+    def moved(*ancestors: int) -> Tensor:
+        def move(solver_step: SolverStep) -> tuple[Tensor, None] | None:
+            return (torch.tensor(ancestors), None) if solver_step.k == min(1, solver_step.total - 1) else None
 
-    _equal(check.batch().sample(swap), plain.flip(0), TOLERANCE, "a run of particles that trade places")
+        return check.batch().sample(move)
+
+    swapped = moved(1, 0)
+    if swapped.shape == plain.shape and (swapped - plain.flip(0)).abs().max() > TOLERANCE:
+        first, second = moved(0, 0)
+        if (first - second).abs().max() > TOLERANCE:
+            return
+    _equal(swapped, plain.flip(0), TOLERANCE, "a run of particles that trade places")
     if plain[0].shape == plain[1].shape and torch.equal(plain[0], plain[1]):
         raise _Differs("both particles made the same image")
 

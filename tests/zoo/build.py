@@ -195,9 +195,9 @@ def call_of(name: str) -> dict[str, Any]:
     draws = torch.Generator().manual_seed(7)
     call = {key: value(one, draws) for key, one in CASES[name]["call"].items() if key in pipe_call}
     if "num_inference_steps" in pipe_call:
-        call["num_inference_steps"] = (
-            STEPS if call.get("strength", 1) in (None, 1) else math.ceil(STEPS / call["strength"])
-        )
+        default = pipe_call["strength"].default if "strength" in pipe_call else 1
+        strength = call.get("strength") or (default if isinstance(default, float) else 1)
+        call["num_inference_steps"] = math.ceil(STEPS / strength)
     return copy.copy(call)
 
 
