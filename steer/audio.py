@@ -48,5 +48,10 @@ def check_media(pipe: Any, reward: Any, media: Tensor) -> None:
     """Raise InputError where a reward of images meets audio, or a reward of audio meets images."""
     if is_audio(media) == isinstance(reward, AudioReward):
         return
-    made, remedy = ("audio", "use an AudioReward") if is_audio(media) else ("images", "use a reward of images")
-    raise InputError(f"{type(pipe).__name__} makes {made}, which reward {reward.name!r} does not score: {remedy}")
+    name, shape = type(pipe).__name__, tuple(media.shape)
+    if is_audio(media):
+        raise InputError(
+            f"{name} makes no images but a tensor of shape {shape}, which reward {reward.name!r} does not score: use an "
+            "AudioReward for waveforms"
+        )
+    raise InputError(f"{name} makes images, which reward {reward.name!r} does not score: use a reward of images")

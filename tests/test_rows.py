@@ -131,7 +131,7 @@ def test_audio_needs_a_reward_of_audio() -> None:
     check_media(None, load_reward("brightness"), torch.zeros(2, 3, 8, 8))
     with pytest.raises(InputError, match="makes images, which reward 'mean' does not score: use a reward of images"):
         check_media(None, reward, torch.zeros(2, 3, 8, 8))
-    with pytest.raises(InputError, match="which reward 'brightness' does not score: use an AudioReward"):
+    with pytest.raises(InputError, match="which reward 'brightness' does not score: use an AudioReward for waveforms"):
         check_media(None, load_reward("brightness"), torch.zeros(2, 1, 100))
 
 

@@ -587,7 +587,7 @@ def with_modules(pipe: Any, modules: Mapping[str, Any]) -> Any:
 
     Offloading hooks are on its own modules, and it restores them itself.
     """
-    view = copy.copy(pipe)
+    view = replace_parts(pipe, {id(getattr(pipe, name)): module for name, module in modules.items()})
     vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
     return view
 
