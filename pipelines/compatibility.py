@@ -30,7 +30,7 @@ from steer.training.rollout import Rows, Sampler, log_probs
 
 PARTICLES = 2
 TOLERANCE = 2e-3  # of pixels in [0, 1], and of log-densities relative to their size
-ROUNDING = 4e-3  # of pixels, where a safety checker rounds them to 8 bits
+ROUNDING = 4e-3  # of pixels, where a safety checker returns them in 8 bits
 SEED = 3
 
 

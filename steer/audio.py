@@ -51,7 +51,7 @@ def check_media(pipe: Any, reward: Any, media: Tensor) -> None:
     name, shape = type(pipe).__name__, tuple(media.shape)
     if is_audio(media):
         raise InputError(
-            f"{name} makes no images but a tensor of shape {shape}, which reward {reward.name!r} does not score: use an "
-            "AudioReward for waveforms"
+            f"{name} makes no images but a tensor of shape {shape}, which reward {reward.name!r} does not score: use "
+            "an AudioReward for waveforms"
         )
     raise InputError(f"{name} makes images, which reward {reward.name!r} does not score: use a reward of images")

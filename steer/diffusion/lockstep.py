@@ -128,7 +128,7 @@ def _decide(pipe: Any, turns: Sequence[_Turn], on_step: OnStep) -> None:
         rows = ancestors.tolist()
         states = [_state(one.scheduler) for one in steps]
         for one, row in zip(steps, rows, strict=True):
-            vars(one.scheduler).update(copy.deepcopy(states[row]))
+            one.scheduler.__dict__.update(copy.deepcopy(states[row]))
         prevs = [prevs[row] for row in rows]
     for place, turn in enumerate(turns):
         if latents is not None:

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.lockstep import run_in_lock_step
 from steer.diffusion.preview import filter_call_kwargs, first_output
-from steer.diffusion.step_hooks import OnStep, SolverStep, StepOverride, UnsupportedPipelineError, hook_steps
+from steer.diffusion.step_hooks import Continue, OnStep, SolverStep, StepOverride, UnsupportedPipelineError, hook_steps
 
 TEXTS = ("prompt", "negative_prompt", "pooled_prompt", "negative_pooled_prompt", "class_labels")
 # Arguments that are one for the whole call, whatever their length.
@@ -72,13 +72,13 @@ class RowsCall:
 
         Raises UnsupportedPipelineError where no form of the call has N rows.
         """
-        own = [value for value in (*self.call.values(), *given.values()) if value is not None]
-        random = RandomState.of([one for value in own for one in (value if isinstance(value, list) else [value])])
+        values = [value for value in (*self.call.values(), *given.values()) if value is not None]
+        random = RandomState.of([one for value in values for one in (value if isinstance(value, list) else [value])])
         reasons: list[Exception] = []
         while True:
             started = False
 
-            def started_step(solver_step: SolverStep) -> StepOverride | None:
+            def started_step(solver_step: SolverStep) -> StepOverride | Continue | None:
                 nonlocal started
                 started = True
                 return on_step(solver_step)
@@ -88,8 +88,10 @@ class RowsCall:
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
-                own = type(error).__module__.startswith("steer.") and not isinstance(error, UnsupportedPipelineError)
-                if started or own:
+                raised_here = type(error).__module__.startswith("steer.") and not isinstance(
+                    error, UnsupportedPipelineError
+                )
+                if started or raised_here:
                     raise
                 reasons.append(error)
             if self.place + 1 == len(self._forms):

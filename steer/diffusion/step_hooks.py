@@ -174,8 +174,8 @@ class _Tracker:
         arguments = bound.arguments
         if OWN_X0 in arguments and arguments[OWN_X0] is None and _passes_argument(self.pipe, OWN_X0):
             return plain_step(*bound.args, **bound.kwargs)  # the conversion to x̂0 before the step that is given it
-        x, t, output = (arguments.get(name) for name in ("sample", "timestep", "model_output"))
-        self._check(x, output, t, arguments)
+        t = arguments.get("timestep")
+        x, output = self._checked(arguments.get("sample"), arguments.get("model_output"), t, arguments)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
             out = plain_step(*bound.args, **bound.kwargs)
         index = (getattr(scheduler, "step_index", None) or 0) - 1
@@ -208,7 +208,7 @@ class _Tracker:
         ancestors = self.followed.get(number)
         if ancestors is None:
             return out
-        vars(scheduler).update(_reindexed_state(scheduler, ancestors, _first(out)))
+        scheduler.__dict__.update(_reindexed_state(scheduler, ancestors, _first(out)))
         return _reindexed(out, ancestors, _first(out))
 
     def rows_of_particles(self, tensor: Tensor) -> Tensor:
@@ -217,7 +217,8 @@ class _Tracker:
             return tensor
         return tensor[self.origin.to(tensor.device)]
 
-    def _check(self, x: Any, output: Any, t: Any, arguments: Mapping[str, Any]) -> None:
+    def _checked(self, x: Any, output: Any, t: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the latents and the output of a step. Raises UnsupportedPipelineError where they do not fit."""
         name = type(self.pipe).__name__
         several = torch.is_tensor(t) and t.dim() > 0 and bool((t != t.flatten()[0]).any())
         if several or arguments.get("per_token_timesteps") is not None:
@@ -230,6 +231,7 @@ class _Tracker:
             )
         if self.rows and (x.dim() == 0 or len(x) != self.rows):
             raise UnsupportedPipelineError(f"the scheduler was given {len(x)} rows for {self.rows} particles")
+        return x, output
 
     def _apply(self, override: StepOverride | Continue, scheduler: Scheduler, out: Any, x: Tensor) -> Any:
         if isinstance(override, Continue):
@@ -238,7 +240,7 @@ class _Tracker:
         if ancestors is not None:
             self._check_resampling()
             prev = _first(out)
-            vars(scheduler).update(_reindexed_state(scheduler, ancestors, prev))
+            scheduler.__dict__.update(_reindexed_state(scheduler, ancestors, prev))
             out = _reindexed(out, ancestors, prev)
             self.followed[self.transitions - 1] = ancestors
             self.origin = ancestors if self.origin is None else self.origin.to(ancestors.device)[ancestors]
@@ -284,7 +286,7 @@ def _with_latents(out: Any, latents: Tensor, x0: Tensor | None) -> Any:
         names = [one.name for one in fields(out)]  # type: ignore[arg-type]
         values = [latents, *([getattr(out, names[1]) if x0 is None else x0] if len(names) > 1 else [])]
         rest = {name: getattr(out, name) for name in names[2:]}
-        return type(out)(**dict(zip(names, values, strict=False)) | rest)  # type: ignore[call-arg]
+        return type(out)(**dict(zip(names, values, strict=False)) | rest)
     return type(out)((latents, *(out[1:2] if x0 is None or len(out) < 2 else (x0,)), *out[2:]))
 
 
