@@ -39,12 +39,15 @@ class Form:
 class RowsCall:
     """The call of a pipeline for `groups` prompts of `size` rows each.
 
-    call  arguments of the pipeline's call for the prompts, without a count of images
+    call           arguments of the pipeline's call for the prompts, without a count of images
+    one_condition  lists of images are the condition of every row, whatever their length
     """
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any], groups: int, size: int) -> None:
+    def __init__(
+        self, pipe: Any, call: Mapping[str, Any], groups: int, size: int, *, one_condition: bool = False
+    ) -> None:
         self.rows = groups * size
-        self._forms = list(forms(pipe, call, groups, size))
+        self._forms = list(forms(pipe, call, groups, size, one_condition))
         self.place = 0  # of the form in use
 
     def start_at(self, place: int) -> None:
@@ -140,7 +143,7 @@ def _refusal(pipe: Any, rows: int, reasons: Sequence[Exception]) -> UnsupportedP
     )
 
 
-def forms(pipe: Any, call: Mapping[str, Any], groups: int, size: int) -> Iterator[Form]:
+def forms(pipe: Any, call: Mapping[str, Any], groups: int, size: int, one_condition: bool = False) -> Iterator[Form]:
     """Return the forms of a call, in the order in which they are tried.
 
     1. the pipeline's own count of images for each prompt    2. the same, conditions repeated for every row
@@ -152,7 +155,12 @@ def forms(pipe: Any, call: Mapping[str, Any], groups: int, size: int) -> Iterato
     rows = groups * size
     own = dict(call) | ({"batch_size": rows} if count is None and "batch_size" in accepted else {})
     texts = {name: _repeated(value, groups, size) for name, value in own.items() if _is_text(name, value)}
-    conditions = {name: _repeated(value, groups, size) for name, value in own.items() if _is_condition(name, value)}
+    lists = {name for name, value in own.items() if one_condition and isinstance(value, list | tuple)}
+    conditions = {
+        name: [value] * rows if name in lists else _repeated(value, groups, size)
+        for name, value in own.items()
+        if _is_condition(name, value)
+    }
     batches = [own | {count: size}, own | conditions | {count: size}] if count else []
     single = {count: 1} if count else {}
     batches += [own | texts | single, own | texts | conditions | single]
@@ -165,7 +173,9 @@ def forms(pipe: Any, call: Mapping[str, Any], groups: int, size: int) -> Iterato
             yield Form((batch,))
     alone = {"batch_size": 1} if "batch_size" in accepted else {}
     if rows > 1:
-        yield Form(tuple(_call_of_row(own, row // size, groups, row, rows) | single | alone for row in range(rows)))
+        shared = {name: own[name] for name in conditions.keys() & lists}
+        each = [_call_of_row(own, row // size, groups, row, rows) | shared for row in range(rows)]
+        yield Form(tuple(one | single | alone for one in each))
 
 
 def _same_arguments(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
@@ -205,7 +215,8 @@ def _repeated(value: Any, groups: int, size: int) -> Any:
         return _repeated(torch.from_numpy(value), groups, size).numpy()
     if isinstance(value, list | tuple) and len(value) == groups:
         return [one for one in value for _ in range(size)]
-    return [value] * rows
+    single = isinstance(value, list | tuple) and len(value) == 1 and not isinstance(value[0], list | tuple)
+    return list(value) * rows if single else [value] * rows
 
 
 def _call_of_row(call: Mapping[str, Any], group: int, groups: int, row: int, rows: int) -> dict[str, Any]:

@@ -532,8 +532,9 @@ class OutputShapes:
 
     def call(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a module and record the shape of its output."""
+        key = self._key(name, args, kwargs)  # before the call: some modules take entries out of their lists
         output = module(*args, **kwargs)
-        self._outputs[self._key(name, args, kwargs)] = tree_map_only(
+        self._outputs[key] = tree_map_only(
             Tensor, lambda one: _Shape(tuple(one.shape), one.dtype, one.device), output
         )
         return output

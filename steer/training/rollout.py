@@ -27,6 +27,7 @@ from steer.diffusion.step_hooks import (
     ModuleProxy,
     OutputShapes,
     SolverStep,
+    UnsupportedPipelineError,
     denoisers_in,
     denoising_modules,
     without_side_effects,
@@ -211,9 +212,14 @@ class Sampler:
     def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], output_type: str) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in rows.starts]
         prompt = {"prompt": list(rows.prompts)} if takes_prompts(self._pipe) else {}
-        call = RowsCall(self._pipe, self._call | prompt, len(rows), 1)
+        call = RowsCall(self._pipe, self._call | prompt, len(rows), 1, one_condition=True)
         call.start_at(self._form)
-        images = call.run(self._pipe, on_step, {"generator": generators, "output_type": output_type}, grad=False)
+        try:
+            images = call.run(self._pipe, on_step, {"generator": generators, "output_type": output_type}, grad=False)
+        except UnsupportedPipelineError:
+            if output_type != "latent":  # which some pipelines do not return
+                raise
+            return self._run(rows, on_step, "pt")
         self._form = call.place
         return images
 
