@@ -400,7 +400,14 @@ def _write_noise(output: SteeringOutput, job: Job, folder: Path) -> str:
     """Save the noise of each image, in order, with the arguments that reproduce it in the plain pipeline."""
     assert output.start is not None, "only noise optimisation has a start"
     call = {name: value for name, value in job.call.items() if name not in ("generator", "num_particles")}
-    header = {"model": job.settings.model, "prompt": job.prompt, "call": call, "seeds": output.start.seeds}
+    header: dict[str, Any] = {
+        "model": job.settings.model,
+        "prompt": job.prompt,
+        "call": call,
+        "seeds": output.start.seeds,
+    }
+    if output.start.draw is not None:
+        header["draw"] = output.start.draw
     folder.mkdir(parents=True, exist_ok=True)
     # One key: safetensors writes several in any order, and equal runs must give equal bytes.
     metadata = {"start": json.dumps(header)}

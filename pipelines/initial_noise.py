@@ -98,8 +98,8 @@ def _candidates(
     noise = unscaled(plain.x, plain.scale)
     if "latents" in inspect.signature(type(quiet_pipe).__call__).parameters and _same_numbers(noise, draw):
         yield InitialNoise(noise, seeds, draws=True)
-    by_row = {"generator": [Generator().manual_seed(seed) for seed in seeds]}
-    if (drawn := find_draw(_start_of(particle_batch, quiet_pipe, **by_row).draws, sizes, rows)) is not None:
+    by_row = _start_of(particle_batch, quiet_pipe, generator=[Generator().manual_seed(seed) for seed in seeds])
+    if (drawn := find_draw(by_row.draws, sizes, rows)) is not None:
         yield InitialNoise(draw, seeds, draw=drawn[0])
     if copies is not None:
         yield InitialNoise(draw, seeds, draw=number, generator=copies)
@@ -129,8 +129,8 @@ def _same_numbers(noise: Tensor, draw: Tensor) -> bool:
     """Return whether both are the same numbers in any order, up to rounding."""
     if noise.numel() != draw.numel():
         return False
-    values = [one.flatten().double().sort().values for one in (noise, draw)]
-    return torch.allclose(*values, rtol=4 * torch.finfo(noise.dtype).eps, atol=1e-6)
+    one, other = (values.flatten().double().sort().values for values in (noise, draw))
+    return torch.allclose(one, other, rtol=4 * torch.finfo(noise.dtype).eps, atol=1e-6)
 
 
 def _start_of(particle_batch: ParticleBatch, quiet_pipe: Any, to_step: bool = False, **given: Any) -> _CallStart:
@@ -234,6 +234,7 @@ def screen_initial_noise(
     real = ParticleBatch(pipe, scorer, prompt, keep, call | {"generator": given}, reward_prompt, chunk_size)
     quiet_pipe = without_side_effects(pipe)
     first = _first_latents(quiet_pipe, real.call | {"generator": generator}).unflatten(0, (real.groups, keep))
+    _check_latents(real, quiet_pipe, first.flatten(0, 1), given)
     seeds = real.seeds[::keep]  # one for each prompt
     extra_candidates = [
         seeded_normal(seeds, first[:, 0], [f"candidate {c}"] * len(seeds)) for c in range(keep, candidates)
@@ -253,6 +254,16 @@ def screen_initial_noise(
     chosen = top_k_indices(candidate_rewards, keep)
     noise = torch.cat([pool[b, at.to(pool.device)] for b, at in enumerate(chosen)])
     return ScreenedNoise(noise, candidate_rewards, chosen, generator, functools.reduce(Cost.plus, costs))
+
+
+def _check_latents(particle_batch: ParticleBatch, quiet_pipe: Any, noise: Tensor, given: Generators) -> None:
+    """Raise UnsupportedPipelineError unless a call with its own noise as `latents` begins as the plain call does."""
+    plain = _start_of(particle_batch, quiet_pipe, generator=copy_generators(given))
+    initial = InitialNoise(noise, tuple(particle_batch.seeds), draws=True)
+    if not _reaches(initial, particle_batch, quiet_pipe, plain):
+        raise UnsupportedPipelineError(
+            f"{type(quiet_pipe).__name__} does not take its own starting noise back as latents: it cannot be screened"
+        )
 
 
 def unscaled(x: Tensor, scale: Any) -> Tensor:

@@ -85,7 +85,7 @@ class NoiseToImage:
         try:
             images = self._run(noise, self._differentiable_pipe(checkpointing))
         except REJECTED as error:
-            if checkpointing:
+            if checkpointing and not isinstance(error, torch.OutOfMemoryError):
                 images = self._without_checkpoints(noise, error)
             elif "requires grad" in str(error):  # Tensor.numpy() inside the pipeline
                 raise self._no_gradient() from error

@@ -35,6 +35,7 @@ from transformers import T5Config, T5EncoderModel
 from steer import NoiseSearchPipeline, ReNOPipeline
 from steer.diffusion.draws import recorded_draws, replaced_draw
 from steer.diffusion.step_hooks import UnsupportedPipelineError
+from steer.pipelines.initial_noise import screen_initial_noise
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.reno import Backprop, NoiseToImage
 
@@ -280,3 +281,12 @@ def test_two_threads_optimise_at_once() -> None:
     alone = [best(1), best(2)]
     with ThreadPoolExecutor(2) as pool:
         assert all(map(torch.equal, pool.map(best, [1, 2]), alone))
+
+
+def test_screening_refuses_latents_that_are_not_the_noise() -> None:
+    """The first frame is the image's, and the solver steps the other ones alone."""
+    call = CASES["ltx i2v"][1] | {"num_frames": 17}
+    with pytest.raises(UnsupportedPipelineError, match="LTXImageToVideoPipeline does not take its own starting noise"):
+        screen_initial_noise(built("ltx i2v"), REWARD, keep=1, candidates=2, steps=1, **call, generator=seeded())
+    call = CASES["ltx"][1] | {"generator": seeded()}
+    assert screen_initial_noise(built("ltx"), REWARD, keep=1, candidates=2, steps=1, **call).noise.shape[0] == 1

@@ -355,7 +355,7 @@ def of_pairs(subject: Subject) -> int:
 
 @contextmanager
 def checkpointing(subject: Subject) -> Iterator[PreparedComparison]:
-    """ReNO with activations recomputed (the default) against activations kept."""
+    """ReNO with activations recomputed against activations kept."""
     recomputed, kept = reno_variant(subject, checkpointing=True), reno_variant(subject, checkpointing=False)
     yield PreparedComparison(recomputed, kept, same_tensors(subject))
 
@@ -476,7 +476,7 @@ COMPARISONS: Mapping[str, Comparison] = {
         for name, switch in COMPUTE_OPTIONS.items()
     },
     "reno_recomputed_over_kept": Comparison(
-        "ReNO with activations recomputed (the default, for memory) / kept",
+        "ReNO with activations recomputed (for memory) / kept",
         checkpointing,
         requires_one_step,
         quick=False,
