@@ -32,6 +32,9 @@ SCHEDULERS: dict[str, tuple[str, Callable[[], Any]]] = {
     "Euler-karras": ("sdxl", DETERMINISTIC["EulerDiscrete-karras"]),
     "EulerAncestral": ("sd", STOCHASTIC["EulerAncestralDiscrete"]),
     "DPMSolverMultistep": ("sd", DETERMINISTIC["DPMSolverMultistep"]),
+    "PNDM": ("sd", lambda: DETERMINISTIC["PNDM"](set_alpha_to_one=True)),
+    "Heun": ("sd", DETERMINISTIC["HeunDiscrete"]),
+    "LCM": ("sd", STOCHASTIC["LCM"]),
     "UniPC": ("pixart", DETERMINISTIC["UniPCMultistep"]),
     "FlowMatchEuler": ("sd3", FLOW["FlowMatchEulerDiscrete"]),
     "FlowMatchEuler-Wan": ("wan", FLOW["FlowMatchEulerDiscrete"]),
@@ -162,7 +165,7 @@ def test_diffusers_own_stochastic_solvers_with_the_same_noise(kind: str, monkeyp
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_every_solver_with_a_kernel(kind: str) -> None:
+def test_every_solver(kind: str) -> None:
     name, scheduler = SCHEDULERS[kind]
     pipe = with_scheduler(cached_pipe(name), scheduler())
     sampler = Sampler(pipe, call_of(name, steps=5))
