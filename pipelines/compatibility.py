@@ -79,7 +79,13 @@ class PipelineCheck:
         prompt, call = self.split()
         given = call | ({} if prompt is None else {"prompt": prompt})
         pt = filter_call_kwargs(self.pipe, {"output_type": "pt", "generator": Generator().manual_seed(seed)})
-        return first_output(self.pipe(**given, **pt))
+        try:
+            return first_output(self.pipe(**given, **pt))
+        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+            name, reason = type(self.pipe).__name__, (str(error).strip() or "no reason").splitlines()[0]
+            raise InputError(
+                f"the plain call of {name} fails ({type(error).__name__}: {reason}): mend it first"
+            ) from error
 
     @functools.cached_property
     def reward(self) -> Reward:
@@ -158,11 +164,12 @@ def _nothing(solver_step: SolverStep) -> None:
 
 def check_steps(check: PipelineCheck) -> None:
     """Compare the images of a watched run with those of the plain call: equal to the bit."""
+    plain = check.plain(SEED)
     prompt, call = check.split()
     given = call | ({} if prompt is None else {"prompt": prompt})
     given |= filter_call_kwargs(check.pipe, {"output_type": "pt", "generator": Generator().manual_seed(SEED)})
     with hook_steps(check.pipe, _nothing) as view:
-        _equal(first_output(view(**given)), check.plain(SEED), 0.0, "a watched run")
+        _equal(first_output(view(**given)), plain, 0.0, "a watched run")
 
 
 def check_rows(check: PipelineCheck) -> None:
