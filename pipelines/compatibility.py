@@ -238,6 +238,8 @@ def check_reno(check: PipelineCheck) -> None:
     """Take one step of noise optimisation; the first image is that of the plain pipeline."""
     _, plain = check.plain_batch
     prompt, call = check.split()
+    if (guidance := inspect.signature(type(check.pipe).__call__).parameters.get("guidance_scale")) is not None:
+        call.setdefault("guidance_scale", guidance.default)  # ReNO's own default is 0, for one-step models
     seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
     first: list[Tensor] = []
 
