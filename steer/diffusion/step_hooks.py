@@ -180,7 +180,7 @@ class _Tracker:
             out = plain_step(*bound.args, **bound.kwargs)
         index = (getattr(scheduler, "step_index", None) or 0) - 1
         if self.pending is None:
-            t = t.flatten()[0] if torch.is_tensor(t) and t.dim() else t
+            t = t.flatten()[:1] if torch.is_tensor(t) and t.dim() else t  # one for all rows
             own_x0 = arguments.get(OWN_X0)
             self.pending = SolverStep(self.transitions, t, x, scheduler, index, output, own_x0=own_x0)
         else:
@@ -534,18 +534,28 @@ class OutputShapes:
         """Call a module and record the shape of its output."""
         key = self._key(name, args, kwargs)  # before the call: some modules take entries out of their lists
         output = module(*args, **kwargs)
-        self._outputs[key] = tree_map_only(
-            Tensor, lambda one: _Shape(tuple(one.shape), one.dtype, one.device), output
-        )
+        self._outputs[key] = tree_map_only(Tensor, lambda one: _Shape(tuple(one.shape), one.dtype, one.device), output)
         return output
 
     def zeros(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Return zeros shaped like the module's output; an input of unknown shape costs one call without gradients."""
         key = self._key(name, args, kwargs)
         if key not in self._outputs:
+            self._call_once(name, module, *args, **kwargs)
+        # A copy: an output may hold a cache, which the pipeline clears at its end.
+        return tree_map_only(_Shape, _Shape.zeros, copy.deepcopy(self._outputs[key]))
+
+    def _call_once(self, name: str, module: Any, *args: Any, **kwargs: Any) -> None:
+        try:
             with torch.no_grad():
                 self.call(name, module, *args, **kwargs)
-        return tree_map_only(_Shape, _Shape.zeros, self._outputs[key])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            raise UnsupportedPipelineError(
+                f"{name} cannot be left out of previews and replays ({type(error).__name__}: {error}): it keeps state "
+                "between its calls"
+            ) from error
 
     @staticmethod
     def _key(name: str, args: Any, kwargs: Any) -> Any:
