@@ -4,19 +4,27 @@ import hashlib
 import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
-from steer.arguments import annotations_of, coerce_value
+from steer.arguments import IMAGES_PER_PROMPT, annotations_of, coerce_value
+from steer.audio import AudioReward, check_media, is_audio, sample_rate_of
 from steer.diffusion.batching import ActiveRows
-from steer.diffusion.preview import build_preview, filter_call_kwargs, first_output
-from steer.diffusion.step_hooks import SolverStep, StepOverride, cache_text_encoding, hook_steps, with_deferred_checker
+from steer.diffusion.preview import build_preview
+from steer.diffusion.rows import RowsCall
+from steer.diffusion.step_hooks import (
+    OutputShapes,
+    SolverStep,
+    StepOverride,
+    cache_text_encoding,
+    with_deferred_checker,
+)
 from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
-from steer.pipelines.settings import IMAGES_PER_PROMPT
 from steer.reward import Reward, mean_over_frames, score_components, warn_if_pipeline_truncates
 from steer.smc.particles import Particles
 
@@ -57,6 +65,8 @@ class ParticleBatch:
             raise InputError(f"num_particles must be at least 1, got {size}")
         if chunk_size < 1:
             raise InputError(f"chunk_size must be at least 1, got {chunk_size}")
+        if isinstance(reward, AudioReward):
+            reward = replace(reward, sample_rate=sample_rate_of(pipe))
         self.pipe, self.reward, self.size, self.chunk_size = cache_text_encoding(pipe), reward, size, chunk_size
         self.live, self.alive = live or ActiveRows(), size  # particles of a prompt that are left, in its first slots
         call = dict(call)
@@ -68,7 +78,8 @@ class ParticleBatch:
         self.groups = len(read_by_prompt)
         self.prompts = [text for text in read_by_prompt for _ in range(size)]
         self._metadata = rows_of_metadata(metadata, self.groups)
-        self.call = _bound_call(pipe, prompt, self.groups, size, call)
+        bound = _bound_call(pipe, prompt, self.groups, call)
+        self._rows_call = RowsCall(pipe, bound, self.groups, size)
         encoded_texts = [self.call.get(name) or () for name in ("prompt", "negative_prompt")]
         warn_if_pipeline_truncates(
             pipe, [t for one in encoded_texts for t in ([one] if isinstance(one, str) else one)], self.call
@@ -78,9 +89,15 @@ class ParticleBatch:
         self.latents = torch.empty(0)
         self._flags: Tensor | None = None  # (B·K,) of the finished images by the safety checker, and its images
         self._replaced = torch.empty(0)
-        self._preview = build_preview(self.live.decoder(preview), self.pipe, self.call, chunk_size)
+        self._shapes = OutputShapes()
+        self._preview = build_preview(self.live.decoder(preview), self.pipe, self._rows_call, chunk_size, self._shapes)
         self._nfe = self._decodes = self._other_decodes = self._reward_calls = self._gradients = 0
         self._start_time = time.monotonic()
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The arguments of the pipeline's call, of its first row where it has one call for each."""
+        return self._rows_call.call
 
     def sample(
         self, on_solver_step: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any
@@ -90,7 +107,7 @@ class ParticleBatch:
 
         given  arguments of the pipeline's call in place of the user's own
         """
-        pipe, checker = with_deferred_checker(self.pipe if pipe is None else pipe)
+        pipe, checker = with_deferred_checker(self._shapes.recorded(self.pipe if pipe is None else pipe))
 
         def tracked_step(solver_step: SolverStep) -> StepOverride:
             self._nfe += solver_step.calls * self.groups * self.alive
@@ -99,10 +116,7 @@ class ParticleBatch:
             self.latents = (moved if latents is None else latents.to(moved.dtype)).detach()
             return ancestors, latents
 
-        with hook_steps(pipe, tracked_step, rows=len(self.prompts)) as view:
-            images = self.live.of(
-                first_output(view(**filter_call_kwargs(pipe, self.call | given | {"output_type": "pt"})))
-            )
+        images = self.live.of(self._rows_call.run(pipe, tracked_step, given | {"output_type": "pt"}))
         self._decodes += len(images)
         if checker is not None and checker.flags is not None and checker.replaced is not None:
             self._flags, self._replaced = self.live.of(checker.flags), self.live.of(checker.replaced)
@@ -121,7 +135,9 @@ class ParticleBatch:
         """Score images (B·K, 3, H, W): rewards (B, K), and those of the reward's components where it has any.
 
         For videos (B·K, F, 3, H, W) the mean over evenly spaced frames. Images with a graph give rewards with one.
+        Raises InputError for audio and a reward of images, and the other way round.
         """
+        check_media(self.pipe, self.reward, images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and images.requires_grad):
             return mean_over_frames(images, self._score)
 
@@ -132,7 +148,7 @@ class ParticleBatch:
         chunks = [slice(start, start + self.chunk_size) for start in starts]
         self._reward_calls += len(images)
         scored = [
-            score_components(self.reward, images[c].float().clamp(0, 1), prompts[c], None if rows is None else rows[c])
+            score_components(self.reward, _as_scored(images[c]), prompts[c], None if rows is None else rows[c])
             for c in chunks
         ]
         rewards, components = zip(*scored, strict=True)
@@ -192,19 +208,27 @@ class ParticleBatch:
         self._gradients += images
 
 
+def _as_scored(media: Tensor) -> Tensor:
+    """Return images in [0, 1], and waveforms as they are, in fp32."""
+    return media.float() if is_audio(media) else media.float().clamp(0, 1)
+
+
 def as_type(images: Tensor, output_type: str) -> Any:
-    """Convert images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] to diffusers' "pil", "np" or "pt"."""
+    """Convert images (N, 3, H, W), or videos (N, F, 3, H, W), in [0, 1] to diffusers' "pil", "np" or "pt".
+
+    Waveforms are arrays but for "pt".
+    """
     if output_type == "pt":
         return images
+    if is_audio(images):
+        return images.float().cpu().numpy()
     if images.dim() == 5:
         return [as_type(video, output_type) for video in images]
     arrays = VaeImageProcessor.pt_to_numpy(images)
     return arrays if output_type == "np" else VaeImageProcessor.numpy_to_pil(arrays)
 
 
-def _bound_call(
-    pipe: Any, prompt: str | Sequence[str] | None, groups: int, size: int, call: Mapping[str, Any]
-) -> dict[str, Any]:
+def _bound_call(pipe: Any, prompt: str | Sequence[str] | None, groups: int, call: Mapping[str, Any]) -> dict[str, Any]:
     accepted = inspect.signature(type(pipe).__call__).parameters
     unknown = [name for name in call if name not in accepted]
     if unknown:
@@ -218,13 +242,6 @@ def _bound_call(
         )
     hints = annotations_of(type(pipe).__call__)
     bound = {name: coerce_value(name, hints.get(name, Any), value) for name, value in call.items()}
-    count = next((name for name in IMAGES_PER_PROMPT if name in accepted), None)
-    if count:
-        bound[count] = size
-    elif "batch_size" in accepted:
-        bound["batch_size"] = groups * size
-    elif prompt is not None:
-        prompt = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(size)]
     if prompt is not None and "prompt" in accepted:
         bound["prompt"] = prompt if isinstance(prompt, str) else list(prompt)
     return bound

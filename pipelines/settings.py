@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from steer.arguments import Settings, argument, option
+from steer.arguments import IMAGES_PER_PROMPT, Settings, argument, option
 from steer.errors import InputError
 
 Prompts = str | Sequence[str] | None
@@ -210,9 +210,6 @@ class NoiseSearchSettings(IterationSettings):
     iterations: int = option(12, "[1, inf]")
     neighbours: int = option(4, "[1, inf]")
     distance: float = option(0.5, "(0, 1]")
-
-
-IMAGES_PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")  # diffusers' names of num_particles
 
 
 def read_arguments(kind: type[Settings], arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -11,6 +11,7 @@ __version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from steer.assets import MODELS
+    from steer.audio import AudioReward
     from steer.errors import InputError
     from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "steer.assets": ("MODELS",),
+    "steer.audio": ("AudioReward",),
     "steer.errors": ("InputError",),
     "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
@@ -70,6 +72,7 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "MODELS",
+    "AudioReward",
     "BestOfNPipeline",
     "BestOfNSettings",
     "Cost",

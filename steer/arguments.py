@@ -17,6 +17,14 @@ from typing import Any, Literal, ParamSpec, TypeGuard, TypeVar, Union, get_args,
 from steer.errors import InputError
 from steer.registry import choose
 
+# diffusers' names of num_particles
+IMAGES_PER_PROMPT = (
+    "num_images_per_prompt",
+    "num_videos_per_prompt",
+    "num_waveforms_per_prompt",
+    "num_images_per_text",
+)
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Choices = str | tuple[str, ...] | None

@@ -318,12 +318,42 @@ def test_inverted_sigmas_run_from_noise_to_data() -> None:
     torch.testing.assert_close(*ends[-1], rtol=1e-4, atol=1e-4)  # the last step ends at its x̂0
 
 
-def test_a_pipeline_that_edits_its_latents_between_the_steps_is_refused() -> None:
+def test_edits_between_the_steps_are_part_of_the_transition() -> None:
+    """A callback that changes the latents, as inpainting does: particles that trade places end swapped."""
+
     def edit(pipe: Any, k: int, t: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"latents": tensors["latents"] * 0.9}
 
-    with pytest.raises(UnsupportedPipelineError, match="StableDiffusionPipeline edits its latents between the steps"):
-        watch(sd(), "sd", lambda event: None, callback_on_step_end=edit)
+    def swap(event: SolverStep) -> tuple[Tensor, None] | None:
+        return (torch.tensor([1, 0, 2]), None) if event.k == 1 else None
+
+    edited = watch(sd(), "sd", lambda event: None, callback_on_step_end=edit)
+    assert not torch.equal(edited, run(sd(), "sd"))
+    swapped = watch(sd(), "sd", swap, callback_on_step_end=edit)
+    torch.testing.assert_close(swapped[[1, 0, 2]], edited, atol=1e-5, rtol=0)
+
+
+class KnownRegion(diffusers.StableDiffusionPipeline):
+    """Puts an image, noised by noise of its own for each row, over half of the latents after each step."""
+
+    @torch.no_grad()
+    def __call__(self, steps: int = 4) -> Tensor:
+        self.scheduler.set_timesteps(steps)
+        x, noise = torch.randn(2, PARTICLES, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+        image = torch.ones_like(x)
+        for t, after in zip(self.scheduler.timesteps, [*self.scheduler.timesteps[1:], None], strict=True):
+            x = self.scheduler.step(x * x.mean((1, 2, 3), keepdim=True), t, x, return_dict=False)[0]
+            known = image if after is None else self.scheduler.add_noise(image, noise, after[None])
+            x = torch.cat([known[:, :2], x[:, 2:]], 1)
+        return x
+
+
+def test_the_known_region_follows_the_noise_of_its_particle() -> None:
+    pipe = copy.copy(sd())
+    pipe.__class__ = KnownRegion
+    plain = pipe()
+    with hook_steps(pipe, lambda event: (torch.tensor([2, 0, 1]), None) if event.k == 1 else None) as view:
+        torch.testing.assert_close(view(), plain[[2, 0, 1]], atol=1e-5, rtol=0)
 
 
 def test_a_callback_that_only_looks_is_taken() -> None:
@@ -349,27 +379,38 @@ class TwoSchedulers(diffusers.StableDiffusionPipeline):
     """Steps a copy of its scheduler beside it, as pipelines of sound and image, or of several views, do."""
 
     @torch.no_grad()
-    def __call__(self, steps: int = 3) -> Tensor:
+    def __call__(self, steps: int = 3, second_first: bool = False) -> Tensor:
         self.scheduler.set_timesteps(steps)
         second = copy.deepcopy(self.scheduler)
-        x = y = torch.ones(PARTICLES, 4, 2, 2)
+        x, y = torch.randn(2, PARTICLES, 4, 2, 2, generator=torch.Generator().manual_seed(0))
         for t in self.scheduler.timesteps:
-            x = self.scheduler.step(x * 0.1, t, x).prev_sample
-            y = second.step(y * 0.1, t, y, return_dict=False)[0]
-        assert type(second) is diffusers.DDIMScheduler
-        return x + y
+            if second_first:
+                y = second.step(y * 0.1, t, y, return_dict=False)[0]
+            output = x * y.mean((1, 2, 3), keepdim=True)
+            x = self.scheduler.step(output, t, x).prev_sample
+            if not second_first:
+                y = second.step(y * 0.1, t, y, return_dict=False)[0]
+        assert type(self.scheduler) is type(second) is diffusers.DDIMScheduler
+        return torch.cat([x, y], 1)
 
 
-def test_a_second_copy_of_the_scheduler_is_refused_when_resampling_only() -> None:
+def test_copies_of_the_scheduler_follow_the_same_ancestors() -> None:
     pipe = copy.copy(sd())
     pipe.__class__ = TwoSchedulers
     with hook_steps(pipe, lambda event: None) as view:
         assert torch.equal(view(), pipe())
+    with hook_steps(pipe, lambda event: (torch.tensor([2, 0, 1]), None) if event.k == 1 else None) as view:
+        torch.testing.assert_close(view(), pipe()[[2, 0, 1]], atol=1e-6, rtol=0)
+
+
+def test_a_copy_of_the_scheduler_that_steps_first_cannot_be_resampled() -> None:
+    pipe = copy.copy(sd())
+    pipe.__class__ = TwoSchedulers
     with (
-        pytest.raises(UnsupportedPipelineError, match="TwoSchedulers also steps copies of its scheduler"),
+        pytest.raises(UnsupportedPipelineError, match="TwoSchedulers steps a copy of its scheduler before"),
         hook_steps(pipe, lambda event: (torch.arange(PARTICLES), None)) as view,
     ):
-        view()
+        view(second_first=True)
 
 
 def test_a_feature_cache_is_refused_when_resampling() -> None:

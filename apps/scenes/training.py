@@ -358,9 +358,7 @@ def train_text_encoder(folder: Path, vae: AutoencoderKL, recipe: Recipe) -> CLIP
     tokenizer = build_tokenizer(folder / "tokenizer", recipe.whole_words)
     scenes = Scenes(folder.parent / "parts", vae, tokenizer, replace(recipe, batch=TEXT_BATCH))
     text_encoder = new_text_encoder(tokenizer, recipe)
-    head = torch.nn.Sequential(
-        torch.nn.Linear(recipe.width, 256), torch.nn.GELU(), torch.nn.Linear(256, CHANNELS * 64)
-    )
+    head = torch.nn.Sequential(torch.nn.Linear(recipe.width, 256), torch.nn.GELU(), torch.nn.Linear(256, CHANNELS * 64))
 
     def loss_at(step: int) -> Tensor:
         x0, ids = scenes.batch(step, torch.Generator().manual_seed(step))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import PIL.Image
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
@@ -77,12 +78,12 @@ class Preview:
     Raises InputError for a decoder that does not fit the pipeline.
     """
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8, decoder: Any = None) -> None:
-        self._call = {name: value for name, value in call.items() if name not in EXCLUDED_ARGUMENTS}
-        # Image-to-image runs only the last `strength` of its steps: take enough to leave one.
-        self._call["num_inference_steps"] = max(MIN_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
+    def __init__(
+        self, pipe: Any, call: "Mapping[str, Any] | Runner", chunk: int = 8, decoder: Any = None, shapes: Any = None
+    ) -> None:
+        self._call = call
         self._decoding_pipe = without_side_effects(pipe)
-        changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None} | zero_proxies(pipe)
+        changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None} | zero_proxies(pipe, shapes)
         if decoder is not None:
             check_decoder(pipe, decoder)
             changed["vae"] = with_decode(decoder, _in_chunks(_in_own_precision(decoder), chunk))
@@ -98,11 +99,34 @@ class Preview:
         def insert_x0(solver_step: SolverStep) -> tuple[None, Tensor]:
             return None, x0.to(solver_step.prev)
 
-        own = {"generator": torch.Generator().manual_seed(0), "output_type": "pt"}
         needs_graph = torch.is_grad_enabled() and x0.requires_grad
-        with torch.set_grad_enabled(needs_graph), hook_steps(self._decoding_pipe, insert_x0, rows=len(x0)) as view:
-            output = view(**filter_call_kwargs(self._decoding_pipe, self._call | own))
-        return first_output(output)
+        with torch.set_grad_enabled(needs_graph):
+            if not isinstance(self._call, Mapping):
+                return self._call.run(self._decoding_pipe, insert_x0, {}, change=decoding_call)
+            with hook_steps(self._decoding_pipe, insert_x0, rows=len(x0)) as view:
+                return first_output(view(**filter_call_kwargs(self._decoding_pipe, decoding_call(self._call))))
+
+
+class Runner(Protocol):
+    """The call of a pipeline for several rows (`steer.diffusion.rows.RowsCall`)."""
+
+    def run(
+        self,
+        pipe: Any,
+        on_step: Any,
+        given: Mapping[str, Any],
+        *,
+        change: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
+    ) -> Tensor: ...
+
+
+def decoding_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the short run that decodes, from those of the user's call."""
+    kept = {name: value for name, value in call.items() if name not in EXCLUDED_ARGUMENTS}
+    # Image-to-image runs only the last `strength` of its steps: take enough to leave one.
+    steps = max(MIN_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
+    generator = torch.Generator().manual_seed(0)
+    return kept | {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
 
 
 def with_decode(vae: Any, decode: Callable[..., Any]) -> Any:
@@ -152,10 +176,19 @@ def first_output(output: Any) -> Tensor:
         images = output[0]
     else:
         images = next(iter(output.values())) if isinstance(output, Mapping) else output.images
+    return _as_tensor(images)
+
+
+def _as_tensor(images: Any) -> Tensor:
+    """Convert tensors, arrays with channels last, PIL images, or lists of any of these, to one tensor."""
     if torch.is_tensor(images):
         return images
-    arrays = images if isinstance(images, np.ndarray) else VaeImageProcessor.pil_to_numpy(images)
-    return VaeImageProcessor.numpy_to_pt(arrays)
+    if isinstance(images, np.ndarray):
+        tensor = torch.from_numpy(images)
+        return tensor.movedim(-1, -3) if tensor.dim() > 3 else tensor  # waveforms have no channels last
+    if isinstance(images, list | tuple) and not isinstance(images[0], PIL.Image.Image):
+        return torch.stack([_as_tensor(one) for one in images])
+    return VaeImageProcessor.numpy_to_pt(VaeImageProcessor.pil_to_numpy(images))
 
 
 RADIUS = 2
@@ -232,11 +265,11 @@ class LinearPreview:
     Raises InputError for a pipeline without an image VAE.
     """
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any], chunk: int = 8) -> None:
+    def __init__(self, pipe: Any, call: "Mapping[str, Any] | Runner", chunk: int = 8, shapes: Any = None) -> None:
         check_image_vae(pipe)
         pipe_view = copy.copy(pipe)
         vars(pipe_view)["vae"] = with_decode(pipe.vae, self._decode)
-        self._preview = Preview(pipe_view, call, chunk)
+        self._preview = Preview(pipe_view, call, chunk, shapes=shapes)
         self._vae, self._equations = pipe.vae, NormalEquations()
         self.decoder: LinearDecoder | None = None
         self.decodes = 0
@@ -264,19 +297,22 @@ class PreviewDecoder(Protocol):
     def __call__(self, x0: Tensor) -> Tensor: ...
 
 
-PREVIEWS: dict[str, Callable[[Any, Mapping[str, Any], int], PreviewDecoder]] = {
+PREVIEWS: dict[str, Callable[..., PreviewDecoder]] = {
     "full": Preview,  # the pipeline's own VAE
     "linear": LinearPreview,  # a linear map, fitted to that VAE's decoding of the first x̂0
 }
 
 
-def build_preview(preview: Any, pipe: Any, call: Mapping[str, Any], chunk: int) -> PreviewDecoder:
+def build_preview(
+    preview: Any, pipe: Any, call: "Mapping[str, Any] | Runner", chunk: int, shapes: Any = None
+) -> PreviewDecoder:
     """Build the previews of one call of `pipe`, decoded `chunk` at a time.
 
     preview  a name of PREVIEWS, or an autoencoder of diffusers for this model's latents, like AutoencoderTiny
+    shapes   of the denoisers' outputs, recorded in the run (`OutputShapes`)
 
     Raises InputError for an unknown name, a decoder that does not fit, or a pipeline without an image VAE.
     """
     if isinstance(preview, str):
-        return choose("preview", preview, PREVIEWS)(pipe, call, chunk)
-    return Preview(pipe, call, chunk, preview)
+        return choose("preview", preview, PREVIEWS)(pipe, call, chunk, shapes=shapes)
+    return Preview(pipe, call, chunk, preview, shapes)

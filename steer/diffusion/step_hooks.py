@@ -8,14 +8,14 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from steer.diffusion.kernels import fused_gaussian, has_kernel
 from steer.diffusion.precision import HALF, widest
@@ -57,9 +57,12 @@ class SolverStep:
     prev: Tensor = field(init=False)
     total: int = field(init=False)
     calls: int = 1
+    own_x0: Tensor | None = field(default=None, repr=False)  # x̂0 that the pipeline itself gives to the scheduler
 
     @functools.cached_property
     def _x0(self) -> Tensor:
+        if self.own_x0 is not None:
+            return self.own_x0.float()
         return predict_x0(self.scheduler, self.output, self.t, self.x, self.index)
 
     def x0(self) -> Tensor:
@@ -69,13 +72,17 @@ class SolverStep:
     def exact_kernel(self, eta: float) -> Gaussian:
         """Return the Gaussian step p(x_s | x_t) with noise η in fp64: log-ratios are differences of large sums."""
         levels, dtype = step_levels(self.scheduler, self.t, self.index), widest(self.x.device)
-        x0 = predict_x0(self.scheduler, self.output, self.t, self.x, self.index, dtype)
+        if self.own_x0 is not None:
+            x0 = self.own_x0.to(dtype)
+        else:
+            x0 = predict_x0(self.scheduler, self.output, self.t, self.x, self.index, dtype)
         return gaussian_transition(self.x, x0, *levels, eta)
 
     def kernel(self, eta: float, rows: Tensor | None = None) -> Gaussian:
         """Return the Gaussian step p(x_s | x_t) with noise η, of all particles or of `rows` (repeats allowed)."""
         levels = step_levels(self.scheduler, self.t, self.index)
-        if has_kernel(self.x, self.output) and not self.scheduler.config.get("thresholding"):
+        plain = self.own_x0 is None and has_kernel(self.x, self.output)
+        if plain and not self.scheduler.config.get("thresholding"):
             x, output = (self.x, self.output) if rows is None else (self.x[rows], self.output[rows])
             return fused_gaussian(self.scheduler, x, output, *levels, eta)
         x, x0 = (self.x, self.x0()) if rows is None else (self.x[rows], self.x0()[rows])
@@ -83,7 +90,16 @@ class SolverStep:
 
 
 StepOverride = tuple[Tensor | None, Tensor | None]
-OnStep = Callable[[SolverStep], StepOverride | None]
+
+
+@dataclass(frozen=True)
+class Continue:
+    """An override by another particle of other calls: its latents; the solver's memory is in the scheduler already."""
+
+    latents: Tensor
+
+
+OnStep = Callable[[SolverStep], StepOverride | Continue | None]
 
 
 @contextmanager
@@ -92,18 +108,20 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
 
     After each transition `on_step(solver_step)` is called. It returns None (no change) or
     `(ancestors, next_latents)`, each or both None: `ancestors` (N,) int64 is the particle that each row continues,
-    multistep solver history included; `next_latents` (N, …) replace the latents of the rows after that.
+    multistep solver history included; `next_latents` (N, …) replace the latents of the rows after that. Edits that the
+    pipeline makes between the steps, like inpainting's, are part of the transition and follow their particles.
 
     `rows`: number of particles that the scheduler must receive. `grad=False` runs the solver without gradients.
     The pipeline, its scheduler and its configuration stay unchanged; several views may run at once.
 
-    Raises InputError for a scheduler that is not verified, and UnsupportedPipelineError for a pipeline that edits its
-    latents between the steps or never steps its own scheduler.
+    Raises InputError for a scheduler that is not verified, and UnsupportedPipelineError for a pipeline without a
+    scheduler, one that never steps it, or whose steps have no common noise level.
     """
-    check_verified(pipe.scheduler)
+    scheduler = scheduler_of(pipe)
+    with torch._C.DisableTorchFunction():  # the rehearsal's draws are not the call's, which a caller may replace
+        check_verified(scheduler)
     tracker = _Tracker(pipe, on_step, rows, grad)
-    view = copy.copy(pipe)
-    vars(view)["scheduler"] = _tracked_scheduler(pipe.scheduler, tracker)
+    view = replace_parts(pipe, {id(scheduler): _tracked_scheduler(scheduler, tracker)})
     if hasattr(view, "encode_prompt"):
         vars(view)["encode_prompt"] = _exclusive(view.encode_prompt)
     yield view
@@ -111,9 +129,34 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
         raise UnsupportedPipelineError(f"{type(pipe).__name__} never stepped its own scheduler: it cannot be steered")
 
 
+def scheduler_of(pipe: Any) -> Scheduler:
+    """Return the scheduler of a pipeline. Raises UnsupportedPipelineError where it has none."""
+    scheduler = getattr(pipe, "scheduler", None)
+    if scheduler is None or not hasattr(scheduler, "step"):
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} has no scheduler with solver steps: it cannot be steered"
+        )
+    return scheduler
+
+
+def replace_parts(pipe: Any, parts: Mapping[int, Any]) -> Any:
+    """Copy a pipeline, and the pipelines that it is made of, with some components replaced, by their id."""
+    view = copy.copy(pipe)
+    for name, value in vars(pipe).items():
+        if id(value) in parts:
+            vars(view)[name] = parts[id(value)]
+        elif isinstance(value, DiffusionPipeline):
+            vars(view)[name] = replace_parts(value, parts)
+    return view
+
+
 @dataclass
 class _Tracker:
-    """The state of a view between scheduler calls."""
+    """The state of a view between scheduler calls.
+
+    origin  (N,) row of the start that each row continues, None before any resampling
+    copies  transitions of the pipeline's own copies of its scheduler, by id
+    """
 
     pipe: Any
     on_step: OnStep
@@ -121,63 +164,99 @@ class _Tracker:
     grad: bool
     transitions: int = 0
     total: int = 0
-    last: Tensor | None = None
     pending: SolverStep | None = None
-    copied: bool = False
+    origin: Tensor | None = None
+    copies: dict[int, int] = field(default_factory=dict)
+    followed: dict[int, Tensor] = field(default_factory=dict)  # ancestors of transitions by their number
 
-    def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Any, ...]:
+    def step(self, scheduler: Scheduler, plain_step: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
         """Make one scheduler step, report its transition once complete, and apply the override."""
-        x, t, output = arguments["sample"], arguments["timestep"], arguments["model_output"]
-        self._check(arguments)
+        arguments = bound.arguments
+        if OWN_X0 in arguments and arguments[OWN_X0] is None and _passes_argument(self.pipe, OWN_X0):
+            return plain_step(*bound.args, **bound.kwargs)  # the conversion to x̂0 before the step that is given it
+        t = arguments.get("timestep")
+        x, output = self._checked(arguments.get("sample"), arguments.get("model_output"), t, arguments)
         with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
-            out = tuple(plain_step(scheduler, **arguments, return_dict=False))
+            out = plain_step(*bound.args, **bound.kwargs)
         index = (getattr(scheduler, "step_index", None) or 0) - 1
         if self.pending is None:
-            self.pending = SolverStep(self.transitions, t, x, scheduler, index, output)
+            t = t.flatten()[:1] if torch.is_tensor(t) and t.dim() else t  # one for all rows
+            own_x0 = arguments.get(OWN_X0)
+            self.pending = SolverStep(self.transitions, t, x, scheduler, index, output, own_x0=own_x0)
         else:
             self.pending.calls += 1
         if not mid_transition(scheduler):
             solver_step, self.pending, self.transitions = self.pending, None, self.transitions + 1
-            self.total = self.total or total_transitions(scheduler, solver_step.t, t)
-            solver_step.prev, solver_step.total = out[0], self.total
-            out = self._apply(self.on_step(solver_step) or (None, None), scheduler, out, x)
-        self.last = out[0]
+            self.total = self.total or total_transitions(
+                scheduler, solver_step.t, solver_step.t if torch.is_tensor(t) and t.dim() else t
+            )
+            solver_step.prev, solver_step.total = _first(out), self.total
+            override = self.on_step(solver_step)
+            if override is not None and self.transitions > self.total:
+                raise UnsupportedPipelineError(
+                    f"{type(self.pipe).__name__} runs its solver several times in one call (autoregressive, or in "
+                    "stages): it cannot be steered"
+                )
+            out = self._apply(override or (None, None), scheduler, out, x)
         return out
 
-    def _check(self, arguments: dict[str, Any]) -> None:
-        x = arguments["sample"]
-        if arguments.get("per_token_timesteps") is not None:
+    def follow(self, scheduler: Scheduler, plain_step: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+        """Make one step of a copy of the scheduler (a second modality): its rows follow the same ancestors."""
+        out = plain_step(*bound.args, **bound.kwargs)
+        number = self.copies[id(scheduler)]
+        self.copies[id(scheduler)] = number + 1
+        ancestors = self.followed.get(number)
+        if ancestors is None:
+            return out
+        scheduler.__dict__.update(_reindexed_state(scheduler, ancestors, _first(out)))
+        return _reindexed(out, ancestors, _first(out))
+
+    def rows_of_particles(self, tensor: Tensor) -> Tensor:
+        """Return the rows of a tensor that the pipeline made at the start, as its particles have moved since."""
+        if self.origin is None or tensor.dim() == 0 or len(tensor) != len(self.origin):
+            return tensor
+        return tensor[self.origin.to(tensor.device)]
+
+    def _checked(self, x: Any, output: Any, t: Any, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Return the latents and the output of a step. Raises UnsupportedPipelineError where they do not fit."""
+        name = type(self.pipe).__name__
+        several = torch.is_tensor(t) and t.dim() > 0 and bool((t != t.flatten()[0]).any())
+        if several or arguments.get("per_token_timesteps") is not None:
             raise UnsupportedPipelineError(
                 "per-token timesteps have no single noise level: this pipeline cannot be steered"
             )
-        if self.rows and len(x) != self.rows:
-            raise UnsupportedPipelineError(f"the scheduler was given {len(x)} rows for {self.rows} particles")
-        if self.last is not None and x is not self.last and not _same(x, self.last):
+        if not (torch.is_tensor(x) and torch.is_tensor(output) and x.is_floating_point()):
             raise UnsupportedPipelineError(
-                f"{type(self.pipe).__name__} edits its latents between the steps (inpainting, or a callback): "
-                "it cannot be steered"
+                f"{name} has discrete or no latents: there is no x̂0 between its steps, so it cannot be steered"
             )
+        if self.rows and (x.dim() == 0 or len(x) != self.rows):
+            raise UnsupportedPipelineError(f"the scheduler was given {len(x)} rows for {self.rows} particles")
+        return x, output
 
-    def _apply(self, override: StepOverride, scheduler: Scheduler, out: tuple[Any, ...], x: Tensor) -> tuple[Any, ...]:
+    def _apply(self, override: StepOverride | Continue, scheduler: Scheduler, out: Any, x: Tensor) -> Any:
+        if isinstance(override, Continue):
+            return _with_latents(out, override.latents, None)
         ancestors, next_latents = override
         if ancestors is not None:
             self._check_resampling()
-            for name, value in scheduler.__dict__.items():
-                scheduler.__dict__[name] = _reindexed(value, ancestors, out[0])
-            out = _reindexed(out, ancestors, out[0])
+            prev = _first(out)
+            scheduler.__dict__.update(_reindexed_state(scheduler, ancestors, prev))
+            out = _reindexed(out, ancestors, prev)
+            self.followed[self.transitions - 1] = ancestors
+            self.origin = ancestors if self.origin is None else self.origin.to(ancestors.device)[ancestors]
         if next_latents is None:
             return out
         _reset_solver_memory(scheduler)
         # Half-precision latents keep their dtype where the denoiser's output is float32: the decoder expects it.
-        latents = next_latents.to(x.dtype if x.dtype in HALF else out[0].dtype)
+        latents = next_latents.to(x.dtype if x.dtype in HALF else _first(out).dtype)
         # After the last step x̂0 is the latents themselves, and some pipelines decode that output of the step.
-        return latents, *([latents] if self.transitions == self.total else out[1:2]), *out[2:]
+        return _with_latents(out, latents, latents if self.transitions == self.total else None)
 
     def _check_resampling(self) -> None:
-        if self.copied:
+        if any(number >= self.transitions for number in self.copies.values()):
             raise UnsupportedPipelineError(
-                f"{type(self.pipe).__name__} also steps copies of its scheduler (a second modality, or views): "
-                "resampling would leave them behind"
+                f"{type(self.pipe).__name__} steps a copy of its scheduler before the scheduler itself: resampling "
+                "would leave the copy behind"
             )
         denoiser = getattr(self.pipe, "transformer", None) or getattr(self.pipe, "unet", None)
         if getattr(denoiser, "is_cache_enabled", False):
@@ -186,18 +265,45 @@ class _Tracker:
             )
 
 
-def _same(x: Tensor, last: Tensor) -> bool:
-    return x.shape == last.shape and torch.equal(x, last.to(x))
+OWN_X0 = "pred_original_sample"  # argument of EDM's step
+
+
+def _passes_argument(pipe: Any, name: str) -> bool:
+    """Return whether the call of a pipeline passes an argument of this name to some function."""
+    constants = inspect.unwrap(type(pipe).__call__).__code__.co_consts
+    return any(isinstance(names, tuple) and name in names for names in constants)
+
+
+def _first(out: Any) -> Tensor:
+    """Return the latents after a step, the first entry of the scheduler's output."""
+    latents: Tensor = out[0]
+    return latents
+
+
+def _with_latents(out: Any, latents: Tensor, x0: Tensor | None) -> Any:
+    """Replace the latents of a scheduler's output, and x̂0 beside them where given."""
+    if isinstance(out, Mapping):
+        names = [one.name for one in fields(out)]  # type: ignore[arg-type]
+        values = [latents, *([getattr(out, names[1]) if x0 is None else x0] if len(names) > 1 else [])]
+        rest = {name: getattr(out, name) for name in names[2:]}
+        return type(out)(**dict(zip(names, values, strict=False)) | rest)
+    return type(out)((latents, *(out[1:2] if x0 is None or len(out) < 2 else (x0,)), *out[2:]))
 
 
 def _reindexed(value: Any, ancestors: Tensor, like: Tensor) -> Any:
-    """Take the rows `ancestors` of every tensor, also in lists, that has one row per particle."""
+    """Take the rows `ancestors` of every tensor, also in lists and outputs, that has one row per particle."""
     if torch.is_tensor(value):
         per_particle = value.dim() == like.dim() and len(value) == len(like)
         return value[ancestors.to(value.device)] if per_particle else value
+    if isinstance(value, Mapping) and is_dataclass(value):
+        return type(value)(**{one.name: _reindexed(getattr(value, one.name), ancestors, like) for one in fields(value)})
     if type(value) in (list, tuple):
         return type(value)(_reindexed(item, ancestors, like) for item in value)
     return value
+
+
+def _reindexed_state(scheduler: Scheduler, ancestors: Tensor, like: Tensor) -> dict[str, Any]:
+    return {name: _reindexed(value, ancestors, like) for name, value in vars(scheduler).items() if name not in HOOKED}
 
 
 def _reset_solver_memory(scheduler: Scheduler) -> None:
@@ -208,37 +314,51 @@ def _reset_solver_memory(scheduler: Scheduler) -> None:
         scheduler.model_outputs = [None] * len(scheduler.model_outputs)
 
 
-def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
-    """Copy a scheduler into a subclass of its own class whose `step` goes through the tracker."""
-    cls = type(base)
-    leaves = [leaf for leaf in tree_leaves(vars(base)) if torch.is_tensor(leaf) and leaf.requires_grad]
-    tracked = copy.deepcopy(base, {id(leaf): leaf.detach() for leaf in leaves})
-    signature = inspect.signature(cls.step)
+HOOKED = ("step", "add_noise", "scale_noise")  # methods of a tracked scheduler that its instance replaces
 
-    @functools.wraps(cls.step)
-    def step(self: Scheduler, *args: Any, **kwargs: Any) -> Any:
-        if self is not tracked:
-            tracker.copied = True
-            return cls.step(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
+
+class _Hook:
+    """A method of one scheduler instance; a copy of the scheduler gets a hook of its own.
+
+    tracked  whether this is the scheduler of the view, not a copy that the pipeline made of it
+    """
+
+    def __init__(self, tracker: _Tracker, scheduler: Scheduler, name: str, tracked: bool = True) -> None:
+        self.tracker, self.scheduler, self.name, self.tracked = tracker, scheduler, name, tracked
+        self.__name__ = name
+        self.__signature__ = inspect.signature(self._plain)
+        if not tracked:
+            tracker.copies.setdefault(id(scheduler), 0)
+
+    @property
+    def _plain(self) -> Callable[..., Any]:
+        method: Callable[..., Any] = getattr(type(self.scheduler), self.name).__get__(self.scheduler)
+        return method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.name != "step":
+            return self._plain(*map(self._moved, args), **{name: self._moved(one) for name, one in kwargs.items()})
+        bound = self.__signature__.bind(*args, **kwargs)
         bound.apply_defaults()
-        arguments = {name: value for name, value in bound.arguments.items() if name != "self"}
-        return_dict = arguments.pop("return_dict", True)
-        out = tracker.step(self, cls.step, arguments)
-        if not return_dict:
-            return out
-        x0 = out[1] if len(out) > 1 else None
-        return SimpleNamespace(prev_sample=out[0], pred_original_sample=x0, denoised=x0)
+        run = self.tracker.step if self.tracked else self.tracker.follow
+        return run(self.scheduler, self._plain, bound)
 
-    def deepcopy(self: Scheduler, memo: dict[int, Any]) -> Scheduler:
-        """Copy the scheduler without tracking, for pipelines that copy it."""
-        tracker.copied = True
-        plain = copy.copy(self)
-        plain.__class__ = cls
-        return copy.deepcopy(plain, memo)
+    def _moved(self, value: Any) -> Any:
+        return self.tracker.rows_of_particles(value) if torch.is_tensor(value) and value.dim() > 1 else value
 
-    members = {"step": step, "__deepcopy__": deepcopy, "__module__": cls.__module__}
-    tracked.__class__ = type(cls.__name__, (cls,), members)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
+        return _Hook(self.tracker, memo[id(self.scheduler)], self.name, tracked=False)
+
+
+def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
+    """Copy a scheduler, of the same class, with `step` and its noising going through the tracker."""
+    leaves = [leaf for leaf in tree_leaves(vars(base)) if torch.is_tensor(leaf) and leaf.requires_grad]
+    plain = copy.copy(base)
+    for name in HOOKED:
+        vars(plain).pop(name, None)  # the hooks of an outer view
+    tracked = copy.deepcopy(plain, {id(leaf): leaf.detach() for leaf in leaves})
+    hooks = {name: _Hook(tracker, tracked, name) for name in HOOKED if hasattr(tracked, name)}
+    vars(tracked).update(hooks)
     return tracked
 
 
@@ -252,9 +372,28 @@ def without_side_effects(pipe: Any) -> Any:
 
     A safety checker would blacken intermediate images, and none of these supports gradients.
     """
-    without_side_effects = cache_text_encoding(pipe)
-    vars(without_side_effects).update(dict.fromkeys(POST_PROCESSORS) | {"_progress_bar_config": {"disable": True}})
-    return without_side_effects
+    quiet = cache_text_encoding(pipe)
+    vars(quiet).update(dict.fromkeys(POST_PROCESSORS) | {"_progress_bar_config": {"disable": True}})
+    checker = getattr(pipe, SAFETY_CHECKER, None)
+    if hasattr(checker, "check_video_safety"):  # of pipelines that refuse to run without one
+        vars(quiet)[SAFETY_CHECKER] = PassThroughChecker()
+    return quiet
+
+
+class PassThroughChecker:
+    """A safety checker of texts and videos that passes everything through."""
+
+    def to(self, *args: Any, **kwargs: Any) -> "PassThroughChecker":
+        """Stay where it is."""
+        return self
+
+    def check_text_safety(self, prompt: str) -> bool:
+        """Pass any text."""
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        """Return the frames unchanged."""
+        return frames
 
 
 def cache_text_encoding(pipe: Any) -> Any:
@@ -312,15 +451,30 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 CONTROLNETS = ("controlnet",)
 
 
+DENOISER_PACKAGES = ("diffusers.models.unets.", "diffusers.models.transformers.")
+
+
 def denoising_modules(pipe: Any) -> dict[str, Any]:
     """Return the denoisers and ControlNets of a pipeline by name."""
-    modules = {name: getattr(pipe, name, None) for name in (*DENOISERS, *CONTROLNETS)}
-    return {name: module for name, module in modules.items() if module is not None}
+    names = (*denoisers_in(pipe), *CONTROLNETS)
+    return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
 
 
 def denoisers_in(pipe: Any) -> list[str]:
-    """Return the names of the pipeline's denoisers; the first is the one that is trained."""
-    return [name for name in denoising_modules(pipe) if name in DENOISERS]
+    """Return the names of the pipeline's denoisers; the first is the one that is trained.
+
+    Where none has a usual name: the components of diffusers' packages of denoisers, but for those of an earlier stage.
+    """
+    if known := [name for name in DENOISERS if getattr(pipe, name, None) is not None]:
+        return known
+    parts = getattr(pipe, "components", {})
+    return [
+        name
+        for name, part in parts.items()
+        if type(part).__module__.startswith(DENOISER_PACKAGES)
+        and not name.startswith("prior_")
+        and hasattr(part, "forward")
+    ]
 
 
 class ModuleProxy:
@@ -337,6 +491,9 @@ class ModuleProxy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._target, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._target, name, value)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._call(*args, **kwargs)
 
@@ -349,8 +506,64 @@ class Output(tuple[Tensor, ...]):
         return self[0]
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """The shape, dtype and device of a tensor of an output."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self) -> Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+
+class OutputShapes:
+    """The outputs of modules by the shapes of their inputs: lists, tuples and output classes, without their values."""
+
+    def __init__(self) -> None:
+        self._outputs: dict[Any, Any] = {}
+
+    def recorded(self, pipe: Any) -> Any:
+        """Return a view of a pipeline whose denoisers and ControlNets have their output shapes recorded."""
+        modules = denoising_modules(pipe)
+        proxies = {name: ModuleProxy(one, functools.partial(self.call, name, one)) for name, one in modules.items()}
+        return with_modules(pipe, proxies) if proxies else pipe
+
+    def call(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a module and record the shape of its output."""
+        key = self._key(name, args, kwargs)  # before the call: some modules take entries out of their lists
+        output = module(*args, **kwargs)
+        self._outputs[key] = tree_map_only(Tensor, lambda one: _Shape(tuple(one.shape), one.dtype, one.device), output)
+        return output
+
+    def zeros(self, name: str, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return zeros shaped like the module's output; an input of unknown shape costs one call without gradients."""
+        key = self._key(name, args, kwargs)
+        if key not in self._outputs:
+            self._call_once(name, module, *args, **kwargs)
+        # A copy: an output may hold a cache, which the pipeline clears at its end.
+        return tree_map_only(_Shape, _Shape.zeros, copy.deepcopy(self._outputs[key]))
+
+    def _call_once(self, name: str, module: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            with torch.no_grad():
+                self.call(name, module, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+            raise UnsupportedPipelineError(
+                f"{name} cannot be left out of previews and replays ({type(error).__name__}: {error}): it keeps state "
+                "between its calls"
+            ) from error
+
+    @staticmethod
+    def _key(name: str, args: Any, kwargs: Any) -> Any:
+        return name, tuple(tuple(one.shape) for one in tree_leaves([args, kwargs]) if torch.is_tensor(one))
+
+
 def zero_denoiser(denoiser: Any) -> ModuleProxy:
-    """Return a proxy of a denoiser that predicts zeros without computing anything."""
+    """Return a proxy of a denoiser that predicts zeros without computing anything, in the shape of its latents."""
     channels = getattr(getattr(denoiser, "config", None), "out_channels", None)
 
     def zeros(*args: Any, **kwargs: Any) -> Any:
@@ -368,11 +581,17 @@ def zero_controlnet(controlnet: Any) -> ModuleProxy:
     return ModuleProxy(controlnet, lambda *args, **kwargs: ([], None))
 
 
-def zero_proxies(pipe: Any) -> dict[str, ModuleProxy]:
-    """Return a proxy without output for every denoiser and ControlNet of a pipeline, by name."""
+def zero_proxies(pipe: Any, shapes: OutputShapes | None = None) -> dict[str, ModuleProxy]:
+    """Return a proxy with zero output for every denoiser and ControlNet of a pipeline, by name.
+
+    shapes  of their outputs, recorded in a run; without them they are guessed from the inputs
+    """
+    modules = denoising_modules(pipe)
+    if shapes is not None:
+        return {name: ModuleProxy(one, functools.partial(shapes.zeros, name, one)) for name, one in modules.items()}
     return {
         name: zero_controlnet(module) if name in CONTROLNETS else zero_denoiser(module)
-        for name, module in denoising_modules(pipe).items()
+        for name, module in modules.items()
     }
 
 
@@ -381,7 +600,7 @@ def with_modules(pipe: Any, modules: Mapping[str, Any]) -> Any:
 
     Offloading hooks are on its own modules, and it restores them itself.
     """
-    view = copy.copy(pipe)
+    view = replace_parts(pipe, {id(getattr(pipe, name)): module for name, module in modules.items()})
     vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
     return view
 

@@ -15,19 +15,22 @@ import torch
 from torch import Generator, Tensor
 from torch.utils._pytree import tree_map_only
 
+from steer.audio import is_audio
 from steer.diffusion.differentiable import differentiable_images
 from steer.diffusion.precision import HALF, Precision, in_float32
-from steer.diffusion.preview import filter_call_kwargs, first_output
+from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.rehearsal import check_verified
+from steer.diffusion.rows import RowsCall
 from steer.diffusion.schedules import Gaussian
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
+    OutputShapes,
     SolverStep,
+    UnsupportedPipelineError,
     denoisers_in,
-    hook_steps,
+    denoising_modules,
     without_side_effects,
-    zero_proxies,
 )
 from steer.errors import InputError
 
@@ -129,6 +132,7 @@ class Sampler:
         self._precision_context = exact if precision == "float32" else nullcontext
         self._gate = _DenoiserGate(self._precision_context)
         self._pipe = differentiable_images(without_side_effects(pipe))
+        self._form = 0  # of the call that makes several rows: see `RowsCall`
         vars(self._pipe).update(self._gate.around(pipe, prepared))
 
     def rollout(self, rows: Rows) -> tuple[Trajectories, Tensor]:
@@ -153,7 +157,7 @@ class Sampler:
         if not stochastic:
             raise InputError("no step of this run has noise: there is nothing to learn. Use more steps")
         trajectories = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
-        return trajectories, images.float().clamp(0, 1)
+        return trajectories, images.float() if is_audio(images) else images.float().clamp(0, 1)
 
     def replay(
         self, stored: Trajectories, at: ReplayCallback, only: Collection[int] | None = None, grad: bool = False
@@ -211,12 +215,17 @@ class Sampler:
 
     def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], output_type: str) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in rows.starts]
-        per_row = {name: [text] * len(rows) for name, text in self._call.items() if isinstance(text, str)}
-        per_row = {name: texts for name, texts in per_row.items() if name.startswith(("prompt", "negative_prompt"))}
-        given = {"prompt": list(rows.prompts), "generator": generators, "output_type": output_type}
-        given |= {} if takes_prompts(self._pipe) else {"batch_size": len(rows)}
-        with hook_steps(self._pipe, on_step, rows=len(rows), grad=False) as view:
-            return first_output(view(**filter_call_kwargs(self._pipe, self._call | per_row | given)))
+        prompt = {"prompt": list(rows.prompts)} if takes_prompts(self._pipe) else {}
+        call = RowsCall(self._pipe, self._call | prompt, len(rows), 1, one_condition=True)
+        call.start_at(self._form)
+        try:
+            images = call.run(self._pipe, on_step, {"generator": generators, "output_type": output_type}, grad=False)
+        except UnsupportedPipelineError:
+            if output_type != "latent":  # which some pipelines do not return
+                raise
+            return self._run(rows, on_step, "pt")
+        self._form = call.place
+        return images
 
 
 def _latent_dtype(solver_step: SolverStep) -> torch.dtype:
@@ -237,25 +246,32 @@ class _DenoiserGate:
 
     def __init__(self, precision_context: Callable[[], AbstractContextManager[None]]) -> None:
         self.open, self.precision_context = True, precision_context
+        self._shapes = OutputShapes()
 
     def around(self, pipe: Any, prepared: Callable[..., Any] | None) -> dict[str, ModuleProxy]:
-        trained, gated = denoisers_in(pipe)[:1], {}
-        for name, zero_proxy in zero_proxies(pipe).items():
-            module = getattr(pipe, name)
-            call = partial(self._call, module, zero_proxy, prepared if name in trained else None)
-            gated[name] = ModuleProxy(module, call)
+        gated, trained = {}, denoisers_in(pipe)[:1]
+        for name, module in denoising_modules(pipe).items():
+            call = _in_dtype_of(module, prepared) if prepared is not None and name in trained else module
+            gated[name] = ModuleProxy(module, self._guarded(name, call))
         return gated
 
-    def _call(
-        self, module: Any, zero_call: ModuleProxy, prepared: Callable[..., Any] | None, *args: Any, **kwargs: Any
-    ) -> Any:
-        if not self.open:
-            return zero_call(*args, **kwargs)
-        with self.precision_context():
-            if prepared is None:
-                return module(*args, **kwargs)
-            # Latents and decoder expect the dtype of the module; what accelerate prepared returns float32.
-            return tree_map_only(Tensor, lambda value: value.to(module.dtype), prepared(*args, **kwargs))
+    def _guarded(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if not self.open:
+                return self._shapes.zeros(name, call, *args, **kwargs)
+            with self.precision_context():
+                return self._shapes.call(name, call, *args, **kwargs)
+
+        return guarded
+
+
+def _in_dtype_of(module: Any, prepared: Callable[..., Any]) -> Callable[..., Any]:
+    """Cast the fp32 output of a prepared denoiser to the module's dtype, which latents and decoder expect."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, lambda value: value.to(module.dtype), prepared(*args, **kwargs))
+
+    return call
 
 
 def log_probs(sampler: Sampler, stored: Trajectories, only: Collection[int] | None = None) -> Tensor:

@@ -1,0 +1,294 @@
+"""Compatibility of a diffusers pipeline with steer, measured by short runs of two particles.
+
+Each check has an independent truth: the pipeline's own call, or a second path to the same images.
+"""
+
+import copy
+import functools
+import inspect
+import pkgutil
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from torch import Generator, Tensor
+
+from steer.audio import AudioReward, is_audio
+from steer.diffusion.preview import filter_call_kwargs, first_output
+from steer.diffusion.step_hooks import SolverStep, hook_steps
+from steer.errors import InputError
+from steer.pipelines.fk_steering import FKSteeringPipeline
+from steer.pipelines.particle_batch import ParticleBatch
+from steer.pipelines.reno import ReNOPipeline
+from steer.reward import Reward
+from steer.rewards.parser import load_reward
+from steer.training.rollout import Rows, Sampler, log_probs
+
+PARTICLES = 2
+TOLERANCE = 2e-3  # of pixels in [0, 1], and of log-densities relative to their size
+ROUNDING = 4e-3  # of pixels, where a safety checker returns them in 8 bits
+SEED = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of one check: "ok", "refused" (an InputError), "differs" (a wrong result) or "traceback"."""
+
+    state: str
+    reason: str = ""
+
+
+class _Differs(Exception):
+    """A result that differs from the truth."""
+
+
+@dataclass
+class PipelineCheck:
+    """The checks of one pipeline: `call` are the arguments of its call for one prompt, without a generator."""
+
+    pipe: Any
+    call: Mapping[str, Any]
+
+    def row(self, names: Any = None) -> dict[str, Outcome]:
+        """Run the checks, by name."""
+        return {name: self._outcome(CHECKS[name]) for name in names or CHECKS}
+
+    def _outcome(self, check: Callable[["PipelineCheck"], None]) -> Outcome:
+        try:
+            check(self)
+        except InputError as error:
+            return Outcome("refused", str(error).splitlines()[0])
+        except _Differs as error:
+            return Outcome("differs", str(error))
+        except Exception as error:  # noqa: BLE001  # a foreign traceback is the finding that this check reports
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            return Outcome("traceback", f"{type(error).__name__}: {error} ({last.name}:{last.lineno})".splitlines()[0])
+        return Outcome("ok")
+
+    def split(self) -> tuple[Any, dict[str, Any]]:
+        """Return the prompt and the other arguments, fresh."""
+        call = {name: _copied(value) for name, value in self.call.items()}
+        return call.pop("prompt", None), call
+
+    def plain(self, seed: int) -> Tensor:
+        """Make the images of one plain call."""
+        prompt, call = self.split()
+        given = call | ({} if prompt is None else {"prompt": prompt})
+        pt = filter_call_kwargs(self.pipe, {"output_type": "pt", "generator": Generator().manual_seed(seed)})
+        try:
+            return first_output(self.pipe(**given, **pt))
+        except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
+            name, reason = type(self.pipe).__name__, (str(error).strip() or "no reason").splitlines()[0]
+            raise InputError(
+                f"the plain call of {name} fails ({type(error).__name__}: {reason}): mend it first"
+            ) from error
+
+    @functools.cached_property
+    def reward(self) -> Reward:
+        """A differentiable reward of what the pipeline makes: brightness, or the loudness of audio."""
+        _, media = self.plain_batch
+        return AudioReward(_loudness, "loudness", differentiable=True) if is_audio(media) else load_reward("brightness")
+
+    @functools.cached_property
+    def plain_batch(self) -> tuple[ParticleBatch, Tensor]:
+        """The particle batch of the call, and its images without steering."""
+        batch = self.batch()
+        return batch, batch.sample(_nothing)
+
+    def batch(self) -> ParticleBatch:
+        """Make a particle batch of the call, with a generator for each row."""
+        prompt, call = self.split()
+        seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
+        return ParticleBatch(self.pipe, load_reward("brightness"), prompt, PARTICLES, call | {"generator": seeds})
+
+
+def load_object(spec: str) -> Any:
+    """Return the pipeline that `module:NAME` names, or that this function or class makes without arguments.
+
+    Raises InputError where there is none.
+    """
+    sys.path.insert(0, "")
+    try:
+        made = pkgutil.resolve_name(spec)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{spec} cannot be imported ({error}): use module:NAME of a file in this folder") from error
+    finally:
+        sys.path.remove("")
+    if callable(made) and (inspect.isclass(made) or inspect.isroutine(made)):
+        try:
+            made = made()
+        except TypeError as error:
+            raise InputError(f"{spec} must make a pipeline without arguments ({error}): name a function") from error
+    if not hasattr(made, "scheduler"):
+        raise InputError(f"{spec} is a {type(made).__name__} without a scheduler: name a diffusers pipeline")
+    return made
+
+
+PICTURES = ("image", "control_image", "mask_image", "conditioning_image", "video", "control_video", "mask")
+
+
+def example_call(pipe: Any, prompt: str, steps: int, size: int) -> dict[str, Any]:
+    """Return arguments of a cheap call: pictures where the signature requires some, `size` pixels wide."""
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    draws = Generator().manual_seed(SEED)
+    call: dict[str, Any] = {}
+    for name, parameter in parameters.items():
+        required = parameter.default is inspect.Parameter.empty or name in ("image", "mask_image", "control_image")
+        if name in PICTURES and required:
+            pixels = torch.rand((size, size, 3), generator=draws).numpy()
+            picture = VaeImageProcessor.numpy_to_pil(pixels)[0]
+            picture = picture.convert("L") if "mask" in name else picture
+            call[name] = [picture] * 5 if "video" in name else picture
+    if "prompt" in parameters:
+        call["prompt"] = prompt
+    if "num_inference_steps" in parameters:
+        call["num_inference_steps"] = steps
+    return call
+
+
+def _copied(value: Any) -> Any:
+    return list(value) if isinstance(value, list) else dict(value) if isinstance(value, dict) else copy.copy(value)
+
+
+def _loudness(waveforms: Tensor, prompts: Sequence[str], sample_rate: int | None) -> Tensor:
+    return waveforms.float().square().flatten(1).mean(1)
+
+
+def _nothing(solver_step: SolverStep) -> None:
+    return None
+
+
+def check_steps(check: PipelineCheck) -> None:
+    """Compare the images of a watched run with those of the plain call: equal to the bit."""
+    plain = check.plain(SEED)
+    prompt, call = check.split()
+    given = call | ({} if prompt is None else {"prompt": prompt})
+    given |= filter_call_kwargs(check.pipe, {"output_type": "pt", "generator": Generator().manual_seed(SEED)})
+    with hook_steps(check.pipe, _nothing) as view:
+        _equal(first_output(view(**given)), plain, 0.0, "a watched run")
+
+
+def check_rows(check: PipelineCheck) -> None:
+    """Compare the first particle of a batch with a plain call of its own generator.
+
+    Others may draw in another order: some pipelines draw once for all rows, then for each.
+    """
+    _, images = check.plain_batch
+    _equal(images[:1], _batched(check.plain(SEED), images), ROUNDING, "a particle of a batch")
+
+
+def check_swap(check: PipelineCheck) -> None:
+    """Let two particles trade places after the second step: their images trade places.
+
+    A solver that adds noise of its own, to each slot another, is exempt: copies of one particle part.
+    """
+    _, plain = check.plain_batch
+
+    def moved(*ancestors: int) -> Tensor:
+        def move(solver_step: SolverStep) -> tuple[Tensor, None] | None:
+            return (torch.tensor(ancestors), None) if solver_step.k == min(1, solver_step.total - 1) else None
+
+        return check.batch().sample(move)
+
+    swapped = moved(1, 0)
+    if swapped.shape == plain.shape and (swapped - plain.flip(0)).abs().max() > TOLERANCE:
+        first, second = moved(0, 0)
+        if (first - second).abs().max() > TOLERANCE:
+            return
+    _equal(swapped, plain.flip(0), TOLERANCE, "a run of particles that trade places")
+    if plain[0].shape == plain[1].shape and torch.equal(plain[0], plain[1]):
+        raise _Differs("both particles made the same image")
+
+
+def check_unsteered(check: PipelineCheck) -> None:
+    """Compare the images at λ = 0 with those of the plain batch: equal to the bit."""
+    prompt, call = check.split()
+    _, plain = check.plain_batch
+    seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
+    out = FKSteeringPipeline(check.pipe, check.reward)(
+        prompt, num_particles=PARTICLES, lam=0.0, generator=seeds, output_type="pt", **call
+    )
+    _equal(out.in_slot_order().images, plain, 0.0, "λ = 0")
+
+
+def check_fk(check: PipelineCheck) -> None:
+    """Steer: resample by the reward of previews, with finite rewards."""
+    prompt, call = check.split()
+    seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
+    out = FKSteeringPipeline(check.pipe, check.reward)(
+        prompt, num_particles=PARTICLES, lam=1e8, ess_threshold=1.0, generator=seeds, output_type="pt", **call
+    )
+    if not out.rewards.isfinite().all():
+        raise _Differs("rewards are not finite")
+    if not any((ancestors != torch.arange(PARTICLES)).any() for ancestors in out.ancestors):
+        raise _Differs("no particle was resampled")
+
+
+def check_preview(check: PipelineCheck) -> None:
+    """Compare the preview of the final latents with the images."""
+    batch, images = check.plain_batch
+    _equal(batch.preview(batch.latents), images, TOLERANCE, "the preview of the final latents")
+
+
+def check_reno(check: PipelineCheck) -> None:
+    """Take one step of noise optimisation; the first image is that of the plain pipeline."""
+    _, plain = check.plain_batch
+    prompt, call = check.split()
+    if (guidance := inspect.signature(type(check.pipe).__call__).parameters.get("guidance_scale")) is not None:
+        call.setdefault("guidance_scale", guidance.default)  # ReNO's own default is 0, for one-step models
+    seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
+    first: list[Tensor] = []
+
+    def observe(iteration: Any) -> None:
+        first.append(iteration.images)
+
+    out = ReNOPipeline(check.pipe, check.reward)(
+        prompt, num_particles=PARTICLES, iterations=2, generator=seeds, on_iteration=observe, output_type="pt", **call
+    )
+    if not out.rewards.isfinite().all():
+        raise _Differs("rewards are not finite")
+    _equal(first[0], plain, TOLERANCE, "the first image of the search")
+
+
+def check_rollout(check: PipelineCheck) -> None:
+    """Compare the log-densities of a replay with those of the rollout."""
+    prompt, call = check.split()
+    sampler = Sampler(check.pipe, call)
+    texts = (prompt,) * PARTICLES if isinstance(prompt, str) else tuple(prompt or ("",) * PARTICLES)
+    texts = texts if len(texts) == PARTICLES else (texts[0],) * PARTICLES
+    seeds = tuple(range(SEED, SEED + PARTICLES))
+    stored, _ = sampler.rollout(Rows(texts, seeds, seeds))
+    again = log_probs(sampler, stored)
+    scale = float(stored.log_probs.abs().max())
+    _equal(again / scale, stored.log_probs / scale, TOLERANCE, "a replay")
+
+
+CHECKS: dict[str, Callable[[PipelineCheck], None]] = {
+    "steps": check_steps,
+    "rows": check_rows,
+    "swap": check_swap,
+    "lam0": check_unsteered,
+    "fk": check_fk,
+    "preview": check_preview,
+    "reno": check_reno,
+    "rollout": check_rollout,
+}
+
+
+def _batched(images: Tensor, like: Tensor) -> Tensor:
+    return images[None] if images.dim() < like.dim() else images
+
+
+def _equal(given: Tensor, truth: Tensor, tolerance: float, what: str) -> None:
+    """Raise _Differs unless two tensors agree."""
+    if given.shape != truth.shape:
+        raise _Differs(f"{what} has shape {tuple(given.shape)}, not {tuple(truth.shape)}")
+    if not torch.isfinite(given).all() or not torch.isfinite(truth).all():
+        raise _Differs(f"{what} is not finite")
+    gap = float((given.double() - truth.double()).abs().max())
+    if gap > tolerance:
+        raise _Differs(f"{what} differs by {gap:.2g}")

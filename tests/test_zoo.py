@@ -1,0 +1,102 @@
+"""Every pipeline of the zoo against the outcomes recorded in zoo/matrix.json: popular ones here, all with `hard`."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROMPT, sd
+from diffusers import StableDiffusionPipeline
+from zoo.build import CASES, build, call_of
+from zoo.page import PAGE, page
+from zoo.popular import POPULAR
+
+from steer.pipelines.compatibility import CHECKS, PipelineCheck
+
+RECORDED = json.loads((Path(__file__).parent / "zoo" / "matrix.json").read_text())
+QUICK = ("steps", "swap", "fk", "preview")  # of the popular ones in `make test`
+
+
+def states(name: str, checks: tuple[str, ...]) -> dict[str, str]:
+    row = PipelineCheck(build(name), call_of(name)).row(checks)
+    return {check: f"{outcome.state} {outcome.reason}".strip() for check, outcome in row.items()}
+
+
+def recorded(name: str, checks: tuple[str, ...]) -> dict[str, str]:
+    row = RECORDED[name]
+    return {check: f"{row[check]['state']} {row[check]['reason']}".strip() for check in checks if check in row}
+
+
+@pytest.mark.parametrize("name", [name for name in POPULAR if name in RECORDED])
+def test_popular_pipelines_are_steered_exactly(name: str) -> None:
+    checks = tuple(check for check in QUICK if check in RECORDED[name])
+    assert states(name, checks) == recorded(name, checks)
+
+
+@pytest.mark.hard
+@pytest.mark.parametrize("name", RECORDED)
+def test_every_pipeline_has_its_recorded_outcomes(name: str) -> None:
+    checks = tuple(check for check in CHECKS if check in RECORDED[name])
+    assert states(name, checks) == recorded(name, checks)
+
+
+def test_a_pipeline_of_ones_own_is_checked(
+    steer: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_pipeline.py").write_text("from conftest import sd as make\n")
+    monkeypatch.chdir(tmp_path)
+    call = json.dumps({"height": 8, "width": 8})
+    code, out, err = steer("check-pipeline", "own_pipeline:make", "--call", call, "--json", tmp_path / "row.json")
+    assert code == 0, out + err
+    assert {line.split()[0]: line.split()[1] for line in out.splitlines()} == dict.fromkeys(CHECKS, "ok")
+    assert json.loads((tmp_path / "row.json").read_text())["pipeline"] == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("no_module:pipe", "no_module:pipe cannot be imported"),
+        ("json:loads", "json:loads must make a pipeline without arguments"),
+        ("json:decoder", "json:decoder is a module without a scheduler"),
+    ],
+)
+def test_what_is_no_pipeline_is_named(steer: Callable[..., tuple[int, str, str]], model: str, message: str) -> None:
+    code, _, err = steer("check-pipeline", model)
+    assert code == 2 and message in err
+
+
+def test_a_wrong_result_is_reported() -> None:
+    """A pipeline whose images depend on how often it was called differs from its own plain call."""
+
+    class Drifting(StableDiffusionPipeline):
+        calls = 0
+
+        @torch.no_grad()
+        def __call__(self, prompt: str, num_inference_steps: int = 4, generator: Any = None) -> Any:
+            type(self).calls += 1
+            out = super().__call__(prompt, 8, 8, num_inference_steps, generator=generator, output_type="pt")
+            return (out.images + 0.01 * type(self).calls,)
+
+    pipe = sd()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.__class__ = Drifting
+    outcome = PipelineCheck(pipe, {"prompt": PROMPT, "num_inference_steps": 2}).row(["steps"])["steps"]
+    assert outcome.state == "differs" and outcome.reason == "a watched run differs by 0.01"
+
+
+def test_the_page_shows_the_recorded_matrix() -> None:
+    text = PAGE.read_text()
+    assert page(text, RECORDED) == text
+
+
+def test_the_zoo_is_recorded_without_tracebacks() -> None:
+    assert set(RECORDED) <= set(CASES)
+    wrong = {
+        f"{name} {check}: {outcome['reason']}"
+        for name, row in RECORDED.items()
+        for check, outcome in row.items()
+        if outcome["state"] == "traceback"
+    }
+    assert not wrong

@@ -1,0 +1,1 @@
+"""A zoo of tiny diffusers pipelines, and the capabilities of steer on each of them."""
