@@ -88,7 +88,9 @@ def load_pipeline(
             pipe = _from_single_file(model, source, resolve_dtype(device, dtype), config)
         else:
             variant = _variant(source) if variant is None and isinstance(source, Path) else variant
-            pipe = DiffusionPipeline.from_pretrained(source, dtype=resolve_dtype(device, dtype), variant=variant)
+            pipe = DiffusionPipeline.from_pretrained(
+                source, dtype=resolve_dtype(device, dtype), variant=variant, **_left_out(source)
+            )
     except InputError:
         raise
     except UnpicklingError as error:
@@ -120,6 +122,17 @@ def _source(model: str) -> str | Path:
     if model.count("/") != 1 or model.startswith((".", "/")) or model.endswith("/"):
         raise InputError(f"unknown model {model!r}: use {nearest(model, MODELS)}, a folder, or ORGANISATION/NAME")
     return model
+
+
+def _left_out(source: Path | str) -> dict[str, None]:
+    """Return the components that a saved pipeline was built without, such as Stable Diffusion 3's T5.
+
+    diffusers writes them as [null, null] and, unless they are optional, wants them as None again.
+    """
+    if not isinstance(source, Path) or not (source / INDEX).is_file():
+        return {}
+    index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+    return {name: None for name, value in index.items() if value == [None, None]}
 
 
 def _variant(folder: Path) -> str | None:

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 
 from steer.apps.evaluation.report import summary
 from steer.apps.prompts import load_prompts
-from steer.apps.scenes import analyses, distil, preferences, training, world
+from steer.apps.scenes import analyses, distil, flow, preferences, training, world
 from steer.apps.scenes.finetuning import finetuning_study, read_plan
 from steer.files import write_text
 
@@ -33,7 +33,9 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
     parser.add_argument("--prompts", type=Path, default=Path("assets/prompts"))
-    parser.add_argument("--trained", default="denoiser", help="model in --out that `export` writes: denoiser or turbo")
+    parser.add_argument(
+        "--trained", default="denoiser", help="model in --out that `export` writes: denoiser, flow or turbo"
+    )
     parser.add_argument("--count", type=int, help="prompts of --list, shuffled; by default all")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of the studies")
     parser.add_argument("--reward", default="scene-soft", help="reward of the studies")
@@ -71,8 +73,12 @@ def _autoencoder(options: argparse.Namespace) -> None:
 
 
 def _denoiser(options: argparse.Namespace) -> None:
-    recipe, steps = training.RECIPES[options.size], options.steps or 85_000
+    recipe, steps = training.RECIPES[options.size], options.steps or 60_000
     training.train_denoiser(options.out / "denoiser", _vae(options), recipe, steps, start=options.start)
+
+
+def _flow(options: argparse.Namespace) -> None:
+    flow.train_flow(options.out / "flow", _vae(options), options.steps or flow.STEPS)
 
 
 def _checkpoint(options: argparse.Namespace) -> None:
@@ -89,9 +95,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(options.out / options.trained / "pipeline")
-    pipe.unet.half()
-    pipe.vae.half()
+    pipe = DiffusionPipeline.from_pretrained(options.out / options.trained / "pipeline")
+    for name in {"unet", "transformer", "vae"} & pipe.components.keys():
+        pipe.components[name].half()
     pipe.save_pretrained(options.model)
 
 
@@ -139,13 +145,14 @@ def _reno_then(options: argparse.Namespace) -> dict[str, Any]:
 STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], str]] = {
     "autoencoder": (_autoencoder, "train the autoencoder and whiten its latents"),
     "denoiser": (_denoiser, "train the denoiser and its text encoder on those latents"),
+    "flow": (_flow, "train a flow-matching transformer in Stable Diffusion 3 format on those latents"),
     "checkpoint": (
         _checkpoint,
         "write the averaged weights of an unfinished `denoiser` to --model, for --start",
     ),
     "pilot": (_pilot, "compare recipes for the denoiser at equal processor time (--seconds, --only)"),
     "check": (_check, "share of fresh scenes that pass after the autoencoder"),
-    "export": (_export, "write the finished pipeline to --model, UNet and autoencoder in half precision"),
+    "export": (_export, "write the finished pipeline to --model, denoiser and autoencoder in half precision"),
     "captions": (_captions, "write 40,000 drawn scenes with captions, and a new CLIP's configuration"),
     "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
