@@ -34,7 +34,7 @@ from steer.training.supervised import TrainingRun
 
 RECIPE = Recipe(width=96, layers=3)  # of both text encoders: the transformer reads the state before the last layer
 WIDTH, LAYERS, HEADS = 128, 7, 4  # of the transformer
-STEPS = 60_000
+STEPS = 30_000
 ZEROS = 256  # tokens of zeros that StableDiffusion3Pipeline puts in place of T5's
 
 
