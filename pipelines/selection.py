@@ -19,8 +19,8 @@ from steer.pipelines.fk_steering import (
     check_copies_diverge,
     top_k_indices,
 )
-from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import BestOfNSettings, Prompts, SelectionSettings
+from steer.pipelines.text.particles import batch_class
 from steer.smc.particles import Particles
 
 
@@ -44,7 +44,7 @@ class SelectionPipeline(SteeringPipeline):
         if s.num_particles > 1:
             check_candidates_diverge(self.pipe.scheduler, s.eta)
         call, kernel_eta = route_eta(self.pipe, call, s.eta)
-        particle_batch = ParticleBatch(
+        particle_batch = batch_class(self.pipe)(
             self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview
         )
         schedule = ResamplingSchedule(s.select_steps)
@@ -149,7 +149,7 @@ class BestOfNPipeline(SteeringPipeline):
         """
         s = settings
         call, kernel_eta = route_eta(self.pipe, call, s.eta)
-        particle_batch = ParticleBatch(
+        particle_batch = batch_class(self.pipe)(
             self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size
         )
         schedule = ResamplingSchedule(s.preview_steps)

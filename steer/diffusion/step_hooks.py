@@ -29,6 +29,7 @@ from steer.diffusion.schedules import (
     step_levels,
     total_transitions,
 )
+from steer.diffusion.token_hooks import is_token_scheduler, view_class
 from steer.errors import InputError
 
 
@@ -100,6 +101,9 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
     Raises InputError for a scheduler that is not verified, and UnsupportedPipelineError for a pipeline that edits its
     latents between the steps or never steps its own scheduler.
     """
+    if is_token_scheduler(pipe.scheduler):
+        yield view_class(pipe)(pipe, on_step, rows)
+        return
     check_verified(pipe.scheduler)
     tracker = _Tracker(pipe, on_step, rows, grad)
     view = copy.copy(pipe)
