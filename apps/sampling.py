@@ -349,20 +349,7 @@ def _sample_prompt(job: Job, folder: Path, animation: bool) -> Entry:
 def _run_job(job: Job, folder: Path, animation: bool) -> Entry:
     frames = Frames(folder / FRAMES)
     output = (replace(job, on_iteration=frames.keep) if animation else job).run()
-    entry: Entry = {
-        "prompt": job.prompt,
-        "images": _save_images(output, job, folder),
-        "rewards": output.rewards[0].tolist(),
-        "components": {name: scores[0].tolist() for name, scores in output.components.items()},
-        "log_weights": output.log_weights[0].tolist(),
-        "log_normaliser": output.log_normaliser[0].item(),
-        "ess": [value[0].item() for value in output.ess],
-        "ancestors": [value[0].tolist() for value in output.ancestors],
-        "steps": [evaluation.step for evaluation in output.history],
-        "step_rewards": [evaluation.rewards[0].tolist() for evaluation in output.history],
-        "order": output.order[0].tolist(),
-        "cost": asdict(output.cost),
-    }
+    entry: Entry = {"prompt": job.prompt, "images": _save_images(output, job, folder)} | describe(output)
     entry |= _nsfw_flags(output)
     if output.start is not None:
         entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}
@@ -374,6 +361,22 @@ def _run_job(job: Job, folder: Path, animation: bool) -> Entry:
         entry["base"] = {"images": _save_images(base, job, folder, base=True), "rewards": base.rewards[0].tolist()}
         entry["base"] |= _nsfw_flags(base)
     return entry
+
+
+def describe(output: SteeringOutput) -> Entry:
+    """Return the numbers of a run of one prompt for the report: rewards, weights, ancestors, cost."""
+    return {
+        "rewards": output.rewards[0].tolist(),
+        "components": {name: scores[0].tolist() for name, scores in output.components.items()},
+        "log_weights": output.log_weights[0].tolist(),
+        "log_normaliser": output.log_normaliser[0].item(),
+        "ess": [value[0].item() for value in output.ess],
+        "ancestors": [value[0].tolist() for value in output.ancestors],
+        "steps": [evaluation.step for evaluation in output.history],
+        "step_rewards": [evaluation.rewards[0].tolist() for evaluation in output.history],
+        "order": output.order[0].tolist(),
+        "cost": asdict(output.cost),
+    }
 
 
 def _nsfw_flags(output: SteeringOutput) -> dict[str, list[bool]]:

@@ -9,7 +9,6 @@ from os import PathLike
 from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
@@ -17,6 +16,7 @@ from steer.arguments import coerce_value
 from steer.diffusion.schedules import clip_limit, descends_from
 from steer.errors import InputError
 from steer.pipelines.settings import Prompts, Settings, StepSettings, read_arguments
+from steer.pipelines.text.masked_diffusion import pipeline_class
 from steer.registry import nearest
 from steer.rewards.parser import load_reward
 
@@ -32,7 +32,7 @@ class RewardedPipeline:
     @classmethod
     def from_pretrained(cls, model: str | PathLike[str], reward: Any, **options: Any) -> Self:
         """Load a diffusers pipeline by hub name or folder; `options` go to DiffusionPipeline.from_pretrained."""
-        return cls(DiffusionPipeline.from_pretrained(model, **options), reward)
+        return cls(pipeline_class(model).from_pretrained(model, **options), reward)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the diffusers pipeline, as its own `to` does."""

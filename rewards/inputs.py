@@ -55,6 +55,8 @@ def as_batch(images: Any, prompts: str | Sequence[str]) -> tuple[Tensor, Sequenc
 
     Raises RewardError, one line, for other forms, images of several sizes, and counts that do not fit.
     """
+    if as_texts(images) is not None:
+        raise RewardError("a reward of images was given texts: use a reward of texts, such as says:WORD")
     batch = _as_tensor(images)
     if batch.dim() == 3:
         batch = batch[None]

@@ -1,16 +1,23 @@
 """Masked diffusion against enumeration: the kernel, its pipeline, and steering on it."""
 
+import json
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import tabular
 import torch
+from safetensors.torch import save_file
 from tabular import MASK, SEQUENCES, STATES, V, index_of, kernel_matrix, law_of_sampler, pipeline
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Generator, Tensor
+from transformers import PreTrainedTokenizerFast
 
 from steer import BestOfNPipeline, FKSteeringPipeline, InputError, SelectionPipeline
 from steer.diffusion.masked import OPENINGS, MaskedKernel, subs
+from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline, pipeline_class
 from steer.smc.potentials import POTENTIALS
 from steer.smc.resampling import RESAMPLERS
 
@@ -158,3 +165,142 @@ def test_settings_that_do_not_fit_tokens_are_refused() -> None:
         steer("", eta=0.5, num_inference_steps=6)
     with pytest.raises(InputError, match="samples:N"):
         steer("", preview="linear")
+
+
+# The layout of kuleshov-group/mdlm-owt: config.json of model_type mdlm, and these tensors in model.safetensors.
+MDLM_CONFIG = {
+    "model_type": "mdlm",
+    "architectures": ["MDLM"],
+    "auto_map": {"AutoModelForMaskedLM": "modeling_mdlm.MDLM"},
+    "vocab_size": 29,
+    "model_length": 8,
+    "hidden_dim": 32,
+    "cond_dim": 12,
+    "n_blocks": 2,
+    "n_heads": 4,
+    "dropout": 0.1,
+    "time_conditioning": False,
+    "return_dict": False,
+}
+
+
+def mdlm_weights() -> dict[str, Tensor]:
+    v, d, c = 29, 32, 12
+    shapes: dict[str, tuple[int, ...]] = {
+        "vocab_embed.embedding": (v, d),
+        "sigma_map.mlp.0.weight": (c, 256),
+        "sigma_map.mlp.0.bias": (c,),
+        "sigma_map.mlp.2.weight": (c, c),
+        "sigma_map.mlp.2.bias": (c,),
+        "rotary_emb.inv_freq": (4,),
+        "output_layer.norm_final.weight": (d,),
+        "output_layer.linear.weight": (v, d),
+        "output_layer.linear.bias": (v,),
+        "output_layer.adaLN_modulation.weight": (2 * d, c),
+        "output_layer.adaLN_modulation.bias": (2 * d,),
+    }
+    for block in (0, 1):
+        own = {
+            "norm1.weight": (d,),
+            "attn_qkv.weight": (3 * d, d),
+            "attn_out.weight": (d, d),
+            "norm2.weight": (d,),
+            "mlp.0.weight": (4 * d, d),
+            "mlp.0.bias": (4 * d,),
+            "mlp.2.weight": (d, 4 * d),
+            "mlp.2.bias": (d,),
+            "adaLN_modulation.weight": (6 * d, c),
+            "adaLN_modulation.bias": (6 * d,),
+        }
+        shapes |= {f"blocks.{block}.{name}": shape for name, shape in own.items()}
+    generator = Generator().manual_seed(0)
+    weights = {f"backbone.{name}": torch.randn(shape, generator=generator) * 0.3 for name, shape in shapes.items()}
+    weights["backbone.rotary_emb.inv_freq"] = 10_000 ** (-torch.arange(0, 8, 2).float() / 8)
+    return weights
+
+
+def mdlm_logits(w: dict[str, Tensor], ids: Tensor) -> Tensor:
+    """The forward pass of one sequence, place by place and head by head, written from the paper's description."""
+    w, d, heads = {name.removeprefix("backbone."): value.double() for name, value in w.items()}, 32, 4
+    angle0 = torch.cat([torch.ones(128), torch.zeros(128)]).double()  # cos 0 and sin 0
+    silu = torch.nn.functional.silu
+    hidden = silu(w["sigma_map.mlp.0.weight"] @ angle0 + w["sigma_map.mlp.0.bias"])
+    c = silu(w["sigma_map.mlp.2.weight"] @ hidden + w["sigma_map.mlp.2.bias"])
+    x = w["vocab_embed.embedding"][ids]
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt() * weight
+
+    def rotate(vector: Tensor, place: int) -> Tensor:
+        out = vector.clone()
+        for j in range(4):  # pairs (j, j + 4) of the 8 numbers of a head
+            a = place * float(w["rotary_emb.inv_freq"][j])
+            turn = torch.tensor([[math.cos(a), -math.sin(a)], [math.sin(a), math.cos(a)]]).double()
+            out[[j, j + 4]] = turn @ vector[[j, j + 4]]
+        return out
+
+    for b in ("blocks.0.", "blocks.1."):
+        m = (w[b + "adaLN_modulation.weight"] @ c + w[b + "adaLN_modulation.bias"]).split(d)
+        qkv = (norm(x, w[b + "norm1.weight"]) * (1 + m[1]) + m[0]) @ w[b + "attn_qkv.weight"].T
+        mixed = torch.zeros_like(x)
+        for h in range(heads):
+            q, k, v = (qkv[:, part * d + h * 8 : part * d + h * 8 + 8] for part in range(3))
+            q, k = (torch.stack([rotate(row, place) for place, row in enumerate(one)]) for one in (q, k))
+            mixed[:, h * 8 : h * 8 + 8] = (q @ k.T / 8**0.5).softmax(-1) @ v
+        x = x + m[2] * (mixed @ w[b + "attn_out.weight"].T)
+        inner = (norm(x, w[b + "norm2.weight"]) * (1 + m[4]) + m[3]) @ w[b + "mlp.0.weight"].T + w[b + "mlp.0.bias"]
+        inner = 0.5 * inner * (1 + torch.tanh((2 / math.pi) ** 0.5 * (inner + 0.044715 * inner**3)))
+        x = x + m[5] * (inner @ w[b + "mlp.2.weight"].T + w[b + "mlp.2.bias"])
+    m = (w["output_layer.adaLN_modulation.weight"] @ c + w["output_layer.adaLN_modulation.bias"]).split(d)
+    x = norm(x, w["output_layer.norm_final.weight"]) * (1 + m[1]) + m[0]
+    return x @ w["output_layer.linear.weight"].T + w["output_layer.linear.bias"]
+
+
+def mdlm_folder(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(MDLM_CONFIG))
+    (folder / "modeling_mdlm.py").write_text("raise RuntimeError('never run')")
+    save_file(mdlm_weights(), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def plain_tokenizer() -> PreTrainedTokenizerFast:
+    words = {word: place for place, word in enumerate(["<|end|>", *map(str, range(27))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<|end|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|end|>", eos_token="<|end|>")
+
+
+def test_a_checkpoint_in_the_layout_of_mdlm_computes_what_its_weights_say(tmp_path: Path) -> None:
+    pipe = MaskedDiffusionPipeline.from_mdlm(mdlm_folder(tmp_path / "mdlm"), plain_tokenizer())
+    assert pipe.mask_id == 28 and pipe.scheduler.config.opening == "independent"
+    ids = torch.tensor([[0, 5, 28, 28, 7, 28, 1, 28]])
+    with torch.no_grad():
+        logits = pipe.denoiser(ids).sample
+        relaxed = pipe.denoiser(torch.nn.functional.one_hot(ids, 29).float()).sample
+    assert torch.allclose(logits[0].double(), mdlm_logits(mdlm_weights(), ids[0]), atol=1e-4)
+    assert torch.allclose(logits, relaxed, atol=1e-5)
+
+
+def test_a_pipeline_is_saved_and_loaded(tmp_path: Path) -> None:
+    pipe = MaskedDiffusionPipeline.from_mdlm(mdlm_folder(tmp_path / "mdlm"), plain_tokenizer())
+    pipe.save_pretrained(tmp_path / "saved")
+    kinds = (pipeline_class(tmp_path / "saved"), FKSteeringPipeline)
+    loaded = kinds[0].from_pretrained(tmp_path / "saved")
+    steered = kinds[1].from_pretrained(tmp_path / "saved", "parses").pipe
+    texts = [p("3 4", 6, Generator().manual_seed(0)).texts for p in (pipe, loaded, steered)]
+    assert texts[0] == texts[1] == texts[2] and texts[0][0].startswith("3 4 ")
+
+
+@pytest.mark.parametrize("damage", ["config", "weights", "file"])
+def test_another_layout_is_refused_in_one_line(tmp_path: Path, damage: str) -> None:
+    folder = mdlm_folder(tmp_path / "mdlm")
+    if damage == "config":
+        (folder / "config.json").write_text(json.dumps(MDLM_CONFIG | {"model_type": "bert"}))
+    elif damage == "weights":
+        save_file({"backbone.vocab_embed.embedding": torch.zeros(3, 3)}, folder / "model.safetensors")
+    else:
+        (folder / "model.safetensors").unlink()
+    message = {"config": "'bert'", "weights": "weights are not those", "file": "no model.safetensors"}[damage]
+    with pytest.raises(InputError, match=message):
+        MaskedDiffusionPipeline.from_mdlm(folder, plain_tokenizer())

@@ -20,9 +20,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="optimiser steps in all; the same command resumes an interrupted run")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--start", type=Path, help="checkpoint that `denoiser` begins with where --out has no state")
-    parser.add_argument(
-        "--seconds", type=float, default=300.0, help="processor time of `text` and of each recipe of `pilot`"
-    )
+    parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each recipe of `pilot`")
     parser.add_argument("--size", default="scenes", help="model of `denoiser`: scenes or scenes-large")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
     parser.add_argument("--model", type=Path, default=Path("assets/scenes"))
@@ -134,12 +132,10 @@ def _tiny_vae(options: argparse.Namespace) -> None:
 
 
 def _text(options: argparse.Namespace) -> None:
-    import torch
-
     from steer.apps.scenes.text import parse_rate, train_text
 
-    pipe = train_text(options.out / "text", options.steps or 100_000, options.seconds)
-    print(f"{parse_rate(pipe.to(dtype=torch.float32)):.2%} of samples at 20 steps parse")
+    pipe = train_text(options.out / "text", options.steps or 3000)
+    print(f"{parse_rate(pipe):.2%} of samples at 20 steps parse")
 
 
 def _prompts(options: argparse.Namespace) -> None:
@@ -185,7 +181,7 @@ STAGES = (
             "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it",
         ),
         "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
-        "text": (_text, "train scenes-text on the words of the prompts (--seconds); its folder is the asset"),
+        "text": (_text, "train scenes-text on the words of the prompts; its folder is the asset"),
         "prompts": (_prompts, "write the prompt lists to --prompts"),
     }
     | STUDIES

@@ -1,5 +1,6 @@
 """scenes-text: masked diffusion over the words of the scene prompts, whose law is known exactly."""
 
+import copy
 import itertools
 import logging
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from steer.apps.scenes.world import TASKS
@@ -22,10 +24,10 @@ from steer.pipelines.text.masked_diffusion import MASK_TOKEN, MaskedDiffusionPip
 from steer.rewards.scene import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest
 
 logger = logging.getLogger(__name__)
-LENGTH = 8  # tokens: the longest prompt has 8 words
+LENGTH = 9  # tokens: the begin token and the 8 words of the longest prompt
 COLOURED = 0.6  # share of coloured requests where a task has both (`steer.apps.scenes.world.random_request`)
 HIDDEN, BLOCKS, HEADS, CONDITION = 128, 3, 4, 16
-BATCH, RATE, WARM_UP, AVERAGE = 256, 2e-3, 200, 0.998
+BATCH, RATE, WARM_UP, AVERAGE = 96, 2e-3, 100, 0.995
 LOG_EVERY = 250
 
 
@@ -60,19 +62,23 @@ def _requests(task: str) -> Iterator[tuple[float, SceneRequest]]:
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:
-    """Return the tokenizer: one token a word, then [MASK]; [UNK] lies outside the denoiser's vocabulary."""
+    """Return the tokenizer: one token a word, then [MASK]; [UNK] lies outside the denoiser's vocabulary.
+
+    The begin token is always open: rotary positions are relative, and masks alone look the same from every place.
+    """
     words = sorted({word for text, p in caption_law().items() if p for word in text.split()})
-    vocabulary = {token: place for place, token in enumerate(("[PAD]", *words, MASK_TOKEN, "[UNK]"))}
+    vocabulary = {token: place for place, token in enumerate(("[PAD]", "[BOS]", *words, MASK_TOKEN, "[UNK]"))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "[PAD]", "mask_token": MASK_TOKEN, "unk_token": "[UNK]"}
+    special = {"pad_token": "[PAD]", "bos_token": "[BOS]", "mask_token": MASK_TOKEN, "unk_token": "[UNK]"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LENGTH, **special)
 
 
 def captions_as_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
     """Return the ids (M, L) of all prompts, padded, and their probabilities (M,) fp64."""
     law = {text: p for text, p in caption_law().items() if p}
-    ids = tokenizer(list(law), padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids
+    words = tokenizer(list(law), padding="max_length", max_length=LENGTH - 1, return_tensors="pt").input_ids
+    ids = F.pad(words, (1, 0), value=int(tokenizer.bos_token_id))
     return ids, torch.tensor(list(law.values()), dtype=torch.float64)
 
 
@@ -82,20 +88,17 @@ def random_order_loss(denoiser: MaskedDenoiser, ids: Tensor, mask_id: int) -> Te
     E_t (1/t) Σ_masked −log x_θ(x | z_t) with α_t = 1 − t is (L/m) Σ_masked −log x_θ for m uniform in 1..L and a
     uniform subset of m places: the masks of the continuous-time bound, with less variance.
     """
-    rows, length = ids.shape
+    rows, length = len(ids), ids.shape[1] - 1  # the begin token is never masked
     count = torch.randint(1, length + 1, (rows, 1))
-    masked = torch.rand(rows, length).argsort(1).argsort(1) < count
+    masked = F.pad(torch.rand(rows, length).argsort(1).argsort(1) < count, (1, 0))
     z_t = ids.masked_fill(masked, mask_id)
     log_x0 = subs(denoiser(z_t).sample, z_t, mask_id)
     nll = -log_x0.gather(2, ids[..., None])[..., 0]
     return length / count[:, 0] * torch.where(masked, nll, 0.0).sum(1)
 
 
-def train_text(folder: Path, steps: int, seconds: float) -> MaskedDiffusionPipeline:
-    """Train the model and save it in `folder`, in half precision; the averaged weights, learning rate to 0.
-
-    seconds  processor time after which training ends, its learning rate having fallen by then
-    """
+def train_text(folder: Path, steps: int) -> MaskedDiffusionPipeline:
+    """Train the model for `steps` of BATCH prompts and save its averaged weights in `folder`, in half precision."""
     torch.manual_seed(0)
     tokenizer = text_tokenizer()
     mask_id = int(tokenizer.mask_token_id)
@@ -107,11 +110,8 @@ def train_text(folder: Path, steps: int, seconds: float) -> MaskedDiffusionPipel
     entropy = float(-(law * law.log()).sum())
     start, recent = time.process_time(), []
     for step in range(steps):
-        done = max(step / steps, (time.process_time() - start) / seconds)
-        if done >= 1:
-            break
         for group in optimiser.param_groups:
-            group["lr"] = RATE * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * done)) / 2
+            group["lr"] = RATE * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
         loss = random_order_loss(denoiser, ids[torch.multinomial(law, BATCH, replacement=True)], mask_id).mean()
         optimiser.zero_grad()
         loss.backward()
@@ -124,9 +124,15 @@ def train_text(folder: Path, steps: int, seconds: float) -> MaskedDiffusionPipel
             mean, recent = sum(recent) / len(recent), []
             seconds = time.process_time() - start
             logger.info("step %d: NELBO %.3f nats, entropy %.3f, %.0f s", step + 1, mean, entropy, seconds)
-    pipe = MaskedDiffusionPipeline(averaged.half().eval(), tokenizer, SubsScheduler(mask_id))
-    pipe.save_pretrained(folder)
-    return pipe
+            _save(averaged, tokenizer, folder)
+    return _save(averaged, tokenizer, folder)
+
+
+def _save(denoiser: MaskedDenoiser, tokenizer: PreTrainedTokenizerFast, folder: Path) -> MaskedDiffusionPipeline:
+    """Save the model in half precision, and return it in full."""
+    scheduler = SubsScheduler(int(tokenizer.mask_token_id))
+    MaskedDiffusionPipeline(copy.deepcopy(denoiser).half().eval(), tokenizer, scheduler).save_pretrained(folder)
+    return MaskedDiffusionPipeline(denoiser.eval(), tokenizer, scheduler)
 
 
 def parse_rate(pipe: MaskedDiffusionPipeline, count: int = 1000, steps: int = 20) -> float:

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,8 +20,16 @@ from steer.diffusion.masked_denoiser import MaskedDenoiser
 from steer.diffusion.subs_scheduler import SubsScheduler
 from steer.errors import InputError
 
+INDEX = "model_index.json"
 MASK_TOKEN = "[MASK]"
 SEQUENCE_TYPES = ("text", "ids")
+
+
+def pipeline_class(model: str | PathLike[str]) -> Any:
+    """Return the class that loads a model: of a folder with a masked diffusion model, else diffusers' own choice."""
+    index = Path(model) / INDEX
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    return MaskedDiffusionPipeline if name == MaskedDiffusionPipeline.__name__ else DiffusionPipeline
 
 
 @dataclass
@@ -52,7 +61,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
         return int(self.scheduler.config.mask_token_id)
 
     def encode(self, prompt: str | Sequence[str], length: int | None = None) -> Tensor:
-        """Tokenise prompts as the beginning of sequences (N, L); the rest, and [MASK] in them, is masked.
+        """Tokenise prompts as the beginning of sequences (N, L), after the begin token; all else is masked.
 
         length  L in tokens; by default the model's own
         Raises InputError for a prompt that is too long, or has words that the model does not know.
@@ -61,7 +70,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         ids = torch.full((len(texts), length), self.mask_id, dtype=torch.long)
         for row, text in zip(ids, texts, strict=True):
-            tokens = self.tokenizer(text, add_special_tokens=False).input_ids
+            tokens = [*self._begin, *self._ids(text)]
             if len(tokens) > length:
                 raise InputError(f"prompt {text!r:.80} has {len(tokens)} tokens, the model {length}: shorten it")
             if unknown := [token for token in tokens if token >= self.denoiser.config.vocab_size]:
@@ -69,6 +78,12 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
                 raise InputError(f"prompt {text!r:.80}: {word!r} is not in the vocabulary of this model: leave it out")
             row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         return ids.to(self._execution_device)
+
+    @property
+    def _begin(self) -> list[int]:
+        """The begin token, where the tokenizer has one: models are trained with it, and see their places by it."""
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        return [] if begin is None else [int(begin)]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False).input_ids)
