@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from steer.assets import MODELS
+    from steer.assets import MODELS, TEXT_MODELS
     from steer.errors import InputError
     from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         ReNOSettings,
         SelectionSettings,
     )
+    from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline
     from steer.pipelines.training.config import TrainingConfig
     from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
     from steer.pipelines.training.ddpo_grpo import (
@@ -33,13 +34,14 @@ if TYPE_CHECKING:
         GRPOConfig,
         GRPOTrainer,
     )
+    from steer.pipelines.training.drakes import DRAKESTrainer
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-    from steer.reward import Reward, RewardError, with_timeout
+    from steer.reward import Reward, RewardError, SequenceReward, with_timeout
     from steer.rewards.parser import combine, load_reward, score, score_components
 
 _MODULES = {
-    "steer.assets": ("MODELS",),
+    "steer.assets": ("MODELS", "TEXT_MODELS"),
     "steer.errors": ("InputError",),
     "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
@@ -52,6 +54,7 @@ _MODULES = {
         "ReNOSettings",
         "SelectionSettings",
     ),
+    "steer.pipelines.text.masked_diffusion": ("MaskedDiffusionPipeline",),
     "steer.pipelines.training.config": ("TrainingConfig",),
     "steer.pipelines.training.d3po_prdp": ("D3POConfig", "D3POTrainer", "PRDPConfig", "PRDPTrainer"),
     "steer.pipelines.training.ddpo_grpo": (
@@ -62,14 +65,16 @@ _MODULES = {
         "GRPOConfig",
         "GRPOTrainer",
     ),
+    "steer.pipelines.training.drakes": ("DRAKESTrainer",),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
-    "steer.reward": ("Reward", "RewardError", "with_timeout"),
+    "steer.reward": ("Reward", "RewardError", "SequenceReward", "with_timeout"),
     "steer.rewards.parser": ("combine", "load_reward", "score", "score_components"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "MODELS",
+    "TEXT_MODELS",
     "BestOfNPipeline",
     "BestOfNSettings",
     "Cost",
@@ -77,6 +82,7 @@ __all__ = [
     "D3POTrainer",
     "DDPOConfig",
     "DDPOTrainer",
+    "DRAKESTrainer",
     "FKSettings",
     "FKSteeringPipeline",
     "FilteredConfig",
@@ -86,6 +92,7 @@ __all__ = [
     "InitialNoise",
     "InputError",
     "Iteration",
+    "MaskedDiffusionPipeline",
     "NoiseSearchPipeline",
     "NoiseSearchSettings",
     "PRDPConfig",
@@ -99,6 +106,7 @@ __all__ = [
     "RewardError",
     "SelectionPipeline",
     "SelectionSettings",
+    "SequenceReward",
     "SteeringOutput",
     "StepReport",
     "TrainingConfig",

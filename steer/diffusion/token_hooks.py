@@ -155,6 +155,8 @@ class TokenView:
     def override(self, step: TokenStep, output: Any) -> Any:
         """Call the observer and return the output of the scheduler's step for the overridden particles."""
         ancestors, tokens = self.on_step(step) or (None, None)
+        if not has_categorical_kernel(self.scheduler):
+            ancestors, tokens = None if ancestors is None else own_draws(step, ancestors), None
         if ancestors is not None:
             self.follow(ancestors, len(step.x))
             take_rows(output, ancestors, len(step.x))
@@ -165,6 +167,18 @@ class TokenView:
     def follow(self, ancestors: Tensor, rows: int) -> None:
         """Take the rows `ancestors` of every state that is kept for each of the `rows` particles."""
         take_rows(vars(self.scheduler), ancestors, rows)
+
+
+def own_draws(step: TokenStep, ancestors: Tensor) -> Tensor:
+    """Return the ancestors (N,), where each slot that is equal to its ancestor before the step is its own.
+
+    Its own draw is one from the kernel of the ancestor, and independent of the ancestor's: without this, copies would
+    stay equal where every step selects.
+    """
+    slots = torch.arange(len(step.x), device=step.x.device)
+    ancestors = ancestors.to(step.x.device)
+    same = (step.x == step.x[ancestors]).flatten(1).all(1) & (step.output == step.output[ancestors]).flatten(1).all(1)
+    return torch.where(same, slots, ancestors)
 
 
 def take_rows(state: Any, ancestors: Tensor, rows: int) -> None:
