@@ -16,7 +16,7 @@ from steer.errors import InputError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import FKSettings, Prompts
-from steer.pipelines.text.particles import batch_class
+from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
 from steer.smc.particles import FeynmanKac, Particles
 

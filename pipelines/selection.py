@@ -20,7 +20,7 @@ from steer.pipelines.fk_steering import (
     top_k_indices,
 )
 from steer.pipelines.settings import BestOfNSettings, Prompts, SelectionSettings
-from steer.pipelines.text.particles import batch_class
+from steer.pipelines.token_batch import batch_class
 from steer.smc.particles import Particles
 
 

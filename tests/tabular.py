@@ -51,6 +51,7 @@ class Table(nn.Module):
     def forward(self, ids: Tensor, sigma: Tensor | None = None) -> Any:
         if not ids.is_floating_point():
             return MaskedDenoiserOutput(self.logits[index_of(ids)])
+        ids = ids.to(self.logits)
         states = nn.functional.one_hot(STATES, V + 1).to(ids)
         weights = torch.einsum("nlv,zlv->nzl", ids, states).prod(2)  # multilinear between one-hot states
         return MaskedDenoiserOutput(torch.einsum("nz,zlv->nlv", weights, self.logits))

@@ -19,7 +19,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="folder of checkpoints and logs")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; the same command resumes an interrupted run")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--start", type=Path, help="checkpoint that `denoiser` begins with where --out has no state")
+    parser.add_argument(
+        "--start", type=Path, help="model that `text` begins with, or `denoiser` where --out has no state"
+    )
     parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each recipe of `pilot`")
     parser.add_argument("--size", default="scenes", help="model of `denoiser`: scenes or scenes-large")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
@@ -134,7 +136,7 @@ def _tiny_vae(options: argparse.Namespace) -> None:
 def _text(options: argparse.Namespace) -> None:
     from steer.apps.scenes.text import parse_rate, train_text
 
-    pipe = train_text(options.out / "text", options.steps or 3000)
+    pipe = train_text(options.out / "text", options.steps or 6000, options.start)
     print(f"{parse_rate(pipe):.2%} of samples at 20 steps parse")
 
 

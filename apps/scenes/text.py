@@ -97,14 +97,19 @@ def random_order_loss(denoiser: MaskedDenoiser, ids: Tensor, mask_id: int) -> Te
     return length / count[:, 0] * torch.where(masked, nll, 0.0).sum(1)
 
 
-def train_text(folder: Path, steps: int) -> MaskedDiffusionPipeline:
-    """Train the model for `steps` of BATCH prompts and save its averaged weights in `folder`, in half precision."""
+def train_text(folder: Path, steps: int, start: Path | None = None) -> MaskedDiffusionPipeline:
+    """Train the model for `steps` of BATCH prompts and save its averaged weights in `folder`, in half precision.
+
+    start  folder of a saved model whose weights it begins with
+    """
     torch.manual_seed(0)
     tokenizer = text_tokenizer()
     mask_id = int(tokenizer.mask_token_id)
     sizes = {"hidden_dim": HIDDEN, "n_blocks": BLOCKS, "n_heads": HEADS, "cond_dim": CONDITION, "dropout": 0.0}
     denoiser = MaskedDenoiser(vocab_size=mask_id + 1, model_length=LENGTH, **sizes)
-    averaged = MaskedDenoiser.from_config(denoiser.config).requires_grad_(False)
+    if start is not None:
+        denoiser.load_state_dict(MaskedDiffusionPipeline.from_pretrained(start).denoiser.state_dict())
+    averaged = copy.deepcopy(denoiser).requires_grad_(False)
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.98))
     ids, law = captions_as_ids(tokenizer)
     entropy = float(-(law * law.log()).sum())

@@ -251,6 +251,24 @@ class _Fields(dict[str, Any]):
     __getattr__ = dict.__getitem__
 
 
+class _Proxy:
+    """A model whose call is another function."""
+
+    def __init__(self, model: Any, call: Callable[..., Any]) -> None:
+        self.__dict__.update(_model=model, _call=call)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        kind: type = self._model.__class__  # diffusers looks for modules among its components
+        return kind
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+
 class CanvasView(TokenView):
     """A view of DiffusionGemmaPipeline: canvases of tokens, denoised from random ones, one after another.
 
@@ -271,9 +289,7 @@ class CanvasView(TokenView):
             self._cache = kwargs.get("past_key_values")
             return model(*args, **kwargs)
 
-        from steer.diffusion.step_hooks import ModuleProxy
-
-        vars(self.pipe)["model"] = ModuleProxy(model, denoise)
+        vars(self.pipe)["model"] = _Proxy(model, denoise)
 
     def __call__(self, **call: Any) -> Any:
         """Call the pipeline without adaptive stopping. Raises InputError where it is asked for."""
