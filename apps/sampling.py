@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from steer.apps.errors import describe_os_error, wrap_errors
+from steer.apps.expansion import expand_prompts
 from steer.apps.methods import METHODS, ComputeOptions, Job
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
 from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.prompts import (
     PromptRow,
+    SampleRequest,
     check_prompt,
     note_unused,
     row_config,
@@ -237,6 +239,7 @@ def _is_complete_file(path: Path) -> bool:
 
 
 SEARCH, FRAMES = "search.safetensors", "frames"  # of an unfinished prompt
+READ = "reward_prompt"  # the prompt of an expanded one, which the reward reads
 MEMORY_HINT = "fewer particles need less"
 
 
@@ -278,7 +281,8 @@ def sample(
             for n in _local_prompts(pending, context, settings.method, len(rows)):
                 request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
                 job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
-                job = replace(job, adapter_disabled=adapter_disabled, compute_options=compute_options)
+                own = _expanded(request, settings.expand, device) | {"adapter_disabled": adapter_disabled}
+                job = replace(job, compute_options=compute_options, **own)
                 entry = _sample_prompt(job, folder, animation) | _columns(rows[n])
                 with output_errors(out):
                     record.keep(n, entry, context.world_size == 1)
@@ -290,6 +294,14 @@ def sample(
         if context.is_main_process:
             _draw(report, out)
     return report
+
+
+def _expanded(request: SampleRequest, model: str | None, device: str | None) -> dict[str, Any]:
+    """Return the expanded prompt of a job, and its own for the reward; nothing without a text model."""
+    if model is None:
+        return {}
+    prompt = expand_prompts([request.prompt], model, request.settings.seed, device)[0]
+    return {"prompt": prompt, "arguments": {**request.arguments, READ: request.prompt}}
 
 
 def _checked(row: str | PromptRow, settings: SamplingConfig) -> PromptRow:
@@ -349,7 +361,10 @@ def _sample_prompt(job: Job, folder: Path, animation: bool) -> Entry:
 def _run_job(job: Job, folder: Path, animation: bool) -> Entry:
     frames = Frames(folder / FRAMES)
     output = (replace(job, on_iteration=frames.keep) if animation else job).run()
-    entry: Entry = {"prompt": job.prompt, "images": _save_images(output, job, folder)} | describe(output)
+    original = {"prompt": job.arguments.get(READ, job.prompt)} | (
+        {"expanded": job.prompt} if READ in job.arguments else {}
+    )
+    entry: Entry = original | {"images": _save_images(output, job, folder)} | describe(output)
     entry |= _nsfw_flags(output)
     if output.start is not None:
         entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}

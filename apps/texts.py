@@ -14,23 +14,10 @@ from steer.apps.prompts import PromptRow, check_prompt, sample_requests
 from steer.apps.reward_specs import resolve_reward
 from steer.apps.sampling import Entry, Report, base_output, describe, open_report, output_errors
 from steer.apps.settings import SamplingConfig
-from steer.assets import TEXT_MODELS
 from steer.errors import InputError
 from steer.files import write_text
 
 TEXTS = "texts.jsonl"
-PIPELINES = ("MaskedDiffusionPipeline", "LLaDA2Pipeline", "DiffusionGemmaPipeline")
-
-
-def is_text_model(model: str) -> bool:
-    """Return whether an embedded model, or the one of a folder, makes texts."""
-    if model in TEXT_MODELS:
-        return True
-    try:
-        index = json.loads((Path(model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # on the hub, or reported when it is loaded
-    return isinstance(index, dict) and index.get("_class_name") in PIPELINES
 
 
 def sample_texts(
@@ -74,7 +61,12 @@ def _check(settings: SamplingConfig) -> None:
     """Raise InputError for settings that texts do not have, and for several processes."""
     if METHODS[settings.method].is_iterative:
         raise InputError(f"--method {settings.method} optimises the noise of images: use fk, svdd, beam or best-of-n")
-    given = {"--lora": settings.lora, "--noise-candidates": settings.noise_candidates, "--guidance": settings.guidance}
+    given = {
+        "--expand": settings.expand,
+        "--lora": settings.lora,
+        "--noise-candidates": settings.noise_candidates,
+        "--guidance": settings.guidance,
+    }
     if unused := [flag for flag, value in given.items() if value is not None]:
         raise InputError(f"{unused[0]}: model {settings.model!r} makes texts: leave it out")
     if launch_context().world_size > 1:

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from conftest import Steer
+from PIL import Image
 
 from steer import TEXT_MODELS, BestOfNPipeline, FKSteeringPipeline, InputError, MaskedDiffusionPipeline
-from steer.apps.cli.main import main
 from steer.apps.scenes.text import caption_law, parse_rate
 from steer.apps.scenes.world import TASKS, random_request
 from steer.rewards.scene import parse
@@ -65,11 +65,11 @@ def test_fk_makes_more_good_texts_than_best_of_n(pipe: Any) -> None:
     assert np.quantile(means, 0.025) > 0
 
 
-def test_steer_sample_writes_texts_report_and_ancestry(tmp_path: Path) -> None:
+def test_steer_sample_writes_texts_report_and_ancestry(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a red", "two", "--model", "scenes-text", "--reward", "parses + says:blue", "--lam", "5"]
     words += ["--steps", "10", "--out", str(tmp_path)]
-    ran = CliRunner().invoke(main, words)
-    assert ran.exit_code == 0, ran.output
+    code, out, err = steer(*words)
+    assert code == 0 and "texts.jsonl" in out, err
     lines = [json.loads(line) for line in (tmp_path / "texts.jsonl").read_text().splitlines()]
     report = json.loads((tmp_path / "report.json").read_text())
     steered = [line for line in lines if line["prompt"] == "a red" and line["steered"]]
@@ -78,7 +78,7 @@ def test_steer_sample_writes_texts_report_and_ancestry(tmp_path: Path) -> None:
     assert [line["text"] for line in steered] == report["prompts"][0]["texts"]
     assert (tmp_path / "ancestry.png").stat().st_size > 5000
     before = (tmp_path / "report.json").read_bytes()
-    assert CliRunner().invoke(main, words).exit_code == 0 and (tmp_path / "report.json").read_bytes() == before
+    assert steer(*words)[0] == 0 and (tmp_path / "report.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,17 @@ def test_steer_sample_writes_texts_report_and_ancestry(tmp_path: Path) -> None:
         (["--guidance", "3"], "--guidance"),
     ],
 )
-def test_options_of_images_are_refused(words: list[str], message: str, tmp_path: Path) -> None:
-    ran = CliRunner().invoke(main, ["sample", "a red", "--model", "scenes-text", "--out", str(tmp_path), *words])
-    assert ran.exit_code != 0 and message in ran.output + str(ran.exception)
+def test_options_of_images_are_refused(steer: Steer, words: list[str], message: str, tmp_path: Path) -> None:
+    code, _, err = steer("sample", "a red", "--model", "scenes-text", "--out", tmp_path / "out", *words)
+    assert code != 0 and message in err
+
+
+def test_images_of_an_expanded_prompt_are_scored_by_the_original(steer: Steer, tmp_path: Path) -> None:
+    words = ["sample", "a red circle", "--expand", "scenes-text", "--reward", "scene", "--steps", "4"]
+    assert steer(*words, "--particles", "2", "--out", tmp_path / "out")[0] == 0
+    entry = json.loads((tmp_path / "out" / "report.json").read_text())["prompts"][0]
+    assert entry["prompt"] == "a red circle" and entry["expanded"].startswith("a red circle")
+    recipe = Image.open(tmp_path / "out" / entry["images"][0]).text  # type: ignore[attr-defined]
+    assert entry["expanded"] in str(recipe)
+    code, _, err = steer("sample", "a red dog", "--expand", "scenes-text", "--out", tmp_path / "other")
+    assert code != 0 and "'dog' is not in the vocabulary" in err

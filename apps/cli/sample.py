@@ -81,9 +81,10 @@ def sample(
         return _replay(context)
     with launch_context().local_main_process_first():
         prompts = _prompts(prompt, prompt_file, prompt_column)
+    from steer.apps.expansion import is_text_model
     from steer.apps.methods import ComputeOptions
     from steer.apps.sampling import sample as run
-    from steer.apps.texts import TEXTS, is_text_model, sample_texts
+    from steer.apps.texts import TEXTS, sample_texts
 
     compute_options = ComputeOptions(attention, compiled, micro_batch)
     with errors_with_flags():

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 LENGTH = 9  # tokens: the begin token and the 8 words of the longest prompt
 COLOURED = 0.6  # share of coloured requests where a task has both (`steer.apps.scenes.world.random_request`)
 HIDDEN, BLOCKS, HEADS, CONDITION = 128, 3, 4, 16
-BATCH, RATE, WARM_UP, AVERAGE = 96, 2e-3, 100, 0.995
+BATCH, RATE, WARM_UP, AVERAGE = 96, 1e-3, 100, 0.998
 LOG_EVERY = 250
 
 

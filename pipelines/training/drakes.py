@@ -27,7 +27,7 @@ class DRAKESTrainer:
     kl_weight            α, in units of the reward per nat; the optimum is p_pre exp(r/α)
     num_inference_steps  T of a rollout
     last_steps           steps that gradients flow through, from the end; by default all
-    temperature          τ of the Gumbel-softmax
+    temperature          τ of the Gumbel-softmax of a token; the smaller, the nearer to a draw and the noisier
     learning_rate        of Adam
     train_batch_size     texts of an update
     max_grad_norm        norm to which gradients are clipped
@@ -41,7 +41,7 @@ class DRAKESTrainer:
         kl_weight: float = 0.05,
         num_inference_steps: int = 20,
         last_steps: int | None = None,
-        temperature: float = 1.0,
+        temperature: float = 0.3,
         learning_rate: float = 1e-4,
         train_batch_size: int = 32,
         max_grad_norm: float = 1.0,

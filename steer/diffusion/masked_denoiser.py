@@ -33,7 +33,8 @@ class _LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype) * self.weight
+        normalised = F.layer_norm(x.float(), x.shape[-1:]).to(x.dtype)
+        return normalised * self.weight
 
 
 class _Embedding(nn.Module):
@@ -56,7 +57,8 @@ class _NoiseEmbedding(nn.Module):
         half = FREQUENCIES // 2
         rates = torch.exp(-math.log(MAX_PERIOD) / half * torch.arange(half, device=sigma.device))
         angles = sigma.float()[:, None] * rates
-        embedded: Tensor = self.mlp(torch.cat([angles.cos(), angles.sin()], 1).to(self.mlp[0].weight.dtype))
+        features = torch.cat([angles.cos(), angles.sin()], 1)
+        embedded: Tensor = self.mlp(features.to(next(self.mlp.parameters()).dtype))
         return embedded
 
 

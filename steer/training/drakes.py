@@ -2,13 +2,13 @@
 
     max_θ  E[r(x_0)] − α Σ_t KL(p_θ(z_s | z_t) ‖ p_pre(z_s | z_t)),   whose optimum is p_pre(x) exp(r(x)/α)
 
-A relaxed state z̃ (N, L, V) has rows of probabilities. One step, with y = Gumbel-softmax(log q(z_s | z_t); τ) and
-c = 1 − z̃_t[mask], the share of a place that is open already: z̃_s = c z̃_t + (1 − c) y. The last state is made hard by
+A relaxed state z̃ (N, L, V) has rows of probabilities. A masked place opens with probability (t − s)/t, which does not
+depend on θ, so it is drawn; its token is relaxed, y = Gumbel-softmax(log x_θ; τ). (The published code relaxes the mask
+with the tokens: its gradient shrinks with the number of steps, and with it the tilt.) The last state is made hard by
 the straight-through estimator. The KL of a factorised step is Σ_{l masked} (t − s)/t · KL(x_θ^l ‖ x_pre^l); it is not
 0 at masked places, as it is in the public code, which multiplies it by the share of open places.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,21 +33,31 @@ def clean_log_probs(logits: Tensor, mask_id: int) -> Tensor:
     return logits.masked_fill(masked, -1e4).log_softmax(-1)
 
 
-def gumbel(like: Tensor, generator: Generator | None) -> Tensor:
-    """Draw standard Gumbel numbers shaped like a tensor."""
-    device = generator.device if generator else like.device
-    uniform = torch.rand(like.shape, generator=generator, device=device, dtype=torch.float64).clamp(1e-300, 1)
-    return (-(-uniform.log()).clamp(min=1e-300).log()).to(like)
+@dataclass(frozen=True)
+class StepNoise:
+    """The random numbers of a relaxed step: standard Gumbel ones (N, L, V), and uniform ones (N, L) of the opening."""
+
+    gumbel: Tensor
+    uniform: Tensor
+
+    @classmethod
+    def draw(cls, like: Tensor, generator: Generator | None) -> "StepNoise":
+        """Draw the noise for log-probabilities (N, L, V), on the generator's own device."""
+        device = generator.device if generator else like.device
+        first, second = (
+            torch.rand(shape, generator=generator, device=device, dtype=torch.float64).clamp(min=1e-300).to(like.device)
+            for shape in (like.shape, like.shape[:-1])
+        )
+        return cls(-(-first.log()).clamp(min=1e-300).log().to(like), second)
 
 
-def relaxed_step(state: Tensor, log_x0: Tensor, rate: float, mask_id: int, noise: Tensor, temperature: float) -> Tensor:
-    """Return z̃_s of z̃_t = `state` (N, L, V), log x_θ (N, L, V) and Gumbel numbers `noise` (N, L, V)."""
-    is_mask = torch.arange(log_x0.shape[-1], device=state.device) == mask_id
-    stays = math.log(1 - rate) if rate < 1 else -1e4
-    log_q = torch.where(is_mask, stays, log_x0 + math.log(rate))
-    drawn = ((log_q + noise) / temperature).softmax(-1)
-    copied = 1 - state[..., mask_id : mask_id + 1]
-    return copied * state + (1 - copied) * drawn
+def relaxed_step(
+    state: Tensor, log_x0: Tensor, rate: float, mask_id: int, noise: StepNoise, temperature: float
+) -> Tensor:
+    """Return z̃_s of z̃_t = `state` (N, L, V) and log x_θ (N, L, V), a masked place opening with probability `rate`."""
+    tokens = ((log_x0 + noise.gumbel) / temperature).softmax(-1)
+    opens = (state[..., mask_id] > 0.5) & (noise.uniform < rate)
+    return torch.where(opens[..., None], tokens, state)
 
 
 def relaxed_run(
@@ -80,7 +90,7 @@ def relaxed_run(
                 own = clean_log_probs(policy(detached), mask_id)
                 by_place = (own.exp() * (own - log_pre)).sum(-1)
                 kl = kl + (detached[..., mask_id] * by_place).sum(1) / left
-            state = relaxed_step(state, log_x0, 1 / left, mask_id, gumbel(log_x0, generator), temperature)
+            state = relaxed_step(state, log_x0, 1 / left, mask_id, StepNoise.draw(log_x0, generator), temperature)
     if not hard:
         return RelaxedRun(state, kl)
     tokens = F.one_hot(state.argmax(-1), state.shape[-1]).to(state)
