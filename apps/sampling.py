@@ -281,8 +281,12 @@ def sample(
             for n in _local_prompts(pending, context, settings.method, len(rows)):
                 request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
                 job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
-                own = _expanded(request, settings.expand, device) | {"adapter_disabled": adapter_disabled}
-                job = replace(job, compute_options=compute_options, **own)
+                job = replace(
+                    job,
+                    adapter_disabled=adapter_disabled,
+                    compute_options=compute_options,
+                    **_expanded(request, settings.expand, device),
+                )
                 entry = _sample_prompt(job, folder, animation) | _columns(rows[n])
                 with output_errors(out):
                     record.keep(n, entry, context.world_size == 1)

@@ -175,7 +175,9 @@ class TextClassifier(TextReward):
         return logits.log_softmax(-1)[:, self._label]
 
 
-def classifier(model: str, label: str | None = None, micro_batch: str | int | None = None) -> Reward:
+def classifier(
+    model: str, label: str | None = None, micro_batch: str | int | None = None
+) -> Classifier | TextClassifier:
     """Make classifier:MODEL,label=… of texts, or classifier:LABEL of images (`steer.rewards.classifier`)."""
     options: dict[str, Any] = {} if micro_batch is None else {"micro_batch": micro_batch}
     return Classifier(model, **options) if label is None else TextClassifier(model, label, **options)
@@ -237,7 +239,7 @@ class SequenceScore:
         self.reward, self._decode, self._tokenizer = reward, decode, tokenizer
 
     def __call__(self, ids: Tensor, prompts: Sequence[str]) -> Tensor:
-        return score(self.reward, Texts(self._decode(ids), ids), prompts)
+        return score(self.reward, Texts(self._decode(ids), ids), prompts)  # type: ignore[arg-type]
 
     def relaxed(self, p: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score relaxed tokens p (N, L, V) with a graph: equal to the score of the ids where p is one-hot."""
@@ -248,8 +250,8 @@ def _relaxed(reward: Reward, p: Tensor, prompts: Sequence[str], tokenizer: Any) 
     """Score relaxed tokens by a reward, or by the components of a composed one. Raises RewardError."""
     if isinstance(reward, Composite):
         parts = reward.parts  # type: ignore[attr-defined]
-        scores = {name: _relaxed(part, p, prompts, tokenizer) for name, part in parts.items()}
-        return reward.total(scores, prompts)
+        components = {name: _relaxed(part, p, prompts, tokenizer) for name, part in parts.items()}
+        return reward.total(components, prompts)
     relaxed = getattr(reward, "relaxed", None)
     if not reward.differentiable or relaxed is None:
         raise RewardError(f"reward {reward.name!r} has no gradients on tokens: use one that has, such as says:WORD")

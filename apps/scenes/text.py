@@ -113,7 +113,7 @@ def train_text(folder: Path, steps: int, start: Path | None = None) -> MaskedDif
     optimiser = torch.optim.AdamW(denoiser.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.98))
     ids, law = captions_as_ids(tokenizer)
     entropy = float(-(law * law.log()).sum())
-    start, recent = time.process_time(), []
+    begin, recent = time.process_time(), []
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -127,7 +127,7 @@ def train_text(folder: Path, steps: int, start: Path | None = None) -> MaskedDif
         recent.append(loss.item())
         if (step + 1) % LOG_EVERY == 0:
             mean, recent = sum(recent) / len(recent), []
-            seconds = time.process_time() - start
+            seconds = time.process_time() - begin
             logger.info("step %d: NELBO %.3f nats, entropy %.3f, %.0f s", step + 1, mean, entropy, seconds)
             _save(averaged, tokenizer, folder)
     return _save(averaged, tokenizer, folder)
@@ -145,7 +145,7 @@ def parse_rate(pipe: MaskedDiffusionPipeline, count: int = 1000, steps: int = 20
     from steer.reward import RewardError
     from steer.rewards.scene import parse
 
-    texts = pipe([""] * count, steps, torch.Generator().manual_seed(1)).texts
+    texts = pipe([""] * count, steps, torch.Generator().manual_seed(1), return_dict=False)[0]
     parsed = 0
     for text in texts:
         try:

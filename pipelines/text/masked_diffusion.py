@@ -122,7 +122,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
                 alpha = max(1 - float(t), 1e-5)
                 sigma = torch.full((len(ids),), -math.log(alpha), device=ids.device)
                 logits = self.denoiser(ids, sigma).sample
-                ids = self.scheduler.step(logits, t, ids, generator=generator).prev_sample
+                (ids,) = self.scheduler.step(logits, t, ids, generator=generator, return_dict=False)
                 if callback_on_step_end is not None:
                     ids = callback_on_step_end(self, step, t, {"latents": ids}).get("latents", ids)
                 progress.update()
@@ -145,7 +145,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
         if missing or config.get("model_type") != "mdlm":
             lacks = f"no {missing[0]}" if missing else f"model_type {config.get('model_type')!r}, not 'mdlm'"
             raise InputError(f"{model} is no MDLM checkpoint ({lacks}): use MaskedDiffusionPipeline.from_pretrained")
-        known = MaskedDenoiser.__init__.__wrapped__.__annotations__  # type: ignore[attr-defined]
+        known = MaskedDenoiser.__init__.__wrapped__.__annotations__
         with torch.device("meta"):
             denoiser = MaskedDenoiser(**{name: config[name] for name in known if name in config})
         weights = {name.removeprefix("backbone."): value for name, value in load_file(folder / files[1]).items()}

@@ -308,8 +308,8 @@ class CanvasView(TokenView):
             self._finished = x[:, :0]
         elif int(given["timestep"]) == 0 and self._canvas is not None:
             self._finished = torch.cat([self._finished, self._canvas], 1)
-        whole = [torch.cat([self._finished, canvas], 1) for canvas in (x, prev)]
-        step = self.transition(self.pipe.num_timesteps, given, *whole, None)
+        x, prev = (torch.cat([self._finished, canvas], 1) for canvas in (x, prev))
+        step = self.transition(self.pipe.num_timesteps, given, x, prev, None)
         output = self.override(step, output)
         self._canvas = output.prev_sample
         return output
