@@ -12,7 +12,7 @@ from steer.apps.settings import errors_with_flags
 from steer.errors import InputError
 
 # Settings with options of their own here: those of a contender or of the whole evaluation.
-OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed")
+OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed", "expand")
 PARTICLES = click.option("--particles", default=4, help="K, images per run, of which the best is picked; 1 for base.")
 
 
