@@ -15,6 +15,7 @@ from steer.assets import TINY_VAES
 from steer.diffusion.attention import BACKENDS, attention_backend
 from steer.diffusion.batching import compiled, micro_batched
 from steer.diffusion.preview import PREVIEWS, check_decoder, check_image_vae, filter_call_kwargs
+from steer.diffusion.token_hooks import is_token_scheduler
 from steer.errors import InputError
 from steer.pipelines.base import Iteration, SteeringOutput
 from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
@@ -36,7 +37,7 @@ def load_preview(word: str, pipe: Any) -> Any:
 
     Raises InputError where there is none of that name, or its latents are not this model's.
     """
-    if word in PREVIEWS:
+    if word in PREVIEWS or is_token_scheduler(pipe.scheduler):
         return word
     folder = TINY_VAES["scenes"] if word == TINY else Path(word)
     if not word or (not folder.is_dir() and (word.count("/") != 1 or word.startswith((".", "/", "~")))):

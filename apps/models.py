@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from steer.apps.methods import DisableAdapter
-from steer.assets import MODELS
+from steer.assets import MODELS, TEXT_MODELS
 from steer.diffusion.step_hooks import DENOISERS
 from steer.errors import InputError
 from steer.files import verify_checksums
+from steer.pipelines.text.masked_diffusion import pipeline_class
 from steer.registry import nearest
 from steer.training.trainable import get_denoiser
 
@@ -68,7 +69,6 @@ def load_pipeline(
     config   for a single file: a folder of such a model in diffusers' format, JSON files and tokenizer
     Raises InputError for a model that is missing or cannot be loaded. Code in a model folder is never run.
     """
-    from diffusers import DiffusionPipeline
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
@@ -88,7 +88,7 @@ def load_pipeline(
             pipe = _from_single_file(model, source, resolve_dtype(device, dtype), config)
         else:
             variant = _variant(source) if variant is None and isinstance(source, Path) else variant
-            pipe = DiffusionPipeline.from_pretrained(
+            pipe = pipeline_class(source).from_pretrained(
                 source, dtype=resolve_dtype(device, dtype), variant=variant, **_left_out(source)
             )
     except InputError:
@@ -106,7 +106,7 @@ def load_pipeline(
 
 def _source(model: str) -> str | Path:
     """Resolve a model to a folder, a file, or a name on the hub. Raises InputError."""
-    source = MODELS.get(model, Path(model).expanduser())
+    source = (MODELS | TEXT_MODELS).get(model, Path(model).expanduser())
     if source.is_dir():
         if not (source / INDEX).exists():
             raise InputError(f"model {model!r}: no {INDEX} in this folder; is it in diffusers' format?")
@@ -115,12 +115,14 @@ def _source(model: str) -> str | Path:
         if source.suffix != ".safetensors":
             raise InputError(f"model {model!r}: a single file must be .safetensors: other formats may hold code")
         return source
-    if model in MODELS:
+    if model in (*MODELS, *TEXT_MODELS):
         raise InputError(f"model {model!r} is in the repository, not in the package: clone it and give its folder")
     if model.endswith(WEIGHTS) or model.startswith("~"):
         raise InputError(f"model {model!r}: no such file")
     if model.count("/") != 1 or model.startswith((".", "/")) or model.endswith("/"):
-        raise InputError(f"unknown model {model!r}: use {nearest(model, MODELS)}, a folder, or ORGANISATION/NAME")
+        raise InputError(
+            f"unknown model {model!r}: use {nearest(model, MODELS | TEXT_MODELS)}, a folder, or ORGANISATION/NAME"
+        )
     return model
 
 

@@ -304,6 +304,9 @@ def image_title(report: Report) -> str:
     return f"{'finetuned, ' if finetuned else ''}{report['method']}, best first"
 
 
+MAX_TEXT = 60  # characters of a text beside its particle
+
+
 def draw_ancestry(report: Report, out: Path) -> Path:
     """Write ancestry.png: the particles of each prompt, from left to right through the evaluated steps.
 
@@ -335,15 +338,19 @@ def _draw_tree(axes: Axes, entry: Report, out: Path) -> None:
         for slot, reward in enumerate(rewards if column < last else ()):
             _annotate(axes, f"{reward:.2g}", (column, slot), (0, 7), size=6.5, ha="center")
     for rank, slot in enumerate(entry["order"]):
+        weight = "bold" if rank == 0 else "normal"
+        if "texts" in entry:
+            text = f"{entry['rewards'][rank]:.3g}  {plain_text(entry['texts'][rank])[:MAX_TEXT]}"
+            _annotate(axes, text, (last, slot), (8, 0), size=8, va="center", weight=weight)
+            continue
         picture = OffsetImage(np.asarray(open_image(out / entry["images"][rank]).resize((64, 64))), zoom=0.42)
         axes.add_artist(AnnotationBbox(picture, (last, slot), (26, 0), boxcoords="offset points", frameon=False))
-        weight = "bold" if rank == 0 else "normal"
         _annotate(axes, f"{entry['rewards'][rank]:.3g}", (last, slot), (46, 0), size=8, va="center", weight=weight)
     steps = [f"step {step}\nESS {ess:.1f}" for step, ess in zip(entry["steps"], entry["ess"], strict=True)]
     set_title(axes, plain_text(entry["prompt"]))
     axes.set_xticks(range(last + 1), [*steps, "end"], size=8)
     axes.set_yticks([])
-    axes.set_xlim(-0.25, last + 0.75)
+    axes.set_xlim(-0.25, last + (last + 2.0 if "texts" in entry else 0.75))
     axes.set_ylim(size - 0.4, -0.7)
     axes.spines[:].set_visible(False)
 

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from steer.apps.errors import describe_os_error, wrap_errors
+from steer.apps.expansion import expand_prompts
 from steer.apps.methods import METHODS, ComputeOptions, Job
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
@@ -22,6 +23,7 @@ from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.prompts import (
     SETTINGS,
     PromptRow,
+    SampleRequest,
     argument_names,
     check_prompt,
     note_unused,
@@ -235,6 +237,7 @@ def _is_complete(entry: Entry, out: Path, animation: bool) -> bool:
 
 
 SEARCH, FRAMES = "search.safetensors", "frames"  # of an unfinished prompt
+READ = "reward_prompt"  # the prompt of an expanded one, which the reward reads
 MEMORY_HINT = "fewer particles need less"
 
 
@@ -276,7 +279,12 @@ def sample(
             for n in _local_prompts(pending, context, settings.method, len(rows)):
                 request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
                 job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
-                job = replace(job, adapter_disabled=adapter_disabled, compute_options=compute_options)
+                job = replace(
+                    job,
+                    adapter_disabled=adapter_disabled,
+                    compute_options=compute_options,
+                    **_expanded(request, settings.expand, device),
+                )
                 entry = _sample_prompt(job, rows[n], folder, animation)
                 with output_errors(out):
                     record.keep(n, entry, context.world_size == 1)
@@ -288,6 +296,14 @@ def sample(
         if context.is_main_process:
             _draw(report, out)
     return report
+
+
+def _expanded(request: SampleRequest, model: str | None, device: str | None) -> dict[str, Any]:
+    """Return the expanded prompt of a job, and its own for the reward; nothing without a text model."""
+    if model is None:
+        return {}
+    prompt = expand_prompts([request.prompt], model, request.settings.seed, device)[0]
+    return {"prompt": prompt, "arguments": {**request.arguments, READ: request.prompt}}
 
 
 def _checked(row: str | PromptRow, settings: SamplingConfig) -> PromptRow:
@@ -337,20 +353,10 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
     frames = Frames(folder / FRAMES)
     with wrap_errors(f"prompt {job.prompt!r}", "finished prompts are kept", MEMORY_HINT):
         output = (replace(job, on_iteration=frames.keep) if animation else job).run()
-        entry: Entry = {
-            "prompt": job.prompt,
-            "images": _save_images(output, job, folder),
-            "rewards": output.rewards[0].tolist(),
-            "components": {name: scores[0].tolist() for name, scores in output.components.items()},
-            "log_weights": output.log_weights[0].tolist(),
-            "log_normaliser": output.log_normaliser[0].item(),
-            "ess": [value[0].item() for value in output.ess],
-            "ancestors": [value[0].tolist() for value in output.ancestors],
-            "steps": [evaluation.step for evaluation in output.history],
-            "step_rewards": [evaluation.rewards[0].tolist() for evaluation in output.history],
-            "order": output.order[0].tolist(),
-            "cost": asdict(output.cost),
-        }
+        original = {"prompt": job.arguments.get(READ, job.prompt)} | (
+            {"expanded": job.prompt} if READ in job.arguments else {}
+        )
+        entry: Entry = original | {"images": _save_images(output, job, folder)} | describe(output)
         entry |= _nsfw_flags(output)
         if output.start is not None:
             entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}
@@ -362,6 +368,22 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
             entry["base"] = {"images": _save_images(base, job, folder, base=True), "rewards": base.rewards[0].tolist()}
             entry["base"] |= _nsfw_flags(base)
         return entry | ({"columns": dict(row.columns)} if row.columns else {})
+
+
+def describe(output: SteeringOutput) -> Entry:
+    """Return the numbers of a run of one prompt for the report: rewards, weights, ancestors, cost."""
+    return {
+        "rewards": output.rewards[0].tolist(),
+        "components": {name: scores[0].tolist() for name, scores in output.components.items()},
+        "log_weights": output.log_weights[0].tolist(),
+        "log_normaliser": output.log_normaliser[0].item(),
+        "ess": [value[0].item() for value in output.ess],
+        "ancestors": [value[0].tolist() for value in output.ancestors],
+        "steps": [evaluation.step for evaluation in output.history],
+        "step_rewards": [evaluation.rewards[0].tolist() for evaluation in output.history],
+        "order": output.order[0].tolist(),
+        "cost": asdict(output.cost),
+    }
 
 
 def _nsfw_flags(output: SteeringOutput) -> dict[str, list[bool]]:

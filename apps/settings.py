@@ -57,6 +57,7 @@ class SamplingConfig(Settings):
     model_config      for a single file: folder of such a model in diffusers' format
     method            fk, svdd, beam, best-of-n, base, reno (for one-step models, like scenes-turbo) or noise-search
     lora              LoRA adapter to load: RUN/final, or a LoRA file
+    expand            text model that continues each prompt before it is sampled; the reward reads the original
     reward            NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards`
                       lists names
     particles         K, images for each prompt
@@ -76,6 +77,7 @@ class SamplingConfig(Settings):
     model_config: str | None = option(None, flags=("--config",))
     method: str = option("fk", choices=tuple(METHOD_OPTIONS))
     lora: str | None = option(None)
+    expand: str | None = option(None)
     reward: str = option("scene-soft")
     particles: int = option(4, "[1, inf]", flags=("--particles", "--seeds"), slider=(1, 16, 1))
     steps: int | None = option(None, "[1, inf]", slider=(1, 100, 1))

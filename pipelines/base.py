@@ -10,7 +10,6 @@ from os import PathLike
 from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.utils import BaseOutput
 from torch import Generator, Tensor
 
@@ -20,6 +19,7 @@ from steer.diffusion.schedules import clip_limit, descends_from, ignores_eta
 from steer.diffusion.seeds import Generators, copy_generators
 from steer.errors import InputError
 from steer.pipelines.settings import Prompts, StepSettings, read_arguments
+from steer.pipelines.text.masked_diffusion import pipeline_class
 from steer.registry import nearest
 from steer.rewards.parser import load_reward
 
@@ -35,7 +35,7 @@ class RewardedPipeline:
     @classmethod
     def from_pretrained(cls, model: str | PathLike[str], reward: Any, **options: Any) -> Self:
         """Load a diffusers pipeline by hub name or folder; `options` go to DiffusionPipeline.from_pretrained."""
-        return cls(DiffusionPipeline.from_pretrained(model, **options), reward)
+        return cls(pipeline_class(model).from_pretrained(model, **options), reward)
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the diffusers pipeline, as its own `to` does."""

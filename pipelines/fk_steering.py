@@ -17,6 +17,7 @@ from steer.errors import InputError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import FKSettings, Prompts
+from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
 from steer.smc.particles import FeynmanKac, Particles
 
@@ -425,7 +426,7 @@ class FKSteeringPipeline(SteeringPipeline):
         else:
             call, kernel_eta = route_eta(pipe, call, s.eta)
         pipe = active_rows.view(pipe) if schedule.reduces_particles else pipe
-        particle_batch = ParticleBatch(
+        particle_batch = batch_class(pipe)(
             pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview, active_rows
         )
         if s.target_reward is not None and particle_batch.groups > 1:

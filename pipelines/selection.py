@@ -17,8 +17,8 @@ from steer.pipelines.fk_steering import (
     Run,
     top_k_indices,
 )
-from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.settings import BestOfNSettings, Prompts, SelectionSettings
+from steer.pipelines.token_batch import batch_class
 from steer.smc.particles import Particles
 
 
@@ -40,7 +40,7 @@ class SelectionPipeline(SteeringPipeline):
         """
         s = settings
         call, kernel_eta = route_eta(self.pipe, call, s.eta)
-        particle_batch = ParticleBatch(
+        particle_batch = batch_class(self.pipe)(
             self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview
         )
         schedule = ResamplingSchedule(s.select_steps)
@@ -134,7 +134,7 @@ class BestOfNPipeline(SteeringPipeline):
         """
         s = settings
         call, kernel_eta = route_eta(self.pipe, call, s.eta)
-        particle_batch = ParticleBatch(
+        particle_batch = batch_class(self.pipe)(
             self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size
         )
         schedule = ResamplingSchedule(s.preview_steps)

@@ -20,8 +20,16 @@ REWARDS: dict[str, tuple[str, str]] = {
         "preference:scenes or :FOLDER, a reward learned by `steer rewards train`, standardised",
     ),
     "classifier": (
-        "steer.rewards.classifier:Classifier",
-        "classifier:LABEL, log-probability of an ImageNet class, nats",
+        "steer.rewards.text:classifier",
+        "classifier:LABEL, log-probability of an ImageNet class, nats; of texts classifier:MODEL,label=LABEL",
+    ),
+    "parses": ("steer.rewards.text:Parses", "of texts: 1 where the scene grammar parses one, else 0"),
+    "says": ("steer.rewards.text:Says", "of texts: says:WORD, 1 where one contains the word, else 0"),
+    "regex": ("steer.rewards.text:Matches", "of texts: regex:PATTERN, 1 where it matches, else 0"),
+    "bigram": ("steer.rewards.text:Bigram", "of texts: bigram:FILE, mean log-probability of a word, nats"),
+    "perplexity": (
+        "steer.rewards.text:Perplexity",
+        "of texts: perplexity:MODEL, mean log-probability of a token under a causal model of transformers, nats",
     ),
     "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
     "jpeg": (

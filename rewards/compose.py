@@ -22,7 +22,7 @@ from steer.arguments import is_number
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.reward import Metadata, Reward, RewardError, score_components
 from steer.rewards.grammar import NUMBER, PLUS, format_number, split
-from steer.rewards.inputs import takes_any_images
+from steer.rewards.inputs import takes_any_samples
 from steer.rewards.names import takes_number
 from steer.rewards.remote import is_remote, read_weight
 
@@ -75,6 +75,11 @@ class CompositeReward(ABC):
         self.differentiable = all(reward.differentiable for reward in rewards)
 
     @property
+    def parts(self) -> dict[str, Reward]:
+        """Return the rewards that it is composed of, by the names of their components."""
+        return dict(zip(self._names, self._rewards, strict=True))
+
+    @property
     def prompt_limit(self) -> int | None:
         """Return the lowest token limit for prompts of all rewards; None: no limit is known."""
         limits = [getattr(reward, "prompt_limit", None) for reward in self._rewards]
@@ -92,7 +97,7 @@ class CompositeReward(ABC):
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """Compute the reward's own scores (N,) from its components'."""
 
-    @takes_any_images
+    @takes_any_samples
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         return self.total(self.components(images, prompts, metadata), prompts)
 

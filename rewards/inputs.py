@@ -18,7 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
-from steer.reward import RewardError, mean_over_frames
+from steer.reward import RewardError, as_texts, mean_over_frames
 
 FORMS = "(N, 3, H, W) tensors, (N, H, W, 3) arrays, PIL images, or a list of them"
 
@@ -37,24 +37,43 @@ def takes_any_images(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return converted
 
 
+def takes_any_samples(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Decorate the `__call__` of a reward of images, as `takes_any_images`, or of a list of texts."""
+    of_images = takes_any_images(call)
+
+    @functools.wraps(call)
+    def converted(self: Any, images: Any, prompts: Any, *rest: Any, **named: Any) -> Tensor:
+        if (texts := as_texts(images)) is None:
+            return of_images(self, images, prompts, *rest, **named)
+        return call(self, texts, prompt_of_each(len(texts), prompts), *rest, **named)
+
+    return converted
+
+
 def as_batch(images: Any, prompts: str | Sequence[str]) -> tuple[Tensor, Sequence[str]]:
     """Convert images to a tensor (N, 3, H, W), videos to (N, F, 3, H, W), and pair each with its prompt.
 
     Raises RewardError, one line, for other forms, images of several sizes, and counts that do not fit.
     """
+    if as_texts(images) is not None:
+        raise RewardError("a reward of images was given texts: use a reward of texts, such as says:WORD")
     batch = _as_tensor(images)
     if batch.dim() == 3:
         batch = batch[None]
     if batch.dim() not in (4, 5) or batch.shape[-3] != 3:
         raise RewardError(f"a reward takes {FORMS}; got the shape {tuple(batch.shape)}")
-    count = len(batch)
+    return batch, prompt_of_each(len(batch), prompts)
+
+
+def prompt_of_each(count: int, prompts: str | Sequence[str]) -> Sequence[str]:
+    """Return the prompt of each of `count` images or texts. Raises RewardError for counts that do not fit."""
     if isinstance(prompts, str):
-        return batch, [prompts] * count
+        return [prompts] * count
     if len(prompts) != count:
         if not prompts or count % len(prompts) or count < len(prompts):
             raise RewardError(f"a reward takes one prompt an image, got {len(prompts)} prompts and {count} images")
         prompts = [prompt for prompt in prompts for _ in range(count // len(prompts))]
-    return batch, prompts
+    return prompts
 
 
 def _as_tensor(images: Any) -> Tensor:

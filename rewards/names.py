@@ -23,7 +23,7 @@ from steer.reward import (
     parameters_of,
 )
 from steer.rewards import REWARDS
-from steer.rewards.inputs import takes_any_images
+from steer.rewards.inputs import takes_any_samples
 
 
 class _FunctionReward:
@@ -37,7 +37,7 @@ class _FunctionReward:
         self.name = name if isinstance(name, str) else attribute(function, "__name__", type(function).__name__)
         self.differentiable = bool(attribute(function, "differentiable", False))
 
-    @takes_any_images
+    @takes_any_samples
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         return _validated_scores(self.name, prompts, evaluate(self._function, images, prompts, metadata))
 

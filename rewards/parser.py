@@ -12,11 +12,11 @@ from torch import Tensor
 
 from steer.arguments import is_number
 from steer.registry import nearest
-from steer.reward import Metadata, Reward, RewardError, mean_over_frames
+from steer.reward import Metadata, Reward, RewardError, as_texts, mean_over_frames
 from steer.reward import score_components as reward_scores
 from steer.rewards import compose
 from steer.rewards.grammar import PLUS, Call, read_call, read_constraint, split
-from steer.rewards.inputs import as_batch
+from steer.rewards.inputs import as_batch, prompt_of_each
 from steer.rewards.names import _as_reward, make_reward, reward_names
 from steer.rewards.remote import RemoteReward, is_remote
 
@@ -265,7 +265,7 @@ def load_reward(reward: Any) -> Reward:
 def score(images: Any, prompts: str | Sequence[str], reward: Any, metadata: Metadata | None = None) -> Tensor:
     """Score images: (N,) finite fp32 numbers on the CPU, gradients kept.
 
-    images, prompts  in every form of `steer.rewards.inputs`, such as `out.images` and the prompt
+    images, prompts  in every form of `steer.rewards.inputs`, such as `out.images` and the prompt; or a list of texts
     reward           whatever `load_reward` takes; load it once where it is called often
     metadata         one mapping per image, for rewards that take it
     Raises RewardError, which names the reward, where it raises or breaks its contract.
@@ -280,8 +280,10 @@ def score_components(
     if isinstance(images, str | Path | Mapping) or callable(images):
         got = f"{images!r:.60}" if isinstance(images, str | Path) else type(images).__name__
         raise RewardError(f"write score(images, prompts, reward): the images come first, got {got}")
-    batch, texts = as_batch(images, prompts)
     loaded = load_reward(reward)
+    if (samples := as_texts(images)) is not None:
+        return reward_scores(loaded, samples, prompt_of_each(len(samples), prompts), metadata)  # type: ignore[arg-type]
+    batch, texts = as_batch(images, prompts)
     return mean_over_frames(batch, lambda frames: reward_scores(loaded, frames, texts, metadata))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from steer.assets import MODELS
+    from steer.assets import MODELS, TEXT_MODELS
     from steer.audio import AudioReward
     from steer.errors import InputError
     from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ReNOSettings,
         SelectionSettings,
     )
+    from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline
     from steer.pipelines.training.config import TrainingConfig
     from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
     from steer.pipelines.training.ddpo_grpo import (
@@ -34,13 +35,14 @@ if TYPE_CHECKING:
         GRPOConfig,
         GRPOTrainer,
     )
+    from steer.pipelines.training.drakes import DRAKESTrainer
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-    from steer.reward import Reward, RewardError, with_timeout
+    from steer.reward import Reward, RewardError, SequenceReward, with_timeout
     from steer.rewards.parser import combine, load_reward, score, score_components
 
 _MODULES = {
-    "steer.assets": ("MODELS",),
+    "steer.assets": ("MODELS", "TEXT_MODELS"),
     "steer.audio": ("AudioReward",),
     "steer.errors": ("InputError",),
     "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
@@ -54,6 +56,7 @@ _MODULES = {
         "ReNOSettings",
         "SelectionSettings",
     ),
+    "steer.pipelines.text.masked_diffusion": ("MaskedDiffusionPipeline",),
     "steer.pipelines.training.config": ("TrainingConfig",),
     "steer.pipelines.training.d3po_prdp": ("D3POConfig", "D3POTrainer", "PRDPConfig", "PRDPTrainer"),
     "steer.pipelines.training.ddpo_grpo": (
@@ -64,14 +67,16 @@ _MODULES = {
         "GRPOConfig",
         "GRPOTrainer",
     ),
+    "steer.pipelines.training.drakes": ("DRAKESTrainer",),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
-    "steer.reward": ("Reward", "RewardError", "with_timeout"),
+    "steer.reward": ("Reward", "RewardError", "SequenceReward", "with_timeout"),
     "steer.rewards.parser": ("combine", "load_reward", "score", "score_components"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "MODELS",
+    "TEXT_MODELS",
     "AudioReward",
     "BestOfNPipeline",
     "BestOfNSettings",
@@ -80,6 +85,7 @@ __all__ = [
     "D3POTrainer",
     "DDPOConfig",
     "DDPOTrainer",
+    "DRAKESTrainer",
     "FKSettings",
     "FKSteeringPipeline",
     "FilteredConfig",
@@ -89,6 +95,7 @@ __all__ = [
     "InitialNoise",
     "InputError",
     "Iteration",
+    "MaskedDiffusionPipeline",
     "NoiseSearchPipeline",
     "NoiseSearchSettings",
     "PRDPConfig",
@@ -102,6 +109,7 @@ __all__ = [
     "RewardError",
     "SelectionPipeline",
     "SelectionSettings",
+    "SequenceReward",
     "SteeringOutput",
     "StepReport",
     "TrainingConfig",

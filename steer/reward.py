@@ -93,6 +93,7 @@ def run_in_background(device: torch.device) -> Iterator[Submit]:
 Metadata = Sequence[Mapping[str, Any]]  # one row per image: the metadata of its prompt
 METADATA_PARAMETERS = ("metadata", "prompt_metadata")  # names of the parameter that receives it
 IMAGE_FORMS = ("pt", "np", "pil")  # of images, as diffusers' output_type
+TEXT_FORMS = ("text", "ids")  # of token sequences
 PIL_ONLY_ERRORS = (AttributeError, TypeError, ValueError)  # from code that expects PIL images
 
 CPU = torch.device("cpu")  # the device of scores
@@ -109,7 +110,8 @@ class Reward(Protocol):
     `__call__(images, prompts)` takes images (N, 3, H, W) in [0, 1] and one prompt per image and returns
     (N,) fp32. `differentiable` states whether gradients flow back to the images. Optional:
 
-    images    "pt" (the default), "np" ((N, H, W, 3) in [0, 1]) or "pil" (a list): the form of the images
+    images    "pt" (the default), "np" ((N, H, W, 3) in [0, 1]) or "pil" (a list): the form of the images; "text" (a
+              list of str) or "ids" (N, L): of a reward of texts
     metadata  a parameter of `__call__` of this name receives the metadata row of each image's prompt, a Mapping
     """
 
@@ -120,6 +122,43 @@ class Reward(Protocol):
     def differentiable(self) -> bool: ...
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+class Texts(list[str]):
+    """The texts of a batch, with the token ids (N, L) that they were decoded from, where there are any."""
+
+    def __init__(self, texts: Sequence[str], ids: Tensor | None = None) -> None:
+        super().__init__(texts)
+        self.ids = ids
+        self.device = CPU if ids is None else ids.device
+
+
+@runtime_checkable
+class SequenceReward(Protocol):
+    """Scores token sequences; higher is better.
+
+    `__call__(ids, prompts)` takes ids (N, L) int64 and one prompt per sequence and returns (N,) fp32. Where
+    `differentiable`, `relaxed(p, prompts)` takes tokens p (N, L, V) whose rows are probabilities and returns (N,) with
+    a graph: equal to `__call__` where p is one-hot. As a reward among others it has the attribute `images = "ids"`.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def differentiable(self) -> bool: ...
+
+    def __call__(self, ids: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+    def relaxed(self, p: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+def as_texts(samples: Any) -> Texts | None:
+    """Return samples that are texts, a list of them; None for images."""
+    if isinstance(samples, Texts):
+        return samples
+    texts = isinstance(samples, list | tuple) and bool(samples) and all(isinstance(one, str) for one in samples)
+    return Texts(samples) if texts else None
 
 
 @runtime_checkable
@@ -167,6 +206,8 @@ def evaluate(
     form = _form(reward)
     if form is not None:
         return reward(_as_form(images, form), prompts, **given)
+    if isinstance(images, Texts):
+        return reward(images, prompts, **given)
     try:
         output = reward(images, prompts, **given)
     except InputError:
@@ -226,9 +267,9 @@ def _form(reward: Any) -> str | None:
     """Return the form in which a reward takes images, declared or annotated; None where it is unknown."""
     declared = attribute(reward, "images", None)
     if isinstance(declared, str):
-        if declared not in IMAGE_FORMS:
+        if declared not in (forms := (*IMAGE_FORMS, *TEXT_FORMS)):
             name = attribute(reward, "__name__", type(reward).__name__)
-            raise RewardError(f"reward {name!r}: images must be one of {', '.join(IMAGE_FORMS)}, got {declared!r:.40}")
+            raise RewardError(f"reward {name!r}: images must be one of {', '.join(forms)}, got {declared!r:.40}")
         return declared
     known = _known_forms.get(id(reward))
     if known is not None and known[0]() is reward:
@@ -236,16 +277,23 @@ def _form(reward: Any) -> str | None:
     parameters = parameters_of(reward) or {}
     annotation = next((one.annotation for one in parameters.values()), None)
     text = annotation if isinstance(annotation, str) else str(annotation)
-    patterns = {"pt": "Tensor", "pil": r"PIL|Image\b", "np": "ndarray"}
+    patterns = {"pt": "Tensor", "pil": r"PIL|Image\b", "text": r"\bstr\b", "np": "ndarray"}
     form = next((form for form, pattern in patterns.items() if re.search(pattern, text)), None)
     if form is not None:
         _cache_form(reward, form)
     return form
 
 
-def _as_form(images: Tensor, form: str) -> Any:
+def _as_form(images: Any, form: str) -> Any:
+    if form in TEXT_FORMS:
+        if not isinstance(images, Texts) or (form == "ids" and images.ids is None):
+            given = "texts" if form == "ids" else "images"
+            raise RewardError(f"a reward of {form} was given {given}: use it with a text model")
+        return images.ids if form == "ids" else images
     if form == "pt":
         return images
+    if isinstance(images, Texts):
+        raise RewardError("a reward of images was given texts: use a reward of texts, such as says:WORD")
     arrays = VaeImageProcessor.pt_to_numpy(images.detach().float().clamp(0, 1))
     return arrays if form == "np" else VaeImageProcessor.numpy_to_pil(arrays)
 

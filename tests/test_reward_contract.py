@@ -458,7 +458,7 @@ def test_another_form_of_images_is_refused() -> None:
         return images
 
     odd.images = "jpeg"  # type: ignore[attr-defined]
-    with pytest.raises(RewardError, match="reward 'odd': images must be one of pt, np, pil, got 'jpeg'"):
+    with pytest.raises(RewardError, match="reward 'odd': images must be one of pt, np, pil, text, ids, got 'jpeg'"):
         score(load_reward(odd), PICTURES, PROMPTS)
 
 

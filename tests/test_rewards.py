@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from tiny_rewards import tiny_specifications
 from torch import Tensor
 
-from steer.reward import Reward, RewardError, score
+from steer.reward import Reward, RewardError, Texts, score
 from steer.rewards import REWARDS
 from steer.rewards.names import reward_names
 from steer.rewards.parser import load_reward
@@ -29,7 +30,10 @@ def specifications(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return tiny_specifications(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("name", REWARDS)
+OF_TEXTS = ("parses", "says", "regex", "bigram", "perplexity")  # tests/test_text_rewards.py holds their values
+
+
+@pytest.mark.parametrize("name", [name for name in REWARDS if name not in OF_TEXTS])
 def test_every_built_in_reward_keeps_the_contract(name: str, specifications: dict[str, str]) -> None:
     reward = load_reward(specifications.get(name, name))
     prompts = ['a sign that says "A"', 'the words "two stars"'] if name == "ocr" else PROMPTS
@@ -41,6 +45,18 @@ def test_every_built_in_reward_keeps_the_contract(name: str, specifications: dic
     assert scores.requires_grad == reward.differentiable
     one_by_one = torch.cat([score(reward, IMAGES[k : k + 1], prompts[k : k + 1]) for k in range(2)])
     assert torch.allclose(scores.detach(), one_by_one, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OF_TEXTS[:4])
+def test_every_reward_of_texts_keeps_the_contract_and_refuses_images(name: str, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_text("a red circle\n")
+    argument = {"says": ":red", "regex": ":r.d", "bigram": f":{tmp_path / 'lines.txt'}"}.get(name, "")
+    reward, texts = load_reward(name + argument), Texts(["a red circle", "two stars"])
+    assert isinstance(reward, Reward) and reward.name.split(":")[0] == name
+    scores = score(reward, texts, PROMPTS)  # type: ignore[arg-type]
+    assert scores.shape == (2,) and scores.dtype == torch.float32 and scores[0] >= scores[1]
+    with pytest.raises(RewardError, match="was given images"):
+        score(reward, IMAGES, PROMPTS)
 
 
 @pytest.mark.parametrize("name", [name for name in REWARDS if name in ("colour", "brightness")])

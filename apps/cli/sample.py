@@ -58,7 +58,7 @@ def sample(
     **settings: Any,
 ) -> None:
     """Steer PROMPT… or the prompts of a file: images (best first), grid.png, report.json; ancestry.png of particles,
-    progress.png of optimised noise.
+    progress.png of optimised noise. Models of text, such as scenes-text, write texts.jsonl in place of images.
 
     Columns of a file that are named after arguments of the pipeline (negative_prompt, seed) apply to their prompt.
 
@@ -73,20 +73,27 @@ def sample(
         return _replay(context)
     with launch_context().local_main_process_first():
         prompts = _prompts(prompt, prompt_file, prompt_column)
+    from steer.apps.expansion import is_text_model
     from steer.apps.methods import ComputeOptions
     from steer.apps.sampling import sample as run
+    from steer.apps.texts import TEXTS, sample_texts
 
     compute_options = ComputeOptions(attention, compiled, micro_batch)
     with errors_with_flags():
         config = SamplingConfig.of(**settings)
-    report = run(prompts, config, out, device, reward_timeout, animation, compute_options)
+    texts = is_text_model(config.model)
+    if texts:
+        report = sample_texts(prompts, config, out, device, reward_timeout)
+    else:
+        report = run(prompts, config, out, device, reward_timeout, animation, compute_options)
+    written = out / (TEXTS if texts else "grid.png")
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]
     if is_main_process():
         _warn_nsfw(report["prompts"])
         click.echo(
             f"{len(prompts)} prompts, {config.reward}: best {sum(best) / len(best):.3f}, "
-            f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s → {out / 'grid.png'}"
+            f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s → {written}"
         )
 
 

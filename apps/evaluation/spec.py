@@ -37,7 +37,9 @@ BASE_METHOD = "base"  # plain sampling without a reward: one image per run
 INDEPENDENT_METHODS = ("base", "best-of-n")
 # Settings of `steer sample` that contenders share; None is the default of each method.
 _OF_A_CONTENDER = ("model", "lora", "method", "reward", "compare")
-DEFAULTS: dict[str, Any] = {name: SamplingConfig.field(name).default for name in SHARED if name not in _OF_A_CONTENDER}
+DEFAULTS: dict[str, Any] = {
+    name: SamplingConfig.field(name).default for name in SHARED if name not in (*_OF_A_CONTENDER, "expand")
+}
 DEFAULTS |= dict.fromkeys(ALL_OPTIONS)
 
 

@@ -27,7 +27,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/scenes"), help="folder of checkpoints and logs")
     parser.add_argument("--steps", type=int, help="optimiser steps in all; the same command resumes an interrupted run")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--start", type=Path, help="checkpoint that `denoiser` begins with where --out has no state")
+    parser.add_argument(
+        "--start", type=Path, help="model that `text` begins with, or `denoiser` where --out has no state"
+    )
     parser.add_argument("--seconds", type=float, default=300.0, help="processor time of each recipe of `pilot`")
     parser.add_argument("--size", default="scenes", help="model of `denoiser`: scenes or scenes-large")
     parser.add_argument("--vae", type=Path, help="finished autoencoder for `denoiser`; by default the one in --out")
@@ -127,6 +129,13 @@ def _finetuning(options: argparse.Namespace) -> dict[str, Any]:
     return reports
 
 
+def _text(options: argparse.Namespace) -> None:
+    from steer.apps.scenes.text import parse_rate, train_text
+
+    pipe = train_text(options.out / "text", options.steps or 6000, options.start)
+    print(f"{parse_rate(pipe):.2%} of samples at 20 steps parse")
+
+
 def _foresight(options: argparse.Namespace) -> dict[str, Any]:
     return analyses.foresight(str(options.model), prompts_of(options), options.reward, 4, range(2, 20, 3))
 
@@ -157,6 +166,7 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
     "pairs": (_pairs, "sample four images of 1,760 trained prompts and let noisy annotators choose between them"),
     "turbo": (_turbo, "distil --model to few steps; `export --trained turbo --model assets/scenes-turbo` writes it"),
     "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
+    "text": (_text, "train scenes-text on the words of the prompts; its folder is the asset"),
     "prompts": (lambda options: world.write_prompt_lists(options.prompts), "write the prompt lists to --prompts"),
     "finetuning": (_finetuning, "train what is not finished of the runs of --plan in --out, and evaluate them"),
     "foresight": (_foresight, "how well the reward of x̂0 at each step predicts the final one, to --json"),

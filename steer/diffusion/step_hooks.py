@@ -29,6 +29,7 @@ from steer.diffusion.schedules import (
     step_levels,
     total_transitions,
 )
+from steer.diffusion.token_hooks import is_token_scheduler, view_class
 from steer.errors import InputError
 
 
@@ -118,6 +119,9 @@ def hook_steps(pipe: Any, on_step: OnStep, *, rows: int | None = None, grad: boo
     scheduler, one that never steps it, or whose steps have no common noise level.
     """
     scheduler = scheduler_of(pipe)
+    if is_token_scheduler(scheduler):
+        yield view_class(pipe)(pipe, on_step, rows)
+        return
     with torch._C.DisableTorchFunction():  # the rehearsal's draws are not the call's, which a caller may replace
         check_verified(scheduler)
     tracker = _Tracker(pipe, on_step, rows, grad)

@@ -1,0 +1,42 @@
+"""Prompts continued by a model of text before images are sampled from them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from steer.apps.errors import wrap_errors
+from steer.apps.models import load_pipeline
+from steer.assets import TEXT_MODELS
+from steer.errors import InputError
+
+PIPELINES = ("MaskedDiffusionPipeline", "LLaDA2Pipeline", "DiffusionGemmaPipeline")
+
+
+def is_text_model(model: str) -> bool:
+    """Return whether an embedded model, or the one of a folder, makes texts."""
+    if model in TEXT_MODELS:
+        return True
+    try:
+        index = json.loads((Path(model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False  # on the hub, or reported when it is loaded
+    return isinstance(index, dict) and index.get("_class_name") in PIPELINES
+
+
+def expand_prompts(prompts: Sequence[str], model: str, seed: int, device: str | None = None) -> list[str]:
+    """Continue each prompt by a text model, one draw each from its own seed. Raises InputError, which names the prompt.
+
+    A chain prompt → expanded prompt → image, as of Parrot (arXiv 2401.05675).
+    """
+    if not is_text_model(model):
+        raise InputError(f"--expand {model!r} is no text model: use {' or '.join(TEXT_MODELS)}, or a folder of one")
+    pipe = load_pipeline(model, device)
+    pipe.set_progress_bar_config(disable=True)
+    expanded = []
+    for prompt in prompts:
+        with wrap_errors(f"prompt {prompt!r}", f"expanded by {model}", "shorten it"):
+            output = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed))
+        expanded.append(str(output.texts[0]))
+    return expanded

@@ -1,0 +1,156 @@
+"""scenes-text: masked diffusion over the words of the scene prompts, whose law is known exactly."""
+
+import copy
+import itertools
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast
+
+from steer.apps.scenes.world import TASKS
+from steer.diffusion.masked import subs
+from steer.diffusion.masked_denoiser import MaskedDenoiser
+from steer.diffusion.subs_scheduler import SubsScheduler
+from steer.pipelines.text.masked_diffusion import MASK_TOKEN, MaskedDiffusionPipeline
+from steer.rewards.scene import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest
+
+logger = logging.getLogger(__name__)
+LENGTH = 9  # tokens: the begin token and the 8 words of the longest prompt
+COLOURED = 0.6  # share of coloured requests where a task has both (`steer.apps.scenes.world.random_request`)
+HIDDEN, BLOCKS, HEADS, CONDITION = 128, 3, 4, 16
+BATCH, RATE, WARM_UP, AVERAGE = 96, 1e-3, 100, 0.998
+LOG_EVERY = 250
+
+
+@cache
+def caption_law() -> dict[str, float]:
+    """Return the probability of every prompt under `random_request` of a random task: exact, they sum to 1."""
+    law: dict[str, float] = defaultdict(float)
+    for task, share in TASKS.items():
+        for probability, request in _requests(task):
+            law[str(request)] += share * probability
+    return dict(law)
+
+
+def _requests(task: str) -> Iterator[tuple[float, SceneRequest]]:
+    """Yield every request of a task with its probability."""
+    coloured = {"colors": 1.0, "color_attr": 1.0, "counting": COLOURED, "position": COLOURED}.get(task, 0.0)
+    if task in ("single_object", "colors", "counting"):
+        counts = (2, 3, 4) if task == "counting" else (1,)
+        for count, shape in itertools.product(counts, SHAPES):
+            one = 1 / (len(counts) * len(SHAPES))
+            yield one * (1 - coloured), SceneRequest((Phrase(count, None, shape),))
+            for colour in COLOURS:
+                yield one * coloured / len(COLOURS), SceneRequest((Phrase(count, colour, shape),))
+        return
+    relations = tuple(RELATIONS) if task == "position" else (None,)
+    pairs, colours = list(itertools.permutations(SHAPES, 2)), list(itertools.permutations(COLOURS, 2))
+    for relation, (first, second) in itertools.product(relations, pairs):
+        one = 1 / (len(relations) * len(pairs))
+        yield one * (1 - coloured), SceneRequest((Phrase(1, None, first), Phrase(1, None, second)), relation)
+        for c1, c2 in colours:
+            yield one * coloured / len(colours), SceneRequest((Phrase(1, c1, first), Phrase(1, c2, second)), relation)
+
+
+def text_tokenizer() -> PreTrainedTokenizerFast:
+    """Return the tokenizer: one token a word, then [MASK]; [UNK] lies outside the denoiser's vocabulary.
+
+    The begin token is always open: rotary positions are relative, and masks alone look the same from every place.
+    """
+    words = sorted({word for text, p in caption_law().items() if p for word in text.split()})
+    vocabulary = {token: place for place, token in enumerate(("[PAD]", "[BOS]", *words, MASK_TOKEN, "[UNK]"))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"pad_token": "[PAD]", "bos_token": "[BOS]", "mask_token": MASK_TOKEN, "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=LENGTH, **special)
+
+
+def captions_as_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
+    """Return the ids (M, L) of all prompts, padded, and their probabilities (M,) fp64."""
+    law = {text: p for text, p in caption_law().items() if p}
+    words = tokenizer(list(law), padding="max_length", max_length=LENGTH - 1, return_tensors="pt").input_ids
+    ids = F.pad(words, (1, 0), value=int(tokenizer.bos_token_id))
+    return ids, torch.tensor(list(law.values()), dtype=torch.float64)
+
+
+def random_order_loss(denoiser: MaskedDenoiser, ids: Tensor, mask_id: int) -> Tensor:
+    """Return the NELBO (N,) in nats of ids (N, L), estimated with one random state each.
+
+    E_t (1/t) Σ_masked −log x_θ(x | z_t) with α_t = 1 − t is (L/m) Σ_masked −log x_θ for m uniform in 1..L and a
+    uniform subset of m places: the masks of the continuous-time bound, with less variance.
+    """
+    rows, length = len(ids), ids.shape[1] - 1  # the begin token is never masked
+    count = torch.randint(1, length + 1, (rows, 1))
+    masked = F.pad(torch.rand(rows, length).argsort(1).argsort(1) < count, (1, 0))
+    z_t = ids.masked_fill(masked, mask_id)
+    log_x0 = subs(denoiser(z_t).sample, z_t, mask_id)
+    nll = -log_x0.gather(2, ids[..., None])[..., 0]
+    return length / count[:, 0] * torch.where(masked, nll, 0.0).sum(1)
+
+
+def train_text(folder: Path, steps: int, start: Path | None = None) -> MaskedDiffusionPipeline:
+    """Train the model for `steps` of BATCH prompts and save its averaged weights in `folder`, in half precision.
+
+    start  folder of a saved model whose weights it begins with
+    """
+    torch.manual_seed(0)
+    tokenizer = text_tokenizer()
+    mask_id = int(tokenizer.mask_token_id)
+    sizes = {"hidden_dim": HIDDEN, "n_blocks": BLOCKS, "n_heads": HEADS, "cond_dim": CONDITION, "dropout": 0.0}
+    denoiser = MaskedDenoiser(vocab_size=mask_id + 1, model_length=LENGTH, **sizes)
+    if start is not None:
+        denoiser.load_state_dict(MaskedDiffusionPipeline.from_pretrained(start).denoiser.state_dict())
+    averaged = copy.deepcopy(denoiser).requires_grad_(False)
+    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.98))
+    ids, law = captions_as_ids(tokenizer)
+    entropy = float(-(law * law.log()).sum())
+    begin, recent = time.process_time(), []
+    for step in range(steps):
+        for group in optimiser.param_groups:
+            group["lr"] = RATE * min(1, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+        loss = random_order_loss(denoiser, ids[torch.multinomial(law, BATCH, replacement=True)], mask_id).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
+        optimiser.step()
+        decay = min(AVERAGE, (step + 1) / (step + 10))
+        torch._foreach_lerp_(list(averaged.parameters()), list(denoiser.parameters()), 1 - decay)
+        recent.append(loss.item())
+        if (step + 1) % LOG_EVERY == 0:
+            mean, recent = sum(recent) / len(recent), []
+            seconds = time.process_time() - begin
+            logger.info("step %d: NELBO %.3f nats, entropy %.3f, %.0f s", step + 1, mean, entropy, seconds)
+            _save(averaged, tokenizer, folder)
+    return _save(averaged, tokenizer, folder)
+
+
+def _save(denoiser: MaskedDenoiser, tokenizer: PreTrainedTokenizerFast, folder: Path) -> MaskedDiffusionPipeline:
+    """Save the model in half precision, and return it in full."""
+    scheduler = SubsScheduler(int(tokenizer.mask_token_id))
+    MaskedDiffusionPipeline(copy.deepcopy(denoiser).half().eval(), tokenizer, scheduler).save_pretrained(folder)
+    return MaskedDiffusionPipeline(denoiser.eval(), tokenizer, scheduler)
+
+
+def parse_rate(pipe: MaskedDiffusionPipeline, count: int = 1000, steps: int = 20) -> float:
+    """Return the share of `count` unconditional samples that the scene grammar parses."""
+    from steer.reward import RewardError
+    from steer.rewards.scene import parse
+
+    texts = pipe([""] * count, steps, torch.Generator().manual_seed(1), return_dict=False)[0]
+    parsed = 0
+    for text in texts:
+        try:
+            parse(text)
+        except RewardError:
+            continue
+        parsed += 1
+    return parsed / count

@@ -1,0 +1,1 @@
+"""Pipelines over tokens. Users import them from `steer`."""

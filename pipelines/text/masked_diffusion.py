@@ -1,0 +1,164 @@
+"""Text from a masked diffusion model: a diffusers pipeline over tokens."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from huggingface_hub import snapshot_download
+from safetensors.torch import load_file
+from torch import Generator, Tensor
+from transformers import AutoTokenizer
+
+from steer.diffusion.masked_denoiser import MaskedDenoiser
+from steer.diffusion.subs_scheduler import SubsScheduler
+from steer.errors import InputError
+
+INDEX = "model_index.json"
+MASK_TOKEN = "[MASK]"
+SEQUENCE_TYPES = ("text", "ids")
+
+
+def pipeline_class(model: str | PathLike[str]) -> Any:
+    """Return the class that loads a model: of a folder with a masked diffusion model, else diffusers' own choice."""
+    index = Path(model) / INDEX
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name") if index.is_file() else None
+    return MaskedDiffusionPipeline if name == MaskedDiffusionPipeline.__name__ else DiffusionPipeline
+
+
+@dataclass
+class MaskedDiffusionOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no types
+    """Texts, or ids (N, L) int64."""
+
+    texts: list[str] | Tensor
+
+
+class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers has no types
+    """Continue or fill in texts by masked diffusion (MDLM, arXiv 2406.07524).
+
+    pipe = MaskedDiffusionPipeline.from_pretrained(MODELS["scenes-text"])
+    pipe("a red", generator=torch.Generator().manual_seed(0)).texts
+    """
+
+    model_cpu_offload_seq = "denoiser"
+    denoiser: MaskedDenoiser
+    tokenizer: Any
+    scheduler: SubsScheduler
+
+    def __init__(self, denoiser: MaskedDenoiser, tokenizer: Any, scheduler: SubsScheduler) -> None:
+        super().__init__()
+        self.register_modules(denoiser=denoiser, tokenizer=tokenizer, scheduler=scheduler)
+
+    @property
+    def mask_id(self) -> int:
+        """The id of the masked token."""
+        return int(self.scheduler.config.mask_token_id)
+
+    def encode(self, prompt: str | Sequence[str], length: int | None = None) -> Tensor:
+        """Tokenise prompts as the beginning of sequences (N, L), after the begin token; all else is masked.
+
+        length  L in tokens; by default the model's own
+        Raises InputError for a prompt that is too long, or has words that the model does not know.
+        """
+        length = length or int(self.denoiser.config.model_length)
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        ids = torch.full((len(texts), length), self.mask_id, dtype=torch.long)
+        for row, text in zip(ids, texts, strict=True):
+            tokens = [*self._begin, *self._ids(text)]
+            if len(tokens) > length:
+                raise InputError(f"prompt {text!r:.80} has {len(tokens)} tokens, the model {length}: shorten it")
+            if unknown := [token for token in tokens if token >= self.denoiser.config.vocab_size]:
+                word = next((w for w in text.split() if unknown[0] in self._ids(w)), text)
+                raise InputError(f"prompt {text!r:.80}: {word!r} is not in the vocabulary of this model: leave it out")
+            row[: len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        return ids.to(self._execution_device)
+
+    @property
+    def _begin(self) -> list[int]:
+        """The begin token, where the tokenizer has one: models are trained with it, and see their places by it."""
+        begin = getattr(self.tokenizer, "bos_token_id", None)
+        return [] if begin is None else [int(begin)]
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def decode(self, ids: Tensor) -> list[str]:
+        """Return the texts of ids (N, L), without padding and masks."""
+        return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] = "",
+        num_inference_steps: int = 20,
+        generator: Generator | None = None,
+        length: int | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "text",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> MaskedDiffusionOutput | tuple[list[str] | Tensor]:
+        """Draw one text for each prompt.
+
+        prompt   beginning of the text, or a text with [MASK] in it; a list for several
+        length   tokens of a sequence; by default the model's own
+        latents  ids (N, L) to start from, in place of the prompt
+        output_type  text or ids
+        callback_on_step_end  called with (pipe, step, t, {"latents": ids}); "latents" in its result replace the ids
+        Raises InputError for prompts that do not fit.
+        """
+        if output_type not in SEQUENCE_TYPES:
+            raise InputError(f"output_type must be one of {', '.join(SEQUENCE_TYPES)}, got {output_type!r}")
+        ids = self.encode(prompt, length) if latents is None else latents.to(self._execution_device)
+        self.scheduler.set_timesteps(num_inference_steps, device=ids.device)
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for step, t in enumerate(self.scheduler.timesteps):
+                alpha = max(1 - float(t), 1e-5)
+                sigma = torch.full((len(ids),), -math.log(alpha), device=ids.device)
+                logits = self.denoiser(ids, sigma).sample
+                (ids,) = self.scheduler.step(logits, t, ids, generator=generator, return_dict=False)
+                if callback_on_step_end is not None:
+                    ids = callback_on_step_end(self, step, t, {"latents": ids}).get("latents", ids)
+                progress.update()
+        self.maybe_free_model_hooks()
+        texts = self.decode(ids) if output_type == "text" else ids
+        return MaskedDiffusionOutput(texts) if return_dict else (texts,)
+
+    @classmethod
+    def from_mdlm(cls, model: str | Path, tokenizer: Any = "gpt2", opening: str = "independent") -> Self:
+        """Load a checkpoint in the layout of kuleshov-group/mdlm-owt; its own Python code is never run.
+
+        model      folder or hub name: config.json and model.safetensors
+        tokenizer  folder or hub name of its tokenizer, to which [MASK] is added as the last token; or an object
+        Raises InputError for a folder in another layout.
+        """
+        files = ["config.json", "model.safetensors"]
+        folder = Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model), allow_patterns=files))
+        missing = [name for name in files if not (folder / name).is_file()]
+        config = {} if missing else json.loads((folder / files[0]).read_text(encoding="utf-8"))
+        if missing or config.get("model_type") != "mdlm":
+            lacks = f"no {missing[0]}" if missing else f"model_type {config.get('model_type')!r}, not 'mdlm'"
+            raise InputError(f"{model} is no MDLM checkpoint ({lacks}): use MaskedDiffusionPipeline.from_pretrained")
+        known = MaskedDenoiser.__init__.__wrapped__.__annotations__
+        with torch.device("meta"):
+            denoiser = MaskedDenoiser(**{name: config[name] for name in known if name in config})
+        weights = {name.removeprefix("backbone."): value for name, value in load_file(folder / files[1]).items()}
+        try:
+            denoiser.load_state_dict(weights, assign=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(f"{model}: its weights are not those of its config.json ({reason})") from error
+        if isinstance(tokenizer, str | Path):
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        if tokenizer.mask_token is None:
+            tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+        mask_id = int(tokenizer.mask_token_id)
+        if mask_id >= int(denoiser.config.vocab_size):
+            raise InputError(f"{model} has {denoiser.config.vocab_size} tokens, its tokenizer's [MASK] is {mask_id}")
+        return cls(denoiser.eval(), tokenizer, SubsScheduler(mask_id, opening))
