@@ -129,7 +129,7 @@ def _same_numbers(noise: Tensor, draw: Tensor) -> bool:
     """Return whether both are the same numbers in any order, up to rounding."""
     if noise.numel() != draw.numel():
         return False
-    one, other = (values.flatten().double().sort().values for values in (noise, draw))
+    one, other = (values.flatten().cpu().double().sort().values for values in (noise, draw))
     return torch.allclose(one, other, rtol=4 * torch.finfo(noise.dtype).eps, atol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """Coercion of arguments: equivalent numbers and texts are accepted, anything else is one line."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+import steer
 from steer import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
 from steer.arguments import coerce_value
 from steer.assets import MODELS
@@ -120,3 +122,8 @@ def test_every_method_refuses_other_types_by_name(name: str, wrong: dict[str, An
     with pytest.raises(InputError) as raised:
         METHODS[name][0](pipe, "brightness")(**{"prompt": "a star"} | wrong)
     assert str(raised.value).startswith(named) and len(str(raised.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("config", [steer.D3POConfig, steer.PRDPConfig, steer.GRPOConfig, steer.DDPOConfig])
+def test_every_argument_of_a_training_has_its_help(config: type[steer.TrainingConfig]) -> None:
+    assert set(config.help()) == {one.name for one in fields(config)} and all(config.help().values())

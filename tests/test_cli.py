@@ -116,7 +116,7 @@ def test_only_a_prompt_whose_images_are_missing_is_sampled_again(steer: Steer, t
         (["--ess-threshold", "2"], "--ess-threshold"),
         (["--eta", "2", "--steps", "2"], "eta must be from 0 to 1"),
         (["--lam", "nan"], "--lam must be a finite number"),
-        (["--steps", "2000"], "prompt 'a circle': "),
+        (["--steps", "2000"], "`num_inference_steps`: 2000 cannot be"),
         (["--seed", "99999999999999999999"], "--seed"),
         (["--reward", "broken_module:x"], "cannot load reward 'broken_module:x': SyntaxError"),
         (["--device", "warp"], "--device 'warp' cannot be used"),

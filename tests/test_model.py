@@ -215,7 +215,7 @@ def test_the_rate_warms_up_stays_and_falls_and_the_end_may_be_moved() -> None:
 
 def test_two_steps_of_the_denoisers_training_resume_to_the_same_weights(tmp_path: Path) -> None:
     vae = AutoencoderKL.from_pretrained(Path(MODELS["scenes"]) / "vae")
-    tiny = replace(Recipe(), channels=(16, 16), width=16, heads=2, batch=4, scenes=8)
+    tiny = replace(Recipe(), channels=(16, 16), width=16, heads=2, batch=4, scenes=8, text_steps=2)
     tiny_part = 8
 
     def weights(folder: Path, *ends: int) -> Tensor:

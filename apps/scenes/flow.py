@@ -21,6 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from steer.apps.scenes.training import (
     CHANNELS,
     LENGTH,
+    PART,
     TEXT_BATCH,
     UNCONDITIONAL,
     Recipe,
@@ -131,7 +132,7 @@ def train_flow(folder: Path, vae: AutoencoderKL, steps: int, decay: float = 0.25
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "tokenizer", whole_words=True)
     scenes = Scenes(folder.parent / "parts", vae, tokenizer, RECIPE)
-    text_scenes = Scenes(scenes.folder, vae, tokenizer, replace(RECIPE, batch=TEXT_BATCH))
+    text_scenes = Scenes(scenes.folder, vae, tokenizer, replace(RECIPE, batch=min(TEXT_BATCH, PART)))
     transformer, encoders = new_transformer(), [new_text_encoder(tokenizer) for _ in range(2)]
     learn_mean_images(
         folder / "text", text_scenes, encoders, lambda ids: encode_prompts(encoders, ids)[1], RECIPE.text_steps

@@ -420,7 +420,7 @@ def train_denoiser(
     scenes = Scenes(folder.parent / "parts", vae, tokenizer, recipe)
     empty = token_ids(tokenizer, [""])
     text_encoder = new_text_encoder(tokenizer, recipe)
-    text_scenes = Scenes(scenes.folder, vae, tokenizer, replace(recipe, batch=TEXT_BATCH))
+    text_scenes = Scenes(scenes.folder, vae, tokenizer, replace(recipe, batch=min(TEXT_BATCH, PART)))
     learn_mean_images(
         folder / "text", text_scenes, [text_encoder], lambda ids: text_encoder(ids).pooler_output, recipe.text_steps
     )

@@ -30,13 +30,13 @@ class TrainingConfig(Settings):
     seed                 of every random number of the run
     train_batch_size     B, prompts per update, over all processes
     num_generations      K, samples per prompt
-    steps_per_generation updates per rollout: their samples are drawn together, by one policy
+    steps_per_generation  updates per rollout: their samples are drawn together, by one policy
     num_iterations       passes over the samples of a rollout
     micro_batch          rows per call of the denoiser; the gradients of an update's micro-batches are accumulated
     num_inference_steps  solver steps, in training and evaluation
     guidance_scale       in training and evaluation; None: the default of the pipeline
     eta                  η of every step, above 0 and at most 1
-    skip_low_noise_steps the last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old and
+    skip_low_noise_steps  the last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old and
                          reference policy alike; None: 2, and at most half of the steps, where weights or autocast are
                          half precision, else 0
     log_prob_precision   of the denoiser where it computes log-probabilities and KL: float32, whatever the dtype of the
@@ -51,16 +51,19 @@ class TrainingConfig(Settings):
                          its .safetensors file; the reference is then the model with this LoRA
     gradient_checkpointing  recompute the blocks of the denoiser in the backward pass
     mixed_precision      no, fp16 or bf16, as in accelerate; for log-probabilities see log_prob_precision
-    learning_rate        of AdamW, after `warmup_steps` of linear warmup
+    learning_rate        of AdamW, after the warmup
+    weight_decay         of AdamW
+    warmup_steps         updates of linear warmup
     max_grad_norm        gradients are clipped to this norm
     ema_decay            decay of an exponential moving average of the weights, evaluated and exported in their place;
                          0: none
     kl_weight            β of the KL to the reference, per nat summed over the elements and steps of a trajectory
-    kl_target_nats, kl_budget_nats  see `steer.training.guards.KLControl`; nats summed over the elements and steps of a
-                         trajectory
+    kl_target_nats       KL that β is adapted to, see `steer.training.guards.KLControl`; nats a trajectory, summed over
+                         its elements and steps
+    kl_budget_nats       KL at which the training ends, in the same unit
     chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
     eval_steps           updates between evaluations; one more comes before the first update and after the last
-    num_generations_eval images per held-out prompt
+    num_generations_eval  images per held-out prompt
     early_stopping_patience  evaluations in a row with a higher trained and a lower held-out reward that end the
                          training, see `steer.training.guards.EarlyStopping`; 0: never
     save_steps           updates between checkpoints
