@@ -1,5 +1,8 @@
 """scenes-flow: prompts, loss and format are those of diffusers' Stable Diffusion 3 pipeline."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusion3Pipeline
@@ -70,3 +73,20 @@ def test_the_loss_noises_as_the_scheduler_does_and_vanishes_for_the_true_velocit
 def test_the_pipeline_is_a_plain_one(pipe: StableDiffusion3Pipeline) -> None:
     images = pipe(PROMPTS, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="pt").images
     assert images.shape == (2, 3, 64, 64) and images.isfinite().all()
+
+
+def test_two_steps_of_the_training_resume_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = AutoencoderKL.from_pretrained(f"{MODELS['scenes']}/vae").eval()
+    tiny = replace(flow.RECIPE, width=16, layers=1, heads=2, batch=4, scenes=8, text_steps=2)
+    for name, value in {"RECIPE": tiny, "WIDTH": 32, "LAYERS": 2, "HEADS": 2, "PART": 8}.items():
+        monkeypatch.setattr(flow, name, value)
+    monkeypatch.setattr("steer.apps.scenes.training.PART", 8)
+
+    def weights(folder: Path, *ends: int) -> torch.Tensor:
+        for end in ends:
+            pipe = flow.train_flow(folder / "flow", vae, end, decay=1e-9)
+        return torch.cat([parameter.flatten() for parameter in pipe.transformer.parameters()])
+
+    once = weights(tmp_path / "once", 4)
+    assert torch.equal(weights(tmp_path / "twice", 2, 4), once)
+    assert isinstance(load_pipeline(str(tmp_path / "once/flow/pipeline"), "cpu"), StableDiffusion3Pipeline)

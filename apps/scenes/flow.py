@@ -28,6 +28,7 @@ from steer.apps.scenes.training import (
     Scenes,
     build_tokenizer,
     learn_mean_images,
+    new_mean_image,
     timesteps,
     token_ids,
 )
@@ -134,12 +135,15 @@ def train_flow(folder: Path, vae: AutoencoderKL, steps: int, decay: float = 0.25
     scenes = Scenes(folder.parent / "parts", vae, tokenizer, RECIPE)
     text_scenes = Scenes(scenes.folder, vae, tokenizer, replace(RECIPE, batch=min(TEXT_BATCH, PART)))
     transformer, encoders = new_transformer(), [new_text_encoder(tokenizer) for _ in range(2)]
+    mean_image = new_mean_image(2 * RECIPE.width)
     learn_mean_images(
-        folder / "text", text_scenes, encoders, lambda ids: encode_prompts(encoders, ids)[1], RECIPE.text_steps
+        *(folder / "text", text_scenes, encoders, mean_image),
+        lambda ids: encode_prompts(encoders, ids)[1],
+        RECIPE.text_steps,
     )
     plain = transformer.attn_processors
     transformer.set_attn_processor(OneZeroToken())
-    modules = torch.nn.ModuleList([transformer, *encoders])
+    modules = torch.nn.ModuleList([transformer, *encoders, mean_image])
     average = EMAModel(modules.parameters(), decay=RECIPE.average, use_ema_warmup=True, power=0.75)
     empty = token_ids(tokenizer, [""])
 
@@ -148,7 +152,9 @@ def train_flow(folder: Path, vae: AutoencoderKL, steps: int, decay: float = 0.25
         x0, ids = scenes.batch(step, generator)
         ids = torch.where(torch.rand(len(ids), 1, generator=generator) < UNCONDITIONAL, empty, ids)
         t, noise = timesteps(RECIPE, len(ids), generator), torch.randn(x0.shape, generator=generator)
-        return flow_loss(transformer, *encode_prompts(encoders, ids), x0, t, noise)
+        states, pooled = encode_prompts(encoders, ids)
+        mean_loss = torch.nn.functional.mse_loss(mean_image(pooled), x0.flatten(1))
+        return flow_loss(transformer, states, pooled, x0, t, noise) + mean_loss
 
     TrainingRun(folder, steps, RECIPE.learning_rate, save_every=500, decay=decay).train(
         [modules], loss_at, after=average
