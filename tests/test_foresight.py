@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import torch
-from conftest import Steer, cached_pipe, steer_kwargs
+from conftest import Steer, cached_pipe, call_kwargs
 from gaussian import TOTAL, GaussianPipeline
 from soft_rewards import redness
 
 from steer.apps.evaluation.foresight import agreement, foresight, table
+from steer.arguments import IMAGES_PER_PROMPT
 
 
 def test_agreement_counts_pairs_by_hand() -> None:
@@ -18,8 +19,9 @@ def test_agreement_counts_pairs_by_hand() -> None:
 
 def test_a_whole_look_ahead_of_a_deterministic_run_foresees_everything() -> None:
     pipe = cached_pipe("sd3")
-    call = {name: value for name, value in steer_kwargs("sd3").items() if name != "prompt"}
-    result = foresight(pipe, redness, ["a", "b"], (1, 99), [0, 1], 4, None, call | {"num_inference_steps": 5})
+    left_out = (*IMAGES_PER_PROMPT, "prompt")
+    call = {name: value for name, value in call_kwargs("sd3", 2, 5).items() if name not in left_out}
+    result = foresight(pipe, redness, ["a", "b"], (1, 99), [0, 1], 4, None, call)
     assert [mean for mean, _, _ in result["agreement"]["99"]] == [1.0, 1.0]
     assert result["nfe"] == {"1": 5.0, "99": 5 + 4 + 3}
     assert "m = 99 | 1.00 [1.00, 1.00]" in table(result)

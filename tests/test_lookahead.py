@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import cached_pipe, steer_kwargs, with_scheduler
+from conftest import cached_pipe, call_kwargs, with_scheduler
 from diffusers import DDIMScheduler
 from gaussian import LAM, TOTAL, GaussianPipeline, check_tilted, steered_gaussians
 from schedulers import DIFFUSION, FLOW
@@ -13,11 +13,19 @@ from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import BestOfNPipeline, FKSteeringPipeline, SelectionPipeline, StepReport
+from steer.arguments import IMAGES_PER_PROMPT
 from steer.errors import InputError
 from steer.smc.particles import FeynmanKac, Particles
 
+K = 2
 WHOLE = 99  # more steps than any run here has left: a look-ahead is then the rest of the run
 STEPS = 5
+
+
+def steer_kwargs(name: str) -> dict[str, Any]:
+    """A cheap call of STEPS solver steps, without the count of images."""
+    steps = 2 * STEPS if name == "img2img" else STEPS  # half of them are run
+    return {key: value for key, value in call_kwargs(name, K, steps).items() if key not in IMAGES_PER_PROMPT}
 
 
 def watched(pipe: Any, name: str, method: Any = BestOfNPipeline, **options: Any) -> tuple[Any, dict[int, Tensor]]:
@@ -28,8 +36,8 @@ def watched(pipe: Any, name: str, method: Any = BestOfNPipeline, **options: Any)
         if report.previews is not None:
             seen[report.step] = report.previews
 
-    call = steer_kwargs(name) | {"num_inference_steps": STEPS, "generator": seeded(), "output_type": "pt"}
-    out = method(pipe, redness)(num_particles=2, on_step=on_step, **call | options)
+    call = steer_kwargs(name) | {"generator": seeded(), "output_type": "pt"}
+    out = method(pipe, redness)(num_particles=K, on_step=on_step, **call | options)
     return out.in_slot_order(), seen
 
 
