@@ -48,7 +48,7 @@ class StepSettings(CallSettings):
 
     def check_lookahead(self, lookahead: int | str, excluding: Iterable[str] = ()) -> None:
         """Raise InputError for a look-ahead that is neither a number nor lora:PATH, or with what excludes it."""
-        if isinstance(lookahead, str) and not lookahead.removeprefix(ADAPTER) < lookahead:
+        if isinstance(lookahead, str) and not (lookahead.startswith(ADAPTER) and lookahead != ADAPTER):
             raise InputError(f"lookahead must be a number of steps, or {ADAPTER}PATH, got {lookahead!r}")
         for name in excluding:
             if lookahead != 1 and getattr(self, name):

@@ -170,7 +170,7 @@ def test_observers_get_previews_from_the_first_steps_on() -> None:
         ({"lookahead": 2, "asynchronous_rewards": True}, "asynchronous_rewards and lookahead exclude"),
         ({"lam": "strong"}, "lam"),
         ({"lam": "auto", "tempering": "ess"}, "both choose λ"),
-        ({"lookahead": "lora:no-such-folder"}, "lookahead: cannot load no-such-folder"),
+        ({"lookahead": "lora:no-such-folder"}, "lookahead: there is no no-such-folder"),
     ],
     ids=str,
 )
@@ -188,7 +188,7 @@ def test_an_adapter_gives_its_own_prediction_and_leaves_the_pipeline_as_it_was(t
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         adapted = copy.deepcopy(pipe.unet)
-        adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+        adapted.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
     type(pipe).save_lora_weights(tmp_path, get_peft_model_state_dict(adapted))
     own = {"lam": 0.0, "resample_steps": [1], "guidance_scale": 1.0}
     before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}

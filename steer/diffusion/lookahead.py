@@ -11,6 +11,7 @@ scheduler with the timesteps of the grid: guidance, ControlNets and conditions a
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -144,6 +145,10 @@ def few_step_adapter(pipe: Any, lookahead: int | str) -> Iterator[Adapter | None
     path, modules = lookahead.removeprefix(LORA), denoising_modules(pipe)
     if not hasattr(pipe, "load_lora_weights"):
         raise InputError(f"lookahead: {type(pipe).__name__} loads no LoRA adapters: use a number of steps")
+    if not Path(path).exists() and path.count("/") != 1:
+        raise InputError(
+            f"lookahead: there is no {path}: give a folder or file of a LoRA adapter, or ORGANISATION/NAME"
+        )
     parameters = [one for module in modules.values() for one in module.parameters()]
     trainable = [one.requires_grad for one in parameters]
     own = {layer: layer.active_adapters for layer in _lora_layers(modules) if not layer.disable_adapters}
