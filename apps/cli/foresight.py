@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from steer.apps.cli.options import DEVICE, NUMBER_OR_WORD, Command
+from steer.apps.cli.options import DEVICE, Command, NumberOrWord
 from steer.apps.cli.sample import SPEC, TIMEOUT
 from steer.errors import InputError
 
@@ -22,7 +22,7 @@ from steer.errors import InputError
     "--lookahead",
     "lookaheads",
     multiple=True,
-    type=NUMBER_OR_WORD,
+    type=NumberOrWord(int),
     default=(1, 2, 3),
     help="Coarse steps to the end, 1 is x̂0; or lora:PATH; repeatable.",
 )

@@ -94,22 +94,20 @@ def _read_settings(others: Collection[str], context: click.Context, option: clic
     }
 
 
-class _NumberOrWord(click.ParamType[Any]):
-    """A number, or a word that stands for one, such as auto."""
+class NumberOrWord(click.ParamType[Any]):
+    """A number of one kind, or a word that stands for one, such as auto."""
 
     name = "number or word"
 
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
     def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
         """Convert a text to the number that it writes, else leave it."""
-        for kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                continue
-        return value
-
-
-NUMBER_OR_WORD = _NumberOrWord()
+        try:
+            return self.kind(value)
+        except ValueError:
+            return value
 
 
 def setting_options(without: Collection[str] = (), others: Collection[str] = ()) -> Callable[[F], F]:
@@ -130,7 +128,7 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
         for name in reversed([name for name in (*SHARED, *ALL_OPTIONS) if name not in without]):
             flags = flags_of(name)
             kinds = [kind for kind in kinds_of(name) if kind in (bool, int, float)]
-            kind: Any = NUMBER_OR_WORD if kinds and str in kinds_of(name) else (*kinds, str)[0]
+            kind: Any = NumberOrWord(kinds[0]) if kinds and str in kinds_of(name) else (*kinds, str)[0]
             switch = True if kind is bool and "/" not in flags[0] else None
             option = click.option(
                 *flags, name, type=None if kind is bool else kind, default=None, help=help_of(name), is_flag=switch
