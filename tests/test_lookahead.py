@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import cached_pipe, call_kwargs, with_scheduler
+from conftest import Steer, cached_pipe, call_kwargs, with_scheduler
 from diffusers import DDIMScheduler
 from gaussian import LAM, TOTAL, GaussianPipeline, check_tilted, steered_gaussians
 from peft import LoraConfig, get_peft_model_state_dict
@@ -17,6 +18,7 @@ from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import BestOfNPipeline, FKSteeringPipeline, SelectionPipeline, StepReport
+from steer.apps.recipes import read_metadata
 from steer.arguments import IMAGES_PER_PROMPT
 from steer.diffusion.preview import Preview
 from steer.diffusion.step_hooks import SolverStep, hook_steps
@@ -247,3 +249,16 @@ def test_auto_keeps_the_weights_of_the_law() -> None:
     out = next(steered_gaussians(GaussianPipeline(), 4, lam="auto", resample_steps=[6], ess_threshold=1e-9))
     assert out.lam != LAM
     torch.testing.assert_close(out.log_weights, out.lam * out.rewards, atol=1e-3, rtol=1e-4)
+
+
+def test_the_command_takes_both_and_reports_the_strength(steer: Steer, tmp_path: Path) -> None:
+    options = ["--steps", 5, "--particles", 2, "--lam", "auto", "--lookahead", 2, "--resample-steps", 2, "--no-compare"]
+    code, _, error = steer("sample", "a red star", *options, "--out", tmp_path / "out")
+    assert code == 0, error
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    (entry,) = report["prompts"]
+    assert report["settings"]["lam"] == "auto" and report["settings"]["lookahead"] == 2 and entry["lam"] >= 0
+    assert entry["cost"]["nfe"] == 2 * (5 + 1)
+    recipe = read_metadata(tmp_path / "out" / entry["images"][0])
+    assert recipe.lam == entry["lam"] and recipe.settings.options.lam == "auto"
+    assert recipe.settings.options.lookahead == 2
