@@ -6,6 +6,7 @@ scheduler's own: scaling of the denoiser's input, noise levels, prediction type.
 
 import copy
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ def _short_class(kind: type) -> type:
 
 def _converts(kind: Any) -> bool:
     """Return whether pipelines may call `step` for x̂0 alone (EDM)."""
-    return "pred_original_sample" in kind.step.__code__.co_varnames
+    return "pred_original_sample" in inspect.signature(kind.step).parameters
 
 
 def _keep(scheduler: Scheduler, places: Sequence[int]) -> None:
