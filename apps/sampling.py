@@ -357,6 +357,7 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
             {"expanded": job.prompt} if READ in job.arguments else {}
         )
         entry: Entry = original | {"images": _save_images(output, job, folder)} | describe(output)
+        entry |= {} if output.lam is None else {"lam": output.lam}
         entry |= _nsfw_flags(output)
         if output.start is not None:
             entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}

@@ -12,6 +12,7 @@ from diffusers import AmusedPipeline
 from torch import Tensor
 
 from steer.diffusion.batching import ActiveRows
+from steer.diffusion.lookahead import Adapter
 from steer.diffusion.masked import draw_tokens
 from steer.diffusion.step_hooks import SolverStep, StepOverride
 from steer.diffusion.token_hooks import TokenStep, is_token_scheduler
@@ -55,8 +56,12 @@ class TokenBatch(ParticleBatch):
         chunk_size: int = 8,
         preview: Any = "full",
         live: ActiveRows | None = None,
+        lookahead: int = 1,
+        adapter: Adapter | None = None,
     ) -> None:
         """As `ParticleBatch`, with `preview` one of PREDICTIONS."""
+        if lookahead > 1 or adapter is not None:
+            raise InputError(f"lookahead={lookahead}: tokens have no noise level to step along: use preview='finish:2'")
         super().__init__(pipe, reward, prompt, size, call, reward_prompt, chunk_size, "full", live)
         self._predict = _prediction(preview, self)
         if size > 1 and _is_greedy(pipe, self.call):
