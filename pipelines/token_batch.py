@@ -77,6 +77,10 @@ class TokenBatch(ParticleBatch):
 
         return super().sample(on_token_step, pipe, **given)  # type: ignore[arg-type]
 
+    def predict(self, solver_step: Any, steps: int = 1) -> Tensor:
+        """Predict the clean ids (N, …): tokens have no look-ahead but `preview="finish:M"`."""
+        return solver_step.x0()
+
     def _score_draws(
         self, score: Callable[[Any], tuple[Tensor, dict[str, Tensor]]], draws: Sequence[Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
