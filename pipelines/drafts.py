@@ -116,9 +116,7 @@ class RenoisePipeline(SteeringPipeline):
         x = before.alpha.to(copies) * copies + before.sigma.to(copies) * noise
         own = [Generator().manual_seed(derived_seed(seed, "solver after renoising")) for seed in batch.seeds]
         run = RestartedRun(x, batch, kernel_eta, s)
-        images = batch.sample(
-            run.on_solver_step, latents=x / getattr(at.scheduler, "init_noise_sigma", 1.0), generator=own
-        )
+        images = batch.sample(run.on_solver_step, latents=x / scale, generator=own)
         rewards, components = batch.score(images)
         return batch.output(images, rewards, components, run.particles, run.history, s.output_type)
 

@@ -182,8 +182,8 @@ def test_arguments_that_do_not_fit_are_named(
 def test_the_command_races_and_resumes(steer: Steer, tmp_path: Path) -> None:
     words = ["sample", "a red circle", "--steps", "6", "--no-compare", "--method", "race"]
     plan = plan_race(40, 6)
-    assert (plan.starts, plan.rungs) == (10, {2: 3, 3: 2})  # 10·3 + 3 + 2·2 = 37; 11 would cost 40 too, 12 43
-    for options, starts, left in ((["--budget", "40"], 10, 2), (["--particles", "6", "--rungs", "1:3,3:2"], 6, 2)):
+    assert (plan.starts, plan.rungs) == (11, {2: 3, 3: 2})  # 11·3 + 3 + 2·2 = 40
+    for options, starts, left in ((["--budget", "40"], 11, 2), (["--particles", "6", "--rungs", "1:3,3:2"], 6, 2)):
         out = tmp_path / options[0]
         assert steer(*words, *options, "--out", out)[0] == 0
         report = json.loads((out / "report.json").read_text())
