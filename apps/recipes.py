@@ -49,6 +49,7 @@ class Recipe:
     steer, torch, diffusers, device, dtype    versions and device, to explain differing pixels
     arguments   of the pipeline's call, from the columns of a prompt file
     scheduler, steps, guidance    of the call, for other programs
+    lam         the strength λ, also where `auto` chose it; None for methods without
     """
 
     prompt: str
@@ -67,6 +68,7 @@ class Recipe:
     scheduler: str = ""
     steps: int | None = None
     guidance: float | None = None
+    lam: float | None = None
 
     def plain(self) -> dict[str, Any]:
         """Return all fields as JSON holds them."""
@@ -98,6 +100,7 @@ def make_recipe(job: Job, output: SteeringOutput, rank: int, base: bool) -> Reci
         scheduler=type(job.pipe.scheduler).__name__,
         steps=_call_value(job, "num_inference_steps", int),
         guidance=_call_value(job, "guidance_scale", float),
+        lam=output.lam,
     )
 
 

@@ -351,6 +351,7 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
             "order": output.order[0].tolist(),
             "cost": asdict(output.cost),
         }
+        entry |= {} if output.lam is None else {"lam": output.lam}
         entry |= _nsfw_flags(output)
         if output.start is not None:
             entry |= {"seeds": list(output.start.seeds), "noise": _write_noise(output, job, folder)}

@@ -241,6 +241,7 @@ class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no type
     latents         (B·K, …) final latents
     nsfw_content_detected  (B, K) bool: images that the pipeline's safety checker blackened, after they were scored;
                     None where it has none, or a noise was optimised
+    lam             the strength λ of Feynman–Kac steering, as given or as chosen by lam="auto"; None in other methods
     order           (B, K) the slot of the run that each image comes from
     history         one ResamplingInfo per evaluated step, in slots of that step
     cost            evaluations and seconds
@@ -262,6 +263,7 @@ class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no type
     trace: tuple[Iteration, ...] = ()
     stopped: str | None = None
     nsfw_content_detected: Tensor | None = None
+    lam: float | None = None
 
     def in_slot_order(self) -> "SteeringOutput":
         """Return the output with images as the pipeline made them, not sorted by reward."""

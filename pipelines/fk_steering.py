@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from steer.diffusion.batching import ActiveRows, is_offloaded
 from steer.diffusion.differentiable import computes_in_fp16, differentiable, per_sample_gradients
+from steer.diffusion.lookahead import Adapter, coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
 from steer.diffusion.step_hooks import SolverStep, StepOverride, UnsupportedPipelineError
@@ -101,6 +102,7 @@ class ResamplingSchedule:
         return frozenset(step for step in evaluated_steps if step >= first) | frozenset(self.particle_schedule)
 
 
+PREVIEW_LOOKAHEAD = 3  # coarse steps of previews for an observer alone
 DEFAULT_STEPS = (0.4, 0.55, 0.7, 0.85)  # of intermediate rewards, as shares of the run
 
 
@@ -109,7 +111,7 @@ class StepReport:
     """Progress for an observer after solver step `step` of `total`.
 
     evaluation  intermediate rewards, where the step has some
-    previews    images (B·K, 3, H, W) of x̂0 that they were computed from, of the K particles left
+    previews    images (B·K, 3, H, W) that they were computed from, of the K particles left; also at `preview_steps`
     """
 
     step: int
@@ -140,6 +142,7 @@ class Run:
 
     first = 0  # first step that may have intermediate rewards
     reward_delay = 0  # steps from an evaluation to its resampling
+    auto_strength = False  # whether λ is to be chosen by the first rewards
     steps_argument = "resample_steps"  # the caller's name of the steps with intermediate rewards
 
     def __init__(
@@ -150,10 +153,11 @@ class Run:
         resampling_eta: float,
         schedule: ResamplingSchedule,
         observer: Callable[[StepReport], None] | None,
+        preview_steps: Iterable[int] | None = (),
     ) -> None:
-        """`eta`: noise of every step, None for the solver's own; `resampling_eta`: of steps that may resample."""
+        """`preview_steps`: steps at which the observer gets previews that are not scored. `eta`: noise of every step, None for the solver's own; `resampling_eta`: of steps that may resample."""
         self.algorithm, self.particle_batch = algorithm, particle_batch
-        self.schedule, self.observer = schedule, observer
+        self.schedule, self.observer, self.preview_steps = schedule, observer, frozenset(preview_steps or ())
         self.eta, self.resampling_eta = eta, resampling_eta
         self.steps: frozenset[int] = frozenset()  # with intermediate rewards; known at the first solver step
         self.target_reached = self.from_search = False  # a particle met the target; particles were selected by reward
@@ -167,7 +171,7 @@ class Run:
     def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
         """Reweight and resample the particles at one solver step: ancestors of the slots, and their next latents."""
         if not self._evaluates_at(solver_step):
-            self._notify(StepReport(solver_step.k, solver_step.total))
+            self._notify(StepReport(solver_step.k, solver_step.total, previews=self._observed(solver_step)))
             return None, self._next_latents(solver_step, None, None)
         intermediate = self._intermediate_rewards(solver_step)
         rows = self._reweight_and_resample(intermediate, solver_step.k, solver_step)
@@ -177,7 +181,9 @@ class Run:
         self, intermediate: IntermediateRewards, step: int, solver_step: SolverStep
     ) -> Tensor | None:
         """Reweight by the rewards of `step`, resample at `solver_step`: ancestor rows of the slots, None: all stay."""
-        reweighted = self.algorithm.reweight(self.particles, intermediate.rewards, step / solver_step.total)
+        progress = step / solver_step.total
+        self._choose_strength(intermediate.rewards, progress)
+        reweighted = self.algorithm.reweight(self.particles, intermediate.rewards, progress)
         self.particles, ancestors = self._select(reweighted, step)
         stay = torch.arange(self.particle_batch.alive).expand_as(intermediate.rewards)
         evaluation = ResamplingInfo(
@@ -199,7 +205,27 @@ class Run:
         return rule(self.algorithm, reweighted, count, self.particle_batch.rng)
 
     def _intermediate_rewards(self, solver_step: SolverStep) -> IntermediateRewards:
-        return self._score_x0(solver_step.x0())
+        return self._score_x0(self.particle_batch.predict(solver_step))
+
+    def _choose_strength(self, rewards: Tensor, progress: float) -> None:
+        """Choose λ by the first rewards (B, K), where it is to be chosen."""
+        if self.auto_strength and isinstance(self.algorithm, FeynmanKac):
+            self.algorithm, self.auto_strength = self.algorithm.at_half_ess(self.particles, rewards, progress), False
+
+    def finish(self, rewards: Tensor) -> Particles:
+        """Return the particles with the terminal factor, by rewards (B, K) of the finished images."""
+        assert isinstance(self.algorithm, FeynmanKac)
+        self._choose_strength(rewards, 1.0)
+        if self.from_search:  # particles selected by reward are draws from no known distribution
+            return Particles.start(*rewards.shape)
+        return self.algorithm.finish(self.particles, rewards)  # log G_end = λ r(x0) − Σ_j log G_j
+
+    def _observed(self, solver_step: SolverStep) -> Tensor | None:
+        """Return previews for the observer alone, at the steps that it asked for."""
+        if self.observer is None or solver_step.k not in self.preview_steps:
+            return None
+        with torch.no_grad():
+            return self.particle_batch.preview(self.particle_batch.predict(solver_step, PREVIEW_LOOKAHEAD)).detach()
 
     def _score_x0(self, x0: Tensor) -> IntermediateRewards:
         """Decode and score x̂0."""
@@ -270,7 +296,7 @@ class AsynchronousRun(Run):
         rows: Tensor | None = None
         intermediate: IntermediateRewards | None = None
         if self.pending is None:
-            self._notify(StepReport(solver_step.k, solver_step.total))
+            self._notify(StepReport(solver_step.k, solver_step.total, previews=self._observed(solver_step)))
         else:
             intermediate, self.pending = self.pending(), None
             rows = self._reweight_and_resample(intermediate, solver_step.k - self.reward_delay, solver_step)
@@ -306,8 +332,9 @@ class GuidedRun(Run):
         eta: float,
         schedule: ResamplingSchedule,
         observer: Callable[[StepReport], None] | None,
+        preview_steps: Iterable[int] | None = (),
     ) -> None:
-        super().__init__(algorithm, particle_batch, eta, eta, schedule, observer)
+        super().__init__(algorithm, particle_batch, eta, eta, schedule, observer, preview_steps)
         self.guidance = guidance
         self.half = computes_in_fp16(particle_batch.pipe)
 
@@ -394,25 +421,25 @@ class FKSteeringPipeline(SteeringPipeline):
         scheduler that cannot be steered, RewardError (an InputError) for a reward that breaks its contract.
         """
         algorithm = FeynmanKac(
-            settings.lam,
+            1.0 if settings.lam == "auto" else float(settings.lam),
             settings.implementation("potential"),
             settings.implementation("resampler"),
             settings.implementation("tempering"),
             settings.ess_threshold,
         )
-        run = self._run(algorithm, prompt, settings, call)
-        particle_batch = run.particle_batch
-
-        images = run.sample()
-        rewards, components = particle_batch.score(images)
-        particles = algorithm.finish(run.particles, rewards)  # log G_end = λ r(x0) − Σ_j log G_j
-        if run.from_search:  # particles selected by reward are draws from no known distribution
-            particles = Particles.start(*rewards.shape)
-        return particle_batch.output(
+        with few_step_adapter(self.pipe, settings.lookahead) as adapter:
+            run = self._run(algorithm, prompt, settings, call, adapter)
+            images = run.sample()
+        rewards, components = run.particle_batch.score(images)
+        particles = run.finish(rewards)
+        output = run.particle_batch.output(
             images, rewards, components, particles, run.history, settings.output_type, settings.draw
         )
+        return replace(output, lam=run.algorithm.lam)
 
-    def _run(self, algorithm: FeynmanKac, prompt: Prompts, s: FKSettings, call: dict[str, Any]) -> Run:
+    def _run(
+        self, algorithm: FeynmanKac, prompt: Prompts, s: FKSettings, call: dict[str, Any], adapter: Adapter | None
+    ) -> Run:
         """Prepare the particles and their run. Raises InputError for what this pipeline cannot do."""
         pipe, active_rows, kernel_eta = self.pipe, ActiveRows(), None
         schedule = ResamplingSchedule(
@@ -426,12 +453,18 @@ class FKSteeringPipeline(SteeringPipeline):
             call, kernel_eta = route_eta(pipe, call, s.eta)
         pipe = active_rows.view(pipe) if schedule.reduces_particles else pipe
         particle_batch = ParticleBatch(
-            pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview, active_rows
+            *(pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview, active_rows),
+            *(coarse_steps(s.lookahead), adapter),
         )
         if s.target_reward is not None and particle_batch.groups > 1:
             raise InputError("target_reward: several prompts would reach it at different steps: one prompt a call")
         if s.reward_guidance:
-            return GuidedRun(algorithm, particle_batch, s.reward_guidance, guided_eta, schedule, s.on_step)
-        kind = AsynchronousRun if s.asynchronous_rewards else Run
-        # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
-        return kind(algorithm, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step)
+            run: Run = GuidedRun(
+                algorithm, particle_batch, s.reward_guidance, guided_eta, schedule, s.on_step, s.preview_steps
+            )
+        else:
+            kind = AsynchronousRun if s.asynchronous_rewards else Run
+            # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
+            run = kind(algorithm, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps)
+        run.auto_strength = s.lam == "auto"
+        return run

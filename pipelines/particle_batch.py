@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 from steer.arguments import IMAGES_PER_PROMPT, annotations_of, coerce_value
 from steer.audio import AudioReward, check_media, is_audio, sample_rate_of
 from steer.diffusion.batching import ActiveRows
+from steer.diffusion.lookahead import Adapter, LookAhead
 from steer.diffusion.preview import build_preview
 from steer.diffusion.rows import RowsCall
 from steer.diffusion.step_hooks import (
@@ -57,9 +58,12 @@ class ParticleBatch:
         chunk_size: int = 8,
         preview: Any = "full",
         live: ActiveRows | None = None,
+        lookahead: int = 1,
+        adapter: Adapter | None = None,
     ) -> None:
         """`call`: arguments for `pipe.__call__`, and `metadata` for the reward, a Mapping for each
-        prompt; `preview`: see `steer.diffusion.preview`; `live`: the rows in use, where particles may get fewer.
+        prompt; `preview`: see `steer.diffusion.preview`; `live`: the rows in use, where particles may get fewer;
+        `lookahead`, `adapter`: of the predicted clean latents, see `steer.diffusion.lookahead`.
         Raises InputError where arguments do not fit the pipeline or each other."""
         if size < 1:
             raise InputError(f"num_particles must be at least 1, got {size}")
@@ -91,6 +95,7 @@ class ParticleBatch:
         self._replaced = torch.empty(0)
         self._shapes = OutputShapes()
         self._preview = build_preview(self.live.decoder(preview), self.pipe, self._rows_call, chunk_size, self._shapes)
+        self._look_ahead = LookAhead(self.pipe, self._rows_call, lookahead, self._shapes, adapter)
         self._nfe = self._decodes = self._other_decodes = self._reward_calls = self._gradients = 0
         self._start_time = time.monotonic()
 
@@ -121,6 +126,13 @@ class ParticleBatch:
         if checker is not None and checker.flags is not None and checker.replaced is not None:
             self._flags, self._replaced = self.live.of(checker.flags), self.live.of(checker.replaced)
         return images
+
+    def predict(self, solver_step: SolverStep, steps: int = 1) -> Tensor:
+        """Predict the clean latents (N, …) of the whole batch: x̂0, or by look-ahead, of at least so many steps."""
+        look_ahead = self._look_ahead.at_least(steps)
+        latents = look_ahead(solver_step)
+        self._nfe += look_ahead.evaluations * self.groups * self.alive
+        return latents
 
     def preview(self, x0: Tensor) -> Tensor:
         """Decode x̂0 of the whole batch: images (B·K, 3, H, W) of the K particles that are left."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.step_hooks import SolverStep
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.fk_steering import (
@@ -40,12 +41,17 @@ class SelectionPipeline(SteeringPipeline):
         """
         s = settings
         call, kernel_eta = route_eta(self.pipe, call, s.eta)
-        particle_batch = ParticleBatch(
-            self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview
-        )
-        schedule = ResamplingSchedule(s.select_steps)
-        run = SelectionRun(Selection(s.beams, s.lam), particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step)
-        images = run.sample()
+        selection, schedule = Selection(s.beams, s.lam), ResamplingSchedule(s.select_steps)
+        with few_step_adapter(self.pipe, s.lookahead) as adapter:
+            particle_batch = ParticleBatch(
+                *(self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview),
+                lookahead=coarse_steps(s.lookahead),
+                adapter=adapter,
+            )
+            run = SelectionRun(
+                selection, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps
+            )
+            images = run.sample()
         rewards, components = particle_batch.score(images)
         return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
 
@@ -135,7 +141,8 @@ class BestOfNPipeline(SteeringPipeline):
         s = settings
         call, kernel_eta = route_eta(self.pipe, call, s.eta)
         particle_batch = ParticleBatch(
-            self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size
+            *(self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size),
+            lookahead=s.lookahead,
         )
         schedule = ResamplingSchedule(s.preview_steps)
         run = PreviewRun(Selection(s.num_particles), particle_batch, kernel_eta, 1.0, schedule, s.on_step)

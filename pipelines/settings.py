@@ -12,6 +12,7 @@ from typing import Any
 from steer.arguments import IMAGES_PER_PROMPT, Settings, argument, option
 from steer.errors import InputError
 
+ADAPTER = "lora:"  # PATH, of a few-step adapter for the look-ahead
 Prompts = str | Sequence[str] | None
 
 
@@ -35,12 +36,23 @@ class CallSettings(Settings):
 class StepSettings(CallSettings):
     """Arguments of methods that act on the solver steps of one run.
 
-    eta      noise η of every solver step, from 0 to 1; by default the solver's own
-    on_step  observer of every solver step, called with a StepReport; an exception from it ends the run
+    eta            noise η of every solver step, from 0 to 1; by default the solver's own
+    on_step        observer of every solver step, called with a StepReport; an exception from it ends the run
+    preview_steps  further solver steps, from 0, at which on_step gets previews, by a look-ahead of at least 3 steps.
+                   They are not scored, and change no image
     """
 
     eta: float | None = argument(None, "[0, 1]")
     on_step: Callable[[Any], None] | None = argument(None)
+    preview_steps: Iterable[int] | None = argument(())
+
+    def check_lookahead(self, lookahead: int | str, excluding: Iterable[str] = ()) -> None:
+        """Raise InputError for a look-ahead that is neither a number nor lora:PATH, or with what excludes it."""
+        if isinstance(lookahead, str) and not lookahead.removeprefix(ADAPTER) < lookahead:
+            raise InputError(f"lookahead must be a number of steps, or {ADAPTER}PATH, got {lookahead!r}")
+        for name in excluding:
+            if lookahead != 1 and getattr(self, name):
+                raise InputError(f"{name} and lookahead exclude each other: leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +60,8 @@ class FKSettings(StepSettings):
     """Settings of Feynman–Kac steering (arXiv 2501.06848).
 
     lam                     strength λ of the reward: images are drawn from p(x0) exp(λ r(x0)); 0 gives the pipeline's
-                            own batch
+                            own batch. auto: the λ with an ESS of half the particles at the first evaluation, on average
+                            over prompts, which the output names
     potential               potential G_j: difference, max, sum or now. Also a function of a path's rewards
     resampler               systematic, stratified, residual, ssp or multinomial. Also a function
     tempering               schedule of λ along the run: constant, geometric or ess. Also a function
@@ -66,6 +79,8 @@ class FKSettings(StepSettings):
                             later
     draw                    first image of each prompt: best, of the highest reward; or weighted, a draw by the final
                             weights. The others follow by reward
+    lookahead               coarse solver steps from x_t to the end whose result is rewarded in place of x̂0: 1 is x̂0,
+                            each further one an evaluation. Or lora:PATH, one step by an LCM or Turbo adapter
     preview                 decoder of x̂0 for the reward: full, the pipeline's VAE; linear, a map fitted to the first
                             previews; or a small autoencoder (tiny, a folder, ORGANISATION/NAME on the command line, an
                             object in Python). Finished images are the VAE's
@@ -74,7 +89,7 @@ class FKSettings(StepSettings):
                             With reward_guidance every step is the kernel's, by default with η = 1
     """
 
-    lam: float = option(10.0, "(-inf, inf)", label="strength", slider=(0, 100, 1))
+    lam: float | str = option(10.0, "(-inf, inf)", choices=("auto",), label="strength", slider=(0, 100, 1))
     potential: str | Callable[..., Any] = option("difference", choices="steer.smc.potentials:POTENTIALS")
     resampler: str | Callable[..., Any] = option("systematic", choices="steer.smc.resampling:RESAMPLERS")
     tempering: str | Callable[..., Any] = option("constant", choices="steer.smc.potentials:TEMPERINGS")
@@ -86,10 +101,14 @@ class FKSettings(StepSettings):
     target_reward: float | None = option(None, "(-inf, inf)")
     asynchronous_rewards: bool = option(False)
     draw: str = option("best", choices="steer.pipelines.particle_batch:DRAWS")
+    lookahead: int | str = option(1, "[1, inf]")
     preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_lookahead(self.lookahead, ("reward_guidance", "asynchronous_rewards"))
+        if self.lam == "auto" and self.tempering == "ess":
+            raise InputError("lam='auto' and tempering='ess' both choose λ by the ESS: give lam a number")
         if self.draw != "best" and self.is_search:
             raise InputError(
                 f"draw={self.draw!r}: target_reward and particle_schedule_rule='top_k' leave no weights: "
@@ -123,6 +142,8 @@ class SelectionSettings(StepSettings):
     select_steps  solver steps, from 0, at which candidates are scored and chosen; by default all but the last
     eta           noise η of every solver step, from 0 to 1, out of which candidates are drawn. None: the solver's own;
                   None and 0 leave the children of a candidate one step with η = 1 to diverge
+    lookahead     coarse solver steps from x_t to the end whose result is rewarded in place of x̂0; or lora:PATH. See
+                  FKSettings
     preview       decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
     """
 
@@ -130,10 +151,12 @@ class SelectionSettings(StepSettings):
     lam: float = option(math.inf, "(-inf, inf]")
     select_steps: Iterable[int] | None = option(None)
     eta: float | None = argument(1.0, "[0, 1]")
+    lookahead: int | str = option(1, "[1, inf]")
     preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_lookahead(self.lookahead)
         if self.num_particles % self.beams:
             raise InputError(f"beams must divide num_particles, got {self.beams} of {self.num_particles}")
 
@@ -224,9 +247,11 @@ class BestOfNSettings(StepSettings):
 
     preview_steps  solver steps, from 0, at which x̂0 is decoded and scored for on_step and the history. The images stay
                    as they are; None: the steps of FKSettings
+    lookahead      coarse solver steps from x_t to the end whose result is shown and scored there in place of x̂0
     """
 
     preview_steps: Iterable[int] | None = argument(())
+    lookahead: int = argument(1, "[1, inf]")
 
 
 @dataclass(frozen=True, kw_only=True)

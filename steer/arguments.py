@@ -77,6 +77,8 @@ def _coercion(hint: Any) -> tuple[Callable[[str, Any], Any] | None, bool]:
     coercion: Callable[[str, Any], Any] | None = None
     if plain and all(kind in (bool, int, float) for kind in plain):
         coercion = functools.partial(_scalar, plain)
+    elif plain in ([int, str], [float, str]):
+        coercion = functools.partial(_number_or_word, plain[0])
     elif plain.count(str) + items.count((str,)) == len(plain) > plain.count(str) > 0:
         coercion = texts
     elif len(plain) == 1 and items in ([(int,)], [(float,)]):
@@ -125,6 +127,16 @@ def _scalar(kinds: Sequence[Any], name: str, value: Any) -> bool | int | float:
         if len(kinds) == 1:
             raise InputError(f"{name} must be True or False, got {_quoted(value)}")
     return number(name, value) if float in kinds else whole(name, value)
+
+
+def _number_or_word(kind: type, name: str, value: Any) -> int | float | str:
+    """Return a word as it is, and a number, also one in text, as an integer or a float. Raises InputError."""
+    if isinstance(value, str):
+        try:
+            value = kind(value)
+        except ValueError:
+            return str(value)
+    return number(name, value) if kind is float else whole(name, value)
 
 
 def _number(value: Any) -> int | float | None:
@@ -195,7 +207,7 @@ class Settings:
             object.__setattr__(self, name, value)
             if value is None:
                 continue
-            if within is not None and not _contains(within, value):
+            if within is not None and not isinstance(value, str) and not _contains(within, value):
                 raise InputError(f"{name} must be {_in_words(within)}, got {value}")
             if choices is not None and isinstance(value, str) and value not in _table(choices):
                 choose(name, value, _table(choices))  # raises

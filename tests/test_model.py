@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from steer.apps.scenes.analyses import agreement, foresight, interval
+from steer.apps.scenes.analyses import interval
 from steer.apps.scenes.training import (
     WORDS,
     Recipe,
@@ -141,16 +141,6 @@ def test_the_denoiser_takes_the_autoencoders_latents() -> None:
 def test_an_interval_holds_the_mean() -> None:
     mean, low, high = interval(torch.tensor([0.0, 1.0, 1.0, 1.0]))
     assert low <= mean <= high and mean == 0.75
-
-
-def test_agreement_counts_pairs_by_hand() -> None:
-    truth, guess = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.5, 0.2, 0.9]])
-    assert agreement(guess, truth) == 0.5 and agreement(truth, truth) == 1.0 and agreement(-truth, truth) == 0.0
-
-
-def test_the_end_foretells_itself_best() -> None:
-    result = foresight("scenes", ["a red star", "two circles"], "scene-soft", 3, [0, 4], {"num_inference_steps": 6})
-    assert len(result["order"]) == 2 and result["order"][1] >= 0.5
 
 
 def test_every_word_of_the_scenes_is_one_token(tmp_path: Path) -> None:

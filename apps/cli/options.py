@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
 
@@ -94,6 +94,24 @@ def _read_settings(others: Collection[str], context: click.Context, option: clic
     }
 
 
+class _NumberOrWord(click.ParamType[Any]):
+    """A number, or a word that stands for one, such as auto."""
+
+    name = "number or word"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> Any:
+        """Convert a text to the number that it writes, else leave it."""
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+        return value
+
+
+NUMBER_OR_WORD = _NumberOrWord()
+
+
 def setting_options(without: Collection[str] = (), others: Collection[str] = ()) -> Callable[[F], F]:
     """Decorate a command with an option for every setting of `steer.apps.settings`; None is a setting's default.
 
@@ -111,7 +129,8 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
     def decorate(command: F) -> F:
         for name in reversed([name for name in (*SHARED, *ALL_OPTIONS) if name not in without]):
             flags = flags_of(name)
-            kind = next((kind for kind in kinds_of(name) if kind in (bool, int, float)), str)
+            kinds = [kind for kind in kinds_of(name) if kind in (bool, int, float)]
+            kind: Any = NUMBER_OR_WORD if kinds and str in kinds_of(name) else (*kinds, str)[0]
             switch = True if kind is bool and "/" not in flags[0] else None
             option = click.option(
                 *flags, name, type=None if kind is bool else kind, default=None, help=help_of(name), is_flag=switch

@@ -63,6 +63,7 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     for names in (("particles", "lam"), ("steps", "guidance")):
         with gr.Row():
             fields |= {name: setting_field(name) for name in names}
+    fields["auto"] = gr.Checkbox(False, label="Choose the strength by the first rewards", elem_id="steer-auto")
     fields["iterations"] = setting_field("iterations", visible=False)
     with gr.Row():
         fields["seed"] = setting_field("seed", info="−1: a new one for every run")
@@ -83,6 +84,8 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
     given = {name: asked[name] for name in SETTINGS if name not in own}
     if empty := [name for name, value in given.items() if value is None and name != "seed"]:
         raise InputError(f"{label_of(empty[0])}: the field is empty, give a number")
+    if "lam" in given and asked.get("auto"):
+        given["lam"] = "auto"
     given |= {"reward": asked["reward"].strip(), "seed": seed_of(asked["seed"], asked["fresh"])}
     settings = SamplingConfig.of(**given, lora=_adapter_path(asked["model"], weights) if asked["adapter"] else None)
     check_limits(settings)
@@ -113,6 +116,8 @@ def fields_from_recipe(recipe: Recipe, models: Sequence[str], weights: Weights |
         raise InputError(f"it was made with {what}, which this app does not have: use `steer sample --replay`")
     asked = {name: first.get(name, DEFAULTS.get(name)) for name in SETTINGS}
     asked |= {"prompts": recipe.prompt, "fresh": False, "adapter": settings.lora is not None}
+    asked["auto"] = asked["lam"] == "auto"
+    asked |= {"lam": DEFAULTS["lam"]} if asked["auto"] else {}
     asked |= {"steps": settings.steps or 1, "guidance": settings.guidance or 0.0}
     again = settings_of(asked, weights).plain()
     for name, value in first.items():
@@ -137,6 +142,7 @@ def defaults_of(method: str, models: Sequence[str], weights: Weights | None = No
 def visible_fields(method: str, weights: Weights | None = None) -> dict[str, bool]:
     """The visibility of the fields that not all methods have."""
     own = {name: name in option_names(method) for name in ("lam", "iterations")}
+    own["auto"] = own["lam"]
     return own | {"compare": method != "base" or weights is not None, "adapter": weights is not None}
 
 

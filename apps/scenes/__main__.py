@@ -121,10 +121,6 @@ def _finetuning(options: argparse.Namespace) -> dict[str, Any]:
     return reports
 
 
-def _foresight(options: argparse.Namespace) -> dict[str, Any]:
-    return analyses.foresight(str(options.model), prompts_of(options), options.reward, 4, range(2, 20, 3))
-
-
 def _curves(options: argparse.Namespace) -> dict[str, Any]:
     report = json.loads((options.out / "evaluation.json").read_text())
     figures = analyses.curves(report, report["rewards"][1])
@@ -152,7 +148,6 @@ STAGES: dict[str, tuple[Callable[[argparse.Namespace], dict[str, Any] | None], s
     "tiny-vae": (_tiny_vae, "train a small autoencoder for previews of --model's latents; its folder is the asset"),
     "prompts": (lambda options: world.write_prompt_lists(options.prompts), "write the prompt lists to --prompts"),
     "finetuning": (_finetuning, "train what is not finished of the runs of --plan in --out, and evaluate them"),
-    "foresight": (_foresight, "how well the reward of x̂0 at each step predicts the final one, to --json"),
     "curves": (_curves, "best-of-n by an ensemble and others, from the evaluation in --out, to --json and a picture"),
     "reno-then": (_reno_then, "whether optimised noise serves the multi-step model, to --json"),
 }

@@ -1,4 +1,4 @@
-"""Analyses beside the contender tables: over-optimisation of a proxy reward, prediction by x̂0, optimised noise."""
+"""Analyses beside the contender tables: over-optimisation of a proxy reward, optimised noise."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -30,43 +30,6 @@ def quiet_pipeline(model: str) -> Any:
     pipe = load_pipeline(model)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-# ---- prediction by x̂0
-
-
-def foresight(
-    model: str, prompts: Sequence[str], reward: str, size: int, steps: Sequence[int], call: Mapping[str, Any] = CALL
-) -> Figures:
-    """Measure how well the reward of x̂0 at each step predicts the final one, among unsteered images of one prompt.
-
-    For each step: `order`, the share of pairs that the finished images' rewards rank the same way, and `right`, the
-    share of pairs of a right and a wrong finished image (by the exact reward) in which the right one leads; its last
-    number is for the finished images themselves. 0.5 is chance.
-    """
-    steering_pipe = FKSteeringPipeline(quiet_pipeline(model), reward)
-    early, final, correct = [], [], []
-    for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), desc="foresight", leave=False, disable=None):
-        some = list(prompts[start : start + PROMPTS_PER_CALL])
-        options = {"num_particles": size, "lam": 0.0, "resample_steps": steps, "output_type": "pt", **call}
-        out = steering_pipe(some, generator=Generator().manual_seed(start), **options).in_slot_order()
-        early.append(torch.stack([evaluation.rewards for evaluation in out.history]))
-        final.append(out.rewards)
-        correct.append(right(out.images, np.repeat(some, size).tolist()).view(-1, size))
-    guesses = torch.cat(early, 1)
-    return {
-        "prompts": len(prompts),
-        "steps": list(steps),
-        "order": [round(agreement(guess, torch.cat(final)), 3) for guess in guesses],
-        "right": [round(agreement(guess, torch.cat(correct)), 3) for guess in (*guesses, torch.cat(final))],
-    }
-
-
-def agreement(guess: Tensor, truth: Tensor) -> float:
-    """Share of the pairs in a row of (P, K) with different `truth` that `guess` ranks the same way; ties count half."""
-    separable = (truth[:, :, None] - truth[:, None]).sign()
-    ranked = (guess[:, :, None] - guess[:, None]).sign()
-    return ((ranked[separable > 0] + 1) / 2).mean().item()
 
 
 # ---- optimised noise for the multi-step model

@@ -1,12 +1,11 @@
 """Previews: x̂0 → image, by the decoding of the pipeline itself, without code for any model family.
 
-The pipeline is called again for a few steps, with proxies in place of its denoisers and a step hook that replaces the
+The pipeline is called again for one step, with proxies in place of its denoisers and a step hook that replaces the
 latents by x̂0; its output is the image that the pipeline decodes from x̂0.
 """
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,11 +17,12 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from steer.diffusion.short_schedule import last_step_only
 from steer.diffusion.step_hooks import Output, SolverStep, hook_steps, without_side_effects, zero_proxies
 from steer.errors import InputError
 from steer.registry import choose
 
-MIN_STEPS = 4  # the minimum of PNDM with its Runge-Kutta warm-up
+SCHEDULED_STEPS = 4  # of which one is run; the minimum of PNDM with its Runge-Kutta warm-up
 # Arguments of the user's call that do not apply to decoding.
 EXCLUDED_ARGUMENTS = (
     "callback",
@@ -89,6 +89,8 @@ class Preview:
             changed["vae"] = with_decode(decoder, _in_chunks(_in_own_precision(decoder), chunk))
         elif getattr(pipe, "vae", None) is not None:
             changed["vae"] = with_decode(pipe.vae, _in_chunks(pipe.vae.decode, chunk))
+        if hasattr(getattr(pipe, "scheduler", None), "step"):
+            changed["scheduler"] = last_step_only(pipe.scheduler)
         vars(self._decoding_pipe).update(changed)
         self._uses_own_vae = decoder is None
         self.decodes = 0
@@ -102,9 +104,9 @@ class Preview:
         needs_graph = torch.is_grad_enabled() and x0.requires_grad
         with torch.set_grad_enabled(needs_graph):
             if not isinstance(self._call, Mapping):
-                return self._call.run(self._decoding_pipe, insert_x0, {}, change=decoding_call)
+                return self._call.run(self._decoding_pipe, insert_x0, {}, change=short_call)
             with hook_steps(self._decoding_pipe, insert_x0, rows=len(x0)) as view:
-                return first_output(view(**filter_call_kwargs(self._decoding_pipe, decoding_call(self._call))))
+                return first_output(view(**filter_call_kwargs(self._decoding_pipe, short_call(self._call))))
 
 
 class Runner(Protocol):
@@ -120,13 +122,12 @@ class Runner(Protocol):
     ) -> Tensor: ...
 
 
-def decoding_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the short run that decodes, from those of the user's call."""
+def short_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a short run inside of the user's call (`steer.diffusion.short_schedule`)."""
     kept = {name: value for name, value in call.items() if name not in EXCLUDED_ARGUMENTS}
-    # Image-to-image runs only the last `strength` of its steps: take enough to leave one.
-    steps = max(MIN_STEPS, math.ceil(1 / (call.get("strength") or 1.0)) + 1)
     generator = torch.Generator().manual_seed(0)
-    return kept | {"num_inference_steps": steps, "generator": generator, "output_type": "pt"}
+    own = {"num_inference_steps": SCHEDULED_STEPS, "strength": 1.0}  # image-to-image runs all of them
+    return kept | own | {"generator": generator, "output_type": "pt"}
 
 
 def with_decode(vae: Any, decode: Callable[..., Any]) -> Any:

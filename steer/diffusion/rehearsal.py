@@ -43,9 +43,10 @@ def check_verified(scheduler: Scheduler) -> None:
 
     The result is cached for each class and configuration.
     """
-    key = type(scheduler), json.dumps(dict(getattr(scheduler, "config", {})), default=repr, sort_keys=True)
+    kind = getattr(scheduler, "base_class", type(scheduler))  # of a short run: that of the run
+    key = kind, json.dumps(dict(getattr(scheduler, "config", {})), default=repr, sort_keys=True)
     if key not in _verified:
-        _verified[key] = reason_against(scheduler)
+        _verified[key] = reason_against(scheduler if kind is type(scheduler) else kind.from_config(scheduler.config))
     if reason := _verified[key]:
         raise InputError(f"{type(scheduler).__name__} {reason}")
 

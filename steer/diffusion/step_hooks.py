@@ -350,6 +350,11 @@ class _Hook:
         return _Hook(self.tracker, memo[id(self.scheduler)], self.name, tracked=False)
 
 
+def has_second_modality(scheduler: Scheduler) -> bool:
+    """Return whether the pipeline steps a copy of this scheduler, that of one of its solver steps."""
+    return bool(vars(scheduler)["step"].tracker.copies)
+
+
 def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
     """Copy a scheduler, of the same class, with `step` and its noising going through the tracker."""
     leaves = [leaf for leaf in tree_leaves(vars(base)) if torch.is_tensor(leaf) and leaf.requires_grad]

@@ -103,6 +103,21 @@ class FeynmanKac:
         if not 0 < self.ess_threshold <= 1:
             raise InputError(f"ess_threshold must be above 0 and at most 1, got {self.ess_threshold}")
 
+    def at_half_ess(self, particles: Particles, rewards: Tensor, progress: float) -> "FeynmanKac":
+        """Return this algorithm with the λ > 0 whose first reweighting, by rewards (B, K), leaves half of the particles.
+
+        Mean over prompts of ESS(λ) = max(K/2, 3/2), by bisection: of two particles no finite λ leaves an ESS of one.
+        The largest λ that is tried makes e^100 of the standard deviation of the rewards inside of prompts; equal
+        rewards give λ = 0.
+        """
+        size, spread = rewards.shape[1], (rewards - rewards.mean(1, keepdim=True)).square().mean().sqrt().item()
+        target, low, high = max(size / 2, 1.5), 0.0, 100 / spread if spread > 0 else 0.0
+        for _ in range(60 if high else 0):
+            middle = (low + high) / 2
+            left = replace(self, lam=middle).reweight(particles, rewards, progress).ess.mean().item()
+            low, high = (middle, high) if left > target else (low, middle)
+        return replace(self, lam=high)
+
     def reweight(self, particles: Particles, rewards: Tensor, progress: float) -> Particles:
         """Multiply the weights by G_j, from rewards (B, K) of x̂0 after the fraction `progress` of the run."""
 

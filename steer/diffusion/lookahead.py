@@ -1,0 +1,219 @@
+"""Look-ahead: predicted clean latents by a few more evaluations of the denoiser, through the pipeline itself.
+
+x̂0 of a single evaluation is blurry early in a run, and its reward ranks particles badly. Φ_m(x_t) instead makes m
+deterministic solver steps on a coarse grid from x_t to the end,
+
+    x_s = α_s x̂0(x_t) + σ_s ε̂,  ε̂ = (x_t − α_t x̂0)/σ_t      (DDIM, arXiv 2010.02502, with η = 0)
+
+The first one is free: the run has just computed x̂0(x_t). The pipeline is called again from x_t on, by a copy of its
+scheduler with the timesteps of the grid: guidance, ControlNets and conditions are those of the user's call.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from steer.diffusion.preview import Runner, short_call
+from steer.diffusion.schedules import Level, gaussian_transition, level
+from steer.diffusion.short_schedule import at_places, transition_starts
+from steer.diffusion.step_hooks import (
+    HOOKED,
+    ModuleProxy,
+    OutputShapes,
+    SolverStep,
+    StepOverride,
+    UnsupportedPipelineError,
+    denoising_modules,
+    has_second_modality,
+    without_side_effects,
+    zero_proxies,
+)
+from steer.errors import InputError
+
+
+Adapter = Callable[[], AbstractContextManager[Any]]
+
+
+class LookAhead:
+    """Φ_m of one call of `pipe`: a solver step of the run to predicted clean latents (N, …), fp32.
+
+    pipe         the pipeline, as in the run
+    call         the run's call, which is repeated for a few steps
+    steps        m, the coarse steps from x_t to the end: 1 is x̂0; no more than the run itself has left
+    shapes       of the denoisers' outputs, recorded in the run
+    adapter      context in which the denoiser has a few-step LoRA adapter (LCM, Turbo): x̂0 of one evaluation by it
+    evaluations  denoiser calls of all rows in the last look-ahead
+
+    Raises UnsupportedPipelineError for pipelines whose denoisers keep state between calls, and for those with a second
+    modality beside the latents.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        call: Runner,
+        steps: int,
+        shapes: OutputShapes | None = None,
+        adapter: Adapter | None = None,
+    ) -> None:
+        self._pipe, self._call, self._shapes, self.steps = without_side_effects(pipe), call, shapes, steps
+        self._adapter = adapter
+        self.evaluations = 0
+
+    def at_least(self, steps: int) -> "LookAhead":
+        """Return this look-ahead, or one of so many steps where it has fewer; an adapter needs one."""
+        if self._adapter is not None or self.steps >= steps:
+            return self
+        return LookAhead(self._pipe, self._call, steps, self._shapes)
+
+    def __call__(self, solver_step: SolverStep) -> Tensor:
+        self.evaluations = 0
+        places, levels = coarse_grid(solver_step, self.steps)
+        if self._adapter is not None:
+            places = [places[0], places[0]]  # from x_t to x_t, which the adapted denoiser is then asked at
+        if len(places) == 1:
+            return solver_step.x0()
+        _check_stateless(self._pipe, solver_step)
+        pipe, silent = self._short_pipe(solver_step, places)
+
+        def on_step(short_step: SolverStep) -> StepOverride:
+            place = short_step.k
+            x, x0 = (solver_step.x, solver_step.x0()) if place == 0 else (short_step.x, short_step.x0())
+            self.evaluations += place > 0
+            silent.clear()
+            if place + 1 == len(places):
+                raise _Finished(x0)
+            if self._adapter is not None:
+                return None, x
+            return None, gaussian_transition(x, x0, levels[place], levels[place + 1], 0.0).mean
+
+        adapter = self._adapter or nullcontext
+        try:
+            with torch.no_grad(), adapter():
+                self._call.run(pipe, on_step, {}, change=self._change)
+        except _Finished as finished:
+            return finished.x0
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} makes fewer than {len(places)} solver steps when it is called for as many: "
+            "it has no look-ahead, use lookahead=1"
+        )
+
+    def _change(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        # A distilled adapter has the guidance in its weights.
+        guidance = {} if self._adapter is None else {"guidance_scale": 1.0}
+        return short_call(call) | guidance
+
+    def _short_pipe(self, solver_step: SolverStep, places: list[int]) -> tuple[Any, list[bool]]:
+        """Return a view of the pipeline for a run of these places, and a list: while it holds anything, denoisers
+        predict zeros."""
+        silent, view = [True], self._pipe
+        zeros = zero_proxies(view, self._shapes)
+
+        def gate(name: str, module: Any) -> ModuleProxy:
+            return ModuleProxy(module, lambda *args, **kwargs: (zeros[name] if silent else module)(*args, **kwargs))
+
+        changed: dict[str, Any] = {name: gate(name, module) for name, module in denoising_modules(view).items()}
+        changed |= {"scheduler": at_places(solver_step.scheduler, places, HOOKED)}
+        changed |= {"maybe_free_model_hooks": lambda: None}
+        view = without_side_effects(view)
+        vars(view).update(changed)
+        return view, silent
+
+
+def coarse_steps(lookahead: int | str) -> int:
+    """Return the coarse steps of a `lookahead` setting: those of an adapter are one."""
+    return 1 if isinstance(lookahead, str) else lookahead
+
+
+LORA, NAME = "lora:", "steer_lookahead"
+
+
+@contextmanager
+def few_step_adapter(pipe: Any, lookahead: int | str) -> Iterator[Adapter | None]:
+    """Load the LoRA adapter of a `lookahead` setting "lora:PATH" beside the pipeline's own, switched off.
+
+    Yields a context in which it is on, and with it those that are on already; None for a number of steps. After the
+    block the pipeline is as it was. Raises InputError for a pipeline or a file that cannot load it.
+    """
+    if not isinstance(lookahead, str):
+        yield None
+        return
+    path, modules = lookahead.removeprefix(LORA), denoising_modules(pipe)
+    if not hasattr(pipe, "load_lora_weights"):
+        raise InputError(f"lookahead: {type(pipe).__name__} loads no LoRA adapters: use a number of steps")
+    parameters = [one for module in modules.values() for one in module.parameters()]
+    trainable = [one.requires_grad for one in parameters]
+    own = {layer: layer.active_adapters for layer in _lora_layers(modules) if not layer.disable_adapters}
+
+    @contextmanager
+    def enabled() -> Iterator[None]:
+        _switch(modules, {layer: [*own.get(layer, ()), NAME] for layer in _lora_layers(modules, NAME)} | own)
+        try:
+            yield
+        finally:
+            _switch(modules, own)
+
+    try:
+        try:
+            pipe.load_lora_weights(path, adapter_name=NAME)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            raise InputError(f"lookahead: cannot load {path} as a LoRA adapter ({str(error)[:160]})") from error
+        _switch(modules, own)
+        yield enabled
+    finally:
+        if own:
+            pipe.delete_adapters(NAME)
+        else:
+            pipe.unload_lora_weights()
+        _switch(modules, own)
+        for parameter, before in zip(parameters, trainable, strict=True):
+            parameter.requires_grad_(before)
+
+
+def _lora_layers(modules: Mapping[str, Any], name: str | None = None) -> list[Any]:
+    """Return the LoRA layers of modules, those with an adapter of a name where one is given."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for module in modules.values() for layer in module.modules() if isinstance(layer, LoraLayer)]
+    return [layer for layer in layers if name is None or name in layer.lora_A]
+
+
+def _switch(modules: Mapping[str, Any], adapters: Mapping[Any, Any]) -> None:
+    """Switch on these adapters of LoRA layers, and all others off."""
+    for layer in _lora_layers(modules):
+        layer.enable_adapters(layer in adapters)
+        if layer in adapters:
+            layer.set_adapter(list(adapters[layer]))
+
+
+class _Finished(BaseException):
+    """Exception that carries the latents of a look-ahead out of its run: they are decoded elsewhere."""
+
+    def __init__(self, x0: Tensor) -> None:
+        super().__init__()
+        self.x0 = x0
+
+
+def coarse_grid(solver_step: SolverStep, steps: int) -> tuple[list[int], list[Level]]:
+    """Return the places of m evenly spaced transitions from this one to the end, in `timesteps`, and their levels."""
+    left = transition_starts(solver_step.scheduler)[solver_step.k - solver_step.total :]
+    count = min(steps, len(left))
+    places = [left[round(place * len(left) / count)] for place in range(count)]
+    timesteps = torch.as_tensor(solver_step.scheduler.timesteps)
+    first = level(solver_step.scheduler, solver_step.t, solver_step.index)
+    return places, [first, *(level(solver_step.scheduler, timesteps[place], place) for place in places[1:])]
+
+
+def _check_stateless(pipe: Any, solver_step: SolverStep) -> None:
+    """Raise UnsupportedPipelineError where a second run inside of a step would change the run itself."""
+    name = type(pipe).__name__
+    if has_second_modality(solver_step.scheduler):
+        raise UnsupportedPipelineError(f"{name} denoises a second modality beside the latents: use lookahead=1")
+    if any(getattr(module, "is_cache_enabled", False) for module in denoising_modules(pipe).values()):
+        raise UnsupportedPipelineError(
+            f"{name}: disable the feature cache of the denoiser, or use lookahead=1: its state is that of the run"
+        )

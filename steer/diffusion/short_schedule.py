@@ -1,0 +1,107 @@
+"""Short runs of a pipeline: a scheduler copy whose `set_timesteps` gives a few timesteps of a longer run.
+
+Its `step` computes nothing and returns the latents as they are: step hooks replace them. Everything else is the
+scheduler's own: scaling of the denoiser's input, noise levels, prediction type.
+"""
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.diffusion.schedules import Scheduler, predict_x0, stepped_timesteps
+
+STATE, PLACES = "_short_state", "_short_places"
+
+
+class StepOutput(tuple[Tensor, Tensor]):
+    """Latents and x̂0 after a step, for pipelines that take `[0]` and for those that take `.prev_sample`."""
+
+    @property
+    def prev_sample(self) -> Tensor:
+        return self[0]
+
+    @property
+    def pred_original_sample(self) -> Tensor:
+        return self[1]
+
+
+def last_step_only(scheduler: Scheduler) -> Scheduler:
+    """Copy a scheduler: its runs, of whatever number of steps, have only their last one."""
+    return _short(scheduler, None, None)
+
+
+def at_places(scheduler: Scheduler, places: Sequence[int], hooked: Sequence[str] = ()) -> Scheduler:
+    """Copy the scheduler of a run: its own runs have the timesteps at these places of that run's `timesteps`.
+
+    hooked  attributes that are not copied
+    """
+    state = {name: value for name, value in vars(scheduler).items() if name not in hooked}
+    return _short(scheduler, state, list(places))
+
+
+def _short(scheduler: Scheduler, state: dict[str, Any] | None, places: list[int] | None) -> Scheduler:
+    short = copy.copy(scheduler)
+    kind: type = getattr(scheduler, "base_class", type(scheduler))
+    short.__class__ = _short_class(kind)
+    vars(short).update({STATE: state, PLACES: places})
+    return short
+
+
+@functools.cache
+def _short_class(kind: type) -> type:
+    """Return the subclass of a scheduler's class with short runs."""
+
+    @functools.wraps(kind.set_timesteps)  # type: ignore[attr-defined]
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        if vars(self)[STATE] is None:
+            kind.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+            _keep(self, [transition_starts(self)[-1]])
+        else:
+            vars(self).update(vars(self)[STATE])
+            _keep(self, vars(self)[PLACES])
+
+    @functools.wraps(kind.step)  # type: ignore[attr-defined]
+    def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **__: Any) -> StepOutput:
+        index = getattr(self, "_step_index", None) or 0
+        x0 = predict_x0(self, model_output, timestep, sample, index) if _converts(kind) else sample
+        if hasattr(self, "_step_index"):
+            self._step_index = index + 1
+        return StepOutput((sample, x0))
+
+    return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "step": step, "order": 1, "base_class": kind})
+
+
+def _converts(kind: Any) -> bool:
+    """Return whether pipelines may call `step` for x̂0 alone (EDM)."""
+    return "pred_original_sample" in kind.step.__code__.co_varnames
+
+
+def _keep(scheduler: Scheduler, places: Sequence[int]) -> None:
+    """Keep the timesteps at some places, and their `sigmas` with the last one, which is the end."""
+    timesteps, stepped = torch.as_tensor(scheduler.timesteps), stepped_timesteps(scheduler)
+    at = torch.tensor(places, device=timesteps.device)
+    scheduler.timesteps = torch.cat([stepped[at], timesteps[len(stepped) :]])  # with a last one that marks the end
+    if getattr(scheduler, "sigmas", None) is not None:
+        sigmas = torch.as_tensor(scheduler.sigmas)
+        scheduler.sigmas = torch.cat([sigmas[at.to(sigmas.device)], sigmas[-1:]])
+    if hasattr(scheduler, "prk_timesteps"):  # PNDM, without its warm-up
+        scheduler.prk_timesteps, scheduler.counter = [], 0
+    if hasattr(scheduler, "_step_index"):
+        scheduler._step_index, scheduler._begin_index = 0, None
+
+
+def transition_starts(scheduler: Scheduler) -> list[int]:
+    """Return the places in `scheduler.timesteps` at which the transitions of a whole run begin.
+
+    Some solvers call the denoiser several times in a transition (Heun, KDPM2, PNDM's warm-up).
+    """
+    count = len(stepped_timesteps(scheduler))
+    if hasattr(scheduler, "prk_timesteps"):
+        if warm_up := len(scheduler.prk_timesteps):
+            return [*range(0, warm_up, 4), *range(warm_up, count)]
+        return [0, *range(2, count)]
+    return list(range(0, count, 2 if getattr(scheduler, "order", 1) == 2 else 1))

@@ -1,0 +1,204 @@
+"""Look-ahead: predicted clean latents by a few more solver steps, against the runs that they predict."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from conftest import cached_pipe, call_kwargs, with_scheduler
+from diffusers import DDIMScheduler
+from gaussian import LAM, TOTAL, GaussianPipeline, check_tilted, steered_gaussians
+from schedulers import DIFFUSION, FLOW
+from soft_rewards import redness, seeded
+from torch import Tensor
+
+from steer import BestOfNPipeline, FKSteeringPipeline, SelectionPipeline, StepReport
+from steer.arguments import IMAGES_PER_PROMPT
+from steer.errors import InputError
+from steer.smc.particles import FeynmanKac, Particles
+
+K = 2
+WHOLE = 99  # more steps than any run here has left: a look-ahead is then the rest of the run
+STEPS = 5
+
+
+def steer_kwargs(name: str) -> dict[str, Any]:
+    """A cheap call of STEPS solver steps, without the count of images."""
+    steps = 2 * STEPS if name == "img2img" else STEPS  # half of them are run
+    return {key: value for key, value in call_kwargs(name, K, steps).items() if key not in IMAGES_PER_PROMPT}
+
+
+def watched(pipe: Any, name: str, method: Any = BestOfNPipeline, **options: Any) -> tuple[Any, dict[int, Tensor]]:
+    """The output of two particles in slot order, and the previews of each evaluated step."""
+    seen: dict[int, Tensor] = {}
+
+    def on_step(report: StepReport) -> None:
+        if report.previews is not None:
+            seen[report.step] = report.previews
+
+    call = steer_kwargs(name) | {"generator": seeded(), "output_type": "pt"}
+    out = method(pipe, redness)(num_particles=K, on_step=on_step, **call | options)
+    return out.in_slot_order(), seen
+
+
+CASES = {
+    "sd": ("sd", lambda: DDIMScheduler.from_config(cached_pipe("sd").scheduler.config, clip_sample=False)),
+    "sdxl": ("sdxl", DIFFUSION["EulerDiscrete"]),
+    "controlnet": ("controlnet", DIFFUSION["DDIM"]),
+    "img2img": ("img2img", DIFFUSION["EulerDiscrete"]),
+    "sd3": ("sd3", FLOW["FlowMatchEulerDiscrete"]),
+    "flux": ("flux", FLOW["FlowMatchEulerDiscrete"]),
+    "wan": ("wan", FLOW["FlowMatchEulerDiscrete"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_look_ahead_over_all_steps_is_the_rest_of_a_deterministic_run(case: str) -> None:
+    name, scheduler = CASES[case]
+    pipe = with_scheduler(cached_pipe(name), scheduler())
+    out, seen = watched(pipe, name, preview_steps=[0, 1, 2], lookahead=WHOLE)
+    plain, blurry = watched(pipe, name, preview_steps=[0, 1, 2])
+    assert len(seen) == 3 and torch.equal(out.images, plain.images)  # the run itself is untouched
+    for step, previews in seen.items():
+        torch.testing.assert_close(previews, out.images, atol=2e-5, rtol=0)
+        assert (blurry[step] - out.images).abs().max() > 1e-3  # which x̂0 is not
+
+
+@pytest.mark.parametrize("scheduler", ["PNDM", "HeunDiscrete", "KDPM2Discrete", "DPMSolverMultistep", "UniPCMultistep"])
+def test_a_look_ahead_of_solvers_of_higher_order_ends_near_their_run(scheduler: str) -> None:
+    pipe = with_scheduler(cached_pipe("sd"), DIFFUSION[scheduler]())
+    options = {"preview_steps": [1], "num_inference_steps": 12}
+    out, seen = watched(pipe, "sd", lookahead=WHOLE, **options)
+    _, blurry = watched(pipe, "sd", **options)
+    far, near = ((one[1] - out.images).square().mean().sqrt() for one in (blurry, seen))
+    assert near < far / 3  # steps of first order against those of second order
+
+
+@pytest.mark.parametrize("m", [1, 2, 3])
+def test_the_value_is_that_of_ddim_on_the_coarse_grid(m: int) -> None:
+    pipe = GaussianPipeline(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
+    start = torch.randn(4, 3, 1, 1, generator=seeded())
+    seen: list[Tensor] = []
+    steer = BestOfNPipeline(pipe, TOTAL)
+    steer(
+        num_particles=4,
+        reward_prompt="",
+        latents=start,
+        eta=0.0,
+        num_inference_steps=6,
+        preview_steps=[0],
+        lookahead=m,
+        on_step=lambda report: seen.append(report.previews) if report.previews is not None else None,
+    )
+    x, grid = start.double(), [999, *[999 - round(1000 * k / 6) for k in {1: [], 2: [3], 3: [2, 4]}[m]], -1]
+    for timestep, after in zip(grid, grid[1:], strict=False):
+        (alpha, sigma), (alpha_s, sigma_s) = pipe.level(timestep), pipe.level(after)
+        gain, shift = pipe.posterior_mean(timestep)
+        x0 = gain * x + shift
+        x = alpha_s * x0 + sigma_s * (x - alpha * x0) / sigma
+    torch.testing.assert_close(seen[0].double(), x, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("method", ["fk", "selection"])
+def test_a_look_ahead_of_one_step_is_no_look_ahead(method: str) -> None:
+    kind, own = {
+        "fk": (FKSteeringPipeline, {"lam": 300.0, "resample_steps": [1, 2]}),
+        "selection": (SelectionPipeline, {"beams": 1}),
+    }[method]
+    outs = [
+        watched(cached_pipe("sd"), "sd", kind, **own, **extra)[0] for extra in ({}, {"lookahead": 1}, {"lookahead": 2})
+    ]
+    assert torch.equal(outs[0].images, outs[1].images) and outs[0].cost.nfe == outs[1].cost.nfe
+    assert not torch.equal(outs[0].history[0].rewards, outs[2].history[0].rewards)
+
+
+def test_at_strength_0_the_images_are_those_of_the_plain_batch() -> None:
+    pipe = cached_pipe("sd")
+    out, _ = watched(pipe, "sd", FKSteeringPipeline, lam=0.0, lookahead=3, resample_steps=[1, 2])
+    plain, _ = watched(pipe, "sd")
+    assert torch.equal(out.images, plain.images)
+
+
+def test_evaluations_are_counted() -> None:
+    calls: list[int] = []
+    pipe = with_scheduler(cached_pipe("sd"), DIFFUSION["DDIM"]())
+    hook = pipe.unet.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    try:
+        out, _ = watched(pipe, "sd", FKSteeringPipeline, lam=0.0, lookahead=3, resample_steps=[0, 2])
+    finally:
+        hook.remove()
+    assert out.cost.nfe == 2 * (STEPS + 2 + 2)
+    assert sum(calls) == 2 * out.cost.nfe  # guidance asks for every row twice
+
+
+def test_fewer_particles_look_ahead_alone() -> None:
+    options = {"lam": 0.0, "lookahead": 2, "resample_steps": [2], "particle_schedule": {1: 1}}
+    out, _ = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, **options)
+    assert out.cost.nfe == 2 * 2 + 3 + 2 + 1  # two steps of two, three of one, and look-aheads of two and of one
+
+
+@pytest.mark.parametrize("m", [2, 3])
+@pytest.mark.parametrize("potential", ["difference", "max"])
+def test_the_law_is_exact_whatever_the_look_ahead(potential: str, m: int) -> None:
+    pipe = GaussianPipeline(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
+    outs = list(steered_gaussians(pipe, 4, lookahead=m, potential=potential, resample_steps=[3, 6]))
+    check_tilted(outs, *pipe.distribution(10, 1.0))
+
+
+def test_observers_get_previews_from_the_first_steps_on() -> None:
+    own = {"lam": 300.0, "resample_steps": [2]}
+    plain, before = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, **own)
+    out, seen = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, preview_steps=[0], **own)
+    assert set(before) == {2} and set(seen) == {0, 2}
+    assert torch.equal(out.images, plain.images)
+    assert out.cost.nfe == plain.cost.nfe + 2 * 2  # a look-ahead of three steps, the first of which is free
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lookahead": 0}, "lookahead must be at least 1"),
+        ({"lookahead": "three"}, "lookahead must be a number of steps, or lora:PATH, got 'three'"),
+        ({"lookahead": "lora:"}, "lookahead must be"),
+        ({"lookahead": 2, "reward_guidance": 1.0}, "reward_guidance and lookahead exclude each other"),
+        ({"lookahead": 2, "asynchronous_rewards": True}, "asynchronous_rewards and lookahead exclude"),
+        ({"lam": "strong"}, "lam"),
+        ({"lam": "auto", "tempering": "ess"}, "both choose λ"),
+        ({"lookahead": "lora:no-such-folder"}, "lookahead: cannot load no-such-folder"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        watched(cached_pipe("sd"), "sd", FKSteeringPipeline, **options)
+
+
+# ---- lam="auto"
+
+
+def test_auto_leaves_half_of_the_particles() -> None:
+    """Four rewards 0, 0, 1, 1 have weights 1 and w: ESS = (2 + 2w)² / (2 + 2w²) = 2 only as w → ∞; a closed form
+    exists for 0, 0, 0, 1: (3 + w)² / (3 + w²) = 2 at w = 3 + √12."""
+    particles = Particles.start(1, 4)
+    chosen = FeynmanKac().at_half_ess(particles, torch.tensor([[0.0, 0.0, 0.0, 1.0]]), 0.5)
+    assert chosen.lam == pytest.approx(math.log(3 + math.sqrt(12)), rel=1e-4)
+    scaled = FeynmanKac().at_half_ess(particles, torch.tensor([[5.0, 5.0, 5.0, 5.01]]), 0.5)
+    assert scaled.lam == pytest.approx(100 * chosen.lam, rel=1e-2)  # whatever the unit of the reward
+    assert FeynmanKac().at_half_ess(particles, torch.ones(1, 4), 0.5).lam == 0
+
+
+def test_auto_is_the_same_as_its_number() -> None:
+    own = {"resample_steps": [1, 2], "ess_threshold": 1.0}
+    auto, _ = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, lam="auto", **own)
+    assert auto.lam is not None and auto.lam > 0
+    assert auto.history[0].ess.mean().item() == pytest.approx(1.5, abs=1e-3)
+    number, _ = watched(cached_pipe("sd"), "sd", FKSteeringPipeline, lam=auto.lam, **own)
+    assert torch.equal(auto.images, number.images) and torch.equal(auto.log_weights, number.log_weights)
+    assert number.lam == auto.lam
+
+
+def test_auto_keeps_the_weights_of_the_law() -> None:
+    """The final log-weights of particles that are never resampled are λ r(x0), for the λ that is reported."""
+    out = next(steered_gaussians(GaussianPipeline(), 4, lam="auto", resample_steps=[6], ess_threshold=1e-9))
+    assert out.lam != LAM
+    torch.testing.assert_close(out.log_weights, out.lam * out.rewards, atol=1e-3, rtol=1e-4)
