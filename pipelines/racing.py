@@ -1,18 +1,19 @@
 """Racing: successive halving of many starts by the intermediate rewards of one run, and races for a budget."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from torch import Generator
 
 from steer.diffusion.batching import ActiveRows
+from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.seeds import spread_generators
 from steer.diffusion.step_hooks import SolverStep, with_modules, without_side_effects, zero_proxies
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
-from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule, StepReport
+from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule
 from steer.pipelines.particle_batch import ParticleBatch
 from steer.pipelines.selection import Selection, SelectionRun
 from steer.pipelines.settings import Prompts, RacingSettings
@@ -43,11 +44,14 @@ class RacingPipeline(SteeringPipeline):
         race, call = self._race(prompt, s, call)
         live = ActiveRows()
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
-        particle_batch = ParticleBatch(
-            pipe, self.reward, prompt, race.starts, call, s.reward_prompt, s.chunk_size, s.preview, live
-        )
-        run = RacingRun(particle_batch, kernel_eta, s.eta or 1.0, race.rungs, s.branches, s.on_step)
-        images = run.sample()
+        with few_step_adapter(self.pipe, s.lookahead) as adapter:
+            particle_batch = ParticleBatch(
+                *(pipe, self.reward, prompt, race.starts, call, s.reward_prompt, s.chunk_size, s.preview, live),
+                lookahead=coarse_steps(s.lookahead),
+                adapter=adapter,
+            )
+            run = RacingRun(particle_batch, kernel_eta, s.eta or 1.0, race.rungs, s)
+            images = run.sample()
         rewards, components = particle_batch.score(images)
         return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
 
@@ -58,7 +62,8 @@ class RacingPipeline(SteeringPipeline):
         if call.get("latents") is not None:
             raise InputError("budget and latents exclude each other: the starts follow from the budget, leave one out")
         first, groups = first_solver_step(self.pipe, self.reward, prompt, call, s.reward_prompt)
-        race, generator = plan_race(s.budget, first.total, s.branches), call.get("generator")
+        evaluations = 2 if isinstance(s.lookahead, str) else s.lookahead  # an adapter needs one more than x̂0
+        race, generator = plan_race(s.budget, first.total, s.branches, evaluations), call.get("generator")
         if generator is None or isinstance(generator, Generator):
             return race, call
         return race, call | {"generator": spread_generators(generator, groups, race.starts)}
@@ -154,7 +159,7 @@ class RacingRun(SelectionRun):
     for each solver step t → s:
         x_s ~ p(x_s | x_t)
         at a rung, where n of k particles continue:
-            r = r(x̂0(x_t))                          _intermediate_rewards
+            r = r(Φ_m(x_t))                         _intermediate_rewards, by look-ahead of m coarse steps
             a = the n/branches largest r            _select
             x_s ← x_s^a, further children of one survivor ~ p_η(x_s | x_t^a)
     """
@@ -167,11 +172,12 @@ class RacingRun(SelectionRun):
         eta: float | None,
         resampling_eta: float,
         rungs: Mapping[int, int] | None,
-        branches: int,
-        observer: Callable[[StepReport], None] | None,
+        settings: RacingSettings,
     ) -> None:
-        super().__init__(Selection(1), particle_batch, eta, resampling_eta, ResamplingSchedule(()), observer)
-        self.rungs, self.branches = rungs, branches
+        """`rungs`: of the race, None for the default ones; see `Run` for the noise of the steps."""
+        own = ResamplingSchedule(()), settings.on_step, settings.preview_steps
+        super().__init__(Selection(1), particle_batch, eta, resampling_eta, *own)
+        self.rungs, self.branches = rungs, settings.branches
 
     def _evaluates_at(self, solver_step: SolverStep) -> bool:
         """Return whether a step is a rung. The default rungs are set at the first step."""

@@ -173,16 +173,20 @@ class RacingSettings(StepSettings):
                    children each. 1: survivors alone
     eta            noise η of every solver step, from 0 to 1; by default the solver's own. None and 0 leave the children
                    of a survivor one step with η = 1 to diverge
+    lookahead      coarse solver steps from x_t to the end whose result is rewarded in place of x̂0; or lora:PATH. See
+                   FKSettings
     preview        decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
     """
 
     budget: int | None = option(None, "[1, inf]")
     rungs: Mapping[int, int] | None = option(None)
     branches: int = option(1, "[1, inf]")
+    lookahead: int | str = option(3, "[1, inf]")
     preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_lookahead(self.lookahead)
         if self.budget is not None and self.rungs is not None:
             raise InputError("budget and rungs exclude each other: rungs follow from a budget, leave one out")
         before = self.num_particles

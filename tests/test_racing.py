@@ -24,7 +24,7 @@ def own_kwargs(name: str, steps: int = STEPS) -> dict[str, Any]:
 
 
 def race(pipe: Any, name: str = "sd", seed: int = 1, **options: Any) -> Any:
-    call = own_kwargs(name) | {"generator": seeded(seed), "output_type": "pt"} | options
+    call = own_kwargs(name) | {"generator": seeded(seed), "output_type": "pt", "lookahead": 1} | options
     return RacingPipeline(pipe, redness)(**call)
 
 
@@ -134,6 +134,23 @@ def test_children_of_few_survivors_diverge(pipe_of: Callable[[str], Any]) -> Non
     assert all(not torch.equal(made.images[i], made.images[j]) for i in range(4) for j in range(i))
 
 
+@pytest.mark.parametrize("name", ["sd", "flux"])
+def test_a_look_ahead_ranks_the_starts_and_is_counted(pipe_of: Callable[[str], Any], name: str) -> None:
+    """With as many coarse steps as are left it is the solver itself: the rung ranks the finished images."""
+    pipe, rows = counted(pipe_of(name))
+    rungs = {1: 2, 3: 1}
+    made = race(pipe, name, num_particles=5, rungs=rungs, lookahead=3, chunk_size=5)
+    assert made.cost.nfe == race_cost(5, rungs, STEPS, 3) == 5 * 2 + 2 * 2 + 2 + 2 * (5 + 2)
+    assert sum(rows) == made.cost.nfe * (2 if name == "sd" else 1)
+    whole = race(pipe_of(name), name, num_particles=5, rungs={1: 1}, lookahead=STEPS, chunk_size=5)
+    best = BestOfNPipeline(pipe_of(name), redness)(
+        **own_kwargs(name) | {"generator": seeded(1), "output_type": "pt", "num_particles": 5}
+    )
+    torch.testing.assert_close(whole.rewards[0, 0], best.rewards[0, 0], rtol=1e-3, atol=1e-3)
+    ranked = whole.history[0].rewards[0].sort(descending=True).values
+    torch.testing.assert_close(ranked, best.rewards[0], rtol=1e-3, atol=1e-3)
+
+
 def test_a_budget_is_kept_and_leaves_the_generator_to_the_run(pipe_of: Callable[[str], Any]) -> None:
     by_budget = race(pipe_of("sd"), budget=40)
     plan = plan_race(40, STEPS)
@@ -180,7 +197,7 @@ def test_arguments_that_do_not_fit_are_named(
 
 
 def test_the_command_races_and_resumes(steer: Steer, tmp_path: Path) -> None:
-    words = ["sample", "a red circle", "--steps", "6", "--no-compare", "--method", "race"]
+    words = ["sample", "a red circle", "--steps", "6", "--no-compare", "--method", "race", "--lookahead", "1"]
     plan = plan_race(40, 6)
     assert (plan.starts, plan.rungs) == (11, {2: 3, 3: 2})  # 11·3 + 3 + 2·2 = 40
     for options, starts, left in ((["--budget", "40"], 11, 2), (["--particles", "6", "--rungs", "1:3,3:2"], 6, 2)):
