@@ -155,7 +155,8 @@ class Run:
         observer: Callable[[StepReport], None] | None,
         preview_steps: Iterable[int] | None = (),
     ) -> None:
-        """`preview_steps`: steps at which the observer gets previews that are not scored. `eta`: noise of every step, None for the solver's own; `resampling_eta`: of steps that may resample."""
+        """`eta`: noise of every step, None for the solver's own; `resampling_eta`: of steps that may resample;
+        `preview_steps`: further steps at which the observer gets previews."""
         self.algorithm, self.particle_batch = algorithm, particle_batch
         self.schedule, self.observer, self.preview_steps = schedule, observer, frozenset(preview_steps or ())
         self.eta, self.resampling_eta = eta, resampling_eta

@@ -1,6 +1,9 @@
 """Look-ahead: predicted clean latents by a few more solver steps, against the runs that they predict."""
 
+import copy
+import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,12 +11,15 @@ import torch
 from conftest import cached_pipe, call_kwargs, with_scheduler
 from diffusers import DDIMScheduler
 from gaussian import LAM, TOTAL, GaussianPipeline, check_tilted, steered_gaussians
+from peft import LoraConfig, get_peft_model_state_dict
 from schedulers import DIFFUSION, FLOW
 from soft_rewards import redness, seeded
 from torch import Tensor
 
 from steer import BestOfNPipeline, FKSteeringPipeline, SelectionPipeline, StepReport
 from steer.arguments import IMAGES_PER_PROMPT
+from steer.diffusion.preview import Preview
+from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
 from steer.smc.particles import FeynmanKac, Particles
 
@@ -91,7 +97,7 @@ def test_the_value_is_that_of_ddim_on_the_coarse_grid(m: int) -> None:
         on_step=lambda report: seen.append(report.previews) if report.previews is not None else None,
     )
     x, grid = start.double(), [999, *[999 - round(1000 * k / 6) for k in {1: [], 2: [3], 3: [2, 4]}[m]], -1]
-    for timestep, after in zip(grid, grid[1:], strict=False):
+    for timestep, after in itertools.pairwise(grid):
         (alpha, sigma), (alpha_s, sigma_s) = pipe.level(timestep), pipe.level(after)
         gain, shift = pipe.posterior_mean(timestep)
         x0 = gain * x + shift
@@ -171,6 +177,45 @@ def test_observers_get_previews_from_the_first_steps_on() -> None:
 def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         watched(cached_pipe("sd"), "sd", FKSteeringPipeline, **options)
+
+
+# ---- an adapter
+
+
+def test_an_adapter_gives_its_own_prediction_and_leaves_the_pipeline_as_it_was(tmp_path: Path) -> None:
+    pipe = copy.copy(with_scheduler(cached_pipe("sd"), DIFFUSION["DDIM"]()))
+    pipe.unet = copy.deepcopy(pipe.unet)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        adapted = copy.deepcopy(pipe.unet)
+        adapted.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    type(pipe).save_lora_weights(tmp_path, get_peft_model_state_dict(adapted))
+    own = {"lam": 0.0, "resample_steps": [1], "guidance_scale": 1.0}
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    plain, blurry = watched(pipe, "sd", FKSteeringPipeline, **own)
+    out, seen = watched(pipe, "sd", FKSteeringPipeline, lookahead=f"lora:{tmp_path}", **own)
+    assert torch.equal(out.images, plain.images) and not torch.equal(seen[1], blurry[1])
+    assert out.cost.nfe == plain.cost.nfe + K
+    assert pipe.unet.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[name]) for name, value in pipe.unet.state_dict().items())
+
+    latents: list[Tensor] = []  # the same by hand: the adapted denoiser at the same latents
+    x0: list[Tensor] = []
+
+    def record(step: SolverStep) -> None:
+        latents.append(step.x)
+
+    def at_latents(step: SolverStep) -> tuple[None, Tensor] | None:
+        x0.append(step.x0())
+        return (None, latents[1]) if step.k == 0 else None
+
+    adapted_pipe = copy.copy(pipe)
+    adapted_pipe.unet = adapted
+    call = call_kwargs("sd", K, STEPS) | {"guidance_scale": 1.0, "output_type": "latent"}
+    for one, on_step in ((pipe, record), (adapted_pipe, at_latents)):
+        with hook_steps(one, on_step) as view:
+            view(**call, generator=seeded())
+    torch.testing.assert_close(seen[1], Preview(pipe, call)(x0[1]), atol=1e-5, rtol=0)
 
 
 # ---- lam="auto"

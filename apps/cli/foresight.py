@@ -48,7 +48,7 @@ def foresight(
     out: Path,
     device: str | None,
 ) -> None:
-    """Measure how well rewards on the way rank the images of MODEL as the finished ones do.
+    """Measure how well intermediate rewards rank the images of MODEL as the finished ones do.
 
     For each solver step and look-ahead: the share of pairs of images of one prompt that are ranked as at the end. Take
     the steps and the look-ahead of steering from this table. Writes foresight.md, foresight.json and foresight.png.

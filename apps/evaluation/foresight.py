@@ -80,8 +80,9 @@ def foresight(
 def _rewards(
     pipe: Any, reward: Reward, prompts: Sequence[str], judge: Reward | None, options: Mapping[str, Any]
 ) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Return rewards (steps, P, K) on the way, (P, K) of the finished images, (P, K) by the judge; nfe per image."""
-    method, early, final, truth, nfe = FKSteeringPipeline(pipe, reward), list[Tensor](), list[Tensor](), list[Tensor](), 0
+    """Return rewards (steps, P, K) at the steps, (P, K) of the finished images, (P, K) by the judge; nfe per image."""
+    method, nfe = FKSteeringPipeline(pipe, reward), 0
+    early, final, truth = list[Tensor](), list[Tensor](), list[Tensor]()
     label = f"look-ahead {options['lookahead']}"
     for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), label, leave=False, disable=None):
         some = list(prompts[start : start + PROMPTS_PER_CALL])

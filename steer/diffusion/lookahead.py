@@ -34,7 +34,6 @@ from steer.diffusion.step_hooks import (
 )
 from steer.errors import InputError
 
-
 Adapter = Callable[[], AbstractContextManager[Any]]
 
 

@@ -104,7 +104,7 @@ class FeynmanKac:
             raise InputError(f"ess_threshold must be above 0 and at most 1, got {self.ess_threshold}")
 
     def at_half_ess(self, particles: Particles, rewards: Tensor, progress: float) -> "FeynmanKac":
-        """Return this algorithm with the λ > 0 whose first reweighting, by rewards (B, K), leaves half of the particles.
+        """Return this algorithm with the λ that leaves an ESS of half the particles, by first rewards (B, K).
 
         Mean over prompts of ESS(λ) = max(K/2, 3/2), by bisection: of two particles no finite λ leaves an ESS of one.
         The largest λ that is tried makes e^100 of the standard deviation of the rewards inside of prompts; equal
