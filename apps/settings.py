@@ -177,7 +177,8 @@ def kinds_of(name: str, method: str | None = None) -> tuple[type, ...]:
 
 def flags_of(name: str) -> tuple[str, ...]:
     """Return the flags of a setting on the command line."""
-    flags: tuple[str, ...] = SamplingConfig.field(name).metadata["flags"] if name in SHARED else ()
+    owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
+    flags: tuple[str, ...] = owner.field(name).metadata["flags"]
     return flags or (f"--{name.replace('_', '-')}",)
 
 

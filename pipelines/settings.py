@@ -213,7 +213,7 @@ class DraftsSettings(StepSettings):
 
     drafts: int = option(16, "[1, inf]")
     draft_steps: int = option(5, "[1, inf]")
-    finish: bool = option(True)
+    finish: bool = option(True, flags=("--finish/--no-finish",))
 
     def __post_init__(self) -> None:
         super().__post_init__()

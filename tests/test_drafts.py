@@ -21,7 +21,7 @@ from torch import Tensor
 
 from steer import BestOfNPipeline, DraftsPipeline, InputError, RenoisePipeline
 from steer.diffusion.restart import starting_at
-from steer.diffusion.step_hooks import hook_steps
+from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.pipelines.particle_batch import IMAGES_PER_PROMPT
 
 T, M, S = 6, 5, 2
@@ -95,8 +95,12 @@ def test_renoised_gaussians_have_the_mean_and_variance_of_the_rest_of_the_run() 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler])
 def test_a_run_that_starts_later_resumes_the_whole_one(pipe_of: Callable[[str], Any], scheduler: type) -> None:
     pipe = with_scheduler(pipe_of("sd"), scheduler.from_config(pipe_of("sd").scheduler.config))  # type: ignore[attr-defined]
-    call, first, seen = own_kwargs("sd") | {"output_type": "latent"}, 2, {}
-    with hook_steps(pipe, lambda solver_step: seen.setdefault(solver_step.k, solver_step.x) and None) as view:
+    call, first, seen = own_kwargs("sd") | {"output_type": "latent"}, 2, dict[int, Tensor]()
+
+    def keep(solver_step: SolverStep) -> None:
+        seen[solver_step.k] = solver_step.x
+
+    with hook_steps(pipe, keep) as view:
         whole = view(**call).images
     later = with_scheduler(pipe, starting_at(pipe.scheduler, first))
     later.scheduler.set_timesteps(T)
