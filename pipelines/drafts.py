@@ -51,8 +51,8 @@ class DraftsPipeline(SteeringPipeline):
         rest: dict[str, Any] = {"chunk_size": s.chunk_size, "reward_prompt": s.reward_prompt}
         best_of_n = BestOfNPipeline(self.pipe, self.reward)
         if not s.finish:
-            own = {"output_type": s.output_type, "on_step": s.on_step}
-            return draft(best_of_n, prompt, s, call | own | rest).best(s.num_particles)
+            shown = {"output_type": s.output_type, "on_step": s.on_step}
+            return draft(best_of_n, prompt, s, call | shown | rest).best(s.num_particles)
         starts = screen_initial_noise(
             self.pipe,
             self.reward,

@@ -12,8 +12,9 @@ FIRST = "_first_transition"
 
 def starting_at(scheduler: Scheduler, step: int) -> Scheduler:
     """Copy a scheduler whose runs begin with solver step `step`, from 0, of the whole run. Its steps are its own."""
+    kind: type = type(scheduler)
     later = copy.copy(scheduler)
-    later.__class__ = _later_class(type(scheduler))
+    later.__class__ = _later_class(kind)
     vars(later)[FIRST] = step
     return later
 
