@@ -50,8 +50,12 @@ class DraftsPipeline(SteeringPipeline):
         _check_free(call, "drafts")
         rest: dict[str, Any] = {"chunk_size": s.chunk_size, "reward_prompt": s.reward_prompt}
         best_of_n = BestOfNPipeline(self.pipe, self.reward)
+        shown: dict[str, Any] = {
+            "output_type": s.output_type,
+            "on_step": s.on_step,
+            "preview_steps": s.preview_steps,
+        }
         if not s.finish:
-            shown = {"output_type": s.output_type, "on_step": s.on_step}
             return draft(best_of_n, prompt, s, call | shown | rest).best(s.num_particles)
         starts = screen_initial_noise(
             self.pipe,
@@ -63,8 +67,8 @@ class DraftsPipeline(SteeringPipeline):
             **rest,
             **call,
         )
-        own = {"num_particles": s.num_particles, "eta": s.eta, "output_type": s.output_type, "on_step": s.on_step}
-        output = best_of_n(prompt, **call | own | rest | starts.arguments())
+        own = {"num_particles": s.num_particles, "eta": s.eta}
+        output = best_of_n(prompt, **call | own | shown | rest | starts.arguments())
         output.cost = output.cost.plus(starts.cost)
         return output
 
@@ -126,7 +130,8 @@ class RestartedRun(PreviewRun):
 
     def __init__(self, x: Tensor, particle_batch: ParticleBatch, eta: float | None, settings: RenoiseSettings) -> None:
         size = settings.num_particles
-        super().__init__(Selection(size), particle_batch, eta, 1.0, ResamplingSchedule(()), settings.on_step)
+        own = ResamplingSchedule(()), settings.on_step, settings.preview_steps
+        super().__init__(Selection(size), particle_batch, eta, 1.0, *own)
         self.x = x
 
     def on_solver_step(self, solver_step: SolverStep) -> StepOverride:
