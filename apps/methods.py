@@ -18,8 +18,10 @@ from steer.diffusion.preview import PREVIEWS, check_decoder, check_image_vae, fi
 from steer.diffusion.token_hooks import is_token_scheduler
 from steer.errors import InputError
 from steer.pipelines.base import Iteration, SteeringOutput
+from steer.pipelines.drafts import DraftsPipeline, RenoisePipeline
 from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
 from steer.pipelines.initial_noise import screen_initial_noise
+from steer.pipelines.racing import RacingPipeline
 from steer.pipelines.reno import ONE_STEP, NoiseSearchPipeline, ReNOPipeline, check_differentiable
 from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
 from steer.registry import choose
@@ -193,6 +195,9 @@ METHODS = {
     "fk": Method(FKSteeringPipeline, check=_check_guidance),
     "svdd": Method(SelectionPipeline),
     "beam": Method(SelectionPipeline),
+    "race": Method(RacingPipeline),
+    "drafts": Method(DraftsPipeline),
+    "renoise": Method(RenoisePipeline),
     "best-of-n": Method(BestOfNPipeline),
     "base": Method(BestOfNPipeline, in_slot_order=True),
     "reno": Method(ReNOPipeline, check=_check_noise_gradient, defaults=ONE_STEP, is_iterative=True),

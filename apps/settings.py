@@ -15,8 +15,11 @@ from steer.errors import InputError
 from steer.pipelines.settings import (
     BestOfNSettings,
     CallSettings,
+    DraftsSettings,
     FKSettings,
     NoiseSearchSettings,
+    RacingSettings,
+    RenoiseSettings,
     ReNOSettings,
     SelectionSettings,
 )
@@ -40,6 +43,9 @@ METHOD_OPTIONS = {
     "fk": MethodOptions(FKSettings),
     "svdd": MethodOptions(SelectionSettings, without=("beams",)),
     "beam": MethodOptions(SelectionSettings, {"beams": 2}, without=("lam",)),
+    "race": MethodOptions(RacingSettings),
+    "drafts": MethodOptions(DraftsSettings),
+    "renoise": MethodOptions(RenoiseSettings),
     "best-of-n": MethodOptions(BestOfNSettings),
     "base": MethodOptions(BestOfNSettings),
     "reno": MethodOptions(ReNOSettings),
@@ -55,7 +61,8 @@ class SamplingConfig(Settings):
     model             embedded model, folder, .safetensors file, or ORGANISATION/NAME
     variant           of the model's weights, such as fp16; by default plain ones, or the folder's only one
     model_config      for a single file: folder of such a model in diffusers' format
-    method            fk, svdd, beam, best-of-n, base, reno (for one-step models, like scenes-turbo) or noise-search
+    method            fk, svdd, beam, race, drafts, renoise, best-of-n, base, reno (for one-step models, like
+                      scenes-turbo) or noise-search
     lora              LoRA adapter to load: RUN/final, or a LoRA file
     expand            text model that continues each prompt before it is sampled; the reward reads the original
     reward            NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards`
@@ -172,7 +179,8 @@ def kinds_of(name: str, method: str | None = None) -> tuple[type, ...]:
 
 def flags_of(name: str) -> tuple[str, ...]:
     """Return the flags of a setting on the command line."""
-    flags: tuple[str, ...] = SamplingConfig.field(name).metadata["flags"] if name in SHARED else ()
+    owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
+    flags: tuple[str, ...] = owner.field(name).metadata["flags"]
     return flags or (f"--{name.replace('_', '-')}",)
 
 

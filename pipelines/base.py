@@ -282,6 +282,22 @@ class SteeringOutput(BaseOutput):  # type: ignore[misc]  # diffusers has no type
             start=self.start and self.start.rows(rows),
         )
 
+    def best(self, count: int) -> "SteeringOutput":
+        """Return the output with the first `count` images of each prompt alone."""
+        groups, size = self.order.shape
+        rows = [group * size + rank for group in range(groups) for rank in range(min(count, size))]
+        return replace(
+            self,
+            images=[self.images[row] for row in rows] if isinstance(self.images, list) else self.images[rows],
+            rewards=self.rewards[:, :count],
+            components={name: scores[:, :count] for name, scores in self.components.items()},
+            log_weights=self.log_weights[:, :count],
+            latents=self.latents[rows],
+            order=self.order[:, :count],
+            nsfw_content_detected=None if (flags := self.nsfw_content_detected) is None else flags[:, :count],
+            start=self.start and self.start.rows(rows),
+        )
+
     @property
     def ess(self) -> list[Tensor]:
         """Effective sample size (B,) at each evaluated step, before resampling."""

@@ -112,7 +112,7 @@ class SelectionRun(Run):
         if rows is None:
             return sampled
         moved = (solver_step.prev if sampled is None else sampled)[rows]
-        copies = duplicate_rows(rows)
+        copies = self.particle_batch.live.mask(duplicate_rows(rows))
         if not copies.any():
             return None if sampled is None else moved
         moved[copies] = (

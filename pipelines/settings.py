@@ -162,6 +162,90 @@ class SelectionSettings(StepSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RacingSettings(StepSettings):
+    """Settings of racing: many starts, of which the best by intermediate reward continue from every rung.
+
+    num_particles  K₀, starts of each prompt; a budget takes its place. The images are those of the last rung
+    budget         denoiser evaluations for each prompt, from which K₀ and the rungs follow (`plan_race`)
+    rungs          particles of each prompt that continue from a solver step on, such as 5:4,10:2 or {5: 4, 10: 2}. By
+                   default a quarter of K₀ at 25 % of the run, and an eighth at 50 %
+    branches       children of each survivor of a rung: of the n that continue, n/branches are the best, with so many
+                   children each. 1: survivors alone
+    eta            noise η of every solver step, from 0 to 1; by default the solver's own. None and 0 leave the children
+                   of a survivor one step with η = 1 to diverge
+    lookahead      coarse solver steps from x_t to the end whose result is rewarded in place of x̂0; or lora:PATH. See
+                   FKSettings
+    preview        decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
+    """
+
+    budget: int | None = option(None, "[1, inf]")
+    rungs: Mapping[int, int] | None = option(None)
+    branches: int = option(1, "[1, inf]")
+    lookahead: int | str = option(3, "[1, inf]")
+    preview: Any = option("full")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_lookahead(self.lookahead)
+        if self.budget is not None and self.rungs is not None:
+            raise InputError("budget and rungs exclude each other: rungs follow from a budget, leave one out")
+        before = self.num_particles
+        for step, count in sorted((self.rungs or {}).items()):
+            if not 1 <= count <= before - (self.branches == 1):
+                raise InputError(
+                    f"rungs: {count} particles from step {step} on, of {before}: they must be fewer and fewer (with "
+                    "branches, no more), and at least 1"
+                )
+            if count % self.branches:
+                raise InputError(f"branches must divide the particles of each rung, got {self.branches} of {count}")
+            before = count
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftsSettings(StepSettings):
+    """Settings of drafts: images of few solver steps, of which the best are made again in full from their noise.
+
+    num_particles  K, images for each prompt
+    drafts         M, few-step images of each prompt that the reward ranks
+    draft_steps    S, solver steps of a draft
+    finish         run the starts of the best K drafts in full; false returns the best K drafts themselves
+    """
+
+    drafts: int = option(16, "[1, inf]")
+    draft_steps: int = option(5, "[1, inf]")
+    finish: bool = option(True, flags=("--finish/--no-finish",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.drafts < self.num_particles:
+            raise InputError(f"drafts must be at least num_particles, {self.num_particles}, got {self.drafts}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenoiseSettings(StepSettings):
+    """Settings of draft-and-renoise: the best drafts are noised to the level of a solver step and finished from there.
+
+    num_particles  K, images for each prompt: K/parents copies of each draft, with noise of their own
+    drafts         M, few-step images of each prompt that the reward ranks
+    draft_steps    S, solver steps of a draft
+    parents        drafts that are renoised
+    restart_step   solver step, from 0, at whose noise level the copies start; by default at 40 % of the run
+    """
+
+    drafts: int = option(16, "[1, inf]")
+    draft_steps: int = option(5, "[1, inf]")
+    parents: int = option(1, "[1, inf]")
+    restart_step: int | None = option(None, "[0, inf]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_particles % self.parents:
+            raise InputError(f"parents must divide num_particles, got {self.parents} of {self.num_particles}")
+        if self.drafts < self.parents:
+            raise InputError(f"drafts must be at least parents, {self.parents}, got {self.drafts}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BestOfNSettings(StepSettings):
     """Settings of best-of-N: the pipeline's own batch, sorted by reward.
 

@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from steer.audio import AudioReward
     from steer.errors import InputError
     from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
+    from steer.pipelines.drafts import DraftsPipeline, RenoisePipeline
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
+    from steer.pipelines.racing import RacingPipeline
     from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
     from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
     from steer.pipelines.settings import (
         BestOfNSettings,
+        DraftsSettings,
         FKSettings,
         NoiseSearchSettings,
+        RacingSettings,
+        RenoiseSettings,
         ReNOSettings,
         SelectionSettings,
     )
@@ -46,14 +51,19 @@ _MODULES = {
     "steer.audio": ("AudioReward",),
     "steer.errors": ("InputError",),
     "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
+    "steer.pipelines.drafts": ("DraftsPipeline", "RenoisePipeline"),
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
+    "steer.pipelines.racing": ("RacingPipeline",),
     "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
     "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
     "steer.pipelines.settings": (
         "BestOfNSettings",
+        "DraftsSettings",
         "FKSettings",
         "NoiseSearchSettings",
+        "RacingSettings",
         "ReNOSettings",
+        "RenoiseSettings",
         "SelectionSettings",
     ),
     "steer.pipelines.text.masked_diffusion": ("MaskedDiffusionPipeline",),
@@ -86,6 +96,8 @@ __all__ = [
     "DDPOConfig",
     "DDPOTrainer",
     "DRAKESTrainer",
+    "DraftsPipeline",
+    "DraftsSettings",
     "FKSettings",
     "FKSteeringPipeline",
     "FilteredConfig",
@@ -100,8 +112,12 @@ __all__ = [
     "NoiseSearchSettings",
     "PRDPConfig",
     "PRDPTrainer",
+    "RacingPipeline",
+    "RacingSettings",
     "ReNOPipeline",
     "ReNOSettings",
+    "RenoisePipeline",
+    "RenoiseSettings",
     "ResamplingInfo",
     "Reward",
     "RewardBackpropConfig",

@@ -10,7 +10,16 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import steer
-from steer import BestOfNPipeline, FKSteeringPipeline, NoiseSearchPipeline, ReNOPipeline, SelectionPipeline
+from steer import (
+    BestOfNPipeline,
+    DraftsPipeline,
+    FKSteeringPipeline,
+    NoiseSearchPipeline,
+    RacingPipeline,
+    RenoisePipeline,
+    ReNOPipeline,
+    SelectionPipeline,
+)
 from steer.arguments import coerce_value
 from steer.assets import MODELS
 from steer.errors import InputError
@@ -74,6 +83,9 @@ METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "fk": (FKSteeringPipeline, {"num_inference_steps": 5}),
     "selection": (SelectionPipeline, {"num_inference_steps": 5}),
     "best-of-n": (BestOfNPipeline, {"num_inference_steps": 2}),
+    "race": (RacingPipeline, {"num_inference_steps": 4}),
+    "drafts": (DraftsPipeline, {"num_inference_steps": 3, "drafts": 3, "draft_steps": 2}),
+    "renoise": (RenoisePipeline, {"num_inference_steps": 3, "drafts": 3, "draft_steps": 2}),
     "reno": (ReNOPipeline, {"iterations": 1, "gradient": "zero-order"}),
     "noise-search": (NoiseSearchPipeline, {"iterations": 1, "num_inference_steps": 2}),
 }

@@ -34,6 +34,7 @@ from steer.pipelines.base import Cost
 
 METHODS = {
     "Particles (Feynman–Kac)": "fk",
+    "Race of many starts": "race",
     "Best of N": "best-of-n",
     "Optimised noise (ReNO)": "reno",
     "Plain sampling": "base",

@@ -34,6 +34,7 @@ LONGEST_NAME = 80  # bytes of a prompt in the names of its images
 NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of this run is kept", "fewer particles need less"
 PHASES = {
     "fk": "Steering",
+    "race": "Racing",
     "best-of-n": "Sampling",
     "base": "Sampling",
     "beside": "Base images",

@@ -135,6 +135,12 @@ class ActiveRows:
         """Return the active rows of a tensor (N, …) of the whole batch."""
         return values if self.rows is None else values[self.rows.to(values.device)]
 
+    def mask(self, flags: Tensor) -> Tensor:
+        """Return the flags (N,) of the whole batch, false for rows that are not active."""
+        if self.rows is None:
+            return flags
+        return flags & torch.zeros_like(flags).index_fill(0, self.rows.to(flags.device), True)
+
     def view(self, pipe: Any) -> Any:
         """Return a view of a pipeline that computes active rows only, zeros elsewhere. The pipeline stays unchanged.
 

@@ -39,3 +39,19 @@ def copy_generators(generator: Generator | Sequence[Generator]) -> Generators:
     if not isinstance(generator, Generator):
         return [Generator(one.device).set_state(one.get_state()) for one in generator]
     return Generator(generator.device).set_state(generator.get_state())
+
+
+def spread_generators(given: Sequence[Generator], groups: int, size: int) -> list[Generator]:
+    """Return `size` generators for each of B groups: the given ones (n for each group), further ones seeded from them.
+
+    A list that is no multiple of B is returned as it is.
+    """
+    each, rest = divmod(len(given), groups)
+    if rest or not each:
+        return list(given)
+    rows = [given[group * each : (group + 1) * each] for group in range(groups)]
+    return [
+        own[k] if k < each else Generator().manual_seed(derived_seed(own[0].initial_seed(), f"start {k}"))
+        for own in rows
+        for k in range(size)
+    ]

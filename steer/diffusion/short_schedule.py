@@ -60,10 +60,10 @@ def _short_class(kind: type) -> type:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
         if vars(self)[STATE] is None:
             kind.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
-            _keep(self, [transition_starts(self)[-1]])
+            keep_places(self, [transition_starts(self)[-1]])
         else:
             vars(self).update(vars(self)[STATE])
-            _keep(self, vars(self)[PLACES])
+            keep_places(self, vars(self)[PLACES])
 
     @functools.wraps(kind.step)  # type: ignore[attr-defined]
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **__: Any) -> StepOutput:
@@ -81,7 +81,7 @@ def _converts(kind: Any) -> bool:
     return "pred_original_sample" in inspect.signature(kind.step).parameters
 
 
-def _keep(scheduler: Scheduler, places: Sequence[int]) -> None:
+def keep_places(scheduler: Scheduler, places: Sequence[int]) -> None:
     """Keep the timesteps at some places, and their `sigmas` with the last one, which is the end."""
     timesteps, stepped = torch.as_tensor(scheduler.timesteps), stepped_timesteps(scheduler)
     at = torch.tensor(places, device=timesteps.device)

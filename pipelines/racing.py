@@ -1,0 +1,198 @@
+"""Racing: successive halving of many starts by the intermediate rewards of one run, and races for a budget."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from torch import Generator
+
+from steer.diffusion.batching import ActiveRows
+from steer.diffusion.lookahead import coarse_steps, few_step_adapter
+from steer.diffusion.seeds import spread_generators
+from steer.diffusion.step_hooks import SolverStep, with_modules, without_side_effects, zero_proxies
+from steer.errors import InputError
+from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
+from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule
+from steer.pipelines.particle_batch import ParticleBatch
+from steer.pipelines.selection import Selection, SelectionRun
+from steer.pipelines.settings import Prompts, RacingSettings
+from steer.reward import Reward
+from steer.smc.particles import Particles
+
+DEFAULT_RUNGS = ((0.25, 4), (0.5, 8))  # shares of the run, and by how much K₀ is divided there
+
+
+class RacingPipeline(SteeringPipeline):
+    """Racing: of many starts the best by intermediate reward continue from every rung, and the rest cost no more.
+
+    pipe = StableDiffusionPipeline.from_pretrained(...)
+    race = RacingPipeline(pipe, reward="scene-soft")
+    out = race("a red circle left of a blue star", num_particles=16, rungs={5: 4, 10: 2})
+    out = race("a red circle left of a blue star", budget=160)  # denoiser evaluations
+    """
+
+    @steering_call(RacingSettings)
+    def __call__(self, prompt: Prompts, settings: RacingSettings, call: dict[str, Any]) -> SteeringOutput:
+        """Race in one call of the pipeline; all other arguments are those of the pipeline's own `__call__`.
+
+        Errors and output are those of `FKSteeringPipeline`. It is a search, without a known distribution:
+        `log_weights` and `log_normaliser` are 0. The images are the particles that the last rung leaves.
+        """
+        s = settings
+        call, kernel_eta = route_eta(self.pipe, call, s.eta)
+        race, call = self._race(prompt, s, call)
+        live = ActiveRows()
+        pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
+        with few_step_adapter(self.pipe, s.lookahead) as adapter:
+            particle_batch = ParticleBatch(
+                *(pipe, self.reward, prompt, race.starts, call, s.reward_prompt, s.chunk_size, s.preview, live),
+                lookahead=coarse_steps(s.lookahead),
+                adapter=adapter,
+            )
+            run = RacingRun(particle_batch, kernel_eta, s.eta or 1.0, race.rungs, s)
+            images = run.sample()
+        rewards, components = particle_batch.score(images)
+        return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
+
+    def _race(self, prompt: Prompts, s: RacingSettings, call: dict[str, Any]) -> tuple["Race", dict[str, Any]]:
+        """Return the race, and the call with a generator for each of its starts where there are several."""
+        if s.budget is None:
+            return Race(s.num_particles, s.rungs), call
+        if call.get("latents") is not None:
+            raise InputError("budget and latents exclude each other: the starts follow from the budget, leave one out")
+        first, groups = first_solver_step(self.pipe, self.reward, prompt, call, s.reward_prompt)
+        evaluations = 2 if isinstance(s.lookahead, str) else s.lookahead  # an adapter needs one more than x̂0
+        race, generator = plan_race(s.budget, first.total, s.branches, evaluations), call.get("generator")
+        if generator is None or isinstance(generator, Generator):
+            return race, call
+        return race, call | {"generator": spread_generators(generator, groups, race.starts)}
+
+
+@dataclass(frozen=True)
+class Race:
+    """A race: K₀ starts, and the particles that continue from each rung, by solver step; None: the default rungs."""
+
+    starts: int
+    rungs: Mapping[int, int] | None = None
+
+
+def default_rungs(starts: int, steps: int, branches: int = 1) -> dict[int, int]:
+    """Return the rungs of K₀ starts in a run of T steps: ⌈K₀/4⌉ continue from step T/4, ⌈K₀/8⌉ from T/2.
+
+    Counts are rounded up to multiples of `branches`; a rung that would leave more particles than before is left out,
+    and without branches one that would leave as many.
+    """
+    rungs: dict[int, int] = {}
+    alive = starts
+    for share, divisor in DEFAULT_RUNGS:
+        count = branches * math.ceil(starts / (divisor * branches))
+        step = min(round(share * steps), steps - (1 if branches == 1 else 2))
+        if step >= 0 and count <= alive - (branches == 1):
+            rungs[step] = alive = count
+    return rungs
+
+
+def race_cost(starts: int, rungs: Mapping[int, int], steps: int, lookahead: int = 1) -> int:
+    """Return the denoiser evaluations of a race over T transitions of one evaluation each.
+
+    With k_0 = K₀ particles up to the first rung s_1, k_1 up to s_2, …, and m − 1 further evaluations of a look-ahead:
+
+        k_0 (s_1 + 1) + k_1 (s_2 − s_1) + … + k_J (T − 1 − s_J) + (m − 1) (k_0 + … + k_{J−1})
+    """
+    cost, alive, before = 0, starts, -1
+    for step, count in sorted(rungs.items()):
+        further = min(lookahead, steps - step) - 1  # a look-ahead has no more steps than the run has left
+        cost += alive * (step - before + further)
+        alive, before = count, step
+    return cost + alive * (steps - 1 - before)
+
+
+def plan_race(budget: int, steps: int, branches: int = 1, lookahead: int = 1) -> Race:
+    """Return the race with the most starts whose cost is within the budget, with the default rungs of a run of T steps.
+
+    Raises InputError for a budget of less than a race of two.
+    """
+
+    def cost(starts: int) -> int:
+        return race_cost(starts, default_rungs(starts, steps, branches), steps, lookahead)
+
+    if budget < cost(2):
+        raise InputError(
+            f"budget: {budget} evaluations are too few for a race over {steps} steps: give at least {cost(2)}, or "
+            "fewer steps"
+        )
+    starts = 2
+    while cost(starts + 1) <= budget:
+        starts += 1
+    return Race(starts, default_rungs(starts, steps, branches))
+
+
+def first_solver_step(
+    pipe: Any, reward: Reward, prompt: Prompts, call: Mapping[str, Any], texts: Prompts
+) -> tuple[SolverStep, int]:
+    """Return the first solver step of a call, of one image of each prompt, and the number of prompts.
+
+    Denoisers are not evaluated, and no generator of the call advances.
+    """
+    quiet = without_side_effects(pipe)
+    own = {name: value for name, value in call.items() if name != "generator"}
+    batch = ParticleBatch(pipe, reward, prompt, 1, own, texts)
+
+    def stop(solver_step: SolverStep) -> NoReturn:
+        raise _FirstStepReached(solver_step)
+
+    try:
+        batch.sample(stop, with_modules(quiet, zero_proxies(quiet)), generator=Generator().manual_seed(0))
+    except _FirstStepReached as reached:
+        return reached.args[0], batch.groups
+    raise AssertionError("hook_steps raises for a pipeline that never steps its scheduler")
+
+
+class _FirstStepReached(Exception):
+    """Exception that carries the first solver step out of a run."""
+
+
+class RacingRun(SelectionRun):
+    """A run with fewer slots from each rung on, which continue from the survivors (successive halving).
+
+    for each solver step t → s:
+        x_s ~ p(x_s | x_t)
+        at a rung, where n of k particles continue:
+            r = r(Φ_m(x_t))                         _intermediate_rewards, by look-ahead of m coarse steps
+            a = the n/branches largest r            _select
+            x_s ← x_s^a, further children of one survivor ~ p_η(x_s | x_t^a)
+    """
+
+    steps_argument = "rungs"
+
+    def __init__(
+        self,
+        particle_batch: ParticleBatch,
+        eta: float | None,
+        resampling_eta: float,
+        rungs: Mapping[int, int] | None,
+        settings: RacingSettings,
+    ) -> None:
+        """`rungs`: of the race, None for the default ones; see `Run` for the noise of the steps."""
+        own = ResamplingSchedule(()), settings.on_step, settings.preview_steps
+        super().__init__(Selection(1), particle_batch, eta, resampling_eta, *own)
+        self.rungs, self.branches = rungs, settings.branches
+
+    def _evaluates_at(self, solver_step: SolverStep) -> bool:
+        """Return whether a step is a rung. The default rungs are set at the first step."""
+        if solver_step.k == 0:
+            total = solver_step.total
+            if self.rungs is None:
+                self.rungs = default_rungs(self.particle_batch.size, total, self.branches)
+            last = total - (1 if self.branches == 1 else 2)  # children diverge by the noise of a later step
+            if wrong := sorted(step for step in self.rungs if not 0 <= step <= last):
+                raise InputError(f"rungs: {wrong[0]} is not from 0 to {last}, in a run of {total} steps")
+            self.steps = frozenset(self.rungs)
+        return solver_step.k in self.steps
+
+    def _select(self, reweighted: Particles, step: int) -> ResampleResult:
+        """Select the survivors of a rung, with their children."""
+        assert self.rungs is not None, "set at the first step"
+        count = self.rungs[step]
+        return Selection(count // self.branches).select(reweighted, self.particle_batch.rng, count)

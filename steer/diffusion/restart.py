@@ -1,0 +1,31 @@
+"""Runs that start at a later solver step: a scheduler copy whose `set_timesteps` leaves out the earlier ones."""
+
+import copy
+import functools
+from typing import Any
+
+from steer.diffusion.schedules import Scheduler, stepped_timesteps
+from steer.diffusion.short_schedule import keep_places, transition_starts
+
+FIRST = "_first_transition"
+
+
+def starting_at(scheduler: Scheduler, step: int) -> Scheduler:
+    """Copy a scheduler whose runs begin with solver step `step`, from 0, of the whole run. Its steps are its own."""
+    kind: type = type(scheduler)
+    later = copy.copy(scheduler)
+    later.__class__ = _later_class(kind)
+    vars(later)[FIRST] = step
+    return later
+
+
+@functools.cache
+def _later_class(kind: type) -> type:
+    """Return the subclass of a scheduler's class with runs that start later."""
+
+    @functools.wraps(kind.set_timesteps)  # type: ignore[attr-defined]
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+        keep_places(self, range(transition_starts(self)[vars(self)[FIRST]], len(stepped_timesteps(self))))
+
+    return type(kind.__name__, (kind,), {"set_timesteps": set_timesteps, "base_class": kind})
