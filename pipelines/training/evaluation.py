@@ -65,7 +65,8 @@ class Evaluator:
             # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
             number = min(turn + context.rank, len(chunks) - 1)
             before()
-            images = sampler.rollout(chunks[number])[1]
+            rows = chunks[number]
+            images = sampler.ode_images(rows) if config.evaluates_by_ode else sampler.rollout(rows)[1]
             if turn + context.rank < len(chunks):
                 # Scored on the device of the pipeline, and only then moved to the CPU.
                 scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]
