@@ -87,8 +87,8 @@ class Hacking:
 
     def __str__(self) -> str:
         return (
-            f"Reward hacking: the held-out reward {self.held_out} fell from {self.before:.4g} to {self.after:.4g}, below "
-            f"the base model's, while it correlated with the trained one on the base model's samples (r = "
+            f"Reward hacking: the held-out reward {self.held_out} fell from {self.before:.4g} to {self.after:.4g}, "
+            f"below the base model's, while it correlated with the trained one on the base model's samples (r = "
             f"{self.correlation:.2f}, now {self.correlation_now:.2f})."
         )
 
