@@ -138,7 +138,7 @@ class TrainingConfig(Settings):
         return bool(self.kl_weight or self.kl_budget_nats or self.chi_square_weight)
 
     def step_window(self, update: int, half: bool = False) -> StepWindow | None:
-        """The solver steps with noise of an update's rollout, where the weights are `half` precision or not; None: all."""
+        """The solver steps with noise of an update's rollout; None: all. `half`: the weights are half precision."""
         return None
 
     @property

@@ -347,7 +347,7 @@ def check_dynamics(scheduler: Scheduler, dynamics: Dynamics) -> None:
     """Raise InputError where the law of the noise is not that of the scheduler's forward process."""
     if dynamics != "ddim" and not is_flow(scheduler):
         raise InputError(
-            f"dynamics {dynamics!r} are for flow matching, and {type(scheduler).__name__} is no such scheduler: use ddim"
+            f"dynamics {dynamics!r} are for flow matching, and {type(scheduler).__name__} is none: use ddim"
         )
 
 
