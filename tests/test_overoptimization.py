@@ -87,9 +87,8 @@ def test_records_have_correlations_and_deviations() -> None:
 def test_a_hacked_run_is_named() -> None:
     hacking = find_hacking([BASE, HACKED])
     assert hacking is not None and hacking.before == pytest.approx(1.25) and hacking.after == pytest.approx(0.125)
-    assert "the held-out reward truth fell from 1.25 to 0.125" in str(hacking) and "(r = 0.80, now -0.95)" in str(
-        hacking
-    )
+    assert "the held-out reward truth fell from 1.25 to 0.125" in str(hacking)
+    assert "(r = 0.80, now -0.86)" in str(hacking)  # −1.25 / √2.125
     assert find_hacking([BASE, evaluation(10, [[5, 6], [7, 8]], [[1, 3], [1, 2]])]) is None  # it rose
     uncorrelated = evaluation(0, [[1.0, 0.0], [4.0, 2.0]], [[0.0, 2.0], [1.0, 2.0]])
     assert find_hacking([uncorrelated, HACKED]) is None  # the proxy never promised anything
