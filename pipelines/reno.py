@@ -466,8 +466,8 @@ def _optimise(
 class Ascent:
     """One iteration of ReNO: a gradient ascent step of each search.
 
-    max_slope  κ: a search ends, with its best before, at an image where ‖∇_x r‖ is above κ times the median at the first
-               images: there the reward changes much faster with the pixels than among images of the model
+    max_slope  κ: a search ends, with its best before, at an image where ‖∇_x r‖ is above κ times the median at the
+               first images: there the reward changes much faster with the pixels than among images of the model
     last  number of the last iteration, after which no step is taken; None: a later run may continue from its step
     """
 

@@ -66,9 +66,12 @@ by the held-out reward.{% endif %}
 {{ code }}
 ```
 
-It was trained and evaluated with the base model's own scheduler at η = {{ "%g" % eta }}, {{ num_steps }} steps and \
+{% if ode %}It was trained with noise of the law {{ dynamics }} at level {{ "%g" % eta }}\
+{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, by the base model's own \
+scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at η = {{ "%g" % eta }},\
+{% endif %} {{ num_steps }} steps and \
 {% if guidance is none %}the default guidance of the pipeline{% else %}guidance {{ "%g" % guidance }}{% endif %}.\
-{% if not takes_eta %} This call takes no η, so the scheduler makes its own steps, which may be without noise: images \
+{% if not takes_eta and not ode %} This call takes no η, so the scheduler makes its own steps, which may be without noise: images \
 then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
 {% endif %}
 ## Training
@@ -131,6 +134,9 @@ def model_card(
         kept=None if result.weights_step == result.step else result.weights_step,
         code="" if result.weights is None else _code(folder, pipe, about.get("model"), config, result.weights),
         eta=config.eta,
+        ode=config.evaluates_by_ode,
+        dynamics=config.dynamics,
+        window=None if (noisy := config.step_window(0)) is None else noisy.size,
         num_steps=config.num_inference_steps,
         guidance=config.guidance_scale,
         takes_eta=_takes_eta(pipe),
@@ -188,7 +194,8 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
         imports, more = "AutoModel, DiffusionPipeline", f", {name}={name}"
         before = [f"{name} = AutoModel.from_pretrained(run, subfolder={str(where / name)!r})"]
     # As in training, with η where the pipeline and its solver take it.
-    given = config.call_kwargs | ({"eta": config.eta} if _takes_eta(pipe) else {})
+    noise = {"eta": config.eta} if _takes_eta(pipe) and not config.evaluates_by_ode else {}
+    given = config.call_kwargs | noise
     arguments = ", ".join(f"{key}={value!r}" for key, value in given.items() if isinstance(value, str | int | float))
     lines = [
         f"from diffusers import {imports}",

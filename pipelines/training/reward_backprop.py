@@ -40,9 +40,7 @@ class RewardBackpropConfig(TrainingConfig):
         if not 1 <= self.last_steps <= self.num_inference_steps:
             raise InputError(f"last_steps must be from 1 to {self.num_inference_steps}, got {self.last_steps}")
         if self.max_slope is not None and self.mixed_precision == "fp16":
-            raise InputError(
-                "max_slope needs gradients of one scale, and mixed_precision fp16 changes it: use bf16 or no"
-            )
+            raise InputError("max_slope needs gradients of one scale, which mixed_precision fp16 changes: use bf16")
         if self.skip_low_noise_steps:
             raise InputError("skip_low_noise_steps must be unset: reward backpropagation learns from the last steps")
         if self.steps_per_generation * self.num_iterations > 1 or self.timestep_fraction < 1:
