@@ -20,16 +20,15 @@ from steer.training.guards import SlopeLimit
 def test_a_limit_scales_each_image_by_itself() -> None:
     """Gradients of norms 1, 2, 3 and 40: the median (of torch, the lower one) is 2, κ = 3 leaves norms up to 6."""
     limit = SlopeLimit(3.0)
-    norms = torch.tensor([1.0, 2.0, 3.0, 40.0])
-    for _ in range(2):  # the second time s₀ is known
+    for norms, bounded in (
+        ([1.0, 2.0, 3.0, 40.0], [1.0, 2.0, 3.0, 6.0]),
+        ([50.0, 7.0, 6.0, 0.0], [6.0, 6.0, 6.0, 0.0]),
+    ):
         x = torch.zeros(4, 3, 2, 2, requires_grad=True)
-        direction = norms.view(-1, 1, 1, 1) * torch.ones(4, 3, 2, 2) / math.sqrt(12)
+        direction = torch.tensor(norms).view(-1, 1, 1, 1) * torch.ones(4, 3, 2, 2) / math.sqrt(12)
         (gradient,) = torch.autograd.grad((limit.apply(x * 1) * direction).sum(), x)
-        assert limit.base == pytest.approx(2.0)
-        torch.testing.assert_close(gradient.flatten(1).norm(dim=1), torch.tensor([1.0, 2.0, 3.0, 6.0]))
-        norms = norms[[3, 2, 1, 0]] if norms[0] == 1 else norms
-        limit = SlopeLimit(3.0, 2.0) if norms[0] == 1 else limit
-        norms = norms.sort().values
+        torch.testing.assert_close(gradient.flatten(1).norm(dim=1), torch.tensor(bounded))
+        assert limit.base == pytest.approx(2.0)  # of the first update
     free = SlopeLimit(None)
     x = torch.ones(1, 3, 1, 1, requires_grad=True)
     assert torch.equal(torch.autograd.grad((100 * free.apply(x * 1)).sum(), x)[0], torch.full((1, 3, 1, 1), 100.0))
@@ -40,7 +39,7 @@ def hackable(start: float) -> Any:
 
     def reward(images: Tensor, prompts: Sequence[str]) -> Tensor:
         bright = images.mean((1, 2, 3))
-        return bright + 60 * torch.relu(bright - start - 0.02)
+        return bright + 60 * torch.relu(bright - start - 0.005)
 
     return Soft(reward, "hackable")
 
@@ -55,8 +54,8 @@ def test_a_search_ends_before_a_cliff() -> None:
     reno = ReNOPipeline(pipe, hackable(plain))
     free = reno(prompt, **call | {"generator": seeded()}, **options)
     guarded = reno(prompt, **call | {"generator": seeded()}, **options, max_slope=3.0)
-    assert free.images.mean().item() > plain + 0.02  # it goes over the cliff
-    assert plain <= guarded.images.mean().item() + 1e-3 and guarded.images.mean().item() <= plain + 0.021
+    assert free.images.mean().item() > plain + 0.007  # it goes over the cliff
+    assert plain <= guarded.images.mean().item() + 1e-3 and guarded.images.mean().item() <= plain + 0.0051
     assert len(guarded.trace) < len(free.trace)
 
 

@@ -71,8 +71,8 @@ by the held-out reward.{% endif %}
 scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at η = {{ "%g" % eta }},\
 {% endif %} {{ num_steps }} steps and \
 {% if guidance is none %}the default guidance of the pipeline{% else %}guidance {{ "%g" % guidance }}{% endif %}.\
-{% if not takes_eta and not ode %} This call takes no η, so the scheduler makes its own steps, which may be without noise: images \
-then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
+{% if not takes_eta and not ode %} This call takes no η, so the scheduler makes its own steps, which may be without \
+noise: images then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
 {% endif %}
 ## Training
 
