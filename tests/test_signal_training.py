@@ -30,7 +30,7 @@ def test_multipliers_are_learned_logged_and_resumed(tmp_path: Path) -> None:
 
     def trainer(folder: str, steps: int) -> PRDPTrainer:
         config = PRDPConfig(
-            output_dir=str(tmp_path / folder), max_steps=steps, save_steps=1, dual_rate=0.5,
+            output_dir=str(tmp_path / folder), max_steps=steps, save_steps=1, dual_rate=1e-3,
             constraints={"brightness": ">= 0.99", "red": "<= 9"}, **SMALL,
         )  # fmt: skip
         return PRDPTrainer(fresh_pipe("sd"), RED, config, train_prompts=PROMPTS)
@@ -38,7 +38,6 @@ def test_multipliers_are_learned_logged_and_resumed(tmp_path: Path) -> None:
     whole = trainer("whole", 2).train()
     first, second = (one["multiplier/brightness"] for one in whole.records)
     assert 0 < first < second and whole.records[1]["multiplier/red"] == 0.0
-    assert whole.records[0]["reward/brightness"] == pytest.approx(whole.records[0]["reward/brightness"])
     trainer("parts", 1).train()
     again = trainer("parts", 2).train(resume_from_checkpoint=True)
     assert again.records[1]["multiplier/brightness"] == second
@@ -55,9 +54,9 @@ def test_samples_that_a_filter_drops_cost_no_replay(kind: Any, tmp_path: Path) -
             result = GRPOTrainer(pipe, RED, config, train_prompts=PROMPTS).train()
         rows[name] = sum(calls)
         assert result.records[0]["grad_norm"] > 0
-    rollout = min(rows.values()) - (max(rows.values()) - min(rows.values()))
-    # Everything but the rollout, and the check of its replay in the first update, is of half as many rows.
-    assert rows[kind] < rows["none"] and rollout > 0
+    # Rows of 2 prompts × 4 samples, 2 for guidance each: 3 steps of the rollout, then 2 noisy steps of check, reference
+    # and update; with a filter half as many rows of these.
+    assert rows["none"] == 16 * (3 + 3 * 2) and rows[kind] == 16 * 3 + 8 * 3 * 2
 
 
 def test_the_loss_takes_advantages_where_samples_are_left_out() -> None:

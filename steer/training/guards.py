@@ -131,14 +131,16 @@ class EarlyStopping:
         return replace(self, **{**state, "best": tuple(state["best"])})
 
 
-def check_replay(sampler: Sampler, trajectories: Trajectories, dtype: torch.dtype) -> float:
+def check_replay(sampler: Sampler, trajectories: Trajectories, dtype: torch.dtype, factor: float = 1.0) -> float:
     """Return the largest |ratio − 1| of any step between a rollout's log-probs and its replay by the same weights.
+
+    factor  of the tolerance, where the replay has another batch shape than the rollout
 
     Raises InputError where rounding does not explain it: every ratio of the training would be wrong.
     """
     difference = (log_probs(sampler, trajectories) - trajectories.log_probs).abs().max().item()
     measured = torch.expm1(torch.tensor(difference)).item()
-    allowed = RATIO_TOLERANCE[dtype] * max(1.0, math.sqrt(trajectories.elements / TOLERANCE_ELEMENTS))
+    allowed = factor * RATIO_TOLERANCE[dtype] * max(1.0, math.sqrt(trajectories.elements / TOLERANCE_ELEMENTS))
     if not measured <= allowed:
         raise InputError(
             f"a replay of the first samples has other log-probabilities (ratio off by {measured:.2g}, at most "
