@@ -7,7 +7,7 @@ derive from these dataclasses. Names are those of TRL, transformers and accelera
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -175,7 +175,7 @@ class LossConfig(TrainingConfig):
 
     min_generations: ClassVar[int] = 2
 
-    window: WindowKind | None = argument(None, choices=get_args(WindowKind))
+    window: WindowKind | None = argument(None, choices=("first", "random", "sliding"))
     window_size: int = argument(3, "[1, inf]")
     window_interval: int = argument(25, "[1, inf]")
     normalize_components: bool = False
