@@ -175,7 +175,7 @@ class LossConfig(TrainingConfig):
 
     min_generations: ClassVar[int] = 2
 
-    window: WindowKind | None = argument(None, choices=("first", "random", "sliding"))
+    window: WindowKind | None = argument(None, choices=("first", "random", "sliding"))  # noqa: RUF009
     window_size: int = argument(3, "[1, inf]")
     window_interval: int = argument(25, "[1, inf]")
     normalize_components: bool = False
