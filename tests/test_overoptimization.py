@@ -67,7 +67,7 @@ def test_a_tilted_gaussian() -> None:
 
 
 def evaluation(step: int, trained: list[list[float]], held_out: list[list[float]]) -> dict[str, object]:
-    rewards = {"trained": torch.tensor(trained), "truth": torch.tensor(held_out)}
+    rewards = {"trained": torch.tensor(trained).float(), "truth": torch.tensor(held_out).float()}
     return EvalResult(step, ("a", "b"), rewards, 0.0, torch.zeros(4, 3, 1, 1)).record()
 
 
