@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from steer.apps.plots import (
     COLORMAP,
@@ -34,6 +36,7 @@ from steer.files import write_text
 from steer.pipelines.training.method import TrainingResult
 from steer.pipelines.training.model_card import held_out_names, model_card
 from steer.pipelines.training.trainer import Trainer
+from steer.training.overoptimization import fit_reward_curve
 
 __all__ = ["write_grid", "write_report"]
 
@@ -41,6 +44,7 @@ Records = Sequence[Mapping[str, Any]]
 TRAINED_COLOR, HELD_OUT_COLOR, SAMPLES_COLOR = LINE_COLORS
 MIN_SMOOTHED = 10  # values from which a moving mean is drawn
 FAR_FACTOR = 3  # a level more than so many times above the curve is named only
+GAIN_UPDATES = 5  # whose KL an evaluation is drawn at
 LOG_SCALE_RATIO = 30  # largest by smallest value from which a scale is logarithmic
 
 
@@ -48,6 +52,7 @@ def write_report(trainer: Trainer[Any], result: TrainingResult) -> None:
     """Write plots/*.png and README.md, a model card, in the output folder of a trainer."""
     out = Path(trainer.config.output_dir)
     _draw_panels(out / "plots" / "rewards.png", rewards_panels(result))
+    _draw_panels(out / "plots" / "overoptimization.png", overoptimization_panels(result))
     _draw_panels(out / "plots" / "divergence.png", divergence_panels(result, vars(trainer.config)))
     _draw_panels(out / "plots" / "training.png", training_panels(result))
     draw_before_after(out)
@@ -129,6 +134,46 @@ def _draw_against(axes: Axes, result: TrainingResult, trained: str, held_out: st
     axes.set_xlabel(f"trained: {plain_text(trained, 38)}", size=8, color=INK)
     axes.set_ylabel(f"held out: {plain_text(held_out, 34)}", size=8, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
+def reward_gains(result: TrainingResult, name: str) -> tuple[Tensor, Tensor]:
+    """Return KL (N,) in nats and the gain (N,) of a reward since the base model, in the base model's deviations.
+
+    KL is that of the training samples: the mean of the GAIN_UPDATES updates before each evaluation but the first.
+    """
+    base, *later = [one for one in result.evaluations if f"eval/{name}" in one]
+    scale = base.get(f"eval/deviation/{name}") or 1.0
+    kl, gains = [], []
+    for one in later:
+        recent = [r["kl"] for r in result.records if 0 <= one["step"] - r["step"] < GAIN_UPDATES and "kl" in r]
+        if recent:
+            kl.append(sum(recent) / len(recent))
+            gains.append((one[f"eval/{name}"][0] - base[f"eval/{name}"][0]) / scale)
+    return torch.tensor(kl, dtype=torch.float64), torch.tensor(gains, dtype=torch.float64)
+
+
+def overoptimization_panels(result: TrainingResult) -> list[Panel]:
+    """Create a panel of the gains of all rewards over √KL with their fits, where three evaluations have a KL."""
+    names = [name for name in held_out_names(result.evaluations) if (reward_gains(result, name)[0] > 0).sum() >= 3]
+    return [partial(_draw_gains, result=result, names=names)] if names else []
+
+
+def _draw_gains(axes: Axes, result: TrainingResult, names: Sequence[str]) -> None:
+    for place, name in enumerate(names):
+        color, kl, gains = LINE_COLORS[min(place, 1)], *(values.numpy() for values in reward_gains(result, name))
+        used = kl > 0
+        distance = np.sqrt(kl[used])
+        label = f"{plain_text(name, 24)} ({'held out' if place else 'trained'})"
+        axes.plot(distance, gains[used], "o", color=color, ms=4, label=label)
+        if len(np.unique(distance)) < 2:
+            continue
+        curve = fit_reward_curve(torch.from_numpy(kl), torch.from_numpy(gains), resamples=200)
+        grid = np.linspace(distance.min(), distance.max(), 60)
+        axes.plot(grid, [curve(d) for d in grid], color=color, lw=1.2, label=f"α {curve.alpha:.2g}, β {curve.beta:.2g}")
+    axes.axhline(0, color=FAINT, lw=0.9)
+    set_title(axes, "gain in deviations of the base model")
+    axes.set_xlabel("√KL of the training samples, √nats", size=8, color=INK)
+    axes.legend(frameon=False, fontsize=7, labelcolor=INK)
 
 
 def divergence_panels(result: TrainingResult, config: Mapping[str, Any]) -> list[Panel]:

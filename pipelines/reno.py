@@ -49,6 +49,7 @@ class NoiseToImage:
         self.particle_batch = particle_batch
         self.in_fp16 = computes_in_fp16(particle_batch.pipe)
         self._differentiable_pipes: dict[bool, Any] = {}
+        self.first_slope: float | None = None  # of the reward at the first images, see `Ascent`
         self.initial, self.steps = find_initial_noise(particle_batch, self._quiet_pipe)
         self.start, self.dtype, self.seeds = self.initial.noise.float(), self.initial.noise.dtype, self.initial.seeds
 
@@ -310,12 +311,16 @@ class NoiseRun:
 
 @dataclass(frozen=True)
 class Estimate:
-    """At some noise: images (B·K, 3, H, W), rewards (B, K) with their components, ∇_ε r (B·K, …) in fp32 if wanted."""
+    """At some noise: images (B·K, 3, H, W), rewards (B, K) with their components, ∇_ε r (B·K, …) in fp32 if wanted.
+
+    slopes  ‖∇_x r‖ at the images (B·K,), with the gradient of automatic differentiation
+    """
 
     images: Tensor
     rewards: Tensor
     components: Mapping[str, Tensor]
     gradient: Tensor | None
+    slopes: Tensor | None = None
 
 
 class NoiseGradient(Protocol):
@@ -334,15 +339,17 @@ class Backprop:
     checkpointing: bool | None = field(default=None, repr=False)  # changes no result: not in the fingerprint
 
     def __call__(self, chain: NoiseToImage, noise: Tensor, iteration: int, wanted: bool = True) -> Estimate:
-        leaf = noise.detach().requires_grad_(True)
+        leaf, slopes = noise.detach().requires_grad_(True), [torch.empty(0)]
         with torch.enable_grad():
             images = chain.differentiable_images(leaf, self.checkpointing)
+            images.register_hook(lambda gradient: slopes.append(gradient.float().flatten(1).norm(dim=1)))
             rewards, components = chain.particle_batch.score(images)
             gradient = per_sample_gradients(rewards, leaf, chain.in_fp16) if wanted else None
         if wanted and gradient is None:
             raise _not_differentiable(chain.particle_batch.reward.name)
         chain.particle_batch.count_gradients(len(noise) if wanted else 0)
-        return Estimate(images.detach(), rewards.detach(), {n: p.detach() for n, p in components.items()}, gradient)
+        detached = {name: part.detach() for name, part in components.items()}
+        return Estimate(images.detach(), rewards.detach(), detached, gradient, slopes[-1] if wanted else None)
 
 
 @dataclass(frozen=True)
@@ -429,6 +436,7 @@ class ReNOPipeline(SteeringPipeline):
             s.max_grad_norm,
             s.patience,
             s.restarts,
+            s.max_slope,
             s.target_reward,
             last=s.iterations - 1 if s.state_file is None else None,
         )
@@ -458,6 +466,8 @@ def _optimise(
 class Ascent:
     """One iteration of ReNO: a gradient ascent step of each search.
 
+    max_slope  κ: a search ends, with its best before, at an image where ‖∇_x r‖ is above κ times the median at the
+               first images: there the reward changes much faster with the pixels than among images of the model
     last  number of the last iteration, after which no step is taken; None: a later run may continue from its step
     """
 
@@ -467,6 +477,7 @@ class Ascent:
     max_grad_norm: float = 0.1
     patience: int | None = None
     restarts: int = 0
+    max_slope: float | None = None
     target: float | None = field(default=None, repr=False)
     last: int | None = field(default=None, repr=False)
 
@@ -476,8 +487,12 @@ class Ascent:
 
     def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
         """Evaluate rewards and gradient at the current noise, keep the best, take a step."""
-        estimate = self.gradient(chain, search.noise, number, number == 0 or number != self.last)
-        recorded = search.record(estimate.rewards.flatten()).finish_at_target(self.target)
+        wanted = number == 0 or number != self.last or self.max_slope is not None
+        estimate = self.gradient(chain, search.noise, number, wanted)
+        rewards, steep = estimate.rewards.flatten(), self._too_steep(chain, estimate, number)
+        if steep is not None:
+            rewards, search = rewards.masked_fill(steep.to(rewards.device), -torch.inf), search.retire(steep.cpu())
+        recorded = search.record(rewards).finish_at_target(self.target)
         if estimate.gradient is None:
             return IterationResult(estimate.images, estimate.rewards, estimate.components, search.noise, recorded)
         uphill = estimate.gradient + self.regularisation * prior_gradient(search.noise)
@@ -485,6 +500,20 @@ class Ascent:
         if stopped is None:
             updated = self._ascend_rows(recorded, uphill, chain.seeds)
         return IterationResult(estimate.images, estimate.rewards, estimate.components, search.noise, updated, stopped)
+
+    def _too_steep(self, chain: NoiseToImage, estimate: Estimate, number: int) -> Tensor | None:
+        """Return (B·K,), true where the slope of the reward is above `max_slope` times its median at the first images.
+
+        None without a bound, and in the first iteration. Raises InputError where slopes are not known.
+        """
+        if self.max_slope is None:
+            return None
+        if estimate.slopes is None or chain.in_fp16:
+            raise InputError("max_slope needs gradient backprop and a model in float32 or bfloat16: leave it out")
+        if chain.first_slope is None:
+            first = estimate if number == 0 else self.gradient(chain, chain.start, 0)
+            chain.first_slope = torch.as_tensor(first.slopes).median().item()
+        return estimate.slopes > self.max_slope * chain.first_slope if number else None
 
     def _nonfinite_gradient(self, chain: NoiseToImage, uphill: Tensor, number: int) -> str | None:
         """Return which gradient is not finite, if any."""

@@ -287,6 +287,8 @@ class ReNOSettings(IterationSettings):
     gradient        backprop; or zero-order, for any reward. Also an object of steer.pipelines.reno
     patience        iterations without a better reward after which a search ends, or restarts from new noise
     restarts        restarts of each search when its patience is out
+    max_slope       end a search, with its best before, at an image where the norm of the reward's gradient is above so
+                    many times the median at the first images; a guard against over-optimisation
     gradient_checkpointing  recompute activations in the backward pass: true, false, or auto: above 16,384 elements of
                     noise times solver steps, or a billion weights
     """
@@ -298,6 +300,7 @@ class ReNOSettings(IterationSettings):
     gradient: Any = option("backprop", choices="steer.pipelines.reno:GRADIENTS")
     patience: int | None = option(None, "[1, inf]")
     restarts: int = option(0, "[0, inf]")
+    max_slope: float | None = option(None, "[1, inf)")
     gradient_checkpointing: bool | str = argument("auto")
 
     def __post_init__(self) -> None:

@@ -93,6 +93,11 @@ class CompositeReward(ABC):
             scores_by_name.update({f"{name}/{part}": scores for part, scores in inner.items()})
         return scores_by_name
 
+    @property
+    def component_names(self) -> tuple[str, ...]:
+        """Return the names of the rewards that it is composed of."""
+        return tuple(self._names)
+
     @abstractmethod
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """Compute the reward's own scores (N,) from its components'."""
@@ -186,6 +191,11 @@ class CombinedReward(CompositeReward):
             raise RewardError("a combination needs at least one reward")
         super().__init__([part.reward for part in components], name or _expression(components, aggregate))
         self._weights, self._aggregate = [float(part.weight) for part in components], aggregate
+
+    @property
+    def weights(self) -> dict[str, float] | None:
+        """Return the weights of a sum by component; None for another aggregate."""
+        return dict(zip(self._names, self._weights, strict=True)) if self._aggregate is total else None
 
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
         """Aggregate the weighted components (N,)."""

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from steer.reward import Reward, RewardError, SequenceReward, with_timeout
     from steer.rewards.parser import combine, load_reward, score, score_components
+    from steer.training.overoptimization import find_hacking, fit_reward_curve
 
 _MODULES = {
     "steer.assets": ("MODELS", "TEXT_MODELS"),
@@ -82,6 +83,7 @@ _MODULES = {
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
     "steer.reward": ("Reward", "RewardError", "SequenceReward", "with_timeout"),
     "steer.rewards.parser": ("combine", "load_reward", "score", "score_components"),
+    "steer.training.overoptimization": ("find_hacking", "fit_reward_curve"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
@@ -131,6 +133,8 @@ __all__ = [
     "TrainingConfig",
     "TrainingResult",
     "combine",
+    "find_hacking",
+    "fit_reward_curve",
     "load_reward",
     "score",
     "score_components",

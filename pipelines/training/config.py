@@ -13,11 +13,17 @@ import torch
 
 from steer.arguments import Settings, argument
 from steer.diffusion.precision import Precision
+from steer.diffusion.schedules import Dynamics
+from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
+from steer.training.constraints import read_bounds
 from steer.training.guards import KLControl
 from steer.training.losses import Loss
+from steer.training.rollout import StepWindow, WindowKind
+from steer.training.signals import SampleFilter
 from steer.training.trainable import ATTENTION
 
+HALF_PRECISION_SKIPPED_STEPS = 2  # the last steps, which carry nearly all of the rounding
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -35,7 +41,9 @@ class TrainingConfig(Settings):
     micro_batch          rows per call of the denoiser; the gradients of an update's micro-batches are accumulated
     num_inference_steps  solver steps, in training and evaluation
     guidance_scale       in training and evaluation; None: the default of the pipeline
-    eta                  η of every step, above 0 and at most 1
+    eta                  η of every step, above 0 and at most 1; of flow-sde, dance and cps the noise level a
+    dynamics             law of the noise: ddim, of any model; flow-sde, dance, cps, of flow matching alone (see
+                         `steer.diffusion.schedules.split_flow_noise`). Evaluations are then by the ODE
     skip_low_noise_steps  the last stochastic steps (lowest τ) that loss, KL and penalties leave out, for new, old and
                          reference policy alike; None: 2, and at most half of the steps, where weights or autocast are
                          half precision, else 0
@@ -85,6 +93,7 @@ class TrainingConfig(Settings):
     num_inference_steps: int = argument(20, "[1, inf]")
     guidance_scale: float | None = argument(None, "(-inf, inf)")
     eta: float = argument(1.0, "(0, 1]")
+    dynamics: Dynamics = "ddim"
     skip_low_noise_steps: int | None = None
     log_prob_precision: Precision = "float32"
     timestep_fraction: float = argument(1.0, "(0, 1]")
@@ -131,6 +140,15 @@ class TrainingConfig(Settings):
         """Whether anything depends on the KL or χ² to the reference, so that this is computed and not estimated."""
         return bool(self.kl_weight or self.kl_budget_nats or self.chi_square_weight)
 
+    def step_window(self, update: int, half: bool = False) -> StepWindow | None:
+        """The solver steps with noise of an update's rollout; None: all. `half`: the weights are half precision."""
+        return None
+
+    @property
+    def evaluates_by_ode(self) -> bool:
+        """Whether evaluations are without noise, as the finished model is used."""
+        return self.dynamics != "ddim" or self.step_window(0) is not None
+
     @property
     def call_kwargs(self) -> dict[str, Any]:
         """The arguments of the pipeline's call, the same for every row."""
@@ -142,10 +160,49 @@ class TrainingConfig(Settings):
 class LossConfig(TrainingConfig):
     """TrainingConfig of a method that minimises a loss of log-probabilities and rewards.
 
+    window           first, random or sliding: noise, loss and replays only in a window of solver steps, the ODE
+                     elsewhere, evaluations included (`steer.training.rollout.StepWindow`); None: all steps
+    window_size      steps of it
+    window_interval  updates until a sliding window moves by one step
+    normalize_components  of a weighted sum of rewards: standardise each among the samples of a prompt before the sum
+                     (`steer.training.signals.normalized_sum`); the signal then has no unit
+    constraints      bounds on means of rewards with learned multipliers, {"clip:scenes": ">= 0.2"}: components of the
+                     trained reward, itself, or others (`steer.training.constraints`)
+    dual_rate        of the multipliers, per update
+    sample_filter    none; best, best-random, best-worst: learn from `filter_keep` of a prompt's samples, by reward
+                     (`steer.training.signals.kept_samples`); the others cost no replay
+    filter_keep      samples of a prompt to learn from; None: half
+
     Raises InputError for arguments that the loss can do nothing with.
     """
 
     min_generations: ClassVar[int] = 2
+
+    window: WindowKind | None = argument(None, choices=("first", "random", "sliding"))  # noqa: RUF009
+    window_size: int = argument(3, "[1, inf]")
+    window_interval: int = argument(25, "[1, inf]")
+    normalize_components: bool = False
+    constraints: Mapping[str, str] = field(default_factory=dict)
+    dual_rate: float = argument(0.05, "(0, inf)")
+    sample_filter: SampleFilter = "none"
+    filter_keep: int | None = None
+
+    @property
+    def kept_generations(self) -> int:
+        """Samples of a prompt that losses take."""
+        if self.sample_filter == "none":
+            return self.num_generations
+        return self.num_generations // 2 if self.filter_keep is None else self.filter_keep
+
+    def step_window(self, update: int, half: bool = False) -> StepWindow | None:
+        if self.window is None:
+            return None
+        number = update // self.window_interval
+        if self.window == "random":
+            number = derived_seed(self.seed, f"window of update {update}")
+        skip = self.skip_low_noise_steps
+        skip = (HALF_PRECISION_SKIPPED_STEPS if half else 0) if skip is None else skip
+        return StepWindow(self.window, self.window_size, number, skip)
 
     @abstractmethod
     def loss(self) -> Loss:
@@ -157,6 +214,12 @@ class LossConfig(TrainingConfig):
             raise InputError(
                 f"timestep_fraction must be 1, got {self.timestep_fraction}: the loss of {self.title} ties all steps "
                 "of a trajectory together"
+            )
+        read_bounds(self.constraints)
+        if not self.min_generations <= self.kept_generations <= self.num_generations and self.sample_filter != "none":
+            raise InputError(
+                f"filter_keep must be from {self.min_generations} to num_generations = {self.num_generations}, got "
+                f"{self.kept_generations}"
             )
         if self.num_generations < self.min_generations:
             raise InputError(

@@ -3,14 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from steer.errors import InputError
 from steer.pipelines.training.config import LossConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
-from steer.reward import Composite
 from steer.training.losses import D3PO, PRDP, D3POTrajectory
 
 
@@ -48,15 +45,9 @@ class D3POTrainer(LossTrainer[D3POConfig]):
     shared_start: ClassVar[bool] = True
     takes_preferences: ClassVar[bool] = True
 
-    def check(self) -> None:
-        if self.config.pareto and not isinstance(self.reward, Composite):
-            raise InputError(
-                f"pareto compares the components of a reward, and {self.reward.name!r} has none: leave it out"
-            )
-
     def signal(self, scored: Scored) -> Tensor:
-        """Rewards (B, K), or those of the components (B, K, M)."""
-        return torch.stack(list(scored.components.values()), -1) if self.config.pareto else scored.rewards
+        """Mixed rewards (B, K), or those of the components (B, K, M)."""
+        return self.reward_signal.objectives(scored) if self.config.pareto else super().signal(scored)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Finetuning by policy gradients (DDPO, GRPO), and by imitation of the best samples: the baselines of D3PO and PRDP."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,8 @@ from torch import Tensor
 from steer.pipelines.training.config import LossConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
-from steer.training.losses import DDPO, GRPO, Filtered, PerPromptStatTracker
+from steer.training.losses import DDPO, GRPO, Filtered, PerPromptStatTracker, group_advantages
+from steer.training.signals import pareto_advantages
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,8 @@ class DDPOConfig(LossConfig):
     advantage_clip  advantages are clipped to ± this
     history         rewards remembered per prompt
     min_history     rewards of a prompt before they are used in place of the batch's
+    pareto          of a composed reward: only the Pareto front of a prompt's samples has a gradient, with the sum of
+                    its standardised components as advantage (`steer.training.signals.pareto_advantages`)
     """
 
     title: ClassVar[str] = "DDPO"
@@ -31,6 +35,7 @@ class DDPOConfig(LossConfig):
     advantage_clip: float = DDPO.advantage_clip
     history: int = 16
     min_history: int = 16
+    pareto: bool = False
 
     def loss(self) -> DDPO:
         return DDPO(clip=self.clip, advantage_clip=self.advantage_clip)
@@ -56,13 +61,16 @@ class DDPOTrainer(LossTrainer[DDPOConfig]):
 
     def signal(self, scored: Scored) -> Tensor:
         """Advantages (B, K)."""
-        return self.tracker(scored.prompts, scored.rewards)
+        if self.config.pareto:
+            return pareto_advantages(self.reward_signal.objectives(scored))
+        return self.tracker(scored.prompts, super().signal(scored))
 
     def state_dict(self) -> dict[str, Any]:
-        return self.tracker.state()
+        return self.tracker.state() | super().state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.tracker.load(state)
+        super().load_state_dict(state)
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,8 @@ class GRPOConfig(LossConfig):
 
     clip           ε of the ratio, for log-probabilities per latent element; published 1e-4
     scale_rewards  divide by the standard deviation of a prompt's rewards; False: Dr. GRPO
+    pareto         of a composed reward: only the Pareto front of a prompt's samples has a gradient, with the sum of
+                   its standardised components as advantage (`steer.training.signals.pareto_advantages`)
     """
 
     title: ClassVar[str] = "GRPO"
@@ -78,8 +88,16 @@ class GRPOConfig(LossConfig):
 
     clip: float = GRPO.clip
     scale_rewards: bool = GRPO.scale
+    pareto: bool = False
 
-    def loss(self) -> GRPO:
+    @property
+    def takes_advantages(self) -> bool:
+        """Whether advantages are computed from all samples of a prompt before some of them are left out."""
+        return self.pareto or self.sample_filter != "none"
+
+    def loss(self) -> GRPO | DDPO:
+        if self.takes_advantages:  # the same objective without the baseline
+            return DDPO(clip=self.clip, advantage_clip=math.inf)
         return GRPO(clip=self.clip, scale=self.scale_rewards)
 
 
@@ -92,6 +110,13 @@ class GRPOTrainer(LossTrainer[GRPOConfig]):
     """
 
     config_class = GRPOConfig
+
+    def signal(self, scored: Scored) -> Tensor:
+        """Mixed rewards (B, K), or advantages where the loss takes those."""
+        if self.config.pareto:
+            return pareto_advantages(self.reward_signal.objectives(scored))
+        rewards = super().signal(scored)
+        return group_advantages(rewards, self.config.scale_rewards) if self.config.takes_advantages else rewards
 
 
 @dataclass(frozen=True)

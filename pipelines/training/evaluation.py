@@ -1,5 +1,6 @@
 """Evaluation on held-out prompts at fixed seeds: the trained reward, held-out rewards, and diversity."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +13,7 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
 from steer.reward import Reward, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
+from steer.training.signals import within_prompt_correlation
 
 BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
 
@@ -34,9 +36,22 @@ class EvalResult:
         return collected[0], collected[1] if len(collected) > 1 else collected[0]
 
     def record(self) -> dict[str, Any]:
-        """Return plain values: [mean, low, high] of every reward, a 95 % bootstrap interval over the prompts."""
+        """Return plain values: [mean, low, high] of every reward, a 95 % bootstrap interval over the prompts.
+
+        Also the standard deviation of each over all images, and Pearson's correlation of each held-out one with the
+        trained one within prompts, where there are several images per prompt.
+        """
         intervals = {f"eval/{name}": interval(values.mean(1)) for name, values in self.rewards.items()}
-        return {"step": self.step, **intervals, "eval/diversity": self.diversity}
+        deviations = {
+            f"eval/deviation/{name}": values.double().std(correction=0).item() for name, values in self.rewards.items()
+        }
+        trained, *held_out = self.rewards
+        correlations = {
+            f"eval/correlation/{name}": within_prompt_correlation(self.rewards[trained], self.rewards[name])
+            for name in held_out
+        }
+        known = {name: value for name, value in correlations.items() if math.isfinite(value)}
+        return {"step": self.step, **intervals, **deviations, **known, "eval/diversity": self.diversity}
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,8 @@ class Evaluator:
             # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
             number = min(turn + context.rank, len(chunks) - 1)
             before()
-            images = sampler.rollout(chunks[number])[1]
+            rows = chunks[number]
+            images = sampler.ode_images(rows) if config.evaluates_by_ode else sampler.rollout(rows)[1]
             if turn + context.rank < len(chunks):
                 # Scored on the device of the pipeline, and only then moved to the CPU.
                 scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]

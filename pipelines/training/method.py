@@ -15,15 +15,14 @@ from steer.diffusion.precision import HALF, Precision
 from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.pipelines.base import RewardedPipeline
-from steer.pipelines.training.config import DTYPES, TrainingConfig
+from steer.pipelines.training.config import DTYPES, HALF_PRECISION_SKIPPED_STEPS, TrainingConfig
 from steer.reward import Reward, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics
-from steer.training.rollout import Rows, Sampler, Trajectories
+from steer.training.rollout import Rows, Sampler, StepWindow, Trajectories
 from steer.training.trainable import get_denoiser
 
-HALF_PRECISION_SKIPPED_STEPS = 2  # the last steps, which carry nearly all of the rounding
 OnChunk = Callable[[], None]
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
@@ -67,12 +66,13 @@ def sample_and_score(
     chunk: int,
     on_chunk: OnChunk,
     context: DistributedContext,
+    window: StepWindow | None = None,
 ) -> Scored:
-    """Sample this process's shard of the rows, `chunk` at a time, and score their images."""
+    """Sample this process's shard of the rows, `chunk` at a time, with noise in the window; score their images."""
     chunks, scores = [], []
     for some in rows.at(process_shard(range(len(rows)), context)).split(chunk):
         on_chunk()
-        trajectories, images = sampler.rollout(some)
+        trajectories, images = sampler.rollout(some, window)
         chunks.append(trajectories)
         with torch.no_grad():
             scores.append(mean_over_frames(images, partial(score_components, reward, prompts=some.prompts)))
@@ -119,7 +119,7 @@ def sampler_of(pipe: Any, config: TrainingConfig, prepared: Any = None, precisio
     """Create a sampler, with no cached text embeddings, in the precision of log-probabilities or another."""
     latents_dtype = DTYPES[config.latents_dtype]
     precision, autocast = precision or config.log_prob_precision, config.mixed_precision != "no"
-    return Sampler(pipe, config.call_kwargs, config.eta, latents_dtype, prepared, precision, autocast)
+    return Sampler(pipe, config.call_kwargs, config.eta, latents_dtype, prepared, precision, autocast, config.dynamics)
 
 
 Record = dict[str, Any]
@@ -163,10 +163,31 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         """The input of the loss: by default the rewards (B, K) of the samples."""
         return scored.rewards
 
+    def scored_reward(self) -> Reward:
+        """The reward that scores training samples."""
+        return self.reward
+
+    def select(
+        self, scored: Scored, signal: Tensor, name: str, context: DistributedContext
+    ) -> tuple[Sequence[Trajectories], Tensor]:
+        """The chunks and the signal of the samples that the update of that name learns from: by default of all."""
+        return scored.chunks, signal
+
+    def metrics(self) -> dict[str, float]:
+        """Metrics of the latest rollout beside its rewards."""
+        return {}
+
     def window(self, total: int) -> int:
         """Number of stochastic steps, from the first on, that count in losses and penalties."""
+        if self.step_window(0) is not None:  # which leaves out the last steps by its place
+            return total
         half = half_precision(get_denoiser(self.pipe)[1], self.config)
         return num_training_steps_of(total, self.config, half is not None)
+
+    def step_window(self, update: int) -> StepWindow | None:
+        """The solver steps of an update's rollout that have noise; None: all."""
+        half = half_precision(get_denoiser(self.pipe)[1], self.config)
+        return self.config.step_window(update, half is not None)
 
     def steps(self, total: int, name: str) -> tuple[int, ...]:
         """The stochastic steps, of 0 … total − 1 of the window, that the update of that name learns from."""

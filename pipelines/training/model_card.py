@@ -15,6 +15,7 @@ from steer import __version__
 from steer.assets import MODELS
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import TrainingResult
+from steer.training.overoptimization import find_hacking
 from steer.training.trainable import LORA_FILES, get_denoiser
 
 LORA, PEFT = LORA_FILES
@@ -22,6 +23,7 @@ PACKAGES = ("torch", "diffusers", "peft")
 PICTURES = {
     "before-after.png": "The same held-out prompts and seeds, before and after",
     "rewards.png": "The trained reward and the held-out ones",
+    "overoptimization.png": "Rewards over the square root of the KL, as gains in deviations of the base model",
     "divergence.png": "Divergence from the base model",
     "training.png": "Metrics of the updates",
 }
@@ -43,7 +45,9 @@ It made {{ step }} update{{ "" if step == 1 else "s" }}.
 Rewards: mean over held-out prompts at fixed seeds, with its 95 % bootstrap interval over the prompts. Diversity: mean \
 distance between two images of a prompt (root mean square of the pixels' differences, 0 to 1). KL: of the training \
 samples of that update, from the base model.
-{% elif scored %}Nothing was evaluated on held-out prompts. Mean reward of the training samples: \
+{% if hacking %}
+**{{ hacking }}**
+{% endif %}{% elif scored %}Nothing was evaluated on held-out prompts. Mean reward of the training samples: \
 {{ number(scored[0].reward) }} in update {{ scored[0].step }}, {{ number(scored[-1].reward) }} in update \
 {{ scored[-1].step }}; the two are of different prompts. KL in the last: {{ number(scored[-1].kl) }} nats per \
 trajectory.
@@ -62,10 +66,13 @@ by the held-out reward.{% endif %}
 {{ code }}
 ```
 
-It was trained and evaluated with the base model's own scheduler at η = {{ "%g" % eta }}, {{ num_steps }} steps and \
+{% if ode %}It was trained with noise of the law {{ dynamics }} at level {{ "%g" % eta }}\
+{% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, by the base model's own \
+scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at η = {{ "%g" % eta }},\
+{% endif %} {{ num_steps }} steps and \
 {% if guidance is none %}the default guidance of the pipeline{% else %}guidance {{ "%g" % guidance }}{% endif %}.\
-{% if not takes_eta %} This call takes no η, so the scheduler makes its own steps, which may be without noise: images \
-then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
+{% if not takes_eta and not ode %} This call takes no η, so the scheduler makes its own steps, which may be without \
+noise: images then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
 {% endif %}
 ## Training
 
@@ -105,6 +112,7 @@ def model_card(
     pictures += [("Held-out images of the last evaluation", f"samples/{path.name}") for path in grids[-1:]]
     kl = next((record["kl"] for record in reversed(result.records) if record.get("kl") is not None), None)
     seconds = sum(record.get("seconds", 0.0) for record in result.records)
+    hacking = find_hacking(result.evaluations, result.weights_step)
     versions = _versions()
     card = ModelCard.from_template(
         _card_data(pipe, config, result, about),
@@ -118,6 +126,7 @@ def model_card(
         step=result.step,
         number=_number,
         table=_evaluations(result) if result.evaluations else None,
+        hacking=None if hacking is None else escaped(hacking),
         scored=[record for record in result.records if record.get("reward") is not None],
         pictures=pictures,
         weights=None if result.weights is None else _relative(folder, result.weights),
@@ -125,6 +134,9 @@ def model_card(
         kept=None if result.weights_step == result.step else result.weights_step,
         code="" if result.weights is None else _code(folder, pipe, about.get("model"), config, result.weights),
         eta=config.eta,
+        ode=config.evaluates_by_ode,
+        dynamics=config.dynamics,
+        window=None if (noisy := config.step_window(0)) is None else noisy.size,
         num_steps=config.num_inference_steps,
         guidance=config.guidance_scale,
         takes_eta=_takes_eta(pipe),
@@ -182,7 +194,8 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
         imports, more = "AutoModel, DiffusionPipeline", f", {name}={name}"
         before = [f"{name} = AutoModel.from_pretrained(run, subfolder={str(where / name)!r})"]
     # As in training, with η where the pipeline and its solver take it.
-    given = config.call_kwargs | ({"eta": config.eta} if _takes_eta(pipe) else {})
+    noise = {"eta": config.eta} if _takes_eta(pipe) and not config.evaluates_by_ode else {}
+    given = config.call_kwargs | noise
     arguments = ", ".join(f"{key}={value!r}" for key, value in given.items() if isinstance(value, str | int | float))
     lines = [
         f"from diffusers import {imports}",

@@ -1,14 +1,18 @@
 """Finetuning along the reward's own gradient: DRaFT-K (arXiv 2309.17400)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Unpack
+from functools import cached_property
+from typing import Any, ClassVar, Unpack
 
 import torch
 
+from steer.arguments import argument
 from steer.errors import InputError
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.trainer import Trainer
 from steer.training.gradient import Batch, GradientOptions, reward_gradient
+from steer.training.guards import SlopeLimit
 from steer.training.losses import Metrics
 from steer.training.rollout import Sampler, takes_prompts
 
@@ -18,6 +22,8 @@ class RewardBackpropConfig(TrainingConfig):
     """TrainingConfig with the option of reward backpropagation.
 
     last_steps  K, solver steps that the gradient goes through; 1 is cheapest and often enough
+    max_slope   bound on the gradient with respect to each image, in medians of the first update; None: no bound
+                (`steer.training.guards.SlopeLimit`)
     """
 
     title: ClassVar[str] = "Reward backpropagation (DRaFT-K)"
@@ -27,11 +33,14 @@ class RewardBackpropConfig(TrainingConfig):
     )
 
     last_steps: int = 1
+    max_slope: float | None = argument(None, "[1, inf)")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 1 <= self.last_steps <= self.num_inference_steps:
             raise InputError(f"last_steps must be from 1 to {self.num_inference_steps}, got {self.last_steps}")
+        if self.max_slope is not None and self.mixed_precision == "fp16":
+            raise InputError("max_slope needs gradients of one scale, which mixed_precision fp16 changes: use bf16")
         if self.skip_low_noise_steps:
             raise InputError("skip_low_noise_steps must be unset: reward backpropagation learns from the last steps")
         if self.steps_per_generation * self.num_iterations > 1 or self.timestep_fraction < 1:
@@ -64,6 +73,17 @@ class RewardBackpropTrainer(Trainer[RewardBackpropConfig]):
                 "model with dtype bfloat16 or float32, or give it a VAE that is made for float16"
             )
 
+    @cached_property
+    def slope_limit(self) -> SlopeLimit:
+        """The bound on the slope of the reward, once the first update has measured its unit."""
+        return SlopeLimit(self.config.max_slope)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"base_slope": self.slope_limit.base}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.slope_limit.base = state.get("base_slope")
+
     def window(self, total: int) -> int:
         """All steps: the gradient goes through the last ones."""
         return total
@@ -74,4 +94,5 @@ class RewardBackpropTrainer(Trainer[RewardBackpropConfig]):
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update; see `steer.training.gradient.reward_gradient`."""
-        return reward_gradient(sampler, batch, self.reward, self.config.last_steps, **options)
+        limit = self.slope_limit
+        return reward_gradient(sampler, batch, self.reward, self.config.last_steps, limit=limit, **options)

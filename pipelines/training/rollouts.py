@@ -99,13 +99,17 @@ class OnlineRollouts:
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
-            scored = sample_and_score(sampler, self.method.reward, rows, samples, config.micro_batch, on_chunk, context)
+            noisy = self.method.step_window(update)
+            scored = sample_and_score(
+                sampler, self.method.scored_reward(), rows, samples, config.micro_batch, on_chunk, context, noisy
+            )
             window = self.method.window(scored.chunks[0].log_probs.shape[1])
             steps = self.method.steps(window, name)
-            references = references_of(sampler, trainable, scored.chunks, steps, on_chunk, config)
-            batches.append(Batch(scored.chunks, references, steps, self.method.signal(scored), window))
+            chunks, signal = self.method.select(scored, self.method.signal(scored), name, context)
+            references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
+            batches.append(Batch(chunks, references, steps, signal, window))
             rewards.append(scored.rewards)
-            metrics.append(summary(scored))
+            metrics.append(summary(scored) | self.method.metrics())
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
         order = batch_order(len(batches), config.num_iterations, seed, number)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar, Unpack
@@ -14,8 +15,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
+from torch import Tensor
 from tqdm.auto import tqdm
 
+from steer.diffusion.seeds import derived_seed
 from steer.diffusion.step_hooks import plain_values
 from steer.errors import InputError
 from steer.files import write_text
@@ -27,21 +30,26 @@ from steer.pipelines.training.events import Events, Stopped, StopRequest, stop_r
 from steer.pipelines.training.method import (
     ConfigT,
     Record,
+    Scored,
     TrainingMethod,
     TrainingResult,
     half_precision,
+    process_shard,
     sampler_of,
 )
 from steer.pipelines.training.model_card import base_model, model_card
 from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
 from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer
+from steer.pipelines.training.signals import RewardSignal, check_pareto
 from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
 from steer.reward import Reward, warn_if_pipeline_truncates, with_metadata
 from steer.rewards.parser import load_reward
+from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
 from steer.training.guards import EarlyStopping, check_replay, check_rounding, chi_square, kl
 from steer.training.losses import Metrics
-from steer.training.rollout import Sampler, takes_prompts
+from steer.training.rollout import Sampler, Trajectories, blocks, takes_prompts
+from steer.training.signals import kept_samples
 from steer.training.trainable import FullFinetuning, LoRA, Trainable, fingerprint, get_denoiser, whole
 
 INTERRUPTED = "interrupted"
@@ -100,6 +108,11 @@ class Trainer(TrainingMethod[ConfigT]):
             config = self.config_class(**sampling_config_of(preferences))
         super().__init__(pipe, NoReward() if reward is None else reward)
         self.config = self._own_config(config)
+        if preferences is not None and self.config.evaluates_by_ode:
+            raise InputError(
+                "window and dynamics are for samples of the present policy: preferences were sampled with noise in all "
+                "steps, so leave both out"
+            )
         self.preferences = None if preferences is None else Path(preferences)
         self.train_prompts, self.eval_prompts = train_prompts, eval_prompts
         self.eval_rewards = tuple(load_reward(one) for one in eval_rewards)
@@ -141,10 +154,14 @@ class Trainer(TrainingMethod[ConfigT]):
         if not prompts:
             raise InputError("train_prompts: at least one is needed")
         rows = metadata_table((prompts, self.metadata), (held_out, self.eval_metadata))
-        self.reward = with_metadata(self.reward, rows)
-        self.eval_rewards = tuple(with_metadata(one, rows) for one in self.eval_rewards)
+        self.attach_metadata(rows)
         warn_if_pipeline_truncates(self.pipe, (*prompts, *held_out), self.config.call)
         return OnlineRollouts(prompts, self)
+
+    def attach_metadata(self, rows: Mapping[str, Mapping[str, Any]] | None) -> None:
+        """Attach metadata by prompt to all rewards."""
+        self.reward = with_metadata(self.reward, rows)
+        self.eval_rewards = tuple(with_metadata(one, rows) for one in self.eval_rewards)
 
     def held_out(self) -> tuple[str, ...]:
         """The evaluation prompts as texts."""
@@ -216,6 +233,57 @@ class Trainer(TrainingMethod[ConfigT]):
 
 class LossTrainer(Trainer[LossConfigT]):
     """A method that is a loss of log-probabilities and of the signal that `signal` makes of rewards."""
+
+    @cached_property
+    def reward_signal(self) -> RewardSignal:
+        """The mixed reward, with the multipliers of constraints so far."""
+        return RewardSignal(self.reward, self.config)
+
+    def check(self) -> None:
+        """Raises InputError for options that do not fit the reward."""
+        own = self.config.constraints or self.config.normalize_components or self.config.sample_filter != "none"
+        if own and isinstance(self.reward, NoReward):
+            raise InputError(
+                "constraints, normalize_components and sample_filter are for rewards, and preferences have none"
+            )
+        check_pareto(self.reward, getattr(self.config, "pareto", False))
+        self.reward_signal  # noqa: B018  reads its options
+
+    def scored_reward(self) -> Reward:
+        return self.reward_signal.scored_reward(self.reward)
+
+    def signal(self, scored: Scored) -> Tensor:
+        """The mixed reward (B, K)."""
+        return self.reward_signal(scored)
+
+    def select(
+        self, scored: Scored, signal: Tensor, name: str, context: DistributedContext
+    ) -> tuple[Sequence[Trajectories], Tensor]:
+        """The chunks and the signal of the samples that `sample_filter` keeps, in chunks of `micro_batch` rows."""
+        kind, size = self.config.sample_filter, self.config.micro_batch
+        if kind == "none":
+            return scored.chunks, signal
+        seed = derived_seed(self.config.seed, f"{name} filter")
+        kept = kept_samples(scored.rewards, kind, self.config.kept_generations, seed)
+        mask = torch.zeros_like(scored.rewards, dtype=torch.bool).scatter(1, kept, True).flatten()
+        own = mask[list(process_shard(range(mask.numel()), context))].nonzero().flatten().tolist()
+        stored = Trajectories.concatenate(scored.chunks).at(own)
+        chunks = [stored.at(block) for block in blocks(range(len(own)), size)]
+        return chunks, signal[torch.arange(len(kept))[:, None], kept]
+
+    def metrics(self) -> dict[str, float]:
+        return self.reward_signal.constraints.metrics()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.reward_signal.constraints.state() if self.config.constraints else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.config.constraints:
+            self.reward_signal.constraints = self.reward_signal.constraints.load_state(state)
+
+    def attach_metadata(self, rows: Mapping[str, Mapping[str, Any]] | None) -> None:
+        super().attach_metadata(rows)
+        self.reward_signal.attach_metadata(rows)
 
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update; see `steer.training.gradient.two_pass_gradient`."""
@@ -394,7 +462,9 @@ class TrainingRun:
         """Raises InputError where a replay gives other log-probabilities, or rounding dominates them."""
         dtype = half_precision(self.state.trainable.denoiser, self.config)
         as_model = self.config.log_prob_precision == "model"
-        check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32)
+        # Samples that a filter keeps are in batches of another shape than they were drawn in.
+        factor = 10.0 if getattr(self.config, "sample_filter", "none") != "none" else 1.0
+        check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32, factor)
         if as_model and (dtype or self.trainer.pipe.device.type == "cuda"):  # where TF32 may be on
             exact = sampler_of(self.trainer.pipe, self.config, self.prepared, "float32")
             check_rounding(self.sampler, exact, self.state.trainable.parameters, batch.chunks[0], batch.steps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from steer.diffusion.schedules import (
+    Dynamics,
     Gaussian,
     Level,
     LinearStep,
@@ -91,12 +92,18 @@ class FusedGaussian(Gaussian):
 
 
 def fused_gaussian(
-    scheduler: Scheduler, x: Tensor, output: Tensor, before: Level, after: Level, eta: float
+    scheduler: Scheduler,
+    x: Tensor,
+    output: Tensor,
+    before: Level,
+    after: Level,
+    eta: float,
+    dynamics: Dynamics = "ddim",
 ) -> FusedGaussian:
     """Return `gaussian_transition` of a scheduler's step without computing x̂0; not for thresholding schedulers.
 
     x, output      (N, C, …); the output may have the channels of a learned variance after its own
     before, after  the levels of the step (`steer.diffusion.schedules.step_levels`)
     """
-    step = weighted_step(x0_weights(scheduler, before), before, after, eta, clip_limit(scheduler))
+    step = weighted_step(x0_weights(scheduler, before), before, after, eta, clip_limit(scheduler), dynamics)
     return FusedGaussian(step, x, output[:, : x.shape[1]])

@@ -8,7 +8,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Set
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Generator, Tensor
@@ -276,27 +276,79 @@ class Gaussian:
         return (difference**2).flatten(1).sum(1) / 2
 
 
-def gaussian_transition(x: Tensor, x0: Tensor, before: Level, after: Level, eta: float) -> Gaussian:
+Dynamics = Literal["ddim", "flow-sde", "dance", "cps"]
+DYNAMICS: tuple[Dynamics, ...] = get_args(Dynamics)
+
+
+def gaussian_transition(
+    x: Tensor, x0: Tensor, before: Level, after: Level, eta: float, dynamics: Dynamics = "ddim"
+) -> Gaussian:
     """Return p(x_s | x_t) given x̂0: the DDPM posterior at η = 1, DDIM's step at any η, Euler's ancestral step.
 
-    τ = η (σ_s/σ_t) √(σ_t² − (α_t/α_s)² σ_s²),  mean = α_s x̂0 + √(σ_s² − τ²) ε̂,  ε̂ = (x_t − α_t x̂0)/σ_t
-    (DDIM, arXiv 2010.02502, eq. 12 and 16). `eta` in [0, 1]. In fp64 where x̂0 is, else in fp32.
+    mean = α_s x̂0 + ρ ε̂,  ε̂ = (x_t − α_t x̂0)/σ_t, with the noise τ and ρ of `split_noise`.
+
+    eta       in [0, 1]
+    dynamics  the law of the noise
+
+    In fp64 where x̂0 is, else in fp32.
     """
     (alpha_t, sigma_t), alpha_s = before, after.alpha
-    tau, rest = split_noise(before, after, eta)
+    tau, rest = split_noise(before, after, eta, dynamics)
     x0 = x0 if x0.dtype == torch.float64 else x0.float()
     x = x.to(x0.dtype)
     epsilon = (x - alpha_t.to(x) * x0) / sigma_t.to(x)
     return Gaussian(alpha_s.to(x) * x0 + rest.to(x) * epsilon, tau.to(x))
 
 
-def split_noise(before: Level, after: Level, eta: float) -> tuple[Tensor, Tensor]:
-    """Return τ and √(σ_s² − τ²): the fresh noise of a step, and the noise it keeps in the direction of ε̂."""
+def split_noise(before: Level, after: Level, eta: float, dynamics: Dynamics = "ddim") -> tuple[Tensor, Tensor]:
+    """Return τ and ρ: the fresh noise of a step, and the noise it keeps in the direction of ε̂.
+
+    τ = η (σ_s/σ_t) √(σ_t² − (α_t/α_s)² σ_s²),  ρ = √(σ_s² − τ²)    (DDIM, arXiv 2010.02502, eq. 12 and 16)
+
+    dynamics  another law, of flow matching (`split_flow_noise`)
+    """
+    if dynamics != "ddim":
+        return split_flow_noise(before, after, eta, dynamics)
     (alpha_t, sigma_t), (alpha_s, sigma_s) = before, after
     if isinstance(after, FreshLevel):
         return sigma_s, torch.zeros_like(sigma_s)
     tau = eta * sigma_s / sigma_t * (sigma_t**2 - (alpha_t / alpha_s * sigma_s) ** 2).clamp(min=0).sqrt()
     return tau, (sigma_s**2 - tau**2).clamp(min=0).sqrt()
+
+
+# The SDEs that GRPO trains flow models with. α = 1 − σ, the denoiser predicts v = ε̂ − x̂0, and dt = σ_s − σ_t < 0:
+#
+# Flow-SDE (Flow-GRPO, arXiv 2505.05470, eq. 9), s = a √(σ_t/(1 − σ_t)), and Dance-SDE (DanceGRPO, arXiv 2505.07818,
+# eq. 8), s = a:    mean = x_t + [v + s²/(2σ_t) (x_t + (1 − σ_t) v)] dt,    τ = s √(−dt)
+# CPS (arXiv 2509.05952, eq. 10):    mean = (1 − σ_s) x̂0 + √(σ_s² − τ²) ε̂,    τ = σ_s sin(aπ/2)
+#
+# With x_t + (1 − σ_t) v = ε̂ and x_t + v dt = (1 − σ_s) x̂0 + σ_s ε̂, the mean of the first two is that of DDIM with
+# another ρ:    mean = (1 − σ_s) x̂0 + ρ ε̂,    ρ = σ_s − s² (σ_t − σ_s)/(2σ_t)
+#
+# As published, these two have noise in the last step too, which stays in the image: τ² + ρ² is not σ_s².
+
+
+def split_flow_noise(before: Level, after: Level, level: float, dynamics: Dynamics) -> tuple[Tensor, Tensor]:
+    """Return τ and ρ of a step of flow matching (equations above) at the noise level a.
+
+    Where σ_t = 1, 1 − σ_s stands for 1 − σ_t in s of Flow-SDE, as in its authors' code.
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = before, after
+    if dynamics == "cps":
+        return sigma_s * math.sin(level * math.pi / 2), sigma_s * math.cos(level * math.pi / 2)
+    down = sigma_t - sigma_s
+    s_squared = torch.full_like(sigma_t, level**2)
+    if dynamics == "flow-sde":
+        s_squared = level**2 * sigma_t / torch.where(alpha_t > 0, alpha_t, alpha_s)
+    return (s_squared * down).sqrt(), sigma_s - s_squared * down / (2 * sigma_t)
+
+
+def check_dynamics(scheduler: Scheduler, dynamics: Dynamics) -> None:
+    """Raise InputError where the law of the noise is not that of the scheduler's forward process."""
+    if dynamics != "ddim" and not is_flow(scheduler):
+        raise InputError(
+            f"dynamics {dynamics!r} are for flow matching, and {type(scheduler).__name__} is none: use ddim"
+        )
 
 
 def draws_fresh_noise(scheduler: Scheduler) -> bool:
@@ -460,10 +512,15 @@ def linear_step(kind: str, before: Level, after: Level, eta: float, limit: float
 
 
 def weighted_step(
-    weights: tuple[Tensor, Tensor], before: Level, after: Level, eta: float, limit: float = math.inf
+    weights: tuple[Tensor, Tensor],
+    before: Level,
+    after: Level,
+    eta: float,
+    limit: float = math.inf,
+    dynamics: Dynamics = "ddim",
 ) -> LinearStep:
     """Return `linear_step` for the weights (a, b) of x̂0 = a x_t + b o."""
-    tau, rest = split_noise(before, after, eta)
+    tau, rest = split_noise(before, after, eta, dynamics)
     c = rest / before.sigma
     return LinearStep(*weights, c, after.alpha - c * before.alpha, tau, limit)
 

@@ -21,7 +21,9 @@ from steer.diffusion.kernels import fused_gaussian, has_kernel
 from steer.diffusion.precision import HALF, widest
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import (
+    Dynamics,
     Gaussian,
+    Level,
     Scheduler,
     gaussian_transition,
     mid_transition,
@@ -70,24 +72,29 @@ class SolverStep:
         """Return x̂0, the predicted clean latents: fp32, shaped like x. Computed on the first call."""
         return self._x0
 
-    def exact_kernel(self, eta: float) -> Gaussian:
+    def ode_step(self) -> Tensor:
+        """Return x_s of the first-order ODE step, without noise: DDIM's, of flow matching Euler's (N, …), fp32."""
+        before, after = step_levels(self.scheduler, self.t, self.index)
+        return gaussian_transition(self.x, self.x0(), before, Level(*after), 0.0).mean
+
+    def exact_kernel(self, eta: float, dynamics: Dynamics = "ddim") -> Gaussian:
         """Return the Gaussian step p(x_s | x_t) with noise η in fp64: log-ratios are differences of large sums."""
         levels, dtype = step_levels(self.scheduler, self.t, self.index), widest(self.x.device)
         if self.own_x0 is not None:
             x0 = self.own_x0.to(dtype)
         else:
             x0 = predict_x0(self.scheduler, self.output, self.t, self.x, self.index, dtype)
-        return gaussian_transition(self.x, x0, *levels, eta)
+        return gaussian_transition(self.x, x0, *levels, eta, dynamics)
 
-    def kernel(self, eta: float, rows: Tensor | None = None) -> Gaussian:
+    def kernel(self, eta: float, rows: Tensor | None = None, dynamics: Dynamics = "ddim") -> Gaussian:
         """Return the Gaussian step p(x_s | x_t) with noise η, of all particles or of `rows` (repeats allowed)."""
         levels = step_levels(self.scheduler, self.t, self.index)
         plain = self.own_x0 is None and has_kernel(self.x, self.output)
         if plain and not self.scheduler.config.get("thresholding"):
             x, output = (self.x, self.output) if rows is None else (self.x[rows], self.output[rows])
-            return fused_gaussian(self.scheduler, x, output, *levels, eta)
+            return fused_gaussian(self.scheduler, x, output, *levels, eta, dynamics)
         x, x0 = (self.x, self.x0()) if rows is None else (self.x[rows], self.x0()[rows])
-        return gaussian_transition(x, x0, *levels, eta)
+        return gaussian_transition(x, x0, *levels, eta, dynamics)
 
 
 StepOverride = tuple[Tensor | None, Tensor | None]

@@ -27,7 +27,7 @@ from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
 from steer.reward import Reward, mean_over_frames, score_components
 from steer.training.distributed import SINGLE_PROCESS, DistributedContext, sum_over_processes
-from steer.training.guards import kl
+from steer.training.guards import SlopeLimit, kl
 from steer.training.losses import LogProbs, Loss, Metrics
 from steer.training.rollout import Sampler, Trajectories, log_probs
 
@@ -275,6 +275,7 @@ def reward_gradient(
     reward: Reward,
     last_steps: int,
     *,
+    limit: SlopeLimit | None = None,
     penalties: Mapping[Penalty, float],
     on_policy: bool,
     backward: Backward,
@@ -288,6 +289,8 @@ def reward_gradient(
     it. Returns −mean reward, and the penalties of these steps with `kl`, in nats. The graph holds k denoiser calls and
     the decoder. The options are those of `two_pass_gradient`.
 
+    limit  a bound on the slope of the reward at each image
+
     Raises InputError where the weights are no longer those that drew the batch.
     """
     if not on_policy:
@@ -298,7 +301,7 @@ def reward_gradient(
     backward = counted(backward, len(batch.chunks) * (1 + len(steps) * bool(penalties)), before_last)
     for chunk, chunk_reference in zip(batch.chunks, batch.references, strict=True):
         on_chunk()
-        images = sampler.finish(chunk, last_steps)
+        images = (limit or SlopeLimit(None)).apply(sampler.finish(chunk, last_steps))
         rewards, _ = mean_over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts))
         value -= rewards.sum().item() / count
         backward(-rewards.sum().to(images.device) / count)

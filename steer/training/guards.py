@@ -70,6 +70,34 @@ class KLControl:
         return self.budget is not None and measured >= self.budget
 
 
+@dataclass
+class SlopeLimit:
+    """A bound on the gradient of a reward with respect to each image: factor · s₀, s₀ the median in the first update.
+
+    Where a reward changes much faster with the pixels than among images of the base model it is exploited: there the
+    gradient is scaled down to the bound, so that no image outweighs the others.
+
+    factor  κ ≥ 1; None: no bound
+    base    s₀ once it is known
+    """
+
+    factor: float | None
+    base: float | None = None
+
+    def apply(self, images: Tensor) -> Tensor:
+        """Bound the gradient that flows back into images (N, …); return the images."""
+        if self.factor is not None and images.requires_grad:
+            images.register_hook(self._bounded)
+        return images
+
+    def _bounded(self, gradient: Tensor) -> Tensor:
+        slopes = gradient.float().flatten(1).norm(dim=1)
+        if self.base is None:
+            self.base = slopes.median().item()
+        scale = ((self.factor or math.inf) * self.base / slopes.clamp(min=1e-30)).clamp(max=1)
+        return gradient * scale.view(-1, *[1] * (gradient.dim() - 1)).to(gradient.dtype)
+
+
 @dataclass(frozen=True)
 class EarlyStopping:
     """Early stopping by a held-out reward.
@@ -103,14 +131,16 @@ class EarlyStopping:
         return replace(self, **{**state, "best": tuple(state["best"])})
 
 
-def check_replay(sampler: Sampler, trajectories: Trajectories, dtype: torch.dtype) -> float:
+def check_replay(sampler: Sampler, trajectories: Trajectories, dtype: torch.dtype, factor: float = 1.0) -> float:
     """Return the largest |ratio − 1| of any step between a rollout's log-probs and its replay by the same weights.
+
+    factor  of the tolerance, where the replay has another batch shape than the rollout
 
     Raises InputError where rounding does not explain it: every ratio of the training would be wrong.
     """
     difference = (log_probs(sampler, trajectories) - trajectories.log_probs).abs().max().item()
     measured = torch.expm1(torch.tensor(difference)).item()
-    allowed = RATIO_TOLERANCE[dtype] * max(1.0, math.sqrt(trajectories.elements / TOLERANCE_ELEMENTS))
+    allowed = factor * RATIO_TOLERANCE[dtype] * max(1.0, math.sqrt(trajectories.elements / TOLERANCE_ELEMENTS))
     if not measured <= allowed:
         raise InputError(
             f"a replay of the first samples has other log-probabilities (ratio off by {measured:.2g}, at most "

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -21,7 +21,7 @@ from steer.diffusion.precision import HALF, Precision, in_float32
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.rows import RowsCall
-from steer.diffusion.schedules import Gaussian
+from steer.diffusion.schedules import Dynamics, Gaussian, check_dynamics
 from steer.diffusion.seeds import seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
@@ -96,6 +96,45 @@ class Trajectories:
         return replace(components[0], rows=rows, latents=latents, log_probs=step_log_probs)
 
 
+WindowKind = Literal["first", "random", "sliding"]
+
+
+@dataclass(frozen=True)
+class StepWindow:
+    """A window of successive solver steps with noise; all others are steps of the ODE (MixGRPO, arXiv 2507.21802).
+
+    first    the first steps
+    random   within the first half of the steps where it fits (Flow-GRPO-Fast, arXiv 2505.05470)
+    sliding  from the first steps to the last, then from the first again
+
+    size    number of steps
+    number  of random windows a seed, of sliding ones the number of shifts by one step
+    skip    last steps with noise that no window reaches; the very last step of a run is never in one
+    """
+
+    kind: WindowKind
+    size: int
+    number: int = 0
+    skip: int = 0
+
+    def steps(self, total: int) -> range:
+        """Return the steps with noise, of 0 … total − 1. Raises InputError where the window does not fit."""
+        available = total - 1 - self.skip
+        if not 1 <= self.size <= available:
+            raise InputError(
+                f"window_size must be from 1 to {available}, the steps that can have noise, got {self.size}: lower it, "
+                "or raise num_inference_steps"
+            )
+        places = max(total // 2, self.size) if self.kind == "random" else available
+        places = min(places, available) - self.size + 1
+        first = 0
+        if self.kind == "random":
+            first = int(torch.randint(places, (), generator=Generator().manual_seed(self.number)))
+        elif self.kind == "sliding":
+            first = self.number % places
+        return range(first, first + self.size)
+
+
 class Sampler:
     """A sampler of trajectories of a pipeline, on its own weights; each text is encoded once.
 
@@ -106,8 +145,9 @@ class Sampler:
     precision  of the denoiser: float32, whatever its weights and autocast are, since log-ratios in half precision are
                mostly rounding; or that of the model
     autocast   whether `prepared` enters an autocast to half precision
+    dynamics   the law of the noise; of those other than ddim, `eta` is the noise level a
 
-    Raises InputError for a scheduler whose noise levels are not known.
+    Raises InputError for a scheduler whose noise levels are not known, or are not those of the dynamics.
     """
 
     def __init__(
@@ -119,6 +159,7 @@ class Sampler:
         prepared: Callable[..., Any] | None = None,
         precision: Precision = "float32",
         autocast: bool = False,
+        dynamics: Dynamics = "ddim",
     ) -> None:
         if not 0 < eta <= 1:
             raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
@@ -126,7 +167,8 @@ class Sampler:
         unknown = [name for name in call if name not in filter_call_kwargs(pipe, call)]
         if unknown:
             raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
-        self.eta, self.storage, self._call = eta, storage, dict(call)
+        check_dynamics(pipe.scheduler, dynamics)
+        self.eta, self.storage, self._call, self.dynamics = eta, storage, dict(call), dynamics
         denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
         exact = partial(in_float32, denoisers, autocast=autocast)
         self._precision_context = exact if precision == "float32" else nullcontext
@@ -135,15 +177,21 @@ class Sampler:
         self._form = 0  # of the call that makes several rows: see `RowsCall`
         vars(self._pipe).update(self._gate.around(pipe, prepared))
 
-    def rollout(self, rows: Rows) -> tuple[Trajectories, Tensor]:
+    def rollout(self, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
         """Draw the rows as one batch; also returns their images (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
 
         x_s is rounded through model and storage dtype before its density is evaluated, so that a replay reproduces it.
+
+        window  the steps with noise; None: all
         """
         latents, log_probs, stochastic = [], [], []
 
         def draw(solver_step: SolverStep) -> tuple[None, Tensor] | None:
-            kernel, dtype = solver_step.exact_kernel(self.eta), _latent_dtype(solver_step)
+            dtype = _latent_dtype(solver_step)
+            if window is not None and solver_step.k not in window.steps(solver_step.total):
+                latents.append(solver_step.ode_step().to(dtype).to(self.storage).cpu())
+                return None, latents[-1].to(solver_step.prev.device, dtype)
+            kernel = solver_step.exact_kernel(self.eta, self.dynamics)
             x_s = solver_step.prev.to(dtype)
             if noisy := bool(kernel.std > 0):
                 stochastic.append(solver_step.k)
@@ -157,7 +205,16 @@ class Sampler:
         if not stochastic:
             raise InputError("no step of this run has noise: there is nothing to learn. Use more steps")
         trajectories = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
-        return trajectories, images.float() if is_audio(images) else images.float().clamp(0, 1)
+        return trajectories, _images(images)
+
+    def ode_images(self, rows: Rows) -> Tensor:
+        """Return the images of the rows by steps of the ODE alone, shaped as those of `rollout`."""
+
+        def step(solver_step: SolverStep) -> tuple[None, Tensor]:
+            return None, solver_step.ode_step().to(_latent_dtype(solver_step))
+
+        with torch.no_grad():
+            return _images(self._run(rows, step, "pt"))
 
     def replay(
         self, stored: Trajectories, at: ReplayCallback, only: Collection[int] | None = None, grad: bool = False
@@ -174,7 +231,7 @@ class Sampler:
             x_s = stored.latents[:, solver_step.k].to(solver_step.prev.device, _latent_dtype(solver_step))
             if solver_step.k in wanted:
                 with self._precision_context():  # a backward pass in it may recompute blocks of the denoiser
-                    at(wanted[solver_step.k], solver_step.exact_kernel(self.eta), x_s)
+                    at(wanted[solver_step.k], solver_step.exact_kernel(self.eta, self.dynamics), x_s)
             self._gate.open = solver_step.k + 1 in wanted
             return None, x_s
 
@@ -198,7 +255,7 @@ class Sampler:
             self._gate.open = solver_step.k + 1 >= first
             if solver_step.k < first:
                 return None, stored.latents[:, solver_step.k].to(solver_step.prev)
-            kernel = solver_step.kernel(self.eta)
+            kernel = solver_step.kernel(self.eta, dynamics=self.dynamics)
             if solver_step.k not in stored.stochastic:
                 return None, kernel.mean
             return None, kernel.mean + kernel.std * self._noise(stored.rows, solver_step.k, kernel.mean)
@@ -226,6 +283,11 @@ class Sampler:
             return self._run(rows, on_step, "pt")
         self._form = call.place
         return images
+
+
+def _images(images: Tensor) -> Tensor:
+    """Return images in [0, 1], or waveforms as they are, in float32."""
+    return images.float() if is_audio(images) else images.float().clamp(0, 1)
 
 
 def _latent_dtype(solver_step: SolverStep) -> torch.dtype:

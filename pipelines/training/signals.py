@@ -1,0 +1,91 @@
+"""The signal of a loss from the rewards of a rollout: several rewards on one scale, constraints, the Pareto front."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+from steer.pipelines.training.config import LossConfig
+from steer.pipelines.training.method import Scored
+from steer.reward import Composite, Metadata, Reward, score_components, with_metadata
+from steer.rewards.compose import CombinedReward, CompositeReward
+from steer.rewards.parser import load_reward
+from steer.training.constraints import Constraints, read_bounds
+from steer.training.signals import normalized_sum
+
+
+class BoundedReward(CompositeReward):
+    """A trained reward, with the rewards of constraints among its components."""
+
+    def __init__(self, reward: Reward, bounded: Sequence[Reward]) -> None:
+        super().__init__([reward, *bounded], reward.name)
+        self._trained, *self._bounded = self._rewards
+
+    def components(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> dict[str, Tensor]:
+        scores, components = score_components(self._trained, images, prompts, metadata)
+        bounded = {one.name: score_components(one, images, prompts, metadata)[0] for one in self._bounded}
+        return (components or {self.name: scores}) | bounded
+
+    def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor:
+        if not isinstance(self._trained, Composite):
+            return components[self.name]
+        bounded = {one.name for one in self._bounded}
+        return self._trained.total({name: v for name, v in components.items() if name not in bounded}, prompts)
+
+
+class RewardSignal:
+    """The mixed reward of the samples of an update, by a configuration; it holds the multipliers of its constraints.
+
+    Raises InputError for options that do not fit the reward.
+    """
+
+    def __init__(self, reward: Reward, config: LossConfig) -> None:
+        plain = unwrapped(reward)
+        self.name, self.weights = reward.name, plain.weights if isinstance(plain, CombinedReward) else None
+        known = {reward.name, *(plain.component_names if isinstance(plain, CompositeReward) else ())}
+        self.constraints = Constraints(read_bounds(config.constraints), config.dual_rate)
+        self.bounded: list[Reward] = [load_reward(name) for name in config.constraints if name not in known]
+        self.normalize = config.normalize_components
+        if self.normalize and self.weights is None:
+            raise InputError(
+                f"normalize_components is for a weighted sum of rewards, and {reward.name!r} is none: leave it out"
+            )
+
+    def attach_metadata(self, rows: Mapping[str, Mapping[str, Any]] | None) -> None:
+        """Attach metadata by prompt to the rewards of constraints."""
+        self.bounded = [with_metadata(one, rows) for one in self.bounded]
+
+    def scored_reward(self, reward: Reward) -> Reward:
+        """Return the reward of the training samples, with the components that constraints need."""
+        return BoundedReward(reward, self.bounded) if self.bounded else reward
+
+    def __call__(self, scored: Scored) -> Tensor:
+        """Return the signal (B, K) of an update, after moving the multipliers by its means."""
+        rewards = scored.rewards
+        if self.normalize and self.weights is not None:
+            rewards = normalized_sum(scored.components, self.weights)
+        if not self.constraints.bounds:
+            return rewards
+        bounded = {self.name: scored.rewards} | scored.components
+        self.constraints = self.constraints.after(rewards, bounded)
+        return self.constraints.signal(rewards, bounded)
+
+    def objectives(self, scored: Scored) -> Tensor:
+        """Return the components of the trained reward (B, K, M)."""
+        bounded = {one.name for one in self.bounded}
+        return torch.stack([values for name, values in scored.components.items() if name not in bounded], -1)
+
+
+def unwrapped(reward: Reward) -> Reward:
+    """Return a reward without metadata, time limits and other wrappers."""
+    while not isinstance(reward, CompositeReward) and (inner := getattr(reward, "reward", None)) is not None:
+        reward = inner
+    return reward
+
+
+def check_pareto(reward: Reward, pareto: bool) -> None:
+    """Raise InputError where a reward has no components to compare."""
+    if pareto and not isinstance(unwrapped(reward), CompositeReward):
+        raise InputError(f"pareto compares the components of a reward, and {reward.name!r} has none: leave it out")

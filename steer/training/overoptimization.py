@@ -1,0 +1,135 @@
+"""Over-optimisation in numbers: reward curves over √KL and their fits, and the sign of a hacked run."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+
+Law = Literal["finetuning", "best-of-n"]
+
+
+def best_of_n_kl(n: int) -> float:
+    """Return an upper bound, for distinct rewards the value, of KL(best of n ‖ one sample): log n − (n − 1)/n, nats."""
+    return math.log(n) - (n - 1) / n
+
+
+@dataclass(frozen=True)
+class RewardCurve:
+    """R(d) over d = √KL: d(α − β log d) of finetuning, d(α − β d) of best-of-n (arXiv 2210.10760, sec. 3.2).
+
+    alpha, beta                  in the unit of R per √nat
+    alpha_interval, beta_interval  95 % bootstrap intervals over the points
+    """
+
+    law: Law
+    alpha: float
+    beta: float
+    alpha_interval: tuple[float, float]
+    beta_interval: tuple[float, float]
+
+    @property
+    def peak(self) -> float:
+        """d of the highest R: exp(α/β − 1), or α/(2β); infinite where R never falls (β ≤ 0)."""
+        if self.beta <= 0:
+            return math.inf
+        exponent = self.alpha / self.beta - 1
+        if self.law == "best-of-n":
+            return self.alpha / (2 * self.beta)
+        return math.exp(exponent) if exponent < 700 else math.inf
+
+    def __call__(self, distance: float) -> float:
+        """Return R at d > 0."""
+        bend = math.log(distance) if self.law == "finetuning" else distance
+        return distance * (self.alpha - self.beta * bend)
+
+
+def fit_reward_curve(kl: Tensor, gain: Tensor, law: Law = "finetuning", resamples: int = 2000) -> RewardCurve:
+    """Fit R(√KL) to gains (N,) over the base model by least squares; R is linear in α and β.
+
+    kl  (N,) nats; points without KL > 0 are left out. Raises InputError where fewer than three are left.
+    """
+    used = kl > 0
+    distance, values = kl[used].double().sqrt(), gain[used].double()
+    if len(distance) < 3 or len(distance.unique()) < 2:
+        raise InputError(f"a curve needs three points with KL above 0 and two different ones, got {len(distance)}")
+    bend = distance.log() if law == "finetuning" else distance
+    design = torch.stack([distance, -distance * bend], 1)
+
+    def solve(rows: Tensor) -> Tensor:
+        return torch.linalg.pinv(design[rows]) @ values[rows, None]
+
+    alpha, beta = solve(torch.arange(len(values))).flatten().tolist()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    drawn = (torch.linalg.pinv(design[rows]) @ values[rows][..., None])[..., 0]
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+    return RewardCurve(law, alpha, beta, (low[0], high[0]), (low[1], high[1]))
+
+
+@dataclass(frozen=True)
+class Hacking:
+    """A run whose held-out reward fell below the base model's though both rewards agreed on the base model's samples.
+
+    (Definition 4.2 of arXiv 2403.03185.) correlation, correlation_now  within prompts, of the first and the last
+    evaluation
+    """
+
+    held_out: str
+    before: float
+    after: float
+    correlation: float
+    correlation_now: float
+
+    def __str__(self) -> str:
+        return (
+            f"Reward hacking: the held-out reward {self.held_out} fell from {self.before:.4g} to {self.after:.4g}, "
+            f"below the base model's, while it correlated with the trained one on the base model's samples (r = "
+            f"{self.correlation:.2f}, now {self.correlation_now:.2f})."
+        )
+
+
+def find_hacking(evaluations: Sequence[Mapping[str, Any]], step: int | None = None) -> Hacking | None:
+    """Return the first held-out reward that a run hacked; None where there is none, or one sample per prompt.
+
+    evaluations  records, the base model's first
+    step         the update whose weights are judged; None: the last
+    """
+    by_step = {one["step"]: one for one in evaluations}
+    if len(by_step) < 2:
+        return None
+    base, now = evaluations[0], by_step.get(step, evaluations[-1])
+    for name in (key.removeprefix("eval/correlation/") for key in base if key.startswith("eval/correlation/")):
+        before, after = (record[f"eval/{name}"][0] for record in (base, now))
+        first, last = (record.get(f"eval/correlation/{name}", math.nan) for record in (base, now))
+        if first > 0 and after < before and base is not now:
+            return Hacking(name, before, after, first, last)
+    return None
+
+
+def chi_square_of_trajectories(log_ratios: Tensor) -> tuple[float, float]:
+    """Return χ²(π ‖ π₀) = E_π[π/π₀] − 1 of whole trajectories, and the effective sample size of the estimate.
+
+    log_ratios  (N,) Σ_t log π/π₀ of samples of π, nats
+
+    The estimate is dominated by few samples where the effective sample size is small (usual from 5 nats on): below 10
+    it means little.
+    """
+    values = log_ratios.double()
+    estimate = math.exp(min((values.logsumexp(0) - math.log(len(values))).item(), 700.0)) - 1
+    return estimate, (2 * values.logsumexp(0) - (2 * values).logsumexp(0)).exp().item()
+
+
+def guaranteed_gain(proxy_gain: float, correlation: float, chi_square: float) -> float:
+    """Return a lower bound of the gain in the true reward, in its base deviations (arXiv 2403.03185, theorem 5.1).
+
+    r⁻¹ [g − √((1 − r²) χ²)] for a proxy's gain g in its own base deviations, and 0 < r ≤ 1; at or below 0 there is no
+    guarantee.
+    """
+    if not 0 < correlation <= 1:
+        raise InputError(f"correlation must be above 0 and at most 1, got {correlation}: there is no bound")
+    return (proxy_gain - math.sqrt((1 - correlation**2) * chi_square)) / correlation

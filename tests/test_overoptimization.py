@@ -1,0 +1,96 @@
+"""Reward curves over √KL, and the sign of a hacked run, against planted values and closed forms."""
+
+import math
+
+import pytest
+import torch
+from torch import Generator
+
+from steer.errors import InputError
+from steer.pipelines.training.evaluation import EvalResult
+from steer.training.overoptimization import (
+    RewardCurve,
+    best_of_n_kl,
+    chi_square_of_trajectories,
+    find_hacking,
+    fit_reward_curve,
+    guaranteed_gain,
+)
+
+
+@pytest.mark.parametrize("law", ["finetuning", "best-of-n"])
+def test_a_planted_curve_is_recovered(law: str) -> None:
+    truth = RewardCurve(law, 1.3, 0.4, (0, 0), (0, 0))
+    kl = torch.linspace(0.1, 30, 60).double()
+    clean = torch.tensor([truth(math.sqrt(one)) for one in kl.tolist()]).double()
+    exact = fit_reward_curve(kl, clean, law)
+    assert exact.alpha == pytest.approx(1.3, rel=1e-5) and exact.beta == pytest.approx(0.4, rel=1e-5)
+    noisy = clean + 0.1 * torch.randn(60, generator=Generator().manual_seed(0)).double()
+    curve = fit_reward_curve(kl, noisy, law)
+    for value, (low, high), planted in (
+        (curve.alpha, curve.alpha_interval, 1.3),
+        (curve.beta, curve.beta_interval, 0.4),
+    ):
+        assert low < value < high and abs(value - planted) < 2 * (high - low) / 3.9
+    assert curve.peak == pytest.approx(truth.peak, rel=0.1)
+    near = [truth(truth.peak * factor) for factor in (0.98, 1.0, 1.02)]
+    assert near[1] == max(near)  # by hand: dR/dd = 0 at exp(α/β − 1), or α/2β
+
+
+def test_a_curve_that_never_falls_has_no_peak() -> None:
+    assert RewardCurve("finetuning", 1.0, 0.0, (0, 0), (0, 0)).peak == math.inf
+    with pytest.raises(InputError, match="three points with KL above 0"):
+        fit_reward_curve(torch.tensor([0.0, 1.0, 2.0]), torch.ones(3))
+
+
+def test_kl_of_best_of_n() -> None:
+    """The density ratio of the best of n is n u^(n−1) over ranks u: its KL by quadrature."""
+    u = (torch.arange(200_000).double() + 0.5) / 200_000
+    ratio = 8 * u**7
+    assert best_of_n_kl(8) == pytest.approx((ratio * ratio.log()).mean().item(), rel=1e-4)
+
+
+def test_a_tilted_gaussian() -> None:
+    """N(λ, 1) against N(0, 1): KL = λ²/2, χ² = e^{λ²} − 1, the proxy gains λ and a truth of correlation ρ gains ρλ."""
+    lam, rho = 0.6, 0.8
+    proxy = lam + torch.randn(200_000, generator=Generator().manual_seed(0)).double()
+    log_ratios = lam * proxy - lam**2 / 2
+    error = log_ratios.std() / len(proxy) ** 0.5
+    assert abs(log_ratios.mean() - lam**2 / 2) < 3 * error
+    chi_square, size = chi_square_of_trajectories(log_ratios)
+    assert chi_square == pytest.approx(math.exp(lam**2) - 1, rel=0.02)
+    assert 1000 < size < len(proxy)
+    assert guaranteed_gain(lam, rho, chi_square) <= rho * lam
+    assert guaranteed_gain(lam, 1.0, chi_square) == lam  # a perfect proxy is the truth
+    with pytest.raises(InputError, match="correlation must be above 0"):
+        guaranteed_gain(1.0, -0.1, 1.0)
+
+
+def evaluation(step: int, trained: list[list[float]], held_out: list[list[float]]) -> dict[str, object]:
+    rewards = {"trained": torch.tensor(trained).float(), "truth": torch.tensor(held_out).float()}
+    return EvalResult(step, ("a", "b"), rewards, 0.0, torch.zeros(4, 3, 1, 1)).record()
+
+
+BASE = evaluation(0, [[0.0, 1.0], [2.0, 4.0]], [[0.0, 2.0], [1.0, 2.0]])
+HACKED = evaluation(10, [[5.0, 6.0], [7.0, 8.0]], [[1.0, -1.0], [0.5, 0.0]])
+
+
+def test_records_have_correlations_and_deviations() -> None:
+    """By hand: centred (∓.5, ∓1) and (∓1, ∓.5): r = (2·.5 + 2·.5)/√(2.5 · 2.5) = .8."""
+    assert BASE["eval/correlation/truth"] == pytest.approx(0.8)
+    assert HACKED["eval/correlation/truth"] < 0
+    assert BASE["eval/deviation/trained"] == pytest.approx(torch.tensor([0.0, 1, 2, 4]).std(correction=0).item())
+    single = EvalResult(0, ("a",), {"t": torch.ones(1, 1), "h": torch.ones(1, 1)}, 0.0, torch.zeros(1, 3, 1, 1))
+    assert "eval/correlation/h" not in single.record()
+
+
+def test_a_hacked_run_is_named() -> None:
+    hacking = find_hacking([BASE, HACKED])
+    assert hacking is not None and hacking.before == pytest.approx(1.25) and hacking.after == pytest.approx(0.125)
+    assert "the held-out reward truth fell from 1.25 to 0.125" in str(hacking)
+    assert "(r = 0.80, now -0.86)" in str(hacking)  # −1.25 / √2.125
+    assert find_hacking([BASE, evaluation(10, [[5, 6], [7, 8]], [[1, 3], [1, 2]])]) is None  # it rose
+    uncorrelated = evaluation(0, [[1.0, 0.0], [4.0, 2.0]], [[0.0, 2.0], [1.0, 2.0]])
+    assert find_hacking([uncorrelated, HACKED]) is None  # the proxy never promised anything
+    assert find_hacking([BASE]) is None and find_hacking([]) is None
+    assert find_hacking([BASE, HACKED], step=0) is None  # the exported weights are the base model's

@@ -1,0 +1,115 @@
+"""Trainings with constraints, filters, the Pareto front and normalised components, on a tiny pipeline."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rollouts import counted, fresh_pipe
+from soft_rewards import Soft
+
+from steer.errors import InputError
+from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
+from steer.pipelines.training.ddpo_grpo import DDPOConfig, DDPOTrainer, GRPOConfig, GRPOTrainer
+from steer.pipelines.training.signals import RewardSignal
+from steer.rewards.parser import combine
+from steer.training.losses import DDPO, GRPO
+from steer.training.trainable import get_denoiser
+
+RED = Soft(lambda images, prompts: images[:, 0].mean((1, 2)), "red")
+BLUE = Soft(lambda images, prompts: images[:, 2].mean((1, 2)) * 1000, "blue")
+SMALL: dict[str, Any] = {
+    "train_batch_size": 2, "num_generations": 4, "num_inference_steps": 3, "lora_rank": 2, "micro_batch": 8,
+    "lora_target_modules": ("to_q",),
+}  # fmt: skip
+PROMPTS = ["a star", "a circle"]
+
+
+def test_multipliers_are_learned_logged_and_resumed(tmp_path: Path) -> None:
+    """Another reward than the trained one, which it violates: its multiplier rises in every update."""
+
+    def trainer(folder: str, steps: int) -> PRDPTrainer:
+        config = PRDPConfig(
+            output_dir=str(tmp_path / folder), max_steps=steps, save_steps=1, dual_rate=1e-3,
+            constraints={"brightness": ">= 0.99", "red": "<= 9"}, **SMALL,
+        )  # fmt: skip
+        return PRDPTrainer(fresh_pipe("sd"), RED, config, train_prompts=PROMPTS)
+
+    whole = trainer("whole", 2).train()
+    first, second = (one["multiplier/brightness"] for one in whole.records)
+    assert 0 < first < second and whole.records[1]["multiplier/red"] == 0.0
+    trainer("parts", 1).train()
+    again = trainer("parts", 2).train(resume_from_checkpoint=True)
+    assert again.records[1]["multiplier/brightness"] == second
+    assert again.records[1]["loss"] == whole.records[1]["loss"]
+
+
+@pytest.mark.parametrize("kind", ["best-worst", "best-random"])
+def test_samples_that_a_filter_drops_cost_no_replay(kind: Any, tmp_path: Path) -> None:
+    rows = {}
+    for name in ("none", kind):
+        pipe = fresh_pipe("sd")
+        config = GRPOConfig(output_dir=str(tmp_path / name), max_steps=1, sample_filter=name, **SMALL)
+        with counted(get_denoiser(pipe)[1]) as calls:
+            result = GRPOTrainer(pipe, RED, config, train_prompts=PROMPTS).train()
+        rows[name] = sum(calls)
+        assert result.records[0]["grad_norm"] > 0
+    # Rows of 2 prompts × 4 samples, 2 for guidance each: 3 steps of the rollout, then 2 noisy steps of check, reference
+    # and update; with a filter half as many rows of these.
+    assert rows["none"] == 16 * (3 + 3 * 2) and rows[kind] == 16 * 3 + 8 * 3 * 2
+
+
+def test_the_loss_takes_advantages_where_samples_are_left_out() -> None:
+    assert isinstance(GRPOConfig().loss(), GRPO)
+    assert isinstance(GRPOConfig(pareto=True).loss(), DDPO)
+    assert isinstance(GRPOConfig(sample_filter="best-worst").loss(), DDPO)
+
+
+@pytest.mark.parametrize(("trainer", "config"), [(GRPOTrainer, GRPOConfig), (DDPOTrainer, DDPOConfig)])
+def test_pareto_trains_policy_gradients(trainer: Any, config: Any, tmp_path: Path) -> None:
+    options = config(output_dir=str(tmp_path), max_steps=1, pareto=True, **SMALL)
+    result = trainer(fresh_pipe("sd"), combine({RED: 1.0, BLUE: 1.0}), options, train_prompts=PROMPTS).train()
+    assert result.records[0]["grad_norm"] > 0 and {"reward/red", "reward/blue"} <= set(result.records[0])
+
+
+def test_a_sum_is_normalised_by_component() -> None:
+    from steer.pipelines.training.method import Scored
+
+    red, blue = torch.tensor([[0.0, 1.0, 2.0]]), torch.tensor([[2000.0, 1000.0, 0.0]])
+    scored = Scored(("a",), (), red - 2 * blue, {"red": red, "blue": blue})
+    signal = RewardSignal(combine({RED: 1.0, BLUE: -2.0}), GRPOConfig(normalize_components=True))(scored)
+    torch.testing.assert_close(signal, torch.tensor([[-1.0, 0.0, 1.0]]) * 3 * 1.5**0.5, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"normalize_components": True}, "normalize_components is for a weighted sum of rewards, and 'red' is none"),
+        ({"constraints": {"nonsense": "<= 1"}}, "nonsense"),
+        ({"pareto": True}, "pareto compares the components of a reward, and 'red' has none"),
+    ],
+)
+def test_options_that_do_not_fit_the_reward_are_refused(options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        D3POTrainer(None, RED, D3POConfig(**options), train_prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"constraints": {"red": "low"}}, "constraints: red must be like"),
+        ({"sample_filter": "best", "filter_keep": 9}, "filter_keep must be from 2 to num_generations = 4, got 9"),
+        ({"sample_filter": "worst"}, "sample_filter"),
+        ({"window": "middle"}, "window"),
+        ({"dynamics": "vp"}, "dynamics"),
+    ],
+)
+def test_bad_configurations_are_one_line(options: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        D3POConfig(**options)
+    assert "\n" not in str(error.value)
+
+
+def test_preferences_have_no_window() -> None:
+    with pytest.raises(InputError, match="window and dynamics are for samples of the present policy"):
+        D3POTrainer(None, config=D3POConfig(window="first"), preferences="nowhere")
