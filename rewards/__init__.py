@@ -23,6 +23,10 @@ REWARDS: dict[str, tuple[str, str]] = {
         "steer.rewards.classifier:Classifier",
         "classifier:LABEL, log-probability of an ImageNet class, nats",
     ),
+    "vqa": (
+        "steer.rewards.vlm:vqa",
+        "vqa:MODEL or vqa:http://HOST/v1,model=NAME, P(yes) of a vision-language model, 0..1; presets for scores",
+    ),
     "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
     "jpeg": (
         "steer.rewards.jpeg:JpegCompressibility",
