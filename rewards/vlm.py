@@ -196,7 +196,7 @@ class LocalModel:
     def _next_tokens(self, inputs: Mapping[str, Tensor], last: int) -> Tensor:
         """Return log-probabilities (N, ≥ last, V) in fp32 of the tokens after the last positions."""
         keep = {"logits_to_keep": last} if self._keeps_logits else {}
-        return self._model(**inputs, **keep).logits.float().log_softmax(-1)
+        return self._model(**inputs, use_cache=False, **keep).logits.float().log_softmax(-1)
 
     def _inputs(self, images: Tensor, question: str) -> dict[str, Tensor]:
         user = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}
@@ -419,12 +419,7 @@ def vqa(
         asked = replace(asked, question=_template(Path(template)))
     answering: Answering
     if target.startswith(("http://", "https://")):
-        if not model:
-            raise RewardError(f"vqa:{target}: name the server's model: vqa:{target},model=NAME")
-        numbers = [_number(*one) for one in (("timeout", timeout), ("tries", tries), ("concurrency", concurrency))]
-        folder = None if cache == "off" else Path(cache) if cache else default_cache()
-        seconds, attempts, threads = numbers
-        client = ChatClient(target, model, timeout=seconds, tries=int(attempts), concurrency=int(threads), cache=folder)
+        client = endpoint(target, model=model, timeout=timeout, tries=tries, concurrency=concurrency, cache=cache)
         answering = EndpointModel(client, int(_number("top_logprobs", top_logprobs)))
     elif model:
         raise RewardError(f"vqa:{target}: model= names the model of an endpoint; a local one is written vqa:{model}")
@@ -433,6 +428,25 @@ def vqa(
     name = reward_name(f"vqa:{target}", model=(model or "", ""), preset=(label, "vqascore"))
     name = reward_name(name, unit=(unit, "probability"), questions=(questions or "", ""), template=(template or "", ""))
     return VqaReward(name, answering, asked, unit, read_questions(Path(questions)) if questions else None)
+
+
+def endpoint(
+    url: str,
+    *,
+    model: str | None = None,
+    timeout: str | float = TIMEOUT,
+    tries: str | int = MAX_ATTEMPTS,
+    concurrency: str | int = CONCURRENCY,
+    cache: str | None = None,
+) -> ChatClient:
+    """Make the client of an endpoint from options in text. Raises RewardError."""
+    if not model:
+        raise RewardError(f"{url}: name the server's model: {url},model=NAME")
+    folder = None if cache == "off" else Path(cache) if cache else default_cache()
+    attempts, threads = int(_number("tries", tries)), int(_number("concurrency", concurrency))
+    return ChatClient(
+        url, model, timeout=_number("timeout", timeout), tries=attempts, concurrency=threads, cache=folder
+    )
 
 
 def _template(path: Path) -> str:

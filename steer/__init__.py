@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     )
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-    from steer.reward import Reward, RewardError, with_timeout
-    from steer.rewards.parser import combine, load_reward, score, score_components
+    from steer.reward import Judge, Reward, RewardError, with_timeout
+    from steer.rewards.judges import HierarchyJudge, Tournament, as_judge
+    from steer.rewards.parser import combine, load_judge, load_reward, score, score_components
 
 _MODULES = {
     "steer.assets": ("MODELS",),
@@ -66,8 +67,9 @@ _MODULES = {
     ),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
-    "steer.reward": ("Reward", "RewardError", "with_timeout"),
-    "steer.rewards.parser": ("combine", "load_reward", "score", "score_components"),
+    "steer.reward": ("Judge", "Reward", "RewardError", "with_timeout"),
+    "steer.rewards.judges": ("HierarchyJudge", "Tournament", "as_judge"),
+    "steer.rewards.parser": ("combine", "load_judge", "load_reward", "score", "score_components"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
@@ -86,9 +88,11 @@ __all__ = [
     "FilteredTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "HierarchyJudge",
     "InitialNoise",
     "InputError",
     "Iteration",
+    "Judge",
     "NoiseSearchPipeline",
     "NoiseSearchSettings",
     "PRDPConfig",
@@ -104,9 +108,12 @@ __all__ = [
     "SelectionSettings",
     "SteeringOutput",
     "StepReport",
+    "Tournament",
     "TrainingConfig",
     "TrainingResult",
+    "as_judge",
     "combine",
+    "load_judge",
     "load_reward",
     "score",
     "score_components",

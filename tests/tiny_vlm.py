@@ -21,7 +21,9 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-SENTENCE = "Does this figure show Please answer yes or no Yes No four a red blue star circle is it there Is 4 two 2 in one word"
+SENTENCE = (
+    "Does this figure show Please answer yes or no Yes No four a red blue star circle is it there Is 4 in one word"
+)
 WORDS = SENTENCE.split()
 QWEN_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 TEMPLATE = (
