@@ -16,7 +16,7 @@ REWARDS: dict[str, tuple[str, str]] = {
     ),
     "mps": (
         "steer.rewards.mps:MPS",
-        "mps:path=FILE, Multi-dimensional Preference Score by CLIP-H (4 GB), logit-scaled; needs a converted checkpoint",
+        "mps:path=FILE, Multi-dimensional Preference Score by CLIP-H, logit-scaled; a converted checkpoint, 4 GB",
     ),
     "imagereward": ("steer.rewards.imagereward:ImageReward", "ImageReward v1.0: human preference, standardised"),
     "aesthetic": (
@@ -33,7 +33,7 @@ REWARDS: dict[str, tuple[str, str]] = {
     ),
     "vqa": (
         "steer.rewards.vlm:vqa",
-        "vqa:MODEL or vqa:http://HOST/v1,model=NAME, P(yes) of a vision-language model, 0..1; size and licence are the model's",
+        "vqa:MODEL or vqa:http://HOST/v1,model=NAME, P(yes) of a vision-language model, 0..1; its licence and size",
     ),
     "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
     "jpeg": (
