@@ -1,6 +1,5 @@
 """HPSv3 on a tiny random checkpoint in both published layouts, against Qwen2-VL and the head applied by hand."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_rewards import seeded, shaken
-from tiny_vlm import QWEN_TOKENS, bit_images, qwen_config, qwen_processor, word_tokenizer
+from tiny_vlm import bit_images, tiny_hpsv3
 from torch import Tensor
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers import AutoProcessor
 
 from steer.reward import RewardError
 from steer.rewards.hpsv3 import INSTRUCTION, fit
@@ -25,20 +23,7 @@ PROMPTS = ["a red star", "two blue circles and a red star", "<|Reward|> Yes"]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], Any]:
     """The base folder, the state dict of today's names, and the model."""
     folder = tmp_path_factory.mktemp("hpsv3")
-    tokenizer = word_tokenizer(QWEN_TOKENS)
-    qwen_processor(tokenizer).save_pretrained(folder)
-    qwen_config(tokenizer).save_pretrained(folder)
-    with seeded():
-        model = shaken(Qwen2VLForConditionalGeneration(qwen_config(tokenizer, len(tokenizer) + 1))).eval()
-        state = {key: value.clone() for key, value in model.state_dict().items()}
-        for index, before, after in ((0, 32, 24), (3, 24, 16), (5, 16, 2)):
-            state[f"rm_head.{index}.weight"] = torch.randn(after, before) / before**0.5
-            state[f"rm_head.{index}.bias"] = torch.randn(after)
-    save_file(state, folder / "new.safetensors")
-    old = {re.sub(r"^model\.(visual\.)", r"\1", re.sub(r"language_model\.", "", key)): t for key, t in state.items()}
-    assert "visual.patch_embed.proj.weight" in old and "model.layers.0.self_attn.q_proj.weight" in old
-    save_file(old, folder / "old.safetensors")
-    return folder, state, model
+    return folder, *tiny_hpsv3(folder)
 
 
 @torch.no_grad()

@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_rewards import seeded, shaken
-from tiny_vlm import bit_images
+from tiny_vlm import HEAD, HEADS, LAYERS, MULT, WIDTH, bit_images, tiny_mps
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPModel
 
 from steer.apps.scenes.training import LENGTH, build_tokenizer
 from steer.reward import RewardError
@@ -17,7 +16,6 @@ from steer.rewards.mps import CONDITIONS
 from steer.rewards.parser import load_reward
 
 State = dict[str, Tensor]
-WIDTH, HEADS, HEAD, MULT, LAYERS = 24, 3, 8, 2, 2
 PROMPTS = ["a red circle left of a blue star", "two green squares"]
 
 
@@ -25,32 +23,7 @@ PROMPTS = ["a red circle left of a blue star", "two green squares"]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CLIPModel, State]:
     """The base folder, CLIP, and the state dict of CLIP and the fusion."""
     folder = tmp_path_factory.mktemp("mps")
-    tokenizer = build_tokenizer(folder)
-    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-    text |= {"num_attention_heads": 2, "max_position_embeddings": LENGTH, "eos_token_id": tokenizer.eos_token_id}
-    vision = {"hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config=text, vision_config=vision | {"image_size": 32, "patch_size": 16}, projection_dim=WIDTH
-    )
-    config.save_pretrained(folder)
-    with seeded():
-        clip = shaken(CLIPModel(config)).eval()
-        state = {f"model.{key}": value for key, value in clip.state_dict().items()}
-        inner, wide = HEADS * HEAD, MULT * WIDTH
-        for k in range(LAYERS):
-            shapes = {"0.fn.to_q": (inner, WIDTH), "0.fn.to_kv": (2 * HEAD, WIDTH), "0.fn.to_out": (WIDTH, inner)}
-            shapes |= {"0.fn.ff.0": (2 * wide, WIDTH), "0.fn.ff.2": (WIDTH, wide), "1.fn.attn_out": (WIDTH, inner)}
-            shapes |= {"1.fn.fused_attn_ff_proj": (inner + 2 * HEAD + 2 * wide, WIDTH), "1.fn.ff_out.1": (WIDTH, wide)}
-            for name, shape in shapes.items():
-                state[f"cross_model.layers.{k}.{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
-            for part in (0, 1):
-                state[f"cross_model.layers.{k}.{part}.fn.norm.weight"] = 1 + 0.1 * torch.randn(WIDTH)
-                state[f"cross_model.layers.{k}.{part}.fn.norm.bias"] = torch.zeros(WIDTH)  # a buffer
-            frequencies = 1 / 10000 ** (torch.arange(0, HEAD, 2) / HEAD)
-            state[f"cross_model.layers.{k}.1.fn.rotary_emb.inv_freq"] = frequencies
-    state["model.text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
-    torch.save(state, folder / "MPS.pth")
-    return folder, clip, state
+    return folder, *tiny_mps(folder)
 
 
 def gated(x: Tensor) -> Tensor:

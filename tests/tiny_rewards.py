@@ -120,7 +120,12 @@ def tiny_learned(folder: Path, clip: Path) -> Path:
 
 def tiny_specifications(folder: Path) -> dict[str, str]:
     """A specification that needs no network for every built-in reward that needs more than its name."""
+    from tiny_vlm import tiny_hpsv3, tiny_llava, tiny_mps  # which uses this module
+
     clip = tiny_open_clip(folder / "open_clip")
+    for name, make in (("hpsv3", tiny_hpsv3), ("mps", tiny_mps)):
+        (folder / name).mkdir()
+        make(folder / name)
     torch.save(aesthetic_head(), folder / "head.pth")
     hps = f"path={tiny_hps(folder / 'HPS.pt', clip)},model={clip}"
     return {
@@ -128,6 +133,9 @@ def tiny_specifications(folder: Path) -> dict[str, str]:
         "pickscore": f"pickscore:path={tiny_transformers(folder / 'transformers')}",
         "hpsv2": f"hpsv2:{hps}",
         "hpsv2.1": f"hpsv2.1:{hps}",
+        "hpsv3": f"hpsv3:path={folder / 'hpsv3' / 'old.safetensors'},base={folder / 'hpsv3'}",
+        "mps": f"mps:path={folder / 'mps' / 'MPS.pth'},base={folder / 'mps'}",
+        "vqa": f"vqa:{tiny_llava(folder / 'llava')}",
         "imagereward": tiny_imagereward(folder / "imagereward"),
         "aesthetic": f"aesthetic:path={folder / 'head.pth'},backbone={clip}",
         "preference": f"preference:{tiny_learned(folder / 'preference', clip)}",

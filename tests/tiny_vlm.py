@@ -1,13 +1,18 @@
-"""Tiny vision-language models with random weights, saved as transformers does: LLaVA, Qwen2-VL."""
+"""Tiny vision-language models and rewards with random weights, in the published layouts: LLaVA, Qwen2-VL, HPSv3, MPS."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tiny_rewards import seeded, shaken
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -20,6 +25,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
+
+from steer.apps.scenes.training import LENGTH, build_tokenizer
 
 SENTENCE = (
     "Does this figure show Please answer yes or no Yes No four a red blue star circle is it there Is 4 in one word"
@@ -120,6 +127,57 @@ def tiny_qwen(folder: Path) -> Path:
     model.save_pretrained(folder)
     qwen_processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+def tiny_hpsv3(folder: Path) -> tuple[dict[str, Tensor], Qwen2VLForConditionalGeneration]:
+    """Write the base model's folder, and the checkpoint in both published layouts, new.safetensors and old.safetensors;
+    return the state dict of today's names, and the model."""
+    tokenizer = word_tokenizer(QWEN_TOKENS)
+    qwen_processor(tokenizer).save_pretrained(folder)
+    qwen_config(tokenizer).save_pretrained(folder)
+    with seeded():
+        model = shaken(Qwen2VLForConditionalGeneration(qwen_config(tokenizer, len(tokenizer) + 1))).eval()
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        for index, before, after in ((0, 32, 24), (3, 24, 16), (5, 16, 2)):
+            state[f"rm_head.{index}.weight"] = torch.randn(after, before) / before**0.5
+            state[f"rm_head.{index}.bias"] = torch.randn(after)
+    save_file(state, folder / "new.safetensors")
+    old = {re.sub(r"^model\.(visual\.)", r"\1", re.sub(r"language_model\.", "", key)): t for key, t in state.items()}
+    assert "visual.patch_embed.proj.weight" in old and "model.layers.0.self_attn.q_proj.weight" in old
+    save_file(old, folder / "old.safetensors")
+    return state, model
+
+
+WIDTH, HEADS, HEAD, MULT, LAYERS = 24, 3, 8, 2, 2  # of the tiny MPS
+
+
+def tiny_mps(folder: Path) -> tuple[CLIPModel, dict[str, Tensor]]:
+    """Write CLIP's configuration and tokenizer, and MPS.pth; return CLIP, and the state dict of CLIP and the fusion."""
+    tokenizer = build_tokenizer(folder)
+    text = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": LENGTH, "eos_token_id": tokenizer.eos_token_id}
+    vision = {"hidden_size": 40, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {"image_size": 32, "patch_size": 16}
+    config = CLIPConfig(text_config=text, vision_config=vision | sizes, projection_dim=WIDTH)
+    config.save_pretrained(folder)
+    with seeded():
+        clip = shaken(CLIPModel(config)).eval()
+        state = {f"model.{key}": value for key, value in clip.state_dict().items()}
+        inner, wide = HEADS * HEAD, MULT * WIDTH
+        for k in range(LAYERS):
+            shapes = {"0.fn.to_q": (inner, WIDTH), "0.fn.to_kv": (2 * HEAD, WIDTH), "0.fn.to_out": (WIDTH, inner)}
+            shapes |= {"0.fn.ff.0": (2 * wide, WIDTH), "0.fn.ff.2": (WIDTH, wide), "1.fn.attn_out": (WIDTH, inner)}
+            shapes |= {"1.fn.fused_attn_ff_proj": (inner + 2 * HEAD + 2 * wide, WIDTH), "1.fn.ff_out.1": (WIDTH, wide)}
+            for name, shape in shapes.items():
+                state[f"cross_model.layers.{k}.{name}.weight"] = torch.randn(shape) / shape[1] ** 0.5
+            for part in (0, 1):
+                state[f"cross_model.layers.{k}.{part}.fn.norm.weight"] = 1 + 0.1 * torch.randn(WIDTH)
+                state[f"cross_model.layers.{k}.{part}.fn.norm.bias"] = torch.zeros(WIDTH)  # a buffer
+            frequencies = 1 / 10000 ** (torch.arange(0, HEAD, 2) / HEAD)
+            state[f"cross_model.layers.{k}.1.fn.rotary_emb.inv_freq"] = frequencies
+    state["model.text_model.embeddings.position_ids"] = torch.arange(LENGTH)[None]
+    torch.save(state, folder / "MPS.pth")
+    return clip, state
 
 
 def bit_images(count: int, height: int = 28, width: int = 28, seed: int = 0) -> torch.Tensor:
