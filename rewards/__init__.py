@@ -35,6 +35,10 @@ REWARDS: dict[str, tuple[str, str]] = {
         "steer.rewards.vlm:vqa",
         "vqa:MODEL or vqa:http://HOST/v1,model=NAME, P(yes) of a vision-language model, 0..1; its licence and size",
     ),
+    "like": (
+        "steer.rewards.example:ExampleReward",
+        "like:FOLDER,against=FOLDER, likeness to a few example images by a CLIP, log-likelihood ratio, differentiable",
+    ),
     "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
     "jpeg": (
         "steer.rewards.jpeg:JpegCompressibility",

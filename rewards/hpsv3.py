@@ -176,7 +176,7 @@ def _load(path: Path, base: str, dtype: str | None) -> tuple[Any, nn.ModuleDict]
     )
     weights.load_weights(rm_head, head, what)
     network = nn.ModuleDict({"model": model.model, "rm_head": rm_head.float()})
-    return processor, network.eval().requires_grad_(False)  # type: ignore[return-value]
+    return processor, network.eval().requires_grad_(False)
 
 
 def _renamed(key: str) -> str:

@@ -188,13 +188,10 @@ def _load(path: Path, base: str) -> tuple[CLIPTokenizer, Any]:
     what, local = f"mps ({path})", Path(base).is_dir()
     state = weights.read_checkpoint(path)
     first = "cross_model.layers.0.0.fn."
-    shapes = [
-        state[key].shape if key in state else ()
-        for key in (f"{first}to_q.weight", f"{first}to_kv.weight", f"{first}ff.0.weight")
-    ]
-    if not all(len(shape) == 2 for shape in shapes):
+    parts = [state.get(f"{first}{part}.weight", torch.empty(0)) for part in ("to_q", "to_kv", "ff.0")]
+    if not all(part.dim() == 2 for part in parts):
         raise RewardError(f"{what}: not a state dict of MPS: {first}to_q, to_kv and ff.0 must have matrices")
-    (inner, width), (both, _), (wide, _) = shapes
+    (inner, width), both, wide = parts[0].shape, len(parts[1]), len(parts[2])
     with loading(what, "" if local else weights.NO_NETWORK):
         config = CLIPConfig.from_pretrained(base, revision=REVISIONS.get(base), local_files_only=local)
         tokenizer = CLIPTokenizer.from_pretrained(base, revision=REVISIONS.get(base), local_files_only=local)

@@ -1,4 +1,4 @@
-"""Tiny vision-language models and rewards with random weights, in the published layouts: LLaVA, Qwen2-VL, HPSv3, MPS."""
+"""Tiny vision-language models and rewards with random weights in the published layouts."""
 
 import re
 from collections.abc import Sequence
