@@ -41,6 +41,10 @@ class ChatCost:
     prompt_tokens: int = 0
     completion_tokens: int = 0
 
+    def __str__(self) -> str:
+        tokens = f"{self.prompt_tokens} prompt tokens, {self.completion_tokens} completion tokens"
+        return f"{self.calls} requests answered, {self.cached} from the cache, {self.retries} retries, {tokens}"
+
 
 @dataclass(frozen=True)
 class ChatMessage:
