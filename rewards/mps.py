@@ -31,8 +31,8 @@ CACHED_PROMPTS = 256  # of 78 vectors each
 class MPS:
     """exp(t) · cos(prompt, image tokens fused with the prompt's words that concern the condition); differentiable.
 
-    path         the model's state dict. The published file is a pickle of the whole model, which would run code: load it
-                 once in an environment of its own, where it is trusted, and save its `state_dict()`
+    path         the model's state dict. The published file is a pickle of the whole model, which would run code: load
+                 it once in an environment of its own, where it is trusted, and save its `state_dict()`
     base         a folder with CLIP's configuration and tokenizer; None: those of LAION's CLIP-H on the hub
     condition    overall;  micro_batch: images per micro-batch;  dtype: of CLIP and the fusion
     Raises RewardError where a file cannot be read or does not fit.
