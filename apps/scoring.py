@@ -1,8 +1,11 @@
 """Scores of image files for `steer score` and `steer rewards`: files, folders and tables, paired with prompts."""
 
+import json
+import os
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, combinations, groupby, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, overload
 
@@ -14,8 +17,8 @@ from tqdm.auto import tqdm
 from steer.apps.plots import FAINT, INK, plain_text, save_figure, style_axes
 from steer.apps.prompts import read_rows, read_text
 from steer.errors import InputError
-from steer.files import loads_with_checksum, read_image
-from steer.reward import Reward, RewardError, score, score_components
+from steer.files import loads_with_checksum, read_image, write_text
+from steer.reward import Judge, Reward, RewardError, compare, score, score_components
 from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -288,6 +291,28 @@ def load_batch(paths: Sequence[Path], prompts: Sequence[str], max_images: int) -
     loaded = chain([(first, prompts[0])], zip(map(read_image, paths[1:]), prompts[1:], strict=True))
     images, texts = zip(*islice((one for one in loaded if one[0].shape == first.shape), max_images), strict=True)
     return torch.stack(images), list(texts)
+
+
+def label_pairs(
+    judge: Judge, paths: Sequence[Path], prompts: Sequence[str], limit: int, seed: int, device: str, out: Path
+) -> int:
+    """Write pairs of images of one prompt and a judge's P(a ≻ b) as a .jsonl table; return the number of rows.
+
+    Raises InputError where no prompt has two images.
+    """
+    lines, generator = [], random.Random(seed)
+    for prompt in dict.fromkeys(prompts):
+        own = [path for path, text in zip(paths, prompts, strict=True) if text == prompt]
+        pairs = list(combinations(own, 2))
+        for a, b in generator.sample(pairs, min(limit, len(pairs))):
+            first, second = (read_image(path)[None].to(device) for path in (a, b))
+            names = [os.path.relpath(path, out.parent) for path in (a, b)]
+            row = {"image_a": names[0], "image_b": names[1], "prompt": prompt}
+            lines.append(json.dumps(row | {"choice": round(compare(judge, first, second, [prompt]).item(), 6)}))
+    if not lines:
+        raise InputError("no prompt has two images: sample several of each, or give one prompt for all, --prompt")
+    write_text(out, "\n".join(lines) + "\n")
+    return len(lines)
 
 
 def score_consistency(

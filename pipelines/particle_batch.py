@@ -26,7 +26,7 @@ from steer.diffusion.step_hooks import (
 )
 from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
-from steer.reward import Reward, mean_over_frames, score_components, warn_if_pipeline_truncates
+from steer.reward import Reward, compares_images, mean_over_frames, score_components, warn_if_pipeline_truncates
 from steer.smc.particles import Particles
 
 
@@ -156,8 +156,8 @@ class ParticleBatch:
     def _score(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         prompts = [text for text in self.prompts[:: self.size] for _ in range(self.alive)]
         rows = None if self._metadata is None else [row for row in self._metadata for _ in range(self.alive)]
-        starts = range(0, len(images), self.chunk_size)
-        chunks = [slice(start, start + self.chunk_size) for start in starts]
+        size = len(images) if compares_images(self.reward) else self.chunk_size
+        chunks = [slice(start, start + size) for start in range(0, len(images), size)]
         self._reward_calls += len(images)
         scored = [
             score_components(self.reward, _as_scored(images[c]), prompts[c], None if rows is None else rows[c])

@@ -10,6 +10,14 @@ REWARDS: dict[str, tuple[str, str]] = {
     "pickscore": ("steer.rewards.clip:pickscore", "PickScore v1: human choice, logit-scaled, about 15..25"),
     "hpsv2": ("steer.rewards.clip:hpsv2", "Human Preference Score v2, cosine, about 0.2..0.35"),
     "hpsv2.1": ("steer.rewards.clip:hpsv21", "Human Preference Score v2.1, cosine, about 0.2..0.35"),
+    "hpsv3": (
+        "steer.rewards.hpsv3:HPSv3",
+        "Human Preference Score v3 by Qwen2-VL-7B: the mean μ of [μ, σ]; hub, 16 GB, MIT",
+    ),
+    "mps": (
+        "steer.rewards.mps:MPS",
+        "mps:path=FILE, Multi-dimensional Preference Score by CLIP-H, logit-scaled; a converted checkpoint, 4 GB",
+    ),
     "imagereward": ("steer.rewards.imagereward:ImageReward", "ImageReward v1.0: human preference, standardised"),
     "aesthetic": (
         "steer.rewards.aesthetic:aesthetic",
@@ -30,6 +38,14 @@ REWARDS: dict[str, tuple[str, str]] = {
     "perplexity": (
         "steer.rewards.text:Perplexity",
         "of texts: perplexity:MODEL, mean log-probability of a token under a causal model of transformers, nats",
+    ),
+    "vqa": (
+        "steer.rewards.vlm:vqa",
+        "vqa:MODEL or vqa:http://HOST/v1,model=NAME, P(yes) of a vision-language model, 0..1; its licence and size",
+    ),
+    "like": (
+        "steer.rewards.example:ExampleReward",
+        "like:FOLDER,against=FOLDER, likeness to a few example images by a CLIP, log-likelihood ratio, differentiable",
     ),
     "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
     "jpeg": (

@@ -176,7 +176,7 @@ def load_backbone(name: str, tokenizer: str | None = None) -> Backbone:
         return open_clip_folder(folder)
     if folder.is_dir() and not (folder / "config.json").is_file():  # transformers would take its default one for it
         raise RewardError(f"CLIP {name!r} has neither {CONFIG} nor config.json")
-    with _loading(f"CLIP {name!r}", "" if folder.is_dir() else NO_NETWORK):
+    with loading(f"CLIP {name!r}", "" if folder.is_dir() else NO_NETWORK):
         if architecture in open_clip.list_models() and not folder.is_dir():
             return _load_open_clip(architecture, tag)
         return _load_transformers(name, tokenizer)
@@ -193,7 +193,7 @@ def open_clip_folder(folder: Path, weights: bool = True) -> Backbone:
     weights  False: an untrained model of that configuration
     Raises RewardError, one line that names the folder. No code of it is run.
     """
-    with _loading(f"CLIP {str(folder)!r}"):
+    with loading(f"CLIP {str(folder)!r}"):
         verify_checksums(*sorted(path for path in folder.iterdir() if path.is_file()))
         config = json.loads((folder / CONFIG).read_text())["model_cfg"]
         _check_folder(folder, config)
@@ -212,7 +212,7 @@ def open_clip_architecture(name: str) -> Backbone:
         return open_clip_folder(folder, weights=False)
     if name not in open_clip.list_models():
         raise RewardError(f"model={name}: not an architecture of open_clip, nor a folder with its configuration")
-    with _loading(f"CLIP {name!r}", NO_NETWORK):
+    with loading(f"CLIP {name!r}", NO_NETWORK):
         return open_clip_backbone(open_clip.create_model(name), open_clip.get_tokenizer(name))
 
 
@@ -258,7 +258,7 @@ def _check_folder(folder: Path, config: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _loading(what: str, remedy: str = "") -> Iterator[None]:
+def loading(what: str, remedy: str = "") -> Iterator[None]:
     """Let other libraries load: warnings pass, no random number is drawn, errors become one line."""
     before = logging.root.manager.disable
     logging.disable(logging.INFO)  # open_clip logs every step at the root

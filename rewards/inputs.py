@@ -10,6 +10,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -101,3 +102,11 @@ def as_uint8(images: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Convert images (N, 3, H, W) to (N, H, W, 3) of 8 bits, clamped and rounded as image files hold them."""
     arrays = VaeImageProcessor.pt_to_numpy(images.detach().float().clamp(0, 1))
     return (arrays * 255).round().astype(np.uint8)
+
+
+def as_png(images: Tensor) -> list[bytes]:
+    """Encode images (N, 3, H, W) as PNG files of 8 bits, clamped and rounded."""
+    files = [BytesIO() for _ in images]
+    for file, pixels in zip(files, as_uint8(images), strict=True):
+        Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
+    return [file.getvalue() for file in files]

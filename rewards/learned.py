@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from steer.assets import REWARDS
 from steer.errors import InputError
@@ -34,6 +35,7 @@ logger = logging.getLogger(__name__)
 CARD = "reward.json"
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
 HIDDEN = 128
+BANK = 64  # images that a general preference compares with, as a reward
 MAX_WIDTH = 65_536  # features; bounds the memory that a card can ask for
 
 
@@ -72,7 +74,54 @@ class PairHead(nn.Module):
         return self.layers(torch.cat([image, text, image * text], -1))[:, 0]
 
 
-HEADS: dict[str, type[nn.Module]] = {"similarity": Similarity, "image": ImageHead, "pair": PairHead}
+class GeneralPreference(nn.Module):
+    """Preferences that need not be transitive (General Preference Model, arXiv 2410.02197).
+
+    s(a ≻ b) = Σ_l λ_l (v_{a,2l} v_{b,2l+1} − v_{a,2l+1} v_{b,2l}), v(image, prompt) of unit length in 2k dimensions,
+    λ = k · softmax of a linear map of the prompt; Δ = s / τ, so that P(a ≻ b) = σ(Δ) and Δ(a, b) = −Δ(b, a).
+
+    As a reward: the mean Δ against `bank`, images of the training set.
+    """
+
+    def __init__(self, width: int, planes: int = 2, temperature: float = 0.1) -> None:
+        super().__init__()
+        self.vector = nn.Sequential(nn.Linear(3 * width, HIDDEN), nn.GELU(), nn.Linear(HIDDEN, 2 * planes))
+        self.scales = nn.Linear(width, planes)
+        self.temperature = temperature
+        self.register_buffer("bank", torch.zeros(BANK, width))
+
+    def difference(self, a: Tensor, b: Tensor, text: Tensor) -> Tensor:
+        """Return Δ(a, b) of features (…, D), in nats."""
+        left, right = (self._vector(image, text).unflatten(-1, (-1, 2)) for image in (a, b))
+        scales = self.scales(text * math.sqrt(text.shape[-1])).softmax(-1) * left.shape[-2]
+        area = left[..., 0] * right[..., 1] - left[..., 1] * right[..., 0]
+        return (scales * area).sum(-1) / self.temperature
+
+    def forward(self, image: Tensor, text: Tensor) -> Tensor:
+        bank: Any = self.bank
+        others = bank.to(image).expand(len(image), -1, -1)
+        pairs = [one[:, None].expand_as(others) for one in (image, text)]
+        return self.difference(pairs[0], others, pairs[1]).mean(1)
+
+    def _vector(self, image: Tensor, text: Tensor) -> Tensor:
+        image, text = (features * math.sqrt(features.shape[-1]) for features in (image, text))
+        return F.normalize(self.vector(torch.cat([image, text, image * text], -1)), dim=-1)
+
+
+HEADS: dict[str, type[nn.Module]] = {
+    "similarity": Similarity,
+    "image": ImageHead,
+    "pair": PairHead,
+    "general": GeneralPreference,
+}
+
+
+def raw_pair(head: nn.Module, a: Tensor, b: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+    """Return raw rewards (N,) of the images of pairs, whose difference is Δ; ±Δ/2 of a general preference."""
+    if isinstance(head, GeneralPreference):
+        difference = head.difference(a, b, text)
+        return difference / 2, -difference / 2
+    return head(a, text), head(b, text)
 
 
 @dataclass(frozen=True)
@@ -146,12 +195,29 @@ class LearnedReward:
         return self._members(to_module_device(images, *self._backbones, *self._heads), prompts).T
 
     def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        image = [backbone.images(images) for backbone in self._backbones]
-        text = [encode(prompts).to(images.device) for encode in self._texts] if self.prompt_limit is not None else image
-        shared = len(self._backbones) == 1
-        raw = [head(image[0 if shared else k], text[0 if shared else k]) for k, head in enumerate(self._heads)]
+        image, text = self._features(images, prompts)
+        raw = [head(image[k], text[k]) for k, head in enumerate(self._heads)]
         scores = torch.stack(raw)
         return ((scores - self._means.to(scores)) / self._stds.to(scores)).T
+
+    def compare(self, images_a: Tensor, images_b: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return P(a ≻ b) (N,): the mean over the members of σ(Δ), from their raw rewards in nats."""
+        images = to_module_device(torch.cat([images_a, images_b]), *self._backbones, *self._heads)
+        probabilities = []
+        with torch.no_grad():
+            image, text = self._features(images, [*prompts, *prompts])
+            for k, head in enumerate(self._heads):
+                (a, b), words = image[k].chunk(2), text[k].chunk(2)[0]
+                raw_a, raw_b = raw_pair(head, a, b, words)
+                probabilities.append(torch.sigmoid(raw_a - raw_b))
+        return torch.stack(probabilities).mean(0)
+
+    def _features(self, images: Tensor, prompts: Sequence[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Encode images and prompts for each member; members of one backbone share the features."""
+        image = [backbone.images(images) for backbone in self._backbones]
+        text = [encode(prompts).to(images.device) for encode in self._texts] if self.prompt_limit is not None else image
+        members = len(self._heads) if len(self._backbones) == 1 else 1
+        return image * members, text * members
 
     def components(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return each member's scores (N,)."""
@@ -323,7 +389,9 @@ def train_reward(
         _train_member(member, encode, training.labels.to(device), objective, config, work, number)
         with torch.no_grad():
             a, b, text = frozen_held or [feature.to(device) for feature in pair_features(own, held)]
-            outputs.append([head(image, text).cpu() for image in (a, b)])
+            if isinstance(head, GeneralPreference):
+                head.bank = encode(torch.arange(BANK) % len(training))[0].detach().clone()
+            outputs.append([raw.cpu() for raw in raw_pair(head, a, b, text)])
         members.append(member)
         logger.info("member %d: %s", number, preference_metrics(outputs[-1], held.labels).summary)
     card = _card(config, width, outputs, held.labels, {"trained": len(training), "held_out": len(held_rows)})
@@ -386,7 +454,7 @@ def _train_member(
         member.train()
         rows = sample[batch_at(step, config.batch_size, count, seed)]
         image_a, image_b, text = encode(rows)
-        a, b = member["head"](image_a, text), member["head"](image_b, text)
+        a, b = raw_pair(member["head"], image_a, image_b, text)
         smoothed = objectives.smooth_labels(labels[rows], config.label_smoothing)
         loss = objective(objectives.noisy_difference(a - b, config.label_noise), smoothed)
         return loss + config.center_rewards_coefficient * objectives.center_rewards_penalty(a, b)

@@ -5,21 +5,22 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from torch import Tensor
 
 from steer.arguments import is_number
 from steer.registry import nearest
-from steer.reward import Metadata, Reward, RewardError, as_texts, mean_over_frames
+from steer.reward import Judge, Metadata, Reward, RewardError, as_texts, mean_over_frames
 from steer.reward import score_components as reward_scores
 from steer.rewards import compose
-from steer.rewards.grammar import PLUS, Call, read_call, read_constraint, split
+from steer.rewards.grammar import NUMBER, PLUS, Call, read_call, read_constraint, split
 from steer.rewards.inputs import as_batch, prompt_of_each
-from steer.rewards.names import _as_reward, make_reward, reward_names
+from steer.rewards.names import _as_reward, _make, make_reward, reward_names
 from steer.rewards.remote import RemoteReward, is_remote
 
+T = TypeVar("T")
 FILES = (".yaml", ".yml")
 CARD = "reward.json"  # in the folder of a learned reward
 MAX_DEPTH = 20  # functions and files inside each other
@@ -96,11 +97,16 @@ def _has_no_name(text: str) -> bool:
 
 
 def _function(call: Call, state: ParserState) -> Reward:
-    if call.function not in FUNCTIONS:
+    return _build(call, state, FUNCTIONS)
+
+
+def _build(call: Call, state: ParserState, table: Mapping[str, tuple[Callable[[Call, ParserState], T], Any]]) -> T:
+    """Build what a call names in a table of functions. Raises RewardError for unknown functions and options."""
+    if call.function not in table:
         raise RewardError(
-            f"unknown function {call.function!r} of rewards: did you mean {nearest(call.function, FUNCTIONS)}?"
+            f"unknown function {call.function!r} of rewards: did you mean {nearest(call.function, table)}?"
         )
-    build, allowed = FUNCTIONS[call.function]
+    build, allowed = table[call.function]
     if unknown := sorted(set(call.options) - set(allowed)):
         takes = ", ".join(allowed) or "none"
         raise RewardError(f"{call.function}(…): unknown option {unknown[0]!r}; it takes {takes}")
@@ -149,9 +155,74 @@ def _single_reward(call: Call, state: ParserState) -> Reward:
     return read(call.arguments[0], state)
 
 
+def read_judge(text: str, state: ParserState | None = None) -> Judge:
+    """Parse the text of a judge. Raises RewardError.
+
+    hierarchy(A > MARGIN, B > MARGIN, C)       `judges.HierarchyJudge`; from=CALIBRATION: margins of one deviation
+    as-judge(REWARD, temperature=T)            `judges.RewardJudge`
+    http://HOST/v1,model=NAME                  `judges.EndpointJudge`
+    any other reward                           a learned reward's own comparison, or as-judge(REWARD)
+    """
+    from steer.rewards import judges
+
+    text, inside = text.strip().removeprefix("judge:"), (state or ParserState()).inside()
+    if is_remote(text) and ",model=" in text:
+        from steer.rewards.vlm import endpoint
+
+        return judges.EndpointJudge(_make(endpoint, "judge", text))
+    if (call := read_call(text)) and call.function in JUDGES:
+        return _build(call, inside, JUDGES)
+    reward = read(text, inside)
+    return reward if isinstance(reward, Judge) else judges.RewardJudge(reward)
+
+
+def load_judge(judge: Any) -> Judge:
+    """Return the Judge of a Judge, of a text (`read_judge`), or of whatever `load_reward` takes."""
+    if isinstance(judge, str | Path):
+        return read_judge(str(judge))
+    if isinstance(judge, Judge):
+        return judge
+    from steer.rewards.judges import as_judge
+
+    return as_judge(load_reward(judge))
+
+
+def _hierarchy(call: Call, state: ParserState) -> Judge:
+    from steer.rewards.judges import Factor, HierarchyJudge
+
+    file, factors = call.options.get("from"), []
+    for argument in call.arguments:
+        written = re.fullmatch(rf"(.+?)\s*>\s*({NUMBER})", argument, re.DOTALL)
+        reward = read(written[1] if written else argument, state)
+        margin = float(written[2]) if written else 0.0
+        if file and not written:
+            margin = compose.read_calibration(Path(file)).scale(reward.name).std
+        factors.append(Factor(reward, margin))
+    return HierarchyJudge(factors)
+
+
+def _as_judge(call: Call, state: ParserState) -> Judge:
+    from steer.rewards.judges import RewardJudge
+
+    return RewardJudge(_single_reward(call, state), call.number("temperature", 1.0))
+
+
+def _tournament(call: Call, state: ParserState) -> Reward:
+    from steer.rewards.judges import Tournament
+
+    if len(call.arguments) != 1:
+        raise RewardError(f"tournament(…) takes one judge, got {len(call.arguments)}")
+    return Tournament(read_judge(call.arguments[0], state))
+
+
+JUDGES: dict[str, tuple[Callable[[Call, ParserState], Judge], Sequence[str]]] = {
+    "hierarchy": (_hierarchy, ("from",)),
+    "as-judge": (_as_judge, ("temperature",)),
+}
 FUNCTIONS: dict[str, tuple[Callable[[Call, ParserState], Reward], Sequence[str]]] = {
     **{name: (_aggregate_function, compose.OPTIONS.get(name, ())) for name in compose.AGGREGATES},
     "product": (_product, ("temperature",)),
+    "tournament": (_tournament, ()),
     "z": (_standardised, ("from",)),
     "logsigmoid": (_log_sigmoid, ("from", "reference", "temperature")),
 }

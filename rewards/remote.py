@@ -31,7 +31,7 @@ from steer.errors import InputError
 from steer.files import DECODE_ERRORS
 from steer.reward import Reward, RewardError, score
 from steer.rewards.grammar import NUMBER
-from steer.rewards.inputs import as_uint8, takes_any_images
+from steer.rewards.inputs import as_png, takes_any_images
 
 PROTOCOL = 1
 MAX_IMAGES, MAX_PIXELS = 32, 2**24  # of one request
@@ -56,11 +56,7 @@ def read_weight(text: str) -> tuple[str, float]:
 
 def encode(images: Tensor, prompts: Sequence[str]) -> bytes:
     """Encode the body of a request: images (N, 3, H, W), clamped to [0, 1] and rounded to 8 bits."""
-    payload = []
-    for one in as_uint8(images):
-        file = BytesIO()
-        Image.fromarray(one).save(file, format="PNG", compress_level=1)
-        payload.append(base64.b64encode(file.getvalue()).decode())
+    payload = [base64.b64encode(file).decode() for file in as_png(images)]
     return json.dumps({"protocol": PROTOCOL, "images": payload, "prompts": list(prompts)}).encode()
 
 
@@ -122,11 +118,11 @@ def line(message: object) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)[:MAX_LINE_LENGTH]
 
 
-def read_token() -> str | None:
-    """Read the token of this environment, on both sides; None where there is none. Raises InputError."""
-    token = os.environ.get(TOKEN, "").strip()
+def read_token(variable: str = TOKEN) -> str | None:
+    """Read a token of this environment, on both sides; None where there is none. Raises InputError."""
+    token = os.environ.get(variable, "").strip()
     if not re.fullmatch(r"[!-~]*", token):
-        raise InputError(f"{TOKEN} must be of printable ASCII without spaces")
+        raise InputError(f"{variable} must be of printable ASCII without spaces")
     return token or None
 
 
@@ -148,7 +144,7 @@ class RemoteReward:
 
     def __init__(self, address: str) -> None:
         self.name, *options = address.split(",")
-        self._url = _checked_url(self.name)
+        self._url = checked_url(self.name)
         given = _options(self.name, options)
         self._timeout, self._tries = given.get("timeout", TIMEOUT), int(given.get("tries", MAX_ATTEMPTS))
         payload = self._request("GET", "", None)
@@ -259,8 +255,11 @@ def _deadline(connection: HTTPConnection, seconds: float) -> Iterator[threading.
         raise TimeoutError
 
 
-def _checked_url(address: str) -> SplitResult:
-    """Split an address. Raises RewardError for one that is none, or holds more than host, port and path."""
+def checked_url(address: str, token: str = TOKEN) -> SplitResult:
+    """Split an address. Raises RewardError for one that is none, or holds more than host, port and path.
+
+    token  the environment variable that holds the token of such addresses
+    """
     try:
         url = urlsplit(address)
         _, host = url.port, url.hostname or ""
@@ -270,7 +269,7 @@ def _checked_url(address: str) -> SplitResult:
     if url.username or url.password or url.query or url.fragment:
         raise RewardError(
             f"reward at {host!r:.200}: addresses are written into reports and images, so they must not hold a name, "
-            f"password, ? or #: put a token into the environment variable {TOKEN}"
+            f"password, ? or #: put a token into the environment variable {token}"
         )
     if not host or not re.fullmatch(r"[!-~]*", address):
         raise RewardError(f"reward {address!r:.200}: not an address, http://HOST:PORT/ is one")

@@ -43,8 +43,9 @@ if TYPE_CHECKING:
     from steer.pipelines.training.drakes import DRAKESTrainer
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
-    from steer.reward import Reward, RewardError, SequenceReward, with_timeout
-    from steer.rewards.parser import combine, load_reward, score, score_components
+    from steer.reward import Judge, Reward, RewardError, SequenceReward, with_timeout
+    from steer.rewards.judges import HierarchyJudge, Tournament, as_judge
+    from steer.rewards.parser import combine, load_judge, load_reward, score, score_components
     from steer.training.overoptimization import find_hacking, fit_reward_curve
 
 _MODULES = {
@@ -81,8 +82,9 @@ _MODULES = {
     "steer.pipelines.training.drakes": ("DRAKESTrainer",),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
-    "steer.reward": ("Reward", "RewardError", "SequenceReward", "with_timeout"),
-    "steer.rewards.parser": ("combine", "load_reward", "score", "score_components"),
+    "steer.reward": ("Judge", "Reward", "RewardError", "SequenceReward", "with_timeout"),
+    "steer.rewards.judges": ("HierarchyJudge", "Tournament", "as_judge"),
+    "steer.rewards.parser": ("combine", "load_judge", "load_reward", "score", "score_components"),
     "steer.training.overoptimization": ("find_hacking", "fit_reward_curve"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -106,9 +108,11 @@ __all__ = [
     "FilteredTrainer",
     "GRPOConfig",
     "GRPOTrainer",
+    "HierarchyJudge",
     "InitialNoise",
     "InputError",
     "Iteration",
+    "Judge",
     "MaskedDiffusionPipeline",
     "NoiseSearchPipeline",
     "NoiseSearchSettings",
@@ -130,11 +134,14 @@ __all__ = [
     "SequenceReward",
     "SteeringOutput",
     "StepReport",
+    "Tournament",
     "TrainingConfig",
     "TrainingResult",
+    "as_judge",
     "combine",
     "find_hacking",
     "fit_reward_curve",
+    "load_judge",
     "load_reward",
     "score",
     "score_components",

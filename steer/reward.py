@@ -170,6 +170,41 @@ class Composite(Reward, Protocol):
     def total(self, components: Mapping[str, Tensor], prompts: Sequence[str]) -> Tensor: ...
 
 
+@runtime_checkable
+class Judge(Protocol):
+    """Compares two images of one prompt; preferences need not be transitive.
+
+    `compare(images_a, images_b, prompts)` takes images (N, 3, H, W) in [0, 1] and one prompt per pair and returns
+    P(a ≻ b) (N,), in [0, 1], with P(a ≻ b) + P(b ≻ a) = 1.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def compare(self, images_a: Tensor, images_b: Tensor, prompts: Sequence[str]) -> Tensor: ...
+
+
+def compare(judge: Judge, images_a: Tensor, images_b: Tensor, prompts: Sequence[str]) -> Tensor:
+    """Compare images by a judge and validate the result: P(a ≻ b) (N,), fp32 on the CPU.
+
+    Raises RewardError, which names the judge, where it fails or returns anything but probabilities.
+    """
+    for images in (images_a, images_b):
+        _check_lengths(images, prompts, None)
+    with torch.no_grad():
+        output = _call_reward(judge.name, lambda: judge.compare(images_a, images_b, prompts))
+    probabilities = _validated_scores(judge.name, prompts, output)
+    if not ((probabilities >= 0) & (probabilities <= 1)).all():
+        outside = probabilities[(probabilities < 0) | (probabilities > 1)][0].item()
+        raise RewardError(f"judge {judge.name!r} returned {outside:g}: it must return probabilities, from 0 to 1")
+    return probabilities
+
+
+def compares_images(reward: Any) -> bool:
+    """Return whether a reward's scores depend on the other images of the call (its `compares_images`)."""
+    return bool(attribute(reward, "compares_images", False))
+
+
 def score(reward: Reward, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
     """Score images with a reward and validate the result: (N,) finite fp32 on the CPU, gradients kept.
 
@@ -383,6 +418,7 @@ class WrappedReward:
     ) -> None:
         self.name, self.differentiable = reward.name, reward.differentiable
         self.reward, self.metadata, self._seconds = reward, metadata, seconds
+        self.compares_images = compares_images(reward)
 
     def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
         rows = self._rows(prompts, metadata)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import open_clip
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from test_imagereward import WORDS, published
 from torch import Tensor, nn
@@ -120,14 +121,27 @@ def tiny_learned(folder: Path, clip: Path) -> Path:
 
 def tiny_specifications(folder: Path) -> dict[str, str]:
     """A specification that needs no network for every built-in reward that needs more than its name."""
+    from tiny_vlm import tiny_hpsv3, tiny_llava, tiny_mps  # which uses this module
+
     clip = tiny_open_clip(folder / "open_clip")
+    for name, make in (("hpsv3", tiny_hpsv3), ("mps", tiny_mps)):
+        (folder / name).mkdir()
+        make(folder / name)
     torch.save(aesthetic_head(), folder / "head.pth")
+    examples = folder / "examples"
+    examples.mkdir()
+    for k in range(8):
+        Image.new("RGB", (SIDE, SIDE), (30 * k, 90, 200 - 20 * k)).save(examples / f"{k}.png")
     hps = f"path={tiny_hps(folder / 'HPS.pt', clip)},model={clip}"
     return {
         "clip": f"clip:{clip}",
         "pickscore": f"pickscore:path={tiny_transformers(folder / 'transformers')}",
         "hpsv2": f"hpsv2:{hps}",
         "hpsv2.1": f"hpsv2.1:{hps}",
+        "hpsv3": f"hpsv3:path={folder / 'hpsv3' / 'old.safetensors'},base={folder / 'hpsv3'}",
+        "mps": f"mps:path={folder / 'mps' / 'MPS.pth'},base={folder / 'mps'}",
+        "like": f"like:{examples},against={examples},model={clip}",
+        "vqa": f"vqa:{tiny_llava(folder / 'llava')}",
         "imagereward": tiny_imagereward(folder / "imagereward"),
         "aesthetic": f"aesthetic:path={folder / 'head.pth'},backbone={clip}",
         "preference": f"preference:{tiny_learned(folder / 'preference', clip)}",

@@ -61,9 +61,13 @@ def score(
     from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import collect_images, score_images
+    from steer.reward import attribute
 
     samples = collect_images(images, texts, file, prompt_column)
-    rows, errors = score_images(resolve_reward(reward, reward_timeout), samples, default_device(device))
+    loaded = resolve_reward(reward, reward_timeout)
+    rows, errors = score_images(loaded, samples, default_device(device))
+    if cost := attribute(loaded, "cost", None):  # of a chat endpoint
+        click.echo(f"steer: {cost}", err=True)
     prompts = {one.prompt for one in samples}
     output = {"reward": reward, "prompt": prompts.pop() if len(prompts) == 1 else None}
     if len(errors) < len(samples):

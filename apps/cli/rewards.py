@@ -143,6 +143,29 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
 
 
 @rewards.command()
+@click.option(
+    "--by", "judge", required=True, help="A judge: hierarchy(A > 0.1, B), a reward, http://HOST/v1,model=NAME."
+)
+@IMAGES
+@PROMPT
+@click.option("--out", required=True, type=FOLDER, help="The pairs, a .jsonl file for `steer rewards train`.")
+@click.option("--pairs-per-prompt", default=32, type=click.IntRange(1), help="At most; drawn without repetition.")
+@click.option("--seed", default=0)
+@DEVICE
+def pairs(
+    judge: str, images: Path, prompt: str | None, out: Path, pairs_per_prompt: int, seed: int, device: str | None
+) -> None:
+    """Label pairs of images of one prompt by a judge: rows with the probability that image_a is preferred."""
+    from steer.apps.models import default_device
+    from steer.apps.scoring import images_with_prompts, label_pairs
+    from steer.rewards.parser import load_judge
+
+    paths, prompts = images_with_prompts(images, prompt)
+    rows = label_pairs(load_judge(judge), paths, prompts, pairs_per_prompt, seed, default_device(device), out)
+    click.echo(f"{rows} pairs → {out}; train on them: steer rewards train {out} --out FOLDER")
+
+
+@rewards.command()
 @click.argument("data", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="Folder of the reward; load it by `--reward FOLDER`.")
 @click.option("--images", type=FOLDER, help="Folder that image paths are relative to.  [default: that of DATA]")
@@ -150,7 +173,9 @@ def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: 
     "--work", type=FOLDER, help="Folder of checkpoints and logs; run the command again to resume.  [default: runs/OUT]"
 )
 @click.option("--backbone", default="scenes", help="A CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, or a folder.")
-@click.option("--head", default="pair", help="similarity, image or pair.")
+@click.option(
+    "--head", default="pair", help="similarity, image, pair, or general (preferences that need not be transitive)."
+)
 @click.option(
     "--objective", default="bradley-terry", help="bradley-terry, scaled-bradley-terry, regression, or contrastive."
 )

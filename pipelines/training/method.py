@@ -16,7 +16,7 @@ from steer.diffusion.seeds import derived_seed
 from steer.errors import InputError
 from steer.pipelines.base import RewardedPipeline
 from steer.pipelines.training.config import DTYPES, HALF_PRECISION_SKIPPED_STEPS, TrainingConfig
-from steer.reward import Reward, mean_over_frames, score_components
+from steer.reward import Reward, compares_images, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics
@@ -69,6 +69,11 @@ def sample_and_score(
     window: StepWindow | None = None,
 ) -> Scored:
     """Sample this process's shard of the rows, `chunk` at a time, with noise in the window; score their images."""
+    if compares_images(reward) and chunk % samples:
+        raise InputError(
+            f"reward {reward.name!r} compares the images of a prompt: micro_batch must be a multiple of "
+            f"num_generations, {samples}, got {chunk}"
+        )
     chunks, scores = [], []
     for some in rows.at(process_shard(range(len(rows)), context)).split(chunk):
         on_chunk()

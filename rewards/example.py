@@ -1,0 +1,131 @@
+"""like:FOLDER, a reward from a handful of example images, by the features of a CLIP that set them apart.
+
+After Unsupervised Perceptual Rewards (arXiv 1612.06699). With f the features of a frozen CLIP, + the n examples and
+B other images:
+
+    σ₊² ← (n σ₊² + 5 σ_B²) / (n + 5)              shrunk: n is about five
+    d_i = |μ₊ − μ_B| / (σ₊ + σ_B)                 discriminability; the `keep` largest are kept
+    r   = mean_i [log N(f_i; μ₊, σ₊²) − log N(f_i; μ_B, σ_B²)]     nats per feature
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from steer.files import read_image
+from steer.reward import RewardError
+from steer.rewards.clip import DEFAULT_CLIP, Backbone, load_backbone, reward_name
+from steer.rewards.images import at_least_float32, in_micro_batches
+from steer.rewards.inputs import takes_any_images
+from steer.rewards.weights import cast, to_module_device
+
+logger = logging.getLogger(__name__)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PRIOR = 5  # other images that the deviation of the examples is shrunk with
+KEEP, MIN_EXAMPLES, MIN_OTHERS = 32, 3, 8
+WEAK_SEPARATION = 0.8
+
+
+@dataclass(frozen=True)
+class Gaussians:
+    """The kept features (indices) and the Gaussians of the examples and of the other images over them, (F,) each."""
+
+    kept: Tensor
+    mean: Tensor
+    std: Tensor
+    other_mean: Tensor
+    other_std: Tensor
+
+    def ratio(self, features: Tensor) -> Tensor:
+        """Return the log-likelihood ratio (N,) of features (N, D), in nats per kept feature."""
+        x = features[:, self.kept]
+        like = -(((x - self.mean) / self.std) ** 2) / 2 - self.std.log()
+        other = -(((x - self.other_mean) / self.other_std) ** 2) / 2 - self.other_std.log()
+        return (like - other).mean(1)
+
+
+def fit(examples: Tensor, others: Tensor, keep: int = KEEP) -> Gaussians:
+    """Fit the Gaussians of features (n, D) of the examples and (m, D) of other images, and select features."""
+    n, (mean, other_mean) = len(examples), (examples.mean(0), others.mean(0))
+    other_variance = others.var(0, correction=0) + 1e-12
+    variance = (n * examples.var(0, correction=0) + PRIOR * other_variance) / (n + PRIOR)
+    std, other_std = variance.sqrt(), other_variance.sqrt()
+    kept = ((mean - other_mean).abs() / (std + other_std)).topk(min(keep, examples.shape[1])).indices
+    return Gaussians(kept, mean[kept], std[kept], other_mean[kept], other_std[kept])
+
+
+def separation(examples: Tensor, others: Tensor, keep: int = KEEP) -> float:
+    """Return the leave-one-out AUC: the share of pairs in which a left-out example scores above another image."""
+    shares = []
+    for row in range(len(examples)):
+        gaussians = fit(torch.cat([examples[:row], examples[row + 1 :]]), others, keep)
+        shares.append((gaussians.ratio(examples[row][None]) > gaussians.ratio(others)).float().mean().item())
+    return sum(shares) / len(shares)
+
+
+class ExampleReward:
+    """Likeness to example images, whatever the prompt: nats per feature, above 0 where an image is more like them than
+    like the others; differentiable.
+
+    folder   at least three example images (five do)
+    against  at least eight other images: of the base model, such as `steer sample --method base` writes
+    model    a CLIP, as `clip:MODEL` names it;  keep: features kept;  micro_batch: images per micro-batch
+    `separation` is the leave-one-out AUC; below 0.8 a warning is logged. Raises RewardError.
+    """
+
+    differentiable = True
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        against: str | None = None,
+        model: str = DEFAULT_CLIP,
+        keep: str | int = KEEP,
+        micro_batch: str | int = 16,
+    ) -> None:
+        if not str(keep).isdecimal() or int(keep) < 1:
+            raise RewardError(f"like:{folder}: keep={keep}: use a positive integer")
+        if against is None:
+            raise RewardError(f"like:{folder}: name images that are not like them, against=FOLDER, of the base model")
+        self.name = reward_name(f"like:{folder}", model=(model, DEFAULT_CLIP), keep=(str(keep), str(KEEP)))
+        self._batched = in_micro_batches(self._score, micro_batch)
+        files = [_images(Path(folder), MIN_EXAMPLES), _images(Path(against), MIN_OTHERS)]
+        self.backbone: Backbone = load_backbone(model)
+        cast(self.backbone, None)
+        examples, others = (self._features(paths) for paths in files)
+        self._gaussians = fit(examples, others, int(keep))
+        self.separation = separation(examples, others, int(keep))
+        if self.separation < WEAK_SEPARATION:
+            logger.warning(
+                "%s separates its examples from the others with a leave-one-out AUC of %.2f only: give more examples, "
+                "or examples that have more in common",
+                self.name,
+                self.separation,
+            )
+
+    @takes_any_images
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return self._batched(to_module_device(images, self.backbone), prompts)
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        features = self.backbone.images(images)
+        parts = (part.to(features.device) for part in vars(self._gaussians).values())
+        return Gaussians(*parts).ratio(features)
+
+    @torch.no_grad()
+    def _features(self, paths: Sequence[Path]) -> Tensor:
+        """Encode image files of any sizes one by one: (n, D), in fp32."""
+        return torch.cat([at_least_float32(self.backbone.images(read_image(path)[None])) for path in paths])
+
+
+def _images(folder: Path, at_least: int) -> list[Path]:
+    """Return the image files of a folder. Raises RewardError where there are too few."""
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in SUFFIXES)
+    if len(paths) < at_least:
+        raise RewardError(f"{folder}: {len(paths)} images ({', '.join(SUFFIXES)}), at least {at_least} are needed")
+    return paths
