@@ -58,6 +58,8 @@ class TrainingConfig(Settings):
     kl_weight            β of the KL to the reference, per nat summed over the elements and steps of a trajectory
     kl_target_nats, kl_budget_nats  see `steer.training.guards.KLControl`; nats summed over the elements and steps of a
                          trajectory
+    kl_every             updates between those whose KL is measured for the log, where neither the loss nor a KL weight,
+                         target or budget nor chi_square_weight needs the reference; 0: never. Elsewhere every update's
     chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
     eval_steps           updates between evaluations; one more comes before the first update and after the last
     num_generations_eval images per held-out prompt
@@ -101,6 +103,7 @@ class TrainingConfig(Settings):
     kl_weight: float = 0.0
     kl_target_nats: float | None = None
     kl_budget_nats: float | None = None
+    kl_every: int = argument(10, "[0, inf]")
     chi_square_weight: float = argument(0.0, "[0, inf)")
     eval_steps: int = argument(20, "[1, inf]")
     num_generations_eval: int = argument(1, "[1, inf]")

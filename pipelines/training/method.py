@@ -163,6 +163,16 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         """The input of the loss: by default the rewards (B, K) of the samples."""
         return scored.rewards
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether every update needs the reference policy, and not only the log."""
+        return self.config.needs_divergence
+
+    def evaluates_reference(self, update: int) -> bool:
+        """Whether the reference is evaluated on the samples of an update, numbered from 0."""
+        every = self.config.kl_every
+        return self.needs_reference or (every > 0 and update % every == 0)
+
     def window(self, total: int) -> int:
         """Number of stochastic steps, from the first on, that count in losses and penalties."""
         half = half_precision(get_denoiser(self.pipe)[1], self.config)
@@ -174,8 +184,8 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
 
     @abstractmethod
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
-        """Add the gradient of one update to the weights' .grad; return the loss, and metrics with `kl` and
-        `kl_per_step` in nats. The options are those of `steer.training.gradient.two_pass_gradient`."""
+        """Add the gradient of one update to the weights' .grad; return the loss, and metrics, with `kl` and
+        `kl_per_step` in nats where the batch has references. The options are those of `steer.training.gradient.two_pass_gradient`."""
 
     def state_dict(self) -> dict[str, Any]:
         """State of the method between rollouts, as plain values."""

@@ -217,6 +217,11 @@ class Trainer(TrainingMethod[ConfigT]):
 class LossTrainer(Trainer[LossConfigT]):
     """A method that is a loss of log-probabilities and of the signal that `signal` makes of rewards."""
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss, a penalty or the control of the KL depends on the reference policy."""
+        return getattr(self.config.loss(), "uses_reference", True) or self.config.needs_divergence
+
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update; see `steer.training.gradient.two_pass_gradient`."""
         return two_pass_gradient(sampler, batch, self.config.loss(), **options)
@@ -334,8 +339,9 @@ class TrainingRun:
                 before_last=exchange,
                 context=self.context,
             )
-        if state.control.is_exhausted(metrics["kl"]):
-            self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"
+        kl_nats = metrics.get("kl", math.nan)  # measured wherever the control depends on it
+        if state.control.is_exhausted(kl_nats):
+            self.stopped = f"the KL budget is spent: {kl_nats:.3g} of {state.control.budget:g} nats a trajectory"
             return None
         rate = state.schedule.get_last_lr()[0]
         norm = self._step(loss)
@@ -347,7 +353,7 @@ class TrainingRun:
         # Accuracy is NaN without pairs; a gradient scaler meets infinite gradients.
         record = {name: value for name, value in record.items() if math.isfinite(value)}
         state.rollout = state.rollout.next_batch()
-        state.control = state.control.after(metrics["kl"])
+        state.control = state.control.after(kl_nats)
         state.records.append(record)
         self.folder.log("records", record)
         return record
@@ -476,6 +482,7 @@ RESUMABLE_FIELDS = {
     "save_steps",
     "save_total_limit",
     "kl_budget_nats",
+    "kl_every",
     "log_with",
 }
 

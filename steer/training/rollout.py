@@ -7,7 +7,6 @@ can be differentiated, and freed, by itself.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -128,8 +127,7 @@ class Sampler:
             raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r}")
         self.eta, self.storage, self._call = eta, storage, dict(call)
         denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
-        exact = partial(in_float32, denoisers, autocast=autocast)
-        self._precision_context = exact if precision == "float32" else nullcontext
+        self._precision_context = in_float32(denoisers, autocast) if precision == "float32" else nullcontext
         self._gate = _DenoiserGate(self._precision_context)
         self._pipe = differentiable_images(without_side_effects(pipe))
         self._form = 0  # of the call that makes several rows: see `RowsCall`
