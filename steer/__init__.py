@@ -34,6 +34,16 @@ if TYPE_CHECKING:
         GRPOConfig,
         GRPOTrainer,
     )
+    from steer.pipelines.training.forward import (
+        AWMConfig,
+        AWMTrainer,
+        DPOConfig,
+        DPOTrainer,
+        NFTConfig,
+        NFTTrainer,
+        RAMConfig,
+        RAMTrainer,
+    )
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from steer.reward import Reward, RewardError, with_timeout
@@ -64,6 +74,16 @@ _MODULES = {
         "GRPOConfig",
         "GRPOTrainer",
     ),
+    "steer.pipelines.training.forward": (
+        "AWMConfig",
+        "AWMTrainer",
+        "DPOConfig",
+        "DPOTrainer",
+        "NFTConfig",
+        "NFTTrainer",
+        "RAMConfig",
+        "RAMTrainer",
+    ),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
     "steer.reward": ("Reward", "RewardError", "with_timeout"),
@@ -72,6 +92,8 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "MODELS",
+    "AWMConfig",
+    "AWMTrainer",
     "AudioReward",
     "BestOfNPipeline",
     "BestOfNSettings",
@@ -80,6 +102,8 @@ __all__ = [
     "D3POTrainer",
     "DDPOConfig",
     "DDPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
     "FKSettings",
     "FKSteeringPipeline",
     "FilteredConfig",
@@ -89,10 +113,14 @@ __all__ = [
     "InitialNoise",
     "InputError",
     "Iteration",
+    "NFTConfig",
+    "NFTTrainer",
     "NoiseSearchPipeline",
     "NoiseSearchSettings",
     "PRDPConfig",
     "PRDPTrainer",
+    "RAMConfig",
+    "RAMTrainer",
     "ReNOPipeline",
     "ReNOSettings",
     "ResamplingInfo",

@@ -1,6 +1,6 @@
 """Evaluation on held-out prompts at fixed seeds: the trained reward, held-out rewards, and diversity."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
 from steer.reward import Reward, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
+from steer.training.rollout import Rows, Sampler, Trajectories
 
 BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
 
@@ -41,11 +42,12 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The prompts and rewards of all evaluations of a run."""
+    """The prompts and rewards of all evaluations of a run, and how samples are drawn."""
 
     prompts: Sequence[str]
     trained: Reward
     held_out: Sequence[Reward]
+    draw: Callable[[Sampler, Rows], tuple[Trajectories, Tensor]] = Sampler.rollout
 
     def evaluate(
         self,
@@ -65,7 +67,7 @@ class Evaluator:
             # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
             number = min(turn + context.rank, len(chunks) - 1)
             before()
-            images = sampler.rollout(chunks[number])[1]
+            images = self.draw(sampler, chunks[number])[1]
             if turn + context.rank < len(chunks):
                 # Scored on the device of the pipeline, and only then moved to the CPU.
                 scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]

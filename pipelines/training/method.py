@@ -60,7 +60,7 @@ def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_s
 
 
 def sample_and_score(
-    sampler: Sampler,
+    draw: Callable[[Rows], tuple[Trajectories, Tensor]],
     reward: Reward,
     rows: Rows,
     samples: int,
@@ -72,7 +72,7 @@ def sample_and_score(
     chunks, scores = [], []
     for some in rows.at(process_shard(range(len(rows)), context)).split(chunk):
         on_chunk()
-        trajectories, images = sampler.rollout(some)
+        trajectories, images = draw(some)
         chunks.append(trajectories)
         with torch.no_grad():
             scores.append(mean_over_frames(images, partial(score_components, reward, prompts=some.prompts)))
@@ -151,13 +151,28 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     """A method by which a denoiser learns from samples; the rest of a training is the same for all methods.
 
     shared_start  whether the samples of one prompt start from one x_T
+    log_probs     whether the method learns from log-probabilities: the first rollout is then compared with its replay
     """
 
     shared_start: ClassVar[bool] = False
+    log_probs: ClassVar[bool] = True
     config: ConfigT
 
     def check(self) -> None:
         """Raises InputError for a reward or a pipeline that this method can do nothing with."""
+
+    @property
+    def averages_policy(self) -> bool:
+        """Whether an average of the trained weights draws the samples."""
+        return False
+
+    def old_decay(self, rollouts: int) -> float:
+        """Decay of that average after so many rollouts."""
+        return 0.0
+
+    def draw(self, sampler: Sampler, rows: Rows) -> tuple[Trajectories, Tensor]:
+        """Draw samples to learn from or to evaluate, and their images: by default with the noise of every step."""
+        return sampler.rollout(rows)
 
     def signal(self, scored: Scored) -> Tensor:
         """The input of the loss: by default the rewards (B, K) of the samples."""
@@ -185,7 +200,8 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     @abstractmethod
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update to the weights' .grad; return the loss, and metrics, with `kl` and
-        `kl_per_step` in nats where the batch has references. The options are those of `steer.training.gradient.two_pass_gradient`."""
+        `kl_per_step` in nats where the batch has references. The options are those of
+        `steer.training.gradient.two_pass_gradient`."""
 
     def state_dict(self) -> dict[str, Any]:
         """State of the method between rollouts, as plain values."""

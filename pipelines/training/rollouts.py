@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ class OnlineRollouts:
     ) -> RolloutBuffer:
         """Collect rollout `number`, from 0: sample and score this process's shard of every update.
 
-        The reference is evaluated on the samples where the update needs it. Raises InputError where the first rollout leaves nothing to learn.
+        The reference is evaluated on the samples where the update needs it. Raises InputError where the
+        first rollout leaves nothing to learn.
         """
         config = self.method.config
         size, samples, seed = config.train_batch_size, config.num_generations, config.seed
@@ -99,7 +101,8 @@ class OnlineRollouts:
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
-            scored = sample_and_score(sampler, self.method.reward, rows, samples, config.micro_batch, on_chunk, context)
+            draw = partial(self.method.draw, sampler)
+            scored = sample_and_score(draw, self.method.reward, rows, samples, config.micro_batch, on_chunk, context)
             window = self.method.window(scored.chunks[0].log_probs.shape[1])
             steps = self.method.steps(window, name)
             references: list[Reference] = []
