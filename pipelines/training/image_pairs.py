@@ -98,10 +98,8 @@ class ImagePairs:
             batches.append(Batch(chunks, [], steps, torch.stack([choice, 1 - choice], 1), total))
             metrics.append({"turn": update * size / len(self.pairs)})
         order = batch_order(len(batches), config.num_iterations, config.seed, number)
-        metrics = tuple(
-            {"turn": update * size / len(self.pairs)} for update in range(number * updates, (number + 1) * updates)
-        )
-        return RolloutBuffer(number, tuple(batches), tuple(batch.rewards for batch in batches), metrics, order)
+        rewards = tuple(batch.rewards for batch in batches)
+        return RolloutBuffer(number, tuple(batches), rewards, tuple(metrics), order)
 
     def _pairs_at(self, position: int, count: int) -> list[int]:
         numbers = [str(number) for number in range(len(self.pairs))]

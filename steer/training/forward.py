@@ -90,8 +90,8 @@ def forward_gradient(
             others: dict[str, list[Tensor]] = others,
             signal: Tensor = signal,
         ) -> None:
-            known = {name: outputs[steps.index(t)] for name, outputs in others.items()}
-            predictions = replace(predictions_of(solver_step, x0), **known)
+            before, base = (others[name][steps.index(t)] if name in others else None for name in ("old", "reference"))
+            predictions = replace(predictions_of(solver_step, x0), old=before, reference=base)
             values, metrics = loss(predictions, signal[:, 0].to(x0))
             objective, metrics = values, {"loss": values.detach(), **metrics}
             if predictions.reference is not None:
