@@ -24,10 +24,10 @@ def value(loss: ForwardLoss, predictions: NoisyPredictions, *signal: float) -> f
 
 
 def test_nft_by_hand() -> None:
-    """o⁺ = 1.5 and o⁻ = .5, of weights 1.5 and .5: [.75 · 1.5 + .25 · .5] / .5."""
-    assert value(NFT(beta=0.5), scalar(2.0, 1.0), 2.5) == pytest.approx(2.5)
-    assert value(NFT(beta=0.5), scalar(2.0, 1.0), 99.0) == pytest.approx(3.0), "r is 1 at most"
-    assert value(NFT(beta=0.5), scalar(2.0), 0.0) == pytest.approx(4.0), "the present weights drew the sample"
+    """o⁺ = 1.5 and o⁻ = .5, of weights 1.5 and .5: 5 [.75 · 1.5 + .25 · .5] / .5."""
+    assert value(NFT(beta=0.5), scalar(2.0, 1.0), 2.5) == pytest.approx(12.5)
+    assert value(NFT(beta=0.5), scalar(2.0, 1.0), 99.0) == pytest.approx(15.0), "r is 1 at most"
+    assert value(NFT(beta=0.5), scalar(2.0), 0.0) == pytest.approx(20.0), "the present weights drew the sample"
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def derivatives(one: NoisyPredictions, signal: Tensor) -> dict[ForwardLoss, Tens
     slope = (-0.1 * (z.sigmoid() - choice) * 2).repeat_interleave(2)  # both rows have the pair's loss
     sign = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
     return {
-        NFT(beta=0.3, advantage_clip=2.0): 2 * (wide / 2).clamp(-1, 1) * (clean - one.x0) / weight * -0.3 / size,
+        NFT(beta=0.3, advantage_clip=2.0): 2 * wide.clamp(-2, 2) * (clean - one.x0) / weight * -0.3 / size,
         AWM(weighting="noise"): wide * 0.3 * 2 * residual / size,
         RAM(scale=0.5): 2 * (one.new.detach() - goal) / size,
         DiffusionDPO(beta=0.1): (slope * sign)[:, None, None] * residual / size,
@@ -134,7 +134,7 @@ def test_nft_and_awm_go_uphill(loss: ForwardLoss) -> None:
     assert up > 1e-3 and down == pytest.approx(-up, rel=1e-6)
     one_over_w = (1 / GRID.abs().clamp(min=1e-5)).numpy()
     truth = {
-        NFT: 0.1 * 2 * (GRID / 5).clamp(-1, 1).mul(GRID).numpy() @ one_over_w / len(GRID),  # 2 E[(2r − 1)(x − θ)/w]
+        NFT: 0.1 * 2 * GRID.square().numpy() @ one_over_w / len(GRID),  # 2 E[A (x − θ)/w], no A beyond 5
         AWM: 0.1 * 2.0,  # 2 E[A (x − θ)]
     }[type(loss)]
     assert up == pytest.approx(float(truth), rel=1e-6)

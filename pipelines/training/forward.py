@@ -202,7 +202,10 @@ class RAMConfig(ForwardConfig):
     """
 
     title: ClassVar[str] = "RAM"
-    paper: ClassVar[tuple[str, str]] = ("Reward-adjusted matching", "2605.10759")
+    paper: ClassVar[tuple[str, str]] = (
+        "Reinforce Adjoint Matching: Scaling RL Post-Training of Diffusion and Flow-Matching Models",
+        "2605.10759",
+    )
 
     scale: float = RAM.scale
     advantage_clip: float = RAM.advantage_clip
@@ -212,7 +215,7 @@ class RAMConfig(ForwardConfig):
 
 
 class RAMTrainer(ForwardTrainer[RAMConfig]):
-    """Reward-adjusted matching (arXiv 2605.10759): regression on the reference moved along the residual."""
+    """Reinforce adjoint matching (arXiv 2605.10759): regression on the reference moved along the residual."""
 
     config_class = RAMConfig
 

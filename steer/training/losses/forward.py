@@ -99,9 +99,10 @@ class NFT(Settings):
 
     r    = ½ + ½ clip(A/A_max, −1, 1), the optimality of a sample with advantage A
     o⁺   = β o_θ + (1 − β) o_old,   o⁻ = (1 + β) o_old − β o_θ
-    loss = [r ‖x̂0(o⁺) − x0‖²/w⁺ + (1 − r) ‖x̂0(o⁻) − x0‖²/w⁻]/β,   w = mean |x̂0 − x0|, a constant
+    loss = A_max [r ‖x̂0(o⁺) − x0‖²/w⁺ + (1 − r) ‖x̂0(o⁻) − x0‖²/w⁻]/β,   w = mean |x̂0 − x0|, a constant
 
-    Where θ is the old policy its gradient w.r.t. x̂0 is 2 (2r − 1)(x̂0 − x0)/w: towards good samples, away from bad ones.
+    Where θ is the old policy its gradient w.r.t. x̂0 is 2 clip(A, ± A_max)(x̂0 − x0)/w: towards good samples, away from
+    bad ones. (The factor A_max is that of the authors' code, beside whose loss the published penalty stands.)
 
     beta           β > 0: 1 or 0.1 as published; smaller ones move further from the old policy
     advantage_clip A_max
@@ -119,7 +120,8 @@ class NFT(Settings):
         new, old = predictions.new, predictions.sampling_policy()
         positive = self._branch(predictions, self.beta * new + (1 - self.beta) * old)
         negative = self._branch(predictions, (1 + self.beta) * old - self.beta * new)
-        return (r * positive + (1 - r) * negative) / self.beta, {"moved": mean_square(new.detach() - old)}
+        loss = self.advantage_clip * (r * positive + (1 - r) * negative) / self.beta
+        return loss, {"moved": mean_square(new.detach() - old)}
 
     @staticmethod
     def _branch(predictions: NoisyPredictions, output: Tensor) -> Tensor:
@@ -167,7 +169,7 @@ class AWM(Settings):
 
 @dataclass(frozen=True)
 class RAM(Settings):
-    """Reward-adjusted matching (arXiv 2605.10759): regression on the reference, moved by the reward along the residual.
+    """Reinforce adjoint matching (arXiv 2605.10759): regression on the reference, moved along the residual by the reward.
 
     loss = ‖o_θ − sg(o_ref + R (o* − o_θ))‖²,   sg: a constant
 
