@@ -169,7 +169,7 @@ class AWM(Settings):
 
 @dataclass(frozen=True)
 class RAM(Settings):
-    """Reinforce adjoint matching (arXiv 2605.10759): regression on the reference, moved along the residual by the reward.
+    """Reinforce adjoint matching (arXiv 2605.10759): regression on the reference moved along the residual.
 
     loss = ‖o_θ − sg(o_ref + R (o* − o_θ))‖²,   sg: a constant
 
