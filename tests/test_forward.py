@@ -2,12 +2,14 @@
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -240,20 +242,40 @@ def test_a_reward_without_gradients_rises_on_the_embedded_scenes(method: str, tm
     assert last[0] > first[2], "above the interval of the base model"
 
 
+BACKGROUND, COLOURS = 0.9, {"red": (0.85, 0.1, 0.1), "blue": (0.1, 0.2, 0.85)}
+
+
+def square(colour: str, left: int) -> Image.Image:
+    """A scene as the embedded VAE knows them: a square on light grey."""
+    image = Image.new("RGB", (64, 64), (round(255 * BACKGROUND),) * 3)
+    image.paste(tuple(round(255 * value) for value in COLOURS[colour]), (left, 16, left + 24, 40))
+    return image
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four pairs, bright preferred to dark, and a tie, as `steer rewards train` reads them."""
+    """Four pairs, red preferred to blue, and a tie, as `steer rewards train` reads them."""
     folder = tmp_path_factory.mktemp("pairs")
     rows = []
     for number in range(5):
-        for name, level in (("bright", 200), ("dark", 40)):
-            image = Image.new("RGB", (64, 64), (level, level, 30 * number))
-            image.paste((level // 2, 10, 10), (16, 16, 48, 48))
-            image.save(folder / f"{name}{number}.png")
-        files = {"image_a": f"bright{number}.png", "image_b": f"dark{number}.png"}
+        for colour in COLOURS:
+            square(colour, 4 + 8 * number).save(folder / f"{colour}{number}.png")
+        files = {"image_a": f"red{number}.png", "image_b": f"blue{number}.png"}
         rows.append(files | {"prompt": f"a square {number}", "choice": "tie" if number == 4 else "a"})
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "pairs.jsonl"
+
+
+def colourful(table: Path) -> Path:
+    """The same table, of images of a dark blue."""
+    folder = table.parent / "dark"
+    folder.mkdir(exist_ok=True)
+    for number in range(5):
+        for colour in COLOURS:
+            image = Image.new("RGB", (64, 64), (10, 10, 60))
+            image.paste((60, 50, 0), (0, 8 * number, 64, 8 * number + 4))
+            image.save(folder / f"{colour}{number}.png")
+    return Path(shutil.copy(table, folder))
 
 
 def dpo(table: Path, out: Path, **options: Any) -> DPOTrainer:
@@ -272,13 +294,13 @@ def test_dpo_learns_from_a_table_of_pairs(table: Path, tmp_path: Path) -> None:
     (cached,) = tmp_path.glob("image-pairs/*/latents.safetensors")
     latents = load_file(cached)["latents"]
     vae = trainer.pipe.vae
-    image = torch.full((1, 3, 64, 64), 200 / 255)
-    image[:, 2] = 0.0
-    image[:, :, 16:48, 16:48] = torch.tensor([100, 10, 10]).view(3, 1, 1) / 255
+    image = torch.from_numpy(np.array(square("red", 4))).permute(2, 0, 1)[None] / 255
     with torch.no_grad():
         truth = vae.encode(2 * image - 1).latent_dist.mode() * vae.config.scaling_factor
     torch.testing.assert_close(latents[0, :1], truth, atol=1e-4, rtol=1e-4)
     before = file_sha256(cached)
+    with pytest.raises(InputError, match="does not decode its encoded images to themselves"):
+        dpo(colourful(table), tmp_path / "other").train()  # which this VAE has never seen
     damaged = bytearray(cached.read_bytes())
     damaged[-1] ^= 1
     cached.write_bytes(damaged)
