@@ -268,4 +268,4 @@ class DPOTrainer(ForwardTrainer[DPOConfig]):
         read_image_pairs(preferences, config.get("images"))
 
     def preference_source(self, preferences: Path) -> RolloutSource:
-        return ImagePairs.of(preferences, self.pipe, self.config)
+        return ImagePairs.of(preferences, self.pipe, self.config, self.config.images)

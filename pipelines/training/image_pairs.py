@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,9 +22,6 @@ from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch
 from steer.training.rollout import Rows, Sampler, Trajectories, blocks
 from steer.training.trainable import Trainable
-
-if TYPE_CHECKING:
-    from steer.pipelines.training.forward import DPOConfig
 
 LATENTS, FOLDER = "latents.safetensors", "image-pairs"
 CHECKED = 4  # images whose reconstruction is compared with them
@@ -55,13 +52,15 @@ class ImagePairs:
     config: TrainingConfig
 
     @classmethod
-    def of(cls, table: Path, pipe: Any, config: "DPOConfig") -> "ImagePairs":
+    def of(cls, table: Path, pipe: Any, config: TrainingConfig, images: str | None = None) -> "ImagePairs":
         """Read a table, and encode its images in the size that the pipeline makes as called by the configuration.
+
+        images  the folder that image paths are relative to; by default that of the table
 
         Latents are kept in the run's folder, with a checksum. Raises InputError for images or labels that cannot be
         read, for a pipeline whose latents cannot be encoded, and for corrupt latents.
         """
-        pairs = read_image_pairs(table, config.images)
+        pairs = read_image_pairs(table, images)
         sampler = sampler_of(pipe, config)
         shape, example = sampler.sample(Rows(pairs.prompts[:1], (0,), (0,)), denoise=False)
         digest = _digest(pairs, example.shape)
