@@ -35,7 +35,7 @@ from steer.errors import InputError
 
 ReplayCallback = Callable[[int, Gaussian, Tensor], None]
 NoisyCallback = Callable[[int, SolverStep, Tensor], None]
-MAX_START_SIGNAL = 0.15  # α/σ of a first step that starts from pure noise, as samples of a scheduler with α > 0 do
+MAX_START_SIGNAL = 0.15  # α/σ at which the start of a run, pure noise, stands for a noised sample
 
 
 def blocks(numbers: range, size: int) -> list[range]:
@@ -214,7 +214,7 @@ class Sampler:
         """Sample the rows by the pipeline's own solver, as one batch; returns clean latents, and images as `rollout`.
 
         The trajectories hold the clean latents alone (N, 1, …), zeros as log-probabilities, and as `stochastic` the
-        steps whose noise levels `noised` can use: all but a first one that starts from an image.
+        steps whose noise levels `noised` can use: all but a first one that is far from pure noise.
 
         denoise  False: predict zeros without calling the denoiser, for the shapes alone
         """
