@@ -178,7 +178,7 @@ def _draw_gains(axes: Axes, result: TrainingResult, names: Sequence[str]) -> Non
 
 def divergence_panels(result: TrainingResult, config: Mapping[str, Any]) -> list[Panel]:
     """Create panels of the divergence from the reference model, its price, and the diversity of images."""
-    titles = {"kl": "KL from the start, nats a trajectory"}
+    titles = {"kl": "KL from the start, nats a trajectory", "reference_distance": "squared distance of outputs"}
     if any(record.get("kl_weight") for record in result.records):
         titles |= {"kl_weight": "price of KL, β"}
     panels = series_panels(result.records, titles | {"chi_square": "χ² from the start"}, config)

@@ -25,9 +25,8 @@ from steer.files import write_text
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
 from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
+from steer.pipelines.training.forward import AWMTrainer, DPOTrainer, NFTTrainer, RAMTrainer
 from steer.pipelines.training.method import TrainingResult
-from steer.pipelines.training.preference_data import sampling_config_of
-from steer.pipelines.training.preference_files import read_preferences
 from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
 from steer.pipelines.training.state import checkpoint_to_resume
 from steer.pipelines.training.trainer import INTERRUPTED, Trainer
@@ -41,6 +40,10 @@ METHODS: dict[str, type[Trainer[Any]]] = {
     "grpo": GRPOTrainer,
     "filtered": FilteredTrainer,
     "reward-backprop": RewardBackpropTrainer,
+    "nft": NFTTrainer,
+    "awm": AWMTrainer,
+    "ram": RAMTrainer,
+    "dpo": DPOTrainer,
 }
 
 
@@ -55,7 +58,8 @@ class FinetuneJob:
     variant             of the model's weights, such as fp16
     model_config_dir    for a model in a single file: a folder of such a model in diffusers' format
     prompts             to learn from: an embedded list, a file, or a dataset of the hub; or
-    preferences         a folder of human comparisons, for d3po; it sets the arguments of sampling, too
+    preferences         a folder of human comparisons, for d3po; it sets the arguments of sampling, too; or a
+                        table of pairs of images, for dpo, as `steer rewards train` reads it
     eval_prompts        held out, from the same kinds of places as `prompts`
     eval_prompts_count  number of them, evenly spaced; by default all
     prompt_column, eval_prompt_column  of a table; by default "prompt"
@@ -228,7 +232,7 @@ def _with_preference_defaults(config_values: Mapping[str, Any], source: ConfigSo
     if not isinstance(folder := config_values.get("preferences"), str) or config_values.get("prompts") is not None:
         return config_values
     with named(source.key("preferences")):
-        drawn = sampling_config_of(folder)
+        drawn = METHODS[config_values["method"]].preference_defaults(folder)
     return drawn | {
         key: value for key, value in config_values.items() if not asked or key in changed_keys or key not in drawn
     }
@@ -325,7 +329,7 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
     prompts, eval_prompts = _prompts(config)
     if job.preferences is not None:
         with named(source.key("preferences")):
-            read_preferences(Path(job.preferences))
+            METHODS[job.method].check_preferences(Path(job.preferences), vars(config.training))
     check_device(job.device)
     with named(source.key("reward")):
         reward = None if job.reward is None else resolve_reward(job.reward)

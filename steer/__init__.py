@@ -41,6 +41,16 @@ if TYPE_CHECKING:
         GRPOTrainer,
     )
     from steer.pipelines.training.drakes import DRAKESTrainer
+    from steer.pipelines.training.forward import (
+        AWMConfig,
+        AWMTrainer,
+        DPOConfig,
+        DPOTrainer,
+        NFTConfig,
+        NFTTrainer,
+        RAMConfig,
+        RAMTrainer,
+    )
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from steer.reward import Judge, Reward, RewardError, SequenceReward, with_timeout
@@ -80,6 +90,16 @@ _MODULES = {
         "GRPOTrainer",
     ),
     "steer.pipelines.training.drakes": ("DRAKESTrainer",),
+    "steer.pipelines.training.forward": (
+        "AWMConfig",
+        "AWMTrainer",
+        "DPOConfig",
+        "DPOTrainer",
+        "NFTConfig",
+        "NFTTrainer",
+        "RAMConfig",
+        "RAMTrainer",
+    ),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
     "steer.reward": ("Judge", "Reward", "RewardError", "SequenceReward", "with_timeout"),
@@ -91,6 +111,8 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "MODELS",
     "TEXT_MODELS",
+    "AWMConfig",
+    "AWMTrainer",
     "AudioReward",
     "BestOfNPipeline",
     "BestOfNSettings",
@@ -99,6 +121,8 @@ __all__ = [
     "D3POTrainer",
     "DDPOConfig",
     "DDPOTrainer",
+    "DPOConfig",
+    "DPOTrainer",
     "DRAKESTrainer",
     "DraftsPipeline",
     "DraftsSettings",
@@ -114,10 +138,14 @@ __all__ = [
     "Iteration",
     "Judge",
     "MaskedDiffusionPipeline",
+    "NFTConfig",
+    "NFTTrainer",
     "NoiseSearchPipeline",
     "NoiseSearchSettings",
     "PRDPConfig",
     "PRDPTrainer",
+    "RAMConfig",
+    "RAMTrainer",
     "RacingPipeline",
     "RacingSettings",
     "ReNOPipeline",

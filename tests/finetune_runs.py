@@ -47,6 +47,7 @@ BASE = TrainingConfig(
     ema_decay=0.9,
     kl_weight=0.1,
     kl_target_nats=0.5,
+    kl_every=1,
     eval_steps=3,
     save_steps=3,
 )

@@ -154,6 +154,16 @@ def test_an_update_makes_four_passes_or_two(subject: Subject) -> None:
         assert check.passed
 
 
+@pytest.mark.parametrize("name", ["naive_grpo_over_ours", "naive_ddpo_over_ours"])
+def test_a_policy_gradient_is_the_naive_loop_with_the_same_calls(name: str, subject: Subject) -> None:
+    """3 pairs and guidance: 12 rows in each of 3 steps of the rollout, and with a graph in the 2 that have noise."""
+    _, naive, ours, check = measured(name, subject)
+    assert naive.rows["denoiser with a graph"] == ours.rows["denoiser with a graph"] == 12 * 2
+    assert naive.rows["denoiser"] == ours.rows["denoiser"] == 12 * 3
+    assert naive.rows["decoder"] == ours.rows["decoder"] == 6
+    assert check.passed
+
+
 @pytest.mark.parametrize("name", ["sdpa_off_over_on", "micro_batches_off_over_on"])
 def test_an_exact_gain_changes_no_result_and_leaves_nothing(name: str, subject: Subject) -> None:
     before = {part: set(vars(part)) for part in subject.pipe.unet.modules()}

@@ -106,6 +106,41 @@ def test_a_replay_that_differs_ends_the_run_before_the_first_update(pipe: Any, t
     assert not list((tmp_path / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "measured"),
+    [
+        ("grpo", {"kl_every": 3}, [1, 4]),
+        ("ddpo", {"kl_every": 0}, []),
+        ("grpo", {"kl_every": 0, "kl_weight": 0.1}, [1, 2, 3, 4, 5]),
+        ("grpo", {"kl_every": 0, "kl_budget_nats": 1e9}, [1, 2, 3, 4, 5]),
+        ("prdp", {"kl_every": 0}, [1, 2, 3, 4, 5]),
+        ("reward-backprop", {"kl_every": 2}, [1, 3, 5]),
+    ],
+)
+def test_the_reference_is_evaluated_only_where_it_is_needed(
+    method: str, options: dict[str, Any], measured: list[int], pipe: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """Counted by its context: once for each update that logs the KL, or whose loss or guard needs it."""
+    entered: list[None] = []
+    inside = LoRA.reference
+    monkeypatch.setattr(LoRA, "reference", lambda self: (entered.append(None), inside(self))[1])
+    config = config_of(method, **SHORT | {"max_steps": 5, "save_steps": 2} | options)
+    result = train(method, pipe, tmp_path, config, eval_prompts=(), eval_rewards=())
+    assert [record["step"] for record in result.records if "kl" in record] == measured
+    assert len(entered) == len(measured)
+
+
+def test_a_rollout_without_references_is_resumed_to_the_last_bit(tmp_path: Path) -> None:
+    """Four updates of one rollout, interrupted in its middle, against as many without a break."""
+    options = SHORT | {"max_steps": 4, "steps_per_generation": 4, "save_steps": 1, "kl_every": 0}
+    plain = {"eval_prompts": (), "eval_rewards": ()}
+    whole = train("grpo", fresh(), tmp_path / "whole", config_of("grpo", **options), **plain)
+    train("grpo", fresh(), tmp_path / "parted", config_of("grpo", **options | {"max_steps": 2}), **plain)
+    parted = train("grpo", fresh(), tmp_path / "parted", config_of("grpo", **options), **plain)
+    one, other = (load_file(result.weights) for result in (whole, parted))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def constant(images: torch.Tensor, prompts: Any) -> torch.Tensor:
     return torch.full((len(images),), 0.25)
 

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 from torch.distributions import Normal, kl_divergence
 
 from steer.diffusion.schedules import Gaussian
+from steer.errors import InputError
 from steer.training.gradient import Batch, Penalty, Reference, reference_of, two_pass_gradient
 from steer.training.guards import LARGEST_EXPONENT, chi_square, kl
 from steer.training.losses import D3PO, DDPO, GRPO, PRDP, D3POTrajectory, Filtered, LogProbs, Loss, Metrics
@@ -427,3 +428,17 @@ def test_the_memory_of_fifty_steps_is_that_of_ten() -> None:
     _, (ten, little), (fifty, much) = (map(int, line.split()) for line in ran.stdout.splitlines())
     assert (ten, fifty) == (10, 50) and little > 4000
     assert much <= 1.05 * little + 512  # kilobytes, of other things that happen in a process
+
+
+def test_losses_and_penalties_that_need_the_reference_say_so_without_it() -> None:
+    """The others have the same gradient without it, and no KL among their metrics."""
+    one = case("sd")
+    bare = replace(one.batch(), references=())
+    (_, metrics), found = one.two_pass(GRPO(), bare)
+    (_, with_kl), truth = one.two_pass(GRPO(), one.batch())
+    assert error(found, truth) <= 1e-6
+    assert with_kl.keys() - metrics.keys() == {"kl", "kl_per_step"}
+    with pytest.raises(InputError, match="penalties compare with the reference"):
+        one.two_pass(GRPO(), bare, penalties={kl: 1.0})
+    with pytest.raises(InputError, match="this loss compares with the reference policy"):
+        one.two_pass(D3PO(), bare)

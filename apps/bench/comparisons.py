@@ -11,7 +11,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
-from steer.apps.bench.naive import naive_d3po, naive_fk, naive_reno
+from steer.apps.bench.naive import naive_d3po, naive_fk, naive_policy_gradient, naive_reno
 from steer.apps.bench.sizes import REAL_SIZES
 from steer.apps.bench.subject import (
     STRENGTH,
@@ -38,8 +38,8 @@ from steer.pipelines.particle_batch import ParticleBatch, as_type
 from steer.pipelines.reno import Ascent, Backprop
 from steer.registry import choose
 from steer.smc.particles import FeynmanKac
-from steer.training.gradient import two_pass_gradient
-from steer.training.losses import D3PO
+from steer.training.gradient import Batch, two_pass_gradient
+from steer.training.losses import D3PO, DDPO, GRPO, group_advantages
 
 TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1  # of equal results; in half precision they differ by rounding
 DEFAULT = ComputeOptions()
@@ -214,6 +214,36 @@ def d3po(subject: Subject, on_policy: bool = True, computes_reference: bool = Fa
 
 
 @contextmanager
+def policy_gradient(subject: Subject, loss: DDPO | GRPO) -> Iterator[PreparedComparison]:
+    """One update of DDPO or GRPO up to the optimiser's step: samples, loss and gradient, no reference in either.
+
+    DDPO takes advantages, and here gets those that GRPO computes from the rewards.
+    """
+    check_family(subject)
+    if subject.make_trainable is None:
+        raise InputError("there is no model to train")
+    preferences = make_preference_batch(subject, subject.make_trainable())
+    rewards = group_advantages(preferences.batch.rewards, scale=True)
+    advantages = rewards.clamp(-loss.advantage_clip, loss.advantage_clip) if isinstance(loss, DDPO) else rewards
+    rows, sampler = preferences.stored.rows, preferences.sampler
+
+    def ours() -> tuple[Tensor, ...]:
+        zero_grad(preferences)
+        drawn = sampler.rollout(rows)[0]
+        batch = Batch([drawn], [], range(len(drawn.stochastic)), rewards)
+        value, _ = two_pass_gradient(sampler, batch, loss, on_policy=True)
+        return torch.tensor(value), gradient_of(preferences)
+
+    def naive() -> tuple[Tensor, ...]:
+        zero_grad(preferences)
+        numbers = loss.clip, subject.update_steps, subject.call["guidance_scale"], sampler.eta
+        value = naive_policy_gradient(preferences.pipe, rows, advantages.flatten(), *numbers)
+        return torch.tensor(value), gradient_of(preferences)
+
+    yield PreparedComparison(Variant("naive", naive), Variant("ours", ours), 2 * subject.pairs, same(subject))
+
+
+@contextmanager
 def overhead(subject: Subject) -> Iterator[PreparedComparison]:
     """Steering with free rewards against the plain batch, neither of them decoded."""
     view = without_decoder(subject.pipe)
@@ -302,6 +332,15 @@ COMPARISONS: Mapping[str, Comparison] = {
     "naive_d3po_over_ours": Comparison(
         "one update: four denoiser passes for each pair and step / ours, the reference's log-probabilities known",
         d3po,
+    ),
+    "naive_grpo_over_ours": Comparison(
+        "one update of GRPO: samples, and a denoiser call and a backward for each step, in both",
+        partial(policy_gradient, loss=GRPO()),
+    ),
+    "naive_ddpo_over_ours": Comparison(
+        "one update of DDPO: samples, and a denoiser call and a backward for each step, in both",
+        partial(policy_gradient, loss=DDPO()),
+        quick=False,
     ),
     "naive_fk_over_ours_fewer": Comparison(
         "FK to about the same reward in other images: ours with a particle schedule and cheap previews",

@@ -16,12 +16,13 @@ from PIL import Image
 from torch import Generator, Tensor
 from torch.nn.functional import logsigmoid
 
-from steer.diffusion.schedules import gaussian_transition, predict_x0, step_levels
+from steer.diffusion.schedules import Gaussian, gaussian_transition, predict_x0, step_levels
+from steer.diffusion.seeds import seeded_normal
 from steer.errors import InputError
 from steer.noise import Nesterov, clipped, prior_gradient
 from steer.reward import Reward
 from steer.smc.particles import FeynmanKac, Particles
-from steer.training.rollout import Trajectories
+from steer.training.rollout import Rows, Trajectories
 from steer.training.trainable import Trainable
 
 
@@ -198,3 +199,42 @@ def _d3po_step(
     loss = -logsigmoid(beta * (win - lose)).mean() / len(stored.stochastic)
     loss.backward()
     return loss.item()
+
+
+def naive_policy_gradient(
+    pipe: Any, rows: Rows, advantages: Tensor, clip: float, steps: int, guidance: float, eta: float
+) -> float:
+    """Make one update of DDPO or GRPO up to the optimiser's step: draw samples, decode them, and add the gradient of
+    the clipped objective to the weights' .grad, a backward for each step; returns the loss.
+
+    advantages  (N,) of the rows, which were computed from rewards already. No reference policy is evaluated.
+    """
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(steps)
+
+    def kernel(k: int, x: Tensor) -> Gaussian:
+        t = scheduler.timesteps[k]
+        x0 = predict_x0(scheduler, _guided(pipe, scheduler, x, t, texts, guidance), t, x, k)
+        return gaussian_transition(x, x0, *step_levels(scheduler, t, k), eta)
+
+    def log_prob(p: Gaussian, x_s: Tensor) -> Tensor:
+        return p.log_prob(x_s) / x_s[0].numel()
+
+    with torch.no_grad():
+        texts = _texts(pipe, rows.prompts, 1)
+        starts = [Generator().manual_seed(seed) for seed in rows.starts]
+        places, old = [_noise(pipe, len(rows), starts) * scheduler.init_noise_sigma], []
+        for k in range(steps):
+            p = kernel(k, places[-1])
+            noise = seeded_normal(rows.noises, p.mean, [f"step {k}"] * len(rows))
+            places.append((p.mean + p.std * noise).to(places[0].dtype))
+            old.append(log_prob(p, places[-1]) if p.std > 0 else None)
+        _decoded(pipe, places[-1])
+    weights, total = advantages.to(pipe.device), 0.0
+    learned = [(k, before) for k, before in enumerate(old) if before is not None]
+    for k, before in learned:
+        ratio = (log_prob(kernel(k, places[k]), places[k + 1]) - before).exp()
+        loss = torch.maximum(-weights * ratio, -weights * ratio.clamp(1 - clip, 1 + clip)).mean() / len(learned)
+        loss.backward()
+        total += loss.item()
+    return total

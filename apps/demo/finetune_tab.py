@@ -148,7 +148,8 @@ class TrainingView:
         since = self._since = self._since or (self.step - 1, now - record["seconds"])
         left = (self.updates - self.step) * (now - since[1]) / (self.step - since[0])
         reward = f", reward {short(record['reward'])}" if "reward" in record else ""
-        self.line = f"Update {self.step} of {self.updates}{reward}, KL {short(record['kl'])}. {_about(left)}"
+        divergence = f", KL {short(record['kl'])}" if "kl" in record else ""  # not measured in every update
+        self.line = f"Update {self.step} of {self.updates}{reward}{divergence}. {_about(left)}"
         if now - self._last_redraw < REDRAW_INTERVAL and self.step < self.updates:
             return False
         self._last_redraw = now

@@ -69,6 +69,8 @@ class TrainingConfig(Settings):
     kl_target_nats       KL that β is adapted to, see `steer.training.guards.KLControl`; nats a trajectory, summed over
                          its elements and steps
     kl_budget_nats       KL at which the training ends, in the same unit
+    kl_every             updates between those whose KL is measured for the log, where neither the loss nor a KL weight,
+                         target or budget nor chi_square_weight needs the reference; 0: never. Elsewhere every update's
     chi_square_weight    of `steer.training.guards.chi_square`, which has no unit, summed over the steps of a trajectory
     eval_steps           updates between evaluations; one more comes before the first update and after the last
     num_generations_eval  images per held-out prompt
@@ -113,6 +115,7 @@ class TrainingConfig(Settings):
     kl_weight: float = 0.0
     kl_target_nats: float | None = None
     kl_budget_nats: float | None = None
+    kl_every: int = argument(10, "[0, inf]")
     chi_square_weight: float = argument(0.0, "[0, inf)")
     eval_steps: int = argument(20, "[1, inf]")
     num_generations_eval: int = argument(1, "[1, inf]")

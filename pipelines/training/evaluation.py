@@ -1,7 +1,7 @@
 """Evaluation on held-out prompts at fixed seeds: the trained reward, held-out rewards, and diversity."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,6 +13,7 @@ from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
 from steer.reward import Reward, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
+from steer.training.rollout import Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
 
 BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
@@ -56,11 +57,12 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The prompts and rewards of all evaluations of a run."""
+    """The prompts and rewards of all evaluations of a run, and how samples are drawn."""
 
     prompts: Sequence[str]
     trained: Reward
     held_out: Sequence[Reward]
+    draw: Callable[[Sampler, Rows], tuple[Trajectories, Tensor]] = Sampler.rollout
 
     def evaluate(
         self,
@@ -81,7 +83,7 @@ class Evaluator:
             number = min(turn + context.rank, len(chunks) - 1)
             before()
             rows = chunks[number]
-            images = sampler.ode_images(rows) if config.evaluates_by_ode else sampler.rollout(rows)[1]
+            images = sampler.ode_images(rows) if config.evaluates_by_ode else self.draw(sampler, rows)[1]
             if turn + context.rank < len(chunks):
                 # Scored on the device of the pipeline, and only then moved to the CPU.
                 scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]

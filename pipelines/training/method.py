@@ -59,16 +59,15 @@ def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_s
 
 
 def sample_and_score(
-    sampler: Sampler,
+    draw: Callable[[Rows], tuple[Trajectories, Tensor]],
     reward: Reward,
     rows: Rows,
     samples: int,
     chunk: int,
     on_chunk: OnChunk,
     context: DistributedContext,
-    window: StepWindow | None = None,
 ) -> Scored:
-    """Sample this process's shard of the rows, `chunk` at a time, with noise in the window; score their images."""
+    """Sample this process's shard of the rows, `chunk` at a time, and score their images."""
     if compares_images(reward) and chunk % samples:
         raise InputError(
             f"reward {reward.name!r} compares the images of a prompt: micro_batch must be a multiple of "
@@ -77,7 +76,7 @@ def sample_and_score(
     chunks, scores = [], []
     for some in rows.at(process_shard(range(len(rows)), context)).split(chunk):
         on_chunk()
-        trajectories, images = sampler.rollout(some, window)
+        trajectories, images = draw(some)
         chunks.append(trajectories)
         with torch.no_grad():
             scores.append(mean_over_frames(images, partial(score_components, reward, prompts=some.prompts)))
@@ -156,13 +155,28 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     """A method by which a denoiser learns from samples; the rest of a training is the same for all methods.
 
     shared_start  whether the samples of one prompt start from one x_T
+    log_probs     whether the method learns from log-probabilities: the first rollout is then compared with its replay
     """
 
     shared_start: ClassVar[bool] = False
+    log_probs: ClassVar[bool] = True
     config: ConfigT
 
     def check(self) -> None:
         """Raises InputError for a reward or a pipeline that this method can do nothing with."""
+
+    @property
+    def averages_policy(self) -> bool:
+        """Whether an average of the trained weights draws the samples."""
+        return False
+
+    def old_decay(self, rollouts: int) -> float:
+        """Decay of that average after so many rollouts."""
+        return 0.0
+
+    def draw(self, sampler: Sampler, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
+        """Draw samples to learn from or to evaluate, and their images: by default with noise in the window."""
+        return sampler.rollout(rows, window)
 
     def signal(self, scored: Scored) -> Tensor:
         """The input of the loss: by default the rewards (B, K) of the samples."""
@@ -182,6 +196,16 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         """Metrics of the latest rollout beside its rewards."""
         return {}
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether every update needs the reference policy, and not only the log."""
+        return self.config.needs_divergence
+
+    def evaluates_reference(self, update: int) -> bool:
+        """Whether the reference is evaluated on the samples of an update, numbered from 0."""
+        every = self.config.kl_every
+        return self.needs_reference or (every > 0 and update % every == 0)
+
     def window(self, total: int) -> int:
         """Number of stochastic steps, from the first on, that count in losses and penalties."""
         if self.step_window(0) is not None:  # which leaves out the last steps by its place
@@ -200,8 +224,9 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
 
     @abstractmethod
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
-        """Add the gradient of one update to the weights' .grad; return the loss, and metrics with `kl` and
-        `kl_per_step` in nats. The options are those of `steer.training.gradient.two_pass_gradient`."""
+        """Add the gradient of one update to the weights' .grad; return the loss, and metrics, with `kl` and
+        `kl_per_step` in nats where the batch has references. The options are those of
+        `steer.training.gradient.two_pass_gradient`."""
 
     def state_dict(self) -> dict[str, Any]:
         """State of the method between rollouts, as plain values."""

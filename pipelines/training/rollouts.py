@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,7 +90,8 @@ class OnlineRollouts:
     ) -> RolloutBuffer:
         """Collect rollout `number`, from 0: sample and score this process's shard of every update.
 
-        The reference is evaluated on the samples. Raises InputError where the first rollout leaves nothing to learn.
+        The reference is evaluated on the samples where the update needs it. Raises InputError where the
+        first rollout leaves nothing to learn.
         """
         config = self.method.config
         size, samples, seed = config.train_batch_size, config.num_generations, config.seed
@@ -99,14 +101,15 @@ class OnlineRollouts:
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
-            noisy = self.method.step_window(update)
-            scored = sample_and_score(
-                sampler, self.method.scored_reward(), rows, samples, config.micro_batch, on_chunk, context, noisy
-            )
+            draw = partial(self.method.draw, sampler, window=self.method.step_window(update))
+            reward = self.method.scored_reward()
+            scored = sample_and_score(draw, reward, rows, samples, config.micro_batch, on_chunk, context)
             window = self.method.window(scored.chunks[0].log_probs.shape[1])
             steps = self.method.steps(window, name)
             chunks, signal = self.method.select(scored, self.method.signal(scored), name, context)
-            references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
+            references: list[Reference] = []
+            if self.method.evaluates_reference(update):
+                references = references_of(sampler, trainable, chunks, steps, on_chunk, config)
             batches.append(Batch(chunks, references, steps, signal, window))
             rewards.append(scored.rewards)
             metrics.append(summary(scored) | self.method.metrics())
@@ -158,8 +161,9 @@ def rollout_to_tensors(buffer: RolloutBuffer, context: DistributedContext) -> tu
     batches = []
     for number, (batch, rewards) in enumerate(zip(buffer.batches, buffer.rewards, strict=True)):
         stored, values = trajectories_to_tensors(Trajectories.concatenate(context.gather(batch.chunks)))
-        for name, value in vars(Reference.concatenate(context.gather(batch.references))).items():
-            stored |= {} if value is None else {f"reference {name}": value}
+        if batch.references:
+            reference = vars(Reference.concatenate(context.gather(batch.references)))
+            stored |= {f"reference {name}": value for name, value in reference.items() if value is not None}
         tensors |= {f"{number}/signal": batch.rewards, f"{number}/rewards": rewards}
         tensors |= {f"{number}/0/{name}": value for name, value in stored.items()}
         batches.append({"steps": list(batch.steps), "window": batch.window, "chunks": [values]})
@@ -176,10 +180,13 @@ def rollout_from_tensors(
         start = f"{number}/0/"
         own = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
         stored = trajectories_from_tensors(own, batch["chunks"][0])
-        residuals = own.get("reference residuals")
-        reference = Reference(residuals, own["reference deviations"], own["reference log_probs"])
         parts = blocks(process_shard(range(len(stored.rows)), context), size)
-        chunks, references = [stored.at(part) for part in parts], [reference.at(part) for part in parts]
+        chunks, references = [stored.at(part) for part in parts], list[Reference]()
+        if "reference log_probs" in own:
+            reference = Reference(
+                own.get("reference residuals"), own["reference deviations"], own["reference log_probs"]
+            )
+            references = [reference.at(part) for part in parts]
         batches.append(Batch(chunks, references, tuple(batch["steps"]), tensors[f"{number}/signal"], batch["window"]))
         rewards.append(tensors[f"{number}/rewards"])
     metrics, order = tuple(values["metrics"]), tuple(values["order"])

@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ class RunState:
 
     step, num_rollouts  updates and rollouts so far
     rollout             the samples of the next updates; None: to be collected
+    old                 average of the weights that draws the samples; None: the trained weights draw them
     """
 
     method: TrainingMethod[Any]
@@ -50,6 +51,7 @@ class RunState:
     step: int = 0
     num_rollouts: int = 0
     rollout: RolloutBuffer | None = None
+    old: Any = None
     records: list[Record] = field(default_factory=list)
     evaluations: list[Record] = field(default_factory=list)
 
@@ -63,18 +65,32 @@ class RunState:
         for name, parameter in self.trainable.parameters.items():
             set_parameter(parameter, weights[name])
 
-    @contextmanager
-    def ema_weights(self) -> Iterator[None]:
+    def ema_weights(self) -> AbstractContextManager[None]:
         """Use the moving average of the weights, where there is one, inside the block."""
-        if self.ema is None:
+        return self._averaged(self.ema)
+
+    def old_policy(self) -> AbstractContextManager[None]:
+        """Use the weights that draw the samples inside the block."""
+        return self._averaged(self.old)
+
+    @torch.no_grad()
+    def average_policy(self, decay: float) -> None:
+        """Move the weights that draw the samples to the trained ones: old ← decay · old + (1 − decay) · trained."""
+        if self.old is not None:
+            for average, parameter in zip(self.old.shadow_params, self.parameters, strict=True):
+                average.lerp_(parameter.detach(), 1 - decay)
+
+    @contextmanager
+    def _averaged(self, average: Any) -> Iterator[None]:
+        if average is None:
             yield
             return
-        self.ema.store(self.parameters)
-        self.ema.copy_to(self.parameters)
+        average.store(self.parameters)
+        average.copy_to(self.parameters)
         try:
             yield
         finally:
-            self.ema.restore(self.parameters)
+            average.restore(self.parameters)
 
 
 class RunFolder:
@@ -152,7 +168,7 @@ class RunFolder:
         rollout = run.rollout and rollout_to_tensors(run.rollout, self.context)
         weights = {name: whole(value.detach()) for name, value in run.trainable.parameters.items()}
         moments, optimiser = optimiser_tensors(run.optimiser)
-        shadow = [whole(value) for value in run.ema.shadow_params] if run.ema else []
+        shadow, old = ([whole(value) for value in one.shadow_params] if one else [] for one in (run.ema, run.old))
         if not self.context.is_main_process:
             return
         tensors: dict[str, dict[str, Tensor]] = {
@@ -179,6 +195,8 @@ class RunFolder:
         if run.ema:
             tensors["average"] = dict(zip(weights, shadow, strict=True))
             values["average"] = {"step": run.ema.optimization_step}
+        if run.old:
+            tensors["old"] = dict(zip(weights, old, strict=True))
         if rollout:
             tensors["rollout"], values["rollout"] = rollout
         pinned = [] if run.early_stopping.best_step is None else [run.early_stopping.best_step]
@@ -197,10 +215,10 @@ class RunFolder:
         if run.scaler and state["scaler"]:
             run.scaler.load_state_dict(state["scaler"])
         if run.ema:
-            average = saved.tensors("average")
-            for name, value in zip(run.trainable.parameters, run.ema.shadow_params, strict=True):
-                set_parameter(value, average[name])
+            _load_average(run, run.ema, saved.tensors("average"))
             run.ema.optimization_step = saved.json("average")["step"]
+        if run.old:
+            _load_average(run, run.old, saved.tensors("old"))
         if (saved.path / "rollout.json").exists():
             rollout = saved.tensors("rollout"), saved.json("rollout")
             run.rollout = rollout_from_tensors(*rollout, self.context, self.chunk)
@@ -231,6 +249,12 @@ class RunFolder:
             os.rename(new, self.path / name)
             shutil.rmtree(old, ignore_errors=True)
         return written.relative_to(new)
+
+
+def _load_average(run: RunState, average: Any, saved: Mapping[str, Tensor]) -> None:
+    """Restore an average of the weights, by their names."""
+    for name, value in zip(run.trainable.parameters, average.shadow_params, strict=True):
+        set_parameter(value, saved[name])
 
 
 def checkpoint_to_resume(path: Path, resume: bool, warn: Callable[[str], None] = logger.warning) -> Checkpoint | None:

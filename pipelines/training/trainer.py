@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar, Unpack
+from typing import Any, ClassVar, Protocol, TypeVar, Unpack
 
 import torch
 from accelerate import Accelerator
@@ -29,6 +29,7 @@ from steer.pipelines.training.evaluation import Evaluator
 from steer.pipelines.training.events import Events, Stopped, StopRequest, stop_request
 from steer.pipelines.training.method import (
     ConfigT,
+    OnChunk,
     Record,
     Scored,
     TrainingMethod,
@@ -39,6 +40,7 @@ from steer.pipelines.training.method import (
 )
 from steer.pipelines.training.model_card import base_model, model_card
 from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
+from steer.pipelines.training.preference_files import read_preferences
 from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer
 from steer.pipelines.training.signals import RewardSignal, check_pareto
 from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
@@ -54,7 +56,20 @@ from steer.training.trainable import FullFinetuning, LoRA, Trainable, fingerprin
 
 INTERRUPTED = "interrupted"
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
-RolloutSource = OnlineRollouts | PreferenceDataset
+
+
+class RolloutSource(Protocol):
+    """A source of samples to learn from: prompts that the model draws samples of, or preferences."""
+
+    def config_dict(self) -> dict[str, Any]:
+        """Return the plain values that determine the samples."""
+        ...
+
+    def collect(
+        self, number: int, sampler: Sampler, trainable: Trainable, on_chunk: OnChunk, context: DistributedContext
+    ) -> RolloutBuffer:
+        """Collect rollout `number`, from 0, of this process's shard."""
+        ...
 
 
 class Trainer(TrainingMethod[ConfigT]):
@@ -66,9 +81,10 @@ class Trainer(TrainingMethod[ConfigT]):
 
     reward         None where people annotated preferences
     config         the method's own, such as GRPOConfig, or a TrainingConfig with the method's options at their defaults
-    preferences    of D3PO, in place of train_prompts: folder of human comparisons (`preference_data.PreferenceFolder`).
-                   Samples without stored trajectories are sampled again by `pipe` and must give the same pixels. The
-                   configuration is by default the one that they were sampled with.
+    preferences    in place of train_prompts. Of DPO: a table of pairs of images, as `steer rewards train` reads it. Of
+                   D3PO: folder of human comparisons (`preference_data.PreferenceFolder`). Samples without stored
+                   trajectories are sampled again by `pipe` and must give the same pixels. The configuration is by
+                   default the one that they were sampled with.
     train_prompts  of a pipeline without prompts (unconditional) a count, or texts that the reward reads
     eval_prompts   held out; without them nothing is evaluated
     eval_rewards   held out; early stopping watches the first (without any, the trained reward on the eval_prompts)
@@ -101,11 +117,13 @@ class Trainer(TrainingMethod[ConfigT]):
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         if preferences is not None and not self.takes_preferences:
-            raise InputError(f"preferences are for D3PO, not for {self.config_class.title}: give prompts and a reward")
+            raise InputError(
+                f"preferences are for D3PO and DPO, not {self.config_class.title}: give prompts and a reward"
+            )
         if reward is None and preferences is None:
-            raise InputError("reward is missing: give one to train on, or preferences (D3PO)")
+            raise InputError("reward is missing: give one to train on, or preferences (D3PO, DPO)")
         if config is None and preferences is not None:
-            config = self.config_class(**sampling_config_of(preferences))
+            config = self.config_class(**self.preference_defaults(preferences))
         super().__init__(pipe, NoReward() if reward is None else reward)
         self.config = self._own_config(config)
         if preferences is not None and self.config.evaluates_by_ode:
@@ -149,7 +167,7 @@ class Trainer(TrainingMethod[ConfigT]):
         """The samples that are learnt from. Raises InputError for prompts that do not fit the pipeline."""
         if self.preferences is not None:
             with main_first(self.pipe.device.type == "cpu"):
-                return PreferenceDataset.of(self.preferences, self.pipe, self.config)
+                return self.preference_source(self.preferences)
         prompts, held_out = prompts_of(self.pipe, self.train_prompts, "train_prompts"), self.held_out()
         if not prompts:
             raise InputError("train_prompts: at least one is needed")
@@ -162,6 +180,20 @@ class Trainer(TrainingMethod[ConfigT]):
         """Attach metadata by prompt to all rewards."""
         self.reward = with_metadata(self.reward, rows)
         self.eval_rewards = tuple(with_metadata(one, rows) for one in self.eval_rewards)
+
+    @classmethod
+    def preference_defaults(cls, preferences: str | Path) -> dict[str, Any]:
+        """The fields of the configuration that preferences fix, unless given."""
+        return sampling_config_of(preferences)
+
+    @classmethod
+    def check_preferences(cls, preferences: Path, config: Mapping[str, Any]) -> None:
+        """Raise InputError for preferences that cannot be read."""
+        read_preferences(preferences)
+
+    def preference_source(self, preferences: Path) -> RolloutSource:
+        """The preferences to learn from."""
+        return PreferenceDataset.of(preferences, self.pipe, self.config)
 
     def held_out(self) -> tuple[str, ...]:
         """The evaluation prompts as texts."""
@@ -181,7 +213,7 @@ class Trainer(TrainingMethod[ConfigT]):
                 "early_stopping_patience compares a held-out reward: give eval_prompts and eval_rewards, or "
                 "early_stopping_patience 0"
             )
-        return Evaluator(self.held_out(), first, others)
+        return Evaluator(self.held_out(), first, others, self.draw)
 
     def _rewards(self) -> list[Reward]:
         return [one for one in (self.reward, *self.eval_rewards) if not isinstance(one, NoReward)]
@@ -285,6 +317,11 @@ class LossTrainer(Trainer[LossConfigT]):
         super().attach_metadata(rows)
         self.reward_signal.attach_metadata(rows)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss, a penalty or the control of the KL depends on the reference policy."""
+        return getattr(self.config.loss(), "uses_reference", True) or self.config.needs_divergence
+
     def gradient(self, sampler: Sampler, batch: Batch, **options: Unpack[GradientOptions]) -> tuple[float, Metrics]:
         """Add the gradient of one update; see `steer.training.gradient.two_pass_gradient`."""
         return two_pass_gradient(sampler, batch, self.config.loss(), **options)
@@ -320,7 +357,8 @@ class TrainingRun:
         parameters = trainable.parameters.values()
         optimiser = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
         self.prepared, self.optimiser = self.accelerator.prepare(trainable.denoiser, optimiser)
-        ema = EMAModel(list(trainable.parameters.values()), config.ema_decay) if config.ema_decay else None
+        ema = EMAModel(list(parameters), config.ema_decay) if config.ema_decay else None
+        old = EMAModel(list(parameters), 0.0) if self.trainer.averages_policy else None
         return RunState(
             method=self.trainer,
             trainable=trainable,
@@ -328,6 +366,7 @@ class TrainingRun:
             schedule=get_constant_schedule_with_warmup(optimiser, config.warmup_steps),
             scaler=self.accelerator.scaler,
             ema=ema,
+            old=old,
             control=config.kl_control(),
             early_stopping=EarlyStopping(config.early_stopping_patience),
         )
@@ -402,8 +441,9 @@ class TrainingRun:
                 before_last=exchange,
                 context=self.context,
             )
-        if state.control.is_exhausted(metrics["kl"]):
-            self.stopped = f"the KL budget is spent: {metrics['kl']:.3g} of {state.control.budget:g} nats a trajectory"
+        kl_nats = metrics.get("kl", math.nan)  # measured wherever the control depends on it
+        if state.control.is_exhausted(kl_nats):
+            self.stopped = f"the KL budget is spent: {kl_nats:.3g} of {state.control.budget:g} nats a trajectory"
             return None
         rate = state.schedule.get_last_lr()[0]
         norm = self._step(loss)
@@ -415,7 +455,9 @@ class TrainingRun:
         # Accuracy is NaN without pairs; a gradient scaler meets infinite gradients.
         record = {name: value for name, value in record.items() if math.isfinite(value)}
         state.rollout = state.rollout.next_batch()
-        state.control = state.control.after(metrics["kl"])
+        if state.rollout is None:
+            state.average_policy(self.trainer.old_decay(state.num_rollouts))
+        state.control = state.control.after(kl_nats)
         state.records.append(record)
         self.folder.log("records", record)
         return record
@@ -446,10 +488,11 @@ class TrainingRun:
             self.trainer.pipe, self.config, self.prepared
         )  # its cached text embeddings last for a rollout
         try:
-            buffer = self.source.collect(
-                self.state.num_rollouts, self.sampler, self.state.trainable, request.check, self.context
-            )
-            if self.state.num_rollouts == 0:
+            with self.state.old_policy():
+                buffer = self.source.collect(
+                    self.state.num_rollouts, self.sampler, self.state.trainable, request.check, self.context
+                )
+            if self.state.num_rollouts == 0 and self.trainer.log_probs:
                 self._check(buffer.batch)
         except BaseException:
             self.trainer.load_state_dict(before)
@@ -546,6 +589,7 @@ RESUMABLE_FIELDS = {
     "save_steps",
     "save_total_limit",
     "kl_budget_nats",
+    "kl_every",
     "log_with",
 }
 

@@ -1,7 +1,7 @@
 """Evaluation of half-precision models in float32, one operation at a time, without a copy of their weights."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -38,26 +38,29 @@ def _in_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in HALF else value
 
 
-def _computes_in_half(modules: Sequence[nn.Module]) -> bool:
-    """Return whether weights or an active autocast are half precision: otherwise no operation needs a cast."""
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    return any(parameter.dtype in HALF or torch.is_autocast_enabled(parameter.device.type) for parameter in parameters)
+def in_float32(modules: Sequence[nn.Module], autocast: bool = False) -> Callable[[], AbstractContextManager[None]]:
+    """Return a context in which modules are evaluated in float32: no half precision, autocast or TF32.
 
-
-@contextmanager
-def in_float32(modules: Sequence[nn.Module], autocast: bool = False) -> Iterator[None]:
-    """Evaluate modules in float32: no half precision, no autocast, no TF32 in matrix products and convolutions.
+    The weights are looked through once, here: a context is entered for every call of the modules.
 
     autocast  whether a forward pass enters its own autocast, as a model prepared by accelerate may
     """
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        with Float32() if autocast or _computes_in_half(modules) else nullcontext():
-            yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before
+    weights = {(one.dtype in HALF, one.device.type) for module in modules for one in module.parameters()}
+    half, devices = autocast or any(half for half, _ in weights), {device for _, device in weights}
+
+    @contextmanager
+    def exact() -> Iterator[None]:
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        before = matmul.allow_tf32, cudnn.allow_tf32
+        matmul.allow_tf32 = cudnn.allow_tf32 = False
+        try:
+            # Without half precision anywhere no operation needs a cast.
+            with Float32() if half or any(map(torch.is_autocast_enabled, devices)) else nullcontext():
+                yield
+        finally:
+            matmul.allow_tf32, cudnn.allow_tf32 = before
+
+    return exact
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -93,7 +93,8 @@ def reference_of(
 class Batch:
     """B prompts × K samples, prompt after prompt, in chunks of rows that go through the denoiser together.
 
-    chunks, references  of this process's prompts
+    chunks   of this process's prompts
+    references  of the chunks; empty where neither loss, penalty nor log needs them
     steps    the stochastic steps of the gradient, ascending: S of those in the window
     window   number of the T stochastic steps in the window, the first ones; None: all
     rewards  (B, K), or (B, K, M) where a loss takes several; of all processes
@@ -159,8 +160,8 @@ def two_pass_gradient(
 ) -> tuple[float, Metrics]:
     """Add ∇θ [L + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
-    Returns L, and its metrics with `kl`, the mean KL(pθ ‖ p_ref) of a trajectory's steps in the window, in nats, and
-    the penalties'.
+    Returns L, and its metrics with, where the batch has references, `kl`, the mean KL(pθ ‖ p_ref) of a trajectory's
+    steps in the window, in nats, and the penalties'.
 
     penalties    with their weights w_p; where S < T their sum is scaled up
     on_policy    the weights are those that drew the batch: pass 1 is skipped
@@ -171,22 +172,20 @@ def two_pass_gradient(
     """
     steps = list(batch.steps)
     coefficients, final_loss = _pass_one(sampler, batch, loss, on_policy, on_chunk, context)
-    weights: dict[Penalty, float] = {kl: 0.0, **(penalties or {})}
+    weights = penalty_weights(batch, penalties or {})
     backward = counted(backward, len(batch.chunks) * len(steps), before_last)
     totals = dict.fromkeys(weights, 0.0)
     per_sample = batch.counted / len(steps) / batch.rewards.shape[:2].numel()
-    for number, (chunk, chunk_reference) in enumerate(zip(batch.chunks, batch.references, strict=True)):
+    for number, chunk in enumerate(batch.chunks):
         on_chunk()
 
-        def backward_step(
-            t: int, p: Gaussian, x_s: Tensor, number: int = number, chunk_reference: Reference = chunk_reference
-        ) -> None:
+        def backward_step(t: int, p: Gaussian, x_s: Tensor, number: int = number) -> None:
             column = steps.index(t)
             log_prob = p.log_prob(x_s)
             scalar_loss = (coefficients(number, column, log_prob).to(p.mean.device) * log_prob).sum()
             for penalty, weight in weights.items():
                 with torch.set_grad_enabled(weight != 0):
-                    cost = per_sample * divergence(penalty, p, x_s, chunk_reference, column).sum()
+                    cost = per_sample * divergence(penalty, p, x_s, batch.references[number], column).sum()
                 totals[penalty] += cost.item()
                 scalar_loss = scalar_loss + weight * cost
             backward(context.world_size * scalar_loss)
@@ -195,7 +194,23 @@ def two_pass_gradient(
     value, metrics = final_loss()
     costs = dict(zip(totals, sum_over_processes(context, list(totals.values())), strict=True))
     penalty_means = {penalty.__name__: cost for penalty, cost in costs.items()}
-    return value, metrics | penalty_means | {"kl_per_step": costs[kl] / batch.counted}
+    return value, metrics | per_step(penalty_means, batch.counted)
+
+
+def penalty_weights(batch: Batch, penalties: Mapping[Penalty, float]) -> dict[Penalty, float]:
+    """Return the weights of the divergences to compute: the penalties, and the KL wherever there is a reference.
+
+    Raises InputError for penalties without a reference.
+    """
+    if penalties and not batch.references:
+        raise InputError("penalties compare with the reference: give the batch its references")
+    return {kl: 0.0, **penalties} if batch.references else {}
+
+
+def per_step(penalty_means: Metrics, steps: int) -> Metrics:
+    """Add `kl_per_step` to the metrics of the penalties, where they have the KL of a trajectory."""
+    name = kl.__name__
+    return penalty_means | ({"kl_per_step": penalty_means[name] / steps} if name in penalty_means else {})
 
 
 Coefficients = Callable[[int, int, Tensor], Tensor]  # (chunk, column, ℓ (n,)) → c (n,) of one step of a chunk
@@ -213,7 +228,8 @@ def _pass_one(
     steps = list(batch.steps)
     new = [chunk.log_probs[:, steps].clone() for chunk in batch.chunks]  # ℓ of this process, the old ones at first
     old = batch.matrix(new, context)
-    reference = batch.matrix([chunk_reference.log_probs for chunk_reference in batch.references], context)
+    references = [chunk_reference.log_probs for chunk_reference in batch.references]
+    reference = batch.matrix(references, context) if references else None
 
     def differentiate(values: Tensor) -> tuple[float, Metrics, Sequence[Tensor]]:
         leaf = values.clone().requires_grad_(True)
@@ -286,8 +302,8 @@ def reward_gradient(
     """Add ∇θ [−mean reward + Σ_p w_p · mean over samples of Σ_t p(pθ, p_ref)] to the weights' .grad.
 
     The sums go over the batch's steps, at their stored x_t: a penalty depends on the policy there, not on the path to
-    it. Returns −mean reward, and the penalties of these steps with `kl`, in nats. The graph holds k denoiser calls and
-    the decoder. The options are those of `two_pass_gradient`.
+    it. Returns −mean reward and, where the batch has references, the penalties of these steps with `kl`, in nats. The
+    graph holds k denoiser calls and the decoder. The options are those of `two_pass_gradient`.
 
     limit  a bound on the slope of the reward at each image
 
@@ -296,24 +312,26 @@ def reward_gradient(
     if not on_policy:
         raise InputError("reward backpropagation needs samples of the current weights: draw new ones")
     count, steps = sum(len(chunk.rows) for chunk in batch.chunks), list(batch.steps)  # of each process
-    weights: dict[Penalty, float] = {kl: 0.0, **penalties}
+    weights = penalty_weights(batch, penalties)
     value, totals = 0.0, dict.fromkeys(weights, 0.0)
     backward = counted(backward, len(batch.chunks) * (1 + len(steps) * bool(penalties)), before_last)
-    for chunk, chunk_reference in zip(batch.chunks, batch.references, strict=True):
+    for number, chunk in enumerate(batch.chunks):
         on_chunk()
         images = (limit or SlopeLimit(None)).apply(sampler.finish(chunk, last_steps))
         rewards, _ = mean_over_frames(images, partial(score_components, reward, prompts=chunk.rows.prompts))
         value -= rewards.sum().item() / count
         backward(-rewards.sum().to(images.device) / count)
 
-        def backward_step(t: int, p: Gaussian, x_s: Tensor, chunk_reference: Reference = chunk_reference) -> None:
-            costs = {one: divergence(one, p, x_s, chunk_reference, steps.index(t)).sum() / count for one in weights}
+        def backward_step(t: int, p: Gaussian, x_s: Tensor, number: int = number) -> None:
+            there = batch.references[number]
+            costs = {one: divergence(one, p, x_s, there, steps.index(t)).sum() / count for one in weights}
             for penalty, cost in costs.items():
                 totals[penalty] += cost.item()
             if penalties:
                 backward(torch.stack([weights[penalty] * cost for penalty, cost in costs.items()]).sum())
 
-        sampler.replay(chunk, backward_step, steps, grad=bool(penalties))
+        if weights:
+            sampler.replay(chunk, backward_step, steps, grad=bool(penalties))
     value, *costs = (one / context.world_size for one in sum_over_processes(context, [value, *totals.values()]))
     penalty_means = {penalty.__name__: cost for penalty, cost in zip(weights, costs, strict=True)}
-    return value, penalty_means | {"kl_per_step": penalty_means[kl.__name__] / len(steps)}
+    return value, per_step(penalty_means, len(steps))

@@ -7,7 +7,6 @@ can be differentiated, and freed, by itself.
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
@@ -21,8 +20,8 @@ from steer.diffusion.precision import HALF, Precision, in_float32
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.rows import RowsCall
-from steer.diffusion.schedules import Dynamics, Gaussian, check_dynamics
-from steer.diffusion.seeds import seeded_normal
+from steer.diffusion.schedules import Dynamics, Gaussian, check_dynamics, step_levels
+from steer.diffusion.seeds import derived_seed, seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
     OutputShapes,
@@ -35,6 +34,8 @@ from steer.diffusion.step_hooks import (
 from steer.errors import InputError
 
 ReplayCallback = Callable[[int, Gaussian, Tensor], None]
+NoisyCallback = Callable[[int, SolverStep, Tensor], None]
+MAX_START_SIGNAL = 0.15  # α/σ at which the start of a run, pure noise, stands for a noised sample
 
 
 def blocks(numbers: range, size: int) -> list[range]:
@@ -66,7 +67,7 @@ class Rows:
 class Trajectories:
     """N rollouts, on the CPU.
 
-    latents    (N, S, …) after each of the S transitions, in the storage dtype
+    latents    (N, S, …) after each of the S transitions, in the storage dtype; of `Sampler.sample` after the last alone
     stochastic the T transitions that have a density (τ > 0)
     log_probs  (N, T) fp64, nats: log p(x_s | x_t) of the policy that drew them
     """
@@ -170,8 +171,7 @@ class Sampler:
         check_dynamics(pipe.scheduler, dynamics)
         self.eta, self.storage, self._call, self.dynamics = eta, storage, dict(call), dynamics
         denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
-        exact = partial(in_float32, denoisers, autocast=autocast)
-        self._precision_context = exact if precision == "float32" else nullcontext
+        self._precision_context = in_float32(denoisers, autocast) if precision == "float32" else nullcontext
         self._gate = _DenoiserGate(self._precision_context)
         self._pipe = differentiable_images(without_side_effects(pipe))
         self._form = 0  # of the call that makes several rows: see `RowsCall`
@@ -267,8 +267,76 @@ class Sampler:
         finally:
             self._gate.open, self._gate.precision_context = True, self._precision_context
 
-    def _noise(self, rows: Rows, k: int, like: Tensor) -> Tensor:
-        return seeded_normal(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"step {k}"] * len(rows))
+    def sample(self, rows: Rows, denoise: bool = True) -> tuple[Trajectories, Tensor]:
+        """Sample the rows by the pipeline's own solver, as one batch; returns clean latents, and images as `rollout`.
+
+        The trajectories hold the clean latents alone (N, 1, …), zeros as log-probabilities, and as `stochastic` the
+        steps whose noise levels `noised` can use: all but a first one that is far from pure noise.
+
+        denoise  False: predict zeros without calling the denoiser, for the shapes alone
+        """
+        latents, usable = list[Tensor](), list[int]()
+
+        def keep(solver_step: SolverStep) -> None:
+            before = step_levels(solver_step.scheduler, solver_step.t, solver_step.index)[0]
+            if solver_step.k > 0 or before.alpha / before.sigma <= MAX_START_SIGNAL:
+                usable.append(solver_step.k)
+            latents[:] = [solver_step.prev.to(self.storage).cpu()]
+
+        self._gate.open = denoise
+        try:
+            with torch.no_grad():
+                images = self._run(rows, keep, "pt")
+        finally:
+            self._gate.open = True
+        stored = Trajectories(rows, latents[0][:, None], tuple(usable), torch.zeros(len(rows), len(usable)))
+        return stored, images.float() if is_audio(images) else images.float().clamp(0, 1)
+
+    def decode(self, stored: Trajectories) -> Tensor:
+        """Return the images (N, 3, H, W) in [0, 1] of the last stored latents, without calling the denoiser."""
+
+        def force(solver_step: SolverStep) -> tuple[None, Tensor]:
+            return None, stored.latents[:, -1].to(solver_step.prev)
+
+        self._gate.open = False
+        try:
+            with torch.no_grad():
+                return self._run(stored.rows, force, "pt").float().clamp(0, 1)
+        finally:
+            self._gate.open = True
+
+    def noised(
+        self, stored: Trajectories, at: NoisyCallback, only: Collection[int] | None = None, grad: bool = False
+    ) -> None:
+        """Call `at(t, solver_step, x0)` for each usable step t of clean latents: the denoiser at x_t = α_t x0 + σ_t ε.
+
+        ε depends on the seed of a row's noise and on the step, not on the noise that drew x0. A first step is at the
+        pipeline's own start, as in sampling. With `grad` the output of the denoiser has a graph, as in `replay`.
+
+        only  of these steps t; for others the denoiser is not called
+        """
+        wanted = {k: t for t, k in enumerate(stored.stochastic) if only is None or t in only}
+        fresh = tuple(derived_seed(seed, "forward start") for seed in stored.rows.noises)
+
+        def force(solver_step: SolverStep) -> tuple[None, Tensor]:
+            x0 = stored.latents[:, -1].to(solver_step.x.device, torch.float32)
+            if solver_step.k in wanted:
+                with self._precision_context():
+                    at(wanted[solver_step.k], solver_step, x0)
+            self._gate.open = solver_step.k + 1 in wanted
+            alpha, sigma = step_levels(solver_step.scheduler, solver_step.t, solver_step.index)[1]
+            noise = self._noise(stored.rows, solver_step.k + 1, x0, "forward")
+            return None, (alpha.to(x0) * x0 + sigma.to(x0) * noise).to(_latent_dtype(solver_step))
+
+        self._gate.open = 0 in wanted
+        try:
+            with torch.set_grad_enabled(grad):
+                self._run(replace(stored.rows, starts=fresh), force, "latent")
+        finally:
+            self._gate.open = True
+
+    def _noise(self, rows: Rows, k: int, like: Tensor, stream: str = "step") -> Tensor:
+        return seeded_normal(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"{stream} {k}"] * len(rows))
 
     def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], output_type: str) -> Tensor:
         generators = [Generator().manual_seed(seed) for seed in rows.starts]

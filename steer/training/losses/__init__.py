@@ -31,7 +31,7 @@ class LogProbs:
 
     new        (B, K, T) fp64, nats summed over a sample's elements, of the trained policy; may require grad
     old        (B, K, T) of the policy that drew the samples, a constant
-    reference  (B, K, T) of the reference policy, a constant
+    reference  (B, K, T) of the reference policy, a constant; None where neither loss nor log needs it
     elements   D ≥ 1, elements per sample
 
     Raises InputError where the shapes differ or have no step.
@@ -39,11 +39,12 @@ class LogProbs:
 
     new: Tensor
     old: Tensor
-    reference: Tensor
+    reference: Tensor | None
     elements: int
 
     def __post_init__(self) -> None:
-        shapes = [tuple(tensor.shape) for tensor in (self.new, self.old, self.reference)]
+        given = [one for one in (self.new, self.old, self.reference) if one is not None]
+        shapes = [tuple(tensor.shape) for tensor in given]
         if len(set(shapes)) > 1 or len(shapes[0]) != 3 or 0 in shapes[0]:
             raise InputError(
                 f"log-probabilities (new, old, reference) of shapes {shapes} must all be one (prompts, samples, steps)"
@@ -54,11 +55,18 @@ class LogProbs:
     def per(self, unit: Unit) -> "LogProbs":
         """Convert from nats to a unit: element divides by D, as β and ε of DDPO and D3PO assume."""
         scale = 1 / self.elements if unit == "element" else 1.0
-        return replace(self, new=self.new * scale, old=self.old * scale, reference=self.reference * scale)
+        reference = None if self.reference is None else self.reference * scale
+        return replace(self, new=self.new * scale, old=self.old * scale, reference=reference)
+
+    def required_reference(self) -> Tensor:
+        """Return the reference's log-probabilities. Raises InputError where they were not computed."""
+        if self.reference is None:
+            raise InputError("this loss compares with the reference policy: compute its log-probabilities")
+        return self.reference.detach()
 
     def implicit_rewards(self) -> Tensor:
         """Return r̂_t = new − reference (B, K, T), differentiable w.r.t. `new` alone."""
-        return self.new - self.reference.detach()
+        return self.new - self.required_reference()
 
 
 class Loss(Protocol):
@@ -67,7 +75,8 @@ class Loss(Protocol):
     whole_trajectory: it couples all steps of a sample, and cannot be computed from some of them.
 
     A loss whose derivative w.r.t. a step of a prompt's samples depends on that step of these samples alone may set the
-    class attribute `stepwise = True`: then the gradient needs no first pass over all steps.
+    class attribute `stepwise = True`: then the gradient needs no first pass over all steps. One that does not depend on
+    `log_probs.reference` may set `uses_reference = False`: then the reference is evaluated only for penalties and logs.
     """
 
     whole_trajectory: ClassVar[bool]
@@ -220,7 +229,7 @@ class PRDP(Settings):
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         rewards = checked_rewards(log_probs, rewards, group=2)
         implicit = log_probs.implicit_rewards()  # r̂_t (B, K, T)
-        before = log_probs.old.detach() - log_probs.reference.detach()  # r̂old_t
+        before = log_probs.old.detach() - log_probs.required_reference()  # r̂old_t
         proximal = implicit.clamp(before - self.clip, before + self.clip)
         target = _differences(rewards) / self.beta
         error = _differences(implicit.sum(-1)) - target
@@ -284,6 +293,7 @@ class DDPO(Settings):
     advantage_clip: float = argument(5.0, "(0, inf]")
     whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
+    uses_reference: ClassVar[bool] = False
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         advantages = checked_rewards(log_probs, rewards).clamp(-self.advantage_clip, self.advantage_clip)
@@ -307,6 +317,7 @@ class GRPO(Settings):
     scale: bool = True
     whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
+    uses_reference: ClassVar[bool] = False
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         advantages = group_advantages(checked_rewards(log_probs, rewards, group=2), self.scale)
@@ -376,6 +387,7 @@ class Filtered(Settings):
     keep: float = argument(0.25, "(0, 1]")
     whole_trajectory: ClassVar[bool] = False
     stepwise: ClassVar[bool] = True
+    uses_reference: ClassVar[bool] = False
 
     def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
         rewards = checked_rewards(log_probs, rewards)
