@@ -1,7 +1,7 @@
 """Prompts continued by a model of text before images are sampled from them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from steer.apps.errors import wrap_errors
 from steer.apps.models import load_pipeline
 from steer.assets import TEXT_MODELS
 from steer.errors import InputError
+from steer.pipelines.text.masked_diffusion import INDEX
 
 PIPELINES = ("MaskedDiffusionPipeline", "LLaDA2Pipeline", "DiffusionGemmaPipeline")
 
@@ -19,24 +20,25 @@ def is_text_model(model: str) -> bool:
     if model in TEXT_MODELS:
         return True
     try:
-        index = json.loads((Path(model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
+        index = json.loads((Path(model).expanduser() / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False  # on the hub, or reported when it is loaded
     return isinstance(index, dict) and index.get("_class_name") in PIPELINES
 
 
-def expand_prompts(prompts: Sequence[str], model: str, seed: int, device: str | None = None) -> list[str]:
-    """Continue each prompt by a text model, one draw each from its own seed. Raises InputError, which names the prompt.
+def load_expander(model: str, device: str | None = None) -> Callable[[str, int], str]:
+    """Load a text model: a function of a prompt and a seed to the prompt's continuation, one draw.
 
-    A chain prompt → expanded prompt → image, as of Parrot (arXiv 2401.05675).
+    A chain prompt → expanded prompt → image, as of Parrot (arXiv 2401.05675). Raises InputError for another model; the
+    function does so by the name of the prompt.
     """
     if not is_text_model(model):
         raise InputError(f"--expand {model!r} is no text model: use {' or '.join(TEXT_MODELS)}, or a folder of one")
     pipe = load_pipeline(model, device)
     pipe.set_progress_bar_config(disable=True)
-    expanded = []
-    for prompt in prompts:
+
+    def expand(prompt: str, seed: int) -> str:
         with wrap_errors(f"prompt {prompt!r}", f"expanded by {model}", "shorten it"):
-            output = pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed))
-        expanded.append(str(output.texts[0]))
-    return expanded
+            return str(pipe(prompt=prompt, generator=torch.Generator().manual_seed(seed)).texts[0])
+
+    return expand

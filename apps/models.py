@@ -28,7 +28,7 @@ from steer.assets import MODELS, TEXT_MODELS
 from steer.diffusion.step_hooks import DENOISERS
 from steer.errors import InputError
 from steer.files import verify_checksums
-from steer.pipelines.text.masked_diffusion import pipeline_class
+from steer.pipelines.text.masked_diffusion import INDEX, pipeline_class
 from steer.registry import nearest
 from steer.training.trainable import get_denoiser
 
@@ -43,7 +43,6 @@ SINGLE_FILE_PIPELINES = {
     "v2": "StableDiffusionPipeline",
 }
 WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
-INDEX = "model_index.json"
 # diffusion_pytorch_model.fp16.safetensors, model.fp16-00001-of-00002.safetensors
 FILE = re.compile(r"[A-Za-z_0-9]+(\.(?P<variant>[A-Za-z]\w*))?(-\d+-of-\d+)?\.(safetensors|bin)")
 

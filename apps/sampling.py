@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from steer.apps.errors import describe_os_error, wrap_errors
-from steer.apps.expansion import expand_prompts
+from steer.apps.expansion import load_expander
 from steer.apps.methods import METHODS, ComputeOptions, Job
 from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
@@ -272,18 +272,18 @@ def sample(
     if pending:
         with context.local_main_process_first():
             pipe = load_pipeline(settings.model, context.device(device), settings.dtype, **settings.loading)
+            expand = load_expander(settings.expand, device) if settings.expand is not None else None
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
         requests = sample_requests(rows, settings, pipe)
         note_unused("prompts", unused_columns(rows, [*SETTINGS, *argument_names(pipe)]))
         with adapter_applied(pipe, settings.lora) as adapter_disabled:
             for n in _local_prompts(pending, context, settings.method, len(rows)):
                 request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
-                job = Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments)
                 job = replace(
-                    job,
+                    Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments),
                     adapter_disabled=adapter_disabled,
                     compute_options=compute_options,
-                    **_expanded(request, settings.expand, device),
+                    **_expanded(request, expand),
                 )
                 entry = _sample_prompt(job, rows[n], folder, animation)
                 with output_errors(out):
@@ -298,11 +298,11 @@ def sample(
     return report
 
 
-def _expanded(request: SampleRequest, model: str | None, device: str | None) -> dict[str, Any]:
+def _expanded(request: SampleRequest, expand: Callable[[str, int], str] | None) -> dict[str, Any]:
     """Return the expanded prompt of a job, and its own for the reward; nothing without a text model."""
-    if model is None:
+    if expand is None:
         return {}
-    prompt = expand_prompts([request.prompt], model, request.settings.seed, device)[0]
+    prompt = expand(request.prompt, request.settings.seed)
     return {"prompt": prompt, "arguments": {**request.arguments, READ: request.prompt}}
 
 

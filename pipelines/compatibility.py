@@ -74,13 +74,16 @@ class PipelineCheck:
         call = {name: _copied(value) for name, value in self.call.items()}
         return call.pop("prompt", None), call
 
+    def plain_call(self, seed: int) -> dict[str, Any]:
+        """Return the arguments of a plain call, fresh."""
+        prompt, call = self.split()
+        pt = filter_call_kwargs(self.pipe, {"output_type": "pt", "generator": Generator().manual_seed(seed)})
+        return call | ({} if prompt is None else {"prompt": prompt}) | pt
+
     def plain(self, seed: int) -> Tensor:
         """Make the images of one plain call."""
-        prompt, call = self.split()
-        given = call | ({} if prompt is None else {"prompt": prompt})
-        pt = filter_call_kwargs(self.pipe, {"output_type": "pt", "generator": Generator().manual_seed(seed)})
         try:
-            return first_output(self.pipe(**given, **pt))
+            return first_output(self.pipe(**self.plain_call(seed)))
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
             name, reason = type(self.pipe).__name__, (str(error).strip() or "no reason").splitlines()[0]
             raise InputError(
@@ -102,8 +105,8 @@ class PipelineCheck:
     def batch(self) -> ParticleBatch:
         """Make a particle batch of the call, with a generator for each row."""
         prompt, call = self.split()
-        seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
-        return ParticleBatch(self.pipe, load_reward("brightness"), prompt, PARTICLES, call | {"generator": seeds})
+        given = call | {"generator": _generators()}
+        return ParticleBatch(self.pipe, load_reward("brightness"), prompt, PARTICLES, given)
 
 
 def load_object(spec: str) -> Any:
@@ -158,6 +161,11 @@ def _loudness(waveforms: Tensor, prompts: Sequence[str], sample_rate: int | None
     return waveforms.float().square().flatten(1).mean(1)
 
 
+def _generators() -> list[Generator]:
+    """Return a generator for each particle; the first one's is that of the plain call."""
+    return [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
+
+
 def _nothing(solver_step: SolverStep) -> None:
     return None
 
@@ -165,11 +173,8 @@ def _nothing(solver_step: SolverStep) -> None:
 def check_steps(check: PipelineCheck) -> None:
     """Compare the images of a watched run with those of the plain call: equal to the bit."""
     plain = check.plain(SEED)
-    prompt, call = check.split()
-    given = call | ({} if prompt is None else {"prompt": prompt})
-    given |= filter_call_kwargs(check.pipe, {"output_type": "pt", "generator": Generator().manual_seed(SEED)})
     with hook_steps(check.pipe, _nothing) as view:
-        _equal(first_output(view(**given)), plain, 0.0, "a watched run")
+        _equal(first_output(view(**check.plain_call(SEED))), plain, 0.0, "a watched run")
 
 
 def check_rows(check: PipelineCheck) -> None:
@@ -208,9 +213,8 @@ def check_unsteered(check: PipelineCheck) -> None:
     """Compare the images at λ = 0 with those of the plain batch: equal to the bit."""
     prompt, call = check.split()
     _, plain = check.plain_batch
-    seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
     out = FKSteeringPipeline(check.pipe, check.reward)(
-        prompt, num_particles=PARTICLES, lam=0.0, generator=seeds, output_type="pt", **call
+        prompt, num_particles=PARTICLES, lam=0.0, generator=_generators(), output_type="pt", **call
     )
     _equal(out.in_slot_order().images, plain, 0.0, "λ = 0")
 
@@ -218,9 +222,8 @@ def check_unsteered(check: PipelineCheck) -> None:
 def check_fk(check: PipelineCheck) -> None:
     """Steer: resample by the reward of previews, with finite rewards."""
     prompt, call = check.split()
-    seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
     out = FKSteeringPipeline(check.pipe, check.reward)(
-        prompt, num_particles=PARTICLES, lam=1e8, ess_threshold=1.0, generator=seeds, output_type="pt", **call
+        prompt, num_particles=PARTICLES, lam=1e8, ess_threshold=1.0, generator=_generators(), output_type="pt", **call
     )
     if not out.rewards.isfinite().all():
         raise _Differs("rewards are not finite")
@@ -240,14 +243,19 @@ def check_reno(check: PipelineCheck) -> None:
     prompt, call = check.split()
     if (guidance := inspect.signature(type(check.pipe).__call__).parameters.get("guidance_scale")) is not None:
         call.setdefault("guidance_scale", guidance.default)  # ReNO's own default is 0, for one-step models
-    seeds = [Generator().manual_seed(SEED + row) for row in range(PARTICLES)]
     first: list[Tensor] = []
 
     def observe(iteration: Any) -> None:
         first.append(iteration.images)
 
     out = ReNOPipeline(check.pipe, check.reward)(
-        prompt, num_particles=PARTICLES, iterations=2, generator=seeds, on_iteration=observe, output_type="pt", **call
+        prompt,
+        num_particles=PARTICLES,
+        iterations=2,
+        generator=_generators(),
+        on_iteration=observe,
+        output_type="pt",
+        **call,
     )
     if not out.rewards.isfinite().all():
         raise _Differs("rewards are not finite")

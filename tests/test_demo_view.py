@@ -75,8 +75,8 @@ def by_class(root: ElementTree.Element, name: str) -> list[ElementTree.Element]:
 
 def words(root: ElementTree.Element) -> str:
     """All that can be read or heard, without the images themselves."""
-    told = [value for each in root.iter() for key, value in each.items() if key not in ("src", "href", "style")]
-    return " ".join([*root.itertext(), *told])
+    attributes = [value for each in root.iter() for key, value in each.items() if key not in ("src", "href", "style")]
+    return " ".join([*root.itertext(), *attributes])
 
 
 def line_chart(title: str, name: str, points: Sequence[tuple[float, ...]], x_range: tuple[float, float]) -> str:

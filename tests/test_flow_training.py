@@ -78,7 +78,7 @@ def test_the_pipeline_is_a_plain_one(pipe: StableDiffusion3Pipeline) -> None:
 def test_two_steps_of_the_training_resume_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vae = AutoencoderKL.from_pretrained(f"{MODELS['scenes']}/vae").eval()
     tiny = replace(flow.RECIPE, width=16, layers=1, heads=2, batch=4, scenes=8, text_steps=2)
-    for name, value in {"RECIPE": tiny, "WIDTH": 32, "LAYERS": 2, "HEADS": 2, "PART": 8}.items():
+    for name, value in {"RECIPE": tiny, "WIDTH": 32, "LAYERS": 2, "HEADS": 2}.items():
         monkeypatch.setattr(flow, name, value)
     monkeypatch.setattr("steer.apps.scenes.training.PART", 8)
 

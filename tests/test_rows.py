@@ -93,7 +93,7 @@ def test_forms_repeat_what_each_row_needs() -> None:
     """Of two prompts with two rows each: the count, repeated pictures, repeated prompts, and single calls."""
     picture = torch.rand(1, 3, 8, 8)
     call = {"prompt": ["a", "b"], "image": picture, "guidance_scale": 2.0}
-    made = [form.calls for form in forms(cached_pipe("img2img"), call, 2, 2)]
+    made = list(forms(cached_pipe("img2img"), call, 2, 2))
     assert [len(calls) for calls in made] == [1, 1, 1, 1, 4]
     assert made[0][0] == call | {"num_images_per_prompt": 2}
     assert made[1][0]["image"].shape == (4, 3, 8, 8) and made[1][0]["prompt"] == ["a", "b"]

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,19 +15,17 @@ from diffusers import (
 from diffusers.models.attention_processor import Attention
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 from steer.apps.scenes.training import (
     CHANNELS,
-    LENGTH,
-    PART,
-    TEXT_BATCH,
     UNCONDITIONAL,
     Recipe,
     Scenes,
     build_tokenizer,
     learn_mean_images,
     new_mean_image,
+    text_config,
     timesteps,
     token_ids,
 )
@@ -88,24 +85,11 @@ def new_transformer() -> SD3Transformer2DModel:
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     """One of the two text encoders that the format has."""
-    return CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=RECIPE.width,
-            intermediate_size=4 * RECIPE.width,
-            num_hidden_layers=RECIPE.layers,
-            num_attention_heads=RECIPE.heads,
-            max_position_embeddings=LENGTH,
-            projection_dim=RECIPE.width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModelWithProjection(text_config(tokenizer, RECIPE))
 
 
 def encode_prompts(encoders: Sequence[CLIPTextModelWithProjection], ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return states (N, LENGTH + 1, 2·width) and pooled states (N, 2·width) as StableDiffusion3Pipeline does.
+    """Return states (N, tokens + 1, 2·width) and pooled states (N, 2·width) as StableDiffusion3Pipeline does.
 
     The states before the last layer side by side, then one token of zeros in place of T5's.
     """
@@ -133,14 +117,9 @@ def train_flow(folder: Path, vae: AutoencoderKL, steps: int, decay: float = 0.25
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "tokenizer", whole_words=True)
     scenes = Scenes(folder.parent / "parts", vae, tokenizer, RECIPE)
-    text_scenes = Scenes(scenes.folder, vae, tokenizer, replace(RECIPE, batch=min(TEXT_BATCH, PART)))
     transformer, encoders = new_transformer(), [new_text_encoder(tokenizer) for _ in range(2)]
     mean_image = new_mean_image(2 * RECIPE.width)
-    learn_mean_images(
-        *(folder / "text", text_scenes, encoders, mean_image),
-        lambda ids: encode_prompts(encoders, ids)[1],
-        RECIPE.text_steps,
-    )
+    learn_mean_images(folder / "text", scenes, encoders, mean_image, lambda ids: encode_prompts(encoders, ids)[1])
     plain = transformer.attn_processors
     transformer.set_attn_processor(OneZeroToken())
     modules = torch.nn.ModuleList([transformer, *encoders, mean_image])

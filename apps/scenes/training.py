@@ -279,22 +279,25 @@ def new_denoiser(recipe: Recipe = RECIPES["scenes"]) -> UNet2DConditionModel:
     )
 
 
+def text_config(tokenizer: CLIPTokenizer, recipe: Recipe) -> CLIPTextConfig:
+    """The configuration of a recipe's text encoder."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.width,
+        intermediate_size=4 * recipe.width,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        max_position_embeddings=LENGTH,
+        projection_dim=recipe.width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def new_text_encoder(tokenizer: CLIPTokenizer, recipe: Recipe = RECIPES["scenes"]) -> CLIPTextModel:
     """A few layers of CLIP's text transformer."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=recipe.width,
-            intermediate_size=4 * recipe.width,
-            num_hidden_layers=recipe.layers,
-            num_attention_heads=recipe.heads,
-            max_position_embeddings=LENGTH,
-            projection_dim=recipe.width,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return CLIPTextModel(text_config(tokenizer, recipe))
 
 
 def token_ids(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
@@ -359,7 +362,6 @@ def learn_mean_images(
     encoders: Sequence[torch.nn.Module],
     mean_image: torch.nn.Module,
     pooled: Callable[[Tensor], Tensor],
-    steps: int,
 ) -> None:
     """Train text encoders to predict the mean latents of a prompt: min E ‖x0 − f(pooled state of the prompt)‖².
 
@@ -367,12 +369,14 @@ def learn_mean_images(
     a prompt equalled that of its mirror image. From text to mean latents a step takes a tenth of the seconds. The
     denoiser's training keeps this loss: without it the text encoder had forgotten relations after 2,000 steps.
     """
+    recipe = replace(scenes.recipe, batch=min(TEXT_BATCH, PART))
+    larger = Scenes(scenes.folder, scenes.vae, scenes.tokenizer, recipe)
 
     def loss_at(step: int) -> Tensor:
-        x0, ids = scenes.batch(step, torch.Generator().manual_seed(step))
+        x0, ids = larger.batch(step, torch.Generator().manual_seed(step))
         return torch.nn.functional.mse_loss(mean_image(pooled(ids)), x0.flatten(1))
 
-    TrainingRun(folder, steps, 1e-3, save_every=1000).train([*encoders, mean_image], loss_at)
+    TrainingRun(folder, recipe.text_steps, 1e-3, save_every=1000).train([*encoders, mean_image], loss_at)
 
 
 def velocity_loss(
@@ -431,12 +435,7 @@ def train_denoiser(
     scenes = Scenes(folder.parent / "parts", vae, tokenizer, recipe)
     empty = token_ids(tokenizer, [""])
     text_encoder, mean_image = new_text_encoder(tokenizer, recipe), new_mean_image(recipe.width)
-    text_scenes = Scenes(scenes.folder, vae, tokenizer, replace(recipe, batch=min(TEXT_BATCH, PART)))
-    learn_mean_images(
-        *(folder / "text", text_scenes, [text_encoder], mean_image),
-        lambda ids: text_encoder(ids).pooler_output,
-        recipe.text_steps,
-    )
+    learn_mean_images(folder / "text", scenes, [text_encoder], mean_image, lambda ids: text_encoder(ids).pooler_output)
     unet = new_denoiser(recipe).to(memory_format=torch.channels_last)
     modules, first = torch.nn.ModuleList([unet, text_encoder, mean_image]), 0
     if start is not None:

@@ -29,11 +29,8 @@ SHARED = (
 )
 
 
-@dataclass(frozen=True)
-class Form:
-    """One form of a call: arguments of one call of all rows, or of one call for each row."""
-
-    calls: tuple[dict[str, Any], ...]
+# One form of a call: the arguments of one call of all rows, or of one call for each row.
+Form = tuple[dict[str, Any], ...]
 
 
 class RowsCall:
@@ -57,7 +54,7 @@ class RowsCall:
     @property
     def call(self) -> dict[str, Any]:
         """The arguments of the form in use, of its first row where it has one call for each."""
-        return self._forms[self.place].calls[0]
+        return self._forms[self.place][0]
 
     def run(
         self,
@@ -90,7 +87,7 @@ class RowsCall:
                 return self._run(pipe, started_step, given, grad, change or dict)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:
+            except Exception as error:  # what a pipeline raises for a form that does not fit is not documented
                 raised_here = type(error).__module__.startswith("steer.") and not isinstance(
                     error, UnsupportedPipelineError
                 )
@@ -103,7 +100,7 @@ class RowsCall:
             random.restore()
 
     def _run(self, pipe: Any, on_step: OnStep, given: Mapping[str, Any], grad: bool, change: Any) -> Tensor:
-        calls = [change(call) for call in self._forms[self.place].calls]
+        calls = [change(call) for call in self._forms[self.place]]
         if len(calls) == 1:
             with hook_steps(pipe, on_step, rows=self.rows, grad=grad) as view:
                 return first_output(view(**filter_call_kwargs(pipe, calls[0] | dict(given))))
@@ -170,12 +167,12 @@ def forms(pipe: Any, call: Mapping[str, Any], groups: int, size: int, one_condit
     for batch in batches:
         if not any(_same_arguments(batch, other) for other in seen):
             seen.append(batch)
-            yield Form((batch,))
+            yield (batch,)
     alone = {"batch_size": 1} if "batch_size" in accepted else {}
     if rows > 1:
         shared = {name: own[name] for name in conditions.keys() & lists}
         each = [_call_of_row(own, row // size, groups, row, rows) | shared for row in range(rows)]
-        yield Form(tuple(one | single | alone for one in each))
+        yield tuple(one | single | alone for one in each)
 
 
 def _same_arguments(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -104,8 +104,7 @@ class TokenStep:
         return kernel
 
 
-Override = tuple[Tensor | None, Tensor | None] | None
-OnTokenStep = Callable[[Any], Any]  # a StepOverride, or None: as `OnStep`, without importing it
+OnTokenStep = Callable[[Any], Any]  # a StepOverride, or None: as `OnStep`, which imports this module
 
 
 class TokenView:
