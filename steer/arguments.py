@@ -210,6 +210,8 @@ class Settings:
             if within is not None and not isinstance(value, str) and not _contains(within, value):
                 raise InputError(f"{name} must be {_in_words(within)}, got {value}")
             if choices is not None and isinstance(value, str) and value not in _table(choices):
+                if {int, float} & set(get_args(hint)):
+                    raise InputError(f"{name} must be a number, or {' or '.join(_table(choices))}, got {value!r}")
                 choose(name, value, _table(choices))  # raises
 
     def implementation(self, name: str) -> Any:

@@ -120,7 +120,7 @@ def test_only_a_prompt_whose_images_are_missing_is_sampled_again(steer: Steer, t
         (["--seed", "99999999999999999999"], "--seed"),
         (["--reward", "broken_module:x"], "cannot load reward 'broken_module:x': SyntaxError"),
         (["--device", "warp"], "--device 'warp' cannot be used"),
-        (["--lam", "x"], "'x' is not a valid float"),
+        (["--lam", "x"], "--lam must be a number, or auto, got 'x'"),
         (["--reward", "own_rewards:not_a_number", "--steps", "3"], "'not_a_number' returned nan"),
         (["--reward", "own_rewards:wrong_shape", "--steps", "3"], "must return a tensor of shape"),
     ],

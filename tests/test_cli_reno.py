@@ -276,8 +276,19 @@ OPTIONS: dict[str, Any] = {
     **{"target_reward": 9.0, "asynchronous_rewards": True, "draw": "weighted", "preview": "linear", "beams": 1},
     **{"select_steps": (1,), "iterations": 7, "optimiser": "adam", "lr": 0.3, "regularisation": 0.2, "patience": 3},
     **{"max_grad_norm": 0.7, "gradient": "zero-order", "restarts": 2, "neighbours": 5, "distance": 0.25},
+    **{"lookahead": 2, "budget": 90, "rungs": {1: 1}, "branches": 1, "drafts": 6, "draft_steps": 2, "finish": False},
+    **{"parents": 1, "restart_step": 1, "max_slope": 4.0},
 }
-EXCLUSIVE = ({"reward_guidance"}, {"asynchronous_rewards"}, {"draw"}, {"target_reward", "particle_schedule"})
+EXCLUSIVE: dict[str, tuple[set[str], ...]] = {
+    "fk": (
+        {"reward_guidance"},
+        {"asynchronous_rewards"},
+        {"draw"},
+        {"target_reward", "particle_schedule"},
+        {"lookahead", "draw"},
+    ),
+    "race": ({"budget"}, {"rungs", "branches"}),
+}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -291,9 +302,10 @@ def test_every_option_reaches_its_pipeline(monkeypatch: pytest.MonkeyPatch, meth
     monkeypatch.setattr(pipeline, "__init__", lambda self, pipe, reward: None)
     monkeypatch.setattr(pipeline, "__call__", tell)
     own = {name: OPTIONS[name] for name in option_names(method)}
-    for left_out in EXCLUSIVE if method == "fk" else [set()]:
-        fk_only = set.union(*EXCLUSIVE) - left_out if method == "fk" else set()
-        given = {name: value for name, value in own.items() if name not in fk_only}
+    alternatives = EXCLUSIVE.get(method, (set(),))
+    for alternative in alternatives:
+        others = set.union(*alternatives) - alternative
+        given = {name: value for name, value in own.items() if name not in others}
         given |= {"particles": 2, "steps": 3, "eta": 0.5, "seed": 5, "method": method}
         job = Job(OfTwoArguments(), METHODS, "a star", SamplingConfig.of(**given), Path("x"))
         with pytest.raises(FileRecord) as told:

@@ -40,6 +40,9 @@ CONFIG: dict[str, Any] = {
 }
 
 
+SAMPLING_METHODS = [method for method in METHODS if method != "dpo"]  # which learns from given pairs: below
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
@@ -83,8 +86,8 @@ def same_weights(*runs: Path) -> bool:
 
 @pytest.mark.parametrize(
     ("method", "words"),
-    [*((method, []) for method in METHODS), ("d3po", ["--trajectory"])],
-    ids=[*METHODS, "d3po-trajectory"],
+    [*((method, []) for method in SAMPLING_METHODS), ("d3po", ["--trajectory"])],
+    ids=[*SAMPLING_METHODS, "d3po-trajectory"],
 )
 def test_every_method_runs_and_says_how_its_weights_are_used(
     method: str, words: list[str], steer: Steer, config: Path, tmp_path: Path
@@ -96,6 +99,19 @@ def test_every_method_runs_and_says_how_its_weights_are_used(
     assert out.startswith(f"{method}: 2 updates in ") and "brightness on held-out prompts 0." in out
     assert f"pipe.load_lora_weights('{tmp_path / 'run' / 'final'}')" in out and out.count("\n") == 1
     assert load_file(tmp_path / "run/final/pytorch_lora_weights.safetensors")
+    assert len(records(tmp_path / "run")) == 2
+
+
+def test_dpo_learns_from_a_table_of_pairs(steer: Steer, config: Path, tmp_path: Path) -> None:
+    for colour in ("red", "blue"):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{colour}.png")
+    row = {"prompt": "a square", "image_a": "red.png", "image_b": "blue.png", "choice": "a"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    code, _, err = steer("finetune", config, "--method", "dpo")
+    assert code == 2 and "learns from pairs of images: give preferences, a table of them" in err
+    drop_keys(config, "beta", "prompts", "num_inference_steps")
+    code, out, err = steer("finetune", config, "--method", "dpo", "--preferences", tmp_path / "pairs.jsonl")
+    assert (code, err) == (0, "") and out.startswith("dpo: 2 updates in ")
     assert len(records(tmp_path / "run")) == 2
 
 
