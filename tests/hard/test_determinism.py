@@ -32,7 +32,8 @@ FAMILIES = [name if name in SOME else pytest.param(name, marks=FULL) for name in
 
 def anew(home: Path, out: Path, hash_seed: int) -> None:
     """In a new Python, whose sets and dictionaries of texts have another order."""
-    given = {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{HERE.parent}:{HERE}"}
+    places = os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])  # the steer of this process comes with it
+    given = {"PYTHONHASHSEED": str(hash_seed), "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
     command = [sys.executable, str(HERE / "same.py"), str(home), str(out)]
     done = subprocess.run(command, env=os.environ | given, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
