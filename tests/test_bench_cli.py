@@ -105,6 +105,7 @@ def test_the_command_tells_where_the_interrupted_report_is(
     assert not json.loads(file.read_text())["complete"]
 
 
+@pytest.mark.hard
 def test_results_that_differ_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(against_naive, "TOLERANCE", -1.0)
     bench, said = bench_of(tmp_path / "bench.json", 0.01)

@@ -578,6 +578,7 @@ def killed_many_times(folder: Path, repeats: int) -> None:
     assert names(folder) == [f"step-{reached + 1:08d}"]
 
 
+@pytest.mark.hard
 def test_a_process_that_is_killed_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     code = f"import pathlib, test_checkpoint as t; t.killed_many_times(pathlib.Path({str(tmp_path)!r}), 15)"
     here = Path(__file__).parent

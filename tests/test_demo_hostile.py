@@ -44,6 +44,7 @@ def client(url: str, folder: Path) -> Client:
     return Client(url, verbose=False, download_files=folder)
 
 
+@pytest.mark.hard
 def test_of_fifty_at_once_each_has_an_image_or_a_polite_refusal(studio: Studio, url: str, tmp_path: Path) -> None:
     client(url, tmp_path).predict("a star", **QUICK, api_name="/steer")  # the model is there
 

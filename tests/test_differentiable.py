@@ -169,6 +169,7 @@ def live_bytes() -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+@pytest.mark.hard
 def test_memory_does_not_grow_with_iterations() -> None:
     live: list[int] = []
 

@@ -120,6 +120,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_place(made: Path) -> None
     assert newest_checkpoint and not skipped and newest_checkpoint.json("state")["step"] == ends[0]["step"]
 
 
+@pytest.mark.hard
 def test_a_process_that_dies_ends_the_run_within_a_minute(tmp_path: Path) -> None:
     ended = launched(tmp_path, "killed")
     assert ended.returncode != 0

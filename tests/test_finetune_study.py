@@ -4,6 +4,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from steer.apps.finetuning import METHODS
 from steer.apps.scenes.finetuning import finetuning_study, read_plan, read_run
 from steer.apps.scenes.preferences import ANNOTATOR_REWARD, write_choices
@@ -28,6 +30,7 @@ def test_runs_are_equal_but_for_what_they_compare(tmp_path: Path) -> None:
     assert unclipped.training.clip == 1e9 > clipped.training.clip
 
 
+@pytest.mark.hard
 def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> None:
     write_choices(tmp_path, 3)
     write_choices(tmp_path, 12)
@@ -43,6 +46,7 @@ def test_choices_fall_on_the_better_image_but_now_and_then(tmp_path: Path) -> No
     assert 8 <= right < 12, "one in ten is wrong, and among these at least one is"
 
 
+@pytest.mark.hard
 def test_a_small_study_is_trained_once_and_evaluated_on_seen_and_unseen_prompts(
     tmp_path: Path,
 ) -> None:

@@ -200,6 +200,7 @@ def coloured_pairs(folder: Path, prefers: Any, count: int = 320) -> Path:
     return folder / "pairs.jsonl"
 
 
+@pytest.mark.hard
 def test_general_preferences_learn_a_cycle_and_rewards_do_not(tmp_path: Path) -> None:
     pairs = read_pairs(coloured_pairs(tmp_path, lambda a, b: float((b - a) % 3 == 1)))
     config = partial(RewardTrainingConfig, "scenes", steps=200, held_out=0.25, batch_size=32)

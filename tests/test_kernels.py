@@ -62,6 +62,7 @@ def assert_near(ours: Tensor, truth: Tensor, close: float = 1e-6) -> None:
 
 
 @needs_triton
+@pytest.mark.hard
 def test_the_kernel_in_the_interpreter() -> None:
     """In a process of its own: triton must be told before it is imported, and this one may have it already."""
     tests = Path(__file__).parent

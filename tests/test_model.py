@@ -71,6 +71,7 @@ def test_it_takes_other_schedulers(pipe: StableDiffusionPipeline) -> None:
     assert other("two stars", num_inference_steps=4, output_type="pt").images.shape == (1, 3, 64, 64)
 
 
+@pytest.mark.hard
 def test_the_autoencoder_alone_passes_the_scene_reward(pipe: StableDiffusionPipeline) -> None:
     assert autoencoder_accuracy(pipe.vae, scenes=1000) >= 0.99
 

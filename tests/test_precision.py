@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import fresh_scenes, large_denoiser
 from diffusers import DDIMScheduler
+from pairwise import hard_but
 from rollouts import call_of
 from torch import Tensor
 
@@ -46,7 +47,7 @@ def divergence(sampler: Sampler, trained: LoRA, stored: Trajectories, steps: ran
     return sum(kl(p, q).sum().item() for p, q in zip(*kernels, strict=True))
 
 
-@pytest.mark.parametrize("name", ["scenes", pytest.param("sdxl", marks=pytest.mark.hard), "sd3", "flux"])
+@pytest.mark.parametrize("name", hard_but(["scenes", "sdxl", "sd3", "flux"], "scenes", "flux"))
 def test_the_kl_of_a_small_lora_is_that_of_float32(name: str) -> None:
     pipe, trained, call = built(name, torch.float32)
     sampler = Sampler(pipe, call)

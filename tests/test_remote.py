@@ -149,7 +149,9 @@ def test_images_that_are_not_finite_are_not_sent(liar: str) -> None:
     [
         ("exits", 3, "cannot be reached"),
         ("crashes", -signal.SIGSEGV, "cannot be reached"),
-        ("stalls", None, "timed out after 8 s"),  # it is there for as long as it likes
+        pytest.param(
+            "stalls", None, "timed out after 8 s", marks=pytest.mark.hard
+        ),  # it is there for as long as it likes
     ],
 )
 def test_a_run_goes_on_when_the_process_is_back(
@@ -380,6 +382,7 @@ def test_calls_of_the_reward_are_one_by_one_and_it_ends_in_order(tmp_path: Path,
         assert served.end(number) == (0, "", "")
 
 
+@pytest.mark.hard
 def test_a_reward_that_hangs_neither_holds_the_client_nor_the_end(tmp_path: Path) -> None:
     with serving("own_served:hangs", tmp_path) as served:
         reward = load_reward(f"{served.url},timeout=0.5")

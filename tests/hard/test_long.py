@@ -47,6 +47,7 @@ def test_nothing_grows_in_a_long_run(what: str, tmp_path: Path) -> None:
         assert most <= early[name][1], name
 
 
+@pytest.mark.hard
 def test_a_round_of_calls_leaves_what_the_round_before_left(tmp_path: Path) -> None:
     """The same in small: from the second round on nothing is kept."""
     size = len(kinds())
@@ -54,6 +55,7 @@ def test_a_round_of_calls_leaves_what_the_round_before_left(tmp_path: Path) -> N
     assert third.done == 3 * size and not grown(second, third)
 
 
+@pytest.mark.hard
 def test_updates_leave_what_the_updates_before_left(tmp_path: Path) -> None:
     _, second, third = train_for_long(12, 4, tmp_path)  # a round is two updates, gone over twice
     assert not grown(second, third)

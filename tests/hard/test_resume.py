@@ -119,7 +119,7 @@ CUTS: dict[int, list[Cut]] = {
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(2, marks=FULL)])
-@pytest.mark.parametrize("method", ["d3po", "prdp"])
+@pytest.mark.parametrize("method", ["d3po", pytest.param("prdp", marks=FULL)])
 @pytest.mark.parametrize("runs", [1, pytest.param(12, marks=FULL)])
 def test_a_run_that_is_killed_and_killed_again_ends_the_same_to_the_last_bit(
     wholes: Callable[[str, int], Whole], tmp_path: Path, method: str, count: int, runs: int
