@@ -63,6 +63,7 @@ def _check(settings: SamplingConfig) -> None:
         raise InputError(f"--method {settings.method} optimises the noise of images: use fk, svdd, beam or best-of-n")
     given = {
         "--expand": settings.expand,
+        "--original": settings.original,
         "--lora": settings.lora,
         "--noise-candidates": settings.noise_candidates,
         "--guidance": settings.guidance,
