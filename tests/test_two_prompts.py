@@ -1,4 +1,4 @@
-"""Guidance by an expanded prompt and its original: against three explicit denoiser calls, and `steer sample --original`."""
+"""Guidance by an expanded prompt and its original, against explicit denoiser calls; `steer sample --original`."""
 
 import json
 from pathlib import Path
@@ -62,7 +62,7 @@ def test_the_ends_are_the_plain_calls_bit_for_bit(scenes: Any, share: float) -> 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3", "flux"])
 def test_one_step_is_linear_in_the_share_for_every_family(name: str) -> None:
-    """A step of these solvers is linear in the denoiser's output, and so is guidance: an end plus a share of the way."""
+    """A step of these solvers is linear in the denoiser's output, and so is guidance: the mix of both ends."""
     pipe = cached_pipe(name)
     pipe.set_progress_bar_config(disable=True)
     call = call_kwargs(name, images=1, steps=1)
@@ -86,7 +86,7 @@ def test_particles_are_steered_with_it_and_share_zero_is_the_plain_run(scenes: A
 
 
 def test_a_share_out_of_range_is_refused(scenes: Any) -> None:
-    with pytest.raises(InputError, match="from 0 to 1, got 1.5"):
+    with pytest.raises(InputError, match=r"from 0 to 1, got 1\.5"):
         two_prompts(scenes, {}, 1.5)
 
 
