@@ -218,6 +218,10 @@ def test_steer_finetune_trains_evaluates_and_resumes(steer: Steer, tmp_path: Pat
     names: dict[str, Any] = {}
     exec(code_lines, names)
     assert names["output"].texts[0].startswith("a")
+    words = ["sample", "a", "--model", "scenes-text", "--lora", str(out / "final"), "--steps", "6", "--method", "base"]
+    code, _, err = steer(*words, "--reward", "parses", "--out", tmp_path / "texts")
+    entry = json.loads((tmp_path / "texts" / "report.json").read_text())["prompts"][0]
+    assert code == 0 and len(entry["texts"]) == len(entry["base"]["texts"]) == 4, err
     tuned = names["pipe"].denoiser.state_dict()
     base = MaskedDiffusionPipeline.from_pretrained(TEXT_MODELS["scenes-text"]).denoiser.state_dict()
     assert any(not torch.equal(tuned[name], base[name]) for name in base)
