@@ -1,5 +1,6 @@
 """Report of a finetuning run: curves, held-out images before and after, and a model card."""
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,13 +33,15 @@ from steer.apps.plots import (
     style_axes,
     write_grid,
 )
-from steer.files import write_text
+from steer.files import make_folder, write_text
+from steer.pipelines.training.evaluation import EvalResult
 from steer.pipelines.training.method import TrainingResult
 from steer.pipelines.training.model_card import held_out_names, model_card
 from steer.pipelines.training.trainer import Trainer
+from steer.reward import Texts
 from steer.training.overoptimization import fit_reward_curve
 
-__all__ = ["write_grid", "write_report"]
+__all__ = ["write_report", "write_samples"]
 
 Records = Sequence[Mapping[str, Any]]
 TRAINED_COLOR, HELD_OUT_COLOR, SAMPLES_COLOR = LINE_COLORS
@@ -46,6 +49,21 @@ MIN_SMOOTHED = 10  # values from which a moving mean is drawn
 FAR_FACTOR = 3  # a level more than so many times above the curve is named only
 GAIN_UPDATES = 5  # whose KL an evaluation is drawn at
 LOG_SCALE_RATIO = 30  # largest by smallest value from which a scale is logarithmic
+
+
+def write_samples(evaluated: EvalResult, out: Path, samples: int) -> Path:
+    """Write the held-out samples of an evaluation: a grid of images, or samples/step-000020.jsonl of all texts."""
+    if not isinstance(evaluated.images, Texts):
+        return write_grid(evaluated, out, samples)
+    each, lines = len(evaluated.images) // len(evaluated.prompts), []
+    for number, text in enumerate(evaluated.images):
+        place, k = divmod(number, each)
+        rewards = {name: values[place, k].item() for name, values in evaluated.rewards.items()}
+        lines.append(json.dumps({"prompt": evaluated.prompts[place], "text": text, "rewards": rewards}) + "\n")
+    path = out / "samples" / f"step-{evaluated.step:06d}.jsonl"
+    make_folder(path.parent)
+    write_text(path, "".join(lines))
+    return path
 
 
 def write_report(trainer: Trainer[Any], result: TrainingResult) -> None:

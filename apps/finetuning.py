@@ -304,11 +304,11 @@ class RunFiles:
             write_config(self.out, self.config_values)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **details: Any) -> None:
-        """Write the grid of held-out images."""
+        """Write the held-out images or texts."""
         from steer.apps import finetune_report
 
         if state.is_world_process_zero:
-            finetune_report.write_grid(details["evaluation"], self.out, args.num_generations_eval)
+            finetune_report.write_samples(details["evaluation"], self.out, args.num_generations_eval)
 
 
 def write_config(out: Path, config_values: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ from steer.errors import InputError
 from steer.files import verify_checksums
 from steer.pipelines.text.masked_diffusion import INDEX, pipeline_class
 from steer.registry import nearest
-from steer.training.trainable import get_denoiser
+from steer.training.trainable import TOKEN_DENOISER, get_denoiser
 
 # By prefix of the kind of checkpoint that diffusers infers from a single file.
 SINGLE_FILE_PIPELINES = {
@@ -311,7 +311,7 @@ def find_adapter(path: str) -> FinetunedWeights:
             if find_spec("peft") is None:
                 raise InputError(f"{path}: a LoRA needs peft: pip install 'steer-diffusion[train]'")
             return FinetunedWeights(path, (lora,), load_adapter)
-    for folder in (place, *(place / name for name in DENOISERS)):
+    for folder in (place, *(place / name for name in (*DENOISERS, TOKEN_DENOISER))):
         if (folder / "config.json").is_file() and (files := sorted(folder.glob(FULL_WEIGHTS))):
             return FinetunedWeights(path, tuple(files), _full_denoiser)
     if not place.exists():

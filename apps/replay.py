@@ -16,7 +16,7 @@ from steer.apps.models import adapter_applied, check_device, load_pipeline
 from steer.apps.prompts import argument_names, cell
 from steer.apps.recipes import Recipe, make_recipe, pixel_hash, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
-from steer.apps.sampling import check_writable
+from steer.apps.sampling import READ, check_writable, guided_by_original
 from steer.apps.settings import SamplingConfig
 from steer.diffusion.preview import PREVIEWS
 from steer.errors import InputError
@@ -69,7 +69,9 @@ def replay(
         wrap_errors(str(image), "nothing was written", "use a device with more memory"),
         adapter_applied(pipe, lora_path),
     ):
-        job = Job(pipe, loaded, recipe.prompt, settings, state, arguments=_arguments(recipe, pipe))
+        arguments = _arguments(recipe, pipe)
+        view = guided_by_original(pipe, settings, recipe.prompt, arguments.get(READ, recipe.prompt))
+        job = Job(view, loaded, recipe.prompt, settings, state, arguments=arguments)
         output = job.run("base" if recipe.base else None)
         new_recipe = make_recipe(job, output, recipe.rank, recipe.base)
         write_png(output.images[recipe.rank], path, new_recipe)
@@ -85,7 +87,7 @@ def replay(
 
 def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
     """Check the recipe's arguments of the call: those that a prompt file may give. Raises InputError."""
-    known = argument_names(pipe)
+    known = argument_names(pipe) | {READ: str}  # the original of an expanded prompt
     if unknown := sorted(recipe.arguments.keys() - known.keys()):
         raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r:.60} from an image")
     return {name: cell(name, known[name], value, recipe.prompt) for name, value in recipe.arguments.items()}

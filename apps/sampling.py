@@ -34,6 +34,7 @@ from steer.apps.prompts import (
 from steer.apps.recipes import Recipe, make_recipe, write_png
 from steer.apps.reward_specs import resolve_reward
 from steer.apps.settings import SamplingConfig
+from steer.diffusion.two_prompts import two_prompts
 from steer.errors import InputError
 from steer.files import dumps_with_checksum, loads_with_checksum, write_text
 from steer.pipelines.base import Cost, Iteration, SteeringOutput
@@ -283,7 +284,7 @@ def sample(
                     Job(pipe, reward, request.prompt, request.settings, folder / SEARCH, arguments=request.arguments),
                     adapter_disabled=adapter_disabled,
                     compute_options=compute_options,
-                    **_expanded(request, expand),
+                    **_expanded(pipe, request, expand),
                 )
                 entry = _sample_prompt(job, rows[n], folder, animation)
                 with output_errors(out):
@@ -298,12 +299,18 @@ def sample(
     return report
 
 
-def _expanded(request: SampleRequest, expand: Callable[[str, int], str] | None) -> dict[str, Any]:
+def _expanded(pipe: Any, request: SampleRequest, expand: Callable[[str, int], str] | None) -> dict[str, Any]:
     """Return the expanded prompt of a job, and its own for the reward; nothing without a text model."""
     if expand is None:
         return {}
     prompt = expand(request.prompt, request.settings.seed)
-    return {"prompt": prompt, "arguments": {**request.arguments, READ: request.prompt}}
+    own = {"prompt": prompt, "arguments": {**request.arguments, READ: request.prompt}}
+    return own | {"pipe": guided_by_original(pipe, request.settings, prompt, request.prompt)}
+
+
+def guided_by_original(pipe: Any, settings: SamplingConfig, prompt: str, original: str) -> Any:
+    """Return the pipeline, guided by the original of an expanded prompt too where the settings ask for it."""
+    return pipe if settings.original is None else two_prompts(pipe, {prompt: original}, settings.original)
 
 
 def _checked(row: str | PromptRow, settings: SamplingConfig) -> PromptRow:

@@ -71,6 +71,8 @@ class SamplingConfig(Settings):
     steps             solver steps; by default the pipeline's own number, for reno 1
     guidance          guidance scale; by default the pipeline's own, for reno 0
     eta               noise of every step, 0 to 1; by default the solver's own, for svdd and beam 1
+    original          with expand: share of the original prompt in the guidance, 0 to 1; the rest is that of the
+                      expanded one, and each denoiser evaluation is made for both
     noise_candidates  starting noises of each prompt of which short runs select the best K
     screening_steps   solver steps of those short runs
     seed              random seed, the same for each prompt
@@ -85,6 +87,7 @@ class SamplingConfig(Settings):
     method: str = option("fk", choices=tuple(METHOD_OPTIONS))
     lora: str | None = option(None)
     expand: str | None = option(None)
+    original: float | None = option(None, "[0, 1]")
     reward: str = option("scene-soft")
     particles: int = option(4, "[1, inf]", flags=("--particles", "--seeds"), slider=(1, 16, 1))
     steps: int | None = option(None, "[1, inf]", slider=(1, 100, 1))
@@ -107,6 +110,8 @@ class SamplingConfig(Settings):
         elif options.num_particles != self.particles:
             options = replace(options, num_particles=self.particles)
         object.__setattr__(self, "options", options)
+        if self.original is not None and self.expand is None:
+            raise InputError("original is a share of the guidance of an expanded prompt: give expand too")
         if self.noise_candidates is not None and self.noise_candidates < self.particles:
             raise InputError(f"noise_candidates must be at least the particles, {self.particles}")
 

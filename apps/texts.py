@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from steer.apps.errors import wrap_errors
 from steer.apps.methods import METHODS, Job
-from steer.apps.models import load_pipeline
+from steer.apps.models import adapter_applied, find_adapter, load_pipeline
 from steer.apps.plots import draw_ancestry
 from steer.apps.processes import launch_context
 from steer.apps.prompts import PromptRow, check_prompt, sample_requests
@@ -36,18 +37,22 @@ def sample_texts(
         check_prompt(row.prompt, "prompt")
     reward = resolve_reward(settings.reward, reward_timeout)
     METHODS[settings.method].check(settings, reward)
+    if settings.lora is not None:
+        find_adapter(settings.lora)
     record = open_report(out, [row.prompt for row in prompts], settings, [row.columns for row in prompts])
     pending = [n for n in range(len(prompts)) if "texts" not in record.entries.get(n, {})]
     if pending:
         pipe = load_pipeline(settings.model, device, settings.dtype, **settings.loading)
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None)
         requests = sample_requests(prompts, settings, pipe)
-        for n in pending:
-            job = Job(pipe, reward, requests[n].prompt, requests[n].settings, None, arguments=requests[n].arguments)
-            columns: Entry = {"columns": dict(prompts[n].columns)} if prompts[n].columns else {}
-            entry = _sample_prompt(job) | columns
-            with output_errors(out):
-                record.keep(n, entry, single_process=True)
+        with adapter_applied(pipe, settings.lora) as disabled:
+            for n in pending:
+                one = requests[n]
+                job = Job(pipe, reward, one.prompt, one.settings, None, arguments=one.arguments)
+                columns: Entry = {"columns": dict(prompts[n].columns)} if prompts[n].columns else {}
+                entry = _sample_prompt(replace(job, adapter_disabled=disabled)) | columns
+                with output_errors(out):
+                    record.keep(n, entry, single_process=True)
     with output_errors(out):
         report = record.save()
         write_text(
@@ -63,7 +68,7 @@ def _check(settings: SamplingConfig) -> None:
         raise InputError(f"--method {settings.method} optimises the noise of images: use fk, svdd, beam or best-of-n")
     given = {
         "--expand": settings.expand,
-        "--lora": settings.lora,
+        "--original": settings.original,
         "--noise-candidates": settings.noise_candidates,
         "--guidance": settings.guidance,
     }

@@ -12,6 +12,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from steer.assets import MODELS, TEXT_MODELS
     from steer.audio import AudioReward
+    from steer.diffusion.two_prompts import two_prompts
     from steer.errors import InputError
     from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
     from steer.pipelines.drafts import DraftsPipeline, RenoisePipeline
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "steer.assets": ("MODELS", "TEXT_MODELS"),
     "steer.audio": ("AudioReward",),
+    "steer.diffusion.two_prompts": ("two_prompts",),
     "steer.errors": ("InputError",),
     "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
     "steer.pipelines.drafts": ("DraftsPipeline", "RenoisePipeline"),
@@ -173,6 +175,7 @@ __all__ = [
     "load_reward",
     "score",
     "score_components",
+    "two_prompts",
     "with_timeout",
 ]
 

@@ -488,8 +488,8 @@ Scores = tuple[Tensor, dict[str, Tensor]]
 
 
 def mean_over_frames(images: Tensor, score: Callable[[Tensor], Scores]) -> Scores:
-    """Score images (N, 3, H, W) or waveforms; of videos (N, F, 3, H, W) evenly spaced frames, and return the mean."""
-    if images.dim() <= 4:
+    """Score images (N, 3, H, W), waveforms or texts; of videos (N, F, 3, H, W) the mean over evenly spaced frames."""
+    if isinstance(images, Texts) or images.dim() <= 4:
         return score(images)
     frames = torch.linspace(0, images.shape[1] - 1, min(VIDEO_FRAMES, images.shape[1])).round().long()
     rewards, components = zip(*(score(images[:, frame]) for frame in frames), strict=True)

@@ -271,3 +271,15 @@ def test_ten_choices_by_key_survive_a_kill(browser: object, tmp_path: Path) -> N
     assert len({line["lot"] for line in lines}) == 10 and {line["annotator"] for line in lines} == {"Ada <script>"}
     assert [line["chosen"] for line in lines] == [1, 0] * 5
     page.close()
+
+
+def test_texts_appear_word_by_word(page: Page) -> None:
+    page.get_by_role("tab", name="Text").click()
+    page.get_by_label("Beginning of the text").fill("a red circle and")
+    page.locator("#text-start").click()
+    seen(page.locator("#text-status")).to_contain_text("Done: 4 texts", timeout=SLOW)
+    view = page.locator("#text-view")
+    seen(view.locator(".steer-frame:not([hidden]) .steer-text").first).to_contain_text("a red circle and")
+    view.locator(".steer-scrubber").fill("2")
+    seen(view.locator(".steer-frame:not([hidden]) .steer-masked").first).to_be_visible()
+    seen(view.locator(".steer-table")).to_contain_text("base 1")

@@ -443,7 +443,7 @@ def test_penalties_of_reward_backpropagation_are_taken_where_the_samples_were(la
         parameter.grad = None
     terms = []
     sampler.replay(
-        stored, lambda t, p, x_s: terms.append(p.kl(reference.kernel(steps.index(t), x_s))), steps, grad=True
+        stored, lambda t, p, x_s: terms.append(p.kl(reference.kernel(steps.index(t), p, x_s))), steps, grad=True
     )
     (0.5 * torch.stack(terms).sum(0).mean()).backward()
     for name, parameter in trained.parameters.items():

@@ -13,7 +13,7 @@ from steer.apps.settings import errors_with_flags
 from steer.errors import InputError
 
 # Settings with options of their own here: those of a contender or of the whole evaluation.
-OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed", "expand")
+OWN = ("model", "lora", "method", "reward", "compare", "particles", "seed", "expand", "original")
 PARTICLES = click.option("--particles", default=4, help="K, images per run, of which the best is picked; 1 for base.")
 # Options of its own that a settings file may hold.
 IN_A_FILE = {"models", "loras", "methods", "contenders", "prompts", "prompt_column", "num_prompts", "tag_column"}

@@ -14,6 +14,7 @@ from steer.apps.demo.rewards_tab import RewardsTab
 from steer.apps.demo.steer_tab import METHODS, SteerTab, prompts_of, settings_of
 from steer.apps.demo.steering import PromptResult, steering
 from steer.apps.demo.studio import Studio, public
+from steer.apps.demo.text_tab import TextTab
 from steer.errors import InputError
 
 
@@ -97,7 +98,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_UPLOAD_SIZE = "10mb"
 MAX_QUEUED_EVENTS = 64  # events of all visitors that wait
 CACHE_LIMITS = (600, 6 * 3600)  # seconds: how often files that nobody needs are looked for, and how old they then are
-INTRODUCTION = "Images that score higher by a reward you choose, and a look at how they got there."
+INTRODUCTION = "Images and texts that score higher by a reward you choose, and a look at how they got there."
 
 
 def build(studio: Studio) -> gr.Blocks:
@@ -107,6 +108,9 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Tabs() as tabs:
             with gr.Tab("Steer", id="steer"):
                 steer = SteerTab(studio)
+            if studio.text_models:
+                with gr.Tab("Text", id="text"):
+                    TextTab(studio)
             with gr.Tab("Label", id="label"):
                 LabelTab(studio)
             with gr.Tab("Finetune", id="finetune"):

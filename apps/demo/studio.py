@@ -23,7 +23,7 @@ from gradio.events import Dependency
 
 from steer.apps.models import load_pipeline
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
-from steer.assets import MODELS
+from steer.assets import MODELS, TEXT_MODELS
 from steer.errors import InputError
 from steer.pipelines.training.events import Stopped, StopRequest
 from steer.reward import Reward
@@ -157,6 +157,7 @@ class Studio:
     models   that visitors may choose, the first by default
     rewards  specifications that the owner allows; visitors may also use rewards that have names
     labels   folder of preferences; None: one in `home`, which is removed when the app ends
+    text_models  of the Text tab
     home     a temporary folder: nothing outside it is written, nothing else is served
     """
 
@@ -167,6 +168,7 @@ class Studio:
     dtype: str | None = None
     worker: Worker = field(default_factory=Worker)
     home: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="steer-demo-")))
+    text_models: tuple[str, ...] = field(default_factory=lambda: embedded_text_models())
     _pipe: tuple[str, Any] | None = None
     _running: dict[str, Ticket] = field(default_factory=dict)
     _runs: Iterator[int] = field(default_factory=lambda: count(1))
@@ -221,7 +223,7 @@ class Studio:
 
         Raises InputError for a model that is not among those of this app.
         """
-        if name not in self.models:
+        if name not in (*self.models, *self.text_models):
             raise InputError(f"model {name!r:.80} is not one of this app's: choose {', '.join(self.models)}")
         if self._pipe is None or self._pipe[0] != name:
             self._pipe = None  # frees the memory of the one before
@@ -234,6 +236,11 @@ class Studio:
         """Stop the worker and remove all folders of visitors."""
         self.worker.close()
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+def embedded_text_models() -> tuple[str, ...]:
+    """The embedded models of texts that are installed."""
+    return tuple(name for name, place in TEXT_MODELS.items() if Path(place).is_dir())
 
 
 def embedded_models() -> tuple[str, ...]:

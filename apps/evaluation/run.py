@@ -93,7 +93,7 @@ def _kernels(sampler: Sampler, stored: Trajectories) -> list[Gaussian]:
     """Collect p(· | x_t) of all stochastic steps on the CPU."""
     results: list[Gaussian] = []
 
-    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
+    def keep(t: int, kernel: Any, x_s: Tensor) -> None:
         results.append(Gaussian(kernel.mean.cpu(), kernel.std.cpu()))
 
     sampler.replay(stored, keep)

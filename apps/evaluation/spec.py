@@ -38,7 +38,7 @@ INDEPENDENT_METHODS = ("base", "best-of-n")
 # Settings of `steer sample` that contenders share; None is the default of each method.
 _OF_A_CONTENDER = ("model", "lora", "method", "reward", "compare")
 DEFAULTS: dict[str, Any] = {
-    name: SamplingConfig.field(name).default for name in SHARED if name not in (*_OF_A_CONTENDER, "expand")
+    name: SamplingConfig.field(name).default for name in SHARED if name not in (*_OF_A_CONTENDER, "expand", "original")
 }
 DEFAULTS |= dict.fromkeys(ALL_OPTIONS)
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import logging
 import math
 import time
@@ -17,9 +18,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from steer.apps.scenes.world import TASKS
+from steer.assets import TEXT_LISTS
 from steer.diffusion.masked import subs
 from steer.diffusion.masked_denoiser import MaskedDenoiser
 from steer.diffusion.subs_scheduler import SubsScheduler
+from steer.files import write_text
 from steer.pipelines.text.masked_diffusion import MASK_TOKEN, MaskedDiffusionPipeline
 from steer.rewards.scene import COLOURS, RELATIONS, SHAPES, Phrase, SceneRequest
 
@@ -59,6 +62,15 @@ def _requests(task: str) -> Iterator[tuple[float, SceneRequest]]:
         yield one * (1 - coloured), SceneRequest((Phrase(1, None, first), Phrase(1, None, second)), relation)
         for c1, c2 in colours:
             yield one * coloured / len(colours), SceneRequest((Phrase(1, c1, first), Phrase(1, c2, second)), relation)
+
+
+def write_prefix_lists(folder: Path) -> None:
+    """Write the lists of the first two and three words of all prompts without "blue", alternately, as NAME.jsonl."""
+    texts = [text.split() for text, p in caption_law().items() if p]
+    beginnings = [words[:n] for words in texts for n in (2, 3) if len(words) > n]
+    first = sorted({" ".join(words) for words in beginnings if "blue" not in words})
+    for name, prompts in zip(TEXT_LISTS, (first[::2], first[1::2]), strict=True):
+        write_text(folder / f"{name}.jsonl", "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
 
 def text_tokenizer() -> PreTrainedTokenizerFast:

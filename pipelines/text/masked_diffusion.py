@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Generator, Tensor
 from transformers import AutoTokenizer
 
+from steer.diffusion.masked import MaskedKernel
 from steer.diffusion.masked_denoiser import MaskedDenoiser
 from steer.diffusion.subs_scheduler import SubsScheduler
 from steer.errors import InputError
@@ -92,6 +93,18 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
         """Return the texts of ids (N, L), without padding and masks."""
         return [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
+    def kernel(self, ids: Tensor, t: Tensor | float, denoiser: Callable[..., Any] | None = None) -> MaskedKernel:
+        """Return p(z_s | z_t) at t for z_t = `ids` (N, L), with a graph where gradients are enabled.
+
+        denoiser  called in place of the pipeline's own, which accelerate may have prepared
+        """
+        return self.scheduler.kernel(self._logits(ids, t, denoiser or self.denoiser), t, ids)
+
+    def _logits(self, ids: Tensor, t: Tensor | float, denoiser: Callable[..., Any]) -> Tensor:
+        sigma = torch.full((len(ids),), -math.log(max(1 - float(t), 1e-5)), device=ids.device)
+        logits: Tensor = denoiser(ids, sigma).sample
+        return logits
+
     @torch.no_grad()
     def __call__(
         self,
@@ -119,9 +132,7 @@ class MaskedDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffu
         self.scheduler.set_timesteps(num_inference_steps, device=ids.device)
         with self.progress_bar(total=num_inference_steps) as progress:
             for step, t in enumerate(self.scheduler.timesteps):
-                alpha = max(1 - float(t), 1e-5)
-                sigma = torch.full((len(ids),), -math.log(alpha), device=ids.device)
-                logits = self.denoiser(ids, sigma).sample
+                logits = self._logits(ids, t, self.denoiser)
                 (ids,) = self.scheduler.step(logits, t, ids, generator=generator, return_dict=False)
                 if callback_on_step_end is not None:
                     ids = callback_on_step_end(self, step, t, {"latents": ids}).get("latents", ids)

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
-from steer.reward import Reward, mean_over_frames, score_components
+from steer.reward import Reward, Texts, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
 from steer.training.rollout import Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
@@ -22,14 +22,14 @@ BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
 @dataclass(frozen=True)
 class EvalResult:
     """An evaluation after `step` updates of P prompts × K: rewards (P, K) by name, the trained one first; diversity,
-    the mean distance between two samples of a prompt (root mean square of the pixels' differences, 0..1; 0 for K = 1);
-    the images (P·K, 3, H, W)."""
+    the mean distance between two samples of a prompt (root mean square of the pixels' differences, or the share of
+    tokens that differ, 0..1; 0 for K = 1); the images (P·K, 3, H, W), or the texts."""
 
     step: int
     prompts: tuple[str, ...]
     rewards: Mapping[str, Tensor]
     diversity: float
-    images: Tensor
+    images: Any
 
     def means(self) -> tuple[float, float]:
         """Return the means of the trained reward and the first held-out one (the trained one where there is none)."""
@@ -77,7 +77,7 @@ class Evaluator:
         size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model")
         chunks = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(config.micro_batch)
         rewards = {reward.name: reward for reward in (self.trained, *self.held_out)}
-        collected: list[tuple[int, Tensor, list[Tensor]]] = []
+        collected: list[tuple[int, Any, list[Tensor]]] = []
         for turn in range(0, len(chunks), context.world_size):
             # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
             number = min(turn + context.rank, len(chunks) - 1)
@@ -89,18 +89,32 @@ class Evaluator:
                 scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]
                 with torch.no_grad():
                     scores = [mean_over_frames(images, scorer)[0] for scorer in scorers]
-                collected.append((number, images.cpu(), scores))
+                collected.append((number, images if isinstance(images, Texts) else images.cpu(), scores))
         _, drawn, chunk_scores = zip(*sorted(context.gather(collected), key=lambda one: one[0]), strict=True)
         columns = zip(rewards, zip(*chunk_scores, strict=True), strict=True)
         scored = {name: torch.cat(column).view(-1, size) for name, column in columns}
-        images = torch.cat(drawn)
+        images = _concatenate(drawn)
         return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images)
 
 
-def diversity(images: Tensor, samples: int) -> float:
-    """Mean distance (root mean square over pixels) between two different samples of one prompt; 0 for one sample."""
-    flat = images.flatten(1).view(-1, samples, images[0].numel())
-    distances = torch.stack([torch.cdist(group, group) for group in flat]) / flat.shape[2] ** 0.5
+def _concatenate(drawn: Sequence[Any]) -> Any:
+    if not isinstance(drawn[0], Texts):
+        return torch.cat(list(drawn))
+    ids = torch.cat([texts.ids.cpu() for texts in drawn])  # of a model: texts have their ids
+    return Texts([text for texts in drawn for text in texts], ids)
+
+
+def diversity(images: Any, samples: int) -> float:
+    """Mean distance between two different samples of one prompt; 0 for one sample.
+
+    Of images the root mean square over pixels, of texts with ids the share of tokens that differ.
+    """
+    if isinstance(images, Texts) and images.ids is not None:
+        groups = images.ids.view(len(images) // samples, samples, -1)
+        distances = (groups[:, :, None] != groups[:, None]).double().mean(-1)
+    else:
+        flat = images.flatten(1).view(-1, samples, images[0].numel())
+        distances = torch.stack([torch.cdist(group, group) for group in flat]) / flat.shape[2] ** 0.5
     return (distances.sum((1, 2)) / max(samples * (samples - 1), 1)).mean().item()
 
 

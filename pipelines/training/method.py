@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from steer.diffusion.precision import HALF, Precision
 from steer.diffusion.seeds import derived_seed
+from steer.diffusion.token_hooks import has_categorical_kernel, is_token_scheduler
 from steer.errors import InputError
 from steer.pipelines.base import RewardedPipeline
 from steer.pipelines.training.config import DTYPES, HALF_PRECISION_SKIPPED_STEPS, TrainingConfig
@@ -21,6 +22,7 @@ from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics
 from steer.training.rollout import Rows, Sampler, StepWindow, Trajectories
+from steer.training.token_rollout import TokenSampler
 from steer.training.trainable import get_denoiser
 
 OnChunk = Callable[[], None]
@@ -123,7 +125,30 @@ def sampler_of(pipe: Any, config: TrainingConfig, prepared: Any = None, precisio
     """Create a sampler, with no cached text embeddings, in the precision of log-probabilities or another."""
     latents_dtype = DTYPES[config.latents_dtype]
     precision, autocast = precision or config.log_prob_precision, config.mixed_precision != "no"
+    if is_token_scheduler(pipe.scheduler):
+        return TokenSampler(pipe, config.call_kwargs, prepared, precision, autocast)
     return Sampler(pipe, config.call_kwargs, config.eta, latents_dtype, prepared, precision, autocast, config.dynamics)
+
+
+def check_tokens(pipe: Any, config: TrainingConfig, log_probs: bool) -> None:
+    """Raise InputError for a model of tokens that a method cannot train, or for arguments that it does not have.
+
+    log_probs  whether the method learns from log-probabilities
+    """
+    if pipe is None or not is_token_scheduler(pipe.scheduler):  # arguments are checked before a model is loaded
+        return
+    name = type(pipe).__name__
+    if not has_categorical_kernel(pipe.scheduler):
+        raise InputError(f"{name} unmasks by confidence, which has no density: use a MaskedDiffusionPipeline")
+    if not log_probs:
+        raise InputError(
+            f"{config.title} is for images: train {name} by grpo, ddpo, prdp, d3po or filtered, or by DRAKESTrainer"
+        )
+    plain = TrainingConfig()
+    options = ("eta", "dynamics", "guidance_scale", "chi_square_weight", "window")
+    given = [one for one in options if getattr(config, one, None) != getattr(plain, one, None)]
+    if given:
+        raise InputError(f"{given[0]} is for images, and {name} makes texts: leave it out")
 
 
 Record = dict[str, Any]

@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from steer import __version__
-from steer.assets import MODELS
+from steer.assets import MODELS, TEXT_MODELS
+from steer.diffusion.token_hooks import is_token_scheduler
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import TrainingResult
 from steer.training.overoptimization import find_hacking
@@ -43,7 +44,7 @@ It made {{ step }} update{{ "" if step == 1 else "s" }}.
 {% if loop.first %}{{ "|---" * row | length }}|
 {% endif %}{% endfor %}
 Rewards: mean over held-out prompts at fixed seeds, with its 95 % bootstrap interval over the prompts. Diversity: mean \
-distance between two images of a prompt (root mean square of the pixels' differences, 0 to 1). KL: of the training \
+distance between two {{ noun }} of a prompt ({{ distance }}, 0 to 1). KL: of the training \
 samples of that update, from the base model.
 {% if hacking %}
 **{{ hacking }}**
@@ -70,9 +71,10 @@ by the held-out reward.{% endif %}
 {% if window %} in {{ window }} solver steps{% endif %}, and evaluated without noise, by the base model's own \
 scheduler,{% else %}It was trained and evaluated with the base model's own scheduler at η = {{ "%g" % eta }},\
 {% endif %} {{ num_steps }} steps and \
-{% if guidance is none %}the default guidance of the pipeline{% else %}guidance {{ "%g" % guidance }}{% endif %}.\
+{% if noun == "texts" %}no guidance{% elif guidance is none %}\
+the default guidance of the pipeline{% else %}guidance {{ "%g" % guidance }}{% endif %}.\
 {% if not takes_eta and not ode %} This call takes no η, so the scheduler makes its own steps, which may be without \
-noise: images then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
+noise: {{ noun }} then differ from those of the evaluation, which were made by steer's stochastic steps.{% endif %}
 {% endif %}
 ## Training
 
@@ -112,6 +114,7 @@ def model_card(
     pictures += [("Held-out images of the last evaluation", f"samples/{path.name}") for path in grids[-1:]]
     kl = next((record["kl"] for record in reversed(result.records) if record.get("kl") is not None), None)
     seconds = sum(record.get("seconds", 0.0) for record in result.records)
+    tokens = is_token_scheduler(pipe.scheduler)
     hacking = find_hacking(result.evaluations, result.weights_step)
     versions = _versions()
     card = ModelCard.from_template(
@@ -139,7 +142,9 @@ def model_card(
         window=None if (noisy := config.step_window(0)) is None else noisy.size,
         num_steps=config.num_inference_steps,
         guidance=config.guidance_scale,
-        takes_eta=_takes_eta(pipe),
+        takes_eta=_takes_eta(pipe) or tokens,
+        noun="texts" if tokens else "images",
+        distance="share of tokens that differ" if tokens else "root mean square of the pixels' differences",
         config_class=type(config).__name__,
         arguments=_arguments(config, about),
         minutes=f"{seconds / 60:.3g}" if seconds else None,
@@ -153,6 +158,7 @@ def model_card(
 def _card_data(pipe: Any, config: TrainingConfig, result: TrainingResult, about: Mapping[str, Any]) -> ModelCardData:
     """The metadata, with the rewards of the exported weights as evaluation results."""
     task = "text-to-video" if re.search("Video|Wan|LTX|Mochi", type(pipe).__name__) else "text-to-image"
+    task = "text-generation" if is_token_scheduler(pipe.scheduler) else task
     kind, method = "lora" if config.lora_rank else "full-finetuning", type(config).__name__.removesuffix("Config")
     model = str(about.get("model") or "")
     # A path is private, and nothing that the hub could link to.
@@ -177,6 +183,8 @@ def _card_data(pipe: Any, config: TrainingConfig, result: TrainingResult, about:
 def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: Path) -> str:
     """Python code that loads the weights into the pipeline and samples as the training did."""
     where, name = _relative(folder, weights.parent), get_denoiser(pipe)[0]
+    if is_token_scheduler(pipe.scheduler):
+        return _text_code(where / name, model, config)
     place = "run" if where == Path() else f"run, subfolder={str(where)!r}"
     source, imports, more = f"MODELS[{model!r}]" if model in MODELS else repr(str(model)), "DiffusionPipeline", ""
     before: list[str] = []
@@ -211,6 +219,20 @@ def _code(folder: Path, pipe: Any, model: Any, config: TrainingConfig, weights: 
     return "\n".join(lines)
 
 
+def _text_code(weights: Path, model: Any, config: TrainingConfig) -> str:
+    """Python code that loads the denoiser of a model of texts and samples as the training did."""
+    source = f"TEXT_MODELS[{model!r}]" if model in TEXT_MODELS else repr(str(model))
+    lines = [
+        "from steer import MaskedDiffusionPipeline" + (", TEXT_MODELS" if model in TEXT_MODELS else ""),
+        "",
+        'run = "."  # this folder',
+        f"pipe = MaskedDiffusionPipeline.from_pretrained({source})",
+        f'pipe.denoiser = type(pipe.denoiser).from_pretrained(f"{{run}}/{weights.as_posix()}")',
+        f'output = pipe("a", num_inference_steps={config.num_inference_steps})',
+    ]
+    return "\n".join(lines)
+
+
 def _takes_eta(pipe: Any) -> bool:
     """Whether both pipeline and scheduler take η, as `steer.pipelines.base.route_eta` asks."""
     return all(
@@ -226,7 +248,7 @@ def _relative(folder: Path, path: Path) -> Path:
 def base_model(pipe: Any) -> str:
     """The name of an embedded model, else where a pipeline was loaded from; empty where that is unknown."""
     source = str(getattr(pipe.config, "_name_or_path", ""))
-    return next((name for name, folder in MODELS.items() if str(folder) == source), source)
+    return next((name for name, folder in (MODELS | TEXT_MODELS).items() if str(folder) == source), source)
 
 
 def held_out_names(evaluations: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -34,6 +34,7 @@ from steer.pipelines.training.method import (
     Scored,
     TrainingMethod,
     TrainingResult,
+    check_tokens,
     half_precision,
     process_shard,
     sampler_of,
@@ -140,6 +141,7 @@ class Trainer(TrainingMethod[ConfigT]):
         names = [one.name for one in self._rewards()]
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
             raise InputError(f"eval_rewards: {twice[0]!r} is given twice or is the trained reward: take another one")
+        check_tokens(pipe, self.config, self.log_probs and isinstance(self.config, LossConfig))
         self.check()
 
     def _own_config(self, config: TrainingConfig | None) -> Any:

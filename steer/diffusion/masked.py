@@ -8,8 +8,8 @@ A token of the clean sequence x is masked at time t with probability 1 − α_t,
 so that a masked place opens with probability (t − s)/t, as a draw from x_θ.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Generator, Tensor
@@ -109,6 +109,23 @@ class MaskedKernel:
     @property
     def masked(self) -> Tensor:
         return self.ids == self.mask_id
+
+    @property
+    def level(self) -> Tensor:
+        """(t − s)/t: what a stored reference keeps of a step beside its `statistics`."""
+        return torch.tensor(self.rate, dtype=torch.float64)
+
+    def statistics(self, z_s: Tensor) -> Tensor:
+        """Return log x_θ (N, L, V), on which alone the policy depends."""
+        return self.log_x0
+
+    def from_statistics(self, statistics: Tensor, level: Tensor, z_s: Tensor) -> "MaskedKernel":
+        """Return the kernel of another policy at the same step from its `statistics`."""
+        return replace(self, log_x0=statistics.to(self.ids.device), rate=float(level))
+
+    def at(self, rows: Sequence[int]) -> "MaskedKernel":
+        """Select rows."""
+        return replace(self, ids=self.ids[list(rows)], log_x0=self.log_x0[list(rows)])
 
     def sample(self, generator: Generator | None) -> Tensor:
         """Draw z_s (N, L) int64."""

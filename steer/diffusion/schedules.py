@@ -267,6 +267,21 @@ class Gaussian:
         x_s = (self.mean + self.std * noise).to(dtype).to(storage).to(dtype)
         return x_s, self.log_prob(x_s)
 
+    @property
+    def level(self) -> Tensor:
+        """τ: what a stored reference keeps of a step beside its `statistics`."""
+        return self.std
+
+    def statistics(self, x_s: Tensor) -> Tensor:
+        """Return (μ − x_s)/τ (N, …): standard normal numbers, which lose less to a short dtype than means do."""
+        return (self.mean - x_s) / self.std
+
+    def from_statistics(self, statistics: Tensor, level: Tensor, x_s: Tensor) -> "Gaussian":
+        """Return the kernel of another policy at the same step from its `statistics` and `level`."""
+        dtype = widest(x_s.device)
+        std = level.to(x_s.device, dtype)
+        return Gaussian(x_s.to(dtype) + std * statistics.to(x_s.device, dtype), std)
+
     def kl(self, other: "Gaussian") -> Tensor:
         """Return KL(self ‖ other) in nats (N,), summed in fp64, for two steps of equal τ: ‖μ − μ'‖² / 2τ²."""
         dtype = widest(self.mean.device)

@@ -22,23 +22,20 @@ from typing import Protocol, TypedDict
 import torch
 from torch import Tensor
 
-from steer.diffusion.precision import widest
-from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
 from steer.reward import Reward, mean_over_frames, score_components
 from steer.training.distributed import SINGLE_PROCESS, DistributedContext, sum_over_processes
 from steer.training.guards import SlopeLimit, kl
 from steer.training.losses import LogProbs, Loss, Metrics
-from steer.training.rollout import Sampler, Trajectories, log_probs
+from steer.training.rollout import Kernel, Sampler, Trajectories, log_probs
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Log-probabilities and means of the reference policy at S chosen steps.
+    """Log-probabilities and kernels of the reference policy at S chosen steps.
 
-    residuals   (μ_ref − x_s)/τ (N, S, …), where a penalty needs them: standard normal numbers, which lose less to a
-                short dtype than means do
-    deviations  τ (S,)
+    residuals   statistics (N, S, …) of its kernels, where a penalty needs them: (μ_ref − x_s)/τ, of tokens log x_ref
+    deviations  levels (S,) of its kernels: τ, of tokens the probability that a place opens
     log_probs   (N, S) fp64, nats
     """
 
@@ -59,13 +56,11 @@ class Reference:
         log_probs = torch.cat([part.log_probs for part in components])
         return replace(components[0], residuals=torch.cat(kept) if kept else None, log_probs=log_probs)
 
-    def kernel(self, column: int, x_s: Tensor) -> Gaussian | None:
-        """Return p_ref(· | x_t) at a chosen step that led to x_s; None without residuals."""
+    def kernel(self, column: int, p: Kernel, x_s: Tensor) -> Kernel | None:
+        """Return p_ref(· | x_t) at a chosen step, where the policy's is p, that led to x_s; None without residuals."""
         if self.residuals is None:
             return None
-        dtype = widest(x_s.device)
-        std = self.deviations[column].to(x_s.device, dtype)
-        return Gaussian(x_s.to(dtype) + std * self.residuals[:, column].to(x_s.device, dtype), std)
+        return p.from_statistics(self.residuals[:, column], self.deviations[column], x_s)
 
 
 def reference_of(
@@ -78,11 +73,11 @@ def reference_of(
     dtype = torch.float16 if dtype == torch.bfloat16 else dtype
     log_probs, deviations, residuals = [], [], []
 
-    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
+    def keep(t: int, kernel: Kernel, x_s: Tensor) -> None:
         log_probs.append(kernel.log_prob(x_s).cpu())
-        deviations.append(kernel.std.cpu())
+        deviations.append(kernel.level.cpu())
         if dtype is not None:
-            residuals.append(((kernel.mean - x_s) / kernel.std).to(dtype).cpu())
+            residuals.append(kernel.statistics(x_s).to(dtype).cpu())
 
     sampler.replay(stored, keep, steps)
     kept = torch.stack(residuals, 1) if residuals else None
@@ -132,7 +127,7 @@ class Penalty(Protocol):
 
     __name__: str
 
-    def __call__(self, p: Gaussian, reference: Gaussian, /) -> Tensor: ...
+    def __call__(self, p: Kernel, reference: Kernel, /) -> Tensor: ...
 
 
 class GradientOptions(TypedDict):
@@ -179,10 +174,10 @@ def two_pass_gradient(
     for number, chunk in enumerate(batch.chunks):
         on_chunk()
 
-        def backward_step(t: int, p: Gaussian, x_s: Tensor, number: int = number) -> None:
+        def backward_step(t: int, p: Kernel, x_s: Tensor, number: int = number) -> None:
             column = steps.index(t)
             log_prob = p.log_prob(x_s)
-            scalar_loss = (coefficients(number, column, log_prob).to(p.mean.device) * log_prob).sum()
+            scalar_loss = (coefficients(number, column, log_prob).to(log_prob.device) * log_prob).sum()
             for penalty, weight in weights.items():
                 with torch.set_grad_enabled(weight != 0):
                     cost = per_sample * divergence(penalty, p, x_s, batch.references[number], column).sum()
@@ -256,17 +251,18 @@ def _pass_one(
     return lambda chunk, column, log_prob: full[chunk][:, column], lambda: (value, metrics)
 
 
-def divergence(penalty: Penalty, p: Gaussian, x_s: Tensor, reference: Reference, column: int) -> Tensor:
+def divergence(penalty: Penalty, p: Kernel, x_s: Tensor, reference: Reference, column: int) -> Tensor:
     """Return the penalty (N,) of one step from the means; without the reference's, an estimate of the KL.
 
     The estimate, log pθ(x_s)/p_ref(x_s), has the KL as its mean where pθ drew x_s. Raises InputError for any other
     penalty.
     """
-    if (other := reference.kernel(column, x_s)) is not None:
+    if (other := reference.kernel(column, p, x_s)) is not None:
         return penalty(p, other)
     if penalty is not kl:
         raise InputError(f"{penalty.__name__} needs the means of the reference: store its residuals")
-    return (p.log_prob(x_s) - reference.log_probs[:, column].to(p.mean.device)).detach()
+    log_prob = p.log_prob(x_s).detach()
+    return log_prob - reference.log_probs[:, column].to(log_prob.device)
 
 
 def counted(backward: Backward, times: int, before_last: Callable[[], None]) -> Backward:
@@ -322,7 +318,7 @@ def reward_gradient(
         value -= rewards.sum().item() / count
         backward(-rewards.sum().to(images.device) / count)
 
-        def backward_step(t: int, p: Gaussian, x_s: Tensor, number: int = number) -> None:
+        def backward_step(t: int, p: Kernel, x_s: Tensor, number: int = number) -> None:
             there = batch.references[number]
             costs = {one: divergence(one, p, x_s, there, steps.index(t)).sum() / count for one in weights}
             for penalty, cost in costs.items():

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
-from steer.training.rollout import Sampler, Trajectories, log_probs
+from steer.training.rollout import Kernel, Sampler, Trajectories, log_probs
 
 LARGEST_EXPONENT = 10.0  # the χ² penalty is linear beyond: its exponential would overflow
 RATIO_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-2}  # |ratio − 1|
@@ -18,12 +17,12 @@ TOLERANCE_ELEMENTS = 16384  # elements of a sample up to which it holds; roundin
 PERTURBATION, ROUNDING = 1e-4, 0.1  # of one entry of the weights; allowed fraction of rounding in its effect
 
 
-def kl(p: Gaussian, reference: Gaussian) -> Tensor:
-    """Return KL(pθ ‖ p_ref) of one step in nats (N,): ‖μθ − μ_ref‖² / 2τ²."""
+def kl(p: Kernel, reference: Kernel) -> Tensor:
+    """Return KL(pθ ‖ p_ref) of one step in nats (N,): ‖μθ − μ_ref‖² / 2τ², or its sum over tokens."""
     return p.kl(reference)
 
 
-def chi_square(p: Gaussian, reference: Gaussian) -> Tensor:
+def chi_square(p: Kernel, reference: Kernel) -> Tensor:
     """Return χ²(pθ ‖ p_ref) of one step (N,): e^u − 1 with u = ‖μθ − μ_ref‖²/τ² (after arXiv 2403.03185), without unit.
 
     It penalises few large deviations, as reward hacking makes them, more than many small ones. Beyond u = 10 it is

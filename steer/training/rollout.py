@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -20,7 +20,7 @@ from steer.diffusion.precision import HALF, Precision, in_float32
 from steer.diffusion.preview import filter_call_kwargs
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.rows import RowsCall
-from steer.diffusion.schedules import Dynamics, Gaussian, check_dynamics, step_levels
+from steer.diffusion.schedules import Dynamics, check_dynamics, step_levels
 from steer.diffusion.seeds import derived_seed, seeded_normal
 from steer.diffusion.step_hooks import (
     ModuleProxy,
@@ -33,7 +33,27 @@ from steer.diffusion.step_hooks import (
 )
 from steer.errors import InputError
 
-ReplayCallback = Callable[[int, Gaussian, Tensor], None]
+
+class Kernel(Protocol):
+    """The transition p(x_s | x_t) of one step: a `Gaussian` of latents, or a `MaskedKernel` of tokens.
+
+    level       plain number of the step that a stored reference keeps
+    statistics  (N, …) of which, with the level, `from_statistics` makes the kernel of a reference again
+    """
+
+    @property
+    def level(self) -> Tensor: ...
+
+    def log_prob(self, x_s: Tensor, /) -> Tensor: ...
+
+    def kl(self, other: Any, /) -> Tensor: ...
+
+    def statistics(self, x_s: Tensor, /) -> Tensor: ...
+
+    def from_statistics(self, statistics: Tensor, level: Tensor, x_s: Tensor, /) -> "Kernel": ...
+
+
+ReplayCallback = Callable[[int, Kernel, Tensor], None]
 NoisyCallback = Callable[[int, SolverStep, Tensor], None]
 MAX_START_SIGNAL = 0.15  # α/σ at which the start of a run, pure noise, stands for a noised sample
 
@@ -408,7 +428,7 @@ def log_probs(sampler: Sampler, stored: Trajectories, only: Collection[int] | No
     """Return log p(x_s | x_t) (N, T) of stored steps by the current weights, without a graph; omitted steps are 0."""
     outputs = torch.zeros_like(stored.log_probs)
 
-    def keep(t: int, kernel: Gaussian, x_s: Tensor) -> None:
+    def keep(t: int, kernel: Kernel, x_s: Tensor) -> None:
         outputs[:, t] = kernel.log_prob(x_s).cpu()
 
     sampler.replay(stored, keep, only)

@@ -50,12 +50,13 @@ def set_parameter(parameter: Tensor, value: Tensor) -> None:
 
 ADAPTER = "steer"  # the adapter's name
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TOKEN_DENOISER = "denoiser"  # of a MaskedDiffusionPipeline
 LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # for diffusers, and for peft
 
 
 def get_denoiser(pipe: Any) -> tuple[str, Any]:
     """Return the name and the denoiser to train. Raises InputError unless there is exactly one."""
-    denoisers = denoisers_in(pipe)
+    denoisers = denoisers_in(pipe) or [name for name in (TOKEN_DENOISER,) if getattr(pipe, name, None) is not None]
     if not denoisers:
         raise InputError(f"{type(pipe).__name__} has no unet and no transformer: it cannot be finetuned")
     if len(denoisers) > 1:
