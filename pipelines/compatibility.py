@@ -18,6 +18,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
 from steer.audio import AudioReward, is_audio
+from steer.diffusion.modular import as_callable
 from steer.diffusion.preview import filter_call_kwargs, first_output
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
@@ -52,6 +53,9 @@ class PipelineCheck:
 
     pipe: Any
     call: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.pipe = as_callable(self.pipe)
 
     def row(self, names: Any = None) -> dict[str, Outcome]:
         """Run the checks, by name."""
@@ -136,7 +140,7 @@ PICTURES = ("image", "control_image", "mask_image", "conditioning_image", "video
 
 def example_call(pipe: Any, prompt: str, steps: int, size: int) -> dict[str, Any]:
     """Return arguments of a cheap call: pictures where the signature requires some, `size` pixels wide."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = inspect.signature(type(as_callable(pipe)).__call__).parameters
     draws = Generator().manual_seed(SEED)
     call: dict[str, Any] = {}
     for name, parameter in parameters.items():

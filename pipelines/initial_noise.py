@@ -311,7 +311,7 @@ def _first_latents(quiet_pipe: Any, call: Mapping[str, Any]) -> Tensor:
     )
 
 
-class _FirstStepReached(Exception):
+class _FirstStepReached(BaseException):
     """Exception that carries the first latents of a run out of it."""
 
 

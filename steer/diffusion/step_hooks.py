@@ -378,6 +378,7 @@ def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
     return tracked
 
 
+ENCODED_TEXTS = "_encoded_texts"  # attribute of a view: outputs of the text encoders of a modular pipeline, by name
 POST_PROCESSORS = ("safety_checker", "watermark")  # of finished images only
 # A fast tokenizer stores the padding of the current call: threads that share one would use each other's.
 ENCODING_LOCK = threading.RLock()
@@ -419,7 +420,9 @@ def cache_text_encoding(pipe: Any) -> Any:
     """
     once = copy.copy(pipe)
     if hasattr(pipe, "encode_prompt"):
-        vars(once)["encode_prompt"] = _cached_calls(torch.no_grad()(pipe.encode_prompt))
+        vars(once)["encode_prompt"] = cached_calls(torch.no_grad()(pipe.encode_prompt), {})
+    else:
+        vars(once).setdefault(ENCODED_TEXTS, {})
     return once
 
 
@@ -434,9 +437,8 @@ def _exclusive(encode: Callable[..., Any]) -> Callable[..., Any]:
     return exclusive
 
 
-def _cached_calls(function: Callable[..., Any]) -> Callable[..., Any]:
+def cached_calls(function: Callable[..., Any], cache: dict[str, Any]) -> Callable[..., Any]:
     """Cache a function by its arguments: some pipelines encode the negative prompt in a separate call."""
-    cache: dict[str, Any] = {}
 
     def cached_call(*args: Any, **kwargs: Any) -> Any:
         key = json.dumps(plain_values([args, kwargs]))
