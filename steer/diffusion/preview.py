@@ -177,7 +177,7 @@ def first_output(output: Any) -> Tensor:
         images = output[0]
     else:
         images = next(iter(output.values())) if isinstance(output, Mapping) else output.images
-    return _as_tensor(images)
+    return first_output(images) if isinstance(images, Mapping) else _as_tensor(images)  # of an inner pipeline
 
 
 def _as_tensor(images: Any) -> Tensor:

@@ -206,7 +206,7 @@ class _Tracker:
             if override is not None and self.transitions > self.total:
                 raise UnsupportedPipelineError(
                     f"{type(self.pipe).__name__} runs its solver several times in one call (autoregressive, or in "
-                    "stages): it cannot be steered"
+                    f"stages): {_remedy_of_stages(self.pipe)}"
                 )
             out = self._apply(override or (None, None), scheduler, out, x)
         return out
@@ -274,6 +274,12 @@ class _Tracker:
             raise UnsupportedPipelineError(
                 "disable the feature cache of the denoiser: its state per sample cannot be resampled"
             )
+
+
+def _remedy_of_stages(pipe: Any) -> str:
+    """Return what to do with a pipeline that runs its solver several times."""
+    stages = [f"pipe.{name}" for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)]
+    return f"steer one of its stages by itself: {' or '.join(stages)}" if stages else "it cannot be steered"
 
 
 OWN_X0 = "pred_original_sample"  # argument of EDM's step
