@@ -161,6 +161,11 @@ def replace_parts(pipe: Any, parts: Mapping[int, Any]) -> Any:
     return view
 
 
+def stages_of(pipe: Any) -> dict[str, Any]:
+    """Return the pipelines that a combined pipeline is made of, by name."""
+    return {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
+
+
 @dataclass
 class _Tracker:
     """The state of a view between scheduler calls.
@@ -278,7 +283,7 @@ class _Tracker:
 
 def _remedy_of_stages(pipe: Any) -> str:
     """Return what to do with a pipeline that runs its solver several times."""
-    stages = [f"pipe.{name}" for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)]
+    stages = [f"pipe.{name}" for name in stages_of(pipe)]
     return f"steer one of its stages by itself: {' or '.join(stages)}" if stages else "it cannot be steered"
 
 
@@ -396,6 +401,7 @@ def without_side_effects(pipe: Any) -> Any:
     A safety checker would blacken intermediate images, and none of these supports gradients.
     """
     quiet = cache_text_encoding(pipe)
+    vars(quiet).update({name: without_side_effects(stage) for name, stage in stages_of(pipe).items()})
     vars(quiet).update(dict.fromkeys(POST_PROCESSORS) | {"_progress_bar_config": {"disable": True}})
     checker = getattr(pipe, SAFETY_CHECKER, None)
     if hasattr(checker, "check_video_safety"):  # of pipelines that refuse to run without one
@@ -624,8 +630,15 @@ def with_modules(pipe: Any, modules: Mapping[str, Any]) -> Any:
 
     Offloading hooks are on its own modules, and it restores them itself.
     """
-    view = replace_parts(pipe, {id(getattr(pipe, name)): module for name, module in modules.items()})
-    vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
+    return with_components(pipe, {**modules, "maybe_free_model_hooks": pipe.maybe_free_model_hooks})
+
+
+def with_components(pipe: Any, components: Mapping[str, Any]) -> Any:
+    """Copy a pipeline with some attributes replaced by name, and the components among them also in the pipelines that
+    it is made of."""
+    own = {name: vars(pipe).get(name) for name in components}
+    view = replace_parts(pipe, {id(part): components[name] for name, part in own.items() if part is not None})
+    vars(view).update(components)
     return view
 
 

@@ -28,6 +28,7 @@ from steer.diffusion.step_hooks import (
     SolverStep,
     denoisers_in,
     denoising_modules,
+    with_components,
     without_side_effects,
 )
 from steer.errors import InputError
@@ -172,9 +173,9 @@ class Sampler:
         denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
         self._precision_context = in_float32(denoisers, autocast) if precision == "float32" else nullcontext
         self._gate = _DenoiserGate(self._precision_context)
-        self._pipe = differentiable_images(without_side_effects(pipe))
         self._form = 0  # of the call that makes several rows: see `RowsCall`
-        vars(self._pipe).update(self._gate.around(pipe, prepared))
+        quiet = differentiable_images(without_side_effects(pipe))
+        self._pipe = with_components(quiet, self._gate.around(pipe, prepared))
 
     def rollout(self, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
         """Draw the rows as one batch; also returns their images (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
