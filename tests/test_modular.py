@@ -90,7 +90,8 @@ def test_the_view_shares_the_attributes_of_the_pipeline_and_leaves_its_state_alo
 
 def test_the_arguments_are_the_inputs_of_the_blocks() -> None:
     view = as_callable(modular("ZImage"))
-    assert {"prompt", "num_inference_steps", "generator", "output_type"} <= {*inspect.signature(type(view).__call__).parameters}
+    names = {*inspect.signature(type(view).__call__).parameters}
+    assert {"prompt", "num_inference_steps", "generator", "output_type"} <= names
     assert as_callable(view) is view
     with pytest.raises(InputError, match="ZImageModularPipeline takes no argument 'guidance': did you mean"):
         FKSteeringPipeline(view, redness)("a fox", guidance=2.0)
@@ -110,5 +111,5 @@ def test_blocks_that_do_not_decode_are_refused() -> None:
     blocks = diffusers.ZImageAutoBlocks().sub_blocks
     kept = {name: block for name, block in blocks.items() if name != "decode"}
     pipe = diffusers.SequentialPipelineBlocks.from_blocks_dict(kept).init_pipeline()
-    with pytest.raises(InputError, match="ModularPipeline returns .*latents.*: add the blocks that decode"):
+    with pytest.raises(InputError, match=r"ModularPipeline returns .*latents.*: add the blocks that decode"):
         FKSteeringPipeline(pipe, redness)

@@ -30,8 +30,8 @@ from steer.diffusion.step_hooks import (
     UnsupportedPipelineError,
     denoising_modules,
     has_second_modality,
-    without_side_effects,
     with_components,
+    without_side_effects,
     zero_proxies,
 )
 from steer.errors import InputError

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from diffusers import ModularPipeline
 from diffusers.guiders.guider_utils import BaseGuidance
-from diffusers.modular_pipelines import ModularPipelineBlocks
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -41,7 +40,8 @@ def as_callable(pipe: Any) -> Any:
         raise UnsupportedPipelineError(
             f"{type(pipe).__name__} returns {', '.join(outputs) or 'nothing'}: add the blocks that decode its latents"
         )
-    view = object.__new__(_called_class(type(pipe), tuple(_defaults(pipe.blocks.inputs).items()), media))
+    defaults = {one.name: one.default for one in pipe.blocks.inputs if one.name is not None}
+    view: Any = object.__new__(_called_class(type(pipe), defaults, media))
     view.__dict__ = pipe.__dict__
     return view
 
@@ -61,21 +61,16 @@ class _Called:
         """Leave offloading to the components manager of the modular pipeline."""
 
 
-def _defaults(inputs: Iterable[Any]) -> dict[str, Any]:
-    return {one.name: one.default for one in inputs if one.name is not None}
-
-
-@functools.cache
-def _called_class(kind: type, defaults: tuple[tuple[str, Any], ...], media: str) -> type:
+def _called_class(kind: type, defaults: Mapping[str, Any], media: str) -> type:
     """Return the subclass of a modular pipeline's class whose call has these arguments and returns (media,)."""
 
     def run(self: Any, **arguments: Any) -> tuple[Any]:
         view = copy.copy(self)
         vars(view).update(_of_one_call(self))
         with _without_error_logs():
-            return (kind.__call__(view, output=media, **arguments),)  # type: ignore[operator]
+            return (kind.__call__(view, output=media, **arguments),)
 
-    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults]
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     run.__dict__["__signature__"] = inspect.Signature([own, *named])
     members = {"__call__": torch.no_grad()(run), "__module__": kind.__module__}
@@ -107,15 +102,16 @@ def _copied(blocks: Any, grad: bool, progress: Mapping[str, Any] | None) -> Any:
     if progress is not None and hasattr(own, "set_progress_bar_config"):
         own.set_progress_bar_config(**progress)
     if grad:
-        own.__class__ = _graph_class(type(blocks))
+        kind: type = type(blocks)
+        own.__class__ = _graph_class(kind)
     if parts := getattr(blocks, "sub_blocks", None):
         own.sub_blocks = type(parts)((name, _copied(one, grad, progress)) for name, one in parts.items())
     return own
 
 
 @functools.cache
-def _graph_class(kind: type[ModularPipelineBlocks]) -> type:
-    members = {"__call__": inspect.unwrap(kind.__call__), "__module__": kind.__module__}  # type: ignore[operator]
+def _graph_class(kind: type) -> type:
+    members = {"__call__": inspect.unwrap(kind.__call__), "__module__": kind.__module__}
     return type(kind.__name__, (kind,), members)
 
 

@@ -38,13 +38,24 @@ class RowsCall:
 
     call           arguments of the pipeline's call for the prompts, without a count of images
     one_condition  lists of images are the condition of every row, whatever their length
+    each           further arguments of every row, which then has a call of its own: pipelines differ in whether a list
+                   of images is one for each row or several for all
     """
 
     def __init__(
-        self, pipe: Any, call: Mapping[str, Any], groups: int, size: int, *, one_condition: bool = False
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        groups: int,
+        size: int,
+        *,
+        one_condition: bool = False,
+        each: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.rows = groups * size
         self._forms = list(forms(pipe, call, groups, size, one_condition))
+        if each is not None:
+            self._forms = [tuple(own | dict(more) for own, more in zip(self._forms[-1], each, strict=True))]
         self.place = 0  # of the form in use
 
     def start_at(self, place: int) -> None:

@@ -147,6 +147,8 @@ class Sampler:
                mostly rounding; or that of the model
     autocast   whether `prepared` enters an autocast to half precision
     dynamics   the law of the noise; of those other than ddim, `eta` is the noise level a
+    conditions  further arguments of the call by prompt, like a source image; rows of one prompt are one batch, rows of
+               several have a call each, in lock step
 
     Raises InputError for a scheduler whose noise levels are not known, or are not those of the dynamics.
     """
@@ -161,6 +163,7 @@ class Sampler:
         precision: Precision = "float32",
         autocast: bool = False,
         dynamics: Dynamics = "ddim",
+        conditions: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         if not 0 < eta <= 1:
             raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
@@ -173,6 +176,7 @@ class Sampler:
         denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
         self._precision_context = in_float32(denoisers, autocast) if precision == "float32" else nullcontext
         self._gate = _DenoiserGate(self._precision_context)
+        self._conditions = conditions or {}
         self._form = 0  # of the call that makes several rows: see `RowsCall`
         quiet = differentiable_images(without_side_effects(pipe))
         self._pipe = with_components(quiet, self._gate.around(pipe, prepared))
@@ -341,8 +345,7 @@ class Sampler:
     def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], decode: bool = True) -> Tensor:
         """Run the pipeline; without `decode` up to the last solver step, since not all return latents."""
         generators = [Generator().manual_seed(seed) for seed in rows.starts]
-        prompt = {"prompt": list(rows.prompts)} if takes_prompts(self._pipe) else {}
-        call = RowsCall(self._pipe, self._call | prompt, len(rows), 1, one_condition=True)
+        call = self._rows_call(rows)
         call.start_at(self._form)
         given = {"generator": generators, "output_type": "pt"}
         try:
@@ -351,6 +354,16 @@ class Sampler:
             return torch.empty(0)
         finally:
             self._form = call.place
+
+    def _rows_call(self, rows: Rows) -> RowsCall:
+        prompt = {"prompt": list(rows.prompts)} if takes_prompts(self._pipe) else {}
+        each = [self._conditions.get(text, NO_CONDITION) for text in rows.prompts]
+        alike = all(one is each[0] for one in each)
+        call = self._call | prompt | dict(each[0] if alike else {})
+        return RowsCall(self._pipe, call, len(rows), 1, one_condition=True, each=None if alike else each)
+
+
+NO_CONDITION: Mapping[str, Any] = {}
 
 
 class _LastStepReached(BaseException):
