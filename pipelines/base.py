@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from steer.arguments import Settings, coerce_value
 from steer.diffusion.draws import replaced_draw
+from steer.diffusion.modular import as_callable
 from steer.diffusion.schedules import clip_limit, descends_from, ignores_eta
 from steer.diffusion.seeds import Generators, copy_generators
 from steer.errors import InputError
@@ -29,7 +30,7 @@ class RewardedPipeline:
     a dict of weights or a list (see `steer.load_reward`)."""
 
     def __init__(self, pipe: Any, reward: Any) -> None:
-        self.pipe = pipe
+        self.pipe = as_callable(pipe)
         self.reward = load_reward(reward)
 
     @classmethod

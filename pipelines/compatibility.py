@@ -17,7 +17,9 @@ import torch
 from diffusers.image_processor import VaeImageProcessor
 from torch import Generator, Tensor
 
+from steer.arguments import IMAGES_PER_PROMPT
 from steer.audio import AudioReward, is_audio
+from steer.diffusion.modular import as_callable
 from steer.diffusion.preview import filter_call_kwargs, first_output
 from steer.diffusion.step_hooks import SolverStep, hook_steps
 from steer.errors import InputError
@@ -52,6 +54,9 @@ class PipelineCheck:
 
     pipe: Any
     call: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.pipe = as_callable(self.pipe)
 
     def row(self, names: Any = None) -> dict[str, Outcome]:
         """Run the checks, by name."""
@@ -136,7 +141,7 @@ PICTURES = ("image", "control_image", "mask_image", "conditioning_image", "video
 
 def example_call(pipe: Any, prompt: str, steps: int, size: int) -> dict[str, Any]:
     """Return arguments of a cheap call: pictures where the signature requires some, `size` pixels wide."""
-    parameters = inspect.signature(type(pipe).__call__).parameters
+    parameters = inspect.signature(type(as_callable(pipe)).__call__).parameters
     draws = Generator().manual_seed(SEED)
     call: dict[str, Any] = {}
     for name, parameter in parameters.items():
@@ -183,7 +188,15 @@ def check_rows(check: PipelineCheck) -> None:
     Others may draw in another order: some pipelines draw once for all rows, then for each.
     """
     _, images = check.plain_batch
-    _equal(images[:1], _batched(check.plain(SEED), images), ROUNDING, "a particle of a batch")
+    try:
+        _equal(images[:1], _batched(check.plain(SEED), images), ROUNDING, "a particle of a batch")
+    except _Differs as error:
+        count = next((name for name in IMAGES_PER_PROMPT if filter_call_kwargs(check.pipe, {name: 1})), None)
+        if count is None:
+            raise
+        own = first_output(check.pipe(**check.plain_call(SEED) | {"generator": _generators(), count: PARTICLES}))
+        _equal(images, own, 0.0, "a batch of particles")
+        raise InputError(f"in the pipeline's own call for several images too, {error} from the call for one") from error
 
 
 def check_swap(check: PipelineCheck) -> None:

@@ -106,16 +106,21 @@ def _candidates(
 
 
 def _reaches(candidate: InitialNoise, particle_batch: ParticleBatch, quiet_pipe: Any, plain: _CallStart) -> bool:
-    """Return whether a call with this noise begins as the plain call does, and one with another noise does not."""
+    """Return whether a call with this noise begins as the plain call does, and one with another noise does not.
 
-    def inputs_from(noise: Tensor) -> list[Tensor]:
-        initial = replace(candidate, noise=noise)
-        with initial.applied():
-            return _start_of(particle_batch, quiet_pipe, **initial.arguments()).inputs
+    Other draws before the first denoiser call must be those of the plain call too: inputs do not show all of them yet,
+    such as the noise that an inpainted region follows.
+    """
 
     def begins_alike(noise: Tensor) -> bool:
-        inputs = inputs_from(noise)
-        return len(inputs) == len(plain.inputs) and all(map(torch.equal, inputs, plain.inputs))
+        initial = replace(candidate, noise=noise)
+        with initial.applied():
+            start = _start_of(particle_batch, quiet_pipe, **initial.arguments())
+        same = len(start.inputs) == len(plain.inputs) and all(map(torch.equal, start.inputs, plain.inputs))
+        if particle_batch.call.get("latents") is not None:
+            return same
+        without = start.draws if candidate.draw is None else _without(start.draws, noise)
+        return same and torch.equal(_numbers(without), _numbers(_without(plain.draws, candidate.noise)))
 
     if candidate.draws:  # tried unasked: the pipeline may want other latents than those of its steps
         try:
@@ -123,6 +128,17 @@ def _reaches(candidate: InitialNoise, particle_batch: ParticleBatch, quiet_pipe:
         except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
             return False
     return begins_alike(candidate.noise) and (candidate.draw is None or not begins_alike(-candidate.noise))
+
+
+def _without(draws: Sequence[Tensor], noise: Tensor) -> list[Tensor]:
+    """Return the draws but the first that are this noise, drawn at once or row by row."""
+    number, _ = find_draw(draws, [noise[0].numel()], len(noise)) or (0, noise)
+    count = 1 if draws[number].numel() == noise.numel() else len(noise)
+    return [*draws[:number], *draws[number + count :]]
+
+
+def _numbers(draws: Sequence[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0), *(one.flatten().cpu().float() for one in draws)])
 
 
 def _same_numbers(noise: Tensor, draw: Tensor) -> bool:
@@ -311,7 +327,7 @@ def _first_latents(quiet_pipe: Any, call: Mapping[str, Any]) -> Tensor:
     )
 
 
-class _FirstStepReached(Exception):
+class _FirstStepReached(BaseException):
     """Exception that carries the first latents of a run out of it."""
 
 

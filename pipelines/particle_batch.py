@@ -259,15 +259,15 @@ def _bound_call(pipe: Any, prompt: str | Sequence[str] | None, groups: int, call
     return bound
 
 
-def rows_of_metadata(metadata: Any, groups: int) -> list[Mapping[str, Any]] | None:
+def rows_of_metadata(metadata: Any, groups: int, name: str = "metadata") -> list[Mapping[str, Any]] | None:
     """Return one row for each prompt. Raises InputError for another number of them, and for other things than rows."""
     if metadata is None:
         return None
     rows = [metadata] if isinstance(metadata, Mapping) else list(metadata)
     if wrong := [row for row in rows if not isinstance(row, Mapping)]:
-        raise InputError(f"metadata must be one mapping for each prompt, got {type(wrong[0]).__name__}")
+        raise InputError(f"{name} must be one mapping for each prompt, got {type(wrong[0]).__name__}")
     if len(rows) != groups:
-        raise InputError(f"metadata must be one mapping for each prompt, got {len(rows)} of them and {groups} prompts")
+        raise InputError(f"{name} must be one mapping for each prompt, got {len(rows)} of them and {groups} prompts")
     return rows
 
 

@@ -149,7 +149,7 @@ def first_solver_step(
     raise AssertionError("hook_steps raises for a pipeline that never steps its scheduler")
 
 
-class _FirstStepReached(Exception):
+class _FirstStepReached(BaseException):
     """Exception that carries the first solver step out of a run."""
 
 

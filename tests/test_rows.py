@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from conftest import PROMPT, cached_pipe, call_kwargs
+from conftest import PROMPT, cached_pipe, call_kwargs, sd
 from soft_rewards import redness, seeded
 from torch import Tensor
 
@@ -87,6 +87,26 @@ def test_a_call_that_no_form_fits_is_refused_with_the_reason_in_one_line() -> No
         refused.value
     )
     assert "\n" not in str(refused.value)
+
+
+def test_a_pipeline_that_fails_after_its_first_step_is_refused_in_one_line() -> None:
+    """The wrapped decoder fails as it does without steering; the error of a caller's callback stays as it is."""
+    pipe = sd()
+    pipe.vae.decoder.conv_out = torch.nn.Identity()  # so that post-processing meets 8 channels
+    pipe.vae.decoder.conv_norm_out = torch.nn.GroupNorm(1, 5)
+    with pytest.raises(RuntimeError) as plain:
+        pipe(**CALL, output_type="pt")
+    with pytest.raises(UnsupportedPipelineError) as refused:
+        RowsCall(pipe, CALL, 1, ROWS).run(pipe, lambda step: None, {"output_type": "pt"})
+    failure = f"StableDiffusionPipeline fails after 4 solver steps with 3 images (RuntimeError: {str(plain.value)[:25]}"
+    assert failure in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+    def callback(*_: object) -> dict[str, Tensor]:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        RowsCall(pipe, CALL | {"callback_on_step_end": callback}, 1, ROWS).run(pipe, lambda step: None, {})
 
 
 def test_forms_repeat_what_each_row_needs() -> None:

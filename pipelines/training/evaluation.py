@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -57,12 +57,13 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The prompts and rewards of all evaluations of a run, and how samples are drawn."""
+    """The prompts and rewards of all evaluations of a run, how samples are drawn, and the conditions by prompt."""
 
     prompts: Sequence[str]
     trained: Reward
     held_out: Sequence[Reward]
     draw: Callable[[Sampler, Rows], tuple[Trajectories, Tensor]] = Sampler.rollout
+    conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def evaluate(
         self,
@@ -74,7 +75,7 @@ class Evaluator:
         context: DistributedContext,
     ) -> EvalResult:
         """Evaluate the same prompts and seeds at every step; the processes take turns with chunks of them."""
-        size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model")
+        size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model", self.conditions)
         chunks = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(config.micro_batch)
         rewards = {reward.name: reward for reward in (self.trained, *self.held_out)}
         collected: list[tuple[int, Any, list[Tensor]]] = []

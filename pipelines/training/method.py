@@ -121,13 +121,20 @@ def num_training_steps_of(total: int, config: TrainingConfig, half: bool) -> int
     return total - config.skip_low_noise_steps
 
 
-def sampler_of(pipe: Any, config: TrainingConfig, prepared: Any = None, precision: Precision | None = None) -> Sampler:
+def sampler_of(
+    pipe: Any,
+    config: TrainingConfig,
+    prepared: Any = None,
+    precision: Precision | None = None,
+    conditions: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Sampler:
     """Create a sampler, with no cached text embeddings, in the precision of log-probabilities or another."""
     latents_dtype = DTYPES[config.latents_dtype]
     precision, autocast = precision or config.log_prob_precision, config.mixed_precision != "no"
     if is_token_scheduler(pipe.scheduler):
         return TokenSampler(pipe, config.call_kwargs, prepared, precision, autocast)
-    return Sampler(pipe, config.call_kwargs, config.eta, latents_dtype, prepared, precision, autocast, config.dynamics)
+    options = (config.eta, latents_dtype, prepared, precision, autocast, config.dynamics)
+    return Sampler(pipe, config.call_kwargs, *options, conditions)
 
 
 def check_tokens(pipe: Any, config: TrainingConfig, log_probs: bool) -> None:

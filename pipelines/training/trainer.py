@@ -18,11 +18,11 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from steer.diffusion.precision import Precision
 from steer.diffusion.seeds import derived_seed
 from steer.diffusion.step_hooks import plain_values
 from steer.errors import InputError
 from steer.files import write_text
-from steer.pipelines.particle_batch import rows_of_metadata
 from steer.pipelines.training.config import LossConfig, TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
@@ -42,6 +42,7 @@ from steer.pipelines.training.method import (
 from steer.pipelines.training.model_card import base_model, model_card
 from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
 from steer.pipelines.training.preference_files import read_preferences
+from steer.pipelines.training.prompts import conditions_table, metadata_table, prompts_of
 from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer
 from steer.pipelines.training.signals import RewardSignal, check_pareto
 from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
@@ -51,7 +52,7 @@ from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
 from steer.training.guards import EarlyStopping, check_replay, check_rounding, chi_square, kl
 from steer.training.losses import Metrics
-from steer.training.rollout import Sampler, Trajectories, blocks, takes_prompts
+from steer.training.rollout import Sampler, Trajectories, blocks
 from steer.training.signals import kept_samples
 from steer.training.trainable import FullFinetuning, LoRA, Trainable, fingerprint, get_denoiser, whole
 
@@ -90,6 +91,8 @@ class Trainer(TrainingMethod[ConfigT]):
     eval_prompts   held out; without them nothing is evaluated
     eval_rewards   held out; early stopping watches the first (without any, the trained reward on the eval_prompts)
     metadata, eval_metadata  one mapping per prompt, for rewards that accept `metadata`
+    conditions, eval_conditions  one mapping per prompt of arguments of the pipeline's call, like {"image": source};
+                   they are part of the metadata
     callbacks      `transformers.TrainerCallback`s, or objects with some of its methods: on_train_begin, on_step_end,
                    on_log (`logs`: the metrics of an update), on_evaluate (`metrics`, and `evaluation`: an EvalResult
                    with images), on_save, on_train_end. They are called in every process, and may set
@@ -114,6 +117,8 @@ class Trainer(TrainingMethod[ConfigT]):
         eval_rewards: Sequence[Any] = (),
         metadata: Sequence[Mapping[str, Any]] | None = None,
         eval_metadata: Sequence[Mapping[str, Any]] | None = None,
+        conditions: Sequence[Mapping[str, Any]] | None = None,
+        eval_conditions: Sequence[Mapping[str, Any]] | None = None,
         callbacks: Sequence[Any] = (),
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
@@ -121,6 +126,8 @@ class Trainer(TrainingMethod[ConfigT]):
             raise InputError(
                 f"preferences are for D3PO and DPO, not {self.config_class.title}: give prompts and a reward"
             )
+        if preferences is not None and (conditions or eval_conditions):
+            raise InputError("conditions are for samples of train_prompts, not for preferences: leave them out")
         if reward is None and preferences is None:
             raise InputError("reward is missing: give one to train on, or preferences (D3PO, DPO)")
         if config is None and preferences is not None:
@@ -136,6 +143,8 @@ class Trainer(TrainingMethod[ConfigT]):
         self.train_prompts, self.eval_prompts = train_prompts, eval_prompts
         self.eval_rewards = tuple(load_reward(one) for one in eval_rewards)
         self.metadata, self.eval_metadata = metadata, eval_metadata
+        self.conditions, self.eval_conditions = conditions, eval_conditions
+        self.conditions_by_prompt: dict[str, Mapping[str, Any]] = {}
         self.callbacks, self.run_config = tuple(callbacks), run_config
         self._run: TrainingRun | None = None
         names = [one.name for one in self._rewards()]
@@ -174,6 +183,10 @@ class Trainer(TrainingMethod[ConfigT]):
         if not prompts:
             raise InputError("train_prompts: at least one is needed")
         rows = metadata_table((prompts, self.metadata), (held_out, self.eval_metadata))
+        given = (prompts, self.conditions), (held_out, self.eval_conditions)
+        self.conditions_by_prompt = conditions_table(self.pipe, *given)
+        for prompt, condition in self.conditions_by_prompt.items():
+            rows = {**(rows or {}), prompt: {**condition, **(rows or {}).get(prompt, {})}}
         self.attach_metadata(rows)
         warn_if_pipeline_truncates(self.pipe, (*prompts, *held_out), self.config.call)
         return OnlineRollouts(prompts, self)
@@ -215,7 +228,7 @@ class Trainer(TrainingMethod[ConfigT]):
                 "early_stopping_patience compares a held-out reward: give eval_prompts and eval_rewards, or "
                 "early_stopping_patience 0"
             )
-        return Evaluator(self.held_out(), first, others, self.draw)
+        return Evaluator(self.held_out(), first, others, self.draw, self.conditions_by_prompt)
 
     def _rewards(self) -> list[Reward]:
         return [one for one in (self.reward, *self.eval_rewards) if not isinstance(one, NoReward)]
@@ -349,7 +362,7 @@ class TrainingRun:
         self.context.wait()  # nobody writes before all have looked
         with self.context.translate_connection_errors():
             self.state = self._create_state(trainable_of(trainer.pipe, config))
-        self.sampler = sampler_of(trainer.pipe, config, self.prepared)
+        self.sampler = self._sampler()
         self.stopped: str | None = None
         self.result: TrainingResult | None = None
         self.events = Events(trainer.callbacks, config, self.state, self.context)
@@ -486,9 +499,7 @@ class TrainingRun:
     def _draw(self, request: StopRequest) -> RolloutBuffer:
         """Collect the next rollout and verify the first by its replay. An interrupted one leaves no trace."""
         before, random = self.trainer.state_dict(), torch.get_rng_state()
-        self.sampler = sampler_of(
-            self.trainer.pipe, self.config, self.prepared
-        )  # its cached text embeddings last for a rollout
+        self.sampler = self._sampler()  # its cached text embeddings last for a rollout
         try:
             with self.state.old_policy():
                 buffer = self.source.collect(
@@ -503,6 +514,10 @@ class TrainingRun:
         self.state.num_rollouts += 1
         return buffer
 
+    def _sampler(self, precision: Precision | None = None) -> Sampler:
+        trainer = self.trainer
+        return sampler_of(trainer.pipe, self.config, self.prepared, precision, trainer.conditions_by_prompt)
+
     def _check(self, batch: Batch) -> None:
         """Raises InputError where a replay gives other log-probabilities, or rounding dominates them."""
         dtype = half_precision(self.state.trainable.denoiser, self.config)
@@ -511,7 +526,7 @@ class TrainingRun:
         factor = 10.0 if getattr(self.config, "sample_filter", "none") != "none" else 1.0
         check_replay(self.sampler, batch.chunks[0], (dtype if as_model else None) or torch.float32, factor)
         if as_model and (dtype or self.trainer.pipe.device.type == "cuda"):  # where TF32 may be on
-            exact = sampler_of(self.trainer.pipe, self.config, self.prepared, "float32")
+            exact = self._sampler("float32")
             check_rounding(self.sampler, exact, self.state.trainable.parameters, batch.chunks[0], batch.steps)
 
     def _stop_if_overoptimized(self) -> None:
@@ -638,6 +653,7 @@ def identity_of(
         **source.config_dict(),
         "eval_prompts": list(evaluator.prompts),
         "eval_rewards": [reward.name for reward in evaluator.held_out],
+        **({"conditions": plain_values(trainer.conditions_by_prompt)} if trainer.conditions_by_prompt else {}),
         # By its own name, in any folder: a run resumes after its folder, or the checkout, was moved.
         "model": f"{type(pipe).__name__} {Path(getattr(pipe.config, '_name_or_path', '')).name}".strip(),
         "weights": fingerprint(pipe),
@@ -645,34 +661,3 @@ def identity_of(
         **{name: value for name, value in values.items() if name not in RESUMABLE_FIELDS},
     }
     return identity, {name: value for name, value in values.items() if name in RESUMABLE_FIELDS}
-
-
-def prompts_of(pipe: Any, prompts: Sequence[str] | int, name: str) -> tuple[str, ...]:
-    """Return prompts as texts. Raises InputError for empty ones and for a count, where the pipeline takes prompts."""
-    conditional = takes_prompts(pipe)
-    if isinstance(prompts, int):
-        if conditional:
-            raise InputError(f"{name} must be texts, got {prompts}: a count is for pipelines without prompts")
-        if prompts < 0:
-            raise InputError(f"{name} must be at least 0, got {prompts}")
-        return ("",) * prompts
-    if isinstance(prompts, str):
-        raise InputError(f"{name} must be a list of texts, got one text: {prompts[:40]!r}")
-    if conditional and not all(prompts):
-        raise InputError(f"{name}: none may be empty")
-    return tuple(prompts)
-
-
-def metadata_table(
-    *given: tuple[Sequence[str], Sequence[Mapping[str, Any]] | None],
-) -> dict[str, Mapping[str, Any]] | None:
-    """Return metadata by prompt, None where none is given.
-
-    Raises InputError where it does not fit the prompts, or where one prompt has two different rows.
-    """
-    table: dict[str, Mapping[str, Any]] = {}
-    for prompts, rows in given:
-        for prompt, row in zip(prompts, rows_of_metadata(rows, len(prompts)) or (), strict=rows is not None):
-            if table.setdefault(prompt, row) != row:
-                raise InputError(f"metadata: prompt {prompt[:60]!r} has two different rows: leave one of them out")
-    return table or None

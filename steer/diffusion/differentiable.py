@@ -16,7 +16,7 @@ from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS
+from steer.diffusion.step_hooks import CONTROLNETS, DENOISERS, stages_of, with_components
 
 LOSS_SCALES = tuple(2.0**power for power in range(16, -9, -4))  # with fp16 activations
 
@@ -33,7 +33,7 @@ def differentiable(pipe: Any, checkpointing: bool = True, one_call: bool = False
     """
     twin = differentiable_images(pipe)
     models = {name: model for name, model in pipe.components.items() if isinstance(model, nn.Module)}
-    vars(twin).update(_TWINS.models(twin, models, checkpointing, one_call))
+    vars(twin).update(vars(with_components(twin, _TWINS.models(twin, models, checkpointing, one_call))))
     return twin
 
 
@@ -135,6 +135,7 @@ def differentiable_images(pipe: Any) -> Any:
     twin = copy.copy(pipe)
     differentiable_call = inspect.unwrap(cls.__call__)  # without the no_grad of diffusers
     twin.__class__ = type(cls.__name__, (cls,), {"__call__": differentiable_call, "__module__": cls.__module__})
+    vars(twin).update({name: differentiable_images(stage) for name, stage in stages_of(pipe).items()})
     vars(twin)["maybe_free_model_hooks"] = lambda: None
     return twin
 

@@ -9,7 +9,6 @@ The first one is free: the run has just computed x̂0(x_t). The pipeline is call
 scheduler with the timesteps of the grid: guidance, ControlNets and conditions are those of the user's call.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -31,6 +30,7 @@ from steer.diffusion.step_hooks import (
     UnsupportedPipelineError,
     denoising_modules,
     has_second_modality,
+    with_components,
     without_side_effects,
     zero_proxies,
 )
@@ -120,9 +120,7 @@ class LookAhead:
         changed: dict[str, Any] = {name: gate(name, module) for name, module in denoising_modules(view).items()}
         changed |= {"scheduler": at_places(solver_step.scheduler, places, HOOKED)}
         changed |= {"maybe_free_model_hooks": lambda: None}
-        view = copy.copy(view)
-        vars(view).update(changed)
-        return view, silent
+        return with_components(view, changed), silent
 
 
 def coarse_steps(lookahead: int | str) -> int:

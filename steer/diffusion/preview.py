@@ -18,7 +18,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from steer.diffusion.short_schedule import last_step_only
-from steer.diffusion.step_hooks import Output, SolverStep, hook_steps, without_side_effects, zero_proxies
+from steer.diffusion.step_hooks import (
+    Output,
+    SolverStep,
+    hook_steps,
+    with_components,
+    without_side_effects,
+    zero_proxies,
+)
 from steer.errors import InputError
 from steer.registry import choose
 
@@ -82,7 +89,6 @@ class Preview:
         self, pipe: Any, call: "Mapping[str, Any] | Runner", chunk: int = 8, decoder: Any = None, shapes: Any = None
     ) -> None:
         self._call = call
-        self._decoding_pipe = without_side_effects(pipe)
         changed: dict[str, Any] = {"maybe_free_model_hooks": lambda: None} | zero_proxies(pipe, shapes)
         if decoder is not None:
             check_decoder(pipe, decoder)
@@ -91,7 +97,7 @@ class Preview:
             changed["vae"] = with_decode(pipe.vae, _in_chunks(pipe.vae.decode, chunk))
         if hasattr(getattr(pipe, "scheduler", None), "step"):
             changed["scheduler"] = last_step_only(pipe.scheduler)
-        vars(self._decoding_pipe).update(changed)
+        self._decoding_pipe = with_components(without_side_effects(pipe), changed)
         self._uses_own_vae = decoder is None
         self.decodes = 0
 
@@ -126,7 +132,8 @@ def short_call(call: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a short run inside of the user's call (`steer.diffusion.short_schedule`)."""
     kept = {name: value for name, value in call.items() if name not in EXCLUDED_ARGUMENTS}
     generator = torch.Generator().manual_seed(0)
-    own = {"num_inference_steps": SCHEDULED_STEPS, "strength": 1.0}  # image-to-image runs all of them
+    # Image-to-image runs all of them; an earlier stage does not show in what a decoder makes of given latents.
+    own = {"num_inference_steps": SCHEDULED_STEPS, "prior_num_inference_steps": SCHEDULED_STEPS, "strength": 1.0}
     return kept | own | {"generator": generator, "output_type": "pt"}
 
 
@@ -177,7 +184,7 @@ def first_output(output: Any) -> Tensor:
         images = output[0]
     else:
         images = next(iter(output.values())) if isinstance(output, Mapping) else output.images
-    return _as_tensor(images)
+    return first_output(images) if isinstance(images, Mapping) else _as_tensor(images)  # of an inner pipeline
 
 
 def _as_tensor(images: Any) -> Tensor:

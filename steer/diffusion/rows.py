@@ -38,13 +38,24 @@ class RowsCall:
 
     call           arguments of the pipeline's call for the prompts, without a count of images
     one_condition  lists of images are the condition of every row, whatever their length
+    each           further arguments of every row, which then has a call of its own: pipelines differ in whether a list
+                   of images is one for each row or several for all
     """
 
     def __init__(
-        self, pipe: Any, call: Mapping[str, Any], groups: int, size: int, *, one_condition: bool = False
+        self,
+        pipe: Any,
+        call: Mapping[str, Any],
+        groups: int,
+        size: int,
+        *,
+        one_condition: bool = False,
+        each: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         self.rows = groups * size
         self._forms = list(forms(pipe, call, groups, size, one_condition))
+        if each is not None:
+            self._forms = [tuple(own | dict(more) for own, more in zip(self._forms[-1], each, strict=True))]
         self.place = 0  # of the form in use
 
     def start_at(self, place: int) -> None:
@@ -70,29 +81,28 @@ class RowsCall:
         given   arguments in place of the call's own; those with one entry per row are divided in lock step
         change  of the arguments of each call, before `given`
 
-        Raises UnsupportedPipelineError where no form of the call has N rows.
+        Raises UnsupportedPipelineError where no form of the call has N rows, and where the pipeline fails later; the
+        errors of `on_step` and of the caller's own callbacks reach the caller as they are.
         """
         values = [value for value in (*self.call.values(), *given.values()) if value is not None]
         random = RandomState.of([one for value in values for one in (value if isinstance(value, list) else [value])])
         reasons: list[Exception] = []
         while True:
-            started = False
-
-            def started_step(solver_step: SolverStep) -> StepOverride | Continue | None:
-                nonlocal started
-                started = True
-                return on_step(solver_step)
-
+            progress = _Progress(on_step)
             try:
-                return self._run(pipe, started_step, given, grad, change or dict)
+                return self._run(pipe, progress, given, grad, change or dict)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # what a pipeline raises for a form that does not fit is not documented
                 raised_here = type(error).__module__.startswith("steer.") and not isinstance(
                     error, UnsupportedPipelineError
                 )
-                if started or raised_here:
+                if progress.in_on_step or raised_here:
                     raise
+                if progress.steps:
+                    if not _raised_by_library(error):
+                        raise
+                    raise _failure(pipe, self.rows, progress.steps, error) from error
                 reasons.append(error)
             if self.place + 1 == len(self._forms):
                 raise _refusal(pipe, self.rows, reasons) from reasons[0]
@@ -106,6 +116,41 @@ class RowsCall:
                 return first_output(view(**filter_call_kwargs(pipe, calls[0] | dict(given))))
         each = [call | _row_of(given, row, len(calls)) for row, call in enumerate(calls)]
         return run_in_lock_step(pipe, [filter_call_kwargs(pipe, call) for call in each], on_step, grad)
+
+
+@dataclass
+class _Progress:
+    """Step hook that counts the steps of an attempt, and knows whether it failed in the hook itself."""
+
+    on_step: OnStep
+    steps: int = 0
+    in_on_step: bool = False
+
+    def __call__(self, solver_step: SolverStep) -> StepOverride | Continue | None:
+        self.steps, self.in_on_step = self.steps + 1, True
+        override = self.on_step(solver_step)
+        self.in_on_step = False
+        return override
+
+
+LIBRARIES = ("diffusers", "torch", "transformers", "accelerate", "peft", "numpy", "PIL")
+
+
+def _raised_by_library(error: Exception) -> bool:
+    """Return whether an error was raised in a pipeline or below it, not in a callback of the caller."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    return place is not None and str(place.tb_frame.f_globals.get("__name__")).partition(".")[0] in LIBRARIES
+
+
+def _failure(pipe: Any, rows: int, steps: int, error: Exception) -> UnsupportedPipelineError:
+    """Return the refusal of a call that failed after some solver steps."""
+    line = (str(error).strip() or "no reason").splitlines()[0]
+    return UnsupportedPipelineError(
+        f"{type(pipe).__name__} fails after {steps} solver steps with {rows} images ({type(error).__name__}: {line}): "
+        "check the arguments of its call, and that the plain pipeline runs with them"
+    )
 
 
 @dataclass(frozen=True)

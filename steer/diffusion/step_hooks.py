@@ -161,6 +161,11 @@ def replace_parts(pipe: Any, parts: Mapping[int, Any]) -> Any:
     return view
 
 
+def stages_of(pipe: Any) -> dict[str, Any]:
+    """Return the pipelines that a combined pipeline is made of, by name."""
+    return {name: value for name, value in vars(pipe).items() if isinstance(value, DiffusionPipeline)}
+
+
 @dataclass
 class _Tracker:
     """The state of a view between scheduler calls.
@@ -206,7 +211,7 @@ class _Tracker:
             if override is not None and self.transitions > self.total:
                 raise UnsupportedPipelineError(
                     f"{type(self.pipe).__name__} runs its solver several times in one call (autoregressive, or in "
-                    "stages): it cannot be steered"
+                    f"stages): {_remedy_of_stages(self.pipe)}"
                 )
             out = self._apply(override or (None, None), scheduler, out, x)
         return out
@@ -274,6 +279,12 @@ class _Tracker:
             raise UnsupportedPipelineError(
                 "disable the feature cache of the denoiser: its state per sample cannot be resampled"
             )
+
+
+def _remedy_of_stages(pipe: Any) -> str:
+    """Return what to do with a pipeline that runs its solver several times."""
+    stages = [f"pipe.{name}" for name in stages_of(pipe)]
+    return f"steer one of its stages by itself: {' or '.join(stages)}" if stages else "it cannot be steered"
 
 
 OWN_X0 = "pred_original_sample"  # argument of EDM's step
@@ -378,6 +389,7 @@ def _tracked_scheduler(base: Scheduler, tracker: _Tracker) -> Scheduler:
     return tracked
 
 
+ENCODED_TEXTS = "_encoded_texts"  # attribute of a view: outputs of the text encoders of a modular pipeline, by name
 POST_PROCESSORS = ("safety_checker", "watermark")  # of finished images only
 # A fast tokenizer stores the padding of the current call: threads that share one would use each other's.
 ENCODING_LOCK = threading.RLock()
@@ -389,6 +401,7 @@ def without_side_effects(pipe: Any) -> Any:
     A safety checker would blacken intermediate images, and none of these supports gradients.
     """
     quiet = cache_text_encoding(pipe)
+    vars(quiet).update({name: without_side_effects(stage) for name, stage in stages_of(pipe).items()})
     vars(quiet).update(dict.fromkeys(POST_PROCESSORS) | {"_progress_bar_config": {"disable": True}})
     checker = getattr(pipe, SAFETY_CHECKER, None)
     if hasattr(checker, "check_video_safety"):  # of pipelines that refuse to run without one
@@ -419,7 +432,9 @@ def cache_text_encoding(pipe: Any) -> Any:
     """
     once = copy.copy(pipe)
     if hasattr(pipe, "encode_prompt"):
-        vars(once)["encode_prompt"] = _cached_calls(torch.no_grad()(pipe.encode_prompt))
+        vars(once)["encode_prompt"] = cached_calls(torch.no_grad()(pipe.encode_prompt), {})
+    else:
+        vars(once).setdefault(ENCODED_TEXTS, {})
     return once
 
 
@@ -434,9 +449,8 @@ def _exclusive(encode: Callable[..., Any]) -> Callable[..., Any]:
     return exclusive
 
 
-def _cached_calls(function: Callable[..., Any]) -> Callable[..., Any]:
+def cached_calls(function: Callable[..., Any], cache: dict[str, Any]) -> Callable[..., Any]:
     """Cache a function by its arguments: some pipelines encode the negative prompt in a separate call."""
-    cache: dict[str, Any] = {}
 
     def cached_call(*args: Any, **kwargs: Any) -> Any:
         key = json.dumps(plain_values([args, kwargs]))
@@ -616,8 +630,15 @@ def with_modules(pipe: Any, modules: Mapping[str, Any]) -> Any:
 
     Offloading hooks are on its own modules, and it restores them itself.
     """
-    view = replace_parts(pipe, {id(getattr(pipe, name)): module for name, module in modules.items()})
-    vars(view).update(modules, maybe_free_model_hooks=pipe.maybe_free_model_hooks)
+    return with_components(pipe, {**modules, "maybe_free_model_hooks": pipe.maybe_free_model_hooks})
+
+
+def with_components(pipe: Any, components: Mapping[str, Any]) -> Any:
+    """Copy a pipeline with some attributes replaced by name, and the components among them also in the pipelines that
+    it is made of."""
+    own = {name: vars(pipe).get(name) for name in components}
+    view = replace_parts(pipe, {id(part): components[name] for name, part in own.items() if part is not None})
+    vars(view).update(components)
     return view
 
 

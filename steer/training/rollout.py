@@ -26,9 +26,9 @@ from steer.diffusion.step_hooks import (
     ModuleProxy,
     OutputShapes,
     SolverStep,
-    UnsupportedPipelineError,
     denoisers_in,
     denoising_modules,
+    with_components,
     without_side_effects,
 )
 from steer.errors import InputError
@@ -167,6 +167,8 @@ class Sampler:
                mostly rounding; or that of the model
     autocast   whether `prepared` enters an autocast to half precision
     dynamics   the law of the noise; of those other than ddim, `eta` is the noise level a
+    conditions  further arguments of the call by prompt, like a source image; rows of one prompt are one batch, rows of
+               several have a call each, in lock step
 
     Raises InputError for a scheduler whose noise levels are not known, or are not those of the dynamics.
     """
@@ -181,6 +183,7 @@ class Sampler:
         precision: Precision = "float32",
         autocast: bool = False,
         dynamics: Dynamics = "ddim",
+        conditions: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> None:
         if not 0 < eta <= 1:
             raise InputError(f"eta must be above 0 and at most 1, got {eta}: steps without noise have no density")
@@ -193,9 +196,10 @@ class Sampler:
         denoisers = [getattr(pipe, name) for name in denoisers_in(pipe)]
         self._precision_context = in_float32(denoisers, autocast) if precision == "float32" else nullcontext
         self._gate = _DenoiserGate(self._precision_context)
-        self._pipe = differentiable_images(without_side_effects(pipe))
+        self._conditions = conditions or {}
         self._form = 0  # of the call that makes several rows: see `RowsCall`
-        vars(self._pipe).update(self._gate.around(pipe, prepared))
+        quiet = differentiable_images(without_side_effects(pipe))
+        self._pipe = with_components(quiet, self._gate.around(pipe, prepared))
 
     def rollout(self, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
         """Draw the rows as one batch; also returns their images (N, 3, H, W), of videos (N, F, 3, H, W), in [0, 1].
@@ -221,7 +225,7 @@ class Sampler:
             return (None, x_s) if noisy or dtype != solver_step.prev.dtype else None
 
         with torch.no_grad():
-            images = self._run(rows, draw, "pt")
+            images = self._run(rows, draw)
         if not stochastic:
             raise InputError("no step of this run has noise: there is nothing to learn. Use more steps")
         trajectories = Trajectories(rows, torch.stack(latents, 1), tuple(stochastic), torch.stack(log_probs, 1))
@@ -234,7 +238,7 @@ class Sampler:
             return None, solver_step.ode_step().to(_latent_dtype(solver_step))
 
         with torch.no_grad():
-            return _images(self._run(rows, step, "pt"))
+            return _images(self._run(rows, step))
 
     def replay(
         self, stored: Trajectories, at: ReplayCallback, only: Collection[int] | None = None, grad: bool = False
@@ -258,7 +262,7 @@ class Sampler:
         self._gate.open = 0 in wanted
         try:
             with torch.set_grad_enabled(grad):
-                self._run(stored.rows, force, "latent")
+                self._run(stored.rows, force, decode=False)
         finally:
             self._gate.open = True
 
@@ -283,7 +287,7 @@ class Sampler:
         self._gate.open, self._gate.precision_context = first == 0, nullcontext
         try:
             with torch.enable_grad():
-                return self._run(stored.rows, resample_tail, "pt").float()
+                return self._run(stored.rows, resample_tail).float()
         finally:
             self._gate.open, self._gate.precision_context = True, self._precision_context
 
@@ -306,7 +310,7 @@ class Sampler:
         self._gate.open = denoise
         try:
             with torch.no_grad():
-                images = self._run(rows, keep, "pt")
+                images = self._run(rows, keep)
         finally:
             self._gate.open = True
         stored = Trajectories(rows, latents[0][:, None], tuple(usable), torch.zeros(len(rows), len(usable)))
@@ -321,7 +325,7 @@ class Sampler:
         self._gate.open = False
         try:
             with torch.no_grad():
-                return self._run(stored.rows, force, "pt").float().clamp(0, 1)
+                return self._run(stored.rows, force).float().clamp(0, 1)
         finally:
             self._gate.open = True
 
@@ -351,26 +355,49 @@ class Sampler:
         self._gate.open = 0 in wanted
         try:
             with torch.set_grad_enabled(grad):
-                self._run(replace(stored.rows, starts=fresh), force, "latent")
+                self._run(replace(stored.rows, starts=fresh), force, decode=False)
         finally:
             self._gate.open = True
 
     def _noise(self, rows: Rows, k: int, like: Tensor, stream: str = "step") -> Tensor:
         return seeded_normal(rows.noises, torch.empty_like(like, dtype=torch.float32), [f"{stream} {k}"] * len(rows))
 
-    def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], output_type: str) -> Tensor:
+    def _run(self, rows: Rows, on_step: Callable[[SolverStep], Any], decode: bool = True) -> Tensor:
+        """Run the pipeline; without `decode` up to the last solver step, since not all return latents."""
         generators = [Generator().manual_seed(seed) for seed in rows.starts]
-        prompt = {"prompt": list(rows.prompts)} if takes_prompts(self._pipe) else {}
-        call = RowsCall(self._pipe, self._call | prompt, len(rows), 1, one_condition=True)
+        call = self._rows_call(rows)
         call.start_at(self._form)
+        given = {"generator": generators, "output_type": "pt"}
         try:
-            images = call.run(self._pipe, on_step, {"generator": generators, "output_type": output_type}, grad=False)
-        except UnsupportedPipelineError:
-            if output_type != "latent":  # which some pipelines do not return
-                raise
-            return self._run(rows, on_step, "pt")
-        self._form = call.place
-        return images
+            return call.run(self._pipe, on_step if decode else _stopping(on_step), given, grad=False)
+        except _LastStepReached:
+            return torch.empty(0)
+        finally:
+            self._form = call.place
+
+    def _rows_call(self, rows: Rows) -> RowsCall:
+        prompt = {"prompt": list(rows.prompts)} if takes_prompts(self._pipe) else {}
+        each = [self._conditions.get(text, NO_CONDITION) for text in rows.prompts]
+        alike = all(one is each[0] for one in each)
+        call = self._call | prompt | dict(each[0] if alike else {})
+        return RowsCall(self._pipe, call, len(rows), 1, one_condition=True, each=None if alike else each)
+
+
+NO_CONDITION: Mapping[str, Any] = {}
+
+
+class _LastStepReached(BaseException):
+    """Exception that ends a run whose images are not needed."""
+
+
+def _stopping(on_step: Callable[[SolverStep], Any]) -> Callable[[SolverStep], Any]:
+    def step(solver_step: SolverStep) -> Any:
+        override = on_step(solver_step)
+        if solver_step.k + 1 >= solver_step.total:
+            raise _LastStepReached
+        return override
+
+    return step
 
 
 def _images(images: Tensor) -> Tensor:

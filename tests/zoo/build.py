@@ -43,7 +43,21 @@ def build(name: str) -> Any:
     pipe.set_progress_bar_config(disable=True)
     if case.get("tiling"):
         pipe.vae.enable_tiling()
+    _shrink_references(case["module"])
     return pipe
+
+
+def _shrink_references(module: str) -> None:
+    """Let editing pipelines scale their reference images to 64² pixels, not to 1024²."""
+    own = importlib.import_module(module)
+    scale = getattr(own, "calculate_dimensions", None)
+    if scale is not None and not hasattr(scale, "__wrapped__"):
+
+        @functools.wraps(scale)
+        def small(area: int, ratio: float) -> Any:
+            return scale(min(area, 64**2), ratio)
+
+        own.__dict__["calculate_dimensions"] = small
 
 
 def imported(module: str, name: str) -> Any:

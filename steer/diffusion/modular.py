@@ -1,0 +1,129 @@
+"""Modular pipelines of diffusers, called like all others: a view with the signature of its blocks' inputs.
+
+A `ModularPipeline` takes any keyword and returns the state of all its blocks. The view takes the inputs of the blocks
+by name and returns a tuple of the images; everything else is the modular pipeline's own.
+"""
+
+import copy
+import functools
+import inspect
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from diffusers import ModularPipeline
+from diffusers.guiders.guider_utils import BaseGuidance
+from torch import nn
+from tqdm.auto import tqdm
+
+from steer.diffusion.step_hooks import ENCODED_TEXTS, ModuleProxy, UnsupportedPipelineError, cached_calls
+
+MEDIA = ("images", "videos", "audios", "audio")  # outputs of blocks, of which the first is the one to score
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+PROGRESS = "_progress_bar_config"
+
+
+def as_callable(pipe: Any) -> Any:
+    """Return a modular pipeline as a view that is called like other pipelines, with the same attributes; every other
+    pipeline as it is.
+
+    Raises UnsupportedPipelineError for blocks without images, videos or audio.
+    """
+    if not isinstance(pipe, ModularPipeline) or isinstance(pipe, _Called):
+        return pipe
+    outputs = [one.name for one in pipe.blocks.outputs]
+    media = next((name for name in MEDIA if name in outputs), None)
+    if media is None:
+        raise UnsupportedPipelineError(
+            f"{type(pipe).__name__} returns {', '.join(outputs) or 'nothing'}: add the blocks that decode its latents"
+        )
+    defaults = {one.name: one.default for one in pipe.blocks.inputs if one.name is not None}
+    view: Any = object.__new__(_called_class(type(pipe), defaults, media))
+    view.__dict__ = pipe.__dict__
+    return view
+
+
+class _Called:
+    """The members of a view that other pipelines have and modular ones lack."""
+
+    def set_progress_bar_config(self, **config: Any) -> None:
+        """Configure the progress bars of all blocks."""
+        vars(self)[PROGRESS] = config
+
+    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
+        """Return a progress bar."""
+        return tqdm(iterable, total=total, **vars(self).get(PROGRESS, {}))
+
+    def maybe_free_model_hooks(self) -> None:
+        """Leave offloading to the components manager of the modular pipeline."""
+
+
+def _called_class(kind: type, defaults: Mapping[str, Any], media: str) -> type:
+    """Return the subclass of a modular pipeline's class whose call has these arguments and returns (media,)."""
+
+    def run(self: Any, **arguments: Any) -> tuple[Any]:
+        view = copy.copy(self)
+        vars(view).update(_of_one_call(self))
+        with _without_error_logs():
+            return (kind.__call__(view, output=media, **arguments),)
+
+    named = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in defaults.items()]
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    run.__dict__["__signature__"] = inspect.Signature([own, *named])
+    members = {"__call__": torch.no_grad()(run), "__module__": kind.__module__}
+    return type(kind.__name__, (_Called, kind), members)
+
+
+def _of_one_call(pipe: Any) -> dict[str, Any]:
+    """Return the attributes that each call has to itself, since a preview is a call within a call: guiders, which
+    store the step, and the blocks, whose own no_grad is left out where the caller wants gradients."""
+    grad, blocks = torch.is_grad_enabled(), _copied(pipe._blocks, torch.is_grad_enabled(), vars(pipe).get(PROGRESS))
+
+    def run(*args: Any) -> Any:
+        with torch.set_grad_enabled(grad):
+            return blocks(*args)
+
+    parts: dict[str, Any] = {"_blocks": ModuleProxy(blocks, run)}
+    for name, part in pipe.components.items():
+        if isinstance(part, BaseGuidance):
+            parts[name] = copy.deepcopy(part)
+        elif name in ENCODERS and isinstance(part, nn.Module) and (texts := vars(pipe).get(ENCODED_TEXTS)) is not None:
+            cache = texts.setdefault(name, {})
+            parts[name] = ModuleProxy(part, cached_calls(torch.no_grad()(part.__call__), cache))
+    return parts
+
+
+def _copied(blocks: Any, grad: bool, progress: Mapping[str, Any] | None) -> Any:
+    """Copy a tree of blocks; with `grad` without the no_grad around their calls."""
+    own = copy.copy(blocks)
+    if progress is not None and hasattr(own, "set_progress_bar_config"):
+        own.set_progress_bar_config(**progress)
+    if grad:
+        kind: type = type(blocks)
+        own.__class__ = _graph_class(kind)
+    if parts := getattr(blocks, "sub_blocks", None):
+        own.sub_blocks = type(parts)((name, _copied(one, grad, progress)) for name, one in parts.items())
+    return own
+
+
+@functools.cache
+def _graph_class(kind: type) -> type:
+    members = {"__call__": inspect.unwrap(kind.__call__), "__module__": kind.__module__}
+    return type(kind.__name__, (kind,), members)
+
+
+_quiet: ContextVar[bool] = ContextVar("quiet", default=False)
+# Blocks log the traceback of every exception that passes through them; it reaches the caller by itself.
+logging.getLogger("diffusers.modular_pipelines.modular_pipeline").addFilter(lambda record: not _quiet.get())
+
+
+@contextmanager
+def _without_error_logs() -> Iterator[None]:
+    before = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(before)
