@@ -31,7 +31,14 @@ if TYPE_CHECKING:
     )
     from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline
     from steer.pipelines.training.config import TrainingConfig
-    from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
+    from steer.pipelines.training.d3po_prdp import (
+        BRAInConfig,
+        BRAInTrainer,
+        D3POConfig,
+        D3POTrainer,
+        PRDPConfig,
+        PRDPTrainer,
+    )
     from steer.pipelines.training.ddpo_grpo import (
         DDPOConfig,
         DDPOTrainer,
@@ -51,6 +58,7 @@ if TYPE_CHECKING:
         RAMConfig,
         RAMTrainer,
     )
+    from steer.pipelines.training.judged import DNOConfig, DNOTrainer, SPOConfig, SPOTrainer
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from steer.reward import Judge, Reward, RewardError, SequenceReward, with_timeout
@@ -80,7 +88,14 @@ _MODULES = {
     ),
     "steer.pipelines.text.masked_diffusion": ("MaskedDiffusionPipeline",),
     "steer.pipelines.training.config": ("TrainingConfig",),
-    "steer.pipelines.training.d3po_prdp": ("D3POConfig", "D3POTrainer", "PRDPConfig", "PRDPTrainer"),
+    "steer.pipelines.training.d3po_prdp": (
+        "BRAInConfig",
+        "BRAInTrainer",
+        "D3POConfig",
+        "D3POTrainer",
+        "PRDPConfig",
+        "PRDPTrainer",
+    ),
     "steer.pipelines.training.ddpo_grpo": (
         "DDPOConfig",
         "DDPOTrainer",
@@ -100,6 +115,7 @@ _MODULES = {
         "RAMConfig",
         "RAMTrainer",
     ),
+    "steer.pipelines.training.judged": ("DNOConfig", "DNOTrainer", "SPOConfig", "SPOTrainer"),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
     "steer.reward": ("Judge", "Reward", "RewardError", "SequenceReward", "with_timeout"),
@@ -114,6 +130,8 @@ __all__ = [
     "AWMConfig",
     "AWMTrainer",
     "AudioReward",
+    "BRAInConfig",
+    "BRAInTrainer",
     "BestOfNPipeline",
     "BestOfNSettings",
     "Cost",
@@ -121,6 +139,8 @@ __all__ = [
     "D3POTrainer",
     "DDPOConfig",
     "DDPOTrainer",
+    "DNOConfig",
+    "DNOTrainer",
     "DPOConfig",
     "DPOTrainer",
     "DRAKESTrainer",
@@ -157,6 +177,8 @@ __all__ = [
     "RewardBackpropConfig",
     "RewardBackpropTrainer",
     "RewardError",
+    "SPOConfig",
+    "SPOTrainer",
     "SelectionPipeline",
     "SelectionSettings",
     "SequenceReward",

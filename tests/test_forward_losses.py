@@ -32,7 +32,12 @@ def test_nft_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("weighting", "ratio"),
-    [("uniform", math.exp(-3)), ("noise", math.exp(-1.5)), ("noise-squared", math.exp(-0.75))],
+    [
+        ("uniform", math.exp(-3)),
+        ("noise", math.exp(-1.5)),
+        ("noise-squared", math.exp(-0.75)),
+        ("huber", math.exp(-0.5)),  # ½ (2 − 1)
+    ],
 )
 def test_awm_by_hand(weighting: Any, ratio: float) -> None:
     """Errors 4 and 1 at t = ½: a worse fit of a good sample is not clipped, that of a bad sample is."""
@@ -86,12 +91,13 @@ def derivatives(one: NoisyPredictions, signal: Tensor) -> dict[ForwardLoss, Tens
     return {
         NFT(beta=0.3, advantage_clip=2.0): 2 * wide.clamp(-2, 2) * (clean - one.x0) / weight * -0.3 / size,
         AWM(weighting="noise"): wide * 0.3 * 2 * residual / size,
+        AWM(weighting="huber"): wide * 0.3 * residual / size / (residual**2).mean((1, 2), keepdim=True).sqrt(),
         RAM(scale=0.5): 2 * (one.new.detach() - goal) / size,
         DiffusionDPO(beta=0.1): (slope * sign)[:, None, None] * residual / size,
     }
 
 
-@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("place", range(5))
 def test_gradients_are_those_of_the_written_formulas(place: int) -> None:
     one, signal = random_case()
     loss, truth = list(derivatives(one, signal).items())[place]
