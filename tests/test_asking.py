@@ -70,6 +70,17 @@ def test_a_question_compares_with_the_best_earlier_evaluation() -> None:
     assert question_of(SimpleNamespace(evaluations=list(records), step=10), GRPOConfig()) is None  # type: ignore[arg-type]
 
 
+def test_the_members_of_an_ensemble_are_asked_each() -> None:
+    records = []
+    for step, (first, second, truth) in enumerate([(0.0, 0.0, 1.0), (2.0, -1.0, 1.5)]):
+        members = {"e[0]": torch.tensor([[first - 1, first + 1]]), "e[1]": torch.tensor([[second - 2, second + 2]])}
+        held_out = torch.tensor([[truth - 1, truth + 1]])
+        rewards = {"e": torch.stack([*members.values()]).mean(0), "truth": held_out}
+        records.append(EvalResult(step, ("a",), rewards, 0.0, torch.zeros(2, 3, 1, 1), members).record())
+    asked = question(*records)
+    assert asked is not None and asked.gains == pytest.approx({"member/e[0]": 2.0, "member/e[1]": -0.5, "truth": 0.5})
+
+
 # -- runs: evaluations are scripted, so that the rewards disagree at update 2 ----------------------------------------
 
 MEANS = {0: (0.0, 1.0), 1: (1.0, 2.0), 2: (5.0, 1.0), 3: (3.0, 4.0)}

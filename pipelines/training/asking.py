@@ -7,10 +7,11 @@ from statistics import fmean, pstdev
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext
 from steer.pipelines.training.events import Stopped, StopRequest
+from steer.pipelines.training.method import Record
 from steer.pipelines.training.state import RunState
 from steer.training.guards import value_of_asking
 
-PREFIX, DEVIATION = "eval/", "eval/deviation/"
+PREFIX, MEMBER, DEVIATION = "eval/", "eval/member/", "eval/deviation/"  # of names in the record of an evaluation
 REFUSED = "the answer was no: the best weights by the held-out reward are kept"
 UNANSWERED = "an answer is needed"
 
@@ -20,7 +21,8 @@ class Question:
     """Whether to continue after update `step`.
 
     kept_step  update of the best earlier evaluation, by the first held-out reward
-    gains      of each reward since then, in its standard deviations over the images of the first evaluation
+    gains      of each reward since then, in its standard deviations over the images of the first evaluation: of the
+               trained one, or each member of an ensemble, and the held-out ones
     mean, deviation  m and s of the gains, over the rewards
     value      of asking, in the same unit (`steer.training.guards.value_of_asking`)
     """
@@ -47,16 +49,21 @@ def question_of(state: RunState, config: TrainingConfig) -> Question | None:
     if not config.ask or len(evaluations) < 2 or evaluations[-1]["step"] != state.step:
         return None
     first, *_, last = evaluations
-    names = [name for name, value in last.items() if name.startswith(PREFIX) and isinstance(value, list)]
-    held_out = names[1] if len(names) > 1 else names[0]
-    kept = max(evaluations[:-1], key=lambda record: record[held_out][0])  # the earliest of equal ones
+    trained, *held_out = [name for name, value in last.items() if isinstance(value, list)]
+    kept = max(evaluations[:-1], key=lambda record: _mean(record, held_out[0]))  # the earliest of equal ones
+    members = [name for name in last if name.startswith(MEMBER)]
     gains = {}
-    for name in names:
+    for name in [*(members or [trained]), *held_out]:
         short = name.removeprefix(PREFIX)
-        gains[short] = (last[name][0] - kept[name][0]) / (first[f"{DEVIATION}{short}"] or 1.0)
+        gains[short] = (_mean(last, name) - _mean(kept, name)) / (first[f"{DEVIATION}{short}"] or 1.0)
     mean, deviation = fmean(gains.values()), pstdev(gains.values())
     value = value_of_asking(mean, deviation)
     return Question(last["step"], kept["step"], gains, mean, deviation, value) if value > config.ask_cost else None
+
+
+def _mean(record: Record, name: str) -> float:
+    value = record[name]
+    return value[0] if isinstance(value, list) else value
 
 
 def ask(

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,9 @@ from torch import Generator, Tensor
 
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
+from steer.pipelines.training.signals import unwrapped
 from steer.reward import Reward, mean_over_frames, score_components
+from steer.rewards.learned import LearnedReward
 from steer.training.distributed import DistributedContext
 from steer.training.rollout import Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
@@ -23,13 +25,14 @@ BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
 class EvalResult:
     """An evaluation after `step` updates of P prompts × K: rewards (P, K) by name, the trained one first; diversity,
     the mean distance between two samples of a prompt (root mean square of the pixels' differences, 0..1; 0 for K = 1);
-    the images (P·K, 3, H, W)."""
+    the images (P·K, 3, H, W); members (P, K), of an ensemble that is trained on."""
 
     step: int
     prompts: tuple[str, ...]
     rewards: Mapping[str, Tensor]
     diversity: float
     images: Tensor
+    members: Mapping[str, Tensor] = field(default_factory=dict)
 
     def means(self) -> tuple[float, float]:
         """Return the means of the trained reward and the first held-out one (the trained one where there is none)."""
@@ -46,13 +49,16 @@ class EvalResult:
         deviations = {
             f"eval/deviation/{name}": values.double().std(correction=0).item() for name, values in self.rewards.items()
         }
+        members = {f"member/{name}": values.double() for name, values in self.members.items()}
+        deviations |= {f"eval/deviation/{name}": values.std(correction=0).item() for name, values in members.items()}
+        means = {f"eval/{name}": values.mean().item() for name, values in members.items()}
         trained, *held_out = self.rewards
         correlations = {
             f"eval/correlation/{name}": within_prompt_correlation(self.rewards[trained], self.rewards[name])
             for name in held_out
         }
         known = {name: value for name, value in correlations.items() if math.isfinite(value)}
-        return {"step": self.step, **intervals, **deviations, **known, "eval/diversity": self.diversity}
+        return {"step": self.step, **intervals, **means, **deviations, **known, "eval/diversity": self.diversity}
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,8 @@ class Evaluator:
         size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model")
         chunks = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(config.micro_batch)
         rewards = {reward.name: reward for reward in (self.trained, *self.held_out)}
-        collected: list[tuple[int, Tensor, list[Tensor]]] = []
+        ensemble = isinstance(unwrapped(self.trained), LearnedReward)
+        collected: list[tuple[int, Tensor, list[Tensor], dict[str, Tensor]]] = []
         for turn in range(0, len(chunks), context.world_size):
             # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
             number = min(turn + context.rank, len(chunks) - 1)
@@ -88,13 +95,17 @@ class Evaluator:
                 # Scored on the device of the pipeline, and only then moved to the CPU.
                 scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]
                 with torch.no_grad():
-                    scores = [mean_over_frames(images, scorer)[0] for scorer in scorers]
-                collected.append((number, images.cpu(), scores))
-        _, drawn, chunk_scores = zip(*sorted(context.gather(collected), key=lambda one: one[0]), strict=True)
+                    results = [mean_over_frames(images, scorer) for scorer in scorers]
+                members = results[0][1] if ensemble else {}
+                collected.append((number, images.cpu(), [scores for scores, _ in results], members))
+        in_order = sorted(context.gather(collected), key=lambda one: one[0])
+        _, drawn, chunk_scores, chunk_members = zip(*in_order, strict=True)
         columns = zip(rewards, zip(*chunk_scores, strict=True), strict=True)
         scored = {name: torch.cat(column).view(-1, size) for name, column in columns}
+        names = chunk_members[0] if len(chunk_members[0]) > 1 else ()
+        by_member = {name: torch.cat([some[name] for some in chunk_members]).view(-1, size) for name in names}
         images = torch.cat(drawn)
-        return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images)
+        return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images, by_member)
 
 
 def diversity(images: Tensor, samples: int) -> float:
