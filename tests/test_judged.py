@@ -146,7 +146,36 @@ def test_a_judge_trains_and_held_out_rewards_evaluate(trainer: Any, config: Any,
     result = trainer(fresh_pipe("sd"), Redder(), config, train_prompts=PROMPTS, **held_out).train()
     assert [one["reward"] for one in result.records] == pytest.approx([0.5, 0.5]), "every win is another's loss"
     assert result.records[0]["grad_norm"] > 0 and result.records[0]["reward_spread"] > 0
-    assert [name for name, value in result.evaluations[-1].items() if isinstance(value, list)] == ["eval/colour:red"]
+    first, last = result.evaluations
+    both = ["eval/tournament(redder)", "eval/colour:red"]
+    assert [name for name, value in last.items() if isinstance(value, list)] == both
+    assert first[both[0]][0] == 0.5 != last[both[0]][0], "the win rate against the model before the training"
+
+
+def test_evaluations_compare_with_the_reference_from_the_same_noise(tmp_path: Path) -> None:
+    """P(image ≻ image of the untrained model) by hand; a resumed run, which draws these again, has the same values."""
+    drawn: dict[int, Tensor] = {}
+
+    class Keep:
+        def on_evaluate(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+            drawn[details["evaluation"].step] = details["evaluation"].images
+
+    def run(folder: str, steps: int, resume: bool = False) -> Any:
+        config = SPOConfig(
+            output_dir=str(tmp_path / folder), eval_steps=1, save_steps=1, **SMALL | {"max_steps": steps}
+        )
+        made = SPOTrainer(
+            fresh_pipe("sd"), Redder(), config, train_prompts=PROMPTS, eval_prompts=["a cross", "a star"],
+            eval_rewards=["jpeg"], callbacks=[Keep()],
+        )  # fmt: skip
+        return made.train(resume_from_checkpoint=resume)
+
+    result = run("whole", 2)
+    for step, record in enumerate(result.evaluations):
+        truth = Redder().compare(drawn[step], drawn[0], [""] * 2).mean().item()
+        assert record["eval/tournament(redder)"][0] == pytest.approx(truth, abs=1e-6)
+    run("parts", 1)
+    assert run("parts", 2, resume=True).evaluations == result.evaluations
 
 
 def test_spo_is_grpo_of_a_tournament(tmp_path: Path) -> None:
@@ -167,9 +196,6 @@ def test_what_a_judge_cannot_do_is_refused_in_one_line(tmp_path: Path) -> None:
         SPOConfig(micro_batch=6)
     with pytest.raises(InputError, match="reward and judge: give one of the two"):
         FinetuneJob("spo", "brightness", "brightness", prompts="p")
-    with pytest.raises(InputError, match="eval_prompts need a reward to evaluate their images: give eval_rewards"):
-        made = SPOConfig(output_dir=str(tmp_path), **SMALL)
-        SPOTrainer(fresh_pipe("sd"), Redder(), made, train_prompts=PROMPTS, eval_prompts=["a cross"]).train()
     with pytest.raises(InputError, match="pareto compares the components of a reward"):
         SPOTrainer(None, Redder(), SPOConfig(pareto=True), train_prompts=PROMPTS)
 

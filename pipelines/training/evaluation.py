@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Generator, Tensor
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
 from steer.pipelines.training.signals import unwrapped
-from steer.reward import Reward, mean_over_frames, score_components
+from steer.reward import Reward, Scores, compare, mean_over_frames, score_components
+from steer.rewards.judges import Tournament
 from steer.rewards.learned import LearnedReward
 from steer.training.distributed import DistributedContext
+from steer.training.forward import Policy
 from steer.training.rollout import Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
 
@@ -63,12 +66,19 @@ class EvalResult:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The prompts and rewards of all evaluations of a run, and how samples are drawn."""
+    """The prompts and rewards of all evaluations of a run, and how samples are drawn.
+
+    A tournament, whose win rates within one policy are ½, is evaluated by its judge's P(image ≻ image of the reference
+    from the same noise), the win rate against the model before the training.
+
+    base  images of the reference by the number of their chunk, drawn once per process
+    """
 
     prompts: Sequence[str]
     trained: Reward
     held_out: Sequence[Reward]
     draw: Callable[[Sampler, Rows], tuple[Trajectories, Tensor]] = Sampler.rollout
+    base: dict[int, Tensor] = field(default_factory=dict)
 
     def evaluate(
         self,
@@ -78,24 +88,28 @@ class Evaluator:
         prepared: Any,
         before: OnChunk,
         context: DistributedContext,
+        reference: Policy = nullcontext,
     ) -> EvalResult:
         """Evaluate the same prompts and seeds at every step; the processes take turns with chunks of them."""
         size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model")
         chunks = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(config.micro_batch)
         rewards = {reward.name: reward for reward in (self.trained, *self.held_out)}
         ensemble = isinstance(unwrapped(self.trained), LearnedReward)
+        judged = any(isinstance(unwrapped(one), Tournament) for one in rewards.values())
         collected: list[tuple[int, Tensor, list[Tensor], dict[str, Tensor]]] = []
         for turn in range(0, len(chunks), context.world_size):
             # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
             number = min(turn + context.rank, len(chunks) - 1)
             before()
             rows = chunks[number]
-            images = sampler.ode_images(rows) if config.evaluates_by_ode else self.draw(sampler, rows)[1]
+            images = self._images(sampler, rows, config)
+            if judged and number not in self.base:
+                with reference():
+                    self.base[number] = self._images(sampler, rows, config)
             if turn + context.rank < len(chunks):
                 # Scored on the device of the pipeline, and only then moved to the CPU.
-                scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]
                 with torch.no_grad():
-                    results = [mean_over_frames(images, scorer) for scorer in scorers]
+                    results = [self._score(one, images, rows.prompts, number) for one in rewards.values()]
                 members = results[0][1] if ensemble else {}
                 collected.append((number, images.cpu(), [scores for scores, _ in results], members))
         in_order = sorted(context.gather(collected), key=lambda one: one[0])
@@ -106,6 +120,16 @@ class Evaluator:
         by_member = {name: torch.cat([some[name] for some in chunk_members]).view(-1, size) for name in names}
         images = torch.cat(drawn)
         return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images, by_member)
+
+    def _images(self, sampler: Sampler, rows: Rows, config: TrainingConfig) -> Tensor:
+        return sampler.ode_images(rows) if config.evaluates_by_ode else self.draw(sampler, rows)[1]
+
+    def _score(self, reward: Reward, images: Tensor, prompts: Sequence[str], number: int) -> Scores:
+        """Return the scores (N,) of a chunk, and of the reward's components."""
+        if not isinstance(tournament := unwrapped(reward), Tournament):
+            return mean_over_frames(images, partial(score_components, reward, prompts=prompts))
+        both = torch.cat([images, self.base[number]])
+        return mean_over_frames(both, lambda some: (compare(tournament.judge, *some.chunk(2), prompts), {}))
 
 
 def diversity(images: Tensor, samples: int) -> float:

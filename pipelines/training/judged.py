@@ -19,7 +19,7 @@ from steer.training.losses import DNO
 class JudgedTrainer:
     """A mixin for trainers that take a judge in place of a reward: whatever `steer.load_judge` takes.
 
-    Only `eval_rewards` evaluate it: win rates within the samples of one policy are ½ on average.
+    It is evaluated by its win rate against the model before the training, from the same noise.
     """
 
     @staticmethod

@@ -45,7 +45,7 @@ from steer.pipelines.training.preference_files import read_preferences
 from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer
 from steer.pipelines.training.signals import RewardSignal, check_pareto
 from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
-from steer.reward import Reward, compares_images, warn_if_pipeline_truncates, with_metadata
+from steer.reward import Reward, warn_if_pipeline_truncates, with_metadata
 from steer.rewards.parser import load_reward
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
@@ -224,9 +224,8 @@ class Trainer(TrainingMethod[ConfigT]):
         return Evaluator(self.held_out(), first, others, self.draw)
 
     def _rewards(self) -> list[Reward]:
-        """The rewards of evaluations. A tournament is none: win rates within the samples of one policy are ½."""
         both = (self.reward, *self.eval_rewards)
-        return [one for one in both if not (isinstance(one, NoReward) or compares_images(one))]
+        return [one for one in both if not isinstance(one, NoReward)]
 
     def describe(self) -> dict[str, Any]:
         """The run as plain values: `run_config`, or the model, the reward and the configuration."""
@@ -546,7 +545,8 @@ class TrainingRun:
             return
         with state.ema_weights():
             pipe, check = self.trainer.pipe, request.check
-            result = self.evaluator.evaluate(pipe, self.config, state.step, self.prepared, check, self.context)
+            given = (pipe, self.config, state.step, self.prepared, check, self.context, state.trainable.reference)
+            result = self.evaluator.evaluate(*given)
             record = result.record()
             self.events.call("on_evaluate", metrics=record, evaluation=result)
             state.early_stopping = state.early_stopping.after(state.step, *result.means())
