@@ -13,6 +13,7 @@ import click
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from steer.apps.asking import TerminalAnswers
 from steer.apps.errors import named, wrap_errors
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.processes import is_main_process, launch_context
@@ -23,13 +24,14 @@ from steer.assets import CONFIGS
 from steer.errors import InputError
 from steer.files import write_text
 from steer.pipelines.training.config import TrainingConfig
-from steer.pipelines.training.d3po_prdp import D3POTrainer, PRDPTrainer
+from steer.pipelines.training.d3po_prdp import BRAInTrainer, D3POTrainer, PRDPTrainer
 from steer.pipelines.training.ddpo_grpo import DDPOTrainer, FilteredTrainer, GRPOTrainer
 from steer.pipelines.training.forward import AWMTrainer, DPOTrainer, NFTTrainer, RAMTrainer
+from steer.pipelines.training.judged import DNOTrainer, SPOTrainer
 from steer.pipelines.training.method import TrainingResult
 from steer.pipelines.training.reward_backprop import RewardBackpropTrainer
 from steer.pipelines.training.state import checkpoint_to_resume
-from steer.pipelines.training.trainer import INTERRUPTED, Trainer
+from steer.pipelines.training.trainer import PAUSED, Trainer
 from steer.registry import choose, nearest
 from steer.training.trainable import read_lora
 
@@ -44,6 +46,9 @@ METHODS: dict[str, type[Trainer[Any]]] = {
     "awm": AWMTrainer,
     "ram": RAMTrainer,
     "dpo": DPOTrainer,
+    "brain": BRAInTrainer,
+    "spo": SPOTrainer,
+    "dno": DNOTrainer,
 }
 
 
@@ -53,6 +58,8 @@ class FinetuneJob:
 
     method              a name in METHODS
     reward              to train on; of preferences only the first reward of evaluations
+    judge               of pairs of images, as `steer.load_judge` reads it, in place of reward: the method learns from
+                        each sample's win rate against those of its prompt, as from reward tournament(JUDGE)
     eval_rewards        held out, evaluated on eval_prompts too; the first decides which weights are best
     model               an embedded model, a folder, or ORGANISATION/NAME
     variant             of the model's weights, such as fp16
@@ -69,6 +76,7 @@ class FinetuneJob:
 
     method: str
     reward: str | None = None
+    judge: str | None = None
     model: str = "scenes"
     prompts: str | None = None
     preferences: str | None = None
@@ -85,7 +93,9 @@ class FinetuneJob:
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.preferences is None):
             raise InputError("prompts or preferences: give one of the two to learn from")
-        if self.reward is None and self.preferences is None:
+        if self.reward is not None and self.judge is not None:
+            raise InputError("reward and judge: give one of the two to train on")
+        if self.trained_reward is None and self.preferences is None:
             raise InputError("reward is missing: say what to train on, `steer rewards` lists names")
         if self.eval_prompts_count is not None and self.eval_prompts_count < 1:
             raise InputError(f"eval_prompts_count must be at least 1, got {self.eval_prompts_count}")
@@ -98,6 +108,11 @@ class FinetuneJob:
             raise InputError(
                 f"eval_rewards hold {trained[0]!r}, which is trained on: take one that is not part of the reward"
             )
+
+    @property
+    def trained_reward(self) -> str | None:
+        """The text of the reward, or of the tournament of the judge."""
+        return self.reward if self.judge is None else f"tournament({self.judge})"
 
 
 DEFAULTS = {"log_with": ("tensorboard",), "output_dir": ...}  # where the command differs from TrainingConfig
@@ -266,8 +281,10 @@ MEMORY_HINT = "a smaller micro_batch or gradient_checkpointing: true need less"
 FULL_USAGE = "pipe.{name} = type(pipe.{name}).from_pretrained({path!r})"
 
 
-def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
+def finetune(config: FinetuneConfig, resume: bool = False, agreed: bool = False) -> TrainingResult:
     """Train, and add config.yaml, samples/ and, at the end, plots/ and README.md to the output folder.
+
+    agreed  the first question of `ask` is answered with yes
 
     Raises InputError for bad arguments, before any model is loaded.
     """
@@ -282,12 +299,13 @@ def finetune(config: FinetuneConfig, resume: bool = False) -> TrainingResult:
         )
     _check_call(config, pipe)
     values = config.plain()
-    trainer = config.trainer(pipe, **data, callbacks=[RunFiles(out, values)], run_config=values)
+    files, answers = RunFiles(out, values), TerminalAnswers(out, agreed)
+    trainer = config.trainer(pipe, **data, callbacks=[files], on_question=answers, run_config=values)
     with wrap_errors(config.source.name, RESUME_HINT, MEMORY_HINT):
         result = trainer.train(resume_from_checkpoint=resume)
         if here.is_main_process:
             write_config(out, values)
-            if result.stopped != INTERRUPTED:
+            if result.stopped not in PAUSED:
                 finetune_report.write_report(trainer, result)
     return result
 
@@ -331,8 +349,8 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
         with named(source.key("preferences")):
             METHODS[job.method].check_preferences(Path(job.preferences), vars(config.training))
     check_device(job.device)
-    with named(source.key("reward")):
-        reward = None if job.reward is None else resolve_reward(job.reward)
+    with named(source.key("reward" if job.judge is None else "judge")):
+        reward = None if job.trained_reward is None else resolve_reward(job.trained_reward)
     with named(source.key("eval_rewards")):
         eval_rewards = [resolve_reward(spec) for spec in job.eval_rewards]
     data = {"train_prompts": prompts, "eval_prompts": eval_prompts, "reward": reward, "eval_rewards": eval_rewards}
@@ -402,7 +420,7 @@ def _check_writable(out: Path, place: str) -> None:
 def summary(config: FinetuneConfig, result: TrainingResult) -> str:
     """Summarise a run in one line."""
     job = config.job
-    name, key = (job.reward, "reward") if job.preferences is None else ("accuracy", "accuracy")
+    name, key = (job.trained_reward, "reward") if job.preferences is None else ("accuracy", "accuracy")
     title, means = f"{name} in training", [record[key] for record in result.records]
     if result.evaluations:
         trained = next(name for name, value in result.evaluations[0].items() if isinstance(value, list))

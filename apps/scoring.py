@@ -20,6 +20,8 @@ from steer.errors import InputError
 from steer.files import loads_with_checksum, read_image, write_text
 from steer.reward import Judge, Reward, RewardError, compare, score, score_components
 from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
+from steer.training.overoptimization import Usefulness
+from steer.training.signals import SampleFilter
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 REPORT, LISTS = "report.json", ("prompts.jsonl", "metadata.jsonl")
@@ -371,6 +373,44 @@ def draw_scatter(
     figure.text(y=1 - 0.14 / height, s=f"{plain_text(a_name, 32)} against {plain_text(b_name, 32)}", size=11, **title)
     figure.text(y=1 - 0.38 / height, s=measures, size=8.5, **title)
     return save_figure(figure, path)
+
+
+def scores_by_prompt(
+    rewards: Sequence[Reward], paths: Sequence[Path], prompts: Sequence[str], device: str = "cpu"
+) -> list[Tensor]:
+    """Score images, and return (P, K) of each reward: K is the smallest number of images of a prompt.
+
+    Raises InputError where a prompt has a single image.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(row)
+    samples = min(map(len, rows.values()))
+    if samples < 2:
+        alone = next(prompt for prompt, some in rows.items() if len(some) < 2)
+        raise InputError(f"--images: {alone!r:.80} has one image: give at least 2, better 8, of each prompt")
+    chosen = torch.tensor([some[:samples] for some in rows.values()])
+    return [score_all(reward, paths, prompts, device=device)[chosen] for reward in rewards]
+
+
+def render_usefulness(point: Usefulness, proxy: str) -> str:
+    """Render the point of usefulness, and the constraint that holds a training there."""
+    if point.rising:
+        return (
+            f"the held-out reward rises up to the best of {point.n}, {proxy} {point.proxy:.4g}: no bound is needed yet"
+        )
+    return (
+        f"the held-out reward peaks at the best of {point.n}, {point.gain:+.4g} over one sample, where {proxy} is "
+        f"{point.proxy:.4g} ({point.interval[0]:.4g} to {point.interval[1]:.4g})\n"
+        f'constraints: {{{json.dumps(proxy)}: "<= {point.proxy:.4g}"}}'
+    )
+
+
+def render_reliability(shares: Mapping[SampleFilter, float], keep: int) -> str:
+    """Render R² of proxy and held-out reward by filter, the best first."""
+    ranked = sorted(shares, key=lambda kind: -shares[kind])
+    rows = [f"{kind:12} R² {shares[kind]:.3f}" for kind in ranked]
+    return "\n".join([*rows, f"sample_filter: {ranked[0]}" + ("" if ranked[0] == "none" else f", filter_keep: {keep}")])
 
 
 def render_check_results(check_results: Sequence[CheckResult]) -> str:

@@ -32,7 +32,14 @@ if TYPE_CHECKING:
     )
     from steer.pipelines.text.masked_diffusion import MaskedDiffusionPipeline
     from steer.pipelines.training.config import TrainingConfig
-    from steer.pipelines.training.d3po_prdp import D3POConfig, D3POTrainer, PRDPConfig, PRDPTrainer
+    from steer.pipelines.training.d3po_prdp import (
+        BRAInConfig,
+        BRAInTrainer,
+        D3POConfig,
+        D3POTrainer,
+        PRDPConfig,
+        PRDPTrainer,
+    )
     from steer.pipelines.training.ddpo_grpo import (
         DDPOConfig,
         DDPOTrainer,
@@ -52,6 +59,7 @@ if TYPE_CHECKING:
         RAMConfig,
         RAMTrainer,
     )
+    from steer.pipelines.training.judged import DNOConfig, DNOTrainer, SPOConfig, SPOTrainer
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
     from steer.reward import Judge, Reward, RewardError, SequenceReward, with_timeout
@@ -82,7 +90,14 @@ _MODULES = {
     ),
     "steer.pipelines.text.masked_diffusion": ("MaskedDiffusionPipeline",),
     "steer.pipelines.training.config": ("TrainingConfig",),
-    "steer.pipelines.training.d3po_prdp": ("D3POConfig", "D3POTrainer", "PRDPConfig", "PRDPTrainer"),
+    "steer.pipelines.training.d3po_prdp": (
+        "BRAInConfig",
+        "BRAInTrainer",
+        "D3POConfig",
+        "D3POTrainer",
+        "PRDPConfig",
+        "PRDPTrainer",
+    ),
     "steer.pipelines.training.ddpo_grpo": (
         "DDPOConfig",
         "DDPOTrainer",
@@ -102,6 +117,7 @@ _MODULES = {
         "RAMConfig",
         "RAMTrainer",
     ),
+    "steer.pipelines.training.judged": ("DNOConfig", "DNOTrainer", "SPOConfig", "SPOTrainer"),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
     "steer.reward": ("Judge", "Reward", "RewardError", "SequenceReward", "with_timeout"),
@@ -116,6 +132,8 @@ __all__ = [
     "AWMConfig",
     "AWMTrainer",
     "AudioReward",
+    "BRAInConfig",
+    "BRAInTrainer",
     "BestOfNPipeline",
     "BestOfNSettings",
     "Cost",
@@ -123,6 +141,8 @@ __all__ = [
     "D3POTrainer",
     "DDPOConfig",
     "DDPOTrainer",
+    "DNOConfig",
+    "DNOTrainer",
     "DPOConfig",
     "DPOTrainer",
     "DRAKESTrainer",
@@ -159,6 +179,8 @@ __all__ = [
     "RewardBackpropConfig",
     "RewardBackpropTrainer",
     "RewardError",
+    "SPOConfig",
+    "SPOTrainer",
     "SelectionPipeline",
     "SelectionSettings",
     "SequenceReward",

@@ -32,7 +32,12 @@ def test_nft_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("weighting", "ratio"),
-    [("uniform", math.exp(-3)), ("noise", math.exp(-1.5)), ("noise-squared", math.exp(-0.75))],
+    [
+        ("uniform", math.exp(-3)),
+        ("noise", math.exp(-1.5)),
+        ("noise-squared", math.exp(-0.75)),
+        ("huber", math.exp(-0.5)),  # ½ (2 − 1)
+    ],
 )
 def test_awm_by_hand(weighting: Any, ratio: float) -> None:
     """Errors 4 and 1 at t = ½: a worse fit of a good sample is not clipped, that of a bad sample is."""
@@ -86,12 +91,13 @@ def derivatives(one: NoisyPredictions, signal: Tensor) -> dict[ForwardLoss, Tens
     return {
         NFT(beta=0.3, advantage_clip=2.0): 2 * wide.clamp(-2, 2) * (clean - one.x0) / weight * -0.3 / size,
         AWM(weighting="noise"): wide * 0.3 * 2 * residual / size,
+        AWM(weighting="huber"): wide * 0.3 * residual / size / (residual**2).mean((1, 2), keepdim=True).sqrt(),
         RAM(scale=0.5): 2 * (one.new.detach() - goal) / size,
         DiffusionDPO(beta=0.1): (slope * sign)[:, None, None] * residual / size,
     }
 
 
-@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("place", range(5))
 def test_gradients_are_those_of_the_written_formulas(place: int) -> None:
     one, signal = random_case()
     loss, truth = list(derivatives(one, signal).items())[place]
@@ -151,6 +157,41 @@ def test_dpo_moves_from_the_rejected_gaussian_to_the_preferred_one() -> None:
         (gradient,) = torch.autograd.grad(losses.mean(), theta)
         theta = (theta - 0.1 * gradient).detach().requires_grad_(True)
     assert accuracies[0] == 0.5 and accuracies[-1] == 1.0 and theta.item() > 0.5
+
+
+def test_the_gradient_of_diffusion_dpo_in_a_denoiser_of_one_layer() -> None:
+    """o = W x_t: ∂L/∂W = (β/D) σ(−z) [(W x_a − o*_a) x_aᵀ − (W x_b − o*_b) x_bᵀ], with the excess errors in z."""
+    generator = torch.Generator().manual_seed(0)
+    x_t, x0 = torch.randn(2, 2, 3, generator=generator, dtype=torch.float64)
+    weights, before = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
+    leaf = weights.clone().requires_grad_(True)
+    one = NoisyPredictions(x0, x_t, 1.0, -0.3, 0.3, x_t @ leaf.T, None, x_t @ before.T)
+    DiffusionDPO(beta=0.7)(one, torch.tensor([1.0, 0.0], dtype=torch.float64))[0].mean().backward()
+    target = (x0 - x_t) / -0.3
+    residual, base = x_t @ weights.T - target, x_t @ before.T - target
+    excess = (residual**2 - base**2).mean(1)
+    z = -0.35 * (excess[0] - excess[1])
+    slope = 0.7 / 3 * torch.sigmoid(-z)
+    truth = slope * (torch.outer(residual[0], x_t[0]) - torch.outer(residual[1], x_t[1]))
+    torch.testing.assert_close(leaf.grad, truth)
+
+
+def test_shuffled_preferences_teach_dpo_nothing() -> None:
+    """The same pairs with labels of a coin: the mean stays within 3 standard errors of the reference's."""
+    samples = torch.stack([1 + 0.1 * GRID, -1 + 0.1 * GRID.flip(0)], 1).flatten()
+    coins = torch.rand(len(GRID), generator=torch.Generator().manual_seed(0)).round().double()
+    ends = {}
+    for name, labels in (("shuffled", coins), ("true", torch.ones_like(coins))):
+        theta, signal = torch.tensor(0.0, dtype=torch.float64), torch.stack([labels, 1 - labels], 1).flatten()
+        for _ in range(200):
+            theta.requires_grad_(True)
+            losses = DiffusionDPO(beta=1.0)(gaussian(theta, samples), signal)[0].mean()
+            theta = (theta - 0.1 * torch.autograd.grad(losses, theta)[0]).detach()
+        ends[name] = theta.item()
+    # The errors of a pair differ by 4 θ: z = 2 θ, and σ(2 θ) is the share of heads, whose standard error is 1/(2 √n).
+    share = coins.mean().item()
+    assert ends["shuffled"] == pytest.approx(math.log(share / (1 - share)) / 2, abs=0.01)
+    assert abs(ends["shuffled"]) < 3 / len(GRID) ** 0.5 < 0.15 and ends["true"] > 1
 
 
 def test_what_a_loss_cannot_do_is_one_line() -> None:

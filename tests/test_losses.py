@@ -17,8 +17,10 @@ from steer.errors import InputError
 from steer.training.losses import (
     D3PO,
     DDPO,
+    DNO,
     GRPO,
     PRDP,
+    BRAIn,
     D3POTrajectory,
     Filtered,
     LogProbs,
@@ -27,7 +29,8 @@ from steer.training.losses import (
 )
 
 SEEDS = st.integers(0, 10_000)
-COMPARING = [D3PO(1.0), D3POTrajectory(1.0), PRDP(1.0, 0.5), GRPO(0.1)]
+COMPARING = [D3PO(1.0), D3POTrajectory(1.0), PRDP(1.0, 0.5), GRPO(0.1), DNO(1.0)]
+COMPARING += [BRAIn(0.5, clip=0.5), BRAIn(0.5, "sigmoid", 0.5, "nat")]
 ALL: list[Loss] = [*COMPARING, GRPO(0.1, "nat", scale=False), DDPO(0.1, "nat"), Filtered(0.5)]
 ids = repr
 
@@ -196,6 +199,59 @@ def test_filtered_by_hand() -> None:
     close(solved(Filtered(1.0), log_probs, rewards)[0], -(36 - 8) / 16)
 
 
+def test_dno_by_hand() -> None:
+    # Win rates 1 and 0: the label is sigmoid(1) = 0.731059. At π = π_t the logit is 0, and ∂/∂z = ½ − 0.731059.
+    rates = torch.tensor([[1.0, 0.0]])
+    value, gradient = solved(DNO(0.5), steps([[0.0, 0.0], [0.0, 0.0]], elements=2), rates)
+    close(value, math.log(2))
+    close(gradient[0], [[-0.0577646, -0.0577646], [0.0577646, 0.0577646]])  # 0.231059 β/D
+    # Where log π/π_t is (2, −2) nats over 2 elements, β = ½ times its difference is 1 nat: the optimum.
+    value, gradient = solved(DNO(0.5), steps([[1.0, 2.0], [0.0, -1.0]], [[0.0, 1.0], [1.0, 0.0]], elements=2), rates)
+    close(value, 0.731059 * 0.313262 + 0.268941 * 1.313262)
+    close(gradient, torch.zeros(1, 2, 2).tolist())
+    sharp, pairs = DNO(0.5, temperature=1e-3, unit="nat"), D3POTrajectory(0.5, "nat")
+    given = steps([[0.3], [-0.2]])  # about π_t = p_ref, winners and losers are DPO's
+    torch.testing.assert_close(solved(sharp, given, rates), solved(pairs, given, rates))
+    assert sharp(given, rates)[1] == {"accuracy": 1.0, "labels": 1.0}
+
+
+def test_brain_by_hand() -> None:
+    rewards, reference = torch.tensor([[0.0, 2.0]]), [[-1.0], [-3.0]]
+    # log p_ref/π_old + r is (−1, −1), so α = (½, ½); β = (¾, ¼).
+    value, gradient = solved(
+        BRAIn(1.0, clip=math.inf, unit="nat"), steps([[math.log(3)], [0.0]], None, reference), rewards
+    )
+    close(value, -(math.log(0.75) + math.log(0.25)) / 2)
+    close(gradient[0], [[0.25], [-0.25]])  # β − α
+    # Over two elements (−½, ½), so α = (0.268941, 0.731059); β = √3/(1 + √3) = (0.633975, 0.366025).
+    given = steps([[math.log(3)], [0.0]], None, reference, elements=2)
+    value, gradient = solved(BRAIn(1.0, clip=math.inf), given, rewards)
+    close(value, 0.857322)
+    close(gradient[0], [[0.182517], [-0.182517]])
+    assert BRAIn(1.0)(given, rewards)[1] == pytest.approx({"ess": 1 / (0.268941**2 + 0.731059**2) / 2, "clipped": 0.5})
+    # log sigmoid(1) − log sigmoid(−1) = 1: α = (0.268941, 0.731059) about the mean of 1.
+    value, gradient = solved(BRAIn(1.0, "sigmoid", unit="nat"), steps([[0.0], [0.0]]), rewards)
+    close(gradient[0], [[0.5 - 0.268941], [0.5 - 0.731059]])
+
+
+@given(SEEDS)
+def test_brain_of_the_best_of_two_is_dpo(seed: int) -> None:
+    log_probs, rewards = some(seed, samples=2)
+    from_reference = LogProbs(log_probs.new, log_probs.reference, log_probs.reference, 2)
+    for before, after in zip(
+        solved(BRAIn(1e-3, clip=math.inf, unit="nat"), from_reference, rewards),
+        solved(D3POTrajectory(1.0, "nat"), from_reference, rewards),
+        strict=True,
+    ):
+        torch.testing.assert_close(before, after)
+
+
+def test_brain_stops_at_its_clip_and_comes_back() -> None:
+    rewards, loss = torch.tensor([[2.0, 0.0]]), BRAIn(1.0, clip=0.5, unit="nat")
+    assert not solved(loss, steps([[0.7], [-0.7]]), rewards)[1].any()
+    assert solved(loss, steps([[-0.7], [0.7]]), rewards)[1].any()
+
+
 # -- preferences -----------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +322,7 @@ def test_a_prompt_that_scores_higher_means_nothing(loss: Loss, seed: int) -> Non
         torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [D3PO(1.0), D3POTrajectory(1.0), PRDP(1.0, 0.5)], ids=ids)
+@pytest.mark.parametrize("loss", [D3PO(1.0), D3POTrajectory(1.0), PRDP(1.0, 0.5), DNO(1.0), BRAIn(0.5)], ids=ids)
 @given(SEEDS)
 def test_only_ratios_to_the_reference_count(loss: Loss, seed: int) -> None:
     log_probs, rewards = some(seed)
@@ -399,6 +455,45 @@ def test_the_optimum_of_prdp_is_the_tilted_reference() -> None:
     assert max(clipped) > 0.3  # the clip took part on the way
 
 
+def test_the_optimum_of_brain_is_the_reference_conditioned_on_being_good() -> None:
+    chain, loss, clipped = Chain(2, 0), BRAIn(gamma=0.5, clip=0.1, unit="nat"), []
+    reference, rewards = chain.log_probs(), torch.randn(2, A**T, generator=seeded(1))
+
+    def loss_of(old: Tensor) -> Tensor:
+        value, metrics = loss(LogProbs(chain.log_probs(), old, reference, 9), rewards)
+        clipped.append(metrics["clipped"])
+        return value
+
+    chain.learn(loss_of, rounds=300, updates=10, lr=0.3)
+    torch.testing.assert_close(chain.log_probs().sum(-1).exp(), tilted(reference, rewards, 0.5), rtol=0, atol=1e-3)
+    assert max(clipped) > 0.3  # the clip took part
+
+
+def test_brain_learns_the_tilted_gaussian_chain_from_its_own_samples() -> None:
+    """x_s = a x_t + δ + τ z from x_T = 1, r = x_0: tilted by exp(r/γ), δ_t = τ_t² G_s/γ, G_s the gain from x_s to x_0.
+
+    There the gradient is 0 for any samples, not only on average.
+    """
+    gains, taus, gamma = torch.tensor([0.8, 0.9, 0.7]).double(), torch.tensor([0.6, 0.5, 0.3]).double(), 0.5
+    after = torch.stack([gains[step + 1 :].prod() for step in range(3)])  # G_s
+    best, shifts = taus**2 * after / gamma, torch.zeros(3).double()
+    generator, loss = seeded(0), BRAIn(gamma, clip=math.inf, unit="nat")
+
+    def gradient(shifts: Tensor) -> Tensor:
+        leaf, x, parts = shifts.clone().requires_grad_(), torch.ones(16, 8).double(), []
+        for step in range(3):
+            mean = gains[step] * x
+            x = mean + shifts[step] + taus[step] * torch.randn(x.shape, generator=generator).double()
+            parts.append([(-0.5 * ((x - mean - one) / taus[step]) ** 2) for one in (leaf[step], shifts[step], 0.0)])
+        new, old, reference = (torch.stack([part[place] for part in parts], -1) for place in range(3))
+        return torch.autograd.grad(loss(LogProbs(new, old, reference, 1), x)[0], leaf)[0]
+
+    assert gradient(best).abs().max() < 1e-12
+    for _ in range(400):
+        shifts = shifts - 0.05 * gradient(shifts)
+    torch.testing.assert_close(shifts, best, rtol=0, atol=0.01)
+
+
 def bradley_terry(weights: Tensor) -> tuple[Tensor, Tensor]:
     """All comparisons of integer weights w = exp r in their exact proportions: (a, b) and its rewards, (R, 2) each.
 
@@ -494,8 +589,8 @@ def test_the_defaults_are_the_published_ones() -> None:
     assert DDPO() == DDPO(clip=1e-4, unit="element", advantage_clip=5.0)
     assert GRPO() == GRPO(clip=1e-4, unit="element", scale=True)
     assert Filtered() == Filtered(keep=0.25)
-    losses: list[type[Loss]] = [D3PO, D3POTrajectory, PRDP, DDPO, GRPO, Filtered]
-    assert [loss for loss in losses if loss.whole_trajectory] == [D3POTrajectory, PRDP]
+    losses: list[type[Loss]] = [D3PO, D3POTrajectory, PRDP, DDPO, GRPO, Filtered, DNO, BRAIn]
+    assert [loss for loss in losses if loss.whole_trajectory] == [D3POTrajectory, PRDP, DNO, BRAIn]
 
 
 @pytest.mark.parametrize(
@@ -512,6 +607,9 @@ def test_the_defaults_are_the_published_ones() -> None:
         (lambda: DDPO(unit="bit"), "unknown unit 'bit': did you mean"),
         (lambda: GRPO(clip=-1), "clip must be above 0.*, got -1"),
         (lambda: GRPO(unit="bit"), "unknown unit 'bit': did you mean"),
+        (lambda: DNO(temperature=0), "temperature must be above 0.*, got 0"),
+        (lambda: BRAIn(gamma=0), "gamma must be above 0.*, got 0"),
+        (lambda: BRAIn(form="log"), "unknown form 'log'"),
         (lambda: Filtered(keep=0), "keep must be above 0 and at most 1, got 0"),
         (lambda: Filtered(keep=1.5), "keep must be above 0 and at most 1, got 1.5"),
         (lambda: PerPromptStatTracker(size=1), "min_count must be from 2 to size, got 16 and 1"),

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from steer.apps.scenes import analyses
-from steer.apps.scenes.analyses import expected_best, kl_of_best_of_n
 from steer.apps.scenes.preferences import choose, composition, pairs_of
+from steer.training.overoptimization import best_of_n_kl, expected_best
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 6])
@@ -27,8 +27,8 @@ def test_one_of_one_is_the_mean_and_one_of_all_the_best() -> None:
 
 
 def test_kl_of_best_of_n() -> None:
-    assert kl_of_best_of_n(1) == 0
-    assert kl_of_best_of_n(4) == pytest.approx(np.log(4) - 0.75)
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(4) == pytest.approx(np.log(4) - 0.75)
 
 
 def test_curves_of_an_evaluation_by_hand() -> None:

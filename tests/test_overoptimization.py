@@ -15,6 +15,7 @@ from steer.training.overoptimization import (
     find_hacking,
     fit_reward_curve,
     guaranteed_gain,
+    point_of_usefulness,
 )
 
 
@@ -94,3 +95,30 @@ def test_a_hacked_run_is_named() -> None:
     assert find_hacking([uncorrelated, HACKED]) is None  # the proxy never promised anything
     assert find_hacking([BASE]) is None and find_hacking([]) is None
     assert find_hacking([BASE, HACKED], step=0) is None  # the exported weights are the base model's
+
+
+def test_the_point_of_usefulness_by_hand() -> None:
+    """The best of 2 of 4 has ranks 2, 3, 4 with probabilities 1/6, 2/6, 3/6; of 3, ranks 3 and 4 with 1/4 and 3/4."""
+    proxy, truth = torch.tensor([[3.0, 1.0, 4.0, 2.0]]), torch.tensor([[4.0, 0.0, 1.0, 5.0]])
+    point = point_of_usefulness(proxy, truth)
+    assert (point.n, point.rising) == (2, False)
+    assert point.proxy == pytest.approx((2 + 2 * 3 + 3 * 4) / 6) and point.interval == (point.proxy, point.proxy)
+    assert point.gain == pytest.approx((5 + 2 * 4 + 3 * 1) / 6 - 10 / 4)
+    assert point_of_usefulness(proxy, proxy).rising
+    with pytest.raises(InputError, match="must both be"):
+        point_of_usefulness(proxy, truth[:, :3])
+
+
+def test_the_point_of_usefulness_of_a_planted_peak() -> None:
+    """r = x and truth x − x²/2 of x ~ N(0, 1): the best of n with E x_(n) − E x_(n)²/2 highest, by numeric moments."""
+    x = torch.randn(400, 8, generator=Generator().manual_seed(0)).double()
+    point = point_of_usefulness(x, x - x**2 / 2 + 0.1 * torch.randn(400, 8, generator=Generator().manual_seed(1)))
+    grid = torch.linspace(-8, 8, 4001).double()
+    normal = torch.distributions.Normal(0.0, 1.0)
+    moments = []
+    for n in range(1, 9):
+        density = n * normal.cdf(grid) ** (n - 1) * normal.log_prob(grid).exp() * (grid[1] - grid[0])
+        moments.append([(density * grid).sum(), (density * grid**2).sum()])
+    first, second = torch.tensor(moments).T
+    best = int((first - second / 2).argmax())
+    assert point.n == best + 1 and point.interval[0] < first[best] < point.interval[1]

@@ -122,3 +122,18 @@ def test_a_report_tells_every_part(steer: Steer, tmp_path: Path) -> None:
     assert np.allclose(total, entry["rewards"], atol=1e-5) and entry["rewards"] == sorted(
         entry["rewards"], reverse=True
     )
+
+
+def test_a_bound_and_a_filter_come_from_images_alone(steer: Steer, scenes: Path) -> None:
+    rows = [{"image": f"{number}.png", "prompt": f"prompt {number % 3}"} for number in range(12)]
+    (scenes / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    code, out, _ = steer("rewards", "usefulness", "brightness", "brightness:-1", "--images", scenes)
+    assert code == 0 and 'constraints: {"brightness": "<= ' in out and "peaks at the best of 1," in out
+    code, out, _ = steer("rewards", "usefulness", "brightness", "brightness", "--images", scenes)
+    assert code == 0 and "rises up to the best of 4" in out
+    code, out, _ = steer("rewards", "reliability", "brightness", "jpeg", "--images", scenes)
+    kinds = {line.split()[0] for line in out.splitlines() if "R²" in line}
+    assert code == 0 and kinds == {"none", "best", "best-random", "best-worst"} and "sample_filter: " in out
+    (scenes / "prompts.jsonl").write_text("\n".join(json.dumps(row | {"prompt": row["image"]}) for row in rows))
+    code, _, err = steer("rewards", "reliability", "brightness", "jpeg", "--images", scenes)
+    assert code == 2 and "has one image: give at least 2" in err

@@ -21,26 +21,34 @@ from steer.errors import InputError
 @click.argument("overrides", nargs=-1, type=click.UNPROCESSED, metavar="")
 @DEVICE
 @click.option("--resume", is_flag=True, help="Continue from the newest whole checkpoint; start where there is none.")
-def finetune(config: str, overrides: tuple[str, ...], device: str | None, resume: bool) -> None:
+@click.option("--yes", is_flag=True, help="Answer the first question of a configuration with `ask: true` by yes.")
+def finetune(config: str, overrides: tuple[str, ...], device: str | None, resume: bool, yes: bool) -> None:
     """Train a diffusion model on a reward. CONFIG is the name of an embedded configuration, or a YAML file.
 
     Any key of the configuration is an option here, which overrides the file: --max-steps 20 --beta 0.01
     --eval-rewards '[scene, jpeg]'. Relative paths start at the current folder.
 
     The run's folder, output_dir, receives the weights (best/, final/), checkpoints/, metrics.jsonl, evaluations.jsonl,
-    config.yaml, samples/, plots/ and a model card. Ctrl-C ends it with a checkpoint.
+    config.yaml, samples/, plots/ and a model card. Ctrl-C ends it with a checkpoint. With `ask: true` and no terminal
+    to ask at, a run whose rewards disagree ends with a checkpoint and exit code 3.
     """
     if config.startswith("-"):
         raise InputError(f"{config}: the configuration comes first: steer finetune CONFIG --KEY VALUE …")
     words = parse_overrides(overrides) | ({} if device is None else {"device": device})
     if missing := [package for package in ("pydantic", "peft") if find_spec(package) is None]:
         raise InputError(f"finetuning needs {missing[0]}: pip install 'steer-diffusion[train]'")
+    from steer.apps.asking import UNANSWERED_EXIT
     from steer.apps.finetuning import finetune as run
     from steer.apps.finetuning import read_config, summary
+    from steer.pipelines.training.asking import UNANSWERED
     from steer.pipelines.training.trainer import INTERRUPTED
 
     config_values = read_config(config, words)
-    result = run(config_values, resume)
+    result = run(config_values, resume, yes)
+    if result.stopped == UNANSWERED:
+        if is_main_process():
+            click.echo(f"steer: update {result.step} needs an answer; to continue, add --resume --yes", err=True)
+        raise SystemExit(UNANSWERED_EXIT)
     if result.stopped == INTERRUPTED:
         if is_main_process():
             click.echo(f"steer: interrupted at update {result.step}; run the command again with --resume", err=True)

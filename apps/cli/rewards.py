@@ -102,6 +102,48 @@ def compare(first: str, second: str, images: Path, prompt: str | None, out: Path
 
 
 @rewards.command()
+@click.argument("proxy")
+@click.argument("held_out", metavar="HOLDOUT")
+@IMAGES
+@PROMPT
+@DEVICE
+def usefulness(proxy: str, held_out: str, images: Path, prompt: str | None, device: str | None) -> None:
+    """Find where HOLDOUT peaks as PROXY is optimised, by best-of-n of each prompt's images: a bound for training."""
+    from steer.apps.models import default_device
+    from steer.apps.reward_specs import resolve_reward
+    from steer.apps.scoring import images_with_prompts, render_usefulness, scores_by_prompt
+    from steer.training.overoptimization import point_of_usefulness
+
+    paths, prompts = images_with_prompts(images, prompt)
+    rewards_ = [resolve_reward(spec) for spec in (proxy, held_out)]
+    scores = scores_by_prompt(rewards_, paths, prompts, default_device(device))
+    click.echo(render_usefulness(point_of_usefulness(*scores), rewards_[0].name))
+
+
+@rewards.command()
+@click.argument("proxy")
+@click.argument("held_out", metavar="HOLDOUT")
+@IMAGES
+@PROMPT
+@click.option("--keep", type=click.IntRange(2), help="Samples of a prompt to keep.  [default: half]")
+@DEVICE
+def reliability(
+    proxy: str, held_out: str, images: Path, prompt: str | None, keep: int | None, device: str | None
+) -> None:
+    """Measure how well PROXY predicts HOLDOUT among the samples that each `sample_filter` of a training keeps."""
+    from steer.apps.models import default_device
+    from steer.apps.reward_specs import resolve_reward
+    from steer.apps.scoring import images_with_prompts, render_reliability, scores_by_prompt
+    from steer.training.signals import filter_reliability
+
+    paths, prompts = images_with_prompts(images, prompt)
+    rewards_ = [resolve_reward(spec) for spec in (proxy, held_out)]
+    scores = scores_by_prompt(rewards_, paths, prompts, default_device(device))
+    kept = keep or max(2, scores[0].shape[1] // 2)
+    click.echo(render_reliability(filter_reliability(*scores, kept), kept))
+
+
+@rewards.command()
 @click.argument("reward")
 @IMAGES
 @PROMPT

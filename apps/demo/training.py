@@ -21,7 +21,7 @@ from steer.pipelines.training.method import Record, TrainingResult
 from steer.pipelines.training.preference_data import sampling_config_of
 from steer.pipelines.training.preference_files import PREFERENCES
 from steer.pipelines.training.state import LOG_FILES
-from steer.pipelines.training.trainer import INTERRUPTED
+from steer.pipelines.training.trainer import PAUSED
 from steer.training.trainable import get_denoiser
 
 CONFIGURATIONS = {"d3po": "d3po-scenes", "prdp": "prdp-scenes", "choices": "d3po-scenes"}
@@ -176,7 +176,7 @@ def train(config: FinetuneConfig, resume: bool, ticket: Ticket) -> None:
     trainer = config.trainer(pipe, **data, callbacks=[Progress(ticket, out)], run_config=config_dict)
     with wrap_errors("the training", CHECKPOINT_HINT, MEMORY_HINT):
         result = trainer.train(resume_from_checkpoint=resume)
-    if result.stopped != INTERRUPTED:
+    if result.stopped not in PAUSED:
         write_report(trainer, result)
         ticket.say(Trained(result, _weights(config, result), _write_archive(out)))
 

@@ -1,6 +1,5 @@
 """Analyses beside the contender tables: over-optimisation of a proxy reward, optimised noise."""
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from steer.pipelines.fk_steering import FKSteeringPipeline
 from steer.pipelines.reno import Backprop, ReNOPipeline
 from steer.pipelines.selection import BestOfNPipeline
 from steer.rewards.compose import mean, mean_minus_std, worst
+from steer.training.overoptimization import best_of_n_kl, expected_best
 
 PROMPTS_PER_CALL = 8
 LAM = 25.0  # of Feynman–Kac steering, chosen on scenes-tuning, never on the held-out prompts
@@ -83,23 +83,6 @@ SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 COLOURS = ("#832db6", "#e76300", "#3f90da", "#a96b59", "#bd1f01", "#94a4a2")
 
 
-def kl_of_best_of_n(n: int) -> float:
-    """An upper bound of the KL from the base model, nats: log n − (n − 1)/n (arXiv 2204.05862, 2401.01879)."""
-    return math.log(n) - (n - 1) / n
-
-
-def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
-    """E[value of the image that the proxy likes best among n], for each prompt (P,), over all n-subsets of M images.
-
-    The k-th of M images, worst first, is the best of a random n-subset with probability C(k−1, n−1) / C(M, n): an
-    unbiased estimate from one sample of M (arXiv 2112.09332, appendix I). proxy, value: (P, M).
-    """
-    total = proxy.shape[1]
-    chance = [math.comb(k - 1, n - 1) / math.comb(total, n) for k in range(1, total + 1)]
-    order = proxy.argsort(dim=1, stable=True)
-    return (value.double().gather(1, order) * torch.tensor(chance, dtype=torch.float64)).sum(1)
-
-
 def curves(report: Mapping[str, Any], ensemble: str) -> Figures:
     """Measure best-of-n by every proxy: its standardised score and the exact reward of its picks, with intervals.
 
@@ -137,7 +120,7 @@ def curves(report: Mapping[str, Any], ensemble: str) -> Figures:
         "images": gold.shape[1],
         "ensemble": ensemble,
         "n": list(SIZES),
-        "kl": [round(kl_of_best_of_n(n), 3) for n in SIZES],
+        "kl": [round(best_of_n_kl(n), 3) for n in SIZES],
         "proxies": {name: curve(some) for name, some in proxies.items()},
         "against_one_member": {
             name: [interval(gold_of(name, n) - gold_of("one member", n)) for n in SIZES] for name in proxies

@@ -76,6 +76,11 @@ class TrainingConfig(Settings):
     num_generations_eval  images per held-out prompt
     early_stopping_patience  evaluations in a row with a higher trained and a lower held-out reward that end the
                          training, see `steer.training.guards.EarlyStopping`; 0: never
+    ask                  ask whether to continue where the rewards of an evaluation disagree about its gain since the
+                         best earlier one, so far that asking is worth more than ask_cost; no: the best weights are
+                         kept. A run without anybody to ask ends with a checkpoint
+    ask_cost             in standard deviations of the rewards among the images of the first evaluation, see
+                         `steer.training.guards.value_of_asking`
     save_steps           updates between checkpoints
     save_total_limit     newest checkpoints to keep; the best by the held-out reward stays as well
     log_with             trackers, as in accelerate: tensorboard, wandb, trackio …
@@ -120,6 +125,8 @@ class TrainingConfig(Settings):
     eval_steps: int = argument(20, "[1, inf]")
     num_generations_eval: int = argument(1, "[1, inf]")
     early_stopping_patience: int = argument(0, "[0, inf]")
+    ask: bool = False
+    ask_cost: float = argument(0.05, "[0, inf)")
     save_steps: int = argument(20, "[1, inf]")
     save_total_limit: int = argument(2, "[1, inf]")
     log_with: tuple[str, ...] = ()

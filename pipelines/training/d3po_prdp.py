@@ -1,14 +1,14 @@
-"""Finetuning by comparing samples of one prompt: D3PO (arXiv 2311.13231) and PRDP (arXiv 2402.08714)."""
+"""Finetuning by comparing samples of one prompt: D3PO (2311.13231), PRDP (2402.08714) and BRAIn (2402.02479)."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from steer.pipelines.training.config import LossConfig
 from steer.pipelines.training.method import Scored
 from steer.pipelines.training.trainer import LossTrainer
-from steer.training.losses import D3PO, PRDP, D3POTrajectory
+from steer.training.losses import D3PO, PRDP, BRAIn, D3POTrajectory
 
 
 @dataclass(frozen=True)
@@ -75,3 +75,35 @@ class PRDPTrainer(LossTrainer[PRDPConfig]):
     """Regression of reward differences on those of log pθ/p_ref, with proximal updates: stable on many prompts."""
 
     config_class = PRDPConfig
+
+
+@dataclass(frozen=True)
+class BRAInConfig(LossConfig):
+    """TrainingConfig with the options of BRAIn.
+
+    gamma  γ, in the unit of the reward: samples that differ by γ differ by a factor e in the probability of being good
+    form   of that probability: exp(r/γ), or sigmoid((r − r̄)/γ) about the mean of a prompt's samples
+    clip   ε in nats: how far log pθ of a step may move from its value when the samples were drawn
+    """
+
+    title: ClassVar[str] = "BRAIn"
+    paper: ClassVar[tuple[str, str]] = (
+        "BRAIn: Bayesian Reward-conditioned Amortized Inference for natural language generation from feedback",
+        "2402.02479",
+    )
+
+    gamma: float = BRAIn.gamma
+    form: Literal["exp", "sigmoid"] = BRAIn.form
+    clip: float = BRAIn.clip
+
+    def loss(self) -> BRAIn:
+        return BRAIn(gamma=self.gamma, form=self.form, clip=self.clip)
+
+
+class BRAInTrainer(LossTrainer[BRAInConfig]):
+    """BRAIn (arXiv 2402.02479): distil the reference conditioned on being good, from all samples of a prompt at once.
+
+    BRAInTrainer(pipe, "hpsv2.1", BRAInConfig(gamma=0.01), train_prompts=prompts).train()
+    """
+
+    config_class = BRAInConfig

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,8 +12,12 @@ from torch import Generator, Tensor
 
 from steer.pipelines.training.config import TrainingConfig
 from steer.pipelines.training.method import OnChunk, rows_of, sampler_of
-from steer.reward import Reward, Texts, mean_over_frames, score_components
+from steer.pipelines.training.signals import unwrapped
+from steer.reward import Reward, Scores, Texts, compare, mean_over_frames, score_components
+from steer.rewards.judges import Tournament
+from steer.rewards.learned import LearnedReward
 from steer.training.distributed import DistributedContext
+from steer.training.forward import Policy
 from steer.training.rollout import Rows, Sampler, Trajectories
 from steer.training.signals import within_prompt_correlation
 
@@ -23,13 +28,15 @@ BOOTSTRAP_RESAMPLES = 10_000  # of the bootstrap
 class EvalResult:
     """An evaluation after `step` updates of P prompts × K: rewards (P, K) by name, the trained one first; diversity,
     the mean distance between two samples of a prompt (root mean square of the pixels' differences, or the share of
-    tokens that differ, 0..1; 0 for K = 1); the images (P·K, 3, H, W), or the texts."""
+    tokens that differ, 0..1; 0 for K = 1); the images (P·K, 3, H, W), or the texts; members (P, K), of an ensemble that
+    is trained on."""
 
     step: int
     prompts: tuple[str, ...]
     rewards: Mapping[str, Tensor]
     diversity: float
     images: Any
+    members: Mapping[str, Tensor] = field(default_factory=dict)
 
     def means(self) -> tuple[float, float]:
         """Return the means of the trained reward and the first held-out one (the trained one where there is none)."""
@@ -46,24 +53,34 @@ class EvalResult:
         deviations = {
             f"eval/deviation/{name}": values.double().std(correction=0).item() for name, values in self.rewards.items()
         }
+        members = {f"member/{name}": values.double() for name, values in self.members.items()}
+        deviations |= {f"eval/deviation/{name}": values.std(correction=0).item() for name, values in members.items()}
+        means = {f"eval/{name}": values.mean().item() for name, values in members.items()}
         trained, *held_out = self.rewards
         correlations = {
             f"eval/correlation/{name}": within_prompt_correlation(self.rewards[trained], self.rewards[name])
             for name in held_out
         }
         known = {name: value for name, value in correlations.items() if math.isfinite(value)}
-        return {"step": self.step, **intervals, **deviations, **known, "eval/diversity": self.diversity}
+        return {"step": self.step, **intervals, **means, **deviations, **known, "eval/diversity": self.diversity}
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """The prompts and rewards of all evaluations of a run, how samples are drawn, and the conditions by prompt."""
+    """The prompts and rewards of all evaluations of a run, how samples are drawn, and the conditions by prompt.
+
+    A tournament, whose win rates within one policy are ½, is evaluated by its judge's P(image ≻ image of the reference
+    from the same noise), the win rate against the model before the training.
+
+    base  images of the reference by the number of their chunk, drawn once per process
+    """
 
     prompts: Sequence[str]
     trained: Reward
     held_out: Sequence[Reward]
     draw: Callable[[Sampler, Rows], tuple[Trajectories, Tensor]] = Sampler.rollout
     conditions: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    base: dict[int, Tensor] = field(default_factory=dict)
 
     def evaluate(
         self,
@@ -73,29 +90,49 @@ class Evaluator:
         prepared: Any,
         before: OnChunk,
         context: DistributedContext,
+        reference: Policy = nullcontext,
     ) -> EvalResult:
         """Evaluate the same prompts and seeds at every step; the processes take turns with chunks of them."""
         size, sampler = config.num_generations_eval, sampler_of(pipe, config, prepared, "model", self.conditions)
         chunks = rows_of(self.prompts, size, config.seed, "evaluation", shared_start=False).split(config.micro_batch)
         rewards = {reward.name: reward for reward in (self.trained, *self.held_out)}
-        collected: list[tuple[int, Any, list[Tensor]]] = []
+        ensemble = isinstance(unwrapped(self.trained), LearnedReward)
+        judged = any(isinstance(unwrapped(one), Tournament) for one in rewards.values())
+        collected: list[tuple[int, Any, list[Tensor], dict[str, Tensor]]] = []
         for turn in range(0, len(chunks), context.world_size):
             # All processes sample in every turn, as a sharded denoiser requires; duplicates are left out.
             number = min(turn + context.rank, len(chunks) - 1)
             before()
             rows = chunks[number]
-            images = sampler.ode_images(rows) if config.evaluates_by_ode else self.draw(sampler, rows)[1]
+            images = self._images(sampler, rows, config)
+            if judged and number not in self.base:
+                with reference():
+                    self.base[number] = self._images(sampler, rows, config)
             if turn + context.rank < len(chunks):
                 # Scored on the device of the pipeline, and only then moved to the CPU.
-                scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]
                 with torch.no_grad():
-                    scores = [mean_over_frames(images, scorer)[0] for scorer in scorers]
-                collected.append((number, images if isinstance(images, Texts) else images.cpu(), scores))
-        _, drawn, chunk_scores = zip(*sorted(context.gather(collected), key=lambda one: one[0]), strict=True)
+                    results = [self._score(one, images, rows.prompts, number) for one in rewards.values()]
+                members = results[0][1] if ensemble else {}
+                own = images if isinstance(images, Texts) else images.cpu()
+                collected.append((number, own, [scores for scores, _ in results], members))
+        in_order = sorted(context.gather(collected), key=lambda one: one[0])
+        _, drawn, chunk_scores, chunk_members = zip(*in_order, strict=True)
         columns = zip(rewards, zip(*chunk_scores, strict=True), strict=True)
         scored = {name: torch.cat(column).view(-1, size) for name, column in columns}
+        names = chunk_members[0] if len(chunk_members[0]) > 1 else ()
+        by_member = {name: torch.cat([some[name] for some in chunk_members]).view(-1, size) for name in names}
         images = _concatenate(drawn)
-        return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images)
+        return EvalResult(step, tuple(self.prompts), scored, diversity(images, size), images, by_member)
+
+    def _images(self, sampler: Sampler, rows: Rows, config: TrainingConfig) -> Tensor:
+        return sampler.ode_images(rows) if config.evaluates_by_ode else self.draw(sampler, rows)[1]
+
+    def _score(self, reward: Reward, images: Tensor, prompts: Sequence[str], number: int) -> Scores:
+        """Return the scores (N,) of a chunk, and of the reward's components."""
+        if not isinstance(tournament := unwrapped(reward), Tournament):
+            return mean_over_frames(images, partial(score_components, reward, prompts=prompts))
+        both = torch.cat([images, self.base[number]])
+        return mean_over_frames(both, lambda some: (compare(tournament.judge, *some.chunk(2), prompts), {}))
 
 
 def _concatenate(drawn: Sequence[Any]) -> Any:

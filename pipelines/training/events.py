@@ -79,6 +79,11 @@ class StopRequest:
         if self._agreed(self.requested):
             raise Stopped
 
+    def check_own(self) -> None:
+        """Raise Stopped once the end is requested of this process, without a word to the others."""
+        if self.requested:
+            raise Stopped
+
     def _request(self, number: int, frame: FrameType | None) -> None:
         # Ctrl-C a second time: at once. Launchers send signals twice, but not so far apart.
         if self.requested and number == signal.SIGINT and time.monotonic() - self._first > SIGNAL_INTERVAL:

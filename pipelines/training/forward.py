@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, Unpack
+from typing import Any, ClassVar, TypeVar, Unpack
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from steer.pipelines.training.trainer import RolloutSource, Trainer
 from steer.training.forward import forward_gradient
 from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics, group_advantages
-from steer.training.losses.forward import AWM, NFT, RAM, DiffusionDPO, ForwardLoss
+from steer.training.losses.forward import AWM, NFT, RAM, DiffusionDPO, ForwardLoss, Weighting
 from steer.training.rollout import Rows, Sampler, StepWindow, Trajectories
 
 PATH_PENALTIES = ("kl_weight", "kl_target_nats", "kl_budget_nats", "chi_square_weight")
@@ -170,7 +170,8 @@ class AWMConfig(ForwardConfig):
 
     clip            ε of the ratio of matching losses
     advantage_clip  advantages are clipped to ± this
-    weighting       of noise levels: uniform, noise (t) or noise-squared (t²), with t = σ/(α + σ)
+    weighting       of noise levels: uniform, noise (t) or noise-squared (t²), with t = σ/(α + σ); huber: t times
+                    the root of the matching loss
     """
 
     title: ClassVar[str] = "AWM"
@@ -181,7 +182,7 @@ class AWMConfig(ForwardConfig):
 
     clip: float = AWM.clip
     advantage_clip: float = AWM.advantage_clip
-    weighting: Literal["uniform", "noise", "noise-squared"] = AWM.weighting
+    weighting: Weighting = AWM.weighting
 
     def loss(self) -> AWM:
         return AWM(clip=self.clip, advantage_clip=self.advantage_clip, weighting=self.weighting)

@@ -23,6 +23,7 @@ from steer.diffusion.seeds import derived_seed
 from steer.diffusion.step_hooks import plain_values
 from steer.errors import InputError
 from steer.files import write_text
+from steer.pipelines.training.asking import REFUSED, UNANSWERED, OnQuestion, ask, question_of
 from steer.pipelines.training.config import LossConfig, TrainingConfig
 from steer.pipelines.training.distributed import AccelerateContext, main_first
 from steer.pipelines.training.evaluation import Evaluator
@@ -57,6 +58,7 @@ from steer.training.signals import kept_samples
 from steer.training.trainable import FullFinetuning, LoRA, Trainable, fingerprint, get_denoiser, whole
 
 INTERRUPTED = "interrupted"
+PAUSED = (INTERRUPTED, UNANSWERED)  # reasons of an end that is not one: nothing is exported
 LossConfigT = TypeVar("LossConfigT", bound=LossConfig)
 
 
@@ -97,6 +99,8 @@ class Trainer(TrainingMethod[ConfigT]):
                    on_log (`logs`: the metrics of an update), on_evaluate (`metrics`, and `evaluation`: an EvalResult
                    with images), on_save, on_train_end. They are called in every process, and may set
                    should_training_stop, should_save and should_evaluate of their TrainerControl.
+    on_question    answers the questions of `config.ask` (`asking.OnQuestion`); without it they end the run with a
+                   checkpoint, and are asked again when it is resumed
     run_config     plain values that describe the run, in its checkpoints and model card
 
     Raises InputError for arguments that do not fit.
@@ -104,6 +108,7 @@ class Trainer(TrainingMethod[ConfigT]):
 
     config_class: ClassVar[type[TrainingConfig]]
     takes_preferences: ClassVar[bool] = False
+    read_reward = staticmethod(load_reward)
 
     def __init__(
         self,
@@ -120,6 +125,7 @@ class Trainer(TrainingMethod[ConfigT]):
         conditions: Sequence[Mapping[str, Any]] | None = None,
         eval_conditions: Sequence[Mapping[str, Any]] | None = None,
         callbacks: Sequence[Any] = (),
+        on_question: OnQuestion | None = None,
         run_config: Mapping[str, Any] | None = None,
     ) -> None:
         if preferences is not None and not self.takes_preferences:
@@ -132,7 +138,7 @@ class Trainer(TrainingMethod[ConfigT]):
             raise InputError("reward is missing: give one to train on, or preferences (D3PO, DPO)")
         if config is None and preferences is not None:
             config = self.config_class(**self.preference_defaults(preferences))
-        super().__init__(pipe, NoReward() if reward is None else reward)
+        super().__init__(pipe, NoReward() if reward is None else self.read_reward(reward))
         self.config = self._own_config(config)
         if preferences is not None and self.config.evaluates_by_ode:
             raise InputError(
@@ -145,7 +151,7 @@ class Trainer(TrainingMethod[ConfigT]):
         self.metadata, self.eval_metadata = metadata, eval_metadata
         self.conditions, self.eval_conditions = conditions, eval_conditions
         self.conditions_by_prompt: dict[str, Mapping[str, Any]] = {}
-        self.callbacks, self.run_config = tuple(callbacks), run_config
+        self.callbacks, self.on_question, self.run_config = tuple(callbacks), on_question, run_config
         self._run: TrainingRun | None = None
         names = [one.name for one in self._rewards()]
         if twice := [name for place, name in enumerate(names) if name in names[:place]]:
@@ -228,10 +234,13 @@ class Trainer(TrainingMethod[ConfigT]):
                 "early_stopping_patience compares a held-out reward: give eval_prompts and eval_rewards, or "
                 "early_stopping_patience 0"
             )
+        if self.config.ask and not (self.eval_prompts and others):
+            raise InputError("ask compares several rewards: give eval_prompts and eval_rewards, or leave it out")
         return Evaluator(self.held_out(), first, others, self.draw, self.conditions_by_prompt)
 
     def _rewards(self) -> list[Reward]:
-        return [one for one in (self.reward, *self.eval_rewards) if not isinstance(one, NoReward)]
+        both = (self.reward, *self.eval_rewards)
+        return [one for one in both if not isinstance(one, NoReward)]
 
     def describe(self) -> dict[str, Any]:
         """The run as plain values: `run_config`, or the model, the reward and the configuration."""
@@ -416,6 +425,7 @@ class TrainingRun:
                 while True:
                     self._evaluate_if_due(request)
                     self._stop_if_overoptimized()
+                    self._ask_if_uncertain(request)
                     asked = self.events.asked("should_save")
                     if asked or (state.step and state.step % self.config.save_steps == 0):
                         self._save()
@@ -537,6 +547,12 @@ class TrainingRun:
                 f"in a row: the weights of update {early_stopping.best_step} are kept"
             )
 
+    def _ask_if_uncertain(self, request: StopRequest) -> None:
+        """Ask after an evaluation, and after resuming at one, where its rewards disagree."""
+        if not self.stopped and (question := question_of(self.state, self.config)) is not None:
+            self._save()  # an answer may take long
+            self.stopped = ask(question, self.trainer.on_question, request, self.context)
+
     def _evaluate_if_due(self, request: StopRequest) -> None:
         """Evaluate at the start, every `eval_steps`, at the end and where a callback asks for it."""
         state, every = self.state, self.config.eval_steps
@@ -546,7 +562,8 @@ class TrainingRun:
             return
         with state.ema_weights():
             pipe, check = self.trainer.pipe, request.check
-            result = self.evaluator.evaluate(pipe, self.config, state.step, self.prepared, check, self.context)
+            given = (pipe, self.config, state.step, self.prepared, check, self.context, state.trainable.reference)
+            result = self.evaluator.evaluate(*given)
             record = result.record()
             self.events.call("on_evaluate", metrics=record, evaluation=result)
             state.early_stopping = state.early_stopping.after(state.step, *result.means())
@@ -571,10 +588,11 @@ class TrainingRun:
 
     def _export_result(self) -> TrainingResult:
         state, weights, of = self.state, None, None
-        if self.stopped != INTERRUPTED:
-            num_overoptimized = state.early_stopping.stop() and state.early_stopping.best_step is not None
-            of = state.early_stopping.best_step if num_overoptimized else state.step
-            if num_overoptimized:
+        if self.stopped not in PAUSED:
+            keeps_best = self.stopped == REFUSED or state.early_stopping.stop()
+            keeps_best = keeps_best and state.early_stopping.best_step is not None
+            of = state.early_stopping.best_step if keeps_best else state.step
+            if keeps_best:
                 self.folder.load_best(state)
             elif state.ema:
                 state.ema.copy_to(state.parameters)  # the pipeline stays what is evaluated and exported
@@ -603,6 +621,8 @@ RESUMABLE_FIELDS = {
     "gradient_checkpointing",
     "eval_steps",
     "early_stopping_patience",
+    "ask",
+    "ask_cost",
     "save_steps",
     "save_total_limit",
     "kl_budget_nats",

@@ -18,6 +18,63 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def expected_best(proxy: Tensor, value: Tensor, n: int) -> Tensor:
+    """E[value of the sample that the proxy likes best among n], for each prompt (P,), over all n-subsets of K samples.
+
+    The k-th of K samples, worst first, is the best of a random n-subset with probability C(k−1, n−1) / C(K, n): an
+    unbiased estimate from one sample of K (arXiv 2112.09332, appendix I). proxy, value: (P, K).
+    """
+    total = proxy.shape[1]
+    chance = [math.comb(k - 1, n - 1) / math.comb(total, n) for k in range(1, total + 1)]
+    order = proxy.argsort(dim=1, stable=True)
+    return (value.double().gather(1, order) * torch.tensor(chance, dtype=torch.float64)).sum(1)
+
+
+@dataclass(frozen=True)
+class Usefulness:
+    """The point up to which a proxy is useful: where the held-out reward of the best of n by it is highest.
+
+    n         at the peak
+    proxy     mean of the proxy there: the bound to give a constraint
+    interval  95 % bootstrap interval of it over the prompts
+    gain      of the held-out reward there, over one sample
+    rising    whether the peak is at the last n, so that the point lies beyond these samples
+    """
+
+    n: int
+    proxy: float
+    interval: tuple[float, float]
+    gain: float
+    rising: bool
+
+
+def point_of_usefulness(proxy: Tensor, held_out: Tensor, resamples: int = 2000) -> Usefulness:
+    """Return the point of usefulness (after arXiv 2310.04373, sec. 4) of a proxy, from samples alone.
+
+    proxy, held_out  (P, K), K ≥ 2 samples of each prompt. Raises InputError for other shapes.
+    """
+    if proxy.dim() != 2 or proxy.shape != held_out.shape or proxy.shape[1] < 2:
+        raise InputError(
+            f"proxy and held-out scores must both be (prompts, samples) with 2 samples or more, got "
+            f"{tuple(proxy.shape)} and {tuple(held_out.shape)}"
+        )
+    counts = range(1, proxy.shape[1] + 1)
+    curves = [torch.stack([expected_best(proxy, one, n) for n in counts], 1) for one in (proxy, held_out)]  # (P, K)
+    generator = torch.Generator().manual_seed(0)
+    prompts = proxy.shape[0]
+    drawn = torch.randint(prompts, (resamples, prompts), generator=generator)
+    shares = torch.zeros(resamples, prompts, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.full(drawn.shape, 1 / prompts, dtype=torch.float64)
+    )
+    proxies, truths = (shares @ curve for curve in curves)  # (resamples, K)
+    peaks = proxies.gather(1, truths.argmax(1, keepdim=True)).flatten()
+    low, high = peaks.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    mean_proxy, mean_truth = (curve.mean(0) for curve in curves)
+    place = int(mean_truth.argmax())
+    gain = (mean_truth[place] - mean_truth[0]).item()
+    return Usefulness(place + 1, mean_proxy[place].item(), (low, high), gain, place + 1 == proxy.shape[1])
+
+
 @dataclass(frozen=True)
 class RewardCurve:
     """R(d) over d = √KL: d(α − β log d) of finetuning, d(α − β d) of best-of-n (arXiv 2210.10760, sec. 3.2).

@@ -248,6 +248,95 @@ def _differences(values: Tensor) -> Tensor:
     return values[:, a] - values[:, b]
 
 
+# Self-play against a judge: DNO (arXiv 2404.03715). With r_t = E_{y ~ π_t} P(x ≻ y), the win rate against the
+# policy π_t that drew the samples, and for each pair (a, b) of one prompt:
+#
+# z    = β Σ_t log π/π_t (a) − the same of b
+# loss = mean over pairs of −c log sigmoid(z) − (1 − c) log sigmoid(−z),   c = sigmoid((r_t^a − r_t^b)/T)
+#
+# At T = 1 it is minimised by π ∝ π_t exp(r_t/β), soft policy iteration: the average of the iterates approaches the Nash
+# equilibrium of the judge's game, which exists also where preferences have no order.
+
+
+@dataclass(frozen=True)
+class DNO(Settings):
+    """Direct Nash optimisation: differences of win rates as soft labels, about the policy that drew the samples.
+
+    beta         > 0, per `unit`, as of D3POTrajectory: the smaller, the further a rollout moves the policy
+    temperature  T > 0 of the labels: 1 as published, near 0 for winners and losers (its practical form)
+    unit         of the log-probabilities: element or nat
+
+    Takes win rates (B, K), K ≥ 2. Metrics: accuracy, the fraction of pairs of different win rates that log π/π_t ranks
+    alike, ties half; labels, the mean of |2c − 1|.
+    """
+
+    beta: float = argument(0.1, "(0, inf)")
+    temperature: float = argument(1.0, "(0, inf)")
+    unit: Unit = "element"
+    whole_trajectory: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = False
+    uses_reference: ClassVar[bool] = False
+
+    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
+        rewards, scaled = checked_rewards(log_probs, rewards, group=2), log_probs.per(self.unit)
+        moved = (scaled.new - scaled.old.detach()).sum(-1)  # log π/π_t (B, K)
+        logits = self.beta * _differences(moved)
+        labels = torch.sigmoid(_differences(rewards) / self.temperature)
+        loss = -(labels * logsigmoid(logits) + (1 - labels) * logsigmoid(-logits)).mean()
+        return loss, {
+            "accuracy": accuracy(moved, rewards[:, :, None] > rewards[:, None, :]),
+            "labels": float((2 * labels - 1).abs().mean()),
+        }
+
+
+# Distillation of a posterior: BRAIn (arXiv 2402.02479). With G the event that a sample is good, p(G | τ) ∝ exp(r/γ), or
+# sigmoid((r − r̄)/γ), the target is p_ref(τ | G) ∝ p_ref(τ) p(G | τ). Over a prompt's K samples of π_old:
+#
+# α    = softmax_K[log p_ref/π_old (τ) + log p(G | τ)],   β = softmax_K[log π/π_old (τ)]
+# loss = −Σ α log β,   gradient −Σ (α − β) ∇log π(τ): β is the self-normalised baseline
+#
+# It is the listwise form of PRDP: α = β for all samples exactly where π(τ) ∝ p_ref(τ) p(G | τ). With two samples, the
+# arg max in place of α and π_old = p_ref it is DPO.
+
+
+@dataclass(frozen=True)
+class BRAIn(Settings):
+    """BRAIn: all samples of a prompt at once, towards the reference conditioned on being good.
+
+    gamma  γ > 0, in the unit of the reward: differences of γ are a factor e in p(G | τ)
+    form   of p(G | τ): exp(r/γ); or sigmoid((r − r̄)/γ) about the mean of the prompt's samples, which ranks less by the
+           very best
+    clip   ε > 0, nats per step, inf for none: a sample's step beyond π_old by more has no gradient, as in PRDP
+    unit   of the log-probabilities in both softmaxes. In nats these have one entry of 1 as soon as samples differ by a
+           few nats; per element the optimum of exp is p_ref exp(D r/γ)
+
+    Takes rewards (B, K), K ≥ 2. Metrics: ess, the effective share of samples in α, (0, 1]; clipped, the fraction of
+    steps out of range.
+    """
+
+    gamma: float = argument(1.0, "(0, inf)")
+    form: Literal["exp", "sigmoid"] = "exp"
+    clip: float = argument(0.1, "(0, inf]")
+    unit: Unit = "element"
+    whole_trajectory: ClassVar[bool] = True
+    stepwise: ClassVar[bool] = False
+
+    def __call__(self, log_probs: LogProbs, rewards: Tensor) -> tuple[Tensor, Metrics]:
+        rewards = checked_rewards(log_probs, rewards, group=2)
+        scale = 1 / log_probs.elements if self.unit == "element" else 1.0
+        old = log_probs.old.detach()
+        good = rewards / self.gamma
+        if self.form == "sigmoid":
+            good = logsigmoid(good - good.mean(1, keepdim=True))
+        alpha = (scale * (log_probs.required_reference() - old).sum(-1) + good).softmax(1)
+        moved = log_probs.new - old  # (B, K, T)
+        proximal = moved.clamp(-self.clip, self.clip)
+        losses = [-(alpha * (scale * one.sum(-1)).log_softmax(1)).sum(1) for one in (moved, proximal)]
+        ess = 1 / alpha.square().sum(1) / alpha.shape[1]
+        clipped = (proximal != moved).float().mean()
+        return torch.maximum(*losses).mean(), {"ess": float(ess.mean()), "clipped": float(clipped)}
+
+
 # Importance-sampled policy gradients: DDPO (arXiv 2305.13301) and GRPO (Flow-GRPO, arXiv 2505.05470). With the ratio
 # ρ_t = π(x_s | x_t)/π_old(x_s | x_t) and an advantage A per sample, both minimise PPO's (arXiv 1707.06347)
 #

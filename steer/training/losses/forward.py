@@ -15,7 +15,8 @@ from torch.nn.functional import logsigmoid
 from steer.arguments import Settings, argument
 from steer.errors import InputError
 
-SMALLEST_ERROR = 1e-5  # of |x̂0 − x0|, by which NFT divides
+Weighting = Literal["uniform", "noise", "noise-squared", "huber"]
+SMALLEST_ERROR = 1e-5  # of |x̂0 − x0|, by which NFT divides, and of the root of AWM's huber
 
 
 @dataclass(frozen=True)
@@ -147,24 +148,31 @@ class AWM(Settings):
 
     clip            ε > 0 of the ratio, inf for none
     advantage_clip  advantages are clipped to ± this
-    weighting       w(t): uniform 1, noise t, or noise-squared t², with t = σ/(α + σ)
+    weighting       w(t): uniform 1, noise t, or noise-squared t², with t = σ/(α + σ); huber: ℓ = −t ‖o − o*‖, a root in
+                    place of the square, by which few elements of large errors count less
 
     Takes advantages (N,), as GRPO's.
     """
 
     clip: float = argument(0.2, "(0, inf]")
     advantage_clip: float = argument(5.0, "(0, inf]")
-    weighting: Literal["uniform", "noise", "noise-squared"] = "uniform"
+    weighting: Weighting = "uniform"
     uses_old: ClassVar[bool] = True
     uses_reference: ClassVar[bool] = False
 
     def __call__(self, predictions: NoisyPredictions, signal: Tensor) -> tuple[Tensor, SampleMetrics]:
-        power = {"uniform": 0, "noise": 1, "noise-squared": 2}[self.weighting]
-        weight, negated = predictions.noise**power, -signal.clamp(-self.advantage_clip, self.advantage_clip)
-        old = predictions.error(predictions.sampling_policy())
-        ratio = (weight * (old - predictions.error(predictions.new))).exp()
+        negated = -signal.clamp(-self.advantage_clip, self.advantage_clip)
+        new, old = (self._error(predictions, one) for one in (predictions.new, predictions.sampling_policy()))
+        ratio = (old - new).exp()
         loss = torch.maximum(negated * ratio, negated * ratio.clamp(1 - self.clip, 1 + self.clip))
         return loss, {"clipped": ((ratio.detach() - 1).abs() > self.clip).float()}
+
+    def _error(self, predictions: NoisyPredictions, output: Tensor) -> Tensor:
+        """Return −ℓ (N,)."""
+        error = predictions.error(output)
+        if self.weighting == "huber":
+            return predictions.noise * ((error + SMALLEST_ERROR**2).sqrt() - SMALLEST_ERROR)
+        return predictions.noise ** {"uniform": 0, "noise": 1, "noise-squared": 2}[self.weighting] * error
 
 
 @dataclass(frozen=True)

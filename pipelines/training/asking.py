@@ -1,0 +1,85 @@
+"""Asking a person whether a run is to continue, where its rewards disagree about the latest evaluation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import fmean, pstdev
+
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.distributed import AccelerateContext
+from steer.pipelines.training.events import Stopped, StopRequest
+from steer.pipelines.training.method import Record
+from steer.pipelines.training.state import RunState
+from steer.training.guards import value_of_asking
+
+PREFIX, MEMBER, DEVIATION = "eval/", "eval/member/", "eval/deviation/"  # of names in the record of an evaluation
+REFUSED = "the answer was no: the best weights by the held-out reward are kept"
+UNANSWERED = "an answer is needed"
+
+
+@dataclass(frozen=True)
+class Question:
+    """Whether to continue after update `step`.
+
+    kept_step  update of the best earlier evaluation, by the first held-out reward
+    gains      of each reward since then, in its standard deviations over the images of the first evaluation: of the
+               trained one, or each member of an ensemble, and the held-out ones
+    mean, deviation  m and s of the gains, over the rewards
+    value      of asking, in the same unit (`steer.training.guards.value_of_asking`)
+    """
+
+    step: int
+    kept_step: int
+    gains: dict[str, float]
+    mean: float
+    deviation: float
+    value: float
+
+
+OnQuestion = Callable[[Question, Callable[[], None]], bool | None]
+"""Answers a question: True to continue, False to end with the best weights, None where nobody can answer. Its second
+argument raises once the run is to end: call it several times a second while you wait."""
+
+
+def question_of(state: RunState, config: TrainingConfig) -> Question | None:
+    """Return the question that is open at the present update of a run; None where there is none.
+
+    There is none before the second evaluation, and where asking is worth at most its cost.
+    """
+    evaluations = state.evaluations
+    if not config.ask or len(evaluations) < 2 or evaluations[-1]["step"] != state.step:
+        return None
+    first, *_, last = evaluations
+    trained, *held_out = [name for name, value in last.items() if isinstance(value, list)]
+    kept = max(evaluations[:-1], key=lambda record: _mean(record, held_out[0]))  # the earliest of equal ones
+    members = [name for name in last if name.startswith(MEMBER)]
+    gains = {}
+    for name in [*(members or [trained]), *held_out]:
+        short = name.removeprefix(PREFIX)
+        gains[short] = (_mean(last, name) - _mean(kept, name)) / (first[f"{DEVIATION}{short}"] or 1.0)
+    mean, deviation = fmean(gains.values()), pstdev(gains.values())
+    value = value_of_asking(mean, deviation)
+    return Question(last["step"], kept["step"], gains, mean, deviation, value) if value > config.ask_cost else None
+
+
+def _mean(record: Record, name: str) -> float:
+    value = record[name]
+    return value[0] if isinstance(value, list) else value
+
+
+def ask(
+    question: Question, on_question: OnQuestion | None, request: StopRequest, context: AccelerateContext
+) -> str | None:
+    """Ask in the main process; return the reason to end the run, None to continue, in all processes.
+
+    Raises Stopped where the run is to end meanwhile.
+    """
+    answer: list[bool | None] = [None]  # empty: the run is to end
+    if context.is_main_process and on_question is not None:
+        try:
+            answer = [on_question(question, request.check_own)]
+        except Stopped:
+            answer = []
+    answer = context.gather([answer])[0]
+    if not answer:
+        raise Stopped
+    return {True: None, False: REFUSED, None: UNANSWERED}[answer[0]]
