@@ -32,6 +32,7 @@ from steer.training.rollout import Sampler
 from steer.training.trainable import LoRA
 
 QUICK = SHORT | {"warmup_steps": 0, "max_steps": 2, "save_steps": 1, "eval_steps": 9}
+PLAIN: dict[str, Any] = {"eval_prompts": (), "eval_rewards": ()}
 TIMES = {"seconds", "images_per_second", "rollout_share", "reward_share", "update_share"}
 
 
@@ -64,12 +65,12 @@ def test_a_schedule_follows_its_closed_form(name: Any, options: dict[str, Any], 
 def test_a_run_is_resumed_with_another_length(tmp_path: Path) -> None:
     """A cosine of two updates, then of four: the rates are those of the present length, at the updates so far."""
     config = config_of("grpo", **QUICK | {"lr_scheduler_type": "cosine"})
-    train("grpo", fresh(), tmp_path, config)
-    result = train("grpo", fresh(), tmp_path, replace(config, max_steps=4))
+    train("grpo", fresh(), tmp_path, config, **PLAIN)
+    result = train("grpo", fresh(), tmp_path, replace(config, max_steps=4), **PLAIN)
     expected = [0.01 * half_cosine(share) for share in (0, 1 / 2, 2 / 4, 3 / 4)]
     assert [record["learning_rate"] for record in result.records] == pytest.approx(expected)
     linear = replace(config, max_steps=5, lr_scheduler_type="linear", learning_rate=0.002)
-    assert train("grpo", fresh(), tmp_path, linear).records[-1]["learning_rate"] == pytest.approx(0.002 / 5)
+    assert train("grpo", fresh(), tmp_path, linear, **PLAIN).records[-1]["learning_rate"] == pytest.approx(0.002 / 5)
 
 
 @pytest.mark.parametrize(
@@ -101,9 +102,9 @@ def test_sgd_is_an_optimiser_too(tmp_path: Path) -> None:
     (weight * torch.tensor([3.0, 4.0])).sum().backward()
     optimiser.step()
     assert weight.tolist() == pytest.approx([2 - 0.1 * (3 + 1), -1 - 0.1 * (4 - 0.5)])
-    assert train("grpo", fresh(), tmp_path, config_of("grpo", **QUICK | {"optim": "sgd"})).step == 2
+    assert train("grpo", fresh(), tmp_path, config_of("grpo", **QUICK | {"optim": "sgd"}), **PLAIN).step == 2
     with pytest.raises(InputError, match="another optim"):
-        train("grpo", fresh(), tmp_path, config_of("grpo", **QUICK | {"max_steps": 3}))
+        train("grpo", fresh(), tmp_path, config_of("grpo", **QUICK | {"max_steps": 3}), **PLAIN)
 
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "lion_8bit"])
@@ -175,7 +176,9 @@ def test_rslora_is_a_lora_of_a_larger_alpha(tmp_path: Path) -> None:
 
 
 def test_adapter_options_train(tmp_path: Path) -> None:
-    result = train("grpo", fresh(), tmp_path, config_of("grpo", **QUICK | {"use_dora": True, "use_rslora": True}))
+    result = train(
+        "grpo", fresh(), tmp_path, config_of("grpo", **QUICK | {"use_dora": True, "use_rslora": True}), **PLAIN
+    )
     assert result.step == 2 and result.records[0]["grad_norm"] > 0
 
 
@@ -216,8 +219,7 @@ def test_asynchronous_rewards_give_the_same_run(tmp_path: Path, monkeypatch: pyt
         monkeypatch.setattr(Sampler, "rollout", counted)
         pipe = fresh()
         config = config_of("grpo", **QUICK | {"asynchronous_rewards": asynchronous})
-        options = {"eval_prompts": (), "eval_rewards": ()}
-        result = train("grpo", pipe, tmp_path / name, config, reward=reward, **options)
+        result = train("grpo", pipe, tmp_path / name, config, reward=reward, **PLAIN)
         records.append([{k: v for k, v in one.items() if k not in TIMES} for one in result.records])
         weights.append({name: value.clone() for name, value in pipe.unet.state_dict().items()})
         assert all(thread.startswith("steer-background") for thread in reward.threads) == asynchronous
@@ -237,7 +239,7 @@ def test_throughput_and_its_shares(tmp_path: Path) -> None:
     config = FinetuneConfig(FinetuneJob("grpo", "jpeg", prompts="x"), GRPOConfig(), SimpleNamespace())  # type: ignore[arg-type]
     line = summary(config, TrainingResult(2, None, None, None, records, ()))
     assert line.startswith("grpo: 2 updates in 16 s (4 images/s: rollouts 12%, rewards 6%, updates 81%), jpeg")
-    result = train("grpo", fresh(), tmp_path, config_of("grpo", **QUICK))
+    result = train("grpo", fresh(), tmp_path, config_of("grpo", **QUICK), **PLAIN)
     logged = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(logged) == len(result.records) == 2
     for record in logged:

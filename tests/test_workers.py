@@ -11,7 +11,7 @@ import pytest
 import torch
 from finetune_runs import PROMPTS, config_of, train
 from test_finetune_run import SHORT, fresh
-from test_training_options import TIMES
+from test_training_options import PLAIN, TIMES
 from torch import Tensor
 
 from steer import GRPOConfig, NFTConfig, NFTTrainer, RewardBackpropConfig, combine
@@ -116,7 +116,9 @@ def test_two_workers_that_die_give_the_run_of_one_process(cluster: None, tmp_pat
     weights, records, killing = [], [], Killing()
     for name, workers in (("one", {}), ("two", {"rollout_workers": 2, "reward_workers": {"brightness": 2}})):
         pipe = fresh()
-        trainer = trainer_of("grpo", pipe, tmp_path / name, config_of("grpo", **SMALL | workers), callbacks=[killing])
+        trainer = trainer_of(
+            "grpo", pipe, tmp_path / name, config_of("grpo", **SMALL | workers), callbacks=[killing], **PLAIN
+        )
         killing.trainer, reward = trainer, trainer.reward
         result = trainer.train()
         assert trainer.reward is reward and trainer.workers is None
@@ -146,7 +148,7 @@ def test_workers_draw_by_the_averaged_policy(cluster: None, tmp_path: Path) -> N
 def test_an_error_of_a_worker_is_the_error_of_the_run(cluster: None, tmp_path: Path) -> None:
     config = config_of("grpo", **SMALL | {"reward_workers": {"broken": 1}})
     with pytest.raises(InputError, match="reward 'broken' failed: ZeroDivisionError"):
-        train("grpo", fresh(), tmp_path, config, reward=Broken(), eval_prompts=(), eval_rewards=())
+        train("grpo", fresh(), tmp_path, config, reward=Broken(), **PLAIN)
 
 
 class Broken(Constant):

@@ -29,6 +29,7 @@ from steer.training.rollout import Rows, StepWindow, Trajectories
 from steer.training.trainable import set_parameter
 
 MAX_RESTARTS = 3  # of one actor, and of one piece of its work
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "FSDP_")  # of torchrun, accelerate
 Samples = tuple[Trajectories, Tensor]
 Draw = Callable[..., Samples]
 
@@ -37,6 +38,8 @@ class RolloutWorker:
     """An actor: a copy of the pipeline that draws micro-batches, by the weights that come with the work."""
 
     def __init__(self, packed: bytes, config: TrainingConfig, draw: Draw, device: str, numerics: "Numerics") -> None:
+        for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
+            del os.environ[name]  # an actor is no process of the launched run, though it may be started by one
         numerics.apply()
         self.pipe, self.config, self._draw = unpack(packed, device), config, draw
         self.trainable = trainable_of(self.pipe, config)
