@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,21 @@ import pytest
 import torch
 from finetune_runs import PROMPTS, config_of, train
 from test_finetune_run import SHORT, fresh
+from test_trainable import image
 from test_training_options import PLAIN, TIMES
 from torch import Tensor
 
 from steer import GRPOConfig, NFTConfig, NFTTrainer, RewardBackpropConfig, combine
 from steer.errors import InputError
 from steer.pipelines.training import config as config_module
-from steer.pipelines.training.workers import num_workers, plain_rewards, with_workers, worker_processes
+from steer.pipelines.training.workers import (
+    num_workers,
+    pack,
+    plain_rewards,
+    unpack,
+    with_workers,
+    worker_processes,
+)
 from steer.reward import score_components, with_metadata, with_timeout
 
 SMALL = SHORT | {"warmup_steps": 0, "max_steps": 3, "eval_steps": 9, "ema_decay": 0.0}
@@ -68,6 +77,20 @@ def test_without_ray_its_installation_is_named(monkeypatch: pytest.MonkeyPatch) 
     for options in ({"rollout_workers": 2}, {"reward_workers": {"jpeg": 1}}):
         with pytest.raises(InputError, match=r"need Ray: pip install 'steer-diffusion\[ray\]'"):
             GRPOConfig(**options)  # type: ignore[arg-type]
+
+
+@needs_ray
+def test_a_pipeline_and_a_reward_arrive_as_they_are() -> None:
+    pipe, reward = fresh(), combine({"brightness": 2, "jpeg": 0.5})
+    again = unpack(pack(pipe, "pipe"), "cpu")
+    images = [image(one) for one in (pipe, again)]
+    assert torch.equal(*images) and again is not pipe
+    scores = [one(images[0], ["a"] * len(images[0])) for one in (reward, unpack(pack(reward, "reward"), "cpu"))]
+    assert torch.equal(*scores)
+    locked = Constant()
+    locked.lock = threading.Lock()  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="jpeg cannot be sent to Ray workers"):
+        pack(locked, "jpeg")
 
 
 @needs_ray

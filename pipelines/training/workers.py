@@ -146,9 +146,7 @@ def pack(value: Any, name: str) -> bytes:
 
 def unpack(packed: bytes, device: str) -> Any:
     """Restore from `pack`, with the weights on a device."""
-    from ray import cloudpickle
-
-    return torch.load(io.BytesIO(packed), map_location=device, weights_only=False, pickle_module=cloudpickle)
+    return torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
 
 
 def actor_of(kind: type, share: float) -> Any:
@@ -168,7 +166,10 @@ def result(pending: Any) -> Any:
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, InputError) else error) from None
     except RayActorError as error:
-        raise InputError(f"a Ray worker ended {MAX_RESTARTS + 1} times: see its output, then resume") from error
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"a Ray worker ended and cannot be started again ({reason:.200}): fix it, then resume"
+        ) from error
 
 
 def gpu_share(device: str, count: int) -> float:
