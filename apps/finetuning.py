@@ -17,7 +17,7 @@ from steer.apps.asking import TerminalAnswers
 from steer.apps.errors import named, wrap_errors
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.processes import is_main_process, launch_context
-from steer.apps.prompts import load_prompts
+from steer.apps.prompts import PromptRow, load_rows, metadata_of
 from steer.apps.reward_specs import resolve_reward
 from steer.apps.yaml_text import read_yaml
 from steer.assets import CONFIGS
@@ -70,6 +70,7 @@ class FinetuneJob:
     eval_prompts        held out, from the same kinds of places as `prompts`
     eval_prompts_count  number of them, evenly spaced; by default all
     prompt_column, eval_prompt_column  of a table; by default "prompt"
+    metadata_columns    of the tables of prompts, for rewards that take metadata
     device              by default the GPU if there is one
     dtype               of the model; by default float32 on the CPU, bfloat16 elsewhere
     """
@@ -84,6 +85,7 @@ class FinetuneJob:
     eval_prompts: str | None = None
     eval_prompt_column: str | None = None
     eval_prompts_count: int | None = None
+    metadata_columns: tuple[str, ...] = ()
     eval_rewards: tuple[str, ...] = ()
     device: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -344,7 +346,7 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
     with named(source.key("output_dir")):
         checkpoint_to_resume(out, resume, lambda line: click.echo(f"steer: {line}", err=True))
     _check_trackers(config)
-    prompts, eval_prompts = _prompts(config)
+    prompts, held_out = _prompts(config)
     if job.preferences is not None:
         with named(source.key("preferences")):
             METHODS[job.method].check_preferences(Path(job.preferences), vars(config.training))
@@ -353,7 +355,14 @@ def load_data(config: FinetuneConfig, resume: bool) -> dict[str, Any]:
         reward = None if job.trained_reward is None else resolve_reward(job.trained_reward)
     with named(source.key("eval_rewards")):
         eval_rewards = [resolve_reward(spec) for spec in job.eval_rewards]
-    data = {"train_prompts": prompts, "eval_prompts": eval_prompts, "reward": reward, "eval_rewards": eval_rewards}
+    data: dict[str, Any] = {
+        "train_prompts": [row.prompt for row in prompts],
+        "eval_prompts": [row.prompt for row in held_out],
+    }
+    data |= {"reward": reward, "eval_rewards": eval_rewards}
+    if names := job.metadata_columns:
+        with named(source.key("metadata_columns")):
+            data |= {"metadata": metadata_of(prompts, names), "eval_metadata": metadata_of(held_out, names)}
     try:
         config.trainer(None, **data)
         if config.training.init_adapter is not None:
@@ -375,20 +384,20 @@ def _check_call(config: FinetuneConfig, pipe: Any) -> None:
         )
 
 
-def _prompts(config: FinetuneConfig) -> tuple[list[str], list[str]]:
-    """Load training and held-out prompts; warn about prompts that are both."""
+def _prompts(config: FinetuneConfig) -> tuple[list[PromptRow], list[PromptRow]]:
+    """Load the rows of training and held-out prompts; warn about prompts that are both."""
     job, source = config.job, config.source
-    prompts, held_out = [], []
+    prompts, held_out = list[PromptRow](), list[PromptRow]()
     if job.prompts is not None:
         with named(source.key("prompts")):
-            prompts = load_prompts(job.prompts, job.prompt_column)
+            prompts = load_rows(job.prompts, job.prompt_column, job.metadata_columns)
     if job.eval_prompts is not None:
         with named(source.key("eval_prompts")):
-            held_out = load_prompts(job.eval_prompts, job.eval_prompt_column)
+            held_out = load_rows(job.eval_prompts, job.eval_prompt_column, job.metadata_columns)
         count = min(job.eval_prompts_count or len(held_out), len(held_out))
         held_out = [held_out[place * len(held_out) // count] for place in range(count)]
-    trained_prompts = set(prompts)
-    if is_main_process() and (both := [prompt for prompt in held_out if prompt in trained_prompts]):
+    trained_prompts = {row.prompt for row in prompts}
+    if is_main_process() and (both := [row.prompt for row in held_out if row.prompt in trained_prompts]):
         click.echo(
             f"steer: {len(both)} of {len(held_out)} eval_prompts are trained on too, such as {both[0]!r}: evaluations "
             "measure generalisation less",
@@ -417,6 +426,19 @@ def _check_writable(out: Path, place: str) -> None:
         raise InputError(f"{place}: cannot write there ({error.strerror})") from error
 
 
+PHASES = {"rollout_share": "rollouts", "reward_share": "rewards", "update_share": "updates"}
+
+
+def _throughput(config: FinetuneConfig, result: TrainingResult) -> str:
+    """Describe images per second and the shares of the phases, where the records have them."""
+    records = [record for record in result.records if PHASES.keys() <= record.keys()]
+    if not (seconds := sum(record["seconds"] for record in records)):
+        return ""
+    images = len(records) * config.training.train_batch_size * config.training.num_generations
+    shares = {title: sum(one["seconds"] * one[name] for one in records) / seconds for name, title in PHASES.items()}
+    return f" ({images / seconds:.3g} images/s: {', '.join(f'{title} {share:.0%}' for title, share in shares.items())})"
+
+
 def summary(config: FinetuneConfig, result: TrainingResult) -> str:
     """Summarise a run in one line."""
     job = config.job
@@ -427,7 +449,7 @@ def summary(config: FinetuneConfig, result: TrainingResult) -> str:
         title = f"{trained.removeprefix('eval/')} on held-out prompts"
         means = [record[trained][0] for record in result.evaluations]
     seconds = sum(record["seconds"] for record in result.records)
-    line = f"{job.method}: {result.step} updates in {seconds:.0f} s"
+    line = f"{job.method}: {result.step} updates in {seconds:.0f} s{_throughput(config, result)}"
     line += f", {title} {means[0]:.3f} → {means[-1]:.3f}" if means else ""
     line += f"; stopped because {result.stopped}" if result.stopped else ""
     if result.weights is None:

@@ -407,7 +407,7 @@ def load_prompts(source: str, column: str | None = None) -> list[str]:
     Unused columns are logged in one line. Raises InputError. With HF_HUB_OFFLINE=1 data sets are read from the hub's
     cache.
     """
-    return [row.prompt for row in _rows(source, column, ())]
+    return [row.prompt for row in load_rows(source, column, ())]
 
 
 def load_tagged_prompts(
@@ -417,7 +417,7 @@ def load_tagged_prompts(
 
     tag  the column of the tags, which must exist; by default "tag", and None for prompts without such a column
     """
-    rows, name = _rows(source, column, (tag or TAG,)), (tag or TAG).lower()
+    rows, name = load_rows(source, column, (tag or TAG,)), (tag or TAG).lower()
     cells = [next((value for key, value in row.columns.items() if key.lower() == name), None) for row in rows]
     prompts, tags = [row.prompt for row in rows], [cell.strip() for cell in cells if isinstance(cell, str)]
     if tag is None:
@@ -429,8 +429,8 @@ def load_tagged_prompts(
     return prompts, tags
 
 
-def _rows(source: str, column: str | None, used: Collection[str]) -> list[PromptRow]:
-    """Load the rows of a source, and log the columns that are neither prompts nor `used`."""
+def load_rows(source: str, column: str | None, used: Collection[str]) -> list[PromptRow]:
+    """Load the rows of a source as `load_prompts`, and log the columns that are neither prompts nor `used`."""
     files = _locate(source)
     tables = [_read(path, column) for path in files]
     rows, skipped = [row for table, _ in tables for row in table], [name for _, names in tables for name in names]
@@ -439,8 +439,17 @@ def _rows(source: str, column: str | None, used: Collection[str]) -> list[Prompt
     if not rows:
         raise InputError(f"data set {source!r}: no prompts in {summarize_names([path.name for path in files])}")
     if source not in PROMPTS:
-        note_unused(source, [*unused_columns(rows, used), *dict.fromkeys(skipped)])
+        note_unused(source, [*unused_columns(rows, [name.lower() for name in used]), *dict.fromkeys(skipped)])
     return rows
+
+
+def metadata_of(rows: Sequence[PromptRow], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the columns of those names as the metadata of each prompt. Raises InputError for one that no row has."""
+    known = {name.lower(): name for row in rows for name in row.columns}
+    if rows and (missing := [name for name in names if name.lower() not in known]):
+        raise InputError(f"no prompt has a column {missing[0]!r}{list_columns(list(known.values()))}")
+    wanted = {name.lower(): name for name in names}
+    return [{wanted[k.lower()]: value for k, value in row.columns.items() if k.lower() in wanted} for row in rows]
 
 
 def note_unused(source: object, names: Sequence[str]) -> None:

@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from steer.reward import Judge, Reward, RewardError, SequenceReward, with_timeout
     from steer.rewards.judges import HierarchyJudge, Tournament, as_judge
     from steer.rewards.parser import combine, load_judge, load_reward, score, score_components
+    from steer.training.lora_layouts import convert_lora
     from steer.training.overoptimization import find_hacking, fit_reward_curve
 
 _MODULES = {
@@ -123,6 +124,7 @@ _MODULES = {
     "steer.reward": ("Judge", "Reward", "RewardError", "SequenceReward", "with_timeout"),
     "steer.rewards.judges": ("HierarchyJudge", "Tournament", "as_judge"),
     "steer.rewards.parser": ("combine", "load_judge", "load_reward", "score", "score_components"),
+    "steer.training.lora_layouts": ("convert_lora",),
     "steer.training.overoptimization": ("find_hacking", "fit_reward_curve"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -191,6 +193,7 @@ __all__ = [
     "TrainingResult",
     "as_judge",
     "combine",
+    "convert_lora",
     "find_hacking",
     "fit_reward_curve",
     "load_judge",

@@ -54,14 +54,14 @@ class ThreadContext:
 
 
 @contextmanager
-def run_in_background(device: torch.device) -> Iterator[Submit]:
-    """Yield a function that submits work to one background thread, in order.
+def run_in_background(device: torch.device, threads: int = 1) -> Iterator[Submit]:
+    """Yield a function that submits work to background threads, in order; to one of them by default.
 
     On CUDA the work has its own stream, which waits for everything the caller's stream was given before; waiting for
     a result orders the caller's stream after it. At the end of the block all work is done.
     """
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-    with ThreadPoolExecutor(1, "steer-background") as thread:
+    with ThreadPoolExecutor(threads, "steer-background") as thread:
 
         def begin(work: Callable[[], T]) -> Callable[[], T]:
             if stream is not None:

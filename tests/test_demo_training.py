@@ -51,7 +51,8 @@ FIELD_VALUES: dict[str, Any] = {
     "seed": 0,
     "model": "scenes",
 }
-LATER = {"seconds", "images_per_second"}  # in records, of which no two runs have the same
+SHARES = {"rollout_share", "reward_share", "update_share"}
+LATER = {"seconds", "images_per_second"} | SHARES  # in records, of which no two runs have the same
 SCRIPT = "<script>window.evil=1</script>"
 
 

@@ -62,6 +62,8 @@ def assert_same_end(one: Path, other: Path) -> None:
         state["records"] = [json.loads(line) for line in state["records"]]
         for record in state["records"]:
             assert record.pop("seconds") > 0 and record.pop("images_per_second") > 0
+            shares = [record.pop(f"{phase}_share") for phase in ("rollout", "reward", "update")]
+            assert sum(shares) == pytest.approx(1) and min(shares) >= 0
     assert states[0] == states[1]
     for weights in ("final", "best"):
         names = sorted(path.name for path in (one / weights).iterdir())

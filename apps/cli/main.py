@@ -12,6 +12,7 @@ import click
 from steer import __version__
 from steer.apps.cli.bench import bench
 from steer.apps.cli.check_pipeline import check_pipeline
+from steer.apps.cli.convert_lora import convert_lora
 from steer.apps.cli.demo import demo
 from steer.apps.cli.evaluate import evaluate
 from steer.apps.cli.finetune import finetune
@@ -79,6 +80,7 @@ def score(
 
 steer.add_command(bench)
 steer.add_command(check_pipeline)
+steer.add_command(convert_lora)
 steer.add_command(demo)
 steer.add_command(evaluate)
 steer.add_command(finetune)

@@ -7,6 +7,7 @@ derive from these dataclasses. Names are those of TRL, transformers and accelera
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -19,12 +20,18 @@ from steer.errors import InputError
 from steer.training.constraints import read_bounds
 from steer.training.guards import KLControl
 from steer.training.losses import Loss
+from steer.training.optimisers import OptimiserName, ScheduleName, optimiser_class
 from steer.training.rollout import StepWindow, WindowKind
 from steer.training.signals import SampleFilter
 from steer.training.trainable import ATTENTION
 
 HALF_PRECISION_SKIPPED_STEPS = 2  # the last steps, which carry nearly all of the rounding
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a value is a whole number from 1."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @dataclass(frozen=True)
@@ -57,10 +64,17 @@ class TrainingConfig(Settings):
     lora_target_modules  suffixes of the names of the layers that get an adapter
     init_adapter         trained LoRA of the same rank, alpha and targets to start from: a folder such as RUN/final or
                          its .safetensors file; the reference is then the model with this LoRA
+    use_dora             peft's weight-decomposed adapter (DoRA, arXiv 2402.09353), whose norms are trained too
+    use_rslora           peft's rank-stabilised scale α/√r (arXiv 2312.03732) in place of α/r
     gradient_checkpointing  recompute the blocks of the denoiser in the backward pass
     mixed_precision      no, fp16 or bf16, as in accelerate; for log-probabilities see log_prob_precision
-    learning_rate        of AdamW, after the warmup
-    weight_decay         of AdamW
+    optim                optimiser, by its name in transformers: adamw_torch, sgd; of bitsandbytes, with moments in 8
+                         bits, adamw_8bit, paged_adamw_8bit, lion_8bit
+    learning_rate        highest rate, after the warmup
+    lr_scheduler_type    its schedule up to max_steps, by its name in diffusers
+    lr_num_cycles        restarts of cosine_with_restarts
+    lr_power             of polynomial
+    weight_decay         of the optimiser
     warmup_steps         updates of linear warmup
     max_grad_norm        gradients are clipped to this norm
     ema_decay            decay of an exponential moving average of the weights, evaluated and exported in their place;
@@ -83,7 +97,12 @@ class TrainingConfig(Settings):
                          `steer.training.guards.value_of_asking`
     save_steps           updates between checkpoints
     save_total_limit     newest checkpoints to keep; the best by the held-out reward stays as well
-    log_with             trackers, as in accelerate: tensorboard, wandb, trackio …
+    log_with             trackers, as in accelerate: tensorboard, wandb, trackio …; samples of evaluations are images
+                         of tensorboard and a table of wandb
+    asynchronous_rewards  score a micro-batch in the background while the next one of the rollout is sampled; of one
+                         update only where it has several micro-batches
+    rollout_workers      Ray actors that draw the samples, of each process, in place of the process; 0: none
+    reward_workers       Ray actors that compute a reward, by its name or that of a component: {imagereward: 2}
     """
 
     title: ClassVar[str] = "Finetuning"  # of the method
@@ -110,9 +129,15 @@ class TrainingConfig(Settings):
     lora_alpha: float | None = None
     lora_target_modules: tuple[str, ...] = ATTENTION
     init_adapter: str | None = None
+    use_dora: bool = False
+    use_rslora: bool = False
     gradient_checkpointing: bool = False
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    optim: OptimiserName = "adamw_torch"
     learning_rate: float = argument(1e-4, "(0, inf)")
+    lr_scheduler_type: ScheduleName = "constant_with_warmup"
+    lr_num_cycles: int = argument(1, "[1, inf]")
+    lr_power: float = argument(1.0, "(0, inf)")
     warmup_steps: int = argument(0, "[0, inf]")
     weight_decay: float = argument(1e-4, "[0, inf)")
     max_grad_norm: float = argument(1.0, "(0, inf)")
@@ -130,6 +155,9 @@ class TrainingConfig(Settings):
     save_steps: int = argument(20, "[1, inf]")
     save_total_limit: int = argument(2, "[1, inf]")
     log_with: tuple[str, ...] = ()
+    asynchronous_rewards: bool = False
+    rollout_workers: int = argument(0, "[0, inf]")
+    reward_workers: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,6 +167,18 @@ class TrainingConfig(Settings):
             )
         if self.init_adapter is not None and self.lora_rank == 0:
             raise InputError("init_adapter starts from a LoRA, and lora_rank 0 trains all weights: leave one out")
+        if (self.use_dora or self.use_rslora) and self.lora_rank == 0:
+            raise InputError("use_dora and use_rslora are for a LoRA, and lora_rank 0 trains all weights")
+        if self.lr_scheduler_type == "constant" and self.warmup_steps:
+            raise InputError(
+                "lr_scheduler_type constant has no warmup, got warmup_steps "
+                f"{self.warmup_steps}: use constant_with_warmup"
+            )
+        optimiser_class(self.optim)
+        if bad := [f"{name}: {count!r}" for name, count in self.reward_workers.items() if not is_count(count)]:
+            raise InputError(f"reward_workers must map names of rewards to counts from 1, got {bad[0]}")
+        if (self.rollout_workers or self.reward_workers) and find_spec("ray") is None:
+            raise InputError("rollout_workers and reward_workers need Ray: pip install 'steer-diffusion[ray]'")
         self.kl_control()
 
     def kl_control(self) -> KLControl:

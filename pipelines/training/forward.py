@@ -91,7 +91,8 @@ class ForwardTrainer(Trainer[ForwardConfigT]):
         """All noise levels but `skip_low_noise_steps`, whatever the precision."""
         return max(1, total - (self.config.skip_low_noise_steps or 0))
 
-    def draw(self, sampler: Sampler, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
+    @staticmethod
+    def draw(sampler: Sampler, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
         """Draw samples by the pipeline's own solver, without a window of noise."""
         return sampler.sample(rows)
 

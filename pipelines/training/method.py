@@ -1,12 +1,13 @@
 """The parts that all methods share: samples and their rewards, the choice of steps, the interface of a method."""
 
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, Unpack
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, Unpack
 
 import torch
 from torch import Generator, Tensor
@@ -17,7 +18,7 @@ from steer.diffusion.token_hooks import has_categorical_kernel, is_token_schedul
 from steer.errors import InputError
 from steer.pipelines.base import RewardedPipeline
 from steer.pipelines.training.config import DTYPES, HALF_PRECISION_SKIPPED_STEPS, TrainingConfig
-from steer.reward import Reward, compares_images, mean_over_frames, score_components
+from steer.reward import Reward, Scores, Submit, T, compares_images, mean_over_frames, score_components
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions
 from steer.training.losses import Metrics
@@ -26,12 +27,15 @@ from steer.training.token_rollout import TokenSampler
 from steer.training.trainable import get_denoiser
 
 OnChunk = Callable[[], None]
+Draw = Callable[[Sequence[Rows]], Iterable[tuple[Trajectories, Tensor]]]  # micro-batches → their samples, in order
 ConfigT = TypeVar("ConfigT", bound=TrainingConfig)
 
 
 @dataclass(frozen=True)
 class Scored:
     """Samples of B prompts × K, in chunks: rewards (B, K), and those of the reward's components.
+
+    seconds  that the run waited for rewards
 
     In a distributed run each process has the chunks of its shard of the prompts; all else covers all processes.
     """
@@ -40,6 +44,7 @@ class Scored:
     chunks: tuple[Trajectories, ...]
     rewards: Tensor
     components: dict[str, Tensor]
+    seconds: float = 0.0
 
 
 def prompts_at(position: int, count: int, prompts: Sequence[str], seed: int) -> tuple[str, ...]:
@@ -60,31 +65,44 @@ def rows_of(prompts: Sequence[str], samples: int, seed: int, name: str, shared_s
     return Rows(tuple(prompts[place] for place, _ in places), tuple(starts), tuple(noises))
 
 
+def at_once(work: Callable[[], T]) -> Callable[[], T]:
+    """Do work in the calling thread, as a `Submit` without background."""
+    output = work()
+    return lambda: output
+
+
 def sample_and_score(
-    draw: Callable[[Rows], tuple[Trajectories, Tensor]],
+    draw: Draw,
     reward: Reward,
     rows: Rows,
     samples: int,
     chunk: int,
-    on_chunk: OnChunk,
     context: DistributedContext,
+    submit: Submit = at_once,
 ) -> Scored:
-    """Sample this process's shard of the rows, `chunk` at a time, and score their images."""
+    """Sample this process's shard of the rows, `chunk` at a time, and score their images.
+
+    submit  scores a chunk, in the background while the next one is sampled
+    """
     if compares_images(reward) and chunk % samples:
         raise InputError(
             f"reward {reward.name!r} compares the images of a prompt: micro_batch must be a multiple of "
             f"num_generations, {samples}, got {chunk}"
         )
-    chunks, scores = [], []
-    for some in rows.at(process_shard(range(len(rows)), context)).split(chunk):
-        on_chunk()
-        trajectories, images = draw(some)
+    chunks, results, seconds = list[Trajectories](), list[Callable[[], Scores]](), 0.0
+    for trajectories, images in draw(rows.at(process_shard(range(len(rows)), context)).split(chunk)):
         chunks.append(trajectories)
+        score = partial(score_components, reward, prompts=trajectories.rows.prompts)
+        started = time.monotonic()
         with torch.no_grad():
-            scores.append(mean_over_frames(images, partial(score_components, reward, prompts=some.prompts)))
+            results.append(submit(partial(mean_over_frames, images, score)))
+        seconds += time.monotonic() - started
+    started = time.monotonic()
+    scores = [result() for result in results]
+    seconds += time.monotonic() - started
     rewards, components = zip(*context.gather(scores), strict=True)
     named = {name: torch.cat([some[name] for some in components]).view(-1, samples) for name in components[0]}
-    return Scored(rows.prompts[::samples], tuple(chunks), torch.cat(rewards).view(-1, samples), named)
+    return Scored(rows.prompts[::samples], tuple(chunks), torch.cat(rewards).view(-1, samples), named, seconds)
 
 
 def process_shard(numbers: range, context: DistributedContext) -> range:
@@ -183,6 +201,20 @@ class TrainingResult:
     weights_step: int | None = None
 
 
+class RolloutWorkers(Protocol):
+    """Processes that draw samples in place of this one."""
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Use these weights, by their names, from the next draw on."""
+        ...
+
+    def draw(
+        self, chunks: Sequence[Rows], window: StepWindow | None, on_chunk: OnChunk
+    ) -> Iterator[tuple[Trajectories, Tensor]]:
+        """Draw micro-batches, and yield their samples and images in order."""
+        ...
+
+
 class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     """A method by which a denoiser learns from samples; the rest of a training is the same for all methods.
 
@@ -193,6 +225,7 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
     shared_start: ClassVar[bool] = False
     log_probs: ClassVar[bool] = True
     config: ConfigT
+    workers: RolloutWorkers | None = None  # that draw the samples of rollouts
 
     def check(self) -> None:
         """Raises InputError for a reward or a pipeline that this method can do nothing with."""
@@ -206,8 +239,12 @@ class TrainingMethod(RewardedPipeline, ABC, Generic[ConfigT]):
         """Decay of that average after so many rollouts."""
         return 0.0
 
-    def draw(self, sampler: Sampler, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
-        """Draw samples to learn from or to evaluate, and their images: by default with noise in the window."""
+    @staticmethod
+    def draw(sampler: Sampler, rows: Rows, window: StepWindow | None = None) -> tuple[Trajectories, Tensor]:
+        """Draw samples to learn from or to evaluate, and their images: by default with noise in the window.
+
+        Without the method's state: workers call it too.
+        """
         return sampler.rollout(rows, window)
 
     def signal(self, scored: Scored) -> Tensor:

@@ -41,6 +41,8 @@ class RewardBackpropConfig(TrainingConfig):
             raise InputError(f"last_steps must be from 1 to {self.num_inference_steps}, got {self.last_steps}")
         if self.max_slope is not None and self.mixed_precision == "fp16":
             raise InputError("max_slope needs gradients of one scale, which mixed_precision fp16 changes: use bf16")
+        if self.reward_workers:
+            raise InputError("reward_workers return no gradients, which reward backpropagation needs: leave them out")
         if self.skip_low_noise_steps:
             raise InputError("skip_low_noise_steps must be unset: reward backpropagation learns from the last steps")
         if self.steps_per_generation * self.num_iterations > 1 or self.timestep_fraction < 1:

@@ -1,6 +1,7 @@
 """The rollout buffer: the samples that several updates learn from, all drawn by one policy."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,21 +10,25 @@ import torch
 from torch import Generator, Tensor
 
 from steer.diffusion.seeds import derived_seed
+from steer.pipelines.fk_steering import check_not_offloaded
 from steer.pipelines.training.config import DTYPES, TrainingConfig
 from steer.pipelines.training.method import (
     OnChunk,
     Scored,
     TrainingMethod,
+    at_once,
     process_shard,
     prompts_at,
     rows_of,
     sample_and_score,
 )
+from steer.pipelines.training.workers import num_workers
+from steer.reward import Reward, Submit, run_in_background
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, Reference, reference_of
 from steer.training.guards import check_spread
-from steer.training.rollout import Rows, Sampler, Trajectories, blocks
-from steer.training.trainable import Trainable
+from steer.training.rollout import Rows, Sampler, StepWindow, Trajectories, blocks
+from steer.training.trainable import Trainable, whole
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class RolloutBuffer:
 
     order   numbers of the batches in the order of the updates, pass after pass
     cursor  position in it
+    reward_seconds  that the run waited for rewards
     """
 
     number: int
@@ -42,6 +48,7 @@ class RolloutBuffer:
     metrics: tuple[dict[str, float], ...]
     order: tuple[int, ...]
     cursor: int = 0
+    reward_seconds: float = 0.0
 
     @property
     def batch(self) -> Batch:
@@ -96,14 +103,18 @@ class OnlineRollouts:
         config = self.method.config
         size, samples, seed = config.train_batch_size, config.num_generations, config.seed
         updates = config.steps_per_generation
-        batches, rewards, metrics = [], [], []
+        batches, rewards, metrics, seconds = [], [], [], 0.0
+        if self.method.workers is not None:
+            self.method.workers.load({name: whole(one.detach()).cpu() for name, one in trainable.parameters.items()})
         for update in range(number * updates, (number + 1) * updates):
             name = f"update {update}"
             prompts = prompts_at(update * size, size, self.prompts, seed)
             rows = rows_of(prompts, samples, seed, name, self.method.shared_start)
-            draw = partial(self.method.draw, sampler, window=self.method.step_window(update))
+            draw = partial(self._draw, sampler, self.method.step_window(update), on_chunk)
             reward = self.method.scored_reward()
-            scored = sample_and_score(draw, reward, rows, samples, config.micro_batch, on_chunk, context)
+            with self._submit(reward) as submit:
+                scored = sample_and_score(draw, reward, rows, samples, config.micro_batch, context, submit)
+            seconds += scored.seconds
             window = self.method.window(scored.chunks[0].log_probs.shape[1])
             steps = self.method.steps(window, name)
             chunks, signal = self.method.select(scored, self.method.signal(scored), name, context)
@@ -116,7 +127,25 @@ class OnlineRollouts:
         if number == 0:
             check_spread(torch.cat(rewards), self.method.reward.name)
         order = batch_order(len(batches), config.num_iterations, seed, number)
-        return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order)
+        return RolloutBuffer(number, tuple(batches), tuple(rewards), tuple(metrics), order, reward_seconds=seconds)
+
+    def _draw(
+        self, sampler: Sampler, window: StepWindow | None, on_chunk: OnChunk, chunks: Sequence[Rows]
+    ) -> Iterator[tuple[Trajectories, Tensor]]:
+        if self.method.workers is not None:
+            yield from self.method.workers.draw(chunks, window, on_chunk)
+            return
+        for rows in chunks:
+            on_chunk()
+            yield self.method.draw(sampler, rows, window)
+
+    def _submit(self, reward: Reward) -> AbstractContextManager[Submit]:
+        """Score in the background, with a thread for each worker of the reward, or at once."""
+        threads = num_workers(reward)
+        if not (threads or self.method.config.asynchronous_rewards):
+            return nullcontext(at_once)
+        check_not_offloaded(self.method.pipe)
+        return run_in_background(self.method.pipe.device, max(threads, 1))
 
 
 def references_of(

@@ -23,11 +23,13 @@ from steer.pipelines.training.method import Record, TrainingMethod
 from steer.pipelines.training.rollouts import RolloutBuffer, rollout_from_tensors, rollout_to_tensors
 from steer.training.checkpoint import Checkpoint, Checkpoints, load_optimiser, optimiser_tensors
 from steer.training.guards import EarlyStopping, KLControl
+from steer.training.optimisers import set_learning_rate
 from steer.training.trainable import Trainable, set_parameter, whole
 
 logger = logging.getLogger(__name__)
 
 RESUMABLE = "resumable"
+SCHEDULE_FIELDS = {"learning_rate", "max_steps", "lr_scheduler_type", "lr_num_cycles", "lr_power"}
 LOG_FILES = {"records": "metrics.jsonl", "evaluations": "evaluations.jsonl"}
 
 
@@ -137,12 +139,8 @@ class RunFolder:
                 logger.warning("resumed with another %s: %r, before it was %r", name, value, there[name])
         for group in run.optimiser.param_groups:
             group["weight_decay"] = changed.get("weight_decay", group["weight_decay"])
-        if (rate := changed.get("learning_rate")) is not None:
-            inner = getattr(run.schedule, "scheduler", run.schedule)
-            inner.base_lrs = [rate] * len(inner.base_lrs)
-            inner._last_lr = [rate * scale(inner.last_epoch) for scale in inner.lr_lambdas]
-            for group, present in zip(run.optimiser.param_groups, inner._last_lr, strict=True):
-                group["initial_lr"], group["lr"] = rate, present
+        if changed.keys() & SCHEDULE_FIELDS:
+            set_learning_rate(run.schedule, self.resumable["learning_rate"])
 
     def log(self, series: str, record: Record) -> None:
         """Append a line to a log file; resuming rewrites it to the last checkpoint."""

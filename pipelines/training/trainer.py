@@ -11,9 +11,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Protocol, TypeVar, Unpack
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from diffusers.optimization import get_constant_schedule_with_warmup
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -43,19 +40,23 @@ from steer.pipelines.training.method import (
 from steer.pipelines.training.model_card import base_model, model_card
 from steer.pipelines.training.preference_data import NoReward, PreferenceDataset, sampling_config_of
 from steer.pipelines.training.preference_files import read_preferences
+from steer.pipelines.training.preparation import accelerator_of, trainable_of
 from steer.pipelines.training.prompts import conditions_table, metadata_table, prompts_of
 from steer.pipelines.training.rollouts import OnlineRollouts, RolloutBuffer
 from steer.pipelines.training.signals import RewardSignal, check_pareto
 from steer.pipelines.training.state import RunFolder, RunState, check_identity, checkpoint_to_resume
+from steer.pipelines.training.tracking import log_samples, scalars
+from steer.pipelines.training.workers import worker_processes
 from steer.reward import Reward, warn_if_pipeline_truncates, with_metadata
 from steer.rewards.parser import load_reward
 from steer.training.distributed import DistributedContext
 from steer.training.gradient import Batch, GradientOptions, Penalty, two_pass_gradient
 from steer.training.guards import EarlyStopping, check_replay, check_rounding, chi_square, kl
 from steer.training.losses import Metrics
+from steer.training.optimisers import create_optimiser, create_schedule
 from steer.training.rollout import Sampler, Trajectories, blocks
 from steer.training.signals import kept_samples
-from steer.training.trainable import FullFinetuning, LoRA, Trainable, fingerprint, get_denoiser, whole
+from steer.training.trainable import Trainable, fingerprint, whole
 
 INTERRUPTED = "interrupted"
 PAUSED = (INTERRUPTED, UNANSWERED)  # reasons of an end that is not one: nothing is exported
@@ -177,8 +178,9 @@ class Trainer(TrainingMethod[ConfigT]):
 
         Ctrl-C and SIGTERM end it with a checkpoint. Raises InputError for bad arguments, before anything is sampled.
         """
-        self._run = TrainingRun(self, self.rollout_source(), self.evaluator(), resume_from_checkpoint)
-        return self._run.train()
+        with worker_processes(self):
+            self._run = TrainingRun(self, self.rollout_source(), self.evaluator(), resume_from_checkpoint)
+            return self._run.train()
 
     def rollout_source(self) -> RolloutSource:
         """The samples that are learnt from. Raises InputError for prompts that do not fit the pipeline."""
@@ -379,7 +381,7 @@ class TrainingRun:
     def _create_state(self, trainable: Trainable) -> RunState:
         config = self.config
         parameters = trainable.parameters.values()
-        optimiser = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=config.weight_decay)
+        optimiser = create_optimiser(config.optim, parameters, config.learning_rate, config.weight_decay)
         self.prepared, self.optimiser = self.accelerator.prepare(trainable.denoiser, optimiser)
         ema = EMAModel(list(parameters), config.ema_decay) if config.ema_decay else None
         old = EMAModel(list(parameters), 0.0) if self.trainer.averages_policy else None
@@ -387,7 +389,14 @@ class TrainingRun:
             method=self.trainer,
             trainable=trainable,
             optimiser=optimiser,
-            schedule=get_constant_schedule_with_warmup(optimiser, config.warmup_steps),
+            schedule=create_schedule(
+                config.lr_scheduler_type,
+                optimiser,
+                config.warmup_steps,
+                config.max_steps,
+                config.lr_num_cycles,
+                config.lr_power,
+            ),
             scaler=self.accelerator.scaler,
             ema=ema,
             old=old,
@@ -436,7 +445,7 @@ class TrainingRun:
                         self.events.call("on_log", logs=record)
                         if self.events.asked("should_training_stop"):
                             self.stopped = "a callback asked for it"
-                        self.accelerator.log(_scalars(record), state.step)
+                        self.accelerator.log(scalars(record), state.step)
                         bar.update()
                         bar.set_postfix(_progress_metrics(record))
             except Stopped:
@@ -454,7 +463,11 @@ class TrainingRun:
         """
         started, state = time.monotonic(), self.state
         self.optimiser.zero_grad()  # of an interrupted update
-        state.rollout = state.rollout or self._draw(request)
+        scored = 0.0
+        if state.rollout is None:
+            state.rollout = self._draw(request)
+            scored = state.rollout.reward_seconds
+        drawn = time.monotonic() - started
         with self.context.no_sync(self.prepared) as exchange:
             loss, metrics = self.trainer.gradient(
                 self.sampler,
@@ -475,8 +488,9 @@ class TrainingRun:
         state.step += 1
         record = {"step": state.step, "rollout": state.num_rollouts, "loss": loss, **state.rollout.record(), **metrics}
         record |= {"kl_weight": state.control.weight, "grad_norm": norm, "learning_rate": rate}
-        seconds, images = time.monotonic() - started, self.config.train_batch_size * self.config.num_generations
-        record |= {"seconds": seconds, "images_per_second": images / seconds, "processes": self.context.world_size}
+        images = self.config.train_batch_size * self.config.num_generations
+        record |= throughput(images, time.monotonic() - started, drawn, scored)
+        record |= {"processes": self.context.world_size}
         # Accuracy is NaN without pairs; a gradient scaler meets infinite gradients.
         record = {name: value for name, value in record.items() if math.isfinite(value)}
         state.rollout = state.rollout.next_batch()
@@ -574,7 +588,9 @@ class TrainingRun:
         if best:
             self._save()  # pinned: it is never rotated away
         self.folder.log("evaluations", record)
-        self.accelerator.log(_scalars(record), state.step)
+        self.accelerator.log(scalars(record), state.step)
+        if self.context.is_main_process:
+            log_samples(self.accelerator.trackers, result)
 
     @contextmanager
     def _trackers(self) -> Iterator[None]:
@@ -601,9 +617,15 @@ class TrainingRun:
         return TrainingResult(state.step, self.stopped, weights, best, records, evaluations, of)
 
 
-def _scalars(record: Record) -> dict[str, float]:
-    """Return the values that trackers plot; of [mean, low, high] the mean."""
-    return {name: value[0] if isinstance(value, list) else value for name, value in record.items()}
+def throughput(images: int, seconds: float, drawn: float, scored: float) -> Record:
+    """Return the images per second of an update of so many seconds, and the shares of its phases, which sum to 1.
+
+    drawn   seconds of the rollout, rewards included
+    scored  seconds that it waited for rewards
+    """
+    shares = {"rollout": drawn - scored, "reward": scored, "update": seconds - drawn}
+    timing = {"seconds": seconds, "images_per_second": images / seconds}
+    return timing | {f"{phase}_share": spent / seconds for phase, spent in shares.items()}
 
 
 def _progress_metrics(record: Record) -> dict[str, str]:
@@ -628,37 +650,13 @@ RESUMABLE_FIELDS = {
     "kl_budget_nats",
     "kl_every",
     "log_with",
+    "asynchronous_rewards",
+    "rollout_workers",
+    "reward_workers",
+    "lr_scheduler_type",
+    "lr_num_cycles",
+    "lr_power",
 }
-
-
-def accelerator_of(config: TrainingConfig, folder: Path, cpu: bool) -> Accelerator:
-    """Create the accelerator. Raises InputError for a precision or a tracker that is not available."""
-    if cpu and config.mixed_precision == "fp16":
-        raise InputError("mixed_precision fp16 needs a GPU: on the CPU use bf16 or no")
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != config.mixed_precision:
-        AcceleratorState._reset_state()  # an earlier run of this process had another precision
-    try:
-        return Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=list(config.log_with) or None,
-            project_dir=folder,
-            cpu=cpu,
-            device_placement=False,  # the pipeline is where its owner put it
-        )
-    except (ImportError, ValueError) as error:
-        raise InputError(f"log_with {', '.join(config.log_with)}: {str(error).splitlines()[0]}") from error
-
-
-def trainable_of(pipe: Any, config: TrainingConfig) -> Trainable:
-    """Return a LoRA in the denoiser, or all of its weights, as trainable; everything else is frozen."""
-    if config.gradient_checkpointing:
-        get_denoiser(pipe)[1].enable_gradient_checkpointing()
-    if config.lora_rank == 0:
-        return FullFinetuning(pipe)
-    lora = LoRA(pipe, config.lora_rank, config.lora_alpha, config.lora_target_modules, config.seed)
-    if config.init_adapter is not None:
-        lora.load_initial_adapter(config.init_adapter)
-    return lora
 
 
 def identity_of(

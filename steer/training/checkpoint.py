@@ -332,7 +332,7 @@ def optimiser_tensors(optimiser: Optimizer) -> tuple[dict[str, Tensor], dict[str
     The tensors are the optimiser's own: copy or write them before its next step. Under FSDP they are gathered; every
     process must call it.
     """
-    saved = optimiser.state_dict()
+    saved = Optimizer.state_dict(optimiser)  # bitsandbytes' own nests tensors in further mappings
     tensors: dict[str, Tensor] = {}
     state: dict[str, dict[str, Any]] = {}
     for number, slots in saved["state"].items():

@@ -95,27 +95,28 @@ def _swap_parameters(parameters: Mapping[str, nn.Parameter], values: Mapping[str
                 parameter.copy_(trained[name])
 
 
-def read_lora(path: str) -> tuple[dict[str, Tensor], float | None]:
-    """Read the tensors of a LoRA file, without peft's prefix, and its alpha if stated. Raises InputError."""
+def read_lora(path: str, name: str = "init_adapter") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read the tensors of a LoRA file, without peft's prefix, and the stated options of peft. Raises InputError.
+
+    name  of the argument, for messages
+    """
     place = Path(path)
     file = next((place / name for name in LORA_FILES if (place / name).is_file()), place)
     if not file.is_file():
-        raise InputError(f"init_adapter {path}: no LoRA file; expected {' or '.join(LORA_FILES)}, as in RUN/final")
+        raise InputError(f"{name} {path}: no LoRA file; expected {' or '.join(LORA_FILES)}, as in RUN/final")
     try:
         verify_checksums(file)
         with safe_open(file, "pt") as opened:
-            state = {name.removeprefix("base_model.model."): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            state = {key.removeprefix("base_model.model."): opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             config = json.loads((opened.metadata() or {}).get("lora_adapter_metadata") or "{}")
         if (beside := file.parent / "adapter_config.json").is_file():
             config |= json.loads(beside.read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"init_adapter {path}: {' '.join(str(error).split())[:160]}") from error
-    plain = {name.rpartition(".")[2]: value for name, value in config.items() if value}
-    if odd := [name for name in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if name in plain]:
-        raise InputError(
-            f"init_adapter {path}: its configuration has {odd[0]}, which is not supported; train without it"
-        )
-    return state, float(plain["lora_alpha"]) if "lora_alpha" in plain else None
+        raise InputError(f"{name} {path}: {' '.join(str(error).split())[:160]}") from error
+    plain = {key.rpartition(".")[2]: value for key, value in config.items() if value}
+    if odd := [key for key in ("rank_pattern", "alpha_pattern") if key in plain]:
+        raise InputError(f"{name} {path}: its configuration has {odd[0]}, which is not supported; train without it")
+    return state, plain
 
 
 class LoRA:
@@ -125,10 +126,19 @@ class LoRA:
     alpha    the rank by default
     targets  suffixes of the names of the adapted linear layers
     seed     of A; B starts at 0, so that training starts at the reference
+    use_dora, use_rslora  peft's options: m (W + s B A)/‖W + s B A‖ with trained norms m, which start at ‖W‖; s = α/√r
     """
 
     def __init__(
-        self, pipe: Any, rank: int = 16, alpha: float | None = None, targets: Sequence[str] = ATTENTION, seed: int = 0
+        self,
+        pipe: Any,
+        rank: int = 16,
+        alpha: float | None = None,
+        targets: Sequence[str] = ATTENTION,
+        seed: int = 0,
+        *,
+        use_dora: bool = False,
+        use_rslora: bool = False,
     ) -> None:
         from peft import LoraConfig, inject_adapter_in_model
 
@@ -139,7 +149,9 @@ class LoRA:
         self.pipe, (self.name, self.denoiser) = pipe, get_denoiser(pipe)
         if ADAPTER in getattr(self.denoiser, "peft_config", {}):
             raise InputError(f"this pipeline already has a LoRA named {ADAPTER!r}: reload the pipeline")
-        self.config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=list(targets))
+        self.config = LoraConfig(
+            r=rank, lora_alpha=alpha or rank, target_modules=list(targets), use_dora=use_dora, use_rslora=use_rslora
+        )
         active = [layer for layer in self._lora_layers() if not layer.disable_adapters]
         own = sorted({name for layer in active for name in layer.active_adapters})
         _freeze(pipe)
@@ -152,7 +164,7 @@ class LoRA:
                     f"{type(self.denoiser).__name__}: no layer named {', '.join(targets)}: give lora_target_modules, "
                     "suffixes of its layers' names, or lora_rank 0 to train all of it"
                 ) from error
-        self._initial: dict[str, Tensor] = {}  # weights of the LoRA of load_initial_adapter
+        self._initial: dict[str, Tensor] = {}  # weights of the reference where the adapter cannot be scaled by 0
         self.layers = [layer for layer in self._lora_layers() if ADAPTER in layer.lora_A]
         for layer in self._lora_layers():
             layer.enable_adapters(True)  # the user may have disabled all adapters
@@ -162,10 +174,12 @@ class LoRA:
         for parameter in self.parameters.values():
             parameter.data = parameter.data.float()  # trained in fp32, also in a half-precision denoiser
             parameter.requires_grad_(True)
+        if use_dora:  # whose reference is not that of scale 0: the norms are trained too
+            self._initial = {name: value.detach().clone() for name, value in self.parameters.items()}
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """A and B of every adapted layer."""
+        """A and B of every adapted layer, with DoRA its norms too."""
         parameters = named_parameters(self.denoiser)
         return {name: parameters[name] for name in self._names}
 
@@ -175,13 +189,16 @@ class LoRA:
         return [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
 
     def load_initial_adapter(self, path: str) -> None:
-        """Start from a trained LoRA of the same rank, alpha and targets, which becomes the reference too.
+        """Start from a trained LoRA of the same rank, alpha, targets and options, which becomes the reference too.
 
         path  a folder such as RUN/final, or a .safetensors file in the names of diffusers or peft
         Raises InputError where its tensors or its scale differ.
         """
         state, stated = read_lora(path)
-        own = {name.replace(f".{ADAPTER}.", "."): name for name in self._names}
+        for name in ("use_dora", "use_rslora"):
+            if stated and bool(stated.get(name)) != getattr(self.config, name):
+                raise InputError(f"init_adapter {path}: give {name}: {str(bool(stated.get(name))).lower()}, as it has")
+        own = {name.replace(f".{ADAPTER}", "").replace("_vector.weight", "_vector"): name for name in self._names}
         wanted = {short: tuple(self.parameters[name].shape) for short, name in own.items()}
         given = {name.removeprefix(f"{self.name}."): value for name, value in state.items()}
         if odd := sorted(set(given) ^ set(wanted)):
@@ -191,7 +208,7 @@ class LoRA:
         if odd := [name for name in wanted if tuple(given[name].shape) != wanted[name]]:
             rank = min(given[odd[0]].shape[:2])
             raise InputError(f"init_adapter {path}: {odd[0]} is of rank {rank}: give lora_rank: {rank}")
-        alpha = float(self.config.r) if stated is None else stated
+        alpha = float(stated.get("lora_alpha", self.config.r))
         if alpha != self.config.lora_alpha:
             raise InputError(f"init_adapter {path}: its alpha is {alpha:g}: give lora_alpha: {alpha:g}")
         self._initial = {name: given[short].detach().float().clone() for short, name in own.items()}

@@ -1,0 +1,52 @@
+"""Trackers of a training: scalars, and the samples of evaluations as a table of Weights & Biases."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from steer.audio import is_audio
+from steer.pipelines.training.evaluation import EvalResult
+from steer.pipelines.training.method import Record
+
+MAX_TABLE_ROWS = 64  # images of one evaluation that trackers get
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """Return the values that trackers plot; of [mean, low, high] the mean."""
+    return {name: value[0] if isinstance(value, list) else value for name, value in record.items()}
+
+
+def log_samples(trackers: Sequence[Any], evaluated: EvalResult) -> None:
+    """Give the images of an evaluation to the trackers that take some.
+
+    wandb        a table `samples`: step, prompt, image and the value of every reward
+    tensorboard  images `samples`, evenly spaced ones of at most 64
+    """
+    images = evaluated.images
+    if is_audio(images) or images.ndim != 4:  # videos and sounds stay in the folder of the run
+        return
+    count = min(len(images), MAX_TABLE_ROWS)
+    chosen = [place * len(images) // count for place in range(count)]
+    pixels = (images[chosen].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    for tracker in trackers:
+        if tracker.name == "wandb":
+            columns, rows = sample_table(evaluated, chosen, dict(zip(chosen, pixels, strict=True)))
+            tracker.log_table("samples", columns=columns, data=rows, step=evaluated.step)
+        elif tracker.name == "tensorboard":
+            tracker.log_images({"samples": pixels}, step=evaluated.step, dataformats="NHWC")
+
+
+def sample_table(
+    evaluated: EvalResult, chosen: Sequence[int], pixels: Mapping[int, Any]
+) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and the rows of a table of images, with images of wandb."""
+    from wandb import Image
+
+    samples = len(evaluated.images) // len(evaluated.prompts)
+    rewards = {name: values.flatten().tolist() for name, values in evaluated.rewards.items()}
+    rows = [
+        [evaluated.step, evaluated.prompts[k // samples], Image(pixels[k]), *(values[k] for values in rewards.values())]
+        for k in chosen
+    ]
+    return ["step", "prompt", "image", *rewards], rows

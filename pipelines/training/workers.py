@@ -1,0 +1,269 @@
+"""Rollouts and rewards by Ray actors, on one machine or many: `rollout_workers`, `reward_workers`. Ray is optional.
+
+Samples depend on the weights and on the rows' seeds alone, so that any actor draws those that the process itself would.
+Ray starts a dead actor again and repeats its work.
+"""
+
+import copy
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steer.errors import InputError
+from steer.pipelines.training.config import TrainingConfig
+from steer.pipelines.training.method import OnChunk, TrainingMethod, sampler_of
+from steer.pipelines.training.preparation import accelerator_of, trainable_of
+from steer.registry import nearest
+from steer.reward import Metadata, Reward, WrappedReward, compares_images, score
+from steer.rewards.compose import CompositeReward
+from steer.training.rollout import Rows, StepWindow, Trajectories
+from steer.training.trainable import set_parameter
+
+MAX_RESTARTS = 3  # of one actor, and of one piece of its work
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "ACCELERATE_", "FSDP_")  # of torchrun, accelerate
+Samples = tuple[Trajectories, Tensor]
+Draw = Callable[..., Samples]
+
+
+class RolloutWorker:
+    """An actor: a copy of the pipeline that draws micro-batches, by the weights that come with the work."""
+
+    def __init__(self, packed: bytes, config: TrainingConfig, draw: Draw, device: str, numerics: "Numerics") -> None:
+        for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
+            del os.environ[name]  # an actor is no process of the launched run, though it may be started by one
+        numerics.apply()
+        self.pipe, self.config, self._draw = unpack(packed, device), config, draw
+        self.trainable = trainable_of(self.pipe, config)
+        accelerator = accelerator_of(config, Path(config.output_dir), device == "cpu")
+        self.prepared, self.version = accelerator.prepare(self.trainable.denoiser), 0
+
+    def draw(self, version: int, weights: Sequence[Any], rows: Rows, window: StepWindow | None) -> Samples:
+        """Draw the rows. weights: a reference to those of the version, in a list, so that only new ones are fetched."""
+        import ray
+
+        if version != self.version:
+            parameters = self.trainable.parameters
+            for name, value in ray.get(weights[0]).items():
+                set_parameter(parameters[name], value)
+            self.sampler, self.version = sampler_of(self.pipe, self.config, self.prepared), version
+        trajectories, images = self._draw(self.sampler, rows, window)
+        return trajectories, images.cpu()
+
+
+class RayRollouts:
+    """The actors of one process that draw its samples."""
+
+    def __init__(self, pipe: Any, config: TrainingConfig, draw: Draw, share: float) -> None:
+        import ray
+
+        self._ray, self._version, self._weights = ray, 0, list[Any]()
+        packed, device = ray.put(pack(pipe, type(pipe).__name__)), pipe.device.type
+        config = replace(config, init_adapter=None)  # all weights come with the work
+        given = packed, config, draw, device, Numerics.present()
+        self.actors = [actor_of(RolloutWorker, share).remote(*given) for _ in range(config.rollout_workers)]
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Put these weights in Ray's store, for the next draws; actors fetch them by reference."""
+        self._version, self._weights = self._version + 1, [self._ray.put(dict(weights))]
+
+    def draw(self, chunks: Sequence[Rows], window: StepWindow | None, on_chunk: OnChunk) -> Iterator[Samples]:
+        """Draw micro-batches by turns of the actors, and yield their samples and images in order."""
+        turns = zip(cycle(self.actors), chunks, strict=False)
+        pending = [actor.draw.remote(self._version, self._weights, rows, window) for actor, rows in turns]
+        for one in pending:
+            on_chunk()
+            yield result(one)
+
+
+class RewardWorker:
+    """An actor: a copy of a reward."""
+
+    def __init__(self, packed: bytes, device: str, numerics: "Numerics") -> None:
+        numerics.apply()
+        self.reward, self.device = unpack(packed, device), device
+
+    def score(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -> Tensor:
+        """Score images and validate the result."""
+        with torch.no_grad():
+            return score(self.reward, images.to(self.device), prompts, metadata)
+
+
+class RayReward:
+    """A reward that actors compute by turns; without gradients."""
+
+    images, differentiable = "pt", False
+
+    def __init__(self, reward: Reward, count: int, device: str, share: float) -> None:
+        import ray
+
+        self.name, self.compares_images = reward.name, compares_images(reward)
+        given = ray.put(pack(reward, reward.name)), device, Numerics.present()
+        self.actors = [actor_of(RewardWorker, share).remote(*given) for _ in range(count)]
+        self._turns = cycle(self.actors)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None = None) -> Tensor:
+        rows = None if metadata is None else list(metadata)
+        return result(next(self._turns).score.remote(images.detach().cpu(), list(prompts), rows))
+
+
+class Numerics:
+    """The switches that a result may depend on in its last bit, as they are in this process."""
+
+    def __init__(self, threads: int, precision: str) -> None:
+        self.threads, self.precision = threads, precision
+
+    @classmethod
+    def present(cls) -> "Numerics":
+        """Return those of this process."""
+        return cls(torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+    def apply(self) -> None:
+        """Set them in this process."""
+        torch.set_num_threads(self.threads)
+        torch.set_float32_matmul_precision(self.precision)
+
+
+def pack(value: Any, name: str) -> bytes:
+    """Serialise a pipeline or a reward with its weights. Raises InputError where it cannot be."""
+    from ray import cloudpickle
+
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer, pickle_module=cloudpickle)
+    except (TypeError, AttributeError, RuntimeError, cloudpickle.pickle.PicklingError) as error:
+        raise InputError(f"{name} cannot be sent to Ray workers ({' '.join(str(error).split())[:160]})") from error
+    return buffer.getvalue()
+
+
+def unpack(packed: bytes, device: str) -> Any:
+    """Restore from `pack`, with the weights on a device."""
+    return torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
+
+
+def actor_of(kind: type, share: float) -> Any:
+    """Return a class as Ray's class of actors with a share of a GPU each, which are started again when they die."""
+    import ray
+
+    return ray.remote(num_gpus=share, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)(kind)
+
+
+def result(pending: Any) -> Any:
+    """Wait for a result of an actor. Raises the InputError of its work, and one for an actor that died too often."""
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    try:
+        return ray.get(pending)
+    except RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, InputError) else error) from None
+    except RayActorError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise InputError(
+            f"a Ray worker ended and cannot be started again ({reason:.200}): fix it, then resume"
+        ) from error
+
+
+def gpu_share(device: str, count: int) -> float:
+    """Return the share of a GPU of each of `count` actors, 1 over a whole number; 0 on the CPU.
+
+    Raises InputError where the model is on a GPU and Ray has none.
+    """
+    import ray
+
+    if device == "cpu":
+        return 0.0
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if not gpus:
+        raise InputError("rollout_workers and reward_workers: the model is on a GPU, and Ray's machines have none")
+    return 1 / math.ceil(count / gpus)
+
+
+def with_workers(reward: Reward, workers: Mapping[str, Reward]) -> Reward:
+    """Return a reward that is computed by workers, or whose components of their names are."""
+    if not isinstance(reward, WrappedReward) and reward.name in workers:
+        return workers[reward.name]
+    changed = copy.copy(reward)
+    if isinstance(changed, WrappedReward):
+        changed.reward = with_workers(changed.reward, workers)
+    elif isinstance(changed, CompositeReward):
+        changed._rewards = tuple(with_workers(one, workers) for one in changed._rewards)
+    else:
+        return reward
+    return changed
+
+
+def plain_rewards(reward: Reward) -> dict[str, Reward]:
+    """Return a reward's components that are no compositions, by name, without timeouts and metadata."""
+    if isinstance(reward, WrappedReward):
+        return plain_rewards(reward.reward)
+    if isinstance(reward, CompositeReward):
+        return {name: one for part in reward._rewards for name, one in plain_rewards(part).items()}
+    return {reward.name: reward}
+
+
+def num_workers(reward: Reward) -> int:
+    """Return how many calls of a reward may run at once: the fewest workers of a component; 0: not all have workers."""
+    counts = [len(one.actors) if isinstance(one, RayReward) else 0 for one in plain_rewards(reward).values()]
+    return min(counts)
+
+
+@contextmanager
+def worker_processes(trainer: TrainingMethod[Any]) -> Iterator[None]:
+    """Give a trainer the workers of its configuration in the block: they draw its rollouts and compute its rewards.
+
+    Raises InputError for a reward that it does not have.
+    """
+    config: TrainingConfig = trainer.config
+    if not (config.rollout_workers or config.reward_workers):
+        yield
+        return
+    own = trainer.reward, *getattr(trainer, "eval_rewards", ())
+    known = {name: one for reward in own for name, one in plain_rewards(reward).items()}
+    if unknown := [name for name in config.reward_workers if name not in known]:
+        near = nearest(unknown[0], known)
+        raise InputError(f"reward_workers: no reward is named {unknown[0]!r}: did you mean {near}?")
+    if config.rollout_workers and getattr(trainer, "preferences", None) is not None:
+        raise InputError("rollout_workers draw samples, and preferences need none: leave one out")
+    device = trainer.pipe.device.type
+    with _connection() as ray:
+        share = gpu_share(device, config.rollout_workers + sum(config.reward_workers.values()))
+        rewards = {name: RayReward(known[name], count, device, share) for name, count in config.reward_workers.items()}
+        actors = [actor for reward in rewards.values() for actor in reward.actors]
+        try:
+            trainer.reward, *others = (with_workers(one, rewards) for one in own)
+            vars(trainer)["eval_rewards"] = tuple(others)
+            if config.rollout_workers:
+                trainer.workers = RayRollouts(trainer.pipe, config, trainer.draw, share)
+                actors += trainer.workers.actors
+            yield
+        finally:
+            trainer.workers = None
+            trainer.reward, *others = own
+            vars(trainer)["eval_rewards"] = tuple(others)
+            for actor in actors:
+                ray.kill(actor)
+
+
+@contextmanager
+def _connection() -> Iterator[Any]:
+    """Connect to the cluster of RAY_ADDRESS, or start Ray on this machine, unless there is a connection."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    ray.init(include_dashboard=None if "RAY_ADDRESS" in os.environ else False, logging_level="warning")
+    try:
+        yield ray
+    finally:
+        ray.shutdown()

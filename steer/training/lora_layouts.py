@@ -1,0 +1,112 @@
+"""Layouts of LoRA files: diffusers' own, and kohya's, which ComfyUI and A1111 read. Names are diffusers' converters'.
+
+diffusers  unet.down_blocks.0.….to_q.lora_A.weight, with peft's options in the file's metadata
+kohya      lora_unet_down_blocks_0_…_to_q.lora_down.weight, and the scale as lora_unet_….alpha, over the rank
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers.loaders import FluxLoraLoaderMixin, StableDiffusionLoraLoaderMixin
+from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
+from safetensors.torch import save_file
+from torch import Tensor
+
+from steer.errors import InputError
+from steer.files import atomic_write
+from steer.training.trainable import LORA_FILES, read_lora
+
+DOWN, ALPHA = ".lora_down.weight", ".alpha"
+SDXL_BLOCKS = SimpleNamespace(layers_per_block=2)  # of the UNet whose blocks kohya numbers
+WRITERS = {"unet": StableDiffusionLoraLoaderMixin, "transformer": FluxLoraLoaderMixin}
+
+
+def convert_lora(source: str | Path, out: str | Path) -> Path:
+    """Write a LoRA of diffusers' layout in kohya's, or the reverse; return the written file.
+
+    source  a folder such as RUN/final, or a .safetensors file: the adapter of a UNet or of a Flux transformer
+    out     a .safetensors file for kohya's layout; for diffusers' a folder for `load_lora_weights` and `init_adapter`
+
+    Raises InputError for another file, for adapters of text encoders, and for ranks or scales that differ by layer.
+    """
+    state, stated = read_lora(str(source), "LoRA")
+    out = Path(out)
+    if any(name.endswith(DOWN) for name in state):
+        return _write_diffusers(*to_diffusers(state), out)
+    if out.suffix != ".safetensors":
+        raise InputError(f"{out}: kohya's layout is one file: give it a name that ends in .safetensors")
+    tensors = to_kohya(state, stated)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(out) as new:
+        save_file(tensors, new, metadata={"ss_network_module": "networks.lora"})
+    return out
+
+
+def to_kohya(state: Mapping[str, Tensor], stated: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Rename the tensors of diffusers' layout as kohya does. Raises InputError where it has no names for them.
+
+    stated  options of peft: lora_alpha (by default the rank), use_rslora, use_dora
+    """
+    ranks = {len(value) for name, value in state.items() if name.endswith(".lora_A.weight")}
+    flux = any(".single_transformer_blocks." in name for name in state)
+    denoiser = "transformer" if flux else "unet"
+    if odd := [name for name in state if not name.startswith(f"{denoiser}.")]:
+        raise InputError(f"{odd[0]!r} has no name in kohya's layout: give the LoRA of a UNet or a Flux transformer")
+    if stated.get("use_dora") or any("magnitude" in name for name in state):
+        raise InputError("a DoRA cannot be converted: diffusers reads none of kohya's layout")
+    if len(ranks) != 1:
+        raise InputError(f"the ranks of the layers must be equal, got {sorted(ranks)}: convert a LoRA of one rank")
+    (rank,) = ranks
+    alpha = float(stated.get("lora_alpha", rank)) * (math.sqrt(rank) if stated.get("use_rslora") else 1.0)
+    converted = convert_state_dict_to_kohya(dict(state))  # which takes every alpha for the rank
+    renamed = {f"lora_{name}" if flux else name: value for name, value in converted.items()}
+    return {
+        name: torch.tensor(alpha) if name.endswith(ALPHA) else value.contiguous() for name, value in renamed.items()
+    }
+
+
+def to_diffusers(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, float]:
+    """Rename the tensors of kohya's layout as diffusers does; also return the denoiser's name and alpha.
+
+    Raises InputError for names that diffusers does not know, and for ranks or alphas that differ by layer.
+    """
+    ranks = {name.removesuffix(DOWN): len(value) for name, value in state.items() if name.endswith(DOWN)}
+    scales = {(rank, float(state.get(f"{name}{ALPHA}", torch.tensor(rank)))) for name, rank in ranks.items()}
+    if odd := [name for name in state if not name.startswith(("lora_unet_", "lora_transformer_"))]:
+        raise InputError(f"{odd[0]!r} is not of a UNet or a Flux transformer, and only these are converted")
+    if len(scales) != 1:
+        raise InputError(f"ranks and alphas of the layers must be equal, got {sorted(scales)[:3]}: choose another LoRA")
+    ((rank, alpha),) = scales
+    flux = any(name.startswith("lora_transformer_") or "_double_blocks_" in name for name in state)
+    # Diffusers multiplies the tensors of Flux by alpha/rank: here 1, and alpha is written beside them.
+    plain = {name: value for name, value in state.items() if not name.endswith(ALPHA)}
+    plain |= {f"{name}{ALPHA}": torch.tensor(float(rank)) for name in ranks}
+    try:
+        if flux:
+            converted = FluxLoraLoaderMixin.lora_state_dict(plain)
+        else:
+            converted, _ = StableDiffusionLoraLoaderMixin.lora_state_dict(plain, unet_config=SDXL_BLOCKS)
+            converted = convert_unet_state_dict_to_peft(converted)
+    except (ValueError, KeyError, AssertionError, IndexError) as error:
+        raise InputError(f"diffusers does not know these names: {' '.join(str(error).split())[:160]}") from error
+    denoiser = "transformer" if flux else "unet"
+    return {name.removeprefix(f"{denoiser}."): value for name, value in converted.items()}, denoiser, alpha
+
+
+def _write_diffusers(state: dict[str, Tensor], denoiser: str, alpha: float, out: Path) -> Path:
+    from peft import LoraConfig
+
+    if out.suffix == ".safetensors":
+        raise InputError(f"{out}: diffusers' layout is a folder with {LORA_FILES[0]}: give the name of a folder")
+    layers = sorted({name.rpartition(".lora_")[0] for name in state})
+    rank = len(next(value for name, value in state.items() if name.endswith(".lora_A.weight")))
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=layers).to_dict()
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    written = {f"{denoiser}_lora_layers": tensors, f"{denoiser}_lora_adapter_metadata": config}
+    out.mkdir(parents=True, exist_ok=True)
+    WRITERS[denoiser].save_lora_weights(out, **written)
+    return out / LORA_FILES[0]

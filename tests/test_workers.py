@@ -1,0 +1,190 @@
+"""Rollouts and rewards by Ray actors."""
+
+import importlib.util
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_runs import PROMPTS, config_of, train
+from test_finetune_run import SHORT, fresh
+from test_trainable import image
+from test_training_options import PLAIN, TIMES
+from torch import Tensor
+
+from steer import GRPOConfig, NFTConfig, NFTTrainer, RewardBackpropConfig, combine
+from steer.errors import InputError
+from steer.pipelines.training import config as config_module
+from steer.pipelines.training.workers import (
+    num_workers,
+    pack,
+    plain_rewards,
+    unpack,
+    with_workers,
+    worker_processes,
+)
+from steer.reward import score_components, with_metadata, with_timeout
+
+SMALL = SHORT | {"warmup_steps": 0, "max_steps": 3, "eval_steps": 9, "ema_decay": 0.0}
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+
+
+class Constant:
+    """A stand-in of a reward with workers."""
+
+    name, differentiable = "jpeg", False
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        return torch.full((len(images),), 7.0)
+
+
+def test_workers_take_the_place_of_a_component() -> None:
+    images, prompts = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)), ["a", "b"]
+    reward = combine({"brightness": 2, "jpeg": 0.5})
+    wrapped = with_metadata(with_timeout(reward, 60), {"a": {}})
+    assert set(plain_rewards(wrapped)) == {"brightness", "jpeg"}
+    replaced = with_workers(wrapped, {"jpeg": Constant()})
+    total, components = score_components(replaced, images, prompts)
+    own, before = score_components(wrapped, images, prompts)
+    assert components["jpeg"].tolist() == [7.0, 7.0] and torch.equal(components["brightness"], before["brightness"])
+    torch.testing.assert_close(total, 2 * before["brightness"] + 3.5)
+    assert torch.equal(own, score_components(reward, images, prompts)[0]), "the reward itself is unchanged"
+    assert replaced.name == reward.name and num_workers(wrapped) == num_workers(replaced) == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GRPOConfig(reward_workers={"jpeg": 0}), "counts from 1, got jpeg: 0"),
+        (lambda: GRPOConfig(reward_workers={"jpeg": True}), "counts from 1, got jpeg: True"),
+        (lambda: GRPOConfig(rollout_workers=-1), "rollout_workers must be at least 0, got -1"),
+        (lambda: RewardBackpropConfig(reward_workers={"jpeg": 1}), "reward_workers return no gradients"),
+    ],
+)
+@needs_ray
+def test_counts_that_make_no_sense_are_one_line(make: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make()
+
+
+def test_without_ray_its_installation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "find_spec", lambda name: None)
+    GRPOConfig()
+    for options in ({"rollout_workers": 2}, {"reward_workers": {"jpeg": 1}}):
+        with pytest.raises(InputError, match=r"need Ray: pip install 'steer-diffusion\[ray\]'"):
+            GRPOConfig(**options)  # type: ignore[arg-type]
+
+
+@needs_ray
+def test_a_pipeline_and_a_reward_arrive_as_they_are() -> None:
+    pipe, reward = fresh(), combine({"brightness": 2, "jpeg": 0.5})
+    again = unpack(pack(pipe, "pipe"), "cpu")
+    images = [image(one) for one in (pipe, again)]
+    assert torch.equal(*images) and again is not pipe
+    scores = [one(images[0], ["a"] * len(images[0])) for one in (reward, unpack(pack(reward, "reward"), "cpu"))]
+    assert torch.equal(*scores)
+    locked = Constant()
+    locked.lock = threading.Lock()  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="jpeg cannot be sent to Ray workers"):
+        pack(locked, "jpeg")
+
+
+@needs_ray
+def test_workers_of_an_unknown_reward_are_one_line(tmp_path: Path) -> None:
+    config = config_of("grpo", **SMALL | {"reward_workers": {"brightnes": 1}})
+    with pytest.raises(InputError, match="no reward is named 'brightnes': did you mean brightness"):
+        train("grpo", fresh(), tmp_path, config)
+
+
+def end(actor: Any) -> None:
+    """Kill the process of an actor, as a machine that fails does."""
+    import ray
+
+    os.kill(ray.get(actor.__ray_call__.remote(lambda self: os.getpid())), signal.SIGKILL)
+
+
+class Killing:
+    """A callback that kills a worker of rollouts after the first update, and one of rewards after the second."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+        self.killed = 0
+
+    def on_log(self, args: Any, state: Any, control: Any, **details: Any) -> None:
+        if args.rollout_workers and self.killed < 2:
+            actors = (self.trainer.workers.actors, self.trainer.reward.actors)[self.killed]
+            self.killed += 1
+            end(actors[0])
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    import ray
+
+    ray.init(num_cpus=4, include_dashboard=False, logging_level="warning")
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.hard
+@needs_ray
+def test_two_workers_that_die_give_the_run_of_one_process(cluster: None, tmp_path: Path) -> None:
+    from finetune_runs import trainer_of
+
+    weights, records, killing = [], [], Killing()
+    for name, workers in (("one", {}), ("two", {"rollout_workers": 2, "reward_workers": {"brightness": 2}})):
+        pipe = fresh()
+        trainer = trainer_of(
+            "grpo", pipe, tmp_path / name, config_of("grpo", **SMALL | workers), callbacks=[killing], **PLAIN
+        )
+        killing.trainer, reward = trainer, trainer.reward
+        result = trainer.train()
+        assert trainer.reward is reward and trainer.workers is None
+        records.append([{k: v for k, v in one.items() if k not in TIMES} for one in result.records])
+        weights.append({key: value.clone() for key, value in pipe.unet.state_dict().items()})
+    assert killing.killed == 2
+    assert records[0] == records[1]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.hard
+@needs_ray
+def test_workers_draw_by_the_averaged_policy(cluster: None, tmp_path: Path) -> None:
+    """DiffusionNFT draws by an average of the weights, with the pipeline's own solver."""
+    shared = {"max_steps": 3, "train_batch_size": 2, "num_generations": 2, "micro_batch": 2, "num_inference_steps": 3}
+    shared |= {"call": {"height": 8, "width": 8}, "lora_rank": 2, "learning_rate": 0.01, "old_decay_rate": 0.4}
+    rewards = []
+    for name, workers in (("one", 0), ("two", 2)):
+        config = NFTConfig(output_dir=str(tmp_path / name), rollout_workers=workers, **shared)  # type: ignore[arg-type]
+        result = NFTTrainer(fresh(), "brightness", config, train_prompts=PROMPTS).train()
+        rewards.append([(record["reward"], record["loss"]) for record in result.records])
+    assert rewards[0] == rewards[1]
+
+
+@pytest.mark.hard
+@needs_ray
+def test_an_error_of_a_worker_is_the_error_of_the_run(cluster: None, tmp_path: Path) -> None:
+    config = config_of("grpo", **SMALL | {"reward_workers": {"broken": 1}})
+    with pytest.raises(InputError, match="reward 'broken' failed: ZeroDivisionError"):
+        train("grpo", fresh(), tmp_path, config, reward=Broken(), **PLAIN)
+
+
+class Broken(Constant):
+    name = "broken"
+
+    def __call__(self, images: Tensor, prompts: Any) -> Tensor:
+        raise ZeroDivisionError("mine")
+
+
+def test_a_trainer_without_workers_is_left_alone(tmp_path: Path) -> None:
+    from finetune_runs import trainer_of
+
+    trainer = trainer_of("grpo", fresh(), tmp_path, config_of("grpo", **SMALL))
+    before = dict(vars(trainer))
+    with worker_processes(trainer):
+        assert vars(trainer) == before
