@@ -14,6 +14,7 @@ from steer.diffusion.lookahead import Adapter, coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
 from steer.diffusion.step_hooks import SolverStep, StepOverride, UnsupportedPipelineError
+from steer.diffusion.value import Value, load_value
 from steer.errors import InputError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.particle_batch import ParticleBatch
@@ -123,9 +124,12 @@ class StepReport:
 
 @dataclass(frozen=True)
 class IntermediateRewards:
-    """The images (B·K, 3, H, W) of x̂0 at one step, their rewards (B, K), and in a guided run ∇r (B·K, …)."""
+    """The images (B·K, 3, H, W) of x̂0 at one step, their rewards (B, K), and in a guided run ∇r (B·K, …).
 
-    previews: Tensor
+    A learned value has rewards alone.
+    """
+
+    previews: Tensor | None
     rewards: Tensor
     gradient: Tensor | None = None
 
@@ -144,6 +148,7 @@ class Run:
     first = 0  # first step that may have intermediate rewards
     reward_delay = 0  # steps from an evaluation to its resampling
     auto_strength = False  # whether λ is to be chosen by the first rewards
+    value: Value | None = None  # in place of intermediate rewards
     steps_argument = "resample_steps"  # the caller's name of the steps with intermediate rewards
 
     def __init__(
@@ -207,6 +212,8 @@ class Run:
         return rule(self.algorithm, reweighted, count, self.particle_batch.rng)
 
     def _intermediate_rewards(self, solver_step: SolverStep) -> IntermediateRewards:
+        if self.value is not None:
+            return IntermediateRewards(self._observed(solver_step), self.particle_batch.values(self.value, solver_step))
         return self._score_x0(self.particle_batch.predict(solver_step))
 
     def _choose_strength(self, rewards: Tensor, progress: float) -> None:
@@ -469,4 +476,5 @@ class FKSteeringPipeline(SteeringPipeline):
             # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
             run = kind(algorithm, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps)
         run.auto_strength = s.lam == "auto"
+        run.value = None if s.value is None else load_value(s.value, self.pipe)
         return run

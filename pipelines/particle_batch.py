@@ -24,6 +24,7 @@ from steer.diffusion.step_hooks import (
     cache_text_encoding,
     with_deferred_checker,
 )
+from steer.diffusion.value import Value
 from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
 from steer.reward import Reward, compares_images, mean_over_frames, score_components, warn_if_pipeline_truncates
@@ -133,6 +134,13 @@ class ParticleBatch:
         latents = look_ahead(solver_step)
         self._nfe += look_ahead.evaluations * self.groups * self.alive
         return latents
+
+    def values(self, value: Value, solver_step: SolverStep) -> Tensor:
+        """Evaluate a learned value (B, K) at a step, of the K particles that are left. Raises InputError."""
+        values = self.live.of(value(solver_step, self.prompts)).detach().float().cpu()
+        if values.shape != (self.groups * self.alive,) or not values.isfinite().all():
+            raise InputError(f"value: expected {self.groups * self.alive} finite numbers, got {tuple(values.shape)}")
+        return values.view(self.groups, self.alive)
 
     def preview(self, x0: Tensor) -> Tensor:
         """Decode x̂0 of the whole batch: images (B·K, 3, H, W) of the K particles that are left."""

@@ -11,6 +11,7 @@ from steer.diffusion.batching import ActiveRows
 from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.seeds import spread_generators
 from steer.diffusion.step_hooks import SolverStep, with_modules, without_side_effects, zero_proxies
+from steer.diffusion.value import load_value
 from steer.errors import InputError
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.fk_steering import ResampleResult, ResamplingSchedule
@@ -44,13 +45,15 @@ class RacingPipeline(SteeringPipeline):
         race, call = self._race(prompt, s, call)
         live = ActiveRows()
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
-        with few_step_adapter(self.pipe, s.lookahead) as adapter:
+        lookahead = s.lookahead if s.value is None else 1
+        with few_step_adapter(self.pipe, lookahead) as adapter:
             particle_batch = ParticleBatch(
                 *(pipe, self.reward, prompt, race.starts, call, s.reward_prompt, s.chunk_size, s.preview, live),
-                lookahead=coarse_steps(s.lookahead),
+                lookahead=coarse_steps(lookahead),
                 adapter=adapter,
             )
             run = RacingRun(particle_batch, kernel_eta, s.eta or 1.0, race.rungs, s)
+            run.value = None if s.value is None else load_value(s.value, self.pipe)
             images = run.sample()
         rewards, components = particle_batch.score(images)
         return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
@@ -63,6 +66,7 @@ class RacingPipeline(SteeringPipeline):
             raise InputError("budget and latents exclude each other: the starts follow from the budget, leave one out")
         first, groups = first_solver_step(self.pipe, self.reward, prompt, call, s.reward_prompt)
         evaluations = 2 if isinstance(s.lookahead, str) else s.lookahead  # an adapter needs one more than x̂0
+        evaluations = evaluations if s.value is None else 1
         race, generator = plan_race(s.budget, first.total, s.branches, evaluations), call.get("generator")
         if generator is None or isinstance(generator, Generator):
             return race, call

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 
 from steer.diffusion.lookahead import coarse_steps, few_step_adapter
 from steer.diffusion.step_hooks import SolverStep
+from steer.diffusion.value import load_value
 from steer.pipelines.base import SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.fk_steering import (
     IntermediateRewards,
@@ -51,6 +52,7 @@ class SelectionPipeline(SteeringPipeline):
             run = SelectionRun(
                 selection, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps
             )
+            run.value = None if s.value is None else load_value(s.value, self.pipe)
             images = run.sample()
         rewards, components = particle_batch.score(images)
         return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)

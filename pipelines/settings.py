@@ -81,6 +81,9 @@ class FKSettings(StepSettings):
                             weights. The others follow by reward
     lookahead               coarse solver steps from x_t to the end whose result is rewarded in place of x̂0: 1 is x̂0,
                             each further one an evaluation. Or lora:PATH, one step by an LCM or Turbo adapter
+    value                   learned value in place of intermediate rewards: a folder of `steer value train`, or a function of a
+                            SolverStep and the prompts of its rows. Nothing is decoded or scored before the end; without a
+                            look-ahead
     preview                 decoder of x̂0 for the reward: full, the pipeline's VAE; linear, a map fitted to the first
                             previews; or a small autoencoder (tiny, a folder, ORGANISATION/NAME on the command line, an
                             object in Python). Finished images are the VAE's
@@ -102,11 +105,16 @@ class FKSettings(StepSettings):
     asynchronous_rewards: bool = option(False)
     draw: str = option("best", choices="steer.pipelines.particle_batch:DRAWS")
     lookahead: int | str = option(1, "[1, inf]")
+    value: Any = option(None)
     preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lookahead(self.lookahead, ("reward_guidance", "asynchronous_rewards"))
+        self.check_lookahead(self.lookahead, ("reward_guidance", "asynchronous_rewards", "value"))
+        if self.value is not None:
+            for name in ("reward_guidance", "asynchronous_rewards", "target_reward"):
+                if getattr(self, name):
+                    raise InputError(f"{name} and value exclude each other: leave one out")
         if self.lam == "auto" and self.tempering == "ess":
             raise InputError("lam='auto' and tempering='ess' both choose λ by the ESS: give lam a number")
         if self.draw != "best" and self.is_search:
@@ -144,6 +152,7 @@ class SelectionSettings(StepSettings):
                   None and 0 leave the children of a candidate one step with η = 1 to diverge
     lookahead     coarse solver steps from x_t to the end whose result is rewarded in place of x̂0; or lora:PATH. See
                   FKSettings
+    value         learned value in place of intermediate rewards, without a look-ahead. See FKSettings
     preview       decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
     """
 
@@ -152,11 +161,12 @@ class SelectionSettings(StepSettings):
     select_steps: Iterable[int] | None = option(None)
     eta: float | None = argument(1.0, "[0, 1]")
     lookahead: int | str = option(1, "[1, inf]")
+    value: Any = option(None)
     preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lookahead(self.lookahead)
+        self.check_lookahead(self.lookahead, ("value",))
         if self.num_particles % self.beams:
             raise InputError(f"beams must divide num_particles, got {self.beams} of {self.num_particles}")
 
@@ -175,6 +185,7 @@ class RacingSettings(StepSettings):
                    of a survivor one step with η = 1 to diverge
     lookahead      coarse solver steps from x_t to the end whose result is rewarded in place of x̂0; or lora:PATH. See
                    FKSettings
+    value          learned value in place of intermediate rewards and of the look-ahead. See FKSettings
     preview        decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
     """
 
@@ -182,6 +193,7 @@ class RacingSettings(StepSettings):
     rungs: Mapping[int, int] | None = option(None)
     branches: int = option(1, "[1, inf]")
     lookahead: int | str = option(3, "[1, inf]")
+    value: Any = option(None)
     preview: Any = option("full")
 
     def __post_init__(self) -> None:

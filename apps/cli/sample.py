@@ -20,7 +20,7 @@ SPEC = help_of("reward")
 TIMEOUT = click.option("--reward-timeout", type=float, help="Time limit of one call of the reward, in seconds.")
 FLAGS = "nsfw_content_detected"
 # All other options come from the image.
-WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "lora", "preview"}
+WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "lora", "preview", "lookahead", "value"}
 
 
 @click.command(cls=Command)
@@ -65,7 +65,7 @@ def sample(
     Where help begins with the names of methods, the option belongs to these methods.
 
     --replay makes an image of an earlier run again from the recipe inside its PNG; only --out, --device, --dtype,
-    --reward, --reward-timeout, --lora and --preview go with it. Exit code 0 where the pixels are the same, else 1.
+    --reward, --reward-timeout, --lora, --preview, --lookahead and --value go with it. Exit code 0 where the pixels are the same, else 1.
 
     Under torchrun or accelerate launch the prompts are divided among the processes.
     """
