@@ -272,7 +272,7 @@ def whole(subject: Subject) -> Iterator[PreparedComparison]:
 
 @contextmanager
 def learned_value(subject: Subject) -> Iterator[PreparedComparison]:
-    """Steering by a learned value, untrained here, and rewards of the finished images alone, against the plain batch."""
+    """Steering by a learned value, here untrained, and rewards of finished images alone, against the plain batch."""
     values: list[LearnedValue] = []
 
     def value(solver_step: SolverStep, prompts: Sequence[str]) -> Tensor:

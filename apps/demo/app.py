@@ -25,7 +25,7 @@ class PublicApi:
         with gr.Row(visible=False):
             inputs = [
                 gr.Textbox(label="prompt"),
-                gr.Radio([*METHODS.values()], value="fk", label="method"),
+                gr.Radio([*METHODS.values()], value="race", label="method"),
                 gr.Textbox("scene-soft", label="reward"),
                 *(setting_field(name, label=name) for name in ("particles", "steps", "guidance")),
                 gr.Number(DEFAULTS["lam"], label="strength"),
@@ -53,7 +53,8 @@ class PublicApi:
 
         Args:
             prompt: what the image should show
-            method: fk (particles), best-of-n, reno (optimised noise, for one-step models) or base
+            method: race (the best picture, by search), fk (samples), best-of-n, reno (optimised noise, for one-step
+                models) or base
             reward: a name that `steer rewards` lists, or a sum such as preference:scenes + aesthetic:scenes:0.5
             particles: images at a time
             steps: of the solver; 1 for reno

@@ -38,7 +38,7 @@ MAX_WIDTH = 1024  # bounds the memory that a configuration can ask for
 
 
 class ValueNet(nn.Module):
-    """Three convolutions, modulated (FiLM) by noise level and prompt. Its buffers hold the scales of inputs and rewards.
+    """Three convolutions, modulated (FiLM) by noise level and prompt. Buffers hold the scales of inputs and rewards.
 
     channels  of the features: twice those of the latents
     """
