@@ -215,6 +215,8 @@ class RacingSettings(StepSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_lookahead(self.lookahead)
+        if self.value is not None and self.lookahead not in (1, self.field("lookahead").default):
+            raise InputError("value and lookahead exclude each other: leave one out")
         if self.budget is not None and self.rungs is not None:
             raise InputError("budget and rungs exclude each other: rungs follow from a budget, leave one out")
         before = self.num_particles

@@ -14,9 +14,14 @@ from soft_rewards import redness, seeded
 
 from steer import FKSteeringPipeline, RacingPipeline, SelectionPipeline
 from steer.arguments import IMAGES_PER_PROMPT
+from steer.diffusion.schedules import step_levels
+from steer.diffusion.step_hooks import SolverStep
 from steer.errors import InputError
+from steer.pipelines.particle_batch import ParticleBatch
+from steer.rewards.parser import load_reward
 
 STEPS, K = 6, 4
+redness_reward = load_reward(redness)
 
 
 def two_step_transition(pipe: GaussianPipeline, t: int, s: int) -> tuple[float, float, float]:
@@ -51,15 +56,15 @@ def two_step_transition(pipe: GaussianPipeline, t: int, s: int) -> tuple[float, 
 
 def test_the_law_of_a_chain_of_glass_steps_is_exact() -> None:
     pipe = GaussianPipeline(DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
-    outs = list(steered_gaussians(pipe, 4, kernel="glass", num_inference_steps=6, resample_steps=[2, 4]))
-    pipe.scheduler.set_timesteps(6)
+    outs = list(steered_gaussians(pipe, 4, kernel="glass", num_inference_steps=5, resample_steps=[1, 3]))
+    pipe.scheduler.set_timesteps(5)
     times, mean, variance = [*pipe.scheduler.timesteps.tolist(), -1], 0.0, 1.0
     for t, s in itertools.pairwise(times):
         a, b, c = two_step_transition(pipe, t, s)
         mean, variance = a * mean + c, a**2 * variance + b**2
     check_tilted(outs, mean, math.sqrt(variance))
-    assert abs(math.sqrt(variance) - pipe.config.std) < abs(pipe.distribution(6, 1.0)[1] - pipe.config.std)
-    assert outs[0].cost.nfe == 100 * 4 * (6 + 6), "two evaluations a step"
+    assert abs(math.sqrt(variance) - pipe.config.std) < abs(pipe.distribution(5, 1.0)[1] - pipe.config.std)
+    assert outs[0].cost.nfe == 100 * 4 * (5 + 5), "two evaluations a step"
 
 
 CASES = {
@@ -69,6 +74,26 @@ CASES = {
     "flow": ("sd3", FLOW["FlowMatchEulerDiscrete"]),
     "flux": ("flux", FLOW["FlowMatchEulerDiscrete"]),
 }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_denoiser_at_the_level_of_the_next_step_is_that_step(case: str) -> None:
+    """Asked from step 1 at (x_2, σ_2/α_2), the pipeline answers as in its own step 2: guidance, conditions, scaling."""
+    name, scheduler = CASES[case]
+    pipe = with_scheduler(cached_pipe(name), scheduler())
+    call = {key: value for key, value in call_kwargs(name, K, STEPS).items() if key not in IMAGES_PER_PROMPT}
+    batch = ParticleBatch(pipe, redness_reward, call.pop("prompt"), K, call | {"generator": seeded()})
+    x0: dict[str, torch.Tensor] = {}
+
+    def on_step(solver_step: SolverStep) -> None:
+        if solver_step.k == 1:
+            _, (alpha, sigma) = step_levels(solver_step.scheduler, solver_step.t, solver_step.index)
+            x0["asked"] = batch._look_ahead.denoise(solver_step, solver_step.prev.float() / float(alpha), sigma / alpha)
+        elif solver_step.k == 2:
+            x0["run"] = solver_step.x0()
+
+    batch.sample(on_step)
+    torch.testing.assert_close(x0["asked"], x0["run"], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", CASES)

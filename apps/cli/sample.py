@@ -101,8 +101,8 @@ def sample(
         strengths = [entry["lam"] for entry in report["prompts"] if "lam" in entry]
         lam = f", λ {min(strengths):.3g} to {max(strengths):.3g}" if strengths else ""
         click.echo(
-            f"{len(prompts)} prompts, {config.method}, {config.reward}{lam}: best {sum(best) / len(best):.3f}, "
-            f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s → {written}"
+            f"{len(prompts)} prompts, {config.reward}: best {sum(best) / len(best):.3f}, "
+            f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s by {config.method}{lam} → {written}"
         )
 
 

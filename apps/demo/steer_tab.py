@@ -120,7 +120,7 @@ def fields_from_recipe(recipe: Recipe, models: Sequence[str], weights: Weights |
         raise InputError(f"it was made with {what}, which this app does not have: use `steer sample --replay`")
     asked = {name: first.get(name, DEFAULTS.get(name)) for name in SETTINGS}
     asked |= {"prompts": recipe.prompt, "fresh": False, "adapter": settings.lora is not None}
-    asked["auto"] = asked["lam"] == "auto"
+    asked["auto"] = first.get("lam", "auto") == "auto"
     asked |= {"lam": DEFAULTS["lam"]} if asked["auto"] else {}
     asked |= {"steps": settings.steps or 1, "guidance": settings.guidance or 0.0}
     again = settings_of(asked, weights).plain()
