@@ -58,7 +58,7 @@ def replay(
     """
     recipe, before = read_png(image)
     loaded = _reward(image, recipe, reward, reward_timeout)
-    here = {"reward": reward or recipe.settings.reward, "dtype": dtype or recipe.settings.dtype}
+    here: dict[str, Any] = {"reward": reward or recipe.settings.reward, "dtype": dtype or recipe.settings.dtype}
     here |= {"lora": _weights(image, recipe, lora), "preview": preview or _trusted_preview(image, recipe)}
     here |= {"lookahead": _trusted_file(image, recipe, "lookahead", lookahead)}
     here |= {"value": _trusted_file(image, recipe, "value", value)}

@@ -86,7 +86,7 @@ def sample(
     from steer.apps.texts import TEXTS, sample_texts
 
     compute_options = ComputeOptions(attention, compiled, micro_batch)
-    texts = is_text_model(settings["model"] or SamplingConfig.field("model").default)
+    texts = is_text_model(str(settings["model"] or SamplingConfig.field("model").default))
     with errors_with_flags():
         config = SamplingConfig.of(**choose_method(settings, purpose, texts))
     if texts:
