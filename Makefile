@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 
 sample: $(INSTALLED)  ## the main job: base against steered images for three prompts
 	$(BIN)/steer sample "a red circle left of a blue star" "three green triangles" "a yellow square and a purple cross" \
-		--steps 20 --guidance 4 --lam 25 --particles 4 --out out/sample
+		--steps 20 --guidance 4 --out out/sample
 	@echo "look at out/sample/grid.png and out/sample/ancestry.png"
 
 test: lint types unit  ## everything that needs no browser

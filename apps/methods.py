@@ -76,6 +76,7 @@ class Job:
     on_iteration      observer of the iterations of an iterative method
     on_step           observer of the solver steps of the other methods; an exception from it ends the run
     preview_steps     steps at which best-of-n and base, which need none, score x̂0 for it; None: those of fk
+    early_previews    steps at which the other methods give it previews by a look-ahead, without rewards
     adapter_disabled  context in which the pipeline is without its LoRA adapter
     compute_options   context, entered with the pipeline, that gives the pipeline to call
     noise_arguments   arguments of the call in place of its own: screened starting noise
@@ -90,6 +91,7 @@ class Job:
     on_iteration: Callable[[Iteration], None] | None = None
     on_step: Callable[[StepReport], None] | None = None
     preview_steps: tuple[int, ...] | None = ()
+    early_previews: tuple[int, ...] = ()
     adapter_disabled: DisableAdapter = nullcontext
     compute_options: PipelineContext = nullcontext
     noise_arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -185,8 +187,8 @@ class Method:
             hooks: dict[str, Any] = {"state_file": job.state_file, "on_iteration": job.on_iteration}
         else:
             hooks = {"on_step": job.on_step}
-        if self.pipeline is BestOfNPipeline:
-            hooks["preview_steps"] = job.preview_steps
+            scored = self.pipeline is BestOfNPipeline
+            hooks["preview_steps"] = job.preview_steps if scored else job.early_previews
         output: SteeringOutput = self.pipeline(job.pipe, job.reward)(job.prompt, **options, **hooks, **job.call)
         return output.in_slot_order() if self.in_slot_order else output
 

@@ -43,6 +43,8 @@ def replay(
     dtype: str | None = None,
     lora: str | None = None,
     preview: str | None = None,
+    lookahead: int | str | None = None,
+    value: str | None = None,
     reward_timeout: float | None = None,
 ) -> ReplayResult:
     """Reproduce a PNG of `steer sample` as NAME-replay.png in `out`.
@@ -51,12 +53,15 @@ def replay(
     dtype    replaces that of the image; by default the device's
     lora     path of the finetuned weights; required if the image was made with some
     preview  decoder of previews; required if that of the image is neither full, linear nor tiny
+    lookahead, value  those of the user; required if the image's are files
     Raises InputError for another file, or if something it needs is missing here.
     """
     recipe, before = read_png(image)
     loaded = _reward(image, recipe, reward, reward_timeout)
-    here = {"reward": reward or recipe.settings.reward, "dtype": dtype or recipe.settings.dtype}
+    here: dict[str, Any] = {"reward": reward or recipe.settings.reward, "dtype": dtype or recipe.settings.dtype}
     here |= {"lora": _weights(image, recipe, lora), "preview": preview or _trusted_preview(image, recipe)}
+    here |= {"lookahead": _trusted_file(image, recipe, "lookahead", lookahead)}
+    here |= {"value": _trusted_file(image, recipe, "value", value)}
     settings = SamplingConfig.of(**recipe.settings.plain() | here)
     METHODS[settings.method].check(settings, loaded)
     check_device(device)
@@ -101,6 +106,14 @@ def _trusted_preview(image: Path, recipe: Recipe) -> str | None:
             f"{image}: its previews were decoded by {source!r:.200}: add --preview {TINY}, or --preview PATH"
         )
     return source
+
+
+def _trusted_file(image: Path, recipe: Recipe, name: str, given: int | str | None) -> int | str | None:
+    """Return the user's own value of a setting, or the image's where it is no file. Raises InputError."""
+    stored: int | str | None = recipe.settings.plain().get(name)
+    if given is None and isinstance(stored, str) and not recipe.base:
+        raise InputError(f"{image}: its {name} is {stored!r:.200}: add --{name} with a file that you trust")
+    return stored if given is None else given
 
 
 def _reward(image: Path, recipe: Recipe, given: str | None, timeout: float | None) -> Reward:

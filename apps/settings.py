@@ -51,6 +51,7 @@ METHOD_OPTIONS = {
     "reno": MethodOptions(ReNOSettings),
     "noise-search": MethodOptions(NoiseSearchSettings),
 }
+PURPOSES = {"picture": "race", "samples": "fk"}  # the best picture, by search; draws from p(x0) exp(λ r(x0))
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -156,6 +157,37 @@ def method_settings(method: str, values: Mapping[str, Any], particles: int) -> C
                 raise InputError(f"{name} is an option of {' and '.join(owners)}, not of {method}: leave it out")
             raise InputError(f"unknown option {name!r}: did you mean {nearest(name, [*SHARED, *names])}?")
     return settings(**{**defaults, **values, "num_particles": particles})
+
+
+def choose_method(values: Mapping[str, Any], purpose: str | None = None, texts: bool = False) -> dict[str, Any]:
+    """Return flat values with the method of a purpose, where they have none.
+
+    purpose  of PURPOSES; None: samples where an option is given that fk has and race has not, else picture
+    texts    whether the model makes texts, which have no race
+
+    Raises InputError for a purpose beside a method, and for the best picture of a text.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if "method" in given:
+        if purpose is not None:
+            raise InputError("purpose and method exclude each other: the purpose chooses the method, leave one out")
+        return given
+    only_fk = {*option_names("fk")} - {*option_names("race")}
+    chosen = choose("purpose", purpose or ("samples" if texts or only_fk & given.keys() else "picture"), PURPOSES)
+    if texts and chosen != "fk":
+        raise InputError("purpose: a text has no search by look-ahead, use samples, or --method beam")
+    if chosen == "fk" or given.keys() & {"branches", "rungs", "budget"}:
+        return {"method": chosen, **given}
+    particles = given.get("particles", SamplingConfig.field("particles").default)
+    return {"method": chosen, **given, **picture_options(particles)}
+
+
+def picture_options(particles: int) -> dict[str, Any]:
+    """Return the options of race for the best picture of K particles: a beam search that keeps K images.
+
+    Two parents with K/2 children each; of an odd number, and of fewer than 4, one parent.
+    """
+    return {"branches": particles // 2 if particles >= 4 and particles % 2 == 0 else max(particles, 1)}
 
 
 def option_names(method: str) -> list[str]:

@@ -82,6 +82,7 @@ def _sample_prompt(job: Job) -> Entry:
     with wrap_errors(f"prompt {job.prompt!r}", "finished prompts are kept", "fewer particles need less"):
         output = job.run()
         entry: Entry = {"prompt": job.prompt, "texts": list(output.images)} | describe(output)
+        entry |= {} if output.lam is None else {"lam": output.lam}
         if (base := base_output(job, output)) is not None:
             entry["base"] = {"texts": list(base.images), "rewards": base.rewards[0].tolist()}
         return entry

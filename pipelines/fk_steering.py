@@ -14,10 +14,11 @@ from steer.diffusion.lookahead import Adapter, coarse_steps, few_step_adapter
 from steer.diffusion.rehearsal import check_verified
 from steer.diffusion.schedules import draw_guided, matches_gaussian_kernel
 from steer.diffusion.step_hooks import SolverStep, StepOverride, UnsupportedPipelineError
+from steer.diffusion.value import Value, load_value
 from steer.errors import InputError
 from steer.pipelines.base import ResamplingInfo, SteeringOutput, SteeringPipeline, route_eta, steering_call
 from steer.pipelines.particle_batch import ParticleBatch
-from steer.pipelines.settings import FKSettings, Prompts
+from steer.pipelines.settings import FKSettings, Prompts, RacingSettings, SelectionSettings
 from steer.pipelines.token_batch import batch_class
 from steer.reward import Reward, RewardError, Submit, run_in_background
 from steer.smc.particles import FeynmanKac, Particles
@@ -123,9 +124,12 @@ class StepReport:
 
 @dataclass(frozen=True)
 class IntermediateRewards:
-    """The images (B·K, 3, H, W) of x̂0 at one step, their rewards (B, K), and in a guided run ∇r (B·K, …)."""
+    """The images (B·K, 3, H, W) of x̂0 at one step, their rewards (B, K), and in a guided run ∇r (B·K, …).
 
-    previews: Tensor
+    A learned value has rewards alone.
+    """
+
+    previews: Tensor | None
     rewards: Tensor
     gradient: Tensor | None = None
 
@@ -144,6 +148,8 @@ class Run:
     first = 0  # first step that may have intermediate rewards
     reward_delay = 0  # steps from an evaluation to its resampling
     auto_strength = False  # whether λ is to be chosen by the first rewards
+    value: Value | None = None  # in place of intermediate rewards
+    glass_steps = 0  # inner steps of a GLASS transition in place of the Gaussian kernel
     steps_argument = "resample_steps"  # the caller's name of the steps with intermediate rewards
 
     def __init__(
@@ -165,6 +171,11 @@ class Run:
         self.target_reached = self.from_search = False  # a particle met the target; particles were selected by reward
         self.particles = Particles.start(particle_batch.groups, particle_batch.size)
         self.history: list[ResamplingInfo] = []
+
+    def configure(self, s: FKSettings | SelectionSettings | RacingSettings, pipe: Any) -> None:
+        """Take a learned value and the kernel from the settings. Raises InputError for a value that does not fit."""
+        self.value = None if s.value is None else load_value(s.value, pipe)
+        self.glass_steps = s.glass_steps if s.kernel == "glass" else 0
 
     def sample(self) -> Tensor:
         """Run the pipeline: the finished images (B·K, 3, H, W) of the K particles that are left."""
@@ -207,11 +218,14 @@ class Run:
         return rule(self.algorithm, reweighted, count, self.particle_batch.rng)
 
     def _intermediate_rewards(self, solver_step: SolverStep) -> IntermediateRewards:
+        if self.value is not None:
+            return IntermediateRewards(self._observed(solver_step), self.particle_batch.values(self.value, solver_step))
         return self._score_x0(self.particle_batch.predict(solver_step))
 
     def _choose_strength(self, rewards: Tensor, progress: float) -> None:
-        """Choose λ by the first rewards (B, K), where it is to be chosen."""
-        if self.auto_strength and isinstance(self.algorithm, FeynmanKac):
+        """Choose λ by the first rewards (B, K) that differ within a prompt, where it is to be chosen."""
+        differ = bool((rewards != rewards[:, :1]).any())
+        if self.auto_strength and isinstance(self.algorithm, FeynmanKac) and (differ or progress == 1.0):
             self.algorithm, self.auto_strength = self.algorithm.at_half_ess(self.particles, rewards, progress), False
 
     def finish(self, rewards: Tensor) -> Particles:
@@ -246,7 +260,13 @@ class Run:
         copying = intermediate is not None and self.particle_batch.alive > 1 and self._needs_resampling()
         resampling = copying and self._resamples_noise(solver_step.scheduler)
         eta = self.resampling_eta if resampling else self.eta
-        return None if eta is None else solver_step.kernel(eta, rows).sample(self.particle_batch.rng)
+        return None if eta is None else self._draw(solver_step, eta, rows)
+
+    def _draw(self, solver_step: SolverStep, eta: float, rows: Tensor | None = None) -> Tensor:
+        """Draw x_s (N, …) of all rows, each continuing one of `rows`, by the Gaussian kernel or a GLASS transition."""
+        if self.glass_steps:
+            return self.particle_batch.glass(solver_step, eta, rows, self.glass_steps)
+        return solver_step.kernel(eta, rows).sample(self.particle_batch.rng)
 
     def _resamples_noise(self, scheduler: Any) -> bool:
         return self.eta is not None or matches_gaussian_kernel(scheduler)
@@ -451,8 +471,10 @@ class FKSteeringPipeline(SteeringPipeline):
         if s.reward_guidance:
             check_guidance(pipe.scheduler, self.reward, guided_eta)
             pipe = differentiable(pipe, one_call=True)
-        else:
+        elif s.kernel == "gaussian":
             call, kernel_eta = route_eta(pipe, call, s.eta)
+        else:
+            kernel_eta = s.eta
         pipe = active_rows.view(pipe) if schedule.reduces_particles else pipe
         particle_batch = batch_class(pipe)(
             *(pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size, s.preview, active_rows),
@@ -469,4 +491,5 @@ class FKSteeringPipeline(SteeringPipeline):
             # Copies do not diverge in a step without noise: where particles may be resampled η = 0 becomes 1.
             run = kind(algorithm, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps)
         run.auto_strength = s.lam == "auto"
+        run.configure(s, self.pipe)
         return run

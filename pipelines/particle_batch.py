@@ -14,9 +14,11 @@ from torch import Generator, Tensor
 from steer.arguments import IMAGES_PER_PROMPT, annotations_of, coerce_value
 from steer.audio import AudioReward, check_media, is_audio, sample_rate_of
 from steer.diffusion.batching import ActiveRows
+from steer.diffusion.glass import correlation, glass_transition
 from steer.diffusion.lookahead import Adapter, LookAhead
 from steer.diffusion.preview import build_preview
 from steer.diffusion.rows import RowsCall
+from steer.diffusion.schedules import Gaussian, step_levels
 from steer.diffusion.step_hooks import (
     OutputShapes,
     SolverStep,
@@ -24,6 +26,7 @@ from steer.diffusion.step_hooks import (
     cache_text_encoding,
     with_deferred_checker,
 )
+from steer.diffusion.value import Value
 from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
 from steer.reward import Reward, compares_images, mean_over_frames, score_components, warn_if_pipeline_truncates
@@ -133,6 +136,32 @@ class ParticleBatch:
         latents = look_ahead(solver_step)
         self._nfe += look_ahead.evaluations * self.groups * self.alive
         return latents
+
+    def values(self, value: Value, solver_step: SolverStep) -> Tensor:
+        """Evaluate a learned value (B, K) at a step, of the K particles that are left. Raises InputError."""
+        values = self.live.of(value(solver_step, self.prompts)).detach().float().cpu()
+        if values.shape != (self.groups * self.alive,) or not values.isfinite().all():
+            raise InputError(f"value: expected {self.groups * self.alive} finite numbers, got {tuple(values.shape)}")
+        return values.view(self.groups, self.alive)
+
+    def glass(self, solver_step: SolverStep, eta: float, rows: Tensor | None, steps: int) -> Tensor:
+        """Draw x_s (N, …) by a GLASS transition of so many inner steps, with the noise correlation of η.
+
+        rows  of the particles that each row continues: of its own prompt
+        """
+        before, after = step_levels(solver_step.scheduler, solver_step.t, solver_step.index)
+        x, x0 = (one if rows is None else one[rows] for one in (solver_step.x.float(), solver_step.x0()))
+        evaluations = 0
+
+        def denoise(s: Tensor, sigma: Tensor) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            return x0 if evaluations == 1 else self._look_ahead.denoise(solver_step, s, sigma)
+
+        noise = Gaussian(x, torch.ones_like(x[:1])).noise(self.rng)
+        drawn = glass_transition(x, denoise, before, after, correlation(before, after, eta), noise, steps)
+        self._nfe += (evaluations - 1) * self.groups * self.alive
+        return drawn
 
     def preview(self, x0: Tensor) -> Tensor:
         """Decode x̂0 of the whole batch: images (B·K, 3, H, W) of the K particles that are left."""

@@ -21,6 +21,7 @@ from steer.reward import Reward
 from steer.smc.particles import Particles
 
 DEFAULT_RUNGS = ((0.25, 4), (0.5, 8))  # shares of the run, and by how much K₀ is divided there
+BRANCHING_RUNGS = (0.25, 0.4, 0.6)  # shares at which all slots continue as children: beam search
 
 
 class RacingPipeline(SteeringPipeline):
@@ -40,17 +41,19 @@ class RacingPipeline(SteeringPipeline):
         `log_weights` and `log_normaliser` are 0. The images are the particles that the last rung leaves.
         """
         s = settings
-        call, kernel_eta = route_eta(self.pipe, call, s.eta)
+        call, kernel_eta = route_eta(self.pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
         race, call = self._race(prompt, s, call)
         live = ActiveRows()
         pipe = self.pipe if race.rungs == {} else live.view(self.pipe)
-        with few_step_adapter(self.pipe, s.lookahead) as adapter:
+        lookahead = s.lookahead if s.value is None else 1
+        with few_step_adapter(self.pipe, lookahead) as adapter:
             particle_batch = ParticleBatch(
                 *(pipe, self.reward, prompt, race.starts, call, s.reward_prompt, s.chunk_size, s.preview, live),
-                lookahead=coarse_steps(s.lookahead),
+                lookahead=coarse_steps(lookahead),
                 adapter=adapter,
             )
             run = RacingRun(particle_batch, kernel_eta, s.eta or 1.0, race.rungs, s)
+            run.configure(s, self.pipe)
             images = run.sample()
         rewards, components = particle_batch.score(images)
         return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
@@ -63,6 +66,7 @@ class RacingPipeline(SteeringPipeline):
             raise InputError("budget and latents exclude each other: the starts follow from the budget, leave one out")
         first, groups = first_solver_step(self.pipe, self.reward, prompt, call, s.reward_prompt)
         evaluations = 2 if isinstance(s.lookahead, str) else s.lookahead  # an adapter needs one more than x̂0
+        evaluations = evaluations if s.value is None else 1
         race, generator = plan_race(s.budget, first.total, s.branches, evaluations), call.get("generator")
         if generator is None or isinstance(generator, Generator):
             return race, call
@@ -80,15 +84,18 @@ class Race:
 def default_rungs(starts: int, steps: int, branches: int = 1) -> dict[int, int]:
     """Return the rungs of K₀ starts in a run of T steps: ⌈K₀/4⌉ continue from step T/4, ⌈K₀/8⌉ from T/2.
 
-    Counts are rounded up to multiples of `branches`; a rung that would leave more particles than before is left out,
-    and without branches one that would leave as many.
+    With branches, which beat pruning at equal cost: all of K₀, rounded down to a multiple of `branches`, continue from
+    25, 40 and 60 % of the run. A rung that would leave as many starts, or that the run is too short for, is left out.
     """
+    if branches > 1:
+        whole = starts // branches * branches
+        places = [min(round(share * steps), steps - 2) for share in BRANCHING_RUNGS]
+        return {step: whole for step in places if step >= 0 and whole}
     rungs: dict[int, int] = {}
     alive = starts
     for share, divisor in DEFAULT_RUNGS:
-        count = branches * math.ceil(starts / (divisor * branches))
-        step = min(round(share * steps), steps - (1 if branches == 1 else 2))
-        if step >= 0 and count <= alive - (branches == 1):
+        count, step = math.ceil(starts / divisor), min(round(share * steps), steps - 1)
+        if count < alive:
             rungs[step] = alive = count
     return rungs
 

@@ -40,7 +40,7 @@ class SelectionPipeline(SteeringPipeline):
         `log_weights` and `log_normaliser` are 0, and the ESS is K.
         """
         s = settings
-        call, kernel_eta = route_eta(self.pipe, call, s.eta)
+        call, kernel_eta = route_eta(self.pipe, call, s.eta) if s.kernel == "gaussian" else (call, s.eta)
         selection, schedule = Selection(s.beams, s.lam), ResamplingSchedule(s.select_steps)
         with few_step_adapter(self.pipe, s.lookahead) as adapter:
             particle_batch = batch_class(self.pipe)(
@@ -51,6 +51,7 @@ class SelectionPipeline(SteeringPipeline):
             run = SelectionRun(
                 selection, particle_batch, kernel_eta, s.eta or 1.0, schedule, s.on_step, s.preview_steps
             )
+            run.configure(s, self.pipe)
             images = run.sample()
         rewards, components = particle_batch.score(images)
         return particle_batch.output(images, rewards, components, run.particles, run.history, s.output_type)
@@ -108,16 +109,18 @@ class SelectionRun(Run):
         self, solver_step: SolverStep, rows: Tensor | None, intermediate: IntermediateRewards | None
     ) -> Tensor | None:
         """The first child keeps the solver's step, the others resample its noise: a search keeps no distribution."""
-        sampled = None if self.eta is None else solver_step.kernel(self.eta).sample(self.particle_batch.rng)
+        sampled = None if self.eta is None else self._draw(solver_step, self.eta)
         if rows is None:
             return sampled
         moved = (solver_step.prev if sampled is None else sampled)[rows]
         copies = self.particle_batch.live.mask(duplicate_rows(rows))
         if not copies.any():
             return None if sampled is None else moved
-        moved[copies] = (
-            solver_step.kernel(self.resampling_eta, rows[copies]).sample(self.particle_batch.rng).to(moved.dtype)
-        )
+        if self.glass_steps:  # the denoiser takes the whole batch
+            drawn = self._draw(solver_step, self.resampling_eta, rows)[copies]
+        else:
+            drawn = self._draw(solver_step, self.resampling_eta, rows[copies])
+        moved[copies] = drawn.to(moved.dtype)
         return moved
 
     def _resamples_noise(self, scheduler: Any) -> bool:

@@ -60,8 +60,8 @@ class FKSettings(StepSettings):
     """Settings of Feynman–Kac steering (arXiv 2501.06848).
 
     lam                     strength λ of the reward: images are drawn from p(x0) exp(λ r(x0)); 0 gives the pipeline's
-                            own batch. auto: the λ with an ESS of half the particles at the first evaluation, on average
-                            over prompts, which the output names
+                            own batch. auto: the λ with an ESS of half the particles at the first evaluation whose
+                            rewards differ, on average over prompts; the output names it
     potential               potential G_j: difference, max, sum or now. Also a function of a path's rewards
     resampler               systematic, stratified, residual, ssp or multinomial. Also a function
     tempering               schedule of λ along the run: constant, geometric or ess. Also a function
@@ -81,6 +81,12 @@ class FKSettings(StepSettings):
                             weights. The others follow by reward
     lookahead               coarse solver steps from x_t to the end whose result is rewarded in place of x̂0: 1 is x̂0,
                             each further one an evaluation. Or lora:PATH, one step by an LCM or Turbo adapter
+    value                   learned value in place of intermediate rewards: a folder of `steer value train`, or a
+                            function of a SolverStep and the prompts of its rows. Nothing is decoded or scored before
+                            the end; without a look-ahead
+    kernel                  transition of steps with noise: gaussian; or glass, a draw of x0 given x_t by an inner ODE
+                            (arXiv 2509.25170) of glass_steps steps, each after the first an evaluation
+    glass_steps             inner steps of kernel="glass"
     preview                 decoder of x̂0 for the reward: full, the pipeline's VAE; linear, a map fitted to the first
                             previews; or a small autoencoder (tiny, a folder, ORGANISATION/NAME on the command line, an
                             object in Python). Finished images are the VAE's
@@ -89,7 +95,7 @@ class FKSettings(StepSettings):
                             With reward_guidance every step is the kernel's, by default with η = 1
     """
 
-    lam: float | str = option(10.0, "(-inf, inf)", choices=("auto",), label="strength", slider=(0, 100, 1))
+    lam: float | str = option("auto", "(-inf, inf)", choices=("auto",), label="strength", slider=(0, 100, 1))
     potential: str | Callable[..., Any] = option("difference", choices="steer.smc.potentials:POTENTIALS")
     resampler: str | Callable[..., Any] = option("systematic", choices="steer.smc.resampling:RESAMPLERS")
     tempering: str | Callable[..., Any] = option("constant", choices="steer.smc.potentials:TEMPERINGS")
@@ -102,11 +108,21 @@ class FKSettings(StepSettings):
     asynchronous_rewards: bool = option(False)
     draw: str = option("best", choices="steer.pipelines.particle_batch:DRAWS")
     lookahead: int | str = option(1, "[1, inf]")
+    value: Any = option(None)
+    kernel: str = option("gaussian", choices=("gaussian", "glass"))
+    glass_steps: int = option(2, "[2, inf]")
     preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lookahead(self.lookahead, ("reward_guidance", "asynchronous_rewards"))
+        self.check_lookahead(self.lookahead, ("reward_guidance", "asynchronous_rewards", "value"))
+        if self.value is not None:
+            for name in ("reward_guidance", "asynchronous_rewards", "target_reward"):
+                if getattr(self, name):
+                    raise InputError(f"{name} and value exclude each other: leave one out")
+        for name in ("reward_guidance", "asynchronous_rewards"):
+            if self.kernel != "gaussian" and getattr(self, name):
+                raise InputError(f"{name} and kernel={self.kernel!r} exclude each other: leave one out")
         if self.lam == "auto" and self.tempering == "ess":
             raise InputError("lam='auto' and tempering='ess' both choose λ by the ESS: give lam a number")
         if self.draw != "best" and self.is_search:
@@ -144,6 +160,9 @@ class SelectionSettings(StepSettings):
                   None and 0 leave the children of a candidate one step with η = 1 to diverge
     lookahead     coarse solver steps from x_t to the end whose result is rewarded in place of x̂0; or lora:PATH. See
                   FKSettings
+    value         learned value in place of intermediate rewards, without a look-ahead. See FKSettings
+    kernel        transition of steps with noise: gaussian or glass. See FKSettings
+    glass_steps   inner steps of kernel="glass"
     preview       decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
     """
 
@@ -152,11 +171,14 @@ class SelectionSettings(StepSettings):
     select_steps: Iterable[int] | None = option(None)
     eta: float | None = argument(1.0, "[0, 1]")
     lookahead: int | str = option(1, "[1, inf]")
+    value: Any = option(None)
+    kernel: str = option("gaussian", choices=("gaussian", "glass"))
+    glass_steps: int = option(2, "[2, inf]")
     preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_lookahead(self.lookahead)
+        self.check_lookahead(self.lookahead, ("value",))
         if self.num_particles % self.beams:
             raise InputError(f"beams must divide num_particles, got {self.beams} of {self.num_particles}")
 
@@ -168,13 +190,16 @@ class RacingSettings(StepSettings):
     num_particles  K₀, starts of each prompt; a budget takes its place. The images are those of the last rung
     budget         denoiser evaluations for each prompt, from which K₀ and the rungs follow (`plan_race`)
     rungs          particles of each prompt that continue from a solver step on, such as 5:4,10:2 or {5: 4, 10: 2}. By
-                   default a quarter of K₀ at 25 % of the run, and an eighth at 50 %
+                   default a quarter of K₀ at 25 % of the run, and an eighth at 50 %; with branches all at 25, 40, 60 %
     branches       children of each survivor of a rung: of the n that continue, n/branches are the best, with so many
                    children each. 1: survivors alone
     eta            noise η of every solver step, from 0 to 1; by default the solver's own. None and 0 leave the children
                    of a survivor one step with η = 1 to diverge
     lookahead      coarse solver steps from x_t to the end whose result is rewarded in place of x̂0; or lora:PATH. See
                    FKSettings
+    value          learned value in place of intermediate rewards and of the look-ahead. See FKSettings
+    kernel         transition that parts the children of a survivor: gaussian or glass. See FKSettings
+    glass_steps    inner steps of kernel="glass"
     preview        decoder of x̂0 for the reward: full, linear, or a small autoencoder. See FKSettings
     """
 
@@ -182,11 +207,16 @@ class RacingSettings(StepSettings):
     rungs: Mapping[int, int] | None = option(None)
     branches: int = option(1, "[1, inf]")
     lookahead: int | str = option(3, "[1, inf]")
+    value: Any = option(None)
+    kernel: str = option("gaussian", choices=("gaussian", "glass"))
+    glass_steps: int = option(2, "[2, inf]")
     preview: Any = option("full")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_lookahead(self.lookahead)
+        if self.value is not None and self.lookahead not in (1, self.field("lookahead").default):
+            raise InputError("value and lookahead exclude each other: leave one out")
         if self.budget is not None and self.rungs is not None:
             raise InputError("budget and rungs exclude each other: rungs follow from a budget, leave one out")
         before = self.num_particles

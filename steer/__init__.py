@@ -62,6 +62,7 @@ if TYPE_CHECKING:
     from steer.pipelines.training.judged import DNOConfig, DNOTrainer, SPOConfig, SPOTrainer
     from steer.pipelines.training.method import TrainingResult
     from steer.pipelines.training.reward_backprop import RewardBackpropConfig, RewardBackpropTrainer
+    from steer.pipelines.training.value import ValueConfig, train_value
     from steer.reward import Judge, Reward, RewardError, SequenceReward, with_timeout
     from steer.rewards.judges import HierarchyJudge, Tournament, as_judge
     from steer.rewards.parser import combine, load_judge, load_reward, score, score_components
@@ -121,6 +122,7 @@ _MODULES = {
     "steer.pipelines.training.judged": ("DNOConfig", "DNOTrainer", "SPOConfig", "SPOTrainer"),
     "steer.pipelines.training.method": ("TrainingResult",),
     "steer.pipelines.training.reward_backprop": ("RewardBackpropConfig", "RewardBackpropTrainer"),
+    "steer.pipelines.training.value": ("ValueConfig", "train_value"),
     "steer.reward": ("Judge", "Reward", "RewardError", "SequenceReward", "with_timeout"),
     "steer.rewards.judges": ("HierarchyJudge", "Tournament", "as_judge"),
     "steer.rewards.parser": ("combine", "load_judge", "load_reward", "score", "score_components"),
@@ -191,6 +193,7 @@ __all__ = [
     "Tournament",
     "TrainingConfig",
     "TrainingResult",
+    "ValueConfig",
     "as_judge",
     "combine",
     "convert_lora",
@@ -200,6 +203,7 @@ __all__ = [
     "load_reward",
     "score",
     "score_components",
+    "train_value",
     "two_prompts",
     "with_timeout",
 ]

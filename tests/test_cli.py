@@ -79,13 +79,14 @@ def test_a_reward_that_raises_leaves_finished_prompts_and_the_same_command_resum
 
 
 def test_a_folder_of_other_settings_or_prompts_is_left_alone(steer: Steer, tmp_path: Path) -> None:
-    assert steer("sample", "a circle", *FAST, "--out", tmp_path, "--no-compare")[0] == 0
-    code, _, err = steer("sample", "a circle", *FAST, "--out", tmp_path, "--no-compare", "--lam", 3)
-    assert code == 2 and "lam 10.0, not 3.0" in err
-    code, _, err = steer("sample", "a star", *FAST, "--out", tmp_path, "--no-compare")
+    words = ["--out", tmp_path, "--no-compare", "--purpose", "samples"]
+    assert steer("sample", "a circle", *FAST, *words)[0] == 0
+    code, _, err = steer("sample", "a circle", *FAST, *words, "--lam", 3)
+    assert code == 2 and "lam 'auto', not 3.0" in err
+    code, _, err = steer("sample", "a star", *FAST, *words)
     assert code == 2 and "other prompts" in err
     (tmp_path / "report.json").write_text("[]")
-    code, _, err = steer("sample", "a circle", *FAST, "--out", tmp_path, "--no-compare")
+    code, _, err = steer("sample", "a circle", *FAST, *words)
     assert code == 2 and "not a report of steer" in err
 
 

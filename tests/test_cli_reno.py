@@ -277,17 +277,20 @@ OPTIONS: dict[str, Any] = {
     **{"select_steps": (1,), "iterations": 7, "optimiser": "adam", "lr": 0.3, "regularisation": 0.2, "patience": 3},
     **{"max_grad_norm": 0.7, "gradient": "zero-order", "restarts": 2, "neighbours": 5, "distance": 0.25},
     **{"lookahead": 2, "budget": 90, "rungs": {1: 1}, "branches": 1, "drafts": 6, "draft_steps": 2, "finish": False},
-    **{"parents": 1, "restart_step": 1, "max_slope": 4.0},
+    **{"parents": 1, "restart_step": 1, "max_slope": 4.0, "value": "my-value", "kernel": "glass", "glass_steps": 3},
 }
 EXCLUSIVE: dict[str, tuple[set[str], ...]] = {
     "fk": (
         {"reward_guidance"},
         {"asynchronous_rewards"},
         {"draw"},
-        {"target_reward", "particle_schedule"},
-        {"lookahead", "draw"},
+        {"target_reward", "particle_schedule", "kernel"},
+        {"lookahead", "draw", "kernel"},
+        {"value", "kernel"},
     ),
-    "race": ({"budget"}, {"rungs", "branches"}),
+    "svdd": ({"lookahead"}, {"value"}),
+    "beam": ({"lookahead"}, {"value"}),
+    "race": ({"budget", "lookahead"}, {"rungs", "branches", "value"}),
 }
 
 
@@ -331,7 +334,7 @@ def test_settings_may_come_from_a_yaml_file(steer: Steer, tmp_path: Path) -> Non
         "lamb: 3": "unknown key 'lamb': did you mean lam",
         "- lam": "expected lines of `name: value`",
         "lam: [": "fk.yaml",
-        "beams: 2": "--beams is an option of beam, not of fk",
+        "beams: 2": "--beams is an option of beam, not of race",
         "ess_threshold: 2": "--ess-threshold must be above 0 and at most 1, got 2.0",
     }.items():
         file.write_text(text)

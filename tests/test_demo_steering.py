@@ -19,7 +19,7 @@ pytest.importorskip("gradio")
 
 from steer.apps import sampling as sample_module
 from steer.apps.cli.sample import sample
-from steer.apps.demo.run_view import RunView
+from steer.apps.demo.run_view import RunView, run_view
 from steer.apps.demo.steer_tab import MAX_PROMPTS, fields_from_recipe, prompts_of, settings_of
 from steer.apps.demo.steering import Frame, PromptResult, Step, as_command, as_python, steer_all, steering
 from steer.apps.demo.studio import Studio, Weights
@@ -70,7 +70,7 @@ def of(kind: type, events_: list[Any]) -> list[Any]:
     return [event for event in events_ if isinstance(event, kind)]
 
 
-@pytest.mark.parametrize("method", ["fk", "best-of-n", "base", "reno"])
+@pytest.mark.parametrize("method", ["fk", "race", "best-of-n", "base", "reno"])
 def test_every_method_shows_readings_before_the_end(studio: Studio, tmp_path: Path, method: str) -> None:
     model = {"model": "scenes-turbo", "steps": 1, "guidance": 0} if method == "reno" else {}
     reward = {"reward": "scene-soft"} if method == "reno" else {}
@@ -80,6 +80,9 @@ def test_every_method_shows_readings_before_the_end(studio: Studio, tmp_path: Pa
     assert len({frame.images[0].tobytes() for frame in frames}) >= 3, "previews that differ"
     assert all(len(frame.images) == len(frame.rewards) == 3 for frame in frames)
     assert all((frame.ancestors is None) == (method == "reno") for frame in frames)
+    if method in ("fk", "race"):  # a look-ahead from the first step on, without rewards
+        assert [(frame.step, len(frame.known)) for frame in frames[:3]] == [(1, 0), (2, 0), (frames[2].step, 3)]
+        assert "<svg" in run_view(frames, made) and "unknown" in frames[0].describe(0)
     assert [one.recipe.reward for one in made.images] == sorted(
         (one.recipe.reward for one in made.images), reverse=True
     ) or method == "base"

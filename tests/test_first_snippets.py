@@ -177,6 +177,6 @@ def test_editors_show_the_arguments() -> None:
 
     parameters = inspect.signature(FKSteeringPipeline.__call__).parameters
     assert list(parameters)[:4] == ["self", "prompt", "num_particles", "lam"] and "pipeline_call" in parameters
-    assert parameters["lam"].default == 10.0
+    assert parameters["lam"].default == "auto"
     documentation = FKSteeringPipeline.__call__.__doc__ or ""
     assert all(name in documentation for name in list(parameters)[2:-1])

@@ -58,7 +58,9 @@ def test_a_budget_becomes_the_largest_race_within_it() -> None:
     assert (ahead.starts, ahead.rungs) == (14, {5: 4, 10: 2})
     assert race_cost(15, {5: 4, 10: 2}, 20, 3) == 166
     branched = plan_race(160, 20, branches=4)
-    assert branched.rungs == default_rungs(branched.starts, 20, 4) and all(n % 4 == 0 for n in branched.rungs.values())
+    assert (branched.starts, branched.rungs) == (8, {5: 8, 8: 8, 12: 8})  # beam search: 160 evaluations, no look-ahead
+    assert default_rungs(11, 20, 4) == {5: 8, 8: 8, 12: 8} and default_rungs(3, 20, 4) == default_rungs(4, 1, 2) == {}
+    assert default_rungs(8, 3, 4) == {1: 8}  # the last step has no noise after it
     with pytest.raises(InputError, match="budget: 20 evaluations are too few for a race over 20 steps: give at least"):
         plan_race(20, 20)
     for budget in range(40, 400, 7):

@@ -31,6 +31,8 @@ from steer.apps.bench.timing import Check, PreparedComparison, Variant, compare,
 from steer.apps.methods import ComputeOptions, load_preview
 from steer.apps.models import load_pipeline, resolve_dtype
 from steer.diffusion.preview import Preview
+from steer.diffusion.step_hooks import SolverStep
+from steer.diffusion.value import LearnedValue, ValueNet, value_features
 from steer.errors import InputError
 from steer.noise import Nesterov, Search
 from steer.pipelines.fk_steering import FKSteeringPipeline
@@ -269,6 +271,22 @@ def whole(subject: Subject) -> Iterator[PreparedComparison]:
 
 
 @contextmanager
+def learned_value(subject: Subject) -> Iterator[PreparedComparison]:
+    """Steering by a learned value, here untrained, and rewards of finished images alone, against the plain batch."""
+    values: list[LearnedValue] = []
+
+    def value(solver_step: SolverStep, prompts: Sequence[str]) -> Tensor:
+        if not values:
+            values.append(LearnedValue(ValueNet(value_features(solver_step)[0].shape[1]), {}))
+        return values[0](solver_step, prompts)
+
+    reward = subject.judge()
+    steered = Variant("steered", lambda: steer_whole(subject, subject.pipe, reward, value=value))
+    plain = Variant("plain", lambda: as_type(plain_call(subject, subject.pipe), "pil"))
+    yield PreparedComparison(steered, plain, subject.images)
+
+
+@contextmanager
 def async_rewards(subject: Subject) -> Iterator[PreparedComparison]:
     """Steering that waits for its rewards against asynchronous rewards."""
     reward = subject.judge()
@@ -367,6 +385,10 @@ COMPARISONS: Mapping[str, Comparison] = {
     ),
     "whole_fk_over_plain_batch": Comparison(
         "the whole: FK with previews and rewards / the plain pipeline's batch without any", whole
+    ),
+    "fk_by_value_over_plain_batch": Comparison(
+        "the whole: FK by a learned value, rewards of the finished images alone / the plain pipeline's batch",
+        learned_value,
     ),
     "fk_in_turn_over_overlapped": Comparison(
         "the whole: previews and rewards before the next denoiser call / asynchronous rewards",

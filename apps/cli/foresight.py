@@ -26,6 +26,7 @@ from steer.errors import InputError
     default=(1, 2, 3),
     help="Coarse steps to the end, 1 is x̂0; or lora:PATH; repeatable.",
 )
+@click.option("--value", "values", multiple=True, help="Folder of `steer value train`, as a further row; repeatable.")
 @click.option("--at", help="Solver steps, from 0, such as 2,5,8; by default at 10, 25, 40, 55, 70 and 85 % of the run.")
 @click.option("--particles", default=4, type=click.IntRange(2), help="Images of each prompt, whose pairs are ranked.")
 @click.option("--steps", type=click.IntRange(4), help="Solver steps of a run; by default the pipeline's own number.")
@@ -41,6 +42,7 @@ def foresight(
     prompt_column: str | None,
     num_prompts: int | None,
     lookaheads: tuple[int | str, ...],
+    values: tuple[str, ...],
     at: str | None,
     particles: int,
     steps: int | None,
@@ -68,7 +70,8 @@ def foresight(
     pipe.set_progress_bar_config(disable=True)
     figures = analysis.foresight(
         *(pipe, scorer, chosen, lookaheads, _steps(at), particles, judged),
-        {name: value for name, value in given.items() if value is not None},
+        {name: number for name, number in given.items() if number is not None},
+        values,
     )
     analysis.write(figures, out)
     click.echo(f"{analysis.table(figures)}\n→ {out / 'foresight.png'}")

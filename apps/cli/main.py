@@ -20,6 +20,8 @@ from steer.apps.cli.foresight import foresight
 from steer.apps.cli.options import DEVICE, Group
 from steer.apps.cli.rewards import rewards
 from steer.apps.cli.sample import SPEC, TIMEOUT, sample
+from steer.apps.cli.tune import tune
+from steer.apps.cli.value import value
 from steer.apps.errors import ExitGuard, describe_os_error
 from steer.apps.processes import is_main_process, shutdown_distributed
 from steer.errors import InputError
@@ -87,6 +89,8 @@ steer.add_command(finetune)
 steer.add_command(foresight)
 steer.add_command(rewards)
 steer.add_command(sample)
+steer.add_command(tune)
+steer.add_command(value)
 
 
 def main() -> None:

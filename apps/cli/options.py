@@ -117,11 +117,13 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
     """
     settings_file = click.option(
         "--settings",
+        "--preset",
         type=click.Path(path_type=Path),
         is_eager=True,
         expose_value=False,
         callback=partial(_read_settings, others),
-        help="YAML file of the settings below, by name; options of the command line take their place.",
+        help="YAML file of the settings below, by name; `steer tune` writes one. Options of the command line "
+        "take their place.",
     )
 
     def decorate(command: F) -> F:

@@ -9,7 +9,7 @@ from click.core import ParameterSource
 
 from steer.apps.cli.options import DEVICE, Command, setting_options
 from steer.apps.processes import is_main_process, launch_context
-from steer.apps.settings import SamplingConfig, errors_with_flags, help_of
+from steer.apps.settings import SamplingConfig, choose_method, errors_with_flags, help_of
 from steer.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ SPEC = help_of("reward")
 TIMEOUT = click.option("--reward-timeout", type=float, help="Time limit of one call of the reward, in seconds.")
 FLAGS = "nsfw_content_detected"
 # All other options come from the image.
-WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "lora", "preview"}
+WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "lora", "preview", "lookahead", "value"}
 
 
 @click.command(cls=Command)
@@ -30,6 +30,11 @@ WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "
     "--prompts", "prompt_file", type=click.Path(path_type=Path), help="File: .txt, .jsonl, .json, .csv, .tsv, .parquet."
 )
 @click.option("--prompt-column", help="Column of the prompts; by default prompt, else text or caption.")
+@click.option(
+    "--purpose",
+    help="picture: the best one, by search (race); samples: draws from p(x0) exp(λ r(x0)) (fk). In place of --method; "
+    "by default picture, with options that only fk has samples.",
+)
 @TIMEOUT
 @setting_options()
 @click.option(
@@ -46,6 +51,7 @@ def sample(
     /,
     prompt: tuple[str, ...],
     prompt_file: Path | None,
+    purpose: str | None,
     prompt_column: str | None,
     out: Path,
     device: str | None,
@@ -65,7 +71,8 @@ def sample(
     Where help begins with the names of methods, the option belongs to these methods.
 
     --replay makes an image of an earlier run again from the recipe inside its PNG; only --out, --device, --dtype,
-    --reward, --reward-timeout, --lora and --preview go with it. Exit code 0 where the pixels are the same, else 1.
+    --reward, --reward-timeout, --lora, --preview, --lookahead and --value go with it. Exit code 0 where the pixels are
+    the same, else 1.
 
     Under torchrun or accelerate launch the prompts are divided among the processes.
     """
@@ -79,9 +86,9 @@ def sample(
     from steer.apps.texts import TEXTS, sample_texts
 
     compute_options = ComputeOptions(attention, compiled, micro_batch)
+    texts = is_text_model(str(settings["model"] or SamplingConfig.field("model").default))
     with errors_with_flags():
-        config = SamplingConfig.of(**settings)
-    texts = is_text_model(config.model)
+        config = SamplingConfig.of(**choose_method(settings, purpose, texts))
     if texts:
         report = sample_texts(prompts, config, out, device, reward_timeout)
     else:
@@ -91,9 +98,11 @@ def sample(
     best = [max(entry["rewards"]) for entry in report["prompts"]]
     if is_main_process():
         _warn_nsfw(report["prompts"])
+        strengths = [entry["lam"] for entry in report["prompts"] if "lam" in entry]
+        lam = f", λ {min(strengths):.3g} to {max(strengths):.3g}" if strengths else ""
         click.echo(
             f"{len(prompts)} prompts, {config.reward}: best {sum(best) / len(best):.3f}, "
-            f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s → {written}"
+            f"mean {sum(means) / len(means):.3f}, {report['cost']['seconds']:.1f} s by {config.method}{lam} → {written}"
         )
 
 

@@ -26,10 +26,10 @@ class PublicApi:
         with gr.Row(visible=False):
             inputs = [
                 gr.Textbox(label="prompt"),
-                gr.Radio([*METHODS.values()], value="fk", label="method"),
+                gr.Radio([*METHODS.values()], value="race", label="method"),
                 gr.Textbox("scene-soft", label="reward"),
                 *(setting_field(name, label=name) for name in ("particles", "steps", "guidance")),
-                gr.Number(DEFAULTS["lam"], label="strength"),
+                gr.Number(None, label="strength"),
                 *(setting_field(name, label=name) for name in ("iterations", "seed")),
                 gr.Dropdown([*studio.models], value=studio.models[0], label="model"),
             ]
@@ -44,7 +44,7 @@ class PublicApi:
         particles: int,
         steps: int,
         guidance: float,
-        strength: float,
+        strength: float | None,
         iterations: int,
         seed: int,
         model: str,
@@ -54,12 +54,13 @@ class PublicApi:
 
         Args:
             prompt: what the image should show
-            method: fk (particles), best-of-n, reno (optimised noise, for one-step models) or base
+            method: race (the best picture, by search), fk (samples), best-of-n, reno (optimised noise, for one-step
+                models) or base
             reward: a name that `steer rewards` lists, or a sum such as preference:scenes + aesthetic:scenes:0.5
             particles: images at a time
             steps: of the solver; 1 for reno
             guidance: classifier-free guidance; 0 for reno
-            strength: lambda of fk
+            strength: lambda of fk; none: chosen by the first rewards
             iterations: of reno
             seed: the same seed gives the same images; -1: a new one, which the report names
             model: one of the app's
@@ -68,7 +69,8 @@ class PublicApi:
             the images, best first, as PNG files that hold their settings; and rewards, components, seed and cost
         """
         asked = {"method": method, "reward": reward, "particles": particles, "steps": steps, "guidance": guidance}
-        asked |= {"lam": strength, "iterations": iterations, "seed": seed, "model": model}
+        asked |= {"lam": DEFAULTS["lam"] if strength is None else strength, "auto": strength is None}
+        asked |= {"iterations": iterations, "seed": seed, "model": model}
         asked |= {"fresh": False, "compare": False, "adapter": False}
         try:
             made = self._run(prompt, asked, request)

@@ -28,13 +28,13 @@ from steer.apps.demo.studio import (
 from steer.apps.plots import short
 from steer.apps.recipes import Recipe, read_metadata
 from steer.apps.sampling import SavedImage
-from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names
+from steer.apps.settings import ALL_OPTIONS, SamplingConfig, option_names, picture_options
 from steer.errors import InputError
 from steer.pipelines.base import Cost
 
 METHODS = {
-    "Particles (Feynman–Kac)": "fk",
-    "Race of many starts": "race",
+    "Best picture (search)": "race",
+    "Samples (Feynman–Kac)": "fk",
     "Best of N": "best-of-n",
     "Optimised noise (ReNO)": "reno",
     "Plain sampling": "base",
@@ -49,7 +49,7 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
     rewards = [*dict.fromkeys([*studio.rewards, *REWARDS])]
     fields: dict[str, Any] = {
         "prompts": gr.Textbox(EXAMPLE, label="Prompt", lines=2, info=f"One a line, up to {MAX_PROMPTS}."),
-        "method": gr.Radio([*METHODS.items()], value="fk", label="Method"),
+        "method": gr.Radio([*METHODS.items()], value="race", label="Method"),
         "reward": setting_field(
             "reward",
             choices=rewards,
@@ -62,8 +62,11 @@ def steer_fields(studio: Studio) -> dict[str, Any]:
         gr.Markdown("\n".join(f"- `{name}`: {text}" for name, text in REWARDS.items()))
     for names in (("particles", "lam"), ("steps", "guidance")):
         with gr.Row():
-            fields |= {name: setting_field(name) for name in names}
-    fields["auto"] = gr.Checkbox(False, label="Choose the strength by the first rewards", elem_id="steer-auto")
+            hidden = {name: {"visible": False} for name in ("lam",)}  # of fk, which is not the first method
+            fields |= {name: setting_field(name, **hidden.get(name, {})) for name in names}
+    fields["auto"] = gr.Checkbox(
+        True, label="Choose the strength by the first rewards", visible=False, elem_id="steer-auto"
+    )
     fields["iterations"] = setting_field("iterations", visible=False)
     with gr.Row():
         fields["seed"] = setting_field("seed", info="−1: a new one for every run")
@@ -86,6 +89,7 @@ def settings_of(asked: Mapping[str, Any], weights: Weights | None = None) -> Sam
         raise InputError(f"{label_of(empty[0])}: the field is empty, give a number")
     if "lam" in given and asked.get("auto"):
         given["lam"] = "auto"
+    given |= picture_options(asked["particles"]) if asked["method"] == "race" else {}
     given |= {"reward": asked["reward"].strip(), "seed": seed_of(asked["seed"], asked["fresh"])}
     settings = SamplingConfig.of(**given, lora=_adapter_path(asked["model"], weights) if asked["adapter"] else None)
     check_limits(settings)
@@ -116,7 +120,7 @@ def fields_from_recipe(recipe: Recipe, models: Sequence[str], weights: Weights |
         raise InputError(f"it was made with {what}, which this app does not have: use `steer sample --replay`")
     asked = {name: first.get(name, DEFAULTS.get(name)) for name in SETTINGS}
     asked |= {"prompts": recipe.prompt, "fresh": False, "adapter": settings.lora is not None}
-    asked["auto"] = asked["lam"] == "auto"
+    asked["auto"] = first.get("lam", "auto") == "auto"
     asked |= {"lam": DEFAULTS["lam"]} if asked["auto"] else {}
     asked |= {"steps": settings.steps or 1, "guidance": settings.guidance or 0.0}
     again = settings_of(asked, weights).plain()

@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -34,12 +35,13 @@ LONGEST_NAME = 80  # bytes of a prompt in the names of its images
 NOTHING_KEPT_HINT, MEMORY_HINT = "nothing of this run is kept", "fewer particles need less"
 PHASES = {
     "fk": "Steering",
-    "race": "Racing",
+    "race": "Searching",
     "best-of-n": "Sampling",
     "base": "Sampling",
     "beside": "Base images",
     "reno": "Optimising the noise",
 }
+EARLY_PREVIEWS = (0.0, 0.15)  # shares of a run, before the first rewards: a picture at once
 MAX_FRAMES = 12  # of a noise optimisation, which has many more iterations
 
 
@@ -200,13 +202,19 @@ def _steer_one(
         if (evaluation := report.evaluation) is not None and report.previews is not None:
             ess, ancestors = evaluation.ess[0].item(), tuple(evaluation.ancestors[0].tolist())
             show(report.step, report.total, report.previews, evaluation.rewards, ess, ancestors)
+        elif report.previews is not None and method != "base":  # without rewards, and all particles stay
+            count = len(report.previews)
+            unknown = torch.full((1, count), math.nan)
+            show(report.step, report.total, report.previews, unknown, None, tuple(range(count)))
 
     def on_iteration(one: Iteration) -> None:
         step(method, one.number + 1, one.total)
         if one.images is not None and one.number % max(1, one.total // MAX_FRAMES) == 0:
             show(one.number, one.total, one.images, one.rewards)
 
-    output = METHODS[method].run(replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None))
+    early = tuple(round(share * (job.settings.steps or 0)) for share in EARLY_PREVIEWS)
+    observed = replace(job, on_step=on_step, on_iteration=on_iteration, preview_steps=None, early_previews=early)
+    output = METHODS[method].run(observed)
     base = base_output(replace(job, on_step=lambda report: step("beside", report.step + 1, report.total)), output)
     return PromptResult(
         prompt=job.prompt,

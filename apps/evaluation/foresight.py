@@ -35,6 +35,7 @@ def foresight(
     size: int = 4,
     judge: Reward | None = None,
     call: Mapping[str, Any] | None = None,
+    values: Sequence[str] = (),
 ) -> Foresight:
     """Measure how well intermediate rewards at some solver steps predict the finished ones.
 
@@ -45,6 +46,7 @@ def foresight(
     steps       solver steps, from 0; None: at 10, 25, 40, 55, 70 and 85 % of the run
     judge       a reward of the finished images in place of `reward`: what the reward at a step is to predict
     call        arguments of the pipeline's call
+    values      folders of learned values, beside the look-aheads
 
     Returns "agreement", by look-ahead a [mean, low, high] over prompts for each step; "final", that of the finished
     rewards themselves with the judge; "nfe", evaluations per image. Raises InputError where no prompt has two images
@@ -55,36 +57,36 @@ def foresight(
     early: dict[str, Tensor] = {}
     nfe: dict[str, float] = {}
     final = truth = torch.empty(0)
-    for lookahead in lookaheads:
+    guesses: dict[str, dict[str, Any]] = {str(one): {"lookahead": one} for one in lookaheads}
+    guesses |= {f"value {one}": {"value": one} for one in values}
+    for name, guess in guesses.items():
         options = {"num_particles": size, "lam": 0.0, "resample_steps": steps, "output_type": "pt", **call}
-        rows = _rewards(pipe, reward, prompts, judge, options | {"lookahead": lookahead})
-        early[str(lookahead)], final, truth, nfe[str(lookahead)] = rows
+        early[name], final, truth, nfe[name] = _rewards(pipe, reward, prompts, judge, options | guess, name)
     separable = torch.tensor([len(one.unique()) > 1 for one in truth])
     if not separable.any():
         raise InputError("all images of each prompt have the same reward: take more prompts, or --particles")
 
-    def over_prompts(guess: Tensor) -> list[float]:
-        pairs = zip(guess[separable], truth[separable], strict=True)
+    def over_prompts(rewards: Tensor) -> list[float]:
+        pairs = zip(rewards[separable], truth[separable], strict=True)
         return interval(torch.tensor([agreement(one[None], other[None]) for one, other in pairs]))
 
     return {
         "prompts": int(separable.sum()),
         "particles": size,
         "steps": list(steps),
-        "agreement": {name: [over_prompts(guess) for guess in guesses] for name, guesses in early.items()},
+        "agreement": {name: [over_prompts(one) for one in rewards] for name, rewards in early.items()},
         "final": over_prompts(final),
         "nfe": nfe,
     }
 
 
 def _rewards(
-    pipe: Any, reward: Reward, prompts: Sequence[str], judge: Reward | None, options: Mapping[str, Any]
+    pipe: Any, reward: Reward, prompts: Sequence[str], judge: Reward | None, options: Mapping[str, Any], name: str
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Return rewards (steps, P, K) at the steps, (P, K) of the finished images, (P, K) by the judge; nfe per image."""
     method, nfe = FKSteeringPipeline(pipe, reward), 0
     early, final, truth = list[Tensor](), list[Tensor](), list[Tensor]()
-    label = f"look-ahead {options['lookahead']}"
-    for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), label, leave=False, disable=None):
+    for start in tqdm(range(0, len(prompts), PROMPTS_PER_CALL), label_of(name), leave=False, disable=None):
         some = list(prompts[start : start + PROMPTS_PER_CALL])
         out = method(some, generator=Generator().manual_seed(start), **options).in_slot_order()
         early.append(torch.stack([evaluation.rewards for evaluation in out.history]))

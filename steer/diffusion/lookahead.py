@@ -103,14 +103,41 @@ class LookAhead:
             "it has no look-ahead, use lookahead=1"
         )
 
+    def denoise(self, solver_step: SolverStep, s: Tensor, sigma: Tensor) -> Tensor:
+        """Return E[z | S] for S = z + σ ε (N, …), by one evaluation of all rows at that level, through the pipeline.
+
+        Raises UnsupportedPipelineError for a solver whose runs have no levels between those of its steps.
+        """
+        _check_stateless(self._pipe, solver_step)
+        place = coarse_grid(solver_step, 1)[0][0]
+        pipe, silent = self._short_pipe(solver_step, [place, place], float(sigma))
+
+        def on_step(short_step: SolverStep) -> StepOverride:
+            silent.clear()
+            if short_step.k == 1:
+                raise _Finished(short_step.x0())
+            timestep = torch.as_tensor(short_step.scheduler.timesteps)[1]
+            at = level(short_step.scheduler, timestep, 1)
+            _check_level(at, sigma, short_step.scheduler)
+            return None, at.alpha.to(s) * s
+
+        try:
+            with torch.no_grad():
+                self._call.run(pipe, on_step, {}, change=self._change)
+        except _Finished as finished:
+            return finished.x0
+        raise UnsupportedPipelineError(f"{type(pipe).__name__} makes no run of two solver steps: use kernel='gaussian'")
+
     def _change(self, call: Mapping[str, Any]) -> dict[str, Any]:
         # A distilled adapter has the guidance in its weights.
         guidance = {} if self._adapter is None else {"guidance_scale": 1.0}
         return short_call(call) | guidance
 
-    def _short_pipe(self, solver_step: SolverStep, places: list[int]) -> tuple[Any, list[bool]]:
-        """Return a view of the pipeline for a run of these places, and a list: while it holds anything, denoisers
-        predict zeros."""
+    def _short_pipe(
+        self, solver_step: SolverStep, places: list[int], ratio: float | None = None
+    ) -> tuple[Any, list[bool]]:
+        """Return a view of the pipeline for a run of these places, the last one moved to the level σ/α = `ratio`, and
+        a list: while it holds anything, denoisers predict zeros."""
         silent, view = [True], self._pipe
         zeros = zero_proxies(view, self._shapes)
 
@@ -118,9 +145,20 @@ class LookAhead:
             return ModuleProxy(module, lambda *args, **kwargs: (zeros[name] if silent else module)(*args, **kwargs))
 
         changed: dict[str, Any] = {name: gate(name, module) for name, module in denoising_modules(view).items()}
-        changed |= {"scheduler": at_places(solver_step.scheduler, places, HOOKED)}
+        changed |= {"scheduler": at_places(solver_step.scheduler, places, HOOKED, ratio)}
         changed |= {"maybe_free_model_hooks": lambda: None}
         return with_components(view, changed), silent
+
+
+MAX_LEVEL_ERROR = 0.1  # relative, of σ/α: timesteps may be whole numbers
+
+
+def _check_level(at: Level, ratio: Tensor, scheduler: Any) -> None:
+    """Raise UnsupportedPipelineError where the level of a short run is not σ/α = ratio."""
+    if abs(float(at.sigma) - float(ratio * at.alpha)) > MAX_LEVEL_ERROR * float(ratio * at.alpha):
+        raise UnsupportedPipelineError(
+            f"{type(scheduler).__name__} has no level σ/α = {float(ratio):.3g} between its steps: use kernel='gaussian'"
+        )
 
 
 def coarse_steps(lookahead: int | str) -> int:

@@ -7,15 +7,17 @@ scheduler's own: scaling of the denoiser's input, noise levels, prediction type.
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from steer.diffusion.schedules import Scheduler, predict_x0, stepped_timesteps
+from steer.diffusion.schedules import Scheduler, is_flow, predict_x0, stepped_timesteps
 
-STATE, PLACES = "_short_state", "_short_places"
+STATE, PLACES, RATIO = "_short_state", "_short_places", "_short_ratio"
 
 
 class StepOutput(tuple[Tensor, Tensor]):
@@ -35,20 +37,25 @@ def last_step_only(scheduler: Scheduler) -> Scheduler:
     return _short(scheduler, None, None)
 
 
-def at_places(scheduler: Scheduler, places: Sequence[int], hooked: Sequence[str] = ()) -> Scheduler:
+def at_places(
+    scheduler: Scheduler, places: Sequence[int], hooked: Sequence[str] = (), ratio: float | None = None
+) -> Scheduler:
     """Copy the scheduler of a run: its own runs have the timesteps at these places of that run's `timesteps`.
 
     hooked  attributes that are not copied
+    ratio   level σ/α that the last place is moved to
     """
     state = {name: value for name, value in vars(scheduler).items() if name not in hooked}
-    return _short(scheduler, state, list(places))
+    return _short(scheduler, state, list(places), ratio)
 
 
-def _short(scheduler: Scheduler, state: dict[str, Any] | None, places: list[int] | None) -> Scheduler:
+def _short(
+    scheduler: Scheduler, state: dict[str, Any] | None, places: list[int] | None, ratio: float | None = None
+) -> Scheduler:
     short = copy.copy(scheduler)
     kind: type = getattr(scheduler, "base_class", type(scheduler))
     short.__class__ = _short_class(kind)
-    vars(short).update({STATE: state, PLACES: places})
+    vars(short).update({STATE: state, PLACES: places, RATIO: ratio})
     return short
 
 
@@ -63,7 +70,10 @@ def _short_class(kind: type) -> type:
             keep_places(self, [transition_starts(self)[-1]])
         else:
             vars(self).update(vars(self)[STATE])
+            run = torch.as_tensor(self.timesteps), getattr(self, "sigmas", None)
             keep_places(self, vars(self)[PLACES])
+            if vars(self)[RATIO] is not None:
+                _move_level(self, len(vars(self)[PLACES]) - 1, vars(self)[RATIO], *run)
 
     @functools.wraps(kind.step)  # type: ignore[attr-defined]
     def step(self: Any, model_output: Tensor, timestep: Any, sample: Tensor, *_: Any, **__: Any) -> StepOutput:
@@ -93,6 +103,28 @@ def keep_places(scheduler: Scheduler, places: Sequence[int]) -> None:
         scheduler.prk_timesteps, scheduler.counter = [], 0
     if hasattr(scheduler, "_step_index"):
         scheduler._step_index, scheduler._begin_index = 0, None
+
+
+def _move_level(scheduler: Scheduler, place: int, ratio: float, timesteps: Tensor, sigmas: Any) -> None:
+    """Move one place of a short run to the level σ/α = ratio: the nearest timestep, or one interpolated by σ.
+
+    timesteps, sigmas  of the whole run
+    """
+    if sigmas is None:
+        cumulative = torch.as_tensor(scheduler.alphas_cumprod).double().cpu()
+        distance = (((1 - cumulative) / cumulative).log() / 2 - math.log(ratio)).abs()
+        scheduler.timesteps[place] = int(distance.argmin())
+        return
+    flow = is_flow(scheduler)
+    sigma = ratio / (1 + ratio) if flow else ratio
+    count = min(len(timesteps), len(torch.as_tensor(sigmas)))
+    known = torch.as_tensor(sigmas)[:count].double().cpu().numpy()
+    order = known.argsort()
+    axis = (lambda values: values) if flow else np.log
+    at = np.interp(axis(sigma), axis(known[order]), timesteps[:count].double().cpu().numpy()[order])
+    kind = scheduler.timesteps.dtype
+    scheduler.timesteps[place] = torch.tensor(at).to(kind) if kind.is_floating_point else round(float(at))
+    scheduler.sigmas[place] = sigma
 
 
 def transition_starts(scheduler: Scheduler) -> list[int]:
