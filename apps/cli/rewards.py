@@ -125,14 +125,34 @@ def contrast(reward: str, images: Path, prompt: str | None, device: str | None) 
 @IMAGES
 @PROMPT
 @click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; other rewards in it are kept.")
+@click.option(
+    "--bound", metavar="TRUTH", help="Fit a lower bound of the reward TRUTH instead, for lower(A, B, from=OUT)."
+)
+@click.option("--level", default=0.9, help="Share of fresh images on which the bound holds, 0 to 1.")
+@click.option("--optimised", type=FOLDER, help="Images that were optimised: report the bound's share on them too.")
 @DEVICE
-def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: Path, device: str | None) -> None:
+def calibrate(
+    rewards_: tuple[str, ...],
+    images: Path,
+    prompt: str | None,
+    out: Path,
+    bound: str | None,
+    level: float,
+    optimised: Path | None,
+    device: str | None,
+) -> None:
     """Measure each REWARD's mean and spread, overall and per prompt, on images of `steer sample --method base`."""
     from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import images_with_prompts, score_all
     from steer.rewards.compose import Calibration, read_calibration, reward_statistics
 
+    if bound is not None:
+        from steer.apps.ensembles import calibrate_bound
+
+        for text in calibrate_bound(rewards_, bound, images, prompt, level, out, optimised, default_device(device)):
+            click.echo(text)
+        return
     paths, prompts = images_with_prompts(images, prompt)
     scales = dict(read_calibration(out).scales) if out.exists() else {}
     for reward in map(resolve_reward, rewards_):
