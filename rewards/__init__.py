@@ -47,6 +47,10 @@ REWARDS: dict[str, tuple[str, str]] = {
         "steer.rewards.example:ExampleReward",
         "like:FOLDER,against=FOLDER, likeness to a few example images by a CLIP, log-likelihood ratio, differentiable",
     ),
+    "sandbox": (
+        "steer.rewards.sandbox:SandboxReward",
+        "sandbox:FILE, a Python file of `steer rewards write`, run in a child process with limits",
+    ),
     "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
     "jpeg": (
         "steer.rewards.jpeg:JpegCompressibility",

@@ -366,8 +366,12 @@ class CheckResult:
 Outcome = tuple[bool | None, str]
 
 
-def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list[CheckResult]:
+def check_reward(
+    reward: Reward, images: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
+) -> list[CheckResult]:
     """Check a reward on images (N, 3, H, W) in [0, 1] and their N prompts: one result for each of CHECKS.
+
+    names  of the checks to run, the contract among them; None: all
 
     A reward that raises or breaks the contract fails the check with that message; where it cannot score the batch at
     all, the other checks are skipped. Raises InputError for images or prompts of another form.
@@ -378,6 +382,8 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list
         raise InputError(f"a reward is checked with one prompt an image, got {len(prompts)} for {len(images)} images")
     results: list[CheckResult] = []
     for name, check in CHECKS.items():
+        if names is not None and name not in names:
+            continue
         outcome: Outcome = None, "skipped: the contract does not hold"
         if not results or results[0].passed:
             try:

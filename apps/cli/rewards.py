@@ -186,6 +186,40 @@ def pairs(
 
 
 @rewards.command()
+@click.argument("goal")
+@click.option("--chat", required=True, metavar="URL", help="OpenAI-compatible endpoint, http://HOST/v1.")
+@click.option("--chat-model", required=True, metavar="NAME", help="The model's name on that server.")
+@IMAGES
+@PROMPT
+@click.option("--judge", help="Rank by this judge or reward instead of asking you in the terminal.")
+@click.option("--candidates", default=6, type=click.IntRange(1), help="Files in each round.")
+@click.option("--rounds", default=5, type=click.IntRange(1))
+@click.option("--seconds", default=20.0, help="Limit of one call of a written reward.")
+@click.option("--out", required=True, type=FOLDER, help="The reward, a Python file; use it by sandbox:FILE.")
+@click.option("--work", type=FOLDER, help="Folder of the rounds.  [default: runs/OUT]")
+def write(
+    goal: str,
+    chat: str,
+    chat_model: str,
+    images: Path,
+    prompt: str | None,
+    judge: str | None,
+    out: Path,
+    work: Path | None,
+    **options: Any,
+) -> None:
+    """Have a language model write a reward for GOAL, rank its versions by the images that they prefer, and refine it.
+
+    Written code runs in a child process with limits: a fence, not a wall. Run the command again to resume.
+    """
+    from steer.apps.writing import run_writing
+    from steer.rewards.writing import WritingSettings
+
+    settings = WritingSettings(**options)
+    run_writing(goal, chat, chat_model, images, prompt, judge, settings, out, work or Path("runs") / out.stem)
+
+
+@rewards.command()
 @click.argument("data", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="Folder of the reward; load it by `--reward FOLDER`.")
 @click.option("--images", type=FOLDER, help="Folder that image paths are relative to.  [default: that of DATA]")
