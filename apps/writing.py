@@ -49,11 +49,11 @@ def draw_candidates(candidates: Sequence[Candidate], images: Tensor, path: Path)
 
 
 def rank_in_terminal(images: Tensor, folder: Path) -> Rank:
-    """Return a ranking that a person types, after a look at the grid of each round."""
-    rounds = iter(range(1, 10_000))
+    """Return a ranking that a person types, after a look at the grid of each iteration."""
+    iterations = iter(range(1, 10_000))
 
     def rank(candidates: Sequence[Candidate]) -> list[int]:
-        click.echo(f"look at {draw_candidates(candidates, images, folder / f'round-{next(rounds)}.png')}")
+        click.echo(f"look at {draw_candidates(candidates, images, folder / f'iteration-{next(iterations)}.png')}")
         while True:
             text = click.prompt(f"order of the rows 1 to {len(candidates)}, best first", default="1")
             given = [int(number) - 1 for number in re.findall(r"\d+", text)]
@@ -75,7 +75,7 @@ def run_writing(
     out: Path,
     work: Path,
 ) -> None:
-    """Run all rounds, and write the best reward to `out` after each. Raises InputError, RewardError.
+    """Run all iterations, and write the best reward to `out` after each. Raises InputError, RewardError.
 
     Replies are cached by the client: the same command resumes without new requests.
     """
@@ -87,7 +87,7 @@ def run_writing(
     rank = rank_by_judge(load_judge(judge), goal, batch) if judge else rank_in_terminal(batch, work)
     with torch.no_grad():
         for one in write_rewards(goal, client, batch, texts, rank, settings):
-            write_text(work / f"round-{one.number}.json", json.dumps(as_record(one), indent=1) + "\n")
+            write_text(work / f"iteration-{one.number}.json", json.dumps(as_record(one), indent=1) + "\n")
             write_text(out, one.candidates[0].code)
             click.echo(summary(one))
     click.echo(f"{client.cost}\n→ {out}; use it as --reward sandbox:{out}")

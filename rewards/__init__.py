@@ -51,6 +51,14 @@ REWARDS: dict[str, tuple[str, str]] = {
         "steer.rewards.sandbox:SandboxReward",
         "sandbox:FILE, a Python file of `steer rewards write`, run in a child process with limits",
     ),
+    "geneval": (
+        "steer.rewards.geneval:Geneval",
+        "share of the prompt's objects, counts, colours and relations that a detector confirms, 0..1",
+    ),
+    "nsfw": ("steer.rewards.packaged:Nsfw", "1 − P(pornographic) by Yahoo's Open-NSFW, 0..1"),
+    "faces": ("steer.rewards.packaged:Faces", "confidence of the surest face, or closeness to faces:COUNT, 0..1"),
+    "brisque": ("steer.rewards.packaged:Brisque", "minus BRISQUE, no-reference image quality, about -100..0"),
+    "lpips": ("steer.rewards.packaged:Lpips", "lpips:IMAGE, minus the perceptual distance to an image, differentiable"),
     "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
     "jpeg": (
         "steer.rewards.jpeg:JpegCompressibility",

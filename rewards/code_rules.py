@@ -26,83 +26,26 @@ MODULES: dict[str, ModuleType] = {
     "math": math,
 }
 BUILTINS = frozenset(
-    [
-        "abs",
-        "all",
-        "any",
-        "bool",
-        "dict",
-        "divmod",
-        "enumerate",
-        "filter",
-        "float",
-        "frozenset",
-        "int",
-        "isinstance",
-        "len",
-        "list",
-        "map",
-        "max",
-        "min",
-        "pow",
-        "range",
-        "reversed",
-        "round",
-        "set",
-        "slice",
-        "sorted",
-        "str",
-        "sum",
-        "tuple",
-        "zip",
-        "True",
-        "False",
-        "None",
-        "ValueError",
-    ]
+    (
+        *("abs", "all", "any", "bool", "dict", "divmod", "enumerate", "filter", "float", "frozenset", "int"),
+        *("isinstance", "len", "list", "map", "max", "min", "pow", "range", "reversed", "round", "set", "slice"),
+        *("sorted", "str", "sum", "tuple", "zip", "True", "False", "None", "ValueError"),
+    )
 )
 # Python functions of torch that are no operations of its C library.
 TORCH_EXTRA = frozenset(
-    [
-        "cdist",
-        "einsum",
-        "meshgrid",
-        "norm",
-        "split",
-        "stack",
-        "stft",
-        "tensordot",
-        "unique",
-        "atleast_1d",
-        "no_grad",
-        "Tensor",
-        "finfo",
-    ]
+    (
+        *("cdist", "einsum", "meshgrid", "norm", "split", "stack", "stft", "tensordot", "unique", "atleast_1d"),
+        *("no_grad", "Tensor", "finfo"),
+    )
 )
 TORCH_NAMES = (frozenset(dir(torch._C._VariableFunctions)) - {"from_file"}) | TORCH_EXTRA
 DENIED = frozenset(
-    [
-        "apply_",
-        "backward",
-        "data_ptr",
-        "format",
-        "format_map",
-        "map2_",
-        "map_",
-        "module_load",
-        "numpy",
-        "register_hook",
-        "register_post_accumulate_grad_hook",
-        "resize_",
-        "resize_as_",
-        "set_",
-        "share_memory_",
-        "storage",
-        "storage_type",
-        "untyped_storage",
-        "grad_fn",
-        "volatile",
-    ]
+    (
+        *("apply_", "backward", "data_ptr", "format", "format_map", "map2_", "map_", "module_load", "numpy"),
+        *("register_hook", "register_post_accumulate_grad_hook", "resize_", "resize_as_", "set_", "share_memory_"),
+        *("storage", "storage_type", "untyped_storage", "grad_fn", "volatile"),
+    )
 )
 METHODS = frozenset().union(*map(dir, (torch.Tensor, str, list, dict, tuple, set, torch.finfo))) - DENIED
 STATEMENTS = (ast.ClassDef, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith, ast.Await, ast.Global, ast.Match)

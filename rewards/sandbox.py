@@ -81,7 +81,7 @@ class SandboxReward:
         self._send(process, json.dumps(self._first).encode())
         reply = self._reply(process, START_SECONDS)
         self.network = bool(reply.get("network"))
-        """Whether the child kept the network, where the system allows it no namespace; it can open no socket even so."""
+        """Whether the child kept the network, where the system allows no namespace; it can open no socket even so."""
         return process
 
     @takes_any_images

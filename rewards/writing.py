@@ -1,6 +1,6 @@
 """Rewards written by a language model, ranked by a person or a judge, and refined (ICPL, arXiv 2410.14660).
 
-Each round the designer, a chat model, writes K files; a critic refuses those that break the rules or the contract and
+Each iteration the designer, a chat model, writes K files; a critic refuses those that break the rules or the contract and
 asks for corrections; the others are ranked by the images that they prefer; code and ranks are in the next request.
 """
 
@@ -39,7 +39,7 @@ blur(images, sigma) -> (N, 3, H, W)
 clip_cosine(images, texts) -> (N,), cosine of image and text by a CLIP; texts is one text or a list
 """
 ASK = """
-This is file {number} of {candidates} in round {round} of {rounds}. Make it different from the others.
+This is file {number} of {candidates} in iteration {iteration} of {iterations}. Make it different from the others.
 Answer with the whole file in one ```python block."""
 
 
@@ -50,7 +50,7 @@ class Candidate:
     code: str
     reward: Reward
     scores: Tensor
-    round: int
+    iteration: int
     rank: int = 0
 
     def order(self) -> list[int]:
@@ -59,8 +59,8 @@ class Candidate:
 
 
 @dataclass
-class Round:
-    """One round: the ranked candidates, best first, and the reasons for which files were refused."""
+class Iteration:
+    """One iteration: the ranked candidates, best first, and the reasons for which files were refused."""
 
     number: int
     candidates: list[Candidate] = field(default_factory=list)
@@ -75,13 +75,13 @@ class WritingSettings:
     """Settings of `write_rewards`. Raises InputError for numbers below 1."""
 
     candidates: int = 6
-    rounds: int = 5
+    iterations: int = 5
     repairs: int = 2  # corrections of one file
     seconds: float = 20.0  # of one call of a written reward
 
     def __post_init__(self) -> None:
-        if min(self.candidates, self.rounds) < 1 or self.repairs < 0 or not self.seconds > 0:
-            raise InputError("candidates and rounds must be at least 1, repairs at least 0, seconds above 0")
+        if min(self.candidates, self.iterations) < 1 or self.repairs < 0 or not self.seconds > 0:
+            raise InputError("candidates and iterations must be at least 1, repairs at least 0, seconds above 0")
 
 
 def write_rewards(
@@ -92,33 +92,40 @@ def write_rewards(
     rank: Rank,
     settings: WritingSettings = WritingSettings(),
     make: Callable[..., Reward] = SandboxReward.from_code,
-) -> Iterator[Round]:
-    """Yield each round; its first candidate is the best reward so far.
+) -> Iterator[Iteration]:
+    """Yield each iteration; its first candidate is the best reward so far.
 
     images  (N, 3, H, W) that candidates are tested on and ranked by, with N prompts;  rank: a person or a judge
     make    code → Reward: in a child process with limits, unless you trust the designer
-    Raises RewardError where no file of a round passes, or the endpoint fails.
+    Raises RewardError where no file of an iteration passes, or the endpoint fails.
     """
     if len(images) < 2:
         raise InputError(f"rewards are ranked by the images that they prefer: give at least 2, got {len(images)}")
-    previous = Round(0)
-    for number in range(1, settings.rounds + 1):
-        current = Round(number, previous.candidates[:1])  # the best one stays among the candidates
+    previous = Iteration(0)
+    for number in range(1, settings.iterations + 1):
+        current = Iteration(number, previous.candidates[:1])  # the best one stays among the candidates
         for k in range(1, settings.candidates + 1):
-            place = {"number": k, "candidates": settings.candidates, "round": number, "rounds": settings.rounds}
+            place = {
+                "number": k,
+                "candidates": settings.candidates,
+                "iteration": number,
+                "iterations": settings.iterations,
+            }
             errors = (current.refused or previous.refused)[-MAX_ERRORS:]
             request = CONTRACT.format(goal=goal) + _feedback(previous, errors) + ASK.format(**place)
             made = _written(request, client, images, prompts, settings, make, current.refused)
             if made is not None:
-                current.candidates.append(replace(made, round=number))
+                current.candidates.append(replace(made, iteration=number))
         if not current.candidates:
-            raise RewardError(f"round {number}: no file of the model passed; the last reason: {current.refused[-1]}")
+            raise RewardError(
+                f"iteration {number}: no file of the model passed; the last reason: {current.refused[-1]}"
+            )
         _put_in_order(current, rank)
         yield current
         previous = current
 
 
-def _put_in_order(current: Round, rank: Rank) -> None:
+def _put_in_order(current: Iteration, rank: Rank) -> None:
     order = list(rank(current.candidates)) if len(current.candidates) > 1 else [0]
     if sorted(order) != list(range(len(current.candidates))):
         raise InputError(f"a ranking names each of {len(current.candidates)} candidates once, got {order}")
@@ -170,11 +177,13 @@ def criticise(
     return Candidate(code, reward, scores, 0)
 
 
-def _feedback(previous: Round, refused: Sequence[str]) -> str:
-    """Return the part of a request about the last round: code and ranks, best first, and errors to avoid."""
+def _feedback(previous: Iteration, refused: Sequence[str]) -> str:
+    """Return the part of a request about the last iteration: code and ranks, best first, and errors to avoid."""
     parts = []
     if previous.candidates:
-        parts.append("\nFiles of the last round, ranked by the images that they prefer, best first. Improve on rank 1.")
+        parts.append(
+            "\nFiles of the last iteration, ranked by the images that they prefer, best first. Improve on rank 1."
+        )
     for one in previous.candidates:
         low, middle, high = one.scores.min().item(), one.scores.mean().item(), one.scores.max().item()
         parts.append(f"Rank {one.rank}, scores {low:.4g} to {high:.4g}, mean {middle:.4g}:\n```python\n{one.code}```")
@@ -186,8 +195,8 @@ def _feedback(previous: Round, refused: Sequence[str]) -> str:
 def rank_by_judge(judge: Judge, goal: str, images: Tensor, keep: int = 4) -> Rank:
     """Return a ranking by a judge, who sees the goal as prompt.
 
-    Of two candidates those images are compared on whose ranks they differ most: candidate i wins a comparison with the
-    probability that the image which it places higher is preferred to the one which j places higher. Ordered by the mean.
+    Of two candidates those images are compared on whose ranks they differ most. Candidate i wins a comparison with the
+    probability that the image which i places higher is preferred to the one which j places higher; ordered by the mean.
     """
 
     def rank(candidates: Sequence[Candidate]) -> list[int]:
@@ -206,12 +215,14 @@ def rank_by_judge(judge: Judge, goal: str, images: Tensor, keep: int = 4) -> Ran
     return rank
 
 
-def summary(one: Round) -> str:
-    """Describe a round in one line."""
-    return f"round {one.number}: {len(one.candidates)} files ranked, {len(one.refused)} refused"
+def summary(one: Iteration) -> str:
+    """Describe an iteration in one line."""
+    return f"iteration {one.number}: {len(one.candidates)} files ranked, {len(one.refused)} refused"
 
 
-def as_record(one: Round) -> dict[str, Any]:
-    """Return a round as JSON: code, scores and ranks of its candidates, and the reasons of refusals."""
-    shown = [{"rank": c.rank, "round": c.round, "scores": c.scores.tolist(), "code": c.code} for c in one.candidates]
-    return {"round": one.number, "candidates": shown, "refused": one.refused}
+def as_record(one: Iteration) -> dict[str, Any]:
+    """Return an iteration as JSON: code, scores and ranks of its candidates, and the reasons of refusals."""
+    shown = [
+        {"rank": c.rank, "iteration": c.iteration, "scores": c.scores.tolist(), "code": c.code} for c in one.candidates
+    ]
+    return {"iteration": one.number, "candidates": shown, "refused": one.refused}

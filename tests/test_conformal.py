@@ -56,7 +56,7 @@ def test_the_weights_find_the_good_member_and_disagreement_lowers_the_bound() ->
 
 
 def test_a_bound_is_tighter_than_the_minimum_less_a_margin_of_the_same_coverage() -> None:
-    """Where members differ in quality. Where all are alike and disagree where they err, the minimum is as good (5 %)."""
+    """Where members differ in quality. Where all are alike and disagree where they err, the minimum is as good."""
     gaps = []
     for kind in ("biased", "useless"):
         scores, truth = planted(kind, 400, 3)

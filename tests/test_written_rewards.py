@@ -220,7 +220,7 @@ def test_each_mistake_is_refused_by_name_told_in_the_next_request_and_the_right_
 
     with serve(answer) as served:
         client = ChatClient(served.url, "m", cache=None)
-        settings = WritingSettings(candidates=2, rounds=1, seconds=3)
+        settings = WritingSettings(candidates=2, iterations=1, seconds=3)
         started = time.monotonic()
         (only,) = write_rewards("red images", client, IMAGES, PROMPTS, lambda _: [0], settings)
         assert time.monotonic() - started < 100
@@ -228,7 +228,9 @@ def test_each_mistake_is_refused_by_name_told_in_the_next_request_and_the_right_
     for k, (_, reason) in enumerate(SCRIPT[:-1]):
         assert reason in only.refused[k], only.refused[k]
         assert only.refused[k] in served.requests[k + 1].text
-    assert "Goal: red images" in served.requests[0].text and "file 2 of 2 in round 1 of 1" in served.requests[3].text
+    assert (
+        "Goal: red images" in served.requests[0].text and "file 2 of 2 in iteration 1 of 1" in served.requests[3].text
+    )
     assert torch.allclose(only.candidates[0].scores, red_by_hand(IMAGES), atol=1e-6)
     assert set(tmp_path.iterdir()) == before
 
@@ -247,12 +249,12 @@ HIDDEN = torch.tensor([0.9, -0.35, 0.25])  # of the mean of each channel, and no
 
 
 def scripted_designer(request: Request) -> object:
-    """Changes the weights of the file of rank 1, by less in each round; it knows nothing of the goal."""
-    number, round_ = map(int, re.findall(r"file (\d+) of \d+ in round (\d+)", request.text)[0])
-    rng = np.random.default_rng([number, round_])
+    """Changes the weights of the file of rank 1, by less in each iteration; it knows nothing of the goal."""
+    number, iteration = map(int, re.findall(r"file (\d+) of \d+ in iteration (\d+)", request.text)[0])
+    rng = np.random.default_rng([number, iteration])
     ranked = re.findall(r"WEIGHTS = \[(.*?)\]", request.text)
     best = np.array([float(one) for one in ranked[0].split(",")]) if ranked else np.zeros(3)
-    weights = best + rng.standard_normal(3) * (1.0 if not ranked else 0.8 / round_)
+    weights = best + rng.standard_normal(3) * (1.0 if not ranked else 0.8 / iteration)
     weights /= np.linalg.norm(weights)
     code = f"import torch\n\nWEIGHTS = [{', '.join(f'{w:.6f}' for w in weights)}]\n\n\ndef reward(images, prompts):\n"
     code += "    return (images.mean((2, 3)) * torch.tensor(WEIGHTS)).sum(1)\n"
@@ -269,7 +271,7 @@ class Hidden:
         return (images.mean((2, 3)) * HIDDEN).sum(1)
 
 
-def spearman_after_five_rounds(rank_of: Callable[[Tensor], Rank], make: Any) -> float:
+def spearman_after_five_iterations(rank_of: Callable[[Tensor], Rank], make: Any) -> float:
     images = torch.rand(48, 3, 1, 1, generator=torch.Generator().manual_seed(2)).expand(-1, -1, 8, 8).contiguous()
     with serve(scripted_designer) as served:
         client = ChatClient(served.url, "m", cache=None)
@@ -289,13 +291,13 @@ def test_rankings_lead_to_the_hidden_goal_and_shuffled_ones_do_not() -> None:
         rng = np.random.default_rng(seed)
         return lambda images: lambda candidates: rng.permutation(len(candidates)).tolist()
 
-    assert spearman_after_five_rounds(by_judge, in_process) >= 0.9
-    assert np.mean([spearman_after_five_rounds(shuffled(seed), in_process) for seed in range(5)]) < 0.6
+    assert spearman_after_five_iterations(by_judge, in_process) >= 0.9
+    assert np.mean([spearman_after_five_iterations(shuffled(seed), in_process) for seed in range(5)]) < 0.6
 
 
 @pytest.mark.hard
 def test_rankings_lead_to_the_hidden_goal_from_child_processes() -> None:
-    assert spearman_after_five_rounds(by_judge, SandboxReward.from_code) >= 0.9
+    assert spearman_after_five_iterations(by_judge, SandboxReward.from_code) >= 0.9
 
 
 def test_the_command_writes_a_reward_that_steers(steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,13 +306,13 @@ def test_the_command_writes_a_reward_that_steers(steer: Steer, tmp_path: Path, m
     codes = [RED, RED.replace("red", "blue")]
     with serve(lambda request: completion(codes["file 2 of 2" in request.text])) as served:
         words = ["rewards", "write", "red images", "--chat", served.url, "--chat-model", "m", "--images", folder]
-        words += ["--candidates", 2, "--rounds", 1, "--judge", "colour:red", "--out", out, "--work", work]
+        words += ["--candidates", 2, "--iterations", 1, "--judge", "colour:red", "--out", out, "--work", work]
         code, printed, err = steer(*words)
         assert code == 0, err
         asked = len(served.requests)
         assert steer(*words)[0] == 0 and len(served.requests) == asked  # resumed from the cache
     assert out.read_text() == RED and "use it as --reward sandbox:" in printed and "2 requests answered" in printed
-    record = json.loads((work / "round-1.json").read_text())
+    record = json.loads((work / "iteration-1.json").read_text())
     assert [one["rank"] for one in record["candidates"]] == [1, 2] and record["refused"] == []
     code, printed, err = steer("score", folder / "000.png", "--prompt", "a star", "--reward", f"sandbox:{out}")
     assert code == 0 and 0 <= json.loads(printed)["scores"][0]["score"] <= 1, err
@@ -323,4 +325,4 @@ def test_a_person_ranks_in_the_terminal(tmp_path: Path, monkeypatch: pytest.Monk
     answers = iter(["1 1", "4", "3 1"])
     monkeypatch.setattr("click.prompt", lambda *_, **__: next(answers))
     assert rank_in_terminal(IMAGES, tmp_path)(candidates) == [2, 0, 1]
-    assert Image.open(tmp_path / "round-1.png").width > 300
+    assert Image.open(tmp_path / "iteration-1.png").width > 300

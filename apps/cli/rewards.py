@@ -192,11 +192,11 @@ def pairs(
 @IMAGES
 @PROMPT
 @click.option("--judge", help="Rank by this judge or reward instead of asking you in the terminal.")
-@click.option("--candidates", default=6, type=click.IntRange(1), help="Files in each round.")
-@click.option("--rounds", default=5, type=click.IntRange(1))
+@click.option("--candidates", default=6, type=click.IntRange(1), help="Files in each iteration.")
+@click.option("--iterations", default=5, type=click.IntRange(1))
 @click.option("--seconds", default=20.0, help="Limit of one call of a written reward.")
 @click.option("--out", required=True, type=FOLDER, help="The reward, a Python file; use it by sandbox:FILE.")
-@click.option("--work", type=FOLDER, help="Folder of the rounds.  [default: runs/OUT]")
+@click.option("--work", type=FOLDER, help="Folder of the iterations.  [default: runs/OUT]")
 def write(
     goal: str,
     chat: str,
