@@ -75,7 +75,7 @@ class Clause:
 
 @dataclass(frozen=True)
 class Requirements:
-    """What an image must show, and the classes of which there must be fewer than a number."""
+    """Classes that an image must show, and classes of which there must be fewer than a number."""
 
     include: tuple[Clause, ...]
     exclude: tuple[tuple[str, int], ...] = ()

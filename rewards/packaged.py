@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -78,7 +79,15 @@ class Brisque:
     differentiable = False
 
     def __init__(self) -> None:
-        self._model = _package(self.name, "brisque", "'steer-diffusion[brisque]'").BRISQUE(url=False)
+        package = _package(self.name, "brisque", "'steer-diffusion[brisque]'")
+
+        class Scalars(package.BRISQUE):  # type: ignore[misc, name-defined]
+            """BRISQUE whose features are numbers: brisque 0.2 has arrays of one, which NumPy 2.4 does not convert."""
+
+            def scale_features(self, features: Any) -> Any:
+                return super().scale_features([np.asarray(one).item() for one in features])
+
+        self._model = Scalars(url=False)
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -1,7 +1,8 @@
 """Rewards written by a language model, ranked by a person or a judge, and refined (ICPL, arXiv 2410.14660).
 
-Each iteration the designer, a chat model, writes K files; a critic refuses those that break the rules or the contract and
-asks for corrections; the others are ranked by the images that they prefer; code and ranks are in the next request.
+In each iteration the designer, a chat model, writes K files. A critic refuses those that break the rules or the
+contract, and asks for corrections. The others are ranked by the images that they prefer; the next request has code and
+ranks.
 """
 
 import re

@@ -10,7 +10,7 @@ import torch
 from tiny_rewards import seeded
 from tiny_vlm import word_tokenizer
 from torch import Tensor
-from transformers import CLIPTokenizer, Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
+from transformers import Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
 
 from steer.apps.scenes.world import draw, random_scene
 from steer.reward import RewardError, score
@@ -18,7 +18,6 @@ from steer.rewards.geneval import Box, Boxes, Clause, Geneval, Requirements, met
 from steer.rewards.parser import load_reward
 from steer.rewards.scene import SceneReward, objects
 
-_ = CLIPTokenizer
 IMAGE = torch.zeros(3, 100, 100)
 CAT, DOG, CUP = Box(0, 40, 20, 60), Box(70, 45, 90, 65), Box(40, 0, 60, 20)
 
@@ -198,8 +197,9 @@ def test_a_tiny_owl_runs_through_the_real_code(tmp_path: Path) -> None:
 
 def test_options_that_cannot_be_are_one_line(tmp_path: Path) -> None:
     for text, message in (
-        ("geneval:nowhere/at-all", "detector 'nowhere/at-all'"),
-        ("geneval,threshold=high", "threshold=high: use a number"),
+        (f"geneval:{tmp_path}", f"detector '{tmp_path}'"),
+        ("geneval:threshold=high", "threshold=high: use a number"),
+        ("geneval:strict=perhaps", "strict=perhaps: use true or false"),
     ):
         with pytest.raises(RewardError, match=message):
-            load_reward(text.replace("geneval,", "geneval:") if "," in text else text)
+            load_reward(text)

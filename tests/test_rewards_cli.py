@@ -9,6 +9,7 @@ from conftest import Steer
 from PIL import Image
 
 from steer.apps.scenes.world import draw, random_scene
+from steer.rewards import FACTS, REWARDS
 from steer.rewards.compose import read_calibration
 
 
@@ -122,3 +123,13 @@ def test_a_report_tells_every_part(steer: Steer, tmp_path: Path) -> None:
     assert np.allclose(total, entry["rewards"], atol=1e-5) and entry["rewards"] == sorted(
         entry["rewards"], reverse=True
     )
+
+
+def test_the_list_has_unit_gradients_size_licence_and_needs_of_each(steer: Steer) -> None:
+    _, out, _ = steer("rewards")
+    lines = out.splitlines()
+    assert set(FACTS) == set(REWARDS)
+    for name, facts in FACTS.items():
+        (row,) = [k for k, line in enumerate(lines) if line.split()[0] == name and not line.startswith(" ")]
+        assert lines[row + 1].strip() == str(facts)
+    assert str(FACTS["imagereward"]) == "standardised, -2..2; differentiable; 1.8 GB; Apache-2.0; from the hub"

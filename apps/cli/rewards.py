@@ -20,12 +20,15 @@ PROMPT = click.option("--prompt", help="Prompt of all images, where the folder c
 def rewards(context: click.Context) -> None:
     """List the named rewards, or run a command: analyse, calibrate, train or serve rewards."""
     if context.invoked_subcommand is None:
+        from steer.rewards import FACTS
         from steer.rewards.names import reward_names
 
         names = reward_names()
         width = max(map(len, names))
         for name, about in sorted(names.items()):
             click.echo(f"{name:{width}}  {about}")
+            if name in FACTS:
+                click.echo(f"{'':{width}}    {FACTS[name]}")
         click.echo("http://HOST:PORT/  a reward served by another process: `steer rewards serve SPEC`")
 
 
