@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: zoo sample test test-browser test-hard fuzz audit sbom docs lint types unit format clean
+.PHONY: zoo sample test test-browser test-hard test-hub fuzz audit sbom docs lint types unit format clean
 
 sample: $(INSTALLED)  ## the main job: base against steered images for three prompts
 	$(BIN)/steer sample "a red circle left of a blue star" "three green triangles" "a yellow square and a purple cross" \
@@ -30,6 +30,9 @@ test-browser: $(INSTALLED)  ## the app in a real browser (Debian's chromium, or 
 
 test-hard: $(INSTALLED)  ## kills, full disks, corrupt and hostile files, long runs, products of parameters: 45 minutes; figures in out/reliability.json
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m hard tests
+
+test-hub: $(INSTALLED)  ## with a network: loads the rewards of the hub and pipelines, compares with published scores
+	STEER_HUB=1 $(BIN)/python -m pytest tests/test_hub.py -v
 
 zoo: $(INSTALLED)  ## all checks of the zoo of pipelines, an hour: tests/zoo/matrix.json and docs/pipelines.md
 	cd tests && OMP_NUM_THREADS=1 ../$(BIN)/python -m zoo.matrix zoo/matrix.json && ../$(BIN)/python -m zoo.page

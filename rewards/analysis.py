@@ -347,6 +347,7 @@ def _cased(new: str, old: str) -> str:
 
 BATCH_TOLERANCE = 1e-5  # of max(1, |score|): bound of the rounding differences between batch sizes
 TIMED_CALLS = 3
+MAX_WORDS = 512  # of the prompts by which the limit of prompts is measured
 GRADED_IMAGES = 4  # images whose gradients are checked: each costs 34 evaluations
 # Steps of all pixels at once; small ones suffer from fp32 rounding, large ones from kinks and curvature.
 STEP_SIZES = (1e-4, 3e-4, 1e-3, 1e-2)
@@ -366,8 +367,12 @@ class CheckResult:
 Outcome = tuple[bool | None, str]
 
 
-def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list[CheckResult]:
+def check_reward(
+    reward: Reward, images: Tensor, prompts: Sequence[str], names: Sequence[str] | None = None
+) -> list[CheckResult]:
     """Check a reward on images (N, 3, H, W) in [0, 1] and their N prompts: one result for each of CHECKS.
+
+    names  of the checks to run, the contract among them; None: all
 
     A reward that raises or breaks the contract fails the check with that message; where it cannot score the batch at
     all, the other checks are skipped. Raises InputError for images or prompts of another form.
@@ -378,6 +383,8 @@ def check_reward(reward: Reward, images: Tensor, prompts: Sequence[str]) -> list
         raise InputError(f"a reward is checked with one prompt an image, got {len(prompts)} for {len(images)} images")
     results: list[CheckResult] = []
     for name, check in CHECKS.items():
+        if names is not None and name not in names:
+            continue
         outcome: Outcome = None, "skipped: the contract does not hold"
         if not results or results[0].passed:
             try:
@@ -432,11 +439,35 @@ def _prompt_sensitivity(reward: Reward, images: Tensor, prompts: Sequence[str]) 
 
 
 def _prompt_limit(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
-    """Report the number of tokens that are read of a prompt, if the reward has a `prompt_limit`."""
+    """Report the declared `prompt_limit`, and measure behind how many words a change of the prompt changes no score."""
     limit = getattr(reward, "prompt_limit", None)
-    if limit is None:
-        return None, "no limit is known (rewards declare it as prompt_limit)"
-    return None, f"reads {limit} tokens of a prompt, start and end tokens included; longer prompts are truncated"
+    declared = f"reads {limit} tokens of a prompt, start and end included" if limit else "declares no prompt_limit"
+    try:
+        words = _readable_words(reward, images[:1])
+    except RewardError:  # a reward of prompts in a language of its own
+        return None, f"{declared}; not measured: it does not take the test's prompts"
+    if words is None:
+        return None, f"{declared}; the last of {MAX_WORDS} words still changes a score"
+    return None, f"{declared}; measured: words behind the first {words} change no score" if words else declared
+
+
+def _readable_words(reward: Reward, image: Tensor) -> int | None:
+    """Return the number of words behind which a word changes no score, by bisection; None beyond MAX_WORDS."""
+
+    def reads(count: int) -> bool:
+        filler = " ".join(["picture"] * count)
+        one, other = (_scores(reward, image, [f"{filler} {word}".strip()]) for word in ("red", "blue"))
+        return not torch.equal(one, other)
+
+    if not reads(0):
+        return 0
+    if reads(MAX_WORDS):
+        return None
+    low, high = 0, MAX_WORDS  # reads(low) holds, reads(high) does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if reads(middle) else (low, middle)
+    return high
 
 
 def _gradient(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
@@ -532,6 +563,30 @@ def _throughput(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outco
     return True, f"{rate:,.4g} images/s of {width} × {height} in batches of {len(images)}"
 
 
+def _memory(reward: Reward, images: Tensor, prompts: Sequence[str]) -> Outcome:
+    """Report the peak memory of one call: of the GPU, or the growth of the process's peak on the CPU."""
+    if images.is_cuda:
+        torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(images.device)
+        _scores(reward, images, prompts)
+        peak = torch.cuda.max_memory_allocated(images.device) - before
+        return None, f"one call on {len(images)} images takes {peak / 2**20:,.0f} MiB more of the GPU"
+    weights = sum(one.numel() * one.element_size() for one in _parameters(reward))
+    with torch.profiler.profile(profile_memory=True) as profiled:
+        _scores(reward, images, prompts)
+    taken = sum(max(event.self_cpu_memory_usage, 0) for event in profiled.key_averages())
+    size = f"weights {weights / 2**20:,.0f} MiB, " if weights else ""
+    return None, f"{size}PyTorch allocates {taken / 2**20:,.4g} MiB in one call on {len(images)} images"
+
+
+def _parameters(reward: Any) -> Iterator[Tensor]:
+    """Yield the parameters of the modules that a reward holds as attributes."""
+    for one in vars(reward).values() if hasattr(reward, "__dict__") else ():
+        for module in one if isinstance(one, list | tuple) else [one]:
+            if isinstance(module, torch.nn.Module):
+                yield from module.parameters()
+
+
 CHECKS: dict[str, Callable[[Reward, Tensor, Sequence[str]], Outcome]] = {
     "contract": _contract,
     "determinism": _determinism,
@@ -541,4 +596,5 @@ CHECKS: dict[str, Callable[[Reward, Tensor, Sequence[str]], Outcome]] = {
     "gradient": _gradient,
     "images unmodified": _images_unmodified,
     "throughput": _throughput,
+    "memory": _memory,
 }

@@ -138,14 +138,24 @@ def quantile(scores: Tensor, q: float = 0.25) -> Tensor:
     return torch.quantile(scores, q, dim=0)
 
 
+def robust(scores: Tensor, gamma: float = 0.6) -> Tensor:
+    """Return γ mean_m r_m + (1 − γ) min_m r_m: nominal and worst-case reward in one (arXiv 2409.15360).
+
+    γ = 1: the mean, γ = 0: the minimum. The nominal reward is the mean, where the source takes its most certain head.
+    """
+    return gamma * scores.mean(0) + (1 - gamma) * scores.amin(0)
+
+
 AGGREGATES: dict[str, Aggregate] = {
     "mean": mean,
     "sum": total,
     "min": worst,
     "mean-std": mean_minus_std,
     "quantile": quantile,
+    "robust": robust,
 }
-OPTIONS: dict[str, tuple[str, ...]] = {"mean-std": ("lam",), "quantile": ("q",)}
+OPTIONS: dict[str, tuple[str, ...]] = {"mean-std": ("lam",), "quantile": ("q",), "robust": ("gamma",)}
+SHARES = ("q", "gamma")  # options from 0 to 1
 
 
 def aggregate(name: str, options: Mapping[str, Any], where: str) -> Aggregate:
@@ -154,9 +164,9 @@ def aggregate(name: str, options: Mapping[str, Any], where: str) -> Aggregate:
     for option, value in options.items():
         if option not in allowed:
             raise RewardError(f"{where}: {name} takes {' and '.join(allowed) or 'no options'}, not {option!r}")
-        if not is_number(value) or (option == "q" and not 0 <= value <= 1):
+        if not is_number(value) or (option in SHARES and not 0 <= value <= 1):
             raise RewardError(
-                f"{where}: {option} must be a {'number from 0 to 1' if option == 'q' else 'finite number'}"
+                f"{where}: {option} must be a {'number from 0 to 1' if option in SHARES else 'finite number'}"
             )
     return partial(AGGREGATES[name], **{option: float(value) for option, value in options.items()})
 

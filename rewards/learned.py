@@ -24,6 +24,8 @@ from steer.rewards import objectives
 from steer.rewards.analysis import preference_metrics
 from steer.rewards.clip import CONFIG, Backbone, clip_folder, load_backbone, open_clip_folder
 from steer.rewards.compose import AGGREGATES
+from steer.rewards.compose import aggregate as compose_aggregate
+from steer.rewards.grammar import Call, format_number
 from steer.rewards.images import in_micro_batches, resize_and_crop
 from steer.rewards.inputs import takes_any_images
 from steer.rewards.preference_pairs import Captions, Pairs, Source, load_images, split_by_prompt
@@ -141,7 +143,7 @@ class LearnedReward:
     """A learned reward: the aggregate of its members' scores, each standardised over its held-out images.
 
     folder     of `steer rewards train`, or a name in `embedded`
-    aggregate  mean, min, mean-std or quantile of the members
+    aggregate  mean, min, mean-std (lam=), quantile (q=) or robust (gamma=) of the members
     member     the number of a single member
     dtype      float32, float16 or bfloat16, of the backbones
 
@@ -160,12 +162,20 @@ class LearnedReward:
         member: str | int | None = None,
         micro_batch: str | int = 64,
         dtype: str | None = None,
+        lam: str | float | None = None,
+        q: str | float | None = None,
+        gamma: str | float | None = None,
     ) -> None:
         path = self.embedded.get(folder, Path(folder))
         card = read_card(path)
-        self._aggregate = choose("aggregate", aggregate, AGGREGATES)
+        choose("aggregate", aggregate, AGGREGATES)
+        options = {name: value for name, value in (("lam", lam), ("q", q), ("gamma", gamma)) if value is not None}
+        call = Call(f"aggregate={aggregate}", (), {name: str(value) for name, value in options.items()}, 1.0)
+        numbers = {name: call.number(name, 0.0) for name in options}
+        self._aggregate = compose_aggregate(aggregate, numbers, str(path))
         self._label = f"{self.kind}:{folder}" if folder in self.embedded else path.name
-        self.name = self._label if aggregate == "mean" else f"{aggregate}({self._label})"
+        inside = [self._label, *(f"{name}={format_number(number)}" for name, number in numbers.items())]
+        self.name = self._label if aggregate == "mean" else f"{aggregate}({', '.join(inside)})"
         self._numbers = range(len(card.means))
         if member is not None:
             if not str(member).isdecimal() or int(member) not in self._numbers:

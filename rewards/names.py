@@ -1,6 +1,7 @@
 """Names of rewards: the built-in table, entry points of plugins, module:attribute."""
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -106,6 +107,17 @@ def make_reward(atom: str) -> Reward:
 def takes_number(name: str) -> bool:
     """Return whether a number after NAME: is the reward's own argument (`takes_number = True`), not a weight."""
     return bool(getattr(_factory(name), "takes_number", False))
+
+
+def option_number(name: str, given: str | float) -> float:
+    """Read an option of a reward as a finite number. Raises RewardError."""
+    try:
+        number = float(given)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise RewardError(f"{name}={given}: use a number")
+    return number
 
 
 def _factory(name: str) -> Any:

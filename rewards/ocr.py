@@ -1,4 +1,4 @@
-"""Agreement of the text in the image with the prompt's quotations, read by PP-OCRv4 (a Python package)."""
+"""Agreement of the text in the image with the prompt's quotations, read by PP-OCR (RapidOCR, a Python package)."""
 
 import re
 import unicodedata
@@ -108,16 +108,17 @@ def quoted(prompt: str) -> list[str]:
 def _engine() -> Callable[[np.ndarray[Any, Any]], list[str]]:
     """Return a function that reads the lines of an image (H, W, 3) of 8 bits, RGB, from top to bottom."""
     try:
-        package = import_module("rapidocr_onnxruntime")
+        package = import_module("rapidocr")
     except ModuleNotFoundError as error:
         raise RewardError(f"ocr: {error}: pip install 'steer-diffusion[ocr]'") from error
     except ImportError as error:  # OpenCV's usual wheel needs a system library
         remedy = "install libgl1, or replace opencv-python by opencv-python-headless"
         raise RewardError(f"ocr: {error}: {remedy}") from error
-    engine = package.RapidOCR(intra_op_num_threads=THREADS, inter_op_num_threads=1)
+    threads = {"intra_op_num_threads": THREADS, "inter_op_num_threads": 1}
+    options = {f"EngineConfig.onnxruntime.{name}": number for name, number in threads.items()}
+    engine = package.RapidOCR(params={"Global.log_level": "critical", **options})
 
     def read(image: np.ndarray[Any, Any]) -> list[str]:
-        matches, _ = engine(np.ascontiguousarray(image[..., ::-1]))  # BGR, as OpenCV
-        return [text for _, text, _ in matches or []]
+        return list(engine(np.ascontiguousarray(image[..., ::-1])).txts or ())  # BGR, as OpenCV
 
     return read

@@ -149,6 +149,15 @@ def _log_sigmoid(call: Call, state: ParserState) -> Reward:
     return compose.LogSigmoidReward(reward, scale.prompts, temperature)
 
 
+def _lower(call: Call, state: ParserState) -> Reward:
+    if "from" not in call.options:
+        raise RewardError("lower(…) needs a bound: lower(A, B, from=FILE), see `steer rewards calibrate --bound`")
+    from steer.rewards.conformal import LowerBoundReward, read_bound
+
+    rewards = [read(argument, state) for argument in call.arguments]
+    return LowerBoundReward(rewards, read_bound(Path(call.options["from"])))
+
+
 def _single_reward(call: Call, state: ParserState) -> Reward:
     if len(call.arguments) != 1:
         raise RewardError(f"{call.function}(…) takes one reward, got {len(call.arguments)}")
@@ -224,6 +233,7 @@ FUNCTIONS: dict[str, tuple[Callable[[Call, ParserState], Reward], Sequence[str]]
     "product": (_product, ("temperature",)),
     "tournament": (_tournament, ()),
     "z": (_standardised, ("from",)),
+    "lower": (_lower, ("from",)),
     "logsigmoid": (_log_sigmoid, ("from", "reference", "temperature")),
 }
 
@@ -254,7 +264,8 @@ def _check_yaml(path: Path, text: str) -> None:
             raise RewardError(f"{path}: brackets more than {2 * MAX_DEPTH} deep are not read")
 
 
-KEYS = ("combine", "rewards", "lam", "q")
+OPTION_KEYS = ("lam", "q", "gamma")
+KEYS = ("combine", "rewards", *OPTION_KEYS)
 
 
 def _is_weights(data: Mapping[Any, Any]) -> bool:
@@ -267,12 +278,12 @@ def _is_weights(data: Mapping[Any, Any]) -> bool:
 def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: ParserState | None = None) -> Reward:
     """Load the reward of a mapping, as a YAML file holds it:
 
-        combine: sum            # sum, mean, min, mean-std or quantile
+        combine: sum            # sum, mean, min, mean-std, quantile or robust
         rewards:
           - reward: hpsv2.1     # anything that `read` reads, or such a mapping
             weight: 5
           - logsigmoid(imagereward, reference=0)
-        lam: 1                  # of mean-std;  q: of quantile
+        lam: 1                  # of mean-std;  q: of quantile;  gamma: of robust
 
     or of one from rewards to weights, {hpsv2.1: 5, imagereward: 1}: their weighted sum.
     Raises RewardError that names the position in the mapping and the remedy.
@@ -287,7 +298,7 @@ def read_mapping(data: Mapping[str, Any], where: str = "reward mapping", state: 
         raise RewardError(f"{where}: `combine:` must be one of {', '.join(compose.AGGREGATES)}")
     if not isinstance(entries, list | tuple) or not entries:
         raise RewardError(f"{where}: `rewards:` must be a list of rewards")
-    aggregator = compose.aggregate(name, {key: data[key] for key in ("lam", "q") if key in data}, where)
+    aggregator = compose.aggregate(name, {key: data[key] for key in OPTION_KEYS if key in data}, where)
     inside = (state or ParserState()).inside()
     return compose.CombinedReward(
         [_entry(entry, f"{where}, reward {k}", inside) for k, entry in enumerate(entries, 1)], aggregator

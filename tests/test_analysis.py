@@ -488,3 +488,32 @@ def test_findings_and_consistency_as_text() -> None:
     assert table.splitlines()[1].split() == ["count", "75.0%", "4", "0.125"]
     assert len({len(line) for line in table.splitlines()}) == 1
     assert "no prompt has" in render_consistency({})
+
+
+class FirstWords:
+    """Counts red among the first words of a prompt."""
+
+    name, differentiable = "first-words", False
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+
+    def __call__(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return torch.tensor([float("red" in prompt.split()[: self.words]) for prompt in prompts])
+
+
+@pytest.mark.parametrize(
+    ("words", "detail"),
+    [
+        (5, "declares no prompt_limit; measured: words behind the first 5 change no score"),
+        (77, "declares no prompt_limit; measured: words behind the first 77 change no score"),
+        (600, "declares no prompt_limit; the last of 512 words still changes a score"),
+        (0, "declares no prompt_limit"),
+    ],
+)
+def test_the_limit_of_prompts_is_measured(words: int, detail: str) -> None:
+    images = torch.rand(2, 3, 8, 8)
+    results = {one.name: one for one in check_reward(FirstWords(words), images, ["red", "blue"])}
+    assert results["prompt limit"].detail == detail
+    assert "MiB in one call on 2 images" in results["memory"].detail
+    assert [one.name for one in check_reward(FirstWords(3), images, ["a", "b"], ["contract"])] == ["contract"]

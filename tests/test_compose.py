@@ -32,6 +32,7 @@ from steer.rewards.compose import (
     quantile,
     read_calibration,
     reward_statistics,
+    robust,
     total,
     worst,
 )
@@ -86,6 +87,10 @@ SCORES = torch.tensor([[1.0, 0.0], [2.0, 0.0], [6.0, 3.0]], dtype=torch.float64)
         ("quantile", {"q": 0}, [1, 0]),
         ("quantile", {"q": 0.75}, [4, 1.5]),
         ("quantile", {"q": 1}, [6, 3]),
+        ("robust", {}, [0.6 * 3 + 0.4 * 1, 0.6]),
+        ("robust", {"gamma": 1}, [3, 1]),
+        ("robust", {"gamma": 0}, [1, 0]),
+        ("robust", {"gamma": 0.25}, [1.5, 0.25]),
     ],
 )
 def test_aggregates_by_hand(name: str, options: dict[str, float], expected: list[float]) -> None:
@@ -99,6 +104,8 @@ def test_aggregates_by_hand(name: str, options: dict[str, float], expected: list
         ("quantile", {"lam": 1}, "here: quantile takes q, not 'lam'"),
         ("quantile", {"q": 1.5}, "here: q must be a number from 0 to 1"),
         ("quantile", {"q": "half"}, "here: q must be a number from 0 to 1"),
+        ("robust", {"gamma": -0.1}, "here: gamma must be a number from 0 to 1"),
+        ("robust", {"lam": 1}, "here: robust takes gamma, not 'lam'"),
         ("mean-std", {"lam": math.inf}, "here: lam must be a finite number"),
         ("mean-std", {"lam": math.nan}, "here: lam must be a finite number"),
         ("mean-std", {"lam": True}, "here: lam must be a finite number"),
@@ -141,6 +148,30 @@ def test_slopes_of_aggregates_are_those_of_finite_differences(chosen: Aggregate)
     alike = torch.ones(4, 3, requires_grad=True)
     chosen(alike).sum().backward()
     assert alike.grad is not None and alike.grad.isfinite().all()
+
+
+def test_the_slope_of_a_robust_aggregate_by_hand() -> None:
+    """γ/M for every reward, and 1 − γ more for the lowest."""
+    scores = SCORES.clone().requires_grad_()
+    robust(scores, 0.4)[0].backward()
+    assert scores.grad is not None
+    assert scores.grad[:, 0].tolist() == pytest.approx([0.4 / 3 + 0.6, 0.4 / 3, 0.4 / 3])
+
+
+def test_a_robust_pick_lies_between_those_of_mean_and_minimum() -> None:
+    """Best of 256 by mean, robust and minimum of four noisy members: gold reward and worst member of the picks."""
+    generator = torch.Generator().manual_seed(0)
+    gold = torch.randn(400, 256, generator=generator)
+    members = gold + torch.randn(4, 400, 256, generator=generator)
+
+    def picked(chosen: Aggregate) -> tuple[float, float]:
+        rows = chosen(members).argmax(1, keepdim=True)
+        return members.mean(0).gather(1, rows).mean().item(), members.amin(0).gather(1, rows).mean().item()
+
+    (mean_of_mean, least_of_mean), (mean_of_both, least_of_both), (mean_of_least, least_of_least) = map(
+        picked, (mean, robust, worst)
+    )
+    assert mean_of_least < mean_of_both < mean_of_mean and least_of_mean < least_of_both < least_of_least
 
 
 def test_sums_products_and_scales_by_hand() -> None:

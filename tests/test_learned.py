@@ -132,6 +132,11 @@ def test_members_differ_and_are_aggregated(recipe: RewardTrainingConfig, pairs: 
         total, components = score_components(LearnedReward(str(tmp_path / "r"), aggregate=name), images, prompts)
         assert torch.allclose(total, expected, atol=1e-5)
         assert list(components) == ["r[0]", "r[1]", "r[2]"]
+    robust = load_reward(f"preference:{tmp_path / 'r'},aggregate=robust,gamma=0.25")
+    assert robust.name == "robust(r, gamma=0.25)"
+    assert torch.allclose(robust(images, prompts), 0.25 * members.mean(0) + 0.75 * members.amin(0), atol=1e-5)
+    with pytest.raises(RewardError, match="min takes no options, not 'gamma'"):
+        load_reward(f"preference:{tmp_path / 'r'},aggregate=min,gamma=0.25")
     alone = score(load_reward(f"preference:{tmp_path / 'r'},member=1"), images, prompts)
     assert torch.allclose(alone, members[1], atol=1e-5)
 

@@ -71,15 +71,15 @@ def test_a_prompt_without_quotations_is_refused(reward: Ocr) -> None:
 
 
 def test_a_missing_engine_is_an_error_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rapidocr_onnxruntime", None)
-    with pytest.raises(RewardError, match=r"^ocr: .*rapidocr_onnxruntime.*: pip install 'steer-diffusion\[ocr\]'$"):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(RewardError, match=r"^ocr: .*rapidocr.*: pip install 'steer-diffusion\[ocr\]'$"):
         Ocr()
 
 
 def test_a_missing_system_library_is_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     missing = "libGL.so.1: cannot open shared object file"
-    (tmp_path / "rapidocr_onnxruntime.py").write_text(f"raise ImportError({missing!r})")
-    monkeypatch.delitem(sys.modules, "rapidocr_onnxruntime", raising=False)
+    (tmp_path / "rapidocr.py").write_text(f"raise ImportError({missing!r})")
+    monkeypatch.delitem(sys.modules, "rapidocr", raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(RewardError, match=f"^ocr: {missing}: install libgl1, or replace opencv-python"):
         Ocr()

@@ -169,6 +169,7 @@ def sigmoid(x: float) -> float:
         ("mean-std(lam=-1, a, b)", [0.75, 0.5]),
         ("quantile(a, b, c)", [0.375, 0.375]),
         ("quantile(a, b, c, q=0.5)", [0.5, 0.5]),
+        ("robust(a, b, gamma=0.5)", [0.375, 0.3125]),
         ("product(a > 0.75, temperature=1)", [0.5, sigmoid(-0.5)]),
         ("product(a>0.25, b < 0.5, temperature=0.25)", [sigmoid(2) * sigmoid(1), 0.25]),
         ("product(a + b > 1, c < 5e-1)", [0.25, sigmoid(-5) * sigmoid(-10)]),
@@ -291,6 +292,7 @@ def test_names_tell_what_was_written() -> None:
         "a + b:-0.5",
         "min(a, b:2):3 + c",
         "quantile(a, b, q=0.25)",
+        "robust(a, b:2, gamma=0.6):3 + c",
         "product(a > 0.5, b < 2)",
         "mean(a + b, c)",
         "brightness:0.3:2 + label:tiger cat",
@@ -339,6 +341,7 @@ def mapped(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
         ("min", {}),
         ("mean-std", {"lam": finite}),
         ("quantile", {"q": st.floats(0, 1)}),
+        ("robust", {"gamma": st.floats(0, 1)}),
     ]
     kinds = [{"combine": st.just(name), "rewards": rewards} | own for name, own in options]
     bounded = st.builds(
@@ -514,7 +517,7 @@ def test_mappings_may_hold_objects() -> None:
         ("combine: min", "r.yaml: `rewards:` must be a list of rewards"),
         ("rewards: a", "r.yaml: `rewards:` must be a list of rewards"),
         ("rewards: []", "r.yaml: `rewards:` must be a list of rewards"),
-        ("combine: max\nrewards: [a]", "r.yaml: `combine:` must be one of mean, sum, min, mean-std, quantile"),
+        ("combine: max\nrewards: [a]", "r.yaml: `combine:` must be one of mean, sum, min, mean-std, quantile, robust"),
         ("combine: [min]\nrewards: [a]", "r.yaml: `combine:` must be one of"),
         ("combine: min\nq: 0.5\nrewards: [a]", "r.yaml: min takes no options, not 'q'"),
         ("lam: 1\nrewards: [a]", "r.yaml: sum takes no options, not 'lam'"),

@@ -9,6 +9,7 @@ from conftest import Steer
 from PIL import Image
 
 from steer.apps.scenes.world import draw, random_scene
+from steer.rewards import FACTS, REWARDS
 from steer.rewards.compose import read_calibration
 
 
@@ -137,3 +138,13 @@ def test_a_bound_and_a_filter_come_from_images_alone(steer: Steer, scenes: Path)
     (scenes / "prompts.jsonl").write_text("\n".join(json.dumps(row | {"prompt": row["image"]}) for row in rows))
     code, _, err = steer("rewards", "reliability", "brightness", "jpeg", "--images", scenes)
     assert code == 2 and "has one image: give at least 2" in err
+
+
+def test_the_list_has_unit_gradients_size_licence_and_needs_of_each(steer: Steer) -> None:
+    _, out, _ = steer("rewards")
+    lines = out.splitlines()
+    assert set(FACTS) == set(REWARDS)
+    for name, facts in FACTS.items():
+        (row,) = [k for k, line in enumerate(lines) if line.split()[0] == name and not line.startswith(" ")]
+        assert lines[row + 1].strip() == str(facts)
+    assert str(FACTS["imagereward"]) == "standardised, -2..2; differentiable; 1.8 GB; Apache-2.0; from the hub"

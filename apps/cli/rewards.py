@@ -20,12 +20,15 @@ PROMPT = click.option("--prompt", help="Prompt of all images, where the folder c
 def rewards(context: click.Context) -> None:
     """List the named rewards, or run a command: analyse, calibrate, train or serve rewards."""
     if context.invoked_subcommand is None:
+        from steer.rewards import FACTS
         from steer.rewards.names import reward_names
 
         names = reward_names()
         width = max(map(len, names))
         for name, about in sorted(names.items()):
             click.echo(f"{name:{width}}  {about}")
+            if name in FACTS:
+                click.echo(f"{'':{width}}    {FACTS[name]}")
         click.echo("http://HOST:PORT/  a reward served by another process: `steer rewards serve SPEC`")
 
 
@@ -167,14 +170,34 @@ def contrast(reward: str, images: Path, prompt: str | None, device: str | None) 
 @IMAGES
 @PROMPT
 @click.option("--out", required=True, type=FOLDER, help="The calibration, a JSON file; other rewards in it are kept.")
+@click.option(
+    "--bound", metavar="TRUTH", help="Fit a lower bound of the reward TRUTH instead, for lower(A, B, from=OUT)."
+)
+@click.option("--level", default=0.9, help="Share of fresh images on which the bound holds, 0 to 1.")
+@click.option("--optimised", type=FOLDER, help="Images that were optimised: report the bound's share on them too.")
 @DEVICE
-def calibrate(rewards_: tuple[str, ...], images: Path, prompt: str | None, out: Path, device: str | None) -> None:
+def calibrate(
+    rewards_: tuple[str, ...],
+    images: Path,
+    prompt: str | None,
+    out: Path,
+    bound: str | None,
+    level: float,
+    optimised: Path | None,
+    device: str | None,
+) -> None:
     """Measure each REWARD's mean and spread, overall and per prompt, on images of `steer sample --method base`."""
     from steer.apps.models import default_device
     from steer.apps.reward_specs import resolve_reward
     from steer.apps.scoring import images_with_prompts, score_all
     from steer.rewards.compose import Calibration, read_calibration, reward_statistics
 
+    if bound is not None:
+        from steer.apps.ensembles import calibrate_bound
+
+        for text in calibrate_bound(rewards_, bound, images, prompt, level, out, optimised, default_device(device)):
+            click.echo(text)
+        return
     paths, prompts = images_with_prompts(images, prompt)
     scales = dict(read_calibration(out).scales) if out.exists() else {}
     for reward in map(resolve_reward, rewards_):
@@ -205,6 +228,40 @@ def pairs(
     paths, prompts = images_with_prompts(images, prompt)
     rows = label_pairs(load_judge(judge), paths, prompts, pairs_per_prompt, seed, default_device(device), out)
     click.echo(f"{rows} pairs → {out}; train on them: steer rewards train {out} --out FOLDER")
+
+
+@rewards.command()
+@click.argument("goal")
+@click.option("--chat", required=True, metavar="URL", help="OpenAI-compatible endpoint, http://HOST/v1.")
+@click.option("--chat-model", required=True, metavar="NAME", help="The model's name on that server.")
+@IMAGES
+@PROMPT
+@click.option("--judge", help="Rank by this judge or reward instead of asking you in the terminal.")
+@click.option("--candidates", default=6, type=click.IntRange(1), help="Files in each iteration.")
+@click.option("--iterations", default=5, type=click.IntRange(1))
+@click.option("--seconds", default=20.0, help="Limit of one call of a written reward.")
+@click.option("--out", required=True, type=FOLDER, help="The reward, a Python file; use it by sandbox:FILE.")
+@click.option("--work", type=FOLDER, help="Folder of the iterations.  [default: runs/OUT]")
+def write(
+    goal: str,
+    chat: str,
+    chat_model: str,
+    images: Path,
+    prompt: str | None,
+    judge: str | None,
+    out: Path,
+    work: Path | None,
+    **options: Any,
+) -> None:
+    """Have a language model write a reward for GOAL, rank its versions by the images that they prefer, and refine it.
+
+    Written code runs in a child process with limits: a fence, not a wall. Run the command again to resume.
+    """
+    from steer.apps.writing import run_writing
+    from steer.rewards.writing import WritingSettings
+
+    settings = WritingSettings(**options)
+    run_writing(goal, chat, chat_model, images, prompt, judge, settings, out, work or Path("runs") / out.stem)
 
 
 @rewards.command()
