@@ -12,6 +12,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from steer.assets import MODELS, TEXT_MODELS
     from steer.audio import AudioReward
+    from steer.diverse import Selection, diverse
     from steer.errors import InputError
     from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
     from steer.pipelines.drafts import DraftsPipeline, RenoisePipeline
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "steer.assets": ("MODELS", "TEXT_MODELS"),
     "steer.audio": ("AudioReward",),
+    "steer.diverse": ("Selection", "diverse"),
     "steer.errors": ("InputError",),
     "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
     "steer.pipelines.drafts": ("DraftsPipeline", "RenoisePipeline"),
@@ -157,6 +159,7 @@ __all__ = [
     "RewardBackpropConfig",
     "RewardBackpropTrainer",
     "RewardError",
+    "Selection",
     "SelectionPipeline",
     "SelectionSettings",
     "SequenceReward",
@@ -167,6 +170,7 @@ __all__ = [
     "TrainingResult",
     "as_judge",
     "combine",
+    "diverse",
     "find_hacking",
     "fit_reward_curve",
     "load_judge",
