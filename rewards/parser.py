@@ -75,7 +75,7 @@ def _atom(text: str, state: ParserState) -> Reward:
     if len(state.read) > MAX_REWARDS:
         raise RewardError(f"a reward has at most {MAX_REWARDS} rewards in it")
     if state.named_only and _has_no_name(text):
-        raise RewardError(f"{text!r:.80} is not a named reward (`steer rewards` lists them)")
+        raise RewardError(f"{text!r:.80} is not a named reward: did you mean {nearest(text, reward_names())}?")
     if is_remote(text):
         return RemoteReward(text)
     if text.endswith(FILES) and _has_no_name(text):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
     from steer.pipelines.drafts import DraftsPipeline, RenoisePipeline
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
+    from steer.pipelines.map_elites import MapElitesPipeline
     from steer.pipelines.racing import RacingPipeline
     from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
     from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         BestOfNSettings,
         DraftsSettings,
         FKSettings,
+        MapElitesSettings,
         NoiseSearchSettings,
         RacingSettings,
         RenoiseSettings,
@@ -67,6 +69,7 @@ _MODULES = {
     "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
     "steer.pipelines.drafts": ("DraftsPipeline", "RenoisePipeline"),
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
+    "steer.pipelines.map_elites": ("MapElitesPipeline",),
     "steer.pipelines.racing": ("RacingPipeline",),
     "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
     "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
@@ -74,6 +77,7 @@ _MODULES = {
         "BestOfNSettings",
         "DraftsSettings",
         "FKSettings",
+        "MapElitesSettings",
         "NoiseSearchSettings",
         "RacingSettings",
         "ReNOSettings",
@@ -139,6 +143,8 @@ __all__ = [
     "InputError",
     "Iteration",
     "Judge",
+    "MapElitesPipeline",
+    "MapElitesSettings",
     "MaskedDiffusionPipeline",
     "NFTConfig",
     "NFTTrainer",
