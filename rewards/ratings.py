@@ -1,5 +1,6 @@
 """Rewards from ratings: regression on stars, likes or grades, of single images (HelpSteer2, arXiv 2410.01257)."""
 
+import math
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -75,8 +76,10 @@ def train_on_ratings(
 
 def rating_metrics(predicted: Tensor, held: Ratings) -> Numbers:
     """Return Pearson's correlation, R² and the pairwise accuracy inside prompts (nan without such pairs)."""
+    if len(held) < 2:
+        return dict.fromkeys(("pearson", "r2", "pair_accuracy"), math.nan)
     error = (predicted - held.ratings).square().mean() / held.ratings.var(correction=0)
-    correlation = stats.pearsonr(predicted.numpy(), held.ratings.numpy()).statistic if len(held) > 1 else float("nan")
+    correlation = stats.pearsonr(predicted.numpy(), held.ratings.numpy()).statistic
     accuracy = pairwise_agreement(predicted.tolist(), held.ratings.tolist(), held.prompts)
     values = {"pearson": float(correlation), "r2": 1 - error.item(), "pair_accuracy": accuracy}
     return {name: round(value, 4) for name, value in values.items()}

@@ -169,18 +169,7 @@ def train_on_users(
     The report's accuracy on held-out prompts is that with the profile of each pair's own user; "shared" is that of the
     mean user. Raises RewardError where no pair has a user, and for options of other trainings.
     """
-    config.check()
-    if not 1 < size <= MAX_GROUPS and not (model == "latent" and size == 1):
-        raise RewardError(f"--{'groups' if model == 'groups' else 'latent'} must be from 2 to {MAX_GROUPS}, got {size}")
-    if config.members > 1 or config.train_backbone or config.start:
-        raise RewardError(
-            "--groups and --latent train one model on a frozen CLIP: leave out --members, --train-backbone and --start"
-        )
-    if not pairs.users or None in pairs.users:
-        missing = sum(user is None for user in pairs.users) or "all"
-        raise RewardError(
-            f"--groups and --latent need a column user for every pair; {missing} of {len(pairs)} pairs have none"
-        )
+    _check(pairs, config, model, size)
     write_run_config(work, config, len(pairs))
     names = tuple(dict.fromkeys(str(user) for user in pairs.users))
     training_rows, held_rows = split_by_prompt(pairs.prompts, config.held_out, config.seed)
@@ -201,13 +190,31 @@ def train_on_users(
     TrainingRun(work, config.steps, config.learning_rate, warmup=min(100, config.steps // 10)).train([net], loss_at)
     net.requires_grad_(False).eval()
     seen, a, b, text, choice = training
-    profiles = net.profiles(a, b, text, choice, seen)
-    profiles = torch.cat([profiles, net.prior(profiles).to(device).expand(len(names) - len(profiles), -1)])
+    known = torch.isin(torch.arange(len(names)), seen.cpu())  # users with pairs of the training
+    fitted = net.profiles(a, b, text, choice, seen)
+    fitted = torch.cat([fitted, fitted.new_zeros(len(names) - len(fitted), size)])
+    profiles = torch.where(known.to(device)[:, None], fitted, net.prior(fitted[known.to(device)]).to(device))
     held = [column[held_rows or training_rows] for column in columns]
     report, mean, std = _report(net, profiles, held, config, len(training_rows), len(held_rows))
     card = UserCard(model, size, config.backbone, backbone.width, names, mean, std, report)
     save_users(out, card, net, profiles)
     return report
+
+
+def _check(pairs: Pairs, config: RewardTrainingConfig, model: str, size: int) -> None:
+    """Raise RewardError for options and pairs that do not fit."""
+    config.check()
+    if not 1 < size <= MAX_GROUPS and not (model == "latent" and size == 1):
+        raise RewardError(f"--{'groups' if model == 'groups' else 'latent'} must be from 2 to {MAX_GROUPS}, got {size}")
+    if config.members > 1 or config.train_backbone or config.start:
+        raise RewardError(
+            "--groups and --latent train one model on a frozen CLIP: leave out --members, --train-backbone and --start"
+        )
+    if not pairs.users or None in pairs.users:
+        missing = sum(user is None for user in pairs.users) or "all"
+        raise RewardError(
+            f"--groups and --latent need a column user for every pair; {missing} of {len(pairs)} pairs have none"
+        )
 
 
 def _batch_of_users(step: int, size: int, seed: int, users: Tensor) -> Tensor:

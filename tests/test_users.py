@@ -28,7 +28,7 @@ def recipe(**changes: Any) -> RewardTrainingConfig:
 def opinions(kinds: int = 2) -> Pairs:
     """Pairs of 40 users: those of even number prefer the truth, the others, of two kinds, its opposite."""
     rows = random_rows(COUNT, USERS * EACH, 1)
-    users = torch.arange(USERS).repeat(EACH)
+    users = torch.arange(USERS).repeat_interleave(EACH)
     sign = 1 - 2 * (users % kinds)
     choice = sign * (truth(COUNT)[rows[:, 0]] - truth(COUNT)[rows[:, 1]]) > 0
     return pairs_of(COUNT, rows, choice, [f"u{user}" for user in users.tolist()])
