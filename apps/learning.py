@@ -23,28 +23,41 @@ Users = tuple[str, int]  # groups or latent, and their number
 
 
 def run_reward_training(
-    data: Path, config: RewardTrainingConfig, out: Path, work: Path, device: str, images: Path | None = None
+    data: Path,
+    config: RewardTrainingConfig,
+    out: Path,
+    work: Path,
+    device: str,
+    images: Path | None = None,
+    max_rows: int | None = None,
 ) -> dict[str, Any]:
     """Train, write the folder `out` and the plot `work`/training.png, and return the report.
 
-    images  the folder that image paths are relative to; by default that of `data`
+    images    the folder that image paths are relative to; by default that of `data`
+    max_rows  the first rows of `data` alone
     """
     if config.objective == CONTRASTIVE:
         report = train_clip(read_captions(data, images), clip_folder(config.backbone), out, work, config, device)
     elif config.objective == RATING:
-        report = train_on_ratings(read_ratings(data, images), config, out, work, device)
+        report = train_on_ratings(read_ratings(data, images, max_rows), config, out, work, device)
     else:
-        report = train_reward(read_pairs(data, images), config, out, work, device)
+        report = train_reward(read_pairs(data, images, max_rows), config, out, work, device)
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
     (work / "report.json").write_text(json.dumps(report | {"config": asdict(config)}, indent=1) + "\n")
     return report
 
 
 def run_feature_training(
-    data: Path, config: FeatureConfig, out: Path, work: Path, device: str, images: Path | None = None
+    data: Path,
+    config: FeatureConfig,
+    out: Path,
+    work: Path,
+    device: str,
+    images: Path | None = None,
+    max_rows: int | None = None,
 ) -> dict[str, Any]:
     """Fit a reward over named features to pairs, write the folder `out`, and return the report."""
-    return train_on_features(read_pairs(data, images), config, out, work, device)
+    return train_on_features(read_pairs(data, images, max_rows), config, out, work, device)
 
 
 def run_user_training(
@@ -55,9 +68,10 @@ def run_user_training(
     work: Path,
     device: str,
     images: Path | None = None,
+    max_rows: int | None = None,
 ) -> dict[str, Any]:
     """Train a reward of users on pairs with users, write the folder `out`, and return the report."""
-    return train_on_users(read_pairs(data, images), config, *size, out, work, device)
+    return train_on_users(read_pairs(data, images, max_rows), config, *size, out, work, device)
 
 
 def clean_pairs(
@@ -69,12 +83,13 @@ def clean_pairs(
     work: Path,
     device: str,
     images: Path | None = None,
+    max_rows: int | None = None,
 ) -> str:
     """Write pairs with measured strengths and cleaned labels, and a histogram beside them; return a summary.
 
     shares  of the labels that are flipped and softened
     """
-    pairs = read_pairs(data, images)
+    pairs = read_pairs(data, images, max_rows)
     strengths = measure_strength(pairs, config, folds, work, device)
     cleaned, changes = clean(pairs, strengths, *shares)
     spread = [round(value, 6) for value in strengths.spread.tolist()]

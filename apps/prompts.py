@@ -308,7 +308,7 @@ def _locate(source: str) -> list[Path]:
             f"unknown prompts {source!r:.80}: use {nearest(source, PROMPTS)}, an existing file "
             f"({', '.join(READERS)}), or a data set of the hub, ORGANISATION/NAME[:SPLIT]"
         )
-    return data_files(named[1], named[2] or "train", HUB)
+    return list(data_files(named[1], named[2] or "train", HUB))
 
 
 def read_prompts(path: Path, column: str | None = None) -> list[str]:

@@ -175,7 +175,7 @@ class Ratings:
         )
 
 
-def table_files(path: Path) -> list[Path]:
+def table_files(path: Path) -> Iterator[Path]:
     """Return the files of a table: itself; of a folder its only table, or the parquet files of its training split; of
     ORGANISATION/NAME[:SPLIT] on the hub those of the split, downloaded. Raises RewardError."""
     if path.is_dir():
@@ -184,23 +184,29 @@ def table_files(path: Path) -> list[Path]:
         if not tables or (tables[0].suffix.lower() != ".parquet" and len(tables) > 1):
             count = f"{len(tables)} tables" if tables else "no table"
             raise RewardError(f"{path}: {count} in this folder: name one file ({', '.join(READERS)})")
-        return tables
+        yield from tables
+        return
     if path.suffix.lower() not in READERS and not path.exists() and (named := DATA_SET.fullmatch(path.as_posix())):
         try:
-            return data_files(named[1], named[2] or "train", (".parquet", ".jsonl", ".json"), "pairs")
+            yield from data_files(named[1], named[2] or "train", (".parquet", ".jsonl", ".json"), "pairs")
         except InputError as error:
             raise RewardError(str(error)) from error
+        return
     if path.suffix.lower() not in READERS:
         formats = ".jsonl and .parquet files, .csv, .tsv, and .json with a list of rows"
         raise RewardError(f"{path}: pairs are read from {formats}; a data set of the hub is ORGANISATION/NAME")
     if not path.is_file():
         raise RewardError(f"{path}: no such file of pairs")
-    return [path]
+    yield path
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a table (`table_files`). Raises RewardError that names the file, and the line where it can."""
-    rows = [row for file in table_files(path) for row in READERS[file.suffix.lower()](file)]
+def read_rows(path: Path, limit: int | None = None) -> list[Row]:
+    """Read the rows of a table (`table_files`). Raises RewardError that names the file, and the line where it can.
+
+    limit  the first rows alone; of a data set only the files with them are read, and downloaded
+    """
+    found = (row for file in table_files(path) for row in READERS[file.suffix.lower()](file))
+    rows = list(itertools.islice(found, limit))
     if not rows:
         raise RewardError(f"{path}: no rows in this file")
     return rows
@@ -285,12 +291,13 @@ READERS: dict[str, Callable[[Path], list[Row]]] = {
 }
 
 
-def read_ratings(path: Path, images: Path | None = None) -> Ratings:
+def read_ratings(path: Path, images: Path | None = None, limit: int | None = None) -> Ratings:
     """Read rows of an image, a prompt and a rating; rows without a rating are left out. Raises RewardError.
 
     images  the folder that image paths are relative to; by default, and for missing files, the table's folder
+    limit   the first rows alone
     """
-    rows, folders = read_rows(path), _folders(path, images)
+    rows, folders = read_rows(path, limit), _folders(path, images)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     image, rating = (next((name for name in known if name in columns), None) for known in (IMAGES, RATINGS))
     if image is None or rating is None:
@@ -323,16 +330,17 @@ def read_captions(path: Path, images: Path | None = None) -> Captions:
     return Captions(files, prompts)
 
 
-def read_pairs(path: Path, images: Path | None = None) -> Pairs:
+def read_pairs(path: Path, images: Path | None = None, limit: int | None = None) -> Pairs:
     """Read the pairs of a table of a known format, or of a preference dataset. Raises RewardError that names file
     and row, or the columns where the kind is not known.
 
     Ties and pairs without a label are left out, except the ties of rows with a choice.
 
     images  the folder that image paths are relative to; by default, and for missing files, the table's folder
+    limit   the first rows alone
     """
     path = path / PREFERENCES if (path / PREFERENCES).exists() else path
-    rows = list(enumerate(read_rows(path), start=1))
+    rows = list(enumerate(read_rows(path, limit), start=1))
     folders = _folders(path, images)
     columns = list(dict.fromkeys(name for _, row in rows for name in row))
     if "lot" in columns:

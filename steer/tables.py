@@ -59,8 +59,8 @@ MAX_SHOWN = 8  # names in a message
 MAX_ERROR_LENGTH = 160  # characters of another library's message
 
 
-def data_files(data_set: str, split: str, formats: Sequence[str], kind: str = "prompts") -> list[Path]:
-    """Download the files of a split, in the first available format, to the hub's cache.
+def data_files(data_set: str, split: str, formats: Sequence[str], kind: str = "prompts") -> Iterator[Path]:
+    """Download the files of a split, in the first available format, to the hub's cache, each when it is asked for.
 
     The data set's own files come before the hub's conversion to parquet.
 
@@ -83,8 +83,11 @@ def data_files(data_set: str, split: str, formats: Sequence[str], kind: str = "p
                     "unset HF_HUB_OFFLINE (no --offline) once to download the others"
                 )
             download = partial(huggingface_hub.hf_hub_download, data_set, repo_type="dataset", revision=revision)
-            with _hub_errors(data_set, kind):
-                return [Path(download(name)) for name in names]
+            for name in names:
+                with _hub_errors(data_set, kind):
+                    path = Path(download(name))
+                yield path
+            return
     empty = "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
     content = f"only {summarize_names(available)}" if available else empty
     raise InputError(f"data set {data_set!r}: no {', '.join(formats)} files of split {split!r}: {content}")

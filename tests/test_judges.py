@@ -16,7 +16,7 @@ from click.testing import CliRunner
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from planted import images as planted_images
-from planted import pairs_of, random_rows, tensors, tiny_clip
+from planted import pairs_of, random_rows, tensors, tiny_clip, truth
 from torch import Tensor
 
 from steer import BestOfNPipeline, RewardError, Tournament, as_judge, load_judge, load_reward
@@ -234,6 +234,17 @@ def test_a_reward_learns_the_labels_of_a_hierarchy(tmp_path: Path) -> None:
     rows, choice = labelled(400, 2)
     scores = load_reward(str(tmp_path / "r"))(batch, ["x"] * 500)
     assert ((scores[rows[:, 0]] > scores[rows[:, 1]]).float() == choice).float().mean() >= 0.93
+
+
+def test_general_preferences_learn_an_order_as_bradley_terry_does(tmp_path: Path) -> None:
+    rows = random_rows(400, 400, 1)
+    pairs = pairs_of(400, rows, truth(400)[rows[:, 0]] > truth(400)[rows[:, 1]])
+    accuracy = {}
+    for head in ("general", "pair"):
+        config = RewardTrainingConfig(tiny_clip(), head, steps=200, learning_rate=3e-3, held_out=0.25)
+        report = train_reward(pairs, config, tmp_path / head, tmp_path / f"work-{head}")
+        accuracy[head] = report["ensemble"]["accuracy"]
+    assert accuracy["general"] >= accuracy["pair"] - 0.05 and accuracy["general"] > 0.8, accuracy
 
 
 def test_general_preferences_are_skew_symmetric_exactly() -> None:

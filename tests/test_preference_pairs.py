@@ -19,6 +19,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from steer.errors import InputError
+from steer.pipelines.training.forward import DPOTrainer
 from steer.reward import RewardError
 from steer.rewards.images import resize_and_crop
 from steer.rewards.preference_pairs import load_images, read_captions, read_pairs, read_rows, split_by_prompt
@@ -381,6 +382,7 @@ def test_a_folder_of_choices_as_the_demo_records_it(tmp_path: Path, caplog: pyte
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     assert preferred(tmp_path) == preferred(tmp_path / "choices.jsonl") == [("x", 204), ("y", 204)]
     assert "skipped 1 ties and 0 pairs without a label of 3 pairs" in caplog.text
+    assert read_pairs(tmp_path).users == ("ada", None)
     lines(tmp_path, rows[0] | {"lot": "z"}).rename(tmp_path / "choices.jsonl")
     with pytest.raises(RewardError, match=r"choices\.jsonl, row 1: lot 'z' is not in lots\.jsonl"):
         read_pairs(tmp_path)
@@ -477,6 +479,7 @@ def test_tables_of_cells_and_of_other_encodings(tmp_path: Path) -> None:
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
         assert preferred(tmp_path / name) == [("x", 204)], name
+    DPOTrainer.check_preferences(tmp_path / "dpo.csv", {})  # finetuning reads what rewards are trained on
     (tmp_path / "wide.jsonl").write_bytes((json.dumps(DPO[0]) + "\n").encode("utf-16"))
     (tmp_path / "split.json").write_text(json.dumps({"train": DPO[:1]}))
     assert preferred(tmp_path / "wide.jsonl") == preferred(tmp_path / "split.json") == [("x", 204)]
@@ -491,6 +494,7 @@ def test_the_shards_of_a_folder_are_one_table(tmp_path: Path) -> None:
     for name, row in (("train-00000-of-00002", 0), ("train-00001-of-00002", 3), ("test-00000-of-00001", 0)):
         table(tmp_path / "data", [PICKAPIC[row]]).rename(tmp_path / "data" / f"{name}.parquet")
     assert preferred(tmp_path) == [("x", 204), ("y", 204)]
+    assert len(read_pairs(tmp_path, limit=1)) == 1
     (tmp_path / "empty").mkdir()
     with pytest.raises(RewardError, match="no table in this folder: name one file"):
         read_pairs(tmp_path / "empty")

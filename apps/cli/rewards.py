@@ -166,6 +166,7 @@ def pairs(
 
 
 DATA = click.option("--images", type=FOLDER, help="Folder that image paths are relative to.  [default: that of DATA]")
+MAX_ROWS = click.option("--max-rows", type=click.IntRange(1), help="The first rows of DATA alone.")
 WORK = click.option(
     "--work", type=FOLDER, help="Folder of checkpoints and logs; run the command again to resume.  [default: runs/OUT]"
 )
@@ -190,6 +191,7 @@ def counts(data: Path, out: Path, images: Path | None, certainty: float, pairs_p
 @click.argument("data", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="The pairs, a .jsonl file, or .parquet with their images.")
 @DATA
+@MAX_ROWS
 @WORK
 @click.option("--folds", default=4, type=click.IntRange(2), help="Each part is measured by members of the others.")
 @click.option("--flip", default=0.1, type=click.FloatRange(0, 1), help="Share of the labels to flip, at most.")
@@ -206,6 +208,7 @@ def strength(
     data: Path,
     out: Path,
     images: Path | None,
+    max_rows: int | None,
     work: Path | None,
     folds: int,
     flip: float,
@@ -220,13 +223,14 @@ def strength(
     from steer.rewards.learned import RewardTrainingConfig
 
     config, work = RewardTrainingConfig(**options), work or Path("runs") / out.stem
-    click.echo(clean_pairs(data, config, folds, (flip, soften), out, work, default_device(device), images))
+    click.echo(clean_pairs(data, config, folds, (flip, soften), out, work, default_device(device), images, max_rows))
 
 
 @rewards.command()
 @click.argument("data", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="Folder of the reward; load it by `--reward FOLDER`.")
 @DATA
+@MAX_ROWS
 @WORK
 @click.option("--backbone", default="scenes", help="A CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, or a folder.")
 @click.option(
@@ -268,6 +272,7 @@ def train(
     data: Path,
     out: Path,
     images: Path | None,
+    max_rows: int | None,
     work: Path | None,
     device: str | None,
     groups: int | None,
@@ -289,7 +294,7 @@ def train(
     if sum(one is not None for one in (options["features"], groups, latent)) > 1:
         raise InputError("--features, --groups and --latent are three kinds of rewards: give one of them")
     config, feature_config = (_config(kind, options) for kind in (RewardTrainingConfig, FeatureConfig))
-    where = out, work or Path("runs") / out.name, default_device(device), images
+    where = out, work or Path("runs") / out.name, default_device(device), images, max_rows
     if options["features"] is not None:
         report = run_feature_training(data, feature_config, *where)
     elif groups is not None or latent is not None:
