@@ -1,8 +1,9 @@
 """MAP-Elites over the starting noise: many good images that differ in chosen ways (Mouret, Clune, arXiv 1504.04909).
 
 The archive of a prompt has a cell for each interval of one or two descriptors (any rewards), with the best image there,
-its elite. A child is a neighbour of a random elite, √(1 − d²) ε + d u, and replaces the elite of its own cell where its
-reward is higher.
+its elite. A child is a neighbour of an elite, √(1 − d²) ε + d u, and replaces the elite of its own cell where its reward
+is higher. Parents are drawn among the cells that had the fewest children, so that new cells come first (as in SERENE,
+arXiv 2102.03140).
 """
 
 import math
@@ -24,7 +25,7 @@ from steer.reward import Reward, score
 from steer.rewards.grammar import COMMA, split
 from steer.rewards.parser import load_reward
 
-SPAN = 2.5  # deviations of a descriptor, around its mean at the first images, that the cells divide
+SPAN = 3.5  # deviations of a descriptor, around its mean at the first images, that the cells divide
 
 
 class MapElitesPipeline(SteeringPipeline):
@@ -61,11 +62,13 @@ class MapElitesPipeline(SteeringPipeline):
 class Archive:
     """Elites of B prompts over C cells: noise (B, C, …), rewards (B, C), −∞ where a cell is empty; and the intervals.
 
+    children   (B, C) made of the elites of a cell
     low, high  (D,) of the descriptors, not a number before the first images
     """
 
     noise: Tensor
     rewards: Tensor
+    children: Tensor
     low: Tensor
     high: Tensor
 
@@ -74,17 +77,20 @@ class Archive:
         """Return an archive without elites, for noise shaped like (N, …)."""
         count, unknown = math.prod(shape), torch.full((len(shape),), math.nan)
         noise = like.new_zeros(prompts, count, *like.shape[1:])
-        return cls(noise, torch.full((prompts, count), -torch.inf), unknown, unknown)
+        rewards = torch.full((prompts, count), -torch.inf)
+        return cls(noise, rewards, torch.zeros_like(rewards), unknown, unknown.clone())
 
     @classmethod
     def of(cls, search: Search) -> "Archive":
         """Return the archive in the state of a search."""
         state = search.optimizer_state
-        return cls(state["elites"], state["elite_rewards"].cpu(), state["low"], state["high"])
+        counts = state["elite_rewards"].cpu(), state["children"].cpu()
+        return cls(state["elites"], *counts, state["low"], state["high"])
 
     def stored_in(self, search: Search) -> Search:
         """Return a search with the archive in its state, which its checkpoint holds."""
-        state = {"elites": self.noise, "elite_rewards": self.rewards, "low": self.low, "high": self.high}
+        state = {"elites": self.noise, "elite_rewards": self.rewards, "children": self.children}
+        state |= {"low": self.low, "high": self.high}
         return replace(search, optimizer_state=state)
 
     @property
@@ -114,15 +120,18 @@ class Archive:
                 best[prompt, cell], elites[prompt, cell] = value, noise[row]
         return replace(self, noise=elites, rewards=best)
 
-    def parents(self, seeds: Sequence[int], stream: str) -> Tensor:
-        """Draw a random elite for each row: noise (B·K, …)."""
-        per_prompt, chosen = len(seeds) // len(self.noise), []
+    def parents(self, seeds: Sequence[int], stream: str) -> tuple[Tensor, "Archive"]:
+        """Draw an elite for each row among the cells with the fewest children: noise (B·K, …), and the new counts."""
+        per_prompt, chosen, children = len(seeds) // len(self.noise), [], self.children.clone()
         for row, seed in enumerate(seeds):
-            own = self.filled[row // per_prompt].nonzero()[:, 0]
+            prompt = row // per_prompt
+            counts = children[prompt].masked_fill(~self.filled[prompt], torch.inf)
+            least = (counts == counts.min()).nonzero()[:, 0]
             generator = Generator().manual_seed(derived_seed(seed, f"{stream} {row}"))
-            place = int(torch.randint(len(own), (1,), generator=generator))
-            chosen.append(self.noise[row // per_prompt, own[place]])
-        return torch.stack(chosen)
+            cell = least[int(torch.randint(len(least), (1,), generator=generator))]
+            children[prompt, cell] += 1
+            chosen.append(self.noise[prompt, cell])
+        return torch.stack(chosen), replace(self, children=children)
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
         """Return the noise (B·K, …) and rewards (B·K,) of the best `count` elites of each prompt, the best repeated
@@ -137,7 +146,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class MapElites:
-    """One iteration: a child of a random elite for each row; the first one evaluates `first` batches of fresh noise.
+    """One iteration: a child of an elite for each row; the first one evaluates `first` batches of fresh noise.
 
     describe  the descriptors, rewards;  shape: intervals of each
     """
@@ -155,7 +164,7 @@ class MapElites:
         results, described = [], []
         for place in range(1 if number else self.first):
             if number:
-                parents = archive.parents(seeds, f"parent {number}")
+                parents, archive = archive.parents(seeds, f"parent {number}")
                 u = seeded_normal(seeds, parents, [f"child {number} {row}" for row in range(len(seeds))])
                 noise = neighbour(parents, u, self.distance)
             else:
@@ -171,7 +180,9 @@ class MapElites:
             cells = archive.cells(values, self.shape)
             archive = archive.with_children(result.noise, result.rewards.flatten(), cells)
         noise, best = archive.top(len(seeds) // len(archive.noise))
-        updated = replace(archive.stored_in(search), noise=noise, best_noise=noise, best_rewards=best, peak=best)
+        updated = replace(
+            archive.stored_in(search), noise=noise, best_noise=noise.clone(), best_rewards=best, peak=best.clone()
+        )
         return replace(best_of(results), search=updated.finish_at_target(self.target))
 
     def _described(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -7,11 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Steer
+from diffusers import StableDiffusionPipeline
 from planted import images
 from torch import Tensor
 
+from steer.apps.prompts import load_prompts
+from steer.assets import MODELS
 from steer.diverse import cosine, diverse, pixel_features, quality
 from steer.errors import InputError
+from steer.pipelines.selection import BestOfNPipeline
 
 
 def objective(rows: tuple[int, ...], q: Tensor, similarity: Tensor, weight: float) -> float:
@@ -88,3 +92,26 @@ def test_the_commands(tmp_path: Path, steer: Steer) -> None:
     assert code == 2 and "--keep 4 of --particles 3" in err
     code, _, err = steer(*words, "--diverse", 1, "--out", tmp_path / "two")
     assert code == 2 and "add --keep N" in err
+
+
+@pytest.mark.hard
+def test_four_of_sixteen_scenes_differ_more_at_little_cost() -> None:
+    """Held-out prompts: the mean distance of the four images rises outside its interval; rewards stay near the top."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+    pipe.set_progress_bar_config(disable=True)
+    best = BestOfNPipeline(pipe, "scene-soft")
+    gain, lost = [], []
+    for number, prompt in enumerate(load_prompts("scenes-heldout")[::20][:8]):
+        generator = torch.Generator().manual_seed(number)
+        out = best(
+            prompt, num_particles=16, num_inference_steps=10, guidance_scale=4, generator=generator, output_type="pt"
+        )
+        images, rewards = out.images.flatten(0, -4), out.rewards[0]
+        features = pixel_features(images)
+        top, chosen = list(range(4)), list(diverse(rewards, features, 4, 0.5).rows)
+        distance = [(1 - cosine(features[rows])).sum() / 12 for rows in (top, chosen)]
+        gain.append((distance[1] - distance[0]).item())
+        lost.append(((rewards[top].mean() - rewards[chosen].mean()) / rewards.std()).item())
+    gains = torch.tensor(gain)
+    assert gains.mean() > 1.96 * gains.std() / len(gains) ** 0.5, (gain, lost)
+    assert sum(lost) / len(lost) < 1.0, (gain, lost)

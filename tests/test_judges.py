@@ -25,6 +25,7 @@ from steer.assets import MODELS
 from steer.reward import compare, with_timeout
 from steer.rewards.judges import Factor, HierarchyJudge
 from steer.rewards.learned import GeneralPreference, LearnedReward, RewardTrainingConfig, train_reward
+from steer.rewards.named_features import FeatureConfig, train_on_features
 from steer.rewards.preference_pairs import read_pairs
 
 
@@ -229,8 +230,8 @@ def test_a_reward_learns_the_labels_of_a_hierarchy(tmp_path: Path) -> None:
         return rows, compare(judge, batch[rows[:, 0]], batch[rows[:, 1]], ["x"] * number)
 
     rows, choice = labelled(600, 1)
-    config = RewardTrainingConfig(tiny_clip(), head="image", steps=300, learning_rate=5e-3, held_out=0.0)
-    train_reward(pairs_of(500, rows, choice), config, tmp_path / "r", tmp_path / "work")
+    config = FeatureConfig("brightness, colour:red", held_out=0.0)
+    train_on_features(pairs_of(500, rows, choice), config, tmp_path / "r", tmp_path / "work")
     rows, choice = labelled(400, 2)
     scores = load_reward(str(tmp_path / "r"))(batch, ["x"] * 500)
     assert ((scores[rows[:, 0]] > scores[rows[:, 1]]).float() == choice).float().mean() >= 0.93

@@ -71,32 +71,33 @@ def test_the_archive_by_hand() -> None:
     assert archive.filled.sum() == 2 and archive.noise[0, [0, 4], 0].tolist() == [3, 2]
     kept, best = archive.top(3)
     assert kept[:, 0].tolist() == [2, 3, 2] and best.tolist() == [5, 2, 5]  # the best is repeated
-    assert set(archive.parents(range(50), "s")[:, 0].tolist()) == {2, 3}
+    parents, archive = archive.parents(range(50), "s")
+    assert parents[:, 0].tolist().count(2) == 25 and archive.children[0].tolist() == [25, 0, 0, 0, 25, 0]
 
 
 def test_more_cells_are_filled_than_by_random_search_at_equal_evaluations() -> None:
-    """320 evaluations each, ten runs; distance 1 makes every child independent of its parent: random search."""
-    filled, best = {0.4: [], 1.0: []}, {0.4: [], 1.0: []}  # type: ignore[var-annotated]
-    for seed in range(10):
+    """320 evaluations each, eight runs; distance 1 makes every child independent of its parent: random search."""
+    filled, best = {0.5: [], 1.0: []}, {0.5: [], 1.0: []}  # type: ignore[var-annotated]
+    for seed in range(8):
         for distance in filled:
             chain = Chain(flat, 8, seed)
             archive = run(rule(distance=distance), chain, 37)
             assert chain.calls == 320
             filled[distance].append(float(archive.filled.sum()))
             best[distance].append(archive.rewards.max().item())
-    gain = torch.tensor(filled[0.4]) - torch.tensor(filled[1.0])
-    assert gain.mean() > 1.96 * gain.std() / 10**0.5, filled
-    assert sum(best[0.4]) / 10 > -0.1
+    gain = torch.tensor(filled[0.5]) - torch.tensor(filled[1.0])
+    assert gain.mean() > 1.96 * gain.std() / 8**0.5, filled
+    assert sum(best[0.5]) / 8 > -0.1
 
 
 def test_a_reward_that_one_cell_pays_is_found() -> None:
-    """Both descriptors must be above 2: 5 in 10,000 draws. At least three times as often as by best-of-N."""
-    found = {0.4: 0, 1.0: 0}
-    for seed in range(20):
+    """Both descriptors must be above 2.3: 1 in 9,000 draws. At least three times as often as by random search."""
+    found = {0.5: 0, 1.0: 0}
+    for seed in range(24):
         for distance in found:
-            chain = Chain(lambda images: ((images[:, :2, 0, 0] > 2).all(1)).float(), 8, seed)
-            found[distance] += bool(run(rule(distance=distance), chain, 37).rewards.max() == 1)
-    assert found[0.4] >= 3 * max(found[1.0], 1), found
+            chain = Chain(lambda images: ((images[:, :2, 0, 0] > 2.3).all(1)).float(), 8, seed)
+            found[distance] += bool(run(rule(distance=distance), chain, 57).rewards.max() == 1)
+    assert found[0.5] >= 3 * max(found[1.0], 1), found
 
 
 def test_prompts_have_archives_of_their_own() -> None:
