@@ -292,7 +292,8 @@ class UserReward:
     ) -> None:
         path = Path(folder)
         self.card = card = read_user_card(path)
-        if len(given := [name for name in (user, like, aggregate) if name is not None]) > 1:
+        options = {"user": user, "like": like, "aggregate": aggregate}
+        if len(given := [f"{name}={value}" for name, value in options.items() if value is not None]) > 1:
             raise RewardError(f"{folder}: give one of user, like and aggregate, got {', '.join(given)}")
         if aggregate is not None and (aggregate not in ("min", "mean") or card.model != "groups"):
             raise RewardError(f"{folder}: aggregate={aggregate}: groups have min and mean, latent users none")

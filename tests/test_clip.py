@@ -316,7 +316,13 @@ def test_units_are_the_published_ones(tiny: Path, spec: str, plain: Callable[[Pa
 def test_a_reward_has_the_name_that_it_was_asked_for_by(tiny: Path, make: Make) -> None:
     assert isinstance(make(), Reward) and make().differentiable
     name, *options = make().name.split(",")
-    assert name in ("pickscore", "hpsv2", "hpsv2.1", *(f"clip:{tiny / name}" for name in ("open_clip", "new")))
+    assert name in (
+        "pickscore",
+        "hpsv2",
+        "hpsv2.1",
+        "social",
+        *(f"clip:{tiny / name}" for name in ("open_clip", "new")),
+    )
     assert options in ([], ["preprocess=crop"])
 
 

@@ -63,7 +63,9 @@ def test_planted_flips_are_detected_and_cleaning_gains(tmp_path: Path) -> None:
         "cleaned": (cleaned, {}),
     }
     for name, (table, changed) in arms.items():
-        train_reward(table, recipe(members=1, head="pair", steps=400, **changed), tmp_path / name, tmp_path / f"work-{name}")
+        train_reward(
+            table, recipe(members=1, head="pair", steps=400, **changed), tmp_path / name, tmp_path / f"work-{name}"
+        )
         right[name] = rightness(tmp_path / name, unseen)
     gain = right["cleaned"] - right["plain"]
     assert gain.mean() > 1.96 * gain.std() / len(gain) ** 0.5, {name: one.mean() for name, one in right.items()}
