@@ -454,10 +454,15 @@ def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> Non
 
 @torch.no_grad()
 def pair_features(backbone: Backbone, pairs: Pairs) -> Features:
-    """Encode every pair: image a, image b, prompt, on the CPU."""
+    """Encode every pair: image a, image b, prompt, on the CPU; each distinct image and prompt is encoded once."""
     backbone.eval()
-    batches = [_encode(backbone, pairs, rows) for rows in torch.arange(len(pairs)).split(FEATURE_BATCH)]
-    return [torch.cat([batch[k].cpu() for batch in batches]) for k in range(3)]
+    images, prompts = list(dict.fromkeys((*pairs.a, *pairs.b))), list(dict.fromkeys(pairs.prompts))
+    batches = range(0, len(images), FEATURE_BATCH), range(0, len(prompts), FEATURE_BATCH)
+    image = torch.cat([image_features(backbone, images[k : k + FEATURE_BATCH]).cpu() for k in batches[0]])
+    text = torch.cat([backbone.texts(prompts[k : k + FEATURE_BATCH]).cpu() for k in batches[1]])
+    of_image, of_prompt = ({one: row for row, one in enumerate(some)} for some in (images, prompts))
+    a, b = (image[[of_image[one] for one in side]] for side in (pairs.a, pairs.b))
+    return [a, b, text[[of_prompt[one] for one in pairs.prompts]]]
 
 
 def image_features(backbone: Backbone, sources: Sequence[Source]) -> Tensor:

@@ -9,10 +9,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import Steer
+from PIL import Image
 from planted import images, pairs_of, random_rows, tensors, tiny_clip, truth
 
+from steer.apps.scenes.preferences import png
+from steer.apps.scenes.training import training_scenes
 from steer.reward import RewardError
 from steer.rewards.learned import RewardTrainingConfig, train_reward
+from steer.rewards.objectives import PreferenceLabels
 from steer.rewards.parser import load_reward
 from steer.rewards.preference_pairs import Pairs, write_pairs
 from steer.rewards.users import UserReward, train_on_users
@@ -136,3 +140,22 @@ def test_what_does_not_fit_is_refused(groups: tuple[Path, dict[str, Any]], tmp_p
     assert code == 0 and "accuracy of the mean user" in out, err
     code, _, err = steer("rewards", "train", tmp_path / "pairs.parquet", "--groups", 2, "--latent", 2, *words)
     assert code == 2 and "give one of them" in err
+
+
+@pytest.mark.hard
+def test_two_kinds_of_users_of_scenes_are_told_apart(tmp_path: Path) -> None:
+    """On drawn scenes and the embedded CLIP: half of 40 users prefer the brighter of two scenes, half the darker."""
+    drawn, texts = training_scenes(300)
+    files = [png(Image.fromarray(image)) for image in drawn.permute(0, 2, 3, 1).numpy()]
+    light, rows = load_reward("brightness")(drawn, list(texts)), random_rows(300, 800, 1)
+    users = torch.arange(USERS).repeat_interleave(20)
+    choice = (1 - 2 * (users % 2)) * (light[rows[:, 0]] - light[rows[:, 1]]) > 0
+    a, b = (tuple(files[k] for k in column) for column in rows.T.tolist())
+    prompts = tuple(f"scene {k % 20}" for k in range(800))
+    pairs = Pairs(a, b, prompts, PreferenceLabels(choice.float(), torch.ones(800)), tuple(map(str, users.tolist())))
+    report = train_on_users(pairs, recipe(backbone="scenes"), "groups", 2, tmp_path / "r", tmp_path / "work")
+    profiles = UserReward(str(tmp_path / "r")).profiles.argmax(1)
+    assert report["ensemble"]["accuracy"] >= 0.85, report["ensemble"]["accuracy"]
+    assert (profiles[::2] == profiles[0]).float().mean() >= 0.95 and (
+        profiles[1::2] != profiles[0]
+    ).float().mean() >= 0.95
