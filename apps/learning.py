@@ -10,34 +10,129 @@ from matplotlib.figure import Figure
 
 from steer.apps.plots import DPI, FAINT, INK, style_axes
 from steer.rewards.clip import clip_folder
+from steer.rewards.counts import pairs_of_counts, read_counts
 from steer.rewards.learned import RewardTrainingConfig, train_clip, train_reward
-from steer.rewards.preference_pairs import read_captions, read_pairs
+from steer.rewards.named_features import FeatureConfig, train_on_features
+from steer.rewards.preference_pairs import read_captions, read_pairs, read_ratings, write_pairs
+from steer.rewards.ratings import train_on_ratings
+from steer.rewards.strength import FLIPPED, SOFTENED, clean, measure_strength
+from steer.rewards.users import train_on_users
 
-CONTRASTIVE = "contrastive"
+CONTRASTIVE, RATING = "contrastive", "rating"
+Users = tuple[str, int]  # groups or latent, and their number
 
 
 def run_reward_training(
-    data: Path, config: RewardTrainingConfig, out: Path, work: Path, device: str, images: Path | None = None
+    data: Path,
+    config: RewardTrainingConfig,
+    out: Path,
+    work: Path,
+    device: str,
+    images: Path | None = None,
+    max_rows: int | None = None,
 ) -> dict[str, Any]:
     """Train, write the folder `out` and the plot `work`/training.png, and return the report.
 
-    images  the folder that image paths are relative to; by default that of `data`
+    images    the folder that image paths are relative to; by default that of `data`
+    max_rows  the first rows of `data` alone
     """
     if config.objective == CONTRASTIVE:
         report = train_clip(read_captions(data, images), clip_folder(config.backbone), out, work, config, device)
+    elif config.objective == RATING:
+        report = train_on_ratings(read_ratings(data, images, max_rows), config, out, work, device)
     else:
-        report = train_reward(read_pairs(data, images), config, out, work, device)
+        report = train_reward(read_pairs(data, images, max_rows), config, out, work, device)
     draw_training(work, report.get("ensemble", {}).get("bins", []), work / "training.png")
     (work / "report.json").write_text(json.dumps(report | {"config": asdict(config)}, indent=1) + "\n")
     return report
+
+
+def run_feature_training(
+    data: Path,
+    config: FeatureConfig,
+    out: Path,
+    work: Path,
+    device: str,
+    images: Path | None = None,
+    max_rows: int | None = None,
+) -> dict[str, Any]:
+    """Fit a reward over named features to pairs, write the folder `out`, and return the report."""
+    return train_on_features(read_pairs(data, images, max_rows), config, out, work, device)
+
+
+def run_user_training(
+    data: Path,
+    config: RewardTrainingConfig,
+    size: Users,
+    out: Path,
+    work: Path,
+    device: str,
+    images: Path | None = None,
+    max_rows: int | None = None,
+) -> dict[str, Any]:
+    """Train a reward of users on pairs with users, write the folder `out`, and return the report."""
+    return train_on_users(read_pairs(data, images, max_rows), config, *size, out, work, device)
+
+
+def clean_pairs(
+    data: Path,
+    config: RewardTrainingConfig,
+    folds: int,
+    shares: tuple[float, float],
+    out: Path,
+    work: Path,
+    device: str,
+    images: Path | None = None,
+    max_rows: int | None = None,
+) -> str:
+    """Write pairs with measured strengths and cleaned labels, and a histogram beside them; return a summary.
+
+    shares  of the labels that are flipped and softened
+    """
+    pairs = read_pairs(data, images, max_rows)
+    strengths = measure_strength(pairs, config, folds, work, device)
+    cleaned, changes = clean(pairs, strengths, *shares)
+    spread = [round(value, 6) for value in strengths.spread.tolist()]
+    write_pairs(out, cleaned, {"spread": spread, "change": changes})
+    _draw_agreement(strengths.agreement(pairs.labels.choice).tolist(), changes, out.with_suffix(".png"))
+    return f"{changes.count(FLIPPED)} of {len(pairs)} labels flipped, {changes.count(SOFTENED)} softened → {out}"
+
+
+def label_counts(data: Path, out: Path, certainty: float, limit: int, seed: int, images: Path | None) -> int:
+    """Write the pairs of a table of counts; return their number."""
+    pairs = pairs_of_counts(*read_counts(data, images), certainty, limit, seed)
+    write_pairs(out, pairs)
+    return len(pairs)
+
+
+def _draw_agreement(agreement: list[float], changes: list[str], path: Path) -> None:
+    """Plot a histogram of the agreement of ensemble and label, by what was done with the label."""
+    figure = Figure(figsize=(5, 3.6), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    style_axes(axes)
+    kinds = sorted(set(changes))
+    values = [[one for one, change in zip(agreement, changes, strict=True) if change == kind] for kind in kinds]
+    axes.hist(values, bins=30, stacked=True, label=kinds)
+    axes.set(xlabel="mean difference of the ensemble in favour of the label, nats", ylabel="pairs")
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path)
 
 
 def summary(report: dict[str, Any]) -> str:
     """Summarise a report in one line."""
     if "ensemble" not in report:
         return f"correct caption of 32 for {report['caption_accuracy_of_32']:.1%} of held-out images"
-    metrics, held = report["ensemble"], report["pairs"]["held_out"]
+    metrics = report["ensemble"]
+    if "ratings" in report:
+        held = report["ratings"]["held_out"]
+        data = f"{held} held-out images" if held else "the training images themselves"
+        return f"correlation {metrics['pearson']:.3f}, R² {metrics['r2']:.3f} on {data}"
+    held = report["pairs"]["held_out"]
     pairs = f"{held} held-out pairs" if held else "the training pairs themselves"
+    if weights := report.get("weights"):
+        pairs += "; " + ", ".join(f"{weight:+.3g} {name}" for name, weight in weights.items())
+    if "shared" in report:
+        pairs += f"; accuracy of the mean user {report['shared']['accuracy']:.3f}"
     return f"accuracy {metrics['accuracy']:.3f}, calibration error {metrics['ece']:.3f} on {pairs}"
 
 

@@ -21,6 +21,7 @@ from steer.pipelines.base import Iteration, SteeringOutput
 from steer.pipelines.drafts import DraftsPipeline, RenoisePipeline
 from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
 from steer.pipelines.initial_noise import screen_initial_noise
+from steer.pipelines.map_elites import MapElitesPipeline
 from steer.pipelines.racing import RacingPipeline
 from steer.pipelines.reno import ONE_STEP, NoiseSearchPipeline, ReNOPipeline, check_differentiable
 from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
@@ -204,6 +205,7 @@ METHODS = {
     "base": Method(BestOfNPipeline, in_slot_order=True),
     "reno": Method(ReNOPipeline, check=_check_noise_gradient, defaults=ONE_STEP, is_iterative=True),
     "noise-search": Method(NoiseSearchPipeline, is_iterative=True),
+    "map-elites": Method(MapElitesPipeline, is_iterative=True),
 }
 
 

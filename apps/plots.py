@@ -274,8 +274,9 @@ BAND = (10, 90)  # percentiles over prompts
 
 
 def draw_grid(report: Report, out: Path) -> Path:
-    """Write grid.png: one row per prompt, base images on the left, steered images best first on the right."""
-    entries = report["prompts"][:MAX_ROWS]
+    """Write grid.png: one row per prompt, base images on the left, steered images best first on the right; of these
+    only the kept ones where some were."""
+    entries = [_kept(entry) for entry in report["prompts"][:MAX_ROWS]]
     blocks = [(entry.get("base", {"images": [], "rewards": []}), entry) for entry in entries]
     bases, columns = (max(len(block[side]["images"]) for block in blocks) for side in (0, 1))
     starts = (GAP, GAP + bases * (CELL + GAP) + GAP * bool(bases))
@@ -296,12 +297,23 @@ def draw_grid(report: Report, out: Path) -> Path:
     return save_figure(canvas.figure, out / "grid.png")
 
 
+def _kept(entry: Report) -> dict[str, Any]:
+    """Return an entry with the images that `steer sample --keep` chose, in the order of the choice."""
+    ranks = entry.get("kept", {}).get("ranks")
+    return (
+        dict(entry)
+        if ranks is None
+        else {**entry} | {name: [entry[name][k] for k in ranks] for name in ("images", "rewards")}
+    )
+
+
 def image_title(report: Report) -> str:
     """Name the method and weights of the images beside the base images."""
     finetuned = report["settings"].get("lora") is not None
     if report["method"] == "base":
         return "finetuned" if finetuned else "base"
-    return f"{'finetuned, ' if finetuned else ''}{report['method']}, best first"
+    order = "best and different" if any("kept" in entry for entry in report["prompts"]) else "best first"
+    return f"{'finetuned, ' if finetuned else ''}{report['method']}, {order}"
 
 
 MAX_TEXT = 60  # characters of a text beside its particle

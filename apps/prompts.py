@@ -1,19 +1,14 @@
 """Prompts from files, embedded lists and data sets of the hub."""
 
-import codecs
-import csv
 import inspect
-import io
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from steer.apps.processes import is_main_process
 from steer.apps.settings import SamplingConfig
@@ -21,141 +16,12 @@ from steer.arguments import annotations_of, coerce_value
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.registry import nearest
-
-CONVERTED = "refs/convert/parquet"  # the hub converts nearly every data set to CONFIG/SPLIT/0000.parquet
-SPLITS = {"train", "training", "validation", "valid", "val", "dev", "test", "testing", "eval"}
-SHARD = r"(.+)-\d+-of-(\d+)(-[0-9a-f]+)?"  # as in train-00000-of-00003
-NO_DATA = {"readme", "license", "requirements"}  # text files that hold no prompts
-MAX_SHOWN = 8  # names in a message
-MAX_ERROR_LENGTH = 160  # characters of another library's message
-
-
-def data_files(data_set: str, split: str, formats: Sequence[str]) -> list[Path]:
-    """Download the files of a split, in the first available format, to the hub's cache.
-
-    The data set's own files come before the hub's conversion to parquet.
-
-    split    a name, or FOLDER/NAME if several folders (configurations) have such a split
-    formats  suffixes, best first
-    Raises InputError. With HF_HUB_OFFLINE=1 the cache alone is read.
-    """
-    import huggingface_hub
-
-    available: list[str] = []
-    for revision in (None, CONVERTED):
-        listed = _list_files(data_set, revision)
-        available += listed
-        if names := _select_folder(data_set, split, _select_split(listed, split, formats)):
-            shard = re.fullmatch(SHARD, Path(names[0]).stem)
-            if huggingface_hub.constants.HF_HUB_OFFLINE and shard and len(names) < int(shard[2]):
-                raise InputError(
-                    f"data set {data_set!r}: {len(names)} of {int(shard[2])} files are in the hub's cache: "
-                    "unset HF_HUB_OFFLINE (no --offline) once to download the others"
-                )
-            download = partial(huggingface_hub.hf_hub_download, data_set, repo_type="dataset", revision=revision)
-            with _hub_errors(data_set):
-                return [Path(download(name)) for name in names]
-    empty = "it is empty, or (HF_HUB_OFFLINE=1) not in the hub's cache"
-    content = f"only {summarize_names(available)}" if available else empty
-    raise InputError(f"data set {data_set!r}: no {', '.join(formats)} files of split {split!r}: {content}")
-
-
-def summarize_names(names: Sequence[str]) -> str:
-    """Join the first names, and count the others."""
-    more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
-    return ", ".join(names[:MAX_SHOWN]) + more
-
-
-def one_line(error: Exception) -> str:
-    """Shorten the message of another library to one line."""
-    return " ".join(str(error).split())[:MAX_ERROR_LENGTH] or type(error).__name__
-
-
-def _list_files(data_set: str, revision: str | None) -> list[str]:
-    """List the files of a data set at a revision; none without such a revision or, offline, without a cached copy."""
-    import huggingface_hub
-    from huggingface_hub import constants, errors
-
-    with _hub_errors(data_set):
-        try:
-            if not constants.HF_HUB_OFFLINE:
-                # list_repo_files retries for half a minute without a network.
-                files = huggingface_hub.HfApi().dataset_info(data_set, revision=revision).siblings
-                return [file.rfilename for file in files or ()]
-            folder = huggingface_hub.snapshot_download(
-                data_set, repo_type="dataset", revision=revision, local_files_only=True
-            )
-        except (errors.RevisionNotFoundError, errors.LocalEntryNotFoundError):
-            return []
-    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
-
-
-def _select_split(names: Iterable[str], split: str, formats: Sequence[str]) -> list[str]:
-    """Select the files of a split; if no file name contains a split, all belong to train."""
-    paths = ((name, Path(name.lower())) for name in names)
-    known = [name for name, path in paths if path.suffix in formats and path.stem not in NO_DATA]
-    wanted = set(split.lower().split("/"))
-    if not any(_words(name) & SPLITS for name in known):
-        wanted -= {"train"}
-    matching = sorted(name for name in known if wanted <= _words(name))
-    by_format = ([name for name in matching if name.lower().endswith(suffix)] for suffix in formats)
-    return next(filter(None, by_format), [])
-
-
-def _words(name: str) -> set[str]:
-    """Split a path into words: its folders, and train of train-00000-of-00003.parquet or my_train2.jsonl."""
-    *folders, stem = Path(name.lower()).with_suffix("").parts
-    shard = re.fullmatch(SHARD, stem)
-    return {*folders, shard[1]} if shard else {*folders, stem, *re.split("[^a-z]+", stem)}
-
-
-def _select_folder(data_set: str, split: str, names: list[str]) -> list[str]:
-    """Select the files of one folder: the only one, the top one, or the default configuration. Raises InputError."""
-    folders = sorted({name.rpartition("/")[0] for name in names})
-    plain = [folder for folder in folders if not folder or "default" in folder.split("/")] or folders
-    if len(plain) > 1:
-        options = [folder if split in folder.split("/") else f"{folder}/{split}" for folder in folders if folder]
-        raise InputError(
-            f"data set {data_set!r} has {summarize_names(options)}: name one, like {data_set}:{options[0]}"
-        )
-    return [name for name in names if name.rpartition("/")[0] in plain]
-
-
-@contextmanager
-def _hub_errors(data_set: str) -> Iterator[None]:
-    """Turn errors of huggingface_hub into InputErrors of one line."""
-    from huggingface_hub import errors
-
-    # OSError, and the error of the HTTP library that this version of huggingface_hub uses.
-    network = cast(tuple[type[Exception], ...], (*errors.HfHubHTTPError.__bases__, ValueError, RuntimeError))
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        page = f"https://huggingface.co/datasets/{data_set}"
-        raise InputError(f"data set {data_set!r} is gated: accept its terms at {page}, then: hf auth login") from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"prompts {data_set!r}: no such file, no such data set on the hub (if it is private: hf auth login)"
-        ) from error
-    except network as error:
-        raise InputError(
-            f"prompts {data_set!r}: no such file, and as a data set of the hub it cannot be read: {one_line(error)}; "
-            "without a network set HF_HUB_OFFLINE=1 if it is cached, or name a file"
-        ) from error
-
+from steer.tables import DATA_SET, data_files, one_line, parse_cells, read_text, summarize_names
 
 COLUMN, TAG = "prompt", "tag"
 NAMES = (("prompt", "prompts"), ("text", "texts", "caption", "captions"))  # columns of prompts; the first kind wins
 MAX_ROWS, MAX_CHARACTERS = 10_000_000, 4_000_000_000  # rows of a table, and characters in them
 BATCH_ROWS = 1024  # rows
-# UTF-32 first: its mark begins with that of UTF-16.
-BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-DELIMITERS = ",;\t"
 
 
 @dataclass(frozen=True)
@@ -168,17 +34,6 @@ class PromptRow:
 
 # The records of a file, each with its place for messages, and the names of skipped columns, such as images.
 Table = tuple[Iterable[tuple[str, Any]], Sequence[str]]
-
-
-def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark. Raises InputError, OSError."""
-    data = path.read_bytes()
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8-sig")
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        kind = "UTF-8 text" if encoding == "utf-8-sig" else f"the {encoding.upper()} text of its byte order mark"
-        raise InputError(f"{path}: not {kind} (byte {error.start}): save it as UTF-8") from error
 
 
 def find_column(names: Sequence[str], column: str | None, where: str) -> str | None:
@@ -287,26 +142,15 @@ def _tagged_records(content: Mapping[str, Any], path: Path, column: str | None) 
 
 
 def _csv(path: Path, column: str | None) -> Table:
-    text = read_text(path)
-    head = text.lstrip("\r\n").partition("\n")[0]
-    return _table_from_cells(path, _cells(path, text, max(DELIMITERS, key=head.count)), column), ()
+    return _table_from_cells(path, parse_cells(path), column), ()
 
 
 def _tsv(path: Path, column: str | None) -> Table:
     try:
-        cells = _cells(path, read_text(path), "\t")
+        cells = parse_cells(path, "\t")
     except InputError:  # quotes are plain characters: many .tsv files are written without quoting
         cells = [(where, line.split("\t")) for where, line in _lines(path)]
     return _table_from_cells(path, cells, column), ()
-
-
-def _cells(path: Path, text: str, delimiter: str) -> list[tuple[str, list[str]]]:
-    """Parse the cells of each row, with the row's last line."""
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    try:
-        return [(f"{path}, line {reader.line_num}", row) for row in reader]
-    except csv.Error as error:
-        raise InputError(f"{path}, line {reader.line_num}: not a readable table ({error})") from error
 
 
 def _table_from_cells(
@@ -462,7 +306,7 @@ def _locate(source: str) -> list[Path]:
     """Locate the file of a source, or the files of a data set."""
     if source in PROMPTS:
         return [PROMPTS[source]]
-    path, named = Path(source), re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?::([\w./-]+))?", source)
+    path, named = Path(source), DATA_SET.fullmatch(source)
     if os.path.isfile(source) or path.suffix.lower() in READERS:
         return [path]
     if os.path.isdir(source):
@@ -473,7 +317,7 @@ def _locate(source: str) -> list[Path]:
             f"unknown prompts {source!r:.80}: use {nearest(source, PROMPTS)}, an existing file "
             f"({', '.join(READERS)}), or a data set of the hub, ORGANISATION/NAME[:SPLIT]"
         )
-    return data_files(named[1], named[2] or "train", HUB)
+    return list(data_files(named[1], named[2] or "train", HUB))
 
 
 def read_prompts(path: Path, column: str | None = None) -> list[str]:

@@ -15,11 +15,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from steer.apps.plots import FAINT, INK, plain_text, save_figure, style_axes
-from steer.apps.prompts import read_rows, read_text
+from steer.apps.prompts import read_rows
 from steer.errors import InputError
 from steer.files import loads_with_checksum, read_image, write_text
 from steer.reward import Judge, Reward, RewardError, compare, score, score_components
 from steer.rewards.analysis import Agreement, CheckResult, Consistency, consistency_by_kind, contrast_pairs
+from steer.tables import read_text
 from steer.training.overoptimization import Usefulness
 from steer.training.signals import SampleFilter
 

@@ -17,6 +17,7 @@ from steer.pipelines.settings import (
     CallSettings,
     DraftsSettings,
     FKSettings,
+    MapElitesSettings,
     NoiseSearchSettings,
     RacingSettings,
     RenoiseSettings,
@@ -50,6 +51,7 @@ METHOD_OPTIONS = {
     "base": MethodOptions(BestOfNSettings),
     "reno": MethodOptions(ReNOSettings),
     "noise-search": MethodOptions(NoiseSearchSettings),
+    "map-elites": MethodOptions(MapElitesSettings),
 }
 PURPOSES = {"picture": "race", "samples": "fk"}  # the best picture, by search; draws from p(x0) exp(λ r(x0))
 DTYPES = ("float32", "float16", "bfloat16")
@@ -63,7 +65,7 @@ class SamplingConfig(Settings):
     variant           of the model's weights, such as fp16; by default plain ones, or the folder's only one
     model_config      for a single file: folder of such a model in diffusers' format
     method            fk, svdd, beam, race, drafts, renoise, best-of-n, base, reno (for one-step models, like
-                      scenes-turbo) or noise-search
+                      scenes-turbo), noise-search or map-elites
     lora              LoRA adapter to load: RUN/final, or a LoRA file
     expand            text model that continues each prompt before it is sampled; the reward reads the original
     reward            NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards`

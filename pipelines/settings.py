@@ -5,6 +5,7 @@ A field, its type, range, default and help stand here alone. The signature of th
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -352,6 +353,35 @@ class NoiseSearchSettings(IterationSettings):
     iterations: int = option(12, "[1, inf]")
     neighbours: int = option(4, "[1, inf]")
     distance: float = option(0.5, "(0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapElitesSettings(IterationSettings):
+    """Settings of MAP-Elites (arXiv 1504.04909).
+
+    num_particles  K, children of each iteration, and images: the best elites
+    describe       one or two descriptors, rewards separated by ", "
+    cells          intervals of each descriptor, such as 8 or 8x8
+    distance       d of √(1 − d²) ε + d u, from an elite's noise to its child's
+    first_batches  batches of fresh noise in the first iteration, by which the intervals are chosen
+    """
+
+    num_particles: int = argument(4, "[1, inf]")
+    iterations: int = option(24, "[1, inf]")
+    describe: str = option("brightness, jpeg")
+    cells: str = option("8x8")
+    distance: float = option(0.5, "(0, 1]")
+    first_batches: int = option(4, "[1, inf]")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not re.fullmatch(r"[1-9]\d{0,2}(x[1-9]\d{0,2})?", self.cells):
+            raise InputError(f"cells must be a number such as 8, or two such as 8x8, up to 999, got {self.cells!r:.40}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The intervals of each descriptor."""
+        return tuple(int(size) for size in self.cells.split("x"))
 
 
 def read_arguments(kind: type[Settings], arguments: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -64,6 +64,10 @@ REWARDS: dict[str, tuple[str, str]] = {
     "pickscore": ("steer.rewards.clip:pickscore", "PickScore v1: human choice, logit-scaled, about 15..25"),
     "hpsv2": ("steer.rewards.clip:hpsv2", "Human Preference Score v2, cosine, about 0.2..0.35"),
     "hpsv2.1": ("steer.rewards.clip:hpsv21", "Human Preference Score v2.1, cosine, about 0.2..0.35"),
+    "social": (
+        "steer.rewards.clip:social",
+        "social:path=FILE, Social Reward by CLIP ViT-L/14, cosine; no weights are public, 1.7 GB, differentiable",
+    ),
     "hpsv3": (
         "steer.rewards.hpsv3:HPSv3",
         "Human Preference Score v3 by Qwen2-VL-7B: the mean μ of [μ, σ]; hub, 16 GB, MIT",
@@ -78,8 +82,8 @@ REWARDS: dict[str, tuple[str, str]] = {
         "LAION's aesthetic v2, about 1..10; aesthetic:v1 and others, aesthetic:scenes is embedded",
     ),
     "preference": (
-        "steer.rewards.learned:Preference",
-        "preference:scenes or :FOLDER, a reward learned by `steer rewards train`, standardised",
+        "steer.rewards.folders:preference",
+        "preference:scenes or :FOLDER, learned by `steer rewards train`, standardised; of users: user=NAME, like=FILE",
     ),
     "classifier": (
         "steer.rewards.text:classifier",

@@ -403,6 +403,31 @@ hpsv2 = partial(hps, "hpsv2")
 hpsv21 = partial(hps, "hpsv2.1")
 
 
+def social(
+    *,
+    path: str | None = None,
+    model: str = "ViT-L-14-quickgelu",
+    micro_batch: str | int = MICRO_BATCH,
+    dtype: str | None = None,
+) -> ClipReward:
+    """Load a Social Reward (arXiv 2402.09872): the cosine of OpenAI's ViT-L/14, finetuned on a platform's counts.
+
+    path   its checkpoint, the state dict of OpenAI's CLIP; none is public, so it is required
+    model  its architecture, a name or folder of open_clip
+    """
+    if path is None:
+        raise RewardError("social: no weights are public: give social:path=FILE, or train your own on counts")
+
+    def load() -> Backbone:
+        tensors = read_checkpoint(path)
+        backbone = open_clip_architecture(model)
+        counts = ("input_resolution", "context_length", "vocab_size")  # of OpenAI's scripted models
+        load_weights(backbone.model, {key: tensors[key] for key in tensors if key not in counts}, f"social: {path}")
+        return backbone
+
+    return ClipReward("social", load, "cosine", "crop", micro_batch, dtype)
+
+
 def reward_name(name: str, **options: tuple[str, str]) -> str:
     """Append to a name the options that change scores, where they differ from the default: (given, default) each.
 

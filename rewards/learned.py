@@ -332,13 +332,14 @@ class RewardTrainingConfig:
 
     backbone   a CLIP, as `steer.rewards.clip.load_backbone` names it
     head       similarity, image or pair (`steer.rewards.learned`)
-    objective  bradley-terry, scaled-bradley-terry or regression
+    objective  bradley-terry, scaled-bradley-terry, margin, triplet or regression; rating, of ratings
     train_backbone  train the CLIP too, not the head alone
     members    size of the ensemble; each member has its own seed and its own bootstrap sample of the pairs
     label_smoothing  ε of the labels, 0..½
     label_noise      assumed share of wrong labels, 0..½
     center_rewards_coefficient  η of `center_rewards_penalty`, ≥ 0: makes the members of an ensemble comparable
     held_out   share of the prompts that accuracy and calibration are measured on
+    start      folder of a reward of the same head and backbone, to train further: ratings first, then preferences
     """
 
     backbone: str
@@ -354,6 +355,7 @@ class RewardTrainingConfig:
     center_rewards_coefficient: float = 0.0
     held_out: float = 0.1
     seed: int = 0
+    start: str | None = None
 
     def check(self) -> None:
         """Raise RewardError for a number out of range, before anything is read."""
@@ -377,6 +379,8 @@ def train_reward(
     config.check()
     choose("head", config.head, HEADS)
     objective = choose("objective", config.objective, objectives.OBJECTIVES)
+    if objective is objectives.triplet and config.head != "similarity":
+        raise RewardError("--objective triplet compares cosines: add --head similarity --train-backbone")
     if config.head == "similarity" and not config.train_backbone:
         raise RewardError(
             "--head similarity has nothing to train but a scale: add --train-backbone, or take --head pair"
@@ -388,27 +392,63 @@ def train_reward(
     width, frozen, frozen_held = backbone.width, [], []
     if not config.train_backbone:
         frozen, frozen_held = ([f.to(device) for f in pair_features(backbone, part)] for part in (training, held))
-    members, outputs = [], []
+    members, outputs, labels = [], [], training.labels.to(device)
     for number in range(config.members):
-        own = load_backbone(config.backbone).to(device) if config.train_backbone else backbone
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed + number)
-            head = HEADS[config.head](width)
-        member = member_module(head, own if config.train_backbone else None).to(device)
+        member, own = new_member(config, number, backbone)
         encode = partial(_encode, own, training) if config.train_backbone else lambda rows: [f[rows] for f in frozen]
-        _train_member(member, encode, training.labels.to(device), objective, config, work, number)
+        loss = partial(pair_loss, member["head"], encode, labels, objective, config)
+        train_member(member, loss, len(training), config, work, number)
         with torch.no_grad():
             a, b, text = frozen_held or [feature.to(device) for feature in pair_features(own, held)]
-            if isinstance(head, GeneralPreference):
-                head.bank = encode(torch.arange(BANK) % len(training))[0].detach().clone()
-            outputs.append([raw.cpu() for raw in raw_pair(head, a, b, text)])
+            if isinstance(member["head"], GeneralPreference):
+                member["head"].bank = encode(torch.arange(BANK) % len(training))[0].detach().clone()
+            outputs.append([raw.cpu() for raw in raw_pair(member["head"], a, b, text)])
         members.append(member)
         logger.info("member %d: %s", number, preference_metrics(outputs[-1], held.labels).summary)
     card = _card(config, width, outputs, held.labels, {"trained": len(training), "held_out": len(held_rows)})
-    own_folder = clip_folder(config.backbone) if config.train_backbone and card.backbone == "." else None
+    save_members(out, card, members, config)
+    return card.report
+
+
+def new_member(config: RewardTrainingConfig, number: int, backbone: Backbone) -> tuple[nn.ModuleDict, Backbone]:
+    """Return a member to train, on the backbone's device, and its backbone: its own where that is trained.
+
+    Raises RewardError where `start` is a reward of another form.
+    """
+    device = next(backbone.parameters()).device
+    own = load_backbone(config.backbone).to(device) if config.train_backbone else backbone
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed + number)
+        head = HEADS[config.head](backbone.width)
+    member = member_module(head, own if config.train_backbone else None).to(device)
+    if config.start is not None:
+        _load_start(member, Path(config.start), number, config)
+    return member, own
+
+
+def _load_start(member: nn.ModuleDict, folder: Path, number: int, config: RewardTrainingConfig) -> None:
+    card, backbone = read_card(folder), card_backbone(config)
+    if (card.head, card.backbone) not in ((config.head, backbone), (config.head, config.backbone)):
+        given = f"--head {card.head} --backbone {card.backbone}"
+        raise RewardError(f"--start {folder}: a reward with {given}; train with the same head and backbone")
+    file = folder / f"member-{number % len(card.means)}.safetensors"
+    state = {key: value.float() for key, value in read_checkpoint(file).items()}
+    if "backbone" in member and not any(key.startswith("backbone") for key in state):
+        state |= {key: value for key, value in member.state_dict().items() if key.startswith("backbone")}
+    load_weights(member, state, str(file))
+
+
+def card_backbone(config: RewardTrainingConfig) -> str:
+    """Return the backbone that reward.json names: "." where the members have CLIPs of their own in the folder."""
+    own = config.train_backbone and (clip_folder(config.backbone) / CONFIG).is_file()
+    return "." if own else config.backbone
+
+
+def save_members(out: Path, card: RewardCard, members: Sequence[Any], config: RewardTrainingConfig) -> None:
+    """Write trained members; with the configuration of their CLIPs where these are in the folder."""
+    own_folder = clip_folder(config.backbone) if card.backbone == "." else None
     backbones: list[Any] = [member["backbone"] for member in members] if config.train_backbone else []
     save_learned(out, card, [member["head"] for member in members], backbones, own_folder)
-    return card.report
 
 
 def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> None:
@@ -424,10 +464,15 @@ def write_run_config(work: Path, config: RewardTrainingConfig, rows: int) -> Non
 
 @torch.no_grad()
 def pair_features(backbone: Backbone, pairs: Pairs) -> Features:
-    """Encode every pair: image a, image b, prompt, on the CPU."""
+    """Encode every pair: image a, image b, prompt, on the CPU; each distinct image and prompt is encoded once."""
     backbone.eval()
-    batches = [_encode(backbone, pairs, rows) for rows in torch.arange(len(pairs)).split(FEATURE_BATCH)]
-    return [torch.cat([batch[k].cpu() for batch in batches]) for k in range(3)]
+    images, prompts = list(dict.fromkeys((*pairs.a, *pairs.b))), list(dict.fromkeys(pairs.prompts))
+    batches = range(0, len(images), FEATURE_BATCH), range(0, len(prompts), FEATURE_BATCH)
+    image = torch.cat([image_features(backbone, images[k : k + FEATURE_BATCH]).cpu() for k in batches[0]])
+    text = torch.cat([backbone.texts(prompts[k : k + FEATURE_BATCH]).cpu() for k in batches[1]])
+    of_image, of_prompt = ({one: row for row, one in enumerate(some)} for some in (images, prompts))
+    a, b = (image[[of_image[one] for one in side]] for side in (pairs.a, pairs.b))
+    return [a, b, text[[of_prompt[one] for one in pairs.prompts]]]
 
 
 def image_features(backbone: Backbone, sources: Sequence[Source]) -> Tensor:
@@ -445,29 +490,40 @@ def _encode(backbone: Backbone, pairs: Pairs, rows: Tensor) -> Features:
     return a, b, text
 
 
-def _train_member(
-    member: nn.ModuleDict,
+def pair_loss(
+    head: Any,
     encode: Callable[[Tensor], Features],
     labels: objectives.PreferenceLabels,
     objective: objectives.Objective,
     config: RewardTrainingConfig,
+    rows: Tensor,
+) -> Tensor:
+    """Compute the objective of some pairs, with the penalties of the configuration."""
+    image_a, image_b, text = encode(rows)
+    a, b = raw_pair(head, image_a, image_b, text)
+    if objective is objectives.triplet:  # on cosines: the scale of the similarity must not do the work
+        return objective((a - b) / head.log_scale.exp(), labels[rows])
+    smoothed = objectives.smooth_labels(labels[rows], config.label_smoothing)
+    loss = objective(objectives.noisy_difference(a - b, config.label_noise), smoothed)
+    return loss + config.center_rewards_coefficient * objectives.center_rewards_penalty(a, b)
+
+
+def train_member(
+    member: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    count: int,
+    config: RewardTrainingConfig,
     work: Path,
     number: int,
 ) -> None:
-    """Minimise the objective over a bootstrap sample of the pairs (all of them where there is one member)."""
-    count, seed = len(labels.choice), config.seed + number
-    sample = torch.arange(count)
+    """Minimise a loss of rows over a bootstrap sample of `count` rows (all of them where there is one member)."""
+    seed, sample = config.seed + number, torch.arange(count)
     if config.members > 1:
         sample = torch.randint(count, (count,), generator=torch.Generator().manual_seed(seed))
 
     def loss_at(step: int) -> Tensor:
         member.train()
-        rows = sample[batch_at(step, config.batch_size, count, seed)]
-        image_a, image_b, text = encode(rows)
-        a, b = raw_pair(member["head"], image_a, image_b, text)
-        smoothed = objectives.smooth_labels(labels[rows], config.label_smoothing)
-        loss = objective(objectives.noisy_difference(a - b, config.label_noise), smoothed)
-        return loss + config.center_rewards_coefficient * objectives.center_rewards_penalty(a, b)
+        return loss(sample[batch_at(step, config.batch_size, count, seed)])
 
     run = TrainingRun(
         work / f"member-{number}", config.steps, config.learning_rate, warmup=min(100, config.steps // 10)
@@ -484,7 +540,6 @@ def _card(
     counts: dict[str, int],
 ) -> RewardCard:
     """Describe members by their raw rewards of the held-out images a and b. Raises RewardError where all are equal."""
-    own = config.train_backbone and (clip_folder(config.backbone) / CONFIG).is_file()
     means, stds = (
         tuple(statistic(torch.cat([*raw])).item() for raw in outputs) for statistic in (torch.mean, torch.std)
     )
@@ -499,7 +554,7 @@ def _card(
         "members": [asdict(preference_metrics(raw, labels)) for raw in outputs],
         "ensemble": asdict(preference_metrics(ensemble, labels)),
     }
-    return RewardCard(config.head, "." if own else config.backbone, width, means, stds, report)
+    return RewardCard(config.head, card_backbone(config), width, means, stds, report)
 
 
 WEIGHTS = "open_clip_model.safetensors"

@@ -46,10 +46,28 @@ def regression(difference: Tensor, labels: PreferenceLabels) -> Tensor:
     return F.mse_loss(difference, labels.strength * (2 * labels.choice - 1))
 
 
+def margin(difference: Tensor, labels: PreferenceLabels) -> Tensor:
+    """Return −[c log σ(Δ − s) + (1 − c) log σ(−Δ − s)]: s is the margin (arXiv 2401.06080, section 2.4)."""
+    preferred, other = F.logsigmoid(difference - labels.strength), F.logsigmoid(-difference - labels.strength)
+    return -(labels.choice * preferred + (1 - labels.choice) * other).mean()
+
+
+def triplet(difference: Tensor, labels: PreferenceLabels, gap: float = 0.3) -> Tensor:
+    """Return relu(gap − 2 Δcos), the mean over pairs with a preference (Social Reward, arXiv 2402.09872).
+
+    On features of unit length this is relu(‖t − p‖² − ‖t − n‖² + gap), p preferred and n the other image.
+    """
+    sign = (labels.choice - 0.5).sign()
+    loss = F.relu(gap - 2 * sign * difference) * sign.abs()
+    return loss.sum() / sign.abs().sum().clamp(min=1)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "bradley-terry": bradley_terry,
     "scaled-bradley-terry": scaled_bradley_terry,
     "regression": regression,
+    "margin": margin,
+    "triplet": triplet,
 }
 
 

@@ -29,16 +29,20 @@ MAX_REWARDS = 250  # rewards in one expression
 
 @dataclass(frozen=True)
 class ParserState:
-    """State of the parser: depth inside functions and files, and the rewards read so far."""
+    """State of the parser: depth inside functions and files, and the rewards read so far.
+
+    named_only  refuse modules, addresses and paths: the text comes from the card of a reward
+    """
 
     depth: int = 0
     read: list[str] = field(default_factory=list)
+    named_only: bool = False
 
     def inside(self) -> "ParserState":
         """Return the state one level deeper. Raises RewardError where that is too deep."""
         if self.depth == MAX_DEPTH:
             raise RewardError(f"a reward nests at most {MAX_DEPTH} functions or files")
-        return ParserState(self.depth + 1, self.read)
+        return ParserState(self.depth + 1, self.read, self.named_only)
 
 
 def read(text: str, state: ParserState | None = None) -> Reward:
@@ -70,14 +74,17 @@ def _atom(text: str, state: ParserState) -> Reward:
     state.read.append(text)
     if len(state.read) > MAX_REWARDS:
         raise RewardError(f"a reward has at most {MAX_REWARDS} rewards in it")
+    if state.named_only and _has_no_name(text):
+        raise RewardError(f"{text!r:.80} is not a named reward: did you mean {nearest(text, reward_names())}?")
     if is_remote(text):
         return RemoteReward(text)
     if text.endswith(FILES) and _has_no_name(text):
         return _read_file(Path(text), state)
     if _is_path(text):
+        from steer.rewards.folders import kind_of, preference
         from steer.rewards.learned import LearnedReward  # brings open_clip, which takes seconds
 
-        return LearnedReward(text)
+        return LearnedReward(text) if kind_of(text) == "heads" else preference(text)
     try:
         return make_reward(text)
     except RewardError as error:

@@ -1,4 +1,4 @@
-"""Preference files: JSON or parquet tables, and the folders that the demo records."""
+"""Preference files: tables of pairs or ratings, data sets of the hub, and the folders that the demo records."""
 
 import itertools
 import json
@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 
 from steer.arguments import is_number
-from steer.files import read_image
+from steer.errors import InputError
+from steer.files import atomic_write, read_image, write_text
 from steer.reward import RewardError
 from steer.rewards.objectives import PreferenceLabels
+from steer.tables import DATA_SET, data_files, parse_cells, read_text, select_split
 
 logger = logging.getLogger(__name__)
 
 PROMPTS = ("prompt", "caption", "text")  # columns of the prompt, the first that is there
+USERS = ("user", "user_id", "annotator", "user_hash")  # of the person who chose
+IMAGES = ("image", "image_path", "file_name", "path")  # of a row with one image
+RATINGS = ("rating", "stars", "overall_rating", "score")
 PREFERENCES, GROUPS = "choices.jsonl", "lots.jsonl"  # of a preference dataset, as the demo's Label tab records it
 CHOICE_VALUES = {"a": 1.0, "b": 0.0, "tie": 0.5}
 MAX_STRENGTH = 1e6  # strength
@@ -30,8 +35,9 @@ Row = dict[str, Any]
 Source = Path | bytes  # an image file, or the bytes of one
 # Image a, image b, the label: 1 (a preferred), 0 (b), ½ (tie) or None (no label), and the strength of the preference.
 LabelledPair = tuple[Any, Any, float | None, float]
-# A row's number from 1 on, the columns of its images, its prompt, one of its pairs.
-NumberedPair = tuple[int, tuple[str, str], Any, LabelledPair]
+# A row's number from 1 on, the columns of its images, its prompt, one of its pairs, its user.
+NumberedPair = tuple[int, tuple[str, str], Any, LabelledPair, str | None]
+NumberedRow = tuple[int, Row]
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,9 @@ FORMATS = (
     _two("jpg_0", "jpg_1", "label_0"),  # Pick-a-Pic
     _two("image_0", "image_1", "label_0"),
     _list("image_path", "human_preference", 1),  # HPDv2, training
-    _list("image_path", "rank", -1),  # HPDv2, test
+    _list("file_path", "human_preference", 1),
+    _list("image_path", "rank", -1),  # HPDv2, test; ImageRewardDB has a row for each image
+    _list("file_path", "rank", -1),
     _list("generations", "ranking", -1),  # ImageReward
     _two("path1", "path2"),  # HPDv3
     _two("chosen", "rejected"),  # DPO
@@ -129,12 +137,13 @@ class Captions:
 @dataclass(frozen=True)
 class Pairs:
     """Pairs of images of one prompt: rows "image_a", "image_b", "prompt", "choice" (a, b, tie, or the
-    probability of a, 0..1) and optionally "strength" (≥ 0)."""
+    probability of a, 0..1) and optionally "strength" (≥ 0) and "user"; `users` is empty where no row has one."""
 
     a: tuple[Source, ...]
     b: tuple[Source, ...]
     prompts: tuple[str, ...]
     labels: PreferenceLabels
+    users: tuple[str | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -142,18 +151,62 @@ class Pairs:
     def select(self, rows: Sequence[int]) -> "Pairs":
         """Return the pairs at some rows."""
         a, b = (tuple(column[row] for row in rows) for column in (self.a, self.b))
-        return Pairs(a, b, tuple(self.prompts[row] for row in rows), self.labels[torch.tensor(rows, dtype=torch.long)])
+        labels = self.labels[torch.tensor(rows, dtype=torch.long)]
+        users = tuple(self.users[row] for row in rows) if self.users else ()
+        return Pairs(a, b, tuple(self.prompts[row] for row in rows), labels, users)
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read the rows of a .jsonl, .parquet or .json file (a list). Raises RewardError that names the file, and the line
-    where it can."""
-    readers = {".jsonl": _json_lines, ".parquet": _parquet, ".json": _json_list}
-    if path.suffix.lower() not in readers:
-        raise RewardError(f"{path}: pairs are read from .jsonl and .parquet files, and from .json with a list of rows")
+@dataclass(frozen=True)
+class Ratings:
+    """Images and their ratings (N,): rows "image", "prompt", "rating" (a number; also stars, overall_rating, score)."""
+
+    images: tuple[Source, ...]
+    prompts: tuple[str, ...]
+    ratings: Tensor
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def select(self, rows: Sequence[int]) -> "Ratings":
+        """Return the ratings at some rows."""
+        images = tuple(self.images[row] for row in rows)
+        return Ratings(
+            images, tuple(self.prompts[row] for row in rows), self.ratings[torch.tensor(rows, dtype=torch.long)]
+        )
+
+
+def table_files(path: Path) -> Iterator[Path]:
+    """Return the files of a table: itself; of a folder its only table, or the parquet files of its training split; of
+    ORGANISATION/NAME[:SPLIT] on the hub those of the split, downloaded. Raises RewardError."""
+    if path.is_dir():
+        names = [file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()]
+        tables = [path / name for name in select_split(names, "train", tuple(READERS))]
+        if not tables or (tables[0].suffix.lower() != ".parquet" and len(tables) > 1):
+            count = f"{len(tables)} tables" if tables else "no table"
+            raise RewardError(f"{path}: {count} in this folder: name one file ({', '.join(READERS)})")
+        yield from tables
+        return
+    if path.suffix.lower() not in READERS and not path.exists() and (named := DATA_SET.fullmatch(path.as_posix())):
+        try:
+            yield from data_files(named[1], named[2] or "train", (".parquet", ".jsonl", ".json"), "pairs")
+        except InputError as error:
+            raise RewardError(str(error)) from error
+        return
+    if path.suffix.lower() not in READERS:
+        formats = ".jsonl and .parquet files, .csv, .tsv, and .json with a list of rows"
+        raise RewardError(f"{path}: pairs are read from {formats}; a data set of the hub is ORGANISATION/NAME")
     if not path.is_file():
         raise RewardError(f"{path}: no such file of pairs")
-    rows = readers[path.suffix.lower()](path)
+    yield path
+
+
+def read_rows(path: Path, limit: int | None = None) -> list[Row]:
+    """Read the rows of a table (`table_files`). Raises RewardError that names the file, and the line where it can.
+
+    limit  the first rows alone; of a data set only the files with them are read, and downloaded
+    """
+    found = (row for file in table_files(path) for row in READERS[file.suffix.lower()](file))
+    rows = list(itertools.islice(found, limit))
     if not rows:
         raise RewardError(f"{path}: no rows in this file")
     return rows
@@ -162,8 +215,8 @@ def read_rows(path: Path) -> list[Row]:
 def _json_lines(path: Path) -> list[Row]:
     rows = []
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, InputError) as error:
         raise RewardError(f"{path}: cannot be read as lines of text ({str(error)[:80]})") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
@@ -178,9 +231,11 @@ def _json_lines(path: Path) -> list[Row]:
 
 def _json_list(path: Path) -> list[Row]:
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise RewardError(f"{path}: cannot be read as JSON ({str(error)[:80]})") from error
+    if isinstance(rows, dict) and len(rows) == 1:  # {"train": [row, …]}
+        rows = next(iter(rows.values()))
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise RewardError(f"{path}: expected a list of objects")
     return rows
@@ -200,6 +255,66 @@ def _parquet(path: Path) -> list[Row]:
         raise RewardError(f"{path}: not a parquet file that can be read ({str(error)[:80]})") from error
 
 
+def _cells(path: Path) -> list[Row]:
+    """Read a .csv or .tsv file; cells that are numbers, lists, true or false have these values, empty ones none."""
+    try:
+        (_, names), *rows = parse_cells(path, "\t" if path.suffix.lower() == ".tsv" else None) or [("", [])]
+    except (OSError, InputError) as error:
+        raise RewardError(
+            str(error) if isinstance(error, InputError) else f"{path}: cannot be read ({error})"
+        ) from error
+    names = [name.strip() for name in names]
+    if wrong := [place for place, cells in rows if any(cell.strip() for cell in cells[len(names) :])]:
+        raise RewardError(
+            f"{wrong[0]}: more cells than the {len(names)} columns: quote texts that contain the separator"
+        )
+    return [
+        {name: _value(name, cell) for name, cell in zip(names, cells, strict=False) if cell.strip()}
+        for _, cells in rows
+        if any(map(str.strip, cells))
+    ]
+
+
+def _value(name: str, cell: str) -> Any:
+    try:
+        return cell if name in PROMPTS else json.loads(cell.lower() if cell in ("True", "False") else cell)
+    except (ValueError, RecursionError):
+        return cell
+
+
+READERS: dict[str, Callable[[Path], list[Row]]] = {
+    ".jsonl": _json_lines,
+    ".parquet": _parquet,
+    ".json": _json_list,
+    ".csv": _cells,
+    ".tsv": _cells,
+}
+
+
+def read_ratings(path: Path, images: Path | None = None, limit: int | None = None) -> Ratings:
+    """Read rows of an image, a prompt and a rating; rows without a rating are left out. Raises RewardError.
+
+    images  the folder that image paths are relative to; by default, and for missing files, the table's folder
+    limit   the first rows alone
+    """
+    rows, folders = read_rows(path, limit), _folders(path, images)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    image, rating = (next((name for name in known if name in columns), None) for known in (IMAGES, RATINGS))
+    if image is None or rating is None:
+        wanted = f"an image ({', '.join(IMAGES)}), a prompt and a rating ({', '.join(RATINGS)})"
+        raise RewardError(f"{path}: --objective rating needs columns of {wanted}; there are {', '.join(columns)[:200]}")
+    rated = [(number, row) for number, row in enumerate(rows, 1) if row.get(rating) is not None]
+    if wrong := [(number, row[rating]) for number, row in rated if not is_number(row[rating])]:
+        raise RewardError(f"{path}, row {wrong[0][0]}: {rating} must be a number, got {wrong[0][1]!r:.40}")
+    if not rated:
+        raise RewardError(f"{path}: no ratings to train on: {rating} is empty in all {len(rows)} rows")
+    if skipped := len(rows) - len(rated):
+        logger.warning("%s: skipped %d rows without a rating of %d rows", path, skipped, len(rows))
+    files = tuple(_image(path, number, row.get(image), image, folders) for number, row in rated)
+    prompts = tuple(_text(path, number, _prompt(row)) for number, row in rated)
+    return Ratings(files, prompts, torch.tensor([float(row[rating]) for _, row in rated]))
+
+
 def read_captions(path: Path, images: Path | None = None) -> Captions:
     """Read rows of images and prompts. Raises RewardError that names file and row.
 
@@ -215,56 +330,83 @@ def read_captions(path: Path, images: Path | None = None) -> Captions:
     return Captions(files, prompts)
 
 
-def read_pairs(path: Path, images: Path | None = None) -> Pairs:
+def read_pairs(path: Path, images: Path | None = None, limit: int | None = None) -> Pairs:
     """Read the pairs of a table of a known format, or of a preference dataset. Raises RewardError that names file
     and row, or the columns where the kind is not known.
 
     Ties and pairs without a label are left out, except the ties of rows with a choice.
 
     images  the folder that image paths are relative to; by default, and for missing files, the table's folder
+    limit   the first rows alone
     """
-    path = path / PREFERENCES if path.is_dir() else path
-    rows = read_rows(path)
+    path = path / PREFERENCES if (path / PREFERENCES).exists() else path
+    rows = list(enumerate(read_rows(path, limit), start=1))
     folders = _folders(path, images)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = list(dict.fromkeys(name for _, row in rows for name in row))
     if "lot" in columns:
         pairs = _decided(path, _active_preferences(path, rows))
     elif {*PAIRS.images} & {*columns}:
         pairs = _pairs_of(path, rows, PAIRS)
     elif kind := next((one for one in FORMATS if {*one.needed} <= {*columns} and {*PROMPTS} & {*columns}), None):
-        pairs = _decided(path, _pairs_of(path, rows, kind))
+        pairs = _decided(path, _pairs_of(path, _one_row_a_prompt(rows, kind), kind))
     else:
-        known = ["image_a, image_b, prompt, choice", *(", ".join([*one.needed, "prompt"]) for one in FORMATS)]
-        raise RewardError(f"{path}: unknown columns {', '.join(columns)[:200]}; expected one of: {' | '.join(known)}")
+        raise RewardError(f"{path}: {_unknown_columns(columns)}")
     read = [
         (
             _image(path, number, a, names[0], folders),
             _image(path, number, b, names[1], folders),
             _text(path, number, prompt),
         )
-        for number, names, prompt, (a, b, _, _) in pairs
+        for number, names, prompt, (a, b, _, _), _ in pairs
     ]
     first, second, prompts = zip(*read, strict=True)
-    choice, strength = (torch.tensor([pair[column] for *_, pair in pairs]) for column in (2, 3))
-    return Pairs(first, second, prompts, PreferenceLabels(choice, strength))
+    choice, strength = (torch.tensor([pair[column] for _, _, _, pair, _ in pairs]) for column in (2, 3))
+    users = tuple(user for *_, user in pairs)
+    return Pairs(first, second, prompts, PreferenceLabels(choice, strength), users if any(users) else ())
+
+
+def _unknown_columns(columns: Sequence[str]) -> str:
+    known = ["image_a, image_b, prompt, choice", *(", ".join([*one.needed, "prompt"]) for one in FORMATS)]
+    ratings = "; ratings are read by --objective rating" if {*RATINGS} & {*columns} and {*IMAGES} & {*columns} else ""
+    return f"unknown columns {', '.join(columns)[:200]}; expected one of: {' | '.join(known)}{ratings}"
+
+
+def _one_row_a_prompt(rows: Sequence[NumberedRow], kind: TableFormat) -> Sequence[NumberedRow]:
+    """Gather rows of one image each by prompt_id, else by prompt, into rows of lists, where a format has lists."""
+    images, scores = kind.needed[:2]
+    if kind.images != (images, images) or isinstance(rows[0][1].get(images), list | None):
+        return rows
+    groups: dict[str, list[NumberedRow]] = {}
+    for number, row in rows:
+        groups.setdefault(json.dumps([row.get("prompt_id"), _prompt(row)], default=str), []).append((number, row))
+    gathered = [
+        (some, {name: [row.get(name) for _, row in some] for name in (images, scores)}) for some in groups.values()
+    ]
+    return [(some[0][0], some[0][1] | lists) for some, lists in gathered if len(some) > 1]
 
 
 def _folders(path: Path, images: Path | None) -> list[Path]:
     if images is not None and not images.is_dir():
         raise RewardError(f"{images}: no such folder of images")
-    return [path.parent] if images is None else [images, path.parent]
+    own = path if path.is_dir() else path.parent
+    return [own] if images is None else [images, own]
 
 
 def _prompt(row: Row) -> Any:
     return next((row[name] for name in PROMPTS if row.get(name) is not None), None)
 
 
-def _pairs_of(path: Path, rows: Sequence[Row], kind: TableFormat) -> list[NumberedPair]:
+def _user(row: Row) -> str | None:
+    user = next((row[name] for name in USERS if row.get(name) is not None), None)
+    return str(user) if isinstance(user, str | int) else None
+
+
+def _pairs_of(path: Path, rows: Sequence[NumberedRow], kind: TableFormat) -> list[NumberedPair]:
     """Return the pairs of all rows. Raises RewardError that names file and row."""
     pairs: list[NumberedPair] = []
-    for number, row in enumerate(rows, start=1):
+    for number, row in rows:
         try:
-            pairs += ((number, kind.images, _prompt(row), pair) for pair in kind.pairs(row))
+            pairs += ((number, kind.images, _prompt(row), pair, _user(row)) for pair in kind.pairs(row))
         except ValueError as error:
             raise RewardError(f"{path}, row {number}: {error}") from error
     return pairs
@@ -272,7 +414,7 @@ def _pairs_of(path: Path, rows: Sequence[Row], kind: TableFormat) -> list[Number
 
 def _decided(path: Path, pairs: Sequence[NumberedPair]) -> list[NumberedPair]:
     """Leave out ties and pairs without a label, and log their numbers. Raises RewardError where no pair is left."""
-    ties, unlabelled = (sum(pair[2] == choice for *_, pair in pairs) for choice in (0.5, None))
+    ties, unlabelled = (sum(one[3][2] == choice for one in pairs) for choice in (0.5, None))
     skipped = f"{ties} ties and {unlabelled} pairs without a label of {len(pairs)} pairs"
     if ties + unlabelled == len(pairs):
         raise RewardError(f"{path}: no preferences to train on: {skipped}")
@@ -281,17 +423,17 @@ def _decided(path: Path, pairs: Sequence[NumberedPair]) -> list[NumberedPair]:
     return [one for one in pairs if one[3][2] not in (0.5, None)]
 
 
-def _active_preferences(path: Path, rows: Sequence[Row]) -> list[NumberedPair]:
+def _active_preferences(path: Path, rows: Sequence[NumberedRow]) -> list[NumberedPair]:
     """Return the preferences of a dataset that their annotator did not undo."""
     groups = {row["lot"]: row for row in read_rows(path.parent / GROUPS) if isinstance(row.get("lot"), str)}
     undone, active = set[str](), list[NumberedPair]()
-    for number, row in reversed(list(enumerate(rows, start=1))):
+    for number, row in reversed(rows):
         annotation_key = json.dumps([row.get("lot"), row.get("annotator")])
         if row.get("undo") is True:
             undone.add(annotation_key)
         elif annotation_key not in undone:
             prompt, pair = _pair_of_group(path, number, row, groups)
-            active.append((number, ("chosen", "rejected"), prompt, pair))
+            active.append((number, ("chosen", "rejected"), prompt, pair, _user(row)))
     return active[::-1]
 
 
@@ -326,6 +468,32 @@ def _text(path: Path, number: int, prompt: Any) -> str:
     if not isinstance(prompt, str):
         raise RewardError(f'{path}, row {number}: expected a text under "prompt"')
     return prompt
+
+
+def write_pairs(path: Path, pairs: Pairs, columns: Mapping[str, Sequence[Any]] | None = None) -> None:
+    """Write pairs, and further columns, as a table that `read_pairs` reads. Raises RewardError, OSError.
+
+    path  .jsonl, with the paths of images relative to it; .parquet where images are bytes
+    """
+    rows: list[Row] = []
+    for number, (a, b, prompt) in enumerate(zip(pairs.a, pairs.b, pairs.prompts, strict=True)):
+        images = [one if isinstance(one, bytes) else os.path.relpath(one, path.parent) for one in (a, b)]
+        choice, strength = (column[number].item() for column in (pairs.labels.choice, pairs.labels.strength))
+        rows.append({"image_a": images[0], "image_b": images[1], "prompt": prompt, "choice": round(choice, 6)})
+        rows[-1]["strength"] = round(strength, 6)
+        if pairs.users:
+            rows[-1]["user"] = pairs.users[number]
+        rows[-1] |= {name: values[number] for name, values in (columns or {}).items()}
+    if path.suffix.lower() == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        with atomic_write(path) as new:
+            parquet.write_table(pyarrow.Table.from_pylist(rows), new)
+        return
+    if path.suffix.lower() != ".jsonl" or any(isinstance(one, bytes) for one in (*pairs.a, *pairs.b)):
+        raise RewardError(f"{path}: pairs are written to .jsonl files, or .parquet where images are bytes in the table")
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def load_images(sources: Sequence[Source], fit: Callable[[Tensor], Tensor]) -> Tensor:

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from steer.assets import MODELS, TEXT_MODELS
     from steer.audio import AudioReward
     from steer.diffusion.two_prompts import two_prompts
+    from steer.diverse import Selection, diverse
     from steer.errors import InputError
     from steer.pipelines.base import Cost, InitialNoise, Iteration, ResamplingInfo, SteeringOutput
     from steer.pipelines.drafts import DraftsPipeline, RenoisePipeline
     from steer.pipelines.fk_steering import FKSteeringPipeline, StepReport
+    from steer.pipelines.map_elites import MapElitesPipeline
     from steer.pipelines.racing import RacingPipeline
     from steer.pipelines.reno import NoiseSearchPipeline, ReNOPipeline
     from steer.pipelines.selection import BestOfNPipeline, SelectionPipeline
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
         BestOfNSettings,
         DraftsSettings,
         FKSettings,
+        MapElitesSettings,
         NoiseSearchSettings,
         RacingSettings,
         RenoiseSettings,
@@ -73,10 +76,12 @@ _MODULES = {
     "steer.assets": ("MODELS", "TEXT_MODELS"),
     "steer.audio": ("AudioReward",),
     "steer.diffusion.two_prompts": ("two_prompts",),
+    "steer.diverse": ("Selection", "diverse"),
     "steer.errors": ("InputError",),
     "steer.pipelines.base": ("Cost", "InitialNoise", "Iteration", "ResamplingInfo", "SteeringOutput"),
     "steer.pipelines.drafts": ("DraftsPipeline", "RenoisePipeline"),
     "steer.pipelines.fk_steering": ("FKSteeringPipeline", "StepReport"),
+    "steer.pipelines.map_elites": ("MapElitesPipeline",),
     "steer.pipelines.racing": ("RacingPipeline",),
     "steer.pipelines.reno": ("NoiseSearchPipeline", "ReNOPipeline"),
     "steer.pipelines.selection": ("BestOfNPipeline", "SelectionPipeline"),
@@ -84,6 +89,7 @@ _MODULES = {
         "BestOfNSettings",
         "DraftsSettings",
         "FKSettings",
+        "MapElitesSettings",
         "NoiseSearchSettings",
         "RacingSettings",
         "ReNOSettings",
@@ -163,6 +169,8 @@ __all__ = [
     "InputError",
     "Iteration",
     "Judge",
+    "MapElitesPipeline",
+    "MapElitesSettings",
     "MaskedDiffusionPipeline",
     "NFTConfig",
     "NFTTrainer",
@@ -185,6 +193,7 @@ __all__ = [
     "RewardError",
     "SPOConfig",
     "SPOTrainer",
+    "Selection",
     "SelectionPipeline",
     "SelectionSettings",
     "SequenceReward",
@@ -197,6 +206,7 @@ __all__ = [
     "as_judge",
     "combine",
     "convert_lora",
+    "diverse",
     "find_hacking",
     "fit_reward_curve",
     "load_judge",

@@ -14,6 +14,7 @@ from steer import (
     BestOfNPipeline,
     DraftsPipeline,
     FKSteeringPipeline,
+    MapElitesPipeline,
     NoiseSearchPipeline,
     RacingPipeline,
     RenoisePipeline,
@@ -88,6 +89,7 @@ METHODS: dict[str, tuple[type, dict[str, Any]]] = {
     "renoise": (RenoisePipeline, {"num_inference_steps": 3, "drafts": 3, "draft_steps": 2}),
     "reno": (ReNOPipeline, {"iterations": 1, "gradient": "zero-order"}),
     "noise-search": (NoiseSearchPipeline, {"iterations": 1, "num_inference_steps": 2}),
+    "map-elites": (MapElitesPipeline, {"iterations": 1, "num_inference_steps": 2, "first_batches": 1}),
 }
 
 

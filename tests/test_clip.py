@@ -193,6 +193,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_open_clip(folder / "open_clip")
     tiny_open_clip(folder / "scenes", SCENES, SCENES)
     tiny_hps(folder / "HPS.pt", folder / "open_clip")
+    state = torch.load(folder / "HPS.pt", weights_only=True)["state_dict"]
+    torch.save(state | {"context_length": torch.tensor(77)}, folder / "social.pt")
     for name, activation, old in (("new", "quick_gelu", False), ("gelu", "gelu", False), ("old", "quick_gelu", True)):
         tiny_transformers(folder / name, activation, old)
     return folder
@@ -209,6 +211,7 @@ KINDS = {
     "hpsv2": "hpsv2:path=TINY/HPS.pt,model=TINY/open_clip",
     "hpsv2, crop": "hpsv2:path=TINY/HPS.pt,model=TINY/open_clip,preprocess=crop",
     "hpsv2.1": "hpsv2.1:path=TINY/HPS.pt,model=TINY/open_clip",
+    "social": "social:path=TINY/social.pt,model=TINY/open_clip",
 }
 
 
@@ -265,6 +268,7 @@ def of_transformers(tiny: Path, folder: str, activation: Callable[[Tensor], Tens
         ("hpsv2:path=TINY/HPS.pt,model=TINY/open_clip", of_hps, padded),
         ("hpsv2:path=TINY/HPS.pt,model=TINY/open_clip,preprocess=crop", of_hps, cropped),
         ("hpsv2.1:path=TINY/HPS.pt,model=TINY/open_clip", of_hps, padded),
+        ("social:path=TINY/social.pt,model=TINY/open_clip", of_hps, cropped),
         ("clip:TINY/new", partial(of_transformers, folder="new", activation=quick_gelu), cropped),
         ("clip:TINY/gelu", partial(of_transformers, folder="gelu", activation=gelu), cropped),
         ("clip:TINY/old", partial(of_transformers, folder="old", activation=quick_gelu), cropped),
@@ -312,7 +316,13 @@ def test_units_are_the_published_ones(tiny: Path, spec: str, plain: Callable[[Pa
 def test_a_reward_has_the_name_that_it_was_asked_for_by(tiny: Path, make: Make) -> None:
     assert isinstance(make(), Reward) and make().differentiable
     name, *options = make().name.split(",")
-    assert name in ("pickscore", "hpsv2", "hpsv2.1", *(f"clip:{tiny / name}" for name in ("open_clip", "new")))
+    assert name in (
+        "pickscore",
+        "hpsv2",
+        "hpsv2.1",
+        "social",
+        *(f"clip:{tiny / name}" for name in ("open_clip", "new")),
+    )
     assert options in ([], ["preprocess=crop"])
 
 

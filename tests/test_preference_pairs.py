@@ -19,6 +19,7 @@ from pyarrow import parquet
 from torch import Tensor
 
 from steer.errors import InputError
+from steer.pipelines.training.forward import DPOTrainer
 from steer.reward import RewardError
 from steer.rewards.images import resize_and_crop
 from steer.rewards.preference_pairs import load_images, read_captions, read_pairs, read_rows, split_by_prompt
@@ -187,11 +188,11 @@ def test_a_row_of_parquet_is_named_by_its_number(folder: Path) -> None:
 
 
 def test_files_that_are_none_are_named(folder: Path) -> None:
-    refused(folder / "pairs.csv", "pairs are read from .jsonl and .parquet files")
+    refused(folder / "pairs.xlsx", "pairs are read from .jsonl and .parquet files")
     refused(folder / "pairs", "pairs are read from .jsonl and .parquet files")
     refused(folder / "gone.jsonl", "no such file of pairs")
     (folder / "folder.parquet").mkdir()
-    refused(folder / "folder.parquet", "no such file of pairs")
+    refused(folder / "folder.parquet", "no table in this folder")
     refused(lines(folder, "", " "), "no rows in this file")
     refused(table(folder, []), "no rows in this file")
     (folder / "pairs.parquet").write_bytes(b"PAR1 no, not at all PAR1")
@@ -381,6 +382,7 @@ def test_a_folder_of_choices_as_the_demo_records_it(tmp_path: Path, caplog: pyte
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     assert preferred(tmp_path) == preferred(tmp_path / "choices.jsonl") == [("x", 204), ("y", 204)]
     assert "skipped 1 ties and 0 pairs without a label of 3 pairs" in caplog.text
+    assert read_pairs(tmp_path).users == ("ada", None)
     lines(tmp_path, rows[0] | {"lot": "z"}).rename(tmp_path / "choices.jsonl")
     with pytest.raises(RewardError, match=r"choices\.jsonl, row 1: lot 'z' is not in lots\.jsonl"):
         read_pairs(tmp_path)
@@ -442,3 +444,77 @@ def test_the_command_learns_from_them(tmp_path: Path, steer: Steer) -> None:
     assert "accuracy" in out and (tmp_path / "out" / "reward.json").exists()
     code, _, err = steer("rewards", "train", in_json(tmp_path, [{"a": 1}]), *words)
     assert code == 2 and "unknown columns a; expected one of: image_a" in err and len(err.strip().splitlines()) == 1
+
+
+def test_users_come_along(tmp_path: Path) -> None:
+    """Pick-a-Pic's user_id, HPDv2's user_hash and the demo's annotator; none where no row has one."""
+    put_images(tmp_path)
+    rows = [DPO[0] | {"user_id": 7}, DPO[1] | {"user_id": None}, DPO[1] | {"user_id": 8}]
+    loaded = read_pairs(in_lines(tmp_path, rows))
+    assert loaded.users == ("7", None, "8") and loaded.select([2, 0]).users == ("8", "7")
+    assert read_pairs(in_lines(tmp_path, [HPDV2[0] | {"user_hash": "ada"}])).users == ("ada",)
+    assert read_pairs(in_lines(tmp_path, DPO)).users == ()
+
+
+def test_rows_of_one_image_are_gathered_by_their_prompt(tmp_path: Path) -> None:
+    """ImageRewardDB: a row for each image, with its rank among those of its prompt_id."""
+    put_images(tmp_path)
+    rows = [
+        {"image_path": f"{shade}.png", "prompt_id": name, "prompt": name, "rank": rank}
+        for name in "xy"
+        for shade, rank in (("dark", 3), ("light", 1))
+    ]
+    assert preferred(in_lines(tmp_path, [*rows, rows[0] | {"prompt_id": "alone"}])) == [("x", 204), ("y", 204)]
+
+
+def test_tables_of_cells_and_of_other_encodings(tmp_path: Path) -> None:
+    put_images(tmp_path)
+    lists = '"[""dark.png"", ""light.png""]","[2, 1]"'
+    texts = {
+        "dpo.csv": "chosen,rejected,prompt\nlight.png,dark.png,x\n\n",
+        "dpo.tsv": "chosen\trejected\tprompt\nlight.png\tdark.png\tx\n",
+        "labels.csv": "image_0;image_1;label_0;has_label;prompt\nlight.png;dark.png;1;True;x\n",
+        "lists.csv": f"generations,ranking,prompt\n{lists},x\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        assert preferred(tmp_path / name) == [("x", 204)], name
+    DPOTrainer.check_preferences(tmp_path / "dpo.csv", {})  # finetuning reads what rewards are trained on
+    (tmp_path / "wide.jsonl").write_bytes((json.dumps(DPO[0]) + "\n").encode("utf-16"))
+    (tmp_path / "split.json").write_text(json.dumps({"train": DPO[:1]}))
+    assert preferred(tmp_path / "wide.jsonl") == preferred(tmp_path / "split.json") == [("x", 204)]
+    (tmp_path / "odd.csv").write_text("chosen,rejected,prompt\na,b,a cat, red\n")
+    with pytest.raises(RewardError, match=r"odd\.csv, line 2: more cells than the 3 columns: quote texts"):
+        read_pairs(tmp_path / "odd.csv")
+
+
+def test_the_shards_of_a_folder_are_one_table(tmp_path: Path) -> None:
+    """As a data set of the hub lies on a disk: other splits stay out."""
+    (tmp_path / "data").mkdir()
+    for name, row in (("train-00000-of-00002", 0), ("train-00001-of-00002", 3), ("test-00000-of-00001", 0)):
+        table(tmp_path / "data", [PICKAPIC[row]]).rename(tmp_path / "data" / f"{name}.parquet")
+    assert preferred(tmp_path) == [("x", 204), ("y", 204)]
+    assert len(read_pairs(tmp_path, limit=1)) == 1
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RewardError, match="no table in this folder: name one file"):
+        read_pairs(tmp_path / "empty")
+
+
+def test_a_data_set_of_the_hub_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hub:
+        def dataset_info(self, name: str, revision: str | None) -> Any:
+            assert name == "org/pairs"
+            names = [] if revision is None else ["default/train/0000.parquet", "default/test/0000.parquet"]
+            return type("Info", (), {"siblings": [type("File", (), {"rfilename": name}) for name in names]})
+
+    def download(name: str, file: str, **options: Any) -> str:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        return str(table(tmp_path, PICKAPIC[:1]).rename(tmp_path / file))
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert preferred(Path("org/pairs")) == preferred(Path("org/pairs:test")) == [("x", 204)]
+    with pytest.raises(RewardError, match=r"no \.parquet, \.jsonl, \.json files of split 'other'"):
+        read_pairs(Path("org/pairs:other"))

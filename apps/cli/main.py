@@ -18,6 +18,7 @@ from steer.apps.cli.evaluate import evaluate
 from steer.apps.cli.finetune import finetune
 from steer.apps.cli.foresight import foresight
 from steer.apps.cli.options import DEVICE, Group
+from steer.apps.cli.pick import pick
 from steer.apps.cli.rewards import rewards
 from steer.apps.cli.sample import SPEC, TIMEOUT, sample
 from steer.apps.cli.tune import tune
@@ -87,6 +88,7 @@ steer.add_command(demo)
 steer.add_command(evaluate)
 steer.add_command(finetune)
 steer.add_command(foresight)
+steer.add_command(pick)
 steer.add_command(rewards)
 steer.add_command(sample)
 steer.add_command(tune)

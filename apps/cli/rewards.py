@@ -230,6 +230,67 @@ def pairs(
     click.echo(f"{rows} pairs → {out}; train on them: steer rewards train {out} --out FOLDER")
 
 
+DATA = click.option("--images", type=FOLDER, help="Folder that image paths are relative to.  [default: that of DATA]")
+MAX_ROWS = click.option("--max-rows", type=click.IntRange(1), help="The first rows of DATA alone.")
+WORK = click.option(
+    "--work", type=FOLDER, help="Folder of checkpoints and logs; run the command again to resume.  [default: runs/OUT]"
+)
+
+
+@rewards.command()
+@click.argument("data", type=FOLDER)
+@click.option("--out", required=True, type=FOLDER, help="The pairs, a .jsonl file, or .parquet with their images.")
+@DATA
+@click.option("--certainty", default=0.3, help="Leave out pairs with |P - 1/2| below it, 0 to 0.5.")
+@click.option("--pairs-per-prompt", default=32, type=click.IntRange(1), help="At most; drawn without repetition.")
+@click.option("--seed", default=0)
+def counts(data: Path, out: Path, images: Path | None, certainty: float, pairs_per_prompt: int, seed: int) -> None:
+    """Label pairs of images by how often they were liked and shown: rows of image, prompt, shown, liked in DATA."""
+    from steer.apps.learning import label_counts
+
+    rows = label_counts(data, out, certainty, pairs_per_prompt, seed, images)
+    click.echo(f"{rows} pairs → {out}; train on them: steer rewards train {out} --out FOLDER")
+
+
+@rewards.command()
+@click.argument("data", type=FOLDER)
+@click.option("--out", required=True, type=FOLDER, help="The pairs, a .jsonl file, or .parquet with their images.")
+@DATA
+@MAX_ROWS
+@WORK
+@click.option("--folds", default=4, type=click.IntRange(2), help="Each part is measured by members of the others.")
+@click.option("--flip", default=0.1, type=click.FloatRange(0, 1), help="Share of the labels to flip, at most.")
+@click.option("--soften", default=0.1, type=click.FloatRange(0, 1), help="Share whose labels become probabilities.")
+@click.option("--backbone", default="scenes", help="A CLIP, as of `steer rewards train`.")
+@click.option("--head", default="pair", help="pair, image or general.")
+@click.option("--members", default=3, type=click.IntRange(1), help="Members of each part.")
+@click.option("--steps", default=300)
+@click.option("--batch-size", default=64)
+@click.option("--learning-rate", default=1e-3)
+@click.option("--seed", default=0)
+@DEVICE
+def strength(
+    data: Path,
+    out: Path,
+    images: Path | None,
+    max_rows: int | None,
+    work: Path | None,
+    folds: int,
+    flip: float,
+    soften: float,
+    device: str | None,
+    **options: Any,
+) -> None:
+    """Measure the strength of the preferences in DATA by an ensemble, and clean their labels: pairs with the columns
+    strength, spread and change, for `steer rewards train --objective scaled-bradley-terry` or margin."""
+    from steer.apps.learning import clean_pairs
+    from steer.apps.models import default_device
+    from steer.rewards.learned import RewardTrainingConfig
+
+    config, work = RewardTrainingConfig(**options), work or Path("runs") / out.stem
+    click.echo(clean_pairs(data, config, folds, (flip, soften), out, work, default_device(device), images, max_rows))
+
+
 @rewards.command()
 @click.argument("goal")
 @click.option("--chat", required=True, metavar="URL", help="OpenAI-compatible endpoint, http://HOST/v1.")
@@ -267,17 +328,19 @@ def write(
 @rewards.command()
 @click.argument("data", type=FOLDER)
 @click.option("--out", required=True, type=FOLDER, help="Folder of the reward; load it by `--reward FOLDER`.")
-@click.option("--images", type=FOLDER, help="Folder that image paths are relative to.  [default: that of DATA]")
-@click.option(
-    "--work", type=FOLDER, help="Folder of checkpoints and logs; run the command again to resume.  [default: runs/OUT]"
-)
+@DATA
+@MAX_ROWS
+@WORK
 @click.option("--backbone", default="scenes", help="A CLIP: scenes, ARCHITECTURE/TAG, ORGANISATION/NAME, or a folder.")
 @click.option(
     "--head", default="pair", help="similarity, image, pair, or general (preferences that need not be transitive)."
 )
 @click.option(
-    "--objective", default="bradley-terry", help="bradley-terry, scaled-bradley-terry, regression, or contrastive."
+    "--objective",
+    default="bradley-terry",
+    help="bradley-terry, scaled-bradley-terry, margin, triplet, regression; rating; contrastive (of captions).",
 )
+@click.option("--start", help="Folder of a trained reward to train further, such as one of ratings.")
 @click.option("--train-backbone", is_flag=True, help="Train the CLIP too, not only the head.")
 @click.option(
     "--members", default=1, help="Size of the ensemble; each member has its own seed and sample of the pairs."
@@ -294,18 +357,54 @@ def write(
 )
 @click.option("--held-out", default=0.1, help="Share of the prompts for evaluation.")
 @click.option("--seed", default=0)
+@click.option(
+    "--features", help='Named rewards, like "clip:scenes, brightness": fit their weights in place of a CLIP head.'
+)
+@click.option("--signs", default="", help='Of the weights: "+ ? -" for at least 0, free, at most 0.')
+@click.option("--hidden", default=0, help="Units of a small network over the features, in place of weights.")
+@click.option(
+    "--groups", type=int, help="Pairs with a column user: learn the weights of each user over so many groups."
+)
+@click.option("--latent", type=int, help="Pairs with a column user: learn a latent vector of each, of so many numbers.")
 @DEVICE
-def train(data: Path, out: Path, images: Path | None, work: Path | None, device: str | None, **options: Any) -> None:
-    """Train a reward on DATA: preferences between images of a prompt, in a .jsonl, .json or .parquet file.
+def train(
+    data: Path,
+    out: Path,
+    images: Path | None,
+    max_rows: int | None,
+    work: Path | None,
+    device: str | None,
+    groups: int | None,
+    latent: int | None,
+    **options: Any,
+) -> None:
+    """Train a reward on DATA: preferences between images of a prompt, or ratings of images.
 
-    Formats: pairs (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's
-    chosen and rejected, and preference datasets that the demo recorded.
+    DATA is a .jsonl, .json, .parquet, .csv or .tsv file, a folder, or ORGANISATION/NAME[:SPLIT] on the hub: pairs
+    (image_a, image_b, prompt, choice), the tables of Pick-a-Pic, HPDv2, HPDv3 and ImageReward, DPO's chosen and
+    rejected, and preference datasets that the demo recorded; with --objective rating image, prompt and rating.
     """
-    from steer.apps.learning import run_reward_training, summary
+    from steer.apps.learning import run_feature_training, run_reward_training, run_user_training, summary
     from steer.apps.models import default_device
+    from steer.errors import InputError
     from steer.rewards.learned import RewardTrainingConfig
+    from steer.rewards.named_features import FeatureConfig
 
-    fields = {field.name for field in dataclasses.fields(RewardTrainingConfig)}
-    config = RewardTrainingConfig(**{name: options[name] for name in fields})
-    report = run_reward_training(data, config, out, work or Path("runs") / out.name, default_device(device), images)
+    if sum(one is not None for one in (options["features"], groups, latent)) > 1:
+        raise InputError("--features, --groups and --latent are three kinds of rewards: give one of them")
+    config, feature_config = (_config(kind, options) for kind in (RewardTrainingConfig, FeatureConfig))
+    where = out, work or Path("runs") / out.name, default_device(device), images, max_rows
+    if options["features"] is not None:
+        report = run_feature_training(data, feature_config, *where)
+    elif groups is not None or latent is not None:
+        size = ("groups", groups) if groups is not None else ("latent", latent or 0)
+        report = run_user_training(data, config, size, *where)
+    else:
+        report = run_reward_training(data, config, *where)
     click.echo(f"{summary(report)} → {out}")
+
+
+def _config(kind: Any, options: dict[str, Any]) -> Any:
+    """Make a configuration of the options that are its fields."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in options.items() if name in names})

@@ -41,6 +41,8 @@ WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "
     "--out", default=Path("out"), type=click.Path(path_type=Path), help="Output folder; a run there is resumed."
 )
 @click.option("--replay", type=click.Path(path_type=Path), help="PNG of an earlier run: make that image again.")
+@click.option("--keep", type=click.IntRange(1), help="Images of each prompt in grid.png: good and different ones.")
+@click.option("--diverse", type=click.FloatRange(0), help="Weight of their difference in that choice.  [default: 0.5]")
 @click.option("--animation", is_flag=True, help="reno, noise-search: also progress.gif for each prompt.")
 @DEVICE
 @click.option("--attention", default="auto", help="Attention backend: auto, xformers, sdpa or eager.")
@@ -56,6 +58,8 @@ def sample(
     out: Path,
     device: str | None,
     reward_timeout: float | None,
+    keep: int | None,
+    diverse: float | None,
     animation: bool,
     replay: Path | None,
     attention: str,
@@ -82,6 +86,8 @@ def sample(
         prompts = _prompts(prompt, prompt_file, prompt_column)
     from steer.apps.expansion import is_text_model
     from steer.apps.methods import ComputeOptions
+    from steer.apps.picking import check_keep, keep_diverse
+    from steer.apps.plots import draw_grid
     from steer.apps.sampling import sample as run
     from steer.apps.texts import TEXTS, sample_texts
 
@@ -89,10 +95,16 @@ def sample(
     texts = is_text_model(str(settings["model"] or SamplingConfig.field("model").default))
     with errors_with_flags():
         config = SamplingConfig.of(**choose_method(settings, purpose, texts))
+    check_keep(keep, diverse, config.particles)
+    if texts and keep is not None:
+        raise InputError(f"--keep chooses among images, and {config.model} makes texts: leave it out")
     if texts:
         report = sample_texts(prompts, config, out, device, reward_timeout)
     else:
         report = run(prompts, config, out, device, reward_timeout, animation, compute_options)
+        if keep is not None and is_main_process():
+            report = keep_diverse(report, out, keep, 0.5 if diverse is None else diverse)
+            draw_grid(report, out)
     written = out / (TEXTS if texts else "grid.png")
     means = [sum(entry["rewards"]) / len(entry["rewards"]) for entry in report["prompts"]]
     best = [max(entry["rewards"]) for entry in report["prompts"]]

@@ -1,0 +1,191 @@
+"""MAP-Elites over the starting noise: many good images that differ in chosen ways (Mouret, Clune, arXiv 1504.04909).
+
+The archive of a prompt has a cell for each interval of one or two descriptors (any rewards), with the best image there,
+its elite. A child is a neighbour of an elite, √(1 − d²) ε + d u, and replaces the elite of its own cell where its reward
+is higher. Parents are drawn among the cells that had the fewest children, so that new cells come first (as in SERENE,
+arXiv 2102.03140).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from steer.diffusion.seeds import derived_seed, seeded_normal
+from steer.errors import InputError
+from steer.noise import Search, neighbour
+from steer.pipelines.base import SteeringOutput, SteeringPipeline, steering_call
+from steer.pipelines.particle_batch import ParticleBatch
+from steer.pipelines.reno import IterationResult, NoiseRun, NoiseToImage, best_of
+from steer.pipelines.settings import MapElitesSettings, Prompts
+from steer.reward import Reward, score
+from steer.rewards.grammar import COMMA, split
+from steer.rewards.parser import load_reward
+
+SPAN = 3.5  # deviations of a descriptor, around its mean at the first images, that the cells divide
+
+
+class MapElitesPipeline(SteeringPipeline):
+    """MAP-Elites over the starting noise of a pipeline: the best images of different cells.
+
+    out = MapElitesPipeline(pipe, "scene-soft")("a star", num_particles=8, describe="brightness, colour:red")
+    """
+
+    @steering_call(MapElitesSettings)
+    def __call__(self, prompt: Prompts, settings: MapElitesSettings, call: dict[str, Any]) -> SteeringOutput:
+        """Fill the archive of each prompt; all other arguments are those of the pipeline's own `__call__`.
+
+        Every iteration makes K children. The images are the elites of the K cells of highest reward; where fewer are
+        filled, the best one is repeated. Output and errors as in `ReNOPipeline`.
+        """
+        s = settings
+        rewards = [load_reward(name) for name in split(s.describe, COMMA)]
+        shape = s.shape
+        if len(rewards) != len(shape):
+            raise InputError(f"cells {s.cells!r} are of {len(shape)} descriptors, describe names {len(rewards)}")
+        particle_batch = ParticleBatch(
+            self.pipe, self.reward, prompt, s.num_particles, call, s.reward_prompt, s.chunk_size
+        )
+        chain = NoiseToImage(particle_batch)
+        names = tuple(reward.name for reward in rewards)
+        rule = MapElites(tuple(rewards), names, shape, s.distance, s.first_batches, s.target_reward)
+        search = Archive.empty(chain.start, len(particle_batch.prompts) // s.num_particles, shape).stored_in(
+            Search.start(chain.start)
+        )
+        return NoiseRun(chain, rule, search, s.iterations, s.state_file, s.on_iteration).output(s.output_type)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Elites of B prompts over C cells: noise (B, C, …), rewards (B, C), −∞ where a cell is empty; and the intervals.
+
+    children   (B, C) made of the elites of a cell
+    low, high  (D,) of the descriptors, not a number before the first images
+    """
+
+    noise: Tensor
+    rewards: Tensor
+    children: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def empty(cls, like: Tensor, prompts: int, shape: Sequence[int]) -> "Archive":
+        """Return an archive without elites, for noise shaped like (N, …)."""
+        count, unknown = math.prod(shape), torch.full((len(shape),), math.nan)
+        noise = like.new_zeros(prompts, count, *like.shape[1:])
+        rewards = torch.full((prompts, count), -torch.inf)
+        return cls(noise, rewards, torch.zeros_like(rewards), unknown, unknown.clone())
+
+    @classmethod
+    def of(cls, search: Search) -> "Archive":
+        """Return the archive in the state of a search."""
+        state = search.optimizer_state
+        counts = state["elite_rewards"].cpu(), state["children"].cpu()
+        return cls(state["elites"], *counts, state["low"], state["high"])
+
+    def stored_in(self, search: Search) -> Search:
+        """Return a search with the archive in its state, which its checkpoint holds."""
+        state = {"elites": self.noise, "elite_rewards": self.rewards, "children": self.children}
+        state |= {"low": self.low, "high": self.high}
+        return replace(search, optimizer_state=state)
+
+    @property
+    def filled(self) -> Tensor:
+        """Return whether a cell has an elite (B, C)."""
+        return self.rewards > -torch.inf
+
+    def spanning(self, described: Tensor) -> "Archive":
+        """Return an archive whose cells divide mean ± SPAN deviations of descriptors (N, D)."""
+        mean, std = described.mean(0), described.std(0).clamp(min=1e-6)
+        return replace(self, low=mean - SPAN * std, high=mean + SPAN * std)
+
+    def cells(self, described: Tensor, shape: Sequence[int]) -> Tensor:
+        """Return the cell (N,) of descriptors (N, D); values outside belong to the outer cells."""
+        number = torch.zeros(len(described), dtype=torch.long)
+        for column, size in enumerate(shape):
+            share = (described[:, column] - self.low[column]) / (self.high[column] - self.low[column])
+            number = number * size + (share * size).long().clamp(0, size - 1)
+        return number
+
+    def with_children(self, noise: Tensor, rewards: Tensor, cells: Tensor) -> "Archive":
+        """Return the archive with children, noise (B·K, …), where they are better than the elites of their cells."""
+        elites, best, per_prompt = self.noise.clone(), self.rewards.clone(), len(noise) // len(self.noise)
+        for row, (value, cell) in enumerate(zip(rewards.tolist(), cells.tolist(), strict=True)):
+            prompt = row // per_prompt
+            if value > best[prompt, cell]:
+                best[prompt, cell], elites[prompt, cell] = value, noise[row]
+        return replace(self, noise=elites, rewards=best)
+
+    def parents(self, seeds: Sequence[int], stream: str) -> tuple[Tensor, "Archive"]:
+        """Draw an elite for each row among the cells with the fewest children: noise (B·K, …), and the new counts."""
+        per_prompt, chosen, children = len(seeds) // len(self.noise), [], self.children.clone()
+        for row, seed in enumerate(seeds):
+            prompt = row // per_prompt
+            counts = children[prompt].masked_fill(~self.filled[prompt], torch.inf)
+            least = (counts == counts.min()).nonzero()[:, 0]
+            generator = Generator().manual_seed(derived_seed(seed, f"{stream} {row}"))
+            cell = least[int(torch.randint(len(least), (1,), generator=generator))]
+            children[prompt, cell] += 1
+            chosen.append(self.noise[prompt, cell])
+        return torch.stack(chosen), replace(self, children=children)
+
+    def top(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the noise (B·K, …) and rewards (B·K,) of the best `count` elites of each prompt, the best repeated
+        where there are fewer."""
+        order = self.rewards.argsort(1, descending=True)
+        order = torch.cat([order, order[:, :1].expand(-1, max(count - order.shape[1], 0))], 1)[:, :count]
+        rewards = self.rewards.gather(1, order)
+        order = torch.where(rewards > -torch.inf, order, order[:, :1])
+        rows = torch.arange(len(order))[:, None]
+        return self.noise[rows, order].flatten(0, 1), self.rewards.gather(1, order).flatten()
+
+
+@dataclass(frozen=True)
+class MapElites:
+    """One iteration: a child of an elite for each row; the first one evaluates `first` batches of fresh noise.
+
+    describe  the descriptors, rewards;  shape: intervals of each
+    """
+
+    describe: tuple[Reward, ...] = field(repr=False)
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    distance: float = 0.5
+    first: int = 4
+    target: float | None = field(default=None, repr=False)
+
+    def __call__(self, chain: NoiseToImage, search: Search, number: int) -> IterationResult:
+        """Evaluate children, update the archive, and keep its best elites as the best of the search."""
+        archive, seeds = Archive.of(search), chain.seeds
+        results, described = [], []
+        for place in range(1 if number else self.first):
+            if number:
+                parents, archive = archive.parents(seeds, f"parent {number}")
+                u = seeded_normal(seeds, parents, [f"child {number} {row}" for row in range(len(seeds))])
+                noise = neighbour(parents, u, self.distance)
+            else:
+                streams = [f"first {place} {row}" for row in range(len(seeds))]
+                noise = seeded_normal(seeds, chain.start, streams) if place else chain.start
+            images = chain.fast_images(noise)
+            rewards, components = chain.particle_batch.score(images)
+            described.append(self._described(images, chain.particle_batch.prompts))
+            results.append(IterationResult(images, rewards, components, noise, search))
+        if not number:
+            archive = archive.spanning(torch.cat(described))
+        for result, values in zip(results, described, strict=True):
+            cells = archive.cells(values, self.shape)
+            archive = archive.with_children(result.noise, result.rewards.flatten(), cells)
+        noise, best = archive.top(len(seeds) // len(archive.noise))
+        updated = replace(
+            archive.stored_in(search), noise=noise, best_noise=noise.clone(), best_rewards=best, peak=best.clone()
+        )
+        return replace(best_of(results), search=updated.finish_at_target(self.target))
+
+    def _described(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the descriptors (N, D) of images."""
+        with torch.no_grad():
+            return torch.stack([score(reward, images, prompts).cpu().float() for reward in self.describe], 1)

@@ -1,0 +1,108 @@
+"""Rewards from ratings: regression on stars, likes or grades, of single images (HelpSteer2, arXiv 2410.01257)."""
+
+import math
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from steer.registry import choose
+from steer.reward import RewardError
+from steer.rewards.analysis import pairwise_agreement
+from steer.rewards.clip import Backbone, load_backbone
+from steer.rewards.learned import (
+    FEATURE_BATCH,
+    HEADS,
+    RewardCard,
+    RewardTrainingConfig,
+    card_backbone,
+    image_features,
+    new_member,
+    save_members,
+    train_member,
+    write_run_config,
+)
+from steer.rewards.preference_pairs import Ratings, split_by_prompt
+
+Numbers = dict[str, float]
+
+
+def train_on_ratings(
+    ratings: Ratings, config: RewardTrainingConfig, out: Path, work: Path, device: str = "cpu"
+) -> dict[str, Any]:
+    """Minimise (r(x) − (y − ȳ)/s_y)², write the reward to `out` and return its report; a run in `work` resumes.
+
+    The reward's score is the predicted rating, in the unit of the ratings y. The report has the correlation with the
+    held-out ratings, R², and the share of image pairs of one prompt in the order of their ratings.
+    Raises RewardError for equal ratings, and for a head that compares images.
+    """
+    config.check()
+    choose("head", config.head, HEADS)
+    if config.head == "general" or (config.head == "similarity" and not config.train_backbone):
+        raise RewardError(f"--head {config.head} does not learn from ratings: take --head pair or image")
+    write_run_config(work, config, len(ratings))
+    training_rows, held_rows = split_by_prompt(ratings.prompts, config.held_out, config.seed)
+    training, held = ratings.select(training_rows), ratings.select(held_rows or training_rows)
+    mean, std = training.ratings.mean().item(), training.ratings.std().item()
+    if not std > 0:
+        raise RewardError(f"all {len(training)} ratings are {mean:g}: nothing to learn")
+    backbone = load_backbone(config.backbone).to(device)
+    target, members, predictions = ((training.ratings - mean) / std).to(device), [], []
+    frozen = None if config.train_backbone else _features(backbone, training)
+    for number in range(config.members):
+        member, own = new_member(config, number, backbone)
+        encode = partial(_encode, own, training) if frozen is None else partial(_rows, frozen)
+        train_member(member, partial(_loss, member["head"], encode, target), len(training), config, work, number)
+        with torch.no_grad():
+            predictions.append((member["head"](*_features(own, held)) * std + mean).cpu())
+        members.append(member)
+    report = {
+        "config": asdict(config),
+        "unit": "rating",
+        "ratings": {"trained": len(training), "held_out": len(held_rows), "mean": mean, "std": std},
+        "members": [rating_metrics(one, held) for one in predictions],
+        "ensemble": rating_metrics(torch.stack(predictions).mean(0), held),
+    }
+    count = config.members  # (r + ȳ/s_y) / (1/s_y) is the rating
+    scales = (-mean / std,) * count, (1 / std,) * count
+    save_members(out, RewardCard(config.head, card_backbone(config), backbone.width, *scales, report), members, config)
+    return report
+
+
+def rating_metrics(predicted: Tensor, held: Ratings) -> Numbers:
+    """Return Pearson's correlation, R² and the pairwise accuracy inside prompts (nan without such pairs)."""
+    if len(held) < 2:
+        return dict.fromkeys(("pearson", "r2", "pair_accuracy"), math.nan)
+    error = (predicted - held.ratings).square().mean() / held.ratings.var(correction=0)
+    correlation = stats.pearsonr(predicted.numpy(), held.ratings.numpy()).statistic
+    accuracy = pairwise_agreement(predicted.tolist(), held.ratings.tolist(), held.prompts)
+    values = {"pearson": float(correlation), "r2": 1 - error.item(), "pair_accuracy": accuracy}
+    return {name: round(value, 4) for name, value in values.items()}
+
+
+def _loss(head: nn.Module, encode: Any, target: Tensor, rows: Tensor) -> Tensor:
+    return F.mse_loss(head(*encode(rows)), target[rows])
+
+
+def _rows(features: tuple[Tensor, Tensor], rows: Tensor) -> tuple[Tensor, Tensor]:
+    return features[0][rows], features[1][rows]
+
+
+@torch.no_grad()
+def _features(backbone: Backbone, ratings: Ratings) -> tuple[Tensor, Tensor]:
+    backbone.eval()
+    parts = [_encode(backbone, ratings, rows) for rows in torch.arange(len(ratings)).split(FEATURE_BATCH)]
+    return torch.cat([image for image, _ in parts]), torch.cat([text for _, text in parts])
+
+
+def _encode(backbone: Backbone, ratings: Ratings, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode some images and their prompts: (N, D) each."""
+    chosen = ratings.select(rows.tolist())
+    prompts = list(dict.fromkeys(chosen.prompts))
+    text = backbone.texts(prompts)[[prompts.index(prompt) for prompt in chosen.prompts]]
+    return image_features(backbone, chosen.images), text

@@ -1,0 +1,115 @@
+"""Strength of preferences, measured by an ensemble that did not see the pair, and cleaning by it.
+
+After "Secrets of RLHF in Large Language Models, Part II" (arXiv 2401.06080, section 2): with Δ_m = r_m(a) − r_m(b) of
+the members m that were trained without a pair, and c its label,
+
+    μ = mean_m Δ_m,   s = std_m Δ_m,   strength = |μ|,   agreement = μ (2c − 1)
+
+The labels of least agreement are flipped, those of the next band become the ensemble's probability mean_m σ(Δ_m).
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from steer.registry import choose
+from steer.reward import RewardError
+from steer.rewards import objectives
+from steer.rewards.clip import load_backbone
+from steer.rewards.learned import (
+    HEADS,
+    RewardTrainingConfig,
+    new_member,
+    pair_features,
+    pair_loss,
+    raw_pair,
+    train_member,
+    write_run_config,
+)
+from steer.rewards.preference_pairs import Pairs
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """Differences Δ (M, P) of pairs in nats, by members that were trained without the pair."""
+
+    differences: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """μ (P,)."""
+        return self.differences.mean(0)
+
+    @property
+    def spread(self) -> Tensor:
+        """s (P,)."""
+        return self.differences.std(0, correction=0)
+
+    def agreement(self, choice: Tensor) -> Tensor:
+        """Return μ (2c − 1) (P,): below 0 where the ensemble contradicts the label."""
+        return self.mean * (2 * choice - 1)
+
+
+def measure_strength(
+    pairs: Pairs, config: RewardTrainingConfig, folds: int, work: Path, device: str = "cpu"
+) -> Strengths:
+    """Train `config.members` heads without each fold of the pairs and measure Δ on it; a run in `work` resumes.
+
+    Raises RewardError for a configuration that trains more than heads.
+    """
+    config.check()
+    choose("head", config.head, HEADS)
+    objective = choose("objective", config.objective, objectives.OBJECTIVES)
+    if config.train_backbone or config.head == "similarity" or config.start:
+        raise RewardError("strength is measured by heads on a frozen CLIP: take --head pair, image or general")
+    if not 2 <= folds <= len(pairs):
+        raise RewardError(f"--folds must be from 2 to the number of pairs, {len(pairs)}, got {folds}")
+    write_run_config(work, config, len(pairs))
+    backbone = load_backbone(config.backbone).to(device)
+    features = [column.to(device) for column in pair_features(backbone, pairs)]
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(config.seed))
+    differences = torch.zeros(config.members, len(pairs))
+    for number, fold in enumerate(order.chunk(folds)):
+        others = order[~torch.isin(order, fold)]
+        seen = [column[others.to(device)] for column in features]
+        labels = pairs.labels[others].to(device)
+        for k in range(config.members):
+            member, _ = new_member(config, number * config.members + k, backbone)
+            loss = partial(pair_loss, member["head"], partial(_rows, seen), labels, objective, config)
+            train_member(member, loss, len(others), config, work, number * config.members + k)
+            with torch.no_grad():
+                a, b = raw_pair(member["head"], *(column[fold.to(device)] for column in features))
+            differences[k, fold] = (a - b).cpu()
+    return Strengths(differences)
+
+
+def _rows(features: list[Tensor], rows: Tensor) -> list[Tensor]:
+    return [column[rows] for column in features]
+
+
+KEPT, SOFTENED, FLIPPED = "kept", "softened", "flipped"
+
+
+def clean(pairs: Pairs, strengths: Strengths, flip: float = 0.1, soften: float = 0.1) -> tuple[Pairs, list[str]]:
+    """Flip the labels of the share `flip` of least agreement where it is below 0, soften those of the next share.
+
+    Returns pairs with |μ| as their strength, and for each pair kept, softened or flipped. Ties are kept.
+    """
+    if not 0 <= flip + soften <= 1 or min(flip, soften) < 0:
+        raise RewardError(f"--flip and --soften are shares from 0 to 1, together at most 1, got {flip} and {soften}")
+    choice = pairs.labels.choice.clone()
+    decided = (choice != 0.5).nonzero()[:, 0]
+    ranked = decided[strengths.agreement(choice)[decided].argsort()]
+    first, second = round(flip * len(ranked)), round((flip + soften) * len(ranked))
+    contradicted = ranked[:first][strengths.agreement(choice)[ranked[:first]] < 0]
+    softened = ranked[first:second]
+    choice[softened] = strengths.differences.sigmoid().mean(0)[softened]
+    choice[contradicted] = 1 - choice[contradicted]
+    names = [KEPT] * len(pairs)
+    for name, rows in ((SOFTENED, softened), (FLIPPED, contradicted)):
+        for row in rows.tolist():
+            names[row] = name
+    return replace(pairs, labels=objectives.PreferenceLabels(choice, strengths.mean.abs())), names

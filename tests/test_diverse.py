@@ -1,0 +1,117 @@
+"""A few images out of many: against brute force, planted clusters, monotone in the weight, the commands."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Steer
+from diffusers import StableDiffusionPipeline
+from planted import images
+from torch import Tensor
+
+from steer.apps.prompts import load_prompts
+from steer.assets import MODELS
+from steer.diverse import cosine, diverse, pixel_features, quality
+from steer.errors import InputError
+from steer.pipelines.selection import BestOfNPipeline
+
+
+def objective(rows: tuple[int, ...], q: Tensor, similarity: Tensor, weight: float) -> float:
+    return (q[list(rows)].sum() + weight * similarity[:, list(rows)].amax(1).sum()).item()
+
+
+def test_greedy_reaches_its_bound_on_random_instances() -> None:
+    """At least 1 − 1/e of the best of all subsets of 4 of 12, and the best itself without a weight."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(100):
+        rewards, features = torch.randn(12, generator=generator), torch.randn(12, 3, generator=generator)
+        weight = (0.0, 0.5, 2.0)[number % 3]
+        q, similarity = quality(rewards), cosine(features)
+        best = max(objective(rows, q, similarity, weight) for rows in itertools.combinations(range(12), 4))
+        chosen = diverse(rewards, features, 4, weight)
+        reached = objective(chosen.rows, q, similarity, weight)
+        assert reached >= (1 - 1 / torch.e) * best and sum(chosen.gains) == pytest.approx(reached)
+        if weight == 0:
+            assert reached == pytest.approx(best) and list(chosen.rows) == rewards.argsort(descending=True)[:4].tolist()
+
+
+def test_one_of_each_cluster_is_chosen() -> None:
+    """Three clusters of five near-duplicates, of which one cluster has the highest rewards."""
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.eye(3).repeat_interleave(5, 0)
+    features = centres + 0.05 * torch.randn(15, 3, generator=generator)
+    rewards = torch.tensor([2.0] * 5 + [1.0] * 5 + [0.5] * 5) + 0.01 * torch.randn(15, generator=generator)
+    assert {row // 5 for row in diverse(rewards, features, 3, 2.0).rows} == {0, 1, 2}
+    assert {row // 5 for row in diverse(rewards, features, 3, 0.0).rows} == {0}
+
+
+def test_coverage_rises_and_quality_falls_with_the_weight() -> None:
+    generator = torch.Generator().manual_seed(2)
+    rewards, features = torch.randn(40, generator=generator), torch.randn(40, 4, generator=generator)
+    q, similarity = quality(rewards), cosine(features)
+    rows = [list(diverse(rewards, features, 4, weight).rows) for weight in (0.0, 0.2, 1.0, 100.0)]
+    coverage = [similarity[:, some].amax(1).sum().item() for some in rows]
+    assert coverage[0] < coverage[-1] and all(a <= b + 0.5 for a, b in itertools.pairwise(coverage))
+    assert q[rows[0]].sum() > q[rows[-1]].sum()
+
+
+def test_several_rewards_are_ranked() -> None:
+    """Borda: the second image is second for both, no other is better on average; units do not matter."""
+    rewards = torch.tensor([[3.0, 2, 1, 0], [0, 200, 100, 300]])
+    assert diverse(rewards, torch.eye(4), 1, 0.0).rows == (1,)
+    torch.testing.assert_close(quality(torch.ones(3)), torch.zeros(3, dtype=torch.float64))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for count, weight in ((0, 0.5), (5, 0.5), (2, -1.0)):
+        with pytest.raises(InputError, match="keep 1 to 4 of 4 images"):
+            diverse(torch.rand(4), torch.rand(4, 2), count, weight)
+
+
+def test_pixels_tell_images_apart() -> None:
+    one, two = torch.rand(3, 16, 16), torch.rand(3, 16, 16)
+    similarity = cosine(pixel_features(torch.stack([one, one + 0.01, two])))
+    assert similarity[0, 1] > 0.95 > similarity[0, 2]
+
+
+def test_the_commands(tmp_path: Path, steer: Steer) -> None:
+    for number, image in enumerate(images(6)):
+        (tmp_path / f"{number}.png").write_bytes(image)
+    code, out, err = steer("pick", tmp_path, "--reward", "brightness", "--reward", "jpeg", "--keep", 2)
+    picked = json.loads(out)["picked"]
+    assert code == 0 and len(picked) == 2 and set(picked[0]["rewards"]) == {"brightness", "jpeg"}, err
+    code, _, err = steer("pick", tmp_path, "--reward", "brightness", "--keep", 7)
+    assert code == 2 and "keep 1 to 6 of 6 images" in err
+    words = ["sample", "a red circle", "--particles", 3, "--method", "best-of-n", "--steps", 1, "--no-compare"]
+    code, _, err = steer(*words, "--keep", 2, "--out", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert code == 0 and len(report["prompts"][0]["kept"]["ranks"]) == 2 and len(report["prompts"][0]["images"]) == 3
+    code, _, err = steer(*words, "--keep", 4, "--out", tmp_path / "two")
+    assert code == 2 and "--keep 4 of --particles 3" in err
+    code, _, err = steer(*words, "--diverse", 1, "--out", tmp_path / "two")
+    assert code == 2 and "add --keep N" in err
+
+
+@pytest.mark.hard
+def test_four_of_sixteen_scenes_differ_more_at_little_cost() -> None:
+    """Held-out prompts: the mean distance of the four images rises outside its interval; rewards stay near the top."""
+    pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
+    pipe.set_progress_bar_config(disable=True)
+    best = BestOfNPipeline(pipe, "scene-soft")
+    gain, lost = [], []
+    for number, prompt in enumerate(load_prompts("scenes-heldout")[::20][:8]):
+        generator = torch.Generator().manual_seed(number)
+        out = best(
+            prompt, num_particles=16, num_inference_steps=10, guidance_scale=4, generator=generator, output_type="pt"
+        )
+        images, rewards = out.images.flatten(0, -4), out.rewards[0]
+        features = pixel_features(images)
+        top, chosen = list(range(4)), list(diverse(rewards, features, 4, 0.5).rows)
+        distance = [(1 - cosine(features[rows])).sum() / 12 for rows in (top, chosen)]
+        gain.append((distance[1] - distance[0]).item())
+        lost.append(((rewards[top].mean() - rewards[chosen].mean()) / rewards.std()).item())
+    gains = torch.tensor(gain)
+    assert gains.mean() > 1.96 * gains.std() / len(gains) ** 0.5, (gain, lost)
+    assert sum(lost) / len(lost) < 1.0, (gain, lost)

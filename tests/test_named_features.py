@@ -1,0 +1,162 @@
+"""Rewards over named features: planted weights from 300 pairs, signs, intervals, networks, refusals."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from planted import images, pairs_of, random_rows, tensors, tiny_clip
+from torch import Tensor
+
+from steer.apps.scenes.preferences import png
+from steer.apps.scenes.training import training_scenes
+from steer.reward import RewardError, score_components
+from steer.rewards.learned import RewardTrainingConfig, train_reward
+from steer.rewards.named_features import FeatureConfig, fit_weights, train_on_features
+from steer.rewards.objectives import PreferenceLabels
+from steer.rewards.parser import load_reward
+from steer.rewards.preference_pairs import Pairs
+
+NAMES = "brightness, colour:red, colour:blue, jpeg"
+COUNT, FREE = 400, [(None, None)] * 2
+PLANTED = torch.tensor([1.0, 2.0, 0.0, -1.0])
+
+
+def z() -> Tensor:
+    """The features, standardised over all images: (N, 4)."""
+    batch = tensors(images(COUNT))
+    values = torch.stack([load_reward(name)(batch, [""] * COUNT) for name in NAMES.split(", ")], 1)
+    return (values - values.mean(0)) / values.std(0)
+
+
+def pairs(number: int, seed: int, flips: float) -> Pairs:
+    rows, values = random_rows(COUNT, number, seed), z() @ PLANTED
+    choice = values[rows[:, 0]] > values[rows[:, 1]]
+    flipped = torch.rand(number, generator=torch.Generator().manual_seed(seed)) < flips
+    return pairs_of(COUNT, rows, choice ^ flipped)
+
+
+def rightness(reward: Any, unseen: Pairs) -> Tensor:
+    a, b = (reward(tensors(side), list(unseen.prompts)) for side in (unseen.a, unseen.b))
+    return ((a > b) == unseen.labels.choice.bool()).double()
+
+
+def test_300_pairs_with_a_tenth_flipped_give_the_weights(tmp_path: Path) -> None:
+    """The direction of the planted weights; more right than a head on CLIP features of the same pairs."""
+    few, unseen = pairs(300, 1, 0.1), pairs(300, 2, 0.0)
+    report = train_on_features(few, FeatureConfig(NAMES, held_out=0.0), tmp_path / "r", tmp_path / "work")
+    reward = load_reward(f"preference:{tmp_path / 'r'}")
+    weights = torch.tensor([*report["weights"].values()])
+    assert torch.cosine_similarity(weights, PLANTED, 0) >= 0.98, weights
+    assert list(report["weights"]) == NAMES.split(", ")
+    card = json.loads((tmp_path / "r" / "reward.json").read_text())
+    assert all(low <= weight <= high for (low, high), weight in zip(card["intervals"], weights.tolist(), strict=True))
+    assert card["intervals"][1][0] > 0 > card["intervals"][3][1]
+    head = RewardTrainingConfig(tiny_clip(), steps=150, learning_rate=3e-3, held_out=0.0)
+    train_reward(few, head, tmp_path / "head", tmp_path / "work-head")
+    gain = rightness(reward, unseen) - rightness(load_reward(str(tmp_path / "head")), unseen)
+    assert gain.mean() > 1.96 * gain.std() / len(gain) ** 0.5
+
+
+def test_the_components_add_up_and_the_weights_are_those_of_logistic_regression(tmp_path: Path) -> None:
+    train_on_features(pairs(60, 3, 0.1), FeatureConfig("brightness, jpeg"), tmp_path / "r", tmp_path / "work")
+    reward = load_reward(str(tmp_path / "r"))
+    total, components = score_components(reward, tensors(images(COUNT)[:5]), ["x"] * 5)
+    scale = json.loads((tmp_path / "r" / "reward.json").read_text())["scale"]
+    torch.testing.assert_close(total, sum(components.values()) / scale)  # type: ignore[arg-type]
+    assert list(components) == ["brightness", "jpeg"] and not reward.differentiable
+    # One feature, difference ±1, three of four for a: σ(w) = 3/4 without a penalty.
+    choice = torch.tensor([1.0, 1, 1, 0])
+    assert fit_weights(torch.ones(4, 1), choice, FREE[:1], 0.0).item() == pytest.approx(
+        torch.tensor(3.0).log().item(), 1e-4
+    )
+
+
+def test_signs_bound_the_weights(tmp_path: Path) -> None:
+    config = FeatureConfig("brightness, colour:red, jpeg", signs="- ? +")
+    report = train_on_features(pairs(100, 4, 0.0), config, tmp_path / "r", tmp_path / "work")
+    brightness, red, jpeg = report["weights"].values()
+    assert brightness <= 0 < red and jpeg == 0
+
+
+def test_a_network_learns_what_no_weights_can(tmp_path: Path) -> None:
+    """Preferred is the medium brightness; the reward is differentiable as its feature is."""
+    rows, values = random_rows(COUNT, 300, 5), -z()[:, 0].abs()
+    data = pairs_of(COUNT, rows, values[rows[:, 0]] > values[rows[:, 1]])
+    right = {}
+    for hidden in (0, 8):
+        config = FeatureConfig("brightness", hidden=hidden, held_out=0.2)
+        folder = tmp_path / f"r{hidden}"
+        right[hidden] = train_on_features(data, config, folder, tmp_path / "work")["ensemble"]["accuracy"]
+    assert right[0] < 0.65 and right[8] > 0.85
+    image = tensors(images(COUNT)[:2]).requires_grad_(True)
+    reward = load_reward(str(tmp_path / "r8"))
+    reward(image, ["x"] * 2).sum().backward()
+    assert reward.differentiable and image.grad is not None and image.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": "brightness, "}, "name 1 to 100 rewards, separated by ', '"),
+        ({"features": "brightnes"}, "did you mean brightness"),
+        ({"features": "os:system"}, "'os:system' is not a named reward"),
+        ({"signs": "+"}, "give . - or . for each of 2 features"),
+        ({"signs": "+ +", "hidden": 4}, "leave out --hidden"),
+        ({"hidden": -1}, "--hidden must be from 0 to 1024, got -1"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    config = FeatureConfig(**({"features": "brightness, jpeg"} | changes))
+    with pytest.raises(RewardError, match=message):
+        train_on_features(pairs(20, 6, 0.0), config, tmp_path / "r", tmp_path / "work")
+
+
+def test_a_forged_card_is_refused(tmp_path: Path) -> None:
+    card = {
+        "features": ["os:system"],
+        "means": [0],
+        "stds": [1],
+        "weights": [1],
+        "intervals": [],
+        "scale": 1,
+        "hidden": 0,
+    }
+    for changes, message in (
+        ({}, "'os:system' is not a named reward"),
+        ({"features": [f"preference:{tmp_path}"]}, "contain themselves"),
+        ({"stds": [0]}, "not the card of a reward over named features"),
+        ({"extra": 1}, "cannot be read"),
+    ):
+        (tmp_path / "reward.json").write_text(json.dumps(card | {"kind": "features"} | changes))
+        with pytest.raises(RewardError, match=message):
+            load_reward(str(tmp_path))
+
+
+@pytest.mark.hard
+def test_300_labels_of_scenes(tmp_path: Path) -> None:
+    """On drawn scenes: the planted weights over the CLIP, brightness and jpeg, better than a head on the same pairs."""
+    drawn, _ = training_scenes(300)
+    files, names = (
+        [png(Image.fromarray(image)) for image in drawn.permute(0, 2, 3, 1).numpy()],
+        "clip:scenes, brightness, jpeg",
+    )
+    values = torch.stack([load_reward(name)(drawn, ["a red circle"] * 300).detach() for name in names.split(", ")], 1)
+    planted = torch.tensor([2.0, -1.0, 1.0])
+    truth = ((values - values.mean(0)) / values.std(0)) @ planted
+    halves = []
+    for seed, flips in ((1, 0.1), (2, 0.0)):
+        rows = random_rows(300, 300, seed)
+        flipped = torch.rand(300, generator=torch.Generator().manual_seed(seed)) < flips
+        choice = (truth[rows[:, 0]] > truth[rows[:, 1]]) ^ flipped
+        a, b = (tuple(files[k] for k in column) for column in rows.T.tolist())
+        halves.append(Pairs(a, b, ("a red circle",) * 300, PreferenceLabels(choice.float(), torch.ones(300))))
+    report = train_on_features(halves[0], FeatureConfig(names, held_out=0.0), tmp_path / "r", tmp_path / "work")
+    assert torch.cosine_similarity(torch.tensor([*report["weights"].values()]), planted, 0) >= 0.98
+    head = RewardTrainingConfig("scenes", steps=200, held_out=0.0)
+    train_reward(halves[0], head, tmp_path / "head", tmp_path / "work-head")
+    right = [rightness(load_reward(str(tmp_path / name)), halves[1]) for name in ("r", "head")]
+    gain = right[0] - right[1]
+    assert gain.mean() > 1.96 * gain.std() / len(gain) ** 0.5, [one.mean() for one in right]
