@@ -94,6 +94,40 @@ def _read_settings(others: Collection[str], context: click.Context, option: clic
     }
 
 
+class CallArgument(click.ParamType[dict[str, Any]]):
+    """An argument of the pipeline's call, NAME=VALUE; a mapping in a settings file."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> dict[str, Any]:
+        """Return the argument by its name, its value as text. Raises InputError."""
+        if isinstance(value, dict):
+            return value
+        name, equals, text = str(value).partition("=")
+        if not (equals and name.isidentifier()):
+            raise InputError(f"--call {value!r:.60}: write NAME=VALUE, such as --call guidance_rescale=0.7")
+        return {name: text}
+
+
+def _merge_call(context: click.Context, option: click.Parameter, given: Sequence[dict[str, Any]]) -> Any:
+    """Return all arguments of the call by name. Raises InputError for one that is given twice."""
+    names = [name for one in given for name in one]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--call {repeated[0]} is given {names.count(repeated[0])} times and takes one value")
+    return {name: value for one in given for name, value in one.items()} or None
+
+
+def _join_loras(context: click.Context, option: click.Parameter, given: Sequence[str]) -> str | None:
+    return " + ".join(given) or None
+
+
+# Settings whose option is repeatable: {setting: (type, callback that makes one value)}.
+REPEATABLE: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "call": (CallArgument(), _merge_call),
+    "lora": (str, _join_loras),
+}
+
+
 class NumberOrWord(click.ParamType[Any]):
     """A number of one kind, or a word that stands for one, such as auto."""
 
@@ -130,6 +164,13 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
             kinds = [kind for kind in kinds_of(name) if kind in (bool, int, float)]
             kind: Any = NumberOrWord(kinds[0]) if kinds and str in kinds_of(name) else (*kinds, str)[0]
             switch = True if kind is bool and "/" not in flags[0] else None
+            if name in REPEATABLE:
+                kind, merge = REPEATABLE[name]
+                repeated = click.option(
+                    *flags, name, type=kind, multiple=True, default=None, callback=merge, help=help_of(name)
+                )
+                command = repeated(command)
+                continue
             option = click.option(
                 *flags, name, type=None if kind is bool else kind, default=None, help=help_of(name), is_flag=switch
             )
