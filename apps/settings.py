@@ -166,7 +166,9 @@ def _call_text(given: Any) -> str | None:
     except ValueError:
         arguments = given
     if not isinstance(arguments, Mapping | None):
-        raise InputError(f"call must be arguments of the pipeline by name, such as {{guidance_rescale: 0.7}}, got {given!r:.60}")
+        raise InputError(
+            f"call must be arguments of the pipeline by name, such as {{guidance_rescale: 0.7}}, got {given!r:.60}"
+        )
     return json.dumps(dict(arguments)) if arguments else None
 
 

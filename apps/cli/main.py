@@ -12,10 +12,12 @@ import click
 from steer import __version__
 from steer.apps.cli.bench import bench
 from steer.apps.cli.check_pipeline import check_pipeline
+from steer.apps.cli.completion import completion
 from steer.apps.cli.demo import demo
 from steer.apps.cli.evaluate import evaluate
 from steer.apps.cli.finetune import finetune
 from steer.apps.cli.foresight import foresight
+from steer.apps.cli.grid import grid
 from steer.apps.cli.options import DEVICE, Group
 from steer.apps.cli.rewards import rewards
 from steer.apps.cli.sample import SPEC, TIMEOUT, sample
@@ -79,10 +81,12 @@ def score(
 
 steer.add_command(bench)
 steer.add_command(check_pipeline)
+steer.add_command(completion)
 steer.add_command(demo)
 steer.add_command(evaluate)
 steer.add_command(finetune)
 steer.add_command(foresight)
+steer.add_command(grid)
 steer.add_command(rewards)
 steer.add_command(sample)
 

@@ -7,7 +7,16 @@ from typing import Any, TypeVar
 
 import click
 
-from steer.apps.settings import ALL_OPTIONS, SHARED, flags_of, help_of, kinds_of
+from steer.apps.settings import (
+    ALL_OPTIONS,
+    METHOD_OPTIONS,
+    SHARED,
+    SamplingConfig,
+    flags_of,
+    help_of,
+    kinds_of,
+    methods_with,
+)
 from steer.arguments import plain_value
 from steer.errors import InputError
 from steer.registry import nearest
@@ -20,7 +29,8 @@ class Command(click.Command):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the words of the command line. Raises InputError for a single-valued option that is repeated."""
-        check_not_repeated(self, context, args)
+        if not context.resilient_parsing:  # of a shell that completes words
+            check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
 
@@ -32,7 +42,8 @@ class Group(click.Group):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the options before the name of a command, as `Command.parse_args` does."""
-        check_not_repeated(self, context, args)
+        if not context.resilient_parsing:  # of a shell that completes words
+            check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
 
@@ -144,6 +155,28 @@ class NumberOrWord(click.ParamType[Any]):
             return value
 
 
+def complete_setting(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of a setting that begin with a text: methods, rewards, schedulers, embedded models, choices."""
+    name, names = str(option.name), list[str]()
+    if name == "reward":
+        from steer.rewards import REWARDS
+
+        names = [*REWARDS]
+    elif name == "model":
+        from steer.assets import MODELS, TEXT_MODELS
+
+        names = [*MODELS, *TEXT_MODELS]
+    elif name == "scheduler":
+        from steer.apps.components import SCHEDULERS
+
+        names = [*SCHEDULERS]
+    else:
+        owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
+        choices = owner.field(name).metadata["choices"]
+        names = [*choices] if isinstance(choices, tuple) else []
+    return [one for one in names if one.startswith(incomplete)]
+
+
 def setting_options(without: Collection[str] = (), others: Collection[str] = ()) -> Callable[[F], F]:
     """Decorate a command with an option for every setting of `steer.apps.settings`; None is a setting's default.
 
@@ -164,15 +197,12 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
             kinds = [kind for kind in kinds_of(name) if kind in (bool, int, float)]
             kind: Any = NumberOrWord(kinds[0]) if kinds and str in kinds_of(name) else (*kinds, str)[0]
             switch = True if kind is bool and "/" not in flags[0] else None
+            given: dict[str, Any] = {"type": None if kind is bool else kind, "is_flag": switch}
             if name in REPEATABLE:
                 kind, merge = REPEATABLE[name]
-                repeated = click.option(
-                    *flags, name, type=kind, multiple=True, default=None, callback=merge, help=help_of(name)
-                )
-                command = repeated(command)
-                continue
+                given = {"type": kind, "multiple": True, "callback": merge}
             option = click.option(
-                *flags, name, type=None if kind is bool else kind, default=None, help=help_of(name), is_flag=switch
+                *flags, name, default=None, help=help_of(name), shell_complete=complete_setting, **given
             )
             command = option(command)
         return settings_file(command)
