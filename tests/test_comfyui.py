@@ -1,4 +1,4 @@
-"""`steer.apps.comfyui` through a stand-in of ComfyUI's interface: schemas, validation, scores and picks."""
+"""`steer.apps.comfyui` through an imitation of the interface of ComfyUI: schemas, validation, scores and picks."""
 
 import asyncio
 import importlib

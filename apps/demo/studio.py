@@ -157,6 +157,7 @@ class Studio:
     models   that visitors may choose, the first by default
     rewards  specifications that the owner allows; visitors may also use rewards that have names
     labels   folder of preferences; None: one in `home`, which is removed when the app ends
+    label_images  folder of images with prompts that annotators choose between; None: images are sampled
     home     a temporary folder: nothing outside it is written, nothing else is served
     """
 
@@ -165,6 +166,7 @@ class Studio:
     labels: Path | None = None
     device: str | None = None
     dtype: str | None = None
+    label_images: Path | None = None
     worker: Worker = field(default_factory=Worker)
     home: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="steer-demo-")))
     _pipe: tuple[str, Any] | None = None
