@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors import SafetensorError
 
+from steer.apps.prompts import call_arguments
 from steer.apps.settings import SamplingConfig
 from steer.assets import TINY_VAES
 from steer.diffusion.attention import BACKENDS, attention_backend
@@ -110,6 +111,11 @@ class Job:
         return options | ({"preview": load_preview(options["preview"], self.pipe)} if "preview" in options else {})
 
     @property
+    def call_arguments(self) -> dict[str, Any]:
+        """The arguments of the call from the settings, and from the prompt's row, which come first."""
+        return call_arguments(type(self.pipe), self.settings) | dict(self.arguments)
+
+    @property
     def call(self) -> dict[str, Any]:
         """The arguments that all methods share; None is left to the method, or to the pipeline."""
         given: dict[str, Any] = {
@@ -123,7 +129,7 @@ class Job:
         return (
             filter_call_kwargs(self.pipe, METHODS[self.settings.method].defaults)
             | given
-            | dict(self.arguments)
+            | self.call_arguments
             | dict(self.noise_arguments)
         )
 
@@ -217,11 +223,19 @@ class ComputeOptions:
     compiled     the denoiser through torch.compile (`steer.diffusion.batching`)
     micro_batch  rows of the denoiser's batch at a time (`steer.diffusion.batching`); 0: as many as the memory takes;
                  None: all, or not at all
+    offload      where parts of the model wait while they are not computed with: model (whole components) or sequential
+                 (single layers, slower) keeps them on the CPU; None: on the device
     """
 
     attention: str = "auto"
     compiled: bool = False
     micro_batch: int | None = None
+    offload: str | None = None
+
+    @property
+    def loading(self) -> dict[str, str]:
+        """Arguments of `load_pipeline` that they are."""
+        return {} if self.offload is None else {"offload": self.offload}
 
     def check(self) -> None:
         """Raise InputError for options that do not fit, before any model is loaded."""

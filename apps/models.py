@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 import re
 import sys
 from _pickle import UnpicklingError  # the exception class alone
@@ -23,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from steer.apps.components import set_scheduler, set_vae
 from steer.apps.methods import DisableAdapter
 from steer.assets import MODELS, TEXT_MODELS
 from steer.diffusion.step_hooks import DENOISERS
@@ -54,6 +56,9 @@ def load_pipeline(
     *,
     variant: str | None = None,
     config: str | None = None,
+    vae: str | None = None,
+    scheduler: str | None = None,
+    offload: str | None = None,
 ) -> Any:
     """Load a diffusers pipeline.
 
@@ -61,11 +66,14 @@ def load_pipeline(
     file takes its configuration from a folder in diffusers' format beside it (its own folder, or one of its name
     without .safetensors), else from the published model of its kind, on the hub or in its cache.
 
-    model    name of an embedded model, folder in diffusers' format, single .safetensors file, or ORGANISATION/NAME
-    device   by default the GPU if there is one
-    dtype    float32, float16 or bfloat16; by default float32 on the CPU and bfloat16 elsewhere
-    variant  of the weights, such as fp16; by default plain ones, or the folder's only one
-    config   for a single file: a folder of such a model in diffusers' format, JSON files and tokenizer
+    model      name of an embedded model, folder in diffusers' format, single .safetensors file, or ORGANISATION/NAME
+    device     by default the GPU if there is one
+    dtype      float32, float16 or bfloat16; by default float32 on the CPU and bfloat16 elsewhere
+    variant    of the weights, such as fp16; by default plain ones, or the folder's only one
+    config     for a single file: a folder of such a model in diffusers' format, JSON files and tokenizer
+    vae        autoencoder in place of the model's own (`steer.apps.components.set_vae`)
+    scheduler  solver in place of the model's own (`steer.apps.components.set_scheduler`)
+    offload    model or sequential: components, or layers, wait on the CPU while the GPU does not need them
     Raises InputError for a model that is missing or cannot be loaded. Code in a model folder is never run.
     """
     from diffusers.utils import logging as diffusers_logging
@@ -82,6 +90,7 @@ def load_pipeline(
         problem = f"no {INDEX} in this folder" if single else f"model {model!r} is no single file: leave it out"
         raise InputError(f"--config {config}: {problem}")
     device = default_device(device)
+    _check_offload(offload, device)
     try:
         if isinstance(source, Path) and source.is_file():
             pipe = _from_single_file(model, source, resolve_dtype(device, dtype), config)
@@ -100,7 +109,36 @@ def load_pipeline(
     except Exception as error:  # two libraries on untrusted files: what they raise is not documented
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(f"model {model!r} cannot be loaded: {reason}") from error
-    return pipe.to(device)
+    if vae is not None:
+        set_vae(pipe, vae)
+    if scheduler is not None:
+        set_scheduler(pipe, scheduler)
+    return pipe.to(device) if offload is None else _offloaded(pipe, offload, device)
+
+
+def _check_offload(offload: str | None, device: str) -> None:
+    if offload is not None and device.startswith("cpu"):
+        raise InputError(f"--offload {offload}: it moves the model between GPU and CPU, and the device is {device}")
+
+
+def _offloaded(pipe: Any, offload: str, device: str) -> Any:
+    (pipe.enable_model_cpu_offload if offload == "model" else pipe.enable_sequential_cpu_offload)(device=device)
+    return pipe
+
+
+def pipeline_type(model: str) -> type[Any] | None:
+    """Return the class of a model's pipeline without loading it; None for a single file, or one on the hub.
+
+    Raises InputError for a model that is missing.
+    """
+    import diffusers
+
+    source = _source(model)
+    if not isinstance(source, Path) or source.is_file():
+        return None
+    name = json.loads((source / INDEX).read_text(encoding="utf-8")).get("_class_name")
+    kind: type[Any] | None = getattr(diffusers, str(name), None)
+    return kind
 
 
 def _source(model: str) -> str | Path:
@@ -244,7 +282,7 @@ class FinetunedWeights:
 
     path: str
     files: tuple[Path, ...]
-    load_adapter: Callable[[Any, Path], AbstractContextManager[DisableAdapter]]
+    load_adapter: Callable[[Any, Path, str], AbstractContextManager[DisableAdapter]]
 
     def digest(self) -> str:
         """Hash the tensors and their configuration."""
@@ -262,22 +300,70 @@ class FinetunedWeights:
         return [*self.files, *beside]
 
     @contextmanager
-    def applied_to(self, pipe: Any) -> Iterator[DisableAdapter]:
+    def applied_to(self, pipe: Any, name: str = ADAPTER_NAME) -> Iterator[DisableAdapter]:
         """Apply the weights to a pipeline inside the block; yields a context that disables them.
 
+        name  of the adapter, another one for each that is applied at a time
         Raises InputError, before the block, if they do not fit the pipeline or their checksum.
         """
         with ExitStack() as stack:
             try:
                 if unknown := verify_checksums(*self._read()):
                     logger.info("%s: no checksum of %s, read unchecked", self.path, unknown[0].name)
-                off = stack.enter_context(self.load_adapter(pipe, self.files[0]))
+                off = stack.enter_context(self.load_adapter(pipe, self.files[0], name))
             except InputError as error:
                 raise InputError(f"{self.path}: {error}") from error
             except LOAD_ERRORS as error:
                 reason = " ".join(str(error).split())[:160] or type(error).__name__
                 raise InputError(f"{self.path} does not fit {type(pipe).__name__}: {reason}") from error
             yield off
+
+
+@dataclass(frozen=True)
+class AdapterSum:
+    """Several adapters with a weight each: W + Σ w_i ΔW_i."""
+
+    terms: tuple[tuple[FinetunedWeights, float], ...]
+
+    def digest(self) -> str:
+        """Hash the tensors, their configurations and the weights."""
+        hashes = [f"{one.digest()}:{weight!r}" for one, weight in self.terms]
+        return hashlib.sha256(" + ".join(hashes).encode()).hexdigest()
+
+    @contextmanager
+    def applied_to(self, pipe: Any) -> Iterator[DisableAdapter]:
+        """Apply the sum to a pipeline inside the block; yields a context that disables all of it.
+
+        Raises InputError, before the block, for an adapter that does not fit.
+        """
+        modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
+        names = {f"{ADAPTER_NAME}_{number}": weight for number, (_, weight) in enumerate(self.terms)}
+        with ExitStack() as stack:
+            for name, (one, _) in zip(names, self.terms, strict=True):
+                stack.enter_context(one.applied_to(pipe, name))
+            for layer in _lora_layers(modules):
+                own = [name for name in names if name in layer.lora_A]
+                layer.set_adapter(own)
+                for name in own:
+                    layer.scaling[name] *= names[name]
+                layer.requires_grad_(False)
+            yield _adapter_disabler(modules)
+
+
+def read_loras(text: str) -> list[tuple[str, float]]:
+    """Return paths and weights of adapters: FILE, FILE:0.7, or several joined by " + ". Raises InputError."""
+    terms = []
+    for term in text.split(" + "):
+        path, colon, number = term.strip().rpartition(":")
+        try:
+            weight = float(number) if colon else 1.0
+        except ValueError:
+            path, weight = term.strip(), 1.0
+        path = path if colon else number
+        if not path or not math.isfinite(weight):
+            raise InputError(f"--lora {text!r:.80}: write FILE or FILE:WEIGHT, as in a.safetensors:0.7")
+        terms.append((path, weight))
+    return terms
 
 
 @contextmanager
@@ -299,11 +385,21 @@ def adapter_applied(pipe: Any, path: str | None) -> Iterator[DisableAdapter]:
             weight.requires_grad_(required)
 
 
-def find_adapter(path: str) -> FinetunedWeights:
-    """Find the weights in a folder of `steer finetune` (best/, final/), a peft adapter or a LoRA file.
+def find_adapter(text: str) -> FinetunedWeights | AdapterSum:
+    """Find the weights of `read_loras`: folders of `steer finetune` (best/, final/), peft adapters or LoRA files.
 
-    Raises InputError if there are none.
+    Raises InputError if there are none, and for all weights of a denoiser in a sum or with a weight.
     """
+    terms = [(_find_one(path), weight) for path, weight in read_loras(text)]
+    if len(terms) == 1 and terms[0][1] == 1.0:
+        return terms[0][0]
+    for one, _ in terms:
+        if one.load_adapter is _full_denoiser:
+            raise InputError(f"{one.path} holds all weights of a denoiser: give it alone, without a weight")
+    return AdapterSum(tuple(terms))
+
+
+def _find_one(path: str) -> FinetunedWeights:
     place = Path(path)
     file = (place, _lora) if place.suffix == ".safetensors" else None
     for lora, load_adapter in filter(None, (file, (place / LORA, _lora), (place / PEFT, _peft))):
@@ -322,7 +418,7 @@ def find_adapter(path: str) -> FinetunedWeights:
 
 
 @contextmanager
-def _lora(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
+def _lora(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     """Load a LoRA in diffusers' format, of the denoiser and text encoders."""
     if not hasattr(pipe, "load_lora_weights"):
         raise InputError(f"{type(pipe).__name__} does not load LoRA files")
@@ -333,9 +429,9 @@ def _lora(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
     try:
         given = {"weight_name": file.name, "use_safetensors": True, "local_files_only": True}
         with _defer_diffusers_logs():
-            _skip_missing_components(pipe).load_lora_weights(str(file.parent), adapter_name=ADAPTER_NAME, **given)
+            _skip_missing_components(pipe).load_lora_weights(str(file.parent), adapter_name=adapter, **given)
         modules = [module for module in pipe.components.values() if isinstance(module, nn.Module)]
-        _check_all_loaded(modules, load_file(file), pipe)
+        _check_all_loaded(modules, load_file(file), pipe, adapter)
         yield _adapter_disabler(modules)
     finally:
         pipe.unload_lora_weights()
@@ -356,7 +452,7 @@ def _skip_missing_components(pipe: Any) -> Any:
 
 
 @contextmanager
-def _peft(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
+def _peft(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     """Load an adapter of peft into the denoiser, for pipelines without LoRA support."""
     from diffusers.utils.peft_utils import recurse_remove_peft_layers
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -370,11 +466,11 @@ def _peft(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
     state = {key.removeprefix("base_model.model."): value for key, value in load_file(file).items()}
     try:
         config = LoraConfig(**{key: metadata_json[key] for key in APPLIED_KEYS if metadata_json.get(key) is not None})
-        inject_adapter_in_model(config, denoiser, ADAPTER_NAME)
-        loaded = set_peft_model_state_dict(denoiser, state, adapter_name=ADAPTER_NAME)
-        if missing := [name for name in loaded.missing_keys if f".{ADAPTER_NAME}." in name]:
+        inject_adapter_in_model(config, denoiser, adapter)
+        loaded = set_peft_model_state_dict(denoiser, state, adapter_name=adapter)
+        if missing := [name for name in loaded.missing_keys if f".{adapter}." in name]:
             raise InputError(f"it lacks a tensor for {missing[0]}")
-        _check_all_loaded([denoiser], state, pipe)
+        _check_all_loaded([denoiser], state, pipe, adapter)
         denoiser.requires_grad_(False)
         yield _adapter_disabler([denoiser])
     finally:
@@ -406,7 +502,7 @@ def _adapter_disabler(modules: Sequence[nn.Module]) -> DisableAdapter:
 
 
 @contextmanager
-def _full_denoiser(pipe: Any, file: Path) -> Iterator[DisableAdapter]:
+def _full_denoiser(pipe: Any, file: Path, adapter: str) -> Iterator[DisableAdapter]:
     """Replace the pipeline's denoiser by a copy with other weights."""
     name, own = get_denoiser(pipe)
     files, shapes = sorted(file.parent.glob(FULL_WEIGHTS)), dict[str, tuple[int, ...]]()
@@ -474,13 +570,13 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:MAX_SHOWN]) + (f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else "")
 
 
-def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor], pipe: Any) -> None:
+def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor], pipe: Any, adapter: str) -> None:
     """Raise InputError, which names keys, for factors of the file that no module has; set the scale of each layer."""
     factors = {name: value for name, value in state.items() if name.endswith(FACTORS)}
-    loaded = [pair for module in modules for pair in module.named_parameters() if f".{ADAPTER_NAME}." in pair[0]]
+    loaded = [pair for module in modules for pair in module.named_parameters() if f".{adapter}." in pair[0]]
     if missing := [name for name, parameter in loaded if parameter.is_meta]:  # diffusers leaves it on the meta device
         raise InputError(f"it lacks a tensor for {missing[0]}")
-    unmatched = _missing_factors(factors, loaded)
+    unmatched = _missing_factors(factors, loaded, adapter)
     # Converters of transformers split tensors and multiply alphas into them; those of U-Nets only rename.
     exact = hasattr(pipe, "unet") or (
         len(loaded) == len(factors) and not any(name.endswith(".alpha") for name in state)
@@ -491,13 +587,15 @@ def _check_all_loaded(modules: Sequence[nn.Module], state: Mapping[str, Tensor],
             f"{_first_names(unmatched)}: it is of another model"
         )
     if exact:
-        _set_scales(modules, state)
+        _set_scales(modules, state, adapter)
 
 
-def _missing_factors(factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, nn.Parameter]]) -> list[str]:
+def _missing_factors(
+    factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, nn.Parameter]], adapter: str
+) -> list[str]:
     """List the factors whose values no loaded parameter has; each parameter matches one factor."""
     counts, dtypes = Counter(_hash_tensor(parameter) for _, parameter in loaded), {one.dtype for _, one in loaded}
-    known = tuple(name.replace(f".{ADAPTER_NAME}.", ".") for name, _ in loaded)
+    known = tuple(name.replace(f".{adapter}.", ".") for name, _ in loaded)
     unmatched = []
     for name in sorted(factors, key=lambda name: not name.endswith(known)):  # of equal values, the same name first
         same = [result for dtype in dtypes if counts[result := _hash_tensor(factors[name].to(dtype))]]
@@ -506,7 +604,7 @@ def _missing_factors(factors: Mapping[str, Tensor], loaded: Sequence[tuple[str, 
     return unmatched
 
 
-def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor]) -> None:
+def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor], adapter: str) -> None:
     """Scale each layer by α/r for each α in the file: loaders that match names may miss some."""
     layers = _lora_layers(modules)
     for layer in layers:
@@ -518,11 +616,11 @@ def _set_scales(modules: Sequence[nn.Module], state: Mapping[str, Tensor]) -> No
         own = [alpha for module, alpha in alphas.items() if name.startswith(f"{module}.")]
         scales[_hash_tensor(value)] = own[0].item() / len(value) if own else 1.0
     for layer in layers:
-        if ADAPTER_NAME in layer.lora_A and scales:
-            factor = layer.lora_A[ADAPTER_NAME].weight
+        if adapter in layer.lora_A and scales:
+            factor = layer.lora_A[adapter].weight
             same = [value for value in downs.values() if _hash_tensor(value.to(factor.dtype)) == _hash_tensor(factor)]
             if same:
-                layer.scaling[ADAPTER_NAME] = scales[_hash_tensor(same[0])]
+                layer.scaling[adapter] = scales[_hash_tensor(same[0])]
 
 
 def _hash_tensor(tensor: Tensor) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 
 from steer.apps.processes import is_main_process
 from steer.apps.settings import SamplingConfig
-from steer.arguments import annotations_of, coerce_value
+from steer.arguments import IMAGES_PER_PROMPT, annotations_of, coerce_value
 from steer.assets import PROMPTS
 from steer.errors import InputError
 from steer.registry import nearest
@@ -395,8 +395,8 @@ def row_config(row: PromptRow, settings: SamplingConfig) -> SamplingConfig:
     Raises InputError for an invalid value.
     """
     given = {name: SETTINGS[name.lower()] for name in row.columns if name.lower() in SETTINGS}
-    hints = SamplingConfig.hints()
-    overrides = {to: cell(name, hints[to], row.columns[name], row.prompt) for name, to in given.items()}
+    hints, where = SamplingConfig.hints(), f"prompt {row.prompt!r:.60}, column"
+    overrides = {to: cell(f"{where} {name!r}", hints[to], row.columns[name]) for name, to in given.items()}
     try:
         return replace(settings, **overrides) if overrides else settings
     except InputError as error:
@@ -411,10 +411,11 @@ def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: A
     """
     result: list[SampleRequest] = []
     before: dict[str, int] = {}
-    hints = argument_names(pipe)
+    hints = argument_names(type(pipe))
     for row in rows:
         given = {name.lower(): (name, value) for name, value in row.columns.items() if name.lower() in hints}
-        arguments = {key: cell(name, hints[key], value, row.prompt) for key, (name, value) in given.items()}
+        where = f"prompt {row.prompt!r:.60}, column"
+        arguments = {key: cell(f"{where} {name!r}", hints[key], value) for key, (name, value) in given.items()}
         config = row_config(row, settings)
         if "seed" not in map(str.lower, row.columns):
             key = json.dumps([row.prompt, arguments, config.steps, config.guidance, config.eta], sort_keys=True)
@@ -424,15 +425,41 @@ def sample_requests(rows: Sequence[PromptRow], settings: SamplingConfig, pipe: A
     return result
 
 
-def argument_names(pipe: Any) -> dict[str, Any]:
-    """Collect the arguments of a pipeline's call that a cell may set: {name: annotation}."""
-    hints = annotations_of(type(pipe).__call__)
-    names = [name for name in inspect.signature(type(pipe).__call__).parameters if name in hints]
+def argument_names(kind: type[Any]) -> dict[str, Any]:
+    """Collect the arguments of the call of a class of pipelines that a cell may set: {name: annotation}."""
+    hints = annotations_of(kind.__call__)
+    names = [name for name in inspect.signature(kind.__call__).parameters if name in hints]
     return {
         name: hints[name]
         for name in names
         if name not in (*RESERVED_ARGUMENTS, *SETTINGS) and _takes_plain_value(hints[name])
     }
+
+
+# Settings in place of arguments of the call.
+FLAGS = {"guidance_scale": "--guidance", "num_inference_steps": "--steps", "eta": "--eta", "seed": "--seed"}
+FLAGS |= dict.fromkeys(IMAGES_PER_PROMPT, "--particles")
+
+
+def call_arguments(kind: type[Any], settings: SamplingConfig) -> dict[str, Any]:
+    """Return the arguments of the call that settings give, for a class of pipelines: `call`, size, negative prompt.
+
+    Raises InputError for one that it does not take, or a value that does not fit.
+    """
+    given = settings.call_arguments
+    hints = argument_names(kind) if given else {}
+    for name in given:
+        if name in hints:
+            continue
+        flag = f"--{name.replace('_', '-')}" if name in ("negative_prompt", "height", "width") else f"--call {name}"
+        if name in FLAGS:
+            raise InputError(f"{flag}: this is a setting of its own: use {FLAGS[name]}")
+        if name in RESERVED_ARGUMENTS:
+            raise InputError(f"{flag}: steering sets this argument itself: leave it out")
+        if name in inspect.signature(kind.__call__).parameters:
+            raise InputError(f"{flag}: {kind.__name__} takes an object here, which a text cannot give: use Python")
+        raise InputError(f"{flag}: {kind.__name__} has no such argument: did you mean {nearest(name, hints)}?")
+    return {name: cell(f"argument {name!r}", hints[name], value) for name, value in given.items()}
 
 
 def check_arguments(arguments: Any, where: str) -> dict[str, Any]:
@@ -452,12 +479,11 @@ def _is_plain_value(name: str, value: Any) -> bool:
     return value is None or (isinstance(value, int | float) and abs(value) <= LARGEST_SIZES.get(name, MAX_VALUE))
 
 
-def cell(name: str, hint: Any, value: Any, prompt: str) -> Any:
+def cell(where: str, hint: Any, value: Any) -> Any:
     """Convert a cell to the annotation of an argument: texts are parsed as numbers if it has those.
 
-    Raises InputError that names the prompt.
+    Raises InputError that begins with `where`.
     """
-    where = f"prompt {prompt!r:.60}, column {name!r}"
     if isinstance(value, str) and "str" not in str(hint):
         try:
             value = json.loads(value.strip().lower())

@@ -24,7 +24,7 @@ from PIL.PngImagePlugin import PngInfo
 
 import steer
 from steer.apps.methods import Job
-from steer.apps.prompts import check_arguments
+from steer.apps.prompts import LARGEST_SIZES, check_arguments
 from steer.apps.settings import SHARED, SamplingConfig, kinds_of, option_names
 from steer.errors import InputError
 from steer.files import DECODE_ERRORS
@@ -34,7 +34,7 @@ KEY = "steer"  # of the iTXt chunk
 MAX_JSON_LENGTH = 1_000_000  # characters
 REQUIRED = ("model", "method", "reward", "particles", "seed")  # of the settings
 # A recipe from a stranger is run on the user's machine: numbers are limited to what anybody would ask for.
-MAX_VALUES = {"particles": 1024, "neighbours": 1024, "steps": 10_000, "seed": 2**63 - 1}
+MAX_VALUES = {"particles": 1024, "neighbours": 1024, "steps": 10_000, "seed": 2**63 - 1} | LARGEST_SIZES
 MAX_VALUE = 100_000
 
 
@@ -47,7 +47,7 @@ class Recipe:
     reward, components    its reward, and those of the components by name
     pixels      `pixel_hash` of the image
     steer, torch, diffusers, device, dtype    versions and device, to explain differing pixels
-    arguments   of the pipeline's call, from the columns of a prompt file
+    arguments   of the pipeline's call, from the settings and the columns of a prompt file
     scheduler, steps, guidance    of the call, for other programs
     lam         the strength λ, also where `auto` chose it; None for methods without
     """
@@ -96,7 +96,7 @@ def make_recipe(job: Job, output: SteeringOutput, rank: int, base: bool) -> Reci
         diffusers=diffusers.__version__,
         device=device.type + named,
         dtype=str(job.pipe.dtype).removeprefix("torch."),
-        arguments=dict(job.arguments),
+        arguments=job.call_arguments,
         scheduler=type(job.pipe.scheduler).__name__,
         steps=_call_value(job, "num_inference_steps", int),
         guidance=_call_value(job, "guidance_scale", float),
@@ -114,13 +114,38 @@ def _call_value(job: Job, name: str, kind: type) -> Any:
 def parameters_text(recipe: Recipe, image: Image.Image) -> str:
     """Format a recipe as the text chunk "parameters", which other programs read."""
     negative = recipe.arguments.get("negative_prompt", "")
-    data: dict[str, Any] = {"Steps": recipe.steps, "Sampler": recipe.scheduler.removesuffix("Scheduler") or None}
+    data: dict[str, Any] = {"Steps": recipe.steps, "Sampler": sampler_name(recipe) or None}
     data |= {"CFG scale": recipe.guidance, "Seed": recipe.settings.seed, "Size": f"{image.width}x{image.height}"}
-    data |= {"Model": recipe.settings.model, "Version": f"steer {recipe.steer}"}
+    data |= {"Model": recipe.settings.model, "VAE": recipe.settings.vae, "Clip skip": recipe.arguments.get("clip_skip")}
+    data |= {"Loras": None if recipe.base else recipe.settings.lora, "Version": f"steer {recipe.steer}"}
     data |= {"Steering": "base" if recipe.base else recipe.settings.method, "Reward": recipe.settings.reward}
     pairs = [f"{name}: {_quoted(str(value))}" for name, value in data.items() if value is not None]
     lines = [recipe.prompt, *([f"Negative prompt: {negative}"] if negative else []), ", ".join(pairs)]
     return "\n".join(lines)
+
+
+# Names in other programs of solvers without options.
+SAMPLERS = {
+    "DDIMScheduler": "DDIM",
+    "DPMSolverMultistepScheduler": "DPM++ 2M",
+    "DPMSolverSinglestepScheduler": "DPM++ 2S",
+    "EulerAncestralDiscreteScheduler": "Euler a",
+    "EulerDiscreteScheduler": "Euler",
+    "FlowMatchEulerDiscreteScheduler": "Euler",
+    "HeunDiscreteScheduler": "Heun",
+    "KDPM2AncestralDiscreteScheduler": "DPM2 a",
+    "KDPM2DiscreteScheduler": "DPM2",
+    "LCMScheduler": "LCM",
+    "LMSDiscreteScheduler": "LMS",
+    "PNDMScheduler": "PLMS",
+    "UniPCMultistepScheduler": "UniPC",
+}
+
+
+def sampler_name(recipe: Recipe) -> str:
+    """Return the solver's name in other programs, with Karras where its noise levels are chosen so by an option."""
+    name = SAMPLERS.get(recipe.scheduler, recipe.scheduler.removesuffix("Scheduler"))
+    return f"{name} Karras" if "use_karras_sigmas=true" in (recipe.settings.scheduler or "").lower() else name
 
 
 def _quoted(value: str) -> str:

@@ -13,7 +13,7 @@ from PIL import Image
 from steer.apps.errors import wrap_errors
 from steer.apps.methods import METHODS, TINY, Job
 from steer.apps.models import adapter_applied, check_device, load_pipeline
-from steer.apps.prompts import argument_names, cell
+from steer.apps.prompts import argument_names, call_arguments, cell, check_arguments
 from steer.apps.recipes import Recipe, make_recipe, pixel_hash, read_png, write_png
 from steer.apps.reward_specs import only_named_rewards, resolve_reward
 from steer.apps.sampling import READ, check_writable, guided_by_original
@@ -92,10 +92,11 @@ def replay(
 
 def _arguments(recipe: Recipe, pipe: Any) -> dict[str, Any]:
     """Check the recipe's arguments of the call: those that a prompt file may give. Raises InputError."""
-    known = argument_names(pipe) | {READ: str}  # the original of an expanded prompt
+    known = argument_names(type(pipe)) | {READ: str}  # the original of an expanded prompt
+    check_arguments(call_arguments(type(pipe), recipe.settings), "the arguments of its call")
     if unknown := sorted(recipe.arguments.keys() - known.keys()):
         raise InputError(f"{type(pipe).__name__} takes no argument {unknown[0]!r:.60} from an image")
-    return {name: cell(name, known[name], value, recipe.prompt) for name, value in recipe.arguments.items()}
+    return {name: cell(f"argument {name!r}", known[name], value) for name, value in recipe.arguments.items()}
 
 
 def _trusted_preview(image: Path, recipe: Recipe) -> str | None:

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from steer.apps.components import check_components
 from steer.apps.errors import describe_os_error, wrap_errors
 from steer.apps.expansion import load_expander
 from steer.apps.methods import METHODS, ComputeOptions, Job
-from steer.apps.models import adapter_applied, find_adapter, load_pipeline
+from steer.apps.models import adapter_applied, find_adapter, load_pipeline, pipeline_type
 from steer.apps.plots import Frames, draw_ancestry, draw_grid, draw_progress
 from steer.apps.processes import LaunchContext, launch_context
 from steer.apps.prompts import (
@@ -25,6 +26,7 @@ from steer.apps.prompts import (
     PromptRow,
     SampleRequest,
     argument_names,
+    call_arguments,
     check_prompt,
     note_unused,
     row_config,
@@ -267,16 +269,16 @@ def sample(
             raise InputError(f"--animation shows iterations and --method {settings.method} has none: leave it out")
         reward = resolve_reward(settings.reward, reward_timeout)
         METHODS[settings.method].check(settings, reward)
-        if settings.lora is not None:
-            find_adapter(settings.lora)
+        check_model_settings(settings)
     record, pending = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
     if pending:
         with context.local_main_process_first():
-            pipe = load_pipeline(settings.model, context.device(device), settings.dtype, **settings.loading)
+            loading = compute_options.loading | settings.loading
+            pipe = load_pipeline(settings.model, context.device(device), settings.dtype, **loading)
             expand = load_expander(settings.expand, device) if settings.expand is not None else None
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
         requests = sample_requests(rows, settings, pipe)
-        note_unused("prompts", unused_columns(rows, [*SETTINGS, *argument_names(pipe)]))
+        note_unused("prompts", unused_columns(rows, [*SETTINGS, *argument_names(type(pipe))]))
         with adapter_applied(pipe, settings.lora) as adapter_disabled:
             for n in _local_prompts(pending, context, settings.method, len(rows)):
                 request, folder = requests[n], out / f"{n:03d}-{_slug(rows[n].prompt)}"
@@ -297,6 +299,18 @@ def sample(
         if context.is_main_process:
             _draw(report, out)
     return report
+
+
+def check_model_settings(settings: SamplingConfig) -> None:
+    """Check scheduler, autoencoder, adapters and arguments of the call as far as possible without loading the model.
+
+    Raises InputError.
+    """
+    check_components(settings.loading)
+    if settings.call_arguments and (kind := pipeline_type(settings.model)) is not None:
+        call_arguments(kind, settings)
+    if settings.lora is not None:
+        find_adapter(settings.lora)
 
 
 def _expanded(pipe: Any, request: SampleRequest, expand: Callable[[str, int], str] | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ The options of `steer sample` and `steer evaluate`, report.json, the recipe insi
 derived from `SamplingConfig` and from the dataclasses of `steer.pipelines.settings`. Nothing heavy is imported.
 """
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,13 +67,20 @@ class SamplingConfig(Settings):
     model_config      for a single file: folder of such a model in diffusers' format
     method            fk, svdd, beam, race, drafts, renoise, best-of-n, base, reno (for one-step models, like
                       scenes-turbo), noise-search or map-elites
-    lora              LoRA adapter to load: RUN/final, or a LoRA file
+    vae               autoencoder in place of the model's own: a folder, .safetensors file, or ORGANISATION/NAME
+    scheduler         solver in place of the model's own: NAME[:OPTION=VALUE,…], such as euler-a or
+                      dpm++:use_karras_sigmas=true
+    lora              LoRA adapters to load, RUN/final or a LoRA file, with a weight each: FILE:0.7 + RUN/final
     expand            text model that continues each prompt before it is sampled; the reward reads the original
     reward            NAME[:ARGUMENT], a sum like hpsv2.1:5 + imagereward:1, a folder or a YAML file; `steer rewards`
                       lists names
     particles         K, images for each prompt
     steps             solver steps; by default the pipeline's own number, for reno 1
     guidance          guidance scale; by default the pipeline's own, for reno 0
+    negative_prompt   what the images should not show, for pipelines that take one
+    height            of the images in pixels; by default the model's own
+    width             of the images in pixels; by default the model's own
+    call              any other argument of the pipeline's call, NAME=VALUE; repeatable
     eta               noise of every step, 0 to 1; by default the solver's own, for svdd and beam 1
     original          with expand: share of the original prompt in the guidance, 0 to 1; the rest is that of the
                       expanded one, and each denoiser evaluation is made for both
@@ -88,6 +96,8 @@ class SamplingConfig(Settings):
     variant: str | None = option(None)
     model_config: str | None = option(None, flags=("--config",))
     method: str = option("fk", choices=tuple(METHOD_OPTIONS))
+    vae: str | None = option(None)
+    scheduler: str | None = option(None)
     lora: str | None = option(None)
     expand: str | None = option(None)
     original: float | None = option(None, "[0, 1]")
@@ -95,6 +105,10 @@ class SamplingConfig(Settings):
     particles: int = option(4, "[1, inf]", flags=("--particles", "--seeds"), slider=(1, 16, 1))
     steps: int | None = option(None, "[1, inf]", slider=(1, 100, 1))
     guidance: float | None = option(None, "(-inf, inf)", slider=(0, 30, 0.5))
+    negative_prompt: str | None = option(None)
+    height: int | None = option(None, "[1, inf]")
+    width: int | None = option(None, "[1, inf]")
+    call: str | None = option(None)
     eta: float | None = option(None, "[0, 1]")
     noise_candidates: int | None = option(None, "[1, inf]")
     screening_steps: int = option(4, "[1, inf]")
@@ -105,6 +119,7 @@ class SamplingConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "call", _call_text(self.call))
         options = self.options
         if options is None or isinstance(options, Mapping):
             options = method_settings(self.method, options or {}, self.particles)
@@ -141,8 +156,28 @@ class SamplingConfig(Settings):
     @property
     def loading(self) -> dict[str, str]:
         """Arguments of `load_pipeline` beside model, device and dtype, where any are given."""
-        given = {"variant": self.variant, "config": self.model_config}
+        given = {"variant": self.variant, "config": self.model_config, "vae": self.vae, "scheduler": self.scheduler}
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def call_arguments(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call that no other setting gives, by name, as they were given."""
+        named = {"negative_prompt": self.negative_prompt, "height": self.height, "width": self.width}
+        others = {} if self.call is None else json.loads(self.call)
+        return {name: value for name, value in named.items() if value is not None} | others
+
+
+def _call_text(given: Any) -> str | None:
+    """Return arguments of the call as the text of a JSON object; None for none. Raises InputError."""
+    try:
+        arguments = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        arguments = given
+    if not isinstance(arguments, Mapping | None):
+        raise InputError(
+            f"call must be arguments of the pipeline by name, such as {{guidance_rescale: 0.7}}, got {given!r:.60}"
+        )
+    return json.dumps(dict(arguments)) if arguments else None
 
 
 SHARED = [name for name in SamplingConfig.saved() if name != "options"]

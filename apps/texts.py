@@ -71,6 +71,10 @@ def _check(settings: SamplingConfig) -> None:
         "--original": settings.original,
         "--noise-candidates": settings.noise_candidates,
         "--guidance": settings.guidance,
+        "--negative-prompt": settings.negative_prompt,
+        "--height": settings.height,
+        "--width": settings.width,
+        "--vae": settings.vae,
     }
     if unused := [flag for flag, value in given.items() if value is not None]:
         raise InputError(f"{unused[0]}: model {settings.model!r} makes texts: leave it out")

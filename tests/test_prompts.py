@@ -506,7 +506,7 @@ def bare(kind: Any) -> Any:
 
 @pytest.mark.parametrize("kind", [StableDiffusionPipeline, StableDiffusionXLPipeline, FluxPipeline])
 def test_arguments_are_those_of_the_pipeline_that_a_cell_can_hold(kind: type) -> None:
-    names = argument_names(bare(kind))
+    names = argument_names(kind)
     assert {"negative_prompt", "height", "width"} <= names.keys()
     assert not names.keys() & {"prompt", "latents", "generator", "output_type", "callback_on_step_end", "prompt_embeds"}
 

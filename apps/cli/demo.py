@@ -20,6 +20,11 @@ from steer.errors import InputError
 @click.option("--model", "models", multiple=True, help="Beside the embedded ones: a folder, or ORGANISATION/NAME.")
 @click.option("--reward", "rewards", multiple=True, help="Allowed beside rewards with names: my_file:function.")
 @click.option("--labels", type=click.Path(path_type=Path, file_okay=False), help="Folder of preferences.")
+@click.option(
+    "--label-images",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of your images with prompts, to choose between in place of sampled ones.",
+)
 @DEVICE
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the models.")
 def demo(
@@ -30,6 +35,7 @@ def demo(
     models: tuple[str, ...],
     rewards: tuple[str, ...],
     labels: Path | None,
+    label_images: Path | None,
     device: str | None,
     dtype: str | None,
 ) -> None:
@@ -40,6 +46,8 @@ def demo(
     """
     if find_spec("gradio") is None:
         raise InputError("the app needs gradio: pip install 'steer-diffusion[app]'")
+    if label_images is not None and labels is None:
+        raise InputError("--label-images needs --labels FOLDER, where the table of choices is written")
     user = None if auth is None else _user(auth)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is first imported, after this
     if not (models or rewards):  # visitors shall not fetch from the hub where the owner does not
@@ -48,7 +56,7 @@ def demo(
     from steer.apps.demo.studio import Studio, embedded_models
 
     check_address(host, share, user)
-    studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype)
+    studio = Studio((*models, *embedded_models()), rewards, labels, device, dtype, label_images)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # how services are stopped: run `finally`, too
     try:
         app = launch(studio, host, port, user, share)

@@ -12,11 +12,13 @@ import click
 from steer import __version__
 from steer.apps.cli.bench import bench
 from steer.apps.cli.check_pipeline import check_pipeline
+from steer.apps.cli.completion import completion
 from steer.apps.cli.convert_lora import convert_lora
 from steer.apps.cli.demo import demo
 from steer.apps.cli.evaluate import evaluate
 from steer.apps.cli.finetune import finetune
 from steer.apps.cli.foresight import foresight
+from steer.apps.cli.grid import grid
 from steer.apps.cli.options import DEVICE, Group
 from steer.apps.cli.pick import pick
 from steer.apps.cli.rewards import rewards
@@ -83,11 +85,13 @@ def score(
 
 steer.add_command(bench)
 steer.add_command(check_pipeline)
+steer.add_command(completion)
 steer.add_command(convert_lora)
 steer.add_command(demo)
 steer.add_command(evaluate)
 steer.add_command(finetune)
 steer.add_command(foresight)
+steer.add_command(grid)
 steer.add_command(pick)
 steer.add_command(rewards)
 steer.add_command(sample)

@@ -7,7 +7,16 @@ from typing import Any, TypeVar
 
 import click
 
-from steer.apps.settings import ALL_OPTIONS, SHARED, flags_of, help_of, kinds_of
+from steer.apps.settings import (
+    ALL_OPTIONS,
+    METHOD_OPTIONS,
+    SHARED,
+    SamplingConfig,
+    flags_of,
+    help_of,
+    kinds_of,
+    methods_with,
+)
 from steer.arguments import plain_value
 from steer.errors import InputError
 from steer.registry import nearest
@@ -20,7 +29,8 @@ class Command(click.Command):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the words of the command line. Raises InputError for a single-valued option that is repeated."""
-        check_not_repeated(self, context, args)
+        if not context.resilient_parsing:  # of a shell that completes words
+            check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
 
@@ -32,7 +42,8 @@ class Group(click.Group):
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse the options before the name of a command, as `Command.parse_args` does."""
-        check_not_repeated(self, context, args)
+        if not context.resilient_parsing:  # of a shell that completes words
+            check_not_repeated(self, context, args)
         return super().parse_args(context, args)
 
 
@@ -94,6 +105,40 @@ def _read_settings(others: Collection[str], context: click.Context, option: clic
     }
 
 
+class CallArgument(click.ParamType[dict[str, Any]]):
+    """An argument of the pipeline's call, NAME=VALUE; a mapping in a settings file."""
+
+    name = "NAME=VALUE"
+
+    def convert(self, value: Any, param: click.Parameter | None, context: click.Context | None) -> dict[str, Any]:
+        """Return the argument by its name, its value as text. Raises InputError."""
+        if isinstance(value, dict):
+            return value
+        name, equals, text = str(value).partition("=")
+        if not (equals and name.isidentifier()):
+            raise InputError(f"--call {value!r:.60}: write NAME=VALUE, such as --call guidance_rescale=0.7")
+        return {name: text}
+
+
+def _merge_call(context: click.Context, option: click.Parameter, given: Sequence[dict[str, Any]]) -> Any:
+    """Return all arguments of the call by name. Raises InputError for one that is given twice."""
+    names = [name for one in given for name in one]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"--call {repeated[0]} is given {names.count(repeated[0])} times and takes one value")
+    return {name: value for one in given for name, value in one.items()} or None
+
+
+def _join_loras(context: click.Context, option: click.Parameter, given: Sequence[str]) -> str | None:
+    return " + ".join(given) or None
+
+
+# Settings whose option is repeatable: {setting: (type, callback that makes one value)}.
+REPEATABLE: dict[str, tuple[Any, Callable[..., Any]]] = {
+    "call": (CallArgument(), _merge_call),
+    "lora": (str, _join_loras),
+}
+
+
 class NumberOrWord(click.ParamType[Any]):
     """A number of one kind, or a word that stands for one, such as auto."""
 
@@ -108,6 +153,28 @@ class NumberOrWord(click.ParamType[Any]):
             return self.kind(value)
         except ValueError:
             return value
+
+
+def complete_setting(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
+    """Return the names of a setting that begin with a text: methods, rewards, schedulers, embedded models, choices."""
+    name, names = str(option.name), list[str]()
+    if name == "reward":
+        from steer.rewards import REWARDS
+
+        names = [*REWARDS]
+    elif name == "model":
+        from steer.assets import MODELS, TEXT_MODELS
+
+        names = [*MODELS, *TEXT_MODELS]
+    elif name == "scheduler":
+        from steer.apps.components import SCHEDULERS
+
+        names = [*SCHEDULERS]
+    else:
+        owner = SamplingConfig if name in SHARED else METHOD_OPTIONS[methods_with(name)[0]].settings
+        choices = owner.field(name).metadata["choices"]
+        names = [*choices] if isinstance(choices, tuple) else []
+    return [one for one in names if one.startswith(incomplete)]
 
 
 def setting_options(without: Collection[str] = (), others: Collection[str] = ()) -> Callable[[F], F]:
@@ -132,8 +199,12 @@ def setting_options(without: Collection[str] = (), others: Collection[str] = ())
             kinds = [kind for kind in kinds_of(name) if kind in (bool, int, float)]
             kind: Any = NumberOrWord(kinds[0]) if kinds and str in kinds_of(name) else (*kinds, str)[0]
             switch = True if kind is bool and "/" not in flags[0] else None
+            given: dict[str, Any] = {"type": None if kind is bool else kind, "is_flag": switch}
+            if name in REPEATABLE:
+                kind, merge = REPEATABLE[name]
+                given = {"type": kind, "multiple": True, "callback": merge}
             option = click.option(
-                *flags, name, type=None if kind is bool else kind, default=None, help=help_of(name), is_flag=switch
+                *flags, name, default=None, help=help_of(name), shell_complete=complete_setting, **given
             )
             command = option(command)
         return settings_file(command)

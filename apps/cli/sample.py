@@ -48,6 +48,11 @@ WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "
 @click.option("--attention", default="auto", help="Attention backend: auto, xformers, sdpa or eager.")
 @click.option("--compile", "compiled", is_flag=True, help="The denoiser through torch.compile: pays for many prompts.")
 @click.option("--micro-batch", type=int, help="Rows of the denoiser at a time; 0: as many as the memory takes.")
+@click.option(
+    "--offload",
+    type=click.Choice(["model", "sequential"]),
+    help="Keep components (model) or layers (sequential, slower) on the CPU while the GPU does not need them.",
+)
 def sample(
     context: click.Context,
     /,
@@ -65,6 +70,7 @@ def sample(
     attention: str,
     compiled: bool,
     micro_batch: int | None,
+    offload: str | None,
     **settings: Any,
 ) -> None:
     """Steer PROMPT… or the prompts of a file: images (best first), grid.png, report.json; ancestry.png of particles,
@@ -91,7 +97,7 @@ def sample(
     from steer.apps.sampling import sample as run
     from steer.apps.texts import TEXTS, sample_texts
 
-    compute_options = ComputeOptions(attention, compiled, micro_batch)
+    compute_options = ComputeOptions(attention, compiled, micro_batch, offload)
     texts = is_text_model(str(settings["model"] or SamplingConfig.field("model").default))
     with errors_with_flags():
         config = SamplingConfig.of(**choose_method(settings, purpose, texts))

@@ -15,6 +15,7 @@ from typing import Any
 import gradio as gr
 from gradio.context import Context
 
+from steer.apps.demo.image_labels import ImageLabelStore, ImagePair
 from steer.apps.demo.labels import (
     ARCHIVE_FOLDER,
     IMAGES,
@@ -22,6 +23,7 @@ from steer.apps.demo.labels import (
     LabelRequest,
     LabelStore,
     command_of,
+    goal_text,
     label_folder,
     storage_notice,
     write_label_zip,
@@ -34,8 +36,9 @@ from steer.assets import MODELS
 from steer.errors import InputError
 from steer.pipelines.training.preference_files import SampleGroup, file_inside
 
-TIE, BAD, UNDO = "tie", "bad", "undo"
+TIE, BAD, UNDO, SKIP = "tie", "bad", "undo", "skip"
 SAVED = {TIE: "Saved: a tie.", BAD: "Saved: all bad."}
+Group = SampleGroup | ImagePair
 NO_MESSAGE = ""  # of an answer to a group that is no longer shown
 
 
@@ -59,17 +62,17 @@ class LabelSession:
 
     def __init__(
         self,
-        store: LabelStore,
+        store: LabelStore | ImageLabelStore,
         label_request: LabelRequest,
         model: str,
         submit: Callable[[Callable[[Ticket], None]], Ticket],
         lend: Callable[[str], AbstractContextManager[Any]],
     ) -> None:
         self.store, self.label_request, self.model = store, label_request, model
-        self.shown: SampleGroup | None = None
+        self.shown: Group | None = None
         self.ended = False
         self._submit, self._lend = submit, lend
-        self._next: list[SampleGroup] = []
+        self._next: list[Group] = []
         self._ticket: Ticket | None = None
         self._lock = threading.RLock()
 
@@ -104,6 +107,10 @@ class LabelSession:
         if (offered := self.store.offer(self.label_request)) is not None:
             self._next.append(offered)
             return
+        if not isinstance(self.store, LabelStore):
+            if must:
+                raise InputError("Every pair that is yours has an answer: thank you. Stop ends this list.")
+            return
         try:
             self._ticket = self._submit(self._draw)
         except Busy:
@@ -112,6 +119,7 @@ class LabelSession:
 
     def _draw(self, ticket: Ticket) -> None:
         ticket.say(Loading(self.model))
+        assert isinstance(self.store, LabelStore), "it samples"
         with self._lend(self.model) as pipe:
             ticket.say(Drawing(self.label_request.images))
             group = self.store.draw(pipe, self.label_request, ticket.check)
@@ -133,12 +141,17 @@ class LabelSession:
                 return self._undo()
             if self.shown is None:
                 return NO_MESSAGE
-            message = self._recorded(self.shown, answer)
+            if answer == SKIP:
+                self.store.skip(self.label_request.annotator, self.shown.id)
+                message = "Skipped: left to others."
+            else:
+                message = self._recorded(self.shown, answer)
             self.shown = None
             return message
 
-    def _recorded(self, group: SampleGroup, answer: str) -> str:
-        numbers = {str(number): number for number in range(len(group.rows))}
+    def _recorded(self, group: Group, answer: str) -> str:
+        count = len(group.files) if isinstance(group, ImagePair) else len(group.rows)
+        numbers = {str(number): number for number in range(count)}
         if answer in SAVED:
             self.store.tie(self.label_request.annotator, group.id, bad=answer == BAD)
             return SAVED[answer]
@@ -183,7 +196,8 @@ def group_view(turn: int, group: str, prompt: str, pictures: Sequence[bytes]) ->
     count = len(pictures)
     figures = "".join(_figure(number, count, prompt, picture) for number, picture in enumerate(pictures))
     none, better = ("Both bad", "better") if count == 2 else ("All bad", "best")
-    rest = _button(TIE, "Tie", "T") + _button(BAD, none, "B") + _button(UNDO, "Undo", "U")
+    words = ((TIE, "Tie", "T"), (BAD, none, "B"), (SKIP, "Skip", "S"), (UNDO, "Undo", "U"))
+    rest = "".join(_button(*one) for one in words)
     return (
         f'<section class="steer-label" data-turn="{turn}" data-group="{escape(group, quote=True)}" tabindex="-1" '
         f'aria-label="{count} images to choose between">'
@@ -297,7 +311,11 @@ class LabelTab(JobTab):
 
     def __init__(self, studio: Studio) -> None:
         self.studio, self.model = studio, studio.models[0]
-        self.store = LabelStore(label_folder(studio), CALL if self.model in MODELS else OTHER_CALL)
+        self.store: LabelStore | ImageLabelStore
+        if studio.label_images is not None:
+            self.store = ImageLabelStore(studio.label_images, label_folder(studio))
+        else:
+            self.store = LabelStore(label_folder(studio), CALL if self.model in MODELS else OTHER_CALL)
         self._lock = threading.Lock()
         self._visitors: dict[str, LabelSession] = {}
         self._turns = count()
@@ -321,10 +339,20 @@ class LabelTab(JobTab):
             label="Your name", max_length=LONGEST_NAME, info="It is kept with your choices.", elem_id="label-name"
         )
         empty = "Left empty: simple scenes." if self.model in MODELS else ""
+        sampled = self.studio.label_images is None
         self.prompts = gr.Textbox(
-            label="Prompts", lines=3, info=f"One a line, kept with the images. {empty}", elem_id="label-prompts"
+            label="Prompts",
+            lines=3,
+            info=f"One a line, kept with the images. {empty}",
+            elem_id="label-prompts",
+            visible=sampled,
         )
-        self.images = gr.Radio([*IMAGES], value=IMAGES[0], label="Images at a time", elem_id="label-images")
+        self.images = gr.Radio(
+            [*IMAGES], value=IMAGES[0], label="Images at a time", elem_id="label-images", visible=sampled
+        )
+        self.goal = gr.Number(
+            50, label="Goal", info="Answers that you plan to give; 0: none.", precision=0, elem_id="label-goal"
+        )
         self._job_buttons("Start", "label")
 
     def _place(self) -> None:
@@ -336,7 +364,10 @@ class LabelTab(JobTab):
                 self.file = gr.File(label="Choices", interactive=False, visible=False, elem_id="label-file")
 
     def _connect(self) -> None:
-        asked, live = [self.name, self.prompts, self.images], [self.status, self.view, self.progress, self.stop]
+        asked, live = (
+            [self.name, self.prompts, self.images, self.goal],
+            [self.status, self.view, self.progress, self.stop],
+        )
         # Leave the field in which Enter was pressed: otherwise shortcuts would be typed there.
         leave = "(...given) => { document.activeElement?.blur(); return given; }"
         for begin in (self.start.click, self.name.submit):
@@ -349,9 +380,13 @@ class LabelTab(JobTab):
         assert Context.root_block is not None
         Context.root_block.unload(self.forget)
 
-    def begin(self, name: str, text: str, images: int, request: gr.Request) -> Iterator[Change]:
+    def begin(
+        self, name: str, text: str, images: int, request: gr.Request, goal: float | None = None
+    ) -> Iterator[Change]:
         try:
-            label_request = LabelRequest(" ".join(name.split()), prompts_of(text, self.model), int(images))
+            own = isinstance(self.store, ImageLabelStore)
+            prompts = ("own images",) if own else prompts_of(text, self.model)
+            label_request = LabelRequest(" ".join(name.split()), prompts, 2 if own else int(images), int(goal or 0))
         except InputError as error:
             yield {self.status: line(str(error), "alert")}
             return
@@ -398,8 +433,12 @@ class LabelTab(JobTab):
     def _progress(self, session: LabelSession | None) -> str:
         if session is None:
             return ""
-        name = session.label_request.annotator
-        lines = f"{name}: {self.store.progress(name)}", str(agreement(self.store.judgements()) or NO_AGREEMENT_TEXT)
+        name, judgements = session.label_request.annotator, self.store.judgements()
+        lines = (
+            f"{name}: {self.store.progress(name)}",
+            goal_text(session.label_request, judgements),
+            str(agreement(judgements) or NO_AGREEMENT_TEXT),
+        )
         return "".join(f'<p class="steer-note">{escape(one)}</p>' for one in lines)
 
     def end(self, request: gr.Request) -> Change:
@@ -431,8 +470,10 @@ class LabelTab(JobTab):
         return {self.file: gr.update(value=str(path), visible=True)}
 
 
-def _images(turn: int, group: SampleGroup) -> str:
+def _images(turn: int, group: Group) -> str:
     try:
+        if isinstance(group, ImagePair):
+            return group_view(turn, group.id, group.prompt, group.pictures())
         files = [file_inside(group.folder, group.image_file(number)) for number in range(len(group.rows))]
     except InputError as error:  # the files were removed
         return empty_view(turn, public(str(error)))

@@ -1,6 +1,6 @@
 // For gr.HTML's js_on_load: `element` holds a view of label_tab.py, `watch` says when it has been replaced, `trigger`
 // sends an answer with the group of images that was seen. A view takes one answer; keys count unless somebody is typing.
-const KEYS = { 1: '0', 2: '1', 3: '2', 4: '3', t: 'tie', b: 'bad', u: 'undo' };
+const KEYS = { 1: '0', 2: '1', 3: '2', 4: '3', t: 'tie', b: 'bad', s: 'skip', u: 'undo' };
 const ARROWS = { ArrowLeft: '0', ArrowRight: '1' };
 const TYPING = 'input, textarea, select, [contenteditable="true"], [role="tab"], [role="slider"], [role="listbox"]';
 let answered = null;

@@ -31,7 +31,7 @@ from steer.pipelines.training.preference_files import (
 from steer.training.rollout import Rows, Sampler
 
 IMAGES = (2, 3, 4)  # of a group
-LONGEST_NAME = 40
+LONGEST_NAME, MAX_GOAL = 40, 10_000
 OVERLAP_EVERY = 3  # every so many groups an annotator gets one that others have answered
 ORDER = 0  # seed of the order that prompts come in
 
@@ -43,17 +43,21 @@ class LabelRequest:
     annotator  their name, 1 to 40 characters
     prompts    of the images
     images     of a group, 2 to 4
+    goal       groups that they plan to answer; 0: none planned
     """
 
     annotator: str
     prompts: tuple[str, ...]
     images: int = 2
+    goal: int = 0
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.annotator) <= LONGEST_NAME or not self.annotator.isprintable():
             raise InputError(f"the name must have 1 to {LONGEST_NAME} characters that can be seen: who is choosing?")
         if not self.prompts or self.images not in IMAGES:
             raise InputError(f"images must be {', '.join(map(str, IMAGES))}, of one prompt or more")
+        if not 0 <= self.goal <= MAX_GOAL:
+            raise InputError(f"the goal must be from 0 (none) to {MAX_GOAL}, got {self.goal}")
 
     def fits(self, group: SampleGroup) -> bool:
         return len(group.rows) == self.images and group.rows.prompts[0] in self._distinct
@@ -98,6 +102,7 @@ class LabelStore:
         self._folder: PreferenceFolder | None = None
         self._verdicts: dict[str, dict[str, Verdict]] = {}  # by annotator and group, the latest last
         self._undone = Counter[str]()
+        self._skipped: set[tuple[str, str]] = set()
         self._assigned: set[tuple[str, str]] = set()  # annotators and the groups they are to answer
         self._sampling: tuple[dict[str, Any], float, str] = dict(call), 1.0, "float32"
         self._checked = False
@@ -139,7 +144,9 @@ class LabelStore:
         with self._lock:
             answered = self._of(request.annotator).keys()
             mine = {group for name, group in self._assigned if name == request.annotator} | answered
-            left = [group for group in self.groups.values() if group.id not in mine and request.fits(group)]
+            skipped = {group for name, group in self._skipped if name == request.annotator}
+            fitting = [group for group in self.groups.values() if request.fits(group)]
+            left = [group for group in fitting if group.id not in mine | skipped]
             judged = {group for verdicts in self._verdicts.values() for group in verdicts}
             taken = judged | {group for _, group in self._assigned}
             known = [group for group in left if group.id in judged and len(mine) % OVERLAP_EVERY == OVERLAP_EVERY - 1]
@@ -195,7 +202,7 @@ class LabelStore:
                 raise InputError(f"there is no group {group!r:.70} here: press Start for one")
             if group in self._of(annotator):
                 return False
-            said = {"annotator": annotator, "time": _now()}
+            said = {"annotator": annotator, "time": now()}
             if verdict.chosen is None:
                 self._folder.write_tie(group, **said, **({"bad": True} if verdict.bad else {}))
             else:
@@ -206,19 +213,25 @@ class LabelStore:
             self._assigned.discard((annotator, group))
             return True
 
+    def skip(self, annotator: str, group: str) -> None:
+        """Leave a group to others; it is not offered to this annotator again before the app is started again."""
+        with self._lock:
+            self._assigned.discard((annotator, group))
+            self._skipped.add((annotator, group))
+
     def undo(self, annotator: str) -> SampleGroup | None:
         """Undo the annotator's latest answer and assign its group again; None where there is none."""
         with self._lock, write_errors(self.path):
             if not (verdicts := self._of(annotator)):
                 return None
             group = next(reversed(verdicts))
-            append_line(self.path / PREFERENCES, {"lot": group, "undo": True, "annotator": annotator, "time": _now()})
+            append_line(self.path / PREFERENCES, {"lot": group, "undo": True, "annotator": annotator, "time": now()})
             del verdicts[group]
             self._undone[annotator] += 1
             self._assigned.add((annotator, group))
             return self.groups[group]
 
-    def release(self, annotator: str, groups: Collection[SampleGroup]) -> None:
+    def release(self, annotator: str, groups: Collection[Any]) -> None:
         """Release groups that the annotator will not answer."""
         with self._lock:
             self._assigned -= {(annotator, group.id) for group in groups}
@@ -244,8 +257,23 @@ class LabelStore:
         return self._verdicts.get(annotator, {})
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the present time as text."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def goal_text(request: LabelRequest, judgements: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say how many of the planned answers there are, and how many groups have answers of others too.
+
+    Every third group is one that others answer too, so that agreement can be measured.
+    """
+    own = [answers for answers in judgements.values() if request.annotator in answers]
+    shared = sum(len(answers) > 1 for answers in own)
+    if not request.goal:
+        return f"{len(own)} answered, {shared} of them by others too."
+    planned = request.goal // OVERLAP_EVERY
+    done = " The goal is reached." if len(own) >= request.goal else ""
+    return f"{len(own)} of {request.goal} answered, {shared} of them by others too ({planned} planned).{done}"
 
 
 CONFIG, CONFIG_MODEL = "d3po-scenes", "scenes"  # and the model in it
@@ -270,6 +298,9 @@ def storage_notice(studio: Studio) -> str:
 
 def command_of(studio: Studio) -> str:
     """The command that finetunes the model from the choices, or from the unpacked zip beside it."""
+    if studio.label_images is not None:
+        words = ["steer", "rewards", "train", str(label_folder(studio) / "pairs.jsonl"), "--out", "my-reward"]
+        return shlex.join(words)
     model, folder = studio.models[0], ARCHIVE_FOLDER if studio.labels is None else str(studio.labels)
     words = ["steer", "finetune", CONFIG, "--preferences", folder]
     if model != CONFIG_MODEL:

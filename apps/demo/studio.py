@@ -158,6 +158,7 @@ class Studio:
     rewards  specifications that the owner allows; visitors may also use rewards that have names
     labels   folder of preferences; None: one in `home`, which is removed when the app ends
     text_models  of the Text tab
+    label_images  folder of images with prompts that annotators choose between; None: images are sampled
     home     a temporary folder: nothing outside it is written, nothing else is served
     """
 
@@ -166,6 +167,7 @@ class Studio:
     labels: Path | None = None
     device: str | None = None
     dtype: str | None = None
+    label_images: Path | None = None
     worker: Worker = field(default_factory=Worker)
     home: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="steer-demo-")))
     text_models: tuple[str, ...] = field(default_factory=lambda: embedded_text_models())

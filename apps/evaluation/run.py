@@ -30,6 +30,7 @@ from steer.apps.methods import DisableAdapter
 from steer.apps.models import check_device, load_pipeline
 from steer.apps.plots import evenly_spaced
 from steer.apps.processes import LaunchContext, launch_context
+from steer.apps.prompts import call_arguments
 from steer.apps.reward_specs import resolve_reward
 from steer.diffusion.schedules import Gaussian
 from steer.errors import InputError
@@ -234,11 +235,12 @@ class EvaluationRunner:
         In reverse order: the first model then stays loaded.
         """
         distinct = {
-            (one.contender.model, one.settings.dtype, one.identity["weights"]): one for one in prepared_contenders
+            (one.contender.model, one.settings.dtype, one.identity["weights"], *one.settings.loading.items()): one
+            for one in prepared_contenders
         }
         for prepared in reversed(distinct.values()):
-            with self._loaded_pipeline(prepared):
-                pass
+            with self._loaded_pipeline(prepared) as (pipe, _):
+                call_arguments(type(pipe), prepared.settings)
 
     def run(self, prepared: PreparedContender, work: PendingWork, kl: bool) -> None:
         """Do this process's share of the work; results are saved after each group."""

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from steer import __version__
 from steer.apps.errors import named, wrap_errors
 from steer.apps.methods import METHODS, Job
-from steer.apps.models import FinetunedWeights, find_adapter
+from steer.apps.models import AdapterSum, FinetunedWeights, find_adapter
 from steer.apps.plots import thumbnail
 from steer.apps.sampling import check_writable
 from steer.apps.settings import ALL_OPTIONS, METHOD_OPTIONS, SHARED, SamplingConfig
@@ -126,7 +126,7 @@ class PreparedContender:
 
     contender: Contender
     settings: SamplingConfig
-    finetuned: FinetunedWeights | None
+    finetuned: FinetunedWeights | AdapterSum | None
 
     @property
     def particles(self) -> int:

@@ -1,0 +1,82 @@
+"""Scores of an IMAGE batch of ComfyUI, (N, H, W, C) in [0, 1], by any reward; the best images first."""
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from steer.apps.models import default_device
+from steer.apps.reward_specs import only_named_rewards, resolve_reward
+from steer.errors import InputError
+from steer.reward import Reward, score_components
+
+ALLOWED = "STEER_COMFYUI_REWARDS"  # environment variable: further rewards, separated by ;
+MAX_BATCH = 8  # images that the reward scores at a time
+
+
+@dataclass(frozen=True)
+class BatchScores:
+    """Rewards of images, and components of a composed reward by name: (N,) each, on the CPU."""
+
+    reward: str
+    totals: Tensor
+    components: dict[str, Tensor]
+
+    def table(self) -> str:
+        """Format one line for each image, best first: rank, number in the batch from 0, reward, components."""
+        lines = []
+        for rank, number in enumerate(self.order(), start=1):
+            parts = "".join(f"  {name} {values[number]:.4g}" for name, values in self.components.items())
+            lines.append(f"{rank}. image {number}: {self.totals[number]:.4g}{parts}")
+        return "\n".join([self.reward, *lines])
+
+    def order(self) -> list[int]:
+        """Return the numbers of the images, best first; the first of equals comes first."""
+        return torch.argsort(self.totals, descending=True, stable=True).tolist()
+
+
+def check_reward_text(text: str) -> None:
+    """Raise InputError for a reward that a workflow may not load: workflows are shared, and others may run code.
+
+    Allowed are rewards with names, sums and functions of such, and those in the environment variable ALLOWED.
+    """
+    allowed = [one.strip() for one in os.environ.get(ALLOWED, "").split(";")]
+    if text.strip() not in allowed and not only_named_rewards(text):
+        raise InputError(
+            f"reward {text!r:.100}: a workflow may load rewards with names (`steer rewards` lists them); to allow this "
+            f"one, start ComfyUI with {ALLOWED}={text!r:.100}"
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def load_named(text: str) -> Reward:
+    """Load a reward that `check_reward_text` allows; the last two stay in memory."""
+    check_reward_text(text)
+    return resolve_reward(text)
+
+
+@torch.no_grad()
+def score_batch(images: Tensor, prompt: str, reward: str) -> BatchScores:
+    """Score images (N, H, W, C) in [0, 1] with C = 3, or 4 of which the last is left out.
+
+    Raises InputError for another shape, a reward that is not allowed, or an empty prompt where the reward reads one.
+    """
+    if images.ndim != 4 or images.shape[-1] not in (3, 4) or not len(images):
+        raise InputError(f"images must be (N, H, W, 3), got {tuple(images.shape)}")
+    loaded = load_named(reward.strip())
+    channels_first = images[..., :3].permute(0, 3, 1, 2).float().clamp(0, 1)
+    scored = []
+    for start in range(0, len(images), MAX_BATCH):
+        batch = channels_first[start : start + MAX_BATCH].to(default_device())
+        scored.append(score_components(loaded, batch, [prompt] * len(batch)))
+    totals, components = zip(*scored, strict=True)
+    joined = {name: torch.cat([one[name] for one in components]).cpu() for name in components[0]}
+    return BatchScores(reward.strip(), torch.cat(totals).cpu(), joined)
+
+
+def pick(images: Tensor, scores: BatchScores, keep: int = 0) -> tuple[Tensor, list[int]]:
+    """Return the best `keep` images, best first, and their numbers in the batch; 0 keeps all."""
+    numbers = scores.order()[: keep or None]
+    return images[numbers], numbers
