@@ -119,8 +119,8 @@ def usefulness(proxy: str, held_out: str, images: Path, prompt: str | None, devi
 
     paths, prompts = images_with_prompts(images, prompt)
     rewards_ = [resolve_reward(spec) for spec in (proxy, held_out)]
-    scores = scores_by_prompt(rewards_, paths, prompts, default_device(device))
-    click.echo(render_usefulness(point_of_usefulness(*scores), rewards_[0].name))
+    scores, truth = scores_by_prompt(rewards_, paths, prompts, default_device(device))
+    click.echo(render_usefulness(point_of_usefulness(scores, truth), rewards_[0].name))
 
 
 @rewards.command()
@@ -141,9 +141,9 @@ def reliability(
 
     paths, prompts = images_with_prompts(images, prompt)
     rewards_ = [resolve_reward(spec) for spec in (proxy, held_out)]
-    scores = scores_by_prompt(rewards_, paths, prompts, default_device(device))
-    kept = keep or max(2, scores[0].shape[1] // 2)
-    click.echo(render_reliability(filter_reliability(*scores, kept), kept))
+    scores, truth = scores_by_prompt(rewards_, paths, prompts, default_device(device))
+    kept = keep or max(2, scores.shape[1] // 2)
+    click.echo(render_reliability(filter_reliability(scores, truth, kept), kept))
 
 
 @rewards.command()

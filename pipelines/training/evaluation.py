@@ -131,8 +131,12 @@ class Evaluator:
         """Return the scores (N,) of a chunk, and of the reward's components."""
         if not isinstance(tournament := unwrapped(reward), Tournament):
             return mean_over_frames(images, partial(score_components, reward, prompts=prompts))
-        both = torch.cat([images, self.base[number]])
-        return mean_over_frames(both, lambda some: (compare(tournament.judge, *some.chunk(2), prompts), {}))
+
+        def win_rates(both: Tensor) -> Scores:
+            own, base = both.chunk(2)
+            return compare(tournament.judge, own, base, prompts), {}
+
+        return mean_over_frames(torch.cat([images, self.base[number]]), win_rates)
 
 
 def _concatenate(drawn: Sequence[Any]) -> Any:
