@@ -23,7 +23,7 @@ from steer.files import write_text
 from steer.registry import nearest
 
 PROMPT, DEFAULT = "prompt", "default"  # an axis of prompts; the value that leaves a setting at its default
-FIXED = ("compare",)  # settings that no axis varies
+FIXED = ("compare", "best_of")  # settings that no axis varies
 LABEL_WIDTH = 130  # pixels of the labels of rows
 MAX_CELLS = 400
 

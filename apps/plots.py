@@ -270,41 +270,59 @@ def draw_series(
 
 MAX_ROWS, MAX_TREES, MAX_LINES = 24, 6, 6  # prompts in grid.png, in ancestry.png, with a line each in progress.png
 CELL = 144  # pixels
+LINE = 13  # pixels of a line of a checklist
+MET, MISSED = "#2a7f3f", "#b3382c"
 BAND = (10, 90)  # percentiles over prompts
 
 
 def draw_grid(report: Report, out: Path) -> Path:
-    """Write grid.png: one row per prompt, base images on the left, steered images best first on the right; of these
-    only the kept ones where some were."""
-    entries = [_kept(entry) for entry in report["prompts"][:MAX_ROWS]]
-    blocks = [(entry.get("base", {"images": [], "rewards": []}), entry) for entry in entries]
-    bases, columns = (max(len(block[side]["images"]) for block in blocks) for side in (0, 1))
-    starts = (GAP, GAP + bases * (CELL + GAP) + GAP * bool(bases))
-    rows = [[[fit(open_image(out / name), CELL) for name in side["images"]] for side in block] for block in blocks]
-    heights = [max(picture.height for side in row for picture in side) for row in rows]
+    """Write grid.png: one row per prompt, from left to right the base images, best-of-N, and the steered ones.
+
+    Below each image are its reward and, where it has a checklist, the requirements that it meets or misses.
+    """
+    entries = report["prompts"][:MAX_ROWS]
+    sides = [side for side in ("base", "best_of") if any(entry.get(side, {}).get("images") for entry in entries)]
+    blocks = [[*(entry.get(side, {}) for side in sides), entry] for entry in entries]
+    columns = [max(len(block[n].get("images", ())) for block in blocks) for n in range(len(sides) + 1)]
+    lefts = [GAP + n * GAP + sum(columns[:n]) * (CELL + GAP) for n in range(len(columns) + 1)]
+    pictures = [
+        [[fit(open_image(out / name), CELL) for name in s.get("images", ())] for s in block] for block in blocks
+    ]
+    heights = [max(picture.height for side in row for picture in side) for row in pictures]
+    lines = [max(len(one) for side in block for one in side.get("checklist", [{}])) for block in blocks]
+    below = [BELOW + LINE * count for count in lines]
     subtitle = f"below each image: {report['settings']['reward']}"
-    size = (starts[1] + columns * (CELL + GAP), TOP + sum(heights) + (BELOW * 2 + GAP) * len(rows))
-    canvas = Canvas(*size, "base" if bases else image_title(report), plain_text(subtitle, 150))
-    if bases:
-        canvas.text(image_title(report), starts[1], 6, size=11, weight="bold")
+    height = TOP + sum(heights) + sum(below) + (BELOW + GAP) * len(blocks)
+    titles = [_side_title(side, blocks[0][n]) for n, side in enumerate(sides)] + [image_title(report)]
+    canvas = Canvas(lefts[-1], height, "", plain_text(subtitle, 150))
+    for left, title in zip(lefts, titles, strict=False):
+        canvas.text(title, left, 6, size=11, weight="bold")
     top = TOP
-    for block, row, height in zip(blocks, rows, heights, strict=True):
-        canvas.text(plain_text(block[1]["prompt"]), GAP, top, size=9)
-        for start, side, pictures in zip(starts, block, row, strict=True):
-            for column, (picture, reward) in enumerate(zip(pictures, side["rewards"], strict=True)):
-                canvas.cell(picture, [reward], start + column * (CELL + GAP), top + BELOW, height, CELL)
-        top += height + BELOW * 2 + GAP
+    for row, block in enumerate(blocks):
+        canvas.text(plain_text(entries[row]["prompt"]), GAP, top, size=9)
+        for left, side, drawn in zip(lefts, block, pictures[row], strict=False):
+            for column, picture in enumerate(drawn):
+                place = left + column * (CELL + GAP), top + BELOW, heights[row]
+                canvas.cell(picture, [side["rewards"][column]], *place, CELL)
+                if "checklist" in side:
+                    _draw_checklist(canvas, side["checklist"][column], place[0], top + 2 * BELOW + heights[row])
+        top += heights[row] + BELOW + below[row] + GAP
     return save_figure(canvas.figure, out / "grid.png")
 
 
-def _kept(entry: Report) -> dict[str, Any]:
-    """Return an entry with the images that `steer sample --keep` chose, in the order of the choice."""
-    ranks = entry.get("kept", {}).get("ranks")
-    return (
-        dict(entry)
-        if ranks is None
-        else {**entry} | {name: [entry[name][k] for k in ranks] for name in ("images", "rewards")}
-    )
+def _side_title(side: str, block: Report) -> str:
+    """Name the images of a control; best-of-N with its N."""
+    return "base" if side == "base" else f"best of {block['cost']['reward_calls']}"
+
+
+def _draw_checklist(canvas: Canvas, checks: Mapping[str, bool], left: int, top: int) -> None:
+    """Write the requirements of an image, one line each, ticked or crossed."""
+    for number, (requirement, met) in enumerate(checks.items()):
+        sign, color = ("✓", MET) if met else ("✗", MISSED)
+        style: dict[str, Any] = {"size": 8, "va": "baseline"}
+        bottom = top + (number + 0.8) * LINE
+        canvas.text(sign, left + 2, bottom, color=color, weight="bold", **style)
+        canvas.text(plain_text(requirement, 26), left + 16, bottom, color=INK if met else color, **style)
 
 
 def image_title(report: Report) -> str:

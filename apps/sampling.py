@@ -35,10 +35,10 @@ from steer.apps.prompts import (
 )
 from steer.apps.recipes import Recipe, make_recipe, write_png
 from steer.apps.reward_specs import resolve_reward
-from steer.apps.settings import SamplingConfig
+from steer.apps.settings import SHARED, SamplingConfig
 from steer.diffusion.two_prompts import two_prompts
 from steer.errors import InputError
-from steer.files import dumps_with_checksum, loads_with_checksum, write_text
+from steer.files import dumps_with_checksum, loads_with_checksum, read_image, write_text
 from steer.pipelines.base import Cost, Iteration, SteeringOutput
 
 
@@ -59,6 +59,19 @@ def base_output(job: Job, output: SteeringOutput) -> SteeringOutput | None:
         return output.in_slot_order()  # its batch is the base batch
     with job.adapter_disabled():
         return job.run("base")
+
+
+def best_of_n(job: Job, count: int) -> tuple[Job, SteeringOutput]:
+    """Sample `count` base images, and return their job and output with the best one alone."""
+    own = {name: getattr(job.settings, name) for name in SHARED}
+    own |= {"method": "best-of-n", "particles": count, "best_of": None, "lora": None, "noise_candidates": None}
+    for name, argument in (("steps", "num_inference_steps"), ("guidance", "guidance_scale")):
+        if own[name] is None:
+            own[name] = METHODS[job.settings.method].defaults.get(argument)
+    settings = SamplingConfig.of(**own)
+    control = replace(job, settings=settings, on_iteration=None, state_file=None)
+    with job.adapter_disabled():
+        return control, control.run().best(1)
 
 
 def write_images(
@@ -214,18 +227,19 @@ def _read(path: Path, out: Path, config: Mapping[str, Any]) -> Report:
 
 def _is_valid_entry(entry: Entry) -> bool:
     """Tell whether the values that are read here have the types that steer writes."""
-    base, cost = entry.get("base", {}), entry.get("cost")
+    sides, cost = [entry.get(side, {}) for side in ("base", "best_of")], entry.get("cost")
     return (
-        isinstance(base, dict)
+        all(isinstance(side, dict) for side in sides)
         and isinstance(cost, dict)
-        and all(isinstance(one.get("images", []), list) for one in (entry, base))
+        and all(isinstance(one.get("images", []), list) for one in (entry, *sides))
         and all(type(one) in (int, float) for one in cost.values())
     )
 
 
 def _is_complete(entry: Entry, out: Path, animation: bool) -> bool:
     """Tell whether all files of an entry are in the output folder, and PNGs are not truncated as by a power cut."""
-    names = [*entry.get("images", [None]), *entry.get("base", {}).get("images", [])]
+    names = [*entry.get("images", [None])]
+    names += [name for side in ("base", "best_of") for name in entry.get(side, {}).get("images", [])]
     names += [entry["noise"]] if "noise" in entry else []
     names += [entry.get("animation")] if animation else []
     for name in names:
@@ -252,13 +266,15 @@ def sample(
     reward_timeout: float | None = None,
     animation: bool = False,
     compute_options: ComputeOptions | None = None,
+    checklist: str | None = None,
 ) -> Report:
     """Sample every prompt, write images, figures and report.json to `out`, and return the report.
 
     The folder is complete after each prompt; the same call resumes an interrupted run. All prompts have the same seed,
     so that images depend neither on the order of prompts nor on the process; the n-th of equal prompts has seed + n.
     Columns of a row that are named after arguments of the pipeline set them. Processes split the missing
-    prompts; the main one merges and draws. `animation` writes a GIF of each noise optimisation.
+    prompts; the main one merges and draws. `animation` writes a GIF of each noise optimisation; `checklist` is a
+    reward that lists what a prompt asks for, ticked or crossed below each image of grid.png.
     """
     context = launch_context()
     with context.local_main_process_first():
@@ -269,12 +285,14 @@ def sample(
             raise InputError(f"--animation shows iterations and --method {settings.method} has none: leave it out")
         reward = resolve_reward(settings.reward, reward_timeout)
         METHODS[settings.method].check(settings, reward)
+        check = None if checklist is None else load_checklist(checklist)
         check_model_settings(settings)
     record, pending = context.broadcast_from_main(lambda: _open_report(out, rows, settings, animation))
     if pending:
         with context.local_main_process_first():
-            loading = compute_options.loading | settings.loading
-            pipe = load_pipeline(settings.model, context.device(device), settings.dtype, **loading)
+            pipe = load_pipeline(
+                settings.model, context.device(device), settings.dtype, **compute_options.loading | settings.loading
+            )
             expand = load_expander(settings.expand, device) if settings.expand is not None else None
         pipe.set_progress_bar_config(leave=False, desc="steps", disable=None if context.is_main_process else True)
         requests = sample_requests(rows, settings, pipe)
@@ -297,8 +315,32 @@ def sample(
     with output_errors(out):
         report = context.broadcast_from_main(lambda: record.merge(len(rows)))
         if context.is_main_process:
-            _draw(report, out)
+            _draw(report, out, check)
     return report
+
+
+Checklist = Callable[[torch.Tensor, Sequence[str]], list[dict[str, bool]]]
+
+
+def load_checklist(text: str) -> Checklist:
+    """Load the checklist of a reward. Raises InputError for one that has none."""
+    check: Checklist | None = getattr(resolve_reward(text), "checklist", None)
+    if check is None:
+        raise InputError(f"--checklist {text}: this reward lists no requirements: use scene, or leave it out")
+    return check
+
+
+def with_checklists(report: Report, out: Path, check: Checklist) -> Report:
+    """Return a report in which images have their checklists."""
+
+    def with_checks(side: Entry, prompt: str) -> Entry:
+        return side | {"checklist": [check(read_image(out / name)[None], [prompt])[0] for name in side["images"]]}
+
+    entries = []
+    for entry in report["prompts"]:
+        sides = {side: with_checks(entry[side], entry["prompt"]) for side in ("base", "best_of") if side in entry}
+        entries.append(with_checks(entry, entry["prompt"]) | sides)
+    return report | {"prompts": entries}
 
 
 def check_model_settings(settings: SamplingConfig) -> None:
@@ -353,8 +395,8 @@ def _local_prompts(pending: Sequence[int], context: LaunchContext, method: str, 
         yield from tqdm(share, label, unit="prompt", disable=None if context.is_main_process else True)
 
 
-def _draw(report: Report, out: Path) -> None:
-    draw_grid(report, out)
+def _draw(report: Report, out: Path, check: Checklist | None = None) -> None:
+    draw_grid(report if check is None else with_checklists(report, out, check), out)
     (draw_progress if METHODS[report["method"]].is_iterative else draw_ancestry)(report, out)
 
 
@@ -387,8 +429,15 @@ def _sample_prompt(job: Job, row: PromptRow, folder: Path, animation: bool) -> E
             frames.write(entry, output.images[0], folder / "progress.gif")
             entry["animation"] = f"{folder.name}/progress.gif"
         if (base := base_output(job, output)) is not None:
-            entry["base"] = {"images": _save_images(base, job, folder, base=True), "rewards": base.rewards[0].tolist()}
+            entry["base"] = {
+                "images": _save_images(base, job, folder, "base-", base=True),
+                "rewards": base.rewards[0].tolist(),
+            }
             entry["base"] |= _nsfw_flags(base)
+        if job.settings.best_of is not None:
+            control, best = best_of_n(job, job.settings.best_of)
+            entry["best_of"] = {"images": _save_images(best, control, folder, "best-of-")}
+            entry["best_of"] |= {"rewards": best.rewards[0].tolist(), "cost": asdict(best.cost)} | _nsfw_flags(best)
         return entry | ({"columns": dict(row.columns)} if row.columns else {})
 
 
@@ -450,9 +499,9 @@ def _clean(folder: Path) -> None:
     shutil.rmtree(folder / FRAMES, ignore_errors=True)
 
 
-def _save_images(output: SteeringOutput, job: Job, folder: Path, base: bool = False) -> list[str]:
+def _save_images(output: SteeringOutput, job: Job, folder: Path, prefix: str = "", base: bool = False) -> list[str]:
     """Save images in order, each with its recipe; return their paths relative to the output folder."""
-    saved = write_images(job, output, folder, "base-" if base else "", base)
+    saved = write_images(job, output, folder, prefix, base)
     return [f"{folder.name}/{one.path.name}" for one in saved]
 
 

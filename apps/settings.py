@@ -88,6 +88,7 @@ class SamplingConfig(Settings):
     screening_steps   solver steps of those short runs
     seed              random seed, the same for each prompt
     compare           also make the base images of the same seed, for grid.png
+    best_of           with compare: also make so many base images and show the best, as a control of equal cost
     dtype             float32, float16 or bfloat16; by default float32 on the CPU, bfloat16 elsewhere
     options           settings of the method, or their values by name
     """
@@ -114,6 +115,7 @@ class SamplingConfig(Settings):
     screening_steps: int = option(4, "[1, inf]")
     seed: int = option(0, "[0, 9223372036854775807]")
     compare: bool = option(True, flags=("--compare/--no-compare",))
+    best_of: int | None = option(None, "[1, inf]")
     dtype: str | None = option(None, choices=DTYPES)
     options: Any = option(None)
 
@@ -130,6 +132,8 @@ class SamplingConfig(Settings):
         object.__setattr__(self, "options", options)
         if self.original is not None and self.expand is None:
             raise InputError("original is a share of the guidance of an expanded prompt: give expand too")
+        if self.best_of is not None and not self.compare:
+            raise InputError("best_of is an image beside the base images: leave it out, or compare")
         if self.noise_candidates is not None and self.noise_candidates < self.particles:
             raise InputError(f"noise_candidates must be at least the particles, {self.particles}")
 

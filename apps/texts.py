@@ -75,6 +75,7 @@ def _check(settings: SamplingConfig) -> None:
         "--height": settings.height,
         "--width": settings.width,
         "--vae": settings.vae,
+        "--best-of": settings.best_of,
     }
     if unused := [flag for flag, value in given.items() if value is not None]:
         raise InputError(f"{unused[0]}: model {settings.model!r} makes texts: leave it out")

@@ -199,18 +199,19 @@ def objects(image: np.ndarray) -> list[Object]:
     return detected
 
 
-def requirements(request: SceneRequest, detected: Sequence[Object]) -> list[bool]:
-    """Evaluate a request, one truth value each: number of objects, of each kind, of each colour, and position."""
+def requirements(request: SceneRequest, detected: Sequence[Object]) -> dict[str, bool]:
+    """Evaluate a request by requirement: number of objects, of each kind, of each colour, and position."""
     kinds = [[thing for thing in detected if thing.shape == phrase.shape] for phrase in request.phrases]
-    holds = [len(detected) == sum(phrase.count for phrase in request.phrases)]
+    total = sum(phrase.count for phrase in request.phrases)
+    holds = {f"{total} object{'s' * (total > 1)}": len(detected) == total}
     for phrase, kind in zip(request.phrases, kinds, strict=True):
-        holds.append(len(kind) == phrase.count)
+        holds[str(replace(phrase, colour=None))] = len(kind) == phrase.count
         if phrase.colour:
-            holds.append(sum(thing.colour == phrase.colour for thing in kind) == phrase.count)
+            holds[str(phrase)] = sum(thing.colour == phrase.colour for thing in kind) == phrase.count
     if request.relation:
         sx, sy = RELATIONS[request.relation]
         offsets = [(a.x - b.x, a.y - b.y) for a in kinds[0] for b in kinds[1]]
-        holds.append(any(dx * sx + dy * sy > abs(dx * sy) + abs(dy * sx) for dx, dy in offsets))
+        holds[request.relation] = any(dx * sx + dy * sy > abs(dx * sy) + abs(dy * sx) for dx, dy in offsets)
     return holds
 
 
@@ -226,9 +227,12 @@ class SceneReward:
 
     @takes_any_images
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([np.mean([*one.values()]) for one in self.checklist(images, prompts)], dtype=torch.float32)
+
+    def checklist(self, images: Tensor, prompts: Sequence[str]) -> list[dict[str, bool]]:
+        """Return the requirements of each prompt, and whether its image (N, 3, H, W) meets them."""
         arrays = images.detach().float().cpu().permute(0, 2, 3, 1).numpy()
-        holds = [requirements(parse(prompt), objects(array)) for array, prompt in zip(arrays, prompts, strict=True)]
-        return torch.tensor([np.mean(one) for one in holds], dtype=torch.float32)
+        return [requirements(parse(prompt), objects(array)) for array, prompt in zip(arrays, prompts, strict=True)]
 
 
 SIDE = 32  # pixels per side at which templates are compared

@@ -7,16 +7,21 @@ import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 from conftest import Steer
 from PIL import Image
 
+from steer import load_reward
+from steer.apps import sampling
 from steer.apps.cli.finetune import parse_overrides
 from steer.apps.cli.main import steer as root
 from steer.apps.cli.options import Command, Group, is_single_valued
+from steer.apps.plots import draw_grid
 from steer.errors import InputError
+from steer.files import read_image
 
 FAST = ["--steps", "4", "--particles", "3", "--seed", "7"]
 
@@ -49,6 +54,43 @@ def test_the_same_seed_gives_the_same_bytes_in_another_process(steer: Steer, tmp
     other = [sys.executable, "-m", "steer.apps.cli.main", *words, "--out", str(tmp_path / "there")]
     subprocess.run(other, check=True, capture_output=True)
     assert digest(tmp_path / "here") == digest(tmp_path / "there") != {}
+
+
+def test_best_of_n_and_checklists_stand_beside_the_steered_images(
+    steer: Steer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[dict[str, Any]] = []
+
+    def draw(report: dict[str, Any], out: Path) -> Path:
+        drawn.append(report)
+        return draw_grid(report, out)
+
+    monkeypatch.setattr(sampling, "draw_grid", draw)
+    words = ["sample", "a red circle", *FAST, "--best-of", 5, "--checklist", "scene", "--out", tmp_path / "o"]
+    assert steer(*words)[0] == 0
+    entry = json.loads((tmp_path / "o" / "report.json").read_text())["prompts"][0]
+    five = ["--steps", 4, "--seed", 7, "--particles", 5, "--method", "best-of-n"]
+    assert steer("sample", "a red circle", *five, "--out", tmp_path / "n")[0] == 0
+    best = json.loads((tmp_path / "n" / "report.json").read_text())["prompts"][0]
+    assert entry["best_of"]["rewards"] == best["rewards"][:1] and entry["best_of"]["cost"]["reward_calls"] == 5
+    source = tmp_path / "o" / entry["best_of"]["images"][0]
+    code, out, _ = steer("sample", "--replay", source, "--out", tmp_path / "again")
+    assert code == 0 and "the same pixels" in out
+    (shown,) = drawn[0]["prompts"]
+    for side in (shown, shown["base"], shown["best_of"]):
+        for name, checks in zip(side["images"], side["checklist"], strict=True):
+            image = read_image(tmp_path / "o" / name)[None]
+            reward = load_reward("scene")(image, ["a red circle"]).item()
+            assert reward == pytest.approx(sum(checks.values()) / len(checks))
+            assert set(checks) == {"1 object", "a circle", "a red circle"}
+    source.unlink()
+    assert steer(*words)[0] == 0 and source.exists()
+    for wrong, message in (
+        (["--checklist", "brightness"], "--checklist brightness: this reward lists no requirements: use scene"),
+        (["--best-of", 2, "--no-compare"], "--best-of is an image beside the base images"),
+    ):
+        code, _, err = steer("sample", "a red circle", *FAST, *wrong, "--out", tmp_path / "p")
+        assert code == 2 and message in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("method", ["base", "best-of-n"])

@@ -124,7 +124,11 @@ def test_the_fraction_counts_requirements() -> None:
     detected = objects(image)
     assert [(thing.colour, thing.shape) for thing in detected] == [("red", "square")]
     both = SceneRequest((Phrase(1, "red", "square"), Phrase(1, "blue", "star")), "left of")
-    assert requirements(both, detected) == [False, True, True, False, False, False]
+    expected = {"2 objects": False, "a square": True, "a red square": True}
+    assert requirements(both, detected) == expected | {"a star": False, "a blue star": False, "left of": False}
+    images, prompt = torch.from_numpy(image).permute(2, 0, 1)[None], "a red square left of a blue star"
+    assert SceneReward().checklist(images, [prompt]) == [requirements(both, detected)]
+    assert SceneReward()(images, [prompt]).item() == pytest.approx(2 / 6)
 
 
 def test_the_exact_reward_reads_larger_images_too(fresh: tuple[torch.Tensor, list[str]]) -> None:

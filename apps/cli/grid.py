@@ -15,7 +15,7 @@ from steer.apps.settings import errors_with_flags
 @click.option("--x", required=True, help="Columns: NAME=VALUE,VALUE,… or, where values hold commas, NAME=VALUE|VALUE|…")
 @click.option("--y", help="Rows, likewise.")
 @TIMEOUT
-@setting_options(without=("compare",))
+@setting_options(without=("compare", "best_of"))
 @click.option(
     "--out", default=Path("out/grid"), type=click.Path(path_type=Path), help="Output folder; a grid there is resumed."
 )

@@ -43,6 +43,7 @@ WITH_REPLAY = {"replay", "out", "device", "dtype", "reward", "reward_timeout", "
 @click.option("--replay", type=click.Path(path_type=Path), help="PNG of an earlier run: make that image again.")
 @click.option("--keep", type=click.IntRange(1), help="Images of each prompt in grid.png: good and different ones.")
 @click.option("--diverse", type=click.FloatRange(0), help="Weight of their difference in that choice.  [default: 0.5]")
+@click.option("--checklist", help="Reward whose requirements grid.png ticks or crosses below each image: scene.")
 @click.option("--animation", is_flag=True, help="reno, noise-search: also progress.gif for each prompt.")
 @DEVICE
 @click.option("--attention", default="auto", help="Attention backend: auto, xformers, sdpa or eager.")
@@ -66,6 +67,7 @@ def sample(
     keep: int | None,
     diverse: float | None,
     animation: bool,
+    checklist: str | None,
     replay: Path | None,
     attention: str,
     compiled: bool,
@@ -107,7 +109,7 @@ def sample(
     if texts:
         report = sample_texts(prompts, config, out, device, reward_timeout)
     else:
-        report = run(prompts, config, out, device, reward_timeout, animation, compute_options)
+        report = run(prompts, config, out, device, reward_timeout, animation, compute_options, checklist)
         if keep is not None and is_main_process():
             report = keep_diverse(report, out, keep, 0.5 if diverse is None else diverse)
             draw_grid(report, out)

@@ -36,7 +36,7 @@ BASE_METHOD = "base"  # plain sampling without a reward: one image per run
 # Methods whose runs share no random numbers, so that one call may sample several.
 INDEPENDENT_METHODS = ("base", "best-of-n")
 # Settings of `steer sample` that contenders share; None is the default of each method.
-_OF_A_CONTENDER = ("model", "lora", "method", "reward", "compare")
+_OF_A_CONTENDER = ("model", "lora", "method", "reward", "compare", "best_of")
 DEFAULTS: dict[str, Any] = {
     name: SamplingConfig.field(name).default for name in SHARED if name not in (*_OF_A_CONTENDER, "expand", "original")
 }
