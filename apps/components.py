@@ -32,6 +32,7 @@ SCHEDULERS = {
     "tcd": "TCDScheduler",
     "unipc": "UniPCMultistepScheduler",
 }
+MAX_VALUE = 100_000  # of an option: the text may come from an image
 FLOW_OPTION = "use_flow_sigmas"  # by which solvers of noise models take flow models
 LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
 
@@ -58,8 +59,10 @@ def read_scheduler(text: str) -> tuple[type[Any], dict[str, Any]]:
             )
         try:
             options[option] = json.loads(value.lower())
-        except ValueError:
+        except (ValueError, RecursionError):
             options[option] = value
+        if isinstance(options[option], int | float) and not abs(options[option]) <= MAX_VALUE:
+            raise InputError(f"scheduler {name!r}: {part!r:.60} is at most {MAX_VALUE}")
     return cls, options
 
 

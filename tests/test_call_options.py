@@ -158,6 +158,7 @@ def test_repeated_options_are_one_setting(steer: Steer, tmp_path: Path) -> None:
         (["--call", "prompt_embeds=3"], "takes an object here"),
         (["--scheduler", "eulr"], "unknown scheduler 'eulr': did you mean euler"),
         (["--scheduler", "euler:use_karas=true"], "'use_karas=true' is no option of it; write OPTION=VALUE with use_k"),
+        (["--scheduler", "ddim:num_train_timesteps=999999999"], "is at most 100000"),
         (["--vae", "./nowhere"], "--vae ./nowhere: no such file"),
         (["--lora", "x:nan"], "write FILE or FILE:WEIGHT"),
         (["--height", "0"], "--height must be at least 1"),

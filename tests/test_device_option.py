@@ -30,10 +30,11 @@ def commands(group: click.Group, path: tuple[str, ...] = ()) -> Iterator[tuple[t
             yield (*path, name), command
 
 
-COMMANDS = dict(commands(cli.steer))
+COMMANDS = {path: command for path, command in commands(cli.steer) if path != ("completion",)}  # which runs neither
 NEEDED: dict[tuple[str, ...], Sequence[str]] = {
     ("evaluate",): ["--prompts", "x.txt", "--reward", "jpeg"],
     ("finetune",): ["prdp-scenes"],
+    ("grid",): ["a star", "--x", "lam=1,2"],
     ("sample",): ["a star"],
     ("score",): ["a.png", "--prompt", "x", "--reward", "jpeg"],
     ("rewards", "calibrate"): ["jpeg", "--images", "x", "--out", "y"],
