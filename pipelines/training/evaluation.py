@@ -129,7 +129,12 @@ class Evaluator:
         if not isinstance(tournament := unwrapped(reward), Tournament):
             return mean_over_frames(images, partial(score_components, reward, prompts=prompts))
         both = torch.cat([images, self.base[number]])
-        return mean_over_frames(both, lambda some: (compare(tournament.judge, *some.chunk(2), prompts), {}))
+
+        def win_rate(some: Tensor) -> Scores:
+            images, base = some.chunk(2)
+            return compare(tournament.judge, images, base, prompts), {}
+
+        return mean_over_frames(both, win_rate)
 
 
 def diversity(images: Tensor, samples: int) -> float:
