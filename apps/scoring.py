@@ -377,9 +377,9 @@ def draw_scatter(
 
 
 def scores_by_prompt(
-    rewards: Sequence[Reward], paths: Sequence[Path], prompts: Sequence[str], device: str = "cpu"
-) -> list[Tensor]:
-    """Score images, and return (P, K) of each reward: K is the smallest number of images of a prompt.
+    proxy: Reward, held_out: Reward, paths: Sequence[Path], prompts: Sequence[str], device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Score images, and return (P, K) of both rewards: K is the smallest number of images of a prompt.
 
     Raises InputError where a prompt has a single image.
     """
@@ -391,7 +391,8 @@ def scores_by_prompt(
         alone = next(prompt for prompt, some in rows.items() if len(some) < 2)
         raise InputError(f"--images: {alone!r:.80} has one image: give at least 2, better 8, of each prompt")
     chosen = torch.tensor([some[:samples] for some in rows.values()])
-    return [score_all(reward, paths, prompts, device=device)[chosen] for reward in rewards]
+    first, second = (score_all(reward, paths, prompts, device=device)[chosen] for reward in (proxy, held_out))
+    return first, second
 
 
 def render_usefulness(point: Usefulness, proxy: str) -> str:

@@ -128,7 +128,7 @@ def test_a_report_tells_every_part(steer: Steer, tmp_path: Path) -> None:
 def test_a_bound_and_a_filter_come_from_images_alone(steer: Steer, scenes: Path) -> None:
     rows = [{"image": f"{number}.png", "prompt": f"prompt {number % 3}"} for number in range(12)]
     (scenes / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    code, out, _ = steer("rewards", "usefulness", "brightness", "brightness:-1", "--images", scenes)
+    code, out, _ = steer("rewards", "usefulness", "brightness", "brightness:0", "--images", scenes)
     assert code == 0 and 'constraints: {"brightness": "<= ' in out and "peaks at the best of 1," in out
     code, out, _ = steer("rewards", "usefulness", "brightness", "brightness", "--images", scenes)
     assert code == 0 and "rises up to the best of 4" in out

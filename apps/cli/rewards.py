@@ -118,9 +118,9 @@ def usefulness(proxy: str, held_out: str, images: Path, prompt: str | None, devi
     from steer.training.overoptimization import point_of_usefulness
 
     paths, prompts = images_with_prompts(images, prompt)
-    rewards_ = [resolve_reward(spec) for spec in (proxy, held_out)]
-    scores, truth = scores_by_prompt(rewards_, paths, prompts, default_device(device))
-    click.echo(render_usefulness(point_of_usefulness(scores, truth), rewards_[0].name))
+    reward = resolve_reward(proxy)
+    scores = scores_by_prompt(reward, resolve_reward(held_out), paths, prompts, default_device(device))
+    click.echo(render_usefulness(point_of_usefulness(*scores), reward.name))
 
 
 @rewards.command()
@@ -140,10 +140,10 @@ def reliability(
     from steer.training.signals import filter_reliability
 
     paths, prompts = images_with_prompts(images, prompt)
-    rewards_ = [resolve_reward(spec) for spec in (proxy, held_out)]
-    scores, truth = scores_by_prompt(rewards_, paths, prompts, default_device(device))
-    kept = keep or max(2, scores.shape[1] // 2)
-    click.echo(render_reliability(filter_reliability(scores, truth, kept), kept))
+    rewards_ = resolve_reward(proxy), resolve_reward(held_out)
+    first, second = scores_by_prompt(*rewards_, paths, prompts, default_device(device))
+    kept = keep or max(2, first.shape[1] // 2)
+    click.echo(render_reliability(filter_reliability(first, second, kept), kept))
 
 
 @rewards.command()
