@@ -17,12 +17,12 @@ from steer.diffusion.batching import ActiveRows
 from steer.diffusion.lookahead import Adapter, LookAhead
 from steer.diffusion.preview import build_preview
 from steer.diffusion.rows import RowsCall
+from steer.diffusion.safety import with_deferred_checker
 from steer.diffusion.step_hooks import (
     OutputShapes,
     SolverStep,
     StepOverride,
     cache_text_encoding,
-    with_deferred_checker,
 )
 from steer.errors import InputError
 from steer.pipelines.base import Cost, ResamplingInfo, SteeringOutput
