@@ -104,6 +104,15 @@ class ParticleBatch:
         """The arguments of the pipeline's call, of its first row where it has one call for each."""
         return self._rows_call.call
 
+    @property
+    def form(self) -> int:
+        """The number of the form in which the pipeline is called for several rows (`RowsCall`)."""
+        return self._rows_call.place
+
+    @form.setter
+    def form(self, number: int) -> None:
+        self._rows_call.start_at(number)
+
     def sample(
         self, on_solver_step: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any
     ) -> Tensor:
