@@ -109,13 +109,17 @@ def _reaches(candidate: InitialNoise, particle_batch: ParticleBatch, quiet_pipe:
     """Return whether a call with this noise begins as the plain call does, and one with another noise does not.
 
     Other draws before the first denoiser call must be those of the plain call too: inputs do not show all of them yet,
-    such as the noise that an inpainted region follows.
+    such as the noise that an inpainted region follows. The call is that of the plain one, in its form for several rows.
     """
+    form = particle_batch.form
 
     def begins_alike(noise: Tensor) -> bool:
         initial = replace(candidate, noise=noise)
-        with initial.applied():
-            start = _start_of(particle_batch, quiet_pipe, **initial.arguments())
+        try:
+            with initial.applied():
+                start = _start_of(particle_batch, quiet_pipe, **initial.arguments())
+        finally:
+            particle_batch.form = form
         same = len(start.inputs) == len(plain.inputs) and all(map(torch.equal, start.inputs, plain.inputs))
         if particle_batch.call.get("latents") is not None:
             return same

@@ -18,13 +18,13 @@ from steer.diffusion.glass import correlation, glass_transition
 from steer.diffusion.lookahead import Adapter, LookAhead
 from steer.diffusion.preview import build_preview
 from steer.diffusion.rows import RowsCall
+from steer.diffusion.safety import with_deferred_checker
 from steer.diffusion.schedules import Gaussian, step_levels
 from steer.diffusion.step_hooks import (
     OutputShapes,
     SolverStep,
     StepOverride,
     cache_text_encoding,
-    with_deferred_checker,
 )
 from steer.diffusion.value import Value
 from steer.errors import InputError
@@ -106,6 +106,15 @@ class ParticleBatch:
     def call(self) -> dict[str, Any]:
         """The arguments of the pipeline's call, of its first row where it has one call for each."""
         return self._rows_call.call
+
+    @property
+    def form(self) -> int:
+        """The number of the form in which the pipeline is called for several rows (`RowsCall`)."""
+        return self._rows_call.place
+
+    @form.setter
+    def form(self, number: int) -> None:
+        self._rows_call.start_at(number)
 
     def sample(
         self, on_solver_step: Callable[[SolverStep], StepOverride | None], pipe: Any = None, **given: Any

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from steer.diffusion.differentiable import (
     computes_in_fp16,
@@ -285,7 +286,9 @@ class NoiseRun:
     def output(self, output_type: str) -> SteeringOutput:
         """Iterate to the end: the best iterate of each search, made once more by the plain pipeline."""
         particle_batch = self.chain.particle_batch
-        for number in particle_batch.pipe.progress_bar(range(len(self.trace), self.iterations)):
+        # By its configuration, not its method: that of a combined pipeline shows the bars of its stages.
+        bar_config = getattr(particle_batch.pipe, "_progress_bar_config", {})
+        for number in tqdm(range(len(self.trace), self.iterations), **bar_config):
             if self.search.finished.all() or self._iterate(number):
                 break
         if self.stopped:

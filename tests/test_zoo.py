@@ -35,6 +35,22 @@ def test_popular_pipelines_are_steered_exactly(name: str) -> None:
     assert states(name, checks) == recorded(name, checks)
 
 
+@pytest.mark.parametrize("name", ["Flux2Klein", "ZImageInpaint"])
+def test_a_search_starts_from_every_draw_of_the_plain_call(name: str) -> None:
+    """Flux 2 packs its noise; the inpainted region of Z-Image follows the noise that its image starts from."""
+    assert states(name, ("reno",)) == {"reno": "ok"}
+
+
+@pytest.mark.parametrize("name", ["StableCascadeCombined"])
+def test_combined_pipelines_are_steered_in_the_stage_that_makes_the_images(name: str) -> None:
+    assert states(name, ("preview", "fk")) == {"preview": "ok", "fk": "ok"}
+
+
+def test_a_pipeline_that_runs_its_solver_twice_names_its_stages() -> None:
+    state = states("VisualCloze", ("fk",))["fk"]
+    assert state.endswith("steer one of its stages by itself: pipe.generation_pipe or pipe.upsampling_pipe")
+
+
 @pytest.mark.hard
 @pytest.mark.parametrize("name", RECORDED)
 def test_every_pipeline_has_its_recorded_outcomes(name: str) -> None:

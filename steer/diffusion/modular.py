@@ -8,7 +8,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 from diffusers import ModularPipeline
 from diffusers.guiders.guider_utils import BaseGuidance
 from torch import nn
-from tqdm.auto import tqdm
 
 from steer.diffusion.step_hooks import ENCODED_TEXTS, ModuleProxy, UnsupportedPipelineError, cached_calls
 
@@ -52,10 +51,6 @@ class _Called:
     def set_progress_bar_config(self, **config: Any) -> None:
         """Configure the progress bars of all blocks."""
         vars(self)[PROGRESS] = config
-
-    def progress_bar(self, iterable: Iterable[Any] | None = None, total: int | None = None) -> Any:
-        """Return a progress bar."""
-        return tqdm(iterable, total=total, **vars(self).get(PROGRESS, {}))
 
     def maybe_free_model_hooks(self) -> None:
         """Leave offloading to the components manager of the modular pipeline."""

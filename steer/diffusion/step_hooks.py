@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from steer.diffusion.kernels import fused_gaussian, has_kernel
 from steer.diffusion.precision import HALF, widest
 from steer.diffusion.rehearsal import check_verified
+from steer.diffusion.safety import SAFETY_CHECKER, PassThroughChecker
 from steer.diffusion.schedules import (
     Dynamics,
     Gaussian,
@@ -409,22 +410,6 @@ def without_side_effects(pipe: Any) -> Any:
     return quiet
 
 
-class PassThroughChecker:
-    """A safety checker of texts and videos that passes everything through."""
-
-    def to(self, *args: Any, **kwargs: Any) -> "PassThroughChecker":
-        """Stay where it is."""
-        return self
-
-    def check_text_safety(self, prompt: str) -> bool:
-        """Pass any text."""
-        return True
-
-    def check_video_safety(self, frames: Any) -> Any:
-        """Return the frames unchanged."""
-        return frames
-
-
 def cache_text_encoding(pipe: Any) -> Any:
     """Copy a pipeline for one user call and its previews: each text is encoded once, without gradients.
 
@@ -670,39 +655,3 @@ def replaced(space: dict[str, Any], name: str, value: Any) -> Iterator[None]:
             space.pop(name, None)
         else:
             space[name] = before
-
-
-SAFETY_CHECKER = "safety_checker"
-
-
-class DeferredSafetyChecker:
-    """A pipeline's safety checker that returns its images unchanged and keeps its verdict.
-
-    flags     (N,) bool of the last batch; None before the first
-    replaced  (N, 3, H, W) in [0, 1]: the checker's output for that batch
-    """
-
-    def __init__(self, checker: Any) -> None:
-        self.checker = checker
-        self.flags: Tensor | None = None
-        self.replaced: Tensor | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["checker"], name)
-
-    def __call__(self, images: Any, **kwargs: Any) -> tuple[Any, list[bool]]:
-        """Check the images, keep the verdict, and return the images with no flag set."""
-        given = images.clone() if isinstance(images, Tensor) else copy.copy(images)
-        replaced, flags = self.checker(images=given, **kwargs)
-        self.flags = torch.as_tensor(flags, dtype=torch.bool).flatten().cpu()
-        self.replaced = torch.as_tensor(replaced).detach()
-        return images, [False] * len(self.flags)
-
-
-def with_deferred_checker(pipe: Any) -> tuple[Any, DeferredSafetyChecker | None]:
-    """Copy a pipeline with a deferred safety checker; returns the copy and the checker, None where it has none."""
-    if getattr(pipe, SAFETY_CHECKER, None) is None:
-        return pipe, None
-    view, deferred = copy.copy(pipe), DeferredSafetyChecker(getattr(pipe, SAFETY_CHECKER))
-    vars(view)[SAFETY_CHECKER] = deferred
-    return view, deferred
