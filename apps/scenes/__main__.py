@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, help="prompts of --list, shuffled; by default all")
     parser.add_argument("--list", default="scenes-heldout", help="prompt list of the studies")
     parser.add_argument("--reward", default="scene-soft", help="reward of the studies")
-    parser.add_argument("--kl-weight", type=float, default=0.05, help="α of `drakes`, reward per nat")
+    parser.add_argument("--kl-weight", type=float, default=0.3, help="α of `drakes`, reward per nat")
     parser.add_argument("--plan", type=Path, default=Path("docs/studies/finetuning.yaml"), help="runs of `finetuning`")
     parser.add_argument(
         "--only", nargs="*", default=[], help="runs of `finetuning`, or recipes of `pilot`, by the start of their names"
