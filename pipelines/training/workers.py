@@ -66,9 +66,10 @@ class RayRollouts:
         import ray
 
         self._ray, self._version, self._weights = ray, 0, list[Any]()
-        packed, device = ray.put(pack(pipe, type(pipe).__name__)), pipe.device.type
+        # The reference is kept: an actor that is started again reads the pipeline once more.
+        self._packed, device = ray.put(pack(pipe, type(pipe).__name__)), pipe.device.type
         config = replace(config, init_adapter=None)  # all weights come with the work
-        given = packed, config, draw, device, Numerics.present()
+        given = self._packed, config, draw, device, Numerics.present()
         self.actors = [actor_of(RolloutWorker, share).remote(*given) for _ in range(config.rollout_workers)]
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -106,7 +107,8 @@ class RayReward:
         import ray
 
         self.name, self.compares_images = reward.name, compares_images(reward)
-        given = ray.put(pack(reward, reward.name)), device, Numerics.present()
+        self._packed = ray.put(pack(reward, reward.name))  # kept for actors that are started again
+        given = self._packed, device, Numerics.present()
         self.actors = [actor_of(RewardWorker, share).remote(*given) for _ in range(count)]
         self._turns = cycle(self.actors)
 
