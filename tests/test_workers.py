@@ -21,9 +21,8 @@ from steer.errors import InputError
 from steer.pipelines.training import config as config_module
 from steer.pipelines.training.workers import (
     num_workers,
-    pack,
     plain_rewards,
-    unpack,
+    store,
     with_workers,
     worker_processes,
 )
@@ -77,20 +76,6 @@ def test_without_ray_its_installation_is_named(monkeypatch: pytest.MonkeyPatch) 
     for options in ({"rollout_workers": 2}, {"reward_workers": {"jpeg": 1}}):
         with pytest.raises(InputError, match=r"need Ray: pip install 'steer-diffusion\[ray\]'"):
             GRPOConfig(**options)  # type: ignore[arg-type]
-
-
-@needs_ray
-def test_a_pipeline_and_a_reward_arrive_as_they_are() -> None:
-    pipe, reward = fresh(), combine({"brightness": 2, "jpeg": 0.5})
-    again = unpack(pack(pipe, "pipe"), "cpu")
-    images = [image(one) for one in (pipe, again)]
-    assert torch.equal(*images) and again is not pipe
-    scores = [one(images[0], ["a"] * len(images[0])) for one in (reward, unpack(pack(reward, "reward"), "cpu"))]
-    assert torch.equal(*scores)
-    locked = Constant()
-    locked.lock = threading.Lock()  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match="jpeg cannot be sent to Ray workers"):
-        pack(locked, "jpeg")
 
 
 @needs_ray
@@ -150,6 +135,22 @@ def test_two_workers_that_die_give_the_run_of_one_process(cluster: None, tmp_pat
     assert killing.killed == 2
     assert records[0] == records[1]
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+@pytest.mark.hard
+@needs_ray
+def test_a_pipeline_and_a_reward_arrive_as_they_are(cluster: None) -> None:
+    import ray
+
+    pipe, reward = fresh(), combine({"brightness": 2, "jpeg": 0.5})
+    images = [image(one) for one in (pipe, ray.get(store(pipe, "pipe")))]
+    assert torch.equal(*images)
+    scores = [one(images[0], ["a"] * len(images[0])) for one in (reward, ray.get(store(reward, "reward")))]
+    assert torch.equal(*scores)
+    locked = Constant()
+    locked.lock = threading.Lock()  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="jpeg cannot be sent to Ray workers"):
+        store(locked, "jpeg")
 
 
 @pytest.mark.hard

@@ -5,7 +5,6 @@ Ray starts a dead actor again and repeats its work.
 """
 
 import copy
-import io
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,11 +36,11 @@ Draw = Callable[..., Samples]
 class RolloutWorker:
     """An actor: a copy of the pipeline that draws micro-batches, by the weights that come with the work."""
 
-    def __init__(self, packed: bytes, config: TrainingConfig, draw: Draw, device: str, numerics: "Numerics") -> None:
+    def __init__(self, pipe: Any, config: TrainingConfig, draw: Draw, device: str, numerics: "Numerics") -> None:
         for name in [name for name in os.environ if name.startswith(LAUNCHER_VARIABLES)]:
             del os.environ[name]  # an actor is no process of the launched run, though it may be started by one
         numerics.apply()
-        self.pipe, self.config, self._draw = unpack(packed, device), config, draw
+        self.pipe, self.config, self._draw = pipe.to(device), config, draw
         self.trainable = trainable_of(self.pipe, config)
         accelerator = accelerator_of(config, Path(config.output_dir), device == "cpu")
         self.prepared, self.version = accelerator.prepare(self.trainable.denoiser), 0
@@ -66,9 +65,14 @@ class RayRollouts:
         import ray
 
         self._ray, self._version, self._weights = ray, 0, list[Any]()
-        packed, device = ray.put(pack(pipe, type(pipe).__name__)), pipe.device.type
+        device = pipe.device
+        try:
+            # On the CPU: an actor has another GPU. The reference is kept for actors that are started again.
+            self._stored = store(pipe.to("cpu"), type(pipe).__name__)
+        finally:
+            pipe.to(device)
         config = replace(config, init_adapter=None)  # all weights come with the work
-        given = packed, config, draw, device, Numerics.present()
+        given = self._stored, config, draw, device.type, Numerics.present()
         self.actors = [actor_of(RolloutWorker, share).remote(*given) for _ in range(config.rollout_workers)]
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
@@ -87,9 +91,9 @@ class RayRollouts:
 class RewardWorker:
     """An actor: a copy of a reward."""
 
-    def __init__(self, packed: bytes, device: str, numerics: "Numerics") -> None:
+    def __init__(self, reward: Reward, device: str, numerics: "Numerics") -> None:
         numerics.apply()
-        self.reward, self.device = unpack(packed, device), device
+        self.reward, self.device = reward, device
 
     def score(self, images: Tensor, prompts: Sequence[str], metadata: Metadata | None) -> Tensor:
         """Score images and validate the result."""
@@ -103,10 +107,9 @@ class RayReward:
     images, differentiable = "pt", False
 
     def __init__(self, reward: Reward, count: int, device: str, share: float) -> None:
-        import ray
-
         self.name, self.compares_images = reward.name, compares_images(reward)
-        given = ray.put(pack(reward, reward.name)), device, Numerics.present()
+        self._stored = store(reward, reward.name)  # kept for actors that are started again
+        given = self._stored, device, Numerics.present()
         self.actors = [actor_of(RewardWorker, share).remote(*given) for _ in range(count)]
         self._turns = cycle(self.actors)
 
@@ -132,21 +135,15 @@ class Numerics:
         torch.set_float32_matmul_precision(self.precision)
 
 
-def pack(value: Any, name: str) -> bytes:
-    """Serialise a pipeline or a reward with its weights. Raises InputError where it cannot be."""
-    from ray import cloudpickle
+def store(value: Any, name: str) -> Any:
+    """Put a pipeline or a reward with its weights in Ray's store; return the reference. Raises InputError."""
+    import ray
 
-    buffer = io.BytesIO()
     try:
-        torch.save(value, buffer, pickle_module=cloudpickle)
-    except (TypeError, AttributeError, RuntimeError, cloudpickle.pickle.PicklingError) as error:
-        raise InputError(f"{name} cannot be sent to Ray workers ({' '.join(str(error).split())[:160]})") from error
-    return buffer.getvalue()
-
-
-def unpack(packed: bytes, device: str) -> Any:
-    """Restore from `pack`, with the weights on a device."""
-    return torch.load(io.BytesIO(packed), map_location=device, weights_only=False)
+        return ray.put(value)
+    except (TypeError, AttributeError, RuntimeError, ray.cloudpickle.pickle.PicklingError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{name} cannot be sent to Ray workers ({reason:.160}): compute it in this process") from error
 
 
 def actor_of(kind: type, share: float) -> Any:
