@@ -140,6 +140,12 @@ def test_what_does_not_fit_is_refused(groups: tuple[Path, dict[str, Any]], tmp_p
     assert code == 0 and "accuracy of the mean user" in out, err
     code, _, err = steer("rewards", "train", tmp_path / "pairs.parquet", "--groups", 2, "--latent", 2, *words)
     assert code == 2 and "give one of them" in err
+    for more, message in (
+        (["--groups", 2, "--head", "image"], "--head"),
+        (["--features", "jpeg", "--steps", 3], "--steps"),
+    ):
+        code, _, err = steer("rewards", "train", tmp_path / "pairs.parquet", "--out", tmp_path / "out", *more)
+        assert code == 2 and f"{message} is not an option of --" in err
 
 
 @pytest.mark.hard
