@@ -102,12 +102,12 @@ def test_steering_by_five_red_stars_makes_more_red_stars(tmp_path: Path) -> None
     pipe = StableDiffusionPipeline.from_pretrained(MODELS["scenes"])
     pipe.set_progress_bar_config(disable=True)
     exact, shares = load_reward("scene"), []
-    for lam in (0.0, 2.0):
+    for lam in (0.0, 30.0):  # the score is a mean over 32 features
         generator = torch.Generator().manual_seed(0)
         out = FKSteeringPipeline(pipe, reward)(
-            ["a star"] * 24, num_particles=4, lam=lam, generator=generator, num_inference_steps=10, output_type="pt"
+            ["a star"] * 16, num_particles=4, lam=lam, generator=generator, num_inference_steps=10, output_type="pt"
         )
         images = out.images.flatten(0, -4)
-        shares.append(exact(images, ["a red star"] * len(images)).view(24, -1).mean(1))
+        shares.append(exact(images, ["a red star"] * len(images)).view(16, -1).mean(1))
     gain = shares[1] - shares[0]
     assert gain.mean() > 1.96 * gain.std() / len(gain) ** 0.5, [share.mean() for share in shares]
