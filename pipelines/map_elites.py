@@ -1,9 +1,9 @@
 """MAP-Elites over the starting noise: many good images that differ in chosen ways (Mouret, Clune, arXiv 1504.04909).
 
 The archive of a prompt has a cell for each interval of one or two descriptors (any rewards), with the best image there,
-its elite. A child is a neighbour of an elite, √(1 − d²) ε + d u, and replaces the elite of its own cell where its reward
-is higher. Parents are drawn among the cells that had the fewest children, so that new cells come first (as in SERENE,
-arXiv 2102.03140).
+its elite. A child is a neighbour of an elite, √(1 − d²) ε + d u, and replaces the elite of its own cell where its
+reward is higher. Parents are drawn among the cells that had the fewest children, so that new cells come first (as in
+SERENE, arXiv 2102.03140).
 """
 
 import math
