@@ -330,7 +330,7 @@ def image_title(report: Report) -> str:
     finetuned = report["settings"].get("lora") is not None
     if report["method"] == "base":
         return "finetuned" if finetuned else "base"
-    order = "best and different" if any("kept" in entry for entry in report["prompts"]) else "best first"
+    order = "best and different" if any("kept" in entry for entry in report.get("prompts", ())) else "best first"
     return f"{'finetuned, ' if finetuned else ''}{report['method']}, {order}"
 
 

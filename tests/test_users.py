@@ -140,16 +140,23 @@ def test_what_does_not_fit_is_refused(groups: tuple[Path, dict[str, Any]], tmp_p
     assert code == 0 and "accuracy of the mean user" in out, err
     code, _, err = steer("rewards", "train", tmp_path / "pairs.parquet", "--groups", 2, "--latent", 2, *words)
     assert code == 2 and "give one of them" in err
+    for more, message in (
+        (["--groups", 2, "--head", "image"], "--head"),
+        (["--features", "jpeg", "--steps", 3], "--steps"),
+    ):
+        code, _, err = steer("rewards", "train", tmp_path / "pairs.parquet", "--out", tmp_path / "out", *more)
+        assert code == 2 and f"{message} is not an option of --" in err
 
 
 @pytest.mark.hard
 def test_two_kinds_of_users_of_scenes_are_told_apart(tmp_path: Path) -> None:
-    """On drawn scenes and the embedded CLIP: half of 40 users prefer the brighter of two scenes, half the darker."""
+    """On drawn scenes and the embedded CLIP: half of 40 users prefer red objects to blue ones, half the reverse."""
     drawn, texts = training_scenes(300)
     files = [png(Image.fromarray(image)) for image in drawn.permute(0, 2, 3, 1).numpy()]
-    light, rows = load_reward("brightness")(drawn, list(texts)), random_rows(300, 800, 1)
+    value, rows = torch.tensor([("red" in text) - ("blue" in text) for text in texts]), random_rows(300, 3000, 1)
+    rows = rows[value[rows[:, 0]] != value[rows[:, 1]]][:800]
     users = torch.arange(USERS).repeat_interleave(20)
-    choice = (1 - 2 * (users % 2)) * (light[rows[:, 0]] - light[rows[:, 1]]) > 0
+    choice = (1 - 2 * (users % 2)) * (value[rows[:, 0]] - value[rows[:, 1]]) > 0
     a, b = (tuple(files[k] for k in column) for column in rows.T.tolist())
     prompts = tuple(f"scene {k % 20}" for k in range(800))
     pairs = Pairs(a, b, prompts, PreferenceLabels(choice.float(), torch.ones(800)), tuple(map(str, users.tolist())))

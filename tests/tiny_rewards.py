@@ -138,6 +138,7 @@ def tiny_specifications(folder: Path) -> dict[str, str]:
         "pickscore": f"pickscore:path={tiny_transformers(folder / 'transformers')}",
         "hpsv2": f"hpsv2:{hps}",
         "hpsv2.1": f"hpsv2.1:{hps}",
+        "social": f"social:{hps}",  # read_checkpoint opens either layout
         "hpsv3": f"hpsv3:path={folder / 'hpsv3' / 'old.safetensors'},base={folder / 'hpsv3'}",
         "mps": f"mps:path={folder / 'mps' / 'MPS.pth'},base={folder / 'mps'}",
         "like": f"like:{examples},against={examples},model={clip}",

@@ -1,10 +1,12 @@
 """`steer rewards …`: list, analyse, calibrate, train and serve rewards. Commands import heavy modules themselves."""
 
 import dataclasses
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from steer.apps.cli.options import DEVICE, Group
 
@@ -393,6 +395,12 @@ def train(
     if sum(one is not None for one in (options["features"], groups, latent)) > 1:
         raise InputError("--features, --groups and --latent are three kinds of rewards: give one of them")
     config, feature_config = (_config(kind, options) for kind in (RewardTrainingConfig, FeatureConfig))
+    if options["features"] is not None:
+        _refuse_others("--features", vars(feature_config))
+    elif groups is not None or latent is not None:
+        _refuse_others("--groups and --latent", vars(config).keys() - OF_HEADS)
+    else:
+        _refuse_others("a reward of CLIP features", vars(config))
     where = out, work or Path("runs") / out.name, default_device(device), images, max_rows
     if options["features"] is not None:
         report = run_feature_training(data, feature_config, *where)
@@ -402,6 +410,18 @@ def train(
     else:
         report = run_reward_training(data, config, *where)
     click.echo(f"{summary(report)} → {out}")
+
+
+OF_HEADS = {"head", "objective", "label_smoothing", "label_noise", "center_rewards_coefficient"}
+OF_ALL = {"data", "out", "images", "max_rows", "work", "device", "groups", "latent"}
+
+
+def _refuse_others(kind: str, allowed: Collection[str]) -> None:
+    """Raise InputError for an option on the command line that a kind of reward does not have."""
+    context = click.get_current_context()
+    given = [name for name in context.params if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if others := [name for name in given if name not in {*allowed, *OF_ALL}]:
+        raise click.UsageError(f"--{others[0].replace('_', '-')} is not an option of {kind}: leave it out")
 
 
 def _config(kind: Any, options: dict[str, Any]) -> Any:
