@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from steer.rewards.judges import HierarchyJudge, Tournament, as_judge
     from steer.rewards.parser import combine, load_judge, load_reward, score, score_components
     from steer.training.overoptimization import find_hacking, fit_reward_curve
+    from steer.video import VideoReward
 
 _MODULES = {
     "steer.assets": ("MODELS", "TEXT_MODELS"),
@@ -106,6 +107,7 @@ _MODULES = {
     "steer.rewards.judges": ("HierarchyJudge", "Tournament", "as_judge"),
     "steer.rewards.parser": ("combine", "load_judge", "load_reward", "score", "score_components"),
     "steer.training.overoptimization": ("find_hacking", "fit_reward_curve"),
+    "steer.video": ("VideoReward",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
@@ -165,6 +167,7 @@ __all__ = [
     "Tournament",
     "TrainingConfig",
     "TrainingResult",
+    "VideoReward",
     "as_judge",
     "combine",
     "find_hacking",

@@ -86,9 +86,9 @@ class Evaluator:
             images = sampler.ode_images(rows) if config.evaluates_by_ode else self.draw(sampler, rows)[1]
             if turn + context.rank < len(chunks):
                 # Scored on the device of the pipeline, and only then moved to the CPU.
-                scorers = [partial(score_components, one, prompts=chunks[number].prompts) for one in rewards.values()]
+                scorers = [(partial(score_components, one, prompts=rows.prompts), one) for one in rewards.values()]
                 with torch.no_grad():
-                    scores = [mean_over_frames(images, scorer)[0] for scorer in scorers]
+                    scores = [mean_over_frames(images, scorer, one)[0] for scorer, one in scorers]
                 collected.append((number, images.cpu(), scores))
         _, drawn, chunk_scores = zip(*sorted(context.gather(collected), key=lambda one: one[0]), strict=True)
         columns = zip(rewards, zip(*chunk_scores, strict=True), strict=True)

@@ -79,7 +79,7 @@ def sample_and_score(
         trajectories, images = draw(some)
         chunks.append(trajectories)
         with torch.no_grad():
-            scores.append(mean_over_frames(images, partial(score_components, reward, prompts=some.prompts)))
+            scores.append(mean_over_frames(images, partial(score_components, reward, prompts=some.prompts), reward))
     rewards, components = zip(*context.gather(scores), strict=True)
     named = {name: torch.cat([some[name] for some in components]).view(-1, samples) for name in components[0]}
     return Scored(rows.prompts[::samples], tuple(chunks), torch.cat(rewards).view(-1, samples), named)
